@@ -1,1 +1,45 @@
-"""LoRA+ for JAX and Flax (Hayou, Ghosh, Yu, ICML 2024, arXiv 2402.12354)."""
+"""LoRA+ for JAX and Flax: low-rank adapters whose output factor B learns lambda times faster than A.
+
+The method is of Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024,
+arXiv 2402.12354. Four calls make a LoRA+ run of any Flax Linen model:
+
+    model = apply_lora_plus(model, LoRAPlusConfig(target_modules=["query", "value"]))
+    lora, specs = init_lora(model, key, inputs)
+    tx = lora_plus_adamw(1e-4, lr_ratio=16.0)
+    outputs = model.apply({"params": params, "lora": lora}, inputs)
+"""
+
+from .adapt import LoRAPlusModel as LoRAPlusModel
+from .adapt import apply_lora_plus as apply_lora_plus
+from .adapt import init_lora as init_lora
+from .adapter_io import Adapter as Adapter
+from .adapter_io import adapter_notes as adapter_notes
+from .adapter_io import load_adapter as load_adapter
+from .adapter_io import save_adapter as save_adapter
+from .checkpoint import describe_run as describe_run
+from .checkpoint import fingerprint as fingerprint
+from .checkpoint import open_manager as open_manager
+from .checkpoint import restore as restore
+from .checkpoint import save as save
+from .config import LoRAPlusConfig as LoRAPlusConfig
+from .diagnostics import describe as describe
+from .diagnostics import probe as probe
+from .diagnostics import role_norms as role_norms
+from .linen import LoRAPlusDense as LoRAPlusDense
+from .lora import merge as merge
+from .lora import scale_variables as scale_variables
+from .optim import lora_plus as lora_plus
+from .optim import lora_plus_adamw as lora_plus_adamw
+from .sharding import make_mesh as make_mesh
+from .sharding import replicate as replicate
+from .spec import AdapterSpec as AdapterSpec
+from .spec import specs_from_json as specs_from_json
+from .spec import specs_to_json as specs_to_json
+from .train_step import TrainState as TrainState
+from .train_step import init_state as init_state
+from .train_step import jit_step as jit_step
+from .train_step import make_eval as make_eval
+from .train_step import pmap_step as pmap_step
+from .tree import combine as combine
+from .tree import label_params as label_params
+from .tree import split_trainable as split_trainable

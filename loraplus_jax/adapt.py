@@ -19,7 +19,7 @@ from .config import LoRAPlusConfig, matches, nearest
 from .linen import Box, LoRAPlusDense, boxed_factors, dense_delta
 from .lora import SCALE
 from .spec import AdapterSpec
-from .tree import FACTORS
+from .tree import FACTORS, flatten
 
 _DENSE_CALL = inspect.unwrap(nn.Dense.__call__)
 _COLLECTIONS = ["params", "lora", SCALE]
@@ -152,7 +152,9 @@ def init_lora(
 
     shapes = jax.eval_shape(init, rngs)
     if not shapes.get("lora"):
-        raise ValueError("the model has no adapters: wrap it with apply_lora_plus or use LoRAPlusDense layers")
+        raise ValueError(
+            "the model has no adapters: wrap it with apply_lora_plus or use LoRAPlusDense layers"
+        )
     specs = _specs(shapes)
     if base is not None:
         _check_base(base, specs)
@@ -201,7 +203,7 @@ def _own_weights(module: nn.Module) -> list[str]:
     """The module's own leaves that an adapter could be asked for: those with two axes or more."""
     assert module.scope is not None
     own = module.scope.variables().get("params", {})
-    return [name for name, leaf in own.items() if jnp.ndim(meta.unbox(leaf)) >= 2] if own else []
+    return [name for name, leaf in own.items() if getattr(meta.unbox(leaf), "ndim", 0) >= 2]
 
 
 def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
@@ -265,8 +267,8 @@ def _names(seen: Mapping[str, _Seen], config: LoRAPlusConfig) -> list[str]:
 
 
 def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
-    params = traverse_util.flatten_dict(meta.unbox(dict(variables.get("params", {}))), sep="/")
-    boxes = traverse_util.flatten_dict(dict(variables["lora"]), is_leaf=_is_box)
+    params = flatten(meta.unbox(dict(variables.get("params", {}))))
+    boxes: dict[Any, Any] = dict(traverse_util.flatten_dict(dict(variables["lora"]), is_leaf=_is_box))
     specs = {}
     for path, box in boxes.items():
         if path[-1] != "lora_a" or not isinstance(box, Box):
@@ -285,7 +287,7 @@ def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
 
 
 def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> None:
-    flat = traverse_util.flatten_dict(dict(base), sep="/")
+    flat = flatten(base)
     for spec in specs.values():
         shape = getattr(flat.get(spec.leaf), "shape", None)
         if shape != spec.shape:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 from flax.core.scope import LazyRng
+from flax.linen.dtypes import promote_dtype
 
 from .config import Init, LoRAPlusConfig
 from .inits import factor_inits
@@ -76,6 +77,9 @@ def dense_delta(
     a_init, b_init = factor_inits(config.init, rank)
     known = {"kind": "dense", "leaf": "kernel", "axes": "io", "rank": rank, "scale": config.scale}
 
+    scope = module.scope
+    assert scope is not None
+
     def factor(name: str, init: Any, shape: tuple[int, int]) -> jax.Array:
         def create() -> Any:
             # A key by name: make_rng would advance the counter that the layer's own parameters draw from, and
@@ -84,8 +88,6 @@ def dense_delta(
             value = init(key, shape, module.param_dtype)
             return Box(value, **known) if _BOXED.get() else value
 
-        scope = module.scope
-        assert scope is not None
         if not scope.has_variable(collection, name) and not scope.is_mutable_collection(collection):
             raise ValueError(
                 f"the variables hold no adapter for {where}: pass 'lora' from init_lora beside 'params'"
@@ -96,7 +98,7 @@ def dense_delta(
         return value
 
     a, b = factor("lora_a", a_init, (wide[0], rank)), factor("lora_b", b_init, (rank, wide[1]))
-    x, a, b = nn.dtypes.promote_dtype(x, a, b, dtype=module.dtype)
+    x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
     scale = _scale(module, "params" if collection == "params" else SCALE, config.scale)
     return delta(dropped(module, x, config.dropout), a, b, scale, module.precision)
 
@@ -106,7 +108,8 @@ def dropped(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
     rngs = {"dropout": module.make_rng("dropout")}
-    return nn.Dropout(rate, deterministic=False, parent=None).apply({}, x, rngs=rngs)
+    result: Any = nn.Dropout(rate, deterministic=False, parent=None).apply({}, x, rngs=rngs)
+    return result
 
 
 def _scale(module: nn.Module, collection: str, default: float) -> jax.Array | float:
@@ -151,6 +154,4 @@ class LoRAPlusDense(nn.Dense):
             init=self.init_factors,
         )
         where = "/".join(self.path) or "LoRAPlusDense"
-        return super().__call__(inputs) + dense_delta(
-            self, inputs, config, collection="lora", where=where
-        )
+        return super().__call__(inputs) + dense_delta(self, inputs, config, collection="lora", where=where)

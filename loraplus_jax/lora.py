@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from .spec import AdapterSpec, Specs
+from .tree import flatten, unflatten
 
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
@@ -29,9 +29,7 @@ def weight_delta(a: jax.Array, b: jax.Array, spec: AdapterSpec) -> jax.Array:
     left, right = spec.factor_letters
     equation = f"{left},{right}->{spec.letters(spec.axes)}"
     highest = jax.lax.Precision.HIGHEST
-    return spec.scale * jnp.einsum(
-        equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=highest
-    )
+    return spec.scale * jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=highest)
 
 
 def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
         shape = tuple(size[c] if c.isupper() else 1 for c in letters)
         value = scale[module] if isinstance(scale, Mapping) else scale
         flat[_factor(module, SCALE)] = jnp.broadcast_to(jnp.asarray(value), shape)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def merge(base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
@@ -68,14 +66,14 @@ def merge(base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs) -> dic
     Raises:
       ValueError: the three do not fit each other; the message names the path.
     """
-    flat = traverse_util.flatten_dict(dict(base), sep="/")
-    factors = traverse_util.flatten_dict(dict(lora), sep="/")
+    flat = flatten(base)
+    factors = flatten(lora)
     _check_fit(flat, factors, specs)
     for module, spec in specs.items():
         a, b = (factors[_factor(module, name)] for name in ("lora_a", "lora_b"))
         leaf = flat[spec.leaf]
         flat[spec.leaf] = (leaf.astype(jnp.float32) + weight_delta(a, b, spec)).astype(leaf.dtype)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return unflatten(flat)
 
 
 def _factor(module: str, name: str) -> str:

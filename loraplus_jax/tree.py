@@ -29,6 +29,16 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts as one dict from "/"-joined path to leaf; `unflatten` is the inverse."""
+    return dict(traverse_util.flatten_dict(dict(tree), sep="/"))
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
 def label_params(tree: Any, specs: Specs | None = None) -> Any:
     """The role of every leaf, as a tree of the same structure.
 
@@ -65,7 +75,7 @@ def split_trainable(variables: Mapping[str, Any], modules_to_save: tuple[str, ..
     Raises:
       ValueError: a name that matches no module.
     """
-    flat = traverse_util.flatten_dict(dict(variables), sep="/")
+    flat = flatten(variables)
     modules = {m: None for path in flat for m in _parents(path, "params")}
     for name in modules_to_save:
         if not any(matches((name,), module) for module in modules):
@@ -76,7 +86,7 @@ def split_trainable(variables: Mapping[str, Any], modules_to_save: tuple[str, ..
 
     trainable = {path: leaf for path, leaf in flat.items() if is_trained(path)}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
-    return _nested(trainable), _nested(frozen)
+    return unflatten(trainable), unflatten(frozen)
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,20 +95,18 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
     >>> combine({"lora": {"q": 1}}, {"params": {"q": 2}})
     {'lora': {'q': 1}, 'params': {'q': 2}}
     """
-    flat = [traverse_util.flatten_dict(dict(tree)) for tree in trees]
+    flat = [flatten(tree) for tree in trees]
     for one, other in itertools.combinations(flat, 2):
         if both := one.keys() & other.keys():
-            raise ValueError(f"the trees to combine share {', '.join('/'.join(path) for path in sorted(both))}")
-    return traverse_util.unflatten_dict(dict(itertools.chain.from_iterable(f.items() for f in flat)))
+            raise ValueError(
+                f"the trees to combine share {', '.join('/'.join(path) for path in sorted(both))}"
+            )
+    return unflatten(dict(itertools.chain.from_iterable(f.items() for f in flat)))
 
 
 def count(tree: Any) -> int:
     """The number of values in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def _parents(path: str, collection: str) -> Iterator[str]:

@@ -1,0 +1,239 @@
+"""Checkpoints of a training run with orbax: everything that changes, and never the frozen base.
+
+A checkpoint holds the trainable variables, the optimizer's state, step and rng, the position in the input, and
+metadata that says what they belong to: format version, config, specs, package versions and a fingerprint of the
+base. Restoring compares it and refuses what does not fit.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from .config import LoRAPlusConfig
+from .spec import Specs, specs_to_json
+from .train_step import TrainState
+from .tree import leaves_by_path
+
+FORMAT = 1
+PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+class Restored(NamedTuple):
+    """What `restore` gives back.
+
+    Attributes:
+      state: the `TrainState`, placed as the one it was restored like.
+      input_position: as it was saved.
+      metadata: as it was saved.
+    """
+
+    state: TrainState
+    input_position: Any
+    metadata: dict[str, Any]
+
+
+def describe_run(
+    config: LoRAPlusConfig | None, specs: Specs, *, base: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """The metadata saved with a checkpoint or an adapter, as plain JSON values.
+
+    Args:
+      config: what was applied; None when the whole model is trained.
+      specs: the table from `init_lora`.
+      base: `fingerprint` of the frozen variables.
+      **more: the caller's own fields, JSON-able, compared on restore like the others.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "format": FORMAT,
+        "config": None if config is None else config.to_json(),
+        "specs": specs_to_json(specs),
+        "base": base,
+        "versions": versions,
+        **more,
+    }
+
+
+def open_manager(
+    directory: str | Path,
+    *,
+    keep: int = 2,
+    best: str | None = None,
+    mode: Literal["min", "max"] = "min",
+) -> ocp.CheckpointManager:
+    """An orbax manager that saves in the background, atomically, and keeps the newest and the best.
+
+    Args:
+      directory: made if absent.
+      keep: how many of the newest to keep.
+      best: the metric by which one more is kept, of those given to `save`; None keeps none for its metric.
+      mode: whether the best is the smallest or the largest.
+
+    Raises:
+      ValueError: `keep` below 1.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+    metric = (lambda metrics: float(metrics[best])) if best else None
+    if metric is not None:
+        policies.append(
+            checkpoint_managers.BestN(
+                get_metric_fn=metric, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False
+            )
+        )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        best_fn=metric,
+        best_mode=mode,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+    handlers = {
+        "state": ocp.StandardCheckpointHandler(),
+        "input_position": ocp.JsonCheckpointHandler(),
+        "metadata": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    *,
+    metadata: Mapping[str, Any],
+    input_position: Any = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Starts saving under the state's step; the arrays are copied before it returns, so training may go on.
+
+    Args:
+      manager: from `open_manager`; its `wait_until_finished()` and `close()` end the writing.
+      state: what to save.
+      metadata: from `describe_run`.
+      input_position: JSON-able state of the input iterator, of the batch consumed last.
+      metrics: numbers by which `open_manager` may keep the best.
+    """
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(_saved(state)),
+        input_position=ocp.args.JsonSave({"position": input_position}),
+        metadata=ocp.args.JsonSave(dict(metadata)),
+    )
+    manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    like: TrainState,
+    *,
+    metadata: Mapping[str, Any],
+    step: int | None = None,
+) -> Restored:
+    """Restores a checkpoint made by the same run.
+
+    Args:
+      manager: from `open_manager`.
+      like: a state of the same structure, shapes and shardings.
+      metadata: from `describe_run`; every field but `versions` must equal the checkpoint's.
+      step: which checkpoint, the newest by default.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: the checkpoint does not fit; the message names the fields that differ, with both values.
+    """
+    step = manager.latest_step() if step is None else step
+    if step is None or step not in manager.all_steps():
+        raise FileNotFoundError(
+            f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
+        )
+    notes = manager.restore(
+        step, args=ocp.args.Composite(input_position=ocp.args.JsonRestore(), metadata=ocp.args.JsonRestore())
+    )
+    if differing := differences(notes["metadata"], metadata):
+        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
+    _check_shapes(manager, step, _saved(like))
+    target = jax.tree.map(_abstract, _saved(like))
+    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+    return Restored(_loaded(state, like), notes["input_position"]["position"], notes["metadata"])
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Which fields differ, innermost names and both values, package versions left aside.
+
+    >>> differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
+    ['config.rank is 8 in the checkpoint and 4 here']
+    """
+    found = []
+    for name in dict.fromkeys((*saved, *given)):
+        if not prefix and name == "versions":
+            continue
+        old, new = saved.get(name, "absent"), given.get(name, "absent")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif json.dumps(old) != json.dumps(new):
+            found.append(f"{prefix}{name} is {json.dumps(old)} in the checkpoint and {json.dumps(new)} here")
+    return found
+
+
+def fingerprint(tree: Any) -> str:
+    """A short hex digest of a tree's paths, shapes, dtypes and bits, the same on any device layout.
+
+    The bits are summed on the device in integers, each weighted by its place, so that no weight is copied to the
+    host and the order of summation does not matter.
+    """
+    leaves = leaves_by_path(tree)
+    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
+    rows = [f"{p} {leaves[p].shape} {leaves[p].dtype} {int(sums[p])}" for p in sorted(leaves)]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+    # Odd weights: a change of any one value changes the sum.
+    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(2654435762) + 1
+    return jnp.sum(bits.astype(jnp.uint32) * place, dtype=jnp.uint32)
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    """The state as orbax stores it: named fields, the key as its data."""
+    fields = {name: getattr(state, name) for name in ("trainable", "opt_state", "step", "rng")}
+    if jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
+        fields["rng"] = jax.random.key_data(state.rng)
+    return fields
+
+
+def _loaded(fields: Mapping[str, Any], like: TrainState) -> TrainState:
+    state = TrainState(**fields)
+    if jnp.issubdtype(like.rng.dtype, jax.dtypes.prng_key):
+        return state.replace(rng=jax.random.wrap_key_data(state.rng, impl=jax.random.key_impl(like.rng)))
+    return state
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def _check_shapes(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
+    stored = manager.item_metadata(step)["state"]
+    stored = getattr(stored, "tree", stored)
+    old = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(stored).items()}
+    new = {path: tuple(np.shape(leaf)) for path, leaf in leaves_by_path(like).items()}
+    odd = [
+        f"{path} is {old.get(path, 'absent')} in the checkpoint and {new.get(path, 'absent')} here"
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path)
+    ]
+    if odd:
+        more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
+        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(odd[:5])}{more}")

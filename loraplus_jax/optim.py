@@ -1,0 +1,187 @@
+"""LoRA+ as an optimizer transform: B learns lambda times faster than A (arXiv 2402.12354, section 4).
+
+`lora_plus_adamw` builds the optimizer; `lora_plus` turns any optax optimizer into a LoRA+ one. Clipping belongs
+outside the groups: inside them it would act on each group's norm alone.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import optax
+from jax.core import Tracer
+
+from .config import nearest
+from .spec import Specs
+from .tree import ROLES, Role, label_params
+
+Rate = float | jax.Array | optax.Schedule
+"""A learning rate: a number, a traced scalar, or a schedule from step to rate."""
+
+
+class Group(NamedTuple):
+    """What one role is trained with.
+
+    Attributes:
+      rate: its learning rate, or under `lora_plus` its multiple of the wrapped optimizer's.
+      decay: its weight decay, multiplied by the rate in each step as AdamW does; None when the wrapped
+        optimizer keeps its own.
+    """
+
+    rate: Rate
+    decay: Any
+
+
+class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
+    """An optax transform that also knows its groups, for `describe`; otherwise as any other transform.
+
+    Attributes:
+      groups: role to `Group`.
+      relative: whether rates are multiples of a wrapped optimizer's.
+    """
+
+    groups: Mapping[Role, Group]
+    relative: bool
+
+
+def lora_plus_adamw(
+    learning_rate: Rate,
+    *,
+    lr_ratio: float | jax.Array = 16.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: Literal["coupled", "equal"] = "coupled",
+    max_grad_norm: float | None = None,
+    rates: Mapping[str, Rate] | None = None,
+    decays: Mapping[str, float] | None = None,
+    specs: Specs | None = None,
+) -> LoRAPlusTransform:
+    """AdamW in which B's learning rate is `lr_ratio` times A's at every step, whatever the schedule.
+
+    `optax.multi_transform` over `label_params`, a group a role. With `lr_ratio=1` it is plain LoRA to the bit.
+
+    Args:
+      learning_rate: eta_A, for A and every role but B; a number, a traced scalar or an optax schedule.
+      lr_ratio: lambda = eta_B / eta_A, above 0; it may be traced.
+      b1, b2, eps: of Adam.
+      weight_decay: w; a step shrinks a parameter by rate * w.
+      decay: `"coupled"` shrinks B lambda times faster than A, as torch's and optax's AdamW do with such groups;
+        `"equal"` shrinks both at A's pace.
+      max_grad_norm: clips the norm over all groups together, before them.
+      rates: other rates by role (`"embedding"`, `"magnitude"`, `"extra"`, or `"a"`); B's follows from lr_ratio.
+      decays: other weight decays by role.
+      specs: the table from `init_lora`, which tells embeddings apart and checks shapes.
+
+    Raises:
+      ValueError: a ratio, rate or norm that is not a finite number above 0, or an unknown role.
+
+    Example:
+      >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
+      >>> tx.groups["b"].rate
+      0.004
+    """
+    check_positive("lr_ratio", lr_ratio)
+    rates, decays = dict(rates or {}), dict(decays or {})
+    _check_groups(learning_rate, weight_decay, rates, decays)
+    if decay not in ("coupled", "equal"):
+        raise ValueError(f"decay must be 'coupled' or 'equal', got {decay!r}")
+
+    def group(role: Role) -> Group:
+        rate = rates.get("a" if role == "b" else role, learning_rate)
+        w = decays.get(role, weight_decay / lr_ratio if role == "b" and decay == "equal" else weight_decay)
+        return Group(scale_rate(rate, lr_ratio) if role == "b" else rate, w)
+
+    groups: dict[Role, Group] = {role: group(role) for role in ROLES}
+    adamw = functools.partial(optax.adamw, b1=b1, b2=b2, eps=eps)
+    by_role = optax.multi_transform(
+        {role: adamw(g.rate, weight_decay=g.decay) for role, g in groups.items()}, _labels(specs)
+    )
+    if max_grad_norm is None:
+        return _transform(by_role, groups, relative=False)
+    check_positive("max_grad_norm", max_grad_norm)
+    return _transform(optax.chain(optax.clip_by_global_norm(max_grad_norm), by_role), groups, relative=False)
+
+
+def lora_plus(
+    tx: optax.GradientTransformation, *, lr_ratio: float | jax.Array = 16.0, specs: Specs | None = None
+) -> LoRAPlusTransform:
+    """Makes any optax optimizer a LoRA+ one: its finished updates of B are multiplied by `lr_ratio`.
+
+    For AdamW the steps equal `lora_plus_adamw`'s with coupled decay. The wrapped optimizer keeps its own schedule,
+    decay and clipping, and B is scaled once however many adapters there are. Multiplying B's *gradient* instead
+    would do nothing under Adam.
+
+    Args:
+      tx: the whole optimizer, its learning rate included (AdamW, Lion, SGD with momentum, Adafactor, ...).
+      lr_ratio: lambda, above 0; it may be traced.
+      specs: the table from `init_lora`.
+
+    Example:
+      >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
+    """
+    check_positive("lr_ratio", lr_ratio)
+
+    def is_b(tree: Any) -> Any:
+        return jax.tree.map(lambda role: role == "b", _labels(specs)(tree))
+
+    scaled = optax.chain(tx, optax.masked(optax.scale(lr_ratio), is_b))  # pyright: ignore[reportArgumentType]
+    groups: dict[Role, Group] = {role: Group(lr_ratio if role == "b" else 1.0, None) for role in ROLES}
+    return _transform(scaled, groups, relative=True)
+
+
+def scale_rate(rate: Rate, factor: float | jax.Array) -> Rate:
+    """`factor` times a rate at every step, a schedule's warm-up and floor included.
+
+    >>> scale_rate(optax.linear_schedule(1.0, 0.5, 10), 4.0)(10).item()
+    2.0
+    """
+    if callable(rate):
+        return lambda step: factor * rate(step)
+    return factor * rate
+
+
+def rate_at(rate: Rate, step: int | jax.Array) -> Any:
+    """The value of a number or schedule at a step."""
+    return rate(step) if callable(rate) else rate
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is traced, or a finite number above 0."""
+    if isinstance(value, Tracer):
+        return
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def _check_groups(learning_rate: Rate, weight_decay: float, rates: dict, decays: dict) -> None:
+    for role in (*rates, *decays):
+        if role not in ROLES:
+            raise ValueError(f"there is no group {role!r}{nearest(role, ROLES)}")
+    if "b" in rates:
+        raise ValueError("rates: B's rate is lr_ratio times A's; set lr_ratio instead of 'b'")
+    for name, rate in {"learning_rate": learning_rate, **rates}.items():
+        if not callable(rate):
+            check_positive(name, rate)
+    for name, w in {"weight_decay": weight_decay, **decays}.items():
+        if not isinstance(w, Tracer) and not (math.isfinite(w) and w >= 0):
+            raise ValueError(f"weight decay {name!r} must be a finite number of at least 0, got {w!r}")
+
+
+def _labels(specs: Specs | None) -> Callable[[Any], Any]:
+    return functools.partial(label_params, specs=specs)
+
+
+def _transform(
+    tx: optax.GradientTransformation, groups: Mapping[Role, Group], *, relative: bool
+) -> LoRAPlusTransform:
+    transform = LoRAPlusTransform(tx.init, optax.with_extra_args_support(tx).update)
+    transform.groups, transform.relative = groups, relative
+    return transform

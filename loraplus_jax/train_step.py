@@ -1,0 +1,182 @@
+"""One pure training step, and the two ways to run it: `jit_step` over a mesh, `pmap_step` over local devices.
+
+Losses are pairs (sum, weight), and so are metrics: means are taken once, over all devices and micro-batches, so
+that the result does not depend on how a batch is cut.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .diagnostics import role_norms
+from .tree import combine, label_params
+
+Pair = tuple[jax.Array, jax.Array]
+LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[Pair, Mapping[str, Pair]]]
+"""`loss_fn(variables, batch, rng) -> (sum, weight), {name: (sum, weight)}`."""
+StepFn = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, jax.Array]]]
+"""`step(state, frozen, batch) -> state, metrics`."""
+
+DATA_AXIS = "data"
+
+
+class TrainState(struct.PyTreeNode):
+    """All that changes in training, as arrays only.
+
+    Attributes:
+      trainable: the variables trained: adapters, and extras under their own paths.
+      opt_state: the optimizer's.
+      step: int32, steps done.
+      rng: the key from which each step folds its own.
+    """
+
+    trainable: Any
+    opt_state: Any
+    step: jax.Array
+    rng: jax.Array
+
+
+def init_state(trainable: Any, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+    """The state before the first step. The arrays are copies: a step gives its state's memory away."""
+    trainable = jax.tree.map(jnp.array, trainable)
+    return TrainState(
+        trainable=trainable, opt_state=tx.init(trainable), step=jnp.zeros((), jnp.int32), rng=jnp.array(rng)
+    )
+
+
+def make_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, axis_name: str | None = None
+) -> StepFn:
+    """The pure step `(state, frozen, batch) -> (state, metrics)`, to be compiled by `jit_step` or `pmap_step`.
+
+    Only `state.trainable` is differentiated: no gradient, moment or copy of `frozen` is ever made.
+
+    Args:
+      loss_fn: takes the combined variables, a batch and a key; see `LossFn`. Sums, never means.
+      tx: any optax transform; its update sees the mean gradient.
+      accumulate: how many micro-batches a batch is cut into, along the leading axis of every leaf.
+      axis_name: the pmap axis that sums go over, if any.
+
+    Returns:
+      A step whose metrics are `loss`, the means of the loss function's own, and `grad_norm/ROLE` and
+      `update_norm/ROLE` for the roles that occur; float32 scalars.
+
+    Raises:
+      ValueError: `accumulate` below 1, or, when traced, one that does not divide the batch.
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+
+    def sums(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        (total, weight), metrics = loss_fn(combine(trainable, frozen), batch, rng)
+        return total, {"loss": (total, weight), **metrics}
+
+    gradients = jax.grad(sums, has_aux=True)
+
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if axis_name is not None:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        compute = functools.partial(gradients, state.trainable, frozen)
+        grads, totals = _accumulated(compute, batch, rng, accumulate)
+        if axis_name is not None:
+            grads, totals = jax.lax.psum((grads, totals), axis_name)
+        weight = totals["loss"][1]
+        grads = jax.tree.map(lambda g: (g / _nonzero(weight)).astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = means(totals) | _norms(grads, updates)
+        return TrainState(trainable, opt_state, state.step + 1, state.rng), metrics
+
+    return step
+
+
+def jit_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, mesh: Mesh | None = None, accumulate: int = 1
+) -> StepFn:
+    """The compiled step; its state is donated. With a mesh the batch is split over the axis `"data"`.
+
+    State and frozen variables are replicated over the mesh; place them once with `replicate(mesh, tree)`.
+
+    Raises:
+      ValueError: a mesh without a `"data"` axis.
+    """
+    step = make_step(loss_fn, tx, accumulate=accumulate)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    if DATA_AXIS not in mesh.axis_names:
+        raise ValueError(f"the mesh needs an axis {DATA_AXIS!r}, it has {mesh.axis_names}")
+    same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return jax.jit(step, donate_argnums=0, in_shardings=(same, same, split), out_shardings=(same, same))
+
+
+def pmap_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> StepFn:
+    """The data-parallel step over the local devices by `jax.pmap`; its state is donated.
+
+    State and frozen variables carry a leading device axis (`flax.jax_utils.replicate`), a batch the shape
+    `(devices, batch / devices, ...)`. Per step it equals `jit_step` when there is no dropout, whose masks differ.
+    """
+    step = make_step(loss_fn, tx, accumulate=accumulate, axis_name=DATA_AXIS)
+    return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
+
+
+def make_eval(loss_fn: LossFn, *, mesh: Mesh | None = None) -> Callable[[Any, Any, Any], dict[str, Pair]]:
+    """Compiled `(trainable, frozen, batch) -> {name: (sum, weight)}`, without dropout if the loss function makes
+    none without a key: it is called with `rng=None`. Add the pairs of all batches and take `means`.
+    """
+
+    def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, Pair]:
+        loss, metrics = loss_fn(combine(trainable, frozen), batch, None)  # pyright: ignore[reportArgumentType]
+        return {"loss": loss, **metrics}
+
+    if mesh is None:
+        return jax.jit(evaluate)
+    same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return jax.jit(evaluate, in_shardings=(same, same, split), out_shardings=same)
+
+
+def means(totals: Mapping[str, Pair]) -> dict[str, jax.Array]:
+    """Sum over weight for every pair; 0 where the weight is 0.
+
+    >>> means({"loss": (jnp.array(6.0), jnp.array(4.0))})["loss"].item()
+    1.5
+    """
+    return {name: jnp.asarray(total, jnp.float32) / _nonzero(w) for name, (total, w) in totals.items()}
+
+
+def _nonzero(weight: jax.Array) -> jax.Array:
+    return jnp.where(weight == 0, 1, weight).astype(jnp.float32)
+
+
+def _accumulated(
+    compute: Callable[[Any, jax.Array], tuple[Any, Any]], batch: Any, rng: jax.Array, parts: int
+) -> tuple[Any, Any]:
+    """Gradients and totals summed over micro-batches. Example i goes to part i mod parts: a batch split over
+    devices stays where it is.
+    """
+    if parts == 1:
+        return compute(batch, rng)
+    sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
+    if any(size % parts for size in sizes):
+        raise ValueError(f"accumulate={parts} does not divide a batch of {sorted(sizes)}")
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, compute(*part)), None
+
+    keys = jax.random.split(rng, parts)
+    first = jax.tree.map(lambda x: x[0], (micro, keys))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(compute, *first))
+    return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def _norms(grads: Any, updates: Any) -> dict[str, jax.Array]:
+    labels = label_params(grads)
+    named = {"grad_norm": role_norms(grads, labels), "update_norm": role_norms(updates, labels)}
+    return {f"{name}/{role}": norm for name, norms in named.items() for role, norm in norms.items()}
