@@ -65,7 +65,9 @@ def save_adapter(
     # A name of its own beside the target, then one rename: nobody ever sees half an adapter.
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        numpy.save_file({path: _host(leaf) for path, leaf in flatten(trainable).items()}, partial / TENSORS)
+        tensors = {path: _host(leaf) for path, leaf in flatten(trainable).items()}
+        # Written by ourselves for the usual permissions: save_file makes files that only their owner can read.
+        (partial / TENSORS).write_bytes(numpy.save(tensors))
         notes = json.dumps(describe_run(config, specs, base=base, **more), indent=1)
         (partial / NOTES).write_text(notes + "\n", encoding="utf-8")
         partial.chmod(0o755)

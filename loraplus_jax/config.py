@@ -48,8 +48,7 @@ class LoRAPlusConfig:
         object.__setattr__(self, "modules_to_save", _names("modules_to_save", self.modules_to_save))
         if not self.target_modules:
             raise ValueError("target_modules is empty: name the layers to adapt, such as ['query', 'value']")
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        check_whole("rank", self.rank, at_least=1)
         check_number("alpha", self.alpha, above=0.0)
         check_number("lr_ratio", self.lr_ratio, above=0.0)
         check_number("dropout", self.dropout, at_least=0.0, below=1.0)
@@ -90,6 +89,12 @@ def check_number(
     fits = fits and (above is None or value > above) and (below is None or value < below)
     if not fits or (at_least is not None and value < at_least):
         raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}")
+
+
+def check_whole(name: str, value: Any, *, at_least: int) -> None:
+    """Raises ValueError unless `value` is an int of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:

@@ -15,8 +15,8 @@ def make_mesh(data: int = -1) -> Mesh:
     Raises:
       ValueError: more devices than there are, or none.
 
-    >>> make_mesh(1).shape
-    OrderedDict({'data': 1})
+    >>> make_mesh(1).size
+    1
     """
     devices = jax.devices()
     size = len(devices) if data == -1 else data

@@ -1,0 +1,398 @@
+"""BERT, MiniLM (a BERT) and RoBERTa encoders, with a head for sequences.
+
+Axes in the comments: B sequences, T tokens, D hidden, N heads, H = D / N.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Self, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .hf import NameTable, embedding, linear, norm
+
+Pooling = Literal["mean", "cls", "pooler"]
+_Map = Callable[[jax.Array], jax.Array]
+
+_MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
+_ACTIVATIONS: Mapping[str, _Map] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_new": partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+# Options that change what the model computes, each with the one value that this file knows.
+_ONLY = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """An encoder's sizes and options, under the names that Hugging Face's `config.json` has for them.
+
+    Attributes:
+      model_type: `"bert"`, or `"roberta"` or `"xlm-roberta"`, whose positions start at `pad_token_id + 1`.
+      max_position_embeddings: rows of the position table, those that RoBERTa does not use included.
+      hidden_act: `"gelu"` is the exact one, `"gelu_new"` and `"gelu_pytorch_tanh"` its tanh approximation.
+      hidden_dropout_prob, attention_probs_dropout_prob: rates, in force where a `dropout` rng is given.
+      initializer_range: standard deviation of fresh weights.
+
+    Raises:
+      ValueError: a size is below 1, the heads do not divide the hidden size, a rate is outside [0, 1), or a
+        name is unknown; all are listed.
+    """
+
+    model_type: str = "bert"
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int
+    pad_token_id: int
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if problems := [*_bad_sizes(self), *_bad_options(self)]:
+            raise ValueError("BertConfig: " + "; ".join(problems))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """Takes what it needs from the contents of a `config.json`.
+
+        Raises:
+          ValueError: another kind of model, a size missing, or an option that would change what is computed.
+
+        Example:
+          >>> sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+          ...              intermediate_size=16, max_position_embeddings=4, type_vocab_size=2, pad_token_id=0)
+          >>> config = BertConfig.from_hf({"model_type": "bert", "hidden_act": "relu", **sizes})
+          >>> config.hidden_act, config.max_length
+          ('relu', 4)
+        """
+        kind = config.get("model_type")
+        if kind not in _MODEL_TYPES:
+            raise ValueError(f"config.json: model_type is {kind!r}, must be one of {', '.join(_MODEL_TYPES)}")
+        given = {key: value for key, value in config.items() if value is not None}
+        refused = {key: only for key, only in _ONLY.items() if given.get(key, only) != only}
+        problems = [f"{key} is {given[key]!r}, only {only!r} is supported" for key, only in refused.items()]
+        fields = dataclasses.fields(cls)
+        required = [f.name for f in fields if f.default is dataclasses.MISSING]
+        problems += [f"{name} is missing" for name in required if name not in given]
+        if problems:
+            raise ValueError("config.json: " + "; ".join(problems))
+        return cls(**{f.name: given[f.name] for f in fields if f.name in given})
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens."""
+        unused = 0 if self.model_type == "bert" else self.pad_token_id + 1
+        return self.max_position_embeddings - unused
+
+
+def _bad_sizes(config: BertConfig) -> list[str]:
+    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.type is int}
+    least = dict.fromkeys(sizes, 1) | {"pad_token_id": 0}
+    bad = [
+        f"{name} must be an int of {least[name]} or more, got {size!r}"
+        for name, size in sizes.items()
+        if not isinstance(size, int) or size < least[name]
+    ]
+    if not bad and config.hidden_size % config.num_attention_heads:
+        heads = config.num_attention_heads
+        bad.append(f"num_attention_heads must divide hidden_size, got {heads} and {config.hidden_size}")
+    return bad
+
+
+def _bad_options(config: BertConfig) -> list[str]:
+    bad = []
+    for name, allowed in (("model_type", _MODEL_TYPES), ("hidden_act", tuple(_ACTIVATIONS))):
+        if getattr(config, name) not in allowed:
+            bad.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            bad.append(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
+    return bad
+
+
+class BertPart(nn.Module):
+    """What all parts below share: the config, the dtype computed in, and the dtype of parameters."""
+
+    config: BertConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.nowrap
+    def dense(self, features: int, name: str) -> nn.Dense:
+        """A Dense layer with BERT's initial values."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
+
+    @nn.nowrap
+    def embed(self, rows: int, name: str) -> nn.Embed:
+        """An embedding table with BERT's initial values."""
+        init, width = nn.initializers.normal(self.config.initializer_range), self.config.hidden_size
+        return nn.Embed(rows, width, self.dtype, self.param_dtype, embedding_init=init, name=name)
+
+    @nn.nowrap
+    def norm(self, name: str) -> nn.LayerNorm:
+        """A LayerNorm that computes in float32; the plain variance, since E[x²] - E[x]² cancels."""
+        eps = self.config.layer_norm_eps
+        return nn.LayerNorm(eps, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+
+    @nn.nowrap
+    def drop(self, x: jax.Array) -> jax.Array:
+        """Hidden dropout, when a `dropout` rng is given."""
+        return _dropout(self, x, self.config.hidden_dropout_prob)
+
+
+def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    return nn.Dropout(rate, deterministic=not module.has_rng("dropout"))(x)
+
+
+class BertEmbeddings(BertPart):
+    """The sum of word, position and token type embeddings, normalised."""
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array | None) -> jax.Array:
+        """The first hidden states (B, T, D) for ids (B, T)."""
+        c = self.config
+        types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        x = self.embed(c.vocab_size, "word")(input_ids) + self.embed(c.type_vocab_size, "token_type")(types)
+        x = x + self.embed(c.max_position_embeddings, "position")(_positions(c, input_ids))
+        return self.drop(self.norm("norm")(x))
+
+
+def _positions(config: BertConfig, input_ids: jax.Array) -> jax.Array:
+    """Position ids: (1, T) for BERT; (B, T) for RoBERTa, where all padding has the position `pad_token_id`.
+
+    RoBERTa goes by the ids and not by the attention mask, as `make_positions` in fairseq and transformers do.
+    """
+    if config.model_type == "bert":
+        return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
+    real = (input_ids != config.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(real, axis=1) * real + config.pad_token_id
+
+
+class BertAttention(BertPart):
+    """Multi-head attention of every token to every token that the mask lets through."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """(B, T, D) from hidden states (B, T, D) and a boolean mask (B, 1, 1, T)."""
+        c = self.config
+        heads = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        query, key, value = (
+            self.dense(c.hidden_size, n)(x).reshape(heads) for n in ("query", "key", "value")
+        )
+        rate = c.attention_probs_dropout_prob
+        if rate > 0.0 and self.has_rng("dropout"):
+            y = _attend(query, key, value, mask, partial(_dropout, self, rate=rate))
+        else:
+            y = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return self.dense(c.hidden_size, "out")(y.reshape(x.shape))
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
+    """As `jax.nn.dot_product_attention` on (B, T, N, H), with `drop` on the probabilities (B, N, T, T)."""
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(query.shape[-1])
+    # A finite bottom: a row of nothing but padding gets a mean instead of NaN.
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+
+
+class BertMLP(BertPart):
+    """Two Dense layers with an activation between them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) from (B, T, D)."""
+        x = _ACTIVATIONS[self.config.hidden_act](self.dense(self.config.intermediate_size, "up")(x))
+        return self.dense(self.config.hidden_size, "down")(x)
+
+
+class BertLayer(BertPart):
+    """Attention and MLP, each with a residual sum that is normalised afterwards; a step of a scan."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """Hidden states (B, T, D) to hidden states, and nothing to stack."""
+        args = (self.config, self.dtype, self.param_dtype)
+        y = self.drop(BertAttention(*args, name="attention")(x, mask))
+        x = self.norm("attention_norm")(x + y)
+        y = self.drop(BertMLP(*args, name="mlp")(x))
+        return self.norm("mlp_norm")(x + y), None
+
+
+class BertEncoder(BertPart):
+    """A BERT or RoBERTa encoder (arXiv 1810.04805, 1907.11692). Dropout is on when a `dropout` rng is given.
+
+    Attributes:
+      config: sizes and options.
+      dtype: what is computed in; normalisation, softmax and attention scores are float32 at least.
+      param_dtype: what parameters are made in.
+      unroll: the layers as straight code instead of a loop, on the same stacked parameters, so that XLA's
+        cost analysis counts every layer and not only one.
+    """
+
+    unroll: bool = False
+
+    @nn.compact
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """The last hidden states.
+
+        Args:
+          input_ids: int32 (B, T). An id outside the vocabulary gives NaN.
+          attention_mask: bool or int (B, T), nonzero on tokens, zero on padding.
+          token_type_ids: int32 (B, T), zeros by default.
+
+        Returns:
+          (B, T, D) in `dtype`; values at padding are finite and mean nothing.
+
+        Raises:
+          ValueError: T is above the number of positions, or shapes differ.
+        """
+        _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
+        args = (self.config, self.dtype, self.param_dtype)
+        x = BertEmbeddings(*args, name="embeddings")(input_ids, token_type_ids)
+        layers = nn.scan(
+            BertLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            length=self.config.num_hidden_layers,
+            unroll=self.config.num_hidden_layers if self.unroll else 1,
+        )
+        mask = attention_mask.astype(bool)[:, None, None, :]
+        return layers(*args, name="layers")(x, mask)[0]
+
+
+def _check_inputs(
+    config: BertConfig, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None
+) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have the shape (batch, tokens), got {input_ids.shape}")
+    for name, array in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(f"{name} has the shape {array.shape}, input_ids has {input_ids.shape}")
+    if input_ids.shape[1] > config.max_length:
+        length, limit = input_ids.shape[1], config.max_length
+        raise ValueError(f"a sequence has {length} tokens, the model takes {limit} at most: truncate it")
+
+
+class BertForSequence(nn.Module):
+    """An encoder, a summary of its hidden states, and a linear head: classes or one regression value.
+
+    Attributes:
+      config, dtype, param_dtype, unroll: as in `BertEncoder`.
+      num_outputs: the head's width.
+      pooling: `"mean"` over the tokens that the mask keeps, `"cls"` for the first token, `"pooler"` for
+        BERT's own tanh layer on the first token.
+      head_dropout: rate before the head, in force where a `dropout` rng is given.
+    """
+
+    config: BertConfig
+    num_outputs: int
+    pooling: Pooling = "mean"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: bool = False
+    head_dropout: float = 0.1
+
+    def setup(self) -> None:
+        """Encoder, pooler where asked for, and head: in float32, as bf16 would lose small steps of a new layer."""
+        _check_pooling(self.pooling)
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.encoder = BertEncoder(self.config, self.dtype, self.param_dtype, self.unroll)
+        if self.pooling == "pooler":
+            self.pooler = nn.Dense(
+                self.config.hidden_size, True, self.dtype, self.param_dtype, kernel_init=init
+            )
+        self.dropout = nn.Dropout(self.head_dropout)
+        self.head = nn.Dense(self.num_outputs, dtype=jnp.float32, kernel_init=init)
+
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """The head's outputs, float32 (B, num_outputs); arguments as for `BertEncoder`."""
+        summary = self._summary(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)
+        return self.head(self.dropout(summary, deterministic=not self.has_rng("dropout")))
+
+    def encode(
+        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """The encoder's last hidden states, (B, T, D) in `dtype`."""
+        return self.encoder(input_ids, attention_mask, token_type_ids)
+
+    def _summary(self, hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        if self.pooling == "mean":
+            return masked_mean(hidden, attention_mask)
+        first = hidden[:, 0]
+        return jnp.tanh(self.pooler(first)) if self.pooling == "pooler" else first
+
+
+def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """The mean over the tokens that the mask keeps: float32 (B, D), zeros for a row without any.
+
+    >>> masked_mean(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
+    Array([[2.]], dtype=float32)
+    """
+    keep = attention_mask.astype(bool)[:, :, None]
+    total = jnp.sum(jnp.where(keep, hidden.astype(jnp.float32), 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(keep, axis=1), 1)
+
+
+def _check_pooling(pooling: str) -> None:
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+
+
+_LAYER, _LAYERS = "encoder.layer.{layer}", "encoder/layers"
+_RULES = (
+    *embedding("embeddings.word_embeddings", "encoder/embeddings/word"),
+    *embedding("embeddings.position_embeddings", "encoder/embeddings/position"),
+    *embedding("embeddings.token_type_embeddings", "encoder/embeddings/token_type"),
+    *norm("embeddings.LayerNorm", "encoder/embeddings/norm"),
+    *linear(f"{_LAYER}.attention.self.query", f"{_LAYERS}/attention/query"),
+    *linear(f"{_LAYER}.attention.self.key", f"{_LAYERS}/attention/key"),
+    *linear(f"{_LAYER}.attention.self.value", f"{_LAYERS}/attention/value"),
+    *linear(f"{_LAYER}.attention.output.dense", f"{_LAYERS}/attention/out"),
+    *norm(f"{_LAYER}.attention.output.LayerNorm", f"{_LAYERS}/attention_norm"),
+    *linear(f"{_LAYER}.intermediate.dense", f"{_LAYERS}/mlp/up"),
+    *linear(f"{_LAYER}.output.dense", f"{_LAYERS}/mlp/down"),
+    *norm(f"{_LAYER}.output.LayerNorm", f"{_LAYERS}/mlp_norm"),
+)
+# The base model has no prefix; the oldest BERT files spell the norms' weight and bias gamma and beta.
+_RENAMES = ((r"^(bert|roberta)\.", ""), (r"Norm\.gamma$", "Norm.weight"), (r"Norm\.beta$", "Norm.bias"))
+# A buffer of older files, and the heads of pretraining and of other tasks.
+_IGNORE = (r"embeddings\.position_ids", r"(pooler|cls|lm_head|classifier|qa_outputs)\..*")
+
+
+def name_table(pooling: Pooling = "mean") -> NameTable:
+    """Where the tensors of a BERT or RoBERTa file go in a `BertForSequence`, its `head` excepted.
+
+    The file's pooler is used with `pooling="pooler"`, and ignored otherwise.
+    """
+    _check_pooling(pooling)
+    rules = (*_RULES, *linear("pooler.dense", "pooler")) if pooling == "pooler" else _RULES
+    return NameTable(rules=rules, renames=_RENAMES, ignore=_IGNORE)

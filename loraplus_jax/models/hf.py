@@ -1,0 +1,322 @@
+"""Strict, table-driven loading of weights from a Hugging Face directory.
+
+A model keeps a `NameTable` beside its code; `load_params` reads safetensors by it. Nothing is guessed: every
+tensor that is missing, left over or misshapen is listed, all in one error, before the first weight is read.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_LAYER = "{layer}"
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where one tensor of the file goes.
+
+    Attributes:
+      name: its name in the file, after the table's renames. With `{layer}` in it there is one tensor a layer,
+        and the leaf stacks them on axis 0.
+      path: the leaf in our parameters, `"encoder/layers/mlp/up/kernel"`.
+      transposed: torch keeps Linear weights as (out, in), ours are (in, out).
+    """
+
+    name: str
+    path: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameTable:
+    """All that is known of a checkpoint's names.
+
+    Attributes:
+      rules: one for each leaf of the model.
+      renames: (regular expression, replacement), applied in order to every name in the file: prefixes and
+        spellings that differ between checkpoints of the same model.
+      ignore: regular expressions, each for whole renamed names, of what a checkpoint may bring and the model
+        does not use. Rules come before them.
+    """
+
+    rules: tuple[Rule, ...]
+    renames: tuple[tuple[str, str], ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def canonical(self, name: str) -> str:
+        """The name in the file after the renames."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    def ignores(self, name: str) -> bool:
+        """Whether a renamed name is on the list of what the model does not use."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignore)
+
+
+def linear(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
+    """Rules for a torch Linear, which becomes an `nn.Dense`."""
+    kernel = Rule(f"{name}.weight", f"{path}/kernel", transposed=True)
+    return (kernel, Rule(f"{name}.bias", f"{path}/bias")) if bias else (kernel,)
+
+
+def norm(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
+    """Rules for a torch LayerNorm, or with `bias=False` an RMSNorm."""
+    scale = Rule(f"{name}.weight", f"{path}/scale")
+    return (scale, Rule(f"{name}.bias", f"{path}/bias")) if bias else (scale,)
+
+
+def embedding(name: str, path: str) -> tuple[Rule, ...]:
+    """The rule for a torch Embedding, which becomes an `nn.Embed`."""
+    return (Rule(f"{name}.weight", f"{path}/embedding"),)
+
+
+def load_config(directory: str | Path) -> dict[str, Any]:
+    """Reads `config.json` of a Hugging Face directory.
+
+    Raises:
+      ValueError: no directory, no such file in it, or it holds no JSON object.
+    """
+    return _read_json(_existing(Path(directory)) / "config.json")
+
+
+def load_params(
+    directory: str | Path,
+    table: NameTable,
+    expected: Mapping[str, Any],
+    *,
+    new: tuple[str, ...] = (),
+    param_dtype: Any = None,
+    place: Callable[[str, np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
+    """Loads a model's parameters from `model.safetensors`, or from the shards that its index names.
+
+    The host holds one leaf at a time, beside the memory-mapped file. Names and shapes are all checked first.
+
+    Args:
+      directory: a Hugging Face directory.
+      table: the model's name table.
+      expected: the model's parameters as shapes, `jax.eval_shape(model.init, ...)["params"]`.
+      new: path prefixes of leaves that do not come from the file, such as a new `"head"`.
+      param_dtype: the dtype of all leaves; by default each has the one that `expected` gives it.
+      place: called with each leaf's path and host array, returns what to keep of it, so that a leaf can go
+        straight to its sharding. By default an array on the default device.
+
+    Returns:
+      Nested dicts like `expected`, without the `new` leaves.
+
+    Raises:
+      ValueError: a tensor is missing, extra or misshapen (all are listed together: `-` missing, `+` extra,
+        `~` different); the table does not cover the model; a file is absent, damaged or a pickle; the index
+        names a file outside the directory.
+      ImportError: safetensors is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> from safetensors.numpy import save_file
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_file({"fc.weight": np.ones((2, 3), np.float32)}, f"{folder}/model.safetensors")
+      ...     params = load_params(folder, NameTable(rules=linear("fc", "up", bias=False)),
+      ...                          {"up": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)}})
+      >>> params["up"]["kernel"].shape, params["up"]["kernel"].dtype.name
+      ((3, 2), 'bfloat16')
+    """
+    directory = _existing(Path(directory))
+    leaves = _leaves_from_file(table, expected, new)
+    wanted = {name for rule in table.rules for name in _expand(rule, leaves[rule.path])}
+    found, problems = _find(directory, table, wanted)
+    problems += _compare(table, leaves, found)
+    if problems:
+        raise ValueError(_report(directory, problems))
+    keep = place or (lambda path, array: jnp.asarray(array))
+    flat = {
+        rule.path: keep(rule.path, _read(rule, leaves[rule.path], found, param_dtype)) for rule in table.rules
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a file: its own name there, shape, and safetensors' word for its dtype."""
+
+    file: Any
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _leaves_from_file(
+    table: NameTable, expected: Mapping[str, Any], new: tuple[str, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves to load by path, checked to be exactly those that the table has rules for."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(expected), sep="/")
+    under = {prefix: {p for p in flat if f"{p}/".startswith(f"{prefix}/")} for prefix in new}
+    if idle := [prefix for prefix, paths in under.items() if not paths]:
+        raise ValueError(
+            f"new: the model has nothing under {idle}; it has {sorted({p.split('/')[0] for p in flat})}"
+        )
+    leaves = {path: leaf for path, leaf in flat.items() if not any(path in paths for paths in under.values())}
+    ruled = {rule.path for rule in table.rules}
+    if ruled != set(leaves):
+        raise ValueError(
+            f"the name table does not cover the model: leaves without a rule {sorted(set(leaves) - ruled)}, "
+            f"rules without a leaf {sorted(ruled - set(leaves))}"
+        )
+    return leaves
+
+
+def _expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
+    """The names that a rule stands for, one a layer or just one."""
+    if _LAYER not in rule.name:
+        return [rule.name]
+    return [rule.name.replace(_LAYER, str(layer)) for layer in range(leaf.shape[0])]
+
+
+def _shape_in_file(rule: Rule, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    shape = leaf.shape[1:] if _LAYER in rule.name else leaf.shape
+    return tuple(reversed(shape)) if rule.transposed else tuple(shape)
+
+
+def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str, _Tensor], list[str]]:
+    """The wanted tensors in the directory by renamed name, and a line for each that should not be there."""
+    found: dict[str, _Tensor] = {}
+    problems = []
+    listed = _listed(directory)
+    for file_name in sorted(set(listed.values())) or [SINGLE]:
+        file = _open(directory / file_name)
+        names = set(file.keys())
+        lost = sorted(n for n, owner in listed.items() if owner == file_name and n not in names)
+        problems += [f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in lost]
+        for name in sorted(names):
+            view, key = file.get_slice(name), table.canonical(name)
+            tensor = _Tensor(file, name, tuple(view.get_shape()), view.get_dtype())
+            if key in found:
+                problems.append(f"+ {name} (a second tensor for {found[key].name}, in {file_name})")
+            elif key in wanted:
+                found[key] = tensor
+            elif not table.ignores(key):
+                problems.append(f"+ {name} {list(tensor.shape)} (the model has no place for it)")
+    return found, problems
+
+
+def _compare(
+    table: NameTable, leaves: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, _Tensor]
+) -> list[str]:
+    """A line for each wanted tensor that is absent, misshapen or not of a floating type."""
+    problems = []
+    for rule in table.rules:
+        shape = _shape_in_file(rule, leaves[rule.path])
+        for name in _expand(rule, leaves[rule.path]):
+            tensor = found.get(name)
+            if tensor is None:
+                problems.append(f"- {name} {list(shape)} (the model needs it)")
+            elif tensor.shape != shape:
+                problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
+            elif tensor.dtype not in _FLOATS:
+                problems.append(
+                    f"~ {tensor.name} is {tensor.dtype}, the model needs one of {', '.join(_FLOATS)}"
+                )
+    return problems
+
+
+def _report(directory: Path, problems: list[str]) -> str:
+    """The whole error; its first line says enough for one who sees no more than that."""
+    counts = Counter(line[0] for line in problems)
+    words = {"-": "missing", "+": "extra", "~": "misshapen or of another type"}
+    summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
+    first = f"the weights in {directory} do not fit the model: {summary}; the first is {problems[0]}"
+    shown = [f"  {line}" for line in problems[:_SHOWN]]
+    rest = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "\n".join([first, *shown, *rest])
+
+
+def _read(
+    rule: Rule, leaf: jax.ShapeDtypeStruct, found: Mapping[str, _Tensor], param_dtype: Any
+) -> np.ndarray:
+    """One leaf, its layers written one by one into place, so that no second copy of it is made."""
+    out = np.empty(leaf.shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
+    slots = out if _LAYER in rule.name else out[None]
+    for index, name in enumerate(_expand(rule, leaf)):
+        value = found[name].file.get_tensor(found[name].name)
+        slots[index] = value.T if rule.transposed else value
+    return out
+
+
+def _existing(directory: Path) -> Path:
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory; give one with config.json and {SINGLE} in it")
+    return directory
+
+
+def _listed(directory: Path) -> dict[str, str]:
+    """Tensor name to shard as the index has it; empty where there is a single file."""
+    if (directory / SINGLE).exists():
+        return {}
+    if not (directory / INDEX).exists():
+        raise ValueError(_no_weights(directory))
+    listed = _read_json(directory / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(
+            f"{directory / INDEX} must hold a weight_map from tensor names to files, got {listed!r:.80}"
+        )
+    for file_name in listed.values():
+        # By the name alone: the hub's own cache is made of links that lead out of the directory.
+        plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
+        if not plain or not file_name.endswith(".safetensors"):
+            raise ValueError(
+                f"{directory / INDEX} names {file_name!r}; "
+                "only plain .safetensors names in the same directory are read"
+            )
+    return listed
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if not pickles:
+        return f"{directory} has no weights: neither {SINGLE} nor {INDEX}"
+    return (
+        f"{directory} has its weights only as {pickles[0]}, a pickle, which can run any code when opened "
+        "and is not read here; convert it where you trust it: "
+        "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
+    )
+
+
+def _open(path: Path) -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, though the index names it")
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is no whole safetensors file ({error}); "
+            "an interrupted download or a Git LFS pointer looks like this: fetch it again"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content

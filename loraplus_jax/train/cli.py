@@ -1,0 +1,131 @@
+"""The command line: `loraplus train | inspect | eval | predict | fetch`."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TRACEBACK = "LORAPLUS_TRACEBACK"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0, or 2 after a clear message for input that cannot be used."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Optional packages are imported by the commands, so that --help is quick and a missing one is named.
+    options, overrides = _parser().parse_known_args(arguments)
+    try:
+        if overrides and options.command not in ("train", "inspect"):
+            raise ValueError(f"{options.command} does not take {' '.join(overrides)}")
+        options.run(options, overrides)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"loraplus: error: {_explained(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("loraplus: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loraplus",
+        description="Fine-tunes pretrained models with LoRA+.",
+        epilog=f"{TRACEBACK}=1 shows tracebacks",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: object, text: str, **options: object) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, **options)  # pyright: ignore
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", _train, "train as a config file says", add_help=False)
+    inspect = add("inspect", _inspect, "show what would be trained, without training", add_help=False)
+    for command in (train, inspect):
+        command.add_argument("config", nargs="?")
+        command.add_argument("-h", "--help", action="store_true")
+    train.add_argument("--fresh", action="store_true")
+    evaluate = add("eval", _eval, "evaluate a finished run or an adapter directory")
+    evaluate.add_argument("run_directory", metavar="RUN", type=Path)
+    evaluate.add_argument("--split", default="test", help="train, validation or test (default)")
+    evaluate.add_argument("--data", help="another labelled file, instead of a split")
+    predict = add("predict", _predict, "predict for texts, with a finished run or an adapter directory")
+    predict.add_argument("run_directory", metavar="RUN", type=Path)
+    predict.add_argument("--text", action="append", default=[], help="a text; may be given several times")
+    predict.add_argument("--data", help="a file with texts, instead of --text")
+    predict.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
+    fetch = add("fetch", _fetch, "fetch a model or data set by name; without a name, list them")
+    fetch.add_argument("name", nargs="?", metavar="NAME")
+    return parser
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .loop import train
+    from .settings import parse_settings
+
+    if not _helped(options):
+        train(parse_settings(options.config, overrides), fresh=options.fresh)
+
+
+def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .prepare import inspect
+    from .settings import parse_settings
+
+    if not _helped(options):
+        print(inspect(parse_settings(options.config, overrides)))
+
+
+def _helped(options: argparse.Namespace) -> bool:
+    """Prints every setting, for --help; a missing config is an error."""
+    from .settings import settings_parser
+
+    if options.help:
+        settings_parser().print_help()
+    elif options.config is None:
+        raise ValueError(f"{options.command} needs a config file: loraplus {options.command} CONFIG")
+    return options.help
+
+
+def _eval(options: argparse.Namespace, _: list[str]) -> None:
+    from .use import evaluate_run
+
+    print(json.dumps(evaluate_run(options.run_directory, split=options.split, data=options.data), indent=1))
+
+
+def _predict(options: argparse.Namespace, _: list[str]) -> None:
+    from .use import predict_run, write_predictions
+
+    if bool(options.text) == bool(options.data):
+        raise ValueError("predict needs --text or --data, one of the two")
+    found = predict_run(options.run_directory, texts=options.text, data=options.data)
+    if options.output is not None:
+        write_predictions(options.output, found)
+    else:
+        for row in found:
+            print(json.dumps(row, ensure_ascii=False))
+
+
+def _fetch(options: argparse.Namespace, _: list[str]) -> None:
+    from .fetch import ASSETS, fetch
+
+    if options.name is None:
+        for name, asset in ASSETS.items():
+            print(f"{name:16} {asset.kind:6} {asset.about}")
+    else:
+        print(fetch(options.name))
+
+
+def _explained(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install 'loraplus_jax[train]'"
+    return str(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

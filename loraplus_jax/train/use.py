@@ -1,0 +1,134 @@
+"""Using what a run left: evaluation and predictions from an adapter directory."""
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..adapter_io import adapter_notes, load_adapter
+from ..checkpoint import fingerprint
+from ..config import nearest
+from ..sharding import make_mesh, replicate
+from ..train_step import make_eval
+from ..tree import combine
+from .data import encode, eval_batches, load_rows, load_splits
+from .fetch import resolve
+from .loop import ADAPTER, evaluate, place
+from .prepare import Parts, build, encode_rows, tokenizer_for
+from .rows import read_rows
+from .settings import Settings, settings_from_json
+from .tasks import Task, outputs
+
+OUTPUT_SUFFIX = ".jsonl"
+
+
+class Tuned(NamedTuple):
+    """A trained model, loaded.
+
+    Attributes:
+      settings: those of its run.
+      task: what it learned.
+      parts: model and variables.
+      tokenizer: of its base.
+    """
+
+    settings: Settings
+    task: Task
+    parts: Parts
+    tokenizer: Tokenizer
+
+
+def load_tuned(directory: Path) -> Tuned:
+    """Loads a run's output directory, or an adapter directory alone, onto its base model.
+
+    Raises:
+      ValueError, OSError: it is none, is damaged, or its base is another one now.
+    """
+    directory = directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
+    notes, adapter = adapter_notes(directory), load_adapter(directory)
+    if not {"settings", "task"} <= notes.keys():
+        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
+    settings = settings_from_json(notes["settings"])
+    task = Task(**{**notes["task"], "names": tuple(notes["task"]["names"])})
+    base = resolve(settings.model.path, "model")
+    parts = build(settings, base, task, adapter.config)
+    if parts.frozen and (found := fingerprint(parts.frozen)) != notes["base"]:
+        raise ValueError(
+            f"{directory} belongs to a base with fingerprint {notes['base']}, {base} has {found}"
+        )
+    trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
+    if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
+        raise ValueError(f"{directory}: the tensors do not fit the model that its settings describe")
+    return Tuned(settings, task, parts._replace(trainable=trainable), tokenizer_for(settings, base))
+
+
+def evaluate_run(directory: Path, *, split: str = "test", data: str | None = None) -> dict[str, Any]:
+    """Metrics on a split of the run's own data, or on another labelled file with the same columns.
+
+    Raises:
+      ValueError, OSError: no such split or file, or labels that the run does not know.
+    """
+    tuned = load_tuned(directory)
+    settings = tuned.settings
+    if data is None:
+        splits = load_splits(settings.data, functools.partial(resolve, kind="data"))
+        if split not in splits:
+            raise ValueError(f"the run has no split {split!r}{nearest(split, splits)}")
+        rows = splits[split]
+    else:
+        rows = load_rows(resolve(data, "data"), settings.data)
+    mesh = make_mesh(1)
+    trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
+    eval_fn = make_eval(tuned.task.loss_fn(tuned.parts.model), mesh=mesh)
+    arrays = encode_rows(rows, tuned.task, tuned.tokenizer)
+    values = evaluate(eval_fn, trainable, frozen, arrays, settings.train.eval_batch_size, mesh)
+    return {"data": data or split, "examples": len(rows), **values}
+
+
+def predict_run(
+    directory: Path, *, texts: Sequence[str] = (), data: str | None = None
+) -> list[dict[str, Any]]:
+    """Predictions for texts given one by one, or for a file with the run's text columns (labels not needed).
+
+    Raises:
+      ValueError, OSError: nothing is given, or the file cannot be read.
+    """
+    tuned = load_tuned(directory)
+    pairs: tuple[str, ...] | None = None
+    if data is not None:
+        columns = [c for c in (tuned.settings.data.text, tuned.settings.data.text_pair) if c is not None]
+        rows = read_rows(resolve(data, "data"), columns)
+        texts = tuple(row.values[columns[0]] for row in rows)
+        pairs = tuple(row.values[columns[1]] for row in rows) if len(columns) == 2 else None
+    elif tuned.settings.data.text_pair is not None:
+        raise ValueError("the run was trained on pairs of texts: give a file with --data")
+    if not texts or any(not text.strip() for text in texts):
+        raise ValueError("there is no text to predict for" if not texts else "a text to predict for is empty")
+    found = tuned.task.predictions(_outputs(tuned, texts, pairs))
+    return [{"text": text, **prediction} for text, prediction in zip(texts, found, strict=True)]
+
+
+def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line. A file that is there already is not overwritten: that is a ValueError."""
+    if path.suffix != OUTPUT_SUFFIX:
+        raise ValueError(f"predictions are written as {OUTPUT_SUFFIX}, got {path}")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    except FileExistsError:
+        raise ValueError(f"{path} exists already; choose another --output") from None
+
+
+def _outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
+    arrays, _ = encode(texts, pairs, tuned.tokenizer)
+    mesh = make_mesh(1)
+    variables = combine(tuned.parts.trainable, tuned.parts.frozen)
+    apply = jax.jit(functools.partial(outputs, tuned.parts.model))
+    batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
+    found = [np.asarray(apply(variables, place(batch, mesh))) for batch in eval_batches(arrays, batch_size)]
+    return np.concatenate(found)[: len(texts)]

@@ -1,0 +1,101 @@
+"""LoRAPlusConfig: visible defaults, checked values, and which module paths a rule names."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.config import matches, nearest
+
+
+def test_defaults_are_the_documented_ones():
+    assert LoRAPlusConfig(target_modules=["query"]).to_json() == {
+        "target_modules": ["query"],
+        "rank": 8,
+        "alpha": 16.0,
+        "dropout": 0.0,
+        "lr_ratio": 16.0,
+        "init": "lora",
+        "modules_to_save": [],
+    }
+
+
+def test_target_modules_is_required_and_fields_are_keywords():
+    with pytest.raises(TypeError, match="target_modules"):
+        LoRAPlusConfig()
+    with pytest.raises(TypeError, match="positional"):
+        LoRAPlusConfig(["query"])
+
+
+def test_it_is_frozen_and_hashable():
+    config = LoRAPlusConfig(target_modules=["query"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 4
+    assert hash(config) == hash(LoRAPlusConfig(target_modules=("query",)))
+
+
+@pytest.mark.parametrize(("rank", "alpha", "scale"), [(8, 16.0, 2.0), (4, 1.0, 0.25), (2, 3, 1.5)])
+def test_scale_is_alpha_over_rank(rank, alpha, scale):
+    assert LoRAPlusConfig(target_modules=["q"], rank=rank, alpha=alpha).scale == scale
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        *[("rank", value, ValueError) for value in (0, -1, 2.0, True, "8", None)],
+        *[("alpha", value, ValueError) for value in (0.0, -1.0, math.nan, math.inf, True, "16", None)],
+        *[("lr_ratio", value, ValueError) for value in (0, -16.0, math.nan, math.inf, "16")],
+        *[("dropout", value, ValueError) for value in (-0.1, 1.0, math.nan, "0")],
+        *[("init", value, ValueError) for value in ("he", "", None)],
+        *[("target_modules", value, ValueError) for value in ((), "", "(", ["q", "q"])],
+        *[("target_modules", value, TypeError) for value in (None, 3, [3], [""], ["q", "/"])],
+        ("modules_to_save", "head", TypeError),
+        ("modules_to_save", ["head", "head"], ValueError),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field, value, error):
+    with pytest.raises(error, match=field) as caught:
+        LoRAPlusConfig(**{"target_modules": ["query"], field: value})
+    assert field == "target_modules" or repr(value).strip("[]'") in str(caught.value)
+
+
+@pytest.mark.parametrize("target", [["query", "value"], "layers/.*/(query|value)"])
+def test_json_round_trip(target):
+    config = LoRAPlusConfig(target_modules=target, rank=3, dropout=0.5, init="lora_b", modules_to_save=["head"])
+    assert LoRAPlusConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(ValueError, match="no field 'lora_alpha'; did you mean 'alpha'"):
+        LoRAPlusConfig.from_json({"target_modules": ["q"], "lora_alpha": 16})
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "expected"),
+    [
+        (("query",), "query", True),
+        (("query",), "layers/attention/query", True),
+        (("query",), "layers/my_query", False),
+        (("query",), "query/dense", False),
+        (("attention/query",), "layers/attention/query", True),
+        (("attention/query",), "layers/cross_attention/query", False),
+        (("value", "query"), "layers/query", True),
+        (("q.*",), "query", False),
+        (".*query", "layers/my_query", True),
+        ("query", "layers/query", False),
+        ("layers_[0-3]/query", "layers_3/query", True),
+        ("layers_[0-3]/query", "layers_4/query", False),
+        (".*", "", True),
+        ((), "query", False),
+    ],
+)
+def test_matches(rule, path, expected):
+    assert matches(rule, path) is expected
+
+
+def test_nearest_falls_back_to_the_whole_list():
+    assert nearest("qurey", ["value", "query"]) == "; did you mean 'query'?"
+    assert nearest("zzz", ["value", "query"]) == "; known: query, value"
+    assert nearest("zzz", ["value"], fallback=False) == ""

@@ -1,0 +1,239 @@
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from loraplus_jax.models.hf import INDEX, SINGLE, NameTable, embedding, linear, load_config, load_params, norm
+
+TABLE = NameTable(
+    rules=(
+        *embedding("tok", "embed"),
+        *linear("h.{layer}.fc", "layers/up"),
+        *norm("h.{layer}.ln", "layers/norm", bias=False),
+    ),
+    renames=((r"^model\.", ""),),
+    ignore=(r"h\.\d+\.position_ids", r"lm_head\..*"),
+)
+EXPECTED = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    {
+        "embed": {"embedding": (7, 3)},
+        "layers": {"up": {"kernel": (2, 3, 4), "bias": (2, 4)}, "norm": {"scale": (2, 3)}},
+        "head": {"kernel": (3, 5)},
+    },
+    is_leaf=lambda x: isinstance(x, tuple),
+)
+
+
+def tensors(prefix=""):
+    """A complete checkpoint, with what the table ignores."""
+    shapes = {"tok.weight": (7, 3)}
+    for layer in range(2):
+        shapes |= {f"h.{layer}.fc.weight": (4, 3), f"h.{layer}.fc.bias": (4,), f"h.{layer}.ln.weight": (3,)}
+    rng = np.random.default_rng(0)
+    result = {prefix + name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return result | {f"{prefix}h.0.position_ids": np.arange(4), "lm_head.bias": np.zeros((), np.float32)}
+
+
+def write(folder, content):
+    save_file(content, folder / SINGLE)
+    return folder
+
+
+def write_shards(folder, shards, weight_map=None):
+    listed = {name: file for file, content in shards.items() for name in content}
+    for file, content in shards.items():
+        save_file(content, folder / file)
+    (folder / INDEX).write_text(json.dumps({"weight_map": listed | (weight_map or {})}))
+    return folder
+
+
+def load(folder, table=TABLE, **kwargs):
+    return load_params(folder, table, EXPECTED, **({"new": ("head",)} | kwargs))
+
+
+def halves():
+    items = sorted(tensors().items())
+    return {"model-1-of-2.safetensors": dict(items[:4]), "model-2-of-2.safetensors": dict(items[4:])}
+
+
+def error(folder, **kwargs):
+    """The whole message with which the directory is refused."""
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        load(folder, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_layers_are_stacked_and_kernels_transposed(tmp_path, prefix):
+    content = tensors(prefix)
+    params = load(write(tmp_path, content))
+    assert type(params) is dict
+    assert set(params) == {"embed", "layers"}
+    np.testing.assert_array_equal(params["embed"]["embedding"], content[f"{prefix}tok.weight"])
+    for layer in range(2):
+        name = f"{prefix}h.{layer}"
+        np.testing.assert_array_equal(params["layers"]["up"]["kernel"][layer], content[f"{name}.fc.weight"].T)
+        np.testing.assert_array_equal(params["layers"]["up"]["bias"][layer], content[f"{name}.fc.bias"])
+        np.testing.assert_array_equal(params["layers"]["norm"]["scale"][layer], content[f"{name}.ln.weight"])
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+
+def test_sharded_equals_single(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    single = load(write(tmp_path / "one", tensors()))
+    sharded = load(write_shards(tmp_path / "two", halves()))
+    jax.tree.map(np.testing.assert_array_equal, sharded, single)
+
+
+def test_shards_may_be_links_out_of_the_directory_as_in_the_hub_cache(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    write(tmp_path / "blobs", tensors())
+    (tmp_path / "snapshot" / SINGLE).symlink_to(tmp_path / "blobs" / SINGLE)
+    assert set(load(tmp_path / "snapshot")) == {"embed", "layers"}
+
+
+@pytest.mark.parametrize("given", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_dtypes_come_from_expected_or_param_dtype(tmp_path, given):
+    content = {k: v.astype(given) if v.dtype == np.float32 else v for k, v in tensors().items()}
+    write(tmp_path, content)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path))} == {"float32"}
+    low = load(tmp_path, param_dtype=jnp.bfloat16)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(low)} == {"bfloat16"}
+    expected = content["h.1.fc.weight"].T.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(low["layers"]["up"]["kernel"][1], expected)
+
+
+def test_place_gets_each_leaf_on_the_host(tmp_path):
+    seen = {}
+    result = load(write(tmp_path, tensors()), place=lambda path, array: seen.setdefault(path, array).shape)
+    assert result["layers"]["up"]["kernel"] == (2, 3, 4)
+    assert set(seen) == {"embed/embedding", "layers/up/kernel", "layers/up/bias", "layers/norm/scale"}
+    assert all(type(array) is np.ndarray for array in seen.values())
+
+
+def test_every_problem_is_listed_at_once(tmp_path):
+    content = tensors()
+    del content["h.1.fc.bias"]
+    content["h.2.fc.bias"] = np.zeros(4, np.float32)
+    content["tok.weight"] = np.zeros((8, 3), np.float32)
+    content["h.0.ln.weight"] = np.zeros(3, np.int8)
+    lines = error(write(tmp_path, content)).splitlines()
+    assert lines[0].startswith(
+        f"the weights in {tmp_path} do not fit the model: 1 missing, 1 extra, 2 misshapen"
+    )
+    assert "; the first is " in lines[0]
+    assert sorted(line.strip() for line in lines[1:]) == [
+        "+ h.2.fc.bias [4] (the model has no place for it)",
+        "- h.1.fc.bias [4] (the model needs it)",
+        "~ h.0.ln.weight is I8, the model needs one of F64, F32, F16, BF16",
+        "~ tok.weight is [8, 3], the model needs [7, 3]",
+    ]
+
+
+def test_an_untransposed_kernel_is_misshapen(tmp_path):
+    content = tensors()
+    content["h.0.fc.weight"] = np.zeros((3, 4), np.float32)
+    assert "~ h.0.fc.weight is [3, 4], the model needs [4, 3]" in error(write(tmp_path, content))
+
+
+def test_long_lists_end_in_a_count(tmp_path):
+    content = tensors() | {f"more.{i}": np.zeros(1, np.float32) for i in range(33)}
+    lines = error(write(tmp_path, content)).splitlines()
+    assert len(lines) == 22
+    assert lines[-1] == "  and 13 more"
+
+
+def test_two_spellings_of_one_tensor_are_extra(tmp_path):
+    content = tensors() | {"model.tok.weight": np.zeros((7, 3), np.float32)}
+    assert "a second tensor for model.tok.weight" in error(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("cut", [-5, 40, 3, 0])
+def test_truncated_files_are_named(tmp_path, cut):
+    write(tmp_path, tensors())
+    whole = (tmp_path / SINGLE).read_bytes()
+    (tmp_path / SINGLE).write_bytes(whole[:cut])
+    message = error(tmp_path)
+    assert str(tmp_path / SINGLE) in message
+    assert "no whole safetensors file" in message
+
+
+def test_garbled_files_are_named(tmp_path):
+    (tmp_path / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "Git LFS pointer" in error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "../model.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        r"..\x.safetensors",
+        "C:x.safetensors",
+        "..",
+        3,
+    ],
+)
+def test_index_entries_may_not_leave_the_directory(tmp_path, entry):
+    write(tmp_path, tensors())
+    (tmp_path / "inner").mkdir()
+    write_shards(tmp_path / "inner", halves(), {"tok.weight": entry})
+    assert f"names {entry!r}; only plain .safetensors names" in error(tmp_path / "inner")
+
+
+def test_index_must_tell_the_truth(tmp_path):
+    first, second = halves()
+    write_shards(tmp_path, halves(), {"ghost": first})
+    assert f"- ghost (the index puts it in {first}, which does not hold it)" in error(tmp_path)
+    write_shards(tmp_path, halves())
+    (tmp_path / second).unlink()
+    assert f"{second} is missing, though the index names it" in error(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / INDEX).write_text(content)
+    assert str(tmp_path / INDEX) in error(tmp_path)
+
+
+def test_pickles_are_refused_unopened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"tok.weight": 0}))
+    message = error(tmp_path)
+    assert "pytorch_model.bin, a pickle" in message
+    assert "safe_serialization=True" in message
+
+
+def test_absent_weights_and_directories_are_named(tmp_path):
+    assert f"neither {SINGLE} nor {INDEX}" in error(tmp_path)
+    assert "is no directory" in error(tmp_path / "nowhere")
+
+
+def test_table_must_cover_the_model(tmp_path):
+    write(tmp_path, tensors())
+    assert "leaves without a rule ['head/kernel']" in error(tmp_path, new=())
+    assert "rules without a leaf ['embed/embedding']" in error(tmp_path, new=("head", "embed"))
+    assert "nothing under ['hea']" in error(tmp_path, new=("hea",))
+
+
+def test_config_is_read_and_its_faults_named(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load_config(tmp_path)
+    for text, fault in (("{,", "is not JSON"), ("[1]", "must hold a JSON object, got list")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=fault):
+            load_config(tmp_path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match="is not JSON"):
+        load_config(tmp_path)
+    path.write_text('{"model_type": "bert"}')
+    assert load_config(str(tmp_path)) == {"model_type": "bert"}

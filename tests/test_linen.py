@@ -1,0 +1,194 @@
+"""LoRAPlusDense is nn.Dense plus s (x A) B, in every dtype and under every transform."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from loraplus_jax import LoRAPlusDense, init_lora, scale_variables
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (4, 6))
+
+
+def layer(**fields):
+    return LoRAPlusDense(**({"features": 5, "rank": 2, "alpha": 3.0} | fields))
+
+
+def randomised(tree, seed=7):
+    """The tree with every leaf drawn anew, so that no factor is zero."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def dtypes(tree):
+    return jax.tree.map(lambda leaf: leaf.dtype, tree)
+
+
+def assert_equal(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_bias": False},
+        {"dtype": jnp.bfloat16},
+        {"param_dtype": jnp.bfloat16},
+        {"dtype": jnp.float32, "param_dtype": jnp.bfloat16},
+        {"dtype": jnp.float16, "param_dtype": jnp.float32},
+        {"kernel_init": nn.initializers.ones, "bias_init": nn.initializers.normal()},
+    ],
+)
+@pytest.mark.parametrize("x_dtype", [jnp.float32, jnp.bfloat16])
+def test_at_init_it_is_dense_bit_for_bit(fields, x_dtype):
+    x = X.astype(x_dtype)
+    plain = nn.Dense(5, **fields)
+    expected = plain.init(KEY, x)
+    variables = layer(**fields).init(KEY, x)
+    assert dtypes(variables["params"]) == dtypes(expected["params"])
+    assert_equal(variables["params"], expected["params"])
+    got, wanted = layer(**fields).apply(variables, x), plain.apply(expected, x)
+    assert got.dtype == wanted.dtype
+    assert_equal(got, wanted)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["lora"])} == {fields.get("param_dtype", jnp.float32)}
+
+
+def test_forward_against_float64_numpy():
+    variables = randomised(layer().init(KEY, X))
+    w, bias, a, b = (
+        np.float64(v)
+        for v in (*(variables["params"][n] for n in ("kernel", "bias")), *variables["lora"].values())
+    )
+    x = np.float64(X)
+    np.testing.assert_allclose(layer().apply(variables, X), x @ w + bias + 1.5 * (x @ a) @ b, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 6)])
+def test_any_number_of_leading_axes(shape):
+    x = jax.random.normal(KEY, shape)
+    variables = randomised(layer().init(KEY, x))
+    flat = layer().apply(variables, x.reshape(-1, 6)).reshape(*shape[:-1], 5)
+    np.testing.assert_allclose(layer().apply(variables, x), flat, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_compute_really_is_bfloat16():
+    half = layer(dtype=jnp.bfloat16)
+    variables = randomised(half.init(KEY, X))
+    rounded = jax.tree.map(lambda v: v.astype(jnp.bfloat16).astype(jnp.float32), variables)
+    y = half.apply(variables, X)
+    np.testing.assert_array_equal(y, half.apply(rounded, X.astype(jnp.bfloat16)))
+    np.testing.assert_allclose(y.astype(jnp.float32), layer().apply(variables, X), rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("init", "zero", "drawn", "bound"),
+    [("lora", "lora_b", "lora_a", (6 / 600) ** 0.5), ("lora_b", "lora_a", "lora_b", (6 / 4) ** 0.5)],
+)
+def test_he_uniform_by_fan_in(init, zero, drawn, bound):
+    lora = layer(features=500, rank=4, init_factors=init).init(KEY, jnp.ones((1, 600)))["lora"]
+    assert not lora[zero].any()
+    size = abs(lora[drawn])
+    assert 0.99 * bound < size.max() <= bound
+    np.testing.assert_allclose(size.mean(), bound / 2, rtol=0.05)  # uniform
+
+
+def test_gaussian_init():
+    lora = layer(features=500, rank=4, init_factors="gaussian").init(KEY, jnp.ones((1, 600)))["lora"]
+    assert not lora["lora_b"].any()
+    np.testing.assert_allclose(lora["lora_a"].std(), 1 / 4, rtol=0.05)
+    assert abs(lora["lora_a"]).max() > 3 / 4
+
+
+@pytest.mark.parametrize("fields", [{"rank": 6}, {"rank": 0}, {"alpha": -1.0}, {"dropout": 1.0}, {"init_factors": "x"}])
+def test_bad_values_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields)).removesuffix("_factors")):
+        layer(**fields).init(KEY, X)
+
+
+def test_missing_or_misshapen_factors_are_refused():
+    variables = layer().init(KEY, X)
+    with pytest.raises(ValueError, match="no adapter"):
+        layer().apply({"params": variables["params"]}, X)
+    with pytest.raises(ValueError, match="lora_a"):
+        layer(rank=3).apply(variables, X)
+
+
+def test_jit_equals_eager_and_gradients_meet_finite_differences():
+    variables = randomised(layer().init(KEY, X))
+    np.testing.assert_allclose(
+        jax.jit(layer().apply)(variables, X), layer().apply(variables, X), rtol=1e-5, atol=1e-5
+    )
+    check_grads(lambda v: layer().apply(v, X), (variables,), order=1, modes=["rev"], rtol=0.02)
+
+
+def test_at_init_only_b_has_a_gradient():
+    variables = layer().init(KEY, X)
+    grads = jax.grad(lambda lora: layer().apply({**variables, "lora": lora}, X).sum())(variables["lora"])
+    assert not grads["lora_a"].any()
+    assert grads["lora_b"].all()
+
+
+def test_vmap_over_adapters_of_one_base():
+    variables = randomised(layer().init(KEY, X))
+    loras = jax.tree.map(lambda v: jnp.stack([v, 2 * v, -v]), variables["lora"])
+    run = lambda lora: layer().apply({"params": variables["params"], "lora": lora}, X)  # noqa: E731
+    expected = jnp.stack([run(jax.tree.map(lambda v: v[n], loras)) for n in range(3)])
+    np.testing.assert_allclose(jax.vmap(run)(loras), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("axis", "remat"), [(0, False), (1, True)])
+def test_scan_equals_a_python_loop(axis, remat):
+    kind = nn.remat(LoRAPlusDense) if remat else LoRAPlusDense
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return jnp.tanh(kind(6, rank=2, name="layer")(x)), None
+
+    axes = {"params": axis, "lora": axis}
+    scanned = nn.scan(Step, variable_axes=axes, split_rngs={"params": True}, length=3)()
+    variables = randomised(scanned.init(KEY, X, None))
+    _, specs = init_lora(scanned, KEY, X, None)
+    assert [(s.stacked, s.shape) for s in specs.values()] == [((axis,), ((3, 6, 6), (6, 3, 6))[axis])]
+    y = X
+    for n in range(3):
+        one = jax.tree.map(lambda v, n=n: np.take(np.asarray(v), n, axis), variables)
+        y = Step().apply(one, y, None)[0]
+    np.testing.assert_allclose(scanned.apply(variables, X, None)[0], y, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_acts_on_the_adapter_alone_and_only_with_a_key():
+    dense = layer(features=6, rank=6, alpha=6.0, dropout=0.5)
+    eye = {"lora_a": jnp.eye(6), "lora_b": jnp.eye(6)}
+    variables = {"params": {"kernel": 10 * jnp.eye(6), "bias": jnp.zeros(6)}, "lora": eye}
+    ones = jnp.ones((50, 6))
+    assert (dense.apply(variables, ones) == 11).all()
+    y = dense.apply(variables, ones, rngs={"dropout": KEY})
+    assert set(np.unique(y)) == {10.0, 12.0}
+    assert 0.35 < float((y == 10).mean()) < 0.65
+    assert (y != dense.apply(variables, ones, rngs={"dropout": jax.random.key(1)})).any()
+
+
+def test_scale_override():
+    model = nn.Sequential([layer()])
+    variables = randomised(model.init(KEY, X))
+    _, specs = init_lora(model, KEY, X)
+    at = lambda s: model.apply({**variables, "lora_scale": scale_variables(specs, s)}, X)  # noqa: E731
+    np.testing.assert_allclose(at(1.5), model.apply(variables, X), rtol=1e-6)
+    np.testing.assert_allclose(at(3.0) - at(0.0), 2 * (at(1.5) - at(0.0)), rtol=1e-4, atol=1e-4)
+
+
+def test_specs_of_layers_without_a_wrapper():
+    lora, specs = init_lora(nn.Sequential([layer(), nn.Dense(3), layer(features=2)]), KEY, X)
+    assert {path: spec.leaf for path, spec in specs.items()} == {
+        "layers_0": "params/layers_0/kernel",
+        "layers_2": "params/layers_2/kernel",
+    }
+    assert specs["layers_0"].scale == 1.5
+    assert jax.tree.map(jnp.shape, lora["layers_2"]) == {"lora_a": (3, 2), "lora_b": (2, 2)}

@@ -1,0 +1,79 @@
+"""AdapterSpec: the factors' letters and shapes for every layout, and JSON both ways."""
+
+import json
+
+import pytest
+
+from loraplus_jax import AdapterSpec, specs_from_json, specs_to_json
+
+
+def spec(**fields):
+    known = {"leaf": "params/q/kernel", "kind": "dense", "axes": "io", "shape": (3, 5), "rank": 2, "scale": 2.0}
+    return AdapterSpec(**(known | fields))
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "stacked", "a", "b"),
+    [
+        ("io", (3, 5), (), (3, 2), (2, 5)),
+        ("io", (4, 3, 5), (0,), (4, 3, 2), (4, 2, 5)),
+        ("io", (3, 4, 5), (1,), (3, 4, 2), (2, 4, 5)),
+        ("io", (3, 5, 4), (-1,), (3, 2, 4), (2, 5, 4)),
+        ("io", (6, 4, 3, 5), (0, 0), (6, 4, 3, 2), (6, 4, 2, 5)),
+        ("io", (4, 6, 3, 5), (0, 1), (4, 6, 3, 2), (4, 6, 2, 5)),
+        ("io", (6, 3, 5, 4), (-1, 0), (6, 3, 2, 4), (6, 2, 5, 4)),
+        ("gio", (7, 3, 5), (), (7, 3, 2), (7, 2, 5)),
+        ("goi", (4, 7, 5, 3), (0,), (4, 7, 3, 2), (4, 7, 2, 5)),
+    ],
+)
+def test_factor_shapes(axes, shape, stacked, a, b):
+    assert spec(axes=axes, shape=shape, stacked=stacked).factor_shapes == (a, b)
+
+
+def test_stacked_letters_are_innermost_first():
+    assert spec(shape=(6, 4, 3, 5), stacked=(0, 0)).letters("io") == "BAio"
+    assert spec(shape=(4, 6, 3, 5), stacked=(0, 1)).letters("io") == "ABio"
+
+
+def test_table_round_trip():
+    table = {"": spec(), "layers/q": spec(shape=(4, 3, 5), stacked=(0,), rank=1, scale=0.5)}
+    values = specs_to_json(table)
+    assert values[""] == {
+        "leaf": "params/q/kernel",
+        "kind": "dense",
+        "axes": "io",
+        "shape": [3, 5],
+        "rank": 2,
+        "scale": 2.0,
+        "stacked": [],
+    }
+    assert specs_from_json(json.loads(json.dumps(values))) == table
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "rnn"}, "kind must be one of dense, got 'rnn'"),
+        ({"axes": "ii"}, "must hold an i and an o"),
+        ({"shape": (4, 3, 5)}, "does not fit"),
+        ({"stacked": (0,)}, "does not fit"),
+    ],
+)
+def test_a_bad_spec_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        spec(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v | {"ranks": 2}, "no field 'ranks'; did you mean 'rank'"),
+        (lambda v: {k: x for k, x in v.items() if k not in ("rank", "scale")}, "lacks rank, scale"),
+        (lambda v: v | {"shape": 3}, "not iterable"),
+        (lambda v: 3, ""),
+        (lambda v: v | {"kind": "rnn"}, "'rnn'"),
+    ],
+)
+def test_a_bad_entry_is_refused_at_its_path(change, message):
+    with pytest.raises(ValueError, match=f"entry 'layers/q'.*{message}"):
+        specs_from_json({"layers/q": change(spec().to_json())})

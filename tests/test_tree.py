@@ -1,0 +1,120 @@
+"""Roles by path and side, and the two trees: what is trained, what is frozen."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from loraplus_jax import AdapterSpec, combine, label_params, split_trainable
+from loraplus_jax.tree import count, flatten, leaves_by_path, unflatten
+
+
+def zeros(*shape):
+    return jnp.zeros(shape)
+
+
+def pair(a=(4, 2), b=(2, 3)):
+    return {"lora_a": zeros(*a), "lora_b": zeros(*b)}
+
+
+def spec(shape=(4, 3), **fields):
+    return AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=shape, rank=2, scale=1.0, **fields)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"lora": {"q": pair()}},
+        {"q": pair()},
+        {"lora": pair()},
+        pair(),
+        {"lora": {"layers": {"q": pair((6, 4, 2), (6, 2, 3))}}},
+        {"lora": {"layers": {"q": pair((4, 6, 2), (2, 6, 3))}}},
+        {"lora": {"b": pair(), "lora_alike": pair()}},
+    ],
+)
+def test_roles_of_adapters(tree):
+    roles = {path: role for path, role in leaves_by_path(label_params(tree)).items()}
+    assert roles == {path: path[-1] for path in leaves_by_path(tree)}
+
+
+def test_everything_else_is_extra_whatever_its_name():
+    tree = {"params": {"a": zeros(2), "b": {"kernel": zeros(4, 2)}, "lora": {"bias": zeros(1)}}}
+    assert set(jax.tree.leaves(label_params(tree))) == {"extra"}
+
+
+def test_roles_do_not_come_from_values():
+    tree = {"q": pair()}
+    other = jax.tree.map(lambda x: x + 1, tree) | {"q": {**pair(), "lora_a": zeros(4, 2), "lora_b": zeros(2, 3) + 1}}
+    assert label_params(tree) == label_params(other) == {"q": {"lora_a": "a", "lora_b": "b"}}
+
+
+def test_shapes_and_traced_values_can_be_labelled():
+    shapes = jax.eval_shape(lambda: {"q": pair()})
+    assert label_params(shapes) == {"q": {"lora_a": "a", "lora_b": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "specs", "message"),
+    [
+        ({"q": {"lora_a": zeros(4, 2)}}, None, "q holds one factor only: lora_b is missing"),
+        ({"lora": {"q": {"lora_b": zeros(2, 3)}}}, None, "lora/q holds one factor only: lora_a is missing"),
+        ({"q": pair((2, 4), (3, 2))}, None, "do not meet in a rank"),
+        ({"q": pair((4,), (2, 3))}, None, "do not meet in a rank"),
+        ({"lora": {"q": pair()}}, {"q": spec((5, 3))}, "do not fit the specs"),
+        ({"lora": {"q": pair()}}, {"qq": spec()}, "lora/q is not in the specs.*qq"),
+    ],
+)
+def test_odd_factors_are_refused(tree, specs, message):
+    with pytest.raises(ValueError, match=message):
+        label_params(tree, specs)
+
+
+def test_square_factors_are_refused_by_the_table_when_swapped():
+    swapped = {"lora": {"q": pair((2, 4), (4, 2))}}
+    assert label_params(swapped)  # (2, 4)(4, 2): a legal pair of rank 4 as far as shapes go
+    with pytest.raises(ValueError, match="do not fit the specs"):
+        label_params(swapped, {"q": spec((4, 4))})
+
+
+VARIABLES = {
+    "params": {"enc": {"q": {"kernel": 1}, "head": {"bias": 2}}, "head": {"kernel": 3, "norm": {"scale": 4}}},
+    "lora": {"enc": {"q": {"lora_a": 5, "lora_b": 6}}},
+    "batch_stats": {"head": {"mean": 7}},
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "trained"),
+    [
+        ((), {5, 6}),
+        (("head",), {2, 3, 4, 5, 6}),
+        (("enc/head",), {2, 5, 6}),
+        (("norm", "q"), {1, 4, 5, 6}),
+        (("enc",), {1, 2, 5, 6}),
+    ],
+)
+def test_split_trainable(names, trained):
+    trainable, frozen = split_trainable(VARIABLES, names)
+    assert set(jax.tree.leaves(trainable)) == trained
+    assert set(jax.tree.leaves(frozen)) == set(range(1, 8)) - trained
+    assert combine(trainable, frozen) == VARIABLES
+
+
+def test_a_module_to_save_that_is_not_there_names_the_nearest():
+    with pytest.raises(ValueError, match="'hea' matches no module; did you mean 'head'"):
+        split_trainable(VARIABLES, ("hea",))
+
+
+def test_a_leaf_in_two_trees_is_refused():
+    with pytest.raises(ValueError, match="share"):
+        combine({"params": {"q": 1}}, {"params": {"q": 2, "k": 3}})
+
+
+def test_flatten_and_unflatten_are_inverse():
+    assert flatten(VARIABLES)["params/head/norm/scale"] == 4
+    assert unflatten(flatten(VARIABLES)) == VARIABLES
+
+
+def test_count():
+    assert count(pair()) == 4 * 2 + 2 * 3
+    assert count(jax.eval_shape(pair)) == 14
