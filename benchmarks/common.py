@@ -1,0 +1,64 @@
+"""What every benchmark shares: interleaved timing, a table on the screen, and a JSON file that says where it ran."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+PACKAGES = ("loraplus_jax", "jax", "jaxlib", "flax", "optax")
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round. Runs alternate, in turning order, so that drift meets all alike."""
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        jax.block_until_ready(runs[name]())
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in (*names[shift:], *names[:shift]):
+            start = time.perf_counter()
+            jax.block_until_ready(runs[name]())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median over rounds of one run's time over another's in the same round."""
+    return float(np.median(np.divide(over, under)))
+
+
+def machine() -> dict[str, Any]:
+    """Device and versions."""
+    return {
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of the same columns as a Markdown table."""
+    columns = list(rows[0])
+    cells = [columns, ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def report(name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Prints the table and writes `results/NAME.json`."""
+    print(table(rows))
+    for key, value in more.items():
+        print(f"{key}: {value}")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
+    print(f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

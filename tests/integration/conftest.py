@@ -1,0 +1,201 @@
+"""A tiny world for whole runs: a random BERT directory, texts whose label is one of their words, and a config."""
+
+import csv
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from loraplus_jax.train.cli import main
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+FILLERS = "the a this that one film book song play tale was is seems felt looked so very quite rather too".split()
+MARKS = {"good": "yes", "fine": "yes", "bad": "no", "poor": "no"}
+RATINGS = {"good": 3.0, "fine": 1.0, "bad": -3.0, "poor": -1.0}
+HIDDEN, LAYERS, INNER, POSITIONS = 16, 2, 32, 24
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Where everything lies, and `loraplus` run on it in this process."""
+
+    directory: Path
+
+    @property
+    def model(self):
+        return self.directory / "model"
+
+    @property
+    def data(self):
+        return self.directory / "texts.csv"
+
+    @property
+    def config(self):
+        return self.directory / "config.yaml"
+
+    @property
+    def out(self):
+        return self.directory / "out"
+
+    def train(self, *overrides, out=None):
+        """`loraplus train`; later overrides win."""
+        return main(["train", str(self.config), "--output_dir", str(out or self.out), *overrides])
+
+    def trained(self, *overrides, out=None):
+        """The directory of a run that must end well."""
+        assert self.train(*overrides, out=out) == 0
+        return out or self.out
+
+    def rows(self):
+        with self.data.open(encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def write_rows(self, name, rows):
+        """Rows as .csv, .tsv or .jsonl; returns the file."""
+        path = self.directory / name
+        if path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            return path
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
+
+    def change_config(self, section=None, **values):
+        """Fields of the YAML file, or of one of its sections, replaced; None takes a field out."""
+        content = yaml.safe_load(self.config.read_text())
+        place = content if section is None else content.setdefault(section, {})
+        place |= values
+        for name in [name for name, value in values.items() if value is None]:
+            del place[name]
+        self.config.write_text(yaml.safe_dump(content))
+
+    def change_tensors(self, change):
+        """`change(tensors)` edits the weights' file."""
+        path = self.model / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+
+@pytest.fixture(scope="session")
+def first_world(tmp_path_factory):
+    """The one that is copied and never changed."""
+    world = World(tmp_path_factory.mktemp("world"))
+    world.model.mkdir()
+    _write_model(world.model)
+    world.write_rows("texts.csv", _texts(160))
+    content = {
+        "model": {"path": str(world.model), "dropout": 0.0, "head_dropout": 0.0},
+        "data": {"path": str(world.data), "max_length": 12},
+        "lora": {"target_modules": ["query", "value"], "rank": 4, "lr_ratio": 4},
+        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+        "train": {"steps": 24, "batch_size": 16, "eval_every": 8, "log_every": 4, "eval_batch_size": 16},
+        "mesh": {"data": 1},
+        "output_dir": str(world.out),
+    }
+    world.config.write_text(yaml.safe_dump(content, sort_keys=False))
+    return world
+
+
+@pytest.fixture
+def world(first_world, tmp_path, cache):
+    """A fresh copy."""
+    for name in ("model", "texts.csv", "config.yaml"):
+        source = first_world.directory / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    copy = World(tmp_path)
+    content = copy.config.read_text().replace(str(first_world.directory), str(tmp_path))
+    copy.config.write_text(content)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def cache_directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cache(cache_directory, monkeypatch):
+    """A cache of this test session's own, in which even programs that compile fast are kept."""
+    monkeypatch.setenv("LORAPLUS_CACHE", str(cache_directory))
+    old = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
+    for name, value in CACHE_OPTIONS.items():
+        jax.config.update(name, value)
+    yield cache_directory
+    for name, value in old.items():
+        jax.config.update(name, value)
+
+
+CACHE_OPTIONS = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+
+
+def _texts(count):
+    """Distinct texts with one mark each: rows of text, label and rating."""
+    rng = np.random.default_rng(0)
+    rows = {}
+    while len(rows) < count:
+        mark = list(MARKS)[len(rows) % len(MARKS)]
+        words = [*rng.choice(FILLERS, rng.integers(3, 6)), mark]
+        text = " ".join(rng.permutation(words))
+        rows[text] = {"text": text, "label": MARKS[mark], "rating": RATINGS[mark]}
+    return list(rows.values())
+
+
+def _write_model(directory):
+    words = [*SPECIAL, *FILLERS, *MARKS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {
+        "model_type": "bert",
+        "vocab_size": len(words),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 2,
+        "intermediate_size": INNER,
+        "max_position_embeddings": POSITIONS,
+        "type_vocab_size": 2,
+        "pad_token_id": 0,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(_tensors(len(words)), directory / "model.safetensors")
+
+
+def _tensors(vocabulary):
+    rng = np.random.default_rng(1)
+
+    def norm(name):
+        return {f"{name}.weight": np.ones(HIDDEN, np.float32), f"{name}.bias": np.zeros(HIDDEN, np.float32)}
+
+    def linear(name, inner, outer):
+        weight = rng.normal(size=(outer, inner)) / np.sqrt(inner)
+        return {f"{name}.weight": weight.astype(np.float32), f"{name}.bias": np.zeros(outer, np.float32)}
+
+    rows = {"word": vocabulary, "position": POSITIONS, "token_type": 2}
+    tensors = {
+        f"embeddings.{name}_embeddings.weight": rng.normal(size=(size, HIDDEN)).astype(np.float32)
+        for name, size in rows.items()
+    }
+    tensors |= norm("embeddings.LayerNorm")
+    for layer in (f"encoder.layer.{i}" for i in range(LAYERS)):
+        for name in ("query", "key", "value"):
+            tensors |= linear(f"{layer}.attention.self.{name}", HIDDEN, HIDDEN)
+        tensors |= linear(f"{layer}.attention.output.dense", HIDDEN, HIDDEN)
+        tensors |= norm(f"{layer}.attention.output.LayerNorm")
+        tensors |= linear(f"{layer}.intermediate.dense", HIDDEN, INNER)
+        tensors |= linear(f"{layer}.output.dense", INNER, HIDDEN) | norm(f"{layer}.output.LayerNorm")
+    return tensors | linear("pooler.dense", HIDDEN, HIDDEN)

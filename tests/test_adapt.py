@@ -1,0 +1,503 @@
+"""apply_lora_plus over models of many shapes: the base untouched, the adapters equal to merged weights."""
+
+import json
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax import (
+    LoRAPlusConfig,
+    LoRAPlusDense,
+    apply_lora_plus,
+    init_lora,
+    merge,
+    scale_variables,
+    specs_from_json,
+    specs_to_json,
+)
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (2, 4))
+CONFIG = LoRAPlusConfig(target_modules=["up"], rank=2, alpha=3.0)
+
+
+def randomised(tree, seed=7):
+    """The tree with every leaf drawn anew, so that no factor is zero."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(
+        treedef, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def assert_equal(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def draw(model):
+    """The variables of a model, compiled as one program."""
+    return jax.jit(model.init)(KEY, X)
+
+
+def run(model, variables):
+    """The outputs of a model, compiled as one program."""
+    return jax.jit(model.apply)(variables, X)
+
+
+class Compact(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        h = nn.relu(nn.Dense(6, name="up")(x))
+        return nn.Dense(4, name="down")(h)
+
+
+class Setup(nn.Module):
+    def setup(self):
+        self.up, self.down = nn.Dense(6), nn.Dense(4)
+
+    def __call__(self, x):
+        return self.decode(self.encode(x))
+
+    def encode(self, x):
+        return nn.relu(self.up(x))
+
+    def decode(self, h):
+        return self.down(h)
+
+
+class Shared(nn.Module):
+    def setup(self):
+        self.up = nn.Dense(4)
+
+    def __call__(self, x):
+        return self.up(jnp.tanh(self.up(x)))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        return x + nn.Dense(4, name="down")(jnp.tanh(nn.Dense(6, name="up")(x))), None
+
+
+class Scanned(nn.Module):
+    axis: int = 0
+    remat: bool = False
+    split: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        rngs = {"params": True} | ({"dropout": True} if self.split else {})
+        block = nn.remat(Block) if self.remat else Block
+        layers = nn.scan(block, variable_axes={"params": self.axis}, split_rngs=rngs, length=3)
+        return layers(name="layers")(x, None)[0]
+
+
+class Remat(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.remat(Block)(name="block")(x)[0]
+
+
+class Vmapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)
+        return dense(5, name="up")(x)
+
+
+class ScannedTwice(nn.Module):
+    @nn.compact
+    def __call__(self, x, _=None):
+        inner = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return inner(name="inner")(x, None)
+
+
+class Nest(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        outer = nn.scan(ScannedTwice, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        return outer(name="outer")(x, None)[0]
+
+
+class OwnDense(nn.Dense):
+    """A subclass of a user's own that calls super."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return 2 * super().__call__(inputs)
+
+
+class Owned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return OwnDense(5, use_bias=False, name="up")(x)
+
+
+# model, path of the adapted module, shape of its kernel, stacked axes
+MODELS = {
+    "compact": (Compact(), "up", (4, 6), ()),
+    "setup": (Setup(), "up", (4, 6), ()),
+    "shared": (Shared(), "up", (4, 4), ()),
+    "sequential": (nn.Sequential([Setup(), jnp.tanh]), "layers_0/up", (4, 6), ()),
+    "scan 0": (Scanned(0), "layers/up", (3, 4, 6), (0,)),
+    "scan 1": (Scanned(1), "layers/up", (4, 3, 6), (1,)),
+    "scan -1": (Scanned(-1), "layers/up", (4, 6, 3), (-1,)),
+    "scan remat": (Scanned(0, remat=True), "layers/up", (3, 4, 6), (0,)),
+    "scan scan": (Nest(), "outer/inner/up", (2, 3, 4, 6), (0, 1)),
+    "remat": (Remat(), "block/up", (4, 6), ()),
+    "vmap": (Vmapped(), "up", (3, 4, 5), (0,)),
+    "subclass": (Owned(), "up", (4, 5), ()),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_model(name):
+    inner, path, shape, stacked = MODELS[name]
+    model = apply_lora_plus(inner, CONFIG)
+    plain, variables = draw(inner), draw(model)
+    assert variables.keys() == {"params", "lora"}
+    assert_equal(variables["params"], plain["params"])
+    start = run(inner, plain)
+    np.testing.assert_array_equal(run(model, variables), start)
+
+    lora, specs = init_lora(model, KEY, X, base=plain)
+    assert_equal(lora, variables["lora"])
+    assert list(specs) == [path]
+    spec = specs[path]
+    assert (spec.leaf, spec.shape, spec.stacked) == (f"params/{path}/kernel", shape, stacked)
+    assert (spec.kind, spec.axes, spec.rank, spec.scale) == ("dense", "io", 2, 1.5)
+    assert specs_from_json(json.loads(json.dumps(specs_to_json(specs)))) == specs
+
+    lora = randomised(lora)
+    adapted, merged = run(model, {**plain, "lora": lora}), run(inner, merge(plain, lora, specs))
+    assert abs(adapted - start).max() > 0.1
+    np.testing.assert_allclose(adapted, merged, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_is_one_layer():
+    model = apply_lora_plus(nn.Dense(5), LoRAPlusConfig(target_modules=".*", rank=2))
+    lora, specs = init_lora(model, KEY, X)
+    assert jax.tree.map(jnp.shape, lora) == {"lora_a": (4, 2), "lora_b": (2, 5)}
+    assert (list(specs), specs[""].leaf) == ([""], "params/kernel")
+
+
+def test_every_layer_of_a_stack_starts_with_its_own_draw():
+    a = apply_lora_plus(Scanned(), CONFIG).init(KEY, X)["lora"]["layers"]["up"]["lora_a"]
+    assert (a[0] != a[1]).all()
+    assert (a[1] != a[2]).all()
+
+
+class Attribute(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(self.inner(x))
+
+
+class InSetup(nn.Module):
+    wrap: object
+
+    def setup(self):
+        self.inner, self.head = self.wrap(Setup()), nn.Dense(3)
+
+    def __call__(self, x):
+        return self.head(self.inner(x))
+
+
+class InCompact(nn.Module):
+    wrap: object
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(self.wrap(Setup(name="inner"))(x))
+
+
+NESTINGS = {
+    "attribute": lambda wrap: Attribute(wrap(Setup())),
+    "setup": InSetup,
+    "compact": InCompact,
+}
+
+
+@pytest.mark.parametrize("name", NESTINGS)
+def test_inside_another_model(name):
+    plain, model = NESTINGS[name](lambda m: m), NESTINGS[name](partial(apply_lora_plus, config=CONFIG))
+    base, variables = plain.init(KEY, X), model.init(KEY, X)
+    assert_equal(variables["params"], base["params"])
+    lora, specs = init_lora(model, KEY, X)
+    assert_equal(lora, variables["lora"])
+    assert [spec.leaf for spec in specs.values()] == ["params/inner/up/kernel"]
+    lora = randomised(lora)
+    adapted = model.apply({**base, "lora": lora}, X)
+    assert abs(adapted - plain.apply(base, X)).max() > 0.1
+    np.testing.assert_allclose(adapted, plain.apply(merge(base, lora, specs), X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["encode", Setup.encode, Setup().encode], ids=["name", "function", "bound"])
+def test_methods(method):
+    model = apply_lora_plus(Setup(), CONFIG)
+    lora, specs = init_lora(model, KEY, X)
+    base, lora = Setup().init(KEY, X), randomised(lora)
+    expected = Setup().apply(merge(base, lora, specs), X, method="encode")
+    np.testing.assert_allclose(model.apply({**base, "lora": lora}, X, method=method), expected, rtol=1e-5, atol=1e-5)
+    variables = model.init(KEY, X, method=method)
+    assert variables["params"].keys() == {"up"}
+    y, _ = model.init_with_output(KEY, X, method=method)
+    np.testing.assert_array_equal(y, Setup().apply(base, X, method="encode"))
+
+
+def test_init_lora_by_another_method():
+    lora, _ = init_lora(apply_lora_plus(Setup(), CONFIG), KEY, X, method="encode")
+    assert jax.tree.map(jnp.shape, lora) == {"up": {"lora_a": (4, 2), "lora_b": (2, 6)}}
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(AttributeError, match="Setup has no method 'encod'; did you mean 'encode'"):
+        apply_lora_plus(Setup(), CONFIG).apply({}, X, method="encod")
+
+
+def test_keyword_inputs_reach_the_adapter():
+    class Keyword(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="up")(inputs=x)
+
+    model = apply_lora_plus(Keyword(), CONFIG)
+    variables = randomised(model.init(KEY, x=X))
+    assert (model.apply(variables, x=X) != Keyword().apply({"params": variables["params"]}, X)).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "paths"),
+    [
+        (["up"], ["block/up"]),
+        (["block/up", "down"], ["block/down", "block/up"]),
+        ("block/(up|down)", ["block/down", "block/up"]),
+        (".*", ["block/down", "block/up"]),
+        (".*p", ["block/up"]),
+    ],
+)
+def test_targets(target, paths):
+    _, specs = init_lora(apply_lora_plus(Remat(), LoRAPlusConfig(target_modules=target, rank=2)), KEY, X)
+    assert sorted(specs) == paths
+
+
+class Mixed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3,), name="conv")(nn.Dense(4, name="query")(x))
+        return nn.DenseGeneral((2, 2), name="value")(nn.LayerNorm(name="norm")(x))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (["qurey"], "'qurey' matches no Dense layer; did you mean 'query'"),
+        (["query", "nothing"], "'nothing' matches no Dense layer"),
+        ("query/.*", "matches no Dense layer.*'query'"),
+        (["norm"], "'norm' matches no Dense layer"),
+        (["conv"], "'conv' matches 'conv', a Conv; only Dense"),
+        (["query", "value"], "'value' matches 'value', a DenseGeneral; only Dense"),
+        ("(query|conv)", "matches 'conv', a Conv"),
+    ],
+)
+@pytest.mark.parametrize("start", ["init", "init_lora"])
+def test_a_target_that_cannot_be_adapted_is_refused(target, message, start):
+    model = apply_lora_plus(Mixed(), LoRAPlusConfig(target_modules=target, rank=2))
+    with pytest.raises(ValueError, match=message):
+        model.init(KEY, X) if start == "init" else init_lora(model, KEY, X)
+
+
+def test_only_modules_are_wrapped():
+    with pytest.raises(TypeError, match=r"takes a flax.linen.Module, got function"):
+        apply_lora_plus(lambda x: x, CONFIG)
+
+
+def test_a_model_without_adapters_is_refused():
+    with pytest.raises(ValueError, match="no adapters: wrap it with apply_lora_plus"):
+        init_lora(Setup(), KEY, X)
+
+
+@pytest.mark.parametrize("inner", [Setup(), Scanned()], ids=["flat", "scanned"])
+def test_missing_factors_are_an_error_and_not_a_plain_model(inner):
+    base = inner.init(KEY, X)
+    for variables in (base, {**base, "lora": {}}):
+        with pytest.raises(ValueError, match="no adapter for .*up.*init_lora"):
+            apply_lora_plus(inner, CONFIG).apply(variables, X)
+
+
+def test_a_rank_above_the_layer_is_refused():
+    with pytest.raises(ValueError, match=r"rank 5 is above min\(in, out\) of 'up'.*\(4, 6\): at most 4"):
+        init_lora(apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=["up"], rank=5)), KEY, X)
+
+
+def test_factors_of_another_rank_are_refused():
+    base, lora = Setup().init(KEY, X), apply_lora_plus(Setup(), CONFIG).init(KEY, X)["lora"]
+    model = apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=["up"], rank=3))
+    with pytest.raises(ValueError, match=r"lora_a of 'up' has shape \(4, 2\), the config asks for \(4, 3\)"):
+        model.apply({**base, "lora": lora}, X)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ({"params": {"up": {"kernel": jnp.zeros((4, 5))}}}, r"params/up/kernel must have shape \(4, 6\), has \(4, 5\)"),
+        ({"params": {}}, "params/up/kernel must have shape .* is missing"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_refused(base, message):
+    with pytest.raises(ValueError, match=message):
+        init_lora(apply_lora_plus(Setup(), CONFIG), KEY, X, base=base)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("inner", [Setup(), Scanned(split=True)], ids=["flat", "scanned"])
+def test_dropout_acts_when_a_key_is_given(inner):
+    model = apply_lora_plus(inner, LoRAPlusConfig(target_modules=["up"], rank=2, dropout=0.5))
+    variables = randomised(model.init(KEY, X))
+    run = lambda *seed: model.apply(variables, X, rngs={"dropout": jax.random.key(*seed)} if seed else {})  # noqa: E731
+    np.testing.assert_array_equal(run(1), run(1))
+    assert (run(1) != run()).any()
+    assert (run(1) != run(2)).any()
+
+
+def test_a_key_that_does_not_reach_a_target_is_an_error():
+    model = apply_lora_plus(Scanned(), LoRAPlusConfig(target_modules=["up"], rank=2, dropout=0.5))
+    variables = model.init(KEY, X)
+    model.apply(variables, X)
+    with pytest.raises(ValueError, match=r"'layers/up': an nn.scan or nn.vmap above it must name 'dropout'"):
+        model.apply(variables, X, rngs={"dropout": KEY})
+    apply_lora_plus(Scanned(), CONFIG).apply(variables, X, rngs={"dropout": KEY})  # dropout=0: nothing to reach
+
+
+# Other collections, dtypes and layers
+
+
+def test_mutable_collections_work_as_in_the_inner_model():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=False, name="norm")(nn.Dense(6, name="up")(x))
+
+    model = apply_lora_plus(Normed(), CONFIG)
+    variables, plain = model.init(KEY, X), Normed().init(KEY, X)
+    assert variables.keys() == {"params", "lora", "batch_stats"}
+    got, expected = (
+        m.apply(v, X, mutable=["batch_stats"]) for m, v in ((model, variables), (Normed(), plain))
+    )
+    assert_equal(got, expected)
+    assert got[1]["batch_stats"]["norm"]["mean"].any()
+
+
+def test_everything_mutable_gives_the_variables_back():
+    model = apply_lora_plus(Scanned(), CONFIG)
+    variables = randomised(model.init(KEY, X))
+    y, after = model.apply(variables, X, mutable=True)
+    assert_equal(after, variables)
+    np.testing.assert_array_equal(y, model.apply(variables, X))
+
+
+@pytest.mark.parametrize(("dtype", "param_dtype"), [("bfloat16", "float32"), (None, "bfloat16")])
+def test_dtypes_follow_the_layer(dtype, param_dtype):
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(6, dtype=dtype, param_dtype=param_dtype, name="up")(x)
+
+    model = apply_lora_plus(Half(), CONFIG)
+    variables = model.init(KEY, X)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables)} == {param_dtype}
+    for x in (X, X.astype(jnp.bfloat16)):
+        y, expected = model.apply(variables, x), Half().apply({"params": variables["params"]}, x)
+        assert y.dtype == expected.dtype
+        np.testing.assert_array_equal(y, expected)
+
+
+def test_a_loraplus_layer_inside_keeps_its_own_adapter():
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="up")(LoRAPlusDense(5, rank=1, alpha=1.0, name="own")(x))
+
+    model = apply_lora_plus(Both(), CONFIG)
+    lora, specs = init_lora(model, KEY, X)
+    assert {path: (spec.rank, spec.scale) for path, spec in specs.items()} == {"own": (1, 1.0), "up": (2, 1.5)}
+    base, lora = {"params": model.init(KEY, X)["params"]}, randomised(lora)
+    plain = nn.Sequential([nn.Dense(5), nn.Dense(4)])
+    merged = merge(base, lora, specs)["params"]
+    expected = plain.apply({"params": {"layers_0": merged["own"], "layers_1": merged["up"]}}, X)
+    np.testing.assert_allclose(model.apply({**base, "lora": lora}, X), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_reach_both_factors_of_every_layer():
+    model = apply_lora_plus(Scanned(remat=True), CONFIG)
+    variables = randomised(model.init(KEY, X))
+    loss = lambda lora: model.apply({**variables, "lora": lora}, X).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss))(variables["lora"])
+    assert all((abs(leaf).max(axis=(1, 2)) > 0).all() for leaf in jax.tree.leaves(grads))
+
+
+# Scale as a value
+
+
+@pytest.mark.parametrize("inner", [Setup(), Scanned(1)], ids=["flat", "scanned"])
+def test_scales_are_values_and_a_population_compiles_once(inner):
+    model = apply_lora_plus(inner, CONFIG)
+    lora, specs = init_lora(model, KEY, X)
+    base, lora = inner.init(KEY, X), randomised(lora)
+    traces = []
+
+    @jax.jit
+    @jax.vmap
+    def run(scale):
+        traces.append(scale)
+        return model.apply({**base, "lora": lora, "lora_scale": scale_variables(specs, scale)}, X)
+
+    scales = jnp.array([0.0, 0.5, 1.5])
+    outputs = run(scales)
+    run(scales + 1)
+    assert len(traces) == 1
+    np.testing.assert_allclose(outputs[0], inner.apply(base, X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs[2], model.apply({**base, "lora": lora}, X), rtol=1e-5, atol=1e-5)
+    thirds = jax.tree.map(lambda x: x / 3**0.5, lora)
+    np.testing.assert_allclose(outputs[1], model.apply({**base, "lora": thirds}, X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_per_layer():
+    model, inner = apply_lora_plus(Scanned(), CONFIG), Scanned()
+    lora, specs = init_lora(model, KEY, X)
+    base, lora = inner.init(KEY, X), randomised(lora)
+    scale = scale_variables(specs, np.array([1.5, 0.0, 0.0]).reshape(3, 1, 1))
+    first = jax.tree.map(lambda x: x.at[1:].set(0.0), lora)
+    got = model.apply({**base, "lora": lora, "lora_scale": scale}, X)
+    np.testing.assert_allclose(got, model.apply({**base, "lora": first}, X), rtol=1e-5, atol=1e-5)
+
+
+# No base weights
+
+
+def test_init_lora_makes_no_base_weights():
+    model = apply_lora_plus(nn.Sequential([nn.Dense(512), nn.Dense(512)]), LoRAPlusConfig(target_modules=".*", rank=1))
+    x = jax.ShapeDtypeStruct((1, 512), jnp.float32)
+    make = {
+        "lora": lambda key: init_lora(model, key, x)[0],
+        "all": lambda key: model.init(key, jnp.zeros(x.shape)),
+    }
+    compiled = {name: jax.jit(f).lower(KEY).compile() for name, f in make.items()}
+    assert "512,512]" in compiled["all"].as_text()
+    assert "512,512]" not in compiled["lora"].as_text()
+    memory = compiled["lora"].memory_analysis()
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < 512 * 512 * 4 / 10
+
+
+def test_init_lora_takes_shapes_for_arrays():
+    model = apply_lora_plus(Setup(), CONFIG)
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    assert_equal(init_lora(model, KEY, shape)[0], init_lora(model, KEY, X)[0])
