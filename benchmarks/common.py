@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, a table on the screen, and a JSON file that says where it ran."""
+"""What benchmarks share: interleaved timing, a table on the screen, and a JSON file that says where it ran."""
 
 import importlib.metadata
 import json

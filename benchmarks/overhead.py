@@ -64,8 +64,9 @@ def make(method: str, batch: dict, rank: int) -> tuple:
 
 
 def ideal_flops(trainable: dict, frozen: dict, batch: dict, rank: int) -> float:
-    """4 N T for frozen matrices (forward, and backward to the input), attention, adapters and head; multiply and add
-    count as two. The first layer's query, key and value need no gradient of their input.
+    """4 N T for frozen matrices (forward, and backward to the input), attention, adapters and head.
+
+    A multiplication and an addition count as two.
     """
     size, length = batch["input_ids"].shape
     tokens, width, layers = size * length, MINILM.hidden_size, MINILM.num_hidden_layers
@@ -102,13 +103,14 @@ def main() -> None:
     seconds = interleaved({m: lambda m=m: one_step(m) for m in made}, options.rounds)
     rows = []
     for method, (compiled, _, frozen) in made.items():
+        opt_bytes = sum(x.nbytes for x in jax.tree.leaves(states[method].opt_state))
         memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
         ideal = ideal_flops(states[method].trainable, frozen, batch, options.rank)
         rows.append(
             {
                 "method": method,
                 "trainable": f"{count(states[method].trainable):,}",
-                "optimizer state, MB": f"{sum(x.nbytes for x in jax.tree.leaves(states[method].opt_state)) / 1e6:.2f}",
+                "optimizer state, MB": f"{opt_bytes / 1e6:.2f}",
                 "GFLOP": f"{flops / 1e9:.4f}",
                 "over ideal": "-" if method == "full" else f"{flops / ideal:.4f}",
                 "temporaries, MB": f"{memory.temp_size_in_bytes / 1e6:.2f}",

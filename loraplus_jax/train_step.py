@@ -51,7 +51,12 @@ def init_state(trainable: Any, tx: optax.GradientTransformation, rng: jax.Array)
 
 
 def make_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, axis_name: str | None = None
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    skip_nonfinite: bool = False,
+    axis_name: str | None = None,
 ) -> StepFn:
     """The pure step `(state, frozen, batch) -> (state, metrics)`, to be compiled by `jit_step` or `pmap_step`.
 
@@ -61,11 +66,12 @@ def make_step(
       loss_fn: takes the combined variables, a batch and a key; see `LossFn`. Sums, never means.
       tx: any optax transform; its update sees the mean gradient.
       accumulate: how many micro-batches a batch is cut into, along the leading axis of every leaf.
+      skip_nonfinite: leave trainable and optimizer as they were when the loss or a gradient norm is not finite.
       axis_name: the pmap axis that sums go over, if any.
 
     Returns:
       A step whose metrics are `loss`, the means of the loss function's own, and `grad_norm/ROLE` and
-      `update_norm/ROLE` for the roles that occur; float32 scalars.
+      `update_norm/ROLE` for the roles that occur; float32 scalars. With `skip_nonfinite` also `skipped`, 1 or 0.
 
     Raises:
       ValueError: `accumulate` below 1, or, when traced, one that does not divide the batch.
@@ -92,13 +98,23 @@ def make_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = means(totals) | _norms(grads, updates)
+        if skip_nonfinite:
+            fine = _all_finite(metrics)
+            metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
+            old, new = (state.trainable, state.opt_state), (trainable, opt_state)
+            trainable, opt_state = jax.tree.map(lambda o, n: jnp.where(fine, n, o), old, new)
         return TrainState(trainable, opt_state, state.step + 1, state.rng), metrics
 
     return step
 
 
 def jit_step(
-    loss_fn: LossFn, tx: optax.GradientTransformation, *, mesh: Mesh | None = None, accumulate: int = 1
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
+    skip_nonfinite: bool = False,
 ) -> StepFn:
     """The compiled step; its state is donated. With a mesh the batch is split over the axis `"data"`.
 
@@ -107,7 +123,7 @@ def jit_step(
     Raises:
       ValueError: a mesh without a `"data"` axis.
     """
-    step = make_step(loss_fn, tx, accumulate=accumulate)
+    step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite)
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     if DATA_AXIS not in mesh.axis_names:
@@ -116,13 +132,15 @@ def jit_step(
     return jax.jit(step, donate_argnums=0, in_shardings=(same, same, split), out_shardings=(same, same))
 
 
-def pmap_step(loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1) -> StepFn:
+def pmap_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, skip_nonfinite: bool = False
+) -> StepFn:
     """The data-parallel step over the local devices by `jax.pmap`; its state is donated.
 
     State and frozen variables carry a leading device axis (`flax.jax_utils.replicate`), a batch the shape
     `(devices, batch / devices, ...)`. Per step it equals `jit_step` when there is no dropout, whose masks differ.
     """
-    step = make_step(loss_fn, tx, accumulate=accumulate, axis_name=DATA_AXIS)
+    step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite, axis_name=DATA_AXIS)
     return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
 
 
@@ -174,6 +192,12 @@ def _accumulated(
     first = jax.tree.map(lambda x: x[0], (micro, keys))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(compute, *first))
     return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
+    """Whether the loss is, and every gradient: a norm is finite only if all that it sums is."""
+    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith("grad_norm/")]
+    return jnp.all(jnp.isfinite(jnp.stack(watched)))
 
 
 def _norms(grads: Any, updates: Any) -> dict[str, jax.Array]:

@@ -63,7 +63,9 @@ def test_a_bad_value_is_refused_by_name(field, value, error):
 
 @pytest.mark.parametrize("target", [["query", "value"], "layers/.*/(query|value)"])
 def test_json_round_trip(target):
-    config = LoRAPlusConfig(target_modules=target, rank=3, dropout=0.5, init="lora_b", modules_to_save=["head"])
+    config = LoRAPlusConfig(
+        target_modules=target, rank=3, dropout=0.5, init="lora_b", modules_to_save=["head"]
+    )
     assert LoRAPlusConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 

@@ -8,7 +8,14 @@ from loraplus_jax import AdapterSpec, specs_from_json, specs_to_json
 
 
 def spec(**fields):
-    known = {"leaf": "params/q/kernel", "kind": "dense", "axes": "io", "shape": (3, 5), "rank": 2, "scale": 2.0}
+    known = {
+        "leaf": "params/q/kernel",
+        "kind": "dense",
+        "axes": "io",
+        "shape": (3, 5),
+        "rank": 2,
+        "scale": 2.0,
+    }
     return AdapterSpec(**(known | fields))
 
 

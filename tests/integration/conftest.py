@@ -1,5 +1,6 @@
 """A tiny world for whole runs: a random BERT directory, texts whose label is one of their words, and a config."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -10,15 +11,20 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from loraplus_jax.train import loop
 from loraplus_jax.train.cli import main
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-FILLERS = "the a this that one film book song play tale was is seems felt looked so very quite rather too".split()
-MARKS = {"good": "yes", "fine": "yes", "bad": "no", "poor": "no"}
-RATINGS = {"good": 3.0, "fine": 1.0, "bad": -3.0, "poor": -1.0}
+FILLERS = [
+    *("the", "a", "this", "that", "one", "film", "book", "song", "play", "tale"),
+    *("was", "is", "seems", "felt", "looked", "so", "very", "quite", "rather", "too"),
+]
+MARKS = {"good": "yes", "bad": "no"}
+RATINGS = {"good": 3.0, "bad": -3.0}
 HIDDEN, LAYERS, INNER, POSITIONS = 16, 2, 32, 24
 
 
@@ -44,6 +50,10 @@ class World:
     def out(self):
         return self.directory / "out"
 
+    @property
+    def printed(self):
+        return self.directory / "printed.txt"
+
     def train(self, *overrides, out=None):
         """`loraplus train`; later overrides win."""
         return main(["train", str(self.config), "--output_dir", str(out or self.out), *overrides])
@@ -52,6 +62,18 @@ class World:
         """The directory of a run that must end well."""
         assert self.train(*overrides, out=out) == 0
         return out or self.out
+
+    def copy(self, directory):
+        """The same world in another directory, a run in it included; all paths point there."""
+        shutil.copytree(self.directory, directory, dirs_exist_ok=True)
+        for path in (
+            directory / "config.yaml",
+            directory / "out/config.yaml",
+            directory / "out/adapter/adapter.json",
+        ):
+            if path.exists():
+                path.write_text(path.read_text().replace(str(self.directory), str(directory)))
+        return World(directory)
 
     def rows(self):
         with self.data.open(encoding="utf-8") as file:
@@ -96,9 +118,15 @@ def first_world(tmp_path_factory):
     content = {
         "model": {"path": str(world.model), "dropout": 0.0, "head_dropout": 0.0},
         "data": {"path": str(world.data), "max_length": 12},
-        "lora": {"target_modules": ["query", "value"], "rank": 4, "lr_ratio": 4},
-        "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
-        "train": {"steps": 24, "batch_size": 16, "eval_every": 8, "log_every": 4, "eval_batch_size": 16},
+        "lora": {"target_modules": ["query", "value", "up"], "rank": 4, "lr_ratio": 4},
+        # A constant rate: then runs of any length share their compiled programs.
+        "optimizer": {
+            "learning_rate": 5e-3,
+            "schedule": "constant",
+            "warmup_steps": 2,
+            "max_grad_norm": 1.0,
+        },
+        "train": {"steps": 40, "batch_size": 32, "eval_every": 20, "log_every": 5, "eval_batch_size": 16},
         "mesh": {"data": 1},
         "output_dir": str(world.out),
     }
@@ -107,39 +135,58 @@ def first_world(tmp_path_factory):
 
 
 @pytest.fixture
-def world(first_world, tmp_path, cache):
-    """A fresh copy."""
-    for name in ("model", "texts.csv", "config.yaml"):
-        source = first_world.directory / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
-    copy = World(tmp_path)
-    content = copy.config.read_text().replace(str(first_world.directory), str(tmp_path))
-    copy.config.write_text(content)
-    return copy
+def world(first_world, tmp_path, cache, monkeypatch):
+    """A fresh copy, whose runs draw no picture: that takes as long as all else. `finished` has one."""
+    monkeypatch.setattr(loop, "draw_loss", lambda *_: None)
+    return first_world.copy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(first_world, tmp_path_factory, cache_directory):
+    """A world of its own with a whole run in it, to be read only."""
+    world = first_world.copy(tmp_path_factory.mktemp("finished"))
+    with world.printed.open("w") as file, contextlib.redirect_stdout(file), _cached(cache_directory):
+        world.trained()
+    return world
 
 
 @pytest.fixture(scope="session")
 def cache_directory(tmp_path_factory):
+    """Of this test session's own."""
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def cache(cache_directory, monkeypatch):
-    """A cache of this test session's own, in which even programs that compile fast are kept."""
-    monkeypatch.setenv("LORAPLUS_CACHE", str(cache_directory))
-    old = {name: getattr(jax.config, name) for name in CACHE_OPTIONS}
-    for name, value in CACHE_OPTIONS.items():
-        jax.config.update(name, value)
-    yield cache_directory
-    for name, value in old.items():
-        jax.config.update(name, value)
+@pytest.fixture(scope="module")
+def cache(cache_directory):
+    """The cache in use."""
+    with _cached(cache_directory):
+        yield cache_directory
+
+
+@contextlib.contextmanager
+def _cached(directory):
+    """Even programs that compile fast are kept in the directory."""
+    old = {name: jax.config.values[name] for name in CACHE_OPTIONS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPLUS_CACHE", str(directory))
+        _set_options(CACHE_OPTIONS)
+        yield
+    _set_options(old)
 
 
 CACHE_OPTIONS = {
     "jax_compilation_cache_dir": None,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
+    "jax_disable_most_optimizations": True,  # compiling is most of what a tiny run does
 }
+
+
+def _set_options(options):
+    for name, value in options.items():
+        jax.config.update(name, value)
+    # Whether the cache is in use is decided at the process's first compilation; this makes it forget.
+    reset_cache()
 
 
 def _texts(count):
@@ -148,7 +195,7 @@ def _texts(count):
     rows = {}
     while len(rows) < count:
         mark = list(MARKS)[len(rows) % len(MARKS)]
-        words = [*rng.choice(FILLERS, rng.integers(3, 6)), mark]
+        words = [*rng.choice(FILLERS, rng.integers(2, 5)), mark]
         text = " ".join(rng.permutation(words))
         rows[text] = {"text": text, "label": MARKS[mark], "rating": RATINGS[mark]}
     return list(rows.values())

@@ -1,14 +1,423 @@
-import json, time
+"""Whole runs of the command line on the tiny world, in this process."""
+
+import json
+import math
+import re
+
+import jax
+import numpy as np
 import pytest
-@pytest.mark.parametrize("args", [("5e-3","60"), ("1e-2","60"), ("2e-2","60"), ("1e-2","100"),("4e-2","60")])
-def test_x(world, args, capsys):
-        t = time.time()
-        d = world.trained("--optimizer.learning_rate", args[0], "--train.steps", args[1], "--train.eval_every", "20")
-        with capsys.disabled():
-            print(args, time.time() - t, json.loads((d / "summary.json").read_text())["after"])
-@pytest.mark.parametrize("args", ["lora", "full"])
-def test_y(world, args, capsys):
-        t = time.time()
-        d = world.trained("--optimizer.learning_rate", "1e-2", "--train.steps", "60", "--train.eval_every", "20", "--method", args)
-        with capsys.disabled():
-            print(args, time.time() - t, json.loads((d / "summary.json").read_text())["after"])
+import yaml
+from safetensors.numpy import load_file
+
+from loraplus_jax import load_adapter
+from loraplus_jax.train.cli import main
+from loraplus_jax.train.loop import Trainer
+from loraplus_jax.train.report import RunLog
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+SHORT = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2")
+RATING = ("--task", "regression", "--data.label", "rating")
+
+
+def summary_of(out):
+    return json.loads((out / "summary.json").read_text())
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{name: value for name, value in row.items() if name != "steps_per_second"} for row in rows]
+
+
+def column(out, name):
+    return {row["step"]: row[name] for row in rows_of(out) if name in row}
+
+
+def tensors_of(out):
+    return load_file(out / "adapter" / "adapter.safetensors")
+
+
+def tensor_bytes(out):
+    return (out / "adapter" / "adapter.safetensors").read_bytes()
+
+
+def printed_json(capsys, *args):
+    capsys.readouterr()
+    assert main(list(args)) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def short(first_world, tmp_path_factory, cache):
+    """A short run that others are compared with."""
+    return first_world.copy(tmp_path_factory.mktemp("short")).trained(*SHORT)
+
+
+# what a run leaves
+
+
+def test_a_run_leaves_every_file_and_nothing_else(finished):
+    names = {path.name for path in finished.out.iterdir()}
+    files = {"config.yaml", "loss.png", "metrics.jsonl", "summary.json"}
+    assert names == files | {"adapter", "checkpoints", "tensorboard"}
+    assert {path.name for path in (finished.out / "adapter").iterdir()} == {
+        "adapter.json",
+        "adapter.safetensors",
+    }
+    assert {path.name for path in (finished.out / "checkpoints").iterdir()} == {"20", "40"}
+    assert (finished.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_says_before_and_after(finished):
+    summary = summary_of(finished.out)
+    assert summary["before"]["accuracy"] < 0.75
+    assert summary["after"]["accuracy"] > 0.9
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    assert summary["held_out"] == {"split": "test", "examples": 32}
+    assert (summary["method"], summary["steps"]) == ("lora_plus", 40)
+    assert summary["devices"].startswith("1 x ")
+    # query, value and up in two layers at rank 4, and the head; in all also the encoder.
+    assert summary["trainable"] == 2 * 4 * (32 + 32 + 48) + 34
+    tensors = load_file(finished.model / "model.safetensors")
+    base = sum(tensor.size for name, tensor in tensors.items() if not name.startswith("pooler"))
+    assert summary["total"] == summary["trainable"] + base
+
+
+def test_the_rows_of_metrics(finished):
+    rows = rows_of(finished.out)
+    assert list(column(finished.out, "loss")) == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert list(column(finished.out, "validation/accuracy")) == [20, 40]
+    assert list(column(finished.out, "test/accuracy")) == [0]
+    assert len(rows) == 1 + 8 + 2 + 1
+    trained = [row for row in rows if "loss" in row]
+    roles = ("a", "b", "extra")
+    for row in trained:
+        assert set(row) == {"step", "loss", "accuracy", "steps_per_second"} | {
+            f"{name}/{role}" for name in ("rate", "grad_norm", "update_norm") for role in roles
+        }
+        assert row["rate/b"] == pytest.approx(4 * row["rate/a"], rel=1e-6)
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["rate/a"] == pytest.approx(5e-3, rel=1e-6)
+    summary = summary_of(finished.out)
+    assert rows[0] == {"step": 0, **{f"test/{name}": value for name, value in summary["before"].items()}}
+    after = {f"test_after/{name}": value for name, value in summary["after"].items()}
+    assert rows[-1] == {"step": summary["selected_step"], **after}
+
+
+def test_tensorboard_events_hold_the_same_numbers(finished):
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = {}
+    for path in (finished.out / "tensorboard").iterdir():
+        content, place = path.read_bytes(), 0
+        while place < len(content):  # length, its checksum, the event, its checksum
+            size = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + size])
+            events |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            place += 12 + size + 4
+    expected = {
+        (name if "/" in name else f"train/{name}", row["step"]): value
+        for row in rows_of(finished.out)
+        for name, value in row.items()
+        if name != "step"
+    }
+    assert events.keys() == expected.keys()
+    for key, value in expected.items():
+        assert events[key] == pytest.approx(value, rel=1e-6)
+
+
+def test_the_config_repeats_the_run_to_the_bit_and_nothing_is_compiled_again(finished, world, cache):
+    content = yaml.safe_load((finished.out / "config.yaml").read_text())
+    assert content["optimizer"]["b2"] == 0.999
+    assert content["lora"]["target_modules"] == ["query", "value", "up"]
+    compiled = {path.name for path in (cache / "xla").glob("*-cache")}
+    assert any("step" in name for name in compiled)
+    assert main(["train", str(finished.out / "config.yaml"), "--output_dir", str(world.out)]) == 0
+    assert tensor_bytes(world.out) == tensor_bytes(finished.out)
+    assert {path.name for path in (cache / "xla").glob("*-cache")} == compiled
+
+
+def test_the_adapter_loads_without_the_run(finished):
+    adapter = load_adapter(finished.out / "adapter")
+    assert adapter.config is not None
+    assert (adapter.config.rank, adapter.config.lr_ratio, adapter.config.modules_to_save) == (
+        4,
+        4.0,
+        ("head",),
+    )
+    assert set(adapter.specs) == {
+        f"encoder/layers/{name}" for name in ("attention/query", "attention/value", "mlp/up")
+    }
+    assert jax.tree.map(np.shape, adapter.extras) == {"params": {"head": {"bias": (2,), "kernel": (16, 2)}}}
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(adapter.lora))
+
+
+def test_what_is_printed(finished):
+    lines = finished.printed.read_text().splitlines()
+    assert re.match(r"lora_plus \(rank 4, lr_ratio 4\): training 930 of [\d,]+ parameters \(\d", lines[0])
+    assert "data: 112 train, 16 validation, 32 test" in lines
+    assert sum(line.startswith("before: accuracy 0.") and line.endswith("(test)") for line in lines) == 1
+    assert [line.split(":")[0] for line in lines if "(validation)" in line] == ["step 20", "step 40"]
+    assert sum(line.startswith("after:  accuracy ") for line in lines) == 1
+
+
+# using it
+
+
+def test_eval_repeats_the_summary(finished, capsys):
+    after = summary_of(finished.out)["after"]
+    found = printed_json(capsys, "eval", str(finished.out))
+    assert (found.pop("data"), found.pop("examples")) == ("test", 32)
+    assert found == pytest.approx(after, abs=1e-6)
+    alone = printed_json(capsys, "eval", str(finished.out / "adapter"), "--split", "validation")
+    assert alone["examples"] == 16
+    selected = column(finished.out, "validation/loss")[summary_of(finished.out)["selected_step"]]
+    assert alone["loss"] == pytest.approx(selected, abs=1e-6)
+
+
+def test_predict_texts(finished, capsys):
+    capsys.readouterr()
+    texts = ["the film is so good", "bad play"]
+    assert main(["predict", str(finished.out), "--text", texts[0], "--text", texts[1]]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["text"], row["prediction"]) for row in found] == list(zip(texts, ["yes", "no"], strict=True))
+    for row in found:
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert max(row["probabilities"], key=row["probabilities"].get) == row["prediction"]
+
+
+def test_predict_a_file_into_a_file(finished, tmp_path, capsys):
+    rows = finished.rows()[:37]  # more than two batches of 16, the last not full
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in rows))
+    output = tmp_path / "found.jsonl"
+    args = ["predict", str(finished.out), "--data", str(tmp_path / "texts.jsonl"), "--output", str(output)]
+    assert main(args) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["text"] for row in found] == [row["text"] for row in rows]
+    right = sum(a["prediction"] == b["label"] for a, b in zip(found, rows, strict=True))
+    assert right > 0.9 * len(rows)
+    assert main(args) == 2
+    assert [json.loads(line) for line in output.read_text().splitlines()] == found
+
+
+# methods
+
+
+def test_lora_is_lora_plus_with_ratio_1_to_the_bit(world, short):
+    lora = world.trained(*SHORT, "--method", "lora", out=world.directory / "lora")
+    plus = world.trained(*SHORT, "--lora.lr_ratio", "1", out=world.directory / "plus")
+    assert tensor_bytes(lora) == tensor_bytes(plus)
+    assert timeless(rows_of(lora)) == timeless(rows_of(plus))
+    assert column(lora, "rate/a") == column(lora, "rate/b")
+    assert load_adapter(lora / "adapter").config.lr_ratio == 1  # pyright: ignore
+    assert tensor_bytes(lora) != tensor_bytes(short)
+    assert summary_of(lora)["before"] == summary_of(short)["before"]
+
+
+def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
+    out = world.trained(*SHORT, "--method", "full")
+    summary = summary_of(out)
+    assert summary["trainable"] == summary["total"]
+    tensors = tensors_of(out)
+    assert not any(name.startswith("lora") for name in tensors)
+    old = load_file(world.model / "model.safetensors")
+    for ours, theirs in [("query", "attention.self.query"), ("up", "intermediate.dense")]:
+        name = next(name for name in tensors if name.endswith(f"{ours}/kernel"))
+        moved = tensors[name][0].T - old[f"encoder.layer.0.{theirs}.weight"]
+        assert np.all(moved != 0)
+    found = printed_json(capsys, "eval", str(out), "--data", str(world.data))
+    assert (found["data"], found["examples"]) == (str(world.data), 160)
+    assert found["accuracy"] == pytest.approx(summary["after"]["accuracy"], abs=0.2)
+
+
+# the same numbers, however they are computed
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--mesh.data", "8", "--train.accumulate", "4"),
+        pytest.param(("--mesh.data", "8"), marks=pytest.mark.slow),
+        pytest.param(("--train.accumulate", "4"), marks=pytest.mark.slow),
+        pytest.param(("--model.unroll", "true"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_the_same_run_cut_otherwise(world, short, args):
+    out = world.trained(*SHORT, *args)
+    expected = tensors_of(short)
+    for name, tensor in tensors_of(out).items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=1e-5, err_msg=name)
+    assert column(out, "loss") == pytest.approx(column(short, "loss"), abs=1e-5)
+    assert column(out, "validation/loss") == pytest.approx(column(short, "validation/loss"), abs=1e-5)
+    assert summary_of(out)["devices"].startswith("8 x" if "8" in args else "1 x")
+
+
+@pytest.mark.slow
+def test_bf16_runs_near_float32_with_float32_adapters(world, short):
+    out = world.trained(*SHORT, "--model.dtype", "bfloat16", "--model.param_dtype", "bfloat16")
+    assert {tensor.dtype for tensor in tensors_of(out).values()} == {np.dtype("float32")}
+    assert column(out, "loss") == pytest.approx(column(short, "loss"), abs=0.05)
+    assert column(out, "loss") != column(short, "loss")
+
+
+@pytest.mark.slow
+def test_the_seed_decides(world, short):
+    out = world.trained(*SHORT, "--seed", "1")
+    assert tensor_bytes(out) != tensor_bytes(short)
+    assert column(out, "test/loss") != column(short, "test/loss")
+
+
+# other tasks and data
+
+
+def test_regression_in_units_of_the_labels(world, capsys):
+    out = world.trained(*RATING, "--train.select", "last")
+    summary = summary_of(out)
+    assert set(summary["before"]) == {"loss", "mse", "mae"}
+    assert summary["after"]["mse"] < 2 < 6 < summary["before"]["mse"]  # the ratings are 3 and -3
+    assert summary["after"]["mse"] == pytest.approx(9 * summary["after"]["loss"], rel=0.02)
+    capsys.readouterr()
+    assert main(["predict", str(out), "--text", "a good film", "--text", "a bad film"]) == 0
+    high, low = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    assert low < -1 < 1 < high
+
+
+def test_separate_files_without_a_test_split(world, capsys):
+    rows = world.rows()
+    first = world.write_rows("first.tsv", rows[:120])
+    second = world.write_rows("second.jsonl", rows[120:])
+    separate = ("--data.path", "null", "--data.train", str(first), "--data.validation", str(second))
+    out = world.trained(*SHORT, *separate)
+    assert "data: 120 train, 40 validation" in capsys.readouterr().out.splitlines()
+    summary = summary_of(out)
+    assert summary["held_out"] == {"split": "validation", "examples": 40}
+    assert column(out, "validation/loss")[0] == summary["before"]["loss"]
+
+
+@pytest.mark.slow
+def test_pairs_of_texts(world, capsys):
+    rows = [{"a": row["text"], "b": "a film", "label": row["label"]} for row in world.rows()]
+    pairs = world.write_rows("pairs.csv", rows)
+    out = world.trained(*SHORT, "--data.path", str(pairs), "--data.text", "a", "--data.text_pair", "b")
+    capsys.readouterr()
+    assert main(["predict", str(out), "--data", str(pairs)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 160
+    assert main(["predict", str(out), "--text", "alone"]) == 2
+    assert "pairs of texts" in capsys.readouterr().err
+
+
+# how long, and which state is kept
+
+
+# The mean square error, unlike the accuracy, has no ties.
+EARLY = (
+    *RATING,
+    "--train.steps",
+    "200",
+    "--train.eval_every",
+    "5",
+    "--train.early_stopping",
+    "1",
+    "--train.keep",
+    "1",
+)
+
+
+def test_early_stopping_and_the_best_state(world):
+    out = world.trained(*EARLY)
+    scores = column(out, "validation/mse")
+    best = min(scores, key=scores.__getitem__)
+    summary = summary_of(out)
+    assert summary["steps"] == max(scores) == best + 5 < 200
+    assert summary["selected_step"] == best
+    assert {int(path.name) for path in (out / "checkpoints").iterdir()} == {best, best + 5}
+    last = world.trained(*EARLY, "--train.select", "last", out=world.directory / "last")
+    assert timeless(rows_of(last))[:-1] == timeless(rows_of(out))[:-1]
+    assert summary_of(last)["selected_step"] == summary["steps"]
+    assert tensor_bytes(last) != tensor_bytes(out)
+
+
+# interrupted, and started over
+
+NOISY = (
+    *("--model.dropout", "0.1", "--model.head_dropout", "0.1", "--lora.dropout", "0.1"),
+    *("--train.steps", "20", "--train.eval_every", "8", "--train.log_every", "4"),
+    *("--optimizer.schedule", "linear", "--optimizer.weight_decay", "0.01"),
+)
+
+
+def interrupt_at(monkeypatch, step):
+    """Ctrl-C at the first row that is logged at a step or later."""
+    write = RunLog.write
+
+    def interrupted(self, at, values):
+        if at >= step:
+            raise KeyboardInterrupt
+        write(self, at, values)
+
+    monkeypatch.setattr(RunLog, "write", interrupted)
+
+
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(world, capsys):
+    straight = world.trained(*NOISY, out=world.directory / "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 13)
+        assert world.train(*NOISY) == 130
+    assert "loraplus: interrupted" in capsys.readouterr().err
+    assert not (world.out / "summary.json").exists()
+    with (world.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12, "lo')
+    assert world.train(*NOISY) == 0
+    assert "going on from step 8 of 20" in capsys.readouterr().out.splitlines()
+    assert tensor_bytes(world.out) == tensor_bytes(straight)
+    assert timeless(rows_of(world.out)) == timeless(rows_of(straight))
+    one, other = summary_of(world.out), summary_of(straight)
+    assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+@pytest.mark.slow
+def test_a_run_that_lacks_only_its_end_trains_no_more(world, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert world.train(*SHORT) == 130
+    monkeypatch.setattr("loraplus_jax.train.loop.place", lambda batch, mesh: batch)
+    assert world.train(*SHORT) == 0
+    assert list(column(world.out, "loss")) == [2, 4, 6, 8]
+
+
+def test_a_damaged_base_or_other_settings_do_not_go_on(world, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert world.train(*SHORT) == 130
+    assert world.train(*SHORT, "--optimizer.b1", "0.5") == 2
+    assert "optimizer.b1 is 0.9 in that run and 0.5 here" in capsys.readouterr().err
+    world.change_tensors(lambda tensors: tensors["embeddings.LayerNorm.weight"].__setitem__(0, 3.0))
+    rows = rows_of(world.out)
+    assert world.train(*SHORT) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("loraplus: error: the checkpoint of step 4 does not fit: base is ")
+    assert rows_of(world.out) == rows
+
+
+def test_fresh_renames_the_older_run(finished, tmp_path, capsys):
+    world = finished.copy(tmp_path)
+    (tmp_path / "out.1").mkdir()
+    assert world.train(*SHORT, "--fresh") == 0
+    assert f"the older run is now {world.out}.2" in capsys.readouterr().out.replace("\n", "")
+    assert tensor_bytes(tmp_path / "out.2") == tensor_bytes(finished.out)
+    assert summary_of(world.out)["steps"] == 8
+
+
+# the compilation cache
+
+
+@pytest.mark.slow
+def test_without_the_compilation_cache_nothing_is_kept(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path / "cache"))
+    world.trained("--train.steps", "3", "--train.compilation_cache", "false")
+    assert not (tmp_path / "cache").exists()

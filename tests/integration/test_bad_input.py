@@ -1,0 +1,594 @@
+"""Whatever is wrong with the input: one clear line, exit code 2, no traceback, and nothing written."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from loraplus_jax.train.cli import main
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+QUERY = "encoder.layer.0.attention.self.query.weight"
+
+
+class Case(NamedTuple):
+    """A bad input.
+
+    Attributes:
+      name: of the case.
+      words: all must stand in the first line of what is printed.
+      args: added to `loraplus train CONFIG`, or the whole command line if they begin with another command.
+      spoil: makes the tiny world bad beforehand.
+      run: whether the world holds a finished run.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    args: tuple[str, ...] = ()
+    spoil: Callable | None = None
+    run: bool = False
+
+
+def tensors(change):
+    return lambda world: world.change_tensors(change)
+
+
+def rename(tensors, old, new):
+    tensors[new] = tensors.pop(old)
+
+
+def write(name, content):
+    """Replaces a file of the world."""
+
+    def spoil(world):
+        path = world.directory / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return spoil
+
+
+def cut(name, size):
+    """Leaves only the first bytes of a file."""
+
+    def spoil(world):
+        path = world.directory / name
+        path.write_bytes(path.read_bytes()[:size])
+
+    return spoil
+
+
+def remove(name):
+    return lambda world: (world.directory / name).unlink()
+
+
+def json_fields(name, **fields):
+    """Replaces fields of a JSON file; None takes one out."""
+
+    def spoil(world):
+        path = world.directory / name
+        content = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+    return spoil
+
+
+def both(*spoils):
+    def spoil(world):
+        for one in spoils:
+            one(world)
+
+    return spoil
+
+
+def config(section=None, **values):
+    return lambda world: world.change_config(section, **values)
+
+
+def line(number, text, name="texts.csv"):
+    """Replaces a line of a file, counted from 1."""
+
+    def spoil(world):
+        path = world.directory / name
+        lines = path.read_text().split("\n")
+        lines[number - 1] = text
+        path.write_text("\n".join(lines))
+
+    return spoil
+
+
+def jsonl(number, text):
+    """The data as JSON lines, one of them replaced."""
+
+    def spoil(world):
+        world.write_rows("texts.jsonl", world.rows())
+        line(number, text, "texts.jsonl")(world)
+
+    return spoil
+
+
+def validation_label(label):
+    """Separate files, and a label in the second that the first does not have."""
+
+    def spoil(world):
+        rows = world.rows()
+        world.write_rows("first.csv", rows[:100])
+        world.write_rows("second.csv", [*rows[100:], {**rows[0], "label": label}])
+
+    return spoil
+
+
+def pickle_only(world):
+    (world.model / "model.safetensors").rename(world.model / "pytorch_model.bin")
+
+
+def ghost_shard(world):
+    (world.model / "model.safetensors").unlink()
+    index = {"weight_map": {QUERY: "model-00001-of-00002.safetensors"}}
+    (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+EVAL, PREDICT = ("eval", "{out}"), ("predict", "{out}")
+SEPARATE = ("--data.path", "null", "--data.train", "{dir}/first.csv", "--data.validation", "{dir}/second.csv")
+RATING = ("--task", "regression", "--data.label", "rating")
+CASES = [
+    # weights
+    Case("tensor missing", ("1 missing", f"- {QUERY} [16, 16]"), spoil=tensors(lambda t: t.pop(QUERY))),
+    Case(
+        "tensor extra",
+        ("1 extra", "+ adapter.x [3]"),
+        spoil=tensors(lambda t: t.update({"adapter.x": np.ones(3)})),
+    ),
+    Case("tensor renamed", ("1 missing, 1 extra",), spoil=tensors(lambda t: rename(t, QUERY, QUERY + "s"))),
+    Case(
+        "tensor misshapen",
+        ("misshapen", f"~ {QUERY} is [16, 8]", "[16, 16]"),
+        spoil=tensors(lambda t: t.update({QUERY: np.ones((16, 8), np.float32)})),
+    ),
+    Case(
+        "tensor of whole numbers",
+        (QUERY, "I64"),
+        spoil=tensors(lambda t: t.update({QUERY: np.ones((16, 16), np.int64)})),
+    ),
+    Case(
+        "weights truncated",
+        ("model/model.safetensors", "no whole safetensors file"),
+        spoil=cut("model/model.safetensors", 900),
+    ),
+    Case("weights empty", ("model/model.safetensors", "0 bytes"), spoil=cut("model/model.safetensors", 0)),
+    Case("weights only as a pickle", ("pytorch_model.bin", "pickle"), spoil=pickle_only),
+    Case("weights absent", ("model has no weights",), spoil=remove("model/model.safetensors")),
+    Case("shard absent", ("model-00001-of-00002.safetensors is missing",), spoil=ghost_shard),
+    Case(
+        "a layer fewer than config.json says",
+        ("missing", "encoder.layer.2."),
+        spoil=json_fields("model/config.json", num_hidden_layers=3),
+    ),
+    # the model's other files
+    Case("config.json garbled", ("model/config.json is not JSON",), spoil=cut("model/config.json", 30)),
+    Case("config.json missing", ("model/config.json is missing",), spoil=remove("model/config.json")),
+    Case(
+        "config.json without a size",
+        ("hidden_size is missing",),
+        spoil=json_fields("model/config.json", hidden_size=None),
+    ),
+    Case(
+        "config.json with odd heads",
+        ("num_attention_heads must divide", "3 and 16"),
+        spoil=json_fields("model/config.json", num_attention_heads=3),
+    ),
+    Case(
+        "config.json with an unknown activation",
+        ("hidden_act", "swoosh"),
+        spoil=json_fields("model/config.json", hidden_act="swoosh"),
+    ),
+    Case(
+        "another model_type",
+        ("model_type is 'gpt2'", "bert"),
+        spoil=json_fields("model/config.json", model_type="gpt2"),
+    ),
+    Case("tokenizer.json missing", ("model has no tokenizer.json",), spoil=remove("model/tokenizer.json")),
+    Case(
+        "tokenizer.json garbled",
+        ("model/tokenizer.json is not a tokenizer",),
+        spoil=cut("model/tokenizer.json", 50),
+    ),
+    Case(
+        "model path unknown",
+        ("cannot find the model 'minilmm'", "did you mean 'minilm'?"),
+        ("--model.path", "minilmm"),
+    ),
+    Case("model path is a file", ("texts.csv",), ("--model.path", "{dir}/texts.csv")),
+    Case(
+        "model path names data",
+        ("'movie-reviews' is data, where model is wanted",),
+        ("--model.path", "movie-reviews"),
+    ),
+    # what is adapted
+    Case("lr_ratio 0", ("lr_ratio must", "got 0"), ("--lora.lr_ratio", "0")),
+    Case("lr_ratio negative", ("lr_ratio must", "got -1"), ("--lora.lr_ratio", "-1")),
+    Case("lr_ratio nan", ("lora.lr_ratio", "nan"), ("--lora.lr_ratio", "nan")),
+    Case("lr_ratio inf", ("lr_ratio must", "inf"), spoil=config("lora", lr_ratio=float("inf"))),
+    Case("rank 0", ("rank must", "got 0"), ("--lora.rank", "0")),
+    Case("rank above min(in, out)", ("rank", "17", "16"), ("--lora.rank", "17")),
+    Case("rank a word", ("lora.rank", "four"), ("--lora.rank", "four")),
+    Case("alpha 0", ("alpha must", "got 0"), ("--lora.alpha", "0")),
+    Case("dropout 1", ("dropout must", "got 1"), ("--lora.dropout", "1")),
+    Case("target matches nothing", ("'querry'", "query"), ("--lora.target_modules", "[querry]")),
+    Case("target is no Dense layer", ("embeddings/word", "Embed"), ("--lora.target_modules", "[word]")),
+    Case(
+        "target is a broken expression",
+        ("target_modules is not a regular expression", "'(query'"),
+        ("--lora.target_modules", "(query"),
+    ),
+    Case("target empty", ("target_modules is empty",), ("--lora.target_modules", "[]")),
+    Case(
+        "modules_to_save matches nothing",
+        ("modules_to_save: 'pooller' matches no module",),
+        ("--lora.modules_to_save", "[pooller]"),
+    ),
+    Case("init unknown", ("lora.init", "loraa", "lora_b"), ("--lora.init", "loraa")),
+    # the config file
+    Case("config file absent", ("there is no config file nowhere.yaml",), ("inspect", "nowhere.yaml")),
+    Case("config file missing from the command", ("train needs a config file",), ("train",)),
+    Case("config file garbled", ("config.yaml is not YAML",), spoil=write("config.yaml", "model: [\n")),
+    Case("config file empty", ("config.yaml must hold a mapping",), spoil=write("config.yaml", "")),
+    Case(
+        "config file not UTF-8",
+        ("config.yaml is not YAML",),
+        spoil=write("config.yaml", b"model: {path: \xff}\n"),
+    ),
+    *(
+        Case(
+            f"unknown key in {section}",
+            (f"{section}: there is no key {key!r}", f"did you mean {near!r}"),
+            spoil=config(section, **{key: 1}),
+        )
+        for section, key, near in [
+            ("model", "pathh", "path"),
+            ("data", "max_len", "max_length"),
+            ("lora", "lr_ration", "lr_ratio"),
+            ("optimizer", "warmup_step", "warmup_steps"),
+            ("train", "batchsize", "batch_size"),
+            ("mesh", "date", "data"),
+        ]
+    ),
+    Case("unknown key at the top", ("there is no key 'sed'", "did you mean 'seed'?"), spoil=config(sed=1)),
+    Case("section is a number", ("train must hold a mapping of settings, got 3",), spoil=config(train=3)),
+    Case("required key absent", ("model.path",), spoil=config("model", path=None)),
+    Case("unknown option", ("there is no option --lora.rnk", "lora.rank"), ("--lora.rnk", "3")),
+    Case("option without value", ("--lora.rank",), ("--lora.rank",)),
+    Case("stray word", ("unrecognized arguments: stray",), ("stray",)),
+    Case("learning rate a word", ("optimizer.learning_rate", "fast"), ("--optimizer.learning_rate", "fast")),
+    Case("method unknown", ("method", "lora_pluss", "lora_plus"), ("--method", "lora_pluss")),
+    Case("batch size a fraction", ("train.batch_size", "1.5"), ("--train.batch_size", "1.5")),
+    Case("steps 0", ("train.steps must", "got 0"), ("--train.steps", "0")),
+    Case("steps and epochs", ("train.steps or train.epochs", "40 and 2"), ("--train.epochs", "2")),
+    Case(
+        "accumulate does not divide",
+        ("train.accumulate must divide train.batch_size, got 3 and 32",),
+        ("--train.accumulate", "3"),
+    ),
+    Case(
+        "final_fraction under a constant schedule",
+        ("optimizer.final_fraction",),
+        ("--optimizer.schedule", "constant", "--optimizer.final_fraction", "0.1"),
+    ),
+    Case(
+        "warm-up as long as the run",
+        ("optimizer.warmup_steps is 40, of 40 steps",),
+        ("--optimizer.warmup_steps", "40"),
+    ),
+    Case(
+        "batch larger than the data",
+        ("train.batch_size is 128", "only 112 rows"),
+        ("--train.batch_size", "128"),
+    ),
+    Case("max_length above the model's", ("data.max_length is 25", "24 tokens"), ("--data.max_length", "25")),
+    Case("max_length without room", ("max_length must be above 2",), ("--data.max_length", "2")),
+    Case(
+        "mesh does not divide the batch",
+        ("batch_size / accumulate is 12", "8 devices"),
+        ("--mesh.data", "8", "--train.batch_size", "12"),
+    ),
+    Case(
+        "mesh does not divide the evaluation",
+        ("eval_batch_size is 12", "8 devices"),
+        ("--mesh.data", "8", "--train.eval_batch_size", "12"),
+    ),
+    Case(
+        "mesh too large", ("mesh.data must be -1 or from 1 to the 8 devices", "got 9"), ("--mesh.data", "9")
+    ),
+    Case(
+        "full in bf16",
+        ("method full", "model.param_dtype must be float32"),
+        ("--method", "full", "--model.param_dtype", "bfloat16"),
+    ),
+    Case("seed negative", ("seed must", "got -1"), ("--seed", "-1")),
+    # data
+    Case("data file absent", ("cannot find the data", "nowhere.csv"), ("--data.path", "nowhere.csv")),
+    Case("data is a directory", ("data must be one file", "model"), ("--data.path", "{dir}/model")),
+    Case(
+        "data of another kind",
+        ("config.yaml: cannot read .yaml", ".csv, .tsv, .jsonl"),
+        ("--data.path", "{dir}/config.yaml"),
+    ),
+    Case("data file empty", ("texts.csv:1: the file is empty",), spoil=write("texts.csv", "")),
+    Case("data file with a header only", ("texts.csv:1: no rows",), spoil=write("texts.csv", "text,label\n")),
+    Case(
+        "column missing",
+        ("texts.csv:1: no column 'lable'", "did you mean 'label'?"),
+        ("--data.label", "lable"),
+    ),
+    Case(
+        "CSV with a field too many",
+        ("texts.csv:7: 4 fields, where the header has 3",),
+        spoil=line(7, "a,b,c,d"),
+    ),
+    Case("CSV with an open quote", ("texts.csv:150: malformed row",), spoil=line(150, '"open,yes,1')),
+    Case("CSV with an empty text", ("texts.csv:9: column 'text' is empty",), spoil=line(9, " ,yes,1")),
+    Case(
+        "CSV not UTF-8",
+        ("texts.csv:2: byte 0xff is not UTF-8",),
+        spoil=write("texts.csv", b"text,label\ngo\xffd,yes\n"),
+    ),
+    Case(
+        "JSON lines broken",
+        ("texts.jsonl:3: invalid JSON",),
+        ("--data.path", "{dir}/texts.jsonl"),
+        jsonl(3, '{"text": "a"'),
+    ),
+    Case(
+        "JSON line without the label",
+        ("texts.jsonl:4: no column 'label'",),
+        ("--data.path", "{dir}/texts.jsonl"),
+        jsonl(4, '{"text": "a"}'),
+    ),
+    Case(
+        "label that training lacks",
+        ("second.csv:62: label 'yess'", "did you mean 'yes'?"),
+        SEPARATE,
+        validation_label("yess"),
+    ),
+    Case(
+        "one label only",
+        ("needs two labels or more", "'yes'"),
+        spoil=write("texts.csv", "text,label\n" + "".join(f"{i},yes\n" for i in range(40))),
+    ),
+    Case(
+        "rating that is no number",
+        ("texts.csv:5: regression needs finite numbers", "'three'"),
+        RATING,
+        line(5, "a good film,yes,three"),
+    ),
+    Case(
+        "rating infinite",
+        ("texts.csv:5: regression needs finite numbers", "'inf'"),
+        RATING,
+        line(5, "a good film,yes,inf"),
+    ),
+    Case(
+        "ratings all the same",
+        ("labels that differ", "only 1"),
+        RATING,
+        write("texts.csv", "text,rating\n" + "".join(f"{i},1\n" for i in range(40))),
+    ),
+    Case(
+        "too few texts to split",
+        ("texts.csv: 2 distinct texts are too few",),
+        spoil=write("texts.csv", "text,label\na,yes\nb,no\n"),
+    ),
+    # the output directory
+    Case("output_dir is a file", ("out is a file",), spoil=write("out", "mine")),
+    Case("output_dir below a file", ("out/deep",), ("--output_dir", "{out}/deep"), write("out", "mine")),
+    Case(
+        "output_dir holds foreign files",
+        ("out holds files that are not a run's",),
+        spoil=both(lambda w: w.out.mkdir(), write("out/thesis.txt", "mine")),
+    ),
+    Case(
+        "output_dir holds foreign files, --fresh",
+        ("out holds files that are not a run's",),
+        ("--fresh",),
+        both(lambda w: w.out.mkdir(), write("out/thesis.txt", "mine")),
+    ),
+    Case("output_dir blank", ("output_dir is empty",), ("--output_dir", " ")),
+    Case("output_dir holds a finished run", ("is finished", "--fresh"), run=True),
+    Case(
+        "output_dir holds a run of other settings",
+        ("lora.rank is 4 in that run and 2 here", "--fresh"),
+        ("--lora.rank", "2"),
+        run=True,
+    ),
+    Case(
+        "bad input with --fresh leaves the old run",
+        ("rank must", "got 0"),
+        ("--fresh", "--lora.rank", "0"),
+        run=True,
+    ),
+    # eval, predict, fetch
+    Case(
+        "fetch unknown",
+        ("nothing to fetch is called 'minilmm'", "did you mean 'minilm'?"),
+        ("fetch", "minilmm"),
+    ),
+    Case("eval of no run", ("model is no adapter directory", "adapter.safetensors"), ("eval", "{dir}/model")),
+    Case("eval of nothing", ("nowhere",), ("eval", "nowhere")),
+    Case(
+        "eval with an unknown option",
+        ("eval does not take --lora.rank 3",),
+        (*EVAL, "--lora.rank", "3"),
+        run=True,
+    ),
+    Case(
+        "eval of no split",
+        ("no split 'tests'", "did you mean 'test'?"),
+        (*EVAL, "--split", "tests"),
+        run=True,
+    ),
+    Case(
+        "eval with labels unknown",
+        ("other.csv:2: label 'maybe'",),
+        (*EVAL, "--data", "{dir}/other.csv"),
+        write("other.csv", "text,label\na,maybe\n"),
+        True,
+    ),
+    Case("eval without the data", ("cannot find the data", "texts.csv"), EVAL, remove("texts.csv"), True),
+    Case(
+        "base changed",
+        ("belongs to a base with fingerprint", "model has"),
+        EVAL,
+        tensors(lambda t: t[QUERY].__setitem__((0, 0), 1.0)),
+        True,
+    ),
+    Case(
+        "adapter truncated",
+        ("adapter/adapter.safetensors is damaged",),
+        EVAL,
+        cut("out/adapter/adapter.safetensors", 500),
+        True,
+    ),
+    Case(
+        "adapter.json truncated",
+        ("adapter/adapter.json is not JSON",),
+        EVAL,
+        cut("out/adapter/adapter.json", 500),
+        True,
+    ),
+    Case(
+        "adapter of another format",
+        ("adapter.json has format 99",),
+        EVAL,
+        json_fields("out/adapter/adapter.json", format=99),
+        True,
+    ),
+    Case(
+        "adapter without settings",
+        ("was not written by loraplus train",),
+        EVAL,
+        json_fields("out/adapter/adapter.json", settings=None),
+        True,
+    ),
+    Case(
+        "adapter incomplete",
+        ("adapter is no adapter directory", "lacks adapter.json"),
+        EVAL,
+        remove("out/adapter/adapter.json"),
+        True,
+    ),
+    Case("predict without text", ("--text or --data",), PREDICT, run=True),
+    Case(
+        "predict with text and data",
+        ("--text or --data",),
+        (*PREDICT, "--text", "a", "--data", "{dir}/texts.csv"),
+        run=True,
+    ),
+    Case(
+        "predict for an empty text", ("a text to predict for is empty",), (*PREDICT, "--text", " "), run=True
+    ),
+    Case(
+        "predict for a file without texts",
+        ("texts.tsv:1: no column 'text'",),
+        (*PREDICT, "--data", "{dir}/texts.tsv"),
+        write("texts.tsv", "a\tb\n1\t2\n"),
+        True,
+    ),
+    Case(
+        "predict into a file that exists",
+        ("old.jsonl exists already",),
+        (*PREDICT, "--text", "a", "--output", "{dir}/old.jsonl"),
+        write("old.jsonl", "mine"),
+        True,
+    ),
+    Case(
+        "predict into another kind of file",
+        (".jsonl", "new.csv"),
+        (*PREDICT, "--text", "a", "--output", "{dir}/new.csv"),
+        run=True,
+    ),
+    Case(
+        "predict into no directory",
+        ("nowhere/new.jsonl",),
+        (*PREDICT, "--text", "a", "--output", "{dir}/nowhere/new.jsonl"),
+        run=True,
+    ),
+]
+
+
+def command(case, world):
+    """The command line of a case."""
+    places = {"dir": world.directory, "out": world.out}
+    args = [arg.format(**places) if "{" in arg else arg for arg in case.args]
+    if args[:1] and args[0] in ("train", "inspect", "eval", "predict", "fetch"):
+        return args
+    return ["train", str(world.config), *args]
+
+
+def contents(directory):
+    """Every file below, with what is in it."""
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input_is_one_clear_line_and_nothing_is_written(
+    case, first_world, finished, tmp_path, monkeypatch, capsys
+):
+    world = (finished if case.run else first_world).copy(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    if case.spoil is not None:
+        case.spoil(world)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert main(command(case, world)) == 2
+    printed = capsys.readouterr()
+    first = printed.err.splitlines()[0]
+    assert first.startswith("loraplus: error: ")
+    for word in case.words:
+        assert word in first
+    assert "Traceback" not in printed.err
+    assert printed.err.count("error:") == 1
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["trian"], ["invalid choice: 'trian'", "train"]),
+        ([], ["COMMAND"]),
+        (["eval"], ["RUN"]),
+        (["predict", "somewhere", "--text"], ["--text"]),
+    ],
+)
+def test_a_command_line_that_argparse_refuses(args, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("loraplus")
+    assert "error:" in last
+    for word in words:
+        assert word in last
+
+
+def test_a_process_ends_with_code_2_and_one_line(first_world, tmp_path):
+    world = first_world.copy(tmp_path)
+    cut("model/model.safetensors", 900)(world)
+    before = contents(tmp_path)
+    command = [sys.executable, "-m", "loraplus_jax.train.cli", "train", str(world.config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"loraplus: error: {world.model}/model.safetensors (900 bytes)")
+    assert done.stdout == ""
+    assert contents(tmp_path) == before
+
+
+def test_a_traceback_is_shown_on_demand(monkeypatch):
+    monkeypatch.setenv("LORAPLUS_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"there is no config file nowhere\.yaml"):
+        main(["train", "nowhere.yaml"])

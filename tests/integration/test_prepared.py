@@ -1,0 +1,119 @@
+"""From the tiny world's settings to parts and optimizer, nothing trained."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from loraplus_jax.train import prepare as module
+from loraplus_jax.train.cli import main
+from loraplus_jax.train.prepare import inspect, load_data, model_config, prepare
+from loraplus_jax.train.settings import parse_settings
+from loraplus_jax.tree import leaves_by_path
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+def prepared(world, *overrides):
+    return prepare(parse_settings(world.config, overrides))
+
+
+def dtypes(tree):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
+
+
+def test_trained_leaves_are_float32_on_a_bf16_base(world):
+    run = prepared(world, "--model.param_dtype", "bfloat16", "--lora.modules_to_save", "[attention_norm]")
+    assert dtypes(run.parts.trainable) == {"float32"}
+    assert dtypes(run.parts.frozen) == {"bfloat16"}
+    assert set(run.parts.trainable["params"]["encoder"]["layers"]) == {"attention_norm"}
+    word = load_file(world.model / "model.safetensors")["embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(
+        run.parts.frozen["params"]["encoder"]["embeddings"]["word"]["embedding"],
+        jnp.asarray(word, jnp.bfloat16),
+    )
+
+
+def test_the_head_is_the_only_extra_and_is_new(world):
+    run = prepared(world)
+    parts = run.parts
+    assert set(parts.trainable) == {"lora", "params"}
+    assert set(leaves_by_path(parts.trainable["params"])) == {"head/kernel", "head/bias"}
+    assert set(parts.frozen["params"]) == {"encoder"}
+    assert set(parts.specs) == {
+        f"encoder/layers/{n}" for n in ("attention/query", "attention/value", "mlp/up")
+    }
+    lora = leaves_by_path(parts.trainable["lora"])
+    assert all(np.all(leaf == 0) == path.endswith("lora_b") for path, leaf in lora.items())
+    kernel = np.asarray(parts.trainable["params"]["head"]["kernel"])
+    assert 0 < kernel.std() < 0.1
+    other = prepared(world, "--seed", "1").parts.trainable
+    assert not np.array_equal(other["params"]["head"]["kernel"], kernel)
+    assert run.steps == 40
+    assert run.data.task.names == ("no", "yes")
+
+
+def test_full_trains_all_and_freezes_nothing(world):
+    run = prepared(world, "--method", "full")
+    assert run.config is None
+    assert run.parts.frozen == {}
+    assert run.parts.specs == {}
+    assert set(run.parts.trainable) == {"params"}
+    assert set(run.parts.trainable["params"]) == {"encoder", "head"}
+    assert run.metadata["base"] is None
+
+
+def test_the_pooler_is_loaded_where_it_is_asked_for(world):
+    frozen = prepared(world, "--model.pooling", "pooler").parts.frozen["params"]
+    weight = load_file(world.model / "model.safetensors")["pooler.dense.weight"]
+    np.testing.assert_array_equal(frozen["pooler"]["kernel"], weight.T)
+
+
+def test_dropout_rates_replace_the_models_own(world):
+    settings = parse_settings(world.config, ["--model.dropout", "0.3"]).model
+    config = model_config(settings, world.model)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.3)
+    own = model_config(dataclasses.replace(settings, dropout=None), world.model)
+    assert (own.hidden_dropout_prob, own.attention_probs_dropout_prob) == (0.1, 0.1)
+
+
+def test_long_texts_are_counted(world):
+    data = load_data(parse_settings(world.config, ["--data.max_length", "5"]), world.model)
+    assert data.truncated["train"] > 0
+    assert {name: arrays["input_ids"].shape for name, arrays in data.splits.items()} == {
+        "train": (112, 5),
+        "validation": (16, 5),
+        "test": (32, 5),
+    }
+
+
+def test_inspect_reads_no_weights_and_says_what_would_be_trained(world, monkeypatch, capsys):
+    run = prepared(world)
+    (world.model / "model.safetensors").write_bytes(b"never read")
+    monkeypatch.setattr(module, "load_params", lambda *_, **__: pytest.fail("weights were read"))
+    assert main(["inspect", str(world.config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not world.out.exists()
+    table = [line.split() for line in lines[1 : 1 + len(jax.tree.leaves(run.parts.trainable))]]
+    expected = leaves_by_path(run.parts.trainable)
+    assert {row[0]: row[1] for row in table} == {
+        path: "x".join(map(str, leaf.shape)) for path, leaf in expected.items()
+    }
+    roles = {row[0].rpartition("/")[2]: row[2:5] for row in table}
+    assert roles["lora_a"] == ["a", "4", "0.005"]
+    assert roles["lora_b"] == ["b", "4", "0.02"]
+    assert roles["kernel"] == ["extra", "-", "0.005"]
+    assert lines[-2] == "trainable 930 of 6,242 (14.9 %)"
+    assert lines[-1] == "40 steps of 32; rates are those of step 2; data: 112 train, 16 validation, 32 test"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_inspect_shows_the_methods_own_rates(world, method):
+    text = inspect(parse_settings(world.config, ["--method", method]))
+    assert "0.02" not in text.split()
+    assert ("lora_b" in text) == (method == "lora")
+    if method == "full":
+        assert "trainable 5,346 of 5,346 (100 %)" in text

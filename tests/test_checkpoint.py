@@ -1,0 +1,250 @@
+"""Checkpoints: what was saved comes back though training went on, and what does not fit is refused by name."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from loraplus_jax import (
+    AdapterSpec,
+    LoRAPlusConfig,
+    describe_run,
+    fingerprint,
+    init_state,
+    jit_step,
+    lora_plus_adamw,
+    make_mesh,
+    open_manager,
+    replicate,
+    restore,
+    save,
+)
+from loraplus_jax.checkpoint import differences
+
+CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
+SPEC = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)
+TX = lora_plus_adamw(optax.linear_schedule(0.1, 0.0, 10), weight_decay=0.1)
+FROZEN = {"params": {"q": {"kernel": jnp.arange(12.0).reshape(4, 3)}}}
+BATCH = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
+
+
+def loss_fn(variables, batch, rng):
+    q = variables["lora"]["q"]
+    noise = jax.random.normal(rng, (2, 3))
+    y = batch @ (variables["params"]["q"]["kernel"] + q["lora_a"] @ q["lora_b"]) + noise
+    return (jnp.sum(y**2), 2), {}
+
+
+step = jit_step(loss_fn, TX)
+
+
+def trainable():
+    return {"lora": {"q": {"lora_a": jnp.linspace(0.0, 1.0, 8).reshape(4, 2), "lora_b": jnp.ones((2, 3))}}}
+
+
+def fresh(seed=0):
+    return init_state(trainable(), TX, jax.random.key(seed))
+
+
+def trained(state, steps):
+    for _ in range(steps):
+        state, _ = step(state, FROZEN, BATCH)
+    return state
+
+
+def values(state):
+    return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+
+def assert_same(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, values(got), values(expected))
+
+
+def metadata(config=CONFIG, specs=SPEC, base="0123", **more):
+    return describe_run(config, {"q": specs}, base=base, **more)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of three steps, saved at the third, trained on by donation before the writing ended."""
+    directory = tmp_path_factory.mktemp("run")
+    state = trained(fresh(), 3)
+    expected = values(state)
+    with open_manager(directory) as manager:
+        save(manager, state, metadata=metadata(seed=5), input_position={"epoch": 1, "next": [7, 8]})
+        trained(state, 2)
+    return directory, expected
+
+
+def test_what_was_saved_comes_back_though_training_went_on(saved):
+    directory, expected = saved
+    with open_manager(directory) as manager:
+        restored = restore(manager, fresh(seed=1), metadata=metadata(seed=5))
+    jax.tree.map(np.testing.assert_array_equal, values(restored.state), expected)
+    assert restored.input_position == {"epoch": 1, "next": [7, 8]}
+    assert restored.metadata["config"] == CONFIG.to_json()
+    assert restored.metadata["versions"]["jax"] == jax.__version__
+    assert restored.metadata["format"] == 1
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(saved):
+    with open_manager(saved[0]) as manager:
+        state = restore(manager, fresh(seed=1), metadata=metadata(seed=5)).state
+    assert_same(trained(state, 4), trained(fresh(), 7))
+
+
+def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
+    mesh = make_mesh()
+    with open_manager(saved[0]) as manager:
+        state = restore(manager, replicate(mesh, fresh()), metadata=metadata(seed=5)).state
+    assert all(
+        leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state.trainable)
+    )
+    jax.tree.map(np.testing.assert_array_equal, values(state), saved[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"config": LoRAPlusConfig(target_modules=["q"], rank=4)},
+            "config.rank is 2 in the checkpoint and 4 here",
+        ),
+        (
+            {"config": LoRAPlusConfig(target_modules=["q", "v"], rank=2)},
+            r'config.target_modules is \["q"\] in the checkpoint and \["q", "v"\] here',
+        ),
+        ({"config": None}, "config is .*rank.* in the checkpoint and null here"),
+        (
+            {"specs": AdapterSpec(**(SPEC.to_json() | {"scale": 4.0}))},
+            "specs.q.scale is 8.0 in the checkpoint and 4.0 here",
+        ),
+        ({"base": "4567"}, 'base is "0123" in the checkpoint and "4567" here'),
+        ({"seed": 6}, "seed is 5 in the checkpoint and 6 here"),
+        ({"extra": 1}, 'extra is "absent" in the checkpoint and 1 here'),
+    ],
+)
+def test_another_run_is_refused_with_field_and_values(saved, change, message):
+    with (
+        open_manager(saved[0]) as manager,
+        pytest.raises(ValueError, match=f"step 3 does not fit: .*{message}"),
+    ):
+        restore(manager, fresh(), metadata=metadata(**({"seed": 5} | change)))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora_a", (5, 2), r"trainable/lora/q/lora_a is \(4, 2\) in the checkpoint and \(5, 2\) here"),
+        ("more", (3,), r"trainable/lora/q/more is absent in the checkpoint and \(3,\) here"),
+    ],
+)
+def test_other_shapes_are_refused_with_path_and_shapes(saved, name, shape, message):
+    state = fresh()
+    state.trainable["lora"]["q"][name] = jnp.zeros(shape)
+    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=message):
+        restore(manager, state, metadata=metadata(seed=5))
+
+
+def test_another_optimizer_is_refused(saved):
+    tx = optax.sgd(0.1)
+    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=r"opt_state.* here"):
+        restore(manager, init_state(trainable(), tx, jax.random.key(0)), metadata=metadata(seed=5))
+
+
+def test_a_missing_checkpoint_is_named(saved, tmp_path):
+    with (
+        open_manager(saved[0]) as manager,
+        pytest.raises(FileNotFoundError, match="no checkpoint of step 2 in"),
+    ):
+        restore(manager, fresh(), metadata=metadata(), step=2)
+    with open_manager(tmp_path) as manager, pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        restore(manager, fresh(), metadata=metadata())
+
+
+def test_the_base_is_not_in_the_files(saved):
+    """As many bytes as the state has, and metadata: a base of 4 MB would show."""
+    size = sum(path.stat().st_size for path in saved[0].rglob("*") if path.is_file())
+    assert 0 < size < 100_000
+    names = " ".join(str(path) for path in saved[0].rglob("*"))
+    assert "kernel" not in names
+
+
+@pytest.mark.parametrize(
+    ("mode", "losses", "kept"),
+    [
+        (None, (3.0, 1.0, 2.0, 4.0, 5.0), [4, 5]),
+        ("min", (3.0, 1.0, 2.0, 4.0, 5.0), [2, 4, 5]),
+        ("max", (3.0, 9.0, 2.0, 4.0, 5.0), [2, 4, 5]),
+        ("min", (3.0, 2.0, 2.0, 4.0, 1.0), [4, 5]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, mode, losses, kept):
+    how = {} if mode is None else {"best": "loss", "mode": mode}
+    state = init_state({"w": jnp.ones(2)}, optax.identity(), jax.random.key(0))
+    with open_manager(tmp_path, keep=2, **how) as manager:
+        for n, loss in enumerate(losses, 1):
+            save(manager, state.replace(step=jnp.array(n)), metadata={}, metrics={"loss": loss})
+        manager.wait_until_finished()
+        assert sorted(manager.all_steps()) == kept
+        assert mode is None or manager.best_step() == (2 if len(kept) == 3 else 5)
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        open_manager(tmp_path, keep=0)
+
+
+def test_differences_leave_versions_aside_and_reach_the_innermost_field():
+    old = {"versions": {"jax": "1"}, "config": {"a": {"b": [1, 2], "c": 1}}, "gone": None}
+    new = {"versions": {"jax": "2"}, "config": {"a": {"b": [1, 3], "c": 1}}, "new": 1.5}
+    assert differences(old, new) == [
+        "config.a.b is [1, 2] in the checkpoint and [1, 3] here",
+        'gone is null in the checkpoint and "absent" here',
+        'new is "absent" in the checkpoint and 1.5 here',
+    ]
+    assert differences(old, old | {"versions": {}}) == []
+
+
+# Fingerprints
+
+
+@functools.cache
+def tree(dtype="float32"):
+    return {"params": {"w": jnp.arange(64).reshape(8, 8).astype(dtype), "b": jnp.ones(8, dtype)}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "uint8"])
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("place", [(0, 0), (3, 5), (7, 7)])
+def test_one_bit_changes_the_fingerprint(dtype, bit, place):
+    w = np.array(tree(dtype)["params"]["w"])
+    w.view(f"uint{8 * w.itemsize}")[place] ^= 1 << bit
+    other = {"params": {"w": jnp.asarray(w), "b": tree(dtype)["params"]["b"]}}
+    assert fingerprint(other) != fingerprint(tree(dtype))
+
+
+def test_order_path_shape_and_dtype_change_the_fingerprint():
+    w, b = tree()["params"]["w"], tree()["params"]["b"]
+    others = [
+        {"w": w[::-1], "b": b},
+        {"w": w.T, "b": b},
+        {"w": w.reshape(4, 16), "b": b},
+        {"v": w, "b": b},
+        {"w": w.view(jnp.int32), "b": b},
+        {"w": w},
+    ]
+    assert len({fingerprint(tree()), *(fingerprint({"params": other}) for other in others)}) == 7
+
+
+def test_the_fingerprint_is_the_same_on_any_layout():
+    mesh = make_mesh()
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    one = fingerprint(tree())
+    assert fingerprint(replicate(mesh, tree())) == one
+    assert fingerprint(jax.device_put(tree(), split)) == one
+    assert fingerprint(jax.tree.map(np.asarray, tree())) == one
+    assert fingerprint({"params": dict(reversed(tree()["params"].items()))}) == one

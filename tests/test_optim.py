@@ -1,0 +1,318 @@
+"""B learns lambda times faster than A, exactly: at every step, under any optimizer, however many adapters."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from loraplus_jax import AdapterSpec, label_params, lora_plus, lora_plus_adamw
+from loraplus_jax.diagnostics import describe
+
+PARAMS = {
+    "lora": {"q": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0, -4.0]])}},
+    "params": {"head": {"bias": jnp.array([5.0, 6.0])}},
+}
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+PARTS = (("lora", "q", "lora_a"), ("lora", "q", "lora_b"), ("params", "head", "bias"))
+
+
+def leaves(tree):
+    """A, B and the extra."""
+    return tuple(functools.reduce(lambda t, k: t[k], path, tree) for path in PARTS)
+
+
+def gradients(step):
+    """Other gradients at every step, of both signs and several sizes."""
+    random = np.random.default_rng(step)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), PARAMS)
+
+
+def run(tx, steps, params=PARAMS, grads=gradients):
+    """The parameters and the updates after every step."""
+    update = jax.jit(tx.update)
+    state, history = tx.init(params), []
+    for step in range(steps):
+        updates, state = update(grads(step), state, params)
+        params = optax.apply_updates(params, updates)
+        history.append((params, updates))
+    return history
+
+
+SCHEDULES = {
+    "constant": 0.1,
+    "linear": optax.linear_schedule(0.1, 0.01, 6),
+    "cosine with a floor": optax.cosine_decay_schedule(0.1, 6, alpha=0.1),
+    "warm-up and cosine": optax.warmup_cosine_decay_schedule(0.02, 0.1, 3, 8, end_value=0.01),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_ratio_holds_at_every_step_of_every_schedule(name, wrapped):
+    # Adam's step for a gradient that is always one is the rate itself.
+    rate = SCHEDULES[name]
+    adamw = functools.partial(optax.adamw, weight_decay=0.0, eps=0.0)
+    tx = lora_plus(adamw(rate), lr_ratio=8.0) if wrapped else lora_plus_adamw(rate, lr_ratio=8.0, eps=0.0)
+    for step, (_, updates) in enumerate(run(tx, 10, grads=lambda _: ONES)):
+        expected = float(rate(step) if callable(rate) else rate)
+        a, b, extra = leaves(updates)
+        np.testing.assert_allclose(a, np.full((2, 1), -expected), rtol=1e-4)
+        np.testing.assert_allclose(extra, a[:, 0], rtol=1e-6)
+        np.testing.assert_allclose(b, 8 * a.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: lora_plus(optax.sgd(1e-3), lr_ratio=16.0),
+    lambda: lora_plus_adamw(1e-3, lr_ratio=16.0, eps=0.0),
+])  # fmt: skip
+def test_b_is_scaled_once_however_many_adapters_there_are(make):
+    one = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
+    params = {"lora": {f"layer_{n}": one for n in range(24)}}
+    tx = make()
+    updates, _ = tx.update(params, tx.init(params), params)
+    for pair in updates["lora"].values():
+        np.testing.assert_allclose(pair["lora_a"], np.full((2, 1), -1e-3), rtol=1e-5)
+        np.testing.assert_allclose(pair["lora_b"], np.full((1, 2), -16e-3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("zero", ["lora_a", "lora_b", None])
+def test_roles_do_not_depend_on_which_factor_is_zero(zero):
+    q = {name: x * (name != zero) for name, x in PARAMS["lora"]["q"].items()}
+    params = {**PARAMS, "lora": {"q": q}}
+    grads = {**ONES, "lora": {"q": {name: x * (name != zero) for name, x in ONES["lora"]["q"].items()}}}
+    tx = lora_plus(optax.sgd(1.0), lr_ratio=3.0)
+    a, b, _ = leaves(tx.update(grads, tx.init(params), params)[0])
+    assert (a == (0 if zero == "lora_a" else -1)).all()
+    assert (b == (0 if zero == "lora_b" else -3)).all()
+
+
+@pytest.mark.parametrize("make", [lora_plus_adamw, lambda rate, **k: lora_plus(optax.sgd(rate), **k)])
+def test_swapped_factors_are_refused(make):
+    q = PARAMS["lora"]["q"]
+    swapped = {"lora": {"q": {"lora_a": jnp.ones((2, 4)), "lora_b": jnp.ones((3, 2))}}}
+    with pytest.raises(ValueError, match="do not meet in a rank"):
+        make(1e-3).init(swapped)
+    spec = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(2, 2), rank=1, scale=1.0)
+    swapped = {"lora": {"q": {"lora_a": q["lora_b"], "lora_b": q["lora_a"]}}}
+    with pytest.raises(ValueError, match="do not fit the specs"):
+        make(1e-3, specs={"q": spec}).init(swapped)
+    make(1e-3, specs={"q": spec}).init({"lora": {"q": q}})
+
+
+def test_lambda_one_is_plain_adamw():
+    rate = SCHEDULES["warm-up and cosine"]
+    adamw = optax.adamw(rate, weight_decay=0.1)
+    grouped = optax.multi_transform({"a": adamw, "b": adamw, "extra": adamw}, label_params)
+    built = run(lora_plus_adamw(rate, lr_ratio=1.0, weight_decay=0.1, max_grad_norm=1.0), 12)
+    plain, plain_groups = (
+        run(optax.chain(optax.clip_by_global_norm(1.0), tx), 12) for tx in (adamw, grouped)
+    )
+    jax.tree.map(np.testing.assert_array_equal, run(lora_plus(adamw, lr_ratio=1.0), 12), run(adamw, 12))
+    jax.tree.map(np.testing.assert_array_equal, built, plain_groups)
+    # XLA compiles optax's bias correction of a whole tree and of a part of it to other roundings.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), built, plain)
+
+
+def test_the_wrapper_equals_the_builder_with_decay_and_clipping():
+    rate = SCHEDULES["cosine with a floor"]
+    adam = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+    built = lora_plus_adamw(rate, lr_ratio=4.0, max_grad_norm=1.0, **adam)
+    wrapped = lora_plus(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, **adam)), lr_ratio=4.0)
+    got, expected = run(built, 20), run(wrapped, 20)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, expected)
+    still = run(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, **adam)), 20)
+    assert (abs(leaves(got[-1][0])[1] - leaves(still[-1][0])[1]) > 1e-2).all()
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(0.01, weight_decay=0.1),
+        optax.lion(0.01, weight_decay=0.1),
+        optax.sgd(0.01, momentum=0.9, nesterov=True),
+        optax.adafactor(0.01),
+        optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01)),
+    ],
+    ids=["adamw", "lion", "sgd", "adafactor", "clipped adam"],
+)
+def test_any_optimizer_scales_b_alone(tx):
+    # The same parameters at every step: what differs is the update alone.
+    plain, plus = tx, lora_plus(tx, lr_ratio=16.0)
+    states = [plain.init(PARAMS), plus.init(PARAMS)]
+    for step in range(4):
+        (expected, states[0]), (got, states[1]) = (
+            t.update(gradients(step), s, PARAMS) for t, s in zip((plain, plus), states, strict=True)
+        )
+        np.testing.assert_array_equal(leaves(got)[0], leaves(expected)[0])
+        np.testing.assert_array_equal(leaves(got)[1], 16 * leaves(expected)[1])
+        np.testing.assert_array_equal(leaves(got)[2], leaves(expected)[2])
+
+
+def test_lora_plus_is_lora_with_alpha_times_lambda_under_adam_without_eps():
+    # With B0 = 0, no decay and no clipping: B = lambda B' for the plain run's B', at every step.
+    random = np.random.default_rng(0)
+    draw = {"w": (6, 5), "a": (6, 2), "x": (32, 6), "y": (32, 5)}
+    ratio, alpha, steps = 16.0, 2.0, 100
+    with jax.enable_x64(True):
+        data = {name: jnp.asarray(random.normal(size=shape)) for name, shape in draw.items()}
+
+        def train(tx, alpha):
+            scale = alpha / 2
+
+            def loss(p):
+                weight = data["w"] + scale * p["lora_a"] @ p["lora_b"]
+                return jnp.mean((data["x"] @ weight - data["y"]) ** 2)
+
+            @jax.jit
+            def step(carry, _):
+                params, state = carry
+                updates, state = tx.update(jax.grad(loss)(params), state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            params = {"lora_a": data["a"], "lora_b": jnp.zeros((2, 5))}
+            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
+            assert params["lora_b"].dtype == jnp.float64
+            return np.asarray(scale * params["lora_a"] @ params["lora_b"])
+
+        plus = train(lora_plus_adamw(1e-3, lr_ratio=ratio, eps=1e-30), alpha)
+        plain = train(optax.adam(1e-3, eps=1e-30), alpha * ratio)
+        decayed = train(lora_plus_adamw(1e-3, lr_ratio=ratio, eps=1e-30, weight_decay=1.0), alpha)
+        same = train(optax.adamw(1e-3, eps=1e-30, weight_decay=1.0), alpha * ratio)
+    size = abs(plain).max()
+    assert size > 0.1
+    assert abs(plus - plain).max() / size < 1e-9
+    assert abs(decayed - same).max() / size > 1e-3
+
+
+def test_rate_and_ratio_may_be_traced_and_a_population_compiles_once():
+    traces = []
+
+    @jax.jit
+    @jax.vmap
+    def step(rate, ratio):
+        traces.append(rate)
+        tx = lora_plus_adamw(rate, lr_ratio=ratio, weight_decay=0.5, decay="equal", max_grad_norm=1.0)
+        wrapped = lora_plus(optax.sgd(rate), lr_ratio=ratio)
+        return [t.update(ONES, t.init(PARAMS), PARAMS)[0] for t in (tx, wrapped)]
+
+    rates, ratios = jnp.array([0.1, 0.2]), jnp.array([1.0, 16.0])
+    got = step(rates, ratios)
+    step(rates / 2, ratios)
+    assert len(traces) == 1
+    for n, (rate, ratio) in enumerate(((0.1, 1.0), (0.2, 16.0))):
+        tx = lora_plus_adamw(rate, lr_ratio=ratio, weight_decay=0.5, decay="equal", max_grad_norm=1.0)
+        expected, _ = tx.update(ONES, tx.init(PARAMS), PARAMS)
+        jax.tree.map(
+            lambda x, y, n=n: np.testing.assert_allclose(x[n], y, rtol=1e-5, atol=1e-6), got[0], expected
+        )
+        np.testing.assert_allclose(leaves(got[1])[1][n], np.full((1, 2), -rate * ratio), rtol=1e-6)
+
+
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        # with no gradient a step is -rate * decay * parameter alone: parameters 1 (A), 3 (B), 5 (extra)
+        ({"weight_decay": 0.5}, (-0.05, -4 * 0.15, -0.25)),
+        ({"weight_decay": 0.5, "decay": "equal"}, (-0.05, -0.15, -0.25)),
+        ({"weight_decay": 0.5, "decays": {"extra": 0.0}}, (-0.05, -4 * 0.15, 0.0)),
+        ({"weight_decay": 0.5, "decays": {"b": 0.25}}, (-0.05, -2 * 0.15, -0.25)),
+        ({"decays": {"a": 0.5}}, (-0.05, 0.0, 0.0)),
+        ({"weight_decay": 0.5, "rates": {"extra": 0.2}}, (-0.05, -4 * 0.15, -0.5)),
+        ({"weight_decay": 0.5, "rates": {"a": 0.2}}, (-0.1, -4 * 0.3, -0.25)),
+        ({}, (0.0, 0.0, 0.0)),
+    ],
+)
+def test_decay_by_hand(fields, expected):
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, **fields)
+    updates = leaves(tx.update(ZEROS, tx.init(PARAMS), PARAMS)[0])
+    np.testing.assert_allclose([x.ravel()[0] for x in updates], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_rates_by_role_reach_the_updates_and_the_table():
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=0.0, rates={"extra": 0.5}, decays={"extra": 0.25})
+    a, b, extra = leaves(tx.update(ONES, tx.init(ZEROS), ZEROS)[0])
+    np.testing.assert_allclose([a[0, 0], b[0, 0], extra[0]], [-0.1, -0.4, -0.5], rtol=1e-5)
+    rows = {row.role: (row.rate, row.decay) for row in describe(PARAMS, tx).rows}
+    assert rows == {"a": ("0.1", "0"), "b": ("0.4", "0"), "extra": ("0.5", "0.25")}
+
+
+def test_embeddings_have_a_rate_of_their_own():
+    tx = lora_plus_adamw(0.1, rates={"embedding": 1e-6})
+    assert (tx.groups["embedding"].rate, tx.groups["a"].rate, tx.groups["b"].rate) == (1e-6, 0.1, 1.6)
+
+
+@pytest.mark.parametrize("field", ["b1", "b2", "eps"])
+def test_adams_settings_are_not_ignored(field):
+    adam = {"b1": 0.5, "b2": 0.6, "eps": 0.5}
+    mine = {field: adam[field]}
+    got = run(lora_plus_adamw(0.1, lr_ratio=1.0, **mine), 3)
+    expected = run(optax.adamw(0.1, weight_decay=0.0, **mine), 3)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, expected)
+
+
+def test_clipping_takes_the_norm_over_all_groups():
+    # Six gradients: 3 in A, and 4 in B: the global norm is 5, clipped to 1.
+    q = {"lora_a": jnp.array([[3.0], [0.0]]), "lora_b": jnp.array([[0.0, 4.0]])}
+    grads = {"lora": {"q": q}, "params": {"head": {"bias": jnp.zeros(2)}}}
+    adam = {
+        "b1": 0.0,
+        "b2": 0.0,
+        "eps": 1.0,
+    }  # an update is -rate * g / (|g| + 1): it shows the gradient's size
+    tx = lora_plus_adamw(1.0, lr_ratio=2.0, max_grad_norm=1.0, **adam)
+    a, b, _ = leaves(tx.update(grads, tx.init(PARAMS), PARAMS)[0])
+    np.testing.assert_allclose([a[0, 0], b[0, 1]], [-0.6 / 1.6, -2 * 0.8 / 1.8], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "x", None])
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda v: lora_plus_adamw(1e-3, lr_ratio=v), "lr_ratio"),
+        (lambda v: lora_plus(optax.sgd(1.0), lr_ratio=v), "lr_ratio"),
+        (lambda v: lora_plus_adamw(v), "learning_rate"),
+        (lambda v: lora_plus_adamw(1e-3, max_grad_norm=v), "max_grad_norm"),
+        (lambda v: lora_plus_adamw(1e-3, rates={"extra": v}), "extra"),
+    ],
+)
+def test_bad_numbers_are_refused(make, field, value):
+    if field == "max_grad_norm" and value is None:
+        return
+    with pytest.raises(ValueError, match=f"{field} must be a finite number above 0"):
+        make(value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight_decay": -0.1}, "weight_decay.*at least 0"),
+        ({"weight_decay": math.nan}, "weight_decay.*at least 0"),
+        ({"decays": {"a": -1.0}}, "'a' must be"),
+        ({"decays": {"extras": 0.0}}, "no group 'extras'; did you mean 'extra'"),
+        ({"rates": {"head": 0.1}}, "no group 'head'"),
+        ({"rates": {"b": 0.1}}, "set lr_ratio instead"),
+        ({"decay": "none"}, "decay must be 'coupled' or 'equal'"),
+    ],
+)
+def test_bad_groups_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        lora_plus_adamw(1e-3, **fields)
+
+
+def test_it_may_stand_inside_a_chain():
+    tx = optax.chain(optax.clip(0.5), lora_plus(optax.sgd(1.0), lr_ratio=4.0), optax.scale(2.0))
+    a, b, _ = leaves(tx.update(ONES, tx.init(PARAMS), PARAMS)[0])
+    assert (a[0, 0], b[0, 0]) == (-1.0, -4.0)
+
+
+def test_extra_arguments_reach_the_wrapped_optimizer():
+    tx = lora_plus(optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau()), lr_ratio=4.0)
+    _, b, _ = leaves(tx.update(ONES, tx.init(PARAMS), PARAMS, value=jnp.array(1.0))[0])
+    assert (b == -4).all()

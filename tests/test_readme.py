@@ -1,0 +1,46 @@
+"""The README's Python runs as it stands, and its commands name what exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.S))
+def test_python_blocks_run_and_train(code):
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert float(names["loss"](names["lora"])) < float(
+        names["loss"](names["init_lora"](names["model"], names["jax"].random.key(1), names["x"])[0])
+    )
+
+
+def test_names_in_the_table_are_public():
+    import loraplus_jax
+
+    table = README[README.index("| you want |") : README.index("[examples/]")]
+    names = re.findall(r"`(\w+)`|`(\w+)\(", table)
+    known = {"nn"}
+    for name in {a or b for a, b in names} - known:
+        assert hasattr(loraplus_jax, name) or name == "optax", name
+
+
+def test_files_that_are_named_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(
+        r"(configs/\w+\.yaml|benchmarks/\w+\.py)", README
+    ):
+        assert (ROOT / target).exists(), target
+
+
+def test_commands_parse(capsys):
+    """Each `loraplus` line of the README gets as far as its work."""
+    from loraplus_jax.train.cli import _parser
+
+    lines = re.findall(r"^\.venv/bin/loraplus (.+?)(?:\s+#.*)?$", README, flags=re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        words = re.findall(r'"[^"]*"|\S+', line)
+        assert _parser().parse_known_args([w.strip('"') for w in words])
