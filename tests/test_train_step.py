@@ -240,7 +240,7 @@ def test_eval_gives_sums_and_weights(mesh):
 
 # What the base costs
 
-WIDTH, LAYERS, TOKENS, RANK = 512, 4, 32, 4
+WIDTH, LAYERS, TOKENS, RANK = 512, 4, 16, 4
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_memory_holds_no_copy_of_the_base(compiled):
     memory, state = compiled[0].memory_analysis(), compiled[1]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(without_key(state)))
     base = LAYERS * WIDTH * WIDTH * 4
-    assert memory.temp_size_in_bytes < base / 2
+    assert memory.temp_size_in_bytes < base / LAYERS  # not even one kernel
     assert memory.output_size_in_bytes < size + 2000
     assert memory.alias_size_in_bytes >= size - 100  # the new state lies where the old one was
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from loraplus_jax import load_adapter
+from loraplus_jax import jit_step, load_adapter
+from loraplus_jax.train import loop
 from loraplus_jax.train.cli import main
 from loraplus_jax.train.loop import Trainer
 from loraplus_jax.train.report import RunLog
@@ -247,8 +248,14 @@ def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
     ],
     ids=" ".join,
 )
-def test_the_same_run_cut_otherwise(world, short, args):
+def test_the_same_run_cut_otherwise(world, short, args, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        loop, "jit_step", lambda *a, **options: seen.append(options) or jit_step(*a, **options)
+    )
     out = world.trained(*SHORT, *args)
+    # The results do not tell, so the step is asked how it was made.
+    assert seen[0]["accumulate"] == (4 if "--train.accumulate" in args else 1)
     expected = tensors_of(short)
     for name, tensor in tensors_of(out).items():
         np.testing.assert_allclose(tensor, expected[name], rtol=0, atol=1e-5, err_msg=name)
