@@ -99,6 +99,7 @@ def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
 
     Raises:
       TypeError: `model` is no Linen module.
+      ValueError: it has adapters already.
 
     Example:
       >>> model = apply_lora_plus(nn.Sequential([nn.Dense(4), nn.Dense(2)]),
@@ -109,6 +110,8 @@ def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_lora_plus takes a flax.linen.Module, got {type(model).__name__}")
+    if isinstance(model, LoRAPlusModel):
+        raise ValueError("the model has adapters already: name all its layers in one LoRAPlusConfig")
     return LoRAPlusModel(model=model, config=config)
 
 
@@ -179,13 +182,15 @@ def _interceptor(
         if context.method_name != "__call__" or module.scope is None:
             return y
         path = "/".join(module.path[len(prefix) :])
+        if isinstance(module, LoRAPlusDense):
+            return y  # it has an adapter of its own, whatever the rules say
         entry = seen.setdefault(path, _Seen(module))
         # Compared by the function and not by the class: nn.vmap(nn.Dense) is a subclass that calls a plain
         # Dense inside, and a subclass of the user's own may call super().
         if context.orig_method.func is not _DENSE_CALL:
             entry.weights = entry.weights or _own_weights(module)
             return y
-        if isinstance(module, LoRAPlusDense) or not matches(config.target_modules, path):
+        if not matches(config.target_modules, path):
             return y
         entry.adapted = True
         if has_dropout and not module.has_rng("dropout"):
@@ -252,7 +257,7 @@ def _check_coverage(config: LoRAPlusConfig, seen: Mapping[str, _Seen]) -> None:
         for path, entry in hits.items():
             if entry.weights and not entry.adapted:
                 raise ValueError(
-                    f"target_modules: {rule!r} matches {path!r}, a {entry.type}; only Dense layers can be adapted"
+                    f"target_modules: {rule!r} matches {path!r} ({entry.type}); only Dense layers can be adapted"
                 )
         if not any(entry.adapted for entry in hits.values()):
             raise ValueError(
@@ -289,7 +294,7 @@ def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
 def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> None:
     flat = flatten(base)
     for spec in specs.values():
-        shape = getattr(flat.get(spec.leaf), "shape", None)
+        shape = getattr(meta.unbox(flat.get(spec.leaf)), "shape", None)
         if shape != spec.shape:
             raise ValueError(
                 f"the base does not fit the model: {spec.leaf} must have shape {spec.shape}, "

@@ -51,6 +51,8 @@ def save_adapter(
 ) -> None:
     """Writes an adapter directory; an older adapter there is replaced only when the new one is complete.
 
+    Nothing but an adapter is ever replaced.
+
     Args:
       directory: made if absent.
       config: what was applied.
@@ -58,9 +60,13 @@ def save_adapter(
       trainable: `{"lora": factors, "params": extras}`.
       base: `checkpoint.fingerprint` of the frozen variables.
       **more: the caller's own JSON-able fields.
+
+    Raises:
+      ValueError: something else than an adapter is there.
     """
     numpy = _safetensors("numpy")
-    directory = Path(directory)
+    directory = Path(directory).resolve()
+    _check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own beside the target, then one rename: nobody ever sees half an adapter.
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
@@ -84,8 +90,12 @@ def load_adapter(directory: str | Path) -> Adapter:
       ValueError: a file is damaged, of a later format, or tensors and table differ; the message names it.
     """
     notes, directory = adapter_notes(directory), Path(directory)
-    config = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
-    specs = specs_from_json(notes["specs"])
+    try:
+        config = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
+        specs = specs_from_json(notes["specs"])
+        _check_agreement(config, specs)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory / NOTES}: {error}") from None
     variables = unflatten(_tensors(directory / TENSORS))
     lora = variables.pop("lora", {})
     _check_factors(directory, lora, specs)
@@ -120,6 +130,29 @@ def _tensors(path: Path) -> dict[str, Any]:
         return flax.load_file(path)
     except Exception as error:  # the reader's own error class is not part of its interface
         raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def _check_agreement(config: LoRAPlusConfig | None, specs: Specs) -> None:
+    """`apply` goes by the config and `merge` by the specs: they must say the same."""
+    if config is None:
+        return
+    for path, spec in specs.items():
+        if (spec.rank, spec.scale) != (config.rank, config.scale):
+            raise ValueError(
+                f"config has rank {config.rank} and scale {config.scale:g}, the specs of {path or 'the model'} "
+                f"have rank {spec.rank} and scale {spec.scale:g}"
+            )
+
+
+def _check_free(directory: Path) -> None:
+    if directory.is_dir():
+        others = sorted(path.name for path in directory.iterdir() if path.name not in (TENSORS, NOTES))
+        if others:
+            raise ValueError(
+                f"{directory} holds more than an adapter ({', '.join(others[:3])}); choose another"
+            )
+    elif directory.exists():
+        raise ValueError(f"{directory} is a file; an adapter is a directory")
 
 
 def _check_factors(directory: Path, lora: Mapping[str, Any], specs: Specs) -> None:

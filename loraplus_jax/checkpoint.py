@@ -5,6 +5,7 @@ metadata that says what they belong to: format version, config, specs, package v
 base. Restoring compares it and refuses what does not fit.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -18,13 +19,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from .config import LoRAPlusConfig
+from .config import LoRAPlusConfig, check_whole, nearest
 from .spec import Specs, specs_to_json
 from .train_step import TrainState
 from .tree import leaves_by_path
 
 FORMAT = 1
 PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that cannot be read; an older one may do."""
 
 
 class Restored(NamedTuple):
@@ -81,10 +86,9 @@ def open_manager(
     Raises:
       ValueError: `keep` below 1.
     """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
+    check_whole("keep", keep, at_least=1)
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-    metric = (lambda metrics: float(metrics[best])) if best else None
+    metric = functools.partial(_metric, best) if best else None
     if metric is not None:
         policies.append(
             checkpoint_managers.BestN(
@@ -122,7 +126,12 @@ def save(
       metadata: from `describe_run`.
       input_position: JSON-able state of the input iterator, of the batch consumed last.
       metrics: numbers by which `open_manager` may keep the best.
+
+    Raises:
+      ValueError: there is a checkpoint of that step already, or the metric to keep the best by is missing.
     """
+    if int(state.step) in manager.all_steps():
+        raise ValueError(f"there is a checkpoint of step {int(state.step)} in {manager.directory} already")
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(_saved(state)),
         input_position=ocp.args.JsonSave({"position": input_position}),
@@ -148,6 +157,7 @@ def restore(
 
     Raises:
       FileNotFoundError: there is none.
+      DamagedCheckpoint: it cannot be read.
       ValueError: the checkpoint does not fit; the message names the fields that differ, with both values.
     """
     step = manager.latest_step() if step is None else step
@@ -155,14 +165,12 @@ def restore(
         raise FileNotFoundError(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
         )
-    notes = manager.restore(
-        step, args=ocp.args.Composite(input_position=ocp.args.JsonRestore(), metadata=ocp.args.JsonRestore())
-    )
+    notes = _read(manager, step, input_position=ocp.args.JsonRestore(), metadata=ocp.args.JsonRestore())
     if differing := differences(notes["metadata"], metadata):
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
     _check_shapes(manager, step, _saved(like))
     target = jax.tree.map(_abstract, _saved(like))
-    state = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
+    state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
     return Restored(_loaded(state, like), notes["input_position"]["position"], notes["metadata"])
 
 
@@ -187,22 +195,49 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str 
 def fingerprint(tree: Any) -> str:
     """A short hex digest of a tree's paths, shapes, dtypes and bits, the same on any device layout.
 
-    The bits are summed on the device in integers, each weighted by its place, so that no weight is copied to the
-    host and the order of summation does not matter.
+    Every word of bits is hashed with its place, and the hashes are summed, on the device and in integers, so that
+    no weight is copied to the host and the order of summation does not matter.
     """
     leaves = leaves_by_path(tree)
     sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
-    rows = [f"{p} {leaves[p].shape} {leaves[p].dtype} {int(sums[p])}" for p in sorted(leaves)]
+    rows = [f"{p} {leaves[p].shape} {leaves[p].dtype} {sums[p].tolist()}" for p in sorted(leaves)]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
 
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
-    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-    # Odd weights: a change of any one value changes the sum.
-    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape) * jnp.uint32(2654435762) + 1
-    return jnp.sum(bits.astype(jnp.uint32) * place, dtype=jnp.uint32)
+    """Two sums, uint32 `(2,)`, of hashes of the leaf's 32-bit words."""
+    words = _words(leaf)
+    place = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
+    return jnp.stack([jnp.sum(_mixed(words, place, seed), dtype=jnp.uint32) for seed in (1, 2)])
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+    """The bits of a leaf as uint32; narrower values one a word, wider ones in several."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if jnp.iscomplexobj(leaf):
+        leaf = jnp.stack([leaf.real, leaf.imag])
+    if leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer):
+        leaf = leaf.astype(jnp.int8) if leaf.dtype.itemsize == 1 else leaf
+    width = min(32, 8 * leaf.dtype.itemsize)
+    return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+
+
+def _mixed(words: jax.Array, place: jax.Array, seed: int) -> jax.Array:
+    """A hash of each word with its place: two rounds of multiply and shift, as in murmur3's finalizer."""
+    h = words ^ (place * jnp.uint32(0x9E3779B9) + jnp.uint32(seed))
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        h = (h ^ (h >> 16)) * jnp.uint32(factor)
+    return h ^ (h >> 15)
+
+
+def _metric(name: str, metrics: Mapping[str, float]) -> float:
+    if name not in metrics:
+        raise ValueError(
+            f"the manager keeps the best {name!r}, which is not in the metrics{nearest(name, metrics)}"
+        )
+    return float(metrics[name])
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
@@ -220,15 +255,32 @@ def _loaded(fields: Mapping[str, Any], like: TrainState) -> TrainState:
     return state
 
 
+def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+    """Items of a checkpoint; orbax and tensorstore say in many ways that one is damaged."""
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:
+        raise _damage(manager, step, error) from error
+
+
+def _damage(manager: ocp.CheckpointManager, step: int, error: Exception) -> DamagedCheckpoint:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DamagedCheckpoint(
+        f"the checkpoint of step {step} in {manager.directory} cannot be read: {reason:.200}"
+    )
+
+
 def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _check_shapes(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
-    stored = manager.item_metadata(step)["state"]
-    stored = getattr(stored, "tree", stored)
-    old = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(stored).items()}
-    new = {path: tuple(np.shape(leaf)) for path, leaf in leaves_by_path(like).items()}
+    try:
+        stored = manager.item_metadata(step)["state"]
+        old = {path: _kind(leaf) for path, leaf in leaves_by_path(getattr(stored, "tree", stored)).items()}
+    except Exception as error:
+        raise _damage(manager, step, error) from error
+    new = {path: _kind(leaf) for path, leaf in leaves_by_path(like).items()}
     odd = [
         f"{path} is {old.get(path, 'absent')} in the checkpoint and {new.get(path, 'absent')} here"
         for path in sorted(old.keys() | new.keys())
@@ -237,3 +289,7 @@ def _check_shapes(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
     if odd:
         more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(odd[:5])}{more}")
+
+
+def _kind(leaf: Any) -> str:
+    return f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}"

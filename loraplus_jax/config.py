@@ -68,6 +68,8 @@ class LoRAPlusConfig:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; an unknown field is a ValueError that names the nearest one."""
         fields = [f.name for f in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping) or "target_modules" not in values:
+            raise ValueError(f"a LoRAPlusConfig must be a mapping with target_modules, got {values!r:.40}")
         for name in values:
             if name not in fields:
                 raise ValueError(f"LoRAPlusConfig has no field {name!r}{nearest(name, fields)}")

@@ -10,7 +10,7 @@ import optax
 
 from .optim import Group, LoRAPlusTransform, rate_at
 from .spec import Specs
-from .tree import ROLES, Role, count, label_params, leaves_by_path
+from .tree import ROLES, Role, count, label_params, leaves_by_path, spec_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def describe(
         if role not in groups:
             raise ValueError(f"no rate is given for role {role!r} of {path}")
         group = groups[role]
-        spec = (specs or {}).get(path.rpartition("/")[0].removeprefix("lora/"))
+        spec = (specs or {}).get(spec_key(path.rpartition("/")[0]))
         rate = f"{float(rate_at(group.rate, step)):.3g}" + (" x base" if relative else "")
         decay = "own" if group.decay is None else f"{float(group.decay):.3g}"
         return Row(path, tuple(leaf.shape), role, spec.rank if spec else None, rate, decay, leaf.size)

@@ -129,7 +129,8 @@ class LoRAPlusDense(nn.Dense):
     `"lora"` as you map `"params"`.
 
     Attributes:
-      rank, alpha, dropout, init: as in `LoRAPlusConfig`.
+      rank, alpha, dropout: as in `LoRAPlusConfig`.
+      init_factors: its `init`.
 
     Example:
       >>> x = jnp.ones((2, 4))

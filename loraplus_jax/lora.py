@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from .spec import AdapterSpec, Specs
 from .tree import flatten, unflatten
@@ -71,8 +72,9 @@ def merge(base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs) -> dic
     _check_fit(flat, factors, specs)
     for module, spec in specs.items():
         a, b = (factors[_factor(module, name)] for name in ("lora_a", "lora_b"))
-        leaf = flat[spec.leaf]
-        flat[spec.leaf] = (leaf.astype(jnp.float32) + weight_delta(a, b, spec)).astype(leaf.dtype)
+        box, leaf = flat[spec.leaf], meta.unbox(flat[spec.leaf])
+        merged = (leaf.astype(jnp.float32) + weight_delta(a, b, spec)).astype(leaf.dtype)
+        flat[spec.leaf] = box.replace_boxed(merged) if isinstance(box, meta.AxisMetadata) else merged
     return unflatten(flat)
 
 
@@ -85,7 +87,7 @@ def _check_fit(flat: Mapping[str, Any], factors: Mapping[str, Any], specs: Specs
     if odd := sorted(known ^ factors.keys()):
         raise ValueError(f"the adapters and the specs differ at {', '.join(odd)}")
     for module, spec in specs.items():
-        shape = tuple(flat[spec.leaf].shape) if spec.leaf in flat else None
+        shape = tuple(meta.unbox(flat[spec.leaf]).shape) if spec.leaf in flat else None
         if shape != spec.shape:
             raise ValueError(f"{spec.leaf}: the adapter is for shape {spec.shape}, the base has {shape}")
         shapes = tuple(tuple(factors[_factor(module, name)].shape) for name in ("lora_a", "lora_b"))

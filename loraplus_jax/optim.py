@@ -13,7 +13,7 @@ import jax
 import optax
 from jax.core import Tracer
 
-from .config import nearest
+from .config import check_number, nearest
 from .spec import Specs
 from .tree import ROLES, Role, label_params
 
@@ -62,7 +62,8 @@ def lora_plus_adamw(
 ) -> LoRAPlusTransform:
     """AdamW in which B's learning rate is `lr_ratio` times A's at every step, whatever the schedule.
 
-    `optax.multi_transform` over `label_params`, a group a role. With `lr_ratio=1` it is plain LoRA to the bit.
+    `optax.multi_transform` over `label_params` routes every role to its decay and rate; with `lr_ratio=1` the steps
+    are those of `optax.adamw` over all parameters to the bit.
 
     Args:
       learning_rate: eta_A, for A and every role but B; a number, a traced scalar or an optax schedule.
@@ -85,6 +86,9 @@ def lora_plus_adamw(
       0.004
     """
     check_positive("lr_ratio", lr_ratio)
+    check_number("eps", eps, at_least=0.0)
+    check_number("b1", b1, at_least=0.0, below=1.0)
+    check_number("b2", b2, at_least=0.0, below=1.0)
     rates, decays = dict(rates or {}), dict(decays or {})
     _check_groups(learning_rate, weight_decay, rates, decays)
     if decay not in ("coupled", "equal"):
@@ -92,18 +96,25 @@ def lora_plus_adamw(
 
     def group(role: Role) -> Group:
         rate = rates.get("a" if role == "b" else role, learning_rate)
-        w = decays.get(role, weight_decay / lr_ratio if role == "b" and decay == "equal" else weight_decay)
+        equal = role == "b" and decay == "equal"
+        w = decays.get(role, decays.get("a", weight_decay) / lr_ratio if equal else weight_decay)
         return Group(scale_rate(rate, lr_ratio) if role == "b" else rate, w)
 
     groups: dict[Role, Group] = {role: group(role) for role in ROLES}
-    adamw = functools.partial(optax.adamw, b1=b1, b2=b2, eps=eps)
-    by_role = optax.multi_transform(
-        {role: adamw(g.rate, weight_decay=g.decay) for role, g in groups.items()}, _labels(specs)
-    )
-    if max_grad_norm is None:
-        return _transform(by_role, groups, relative=False)
-    check_positive("max_grad_norm", max_grad_norm)
-    return _transform(optax.chain(optax.clip_by_global_norm(max_grad_norm), by_role), groups, relative=False)
+    clip = []
+    if max_grad_norm is not None:
+        check_positive("max_grad_norm", max_grad_norm)
+        clip = [optax.clip_by_global_norm(max_grad_norm)]
+    # AdamW is Adam's direction, then decay, then rate. The first is the same for every role and is taken over the
+    # whole tree: XLA rounds the bias correction of a part of a tree otherwise, and lambda = 1 would not be plain
+    # LoRA to the bit.
+    decay_and_rate: dict[Any, Any] = {
+        role: optax.chain(optax.add_decayed_weights(g.decay), optax.scale_by_learning_rate(g.rate))
+        for role, g in groups.items()
+    }
+    by_role = optax.multi_transform(decay_and_rate, _labels(specs))
+    chain = optax.chain(*clip, optax.scale_by_adam(b1=b1, b2=b2, eps=eps), by_role)
+    return _transform(chain, groups, relative=False)
 
 
 def lora_plus(
@@ -151,14 +162,19 @@ def rate_at(rate: Rate, step: int | jax.Array) -> Any:
 
 def check_positive(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is traced, or a finite number above 0."""
-    if isinstance(value, Tracer):
-        return
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
+    number = _number(value)
+    if number is not None and not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def _number(value: Any) -> float | None:
+    """The value as a float, NaN if it is no number; None while it is traced."""
+    if isinstance(value, Tracer):
+        return None
+    try:
+        return math.nan if isinstance(value, bool | str) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _check_groups(learning_rate: Rate, weight_decay: float, rates: dict, decays: dict) -> None:
@@ -171,7 +187,8 @@ def _check_groups(learning_rate: Rate, weight_decay: float, rates: dict, decays:
         if not callable(rate):
             check_positive(name, rate)
     for name, w in {"weight_decay": weight_decay, **decays}.items():
-        if not isinstance(w, Tracer) and not (math.isfinite(w) and w >= 0):
+        number = _number(w)
+        if number is not None and not (math.isfinite(number) and number >= 0):
             raise ValueError(f"weight decay {name!r} must be a finite number of at least 0, got {w!r}")
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from .config import nearest
+from .config import check_number, check_whole, nearest
 
 KINDS = ("dense",)
 
@@ -40,6 +40,10 @@ class AdapterSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "stacked", tuple(self.stacked))
+        check_whole(f"{self.leaf}: rank", self.rank, at_least=1)
+        check_number(f"{self.leaf}: scale", self.scale)
+        if not isinstance(self.leaf, str) or not isinstance(self.axes, str):
+            raise ValueError(f"leaf and axes must be strings, got {self.leaf!r} and {self.axes!r}")
         if self.kind not in KINDS:
             raise ValueError(f"{self.leaf}: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if "i" not in self.axes or "o" not in self.axes:
@@ -82,6 +86,8 @@ class AdapterSpec:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`; an unknown or missing field is a ValueError."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"must be a mapping, got {values!r:.40}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
@@ -103,6 +109,8 @@ def specs_to_json(specs: Specs) -> dict[str, Any]:
 
 def specs_from_json(values: Mapping[str, Any]) -> dict[str, AdapterSpec]:
     """The inverse of `specs_to_json`; an error names the path it was met at."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"the adapter table must be a mapping, got {values!r:.40}")
     table = {}
     for path, spec in values.items():
         try:

@@ -14,6 +14,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .config import check_whole
 from .diagnostics import role_norms
 from .tree import combine, label_params
 
@@ -76,12 +77,11 @@ def make_step(
     Raises:
       ValueError: `accumulate` below 1, or, when traced, one that does not divide the batch.
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+    check_whole("accumulate", accumulate, at_least=1)
 
     def sums(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
         (total, weight), metrics = loss_fn(combine(trainable, frozen), batch, rng)
-        return total, {"loss": (total, weight), **metrics}
+        return total, _with_loss((total, weight), metrics)
 
     gradients = jax.grad(sums, has_aux=True)
 
@@ -118,7 +118,8 @@ def jit_step(
 ) -> StepFn:
     """The compiled step; its state is donated. With a mesh the batch is split over the axis `"data"`.
 
-    State and frozen variables are replicated over the mesh; place them once with `replicate(mesh, tree)`.
+    State and frozen variables are replicated over the mesh; place them once with `replicate(mesh, tree)`, or the
+    first step, whose state lies elsewhere, is compiled for itself.
 
     Raises:
       ValueError: a mesh without a `"data"` axis.
@@ -151,7 +152,7 @@ def make_eval(loss_fn: LossFn, *, mesh: Mesh | None = None) -> Callable[[Any, An
 
     def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, Pair]:
         loss, metrics = loss_fn(combine(trainable, frozen), batch, None)  # pyright: ignore[reportArgumentType]
-        return {"loss": loss, **metrics}
+        return _with_loss(loss, metrics)
 
     if mesh is None:
         return jax.jit(evaluate)
@@ -166,6 +167,12 @@ def means(totals: Mapping[str, Pair]) -> dict[str, jax.Array]:
     1.5
     """
     return {name: jnp.asarray(total, jnp.float32) / _nonzero(w) for name, (total, w) in totals.items()}
+
+
+def _with_loss(loss: Pair, metrics: Mapping[str, Pair]) -> dict[str, Pair]:
+    if "loss" in metrics:
+        raise ValueError("a loss function's metrics must not be called 'loss': that is the loss itself")
+    return {"loss": loss, **metrics}
 
 
 def _nonzero(weight: jax.Array) -> jax.Array:

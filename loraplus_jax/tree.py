@@ -98,15 +98,18 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
     flat = [flatten(tree) for tree in trees]
     for one, other in itertools.combinations(flat, 2):
         if both := one.keys() & other.keys():
-            raise ValueError(
-                f"the trees to combine share {', '.join('/'.join(path) for path in sorted(both))}"
-            )
+            raise ValueError(f"the trees to combine share {', '.join(sorted(both))}")
     return unflatten(dict(itertools.chain.from_iterable(f.items() for f in flat)))
 
 
 def count(tree: Any) -> int:
     """The number of values in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def spec_key(module: str) -> str:
+    """A module's path in the specs, given its path in a tree that may have the collection's name on top."""
+    return "" if module == "lora" else module.removeprefix("lora/")
 
 
 def _parents(path: str, collection: str) -> Iterator[str]:
@@ -120,7 +123,7 @@ def _role(path: str, specs: Specs | None) -> Role:
     module, _, name = path.rpartition("/")
     if name not in FACTORS:
         return "extra"
-    spec = (specs or {}).get(module.removeprefix("lora/"))
+    spec = (specs or {}).get(spec_key(module))
     return "embedding" if spec is not None and spec.kind == "embed" else FACTORS[name]
 
 
@@ -136,7 +139,7 @@ def _check_pair(module: str, leaves: Mapping[str, Any], specs: Specs | None) -> 
     if missing:
         raise ValueError(f"{module or 'the tree'} holds one factor only: {missing[0]} is missing")
     a, b = (tuple(leaves[path].shape) for path in paths.values())
-    spec = (specs or {}).get(module.removeprefix("lora/"))
+    spec = (specs or {}).get(spec_key(module))
     if specs is not None and spec is None:
         raise ValueError(f"{module} is not in the specs{nearest(module, specs)}")
     if spec is not None and (a, b) != spec.factor_shapes:

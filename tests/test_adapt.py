@@ -314,9 +314,9 @@ class Mixed(nn.Module):
         (["query", "nothing"], "'nothing' matches no Dense layer"),
         ("query/.*", "matches no Dense layer.*'query'"),
         (["norm"], "'norm' matches no Dense layer"),
-        (["conv"], "'conv' matches 'conv', a Conv; only Dense"),
-        (["query", "value"], "'value' matches 'value', a DenseGeneral; only Dense"),
-        ("(query|conv)", "matches 'conv', a Conv"),
+        (["conv"], "'conv' matches 'conv' .Conv.; only Dense"),
+        (["query", "value"], "'value' matches 'value' .DenseGeneral.; only Dense"),
+        ("(query|conv)", "matches 'conv' .Conv."),
     ],
 )
 @pytest.mark.parametrize("start", ["init", "init_lora"])

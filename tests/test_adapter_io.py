@@ -127,9 +127,9 @@ A = "lora/layers/q/lora_a"
         ),
         (lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].pop("leaf")), ValueError, "lacks leaf"),
         (
-            lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(rank=3)),
+            lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(shape=[6, 5, 3])),
             ValueError,
-            r"layers/q/lora_a is \(6, 4, 2\) in adapter.safetensors and \(6, 4, 3\) in adapter.json",
+            r"layers/q/lora_a is \(6, 4, 2\) in adapter.safetensors and \(6, 5, 2\) in adapter.json",
         ),
         (
             lambda d: edit_notes(d, lambda n: n["specs"].clear()),

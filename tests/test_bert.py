@@ -246,7 +246,7 @@ def test_config_reads_what_transformers_writes():
         ({"num_attention_heads": 5}, "must divide hidden_size, got 5 and 32"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be an int of 1 or more, got 0"),
         ({"hidden_size": "32"}, "hidden_size must be an int of 1 or more, got '32'"),
-        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be in \[0, 1\), got 1.0"),
+        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be a number in \[0, 1\), got 1.0"),
     ],
 )
 def test_unsupported_configs_are_refused(changes, message):

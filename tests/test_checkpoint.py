@@ -138,8 +138,8 @@ def test_another_run_is_refused_with_field_and_values(saved, change, message):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("lora_a", (5, 2), r"trainable/lora/q/lora_a is \(4, 2\) in the checkpoint and \(5, 2\) here"),
-        ("more", (3,), r"trainable/lora/q/more is absent in the checkpoint and \(3,\) here"),
+        ("lora_a", (5, 2), r"lora/q/lora_a is float32 \(4, 2\) in the checkpoint and float32 \(5, 2\) here"),
+        ("more", (3,), r"trainable/lora/q/more is absent in the checkpoint and float32 \(3,\) here"),
     ],
 )
 def test_other_shapes_are_refused_with_path_and_shapes(saved, name, shape, message):
@@ -194,7 +194,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mode, losses, kept):
 
 
 def test_keep_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="keep must be a whole number of at least 1, got 0"):
         open_manager(tmp_path, keep=0)
 
 

@@ -273,7 +273,9 @@ def test_label_names_are_sorted_and_whole_numbers_by_value():
 
 def test_a_label_that_training_lacks_is_an_error_with_its_line():
     splits = {"train": _rows("ab", ["pos", "neg"]), "test": _rows("abc", ["pos", "Pos", "maybe"])}
-    with pytest.raises(ValueError, match=r"f\.csv:3: label 'Pos' is not in the train split.*mean 'pos'") as caught:
+    with pytest.raises(
+        ValueError, match=r"f\.csv:3: label 'Pos' is not in the train split.*mean 'pos'"
+    ) as caught:
         data.label_names(splits)
     assert "f.csv:4: label 'maybe'" in str(caught.value)
     with pytest.raises(ValueError, match="only 'a'"):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import AdapterSpec, label_params, lora_plus, lora_plus_adamw
+from loraplus_jax import AdapterSpec, lora_plus, lora_plus_adamw
 from loraplus_jax.diagnostics import describe
 
 PARAMS = {
@@ -103,18 +103,13 @@ def test_swapped_factors_are_refused(make):
     make(1e-3, specs={"q": spec}).init({"lora": {"q": q}})
 
 
-def test_lambda_one_is_plain_adamw():
+def test_lambda_one_is_plain_adamw_to_the_bit():
     rate = SCHEDULES["warm-up and cosine"]
     adamw = optax.adamw(rate, weight_decay=0.1)
-    grouped = optax.multi_transform({"a": adamw, "b": adamw, "extra": adamw}, label_params)
     built = run(lora_plus_adamw(rate, lr_ratio=1.0, weight_decay=0.1, max_grad_norm=1.0), 12)
-    plain, plain_groups = (
-        run(optax.chain(optax.clip_by_global_norm(1.0), tx), 12) for tx in (adamw, grouped)
-    )
+    plain = run(optax.chain(optax.clip_by_global_norm(1.0), adamw), 12)
     jax.tree.map(np.testing.assert_array_equal, run(lora_plus(adamw, lr_ratio=1.0), 12), run(adamw, 12))
-    jax.tree.map(np.testing.assert_array_equal, built, plain_groups)
-    # XLA compiles optax's bias correction of a whole tree and of a part of it to other roundings.
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), built, plain)
+    jax.tree.map(np.testing.assert_array_equal, built, plain)
 
 
 def test_the_wrapper_equals_the_builder_with_decay_and_clipping():

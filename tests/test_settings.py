@@ -62,6 +62,7 @@ OTHER = {
     "train.early_stopping": 2,
     "train.select": "last",
     "train.keep": 1,
+    "train.max_skipped": 2,
     "train.compilation_cache": False,
     "mesh.data": 2,
     "task": "regression",
@@ -239,7 +240,7 @@ def test_overrides_that_are_refused(tmp_path, overrides, words):
             (TrainSettings, name, bad)
             for name in (
                 *("steps", "early_stopping", "batch_size", "accumulate"),
-                *("eval_batch_size", "eval_every", "log_every", "keep"),
+                *("eval_batch_size", "eval_every", "log_every", "keep", "max_skipped"),
             )
             for bad in (0, -1, 1.0, True)
         ),

@@ -136,7 +136,7 @@ def test_accumulation_changes_nothing(parts):
 
 def test_bad_arguments_are_refused():
     trainable, frozen, batch = problem()
-    with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="accumulate must be a whole number of at least 1, got 0"):
         jit_step(squares, TX, accumulate=0)
     with pytest.raises(ValueError, match=r"accumulate=3 does not divide a batch of \[16\]"):
         jit_step(squares, TX, accumulate=3)(init_state(trainable, TX, KEY), frozen, batch)

@@ -125,9 +125,15 @@ def _bad_options(config: BertConfig) -> list[str]:
     for name, allowed in (("model_type", _MODEL_TYPES), ("hidden_act", tuple(_ACTIVATIONS))):
         if getattr(config, name) not in allowed:
             bad.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            bad.append(f"{name} must be in [0, 1), got {getattr(config, name)!r}")
+    for name in (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "layer_norm_eps",
+        "initializer_range",
+    ):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+            bad.append(f"{name} must be a number in [0, 1), got {value!r}")
     return bad
 
 

@@ -90,7 +90,7 @@ def load_config(directory: str | Path) -> dict[str, Any]:
     Raises:
       ValueError: no directory, no such file in it, or it holds no JSON object.
     """
-    return _read_json(_existing(Path(directory)) / "config.json")
+    return read_json(_existing(Path(directory)) / "config.json")
 
 
 def load_params(
@@ -267,7 +267,7 @@ def _listed(directory: Path) -> dict[str, str]:
         return {}
     if not (directory / INDEX).exists():
         raise ValueError(_no_weights(directory))
-    listed = _read_json(directory / INDEX).get("weight_map")
+    listed = read_json(directory / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise ValueError(
             f"{directory / INDEX} must hold a weight_map from tensor names to files, got {listed!r:.80}"
@@ -310,7 +310,8 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; a ValueError names the file that holds none."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     try:

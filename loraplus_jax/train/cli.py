@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TRACEBACK = "LORAPLUS_TRACEBACK"
+WITH_SETTINGS, FLAGS = ("train", "inspect"), ("--fresh", "--help", "-h")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,20 +17,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Optional packages are imported by the commands, so that --help is quick and a missing one is named.
-    options, overrides = _parser().parse_known_args(arguments)
+    options, overrides = _parsed(arguments)
     try:
-        if overrides and options.command not in ("train", "inspect"):
+        if overrides and options.command not in WITH_SETTINGS:
             raise ValueError(f"{options.command} does not take {' '.join(overrides)}")
         options.run(options, overrides)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"loraplus: error: {_explained(error)}", file=sys.stderr)
-        return 2
+        return _ended(f"error: {_explained(error)}", 2)
     except KeyboardInterrupt:
-        print("loraplus: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return _ended("interrupted", 130)
+    return options.code
+
+
+def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options, and for commands with settings the arguments that are settings, a config file before them."""
+    if not arguments or arguments[0] not in WITH_SETTINGS:
+        return _parser().parse_known_args(arguments)
+    command, *rest = arguments
+    config = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
+    flags = [word for word in rest if word in FLAGS]
+    options = _parser().parse_args([command, *config, *flags])
+    return options, [word for word in rest if word not in FLAGS]
+
+
+def _ended(message: str, code: int) -> int:
+    print(f"loraplus: {message}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: object, text: str, **options: object) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, **options)  # pyright: ignore
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, code=0)
         return command
 
     train = add("train", _train, "train as a config file says", add_help=False)
@@ -53,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--fresh", action="store_true")
     evaluate = add("eval", _eval, "evaluate a finished run or an adapter directory")
     evaluate.add_argument("run_directory", metavar="RUN", type=Path)
-    evaluate.add_argument("--split", default="test", help="train, validation or test (default)")
+    evaluate.add_argument("--split", help="train, validation or test (default)")
     evaluate.add_argument("--data", help="another labelled file, instead of a split")
     predict = add("predict", _predict, "predict for texts, with a finished run or an adapter directory")
     predict.add_argument("run_directory", metavar="RUN", type=Path)
@@ -66,11 +81,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    from .loop import train
+    if _helped(options):
+        return
+    from .lifecycle import Stopped
+    from .loop import TrainingFailed, train
     from .settings import parse_settings
 
-    if not _helped(options):
+    try:
         train(parse_settings(options.config, overrides), fresh=options.fresh)
+    except Stopped as stop:
+        options.code = _ended(str(stop), 128 + stop.signal_number)
+    except TrainingFailed as failure:
+        options.code = _ended(f"training failed: {failure}", 1)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -99,8 +121,10 @@ def _eval(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _predict(options: argparse.Namespace, _: list[str]) -> None:
-    from .use import predict_run, write_predictions
+    from .use import check_output, predict_run, write_predictions
 
+    if options.output is not None:
+        check_output(options.output)
     if bool(options.text) == bool(options.data):
         raise ValueError("predict needs --text or --data, one of the two")
     found = predict_run(options.run_directory, texts=options.text, data=options.data)

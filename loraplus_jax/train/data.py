@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..config import check_number, check_whole, nearest
+from ..models.hf import read_json
 from .rows import raise_problems, read_rows
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
 
 
 def _pad_token(tokenizer: Tokenizer, config_path: Path) -> str:
-    config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+    config = read_json(config_path) if config_path.is_file() else {}
     declared = [config.get("pad_token"), "[PAD]", "<pad>", config.get("eos_token"), "</s>", "<|endoftext|>"]
     for token in [(tokenizer.padding or {}).get("pad_token"), *declared]:
         token = token.get("content") if isinstance(token, dict) else token

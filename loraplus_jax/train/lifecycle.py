@@ -36,7 +36,9 @@ def only_run(directory: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         pid = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
-        raise ValueError(f"a run with pid {pid} is at work in {directory}; wait for it or choose another") from None
+        raise ValueError(
+            f"a run with pid {pid} is at work in {directory}; wait for it or choose another"
+        ) from None
     try:
         owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import math
+import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,18 +18,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..adapter_io import save_adapter
-from ..checkpoint import PACKAGES, differences, open_manager, restore, save
+from ..checkpoint import PACKAGES, DamagedCheckpoint, differences, open_manager, restore, save
 from ..optim import rate_at
 from ..sharding import replicate
 from ..train_step import DATA_AXIS, TrainState, init_state, jit_step, make_eval, means
 from ..tree import count, label_params
 from .data import Batch, eval_batches, train_batches
 from .fetch import cache_dir
+from .lifecycle import LOCK, OWNER, Stopped, StopSignal, only_run
 from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
-from .settings import Settings
+from .settings import Settings, read_yaml
 
-CONFIG, CHECKPOINTS, ADAPTER = "config.yaml", "checkpoints", "adapter"
+CONFIG, CHECKPOINTS, ADAPTER, DAMAGED = "config.yaml", "checkpoints", "adapter", "damaged_checkpoints"
+SPIKE = 2.0
+"""A mean loss this many times the median of the rows before it is said to be a spike."""
+
+
+class TrainingFailed(Exception):
+    """Training went wrong and was ended; the last good checkpoint is kept."""
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -45,9 +54,11 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
 
     Raises:
       ValueError, OSError: bad input, found before anything is written.
+      Stopped: SIGTERM or Ctrl-C; what was done is saved.
+      TrainingFailed: numbers that are not finite.
     """
     console = console or Console()
-    directory = Path(settings.output_dir)
+    directory = Path(settings.output_dir).expanduser()
     check_directory(directory, settings, fresh=fresh)
     if settings.train.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
@@ -55,33 +66,32 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
     if fresh:
         set_aside(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
-    task = run.data.task
-    manager = open_manager(
-        directory / CHECKPOINTS,
-        keep=settings.train.keep,
-        best=f"validation/{task.metric}",
-        mode=task.mode,
-    )
-    try:
-        return Trainer(run, directory, manager, console).run_all()
-    finally:
-        manager.close()
+    with only_run(directory):
+        task = run.data.task
+        best = f"validation/{task.metric}"
+        manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
+        try:
+            return Trainer(run, directory, manager, console).run_all()
+        finally:
+            manager.close()
 
 
 def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> None:
     """Raises ValueError unless the run may start or go on in the directory."""
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    for parent in (directory, *directory.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"output_dir {directory}: {parent} is a file")
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if names <= {LOCK, OWNER}:
         return
-    if not directory.is_dir():
-        raise ValueError(f"output_dir {directory} is a file")
     if not (directory / CONFIG).is_file():
         raise ValueError(f"output_dir {directory} holds files that are not a run's; choose another directory")
     if fresh:
         return
     other = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
-    old = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-    new = settings.to_json()
+    old, new = read_yaml(directory / CONFIG), settings.to_json()
+    if not isinstance(old, dict):
+        raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
     if found := differences({**old, "output_dir": None}, {**new, "output_dir": None}):
         found = [text.replace("the checkpoint", "that run") for text in found]
         raise ValueError(
@@ -92,10 +102,11 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> None
 
 
 def set_aside(directory: Path, console: Console) -> None:
-    """Renames an older run to the first free `DIRECTORY.N`."""
-    if directory.exists():
+    """Renames an older run, unless it is at work, to the first free `DIRECTORY.N`."""
+    if (directory / CONFIG).exists():
         number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}.{n}").exists())
-        old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
+        with only_run(directory):
+            old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
         console.print(f"the older run is now {old}")
 
 
@@ -123,7 +134,10 @@ class Trainer:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
         loss_fn = self.task.loss_fn(run.parts.model)
-        self.step_fn = jit_step(loss_fn, run.tx, mesh=run.mesh, accumulate=self.settings.accumulate)
+        self.step_fn = jit_step(
+            loss_fn, run.tx, mesh=run.mesh, accumulate=self.settings.accumulate, skip_nonfinite=True
+        )
+        self.skipped_in_a_row = 0
         self.eval_fn = make_eval(loss_fn, mesh=run.mesh)
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = replicate(run.mesh, run.parts.frozen)
@@ -137,12 +151,17 @@ class Trainer:
         )
         self.held_out = "test" if "test" in run.data.splits else "validation"
         self.roles = sorted(set(jax.tree.leaves(label_params(run.parts.trainable, run.parts.specs))))
+        self.pending: list[Any] = []  # the metrics of steps that no row tells of yet
 
     def run_all(self) -> dict[str, Any]:
         """Everything; returns the summary."""
         started = time.perf_counter()
-        step = self.go_on()
-        self.log = RunLog(self.directory, step=step)
+        rows = self.go_on()
+        step = int(self.state.step)
+        if step == 0:
+            text = yaml.safe_dump(self.run.settings.to_json(), sort_keys=False)
+            write_text(self.directory / CONFIG, text)
+        self.log = RunLog(self.directory, keep=rows)
         try:
             self.print_head(step)
             before = self.before()
@@ -153,13 +172,22 @@ class Trainer:
             self.log.close()
 
     def go_on(self) -> int:
-        """Restores the newest checkpoint, if there is one; returns the step to go on from."""
-        if self.manager.latest_step() is None:
-            return 0
-        restored = restore(self.manager, self.state, metadata=self.run.metadata)
-        self.state = restored.state
-        self.batches.set_state(restored.input_position)
-        return int(self.state.step)
+        """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
+        while (step := self.manager.latest_step()) is not None:
+            try:
+                restored = restore(self.manager, self.state, metadata=self.run.metadata)
+            except DamagedCheckpoint as error:
+                place = self.directory / DAMAGED / str(step)
+                place.parent.mkdir(exist_ok=True)
+                (self.directory / CHECKPOINTS / str(step)).rename(place)
+                self.manager.reload()
+                self.console.print(f"{error}; it is now {place}, and the one before is used")
+                continue
+            self.state, position = restored.state, restored.input_position
+            self.batches.set_state(position["batches"])
+            self.pending, self.skipped_in_a_row = position["pending"], position["skipped"]
+            return position["rows"]
+        return 0
 
     def print_head(self, step: int) -> None:
         """What is about to be trained."""
@@ -191,6 +219,10 @@ class Trainer:
         first = next((row for row in self.log.rows if row["step"] == 0), None)
         if first is None:
             values = self.evaluate(self.state.trainable, self.held_out)
+            if not math.isfinite(values["loss"]):
+                raise TrainingFailed(
+                    "the loss is not finite before any training: look at the weights and the dtype"
+                )
             self.log.write(0, {name + key: value for key, value in values.items()})
             first = self.log.rows[-1]
         before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
@@ -199,57 +231,115 @@ class Trainer:
 
     def loop(self, step: int) -> None:
         """The steps that are left, with evaluations, checkpoints and early stopping."""
-        pending: list[Any] = []
-        clock = time.perf_counter()
-        with self.progress() as bar:
+        every = self.settings
+        with self.progress() as bar, StopSignal() as stop:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
+            self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
-                self.state, metrics = self.step_fn(
-                    self.state, self.frozen, place(next(self.batches), self.run.mesh)
-                )
-                pending.append(metrics)
+                batch = place(next(self.batches), self.run.mesh)
+                self.state, metrics = self.step_fn(self.state, self.frozen, batch)
+                self.pending.append(metrics)
                 step += 1
-                if step % self.settings.log_every == 0 or step == self.run.steps:
-                    values = self.averaged(pending, step)
-                    now = time.perf_counter()
-                    values["steps_per_second"], clock = len(pending) / (now - clock), now
-                    self.log.write(step, values)
-                    pending = []
-                    bar.update(
-                        task,
-                        completed=step,
-                        loss=f"{values['loss']:.4f}",
-                        rate=f"{values['steps_per_second']:.2f}",
-                    )
-                if step % self.settings.eval_every == 0 or step == self.run.steps:
+                if step % every.log_every == 0 or step == self.run.steps:
+                    loss, rate = self.log_row(step)
+                    bar.update(task, completed=step, loss=loss, rate=rate)
+                if step % every.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
-                    clock = time.perf_counter()
+                elif stop.received is not None:
+                    self.save(None)
+                if stop.received is not None:
+                    self.manager.wait_until_finished()
+                    message = (
+                        f"stopped at step {step} of {self.run.steps}; the same command goes on from there"
+                    )
+                    raise Stopped(stop.received, message)
+        if self.pending:
+            self.log_row(step)
 
-    def averaged(self, pending: list[Any], step: int) -> dict[str, float]:
-        """The means of the metrics of some steps, and the rates of the last."""
-        host = jax.device_get(pending)
-        values = {name: float(np.mean([row[name] for row in host])) for name in host[0]}
+    def log_row(self, step: int) -> tuple[str, str]:
+        """Turns the pending metrics into a row; returns what the progress bar shows."""
+        host = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self.pending)]
+        now = time.perf_counter()
+        speed, self.clock, self.pending = len(host) / (now - self.clock), now, []
+        done = [row for row in host if not row["skipped"]]
+        values = {name: float(np.mean([row[name] for row in done])) for name in (done[0] if done else ())}
+        values["skipped"] = float(len(host) - len(done))
+        if done:
+            self.note_spike(step, values)
         rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
-        return values | rates
+        self.log.write(step, values | rates | {"steps_per_second": speed})
+        self.check_finite(step, host)
+        return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
+
+    def note_spike(self, step: int, values: Mapping[str, float]) -> None:
+        """Says when the loss jumps, with the norms of that moment."""
+        older = [value for _, value in self.log.values("loss")][-10:]
+        if len(older) >= 3 and values["loss"] > SPIKE * statistics.median(older):
+            norms = ", ".join(f"{n} {v:.3g}" for n, v in values.items() if "_norm/" in n)
+            self.console.print(
+                f"step {step}: the loss jumped to {values['loss']:.4f} "
+                f"(median before {statistics.median(older):.4f}); {norms}"
+            )
+
+    def check_finite(self, step: int, rows: list[dict[str, float]]) -> None:
+        """Ends the run when too many steps in a row were skipped, naming what was not finite."""
+        for number, row in enumerate(rows, step - len(rows) + 1):
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
+            if self.skipped_in_a_row >= self.settings.max_skipped:
+                odd = [
+                    name for name, v in row.items() if not math.isfinite(v) and not name.startswith("update")
+                ]
+                raise TrainingFailed(
+                    f"{self.skipped_in_a_row} steps in a row up to step {number} were skipped: not finite were "
+                    f"{', '.join(odd)}; {self.advice(odd)}; checkpoints up to step "
+                    f"{self.manager.latest_step() or 0} are kept"
+                )
+
+    def advice(self, odd: list[str]) -> str:
+        """What the evidence supports."""
+        optimizer, config = self.run.settings.optimizer, self.run.config
+        tips = []
+        if "grad_norm/a" in odd and config is not None and config.lr_ratio > 1:
+            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (A's gradient grows with B)")
+        tips.append(f"a lower optimizer.learning_rate than {optimizer.learning_rate:g}")
+        if optimizer.max_grad_norm is None:
+            tips.append("optimizer.max_grad_norm: 1.0")
+        if not optimizer.warmup_steps:
+            tips.append("optimizer.warmup_steps")
+        return "try " + ", or ".join(tips)
 
     def evaluate_and_save(self, step: int) -> None:
         """The validation result goes to the log, to the screen and with a checkpoint."""
         values = self.evaluate(self.state.trainable, "validation")
+        if not math.isfinite(values["loss"]):
+            raise TrainingFailed(
+                f"the validation loss at step {step} is not finite; {self.advice(['grad_norm/a'])}; checkpoints up "
+                f"to step {self.manager.latest_step() or 0} are kept"
+            )
         named = {f"validation/{name}": value for name, value in values.items()}
         self.log.write(step, named)
-        position = self.batches.get_state()
-        save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=named)
+        self.save(named)
+        self.clock = time.perf_counter()
         self.console.print(f"step {step}: {self.show(values)} (validation)")
 
+    def save(self, metrics: Mapping[str, float] | None) -> None:
+        """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet."""
+        pending = [
+            {name: float(value) for name, value in row.items()} for row in jax.device_get(self.pending)
+        ]
+        position = {"batches": self.batches.get_state(), "pending": pending, "rows": len(self.log.rows)}
+        position["skipped"] = self.skipped_in_a_row
+        save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
+
     def should_stop(self) -> bool:
-        """Whether the last evaluations brought nothing better."""
+        """Whether the last evaluations were all worse than the best one before them."""
         patience = self.settings.early_stopping
         values = [value for _, value in self.log.values(f"validation/{self.task.metric}")]
         if patience is None or len(values) <= patience:
             return False
-        best = max if self.task.mode == "max" else min
-        first_best = values.index(best(values))
-        return len(values) - 1 - first_best >= patience
+        best = max(values) if self.task.mode == "max" else min(values)
+        # Of equals the last counts, as it does for the manager that keeps the best.
+        return values[::-1].index(best) >= patience
 
     def finish(self) -> dict[str, float]:
         """Chooses the state to keep, evaluates it on held-out data and writes the adapter and the picture."""
@@ -258,9 +348,6 @@ class Trainer:
             best = self.manager.best_step()
             self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
         after = self.evaluate(self.state.trainable, self.held_out)
-        self.log.write(
-            int(self.state.step), {f"{self.held_out}_after/{name}": v for name, v in after.items()}
-        )
         notes = {name: self.run.metadata[name] for name in ("base", "settings", "task")}
         save_adapter(
             self.directory / ADAPTER, self.run.config, self.run.parts.specs, self.state.trainable, **notes
@@ -280,7 +367,8 @@ class Trainer:
                 "examples": len(self.run.data.splits[self.held_out]["label"]),
             },
             "method": self.run.settings.method,
-            "steps": self.log.values("loss")[-1][0],
+            "steps": self.log.rows[-1]["step"],
+            "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
             "selected_step": int(self.state.step),
             "trainable": trained,
             "total": trained + count(self.run.parts.frozen),

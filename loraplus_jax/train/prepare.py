@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,7 +100,12 @@ def prepare(settings: Settings) -> Run:
     tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
-        config, parts.specs, base=base, settings=settings.to_json(), task=dataclasses.asdict(data.task)
+        config,
+        parts.specs,
+        base=base,
+        settings={name: value for name, value in settings.to_json().items() if name != "output_dir"},
+        task={**dataclasses.asdict(data.task), "names": list(data.task.names)},
+        data=digest(data.splits),
     )
     return Run(settings, config, data, parts, steps, tx, mesh, metadata)
 
@@ -134,12 +140,29 @@ def load_data(settings: Settings, directory: Path) -> Data:
 
 def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
     """The directory's tokenizer at `data.max_length`, which the model must be able to take."""
-    limit = model_config(settings.model, directory).max_length
-    if settings.data.max_length > limit:
+    config = model_config(settings.model, directory)
+    if settings.data.max_length > config.max_length:
         raise ValueError(
-            f"data.max_length is {settings.data.max_length}, the model takes {limit} tokens at most"
+            f"data.max_length is {settings.data.max_length}, the model takes {config.max_length} tokens at most"
         )
-    return load_tokenizer(directory, settings.data.max_length)
+    tokenizer = load_tokenizer(directory, settings.data.max_length)
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer does not fit the model: {token!r} has the id {largest}, the model's "
+            f"vocab_size is {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def digest(splits: Mapping[str, Batch]) -> str:
+    """A short hex digest of all arrays, by which a run that goes on knows its data again."""
+    total = hashlib.sha256()
+    for split, arrays in splits.items():
+        for name, array in arrays.items():
+            total.update(f"{split} {name} {array.shape}".encode())
+            total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()[:16]
 
 
 def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer) -> Batch:

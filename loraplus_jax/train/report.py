@@ -14,15 +14,16 @@ METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png",
 class RunLog:
     """Appends rows of numbers to `metrics.jsonl` and to TensorBoard events.
 
-    Opened on a directory with older rows, it keeps those up to `step`: what was logged after the checkpoint that a
+    Opened on a directory with older rows, it keeps the first `keep`: what was logged after the checkpoint that a
     run goes on from will be logged again.
     """
 
-    def __init__(self, directory: Path, *, step: int = 0) -> None:
+    def __init__(self, directory: Path, *, keep: int = 0) -> None:
         from tensorboardX import SummaryWriter
 
         self.path = directory / METRICS
-        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
+        self.rows = read_rows(self.path, most=keep)
+        step = self.rows[-1]["step"] if self.rows else 0
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory / EVENTS), purge_step=step + 1 if step else None)
@@ -46,12 +47,21 @@ class RunLog:
         self._events.close()
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`; a last line cut short by a sudden end is left out."""
+def read_rows(path: Path, most: int | None = None) -> list[Row]:
+    """The rows of a `metrics.jsonl`, all or the first; a last line cut short by a sudden end is left out.
+
+    Raises:
+      ValueError: a line is not JSON; it is named.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1][:most], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: no row of numbers: {error}") from None
+    return rows
 
 
 def write_text(path: Path, text: str) -> None:

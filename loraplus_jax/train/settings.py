@@ -1,9 +1,10 @@
 """A run's settings: typed sections, read from YAML and the command line, all checked before any work."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -102,9 +103,10 @@ class TrainSettings:
       eval_batch_size: examples a batch in evaluation.
       eval_every: steps between evaluations on the validation split; each one saves a checkpoint.
       log_every: steps between rows of metrics.jsonl.
-      early_stopping: evaluations without a better result after which training ends; never if not given.
+      early_stopping: evaluations worse than the best after which training ends; never if not given.
       select: whether the adapter written at the end is the best evaluated one or the last.
       keep: how many of the newest checkpoints to keep, besides the best.
+      max_skipped: a step with a loss or gradient that is not finite is skipped; so many in a row end the run.
       compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
     """
 
@@ -118,6 +120,7 @@ class TrainSettings:
     early_stopping: int | None = None
     select: Literal["best", "last"] = "best"
     keep: int = 2
+    max_skipped: int = 5
     compilation_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -128,7 +131,15 @@ class TrainSettings:
         for name in ("steps", "early_stopping"):
             if getattr(self, name) is not None:
                 check_whole(f"train.{name}", getattr(self, name), at_least=1)
-        for name in ("batch_size", "accumulate", "eval_batch_size", "eval_every", "log_every", "keep"):
+        for name in (
+            "batch_size",
+            "accumulate",
+            "eval_batch_size",
+            "eval_every",
+            "log_every",
+            "keep",
+            "max_skipped",
+        ):
             check_whole(f"train.{name}", getattr(self, name), at_least=1)
         if self.batch_size % self.accumulate:
             raise ValueError(
@@ -177,6 +188,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_whole("seed", self.seed, at_least=0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty")
 
@@ -211,7 +224,7 @@ def parse_settings(config: str | Path, overrides: Sequence[str] = ()) -> Setting
     try:
         return _instance(parser, parser.parse_args(["--config", str(config), *overrides]))
     except ArgumentError as error:
-        raise ValueError(_one_line(str(error))) from None
+        raise ValueError(_explained(str(error))) from None
 
 
 def settings_from_json(values: Mapping[str, Any]) -> Settings:
@@ -221,7 +234,32 @@ def settings_from_json(values: Mapping[str, Any]) -> Settings:
     try:
         return _instance(parser, parser.parse_object(dict(values)))
     except ArgumentError as error:
-        raise ValueError(_one_line(str(error))) from None
+        raise ValueError(_explained(str(error))) from None
+
+
+def read_yaml(path: Path) -> Any:
+    """The contents of a YAML file, plain values only.
+
+    Raises:
+      ValueError: it is not YAML, or a mapping has a key twice; the file is named.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {_one_line(str(error))}") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML takes the last of equal keys in silence; here that is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's."""
+        keys = [key.value for key, _ in node.value]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 def settings_parser() -> ArgumentParser:
@@ -236,19 +274,28 @@ def settings_parser() -> ArgumentParser:
 
 
 def _instance(parser: ArgumentParser, parsed: Any) -> Settings:
-    values = parser.instantiate(parsed)
-    return Settings(**{f.name: values[f.name] for f in dataclasses.fields(Settings)})
+    sections = _sections(Settings)
+    values = {}
+    for field in dataclasses.fields(Settings):
+        value, section = parsed[field.name], sections.get(field.name)
+        values[field.name] = value if section is None else _section(field.name, section, value)
+    return Settings(**values)
+
+
+def _section(name: str, section: type, values: Any) -> Any:
+    """One section, its name in front of what it has to complain of."""
+    try:
+        return section(**{f.name: values[f.name] for f in dataclasses.fields(section)})
+    except (ValueError, TypeError) as error:
+        prefix = "" if str(error).startswith(f"{name}.") else f"{name}."
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def _check_file(path: Path) -> None:
     """A readable YAML mapping whose keys all exist."""
     if not path.is_file():
         raise ValueError(f"there is no config file {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {_one_line(str(error))}") from None
-    _check_keys(values, Settings, str(path))
+    _check_keys(read_yaml(path), Settings, str(path))
 
 
 def _check_keys(values: Any, section: type, where: str) -> None:
@@ -282,6 +329,37 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _explained(message: str) -> str:
+    """The parser's report of a wrong type, in words: which field, what is allowed, what was given."""
+    message = _one_line(message)
+    found = re.match(r'Parser key "([\w.]+)":.*?Got value: (.*)', message)
+    if found is None:
+        return message
+    name, value = found[1], found[2].split(" - Expected")[0].strip()
+    section: Any = Settings
+    *parents, last = name.split(".")
+    for parent in parents:
+        section = _sections(section)[parent]
+    kind = next((f.type for f in dataclasses.fields(section) if f.name == last), None)
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    allowed = f"one of {', '.join(choices)}" if choices else _WORDS.get(kind, str(kind))
+    hint = nearest(value, choices, fallback=False) if choices else ""
+    return f"{name} must be {allowed}, got {value!r}{hint}"
+
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    int | None: "a whole number or null",
+    float | None: "a number or null",
+    str | None: "text or null",
+    str | tuple[str, ...]: "a regular expression, or a list of names",
+    tuple[str, ...]: "a list of names",
+}
 
 
 def _one_line(message: str) -> str:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..adapter_io import adapter_notes, load_adapter
+from ..adapter_io import NOTES, adapter_notes, load_adapter
 from ..checkpoint import fingerprint
 from ..config import nearest
 from ..sharding import make_mesh, replicate
@@ -51,10 +51,13 @@ def load_tuned(directory: Path) -> Tuned:
     """
     directory = directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
     notes, adapter = adapter_notes(directory), load_adapter(directory)
-    if not {"settings", "task"} <= notes.keys():
+    if not {"settings", "task", "base"} <= notes.keys():
         raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
-    settings = settings_from_json(notes["settings"])
-    task = Task(**{**notes["task"], "names": tuple(notes["task"]["names"])})
+    try:
+        settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
+        task = Task(**{**notes["task"], "names": tuple(notes["task"]["names"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{directory / NOTES} is damaged: {error}") from None
     base = resolve(settings.model.path, "model")
     parts = build(settings, base, task, adapter.config)
     if parts.frozen and (found := fingerprint(parts.frozen)) != notes["base"]:
@@ -67,14 +70,16 @@ def load_tuned(directory: Path) -> Tuned:
     return Tuned(settings, task, parts._replace(trainable=trainable), tokenizer_for(settings, base))
 
 
-def evaluate_run(directory: Path, *, split: str = "test", data: str | None = None) -> dict[str, Any]:
+def evaluate_run(directory: Path, *, split: str | None = None, data: str | None = None) -> dict[str, Any]:
     """Metrics on a split of the run's own data, or on another labelled file with the same columns.
 
     Raises:
       ValueError, OSError: no such split or file, or labels that the run does not know.
     """
+    if split is not None and data is not None:
+        raise ValueError(f"eval takes --split or --data, not both: {split} and {data}")
     tuned = load_tuned(directory)
-    settings = tuned.settings
+    settings, split = tuned.settings, split or "test"
     if data is None:
         splits = load_splits(settings.data, functools.partial(resolve, kind="data"))
         if split not in splits:
@@ -113,10 +118,17 @@ def predict_run(
     return [{"text": text, **prediction} for text, prediction in zip(texts, found, strict=True)]
 
 
-def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line. A file that is there already is not overwritten: that is a ValueError."""
+def check_output(path: Path) -> None:
+    """Raises ValueError unless predictions can be written to a path."""
     if path.suffix != OUTPUT_SUFFIX:
         raise ValueError(f"predictions are written as {OUTPUT_SUFFIX}, got {path}")
+    if path.exists():
+        raise ValueError(f"{path} exists already; choose another --output")
+
+
+def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line. A file that is there already is not overwritten: that is a ValueError."""
+    check_output(path)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
