@@ -178,3 +178,14 @@ def test_a_failed_save_leaves_the_older_adapter_and_nothing_else(adapter):
 def test_parents_are_made(tmp_path):
     save_adapter(tmp_path / "a" / "b", CONFIG, SPECS, trainable())
     assert load_adapter(str(tmp_path / "a" / "b")).config == CONFIG
+
+
+def test_only_an_adapter_is_ever_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    for target in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ValueError, match="thesis"):
+            save_adapter(target, None, {}, {"params": {"w": jnp.ones(1)}})
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    for value in (1.0, 2.0):
+        save_adapter(tmp_path / "adapter", None, {}, {"params": {"w": jnp.full(1, value)}})
+    assert load_adapter(tmp_path / "adapter").extras["params"]["w"] == 2.0

@@ -248,3 +248,18 @@ def test_the_fingerprint_is_the_same_on_any_layout():
     assert fingerprint(jax.device_put(tree(), split)) == one
     assert fingerprint(jax.tree.map(np.asarray, tree())) == one
     assert fingerprint({"params": dict(reversed(tree()["params"].items()))}) == one
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint8", "bool"])
+def test_the_fingerprint_sees_signs_and_places(dtype):
+    w = 3 * jax.random.normal(jax.random.key(0), (8, 8))
+    w = w > 0 if dtype == "bool" else w.astype(dtype)
+    other_sign = ~w if dtype in ("bool", "uint8") else -w
+    found = [fingerprint({"w": x}) for x in (w, other_sign, w[::-1], w.T, w[:, ::-1], w.reshape(4, 16))]
+    assert len({*found, fingerprint({"v": w})}) == 7
+
+
+def test_the_fingerprint_takes_keys_and_complex_numbers():
+    tree = {"key": jax.random.key(1), "z": jnp.array([1 + 2j, 3])}
+    assert fingerprint(tree) != fingerprint({**tree, "z": jnp.array([1 - 2j, 3])})
+    assert fingerprint(tree) != fingerprint({**tree, "key": jax.random.key(2)})

@@ -287,3 +287,41 @@ def test_the_step_is_pure():
     got, expected = (step(state, frozen, batch) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, without_key(got[0]), without_key(expected[0]))
     assert not state.step.is_deleted()
+
+
+def test_a_metric_called_loss_is_refused():
+    def loss_fn(variables, batch, rng):
+        total = jnp.sum(variables["params"]["w"])
+        return (total, jnp.float32(1.0)), {"loss": (total, jnp.float32(1.0))}
+
+    tx = optax.sgd(1.0)
+    state = init_state({"params": {"w": jnp.ones(2)}}, tx, jax.random.key(0))
+    with pytest.raises(ValueError, match="must not be called 'loss'"):
+        jit_step(loss_fn, tx)(state, {}, jnp.ones(2))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("pmapped", [False, True])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, pmapped):
+    def loss_fn(variables, batch, rng):
+        total = jnp.sum(variables["params"]["w"] * batch)
+        return (total, jnp.float32(1.0)), {}
+
+    tx = optax.adam(0.1)
+    make = pmap_step if pmapped else jit_step
+    step = make(loss_fn, tx, skip_nonfinite=True)
+    lift = (lambda tree: jax.tree.map(lambda x: jnp.stack([x] * 8), tree)) if pmapped else lambda tree: tree
+    state = lift(init_state({"params": {"w": jnp.ones(2)}}, tx, jax.random.key(0)))
+    state, metrics = step(state, {}, lift(jnp.ones(2)))
+    assert np.all(metrics["skipped"] == 0)
+    before = jax.device_get((state.trainable, state.opt_state))
+    spoiled = lift(jnp.array([1.0, bad]))
+    if pmapped:  # one device alone spoils the step of all
+        spoiled = jnp.ones((8, 2)).at[3, 1].set(bad)
+    state, metrics = step(state, {}, spoiled)
+    assert np.all(metrics["skipped"] == 1)
+    assert np.all(state.step == 2)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.trainable, state.opt_state)))
+    state, metrics = step(state, {}, lift(jnp.ones(2)))
+    assert np.all(metrics["skipped"] == 0)
+    assert np.all(np.asarray(state.trainable["params"]["w"]) < 0.85)

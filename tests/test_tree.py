@@ -121,3 +121,11 @@ def test_flatten_and_unflatten_are_inverse():
 def test_count():
     assert count(pair()) == 4 * 2 + 2 * 3
     assert count(jax.eval_shape(pair)) == 14
+
+
+def test_an_adapter_of_the_whole_model_is_known_by_its_empty_path():
+    from loraplus_jax import AdapterSpec
+
+    spec = AdapterSpec(leaf="params/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=1.0)
+    for tree in ({"lora": pair()}, pair()):
+        assert set(leaves_by_path(label_params(tree, {"": spec})).values()) == {"a", "b"}

@@ -1,0 +1,118 @@
+"""Runs that are stopped, damaged or go wrong, and what is left of them."""
+
+import json
+import shutil
+import signal
+
+import pytest
+
+from loraplus_jax.train.loop import Trainer
+
+# Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
+ODD = [
+    *("--train.steps", "20", "--train.eval_every", "6", "--train.log_every", "4", "--train.accumulate", "2"),
+    *("--model.dropout", "0.1", "--lora.dropout", "0.1", "--model.head_dropout", "0.1"),
+]
+
+
+def rows_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "steps_per_second"} for row in rows]
+
+
+def result_of(out):
+    summary = json.loads((out / "summary.json").read_text())
+    return (out / "adapter/adapter.safetensors").read_bytes(), rows_of(out), {**summary, "seconds": 0}
+
+
+def signal_at(monkeypatch, step, number):
+    """The signal comes while that step's batch is being fetched."""
+    loop, fetched = Trainer.loop, []
+
+    def with_signal(self, first):
+        batches = self.batches
+
+        class Batches:
+            get_state = batches.get_state
+
+            def __next__(self):
+                fetched.append(1)
+                if first + len(fetched) == step:
+                    signal.raise_signal(number)
+                return next(batches)
+
+        self.batches = Batches()
+        return loop(self, first)
+
+    monkeypatch.setattr(Trainer, "loop", with_signal)
+
+
+@pytest.fixture
+def straight(world):
+    return result_of(world.trained(*ODD, out=world.directory / "straight"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight, capsys, number, code):
+    for step in (7, 12, 15):
+        with pytest.MonkeyPatch.context() as patch:
+            signal_at(patch, step, number)
+            assert world.train(*ODD) == code
+        assert f"stopped at step {step} of 20; the same command goes on" in capsys.readouterr().err
+        assert (world.out / "checkpoints" / str(step)).is_dir()
+    assert world.train(*ODD) == 0
+    assert "going on from step 15 of 20" in capsys.readouterr().out
+    assert result_of(world.out) == straight
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, straight, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 15, signal.SIGTERM)
+        assert world.train(*ODD) == 143
+    for path in (world.out / "checkpoints/15").rglob("*"):
+        if path.is_file() and path.stat().st_size and "state" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert world.train(*ODD) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint of step 15" in printed
+    assert "going on from step 12" in printed
+    assert (world.out / "damaged_checkpoints/15").is_dir()
+    assert result_of(world.out) == straight
+
+
+def test_a_moved_run_goes_on(world, straight):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 8, signal.SIGTERM)
+        assert world.train(*ODD) == 143
+    moved = world.directory / "moved"
+    shutil.move(world.out, moved)
+    assert result_of(world.trained(*ODD, out=moved)) == straight
+
+
+def test_other_data_does_not_go_on(world, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 8, signal.SIGTERM)
+        assert world.train(*ODD) == 143
+    capsys.readouterr()
+    world.write_rows("texts.csv", world.rows()[:-10])
+    assert world.train(*ODD) == 2
+    assert "data is" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_says_what_and_keeps_the_last_good_state(world, capsys):
+    assert world.train(*ODD, "--optimizer.learning_rate", "1e30", "--train.max_skipped", "3") == 1
+    error = capsys.readouterr().err
+    assert "training failed" in error
+    assert "optimizer.learning_rate" in error
+    assert "lora.lr_ratio" in error
+    assert not (world.out / "summary.json").exists()
+    assert "Traceback" not in error
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused(world, capsys):
+    path = world.model / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["good"] = 500
+    path.write_text(json.dumps(content))
+    assert world.train(*ODD) == 2
+    assert "'good' has the id 500" in capsys.readouterr().err
