@@ -79,7 +79,9 @@ def ideal_flops(trainable: dict, frozen: dict, batch: dict, rank: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=48)

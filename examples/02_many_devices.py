@@ -29,7 +29,9 @@ from loraplus_jax import (
 
 def main():
     net = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(4)])
-    model = apply_lora_plus(net, LoRAPlusConfig(target_modules=["layers_0", "layers_2"], rank=2, init="gaussian"))
+    model = apply_lora_plus(
+        net, LoRAPlusConfig(target_modules=["layers_0", "layers_2"], rank=2, init="gaussian")
+    )
     key = jax.random.key(0)
     x = jax.random.normal(key, (64, 16))
     batch = {"x": x, "y": jnp.tanh(x[:, :4])}

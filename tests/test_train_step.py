@@ -325,3 +325,32 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, pmapped):
     state, metrics = step(state, {}, lift(jnp.ones(2)))
     assert np.all(metrics["skipped"] == 0)
     assert np.all(np.asarray(state.trainable["params"]["w"]) < 0.85)
+
+
+def test_lambda_costs_nothing():
+    """The compiled steps of lambda 16 and of lambda 1 have the same operations, bytes and memory."""
+    import flax.linen as nn
+
+    from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, lora_plus_adamw
+
+    net = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(8)])
+    model = apply_lora_plus(net, LoRAPlusConfig(target_modules=["layers_0", "layers_2"], rank=4))
+    x = jnp.ones((16, 32))
+    frozen, (lora, specs) = net.init(jax.random.key(0), x), init_lora(model, jax.random.key(1), x)
+
+    def loss_fn(variables, batch, rng):
+        return (jnp.sum(model.apply(variables, batch) ** 2), jnp.float32(batch.shape[0])), {}
+
+    def cost(ratio):
+        tx = lora_plus_adamw(1e-3, lr_ratio=ratio, specs=specs)
+        state = init_state({"lora": lora}, tx, jax.random.key(2))
+        compiled = jit_step(loss_fn, tx).lower(state, frozen, x).compile()
+        memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+        return (
+            costs["flops"],
+            costs["bytes accessed"],
+            memory.temp_size_in_bytes,
+            memory.argument_size_in_bytes,
+        )
+
+    assert cost(16.0) == cost(1.0)

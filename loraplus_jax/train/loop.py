@@ -57,7 +57,7 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
       Stopped: SIGTERM or Ctrl-C; what was done is saved.
       TrainingFailed: numbers that are not finite.
     """
-    console = console or Console()
+    console = console or Console(soft_wrap=True)
     directory = Path(settings.output_dir).expanduser()
     check_directory(directory, settings, fresh=fresh)
     if settings.train.compilation_cache:
@@ -205,11 +205,11 @@ class Trainer:
         if unused:
             self.console.print(f"method {self.run.settings.method} does not use {unused}")
         self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
-        for name, cut in self.run.data.truncated.items():
-            if cut:
-                self.console.print(
-                    f"{cut} {name} texts are longer than {self.run.settings.data.max_length} tokens"
-                )
+        if cut := sum(self.run.data.truncated.values()):
+            length = self.run.settings.data.max_length
+            self.console.print(
+                f"{cut:,} of {sum(sizes.values()):,} texts are longer than {length} tokens and are cut"
+            )
         if step:
             self.console.print(f"going on from step {step} of {self.run.steps}")
 
