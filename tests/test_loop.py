@@ -9,7 +9,8 @@ from rich.console import Console
 
 from loraplus_jax.sharding import make_mesh
 from loraplus_jax.train.data import DataSettings
-from loraplus_jax.train.loop import Trainer, check_directory, evaluate, place, set_aside
+from loraplus_jax.train.lifecycle import check_directory, set_aside
+from loraplus_jax.train.loop import Trainer, evaluate, place
 from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
 
 SETTINGS = Settings(model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="o", seed=3)

@@ -1,4 +1,4 @@
-"""A run among others and against interruptions: one process a directory, and signals that stop it cleanly."""
+"""A run among others and against interruptions: whose a directory is, and signals that stop a run cleanly."""
 
 import os
 import signal
@@ -8,8 +8,13 @@ from pathlib import Path
 from types import FrameType
 
 import filelock
+from rich.console import Console
 
-LOCK, OWNER = ".lock", ".pid"
+from ..checkpoint import differences
+from .report import SUMMARY
+from .settings import Settings, read_yaml
+
+CONFIG, LOCK, OWNER = "config.yaml", ".lock", ".pid"
 
 
 class Stopped(Exception):
@@ -45,6 +50,40 @@ def only_run(directory: Path) -> Iterator[None]:
         owner.unlink(missing_ok=True)
     finally:
         lock.release()
+
+
+def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> None:
+    """Raises ValueError unless the run may start or go on in the directory."""
+    for parent in (directory, *directory.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"output_dir {directory}: {parent} is a file")
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if names <= {LOCK, OWNER}:
+        return
+    if not (directory / CONFIG).is_file():
+        raise ValueError(f"output_dir {directory} holds files that are not a run's; choose another directory")
+    if fresh:
+        return
+    other = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
+    old, new = read_yaml(directory / CONFIG), settings.to_json()
+    if not isinstance(old, dict):
+        raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
+    if found := differences({**old, "output_dir": None}, {**new, "output_dir": None}):
+        found = [text.replace("the checkpoint", "that run") for text in found]
+        raise ValueError(
+            f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
+        )
+    if (directory / SUMMARY).exists():
+        raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {other}")
+
+
+def set_aside(directory: Path, console: Console) -> None:
+    """Renames an older run, unless it is at work, to the first free `DIRECTORY.N`."""
+    if (directory / CONFIG).exists():
+        number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}.{n}").exists())
+        with only_run(directory):
+            old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
+        console.print(f"the older run is now {old}")
 
 
 class StopSignal:

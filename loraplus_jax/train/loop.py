@@ -18,19 +18,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..adapter_io import save_adapter
-from ..checkpoint import PACKAGES, DamagedCheckpoint, differences, open_manager, restore, save
+from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
 from ..optim import rate_at
 from ..sharding import replicate
 from ..train_step import DATA_AXIS, TrainState, init_state, jit_step, make_eval, means
 from ..tree import count, label_params
 from .data import Batch, eval_batches, train_batches
 from .fetch import cache_dir
-from .lifecycle import LOCK, OWNER, Stopped, StopSignal, only_run
+from .lifecycle import CONFIG, Stopped, StopSignal, check_directory, only_run, set_aside
 from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
-from .settings import Settings, read_yaml
+from .settings import Settings
 
-CONFIG, CHECKPOINTS, ADAPTER, DAMAGED = "config.yaml", "checkpoints", "adapter", "damaged_checkpoints"
+CHECKPOINTS, ADAPTER, DAMAGED = "checkpoints", "adapter", "damaged_checkpoints"
 SPIKE = 2.0
 """A mean loss this many times the median of the rows before it is said to be a spike."""
 
@@ -74,40 +74,6 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
             return Trainer(run, directory, manager, console).run_all()
         finally:
             manager.close()
-
-
-def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> None:
-    """Raises ValueError unless the run may start or go on in the directory."""
-    for parent in (directory, *directory.parents):
-        if parent.exists() and not parent.is_dir():
-            raise ValueError(f"output_dir {directory}: {parent} is a file")
-    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    if names <= {LOCK, OWNER}:
-        return
-    if not (directory / CONFIG).is_file():
-        raise ValueError(f"output_dir {directory} holds files that are not a run's; choose another directory")
-    if fresh:
-        return
-    other = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
-    old, new = read_yaml(directory / CONFIG), settings.to_json()
-    if not isinstance(old, dict):
-        raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
-    if found := differences({**old, "output_dir": None}, {**new, "output_dir": None}):
-        found = [text.replace("the checkpoint", "that run") for text in found]
-        raise ValueError(
-            f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
-        )
-    if (directory / SUMMARY).exists():
-        raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {other}")
-
-
-def set_aside(directory: Path, console: Console) -> None:
-    """Renames an older run, unless it is at work, to the first free `DIRECTORY.N`."""
-    if (directory / CONFIG).exists():
-        number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}.{n}").exists())
-        with only_run(directory):
-            old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
-        console.print(f"the older run is now {old}")
 
 
 def evaluate(
