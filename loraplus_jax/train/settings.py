@@ -215,7 +215,7 @@ def parse_settings(config: str | Path, overrides: Sequence[str] = ()) -> Setting
         type or out of range.
     """
     _check_file(Path(config))
-    known = _dotted(Settings)
+    known = [*_dotted(Settings), *_sections(Settings)]
     for argument in overrides:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and name not in known:
@@ -265,7 +265,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def settings_parser() -> ArgumentParser:
     """A parser of every field as `--section.field`, its help taken from the docstrings here."""
     usage = "loraplus train CONFIG [--section.field value ...] [--fresh]"
-    parser = ArgumentParser(prog="loraplus train", usage=usage, exit_on_error=False)
+    parser = ArgumentParser(prog="loraplus train", usage=usage, exit_on_error=False, print_config=None)
     parser.add_argument(
         "--config", action="config", help="the YAML file; on the command line it stands first"
     )
