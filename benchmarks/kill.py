@@ -142,6 +142,8 @@ def main() -> None:
         number += 1
         name, done, hits = f"run{number}", False, []
         for _ in range(6):  # so many attempts to kill one run, then it is left to finish
+            if done := (directory / name / "summary.json").exists():
+                break  # it was killed between its end and its exit
             if rng.random() < 0.5:
                 (target, when), nth = rng.choice(POINTS), rng.choice((1, 2, 3, 5))
                 command = [sys.executable, "-c", TRAPPED, target, when, str(nth), *arguments(name)]

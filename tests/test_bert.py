@@ -14,10 +14,11 @@ from safetensors.numpy import save_file
 from loraplus_jax.models import bert
 from loraplus_jax.models.bert import BertConfig, BertEncoder, BertForSequence, name_table
 from loraplus_jax.models.hf import load_config, load_params
+from loraplus_jax.train.fetch import ASSETS, cache_dir
 
 GOLDEN = Path(__file__).parent / "golden"
-CACHE = Path(os.environ.get("LORAPLUS_CACHE", Path.home() / ".cache" / "loraplus_jax"))
-MINILM = Path(os.environ.get("LORAPLUS_MINILM", CACHE / "minilm"))
+FETCHED = cache_dir() / ASSETS["minilm"].directory / ASSETS["minilm"].path
+MINILM = Path(os.environ.get("LORAPLUS_MINILM", FETCHED))
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 TINY = BertConfig(
     vocab_size=50,
@@ -85,7 +86,7 @@ def test_pooler_equals_transformers(tmp_path):
     np.testing.assert_allclose(pooled, golden["pooled"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.skipif(not MINILM.is_dir(), reason="no MiniLM: set LORAPLUS_MINILM to its directory")
+@pytest.mark.skipif(not MINILM.is_dir(), reason="no MiniLM: loraplus fetch minilm")
 def test_minilm_equals_transformers():
     golden = np.load(GOLDEN / "minilm.npz")
     model, params = load_model(MINILM, "mean")
