@@ -2,9 +2,9 @@
 
     python benchmarks/kill.py --kills 45
 
-A small random BERT on made-up texts, with dropout, shuffling and accumulation on; rows, evaluations and saves fall
-on different steps. Half of the kills (kill -9) come at chosen points, the other half at random times. After each the
-same command is given again.
+A small random BERT on made-up texts, with dropout, shuffling and accumulation on; rows, evaluations and saves
+fall on different steps. Half of the kills (kill -9) come at chosen points, the other half at random times. After
+each the same command is given again.
 """
 
 import argparse

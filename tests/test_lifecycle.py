@@ -5,7 +5,9 @@ import sys
 
 import pytest
 
-from loraplus_jax.train.lifecycle import StopSignal, only_run
+from loraplus_jax.train.data import DataSettings
+from loraplus_jax.train.lifecycle import StopSignal, check_directory, only_run
+from loraplus_jax.train.settings import ModelSettings, Settings
 
 HOLD = """
 import pathlib, sys
@@ -47,3 +49,17 @@ def test_the_first_signal_leaves_a_note_and_the_second_acts(number):
         assert signal.getsignal(number) is act
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".pid"], [".lock", ".config.yaml.partial"]])
+def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
+    settings = Settings(
+        model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir=str(tmp_path / "out")
+    )
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / "out" / name).touch()
+    check_directory(tmp_path / "out", settings, fresh=False)
+    (tmp_path / "out/mine.txt").touch()
+    with pytest.raises(ValueError, match="not a run's"):
+        check_directory(tmp_path / "out", settings, fresh=False)

@@ -11,7 +11,7 @@ import filelock
 from rich.console import Console
 
 from ..checkpoint import differences
-from .report import SUMMARY
+from .report import SUMMARY, partial_path
 from .settings import Settings, read_yaml
 
 CONFIG, LOCK, OWNER = "config.yaml", ".lock", ".pid"
@@ -58,7 +58,7 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> None
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file")
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    if names <= {LOCK, OWNER}:
+    if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
         return
     if not (directory / CONFIG).is_file():
         raise ValueError(f"output_dir {directory} holds files that are not a run's; choose another directory")

@@ -67,6 +67,9 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
         set_aside(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
     with only_run(directory):
+        if not (directory / CONFIG).exists():
+            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
         task = run.data.task
         best = f"validation/{task.metric}"
         manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
@@ -124,9 +127,6 @@ class Trainer:
         started = time.perf_counter()
         rows = self.go_on()
         step = int(self.state.step)
-        if step == 0:
-            text = yaml.safe_dump(self.run.settings.to_json(), sort_keys=False)
-            write_text(self.directory / CONFIG, text)
         self.log = RunLog(self.directory, keep=rows)
         try:
             self.print_head(step)

@@ -1,7 +1,9 @@
 """What a run shows: rows of numbers, TensorBoard events, a picture of the loss, and a summary."""
 
+import importlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,23 +21,21 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, *, keep: int = 0) -> None:
-        from tensorboardX import SummaryWriter
-
         self.path = directory / METRICS
         self.rows = read_rows(self.path, most=keep)
         step = self.rows[-1]["step"] if self.rows else 0
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(directory / EVENTS), purge_step=step + 1 if step else None)
+        self._events = _events_writer(directory / EVENTS, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One row; names with a slash are grouped by their first part in TensorBoard."""
+        """One row."""
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name if "/" in name else f"train/{name}", float(value), step)
+        self._events.write_event(_scalars(step, values))
+        self._events.flush()
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """`(step, value)` of every row that has the name."""
@@ -45,6 +45,33 @@ class RunLog:
         """Ends the files."""
         self._file.close()
         self._events.close()
+
+
+def _events_writer(directory: Path, step: int) -> Any:
+    """TensorBoard's file, written at once: SummaryWriter's thread dies of a full disk and then blocks for ever.
+
+    A run that goes on from a step tells TensorBoard to forget what came after it.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+
+    directory.mkdir(exist_ok=True)
+    writer = EventsWriter(str(directory / "events"))
+    if step:
+        start = {"status": _proto("event").SessionLog.SessionStatus.START}
+        writer.write_event(_proto("event").Event(wall_time=time.time(), step=step + 1, session_log=start))
+    return writer
+
+
+def _scalars(step: int, values: Mapping[str, float]) -> Any:
+    """One TensorBoard event; names with a slash are grouped by their first part, others under `train`."""
+    named = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
+    summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in named.items()]}
+    return _proto("event").Event(wall_time=time.time(), step=step, summary=summary)
+
+
+def _proto(name: str) -> Any:
+    """A module of generated classes, which type checkers cannot see into."""
+    return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
 
 
 def read_rows(path: Path, most: int | None = None) -> list[Row]:
@@ -64,9 +91,14 @@ def read_rows(path: Path, most: int | None = None) -> list[Row]:
     return rows
 
 
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it is renamed into its place."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or, if interrupted, none of it."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
@@ -91,7 +123,7 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_path(path)
     figure.savefig(partial, dpi=120, format="png")
     plt.close(figure)
     os.replace(partial, path)
