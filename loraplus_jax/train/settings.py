@@ -215,7 +215,7 @@ def parse_settings(config: str | Path, overrides: Sequence[str] = ()) -> Setting
         type or out of range.
     """
     _check_file(Path(config))
-    known = [*_dotted(Settings), *_sections(Settings)]
+    known = _dotted(Settings)
     for argument in overrides:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and name not in known:
