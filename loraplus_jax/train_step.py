@@ -115,8 +115,8 @@ def jit_step(
     mesh: Mesh | None = None,
     accumulate: int = 1,
     skip_nonfinite: bool = False,
-) -> StepFn:
-    """The compiled step; its state is donated. With a mesh the batch is split over the axis `"data"`.
+) -> jax.stages.Wrapped:
+    """The compiled `StepFn`; its state is donated. With a mesh the batch is split over the axis `"data"`.
 
     State and frozen variables are replicated over the mesh; place them once with `replicate(mesh, tree)`, or the
     first step, whose state lies elsewhere, is compiled for itself.
@@ -145,7 +145,7 @@ def pmap_step(
     return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
 
 
-def make_eval(loss_fn: LossFn, *, mesh: Mesh | None = None) -> Callable[[Any, Any, Any], dict[str, Pair]]:
+def make_eval(loss_fn: LossFn, *, mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """Compiled `(trainable, frozen, batch) -> {name: (sum, weight)}`, without dropout if the loss function makes
     none without a key: it is called with `rng=None`. Add the pairs of all batches and take `means`.
     """

@@ -22,6 +22,7 @@ APPLICATION = tuple(
         "settings",
         "tasks",
         "report",
+        "memory",
         "prepare",
         "lifecycle",
         "loop",

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from loraplus_jax.train.data import DataSettings
-from loraplus_jax.train.lifecycle import StopSignal, check_directory, only_run
-from loraplus_jax.train.settings import ModelSettings, Settings
+from loraplus_jax.train.lifecycle import StopSignal, check_directory, keep_results, only_run
+from loraplus_jax.train.settings import ENDS, MAY_CHANGE, ModelSettings, Settings, settings_from_json
 
 HOLD = """
 import pathlib, sys
@@ -63,3 +64,133 @@ def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
     (tmp_path / "out/mine.txt").touch()
     with pytest.raises(ValueError, match="not a run's"):
         check_directory(tmp_path / "out", settings, fresh=False)
+
+
+# Every field away from its default, that of `PLAIN` where it has one.
+PLAIN = {
+    "model": {"path": "m"},
+    "data": {"path": "d"},
+    "optimizer": {"schedule": "linear"},
+    "train": {"steps": 9, "batch_size": 32},
+    "output_dir": "o",
+}
+CHANGES = {
+    "model.path": "n",
+    "model.pooling": "cls",
+    "model.dtype": "bfloat16",
+    "model.param_dtype": "bfloat16",
+    "model.dropout": 0.2,
+    "model.head_dropout": 0.3,
+    "model.unroll": True,
+    "data.path": "e",
+    "data.text": "t",
+    "data.text_pair": "u",
+    "data.label": "l",
+    "data.max_length": 32,
+    "data.validation_fraction": 0.2,
+    "data.test_fraction": 0.1,
+    "data.split_seed": 3,
+    "lora.target_modules": ["key"],
+    "lora.rank": 3,
+    "lora.alpha": 7.0,
+    "lora.dropout": 0.1,
+    "lora.lr_ratio": 2.0,
+    "lora.init": "lora_b",
+    "lora.modules_to_save": ["pooler"],
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.head_learning_rate": 1e-2,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_steps": 4,
+    "optimizer.final_fraction": 0.1,
+    "optimizer.b1": 0.8,
+    "optimizer.b2": 0.9,
+    "optimizer.eps": 1e-6,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.decay": "equal",
+    "optimizer.max_grad_norm": 1.0,
+    "train.steps": 10,
+    "train.batch_size": 16,
+    "train.accumulate": 2,
+    "train.eval_batch_size": 8,
+    "train.eval_every": 7,
+    "train.log_every": 3,
+    "train.early_stopping": 2,
+    "train.select": "last",
+    "train.keep": 3,
+    "train.max_skipped": 2,
+    "train.compilation_cache": False,
+    "mesh.data": 1,
+    "task": "regression",
+    "method": "lora",
+    "seed": 1,
+    "output_dir": "p",
+}
+# These replace another field, so they are not changed alone.
+INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
+
+
+def fields(values, prefix=""):
+    for name, value in values.items():
+        yield from fields(value, f"{prefix}{name}.") if isinstance(value, dict) else [prefix + name]
+
+
+def run_of(directory, values, *, finished=False):
+    directory.mkdir()
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings_from_json(values).to_json()))
+    if finished:
+        (directory / "summary.json").write_text('{"steps": 9}')
+    return directory
+
+
+def with_change(name, value):
+    section, _, field = name.rpartition(".")
+    return {**PLAIN, section: {**PLAIN.get(section, {}), field: value}} if section else {**PLAIN, name: value}
+
+
+def test_every_field_is_in_the_table():
+    assert set(fields(settings_from_json(PLAIN).to_json())) == CHANGES.keys() | INSTEAD
+    assert set(ENDS) <= set(MAY_CHANGE) <= CHANGES.keys() | INSTEAD
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_may_change_when_a_run_goes_on_and_what_not(tmp_path, name):
+    directory = run_of(tmp_path / "run", PLAIN)
+    settings = settings_from_json(with_change(name, CHANGES[name]))
+    if name == "output_dir":
+        assert check_directory(directory, settings, fresh=False) == []
+    elif name in MAY_CHANGE:
+        (change,) = check_directory(directory, settings, fresh=False)
+        assert change.startswith(f"{name} is ")
+        assert change.endswith(" here")
+    else:
+        with pytest.raises(
+            ValueError, match=rf"other settings: {name} is .* in that run and .* here; .*--fresh"
+        ):
+            check_directory(directory, settings, fresh=False)
+
+
+@pytest.mark.parametrize("name", MAY_CHANGE)
+def test_a_finished_run_goes_on_only_when_its_end_moves(tmp_path, name):
+    directory = run_of(tmp_path / "run", PLAIN, finished=True)
+    epochs = {**PLAIN, "train": {"epochs": 2.0, "batch_size": 32}}
+    settings = settings_from_json(epochs if name == "train.epochs" else with_change(name, CHANGES[name]))
+    if name in ENDS:
+        assert check_directory(directory, settings, fresh=False)
+    else:
+        with pytest.raises(ValueError, match=r"is finished, .* goes on with more train\.steps"):
+            check_directory(directory, settings, fresh=False)
+
+
+def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
+    keep_results(tmp_path)  # nothing is finished
+    for text in ("one", "two"):
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter/adapter.json").write_text(text)
+        (tmp_path / "loss.png").write_text(text)
+        (tmp_path / "summary.json").write_text('{"steps": 9}')
+        keep_results(tmp_path)
+    assert (tmp_path / "adapter_step_9/adapter.json").read_text() == "one"
+    assert (tmp_path / "adapter_step_9.1/adapter.json").read_text() == "two"
+    assert {path.name for path in tmp_path.glob("[ls]*")} == {
+        *("loss_step_9.png", "loss_step_9.1.png", "summary_step_9.json", "summary_step_9.1.json"),
+    }

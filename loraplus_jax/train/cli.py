@@ -26,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(TRACEBACK):
             raise
         return _ended(f"error: {_explained(error)}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if os.environ.get(TRACEBACK) or not _out_of_memory(error):
+            raise
+        from .memory import ADVICE
+
+        return _ended(f"error: out of memory; {ADVICE}", 2)
     except KeyboardInterrupt:
         return _ended("interrupted", 130)
     return options.code
@@ -143,6 +149,11 @@ def _fetch(options: argparse.Namespace, _: list[str]) -> None:
             print(f"{name:16} {asset.kind:6} {asset.about}")
     else:
         print(fetch(options.name))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """XLA says so in the text of its error, a RuntimeError."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _explained(error: BaseException) -> str:

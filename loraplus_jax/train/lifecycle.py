@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import filelock
 from rich.console import Console
 
 from ..checkpoint import differences
-from .report import SUMMARY, partial_path
-from .settings import Settings, read_yaml
+from ..models.hf import read_json
+from .report import PICTURE, SUMMARY, partial_path
+from .settings import ENDS, Settings, apart, read_yaml
 
-CONFIG, LOCK, OWNER = "config.yaml", ".lock", ".pid"
+CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 
 
 class Stopped(Exception):
@@ -52,29 +54,61 @@ def only_run(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> None:
-    """Raises ValueError unless the run may start or go on in the directory."""
+def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list[str]:
+    """Which settings have changed since the run that is in the directory was started, in words.
+
+    Raises:
+      ValueError: the run may not start or go on there.
+    """
     for parent in (directory, *directory.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file")
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
-        return
+        return []
     if not (directory / CONFIG).is_file():
         raise ValueError(f"output_dir {directory} holds files that are not a run's; choose another directory")
     if fresh:
-        return
+        return []
     other = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
-    old, new = read_yaml(directory / CONFIG), settings.to_json()
+    old = read_yaml(directory / CONFIG)
     if not isinstance(old, dict):
         raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
-    if found := differences({**old, "output_dir": None}, {**new, "output_dir": None}):
-        found = [text.replace("the checkpoint", "that run") for text in found]
+    (old_same, old_free), (same, free) = apart(old), apart(settings.to_json())
+    if found := _changes(old_same, same):
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
-    if (directory / SUMMARY).exists():
-        raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {other}")
+    changed = [text for text in _changes(old_free, free) if not text.startswith("output_dir ")]
+    if (directory / SUMMARY).exists() and not any(text.startswith(ENDS) for text in changed):
+        raise ValueError(
+            f"the run in {directory} is finished, its results are in {SUMMARY}; it goes on with more train.steps, "
+            f"or {other}"
+        )
+    return changed
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [text.replace("the checkpoint", "that run") for text in differences(old, new)]
+
+
+def keep_results(directory: Path) -> None:
+    """Renames what a finished run made, with its last step in the name, before the run goes on.
+
+    The summary last: as long as it is there, the run counts as finished, and this is done again after a sudden end.
+    """
+    if not (directory / SUMMARY).exists():
+        return
+    step = read_json(directory / SUMMARY).get("steps")
+    for path in (directory / ADAPTER, directory / PICTURE, directory / SUMMARY):
+        if path.exists():
+            path.rename(_first_free(path.with_stem(f"{path.stem}_step_{step}")))
+
+
+def _first_free(path: Path) -> Path:
+    """The path, or with the first number behind its name that makes it new."""
+    numbered = (path.with_stem(f"{path.stem}.{number}") for number in range(1, 10**6))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
 def set_aside(directory: Path, console: Console) -> None:

@@ -21,16 +21,25 @@ from ..adapter_io import save_adapter
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
 from ..optim import rate_at
 from ..sharding import replicate
-from ..train_step import DATA_AXIS, TrainState, init_state, jit_step, make_eval, means
+from ..train_step import DATA_AXIS, TrainState, init_state, means
 from ..tree import count, label_params
 from .data import Batch, eval_batches, train_batches
 from .fetch import cache_dir
-from .lifecycle import CONFIG, Stopped, StopSignal, check_directory, only_run, set_aside
+from .lifecycle import (
+    ADAPTER,
+    CONFIG,
+    Stopped,
+    StopSignal,
+    check_directory,
+    keep_results,
+    only_run,
+    set_aside,
+)
 from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .settings import Settings
 
-CHECKPOINTS, ADAPTER, DAMAGED = "checkpoints", "adapter", "damaged_checkpoints"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 SPIKE = 2.0
 """A mean loss this many times the median of the rows before it is said to be a spike."""
 
@@ -42,7 +51,8 @@ class TrainingFailed(Exception):
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
     """Trains, evaluates before and after, and writes everything to `settings.output_dir`.
 
-    An unfinished run of the same settings there goes on from its newest checkpoint.
+    An unfinished run of the same settings there goes on from its newest checkpoint; `settings.MAY_CHANGE` lists
+    what may differ, and a finished run goes on when its end has moved.
 
     Args:
       settings: the whole run.
@@ -59,7 +69,7 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
     """
     console = console or Console(soft_wrap=True)
     directory = Path(settings.output_dir).expanduser()
-    check_directory(directory, settings, fresh=fresh)
+    changed = check_directory(directory, settings, fresh=fresh)
     if settings.train.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     run = prepare(settings)
@@ -67,16 +77,35 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
         set_aside(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
     with only_run(directory):
-        if not (directory / CONFIG).exists():
-            # The first file of a run: by it the directory is known as one, however early the run is killed.
-            write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
         task = run.data.task
         best = f"validation/{task.metric}"
+        if not (directory / CONFIG).exists():
+            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            write_config(directory, settings)
         manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
         try:
+            if changed:
+                check_end(run, manager)
+                keep_results(directory)
+                write_config(directory, settings)
+                console.print(f"changed since the run was started: {'; '.join(changed)}")
             return Trainer(run, directory, manager, console).run_all()
         finally:
             manager.close()
+
+
+def write_config(directory: Path, settings: Settings) -> None:
+    """`config.yaml`, whole or not at all."""
+    write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
+
+
+def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
+    """Raises ValueError if the run is past its new end already."""
+    done = manager.latest_step() or 0
+    if run.steps < done:
+        raise ValueError(
+            f"train.steps or epochs ends the run at step {run.steps}, and it has done {done} already"
+        )
 
 
 def evaluate(
@@ -102,12 +131,7 @@ class Trainer:
     def __init__(self, run: Run, directory: Path, manager: ocp.CheckpointManager, console: Console) -> None:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
-        loss_fn = self.task.loss_fn(run.parts.model)
-        self.step_fn = jit_step(
-            loss_fn, run.tx, mesh=run.mesh, accumulate=self.settings.accumulate, skip_nonfinite=True
-        )
         self.skipped_in_a_row = 0
-        self.eval_fn = make_eval(loss_fn, mesh=run.mesh)
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = replicate(run.mesh, run.parts.frozen)
         self.state: TrainState = replicate(run.mesh, init_state(run.parts.trainable, run.tx, key))
@@ -203,7 +227,7 @@ class Trainer:
             self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
                 batch = place(next(self.batches), self.run.mesh)
-                self.state, metrics = self.step_fn(self.state, self.frozen, batch)
+                self.state, metrics = self.run.programs.step(self.state, self.frozen, batch)
                 self.pending.append(metrics)
                 step += 1
                 if step % every.log_every == 0 or step == self.run.steps:
@@ -314,9 +338,15 @@ class Trainer:
             best = self.manager.best_step()
             self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
         after = self.evaluate(self.state.trainable, self.held_out)
-        notes = {name: self.run.metadata[name] for name in ("base", "settings", "task")}
+        notes = {name: self.run.metadata[name] for name in ("base", "task")}
+        settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
         save_adapter(
-            self.directory / ADAPTER, self.run.config, self.run.parts.specs, self.state.trainable, **notes
+            self.directory / ADAPTER,
+            self.run.config,
+            self.run.parts.specs,
+            self.state.trainable,
+            settings=settings,
+            **notes,
         )
         title = f"{self.run.settings.method}, {self.run.settings.model.path} on {self.source()}"
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
@@ -354,7 +384,12 @@ class Trainer:
         """The means over a split."""
         arrays = self.run.data.splits[split]
         return evaluate(
-            self.eval_fn, trainable, self.frozen, arrays, self.settings.eval_batch_size, self.run.mesh
+            self.run.programs.evaluate,
+            trainable,
+            self.frozen,
+            arrays,
+            self.settings.eval_batch_size,
+            self.run.mesh,
         )
 
     def show(self, values: Mapping[str, float]) -> str:

@@ -25,10 +25,12 @@ from ..models.hf import load_config, load_params
 from ..optim import LoRAPlusTransform, lora_plus_adamw
 from ..sharding import make_mesh
 from ..spec import Specs
+from ..train_step import init_state, jit_step, make_eval
 from ..tree import combine, split_trainable
 from .data import Batch, Rows, encode, load_splits, load_tokenizer
 from .fetch import resolve
-from .settings import ModelSettings, OptimizerSettings, Settings
+from .memory import check_memory
+from .settings import ModelSettings, OptimizerSettings, Settings, apart
 from .tasks import Task
 
 
@@ -50,11 +52,13 @@ class Parts(NamedTuple):
     """A model ready to train or to use.
 
     Attributes:
+      plain: the model without adapters.
       model: with its adapters on.
       specs: what is adapted.
       trainable, frozen: its variables, apart.
     """
 
+    plain: nn.Module
     model: nn.Module
     specs: Specs
     trainable: dict[str, Any]
@@ -71,6 +75,7 @@ class Run(NamedTuple):
       steps: optimizer steps in all.
       tx: the optimizer.
       mesh: the devices.
+      programs: the compiled step and evaluation.
       metadata: what checkpoints and adapters say of themselves.
     """
 
@@ -81,14 +86,27 @@ class Run(NamedTuple):
     steps: int
     tx: LoRAPlusTransform
     mesh: Mesh
+    programs: "Programs"
     metadata: dict[str, Any]
 
 
+class Programs(NamedTuple):
+    """What runs on the devices, compiled for a run's shapes.
+
+    Attributes:
+      step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
+      evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
+    """
+
+    step: Any
+    evaluate: Any
+
+
 def prepare(settings: Settings) -> Run:
-    """Fetches, loads and checks everything.
+    """Fetches, checks, compiles and loads everything, in this order.
 
     Raises:
-      ValueError, OSError: something does not fit or cannot be read; the message says what.
+      ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
     mesh = make_mesh(settings.mesh.data)
     _check_mesh(settings, mesh)
@@ -96,18 +114,21 @@ def prepare(settings: Settings) -> Run:
     data = load_data(settings, directory)
     steps = count_steps(settings, len(data.splits["train"]["label"]))
     config = settings.applied
-    parts = build(settings, directory, data.task, config)
-    tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
+    shapes = build(settings, directory, data.task, config)
+    tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
+    programs = compile_programs(settings, data, shapes, tx, mesh)
+    check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
+    parts = load(settings, directory, shapes, config)
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
         config,
         parts.specs,
         base=base,
-        settings={name: value for name, value in settings.to_json().items() if name != "output_dir"},
+        settings=apart(settings.to_json())[0],
         task={**dataclasses.asdict(data.task), "names": list(data.task.names)},
         data=digest(data.splits),
     )
-    return Run(settings, config, data, parts, steps, tx, mesh, metadata)
+    return Run(settings, config, data, parts, steps, tx, mesh, programs, metadata)
 
 
 def inspect(settings: Settings) -> str:
@@ -120,7 +141,7 @@ def inspect(settings: Settings) -> str:
     data = load_data(settings, directory)
     steps = count_steps(settings, len(data.splits["train"]["label"]))
     config = settings.applied
-    parts = build(settings, directory, data.task, config, weights=False)
+    parts = build(settings, directory, data.task, config)
     tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
     peak = settings.optimizer.warmup_steps
     table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
@@ -194,30 +215,62 @@ def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
     )
 
 
-def build(
-    settings: Settings, directory: Path, task: Task, config: LoRAPlusConfig | None, *, weights: bool = True
-) -> Parts:
-    """The model with its weights from a directory, its new head, and its adapters, in trainable and frozen.
-
-    With `weights=False` shapes stand for arrays and no weight is read.
-    """
+def build(settings: Settings, directory: Path, task: Task, config: LoRAPlusConfig | None) -> Parts:
+    """The model with its new head and its adapters; shapes stand for all weights but the adapters."""
     plain = make_model(settings.model, directory, task)
     model = plain if config is None else apply_lora_plus(plain, config)
-    tokens = jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32)
-    inputs = (tokens, tokens, tokens)
     head_key, lora_key = jax.random.split(jax.random.key(settings.seed))
-    expected = jax.eval_shape(plain.init, head_key, *inputs)["params"]
-    if config is None:
-        lora, specs = {}, {}
-    else:
-        lora, specs = init_lora(model, lora_key, *inputs)
-    if weights:
-        params = load_params(directory, name_table(settings.model.pooling), expected, new=("head",))
-        params = combine(params, {"head": _head(plain, head_key, inputs)})
-    else:
-        params = expected
-    trainable, frozen = _split({"params": params} | ({"lora": lora} if lora else {}), config)
-    return Parts(model, specs, _float32(trainable), frozen)
+    variables = {"params": jax.eval_shape(plain.init, head_key, *_inputs(settings))["params"]}
+    specs: Specs = {}
+    if config is not None:
+        lora, specs = init_lora(model, lora_key, *_inputs(settings))
+        variables |= {"lora": lora} if lora else {}
+    trainable, frozen = _split(variables, config)
+    return Parts(plain, model, specs, _float32(trainable), frozen)
+
+
+def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None) -> Parts:
+    """The same with weights from a directory and the new head's first values.
+
+    Raises:
+      ValueError: the weights do not fit; the message lists all that is missing, extra or misshapen.
+    """
+    shapes = combine(parts.trainable, parts.frozen)["params"]
+    params = load_params(directory, name_table(settings.model.pooling), shapes, new=("head",))
+    head_key, _ = jax.random.split(jax.random.key(settings.seed))
+    variables = {"params": combine(params, {"head": _head(parts.plain, head_key, _inputs(settings))})}
+    variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
+    trainable, frozen = _split(variables, config)
+    return parts._replace(trainable=_float32(trainable), frozen=frozen)
+
+
+def compile_programs(
+    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh
+) -> Programs:
+    """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
+    loss_fn = data.task.loss_fn(parts.model)
+    train = settings.train
+    step = jit_step(loss_fn, tx, mesh=mesh, accumulate=train.accumulate, skip_nonfinite=True)
+    evaluate = make_eval(loss_fn, mesh=mesh)
+    state = jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
+
+    def batch(size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        columns = data.splits["train"] | {"weight": np.ones(1, np.float32)}
+        return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
+
+    return Programs(
+        step.lower(state, parts.frozen, batch(train.batch_size)).compile(),
+        evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size)).compile(),
+    )
+
+
+def _inputs(settings: Settings) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """One example's `input_ids`, `attention_mask` and `token_type_ids`."""
+    return 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def make_model(settings: ModelSettings, directory: Path, task: Task) -> BertForSequence:

@@ -207,6 +207,32 @@ class Settings:
         return _plain(dataclasses.asdict(self))
 
 
+MAY_CHANGE = (
+    *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
+    *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
+    *("train.compilation_cache", "mesh.data", "output_dir"),
+)
+"""What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
+ENDS = MAY_CHANGE[:4]
+
+
+def apart(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plain settings as two trees: what must stay as it was when a run goes on, and what may change.
+
+    >>> apart({"seed": 1, "train": {"steps": 5, "accumulate": 2}})
+    ({'seed': 1, 'train': {'accumulate': 2}}, {'train': {'steps': 5}})
+    """
+    same: dict[str, Any] = {}
+    free: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            for tree, part in zip((same, free), apart(value, f"{prefix}{name}."), strict=True):
+                tree |= {name: part} if part else {}
+        else:
+            (free if f"{prefix}{name}" in MAY_CHANGE else same)[name] = value
+    return same, free
+
+
 def parse_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Reads settings from a YAML file and `--section.field value` arguments, which win.
 

@@ -18,8 +18,9 @@ from ..train_step import make_eval
 from ..tree import combine
 from .data import encode, eval_batches, load_rows, load_splits
 from .fetch import resolve
-from .loop import ADAPTER, evaluate, place
-from .prepare import Parts, build, encode_rows, tokenizer_for
+from .lifecycle import ADAPTER
+from .loop import evaluate, place
+from .prepare import Parts, build, encode_rows, load, tokenizer_for
 from .rows import read_rows
 from .settings import Settings, settings_from_json
 from .tasks import Task, outputs
@@ -59,7 +60,7 @@ def load_tuned(directory: Path) -> Tuned:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{directory / NOTES} is damaged: {error}") from None
     base = resolve(settings.model.path, "model")
-    parts = build(settings, base, task, adapter.config)
+    parts = load(settings, base, build(settings, base, task, adapter.config), adapter.config)
     if parts.frozen and (found := fingerprint(parts.frozen)) != notes["base"]:
         raise ValueError(
             f"{directory} belongs to a base with fingerprint {notes['base']}, {base} has {found}"

@@ -116,3 +116,44 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(world, capsys):
     path.write_text(json.dumps(content))
     assert world.train(*ODD) == 2
     assert "'good' has the id 500" in capsys.readouterr().err
+
+
+CONSTANT = ("--optimizer.schedule", "constant")
+
+
+def test_a_finished_run_goes_on_with_more_steps_as_if_never_ended(world, capsys):
+    short = (*ODD, *CONSTANT, "--train.select", "last")
+    more = (*short, "--train.steps", "30")
+    straight = result_of(world.trained(*more, out=world.directory / "straight"))
+    world.trained(*short, "--train.eval_every", "10")
+    old = result_of(world.out)
+    capsys.readouterr()
+    assert world.train(*short, "--train.eval_every", "10") == 2
+    assert "is finished" in capsys.readouterr().err
+    assert world.train(*more) == 0
+    printed = capsys.readouterr().out
+    assert "train.steps is 20 in that run and 30 here" in printed
+    assert "train.eval_every is 10 in that run and 6 here" in printed
+    assert "going on from step 20 of 30" in printed
+    assert result_of(world.out)[0] == straight[0]
+    trained = [row for row in rows_of(world.out) if "loss" in row]
+    assert trained == [row for row in straight[1] if "loss" in row]
+    # What the finished run had made is kept.
+    assert (world.out / "adapter_step_20/adapter.safetensors").read_bytes() == old[0]
+    assert json.loads((world.out / "summary_step_20.json").read_text())["seconds"] > 0
+    assert "steps: 30" in (world.out / "config.yaml").read_text()
+
+
+def test_logging_and_evaluation_may_change_half_way_and_training_does_not(world, straight, capsys):
+    last = ("--train.select", "last")
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 9, signal.SIGTERM)
+        assert world.train(*ODD) == 143
+    changes = ("--train.log_every", "3", "--train.eval_every", "5", "--train.keep", "1", *last)
+    assert world.train(*ODD, *changes, "--train.steps", "8") == 2
+    assert "ends the run at step 8, and it has done 9 already" in capsys.readouterr().err
+    assert "steps: 20" in (world.out / "config.yaml").read_text()
+    assert world.train(*ODD, *changes) == 0
+    last_of_straight = world.trained(*ODD, *last, out=world.directory / "last")
+    assert result_of(world.out)[0] == result_of(last_of_straight)[0]
+    assert {row["step"] for row in rows_of(world.out) if "loss" in row} == {4, 8, 12, 15, 18, 20}

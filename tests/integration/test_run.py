@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from loraplus_jax import jit_step, load_adapter
-from loraplus_jax.train import loop
+from loraplus_jax.train import prepare
 from loraplus_jax.train.cli import main
 from loraplus_jax.train.loop import Trainer
 from loraplus_jax.train.report import RunLog
@@ -249,7 +249,7 @@ def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
 def test_the_same_run_cut_otherwise(world, short, args, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        loop, "jit_step", lambda *a, **options: seen.append(options) or jit_step(*a, **options)
+        prepare, "jit_step", lambda *a, **options: seen.append(options) or jit_step(*a, **options)
     )
     out = world.trained(*SHORT, *args)
     # The results do not tell, so the step is asked how it was made.
