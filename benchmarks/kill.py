@@ -131,7 +131,7 @@ def main() -> None:
     def arguments(name: str) -> list[str]:
         return ["train", str(config), "--output_dir", str(directory / name)]
 
-    plain = [sys.executable, "-m", "loraplus_jax.train.cli"]
+    plain = [sys.executable, "-m", "loraplus_command"]
     run([*plain, *arguments("warm")])  # fills the compilation cache
     start = time.perf_counter()
     assert run([*plain, *arguments("straight")]) == 0

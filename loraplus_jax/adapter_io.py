@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from .checkpoint import FORMAT, describe_run
-from .config import LoRAPlusConfig
+from .config import LoRAPlusConfig, read_json
 from .spec import AdapterSpec, Specs, specs_from_json
 from .tree import flatten, unflatten
 
@@ -112,11 +112,8 @@ def adapter_notes(directory: str | Path) -> dict[str, Any]:
         if not (Path(directory) / name).is_file():
             raise FileNotFoundError(f"{directory} is no adapter directory: it lacks {name}")
     path = Path(directory) / NOTES
-    try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(notes, dict) or not {"format", "config", "specs"} <= notes.keys():
+    notes = read_json(path)
+    if not {"format", "config", "specs"} <= notes.keys():
         raise ValueError(f"{path} is no adapter description: it needs format, config and specs")
     if notes["format"] != FORMAT:
         raise ValueError(f"{path} has format {notes['format']!r}, this version reads {FORMAT}")

@@ -2,14 +2,16 @@
 
 A checkpoint holds the trainable variables, the optimizer's state, step and rng, the position in the input, and
 metadata that says what they belong to: format version, config, specs, package versions and a fingerprint of the
-base. Restoring compares it and refuses what does not fit.
+base. Restoring compares it and refuses what does not fit. Checksums of all of it lie beside it, since neither orbax
+nor tensorstore would notice a changed byte of an array.
 """
 
 import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -80,7 +82,8 @@ def open_manager(
     Args:
       directory: made if absent.
       keep: how many of the newest to keep.
-      best: the metric by which one more is kept, of those given to `save`; None keeps none for its metric.
+      best: the metric by which one more is kept, of those given to `save`; None keeps none for its metric. A
+        checkpoint whose metrics cannot be read is never the best.
       mode: whether the best is the smallest or the largest.
 
     Raises:
@@ -106,8 +109,40 @@ def open_manager(
         "state": ocp.StandardCheckpointHandler(),
         "input_position": ocp.JsonCheckpointHandler(),
         "metadata": ocp.JsonCheckpointHandler(),
+        "contents": ocp.JsonCheckpointHandler(),
     }
-    return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
+    directory = Path(directory).absolute()
+    _set_aside_damaged_dates(directory)
+    return _Manager(directory, metric, options=options, item_handlers=handlers)
+
+
+def _set_aside_damaged_dates(directory: Path) -> None:
+    """Renames orbax's note of a checkpoint's date where it is damaged.
+
+    A single one would keep all checkpoints from being opened; without one orbax goes by the directory's date.
+    """
+    for step in ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ():
+        try:
+            _ = step.commit_timestamp
+        except Exception:  # whatever the bytes lead to
+            note = Path(step.path) / "_CHECKPOINT_METADATA"
+            note.rename(note.with_suffix(".damaged"))
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, except that one checkpoint with damaged metrics does not keep all others from being opened."""
+
+    def __init__(self, directory: Path, metric: Callable[[Any], float] | None, **how: Any) -> None:
+        self._number = metric or (lambda _: 0.0)
+        super().__init__(directory, **how)
+
+    def metrics(self, step: int) -> Any:
+        """As saved; None where they are absent or damaged."""
+        try:
+            found = super().metrics(step)
+            return found if found and math.isfinite(self._number(found)) else None
+        except Exception:  # bad JSON, bad UTF-8, another type: whatever the bytes lead to
+            return None
 
 
 def save(
@@ -132,10 +167,13 @@ def save(
     """
     if int(state.step) in manager.all_steps():
         raise ValueError(f"there is a checkpoint of step {int(state.step)} in {manager.directory} already")
+    fields = _saved(state)
+    notes = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
+    notes["contents"] = {"leaves": _kinds(fields), "state": fingerprint(fields)}
+    notes["contents"]["notes"] = _digest(notes)
     items = ocp.args.Composite(
-        state=ocp.args.StandardSave(_saved(state)),
-        input_position=ocp.args.JsonSave({"position": input_position}),
-        metadata=ocp.args.JsonSave(dict(metadata)),
+        state=ocp.args.StandardSave(fields),
+        **{name: ocp.args.JsonSave(values) for name, values in notes.items()},
     )
     manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
 
@@ -157,7 +195,7 @@ def restore(
 
     Raises:
       FileNotFoundError: there is none.
-      DamagedCheckpoint: it cannot be read.
+      DamagedCheckpoint: it cannot be read, or is not what was saved.
       ValueError: the checkpoint does not fit; the message names the fields that differ, with both values.
     """
     step = manager.latest_step() if step is None else step
@@ -165,12 +203,14 @@ def restore(
         raise FileNotFoundError(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
         )
-    notes = _read(manager, step, input_position=ocp.args.JsonRestore(), metadata=ocp.args.JsonRestore())
+    notes = _read_notes(manager, step)
     if differing := differences(notes["metadata"], metadata):
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
-    _check_shapes(manager, step, _saved(like))
+    _check_leaves(step, notes["contents"]["leaves"], _kinds(_saved(like)))
     target = jax.tree.map(_abstract, _saved(like))
     state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
+    if fingerprint(state) != notes["contents"]["state"]:
+        raise _damage(manager, step, "the arrays are not those that were saved")
     return Restored(_loaded(state, like), notes["input_position"]["position"], notes["metadata"])
 
 
@@ -260,11 +300,30 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:
-        raise _damage(manager, step, error) from error
+        raise _damage(manager, step, str(error).strip() or type(error).__name__) from error
 
 
-def _damage(manager: ocp.CheckpointManager, step: int, error: Exception) -> DamagedCheckpoint:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+def _read_notes(manager: ocp.CheckpointManager, step: int) -> Any:
+    """All but the state, as they were saved."""
+    names = ("input_position", "metadata", "contents")
+    notes = _read(manager, step, **{name: ocp.args.JsonRestore() for name in names})
+    notes = {name: notes[name] for name in names}
+    try:
+        fits = notes["contents"].pop("notes") == _digest(notes)
+    except (AttributeError, LookupError, TypeError, RecursionError):  # other JSON than we write
+        fits = False
+    if not fits:
+        raise _damage(manager, step, "what is noted beside the arrays is not what was saved")
+    return notes
+
+
+def _digest(notes: Any) -> str:
+    """A short hex digest of JSON values, the same before writing and after reading."""
+    return hashlib.sha256(json.dumps(notes).encode()).hexdigest()[:16]
+
+
+def _damage(manager: ocp.CheckpointManager, step: int, reason: str) -> DamagedCheckpoint:
+    reason = reason.splitlines()[0]
     return DamagedCheckpoint(
         f"the checkpoint of step {step} in {manager.directory} cannot be read: {reason:.200}"
     )
@@ -274,13 +333,7 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def _check_shapes(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
-    try:
-        stored = manager.item_metadata(step)["state"]
-        old = {path: _kind(leaf) for path, leaf in leaves_by_path(getattr(stored, "tree", stored)).items()}
-    except Exception as error:
-        raise _damage(manager, step, error) from error
-    new = {path: _kind(leaf) for path, leaf in leaves_by_path(like).items()}
+def _check_leaves(step: int, old: Mapping[str, str], new: Mapping[str, str]) -> None:
     odd = [
         f"{path} is {old.get(path, 'absent')} in the checkpoint and {new.get(path, 'absent')} here"
         for path in sorted(old.keys() | new.keys())
@@ -291,5 +344,7 @@ def _check_shapes(manager: ocp.CheckpointManager, step: int, like: Any) -> None:
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(odd[:5])}{more}")
 
 
-def _kind(leaf: Any) -> str:
-    return f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}"
+def _kinds(tree: Any) -> dict[str, str]:
+    """Path to dtype and shape, in words."""
+    leaves = leaves_by_path(tree)
+    return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
-import math
+import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 Init = Literal["lora", "lora_b", "gaussian"]
@@ -87,16 +89,20 @@ def check_number(
     """Raises ValueError unless `value` is a finite real number within the bounds given."""
     bounds = [("above", above), ("at least", at_least), ("below", below)]
     allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    # Not math.isfinite: that fails for an int which no float can hold.
+    fits = fits and abs(value) <= sys.float_info.max
     fits = fits and (above is None or value > above) and (below is None or value < below)
     if not fits or (at_least is not None and value < at_least):
         raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}")
 
 
 def check_whole(name: str, value: Any, *, at_least: int) -> None:
-    """Raises ValueError unless `value` is an int of at least `at_least`."""
+    """Raises ValueError unless `value` is an int of at least `at_least` that fits in 64 bits."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
@@ -119,6 +125,49 @@ def matches(rule: str | tuple[str, ...], path: str) -> bool:
     if isinstance(rule, str):
         return re.fullmatch(rule, path) is not None
     return any(path == name or path.endswith("/" + name) for name in rule)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; a ValueError names the file that holds none.
+
+    A file of strangers is not believed: its size is looked at before it is read, and what is nested so deep that
+    a walk through it would meet Python's limit, or has text that cannot be printed, is refused here.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} has {size} bytes, at most {LARGEST_JSON} are read")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    if problem := odd_tree(content):
+        raise ValueError(f"{path} {problem}")
+    return content
+
+
+LARGEST_JSON, DEEPEST = 2**20, 100
+"""Bytes and levels. Python needs up to 40 times the bytes of a JSON file."""
+
+
+def odd_tree(tree: Any) -> str | None:
+    """What makes a value from JSON or YAML unsafe to walk through or to print, if anything does."""
+    level = [tree]
+    for _ in range(DEEPEST):
+        if any(isinstance(node, str) and re.search("[\ud800-\udfff]", node) for node in level):
+            return "holds half a surrogate pair, which is no character"
+        level = [part for node in level for part in _parts(node)]
+        if not level:
+            return None
+    return f"is nested more than {DEEPEST} deep"
+
+
+def _parts(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return [*node.keys(), *node.values()]
+    return node if isinstance(node, list) else []
 
 
 def _names(field: str, value: Any) -> str | tuple[str, ...]:

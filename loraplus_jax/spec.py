@@ -44,6 +44,11 @@ class AdapterSpec:
         check_number(f"{self.leaf}: scale", self.scale)
         if not isinstance(self.leaf, str) or not isinstance(self.axes, str):
             raise ValueError(f"leaf and axes must be strings, got {self.leaf!r} and {self.axes!r}")
+        for size in self.shape:
+            check_whole(f"{self.leaf}: shape", size, at_least=0)
+        for axis in self.stacked:
+            if not isinstance(axis, int) or not -len(self.shape) <= axis < len(self.shape):
+                raise ValueError(f"{self.leaf}: stacked must hold axes of shape {self.shape}, got {axis!r}")
         if self.kind not in KINDS:
             raise ValueError(f"{self.leaf}: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if "i" not in self.axes or "o" not in self.axes:

@@ -107,7 +107,7 @@ A = "lora/layers/q/lora_a"
             for n in (0, 4, 100, -1)
         ],
         (lambda d: cut(d, "adapter.json", 50), ValueError, "adapter.json is not JSON"),
-        (lambda d: (d / "adapter.json").write_text("[]"), ValueError, "is no adapter description"),
+        (lambda d: (d / "adapter.json").write_text("[]"), ValueError, "must hold a JSON object, got list"),
         (lambda d: edit_notes(d, lambda n: n.pop("specs")), ValueError, "needs format, config and specs"),
         (
             lambda d: edit_notes(d, lambda n: n.update(format=2)),
@@ -130,6 +130,21 @@ A = "lora/layers/q/lora_a"
             lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(shape=[6, 5, 3])),
             ValueError,
             r"layers/q/lora_a is \(6, 4, 2\) in adapter.safetensors and \(6, 5, 2\) in adapter.json",
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n["config"].update(dropout=10**400)),
+            ValueError,
+            "adapter.json: dropout must be a finite number",
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(stacked=[None])),
+            ValueError,
+            "adapter.json: adapter table, entry 'layers/q'.*stacked must hold axes",
+        ),
+        (
+            lambda d: (d / "adapter.json").write_text("[" * 3000 + "]" * 3000),
+            ValueError,
+            "adapter.json is not JSON: maximum recursion depth",
         ),
         (
             lambda d: edit_notes(d, lambda n: n["specs"].clear()),

@@ -22,7 +22,7 @@ from loraplus_jax import (
     restore,
     save,
 )
-from loraplus_jax.checkpoint import differences
+from loraplus_jax.checkpoint import DamagedCheckpoint, differences
 
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 SPEC = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)
@@ -207,6 +207,65 @@ def test_differences_leave_versions_aside_and_reach_the_innermost_field():
         'new is "absent" in the checkpoint and 1.5 here',
     ]
     assert differences(old, old | {"versions": {}}) == []
+
+
+# Damage
+
+
+def save_two(directory):
+    """Steps 1 and 2, of which the first is the best."""
+    with open_manager(directory, best="loss") as manager:
+        for n in (1, 2):
+            save(manager, trained(fresh(), n), metadata=metadata(), input_position=[n], metrics={"loss": n})
+
+
+def flip(path):
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("item", ["input_position", "metadata", "contents"])
+def test_a_changed_note_is_damage(tmp_path, item):
+    save_two(tmp_path)
+    path = tmp_path / "2" / item / "metadata"
+    path.write_text(path.read_text().replace("1", "3").replace("2", "3"))
+    with (
+        open_manager(tmp_path, best="loss") as manager,
+        pytest.raises(DamagedCheckpoint, match=r"step 2 .* what is noted beside the arrays is not what was"),
+    ):
+        restore(manager, fresh(), metadata=metadata())
+
+
+def test_one_changed_bit_of_an_array_is_damage(tmp_path):
+    """In the largest file of the arrays, where no checksum of tensorstore's own covers it."""
+    state = fresh().replace(trainable={"w": jax.random.normal(jax.random.key(0), (100, 100))})
+    with open_manager(tmp_path) as manager:
+        save(manager, state, metadata=metadata())
+    flip(max((tmp_path / "0/state").rglob("*"), key=lambda path: path.stat().st_size))
+    with (
+        open_manager(tmp_path) as manager,
+        pytest.raises(DamagedCheckpoint, match="the arrays are not those that were saved"),
+    ):
+        restore(manager, state, metadata=metadata())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"loss": "x"}', '{"other": 1}', '{"loss": NaN}'])
+def test_a_checkpoint_with_damaged_metrics_is_not_the_best_and_no_more(tmp_path, content):
+    save_two(tmp_path)
+    (tmp_path / "1/metrics/metrics").write_text(content)
+    with open_manager(tmp_path, best="loss") as manager:
+        assert (manager.best_step(), list(manager.all_steps())) == (2, [1, 2])
+        assert restore(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
+
+
+@pytest.mark.parametrize("content", ['{"metrics": 5}', '{"commit_timestamp_nsecs": 1' + "0" * 30 + "}"])
+def test_a_damaged_date_does_not_keep_checkpoints_from_being_opened(tmp_path, content):
+    save_two(tmp_path)
+    (tmp_path / "2/_CHECKPOINT_METADATA").write_text(content)
+    with open_manager(tmp_path, best="loss") as manager:
+        assert restore(manager, fresh(), metadata=metadata()).input_position == [2]
 
 
 # Fingerprints

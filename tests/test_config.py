@@ -7,7 +7,15 @@ import math
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.config import matches, nearest
+from loraplus_jax.config import (
+    DEEPEST,
+    LARGEST_JSON,
+    check_number,
+    check_whole,
+    matches,
+    nearest,
+    read_json,
+)
 
 
 def test_defaults_are_the_documented_ones():
@@ -101,3 +109,35 @@ def test_nearest_falls_back_to_the_whole_list():
     assert nearest("qurey", ["value", "query"]) == "; did you mean 'query'?"
     assert nearest("zzz", ["value", "query"]) == "; known: query, value"
     assert nearest("zzz", ["value"], fallback=False) == ""
+
+
+def test_an_int_that_no_float_or_no_64_bits_can_hold_is_refused():
+    check_number("alpha", 10**308)
+    with pytest.raises(ValueError, match="alpha must be a finite number, got 1000"):
+        check_number("alpha", 10**400)
+    check_whole("rank", 2**63 - 1, at_least=1)
+    with pytest.raises(ValueError, match=r"rank must be below 2\*\*63, got 9223372036854775808"):
+        check_whole("rank", 2**63, at_least=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", "is not JSON: maximum recursion depth"),
+        ('{"a": ' + "[" * DEEPEST + "]" * DEEPEST + "}", f"is nested more than {DEEPEST} deep"),
+        (r'{"a": ["\ud800"]}', "holds half a surrogate pair, which is no character"),
+        (r'{"\udc00": 1}', "holds half a surrogate pair, which is no character"),
+        (f'{{"a": "{"x" * LARGEST_JSON}"}}', "has 1048585 bytes, at most 1048576 are read"),
+    ],
+)
+def test_json_that_is_too_large_or_too_odd_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "some.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"some.json {message}"):
+        read_json(path)
+
+
+def test_json_just_within_the_limits_is_read(tmp_path):
+    path = tmp_path / "some.json"
+    path.write_text(r'{"\ud83d\ude00": ' + "[" * (DEEPEST - 2) + "]" * (DEEPEST - 2) + "}")
+    assert list(read_json(path)) == ["😀"]

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,15 @@ def test_only_the_first_twenty_problems_are_shown(tmp_path):
         data.read_rows(path, ["text", "label"])
     assert str(caught.value).splitlines()[-1].strip() == "... and 5 more"
     assert len(str(caught.value).splitlines()) == 22
+
+
+def test_the_problems_of_a_file_that_is_wrong_throughout_fit_in_memory(tmp_path):
+    path = _write(tmp_path / "a.jsonl", "x\n" * 100_000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: invalid JSON.*the first of 100000 problems"):
+        data.read_rows(path, ["text", "label"])
+    assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ APPLICATION = tuple(
         "fetch",
         "rows",
         "data",
+        "yaml_files",
         "settings",
         "tasks",
         "report",

@@ -190,6 +190,18 @@ def test_index_entries_may_not_leave_the_directory(tmp_path, entry):
     assert f"names {entry!r}; only plain .safetensors names" in error(tmp_path / "inner")
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("x" * 300 + ".safetensors", "xxx.safetensors is missing, though the index names it"),
+        ("a\n.safetensors", r"names 'a\n.safetensors'; only plain .safetensors names"),
+    ],
+)
+def test_an_index_entry_that_is_no_file_name_is_refused(tmp_path, entry, message):
+    write_shards(tmp_path, halves(), {"tok.weight": entry})
+    assert message in error(tmp_path)
+
+
 def test_index_must_tell_the_truth(tmp_path):
     first, second = halves()
     write_shards(tmp_path, halves(), {"ghost": first})

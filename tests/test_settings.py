@@ -185,6 +185,18 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
         ("- a list\n", ["must hold a mapping", "a list"]),
         ("a: [\n", ["config.yaml is not YAML"]),
         ("a: !!python/name:os.system\n", ["config.yaml is not YAML"]),
+        ("a: !!bool x\n", ["config.yaml is not YAML"]),
+        ("a: !!timestamp x\n", ["config.yaml is not YAML"]),
+        ("a: !!int ''\n", ["config.yaml is not YAML"]),
+        ("a: !!set [x]\n", ["config.yaml is not YAML"]),
+        ("a: 2001-99-99\n", ["config.yaml is not YAML", "month"]),
+        (f"a: {'9' * 5000}\n", ["config.yaml is not YAML", "digits"]),
+        ("a: " + "[" * 3000 + "]" * 3000, ["config.yaml is not YAML", "recursion"]),
+        ("a: " + "[" * 150 + "]" * 150, ["config.yaml is nested more than 100 deep"]),
+        ('a: "\\ud800"\n', ["config.yaml holds half a surrogate pair"]),
+        ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml is not YAML", "aliases are not read", "line 2"]),
+        ("a: 1" + " " * 2**16, ["config.yaml has 65540 bytes, at most 65536 are read"]),
+        (nested("train.steps", "many"), ["train.steps must be a whole number or null, got 'many'"]),
     ],
 )
 def test_files_that_are_refused(tmp_path, content, words):

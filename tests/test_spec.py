@@ -64,6 +64,9 @@ def test_table_round_trip():
         ({"axes": "ii"}, "must hold an i and an o"),
         ({"shape": (4, 3, 5)}, "does not fit"),
         ({"stacked": (0,)}, "does not fit"),
+        ({"shape": (4, 3, 5), "stacked": ("a",)}, r"stacked must hold axes of shape \(4, 3, 5\), got 'a'"),
+        ({"shape": (4, 3, 5), "stacked": (3,)}, r"stacked must hold axes of shape \(4, 3, 5\), got 3"),
+        ({"shape": (-4, 3)}, "shape must be a whole number of at least 0, got -4"),
     ],
 )
 def test_a_bad_spec_is_refused(fields, message):

@@ -97,7 +97,10 @@ class BertConfig:
         problems += [f"{name} is missing" for name in required if name not in given]
         if problems:
             raise ValueError("config.json: " + "; ".join(problems))
-        return cls(**{f.name: given[f.name] for f in fields if f.name in given})
+        try:
+            return cls(**{f.name: given[f.name] for f in fields if f.name in given})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"config.json: {error}") from None
 
     @property
     def max_length(self) -> int:

@@ -4,7 +4,7 @@ A model keeps a `NameTable` beside its code; `load_params` reads safetensors by 
 tensor that is missing, left over or misshapen is listed, all in one error, before the first weight is read.
 """
 
-import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+
+from ..config import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -275,7 +277,7 @@ def _listed(directory: Path) -> dict[str, str]:
     for file_name in listed.values():
         # By the name alone: the hub's own cache is made of links that lead out of the directory.
         plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
-        if not plain or not file_name.endswith(".safetensors"):
+        if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
             raise ValueError(
                 f"{directory / INDEX} names {file_name!r}; "
                 "only plain .safetensors names in the same directory are read"
@@ -299,7 +301,7 @@ def _open(path: Path) -> Any:
         import safetensors
     except ImportError as error:
         raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
         raise ValueError(f"{path} is missing, though the index names it")
     try:
         return safetensors.safe_open(path, framework="np")
@@ -308,16 +310,3 @@ def _open(path: Path) -> Any:
             f"{path} ({path.stat().st_size} bytes) is no whole safetensors file ({error}); "
             "an interrupted download or a Git LFS pointer looks like this: fetch it again"
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a ValueError names the file that holds none."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content

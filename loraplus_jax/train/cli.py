@@ -15,7 +15,8 @@ WITH_SETTINGS, FLAGS = ("train", "inspect"), ("--fresh", "--help", "-h")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after a clear message for input that cannot be used."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs what it raises, with tracebacks.
+    logging.getLogger("absl").setLevel(logging.ERROR if os.environ.get(TRACEBACK) else logging.CRITICAL)
     # Optional packages are imported by the commands, so that --help is quick and a missing one is named.
     options, overrides = _parsed(arguments)
     try:
@@ -160,7 +161,3 @@ def _explained(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed: pip install 'loraplus_jax[train]'"
     return str(error)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

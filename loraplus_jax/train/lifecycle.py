@@ -1,7 +1,10 @@
 """A run among others and against interruptions: whose a directory is, and signals that stop a run cleanly."""
 
+import contextlib
 import os
+import re
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +12,14 @@ from types import FrameType
 from typing import Any
 
 import filelock
+import jax
 from rich.console import Console
 
 from ..checkpoint import differences
 from ..models.hf import read_json
 from .report import PICTURE, SUMMARY, partial_path
-from .settings import ENDS, Settings, apart, read_yaml
+from .settings import ENDS, Settings, apart
+from .yaml_files import read_yaml
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 
@@ -49,9 +54,21 @@ def only_run(directory: Path) -> Iterator[None]:
     try:
         owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
-        owner.unlink(missing_ok=True)
     finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
         lock.release()
+
+
+@contextmanager
+def named(directory: Path) -> Iterator[None]:
+    """Gives the directory's name to an error of the system that has none, as a full disk's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
 def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list[str]:
@@ -118,6 +135,30 @@ def set_aside(directory: Path, console: Console) -> None:
         with only_run(directory):
             old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
         console.print(f"the older run is now {old}")
+
+
+@contextmanager
+def kept_programs(directory: Path, console: Console) -> Iterator[None]:
+    """Compiled programs are kept in a directory; if they cannot be, a line says so.
+
+    Entries that a full disk cut short are removed: JAX complains of them at every start and never replaces them.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            yield
+        finally:
+            for text in (str(warning.message) for warning in caught):
+                _tell_of_cache(text, directory, console)
+
+
+def _tell_of_cache(text: str, directory: Path, console: Console) -> None:
+    found = re.search(r"persistent compilation cache entry for '(.*?)'", text)
+    console.print(f"{directory}: {text}" if found else text)
+    for path in directory.glob(f"{found[1]}-*-cache") if found else ():
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 class StopSignal:

@@ -1,5 +1,6 @@
 """The training run: batches, steps, evaluations, checkpoints, and what is left in the output directory."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -32,6 +33,8 @@ from .lifecycle import (
     StopSignal,
     check_directory,
     keep_results,
+    kept_programs,
+    named,
     only_run,
     set_aside,
 )
@@ -70,13 +73,20 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
     console = console or Console(soft_wrap=True)
     directory = Path(settings.output_dir).expanduser()
     changed = check_directory(directory, settings, fresh=fresh)
-    if settings.train.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+    with contextlib.ExitStack() as stack:
+        if settings.train.compilation_cache:
+            stack.enter_context(kept_programs(cache_dir() / "xla", console))
+        return _train(settings, directory, changed, fresh, console)
+
+
+def _train(
+    settings: Settings, directory: Path, changed: list[str], fresh: bool, console: Console
+) -> dict[str, Any]:
     run = prepare(settings)
     if fresh:
         set_aside(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
-    with only_run(directory):
+    with named(directory), only_run(directory):
         task = run.data.task
         best = f"validation/{task.metric}"
         if not (directory / CONFIG).exists():
@@ -167,17 +177,21 @@ class Trainer:
             try:
                 restored = restore(self.manager, self.state, metadata=self.run.metadata)
             except DamagedCheckpoint as error:
-                place = self.directory / DAMAGED / str(step)
-                place.parent.mkdir(exist_ok=True)
-                (self.directory / CHECKPOINTS / str(step)).rename(place)
-                self.manager.reload()
-                self.console.print(f"{error}; it is now {place}, and the one before is used")
+                self.set_aside_damaged(step, error)
                 continue
             self.state, position = restored.state, restored.input_position
             self.batches.set_state(position["batches"])
             self.pending, self.skipped_in_a_row = position["pending"], position["skipped"]
             return position["rows"]
         return 0
+
+    def set_aside_damaged(self, step: int, error: DamagedCheckpoint) -> None:
+        """Moves a checkpoint that cannot be read out of the way."""
+        place = self.directory / DAMAGED / str(step)
+        place.parent.mkdir(exist_ok=True)
+        (self.directory / CHECKPOINTS / str(step)).rename(place)
+        self.manager.reload()
+        self.console.print(f"{error}; it is now {place}, and the one before is used")
 
     def print_head(self, step: int) -> None:
         """What is about to be trained."""
@@ -335,8 +349,7 @@ class Trainer:
         """Chooses the state to keep, evaluates it on held-out data and writes the adapter and the picture."""
         if self.settings.select == "best":
             self.manager.wait_until_finished()
-            best = self.manager.best_step()
-            self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
+            self.choose_best()
         after = self.evaluate(self.state.trainable, self.held_out)
         notes = {name: self.run.metadata[name] for name in ("base", "task")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
@@ -351,6 +364,15 @@ class Trainer:
         title = f"{self.run.settings.method}, {self.run.settings.model.path} on {self.source()}"
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
         return after
+
+    def choose_best(self) -> None:
+        """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
+        while (best := self.manager.best_step()) is not None:
+            try:
+                self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
+                return
+            except DamagedCheckpoint as error:
+                self.set_aside_damaged(best, error)
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """`summary.json`, the last thing a run writes: with it the run is finished."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .fetch import cache_dir
+
 Row = dict[str, Any]
 
 METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png", "tensorboard"
@@ -105,6 +107,7 @@ def write_text(path: Path, text: str) -> None:
 
 def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
     """A picture of the training loss, raw and smoothed, with the validation loss, and of the validation metric."""
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     import matplotlib
 
     matplotlib.use("Agg")

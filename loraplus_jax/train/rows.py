@@ -1,5 +1,6 @@
 """Files of labelled texts to rows: CSV, TSV and JSON lines, every problem of a file reported with its line."""
 
+import bisect
 import csv
 import dataclasses
 import io
@@ -26,6 +27,20 @@ class Row:
     values: Mapping[str, str]
 
 
+class Problems:
+    """The first `SHOWN_PROBLEMS` of a file, by line, and how many there are: all of them may not fit in memory."""
+
+    def __init__(self) -> None:
+        self.first: list[Problem] = []
+        self.count = 0
+
+    def add(self, line: int, what: str) -> None:
+        """One more."""
+        self.count += 1
+        bisect.insort(self.first, (line, what), key=lambda problem: problem[0])
+        del self.first[SHOWN_PROBLEMS:]
+
+
 def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
 
@@ -43,34 +58,37 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
         raise ValueError(
             f"{path}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(SUFFIXES)}"
         )
-    problems: list[Problem] = []
+    problems = Problems()
     text = _decode(path, problems)
     if path.suffix.lower() == ".jsonl":
         records = list(_json_records(text, columns, problems))
     else:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         records = list(_table_records(text, delimiter, columns, problems))
-    problems += _value_problems(records, columns)
-    if not records and not problems:
-        problems.append((1, "no rows below the header" if text.strip() else "the file is empty"))
-    raise_problems([(f"{path}:{line}", what) for line, what in sorted(problems, key=lambda p: p[0])])
+    for line, what in _value_problems(records, columns):
+        problems.add(line, what)
+    if not records and not problems.count:
+        problems.add(1, "no rows below the header" if text.strip() else "the file is empty")
+    raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
     return [Row(line, {c: record[c] for c in columns}) for line, record in records]
 
 
-def raise_problems(problems: Sequence[tuple[str, str]]) -> None:
-    """One ValueError for problems with their places; its first line can stand alone."""
+def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None) -> None:
+    """One ValueError for problems with their places; its first line can stand alone.
+
+    `count` is how many there are, where `problems` holds only the first of them.
+    """
     if not problems:
         return
-    lines = [f"{place}: {what}" for place, what in problems]
-    if len(lines) == 1:
+    count = len(problems) if count is None else count
+    lines = [f"{place}: {what}" for place, what in problems[:SHOWN_PROBLEMS]]
+    if count == 1:
         raise ValueError(lines[0])
-    more = len(lines) - SHOWN_PROBLEMS
-    tail = [f"... and {more} more"] if more > 0 else []
-    head = f"{lines[0]} (the first of {len(lines)} problems)"
-    raise ValueError("\n  ".join([head, *lines[:SHOWN_PROBLEMS], *tail]))
+    tail = [f"... and {count - len(lines)} more"] if count > len(lines) else []
+    raise ValueError("\n  ".join([f"{lines[0]} (the first of {count} problems)", *lines, *tail]))
 
 
-def _decode(path: Path, problems: list[Problem]) -> str:
+def _decode(path: Path, problems: Problems) -> str:
     """The file's text; a line that is not UTF-8 is a problem and is read with the bad bytes replaced."""
     try:
         content = path.read_bytes()
@@ -80,28 +98,27 @@ def _decode(path: Path, problems: list[Problem]) -> str:
         try:
             line.decode("utf-8")
         except UnicodeDecodeError as error:
-            problems.append((number, f"byte 0x{line[error.start]:02x} is not UTF-8: save the file as UTF-8"))
+            problems.add(number, f"byte 0x{line[error.start]:02x} is not UTF-8: save the file as UTF-8")
     return content.decode("utf-8-sig", errors="replace")
 
 
-def _table_records(
-    text: str, delimiter: str, columns: Sequence[str], problems: list[Problem]
-) -> Iterator[Record]:
+def _table_records(text: str, delimiter: str, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
     rows = _table_rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), problems)
     top, header = next(rows, (1, None))
     if header is None:
         return
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
     faults += [f"no column {c!r}{nearest(c, header)}" for c in columns if c not in header]
-    problems += [(top, fault) for fault in faults]
+    for fault in faults:
+        problems.add(top, fault)
     for line, fields in rows if not faults else ():
         if len(fields) == len(header):
             yield line, dict(zip(header, fields, strict=True))
         else:
-            problems.append((line, f"{len(fields)} fields, where the header has {len(header)}"))
+            problems.add(line, f"{len(fields)} fields, where the header has {len(header)}")
 
 
-def _table_rows(reader: Any, problems: list[Problem]) -> Iterator[tuple[int, list[str]]]:
+def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Non-blank rows of a `csv.reader` with the line each begins at."""
     while True:
         line = reader.line_num + 1
@@ -110,22 +127,22 @@ def _table_rows(reader: Any, problems: list[Problem]) -> Iterator[tuple[int, lis
         except StopIteration:
             return
         except csv.Error as error:
-            problems.append((line, f"malformed row, perhaps a stray quote: {error}"))
+            problems.add(line, f"malformed row, perhaps a stray quote: {error}")
             continue
         if len(fields) > 1 or "".join(fields).strip():
             yield line, fields
 
 
-def _json_records(text: str, columns: Sequence[str], problems: list[Problem]) -> Iterator[Record]:
+def _json_records(text: str, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             record = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
-            problems.append((number, f"invalid JSON: {error}"))
+            problems.add(number, f"invalid JSON: {error}")
             continue
         if not isinstance(record, dict):
             if line.strip():
-                problems.append((number, f"each line must hold a JSON object, got {line.strip()[:40]}"))
+                problems.add(number, f"each line must hold a JSON object, got {line.strip()[:40]}")
             continue
         faults = [f"no column {c!r}{nearest(c, record)}" for c in columns if c not in record]
         wanted = {c: record[c] for c in (*columns, "id") if c in record}
@@ -134,7 +151,8 @@ def _json_records(text: str, columns: Sequence[str], problems: list[Problem]) ->
             for c, v in wanted.items()
             if v is None or isinstance(v, list | dict)
         ]
-        problems += [(number, fault) for fault in faults]
+        for fault in faults:
+            problems.add(number, fault)
         if not faults:
             yield number, {c: v if isinstance(v, str) else json.dumps(v) for c, v in wanted.items()}
 

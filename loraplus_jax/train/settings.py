@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..config import LoRAPlusConfig, check_number, check_whole, nearest
 from .data import DataSettings
+from .yaml_files import read_yaml
 
 Method = Literal["lora", "lora_plus", "full"]
 Dtype = Literal["float32", "bfloat16"]
@@ -263,31 +263,6 @@ def settings_from_json(values: Mapping[str, Any]) -> Settings:
         raise ValueError(_explained(str(error))) from None
 
 
-def read_yaml(path: Path) -> Any:
-    """The contents of a YAML file, plain values only.
-
-    Raises:
-      ValueError: it is not YAML, or a mapping has a key twice; the file is named.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {_one_line(str(error))}") from None
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML takes the last of equal keys in silence; here that is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's."""
-        keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} stands twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
-
-
 def settings_parser() -> ArgumentParser:
     """A parser of every field as `--section.field`, its help taken from the docstrings here."""
     usage = "loraplus train CONFIG [--section.field value ...] [--fresh]"
@@ -326,12 +301,12 @@ def _check_file(path: Path) -> None:
 
 def _check_keys(values: Any, section: type, where: str) -> None:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must hold a mapping of settings, got {values!r}")
+        raise ValueError(f"{where} must hold a mapping of settings, got {values!r:.80}")
     sections = _sections(section)
     fields = [f.name for f in dataclasses.fields(section)]
     for key, value in values.items():
         if key not in fields:
-            raise ValueError(f"{where}: there is no key {key!r}{nearest(str(key), fields)}")
+            raise ValueError(f"{where}: there is no key {key!r:.80}{nearest(str(key), fields)}")
         if key in sections:
             _check_keys(value, sections[key], f"{where}: {key}")
 
@@ -360,9 +335,9 @@ def _plain(value: Any) -> Any:
 def _explained(message: str) -> str:
     """The parser's report of a wrong type, in words: which field, what is allowed, what was given."""
     message = _one_line(message)
-    found = re.match(r'Parser key "([\w.]+)":.*?Got value: (.*)', message)
+    found = re.match(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: (.*)', message)
     if found is None:
-        return message
+        return message[:1000]
     name, value = found[1], found[2].split(" - Expected")[0].strip()
     section: Any = Settings
     *parents, last = name.split(".")
@@ -372,7 +347,7 @@ def _explained(message: str) -> str:
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     allowed = f"one of {', '.join(choices)}" if choices else _WORDS.get(kind, str(kind))
     hint = nearest(value, choices, fallback=False) if choices else ""
-    return f"{name} must be {allowed}, got {value!r}{hint}"
+    return f"{name} must be {allowed}, got {value!r:.80}{hint}"
 
 
 _WORDS: dict[Any, str] = {

@@ -69,9 +69,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, str
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, 15, signal.SIGTERM)
         assert world.train(*ODD) == 143
-    for path in (world.out / "checkpoints/15").rglob("*"):
-        if path.is_file() and path.stat().st_size and "state" in str(path):
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    cut_short(world.out / "checkpoints/15")
     assert world.train(*ODD) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "checkpoint of step 15" in printed
@@ -157,3 +155,30 @@ def test_logging_and_evaluation_may_change_half_way_and_training_does_not(world,
     last_of_straight = world.trained(*ODD, *last, out=world.directory / "last")
     assert result_of(world.out)[0] == result_of(last_of_straight)[0]
     assert {row["step"] for row in rows_of(world.out) if "loss" in row} == {4, 8, 12, 15, 18, 20}
+
+
+def cut_short(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size and "state" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_best_checkpoint_is_named_and_the_next_best_chosen(world, capsys, monkeypatch):
+    finish, damaged = Trainer.finish, []
+
+    def with_damage(self):
+        self.manager.wait_until_finished()
+        damaged.append(self.manager.best_step())
+        cut_short(world.out / "checkpoints" / str(damaged[0]))
+        return finish(self)
+
+    monkeypatch.setattr(Trainer, "finish", with_damage)
+    world.trained(*ODD, "--train.keep", "5")
+    assert f"checkpoint of step {damaged[0]}" in " ".join(capsys.readouterr().out.split())
+    assert (world.out / "damaged_checkpoints" / str(damaged[0])).is_dir()
+    chosen = json.loads((world.out / "summary.json").read_text())["selected_step"]
+    scores = {
+        row["step"]: row["validation/accuracy"] for row in rows_of(world.out) if "validation/accuracy" in row
+    }
+    best = max(score for step, score in scores.items() if step != damaged[0])
+    assert scores[chosen] == best

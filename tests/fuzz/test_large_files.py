@@ -1,0 +1,83 @@
+"""Files dense with small values, for which Python needs far more than their size."""
+
+import pytest
+
+from loraplus_jax.config import LARGEST_JSON, read_json
+from loraplus_jax.models.hf import SINGLE, NameTable, load_params
+from loraplus_jax.train.rows import read_rows
+from loraplus_jax.train.settings import LARGEST_YAML, read_yaml
+
+from .damage import MIB, data_limit
+
+pytestmark = pytest.mark.slow
+
+
+def filled(path, size, first, part, last):
+    """A file of at most `size` bytes, as many `part` as fit."""
+    count = (size - len(first) - len(last)) // len(part)
+    path.write_bytes(first + part * count + last)
+    return path
+
+
+def outcome(read, path):
+    """What the reader made of the file within the memory that it may need: a short message, or None."""
+    with data_limit(path.stat().st_size):
+        try:
+            read(path)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+@pytest.mark.parametrize("part", [b"[],", b"{},", b'{"":{}},', b"[[[[[]]]]],", b"1.5,", b'"ab",'])
+def test_json_of_the_largest_size_is_read(tmp_path, part):
+    first = '{"a": ["😀",'.encode()
+    assert outcome(read_json, filled(tmp_path / "config.json", LARGEST_JSON, first, part, b"0]}")) is None
+
+
+@pytest.mark.parametrize("part", [b"a,", b"[],", b"1.5,", b"'a',", b"{a: b},"])
+def test_yaml_of_the_largest_size_is_read(tmp_path, part):
+    path = filled(tmp_path / "config.yaml", LARGEST_YAML, b"a: [", part, b"a]")
+    assert outcome(read_yaml, path) is None
+
+
+def test_what_is_larger_is_refused_unread(tmp_path):
+    for name, read in (("config.json", read_json), ("config.yaml", read_yaml)):
+        path = tmp_path / name
+        with path.open("wb") as file:
+            file.truncate(200 * MIB)
+        assert f"{name} has {200 * MIB} bytes, at most" in outcome(read, path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "first", "part"),
+    [
+        *[
+            ("csv", b"text,label\n", part)
+            for part in (b"a\n", b"\xff\n", b"\n", b'"\n', b",", b"a,b,c\n", b"\x00")
+        ],
+        *[("jsonl", b"", part) for part in (b"a\n", b"{}\n", b"[", b'{"text":1}\n', b"\n", b"\xff\n")],
+    ],
+)
+def test_a_data_file_that_is_wrong_throughout(tmp_path, suffix, first, part):
+    assert f"data.{suffix}:" in outcome(
+        lambda path: read_rows(path, ("text", "label")),
+        filled(tmp_path / f"data.{suffix}", MIB, first, part, b""),
+    )
+
+
+def test_a_header_of_very_many_tensors(tmp_path):
+    entry = '"{:07x}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    header = ("{" + ",".join(entry.format(n) for n in range(60_000)) + "}").encode()
+    path = tmp_path / SINGLE
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    found = outcome(lambda path: load_params(path.parent, NameTable(rules=()), {}), path)
+    assert "do not fit the model: 60000 extra" in found
+    assert len(found) < 5000
+
+
+def test_yaml_whose_aliases_stand_for_a_billion_values(tmp_path):
+    path = tmp_path / "config.yaml"
+    lists = ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10))]
+    path.write_text("\n".join(lists))
+    assert "aliases are not read" in outcome(read_yaml, path)

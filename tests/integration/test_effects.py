@@ -1,0 +1,346 @@
+"""Nothing that a user sets is unused: every field is changed, and something that can be seen changes with it.
+
+`tests/test_settings.py` proves that every field is read; here each has a proof, a function from settings to
+something comparable, and a base on which it has an effect.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from loraplus_jax import AdapterSpec, jit_step, load_adapter
+from loraplus_jax.optim import rate_at
+from loraplus_jax.train import loop
+from loraplus_jax.train import prepare as preparing
+from loraplus_jax.train.fetch import resolve
+from loraplus_jax.train.loop import Trainer, TrainingFailed, train
+from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.tree import leaves_by_path
+
+pytestmark = pytest.mark.slow
+
+QUIET = Console(quiet=True)
+SPEC = AdapterSpec(leaf="params/query/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=8.0)
+
+
+class Found(Exception):
+    """Carries what a proof wants out of the middle of a run, and ends it there."""
+
+
+def hashed(tree):
+    """Path to shape, dtype and hash of the bytes."""
+    return {
+        path: (leaf.shape, str(leaf.dtype), hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest())
+        for path, leaf in leaves_by_path(tree).items()
+    }
+
+
+@contextlib.contextmanager
+def without_compiling():
+    """Preparation without step and evaluation, which take most of its time, for proofs that do not look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "compile_programs", lambda *_: preparing.Programs(None, None))
+        patch.setattr(preparing, "check_memory", lambda *_: None)
+        yield
+
+
+# Proofs: settings to something comparable.
+
+
+def arrays(settings):
+    """The task, and every split as arrays."""
+    data = preparing.load_data(settings, resolve(settings.model.path, "model"))
+    return data.task, {name: hashed(columns) for name, columns in data.splits.items()}
+
+
+def variables(settings):
+    """What is trained and what is frozen, before the first step."""
+    with without_compiling():
+        parts = preparing.prepare(settings).parts
+    return hashed(parts.trainable), hashed(parts.frozen)
+
+
+def program(settings):
+    """The training step that is given to the compiler."""
+
+    def ending(*args, **options):
+        def lower(*shapes):
+            raise Found(jit_step(*args, **options).lower(*shapes).as_text())
+
+        return SimpleNamespace(lower=lower)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "jit_step", ending)
+        with pytest.raises(Found) as found:
+            preparing.prepare(settings)
+    return str(found.value)
+
+
+def length(settings):
+    """Optimizer steps in all."""
+    return preparing.count_steps(settings, examples=112)
+
+
+def updates(settings):
+    """What the optimizer makes of given gradients at the first steps, and its rates at the last."""
+    tx = preparing.make_optimizer(settings.optimizer, settings.applied, length(settings), {"query": SPEC})
+    params = {
+        "lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}},
+        "params": {"head": {"bias": jnp.ones(2)}},
+    }
+    state, found = tx.init(params), []
+    for size in (1e-3, 2.0, 0.5):
+        update, state = tx.update(jax.tree.map(lambda x: jnp.full_like(x, size), params), state, params)  # noqa: B023
+        found.append(hashed(update))
+    return found, {
+        role: float(rate_at(group.rate, length(settings) - 1)) for role, group in tx.groups.items()
+    }
+
+
+def trainer(settings):
+    with without_compiling():
+        return Trainer(preparing.prepare(settings), Path("unused"), None, QUIET)
+
+
+def first_batch(settings):
+    return hashed(next(trainer(settings).batches))
+
+
+def random_key(settings):
+    """From which every step takes its dropout."""
+    return jax.random.key_data(trainer(settings).state.rng).tolist()
+
+
+def evaluation_batches(settings):
+    """The sizes of the batches in which a split is evaluated."""
+    one, seen = trainer(settings), []
+
+    def evaluate(trainable, frozen, batch):
+        seen.append(batch["weight"].shape)
+        return {"loss": (1.0, 1.0)}
+
+    one.run = one.run._replace(programs=one.run.programs._replace(evaluate=evaluate))
+    one.evaluate(one.state.trainable, "test")
+    return seen
+
+
+def patience(settings):
+    """Whether training ends after one, two, three and four evaluations, all worse than the first."""
+    one, scores, found = trainer(settings), [0.9, 0.5, 0.4, 0.3], []
+    for count in range(1, len(scores) + 1):
+        one.log = SimpleNamespace(values=lambda name, seen=count: list(enumerate(scores[:seen])))
+        found.append(one.should_stop())
+    return found
+
+
+def most_skipped(settings):
+    """How many steps in a row are skipped when the run ends."""
+    one = trainer(settings)
+    one.manager = SimpleNamespace(latest_step=lambda: None)
+    skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
+    with pytest.raises(TrainingFailed) as failure:
+        one.check_finite(len(skipped), skipped)
+    return str(failure.value)
+
+
+def cache_in_use(settings):
+    """Where compiled programs are kept when a run has come to its preparation."""
+
+    def ending(settings):
+        raise Found
+
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prepare", ending)
+        with pytest.raises(Found):
+            train(settings, console=QUIET)
+    found = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", before)
+    return found
+
+
+def goes_elsewhere(settings):
+    """Whether a run is started in a directory of this name beside the data."""
+    elsewhere = Path(settings.data.path).parent / "elsewhere"
+
+    def ending(self):
+        raise Found
+
+    with pytest.MonkeyPatch.context() as patch, without_compiling():
+        patch.setattr(Trainer, "run_all", ending)
+        with pytest.raises(Found):
+            train(settings, console=QUIET)
+    found = (elsewhere / "config.yaml").exists()
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    return found
+
+
+def left(settings):
+    """What a whole run leaves: rows, checkpoints and adapter."""
+    train(settings, console=QUIET)
+    out = Path(settings.output_dir)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k != "steps_per_second"} for row in rows]
+    return (
+        rows,
+        {path.name for path in (out / "checkpoints").iterdir()},
+        hashed(load_adapter(out / "adapter").lora),
+    )
+
+
+# The table.
+
+
+class Change(NamedTuple):
+    """A field, another value for it, the proof that it matters, and what else must be set for that."""
+
+    name: str
+    value: str
+    proof: Callable[[Settings], Any]
+    base: tuple[str, ...] = ()
+
+
+WIDE = ("--data.path", "{dir}/wide.csv")
+FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
+# With such a rate the last of the three evaluations is worse than the one before.
+RESTLESS = (
+    *("--train.steps", "6", "--train.eval_every", "2", "--train.log_every", "2"),
+    *("--task", "regression", "--data.label", "rating", "--optimizer.learning_rate", "0.2"),
+)
+CHANGES = [
+    Change("model.path", "{dir}/other", variables),
+    Change("model.pooling", "cls", program),
+    Change("model.dtype", "bfloat16", program),
+    Change("model.param_dtype", "bfloat16", variables),
+    Change("model.dropout", "0.2", program),
+    Change("model.head_dropout", "0.3", program),
+    Change("model.unroll", "true", program),
+    Change("data.path", "{dir}/first.csv", arrays),
+    Change("data.train", "{dir}/more.csv", arrays, FILES),
+    Change("data.validation", "{dir}/last.csv", arrays, FILES),
+    Change("data.test", "{dir}/last.csv", arrays, FILES),
+    Change("data.text", "text2", arrays, WIDE),
+    Change("data.text_pair", "second", arrays, WIDE),
+    Change("data.label", "label2", arrays, WIDE),
+    Change("data.max_length", "8", arrays),
+    Change("data.validation_fraction", "0.2", arrays),
+    Change("data.test_fraction", "0.1", arrays),
+    Change("data.split_seed", "3", arrays),
+    Change("lora.target_modules", "[query]", variables),
+    Change("lora.rank", "3", variables),
+    Change("lora.alpha", "7.0", program),
+    Change("lora.dropout", "0.1", program),
+    Change("lora.lr_ratio", "2.0", updates),
+    Change("lora.init", "lora_b", variables),
+    Change("lora.modules_to_save", "[attention_norm]", variables),
+    Change("optimizer.learning_rate", "2e-3", updates),
+    Change("optimizer.head_learning_rate", "1e-2", updates),
+    Change("optimizer.schedule", "cosine", updates),
+    Change("optimizer.warmup_steps", "3", updates),
+    Change("optimizer.final_fraction", "0.1", updates, ("--optimizer.schedule", "linear")),
+    Change("optimizer.b1", "0.8", updates),
+    Change("optimizer.b2", "0.99", updates),
+    Change("optimizer.eps", "1e-2", updates),
+    Change("optimizer.weight_decay", "0.1", updates),
+    Change("optimizer.decay", "equal", updates, ("--optimizer.weight_decay", "0.1")),
+    Change("optimizer.max_grad_norm", "0.5", updates),
+    Change("train.steps", "7", length),
+    Change("train.epochs", "1.5", length, ("--train.steps", "null")),
+    Change("train.batch_size", "16", first_batch),
+    Change("train.accumulate", "2", program),
+    Change("train.eval_batch_size", "8", evaluation_batches),
+    Change("train.eval_every", "3", left, RESTLESS),
+    Change("train.log_every", "3", left, RESTLESS),
+    Change("train.early_stopping", "2", patience),
+    Change("train.select", "last", left, RESTLESS),
+    Change("train.keep", "3", left, RESTLESS),
+    Change("train.max_skipped", "2", most_skipped),
+    Change("train.compilation_cache", "false", cache_in_use),
+    Change("mesh.data", "2", program),
+    Change("task", "regression", arrays, ("--data.label", "rating")),
+    Change("method", "lora", updates),
+    Change("method", "full", variables),
+    Change("seed", "9", variables),
+    Change("seed", "9", first_batch),
+    Change("seed", "9", random_key),
+    Change("output_dir", "{dir}/elsewhere", goes_elsewhere),
+]
+
+
+def fields_of(section, prefix=""):
+    """Every field that can be set, with dots."""
+    for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(field.type):
+            yield from fields_of(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+@pytest.fixture(scope="module")
+def home(first_world, tmp_path_factory, cache):
+    """The world of this file: another model and other data beside the usual ones, and no pictures."""
+    world = first_world.copy(tmp_path_factory.mktemp("effects"))
+    other = first_world.copy(tmp_path_factory.mktemp("other"))
+    other.change_tensors(lambda tensors: tensors["embeddings.LayerNorm.weight"].__setitem__(0, 3.0))
+    other.model.rename(world.directory / "other")
+    rows = world.rows()
+    more = [{"second": "a film", "text2": f"so {row['text']}", "label2": row["label"][::-1]} for row in rows]
+    world.write_rows("wide.csv", [row | extra for row, extra in zip(rows, more, strict=True)])
+    for name, part in {"first": rows[:100], "last": rows[100:], "more": rows[60:]}.items():
+        world.write_rows(f"{name}.csv", part)
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_loss", lambda *_: None)
+        yield world
+
+
+@pytest.fixture(scope="module")
+def settings_of(home):
+    """Settings from overrides, each with an output directory of its own."""
+    numbers = itertools.count()
+
+    def settings(*overrides):
+        out = ("--output_dir", str(home.directory / f"run{next(numbers)}"))
+        return parse_settings(home.config, (*out, *(word.format(dir=home.directory) for word in overrides)))
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def found_on(settings_of):
+    """What a proof finds on a base, twice the same: else a difference would prove nothing."""
+
+    @functools.cache
+    def found(proof, base):
+        first = proof(settings_of(*base))
+        assert proof(settings_of(*base)) == first
+        return first
+
+    return found
+
+
+def test_every_field_has_its_proof():
+    assert {change.name for change in CHANGES} == set(fields_of(Settings))
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change.name}-{change.proof.__name__}")
+def test_changing_a_field_changes_something(settings_of, found_on, change):
+    if change.name == "mesh.data" and jax.device_count() < int(change.value):
+        pytest.skip("needs two devices")
+    changed = change.proof(settings_of(*change.base, f"--{change.name}", change.value))
+    assert changed != found_on(change.proof, change.base)
