@@ -93,7 +93,9 @@ def quiet_threads():
     told = sys.unraisablehook
 
     def hook(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        code = getattr(unraisable.object, "cr_code", None)
+        theirs = code is not None and "orbax" in code.co_filename
+        if not theirs and "Event loop is closed" not in str(unraisable.exc_value):
             told(unraisable)
 
     sys.unraisablehook = hook
