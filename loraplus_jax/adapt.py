@@ -5,7 +5,7 @@ they travel with `"params"`, so that `nn.scan`, `nn.remat`, `nn.vmap` and weight
 the kernels. An interceptor adds the low-rank term to each targeted layer's output.
 """
 
-import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,16 +13,28 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from flax.core import meta
+from flax.core import freeze, meta
+from flax.linen.transforms import get_module_scopes
 
-from .config import LoRAPlusConfig, matches, nearest
-from .linen import Box, LoRAPlusDense, boxed_factors, dense_delta
-from .lora import SCALE
+from .boundary import COLLECTIONS, Boundary
+from .config import ALL_LINEAR, LoRAPlusConfig, nearest
+from .layers import Layer, can_adapt, layer_of
+from .linen import Adapter, Box, LoRAPlusLayer, adapter_term, boxed_factors, is_box
 from .spec import AdapterSpec
-from .tree import FACTORS, flatten
+from .targets import Seen, check_coverage, meant, named, rule_of
+from .tree import flatten
 
-_DENSE_CALL = inspect.unwrap(nn.Dense.__call__)
-_COLLECTIONS = ["params", "lora", SCALE]
+_OURS = "lora_plus"
+"""A flag on the scopes of the wrapped model; a module run by its own `.apply` inside has other scopes."""
+
+
+class _Anew:
+    """Equal to nothing, itself included: as a flag it makes `nn.jit` trace again each time."""
+
+    _hashes = itertools.count()
+
+    def __hash__(self) -> int:
+        return next(self._hashes)
 
 
 class LoRAPlusModel(nn.Module):
@@ -45,27 +57,42 @@ class LoRAPlusModel(nn.Module):
 
     def run(self, method: Callable[..., Any] | str | None, *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the inner model, given by name or as a function of it, with the adapters on."""
-        seen: dict[str, _Seen] = {}
+        boundary = Boundary(self.config, self)
         has_dropout = self.has_rng("dropout") and self.config.dropout > 0.0
-        interceptor = _interceptor(self.config, self.path, has_dropout, seen)
+        interceptor = _interceptor(self.config, self.path, has_dropout, boundary)
 
         def call(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
             inner_method = _resolve(outer.model, method)
-            with nn.intercept_methods(interceptor):
+            with nn.intercept_methods(interceptor), boxed_factors():
                 return inner_method(outer.model, *args, **kwargs)
 
+        # The scopes inside take over the flags of these, those of modules given from outside included.
+        for scope in get_module_scopes(self, args, kwargs)[0]:
+            scope.flags = freeze({**scope.flags, _OURS: self.trace_key()})
         mapped = nn.map_variables(
             call,
-            _COLLECTIONS,
-            trans_in_fn=_merge_collections,
-            trans_out_fn=_split_collections,
+            COLLECTIONS,
+            trans_in_fn=boundary.merge,
+            trans_out_fn=boundary.split,
             init=self.is_initializing(),
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
         if self.is_initializing():
-            _check_coverage(self.config, seen)
+            check_coverage(self.config, boundary.seen, boundary.leaves, boundary.stacks)
+        elif method is None:
+            boundary.check_used()
         return result
+
+    @nn.nowrap
+    def trace_key(self) -> Any:
+        """What a trace of a part of the inner model depends on beside its variables.
+
+        `nn.jit` inside the model takes an older trace where a module's fields, flags and variables are the same,
+        whatever its name. New factors and `alpha_pattern` go by names; all else shows in the factors' shapes.
+        """
+        by_name = self.is_mutable_collection("params") or self.config.alpha_pattern
+        return _Anew() if by_name else self.config
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -164,44 +191,86 @@ def init_lora(
     return jax.jit(lambda rngs: meta.unbox(init(rngs)["lora"]))(rngs), specs
 
 
-class _Seen:
-    """What the interceptor met at a path: the module's type, and whether it was adapted or has weights."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.type = type(module).__name__
-        self.adapted = False
-        self.weights: list[str] = []
-
-
 def _interceptor(
-    config: LoRAPlusConfig, prefix: tuple[str, ...], has_dropout: bool, seen: dict[str, _Seen]
+    config: LoRAPlusConfig, prefix: tuple[str, ...], has_dropout: bool, boundary: Boundary
 ) -> Callable[..., Any]:
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
+        module, method = context.module, context.orig_method.func
         y = next_fun(*args, **kwargs)
-        if context.method_name != "__call__" or module.scope is None:
+        if module.scope is None:
             return y
+        if not module.scope.has_flag(_OURS):
+            return _elsewhere(config, module, method, y, args, kwargs)
         path = "/".join(module.path[len(prefix) :])
-        if isinstance(module, LoRAPlusDense):
-            return y  # it has an adapter of its own, whatever the rules say
-        entry = seen.setdefault(path, _Seen(module))
-        # Compared by the function and not by the class: nn.vmap(nn.Dense) is a subclass that calls a plain
-        # Dense inside, and a subclass of the user's own may call super().
-        if context.orig_method.func is not _DENSE_CALL:
+        if isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer):
+            boundary.own.add(path)  # it has an adapter of its own, whatever the rules say
+            return y
+        entry = boundary.seen.setdefault(path, Seen(type(module).__name__))
+        if not can_adapt(method):
             entry.weights = entry.weights or _own_weights(module)
             return y
-        if not matches(config.target_modules, path):
+        entry.adaptable = True
+        if not named(config, path):
             return y
-        entry.adapted = True
+        layer = _layer(config, method, module, path, args, kwargs)
+        if layer is None:
+            return y
+        entry.note(layer, path)
+        if not meant(config, path, layer.kind) or not _is_chosen(config, module, path, boundary):
+            return y
         if has_dropout and not module.has_rng("dropout"):
             raise ValueError(
                 f"a dropout rng is given but does not reach {path!r}: an nn.scan or nn.vmap above it must name "
                 "'dropout' in split_rngs, or set dropout=0"
             )
-        x = args[0] if args else kwargs["inputs"]
-        return y + dense_delta(module, x, config, collection="params", where=repr(path or "the model"))
+        adapter = Adapter(config.rank_of(path), config.scale_of(path), config.init, config.dropout)
+        where = f"{path or 'the model'!r} (target_modules: {rule_of(config, path)!r})"
+        entry.adapted = True
+        return y + adapter_term(module, layer, adapter, collection="params", where=where).astype(y.dtype)
 
     return intercept
+
+
+def _elsewhere(config: LoRAPlusConfig, module: nn.Module, method: Any, y: Any, args: Any, kwargs: Any) -> Any:
+    """The output of a module that the model runs by its own `.apply`, under a path that says nothing.
+
+    It has an adapter if it was given variables with factors in them, which the model has from an adapted layer.
+    """
+    assert module.scope is not None
+    if isinstance(module, LoRAPlusLayer) or not can_adapt(method):
+        return y
+    if not module.scope.has_variable("params", "lora_a"):
+        return y
+    where = f"a {type(module).__name__} that the model runs by its own apply"
+    if config.rank_pattern or config.alpha_pattern:
+        raise ValueError(f"rank_pattern and alpha_pattern cannot be told for {where}: it has no path")
+    layer = layer_of(method, module, args, kwargs)
+    assert layer is not None
+    adapter = Adapter(config.rank, config.scale, config.init, config.dropout)
+    return y + adapter_term(module, layer, adapter, collection="params", where=where).astype(y.dtype)
+
+
+def _layer(
+    config: LoRAPlusConfig, method: Any, module: nn.Module, path: str, args: Any, kwargs: Any
+) -> Layer | None:
+    """The layer that a call named by `target_modules` is; None if it cannot be adapted and no rule insists."""
+    try:
+        return layer_of(method, module, args, kwargs)
+    except ValueError as error:
+        if config.target_modules == ALL_LINEAR:
+            return None
+        raise ValueError(f"target_modules: {rule_of(config, path)!r} matches {path!r}: {error}") from None
+
+
+def _is_chosen(config: LoRAPlusConfig, module: nn.Module, path: str, boundary: Boundary) -> bool:
+    """Whether a layer is among `layers_to_transform`.
+
+    The number in its path does not tell: it may be one that Flax gave (`"block/Dense_0"`) inside of stacked layers.
+    So when the model is initialized all get factors, of which `Boundary` keeps the right ones.
+    """
+    assert module.scope is not None
+    free = config.layers_to_transform is None or module.is_initializing() or boundary.is_bare
+    return free or module.scope.has_variable("params", "lora_a")
 
 
 def _own_weights(module: nn.Module) -> list[str]:
@@ -223,62 +292,18 @@ def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
     return getattr(method, "__func__", method)
 
 
-def _merge_collections(collections: Any) -> dict[str, Any]:
-    """Adapters join the parameters at their own paths; `"lora"` stays too, for layers that keep theirs there."""
-    inner = {}
-    for name in _COLLECTIONS:
-        inner |= traverse_util.flatten_dict(collections.get(name, {}))
-    merged = {"params": traverse_util.unflatten_dict(inner)}
-    return merged | {name: collections[name] for name in _COLLECTIONS[1:] if name in collections}
-
-
-def _split_collections(collections: Any) -> dict[str, Any]:
-    """The inverse of `_merge_collections`."""
-    groups: dict[str, dict] = {
-        name: dict(traverse_util.flatten_dict(collections.get(name, {}), is_leaf=_is_box))
-        for name in _COLLECTIONS[1:]
-    }
-    groups["params"] = {}
-    for path, leaf in traverse_util.flatten_dict(collections.get("params", {}), is_leaf=_is_box).items():
-        owner = "lora" if path[-1] in FACTORS else SCALE if path[-1] == SCALE else "params"
-        groups[owner][path] = leaf
-    return {name: traverse_util.unflatten_dict(flat) for name, flat in groups.items() if flat}
-
-
-def _is_box(_: Any, value: Any) -> bool:
-    return isinstance(value, Box)
-
-
-def _check_coverage(config: LoRAPlusConfig, seen: Mapping[str, _Seen]) -> None:
-    rules = config.target_modules if isinstance(config.target_modules, tuple) else (config.target_modules,)
-    for rule in rules:
-        one = rule if isinstance(config.target_modules, str) else (rule,)
-        hits = {path: entry for path, entry in seen.items() if matches(one, path)}
-        for path, entry in hits.items():
-            if entry.weights and not entry.adapted:
-                raise ValueError(
-                    f"target_modules: {rule!r} matches {path!r} ({entry.type}); only Dense layers can be adapted"
-                )
-        if not any(entry.adapted for entry in hits.values()):
-            raise ValueError(
-                f"target_modules: {rule!r} matches no Dense layer{nearest(rule, _names(seen, config))}"
-            )
-
-
-def _names(seen: Mapping[str, _Seen], config: LoRAPlusConfig) -> list[str]:
-    """What a rule could have named: last segments, or whole paths for a regular expression."""
-    paths = [path for path, entry in seen.items() if path and entry.type.endswith("Dense")]
-    return paths if isinstance(config.target_modules, str) else list({p.rpartition("/")[2] for p in paths})
-
-
 def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
     params = flatten(meta.unbox(dict(variables.get("params", {}))))
-    boxes: dict[Any, Any] = dict(traverse_util.flatten_dict(dict(variables["lora"]), is_leaf=_is_box))
+    boxes: dict[Any, Any] = dict(traverse_util.flatten_dict(dict(variables["lora"]), is_leaf=is_box))
     specs = {}
     for path, box in boxes.items():
         if path[-1] != "lora_a" or not isinstance(box, Box):
             continue
-        leaf = "/".join((*path[:-1], box.leaf))
+        leaf = "/".join((*path[:-1], box.leaf)).removesuffix("/")
+        if (
+            twice := next((p for p, spec in specs.items() if spec.leaf == f"params/{leaf}"), None)
+        ) is not None:
+            raise ValueError(f"params/{leaf} has two adapters, of {twice!r} and of {'/'.join(path[:-1])!r}")
         specs["/".join(path[:-1])] = AdapterSpec(
             leaf=f"params/{leaf}",
             kind=box.kind,
@@ -287,6 +312,7 @@ def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
             rank=box.rank,
             scale=box.scale,
             stacked=box.stacked,
+            layers=box.layers,
         )
     return specs
 

@@ -134,9 +134,10 @@ def _check_agreement(config: LoRAPlusConfig | None, specs: Specs) -> None:
     if config is None:
         return
     for path, spec in specs.items():
-        if (spec.rank, spec.scale) != (config.rank, config.scale):
+        rank, scale = config.rank_of(path), config.scale_of(path)
+        if (spec.rank, spec.scale) != (rank, scale):
             raise ValueError(
-                f"config has rank {config.rank} and scale {config.scale:g}, the specs of {path or 'the model'} "
+                f"config has rank {rank} and scale {scale:g} for {path or 'the model'}, the specs "
                 f"have rank {spec.rank} and scale {spec.scale:g}"
             )
 

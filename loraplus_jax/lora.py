@@ -8,29 +8,54 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from .spec import AdapterSpec, Specs
-from .tree import flatten, unflatten
+from .tree import flatten, replaced, unflatten
 
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
 
 
 def delta(
-    x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array | float, precision: Any = None
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    equations: tuple[str, str] | None = None,
+    precision: Any = None,
 ) -> jax.Array:
-    """The adapter's term s (x A) B for x `(..., in)`, a `(in, r)`, b `(r, out)`, all of one dtype.
+    """The adapter's term s (x A) B, for a dense layer's x `(..., in)`, a `(in, r)`, b `(r, out)`, all of one dtype.
 
     The scale acts on the r-wide product: the cheapest place, and it may be a traced array.
+
+    Args:
+      x, a, b: input and factors.
+      scale: s.
+      equations: for another layer, the two einsums that make the term: the first from x and A, the second from its
+        result and B.
+      precision: as `jnp.einsum` has it.
     """
-    h = jnp.matmul(x, a, precision=precision)
-    return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, precision=precision)
+    if equations is None:  # as einsums too, but einsum takes ten times as long to trace
+        h = jnp.matmul(x, a, precision=precision)
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, precision=precision)
+    h = jnp.einsum(equations[0], x, a, precision=precision)
+    return jnp.einsum(equations[1], h * jnp.asarray(scale, h.dtype), b, precision=precision)
 
 
-def weight_delta(a: jax.Array, b: jax.Array, spec: AdapterSpec) -> jax.Array:
-    """s A B in the shape of the base leaf, float32, stacked layers and batch axes included."""
+def weight_delta(
+    a: jax.Array, b: jax.Array, spec: AdapterSpec, scale: jax.Array | float | None = None
+) -> jax.Array:
+    """s A B in the shape of the base leaf, in float32 or wider, stacked layers and batch axes included.
+
+    `scale` replaces the spec's s.
+    """
     left, right = spec.factor_letters
-    equation = f"{left},{right}->{spec.letters(spec.axes)}"
     highest = jax.lax.Precision.HIGHEST
-    return spec.scale * jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=highest)
+    product = jnp.einsum(
+        f"{left},{right}->{spec.base_letters}",
+        a.astype(jnp.promote_types(a.dtype, jnp.float32)),
+        b.astype(jnp.promote_types(b.dtype, jnp.float32)),
+        precision=highest,
+    )
+    return product * (spec.scale if scale is None else scale)
 
 
 def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:
@@ -45,24 +70,25 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
     """
     flat = {}
     for module, spec in specs.items():
-        letters = spec.letters("ir")
-        size = dict(zip(spec.letters(spec.axes), spec.shape, strict=True))
-        shape = tuple(size[c] if c.isupper() else 1 for c in letters)
+        size = dict(zip(spec.base_letters, spec.shape, strict=True))
+        shape = tuple(size[c] if c.isupper() else 1 for c in spec.factor_letters[0])
         value = scale[module] if isinstance(scale, Mapping) else scale
         flat[_factor(module, SCALE)] = jnp.broadcast_to(jnp.asarray(value), shape)
     return unflatten(flat)
 
 
-def merge(base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
+def merge(
+    base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs, *, dtype: Any = None
+) -> dict[str, Any]:
     """Base variables with every adapter added into its weight; no adapter is needed afterwards.
 
-    The sum is made in float32 and stored in the base leaf's dtype. `base` itself is left as it was: keep it to
-    take the adapter out again exactly.
+    The sum is made in float32. `base` itself is left as it was; `unmerge` gives its weights back to the bit.
 
     Args:
       base: variables without adapters, `{"params": ...}`.
-      lora: the tree of adapters, `lora_a (in, r)` and `lora_b (r, out)` under each module of `specs`.
+      lora: the tree of adapters, `lora_a` and `lora_b` under each path of `specs`.
       specs: the table from `init_lora` or `load_adapter`.
+      dtype: what merged leaves are stored in; by default what each was stored in.
 
     Raises:
       ValueError: the three do not fit each other; the message names the path.
@@ -72,10 +98,46 @@ def merge(base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs) -> dic
     _check_fit(flat, factors, specs)
     for module, spec in specs.items():
         a, b = (factors[_factor(module, name)] for name in ("lora_a", "lora_b"))
-        box, leaf = flat[spec.leaf], meta.unbox(flat[spec.leaf])
-        merged = (leaf.astype(jnp.float32) + weight_delta(a, b, spec)).astype(leaf.dtype)
-        flat[spec.leaf] = box.replace_boxed(merged) if isinstance(box, meta.AxisMetadata) else merged
-    return unflatten(flat)
+        leaf = meta.unbox(flat[spec.leaf])
+        merged = leaf + weight_delta(a, b, spec)
+        flat[spec.leaf] = in_box(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
+    return replaced(base, flat)
+
+
+def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
+    """Merged variables with the adapted weights of `base` back in place, to the bit.
+
+    Subtracting s A B would leave rounding behind. All other leaves are those of `merged`, whatever became of them.
+
+    Args:
+      merged: from `merge`.
+      base: what was merged into, or any part of it that holds the adapted leaves.
+      specs: the table that was merged.
+
+    Raises:
+      ValueError: an adapted leaf is missing in one of them, or differs in shape.
+    """
+    flat, kept = flatten(merged), flatten(base)
+    for spec in specs.values():
+        for name, tree in (("merged", flat), ("base", kept)):
+            shape = tuple(meta.unbox(tree[spec.leaf]).shape) if spec.leaf in tree else None
+            if shape != spec.shape:
+                raise ValueError(f"{spec.leaf} has shape {shape} in {name}, the adapter is for {spec.shape}")
+    return replaced(merged, {spec.leaf: kept[spec.leaf] for spec in specs.values()})
+
+
+def disabled(lora: Any) -> Any:
+    """Adapters that do nothing: zeros of the same shapes, which a compiled model takes without compiling again.
+
+    >>> disabled({"fc": {"lora_a": jnp.ones(2)}})["fc"]["lora_a"].tolist()
+    [0.0, 0.0]
+    """
+    return jax.tree.map(jnp.zeros_like, lora)
+
+
+def in_box(box: Any, value: jax.Array) -> Any:
+    """The value in the metadata that the old one had, if any."""
+    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 
 
 def _factor(module: str, name: str) -> str:

@@ -7,18 +7,22 @@ outside the groups: inside them it would act on each group's norm alone.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import optax
 from jax.core import Tracer
 
-from .config import check_number, nearest
+from .config import check_number, check_whole, nearest
 from .spec import Specs
-from .tree import ROLES, Role, label_params
+from .tree import ROLES, Policy, Role, label_params
 
 Rate = float | jax.Array | optax.Schedule
 """A learning rate: a number, a traced scalar, or a schedule from step to rate."""
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+FAST: tuple[Role, ...] = ("b", "vector")
+"""The roles that learn lr_ratio times faster; the second occurs under the policy `"peft"` only."""
+PEFT_EMBEDDING_RATE = 1e-6
 
 
 class Group(NamedTuple):
@@ -59,6 +63,8 @@ def lora_plus_adamw(
     rates: Mapping[str, Rate] | None = None,
     decays: Mapping[str, float] | None = None,
     specs: Specs | None = None,
+    policy: Policy = "lora_plus",
+    adjustable: bool = False,
 ) -> LoRAPlusTransform:
     """AdamW in which B's learning rate is `lr_ratio` times A's at every step, whatever the schedule.
 
@@ -76,9 +82,14 @@ def lora_plus_adamw(
       rates: other rates by role (`"embedding"`, `"magnitude"`, `"extra"`, or `"a"`); B's follows from lr_ratio.
       decays: other weight decays by role.
       specs: the table from `init_lora`, which tells embeddings apart and checks shapes.
+      policy: `"peft"` groups as `create_loraplus_optimizer` of PEFT does: what is trained in full and has one axis
+        learns at B's rate, biases and scales among it without decay; embeddings at 1e-6 if `rates` says no other.
+      adjustable: keeps `learning_rate` and `lr_ratio` in the state, where `optax.tree.get(state, "lr_ratio")` reads
+        and `optax.tree.set(state, lr_ratio=2.0)` changes them in a run, without compiling again. A schedule goes on
+        to set its own rate.
 
     Raises:
-      ValueError: a ratio, rate or norm that is not a finite number above 0, or an unknown role.
+      ValueError: a ratio, rate or norm that is not a finite number above 0, or an unknown role or policy.
 
     Example:
       >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
@@ -90,15 +101,18 @@ def lora_plus_adamw(
     check_number("b1", b1, at_least=0.0, below=1.0)
     check_number("b2", b2, at_least=0.0, below=1.0)
     rates, decays = dict(rates or {}), dict(decays or {})
+    if policy == "peft":
+        rates, decays = {"embedding": PEFT_EMBEDDING_RATE, **rates}, {"vector": 0.0, **decays}
     _check_groups(learning_rate, weight_decay, rates, decays)
     if decay not in ("coupled", "equal"):
         raise ValueError(f"decay must be 'coupled' or 'equal', got {decay!r}")
 
     def group(role: Role) -> Group:
-        rate = rates.get("a" if role == "b" else role, learning_rate)
+        fast = role in FAST
+        rate = rates.get("a" if fast else role, learning_rate)
         equal = role == "b" and decay == "equal"
         w = decays.get(role, decays.get("a", weight_decay) / lr_ratio if equal else weight_decay)
-        return Group(scale_rate(rate, lr_ratio) if role == "b" else rate, w)
+        return Group(scale_rate(rate, lr_ratio) if fast else rate, w)
 
     groups: dict[Role, Group] = {role: group(role) for role in ROLES}
     clip = []
@@ -112,13 +126,24 @@ def lora_plus_adamw(
         role: optax.chain(optax.add_decayed_weights(g.decay), optax.scale_by_learning_rate(g.rate))
         for role, g in groups.items()
     }
-    by_role = optax.multi_transform(decay_and_rate, _labels(specs))
+    by_role = optax.multi_transform(decay_and_rate, _labels(specs, policy))
     chain = optax.chain(*clip, optax.scale_by_adam(b1=b1, b2=b2, eps=eps), by_role)
+    if adjustable:
+        again = functools.partial(
+            lora_plus_adamw, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, decay=decay
+        )
+        again = functools.partial(again, max_grad_norm=max_grad_norm, rates=rates, decays=decays, specs=specs)
+        make = lambda learning_rate, lr_ratio: again(learning_rate, lr_ratio=lr_ratio, policy=policy)  # noqa: E731
+        chain = optax.inject_hyperparams(make)(learning_rate=learning_rate, lr_ratio=lr_ratio)
     return _transform(chain, groups, relative=False)
 
 
 def lora_plus(
-    tx: optax.GradientTransformation, *, lr_ratio: float | jax.Array = 16.0, specs: Specs | None = None
+    tx: optax.GradientTransformation,
+    *,
+    lr_ratio: float | jax.Array = 16.0,
+    specs: Specs | None = None,
+    policy: Policy = "lora_plus",
 ) -> LoRAPlusTransform:
     """Makes any optax optimizer a LoRA+ one: its finished updates of B are multiplied by `lr_ratio`.
 
@@ -130,18 +155,73 @@ def lora_plus(
       tx: the whole optimizer, its learning rate included (AdamW, Lion, SGD with momentum, Adafactor, ...).
       lr_ratio: lambda, above 0; it may be traced.
       specs: the table from `init_lora`.
+      policy: as in `lora_plus_adamw`, rates only: decay and the embeddings' rate are the wrapped optimizer's.
 
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
     """
     check_positive("lr_ratio", lr_ratio)
 
+    labels = _labels(specs, policy)
+
     def is_b(tree: Any) -> Any:
-        return jax.tree.map(lambda role: role == "b", _labels(specs)(tree))
+        return jax.tree.map(lambda role: role in FAST, labels(tree))
 
     scaled = optax.chain(tx, optax.masked(optax.scale(lr_ratio), is_b))  # pyright: ignore[reportArgumentType]
-    groups: dict[Role, Group] = {role: Group(lr_ratio if role == "b" else 1.0, None) for role in ROLES}
+    groups: dict[Role, Group] = {role: Group(lr_ratio if role in FAST else 1.0, None) for role in ROLES}
     return _transform(scaled, groups, relative=True)
+
+
+def make_schedule(
+    name: Schedule,
+    peak: float | jax.Array,
+    steps: int,
+    *,
+    warmup_steps: int = 0,
+    final_fraction: float = 0.0,
+    decay_steps: int | None = None,
+) -> optax.Schedule:
+    """A schedule by name, for `learning_rate`; B's is `lr_ratio` times it at every step, its floor included.
+
+    Args:
+      name: `"constant"`, `"linear"`, `"cosine"`, or `"wsd"` (warm-up, stable, decay: linear at the end).
+      peak: the rate after warm-up.
+      steps: optimizer steps in all.
+      warmup_steps: steps of linear growth from 0 at the start.
+      final_fraction: the share of the peak reached at the last step; not for constant.
+      decay_steps: how long wsd decays at the end, a fifth of the steps by default; for wsd only.
+
+    Raises:
+      ValueError: an unknown name, or steps that do not fit into each other.
+
+    >>> schedule = make_schedule("wsd", 1.0, 10, warmup_steps=2, decay_steps=4, final_fraction=0.5)
+    >>> [float(schedule(step)) for step in (0, 1, 2, 6, 8, 10, 11)]
+    [0.0, 0.5, 1.0, 1.0, 0.75, 0.5, 0.5]
+    """
+    if name not in get_args(Schedule):
+        raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {name!r}")
+    if name != "wsd" and decay_steps is not None:
+        raise ValueError(f"decay_steps goes with the schedule wsd, not with {name}; got {decay_steps}")
+    if name == "constant" and final_fraction:
+        raise ValueError(f"final_fraction does not go with the schedule constant, got {final_fraction}")
+    check_whole("steps", steps, at_least=1)
+    check_whole("warmup_steps", warmup_steps, at_least=0)
+    check_number("final_fraction", final_fraction, at_least=0.0, below=1.0)
+    decay = max(1, steps // 5) if decay_steps is None else decay_steps
+    check_whole("decay_steps", decay, at_least=1)
+    rest = steps - warmup_steps
+    if rest < 1 or (name == "wsd" and rest < decay):
+        parts = f"{warmup_steps} of warm-up" + (f" and {decay} of decay" if name == "wsd" else "")
+        raise ValueError(f"{parts} do not fit into {steps} steps")
+    main = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, final_fraction),
+        "wsd": lambda: optax.linear_schedule(peak, peak * final_fraction, decay, rest - decay),
+    }[name]()
+    if not warmup_steps:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), main], [warmup_steps])
 
 
 def scale_rate(rate: Rate, factor: float | jax.Array) -> Rate:
@@ -181,8 +261,8 @@ def _check_groups(learning_rate: Rate, weight_decay: float, rates: dict, decays:
     for role in (*rates, *decays):
         if role not in ROLES:
             raise ValueError(f"there is no group {role!r}{nearest(role, ROLES)}")
-    if "b" in rates:
-        raise ValueError("rates: B's rate is lr_ratio times A's; set lr_ratio instead of 'b'")
+    if fast := [role for role in FAST if role in rates]:
+        raise ValueError(f"rates: the rate of {fast[0]!r} is lr_ratio times A's; set lr_ratio instead")
     for name, rate in {"learning_rate": learning_rate, **rates}.items():
         if not callable(rate):
             check_positive(name, rate)
@@ -192,8 +272,10 @@ def _check_groups(learning_rate: Rate, weight_decay: float, rates: dict, decays:
             raise ValueError(f"weight decay {name!r} must be a finite number of at least 0, got {w!r}")
 
 
-def _labels(specs: Specs | None) -> Callable[[Any], Any]:
-    return functools.partial(label_params, specs=specs)
+def _labels(specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:
+    if policy not in get_args(Policy):
+        raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}")
+    return functools.partial(label_params, specs=specs, policy=policy)
 
 
 def _transform(

@@ -5,12 +5,15 @@ from a wide one or an input axis from an output axis. It is static, JSON-able an
 """
 
 import dataclasses
+import math
+import string
 from collections.abc import Mapping
 from typing import Any, Self
 
 from .config import check_number, check_whole, nearest
 
-KINDS = ("dense",)
+KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
+_LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, the rank's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,12 +24,15 @@ class AdapterSpec:
       leaf: path of the base leaf in the variables, `"params/layers/query/kernel"`.
       kind: the layer's kind, one of `KINDS`.
       axes: a letter for each axis of the unstacked leaf: `i` input (contracted with A), `o` output (from B),
-        any other letter a batch axis kept in both factors. A Dense kernel is `"io"`.
+        any other letter a batch axis kept in both factors. A Dense kernel is `"io"`, one of a two-dimensional
+        Conv `"iiio"`.
       shape: the leaf's full shape, stacked axes included.
       rank: the inner dimension r.
       scale: s in W + s A B.
       stacked: the axes that `nn.scan` or `nn.vmap` added, innermost first, each an index as `variable_axes`
         gives it (it may be negative).
+      layers: which indices of the outermost stacked axis are adapted, where not all are; the factors of the others
+        are zero and stay so, since no gradient moves a pair of zero factors.
     """
 
     leaf: str
@@ -36,10 +42,12 @@ class AdapterSpec:
     rank: int
     scale: float
     stacked: tuple[int, ...] = ()
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "stacked", tuple(self.stacked))
+        object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
         check_whole(f"{self.leaf}: rank", self.rank, at_least=1)
         check_number(f"{self.leaf}: scale", self.scale)
         if not isinstance(self.leaf, str) or not isinstance(self.axes, str):
@@ -53,36 +61,47 @@ class AdapterSpec:
             raise ValueError(f"{self.leaf}: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if "i" not in self.axes or "o" not in self.axes:
             raise ValueError(f"{self.leaf}: axes must hold an i and an o, got {self.axes!r}")
+        if not set(self.axes) <= set(string.ascii_lowercase) or len(self.axes) > len(_LETTERS):
+            raise ValueError(f"{self.leaf}: axes must be lower-case letters, got {self.axes!r}")
         if len(self.axes) + len(self.stacked) != len(self.shape):
             raise ValueError(
                 f"{self.leaf}: shape {self.shape} does not fit axes {self.axes!r} with stacked axes {self.stacked}"
             )
+        if self.layers is not None:
+            self._check_layers()
 
-    def letters(self, axes: str) -> str:
-        """The einsum letters of a leaf whose unstacked axes are `axes`, stacked axes inserted.
+    def _check_layers(self) -> None:
+        assert self.layers is not None
+        size = self.shape[layer_axis(self.base_letters, self.stacked)] if self.stacked else 0
+        if not self.layers or any(not isinstance(n, int) or not 0 <= n < size for n in self.layers):
+            raise ValueError(
+                f"{self.leaf}: layers must be some of the {size} stacked ones, got {self.layers}"
+            )
 
-        >>> spec = AdapterSpec(leaf="w", kind="dense", axes="io", shape=(3, 2, 5), rank=1, scale=1.0, stacked=(1,))
-        >>> spec.letters("io"), spec.letters("ir"), spec.letters("ro")
-        ('iAo', 'iAr', 'rAo')
-        """
-        letters = list(axes)
-        for n, axis in enumerate(self.stacked):
-            letters.insert(axis if axis >= 0 else len(letters) + 1 + axis, chr(ord("A") + n))
-        return "".join(letters)
+    @property
+    def base_letters(self) -> str:
+        """The einsum letters of the whole base leaf: one of its own for every axis, capitals for stacked ones."""
+        return _with_stacked(_LETTERS[: len(self.axes)], self.stacked)
 
     @property
     def factor_letters(self) -> tuple[str, str]:
-        """The letters of A and of B, the rank as `r`: batch and input axes in A, batch and output axes in B."""
-        a = "".join(c for c in self.axes if c != "o") + "r"
-        batch = "".join(c for c in self.axes if c not in "io")
-        return self.letters(a), self.letters(batch + "ro")
+        """The einsum letters of A and of B, see `factor_letters`."""
+        return factor_letters(self.axes, self.stacked)
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The full shapes of A and B."""
-        size = dict(zip(self.letters(self.axes), self.shape, strict=True)) | {"r": self.rank}
+        size = dict(zip(self.base_letters, self.shape, strict=True)) | {"r": self.rank}
         a, b = self.factor_letters
         return tuple(size[c] for c in a), tuple(size[c] for c in b)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The sizes of the input side and of the output side of one slice of the batch and stacked axes."""
+        size = dict(zip(self.base_letters, self.shape, strict=True))
+        roles = list(zip(_LETTERS, self.axes, strict=False))
+        a, b = (math.prod(size[c] for c, role in roles if role == side) for side in "io")
+        return a, b
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -101,6 +120,32 @@ class AdapterSpec:
         if needed:
             raise ValueError(f"AdapterSpec lacks {', '.join(needed)}")
         return cls(**values)
+
+
+def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:
+    """The einsum letters of A and of B: batch and input axes in A, batch and output axes in B, the rank as `r`.
+
+    >>> factor_letters("io"), factor_letters("eio"), factor_letters("io", stacked=(1,))
+    (('ar', 'rb'), ('abr', 'arc'), ('aAr', 'rAb'))
+    """
+    roles = list(zip(_LETTERS, axes, strict=False))
+    a = "".join(c for c, role in roles if role != "o") + "r"
+    batch = "".join(c for c, role in roles if role not in "io")
+    b = batch + "r" + "".join(c for c, role in roles if role == "o")
+    return _with_stacked(a, stacked), _with_stacked(b, stacked)
+
+
+def layer_axis(letters: str, stacked: tuple[int, ...]) -> int:
+    """Where the outermost stacked axis stands among einsum letters."""
+    return letters.index(chr(ord("A") + len(stacked) - 1))
+
+
+def _with_stacked(letters: str, stacked: tuple[int, ...]) -> str:
+    """Capitals where `nn.scan` and `nn.vmap` put their axes, innermost first."""
+    found = list(letters)
+    for n, axis in enumerate(stacked):
+        found.insert(axis if axis >= 0 else len(found) + 1 + axis, chr(ord("A") + n))
+    return "".join(found)
 
 
 Specs = Mapping[str, AdapterSpec]

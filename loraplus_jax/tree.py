@@ -1,17 +1,19 @@
 """Trees of variables: paths, the role of every trainable leaf, and what is trained apart from what is frozen."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from flax import traverse_util
 
-from .config import matches, nearest
+from .config import Bias, matches, nearest
 from .spec import Specs
 
-Role = Literal["a", "b", "embedding", "magnitude", "extra"]
-ROLES: tuple[Role, ...] = ("a", "b", "embedding", "magnitude", "extra")
+Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]
+ROLES: tuple[Role, ...] = ("a", "b", "embedding", "magnitude", "extra", "vector")
+Policy = Literal["lora_plus", "peft"]
 FACTORS: Mapping[str, Role] = {"lora_a": "a", "lora_b": "b"}
 
 
@@ -30,8 +32,20 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts as one dict from "/"-joined path to leaf; `unflatten` is the inverse."""
+    """Nested dicts as one dict from "/"-joined path to leaf; `unflatten` is the inverse if no name holds a "/"."""
     return dict(traverse_util.flatten_dict(dict(tree), sep="/"))
+
+
+def replaced(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested dicts with other leaves at some "/"-joined paths; names may hold a "/" themselves.
+
+    >>> replaced({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
+    {'a': {'b': 1, 'c/d': 3}}
+    """
+    flat = traverse_util.flatten_dict(dict(tree))
+    return traverse_util.unflatten_dict(
+        {path: leaves.get("/".join(path), leaf) for path, leaf in flat.items()}
+    )
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,19 +53,24 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def label_params(tree: Any, specs: Specs | None = None) -> Any:
+def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lora_plus") -> Any:
     """The role of every leaf, as a tree of the same structure.
 
     `"a"` is the factor on the input side, `"b"` the one on the output side, whichever of them starts at zero.
     Adapters of embeddings are `"embedding"` (known from `specs` only), everything else is `"extra"`.
-    Roles come from paths and never from values, so that the function also labels a tree of updates.
+    Roles come from paths and shapes and never from values, so that the function also labels a tree of updates.
+
+    Trees of adapters made by others are labelled by side too: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
+    gemma (`lora/a`), keras (`lora_kernel_a`), and lorax, which calls the factor of the input side `b`.
 
     Args:
       tree: trainable variables, `{"lora": ..., "params": ...}`, or the tree of adapters alone.
       specs: the table from `init_lora`; with it shapes are checked against the table.
+      policy: `"peft"` labels biases and scales `"vector"`, and what else has one axis `"b"`, as PEFT groups them.
 
     Raises:
-      ValueError: a factor without its partner, factors that do not fit each other or the table.
+      ValueError: a factor without its partner, factors that do not fit each other or the table, or a pair `a`, `b`
+        beside a square weight, where the sides cannot be told.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,21 +78,32 @@ def label_params(tree: Any, specs: Specs | None = None) -> Any:
       ...               "params": {"head": {"bias": jnp.zeros(3)}}})
       {'lora': {'q': {'lora_a': 'a', 'lora_b': 'b'}}, 'params': {'head': {'bias': 'extra'}}}
     """
+    if policy not in get_args(Policy):
+        raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}")
     leaves = leaves_by_path(tree)
-    for module in _adapted(leaves):
-        _check_pair(module, leaves, specs)
-    return jax.tree_util.tree_map_with_path(lambda path, _: _role(leaf_path(path), specs), tree)
+    roles = _factor_roles(leaves, specs)
+
+    def label(path: tuple[Any, ...], leaf: Any) -> Role:
+        name = leaf_path(path)
+        role = roles.get(name, "extra")
+        return _peft_role(name, leaf) if policy == "peft" and role == "extra" else role
+
+    return jax.tree_util.tree_map_with_path(label, tree)
 
 
-def split_trainable(variables: Mapping[str, Any], modules_to_save: tuple[str, ...]) -> tuple[dict, dict]:
-    """Variables as `(trainable, frozen)`: the adapters and the modules trained in full, and all the rest.
+def split_trainable(
+    variables: Mapping[str, Any], modules_to_save: tuple[str, ...] = (), *, bias: Bias = "none"
+) -> tuple[dict, dict]:
+    """Variables as `(trainable, frozen)`: the adapters and what is trained in full, and all the rest.
 
     Args:
       variables: `{"params": ..., "lora": ..., ...}`.
       modules_to_save: names of modules whose parameters are trained in full; `LoRAPlusConfig` says how they match.
+      bias: which leaves called `bias` are trained in full too: none, all, or (`"lora_only"`) those of modules with
+        an adapter.
 
     Raises:
-      ValueError: a name that matches no module.
+      ValueError: a name that matches no module, or biases are asked for and there is none.
     """
     flat = flatten(variables)
     modules = {m: None for path in flat for m in _parents(path, "params")}
@@ -81,12 +111,16 @@ def split_trainable(variables: Mapping[str, Any], modules_to_save: tuple[str, ..
         if not any(matches((name,), module) for module in modules):
             raise ValueError(f"modules_to_save: {name!r} matches no module{nearest(name, modules)}")
 
-    def is_trained(path: str) -> bool:
-        return path.startswith("lora/") or any(matches(modules_to_save, m) for m in _parents(path, "params"))
+    biases = _biases(flat, bias)
 
-    trainable = {path: leaf for path, leaf in flat.items() if is_trained(path)}
-    frozen = {path: leaf for path, leaf in flat.items() if path not in trainable}
-    return unflatten(trainable), unflatten(frozen)
+    def is_trained(path: str) -> bool:
+        saved = any(matches(modules_to_save, m) for m in _parents(path, "params"))
+        return path.startswith("lora/") or path in biases or saved
+
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
+        parts[not is_trained("/".join(path))][path] = leaf
+    return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,11 +129,11 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
     >>> combine({"lora": {"q": 1}}, {"params": {"q": 2}})
     {'lora': {'q': 1}, 'params': {'q': 2}}
     """
-    flat = [flatten(tree) for tree in trees]
+    flat = [traverse_util.flatten_dict(dict(tree)) for tree in trees]
     for one, other in itertools.combinations(flat, 2):
         if both := one.keys() & other.keys():
-            raise ValueError(f"the trees to combine share {', '.join(sorted(both))}")
-    return unflatten(dict(itertools.chain.from_iterable(f.items() for f in flat)))
+            raise ValueError(f"the trees to combine share {', '.join(sorted(map('/'.join, both)))}")
+    return traverse_util.unflatten_dict(dict(itertools.chain.from_iterable(f.items() for f in flat)))
 
 
 def count(tree: Any) -> int:
@@ -112,6 +146,24 @@ def spec_key(module: str) -> str:
     return "" if module == "lora" else module.removeprefix("lora/")
 
 
+def _biases(flat: Mapping[str, Any], bias: Bias) -> set[str]:
+    """The paths of the biases to train."""
+    if bias not in get_args(Bias):
+        raise ValueError(f"bias must be one of {', '.join(get_args(Bias))}, got {bias!r}")
+    modules = {path.removeprefix("lora/").rpartition("/")[0] for path in flat if path.startswith("lora/")}
+    found = {
+        path
+        for path in flat
+        if path.startswith("params/") and path.rpartition("/")[2] == "bias"
+        if bias == "all"
+        or (bias == "lora_only" and path.removeprefix("params/").rpartition("/")[0] in modules)
+    }
+    if bias != "none" and not found:
+        why = "the model has none" if bias == "all" else "no adapted layer has one"
+        raise ValueError(f"bias={bias!r} matches no bias: {why}")
+    return found
+
+
 def _parents(path: str, collection: str) -> Iterator[str]:
     """The module paths above a leaf of `collection`, without the collection's own segment."""
     first, *segments = path.split("/")
@@ -119,32 +171,88 @@ def _parents(path: str, collection: str) -> Iterator[str]:
         yield from ("/".join(segments[:n]) for n in range(1, len(segments)))
 
 
-def _role(path: str, specs: Specs | None) -> Role:
-    module, _, name = path.rpartition("/")
-    if name not in FACTORS:
-        return "extra"
-    spec = (specs or {}).get(spec_key(module))
-    return "embedding" if spec is not None and spec.kind == "embed" else FACTORS[name]
+def _peft_role(path: str, leaf: Any) -> Role:
+    """PEFT's groups: everything with one axis learns as fast as B, biases and norms among it without decay."""
+    if path.rpartition("/")[2] in ("bias", "scale"):
+        return "vector"
+    return "b" if len(leaf.shape) == 1 else "extra"
 
 
-def _adapted(leaves: Mapping[str, Any]) -> list[str]:
-    """The paths of modules that hold a factor."""
-    split = [path.rpartition("/") for path in leaves]
-    return list(dict.fromkeys(module for module, _, name in split if name in FACTORS))
+def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:
+    """The roles of all factors by path."""
+    roles: dict[str, Role] = {}
+    sides: dict[str, Role]
+    for module, pair in _pairs(leaves).items():
+        if "w" in pair:
+            sides = _sides_by_weight(module, {name: tuple(leaves[path].shape) for name, path in pair.items()})
+        else:
+            _check_pair(module, {side: leaves[path] for side, path in pair.items()}, specs)
+            sides = {"a": "a", "b": "b"}
+        spec = (specs or {}).get(spec_key(module))
+        embedded = spec is not None and spec.kind == "embed"
+        roles |= {pair[name]: "embedding" if embedded else role for name, role in sides.items()}
+    return roles
 
 
-def _check_pair(module: str, leaves: Mapping[str, Any], specs: Specs | None) -> None:
-    paths = {name: f"{module}/{name}".removeprefix("/") for name in FACTORS}
-    missing = [name for name, path in paths.items() if path not in leaves]
-    if missing:
-        raise ValueError(f"{module or 'the tree'} holds one factor only: {missing[0]} is missing")
-    a, b = (tuple(leaves[path].shape) for path in paths.values())
+_FORMS = (
+    r"(?:(.*)/)?lora_([ab])",  # ours and nnx.LoRA
+    r"((?:.*/)?[^/]+)_lora_([ab])",  # qwix
+    r"(?:(.*)/)?lora_[a-z]+_([ab])",  # keras
+    r"((?:.*/)?lora)/([ab])",  # gemma
+)
+"""The names of factors where `a` is known to be on the input side; a `value` behind them is a container's."""
+
+
+def _pairs(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Module to its factors' paths by side; under `w` the weight, where only shapes can tell the sides."""
+    pairs: dict[str, dict[str, str]] = {}
+    for path in leaves:
+        name = path.removesuffix("/value")
+        found = next((m for form in _FORMS if (m := re.fullmatch(form, name))), None)
+        if found is not None:
+            pairs.setdefault(found[1] or "", {})[found[2]] = path
+    for path in leaves:
+        module, _, name = path.rpartition("/")
+        beside = {key: f"{module}/{key}".removeprefix("/") for key in ("a", "b", "w")}
+        if name == "w" and module not in pairs and all(p in leaves for p in beside.values()):
+            pairs[module] = beside
+    return pairs
+
+
+def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Role]:
+    """Which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`."""
+    fits: dict[str, dict[str, Role]] = {"a": {"a": "a", "b": "b"}, "b": {"a": "b", "b": "a"}}
+    size_in, size_out = shapes["w"][-2:] if len(shapes["w"]) >= 2 else (0, 0)
+    found = []
+    for first, other in (("a", "b"), ("b", "a")):
+        one, two = shapes[first], shapes[other]
+        if (
+            len(one) >= 2
+            and len(two) >= 2
+            and one[-1] == two[-2]
+            and (one[-2], two[-1]) == (size_in, size_out)
+        ):
+            found.append(first)
+    if len(found) != 1:
+        why = "both orders fit" if found else "neither order fits"
+        raise ValueError(
+            f"{module}: a {shapes['a']} and b {shapes['b']} beside w {shapes['w']}: {why}, so the input side "
+            "cannot be told; give the leaves names such as lora_a (input side) and lora_b"
+        )
+    return fits[found[0]]
+
+
+def _check_pair(module: str, pair: Mapping[str, Any], specs: Specs | None) -> None:
+    where = module or "the tree"
+    if missing := [side for side in ("a", "b") if side not in pair]:
+        raise ValueError(f"{where} holds one factor only: lora_{missing[0]} is missing")
+    a, b = (tuple(pair[side].shape) for side in ("a", "b"))
     spec = (specs or {}).get(spec_key(module))
     if specs is not None and spec is None:
-        raise ValueError(f"{module} is not in the specs{nearest(module, specs)}")
+        raise ValueError(f"{where} is not in the specs{nearest(module, specs)}")
     if spec is not None and (a, b) != spec.factor_shapes:
-        raise ValueError(f"{module}: factors {a} and {b} do not fit the specs' {spec.factor_shapes}")
+        raise ValueError(f"{where}: factors {a} and {b} do not fit the specs' {spec.factor_shapes}")
     if len(a) < 2 or len(b) < 2 or a[-1] not in b[:-1]:
         raise ValueError(
-            f"{module}: lora_a {a} and lora_b {b} do not meet in a rank; lora_a is (in, r), lora_b is (r, out)"
+            f"{where}: lora_a {a} and lora_b {b} do not meet in a rank; lora_a is (in, r), lora_b is (r, out)"
         )

@@ -303,20 +303,27 @@ def test_targets(target, paths):
 class Mixed(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(4, (3,), name="conv")(nn.Dense(4, name="query")(x))
-        return nn.DenseGeneral((2, 2), name="value")(nn.LayerNorm(name="norm")(x))
+        x = Raw(name="raw")(nn.Dense(4, name="query")(x))
+        x = nn.Einsum((4,), "ab,b->ab", use_bias=False, kernel_init=nn.initializers.ones, name="mean")(x)
+        return nn.LayerNorm(name="norm")(x)
+
+
+class Raw(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("w", nn.initializers.ones, (4, 4))
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (["qurey"], "'qurey' matches no Dense layer; did you mean 'query'"),
-        (["query", "nothing"], "'nothing' matches no Dense layer"),
-        ("query/.*", "matches no Dense layer.*'query'"),
-        (["norm"], "'norm' matches no Dense layer"),
-        (["conv"], "'conv' matches 'conv' .Conv.; only Dense"),
-        (["query", "value"], "'value' matches 'value' .DenseGeneral.; only Dense"),
-        ("(query|conv)", "matches 'conv' .Conv."),
+        (["qurey"], "'qurey' matches no layer that can be adapted; did you mean 'query'"),
+        (["query", "nothing"], "'nothing' matches no layer that can be adapted"),
+        ("query/.*", "matches no layer that can be adapted.*'query'"),
+        (["norm"], "'norm' matches no layer that can be adapted"),
+        (["raw"], r"'raw' matches 'raw' .Raw., .* name its weights .'w'. in target_parameters"),
+        ("(query|raw)", "matches 'raw' .Raw."),
+        (["mean"], "'mean' matches 'mean': the equation 'ab,b->ab' has no contracted axis"),
     ],
 )
 @pytest.mark.parametrize("start", ["init", "init_lora"])
@@ -352,7 +359,9 @@ def test_a_rank_above_the_layer_is_refused():
 def test_factors_of_another_rank_are_refused():
     variables = variables_of(apply_lora_plus(Setup(), CONFIG))
     model = apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=["up"], rank=3))
-    with pytest.raises(ValueError, match=r"lora_a of 'up' has shape \(4, 2\), the config asks for \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"lora_a of 'up' .* has shape \(4, 2\), the config asks for \(4, 3\)"
+    ):
         model.apply(variables, X)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax import AdapterSpec, LoRAPlusConfig, adapter_notes, load_adapter, save_adapter
+from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
+from loraplus_jax.adapter_io import adapter_notes
 
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 

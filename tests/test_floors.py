@@ -10,7 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "loraplus_jax"
 CORE = (
     *("config", "spec", "tree", "inits", "lora"),
-    *("linen", "adapt", "optim", "diagnostics", "train_step", "sharding", "checkpoint", "adapter_io"),
+    *(
+        "layers",
+        "linen",
+        "targets",
+        "boundary",
+        "adapt",
+        "optim",
+        "diagnostics",
+        "train_step",
+        "sharding",
+        "checkpoint",
+        "adapter_io",
+    ),
 )
 MODELS = ("models.hf", "models.bert")
 APPLICATION = tuple(

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import AdapterSpec, lora_plus, lora_plus_adamw
+from loraplus_jax import AdapterSpec, lora_plus, lora_plus_adamw, make_schedule
 from loraplus_jax.diagnostics import describe
+from loraplus_jax.tree import leaves_by_path
 
 PARAMS = {
     "lora": {"q": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0, -4.0]])}},
@@ -311,3 +312,145 @@ def test_extra_arguments_reach_the_wrapped_optimizer():
     tx = lora_plus(optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau()), lr_ratio=4.0)
     _, b, _ = leaves(tx.update(ONES, tx.init(PARAMS), PARAMS, value=jnp.array(1.0))[0])
     assert (b == -4).all()
+
+
+# policies
+
+
+EXTRAS = {
+    "params": {
+        "head": {
+            "kernel": jnp.ones((3, 2)),
+            "bias": jnp.ones(2),
+            "scale": jnp.ones((4, 2)),
+            "gain": jnp.ones(3),
+        }
+    }
+}
+
+
+def first_updates(tx, params):
+    """The first update of every leaf where all gradients are one, by its last segment."""
+    found, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    return {
+        path.rpartition("/")[2]: float(jnp.ravel(leaf)[0]) for path, leaf in leaves_by_path(found).items()
+    }
+
+
+def test_the_policy_of_peft_by_hand():
+    params = {"lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}, **EXTRAS}
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, policy="peft", eps=0.0)
+    # rate (1 + decay): A and matrices 0.1, B and vectors 0.4, biases and scales without decay.
+    expected = {"lora_a": -0.15, "lora_b": -0.6, "kernel": -0.15, "gain": -0.6, "bias": -0.4, "scale": -0.4}
+    assert first_updates(tx, params) == pytest.approx(expected, rel=1e-5)
+    plain = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, eps=0.0)
+    expected |= dict.fromkeys(("gain", "bias", "scale"), -0.15)
+    assert first_updates(plain, params) == pytest.approx(expected, rel=1e-5)
+    wrapped = lora_plus(optax.adamw(0.1, eps=0.0, weight_decay=0.0), lr_ratio=4.0, policy="peft")
+    slow = {"lora_a": -0.1, "kernel": -0.1}
+    fast = dict.fromkeys(("lora_b", "gain", "bias", "scale"), -0.4)
+    assert first_updates(wrapped, params) == pytest.approx(slow | fast, rel=1e-5)
+
+
+def test_adapters_of_embeddings_move_at_their_own_rate():
+    spec = AdapterSpec(leaf="params/e/embedding", kind="embed", axes="io", shape=(3, 3), rank=2, scale=1.0)
+    params = {"lora": {"e": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}}
+    for fields, rate in (
+        ({}, 0.1),
+        ({"policy": "peft"}, 1e-6),
+        ({"rates": {"embedding": 0.3}, "policy": "peft"}, 0.3),
+    ):
+        tx = lora_plus_adamw(0.1, lr_ratio=4.0, specs={"e": spec}, eps=0.0, **fields)
+        assert first_updates(tx, params) == pytest.approx({"lora_a": -rate, "lora_b": -rate}, rel=1e-4)
+
+
+def test_an_unknown_policy_is_refused():
+    for make in (lambda p: lora_plus_adamw(0.1, policy=p), lambda p: lora_plus(optax.sgd(0.1), policy=p)):
+        with pytest.raises(ValueError, match="policy must be one of lora_plus, peft, got 'torch'"):
+            make("torch")
+
+
+# changed in a run
+
+
+def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=0.0, adjustable=True)
+    state, update = tx.init(params), jax.jit(tx.update)
+    assert (optax.tree.get(state, "learning_rate"), optax.tree.get(state, "lr_ratio")) == (
+        pytest.approx(0.1),
+        pytest.approx(4.0),
+    )
+    seen = []
+    for rate, ratio in ((0.1, 4.0), (0.1, 2.0), (0.3, 1.0)):
+        state = optax.tree.set(state, learning_rate=jnp.float32(rate), lr_ratio=jnp.float32(ratio))
+        found, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        seen.append((float(found["q"]["lora_a"][0, 0]), float(found["q"]["lora_b"][0, 0])))
+    assert np.allclose(seen, [(-0.1, -0.4), (-0.1, -0.2), (-0.3, -0.3)], rtol=1e-5)
+    assert update._cache_size() == 1
+    assert describe(params, tx).rows[1].rate == "0.4"
+
+
+def test_adjustable_steps_are_those_of_the_plain_optimizer():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    schedule = optax.linear_schedule(0.1, 0.0, 5)
+    one, other = (
+        lora_plus_adamw(schedule, lr_ratio=4.0, weight_decay=0.1, adjustable=a) for a in (False, True)
+    )
+    states = [one.init(params), other.init(params)]
+    for n in range(4):
+        grads = jax.tree.map(lambda x, n=n: x * (n - 1.5), params)
+        (a, states[0]), (b, states[1]) = (
+            one.update(grads, states[0], params),
+            other.update(grads, states[1], params),
+        )
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+def test_accumulation_stands_outside_the_groups():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, max_grad_norm=0.5)
+    many = optax.MultiSteps(tx, every_k_schedule=2)
+    state, whole = many.init(params), tx.init(params)
+    for n in range(3):
+        parts = [jax.tree.map(lambda x, k=k: x * k, params) for k in (n + 1.0, -0.5)]
+        for part in parts:
+            found, state = many.update(part, state, params)
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+        expected, whole = tx.update(mean, whole, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
+
+
+# schedules
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_the_ratio_is_exact_through_every_schedule(name):
+    floor = {} if name == "constant" else {"final_fraction": 0.25}
+    schedule = make_schedule(name, 0.1, 20, warmup_steps=3, **floor)
+    groups = lora_plus_adamw(schedule, lr_ratio=4.0).groups
+    rates = [(float(groups["a"].rate(n)), float(groups["b"].rate(n))) for n in range(25)]
+    assert all(b == 4 * a for a, b in rates)
+    assert rates[0] == (0.0, 0.0)
+    assert rates[3][0] == pytest.approx(0.1)
+    assert rates[20][0] == rates[24][0] == pytest.approx(0.1 if name == "constant" else 0.025)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("step", {}, "schedule must be one of constant, linear, cosine, wsd, got 'step'"),
+        ("linear", {"decay_steps": 3}, "decay_steps goes with the schedule wsd, not with linear"),
+        ("constant", {"final_fraction": 0.1}, "final_fraction does not go with the schedule constant"),
+        ("linear", {"warmup_steps": 10}, "10 of warm-up do not fit into 10 steps"),
+        (
+            "wsd",
+            {"warmup_steps": 4, "decay_steps": 7},
+            "4 of warm-up and 7 of decay do not fit into 10 steps",
+        ),
+        ("linear", {"final_fraction": 1.0}, "final_fraction must be"),
+    ],
+)
+def test_schedules_that_are_refused(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(name, 0.1, 10, **fields)

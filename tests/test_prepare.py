@@ -9,7 +9,7 @@ import pytest
 from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.train.data import DataSettings
-from loraplus_jax.train.prepare import count_steps, make_optimizer, make_schedule
+from loraplus_jax.train.prepare import count_steps, make_optimizer, schedule_for
 from loraplus_jax.train.settings import ModelSettings, OptimizerSettings, Settings, TrainSettings
 
 CONFIG = LoRAPlusConfig(target_modules=("query",), lr_ratio=4.0)
@@ -41,6 +41,11 @@ def settings(train=None, **optimizer):
         ({"schedule": "constant", "warmup_steps": 4}, [0, 0.5, 1, 2, 2, 2]),
         ({"schedule": "linear", "warmup_steps": 5}, [0, 0.4, 0.8, 2, 0.4, 0]),
         ({"schedule": "linear", "warmup_steps": 5, "final_fraction": 0.5}, [0, 0.4, 0.8, 2, 1.2, 1]),
+        ({"schedule": "wsd"}, [2, 2, 2, 2, 1, 0]),
+        (
+            {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 5, "final_fraction": 0.5},
+            [0, 1, 2, 2, 1.2, 1],
+        ),
         ({"schedule": "cosine"}, [2, *(1 + math.cos(math.pi * t / 10) for t in (1, 2, 5, 9)), 0]),
         (
             {"schedule": "cosine", "warmup_steps": 5, "final_fraction": 0.25},
@@ -49,7 +54,7 @@ def settings(train=None, **optimizer):
     ],
 )
 def test_schedules_by_hand(fields, expected):
-    schedule = make_schedule(OptimizerSettings(**fields), 10, 2.0)
+    schedule = schedule_for(OptimizerSettings(**fields), 10, 2.0)
     found = [float(schedule(step)) for step in (0, 1, 2, 5, 9, 10)]
     assert found == pytest.approx(expected, abs=1e-6)
     assert float(schedule(11)) == pytest.approx(expected[-1], abs=1e-6)

@@ -41,6 +41,15 @@ OTHER = {
     "lora.lr_ratio": 2.0,
     "lora.init": "lora_b",
     "lora.modules_to_save": ["pooler"],
+    "lora.exclude_modules": ["key"],
+    "lora.target_parameters": {"word/embedding": "io"},
+    "lora.layers_to_transform": [0],
+    "lora.rank_pattern": {"query": 2},
+    "lora.alpha_pattern": {"query": 2.0},
+    "lora.use_rslora": True,
+    "lora.bias": "all",
+    "optimizer.embedding_learning_rate": 1e-3,
+    "optimizer.policy": "peft",
     "optimizer.learning_rate": 2e-3,
     "optimizer.head_learning_rate": 1e-2,
     "optimizer.schedule": "cosine",
@@ -113,7 +122,7 @@ def base(tmp_path_factory):
 
 
 def test_the_tables_here_name_every_field():
-    assert OTHER.keys() | FILES.keys() == set(dotted())
+    assert OTHER.keys() | FILES.keys() | {"optimizer.decay_steps"} == set(dotted())
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -121,13 +130,22 @@ def test_every_field_is_read_from_the_file_and_from_the_command_line(tmp_path, b
     given = OTHER[name]
     assert value(base, name) != given
     from_file = parsed(tmp_path, content=nested(name, given))
-    word = json.dumps(given) if isinstance(given, list | bool) else str(given)
+    word = json.dumps(given) if isinstance(given, list | bool | dict) else str(given)
     from_line = parsed(tmp_path, f"--{name}", word)
     assert value(from_file, name) == value(from_line, name) == given
-    assert type(value(from_file, name)) is type(given)
+    assert isinstance(value(from_file, name), type(given))
     assert from_file == from_line != base
     changed = [n for n in OTHER if value(from_file, n) != value(base, n)]
     assert changed == [name]
+
+
+def test_steps_of_decay_go_with_their_schedule(tmp_path):
+    wsd = ("--optimizer.schedule", "wsd", "--optimizer.decay_steps")
+    assert parsed(tmp_path, *wsd, "5").optimizer.decay_steps == 5
+    with pytest.raises(ValueError, match="decay_steps goes with wsd, and the schedule is linear"):
+        parsed(tmp_path, "--optimizer.decay_steps", "5")
+    with pytest.raises(ValueError, match="decay_steps must be a whole number of at least 1, got 0"):
+        parsed(tmp_path, *wsd, "0")
 
 
 def test_separate_files(tmp_path):
@@ -271,7 +289,7 @@ def test_fields_that_do_not_go_together():
         TrainSettings(steps=3, epochs=2)
     with pytest.raises(ValueError, match=r"accumulate must divide train\.batch_size, got 3 and 8"):
         TrainSettings(batch_size=8, accumulate=3)
-    with pytest.raises(ValueError, match="final_fraction goes with linear or cosine"):
+    with pytest.raises(ValueError, match="final_fraction goes with linear, cosine or wsd"):
         OptimizerSettings(schedule="constant", final_fraction=0.1)
 
 

@@ -38,8 +38,8 @@ def test_factor_shapes(axes, shape, stacked, a, b):
 
 
 def test_stacked_letters_are_innermost_first():
-    assert spec(shape=(6, 4, 3, 5), stacked=(0, 0)).letters("io") == "BAio"
-    assert spec(shape=(4, 6, 3, 5), stacked=(0, 1)).letters("io") == "ABio"
+    assert spec(shape=(6, 4, 3, 5), stacked=(0, 0)).base_letters == "BAab"
+    assert spec(shape=(4, 6, 3, 5), stacked=(0, 1)).base_letters == "ABab"
 
 
 def test_table_round_trip():
@@ -53,6 +53,7 @@ def test_table_round_trip():
         "rank": 2,
         "scale": 2.0,
         "stacked": [],
+        "layers": None,
     }
     assert specs_from_json(json.loads(json.dumps(values))) == table
 
@@ -60,12 +61,16 @@ def test_table_round_trip():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "rnn"}, "kind must be one of dense, got 'rnn'"),
+        ({"kind": "rnn"}, "kind must be one of dense, .*, got 'rnn'"),
         ({"axes": "ii"}, "must hold an i and an o"),
         ({"shape": (4, 3, 5)}, "does not fit"),
         ({"stacked": (0,)}, "does not fit"),
         ({"shape": (4, 3, 5), "stacked": ("a",)}, r"stacked must hold axes of shape \(4, 3, 5\), got 'a'"),
         ({"shape": (4, 3, 5), "stacked": (3,)}, r"stacked must hold axes of shape \(4, 3, 5\), got 3"),
+        ({"axes": "iO"}, "must be lower-case letters|must hold an i"),
+        ({"axes": "ioX", "shape": (2, 3, 4)}, "must be lower-case letters"),
+        ({"layers": (0,)}, r"layers must be some of the 0 stacked ones, got \(0,\)"),
+        ({"shape": (4, 3, 5), "stacked": (0,), "layers": (4,)}, "some of the 4 stacked ones"),
         ({"shape": (-4, 3)}, "shape must be a whole number of at least 0, got -4"),
     ],
 )

@@ -129,3 +129,77 @@ def test_an_adapter_of_the_whole_model_is_known_by_its_empty_path():
     spec = AdapterSpec(leaf="params/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=1.0)
     for tree in ({"lora": pair()}, pair()):
         assert set(leaves_by_path(label_params(tree, {"": spec})).values()) == {"a", "b"}
+
+
+# adapters made by others: name, tree, the paths of the input side's factors
+
+A, B = jnp.zeros((4, 2)), jnp.zeros((2, 6))
+OTHERS = {
+    "nnx": ({"fc": {"lora": {"lora_a": A, "lora_b": B}}}, ["fc/lora/lora_a"]),
+    "qwix": (
+        {"fc": {"kernel": jnp.zeros((4, 6)), "kernel_lora_a": A, "kernel_lora_b": B}},
+        ["fc/kernel_lora_a"],
+    ),
+    "gemma": ({"attn": {"q": {"lora": {"a": A, "b": B}, "w": jnp.zeros((4, 6))}}}, ["attn/q/lora/a"]),
+    "keras": ({"dense": {"lora_kernel_a": A, "lora_kernel_b": B}}, ["dense/lora_kernel_a"]),
+    "lorax": ({"fc": {"w": jnp.zeros((4, 6)), "b": A, "a": B}}, ["fc/b"]),
+    "named by side beside a weight": ({"fc": {"w": jnp.zeros((4, 6)), "a": A, "b": B}}, ["fc/a"]),
+    "square, the names say it": (
+        {"fc": {"kernel_lora_a": jnp.zeros((4, 4)), "kernel_lora_b": jnp.zeros((4, 4))}},
+        ["fc/kernel_lora_a"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_adapters_of_others_are_labelled_by_side(name):
+    tree, inputs = OTHERS[name]
+    labels = leaves_by_path(label_params(tree))
+    assert [path for path, role in labels.items() if role == "a"] == inputs
+    assert list(labels.values()).count("b") == 1
+    assert set(labels.values()) <= {"a", "b", "extra"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"fc": {"w": jnp.zeros((4, 4)), "a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}},
+            "fc: .*both orders fit",
+        ),
+        (
+            {"fc": {"w": jnp.zeros((4, 6)), "a": jnp.zeros((3, 2)), "b": jnp.zeros((2, 6))}},
+            "fc: .*neither order fits",
+        ),
+        ({"fc": {"kernel_lora_a": A}}, "fc/kernel holds one factor only: lora_b is missing"),
+        ({"fc": {"kernel_lora_a": B, "kernel_lora_b": jnp.zeros((4, 3))}}, "do not meet in a rank"),
+    ],
+)
+def test_ambiguous_trees_are_refused(tree, message):
+    with pytest.raises(ValueError, match=message):
+        label_params(tree)
+
+
+# biases
+
+BIASED = {
+    "params": {"q": {"kernel": 1, "bias": 2}, "norm": {"scale": 3, "bias": 4}},
+    "lora": {"q": {"lora_a": 5, "lora_b": 6}},
+}
+
+
+@pytest.mark.parametrize(
+    ("bias", "trained"),
+    [("none", set()), ("all", {"params/q/bias", "params/norm/bias"}), ("lora_only", {"params/q/bias"})],
+)
+def test_biases_are_trained_as_asked(bias, trained):
+    found, frozen = split_trainable(BIASED, bias=bias)
+    assert leaves_by_path(found).keys() == trained | {"lora/q/lora_a", "lora/q/lora_b"}
+    assert combine(found, frozen) == BIASED
+
+
+def test_biases_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="bias='lora_only' matches no bias: no adapted layer has one"):
+        split_trainable({**BIASED, "lora": {"k": {"lora_a": 1, "lora_b": 2}}}, bias="lora_only")
+    with pytest.raises(ValueError, match="bias must be one of none, all, lora_only, got 'some'"):
+        split_trainable(BIASED, bias="some")

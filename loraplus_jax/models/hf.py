@@ -136,6 +136,18 @@ def load_params(
       >>> params["up"]["kernel"].shape, params["up"]["kernel"].dtype.name
       ((3, 2), 'bfloat16')
     """
+    leaves, found = check_params(directory, table, expected, new=new)
+    keep = place or (lambda path, array: jnp.asarray(array))
+    flat = {
+        rule.path: keep(rule.path, _read(rule, leaves[rule.path], found, param_dtype)) for rule in table.rules
+    }
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def check_params(
+    directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, "_Tensor"]]:
+    """The checks of `load_params`, which read no weight; returns the leaves by path and their tensors by name."""
     directory = _existing(Path(directory))
     leaves = _leaves_from_file(table, expected, new)
     wanted = {name for rule in table.rules for name in _expand(rule, leaves[rule.path])}
@@ -143,11 +155,7 @@ def load_params(
     problems += _compare(table, leaves, found)
     if problems:
         raise ValueError(_report(directory, problems))
-    keep = place or (lambda path, array: jnp.asarray(array))
-    flat = {
-        rule.path: keep(rule.path, _read(rule, leaves[rule.path], found, param_dtype)) for rule in table.rules
-    }
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return leaves, found
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from ..checkpoint import describe_run, fingerprint
 from ..config import LoRAPlusConfig
 from ..diagnostics import describe
 from ..models.bert import BertConfig, BertForSequence, name_table
-from ..models.hf import load_config, load_params
-from ..optim import LoRAPlusTransform, lora_plus_adamw
+from ..models.hf import check_params, load_config, load_params
+from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
 from ..sharding import make_mesh
 from ..spec import Specs
 from ..train_step import init_state, jit_step, make_eval
@@ -116,6 +116,7 @@ def prepare(settings: Settings) -> Run:
     config = settings.applied
     shapes = build(settings, directory, data.task, config)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
+    check_params(directory, name_table(settings.model.pooling), params_of(shapes), new=("head",))
     programs = compile_programs(settings, data, shapes, tx, mesh)
     check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config)
@@ -202,6 +203,10 @@ def count_steps(settings: Settings, examples: int) -> int:
         raise ValueError(
             f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, of {steps} steps in all"
         )
+    try:
+        schedule_for(settings.optimizer, steps, 1.0)
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from None
     return steps
 
 
@@ -235,13 +240,17 @@ def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConf
     Raises:
       ValueError: the weights do not fit; the message lists all that is missing, extra or misshapen.
     """
-    shapes = combine(parts.trainable, parts.frozen)["params"]
-    params = load_params(directory, name_table(settings.model.pooling), shapes, new=("head",))
+    params = load_params(directory, name_table(settings.model.pooling), params_of(parts), new=("head",))
     head_key, _ = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": combine(params, {"head": _head(parts.plain, head_key, _inputs(settings))})}
     variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
     trainable, frozen = _split(variables, config)
     return parts._replace(trainable=_float32(trainable), frozen=frozen)
+
+
+def params_of(parts: Parts) -> dict[str, Any]:
+    """All parameters of the model without adapters."""
+    return combine(parts.trainable, parts.frozen)["params"]
 
 
 def compile_programs(
@@ -290,8 +299,8 @@ def make_optimizer(
     settings: OptimizerSettings, config: LoRAPlusConfig | None, steps: int, specs: Specs
 ) -> LoRAPlusTransform:
     """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate."""
-    schedule = functools.partial(make_schedule, settings, steps)
-    head = settings.head_learning_rate
+    schedule = functools.partial(schedule_for, settings, steps)
+    rates = {"extra": settings.head_learning_rate, "embedding": settings.embedding_learning_rate}
     return lora_plus_adamw(
         schedule(settings.learning_rate),
         lr_ratio=1.0 if config is None else config.lr_ratio,
@@ -301,28 +310,22 @@ def make_optimizer(
         weight_decay=settings.weight_decay,
         decay=settings.decay,
         max_grad_norm=settings.max_grad_norm,
-        rates={} if head is None else {"extra": schedule(head)},
+        rates={role: schedule(rate) for role, rate in rates.items() if rate is not None},
+        policy=settings.policy,
         specs=specs,
     )
 
 
-def make_schedule(settings: OptimizerSettings, steps: int, peak: float) -> optax.Schedule:
-    """Warm-up to the peak rate, then the named shape down to its floor at the last step.
-
-    >>> schedule = make_schedule(OptimizerSettings(warmup_steps=2, final_fraction=0.5), 12, 1.0)
-    >>> [float(schedule(step)) for step in (0, 1, 2, 7, 12)]
-    [0.0, 0.5, 1.0, 0.75, 0.5]
-    """
-    rest = steps - settings.warmup_steps
-    main = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, peak * settings.final_fraction, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, settings.final_fraction),
-    }[settings.schedule]()
-    if not settings.warmup_steps:
-        return main
-    warmup = optax.linear_schedule(0.0, peak, settings.warmup_steps)
-    return optax.join_schedules([warmup, main], [settings.warmup_steps])
+def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.Schedule:
+    """The named schedule with a peak rate."""
+    return make_schedule(
+        settings.schedule,
+        peak,
+        steps,
+        warmup_steps=settings.warmup_steps,
+        final_fraction=settings.final_fraction,
+        decay_steps=settings.decay_steps,
+    )
 
 
 def _check_mesh(settings: Settings, mesh: Mesh) -> None:
@@ -348,7 +351,7 @@ def _head(model: nn.Module, key: jax.Array, inputs: tuple[Any, ...]) -> Any:
 def _split(variables: Mapping[str, Any], config: LoRAPlusConfig | None) -> tuple[dict, dict]:
     if config is None:
         return dict(variables), {}
-    return split_trainable(variables, config.modules_to_save)
+    return split_trainable(variables, config.modules_to_save, bias=config.bias)
 
 
 def _float32(tree: Any) -> Any:

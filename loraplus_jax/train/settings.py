@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..config import LoRAPlusConfig, check_number, check_whole, nearest
+from ..optim import Schedule
+from ..tree import Policy
 from .data import DataSettings
 from .yaml_files import read_yaml
 
@@ -53,9 +55,12 @@ class OptimizerSettings:
     Attributes:
       learning_rate: eta_A, the peak rate of A and of everything but B; B's is lora.lr_ratio times it.
       head_learning_rate: the peak rate of the head and of other parameters trained in full; eta_A if not given.
+      embedding_learning_rate: the peak rate of adapters of embeddings; eta_A if not given, 1e-6 under policy peft.
+      policy: lora_plus scales B's rate alone; peft also that of biases and norms, without decay, as PEFT does.
       schedule: shape of the rate after warm-up.
       warmup_steps: steps of linear growth from 0 at the start.
-      final_fraction: the share of the peak rate at which linear and cosine end.
+      final_fraction: the share of the peak rate at which linear, cosine and wsd end.
+      decay_steps: for wsd (warm-up, stable, decay), the steps of decay at the end; a fifth if not given.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
       eps: Adam's epsilon.
@@ -66,9 +71,12 @@ class OptimizerSettings:
 
     learning_rate: float = 1e-4
     head_learning_rate: float | None = None
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    embedding_learning_rate: float | None = None
+    policy: Policy = "lora_plus"
+    schedule: Schedule = "linear"
     warmup_steps: int = 0
     final_fraction: float = 0.0
+    decay_steps: int | None = None
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -77,7 +85,13 @@ class OptimizerSettings:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "head_learning_rate", "eps", "max_grad_norm"):
+        for name in (
+            "learning_rate",
+            "head_learning_rate",
+            "embedding_learning_rate",
+            "eps",
+            "max_grad_norm",
+        ):
             if getattr(self, name) is not None:
                 check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
         for name in ("b1", "b2"):
@@ -85,9 +99,13 @@ class OptimizerSettings:
         check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
         check_number("optimizer.final_fraction", self.final_fraction, at_least=0.0, below=1.0)
         check_whole("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        if self.decay_steps is not None:
+            check_whole("optimizer.decay_steps", self.decay_steps, at_least=1)
+            if self.schedule != "wsd":
+                raise ValueError(f"optimizer.decay_steps goes with wsd, and the schedule is {self.schedule}")
         if self.schedule == "constant" and self.final_fraction:
             raise ValueError(
-                "optimizer.final_fraction goes with linear or cosine, and the schedule is constant"
+                "optimizer.final_fraction goes with linear, cosine or wsd, and the schedule is constant"
             )
 
 
@@ -327,7 +345,7 @@ def _dotted(section: type, prefix: str = "") -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
@@ -360,6 +378,10 @@ _WORDS: dict[Any, str] = {
     str | None: "text or null",
     str | tuple[str, ...]: "a regular expression, or a list of names",
     tuple[str, ...]: "a list of names",
+    tuple[int, ...] | None: "a list of whole numbers or null",
+    dict[str, int]: "a mapping from patterns to whole numbers",
+    dict[str, float]: "a mapping from patterns to numbers",
+    dict[str, str] | tuple[str, ...]: "a list of patterns, or a mapping from them to axis letters",
 }
 
 

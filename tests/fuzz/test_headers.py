@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from loraplus_jax import AdapterSpec, LoRAPlusConfig, adapter_notes, load_adapter, save_adapter
+from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
+from loraplus_jax.adapter_io import adapter_notes
 from loraplus_jax.models.bert import BertConfig
 from loraplus_jax.models.hf import INDEX, SINGLE, NameTable, embedding, linear, load_config, load_params
 

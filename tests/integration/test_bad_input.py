@@ -219,7 +219,30 @@ CASES = [
     Case("alpha 0", ("alpha must", "got 0"), ("--lora.alpha", "0")),
     Case("dropout 1", ("dropout must", "got 1"), ("--lora.dropout", "1")),
     Case("target matches nothing", ("'querry'", "query"), ("--lora.target_modules", "[querry]")),
-    Case("target is no Dense layer", ("embeddings/word", "Embed"), ("--lora.target_modules", "[word]")),
+    Case(
+        "target has no matrix",
+        ("'attention_norm'", "no layer"),
+        ("--lora.target_modules", "[attention_norm]"),
+    ),
+    Case("exclusion of nothing", ("exclude_modules: 'down'",), ("--lora.exclude_modules", "[down]")),
+    Case("parameter that is not there", ("target_parameters: 'w'",), ("--lora.target_parameters", "[w]")),
+    Case(
+        "axis letters that do not fit",
+        ("'eio'", "(26, 16)"),
+        ("--lora.target_parameters", '{{".*word/embedding": "eio"}}'),
+    ),
+    Case("layer that is not there", ("no layer 7", "[0, 1]"), ("--lora.layers_to_transform", "[7]")),
+    Case("pattern for nothing", ("rank_pattern: 'key'",), ("--lora.rank_pattern", '{{"key": 2}}')),
+    Case(
+        "pattern with a word for a rank",
+        ("lora.rank_pattern", "whole numbers"),
+        ("--lora.rank_pattern", '{{"query": x}}'),
+    ),
+    Case(
+        "adapted and trained in full", ("'query' trains it in full",), ("--lora.modules_to_save", "[query]")
+    ),
+    Case("decay without its schedule", ("decay_steps goes with wsd",), ("--optimizer.decay_steps", "3")),
+    Case("policy unknown", ("optimizer.policy", "peft"), ("--optimizer.policy", "torch")),
     Case(
         "target is a broken expression",
         ("target_modules is not a regular expression", "'(query'"),

@@ -22,6 +22,25 @@ def test_pmap_and_mesh_agree():
     assert _main("02_many_devices.py") < 1e-6
 
 
+def test_raw_parameters_learn_and_merge():
+    before, after, same = _main("03_raw_parameters.py")
+    assert after < 0.3 * before
+    assert same < 1e-4
+
+
+def test_adapters_of_another_library_learn_at_two_rates():
+    roles, ratio, before, after = _main("04_adapters_of_others.py")
+    assert roles == ["a", "b", "a", "b"]
+    assert ratio == pytest.approx(4, rel=1e-4)
+    assert after < 0.1 * before
+
+
+def test_extras_are_trained_beside_the_adapters():
+    accuracy, moved = _main("05_trained_extras.py")
+    assert accuracy > 0.95
+    assert moved > 0.01
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_every_example_is_tested(path):
     assert path.name in Path(__file__).read_text(encoding="utf-8")

@@ -1,0 +1,86 @@
+"""How long it takes to trace a step: the adapted model against training every weight of the plain one.
+
+    python benchmarks/tracing.py
+
+CPU time of `jit(step).trace`, a fresh function each time, in turns; medians. The model is a BERT of MiniLM's size.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+from common import report
+from overhead import MINILM, TASK
+
+from loraplus_jax import (
+    LoRAPlusConfig,
+    apply_lora_plus,
+    init_lora,
+    init_state,
+    jit_step,
+    lora_plus_adamw,
+    split_trainable,
+)
+from loraplus_jax.models.bert import BertForSequence
+
+
+def make(target: object, unroll: bool, batch: dict) -> Callable[[], float]:
+    """A function that traces a fresh step."""
+    plain = BertForSequence(MINILM, TASK.num_outputs, unroll=unroll, head_dropout=0.0)
+    tokens = [batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
+    variables = jax.eval_shape(plain.init, jax.random.key(0), *tokens)
+    if target is None:
+        model, trainable, frozen, tx = plain, variables, {}, optax.adamw(1e-4)
+    else:
+        config = LoRAPlusConfig(target_modules=target, modules_to_save=("head",))
+        model = apply_lora_plus(plain, config)
+        lora, specs = init_lora(model, jax.random.key(1), *tokens)
+        trainable, frozen = split_trainable({**variables, "lora": lora}, config.modules_to_save)
+        tx = lora_plus_adamw(1e-4, specs=specs)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trainable)
+    state = jax.eval_shape(lambda: init_state(zeros, tx, jax.random.key(0)))
+
+    def trace() -> float:
+        jax.clear_caches()
+        start = time.process_time()
+        jit_step(TASK.loss_fn(model), tx).trace(state, frozen, batch)
+        return time.process_time() - start
+
+    return trace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    tokens = np.zeros((8, 48), np.int32)
+    batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), tokens)
+    batch |= {"label": np.zeros(8, np.int32), "weight": np.ones(8, np.float32)}
+    rows = []
+    for unroll in (False, True):
+        targets = {"plain": None, "query, value": ("query", "value"), "all-linear": "all-linear"}
+        traces = {name: make(target, unroll, batch) for name, target in targets.items()}
+        seconds = {name: [] for name in traces}
+        for _ in range(options.rounds):
+            for name, trace in traces.items():
+                seconds[name].append(trace())
+        for name, values in seconds.items():
+            ratio = float(np.median(np.divide(values, seconds["plain"])))
+            rows.append(
+                {
+                    "layers": "straight" if unroll else "scanned",
+                    "adapted": name,
+                    "trace, s": f"{np.median(values):.3f}",
+                    "over plain": f"{ratio:.2f}",
+                }
+            )
+    report("tracing", rows)
+
+
+if __name__ == "__main__":
+    main()

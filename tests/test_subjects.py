@@ -1,0 +1,367 @@
+"""One behavioural suite over every layer that can be adapted, met in a model and as a layer of our own."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax import (
+    LoRAPlusConfig,
+    LoRAPlusConv,
+    LoRAPlusDense,
+    LoRAPlusDenseGeneral,
+    LoRAPlusEinsum,
+    LoRAPlusEmbed,
+    LoRAPlusMultiHeadDotProductAttention,
+    apply_lora_plus,
+    init_lora,
+    label_params,
+    merge,
+    unmerge,
+)
+
+RANK, ALPHA, DEPTH = 2, 3.0, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A layer under test.
+
+    Attributes:
+      make: the plain layer, of a name and dtypes.
+      ours: the same with an adapter of its own, or None.
+      shape: of the input; a layer under scan gives back what has this shape.
+      weights: path below the layer to the weight's leaf, kind, axes and shape.
+      ids: whether the input holds indices.
+      attend: whether the layer is used by its `attend` too.
+    """
+
+    make: Callable[..., nn.Module]
+    ours: Callable[..., nn.Module] | None
+    shape: tuple[int, ...]
+    weights: dict[str, tuple[str, str, str, tuple[int, ...]]]
+    ids: bool = False
+    attend: bool = False
+
+
+def layer(cls, *args, **fields):
+    return lambda **more: cls(*args, **fields, **more)
+
+
+def kernel(kind, axes, *shape):
+    return {"": ("kernel", kind, axes, shape)}
+
+
+HEADS = dict.fromkeys(("query", "key", "value"), ("kernel", "dense_general", "ioo", (6, 2, 3)))
+SUBJECTS = {
+    "dense": Subject(layer(nn.Dense, 5), layer(LoRAPlusDense, 5), (2, 3, 5), kernel("dense", "io", 5, 5)),
+    "dense of a vector": Subject(
+        layer(nn.Dense, 5), layer(LoRAPlusDense, 5), (5,), kernel("dense", "io", 5, 5)
+    ),
+    "general": Subject(
+        layer(nn.DenseGeneral, (4, 5), axis=(-2, -1)),
+        layer(LoRAPlusDenseGeneral, (4, 5), axis=(-2, -1)),
+        (2, 4, 5),
+        kernel("dense_general", "iioo", 4, 5, 4, 5),
+    ),
+    "general, outer axis": Subject(
+        layer(nn.DenseGeneral, 4, axis=1),
+        layer(LoRAPlusDenseGeneral, 4, axis=1),
+        (2, 4, 4),
+        kernel("dense_general", "io", 4, 4),
+    ),
+    "general, batch": Subject(
+        layer(nn.DenseGeneral, 5, batch_dims=(0,)),
+        layer(LoRAPlusDenseGeneral, 5, batch_dims=(0,)),
+        (3, 2, 5),
+        kernel("dense_general", "eio", 3, 5, 5),
+    ),
+    "einsum": Subject(
+        layer(nn.Einsum, (6, 2, 3), "btd,dnh->btnh"),
+        layer(LoRAPlusEinsum, (6, 2, 3), "btd,dnh->btnh"),
+        (2, 4, 6),
+        kernel("einsum", "ioo", 6, 2, 3),
+    ),
+    "einsum, outputs first": Subject(
+        layer(nn.Einsum, (5, 4), "...d,kd->...k", use_bias=False),
+        layer(LoRAPlusEinsum, (5, 4), "...d,kd->...k", use_bias=False),
+        (2, 3, 4),
+        kernel("einsum", "oi", 5, 4),
+    ),
+    "einsum, batch": Subject(
+        layer(nn.Einsum, (3, 5, 5), "ebi,eio->ebo", use_bias=False),
+        layer(LoRAPlusEinsum, (3, 5, 5), "ebi,eio->ebo", use_bias=False),
+        (3, 2, 5),
+        kernel("einsum", "eio", 3, 5, 5),
+    ),
+    "einsum, batch last": Subject(
+        layer(nn.Einsum, (5, 5, 3), "bie,ioe->boe", use_bias=False),
+        layer(LoRAPlusEinsum, (5, 5, 3), "bie,ioe->boe", use_bias=False),
+        (2, 5, 3),
+        kernel("einsum", "ioe", 5, 5, 3),
+    ),
+    "conv": Subject(
+        layer(nn.Conv, 4, (3, 3)),
+        layer(LoRAPlusConv, 4, (3, 3)),
+        (2, 5, 5, 4),
+        kernel("conv", "iiio", 3, 3, 4, 4),
+    ),
+    "conv, one dimension": Subject(
+        layer(nn.Conv, 4, (3,), padding="CAUSAL", kernel_dilation=2),
+        layer(LoRAPlusConv, 4, (3,), padding="CAUSAL", kernel_dilation=2),
+        (2, 7, 4),
+        kernel("conv", "iio", 3, 4, 4),
+    ),
+    "conv, strides and groups": Subject(
+        layer(nn.Conv, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
+        layer(LoRAPlusConv, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
+        (2, 7, 6, 4),
+        kernel("conv", "iiio", 3, 2, 2, 6),
+    ),
+    "conv, masked": Subject(
+        layer(nn.Conv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
+        layer(LoRAPlusConv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
+        (2, 5, 4),
+        kernel("conv", "iio", 3, 4, 4),
+    ),
+    "conv, circular": Subject(
+        layer(nn.Conv, 4, (3,), padding="CIRCULAR"), None, (5, 4), kernel("conv", "iio", 3, 4, 4)
+    ),
+    "conv, local": Subject(layer(nn.ConvLocal, 4, (3,)), None, (2, 5, 4), kernel("conv", "aio", 5, 12, 4)),
+    "conv, transposed": Subject(
+        layer(nn.ConvTranspose, 4, (3, 3), strides=(2, 2)),
+        None,
+        (2, 3, 3, 4),
+        kernel("conv_transpose", "iiio", 3, 3, 4, 4),
+    ),
+    "conv, transposed kernel": Subject(
+        layer(nn.ConvTranspose, 5, (3,), transpose_kernel=True),
+        None,
+        (2, 4, 3),
+        kernel("conv_transpose", "ioi", 3, 5, 3),
+    ),
+    "embed": Subject(
+        layer(nn.Embed, 7, 5),
+        layer(LoRAPlusEmbed, 7, 5),
+        (2, 3),
+        {"": ("embedding", "embed", "io", (7, 5))},
+        ids=True,
+    ),
+    "embed and attend": Subject(
+        layer(nn.Embed, 7, 5),
+        layer(LoRAPlusEmbed, 7, 5),
+        (2, 3),
+        {"": ("embedding", "embed", "io", (7, 5))},
+        ids=True,
+        attend=True,
+    ),
+    "attention": Subject(
+        layer(nn.MultiHeadDotProductAttention, 2),
+        layer(LoRAPlusMultiHeadDotProductAttention, 2),
+        (2, 4, 6),
+        HEADS | {"out": ("kernel", "dense_general", "iio", (2, 3, 6))},
+    ),
+}
+
+
+class Body(nn.Module):
+    """The layer as a user's model has it; under `nn.scan` the carry is what goes in."""
+
+    subject: str
+    ours: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        subject = SUBJECTS[self.subject]
+        fields = {"name": "layer", "dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.ours:
+            assert subject.ours is not None
+            fields |= {"rank": RANK, "alpha": ALPHA}
+            module = subject.ours(**fields)
+        else:
+            module = subject.make(**fields)
+        y = module(x)
+        y = module.attend(y) if subject.attend else y
+        return x, y
+
+
+class Whole(nn.Module):
+    """The body in one of Flax's liftings."""
+
+    lifting: str
+    body: dict
+
+    @nn.compact
+    def __call__(self, x):
+        body, lifted = Body, ("params", "lora", "lora_scale")
+        if self.lifting == "remat":
+            body = nn.remat(Body)
+        if self.lifting in ("scan", "vmap"):
+            axes = {name: {"scan": 1, "vmap": 0}[self.lifting] for name in lifted}
+            split = {"params": True, "dropout": True}
+            if self.lifting == "scan":
+                body = nn.scan(nn.remat(Body), variable_axes=axes, split_rngs=split, length=DEPTH)
+            else:
+                body = nn.vmap(Body, variable_axes=axes, split_rngs=split, in_axes=None, axis_size=DEPTH)
+        return body(**self.body, name="body")(x, *((None,) if self.lifting in ("scan", "vmap") else ()))[1]
+
+
+LIFTINGS = ("plain", "scan", "remat", "vmap")
+DTYPES = {"float32": (None, jnp.float32), "bfloat16": (jnp.bfloat16, jnp.bfloat16)}
+
+
+def inputs(subject):
+    rng = np.random.default_rng(0)
+    shape = SUBJECTS[subject].shape
+    return jnp.asarray(
+        rng.integers(0, 7, shape) if SUBJECTS[subject].ids else rng.normal(size=shape),
+        jnp.int32 if SUBJECTS[subject].ids else jnp.float32,
+    )
+
+
+def drawn(shapes, seed=3):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def models(subject, lifting, dtype="float32"):
+    """The plain model and the adapted one."""
+    fields = {"subject": subject} | dict(zip(("dtype", "param_dtype"), DTYPES[dtype], strict=True))
+    plain = Whole(lifting, fields)
+    names = [("layer/" + name).removesuffix("/") for name in SUBJECTS[subject].weights]
+    config = LoRAPlusConfig(target_modules=names, rank=RANK, alpha=ALPHA)
+    return plain, apply_lora_plus(plain, config)
+
+
+# Compiling takes nearly all the time, so the quick suite scans one layer of each kind only.
+SCANNED = ("general", "einsum, batch", "conv", "embed and attend", "attention")
+
+
+def is_quick(subject, lifting):
+    return lifting == "plain" or (lifting == "scan" and subject in SCANNED)
+
+
+EVERY = [
+    pytest.param(subject, lifting, marks=[] if is_quick(subject, lifting) else pytest.mark.slow)
+    for subject in SUBJECTS
+    for lifting in LIFTINGS
+]
+every = pytest.mark.parametrize(("subject", "lifting"), EVERY)
+
+
+@pytest.fixture(autouse=True)
+def compiled_in_a_hurry():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def expected_specs(subject, lifting):
+    """The table as it must be, from literals."""
+    stack = {"scan": 1, "vmap": 0}.get(lifting)
+    for name, (leaf, kind, axes, shape) in SUBJECTS[subject].weights.items():
+        path = ("body/layer/" + name).removesuffix("/")
+        full = shape if stack is None else (*shape[:stack], DEPTH, *shape[stack:])
+        yield (
+            path,
+            (
+                f"params/{path}/{leaf}",
+                kind,
+                axes,
+                full,
+                RANK,
+                ALPHA / RANK,
+                () if stack is None else (stack,),
+            ),
+        )
+
+
+@every
+def test_the_table_the_roles_and_nothing_changed_at_init(subject, lifting):
+    plain, adapted = models(subject, lifting)
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    lora, specs = init_lora(adapted, key, x)
+    found = {p: (s.leaf, s.kind, s.axes, s.shape, s.rank, s.scale, s.stacked) for p, s in specs.items()}
+    assert found == dict(expected_specs(subject, lifting))
+    embedded = SUBJECTS[subject].ids
+    assert set(jax.tree.leaves(label_params({"lora": lora}, specs))) == (
+        {"embedding"} if embedded else {"a", "b"}
+    )
+    assert set(jax.tree.leaves(label_params({"lora": lora}))) == {"a", "b"}
+    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
+    expected = jax.jit(plain.apply)(base, x)
+    # The bits too, but where XLA makes one loop of all: there it sums in another order.
+    close = 0.0 if lifting != "scan" else 1e-6
+    np.testing.assert_allclose(
+        jax.jit(adapted.apply)(base | {"lora": lora}, x), expected, rtol=close, atol=close
+    )
+    assert jax.tree.map(jnp.shape, jax.eval_shape(adapted.init, key, x)["params"]) == jax.tree.map(
+        jnp.shape, base["params"]
+    )
+
+
+@every
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_merged_equals_unmerged_compiled_once(subject, lifting, dtype):
+    plain, adapted = models(subject, lifting, dtype)
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    lora, specs = init_lora(adapted, key, x)
+    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
+    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+    apply = jax.jit(adapted.apply)
+    found = apply(base | {"lora": lora}, x)
+    apply(base | {"lora": jax.tree.map(jnp.zeros_like, lora)}, x + 0)
+    assert apply._cache_size() == 1
+    merged = merge(base, lora, specs)
+    expected = jax.jit(plain.apply)(merged, x)
+    assert found.dtype == expected.dtype == (jnp.bfloat16 if dtype == "bfloat16" else jnp.float32)
+    off = jax.jit(plain.apply)(base, x)
+    size = float(jnp.std(expected.astype(jnp.float32)))
+    assert float(jnp.abs(found.astype(jnp.float32) - off.astype(jnp.float32)).max()) > 0.1 * size
+    tolerance = 0.05 if dtype == "bfloat16" else 1e-5
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=tolerance * max(1.0, 4 * size)
+    )
+    jax.tree.map(np.testing.assert_array_equal, unmerge(merged, base, specs), base)
+
+
+@every
+def test_gradients_are_those_of_the_merged_form(subject, lifting):
+    plain, adapted = models(subject, lifting)
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    lora, specs = init_lora(adapted, key, x)
+    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
+    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+
+    def loss(lora, merged):
+        y = plain.apply(merge(base, lora, specs), x) if merged else adapted.apply(base | {"lora": lora}, x)
+        return jnp.mean(jnp.sin(y))
+
+    found, expected = (jax.jit(jax.grad(loss), static_argnums=1)(lora, merged) for merged in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, expected)
+    assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(expected))
+
+
+@pytest.mark.parametrize("lifting", ["plain", pytest.param("scan", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("subject", [name for name, s in SUBJECTS.items() if s.ours])
+def test_a_layer_of_our_own_is_the_same(subject, lifting):
+    _, adapted = models(subject, lifting)
+    ours = Whole(lifting, {"subject": subject, "ours": True})
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    shapes = jax.eval_shape(ours.init, key, x)
+    lora, specs = init_lora(adapted, key, x)
+    _, own_specs = init_lora(ours, key, x)
+    assert own_specs == specs
+    assert jax.tree.map(jnp.shape, shapes["lora"]) == jax.tree.map(jnp.shape, lora)
+    variables = drawn({"params": shapes["params"], "lora": shapes["lora"]})
+    one, other = (jax.jit(model.apply).lower(variables, x).compile() for model in (ours, adapted))
+    np.testing.assert_array_equal(one(variables, x), other(variables, x))
+    assert one.cost_analysis()["flops"] == other.cost_analysis()["flops"]
