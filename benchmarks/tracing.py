@@ -1,14 +1,17 @@
-"""How long it takes to trace a step: the adapted model against training every weight of the plain one.
+"""How long it takes to trace: the adapted model against others, and whether its program is the same.
 
     python benchmarks/tracing.py
 
-CPU time of `jit(step).trace`, a fresh function each time, in turns; medians. The model is a BERT of MiniLM's size.
+CPU time of `jit(...).trace`, a fresh function each time and no caches, in turns; medians. First the step of a BERT
+of MiniLM's size against training every weight of the plain model, then the gradient of a stack of dense layers
+against the same stack written with our layers, with both programs' FLOPs.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -17,6 +20,7 @@ from overhead import MINILM, TASK
 
 from loraplus_jax import (
     LoRAPlusConfig,
+    LoRAPlusDense,
     apply_lora_plus,
     init_lora,
     init_state,
@@ -52,6 +56,41 @@ def make(target: object, unroll: bool, batch: dict) -> Callable[[], float]:
     return trace
 
 
+class Stack(nn.Module):
+    """A model written with a layer given by name: Flax's or ours."""
+
+    ours: bool
+    depth: int = 24
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for n in range(self.depth):
+            name = f"layers_{n}"
+            x = nn.tanh(LoRAPlusDense(256, name=name)(x) if self.ours else nn.Dense(256, name=name)(x))
+        return x
+
+
+def stack(ours: bool) -> tuple[Callable[[], float], float]:
+    """A function that traces the gradient of a stack of layers with adapters, and its compiled FLOPs."""
+    model = (
+        Stack(True) if ours else apply_lora_plus(Stack(False), LoRAPlusConfig(target_modules="all-linear"))
+    )
+    x = jax.ShapeDtypeStruct((64, 256), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def loss(lora: dict, params: dict, x: jax.Array) -> jax.Array:
+        return model.apply({"params": params, "lora": lora}, x).sum()
+
+    def trace() -> float:
+        jax.clear_caches()
+        start = time.process_time()
+        jax.jit(lambda *args: jax.grad(loss)(*args)).trace(variables["lora"], variables["params"], x)
+        return time.process_time() - start
+
+    compiled = jax.jit(jax.grad(loss)).lower(variables["lora"], variables["params"], x).compile()
+    return trace, compiled.cost_analysis()["flops"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,7 +118,14 @@ def main() -> None:
                     "over plain": f"{ratio:.2f}",
                 }
             )
-    report("tracing", rows)
+    (ours, flops_ours), (adapted, flops_adapted) = stack(True), stack(False)
+    pairs = [(ours(), adapted()) for _ in range(options.rounds)]
+    report(
+        "tracing",
+        rows,
+        adapted_over_our_layers=round(float(np.median([b / a for a, b in pairs])), 2),
+        flops_adapted_over_our_layers=flops_adapted / flops_ours,
+    )
 
 
 if __name__ == "__main__":
