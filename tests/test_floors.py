@@ -38,6 +38,7 @@ APPLICATION = tuple(
         "memory",
         "prepare",
         "lifecycle",
+        "watch",
         "loop",
         "use",
         "cli",

@@ -13,11 +13,12 @@ from typing import Any
 
 import filelock
 import jax
+import yaml
 from rich.console import Console
 
 from ..checkpoint import differences
 from ..models.hf import read_json
-from .report import PICTURE, SUMMARY, partial_path
+from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, Settings, apart
 from .yaml_files import read_yaml
 
@@ -107,6 +108,11 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
 
 def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [text.replace("the checkpoint", "that run") for text in differences(old, new)]
+
+
+def write_config(directory: Path, settings: Settings) -> None:
+    """`config.yaml`, whole or not at all."""
+    write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
 def keep_results(directory: Path) -> None:

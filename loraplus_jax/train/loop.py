@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import yaml
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,18 +35,14 @@ from .lifecycle import (
     named,
     only_run,
     set_aside,
+    write_config,
 )
 from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .settings import Settings
+from .watch import TrainingFailed, advice, not_finite, spike
 
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
-SPIKE = 2.0
-"""A mean loss this many times the median of the rows before it is said to be a spike."""
-
-
-class TrainingFailed(Exception):
-    """Training went wrong and was ended; the last good checkpoint is kept."""
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -102,11 +96,6 @@ def _train(
             return Trainer(run, directory, manager, console).run_all()
         finally:
             manager.close()
-
-
-def write_config(directory: Path, settings: Settings) -> None:
-    """`config.yaml`, whole or not at all."""
-    write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
 def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
@@ -268,57 +257,33 @@ class Trainer:
         done = [row for row in host if not row["skipped"]]
         values = {name: float(np.mean([row[name] for row in done])) for name in (done[0] if done else ())}
         values["skipped"] = float(len(host) - len(done))
-        if done:
-            self.note_spike(step, values)
+        if done and (jump := spike([value for _, value in self.log.values("loss")], values)):
+            self.console.print(f"step {step}: {jump}")
         rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
         self.log.write(step, values | rates | {"steps_per_second": speed})
         self.check_finite(step, host)
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
-
-    def note_spike(self, step: int, values: Mapping[str, float]) -> None:
-        """Says when the loss jumps, with the norms of that moment."""
-        older = [value for _, value in self.log.values("loss")][-10:]
-        if len(older) >= 3 and values["loss"] > SPIKE * statistics.median(older):
-            norms = ", ".join(f"{n} {v:.3g}" for n, v in values.items() if "_norm/" in n)
-            self.console.print(
-                f"step {step}: the loss jumped to {values['loss']:.4f} "
-                f"(median before {statistics.median(older):.4f}); {norms}"
-            )
 
     def check_finite(self, step: int, rows: list[dict[str, float]]) -> None:
         """Ends the run when too many steps in a row were skipped, naming what was not finite."""
         for number, row in enumerate(rows, step - len(rows) + 1):
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
             if self.skipped_in_a_row >= self.settings.max_skipped:
-                odd = [
-                    name for name, v in row.items() if not math.isfinite(v) and not name.startswith("update")
-                ]
+                odd = not_finite(row)
                 raise TrainingFailed(
                     f"{self.skipped_in_a_row} steps in a row up to step {number} were skipped: not finite were "
-                    f"{', '.join(odd)}; {self.advice(odd)}; checkpoints up to step "
+                    f"{', '.join(odd)}; {advice(self.run, odd)}; checkpoints up to step "
                     f"{self.manager.latest_step() or 0} are kept"
                 )
-
-    def advice(self, odd: list[str]) -> str:
-        """What the evidence supports."""
-        optimizer, config = self.run.settings.optimizer, self.run.config
-        tips = []
-        if "grad_norm/a" in odd and config is not None and config.lr_ratio > 1:
-            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (A's gradient grows with B)")
-        tips.append(f"a lower optimizer.learning_rate than {optimizer.learning_rate:g}")
-        if optimizer.max_grad_norm is None:
-            tips.append("optimizer.max_grad_norm: 1.0")
-        if not optimizer.warmup_steps:
-            tips.append("optimizer.warmup_steps")
-        return "try " + ", or ".join(tips)
 
     def evaluate_and_save(self, step: int) -> None:
         """The validation result goes to the log, to the screen and with a checkpoint."""
         values = self.evaluate(self.state.trainable, "validation")
         if not math.isfinite(values["loss"]):
+            tips = advice(self.run, ["grad_norm/a"])
             raise TrainingFailed(
-                f"the validation loss at step {step} is not finite; {self.advice(['grad_norm/a'])}; checkpoints up "
-                f"to step {self.manager.latest_step() or 0} are kept"
+                f"the validation loss at step {step} is not finite; {tips}; checkpoints up to step "
+                f"{self.manager.latest_step() or 0} are kept"
             )
         named = {f"validation/{name}": value for name, value in values.items()}
         self.log.write(step, named)
