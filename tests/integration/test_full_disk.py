@@ -221,6 +221,7 @@ def test_a_disk_that_is_full_at_the_very_end(home, disk):
 # the directory cannot be written
 
 
+@pytest.mark.slow
 def test_a_directory_that_cannot_be_written_is_refused_and_left_alone(home, disk):
     (disk.seen / "mine").mkdir()
     disk.mount("-o", "remount,ro", disk.place)
@@ -285,6 +286,7 @@ def test_a_cache_that_was_full_once_is_of_use_again(home, disk, tmp_path):
 # nothing is written anywhere else
 
 
+@pytest.mark.slow
 def test_nothing_is_written_outside_the_output_directory_and_the_cache(home, tmp_path):
     places = {name: tmp_path / name for name in ("home", "here", "temporary")}
     for place in places.values():

@@ -142,6 +142,7 @@ def test_a_finished_run_goes_on_with_more_steps_as_if_never_ended(world, capsys)
     assert "steps: 30" in (world.out / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_logging_and_evaluation_may_change_half_way_and_training_does_not(world, straight, capsys):
     last = ("--train.select", "last")
     with pytest.MonkeyPatch.context() as patch:
@@ -163,6 +164,7 @@ def cut_short(checkpoint):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_a_damaged_best_checkpoint_is_named_and_the_next_best_chosen(world, capsys, monkeypatch):
     finish, damaged = Trainer.finish, []
 
