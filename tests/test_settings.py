@@ -197,6 +197,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
         (nested("model.unroll", "yes please"), ["model.unroll", "yes please"]),
         (nested("train.steps", 2.5), ["train.steps", "2.5"]),
         (nested("lora.rank", True), ["lora.rank", "True"]),
+        (nested("lora.lr_ratio", 10**400), ["too large"]),
         (nested("lora.target_modules", [1]), ["lora.target_modules", "1"]),
         ({"data": {"path": "d"}, "output_dir": "o"}, ["model.path"]),
         ({"model": {"path": "m"}, "data": {"path": "d"}}, ["output_dir"]),

@@ -267,7 +267,7 @@ def parse_settings(config: str | Path, overrides: Sequence[str] = ()) -> Setting
     parser = settings_parser()
     try:
         return _instance(parser, parser.parse_args(["--config", str(config), *overrides]))
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError) as error:  # the second for a whole number that no float can hold
         raise ValueError(_explained(str(error))) from None
 
 
@@ -277,7 +277,7 @@ def settings_from_json(values: Mapping[str, Any]) -> Settings:
     parser = settings_parser()
     try:
         return _instance(parser, parser.parse_object(dict(values)))
-    except ArgumentError as error:
+    except (ArgumentError, OverflowError) as error:  # the second for a whole number that no float can hold
         raise ValueError(_explained(str(error))) from None
 
 

@@ -248,7 +248,7 @@ CHANGES = [
     Change("lora.lr_ratio", "2.0", updates),
     Change("lora.init", "lora_b", variables),
     Change("lora.modules_to_save", "[attention_norm]", variables),
-    Change("lora.exclude_modules", "[up]", variables),
+    Change("lora.exclude_modules", "[up]", variables, ("--lora.target_modules", "all-linear")),
     Change("lora.target_parameters", '{{".*word/embedding": "io"}}', variables),
     Change("lora.layers_to_transform", "[1]", variables),
     Change("lora.rank_pattern", '{{"query": 2}}', variables),
