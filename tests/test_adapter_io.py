@@ -145,7 +145,7 @@ A = "lora/layers/q/lora_a"
         (
             lambda d: (d / "adapter.json").write_text("[" * 3000 + "]" * 3000),
             ValueError,
-            "adapter.json is not JSON: maximum recursion depth",
+            "adapter.json is not JSON: maximum recursion depth|nested more than 100 deep|must hold a JSON object",
         ),
         (
             lambda d: edit_notes(d, lambda n: n["specs"].clear()),

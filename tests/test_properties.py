@@ -57,6 +57,7 @@ def sides(w, roles, sizes):
     ]
 
 
+@pytest.mark.slow
 @FEW
 @given(equations(), st.data())
 def test_einsum_of_any_equation(parts, data):
