@@ -152,7 +152,7 @@ def init_lora(
     """Makes the adapters of a model, and the table of what is adapted, without making base weights.
 
     Args:
-      model: from `apply_lora_plus`, or any Linen model with `LoRAPlusDense` in it.
+      model: from `apply_lora_plus`, or any Linen model with layers such as `LoRAPlusDense` in it.
       rngs: a key or a dict of keys, as for `model.init`.
       *args, **kwargs: as for `model.init`; arrays may be given as `jax.ShapeDtypeStruct`.
       base: variables without adapters, `{"params": ...}`, checked against what the model expects where adapted.

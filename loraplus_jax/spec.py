@@ -149,7 +149,7 @@ def _with_stacked(letters: str, stacked: tuple[int, ...]) -> str:
 
 
 Specs = Mapping[str, AdapterSpec]
-"""Module path, segments joined by "/", to its `AdapterSpec`."""
+"""The path of a module, or of a parameter adapted by itself, segments joined by "/", to its `AdapterSpec`."""
 
 
 def specs_to_json(specs: Specs) -> dict[str, Any]:
