@@ -302,3 +302,42 @@ def test_nothing_is_written_outside_the_output_directory_and_the_cache(home, tmp
     assert [str(path) for place in places.values() for path in place.rglob("*")] == []
     assert {path for path in home.directory.rglob("*") if home.out not in path.parents} == before
     assert {path.name for path in tmp_path.iterdir()} == {*places, "out"}
+
+
+# what orbax's threads say once the run has ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at_the_end", "printed"), [("", ""), ("raise KeyError('ours')", "KeyError: 'ours'")]
+)
+def test_writes_that_outlive_a_failed_save_say_nothing(at_the_end, printed):
+    """A write of tensorstore's that ends after its event loop raises where nobody can catch it."""
+    script = f"""
+import asyncio, sys, time, loraplus_command, tensorstore
+import loraplus_jax.train.cli as cli
+
+class Late:
+    def __del__(self):
+        {at_the_end or "pass"}
+
+def main():
+    loop, (promise, future) = asyncio.new_event_loop(), tensorstore.Promise.new()
+    async def wait():
+        await future
+    task = loop.create_task(wait())
+    loop.call_later(0.05, loop.stop)
+    loop.run_forever()
+    loop.close()
+    promise.set_result(3)
+    time.sleep(0.2)
+    Late()
+    return 2
+
+cli.main = main
+loraplus_command.run()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Event loop" not in done.stderr
+    assert done.stderr.splitlines()[-1:] == ([printed] if printed else [])
