@@ -1,0 +1,132 @@
+"""Cross-entropy over a vocabulary without the logits."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .config import check_number, check_whole
+
+
+def chunked_cross_entropy(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    labels: jax.Array,
+    *,
+    chunk: int = 512,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+) -> jax.Array:
+    """The cross-entropy of every token, for a frozen LM head: the `(tokens, vocabulary)` logits are never whole.
+
+    Logits are made for some tokens at a time, and with them at once the gradient that `hidden` will need. That is
+    the same work as a plain loss, without its memory: nothing is computed twice.
+
+    Args:
+      hidden: (..., T, D), the states that the head is applied to.
+      kernel: (D, V), the head. It gets no gradient: one that is trained needs `optax` on the logits.
+      labels: int (..., T), in [0, V).
+      chunk: how many tokens' logits exist at once, over all leading axes together. Chunks are cut along T alone, so
+        leading axes that are split over devices stay split.
+      soft_cap: c, for logits `c * tanh(x / c)` (arXiv 2408.00118, section 2).
+      z_loss: weight of `log(Z)^2`, which keeps logits from drifting (arXiv 2204.02311, section 5).
+
+    Returns:
+      float32 (..., T): `logsumexp(logits) - logits[label]`, the z-loss added.
+
+    Raises:
+      ValueError: shapes do not fit, or an option is out of range.
+
+    Example:
+      >>> hidden, kernel = jnp.ones((1, 3, 2)), jnp.array([[0.0, 1.0], [0.0, 1.0]])
+      >>> chunked_cross_entropy(hidden, kernel, jnp.array([[1, 1, 0]]), chunk=2).round(4).tolist()
+      [[0.12690000236034393, 0.12690000236034393, 2.1268999576568604]]
+    """
+    check_whole("chunk", chunk, at_least=1)
+    check_number("z_loss", z_loss, at_least=0.0)
+    if soft_cap is not None:
+        check_number("soft_cap", soft_cap, above=0.0)
+    if hidden.shape[:-1] != labels.shape or not labels.ndim or kernel.shape[:1] != hidden.shape[-1:]:
+        raise ValueError(
+            f"hidden (..., T, D), kernel (D, V) and labels (..., T) do not fit: {hidden.shape}, {kernel.shape} and "
+            f"{labels.shape}"
+        )
+    rows = labels.reshape(-1, labels.shape[-1])
+    states = hidden.reshape(*rows.shape, hidden.shape[-1])
+    options = _Options(max(1, chunk // max(1, len(rows))), soft_cap, z_loss)
+    return _token_losses(states, jax.lax.stop_gradient(kernel), rows, options).reshape(labels.shape)
+
+
+class _Options(NamedTuple):
+    """Positions a chunk, and what is done to logits and loss."""
+
+    width: int
+    soft_cap: float | None
+    z_loss: float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _token_losses(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options) -> jax.Array:
+    return _in_chunks(lambda h, y: _losses(h, kernel, y, options)[0], hidden, labels, options.width)
+
+
+def _forward(
+    hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
+) -> tuple[jax.Array, tuple]:
+    def both(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses, d_logits = _losses(h, kernel, y, options)
+        d_hidden = jnp.einsum("btv,dv->btd", d_logits.astype(h.dtype), kernel.astype(h.dtype))
+        return losses, d_hidden
+
+    losses, d_hidden = _in_chunks(both, hidden, labels, options.width)
+    return losses, (d_hidden, kernel)
+
+
+def _backward(options: _Options, saved: tuple, gradient: jax.Array) -> tuple:
+    """Tokens do not mix: the gradient of each is its own, times what comes down to its loss."""
+    d_hidden, kernel = saved
+    return (gradient[..., None] * d_hidden).astype(d_hidden.dtype), jnp.zeros_like(kernel), None
+
+
+_token_losses.defvjp(_forward, _backward)
+
+
+def _losses(
+    hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
+) -> tuple[jax.Array, jax.Array]:
+    """Losses (B, t) and their gradient by the logits (B, t, V) for a chunk, in float32."""
+    logits = jnp.einsum(
+        "btd,dv->btv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
+    )
+    slope = None
+    if options.soft_cap is not None:
+        bent = jnp.tanh(logits / options.soft_cap)
+        logits, slope = options.soft_cap * bent, 1.0 - bent**2
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    right = labels[..., None] == jnp.arange(logits.shape[-1])
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    losses = (log_z - chosen + options.z_loss * log_z**2)[..., 0]
+    shares = jnp.exp(logits - log_z)
+    d_logits = shares * (1.0 + 2.0 * options.z_loss * log_z) - right
+    return losses, d_logits if slope is None else d_logits * slope
+
+
+def _in_chunks(function: object, hidden: jax.Array, labels: jax.Array, width: int) -> jax.Array:
+    """Applies a function of (B, t, D) and (B, t) to chunks of t = `width` positions and joins what it returns."""
+    rows, length = labels.shape
+    width = min(width, length)
+    rest = -length % width
+    hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, rest)))
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
+
+    if rest + length == width:
+        return function(hidden, labels)  # pyright: ignore
+    found = jax.lax.map(lambda pair: function(*pair), (cut(hidden), cut(labels)))  # pyright: ignore
+    return jax.tree.map(join, found)

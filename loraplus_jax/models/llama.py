@@ -1,0 +1,342 @@
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, by config. It knows nothing of adapters.
+
+transformers 5 has no Flax models any more, and no other package keeps one of these in Linen: this file is checked
+against transformers' torch models instead (`tests/golden/make_llama.py`).
+
+Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .attention import Attention, cached_attention, causal_attention
+from .hf import NameTable, Rule, embedding, linear, norm
+from .llama_config import LlamaConfig
+from .rope import Rope, rotated
+
+Remat = Literal["none", "dots", "full"]
+
+# What a layer keeps for its gradient, beside its input. "none" is no remat at all.
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, for generation; see `init_cache`.
+
+    Attributes:
+      key, value: (L, B, S, K, H).
+      segment_ids: int32 (B, S), 0 where a slot holds padding or nothing yet.
+      length: int32 scalar, slots used.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `slots` tokens of each of `batch` sequences, their padding included."""
+    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    empty = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
+
+
+class _Shared(NamedTuple):
+    """What every layer is given alike.
+
+    Attributes:
+      rope: cosines and sines of the tokens' positions.
+      segment_ids: (B, T), or None where each row is one sequence.
+      mask: (B, T, S) for a step on a cache that holds something, else None.
+      start: the cache's length before these tokens.
+    """
+
+    rope: Rope
+    segment_ids: jax.Array | None
+    mask: jax.Array | None = None
+    start: jax.Array | None = None
+
+
+class LlamaPart(nn.Module):
+    """What all parts below share: the config, the dtype computed in, and the dtype of parameters."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.nowrap
+    def dense(self, features: int, name: str, *, bias: bool = False) -> nn.Dense:
+        """A Dense layer with the family's initial values."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(features, bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
+
+    @nn.nowrap
+    def norm(self, name: str) -> nn.RMSNorm:
+        """An RMSNorm that computes in float32."""
+        return nn.RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+
+
+class LlamaAttention(LlamaPart):
+    """Grouped-query attention with rotary positions."""
+
+    attention: Attention = "auto"
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, shared: _Shared, cache: Cache | None, layer: jax.Array
+    ) -> tuple[jax.Array, Cache | None]:
+        """(B, T, D) from (B, T, D), and the cache with this layer's keys and values in it."""
+        c = self.config
+        sizes = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+        query, key, value = (
+            self.dense(heads * c.head_dim, f"{name}_proj", bias=c.qkv_bias)(x).reshape(
+                *x.shape[:2], heads, c.head_dim
+            )
+            for name, heads in sizes.items()
+        )
+        if c.qk_norm:
+            query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
+        query, key = rotated(query, shared.rope), rotated(key, shared.rope)
+        if cache is not None:
+            cache = _written(cache, key, value, layer, shared.start)
+        if cache is not None and shared.mask is not None:
+            y = cached_attention(query, cache.key[layer], cache.value[layer], shared.mask)
+        else:
+            y = causal_attention(
+                query,
+                key,
+                value,
+                shared.segment_ids,
+                window=c.sliding_window,
+                implementation=self.attention,
+            )
+        return self.dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y.reshape(*x.shape[:2], -1)), cache
+
+
+def _written(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
+    """The cache with new tokens' keys and values (B, T, K, H) in one layer's slots from `start` on."""
+    at = (layer, 0, start, 0, 0)
+    new = (
+        jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at)
+        for old, x in ((cache.key, key), (cache.value, value))
+    )
+    return Cache(*new, cache.segment_ids, cache.length)
+
+
+class LlamaMLP(LlamaPart):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) from (B, T, D)."""
+        c = self.config
+        gate, up = (self.dense(c.intermediate_size, n, bias=c.mlp_bias)(x) for n in ("gate_proj", "up_proj"))
+        return self.dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(nn.silu(gate) * up)
+
+
+class LlamaLayer(LlamaPart):
+    """Attention and MLP, each on normalised input and added to its own; a step of a scan."""
+
+    attention: Attention = "auto"
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[jax.Array, Cache | None], shared: _Shared, layer: jax.Array
+    ) -> tuple[tuple[jax.Array, Cache | None], None]:
+        """Hidden states (B, T, D) and cache to the same, and nothing to stack."""
+        x, cache = carry
+        args = (self.config, self.dtype, self.param_dtype)
+        y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
+            self.norm("input_layernorm")(x), shared, cache, layer
+        )
+        x = x + y
+        x = x + LlamaMLP(*args, name="mlp")(self.norm("post_attention_layernorm")(x))
+        return (x, cache), None
+
+
+class Llama(nn.Module):
+    """A causal language model of the Llama family (arXiv 2302.13971, 2407.21783, 2310.06825, 2407.10671, 2505.09388).
+
+    Attributes:
+      config: sizes and options.
+      dtype: what is computed in; normalisation, softmax, attention scores and rotations are float32 at least.
+      param_dtype: what parameters are made in.
+      unroll: the layers as straight code instead of a loop, on the same stacked parameters: XLA's cost analysis
+        then counts every layer; slower to compile.
+      remat: what is computed again for the gradient instead of kept: `"none"`; `"dots"`, all but matrix products; or
+        `"full"`, everything but each layer's input.
+      attention: see `causal_attention`.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: bool = False
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    def setup(self) -> None:
+        """Embedding, layers, last norm, and a head of its own unless it is tied to the embedding."""
+        c = self.config
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat must be one of {', '.join(get_args(Remat))}, got {self.remat!r}")
+        init = nn.initializers.normal(c.initializer_range)
+        self.embed_tokens = nn.Embed(
+            c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, embedding_init=init
+        )
+        layer = LlamaLayer
+        if self.remat != "none":
+            # Inside a loop nothing can be shared between forward and backward anyway.
+            layer = nn.remat(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll)
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+            length=c.num_hidden_layers,
+            unroll=c.num_hidden_layers if self.unroll else 1,
+        )(c, self.dtype, self.param_dtype, attention=self.attention)
+        self.norm = nn.RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Dense(c.vocab_size, False, self.dtype, self.param_dtype, kernel_init=init)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits.
+
+        Args:
+          input_ids: int32 (B, T). An id outside the vocabulary gives NaN.
+          segment_ids: int32 (B, T): 0 is padding, any other number a sequence, of which several may be packed in a
+            row one after the other. Tokens see earlier tokens of their own sequence only. An attention mask is one
+            such array. None: every row is one whole sequence.
+          positions: int32 (B, T); by default each token's index in its sequence, so padding may stand on either
+            side.
+
+        Returns:
+          float32 (B, T, vocabulary); values at padding are finite and mean nothing.
+
+        Raises:
+          ValueError: shapes differ.
+        """
+        return self._logits(self.hidden(input_ids, segment_ids, positions))
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head is applied to, (B, T, D) in `dtype`; arguments as for a call."""
+        _check_inputs(input_ids, segment_ids, positions)
+        if positions is None:
+            positions = positions_of(segment_ids, input_ids.shape[1])
+        shared = _Shared(self.config.rope(positions), segment_ids)
+        return self._run(input_ids, shared, None)[0]
+
+    def extend(
+        self, input_ids: jax.Array, segment_ids: jax.Array, cache: Cache, *, first: bool
+    ) -> tuple[jax.Array, Cache]:
+        """Takes tokens into a cache.
+
+        Args:
+          input_ids: int32 (B, T), for the slots from `cache.length` on; not checked to be free.
+          segment_ids: int32 (B, T): 1, or 0 for padding, which only stands before a sequence's first token.
+          cache: what was before.
+          first: whether it is empty; then nothing in it is looked at.
+
+        Returns:
+          Logits of the last token, float32 (B, vocabulary), and the cache.
+        """
+        segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+        positions = jnp.cumsum(segment_ids, axis=1) - 1
+        if not first:
+            positions += jnp.sum(cache.segment_ids, axis=1, keepdims=True)
+        # Of padding the position does not matter, but the largest one of all does to dynamic rotary scaling.
+        rope = self.config.rope(jnp.maximum(positions, 0))
+        mask = None if first else self._cache_mask(segments, cache.length, input_ids.shape[1])
+        shared = _Shared(rope, segment_ids, mask, cache.length)
+        x, cache = self._run(input_ids, shared, cache._replace(segment_ids=segments))
+        return self._logits(x[:, -1:])[:, 0], cache._replace(length=cache.length + input_ids.shape[1])
+
+    def _cache_mask(self, segments: jax.Array, start: jax.Array, length: int) -> jax.Array:
+        """What each new token sees of the cache: boolean (B, T, S)."""
+        slot = jnp.arange(segments.shape[1])[None, :]
+        own = start + jnp.arange(length)[:, None]
+        seen = slot <= own
+        if self.config.sliding_window is not None:
+            seen &= own - slot < self.config.sliding_window
+        return seen[None] & (segments > 0)[:, None, :]
+
+    def _run(self, input_ids: jax.Array, shared: _Shared, cache: Any) -> tuple[jax.Array, Any]:
+        layers = jnp.arange(self.config.num_hidden_layers)
+        (x, cache), _ = self.layers((self.embed_tokens(input_ids), cache), shared, layers)
+        return self.norm(x), cache
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
+        return logits.astype(jnp.float32)
+
+
+def positions_of(segment_ids: jax.Array | None, length: int) -> jax.Array:
+    """Each token's index in its segment, int32 (B or 1, T).
+
+    >>> positions_of(jnp.array([[0, 1, 1, 2, 2, 2]]), 6)
+    Array([[0, 0, 1, 0, 1, 2]], dtype=int32)
+    """
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    if segment_ids is None:
+        return index
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    starts = jnp.where(segment_ids != before, index, 0)
+    inside = index - jax.lax.cummax(starts, axis=1)
+    return jnp.where(segment_ids == 0, 0, inside)
+
+
+def head_kernel(params: Mapping[str, Any]) -> jax.Array:
+    """The head of a `Llama`'s parameters as a kernel (D, V): its own, or the embedding turned round."""
+    if "lm_head" in params:
+        return params["lm_head"]["kernel"]
+    return params["embed_tokens"]["embedding"].T
+
+
+def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have the shape (batch, tokens), got {input_ids.shape}")
+    for name, array in (("segment_ids", segment_ids), ("positions", positions)):
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(f"{name} has the shape {array.shape}, input_ids has {input_ids.shape}")
+
+
+def name_table(config: LlamaConfig) -> NameTable:
+    """Where the tensors of a checkpoint in Hugging Face's names go in a `Llama`."""
+    layer, layers = "layers.{layer}", "layers"
+    rules: list[Rule] = [*embedding("embed_tokens", "embed_tokens"), *norm("norm", "norm", bias=False)]
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        rules += norm(f"{layer}.{name}", f"{layers}/{name}", bias=False)
+    biased = {"o_proj": config.attention_bias} | dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj"), config.qkv_bias
+    )
+    for name, bias in biased.items():
+        rules += linear(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=bias)
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        rules += norm(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        rules += linear(f"{layer}.mlp.{name}", f"{layers}/mlp/{name}", bias=config.mlp_bias)
+    ignore = [r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"]
+    if config.tie_word_embeddings:
+        ignore.append(r"lm_head\.weight")  # some files hold the embedding twice
+    else:
+        rules += linear("lm_head", "lm_head", bias=False)
+    return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=tuple(ignore))

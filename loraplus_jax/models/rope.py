@@ -1,0 +1,153 @@
+"""Rotary positions and the ways in which they are stretched beyond the context that a model was trained on."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import nearest
+
+Scaling = tuple[tuple[str, Any], ...]
+"""A `rope_scaling` mapping as sorted pairs, so that a config can be hashed."""
+
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+    "factors": ("factors",),
+}
+_OPTIONAL: Mapping[str, tuple[str, ...]] = {
+    "dynamic": ("original_max_position_embeddings",),
+    "yarn": (
+        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+class Rope(NamedTuple):
+    """Cosines and sines of every token's angles, float32 (B or 1, T, H / 2)."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotated(x: jax.Array, rope: Rope) -> jax.Array:
+    """Queries or keys (B, T, N, H) turned by their positions, first half against second (arXiv 2104.09864)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def checked_scaling(given: Mapping[str, Any] | None) -> Scaling:
+    """The pairs of a `rope_scaling` as `config.json` has it; none for the default.
+
+    Raises:
+      ValueError: an unknown type, or a number missing, unknown or not positive.
+    """
+    given = {key: value for key, value in (given or {}).items() if value is not None}
+    kind = given.pop("rope_type", given.pop("type", "default"))
+    given.pop("type", None)  # older files have both
+    given.pop("rope_theta", None)
+    if kind not in _NEEDED:
+        raise ValueError(
+            f"rope_scaling: the type must be one of {', '.join(_NEEDED)}, got {kind!r}{nearest(str(kind), _NEEDED)}"
+        )
+    allowed = (*_NEEDED[kind], *_OPTIONAL.get(kind, ()))
+    if absent := [name for name in _NEEDED[kind] if name not in given]:
+        raise ValueError(f"rope_scaling: {kind} needs {', '.join(absent)}")
+    if odd := [name for name in given if name not in allowed and kind != "default"]:
+        raise ValueError(f"rope_scaling: {kind} does not take {', '.join(odd)}, only {', '.join(allowed)}")
+    if kind == "default":
+        return ()
+    values = {name: _number(name, value) for name, value in given.items()}
+    return (("rope_type", kind), *sorted(values.items()))
+
+
+def _number(name: str, value: Any) -> Any:
+    if name == "truncate" and isinstance(value, bool):
+        return value
+    if name == "factors" and isinstance(value, list | tuple):
+        return tuple(_number("factors", one) for one in value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"rope_scaling: {name} must be a positive number, got {value!r}")
+    return value
+
+
+def make_rope(positions: jax.Array, *, size: int, theta: float, scaling: Scaling, max_positions: int) -> Rope:
+    """The rotations of positions (B or 1, T) for heads of `size`, as transformers' `modeling_rope_utils` has them.
+
+    `dynamic` goes by the largest position of the call.
+    """
+    options = dict(scaling)
+    kind = options.get("rope_type", "default")
+    plain = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+    attention = 1.0
+    if kind == "dynamic":
+        inverse = _dynamic(positions, size, theta, options, max_positions)
+    elif kind == "yarn":
+        inverse, attention = _yarn(plain, size, theta, options, max_positions)
+    else:
+        inverse = _fixed(kind, plain, options)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
+    return Rope(jnp.cos(angles) * attention, jnp.sin(angles) * attention)
+
+
+def _fixed(kind: str, plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
+    if kind == "linear":
+        return plain / options["factor"]
+    if kind == "factors":
+        return plain / np.array(options["factors"], np.float64)
+    return _llama3(plain, options) if kind == "llama3" else plain
+
+
+def _llama3(plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
+    """Long waves are stretched, short ones are not, those between in part (arXiv 2407.21783, section 3.4.2)."""
+    turns = options["original_max_position_embeddings"] * plain / (2 * math.pi)
+    low, high = options["low_freq_factor"], options["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - kept) * plain / options["factor"] + kept * plain
+
+
+def _dynamic(
+    positions: jax.Array, size: int, theta: float, options: Mapping[str, Any], max_positions: int
+) -> jax.Array:
+    original = options.get("original_max_position_embeddings", max_positions)
+    longest = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
+    stretch = options["factor"] * longest / original - (options["factor"] - 1)
+    base = theta * stretch ** (size / (size - 2))
+    return base ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+
+
+def _yarn(
+    plain: np.ndarray, size: int, theta: float, options: Mapping[str, Any], max_positions: int
+) -> tuple[np.ndarray, float]:
+    """NTK by parts and the attention's temperature (arXiv 2309.00071, sections 3.2 and 3.4)."""
+    factor = options["factor"]
+    original = options.get("original_max_position_embeddings", max_positions)
+
+    def dimension(turns: float) -> float:
+        """The index whose wave makes so many turns in the original context."""
+        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(options.get("beta_fast", 32)), dimension(options.get("beta_slow", 1))
+    if options.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    inverse = ramp * plain / factor + (1 - ramp) * plain
+    return inverse, options.get("attention_factor") or _temperature(factor, options)
+
+
+def _temperature(factor: float, options: Mapping[str, Any]) -> float:
+    def scaled(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if options.get("mscale") and options.get("mscale_all_dim"):
+        return scaled(options["mscale"]) / scaled(options["mscale_all_dim"])
+    return scaled(1.0)
