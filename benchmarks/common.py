@@ -42,8 +42,15 @@ def machine() -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -53,12 +60,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def report(name: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
-    """Prints the table and writes `results/NAME.json`."""
+def report(
+    name: str, rows: Sequence[Mapping[str, Any]], *, unprinted: Mapping[str, Any] | None = None, **more: Any
+) -> None:
+    """Prints the table and writes `results/NAME.json`; `unprinted` goes into the file alone."""
     print(table(rows))
     for key, value in more.items():
         print(f"{key}: {value}")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), "rows": list(rows), **more}, indent=1) + "\n")
+    found = {"machine": machine(), "rows": list(rows), **more, **(unprinted or {})}
+    path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

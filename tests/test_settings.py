@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from loraplus_jax.train.settings import (
+    QUERIES_AND_VALUES,
     MeshSettings,
     ModelSettings,
     OptimizerSettings,
@@ -79,6 +80,17 @@ OTHER = {
     "seed": 9,
     "output_dir": "there",
 }
+# Fields of language models, with task instruction.
+LANGUAGE = {
+    "model.remat": "dots",
+    "model.attention": "xla",
+    "model.loss_chunk": 64,
+    "data.template": "plain",
+    "data.answers": "last",
+    "data.packing": True,
+    "data.column_names": {"prompt": "question"},
+    "train.prompt": "Why?",
+}
 # Alone they are refused: they go with data.train in place of data.path.
 FILES = {"data.train": "a.csv", "data.validation": "b.csv", "data.test": "c.csv"}
 
@@ -122,7 +134,8 @@ def base(tmp_path_factory):
 
 
 def test_the_tables_here_name_every_field():
-    assert OTHER.keys() | FILES.keys() | {"optimizer.decay_steps"} == set(dotted())
+    alone = {"optimizer.decay_steps", "train.prompt_tokens"}
+    assert OTHER.keys() | LANGUAGE.keys() | FILES.keys() | alone == set(dotted())
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -137,6 +150,39 @@ def test_every_field_is_read_from_the_file_and_from_the_command_line(tmp_path, b
     assert from_file == from_line != base
     changed = [n for n in OTHER if value(from_file, n) != value(base, n)]
     assert changed == [name]
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_every_field_of_language_models_is_read_and_refused_for_encoders(tmp_path, name):
+    given = LANGUAGE[name]
+    language = parsed(tmp_path, content=LEAST | {"task": "instruction"})
+    from_file = parsed(tmp_path, content=nested(name, given) | {"task": "instruction"})
+    word = json.dumps(given) if isinstance(given, bool | dict) else str(given)
+    from_line = parsed(tmp_path, f"--{name}", word, "--task", "instruction")
+    assert value(language, name) != value(from_file, name) == value(from_line, name) == given
+    assert [n for n in LANGUAGE if value(from_file, n) != value(language, n)] == [name]
+    with pytest.raises(ValueError, match=f"{name} goes with the tasks? instruction"):
+        parsed(tmp_path, f"--{name}", word)
+
+
+@pytest.mark.parametrize("name", ["model.pooling", "model.dropout", "model.head_dropout", "data.text_pair"])
+def test_fields_of_encoders_are_refused_for_language_models(tmp_path, name):
+    content = nested(name, OTHER[name]) | {"task": "multiple_choice"}
+    with pytest.raises(ValueError, match=f"{name} goes with the tasks classification and regression"):
+        parsed(tmp_path, content=content)
+
+
+def test_answers_and_their_length_go_with_what_they_need(tmp_path):
+    with pytest.raises(ValueError, match=r"answers goes with the task instruction, .* is multiple_choice"):
+        parsed(tmp_path, "--data.answers", "last", "--task", "multiple_choice")
+    with pytest.raises(ValueError, match=r"prompt_tokens goes with train\.prompt, which is not set"):
+        parsed(tmp_path, "--train.prompt_tokens", "9", "--task", "instruction")
+    settings = parsed(
+        tmp_path, "--train.prompt", "Why?", "--train.prompt_tokens", "9", "--task", "instruction"
+    )
+    assert settings.train.prompt_tokens == 9
+    with pytest.raises(ValueError, match=r"train\.prompt is empty"):
+        parsed(tmp_path, "--train.prompt", " ", "--task", "instruction")
 
 
 def test_steps_of_decay_go_with_their_schedule(tmp_path):
@@ -157,7 +203,7 @@ def test_the_command_line_wins_and_the_last_word_on_it(tmp_path):
     content = nested("lora.rank", 2)
     settings = parsed(tmp_path, "--lora.rank", "3", "--lora.rank=4", content=content)
     assert settings.lora.rank == 4
-    assert settings.lora.target_modules == ("query", "value")
+    assert settings.lora.target_modules == QUERIES_AND_VALUES
 
 
 def test_one_regular_expression_and_a_list_are_told_apart(tmp_path):

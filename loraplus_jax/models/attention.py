@@ -36,8 +36,8 @@ def causal_attention(
       segment_ids: int32 (B, T), or None where each row is one segment.
       window: how many tokens are seen at most, the token itself included; None for all.
       implementation: `"xla"` is `jax.nn.dot_product_attention`; `"blocked"` skips the keys that a block of queries
-        cannot see and keeps no probabilities for the gradient (as arXiv 2205.14135 does within one device's
-        memory), so that memory grows with T and not with T²; `"auto"` takes blocked from 256 tokens on.
+        cannot see and keeps no probabilities for the gradient (arXiv 2205.14135), so that memory grows with T and
+        not with T²; `"auto"` takes blocked from 256 tokens on.
 
     Returns:
       (B, T, N, H) in the query's dtype; scores and softmax are float32.
@@ -59,7 +59,7 @@ def causal_attention(
 
 
 def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention of new tokens to a cache: query (B, T, N, H), key and value (B, S, K, H), boolean mask (B, T, S)."""
+    """Attention of new tokens (B, T, N, H) to a cache of keys and values (B, S, K, H); the mask is (B, T, S)."""
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
@@ -116,7 +116,7 @@ def _forward(
     q, k, v = _rows(query, groups), _rows(key, 1), _rows(value, 1)
     outs, norms = [], []
     for span in blocks.spans(query.shape[1]):
-        start, stop, first = span
+        _, stop, first = span
         scores = _scores(q, k, segment_ids, blocks, span, groups)
         top = jnp.max(scores, axis=-1, keepdims=True)
         shares = jnp.exp(scores - top)
@@ -175,7 +175,7 @@ def _scale(q: jax.Array) -> float:
 
 
 def _rows(x: jax.Array, groups: int) -> jax.Array:
-    """(B, T, K * G, H) to (B, K, T * G, H): a block of tokens is a block of rows, of all heads of a key together."""
+    """(B, T, K * G, H) to (B, K, T * G, H): a block of tokens is a block of rows, all heads of a key together."""
     batch, length, heads, size = x.shape
     x = x.reshape(batch, length, heads // groups, groups, size)
     return x.transpose(0, 2, 1, 3, 4).reshape(batch, heads // groups, length * groups, size)

@@ -1,13 +1,14 @@
-"""Strict, table-driven loading of weights from a Hugging Face directory.
+"""Strict, table-driven loading of weights from a Hugging Face directory or a GGUF file.
 
-A model keeps a `NameTable` beside its code; `load_params` reads safetensors by it. Nothing is guessed: every
-tensor that is missing, left over or misshapen is listed, all in one error, before the first weight is read.
+A model keeps a `NameTable` beside its code; `load_params` reads safetensors and GGUF by it. Nothing is guessed:
+every tensor that is missing, left over or misshapen is listed, all in one error, before the first weight is read.
 """
 
+import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -18,12 +19,14 @@ import numpy as np
 from flax import traverse_util
 
 from ..config import read_json
+from . import gguf
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER = "{layer}"
 _SHOWN = 20
+_PIECE = 2**22  # bytes, counted as float32, that are read at a time
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,13 @@ def embedding(name: str, path: str) -> tuple[Rule, ...]:
 
 
 def load_config(directory: str | Path) -> dict[str, Any]:
-    """Reads `config.json` of a Hugging Face directory.
+    """Reads `config.json` of a Hugging Face directory, or what a GGUF file has instead, see `gguf.config`.
 
     Raises:
-      ValueError: no directory, no such file in it, or it holds no JSON object.
+      ValueError: no directory, no such file in it, or it holds no JSON object; or a GGUF file that cannot be read.
     """
+    if (file := gguf.find(Path(directory))) is not None:
+        return gguf.config(gguf.read(file))
     return read_json(_existing(Path(directory)) / "config.json")
 
 
@@ -104,12 +109,13 @@ def load_params(
     param_dtype: Any = None,
     place: Callable[[str, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
-    """Loads a model's parameters from `model.safetensors`, or from the shards that its index names.
+    """Loads a model's parameters from `model.safetensors`, the shards that its index names, or a GGUF file.
 
-    The host holds one leaf at a time, beside the memory-mapped file. Names and shapes are all checked first.
+    The host holds one leaf at a time and a few MiB, beside the memory-mapped file. Names and shapes are all checked
+    first. Quantised tensors are dequantised.
 
     Args:
-      directory: a Hugging Face directory.
+      directory: a Hugging Face directory, a GGUF file, or a directory with one of those and no safetensors.
       table: the model's name table.
       expected: the model's parameters as shapes, `jax.eval_shape(model.init, ...)["params"]`.
       new: path prefixes of leaves that do not come from the file, such as a new `"head"`.
@@ -123,8 +129,8 @@ def load_params(
     Raises:
       ValueError: a tensor is missing, extra or misshapen (all are listed together: `-` missing, `+` extra,
         `~` different); the table does not cover the model; a file is absent, damaged or a pickle; the index
-        names a file outside the directory.
-      ImportError: safetensors is not installed.
+        names a file outside the directory; several GGUF files in the directory.
+      ImportError: safetensors, or for a GGUF file gguf, is not installed.
 
     Example:
       >>> import tempfile
@@ -137,7 +143,7 @@ def load_params(
       ((3, 2), 'bfloat16')
     """
     leaves, found = check_params(directory, table, expected, new=new)
-    keep = place or (lambda path, array: jnp.asarray(array))
+    keep = place or (lambda path, array: jax.device_put(array))
     flat = {
         rule.path: keep(rule.path, _read(rule, leaves[rule.path], found, param_dtype)) for rule in table.rules
     }
@@ -148,7 +154,7 @@ def check_params(
     directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, "_Tensor"]]:
     """The checks of `load_params`, which read no weight; returns the leaves by path and their tensors by name."""
-    directory = _existing(Path(directory))
+    directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
     wanted = {name for rule in table.rules for name in _expand(rule, leaves[rule.path])}
     found, problems = _find(directory, table, wanted)
@@ -160,12 +166,16 @@ def check_params(
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor in a file: its own name there, shape, and safetensors' word for its dtype."""
+    """A tensor in a file: its own name there, its contents, and which types are read of such a file."""
 
     file: Any
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    view: Any
+    dtypes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.view.get_shape())
 
 
 def _leaves_from_file(
@@ -204,15 +214,12 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     """The wanted tensors in the directory by renamed name, and a line for each that should not be there."""
     found: dict[str, _Tensor] = {}
     problems = []
-    listed = _listed(directory)
-    for file_name in sorted(set(listed.values())) or [SINGLE]:
-        file = _open(directory / file_name)
+    for file_name, file, dtypes, promised in _files(directory):
         names = set(file.keys())
-        lost = sorted(n for n, owner in listed.items() if owner == file_name and n not in names)
+        lost = sorted(promised - names)
         problems += [f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in lost]
         for name in sorted(names):
-            view, key = file.get_slice(name), table.canonical(name)
-            tensor = _Tensor(file, name, tuple(view.get_shape()), view.get_dtype())
+            key, tensor = table.canonical(name), _Tensor(file, name, file.get_slice(name), dtypes)
             if key in found:
                 problems.append(f"+ {name} (a second tensor for {found[key].name}, in {file_name})")
             elif key in wanted:
@@ -222,10 +229,20 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     return found, problems
 
 
+def _files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
+    """Each file with weights: its name, the file opened, the types that are read, the tensors an index promises."""
+    if (file := gguf.find(path)) is not None:
+        yield file.name, gguf.Weights(gguf.read(file)), gguf.DTYPES, set()
+        return
+    listed = _listed(_existing(path))
+    for name in sorted(set(listed.values())) or [SINGLE]:
+        yield name, _open(path / name), _FLOATS, {tensor for tensor, owner in listed.items() if owner == name}
+
+
 def _compare(
     table: NameTable, leaves: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, _Tensor]
 ) -> list[str]:
-    """A line for each wanted tensor that is absent, misshapen or not of a floating type."""
+    """A line for each wanted tensor that is absent, misshapen or not of a type that is read."""
     problems = []
     for rule in table.rules:
         shape = _shape_in_file(rule, leaves[rule.path])
@@ -235,9 +252,9 @@ def _compare(
                 problems.append(f"- {name} {list(shape)} (the model needs it)")
             elif tensor.shape != shape:
                 problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
-            elif tensor.dtype not in _FLOATS:
+            elif (dtype := tensor.view.get_dtype()) not in tensor.dtypes:
                 problems.append(
-                    f"~ {tensor.name} is {tensor.dtype}, the model needs one of {', '.join(_FLOATS)}"
+                    f"~ {tensor.name} is {dtype}, the model needs one of {', '.join(tensor.dtypes)}"
                 )
     return problems
 
@@ -256,18 +273,39 @@ def _report(directory: Path, problems: list[str]) -> str:
 def _read(
     rule: Rule, leaf: jax.ShapeDtypeStruct, found: Mapping[str, _Tensor], param_dtype: Any
 ) -> np.ndarray:
-    """One leaf, its layers written one by one into place, so that no second copy of it is made."""
-    out = np.empty(leaf.shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
+    """One leaf, written piece by piece into place, so that no second copy of it is made."""
+    out = _aligned(leaf.shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
     slots = out if _LAYER in rule.name else out[None]
     for index, name in enumerate(_expand(rule, leaf)):
-        value = found[name].file.get_tensor(found[name].name)
-        slots[index] = value.T if rule.transposed else value
+        _fill(slots[index : index + 1], found[name], transposed=rule.transposed)
     return out
 
 
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array on a boundary of 64 bytes: on the CPU `jax.device_put` takes it over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    spare = np.empty(size + 63, np.uint8)
+    start = -spare.ctypes.data % 64
+    return spare[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(slot: np.ndarray, tensor: _Tensor, *, transposed: bool) -> None:
+    """Writes a tensor to `slot[0]`."""
+    if not tensor.shape:
+        slot[0] = tensor.file.get_tensor(tensor.name)
+        return
+    target = slot[0].T if transposed else slot[0]
+    rows = _PIECE // max(1, 4 * math.prod(tensor.shape[1:])) or 1
+    for start in range(0, len(target), rows):
+        stop = min(start + rows, len(target))
+        target[start:stop] = tensor.view[start:stop]
+
+
 def _existing(directory: Path) -> Path:
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory; give one with config.json and {SINGLE} in it")
+    if not os.path.isdir(directory):
+        raise ValueError(
+            f"{directory} is no directory and no GGUF file; give one, or a directory with config.json and {SINGLE}"
+        )
     return directory
 
 

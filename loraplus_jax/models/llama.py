@@ -124,11 +124,11 @@ class LlamaAttention(LlamaPart):
 def _written(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
     """The cache with new tokens' keys and values (B, T, K, H) in one layer's slots from `start` on."""
     at = (layer, 0, start, 0, 0)
-    new = (
+    key, value = (
         jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at)
         for old, x in ((cache.key, key), (cache.value, value))
     )
-    return Cache(*new, cache.segment_ids, cache.length)
+    return cache._replace(key=key, value=value)
 
 
 class LlamaMLP(LlamaPart):
@@ -163,7 +163,7 @@ class LlamaLayer(LlamaPart):
 
 
 class Llama(nn.Module):
-    """A causal language model of the Llama family (arXiv 2302.13971, 2407.21783, 2310.06825, 2407.10671, 2505.09388).
+    """A causal language model (arXiv 2302.13971, 2407.21783; 2310.06825; 2407.10671, 2505.09388).
 
     Attributes:
       config: sizes and options.
@@ -171,8 +171,8 @@ class Llama(nn.Module):
       param_dtype: what parameters are made in.
       unroll: the layers as straight code instead of a loop, on the same stacked parameters: XLA's cost analysis
         then counts every layer; slower to compile.
-      remat: what is computed again for the gradient instead of kept: `"none"`; `"dots"`, all but matrix products; or
-        `"full"`, everything but each layer's input.
+      remat: what is computed again for the gradient instead of kept: `"none"`; `"dots"`, all but matrix products;
+        or `"full"`, everything but each layer's input.
       attention: see `causal_attention`.
     """
 

@@ -154,7 +154,7 @@ def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _window(given: Mapping[str, Any]) -> int | None:
-    """The sliding window where all layers have it; Qwen's switch it on by an option and leave the first layers out."""
+    """The window where all layers have it; Qwen's switch it on by an option and leave the first layers out."""
     window = given.get("sliding_window")
     if given["model_type"].startswith("qwen") and not given.get("use_sliding_window", False):
         return None

@@ -94,7 +94,7 @@ def make_rope(positions: jax.Array, *, size: int, theta: float, scaling: Scaling
         inverse, attention = _yarn(plain, size, theta, options, max_positions)
     else:
         inverse = _fixed(kind, plain, options)
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)[None, None]
     return Rope(jnp.cos(angles) * attention, jnp.sin(angles) * attention)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `loraplus train | inspect | eval | predict | fetch`."""
+"""The command line: `loraplus train | inspect | eval | predict | generate | fetch`."""
 
 import argparse
 import json
@@ -82,6 +82,24 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--text", action="append", default=[], help="a text; may be given several times")
     predict.add_argument("--data", help="a file with texts, instead of --text")
     predict.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
+    generate = add("generate", _generate, "answer prompts with a language model, tuned or as it is")
+    generate.add_argument("place", metavar="RUN|MODEL", help="a run, an adapter directory, or a model")
+    generate.add_argument(
+        "--prompt", action="append", default=[], help="a prompt; may be given several times"
+    )
+    generate.add_argument("--data", help="a file of conversations, whose last answers are made anew")
+    generate.add_argument("--system", help="a text that stands before every --prompt")
+    generate.add_argument("--max_tokens", type=int, default=128, help="of an answer (default 128)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0, the default, is the likeliest token"
+    )
+    generate.add_argument(
+        "--top_p", type=float, default=1.0, help="share of probability drawn from (default 1)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="of draws (default 0)")
+    generate.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (default 8)")
+    generate.add_argument("--template", help="model, plain or a file; a run has its own")
+    generate.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
     fetch = add("fetch", _fetch, "fetch a model or data set by name; without a name, list them")
     fetch.add_argument("name", nargs="?", metavar="NAME")
     return parser
@@ -140,6 +158,22 @@ def _predict(options: argparse.Namespace, _: list[str]) -> None:
     else:
         for row in found:
             print(json.dumps(row, ensure_ascii=False))
+
+
+def _generate(options: argparse.Namespace, _: list[str]) -> None:
+    from .speak import speak
+    from .use import check_output, write_predictions
+
+    if options.output is not None:
+        check_output(options.output)
+    names = ("data", "system", "max_tokens", "temperature", "top_p", "seed", "batch_size", "template")
+    given = {name: getattr(options, name) for name in names}
+    found = speak(options.place, prompts=options.prompt, **given)
+    if options.output is not None:
+        write_predictions(options.output, found)
+    else:
+        for row in found:
+            print(f"> {row['prompt']}\n{row['answer']}\n")
 
 
 def _fetch(options: argparse.Namespace, _: list[str]) -> None:

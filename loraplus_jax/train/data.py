@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -25,7 +25,7 @@ Batch = dict[str, np.ndarray]
 class DataSettings:
     """Where the texts lie, which columns hold what, and how they are split.
 
-    A value is a path, a fetchable name or a hub id; files are .csv, .tsv or .jsonl.
+    A value is a path, a fetchable name or a hub id; files are .csv, .tsv or .jsonl, for language models .json too.
 
     Attributes:
       path: one file, split by `split_seed` into train, validation and test. Either this or `train` is required.
@@ -39,6 +39,10 @@ class DataSettings:
       validation_fraction: share of the distinct texts for validation, when no file is given for it.
       test_fraction: share of the distinct texts of `path` for the test split; 0 makes none.
       split_seed: decides which text goes to which split.
+      template: the chat template: the model's own, plain (a few headings), or a file.
+      answers: whether all turns of the assistant are learned, or the last.
+      packing: whether short conversations share a row of max_length tokens; batches are counted in rows.
+      column_names: for conversations and questions in columns of other names, ours to the file's.
 
     Raises:
       ValueError: a field is out of range, or two do not go together; the message names them.
@@ -55,9 +59,13 @@ class DataSettings:
     validation_fraction: float = 0.1
     test_fraction: float = 0.2
     split_seed: int = 0
+    template: str = "model"
+    answers: Literal["all", "last"] = "all"
+    packing: bool = False
+    column_names: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("path", "train", "validation", "test", "text", "text_pair", "label"):
+        for name in ("path", "train", "validation", "test", "text", "text_pair", "label", "template"):
             value = getattr(self, name)
             if value is None and name in ("text", "label"):
                 raise ValueError(f"{name} must name a column, got None")
@@ -136,14 +144,20 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
     Raises:
       ValueError: a file is faulty (see `read_rows`), or holds too few distinct texts to split.
     """
+    return split_files(settings, lambda value: load_rows(resolve(value), settings), _split)
+
+
+def split_files(
+    settings: DataSettings, load: Callable[[str], Any], split: Callable[[Any, Mapping[str, float], int], dict]
+) -> dict[str, Any]:
+    """What `load` makes of each file that the settings name, by split; `split` cuts one file by shares and seed."""
     if settings.path is not None:
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
-        return _split(load_rows(resolve(settings.path), settings), shares, settings.split_seed)
+        return split(load(settings.path), shares, settings.split_seed)
     named = {"train": settings.train, "validation": settings.validation, "test": settings.test}
-    splits = {key: load_rows(resolve(value), settings) for key, value in named.items() if value is not None}
+    splits = {key: load(value) for key, value in named.items() if value is not None}
     if "validation" not in splits:
-        shares = {"validation": settings.validation_fraction}
-        splits |= _split(splits["train"], shares, settings.split_seed)
+        splits |= split(splits["train"], {"validation": settings.validation_fraction}, settings.split_seed)
     return {key: splits[key] for key in named if key in splits}
 
 
@@ -160,19 +174,22 @@ def load_rows(path: Path, settings: DataSettings) -> Rows:
 
 
 def _split(rows: Rows, shares: Mapping[str, float], seed: int) -> dict[str, Rows]:
-    """Train and the splits of `shares` (shares of the distinct texts; at least one text each, or none at 0)."""
-    keys = [" ".join(text.split()).casefold() for text in rows.texts]
+    homes = split_texts(rows.texts, shares, seed, where=rows.places[0].rpartition(":")[0])
+    return {name: rows.take(indices) for name, indices in homes.items()}
+
+
+def split_texts(
+    texts: Sequence[str], shares: Mapping[str, float], seed: int, *, where: str
+) -> dict[str, list[int]]:
+    """Indices of `train` and of the splits of `shares` (of the distinct texts; at least one each, or none at 0)."""
+    keys = [" ".join(text.split()).casefold() for text in texts]
     order = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
     sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
     if sum(sizes.values()) >= len(order):
-        raise ValueError(
-            f"{rows.places[0].rpartition(':')[0]}: {len(order)} distinct texts are too few to split"
-        )
+        raise ValueError(f"{where}: {len(order)} distinct texts are too few to split")
     names = [name for name, size in sizes.items() for _ in range(size)]
     home = dict.fromkeys(order, "train") | dict(zip(order, names, strict=False))
-    return {
-        name: rows.take(i for i, key in enumerate(keys) if home[key] == name) for name in ("train", *sizes)
-    }
+    return {name: [i for i, key in enumerate(keys) if home[key] == name] for name in ("train", *sizes)}
 
 
 def label_names(splits: Mapping[str, Rows]) -> list[str]:

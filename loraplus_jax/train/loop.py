@@ -21,8 +21,9 @@ from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, sav
 from ..optim import rate_at
 from ..sharding import replicate
 from ..train_step import DATA_AXIS, TrainState, init_state, means
-from ..tree import count, label_params
+from ..tree import combine, count, label_params
 from .data import Batch, eval_batches, train_batches
+from .family import rows_of
 from .fetch import cache_dir
 from .lifecycle import (
     ADAPTER,
@@ -143,6 +144,7 @@ class Trainer:
         )
         self.held_out = "test" if "test" in run.data.splits else "validation"
         self.roles = sorted(set(jax.tree.leaves(label_params(run.parts.trainable, run.parts.specs))))
+        self.answers: dict[str, str] = {}
         self.pending: list[Any] = []  # the metrics of steps that no row tells of yet
 
     def run_all(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ class Trainer:
 
     def print_head(self, step: int) -> None:
         """What is about to be trained."""
-        sizes = {name: len(arrays["label"]) for name, arrays in self.run.data.splits.items()}
+        sizes = self.run.data.examples
         trained = count(self.run.parts.trainable)
         total = trained + count(self.run.parts.frozen)
         method = self.run.settings.method
@@ -198,10 +200,14 @@ class Trainer:
         if unused:
             self.console.print(f"method {self.run.settings.method} does not use {unused}")
         self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
+        if (rows := rows_of(self.run.data.splits["train"])) != sizes["train"]:
+            self.console.print(
+                f"packed: {rows:,} rows of {self.run.settings.data.max_length} tokens to train on"
+            )
         if cut := sum(self.run.data.truncated.values()):
             length = self.run.settings.data.max_length
             self.console.print(
-                f"{cut:,} of {sum(sizes.values()):,} texts are longer than {length} tokens and are cut"
+                f"{cut:,} of {sum(sizes.values()):,} examples are longer than {length} tokens and are cut"
             )
         if step:
             self.console.print(f"going on from step {step} of {self.run.steps}")
@@ -220,7 +226,15 @@ class Trainer:
             first = self.log.rows[-1]
         before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
         self.console.print(f"before: {self.show(before)} ({self.held_out})")
+        if self.run.answer is not None:
+            self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.run.parts.trainable)}
+            self.console.print(f"> {self.answers['prompt']}\nbefore: {self.answers['before']}", markup=False)
         return before
+
+    def answer(self, trainable: Any) -> str:
+        """What the model says to the prompt of the settings."""
+        assert self.run.answer is not None
+        return self.run.answer.ask(combine(replicate(self.run.mesh, trainable), self.frozen))
 
     def loop(self, step: int) -> None:
         """The steps that are left, with evaluations, checkpoints and early stopping."""
@@ -316,6 +330,8 @@ class Trainer:
             self.manager.wait_until_finished()
             self.choose_best()
         after = self.evaluate(self.state.trainable, self.held_out)
+        if self.run.answer is not None:
+            self.answers["after"] = self.answer(self.state.trainable)
         notes = {name: self.run.metadata[name] for name in ("base", "task")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
         save_adapter(
@@ -347,8 +363,9 @@ class Trainer:
             "after": dict(after),
             "held_out": {
                 "split": self.held_out,
-                "examples": len(self.run.data.splits[self.held_out]["label"]),
+                "examples": self.run.data.examples[self.held_out],
             },
+            **({"answers": self.answers} if self.answers else {}),
             "method": self.run.settings.method,
             "steps": self.log.rows[-1]["step"],
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
@@ -362,22 +379,18 @@ class Trainer:
         write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
-            f"after:  {self.show(after)} ({summary['held_out']['examples']:,} {self.held_out} texts{chosen})"
+            f"after:  {self.show(after)} ({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
         )
+        if self.answers:
+            self.console.print(f"> {self.answers['prompt']}\nafter:  {self.answers['after']}", markup=False)
         self.console.print(f"{self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/")
         return summary
 
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
-        """The means over a split."""
-        arrays = self.run.data.splits[split]
-        return evaluate(
-            self.run.programs.evaluate,
-            trainable,
-            self.frozen,
-            arrays,
-            self.settings.eval_batch_size,
-            self.run.mesh,
-        )
+        """The means over a split, and what follows from them."""
+        arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
+        values = evaluate(self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
+        return values | self.task.derived(values)
 
     def show(self, values: Mapping[str, float]) -> str:
         """Metrics for the screen."""

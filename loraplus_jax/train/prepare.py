@@ -1,6 +1,5 @@
 """From settings to everything a run needs: data, model, adapters, optimizer. Nothing is written here."""
 
-import dataclasses
 import functools
 import hashlib
 import math
@@ -8,61 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from ..adapt import apply_lora_plus, init_lora
 from ..checkpoint import describe_run, fingerprint
 from ..config import LoRAPlusConfig
 from ..diagnostics import describe
-from ..models.bert import BertConfig, BertForSequence, name_table
-from ..models.hf import check_params, load_config, load_params
+from ..models.hf import check_params, load_params
 from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
 from ..sharding import make_mesh
 from ..spec import Specs
 from ..train_step import init_state, jit_step, make_eval
 from ..tree import combine, split_trainable
-from .data import Batch, Rows, encode, load_splits, load_tokenizer
+from . import encoders, language
+from .answers import Answer
+from .data import Batch
+from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .memory import check_memory
-from .settings import ModelSettings, OptimizerSettings, Settings, apart
-from .tasks import Task
-
-
-class Data(NamedTuple):
-    """The task that the data poses, and its splits as arrays.
-
-    Attributes:
-      task: what is learned.
-      splits: split name to columns `input_ids`, `attention_mask`, `token_type_ids` `(N, T)` and `label` `(N,)`.
-      truncated: split name to how many of its texts were longer than T.
-    """
-
-    task: Task
-    splits: dict[str, Batch]
-    truncated: dict[str, int]
-
-
-class Parts(NamedTuple):
-    """A model ready to train or to use.
-
-    Attributes:
-      plain: the model without adapters.
-      model: with its adapters on.
-      specs: what is adapted.
-      trainable, frozen: its variables, apart.
-    """
-
-    plain: nn.Module
-    model: nn.Module
-    specs: Specs
-    trainable: dict[str, Any]
-    frozen: dict[str, Any]
+from .settings import OptimizerSettings, Settings, apart
 
 
 class Run(NamedTuple):
@@ -76,6 +43,7 @@ class Run(NamedTuple):
       tx: the optimizer.
       mesh: the devices.
       programs: the compiled step and evaluation.
+      answer: to the prompt that the settings ask, if any.
       metadata: what checkpoints and adapters say of themselves.
     """
 
@@ -87,6 +55,7 @@ class Run(NamedTuple):
     tx: LoRAPlusTransform
     mesh: Mesh
     programs: "Programs"
+    answer: "Answer | None"
     metadata: dict[str, Any]
 
 
@@ -111,12 +80,12 @@ def prepare(settings: Settings) -> Run:
     mesh = make_mesh(settings.mesh.data)
     _check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
-    data = load_data(settings, directory)
-    steps = count_steps(settings, len(data.splits["train"]["label"]))
+    data = family_of(settings).load_data(settings, directory)
+    steps = count_steps(settings, rows_of(data.splits["train"]))
     config = settings.applied
     shapes = build(settings, directory, data.task, config)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
-    check_params(directory, name_table(settings.model.pooling), params_of(shapes), new=("head",))
+    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     programs = compile_programs(settings, data, shapes, tx, mesh)
     check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config)
@@ -126,10 +95,11 @@ def prepare(settings: Settings) -> Run:
         parts.specs,
         base=base,
         settings=apart(settings.to_json())[0],
-        task={**dataclasses.asdict(data.task), "names": list(data.task.names)},
+        task=data.task.notes(),
         data=digest(data.splits),
     )
-    return Run(settings, config, data, parts, steps, tx, mesh, programs, metadata)
+    answer = Answer.from_settings(settings, directory, parts.model) if settings.train.prompt else None
+    return Run(settings, config, data, parts, steps, tx, mesh, programs, answer, metadata)
 
 
 def inspect(settings: Settings) -> str:
@@ -139,42 +109,20 @@ def inspect(settings: Settings) -> str:
       ValueError, OSError: as training would.
     """
     directory = resolve(settings.model.path, "model")
-    data = load_data(settings, directory)
-    steps = count_steps(settings, len(data.splits["train"]["label"]))
+    data = family_of(settings).load_data(settings, directory)
+    steps = count_steps(settings, rows_of(data.splits["train"]))
     config = settings.applied
     parts = build(settings, directory, data.task, config)
     tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
     peak = settings.optimizer.warmup_steps
     table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
-    sizes = ", ".join(f"{len(arrays['label']):,} {name}" for name, arrays in data.splits.items())
+    sizes = ", ".join(f"{size:,} {name}" for name, size in data.examples.items())
     return f"{table}\n{steps} steps of {settings.train.batch_size}; rates are those of step {peak}; data: {sizes}"
 
 
-def load_data(settings: Settings, directory: Path) -> Data:
-    """Reads, checks and tokenizes the splits with the tokenizer of a model directory."""
-    tokenizer = tokenizer_for(settings, directory)
-    rows = load_splits(settings.data, functools.partial(resolve, kind="data"))
-    task = Task.from_splits(settings.task, rows)
-    encoded = {name: encode(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
-    splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
-    return Data(task, splits, {name: cut for name, (_, cut) in encoded.items()})
-
-
-def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
-    """The directory's tokenizer at `data.max_length`, which the model must be able to take."""
-    config = model_config(settings.model, directory)
-    if settings.data.max_length > config.max_length:
-        raise ValueError(
-            f"data.max_length is {settings.data.max_length}, the model takes {config.max_length} tokens at most"
-        )
-    tokenizer = load_tokenizer(directory, settings.data.max_length)
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer does not fit the model: {token!r} has the id {largest}, the model's "
-            f"vocab_size is {config.vocab_size}"
-        )
-    return tokenizer
+def family_of(settings: Settings) -> Any:
+    """The module that knows the kind of model: it has `load_data`, `load_split`, `make_base` and `make_losses`."""
+    return language if settings.is_language else encoders
 
 
 def digest(splits: Mapping[str, Batch]) -> str:
@@ -185,11 +133,6 @@ def digest(splits: Mapping[str, Batch]) -> str:
             total.update(f"{split} {name} {array.shape}".encode())
             total.update(np.ascontiguousarray(array).tobytes())
     return total.hexdigest()[:16]
-
-
-def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer) -> Batch:
-    """Token arrays and labels of rows."""
-    return encode(rows.texts, rows.pairs, tokenizer)[0] | {"label": task.labels(rows)}
 
 
 def count_steps(settings: Settings, examples: int) -> int:
@@ -210,39 +153,30 @@ def count_steps(settings: Settings, examples: int) -> int:
     return steps
 
 
-def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
-    """The encoder's config, its dropout rates replaced where the settings give one."""
-    config = BertConfig.from_hf(load_config(directory))
-    if settings.dropout is None:
-        return config
-    return dataclasses.replace(
-        config, hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout
-    )
-
-
-def build(settings: Settings, directory: Path, task: Task, config: LoRAPlusConfig | None) -> Parts:
-    """The model with its new head and its adapters; shapes stand for all weights but the adapters."""
-    plain = make_model(settings.model, directory, task)
-    model = plain if config is None else apply_lora_plus(plain, config)
-    head_key, lora_key = jax.random.split(jax.random.key(settings.seed))
-    variables = {"params": jax.eval_shape(plain.init, head_key, *_inputs(settings))["params"]}
+def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None) -> Parts:
+    """The model with its adapters; shapes stand for all weights but the adapters."""
+    base: Base = family_of(settings).make_base(settings, directory, task)
+    model = base.model if config is None else apply_lora_plus(base.model, config)
+    new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
+    variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
     specs: Specs = {}
     if config is not None:
-        lora, specs = init_lora(model, lora_key, *_inputs(settings))
+        lora, specs = init_lora(model, lora_key, *base.inputs)
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
-    return Parts(plain, model, specs, _float32(trainable), frozen)
+    return Parts(base, model, specs, _float32(trainable), frozen)
 
 
 def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None) -> Parts:
-    """The same with weights from a directory and the new head's first values.
+    """The same with weights from a directory, and first values of what that has not.
 
     Raises:
       ValueError: the weights do not fit; the message lists all that is missing, extra or misshapen.
     """
-    params = load_params(directory, name_table(settings.model.pooling), params_of(parts), new=("head",))
-    head_key, _ = jax.random.split(jax.random.key(settings.seed))
-    variables = {"params": combine(params, {"head": _head(parts.plain, head_key, _inputs(settings))})}
+    base = parts.base
+    params = load_params(directory, base.table, params_of(parts), new=base.new)
+    new_key, _ = jax.random.split(jax.random.key(settings.seed))
+    variables = {"params": combine(params, {name: _fresh(base, name, new_key) for name in base.new})}
     variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
     trainable, frozen = _split(variables, config)
     return parts._replace(trainable=_float32(trainable), frozen=frozen)
@@ -257,42 +191,24 @@ def compile_programs(
     settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
-    loss_fn = data.task.loss_fn(parts.model)
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts)
     train = settings.train
-    step = jit_step(loss_fn, tx, mesh=mesh, accumulate=train.accumulate, skip_nonfinite=True)
-    evaluate = make_eval(loss_fn, mesh=mesh)
+    step = jit_step(losses.train, tx, mesh=mesh, accumulate=train.accumulate, skip_nonfinite=True)
+    evaluate = make_eval(losses.evaluate, mesh=mesh)
     state = jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
 
-    def batch(size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        columns = data.splits["train"] | {"weight": np.ones(1, np.float32)}
+    def batch(size: int, split: str) -> dict[str, jax.ShapeDtypeStruct]:
+        columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
         return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
 
     return Programs(
-        step.lower(state, parts.frozen, batch(train.batch_size)).compile(),
-        evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size)).compile(),
+        step.lower(state, parts.frozen, batch(train.batch_size, "train")).compile(),
+        evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
     )
-
-
-def _inputs(settings: Settings) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """One example's `input_ids`, `attention_mask` and `token_type_ids`."""
-    return 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
 
 
 def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-def make_model(settings: ModelSettings, directory: Path, task: Task) -> BertForSequence:
-    """The model without adapters."""
-    return BertForSequence(
-        model_config(settings, directory),
-        task.num_outputs,
-        settings.pooling,
-        jnp.dtype(settings.dtype),
-        jnp.dtype(settings.param_dtype),
-        settings.unroll,
-        settings.head_dropout,
-    )
 
 
 def make_optimizer(
@@ -342,10 +258,10 @@ def _check_mesh(settings: Settings, mesh: Mesh) -> None:
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
 
 
-def _head(model: nn.Module, key: jax.Array, inputs: tuple[Any, ...]) -> Any:
-    """The new head's first values; XLA leaves the rest of the model out."""
-    zeros = [jnp.zeros(x.shape, x.dtype) for x in inputs]
-    return jax.jit(lambda key: model.init(key, *zeros)["params"]["head"])(key)
+def _fresh(base: Base, name: str, key: jax.Array) -> Any:
+    """First values of a new part; XLA leaves the rest of the model out."""
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
+    return jax.jit(lambda key: base.model.init(key, *zeros)["params"][name])(key)
 
 
 def _split(variables: Mapping[str, Any], config: LoRAPlusConfig | None) -> tuple[dict, dict]:

@@ -1,4 +1,4 @@
-"""Files of labelled texts to rows: CSV, TSV and JSON lines, every problem of a file reported with its line."""
+"""Files to rows: CSV, TSV, JSON lines and JSON, every problem of a file reported with its line or item."""
 
 import bisect
 import csv
@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
+RECORD_SUFFIXES = (*SUFFIXES, ".json")
 SHOWN_PROBLEMS = 20
 
 
@@ -40,6 +41,19 @@ class Problems:
         bisect.insort(self.first, (line, what), key=lambda problem: problem[0])
         del self.first[SHOWN_PROBLEMS:]
 
+    def report(self, path: Path) -> None:
+        """One ValueError for all of them, where there are any."""
+        raise_problems([(place_of(path, number), what) for number, what in self.first], self.count)
+
+
+def place_of(path: Path, number: int) -> str:
+    """Where a row lies: `file:line`, or in a JSON list `file: item n`; both are counted from 1.
+
+    >>> place_of(Path("a.csv"), 17), place_of(Path("a.json"), 17)
+    ('a.csv:17', 'a.json: item 17')
+    """
+    return f"{path}: item {number}" if path.suffix.lower() == ".json" else f"{path}:{number}"
+
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
     """The rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
@@ -53,24 +67,66 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
         column asked for, or have an id used before. All problems of the file are in one message, the first
         `SHOWN_PROBLEMS` with `file:line`.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(SUFFIXES)}"
-        )
-    problems = Problems()
+    path, problems = Path(path), Problems()
+    _check_suffix(path, SUFFIXES)
     text = _decode(path, problems)
     if path.suffix.lower() == ".jsonl":
-        records = list(_json_records(text, columns, problems))
+        records = list(_string_records(_json_lines(text, problems), columns, problems))
     else:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        records = list(_table_records(text, delimiter, columns, problems))
+        records = list(_table_records(path, text, columns, problems))
     for line, what in _value_problems(records, columns):
         problems.add(line, what)
     if not records and not problems.count:
-        problems.add(1, "no rows below the header" if text.strip() else "the file is empty")
-    raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
+        problems.add(1, _no_rows(text))
+    problems.report(path)
     return [Row(line, {c: record[c] for c in columns}) for line, record in records]
+
+
+def read_records(path: Path, problems: Problems) -> list[Record]:
+    """The rows of a .jsonl, .json, .csv or .tsv file with all their columns, JSON's values as they stand.
+
+    A .json file holds a list of objects. Blank lines are skipped.
+
+    Args:
+      path: the file, in UTF-8.
+      problems: gets what is wrong with single rows, so that the caller can add to it before it reports.
+
+    Returns:
+      Each row's number for `place_of`, and its values by column.
+
+    Raises:
+      ValueError: the file cannot be read, is no JSON list, or holds no rows.
+    """
+    _check_suffix(path, RECORD_SUFFIXES)
+    text = _decode(path, problems)
+    if path.suffix.lower() == ".json":
+        raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
+        records = list(_json_items(path, text, problems))
+    elif path.suffix.lower() == ".jsonl":
+        records = list(_json_lines(text, problems))
+    else:
+        records = list(_table_records(path, text, (), problems))
+    if not records and not problems.count:
+        raise ValueError(f"{path}: {_no_rows(text)}")
+    return records
+
+
+def surrogate_in(text: str) -> bool:
+    """Whether a text holds half a surrogate pair, which is no character and has no UTF-8."""
+    return re.search(r"[\ud800-\udfff]", text) is not None
+
+
+def _check_suffix(path: Path, allowed: Sequence[str]) -> None:
+    if path.suffix.lower() not in allowed:
+        raise ValueError(
+            f"{path}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(allowed)}"
+        )
+
+
+def _no_rows(text: str) -> str:
+    if not text.strip():
+        return "the file is empty"
+    return "the list is empty" if text.strip()[0] == "[" else "no rows below the header"
 
 
 def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None) -> None:
@@ -102,7 +158,8 @@ def _decode(path: Path, problems: Problems) -> str:
     return content.decode("utf-8-sig", errors="replace")
 
 
-def _table_records(text: str, delimiter: str, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
+def _table_records(path: Path, text: str, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     rows = _table_rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), problems)
     top, header = next(rows, (1, None))
     if header is None:
@@ -133,17 +190,38 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
             yield line, fields
 
 
-def _json_records(text: str, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
+def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             record = json.loads(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             problems.add(number, f"invalid JSON: {error}")
             continue
-        if not isinstance(record, dict):
-            if line.strip():
-                problems.add(number, f"each line must hold a JSON object, got {line.strip()[:40]}")
-            continue
+        if isinstance(record, dict):
+            yield number, record
+        elif line.strip():
+            problems.add(number, f"each line must hold a JSON object, got {line.strip()[:40]}")
+
+
+def _json_items(path: Path, text: str, problems: Problems) -> Iterator[Record]:
+    try:
+        items = json.loads(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: invalid JSON: {error}") from None
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: must hold a JSON list of objects, got {text.strip()[:40]}")
+    for number, item in enumerate(items, 1):
+        if isinstance(item, dict):
+            yield number, item
+        else:
+            problems.add(number, f"each item must be a JSON object, got {json.dumps(item)[:40]}")
+
+
+def _string_records(
+    records: Iterable[Record], columns: Sequence[str], problems: Problems
+) -> Iterator[Record]:
+    """Records with the columns asked for, all there and as strings."""
+    for number, record in records:
         faults = [f"no column {c!r}{nearest(c, record)}" for c in columns if c not in record]
         wanted = {c: record[c] for c in (*columns, "id") if c in record}
         faults += [
@@ -163,7 +241,7 @@ def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterat
         for column in columns:
             if not record[column].strip():
                 yield line, f"column {column!r} is empty"
-            elif re.search(r"[\ud800-\udfff]", record[column]):
+            elif surrogate_in(record[column]):
                 yield line, f"column {column!r} holds half a surrogate pair, which is no character"
         name = record.get("id", "")
         if name.strip() and used.setdefault(name, line) != line:

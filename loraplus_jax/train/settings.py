@@ -9,29 +9,39 @@ from typing import Any, Literal, get_args, get_origin
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..config import LoRAPlusConfig, check_number, check_whole, nearest
+from ..models.attention import Attention
+from ..models.llama import Remat
 from ..optim import Schedule
 from ..tree import Policy
 from .data import DataSettings
 from .yaml_files import read_yaml
 
+TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
 Method = Literal["lora", "lora_plus", "full"]
 Dtype = Literal["float32", "bfloat16"]
 
-DEFAULT_LORA = LoRAPlusConfig(target_modules=("query", "value"))
+QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
+DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
+LANGUAGE = ("instruction", "multiple_choice")
+"""The tasks of causal language models; the others are those of encoders."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The pretrained encoder.
+    """The pretrained model: an encoder for classification and regression, else a language model.
 
     Attributes:
-      path: a Hugging Face directory, a fetchable name, or a hub id, tried in this order.
-      pooling: how hidden states become one vector: their mean, the first token, or BERT's own pooler.
+      path: a Hugging Face directory or a GGUF file, a fetchable name, or a hub id, tried in this order.
+      pooling: how an encoder's hidden states become one vector: their mean, the first token, or BERT's own pooler.
       dtype: what is computed in.
       param_dtype: what the frozen weights are kept in; adapters and whatever else is trained stay float32.
-      dropout: replaces the model's own hidden and attention dropout rates when given.
-      head_dropout: dropout before the new head.
+      dropout: replaces an encoder's own hidden and attention dropout rates when given.
+      head_dropout: dropout before an encoder's new head.
       unroll: compile the layers as straight code instead of a loop; slower to compile.
+      remat: of a language model, what is computed again for the gradient instead of kept: none; dots, all but
+        matrix products; or full, everything but each layer's input. More of it takes less memory and more time.
+      attention: of a language model: xla, blocked (less memory, and on a CPU faster from 256 tokens on), or auto.
+      loss_chunk: of a language model whose head is frozen, how many tokens' logits exist at once.
     """
 
     path: str
@@ -41,8 +51,12 @@ class ModelSettings:
     dropout: float | None = None
     head_dropout: float = 0.1
     unroll: bool = False
+    remat: Remat = "none"
+    attention: Attention = "auto"
+    loss_chunk: int = 512
 
     def __post_init__(self) -> None:
+        check_whole("model.loss_chunk", self.loss_chunk, at_least=1)
         for name in ("dropout", "head_dropout"):
             if getattr(self, name) is not None:
                 check_number(f"model.{name}", getattr(self, name), at_least=0.0, below=1.0)
@@ -126,6 +140,8 @@ class TrainSettings:
       keep: how many of the newest checkpoints to keep, besides the best.
       max_skipped: a step with a loss or gradient that is not finite is skipped; so many in a row end the run.
       compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
+      prompt: a question that a language model answers before and after training, printed and kept in summary.json.
+      prompt_tokens: tokens of these answers at most.
     """
 
     steps: int | None = None
@@ -140,6 +156,8 @@ class TrainSettings:
     keep: int = 2
     max_skipped: int = 5
     compilation_cache: bool = True
+    prompt: str | None = None
+    prompt_tokens: int = 64
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -157,8 +175,11 @@ class TrainSettings:
             "log_every",
             "keep",
             "max_skipped",
+            "prompt_tokens",
         ):
             check_whole(f"train.{name}", getattr(self, name), at_least=1)
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("train.prompt is empty; leave it out for none")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
@@ -181,13 +202,14 @@ class Settings:
     """A whole run.
 
     Attributes:
-      model: the pretrained encoder.
-      data: the labelled texts.
-      lora: what is adapted and how; the new head is always trained in full beside it.
+      model: the pretrained model.
+      data: the labelled texts, conversations or questions.
+      lora: what is adapted and how; an encoder's new head is always trained in full beside it.
       optimizer: rates, schedule, decay, clipping.
       train: length, batches, evaluation.
       mesh: the devices.
-      task: classes, or one number a text.
+      task: classification, or regression, one number a text; instruction, the answers in conversations; or
+        multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
       method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
       seed: of initial values, shuffling and dropout.
       output_dir: where everything the run makes is written.
@@ -199,7 +221,7 @@ class Settings:
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     mesh: MeshSettings = MeshSettings()
-    task: Literal["classification", "regression"] = "classification"
+    task: TaskName = "classification"
     method: Method = "lora_plus"
     seed: int = 0
     output_dir: str
@@ -210,6 +232,12 @@ class Settings:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty")
+        _check_kind(self)
+
+    @property
+    def is_language(self) -> bool:
+        """Whether the model is a language model, not an encoder."""
+        return self.task in LANGUAGE
 
     @property
     def applied(self) -> LoRAPlusConfig | None:
@@ -217,12 +245,42 @@ class Settings:
         if self.method == "full":
             return None
         ratio = 1.0 if self.method == "lora" else self.lora.lr_ratio
-        saved = tuple(dict.fromkeys((*self.lora.modules_to_save, "head")))
+        head = () if self.is_language else ("head",)
+        saved = tuple(dict.fromkeys((*self.lora.modules_to_save, *head)))
         return dataclasses.replace(self.lora, lr_ratio=ratio, modules_to_save=saved)
 
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values, as written to `config.yaml`."""
         return _plain(dataclasses.asdict(self))
+
+
+_OF_ENCODERS = {
+    "model": ("pooling", "dropout", "head_dropout"),
+    "data": ("text", "text_pair", "label"),
+}
+_OF_LANGUAGE_MODELS = {
+    "model": ("remat", "attention", "loss_chunk"),
+    "data": ("template", "answers", "packing", "column_names"),
+    "train": ("prompt", "prompt_tokens"),
+}
+
+
+def _check_kind(settings: Settings) -> None:
+    """Nothing is set that the task's kind of model has no use for."""
+    odd = _OF_ENCODERS if settings.is_language else _OF_LANGUAGE_MODELS
+    fits = [t for t in get_args(TaskName) if (t in LANGUAGE) != settings.is_language]
+    for section, names in odd.items():
+        values = getattr(settings, section)
+        defaults = {f.name: f.default for f in dataclasses.fields(values)}
+        for name in names:
+            if getattr(values, name) != defaults[name]:
+                raise ValueError(
+                    f"{section}.{name} goes with the tasks {' and '.join(fits)}, and the task is {settings.task}"
+                )
+    if settings.data.answers != "all" and settings.task != "instruction":
+        raise ValueError(f"data.answers goes with the task instruction, and the task is {settings.task}")
+    if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:
+        raise ValueError("train.prompt_tokens goes with train.prompt, which is not set")
 
 
 MAY_CHANGE = (
@@ -379,6 +437,7 @@ _WORDS: dict[Any, str] = {
     str | tuple[str, ...]: "a regular expression, or a list of names",
     tuple[str, ...]: "a list of names",
     tuple[int, ...] | None: "a list of whole numbers or null",
+    dict[str, str] | None: "a mapping from names to columns, or null",
     dict[str, int]: "a mapping from patterns to whole numbers",
     dict[str, float]: "a mapping from patterns to numbers",
     dict[str, str] | tuple[str, ...]: "a list of patterns, or a mapping from them to axis letters",

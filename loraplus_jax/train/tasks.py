@@ -60,6 +60,14 @@ class Task:
         """Whether the metric is better when smaller or larger."""
         return "max" if self.kind == "classification" else "min"
 
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that are no means themselves: none."""
+        return {}
+
+    def notes(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**dataclasses.asdict(self), "names": list(self.names)}
+
     def labels(self, rows: Rows) -> np.ndarray:
         """Labels as the loss function takes them: int32 classes or standardised float32, `(N,)`."""
         if self.kind == "classification":

@@ -2,13 +2,12 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from ..adapter_io import NOTES, adapter_notes, load_adapter
 from ..checkpoint import fingerprint
@@ -16,13 +15,16 @@ from ..config import nearest
 from ..sharding import make_mesh, replicate
 from ..train_step import make_eval
 from ..tree import combine
-from .data import encode, eval_batches, load_rows, load_splits
+from .data import encode, eval_batches
+from .encoders import tokenizer_for
+from .family import Parts
 from .fetch import resolve
+from .language_tasks import LanguageTask
 from .lifecycle import ADAPTER
 from .loop import evaluate, place
-from .prepare import Parts, build, encode_rows, load, tokenizer_for
+from .prepare import build, family_of, load
 from .rows import read_rows
-from .settings import Settings, settings_from_json
+from .settings import LANGUAGE, Settings, settings_from_json
 from .tasks import Task, outputs
 
 OUTPUT_SUFFIX = ".jsonl"
@@ -35,13 +37,13 @@ class Tuned(NamedTuple):
       settings: those of its run.
       task: what it learned.
       parts: model and variables.
-      tokenizer: of its base.
+      base: the directory or file of its base.
     """
 
     settings: Settings
-    task: Task
+    task: Any
     parts: Parts
-    tokenizer: Tokenizer
+    base: Path
 
 
 def load_tuned(directory: Path) -> Tuned:
@@ -56,7 +58,7 @@ def load_tuned(directory: Path) -> Tuned:
         raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
     try:
         settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
-        task = Task(**{**notes["task"], "names": tuple(notes["task"]["names"])})
+        task = _task(notes["task"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{directory / NOTES} is damaged: {error}") from None
     base = resolve(settings.model.path, "model")
@@ -68,7 +70,13 @@ def load_tuned(directory: Path) -> Tuned:
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: the tensors do not fit the model that its settings describe")
-    return Tuned(settings, task, parts._replace(trainable=trainable), tokenizer_for(settings, base))
+    return Tuned(settings, task, parts._replace(trainable=trainable), base)
+
+
+def _task(notes: Mapping[str, Any]) -> Any:
+    if notes["kind"] in LANGUAGE:
+        return LanguageTask(**notes)
+    return Task(**{**notes, "names": tuple(notes["names"])})
 
 
 def evaluate_run(directory: Path, *, split: str | None = None, data: str | None = None) -> dict[str, Any]:
@@ -80,20 +88,21 @@ def evaluate_run(directory: Path, *, split: str | None = None, data: str | None 
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both: {split} and {data}")
     tuned = load_tuned(directory)
-    settings, split = tuned.settings, split or "test"
-    if data is None:
-        splits = load_splits(settings.data, functools.partial(resolve, kind="data"))
-        if split not in splits:
-            raise ValueError(f"the run has no split {split!r}{nearest(split, splits)}")
-        rows = splits[split]
-    else:
-        rows = load_rows(resolve(data, "data"), settings.data)
+    settings, family = tuned.settings, family_of(tuned.settings)
+    splits = ("train", "validation", "test")
+    if split is not None and split not in splits:
+        raise ValueError(f"the run has no split {split!r}{nearest(split, splits)}")
+    try:
+        arrays, examples = family.load_split(settings, tuned.base, tuned.task, split, data)
+    except KeyError as error:
+        raise ValueError(
+            f"the run has no split {error.args[0]!r}{nearest(error.args[0], splits[:2])}"
+        ) from None
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
-    eval_fn = make_eval(tuned.task.loss_fn(tuned.parts.model), mesh=mesh)
-    arrays = encode_rows(rows, tuned.task, tuned.tokenizer)
+    eval_fn = make_eval(family.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
     values = evaluate(eval_fn, trainable, frozen, arrays, settings.train.eval_batch_size, mesh)
-    return {"data": data or split, "examples": len(rows), **values}
+    return {"data": data or split or "test", "examples": examples, **values, **tuned.task.derived(values)}
 
 
 def predict_run(
@@ -105,6 +114,8 @@ def predict_run(
       ValueError, OSError: nothing is given, or the file cannot be read.
     """
     tuned = load_tuned(directory)
+    if tuned.settings.is_language:
+        raise ValueError(f"{directory} holds a language model: use generate, or eval")
     pairs: tuple[str, ...] | None = None
     if data is not None:
         columns = [c for c in (tuned.settings.data.text, tuned.settings.data.text_pair) if c is not None]
@@ -138,7 +149,7 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
 
 
 def _outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
-    arrays, _ = encode(texts, pairs, tuned.tokenizer)
+    arrays, _ = encode(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
     mesh = make_mesh(1)
     variables = combine(tuned.parts.trainable, tuned.parts.frozen)
     apply = jax.jit(functools.partial(outputs, tuned.parts.model))

@@ -1,0 +1,289 @@
+"""One training step of the same adapters on the same Llama: here, in PEFT on torch, and in qwix.
+
+    python benchmarks/step_time.py                                   # 2 CPU cores, float32
+    python benchmarks/step_time.py --backend gpu                     # bfloat16, torch.compile for PEFT
+    python benchmarks/step_time.py --depth                           # compile time at depth 4 against 32
+    python benchmarks/step_time.py --variants "none:;dots:remat=dots;plain:loss=plain"
+
+SmolLM2-135M's shape with random weights, which all load from one file in Hugging Face's names, as they load the
+adapters (q, k, v, o; rank 8) and take the same batch. Each implementation is a process of its own; a step of one is
+followed by a step of the next, in turning order, and ratios are medians over the rounds' own ratios. The losses of
+the first and the last step are compared: they are equal only if all did the same work.
+
+Peak memory is the process's highest resident set (VmHWM) from its start on a CPU, and what the framework's
+allocator reached on a GPU. No network is used. qwix is left out where it is not installed.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from common import median_ratio, report, table
+from step_time_model import SMOLLM2, ideal_flops, products, write_model
+from step_time_processes import Process, take_turns
+from step_time_report import DEPTH_GOAL, FLOPS_GOAL, goal, goals_of, losses_differ, rows_of
+
+RANK, ALPHA, LR_RATIO, LEARNING_RATE, PEAK_SIZE = 8, 16, 4.0, 5e-4, 2048
+OURS = {"remat": str, "unroll": lambda word: word == "true", "attention": str, "loss": str, "chunk": int}
+
+
+def variants_of(text: str, defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`"name:remat=dots,unroll=true;other:"` as settings of this package by name.
+
+    >>> variants_of("a:chunk=64;b:", {"chunk": 512})
+    {'a': {'chunk': 64}, 'b': {'chunk': 512}}
+    """
+    found = {}
+    for part in filter(None, text.split(";")):
+        name, _, settings = part.partition(":")
+        found[name] = dict(defaults)
+        for setting in filter(None, settings.split(",")):
+            key, _, value = setting.partition("=")
+            if key not in OURS:
+                raise SystemExit(f"--variants: there is no setting {key!r}; there are {', '.join(OURS)}")
+            found[name][key] = OURS[key](value)
+    return found
+
+
+def job_of(
+    options: argparse.Namespace, config: Mapping[str, Any], directory: str, shape: str
+) -> dict[str, Any]:
+    """What every worker is told; settings of this package come on top."""
+    batch, tokens = map(int, shape.split("x"))
+    ids = np.random.default_rng(1).integers(0, config["vocab_size"], (batch, tokens)).tolist()
+    return {
+        "directory": directory,
+        "backend": options.backend,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "compile": options.compile,
+        "compile_only": False,
+        "batch": batch,
+        "tokens": tokens,
+        "ids": ids,
+        "layers": config["num_hidden_layers"],
+        "rank": RANK,
+        "alpha": ALPHA,
+        "lr": LEARNING_RATE,
+        "lr_ratio": LR_RATIO,
+        "products": list(products(config).values()),
+        "peak_size": PEAK_SIZE,
+    }
+
+
+def measure(
+    options: argparse.Namespace, config: Mapping[str, Any], directory: str, shape: str, until: float
+) -> dict:
+    """All runs of one shape: a dict for each by name, and what else the machine did."""
+    job, ours = job_of(options, config, directory, shape), options.ours
+    first = next(iter(ours.values()))
+    wanted = {
+        "peft": (options.peft_python, {"implementation": "peft"}),
+        **{name: (options.python, {"implementation": "here", **more}) for name, more in ours.items()},
+        "qwix": (options.qwix_python, {"implementation": "qwix", **first}),
+        "matmul": (options.python, {"implementation": "matmul"}),
+    }
+    processes: dict[str, Process] = {}
+    runs: dict[str, dict[str, Any]] = {}
+    try:
+        for name, (python, more) in wanted.items():
+            if name in ours or name in options.peers:
+                process = Process(python, job | more, environment(options, directory))
+                if process.missing:
+                    process.close()
+                    runs[name] = {"not installed": process.missing}
+                    print(f"{shape} {name}: {process.missing} is not installed", flush=True)
+                else:
+                    processes[name] = process
+                    print(
+                        f"{shape} {name}: first step after {process.ready['to_first_step_s']:.1f} s",
+                        flush=True,
+                    )
+        take_turns(processes, options.warmup, until)
+        starts = {name: process.ask("memory") for name, process in processes.items()}
+        for process in processes.values():
+            process.ask("forget")
+            process.start_again()
+        others = take_turns(processes, options.rounds, until)
+        for name, process in processes.items():
+            runs[name] = run_of(process, starts[name], process.ask("memory"))
+    finally:
+        for process in processes.values():
+            process.close()
+    return {"runs": {name: runs[name] for name in wanted if name in runs}, **others}
+
+
+def run_of(process: Process, start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is known of one run, for the file."""
+    return {
+        **process.ready,
+        "peak_bytes": max(start["VmHWM"], end["VmHWM"]),
+        "steps_peak_bytes": end["VmHWM"],
+        "anonymous_peak_bytes": process.anonymous,
+        "device_peak_bytes": end["device"],
+        "seconds": process.seconds,
+        "last": process.replies[-1],
+        "gflop_per_s": [reply.get("gflop_per_s") for reply in process.replies],
+        "idle_share": process.idle_s / max(process.waited_s, 1e-9),
+    }
+
+
+def environment(options: argparse.Namespace, directory: str) -> dict[str, str]:
+    """Variables of the workers: the platform, no network, and no compilation kept from an earlier run."""
+    return {
+        "JAX_PLATFORMS": "cuda" if options.backend == "gpu" else "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(directory) / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+    }
+
+
+def compile_only(options: argparse.Namespace, job: Mapping[str, Any]) -> dict[str, Any]:
+    """What the compiler says of a step of ours: seconds and FLOPs."""
+    process = Process(
+        options.python,
+        {**job, "implementation": "here", "compile_only": True},
+        environment(options, job["directory"]),
+    )
+    process.close()
+    if process.missing:
+        raise SystemExit(f"{options.python} lacks {process.missing}, which this package needs here")
+    return process.ready["about"]
+
+
+def flops_of(
+    options: argparse.Namespace, config: Mapping[str, Any], directory: str, shape: str
+) -> dict[str, Any]:
+    """Compiled over ideal FLOPs. Straight code, one chunk and no remat: XLA counts a loop's body once."""
+    job = job_of(options, config, directory, shape)
+    straight = {"unroll": True, "remat": "none", "attention": "xla", "loss": "chunked", "chunk": 10**9}
+    ideal = ideal_flops(config, job["batch"], job["tokens"], RANK)
+    compiled = compile_only(options, job | straight)["flops"]
+    return {"ideal": ideal, "compiled": compiled, "ratio": compiled / sum(ideal.values())}
+
+
+def compare(options: argparse.Namespace) -> bool:
+    """The whole comparison; whether the losses agree."""
+    rows, kept, goals, agree = [], {}, [], True
+    end = time.perf_counter() + options.seconds
+    with tempfile.TemporaryDirectory() as directory:
+        config = SMOLLM2 | {"num_hidden_layers": options.layers}
+        write_model(Path(directory), config, RANK)
+        for number, shape in enumerate(options.shapes):
+            flops = flops_of(options, config, directory, shape) if options.flops else None
+            left = (end - time.perf_counter()) / (len(options.shapes) - number)
+            kept[shape] = measure(options, config, directory, shape, time.perf_counter() + left)
+            runs = kept[shape]["runs"]
+            batch, tokens = map(int, shape.split("x"))
+            rows += rows_of(shape, runs, sum(ideal_flops(config, batch, tokens, RANK).values()))
+            goals += goals_of(shape, options.backend, next(iter(options.ours)), runs)
+            kept[shape]["losses_differ"] = losses_differ(runs)
+            agree &= kept[shape]["losses_differ"] <= options.tolerance
+            if flops:
+                kept[shape]["flops"] = flops
+                goals.append(goal(f"{shape} FLOPs / ideal", flops["ratio"], FLOPS_GOAL))
+    notes = {shape: {k: v for k, v in found.items() if k != "runs"} for shape, found in kept.items()}
+    report(
+        options.name or f"step_time_{options.backend}",
+        rows,
+        unprinted={"runs": {shape: found["runs"] for shape, found in kept.items()}},
+        settings={
+            "threads": options.threads,
+            "dtype": options.dtype,
+            "compile": options.compile,
+            "ours": options.ours,
+        },
+        **notes,
+        goals=goals,
+    )
+    print(table(goals))
+    return agree
+
+
+def depth(options: argparse.Namespace) -> bool:
+    """Compile time of the scanned step at two depths of the same width, each time in a new process."""
+    seconds: dict[int, list[float]] = {4: [], 32: []}
+    shape = options.shapes[0]
+    for _ in range(options.rounds):
+        for layers in seconds:
+            with tempfile.TemporaryDirectory() as directory:
+                config = SMOLLM2 | {"num_hidden_layers": layers}
+                write_model(Path(directory), config, RANK)
+                job = job_of(options, config, directory, shape) | next(iter(options.ours.values()))
+                about = compile_only(options, job)
+            seconds[layers].append(about["trace_s"] + about["compile_s"])
+    ratio = median_ratio(seconds[32], seconds[4])
+    rows = [{"layers": n, "trace and compile, s": f"{np.median(found):.2f}"} for n, found in seconds.items()]
+    goals = [goal("compile time, 32 layers / 4", ratio, DEPTH_GOAL)]
+    report(
+        options.name or f"step_time_depth_{options.backend}", rows, shape=shape, seconds=seconds, goals=goals
+    )
+    return True
+
+
+def parse() -> argparse.Namespace:
+    """The command line; `ours` are the settings of this package by name, the first of which the goals are for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--backend", choices=("cpu", "gpu"), default="cpu")
+    add("--shapes", default="8x64,2x512", help="batch x tokens")
+    add("--dtype", choices=("float32", "bfloat16"), help="float32 on cpu, bfloat16 on gpu")
+    add("--threads", type=int, default=2, help="of each process, on cpu")
+    add("--rounds", type=int, help="21 on cpu, 60 on gpu; with --depth 3")
+    add("--warmup", type=int, default=2, help="rounds that do not count, after the first step")
+    add("--seconds", type=float, help="no further rounds past so many; 500 on gpu, else no limit")
+    add("--python", default=sys.executable, help="interpreter for this package")
+    add("--peft-python", default=sys.executable)
+    add("--qwix-python", default=sys.executable)
+    add("--peers", default="peft,qwix,matmul", help="what to run beside this package")
+    add("--compile", help="torch.compile's mode for PEFT, or none: default on gpu, none on cpu")
+    add("--remat", choices=("none", "dots", "full"), default="none")
+    add("--unroll", action="store_true")
+    add("--attention", choices=("auto", "xla", "blocked"), default="auto")
+    add("--loss", choices=("chunked", "plain"), default="chunked")
+    add("--chunk", type=int, default=512, help="tokens whose logits exist at once")
+    add(
+        "--variants",
+        default="",
+        help="name:remat=dots,unroll=true;other: ... instead of one run of this package",
+    )
+    add("--layers", type=int, default=SMOLLM2["num_hidden_layers"], help="fewer for a quick look")
+    add("--no-flops", dest="flops", action="store_false", help="do not compile a step for its FLOPs")
+    add("--name", help="of the file in results/, for a quick look that should not replace the full one")
+    add("--depth", action="store_true", help="compile time at depth 4 and 32 instead")
+    options = parser.parse_args()
+    on_gpu = options.backend == "gpu"
+    options.shapes, options.peers = options.shapes.split(","), options.peers.split(",")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.compile = options.compile or ("default" if on_gpu else "none")
+    options.seconds = options.seconds or (500.0 if on_gpu else float("inf"))
+    options.rounds = options.rounds or (3 if options.depth else 60 if on_gpu else 21)
+    options.tolerance = 1e-4 if options.dtype == "float32" else 1e-2
+    defaults = {name: getattr(options, name) for name in OURS}
+    options.ours = variants_of(options.variants, defaults) or {"here": defaults}
+    return options
+
+
+def main() -> None:
+    options = parse()
+    if options.backend == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    jax.config.update("jax_platforms", "cuda" if options.backend == "gpu" else "cpu")
+    if not (depth if options.depth else compare)(options):
+        raise SystemExit("the losses differ: these runs did not do the same work")
+
+
+if __name__ == "__main__":
+    main()

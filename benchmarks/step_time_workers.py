@@ -1,0 +1,342 @@
+"""The processes that `step_time.py` starts: one implementation each, a step whenever a line asks for it.
+
+The first line on stdin is the job, as JSON; it and each further line are answered by a line of JSON on stdout, and
+all that libraries print goes to stderr. Nothing of this repository is imported but by the workers that need it: the
+others run in environments of their own.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "transformers", "peft")
+
+
+class Worker(NamedTuple):
+    """What a worker is made of.
+
+    Attributes:
+      step: does one step to its end and returns the loss before it.
+      device_memory: the peak in bytes on the accelerator, None on a CPU.
+      about: what else to report.
+    """
+
+    step: Callable[[], dict[str, float]]
+    device_memory: Callable[[], int | None]
+    about: dict[str, Any]
+
+
+def here(job: dict[str, Any]) -> Worker:
+    """This package: `apply_lora_plus`, `lora_plus_adamw`, `jit_step`."""
+    import jax
+
+    from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
+    from loraplus_jax.tree import flatten, replaced
+
+    base, params, batch = _llama(job)
+    config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"])
+    model = apply_lora_plus(base, config)
+    lora, specs = init_lora(model, jax.random.key(0), jax.ShapeDtypeStruct(batch.shape, batch.dtype))
+    lora = replaced(lora, {path: _factor(job, path) for path in flatten(lora)})
+
+    def loss_fn(variables: Any, ids: jax.Array, rng: jax.Array) -> tuple:
+        hidden = model.apply(variables, ids, method="hidden")
+        return _loss_sum(job, hidden, variables["params"], ids), {}
+
+    tx = lora_plus_adamw(job["lr"], lr_ratio=job["lr_ratio"], specs=specs)
+    state, frozen = init_state({"lora": lora}, tx, jax.random.key(0)), {"params": params}
+    return _jax_worker(jit_step(loss_fn, tx), state, frozen, batch)
+
+
+def qwix(job: dict[str, Any]) -> Worker:
+    """The same Linen model, loss and remat with the adapters of google/qwix and a step by hand."""
+    import jax
+    import optax
+    from flax import traverse_util
+    from qwix import LoraProvider, apply_lora_to_model  # pyright: ignore[reportMissingImports]
+
+    base, params, batch = _llama(job)
+    provider = LoraProvider(
+        module_path=f".*({'|'.join(TARGETS)})", rank=job["rank"], alpha=float(job["alpha"])
+    )
+    model = apply_lora_to_model(base, provider, methods=("hidden",))
+    shapes = jax.eval_shape(lambda key: model.init(key, batch, method="hidden"), jax.random.key(0))["params"]
+    paths = [p for p in traverse_util.flatten_dict(shapes, sep="/") if re.search("_lora_[ab]$", p)]
+    if not paths:
+        raise ValueError("qwix found no layer to adapt")
+    lora = {path: _factor(job, path).astype(params["norm"]["scale"].dtype) for path in paths}
+    frozen = traverse_util.flatten_dict(params, sep="/")
+    rates = {"a": job["lr"], "b": job["lr"] * job["lr_ratio"]}
+    tx = optax.multi_transform(
+        {side: optax.adamw(rate, weight_decay=0.0) for side, rate in rates.items()},
+        {path: path[-1] for path in paths},
+    )
+
+    def loss_fn(lora: dict, frozen: dict, ids: jax.Array) -> jax.Array:
+        variables = {"params": traverse_util.unflatten_dict({**frozen, **lora}, sep="/")}
+        hidden = model.apply(variables, ids, method="hidden")
+        total, count = _loss_sum(job, hidden, variables["params"], ids)
+        return total / count
+
+    def step(state: tuple, frozen: dict, ids: jax.Array) -> tuple:
+        lora, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(lora, frozen, ids)
+        updates, opt_state = tx.update(grads, opt_state, lora)
+        return (optax.apply_updates(lora, updates), opt_state), {"loss": loss}
+
+    return _jax_worker(jax.jit(step, donate_argnums=0), (lora, tx.init(lora)), frozen, batch)
+
+
+def peft(job: dict[str, Any]) -> Worker:
+    """PEFT on transformers' model, with its own LoRA+ optimizer; compiled where `compile` says how."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # pyright: ignore[reportMissingImports]
+    from peft.optimizers import create_loraplus_optimizer  # pyright: ignore[reportMissingImports]
+    from safetensors.torch import load_file
+    from transformers import LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    on_gpu = job["backend"] == "gpu"
+    if not on_gpu:
+        torch.set_num_threads(job["threads"])
+    device, dtype = "cuda" if on_gpu else "cpu", getattr(torch, job["dtype"])
+    base = LlamaForCausalLM.from_pretrained(job["directory"], dtype=dtype).to(device)
+    base.config.use_cache = False
+    config = LoraConfig(
+        r=job["rank"], lora_alpha=job["alpha"], target_modules=list(TARGETS), lora_dropout=0.0
+    )
+    model = get_peft_model(base, config)
+    set_peft_model_state_dict(model, load_file(Path(job["directory"]) / "adapter.safetensors"))
+    model.train()
+    # Fused, which transformers' Trainer takes by default.
+    tx = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=job["lr"], loraplus_lr_ratio=job["lr_ratio"], fused=True
+    )
+    ids = torch.tensor(job["ids"], device=device)
+    forward = model if job["compile"] == "none" else torch.compile(model, mode=job["compile"])
+    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+    def step() -> dict[str, float]:
+        with autocast:
+            loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        tx.step()
+        tx.zero_grad(set_to_none=True)
+        value = loss.item()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return {"loss": value}
+
+    about = {
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "attention": base.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+    }
+    return Worker(step, lambda: torch.cuda.max_memory_allocated() if on_gpu else None, about)
+
+
+def matmul(job: dict[str, Any]) -> Worker:
+    """No model: the step's own matrix products, forward and to the input, as one program that does nothing else.
+
+    Beside them the rate of one large product, which is what "peak" means here.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    dtype, tokens, size = jnp.dtype(job["dtype"]), job["batch"] * job["tokens"], job["peak_size"]
+    keys = jax.random.split(jax.random.key(0), len(job["products"]))
+    weights = [jax.random.normal(k, shape, dtype) for k, shape in zip(keys, job["products"], strict=True)]
+    inputs = {
+        n: jax.random.normal(keys[0], (tokens, n), dtype)
+        for n in sorted({*sum(map(tuple, job["products"]), ())})
+    }
+
+    def products(old: Any, weights: list, inputs: dict) -> list:
+        del old  # its memory is used for the results
+        return [(inputs[w.shape[0]] @ w, inputs[w.shape[1]] @ w.T) for w in weights]
+
+    blank = [
+        (jnp.zeros((tokens, w.shape[1]), dtype), jnp.zeros((tokens, w.shape[0]), dtype)) for w in weights
+    ]
+    compiled = jax.jit(products, donate_argnums=0, keep_unused=True)
+    square, multiply = jax.random.normal(keys[0], (size, size), dtype), jax.jit(jnp.matmul)
+    held = {"outs": blank}
+
+    def step() -> dict[str, float]:
+        start = time.perf_counter()
+        held["outs"] = jax.block_until_ready(compiled(held["outs"], weights, inputs))
+        between = time.perf_counter()
+        jax.block_until_ready([multiply(square, square) for _ in range(4)])
+        seconds = (time.perf_counter() - between) / 4
+        return {"seconds": between - start, "gflop_per_s": 2e-9 * size**3 / seconds}
+
+    return Worker(step, _jax_peak, {"device": jax.devices()[0].device_kind})
+
+
+def _llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
+    """Our Linen model, its parameters from the file, and the batch."""
+    import jax
+    import jax.numpy as jnp
+
+    from loraplus_jax.models.hf import load_config, load_params
+    from loraplus_jax.models.llama import Llama, LlamaConfig, name_table
+
+    config = LlamaConfig.from_hf(load_config(job["directory"]))
+    dtype = jnp.dtype(job["dtype"])
+    model = Llama(
+        config,
+        dtype=dtype,
+        param_dtype=dtype,
+        unroll=job["unroll"],
+        remat=job["remat"],
+        attention=job["attention"],
+    )
+    batch = jnp.asarray(job["ids"], jnp.int32)
+    expected = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    return model, load_params(job["directory"], name_table(config), expected), batch
+
+
+def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple[Any, int]:
+    """The next tokens' cross-entropy summed, and their number. The last position has none and counts nothing."""
+    import jax.numpy as jnp
+    import optax
+
+    from loraplus_jax.losses import chunked_cross_entropy
+    from loraplus_jax.models.llama import head_kernel
+
+    kernel, labels = head_kernel(params), jnp.roll(ids, -1, axis=1)
+    if job["loss"] == "chunked":
+        losses = chunked_cross_entropy(hidden, kernel, labels, chunk=job["chunk"])
+    else:
+        logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return jnp.sum(losses[:, :-1]), losses[:, :-1].size
+
+
+def _factor(job: dict[str, Any], path: str) -> Any:
+    """One stacked factor from the file in PEFT's names, by a path such as `layers/self_attn/q_proj/lora_a`."""
+    import jax.numpy as jnp
+    import numpy as np
+    from safetensors import safe_open
+
+    *_, module, leaf = path.removeprefix("lora/").split("/")
+    name = f"base_model.model.model.layers.{{}}.self_attn.{module}.lora_{leaf[-1].upper()}.weight"
+    with safe_open(Path(job["directory"]) / "adapter.safetensors", "numpy") as file:
+        layers = [file.get_tensor(name.format(layer)).T for layer in range(job["layers"])]
+    return jnp.asarray(np.stack(layers))
+
+
+def _jax_worker(step: Any, state: Any, frozen: Any, batch: Any) -> Worker:
+    """Compiles a step and keeps its state."""
+    import jax
+
+    start = time.perf_counter()
+    lowered = step.lower(state, frozen, batch)
+    between = time.perf_counter()
+    compiled = lowered.compile()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    about = {
+        "trace_s": between - start,
+        "compile_s": time.perf_counter() - between,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "flops": cost["flops"],
+        "device": jax.devices()[0].device_kind,
+    }
+    held = {"state": state}
+
+    def one() -> dict[str, float]:
+        held["state"], metrics = compiled(held["state"], frozen, batch)
+        jax.block_until_ready(held["state"])
+        return {"loss": float(metrics["loss"])}
+
+    return Worker(one, _jax_peak, about)
+
+
+def _jax_peak() -> int | None:
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+WORKERS: dict[str, Callable[[dict[str, Any]], Worker]] = {
+    "here": here,
+    "peft": peft,
+    "qwix": qwix,
+    "matmul": matmul,
+}
+
+
+def versions() -> dict[str, str]:
+    """What of PACKAGES this environment has."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def host_memory() -> dict[str, int]:
+    """Bytes: the peak of resident memory since `forget_peak`, or since the start."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {"VmHWM": 1024 * int(lines["VmHWM"].split()[0])}
+
+
+def forget_peak() -> None:
+    """Lets VmHWM start again from what is resident now, where the system lets us."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.readline())
+    # In front: an environment may hold another copy of this package.
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def reply(**values: Any) -> None:
+        replies.write(json.dumps(values) + "\n")
+
+    start = time.perf_counter()
+    try:
+        worker = WORKERS[job["implementation"]](job)
+    except ModuleNotFoundError as error:
+        reply(missing=error.name)
+        return
+    built = time.perf_counter()
+    if job["compile_only"]:
+        reply(about=worker.about, versions=versions())
+        return
+    first = worker.step()
+    reply(
+        first=first,
+        build_s=built - start,
+        first_s=time.perf_counter() - built,
+        about=worker.about,
+        versions=versions(),
+        **host_memory(),
+    )
+    for line in sys.stdin:
+        if line.strip() == "forget":
+            forget_peak()
+            reply()
+        elif line.strip() == "memory":
+            reply(device=worker.device_memory(), **host_memory())
+        else:
+            start = time.perf_counter()
+            values = worker.step()
+            reply(**{"seconds": time.perf_counter() - start, **values})
+
+
+if __name__ == "__main__":
+    main()

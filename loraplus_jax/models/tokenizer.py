@@ -1,0 +1,295 @@
+"""Tokenizer, chat template and special tokens of a model: from a Hugging Face directory or a GGUF file.
+
+A GGUF file has the vocabulary and only the name of how text is cut before merging; the expressions here are those
+of the models' own tokenizer.json.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config import nearest, read_json
+from . import gguf
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_DIGITS = "digits"  # each digit alone, then as GPT-2 does
+# What `tokenizer.ggml.pre` may be: an expression, digits, or None for GPT-2's own.
+_CUTS: Mapping[str, str | None] = {
+    **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), None),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+}
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+
+
+def tokenizer(path: str | Path) -> "Tokenizer":
+    """The tokenizer of `tokenizer.json` or of a GGUF file's metadata; it neither pads nor truncates.
+
+    Raises:
+      ValueError: there is none, it is broken, of a kind that is not known, or has tokens for which the model's
+        embedding has no row.
+      ImportError: tokenizers, or for a GGUF file gguf, is not installed.
+    """
+    try:
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "reading a tokenizer needs tokenizers: pip install 'loraplus_jax[train]'"
+        ) from error
+    path = Path(path)
+    if (found := gguf.find(path)) is not None:
+        file = gguf.read(found)
+        result, rows = _from_gguf(file), gguf.embedding_rows(file)
+    else:
+        result, rows = _from_directory(path), _vocab_size(path)
+    last = max(result.get_vocab(with_added_tokens=True).values(), default=-1)
+    if type(rows) is int and last >= rows:
+        raise ValueError(
+            f"the tokenizer in {path} has tokens up to number {last}, the model's embedding has {rows} rows"
+        )
+    return result
+
+
+def chat_template(path: str | Path) -> str | None:
+    """The Jinja template that makes a prompt of a conversation: the default one where there are several.
+
+    Raises:
+      ValueError: a file cannot be read.
+    """
+    path = Path(path)
+    if (found := gguf.find(path)) is not None:
+        return _text(found, gguf.read(found).one("tokenizer.chat_template"))
+    _check_directory(path)
+    if (own := path / "chat_template.jinja").is_file():
+        try:
+            return own.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{own} is not UTF-8: {error}") from None
+    template = _settings(path).get("chat_template")
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return _text(path / "tokenizer_config.json", template)
+
+
+def special_tokens(path: str | Path) -> dict[str, str]:
+    """The texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, of those that the model has.
+
+    Raises:
+      ValueError: a file cannot be read, or names a token that is none.
+    """
+    path = Path(path)
+    if (found := gguf.find(path)) is not None:
+        file = gguf.read(found)
+        tokens = _tokens(file)
+        numbers = {role: file.one(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
+        return {role: _token(file, tokens, n) for role, n in numbers.items() if n is not None}
+    _check_directory(path)
+    given = {role: _settings(path).get(role) for role in _ROLES}
+    texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in given.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+def _check_directory(path: Path) -> None:
+    if not path.is_dir():
+        raise ValueError(f"{path} is no directory and no GGUF file")
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _text(path: Path, template: Any) -> str | None:
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{path}: the chat template must be a text, got {template!r:.80}")
+    return template
+
+
+def _vocab_size(directory: Path) -> Any:
+    path = directory / "config.json"
+    return read_json(path).get("vocab_size") if path.is_file() else None
+
+
+def _from_directory(directory: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    _check_directory(directory)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{directory} has no tokenizer.json (save the model with a fast tokenizer to get one)"
+        )
+    try:
+        result = Tokenizer.from_file(str(path))
+    # The library raises bare Exception.
+    except Exception as error:
+        raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+    result.no_padding()
+    result.no_truncation()
+    return result
+
+
+def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
+    kind = file.one("tokenizer.ggml.model")
+    makers = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in makers:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.model is {kind!r:.80}, must be one of {', '.join(makers)}"
+        )
+    tokens, kinds = _tokens(file), _kinds(file, len(_tokens(file)))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(t for n, t in enumerate(tokens) if vocabulary[t] != n)
+        raise ValueError(f"{file.path}: two tokens are {twice!r:.80}")
+    try:
+        result = makers[kind](file, vocabulary, kinds)
+        _add_tokens(result, tokens, kinds)
+        _add_ends(result, file, tokens)
+    except ValueError:
+        raise
+    # The library raises bare Exception.
+    except Exception as error:
+        raise ValueError(f"{file.path}: the tokenizer in its metadata cannot be built: {error}") from error
+    return result
+
+
+def _tokens(file: gguf.Gguf) -> list[str]:
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens:
+        raise ValueError(f"{file.path} has no tokenizer: tokenizer.ggml.tokens is no list of texts")
+    return tokens
+
+
+def _kinds(file: gguf.Gguf, count: int) -> list[int]:
+    if "tokenizer.ggml.token_type" not in file.metadata:
+        return [_NORMAL] * count
+    return _numbers(file, "token_type", count)
+
+
+def _numbers(file: gguf.Gguf, key: str, count: int) -> list[Any]:
+    """One number for each token."""
+    found = file.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(found, np.ndarray) or len(found) != count or not np.all(np.isfinite(found)):
+        raise ValueError(f"{file.path}: tokenizer.ggml.{key} must hold {count} numbers, one for each token")
+    return found.tolist()
+
+
+def _token(file: gguf.Gguf, tokens: Sequence[str], number: Any) -> str:
+    if type(number) is not int or not 0 <= number < len(tokens):
+        raise ValueError(f"{file.path} names token {number!r:.80} as special, it has {len(tokens)}")
+    return tokens[number]
+
+
+def _byte_level(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -> "Tokenizer":
+    """GPT-2's way: bytes as letters, merges in the file."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges, name = file.metadata.get("tokenizer.ggml.merges"), file.one("tokenizer.ggml.pre", "default")
+    if not isinstance(merges, list):
+        raise ValueError(f"{file.path}: tokenizer.ggml.merges must be a list of texts, got {merges!r:.80}")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    if odd := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
+        raise ValueError(f"{file.path}: a merge must be two texts with a space between, got {odd[0]!r:.80}")
+    if name not in _CUTS:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.pre is {name!r:.80}, must be one of {', '.join(sorted(_CUTS))}"
+            f"{nearest(str(name), _CUTS)}"
+        )
+    cut, space = _CUTS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
+    whole = cut == _LLAMA3  # a word that is a token is taken as it is
+    result = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole))  # pyright: ignore[reportArgumentType]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(space, use_regex=cut in (None, _DIGITS))]
+    if cut == _DIGITS:
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif cut is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(cut), "isolated"))
+    result.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
+    if cut == _QWEN2:
+        result.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    result.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return result
+
+
+def _sentencepiece(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -> "Tokenizer":
+    """SentencePiece's BPE: of all neighbours that make a piece, the ones with the best score are joined first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    scores = _numbers(file, "scores", len(vocabulary))
+    space = bool(file.one("tokenizer.ggml.add_space_prefix", True))
+    unknown = next((token for token, n in vocabulary.items() if kinds[n] == _UNKNOWN), None)
+    model = models.BPE(
+        vocabulary, _merges(vocabulary, kinds, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
+    result = Tokenizer(model)
+    first = [normalizers.Prepend("▁")] if space else []
+    result.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])  # pyright: ignore
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    result.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if space else [])])  # pyright: ignore
+    return result
+
+
+def _merges(
+    vocabulary: Mapping[str, int], kinds: Sequence[int], scores: Sequence[float]
+) -> list[tuple[str, str]]:
+    """Every way to make a piece of two, the best pieces first."""
+    joined = {token for token, n in vocabulary.items() if kinds[n] not in (_UNKNOWN, _CONTROL, _USER, _BYTE)}
+    found = [
+        (
+            -scores[vocabulary[token]],
+            vocabulary[token],
+            vocabulary[token[:i]],
+            vocabulary[token[i:]],
+            i,
+            token,
+        )
+        for token in joined
+        for i in range(1, len(token))
+        if token[:i] in joined and token[i:] in joined
+    ]
+    return [(token[:i], token[i:]) for *_, i, token in sorted(found)]
+
+
+def _add_tokens(result: "Tokenizer", tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    """Makes the tokens that are no text of their own stand whole wherever they occur."""
+    from tokenizers import AddedToken
+
+    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _UNKNOWN) and t]
+    user = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER and t]
+    result.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    result.add_tokens([AddedToken(t, special=False, normalized=False) for t in user])
+
+
+def _add_ends(result: "Tokenizer", file: gguf.Gguf, tokens: Sequence[str]) -> None:
+    """The first and last tokens of every text; where the file does not say, as llama.cpp has it."""
+    from tokenizers import processors
+
+    by_default = file.one("tokenizer.ggml.model") == "llama" or (
+        _CUTS[file.one("tokenizer.ggml.pre", "default")] == _LLAMA3
+    )
+    add = {
+        "bos": file.one("tokenizer.ggml.add_bos_token", by_default),
+        "eos": file.one("tokenizer.ggml.add_eos_token", False),
+    }
+    numbers = {end: file.one(f"tokenizer.ggml.{end}_token_id") for end, added in add.items() if added}
+    ends = {end: _token(file, tokens, n) for end, n in numbers.items() if n is not None}
+    if not ends:
+        return
+    left, right = [[ends[e]] if e in ends else [] for e in ("bos", "eos")]
+    pair = [*left, "$A", *right, *(f"{t}:1" for t in (*left, "$B", *right))]
+    result.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=[*left, "$A", *right],
+        pair=pair,
+        special_tokens=[(token, tokens.index(token)) for token in set(ends.values())],
+    )

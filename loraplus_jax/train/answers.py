@@ -1,0 +1,118 @@
+"""Answers of a language model to what users ask, by its chat template."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..models.generate import ENDED, Generate, Sampling, left_padded, make_generate
+from .chat import tokenize, tokenize_chats
+from .chat_template import ChatTemplate
+from .conversations import Chat, Turn
+from .language import model_config, text_tools
+from .settings import Settings
+
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model that answers conversations.
+
+    Attributes:
+      tokenizer, template: the model's.
+      generate: see `make_generate`.
+      longest: tokens of a prompt at most, so that prompt and answer do not exceed what the model takes.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    generate: Generate
+    longest: int
+
+    @classmethod
+    def from_settings(
+        cls, settings: Settings, directory: Path, model: nn.Module, new_tokens: int
+    ) -> "Speaker":
+        """For a language model of a directory or GGUF file, with adapters or without.
+
+        Raises:
+          ValueError: `new_tokens` leaves no room for a prompt.
+        """
+        config, (tokenizer, template) = model_config(directory), text_tools(settings, directory)
+        if new_tokens >= config.max_length:
+            raise ValueError(
+                f"answers of {new_tokens} tokens leave no room for a prompt: the model takes {config.max_length}"
+            )
+        stop, dtype = (end_of_turn(tokenizer, template),), jnp.dtype(settings.model.dtype)
+        generate = make_generate(model, config, new_tokens=new_tokens, stop=stop, dtype=dtype)
+        return cls(tokenizer, template, generate, config.max_length - new_tokens)
+
+    def encode(self, chats: Sequence[Sequence[Turn]]) -> list[list[int]]:
+        """The tokens of conversations up to where an answer begins.
+
+        Raises:
+          ValueError: one is too long.
+        """
+        texts = [self.template.render(turns, add_generation_prompt=True) for turns in chats]
+        prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
+        if long := [len(ids) for ids in prompts if len(ids) > self.longest]:
+            raise ValueError(
+                f"a prompt has {long[0]} tokens, with the answer there is room for {self.longest}"
+            )
+        return prompts
+
+    def answer(
+        self,
+        variables: Any,
+        chats: Sequence[Sequence[Turn]],
+        *,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> list[str]:
+        """The answers, without special tokens. All batches have one shape, so that one program makes them."""
+        prompts = self.encode(chats)
+        rows = min(batch_size, len(prompts))
+        ids, segments = left_padded([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
+        found = [
+            np.asarray(self.generate(variables, ids[at : at + rows], segments[at : at + rows], sampling, key))
+            for at, key in (
+                (at, jax.random.fold_in(jax.random.key(seed), at)) for at in range(0, len(ids), rows)
+            )
+        ]
+        tokens = np.concatenate(found)[: len(prompts)]
+        return [self.tokenizer.decode(row[row != ENDED].tolist()).strip() for row in tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One prompt, to be answered before and after training."""
+
+    prompt: str
+    speaker: Speaker
+
+    @classmethod
+    def from_settings(cls, settings: Settings, directory: Path, model: nn.Module) -> "Answer":
+        """That of `train.prompt`; one that is too long is a ValueError."""
+        prompt, train = settings.train.prompt or "", settings.train
+        speaker = Speaker.from_settings(settings, directory, model, train.prompt_tokens)
+        speaker.encode([(Turn("user", prompt),)])
+        return cls(prompt, speaker)
+
+    def ask(self, variables: Any) -> str:
+        """What the model says, always taking the likeliest token."""
+        return self.speaker.answer(variables, [(Turn("user", self.prompt),)])[0]
+
+
+def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int:
+    """The token that ends an answer, as the template writes it: the one that training teaches the model to say."""
+    chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
+    found = tokenize_chats([chat], tokenizer, template, 1 << 20)
+    return int(found.ids[0][found.masks[0] > 0][-1])
