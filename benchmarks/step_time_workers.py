@@ -212,11 +212,12 @@ def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple
     from loraplus_jax.losses import chunked_cross_entropy
     from loraplus_jax.models.llama import head_kernel
 
-    kernel, labels = head_kernel(params), jnp.roll(ids, -1, axis=1)
+    (kernel, transposed), labels = head_kernel(params), jnp.roll(ids, -1, axis=1)
     if job["loss"] == "chunked":
-        losses = chunked_cross_entropy(hidden, kernel, labels, chunk=job["chunk"])
+        losses = chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=job["chunk"])
     else:
-        logits = jnp.einsum("btd,dv->btv", hidden, kernel, preferred_element_type=jnp.float32)
+        axes = "vd" if transposed else "dv"
+        logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.sum(losses[:, :-1]), losses[:, :-1].size
 

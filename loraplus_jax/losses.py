@@ -15,6 +15,7 @@ def chunked_cross_entropy(
     kernel: jax.Array,
     labels: jax.Array,
     *,
+    transposed: bool = False,
     chunk: int = 512,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
@@ -28,6 +29,7 @@ def chunked_cross_entropy(
       hidden: (..., T, D), the states that the head is applied to.
       kernel: (D, V), the head. It gets no gradient: one that is trained needs `optax` on the logits.
       labels: int (..., T), in [0, V).
+      transposed: the kernel is (V, D), as a tied embedding is kept: no copy of it is made then.
       chunk: how many tokens' logits exist at once, over all leading axes together. Chunks are cut along T alone, so
         leading axes that are split over devices stay split.
       soft_cap: c, for logits `c * tanh(x / c)` (arXiv 2408.00118, section 2).
@@ -48,22 +50,24 @@ def chunked_cross_entropy(
     check_number("z_loss", z_loss, at_least=0.0)
     if soft_cap is not None:
         check_number("soft_cap", soft_cap, above=0.0)
-    if hidden.shape[:-1] != labels.shape or not labels.ndim or kernel.shape[:1] != hidden.shape[-1:]:
+    inner = kernel.shape[1:] if transposed else kernel.shape[:1]
+    if hidden.shape[:-1] != labels.shape or not labels.ndim or kernel.ndim != 2 or inner != hidden.shape[-1:]:
         raise ValueError(
-            f"hidden (..., T, D), kernel (D, V) and labels (..., T) do not fit: {hidden.shape}, {kernel.shape} and "
-            f"{labels.shape}"
+            f"hidden (..., T, D), kernel {'(V, D)' if transposed else '(D, V)'} and labels (..., T) do not fit: "
+            f"{hidden.shape}, {kernel.shape} and {labels.shape}"
         )
     rows = labels.reshape(-1, labels.shape[-1])
     states = hidden.reshape(*rows.shape, hidden.shape[-1])
-    options = _Options(max(1, chunk // max(1, len(rows))), soft_cap, z_loss)
+    options = _Options(max(1, chunk // max(1, len(rows))), "vd" if transposed else "dv", soft_cap, z_loss)
     losses: Any = _token_losses(states, jax.lax.stop_gradient(kernel), rows, options)
     return losses.reshape(labels.shape)
 
 
 class _Options(NamedTuple):
-    """Positions a chunk, and what is done to logits and loss."""
+    """Positions a chunk, the kernel's axes, and what is done to logits and loss."""
 
     width: int
+    axes: str
     soft_cap: float | None
     z_loss: float
 
@@ -78,7 +82,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
     def both(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         losses, d_logits = _losses(h, kernel, y, options)
-        d_hidden = jnp.einsum("btv,dv->btd", d_logits.astype(h.dtype), kernel.astype(h.dtype))
+        d_hidden = jnp.einsum(f"btv,{options.axes}->btd", d_logits.astype(h.dtype), kernel.astype(h.dtype))
         return losses, d_hidden
 
     losses, d_hidden = _in_chunks(both, hidden, labels, options.width)
@@ -98,9 +102,8 @@ def _losses(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
 ) -> tuple[jax.Array, jax.Array]:
     """Losses (B, t) and their gradient by the logits (B, t, V) for a chunk, in float32."""
-    logits = jnp.einsum(
-        "btd,dv->btv", hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    weights = kernel.astype(hidden.dtype)
+    logits = jnp.einsum(f"btd,{options.axes}->btv", hidden, weights, preferred_element_type=jnp.float32)
     slope = None
     if options.soft_cap is not None:
         bent = jnp.tanh(logits / options.soft_cap)

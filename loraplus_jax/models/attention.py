@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Attention = Literal["auto", "xla", "blocked"]
 
@@ -16,6 +17,8 @@ Attention = Literal["auto", "xla", "blocked"]
 LONG = 256
 # Queries of a block: at least so many, and at most so many blocks, each of which is compiled for itself.
 LEAST_BLOCK, MOST_BLOCKS = 128, 8
+ATTENTION_NAMES = ("attention", "attention_norm")
+"""What a remat policy should keep by name, so that attention is not computed again: its result, for the gradient."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
 
 
@@ -51,9 +54,10 @@ def causal_attention(
         raise ValueError(f"query {query.shape} does not go with key {key.shape} and value {value.shape}")
     length = query.shape[1]
     if implementation == "xla" or (implementation == "auto" and length < LONG):
-        return jax.nn.dot_product_attention(
+        y = jax.nn.dot_product_attention(
             query, key, value, mask=_whole_mask(segment_ids, length, window), is_causal=True
         )
+        return checkpoint_name(y, ATTENTION_NAMES[0])
     block = max(LEAST_BLOCK, -(-length // MOST_BLOCKS))
     return _blocked(query, key, value, segment_ids, _Blocks(block, window))
 
@@ -124,8 +128,9 @@ def _forward(
         out = _dot("bkrs,bksh->bkrh", shares.astype(v.dtype), v[:, :, first:stop]) / total
         outs.append(out.astype(query.dtype))
         norms.append(top + jnp.log(total))
-    out = jnp.concatenate(outs, axis=2)
-    return _heads(out, groups), (q, k, v, segment_ids, out, jnp.concatenate(norms, axis=2))
+    out = checkpoint_name(jnp.concatenate(outs, axis=2), ATTENTION_NAMES[0])
+    norm = checkpoint_name(jnp.concatenate(norms, axis=2), ATTENTION_NAMES[1])
+    return _heads(out, groups), (q, k, v, segment_ids, out, norm)
 
 
 def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:

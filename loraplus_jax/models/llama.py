@@ -12,17 +12,20 @@ from typing import Any, Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from .attention import Attention, cached_attention, causal_attention
+from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
 from .hf import NameTable, Rule, embedding, linear, norm
 from .llama_config import LlamaConfig
 from .rope import Rope, rotated
 
 Remat = Literal["none", "dots", "full"]
 
-# What a layer keeps for its gradient, beside its input. "none" is no remat at all.
+# What a layer keeps for its gradient, beside its input; "none" is no remat at all. By name, and not every product as
+# with `dots_saveable`: that would keep an adapted layer's sum and both of its terms.
+_KEPT = ("query", "key", "value", *ATTENTION_NAMES, "attended", "gate", "up")
 _POLICIES = {
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(*_KEPT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -104,7 +107,8 @@ class LlamaAttention(LlamaPart):
         )
         if c.qk_norm:
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
-        query, key = rotated(query, shared.rope), rotated(key, shared.rope)
+        query = checkpoint_name(rotated(query, shared.rope), "query")
+        key, value = checkpoint_name(rotated(key, shared.rope), "key"), checkpoint_name(value, "value")
         if cache is not None:
             cache = _written(cache, key, value, layer, shared.start)
         if cache is not None and shared.mask is not None:
@@ -138,7 +142,10 @@ class LlamaMLP(LlamaPart):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) from (B, T, D)."""
         c = self.config
-        gate, up = (self.dense(c.intermediate_size, n, bias=c.mlp_bias)(x) for n in ("gate_proj", "up_proj"))
+        gate, up = (
+            checkpoint_name(self.dense(c.intermediate_size, f"{name}_proj", bias=c.mlp_bias)(x), name)
+            for name in ("gate", "up")
+        )
         return self.dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(nn.silu(gate) * up)
 
 
@@ -157,7 +164,7 @@ class LlamaLayer(LlamaPart):
         y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
             self.norm("input_layernorm")(x), shared, cache, layer
         )
-        x = x + y
+        x = checkpoint_name(x + y, "attended")
         x = x + LlamaMLP(*args, name="mlp")(self.norm("post_attention_layernorm")(x))
         return (x, cache), None
 
@@ -171,8 +178,8 @@ class Llama(nn.Module):
       param_dtype: what parameters are made in.
       unroll: the layers as straight code instead of a loop, on the same stacked parameters: XLA's cost analysis
         then counts every layer; slower to compile.
-      remat: what is computed again for the gradient instead of kept: `"none"`; `"dots"`, all but matrix products;
-        or `"full"`, everything but each layer's input.
+      remat: what is computed again for the gradient instead of kept: `"none"`; `"dots"`, all but what large matrix
+        products made; or `"full"`, everything but each layer's input.
       attention: see `causal_attention`.
     """
 
@@ -304,11 +311,14 @@ def positions_of(segment_ids: jax.Array | None, length: int) -> jax.Array:
     return jnp.where(segment_ids == 0, 0, inside)
 
 
-def head_kernel(params: Mapping[str, Any]) -> jax.Array:
-    """The head of a `Llama`'s parameters as a kernel (D, V): its own, or the embedding turned round."""
+def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:
+    """The head in a `Llama`'s parameters, and whether it is transposed, for `chunked_cross_entropy`.
+
+    A kernel (D, V) of its own, or else the embedding (V, D).
+    """
     if "lm_head" in params:
-        return params["lm_head"]["kernel"]
-    return params["embed_tokens"]["embedding"].T
+        return params["lm_head"]["kernel"], False
+    return params["embed_tokens"]["embedding"], True
 
 
 def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:

@@ -100,7 +100,9 @@ class LlamaConfig:
             raise ValueError("config.json: " + "; ".join(problems))
         try:
             values = {f.name: given[f.name] for f in fields if f.name in given}
-            return cls(**{**values, **_derived(given), **_rope(given), "sliding_window": _window(given)})
+            return cls(
+                **{**values, **_derived(given), **_rope(given), "sliding_window": _window(given, config)}
+            )
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"config.json: {error}") from None
 
@@ -137,7 +139,9 @@ def _derived(given: Mapping[str, Any]) -> dict[str, Any]:
     heads = given["num_attention_heads"]
     return {
         "num_key_value_heads": given.get("num_key_value_heads", heads),
-        "head_dim": given.get("head_dim", given["hidden_size"] // heads),
+        "head_dim": given.get(
+            "head_dim", 128 if given["model_type"] == "qwen3" else given["hidden_size"] // heads
+        ),
         # Only these two families have the option: the others' code does not look at it.
         "attention_bias": bool(given.get("attention_bias")) and given["model_type"] in ("llama", "qwen3"),
         "mlp_bias": bool(given.get("mlp_bias")) and given["model_type"] == "llama",
@@ -153,9 +157,10 @@ def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": checked_scaling(parameters)}
 
 
-def _window(given: Mapping[str, Any]) -> int | None:
+def _window(given: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
     """The window where all layers have it; Qwen's switch it on by an option and leave the first layers out."""
-    window = given.get("sliding_window")
+    # A Mistral file that does not name it has transformers' default, one that says null has none.
+    window = config.get("sliding_window", 4096 if given["model_type"] == "mistral" else None)
     if given["model_type"].startswith("qwen") and not given.get("use_sliding_window", False):
         return None
     layers, kinds = given["num_hidden_layers"], set(given.get("layer_types", ()))

@@ -117,9 +117,8 @@ def _llama3(plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
 def _dynamic(
     positions: jax.Array, size: int, theta: float, options: Mapping[str, Any], max_positions: int
 ) -> jax.Array:
-    original = options.get("original_max_position_embeddings", max_positions)
-    longest = jnp.maximum(jnp.max(positions) + 1, original).astype(jnp.float32)
-    stretch = options["factor"] * longest / original - (options["factor"] - 1)
+    longest = jnp.maximum(jnp.max(positions) + 1, max_positions).astype(jnp.float32)
+    stretch = options["factor"] * longest / max_positions - (options["factor"] - 1)
     base = theta * stretch ** (size / (size - 2))
     return base ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
 

@@ -116,4 +116,5 @@ def _token_losses(
         logits: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
-    return chunked_cross_entropy(hidden, head_kernel(variables["params"]), labels, chunk=chunk)
+    kernel, transposed = head_kernel(variables["params"])
+    return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=chunk)

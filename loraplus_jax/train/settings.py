@@ -38,8 +38,8 @@ class ModelSettings:
       dropout: replaces an encoder's own hidden and attention dropout rates when given.
       head_dropout: dropout before an encoder's new head.
       unroll: compile the layers as straight code instead of a loop; slower to compile.
-      remat: of a language model, what is computed again for the gradient instead of kept: none; dots, all but
-        matrix products; or full, everything but each layer's input. More of it takes less memory and more time.
+      remat: of a language model, what is computed again for the gradient instead of kept: none; dots, all but what
+        large matrix products made; or full, all but each layer's input. It takes less memory, and full more time.
       attention: of a language model: xla, blocked (less memory, and on a CPU faster from 256 tokens on), or auto.
       loss_chunk: of a language model whose head is frozen, how many tokens' logits exist at once.
     """

@@ -18,6 +18,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from loraplus_jax.train import loop
 from loraplus_jax.train.cli import main
 
+from . import language_world as language
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 FILLERS = [
     *("the", "a", "this", "that", "one", "film", "book", "song", "play", "tale"),
@@ -26,6 +28,7 @@ FILLERS = [
 MARKS = {"good": "yes", "bad": "no"}
 RATINGS = {"good": 3.0, "bad": -3.0}
 HIDDEN, LAYERS, INNER, POSITIONS = 16, 2, 32, 24
+PRODUCTS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ class World:
         ):
             if path.exists():
                 path.write_text(path.read_text().replace(str(self.directory), str(directory)))
-        return World(directory)
+        return type(self)(directory)
 
     def rows(self):
         with self.data.open(encoding="utf-8") as file:
@@ -108,6 +111,17 @@ class World:
         save_file(tensors, path)
 
 
+class LanguageWorld(World):
+    """The same with a language model and conversations."""
+
+    @property
+    def data(self):
+        return self.directory / "chats.jsonl"
+
+    def rows(self):
+        return [json.loads(line) for line in self.data.read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def first_world(tmp_path_factory):
     """The one that is copied and never changed."""
@@ -131,6 +145,47 @@ def first_world(tmp_path_factory):
         "output_dir": str(world.out),
     }
     world.config.write_text(yaml.safe_dump(content, sort_keys=False))
+    return world
+
+
+@pytest.fixture(scope="session")
+def first_talk(tmp_path_factory):
+    """That of language models."""
+    world = LanguageWorld(tmp_path_factory.mktemp("talk"))
+    world.model.mkdir()
+    language.write_model(world.model)
+    world.write_rows("chats.jsonl", language.chats())
+    world.write_rows("questions.jsonl", language.questions())
+    content = {
+        "task": "instruction",
+        "model": {"path": str(world.model)},
+        "data": {"path": str(world.data), "max_length": 32},
+        "lora": {"target_modules": PRODUCTS, "rank": 4, "lr_ratio": 4},
+        "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 2, "max_grad_norm": 1.0},
+        "train": {"steps": 40, "batch_size": 16, "eval_every": 20, "log_every": 5, "eval_batch_size": 16},
+        "mesh": {"data": 1},
+        "output_dir": str(world.out),
+    }
+    content["train"] |= {"prompt": "say what colour is snow", "prompt_tokens": 8}
+    world.config.write_text(yaml.safe_dump(content, sort_keys=False))
+    return world
+
+
+@pytest.fixture
+def talk(first_talk, tmp_path, cache, monkeypatch):
+    """A fresh copy, as `world` is."""
+    monkeypatch.setattr(loop, "draw_loss", lambda *_: None)
+    return first_talk.copy(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_talk(first_talk, tmp_path_factory, cache_directory):
+    """With a whole run in it, to be read only."""
+    world = first_talk.copy(tmp_path_factory.mktemp("finished_talk"))
+    with world.printed.open("w") as file, contextlib.redirect_stdout(file), _cached(cache_directory):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "draw_loss", lambda *_: None)
+            world.trained()
     return world
 
 

@@ -1,0 +1,144 @@
+"""What the tiny world of language models is made of: a random Llama with a tokenizer, conversations, questions."""
+
+import json
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from ..gguf_files import write as write_gguf
+
+END, TURN, STOP = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red"}
+FILLERS = ("the", "a", "this", "that", "tell", "me", "say", "now", "please", "just", "again", "only")
+WORDS = ("it", "is", "colour", "what", *COLOURS, *COLOURS.values(), *FILLERS)
+HIDDEN, LAYERS, INNER, HEADS, KEY_HEADS, HEAD, POSITIONS = 16, 2, 32, 4, 2, 4, 64
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def chats(count=120):
+    """Distinct instructions with one subject each, whose colour is the answer."""
+    rng = np.random.default_rng(0)
+    rows = {}
+    while len(rows) < count:
+        subject = list(COLOURS)[len(rows) % len(COLOURS)]
+        text = " ".join([*rng.choice(FILLERS, rng.integers(1, 4)), "what", "colour", "is", subject])
+        rows[text] = {"instruction": text, "output": f"it is {COLOURS[subject]}"}
+    return list(rows.values())
+
+
+def questions(count=120):
+    """The same, with two to four answers to choose from."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for n, row in enumerate(chats(count)):
+        wrong = [f"it is {c}" for c in COLOURS.values() if f"it is {c}" != row["output"]]
+        choices = rng.permutation([row["output"], *rng.permutation(wrong)[: 1 + n % 3]])
+        rows.append({"prompt": row["instruction"], "choices": choices.tolist(), "answer": row["output"]})
+    return rows
+
+
+def vocabulary():
+    """All tokens by their ids, and the merges by which words become one token each, with a space before or not."""
+    merges = {}
+    for word in (*(f"Ġ{w}" for w in WORDS), *WORDS, "user", "assistant", "system"):
+        merges |= {(word[:i], word[i]): None for i in range(1, len(word))}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [*SPECIAL, *alphabet, *dict.fromkeys("".join(pair) for pair in merges)], list(merges)
+
+
+def write_model(directory, **changes):
+    """A Hugging Face directory; `changes` are to its config."""
+    tokens, merges = vocabulary()
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {"bos_token": TURN, "eos_token": STOP, "pad_token": END}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": TEMPLATE}))
+    config = {
+        "model_type": "llama",
+        "vocab_size": len(tokens),
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_HEADS,
+        "intermediate_size": INNER,
+        "max_position_embeddings": POSITIONS,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors(config), directory / "model.safetensors")
+
+
+def tensors(config):
+    """Random weights in Hugging Face's names."""
+    rng = np.random.default_rng(2)
+
+    def linear(outer, inner):
+        return (rng.normal(size=(outer, inner)) / np.sqrt(inner)).astype(np.float32)
+
+    def ones():
+        return np.ones(HIDDEN, np.float32)
+
+    found = {"model.embed_tokens.weight": linear(config["vocab_size"], HIDDEN), "model.norm.weight": ones()}
+    sizes = {"q": HEADS * HEAD, "k": KEY_HEADS * HEAD, "v": KEY_HEADS * HEAD}
+    for layer in (f"model.layers.{i}" for i in range(LAYERS)):
+        found |= {f"{layer}.self_attn.{n}_proj.weight": linear(size, HIDDEN) for n, size in sizes.items()}
+        found[f"{layer}.self_attn.o_proj.weight"] = linear(HIDDEN, HEADS * HEAD)
+        found |= {f"{layer}.mlp.{n}_proj.weight": linear(INNER, HIDDEN) for n in ("gate", "up")}
+        found[f"{layer}.mlp.down_proj.weight"] = linear(HIDDEN, INNER)
+        found |= {f"{layer}.{n}_layernorm.weight": ones() for n in ("input", "post_attention")}
+    if not config["tie_word_embeddings"]:
+        found["lm_head.weight"] = linear(config["vocab_size"], HIDDEN)
+    return found
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"},
+    **{f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")},
+}
+
+
+def write_gguf_of(directory, path, arch="llama", **changes):
+    """The model of a directory as a GGUF file, float32; `changes` are to its metadata."""
+    content = {}
+    for name, value in load_file(directory / "model.safetensors").items():
+        for old, new in GGUF_NAMES.items():
+            name = name.replace(old, new)
+        name = name.replace("model.layers.", "blk.")
+        if ".attn_q." in name or ".attn_k." in name:  # as llama.cpp's converter has it
+            heads = HEADS if ".attn_q." in name else KEY_HEADS
+            value = value.reshape(heads, 2, HEAD // 2, HIDDEN).swapaxes(1, 2).reshape(value.shape)
+        content[name] = np.ascontiguousarray(value)
+    tokens, merges = vocabulary()
+    values = {
+        f"{arch}.embedding_length": HIDDEN,
+        f"{arch}.block_count": LAYERS,
+        f"{arch}.feed_forward_length": INNER,
+        f"{arch}.context_length": POSITIONS,
+        f"{arch}.attention.head_count": HEADS,
+        f"{arch}.attention.head_count_kv": KEY_HEADS,
+        f"{arch}.attention.layer_norm_rms_epsilon": 1e-5,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+    return write_gguf(path, content, values | changes, arch)

@@ -1,0 +1,428 @@
+"""Whole runs with a tiny language model: training, evaluation and generation by the command line."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from loraplus_jax.train import language, loop
+from loraplus_jax.train.cli import main
+from loraplus_jax.train.use import load_tuned
+from loraplus_jax.tree import combine
+
+from . import language_world as tiny
+from .test_run import (
+    column,
+    interrupt_at,
+    printed_json,
+    rows_of,
+    summary_of,
+    tensor_bytes,
+    tensors_of,
+    timeless,
+)
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+NO_PROMPT = ("--train.prompt", "null", "--train.prompt_tokens", "64")
+# An epsilon far above rounding: else Adam makes whole steps of gradients that are all but zero.
+SHORT = (
+    *NO_PROMPT,
+    *("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2", "--optimizer.eps", "1e-3"),
+)
+ONE = (*NO_PROMPT, "--train.steps", "3", "--train.log_every", "1")
+CHOICES = ("--task", "multiple_choice", "--data.path", "{dir}/questions.jsonl")
+PROMPT = "say what colour is snow"
+
+
+@pytest.fixture(scope="module")
+def short(first_talk, tmp_path_factory, cache):
+    """A short run that others are compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_loss", lambda *_: None)
+        return first_talk.copy(tmp_path_factory.mktemp("short")).trained(*SHORT)
+
+
+@pytest.fixture(scope="module")
+def chosen(first_talk, tmp_path_factory, cache):
+    """A world with a run on questions, to be read only."""
+    world = first_talk.copy(tmp_path_factory.mktemp("chosen"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "draw_loss", lambda *_: None)
+        choices = [word.format(dir=world.directory) for word in CHOICES]
+        world.trained(
+            *choices, *NO_PROMPT, "--train.steps", "160", "--optimizer.schedule", "linear", *RATE, *OFTEN
+        )
+    return world
+
+
+RATE, OFTEN = ("--optimizer.learning_rate", "5e-3"), ("--train.eval_every", "40")
+
+
+def questions(world):
+    return [word.format(dir=world.directory) for word in CHOICES]
+
+
+def answers_of(capsys, *args):
+    """What `loraplus generate` prints, the answers alone."""
+    capsys.readouterr()
+    assert main(["generate", *map(str, args)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.endswith("\n\n")
+    return [block.partition("\n")[2] for block in printed[:-2].split("\n\n")]
+
+
+# what a run leaves
+
+
+def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
+    summary, out = summary_of(finished_talk.out), finished_talk.out
+    before, after = summary["before"], summary["after"]
+    assert after["loss"] < 1 < 5 < before["loss"]
+    assert set(before) == set(after) == {"loss", "perplexity"}
+    for values in (before, after):
+        assert values["perplexity"] == pytest.approx(math.exp(values["loss"]), rel=1e-6)
+    assert summary["held_out"] == {"split": "test", "examples": 24}
+    answers = summary["answers"]
+    assert answers["prompt"] == PROMPT
+    assert answers["after"].startswith("it is ")
+    assert answers["before"] != answers["after"]
+    printed = finished_talk.printed.read_text()
+    for when in ("before: ", "after:  "):
+        assert f"> {PROMPT}\n{when}{answers[when.strip(': ')]}" in printed
+    assert "data: 84 train, 12 validation, 24 test" in printed.splitlines()
+    assert list(column(out, "loss")) == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert list(column(out, "validation/perplexity")) == [20, 40]
+    assert list(column(out, "test/perplexity")) == [0]
+    # Every product of the layers at rank 4: q, k, v, o, gate, up, down; in all also the base.
+    assert summary["trainable"] == 2 * 4 * (32 + 24 + 24 + 32 + 48 + 48 + 48)
+    base = sum(tensor.size for tensor in load_file(finished_talk.model / "model.safetensors").values())
+    assert summary["total"] == summary["trainable"] + base
+
+
+def test_eval_repeats_the_summary(finished_talk, capsys):
+    found = printed_json(capsys, "eval", str(finished_talk.out))
+    assert (found.pop("data"), found.pop("examples")) == ("test", 24)
+    assert found == pytest.approx(summary_of(finished_talk.out)["after"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_eval_of_another_split_and_another_file(finished_talk, tmp_path, capsys):
+    found = printed_json(capsys, "eval", str(finished_talk.out), "--split", "validation")
+    selected = summary_of(finished_talk.out)["selected_step"]
+    assert found["loss"] == pytest.approx(column(finished_talk.out, "validation/loss")[selected], rel=1e-5)
+    file = tmp_path / "other.json"
+    turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "it is green"}]
+    file.write_text(json.dumps([{"messages": turns}] * 3))
+    wrong = printed_json(capsys, "eval", str(finished_talk.out), "--data", str(file))
+    assert (wrong["data"], wrong["examples"]) == (str(file), 3)
+    assert wrong["loss"] > found["loss"]
+    assert main(["eval", str(finished_talk.out), "--data", str(finished_talk.model / "config.json")]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+# generation
+
+
+def test_generate_repeats_the_answer_of_the_run(finished_talk, capsys):
+    args = (finished_talk.out, "--prompt", PROMPT, "--max_tokens", 8)
+    assert answers_of(capsys, *args) == [summary_of(finished_talk.out)["answers"]["after"]]
+
+
+@pytest.mark.slow
+def test_generate_with_a_model_as_it_is(finished_talk, capsys):
+    args = ("--prompt", PROMPT, "--max_tokens", 8)
+    before = summary_of(finished_talk.out)["answers"]["before"]
+    assert answers_of(capsys, finished_talk.model, *args) == [before]
+    plain = answers_of(capsys, finished_talk.model, *args, "--template", "plain")
+    assert plain != [before]
+
+
+@pytest.mark.slow
+def test_generate_a_file_in_batches_of_any_size(finished_talk, tmp_path, capsys):
+    rows = finished_talk.rows()[:7]
+    finished_talk_file = tmp_path / "some.jsonl"
+    finished_talk_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {}
+    for size in (1, 3, 7):
+        output = tmp_path / f"{size}.jsonl"
+        args = ["generate", str(finished_talk.out), "--data", str(finished_talk_file), "--max_tokens", "6"]
+        args += ["--batch_size", str(size), "--output", str(output)]
+        assert main(args) == 0
+        found[size] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert found[1] == found[3] == found[7]
+    assert [row["prompt"] for row in found[1]] == [row["instruction"] for row in rows]
+    assert all(row["answer"].startswith("it is") for row in found[1])
+    assert main(args) == 2
+    assert "7.jsonl exists already" in capsys.readouterr().err
+    assert [json.loads(line) for line in output.read_text().splitlines()] == found[7]
+
+
+@pytest.mark.slow
+def test_generate_draws_by_the_seed_and_heeds_the_system(finished_talk, capsys):
+    prompts = [word for n in range(4) for word in ("--prompt", f"{PROMPT} {n}")]
+    args = (finished_talk.model, *prompts, "--max_tokens", 12, "--temperature", 1.5)
+    first = answers_of(capsys, *args, "--seed", 1)
+    assert answers_of(capsys, *args, "--seed", 1) == first
+    assert answers_of(capsys, *args, "--seed", 2) != first
+    narrow = answers_of(capsys, *args, "--seed", 1, "--top_p", 1e-6)
+    greedy = answers_of(capsys, finished_talk.model, *prompts, "--max_tokens", 12)
+    assert narrow == greedy != first
+    system = answers_of(
+        capsys, finished_talk.model, *prompts, "--max_tokens", 12, "--system", "just say green now"
+    )
+    assert system != greedy
+
+
+# stop and go on
+
+NOISY = (
+    *NO_PROMPT,
+    *("--data.packing", "true", "--data.max_length", "64", "--lora.dropout", "0.1"),
+    *("--train.batch_size", "8", "--train.accumulate", "2", "--train.eval_batch_size", "8"),
+    *("--train.steps", "20", "--train.eval_every", "8", "--train.log_every", "4"),
+    *("--optimizer.schedule", "linear", "--optimizer.weight_decay", "0.01"),
+)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(talk, capsys):
+    straight = talk.trained(*NOISY, out=talk.directory / "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 13)
+        assert talk.train(*NOISY) == 130
+    capsys.readouterr()
+    assert talk.train(*NOISY) == 0
+    printed = capsys.readouterr().out
+    assert "going on from step 8 of 20" in printed
+    assert "packed: " in printed
+    assert tensor_bytes(talk.out) == tensor_bytes(straight)
+    assert timeless(rows_of(talk.out)) == timeless(rows_of(straight))
+    assert summary_of(talk.out) | {"seconds": 0} == summary_of(straight) | {"seconds": 0}
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_has_both_answers(talk):
+    args = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2")
+    straight = talk.trained(*args, out=talk.directory / "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert talk.train(*args) == 130
+    assert summary_of(talk.trained(*args))["answers"] == summary_of(straight)["answers"]
+
+
+# the same numbers, however they are computed
+
+
+@pytest.mark.slow
+def test_lora_is_lora_plus_with_ratio_1_to_the_bit(talk, short):
+    lora = talk.trained(*SHORT, "--method", "lora", out=talk.directory / "lora")
+    plus = talk.trained(*SHORT, "--lora.lr_ratio", "1", out=talk.directory / "plus")
+    assert tensor_bytes(lora) == tensor_bytes(plus) != tensor_bytes(short)
+    assert timeless(rows_of(lora)) == timeless(rows_of(plus))
+
+
+def assert_same(out, expected):
+    """A run with the adapters, losses and metrics of another one, but for rounding."""
+    assert tensors_of(out).keys() == tensors_of(expected).keys()
+    for name, tensor in tensors_of(expected).items():
+        np.testing.assert_allclose(tensors_of(out)[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+    for name in ("loss", "validation/loss", "test/loss"):
+        assert column(out, name) == pytest.approx(column(expected, name), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--mesh.data", "8"),
+        ("--mesh.data", "8", "--train.accumulate", "2"),
+        ("--model.unroll", "true"),
+        ("--model.remat", "dots"),
+        ("--model.remat", "full"),
+        ("--model.attention", "xla"),
+        ("--model.attention", "blocked"),
+        ("--model.loss_chunk", "7"),
+        ("--model.loss_chunk", "1"),
+    ],
+    ids=" ".join,
+)
+def test_the_same_run_computed_otherwise(talk, short, args):
+    assert_same(talk.trained(*SHORT, *args), short)
+
+
+@pytest.mark.slow
+def test_with_the_logits_it_is_the_same_run(talk, short, monkeypatch):
+    monkeypatch.setattr(language, "head_is_frozen", lambda parts: False)
+    assert_same(talk.trained(*SHORT), short)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_gives_the_run_of_its_directory(talk, short):
+    path = tiny.write_gguf_of(talk.model, talk.directory / "tiny.gguf")
+    out = talk.trained(*SHORT, "--model.path", str(path))
+    assert tensor_bytes(out) == tensor_bytes(short)
+    assert timeless(rows_of(out)) == timeless(rows_of(short))
+
+
+@pytest.mark.slow
+def test_packed_and_unpacked_evaluations_are_equal(talk):
+    args = (*ONE, "--data.max_length", "64")
+    whole = talk.trained(*args, out=talk.directory / "whole")
+    packed = talk.trained(*args, "--data.packing", "true")
+    one, other = summary_of(whole), summary_of(packed)
+    assert other["before"] == pytest.approx(one["before"], rel=1e-5)
+    assert other["held_out"] == one["held_out"]
+    assert tensor_bytes(whole) != tensor_bytes(packed)  # other batches
+
+
+@pytest.mark.slow
+def test_bf16_runs_near_float32_with_float32_adapters(talk, short):
+    out = talk.trained(*SHORT, "--model.dtype", "bfloat16", "--model.param_dtype", "bfloat16")
+    assert {tensor.dtype for tensor in tensors_of(out).values()} == {np.dtype("float32")}
+    assert column(out, "loss") == pytest.approx(column(short, "loss"), abs=0.1)
+    assert column(out, "loss") != column(short, "loss")
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
+    compiled, at = [], {}
+
+    def heard(event, *_, **__):
+        compiled.extend([event] if event == "/jax/core/compile/backend_compile_duration" else [])
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    save = loop.Trainer.save
+    monkeypatch.setattr(
+        loop.Trainer,
+        "save",
+        lambda self, m: at.update({int(self.state.step): len(compiled)}) or save(self, m),
+    )
+    args = ("--train.steps", "12", "--train.eval_every", "4", "--train.log_every", "2", *NO_PROMPT)
+    talk.trained(*args, "--seed", "5")  # a program that no other test has kept
+    assert list(at) == [4, 8, 12]
+    assert at[4] > 0
+    assert at[12] == at[8]
+
+
+# which parts are trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("args", "frozen"),
+    [
+        (("--method", "full"), (False, False)),
+        (("--lora.modules_to_save", "[lm_head]"), (None, False)),
+        (("--lora.modules_to_save", "[embed_tokens]"), (False, True)),
+        (("--lora.target_modules", "[q_proj,embed_tokens]"), (False, True)),
+        (("--lora.target_modules", "[q_proj,lm_head]"), (None, False)),
+        (("--lora.target_modules", "[q_proj]", "--lora.modules_to_save", "[norm]"), (True, True)),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_head_and_embedding_may_be_trained(talk, capsys, monkeypatch, tied, args, frozen):
+    tiny.write_model(talk.model, tie_word_embeddings=tied)
+    found, head_is_frozen = [], language.head_is_frozen
+    monkeypatch.setattr(
+        language, "head_is_frozen", lambda parts: found.append(head_is_frozen(parts)) or found[-1]
+    )
+    code = talk.train(*ONE, *args, "--train.steps", "10", "--train.select", "last")
+    if frozen[not tied] is None:
+        assert code == 2
+        assert "'lm_head'" in capsys.readouterr().err
+        return
+    assert code == 0
+    assert set(found) == {frozen[not tied]}
+    summary = summary_of(talk.out)
+    assert summary["after"]["loss"] < summary["before"]["loss"] - 0.3
+    again = printed_json(capsys, "eval", str(talk.out))
+    assert again["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
+
+
+# multiple choice
+
+
+def by_hand(world, rows):
+    """The log-likelihoods of all choices, float64, from the logits of each question with one choice in it."""
+    tuned = load_tuned(world.out)
+    tokenizer = Tokenizer.from_file(str(world.model / "tokenizer.json"))
+    variables = combine(tuned.parts.trainable, tuned.parts.frozen)
+    apply = jax.jit(tuned.parts.model.apply)
+
+    def likelihood(prompt, choice):
+        head = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+        before, ids = (len(tokenizer.encode(head).ids), tokenizer.encode(head + choice).ids)
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(ids)] = ids
+        logits = np.asarray(apply(variables, padded, (np.arange(32) < len(ids))[None].astype(np.int32))[0])
+        logits = logits.astype(np.float64)
+        shares = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return sum(shares[t - 1, ids[t]] for t in range(before, len(ids)))
+
+    return [[likelihood(row["prompt"], choice) for choice in row["choices"]] for row in rows]
+
+
+@pytest.mark.slow
+def test_multiple_choice_learns_and_is_what_full_logits_say(chosen, capsys):
+    summary = summary_of(chosen.out)
+    assert set(summary["after"]) == {"accuracy", "accuracy_per_byte", "loss", "perplexity"}
+    assert summary["after"]["accuracy"] > 0.9
+    assert summary["before"]["accuracy"] < 0.7
+    found = printed_json(capsys, "eval", str(chosen.out))
+    assert found["accuracy"] == summary["after"]["accuracy"]
+    rows = tiny.questions()
+    rows = rows[::3] + [{**row, "prompt": row["prompt"].replace("is", "was")} for row in rows[1::3]]
+    rows += [{**row, "answer": row["choices"][0]} for row in rows]  # not all of them right
+    file = chosen.write_rows("mixed.jsonl", rows)
+    found = printed_json(capsys, "eval", str(chosen.out), "--data", str(file))
+    scores = by_hand(chosen, rows)
+    right = [row["choices"].index(row["answer"]) for row in rows]
+    per_byte = [
+        [s / len(c.encode()) for s, c in zip(some, row["choices"], strict=True)]
+        for some, row in zip(scores, rows, strict=True)
+    ]
+    tokens = [4] * len(rows)  # it, is, the colour: three, as one each
+    assert found["accuracy"] == pytest.approx(
+        np.mean([np.argmax(s) == r for s, r in zip(scores, right, strict=True)])
+    )
+    assert found["accuracy_per_byte"] == pytest.approx(
+        np.mean([np.argmax(s) == r for s, r in zip(per_byte, right, strict=True)])
+    )
+    assert 0.2 < found["accuracy"] < 0.9
+    loss = -sum(s[r] for s, r in zip(scores, right, strict=True)) / (3 * len(tokens))
+    assert found["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_separate_files_whose_questions_have_other_numbers_of_choices(talk, capsys):
+    rows = tiny.questions()
+    few = [row for row in rows if len(row["choices"]) == 2]
+    many = [row for row in rows if len(row["choices"]) == 4]
+    files = [
+        word
+        for name, part in {"train": rows[:60], "validation": few[:9], "test": many[:7]}.items()
+        for word in (f"--data.{name}", str(talk.write_rows(f"{name}.jsonl", part)))
+    ]
+    out = talk.trained("--task", "multiple_choice", "--data.path", "null", *files, *ONE)
+    assert "data: 60 train, 9 validation, 7 test" in capsys.readouterr().out
+    assert summary_of(out)["held_out"] == {"split": "test", "examples": 7}
+    found = printed_json(capsys, "eval", str(out))
+    assert found["accuracy"] == summary_of(out)["after"]["accuracy"]
+    assert found["loss"] == pytest.approx(summary_of(out)["after"]["loss"], rel=1e-5)
+    assert printed_json(capsys, "eval", str(out), "--split", "validation")["examples"] == 9
+
+
+@pytest.mark.slow
+def test_conversations_in_separate_files_without_a_test_split(talk, capsys):
+    rows = talk.rows()
+    first, second = talk.write_rows("first.tsv", rows[:90]), talk.write_rows("second.csv", rows[90:])
+    files = ("--data.path", "null", "--data.train", str(first), "--data.validation", str(second))
+    out = talk.trained(*ONE, *files)
+    assert "data: 90 train, 30 validation" in capsys.readouterr().out
+    assert summary_of(out)["held_out"] == {"split": "validation", "examples": 30}
