@@ -81,9 +81,16 @@ def _forward(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
 ) -> tuple[jax.Array, tuple]:
     def both(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, d_logits = _losses(h, kernel, y, options)
-        d_hidden = jnp.einsum(f"btv,{options.axes}->btd", d_logits.astype(h.dtype), kernel.astype(h.dtype))
-        return losses, d_hidden
+        losses, shares, of_label = _losses(h, kernel, y, options)
+        d_hidden = jnp.einsum(
+            f"btv,{options.axes}->btd",
+            shares.astype(h.dtype),
+            kernel.astype(h.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        axis = options.axes.index("v")
+        label_rows = jnp.moveaxis(jnp.take(kernel, y, axis=axis), -1 if axis == 0 else 0, -1)
+        return losses, (d_hidden - of_label * label_rows).astype(h.dtype)
 
     losses, d_hidden = _in_chunks(both, hidden, labels, options.width)
     return losses, (d_hidden, kernel)
@@ -100,8 +107,11 @@ _token_losses.defvjp(_forward, _backward)
 
 def _losses(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
-) -> tuple[jax.Array, jax.Array]:
-    """Losses (B, t) and their gradient by the logits (B, t, V) for a chunk, in float32."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """For a chunk, in float32, the losses (B, t) and their gradient by the logits in two parts.
+
+    The gradient is the first part (B, t, V) less the second (B, t, 1) at the label: so no one-hot array is made.
+    """
     weights = kernel.astype(hidden.dtype)
     logits = jnp.einsum(f"btd,{options.axes}->btv", hidden, weights, preferred_element_type=jnp.float32)
     slope = None
@@ -109,12 +119,12 @@ def _losses(
         bent = jnp.tanh(logits / options.soft_cap)
         logits, slope = options.soft_cap * bent, 1.0 - bent**2
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    right = labels[..., None] == jnp.arange(logits.shape[-1])
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
     losses = (log_z - chosen + options.z_loss * log_z**2)[..., 0]
-    shares = jnp.exp(logits - log_z)
-    d_logits = shares * (1.0 + 2.0 * options.z_loss * log_z) - right
-    return losses, d_logits if slope is None else d_logits * slope
+    shares = jnp.exp(logits - log_z) * (1.0 + 2.0 * options.z_loss * log_z)
+    if slope is None:
+        return losses, shares, jnp.ones_like(chosen)
+    return losses, shares * slope, jnp.take_along_axis(slope, labels[..., None], axis=-1)
 
 
 def _in_chunks(
