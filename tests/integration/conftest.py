@@ -161,7 +161,7 @@ def first_talk(tmp_path_factory):
         "model": {"path": str(world.model)},
         "data": {"path": str(world.data), "max_length": 32},
         "lora": {"target_modules": PRODUCTS, "rank": 4, "lr_ratio": 4},
-        "optimizer": {"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 2, "max_grad_norm": 1.0},
+        "optimizer": {"learning_rate": 5e-3, "schedule": "constant", "warmup_steps": 2, "max_grad_norm": 1.0},
         "train": {"steps": 40, "batch_size": 16, "eval_every": 20, "log_every": 5, "eval_batch_size": 16},
         "mesh": {"data": 1},
         "output_dir": str(world.out),
@@ -182,10 +182,11 @@ def talk(first_talk, tmp_path, cache, monkeypatch):
 def finished_talk(first_talk, tmp_path_factory, cache_directory):
     """With a whole run in it, to be read only."""
     world = first_talk.copy(tmp_path_factory.mktemp("finished_talk"))
-    with world.printed.open("w") as file, contextlib.redirect_stdout(file), _cached(cache_directory):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "draw_loss", lambda *_: None)
-            world.trained()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_cached(cache_directory))
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(loop, "draw_loss", lambda *_: None)
+        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(world.printed.open("w"))))
+        world.trained()
     return world
 
 

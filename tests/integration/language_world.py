@@ -12,7 +12,7 @@ END, TURN, STOP = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red"}
 FILLERS = ("the", "a", "this", "that", "tell", "me", "say", "now", "please", "just", "again", "only")
 WORDS = ("it", "is", "colour", "what", *COLOURS, *COLOURS.values(), *FILLERS)
-HIDDEN, LAYERS, INNER, HEADS, KEY_HEADS, HEAD, POSITIONS = 16, 2, 32, 4, 2, 4, 64
+HIDDEN, LAYERS, INNER, HEADS, KEY_HEADS, HEAD, POSITIONS = 32, 2, 48, 4, 2, 8, 64
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -96,7 +96,8 @@ def tensors(config):
         found[f"{layer}.mlp.down_proj.weight"] = linear(HIDDEN, INNER)
         found |= {f"{layer}.{n}_layernorm.weight": ones() for n in ("input", "post_attention")}
     if not config["tie_word_embeddings"]:
-        found["lm_head.weight"] = linear(config["vocab_size"], HIDDEN)
+        # Large enough for a frozen head to be sure of a token.
+        found["lm_head.weight"] = 2 * linear(config["vocab_size"], HIDDEN)
     return found
 
 
@@ -112,9 +113,12 @@ GGUF_NAMES = {
 }
 
 
-def write_gguf_of(directory, path, arch="llama", **changes):
-    """The model of a directory as a GGUF file, float32; `changes` are to its metadata."""
-    content = {}
+def write_gguf_of(directory, path, arch="llama", raw=None, **changes):
+    """The model of a directory as a GGUF file, float32.
+
+    `raw` replaces tensors by a type and bytes, `changes` are to the metadata, None takes a key out.
+    """
+    content, raw = {}, raw or {}
     for name, value in load_file(directory / "model.safetensors").items():
         for old, new in GGUF_NAMES.items():
             name = name.replace(old, new)
@@ -142,4 +146,6 @@ def write_gguf_of(directory, path, arch="llama", **changes):
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": TEMPLATE,
     }
-    return write_gguf(path, content, values | changes, arch)
+    values = {key: value for key, value in (values | changes).items() if value is not None}
+    content |= {name: value for name, (_, value) in raw.items()}
+    return write_gguf(path, content, values, arch, {name: kind for name, (kind, _) in raw.items()})

@@ -546,7 +546,7 @@ def command(case, world):
     """The command line of a case."""
     places = {"dir": world.directory, "out": world.out}
     args = [arg.format(**places) if "{" in arg else arg for arg in case.args]
-    if args[:1] and args[0] in ("train", "inspect", "eval", "predict", "fetch"):
+    if args[:1] and args[0] in ("train", "inspect", "eval", "predict", "generate", "fetch"):
         return args
     return ["train", str(world.config), *args]
 
@@ -560,11 +560,15 @@ def contents(directory):
 def test_bad_input_is_one_clear_line_and_nothing_is_written(
     case, first_world, finished, tmp_path, monkeypatch, capsys
 ):
-    world = (finished if case.run else first_world).copy(tmp_path)
     monkeypatch.chdir(tmp_path)
+    assert_refused(case, (finished if case.run else first_world).copy(tmp_path), capsys)
+
+
+def assert_refused(case, world, capsys):
+    """`loraplus` says in one line what is wrong with a case, and leaves its world as it is."""
     if case.spoil is not None:
         case.spoil(world)
-    before = contents(tmp_path)
+    before = contents(world.directory)
     capsys.readouterr()
     assert main(command(case, world)) == 2
     printed = capsys.readouterr()
@@ -574,7 +578,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(
         assert word in first
     assert "Traceback" not in printed.err
     assert printed.err.count("error:") == 1
-    assert contents(tmp_path) == before
+    assert contents(world.directory) == before
 
 
 @pytest.mark.parametrize(

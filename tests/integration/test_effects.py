@@ -24,12 +24,14 @@ from rich.console import Console
 
 from loraplus_jax import AdapterSpec, jit_step, load_adapter
 from loraplus_jax.optim import rate_at
-from loraplus_jax.train import loop
+from loraplus_jax.train import answers, loop
 from loraplus_jax.train import prepare as preparing
 from loraplus_jax.train.fetch import resolve
 from loraplus_jax.train.loop import Trainer, TrainingFailed, train
 from loraplus_jax.train.settings import Settings, parse_settings
 from loraplus_jax.tree import leaves_by_path
+
+from . import language_world as language
 
 pytestmark = pytest.mark.slow
 
@@ -174,6 +176,15 @@ def cache_in_use(settings):
     return found
 
 
+def asked(settings):
+    """What the run asks its model before and after, and for how many tokens of answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "make_generate", lambda *_, **options: options["new_tokens"])
+        with without_compiling():
+            answer = preparing.prepare(settings).answer
+    return answer and (answer.prompt, answer.speaker.generate)
+
+
 def goes_elsewhere(settings):
     """Whether a run is started in a directory of this name beside the data."""
     elsewhere = Path(settings.data.path).parent / "elsewhere"
@@ -217,6 +228,12 @@ class Change(NamedTuple):
 
 WIDE = ("--data.path", "{dir}/wide.csv")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
+TALK = (
+    *("--task", "instruction", "--model.path", "{dir}/talk", "--data.path", "{dir}/chats.jsonl"),
+    *("--model.dropout", "null", "--model.head_dropout", "0.1", "--data.max_length", "64"),
+    *("--lora.target_modules", "[q_proj,v_proj]"),
+)
+RENAMED = '{{"instruction": "asked", "output": "said"}}'
 # With such a rate the last of the three evaluations is worse than the one before.
 RESTLESS = (
     *("--train.steps", "6", "--train.eval_every", "2", "--train.log_every", "2"),
@@ -230,6 +247,9 @@ CHANGES = [
     Change("model.dropout", "0.2", program),
     Change("model.head_dropout", "0.3", program),
     Change("model.unroll", "true", program),
+    Change("model.remat", "full", program, TALK),
+    Change("model.attention", "blocked", program, TALK),
+    Change("model.loss_chunk", "64", program, TALK),
     Change("data.path", "{dir}/first.csv", arrays),
     Change("data.train", "{dir}/more.csv", arrays, FILES),
     Change("data.validation", "{dir}/last.csv", arrays, FILES),
@@ -241,6 +261,11 @@ CHANGES = [
     Change("data.validation_fraction", "0.2", arrays),
     Change("data.test_fraction", "0.1", arrays),
     Change("data.split_seed", "3", arrays),
+    Change("data.template", "plain", arrays, TALK),
+    Change("data.template", "{dir}/template.jinja", arrays, TALK),
+    Change("data.answers", "last", arrays, TALK),
+    Change("data.packing", "true", arrays, TALK),
+    Change("data.column_names", RENAMED, arrays, TALK),
     Change("lora.target_modules", "[query]", variables),
     Change("lora.rank", "3", variables),
     Change("lora.alpha", "7.0", program),
@@ -281,6 +306,8 @@ CHANGES = [
     Change("train.keep", "3", left, RESTLESS),
     Change("train.max_skipped", "2", most_skipped),
     Change("train.compilation_cache", "false", cache_in_use),
+    Change("train.prompt", "what colour is coal", asked, TALK),
+    Change("train.prompt_tokens", "9", asked, (*TALK, "--train.prompt", "what colour is coal")),
     Change("mesh.data", "2", program),
     Change("task", "regression", arrays, ("--data.label", "rating")),
     Change("method", "lora", updates),
@@ -301,6 +328,13 @@ def fields_of(section, prefix=""):
             yield prefix + field.name
 
 
+def two_turns(row):
+    """A conversation with two answers, and another one in columns of other names."""
+    said = [("user", row["instruction"]), ("assistant", row["output"]), ("user", "what"), ("assistant", "it")]
+    messages = [{"role": role, "content": text} for role, text in said]
+    return {"messages": messages, "asked": f"tell {row['instruction']}", "said": row["output"]}
+
+
 @pytest.fixture(scope="module")
 def home(first_world, tmp_path_factory, cache):
     """The world of this file: another model and other data beside the usual ones, and no pictures."""
@@ -313,6 +347,11 @@ def home(first_world, tmp_path_factory, cache):
     world.write_rows("wide.csv", [row | extra for row, extra in zip(rows, more, strict=True)])
     for name, part in {"first": rows[:100], "last": rows[100:], "more": rows[60:]}.items():
         world.write_rows(f"{name}.csv", part)
+    (world.directory / "talk").mkdir()
+    language.write_model(world.directory / "talk")
+    world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
+    template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
+    (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_loss", lambda *_: None)

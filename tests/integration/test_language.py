@@ -54,13 +54,8 @@ def chosen(first_talk, tmp_path_factory, cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "draw_loss", lambda *_: None)
         choices = [word.format(dir=world.directory) for word in CHOICES]
-        world.trained(
-            *choices, *NO_PROMPT, "--train.steps", "160", "--optimizer.schedule", "linear", *RATE, *OFTEN
-        )
+        world.trained(*choices, *NO_PROMPT, "--train.steps", "80")
     return world
-
-
-RATE, OFTEN = ("--optimizer.learning_rate", "5e-3"), ("--train.eval_every", "40")
 
 
 def questions(world):
@@ -89,7 +84,7 @@ def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
     assert summary["held_out"] == {"split": "test", "examples": 24}
     answers = summary["answers"]
     assert answers["prompt"] == PROMPT
-    assert answers["after"].startswith("it is ")
+    assert answers["after"] == "it is white"
     assert answers["before"] != answers["after"]
     printed = finished_talk.printed.read_text()
     for when in ("before: ", "after:  "):
@@ -99,7 +94,7 @@ def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
     assert list(column(out, "validation/perplexity")) == [20, 40]
     assert list(column(out, "test/perplexity")) == [0]
     # Every product of the layers at rank 4: q, k, v, o, gate, up, down; in all also the base.
-    assert summary["trainable"] == 2 * 4 * (32 + 24 + 24 + 32 + 48 + 48 + 48)
+    assert summary["trainable"] == 2 * 4 * (64 + 48 + 48 + 64 + 80 + 80 + 80)
     base = sum(tensor.size for tensor in load_file(finished_talk.model / "model.safetensors").values())
     assert summary["total"] == summary["trainable"] + base
 
@@ -389,7 +384,6 @@ def test_multiple_choice_learns_and_is_what_full_logits_say(chosen, capsys):
         [s / len(c.encode()) for s, c in zip(some, row["choices"], strict=True)]
         for some, row in zip(scores, rows, strict=True)
     ]
-    tokens = [4] * len(rows)  # it, is, the colour: three, as one each
     assert found["accuracy"] == pytest.approx(
         np.mean([np.argmax(s) == r for s, r in zip(scores, right, strict=True)])
     )
@@ -397,7 +391,8 @@ def test_multiple_choice_learns_and_is_what_full_logits_say(chosen, capsys):
         np.mean([np.argmax(s) == r for s, r in zip(per_byte, right, strict=True)])
     )
     assert 0.2 < found["accuracy"] < 0.9
-    loss = -sum(s[r] for s, r in zip(scores, right, strict=True)) / (3 * len(tokens))
+    # A choice has three tokens: it, is, and the colour.
+    loss = -sum(s[r] for s, r in zip(scores, right, strict=True)) / (3 * len(rows))
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
 
 

@@ -1,0 +1,383 @@
+"""Bad input to language models, as `test_bad_input` has it for encoders."""
+
+import json
+
+import numpy as np
+import pytest
+
+from loraplus_jax.train.cli import main
+
+from . import language_world as tiny
+from .test_bad_input import Case, assert_refused, both, config, cut, json_fields, line, remove, tensors, write
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+GGUF = ("--model.path", "{dir}/tiny.gguf")
+QUESTIONS = ("--task", "multiple_choice", "--data.path", "{dir}/questions.jsonl")
+NO_PROMPT = ("--train.prompt", "null", "--train.prompt_tokens", "64")
+OWN = ("--data.template", "{dir}/own.jinja")
+SPEAK, EVAL = ("generate", "{out}", "--prompt", "what"), ("eval", "{out}")
+ASK = ("generate", "{dir}/model", "--prompt", "what")
+
+
+def gguf(name="tiny.gguf", **options):
+    return lambda world: tiny.write_gguf_of(world.model, world.directory / name, **options)
+
+
+def two_files(world):
+    (world.directory / "both").mkdir()
+    gguf("both/one.gguf")(world)
+    gguf("both/two.gguf")(world)
+
+
+def ghost_shard(world):
+    (world.model / "model.safetensors").rename(world.model / "model-00001-of-00002.safetensors")
+    index = {
+        "weight_map": {QUERY: "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
+    }
+    (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def template(text):
+    return write("own.jinja", text)
+
+
+def all_said(*turns):
+    """Every row a conversation, these turns in the third."""
+
+    def spoil(world):
+        good = [("user", "what"), ("assistant", "it")]
+        rows = [good, good, turns, *[[("user", f"what {n}"), ("assistant", "it")] for n in range(60)]]
+        content = [{"messages": [{"role": r, "content": t} for r, t in row]} for row in rows]
+        world.write_rows("chats.jsonl", content)
+
+    return spoil
+
+
+def question(number=7, **fields):
+    """Fields of a question replaced."""
+
+    def spoil(world):
+        lines = (world.directory / "questions.jsonl").read_text().splitlines()
+        line(number, json.dumps(json.loads(lines[number - 1]) | fields), "questions.jsonl")(world)
+
+    return spoil
+
+
+Q5_0 = {"blk.0.ffn_up.weight": ("Q5_0", np.zeros((tiny.INNER, 22), np.uint8))}
+CASES = [
+    # GGUF files
+    Case(
+        "GGUF of another architecture",
+        ("tiny.gguf", "'gptneox'", "llama, qwen2, qwen3"),
+        GGUF,
+        gguf(arch="gptneox"),
+    ),
+    Case("GGUF of an unsupported quantisation", ("tiny.gguf", "Q5_0", "Q4_K"), GGUF, gguf(raw=Q5_0)),
+    Case("GGUF truncated", ("tiny.gguf", "no whole GGUF file"), GGUF, both(gguf(), cut("tiny.gguf", 20_000))),
+    Case("GGUF cut in its header", ("tiny.gguf (90 bytes)",), GGUF, both(gguf(), cut("tiny.gguf", 90))),
+    Case("GGUF empty", ("tiny.gguf is empty",), GGUF, write("tiny.gguf", "")),
+    Case("GGUF that is none", ("tiny.gguf", "begins with b'hell'"), GGUF, write("tiny.gguf", "hello" * 9)),
+    Case(
+        "two GGUF files in a directory",
+        ("holds 2 GGUF files", "one.gguf, two.gguf"),
+        ("--model.path", "{dir}/both"),
+        two_files,
+    ),
+    Case(
+        "GGUF without a tokenizer",
+        ("tiny.gguf has no tokenizer",),
+        GGUF,
+        gguf(**{"tokenizer.ggml.tokens": None}),
+    ),
+    Case(
+        "GGUF without a chat template",
+        ("tiny.gguf has no chat template", "data.template"),
+        GGUF,
+        gguf(**{"tokenizer.chat_template": None}),
+    ),
+    Case(
+        "GGUF of one layer more than it has",
+        ("missing", "model.layers.2."),
+        GGUF,
+        gguf(**{"llama.block_count": 3}),
+    ),
+    # weights, sizes, tokenizer
+    Case("tensor missing", ("1 missing", f"- {QUERY} [32, 32]"), spoil=tensors(lambda t: t.pop(QUERY))),
+    Case(
+        "tensor extra",
+        ("1 extra", "+ model.layers.0.x [3]"),
+        spoil=tensors(lambda t: t.update({"model.layers.0.x": np.ones(3, np.float32)})),
+    ),
+    Case(
+        "tensor misshapen",
+        ("misshapen", f"~ {QUERY} is [32, 8]"),
+        spoil=tensors(lambda t: t.update({QUERY: np.ones((32, 8), np.float32)})),
+    ),
+    Case("shard missing", ("model-00002-of-00002.safetensors is missing",), spoil=ghost_shard),
+    Case(
+        "tokenizer larger than the embedding",
+        ("model has tokens up to number", "embedding has 300 rows"),
+        spoil=json_fields("model/config.json", vocab_size=300),
+    ),
+    Case("tokenizer.json missing", ("model has no tokenizer.json",), spoil=remove("model/tokenizer.json")),
+    Case(
+        "rotary scaling of an unknown type",
+        ("config.json: rope_scaling", "'yarrn'", "'yarn'"),
+        spoil=json_fields("model/config.json", rope_scaling={"rope_type": "yarrn", "factor": 2.0}),
+    ),
+    Case(
+        "an encoder for instructions",
+        ("model_type is 'bert'", "llama, mistral"),
+        spoil=json_fields("model/config.json", model_type="bert"),
+    ),
+    Case(
+        "a Llama for classification",
+        ("model_type is 'llama'", "bert"),
+        ("--task", "classification", *NO_PROMPT),
+    ),
+    Case(
+        "key heads that do not divide the heads",
+        ("num_key_value_heads must divide", "3 and 4"),
+        spoil=json_fields("model/config.json", num_key_value_heads=3),
+    ),
+    # templates
+    Case(
+        "no chat template",
+        ("model has no chat template", "data.template to plain"),
+        spoil=json_fields("model/tokenizer_config.json", chat_template=None),
+    ),
+    Case("template absent", ("cannot read the chat template", "own.jinja"), OWN),
+    Case("template with a syntax error", ("own.jinja is not valid in line 2",), OWN, template("a\n{% if %}")),
+    Case(
+        "template that raises",
+        ("chats.jsonl:1", "own.jinja fails: no system"),
+        OWN,
+        template("{{ raise_exception('no system') }}"),
+    ),
+    Case(
+        "template that loops for ever",
+        ("own.jinja fails: more than 1,000,000 loop passes",),
+        OWN,
+        template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+    ),
+    Case(
+        "template that writes for ever",
+        ("own.jinja fails", "characters"),
+        OWN,
+        template("{% for a in range(99999) %}" + "x" * 999 + "{% endfor %}"),
+    ),
+    Case(
+        "template that reads what it must not",
+        ("own.jinja fails", "__class__"),
+        OWN,
+        template("{{ messages.__class__.__mro__ }}"),
+    ),
+    Case(
+        "template without the answers",
+        ("own.jinja", "does not write the answer in turn 2"),
+        OWN,
+        template("{{ messages[0].content }}<|im_end|>"),
+    ),
+    Case(
+        "template without an end of turn",
+        ("own.jinja writes no special token after an answer",),
+        OWN,
+        template("{% for m in messages %}{{ m.content }}{% endfor %}"),
+    ),
+    Case(
+        "plain template without an eos_token",
+        ("the template plain", "eos_token"),
+        ("--data.template", "plain"),
+        json_fields("model/tokenizer_config.json", eos_token=None),
+    ),
+    # conversations
+    Case(
+        "no answer tokens within max_length",
+        ("max_length 8 leaves no answer token in",),
+        ("--data.max_length", "8"),
+    ),
+    Case(
+        "unknown role",
+        ("chats.jsonl:3: turn 1 has the unknown role", "usr", "'user'"),
+        spoil=all_said(("usr", "what"), ("assistant", "it")),
+    ),
+    Case(
+        "empty content",
+        ("chats.jsonl:3: turn 2: content is empty",),
+        spoil=all_said(("user", "what"), ("assistant", " ")),
+    ),
+    Case(
+        "assistant first",
+        ("chats.jsonl:3: the assistant speaks first",),
+        spoil=all_said(("assistant", "it"), ("user", "what"), ("assistant", "it")),
+    ),
+    Case(
+        "user last",
+        ("chats.jsonl:3: the last turn is the user's",),
+        spoil=all_said(("user", "what"), ("assistant", "it"), ("user", "what")),
+    ),
+    Case("no assistant", ("chats.jsonl:3: no turn of the assistant",), spoil=all_said(("user", "what"))),
+    Case(
+        "an answer missing",
+        ("chats.jsonl:5: no column 'output'",),
+        spoil=line(5, '{"instruction": "a"}', "chats.jsonl"),
+    ),
+    Case(
+        "an answer empty",
+        ("chats.jsonl:5: column 'output' is empty",),
+        spoil=line(5, '{"instruction": "a", "output": ""}', "chats.jsonl"),
+    ),
+    Case(
+        "wrong columns",
+        ("chats.jsonl: no conversations in text, label", "instruction and output"),
+        spoil=lambda world: world.write_rows("chats.jsonl", [{"text": "a", "label": "b"}] * 60),
+    ),
+    Case(
+        "column_names that are none of ours",
+        ("columns must name", "question"),
+        ("--data.column_names", '{{"question": "instruction"}}'),
+    ),
+    Case(
+        "column_names that the file lacks",
+        ("chats.jsonl:1: no column 'instructions'", "did you mean 'instruction'?"),
+        ("--data.column_names", '{{"instruction": "instructions", "output": "output"}}'),
+    ),
+    Case("column_names a word", ("data.column_names must be a mapping",), ("--data.column_names", "output")),
+    Case("max_length above the model's", ("data.max_length is 65", "64 tokens"), ("--data.max_length", "65")),
+    Case(
+        "batch larger than the packed rows",
+        ("train.batch_size is 84", "rows"),
+        ("--data.packing", "true", "--train.batch_size", "84"),
+    ),
+    # questions
+    Case(
+        "answer that is no choice",
+        ("questions.jsonl:7: column 'answer'", "'it is pink'"),
+        QUESTIONS,
+        question(answer="it is pink"),
+    ),
+    Case(
+        "a single choice",
+        ("questions.jsonl:7: there must be two choices",),
+        QUESTIONS,
+        question(choices=["it"]),
+    ),
+    Case(
+        "question too long",
+        ("tokens with choice", "above max_length 12"),
+        (*QUESTIONS, "--data.max_length", "12"),
+    ),
+    Case(
+        "conversations for multiple choice",
+        ("chats.jsonl", "Answer format"),
+        ("--task", "multiple_choice"),
+    ),
+    # settings
+    Case("pooling", ("model.pooling goes with", "classification", "instruction"), ("--model.pooling", "cls")),
+    Case("label", ("data.label goes with", "instruction"), ("--data.label", "output")),
+    Case(
+        "remat for an encoder",
+        ("model.remat goes with the tasks instruction and multiple_choice", "classification"),
+        ("--task", "classification", *NO_PROMPT, "--model.remat", "full"),
+    ),
+    Case("remat unknown", ("model.remat", "'ful'", "full"), ("--model.remat", "ful")),
+    Case("attention unknown", ("model.attention", "'flash'", "blocked"), ("--model.attention", "flash")),
+    Case("loss_chunk 0", ("model.loss_chunk must", "got 0"), ("--model.loss_chunk", "0")),
+    Case("answers unknown", ("data.answers", "'first'", "last"), ("--data.answers", "first")),
+    Case("answers for questions", ("data.answers goes with",), (*QUESTIONS, "--data.answers", "last")),
+    Case("prompt empty", ("train.prompt is empty",), ("--train.prompt", " ")),
+    Case("prompt too long", ("a prompt has", "room for"), ("--train.prompt", "what " * 60)),
+    Case(
+        "answer longer than the model",
+        ("answers of 64 tokens leave no room", "takes 64"),
+        ("--train.prompt_tokens", "64"),
+    ),
+    Case(
+        "prompt_tokens without a prompt",
+        ("train.prompt_tokens goes with train.prompt",),
+        spoil=config("train", prompt=None),
+    ),
+    Case("target matches nothing", ("'query'", "q_proj"), ("--lora.target_modules", "[query]")),
+    Case(
+        "a head of its own that a tied model lacks",
+        ("'lm_head'",),
+        ("--lora.modules_to_save", "[lm_head]"),
+        lambda world: tiny.write_model(world.model, tie_word_embeddings=True),
+    ),
+    # using it
+    Case(
+        "predict with a language model",
+        ("out holds a language model", "generate"),
+        ("predict", "{out}", "--text", "a"),
+        run=True,
+    ),
+    Case("eval of no split", ("no split 'tests'", "'test'"), (*EVAL, "--split", "tests"), run=True),
+    Case(
+        "eval of a file of another kind",
+        ("no conversations in prompt, choices, answer",),
+        (*EVAL, "--data", "{dir}/questions.jsonl"),
+        run=True,
+    ),
+    Case("top_p 0", ("top_p must", "got 0"), (*ASK, "--top_p", "0")),
+    Case("top_p 2", ("top_p must be at most 1, got 2",), (*ASK, "--top_p", "2")),
+    Case("temperature -1", ("temperature must", "got -1"), (*ASK, "--temperature", "-1")),
+    Case("max_tokens 0", ("max_tokens must", "got 0"), (*ASK, "--max_tokens", "0")),
+    Case("max_tokens above the model's", ("answers of 64 tokens", "takes 64"), (*ASK, "--max_tokens", "64")),
+    Case("batch_size 0", ("batch_size must", "got 0"), (*ASK, "--batch_size", "0")),
+    Case("seed negative", ("seed must", "got -1"), (*ASK, "--seed", "-1")),
+    Case("generate from nothing", ("--prompt or --data",), ("generate", "{dir}/model")),
+    Case("generate from both", ("--prompt or --data",), (*ASK, "--data", "{dir}/chats.jsonl")),
+    Case("generate for an empty prompt", ("is empty",), ("generate", "{dir}/model", "--prompt", " ")),
+    Case(
+        "generate for a prompt too long",
+        ("a prompt has", "room for 54"),
+        ("generate", "{dir}/model", "--prompt", "what " * 60, "--max_tokens", "10"),
+    ),
+    Case(
+        "system beside data",
+        ("--system goes with --prompt",),
+        ("generate", "{dir}/model", "--data", "{dir}/chats.jsonl", "--system", "a"),
+    ),
+    Case(
+        "generate with a model that is none",
+        ("cannot find the model", "nowhere"),
+        ("generate", "nowhere", "--prompt", "a"),
+    ),
+    Case(
+        "generate with an encoder",
+        ("model_type is 'bert'",),
+        ASK,
+        json_fields("model/config.json", model_type="bert"),
+    ),
+    Case("a template for a run", ("--template is for models",), (*SPEAK, "--template", "plain"), run=True),
+    Case(
+        "generate into a file that exists",
+        ("old.jsonl exists already",),
+        (*ASK, "--output", "{dir}/old.jsonl"),
+        write("old.jsonl", "mine"),
+    ),
+    Case("generate with an unknown option", ("generate does not take --topp 1",), (*ASK, "--topp", "1")),
+    Case(
+        "generate with a base that changed",
+        ("belongs to a base with fingerprint",),
+        SPEAK,
+        tensors(lambda t: t[QUERY].__setitem__((0, 0), 1.0)),
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bad_input_is_one_clear_line_and_nothing_is_written(
+    case, first_talk, finished_talk, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(case, (finished_talk if case.run else first_talk).copy(tmp_path), capsys)
+
+
+def test_generate_with_an_encoder_run_says_predict(finished, capsys):
+    capsys.readouterr()
+    assert main(["generate", str(finished.out), "--prompt", "a"]) == 2
+    assert "holds an encoder for classification: use predict" in capsys.readouterr().err

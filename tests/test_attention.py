@@ -1,0 +1,234 @@
+"""Causal attention, whole and in blocks, and rotary positions, against float64 written out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax.models.attention import LONG, cached_attention, causal_attention
+from loraplus_jax.models.rope import Rope, checked_scaling, make_rope, rotated
+
+BATCH, HEADS, KEY_HEADS, SIZE = 2, 4, 2, 8
+
+
+def inputs(length, dtype=jnp.float32, key_heads=KEY_HEADS):
+    rng = np.random.default_rng(length)
+    shapes = [(BATCH, length, n, SIZE) for n in (HEADS, key_heads, key_heads, HEADS)]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def segments_of(length):
+    """Padding on the left in one row, on the right in the other, and two or three sequences."""
+    index = np.arange(length)
+    first = np.where(index < length // 7, 0, np.where(index < length // 2, 1, 2))
+    second = np.where(index >= length - length // 5, 0, 1 + 3 * index // max(1, length))
+    return jnp.asarray(np.stack([first, second]), jnp.int32)
+
+
+def reference(query, key, value, upstream, segments=None, window=None):
+    """Output, and the gradients of its inner product with `upstream`, head by head in float64."""
+    query, key, value, upstream = (np.asarray(x, np.float64) for x in (query, key, value, upstream))
+    length, groups = query.shape[1], query.shape[2] // key.shape[2]
+    index = np.arange(length)
+    seen = index[:, None] >= index[None]
+    if window is not None:
+        seen &= index[:, None] - index[None] < window
+    out, d_query, d_key, d_value = (np.zeros_like(x) for x in (query, query, key, value))
+    for b in range(query.shape[0]):
+        mask = seen if segments is None else seen & (segments[b][:, None] == segments[b][None])
+        for n in range(query.shape[2]):
+            q, k, v, g = query[b, :, n], key[b, :, n // groups], value[b, :, n // groups], upstream[b, :, n]
+            scores = np.where(mask, q @ k.T / np.sqrt(q.shape[-1]), -np.inf)
+            shares = np.exp(scores - scores.max(-1, keepdims=True))
+            shares /= shares.sum(-1, keepdims=True)
+            out[b, :, n] = shares @ v
+            d_shares = g @ v.T
+            d_scores = shares * (d_shares - (shares * d_shares).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
+            d_query[b, :, n] = d_scores @ k
+            d_key[b, :, n // groups] += d_scores.T @ q
+            d_value[b, :, n // groups] += shares.T @ g
+    return out, d_query, d_key, d_value
+
+
+def value_and_gradients(query, key, value, upstream, segments=None, **options):
+    def total(query, key, value):
+        out = causal_attention(query, key, value, segments, **options)
+        return jnp.sum(out.astype(jnp.float32) * upstream), out
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
+    (_, out), gradients = run(query, key, value)
+    return out, *gradients
+
+
+def check(found, expected, keep=None):
+    for ours, wanted in zip(found, expected, strict=True):
+        kept = np.ones(wanted.shape[:2], bool) if keep is None else np.asarray(keep)
+        np.testing.assert_allclose(np.asarray(ours)[kept], wanted[kept], rtol=1e-5, atol=1e-5)
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+LENGTHS = [1, slow(127), slow(128), 129, slow(300)]
+KINDS = [(False, None), slow(True, None), slow(False, 40), (True, 40), slow(True, 1), slow(False, 1000)]
+
+
+@pytest.mark.parametrize("implementation", ["blocked", slow("xla")])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("with_segments", "window"), KINDS)
+def test_values_and_gradients_equal_float64(implementation, length, with_segments, window):
+    data, segments = inputs(length), segments_of(length) if with_segments else None
+    found = value_and_gradients(*data, segments, window=window, implementation=implementation)
+    # Padding is a segment too: its values are finite, mean nothing, and have gradients of their own alone.
+    check(found, reference(*data, segments, window))
+
+
+@pytest.mark.parametrize("key_heads", [1, slow(4)])
+def test_any_number_of_query_heads_a_key_head(key_heads):
+    data = inputs(150, key_heads=key_heads)
+    check(value_and_gradients(*data, implementation="blocked"), reference(*data))
+
+
+@pytest.mark.slow
+def test_more_than_eight_blocks_worth_of_tokens():
+    data = inputs(1100)
+    check(value_and_gradients(*data, implementation="blocked", window=300), reference(*data, None, 300))
+
+
+@pytest.mark.slow
+def test_bf16_keeps_scores_in_float32():
+    data = inputs(300, jnp.bfloat16)
+    segments = segments_of(300)
+    found = value_and_gradients(*data, segments, implementation="blocked")
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
+    for ours, wanted in zip(found, reference(*data, segments), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), wanted, rtol=0.05, atol=0.05)
+
+
+def kept(length, implementation):
+    """The shapes of what the forward pass keeps for the gradient."""
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(4)]
+    shapes = [jax.ShapeDtypeStruct((BATCH, length, *x.shape[2:]), x.dtype) for x in shapes][:3]
+
+    def residuals(*given):
+        _, back = jax.vjp(functools.partial(causal_attention, implementation=implementation), *given)
+        return jax.tree.leaves(back)
+
+    return [x.shape for x in jax.eval_shape(residuals, *shapes)]
+
+
+def test_nothing_that_grows_with_the_square_of_the_length_is_kept():
+    length = 512
+    square = length * length
+    assert max(int(np.prod(shape)) for shape in kept(length, "xla")) >= square  # the test would see it
+    assert max(int(np.prod(shape)) for shape in kept(length, "blocked")) < square
+    assert sum(int(np.prod(shape)) for shape in kept(length, "blocked")) == pytest.approx(
+        2 * sum(int(np.prod(shape)) for shape in kept(length // 2, "blocked")), rel=0.01
+    )
+
+
+@pytest.mark.parametrize(("length", "same"), [(LONG - 1, "xla"), (LONG, "blocked")])
+def test_auto_goes_by_the_length(length, same):
+    def program(implementation):
+        data = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length)[:3]]
+        call = functools.partial(causal_attention, implementation=implementation)
+        return jax.jit(call).lower(*data).as_text()
+
+    assert program("auto") == program(same)
+    assert program("xla") != program("blocked")
+
+
+def test_a_cache_is_seen_where_the_mask_says():
+    query, key, value, upstream = inputs(6)
+    mask = np.tril(np.ones((6, 6), bool))[4:]
+    found = cached_attention(query[:, 4:], key, value, jnp.asarray(np.broadcast_to(mask, (BATCH, 2, 6))))
+    np.testing.assert_allclose(found, reference(query, key, value, upstream)[0][:, 4:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "flash"}, "attention must be one of auto, xla, blocked, got 'flash'"),
+        ({"key": (2, 5, 3, 8), "value": (2, 5, 3, 8)}, "does not go with key"),
+        (
+            {"value": (2, 5, 1, 8)},
+            r"query \(2, 5, 4, 8\) does not go with key \(2, 5, 2, 8\) and value \(2, 5, 1",
+        ),
+        ({"key": (2, 4, 2, 8), "value": (2, 4, 2, 8)}, "does not go with key"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    shapes = {"query": (2, 5, 4, 8), "key": (2, 5, 2, 8), "value": (2, 5, 2, 8)} | change
+    options = {"implementation": shapes.pop("implementation", "blocked")}
+    with pytest.raises(ValueError, match=message):
+        causal_attention(**{name: jnp.ones(shape) for name, shape in shapes.items()}, **options)
+
+
+# rotary positions
+
+
+def test_rotations_turn_pairs_by_hand():
+    """Head size 4, base 100: frequencies 1 and 1/10; the first half is turned against the second."""
+    rope = make_rope(jnp.array([[0, 2]]), size=4, theta=100.0, scaling=(), max_positions=16)
+    x = jnp.array([1.0, 2.0, 3.0, 4.0])
+    found = np.asarray(rotated(jnp.broadcast_to(x, (1, 2, 1, 4)), rope))[0, :, 0]
+    a, b = 2.0, 0.2
+    turned = [
+        np.cos(a) - 3 * np.sin(a),
+        2 * np.cos(b) - 4 * np.sin(b),
+        3 * np.cos(a) + np.sin(a),
+        4 * np.cos(b) + 2 * np.sin(b),
+    ]
+    np.testing.assert_allclose(found, [x, turned], rtol=1e-6)
+
+
+def test_inner_products_depend_on_distances_alone():
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def product(at, other):
+        turned = (
+            rotated(x, make_rope(n[None, None], size=8, theta=1e4, scaling=(), max_positions=64))
+            for x, n in ((query, at), (key, other))
+        )
+        return jnp.sum(jnp.multiply(*turned))
+
+    one = float(product(jnp.array(7), jnp.array(3)))
+    assert one == pytest.approx(float(product(jnp.array(50), jnp.array(46))), abs=1e-5)
+    assert one != pytest.approx(float(product(jnp.array(7), jnp.array(4))), abs=1e-3)
+
+
+def test_linear_scaling_and_factors_divide_the_angles():
+    positions = jnp.array([[0, 8, 12]])
+    options = {"size": 4, "theta": 100.0, "max_positions": 16}
+    plain = make_rope(positions / 4, scaling=(), **options)
+    linear = make_rope(positions, scaling=checked_scaling({"type": "linear", "factor": 4.0}), **options)
+    factors = checked_scaling({"rope_type": "factors", "factors": [4.0, 4.0]})
+    for found in (linear, make_rope(positions, scaling=factors, **options)):
+        for ours, wanted in zip(found, plain, strict=True):
+            np.testing.assert_allclose(ours, wanted, atol=1e-6)
+
+
+def test_bf16_is_turned_in_float32():
+    x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
+    rope = Rope(jnp.full((1, 1, 2), 0.6), jnp.full((1, 1, 2), 0.8))
+    found = rotated(x, rope)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found[0, 0, 0], jnp.array([-0.2, -0.2, 1.4, 1.4], jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"type": "liner", "factor": 2}, "'liner'.*linear"),
+        ({"type": "linear"}, "linear needs factor"),
+        ({"type": "linear", "factor": 0}, "factor must be a positive number, got 0"),
+        ({"type": "linear", "factor": "two"}, "factor must be a positive number, got 'two'"),
+        ({"type": "linear", "factor": 2, "beta_fast": 3}, "linear does not take beta_fast"),
+        ({"rope_type": "llama3", "factor": 8}, "llama3 needs low_freq_factor"),
+    ],
+)
+def test_scalings_that_are_none_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        checked_scaling(given)

@@ -1,0 +1,181 @@
+"""Generation: greedy against whole sequences, sampling against written-out distributions, ends, rows and dtypes."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax.models import generate as generation
+from loraplus_jax.models.generate import ENDED, Sampling, check_sampling, left_padded, make_generate
+from loraplus_jax.models.llama import Llama
+from loraplus_jax.models.llama_config import LlamaConfig
+
+WORDS, NEW = 13, 6
+CONFIG = LlamaConfig(
+    vocab_size=WORDS,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    intermediate_size=12,
+    max_position_embeddings=64,
+    initializer_range=1.0,
+)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Llama(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def generate(model):
+    return make_generate(model, CONFIG, new_tokens=NEW, stop=())
+
+
+def padded(prompts, multiple=8):
+    return left_padded(prompts, multiple=multiple)
+
+
+def greedy_by_hand(model, variables, prompts, count):
+    """Each prompt by itself, the whole sequence anew for every token, padded on the right to one shape."""
+    apply, found = jax.jit(model.apply), []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(count):
+            row = np.zeros((1, 16), np.int32)
+            row[0, : len(ids)] = ids
+            logits = apply(variables, row, (np.arange(16) < len(ids))[None].astype(np.int32))
+            ids.append(int(np.argmax(logits[0, len(ids) - 1])))
+        found.append(ids[len(prompt) :])
+    return found
+
+
+def test_greedy_is_the_argmax_over_growing_sequences(model, variables, generate):
+    found = generate(variables, *padded(PROMPTS), Sampling(), KEY)
+    expected = greedy_by_hand(model, variables, PROMPTS, NEW)
+    assert found.dtype == jnp.int32
+    assert np.asarray(found).tolist() == expected
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+
+
+def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(variables, generate):
+    hot = Sampling(1.3, 0.9)
+    together = np.asarray(generate(variables, *padded(PROMPTS), hot, KEY))
+    others = [PROMPTS[0], [11, 12], [10]]
+    changed = np.asarray(generate(variables, *padded(others), hot, KEY))
+    np.testing.assert_array_equal(changed[0], together[0])
+    assert not np.array_equal(changed[1], together[1])
+    again = generate(variables, *padded(PROMPTS), hot, jax.random.key(2))
+    assert not np.array_equal(again, together)
+    generate(variables, *padded(PROMPTS), Sampling(0.5, 0.1), KEY)
+    generate(variables, *padded(PROMPTS), Sampling(0.0, 1.0), KEY)
+    assert generate._cache_size() == 1
+    generate(variables, *padded(PROMPTS[:2]), Sampling(), KEY)
+    assert generate._cache_size() == 2  # another shape
+
+
+def test_a_stop_token_ends_a_row(model, variables):
+    rows = greedy_by_hand(model, variables, PROMPTS, NEW)
+    stop = rows[0][2]
+    found = make_generate(model, CONFIG, new_tokens=NEW, stop=[stop])(
+        variables, *padded(PROMPTS), Sampling(), KEY
+    )
+    for ours, whole in zip(np.asarray(found).tolist(), rows, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else NEW
+        assert ours == whole[:end] + [ENDED] * (NEW - end)
+    assert ENDED in np.asarray(found)[0]
+
+
+@pytest.mark.slow
+def test_a_cache_in_bf16_gives_nearly_the_same(model, variables, generate):
+    small = make_generate(model, CONFIG, new_tokens=NEW, stop=(), dtype=jnp.bfloat16)
+    found = np.asarray(small(variables, *padded(PROMPTS), Sampling(), KEY))
+    whole = np.asarray(generate(variables, *padded(PROMPTS), Sampling(), KEY))
+    np.testing.assert_array_equal(found[:, 0], whole[:, 0])  # the first token needs no cache
+    assert ((found >= 0) & (found < WORDS)).all()
+    text = jax.jit(small).lower(variables, *padded(PROMPTS), Sampling(), KEY).as_text()
+    assert "2x3x14x1x4xbf16" in text
+    assert "2x3x14x1x4xf32" not in text
+
+
+def nucleus_by_hand(logits, temperature, top_p):
+    logits = np.asarray(logits, np.float64) / temperature
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares)
+    count = int(np.searchsorted(np.cumsum(shares[order]), top_p - 1e-9)) + 1
+    kept = np.zeros_like(shares)
+    kept[order[:count]] = shares[order[:count]]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.3), (1.0, 0.9)]
+)
+def test_draws_have_the_distribution_of_the_nucleus(temperature, top_p):
+    logits, draws = np.array([2.0, 0.5, 1.0, -1.0, 0.0]), 20_000
+    expected = nucleus_by_hand(logits, temperature, top_p)
+    rows = jnp.asarray(np.broadcast_to(logits, (draws, 5)), jnp.float32)
+    tokens = jax.jit(generation._next)(rows, Sampling(temperature, top_p), KEY)
+    counts = collections.Counter(np.asarray(tokens).tolist())
+    found = np.array([counts[i] / draws for i in range(5)])
+    np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(draws))
+    assert (found[expected == 0] == 0).all()
+
+
+def test_the_nucleus_is_the_fewest_likeliest_and_never_empty():
+    shares = np.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]])
+    logits = jnp.log(jnp.asarray(shares, jnp.float32))
+    for top_p, kept in [
+        (1e-9, [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        (0.49, [[1, 0, 0, 0], [0, 0, 1, 1]]),
+        (0.6, [[1, 1, 0, 0], [0, 0, 1, 1]]),
+        (0.8, [[1, 1, 1, 1], [0, 1, 1, 1]]),  # of equals all
+        (1.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    ]:
+        found = np.isfinite(generation._nucleus(logits, top_p))
+        np.testing.assert_array_equal(found, np.array(kept, bool), err_msg=str(top_p))
+
+
+def test_prompts_are_padded_on_the_left_to_a_multiple():
+    ids, segments = left_padded([[1, 2, 3], [4]])
+    assert ids.shape == segments.shape == (2, 64)
+    assert ids[0, -3:].tolist() == [1, 2, 3]
+    assert segments.sum(1).tolist() == [3, 1]
+    assert left_padded([[1] * 65])[0].shape == (1, 128)
+
+
+@pytest.mark.parametrize("prompts", [[], [[1], []]])
+def test_there_must_be_a_prompt(prompts):
+    with pytest.raises(ValueError, match="there must be a prompt"):
+        left_padded(prompts)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(-1.0), "temperature must be .*got -1"),
+        (Sampling(float("nan")), "temperature must be .*got nan"),
+        (Sampling(1.0, 0.0), "top_p must be .*got 0"),
+        (Sampling(1.0, 1.5), r"top_p must be at most 1, got 1\.5"),
+    ],
+)
+def test_sampling_out_of_range(sampling, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(sampling)
+
+
+def test_new_tokens_must_be_some(model):
+    with pytest.raises(ValueError, match=r"new_tokens must be .*got 0"):
+        make_generate(model, CONFIG, new_tokens=0, stop=())
