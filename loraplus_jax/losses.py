@@ -30,8 +30,8 @@ def chunked_cross_entropy(
       kernel: (D, V), the head. It gets no gradient: one that is trained needs `optax` on the logits.
       labels: int (..., T), in [0, V).
       transposed: the kernel is (V, D), as a tied embedding is kept: no copy of it is made then.
-      chunk: how many tokens' logits exist at once, over all leading axes together. Chunks are cut along T alone, so
-        leading axes that are split over devices stay split.
+      chunk: how many tokens' logits exist at once, over all leading axes together, but at least one of each row:
+        chunks are cut along T alone, so that leading axes that are split over devices stay split.
       soft_cap: c, for logits `c * tanh(x / c)` (arXiv 2408.00118, section 2).
       z_loss: weight of `log(Z)^2`, which keeps logits from drifting (arXiv 2204.02311, section 5).
 
@@ -132,7 +132,7 @@ def _in_chunks(
 ) -> Any:
     """Applies a function of (B, t, D) and (B, t) to chunks of t = `width` positions and joins what it returns."""
     rows, length = labels.shape
-    width = min(width, length)
+    width = -(-length // -(-length // min(width, length)))  # as many chunks, all as full as can be
     rest = -length % width
     hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, rest)))

@@ -215,8 +215,8 @@ def test_problems_are_reported_together(tmp_path):
         ("a.json", "[]", None, "a.json: the list is empty"),
         ("a.json", "", None, "a.json: the file is empty"),
         ("a.csv", "prompt,completion\n", None, "a.csv: no rows below the header"),
-        ("a.jsonl", '{"text": 1}', None, "a.jsonl: no conversations in text: a file needs messages (or"),
-        ("a.jsonl", '{"text": 1}', {"prompt": "text"}, "columns must name messages (or conversations), or"),
+        ("a.jsonl", '{"words": 1}', None, "a.jsonl: no conversations in words: a file needs messages (or"),
+        ("a.jsonl", '{"words": 1}', {"prompt": "text"}, "columns must name messages (or conversations), or"),
         ("a.jsonl", "{}", {"messages": "a", "prompt": "text"}, "got messages, prompt"),
         ("a.txt", "", None, "cannot read .txt: use .csv, .tsv, .jsonl, .json"),
     ],
@@ -684,3 +684,22 @@ def test_a_question_that_is_too_long_is_refused(tokenizer):
     with pytest.raises(ValueError, match=rf"f:3: {need} tokens with choice 2, above max_length {need - 1}"):
         encode_choices([question], tokenizer, template(), need - 1)
     assert encode_choices([], tokenizer, template(), 9)["input_ids"].shape == (0, 0, 9)
+
+
+def test_texts_are_learned_whole_and_as_they_stand(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one two three", "article": "x"}\n{"text": "four"}\n')
+    chats = read_chats(path)
+    assert [chat.turns for chat in chats] == [(Turn("text", "one two three"),), (Turn("text", "four"),)]
+    template = ChatTemplate("{{ raise_exception('not used') }}", "none")
+    whole, [span] = find_answers(template, chats[0])
+    assert (whole, span.start, span.end) == ("one two three", 0, 13)
+
+
+def test_an_answer_that_stands_in_the_template_as_well_is_found_where_it_was_written():
+    said = "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}|"
+    source = "{% for m in messages %}{{ m.role }}: " + said + "{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant: {% endif %}"
+    chat = Chat((Turn("user", "What do you do?"), Turn("assistant", "think")))
+    whole, [span] = find_answers(ChatTemplate(source, "t"), chat)
+    assert (span.text, span.text_end) == (len(whole) - 6, len(whole) - 1)

@@ -93,9 +93,10 @@ def test_an_absent_choice_is_never_chosen_and_a_question_without_weight_never_co
     # The absent third choice of the second question has the log-likelihood 0, above all others.
     assert both(metrics["accuracy"]) == (0, 2)
     assert both(metrics["accuracy_per_byte"]) == (1, 2)
-    data |= {"weight": jnp.array([0.0, 1.0])}
+    data |= {"weight": jnp.array([0.0, 1.0]), "answer": jnp.array([0, 0])}
     found, metrics = CHOICE.choice_fn(Counter(), chunk=None)({}, data, None)
     assert both(found) == pytest.approx((2 * RIGHT, 2), rel=1e-6)
+    assert both(metrics["accuracy"]) == (0, 1)
     assert both(metrics["accuracy_per_byte"]) == (1, 1)
 
 

@@ -18,7 +18,7 @@ LONG = 256
 # Queries of a block: at least so many, and at most so many blocks, each of which is compiled for itself.
 LEAST_BLOCK, MOST_BLOCKS = 128, 8
 ATTENTION_NAMES = ("attention", "attention_norm")
-"""What a remat policy should keep by name, so that attention is not computed again: its result, for the gradient."""
+"""What a remat policy should keep by name, so that attention is not computed again for the gradient."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
 
 

@@ -235,6 +235,9 @@ def _files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
         yield file.name, gguf.Weights(gguf.read(file)), gguf.DTYPES, set()
         return
     listed = _listed(_existing(path))
+    lost = sorted({name for name in listed.values() if not os.path.isfile(path / name)})
+    if len(lost) > 1:
+        raise ValueError(f"{path}: missing, though the index names them: {', '.join(lost)}")
     for name in sorted(set(listed.values())) or [SINGLE]:
         yield name, _open(path / name), _FLOATS, {tensor for tensor, owner in listed.items() if owner == name}
 

@@ -21,7 +21,7 @@ from .rope import Rope, rotated
 
 Remat = Literal["none", "dots", "full"]
 
-# What a layer keeps for its gradient, beside its input; "none" is no remat at all. By name, and not every product as
+# What a layer keeps for its gradient, beside its input; "none" is no remat at all. By name, not every product as
 # with `dots_saveable`: that would keep an adapted layer's sum and both of its terms.
 _KEPT = ("query", "key", "value", *ATTENTION_NAMES, "attended", "gate", "up")
 _POLICIES = {

@@ -96,6 +96,11 @@ class LlamaConfig:
         derived = ("num_key_value_heads", "head_dim")
         required = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in derived]
         problems += [f"{name} is missing" for name in required if name not in given]
+        problems += [
+            f"{name} must be an int of 1 or more, got {given[name]!r:.80}"
+            for name in (*_WHOLE, "max_window_layers")
+            if name in given and (type(given[name]) is not int or given[name] < (name in _WHOLE))
+        ]
         if problems:
             raise ValueError("config.json: " + "; ".join(problems))
         try:
@@ -120,8 +125,10 @@ class LlamaConfig:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence, in tokens; with dynamic scaling, that of training."""
-        return self.max_position_embeddings
+        """The longest sequence, in tokens: what the config says, or what scaled rotary positions stretch it to."""
+        options = dict(self.rope_scaling)
+        original = options.get("original_max_position_embeddings", self.max_position_embeddings)
+        return max(self.max_position_embeddings, int(original * options.get("factor", 1)))
 
     def rope(self, positions: jax.Array) -> Rope:
         """The rotations of positions (B or 1, T)."""

@@ -54,7 +54,7 @@ def checked_scaling(given: Mapping[str, Any] | None) -> Scaling:
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)  # older files have both
     given.pop("rope_theta", None)
-    if kind not in _NEEDED:
+    if not isinstance(kind, str) or kind not in _NEEDED:
         raise ValueError(
             f"rope_scaling: the type must be one of {', '.join(_NEEDED)}, got {kind!r}{nearest(str(kind), _NEEDED)}"
         )
@@ -66,6 +66,8 @@ def checked_scaling(given: Mapping[str, Any] | None) -> Scaling:
     if kind == "default":
         return ()
     values = {name: _number(name, value) for name, value in given.items()}
+    if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise ValueError("rope_scaling: high_freq_factor must be above low_freq_factor")
     return (("rope_type", kind), *sorted(values.items()))
 
 

@@ -101,6 +101,29 @@ def special_tokens(path: str | Path) -> dict[str, str]:
     return {role: text for role, text in texts.items() if isinstance(text, str)}
 
 
+def stop_ids(path: str | Path) -> tuple[int, ...]:
+    """The ids that the model's files say end a text: of the whole, and where they know it of a turn.
+
+    Raises:
+      ValueError: a file cannot be read, or names ids that are none.
+    """
+    path = Path(path)
+    if (found := gguf.find(path)) is not None:
+        file = gguf.read(found)
+        keys = [f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom")]
+        given = {f"{found}: {key}": file.one(key) for key in keys}
+    else:
+        files = [path / name for name in ("generation_config.json", "config.json")]
+        given = {f"{f}: eos_token_id": read_json(f).get("eos_token_id") for f in files if f.is_file()}
+    ids: list[int] = []
+    for place, value in given.items():
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if odd := [one for one in listed if type(one) is not int or one < 0]:
+            raise ValueError(f"{place} must be ids of tokens, got {odd[0]!r:.80}")
+        ids += listed
+    return tuple(dict.fromkeys(ids))
+
+
 def _check_directory(path: Path) -> None:
     if not path.is_dir():
         raise ValueError(f"{path} is no directory and no GGUF file")

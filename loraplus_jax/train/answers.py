@@ -12,10 +12,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..models.generate import ENDED, Generate, Sampling, left_padded, make_generate
+from ..models.tokenizer import stop_ids
 from .chat import tokenize, tokenize_chats
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
 from .language import model_config, text_tools
+from .language_tasks import LanguageTask
 from .settings import Settings
 
 GREEDY = Sampling()
@@ -38,19 +40,22 @@ class Speaker:
 
     @classmethod
     def from_settings(
-        cls, settings: Settings, directory: Path, model: nn.Module, new_tokens: int
+        cls, settings: Settings, directory: Path, task: LanguageTask | None, model: nn.Module, new_tokens: int
     ) -> "Speaker":
         """For a language model of a directory or GGUF file, with adapters or without.
 
         Raises:
-          ValueError: `new_tokens` leaves no room for a prompt.
+          ValueError: `new_tokens` leaves no room for a prompt, or nothing says where answers end.
         """
-        config, (tokenizer, template) = model_config(directory), text_tools(settings, directory)
+        config, (tokenizer, template) = model_config(directory), text_tools(settings, directory, task)
         if new_tokens >= config.max_length:
             raise ValueError(
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model takes {config.max_length}"
             )
-        stop, dtype = (end_of_turn(tokenizer, template),), jnp.dtype(settings.model.dtype)
+        stop = sorted({*stop_ids(directory), *end_of_turn(tokenizer, template)})
+        if not stop:
+            raise ValueError(f"{directory} names no token that ends a text, and the chat template shows none")
+        dtype = jnp.dtype(settings.model.dtype)
         generate = make_generate(model, config, new_tokens=new_tokens, stop=stop, dtype=dtype)
         return cls(tokenizer, template, generate, config.max_length - new_tokens)
 
@@ -63,8 +68,10 @@ class Speaker:
         texts = [self.template.render(turns, add_generation_prompt=True) for turns in chats]
         prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
         if long := [len(ids) for ids in prompts if len(ids) > self.longest]:
+            number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
             raise ValueError(
-                f"a prompt has {long[0]} tokens, with the answer there is room for {self.longest}"
+                f"prompt {number} of {len(prompts)} has {long[0]} tokens; with the longest answer asked for "
+                f"the model takes {self.longest}: make it or the answer shorter"
             )
         return prompts
 
@@ -99,10 +106,12 @@ class Answer:
     speaker: Speaker
 
     @classmethod
-    def from_settings(cls, settings: Settings, directory: Path, model: nn.Module) -> "Answer":
+    def from_settings(
+        cls, settings: Settings, directory: Path, task: LanguageTask, model: nn.Module
+    ) -> "Answer":
         """That of `train.prompt`; one that is too long is a ValueError."""
         prompt, train = settings.train.prompt or "", settings.train
-        speaker = Speaker.from_settings(settings, directory, model, train.prompt_tokens)
+        speaker = Speaker.from_settings(settings, directory, task, model, train.prompt_tokens)
         speaker.encode([(Turn("user", prompt),)])
         return cls(prompt, speaker)
 
@@ -111,8 +120,14 @@ class Answer:
         return self.speaker.answer(variables, [(Turn("user", self.prompt),)])[0]
 
 
-def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> int:
-    """The token that ends an answer, as the template writes it: the one that training teaches the model to say."""
+def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
+    """The token that ends an answer, as the template writes it and training teaches the model to say it.
+
+    None where the template does not show where answers lie: such a one can answer, but not train.
+    """
     chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
-    found = tokenize_chats([chat], tokenizer, template, 1 << 20)
-    return int(found.ids[0][found.masks[0] > 0][-1])
+    try:
+        found = tokenize_chats([chat], tokenizer, template, 1 << 20)
+    except ValueError:
+        return ()
+    return (int(found.ids[0][found.masks[0] > 0][-1]),)

@@ -17,7 +17,7 @@ SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Span:
     """Where one answer lies in a rendered conversation, in characters.
 
     Attributes:
@@ -96,14 +96,17 @@ def tokenize_chats(
     return Sequences(tuple(x[:max_length] for x in ids), tuple(x[:max_length] for x in masks), truncated)
 
 
-def find_answers(template: ChatTemplate, chat: Chat, answers: Answers = "all") -> tuple[str, list[Answer]]:
-    """The rendered conversation, and where in it the assistant's answers lie.
+def find_answers(template: ChatTemplate, chat: Chat, answers: Answers = "all") -> tuple[str, list[Span]]:
+    """The rendered conversation, and where in it the assistant's answers lie; a text is one answer.
 
     An answer begins where the rendering of the turns before it, with the generation prompt, ends.
 
     Raises:
       ValueError: that rendering is not how the whole begins, or the answer's text does not follow it.
     """
+    if chat.turns[0].role == "text":
+        text = chat.turns[0].text
+        return text, [Span(0, 0, len(text), len(text), marked=True)]
     whole, marked = template.render_marked(chat.turns, place=chat.place)
     said = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
     if template.marks_answers:
@@ -143,23 +146,32 @@ def _end(template: ChatTemplate, chat: Chat, turn: int, whole: str, following: i
     return len(upto) if whole.startswith(upto) else following
 
 
-def _located(template: ChatTemplate, chat: Chat, turn: int, whole: str, start: int, end: int) -> Answer:
+def _located(template: ChatTemplate, chat: Chat, turn: int, whole: str, start: int, end: int) -> Span:
     for text in (chat.turns[turn].text, chat.turns[turn].text.strip()):
         place = whole.find(text, start, end)
-        if place >= 0:
-            return Answer(start, place, place + len(text), end)
+        if whole.count(text, start, end) > 1:
+            place = max(place, _written_at(template, chat, turn, start))
+        if whole.startswith(text, place) and place >= 0:
+            return Span(start, place, place + len(text), end)
     raise ValueError(
         f"{chat.place}: the chat template of {template.origin} does not write the answer in turn {turn + 1} as it "
         "stands"
     )
 
 
-def _inside(whole: str, start: int, end: int, last: str) -> Answer:
+def _written_at(template: ChatTemplate, chat: Chat, turn: int, start: int) -> int:
+    """Where the template writes the text of a turn: there a character stands that is in nobody's text."""
+    mark = "\ue000"
+    turns = [*chat.turns[:turn], dataclasses.replace(chat.turns[turn], text=mark), *chat.turns[turn + 1 :]]
+    return template.render(turns, place=chat.place).find(mark, start)
+
+
+def _inside(whole: str, start: int, end: int, last: str) -> Span:
     """A marked answer. The text within is looked for only for `encode_choices`, where there is a single answer."""
     text = last.strip()
     place = whole.find(text, start, end)
     inner = (place, place + len(text)) if place >= 0 else (start, end)
-    return Answer(start, *inner, end, marked=True)
+    return Span(start, *inner, end, marked=True)
 
 
 class Tokens:
@@ -204,14 +216,14 @@ def special_ids(tokenizer: Tokenizer, template: ChatTemplate) -> np.ndarray:
 
 def _encoded(
     chats: Sequence[Chat], tokenizer: Tokenizer, template: ChatTemplate, answers: Answers
-) -> Iterable[tuple[Chat, Encoding, list[Answer]]]:
+) -> Iterable[tuple[Chat, Encoding, list[Span]]]:
     found = [find_answers(template, chat, answers) for chat in chats]
     encodings = tokenize([text for text, _ in found], tokenizer)
     return zip(chats, encodings, [spans for _, spans in found], strict=True)
 
 
 def _stop(
-    tokens: Tokens, span: Answer, special: np.ndarray, bos: int | None, chat: Chat, template: ChatTemplate
+    tokens: Tokens, span: Span, special: np.ndarray, bos: int | None, chat: Chat, template: ChatTemplate
 ) -> int:
     """One past an answer's last token, its end-of-turn token included."""
     if span.marked:

@@ -96,9 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top_p", type=float, default=1.0, help="share of probability drawn from (default 1)"
     )
-    generate.add_argument("--seed", type=int, default=0, help="of draws (default 0)")
+    generate.add_argument("--seed", type=int, help="of draws (default 0)")
     generate.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (default 8)")
     generate.add_argument("--template", help="model, plain or a file; a run has its own")
+    generate.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of a model's weights; a run has its own"
+    )
     generate.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
     fetch = add("fetch", _fetch, "fetch a model or data set by name; without a name, list them")
     fetch.add_argument("name", nargs="?", metavar="NAME")
@@ -166,7 +169,17 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 
     if options.output is not None:
         check_output(options.output)
-    names = ("data", "system", "max_tokens", "temperature", "top_p", "seed", "batch_size", "template")
+    names = (
+        "data",
+        "system",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "seed",
+        "batch_size",
+        "template",
+        "dtype",
+    )
     given = {name: getattr(options, name) for name in names}
     found = speak(options.place, prompts=options.prompt, **given)
     if options.output is not None:

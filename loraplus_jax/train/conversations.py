@@ -13,16 +13,16 @@ from .rows import Problems, Record, place_of, read_records, surrogate_in
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 """Roles as files write them, to ours; the last two are ShareGPT's."""
 
-SHAPES = (("messages",), ("instruction", "output"), ("prompt", "completion"))
+SHAPES = (("messages",), ("instruction", "output"), ("prompt", "completion"), ("text",))
 """The columns that each kind of file must have."""
-OPTIONAL = {"messages": ("system",), "instruction": ("input", "system"), "prompt": ("system",)}
+OPTIONAL = {"messages": ("system",), "instruction": ("input", "system"), "prompt": ("system",), "text": ()}
 """What else it may have, by its first column."""
-_ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion"
+_ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion, or text"
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one side says: `role` is `"system"`, `"user"` or `"assistant"`."""
+    """What one side says: `role` is `"system"`, `"user"` or `"assistant"`; or `"text"`, of nobody."""
 
     role: str
     text: str
@@ -32,7 +32,7 @@ class Turn:
 class Chat:
     """A conversation, and where it came from, for error messages.
 
-    A system turn can only be the first; then a user begins, and the assistant has the last word.
+    A system turn can only be the first; then a user begins, and the assistant has the last word. Or it is one text.
     """
 
     turns: tuple[Turn, ...]
@@ -42,14 +42,15 @@ class Chat:
 def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Chat]:
     """The conversations of a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
 
-    A row has one of three shapes:
+    A row has one of four shapes:
 
     - `messages`: a list of `{"role": ..., "content": ...}`, or of ShareGPT's `{"from": ..., "value": ...}`, where
       the column is called `conversations`; in a table, such a list as JSON;
     - `instruction` and `output`, and perhaps `input`, which follows the instruction after a blank line;
-    - `prompt` and `completion`.
+    - `prompt` and `completion`;
+    - `text`, which is learned as it stands, without a chat template.
 
-    Each may have `system`, a text that goes first. Other columns are left out.
+    All but the last may have `system`, a text that goes first. Other columns are left out.
 
     Args:
       path: the file.
@@ -145,6 +146,8 @@ def _turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[s
     def text(name: str, *, optional: bool = False) -> str:
         return take_text(values, columns[name], faults, optional=optional) if name in columns else ""
 
+    if "text" in columns:
+        return [Turn("text", text("text"))]
     system = text("system", optional=True)
     first = [Turn("system", system)] if system else []
     if "messages" in columns:
@@ -185,6 +188,8 @@ def _text_faults(what: str, text: str) -> Iterator[str]:
 
 def _order_faults(turns: Sequence[Turn]) -> Iterator[str]:
     roles = [turn.role for turn in turns]
+    if roles == ["text"]:
+        return
     for number, role in enumerate(roles[1:], 2):
         if role == "system":
             yield f"turn {number} is the system's, which can only be the first"

@@ -23,7 +23,7 @@ from .archives import extract
 Kind = Literal["model", "data"]
 Log = Callable[[str], object]
 
-HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """What is taken from a model repository: weights, configurations and vocabularies, never code or pickles."""
 
 SETUPTOOLS = ("setuptools==80.9.0", "062d34222ad13e0cc312a4c02d73f059e86a4acbfbdea8f8f76b28c99f306922")
@@ -359,7 +359,9 @@ def _from_hub(value: str, kind: Kind, repository: str, file: str = "") -> Path:
 
     try:
         if kind == "model":
-            taken = huggingface_hub.snapshot_download(repository, allow_patterns=list(HUB_MODEL_FILES))
+            taken = huggingface_hub.snapshot_download(
+                repository, allow_patterns=list(HUB_MODEL_FILES), ignore_patterns=["consolidated*"]
+            )
         else:
             taken = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
     # The hub's client lets the exceptions of its transport through, and they share no base class.

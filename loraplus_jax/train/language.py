@@ -1,5 +1,6 @@
 """Instruction tuning and multiple choice with a causal language model."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,8 +33,9 @@ HEADS = {True: "embed_tokens", False: "lm_head"}
 
 def load_data(settings: Settings, directory: Path) -> Data:
     """Reads, checks and tokenizes the splits with the tokenizer and chat template of a model."""
-    tools = text_tools(settings, directory)
-    task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
+    tools = text_tools(settings, directory, None)
+    own = None if settings.data.template in ("model", "plain") else tools[1].source
+    task = LanguageTask(kind=settings.task, template=own)  # pyright: ignore[reportArgumentType]
     rows = _load_splits(settings)
     splits, truncated = {}, {}
     for name, examples in rows.items():
@@ -54,18 +56,24 @@ def load_split(
       KeyError: no such split.
     """
     examples = _load_splits(settings)[split or "test"] if data is None else _read(settings, data)
-    tools = text_tools(settings, directory)
+    tools = text_tools(settings, directory, task)
     if task.kind == "multiple_choice":
         return encode_choices(examples, *tools, settings.data.max_length), len(examples)
     return _encode(settings, tools, examples)[0], len(examples)
 
 
-def text_tools(settings: Settings, directory: Path) -> tuple[Tokenizer, ChatTemplate]:
-    """The model's tokenizer, and the chat template that the settings choose."""
+def text_tools(
+    settings: Settings, directory: Path, task: LanguageTask | None
+) -> tuple[Tokenizer, ChatTemplate]:
+    """The model's tokenizer, and the chat template that a task has kept or the settings choose."""
     config, longest = model_config(directory), settings.data.max_length
     if longest > config.max_length:
         raise ValueError(f"data.max_length is {longest}, the model takes {config.max_length} tokens at most")
-    return load_tokenizer(directory), load_template(settings.data.template, directory)
+    tokenizer, choice = load_tokenizer(directory), settings.data.template
+    if task is None or task.template is None:
+        return tokenizer, load_template(choice, directory)
+    plain = load_template("plain", directory)  # for the model's own tokens
+    return tokenizer, dataclasses.replace(plain, source=task.template, origin=choice)
 
 
 def model_config(directory: Path) -> LlamaConfig:
@@ -121,7 +129,7 @@ def _split(examples: Sequence[Chat | Question], shares: Mapping[str, float], see
 
 
 def _asked(chat: Chat) -> str:
-    return next(turn.text for turn in chat.turns if turn.role == "user")
+    return next(turn.text for turn in chat.turns if turn.role in ("user", "text"))
 
 
 def _encode(

@@ -25,9 +25,11 @@ class LanguageTask:
     Attributes:
       kind: which of the two. Multiple choice learns the right answers as if they were the only ones, and is
         evaluated by which answer the model holds for the likeliest.
+      template: the text of a chat template that the user named as a file, so that the adapter keeps it.
     """
 
     kind: Kind
+    template: str | None = None
 
     @property
     def metric(self) -> str:

@@ -25,6 +25,7 @@ from ..tree import combine, count, label_params
 from .data import Batch, eval_batches, train_batches
 from .family import rows_of
 from .fetch import cache_dir
+from .language import head_is_frozen
 from .lifecycle import (
     ADAPTER,
     CONFIG,
@@ -197,6 +198,10 @@ class Trainer:
             f"for {self.run.steps} steps"
         )
         unused = {"lora": "lora.lr_ratio (it is 1)", "full": "the section lora"}.get(self.run.settings.method)
+        if self.run.settings.is_language and not head_is_frozen(self.run.parts):
+            self.console.print(
+                "the head is trained, so the loss needs all logits: model.loss_chunk is not used"
+            )
         if unused:
             self.console.print(f"method {self.run.settings.method} does not use {unused}")
         self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))

@@ -35,7 +35,7 @@ def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> No
 
 ADVICE = (
     "what makes it smaller: more train.accumulate, a smaller train.batch_size, train.eval_batch_size or "
-    "data.max_length, model.param_dtype bfloat16"
+    "data.max_length, model.param_dtype bfloat16; for language models also model.remat, model.loss_chunk"
 )
 
 

@@ -22,7 +22,7 @@ from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
 from ..sharding import make_mesh
 from ..spec import Specs
 from ..train_step import init_state, jit_step, make_eval
-from ..tree import combine, split_trainable
+from ..tree import combine, label_params, split_trainable
 from . import encoders, language
 from .answers import Answer
 from .data import Batch
@@ -85,7 +85,11 @@ def prepare(settings: Settings) -> Run:
     config = settings.applied
     shapes = build(settings, directory, data.task, config)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
+    _check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    answer = (
+        Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
+    )
     programs = compile_programs(settings, data, shapes, tx, mesh)
     check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config)
@@ -98,7 +102,6 @@ def prepare(settings: Settings) -> Run:
         task=data.task.notes(),
         data=digest(data.splits),
     )
-    answer = Answer.from_settings(settings, directory, parts.model) if settings.train.prompt else None
     return Run(settings, config, data, parts, steps, tx, mesh, programs, answer, metadata)
 
 
@@ -242,6 +245,14 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.
         final_fraction=settings.final_fraction,
         decay_steps=settings.decay_steps,
     )
+
+
+def _check_rates(settings: OptimizerSettings, parts: Parts) -> None:
+    """No rate is set for a group that has nothing in it."""
+    roles = set(jax.tree.leaves(label_params(parts.trainable, parts.specs, policy=settings.policy)))
+    for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):
+        if getattr(settings, name) is not None and role not in roles:
+            raise ValueError(f"optimizer.{name} is set, and nothing is trained that it is for")
 
 
 def _check_mesh(settings: Settings, mesh: Mesh) -> None:

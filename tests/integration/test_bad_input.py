@@ -514,6 +514,12 @@ CASES = [
         "predict for an empty text", ("a text to predict for is empty",), (*PREDICT, "--text", " "), run=True
     ),
     Case(
+        "generate with an encoder",
+        ("holds an encoder for classification: use predict",),
+        ("generate", "{out}", "--prompt", "a"),
+        run=True,
+    ),
+    Case(
         "predict for a file without texts",
         ("texts.tsv:1: no column 'text'",),
         (*PREDICT, "--data", "{dir}/texts.tsv"),

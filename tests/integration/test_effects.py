@@ -65,7 +65,8 @@ def without_compiling():
 
 def arrays(settings):
     """The task, and every split as arrays."""
-    data = preparing.load_data(settings, resolve(settings.model.path, "model"))
+    family = preparing.family_of(settings)
+    data = family.load_data(settings, resolve(settings.model.path, "model"))
     return data.task, {name: hashed(columns) for name, columns in data.splits.items()}
 
 
@@ -230,7 +231,7 @@ WIDE = ("--data.path", "{dir}/wide.csv")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = (
     *("--task", "instruction", "--model.path", "{dir}/talk", "--data.path", "{dir}/chats.jsonl"),
-    *("--model.dropout", "null", "--model.head_dropout", "0.1", "--data.max_length", "64"),
+    *("--model.dropout", "null", "--model.head_dropout", "0.1", "--data.max_length", "128"),
     *("--lora.target_modules", "[q_proj,v_proj]"),
 )
 RENAMED = '{{"instruction": "asked", "output": "said"}}'
@@ -348,7 +349,7 @@ def home(first_world, tmp_path_factory, cache):
     for name, part in {"first": rows[:100], "last": rows[100:], "more": rows[60:]}.items():
         world.write_rows(f"{name}.csv", part)
     (world.directory / "talk").mkdir()
-    language.write_model(world.directory / "talk")
+    language.write_model(world.directory / "talk", max_position_embeddings=128)
     world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
     (world.directory / "template.jinja").write_text(template)
