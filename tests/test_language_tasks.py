@@ -135,7 +135,7 @@ SIZES = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_without_logits_loss_and_gradient_are_the_same(tied):
     model = Llama(dataclasses.replace(SIZES, tie_word_embeddings=tied))
     rng = np.random.default_rng(0)

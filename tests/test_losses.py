@@ -45,7 +45,7 @@ def value_and_gradient(hidden, kernel, labels, weights, **options):
     return losses, gradient
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 9, 30, 512])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 4, 7, 9, 30, 512])
 def test_every_chunk_size_gives_the_float64_values_and_gradients(chunk):
     data = inputs()
     found = value_and_gradient(*data, chunk=chunk)

@@ -16,7 +16,7 @@ Attention = Literal["auto", "xla", "blocked"]
 # Blocked is quicker and smaller on a CPU from here on (benchmarks/step_time.py), and smaller everywhere.
 LONG = 256
 # Queries of a block: at least so many, and at most so many blocks, each of which is compiled for itself.
-LEAST_BLOCK, MOST_BLOCKS = 128, 8
+LEAST_BLOCK, MOST_BLOCKS = 64, 8
 ATTENTION_NAMES = ("attention", "attention_norm")
 """What a remat policy should keep by name, so that attention is not computed again for the gradient."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN

@@ -233,8 +233,8 @@ CASES = [
     ),
     Case(
         "wrong columns",
-        ("chats.jsonl: no conversations in text, label", "instruction and output"),
-        spoil=lambda world: world.write_rows("chats.jsonl", [{"text": "a", "label": "b"}] * 60),
+        ("chats.jsonl: no conversations in asked, label", "instruction and output"),
+        spoil=lambda world: world.write_rows("chats.jsonl", [{"asked": "a", "label": "b"}] * 60),
     ),
     Case(
         "column_names that are none of ours",
@@ -290,7 +290,7 @@ CASES = [
     Case("answers unknown", ("data.answers", "'first'", "last"), ("--data.answers", "first")),
     Case("answers for questions", ("data.answers goes with",), (*QUESTIONS, "--data.answers", "last")),
     Case("prompt empty", ("train.prompt is empty",), ("--train.prompt", " ")),
-    Case("prompt too long", ("a prompt has", "room for"), ("--train.prompt", "what " * 60)),
+    Case("prompt too long", ("prompt 1 of 1 has 74 tokens", "takes 56"), ("--train.prompt", "what " * 60)),
     Case(
         "answer longer than the model",
         ("answers of 64 tokens leave no room", "takes 64"),
@@ -328,13 +328,14 @@ CASES = [
     Case("max_tokens 0", ("max_tokens must", "got 0"), (*ASK, "--max_tokens", "0")),
     Case("max_tokens above the model's", ("answers of 64 tokens", "takes 64"), (*ASK, "--max_tokens", "64")),
     Case("batch_size 0", ("batch_size must", "got 0"), (*ASK, "--batch_size", "0")),
-    Case("seed negative", ("seed must", "got -1"), (*ASK, "--seed", "-1")),
+    Case("seed negative", ("seed must", "got -1"), (*ASK, "--temperature", "1", "--seed", "-1")),
+    Case("a seed without a temperature", ("--seed go with a --temperature",), (*ASK, "--seed", "1")),
     Case("generate from nothing", ("--prompt or --data",), ("generate", "{dir}/model")),
     Case("generate from both", ("--prompt or --data",), (*ASK, "--data", "{dir}/chats.jsonl")),
     Case("generate for an empty prompt", ("is empty",), ("generate", "{dir}/model", "--prompt", " ")),
     Case(
         "generate for a prompt too long",
-        ("a prompt has", "room for 54"),
+        ("prompt 1 of 1 has 74 tokens", "takes 54"),
         ("generate", "{dir}/model", "--prompt", "what " * 60, "--max_tokens", "10"),
     ),
     Case(
