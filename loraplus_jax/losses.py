@@ -132,7 +132,8 @@ def _in_chunks(
 ) -> Any:
     """Applies a function of (B, t, D) and (B, t) to chunks of t = `width` positions and joins what it returns."""
     rows, length = labels.shape
-    width = -(-length // -(-length // min(width, length)))  # as many chunks, all as full as can be
+    chunks = max(1, -(-length // width))
+    width = max(1, -(-length // chunks))  # as many chunks, all as full as can be
     rest = -length % width
     hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, rest)))

@@ -310,7 +310,13 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
     assert resolve("org/name-1.5_b", "model") == Path("x")
     assert resolve("org/name/deep er/file.v2.csv", "data") == Path("y")
     assert asked == [
-        (("org/name-1.5_b",), {"allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model"]}),
+        (
+            ("org/name-1.5_b",),
+            {
+                "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                "ignore_patterns": ["consolidated*"],
+            },
+        ),
         (("org/name", "deep er/file.v2.csv"), {"repo_type": "dataset"}),
     ]
 

@@ -69,6 +69,7 @@ def test_greedy_is_the_argmax_over_growing_sequences(model, variables, generate)
     assert len({tuple(row) for row in expected}) == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(variables, generate):
     hot = Sampling(1.3, 0.9)
     together = np.asarray(generate(variables, *padded(PROMPTS), hot, KEY))
@@ -85,6 +86,7 @@ def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(va
     assert generate._cache_size() == 2  # another shape
 
 
+@pytest.mark.slow
 def test_a_stop_token_ends_a_row(model, variables):
     rows = greedy_by_hand(model, variables, PROMPTS, NEW)
     stop = rows[0][2]
@@ -98,12 +100,12 @@ def test_a_stop_token_ends_a_row(model, variables):
 
 
 @pytest.mark.slow
-def test_a_cache_in_bf16_gives_nearly_the_same(model, variables, generate):
-    small = make_generate(model, CONFIG, new_tokens=NEW, stop=(), dtype=jnp.bfloat16)
+def test_a_model_in_bf16_has_its_cache_in_bf16(variables, generate):
+    small = make_generate(Llama(CONFIG, jnp.bfloat16), CONFIG, new_tokens=NEW, stop=(), dtype=jnp.bfloat16)
     found = np.asarray(small(variables, *padded(PROMPTS), Sampling(), KEY))
     whole = np.asarray(generate(variables, *padded(PROMPTS), Sampling(), KEY))
-    np.testing.assert_array_equal(found[:, 0], whole[:, 0])  # the first token needs no cache
     assert ((found >= 0) & (found < WORDS)).all()
+    assert np.mean(found[:, 0] == whole[:, 0]) > 0.5
     text = jax.jit(small).lower(variables, *padded(PROMPTS), Sampling(), KEY).as_text()
     assert "2x3x14x1x4xbf16" in text
     assert "2x3x14x1x4xf32" not in text

@@ -135,7 +135,8 @@ SIZES = LlamaConfig(
 )
 
 
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
 def test_without_logits_loss_and_gradient_are_the_same(tied):
     model = Llama(dataclasses.replace(SIZES, tie_word_embeddings=tied))
     rng = np.random.default_rng(0)

@@ -155,6 +155,7 @@ def check_variants(model, params, inputs, variants, options=None):
             assert error(gradient[path], leaf) <= GRADIENTS, (fields, jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_a_variant_has_the_same_values_and_gradients(models):
     golden = np.load(GOLDEN / "llama_mistral.npz")
     inputs = golden["left"], (golden["left"] != 0).astype(np.int32)
@@ -163,7 +164,7 @@ def test_a_variant_has_the_same_values_and_gradients(models):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_all_variants_have_the_same_values_and_gradients(name, models, long_inputs):
     choices = itertools.product((False, True), ("none", "dots", "full"), ("xla", "blocked"))
     variants = [{"unroll": u, "remat": r, "attention": a} for u, r, a in choices]
@@ -203,6 +204,7 @@ def test_what_stands_at_padding_and_how_much_of_it_changes_nothing(models):
         assert error(given, wanted) <= 1e-5
 
 
+@pytest.mark.slow
 def test_bf16_runs_near_float32(models):
     model, params = models("llama3")
     golden = np.load(GOLDEN / "llama_llama3.npz")

@@ -64,6 +64,7 @@ def causal_attention(
 
 def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention of new tokens (B, T, N, H) to a cache of keys and values (B, S, K, H); the mask is (B, T, S)."""
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 

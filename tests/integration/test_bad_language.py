@@ -354,7 +354,12 @@ CASES = [
         ASK,
         json_fields("model/config.json", model_type="bert"),
     ),
-    Case("a template for a run", ("--template is for models",), (*SPEAK, "--template", "plain"), run=True),
+    Case(
+        "a template for a run",
+        ("--template and --dtype are for models",),
+        (*SPEAK, "--template", "plain"),
+        run=True,
+    ),
     Case(
         "generate into a file that exists",
         ("old.jsonl exists already",),

@@ -104,6 +104,7 @@ def test_eval_of_another_split_and_another_file(finished_talk, tmp_path, capsys)
 # generation
 
 
+@pytest.mark.slow
 def test_generate_repeats_the_answer_of_the_run(finished_talk, capsys):
     args = (finished_talk.out, "--prompt", PROMPT, "--max_tokens", 8)
     assert answers_of(capsys, *args) == [summary_of(finished_talk.out)["answers"]["after"]]
