@@ -144,6 +144,7 @@ def test_roberta_counts_positions_from_the_padding_id():
     assert roberta.max_length == 10
 
 
+@pytest.mark.slow
 def test_a_row_of_padding_alone_is_finite_and_so_is_its_gradient(tiny):
     mask = MASK.at[1].set(0)
     value, grads = jax.value_and_grad(lambda p: outputs(p, mask=mask, pooling="cls").sum())(tiny)

@@ -85,7 +85,7 @@ def test_a_tied_embedding_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 7), *(pytest.param(s, marks=pytest.mark.slow) for s in ((7,), (1, 1), (0, 4), (2, 0)))]
+    "shape", [(2, 3, 7), *(pytest.param(s, marks=pytest.mark.slow) for s in ((7,), (1, 1), (0, 4)))]
 )
 def test_any_leading_axes(shape):
     hidden = jax.random.normal(jax.random.key(0), (*shape, HIDDEN))

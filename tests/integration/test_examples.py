@@ -18,10 +18,12 @@ def test_own_loop_learns_and_merges():
     assert same < 1e-5
 
 
+@pytest.mark.slow
 def test_pmap_and_mesh_agree():
     assert _main("02_many_devices.py") < 1e-6
 
 
+@pytest.mark.slow
 def test_raw_parameters_learn_and_merge():
     before, after, same = _main("03_raw_parameters.py")
     assert after < 0.3 * before

@@ -52,6 +52,7 @@ def straight(world):
     return result_of(world.trained(*ODD, out=world.directory / "straight"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight, capsys, number, code):
     for step in (7, 12, 15):
@@ -119,6 +120,7 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused(world, capsys):
 CONSTANT = ("--optimizer.schedule", "constant")
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_with_more_steps_as_if_never_ended(world, capsys):
     short = (*ODD, *CONSTANT, "--train.select", "last")
     more = (*short, "--train.steps", "30")

@@ -217,6 +217,7 @@ def test_lora_is_lora_plus_with_ratio_1_to_the_bit(world, short):
     assert summary_of(lora)["before"] == summary_of(short)["before"]
 
 
+@pytest.mark.slow
 def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
     out = world.trained(*SHORT, "--method", "full")
     summary = summary_of(out)
@@ -236,6 +237,7 @@ def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
 # the same numbers, however they are computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -280,6 +282,7 @@ def test_the_seed_decides(world, short):
 # other tasks and data
 
 
+@pytest.mark.slow
 def test_regression_in_units_of_the_labels(world, capsys):
     out = world.trained(*RATING, "--train.select", "last")
     summary = summary_of(out)
@@ -333,6 +336,7 @@ EARLY = (
 )
 
 
+@pytest.mark.slow
 def test_early_stopping_and_the_best_state(world):
     out = world.trained(*EARLY)
     scores = column(out, "validation/mse")
