@@ -145,20 +145,29 @@ def _vocab_size(directory: Path) -> Any:
     return read_json(path).get("vocab_size") if path.is_file() else None
 
 
-def _from_directory(directory: Path) -> "Tokenizer":
+def read_file(directory: Path) -> "Tokenizer":
+    """The tokenizer of `tokenizer.json` as it stands, its padding and truncation included.
+
+    Raises:
+      ValueError: the file is missing or broken.
+    """
     from tokenizers import Tokenizer
 
-    _check_directory(directory)
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
             f"{directory} has no tokenizer.json (save the model with a fast tokenizer to get one)"
         )
     try:
-        result = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     # The library raises bare Exception.
     except Exception as error:
         raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+
+
+def _from_directory(directory: Path) -> "Tokenizer":
+    _check_directory(directory)
+    result = read_file(directory)
     result.no_padding()
     result.no_truncation()
     return result

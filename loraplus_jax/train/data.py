@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from ..config import check_number, check_whole, nearest
 from ..models.hf import read_json
+from ..models.tokenizer import read_file
 from .rows import raise_problems, read_rows
 
 if TYPE_CHECKING:
@@ -255,16 +256,7 @@ def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
     Raises:
       ValueError: the file is missing or broken, or no pad token is found.
     """
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{directory} has no tokenizer.json (save the model with a fast tokenizer to get one)"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    # The library raises bare Exception.
-    except Exception as error:
-        raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+    tokenizer = read_file(directory)
     token = _pad_token(tokenizer, directory / "tokenizer_config.json")
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(token), pad_token=token, length=max_length)
