@@ -37,6 +37,7 @@ def test_adapters_of_another_library_learn_at_two_rates():
     assert after < 0.1 * before
 
 
+@pytest.mark.slow
 def test_extras_are_trained_beside_the_adapters():
     accuracy, moved = _main("05_trained_extras.py")
     assert accuracy > 0.95

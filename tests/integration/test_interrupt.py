@@ -79,6 +79,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, str
     assert result_of(world.out) == straight
 
 
+@pytest.mark.slow
 def test_a_moved_run_goes_on(world, straight):
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, 8, signal.SIGTERM)

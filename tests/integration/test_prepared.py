@@ -38,6 +38,7 @@ def test_trained_leaves_are_float32_on_a_bf16_base(world):
     )
 
 
+@pytest.mark.slow
 def test_the_head_is_the_only_extra_and_is_new(world):
     run = prepared(world)
     parts = run.parts
