@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.train.data import DataSettings
+from loraplus_jax.train.settings import ModelSettings, Settings, parse_settings
 
 from .damage import check, damaged, data_limit
 
@@ -114,9 +115,7 @@ KEYS = (
 
 def every_field():
     """A config with each field of each section."""
-    settings = Settings(
-        model={"path": "m"}, data={"path": "d"}, output_dir="out"
-    )  # sections are not checked here
+    settings = Settings(model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="out")
     content = settings.to_json()
     base = yaml.safe_load(QUICKSTART)
     return {
