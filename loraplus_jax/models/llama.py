@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ..sharding import Rules
 from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
 from .hf import NameTable, Rule, embedding, linear, norm
 from .llama_config import LlamaConfig
@@ -350,3 +351,20 @@ def name_table(config: LlamaConfig) -> NameTable:
     else:
         rules += linear("lm_head", "lm_head", bias=False)
     return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=tuple(ignore))
+
+
+SHARDING: Rules = (
+    (r"embed_tokens/embedding", ("tensor", "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/kernel", (None, "fsdp", "tensor")),
+    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/bias", (None, "tensor")),
+    (r"layers/(self_attn/o|mlp/down)_proj/kernel", (None, "tensor", "fsdp")),
+    (r".*", ()),  # norms, and biases that are added to what is whole on every device
+)
+"""Heads, the MLP's inner width and the vocabulary over `"tensor"`, the hidden width over `"fsdp"`."""
+
+
+def tensor_sizes(config: LlamaConfig) -> dict[str, int]:
+    """What a mesh's tensor axis must divide. The vocabulary is not among it: it stays whole where it must."""
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return {name: getattr(config, name) for name in names}
