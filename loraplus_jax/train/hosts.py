@@ -112,7 +112,7 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
         watch.cancel()
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, TimeoutError) as error:  # the second from orbax
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise LostProcess(
