@@ -31,9 +31,7 @@ def draw(directory: Path, report: Report) -> None:
     plt = pyplot()
     drawings = {"heat_map": heat_map, "curves": curves, "steps": steps, "control": control}
     for name, drawing in drawings.items():
-        figure, axes = plt.subplots(
-            figsize=(7.5, 5.5) if name == "heat_map" else (7.5, 4.2), layout="constrained"
-        )
+        figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
         drawing(axes, report)
         axes.spines[["top", "right"]].set_visible(False)
         partial = partial_path(directory / f"{name}.png")
@@ -44,6 +42,8 @@ def draw(directory: Path, report: Report) -> None:
 
 def heat_map(axes: Any, report: Report) -> None:
     """Loss over (eta_A, eta_B) at the first stop, which all settings came to."""
+    from matplotlib import ticker
+
     first = min(row["step"] for row in report["search"])
     cells = cells_of([row for row in report["search"] if row["step"] == first])
     fine = {place: loss for place, loss in cells.items() if loss is not None}
@@ -58,12 +58,12 @@ def heat_map(axes: Any, report: Report) -> None:
     )
     middle = (losses.min() + losses.max()) / 2
     for (x, y), loss in zip(points, losses, strict=True):
-        colour = "white" if loss < middle else "black"
+        colour = "black" if loss < middle else "white"
         axes.annotate(f"{loss:.3f}", (x, y), ha="center", va="center", fontsize=7, color=colour, zorder=3)
     if gone:
         axes.scatter(*np.array(gone).T, s=90, marker="x", color="black", zorder=3)
     best = points[losses.argmin()]
-    axes.scatter(*best, s=260, marker="*", color="white", edgecolors="black", zorder=4)
+    axes.annotate("\u2605", best, xytext=(7, 5), textcoords="offset points", fontsize=16, zorder=4)
     axes.annotate(
         "LoRA: equal rates", (ends[1], ends[1]), ha="right", va="top", fontsize=9, xytext=(0, -14),
         textcoords="offset points",
@@ -71,6 +71,11 @@ def heat_map(axes: Any, report: Report) -> None:
     axes.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=ends)
     axes.set_title(f"Validation loss after {first} of {report['protocol']['steps']} steps")
     axes.set_xlim(rates[:, 0].min() / 1.6, rates[:, 0].max() * 1.6)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(ticker.NullLocator())
+    axes.tick_params(axis="x", rotation=30)
     axes.figure.colorbar(shown, label="validation loss")
 
 

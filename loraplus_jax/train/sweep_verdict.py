@@ -131,7 +131,7 @@ def _ended(run: Row) -> bool:
 
 def verdict(comparison: Row, chosen: Mapping[str, Trial], target: float | None) -> str:
     """One sentence: which of LoRA+ and tuned LoRA needs fewer steps and how surely, or that neither does."""
-    ours = f"lambda={chosen['lora_plus'].lr_ratio:g}"
+    ours = f"LoRA+ with lambda={chosen['lora_plus'].lr_ratio:g}"
     goal = "the same validation loss" if target is None else f"a validation loss of {target:g}"
     found, never = comparison["steps_ratio"], comparison["never_reached"]
     loss, evidence = _loss(comparison), f"95 % interval, {found['pairs']} paired seeds"
@@ -168,5 +168,5 @@ def _loss(comparison: Row) -> str:
     found = comparison["test_loss"]
     if found["mean"] is None:
         return "no pair of runs has test results"
-    text = f"its test loss less LoRA's is {found['mean']:+.4f}"
+    text = f"test loss of LoRA+ minus LoRA's {found['mean']:+.4f}"
     return text if found["low"] is None else f"{text} [{found['low']:+.4f}, {found['high']:+.4f}]"
