@@ -85,7 +85,7 @@ def prepare(settings: Settings) -> Run:
     config = settings.applied
     shapes = build(settings, directory, data.task, config)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
-    _check_rates(settings.optimizer, shapes)
+    check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
@@ -178,6 +178,14 @@ def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConf
     """
     base = parts.base
     params = load_params(directory, base.table, params_of(parts), new=base.new)
+    return with_weights(settings, parts, params, config)
+
+
+def with_weights(
+    settings: Settings, parts: Parts, params: Mapping[str, Any], config: LoRAPlusConfig | None
+) -> Parts:
+    """The same with weights that are loaded already, which are not copied, and first values of what they lack."""
+    base = parts.base
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": combine(params, {name: _fresh(base, name, new_key) for name in base.new})}
     variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
@@ -215,14 +223,24 @@ def _zeros(shapes: Any) -> Any:
 
 
 def make_optimizer(
-    settings: OptimizerSettings, config: LoRAPlusConfig | None, steps: int, specs: Specs
+    settings: OptimizerSettings,
+    config: LoRAPlusConfig | None,
+    steps: int,
+    specs: Specs,
+    *,
+    learning_rate: jax.Array | None = None,
+    lr_ratio: jax.Array | None = None,
 ) -> LoRAPlusTransform:
-    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate."""
+    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate.
+
+    A peak rate and a ratio given as arrays, which may be traced, stand for those of the settings.
+    """
     schedule = functools.partial(schedule_for, settings, steps)
     rates = {"extra": settings.head_learning_rate, "embedding": settings.embedding_learning_rate}
+    ratio = 1.0 if config is None else config.lr_ratio
     return lora_plus_adamw(
-        schedule(settings.learning_rate),
-        lr_ratio=1.0 if config is None else config.lr_ratio,
+        schedule(settings.learning_rate if learning_rate is None else learning_rate),
+        lr_ratio=ratio if lr_ratio is None else lr_ratio,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
@@ -235,7 +253,7 @@ def make_optimizer(
     )
 
 
-def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.Schedule:
+def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:
     """The named schedule with a peak rate."""
     return make_schedule(
         settings.schedule,
@@ -247,7 +265,7 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.
     )
 
 
-def _check_rates(settings: OptimizerSettings, parts: Parts) -> None:
+def check_rates(settings: OptimizerSettings, parts: Parts) -> None:
     """No rate is set for a group that has nothing in it."""
     roles = set(jax.tree.leaves(label_params(parts.trainable, parts.specs, policy=settings.policy)))
     for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):
