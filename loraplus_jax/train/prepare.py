@@ -28,6 +28,7 @@ from .answers import Answer
 from .data import Batch
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
+from .live import compile_theory, measured_rows
 from .memory import check_memory
 from .settings import OptimizerSettings, Settings, apart
 
@@ -65,10 +66,12 @@ class Programs(NamedTuple):
     Attributes:
       step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
       evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if it is not asked for.
     """
 
     step: Any
     evaluate: Any
+    theory: Any = None
 
 
 def prepare(settings: Settings) -> Run:
@@ -91,7 +94,7 @@ def prepare(settings: Settings) -> Run:
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
     programs = compile_programs(settings, data, shapes, tx, mesh)
-    check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
+    check_memory([p for p in programs if p is not None], mesh.devices.flat[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config)
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
@@ -212,9 +215,15 @@ def compile_programs(
         columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
         return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
 
+    theory = None
+    if train.theory_every is not None:
+        rows = batch(measured_rows(train.batch_size, mesh.size), "train")
+        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
+        theory = compile_theory(losses.train, parts.specs, *shapes, mesh=mesh)
     return Programs(
         step.lower(state, parts.frozen, batch(train.batch_size, "train")).compile(),
         evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
+        theory,
     )
 
 

@@ -140,6 +140,8 @@ class TrainSettings:
       keep: how many of the newest checkpoints to keep, besides the best.
       max_skipped: a step with a loss or gradient that is not finite is skipped; so many in a row end the run.
       compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
+      theory_every: steps between measurements of what A's and B's steps did to each layer's output (theory/... in
+        metrics.jsonl), on a quarter of a batch; none if not given.
       prompt: a question that a language model answers before and after training, printed and kept in summary.json.
       prompt_tokens: tokens of these answers at most.
     """
@@ -156,6 +158,7 @@ class TrainSettings:
     keep: int = 2
     max_skipped: int = 5
     compilation_cache: bool = True
+    theory_every: int | None = None
     prompt: str | None = None
     prompt_tokens: int = 64
 
@@ -164,7 +167,7 @@ class TrainSettings:
             raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
         if self.epochs is not None:
             check_number("train.epochs", self.epochs, above=0.0)
-        for name in ("steps", "early_stopping"):
+        for name in ("steps", "early_stopping", "theory_every"):
             if getattr(self, name) is not None:
                 check_whole(f"train.{name}", getattr(self, name), at_least=1)
         for name in (
@@ -281,6 +284,8 @@ def _check_kind(settings: Settings) -> None:
                 )
     if settings.data.answers != "all" and settings.task != "instruction":
         raise ValueError(f"data.answers goes with the task instruction, and the task is {settings.task}")
+    if settings.train.theory_every is not None and settings.method == "full":
+        raise ValueError("train.theory_every measures adapters, and method full has none")
     if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:
         raise ValueError("train.prompt_tokens goes with train.prompt, which is not set")
 
@@ -288,7 +293,7 @@ def _check_kind(settings: Settings) -> None:
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "mesh.data", "output_dir"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "output_dir"),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
 ENDS = MAY_CHANGE[:4]
