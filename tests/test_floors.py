@@ -22,6 +22,11 @@ CORE = (
         "sharding",
         "checkpoint",
         "adapter_io",
+        "path_map",
+        "peft_options",
+        "peft_leaves",
+        "peft_io",
+        "foreign",
     ),
 )
 MODELS = (
@@ -35,6 +40,9 @@ MODELS = (
     "models.llama_config",
     "models.llama",
     "models.generate",
+    "models.merged",
+    "models.export",
+    "models.gguf_export",
 )
 APPLICATION = tuple(
     f"train.{name}"
@@ -58,12 +66,14 @@ APPLICATION = tuple(
         "answers",
         "report",
         "memory",
-        "prepare",
         "lifecycle",
+        "adapters",
+        "prepare",
         "watch",
         "loop",
         "use",
         "speak",
+        "export",
         "cli",
     )
 )
