@@ -23,6 +23,11 @@ CORE = (
         "sharding",
         "checkpoint",
         "adapter_io",
+        "path_map",
+        "peft_options",
+        "peft_leaves",
+        "peft_io",
+        "foreign",
     ),
 )
 MODELS = (
@@ -36,6 +41,9 @@ MODELS = (
     "models.llama_config",
     "models.llama",
     "models.generate",
+    "models.merged",
+    "models.export",
+    "models.gguf_export",
 )
 APPLICATION = tuple(
     f"train.{name}"
@@ -60,8 +68,9 @@ APPLICATION = tuple(
         "report",
         "live",
         "memory",
-        "prepare",
         "lifecycle",
+        "adapters",
+        "prepare",
         "watch",
         "loop",
         "sweep_settings",
@@ -74,6 +83,7 @@ APPLICATION = tuple(
         "sweep",
         "use",
         "speak",
+        "export",
         "cli",
     )
 )

@@ -158,7 +158,7 @@ def check_params(
     """The checks of `load_params`, which read no weight but copies; returns leaves by path and tensors by name."""
     directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
-    wanted = {name for rule in table.rules for name in _expand(rule, leaves[rule.path])}
+    wanted = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
     found, problems = _find(directory, table, wanted | {name for name, _ in table.copies})
     problems += _compare(table, leaves, found) or _changed_copies(table, found)
     if problems:
@@ -200,7 +200,7 @@ def _leaves_from_file(
     return leaves
 
 
-def _expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
+def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
     """The names that a rule stands for, one a layer or just one."""
     if _LAYER not in rule.name:
         return [rule.name]
@@ -216,7 +216,7 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     """The wanted tensors in the directory by renamed name, and a line for each that should not be there."""
     found: dict[str, _Tensor] = {}
     problems = []
-    for file_name, file, dtypes, promised in _files(directory):
+    for file_name, file, dtypes, promised in weight_files(directory):
         names = set(file.keys())
         lost = sorted(promised - names)
         problems += [f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in lost]
@@ -231,7 +231,7 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     return found, problems
 
 
-def _files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
+def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
     """Each file with weights: its name, the file opened, the types that are read, the tensors an index promises."""
     if (file := gguf.find(path)) is not None:
         yield file.name, gguf.Weights(gguf.read(file)), gguf.DTYPES, set()
@@ -251,7 +251,7 @@ def _compare(
     problems = []
     for rule in table.rules:
         shape = _shape_in_file(rule, leaves[rule.path])
-        for name in _expand(rule, leaves[rule.path]):
+        for name in expand(rule, leaves[rule.path]):
             tensor = found.get(name)
             if tensor is None:
                 problems.append(f"- {name} {list(shape)} (the model needs it)")
@@ -305,7 +305,7 @@ def _read(
     """One leaf, written piece by piece into place, so that no second copy of it is made."""
     out = _aligned(leaf.shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
     slots = out if _LAYER in rule.name else out[None]
-    for index, name in enumerate(_expand(rule, leaf)):
+    for index, name in enumerate(expand(rule, leaf)):
         _fill(slots[index : index + 1], found[name], transposed=rule.transposed)
     return out
 

@@ -24,6 +24,7 @@ from ..spec import Specs
 from ..train_step import init_state, jit_step, make_eval
 from ..tree import combine, label_params, split_trainable
 from . import encoders, language
+from .adapters import check_start, started
 from .answers import Answer
 from .data import Batch
 from .family import Base, Data, Losses, Parts, rows_of
@@ -90,12 +91,16 @@ def prepare(settings: Settings) -> Run:
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
     check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    if settings.init_adapter is not None:
+        check_start(settings, shapes, params_of(shapes), data.task)
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
     programs = compile_programs(settings, data, shapes, tx, mesh)
     check_memory([p for p in programs if p is not None], mesh.devices.flat[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config)
+    if settings.init_adapter is not None:
+        parts = started(settings, parts, params_of(parts), directory)
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
         config,
@@ -104,6 +109,7 @@ def prepare(settings: Settings) -> Run:
         settings=apart(settings.to_json())[0],
         task=data.task.notes(),
         data=digest(data.splits),
+        **({} if settings.init_adapter is None else {"init_adapter": fingerprint(parts.trainable)}),
     )
     return Run(settings, config, data, parts, steps, tx, mesh, programs, answer, metadata)
 
@@ -171,6 +177,12 @@ def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
     return Parts(base, model, specs, _float32(trainable), frozen)
+
+
+def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
+    """The model without adapters and without variables."""
+    base: Base = family_of(settings).make_base(settings, directory, task)
+    return Parts(base, base.model, {}, {}, {})
 
 
 def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None) -> Parts:

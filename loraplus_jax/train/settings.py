@@ -214,6 +214,10 @@ class Settings:
       task: classification, or regression, one number a text; instruction, the answers in conversations; or
         multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
       method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
+      init_adapter: a run or an adapter directory, of this package or PEFT, that training starts from; what it says
+        of ranks, scales and layers must be what the section lora says.
+      init_adapter_rates: same if lr_ratio, policy and decay must be those that the adapter was trained with, where
+        it says so; new if other ones are meant.
       seed: of initial values, shuffling and dropout.
       output_dir: where everything the run makes is written.
     """
@@ -226,6 +230,8 @@ class Settings:
     mesh: MeshSettings = MeshSettings()
     task: TaskName = "classification"
     method: Method = "lora_plus"
+    init_adapter: str | None = None
+    init_adapter_rates: Literal["same", "new"] = "same"
     seed: int = 0
     output_dir: str
 
@@ -235,6 +241,10 @@ class Settings:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty")
+        if self.init_adapter is not None and not self.init_adapter.strip():
+            raise ValueError("init_adapter is empty; leave it out for none")
+        if self.init_adapter is None and self.init_adapter_rates != "same":
+            raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
         _check_kind(self)
 
     @property
