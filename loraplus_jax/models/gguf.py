@@ -59,8 +59,10 @@ def config(file: Gguf) -> dict[str, Any]:
     head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
     scaling, problems = _rope_scaling(file)
     _raise(file, [*_unsupported(file, head), *problems])
+    window = file.get("attention.sliding_window")
     found = {
-        "model_type": arch,
+        # A Mistral is a Llama with a window, and its files have that architecture.
+        "model_type": "mistral" if arch == "llama" and window else arch,
         "vocab_size": embedding_rows(file),
         **sizes,
         "head_dim": head,
@@ -71,7 +73,7 @@ def config(file: Gguf) -> dict[str, Any]:
         "tie_word_embeddings": _HEAD not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        "sliding_window": file.get("attention.sliding_window"),
+        "sliding_window": window,
         "bos_token_id": file.one("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.one("tokenizer.ggml.eos_token_id"),
     }

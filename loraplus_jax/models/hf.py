@@ -55,11 +55,13 @@ class NameTable:
         spellings that differ between checkpoints of the same model.
       ignore: regular expressions, each for whole renamed names, of what a checkpoint may bring and the model
         does not use. Rules come before them.
+      copies: (name, other) of a tensor that a checkpoint may hold beside another, with the same values.
     """
 
     rules: tuple[Rule, ...]
     renames: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, name: str) -> str:
         """The name in the file after the renames."""
@@ -153,12 +155,12 @@ def load_params(
 def check_params(
     directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, "_Tensor"]]:
-    """The checks of `load_params`, which read no weight; returns the leaves by path and their tensors by name."""
+    """The checks of `load_params`, which read no weight but copies; returns leaves by path and tensors by name."""
     directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
     wanted = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
-    found, problems = _find(directory, table, wanted)
-    problems += _compare(table, leaves, found)
+    found, problems = _find(directory, table, wanted | {name for name, _ in table.copies})
+    problems += _compare(table, leaves, found) or _changed_copies(table, found)
     if problems:
         raise ValueError(_report(directory, problems))
     return leaves, found
@@ -262,6 +264,30 @@ def _compare(
     return problems
 
 
+def _changed_copies(table: NameTable, found: Mapping[str, _Tensor]) -> list[str]:
+    """A line for each tensor that should repeat another and does not: the checkpoint means another model."""
+    return [
+        f"~ {found[name].name} differs from {found[other].name}, and the config says that they are one (are they "
+        "tied?)"
+        for name, other in table.copies
+        if name in found and not _same(found[name], found[other])
+    ]
+
+
+def _same(one: _Tensor, other: _Tensor) -> bool:
+    """Whether two tensors have the same values, looked at piece by piece."""
+    if one.shape != other.shape or one.view.get_dtype() not in one.dtypes:
+        return False
+    return all(np.array_equal(one.view[part], other.view[part]) for part in _pieces(one.shape))
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first axis that are small enough to be read at once."""
+    rows = _PIECE // max(1, 4 * math.prod(shape[1:])) or 1
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
 def _report(directory: Path, problems: list[str]) -> str:
     """The whole error; its first line says enough for one who sees no more than that."""
     counts = Counter(line[0] for line in problems)
@@ -298,10 +324,8 @@ def _fill(slot: np.ndarray, tensor: _Tensor, *, transposed: bool) -> None:
         slot[0] = tensor.file.get_tensor(tensor.name)
         return
     target = slot[0].T if transposed else slot[0]
-    rows = _PIECE // max(1, 4 * math.prod(tensor.shape[1:])) or 1
-    for start in range(0, len(target), rows):
-        stop = min(start + rows, len(target))
-        target[start:stop] = tensor.view[start:stop]
+    for part in _pieces(tensor.shape):
+        target[part] = tensor.view[part]
 
 
 def _existing(directory: Path) -> Path:

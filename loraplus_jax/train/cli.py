@@ -1,16 +1,16 @@
-"""The command line: `loraplus train | inspect | eval | predict | generate | export | fetch`."""
+"""The command line: `loraplus train | sweep | inspect | eval | predict | generate | export | fetch`."""
 
 import argparse
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 TRACEBACK = "LORAPLUS_TRACEBACK"
-WITH_SETTINGS, FLAGS = ("train", "inspect"), ("--fresh", "--help", "-h")
+WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect"), ("--fresh", "--help", "-h")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,10 +70,12 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "train as a config file says", add_help=False)
     inspect = add("inspect", _inspect, "show what would be trained, without training", add_help=False)
-    for command in (train, inspect):
+    sweep = add("sweep", _sweep, "find out which lambda helps, and whether one does", add_help=False)
+    for command in (train, sweep, inspect):
         command.add_argument("config", nargs="?")
         command.add_argument("-h", "--help", action="store_true")
-    train.add_argument("--fresh", action="store_true")
+    for command in (train, sweep):
+        command.add_argument("--fresh", action="store_true")
     evaluate = add("eval", _eval, "evaluate a finished run or an adapter directory")
     evaluate.add_argument("run_directory", metavar="RUN", type=Path)
     evaluate.add_argument("--split", help="train, validation or test (default)")
@@ -123,12 +125,30 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if _helped(options):
         return
-    from .lifecycle import Stopped
-    from .loop import TrainingFailed, train
+    from .loop import train
     from .settings import parse_settings
 
+    _run(options, lambda: train(parse_settings(options.config, overrides), fresh=options.fresh))
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .sweep_settings import SweepRun
+
+    if _helped(options, SweepRun):
+        return
+    from .settings import parse_settings
+    from .sweep import sweep
+
+    _run(options, lambda: sweep(parse_settings(options.config, overrides, SweepRun), fresh=options.fresh))
+
+
+def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
+    """Runs what may be stopped or fail, and sets the exit code."""
+    from .lifecycle import Stopped
+    from .watch import TrainingFailed
+
     try:
-        train(parse_settings(options.config, overrides), fresh=options.fresh)
+        training()
     except Stopped as stop:
         options.code = _ended(str(stop), 128 + stop.signal_number)
     except TrainingFailed as failure:
@@ -143,12 +163,12 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
         print(inspect(parse_settings(options.config, overrides)))
 
 
-def _helped(options: argparse.Namespace) -> bool:
+def _helped(options: argparse.Namespace, kind: type | None = None) -> bool:
     """Prints every setting, for --help; a missing config is an error."""
-    from .settings import settings_parser
+    from .settings import Settings, settings_parser
 
     if options.help:
-        settings_parser().print_help()
+        settings_parser(kind or Settings, options.command).print_help()
     elif options.config is None:
         raise ValueError(f"{options.command} needs a config file: loraplus {options.command} CONFIG")
     return options.help
