@@ -18,10 +18,16 @@ CORE = (
         "adapt",
         "optim",
         "diagnostics",
-        "train_step",
         "sharding",
+        "train_step",
+        "theory",
         "checkpoint",
         "adapter_io",
+        "path_map",
+        "peft_options",
+        "peft_leaves",
+        "peft_io",
+        "foreign",
     ),
 )
 MODELS = (
@@ -35,6 +41,9 @@ MODELS = (
     "models.llama_config",
     "models.llama",
     "models.generate",
+    "models.merged",
+    "models.export",
+    "models.gguf_export",
 )
 APPLICATION = tuple(
     f"train.{name}"
@@ -57,9 +66,11 @@ APPLICATION = tuple(
         "language",
         "answers",
         "report",
+        "live",
         "memory",
-        "prepare",
         "lifecycle",
+        "adapters",
+        "prepare",
         "watch",
         "loop",
         "sweep_settings",
@@ -72,6 +83,7 @@ APPLICATION = tuple(
         "sweep",
         "use",
         "speak",
+        "export",
         "cli",
     )
 )

@@ -24,10 +24,12 @@ from ..spec import Specs
 from ..train_step import init_state, jit_step, make_eval
 from ..tree import combine, label_params, split_trainable
 from . import encoders, language
+from .adapters import check_start, started
 from .answers import Answer
 from .data import Batch
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
+from .live import compile_theory, measured_rows
 from .memory import check_memory
 from .settings import OptimizerSettings, Settings, apart
 
@@ -65,10 +67,12 @@ class Programs(NamedTuple):
     Attributes:
       step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
       evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if it is not asked for.
     """
 
     step: Any
     evaluate: Any
+    theory: Any = None
 
 
 def prepare(settings: Settings) -> Run:
@@ -87,12 +91,16 @@ def prepare(settings: Settings) -> Run:
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
     check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    if settings.init_adapter is not None:
+        check_start(settings, shapes, params_of(shapes), data.task)
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
     programs = compile_programs(settings, data, shapes, tx, mesh)
-    check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
+    check_memory([p for p in programs if p is not None], mesh.devices.flat[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config)
+    if settings.init_adapter is not None:
+        parts = started(settings, parts, params_of(parts), directory)
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
         config,
@@ -101,6 +109,7 @@ def prepare(settings: Settings) -> Run:
         settings=apart(settings.to_json())[0],
         task=data.task.notes(),
         data=digest(data.splits),
+        **({} if settings.init_adapter is None else {"init_adapter": fingerprint(parts.trainable)}),
     )
     return Run(settings, config, data, parts, steps, tx, mesh, programs, answer, metadata)
 
@@ -170,6 +179,12 @@ def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig
     return Parts(base, model, specs, _float32(trainable), frozen)
 
 
+def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
+    """The model without adapters and without variables."""
+    base: Base = family_of(settings).make_base(settings, directory, task)
+    return Parts(base, base.model, {}, {}, {})
+
+
 def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None) -> Parts:
     """The same with weights from a directory, and first values of what that has not.
 
@@ -212,9 +227,15 @@ def compile_programs(
         columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
         return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
 
+    theory = None
+    if train.theory_every is not None:
+        rows = batch(measured_rows(train.batch_size, mesh.size), "train")
+        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
+        theory = compile_theory(losses.train, parts.specs, *shapes, mesh=mesh)
     return Programs(
         step.lower(state, parts.frozen, batch(train.batch_size, "train")).compile(),
         evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
+        theory,
     )
 
 

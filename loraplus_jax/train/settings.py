@@ -140,6 +140,8 @@ class TrainSettings:
       keep: how many of the newest checkpoints to keep, besides the best.
       max_skipped: a step with a loss or gradient that is not finite is skipped; so many in a row end the run.
       compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
+      theory_every: steps between measurements of what A's and B's steps did to each layer's output (theory/... in
+        metrics.jsonl), on a quarter of a batch; none if not given.
       prompt: a question that a language model answers before and after training, printed and kept in summary.json.
       prompt_tokens: tokens of these answers at most.
     """
@@ -156,6 +158,7 @@ class TrainSettings:
     keep: int = 2
     max_skipped: int = 5
     compilation_cache: bool = True
+    theory_every: int | None = None
     prompt: str | None = None
     prompt_tokens: int = 64
 
@@ -164,7 +167,7 @@ class TrainSettings:
             raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
         if self.epochs is not None:
             check_number("train.epochs", self.epochs, above=0.0)
-        for name in ("steps", "early_stopping"):
+        for name in ("steps", "early_stopping", "theory_every"):
             if getattr(self, name) is not None:
                 check_whole(f"train.{name}", getattr(self, name), at_least=1)
         for name in (
@@ -211,6 +214,10 @@ class Settings:
       task: classification, or regression, one number a text; instruction, the answers in conversations; or
         multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
       method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
+      init_adapter: a run or an adapter directory, of this package or PEFT, that training starts from; what it says
+        of ranks, scales and layers must be what the section lora says.
+      init_adapter_rates: same if lr_ratio, policy and decay must be those that the adapter was trained with, where
+        it says so; new if other ones are meant.
       seed: of initial values, shuffling and dropout.
       output_dir: where everything the run makes is written.
     """
@@ -223,6 +230,8 @@ class Settings:
     mesh: MeshSettings = MeshSettings()
     task: TaskName = "classification"
     method: Method = "lora_plus"
+    init_adapter: str | None = None
+    init_adapter_rates: Literal["same", "new"] = "same"
     seed: int = 0
     output_dir: str
 
@@ -232,6 +241,10 @@ class Settings:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty")
+        if self.init_adapter is not None and not self.init_adapter.strip():
+            raise ValueError("init_adapter is empty; leave it out for none")
+        if self.init_adapter is None and self.init_adapter_rates != "same":
+            raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
         _check_kind(self)
 
     @property
@@ -281,6 +294,8 @@ def _check_kind(settings: Settings) -> None:
                 )
     if settings.data.answers != "all" and settings.task != "instruction":
         raise ValueError(f"data.answers goes with the task instruction, and the task is {settings.task}")
+    if settings.train.theory_every is not None and settings.method == "full":
+        raise ValueError("train.theory_every measures adapters, and method full has none")
     if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:
         raise ValueError("train.prompt_tokens goes with train.prompt, which is not set")
 
@@ -288,7 +303,7 @@ def _check_kind(settings: Settings) -> None:
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "mesh.data", "output_dir"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "output_dir"),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
 ENDS = MAY_CHANGE[:4]

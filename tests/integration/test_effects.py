@@ -307,6 +307,7 @@ CHANGES = [
     Change("train.keep", "3", left, RESTLESS),
     Change("train.max_skipped", "2", most_skipped),
     Change("train.compilation_cache", "false", cache_in_use),
+    Change("train.theory_every", "2", left, RESTLESS),
     Change("train.prompt", "what colour is coal", asked, TALK),
     Change("train.prompt_tokens", "9", asked, (*TALK, "--train.prompt", "what colour is coal")),
     Change("mesh.data", "2", program),
