@@ -23,6 +23,11 @@ CORE = (
         "sharding",
         "checkpoint",
         "adapter_io",
+        "path_map",
+        "peft_options",
+        "peft_leaves",
+        "peft_io",
+        "foreign",
     ),
 )
 MODELS = (
@@ -36,6 +41,9 @@ MODELS = (
     "models.llama_config",
     "models.llama",
     "models.generate",
+    "models.merged",
+    "models.export",
+    "models.gguf_export",
 )
 APPLICATION = tuple(
     f"train.{name}"
@@ -60,12 +68,22 @@ APPLICATION = tuple(
         "report",
         "live",
         "memory",
-        "prepare",
         "lifecycle",
+        "adapters",
+        "prepare",
         "watch",
         "loop",
+        "sweep_settings",
+        "sweep_choice",
+        "sweep_verdict",
+        "sweep_figures",
+        "sweep_report",
+        "population",
+        "crew",
+        "sweep",
         "use",
         "speak",
+        "export",
         "cli",
     )
 )

@@ -28,6 +28,7 @@ from .fetch import cache_dir
 from .language import head_is_frozen
 from .lifecycle import (
     ADAPTER,
+    CHECKPOINTS,
     CONFIG,
     Stopped,
     StopSignal,
@@ -37,6 +38,7 @@ from .lifecycle import (
     named,
     only_run,
     set_aside,
+    set_aside_damaged,
     write_config,
 )
 from .live import adapters_of, as_metrics, first_rows, is_due, measured_rows, read_metrics
@@ -44,8 +46,6 @@ from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .settings import Settings
 from .watch import TrainingFailed, advice, not_finite, spike
-
-CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -180,10 +180,7 @@ class Trainer:
 
     def set_aside_damaged(self, step: int, error: DamagedCheckpoint) -> None:
         """Moves a checkpoint that cannot be read out of the way."""
-        place = self.directory / DAMAGED / str(step)
-        place.parent.mkdir(exist_ok=True)
-        (self.directory / CHECKPOINTS / str(step)).rename(place)
-        self.manager.reload()
+        place = set_aside_damaged(self.directory, self.manager, step)
         self.console.print(f"{error}; it is now {place}, and the one before is used")
 
     def print_head(self, step: int) -> None:
