@@ -1,6 +1,5 @@
 """Adapters here and in PEFT give the same logits, whichever side made them."""
 
-
 import jax
 import numpy as np
 import pytest
