@@ -56,7 +56,9 @@ def as_metrics(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str
     """`theory/LAYER/TERM` for every layer, and `theory/mean/TERM` over them."""
     layers = by_layer(jax.device_get(found), specs)
     values = {f"{GROUP}/{path}/{name}": terms[name] for path, terms in layers.items() for name in TERMS}
-    means = {f"{GROUP}/mean/{n}": float(np.mean([t[n] for t in layers.values()])) for n in TERMS if layers}
+    means = {
+        f"{GROUP}/mean/{name}": float(np.mean([t[name] for t in layers.values()])) for name in TERMS if layers
+    }
     return means | values
 
 
