@@ -28,18 +28,29 @@ def spike(older: Sequence[float], values: Mapping[str, float]) -> str | None:
 
 
 def not_finite(row: Mapping[str, float]) -> list[str]:
-    """What in a step's metrics is not finite, updates aside, which follow from the rest."""
-    return [name for name, v in row.items() if not math.isfinite(v) and not name.startswith("update")]
+    """What in a step's metrics is not finite; updates, which follow from the rest, only where the rest is.
+
+    >>> not_finite({"loss": math.nan, "update_norm/a": math.nan})
+    ['loss']
+    >>> not_finite({"loss": 1.0, "update_norm/a": math.inf})
+    ['update_norm/a']
+    """
+    odd = [name for name, value in row.items() if not math.isfinite(value)]
+    return [name for name in odd if not name.startswith("update_norm/")] or odd
 
 
 def advice(run: Run, odd: Sequence[str]) -> str:
     """What the evidence supports."""
     optimizer, config = run.settings.optimizer, run.config
+    updates = all(name.startswith("update_norm/") for name in odd)  # finite gradients: clipping is no help
     tips = []
-    if "grad_norm/a" in odd and config is not None and config.lr_ratio > 1:
-        tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (A's gradient grows with B)")
+    if config is not None and config.lr_ratio > 1:
+        if "grad_norm/a" in odd:
+            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (A's gradient grows with B)")
+        elif "update_norm/b" in odd:
+            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (B's rate is the product)")
     tips.append(f"a lower optimizer.learning_rate than {optimizer.learning_rate:g}")
-    if optimizer.max_grad_norm is None:
+    if optimizer.max_grad_norm is None and not updates:
         tips.append("optimizer.max_grad_norm: 1.0")
     if not optimizer.warmup_steps:
         tips.append("optimizer.warmup_steps")

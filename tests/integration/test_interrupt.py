@@ -109,6 +109,14 @@ def test_a_run_that_diverges_says_what_and_keeps_the_last_good_state(world, caps
     assert "Traceback" not in error
 
 
+def test_an_update_that_is_not_finite_never_reaches_what_is_saved(world, capsys):
+    assert world.train(*ODD, "--optimizer.learning_rate", "1e38", "--train.max_skipped", "3") == 1
+    error = capsys.readouterr().err
+    assert "update_norm/" in error
+    assert "a lower lora.lr_ratio than 4" in error
+    assert "max_grad_norm" not in error
+
+
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(world, capsys):
     path = world.model / "tokenizer.json"
     content = json.loads(path.read_text())
