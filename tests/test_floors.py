@@ -61,6 +61,7 @@ APPLICATION = tuple(
         "prepare",
         "lifecycle",
         "watch",
+        "screen",
         "loop",
         "use",
         "speak",

@@ -13,6 +13,7 @@ from typing import Any
 
 import filelock
 import jax
+import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from .settings import ENDS, Settings, apart
 from .yaml_files import read_yaml
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 
 
 class Stopped(Exception):
@@ -132,6 +134,15 @@ def _first_free(path: Path) -> Path:
     """The path, or with the first number behind its name that makes it new."""
     numbered = (path.with_stem(f"{path.stem}.{number}") for number in range(1, 10**6))
     return path if not path.exists() else next(p for p in numbered if not p.exists())
+
+
+def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
+    """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
+    place = _first_free(directory / DAMAGED / str(step))
+    place.parent.mkdir(exist_ok=True)
+    (directory / CHECKPOINTS / str(step)).rename(place)
+    manager.reload()
+    return place
 
 
 def set_aside(directory: Path, console: Console) -> None:
