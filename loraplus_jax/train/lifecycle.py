@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,7 +20,7 @@ from rich.console import Console
 from ..checkpoint import differences
 from ..models.hf import read_json
 from .report import PICTURE, SUMMARY, partial_path, write_text
-from .settings import ENDS, Settings, apart
+from .settings import ENDS, MAY_CHANGE, Settings, apart
 from .yaml_files import read_yaml
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
@@ -74,8 +74,22 @@ def named(directory: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
-def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list[str]:
+def check_directory(
+    directory: Path,
+    settings: Settings,
+    *,
+    fresh: bool,
+    may_change: Sequence[str] = MAY_CHANGE,
+    ends: tuple[str, ...] = ENDS,
+) -> list[str]:
     """Which settings have changed since the run that is in the directory was started, in words.
+
+    Args:
+      directory: `output_dir`.
+      settings: of the run that wants to go on there.
+      fresh: whether it starts over instead.
+      may_change: which settings may differ.
+      ends: which of them let a finished run go on.
 
     Raises:
       ValueError: the run may not start or go on there.
@@ -94,17 +108,15 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     old = read_yaml(directory / CONFIG)
     if not isinstance(old, dict):
         raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
-    (old_same, old_free), (same, free) = apart(old), apart(settings.to_json())
+    (old_same, old_free), (same, free) = (apart(v, "", may_change) for v in (old, settings.to_json()))
     if found := _changes(old_same, same):
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
     changed = [text for text in _changes(old_free, free) if not text.startswith("output_dir ")]
-    if (directory / SUMMARY).exists() and not any(text.startswith(ENDS) for text in changed):
-        raise ValueError(
-            f"the run in {directory} is finished, its results are in {SUMMARY}; it goes on with more train.steps, "
-            f"or {other}"
-        )
+    if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
+        more = "it goes on with more train.steps, or " if ends else ""
+        raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")
     return changed
 
 

@@ -38,6 +38,7 @@ from .lifecycle import (
     set_aside_damaged,
     write_config,
 )
+from .live import adapters_of, as_metrics, first_rows, is_due, measured_rows, read_metrics
 from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .screen import head, progress, show
@@ -213,10 +214,14 @@ class Trainer:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
             self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
-                batch = place(next(self.batches), self.run.mesh)
-                self.state, metrics = self.run.programs.step(self.state, self.frozen, batch)
+                batch = next(self.batches)
+                before = adapters_of(self.state.trainable) if is_due(every.theory_every, step + 1) else None
+                placed = place(batch, self.run.mesh)
+                self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
                 self.pending.append(metrics)
                 step += 1
+                if before is not None:
+                    self.log.write(step, self.measure(before, batch))
                 if step % every.log_every == 0 or step == self.run.steps or self.failing():
                     loss, rate = self.log_row(step)
                     bar.update(task, completed=step, loss=loss, rate=rate)
@@ -232,6 +237,13 @@ class Trainer:
                     raise Stopped(stop.received, message)
         if self.pending:
             self.log_row(step)
+
+    def measure(self, before: Any, batch: Batch) -> dict[str, float]:
+        """What the step just done did to the layers' outputs, given the adapters before it."""
+        count = measured_rows(self.settings.batch_size, self.run.mesh.size) // jax.process_count()
+        rows = place(first_rows(batch, count), self.run.mesh)
+        found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
+        return as_metrics(found, self.run.parts.specs)
 
     def log_row(self, step: int) -> tuple[str, str]:
         """Turns the pending metrics into a row; returns what the progress bar shows."""
@@ -338,6 +350,8 @@ class Trainer:
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """`summary.json`, the last thing a run writes: with it the run is finished."""
         trained = count(self.run.parts.trainable)
+        config = self.run.config
+        theory = None if config is None else read_metrics(self.log.rows, config.lr_ratio)
         summary = {
             "before": dict(before),
             "after": dict(after),
@@ -346,6 +360,7 @@ class Trainer:
                 "examples": self.run.data.examples[self.held_out],
             },
             **({"answers": self.answers} if self.answers else {}),
+            **({"theory": theory} if theory else {}),
             "method": self.run.settings.method,
             "steps": self.log.rows[-1]["step"],
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
@@ -361,6 +376,8 @@ class Trainer:
         self.console.print(
             f"after:  {show(after)} ({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
         )
+        if theory:
+            self.console.print(f"theory: {theory}", markup=False)
         if self.answers:
             self.console.print(f"> {self.answers['prompt']}\nafter:  {self.answers['after']}", markup=False)
         self.console.print(f"{self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/")

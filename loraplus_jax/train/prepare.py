@@ -24,10 +24,12 @@ from ..spec import Specs
 from ..train_step import init_state, jit_step, make_eval
 from ..tree import combine, label_params, split_trainable
 from . import encoders, language
+from .adapters import check_start, started
 from .answers import Answer
 from .data import Batch
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
+from .live import compile_theory, measured_rows
 from .memory import check_memory
 from .settings import OptimizerSettings, Settings, apart
 
@@ -65,10 +67,12 @@ class Programs(NamedTuple):
     Attributes:
       step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
       evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if it is not asked for.
     """
 
     step: Any
     evaluate: Any
+    theory: Any = None
 
 
 def prepare(settings: Settings) -> Run:
@@ -85,14 +89,18 @@ def prepare(settings: Settings) -> Run:
     config = settings.applied
     shapes = build(settings, directory, data.task, config)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
-    _check_rates(settings.optimizer, shapes)
+    check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    if settings.init_adapter is not None:
+        check_start(settings, shapes, params_of(shapes), data.task)
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
     programs = compile_programs(settings, data, shapes, tx, mesh)
-    check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
+    check_memory([p for p in programs if p is not None], mesh.devices.flat[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config)
+    if settings.init_adapter is not None:
+        parts = started(settings, parts, params_of(parts), directory)
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
         config,
@@ -101,6 +109,7 @@ def prepare(settings: Settings) -> Run:
         settings=apart(settings.to_json())[0],
         task=data.task.notes(),
         data=digest(data.splits),
+        **({} if settings.init_adapter is None else {"init_adapter": fingerprint(parts.trainable)}),
     )
     return Run(settings, config, data, parts, steps, tx, mesh, programs, answer, metadata)
 
@@ -170,6 +179,12 @@ def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig
     return Parts(base, model, specs, _float32(trainable), frozen)
 
 
+def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
+    """The model without adapters and without variables."""
+    base: Base = family_of(settings).make_base(settings, directory, task)
+    return Parts(base, base.model, {}, {}, {})
+
+
 def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None) -> Parts:
     """The same with weights from a directory, and first values of what that has not.
 
@@ -178,6 +193,14 @@ def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConf
     """
     base = parts.base
     params = load_params(directory, base.table, params_of(parts), new=base.new)
+    return with_weights(settings, parts, params, config)
+
+
+def with_weights(
+    settings: Settings, parts: Parts, params: Mapping[str, Any], config: LoRAPlusConfig | None
+) -> Parts:
+    """The same with weights that are loaded already, which are not copied, and first values of what they lack."""
+    base = parts.base
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": combine(params, {name: _fresh(base, name, new_key) for name in base.new})}
     variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
@@ -204,9 +227,15 @@ def compile_programs(
         columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
         return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
 
+    theory = None
+    if train.theory_every is not None:
+        rows = batch(measured_rows(train.batch_size, mesh.size), "train")
+        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
+        theory = compile_theory(losses.train, parts.specs, *shapes, mesh=mesh)
     return Programs(
         step.lower(state, parts.frozen, batch(train.batch_size, "train")).compile(),
         evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
+        theory,
     )
 
 
@@ -215,14 +244,24 @@ def _zeros(shapes: Any) -> Any:
 
 
 def make_optimizer(
-    settings: OptimizerSettings, config: LoRAPlusConfig | None, steps: int, specs: Specs
+    settings: OptimizerSettings,
+    config: LoRAPlusConfig | None,
+    steps: int,
+    specs: Specs,
+    *,
+    learning_rate: jax.Array | None = None,
+    lr_ratio: jax.Array | None = None,
 ) -> LoRAPlusTransform:
-    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate."""
+    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate.
+
+    A peak rate and a ratio given as arrays, which may be traced, stand for those of the settings.
+    """
     schedule = functools.partial(schedule_for, settings, steps)
     rates = {"extra": settings.head_learning_rate, "embedding": settings.embedding_learning_rate}
+    ratio = 1.0 if config is None else config.lr_ratio
     return lora_plus_adamw(
-        schedule(settings.learning_rate),
-        lr_ratio=1.0 if config is None else config.lr_ratio,
+        schedule(settings.learning_rate if learning_rate is None else learning_rate),
+        lr_ratio=ratio if lr_ratio is None else lr_ratio,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
@@ -235,7 +274,7 @@ def make_optimizer(
     )
 
 
-def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.Schedule:
+def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:
     """The named schedule with a peak rate."""
     return make_schedule(
         settings.schedule,
@@ -247,7 +286,7 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.
     )
 
 
-def _check_rates(settings: OptimizerSettings, parts: Parts) -> None:
+def check_rates(settings: OptimizerSettings, parts: Parts) -> None:
     """No rate is set for a group that has nothing in it."""
     roles = set(jax.tree.leaves(label_params(parts.trainable, parts.specs, policy=settings.policy)))
     for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):
