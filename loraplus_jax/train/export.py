@@ -239,7 +239,7 @@ def _readme(source: _Source, form: export.Form, use: str, base: str) -> str:
     if source.parts.base.new and not form.heads:
         pooling = source.settings.model.pooling
         lines += [
-            f"transformers has no class whose head stands on the pooling {pooling!r}: what it loads is the encoder. "
+            f"transformers has no class whose head stands on the pooling {pooling!r}: it loads the encoder alone. "
             f"The head is in {OWN}: take the {_POOLED[pooling]}, times params/head/kernel, plus params/head/bias.",
         ]
     if names:
