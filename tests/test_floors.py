@@ -72,6 +72,7 @@ APPLICATION = tuple(
         "adapters",
         "prepare",
         "watch",
+        "screen",
         "loop",
         "sweep_settings",
         "sweep_choice",
