@@ -20,8 +20,14 @@ CORE = (
         "diagnostics",
         "sharding",
         "train_step",
+        "theory",
         "checkpoint",
         "adapter_io",
+        "path_map",
+        "peft_options",
+        "peft_leaves",
+        "peft_io",
+        "foreign",
     ),
 )
 MODELS = (
@@ -35,6 +41,9 @@ MODELS = (
     "models.llama_config",
     "models.llama",
     "models.generate",
+    "models.merged",
+    "models.export",
+    "models.gguf_export",
 )
 APPLICATION = tuple(
     f"train.{name}"
@@ -58,13 +67,25 @@ APPLICATION = tuple(
         "language",
         "answers",
         "report",
+        "live",
         "memory",
-        "prepare",
         "lifecycle",
+        "adapters",
+        "prepare",
         "watch",
+        "screen",
         "loop",
+        "sweep_settings",
+        "sweep_choice",
+        "sweep_verdict",
+        "sweep_figures",
+        "sweep_report",
+        "population",
+        "crew",
+        "sweep",
         "use",
         "speak",
+        "export",
         "cli",
     )
 )
