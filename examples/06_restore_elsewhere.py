@@ -2,7 +2,7 @@
 
     python examples/06_restore_elsewhere.py
 
-`train` saves a checkpoint and the weights. `restore_elsewhere` imports orbax and Flax alone, as a program would that
+`train` saves a checkpoint and the weights. `restore_elsewhere` uses orbax and Flax alone, as a program would that
 has no loraplus_jax: it reads the adapters and the notes beside them, and adds scale * A B to each adapted kernel.
 """
 
@@ -67,10 +67,8 @@ def restore_elsewhere(directory):
     """The tuned outputs of `Net`, by orbax and Flax alone."""
     with ocp.StandardCheckpointer() as checkpointer:
         variables = checkpointer.restore(directory / "base")
-    last = max(
-        (path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()),
-        key=lambda p: int(p.name),
-    )
+    steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    last = max(steps, key=lambda path: int(path.name))
     # Without a target to restore like, arrays come as they were saved, and every leaf is named by its path.
     with ocp.StandardCheckpointer() as checkpointer:
         lora = checkpointer.restore(last / "state")["trainable"]["lora"]
