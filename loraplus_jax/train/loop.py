@@ -236,6 +236,7 @@ class Trainer:
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
                 self.pending.append(metrics)
                 step += 1
+                stopping = stop.is_due(step)
                 if before is not None:
                     self.log.write(step, self.measure(before, batch))
                 if step % every.log_every == 0 or step == self.run.steps or self.failing():
@@ -243,9 +244,10 @@ class Trainer:
                     bar.update(task, completed=step, loss=loss, rate=rate)
                 if step % every.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
-                elif stop.received is not None:
+                elif stopping:
                     self.save(None)
-                if stop.received is not None:
+                if stopping:
+                    assert stop.received is not None
                     self.manager.wait_until_finished()
                     message = (
                         f"stopped at step {step} of {self.run.steps}; the same command goes on from there"
