@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,13 +158,19 @@ def count_steps(settings: Settings, examples: int) -> int:
 
 def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None) -> Parts:
     """The model with its adapters; shapes stand for all weights but the adapters."""
-    base: Base = family_of(settings).make_base(settings, directory, task)
+    return adapted(settings, family_of(settings).make_base(settings, directory, task), config, init_lora)
+
+
+def adapted(
+    settings: Settings, base: Base, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
+) -> Parts:
+    """A base with its adapters, which `make_adapters` makes as `init_lora` does, or as shapes."""
     model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
     specs: Specs = {}
     if config is not None:
-        lora, specs = init_lora(model, lora_key, *base.inputs)
+        lora, specs = make_adapters(model, lora_key, *base.inputs)
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
     return Parts(base, model, specs, _float32(trainable), frozen)
