@@ -10,7 +10,7 @@ The base is placed by rules, which stand beside each model; adapters and optimiz
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.experimental import mesh_utils
@@ -24,8 +24,8 @@ AXES = (DATA_AXIS, "fsdp", "tensor")
 BATCH_AXES = AXES[:2]
 """Those that the rows of a batch are split over."""
 
-Axes = tuple[str | None, ...]
-Rules = Sequence[tuple[str, Axes]]
+Axes: TypeAlias = tuple[str | None, ...]
+Rules: TypeAlias = Sequence[tuple[str, Axes]]
 """(regular expression, axes): the first expression that is a leaf's whole path, without its collection, says which
 mesh axis each of its dimensions is split over. Fewer axes than dimensions: the rest is whole."""
 
@@ -46,7 +46,7 @@ class Shardings(NamedTuple):
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[jax.Device] | None = None
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
 ) -> Mesh:
     """A mesh with the axes `"data"`, `"fsdp"` and `"tensor"`, neighbours in the hardware where that is known.
 
@@ -148,6 +148,21 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)))
 
 
+def in_mesh(mesh: Mesh) -> Any:
+    """A context in which `split_rows` knows the mesh, for functions that are traced inside it."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """Keeps the leading axis split as a batch's is, and all others whole; without a mesh in use, does nothing.
+
+    A model calls it where rows meet weights that are split over the same axis. GSPMD is free to gather either of
+    them, and left alone it often gathers the rows.
+    """
+    axes = tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is split.
 
@@ -176,7 +191,7 @@ def make_shardings(
     base = base_shardings(mesh, state.trainable, rules, specs=specs)
     base |= base_shardings(mesh, frozen, rules, specs=specs)
     factors = adapter_shardings(specs or {}, base)
-    trainable = {path: factors.get(path, base.get(path)) for path in leaves_by_path(state.trainable)}
+    trainable = {path: factors.get(path) or base[path] for path in leaves_by_path(state.trainable)}
     return Shardings(_state_shardings(mesh, state, trainable), _tree(frozen, base))
 
 
@@ -246,7 +261,7 @@ def _stacked(spec: AdapterSpec) -> tuple[int, ...]:
 
 def _sharding(mesh: Mesh, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
     kept = [
-        axis if axis in mesh.axis_names and size % mesh.shape[axis] == 0 else None
+        axis if axis in mesh.axis_names and size % mesh.shape[str(axis)] == 0 else None
         for axis, size in zip(axes, shape, strict=False)
     ]
     return NamedSharding(mesh, PartitionSpec(*kept))
@@ -266,8 +281,8 @@ def _state_shardings(mesh: Mesh, state: Any, trainable: Mapping[str, NamedShardi
     whole = NamedSharding(mesh, PartitionSpec())
     found = {}
     for path, leaf in leaves_by_path(state).items():
-        ends = path.split("/")
-        owner = next((name for n in range(len(ends)) if (name := "/".join(ends[n:])) in trainable), None)
-        follows = owner is not None and shapes[owner] == leaf.shape
-        found[path] = trainable[owner] if follows else whole
+        segments = path.split("/")
+        ends = ("/".join(segments[n:]) for n in range(len(segments)))
+        owner = next((end for end in ends if end in trainable), "")
+        found[path] = trainable[owner] if shapes.get(owner) == leaf.shape else whole
     return _tree(state, found)

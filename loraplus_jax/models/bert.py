@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..sharding import Rules
+from ..sharding import Rules, split_rows
 from .hf import NameTable, embedding, linear, norm
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -245,6 +245,7 @@ class BertLayer(BertPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         """Hidden states (B, T, D) to hidden states, and nothing to stack."""
+        x = split_rows(x)
         args = (self.config, self.dtype, self.param_dtype)
         y = self.drop(BertAttention(*args, name="attention")(x, mask))
         x = self.norm("attention_norm")(x + y)
@@ -294,7 +295,7 @@ class BertEncoder(BertPart):
             unroll=self.config.num_hidden_layers if self.unroll else 1,
         )
         mask = attention_mask.astype(bool)[:, None, None, :]
-        return layers(*args, name="layers")(x, mask)[0]
+        return split_rows(layers(*args, name="layers")(x, mask)[0])
 
 
 def _check_inputs(

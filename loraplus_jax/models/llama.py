@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ..sharding import Rules
+from ..sharding import Rules, split_rows
 from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
 from .hf import NameTable, Rule, embedding, linear, norm
 from .llama_config import LlamaConfig
@@ -160,7 +160,7 @@ class LlamaLayer(LlamaPart):
         self, carry: tuple[jax.Array, Cache | None], shared: _Shared, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         """Hidden states (B, T, D) and cache to the same, and nothing to stack."""
-        x, cache = carry
+        x, cache = split_rows(carry[0]), carry[1]
         args = (self.config, self.dtype, self.param_dtype)
         y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
             self.norm("input_layernorm")(x), shared, cache, layer
@@ -290,7 +290,7 @@ class Llama(nn.Module):
     def _run(self, input_ids: jax.Array, shared: _Shared, cache: Any) -> tuple[jax.Array, Any]:
         layers = jnp.arange(self.config.num_hidden_layers)
         (x, cache), _ = self.layers((self.embed_tokens(input_ids), cache), shared, layers)
-        return self.norm(x), cache
+        return self.norm(split_rows(x)), cache
 
     def _logits(self, x: jax.Array) -> jax.Array:
         logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)

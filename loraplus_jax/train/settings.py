@@ -360,12 +360,12 @@ def _instance(parser: ArgumentParser, parsed: Any) -> Settings:
 
 
 def _section(name: str, section: type, values: Any) -> Any:
-    """One section, its name in front of what it has to complain of."""
+    """One section, its name in front of what it has to complain of; a value of any length may be quoted there."""
     try:
         return section(**{f.name: values[f.name] for f in dataclasses.fields(section)})
     except (ValueError, TypeError) as error:
         prefix = "" if str(error).startswith(f"{name}.") else f"{name}."
-        raise ValueError(f"{prefix}{error}") from None
+        raise ValueError(f"{prefix}{error!s:.1000}") from None
 
 
 def _check_file(path: Path) -> None:
