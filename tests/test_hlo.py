@@ -1,3 +1,4 @@
+# ruff: noqa: E501  XLA writes long lines
 """Collectives read from programs' text: literals in the three ways that XLA writes them, and a real program."""
 
 import jax

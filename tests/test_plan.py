@@ -27,14 +27,27 @@ from loraplus_jax.train.prepare import family_of
 from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
 
 LLAMA = {
-    **{"model_type": "llama", "vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 5},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
-    **{"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
 }
 BERT = {
-    **{"model_type": "bert", "vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 4},
-    **{"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64},
-    **{"type_vocab_size": 2, "pad_token_id": 0},
+    "model_type": "bert",
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
 }
 
 
@@ -153,7 +166,9 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
     assert first.startswith("mesh.data 1 and mesh.fsdp 8: of the frozen weights, 8.00 GB now")
     assert "about 1.00 GB" in first
     assert second.startswith("model.param_dtype bfloat16: the frozen weights then take 4.00 GB")
-    hot = fake(plan, memory={**plan.memory, "temporaries": 9_000_000_000}, rows=32, needed=9_000_000_000, room=1)
+    hot = fake(
+        plan, memory={**plan.memory, "temporaries": 9_000_000_000}, rows=32, needed=9_000_000_000, room=1
+    )
     assert advice(hot, settings)[0].startswith("train.accumulate 4: a device computes with 1 row at a time")
     assert advice(hot, settings)[1].startswith("model.remat full")
     refused = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
@@ -162,7 +177,9 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
 
 def test_a_roofline_by_hand(planned):
     plan, settings = planned
-    found = roofline(CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")])
+    found = roofline(
+        CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
+    )
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
     text = text_of(fake(plan, roofline=found), settings)
     assert "a step takes 2.000 s or more (128 tokens/s at most): FLOPs bind" in text
@@ -171,7 +188,9 @@ def test_a_roofline_by_hand(planned):
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction"])
 def test_columns_without_data_are_those_of_data(tmp_path, task):
     settings = (
-        llama(tmp_path) if task == "instruction" else settings_of(tmp_path, BERT, task=task, targets=("query",))
+        llama(tmp_path)
+        if task == "instruction"
+        else settings_of(tmp_path, BERT, task=task, targets=("query",))
     )
     data = family_of(settings).without_data(settings)
     assert rows_of(data.splits["train"]) == 1
