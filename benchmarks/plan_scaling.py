@@ -2,6 +2,7 @@
 
     python benchmarks/plan_scaling.py                     # Llama-2-7B on 8, 64 and 256 chips v5e, a row a chip
     python benchmarks/plan_scaling.py llama3_70b@v5p:8x8x8
+    python benchmarks/plan_scaling.py llama2_7b@v5e:2x4 --model.attention=xla
     python benchmarks/plan_scaling.py --draw              # table and picture from the results that there are
 
 Cases are MODEL@TOPOLOGY. Each is compiled three times, which takes minutes; its result goes to
@@ -111,7 +112,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     for case in () if options.draw else options.cases or SCALING:
-        found[case] = run(case, overrides)
+        found[" ".join([case, *overrides])] = run(case, overrides)
         FILE.write_text(json.dumps(found, indent=1) + "\n")
     print(table([row(case, plan) for case, plan in found.items()]))
     scaling = [found[case] for case in SCALING if case in found]

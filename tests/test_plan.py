@@ -51,7 +51,7 @@ BERT = {
 }
 
 
-def settings_of(directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj")):
+def settings_of(directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj"), **others):
     (directory / "config.json").write_text(json.dumps(config))
     return Settings(
         model=ModelSettings(path=str(directory), **dict(model)),
@@ -60,6 +60,7 @@ def settings_of(directory, config, *, task, model=(), train=(), targets=("q_proj
         train=TrainSettings(**{"batch_size": 8, "eval_batch_size": 8, **dict(train)}),
         task=task,
         output_dir="never written",
+        **others,
     )
 
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from ..adapt import init_lora
 from ..models.llama import head_kernel
-from ..sharding import batch_sharding, make_mesh, make_shardings
+from ..sharding import batch_parts, batch_sharding, make_mesh, make_shardings
 from ..spec import Specs
 from ..train_step import init_state, jit_step
 from ..tree import count
@@ -39,9 +39,11 @@ ENDLESS = 10**9
 TO_COUNT = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
     "xla_tpu_enable_async_collective_fusion": False,
+    "exec_time_optimization_effort": -1.0,
 }
 """TPU compiler options of the programs that are only counted: no gather is cut into a loop beside its product,
-whose body would be counted once, and none is spread over several fusions, each of which would be counted."""
+whose body would be counted once, and none is spread over several fusions, each of which would be counted. These
+programs never run, so little effort is spent on their speed: half the time to compile, the same FLOPs."""
 
 
 class Work(NamedTuple):
@@ -190,7 +192,7 @@ def lower_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ENDLESS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
-    losses: Losses = family_of(settings).make_losses(settings, data.task, parts)
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
     state = jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
     places = make_shardings(mesh, state, parts.frozen, specs=parts.specs, rules=base.rules)
     step = jit_step(
@@ -298,7 +300,8 @@ def head_bytes(settings: Settings, parts: Parts, mesh: Mesh) -> float:
     words = kernel.shape[0 if transposed else 1]
     tensor = mesh.shape["tensor"] if words % mesh.shape["tensor"] == 0 else 1
     rows = settings.train.batch_size // settings.train.accumulate
-    pieces = -(-settings.data.max_length // max(1, settings.model.loss_chunk // rows))
+    at_once = max(1, settings.model.loss_chunk * batch_parts(mesh) // rows)
+    pieces = -(-settings.data.max_length // at_once)
     return (pieces - 1) * 2 * kernel.size * jnp.dtype(settings.model.dtype).itemsize / tensor
 
 

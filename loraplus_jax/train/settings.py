@@ -195,6 +195,8 @@ class MeshSettings:
     """
 
     data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
