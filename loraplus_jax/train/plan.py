@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from ..adapt import init_lora
 from ..models.llama import head_kernel
-from ..sharding import batch_parts, batch_sharding, make_mesh, make_shardings
+from ..sharding import batch_parts, batch_sharding, check_tensor, make_mesh, make_shardings
 from ..spec import Specs
 from ..train_step import init_state, jit_step
 from ..tree import count
@@ -31,7 +31,7 @@ from .fetch import resolve
 from .hlo import Collective, collectives
 from .language import head_is_frozen
 from .memory import free_bytes
-from .prepare import _check_mesh, adapted, count_steps, family_of, make_optimizer, params_of
+from .prepare import adapted, check_mesh, count_steps, family_of, make_optimizer, params_of
 from .settings import Settings
 
 ENDLESS = 10**9
@@ -136,10 +136,11 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     """
     chip, devices = (None, jax.devices()) if topology is None else tpu_devices(topology)
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
+    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model", files=("config.json",))
     data = family_of(settings).without_data(settings)
     base: Base = family_of(settings).make_base(settings, directory, data.task)
-    _check_mesh(settings, mesh)
+    check_tensor(mesh, base.tensor_sizes)
     step = lower_step(settings, base, data, mesh)
     start = time.perf_counter()
     program, problem = _compiled(step.lowered)

@@ -78,7 +78,7 @@ def prepare(settings: Settings) -> Run:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
     mesh = make_mesh(settings.mesh.data)
-    _check_mesh(settings, mesh)
+    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = family_of(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
@@ -261,7 +261,8 @@ def _check_rates(settings: OptimizerSettings, parts: Parts) -> None:
             raise ValueError(f"optimizer.{name} is set, and nothing is trained that it is for")
 
 
-def _check_mesh(settings: Settings, mesh: Mesh) -> None:
+def check_mesh(settings: Settings, mesh: Mesh) -> None:
+    """Raises ValueError if a batch cannot be split over a mesh, or the dtype does not go with the method."""
     micro = settings.train.batch_size // settings.train.accumulate
     for name, size in (
         ("batch_size / accumulate", micro),
