@@ -43,6 +43,7 @@ APPLICATION = tuple(
         "fetch",
         "rows",
         "data",
+        "hosts",
         "conversations",
         "chat_template",
         "packing",

@@ -17,8 +17,8 @@ from loraplus_jax.train.plan import (
     Work,
     count_work,
     head_bytes,
-    lower_step,
     make_plan,
+    plan_step,
     roofline,
     with_layers,
 )
@@ -75,7 +75,7 @@ def parts_of(settings, directory):
 
 
 def cost(settings, base, data, mesh):
-    return lower_step(settings, base, data, mesh).lowered.compile().cost_analysis()
+    return plan_step(settings, base, data, mesh).lowered.compile().cost_analysis()
 
 
 @pytest.mark.slow
@@ -109,7 +109,7 @@ def test_micro_batches_and_pieces_of_the_loss_are_counted(tmp_path):
 def test_the_head_is_read_twice_for_each_further_piece_of_the_loss(tmp_path):
     settings = llama(tmp_path, model={"loss_chunk": 64, "dtype": "bfloat16"})  # 8 rows of 8 tokens: 4 pieces
     base, data = parts_of(settings, tmp_path)
-    step = lower_step(settings, base, data, make_mesh(1))
+    step = plan_step(settings, base, data, make_mesh(1))
     assert head_bytes(settings, step.parts, make_mesh(1)) == 3 * 2 * 256 * 32 * 2
     assert head_bytes(settings, step.parts, make_mesh(1, 1, 2)) == 3 * 2 * 256 * 32
 

@@ -5,8 +5,8 @@ import collections
 import pytest
 
 from loraplus_jax.train.chips import CHIPS, tpu_devices
+from loraplus_jax.train.hosts import MeshSettings
 from loraplus_jax.train.plan import make_plan
-from loraplus_jax.train.settings import MeshSettings
 
 from .test_plan import LLAMA, settings_of
 

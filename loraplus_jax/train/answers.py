@@ -16,6 +16,7 @@ from ..models.tokenizer import stop_ids
 from .chat import tokenize, tokenize_chats
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
+from .hosts import to_host
 from .language import model_config, text_tools
 from .language_tasks import LanguageTask
 from .settings import Settings
@@ -89,7 +90,7 @@ class Speaker:
         rows = min(batch_size, len(prompts))
         ids, segments = left_padded([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
         found = [
-            np.asarray(self.generate(variables, ids[at : at + rows], segments[at : at + rows], sampling, key))
+            to_host(self.generate(variables, ids[at : at + rows], segments[at : at + rows], sampling, key))
             for at, key in (
                 (at, jax.random.fold_in(jax.random.key(seed), at)) for at in range(0, len(ids), rows)
             )

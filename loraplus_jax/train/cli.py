@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if _helped(options):
         return
+    from .hosts import LostProcess
     from .lifecycle import Stopped
     from .loop import TrainingFailed, train
     from .settings import parse_settings
@@ -134,6 +135,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
         options.code = _ended(str(stop), 128 + stop.signal_number)
     except TrainingFailed as failure:
         options.code = _ended(f"training failed: {failure}", 1)
+    except LostProcess as lost:
+        options.code = _ended(str(lost), 1)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -23,6 +23,8 @@ from .settings import ENDS, Settings, apart
 from .yaml_files import read_yaml
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
+OF_A_START = ("output_dir ", "distributed.")
+"""Settings that say where a run is started, and not what it is."""
 
 
 class Stopped(Exception):
@@ -97,7 +99,7 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
-    changed = [text for text in _changes(old_free, free) if not text.startswith("output_dir ")]
+    changed = [text for text in _changes(old_free, free) if not text.startswith(OF_A_START)]
     if (directory / SUMMARY).exists() and not any(text.startswith(ENDS) for text in changed):
         raise ValueError(
             f"the run in {directory} is finished, its results are in {SUMMARY}; it goes on with more train.steps, "

@@ -16,22 +16,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from ..adapt import init_lora
 from ..models.llama import head_kernel
-from ..sharding import batch_parts, batch_sharding, check_tensor, make_mesh, make_shardings
+from ..sharding import batch_parts, batch_sharding, check_tensor, make_mesh
 from ..spec import Specs
-from ..train_step import init_state, jit_step
 from ..tree import count
 from .chips import Chip, tpu_devices
-from .family import Base, Data, Losses, Parts
+from .family import Base, Data, Parts
 from .fetch import resolve
 from .hlo import Collective, collectives
 from .language import head_is_frozen
 from .memory import free_bytes
-from .prepare import adapted, check_mesh, count_steps, family_of, make_optimizer, params_of
+from .prepare import (
+    adapted,
+    batch_shapes,
+    check_mesh,
+    count_steps,
+    family_of,
+    lower_step,
+    make_optimizer,
+    params_of,
+    place_all,
+    state_shapes,
+)
 from .settings import Settings
 
 ENDLESS = 10**9
@@ -141,7 +150,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     data = family_of(settings).without_data(settings)
     base: Base = family_of(settings).make_base(settings, directory, data.task)
     check_tensor(mesh, base.tensor_sizes)
-    step = lower_step(settings, base, data, mesh)
+    step = plan_step(settings, base, data, mesh)
     start = time.perf_counter()
     program, problem = _compiled(step.lowered)
     seconds = time.perf_counter() - start
@@ -187,33 +196,22 @@ class Step(NamedTuple):
     held: dict[str, tuple[Any, Any]]
 
 
-def lower_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
+def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
     """The step that `train` would compile, of a base whose weights need not be there."""
     parts = adapted(settings, base, settings.applied, _adapter_shapes)
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ENDLESS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
-    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
-    state = jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
-    places = make_shardings(mesh, state, parts.frozen, specs=parts.specs, rules=base.rules)
-    step = jit_step(
-        losses.train,
-        tx,
-        mesh=mesh,
-        shardings=places,
-        accumulate=settings.train.accumulate,
-        skip_nonfinite=True,
-    )
-    rows = settings.train.batch_size
-    columns = data.splits["train"] | {"weight": np.ones(1, np.float32)}
-    batch = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in columns.items()}
+    places = place_all(parts, tx, mesh)
+    state = state_shapes(parts, tx)
+    batch = batch_shapes(data.splits["train"], train.batch_size)
     held = {
         "frozen weights": (parts.frozen, places.frozen),
         "trained": (state.trainable, places.state.trainable),
         "optimizer": (state.opt_state, places.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    return Step(parts, step.lower(state, parts.frozen, batch), held)
+    return Step(parts, lower_step(settings, data, parts, tx, mesh, places), held)
 
 
 def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
@@ -254,7 +252,7 @@ def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> tuple[
     if settings.is_language:
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
-    steps = [lower_step(small, with_layers(base, min(n, layers)), data, mesh) for n in (1, 2)]
+    steps = [plan_step(small, with_layers(base, min(n, layers)), data, mesh) for n in (1, 2)]
     first, second = (_counted(step, mesh) for step in steps)
     flops = extrapolated(first.flops, second.flops, layers)
     size = extrapolated(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
@@ -345,7 +343,3 @@ def _room(chip: Chip | None, mesh: Mesh) -> int:
     device = mesh.devices.flat[0]
     shares = len(mesh.local_devices) if device.platform == "cpu" else 1  # these share the host's memory
     return free_bytes(device) // shares
-
-
-def _zeros(shapes: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
