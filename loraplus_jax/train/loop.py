@@ -18,7 +18,7 @@ from rich.console import Console
 from ..adapter_io import save_adapter
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
 from ..optim import rate_at
-from ..sharding import batch_sharding, distribute, local_rows
+from ..sharding import batch_parts, batch_sharding, distribute, local_rows
 from ..train_step import TrainState, init_state, means
 from ..tree import combine, count, label_params
 from .data import Batch, eval_batches, train_batches
@@ -255,8 +255,9 @@ class Trainer:
 
     def measure(self, before: Any, batch: Batch) -> dict[str, float]:
         """What the step just done did to the layers' outputs, given the adapters before it."""
-        count = measured_rows(self.settings.batch_size, self.run.mesh.size) // jax.process_count()
-        rows = place(first_rows(batch, count), self.run.mesh)
+        count = measured_rows(self.settings.batch_size, batch_parts(self.run.mesh))
+        own = len(local_rows(self.run.mesh, count))
+        rows = place(first_rows(batch, own), self.run.mesh)
         found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
         return as_metrics(found, self.run.parts.specs)
 
