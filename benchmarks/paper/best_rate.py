@@ -3,8 +3,8 @@
     python benchmarks/paper/best_rate.py
 
 f(x) = v . relu((W + A B) relu(W_in x)) / n^p learns sin(mean x) in 5 dimensions, from 128 points in 40 steps of
-Adam on A and B alone, both with the same rate; W ~ N(0, 1/n), W_in and v ~ N(0, 1), A ~ N(0, 1/n), B = 0, rank 4. The
-readout n^-1 or n^-1/2 sets how large a change of the features is needed. With one rate for both, theory has the
+Adam on A and B alone, both with the same rate; W ~ N(0, 1/n), W_in and v ~ N(0, 1), A ~ N(0, 1/n), B = 0, rank 4.
+The readout n^-1 or n^-1/2 sets how large a change of the features is needed. With one rate for both, theory has the
 best one fall as n^-1/2 for p = 1 and n^-3/4 for p = 1/2, since A asks for 1/n and B for a constant.
 """
 

@@ -70,7 +70,7 @@ def trained(
 def grid(
     rates: tuple[float, ...], steps: tuple[int, ...], seeds: int, points: int
 ) -> dict[int, dict[str, np.ndarray]]:
-    """Steps to `"train"` and `"test"` loss over the grid `(eta_A, eta_B)`, the mean over seeds; infinite if diverged."""
+    """Steps to `"train"` and `"test"` loss over the grid `(eta_A, eta_B)`; infinite if a seed diverged."""
     run = functools.partial(trained, steps=steps, points=points)
     cells = [(s, a, b) for s in range(seeds) for a in rates for b in rates]
     columns = [jnp.array([cell[n] for cell in cells]) for n in range(3)]
