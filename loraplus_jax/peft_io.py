@@ -168,6 +168,10 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     if (own := _own_config(Path(directory))) is not None:
         return own
     numbers = {index[0] for name in tensors if (index := _place(name, path_map)[1])}
+    if layers is not None and (beyond := sorted(n for n in numbers if n >= layers)):
+        raise ValueError(
+            f"{directory} does not fit the model: it has layers {beyond}, the model only {layers}"
+        )
     chosen = tuple(sorted(numbers)) if layers is not None and numbers != {*range(layers)} else None
     return _config(Path(directory), options, [*tensors], path_map, chosen or None)
 

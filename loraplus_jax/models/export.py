@@ -213,7 +213,7 @@ def _named(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> It
     rules = path_map(merge.table, form)
     for tensor, canonical in merged_tensors(source, merge):
         if not form.heads:
-            if canonical != "lm_head.weight" or not form.tied:
+            if canonical not in dict(merge.table.copies):
                 yield tensor
         elif canonical in merge.places:
             rule, layer = merge.places[canonical]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from ..models.bert import BertConfig, BertForSequence, name_table
+from ..models.bert import SHARDING, BertConfig, BertForSequence, name_table, tensor_sizes
 from ..models.hf import load_config
 from .data import Batch, Rows, encode, load_rows, load_splits, load_tokenizer
 from .family import Base, Data, Losses, Parts
@@ -79,8 +79,9 @@ def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
 def make_base(settings: Settings, directory: Path, task: Task) -> Base:
     """The encoder with its new head; it takes `input_ids`, `attention_mask` and `token_type_ids`."""
     given = settings.model
+    config = model_config(given, directory)
     model = BertForSequence(
-        model_config(given, directory),
+        config,
         task.num_outputs,
         given.pooling,
         jnp.dtype(given.dtype),
@@ -89,7 +90,7 @@ def make_base(settings: Settings, directory: Path, task: Task) -> Base:
         given.head_dropout,
     )
     inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    return Base(model, name_table(given.pooling), ("head",), inputs)
+    return Base(model, name_table(given.pooling), ("head",), inputs, SHARDING, tensor_sizes(config))
 
 
 def make_losses(settings: Settings, task: Any, parts: Parts) -> Losses:

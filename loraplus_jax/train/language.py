@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..models.hf import load_config
-from ..models.llama import Llama, name_table
+from ..models.llama import SHARDING, Llama, name_table, tensor_sizes
 from ..models.llama_config import LlamaConfig
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..tree import leaves_by_path
@@ -93,7 +93,7 @@ def make_base(settings: Settings, directory: Path, task: Any) -> Base:
         given.attention,
     )
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    return Base(model, name_table(config), (), inputs)
+    return Base(model, name_table(config), (), inputs, SHARDING, tensor_sizes(config))
 
 
 def make_losses(settings: Settings, task: LanguageTask, parts: Parts) -> Losses:

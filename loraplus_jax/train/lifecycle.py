@@ -150,7 +150,7 @@ def _first_free(path: Path) -> Path:
 
 def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
     """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
-    place = directory / DAMAGED / str(step)
+    place = _first_free(directory / DAMAGED / str(step))
     place.parent.mkdir(exist_ok=True)
     (directory / CHECKPOINTS / str(step)).rename(place)
     manager.reload()

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from ..config import LoRAPlusConfig, check_number, check_whole, nearest
 from ..models.attention import Attention
 from ..models.llama import Remat
-from ..optim import Schedule
+from ..optim import LEAST_EPS, Schedule
 from ..tree import Policy
 from .data import DataSettings
 from .yaml_files import read_yaml
@@ -77,7 +77,7 @@ class OptimizerSettings:
       decay_steps: for wsd (warm-up, stable, decay), the steps of decay at the end; a fifth if not given.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
-      eps: Adam's epsilon.
+      eps: Adam's epsilon, at least 1e-30.
       weight_decay: a step shrinks a parameter by rate times this.
       decay: whether B's decay is lr_ratio times A's (coupled) or the same (equal).
       max_grad_norm: clips the norm over all gradients together.
@@ -103,11 +103,11 @@ class OptimizerSettings:
             "learning_rate",
             "head_learning_rate",
             "embedding_learning_rate",
-            "eps",
             "max_grad_norm",
         ):
             if getattr(self, name) is not None:
                 check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
+        check_number("optimizer.eps", self.eps, at_least=LEAST_EPS)
         for name in ("b1", "b2"):
             check_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
         check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
@@ -138,7 +138,7 @@ class TrainSettings:
       early_stopping: evaluations worse than the best after which training ends; never if not given.
       select: whether the adapter written at the end is the best evaluated one or the last.
       keep: how many of the newest checkpoints to keep, besides the best.
-      max_skipped: a step with a loss or gradient that is not finite is skipped; so many in a row end the run.
+      max_skipped: a step whose loss, gradient or update is not finite is skipped; so many in a row end the run.
       compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
       theory_every: steps between measurements of what A's and B's steps did to each layer's output (theory/... in
         metrics.jsonl), on a quarter of a batch; none if not given.

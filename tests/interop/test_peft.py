@@ -2,11 +2,8 @@
 
 import jax
 import numpy as np
+import peft
 import pytest
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-pytest.importorskip("transformers")
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, split_trainable
 from loraplus_jax.peft_io import load_peft, save_peft
