@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import Check, figure, finish, save, slope
+from shared import Check, figure, finish, numbers, save, slope
 
 from loraplus_jax import lora_plus_adamw
 from loraplus_jax.lora import delta
@@ -91,7 +91,7 @@ def main() -> int:
             for n, rate in zip(WIDTHS, rates, strict=True)
         ]
         checks[f"slope of the best rate, readout {name}"] = Check(found, expected - 0.15, expected + 0.15)
-        kept[name] = {str(n): values.tolist() for n, values in zip(WIDTHS, losses, strict=True)}
+        kept[name] = {str(n): numbers(values) for n, values in zip(WIDTHS, losses, strict=True)}
         for n, values in zip(WIDTHS, losses, strict=True):
             place.loglog(RATES, values, label=f"n = {n}")
         place.set(

@@ -25,6 +25,13 @@ class Check(NamedTuple):
         return self.low <= self.found <= self.high
 
 
+def numbers(values: Any) -> Any:
+    """An array as nested lists for JSON, which has no infinity: None stands for it."""
+    if isinstance(values, float | int):
+        return values if np.isfinite(values) else None
+    return [numbers(value) for value in (values.tolist() if isinstance(values, np.ndarray) else values)]
+
+
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:
     """Of log value on log width, by least squares.
 
@@ -37,7 +44,7 @@ def slope(widths: Sequence[int], values: Sequence[float]) -> float:
 def finish(name: str, rows: Sequence[Mapping[str, Any]], checks: Mapping[str, Check], **more: Any) -> int:
     """Prints rows and checks, writes `results/paper/NAME.json`, and gives the exit status: 1 if a check fails."""
     found = {
-        key: {"found": check.found, "range": [check.low, check.high], "passed": check.passed}
+        key: {"found": check.found, "range": numbers(check[1:]), "passed": check.passed}
         for key, check in checks.items()
     }
     report(f"paper/{name}", rows, unprinted={"checks": found, **more})
