@@ -54,13 +54,14 @@ def finish(name: str, rows: Sequence[Mapping[str, Any]], checks: Mapping[str, Ch
     return int(not all(check.passed for check in checks.values()))
 
 
-def figure(columns: int, height: float = 4.0) -> tuple[Any, Any]:
-    """A matplotlib figure without a screen, and its axes in a row."""
+def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure without a screen, and its axes row by row."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
-    drawn, axes = plt.subplots(1, columns, figsize=(5 * columns, height), layout="constrained", squeeze=False)
-    return drawn, axes[0]
+    size = (5 * columns, 4 * rows)
+    drawn, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return drawn, axes.ravel()
 
 
 def save(drawn: Any, name: str) -> None:
