@@ -52,6 +52,7 @@ APPLICATION = tuple(
         "fetch",
         "rows",
         "data",
+        "hosts",
         "conversations",
         "chat_template",
         "packing",

@@ -144,6 +144,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
     """Runs what may be stopped or fail, and sets the exit code."""
+    from .hosts import LostProcess
     from .lifecycle import Stopped
     from .watch import TrainingFailed
 
@@ -153,6 +154,8 @@ def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
         options.code = _ended(str(stop), 128 + stop.signal_number)
     except TrainingFailed as failure:
         options.code = _ended(f"training failed: {failure}", 1)
+    except LostProcess as lost:
+        options.code = _ended(str(lost), 1)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:

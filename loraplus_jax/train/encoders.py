@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from ..models.bert import SHARDING, BertConfig, BertForSequence, name_table, tensor_sizes
@@ -93,7 +94,7 @@ def make_base(settings: Settings, directory: Path, task: Task) -> Base:
     return Base(model, name_table(given.pooling), ("head",), inputs, SHARDING, tensor_sizes(config))
 
 
-def make_losses(settings: Settings, task: Any, parts: Parts) -> Losses:
+def make_losses(settings: Settings, task: Any, parts: Parts, mesh: Mesh | None = None) -> Losses:
     """The same loss for both."""
     loss_fn = task.loss_fn(parts.model)
     return Losses(loss_fn, loss_fn)

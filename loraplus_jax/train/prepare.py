@@ -1,5 +1,6 @@
 """From settings to everything a run needs: data, model, adapters, optimizer. Nothing is written here."""
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -19,9 +20,17 @@ from ..config import LoRAPlusConfig
 from ..diagnostics import describe
 from ..models.hf import check_params, load_params
 from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
-from ..sharding import make_mesh
+from ..sharding import (
+    BATCH_AXES,
+    Shardings,
+    base_shardings,
+    batch_parts,
+    check_tensor,
+    make_mesh,
+    make_shardings,
+)
 from ..spec import Specs
-from ..train_step import init_state, jit_step, make_eval
+from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, label_params, split_trainable
 from . import encoders, language
 from .adapters import check_start, started
@@ -44,6 +53,7 @@ class Run(NamedTuple):
       steps: optimizer steps in all.
       tx: the optimizer.
       mesh: the devices.
+      shardings: where state and frozen variables lie.
       programs: the compiled step and evaluation.
       answer: to the prompt that the settings ask, if any.
       metadata: what checkpoints and adapters say of themselves.
@@ -56,6 +66,7 @@ class Run(NamedTuple):
     steps: int
     tx: LoRAPlusTransform
     mesh: Mesh
+    shardings: Shardings
     programs: "Programs"
     answer: "Answer | None"
     metadata: dict[str, Any]
@@ -81,13 +92,14 @@ def prepare(settings: Settings) -> Run:
     Raises:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
-    mesh = make_mesh(settings.mesh.data)
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     _check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = family_of(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
     config = settings.applied
     shapes = build(settings, directory, data.task, config)
+    check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
     check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
@@ -96,9 +108,10 @@ def prepare(settings: Settings) -> Run:
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
-    programs = compile_programs(settings, data, shapes, tx, mesh)
-    check_memory([p for p in programs if p is not None], mesh.devices.flat[0], len(mesh.local_devices))
-    parts = load(settings, directory, shapes, config)
+    shardings = place_all(shapes, tx, mesh)
+    programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
+    check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
+    parts = load(settings, directory, shapes, config, mesh)
     if settings.init_adapter is not None:
         parts = started(settings, parts, params_of(parts), directory)
     base = fingerprint(parts.frozen) if parts.frozen else None
@@ -111,7 +124,7 @@ def prepare(settings: Settings) -> Run:
         data=digest(data.splits),
         **({} if settings.init_adapter is None else {"init_adapter": fingerprint(parts.trainable)}),
     )
-    return Run(settings, config, data, parts, steps, tx, mesh, programs, answer, metadata)
+    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, metadata)
 
 
 def inspect(settings: Settings) -> str:
@@ -185,14 +198,21 @@ def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
     return Parts(base, base.model, {}, {}, {})
 
 
-def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None) -> Parts:
+def load(
+    settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None, mesh: Mesh | None = None
+) -> Parts:
     """The same with weights from a directory, and first values of what that has not.
+
+    With a mesh the weights go straight to where they lie on it, and a process reads its own parts alone.
 
     Raises:
       ValueError: the weights do not fit; the message lists all that is missing, extra or misshapen.
     """
     base = parts.base
-    params = load_params(directory, base.table, params_of(parts), new=base.new)
+    params = params_of(parts)
+    places = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
+    shardings = {path.removeprefix("params/"): place for path, place in places.items()}
+    params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
     return with_weights(settings, parts, params, config)
 
 
@@ -213,15 +233,20 @@ def params_of(parts: Parts) -> dict[str, Any]:
     return combine(parts.trainable, parts.frozen)["params"]
 
 
+def place_all(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
+    """Where state and frozen variables lie on a mesh."""
+    return make_shardings(mesh, _state(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules)
+
+
 def compile_programs(
-    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh
+    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
-    losses: Losses = family_of(settings).make_losses(settings, data.task, parts)
-    train = settings.train
-    step = jit_step(losses.train, tx, mesh=mesh, accumulate=train.accumulate, skip_nonfinite=True)
-    evaluate = make_eval(losses.evaluate, mesh=mesh)
-    state = jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    train, placed = settings.train, {"mesh": mesh, "shardings": shardings}
+    step = jit_step(losses.train, tx, accumulate=train.accumulate, skip_nonfinite=True, **placed)
+    evaluate = make_eval(losses.evaluate, **placed)
+    state = _state(parts, tx)
 
     def batch(size: int, split: str) -> dict[str, jax.ShapeDtypeStruct]:
         columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
@@ -237,6 +262,11 @@ def compile_programs(
         evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
         theory,
     )
+
+
+def _state(parts: Parts, tx: LoRAPlusTransform) -> TrainState:
+    """The shapes of a run's state."""
+    return jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
 
 
 def _zeros(shapes: Any) -> Any:
@@ -300,9 +330,10 @@ def _check_mesh(settings: Settings, mesh: Mesh) -> None:
         ("batch_size / accumulate", micro),
         ("eval_batch_size", settings.train.eval_batch_size),
     ):
-        if size % mesh.size:
+        if size % batch_parts(mesh):
+            sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
             raise ValueError(
-                f"train.{name} is {size}, which the {mesh.size} devices of mesh.data do not divide"
+                f"train.{name} is {size}, which the {batch_parts(mesh)} parts of a batch ({sizes}) do not divide"
             )
     if settings.method == "full" and settings.model.param_dtype != "float32":
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")

@@ -14,6 +14,7 @@ from ..models.llama import Remat
 from ..optim import LEAST_EPS, Schedule
 from ..tree import Policy
 from .data import DataSettings
+from .hosts import ALL_DEVICES, ONE_PROCESS, DistributedSettings, MeshSettings
 from .yaml_files import read_yaml
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
@@ -190,17 +191,6 @@ class TrainSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSettings:
-    """The devices.
-
-    Attributes:
-      data: how many devices share a batch, -1 for all there are.
-    """
-
-    data: int = -1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """A whole run.
 
@@ -211,6 +201,7 @@ class Settings:
       optimizer: rates, schedule, decay, clipping.
       train: length, batches, evaluation.
       mesh: the devices.
+      distributed: the processes, where there are several.
       task: classification, or regression, one number a text; instruction, the answers in conversations; or
         multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
       method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
@@ -227,7 +218,8 @@ class Settings:
     lora: LoRAPlusConfig = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
-    mesh: MeshSettings = MeshSettings()
+    mesh: MeshSettings = ALL_DEVICES
+    distributed: DistributedSettings = ONE_PROCESS
     task: TaskName = "classification"
     method: Method = "lora_plus"
     init_adapter: str | None = None
@@ -303,7 +295,8 @@ def _check_kind(settings: Settings) -> None:
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "train.theory_every", "mesh.data", "output_dir"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
 ENDS = MAY_CHANGE[:4]
