@@ -254,9 +254,8 @@ def compile_programs(
 
     theory = None
     if train.theory_every is not None:
-        rows = batch(measured_rows(train.batch_size, mesh.size), "train")
-        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
-        theory = compile_theory(losses.train, parts.specs, *shapes, mesh=mesh)
+        rows = batch(measured_rows(train.batch_size, mesh), "train")
+        theory = compile_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed)
     return Programs(
         step.lower(state, parts.frozen, batch(train.batch_size, "train")).compile(),
         evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
