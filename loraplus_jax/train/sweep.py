@@ -47,7 +47,7 @@ from .watch import TrainingFailed
 
 WINNER, AT_ONCE = "winner.yaml", "members_at_once.json"
 """The recipe of the best setting; and how many members a device computes side by side, kept for going on."""
-FOR_THE_WINNER = ("select", "early_stopping", "prompt", "log_every")
+FOR_THE_WINNER = ("select", "early_stopping", "prompt", "log_every", "theory_every")
 """Fields of the section train that a sweep leaves to the run with the winner."""
 
 
