@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .sweep_figures import PICTURES
 from .sweep_settings import NAMES, SweepRun, Trial
 from .sweep_verdict import compare, favoured, runs_of, verdict
 
-REPORT, PAGE = "report.json", "report.html"
+REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
 Row = dict[str, Any]
 
 
@@ -53,7 +54,7 @@ def make_report(
         "comparisons": comparisons,
         "verdict": verdict(comparisons[0], chosen, run.sweep.target),
         "winner": winner._asdict(),
-        "command": f"loraplus train {Path(run.output_dir) / 'winner.yaml'}",
+        "command": f"loraplus train {shlex.quote(str(Path(run.output_dir) / WINNER))}",
     }
 
 
