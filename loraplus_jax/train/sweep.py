@@ -312,6 +312,8 @@ class Sweep:
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        for edge in report["at_the_edge"]:
+            self.console.print(f"at the edge: {edge}")
         self.console.print(f"{report['verdict']}\ntrain with the winner: {report['command']}")
         self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
         return report
