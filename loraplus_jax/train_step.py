@@ -66,7 +66,8 @@ def make_step(
       loss_fn: takes the combined variables, a batch and a key; see `LossFn`. Sums, never means.
       tx: any optax transform; its update sees the mean gradient.
       accumulate: how many micro-batches a batch is cut into, along the leading axis of every leaf.
-      skip_nonfinite: leave trainable and optimizer as they were when the loss or a gradient norm is not finite.
+      skip_nonfinite: leave trainable and optimizer as they were when the loss, or the norm of a gradient or of an
+        update, is not finite.
       axis_name: the pmap axis that sums go over, if any.
 
     Returns:
@@ -119,7 +120,8 @@ def jit_step(
     """The compiled `StepFn`; its state is donated. With a mesh the batch is split over `"data"` and `"fsdp"`.
 
     State and frozen variables lie as `shardings` says, or are replicated over the mesh. Place them there once, by
-    `place` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is compiled for itself.
+    `distribute(tree, shardings)` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is
+    compiled for itself.
 
     Args:
       loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.
@@ -243,8 +245,9 @@ def _accumulated(
 
 
 def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether the loss is, and every gradient: a norm is finite only if all that it sums is."""
-    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith("grad_norm/")]
+    """Whether the loss is, and every gradient and update: a norm is finite only if all that it sums is."""
+    norms = ("grad_norm/", "update_norm/")
+    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith(norms)]
     return jnp.all(jnp.isfinite(jnp.stack(watched)))
 
 
