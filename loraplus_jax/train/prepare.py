@@ -355,10 +355,11 @@ def check_mesh(settings: Settings, mesh: Mesh) -> None:
         ("batch_size / accumulate", micro),
         ("eval_batch_size", settings.train.eval_batch_size),
     ):
-        if size % batch_parts(mesh):
+        if size % (parts := batch_parts(mesh)):
             sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
             raise ValueError(
-                f"train.{name} is {size}, which the {batch_parts(mesh)} parts of a batch ({sizes}) do not divide"
+                f"train.{name} is {size}, which the {parts} parts of a batch ({sizes}) do not divide; "
+                f"give a multiple of {parts}"
             )
     if settings.method == "full" and settings.model.param_dtype != "float32":
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
