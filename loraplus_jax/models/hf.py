@@ -56,11 +56,13 @@ class NameTable:
         spellings that differ between checkpoints of the same model.
       ignore: regular expressions, each for whole renamed names, of what a checkpoint may bring and the model
         does not use. Rules come before them.
+      copies: (name, other) of a tensor that a checkpoint may hold beside another, with the same values.
     """
 
     rules: tuple[Rule, ...]
     renames: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, name: str) -> str:
         """The name in the file after the renames."""
@@ -163,12 +165,12 @@ def load_params(
 def check_params(
     directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, "_Tensor"]]:
-    """The checks of `load_params`, which read no weight; returns the leaves by path and their tensors by name."""
+    """The checks of `load_params`, which read no weight but copies; returns leaves by path and tensors by name."""
     directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
-    wanted = {name for rule in table.rules for name in _expand(rule, leaves[rule.path])}
-    found, problems = _find(directory, table, wanted)
-    problems += _compare(table, leaves, found)
+    wanted = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
+    found, problems = _find(directory, table, wanted | {name for name, _ in table.copies})
+    problems += _compare(table, leaves, found) or _changed_copies(table, found)
     if problems:
         raise ValueError(_report(directory, problems))
     return leaves, found
@@ -208,7 +210,7 @@ def _leaves_from_file(
     return leaves
 
 
-def _expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
+def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
     """The names that a rule stands for, one a layer or just one."""
     if _LAYER not in rule.name:
         return [rule.name]
@@ -224,7 +226,7 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     """The wanted tensors in the directory by renamed name, and a line for each that should not be there."""
     found: dict[str, _Tensor] = {}
     problems = []
-    for file_name, file, dtypes, promised in _files(directory):
+    for file_name, file, dtypes, promised in weight_files(directory):
         names = set(file.keys())
         lost = sorted(promised - names)
         problems += [f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in lost]
@@ -239,7 +241,7 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     return found, problems
 
 
-def _files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
+def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
     """Each file with weights: its name, the file opened, the types that are read, the tensors an index promises."""
     if (file := gguf.find(path)) is not None:
         yield file.name, gguf.Weights(gguf.read(file)), gguf.DTYPES, set()
@@ -259,7 +261,7 @@ def _compare(
     problems = []
     for rule in table.rules:
         shape = _shape_in_file(rule, leaves[rule.path])
-        for name in _expand(rule, leaves[rule.path]):
+        for name in expand(rule, leaves[rule.path]):
             tensor = found.get(name)
             if tensor is None:
                 problems.append(f"- {name} {list(shape)} (the model needs it)")
@@ -270,6 +272,30 @@ def _compare(
                     f"~ {tensor.name} is {dtype}, the model needs one of {', '.join(tensor.dtypes)}"
                 )
     return problems
+
+
+def _changed_copies(table: NameTable, found: Mapping[str, _Tensor]) -> list[str]:
+    """A line for each tensor that should repeat another and does not: the checkpoint means another model."""
+    return [
+        f"~ {found[name].name} differs from {found[other].name}, and the config says that they are one (are they "
+        "tied?)"
+        for name, other in table.copies
+        if name in found and not _same(found[name], found[other])
+    ]
+
+
+def _same(one: _Tensor, other: _Tensor) -> bool:
+    """Whether two tensors have the same values, looked at piece by piece."""
+    if one.shape != other.shape or one.view.get_dtype() not in one.dtypes:
+        return False
+    return all(np.array_equal(one.view[part], other.view[part]) for part in _pieces(one.shape))
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first axis that are small enough to be read at once."""
+    rows = _PIECE // max(1, 4 * math.prod(shape[1:])) or 1
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
 
 
 def _report(directory: Path, problems: list[str]) -> str:
@@ -309,7 +335,7 @@ def _read(
     """A part of one leaf, written piece by piece into place, so that no second copy of it is made."""
     shape = tuple(s.stop - s.start for s in window)
     out = _aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
-    names = _expand(rule, leaf)
+    names = expand(rule, leaf)
     slots, names, window = (
         (out, names[window[0]], window[1:]) if _LAYER in rule.name else (out[None], names, window)
     )
@@ -333,10 +359,9 @@ def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed:
         return
     target = slot[0].T if transposed else slot[0]
     first, *columns = reversed(window) if transposed else window
-    rows = _PIECE // max(1, 4 * math.prod(target.shape[1:])) or 1
-    for start in range(0, len(target), rows):
-        stop = min(start + rows, len(target))
-        target[start:stop] = tensor.view[(slice(first.start + start, first.start + stop), *columns)]
+    for part in _pieces(target.shape):
+        rows = slice(first.start + part.start, first.start + part.stop)
+        target[part] = tensor.view[(rows, *columns)]
 
 
 def _existing(directory: Path) -> Path:

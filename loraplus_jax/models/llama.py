@@ -345,12 +345,13 @@ def name_table(config: LlamaConfig) -> NameTable:
         rules += norm(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
     for name in ("gate_proj", "up_proj", "down_proj"):
         rules += linear(f"{layer}.mlp.{name}", f"{layers}/mlp/{name}", bias=config.mlp_bias)
-    ignore = [r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"]
+    copies = ()
     if config.tie_word_embeddings:
-        ignore.append(r"lm_head\.weight")  # some files hold the embedding twice
+        copies = (("lm_head.weight", "embed_tokens.weight"),)  # some files hold the embedding twice
     else:
         rules += linear("lm_head", "lm_head", bias=False)
-    return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=tuple(ignore))
+    ignore = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
+    return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=ignore, copies=copies)
 
 
 SHARDING: Rules = (

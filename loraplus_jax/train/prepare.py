@@ -33,10 +33,12 @@ from ..spec import Specs
 from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, label_params, split_trainable
 from . import encoders, language
+from .adapters import check_start, started
 from .answers import Answer
 from .data import Batch
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
+from .live import compile_theory, measured_rows
 from .memory import check_memory
 from .settings import OptimizerSettings, Settings, apart
 
@@ -76,10 +78,12 @@ class Programs(NamedTuple):
     Attributes:
       step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
       evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if it is not asked for.
     """
 
     step: Any
     evaluate: Any
+    theory: Any = None
 
 
 def prepare(settings: Settings) -> Run:
@@ -97,15 +101,19 @@ def prepare(settings: Settings) -> Run:
     shapes = build(settings, directory, data.task, config)
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
-    _check_rates(settings.optimizer, shapes)
+    check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    if settings.init_adapter is not None:
+        check_start(settings, shapes, params_of(shapes), data.task)
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
     shardings = place_all(shapes, tx, mesh)
     programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
-    check_memory(programs, mesh.local_devices[0], len(mesh.local_devices))
+    check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config, mesh)
+    if settings.init_adapter is not None:
+        parts = started(settings, parts, params_of(parts), directory)
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
         config,
@@ -114,6 +122,7 @@ def prepare(settings: Settings) -> Run:
         settings=apart(settings.to_json())[0],
         task=data.task.notes(),
         data=digest(data.splits),
+        **({} if settings.init_adapter is None else {"init_adapter": fingerprint(parts.trainable)}),
     )
     return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, metadata)
 
@@ -189,6 +198,12 @@ def adapted(
     return Parts(base, model, specs, _float32(trainable), frozen)
 
 
+def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
+    """The model without adapters and without variables."""
+    base: Base = family_of(settings).make_base(settings, directory, task)
+    return Parts(base, base.model, {}, {}, {})
+
+
 def load(
     settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None, mesh: Mesh | None = None
 ) -> Parts:
@@ -204,6 +219,14 @@ def load(
     places = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
     shardings = {path.removeprefix("params/"): place for path, place in places.items()}
     params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
+    return with_weights(settings, parts, params, config)
+
+
+def with_weights(
+    settings: Settings, parts: Parts, params: Mapping[str, Any], config: LoRAPlusConfig | None
+) -> Parts:
+    """The same with weights that are loaded already, which are not copied, and first values of what they lack."""
+    base = parts.base
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": combine(params, {name: _fresh(base, name, new_key) for name in base.new})}
     variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
@@ -229,10 +252,17 @@ def compile_programs(
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
     losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
     evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=shardings)
-    batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
+    state, train = state_shapes(parts, tx), settings.train
+    theory = None
+    if train.theory_every is not None:
+        rows = batch_shapes(data.splits["train"], measured_rows(train.batch_size, batch_parts(mesh)))
+        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
+        theory = compile_theory(losses.train, parts.specs, *shapes, mesh=mesh, shardings=shardings)
+    held_out = batch_shapes(data.splits["validation"], train.eval_batch_size)
     return Programs(
         lower_step(settings, data, parts, tx, mesh, shardings).compile(),
-        evaluate.lower(state_shapes(parts, tx).trainable, parts.frozen, batch).compile(),
+        evaluate.lower(state.trainable, parts.frozen, held_out).compile(),
+        theory,
     )
 
 
@@ -269,14 +299,24 @@ def _zeros(shapes: Any) -> Any:
 
 
 def make_optimizer(
-    settings: OptimizerSettings, config: LoRAPlusConfig | None, steps: int, specs: Specs
+    settings: OptimizerSettings,
+    config: LoRAPlusConfig | None,
+    steps: int,
+    specs: Specs,
+    *,
+    learning_rate: jax.Array | None = None,
+    lr_ratio: jax.Array | None = None,
 ) -> LoRAPlusTransform:
-    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate."""
+    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate.
+
+    A peak rate and a ratio given as arrays, which may be traced, stand for those of the settings.
+    """
     schedule = functools.partial(schedule_for, settings, steps)
     rates = {"extra": settings.head_learning_rate, "embedding": settings.embedding_learning_rate}
+    ratio = 1.0 if config is None else config.lr_ratio
     return lora_plus_adamw(
-        schedule(settings.learning_rate),
-        lr_ratio=1.0 if config is None else config.lr_ratio,
+        schedule(settings.learning_rate if learning_rate is None else learning_rate),
+        lr_ratio=ratio if lr_ratio is None else lr_ratio,
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
@@ -289,7 +329,7 @@ def make_optimizer(
     )
 
 
-def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.Schedule:
+def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:
     """The named schedule with a peak rate."""
     return make_schedule(
         settings.schedule,
@@ -301,7 +341,7 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float) -> optax.
     )
 
 
-def _check_rates(settings: OptimizerSettings, parts: Parts) -> None:
+def check_rates(settings: OptimizerSettings, parts: Parts) -> None:
     """No rate is set for a group that has nothing in it."""
     roles = set(jax.tree.leaves(label_params(parts.trainable, parts.specs, policy=settings.policy)))
     for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):
@@ -316,10 +356,11 @@ def check_mesh(settings: Settings, mesh: Mesh) -> None:
         ("batch_size / accumulate", micro),
         ("eval_batch_size", settings.train.eval_batch_size),
     ):
-        if size % batch_parts(mesh):
+        if size % (parts := batch_parts(mesh)):
             sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
             raise ValueError(
-                f"train.{name} is {size}, which the {batch_parts(mesh)} parts of a batch ({sizes}) do not divide"
+                f"train.{name} is {size}, which the {parts} parts of a batch ({sizes}) do not divide; "
+                f"give a multiple of {parts}"
             )
     if settings.method == "full" and settings.model.param_dtype != "float32":
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")

@@ -113,14 +113,20 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
-    """A picture of the training loss, raw and smoothed, with the validation loss, and of the validation metric."""
+def pyplot() -> Any:
+    """matplotlib's, for files alone; imported here since it takes long."""
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
+    """A picture of the training loss, raw and smoothed, with the validation loss, and of the validation metric."""
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     steps, loss = _columns(log.values("loss"))
     left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
