@@ -81,8 +81,8 @@ class LoRAPlusModel(nn.Module):
         result = mapped(self, *args, **kwargs)
         if self.is_initializing():
             check_coverage(self.config, boundary.seen, boundary.leaves, boundary.stacks)
-        elif method is None:
-            boundary.check_used()
+        else:
+            boundary.check_used(whole=method is None)
         return result
 
     @nn.nowrap
@@ -338,7 +338,7 @@ def _check_reads(
     args: Any,
     kwargs: Any,
 ) -> None:
-    """Raises ValueError where an adapted layer's weight reaches the outputs past the layer, or changed by the model.
+    """Raises ValueError where an adapted weight reaches the outputs past its layer, or is changed before it.
 
     Merged into the weight, an adapter would act there too; beside the layer it does not.
     """
@@ -351,13 +351,14 @@ def _check_reads(
         if spec.kind == "parameter" or numbers[spec.leaf] not in flow.changed | flow.read:
             continue
         does = (
-            f"changes its weight {spec.leaf} before the layer has it (as by `nn.map_variables`)"
+            f"changes its weight {spec.leaf} before the layer has it (as by nn.map_variables)"
             if numbers[spec.leaf] in flow.changed
-            else f"also uses its weight {spec.leaf} past the layer (as by `.embedding`, `.variables`, `get_variable`)"
+            else f"also uses its weight {spec.leaf} past the layer (as by .embedding, .variables, get_variable)"
         )
+        rule = {spec.leaf.removeprefix("params/"): spec.rule_letters}
         raise ValueError(
-            f"{path or 'the model'!r} has an adapter, but the model {does}, where the adapter does not act; name the "
-            f"weight in target_parameters instead: {{{spec.leaf.removeprefix('params/')!r}: {spec.rule_letters!r}}}"
+            f"{path or 'the model'!r} has an adapter, but the model {does}, where the adapter does not act; name "
+            f"the weight in target_parameters instead: {rule}"
         )
 
 
@@ -376,7 +377,9 @@ def _outputs(
 
     In the state of initialization, since a model may not be able to take the same inputs twice: a cache is full.
     """
-    bound = model.bind(given, rngs=rngs if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable)
+    bound = model.bind(
+        given, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
+    )
     assert bound.scope is not None
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
     forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method

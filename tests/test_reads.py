@@ -1,4 +1,4 @@
-"""A weight with an adapter that the model also uses past its layer: refused, and told from everything that is not."""
+"""A weight with an adapter that the model also uses past its layer: refused, and told from all that is not."""
 
 import ast
 import dataclasses
