@@ -42,11 +42,12 @@ def machine() -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
     }
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -67,8 +68,8 @@ def report(
     print(table(rows))
     for key, value in more.items():
         print(f"{key}: {value}")
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = {"machine": machine(), "rows": list(rows), **more, **(unprinted or {})}
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -95,17 +95,17 @@ def measure(
     try:
         for name, (python, more) in wanted.items():
             if name in ours or name in options.peers:
-                process = Process(python, job | more, environment(options, directory))
-                if process.missing:
+                process = start(python, job | more, environment(options, directory))
+                if why := process.failed or (process.missing and f"{process.missing} is not installed"):
                     process.close()
-                    runs[name] = {"not installed": process.missing}
-                    print(f"{shape} {name}: {process.missing} is not installed", flush=True)
+                    runs[name] = {"no run": why}
+                    print(f"{shape} {name}: {why}", flush=True)
                 else:
                     processes[name] = process
-                    print(
-                        f"{shape} {name}: first step after {process.ready['to_first_step_s']:.1f} s",
-                        flush=True,
-                    )
+                    seconds = process.ready["to_first_step_s"]
+                    print(f"{shape} {name}: first step after {seconds:.1f} s", flush=True)
+        if not processes:
+            return {"runs": runs}
         take_turns(processes, options.warmup, until)
         starts = {name: process.ask("memory") for name, process in processes.items()}
         for process in processes.values():
@@ -118,6 +118,18 @@ def measure(
         for process in processes.values():
             process.close()
     return {"runs": {name: runs[name] for name in wanted if name in runs}, **others}
+
+
+def start(python: str, job: Mapping[str, Any], variables: Mapping[str, str]) -> Process:
+    """A worker; where torch.compile fails, as it does without a C compiler, PEFT runs eagerly and says so."""
+    process = Process(python, job, variables)
+    if not process.failed or job["implementation"] != "peft" or job["compile"] == "none":
+        return process
+    why = process.failed
+    process.close()
+    process = Process(python, {**job, "compile": "none"}, variables)
+    process.ready["eager"] = f"torch.compile failed: {why}"
+    return process
 
 
 def run_of(process: Process, start: Mapping[str, Any], end: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,8 +168,8 @@ def compile_only(options: argparse.Namespace, job: Mapping[str, Any]) -> dict[st
         environment(options, job["directory"]),
     )
     process.close()
-    if process.missing:
-        raise SystemExit(f"{options.python} lacks {process.missing}, which this package needs here")
+    if process.missing or process.failed:
+        raise SystemExit(process.failed or f"{options.python} lacks {process.missing}, which is needed here")
     return process.ready["about"]
 
 
@@ -173,25 +185,34 @@ def flops_of(
 
 
 def compare(options: argparse.Namespace) -> bool:
-    """The whole comparison; whether the losses agree."""
+    """The whole comparison, written after each shape; whether the losses agree."""
     rows, kept, goals, agree = [], {}, [], True
     end = time.perf_counter() + options.seconds
     with tempfile.TemporaryDirectory() as directory:
         config = SMOLLM2 | {"num_hidden_layers": options.layers}
         write_model(Path(directory), config, RANK)
         for number, shape in enumerate(options.shapes):
+            if number and time.perf_counter() > end:
+                print(f"{shape} is left out: the time is up")
+                break
             flops = flops_of(options, config, directory, shape) if options.flops else None
             left = (end - time.perf_counter()) / (len(options.shapes) - number)
             kept[shape] = measure(options, config, directory, shape, time.perf_counter() + left)
             runs = kept[shape]["runs"]
             batch, tokens = map(int, shape.split("x"))
-            rows += rows_of(shape, runs, sum(ideal_flops(config, batch, tokens, RANK).values()))
+            rows += rows_of(shape, runs, ideal_flops(config, batch, tokens, RANK))
             goals += goals_of(shape, options.backend, next(iter(options.ours)), runs)
             kept[shape]["losses_differ"] = losses_differ(runs)
             agree &= kept[shape]["losses_differ"] <= options.tolerance
             if flops:
                 kept[shape]["flops"] = flops
                 goals.append(goal(f"{shape} FLOPs / ideal", flops["ratio"], FLOPS_GOAL))
+            write(options, rows, kept, goals)
+    return agree
+
+
+def write(options: argparse.Namespace, rows: list, kept: Mapping[str, Any], goals: list) -> None:
+    """The table so far, on the screen and in the file."""
     notes = {shape: {k: v for k, v in found.items() if k != "runs"} for shape, found in kept.items()}
     report(
         options.name or f"step_time_{options.backend}",
@@ -202,12 +223,15 @@ def compare(options: argparse.Namespace) -> bool:
             "dtype": options.dtype,
             "compile": options.compile,
             "ours": options.ours,
+            "rounds": options.rounds,
+            "share of peak": "weights, attention as if every pair of tokens were looked at, and adapters, over the "
+            "rate of the weights' products alone",
         },
         **notes,
         goals=goals,
     )
-    print(table(goals))
-    return agree
+    if goals:
+        print(table(goals))
 
 
 def depth(options: argparse.Namespace) -> bool:
@@ -264,7 +288,11 @@ def parse() -> argparse.Namespace:
         help="name:remat=dots,unroll=true;other: ... instead of one run of this package",
     )
     add("--layers", type=int, default=SMOLLM2["num_hidden_layers"], help="fewer for a quick look")
-    add("--no-flops", dest="flops", action="store_false", help="do not compile a step for its FLOPs")
+    add(
+        "--flops",
+        action=argparse.BooleanOptionalAction,
+        help="whether to compile a step for its FLOPs: on cpu; the count is the same on gpu",
+    )
     add("--name", help="of the file in results/, for a quick look that should not replace the full one")
     add("--depth", action="store_true", help="compile time at depth 4 and 32 instead")
     options = parser.parse_args()
@@ -275,9 +303,12 @@ def parse() -> argparse.Namespace:
     options.chunk = options.chunk or (512 if on_gpu else 128)
     options.seconds = options.seconds or (500.0 if on_gpu else float("inf"))
     options.rounds = options.rounds or (3 if options.depth else 60 if on_gpu else 21)
+    options.flops = not on_gpu if options.flops is None else options.flops
     options.tolerance = 1e-4 if options.dtype == "float32" else 1e-2
     defaults = {name: getattr(options, name) for name in OURS}
-    options.ours = variants_of(options.variants, defaults) or {"here": defaults}
+    # On a GPU nothing was measured yet: one run shows whether blocked attention is the better one there too.
+    attention = {"xla attention": {**defaults, "attention": "xla"}} if on_gpu else {}
+    options.ours = variants_of(options.variants, defaults) or {"here": defaults, **attention}
     return options
 
 

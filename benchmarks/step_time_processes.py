@@ -20,6 +20,7 @@ class Process:
 
     Attributes:
       missing: the package that it needs and does not have, or None.
+      failed: why it could not do its first step, or None.
       ready: its first reply.
       seconds, replies: of each counted round.
       anonymous: the highest anonymous resident memory seen, in bytes.
@@ -39,7 +40,7 @@ class Process:
             env={**os.environ, **environment},
         )
         self.ready = self.ask(json.dumps(job))
-        self.missing = self.ready.get("missing")
+        self.missing, self.failed = self.ready.get("missing"), self.ready.get("failed")
         self.ready["to_first_step_s"] = time.perf_counter() - start
 
     def ask(self, word: str) -> dict[str, Any]:

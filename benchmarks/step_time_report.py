@@ -26,20 +26,24 @@ COLUMNS = (
 )
 
 
-def rows_of(shape: str, runs: Mapping[str, Mapping[str, Any]], flops: float) -> list[dict[str, str]]:
-    """The table's lines; a dash where there is nothing to say."""
+def rows_of(
+    shape: str, runs: Mapping[str, Mapping[str, Any]], flops: Mapping[str, float]
+) -> list[dict[str, str]]:
+    """The table's lines; a dash where there is nothing to say. `flops` is what `ideal_flops` gives."""
     rates = runs.get("matmul", {}).get("gflop_per_s")
     peak = 1e9 * float(np.median(rates)) if rates else None
     rows = []
     for name, run in runs.items():
-        cells = {"step, s": "not installed"}
+        cells = {"step, s": run.get("no run", "-")}
         if "seconds" in run:
+            work = flops["weights"] if name == "matmul" else sum(flops.values())
             cells = _times(run, runs.get("peft", {}))
             if peak:
-                cells["share of peak"] = f"{flops / float(np.median(run['seconds'])) / peak:.3f}"
+                cells["share of peak"] = f"{work / float(np.median(run['seconds'])) / peak:.3f}"
             if name != "matmul":
                 cells |= _rest(run, runs.get("peft", {}))
-        rows.append({"shape": shape, "run": name} | dict.fromkeys(COLUMNS, "-") | cells)
+        label = f"{name} (eager)" if "eager" in run else name
+        rows.append({"shape": shape, "run": label} | dict.fromkeys(COLUMNS, "-") | cells)
     return rows
 
 
@@ -88,6 +92,8 @@ def goals_of(
 ) -> list[dict[str, Any]]:
     """Each goal of a shape with what was measured."""
     run, found = runs[ours], []
+    if "seconds" not in run:
+        return found
     time_goal, memory_goal = GOALS[backend].get(shape, (None, None))
     if "seconds" in runs.get("peft", {}):
         found.append(

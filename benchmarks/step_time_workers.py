@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,14 +312,18 @@ def main() -> None:
     start = time.perf_counter()
     try:
         worker = WORKERS[job["implementation"]](job)
+        built = time.perf_counter()
+        if job["compile_only"]:
+            reply(about=worker.about, versions=versions())
+            return
+        first = worker.step()
     except ModuleNotFoundError as error:
         reply(missing=error.name)
         return
-    built = time.perf_counter()
-    if job["compile_only"]:
-        reply(about=worker.about, versions=versions())
+    except Exception as error:  # whatever it is, the others' runs are worth having
+        traceback.print_exc()
+        reply(failed=f"{type(error).__name__}: {str(error).strip():.300}")
         return
-    first = worker.step()
     reply(
         first=first,
         build_s=built - start,

@@ -4,12 +4,13 @@
 `adapter.json` is what `checkpoint.describe_run` makes: format, config, specs, base fingerprint, versions.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,16 +65,13 @@ def save_adapter(
     Raises:
       ValueError: something else than an adapter is there.
     """
-    numpy = _safetensors("numpy")
     directory = Path(directory).resolve()
     _check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own beside the target, then one rename: nobody ever sees half an adapter.
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        tensors = {path: _host(leaf) for path, leaf in flatten(trainable).items()}
-        # Written by ourselves for the usual permissions: save_file makes files that only their owner can read.
-        (partial / TENSORS).write_bytes(numpy.save(tensors))
+        (partial / TENSORS).write_bytes(tensor_bytes(flatten(trainable)))
         notes = json.dumps(describe_run(config, specs, base=base, **more), indent=1)
         (partial / NOTES).write_text(notes + "\n", encoding="utf-8")
         partial.chmod(0o755)
@@ -93,10 +91,10 @@ def load_adapter(directory: str | Path) -> Adapter:
     try:
         config = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
         specs = specs_from_json(notes["specs"])
-        _check_agreement(config, specs)
+        check_agreement(config, specs)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / NOTES}: {error}") from None
-    variables = unflatten(_tensors(directory / TENSORS))
+    variables = unflatten(read_tensors(directory / TENSORS))
     lora = variables.pop("lora", {})
     _check_factors(directory, lora, specs)
     return Adapter(config, specs, lora, variables)
@@ -120,8 +118,8 @@ def adapter_notes(directory: str | Path) -> dict[str, Any]:
     return notes
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    """The file's tensors as JAX arrays, of their stored dtypes."""
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A safetensors file's tensors as JAX arrays, of their stored dtypes; a ValueError if it is damaged."""
     flax = _safetensors("flax")
     try:
         return flax.load_file(path)
@@ -129,8 +127,8 @@ def _tensors(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def _check_agreement(config: LoRAPlusConfig | None, specs: Specs) -> None:
-    """`apply` goes by the config and `merge` by the specs: they must say the same."""
+def check_agreement(config: LoRAPlusConfig | None, specs: Specs) -> None:
+    """Raises ValueError unless config and specs say the same: `apply` goes by the one and `merge` by the other."""
     if config is None:
         return
     for path, spec in specs.items():
@@ -169,7 +167,34 @@ def _check_factors(directory: Path, lora: Mapping[str, Any], specs: Specs) -> No
         )
 
 
-def _host(leaf: Any) -> Any:
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `target` when the block ends well and is removed otherwise.
+
+    Raises:
+      ValueError: something is there already.
+    """
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if os.path.lexists(target):  # made by somebody else meanwhile
+            raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
+        os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
+    """A safetensors file: its bytes, not a file, since `save_file` makes files that only their owner can read."""
+    return _safetensors("numpy").save({name: host_array(leaf) for name, leaf in tensors.items()})
+
+
+def host_array(leaf: Any) -> Any:
+    """A leaf as an array of numpy, contiguous."""
     return np.ascontiguousarray(jax.device_get(leaf))
 
 

@@ -112,7 +112,8 @@ def open_manager(
         "contents": ocp.JsonCheckpointHandler(),
     }
     directory = Path(directory).absolute()
-    _set_aside_damaged_dates(directory)
+    if jax.process_index() == 0:
+        _set_aside_damaged_dates(directory)
     return _Manager(directory, metric, options=options, item_handlers=handlers)
 
 
@@ -240,8 +241,21 @@ def fingerprint(tree: Any) -> str:
     """
     leaves = leaves_by_path(tree)
     sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
-    rows = [f"{p} {leaves[p].shape} {leaves[p].dtype} {sums[p].tolist()}" for p in sorted(leaves)]
-    return hashlib.sha256("\n".join(rows).encode()).hexdigest()[:16]
+    return digest_of_lines({path: _line(path, leaf, sums[path]) for path, leaf in leaves.items()})
+
+
+def fingerprint_line(path: str, leaf: jax.Array) -> str:
+    """What one leaf adds to the `fingerprint` of its tree, so that leaves may come one by one."""
+    return _line(path, leaf, jax.device_get(_checksum(leaf)))
+
+
+def digest_of_lines(lines: Mapping[str, str]) -> str:
+    """The `fingerprint` of a tree from the lines of its leaves, by path."""
+    return hashlib.sha256("\n".join(lines[path] for path in sorted(lines)).encode()).hexdigest()[:16]
+
+
+def _line(path: str, leaf: jax.Array, sums: np.ndarray) -> str:
+    return f"{path} {leaf.shape} {leaf.dtype} {sums.tolist()}"
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from .config import Init, LoRAPlusConfig
 from .flow import noted
 from .inits import factor_inits
 from .layers import Layer, layer_of
-from .lora import SCALE
+from .lora import BEFORE, SCALE, TAP, tapped, update_squares
 from .spec import AdapterSpec
 from .tree import FACTORS
 
@@ -114,7 +114,16 @@ def adapter_term(
     x = layer.inputs
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = dropped(module, x, adapter.dropout)
-    return layer.term(x, a, b, _scale(module, "params" if collection == "params" else SCALE, adapter.scale))
+    scale = _scale(module, "params" if collection == "params" else SCALE, adapter.scale)
+    y = layer.term(x, a, b, scale)
+    assert module.scope is not None
+    if not module.scope.has_variable(collection, TAP):
+        return y
+    tap, *before = (module.scope.get_variable(collection, name) for name in (TAP, *BEFORE.values()))
+    inputs = jax.lax.stop_gradient(x)
+    batch_axes = sum(role not in "io" for role in layer.axes)
+    found = update_squares(layer.term, inputs, tuple(before), (a, b), scale, batch_axes)
+    return tapped(y, tap, found.reshape(tap.shape))
 
 
 def _factor(

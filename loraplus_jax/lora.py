@@ -1,6 +1,7 @@
 """The maths of an adapter as pure functions: its forward term, and merging it into plain weights."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,12 @@ from .tree import flatten, replaced, unflatten
 
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
+TAP = "lora_tap"
+"""Name of the optional leaf beside two factors whose gradient is what `update_squares` finds."""
+BEFORE = {"lora_a": "lora_a_before", "lora_b": "lora_b_before"}
+"""Names of the leaves, beside a tap, with the factors of one step earlier."""
+TERMS = ("delta1", "delta2", "delta3", "z_a", "z_b")
+"""What is measured of a step, in the order of `update_squares`."""
 
 
 def delta(
@@ -56,6 +63,67 @@ def weight_delta(
         precision=highest,
     )
     return product * (spec.scale if scale is None else scale)
+
+
+def update_squares(
+    term: Callable[..., jax.Array],
+    x: jax.Array,
+    before: tuple[jax.Array, jax.Array],
+    after: tuple[jax.Array, jax.Array],
+    scale: jax.Array | float,
+    batch_axes: int = 0,
+) -> jax.Array:
+    """What a step of an adapter did to its layer's output, and the size of its features, for the layer's inputs x.
+
+    With A, B after the step, dA and dB the step: delta1 = s (x dA) (B - dB), delta2 = s (x (A - dA)) dB,
+    delta3 = s (x dA) dB, whose sum is the change of Z_B = s (x A) B; and Z_A = x A (arXiv 2402.12354, section 4,
+    there without s). x is held fixed: what earlier layers changed in it is theirs.
+
+    Args:
+      term: `term(x, a, b, scale)`, the layer's low-rank term.
+      x: the layer's inputs.
+      before, after: A and B one step apart.
+      scale: s.
+      batch_axes: how many leading axes of B are batch axes.
+
+    Returns:
+      float32 `(6,)`: the mean squares over all elements in the order of `TERMS`, and 1, so that sums over several
+      calls of a layer can be divided.
+    """
+    (a0, b0), (a, b) = before, after
+    da, db = a - a0, b - b0
+    rank, *outputs = b.shape[batch_axes:]
+    width = math.prod(outputs)
+    # With an identity for B, and zeros where the outputs are more than the rank, the term is Z_A itself.
+    identity = jnp.broadcast_to(jnp.eye(rank, width, dtype=b.dtype).reshape(rank, *outputs), b.shape)
+
+    def mean_square(a: jax.Array, b: jax.Array, scale: jax.Array | float = scale) -> jax.Array:
+        return jnp.mean(jnp.square(term(x, a, b, scale).astype(jnp.float32)))
+
+    z_a = mean_square(a, identity, 1.0) * width / rank
+    deltas = [mean_square(da, b0), mean_square(a0, db), mean_square(da, db)]
+    return jnp.stack([*deltas, z_a, mean_square(a, b), jnp.ones(())])
+
+
+@jax.custom_vjp
+def tapped(y: jax.Array, tap: jax.Array, found: jax.Array) -> jax.Array:
+    """`y`; but the gradient of anything that depends on it, taken for `tap`, is `found`, of the shape of `tap`.
+
+    So numbers leave a model by the one way that every transform keeps open, loops over layers, shared weights and
+    recomputation included: the gradient of a parameter, summed over the uses.
+    """
+    return y
+
+
+def _tapped_forward(y: jax.Array, tap: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y, found
+
+
+def _tapped_backward(found: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return gradient, found, jnp.zeros_like(found)
+
+
+tapped.defvjp(_tapped_forward, _tapped_backward)
 
 
 def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:

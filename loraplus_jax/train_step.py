@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import check_whole
 from .diagnostics import role_norms
+from .sharding import DATA_AXIS, Shardings, batch_sharding, known
 from .tree import combine, label_params
 
 Pair = tuple[jax.Array, jax.Array]
@@ -23,8 +24,6 @@ LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[Pair, Mapping[str, Pai
 """`loss_fn(variables, batch, rng) -> (sum, weight), {name: (sum, weight)}`."""
 StepFn = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, jax.Array]]]
 """`step(state, frozen, batch) -> state, metrics`."""
-
-DATA_AXIS = "data"
 
 
 class TrainState(struct.PyTreeNode):
@@ -67,7 +66,8 @@ def make_step(
       loss_fn: takes the combined variables, a batch and a key; see `LossFn`. Sums, never means.
       tx: any optax transform; its update sees the mean gradient.
       accumulate: how many micro-batches a batch is cut into, along the leading axis of every leaf.
-      skip_nonfinite: leave trainable and optimizer as they were when the loss or a gradient norm is not finite.
+      skip_nonfinite: leave trainable and optimizer as they were when the loss, or the norm of a gradient or of an
+        update, is not finite.
       axis_name: the pmap axis that sums go over, if any.
 
     Returns:
@@ -113,24 +113,49 @@ def jit_step(
     tx: optax.GradientTransformation,
     *,
     mesh: Mesh | None = None,
+    shardings: Shardings | None = None,
     accumulate: int = 1,
     skip_nonfinite: bool = False,
 ) -> jax.stages.Wrapped:
-    """The compiled `StepFn`; its state is donated. With a mesh the batch is split over the axis `"data"`.
+    """The compiled `StepFn`; its state is donated. With a mesh the batch is split over `"data"` and `"fsdp"`.
 
-    State and frozen variables are replicated over the mesh; place them once with `replicate(mesh, tree)`, or the
-    first step, whose state lies elsewhere, is compiled for itself.
+    State and frozen variables lie as `shardings` says, or are replicated over the mesh. Place them there once, by
+    `distribute(tree, shardings)` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is
+    compiled for itself.
+
+    Args:
+      loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.
+      mesh: the devices; one device without.
+      shardings: from `make_shardings`, for the same mesh.
 
     Raises:
-      ValueError: a mesh without a `"data"` axis.
+      ValueError: a mesh without a `"data"` axis, or shardings without a mesh.
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite)
-    if mesh is None:
+    places = _places(mesh, shardings)
+    if mesh is None or places is None:
         return jax.jit(step, donate_argnums=0)
+    (state, frozen), split, whole = places
+    return jax.jit(
+        known(step, mesh),
+        donate_argnums=0,
+        in_shardings=(state, frozen, split),
+        out_shardings=(state, whole),
+    )
+
+
+def _places(
+    mesh: Mesh | None, shardings: Shardings | None
+) -> tuple[Shardings, NamedSharding, NamedSharding] | None:
+    """Where state and frozen variables, a batch, and what is whole everywhere lie; None without a mesh."""
+    if mesh is None:
+        if shardings is not None:
+            raise ValueError("shardings need the mesh that they were made for: give mesh=")
+        return None
     if DATA_AXIS not in mesh.axis_names:
         raise ValueError(f"the mesh needs an axis {DATA_AXIS!r}, it has {mesh.axis_names}")
-    same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return jax.jit(step, donate_argnums=0, in_shardings=(same, same, split), out_shardings=(same, same))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return shardings or Shardings(whole, whole), batch_sharding(mesh), whole
 
 
 def pmap_step(
@@ -145,19 +170,25 @@ def pmap_step(
     return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
 
 
-def make_eval(loss_fn: LossFn, *, mesh: Mesh | None = None) -> jax.stages.Wrapped:
+def make_eval(
+    loss_fn: LossFn, *, mesh: Mesh | None = None, shardings: Shardings | None = None
+) -> jax.stages.Wrapped:
     """Compiled `(trainable, frozen, batch) -> {name: (sum, weight)}`, without dropout if the loss function makes
     none without a key: it is called with `rng=None`. Add the pairs of all batches and take `means`.
+
+    Mesh and shardings as for `jit_step`.
     """
 
     def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, Pair]:
         loss, metrics = loss_fn(combine(trainable, frozen), batch, None)  # pyright: ignore[reportArgumentType]
         return _with_loss(loss, metrics)
 
-    if mesh is None:
+    places = _places(mesh, shardings)
+    if mesh is None or places is None:
         return jax.jit(evaluate)
-    same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    return jax.jit(evaluate, in_shardings=(same, same, split), out_shardings=same)
+    (state, frozen), split, whole = places
+    trainable = state if shardings is None else state.trainable
+    return jax.jit(known(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
 
 
 def means(totals: Mapping[str, Pair]) -> dict[str, jax.Array]:
@@ -202,8 +233,9 @@ def _accumulated(
 
 
 def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether the loss is, and every gradient: a norm is finite only if all that it sums is."""
-    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith("grad_norm/")]
+    """Whether the loss is, and every gradient and update: a norm is finite only if all that it sums is."""
+    norms = ("grad_norm/", "update_norm/")
+    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith(norms)]
     return jnp.all(jnp.isfinite(jnp.stack(watched)))
 
 

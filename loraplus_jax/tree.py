@@ -178,6 +178,20 @@ def _peft_role(path: str, leaf: Any) -> Role:
     return "b" if len(leaf.shape) == 1 else "extra"
 
 
+def factor_pairs(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Module to the paths of its factors of the input side and of the output side, whoever made the tree.
+
+    Raises:
+      ValueError: as `label_params`.
+    """
+    roles = _factor_roles(leaves, None)
+    pairs: dict[str, tuple[str, str]] = {}
+    for module, pair in _pairs(leaves).items():
+        by_role = {roles[path]: path for path in pair.values() if path in roles}
+        pairs[module] = (by_role["a"], by_role["b"])
+    return pairs
+
+
 def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:
     """The roles of all factors by path."""
     roles: dict[str, Role] = {}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loraplus_jax.models import attention
 from loraplus_jax.models.attention import LONG, cached_attention, causal_attention
 from loraplus_jax.models.rope import Rope, checked_scaling, make_rope, rotated
 
@@ -93,6 +94,29 @@ def test_any_number_of_query_heads_a_key_head(key_heads):
 def test_more_than_eight_blocks_worth_of_tokens():
     data = inputs(1100)
     check(value_and_gradients(*data, implementation="blocked", window=300), reference(*data, None, 300))
+
+
+@pytest.mark.parametrize(("length", "window"), [(150, None), slow(150, 40), slow(129, None), slow(64, 1)])
+def test_keys_in_chunks_equal_float64(length, window, monkeypatch):
+    monkeypatch.setattr(attention, "WHOLE", 32)
+    monkeypatch.setattr(attention, "CHUNK", 48)
+    data, segments = inputs(length), segments_of(length)
+    found = value_and_gradients(*data, segments, window=window, implementation="blocked")
+    check(found, reference(*data, segments, window))
+
+
+@pytest.mark.slow
+def test_memory_of_the_gradient_grows_with_the_length_and_not_with_its_square():
+    def temporaries(length):
+        shapes = [jax.ShapeDtypeStruct((1, length, heads, 32), jnp.float32) for heads in (4, 2, 2)]
+
+        def loss(*given):
+            return jnp.sum(causal_attention(*given, implementation="blocked"))
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) <= 2.2 * temporaries(4096)
 
 
 @pytest.mark.slow

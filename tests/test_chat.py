@@ -302,7 +302,7 @@ def test_a_template_that_is_none(source, named):
 
 def test_a_template_is_chosen_by_name(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOS}}))
-    with pytest.raises(ValueError, match=r"has no chat template: set data\.template to plain"):
+    with pytest.raises(ValueError, match=r"has no chat template: choose plain .* with data\.template"):
         load_template("model", tmp_path)
     plain = load_template("plain", tmp_path)
     text = plain.render(chat("Add.", "3", "And?", "4", system="Be kind.").turns)

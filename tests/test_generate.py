@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models import generate as generation
-from loraplus_jax.models.generate import ENDED, Sampling, check_sampling, left_padded, make_generate
+from loraplus_jax.models.generate import (
+    ENDED,
+    NOT_FINITE,
+    Sampling,
+    check_sampling,
+    left_padded,
+    make_generate,
+)
 from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
 
@@ -25,7 +32,7 @@ CONFIG = LlamaConfig(
     initializer_range=1.0,
 )
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
-KEY = jax.random.key(0)
+KEYS = jax.random.split(jax.random.key(0), len(PROMPTS))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def greedy_by_hand(model, variables, prompts, count):
 
 
 def test_greedy_is_the_argmax_over_growing_sequences(model, variables, generate):
-    found = generate(variables, *padded(PROMPTS), Sampling(), KEY)
+    found = generate(variables, *padded(PROMPTS), Sampling(), KEYS)
     expected = greedy_by_hand(model, variables, PROMPTS, NEW)
     assert found.dtype == jnp.int32
     assert np.asarray(found).tolist() == expected
@@ -72,17 +79,19 @@ def test_greedy_is_the_argmax_over_growing_sequences(model, variables, generate)
 @pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(variables, generate):
     hot = Sampling(1.3, 0.9)
-    together = np.asarray(generate(variables, *padded(PROMPTS), hot, KEY))
+    together = np.asarray(generate(variables, *padded(PROMPTS), hot, KEYS))
     others = [PROMPTS[0], [11, 12], [10]]
-    changed = np.asarray(generate(variables, *padded(others), hot, KEY))
+    changed = np.asarray(generate(variables, *padded(others), hot, KEYS))
     np.testing.assert_array_equal(changed[0], together[0])
     assert not np.array_equal(changed[1], together[1])
-    again = generate(variables, *padded(PROMPTS), hot, jax.random.key(2))
+    again = generate(variables, *padded(PROMPTS), hot, jax.random.split(jax.random.key(2), 3))
     assert not np.array_equal(again, together)
-    generate(variables, *padded(PROMPTS), Sampling(0.5, 0.1), KEY)
-    generate(variables, *padded(PROMPTS), Sampling(0.0, 1.0), KEY)
+    moved = generate(variables, *padded(PROMPTS[::-1]), hot, KEYS[::-1])  # a row is its prompt and its key
+    np.testing.assert_array_equal(moved, together[::-1])
+    generate(variables, *padded(PROMPTS), Sampling(0.5, 0.1), KEYS)
+    generate(variables, *padded(PROMPTS), Sampling(0.0, 1.0), KEYS)
     assert generate._cache_size() == 1
-    generate(variables, *padded(PROMPTS[:2]), Sampling(), KEY)
+    generate(variables, *padded(PROMPTS[:2]), Sampling(), KEYS[:2])
     assert generate._cache_size() == 2  # another shape
 
 
@@ -91,7 +100,7 @@ def test_a_stop_token_ends_a_row(model, variables):
     rows = greedy_by_hand(model, variables, PROMPTS, NEW)
     stop = rows[0][2]
     found = make_generate(model, CONFIG, new_tokens=NEW, stop=[stop])(
-        variables, *padded(PROMPTS), Sampling(), KEY
+        variables, *padded(PROMPTS), Sampling(), KEYS
     )
     for ours, whole in zip(np.asarray(found).tolist(), rows, strict=True):
         end = whole.index(stop) + 1 if stop in whole else NEW
@@ -99,14 +108,21 @@ def test_a_stop_token_ends_a_row(model, variables):
     assert ENDED in np.asarray(found)[0]
 
 
+def test_scores_that_are_not_finite_are_told_and_end_the_row(variables, generate):
+    embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
+    broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}
+    found = np.asarray(generate(broken, *padded([[9], [9], [9]]), Sampling(), KEYS))
+    assert found.tolist() == [[NOT_FINITE] + [ENDED] * (NEW - 1)] * 3
+
+
 @pytest.mark.slow
 def test_a_model_in_bf16_has_its_cache_in_bf16(variables, generate):
     small = make_generate(Llama(CONFIG, jnp.bfloat16), CONFIG, new_tokens=NEW, stop=(), dtype=jnp.bfloat16)
-    found = np.asarray(small(variables, *padded(PROMPTS), Sampling(), KEY))
-    whole = np.asarray(generate(variables, *padded(PROMPTS), Sampling(), KEY))
+    found = np.asarray(small(variables, *padded(PROMPTS), Sampling(), KEYS))
+    whole = np.asarray(generate(variables, *padded(PROMPTS), Sampling(), KEYS))
     assert ((found >= 0) & (found < WORDS)).all()
     assert np.mean(found[:, 0] == whole[:, 0]) > 0.5
-    text = jax.jit(small).lower(variables, *padded(PROMPTS), Sampling(), KEY).as_text()
+    text = jax.jit(small).lower(variables, *padded(PROMPTS), Sampling(), KEYS).as_text()
     assert "2x3x14x1x4xbf16" in text
     assert "2x3x14x1x4xf32" not in text
 
@@ -129,7 +145,8 @@ def test_draws_have_the_distribution_of_the_nucleus(temperature, top_p):
     logits, draws = np.array([2.0, 0.5, 1.0, -1.0, 0.0]), 20_000
     expected = nucleus_by_hand(logits, temperature, top_p)
     rows = jnp.asarray(np.broadcast_to(logits, (draws, 5)), jnp.float32)
-    tokens = jax.jit(generation._next)(rows, Sampling(temperature, top_p), KEY)
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens = jax.jit(generation._next)(rows, Sampling(temperature, top_p), keys)
     counts = collections.Counter(np.asarray(tokens).tolist())
     found = np.array([counts[i] / draws for i in range(5)])
     np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(draws))

@@ -206,6 +206,7 @@ def test_options_that_some_files_have(tmp_path):
     window = metadata(attention__sliding_window=32, attention__head_count_kv=None)
     config = load_config(write(tmp_path / "m.gguf", tensors(), window))
     assert (config["sliding_window"], config["num_key_value_heads"]) == (32, 4)
+    assert config["model_type"] == "mistral"
 
 
 @pytest.mark.parametrize(

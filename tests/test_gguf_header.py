@@ -61,6 +61,13 @@ def test_truncated_files_are_named(tmp_path, cut):
         gguf.read(tmp_path / "m.gguf")
 
 
+def test_a_list_of_parts_is_no_number_of_parts(tmp_path):
+    file = write(tmp_path / "m.gguf", tensors(), metadata() | {"split.counx": [1, 2]})
+    file.write_bytes(file.read_bytes().replace(b"split.counx", b"split.count"))
+    with pytest.raises(ValueError, match=r"m.gguf: split.count must be one value, got a list of 2"):
+        gguf.read(file)
+
+
 @pytest.mark.parametrize(
     ("values", "fault"),
     [

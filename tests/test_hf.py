@@ -249,3 +249,15 @@ def test_config_is_read_and_its_faults_named(tmp_path):
         load_config(tmp_path)
     path.write_text('{"model_type": "bert"}')
     assert load_config(str(tmp_path)) == {"model_type": "bert"}
+
+
+def test_a_tensor_that_repeats_another_must_have_its_values(tmp_path):
+    table = NameTable(rules=TABLE.rules, ignore=TABLE.ignore[:1], copies=(("lm_head.weight", "tok.weight"),))
+    content = {name: value for name, value in tensors().items() if name != "lm_head.bias"}
+    alone = load(write(tmp_path, content), table)
+    both = load(write(tmp_path, content | {"lm_head.weight": content["tok.weight"]}), table)
+    jax.tree.map(np.testing.assert_array_equal, alone, both)
+    for other in (content["tok.weight"] + np.eye(7, 3, dtype=np.float32), content["tok.weight"][:6]):
+        write(tmp_path, content | {"lm_head.weight": other})
+        with pytest.raises(ValueError, match=r"~ lm_head.weight differs from tok.weight"):
+            load(tmp_path, table)

@@ -45,6 +45,7 @@ def test_old_and_new_ways_to_say_the_same():
         ("qwen3", {}, "head_dim", 128),
         ("llama", {"num_key_value_heads": 2}, "num_key_value_heads", 2),
         ("llama", {}, "sliding_window", None),
+        ("llama", {"sliding_window": 16}, "sliding_window", None),
         ("mistral", {}, "sliding_window", 4096),
         ("mistral", {"sliding_window": None}, "sliding_window", None),
         ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, "sliding_window", None),
@@ -67,6 +68,7 @@ def test_old_and_new_ways_to_say_the_same():
         ("llama", {}, "max_length", 128),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "max_length", 512),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}}, "max_length", 128),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": 32.0}}, "max_length", 128),
         (
             "qwen2",
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
@@ -102,6 +104,7 @@ def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expect
             "more than one kind of attention",
         ),
         ("qwen2", {"max_window_layers": "x"}, "max_window_layers must be"),
+        ("qwen2", {"layer_types": 5}, "layer_types must be a list of names, got 5"),
     ],
 )
 def test_what_is_refused(kind, more, message):

@@ -45,6 +45,7 @@ CASES = {
         "qwen3",
         {"rope": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}, "head_dim": 20},
     ),
+    "window_that_llama_does_not_know": ("llama", {"sliding_window": 4}),
     "window_of_one": ("mistral", {"sliding_window": 1}),
     "window_of_two_tied": ("mistral", {"sliding_window": 2, "tie_word_embeddings": True}),
     "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
@@ -134,7 +135,8 @@ def test_generated_continuations_equal_transformers(name, tmp_path):
     prompts, new_tokens = maker.inputs()["prompts"], 24
     generate = make_generate(model, model.config, new_tokens=new_tokens, stop=())
     segments = (prompts != 0).astype(np.int32)
-    given = generate({"params": params}, prompts, segments, Sampling(), jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), len(prompts))
+    given = generate({"params": params}, prompts, segments, Sampling(), keys)
     # transformers' cache for a window of one keeps all tokens (a slice from -0 on): without a cache it has none.
     options = {"use_cache": False} if name == "window_of_one" else {}
     np.testing.assert_array_equal(given, maker.greedy(reference, prompts, new_tokens, **options))

@@ -95,7 +95,8 @@ def test_generated_continuations_equal_transformers(name, tmp_path):
     new_tokens = golden["greedy"].shape[1]
     generate = make_generate(model, model.config, new_tokens=new_tokens, stop=())
     segments = (golden["prompts"] != 0).astype(np.int32)
-    given = generate({"params": params}, golden["prompts"], segments, Sampling(), jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), len(segments))
+    given = generate({"params": params}, golden["prompts"], segments, Sampling(), keys)
     np.testing.assert_array_equal(given, golden["greedy"])
 
 
@@ -285,5 +286,6 @@ def test_smollm2_equals_transformers():
     logits = np.where(golden["mask"][:, ::4, None], apply(variables, golden["ids"], golden["mask"]), 0)
     assert error(logits, golden["logits"]) <= 1e-4
     generate = make_generate(model, model.config, new_tokens=golden["greedy"].shape[1], stop=())
-    given = generate(variables, golden["ids"], golden["mask"], Sampling(), jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), len(golden["ids"]))
+    given = generate(variables, golden["ids"], golden["mask"], Sampling(), keys)
     np.testing.assert_array_equal(given, golden["greedy"])

@@ -74,9 +74,10 @@ OTHER = {
     "train.keep": 1,
     "train.max_skipped": 2,
     "train.compilation_cache": False,
+    "train.theory_every": 4,
     "mesh.data": 2,
     "task": "regression",
-    "method": "full",
+    "method": "lora",
     "seed": 9,
     "output_dir": "there",
 }

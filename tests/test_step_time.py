@@ -66,9 +66,26 @@ def test_goals_are_medians_of_the_rounds_own_ratios():
     assert len(found) == 2
 
 
+def test_shares_of_the_peak_count_what_each_run_does():
+    from step_time_report import rows_of
+
+    runs = {
+        "here": run([2.0], 2.0, 1.0) | {"to_first_step_s": 1.0, "about": {}, "steps_peak_bytes": 5},
+        "matmul": {"seconds": [1.0], "gflop_per_s": [100.0]},
+        "peft": {"no run": "peft is not installed"},
+    }
+    found = rows_of("8x64", runs, {"weights": 90e9, "attention": 8e9, "adapters": 2e9})
+    assert [row["share of peak"] for row in found] == ["0.500", "0.900", "-"]
+    assert found[2]["step, s"] == "peft is not installed"
+
+
 @pytest.mark.parametrize(("last", "expected"), [(1.0, 0.0), (1.5, 0.5), (np.nan, np.inf)])
 def test_losses_that_differ_are_seen_and_nan_is_no_agreement(last, expected):
     from step_time_report import losses_differ
 
-    runs = {"here": run([1.0], 2.0, 1.0), "peft": run([1.0], 2.0, last), "qwix": {"not installed": "qwix"}}
+    runs = {
+        "here": run([1.0], 2.0, 1.0),
+        "peft": run([1.0], 2.0, last),
+        "qwix": {"no run": "qwix is not installed"},
+    }
     assert losses_differ(runs) == expected

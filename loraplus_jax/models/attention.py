@@ -5,7 +5,7 @@ Axes in the comments: B sequences, T tokens, N query heads, K key heads, G = N /
 
 import functools
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ Attention = Literal["auto", "xla", "blocked"]
 LONG = 256
 # Queries of a block: at least so many, and at most so many blocks, each of which is compiled for itself.
 LEAST_BLOCK, MOST_BLOCKS = 64, 8
+# A block's keys are taken all at once up to here, so that no loop is in the way; beyond, so many at a time.
+WHOLE, CHUNK = 2048, 512
 ATTENTION_NAMES = ("attention", "attention_norm")
 """What a remat policy should keep by name, so that attention is not computed again for the gradient."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
@@ -59,7 +61,8 @@ def causal_attention(
         )
         return checkpoint_name(y, ATTENTION_NAMES[0])
     block = max(LEAST_BLOCK, -(-length // MOST_BLOCKS))
-    return _blocked(query, key, value, segment_ids, _Blocks(block, window))
+    chunk = length if length <= WHOLE else CHUNK
+    return _blocked(query, key, value, segment_ids, _Blocks(block, chunk, window))
 
 
 def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
@@ -79,9 +82,10 @@ def _whole_mask(segment_ids: jax.Array | None, length: int, window: int | None) 
 
 
 class _Blocks(NamedTuple):
-    """Queries a block, and the window."""
+    """Queries a block, keys a chunk, and the window."""
 
     size: int
+    chunk: int
     window: int | None
 
     def spans(self, length: int) -> list[tuple[int, int, int]]:
@@ -92,11 +96,24 @@ class _Blocks(NamedTuple):
             (start, min(start + self.size, length), key) for start, key in zip(starts, first, strict=True)
         ]
 
-    def mask(self, segment_ids: jax.Array | None, span: tuple[int, int, int], groups: int) -> jax.Array:
-        """Boolean (B or 1, 1, t * G, S) for a block of t queries."""
-        start, stop, first = span
+    def chunks(self, span: tuple[int, int, int]) -> tuple[range, int]:
+        """Where the chunks of keys that a block sees begin, and how many keys each has."""
+        _, stop, first = span
+        size = min(self.chunk, stop - first)
+        return range(first, stop, size), size
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        """(B, K, T, H), longer where a block's last chunk may reach beyond the end; those keys are masked."""
+        more = self.chunk if x.shape[2] > self.chunk else 0
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
+
+    def mask(
+        self, segment_ids: jax.Array | None, span: tuple[int, int, int], at: Any, size: int, groups: int
+    ) -> jax.Array:
+        """Boolean (B or 1, 1, t * G, S) for a block of t queries and the `size` keys from `at` on."""
+        start, stop, _ = span
         rows = jnp.repeat(jnp.arange(start, stop), groups)[:, None]
-        columns = jnp.arange(first, stop)[None, :]
+        columns = at + jnp.arange(size)[None, :]
         seen = columns <= rows
         if self.window is not None:
             seen &= rows - columns < self.window
@@ -104,7 +121,9 @@ class _Blocks(NamedTuple):
         if segment_ids is None:
             return seen
         of_rows = jnp.repeat(segment_ids[:, start:stop], groups, axis=1)
-        return seen & (of_rows[:, None, :, None] == segment_ids[:, None, None, first:stop])
+        of_columns = self.padded(segment_ids[:, None, :, None])[:, 0, :, 0]
+        of_columns = jax.lax.dynamic_slice_in_dim(of_columns, at, size, axis=1)
+        return seen & (of_rows[:, None, :, None] == of_columns[:, None, None, :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -119,39 +138,69 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
     groups = query.shape[2] // key.shape[2]
     q, k, v = _rows(query, groups), _rows(key, 1), _rows(value, 1)
+    long_k, long_v = blocks.padded(k), blocks.padded(v)
     outs, norms = [], []
     for span in blocks.spans(query.shape[1]):
-        _, stop, first = span
-        scores = _scores(q, k, segment_ids, blocks, span, groups)
-        top = jnp.max(scores, axis=-1, keepdims=True)
-        shares = jnp.exp(scores - top)
-        total = jnp.sum(shares, axis=-1, keepdims=True)
-        out = _dot("bkrs,bksh->bkrh", shares.astype(v.dtype), v[:, :, first:stop]) / total
-        outs.append(out.astype(query.dtype))
+        starts, size = blocks.chunks(span)
+
+        def part(at: Any, span: Any = span, size: int = size) -> tuple[jax.Array, jax.Array, jax.Array]:
+            scores = _scores(q, long_k, segment_ids, blocks, span, at, size, groups)
+            top = jnp.max(scores, axis=-1, keepdims=True)
+            shares = jnp.exp(scores - top)
+            total = jnp.sum(shares, axis=-1, keepdims=True)
+            return top, total, _dot("bkrs,bksh->bkrh", shares.astype(v.dtype), _slice(long_v, at, size))
+
+        found = part(starts[0])
+        if len(starts) > 1:
+            rest = jnp.array(starts[1:])
+            found = jax.lax.scan(lambda f, at, part=part: (_merged(f, part(at)), None), found, rest)[0]
+        top, total, out = found
+        outs.append((out / total).astype(query.dtype))
         norms.append(top + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outs, axis=2), ATTENTION_NAMES[0])
     norm = checkpoint_name(jnp.concatenate(norms, axis=2), ATTENTION_NAMES[1])
     return _heads(out, groups), (q, k, v, segment_ids, out, norm)
 
 
+def _merged(one: tuple, other: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Largest score, sum and weighted values over the keys of both (arXiv 2205.14135, algorithm 1)."""
+    top = jnp.maximum(one[0], other[0])
+    total, out = (
+        x * jnp.exp(one[0] - top) + y * jnp.exp(other[0] - top)
+        for x, y in zip(one[1:], other[1:], strict=True)
+    )
+    return top, total, out
+
+
 def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
     """arXiv 2205.14135, section 3.1: the scores of a block are computed again, from the norm that was kept."""
     q, k, v, segment_ids, out, norm = saved
-    groups = q.shape[2] // k.shape[2]
+    groups, length = q.shape[2] // k.shape[2], k.shape[2]
     d_out = _rows(gradient, groups)
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for span in blocks.spans(k.shape[2]):
-        start, stop, first = span
-        rows = slice(start * groups, stop * groups)
-        shares = jnp.exp(_scores(q, k, segment_ids, blocks, span, groups) - norm[:, :, rows])
-        d_shares = _dot("bkrh,bksh->bkrs", d_out[:, :, rows], v[:, :, first:stop])
-        d_scores = (shares * (d_shares - inner[:, :, rows]) * _scale(q)).astype(q.dtype)
-        d_q.append(_dot("bkrs,bksh->bkrh", d_scores, k[:, :, first:stop]).astype(q.dtype))
-        seen = (slice(None), slice(None), slice(first, stop))
-        d_k = d_k.at[seen].add(_dot("bkrs,bkrh->bksh", d_scores, q[:, :, rows]))
-        d_v = d_v.at[seen].add(_dot("bkrs,bkrh->bksh", shares.astype(v.dtype), d_out[:, :, rows]))
-    d_key, d_value = _heads(d_k.astype(k.dtype), 1), _heads(d_v.astype(v.dtype), 1)
+    long_k, long_v = blocks.padded(k), blocks.padded(v)
+    d_q, d_k, d_v = [], jnp.zeros(long_k.shape, jnp.float32), jnp.zeros(long_v.shape, jnp.float32)
+    for span in blocks.spans(length):
+        rows = slice(span[0] * groups, span[1] * groups)
+        starts, size = blocks.chunks(span)
+
+        def add(sums: tuple, at: Any, span: Any = span, rows: slice = rows, size: int = size) -> tuple:
+            scores = _scores(q, long_k, segment_ids, blocks, span, at, size, groups)
+            shares = jnp.exp(scores - norm[:, :, rows])
+            d_shares = _dot("bkrh,bksh->bkrs", d_out[:, :, rows], _slice(long_v, at, size))
+            d_scores = (shares * (d_shares - inner[:, :, rows]) * _scale(q)).astype(q.dtype)
+            of_q, of_k, of_v = sums
+            of_q += _dot("bkrs,bksh->bkrh", d_scores, _slice(long_k, at, size))
+            of_k = _added(of_k, at, _dot("bkrs,bkrh->bksh", d_scores, q[:, :, rows]))
+            of_v = _added(of_v, at, _dot("bkrs,bkrh->bksh", shares.astype(v.dtype), d_out[:, :, rows]))
+            return of_q, of_k, of_v
+
+        sums = add((jnp.zeros(q[:, :, rows].shape, jnp.float32), d_k, d_v), starts[0])
+        if len(starts) > 1:
+            sums = jax.lax.scan(lambda s, at, add=add: (add(s, at), None), sums, jnp.array(starts[1:]))[0]
+        of_q, d_k, d_v = sums
+        d_q.append(of_q.astype(q.dtype))
+    d_key, d_value = (_heads(x[:, :, :length].astype(k.dtype), 1) for x in (d_k, d_v))
     return _heads(jnp.concatenate(d_q, axis=2), groups), d_key, d_value, None
 
 
@@ -164,12 +213,23 @@ def _scores(
     segment_ids: jax.Array | None,
     blocks: _Blocks,
     span: tuple[int, int, int],
+    at: Any,
+    size: int,
     groups: int,
 ) -> jax.Array:
-    """Float32 (B, K, t * G, S), very negative where the mask is off."""
-    start, stop, first = span
-    scores = _dot("bkrh,bksh->bkrs", q[:, :, start * groups : stop * groups], k[:, :, first:stop])
-    return jnp.where(blocks.mask(segment_ids, span, groups), scores * _scale(q), _MASKED)
+    """Float32 (B, K, t * G, S) of a block's queries and a chunk's keys, very negative where the mask is off."""
+    start, stop, _ = span
+    scores = _dot("bkrh,bksh->bkrs", q[:, :, start * groups : stop * groups], _slice(k, at, size))
+    return jnp.where(blocks.mask(segment_ids, span, at, size, groups), scores * _scale(q), _MASKED)
+
+
+def _slice(x: jax.Array, at: Any, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, at, size, axis=2)
+
+
+def _added(x: jax.Array, at: Any, part: jax.Array) -> jax.Array:
+    """`part` on top of what lies from `at` on."""
+    return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, at, part.shape[2]) + part, at, axis=2)
 
 
 def _dot(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:

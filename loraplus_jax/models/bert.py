@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ..sharding import Rules, split_rows
 from .hf import NameTable, embedding, linear, norm
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -244,6 +245,7 @@ class BertLayer(BertPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         """Hidden states (B, T, D) to hidden states, and nothing to stack."""
+        x = split_rows(x)
         args = (self.config, self.dtype, self.param_dtype)
         y = self.drop(BertAttention(*args, name="attention")(x, mask))
         x = self.norm("attention_norm")(x + y)
@@ -293,7 +295,7 @@ class BertEncoder(BertPart):
             unroll=self.config.num_hidden_layers if self.unroll else 1,
         )
         mask = attention_mask.astype(bool)[:, None, None, :]
-        return layers(*args, name="layers")(x, mask)[0]
+        return split_rows(layers(*args, name="layers")(x, mask)[0])
 
 
 def _check_inputs(
@@ -405,3 +407,22 @@ def name_table(pooling: Pooling = "mean") -> NameTable:
     _check_pooling(pooling)
     rules = (*_RULES, *linear("pooler.dense", "pooler")) if pooling == "pooler" else _RULES
     return NameTable(rules=rules, renames=_RENAMES, ignore=_IGNORE)
+
+
+SHARDING: Rules = (
+    (r"encoder/embeddings/word/embedding", ("tensor", "fsdp")),
+    (r"encoder/embeddings/position/embedding", (None, "fsdp")),
+    (r"encoder/layers/(attention/(query|key|value)|mlp/up)/kernel", (None, "fsdp", "tensor")),
+    (r"encoder/layers/(attention/(query|key|value)|mlp/up)/bias", (None, "tensor")),
+    (r"encoder/layers/(attention/out|mlp/down)/kernel", (None, "tensor", "fsdp")),
+    (
+        r".*",
+        (),
+    ),  # norms, token types, pooler and head, and biases that are added to what is whole on every device
+)
+"""Heads, the MLP's inner width and the vocabulary over `"tensor"`, the hidden width over `"fsdp"`."""
+
+
+def tensor_sizes(config: BertConfig) -> dict[str, int]:
+    """What a mesh's tensor axis must divide. The vocabulary is not among it: it stays whole where it must."""
+    return {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size")}

@@ -14,10 +14,10 @@ from .llama import init_cache
 from .llama_config import LlamaConfig
 
 Generate = Callable[..., jax.Array]
-"""`generate(variables, input_ids, segment_ids, sampling, key) -> tokens`, see `make_generate`."""
+"""`generate(variables, input_ids, segment_ids, sampling, keys) -> tokens`, see `make_generate`."""
 
-ENDED = -1
-"""What stands in place of tokens after a sequence's end."""
+ENDED, NOT_FINITE = -1, -2
+"""What stands in place of tokens after a sequence's end, and of the token where the scores are not finite."""
 
 
 class Sampling(NamedTuple):
@@ -53,10 +53,11 @@ def make_generate(
       dtype: of the cache.
 
     Returns:
-      `generate(variables, input_ids, segment_ids, sampling, key)`, for prompts int32 (B, T) padded on the left,
-      with `segment_ids` 1 on tokens and 0 on padding, as `left_padded` makes them. It gives int32 (B, new_tokens):
-      tokens up to and including one of `stop`, then `ENDED`. A row's tokens depend on its prompt, the key and its
-      index, and not on the other rows.
+      `generate(variables, input_ids, segment_ids, sampling, keys)`, for prompts int32 (B, T) padded on the left,
+      with `segment_ids` 1 on tokens and 0 on padding, as `left_padded` makes them, and a key for each (B,). It
+      gives int32 (B, new_tokens): tokens up to and including one of `stop`, or `NOT_FINITE`, then `ENDED`. A row's
+      tokens depend on its prompt and its key, and not on the other rows; but with rotary positions of the kind
+      `dynamic` also on the longest of them, as in transformers.
 
     Raises:
       ValueError: `new_tokens` below 1.
@@ -66,7 +67,7 @@ def make_generate(
 
     @jax.jit
     def generate(
-        variables: Any, input_ids: jax.Array, segment_ids: jax.Array, sampling: Sampling, key: jax.Array
+        variables: Any, input_ids: jax.Array, segment_ids: jax.Array, sampling: Sampling, keys: jax.Array
     ) -> jax.Array:
         rows, length = input_ids.shape
         extend = functools.partial(model.apply, variables, method="extend")
@@ -75,8 +76,10 @@ def make_generate(
         ones = jnp.ones((rows, 1), jnp.int32)
 
         def choose(logits: jax.Array, done: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
-            token = _next(logits, sampling, jax.random.fold_in(key, i))
-            return jnp.where(done, ENDED, token), done | jnp.isin(token, stops)
+            token = _next(logits, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+            broken = ~jnp.all(jnp.isfinite(logits), axis=-1)
+            token = jnp.where(broken, NOT_FINITE, token)
+            return jnp.where(done, ENDED, token), done | broken | jnp.isin(token, stops)
 
         def more(carry: tuple) -> jax.Array:
             i, done = carry[0], carry[1]
@@ -116,12 +119,11 @@ def left_padded(prompts: Sequence[Sequence[int]], *, multiple: int = 64) -> tupl
     return ids, segments
 
 
-def _next(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Each row's next token, int32 (B,), from logits (B, V)."""
+def _next(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+    """Each row's next token, int32 (B,), from logits (B, V) and the rows' keys."""
 
     def sampled() -> jax.Array:
         scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
-        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(logits)))
         return jax.vmap(jax.random.categorical)(keys, _nucleus(scaled, sampling.top_p))
 
     likeliest = functools.partial(jnp.argmax, logits, axis=-1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from .gguf_header import Gguf, Tensor, find, read
 
-__all__ = ["DTYPES", "Gguf", "View", "Weights", "config", "embedding_rows", "find", "read"]
+__all__ = ["DTYPES", "Gguf", "View", "Weights", "config", "embedding_rows", "find", "read", "renamed", "ROPE"]
 
 DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 """The types of tensors that are read."""
@@ -28,7 +28,7 @@ _NAMES = {
     "attn_k_norm": "self_attn.k_norm",
     **{f"ffn_{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
 }
-_EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
+_EMBEDDING, _HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # Hugging Face's name of each size, and the key, after the architecture's name, that holds it.
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -59,8 +59,10 @@ def config(file: Gguf) -> dict[str, Any]:
     head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
     scaling, problems = _rope_scaling(file)
     _raise(file, [*_unsupported(file, head), *problems])
+    window = file.get("attention.sliding_window")
     found = {
-        "model_type": arch,
+        # A Mistral is a Llama with a window, and its files have that architecture.
+        "model_type": "mistral" if arch == "llama" and window else arch,
         "vocab_size": embedding_rows(file),
         **sizes,
         "head_dim": head,
@@ -71,7 +73,7 @@ def config(file: Gguf) -> dict[str, Any]:
         "tie_word_embeddings": _HEAD not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        "sliding_window": file.get("attention.sliding_window"),
+        "sliding_window": window,
         "bos_token_id": file.one("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.one("tokenizer.ggml.eos_token_id"),
     }
@@ -129,7 +131,7 @@ def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
         return {"rope_type": "factors", "factors": factors}, []
     allowed = {"linear": ("factor",), "yarn": ("factor", "original_context_length", "attn_factor", *_YARN)}
     if kind not in allowed or factors is not None:
-        also = "" if factors is None else f", beside the tensor {_ROPE}"
+        also = "" if factors is None else f", beside the tensor {ROPE}"
         return None, [
             f"{prefix}type is {kind!r:.80}{also}; none, linear and yarn are supported, or the tensor alone"
         ]
@@ -162,22 +164,24 @@ def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_factors(file: Gguf) -> list[float] | None:
     """What each frequency is divided by; None where that is 1 everywhere."""
-    if _ROPE not in file.tensors:
+    if ROPE not in file.tensors:
         return None
-    tensor = file.tensors[_ROPE]
+    tensor = file.tensors[ROPE]
     if tensor.dtype != "F32" or len(tensor.shape) != 1:
         raise ValueError(
-            f"{file.path}: {_ROPE} must be a row of F32, it is {list(tensor.shape)} of {tensor.dtype}"
+            f"{file.path}: {ROPE} must be a row of F32, it is {list(tensor.shape)} of {tensor.dtype}"
         )
     factors = View(file, tensor)[:]
     if not np.all(np.isfinite(factors) & (factors > 0)):
-        raise ValueError(f"{file.path}: {_ROPE} must hold positive numbers, got {factors.tolist()!r:.80}")
+        raise ValueError(f"{file.path}: {ROPE} must hold positive numbers, got {factors.tolist()!r:.80}")
     return None if np.all(factors == 1) else [float(str(f)) for f in factors]
 
 
 @dataclass(frozen=True)
 class View:
     """A tensor seen as safetensors' slices are: `view[start:stop]` dequantises those rows, and no others.
+
+    Of a matrix `view[start:stop, first:last]` reads the blocks that these columns are in.
 
     Attributes:
       heads: how many heads the rows belong to whose halves the file has interleaved; 0 for none.
@@ -195,16 +199,32 @@ class View:
         """Its name in the format: `"F16"`, `"Q4_K"`."""
         return self.tensor.dtype
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         """Float32, with the rows of each head in Hugging Face's order."""
         import gguf
 
+        rows, *columns = index if isinstance(index, tuple) else (index,)
         stored, kind = self._stored, gguf.GGMLQuantizationType[self.tensor.dtype]
         if len(self.tensor.shape) == 1:
             values = gguf.quants.dequantize(stored, kind)
             return values[self._order[rows]] if self.heads else values[rows]
         picked = stored[self._order[rows]] if self.heads else stored[rows]
-        return gguf.quants.dequantize(picked, kind).reshape(-1, *self.tensor.shape[1:])
+        if len(columns) != 1 or len(self.tensor.shape) != 2:
+            values = gguf.quants.dequantize(picked, kind).reshape(-1, *self.tensor.shape[1:])
+            return values[(slice(None), *columns)]
+        start, stop, _ = columns[0].indices(self.tensor.shape[1])
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        first = start // block
+        values = gguf.quants.dequantize(picked[:, first * size : -(-stop // block) * size], kind)
+        return values[:, start - first * block : stop - first * block]
+
+    def restored(self, values: np.ndarray) -> np.ndarray:
+        """Rows in Hugging Face's order put back into the file's."""
+        if not self.heads:
+            return values
+        rows = np.empty_like(values)
+        rows[self._order] = values
+        return rows
 
     @cached_property
     def _stored(self) -> np.ndarray:
@@ -232,9 +252,9 @@ class Weights:
         sizes = config(file)
         self._views: dict[str, View] = {}
         for name, tensor in file.tensors.items():
-            if (ours := _renamed(name)) in self._views:
+            if (ours := renamed(name)) in self._views:
                 raise ValueError(f"{file.path} has two tensors that mean {ours:.80}")
-            if name != _ROPE:
+            if name != ROPE:
                 self._views[ours] = View(file, tensor, _interleaved(name, sizes))
 
     def keys(self) -> list[str]:
@@ -259,7 +279,8 @@ def _interleaved(name: str, sizes: Mapping[str, Any]) -> int:
     return sizes["num_attention_heads" if part[1] == "q" else "num_key_value_heads"]
 
 
-def _renamed(name: str) -> str:
+def renamed(name: str) -> str:
+    """A tensor's name in the file as Hugging Face has it; one that we do not know keeps its own."""
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not found or found[2] not in _NAMES:
         return name

@@ -109,8 +109,6 @@ def read(path: Path) -> Gguf:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(path, data)
     metadata, count = _read_metadata(cursor)
-    if (parts := metadata.get("split.count", 1)) not in (0, 1):
-        raise ValueError(f"{path} is one of {parts} parts; join them: llama-gguf-split --merge FIRST OUT")
     infos = [_read_tensor(cursor) for _ in range(count)]
     base = _data_start(cursor, metadata)
     tensors: dict[str, Tensor] = {}
@@ -118,7 +116,10 @@ def read(path: Path) -> Gguf:
         if name in tensors:
             cursor.fail(f"two tensors are called {name!r:.80}")
         tensors[name] = _checked(cursor, name, shape, kinds.get(kind, (f"type {kind}", 0, 0)), base + offset)
-    return Gguf(path, metadata, tensors, data)
+    file = Gguf(path, metadata, tensors, data)
+    if (parts := file.one("split.count", 1)) not in (0, 1):
+        raise ValueError(f"{path} is one of {parts} parts; join them: llama-gguf-split --merge FIRST OUT")
+    return file
 
 
 def _kinds() -> dict[int, tuple[str, int, int]]:

@@ -4,6 +4,7 @@ A model keeps a `NameTable` beside its code; `load_params` reads safetensors and
 every tensor that is missing, left over or misshapen is listed, all in one error, before the first weight is read.
 """
 
+import functools
 import math
 import os
 import re
@@ -55,11 +56,13 @@ class NameTable:
         spellings that differ between checkpoints of the same model.
       ignore: regular expressions, each for whole renamed names, of what a checkpoint may bring and the model
         does not use. Rules come before them.
+      copies: (name, other) of a tensor that a checkpoint may hold beside another, with the same values.
     """
 
     rules: tuple[Rule, ...]
     renames: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, name: str) -> str:
         """The name in the file after the renames."""
@@ -108,6 +111,7 @@ def load_params(
     new: tuple[str, ...] = (),
     param_dtype: Any = None,
     place: Callable[[str, np.ndarray], Any] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, Any]:
     """Loads a model's parameters from `model.safetensors`, the shards that its index names, or a GGUF file.
 
@@ -120,8 +124,10 @@ def load_params(
       expected: the model's parameters as shapes, `jax.eval_shape(model.init, ...)["params"]`.
       new: path prefixes of leaves that do not come from the file, such as a new `"head"`.
       param_dtype: the dtype of all leaves; by default each has the one that `expected` gives it.
-      place: called with each leaf's path and host array, returns what to keep of it, so that a leaf can go
-        straight to its sharding. By default an array on the default device.
+      place: called with each leaf's path and host array, returns what to keep of it. By default an array on the
+        default device.
+      shardings: path to sharding, for leaves that go straight to where they lie: of these each process reads only
+        the parts that its own devices hold, and `place` is not called.
 
     Returns:
       Nested dicts like `expected`, without the `new` leaves.
@@ -144,21 +150,27 @@ def load_params(
     """
     leaves, found = check_params(directory, table, expected, new=new)
     keep = place or (lambda path, array: jax.device_put(array))
-    flat = {
-        rule.path: keep(rule.path, _read(rule, leaves[rule.path], found, param_dtype)) for rule in table.rules
-    }
+
+    def load(rule: Rule) -> Any:
+        leaf, sharding = leaves[rule.path], (shardings or {}).get(rule.path)
+        read = functools.partial(_read, rule, leaf, found, param_dtype)
+        if sharding is None:
+            return keep(rule.path, read([slice(0, size) for size in leaf.shape]))
+        return jax.make_array_from_callback(leaf.shape, sharding, _each_once(read, leaf.shape))
+
+    flat = {rule.path: load(rule) for rule in table.rules}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def check_params(
     directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, "_Tensor"]]:
-    """The checks of `load_params`, which read no weight; returns the leaves by path and their tensors by name."""
+    """The checks of `load_params`, which read no weight but copies; returns leaves by path and tensors by name."""
     directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
-    wanted = {name for rule in table.rules for name in _expand(rule, leaves[rule.path])}
-    found, problems = _find(directory, table, wanted)
-    problems += _compare(table, leaves, found)
+    wanted = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
+    found, problems = _find(directory, table, wanted | {name for name, _ in table.copies})
+    problems += _compare(table, leaves, found) or _changed_copies(table, found)
     if problems:
         raise ValueError(_report(directory, problems))
     return leaves, found
@@ -198,7 +210,7 @@ def _leaves_from_file(
     return leaves
 
 
-def _expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
+def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
     """The names that a rule stands for, one a layer or just one."""
     if _LAYER not in rule.name:
         return [rule.name]
@@ -214,7 +226,7 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     """The wanted tensors in the directory by renamed name, and a line for each that should not be there."""
     found: dict[str, _Tensor] = {}
     problems = []
-    for file_name, file, dtypes, promised in _files(directory):
+    for file_name, file, dtypes, promised in weight_files(directory):
         names = set(file.keys())
         lost = sorted(promised - names)
         problems += [f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in lost]
@@ -229,7 +241,7 @@ def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str
     return found, problems
 
 
-def _files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
+def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
     """Each file with weights: its name, the file opened, the types that are read, the tensors an index promises."""
     if (file := gguf.find(path)) is not None:
         yield file.name, gguf.Weights(gguf.read(file)), gguf.DTYPES, set()
@@ -249,7 +261,7 @@ def _compare(
     problems = []
     for rule in table.rules:
         shape = _shape_in_file(rule, leaves[rule.path])
-        for name in _expand(rule, leaves[rule.path]):
+        for name in expand(rule, leaves[rule.path]):
             tensor = found.get(name)
             if tensor is None:
                 problems.append(f"- {name} {list(shape)} (the model needs it)")
@@ -260,6 +272,30 @@ def _compare(
                     f"~ {tensor.name} is {dtype}, the model needs one of {', '.join(tensor.dtypes)}"
                 )
     return problems
+
+
+def _changed_copies(table: NameTable, found: Mapping[str, _Tensor]) -> list[str]:
+    """A line for each tensor that should repeat another and does not: the checkpoint means another model."""
+    return [
+        f"~ {found[name].name} differs from {found[other].name}, and the config says that they are one (are they "
+        "tied?)"
+        for name, other in table.copies
+        if name in found and not _same(found[name], found[other])
+    ]
+
+
+def _same(one: _Tensor, other: _Tensor) -> bool:
+    """Whether two tensors have the same values, looked at piece by piece."""
+    if one.shape != other.shape or one.view.get_dtype() not in one.dtypes:
+        return False
+    return all(np.array_equal(one.view[part], other.view[part]) for part in _pieces(one.shape))
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first axis that are small enough to be read at once."""
+    rows = _PIECE // max(1, 4 * math.prod(shape[1:])) or 1
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
 
 
 def _report(directory: Path, problems: list[str]) -> str:
@@ -273,14 +309,38 @@ def _report(directory: Path, problems: list[str]) -> str:
     return "\n".join([first, *shown, *rest])
 
 
+def _each_once(
+    read: Callable[[list[slice]], np.ndarray], shape: tuple[int, ...]
+) -> Callable[[Any], np.ndarray]:
+    """A callback that reads a part which several devices hold only once."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        window = [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]
+        key = tuple((s.start, s.stop) for s in window)
+        if key not in parts:
+            parts[key] = read(window)
+        return parts[key]
+
+    return part
+
+
 def _read(
-    rule: Rule, leaf: jax.ShapeDtypeStruct, found: Mapping[str, _Tensor], param_dtype: Any
+    rule: Rule,
+    leaf: jax.ShapeDtypeStruct,
+    found: Mapping[str, _Tensor],
+    param_dtype: Any,
+    window: list[slice],
 ) -> np.ndarray:
-    """One leaf, written piece by piece into place, so that no second copy of it is made."""
-    out = _aligned(leaf.shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
-    slots = out if _LAYER in rule.name else out[None]
-    for index, name in enumerate(_expand(rule, leaf)):
-        _fill(slots[index : index + 1], found[name], transposed=rule.transposed)
+    """A part of one leaf, written piece by piece into place, so that no second copy of it is made."""
+    shape = tuple(s.stop - s.start for s in window)
+    out = _aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
+    names = expand(rule, leaf)
+    slots, names, window = (
+        (out, names[window[0]], window[1:]) if _LAYER in rule.name else (out[None], names, window)
+    )
+    for index, name in enumerate(names):
+        _fill(slots[index : index + 1], found[name], window, transposed=rule.transposed)
     return out
 
 
@@ -292,16 +352,16 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return spare[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(slot: np.ndarray, tensor: _Tensor, *, transposed: bool) -> None:
-    """Writes a tensor to `slot[0]`."""
+def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed: bool) -> None:
+    """Writes a window of a leaf, or of one layer of it, to `slot[0]`."""
     if not tensor.shape:
         slot[0] = tensor.file.get_tensor(tensor.name)
         return
     target = slot[0].T if transposed else slot[0]
-    rows = _PIECE // max(1, 4 * math.prod(tensor.shape[1:])) or 1
-    for start in range(0, len(target), rows):
-        stop = min(start + rows, len(target))
-        target[start:stop] = tensor.view[start:stop]
+    first, *columns = reversed(window) if transposed else window
+    for part in _pieces(target.shape):
+        rows = slice(first.start + part.start, first.start + part.stop)
+        target[part] = tensor.view[(rows, *columns)]
 
 
 def _existing(directory: Path) -> Path:

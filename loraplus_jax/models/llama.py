@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from ..sharding import Rules, split_rows
 from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
 from .hf import NameTable, Rule, embedding, linear, norm
 from .llama_config import LlamaConfig
@@ -159,7 +160,7 @@ class LlamaLayer(LlamaPart):
         self, carry: tuple[jax.Array, Cache | None], shared: _Shared, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         """Hidden states (B, T, D) and cache to the same, and nothing to stack."""
-        x, cache = carry
+        x, cache = split_rows(carry[0]), carry[1]
         args = (self.config, self.dtype, self.param_dtype)
         y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
             self.norm("input_layernorm")(x), shared, cache, layer
@@ -289,7 +290,7 @@ class Llama(nn.Module):
     def _run(self, input_ids: jax.Array, shared: _Shared, cache: Any) -> tuple[jax.Array, Any]:
         layers = jnp.arange(self.config.num_hidden_layers)
         (x, cache), _ = self.layers((self.embed_tokens(input_ids), cache), shared, layers)
-        return self.norm(x), cache
+        return self.norm(split_rows(x)), cache
 
     def _logits(self, x: jax.Array) -> jax.Array:
         logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
@@ -344,9 +345,27 @@ def name_table(config: LlamaConfig) -> NameTable:
         rules += norm(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
     for name in ("gate_proj", "up_proj", "down_proj"):
         rules += linear(f"{layer}.mlp.{name}", f"{layers}/mlp/{name}", bias=config.mlp_bias)
-    ignore = [r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"]
+    copies = ()
     if config.tie_word_embeddings:
-        ignore.append(r"lm_head\.weight")  # some files hold the embedding twice
+        copies = (("lm_head.weight", "embed_tokens.weight"),)  # some files hold the embedding twice
     else:
         rules += linear("lm_head", "lm_head", bias=False)
-    return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=tuple(ignore))
+    ignore = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
+    return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=ignore, copies=copies)
+
+
+SHARDING: Rules = (
+    (r"embed_tokens/embedding", ("tensor", "fsdp")),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/kernel", (None, "fsdp", "tensor")),
+    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/bias", (None, "tensor")),
+    (r"layers/(self_attn/o|mlp/down)_proj/kernel", (None, "tensor", "fsdp")),
+    (r".*", ()),  # norms, and biases that are added to what is whole on every device
+)
+"""Heads, the MLP's inner width and the vocabulary over `"tensor"`, the hidden width over `"fsdp"`."""
+
+
+def tensor_sizes(config: LlamaConfig) -> dict[str, int]:
+    """What a mesh's tensor axis must divide. The vocabulary is not among it: it stays whole where it must."""
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return {name: getattr(config, name) for name in names}

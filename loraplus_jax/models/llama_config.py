@@ -125,8 +125,13 @@ class LlamaConfig:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence, in tokens: what the config says, or what scaled rotary positions stretch it to."""
+        """The longest sequence, in tokens: what the config says, or what scaled rotary positions stretch it to.
+
+        Llama 3's configs state the stretched length.
+        """
         options = dict(self.rope_scaling)
+        if options.get("rope_type") == "llama3":
+            return self.max_position_embeddings
         original = options.get("original_max_position_embeddings", self.max_position_embeddings)
         return max(self.max_position_embeddings, int(original * options.get("factor", 1)))
 
@@ -166,11 +171,16 @@ def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _window(given: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
     """The window where all layers have it; Qwen's switch it on by an option and leave the first layers out."""
+    if given["model_type"] == "llama":
+        return None  # Llama's code does not look at it
+    listed = given.get("layer_types", [])
+    if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
+        raise ValueError(f"layer_types must be a list of names, got {listed!r:.80}")
     # A Mistral file that does not name it has transformers' default, one that says null has none.
     window = config.get("sliding_window", 4096 if given["model_type"] == "mistral" else None)
     if given["model_type"].startswith("qwen") and not given.get("use_sliding_window", False):
         return None
-    layers, kinds = given["num_hidden_layers"], set(given.get("layer_types", ()))
+    layers, kinds = given["num_hidden_layers"], set(listed)
     if not kinds and given["model_type"].startswith("qwen") and window is not None:
         whole = min(given.get("max_window_layers", layers), layers)
         kinds = {"full_attention"} if whole == layers else {"sliding_attention"}

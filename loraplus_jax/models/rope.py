@@ -56,7 +56,8 @@ def checked_scaling(given: Mapping[str, Any] | None) -> Scaling:
     given.pop("rope_theta", None)
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise ValueError(
-            f"rope_scaling: the type must be one of {', '.join(_NEEDED)}, got {kind!r}{nearest(str(kind), _NEEDED)}"
+            f"rope_scaling: the type must be one of {', '.join(_NEEDED)}, got {kind!r}"
+            f"{nearest(str(kind), _NEEDED, fallback=False)}"
         )
     allowed = (*_NEEDED[kind], *_OPTIONAL.get(kind, ()))
     if absent := [name for name in _NEEDED[kind] if name not in given]:

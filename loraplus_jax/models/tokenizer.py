@@ -237,7 +237,7 @@ def _byte_level(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -
     if name not in _CUTS:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.pre is {name!r:.80}, must be one of {', '.join(sorted(_CUTS))}"
-            f"{nearest(str(name), _CUTS)}"
+            f"{nearest(str(name), _CUTS, fallback=False)}"
         )
     cut, space = _CUTS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
     whole = cut == _LLAMA3  # a word that is a token is taken as it is

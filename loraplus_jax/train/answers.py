@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..models.generate import ENDED, Generate, Sampling, left_padded, make_generate
+from ..models.generate import ENDED, NOT_FINITE, Generate, Sampling, left_padded, make_generate
 from ..models.tokenizer import stop_ids
 from .chat import tokenize, tokenize_chats
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
+from .hosts import to_host
 from .language import model_config, text_tools
 from .language_tasks import LanguageTask
 from .settings import Settings
@@ -63,10 +64,15 @@ class Speaker:
         """The tokens of conversations up to where an answer begins.
 
         Raises:
-          ValueError: one is too long.
+          ValueError: one is too long, or the template makes nothing of one.
         """
         texts = [self.template.render(turns, add_generation_prompt=True) for turns in chats]
         prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
+        if empty := [n for n, ids in enumerate(prompts, 1) if not ids]:
+            raise ValueError(
+                f"the chat template of {self.template.origin} makes no tokens of prompt {empty[0]} "
+                f"of {len(prompts)}"
+            )
         if long := [len(ids) for ids in prompts if len(ids) > self.longest]:
             number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
             raise ValueError(
@@ -84,17 +90,21 @@ class Speaker:
         seed: int = 0,
         batch_size: int = 8,
     ) -> list[str]:
-        """The answers, without special tokens. All batches have one shape, so that one program makes them."""
+        """The answers, without special tokens. All batches have one shape, so that one program makes them.
+
+        Draws of an answer depend on the seed and on which of the conversations it answers, not on the batches.
+        """
         prompts = self.encode(chats)
         rows = min(batch_size, len(prompts))
         ids, segments = left_padded([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
-        found = [
-            np.asarray(self.generate(variables, ids[at : at + rows], segments[at : at + rows], sampling, key))
-            for at, key in (
-                (at, jax.random.fold_in(jax.random.key(seed), at)) for at in range(0, len(ids), rows)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
+        batches = [slice(at, at + rows) for at in range(0, len(ids), rows)]
+        found = [self.generate(variables, ids[at], segments[at], sampling, keys[at]) for at in batches]
+        tokens = np.concatenate(to_host(found))[: len(prompts)]
+        if np.any(tokens == NOT_FINITE):
+            raise ValueError(
+                "the model's scores are not finite: look at the weights and the dtype, and at training"
             )
-        ]
-        tokens = np.concatenate(found)[: len(prompts)]
         return [self.tokenizer.decode(row[row != ENDED].tolist()).strip() for row in tokens]
 
 

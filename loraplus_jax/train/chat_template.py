@@ -119,7 +119,9 @@ def _to_json(
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, run in a sandbox that also bounds how long it runs and how much it writes.
+    """A chat template, run in a sandbox that also bounds its loops, its calls, its products and what it writes.
+
+    Memory has no bound: a template can still join or pad texts until it is full.
 
     As in transformers it sees `messages` (each with `role` and `content`), `add_generation_prompt`, `bos_token`,
     `eos_token`, `tools` and `documents` (both None), `raise_exception` and `strftime_now` (of the fixed `DATE`).
@@ -241,8 +243,8 @@ def load_template(choice: str, model: str | Path) -> ChatTemplate:
     own = chat_template(model)
     if own is None or not own.strip():
         raise ValueError(
-            f"{model} has no chat template: set data.template to plain (### Instruction, ### Response) or to the "
-            "path of a template"
+            f"{model} has no chat template: choose plain (### Instruction, ### Response) or the path of a "
+            "template, with data.template or, for generate, --template"
         )
     return ChatTemplate(own, str(model), bos, eos)
 

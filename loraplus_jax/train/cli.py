@@ -1,15 +1,18 @@
-"""The command line: `loraplus train | inspect | eval | predict | generate | fetch`."""
+"""The command line: `loraplus train | sweep | inspect | plan | eval | predict | generate | export | fetch`."""
 
 import argparse
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 TRACEBACK = "LORAPLUS_TRACEBACK"
-WITH_SETTINGS, FLAGS = ("train", "inspect"), ("--fresh", "--help", "-h")
+WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect", "plan"), ("--fresh", "--help", "-h")
+OPTIONS = {"plan": ("--topology", "--json")}
+"""Options with a value that are no settings, by command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,9 +47,15 @@ def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         return _parser().parse_known_args(arguments)
     command, *rest = arguments
     config = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    flags = [word for word in rest if word in FLAGS]
-    options = _parser().parse_args([command, *config, *flags])
-    return options, [word for word in rest if word not in FLAGS]
+    own, settings = [], []
+    while rest:
+        word = rest.pop(0)
+        is_option = word.partition("=")[0] in OPTIONS.get(command, ())
+        (own if is_option or word in FLAGS else settings).append(word)
+        if is_option and "=" not in word:
+            own += rest[:1]
+            del rest[:1]
+    return _parser().parse_args([command, *config, *own]), settings
 
 
 def _ended(message: str, code: int) -> int:
@@ -69,18 +78,25 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "train as a config file says", add_help=False)
     inspect = add("inspect", _inspect, "show what would be trained, without training", add_help=False)
-    for command in (train, inspect):
+    sweep = add("sweep", _sweep, "find out which lambda helps, and whether one does", add_help=False)
+    plan = add("plan", _plan, "say what a step needs, without weights or data", add_help=False)
+    for command in (train, sweep, inspect, plan):
         command.add_argument("config", nargs="?")
         command.add_argument("-h", "--help", action="store_true")
-    train.add_argument("--fresh", action="store_true")
+    for command in (train, sweep):
+        command.add_argument("--fresh", action="store_true")
+    plan.add_argument("--topology", metavar="NAME", help="TPUs to compile for, such as v5e:16x16")
+    plan.add_argument("--json", metavar="FILE", type=Path, help="a new file for all that was found")
     evaluate = add("eval", _eval, "evaluate a finished run or an adapter directory")
     evaluate.add_argument("run_directory", metavar="RUN", type=Path)
     evaluate.add_argument("--split", help="train, validation or test (default)")
     evaluate.add_argument("--data", help="another labelled file, instead of a split")
+    evaluate.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
     predict = add("predict", _predict, "predict for texts, with a finished run or an adapter directory")
     predict.add_argument("run_directory", metavar="RUN", type=Path)
     predict.add_argument("--text", action="append", default=[], help="a text; may be given several times")
     predict.add_argument("--data", help="a file with texts, instead of --text")
+    predict.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
     predict.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
     generate = add("generate", _generate, "answer prompts with a language model, tuned or as it is")
     generate.add_argument("place", metavar="RUN|MODEL", help="a run, an adapter directory, or a model")
@@ -102,7 +118,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of a model's weights; a run has its own"
     )
+    generate.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
     generate.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
+    export = add("export", _export, "write a run's adapter for PEFT, or with --merged a whole model")
+    export.add_argument("place", metavar="RUN", type=Path, help="a run or an adapter directory")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new directory")
+    export.add_argument(
+        "--merged", action="store_true", help="the whole model with the adapter in its weights"
+    )
+    export.add_argument("--format", choices=("hf", "gguf"), help="of a merged model (default hf)")
+    export.add_argument("--dtype", choices=DTYPES, help="of a merged model's weights; by default the base's")
     fetch = add("fetch", _fetch, "fetch a model or data set by name; without a name, list them")
     fetch.add_argument("name", nargs="?", metavar="NAME")
     return parser
@@ -111,16 +136,37 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if _helped(options):
         return
-    from .lifecycle import Stopped
-    from .loop import TrainingFailed, train
+    from .loop import train
     from .settings import parse_settings
 
+    _run(options, lambda: train(parse_settings(options.config, overrides), fresh=options.fresh))
+
+
+def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .sweep_settings import SweepRun
+
+    if _helped(options, SweepRun):
+        return
+    from .settings import parse_settings
+    from .sweep import sweep
+
+    _run(options, lambda: sweep(parse_settings(options.config, overrides, SweepRun), fresh=options.fresh))
+
+
+def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
+    """Runs what may be stopped or fail, and sets the exit code."""
+    from .hosts import LostProcess
+    from .lifecycle import Stopped
+    from .watch import TrainingFailed
+
     try:
-        train(parse_settings(options.config, overrides), fresh=options.fresh)
+        training()
     except Stopped as stop:
         options.code = _ended(str(stop), 128 + stop.signal_number)
     except TrainingFailed as failure:
         options.code = _ended(f"training failed: {failure}", 1)
+    except LostProcess as lost:
+        options.code = _ended(str(lost), 1)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -131,12 +177,28 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
         print(inspect(parse_settings(options.config, overrides)))
 
 
-def _helped(options: argparse.Namespace) -> bool:
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    if _helped(options):
+        return
+    from .plan import make_plan
+    from .plan_text import check_new, text_of, write_json
+    from .settings import parse_settings
+
+    if options.json is not None:
+        check_new(options.json)
+    settings = parse_settings(options.config, overrides)
+    plan = make_plan(settings, options.topology)
+    print(text_of(plan, settings))
+    if options.json is not None:
+        write_json(options.json, plan, settings)
+
+
+def _helped(options: argparse.Namespace, kind: type | None = None) -> bool:
     """Prints every setting, for --help; a missing config is an error."""
-    from .settings import settings_parser
+    from .settings import Settings, settings_parser
 
     if options.help:
-        settings_parser().print_help()
+        settings_parser(kind or Settings, options.command).print_help()
     elif options.config is None:
         raise ValueError(f"{options.command} needs a config file: loraplus {options.command} CONFIG")
     return options.help
@@ -145,7 +207,8 @@ def _helped(options: argparse.Namespace) -> bool:
 def _eval(options: argparse.Namespace, _: list[str]) -> None:
     from .use import evaluate_run
 
-    print(json.dumps(evaluate_run(options.run_directory, split=options.split, data=options.data), indent=1))
+    given = {name: getattr(options, name) for name in ("split", "data", "config")}
+    print(json.dumps(evaluate_run(options.run_directory, **given), indent=1))
 
 
 def _predict(options: argparse.Namespace, _: list[str]) -> None:
@@ -155,7 +218,7 @@ def _predict(options: argparse.Namespace, _: list[str]) -> None:
         check_output(options.output)
     if bool(options.text) == bool(options.data):
         raise ValueError("predict needs --text or --data, one of the two")
-    found = predict_run(options.run_directory, texts=options.text, data=options.data)
+    found = predict_run(options.run_directory, texts=options.text, data=options.data, config=options.config)
     if options.output is not None:
         write_predictions(options.output, found)
     else:
@@ -179,6 +242,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         "batch_size",
         "template",
         "dtype",
+        "config",
     )
     given = {name: getattr(options, name) for name in names}
     found = speak(options.place, prompts=options.prompt, **given)
@@ -187,6 +251,13 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
     else:
         for row in found:
             print(f"> {row['prompt']}\n{row['answer']}\n")
+
+
+def _export(options: argparse.Namespace, _: list[str]) -> None:
+    from .export import export_run
+
+    given = {name: getattr(options, name) for name in ("merged", "format", "dtype")}
+    print(export_run(options.place, options.to, **given))
 
 
 def _fetch(options: argparse.Namespace, _: list[str]) -> None:

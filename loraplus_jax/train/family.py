@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from ..models.hf import NameTable
+from ..sharding import Rules
 from ..spec import Specs
 from ..train_step import LossFn
 from .data import Batch
@@ -63,12 +64,16 @@ class Base(NamedTuple):
       table: where the tensors of its files go.
       new: prefixes of parameters that no file has.
       inputs: shapes of what it is called with.
+      rules: where its parameters lie on a mesh.
+      tensor_sizes: what the mesh's tensor axis must divide, by name.
     """
 
     model: nn.Module
     table: NameTable
     new: tuple[str, ...]
     inputs: tuple[jax.ShapeDtypeStruct, ...]
+    rules: Rules
+    tensor_sizes: Mapping[str, int]
 
 
 class Parts(NamedTuple):

@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,16 +13,21 @@ from typing import Any
 
 import filelock
 import jax
+import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
 from ..checkpoint import differences
 from ..models.hf import read_json
+from .hosts import is_first, wait_for_all
 from .report import PICTURE, SUMMARY, partial_path, write_text
-from .settings import ENDS, Settings, apart
+from .settings import ENDS, MAY_CHANGE, Settings, apart
 from .yaml_files import read_yaml
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
+OF_A_START = ("output_dir ", "distributed.")
+"""Settings that say where a run is started, and not what it is."""
 
 
 class Stopped(Exception):
@@ -72,8 +77,22 @@ def named(directory: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
-def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list[str]:
+def check_directory(
+    directory: Path,
+    settings: Settings,
+    *,
+    fresh: bool,
+    may_change: Sequence[str] = MAY_CHANGE,
+    ends: tuple[str, ...] = ENDS,
+) -> list[str]:
     """Which settings have changed since the run that is in the directory was started, in words.
+
+    Args:
+      directory: `output_dir`.
+      settings: of the run that wants to go on there.
+      fresh: whether it starts over instead.
+      may_change: which settings may differ.
+      ends: which of them let a finished run go on.
 
     Raises:
       ValueError: the run may not start or go on there.
@@ -92,17 +111,15 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
     old = read_yaml(directory / CONFIG)
     if not isinstance(old, dict):
         raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
-    (old_same, old_free), (same, free) = apart(old), apart(settings.to_json())
+    (old_same, old_free), (same, free) = (apart(v, "", may_change) for v in (old, settings.to_json()))
     if found := _changes(old_same, same):
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
-    changed = [text for text in _changes(old_free, free) if not text.startswith("output_dir ")]
-    if (directory / SUMMARY).exists() and not any(text.startswith(ENDS) for text in changed):
-        raise ValueError(
-            f"the run in {directory} is finished, its results are in {SUMMARY}; it goes on with more train.steps, "
-            f"or {other}"
-        )
+    changed = [text for text in _changes(old_free, free) if not text.startswith(OF_A_START)]
+    if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
+        more = "it goes on with more train.steps, or " if ends else ""
+        raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")
     return changed
 
 
@@ -132,6 +149,17 @@ def _first_free(path: Path) -> Path:
     """The path, or with the first number behind its name that makes it new."""
     numbered = (path.with_stem(f"{path.stem}.{number}") for number in range(1, 10**6))
     return path if not path.exists() else next(p for p in numbered if not p.exists())
+
+
+def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
+    """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
+    place = _first_free(directory / DAMAGED / str(step))
+    if is_first():
+        place.parent.mkdir(exist_ok=True)
+        (directory / CHECKPOINTS / str(step)).rename(place)
+    wait_for_all("a damaged checkpoint is out of the way")
+    manager.reload()
+    return place
 
 
 def set_aside(directory: Path, console: Console) -> None:

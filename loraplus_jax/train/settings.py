@@ -4,16 +4,17 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ..config import LoRAPlusConfig, check_number, check_whole, nearest
 from ..models.attention import Attention
 from ..models.llama import Remat
-from ..optim import Schedule
+from ..optim import LEAST_EPS, Schedule
 from ..tree import Policy
 from .data import DataSettings
+from .hosts import ALL_DEVICES, ONE_PROCESS, DistributedSettings, MeshSettings
 from .yaml_files import read_yaml
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
@@ -77,7 +78,7 @@ class OptimizerSettings:
       decay_steps: for wsd (warm-up, stable, decay), the steps of decay at the end; a fifth if not given.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
-      eps: Adam's epsilon.
+      eps: Adam's epsilon, at least 1e-30.
       weight_decay: a step shrinks a parameter by rate times this.
       decay: whether B's decay is lr_ratio times A's (coupled) or the same (equal).
       max_grad_norm: clips the norm over all gradients together.
@@ -103,11 +104,11 @@ class OptimizerSettings:
             "learning_rate",
             "head_learning_rate",
             "embedding_learning_rate",
-            "eps",
             "max_grad_norm",
         ):
             if getattr(self, name) is not None:
                 check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
+        check_number("optimizer.eps", self.eps, at_least=LEAST_EPS)
         for name in ("b1", "b2"):
             check_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
         check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
@@ -138,8 +139,10 @@ class TrainSettings:
       early_stopping: evaluations worse than the best after which training ends; never if not given.
       select: whether the adapter written at the end is the best evaluated one or the last.
       keep: how many of the newest checkpoints to keep, besides the best.
-      max_skipped: a step with a loss or gradient that is not finite is skipped; so many in a row end the run.
+      max_skipped: a step whose loss, gradient or update is not finite is skipped; so many in a row end the run.
       compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
+      theory_every: steps between measurements of what A's and B's steps did to each layer's output (theory/... in
+        metrics.jsonl), on a quarter of a batch; none if not given.
       prompt: a question that a language model answers before and after training, printed and kept in summary.json.
       prompt_tokens: tokens of these answers at most.
     """
@@ -156,6 +159,7 @@ class TrainSettings:
     keep: int = 2
     max_skipped: int = 5
     compilation_cache: bool = True
+    theory_every: int | None = None
     prompt: str | None = None
     prompt_tokens: int = 64
 
@@ -164,7 +168,7 @@ class TrainSettings:
             raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
         if self.epochs is not None:
             check_number("train.epochs", self.epochs, above=0.0)
-        for name in ("steps", "early_stopping"):
+        for name in ("steps", "early_stopping", "theory_every"):
             if getattr(self, name) is not None:
                 check_whole(f"train.{name}", getattr(self, name), at_least=1)
         for name in (
@@ -187,17 +191,6 @@ class TrainSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSettings:
-    """The devices.
-
-    Attributes:
-      data: how many devices share a batch, -1 for all there are.
-    """
-
-    data: int = -1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """A whole run.
 
@@ -208,9 +201,14 @@ class Settings:
       optimizer: rates, schedule, decay, clipping.
       train: length, batches, evaluation.
       mesh: the devices.
+      distributed: the processes, where there are several.
       task: classification, or regression, one number a text; instruction, the answers in conversations; or
         multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
       method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
+      init_adapter: a run or an adapter directory, of this package or PEFT, that training starts from; what it says
+        of ranks, scales and layers must be what the section lora says.
+      init_adapter_rates: same if lr_ratio, policy and decay must be those that the adapter was trained with, where
+        it says so; new if other ones are meant.
       seed: of initial values, shuffling and dropout.
       output_dir: where everything the run makes is written.
     """
@@ -220,9 +218,12 @@ class Settings:
     lora: LoRAPlusConfig = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
-    mesh: MeshSettings = MeshSettings()
+    mesh: MeshSettings = ALL_DEVICES
+    distributed: DistributedSettings = ONE_PROCESS
     task: TaskName = "classification"
     method: Method = "lora_plus"
+    init_adapter: str | None = None
+    init_adapter_rates: Literal["same", "new"] = "same"
     seed: int = 0
     output_dir: str
 
@@ -232,6 +233,10 @@ class Settings:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if not self.output_dir.strip():
             raise ValueError("output_dir is empty")
+        if self.init_adapter is not None and not self.init_adapter.strip():
+            raise ValueError("init_adapter is empty; leave it out for none")
+        if self.init_adapter is None and self.init_adapter_rates != "same":
+            raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
         _check_kind(self)
 
     @property
@@ -253,6 +258,8 @@ class Settings:
         """All fields as plain values, as written to `config.yaml`."""
         return _plain(dataclasses.asdict(self))
 
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 _OF_ENCODERS = {
     "model": ("pooling", "dropout", "head_dropout"),
@@ -279,6 +286,8 @@ def _check_kind(settings: Settings) -> None:
                 )
     if settings.data.answers != "all" and settings.task != "instruction":
         raise ValueError(f"data.answers goes with the task instruction, and the task is {settings.task}")
+    if settings.train.theory_every is not None and settings.method == "full":
+        raise ValueError("train.theory_every measures adapters, and method full has none")
     if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:
         raise ValueError("train.prompt_tokens goes with train.prompt, which is not set")
 
@@ -286,13 +295,16 @@ def _check_kind(settings: Settings) -> None:
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "mesh.data", "output_dir"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
 ENDS = MAY_CHANGE[:4]
 
 
-def apart(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+def apart(
+    values: Mapping[str, Any], prefix: str = "", may_change: Sequence[str] = MAY_CHANGE
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plain settings as two trees: what must stay as it was when a run goes on, and what may change.
 
     >>> apart({"seed": 1, "train": {"steps": 5, "accumulate": 2}})
@@ -302,61 +314,67 @@ def apart(values: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], 
     free: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            for tree, part in zip((same, free), apart(value, f"{prefix}{name}."), strict=True):
+            for tree, part in zip((same, free), apart(value, f"{prefix}{name}.", may_change), strict=True):
                 tree |= {name: part} if part else {}
         else:
-            (free if f"{prefix}{name}" in MAY_CHANGE else same)[name] = value
+            (free if f"{prefix}{name}" in may_change else same)[name] = value
     return same, free
 
 
-def parse_settings(config: str | Path, overrides: Sequence[str] = ()) -> Settings:
+def parse_settings(
+    config: str | Path, overrides: Sequence[str] = (), kind: type[AnySettings] = Settings
+) -> AnySettings:
     """Reads settings from a YAML file and `--section.field value` arguments, which win.
+
+    Args:
+      config: the file.
+      overrides: the arguments.
+      kind: `Settings`, or a class with more sections than it has.
 
     Raises:
       ValueError: the file cannot be read, a key is unknown (the nearest one is named), or a value is of the wrong
         type or out of range.
     """
-    _check_file(Path(config))
-    known = _dotted(Settings)
+    _check_file(Path(config), kind)
+    known = _dotted(kind)
     for argument in overrides:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and name not in known:
             raise ValueError(f"there is no option --{name}{nearest(name, known, fallback=False)}")
-    parser = settings_parser()
+    parser = settings_parser(kind)
     try:
-        return _instance(parser, parser.parse_args(["--config", str(config), *overrides]))
+        return _instance(kind, parser.parse_args(["--config", str(config), *overrides]))
     except (ArgumentError, OverflowError) as error:  # the second for a whole number that no float can hold
-        raise ValueError(_explained(str(error))) from None
+        raise ValueError(_explained(str(error), kind)) from None
 
 
 def settings_from_json(values: Mapping[str, Any]) -> Settings:
     """The inverse of `Settings.to_json`."""
     _check_keys(values, Settings, "config")
-    parser = settings_parser()
     try:
-        return _instance(parser, parser.parse_object(dict(values)))
+        return _instance(Settings, settings_parser().parse_object(dict(values)))
     except (ArgumentError, OverflowError) as error:  # the second for a whole number that no float can hold
         raise ValueError(_explained(str(error))) from None
 
 
-def settings_parser() -> ArgumentParser:
+def settings_parser(kind: type[Settings] = Settings, command: str = "train") -> ArgumentParser:
     """A parser of every field as `--section.field`, its help taken from the docstrings here."""
-    usage = "loraplus train CONFIG [--section.field value ...] [--fresh]"
-    parser = ArgumentParser(prog="loraplus train", usage=usage, exit_on_error=False, print_config=None)
+    usage = f"loraplus {command} CONFIG [--section.field value ...] [--fresh]"
+    parser = ArgumentParser(prog=f"loraplus {command}", usage=usage, exit_on_error=False, print_config=None)
     parser.add_argument(
         "--config", action="config", help="the YAML file; on the command line it stands first"
     )
-    parser.add_class_arguments(Settings, None)
+    parser.add_class_arguments(kind, None)
     return parser
 
 
-def _instance(parser: ArgumentParser, parsed: Any) -> Settings:
-    sections = _sections(Settings)
+def _instance(kind: type[AnySettings], parsed: Any) -> AnySettings:
+    sections = _sections(kind)
     values = {}
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(kind):
         value, section = parsed[field.name], sections.get(field.name)
         values[field.name] = value if section is None else _section(field.name, section, value)
-    return Settings(**values)
+    return kind(**values)
 
 
 def _section(name: str, section: type, values: Any) -> Any:
@@ -368,11 +386,11 @@ def _section(name: str, section: type, values: Any) -> Any:
         raise ValueError(f"{prefix}{error!s:.1000}") from None
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, kind: type[Settings]) -> None:
     """A readable YAML mapping whose keys all exist."""
     if not path.is_file():
         raise ValueError(f"there is no config file {path}")
-    _check_keys(read_yaml(path), Settings, str(path))
+    _check_keys(read_yaml(path), kind, str(path))
 
 
 def _check_keys(values: Any, section: type, where: str) -> None:
@@ -408,20 +426,20 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _explained(message: str) -> str:
+def _explained(message: str, kind: type[Settings] = Settings) -> str:
     """The parser's report of a wrong type, in words: which field, what is allowed, what was given."""
     message = _one_line(message)
     found = re.match(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: (.*)', message)
     if found is None:
         return message[:1000]
     name, value = found[1], found[2].split(" - Expected")[0].strip()
-    section: Any = Settings
+    section: Any = kind
     *parents, last = name.split(".")
     for parent in parents:
         section = _sections(section)[parent]
-    kind = next((f.type for f in dataclasses.fields(section) if f.name == last), None)
-    choices = get_args(kind) if get_origin(kind) is Literal else ()
-    allowed = f"one of {', '.join(choices)}" if choices else _WORDS.get(kind, str(kind))
+    wanted = next((f.type for f in dataclasses.fields(section) if f.name == last), None)
+    choices = get_args(wanted) if get_origin(wanted) is Literal else ()
+    allowed = f"one of {', '.join(choices)}" if choices else _WORDS.get(wanted, str(wanted))
     hint = nearest(value, choices, fallback=False) if choices else ""
     return f"{name} must be {allowed}, got {value!r:.80}{hint}"
 
@@ -437,6 +455,8 @@ _WORDS: dict[Any, str] = {
     str | tuple[str, ...]: "a regular expression, or a list of names",
     tuple[str, ...]: "a list of names",
     tuple[int, ...] | None: "a list of whole numbers or null",
+    tuple[float, ...]: "a list of numbers",
+    tuple[float, ...] | None: "a list of numbers or null",
     dict[str, str] | None: "a mapping from names to columns, or null",
     dict[str, int]: "a mapping from patterns to whole numbers",
     dict[str, float]: "a mapping from patterns to numbers",

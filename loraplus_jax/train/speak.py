@@ -9,8 +9,10 @@ import jax
 from ..config import check_whole
 from ..models.generate import Sampling, check_sampling
 from ..models.hf import load_params
+from ..peft_io import NOTES, peft_options
 from ..sharding import make_mesh, replicate
 from ..tree import combine
+from .adapters import find_adapter, is_peft, notes_of, read_adapter
 from .answers import Speaker
 from .conversations import Turn, read_chats
 from .data import DataSettings
@@ -19,8 +21,9 @@ from .language import make_base
 from .language_tasks import LanguageTask
 from .lifecycle import ADAPTER
 from .loop import CHECKPOINTS
+from .prepare import build, load, params_of
 from .settings import Dtype, ModelSettings, Settings
-from .use import NOTES, load_tuned
+from .use import load_tuned, with_adapter
 
 
 def speak(
@@ -36,11 +39,12 @@ def speak(
     batch_size: int = 8,
     template: str | None = None,
     dtype: Dtype | None = None,
+    config: str | None = None,
 ) -> list[dict[str, str]]:
     """Answers, each with its prompt.
 
     Args:
-      place: a run's output directory or an adapter directory; or a model as `model.path` names it.
+      place: a run's output directory or an adapter directory of either format; or a model as `model.path` names it.
       prompts: what the user says. Either this or `data`.
       data: a file of conversations, whose last answers are left out and made anew.
       system: what stands before each of `prompts`.
@@ -48,7 +52,9 @@ def speak(
       temperature, top_p: see `Sampling`.
       seed: of draws, 0 if not given.
       batch_size: conversations answered at once.
-      template, dtype: for a model, its chat template and what its weights are kept in; a run has its own.
+      template, dtype: for a model or an adapter that PEFT made, the chat template and what the base's weights are
+        kept in; a run has its own.
+      config: of a training run, for an adapter that PEFT made whose base is not where it says.
 
     Raises:
       ValueError, OSError: something is missing, out of range, or cannot be read.
@@ -66,7 +72,7 @@ def speak(
     seed = 0 if seed is None else seed
     check_whole("seed", seed, at_least=0)
     _check_prompts(prompts, system)
-    settings, directory, task, model, variables = _opened(place, template, dtype)
+    settings, directory, task, model, variables = _opened(place, template, dtype, config)
     chats = _chats(prompts, data, system, settings)
     speaker = Speaker.from_settings(settings, directory, task, model, max_tokens)
     variables = replicate(make_mesh(1), variables)
@@ -92,30 +98,59 @@ def _chats(
 
 
 def _opened(
-    place: str, template: str | None, dtype: Dtype | None
+    place: str, template: str | None, dtype: Dtype | None, config: str | None
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
-    """Settings, base, task, model and variables of a run, or of a model without adapters."""
+    """Settings, base, task, model and variables of a run, of an adapter, or of a model without adapters."""
     path = Path(place).expanduser()
-    if (path / ADAPTER).is_dir() or (path / NOTES).is_file():
+    directory = find_adapter(path)
+    if directory is not None and config is None and not notes_of(directory).get("settings"):
+        return _with_base(directory, template, dtype)
+    if directory is not None or (path / NOTES).is_file():
         if template is not None or dtype is not None:
             raise ValueError(
                 "--template and --dtype are for models; a run answers with those that it was trained with"
             )
-        tuned = load_tuned(path)
+        tuned = load_tuned(path, config)
         if not tuned.settings.is_language:
             raise ValueError(f"{place} holds an encoder for {tuned.settings.task}: use predict")
         variables = combine(tuned.parts.trainable, tuned.parts.frozen)
         return tuned.settings, tuned.base, tuned.task, tuned.parts.model, variables
+    if config is not None:
+        raise ValueError(f"--config is for adapters that PEFT made; {place} is none")
     if (path / CHECKPOINTS).is_dir():
         raise ValueError(f"the run in {place} is not finished: it has no {ADAPTER}/ yet")
-    directory, kept = resolve(place, "model"), dtype or "float32"
-    # Only what a language model is made from counts here; nothing is read or written.
-    settings = Settings(
-        model=ModelSettings(path=place, dtype=kept, param_dtype=kept),
+    directory, settings = resolve(place, "model"), _plain_settings(place, template, dtype)
+    base = make_base(settings, directory, None)
+    shapes = jax.eval_shape(base.model.init, jax.random.key(0), *base.inputs)["params"]
+    return settings, directory, None, base.model, {"params": load_params(directory, base.table, shapes)}
+
+
+def _with_base(
+    directory: Path, template: str | None, dtype: Dtype | None
+) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
+    """The same of an adapter that PEFT made, on the base that it names."""
+    if not is_peft(directory):
+        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
+    named = peft_options(directory).base_model
+    if named is None:
+        raise ValueError(
+            f"{directory} does not name its base model: give the config of a run with --config, in which "
+            "model.path does"
+        )
+    base = resolve(named, "model")
+    settings = with_adapter(directory, _plain_settings(named, template, dtype), base, None)
+    parts = load(settings, base, build(settings, base, None, settings.applied), settings.applied)
+    adapter = read_adapter(directory, parts, params_of(parts))
+    variables = combine({"lora": adapter.lora}, adapter.extras, parts.frozen)
+    return settings, base, None, parts.model, variables
+
+
+def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:
+    """Only what a language model is made from counts here; nothing is read or written."""
+    kept = dtype or "float32"
+    return Settings(
+        model=ModelSettings(path=model, dtype=kept, param_dtype=kept),
         data=DataSettings(train="-", max_length=2, template=template or "model"),
         task="instruction",
         output_dir="-",
     )
-    base = make_base(settings, directory, None)
-    shapes = jax.eval_shape(base.model.init, jax.random.key(0), *base.inputs)["params"]
-    return settings, directory, None, base.model, {"params": load_params(directory, base.table, shapes)}

@@ -1,5 +1,6 @@
 """Using what a run left: evaluation and predictions from an adapter directory."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -9,22 +10,32 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..adapter_io import NOTES, adapter_notes, load_adapter
-from ..checkpoint import fingerprint
+from ..adapter_io import read_tensors
 from ..config import nearest
+from ..models.hf import load_params
+from ..peft_io import NOTES, OWN, peft_notes
 from ..sharding import make_mesh, replicate
 from ..train_step import make_eval
-from ..tree import combine
+from ..tree import combine, flatten, unflatten
+from .adapters import (
+    check_base,
+    config_of,
+    find_adapter,
+    is_peft,
+    merged_table,
+    notes_of,
+    own_config,
+    read_adapter,
+)
 from .data import encode, eval_batches
 from .encoders import tokenizer_for
 from .family import Parts
 from .fetch import resolve
 from .language_tasks import LanguageTask
-from .lifecycle import ADAPTER
 from .loop import evaluate, place
-from .prepare import build, family_of, load
+from .prepare import bare_parts, build, family_of, load, params_of
 from .rows import read_rows
-from .settings import LANGUAGE, Settings, settings_from_json
+from .settings import LANGUAGE, Settings, parse_settings, settings_from_json
 from .tasks import Task, outputs
 
 OUTPUT_SUFFIX = ".jsonl"
@@ -46,31 +57,81 @@ class Tuned(NamedTuple):
     base: Path
 
 
-def load_tuned(directory: Path) -> Tuned:
-    """Loads a run's output directory, or an adapter directory alone, onto its base model.
+def load_tuned(place: Path, config: str | None = None) -> Tuned:
+    """Loads a run's output directory, an adapter of either format, or a merged model that was exported here.
+
+    Args:
+      place: the directory.
+      config: of a training run, for an adapter that PEFT made: the model, the data and the task are taken from it.
 
     Raises:
       ValueError, OSError: it is none, is damaged, or its base is another one now.
     """
-    directory = directory / ADAPTER if (directory / ADAPTER).is_dir() else directory
-    notes, adapter = adapter_notes(directory), load_adapter(directory)
-    if not {"settings", "task", "base"} <= notes.keys():
-        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
-    try:
-        settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
-        task = _task(notes["task"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{directory / NOTES} is damaged: {error}") from None
-    base = resolve(settings.model.path, "model")
-    parts = load(settings, base, build(settings, base, task, adapter.config), adapter.config)
-    if parts.frozen and (found := fingerprint(parts.frozen)) != notes["base"]:
-        raise ValueError(
-            f"{directory} belongs to a base with fingerprint {notes['base']}, {base} has {found}"
+    directory = find_adapter(place)
+    if directory is None and (place / NOTES).is_file():
+        return _load_merged(place, config)
+    if directory is None:
+        raise FileNotFoundError(
+            f"{place} is no run, no adapter directory and no model exported with --merged"
         )
+    notes = notes_of(directory)
+    if {"settings", "task", "base"} <= notes.keys():
+        settings, task = known_of(directory, notes, config)
+        adapted = own_config(directory)
+        base = resolve(settings.model.path, "model")
+    elif is_peft(directory) and config is not None:
+        settings, base, task = _from_config(directory, parse_settings(config))
+        adapted = settings.applied
+    else:
+        more = ": give the config of a run with --config" if is_peft(directory) else ""
+        raise ValueError(f"{directory} was not written by loraplus: model, data and task are not in it{more}")
+    parts = load(settings, base, build(settings, base, task, adapted), adapted)
+    check_base(directory, parts, base)
+    adapter = read_adapter(directory, parts, params_of(parts))
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: the tensors do not fit the model that its settings describe")
     return Tuned(settings, task, parts._replace(trainable=trainable), base)
+
+
+def known_of(directory: Path, notes: Mapping[str, Any], config: str | None = None) -> tuple[Settings, Any]:
+    """The settings and the task that an adapter or a merged model has in its notes."""
+    if config is not None:
+        raise ValueError(f"--config is for adapters that PEFT made; {directory} has settings of its own")
+    try:
+        settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
+        return settings, _task(notes["task"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{directory}: its settings are damaged: {error}") from None
+
+
+def _from_config(directory: Path, settings: Settings) -> tuple[Settings, Path, Any]:
+    """Settings for an adapter that PEFT made: a config's, but for what the adapter says itself."""
+    base = resolve(settings.model.path, "model")
+    task = family_of(settings).load_data(settings, base).task
+    return with_adapter(directory, settings, base, task), base, task
+
+
+def with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
+    """Settings whose section lora is what an adapter of PEFT's says."""
+    bare = bare_parts(settings, base, task)
+    return dataclasses.replace(settings, method="lora_plus", lora=config_of(directory, bare))
+
+
+def _load_merged(place: Path, config: str | None) -> Tuned:
+    """A merged model: its own base, with nothing on it."""
+    notes = peft_notes(place) or {}
+    if not {"merged", "settings", "task"} <= notes.keys():
+        raise ValueError(f"{place / NOTES} does not say what the model was trained for")
+    settings, task = known_of(place, notes, config)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(place)))
+    bare = bare_parts(settings, place, task)
+    own = flatten(read_tensors(place / OWN)) if (place / OWN).is_file() else {}
+    table = bare.base.table if own else merged_table(bare)
+    shapes = jax.eval_shape(bare.model.init, jax.random.key(0), *bare.base.inputs)["params"]
+    params = load_params(place, table, shapes, new=bare.base.new if own else ())
+    variables = combine({"params": params}, unflatten(own)) if own else {"params": params}
+    return Tuned(settings, task, bare._replace(frozen=variables), place)
 
 
 def _task(notes: Mapping[str, Any]) -> Any:
@@ -79,7 +140,9 @@ def _task(notes: Mapping[str, Any]) -> Any:
     return Task(**{**notes, "names": tuple(notes["names"])})
 
 
-def evaluate_run(directory: Path, *, split: str | None = None, data: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    directory: Path, *, split: str | None = None, data: str | None = None, config: str | None = None
+) -> dict[str, Any]:
     """Metrics on a split of the run's own data, or on another labelled file with the same columns.
 
     Raises:
@@ -87,7 +150,7 @@ def evaluate_run(directory: Path, *, split: str | None = None, data: str | None 
     """
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both: {split} and {data}")
-    tuned = load_tuned(directory)
+    tuned = load_tuned(directory, config)
     settings, family = tuned.settings, family_of(tuned.settings)
     splits = ("train", "validation", "test")
     if split is not None and split not in splits:
@@ -106,14 +169,14 @@ def evaluate_run(directory: Path, *, split: str | None = None, data: str | None 
 
 
 def predict_run(
-    directory: Path, *, texts: Sequence[str] = (), data: str | None = None
+    directory: Path, *, texts: Sequence[str] = (), data: str | None = None, config: str | None = None
 ) -> list[dict[str, Any]]:
     """Predictions for texts given one by one, or for a file with the run's text columns (labels not needed).
 
     Raises:
       ValueError, OSError: nothing is given, or the file cannot be read.
     """
-    tuned = load_tuned(directory)
+    tuned = load_tuned(directory, config)
     if tuned.settings.is_language:
         raise ValueError(f"{directory} holds a language model: use generate, or eval")
     pairs: tuple[str, ...] | None = None

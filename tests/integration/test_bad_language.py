@@ -147,7 +147,7 @@ CASES = [
     # templates
     Case(
         "no chat template",
-        ("model has no chat template", "data.template to plain"),
+        ("model has no chat template", "choose plain"),
         spoil=json_fields("model/tokenizer_config.json", chat_template=None),
     ),
     Case("template absent", ("cannot read the chat template", "own.jinja"), OWN),

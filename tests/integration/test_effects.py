@@ -156,7 +156,7 @@ def most_skipped(settings):
     one.manager = SimpleNamespace(latest_step=lambda: None)
     skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
     with pytest.raises(TrainingFailed) as failure:
-        one.check_finite(len(skipped), skipped)
+        one.check_skipped(1, skipped)
     return str(failure.value)
 
 
@@ -307,6 +307,7 @@ CHANGES = [
     Change("train.keep", "3", left, RESTLESS),
     Change("train.max_skipped", "2", most_skipped),
     Change("train.compilation_cache", "false", cache_in_use),
+    Change("train.theory_every", "2", left, RESTLESS),
     Change("train.prompt", "what colour is coal", asked, TALK),
     Change("train.prompt_tokens", "9", asked, (*TALK, "--train.prompt", "what colour is coal")),
     Change("mesh.data", "2", program),

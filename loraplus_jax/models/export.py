@@ -1,0 +1,261 @@
+"""A tuned model as a directory that transformers loads: shards of safetensors, `config.json`, tokenizer files.
+
+It is written tensor by tensor; see `merged`. For PEFT the path map of a model is made here from its name table, so
+that names stand in one place.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..path_map import PathMap, place_of
+from ..peft_leaves import named_leaves, slices_of
+from ..peft_options import raise_all
+from ..tree import flatten
+from . import gguf, tokenizer
+from .bert import BertConfig, Pooling
+from .hf import INDEX, SINGLE, NameTable, load_config
+from .llama_config import LlamaConfig
+from .merged import TYPES, Merge, Tensor, merged_tensors
+
+SHARD_BYTES = 5 * 10**9
+"""A file's size, as transformers has it."""
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model"),
+    *("chat_template.jinja", "chat_template.json", "generation_config.json"),
+)
+_HEADS = ("lm_head", "classifier")
+_CAUSAL = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+_ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
+
+
+class Form(NamedTuple):
+    """The class of transformers that a model is one of.
+
+    Attributes:
+      architecture: its name.
+      prefix: before the names of all modules but the heads.
+      heads: rules for parts that the name table does not know, or knows by another name.
+      task_type: PEFT's name of what it is for.
+      tied: the modules of ours whose embedding is the head too.
+    """
+
+    architecture: str
+    prefix: str
+    heads: tuple[tuple[str, str], ...]
+    task_type: str | None
+    tied: tuple[str, ...] = ()
+
+
+def causal_form(config: LlamaConfig) -> Form:
+    """That of a language model."""
+    tied = ("embed_tokens",) if config.tie_word_embeddings else ()
+    return Form(f"{_CAUSAL[config.model_type]}ForCausalLM", "model.", (), "CAUSAL_LM", tied)
+
+
+def sequence_form(config: BertConfig, pooling: Pooling) -> Form:
+    """That of an encoder with a head: for sequences where transformers has the same head, else the bare encoder.
+
+    BERT's head there stands on the pooler; RoBERTa's has a layer like a pooler in it. Neither takes a mean or the
+    bare first token.
+    """
+    name = _ENCODERS[config.model_type]
+    if pooling != "pooler":
+        return Form(f"{name}Model", "", (), "FEATURE_EXTRACTION")
+    if config.model_type == "bert":
+        return Form(f"{name}ForSequenceClassification", "bert.", (("head", "classifier"),), "SEQ_CLS")
+    heads = (("pooler", "classifier.dense"), ("head", "classifier.out_proj"))
+    return Form(f"{name}ForSequenceClassification", "roberta.", heads, "SEQ_CLS")
+
+
+def path_map(table: NameTable, form: Form, *, prefix: str | None = None) -> PathMap:
+    """Where the modules of a model are in transformers' class of it.
+
+    Args:
+      table: the model's name table.
+      form: the class.
+      prefix: another one than the form's, for adapters of the same model without its head.
+    """
+    rules: dict[tuple[str, str], tuple[str, str] | tuple[str, str, str]] = {
+        (ours, theirs): (ours, theirs) for ours, theirs in form.heads
+    }
+    taken = {ours for ours, _ in form.heads}
+    prefix = form.prefix if prefix is None else prefix
+    for rule in table.rules:
+        (ours, _, leaf), name = rule.path.rpartition("/"), rule.name.rpartition(".")[0]
+        theirs = name if name.split(".")[0] in _HEADS else prefix + name
+        if leaf == "embedding":
+            rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
+        elif ours not in taken:
+            rules[ours, theirs] = (ours, theirs)
+    return tuple(rules.values())
+
+
+def write_hf(
+    target: Path,
+    source: Path,
+    merge: Merge,
+    form: Form,
+    *,
+    new: Mapping[str, Any],
+    config: Mapping[str, Any],
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a merged model into an empty directory.
+
+    Args:
+      target: the directory.
+      source: the base, a Hugging Face directory or a GGUF file.
+      merge: what becomes of its tensors.
+      form: the class that loads it.
+      new: what no file has, `{"params": {"head": ...}}`, and the form has a place for.
+      config: fields that `config.json` gets beside the base's.
+      dtype: what weights are kept in, merged in float32 whichever it is; by default what each was kept in, and
+        float32 for what was quantised.
+      shard_bytes: of a file, at most, unless one tensor has more.
+
+    Raises:
+      ValueError: the base has something that transformers has no name for.
+    """
+    tensors = [_cast(t, dtype) for t in _named(source, merge, form, new)]
+    kinds = {t.dtype.name for t in tensors if is_float(t.dtype)}
+    content = {**hf_config(source), "architectures": [form.architecture], **config}
+    content.pop("torch_dtype", None)
+    content["dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
+    _write_json(target / "config.json", content)
+    copy_tokenizer(source, target)
+    shards = _shards(tensors, shard_bytes)
+    count = len(shards)
+    names = (
+        [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)] if count > 1 else [SINGLE]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(target / name, shard)
+    if len(shards) > 1:
+        listed = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        total = sum(map(_size, tensors))
+        _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
+
+
+def hf_config(source: Path) -> dict[str, Any]:
+    """The base's `config.json`, or what a GGUF file has instead.
+
+    Raises:
+      ValueError: the file's rotary factors have no form that transformers reads.
+    """
+    config = dict(load_config(source))
+    if (config.get("rope_scaling") or {}).get("rope_type") == "factors":
+        raise ValueError(
+            f"{source} keeps its rotary frequencies as factors, of which transformers' config has no form; "
+            "export it with --format gguf"
+        )
+    return config
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """The tokenizer's files, or for a GGUF file ones made from its metadata."""
+    if (file := gguf.find(source)) is None:
+        for name in _TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+        return
+    made = tokenizer.tokenizer(file)
+    made.save(str(target / "tokenizer.json"))
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= tokenizer.special_tokens(file)
+    if (template := tokenizer.chat_template(file)) is not None:
+        settings["chat_template"] = template
+    _write_json(target / "tokenizer_config.json", settings)
+    if ends := tokenizer.stop_ids(file):
+        _write_json(target / "generation_config.json", {"eos_token_id": list(ends)})
+
+
+def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:
+    """A safetensors file, tensor by tensor: the library's own writer wants all of them in memory.
+
+    The format: https://github.com/huggingface/safetensors#format
+    """
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names, end = {np.dtype(dtype): name for name, dtype in TYPES.items()}, 0
+    for tensor in tensors:
+        start, end = end, end + _size(tensor)
+        header[tensor.name] = {
+            "dtype": names[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for rows in tensor.rows():
+                file.write(np.ascontiguousarray(rows, tensor.dtype).data.cast("B") if rows.size else b"")
+
+
+def _named(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> Iterator[Tensor]:
+    """All tensors under the names of the class.
+
+    A bare encoder and a language model keep their file's names and whatever else the file has, but for a second
+    copy of a tied head. A model with a new head gets the class's names, and loses the file's old heads.
+    """
+    rules = path_map(merge.table, form)
+    for tensor, canonical in merged_tensors(source, merge):
+        if not form.heads:
+            if canonical not in dict(merge.table.copies):
+                yield tensor
+        elif canonical in merge.places:
+            rule, layer = merge.places[canonical]
+            place = place_of(rules, rule.path.rpartition("/")[0])
+            assert place is not None
+            name = place.at(() if layer is None else (layer,))
+            yield dataclasses.replace(tensor, name=f"{name}.{canonical.rpartition('.')[2]}")
+    slots, problems = slices_of(flatten(new), rules)
+    raise_all(f"the model has no place in {form.architecture} for what is new", problems)
+    for name, array in named_leaves(slots, set(), rules)[0].items():
+        yield Tensor(name, array.shape, array.dtype, functools.partial(_whole, array))
+
+
+def _whole(array: np.ndarray) -> Iterator[np.ndarray]:
+    yield array
+
+
+def _cast(tensor: Tensor, dtype: Any) -> Tensor:
+    wanted = dtype is not None and is_float(tensor.dtype)
+    return dataclasses.replace(tensor, dtype=np.dtype(dtype)) if wanted else tensor
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether numbers of a type are floating-point ones, bfloat16 included."""
+    return jnp.issubdtype(dtype, jnp.floating)
+
+
+def _size(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _shards(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if shards[-1] and held + _size(tensor) > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += _size(tensor)
+    return shards
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

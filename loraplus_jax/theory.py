@@ -1,0 +1,139 @@
+"""Which factor moves the features: the terms of a step's change, layer by layer, from real batches.
+
+LoRA+ rests on one condition (arXiv 2402.12354, section 4): what A's step and what B's step change in a layer's
+output, delta1 and delta2, should be of the same order, and neither should vanish or explode.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .lora import BEFORE, TAP, TERMS
+from .spec import AdapterSpec, Specs
+from .train_step import LossFn
+from .tree import combine, flatten, unflatten
+
+Measure = Callable[[Any, Any, Any, Any], dict[str, dict[str, jax.Array]]]
+"""`measure(trainable, before, frozen, batch) -> {module path: {term: value}}`."""
+BALANCED = 3.0
+"""Within this factor of each other delta1 and delta2 count as of the same order."""
+BASIS = "(arXiv 2402.12354 asks for the same order; whether the loss gains by it, only a run can tell)"
+
+
+def make_theory(loss_fn: LossFn, specs: Specs) -> Measure:
+    """What a step did to every adapted layer's output, as a pure function to be compiled.
+
+    Args:
+      loss_fn: as for `make_step`; called with `rng=None`, and only for the inputs that reach the layers. Nothing of
+        its value or gradient is used.
+      specs: the table from `init_lora`. Embeddings, whose factors share one rate, and weights adapted by
+        `target_parameters`, which have no inputs of their own, are left out.
+
+    Returns:
+      `measure(trainable, before, frozen, batch)` takes the trainable variables after a step, the tree of adapters
+      (the collection `"lora"`) before it, the frozen variables, and a batch: a few of its rows will do. It gives
+      for every layer the root mean squares, over all elements and positions, padding included, of `delta1` (from
+      A's step), `delta2` (from B's), `delta3` (from both), `z_a` and `z_b` (see `lora.update_squares`): float32
+      scalars, or `(layers,)` where layers are stacked. NaN where a layer was not run.
+
+    Raises:
+      ValueError: nothing that is adapted can be measured.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+      >>> model = apply_lora_plus(nn.Dense(1), LoRAPlusConfig(target_modules=".*", rank=1, alpha=1.0))
+      >>> x, one = jnp.array([[2.0]]), jnp.ones((1, 1))
+      >>> _, specs = init_lora(model, jax.random.key(0), x)
+      >>> measure = make_theory(lambda v, x, rng: ((jnp.sum(model.apply(v, x)), 1.0), {}), specs)
+      >>> base = {"params": {"kernel": one, "bias": jnp.zeros(1)}}
+      >>> found = measure({"lora": {"lora_a": 3 * one, "lora_b": 4 * one}}, {"lora_a": one, "lora_b": one}, base, x)
+      >>> {name: float(value) for name, value in found[""].items()}
+      {'delta1': 4.0, 'delta2': 6.0, 'delta3': 12.0, 'z_a': 6.0, 'z_b': 24.0}
+    """
+    measured = {path: s for path, s in specs.items() if s.kind not in ("embed", "parameter")}
+    if not measured:
+        raise ValueError(
+            "no layer that is adapted can be measured: embeddings and target_parameters are left out, and the "
+            f"specs hold {', '.join(specs) or 'nothing'}"
+        )
+    names = {path: {leaf: f"{path}/{leaf}".removeprefix("/") for leaf in (*BEFORE, TAP)} for path in measured}
+
+    def measure(trainable: Any, before: Any, frozen: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
+        variables, old = combine(trainable, frozen), flatten(before)
+        more = {
+            names[path][leaf].removesuffix(leaf) + BEFORE[leaf]: old[names[path][leaf]]
+            for path in measured
+            for leaf in BEFORE
+        }
+
+        def total(taps: dict[str, jax.Array]) -> jax.Array:
+            lora = combine(variables["lora"], unflatten(more | taps))
+            return loss_fn({**variables, "lora": lora}, batch, None)[0][0]  # pyright: ignore[reportArgumentType]
+
+        found = jax.grad(total)({names[path][TAP]: _zeros(spec) for path, spec in measured.items()})
+        return {path: _roots(found[names[path][TAP]], spec) for path, spec in measured.items()}
+
+    return measure
+
+
+def by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, dict[str, float]]:
+    """What `measure` found as plain numbers, one entry a layer: stacked layers apart, their index last in the path.
+
+    Left out is what has no features: layers of a stack without an adapter of their own, and what was not run.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for path, terms in found.items():
+        values = {name: np.asarray(value, np.float64).reshape(-1) for name, value in terms.items()}
+        for n, z_a in enumerate(values["z_a"]):
+            if z_a > 0:
+                place = f"{path}/{n}" if specs[path].stacked else path
+                result[place] = {name: float(value[n]) for name, value in values.items()}
+    return result
+
+
+def reading(layers: Mapping[str, Mapping[str, float]], lr_ratio: float) -> str:
+    """One line on which factor moves the output less, and what would even them out; it states its basis.
+
+    To first order delta1 grows with eta_A alone and delta2 with eta_B alone, so at the same eta_B the ratio that
+    evens them out is lr_ratio * delta1 / delta2.
+
+    Args:
+      layers: from `by_layer`.
+      lr_ratio: lambda of the run.
+
+    >>> print(reading({"q": {"delta1": 0.1, "delta2": 0.8}}, 16.0).partition(" (arXiv")[0])
+    A moves the output 0.13 x as much as B: A starves; at lr_ratio 2, with the same rate of B, they would be even
+    """
+    ratios = [v["delta1"] / v["delta2"] for v in layers.values() if v["delta1"] > 0 and v["delta2"] > 0]
+    if not ratios:
+        return "one of the factors has not moved any layer's output yet: nothing can be said of lr_ratio"
+    share = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    start, basis = f"A moves the output {share:.2g} x as much as B:", BASIS
+    if 1 / BALANCED <= share <= BALANCED:
+        return f"{start} of the same order, no reason to leave lr_ratio {lr_ratio:g} {basis}"
+    slow, even = ("A" if share < 1 else "B"), lr_ratio * share
+    return (
+        f"{start} {slow} starves; at lr_ratio {even:.2g}, with the same rate of B, they would be even {basis}"
+    )
+
+
+def _zeros(spec: AdapterSpec) -> jax.Array:
+    """A tap: as many axes as A, so that stacked axes find their places; the terms stand along the rank's."""
+    size = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": len(TERMS) + 1}
+    return jnp.zeros([size[c] if c.isupper() or c == "r" else 1 for c in spec.factor_letters[0]], jnp.float32)
+
+
+def _roots(found: jax.Array, spec: AdapterSpec) -> dict[str, jax.Array]:
+    """Root mean squares by term, from the sums over the calls of a layer."""
+    letters = spec.factor_letters[0]
+    stacked = [n for n, c in enumerate(letters) if c.isupper()]
+    sums = jnp.moveaxis(found, letters.index("r"), 0).reshape(
+        len(TERMS) + 1, *(found.shape[n] for n in stacked)
+    )
+    roots = jnp.sqrt(sums[:-1] / sums[-1:])
+    return {name: root.reshape(-1) if stacked else root for name, root in zip(TERMS, roots, strict=True)}

@@ -1,0 +1,67 @@
+"""Which settings go on: successive halving, for LoRA and LoRA+ apart, so that both keep a best one.
+
+Every member has the schedule of the whole run, so that one that goes on after a rung is where its single run would
+be. They are compared at equal steps, before the rate has decayed, by their loss on the validation split.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from .sweep_settings import SweepSettings, Trial
+
+
+def stops_of(settings: SweepSettings, steps: int) -> list[int]:
+    """The steps at which the settings are compared: the rungs for halving, the end for a grid.
+
+    >>> stops_of(SweepSettings(rungs=(0.125, 0.25)), 300)
+    [38, 75]
+    """
+    if settings.method == "grid":
+        return [steps]
+    return sorted({max(1, math.ceil(share * steps)) for share in settings.rungs})
+
+
+def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
+    """The share `keep` of each arm's settings with the lowest scores, at least one, in the order given.
+
+    Of equals the first counts. A setting whose score is not finite has diverged and never goes on.
+
+    >>> scores = {Trial(rate, 1.0, 16.0, 8): loss for rate, loss in [(1e-4, 0.7), (1e-3, 0.5), (1e-2, math.nan)]}
+    >>> [trial.learning_rate for trial in survivors(scores, 0.25)]
+    [0.001]
+    """
+    kept: list[Trial] = []
+    for arm in dict.fromkeys(trial.arm for trial in scores):
+        ours = [trial for trial in scores if trial.arm == arm]
+        fine = [trial for trial in ours if math.isfinite(scores[trial])]
+        kept += sorted(fine, key=scores.__getitem__)[: max(1, math.ceil(keep * len(ours) - 1e-9))]
+    return [trial for trial in scores if trial in kept]
+
+
+def best_of(scores: Mapping[Trial, float], arm: str) -> Trial | None:
+    """The setting of an arm with the lowest score; None if all have diverged."""
+    fine = [trial for trial, score in scores.items() if trial.arm == arm and math.isfinite(score)]
+    return min(fine, key=scores.__getitem__, default=None)
+
+
+def means_of(losses: Mapping[tuple[Trial, int], float]) -> dict[Trial, float]:
+    """Each setting's mean over its seeds; not finite if that of one seed is not.
+
+    >>> one = Trial(1e-3, 1.0, 16.0, 8)
+    >>> means_of({(one, 0): 1.0, (one, 1): 2.0})[one]
+    1.5
+    """
+    by_trial: dict[Trial, list[float]] = {}
+    for (trial, _), loss in losses.items():
+        by_trial.setdefault(trial, []).append(loss)
+    return {trial: sum(values) / len(values) for trial, values in by_trial.items()}
+
+
+def member_steps(counts: Sequence[int], stops: Sequence[int]) -> int:
+    """The steps taken in all, where `counts[i]` members are trained up to `stops[i]`.
+
+    >>> member_steps([16, 4], [38, 75])
+    756
+    """
+    lengths = [stop - before for before, stop in zip([0, *stops], stops, strict=False)]
+    return sum(count * length for count, length in zip(counts, lengths, strict=True))

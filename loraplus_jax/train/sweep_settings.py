@@ -1,0 +1,238 @@
+"""What a sweep tries: the settings of its own, and the trials that follow from them."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ..config import check_number, check_whole
+from .settings import Settings
+
+MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
+"""What may differ when a sweep goes on."""
+Arm = Literal["lora", "lora_plus", "control"]
+NAMES: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
+"""How the arms are called on paper."""
+RATES_AROUND = (0.25, 0.5, 1.0, 2.0)
+"""The default learning rates, as multiples of the run's own."""
+
+
+def _check_list(name: str, values: tuple | None, check: Callable[[str, Any], None]) -> None:
+    if values is None:
+        return
+    if not values:
+        raise ValueError(f"{name} is empty: give at least one value, or leave it out")
+    for number, value in enumerate(values):
+        check(f"{name}[{number}]", value)
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} holds a value twice: {list(values)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """Which settings are tried, and how they are compared.
+
+    LoRA+ is tried at every learning rate with every lr_ratio; plain LoRA, whose lr_ratio is 1, at rates of its own.
+
+    Attributes:
+      method: halving drops settings at the rungs; grid trains all of them to the end.
+      learning_rates: eta_A of LoRA+, peak rates; 1/4, 1/2, 1 and 2 times optimizer.learning_rate if not given.
+      lr_ratios: lambda of LoRA+, other than 1.
+      lora_learning_rates: the peak rates of plain LoRA; if not given, as many as LoRA+ has pairs of rate and ratio,
+        evenly spaced on a log scale from the least eta_A to the largest eta_B of LoRA+.
+      alphas: the alphas that both are tried with; lora.alpha if not given.
+      ranks: the ranks that both are tried with; lora.rank if not given.
+      samples: draw so many settings for each of LoRA+ and LoRA instead of trying all: rates and ratios between the
+        least and the largest given, evenly on a log scale, alphas and ranks from the lists.
+      seeds: the seeds of the search; the run's own if not given.
+      report_seeds: how many other seeds, counted up from the largest of the search, the chosen settings are
+        compared on.
+      control: whether LoRA with alpha times lambda, at the rate of the LoRA+ that was chosen, is compared too.
+      rungs: for halving, the shares of the steps after which settings are dropped.
+      keep: for halving, the share of LoRA+'s and of LoRA's settings that goes on after a rung, at least one each.
+      target: the validation loss to count steps to; if not given, on each seed the worst of the final losses.
+      members_at_once: how many runs a device computes side by side; 1 on a CPU, else measured if not given.
+    """
+
+    method: Literal["halving", "grid"] = "halving"
+    learning_rates: tuple[float, ...] | None = None
+    lr_ratios: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
+    lora_learning_rates: tuple[float, ...] | None = None
+    alphas: tuple[float, ...] | None = None
+    ranks: tuple[int, ...] | None = None
+    samples: int | None = None
+    seeds: tuple[int, ...] | None = None
+    report_seeds: int = 3
+    control: bool = True
+    rungs: tuple[float, ...] = (0.125, 0.25)
+    keep: float = 0.25
+    target: float | None = None
+    members_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rates", "lr_ratios", "lora_learning_rates", "alphas"):
+            _check_list(name, getattr(self, name), lambda place, value: check_number(place, value, above=0.0))
+        _check_list("ranks", self.ranks, lambda place, value: check_whole(place, value, at_least=1))
+        _check_list("seeds", self.seeds, lambda place, value: check_whole(place, value, at_least=0))
+        if 1.0 in self.lr_ratios:
+            raise ValueError(
+                "lr_ratios holds 1, which is plain LoRA: its rates are sweep.lora_learning_rates"
+            )
+        check_whole("report_seeds", self.report_seeds, at_least=2)
+        for name in ("samples", "members_at_once"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), at_least=1)
+        if self.target is not None:
+            check_number("target", self.target)
+        self._check_halving()
+
+    def _check_halving(self) -> None:
+        if self.method == "grid":
+            for name in ("rungs", "keep"):
+                if getattr(self, name) != getattr(SweepSettings, name):
+                    raise ValueError(f"{name} goes with the method halving, and the method is grid")
+        check_number("keep", self.keep, above=0.0, below=1.0)
+        _check_list("rungs", self.rungs, lambda place, v: check_number(place, v, above=0.0, below=1.0))
+        if list(self.rungs) != sorted(self.rungs):
+            raise ValueError(f"rungs must grow, got {list(self.rungs)}")
+
+
+class Trial(NamedTuple):
+    """One setting.
+
+    Attributes:
+      learning_rate: eta_A, the peak.
+      lr_ratio: lambda.
+      alpha: of the adapters.
+      rank: of the adapters.
+    """
+
+    learning_rate: float
+    lr_ratio: float
+    alpha: float
+    rank: int
+
+    @property
+    def arm(self) -> Arm:
+        """What it is a setting of: with lr_ratio 1, of plain LoRA."""
+        return "lora" if self.lr_ratio == 1.0 else "lora_plus"
+
+    @property
+    def control(self) -> "Trial":
+        """Plain LoRA with alpha times lambda: by theory the same under Adam without decay and clipping."""
+        return self._replace(lr_ratio=1.0, alpha=self.alpha * self.lr_ratio)
+
+    def __str__(self) -> str:
+        ratio = "" if self.lr_ratio == 1.0 else f", lambda {self.lr_ratio:g}"
+        return f"eta_A {self.learning_rate:g}{ratio}, alpha {self.alpha:g}, rank {self.rank}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepRun(Settings):
+    """A sweep: a whole run, and which of its settings are varied.
+
+    Attributes:
+      sweep: which settings are tried, and how they are compared.
+    """
+
+    sweep: SweepSettings = SweepSettings()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method != "lora_plus":
+            raise ValueError(f"a sweep compares LoRA+ with LoRA: method must be lora_plus, got {self.method}")
+        if self.init_adapter is not None:
+            raise ValueError("a sweep gives every setting first values of its own: leave init_adapter out")
+        if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:
+            raise ValueError(
+                "a sweep gives each device whole members, in one process: mesh.fsdp and mesh.tensor must be 1, and "
+                "distributed.coordinator not given"
+            )
+        if max(self.seeds) + self.sweep.report_seeds >= 2**32:
+            raise ValueError(f"the seeds of the report follow {max(self.seeds)} and must be below 2**32")
+        for trial in self.trials:
+            self.settings_of(trial, self.seed)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those of the search."""
+        return (self.seed,) if self.sweep.seeds is None else self.sweep.seeds
+
+    @property
+    def report_seeds(self) -> tuple[int, ...]:
+        """Those of the report, none of which the search has."""
+        first = max(self.seeds) + 1
+        return tuple(range(first, first + self.sweep.report_seeds))
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """What the report compares."""
+        return ("lora", "lora_plus", "control") if self.sweep.control else ("lora", "lora_plus")
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks tried."""
+        return self.sweep.ranks or (self.lora.rank,)
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Every setting of the search, those of plain LoRA first."""
+        return _drawn(self) if self.sweep.samples is not None else _grid(self)
+
+    def settings_of(self, trial: Trial, seed: int, output_dir: str | None = None) -> Settings:
+        """The single run that a trial with a seed equals."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        values["lora"] = dataclasses.replace(
+            self.lora, rank=trial.rank, alpha=trial.alpha, lr_ratio=trial.lr_ratio
+        )
+        values["optimizer"] = dataclasses.replace(self.optimizer, learning_rate=trial.learning_rate)
+        return Settings(**{**values, "seed": seed, "output_dir": output_dir or self.output_dir})
+
+
+def _rates(run: SweepRun) -> tuple[float, ...]:
+    """eta_A of LoRA+."""
+    around = tuple(_short(factor * run.optimizer.learning_rate) for factor in RATES_AROUND)
+    return run.sweep.learning_rates or around
+
+
+def _lora_rates(run: SweepRun) -> tuple[float, ...]:
+    """The rates of plain LoRA."""
+    if run.sweep.lora_learning_rates:
+        return run.sweep.lora_learning_rates
+    rates, ratios = _rates(run), run.sweep.lr_ratios
+    low, high = min(rates) * min(1.0, *ratios), max(rates) * max(1.0, *ratios)
+    return tuple(map(_short, np.geomspace(low, high, len(rates) * len(ratios))))
+
+
+def _grid(run: SweepRun) -> tuple[Trial, ...]:
+    shared = list(itertools.product(run.sweep.alphas or (run.lora.alpha,), run.ranks))
+    pairs = [
+        *((rate, 1.0) for rate in _lora_rates(run)),
+        *itertools.product(_rates(run), run.sweep.lr_ratios),
+    ]
+    return tuple(Trial(*pair, *rest) for pair in pairs for rest in shared)
+
+
+def _drawn(run: SweepRun) -> tuple[Trial, ...]:
+    """Settings drawn by the run's seed, as many of each arm; of equal ones, one."""
+    rng, count = np.random.default_rng(run.seed), run.sweep.samples
+
+    def between(values: tuple[float, ...]) -> list[float]:
+        return [_short(x) for x in np.exp(rng.uniform(np.log(min(values)), np.log(max(values)), count))]
+
+    def rest() -> list[tuple[float, int]]:
+        alphas = run.sweep.alphas or (run.lora.alpha,)
+        return [(alphas[rng.integers(len(alphas))], run.ranks[rng.integers(len(run.ranks))]) for _ in ones]
+
+    ones = [1.0] * (count or 0)
+    lora = [(rate, 1.0, *more) for rate, more in zip(between(_lora_rates(run)), rest(), strict=True)]
+    pairs = zip(between(_rates(run)), between(run.sweep.lr_ratios), rest(), strict=True)
+    plus = [(rate, ratio, *more) for rate, ratio, more in pairs]
+    return tuple(dict.fromkeys(Trial(*values) for values in (*lora, *plus)))
+
+
+def _short(value: float) -> float:
+    """To three digits: what is tried is what is written."""
+    return float(f"{value:.3g}")

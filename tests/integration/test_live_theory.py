@@ -1,0 +1,132 @@
+"""The theory's terms as metrics of whole runs."""
+
+import json
+import signal
+
+import jax
+import pytest
+
+from loraplus_jax.sharding import make_mesh
+from loraplus_jax.train.live import as_metrics, measured_rows, read_metrics
+from loraplus_jax.train.settings import parse_settings
+
+from .test_interrupt import rows_of, signal_at
+
+SHORT = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "4")
+LAYERS = [
+    f"encoder/layers/{name}/{n}" for name in ("attention/query", "attention/value", "mlp/up") for n in (0, 1)
+]
+
+
+def apart(rows):
+    """Rows of the theory, and the others."""
+    theory = [row for row in rows if any(name.startswith("theory/") for name in row)]
+    return theory, [row for row in rows if row not in theory]
+
+
+def test_terms_are_logged_at_every_kth_step_and_nothing_else_changes(world, capsys):
+    with_terms = world.trained(*SHORT, "--train.theory_every", "3", out=world.directory / "with")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("theory: "))
+    theory, others = apart(rows_of(with_terms))
+    assert [row["step"] for row in theory] == [3, 6]
+    names = {
+        f"theory/{layer}/{t}"
+        for layer in (*LAYERS, "mean")
+        for t in ("delta1", "delta2", "delta3", "z_a", "z_b")
+    }
+    assert all(row.keys() == names | {"step"} for row in theory)
+    assert all(value > 0 for row in theory for value in row.values())
+    without = world.trained(*SHORT, out=world.directory / "without")
+    assert others == rows_of(without)
+    adapters = [(out / "adapter/adapter.safetensors").read_bytes() for out in (with_terms, without)]
+    assert adapters[0] == adapters[1]
+    summary = json.loads((with_terms / "summary.json").read_text())
+    assert line == f"theory: {summary['theory']}"
+    assert summary["theory"].startswith("A moves the output ")
+    assert "theory" not in json.loads((without / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_may_go_on_with_other_measurements_to_the_same_adapter(world):
+    straight = world.trained(*SHORT, out=world.directory / "straight")
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 5, signal.SIGTERM)
+        assert world.train(*SHORT, "--train.theory_every", "2") == 143
+    assert world.train(*SHORT, "--train.theory_every", "1") == 0
+    theory, others = apart(rows_of(world.out))
+    assert [row["step"] for row in theory] == [2, 4, 6, 7, 8]
+    assert others == rows_of(straight)
+    files = [(out / "adapter/adapter.safetensors").read_bytes() for out in (world.out, straight)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [("--mesh.data", "4"), ("--mesh.data", "2", "--mesh.fsdp", "2")])
+def test_a_batch_and_weights_split_over_devices_are_measured_alike(world, axes):
+    one = world.trained(*SHORT, "--train.theory_every", "8", out=world.directory / "one")
+    four = world.trained(*SHORT, "--train.theory_every", "8", *axes, out=world.directory / "four")
+    (first,), (second,) = apart(rows_of(one))[0], apart(rows_of(four))[0]
+    assert first == pytest.approx(second, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_language_models_are_measured_through_their_own_loss(talk):
+    out = talk.trained(
+        *SHORT, "--train.theory_every", "4", "--train.prompt", "null", "--train.prompt_tokens", "64"
+    )
+    theory, _ = apart(rows_of(out))
+    assert [row["step"] for row in theory] == [4, 8]
+    assert all(value > 0 for row in theory for value in row.values())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("--train.theory_every", "0"), "train.theory_every must be"),
+        (
+            ("--train.theory_every", "3", "--method", "full"),
+            "train.theory_every measures adapters, and method full",
+        ),
+        (("--train.theory_every", "often"), "train.theory_every must be a whole number or null, got 'often'"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(world, capsys, overrides, said):
+    assert world.train(*overrides) == 2
+    assert said in capsys.readouterr().err
+    assert not world.out.exists()
+
+
+def test_adapters_of_embeddings_alone_cannot_be_measured(world, capsys):
+    assert world.train("--train.theory_every", "3", "--lora.target_modules", "[word]") == 2
+    assert "no layer that is adapted can be measured" in capsys.readouterr().err
+    assert not world.out.exists()
+
+
+def test_what_is_read_is_the_second_half_of_the_run():
+    rows = [
+        {"step": n, "theory/q/delta1": d, "theory/q/delta2": 1.0, "theory/q/delta3": 0.0}
+        for n, d in ((1, 99.0), (2, 99.0), (3, 0.1), (4, 0.1))
+    ]
+    rows = [row | {"theory/q/z_a": 1.0, "theory/q/z_b": 1.0, "theory/mean/delta1": 5.0} for row in rows]
+    line = read_metrics([{"step": 0, "loss": 1.0}, *rows], 8.0)
+    assert line is not None
+    assert line.startswith("A moves the output 0.1 x as much as B: A starves; at lr_ratio 0.8")
+    assert read_metrics([{"step": 0, "loss": 1.0}], 8.0) is None
+
+
+def test_a_quarter_of_the_rows_on_all_devices():
+    sizes = ((32, 1), (30, 1), (32, 8), (4, 4), (1, 1))
+    assert [measured_rows(size, make_mesh(devices)) for size, devices in sizes] == [8, 8, 8, 4, 1]
+    assert as_metrics({}, {}) == {}
+
+
+@pytest.mark.slow
+def test_at_every_tenth_step_it_takes_less_than_a_twentieth_of_the_training(world):
+    """By the FLOPs of the compiled programs, all layers counted."""
+    from loraplus_jax.train.prepare import prepare
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    overrides = ("--model.unroll", "true", "--train.theory_every", "10", "--output_dir", str(world.out))
+    programs = prepare(parse_settings(world.config, overrides)).programs
+    step, theory = (p.cost_analysis()["flops"] for p in (programs.step, programs.theory))
+    assert 0.05 * step < theory < 0.5 * step

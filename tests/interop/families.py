@@ -1,0 +1,129 @@
+"""Random models of every family, in transformers and here, with the same weights."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers as tf
+
+from loraplus_jax.models import bert, export, llama
+from loraplus_jax.models.hf import load_config, load_params
+from loraplus_jax.models.llama_config import LlamaConfig
+
+
+def golden_maker():
+    path = Path(__file__).parents[1] / "golden" / "make_llama.py"
+    spec = importlib.util.spec_from_file_location("make_llama", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+maker = golden_maker()
+CAUSAL = ("llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "biases")
+ENCODERS = ("bert", "roberta")
+LINEAR = {
+    "causal": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "encoder": ("query", "key", "value", "out", "up", "down"),
+}
+SIZES = {
+    "vocab_size": 90,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+}
+
+
+class Pair:
+    """One model on both sides.
+
+    Attributes:
+      folder: its directory.
+      model, params, table, form: here.
+      inputs: what ours is called with.
+    """
+
+    def __init__(self, name, folder, pooling="pooler"):
+        self.name, self.folder, self.is_causal = name, folder, name in CAUSAL
+        torch.manual_seed(0)
+        reference = maker.make(*maker.CASES[name]) if self.is_causal else encoder(name)
+        reference.save_pretrained(folder)
+        if self.is_causal:
+            config = LlamaConfig.from_hf(load_config(folder))
+            self.model, self.table = llama.Llama(config), llama.name_table(config)
+            self.form, new = export.causal_form(config), ()
+        else:
+            config = bert.BertConfig.from_hf(load_config(folder))
+            self.model = bert.BertForSequence(config, 3, pooling)
+            self.table, self.form = bert.name_table(pooling), export.sequence_form(config, pooling)
+            new = ("head",)
+        self.inputs = inputs(self.is_causal)
+        shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]
+        self.params = load_params(folder, self.table, shapes, new=new)
+        for part in new:
+            self.params[part] = random(shapes[part], 7)
+        self.path_map = export.path_map(self.table, self.form)
+        self.base_logits = self.logits(self.model, {"params": self.params})
+        extra = {} if self.is_causal else {"num_labels": 3}
+        self._reference = (
+            self.torch_class().from_pretrained(folder, attn_implementation="eager", **extra).eval()
+        )
+
+    def torch_class(self):
+        return getattr(tf, self.form.architecture)
+
+    def reference(self):
+        """The base in transformers, of which PEFT makes something else."""
+        return copy.deepcopy(self._reference)
+
+    def logits(self, model, variables):
+        """Ours, zero at padding."""
+        given = np.asarray(jax.jit(model.apply)(variables, *self.inputs))
+        return np.where(self.inputs[1][:, :, None], given, 0) if self.is_causal else given
+
+    def torch_logits(self, model):
+        names = ("input_ids", "attention_mask")
+        given = {n: torch.from_numpy(x).long() for n, x in zip(names, self.inputs, strict=True)}
+        with torch.no_grad():
+            out = model(**given).logits.numpy()
+        return np.where(self.inputs[1][:, :, None], out, 0) if self.is_causal else out
+
+
+def inputs(is_causal):
+    rng = np.random.default_rng(3)
+    ids = rng.integers(5, 90, (3, 14)).astype(np.int32)
+    mask = (np.arange(14) < np.array([14, 9, 3])[:, None]).astype(np.int32)
+    padding = 0 if is_causal else 1
+    return np.where(mask, ids, padding).astype(np.int32), mask
+
+
+def encoder(name):
+    config = {
+        "bert": lambda: tf.BertConfig(**SIZES, type_vocab_size=2, pad_token_id=1),
+        "roberta": lambda: tf.RobertaConfig(**SIZES, type_vocab_size=1, layer_norm_eps=1e-5),
+    }[name]()
+    model = (tf.BertModel if name == "bert" else tf.RobertaModel)(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return model
+
+
+def random(tree, seed, size=0.3):
+    """Random values in the shapes of a tree: no factor is zero."""
+    leaves, structure = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    return structure.unflatten([jnp.asarray(size * rng.normal(size=x.shape), jnp.float32) for x in leaves])
+
+
+def off(given, wanted):
+    """The largest difference, relative to the largest value."""
+    return float(np.abs(given - wanted).max() / np.abs(wanted).max())

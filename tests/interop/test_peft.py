@@ -1,0 +1,125 @@
+"""Adapters here and in PEFT give the same logits, whichever side made them."""
+
+import jax
+import numpy as np
+import peft
+import pytest
+
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, split_trainable
+from loraplus_jax.peft_io import load_peft, save_peft
+
+from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+LIMIT = 1e-4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    made = {}
+
+    def pair(name):
+        if name not in made:
+            made[name] = Pair(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return pair
+
+
+def options(pair):
+    """Every option that PEFT has too, by name."""
+    names = LINEAR["causal" if pair.is_causal else "encoder"]
+    some = (names[0], names[2])
+    embedding = "embed_tokens" if pair.is_causal else "embeddings/word"
+    found = {
+        "plain": {"target_modules": some},
+        "all_linear": {"target_modules": names},
+        "embedding": {"target_modules": (*some, embedding)},
+        "rslora": {"target_modules": some, "use_rslora": True, "alpha": 7.0},
+        "patterns": {
+            "target_modules": names,
+            "rank_pattern": {names[0]: 2, f".*/{names[-1]}": 5},
+            "alpha_pattern": {names[2]: 3.0},
+        },
+        "layers": {"target_modules": some, "layers_to_transform": (1,)},
+        "modules_to_save": {"target_modules": some, "modules_to_save": (names[4],)},
+        "parameters": {"target_parameters": {rf".*/{names[1]}/kernel": "lio"}},
+        "init_b": {"target_modules": some, "init": "lora_b"},
+    }
+    if pair.name in ("qwen2", "biases", *ENCODERS):
+        found |= {
+            "bias": {"target_modules": some, "bias": "lora_only"},
+            "all_biases": {"target_modules": some, "bias": "all"},
+        }
+    return found
+
+
+def tuned(pair, seed=5, **fields):
+    """A config, its model, random trained variables, and the base's others."""
+    head = () if pair.is_causal else ("head",)
+    fields["modules_to_save"] = (*fields.get("modules_to_save", ()), *head)
+    config = LoRAPlusConfig(rank=4, **fields)
+    model = apply_lora_plus(pair.model, config)
+    lora, specs = init_lora(model, jax.random.key(0), *pair.inputs)
+    trainable, frozen = split_trainable(
+        {"params": pair.params, "lora": lora}, config.modules_to_save, bias=config.bias
+    )
+    trainable = random(trainable, seed)
+    for key, spec in specs.items():
+        if spec.layers is not None:
+            leaf = trainable["lora"]
+            for part in key.split("/"):
+                leaf = leaf[part]
+            keep = np.isin(np.arange(spec.shape[0]), spec.layers)[:, None, None]
+            leaf |= {name: value * keep for name, value in leaf.items()}
+    return config, model, specs, trainable, frozen
+
+
+CASES = [
+    (name, option)
+    for name in (*CAUSAL, *ENCODERS)
+    for option in (
+        "plain",
+        "all_linear",
+        "embedding",
+        "rslora",
+        "patterns",
+        "layers",
+        "modules_to_save",
+        "parameters",
+        "init_b",
+        "bias",
+        "all_biases",
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "option"), CASES)
+def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp_path):
+    pair = pairs(name)
+    if option not in options(pair):
+        pytest.skip("the family has no biases")
+    config, model, specs, trainable, frozen = tuned(pair, **options(pair)[option])
+    extras = {k: v for k, v in trainable.items() if k != "lora"}
+    if name == "roberta":  # a part of the classifier there, frozen here
+        pooler = extras["params"].get("pooler", {})
+        extras["params"] = extras["params"] | {"pooler": pair.params["pooler"] | pooler}
+    save_peft(
+        tmp_path / "a",
+        trainable["lora"],
+        specs,
+        config,
+        pair.path_map,
+        extras=extras,
+        task_type=pair.form.task_type,
+    )
+    loaded = peft.PeftModel.from_pretrained(pair.reference(), tmp_path / "a").eval()
+    wanted = pair.torch_logits(loaded)
+    given = pair.logits(model, combine(trainable, frozen))
+    assert off(pair.base_logits, wanted) > 1e-2, "the adapter does nothing"
+    assert off(given, wanted) <= LIMIT
+    # And back, to the bit.
+    again = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, again.lora, trainable["lora"])
+    jax.tree.map(np.testing.assert_array_equal, again.extras, extras)

@@ -1,0 +1,88 @@
+"""Successive halving on tables of scores, worked by hand."""
+
+import math
+
+from loraplus_jax.train.crew import places_of
+from loraplus_jax.train.population import fastest
+from loraplus_jax.train.sweep_choice import best_of, means_of, member_steps, stops_of, survivors
+from loraplus_jax.train.sweep_settings import SweepSettings, Trial
+
+
+def lora(rate):
+    return Trial(rate, 1.0, 16.0, 8)
+
+
+def plus(rate, ratio):
+    return Trial(rate, ratio, 16.0, 8)
+
+
+SCORES = {
+    lora(1.0): 0.9,
+    lora(2.0): 0.8,
+    lora(3.0): math.nan,
+    lora(4.0): 0.7,
+    plus(1.0, 2.0): 0.65,
+    plus(1.0, 4.0): 0.60,
+    plus(2.0, 2.0): 0.61,
+    plus(2.0, 4.0): 0.62,
+}
+
+
+def test_each_arm_keeps_its_share():
+    assert survivors(SCORES, 0.5) == [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)]
+    assert survivors(SCORES, 0.25) == [lora(4.0), plus(1.0, 4.0)]
+    assert survivors(SCORES, 0.3) == survivors(SCORES, 0.5)  # 1.2 of 4 is rounded up
+    assert survivors(SCORES, 0.01) == survivors(SCORES, 0.25)  # at least one
+
+
+def test_of_equals_the_first_is_kept_and_what_diverged_never_is():
+    assert survivors({lora(1.0): 0.5, lora(2.0): 0.5}, 0.5) == [lora(1.0)]
+    assert survivors({lora(1.0): math.nan, lora(2.0): math.inf}, 0.5) == []
+    assert survivors({lora(1.0): math.nan, lora(2.0): 1.0}, 0.99) == [lora(2.0)]
+
+
+def test_the_best_of_an_arm():
+    assert best_of(SCORES, "lora") == lora(4.0)
+    assert best_of(SCORES, "lora_plus") == plus(1.0, 4.0)
+    assert best_of({lora(1.0): math.nan}, "lora") is None
+
+
+def test_a_setting_is_judged_by_all_its_seeds():
+    means = means_of(
+        {(lora(1.0), 0): 1.0, (lora(1.0), 1): 0.0, (lora(2.0), 0): 0.2, (lora(2.0), 1): math.nan}
+    )
+    assert means[lora(1.0)] == 0.5
+    assert math.isnan(means[lora(2.0)])
+
+
+def test_stops():
+    assert stops_of(SweepSettings(), 300) == [38, 75]
+    assert stops_of(SweepSettings(method="grid"), 300) == [300]
+    assert stops_of(SweepSettings(rungs=(0.001, 0.002)), 10) == [1]
+
+
+def test_the_defaults_take_less_than_a_quarter_of_the_grid():
+    # 16 settings of each arm: all to 38, a quarter of them to 75.
+    assert member_steps([32, 8], stops_of(SweepSettings(), 300)) == 32 * 38 + 8 * 37 == 1512
+    assert 1512 <= 32 * 300 / 4
+
+
+def test_members_are_spread_over_the_devices():
+    assert places_of(5, chunk=8, devices=4, at_once=1) == [0, 2, 4, 6, 1]
+    assert places_of(9, chunk=8, devices=4, at_once=1)[8] == 8
+    assert places_of(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
+    for count in range(1, 17):
+        assert len(set(places_of(count, chunk=8, devices=4, at_once=1))) == count
+
+
+def test_more_members_at_once_only_while_it_pays():
+    asked = []
+
+    def seconds(size):
+        asked.append(size)
+        return {1: 1.0, 2: 0.5, 4: 0.49, 8: 0.1}[size]
+
+    assert fastest(seconds, 16) == 2
+    assert asked == [1, 2, 4]
+    assert fastest(lambda size: 1 / size, 6) == 4
+    assert fastest(lambda size: math.inf if size > 1 else 1.0, 6) == 1

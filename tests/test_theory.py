@@ -1,0 +1,302 @@
+"""The terms of a step's change, against explicit matrices in float64 and against the model itself."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, apply_lora_plus, init_lora, scale_variables
+from loraplus_jax.lora import TERMS
+from loraplus_jax.theory import by_layer, make_theory, reading
+
+KEY = jax.random.key(0)
+
+
+def total(model):
+    """A loss whose value means nothing: it reaches the layers."""
+    return lambda variables, x, rng: ((jnp.sum(model.apply(variables, x)), 1.0), {})
+
+
+def drawn(tree, seed, size=1.0):
+    """Other values for every leaf."""
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(tree))))
+    return jax.tree.map(lambda leaf: size * np.asarray(jax.random.normal(next(keys), leaf.shape)), tree)
+
+
+def inputs(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def adapted(net, x, seed=1, **fields):
+    """A model with adapters, its base, the factors before and after a step, and the specs."""
+    model = net
+    if fields:
+        model = apply_lora_plus(net, LoRAPlusConfig(**fields))
+    params = drawn(jax.eval_shape(model.init, KEY, x)["params"], seed)
+    lora, specs = init_lora(model, KEY, x)
+    before = drawn(lora, seed + 1)
+    after = jax.tree.map(np.add, before, drawn(lora, seed + 2, 1e-2))
+    return model, {"params": params}, before, after, specs
+
+
+def measured(model, base, before, after, specs, x):
+    """Compiled, as it is used."""
+    return jax.jit(make_theory(total(model), specs))({"lora": after}, before, base, x)
+
+
+def root(x):
+    return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
+
+def explicit(x, before, after, scale):
+    """The definitions, written out with matrices in float64."""
+    x, a0, b0, a, b = (
+        np.asarray(v, np.float64)
+        for v in (x, before["lora_a"], before["lora_b"], after["lora_a"], after["lora_b"])
+    )
+    return {
+        "delta1": root(scale * x @ (a - a0) @ b0),
+        "delta2": root(scale * x @ a0 @ (b - b0)),
+        "delta3": root(scale * x @ (a - a0) @ (b - b0)),
+        "z_a": root(x @ a),
+        "z_b": root(scale * x @ a @ b),
+    }
+
+
+def close(found, expected, rtol=2e-4):
+    assert list(found) == list(TERMS) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=rtol, err_msg=name)
+
+
+class Net(nn.Module):
+    """Two adapted layers, the second behind a nonlinearity."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="second")(nn.tanh(nn.Dense(6, name="first")(x)))
+
+
+def test_a_step_of_one_by_one_matrices_by_hand():
+    """x = (1, -2) down the rows; A: 2 -> 5, B: 3 -> -1, s = 1/2."""
+    x = jnp.array([[1.0], [-2.0]])
+    model = apply_lora_plus(nn.Dense(1), LoRAPlusConfig(target_modules=".*", rank=1, alpha=0.5))
+    _, specs = init_lora(model, KEY, x)
+    one = jnp.ones((1, 1))
+    base = {"params": {"kernel": one, "bias": jnp.zeros(1)}}
+    before, after = {"lora_a": 2 * one, "lora_b": 3 * one}, {"lora_a": 5 * one, "lora_b": -one}
+    size = 2.5**0.5  # the root mean square of x
+    expected = {
+        "delta1": 4.5 * size,
+        "delta2": 4 * size,
+        "delta3": 6 * size,
+        "z_a": 5 * size,
+        "z_b": 2.5 * size,
+    }
+    close(measured(model, base, before, after, specs, x)[""], expected, rtol=1e-6)
+
+
+def test_every_layer_gets_its_own_inputs():
+    """Those of the model after the step, with the new factors of the layers below."""
+    x = inputs(7, 4)
+    model, base, before, after, specs = adapted(Net(), x, target_modules=".*", rank=2, alpha=3.0)
+    found = measured(model, base, before, after, specs, x)
+    first, params = after["first"], base["params"]["first"]
+    hidden = np.tanh(x @ params["kernel"] + params["bias"] + 1.5 * x @ first["lora_a"] @ first["lora_b"])
+    close(found["first"], explicit(x, before["first"], first, 1.5))
+    close(found["second"], explicit(hidden, before["second"], after["second"], 1.5))
+
+
+LAYERS = {
+    "dense": (nn.Dense(5), (2, 3, 6)),
+    "general": (nn.DenseGeneral((4, 5), axis=(-2, -1)), (2, 4, 6)),
+    "general, batch": (nn.DenseGeneral(5, batch_dims=(0,)), (2, 3, 6)),
+    "einsum": (nn.Einsum((3, 6, 5), "bti,nio->btno", use_bias=False), (2, 4, 6)),
+    "einsum, batch": (nn.Einsum((3, 6, 5), "ebi,eio->ebo", use_bias=False), (3, 4, 6)),
+    "conv": (nn.Conv(6, (3,), strides=2), (2, 7, 4)),
+    "conv, groups": (nn.Conv(8, (3,), feature_group_count=2), (2, 7, 4)),
+    "conv, masked": (nn.Conv(6, (3,), mask=jnp.ones((3, 4, 6))), (2, 7, 4)),
+    "transposed conv": (nn.ConvTranspose(6, (3,)), (2, 7, 4)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_terms_are_what_the_model_itself_makes_of_other_factors(name):
+    """The low-rank term is bilinear: each delta is a difference of outputs, taken from the model from outside."""
+    net, shape = LAYERS[name]
+    x = inputs(*shape)
+    model, base, before, after, specs = adapted(net, x, target_modules=".*", rank=2)
+    after = jax.tree.map(
+        lambda old, new: old + 50 * (new - old), before, after
+    )  # so that differences are large
+
+    def output(a, b):
+        with_term = model.apply({**base, "lora": {"lora_a": a["lora_a"], "lora_b": b["lora_b"]}}, x)
+        return np.asarray(with_term, np.float64) - np.asarray(net.apply(base, x), np.float64)
+
+    old, new = before, after
+    expected = {
+        "delta1": root(output(new, old) - output(old, old)),
+        "delta2": root(output(old, new) - output(old, old)),
+        "delta3": root(output(new, new) - output(new, old) - output(old, new) + output(old, old)),
+        "z_b": root(output(new, new)),
+    }
+    found = measured(model, base, before, after, specs, x)[""]
+    close({n: found[n] if n != "z_a" else 0.0 for n in TERMS}, {n: expected.get(n, 0.0) for n in TERMS}, 1e-3)
+
+
+@pytest.mark.slow
+def test_features_of_a_wider_rank_axis_and_of_windows():
+    """Z_A of a general layer and of a convolution, written out."""
+    x = inputs(2, 4, 6)
+    model, base, before, after, specs = adapted(
+        nn.DenseGeneral((4, 5), axis=(-2, -1)), x, target_modules=".*", rank=3
+    )
+    found = measured(model, base, before, after, specs, x)[""]
+    np.testing.assert_allclose(found["z_a"], root(np.einsum("bij,ijr->br", x, after["lora_a"])), rtol=1e-5)
+    x = inputs(2, 7, 4)
+    model, base, before, after, specs = adapted(
+        nn.Conv(6, (3,), padding="VALID"), x, target_modules=".*", rank=2
+    )
+    found = measured(model, base, before, after, specs, x)[""]
+    windows = np.stack([x[:, n : n + 3] for n in range(5)], axis=1)
+    np.testing.assert_allclose(
+        found["z_a"], root(np.einsum("bnwi,wir->bnr", windows, after["lora_a"])), rtol=1e-5
+    )
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(4, name="fc")(x)), None
+
+
+class Looped(nn.Module):
+    """Three layers in a scan, each with weights of its own on a given axis, or all with the same."""
+
+    shared: bool = False
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        how = {"variable_broadcast": "params"} if self.shared else {"variable_axes": {"params": self.axis}}
+        block = nn.scan(nn.remat(Block), split_rngs={"params": not self.shared}, length=3, **how)
+        return block(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize(
+    "axis", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(-1, marks=pytest.mark.slow)]
+)
+def test_stacked_layers_give_one_value_each(axis):
+    x = inputs(5, 4)
+    model, base, before, after, specs = adapted(
+        Looped(axis=axis), x, target_modules=["fc"], rank=2, alpha=2.0
+    )
+    found = measured(model, base, before, after, specs, x)["layers/fc"]
+    place = "layers"
+    for n in range(3):
+        take = lambda tree: {k: np.take(v, n, axis) for k, v in tree[place]["fc"].items()}  # noqa: B023, E731
+        params, old, new = take(base["params"]), take(before), take(after)
+        close({name: value[n] for name, value in found.items()}, explicit(x, old, new, 1.0))
+        x = np.tanh(x @ params["kernel"] + params["bias"] + x @ new["lora_a"] @ new["lora_b"])
+
+
+def test_a_layer_that_is_used_again_gives_the_mean_over_its_uses():
+    """Weights shared by the turns of a loop, where nothing could be written into the model's variables."""
+    x = inputs(5, 4)
+    model, base, before, after, specs = adapted(
+        Looped(shared=True), x, target_modules=["fc"], rank=2, alpha=2.0
+    )
+    found = measured(model, base, before, after, specs, x)["layers/fc"]
+    params, old, new = (t["layers"]["fc"] for t in (base["params"], before, after))
+    turns = []
+    for _ in range(3):
+        turns.append(explicit(x, old, new, 1.0))
+        x = np.tanh(x @ params["kernel"] + params["bias"] + x @ new["lora_a"] @ new["lora_b"])
+    close(found, {name: np.sqrt(np.mean([turn[name] ** 2 for turn in turns])) for name in TERMS})
+
+
+def test_layers_of_our_own_and_other_scales_are_measured_too():
+    x = inputs(7, 4)
+    model, base, before, after, specs = adapted(LoRAPlusDense(5, rank=2, alpha=4.0), x)
+    close(measured(model, base, before, after, specs, x)[""], explicit(x, before, after, 2.0))
+    model, base, before, after, specs = adapted(nn.Dense(5), x, target_modules=".*", rank=2)
+    frozen = {**base, "lora_scale": scale_variables(specs, 0.25)}
+    found = measured(model, frozen, before, after, specs, x)[""]
+    close(found, explicit(x, before, after, 0.25))
+
+
+def test_layers_left_out_of_a_stack_are_left_out_of_the_metrics():
+    x = inputs(5, 4)
+    model = apply_lora_plus(
+        Looped(), LoRAPlusConfig(target_modules=["fc"], rank=2, layers_to_transform=(0, 2))
+    )
+    base = {"params": jax.eval_shape(model.init, KEY, x)["params"]}
+    lora, specs = init_lora(model, KEY, x)
+    after = jax.tree.map(lambda leaf: leaf + 0.1 * np.array([1, 0, 1], np.float32)[:, None, None], lora)
+    found = by_layer(measured(model, drawn(base, 3), lora, after, specs, x), specs)
+    assert list(found) == ["layers/fc/0", "layers/fc/2"]
+    assert all(value >= 0 for terms in found.values() for value in terms.values())
+
+
+def test_a_measurement_changes_nothing_in_what_the_model_computes():
+    """The value and the gradients are those without it, to the bit."""
+    x = inputs(7, 4)
+    model, base, before, after, _ = adapted(Net(), x, target_modules=".*", rank=2)
+    taps = {p: {"lora_tap": jnp.zeros((1, 6))} for p in ("first", "second")}
+    olds = {p: {f"{k}_before": v for k, v in before[p].items()} for p in before}
+    more = {p: after[p] | taps[p] | olds[p] for p in after}
+
+    def loss(kernel, lora):
+        params = base["params"] | {"first": base["params"]["first"] | {"kernel": kernel}}
+        return jnp.sum(model.apply({"params": params, "lora": lora}, x) ** 2)
+
+    kernel = base["params"]["first"]["kernel"]
+    for one, other in zip(
+        jax.value_and_grad(loss)(kernel, after), jax.value_and_grad(loss)(kernel, more), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_adapters_that_have_no_layer_inputs_are_refused_by_name():
+    model = apply_lora_plus(nn.Embed(7, 4), LoRAPlusConfig(target_modules=".*", rank=2))
+    _, specs = init_lora(model, KEY, jnp.zeros((1, 2), jnp.int32))
+    with pytest.raises(ValueError, match="no layer that is adapted can be measured: embeddings"):
+        make_theory(total(model), specs)
+
+
+@pytest.mark.parametrize(
+    ("delta1", "delta2", "said"),
+    [
+        (0.1, 0.9, "0.11 x as much as B: A starves; at lr_ratio 1.8, with the same rate of B"),
+        (0.9, 0.1, "9 x as much as B: B starves; at lr_ratio 1.4e+02, with the same rate of B"),
+        (0.1, 0.2, "0.5 x as much as B: of the same order, no reason to leave lr_ratio 16"),
+        (0.0, 0.2, "one of the factors has not moved any layer's output yet"),
+    ],
+)
+def test_the_reading_names_the_factor_that_starves_and_its_basis(delta1, delta2, said):
+    line = reading({"q": {"delta1": delta1, "delta2": delta2}}, 16.0)
+    assert said in line
+    assert "\n" not in line
+    assert delta1 == 0 or "2402.12354" in line
+
+
+def test_the_reading_says_which_way_the_balance_moves():
+    """The ratio it names does make the two even, in a step of signs with the same rate of B."""
+    x = inputs(64, 32)
+    model, base, before, _, specs = adapted(nn.Dense(24), x, target_modules=".*", rank=4)
+    signs = jax.tree.map(jnp.sign, drawn(before, 9))
+
+    def layers(ratio, rate_of_b=1e-3):
+        rates = {"lora_a": rate_of_b / ratio, "lora_b": rate_of_b}
+        after = {name: before[name] + rates[name] * signs[name] for name in before}
+        return by_layer(measured(model, base, before, after, specs, x), specs)
+
+    first = layers(100.0)
+    share = first[""]["delta1"] / first[""]["delta2"]
+    assert share < 0.1
+    named = float(reading(first, 100.0).partition("lr_ratio ")[2].partition(",")[0])
+    evened = layers(named)[""]
+    np.testing.assert_allclose(evened["delta1"], evened["delta2"], rtol=0.05)
