@@ -13,14 +13,14 @@ from .config import LoRAPlusConfig
 from .inits import factor_inits
 from .layers import LEAVES
 from .linen import Box, are_boxed, is_box
-from .lora import SCALE, in_box, weight_delta
+from .lora import BEFORE, SCALE, TAP, in_box, weight_delta
 from .spec import AdapterSpec, factor_letters, layer_axis
 from .targets import Seen, layer_index, named, parameter_rule
 from .tree import FACTORS
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
-_NAMES = (*FACTORS, SCALE)
+_NAMES = (*FACTORS, SCALE, TAP, *BEFORE.values())
 
 
 class Boundary:

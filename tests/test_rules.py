@@ -312,7 +312,7 @@ def test_rules_at_odds_or_idle_are_refused(net, rules, message):
         (
             config("plain"),
             lambda lora: {"plain": {**lora["plain"], "lora_c": jnp.ones((4, 2))}},
-            "hold 'plain/lora_c' among the adapters, where only lora_a, lora_b, lora_scale stand",
+            "hold 'plain/lora_c' among the adapters, where only lora_a, lora_b, lora_scale",
         ),
     ],
 )
