@@ -240,7 +240,9 @@ def layers_of(base: Base) -> int:
     return model.config.num_hidden_layers
 
 
-def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> tuple[Work | None, tuple[Collective, ...]]:
+def count_work(
+    settings: Settings, base: Base, data: Data, mesh: Mesh
+) -> tuple[Work | None, tuple[Collective, ...]]:
     """FLOPs and bytes of a step, and the all-gathers of a layer, from programs of one and of two unrolled layers.
 
     Micro-batches and pieces of the loss are loops too. So one micro-batch is compiled, with the loss in one piece,

@@ -251,17 +251,16 @@ def compile_programs(
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
     losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
-    evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=shardings)
-    state, train = state_shapes(parts, tx), settings.train
-    theory = None
-    if train.theory_every is not None:
-        rows = batch_shapes(data.splits["train"], measured_rows(train.batch_size, batch_parts(mesh)))
-        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
-        theory = compile_theory(losses.train, parts.specs, *shapes, mesh=mesh, shardings=shardings)
-    held_out = batch_shapes(data.splits["validation"], train.eval_batch_size)
+    placed = {"mesh": mesh, "shardings": shardings}
+    evaluate = make_eval(losses.evaluate, **placed)
+    batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
+    state, theory = state_shapes(parts, tx), None
+    if settings.train.theory_every is not None:
+        rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+        theory = compile_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed)
     return Programs(
         lower_step(settings, data, parts, tx, mesh, shardings).compile(),
-        evaluate.lower(state.trainable, parts.frozen, held_out).compile(),
+        evaluate.lower(state.trainable, parts.frozen, batch).compile(),
         theory,
     )
 

@@ -295,8 +295,7 @@ def _check_kind(settings: Settings) -> None:
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "train.theory_every", "output_dir"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
