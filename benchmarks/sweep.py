@@ -33,7 +33,7 @@ from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
 from loraplus_jax.train.settings import parse_settings
 from loraplus_jax.train.sweep_choice import best_of, means_of, member_steps, stops_of, survivors
-from loraplus_jax.train.sweep_settings import SweepRun, Trial
+from loraplus_jax.train.sweep_settings import NAMES, SweepRun, Trial
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
@@ -230,8 +230,8 @@ def compared(
         assert grid is not None
         assert found is not None
         row |= {
-            f"{arm}: grid": f"{final[grid]:.4f}",
-            "halving" + " " * (arm == "lora"): f"{final[found]:.4f}",
+            f"{NAMES[arm]}, grid": f"{final[grid]:.4f}",
+            f"{NAMES[arm]}, halving": f"{final[found]:.4f}",
         }
     best = [
         min(final.values()),
