@@ -97,6 +97,7 @@ def path_map(table: NameTable, form: Form, *, prefix: str | None = None) -> Path
             rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
         elif ours not in taken:
             rules[ours, theirs] = (ours, theirs)
+    rules |= {(ours, "lm_head"): (ours, "lm_head", "TiedHead") for ours in form.tied}
     return tuple(rules.values())
 
 
