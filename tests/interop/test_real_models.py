@@ -148,6 +148,7 @@ def test_a_merged_export_needs_little_memory(how, tmp_path):
     child = subprocess.run(arguments, capture_output=True, text=True, check=True)
     found = json.loads(child.stdout.splitlines()[-1])
     print(
-        f"{how}: {found['grown'] / size:.2f} x the model of {size / 1e6:.0f} MB, {found['written'] / 1e6:.0f} MB written"
+        f"{how}: {found['grown'] / size:.2f} x the model of {size / 1e6:.0f} MB; "
+        f"{found['written'] / 1e6:.0f} MB written"
     )
     assert found["grown"] <= 1.3 * size
