@@ -5,10 +5,11 @@ import difflib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
+
+import numpy as np
 
 Init = Literal["lora", "lora_b", "gaussian"]
 Bias = Literal["none", "all", "lora_only"]
@@ -178,15 +179,27 @@ def check_number(
     at_least: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises ValueError unless `value` is a finite real number within the bounds given."""
+    """Raises ValueError unless `value` is a finite real number within the bounds given, and one of float32."""
     bounds = [("above", above), ("at least", at_least), ("below", below)]
     allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    # Not math.isfinite: that fails for an int which no float can hold.
-    fits = fits and abs(value) <= sys.float_info.max
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = number and value == value and abs(value) != math.inf
     fits = fits and (above is None or value > above) and (below is None or value < below)
-    if not fits or (at_least is not None and value < at_least):
-        raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}")
+    if not fits or (at_least is not None and value < at_least) or not in_float32(value):
+        odd = ", which float32 cannot hold" if fits and not in_float32(value) else ""
+        raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}{odd}")
+
+
+def in_float32(value: float) -> bool:
+    """Whether XLA can compute with a finite number: neither infinite in float32 nor so small that it counts as 0.
+
+    >>> in_float32(1e-8), in_float32(1e-60), in_float32(1e300), in_float32(0.0)
+    (True, False, False, True)
+    """
+    return value == 0 or SMALLEST <= abs(value) <= LARGEST
+
+
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def check_whole(name: str, value: Any, *, at_least: int) -> None:

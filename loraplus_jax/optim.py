@@ -13,7 +13,7 @@ import jax
 import optax
 from jax.core import Tracer
 
-from .config import check_number, check_whole, nearest
+from .config import check_number, check_whole, in_float32, nearest
 from .spec import Specs
 from .tree import ROLES, Policy, Role, label_params
 
@@ -23,6 +23,10 @@ Schedule = Literal["constant", "linear", "cosine", "wsd"]
 FAST: tuple[Role, ...] = ("b", "vector")
 """The roles that learn lr_ratio times faster; the second occurs under the policy `"peft"` only."""
 PEFT_EMBEDDING_RATE = 1e-6
+LEAST_EPS = 1e-30
+"""Adam's epsilon, times 1 - b1, must not count as 0 in float32: while B is 0, so are A's gradients, and A's step is
+0 / epsilon.
+"""
 
 
 class Group(NamedTuple):
@@ -74,7 +78,7 @@ def lora_plus_adamw(
     Args:
       learning_rate: eta_A, for A and every role but B; a number, a traced scalar or an optax schedule.
       lr_ratio: lambda = eta_B / eta_A, above 0; it may be traced.
-      b1, b2, eps: of Adam.
+      b1, b2, eps: of Adam; eps at least `LEAST_EPS`.
       weight_decay: w; a step shrinks a parameter by rate * w.
       decay: `"coupled"` shrinks B lambda times faster than A, as torch's and optax's AdamW do with such groups;
         `"equal"` shrinks both at A's pace.
@@ -89,7 +93,8 @@ def lora_plus_adamw(
         to set its own rate.
 
     Raises:
-      ValueError: a ratio, rate or norm that is not a finite number above 0, or an unknown role or policy.
+      ValueError: a ratio, rate or norm that is not a finite number above 0, an eps below `LEAST_EPS`, or an unknown
+        role or policy.
 
     Example:
       >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
@@ -97,7 +102,7 @@ def lora_plus_adamw(
       0.004
     """
     check_positive("lr_ratio", lr_ratio)
-    check_number("eps", eps, at_least=0.0)
+    check_number("eps", eps, at_least=LEAST_EPS)
     check_number("b1", b1, at_least=0.0, below=1.0)
     check_number("b2", b2, at_least=0.0, below=1.0)
     rates, decays = dict(rates or {}), dict(decays or {})
@@ -241,9 +246,9 @@ def rate_at(rate: Rate, step: int | jax.Array) -> Any:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is traced, or a finite number above 0."""
+    """Raises ValueError unless `value` is traced, or a finite number above 0, and one of float32."""
     number = _number(value)
-    if number is not None and not (math.isfinite(number) and number > 0):
+    if number is not None and not (math.isfinite(number) and number > 0 and in_float32(number)):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 

@@ -7,12 +7,14 @@ part, as in Megatron-LM (arXiv 1909.08053). GSPMD (arXiv 2105.04663) makes the c
 The base is placed by rules, which stand beside each model; adapters and optimizer by what they belong to.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -126,7 +128,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def distribute(tree: Any, shardings: Any) -> Any:
     """The tree's arrays, each where a sharding of the same tree says.
 
     With several processes every one of them must have the same values; only the parts that lie on a process's own
@@ -136,7 +138,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(array, jax.Array) and array.sharding == sharding:
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
     if jax.process_count() == 1:
         return jax.device_put(array, sharding)
@@ -148,9 +150,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)))
 
 
-def in_mesh(mesh: Mesh) -> Any:
-    """A context in which `split_rows` knows the mesh, for functions that are traced inside it."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` lie on this process's devices, in order.
+
+    >>> local_rows(make_mesh(1), 3).tolist()
+    [0, 1, 2]
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in places.values()]))
+
+
+def known(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The function, with the mesh known to `split_rows` while it is traced."""
+
+    @functools.wraps(function)
+    def inside(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return inside
 
 
 def split_rows(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import check_whole
 from .diagnostics import role_norms
-from .sharding import DATA_AXIS, Shardings, batch_sharding, in_mesh
+from .sharding import DATA_AXIS, Shardings, batch_sharding, known
 from .tree import combine, label_params
 
 Pair = tuple[jax.Array, jax.Array]
@@ -66,7 +66,8 @@ def make_step(
       loss_fn: takes the combined variables, a batch and a key; see `LossFn`. Sums, never means.
       tx: any optax transform; its update sees the mean gradient.
       accumulate: how many micro-batches a batch is cut into, along the leading axis of every leaf.
-      skip_nonfinite: leave trainable and optimizer as they were when the loss or a gradient norm is not finite.
+      skip_nonfinite: leave trainable and optimizer as they were when the loss, or the norm of a gradient or of an
+        update, is not finite.
       axis_name: the pmap axis that sums go over, if any.
 
     Returns:
@@ -119,7 +120,8 @@ def jit_step(
     """The compiled `StepFn`; its state is donated. With a mesh the batch is split over `"data"` and `"fsdp"`.
 
     State and frozen variables lie as `shardings` says, or are replicated over the mesh. Place them there once, by
-    `place` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is compiled for itself.
+    `distribute(tree, shardings)` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is
+    compiled for itself.
 
     Args:
       loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.
@@ -131,11 +133,11 @@ def jit_step(
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite)
     places = _places(mesh, shardings)
-    if places is None:
+    if mesh is None or places is None:
         return jax.jit(step, donate_argnums=0)
     (state, frozen), split, whole = places
     return jax.jit(
-        _known(step, mesh),
+        known(step, mesh),
         donate_argnums=0,
         in_shardings=(state, frozen, split),
         out_shardings=(state, whole),
@@ -154,18 +156,6 @@ def _places(
         raise ValueError(f"the mesh needs an axis {DATA_AXIS!r}, it has {mesh.axis_names}")
     whole = NamedSharding(mesh, PartitionSpec())
     return shardings or Shardings(whole, whole), batch_sharding(mesh), whole
-
-
-def _known(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """The function, its mesh known to the models in it while it is traced."""
-    assert mesh is not None
-
-    @functools.wraps(function)
-    def inside(*args: Any) -> Any:
-        with in_mesh(mesh):
-            return function(*args)
-
-    return inside
 
 
 def pmap_step(
@@ -194,11 +184,11 @@ def make_eval(
         return _with_loss(loss, metrics)
 
     places = _places(mesh, shardings)
-    if places is None:
+    if mesh is None or places is None:
         return jax.jit(evaluate)
     (state, frozen), split, whole = places
     trainable = state if shardings is None else state.trainable
-    return jax.jit(_known(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
+    return jax.jit(known(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
 
 
 def means(totals: Mapping[str, Pair]) -> dict[str, jax.Array]:
@@ -243,8 +233,9 @@ def _accumulated(
 
 
 def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether the loss is, and every gradient: a norm is finite only if all that it sums is."""
-    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith("grad_norm/")]
+    """Whether the loss is, and every gradient and update: a norm is finite only if all that it sums is."""
+    norms = ("grad_norm/", "update_norm/")
+    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith(norms)]
     return jnp.all(jnp.isfinite(jnp.stack(watched)))
 
 

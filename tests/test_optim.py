@@ -56,8 +56,8 @@ SCHEDULES = {
 def test_the_ratio_holds_at_every_step_of_every_schedule(name, wrapped):
     # Adam's step for a gradient that is always one is the rate itself.
     rate = SCHEDULES[name]
-    adamw = functools.partial(optax.adamw, weight_decay=0.0, eps=0.0)
-    tx = lora_plus(adamw(rate), lr_ratio=8.0) if wrapped else lora_plus_adamw(rate, lr_ratio=8.0, eps=0.0)
+    adamw = functools.partial(optax.adamw, weight_decay=0.0, eps=1e-30)
+    tx = lora_plus(adamw(rate), lr_ratio=8.0) if wrapped else lora_plus_adamw(rate, lr_ratio=8.0, eps=1e-30)
     for step, (_, updates) in enumerate(run(tx, 10, grads=lambda _: ONES)):
         expected = float(rate(step) if callable(rate) else rate)
         a, b, extra = leaves(updates)
@@ -68,7 +68,7 @@ def test_the_ratio_holds_at_every_step_of_every_schedule(name, wrapped):
 
 @pytest.mark.parametrize("make", [
     lambda: lora_plus(optax.sgd(1e-3), lr_ratio=16.0),
-    lambda: lora_plus_adamw(1e-3, lr_ratio=16.0, eps=0.0),
+    lambda: lora_plus_adamw(1e-3, lr_ratio=16.0, eps=1e-30),
 ])  # fmt: skip
 def test_b_is_scaled_once_however_many_adapters_there_are(make):
     one = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
@@ -231,8 +231,21 @@ def test_decay_by_hand(fields, expected):
     np.testing.assert_allclose([x.ravel()[0] for x in updates], expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("eps", [0.0, 9e-31, 1e-60])
+def test_an_epsilon_that_counts_as_zero_is_refused(eps):
+    # B starts at zero, so A has no gradient in the first step, and 0 / (0 + 0) would be its direction.
+    with pytest.raises(ValueError, match="eps must be a finite number at least 1e-30, got"):
+        lora_plus_adamw(0.1, eps=eps)
+
+
+def test_the_least_epsilon_leaves_in_place_what_has_no_gradient():
+    tx = lora_plus_adamw(0.1, eps=1e-30, b1=1 - 1e-7)
+    updates = leaves(run(tx, 1, grads=lambda _: ZEROS)[0][1])
+    assert all((x == 0).all() for x in updates)
+
+
 def test_rates_by_role_reach_the_updates_and_the_table():
-    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=0.0, rates={"extra": 0.5}, decays={"extra": 0.25})
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=1e-30, rates={"extra": 0.5}, decays={"extra": 0.25})
     a, b, extra = leaves(tx.update(ONES, tx.init(ZEROS), ZEROS)[0])
     np.testing.assert_allclose([a[0, 0], b[0, 0], extra[0]], [-0.1, -0.4, -0.5], rtol=1e-5)
     rows = {row.role: (row.rate, row.decay) for row in describe(PARAMS, tx).rows}
@@ -339,11 +352,11 @@ def first_updates(tx, params):
 
 def test_the_policy_of_peft_by_hand():
     params = {"lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}, **EXTRAS}
-    tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, policy="peft", eps=0.0)
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, policy="peft", eps=1e-30)
     # rate (1 + decay): A and matrices 0.1, B and vectors 0.4, biases and scales without decay.
     expected = {"lora_a": -0.15, "lora_b": -0.6, "kernel": -0.15, "gain": -0.6, "bias": -0.4, "scale": -0.4}
     assert first_updates(tx, params) == pytest.approx(expected, rel=1e-5)
-    plain = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, eps=0.0)
+    plain = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, eps=1e-30)
     expected |= dict.fromkeys(("gain", "bias", "scale"), -0.15)
     assert first_updates(plain, params) == pytest.approx(expected, rel=1e-5)
     wrapped = lora_plus(optax.adamw(0.1, eps=0.0, weight_decay=0.0), lr_ratio=4.0, policy="peft")
@@ -360,7 +373,7 @@ def test_adapters_of_embeddings_move_at_their_own_rate():
         ({"policy": "peft"}, 1e-6),
         ({"rates": {"embedding": 0.3}, "policy": "peft"}, 0.3),
     ):
-        tx = lora_plus_adamw(0.1, lr_ratio=4.0, specs={"e": spec}, eps=0.0, **fields)
+        tx = lora_plus_adamw(0.1, lr_ratio=4.0, specs={"e": spec}, eps=1e-30, **fields)
         assert first_updates(tx, params) == pytest.approx({"lora_a": -rate, "lora_b": -rate}, rel=1e-4)
 
 
@@ -375,7 +388,7 @@ def test_an_unknown_policy_is_refused():
 
 def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
     params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
-    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=0.0, adjustable=True)
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, b1=0.5, b2=0.5, eps=1e-30, adjustable=True)
     state, update = tx.init(params), jax.jit(tx.update)
     assert (optax.tree.get(state, "learning_rate"), optax.tree.get(state, "lr_ratio")) == (
         pytest.approx(0.1),

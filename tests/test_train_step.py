@@ -220,7 +220,7 @@ def test_full_training_needs_no_adapters():
     def loss_fn(variables, batch, rng):
         return (jnp.sum((batch @ variables["params"]["w"]) ** 2), batch.shape[0]), {}
 
-    tx = lora_plus_adamw(0.1, eps=0.0)
+    tx = lora_plus_adamw(0.1, eps=1e-30)
     state = init_state({"params": {"w": jnp.array([[1.0]])}}, tx, KEY)
     state, metrics = jit_step(loss_fn, tx)(state, {}, jnp.array([[2.0], [4.0]]))
     np.testing.assert_allclose(state.trainable["params"]["w"], [[0.9]], rtol=1e-5)
@@ -325,6 +325,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(bad, pmapped):
     state, metrics = step(state, {}, lift(jnp.ones(2)))
     assert np.all(metrics["skipped"] == 0)
     assert np.all(np.asarray(state.trainable["params"]["w"]) < 0.85)
+
+
+def test_a_step_whose_update_is_not_finite_is_skipped_too():
+    # A gradient of 2 is finite, 2 * 2e38 is not.
+    def loss_fn(variables, batch, rng):
+        return (jnp.sum(variables["params"]["w"] * batch), jnp.float32(1.0)), {}
+
+    step = jit_step(loss_fn, optax.sgd(2e38), skip_nonfinite=True)
+    state, metrics = step(
+        init_state({"params": {"w": jnp.ones(2)}}, optax.sgd(2e38), KEY), {}, jnp.full(2, 2.0)
+    )
+    assert (metrics["skipped"], metrics["grad_norm/extra"]) == (1, np.float32(np.sqrt(8)))
+    assert jnp.isinf(metrics["update_norm/extra"])
+    np.testing.assert_array_equal(state.trainable["params"]["w"], [1, 1])
 
 
 def test_lambda_costs_nothing():

@@ -19,12 +19,15 @@ from rich.console import Console
 
 from ..checkpoint import differences
 from ..models.hf import read_json
+from .hosts import is_first, wait_for_all
 from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, MAY_CHANGE, Settings, apart
 from .yaml_files import read_yaml
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
+OF_A_START = ("output_dir ", "distributed.")
+"""Settings that say where a run is started, and not what it is."""
 
 
 class Stopped(Exception):
@@ -113,7 +116,7 @@ def check_directory(
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
-    changed = [text for text in _changes(old_free, free) if not text.startswith("output_dir ")]
+    changed = [text for text in _changes(old_free, free) if not text.startswith(OF_A_START)]
     if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
         more = "it goes on with more train.steps, or " if ends else ""
         raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")
@@ -150,9 +153,11 @@ def _first_free(path: Path) -> Path:
 
 def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
     """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
-    place = directory / DAMAGED / str(step)
-    place.parent.mkdir(exist_ok=True)
-    (directory / CHECKPOINTS / str(step)).rename(place)
+    place = _first_free(directory / DAMAGED / str(step))
+    if is_first():
+        place.parent.mkdir(exist_ok=True)
+        (directory / CHECKPOINTS / str(step)).rename(place)
+    wait_for_all("a damaged checkpoint is out of the way")
     manager.reload()
     return place
 

@@ -5,27 +5,25 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..adapter_io import save_adapter
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
 from ..optim import rate_at
-from ..sharding import replicate
-from ..train_step import DATA_AXIS, TrainState, init_state, means
+from ..sharding import batch_sharding, distribute, local_rows
+from ..train_step import TrainState, init_state, means
 from ..tree import combine, count, label_params
 from .data import Batch, eval_batches, train_batches
-from .family import rows_of
 from .fetch import cache_dir
-from .language import head_is_frozen
+from .hosts import is_first, joined, to_host, wait_for_all
 from .lifecycle import (
     ADAPTER,
     CHECKPOINTS,
@@ -41,11 +39,12 @@ from .lifecycle import (
     set_aside_damaged,
     write_config,
 )
-from .live import adapters_of, as_metrics, first_rows, is_due, measured_rows, read_metrics
+from .live import adapters_of, as_metrics, first_rows, is_due, read_metrics
 from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
+from .screen import head, progress, show
 from .settings import Settings
-from .watch import TrainingFailed, advice, not_finite, spike
+from .watch import Seen, TrainingFailed, advice, as_floats, look, not_finite, skipped_up_to
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -66,11 +65,13 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
       ValueError, OSError: bad input, found before anything is written.
       Stopped: SIGTERM or Ctrl-C; what was done is saved.
       TrainingFailed: numbers that are not finite.
+      LostProcess: one of several processes has ended.
     """
-    console = console or Console(soft_wrap=True)
     directory = Path(settings.output_dir).expanduser()
-    changed = check_directory(directory, settings, fresh=fresh)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(joined(settings.distributed))
+        console = (console or Console(soft_wrap=True)) if is_first() else Console(quiet=True)
+        changed = check_directory(directory, settings, fresh=fresh)
         if settings.train.compilation_cache:
             stack.enter_context(kept_programs(cache_dir() / "xla", console))
         return _train(settings, directory, changed, fresh, console)
@@ -80,25 +81,37 @@ def _train(
     settings: Settings, directory: Path, changed: list[str], fresh: bool, console: Console
 ) -> dict[str, Any]:
     run = prepare(settings)
-    if fresh:
-        set_aside(directory, console)
-    directory.mkdir(parents=True, exist_ok=True)
-    with named(directory), only_run(directory):
+    wait_for_all("nobody writes before all have looked")
+    with named(directory), contextlib.ExitStack() as stack:
+        if is_first():
+            stack.enter_context(_own(directory, settings, fresh, console))
+        wait_for_all("the directory is there")
         task = run.data.task
         best = f"validation/{task.metric}"
-        if not (directory / CONFIG).exists():
-            # The first file of a run: by it the directory is known as one, however early the run is killed.
-            write_config(directory, settings)
         manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
         try:
             if changed:
                 check_end(run, manager)
-                keep_results(directory)
-                write_config(directory, settings)
+                if is_first():
+                    keep_results(directory)
+                    write_config(directory, settings)
                 console.print(f"changed since the run was started: {'; '.join(changed)}")
             return Trainer(run, directory, manager, console).run_all()
         finally:
             manager.close()
+
+
+@contextlib.contextmanager
+def _own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
+    """The output directory, made or taken over, and held."""
+    if fresh:
+        set_aside(directory, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_run(directory):
+        if not (directory / CONFIG).exists():
+            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            write_config(directory, settings)
+        yield
 
 
 def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
@@ -115,7 +128,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The means over all rows of a split, every row once."""
     totals: Any = None
-    for batch in eval_batches(arrays, batch_size):
+    for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
         pairs = eval_fn(trainable, frozen, place(batch, mesh))
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     return {name: float(value) for name, value in means(totals).items()}
@@ -123,7 +136,7 @@ def evaluate(
 
 def place(batch: Batch, mesh: Mesh) -> Any:
     """A process's part of a batch on its devices, as one array over the mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
@@ -133,16 +146,16 @@ class Trainer:
     def __init__(self, run: Run, directory: Path, manager: ocp.CheckpointManager, console: Console) -> None:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
-        self.skipped_in_a_row = 0
+        self.seen = Seen()
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
-        self.frozen = replicate(run.mesh, run.parts.frozen)
-        self.state: TrainState = replicate(run.mesh, init_state(run.parts.trainable, run.tx, key))
+        self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
+        self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
+        self.state: TrainState = distribute(init_state(self.initial, run.tx, key), run.shardings.state)
         self.batches = train_batches(
             run.data.splits["train"],
             batch_size=self.settings.batch_size,
             seed=run.settings.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(run.mesh, self.settings.batch_size),
         )
         self.held_out = "test" if "test" in run.data.splits else "validation"
         self.roles = sorted(set(jax.tree.leaves(label_params(run.parts.trainable, run.parts.specs))))
@@ -154,9 +167,10 @@ class Trainer:
         started = time.perf_counter()
         rows = self.go_on()
         step = int(self.state.step)
-        self.log = RunLog(self.directory, keep=rows)
+        self.log = RunLog(self.directory, keep=rows, writes=is_first())
         try:
-            self.print_head(step)
+            for line in head(self.run, step):
+                self.console.print(line)
             before = self.before()
             self.loop(step)
             after = self.finish()
@@ -174,7 +188,8 @@ class Trainer:
                 continue
             self.state, position = restored.state, restored.input_position
             self.batches.set_state(position["batches"])
-            self.pending, self.skipped_in_a_row = position["pending"], position["skipped"]
+            self.pending, losses = position["pending"], position["losses"]
+            self.seen = Seen(tuple(losses), position["skipped"])
             return position["rows"]
         return 0
 
@@ -182,38 +197,6 @@ class Trainer:
         """Moves a checkpoint that cannot be read out of the way."""
         place = set_aside_damaged(self.directory, self.manager, step)
         self.console.print(f"{error}; it is now {place}, and the one before is used")
-
-    def print_head(self, step: int) -> None:
-        """What is about to be trained."""
-        sizes = self.run.data.examples
-        trained = count(self.run.parts.trainable)
-        total = trained + count(self.run.parts.frozen)
-        method = self.run.settings.method
-        if self.run.config is not None:
-            method += f" (rank {self.run.config.rank}, lr_ratio {self.run.config.lr_ratio:g})"
-        self.console.print(
-            f"{method}: training {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %) "
-            f"for {self.run.steps} steps"
-        )
-        unused = {"lora": "lora.lr_ratio (it is 1)", "full": "the section lora"}.get(self.run.settings.method)
-        if self.run.settings.is_language and not head_is_frozen(self.run.parts):
-            self.console.print(
-                "the head is trained, so the loss needs all logits: model.loss_chunk is not used"
-            )
-        if unused:
-            self.console.print(f"method {self.run.settings.method} does not use {unused}")
-        self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
-        if (rows := rows_of(self.run.data.splits["train"])) != sizes["train"]:
-            self.console.print(
-                f"packed: {rows:,} rows of {self.run.settings.data.max_length} tokens to train on"
-            )
-        if cut := sum(self.run.data.truncated.values()):
-            length = self.run.settings.data.max_length
-            self.console.print(
-                f"{cut:,} of {sum(sizes.values()):,} examples are longer than {length} tokens and are cut"
-            )
-        if step:
-            self.console.print(f"going on from step {step} of {self.run.steps}")
 
     def before(self) -> dict[str, float]:
         """The held-out result before the first step, from the log when the run goes on."""
@@ -228,21 +211,21 @@ class Trainer:
             self.log.write(0, {name + key: value for key, value in values.items()})
             first = self.log.rows[-1]
         before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
-        self.console.print(f"before: {self.show(before)} ({self.held_out})")
+        self.console.print(f"before: {show(before)} ({self.held_out})")
         if self.run.answer is not None:
-            self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.run.parts.trainable)}
+            self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.initial)}
             self.console.print(f"> {self.answers['prompt']}\nbefore: {self.answers['before']}", markup=False)
         return before
 
     def answer(self, trainable: Any) -> str:
         """What the model says to the prompt of the settings."""
         assert self.run.answer is not None
-        return self.run.answer.ask(combine(replicate(self.run.mesh, trainable), self.frozen))
+        return self.run.answer.ask(combine(trainable, self.frozen))
 
     def loop(self, step: int) -> None:
         """The steps that are left, with evaluations, checkpoints and early stopping."""
         every = self.settings
-        with self.progress() as bar, StopSignal() as stop:
+        with progress(self.console) as bar, StopSignal() as stop:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
             self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
@@ -254,7 +237,7 @@ class Trainer:
                 step += 1
                 if before is not None:
                     self.log.write(step, self.measure(before, batch))
-                if step % every.log_every == 0 or step == self.run.steps:
+                if step % every.log_every == 0 or step == self.run.steps or self.failing():
                     loss, rate = self.log_row(step)
                     bar.update(task, completed=step, loss=loss, rate=rate)
                 if step % every.eval_every == 0 or step == self.run.steps:
@@ -272,37 +255,49 @@ class Trainer:
 
     def measure(self, before: Any, batch: Batch) -> dict[str, float]:
         """What the step just done did to the layers' outputs, given the adapters before it."""
-        count = measured_rows(self.settings.batch_size, self.run.mesh.size) // jax.process_count()
-        rows = place(first_rows(batch, count), self.run.mesh)
+        rows = place(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
         found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
         return as_metrics(found, self.run.parts.specs)
 
     def log_row(self, step: int) -> tuple[str, str]:
         """Turns the pending metrics into a row; returns what the progress bar shows."""
-        host = [{name: float(value) for name, value in row.items()} for row in jax.device_get(self.pending)]
+        host, first = as_floats(self.pending), step - len(self.pending) + 1
+        seen, jumps = look(self.seen, first, host)
+        for jump in jumps:
+            self.log.write(jump.step, jump.values())
+            self.console.print(str(jump), markup=False)
         now = time.perf_counter()
         speed, self.clock, self.pending = len(host) / (now - self.clock), now, []
         done = [row for row in host if not row["skipped"]]
         values = {name: float(np.mean([row[name] for row in done])) for name in (done[0] if done else ())}
         values["skipped"] = float(len(host) - len(done))
-        if done and (jump := spike([value for _, value in self.log.values("loss")], values)):
-            self.console.print(f"step {step}: {jump}")
         rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
         self.log.write(step, values | rates | {"steps_per_second": speed})
-        self.check_finite(step, host)
+        self.check_skipped(first, host)
+        self.seen = seen
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
-    def check_finite(self, step: int, rows: list[dict[str, float]]) -> None:
+    def failing(self) -> bool:
+        """Whether too many steps in a row were skipped up to the one before the one under way.
+
+        Only that one's number that says so is waited for; at most two steps are under way, then.
+        """
+        before = self.pending[:-1]
+        if not before or not before[-1]["skipped"]:
+            return False
+        return skipped_up_to(self.seen, as_floats(before), self.settings.max_skipped) is not None
+
+    def check_skipped(self, first: int, rows: Sequence[Mapping[str, float]]) -> None:
         """Ends the run when too many steps in a row were skipped, naming what was not finite."""
-        for number, row in enumerate(rows, step - len(rows) + 1):
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
-            if self.skipped_in_a_row >= self.settings.max_skipped:
-                odd = not_finite(row)
-                raise TrainingFailed(
-                    f"{self.skipped_in_a_row} steps in a row up to step {number} were skipped: not finite were "
-                    f"{', '.join(odd)}; {advice(self.run, odd)}; checkpoints up to step "
-                    f"{self.manager.latest_step() or 0} are kept"
-                )
+        most = self.settings.max_skipped
+        place = skipped_up_to(self.seen, rows, most)
+        if place is not None:
+            odd = not_finite(rows[place])
+            raise TrainingFailed(
+                f"{most} steps in a row up to step {first + place} were skipped: not finite were "
+                f"{', '.join(odd)}; {advice(self.run, odd)}; checkpoints up to step "
+                f"{self.manager.latest_step() or 0} are kept"
+            )
 
     def evaluate_and_save(self, step: int) -> None:
         """The validation result goes to the log, to the screen and with a checkpoint."""
@@ -317,15 +312,12 @@ class Trainer:
         self.log.write(step, named)
         self.save(named)
         self.clock = time.perf_counter()
-        self.console.print(f"step {step}: {self.show(values)} (validation)")
+        self.console.print(f"step {step}: {show(values)} (validation)")
 
     def save(self, metrics: Mapping[str, float] | None) -> None:
         """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet."""
-        pending = [
-            {name: float(value) for name, value in row.items()} for row in jax.device_get(self.pending)
-        ]
-        position = {"batches": self.batches.get_state(), "pending": pending, "rows": len(self.log.rows)}
-        position["skipped"] = self.skipped_in_a_row
+        position = {"batches": self.batches.get_state(), "pending": as_floats(self.pending)}
+        position |= {"rows": len(self.log.rows), **self.seen._asdict()}
         save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
 
     def should_stop(self) -> bool:
@@ -346,19 +338,26 @@ class Trainer:
         after = self.evaluate(self.state.trainable, self.held_out)
         if self.run.answer is not None:
             self.answers["after"] = self.answer(self.state.trainable)
+        self.write_results()
+        return after
+
+    def write_results(self) -> None:
+        """The adapter, and the picture of how the loss fell."""
+        trained = to_host(self.state.trainable)
+        if not is_first():
+            return
         notes = {name: self.run.metadata[name] for name in ("base", "task")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
         save_adapter(
             self.directory / ADAPTER,
             self.run.config,
             self.run.parts.specs,
-            self.state.trainable,
+            trained,
             settings=settings,
             **notes,
         )
         title = f"{self.run.settings.method}, {self.run.settings.model.path} on {self.source()}"
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
-        return after
 
     def choose_best(self) -> None:
         """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
@@ -393,10 +392,11 @@ class Trainer:
             "devices": f"{self.run.mesh.size} x {jax.devices()[0].device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
-        write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        if is_first():
+            write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
-            f"after:  {self.show(after)} ({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
+            f"after:  {show(after)} ({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
         )
         if theory:
             self.console.print(f"theory: {theory}", markup=False)
@@ -411,25 +411,7 @@ class Trainer:
         values = evaluate(self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
         return values | self.task.derived(values)
 
-    def show(self, values: Mapping[str, float]) -> str:
-        """Metrics for the screen."""
-        return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-
     def source(self) -> str:
         """What was trained on, in a word."""
         data = self.run.settings.data
         return Path(data.path or data.train or "").name
-
-    def progress(self) -> Progress:
-        """Steps done, loss, step/s and the time left."""
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} step/s"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )

@@ -19,12 +19,16 @@ class RunLog:
     """Appends rows of numbers to `metrics.jsonl` and to TensorBoard events.
 
     Opened on a directory with older rows, it keeps the first `keep`: what was logged after the checkpoint that a
-    run goes on from will be logged again.
+    run goes on from will be logged again. With `writes=False` it only keeps them in memory: of several processes
+    one writes for all.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 0) -> None:
+    def __init__(self, directory: Path, *, keep: int = 0, writes: bool = True) -> None:
         self.path = directory / METRICS
         self.rows = read_rows(self.path, most=keep)
+        self._writes = writes
+        if not writes:
+            return
         step = self.rows[-1]["step"] if self.rows else 0
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self.path.open("a", encoding="utf-8")
@@ -34,6 +38,8 @@ class RunLog:
         """One row."""
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
         self.rows.append(row)
+        if not self._writes:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._events.write_event(_scalars(step, values))
@@ -45,6 +51,8 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the files."""
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 

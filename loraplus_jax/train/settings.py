@@ -11,9 +11,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from ..config import LoRAPlusConfig, check_number, check_whole, nearest
 from ..models.attention import Attention
 from ..models.llama import Remat
-from ..optim import Schedule
+from ..optim import LEAST_EPS, Schedule
 from ..tree import Policy
 from .data import DataSettings
+from .hosts import ALL_DEVICES, ONE_PROCESS, DistributedSettings, MeshSettings
 from .yaml_files import read_yaml
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
@@ -77,7 +78,7 @@ class OptimizerSettings:
       decay_steps: for wsd (warm-up, stable, decay), the steps of decay at the end; a fifth if not given.
       b1: decay of Adam's first moment.
       b2: decay of Adam's second moment.
-      eps: Adam's epsilon.
+      eps: Adam's epsilon, at least 1e-30.
       weight_decay: a step shrinks a parameter by rate times this.
       decay: whether B's decay is lr_ratio times A's (coupled) or the same (equal).
       max_grad_norm: clips the norm over all gradients together.
@@ -103,11 +104,11 @@ class OptimizerSettings:
             "learning_rate",
             "head_learning_rate",
             "embedding_learning_rate",
-            "eps",
             "max_grad_norm",
         ):
             if getattr(self, name) is not None:
                 check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
+        check_number("optimizer.eps", self.eps, at_least=LEAST_EPS)
         for name in ("b1", "b2"):
             check_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
         check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
@@ -138,7 +139,7 @@ class TrainSettings:
       early_stopping: evaluations worse than the best after which training ends; never if not given.
       select: whether the adapter written at the end is the best evaluated one or the last.
       keep: how many of the newest checkpoints to keep, besides the best.
-      max_skipped: a step with a loss or gradient that is not finite is skipped; so many in a row end the run.
+      max_skipped: a step whose loss, gradient or update is not finite is skipped; so many in a row end the run.
       compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
       theory_every: steps between measurements of what A's and B's steps did to each layer's output (theory/... in
         metrics.jsonl), on a quarter of a batch; none if not given.
@@ -190,17 +191,6 @@ class TrainSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSettings:
-    """The devices.
-
-    Attributes:
-      data: how many devices share a batch, -1 for all there are.
-    """
-
-    data: int = -1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """A whole run.
 
@@ -211,6 +201,7 @@ class Settings:
       optimizer: rates, schedule, decay, clipping.
       train: length, batches, evaluation.
       mesh: the devices.
+      distributed: the processes, where there are several.
       task: classification, or regression, one number a text; instruction, the answers in conversations; or
         multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
       method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
@@ -227,7 +218,8 @@ class Settings:
     lora: LoRAPlusConfig = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
-    mesh: MeshSettings = MeshSettings()
+    mesh: MeshSettings = ALL_DEVICES
+    distributed: DistributedSettings = ONE_PROCESS
     task: TaskName = "classification"
     method: Method = "lora_plus"
     init_adapter: str | None = None
@@ -303,7 +295,8 @@ def _check_kind(settings: Settings) -> None:
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "train.theory_every", "mesh.data", "output_dir"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
 ENDS = MAY_CHANGE[:4]

@@ -156,7 +156,7 @@ def most_skipped(settings):
     one.manager = SimpleNamespace(latest_step=lambda: None)
     skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
     with pytest.raises(TrainingFailed) as failure:
-        one.check_finite(len(skipped), skipped)
+        one.check_skipped(1, skipped)
     return str(failure.value)
 
 

@@ -109,6 +109,55 @@ def test_a_run_that_diverges_says_what_and_keeps_the_last_good_state(world, caps
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
+def test_an_update_that_is_not_finite_never_reaches_what_is_saved(world, capsys):
+    assert world.train(*ODD, "--optimizer.learning_rate", "1e38", "--train.max_skipped", "3") == 1
+    error = capsys.readouterr().err
+    assert "update_norm/" in error
+    assert "a lower lora.lr_ratio than 4" in error
+    assert "max_grad_norm" not in error
+
+
+def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsys):
+    seldom = ("--train.log_every", "20", "--train.eval_every", "20", "--train.max_skipped", "2")
+    assert world.train(*ODD, *seldom, "--optimizer.learning_rate", "1e38") == 1
+    # The first step has a rate of 0, and the fourth is under way when the third is looked at.
+    assert "2 steps in a row up to step 3 were skipped" in capsys.readouterr().err
+    (last,) = [row for row in rows_of(world.out) if "skipped" in row]
+    assert (last["step"], last["skipped"]) == (4, 3)
+
+
+@pytest.mark.slow
+def test_spikes_are_logged_at_their_steps_also_by_a_run_that_goes_on(world, monkeypatch, capsys):
+    monkeypatch.setattr("loraplus_jax.train.watch.SPIKE", 0.9)  # so that a sound run has some
+    monkeypatch.setattr("loraplus_jax.train.watch.NOISE", 0.0)
+    straight = result_of(world.trained(*ODD, "--train.log_every", "7", out=world.directory / "straight"))
+    spikes = [row for row in straight[1] if "spike/loss" in row]
+    assert spikes
+    printed = " ".join(capsys.readouterr().out.split())
+    for row in spikes:
+        assert f"step {row['step']}: the loss jumped to {row['spike/loss']:.4f}" in printed
+        assert row["spike/loss"] > 0.9 * row["spike/median"]
+        assert {f"spike/grad_norm/{role}" for role in ("a", "b", "extra")} <= row.keys()
+    for step in (8, 13):
+        with pytest.MonkeyPatch.context() as patch:
+            signal_at(patch, step, signal.SIGTERM)
+            assert world.train(*ODD, "--train.log_every", "7") == 143
+    assert result_of(world.trained(*ODD, "--train.log_every", "7")) == straight
+
+
+@pytest.mark.slow
+def test_a_step_that_is_damaged_twice_is_set_aside_twice(world, straight):
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            signal_at(patch, 15, signal.SIGTERM)
+            assert world.train(*ODD) == 143
+        cut_short(world.out / "checkpoints/15")
+    assert world.train(*ODD) == 0
+    assert {path.name for path in (world.out / "damaged_checkpoints").iterdir()} == {"15", "15.1"}
+    assert result_of(world.out) == straight
+
+
 def test_a_tokenizer_with_more_words_than_the_model_is_refused(world, capsys):
     path = world.model / "tokenizer.json"
     content = json.loads(path.read_text())
