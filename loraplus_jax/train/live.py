@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..lora import TERMS
-from ..sharding import Shardings, batch_parts, batch_sharding, in_mesh, local_rows
+from ..sharding import Shardings, batch_parts, batch_sharding, known, local_rows
 from ..spec import Specs
 from ..theory import by_layer, make_theory, reading
 from ..train_step import LossFn
@@ -38,15 +38,10 @@ def compile_theory(
       state, frozen, rows: shapes of the state, of the frozen variables and of the rows that are measured.
       mesh, shardings: as for `jit_step`.
     """
-    measure, trainable = make_theory(loss_fn, specs), shardings.state.trainable
-
-    def known(*args: Any) -> Any:
-        with in_mesh(mesh):
-            return measure(*args)
-
+    trainable, whole = shardings.state.trainable, NamedSharding(mesh, PartitionSpec())
     places = (trainable, trainable["lora"], shardings.frozen, batch_sharding(mesh))
-    jitted = jax.jit(known, in_shardings=places, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return jitted.lower(state.trainable, state.trainable["lora"], frozen, rows).compile()
+    measure = jax.jit(known(make_theory(loss_fn, specs), mesh), in_shardings=places, out_shardings=whole)
+    return measure.lower(state.trainable, state.trainable["lora"], frozen, rows).compile()
 
 
 def is_due(every: int | None, step: int) -> bool:
