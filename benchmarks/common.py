@@ -68,8 +68,8 @@ def report(
     print(table(rows))
     for key, value in more.items():
         print(f"{key}: {value}")
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = {"machine": machine(), "rows": list(rows), **more, **(unprinted or {})}
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from convergence_plan import STEPS, Experiment, Job, Method, experiment, reports
 from convergence_table import write_table
 
 from loraplus_jax import TrainState, init_state, lora_plus_adamw, make_eval, make_schedule, scale_variables
-from loraplus_jax.train.data import eval_batches, train_batches
+from loraplus_jax.train.data import DataSettings, eval_batches, train_batches
 from loraplus_jax.train.family import Parts
 from loraplus_jax.train.fetch import resolve
 from loraplus_jax.train.prepare import build, family_of, load
-from loraplus_jax.train.settings import Settings
+from loraplus_jax.train.settings import ModelSettings, Settings
 from loraplus_jax.train_step import make_step, means
 from loraplus_jax.tree import combine
 
@@ -112,10 +113,10 @@ class Programs:
         return [float(loss) for loss in curve], state, frozen
 
     def evaluate(self, state: TrainState, frozen: dict[str, Any], split: str) -> dict[str, float]:
-        """The means over a split; of the validation split over its first rows."""
+        """The means over a split; of the validation split over the rows that tuning looks at."""
         rows = self.bench.data.splits[split]
         if split == "validation":
-            rows = {name: column[: self.plan.validation_rows] for name, column in rows.items()}
+            rows = {name: column[:: self.plan.stride] for name, column in rows.items()}
         totals: Any = None
         for batch in eval_batches(rows, self.plan.settings.train.eval_batch_size):
             pairs = self.evaluator(state.trainable, frozen, batch)
@@ -162,16 +163,31 @@ def _without(params: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: tree for name, tree in params.items() if name not in names}
 
 
-def digest(plan: Experiment) -> str:
-    """By which rows of other settings are told apart."""
-    text = json.dumps([plan.settings.to_json(), plan.head_rate, plan.validation_rows, STEPS], sort_keys=True)
+def digest(plan: Experiment, phase: str) -> str:
+    """By which rows of other settings are told apart: what is set, so that new settings with defaults do no harm."""
+    given = plan.settings
+    bare = Settings(
+        model=ModelSettings(path=""),
+        data=DataSettings(path="-"),
+        output_dir=given.output_dir,
+        task=given.task,
+    )
+    setup: list[Any] = [_unlike(given.to_json(), bare.to_json()), plan.head_rate, STEPS]
+    text = json.dumps([*setup, plan.stride] if phase == "tune" else setup, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def _unlike(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields whose values differ, sections within."""
+    found = {n: _unlike(v, others[n]) if isinstance(v, Mapping) else v for n, v in values.items()}
+    return {name: value for name, value in found.items() if value != others[name] and value != {}}
+
+
 def read(task: str, plan: Experiment) -> list[dict[str, Any]]:
-    """The finished runs of a task."""
+    """The finished runs of a task, as it is set up now."""
     lines = ROWS.read_text().splitlines() if ROWS.exists() else []
-    return [row for row in map(json.loads, lines) if (row["task"], row["setup"]) == (task, digest(plan))]
+    rows = [row for row in map(json.loads, lines) if row["task"] == task]
+    return [row for row in rows if row["setup"] == digest(plan, row["phase"])]
 
 
 def run_missing(task: str, minutes: float) -> None:
@@ -192,7 +208,7 @@ def run_missing(task: str, minutes: float) -> None:
                     continue
                 if time.monotonic() > end:
                     return
-                row = {"task": task, "setup": digest(plan), **bench.run(job), "versions": versions}
+                row = {"task": task, "setup": digest(plan, job.phase), **bench.run(job), "versions": versions}
                 with ROWS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 shown = {

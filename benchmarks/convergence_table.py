@@ -132,7 +132,7 @@ def _budget(plan: Experiment, count: Mapping[str, int]) -> str:
     return (
         f"{plan.settings.model.path} on {data.path}: {train.steps} steps of {train.batch_size} x {data.max_length} "
         f"tokens a run. Each method: {points} points x {len(TUNING_SEEDS)} tuning seeds, chosen by the loss on "
-        f"{plan.validation_rows} validation rows; reported on the test split with {len(REPORT_SEEDS)} other seeds. "
+        f"every {plan.stride}. row of the validation split; reported on the test split with {len(REPORT_SEEDS)} other seeds. "
         f"Runs so far: {count['tune']} of tuning, {count['report']} of report."
     )
 

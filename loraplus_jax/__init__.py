@@ -35,9 +35,9 @@ from .lora import unmerge as unmerge
 from .optim import lora_plus as lora_plus
 from .optim import lora_plus_adamw as lora_plus_adamw
 from .optim import make_schedule as make_schedule
+from .sharding import distribute as distribute
 from .sharding import make_mesh as make_mesh
 from .sharding import make_shardings as make_shardings
-from .sharding import place as place
 from .sharding import replicate as replicate
 from .spec import AdapterSpec as AdapterSpec
 from .spec import specs_from_json as specs_from_json

@@ -113,7 +113,8 @@ def open_manager(
         "contents": ocp.JsonCheckpointHandler(),
     }
     directory = Path(directory).absolute()
-    _set_aside_damaged_dates(directory)
+    if jax.process_index() == 0:
+        _set_aside_damaged_dates(directory)
     return _Manager(directory, metric, options=options, item_handlers=handlers)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -126,7 +127,7 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def place(tree: Any, shardings: Any) -> Any:
+def distribute(tree: Any, shardings: Any) -> Any:
     """The tree's arrays, each where a sharding of the same tree says.
 
     With several processes every one of them must have the same values; only the parts that lie on a process's own
@@ -136,7 +137,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(array, jax.Array) and array.sharding == sharding:
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
     if jax.process_count() == 1:
         return jax.device_put(array, sharding)
@@ -146,6 +147,16 @@ def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over the axes `"data"` and `"fsdp"`, those that the mesh has."""
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)))
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of `size` lie on this process's devices, in order.
+
+    >>> local_rows(make_mesh(1), 3).tolist()
+    [0, 1, 2]
+    """
+    places = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in places.values()]))
 
 
 def in_mesh(mesh: Mesh) -> Any:

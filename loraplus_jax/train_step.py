@@ -120,7 +120,8 @@ def jit_step(
     """The compiled `StepFn`; its state is donated. With a mesh the batch is split over `"data"` and `"fsdp"`.
 
     State and frozen variables lie as `shardings` says, or are replicated over the mesh. Place them there once, by
-    `place` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is compiled for itself.
+    `distribute(tree, shardings)` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is
+    compiled for itself.
 
     Args:
       loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.

@@ -181,6 +181,8 @@ def _rope_factors(file: Gguf) -> list[float] | None:
 class View:
     """A tensor seen as safetensors' slices are: `view[start:stop]` dequantises those rows, and no others.
 
+    Of a matrix `view[start:stop, first:last]` reads the blocks that these columns are in.
+
     Attributes:
       heads: how many heads the rows belong to whose halves the file has interleaved; 0 for none.
     """
@@ -197,16 +199,24 @@ class View:
         """Its name in the format: `"F16"`, `"Q4_K"`."""
         return self.tensor.dtype
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         """Float32, with the rows of each head in Hugging Face's order."""
         import gguf
 
+        rows, *columns = index if isinstance(index, tuple) else (index,)
         stored, kind = self._stored, gguf.GGMLQuantizationType[self.tensor.dtype]
         if len(self.tensor.shape) == 1:
             values = gguf.quants.dequantize(stored, kind)
             return values[self._order[rows]] if self.heads else values[rows]
         picked = stored[self._order[rows]] if self.heads else stored[rows]
-        return gguf.quants.dequantize(picked, kind).reshape(-1, *self.tensor.shape[1:])
+        if len(columns) != 1 or len(self.tensor.shape) != 2:
+            values = gguf.quants.dequantize(picked, kind).reshape(-1, *self.tensor.shape[1:])
+            return values[(slice(None), *columns)]
+        start, stop, _ = columns[0].indices(self.tensor.shape[1])
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        first = start // block
+        values = gguf.quants.dequantize(picked[:, first * size : -(-stop // block) * size], kind)
+        return values[:, start - first * block : stop - first * block]
 
     def restored(self, values: np.ndarray) -> np.ndarray:
         """Rows in Hugging Face's order put back into the file's."""

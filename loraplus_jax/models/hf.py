@@ -4,6 +4,7 @@ A model keeps a `NameTable` beside its code; `load_params` reads safetensors and
 every tensor that is missing, left over or misshapen is listed, all in one error, before the first weight is read.
 """
 
+import functools
 import math
 import os
 import re
@@ -110,6 +111,7 @@ def load_params(
     new: tuple[str, ...] = (),
     param_dtype: Any = None,
     place: Callable[[str, np.ndarray], Any] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, Any]:
     """Loads a model's parameters from `model.safetensors`, the shards that its index names, or a GGUF file.
 
@@ -122,8 +124,10 @@ def load_params(
       expected: the model's parameters as shapes, `jax.eval_shape(model.init, ...)["params"]`.
       new: path prefixes of leaves that do not come from the file, such as a new `"head"`.
       param_dtype: the dtype of all leaves; by default each has the one that `expected` gives it.
-      place: called with each leaf's path and host array, returns what to keep of it, so that a leaf can go
-        straight to its sharding. By default an array on the default device.
+      place: called with each leaf's path and host array, returns what to keep of it. By default an array on the
+        default device.
+      shardings: path to sharding, for leaves that go straight to where they lie: of these each process reads only
+        the parts that its own devices hold, and `place` is not called.
 
     Returns:
       Nested dicts like `expected`, without the `new` leaves.
@@ -146,9 +150,15 @@ def load_params(
     """
     leaves, found = check_params(directory, table, expected, new=new)
     keep = place or (lambda path, array: jax.device_put(array))
-    flat = {
-        rule.path: keep(rule.path, _read(rule, leaves[rule.path], found, param_dtype)) for rule in table.rules
-    }
+
+    def load(rule: Rule) -> Any:
+        leaf, sharding = leaves[rule.path], (shardings or {}).get(rule.path)
+        read = functools.partial(_read, rule, leaf, found, param_dtype)
+        if sharding is None:
+            return keep(rule.path, read([slice(0, size) for size in leaf.shape]))
+        return jax.make_array_from_callback(leaf.shape, sharding, _each_once(read, leaf.shape))
+
+    flat = {rule.path: load(rule) for rule in table.rules}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -299,14 +309,38 @@ def _report(directory: Path, problems: list[str]) -> str:
     return "\n".join([first, *shown, *rest])
 
 
+def _each_once(
+    read: Callable[[list[slice]], np.ndarray], shape: tuple[int, ...]
+) -> Callable[[Any], np.ndarray]:
+    """A callback that reads a part which several devices hold only once."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        window = [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]
+        key = tuple((s.start, s.stop) for s in window)
+        if key not in parts:
+            parts[key] = read(window)
+        return parts[key]
+
+    return part
+
+
 def _read(
-    rule: Rule, leaf: jax.ShapeDtypeStruct, found: Mapping[str, _Tensor], param_dtype: Any
+    rule: Rule,
+    leaf: jax.ShapeDtypeStruct,
+    found: Mapping[str, _Tensor],
+    param_dtype: Any,
+    window: list[slice],
 ) -> np.ndarray:
-    """One leaf, written piece by piece into place, so that no second copy of it is made."""
-    out = _aligned(leaf.shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
-    slots = out if _LAYER in rule.name else out[None]
-    for index, name in enumerate(expand(rule, leaf)):
-        _fill(slots[index : index + 1], found[name], transposed=rule.transposed)
+    """A part of one leaf, written piece by piece into place, so that no second copy of it is made."""
+    shape = tuple(s.stop - s.start for s in window)
+    out = _aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
+    names = expand(rule, leaf)
+    slots, names, window = (
+        (out, names[window[0]], window[1:]) if _LAYER in rule.name else (out[None], names, window)
+    )
+    for index, name in enumerate(names):
+        _fill(slots[index : index + 1], found[name], window, transposed=rule.transposed)
     return out
 
 
@@ -318,14 +352,16 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return spare[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(slot: np.ndarray, tensor: _Tensor, *, transposed: bool) -> None:
-    """Writes a tensor to `slot[0]`."""
+def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed: bool) -> None:
+    """Writes a window of a leaf, or of one layer of it, to `slot[0]`."""
     if not tensor.shape:
         slot[0] = tensor.file.get_tensor(tensor.name)
         return
     target = slot[0].T if transposed else slot[0]
-    for part in _pieces(tensor.shape):
-        target[part] = tensor.view[part]
+    first, *columns = reversed(window) if transposed else window
+    for part in _pieces(target.shape):
+        rows = slice(first.start + part.start, first.start + part.stop)
+        target[part] = tensor.view[(rows, *columns)]
 
 
 def _existing(directory: Path) -> Path:

@@ -16,6 +16,7 @@ from ..models import export
 from ..models.hf import NameTable, linear
 from ..path_map import PathMap
 from ..peft_io import load_peft, peft_config, peft_names, peft_notes
+from ..spec import specs_from_json
 from ..tree import combine, flatten, unflatten
 from .family import Parts
 from .lifecycle import ADAPTER
@@ -41,6 +42,19 @@ def is_peft(directory: Path) -> bool:
 def notes_of(directory: Path) -> dict[str, Any]:
     """What the adapter says of itself beside its tensors; empty for one that PEFT made."""
     return peft_notes(directory) or {} if is_peft(directory) else adapter_notes(directory)
+
+
+def own_config(directory: Path) -> LoRAPlusConfig | None:
+    """The config in the notes of an adapter; None for a model trained in full.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    found = notes_of(directory)["config"]
+    try:
+        return None if found is None else LoRAPlusConfig.from_json(found)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory}: its config is damaged: {error}") from None
 
 
 def form_of(parts: Parts) -> export.Form:
@@ -176,14 +190,14 @@ def _differences(settings: Settings, directory: Path, parts: Parts) -> list[str]
     """What the adapter and the section lora say differently, with the flags that would set it right."""
     if settings.applied is None:
         return ["method full has no adapters; use lora_plus or lora"]
-    if is_peft(directory):
+    if notes_of(directory):
+        adapted = specs_from_json(notes_of(directory)["specs"])
+        config, held = own_config(directory), {path: (s.rank, s.scale) for path, s in adapted.items()}
+        chosen = next((s.layers for s in adapted.values() if s.layers is not None), None)
+    else:
         config = config_of(directory, parts)
         held = {path: (config.rank_of(path), config.scale_of(path)) for path in config.target_modules}
         chosen = config.layers_to_transform
-    else:
-        adapter = load_adapter(directory)
-        config, held = adapter.config, {path: (s.rank, s.scale) for path, s in adapter.specs.items()}
-        chosen = next((s.layers for s in adapter.specs.values() if s.layers is not None), None)
     if config is None:
         return ["it is a model trained in full, and has no adapters"]
     here = {path: (spec.rank, spec.scale) for path, spec in parts.specs.items()}

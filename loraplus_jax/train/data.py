@@ -109,7 +109,7 @@ class Rows:
     Attributes:
       texts: the texts.
       pairs: the second texts, or None.
-      labels: the labels as written in the file.
+      labels: the labels as written in the file, without white space around them.
       places: `file:line` of each row, for error messages.
     """
 
@@ -171,7 +171,8 @@ def load_rows(path: Path, settings: DataSettings) -> Rows:
 
     pairs = column(settings.text_pair) if settings.text_pair is not None else None
     places = tuple(f"{path}:{row.line}" for row in rows)
-    return Rows(column(settings.text), pairs, column(settings.label), places)
+    labels = tuple(label.strip() for label in column(settings.label))
+    return Rows(column(settings.text), pairs, labels, places)
 
 
 def _split(rows: Rows, shares: Mapping[str, float], seed: int) -> dict[str, Rows]:
@@ -197,12 +198,16 @@ def label_names(splits: Mapping[str, Rows]) -> list[str]:
     """The classes: the distinct labels of the train split, sorted; whole numbers by their value.
 
     Raises:
-      ValueError: there is only one, or another split has labels that train has not (with `file:line`).
+      ValueError: there is only one, two are one whole number, as 1 and 1.0 are, or another split has labels that
+        train has not (with `file:line`).
     """
     known = set(splits["train"].labels)
     whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in known)
     names = sorted(known, key=lambda label: (int(label) if whole else 0, label))
     raise_problems([problem for rows in splits.values() for problem in _unknown(rows, names)])
+    for name in names:
+        if (number := re.fullmatch(r"([+-]?[0-9]+)\.0+", name)) and number[1] in known:
+            raise ValueError(f"labels {number[1]!r} and {name!r} are the same number: write it in one way")
     if len(names) < 2:
         raise ValueError(
             f"classification needs two labels or more, and the train split has only {names[0]!r}"
@@ -306,13 +311,12 @@ def train_batches(
     *,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
 ) -> "grain.DatasetIterator[Batch]":
     """Endless batches of N rows, reshuffled every epoch by `seed`, the last incomplete batch of each left out.
 
-    Every process sees the same global batches and takes its own `batch_size // process_count` rows of each, so
-    what is learnt does not depend on the number of processes. A batch is made when it is asked for (in less than
+    Every process sees the same global batches and takes the rows of each that its own devices need, so what is
+    learnt does not depend on the number of processes. A batch is made when it is asked for (in less than
     a millisecond; nothing is prefetched), so the iterator's `get_state()`, a small dictionary for JSON, is the
     position after the last batch taken, and `set_state()` goes back to exactly there.
 
@@ -320,14 +324,13 @@ def train_batches(
       arrays: columns, each of N rows.
       batch_size: rows of the global batch.
       seed: of the shuffles.
-      process_index: which process this is.
-      process_count: of how many.
+      rows: which rows of a global batch to take, as `sharding.local_rows` gives them; all by default.
 
     Returns:
       A grain iterator of the columns' rows, with float32 ones as `weight`.
 
     Raises:
-      ValueError: columns of different length, a batch larger than the data or not divisible by `process_count`.
+      ValueError: columns of different length, or a batch larger than the data.
     """
     import grain  # takes a second to import, which command lines' help should not wait for
 
@@ -335,15 +338,10 @@ def train_batches(
     if batch_size > size:
         raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
     check_whole("seed", seed, at_least=0)
-    check_whole("process_count", process_count, at_least=1)
-    if batch_size % process_count:
-        raise ValueError(f"batch_size must be a multiple of the {process_count} processes, got {batch_size}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be from 0 to {process_count - 1}, got {process_index}")
-    local = batch_size // process_count
 
     def take(indices: np.ndarray) -> Batch:
-        return _take(arrays, indices[process_index * local :][:local], np.ones(local, np.float32))
+        mine = indices if rows is None else indices[rows]
+        return _take(arrays, mine, np.ones(len(mine), np.float32))
 
     indices = grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True)
     return iter(
@@ -351,8 +349,10 @@ def train_batches(
     )
 
 
-def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[Batch]:
-    """Every row once, in order, in batches of exactly `batch_size` rows.
+def eval_batches(
+    arrays: Mapping[str, np.ndarray], batch_size: int, rows: Sequence[int] | np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Every row once, in order, in batches of exactly `batch_size` rows, or of each batch the given `rows`.
 
     The last batch is filled up with copies of the last row, whose float32 `weight` is 0; all others have 1.
 
@@ -361,7 +361,7 @@ def eval_batches(arrays: Mapping[str, np.ndarray], batch_size: int) -> Iterator[
     """
     size = _row_count(arrays, batch_size)
     for start in range(0, size, batch_size):
-        indices = np.arange(start, start + batch_size)
+        indices = start + (np.arange(batch_size) if rows is None else np.asarray(rows))
         yield _take(arrays, np.minimum(indices, size - 1), (indices < size).astype(np.float32))
 
 

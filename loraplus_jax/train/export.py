@@ -11,13 +11,13 @@ import numpy as np
 
 from ..adapter_io import Adapter, new_directory, tensor_bytes
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
-from ..config import LoRAPlusConfig, nearest
+from ..config import nearest
 from ..models import export, gguf, gguf_export
 from ..models.hf import check_params, load_params
 from ..models.merged import Merge
 from ..peft_io import NOTES, OWN, save_peft
 from ..tree import flatten, unflatten
-from .adapters import find_adapter, form_of, notes_of, read_adapter
+from .adapters import find_adapter, form_of, notes_of, own_config, read_adapter
 from .family import Parts
 from .fetch import ASSETS, resolve
 from .prepare import build, params_of
@@ -88,7 +88,7 @@ def _opened(place: Path) -> _Source:
     if not {"settings", "task", "base"} <= notes.keys():
         raise ValueError(f"{directory} was not written by loraplus: model, data and task are not in it")
     settings, task = known_of(directory, notes)
-    config = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
+    config = own_config(directory)
     base = resolve(settings.model.path, "model")
     parts = build(settings, base, task, config)
     adapter = read_adapter(directory, parts, params_of(parts))

@@ -9,12 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from ..models.hf import load_config
 from ..models.llama import SHARDING, Llama, name_table, tensor_sizes
 from ..models.llama_config import LlamaConfig
 from ..models.tokenizer import tokenizer as load_tokenizer
+from ..sharding import batch_parts
 from ..tree import leaves_by_path
 from .chat import tokenize_chats
 from .chat_template import ChatTemplate, load_template
@@ -45,6 +47,14 @@ def load_data(settings: Settings, directory: Path) -> Data:
             splits[name], truncated[name] = _encode(settings, tools, examples)
     _widen(splits)
     return Data(task, splits, {name: len(examples) for name, examples in rows.items()}, truncated)
+
+
+def without_data(settings: Settings) -> Data:
+    """The task and one row of the columns that training takes, for settings whose data is not at hand."""
+    ids = np.zeros((1, settings.data.max_length), np.int32)
+    columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
+    task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
+    return Data(task, {"train": columns}, {"train": 1}, {"train": 0})
 
 
 def load_split(
@@ -96,9 +106,10 @@ def make_base(settings: Settings, directory: Path, task: Any) -> Base:
     return Base(model, name_table(config), (), inputs, SHARDING, tensor_sizes(config))
 
 
-def make_losses(settings: Settings, task: LanguageTask, parts: Parts) -> Losses:
-    """Without logits where the head is frozen."""
-    chunk = settings.model.loss_chunk if head_is_frozen(parts) else None
+def make_losses(settings: Settings, task: LanguageTask, parts: Parts, mesh: Mesh | None = None) -> Losses:
+    """Without logits where the head is frozen; on a mesh `model.loss_chunk` is for each part of a batch."""
+    chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
+    chunk = chunk if head_is_frozen(parts) else None
     train = task.loss_fn(parts.model, chunk=chunk)
     if task.kind == "multiple_choice":
         return Losses(train, task.choice_fn(parts.model, chunk=chunk))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +20,15 @@ from rich.console import Console
 
 from ..checkpoint import differences
 from ..models.hf import read_json
+from .hosts import is_first, wait_for_all
 from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, MAY_CHANGE, Settings, apart
 from .yaml_files import read_yaml
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
+OF_A_START = ("output_dir ", "distributed.")
+"""Settings that say where a run is started, and not what it is."""
 
 
 class Stopped(Exception):
@@ -46,6 +50,17 @@ def only_run(directory: Path) -> Iterator[None]:
     Raises:
       ValueError: another process has a run in it; the message gives its pid.
     """
+    lock, owner = _locked(directory), directory / OWNER
+    try:
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
+        lock.release()
+
+
+def _locked(directory: Path) -> filelock.BaseFileLock:
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     try:
         lock.acquire(timeout=0)
@@ -54,13 +69,31 @@ def only_run(directory: Path) -> Iterator[None]:
         raise ValueError(
             f"a run with pid {pid} is at work in {directory}; wait for it or choose another"
         ) from None
+    return lock
+
+
+def _check_free(directory: Path) -> None:
+    """Raises ValueError if a run is at work in the directory: said now, not when the weights are loaded."""
+    if (directory / LOCK).exists():
+        _locked(directory).release()
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises ValueError unless files can be made in the directory: by trying, since rights do not tell all."""
+    made = []
     try:
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
+        for path in (*reversed(directory.parents), directory):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):
-            owner.unlink()
-        lock.release()
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: another run has come first
+                path.rmdir()
 
 
 @contextmanager
@@ -97,6 +130,9 @@ def check_directory(
     for parent in (directory, *directory.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file")
+    if is_first():
+        _check_writable(directory)
+        _check_free(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
         return []
@@ -113,7 +149,7 @@ def check_directory(
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
-    changed = [text for text in _changes(old_free, free) if not text.startswith("output_dir ")]
+    changed = [text for text in _changes(old_free, free) if not text.startswith(OF_A_START)]
     if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
         more = "it goes on with more train.steps, or " if ends else ""
         raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")
@@ -151,8 +187,10 @@ def _first_free(path: Path) -> Path:
 def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
     """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
     place = _first_free(directory / DAMAGED / str(step))
-    place.parent.mkdir(exist_ok=True)
-    (directory / CHECKPOINTS / str(step)).rename(place)
+    if is_first():
+        place.parent.mkdir(exist_ok=True)
+        (directory / CHECKPOINTS / str(step)).rename(place)
+    wait_for_all("a damaged checkpoint is out of the way")
     manager.reload()
     return place
 

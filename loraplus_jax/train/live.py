@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..lora import TERMS
+from ..sharding import Shardings, batch_sharding
 from ..spec import Specs
 from ..theory import by_layer, make_theory, reading
-from ..train_step import DATA_AXIS, LossFn
+from ..train_step import LossFn
 from .data import Batch
 from .report import Row
 
@@ -21,20 +22,26 @@ SHARE = 4
 GROUP = "theory"
 
 
-def measured_rows(batch_size: int, devices: int) -> int:
-    """How many of a batch's rows are measured: a quarter, and a multiple of the devices that share it.
+def measured_rows(batch_size: int, parts: int) -> int:
+    """How many of a batch's rows are measured: a quarter, and a multiple of the parts that it is split into.
 
     >>> measured_rows(32, 1), measured_rows(8, 8)
     (8, 8)
     """
-    return devices * math.ceil(batch_size / SHARE / devices)
+    return parts * math.ceil(batch_size / SHARE / parts)
 
 
-def compile_theory(loss_fn: LossFn, specs: Specs, *shapes: Any, mesh: Mesh) -> Any:
-    """The measurement, compiled for shapes of `(trainable, before, frozen, batch)`; see `theory.make_theory`."""
-    same, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-    jitted = jax.jit(make_theory(loss_fn, specs), in_shardings=(same, same, same, split), out_shardings=same)
-    return jitted.lower(*shapes).compile()
+def compile_theory(
+    loss_fn: LossFn, specs: Specs, trainable: Any, frozen: Any, batch: Any, mesh: Mesh, shardings: Shardings
+) -> Any:
+    """`theory.make_theory`'s `(trainable, before, frozen, batch)`, compiled for shapes; all lie as in a step."""
+    places = shardings.state.trainable
+    jitted = jax.jit(
+        make_theory(loss_fn, specs),
+        in_shardings=(places, places["lora"], shardings.frozen, batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+    return jitted.lower(trainable, trainable["lora"], frozen, batch).compile()
 
 
 def is_due(every: int | None, step: int) -> bool:
@@ -56,7 +63,9 @@ def as_metrics(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str
     """`theory/LAYER/TERM` for every layer, and `theory/mean/TERM` over them."""
     layers = by_layer(jax.device_get(found), specs)
     values = {f"{GROUP}/{path}/{name}": terms[name] for path, terms in layers.items() for name in TERMS}
-    means = {f"{GROUP}/mean/{name}": np.mean([t[name] for t in layers.values()]) for name in TERMS if layers}
+    means = {
+        f"{GROUP}/mean/{name}": float(np.mean([t[name] for t in layers.values()])) for name in TERMS if layers
+    }
     return means | values
 
 

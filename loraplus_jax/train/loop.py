@@ -5,24 +5,25 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
 
 from ..adapter_io import save_adapter
 from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
 from ..optim import rate_at
-from ..sharding import replicate
-from ..train_step import DATA_AXIS, TrainState, init_state, means
+from ..sharding import batch_parts, batch_sharding, distribute, local_rows
+from ..train_step import TrainState, init_state, means
 from ..tree import combine, count, label_params
 from .data import Batch, eval_batches, train_batches
 from .fetch import cache_dir
+from .hosts import is_first, joined, to_host, wait_for_all
 from .lifecycle import (
     ADAPTER,
     CHECKPOINTS,
@@ -64,11 +65,13 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
       ValueError, OSError: bad input, found before anything is written.
       Stopped: SIGTERM or Ctrl-C; what was done is saved.
       TrainingFailed: numbers that are not finite.
+      LostProcess: one of several processes has ended.
     """
-    console = console or Console(soft_wrap=True)
     directory = Path(settings.output_dir).expanduser()
-    changed = check_directory(directory, settings, fresh=fresh)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(joined(settings.distributed))
+        console = (console or Console(soft_wrap=True)) if is_first() else Console(quiet=True)
+        changed = check_directory(directory, settings, fresh=fresh)
         if settings.train.compilation_cache:
             stack.enter_context(kept_programs(cache_dir() / "xla", console))
         return _train(settings, directory, changed, fresh, console)
@@ -78,25 +81,37 @@ def _train(
     settings: Settings, directory: Path, changed: list[str], fresh: bool, console: Console
 ) -> dict[str, Any]:
     run = prepare(settings)
-    if fresh:
-        set_aside(directory, console)
-    directory.mkdir(parents=True, exist_ok=True)
-    with named(directory), only_run(directory):
+    wait_for_all("nobody writes before all have looked")
+    with named(directory), contextlib.ExitStack() as stack:
+        if is_first():
+            stack.enter_context(_own(directory, settings, fresh, console))
+        wait_for_all("the directory is there")
         task = run.data.task
         best = f"validation/{task.metric}"
-        if not (directory / CONFIG).exists():
-            # The first file of a run: by it the directory is known as one, however early the run is killed.
-            write_config(directory, settings)
         manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
         try:
             if changed:
                 check_end(run, manager)
-                keep_results(directory)
-                write_config(directory, settings)
+                if is_first():
+                    keep_results(directory)
+                    write_config(directory, settings)
                 console.print(f"changed since the run was started: {'; '.join(changed)}")
             return Trainer(run, directory, manager, console).run_all()
         finally:
             manager.close()
+
+
+@contextlib.contextmanager
+def _own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
+    """The output directory, made or taken over, and held."""
+    if fresh:
+        set_aside(directory, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_run(directory):
+        if not (directory / CONFIG).exists():
+            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            write_config(directory, settings)
+        yield
 
 
 def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
@@ -120,19 +135,19 @@ def evaluate(
 ) -> dict[str, float]:
     """The means over all rows of a split, every row once; `between` is called before each batch, and may raise."""
     totals: Any = None
-    for batch in eval_batches(arrays, batch_size):
+    for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
         between()
         pairs = eval_fn(trainable, frozen, place(batch, mesh))
         jax.block_until_ready(
             totals
-        )  # two batches are under way at most, so that `between` is never long ago
+        )  # at most two batches are under way, so that `between` is never long ago
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     return {name: float(value) for name, value in means(totals).items()}
 
 
 def place(batch: Batch, mesh: Mesh) -> Any:
     """A process's part of a batch on its devices, as one array over the mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
@@ -146,14 +161,14 @@ class Trainer:
         self.seen = Seen()
         self.due = False  # whether the checkpoint gone on from still lacks its evaluation
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
-        self.frozen = replicate(run.mesh, run.parts.frozen)
-        self.state: TrainState = replicate(run.mesh, init_state(run.parts.trainable, run.tx, key))
+        self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
+        self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
+        self.state: TrainState = distribute(init_state(self.initial, run.tx, key), run.shardings.state)
         self.batches = train_batches(
             run.data.splits["train"],
             batch_size=self.settings.batch_size,
             seed=run.settings.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=local_rows(run.mesh, self.settings.batch_size),
         )
         self.held_out = "test" if "test" in run.data.splits else "validation"
         self.roles = sorted(set(jax.tree.leaves(label_params(run.parts.trainable, run.parts.specs))))
@@ -165,7 +180,7 @@ class Trainer:
         started = time.perf_counter()
         rows = self.go_on()
         self.step = step = int(self.state.step)
-        self.log = RunLog(self.directory, keep=rows)
+        self.log = RunLog(self.directory, keep=rows, writes=is_first())
         try:
             with self.stop:
                 for line in head(self.run, step):
@@ -221,14 +236,14 @@ class Trainer:
         before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
         self.console.print(f"before: {show(before)} ({self.held_out})")
         if self.run.answer is not None:
-            self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.run.parts.trainable)}
+            self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.initial)}
             self.console.print(f"> {self.answers['prompt']}\nbefore: {self.answers['before']}", markup=False)
         return before
 
     def answer(self, trainable: Any) -> str:
         """What the model says to the prompt of the settings."""
         assert self.run.answer is not None
-        return self.run.answer.ask(combine(replicate(self.run.mesh, trainable), self.frozen))
+        return self.run.answer.ask(combine(trainable, self.frozen))
 
     def loop(self, step: int) -> None:
         """The steps that are left, with evaluations, checkpoints and early stopping."""
@@ -261,8 +276,9 @@ class Trainer:
 
     def measure(self, before: Any, batch: Batch) -> dict[str, float]:
         """What the step just done did to the layers' outputs, given the adapters before it."""
-        count = measured_rows(self.settings.batch_size, self.run.mesh.size) // jax.process_count()
-        rows = place(first_rows(batch, count), self.run.mesh)
+        count = measured_rows(self.settings.batch_size, batch_parts(self.run.mesh))
+        own = len(local_rows(self.run.mesh, count))
+        rows = place(first_rows(batch, own), self.run.mesh)
         found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
         return as_metrics(found, self.run.parts.specs)
 
@@ -363,19 +379,26 @@ class Trainer:
         after = self.evaluate(self.state.trainable, self.held_out)
         if self.run.answer is not None:
             self.answers["after"] = self.answer(self.state.trainable)
+        self.write_results()
+        return after
+
+    def write_results(self) -> None:
+        """The adapter, and the picture of how the loss fell."""
+        trained = to_host(self.state.trainable)
+        if not is_first():
+            return
         notes = {name: self.run.metadata[name] for name in ("base", "task")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
         save_adapter(
             self.directory / ADAPTER,
             self.run.config,
             self.run.parts.specs,
-            self.state.trainable,
+            trained,
             settings=settings,
             **notes,
         )
         title = f"{self.run.settings.method}, {self.run.settings.model.path} on {self.source()}"
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
-        return after
 
     def choose_best(self) -> None:
         """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
@@ -410,7 +433,8 @@ class Trainer:
             "devices": f"{self.run.mesh.size} x {jax.devices()[0].device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
-        write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        if is_first():
+            write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
             f"after:  {show(after)} ({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
@@ -425,7 +449,8 @@ class Trainer:
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
         """The means over a split, and what follows from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
-        run, check = self.run, self.check_stop
+        # Of several processes none may leave an evaluation that the others are in.
+        run, check = self.run, self.check_stop if jax.process_count() == 1 else lambda: None
         values = evaluate(
             run.programs.evaluate, trainable, self.frozen, arrays, size, run.mesh, between=check
         )

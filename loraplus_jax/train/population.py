@@ -284,7 +284,7 @@ def _compiled(
     """Members at once, members a call, and the programs; memory is checked."""
     made = functools.cache(functools.partial(_programs, run, data, shapes, steps, mesh, places))
     device, each = mesh.devices.flat[0], -(-places // mesh.size)
-    if at_once is None and device.platform == "cpu":
+    if at_once is None and needs_no_measuring(device):
         at_once = 1
     if at_once is None:
         at_once = fastest(lambda size: _measured(*made(size), mesh, size), each)
@@ -323,6 +323,11 @@ def _example(run: SweepRun, shapes: Parts, steps: int) -> Members:
     tx = make_optimizer(run.optimizer, run.applied, steps, shapes.specs)
     state = init_state(trainable, tx, jax.random.key_data(jax.random.key(0)))
     return jax.tree.map(jnp.asarray, _member(state, run.trials[0], dict.fromkeys(shapes.specs, 1.0)))
+
+
+def needs_no_measuring(device: Any) -> bool:
+    """A CPU is busy with a single member, and takes more time and memory a member for several."""
+    return device.platform == "cpu"
 
 
 def _measured(chunk: int, programs: Programs, mesh: Mesh, at_once: int) -> float:

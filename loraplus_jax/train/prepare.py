@@ -1,9 +1,10 @@
 """From settings to everything a run needs: data, model, adapters, optimizer. Nothing is written here."""
 
+import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,17 @@ from ..config import LoRAPlusConfig
 from ..diagnostics import describe
 from ..models.hf import check_params, load_params
 from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
-from ..sharding import make_mesh
+from ..sharding import (
+    BATCH_AXES,
+    Shardings,
+    base_shardings,
+    batch_parts,
+    check_tensor,
+    make_mesh,
+    make_shardings,
+)
 from ..spec import Specs
-from ..train_step import init_state, jit_step, make_eval
+from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, label_params, split_trainable
 from . import encoders, language
 from .adapters import check_start, started
@@ -31,7 +40,7 @@ from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .live import compile_theory, measured_rows
 from .memory import check_memory
-from .settings import OptimizerSettings, Settings, apart
+from .settings import MOST_STEPS, OptimizerSettings, Settings, apart
 
 
 class Run(NamedTuple):
@@ -44,6 +53,7 @@ class Run(NamedTuple):
       steps: optimizer steps in all.
       tx: the optimizer.
       mesh: the devices.
+      shardings: where state and frozen variables lie.
       programs: the compiled step and evaluation.
       answer: to the prompt that the settings ask, if any.
       metadata: what checkpoints and adapters say of themselves.
@@ -56,6 +66,7 @@ class Run(NamedTuple):
     steps: int
     tx: LoRAPlusTransform
     mesh: Mesh
+    shardings: Shardings
     programs: "Programs"
     answer: "Answer | None"
     metadata: dict[str, Any]
@@ -81,13 +92,14 @@ def prepare(settings: Settings) -> Run:
     Raises:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
-    mesh = make_mesh(settings.mesh.data)
-    _check_mesh(settings, mesh)
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = family_of(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
     config = settings.applied
     shapes = build(settings, directory, data.task, config)
+    check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
     check_rates(settings.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
@@ -96,9 +108,10 @@ def prepare(settings: Settings) -> Run:
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
-    programs = compile_programs(settings, data, shapes, tx, mesh)
-    check_memory([p for p in programs if p is not None], mesh.devices.flat[0], len(mesh.local_devices))
-    parts = load(settings, directory, shapes, config)
+    shardings = place_all(shapes, tx, mesh)
+    programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
+    check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
+    parts = load(settings, directory, shapes, config, mesh)
     if settings.init_adapter is not None:
         parts = started(settings, parts, params_of(parts), directory)
     base = fingerprint(parts.frozen) if parts.frozen else None
@@ -111,7 +124,7 @@ def prepare(settings: Settings) -> Run:
         data=digest(data.splits),
         **({} if settings.init_adapter is None else {"init_adapter": fingerprint(parts.trainable)}),
     )
-    return Run(settings, config, data, parts, steps, tx, mesh, programs, answer, metadata)
+    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, metadata)
 
 
 def inspect(settings: Settings) -> str:
@@ -120,11 +133,14 @@ def inspect(settings: Settings) -> str:
     Raises:
       ValueError, OSError: as training would.
     """
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = family_of(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
     config = settings.applied
     parts = build(settings, directory, data.task, config)
+    check_tensor(mesh, parts.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
     peak = settings.optimizer.warmup_steps
     table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
@@ -154,6 +170,10 @@ def count_steps(settings: Settings, examples: int) -> int:
         raise ValueError(f"train.batch_size is {batch}, the train split has only {examples} rows")
     epochs = 3.0 if settings.train.epochs is None else settings.train.epochs
     steps = settings.train.steps or max(1, math.ceil(epochs * (examples // batch)))
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"train.epochs is {epochs:g}, which makes {steps:g} steps; at most {MOST_STEPS} are counted"
+        )
     if settings.optimizer.warmup_steps >= steps:
         raise ValueError(
             f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, of {steps} steps in all"
@@ -167,13 +187,19 @@ def count_steps(settings: Settings, examples: int) -> int:
 
 def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None) -> Parts:
     """The model with its adapters; shapes stand for all weights but the adapters."""
-    base: Base = family_of(settings).make_base(settings, directory, task)
+    return adapted(settings, family_of(settings).make_base(settings, directory, task), config, init_lora)
+
+
+def adapted(
+    settings: Settings, base: Base, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
+) -> Parts:
+    """A base with its adapters, which `make_adapters` makes as `init_lora` does, or as shapes."""
     model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
     specs: Specs = {}
     if config is not None:
-        lora, specs = init_lora(model, lora_key, *base.inputs)
+        lora, specs = make_adapters(model, lora_key, *base.inputs)
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
     return Parts(base, model, specs, _float32(trainable), frozen)
@@ -185,14 +211,21 @@ def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
     return Parts(base, base.model, {}, {}, {})
 
 
-def load(settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None) -> Parts:
+def load(
+    settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None, mesh: Mesh | None = None
+) -> Parts:
     """The same with weights from a directory, and first values of what that has not.
+
+    With a mesh the weights go straight to where they lie on it, and a process reads its own parts alone.
 
     Raises:
       ValueError: the weights do not fit; the message lists all that is missing, extra or misshapen.
     """
     base = parts.base
-    params = load_params(directory, base.table, params_of(parts), new=base.new)
+    params = params_of(parts)
+    places = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
+    shardings = {path.removeprefix("params/"): place for path, place in places.items()}
+    params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
     return with_weights(settings, parts, params, config)
 
 
@@ -213,30 +246,59 @@ def params_of(parts: Parts) -> dict[str, Any]:
     return combine(parts.trainable, parts.frozen)["params"]
 
 
+def place_all(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
+    """Where state and frozen variables lie on a mesh."""
+    return make_shardings(
+        mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
+    )
+
+
 def compile_programs(
-    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh
+    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
-    losses: Losses = family_of(settings).make_losses(settings, data.task, parts)
-    train = settings.train
-    step = jit_step(losses.train, tx, mesh=mesh, accumulate=train.accumulate, skip_nonfinite=True)
-    evaluate = make_eval(losses.evaluate, mesh=mesh)
-    state = jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
-
-    def batch(size: int, split: str) -> dict[str, jax.ShapeDtypeStruct]:
-        columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
-        return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
-
-    theory = None
-    if train.theory_every is not None:
-        rows = batch(measured_rows(train.batch_size, mesh.size), "train")
-        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
-        theory = compile_theory(losses.train, parts.specs, *shapes, mesh=mesh)
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=shardings)
+    batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
+    state, theory = state_shapes(parts, tx), None
+    if settings.train.theory_every is not None:
+        rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, batch_parts(mesh)))
+        theory = compile_theory(
+            losses.train, parts.specs, state.trainable, parts.frozen, rows, mesh, shardings
+        )
     return Programs(
-        step.lower(state, parts.frozen, batch(train.batch_size, "train")).compile(),
-        evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
+        lower_step(settings, data, parts, tx, mesh, shardings).compile(),
+        evaluate.lower(state.trainable, parts.frozen, batch).compile(),
         theory,
     )
+
+
+def lower_step(
+    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
+) -> jax.stages.Lowered:
+    """The step before it is compiled; of the data only the columns' shapes matter."""
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    step = jit_step(
+        losses.train,
+        tx,
+        mesh=mesh,
+        shardings=shardings,
+        accumulate=settings.train.accumulate,
+        skip_nonfinite=True,
+    )
+    batch = batch_shapes(data.splits["train"], settings.train.batch_size)
+    return step.lower(state_shapes(parts, tx), parts.frozen, batch)
+
+
+def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of some columns' rows, with a weight a row."""
+    weighed = columns | {"weight": np.ones(1, np.float32)}
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighed.items()}
+
+
+def state_shapes(parts: Parts, tx: LoRAPlusTransform) -> TrainState:
+    """The shapes of a run's state."""
+    return jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
 
 
 def _zeros(shapes: Any) -> Any:
@@ -294,15 +356,17 @@ def check_rates(settings: OptimizerSettings, parts: Parts) -> None:
             raise ValueError(f"optimizer.{name} is set, and nothing is trained that it is for")
 
 
-def _check_mesh(settings: Settings, mesh: Mesh) -> None:
+def check_mesh(settings: Settings, mesh: Mesh) -> None:
+    """Raises ValueError if a batch cannot be split over a mesh, or the dtype does not go with the method."""
     micro = settings.train.batch_size // settings.train.accumulate
     for name, size in (
         ("batch_size / accumulate", micro),
         ("eval_batch_size", settings.train.eval_batch_size),
     ):
-        if size % mesh.size:
+        if size % batch_parts(mesh):
+            sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
             raise ValueError(
-                f"train.{name} is {size}, which the {mesh.size} devices of mesh.data do not divide"
+                f"train.{name} is {size}, which the {batch_parts(mesh)} parts of a batch ({sizes}) do not divide"
             )
     if settings.method == "full" and settings.model.param_dtype != "float32":
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")

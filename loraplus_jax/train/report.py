@@ -20,9 +20,10 @@ class RunLog:
 
     Opened on a directory with older rows, it keeps the first `keep`: what was logged after the checkpoint that a
     run goes on from will be logged again. If there are fewer, that is a ValueError and the file stays as it is.
+    With `writes=False` it only keeps them in memory: of several processes one writes for all.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 0) -> None:
+    def __init__(self, directory: Path, *, keep: int = 0, writes: bool = True) -> None:
         self.path = directory / METRICS
         self.rows = read_rows(self.path, most=keep)
         if len(self.rows) < keep:
@@ -30,6 +31,9 @@ class RunLog:
                 f"{self.path} has {len(self.rows)} whole rows, and the checkpoint that the run goes on from was "
                 f"saved after {keep}: put the file back as the run left it, or start over with --fresh"
             )
+        self._writes = writes
+        if not writes:
+            return
         step = self.rows[-1]["step"] if self.rows else 0
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self.path.open("a", encoding="utf-8")
@@ -39,6 +43,8 @@ class RunLog:
         """One row."""
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
         self.rows.append(row)
+        if not self._writes:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._events.write_event(_scalars(step, values))
@@ -46,6 +52,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Has all rows, and the file's name, on the disk, should the machine be switched off."""
+        if not self._writes:
+            return
         os.fsync(self._file.fileno())
         directory = os.open(self.path.parent, os.O_RDONLY)
         try:
@@ -59,6 +67,8 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the files."""
+        if not self._writes:
+            return
         self._file.close()
         self._events.close()
 

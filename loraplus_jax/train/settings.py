@@ -14,6 +14,7 @@ from ..models.llama import Remat
 from ..optim import LEAST_EPS, Schedule
 from ..tree import Policy
 from .data import DataSettings
+from .hosts import ALL_DEVICES, ONE_PROCESS, DistributedSettings, MeshSettings
 from .yaml_files import read_yaml
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
@@ -24,6 +25,8 @@ QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
 LANGUAGE = ("instruction", "multiple_choice")
 """The tasks of causal language models; the others are those of encoders."""
+MOST_STEPS = 2**31 - 1
+"""Steps are counted in int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +170,9 @@ class TrainSettings:
             raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
         if self.epochs is not None:
             check_number("train.epochs", self.epochs, above=0.0)
-        for name in ("steps", "early_stopping", "theory_every"):
+        if self.steps is not None:
+            check_whole("train.steps", self.steps, at_least=1, at_most=MOST_STEPS)
+        for name in ("early_stopping", "theory_every"):
             if getattr(self, name) is not None:
                 check_whole(f"train.{name}", getattr(self, name), at_least=1)
         for name in (
@@ -190,17 +195,6 @@ class TrainSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSettings:
-    """The devices.
-
-    Attributes:
-      data: how many devices share a batch, -1 for all there are.
-    """
-
-    data: int = -1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """A whole run.
 
@@ -211,6 +205,7 @@ class Settings:
       optimizer: rates, schedule, decay, clipping.
       train: length, batches, evaluation.
       mesh: the devices.
+      distributed: the processes, where there are several.
       task: classification, or regression, one number a text; instruction, the answers in conversations; or
         multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
       method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
@@ -227,7 +222,8 @@ class Settings:
     lora: LoRAPlusConfig = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
-    mesh: MeshSettings = MeshSettings()
+    mesh: MeshSettings = ALL_DEVICES
+    distributed: DistributedSettings = ONE_PROCESS
     task: TaskName = "classification"
     method: Method = "lora_plus"
     init_adapter: str | None = None
@@ -246,6 +242,9 @@ class Settings:
         if self.init_adapter is None and self.init_adapter_rates != "same":
             raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
         _check_kind(self)
+        if (config := self.applied) is not None:
+            rate = self.optimizer.learning_rate * config.lr_ratio
+            check_number("lora.lr_ratio times optimizer.learning_rate, B's rate,", rate, above=0.0)
 
     @property
     def is_language(self) -> bool:
@@ -303,7 +302,8 @@ def _check_kind(settings: Settings) -> None:
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "train.theory_every", "mesh.data", "output_dir"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
 ENDS = MAY_CHANGE[:4]

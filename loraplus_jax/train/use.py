@@ -11,13 +11,22 @@ import jax
 import numpy as np
 
 from ..adapter_io import read_tensors
-from ..config import LoRAPlusConfig, nearest
+from ..config import nearest
 from ..models.hf import load_params
 from ..peft_io import NOTES, OWN, peft_notes
 from ..sharding import make_mesh, replicate
 from ..train_step import make_eval
 from ..tree import combine, flatten, unflatten
-from .adapters import check_base, config_of, find_adapter, is_peft, merged_table, notes_of, read_adapter
+from .adapters import (
+    check_base,
+    config_of,
+    find_adapter,
+    is_peft,
+    merged_table,
+    notes_of,
+    own_config,
+    read_adapter,
+)
 from .data import encode, eval_batches
 from .encoders import tokenizer_for
 from .family import Parts
@@ -68,7 +77,7 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
     notes = notes_of(directory)
     if {"settings", "task", "base"} <= notes.keys():
         settings, task = known_of(directory, notes, config)
-        adapted = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
+        adapted = own_config(directory)
         base = resolve(settings.model.path, "model")
     elif is_peft(directory) and config is not None:
         settings, base, task = _from_config(directory, parse_settings(config))

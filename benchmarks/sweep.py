@@ -1,0 +1,256 @@
+"""What does a sweep cost, and does successive halving find what the full grid finds?
+
+    python benchmarks/sweep.py time       # a member's step against a single run's, interleaved
+    python benchmarks/sweep.py halving    # halving against the grid on two small tasks
+
+`time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program beside
+one single run, and works out from the measured times what sixteen single runs and a whole sweep take.
+
+`halving` trains the same 16 settings of a shorter quickstart to the end and looks at them at the rungs too. Members
+do not depend on each other, so that these runs are those of the halving as well. A loss is noisy by the standard
+deviation that the best setting has over the seeds.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from common import interleaved, median_ratio, report
+
+from loraplus_jax import init_state, replicate
+from loraplus_jax.train import population as populations
+from loraplus_jax.train.crew import Crew
+from loraplus_jax.train.data import eval_batches, train_batches
+from loraplus_jax.train.loop import place
+from loraplus_jax.train.population import prepare_population
+from loraplus_jax.train.prepare import prepare
+from loraplus_jax.train.settings import parse_settings
+from loraplus_jax.train.sweep_choice import best_of, means_of, member_steps, stops_of, survivors
+from loraplus_jax.train.sweep_settings import SweepRun, Trial
+
+CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
+SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
+SMALL = (
+    *("--train.steps", "80", "--train.batch_size", "16", "--data.max_length", "24"),
+    *("--data.validation_fraction", "0.05", "--optimizer.warmup_steps", "5"),
+)
+TASKS = {
+    "movie reviews, classes": (),
+    "movie reviews, ratings": ("--task", "regression", "--data.label", "rating"),
+}
+"""Name to what is changed of the recipe."""
+
+
+def timing(rounds: int) -> None:
+    """Writes results/sweep_time.json."""
+    run = parse_settings(
+        CONFIG, [*SIXTEEN, "--mesh.data", "1", "--train.compilation_cache", "false"], SweepRun
+    )
+    compiled = count_compilations()
+    start = time.perf_counter()
+    population = prepare_population(run, len(run.trials))
+    crew = Crew(population, len(run.trials))
+    crew.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
+    prepared = time.perf_counter() - start
+    assert compiled == {"step": 1, "evaluate": 1}, compiled
+    start = time.perf_counter()
+    single = prepare(run.settings_of(run.trials[-1], 0))
+    single_prepared = time.perf_counter() - start
+    key = jax.random.fold_in(jax.random.key(0), 1)
+    states = [replicate(single.mesh, init_state(single.parts.trainable, single.tx, key))]
+    batch = next(train_batches(population.data.splits["train"], batch_size=run.train.batch_size, seed=0))
+    split = population.data.splits["validation"]
+    held = {name: column[: 2 * run.train.eval_batch_size] for name, column in split.items()}
+    frozen = replicate(single.mesh, single.parts.frozen)
+
+    def population_step() -> Any:
+        crew.step(dict.fromkeys(range(len(run.trials)), batch))
+        return crew.chunks
+
+    def single_steps() -> Any:
+        for _ in range(4):
+            states[0], _ = single.programs.step(states[0], frozen, place(batch, single.mesh))
+        return states[0]
+
+    def single_evaluation() -> Any:
+        batches = eval_batches(held, run.train.eval_batch_size)
+        return [single.programs.evaluate(states[0].trainable, frozen, place(b, single.mesh)) for b in batches]
+
+    seconds = interleaved(
+        {
+            "population": population_step,
+            "single": single_steps,
+            "population evaluates": lambda: crew.evaluate(held, run.train.eval_batch_size),
+            "single evaluates": single_evaluation,
+        },
+        rounds,
+    )
+    count = len(run.trials)
+    member = [value / count for value in seconds["population"]]
+    alone = [value / 4 for value in seconds["single"]]
+    look = [value / count / 2 for value in seconds["population evaluates"]]
+    look_alone = [value / 2 for value in seconds["single evaluates"]]
+    memory = population.programs.step.memory_analysis()
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(population.parts.frozen))
+    rows = [
+        {
+            "": name,
+            "population, s a member": f"{np.median(ours):.3f}",
+            "single, s": f"{np.median(theirs):.3f}",
+            "ratio (median of rounds)": f"{median_ratio(ours, theirs):.3f}",
+        }
+        for name, ours, theirs in (("step", member, alone), ("evaluation batch", look, look_alone))
+    ]
+    costs = {
+        "step": (float(np.median(alone)), median_ratio(member, alone)),
+        "look": (float(np.median(look_alone)), median_ratio(look, look_alone)),
+        "start": (single_prepared, prepared),
+    }
+    report(
+        "sweep_time",
+        rows,
+        members=count,
+        rounds=rounds,
+        compilations=compiled,
+        base_mb=round(base / 1e6, 1),
+        arguments_mb=round(memory.argument_size_in_bytes / 1e6, 1),
+        temporaries_mb=round(memory.temp_size_in_bytes / 1e6, 1),
+        single_temporaries_mb=round(single.programs.step.memory_analysis().temp_size_in_bytes / 1e6, 1),
+        answer=answers(run, population, costs),
+        unprinted={"seconds": seconds},
+    )
+
+
+def count_compilations() -> dict[str, int]:
+    """How often each program of the population is compiled from now on."""
+    counts = {"step": 0, "evaluate": 0}
+    original = populations.over_members
+
+    def counted(*arguments: Any, own_batch: bool, donate: bool) -> Any:
+        counts["step" if own_batch else "evaluate"] += 1
+        return original(*arguments, own_batch=own_batch, donate=donate)
+
+    populations.over_members = counted
+    return counts
+
+
+def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Wall time of sweeps over that of sixteen single runs with the quickstart's three evaluations and two tests.
+
+    Worked out from the measured times: steps, evaluations, and one start of a process, its compilations included.
+    """
+    size, steps = run.train.eval_batch_size, population.steps
+    looks = {name: -(-population.data.examples[name] // size) for name in ("validation", "test")}
+    (step, step_ratio), (look, look_ratio), (start, sweep_start) = costs.values()
+    single = start + steps * step + (3 * looks["validation"] + 2 * looks["test"]) * look
+    count, stops = len(run.trials), stops_of(run.sweep, population.steps)
+    left = 2 * math.ceil(
+        count / 2 * run.sweep.keep
+    )  # LoRA has 4 of the settings and keeps 1, LoRA+ 12 and keeps 3
+    search = member_steps([count, left], stops) * step * step_ratio
+    search += (count + left) * looks["validation"] * look * look_ratio + sweep_start
+
+    def reported(members: int) -> float:
+        evaluations = (steps // run.train.eval_every + 1) * looks["validation"] + looks["test"]
+        return members * (steps * step * step_ratio + evaluations * look * look_ratio)
+
+    whole = {
+        "the choice alone": 0,
+        "with LoRA and LoRA+ on 2 other seeds": 4,
+        "on 3": 6,
+        "on 3, and the control": 9,
+    }
+    return {name: round((search + reported(n)) / (16 * single), 3) for name, n in whole.items()}
+
+
+def halving(seeds: int) -> None:
+    """Writes results/sweep_halving.json, with a row for each task and seed."""
+    rows, kept = [], {}
+    for name, changes in TASKS.items():
+        run = parse_settings(CONFIG, [*SIXTEEN, *SMALL, *changes, "--mesh.data", "1"], SweepRun)
+        run = dataclasses.replace(run, sweep=dataclasses.replace(run.sweep, seeds=tuple(range(seeds))))
+        losses, steps = trained(run)
+        kept[name] = {
+            str(step): {f"{t}, seed {s}": v for (t, s), v in found.items()} for step, found in losses.items()
+        }
+        final = means_of(losses[steps])
+        grid = min(final, key=final.__getitem__)
+        noise = float(np.std([losses[steps][grid, seed] for seed in run.seeds], ddof=1))
+        for seed in run.seeds:
+            rows.append(compared(name, run, losses, steps, seed) | {"noise": f"{noise:.4f}"})
+            report("sweep_halving", rows, steps=steps, settings=len(run.trials), unprinted={"losses": kept})
+
+
+def trained(run: SweepRun) -> tuple[dict[int, dict[tuple[Trial, int], float]], int]:
+    """The validation losses of all settings with all seeds at the rungs and at the end, and the end."""
+    entries = [(trial, seed) for seed in run.seeds for trial in run.trials]
+    population = prepare_population(run, len(entries))
+    crew, losses = Crew(population, len(entries)), {}
+    crew.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
+    batches = {
+        seed: train_batches(population.data.splits["train"], batch_size=run.train.batch_size, seed=seed)
+        for seed in run.seeds
+    }
+    stops = [*stops_of(run.sweep, population.steps), population.steps]
+    for step in range(1, population.steps + 1):
+        by_seed = {seed: next(stream) for seed, stream in batches.items()}
+        crew.step({n: by_seed[seed] for n, (_, seed) in enumerate(entries)})
+        if step in stops:
+            found = crew.evaluate(population.data.splits["validation"], run.train.eval_batch_size)
+            losses[step] = {entries[n]: values["loss"] for n, values in found.items()}
+            print(f"step {step}", flush=True)
+    return losses, population.steps
+
+
+def compared(
+    name: str, run: SweepRun, losses: dict[int, dict[tuple[Trial, int], float]], steps: int, seed: int
+) -> dict[str, Any]:
+    """One seed: the best setting of the grid, and the one that halving comes to."""
+    left, counts, stops = list(run.trials), [], stops_of(run.sweep, steps)
+    scores: dict[Trial, float] = {}
+    for stop in stops:
+        counts.append(len(left))
+        scores = {trial: losses[stop][trial, seed] for trial in left}
+        left = survivors(scores, run.sweep.keep)
+    final = {trial: losses[steps][trial, seed] for trial in run.trials}
+    row: dict[str, Any] = {"task": name, "seed": seed}
+    for arm in ("lora", "lora_plus"):
+        grid, found = best_of(final, arm), best_of(scores, arm)
+        assert grid is not None
+        assert found is not None
+        row |= {
+            f"{arm}: grid": f"{final[grid]:.4f}",
+            "halving" + " " * (arm == "lora"): f"{final[found]:.4f}",
+        }
+    best = [
+        min(final.values()),
+        min(final[t] for arm in ("lora", "lora_plus") if (t := best_of(scores, arm))),
+    ]
+    row["best less grid's"] = f"{best[1] - best[0]:+.4f}"
+    row["member-steps / grid's"] = f"{member_steps(counts, stops) / (len(run.trials) * steps):.3f}"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("time", "halving"))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    run = {
+        "time": functools.partial(timing, options.rounds),
+        "halving": functools.partial(halving, options.seeds),
+    }
+    run[options.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The devices and the processes of a run: what is set, how processes join, and what one does for all.
+
+JAX's own runtime does the work: `jax.distributed` joins the processes and notices when one is lost, GSPMD and orbax
+do the rest.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ..config import check_whole
+
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """The devices, as data x fsdp x tensor; one of the three may be -1, for all devices that the others leave.
+
+    Attributes:
+      data: how many parts the batch alone is split into.
+      fsdp: how many parts batch and weights are split into; a layer's weights are gathered when it is computed.
+      tensor: how many parts heads, inner widths and vocabulary are split into.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedSettings:
+    """The processes, where there are several; each is started with the same command but for process_id.
+
+    Attributes:
+      coordinator: HOST:PORT where process 0 can be reached; or auto, which asks the environment (TPU pods, SLURM,
+        MPI, Kubernetes) for this and the next two; one process if not given.
+      processes: how many there are.
+      process_id: which of them this is, from 0.
+      start_timeout: seconds to wait for the others at the start.
+      lost_timeout: seconds of silence after which a process counts as lost and the others end.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+    start_timeout: int = 300
+    lost_timeout: int = 30
+
+    def __post_init__(self) -> None:
+        check_whole("distributed.start_timeout", self.start_timeout, at_least=1)
+        check_whole("distributed.lost_timeout", self.lost_timeout, at_least=1)
+        numbers = {"processes": self.processes, "process_id": self.process_id}
+        if self.coordinator in (None, AUTO):
+            for name, value in numbers.items():
+                if value is not None:
+                    raise ValueError(f"distributed.{name} goes with distributed.coordinator HOST:PORT")
+            return
+        if not re.fullmatch(r".+:\d{1,5}", str(self.coordinator)):
+            raise ValueError(f"distributed.coordinator must be HOST:PORT or {AUTO}, got {self.coordinator!r}")
+        for name, value in numbers.items():
+            if value is None:
+                raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
+        check_whole("distributed.processes", self.processes, at_least=1)
+        check_whole("distributed.process_id", self.process_id, at_least=0)
+        if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(
+                f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
+            )
+
+
+ALL_DEVICES, ONE_PROCESS = MeshSettings(), DistributedSettings()
+
+
+class LostProcess(Exception):
+    """Another process of the run has ended, or cannot be reached any more."""
+
+
+@contextlib.contextmanager
+def joined(settings: DistributedSettings) -> Iterator[None]:
+    """One of the run's processes, if there are several.
+
+    Raises:
+      ValueError: the others cannot be joined; the message says where they were sought and how long.
+      LostProcess: a computation failed because another process ended.
+    """
+    if settings.coordinator is None:
+        yield
+        return
+    try:
+        jax.distributed.initialize(
+            **_address(settings),
+            initialization_timeout=settings.start_timeout,
+            heartbeat_timeout_seconds=settings.lost_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(_not_joined(settings, error)) from error
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise LostProcess(
+            f"process {jax.process_index()} of {jax.process_count()} ends, because it cannot reach another one "
+            f"any more ({str(error).splitlines()[0]:.200}); start all of them again, and the run goes on from its "
+            "newest checkpoint"
+        ) from error
+    jax.distributed.shutdown()
+
+
+def _address(settings: DistributedSettings) -> dict[str, Any]:
+    if settings.coordinator == AUTO:
+        return {}
+    return {
+        "coordinator_address": settings.coordinator,
+        "num_processes": settings.processes,
+        "process_id": settings.process_id,
+    }
+
+
+def _not_joined(settings: DistributedSettings, error: Exception) -> str:
+    reason = str(error).splitlines()[0]
+    if settings.coordinator == AUTO:
+        return (
+            f"distributed.coordinator is {AUTO}, and the environment does not tell the processes ({reason:.200}); "
+            "give distributed.coordinator, processes and process_id"
+        )
+    return (
+        f"process {settings.process_id} of {settings.processes} found no others at distributed.coordinator "
+        f"{settings.coordinator} in {settings.start_timeout} s (distributed.start_timeout): {reason:.200}"
+    )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def to_host(tree: Any) -> Any:
+    """Whole arrays in the memory of every process."""
+
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)

@@ -1,0 +1,181 @@
+"""Members of a population equal their single runs, whatever else is in the program with them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from loraplus_jax import init_state
+from loraplus_jax.train import population as populations
+from loraplus_jax.train.crew import Crew
+from loraplus_jax.train.data import train_batches
+from loraplus_jax.train.loop import place
+from loraplus_jax.train.population import prepare_population
+from loraplus_jax.train.prepare import prepare
+from loraplus_jax.train.settings import parse_settings
+from loraplus_jax.train.sweep_settings import SweepRun, Trial
+from loraplus_jax.tree import leaves_by_path
+
+pytestmark = pytest.mark.slow
+
+# All that draws random numbers or cuts a batch is on.
+ODD = [
+    *(
+        "--model.dropout",
+        "0.1",
+        "--lora.dropout",
+        "0.1",
+        "--model.head_dropout",
+        "0.1",
+        "--train.accumulate",
+        "2",
+    ),
+    *("--optimizer.weight_decay", "0.01", "--optimizer.schedule", "linear", "--train.steps", "100"),
+    *("--sweep.ranks", "[2,4]"),
+]
+ENTRIES = {
+    0: (Trial(1e-3, 16.0, 16.0, 4), 0),
+    1: (Trial(1e-3, 1.0, 16.0, 4), 3),
+    2: (Trial(3e-4, 4.0, 32.0, 2), 0),
+    3: (Trial(1e30, 4.0, 16.0, 4), 0),
+}
+DIVERGES = 3
+
+
+def swept(world, *overrides):
+    return parse_settings(world.config, [*ODD, *overrides], SweepRun)
+
+
+def taken(run, entries, steps, at_once=None):
+    """A crew after some steps."""
+    population = prepare_population(run, len(entries), at_once)
+    crew = Crew(population, len(entries))
+    crew.fill({n: population.first(*entry) for n, entry in entries.items()})
+    split, size = population.data.splits["train"], run.train.batch_size
+    streams = {seed: train_batches(split, batch_size=size, seed=seed) for _, seed in entries.values()}
+    for _ in range(steps):
+        by_seed = {seed: next(stream) for seed, stream in streams.items()}
+        crew.step({n: by_seed[entries[n][1]] for n in crew.numbers})
+    return crew
+
+
+def member(crew, number):
+    """What a member trains."""
+    where = crew.places.index(number)
+    return {path: leaf[where] for path, leaf in leaves_by_path(crew.host().state.trainable).items()}
+
+
+def alone(run, trial, seed, steps):
+    """The single run that `loraplus train` makes of it."""
+    single = prepare(run.settings_of(trial, seed))
+    state = init_state(single.parts.trainable, single.tx, jax.random.fold_in(jax.random.key(seed), 1))
+    split, size = single.data.splits["train"], run.train.batch_size
+    batches = train_batches(split, batch_size=size, seed=seed)
+    for _ in range(steps):
+        state, _ = single.programs.step(state, single.parts.frozen, place(next(batches), single.mesh))
+    return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state.trainable).items()}
+
+
+@pytest.fixture(scope="module")
+def home(first_world, tmp_path_factory, cache):
+    return first_world.copy(tmp_path_factory.mktemp("population"))
+
+
+@pytest.fixture(scope="module")
+def crew(home):
+    return taken(swept(home), ENTRIES, 100)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_member_equals_its_single_run(home, crew, number):
+    ours, theirs = member(crew, number), alone(swept(home), *ENTRIES[number], 100)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in theirs.items():
+        cut = ours[path][tuple(slice(size) for size in leaf.shape)]
+        assert np.abs(cut - leaf).max() <= 1e-5, path
+
+
+def test_the_columns_above_a_members_rank_stay_zero_to_the_bit(crew):
+    found = member(crew, 2)
+    a, b = (next(v for path, v in found.items() if path.endswith(name)) for name in ("lora_a", "lora_b"))
+    assert a[..., :2].any()
+    assert b[..., :2, :].any()
+    assert not a[..., 2:].any()
+    assert not b[..., 2:, :].any()
+
+
+def test_a_member_that_diverges_is_stopped_where_it_was_and_harms_nobody(crew):
+    alive = {n: bool(crew.host().alive[crew.places.index(n)]) for n in ENTRIES}
+    assert alive == {0: True, 1: True, 2: True, 3: False}
+    steps = crew.host().state.step[[crew.places.index(n) for n in ENTRIES]]
+    assert steps.tolist()[:3] == [100, 100, 100]
+    assert 5 <= steps[DIVERGES] <= 10  # train.max_skipped is 5, and a step or two are taken before
+    assert all(np.isfinite(leaf).all() for leaf in member(crew, DIVERGES).values())
+    found = crew.evaluate(crew.population.data.splits["validation"], 16)
+    assert np.isnan(found[DIVERGES]["loss"])
+    assert np.isfinite(found[0]["loss"])
+
+
+def test_several_devices_are_the_same(home, crew):
+    if jax.device_count() < 4:
+        pytest.skip("needs four devices")
+    other = taken(swept(home, "--mesh.data", "4"), ENTRIES, 100)
+    assert (other.chunk, other.population.mesh.size) == (4, 4)
+    for number in (0, 1, 2):
+        for path, leaf in member(crew, number).items():
+            assert np.abs(member(other, number)[path] - leaf).max() <= 1e-5, path
+
+
+def test_several_at_once_have_the_same_losses(home, crew):
+    some = {n: entry for n, entry in ENTRIES.items() if n != DIVERGES}
+    other = taken(swept(home), some, 100, at_once=2)
+    assert (other.chunk, len(other.chunks)) == (2, 2)
+    split = crew.population.data.splits["validation"]
+    ours, theirs = crew.evaluate(split, 16), other.evaluate(split, 16)
+    assert all(abs(ours[n]["loss"] - theirs[n]["loss"]) <= 1e-5 for n in some)
+
+
+def test_survivors_are_moved_together_and_go_on_as_they_were(home, crew):
+    before = {n: member(crew, n) for n in (0, 2)}
+    other = Crew(crew.population, len(ENTRIES))
+    other.places, other.chunks = list(crew.places), list(crew.chunks)
+    other.gather([2, 0])
+    assert other.numbers == [0, 2]
+    assert sorted(other.places) == [-1, -1, 0, 2]
+    for number, leaves in before.items():
+        assert all((member(other, number)[path] == leaf).all() for path, leaf in leaves.items())
+
+
+def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch):
+    made = []
+    original = populations.over_members
+    monkeypatch.setattr(
+        populations, "over_members", lambda *a, **k: made.append(k["own_batch"]) or original(*a, **k)
+    )
+    run = swept(home)
+    crew = taken(run, {n: (ENTRIES[n % 3][0], n) for n in range(6)}, 2)
+    assert sorted(made) == [False, True]
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(crew.population.parts.frozen))
+    members = sum(leaf.nbytes for leaf in jax.tree.leaves(crew.host()))
+    batches = 6 * run.train.batch_size * (3 * run.data.max_length + 2) * 4
+    arguments = crew.population.programs.step.memory_analysis().argument_size_in_bytes
+    assert base + members <= arguments <= base + members + batches + 64 * len(jax.tree.leaves(crew.host()))
+
+
+def test_members_at_once_is_measured_where_there_is_no_cpu(home, monkeypatch):
+    monkeypatch.setattr(populations, "needs_no_measuring", lambda device: False)
+    asked = []
+
+    def measured(chunk, programs, mesh, at_once):
+        asked.append((at_once, chunk))
+        return {1: 1.0, 2: 0.5, 4: 0.49}[at_once]
+
+    monkeypatch.setattr(populations, "_measured", measured)
+    population = prepare_population(swept(home), 4)
+    assert asked == [(1, 4), (2, 2), (4, 4)]
+    assert (population.at_once, population.chunk) == (2, 2)
+    monkeypatch.undo()
+    assert populations._measured(population.chunk, population.programs, population.mesh, 2) > 0
+    chosen = dataclasses.replace(swept(home), sweep=dataclasses.replace(swept(home).sweep, members_at_once=4))
+    assert prepare_population(chosen, 4, chosen.sweep.members_at_once).chunk == 4
