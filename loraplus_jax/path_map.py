@@ -82,13 +82,16 @@ def place_of(path_map: PathMap, module: str) -> Place | None:
 
 
 def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
-    """The module of ours that a name of theirs means, and which of its slices; None where no rule matches.
+    """The module of ours that one of theirs means, and which of its slices; None where no rule matches.
+
+    A `Parameter` is found by the module that owns it, under whose name PEFT has its factors.
 
     >>> module_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
     ('layers/up', (3,))
     """
     for rule in path_map:
-        shared, found = _HOLE.findall(rule[0]), _pattern(rule[1], "[^.]+").fullmatch(name)
+        theirs = rule[1].rpartition(".")[0] if _kind(rule) == "Parameter" else rule[1]
+        shared, found = _HOLE.findall(rule[0]), _pattern(theirs, "[^.]+").fullmatch(name)
         values = {} if found is None else found.groupdict()
         holes = [value for key, value in values.items() if key not in shared]
         if found is None or not all(re.fullmatch("0|[1-9][0-9]{0,8}", value) for value in holes):

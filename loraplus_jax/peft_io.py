@@ -25,6 +25,7 @@ from .path_map import (
     factors_in,
     factors_out,
     module_of,
+    place_of,
     targets_of,
 )
 from .peft_leaves import named_leaves, slices_of, sorted_leaves, whole_leaves
@@ -230,7 +231,9 @@ def _config(
         if module is None:
             problems.append(f"{name}: no rule of the path map matches")
         elif name.endswith(_ENDS):
-            modules.setdefault(module, {})[index] = _bare(name)
+            place = place_of(path_map, module)
+            assert place is not None
+            modules.setdefault(module, {})[index] = place.at(index)
         elif name.endswith(".weight") and not name.endswith(".base_layer.weight"):
             saved[module] = None
     ranks, alphas = {}, {}

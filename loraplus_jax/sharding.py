@@ -7,9 +7,10 @@ part, as in Megatron-LM (arXiv 1909.08053). GSPMD (arXiv 2105.04663) makes the c
 The base is placed by rules, which stand beside each model; adapters and optimizer by what they belong to.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -159,9 +160,15 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(size)[index] for index in places.values()]))
 
 
-def in_mesh(mesh: Mesh) -> Any:
-    """A context in which `split_rows` knows the mesh, for functions that are traced inside it."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+def known(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The function, with the mesh known to `split_rows` while it is traced."""
+
+    @functools.wraps(function)
+    def inside(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return inside
 
 
 def split_rows(x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import check_whole
 from .diagnostics import role_norms
-from .sharding import DATA_AXIS, Shardings, batch_sharding, in_mesh
+from .sharding import DATA_AXIS, Shardings, batch_sharding, known
 from .tree import combine, label_params
 
 Pair = tuple[jax.Array, jax.Array]
@@ -133,11 +133,11 @@ def jit_step(
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite)
     places = _places(mesh, shardings)
-    if places is None:
+    if mesh is None or places is None:
         return jax.jit(step, donate_argnums=0)
     (state, frozen), split, whole = places
     return jax.jit(
-        _known(step, mesh),
+        known(step, mesh),
         donate_argnums=0,
         in_shardings=(state, frozen, split),
         out_shardings=(state, whole),
@@ -156,18 +156,6 @@ def _places(
         raise ValueError(f"the mesh needs an axis {DATA_AXIS!r}, it has {mesh.axis_names}")
     whole = NamedSharding(mesh, PartitionSpec())
     return shardings or Shardings(whole, whole), batch_sharding(mesh), whole
-
-
-def _known(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """The function, its mesh known to the models in it while it is traced."""
-    assert mesh is not None
-
-    @functools.wraps(function)
-    def inside(*args: Any) -> Any:
-        with in_mesh(mesh):
-            return function(*args)
-
-    return inside
 
 
 def pmap_step(
@@ -196,11 +184,11 @@ def make_eval(
         return _with_loss(loss, metrics)
 
     places = _places(mesh, shardings)
-    if places is None:
+    if mesh is None or places is None:
         return jax.jit(evaluate)
     (state, frozen), split, whole = places
     trainable = state if shardings is None else state.trainable
-    return jax.jit(_known(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
+    return jax.jit(known(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
 
 
 def means(totals: Mapping[str, Pair]) -> dict[str, jax.Array]:

@@ -183,7 +183,8 @@ def test_a_roofline_by_hand(planned):
     )
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
     text = text_of(fake(plan, roofline=found), settings)
-    assert "a step takes 2.000 s or more (128 tokens/s at most): FLOPs bind" in text
+    assert "roofline: 2.000 s a step, 128 tokens/s; FLOPs bind" in text
+    assert "work was not counted" in text_of(fake(plan, work=None), settings)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction"])

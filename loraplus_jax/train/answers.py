@@ -100,7 +100,7 @@ class Speaker:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
         batches = [slice(at, at + rows) for at in range(0, len(ids), rows)]
         found = [self.generate(variables, ids[at], segments[at], sampling, keys[at]) for at in batches]
-        tokens = np.concatenate([to_host(x) for x in found])[: len(prompts)]
+        tokens = np.concatenate(to_host(found))[: len(prompts)]
         if np.any(tokens == NOT_FINITE):
             raise ValueError(
                 "the model's scores are not finite: look at the weights and the dtype, and at training"

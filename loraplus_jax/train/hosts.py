@@ -6,7 +6,10 @@ do the rest.
 
 import contextlib
 import dataclasses
+import os
 import re
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,17 +96,23 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
     if settings.coordinator is None:
         yield
         return
+    # When its own time is over JAX aborts the process with a stack of native code.
+    watch = threading.Timer(settings.start_timeout, _give_up, [_not_joined(settings, "time is over")])
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
             **_address(settings),
-            initialization_timeout=settings.start_timeout,
+            initialization_timeout=settings.start_timeout + 60,
             heartbeat_timeout_seconds=settings.lost_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise ValueError(_not_joined(settings, error)) from error
+        raise ValueError(_not_joined(settings, str(error).splitlines()[0])) from error
+    finally:
+        watch.cancel()
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, TimeoutError) as error:  # the second from orbax
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise
         raise LostProcess(
@@ -124,8 +133,14 @@ def _address(settings: DistributedSettings) -> dict[str, Any]:
     }
 
 
-def _not_joined(settings: DistributedSettings, error: Exception) -> str:
-    reason = str(error).splitlines()[0]
+def _give_up(message: str) -> None:
+    """Ends the process, which a native call may hold."""
+    sys.stdout.flush()
+    os.write(2, f"loraplus: error: {message}\n".encode())
+    os._exit(2)
+
+
+def _not_joined(settings: DistributedSettings, reason: str) -> str:
     if settings.coordinator == AUTO:
         return (
             f"distributed.coordinator is {AUTO}, and the environment does not tell the processes ({reason:.200}); "

@@ -18,7 +18,7 @@ from rich.console import Console
 from ..adapter_io import save_adapter
 from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
 from ..optim import rate_at
-from ..sharding import batch_parts, batch_sharding, distribute, local_rows
+from ..sharding import batch_sharding, distribute, local_rows
 from ..train_step import TrainState, init_state, means
 from ..tree import combine, count, label_params
 from .data import Batch, eval_batches, train_batches
@@ -39,7 +39,7 @@ from .lifecycle import (
     set_aside_damaged,
     write_config,
 )
-from .live import adapters_of, as_metrics, first_rows, is_due, measured_rows, read_metrics
+from .live import adapters_of, as_metrics, first_rows, is_due, read_metrics
 from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .screen import head, progress, show
@@ -276,9 +276,7 @@ class Trainer:
 
     def measure(self, before: Any, batch: Batch) -> dict[str, float]:
         """What the step just done did to the layers' outputs, given the adapters before it."""
-        count = measured_rows(self.settings.batch_size, batch_parts(self.run.mesh))
-        own = len(local_rows(self.run.mesh, count))
-        rows = place(first_rows(batch, own), self.run.mesh)
+        rows = place(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
         found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
         return as_metrics(found, self.run.parts.specs)
 

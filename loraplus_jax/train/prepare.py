@@ -258,14 +258,13 @@ def compile_programs(
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
     losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
-    evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=shardings)
+    placed = {"mesh": mesh, "shardings": shardings}
+    evaluate = make_eval(losses.evaluate, **placed)
     batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
     state, theory = state_shapes(parts, tx), None
     if settings.train.theory_every is not None:
-        rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, batch_parts(mesh)))
-        theory = compile_theory(
-            losses.train, parts.specs, state.trainable, parts.frozen, rows, mesh, shardings
-        )
+        rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+        theory = compile_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed)
     return Programs(
         lower_step(settings, data, parts, tx, mesh, shardings).compile(),
         evaluate.lower(state.trainable, parts.frozen, batch).compile(),
@@ -363,10 +362,11 @@ def check_mesh(settings: Settings, mesh: Mesh) -> None:
         ("batch_size / accumulate", micro),
         ("eval_batch_size", settings.train.eval_batch_size),
     ):
-        if size % batch_parts(mesh):
+        if size % (parts := batch_parts(mesh)):
             sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
             raise ValueError(
-                f"train.{name} is {size}, which the {batch_parts(mesh)} parts of a batch ({sizes}) do not divide"
+                f"train.{name} is {size}, which the {parts} parts of a batch ({sizes}) do not divide; "
+                f"give a multiple of {parts}"
             )
     if settings.method == "full" and settings.model.param_dtype != "float32":
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")

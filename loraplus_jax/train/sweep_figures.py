@@ -105,7 +105,8 @@ def curves(axes: Any, report: Report) -> None:
         axes.plot(steps, losses.mean(0), label=name_of(arm, report), **style)
     axes.set(xlabel="step", ylabel="validation loss", title="Chosen settings, on the report's seeds")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
 
 
 def steps(axes: Any, report: Report) -> None:

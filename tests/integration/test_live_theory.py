@@ -6,6 +6,7 @@ import signal
 import jax
 import pytest
 
+from loraplus_jax.sharding import make_mesh
 from loraplus_jax.train.live import as_metrics, measured_rows, read_metrics
 from loraplus_jax.train.settings import parse_settings
 
@@ -60,11 +61,10 @@ def test_a_run_may_go_on_with_other_measurements_to_the_same_adapter(world):
 
 
 @pytest.mark.slow
-def test_a_batch_split_over_devices_is_measured_alike(world):
+@pytest.mark.parametrize("axes", [("--mesh.data", "4"), ("--mesh.data", "2", "--mesh.fsdp", "2")])
+def test_a_batch_and_weights_split_over_devices_are_measured_alike(world, axes):
     one = world.trained(*SHORT, "--train.theory_every", "8", out=world.directory / "one")
-    four = world.trained(
-        *SHORT, "--train.theory_every", "8", "--mesh.data", "4", out=world.directory / "four"
-    )
+    four = world.trained(*SHORT, "--train.theory_every", "8", *axes, out=world.directory / "four")
     (first,), (second,) = apart(rows_of(one))[0], apart(rows_of(four))[0]
     assert first == pytest.approx(second, rel=1e-3)
 
@@ -115,7 +115,8 @@ def test_what_is_read_is_the_second_half_of_the_run():
 
 
 def test_a_quarter_of_the_rows_on_all_devices():
-    assert [measured_rows(*pair) for pair in ((32, 1), (30, 1), (32, 8), (4, 4), (1, 1))] == [8, 8, 8, 4, 1]
+    sizes = ((32, 1), (30, 1), (32, 8), (4, 4), (1, 1))
+    assert [measured_rows(size, make_mesh(devices)) for size, devices in sizes] == [8, 8, 8, 4, 1]
     assert as_metrics({}, {}) == {}
 
 
