@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -29,6 +30,26 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path):
     with only_run(tmp_path):  # the system let go of the lock when the process was killed
         assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
     assert not (tmp_path / ".pid").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_at_work_is_seen_before_any_preparation(tmp_path, fresh):
+    directory = run_of(tmp_path / "out", PLAIN)
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"pid {first.pid} is at work in .*out"):
+            check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
+        first.kill()
+    check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
+
+
+def test_a_directory_that_cannot_be_made_is_refused_and_one_that_can_is_not_made(tmp_path):
+    settings = settings_from_json(PLAIN)
+    check_directory(tmp_path / "a/b/c", settings, fresh=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="output_dir /proc/loraplus/out cannot be written: "):
+        check_directory(Path("/proc/loraplus/out"), settings, fresh=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -140,7 +140,7 @@ def evaluate(
         pairs = eval_fn(trainable, frozen, place(batch, mesh))
         jax.block_until_ready(
             totals
-        )  # two batches are under way at most, so that `between` is never long ago
+        )  # at most two batches are under way, so that `between` is never long ago
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     return {name: float(value) for name, value in means(totals).items()}
 
@@ -447,7 +447,8 @@ class Trainer:
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
         """The means over a split, and what follows from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
-        run, check = self.run, self.check_stop
+        # Of several processes none may leave an evaluation that the others are in.
+        run, check = self.run, self.check_stop if jax.process_count() == 1 else lambda: None
         values = evaluate(
             run.programs.evaluate, trainable, self.frozen, arrays, size, run.mesh, between=check
         )

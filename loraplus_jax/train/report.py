@@ -26,12 +26,12 @@ class RunLog:
     def __init__(self, directory: Path, *, keep: int = 0, writes: bool = True) -> None:
         self.path = directory / METRICS
         self.rows = read_rows(self.path, most=keep)
-        self._writes = writes
         if len(self.rows) < keep:
             raise ValueError(
                 f"{self.path} has {len(self.rows)} whole rows, and the checkpoint that the run goes on from was "
                 f"saved after {keep}: put the file back as the run left it, or start over with --fresh"
             )
+        self._writes = writes
         if not writes:
             return
         step = self.rows[-1]["step"] if self.rows else 0
@@ -52,6 +52,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Has all rows, and the file's name, on the disk, should the machine be switched off."""
+        if not self._writes:
+            return
         os.fsync(self._file.fileno())
         directory = os.open(self.path.parent, os.O_RDONLY)
         try:
