@@ -71,7 +71,9 @@ def heat_map(axes: Any, report: Report) -> None:
         axes.scatter(*np.array(gone).T, s=90, marker="x", color="black", zorder=3)
     best = points[losses.argmin()]
     axes.annotate("\u2605", best, xytext=(4, 4), textcoords="offset points", fontsize=16, zorder=4)
-    axes.annotate("dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9)
+    axes.annotate(
+        "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
+    )
     axes.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=ends)
     axes.set_title(f"Validation loss after {first} of {report['protocol']['steps']} steps")
     axes.set_xlim(rates[:, 0].min() / 1.6, rates[:, 0].max() * 1.6)
