@@ -164,7 +164,7 @@ def _without(params: Any, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def digest(plan: Experiment, phase: str) -> str:
-    """By which rows of other settings are told apart: what is set, so that new settings with defaults do no harm."""
+    """By which rows of other settings are told apart: of what is set, so that new defaults do no harm."""
     given = plan.settings
     bare = Settings(
         model=ModelSettings(path=""),

@@ -129,10 +129,11 @@ def write_table(results: Mapping[str, tuple[Experiment, Rows]]) -> None:
 def _budget(plan: Experiment, count: Mapping[str, int]) -> str:
     points = max(len(m.points) for m in plan.methods.values())
     train, data = plan.settings.train, plan.settings.data
+    share = "the validation split" if plan.stride == 1 else f"1 in {plan.stride} validation rows"
     return (
         f"{plan.settings.model.path} on {data.path}: {train.steps} steps of {train.batch_size} x {data.max_length} "
-        f"tokens a run. Each method: {points} points x {len(TUNING_SEEDS)} tuning seeds, chosen by the loss on "
-        f"every {plan.stride}. row of the validation split; reported on the test split with {len(REPORT_SEEDS)} other seeds. "
+        f"tokens a run. Each method: {points} points x {len(TUNING_SEEDS)} tuning seeds, chosen by mean loss on "
+        f"{share}; reported on the test split with {len(REPORT_SEEDS)} other seeds. "
         f"Runs so far: {count['tune']} of tuning, {count['report']} of report."
     )
 

@@ -22,11 +22,12 @@ from loraplus_jax import (
     init_state,
     jit_step,
     lora_plus_adamw,
+    make_mesh,
     split_trainable,
 )
 from loraplus_jax.models.bert import BertForSequence
 from loraplus_jax.theory import make_theory
-from loraplus_jax.train.live import adapters_of, as_metrics, first_rows, measured_rows
+from loraplus_jax.train.live import adapters_of, as_metrics, first_rows
 
 EVERY = 10
 
@@ -57,7 +58,7 @@ def main() -> None:
     tx = lora_plus_adamw(1e-4, lr_ratio=16.0, specs=specs)
     state = init_state(trainable, tx, jax.random.key(2))
     loss_fn = TASK.loss_fn(model)
-    rows = first_rows(batch, measured_rows(options.batch, 1))
+    rows = first_rows(batch, make_mesh(1), options.batch)
     step = jit_step(loss_fn, tx).lower(state, frozen, batch).compile()
     measure = jax.jit(make_theory(loss_fn, specs)).lower(trainable, lora, frozen, rows).compile()
     states = [state]

@@ -17,9 +17,10 @@ import numpy as np
 from .config import nearest
 from .spec import AdapterSpec, Specs
 
-KINDS = ("Linear", "Conv1D", "Conv", "Embedding", "TiedEmbedding", "Parameter")
+KINDS = ("Linear", "Conv1D", "Conv", "Embedding", "TiedEmbedding", "TiedHead", "Parameter")
 """`Linear` keeps (out, in), transformers' `Conv1D` (in, out), `Conv` (out, in, window...), `Embedding` as here; a
-`TiedEmbedding` is the head too; a `Parameter` is no module's weight: its own name stands last."""
+`TiedEmbedding` is the head too, and a later rule of kind `TiedHead` gives the name that it has as such; a
+`Parameter` is no module's weight: its own name stands last."""
 
 PathMap = Sequence[tuple[str, str] | tuple[str, str, str]]
 Index = tuple[int, ...]
@@ -82,13 +83,16 @@ def place_of(path_map: PathMap, module: str) -> Place | None:
 
 
 def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
-    """The module of ours that a name of theirs means, and which of its slices; None where no rule matches.
+    """The module of ours that one of theirs means, and which of its slices; None where no rule matches.
+
+    A `Parameter` is found by the module that owns it, under whose name PEFT has its factors.
 
     >>> module_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
     ('layers/up', (3,))
     """
     for rule in path_map:
-        shared, found = _HOLE.findall(rule[0]), _pattern(rule[1], "[^.]+").fullmatch(name)
+        theirs = rule[1].rpartition(".")[0] if _kind(rule) == "Parameter" else rule[1]
+        shared, found = _HOLE.findall(rule[0]), _pattern(theirs, "[^.]+").fullmatch(name)
         values = {} if found is None else found.groupdict()
         holes = [value for key, value in values.items() if key not in shared]
         if found is None or not all(re.fullmatch("0|[1-9][0-9]{0,8}", value) for value in holes):

@@ -135,11 +135,8 @@ def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bit_for_bit(tmp_path
     if sizes == "pmap":
         found = jax_utils.unreplicate(jax_utils.replicate(found))
     else:
-        jax.tree.map(
-            lambda x, place: np.testing.assert_(x.sharding.is_equivalent_to(place, x.ndim)),
-            found.trainable,
-            on(*sizes).trainable,
-        )
+        pairs = zip(*map(jax.tree.leaves, (found.trainable, on(*sizes).trainable)), strict=True)
+        assert all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in pairs)
     jax.tree.map(np.testing.assert_array_equal, values(found), values(state))
 
 

@@ -12,6 +12,7 @@ CORE = (
     *("config", "spec", "tree", "inits", "lora", "losses"),
     *(
         "layers",
+        "flow",
         "linen",
         "targets",
         "boundary",
@@ -72,6 +73,10 @@ APPLICATION = tuple(
         "lifecycle",
         "adapters",
         "prepare",
+        "chips",
+        "hlo",
+        "plan",
+        "plan_text",
         "watch",
         "screen",
         "loop",

@@ -4,19 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.train.settings import parse_settings
+from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.train.sweep_settings import SweepRun
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe(path):
-    settings = parse_settings(path)
+    command, kind = ("sweep", SweepRun) if path.stem.endswith("_sweep") else ("train", Settings)
+    settings = parse_settings(path, (), kind)
     assert settings.output_dir == f"runs/{path.stem}"
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert f"loraplus train configs/{path.name}" in head
+    assert f"loraplus {command} configs/{path.name}" in head
     assert ("Measured" in head) != ("Not run here" in head)
 
 
 def test_the_recipes_are_seen():
-    assert {"quickstart", "smollm2_chat", "llama_alpaca", "llama_commonsense"} <= {p.stem for p in CONFIGS}
+    assert {"quickstart", "quickstart_sweep", "smollm2_chat", "llama_alpaca", "llama_commonsense"} <= {
+        p.stem for p in CONFIGS
+    }

@@ -150,6 +150,7 @@ BAD = [
     ),
     (("--sweep.target", "low"), "sweep.target must be a number or null"),
     (("--method", "lora"), "method must be lora_plus, got lora"),
+    (("--init_adapter", "there"), "leave init_adapter out"),
     (("--seed", str(2**32 - 2)), "must be below 2**32"),
 ]
 

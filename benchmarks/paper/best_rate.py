@@ -3,8 +3,8 @@
     python benchmarks/paper/best_rate.py
 
 f(x) = v . relu((W + A B) relu(W_in x)) / n^p learns sin(mean x) in 5 dimensions, from 128 points in 40 steps of
-Adam on A and B alone, both with the same rate; W ~ N(0, 1/n), W_in and v ~ N(0, 1), A ~ N(0, 1/n), B = 0, rank 4. The
-readout n^-1 or n^-1/2 sets how large a change of the features is needed. With one rate for both, theory has the
+Adam on A and B alone, both with the same rate; W ~ N(0, 1/n), W_in and v ~ N(0, 1), A ~ N(0, 1/n), B = 0, rank 4.
+The readout n^-1 or n^-1/2 sets how large a change of the features is needed. With one rate for both, theory has the
 best one fall as n^-1/2 for p = 1 and n^-3/4 for p = 1/2, since A asks for 1/n and B for a constant.
 """
 
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import Check, figure, finish, save, slope
+from shared import Check, figure, finish, numbers, save, slope
 
 from loraplus_jax import lora_plus_adamw
 from loraplus_jax.lora import delta
@@ -91,7 +91,7 @@ def main() -> int:
             for n, rate in zip(WIDTHS, rates, strict=True)
         ]
         checks[f"slope of the best rate, readout {name}"] = Check(found, expected - 0.15, expected + 0.15)
-        kept[name] = {str(n): values.tolist() for n, values in zip(WIDTHS, losses, strict=True)}
+        kept[name] = {str(n): numbers(values) for n, values in zip(WIDTHS, losses, strict=True)}
         for n, values in zip(WIDTHS, losses, strict=True):
             place.loglog(RATES, values, label=f"n = {n}")
         place.set(

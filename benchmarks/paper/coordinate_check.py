@@ -85,28 +85,39 @@ def measured(setting: Setting, widths: tuple[int, ...], seeds: int = 3) -> dict[
     return {name: [float(values[k]) for values in found] for k, name in enumerate(TERMS)}
 
 
+def name_of(setting: Setting) -> str:
+    return f"Init[{setting.init}], {setting.label}"
+
+
+def picture(kept: dict[str, dict[str, list[float]]]) -> None:
+    """A panel for every setting: flat lines are what one wants."""
+    drawn, axes = figure(3, rows=2)
+    for place, (title, values) in zip(axes, kept.items(), strict=True):
+        for name in SHOWN:
+            place.loglog(
+                WIDTHS, values[name], "o-", label=f"{name}: slope {slope(WIDTHS, values[name]):+.2f}"
+            )
+        place.set(title=title, ylim=(3e-4, 100))
+        place.set_xticks(WIDTHS, [str(n) for n in WIDTHS], minor=False)
+        place.set_xticks([], minor=True)
+        place.legend(fontsize=8, ncols=2)
+    axes[0].set_ylabel("root mean square at step 3")
+    axes[-1].set_xlabel("width n")
+    save(drawn, "coordinate_check")
+
+
 def main() -> int:
     rows, checks, kept = [], {}, {}
-    drawn, axes = figure(len(SETTINGS) // 2)
-    for number, setting in enumerate(SETTINGS):
-        values = measured(setting, WIDTHS)
+    for setting in SETTINGS:
+        values = kept[name_of(setting)] = measured(setting, WIDTHS)
         slopes = {name: slope(WIDTHS, values[name]) for name in SHOWN}
-        where = f"Init[{setting.init}], {setting.label}"
-        rows.append(
-            {"init": setting.init, "rates": setting.label} | {k: f"{v:+.2f}" for k, v in slopes.items()}
-        )
+        shown = {name: f"{value:+.2f}" for name, value in slopes.items()}
+        rows.append({"init": setting.init, "rates": setting.label} | shown)
         for name, expected in zip(SHOWN, setting.slopes, strict=True):
-            checks[f"slope of {name}, {where}"] = Check(slopes[name], expected - 0.2, expected + 0.2)
-        kept[where] = values
-        place = axes[number % len(axes)]
-        for name, colour in zip(SHOWN, ("C0", "C1", "C2", "C3"), strict=True):
-            style = "o-" if number < len(axes) else "s--"
-            label = f"{name}, Init[{setting.init}]"
-            place.loglog(WIDTHS, values[name], style, color=colour, label=label, markersize=4)
-        place.set(xlabel="width n", title=where if number < len(axes) else f"{place.get_title()}\n{where}")
-    axes[0].set_ylabel("root mean square at step 3")
-    axes[0].legend(fontsize=7, ncols=2)
-    save(drawn, "coordinate_check")
+            checks[f"slope of {name}, {name_of(setting)}"] = Check(
+                slopes[name], expected - 0.2, expected + 0.2
+            )
+    picture(kept)
     return finish("coordinate_check", rows, checks, widths=WIDTHS, terms=kept)
 
 

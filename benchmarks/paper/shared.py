@@ -25,6 +25,13 @@ class Check(NamedTuple):
         return self.low <= self.found <= self.high
 
 
+def numbers(values: Any) -> Any:
+    """An array as nested lists for JSON, which has no infinity: None stands for it."""
+    if isinstance(values, float | int):
+        return values if np.isfinite(values) else None
+    return [numbers(value) for value in (values.tolist() if isinstance(values, np.ndarray) else values)]
+
+
 def slope(widths: Sequence[int], values: Sequence[float]) -> float:
     """Of log value on log width, by least squares.
 
@@ -37,7 +44,7 @@ def slope(widths: Sequence[int], values: Sequence[float]) -> float:
 def finish(name: str, rows: Sequence[Mapping[str, Any]], checks: Mapping[str, Check], **more: Any) -> int:
     """Prints rows and checks, writes `results/paper/NAME.json`, and gives the exit status: 1 if a check fails."""
     found = {
-        key: {"found": check.found, "range": [check.low, check.high], "passed": check.passed}
+        key: {"found": check.found, "range": numbers(check[1:]), "passed": check.passed}
         for key, check in checks.items()
     }
     report(f"paper/{name}", rows, unprinted={"checks": found, **more})
@@ -47,13 +54,14 @@ def finish(name: str, rows: Sequence[Mapping[str, Any]], checks: Mapping[str, Ch
     return int(not all(check.passed for check in checks.values()))
 
 
-def figure(columns: int, height: float = 4.0) -> tuple[Any, Any]:
-    """A matplotlib figure without a screen, and its axes in a row."""
+def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure without a screen, and its axes row by row."""
     os.environ.setdefault("MPLBACKEND", "Agg")
     import matplotlib.pyplot as plt
 
-    drawn, axes = plt.subplots(1, columns, figsize=(5 * columns, height), layout="constrained", squeeze=False)
-    return drawn, axes[0]
+    size = (5 * columns, 4 * rows)
+    drawn, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    return drawn, axes.ravel()
 
 
 def save(drawn: Any, name: str) -> None:

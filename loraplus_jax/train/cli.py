@@ -1,4 +1,4 @@
-"""The command line: `loraplus train | sweep | inspect | eval | predict | generate | export | fetch`."""
+"""The command line: `loraplus train | sweep | inspect | plan | eval | predict | generate | export | fetch`."""
 
 import argparse
 import json
@@ -10,7 +10,9 @@ from pathlib import Path
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 TRACEBACK = "LORAPLUS_TRACEBACK"
-WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect"), ("--fresh", "--help", "-h")
+WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect", "plan"), ("--fresh", "--help", "-h")
+OPTIONS = {"plan": ("--topology", "--json")}
+"""Options with a value that are no settings, by command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,9 +47,15 @@ def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         return _parser().parse_known_args(arguments)
     command, *rest = arguments
     config = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    flags = [word for word in rest if word in FLAGS]
-    options = _parser().parse_args([command, *config, *flags])
-    return options, [word for word in rest if word not in FLAGS]
+    own, settings = [], []
+    while rest:
+        word = rest.pop(0)
+        is_option = word.partition("=")[0] in OPTIONS.get(command, ())
+        (own if is_option or word in FLAGS else settings).append(word)
+        if is_option and "=" not in word:
+            own += rest[:1]
+            del rest[:1]
+    return _parser().parse_args([command, *config, *own]), settings
 
 
 def _ended(message: str, code: int) -> int:
@@ -71,11 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train as a config file says", add_help=False)
     inspect = add("inspect", _inspect, "show what would be trained, without training", add_help=False)
     sweep = add("sweep", _sweep, "find out which lambda helps, and whether one does", add_help=False)
-    for command in (train, sweep, inspect):
+    plan = add("plan", _plan, "say what a step needs, without weights or data", add_help=False)
+    for command in (train, sweep, inspect, plan):
         command.add_argument("config", nargs="?")
         command.add_argument("-h", "--help", action="store_true")
     for command in (train, sweep):
         command.add_argument("--fresh", action="store_true")
+    plan.add_argument("--topology", metavar="NAME", help="TPUs to compile for, such as v5e:16x16")
+    plan.add_argument("--json", metavar="FILE", type=Path, help="a new file for all that was found")
     evaluate = add("eval", _eval, "evaluate a finished run or an adapter directory")
     evaluate.add_argument("run_directory", metavar="RUN", type=Path)
     evaluate.add_argument("--split", help="train, validation or test (default)")
@@ -164,6 +175,22 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if not _helped(options):
         print(inspect(parse_settings(options.config, overrides)))
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    if _helped(options):
+        return
+    from .plan import make_plan
+    from .plan_text import check_new, text_of, write_json
+    from .settings import parse_settings
+
+    if options.json is not None:
+        check_new(options.json)
+    settings = parse_settings(options.config, overrides)
+    plan = make_plan(settings, options.topology)
+    print(text_of(plan, settings))
+    if options.json is not None:
+        write_json(options.json, plan, settings)
 
 
 def _helped(options: argparse.Namespace, kind: type | None = None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -28,6 +29,19 @@ def load_data(settings: Settings, directory: Path) -> Data:
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
     return Data(task, splits, sizes, {name: cut for name, (_, cut) in encoded.items()})
+
+
+def without_data(settings: Settings) -> Data:
+    """The task and one row of the columns that training takes, for settings whose data is not at hand.
+
+    How many classes there are is in the data: two are taken.
+    """
+    ids = np.zeros((1, settings.data.max_length), np.int32)
+    columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
+    classes = settings.task == "classification"
+    task = Task(kind=settings.task, names=("0", "1") if classes else ())  # pyright: ignore[reportArgumentType]
+    columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
+    return Data(task, {"train": columns}, {"train": 1}, {"train": 0})
 
 
 def load_split(

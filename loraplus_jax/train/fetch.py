@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -314,10 +314,17 @@ def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, st
     return done.returncode, done.stdout.decode(errors="replace")
 
 
-def resolve(value: str, kind: Kind, *, cache: Path | None = None, log: Log = print) -> Path:
+def resolve(
+    value: str,
+    kind: Kind,
+    *,
+    cache: Path | None = None,
+    log: Log = print,
+    files: Sequence[str] = HUB_MODEL_FILES,
+) -> Path:
     """What the user means by `value`: an existing path, a name in `ASSETS`, or a hub id, in this order.
 
-    A model's hub id is `org/name`, and of its repository only `HUB_MODEL_FILES` are taken; data's is
+    A model's hub id is `org/name`, and of its repository only `files` are taken; data's is
     `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json). The hub's own cache is used; no code is run from it.
 
     Raises:
@@ -331,7 +338,7 @@ def resolve(value: str, kind: Kind, *, cache: Path | None = None, log: Log = pri
     if value in ASSETS:
         raise ValueError(f"{value!r} is {ASSETS[value].kind}, where {kind} is wanted{_allowed(kind, value)}")
     if match := _HUB_IDS[kind].fullmatch(value):
-        return _from_hub(value, kind, *match.groups())
+        return _from_hub(value, kind, *match.groups(), files=files)
     raise ValueError(f"cannot find the {kind} {value!r}{_allowed(kind, value)}")
 
 
@@ -354,13 +361,13 @@ def _local(path: Path, kind: Kind) -> Path:
     return path
 
 
-def _from_hub(value: str, kind: Kind, repository: str, file: str = "") -> Path:
+def _from_hub(value: str, kind: Kind, repository: str, file: str = "", *, files: Sequence[str]) -> Path:
     import huggingface_hub
 
     try:
         if kind == "model":
             taken = huggingface_hub.snapshot_download(
-                repository, allow_patterns=list(HUB_MODEL_FILES), ignore_patterns=["consolidated*"]
+                repository, allow_patterns=list(files), ignore_patterns=["consolidated*"]
             )
         else:
             taken = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")

@@ -49,6 +49,14 @@ def load_data(settings: Settings, directory: Path) -> Data:
     return Data(task, splits, {name: len(examples) for name, examples in rows.items()}, truncated)
 
 
+def without_data(settings: Settings) -> Data:
+    """The task and one row of the columns that training takes, for settings whose data is not at hand."""
+    ids = np.zeros((1, settings.data.max_length), np.int32)
+    columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
+    task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
+    return Data(task, {"train": columns}, {"train": 1}, {"train": 0})
+
+
 def load_split(
     settings: Settings, directory: Path, task: LanguageTask, split: str | None, data: str | None
 ) -> tuple[Batch, int]:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..lora import TERMS
-from ..sharding import Shardings, batch_sharding, known
+from ..sharding import Shardings, batch_parts, batch_sharding, known, local_rows
 from ..spec import Specs
 from ..theory import by_layer, make_theory, reading
 from ..train_step import LossFn
@@ -22,21 +22,26 @@ SHARE = 4
 GROUP = "theory"
 
 
-def measured_rows(batch_size: int, devices: int) -> int:
-    """How many of a batch's rows are measured: a quarter, and a multiple of the devices that share it.
+def measured_rows(batch_size: int, mesh: Mesh) -> int:
+    """How many of a batch's rows are measured: a quarter, and a multiple of the parts that the mesh makes of it."""
+    parts = batch_parts(mesh)
+    return parts * math.ceil(batch_size / SHARE / parts)
 
-    >>> measured_rows(32, 1), measured_rows(8, 8)
-    (8, 8)
+
+def compile_theory(
+    loss_fn: LossFn, specs: Specs, state: Any, frozen: Any, rows: Any, *, mesh: Mesh, shardings: Shardings
+) -> Any:
+    """`(trainable, before, frozen, batch) -> terms`, compiled; see `theory.make_theory`.
+
+    Args:
+      loss_fn, specs: as there.
+      state, frozen, rows: shapes of the state, of the frozen variables and of the rows that are measured.
+      mesh, shardings: as for `jit_step`.
     """
-    return devices * math.ceil(batch_size / SHARE / devices)
-
-
-def compile_theory(loss_fn: LossFn, specs: Specs, *shapes: Any, mesh: Mesh, shardings: Shardings) -> Any:
-    """The measurement, compiled for shapes of `(trainable, before, frozen, batch)`; see `theory.make_theory`."""
     trainable, whole = shardings.state.trainable, NamedSharding(mesh, PartitionSpec())
     places = (trainable, trainable["lora"], shardings.frozen, batch_sharding(mesh))
-    measure = known(make_theory(loss_fn, specs), mesh)
-    return jax.jit(measure, in_shardings=places, out_shardings=whole).lower(*shapes).compile()
+    measure = jax.jit(known(make_theory(loss_fn, specs), mesh), in_shardings=places, out_shardings=whole)
+    return measure.lower(state.trainable, state.trainable["lora"], frozen, rows).compile()
 
 
 def is_due(every: int | None, step: int) -> bool:
@@ -44,13 +49,19 @@ def is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
 
 
+@jax.jit
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
+
+
 def adapters_of(trainable: Mapping[str, Any]) -> Any:
     """A copy of the adapters, which a step would give away."""
-    return jax.tree.map(jnp.copy, trainable["lora"])
+    return _copied(trainable["lora"])
 
 
-def first_rows(batch: Batch, count: int) -> Batch:
-    """The rows of a batch that are measured."""
+def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
+    """The rows of a process's part of a batch that are measured."""
+    count = len(local_rows(mesh, measured_rows(batch_size, mesh)))
     return {name: column[:count] for name, column in batch.items()}
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .live import compile_theory, measured_rows
 from .memory import check_memory
-from .settings import OptimizerSettings, Settings, apart
+from .settings import MOST_STEPS, OptimizerSettings, Settings, apart
 
 
 class Run(NamedTuple):
@@ -93,7 +93,7 @@ def prepare(settings: Settings) -> Run:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    _check_mesh(settings, mesh)
+    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = family_of(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
@@ -133,11 +133,14 @@ def inspect(settings: Settings) -> str:
     Raises:
       ValueError, OSError: as training would.
     """
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = family_of(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
     config = settings.applied
     parts = build(settings, directory, data.task, config)
+    check_tensor(mesh, parts.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
     peak = settings.optimizer.warmup_steps
     table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
@@ -167,6 +170,10 @@ def count_steps(settings: Settings, examples: int) -> int:
         raise ValueError(f"train.batch_size is {batch}, the train split has only {examples} rows")
     epochs = 3.0 if settings.train.epochs is None else settings.train.epochs
     steps = settings.train.steps or max(1, math.ceil(epochs * (examples // batch)))
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"train.epochs is {epochs:g}, which makes {steps:g} steps; at most {MOST_STEPS} are counted"
+        )
     if settings.optimizer.warmup_steps >= steps:
         raise ValueError(
             f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, of {steps} steps in all"
@@ -180,13 +187,19 @@ def count_steps(settings: Settings, examples: int) -> int:
 
 def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None) -> Parts:
     """The model with its adapters; shapes stand for all weights but the adapters."""
-    base: Base = family_of(settings).make_base(settings, directory, task)
+    return adapted(settings, family_of(settings).make_base(settings, directory, task), config, init_lora)
+
+
+def adapted(
+    settings: Settings, base: Base, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
+) -> Parts:
+    """A base with its adapters, which `make_adapters` makes as `init_lora` does, or as shapes."""
     model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
     specs: Specs = {}
     if config is not None:
-        lora, specs = init_lora(model, lora_key, *base.inputs)
+        lora, specs = make_adapters(model, lora_key, *base.inputs)
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
     return Parts(base, model, specs, _float32(trainable), frozen)
@@ -235,7 +248,9 @@ def params_of(parts: Parts) -> dict[str, Any]:
 
 def place_all(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
     """Where state and frozen variables lie on a mesh."""
-    return make_shardings(mesh, _state(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules)
+    return make_shardings(
+        mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
+    )
 
 
 def compile_programs(
@@ -243,28 +258,44 @@ def compile_programs(
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
     losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
-    train, placed = settings.train, {"mesh": mesh, "shardings": shardings}
-    step = jit_step(losses.train, tx, accumulate=train.accumulate, skip_nonfinite=True, **placed)
+    placed = {"mesh": mesh, "shardings": shardings}
     evaluate = make_eval(losses.evaluate, **placed)
-    state = _state(parts, tx)
-
-    def batch(size: int, split: str) -> dict[str, jax.ShapeDtypeStruct]:
-        columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
-        return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
-
-    theory = None
-    if train.theory_every is not None:
-        rows = batch(measured_rows(train.batch_size, batch_parts(mesh)), "train")
-        shapes = (state.trainable, state.trainable["lora"], parts.frozen, rows)
-        theory = compile_theory(losses.train, parts.specs, *shapes, **placed)
+    batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
+    state, theory = state_shapes(parts, tx), None
+    if settings.train.theory_every is not None:
+        rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+        theory = compile_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed)
     return Programs(
-        step.lower(state, parts.frozen, batch(train.batch_size, "train")).compile(),
-        evaluate.lower(state.trainable, parts.frozen, batch(train.eval_batch_size, "validation")).compile(),
+        lower_step(settings, data, parts, tx, mesh, shardings).compile(),
+        evaluate.lower(state.trainable, parts.frozen, batch).compile(),
         theory,
     )
 
 
-def _state(parts: Parts, tx: LoRAPlusTransform) -> TrainState:
+def lower_step(
+    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
+) -> jax.stages.Lowered:
+    """The step before it is compiled; of the data only the columns' shapes matter."""
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    step = jit_step(
+        losses.train,
+        tx,
+        mesh=mesh,
+        shardings=shardings,
+        accumulate=settings.train.accumulate,
+        skip_nonfinite=True,
+    )
+    batch = batch_shapes(data.splits["train"], settings.train.batch_size)
+    return step.lower(state_shapes(parts, tx), parts.frozen, batch)
+
+
+def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of some columns' rows, with a weight a row."""
+    weighed = columns | {"weight": np.ones(1, np.float32)}
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighed.items()}
+
+
+def state_shapes(parts: Parts, tx: LoRAPlusTransform) -> TrainState:
     """The shapes of a run's state."""
     return jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
 
@@ -324,7 +355,8 @@ def check_rates(settings: OptimizerSettings, parts: Parts) -> None:
             raise ValueError(f"optimizer.{name} is set, and nothing is trained that it is for")
 
 
-def _check_mesh(settings: Settings, mesh: Mesh) -> None:
+def check_mesh(settings: Settings, mesh: Mesh) -> None:
+    """Raises ValueError if a batch cannot be split over a mesh, or the dtype does not go with the method."""
     micro = settings.train.batch_size // settings.train.accumulate
     for name, size in (
         ("batch_size / accumulate", micro),

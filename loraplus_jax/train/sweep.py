@@ -41,13 +41,13 @@ from .report import METRICS, SUMMARY, write_text
 from .settings import TrainSettings
 from .sweep_choice import best_of, means_of, stops_of, survivors
 from .sweep_figures import draw
-from .sweep_report import make_report, write_report
+from .sweep_report import PAGE, REPORT, WINNER, make_report, write_report
 from .sweep_settings import MAY_CHANGE, NAMES, SweepRun, Trial
 from .watch import TrainingFailed
 
-WINNER, AT_ONCE = "winner.yaml", "members_at_once.json"
-"""The recipe of the best setting; and how many members a device computes side by side, kept for going on."""
-FOR_THE_WINNER = ("select", "early_stopping", "prompt", "log_every")
+AT_ONCE = "members_at_once.json"
+"""How many members a device computes side by side, kept for going on."""
+FOR_THE_WINNER = ("select", "early_stopping", "prompt", "log_every", "theory_every")
 """Fields of the section train that a sweep leaves to the run with the winner."""
 
 
@@ -229,7 +229,9 @@ class Sweep:
         self.record("validation")
         if self.stage == "search":
             self.choose()
-        elif self.step == self.population.steps:
+        else:
+            self.print_means()
+        if self.stage == "report" and self.step == self.population.steps:
             self.record("test")
         write_report(self.directory, self.report())
 
@@ -310,8 +312,10 @@ class Sweep:
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        for edge in report["at_the_edge"]:
+            self.console.print(f"at the edge: {edge}")
         self.console.print(f"{report['verdict']}\ntrain with the winner: {report['command']}")
-        self.console.print(f"{self.directory}: report.html, report.json, {WINNER}, {SUMMARY}, {METRICS}")
+        self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
         return report
 
     # The screen.
@@ -347,3 +351,18 @@ class Sweep:
             self.console.print(
                 f"step {self.step}: {NAMES[arm]}, best of {len(ours)}{diverged}: {shown} (validation)"
             )
+
+    def print_means(self) -> None:
+        """Each arm's mean over the seeds on which it has not diverged."""
+        here = [row for row in self.rows if (row["stage"], row["step"]) == ("report", self.step)]
+        losses = {
+            arm: [r["loss"] for r in here if r["arm"] == arm and r["loss"] is not None]
+            for arm in self.run.arms
+        }
+        shown = ", ".join(
+            f"{NAMES[arm]} {sum(v) / len(v):.4f}" if v else f"{NAMES[arm]} diverged"
+            for arm, v in losses.items()
+        )
+        self.console.print(
+            f"step {self.step}: mean loss of {shown} (validation, {self.run.sweep.report_seeds} other seeds)"
+        )

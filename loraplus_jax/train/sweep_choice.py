@@ -27,7 +27,7 @@ def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
     Of equals the first counts. A setting whose score is not finite has diverged and never goes on.
 
     >>> scores = {Trial(rate, 1.0, 16.0, 8): loss for rate, loss in [(1e-4, 0.7), (1e-3, 0.5), (1e-2, math.nan)]}
-    >>> [trial.learning_rate for trial in survivors(scores, 0.5)]
+    >>> [trial.learning_rate for trial in survivors(scores, 0.25)]
     [0.001]
     """
     kept: list[Trial] = []

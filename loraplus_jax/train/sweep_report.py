@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .sweep_figures import PICTURES
 from .sweep_settings import NAMES, SweepRun, Trial
 from .sweep_verdict import compare, favoured, runs_of, verdict
 
-REPORT, PAGE = "report.json", "report.html"
+REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
 Row = dict[str, Any]
 
 
@@ -39,6 +40,7 @@ def make_report(
         "member_steps": _member_steps(run, rows, steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
+        "at_the_edge": at_the_edge(run.trials, chosen),
         "runs": runs,
         "comparisons": [],
     }
@@ -53,7 +55,7 @@ def make_report(
         "comparisons": comparisons,
         "verdict": verdict(comparisons[0], chosen, run.sweep.target),
         "winner": winner._asdict(),
-        "command": f"loraplus train {Path(run.output_dir) / 'winner.yaml'}",
+        "command": f"loraplus train {shlex.quote(str(Path(run.output_dir) / WINNER))}",
     }
 
 
@@ -94,6 +96,24 @@ def number(value: float | None, sign: bool = False) -> str:
 def whole(value: float | None) -> str:
     """Steps, rounded; what was never reached is said."""
     return "never" if value is None else f"{value:.0f}"
+
+
+def at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
+    """Where the best setting of an arm has the least or largest value tried: a better one may lie beyond.
+
+    >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
+    >>> at_the_edge(tried, {"lora": tried[2]})
+    ['LoRA: learning_rate 0.01 is the largest tried']
+    """
+    found = []
+    for arm, best in chosen.items():
+        for name in ("learning_rate", "lr_ratio"):
+            values = {getattr(trial, name) for trial in trials if trial.arm == arm}
+            value = getattr(best, name)
+            if len(values) > 1 and value in (min(values), max(values)):
+                end = "largest" if value == max(values) else "least"
+                found.append(f"{NAMES[arm]}: {name} {value:g} is the {end} tried")
+    return found
 
 
 def _protocol(run: SweepRun, steps: int, metric: str) -> Row:

@@ -143,6 +143,8 @@ class SweepRun(Settings):
         super().__post_init__()
         if self.method != "lora_plus":
             raise ValueError(f"a sweep compares LoRA+ with LoRA: method must be lora_plus, got {self.method}")
+        if self.init_adapter is not None:
+            raise ValueError("a sweep gives every setting first values of its own: leave init_adapter out")
         if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:
             raise ValueError(
                 "a sweep gives each device whole members, in one process: mesh.fsdp and mesh.tensor must be 1, and "

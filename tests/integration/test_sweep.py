@@ -1,15 +1,57 @@
-"""The sweep on the tiny world: members against their single runs, one compilation, interruptions, the report."""
+"""The sweep on the tiny world: what it leaves, interruptions, members that diverge, and its page."""
 
+import base64
+import html.parser
 import json
+import signal
+import struct
+import zlib
 
 import pytest
 
+from loraplus_jax.train import sweep as sweeping
 from loraplus_jax.train.cli import main
+from loraplus_jax.train.crew import Crew
+from loraplus_jax.train.sweep_figures import PICTURES
+from loraplus_jax.train.sweep_report import number, whole
+
+pytestmark = pytest.mark.slow
 
 TINY = [
     *("--sweep.learning_rates", "[2e-3,5e-3]", "--sweep.lr_ratios", "[2,4]", "--sweep.report_seeds", "2"),
     *("--train.steps", "16", "--train.eval_every", "4", "--sweep.rungs", "[0.25,0.5]", "--sweep.keep", "0.5"),
 ]
+
+
+def one_pixel():
+    """The smallest PNG."""
+
+    def part(kind, data):
+        content = kind + data
+        return struct.pack(">I", len(data)) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    body = part(b"IHDR", header) + part(b"IDAT", zlib.compress(b"\0\0")) + part(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take as long as all else."""
+
+    def draw(directory, report):
+        for name in PICTURES:
+            (directory / f"{name}.png").write_bytes(one_pixel())
+
+    monkeypatch.setattr(sweeping, "draw", draw)
+
+
+@pytest.fixture(scope="module")
+def swept(first_world, tmp_path_factory, cache):
+    """A whole sweep, to be read only."""
+    world = first_world.copy(tmp_path_factory.mktemp("swept"))
+    assert run_sweep(world) == 0
+    return world.out
 
 
 def run_sweep(world, *overrides, out=None):
@@ -20,8 +62,181 @@ def report_of(out):
     return json.loads((out / "report.json").read_text())
 
 
-@pytest.mark.slow
-def test_a_sweep(world, capsys):
+def result_of(out):
+    """What must not depend on interruptions and places."""
+    return {**report_of(out), "command": ""}, (out / "metrics.jsonl").read_text()
+
+
+def test_what_a_sweep_leaves(swept):
+    report = report_of(swept)
+    assert report["complete"]
+    # 4 settings of each arm to step 4, then 2 of each to 8: 8 x 4 + 4 x 4. Three arms on 2 seeds for 16 steps.
+    assert report["member_steps"] == {"search": 48, "grid": 128, "report": 96}
+    assert [sum(row["step"] == step for row in report["search"]) for step in (4, 8)] == [8, 4]
+    assert [(run["arm"], run["seed"]) for run in report["runs"]] == [
+        (arm, seed) for arm in ("lora", "lora_plus", "control") for seed in (1, 2)
+    ]
+    assert all([step for step, _ in run["curve"]] == [0, 4, 8, 12, 16] for run in report["runs"])
+    for arm in ("lora", "lora_plus"):
+        last = [row for row in report["search"] if row["step"] == 8 and row["arm"] == arm]
+        best = min(last, key=lambda row: row["loss"])
+        assert report["chosen"][arm] == {name: best[name] for name in report["chosen"][arm]}
+    assert json.loads((swept / "summary.json").read_text())["verdict"] == report["verdict"]
+
+
+class Page(html.parser.HTMLParser):
+    """The numbers of a page as `(path, value, text)`, and what it loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.numbers, self.loads, self.text, self._open = [], [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.loads += [attributes[name] for name in ("src", "href") if name in attributes]
+        if tag == "data":
+            self._open = [attributes["data-path"], json.loads(attributes["value"]), ""]
+
+    def handle_data(self, data):
+        self.text += data
+        if self._open:
+            self._open[2] += data
+
+    def handle_endtag(self, tag):
+        if tag == "data":
+            self.numbers.append(tuple(self._open))
+            self._open = None
+
+
+def value_at(report, path):
+    for part in path.split("."):
+        report = report[int(part) if isinstance(report, list) else part]
+    return report
+
+
+def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):
+    report, page = report_of(swept), Page((swept / "report.html").read_text())
+    assert len(page.numbers) > 100
+    for path, value, text in page.numbers:
+        assert value == value_at(report, path), path
+        assert text in (number(value), number(value, sign=True), whole(value)), path
+    shown = {path for path, *_ in page.numbers}
+    assert {f"runs.{n}.test.loss" for n in range(6)} <= shown
+    assert {f"comparisons.{n}.steps_ratio.{k}" for n in range(2) for k in ("mean", "low", "high")} <= shown
+    assert report["verdict"] in page.text
+    assert report["command"] in page.text
+    pictures = [(swept / f"{name}.png").read_bytes() for name in PICTURES]
+    found = [base64.b64decode(load.removeprefix("data:image/png;base64,")) for load in page.loads]
+    assert found == pictures
+
+
+def test_the_winners_command_trains(swept, tmp_path):
+    program, *arguments = report_of(swept)["command"].split()
+    assert program == "loraplus"
+    assert main([*arguments, "--output_dir", str(tmp_path / "out"), "--train.steps", "4"]) == 0
+    config = json.loads((tmp_path / "out/adapter/adapter.json").read_text())["config"]
+    winner = report_of(swept)["winner"]
+    assert [config[name] for name in ("lr_ratio", "alpha", "rank")] == [
+        winner[n] for n in ("lr_ratio", "alpha", "rank")
+    ]
+
+
+def test_a_finished_sweep_and_other_settings_are_refused(swept, capsys):
+    world = ["--output_dir", str(swept), *TINY]
+    config = str(swept.parent / "config.yaml")
+    assert main(["sweep", config, *world]) == 2
+    assert "is finished, its results are in summary.json; choose another" in capsys.readouterr().err
+    assert main(["sweep", config, *world, "--sweep.keep", "0.25"]) == 2
+    assert "sweep.keep is 0.5 in that run and 0.25 here" in capsys.readouterr().err
+
+
+def stopping(monkeypatch, count, stop):
+    """`stop()` is called at the population's `count`-th step."""
+    step, taken = Crew.step, []
+
+    def counted(self, batches):
+        taken.append(1)
+        step(self, batches)
+        if len(taken) == count:
+            stop()
+
+    monkeypatch.setattr(Crew, "step", counted)
+
+
+class Killed(BaseException):
+    """What a kill is to a process, for one that goes on."""
+
+
+def killed():
+    raise Killed
+
+
+def test_stopped_and_killed_at_any_moment_it_ends_the_same_to_the_bit(world, swept, capsys, undrawn):
+    for count in (3, 3, 5):  # amid the first rung, amid the second, amid the report
+        with pytest.MonkeyPatch.context() as patch:
+            stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
+            assert run_sweep(world) == 143
+        assert "the same command goes on from there" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, 3, killed)
+        with pytest.raises(Killed):
+            run_sweep(world)
     assert run_sweep(world) == 0
-    print(capsys.readouterr().out)
-    print(json.dumps(report_of(world.out), indent=1))
+    assert "of the report" in capsys.readouterr().out
+    assert result_of(world.out)[1] == result_of(swept)[1]
+    assert {**report_of(world.out), "protocol": 0, "command": 0} == {
+        **report_of(swept),
+        "protocol": 0,
+        "command": 0,
+    }
+
+
+def test_several_devices_and_members_at_once_find_the_same(world, swept, undrawn):
+    assert run_sweep(world, "--mesh.data", "2", "--sweep.members_at_once", "2") == 0
+    ours, theirs = report_of(world.out), report_of(swept)
+    assert ours["chosen"] == theirs["chosen"]
+    for one, other in zip(ours["runs"], theirs["runs"], strict=True):
+        assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], abs=1e-4)
+
+
+def test_what_diverges_is_marked_and_a_target_never_reached_is_said(world, undrawn, capsys):
+    options = ("--sweep.learning_rates", "[2e-3,1e30]", "--sweep.lora_learning_rates", "[2e-3,5e-3]")
+    assert run_sweep(world, *options, "--sweep.target", "1e-6", "--sweep.control", "false") == 0
+    report = report_of(world.out)
+    gone = [(row["learning_rate"], row["loss"]) for row in report["search"] if row["learning_rate"] == 1e30]
+    assert gone == [(1e30, None)] * 2
+    assert report["verdict"].startswith(
+        "No verdict on steps: a validation loss of 1e-06 was never reached by LoRA+ on 2 and by LoRA on 2 of 2 "
+    )
+    assert "2 diverged" in capsys.readouterr().out
+    assert "diverged" in (world.out / "report.html").read_text()
+    assert not report["protocol"]["equal_budgets"]
+
+
+def test_when_all_diverge_it_says_so_and_keeps_what_there_is(world, capsys):
+    assert run_sweep(world, "--sweep.learning_rates", "[1e30]", "--sweep.lora_learning_rates", "[2e-3]") == 1
+    printed = capsys.readouterr().err
+    assert "training failed: every setting of LoRA+ has diverged by step 4" in printed
+    report = report_of(world.out)
+    assert not report["complete"]
+    assert [row["loss"] is None for row in report["search"]] == [False, True, True]
+
+
+def test_a_language_model(talk, undrawn):
+    options = ("--sweep.learning_rates", "[5e-3]", "--sweep.lr_ratios", "[4]", "--train.steps", "8")
+    assert (
+        run_sweep(
+            talk, *options, "--sweep.method", "grid", "--sweep.rungs", "[0.125,0.25]", "--sweep.keep", "0.25"
+        )
+        == 0
+    )
+    report = report_of(talk.out)
+    assert report["member_steps"] == {"search": 16, "grid": 16, "report": 48}
+    assert all(run["test"]["loss"] > 0 for run in report["runs"])
+
+
+def test_a_sweep_needs_a_test_split(world, capsys):
+    assert run_sweep(world, "--data.test_fraction", "0") == 2
+    assert "reports on the test split" in capsys.readouterr().err
+    assert not world.out.exists()

@@ -1,0 +1,273 @@
+"""What a compiled program says of its communication: which collectives it has, how large, how often a run.
+
+Reads XLA's text of an optimised program, as `jax.stages.Compiled.as_text()` gives it for CPU, GPU and TPU.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|\b(?:called_computations|branch_computations)=\{([^}]*)\}"
+)
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_BITS = {"pred": 8, "token": 0}
+
+
+class Collective(NamedTuple):
+    """One exchange between devices.
+
+    Attributes:
+      kind: one of `KINDS`.
+      bytes: what it makes or takes whole: of a gather the result, of a reduce-scatter what is scattered.
+      group: how many devices take part together.
+      times: how often it runs in a step; loops are counted.
+      shape: of that array or arrays, as XLA writes it, `"bf16[4096,11008]"`.
+      where: the operation of the model that it was made for, as XLA's metadata has it; may be empty.
+    """
+
+    kind: str
+    bytes: int
+    group: int
+    times: int
+    shape: str
+    where: str
+
+    @property
+    def wire_bytes(self) -> float:
+        """What a device receives each time, by the ring algorithms: n - 1 of n parts, twice for an all-reduce."""
+        if self.kind == "collective-permute":
+            return float(self.bytes)
+        return self.bytes * (self.group - 1) / self.group * (2 if self.kind == "all-reduce" else 1)
+
+
+class Instruction(NamedTuple):
+    """A line of a computation: its name, the type of what it makes, what it does, and the rest of the line."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions that it takes."""
+        return _OPERAND.findall(_balanced(self.rest))
+
+
+Program = Mapping[str, list[Instruction]]
+"""Computation name to its instructions, the root last; the entry is the last computation."""
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives of a program. One that is issued in pieces (it has one channel) counts once.
+
+    Raises:
+      ValueError: a loop runs a number of times that cannot be read.
+    """
+    program = parse(text)
+    often = times(program)
+    found: dict[str, Collective] = {}
+    everybody = _number(r"num_partitions=(\d+)", text) or 1
+    for computation, instructions in program.items():
+        for instruction in instructions:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in KINDS or not often[computation]:
+                continue
+            channel = _number(r"channel_id=(\d+)", instruction.rest)
+            key = instruction.name if channel is None else f"channel {channel}"
+            one = _collective(kind, instruction, often[computation], everybody)
+            if key not in found or one.times < found[key].times:
+                found[key] = one
+    return list(found.values())
+
+
+def parse(text: str) -> Program:
+    """The instructions of every computation."""
+    program: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    for line in text.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            current = program[head[1]] = []
+        elif (found := _INSTRUCTION.match(line)) is not None:
+            shape, _, rest = _shape_first(found[2])
+            opcode, _, rest = rest.partition("(")
+            current.append(Instruction(found[1], shape, opcode, "(" + rest))
+    return program
+
+
+def times(program: Program) -> dict[str, int]:
+    """How often each computation runs when the program runs once.
+
+    Raises:
+      ValueError: a loop's number of rounds cannot be read.
+    """
+    callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    for computation, instructions in program.items():
+        for instruction in instructions:
+            rounds = 1
+            if instruction.opcode == "while":
+                rounds = trip_count(program, computation, instruction)
+            for called in _called(instruction):
+                callers[called].append((computation, rounds))
+    found: dict[str, int] = {list(program)[-1]: 1}
+
+    def count(name: str) -> int:
+        if name not in found:
+            found[name] = sum(count(caller) * rounds for caller, rounds in callers[name])
+        return found[name]
+
+    return {name: count(name) for name in program}
+
+
+def trip_count(program: Program, computation: str, loop: Instruction) -> int:
+    """Rounds of a while loop: as XLA notes it, or else of a counter that goes in equal steps up to a constant.
+
+    Raises:
+      ValueError: neither.
+    """
+    noted = _number(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
+    if noted is not None:
+        return noted
+    body, condition = (_named(loop.rest, name) for name in ("body", "condition"))
+    test = program[condition][-1]
+    inside = {i.name: i for i in program[condition]}
+    try:
+        counter, limit = (inside[name] for name in test.operands)
+        index = _number(r"index=(\d+)", counter.rest)
+        outside = {i.name: i for i in program[computation]}
+        start = _constant(outside, outside[loop.operands[0]].operands[index or 0])
+        steps = {i.name: i for i in program[body]}
+        step = _step(steps, program[body][-1].operands[index or 0])
+        last = _constant(inside, limit.name) + ("direction=LE" in test.rest)
+        if index is None or "direction=L" not in test.rest or step < 1:
+            raise KeyError
+        return max(0, -(-(last - start) // step))
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(f"how often the loop {loop.name} runs cannot be read from the program") from None
+
+
+def _collective(kind: str, instruction: Instruction, often: int, everybody: int) -> Collective:
+    shape = instruction.shape
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        shape = _elements(shape)[1]  # it makes (what goes in, what comes out, ...)
+    group = _group(instruction.rest, everybody)
+    size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
+    where = re.search(r'op_name="([^"]*)"', instruction.rest)
+    arrays = ", ".join(found[0] for found in _ARRAY.finditer(shape))
+    return Collective(kind, size, group, often, arrays, where[1] if where else "")
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of an array or of all arrays in a tuple.
+
+    >>> shape_bytes("(bf16[2,3]{1,0:T(8,128)}, /*index=1*/f32[])")
+    16
+    """
+    return sum(
+        math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
+        for dtype, dims in _ARRAY.findall(shape)
+    )
+
+
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    number = re.search(r"\d+", dtype)
+    if number is None:
+        raise ValueError(f"an array of type {dtype!r} has no size that is known")
+    return int(number[0])
+
+
+def _group(rest: str, everybody: int) -> int:
+    """Devices of a group, in XLA's three ways to write them: lists, an iota over [groups, size], mesh axes."""
+    if (axes := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)) is not None:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
+    if (iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)) is not None:
+        return int(iota[1])
+    if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest)) is not None:
+        return listed[1].count(",") + 1
+    return everybody
+
+
+def _called(instruction: Instruction) -> Iterator[str]:
+    for one, several in _CALLED.findall(instruction.rest):
+        yield from [one] if one else _OPERAND.findall(several)
+
+
+def _named(rest: str, attribute: str) -> str:
+    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", rest)
+    return found[1] if found else ""
+
+
+def _constant(known: Mapping[str, Instruction], name: str) -> int:
+    """The value of a constant, also through a copy of it."""
+    instruction = known[name]
+    while instruction.opcode in ("copy", "bitcast", "convert"):
+        instruction = known[instruction.operands[0]]
+    if instruction.opcode != "constant":
+        raise KeyError(name)
+    return int(instruction.rest[1:].partition(")")[0])
+
+
+def _step(known: Mapping[str, Instruction], name: str) -> int:
+    """What a loop adds to its counter in a round."""
+    instruction, total = known[name], 0
+    while instruction.opcode in ("copy", "bitcast", "add"):
+        if instruction.opcode == "add":
+            left, right = instruction.operands
+            if known[left].opcode == "constant":
+                left, right = right, left
+            total += _constant(known, right)
+            instruction = known[left]
+        else:
+            instruction = known[instruction.operands[0]]
+    if instruction.opcode != "get-tuple-element":
+        raise KeyError(name)
+    return total
+
+
+def _number(pattern: str, text: str) -> int | None:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else None
+
+
+def _balanced(text: str) -> str:
+    """From an opening parenthesis to the one that closes it."""
+    depth = 0
+    for index, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return text[: index + 1]
+    return text
+
+
+def _shape_first(text: str) -> tuple[str, str, str]:
+    """The type that a definition begins with, and what follows it."""
+    if not text.startswith("("):
+        return text.partition(" ")
+    shape = _balanced(text)
+    return shape, " ", text[len(shape) :].lstrip()
+
+
+def _elements(shape: str) -> list[str]:
+    """The elements of a tuple type; an array is its own only one."""
+    if not shape.startswith("("):
+        return [shape, shape]
+    found, depth, start = [], 0, 1
+    for index, letter in enumerate(shape):
+        depth += (letter in "([{") - (letter in ")]}")
+        if (letter == "," and depth == 1) or not depth:
+            found.append(shape[start:index].strip())
+            start = index + 1
+    return found

@@ -1,0 +1,180 @@
+"""A plan in words: tables, whether it fits, and what to change."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from .plan import Plan
+from .settings import Settings
+
+BINDS = {
+    "compute": "FLOPs",
+    "memory": "bytes accessed",
+    "network": "bytes received from others",
+}
+
+
+def text_of(plan: Plan, settings: Settings) -> str:
+    """All of a plan, for the screen."""
+    tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
+    parts = [_heading(plan), _memory(plan), _verdict(plan), *tips, "", _work(plan)]
+    return "\n".join([*parts, *_exchange(plan)])
+
+
+def check_new(path: Path) -> None:
+    """Raises ValueError unless a new file can be made there."""
+    if path.exists():
+        raise ValueError(f"{path} exists already; choose another --json")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no directory {path.parent} for --json {path.name}")
+
+
+def write_json(path: Path, plan: Plan, settings: Settings) -> None:
+    """All that was found, as a JSON object. A file that is there is not overwritten: that is a ValueError."""
+    check_new(path)
+    found = plan.to_json() | {"advice": [] if plan.fits else advice(plan, settings)}
+    with path.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(found, indent=1) + "\n")
+
+
+def _heading(plan: Plan) -> str:
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    split = plan.mesh["data"] * plan.mesh["fsdp"]
+    micro = plan.rows // plan.accumulate
+    cut = f" in {plan.accumulate} micro-batches" if plan.accumulate > 1 else ""
+    return (
+        f"{plan.model}: {plan.layers} layers, {plan.trained:,} of {plan.total:,} parameters trained\n"
+        f"{plan.devices} x {plan.device}, mesh {mesh}\n"
+        f"a step: {plan.rows:,} x {plan.tokens:,} tokens{cut}, {micro // split:,} x {plan.tokens:,} at once on a "
+        f"device; compiled in {plan.compile_seconds:.0f} s\n"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    rows = [("memory of a device", ""), *((name, _size(size)) for name, size in plan.memory.items())]
+    rows.append(("needed, as laid out", _size(plan.needed)))
+    if plan.peak:
+        rows.append(("at once, by the compiler", _size(plan.peak)))
+    rows.append(("there are", _size(plan.room)))
+    return _table(rows)
+
+
+def _verdict(plan: Plan) -> str:
+    if plan.fits:
+        return f"fits: {100 * plan.needed / plan.room:.0f} % of the memory"
+    if plan.problem is None:
+        return f"does not fit: {_size(plan.needed - plan.room)} too much"
+    return f"does not fit, the compiler says: {plan.problem:.300}"
+
+
+def advice(plan: Plan, settings: Settings) -> list[str]:
+    """What to change so that a plan fits, first where most of the memory goes.
+
+    Sizes follow from shapes and shardings where a number is given; what only a compilation could tell is said so.
+    """
+    held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
+    weights, passing = _for_weights(plan, settings), _for_activations(plan, settings)
+    return [*weights, *passing] if held > plan.memory["temporaries"] else [*passing, *weights]
+
+
+def _for_weights(plan: Plan, settings: Settings) -> list[str]:
+    size, data, fsdp = plan.memory["frozen weights"], plan.mesh["data"], plan.mesh["fsdp"]
+    found = []
+    if data > 1:
+        found.append(
+            f"mesh.data 1 and mesh.fsdp {data * fsdp}: of the frozen weights, {_size(size)} now, a device then "
+            f"holds about {_size(size / data)}"
+        )
+    if settings.model.param_dtype == "float32" and size:
+        found.append(
+            f"model.param_dtype bfloat16: the frozen weights then take {_size(size / 2)} instead of {_size(size)}"
+        )
+    return found or ["more devices for mesh.fsdp: its axis has all that there are"]
+
+
+def _for_activations(plan: Plan, settings: Settings) -> list[str]:
+    rows = plan.rows // plan.accumulate // (plan.mesh["data"] * plan.mesh["fsdp"])
+    found = []
+    if rows > 1:
+        found.append(
+            f"train.accumulate {plan.accumulate * rows}: a device computes with 1 row at a time instead of {rows}; "
+            f"of the temporaries, {_size(plan.memory['temporaries'])} now, most goes in proportion (not compiled)"
+        )
+    if settings.is_language and settings.model.remat != "full":
+        found.append("model.remat full: of a layer only its input is kept for the gradient (not compiled)")
+    found.append(
+        f"mesh.tensor {2 * plan.mesh['tensor']}: a device computes with fewer heads and less of the MLP "
+        "(not compiled)"
+    )
+    found.append(f"data.max_length below {plan.tokens:,}, or a smaller train.batch_size")
+    return found
+
+
+def _work(plan: Plan) -> str:
+    """FLOPs and bytes, the seconds that each would take alone, and the largest of these."""
+    if plan.work is None:
+        return "work was not counted: the programs for that need more memory than there is"
+    rows = [("work of a device in a step", "", "ms alone")]
+    amounts = {
+        "compute": f"{plan.work.flops / 1e9:,.2f} GFLOP",
+        "memory": _size(plan.work.bytes),
+        "network": _size(plan.received),
+    }
+    for name, amount in amounts.items():
+        seconds = plan.roofline.get(name)
+        rows.append((BINDS[name], amount, "-" if seconds is None else f"{1e3 * seconds:.1f}"))
+    lines = [_table(rows)]
+    if plan.roofline:
+        name, seconds = max(plan.roofline.items(), key=lambda item: item[1])
+        rate = plan.rows * plan.tokens / seconds
+        lines.append(f"roofline: {seconds:.3f} s a step, {rate:,.0f} tokens/s; {BINDS[name]} bind")
+    return "\n".join(lines)
+
+
+def _exchange(plan: Plan) -> list[str]:
+    """The collectives by kind and size of group, and what a layer gathers."""
+    if not plan.collectives:
+        return []
+    number: dict[tuple[str, int], int] = defaultdict(int)
+    whole: dict[tuple[str, int], float] = defaultdict(float)
+    received: dict[tuple[str, int], float] = defaultdict(float)
+    for one in plan.collectives:
+        key = (one.kind, one.group)
+        number[key] += one.times
+        whole[key] += one.times * one.bytes
+        received[key] += one.times * one.wire_bytes
+    rows = [("exchange between devices in a step", "devices", "number", "whole", "received")]
+    for kind, group in sorted(number, key=lambda key: -received[key]):
+        key = (kind, group)
+        rows.append((kind, f"{group:,}", f"{number[key]:,}", _size(whole[key]), _size(received[key])))
+    lines = ["", _table(rows)]
+    if plan.layer_gathers:
+        size = sum(c.bytes for c in plan.layer_gathers)
+        lines.append(f"a layer gathers {len(plan.layer_gathers)} arrays, {_size(size)}")
+    return lines
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, all others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = (
+        [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        for row in rows
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _size(size: float) -> str:
+    """Bytes with the unit that leaves one to three digits before the point.
+
+    >>> _size(0), _size(1234.5), _size(16e9)
+    ('0 B', '1.23 kB', '16.00 GB')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} B"

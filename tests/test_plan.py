@@ -1,0 +1,251 @@
+"""Plans on the CPU: costs against programs of all layers, sizes against shapes, and what is said."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from loraplus_jax import LoRAPlusConfig, make_mesh
+from loraplus_jax.train.chips import CHIPS
+from loraplus_jax.train.cli import main
+from loraplus_jax.train.data import DataSettings
+from loraplus_jax.train.family import rows_of
+from loraplus_jax.train.hlo import Collective
+from loraplus_jax.train.plan import (
+    Plan,
+    Work,
+    count_work,
+    head_bytes,
+    make_plan,
+    plan_step,
+    roofline,
+    with_layers,
+)
+from loraplus_jax.train.plan_text import advice, text_of
+from loraplus_jax.train.prepare import family_of
+from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
+
+RANK = 3
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+}
+
+
+def settings_of(directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj"), **others):
+    (directory / "config.json").write_text(json.dumps(config))
+    return Settings(
+        model=ModelSettings(path=str(directory), **dict(model)),
+        data=DataSettings(path="no such file.csv", max_length=32),
+        lora=LoRAPlusConfig(target_modules=targets, rank=RANK),
+        train=TrainSettings(**{"batch_size": 8, "eval_batch_size": 8, **dict(train)}),
+        task=task,
+        output_dir="never written",
+        **others,
+    )
+
+
+def llama(directory, **kwargs):
+    return settings_of(directory, LLAMA, task="instruction", **kwargs)
+
+
+def parts_of(settings, directory):
+    family = family_of(settings)
+    data = family.without_data(settings)
+    return family.make_base(settings, directory, data.task), data
+
+
+def cost(settings, base, data, mesh):
+    return plan_step(settings, base, data, mesh).lowered.compile().cost_analysis()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "devices"), [("llama", 2), ("bert", 1)])
+def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, devices):
+    if kind == "llama":
+        settings = llama(tmp_path, model={"remat": "full"})
+    else:  # on one device: on a mesh XLA's CPU compiler repeats the embedding's lookup in more and more places
+        settings = settings_of(tmp_path, BERT, task="classification", targets=("query", "value"))
+    mesh, (base, data) = make_mesh(devices), parts_of(settings, tmp_path)
+    whole = cost(settings, with_layers(base, base.model.config.num_hidden_layers), data, mesh)
+    work, gathers = count_work(settings, base, data, mesh)
+    assert work.flops == pytest.approx(whole["flops"], rel=0.01)
+    assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
+    assert gathers == ()
+    assert cost(settings, base, data, mesh)["flops"] < 0.7 * whole["flops"]  # a loop's body counts once
+
+
+@pytest.mark.slow
+def test_micro_batches_and_pieces_of_the_loss_are_counted(tmp_path):
+    mesh = make_mesh(1)
+    plain = llama(tmp_path)
+    base, data = parts_of(plain, tmp_path)
+    one, _ = count_work(plain, base, data, mesh)
+    cut = llama(tmp_path, train={"accumulate": 4}, model={"loss_chunk": 16})
+    four, _ = count_work(cut, base, data, mesh)
+    assert four.flops == pytest.approx(one.flops, rel=0.02)
+    assert four.bytes > one.bytes  # weights are read four times
+
+
+def test_the_head_is_read_twice_for_each_further_piece_of_the_loss(tmp_path):
+    settings = llama(tmp_path, model={"loss_chunk": 64, "dtype": "bfloat16"})  # 8 rows of 8 tokens: 4 pieces
+    base, data = parts_of(settings, tmp_path)
+    step = plan_step(settings, base, data, make_mesh(1))
+    assert head_bytes(settings, step.parts, make_mesh(1)) == 3 * 2 * 256 * 32 * 2
+    assert head_bytes(settings, step.parts, make_mesh(1, 1, 2)) == 3 * 2 * 256 * 32
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    settings = llama(tmp_path_factory.mktemp("model"), train={"eval_batch_size": 8})
+    return make_plan(settings), settings
+
+
+def test_bytes_of_what_is_held_are_those_of_the_program(planned):
+    plan, _ = planned
+    held = {name: size for name, size in plan.memory.items() if name != "temporaries"}
+    layer = 2 * (32 * 32 + 32 * 16) + 3 * 32 * 64 + 2 * 32
+    assert held["frozen weights"] == 4 * (5 * layer + 2 * 256 * 32 + 32)
+    adapters = 5 * RANK * ((32 + 32) + (32 + 16))
+    assert held["trained"] == 4 * adapters
+    assert plan.trained == adapters
+    assert held["batch"] == 8 * (3 * 32 + 1) * 4 // plan.devices
+    # Beside them the program takes the step, the key and the optimizer's counters, and has its own code.
+    assert 0 <= plan.needed - sum(plan.memory.values()) < 4096
+    assert plan.fits
+    assert (plan.devices, plan.layers, plan.mesh["data"]) == (jax.device_count(), 5, jax.device_count())
+
+
+def test_the_gradients_of_the_adapters_are_all_that_is_exchanged(planned):
+    plan, _ = planned
+    assert {c.kind for c in plan.collectives} == {"all-reduce"}
+    total = sum(c.times * c.bytes for c in plan.collectives)
+    assert 4 * plan.trained <= total <= 4 * plan.trained + 64  # and the sums of loss and weight
+
+
+def test_what_is_said(planned):
+    plan, settings = planned
+    text = text_of(plan, settings)
+    assert f"5 layers, {plan.trained:,} of {plan.total:,} parameters trained" in text
+    assert plan.total == plan.trained + plan.memory["frozen weights"] // 4
+    assert "a step: 8 x 32 tokens, 1 x 32 at once on a device" in text
+    assert "fits: " in text
+    assert "all-reduce" in text
+
+
+def fake(plan, **changes):
+    return dataclasses.replace(plan, **changes)
+
+
+def test_what_does_not_fit_comes_with_what_to_change(planned):
+    plan, settings = planned
+    large = {**plan.memory, "frozen weights": 8_000_000_000}
+    mesh = {"data": 8, "fsdp": 1, "tensor": 1}
+    big = fake(plan, memory=large, needed=9_000_000_000, room=4_000_000_000, mesh=mesh)
+    assert not big.fits
+    assert "does not fit: 5.00 GB too much" in text_of(big, settings)
+    first, second, *_ = advice(big, settings)
+    assert first.startswith("mesh.data 1 and mesh.fsdp 8: of the frozen weights, 8.00 GB now")
+    assert "about 1.00 GB" in first
+    assert second.startswith("model.param_dtype bfloat16: the frozen weights then take 4.00 GB")
+    hot = fake(
+        plan, memory={**plan.memory, "temporaries": 9_000_000_000}, rows=32, needed=9_000_000_000, room=1
+    )
+    assert advice(hot, settings)[0].startswith("train.accumulate 4: a device computes with 1 row at a time")
+    assert advice(hot, settings)[1].startswith("model.remat full")
+    refused = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
+    assert "the compiler says: RESOURCE_EXHAUSTED" in text_of(refused, settings)
+
+
+def test_a_roofline_by_hand(planned):
+    plan, settings = planned
+    found = roofline(
+        CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
+    )
+    assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
+    text = text_of(fake(plan, roofline=found), settings)
+    assert "roofline: 2.000 s a step, 128 tokens/s; FLOPs bind" in text
+    assert "work was not counted" in text_of(fake(plan, work=None), settings)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "instruction"])
+def test_columns_without_data_are_those_of_data(tmp_path, task):
+    settings = (
+        llama(tmp_path)
+        if task == "instruction"
+        else settings_of(tmp_path, BERT, task=task, targets=("query",))
+    )
+    data = family_of(settings).without_data(settings)
+    assert rows_of(data.splits["train"]) == 1
+    assert data.task.kind == task
+
+
+def config(directory, **changes):
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    path = directory / "run.yaml"
+    lines = {"model": {"path": str(directory)}, "data": {"path": "none.jsonl", "max_length": 32}}
+    lines |= {"task": "instruction", "output_dir": "out", "train": {"batch_size": 8, "eval_batch_size": 8}}
+    path.write_text(json.dumps(lines | changes))  # JSON is YAML
+    return str(path)
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert main(["plan", config(tmp_path), "--json", str(file), "--lora.rank=3"]) == 0
+    printed, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert f"{found['trained']:,} of {found['total']:,} parameters trained" in printed
+    assert found["fits"]
+    assert found["collectives"][0]["kind"] == "all-reduce"
+    assert Plan.__dataclass_fields__.keys() <= found.keys()
+    assert main(["plan", config(tmp_path), "--json", str(file)]) == 2
+    assert "exists already; choose another --json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v5q:4x4"], "v5e:4x4, v5p:4x4x4, v6e:4x4, got 'v5q:4x4'; did you mean"),
+        (["--topology", "v5p:8x8"], "a topology of v5p has the form v5p:AxBxC, got 'v5p:8x8'"),
+        (["--topology=v5e:32x32"], "a pod of v5e has 256 chips, v5e:32x32 would be 1,024"),
+        (["--train.batch_size", "9"], "train.batch_size"),
+        (["--mesh.data=3", "--train.batch_size=9"], "train.eval_batch_size is 8, which the 3"),
+        (["--mesh.data=-1", "--mesh.fsdp=3"], "mesh fsdp 3 x tensor 1 does not divide the 8 devices"),
+        (["--mesh.data=1", "--mesh.tensor=8"], "num_attention_heads, 4; change mesh.tensor to one of 1, 2"),
+        (["--json", "/nowhere/at/all.json"], "there is no directory /nowhere/at"),
+        (["--data.max_length", "0"], "max_length"),
+        (["--model.path", "nowhere"], "cannot find the model 'nowhere'"),
+        (["--topologie", "v5e:4x4"], "there is no option --topologie"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
+    assert main(["plan", config(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", config(tmp_path), "--topology", "v5e:4x4"]) == 2
+    assert "pip install 'loraplus_jax[tpu-plan]'" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""A plan for TPUs, by the TPU compiler on a machine that has none."""
+
+import collections
+import re
+
+import pytest
+
+from loraplus_jax.train.chips import CHIPS, tpu_devices
+from loraplus_jax.train.hosts import MeshSettings
+from loraplus_jax.train.plan import make_plan
+
+from .test_plan import LLAMA, RANK, settings_of
+
+libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
+pytestmark = pytest.mark.slow
+
+PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize(
+    ("topology", "count"),
+    [("v4:2x2x1", 4), ("v5e:1x1", 1), ("v5e:16x16", 256), ("v5p:8x8x8", 512), ("v6e:2x4", 8)],
+)
+def test_a_device_is_a_chip(topology, count):
+    chip, devices = tpu_devices(topology)
+    assert (chip, len(devices)) == (CHIPS[topology.partition(":")[0]], count)
+    assert {device.platform for device in devices} == {"tpu"}
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [("v5e:3x3", "there is no topology v5e:3x3"), ("v6e:2x3", "must each be 1 or even")],
+)
+def test_a_shape_that_no_pod_has(topology, words):
+    with pytest.raises(ValueError, match=words):
+        tpu_devices(topology)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
+    settings = settings_of(
+        tmp_path_factory.mktemp("model"),
+        LLAMA | sizes,
+        task="instruction",
+        model={"dtype": "bfloat16", "param_dtype": "bfloat16"},
+        targets=PRODUCTS,
+        mesh=MeshSettings(data=1, fsdp=4),
+    )
+    return make_plan(settings, "v5e:2x2")
+
+
+def test_weights_are_split_and_fit(plan):
+    assert (plan.device, plan.devices, plan.room) == ("TPU v5 lite", 4, 16_000_000_000)
+    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
+    norms = (2 * 5 + 1) * 128
+    assert plan.memory["frozen weights"] == 2 * ((5 * layer + 2 * 512 * 128) // 4 + norms)
+    assert plan.fits
+    assert set(plan.roofline) == {"compute", "memory", "network"}
+
+
+def test_a_layer_gathers_each_weight_once_forward_and_once_backward(plan):
+    matrices = {128 * 128: 2, 128 * 64: 2, 128 * 256: 3}
+    gathered = collections.Counter(c.bytes // 2 for c in plan.layer_gathers if c.bytes // 2 in matrices)
+    assert gathered == {size: 2 * number for size, number in matrices.items()}
+
+
+def test_only_adapters_and_single_numbers_are_reduced(plan):
+    reduced = [c for c in plan.collectives if c.kind == "all-reduce"]
+    arrays = [
+        [int(n) for n in dims.split(",") if n]
+        for c in reduced
+        for dims in re.findall(r"f\d+\[([\d,]*)\]", c.shape)
+    ]
+    assert any(RANK in dims for dims in arrays)
+    assert all(RANK in dims or not dims for dims in arrays)
+    assert sum(c.times * c.bytes for c in reduced) >= 2 * plan.trained
