@@ -13,19 +13,18 @@ from loraplus_jax import (
     AdapterSpec,
     LoRAPlusConfig,
     describe_run,
-    distribute,
     fingerprint,
     init_state,
     jit_step,
     lora_plus_adamw,
     make_mesh,
-    make_shardings,
     open_manager,
     replicate,
     restore,
     save,
 )
 from loraplus_jax.checkpoint import DamagedCheckpoint, differences
+from loraplus_jax.sharding import distribute, make_shardings
 
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 SPEC = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)

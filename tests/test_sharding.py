@@ -15,13 +15,11 @@ from loraplus_jax import (
     AdapterSpec,
     LoRAPlusConfig,
     apply_lora_plus,
-    distribute,
     init_lora,
     init_state,
     jit_step,
     lora_plus_adamw,
     make_mesh,
-    make_shardings,
     pmap_step,
 )
 from loraplus_jax.models import bert, llama
@@ -31,7 +29,9 @@ from loraplus_jax.sharding import (
     base_shardings,
     batch_sharding,
     check_tensor,
+    distribute,
     local_rows,
+    make_shardings,
     split_rows,
 )
 from loraplus_jax.train.language_tasks import LanguageTask
