@@ -274,7 +274,9 @@ def check_steps(family, sizes):
             path: place.spec for path, place in leaves_by_path(shardings.state.trainable).items()
         }
         for name, value in metrics.items():
-            np.testing.assert_allclose(found[name], value, rtol=2e-6)
+            # Of sums that cancel, as gradients' do, float32 keeps fewer digits: also on data-parallel devices alone.
+            rtol = 5e-5 if name.startswith("grad_norm") else 2e-6
+            np.testing.assert_allclose(found[name], value, rtol=rtol)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
