@@ -274,7 +274,7 @@ def check_steps(family, sizes):
             path: place.spec for path, place in leaves_by_path(shardings.state.trainable).items()
         }
         for name, value in metrics.items():
-            # Of sums that cancel, as gradients' do, float32 keeps fewer digits: also on data-parallel devices alone.
+            # Of sums that cancel, as gradients do, float32 keeps fewer digits: on a data mesh too.
             rtol = 5e-5 if name.startswith("grad_norm") else 2e-6
             np.testing.assert_allclose(found[name], value, rtol=rtol)
 
