@@ -78,6 +78,7 @@ OTHER = {
     "mesh.data": 2,
     "task": "regression",
     "method": "lora",
+    "init_adapter": "old_run",
     "seed": 9,
     "output_dir": "there",
 }
@@ -135,7 +136,7 @@ def base(tmp_path_factory):
 
 
 def test_the_tables_here_name_every_field():
-    alone = {"optimizer.decay_steps", "train.prompt_tokens"}
+    alone = {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"}
     assert OTHER.keys() | LANGUAGE.keys() | FILES.keys() | alone == set(dotted())
 
 
@@ -362,6 +363,15 @@ def test_the_method_decides_what_is_applied(tmp_path):
     again = parsed(tmp_path, "--lora.modules_to_save", "[head]").applied
     assert again is not None
     assert again.modules_to_save == ("head",)
+
+
+def test_rates_of_an_adapter_go_with_one(tmp_path):
+    rates = ("--init_adapter_rates", "new")
+    assert parsed(tmp_path, *rates, "--init_adapter", "old_run").init_adapter_rates == "new"
+    with pytest.raises(ValueError, match="init_adapter_rates goes with init_adapter"):
+        parsed(tmp_path, *rates)
+    with pytest.raises(ValueError, match="init_adapter is empty"):
+        parsed(tmp_path, "--init_adapter", " ")
 
 
 @pytest.mark.parametrize("target", ["[query, up]", ".*/(query|up)"])
