@@ -79,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train as a config file says", add_help=False)
     inspect = add("inspect", _inspect, "show what would be trained, without training", add_help=False)
     sweep = add("sweep", _sweep, "find out which lambda helps, and whether one does", add_help=False)
-    plan = add(
-        "plan", _plan, "compile the step and say what it needs, without weights or data", add_help=False
-    )
+    plan = add("plan", _plan, "say what a step needs, without weights or data", add_help=False)
     for command in (train, sweep, inspect, plan):
         command.add_argument("config", nargs="?")
         command.add_argument("-h", "--help", action="store_true")

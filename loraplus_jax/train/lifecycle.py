@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +50,17 @@ def only_run(directory: Path) -> Iterator[None]:
     Raises:
       ValueError: another process has a run in it; the message gives its pid.
     """
+    lock, owner = _locked(directory), directory / OWNER
+    try:
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
+        lock.release()
+
+
+def _locked(directory: Path) -> filelock.BaseFileLock:
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     try:
         lock.acquire(timeout=0)
@@ -57,13 +69,31 @@ def only_run(directory: Path) -> Iterator[None]:
         raise ValueError(
             f"a run with pid {pid} is at work in {directory}; wait for it or choose another"
         ) from None
+    return lock
+
+
+def _check_free(directory: Path) -> None:
+    """Raises ValueError if a run is at work in the directory: said now, not when the weights are loaded."""
+    if (directory / LOCK).exists():
+        _locked(directory).release()
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises ValueError unless files can be made in the directory: by trying, since rights do not tell all."""
+    made = []
     try:
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
+        for path in (*reversed(directory.parents), directory):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):
-            owner.unlink()
-        lock.release()
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: another run has come first
+                path.rmdir()
 
 
 @contextmanager
@@ -100,6 +130,9 @@ def check_directory(
     for parent in (directory, *directory.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file")
+    if is_first():
+        _check_writable(directory)
+        _check_free(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
         return []

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from ..adapter_io import save_adapter
-from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
+from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
 from ..optim import rate_at
 from ..sharding import batch_sharding, distribute, local_rows
 from ..train_step import TrainState, init_state, means
@@ -124,12 +124,23 @@ def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
 
 
 def evaluate(
-    eval_fn: Any, trainable: Any, frozen: Any, arrays: Batch, batch_size: int, mesh: Mesh
+    eval_fn: Any,
+    trainable: Any,
+    frozen: Any,
+    arrays: Batch,
+    batch_size: int,
+    mesh: Mesh,
+    *,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The means over all rows of a split, every row once."""
+    """The means over all rows of a split, every row once; `between` is called before each batch, and may raise."""
     totals: Any = None
     for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
+        between()
         pairs = eval_fn(trainable, frozen, place(batch, mesh))
+        jax.block_until_ready(
+            totals
+        )  # at most two batches are under way, so that `between` is never long ago
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     return {name: float(value) for name, value in means(totals).items()}
 
@@ -146,7 +157,9 @@ class Trainer:
     def __init__(self, run: Run, directory: Path, manager: ocp.CheckpointManager, console: Console) -> None:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
+        self.stop = StopSignal()
         self.seen = Seen()
+        self.due = False  # whether the checkpoint gone on from still lacks its evaluation
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
@@ -166,17 +179,25 @@ class Trainer:
         """Everything; returns the summary."""
         started = time.perf_counter()
         rows = self.go_on()
-        step = int(self.state.step)
+        self.step = step = int(self.state.step)
         self.log = RunLog(self.directory, keep=rows, writes=is_first())
         try:
-            for line in head(self.run, step):
-                self.console.print(line)
-            before = self.before()
-            self.loop(step)
-            after = self.finish()
-            return self.write_summary(before, after, time.perf_counter() - started)
+            with self.stop:
+                for line in head(self.run, step):
+                    self.console.print(line)
+                before = self.before()
+                self.loop(step)
+                after = self.finish()
+                return self.write_summary(before, after, time.perf_counter() - started)
         finally:
             self.log.close()
+
+    def check_stop(self) -> None:
+        """Ends the run, whose newest checkpoint is that of its last step, if a signal asked for it."""
+        if self.stop.received is not None:
+            self.manager.wait_until_finished()
+            message = f"stopped at step {self.step} of {self.run.steps}; the same command goes on from there"
+            raise Stopped(self.stop.received, message)
 
     def go_on(self) -> int:
         """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
@@ -189,7 +210,7 @@ class Trainer:
             self.state, position = restored.state, restored.input_position
             self.batches.set_state(position["batches"])
             self.pending, losses = position["pending"], position["losses"]
-            self.seen = Seen(tuple(losses), position["skipped"])
+            self.seen, self.due = Seen(tuple(losses), position["skipped"]), position["due"]
             return position["rows"]
         return 0
 
@@ -202,6 +223,8 @@ class Trainer:
         """The held-out result before the first step, from the log when the run goes on."""
         name = f"{self.held_out}/"
         first = next((row for row in self.log.rows if row["step"] == 0), None)
+        if first is None and self.step:
+            raise ValueError(f"{self.log.path} has no row of step 0: put the file back as the run left it")
         if first is None:
             values = self.evaluate(self.state.trainable, self.held_out)
             if not math.isfinite(values["loss"]):
@@ -225,8 +248,10 @@ class Trainer:
     def loop(self, step: int) -> None:
         """The steps that are left, with evaluations, checkpoints and early stopping."""
         every = self.settings
-        with progress(self.console) as bar, StopSignal() as stop:
+        with progress(self.console) as bar:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
+            if self.due:
+                self.evaluate_and_save(step)
             self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
                 batch = next(self.batches)
@@ -235,6 +260,7 @@ class Trainer:
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
                 self.pending.append(metrics)
                 step += 1
+                self.step = step
                 if before is not None:
                     self.log.write(step, self.measure(before, batch))
                 if step % every.log_every == 0 or step == self.run.steps or self.failing():
@@ -242,14 +268,9 @@ class Trainer:
                     bar.update(task, completed=step, loss=loss, rate=rate)
                 if step % every.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
-                elif stop.received is not None:
+                elif self.stop.received is not None:
                     self.save(None)
-                if stop.received is not None:
-                    self.manager.wait_until_finished()
-                    message = (
-                        f"stopped at step {step} of {self.run.steps}; the same command goes on from there"
-                    )
-                    raise Stopped(stop.received, message)
+                    self.check_stop()
         if self.pending:
             self.log_row(step)
 
@@ -300,8 +321,18 @@ class Trainer:
             )
 
     def evaluate_and_save(self, step: int) -> None:
-        """The validation result goes to the log, to the screen and with a checkpoint."""
-        values = self.evaluate(self.state.trainable, "validation")
+        """The validation result goes to the log, to the screen and with a checkpoint.
+
+        If a signal comes before it is there, the checkpoint is saved with a note that it is due, and the run that
+        goes on makes it up: evaluating a large split may take longer than the machine is left to us.
+        """
+        try:
+            values = self.evaluate(self.state.trainable, "validation")
+        except Stopped:
+            if not self.due:
+                self.save(None, due=True)
+                self.manager.wait_until_finished()
+            raise
         if not math.isfinite(values["loss"]):
             tips = advice(self.run, ["grad_norm/a"])
             raise TrainingFailed(
@@ -310,14 +341,22 @@ class Trainer:
             )
         named = {f"validation/{name}": value for name, value in values.items()}
         self.log.write(step, named)
-        self.save(named)
+        if self.due:
+            add_metrics(self.manager, step, named)
+            self.due = False
+        else:
+            self.save(named)
         self.clock = time.perf_counter()
         self.console.print(f"step {step}: {show(values)} (validation)")
 
-    def save(self, metrics: Mapping[str, float] | None) -> None:
-        """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet."""
+    def save(self, metrics: Mapping[str, float] | None, *, due: bool = False) -> None:
+        """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet.
+
+        The rows that it counts on are on the disk before.
+        """
+        self.log.sync()
         position = {"batches": self.batches.get_state(), "pending": as_floats(self.pending)}
-        position |= {"rows": len(self.log.rows), **self.seen._asdict()}
+        position |= {"rows": len(self.log.rows), **self.seen._asdict(), "due": due}
         save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
 
     def should_stop(self) -> bool:
@@ -408,7 +447,11 @@ class Trainer:
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
         """The means over a split, and what follows from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
-        values = evaluate(self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
+        # Of several processes none may leave an evaluation that the others are in.
+        run, check = self.run, self.check_stop if jax.process_count() == 1 else lambda: None
+        values = evaluate(
+            run.programs.evaluate, trainable, self.frozen, arrays, size, run.mesh, between=check
+        )
         return values | self.task.derived(values)
 
     def source(self) -> str:

@@ -84,7 +84,7 @@ class Plan:
       peak: bytes in use at once at most, by the compiler's own account; 0 where it gives none.
       room: bytes that there are.
       problem: what the compiler said when it gave up, in a line.
-      work: FLOPs and bytes of a step.
+      work: FLOPs and bytes of a step; None where the programs that would tell them need too much memory.
       collectives: what devices exchange in a step; none where the compiler gave up.
       layer_gathers: all-gathers that each layer adds, as XLA makes them when it has straight code.
       roofline: seconds that a step takes at least: `"compute"`, `"memory"`, `"network"`; empty where the rates are
@@ -107,7 +107,7 @@ class Plan:
     peak: int
     room: int
     problem: str | None
-    work: Work
+    work: Work | None
     collectives: tuple[Collective, ...]
     layer_gathers: tuple[Collective, ...]
     roofline: dict[str, float]
@@ -126,7 +126,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """All fields as plain values, and what follows from them."""
         plain = dataclasses.asdict(self) | {"fits": self.fits, "received": self.received}
-        plain |= {"work": self.work._asdict()}
+        plain["work"] = None if self.work is None else self.work._asdict()
         for name in ("collectives", "layer_gathers"):
             plain[name] = [c._asdict() for c in getattr(self, name)]
         return plain
@@ -177,7 +177,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         work=work,
         collectives=found,
         layer_gathers=gathers,
-        roofline={} if chip is None else roofline(chip, work, found),
+        roofline={} if chip is None or work is None else roofline(chip, work, found),
         compile_seconds=round(seconds, 1),
     )
 
@@ -240,7 +240,9 @@ def layers_of(base: Base) -> int:
     return model.config.num_hidden_layers
 
 
-def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> tuple[Work, tuple[Collective, ...]]:
+def count_work(
+    settings: Settings, base: Base, data: Data, mesh: Mesh
+) -> tuple[Work | None, tuple[Collective, ...]]:
     """FLOPs and bytes of a step, and the all-gathers of a layer, from programs of one and of two unrolled layers.
 
     Micro-batches and pieces of the loss are loops too. So one micro-batch is compiled, with the loss in one piece,
@@ -254,6 +256,8 @@ def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> tuple[
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
     steps = [plan_step(small, with_layers(base, min(n, layers)), data, mesh) for n in (1, 2)]
     first, second = (_counted(step, mesh) for step in steps)
+    if first is None or second is None:
+        return None, ()
     flops = extrapolated(first.flops, second.flops, layers)
     size = extrapolated(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
     return Work(parts * flops, parts * size), tuple((second.gathers - first.gathers).elements())
@@ -267,9 +271,11 @@ class _Counted(NamedTuple):
     gathers: Counter[Collective]
 
 
-def _counted(step: Step, mesh: Mesh) -> _Counted:
+def _counted(step: Step, mesh: Mesh) -> _Counted | None:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    program: Any = step.lowered.compile(compiler_options=TO_COUNT if on_tpu else None)
+    program, problem = _compiled(step.lowered, TO_COUNT if on_tpu else None)
+    if problem is not None:
+        return None
     gathers = (c._replace(where="") for c in collectives(program.as_text()) if c.kind == "all-gather")
     cost = program.cost_analysis()
     return _Counted(cost["flops"], cost["bytes accessed"], Counter(gathers))
@@ -314,10 +320,10 @@ def roofline(chip: Chip, work: Work, found: Sequence[Collective]) -> dict[str, f
     }
 
 
-def _compiled(lowered: jax.stages.Lowered) -> tuple[Any, str | None]:
+def _compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> tuple[Any, str | None]:
     """The program, or what the compiler said when memory was too small for any."""
     try:
-        return lowered.compile(), None
+        return lowered.compile(compiler_options=options), None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -10,8 +10,8 @@ from .settings import Settings
 
 BINDS = {
     "compute": "FLOPs",
-    "memory": "bytes from and to memory",
-    "network": "bytes between devices",
+    "memory": "bytes accessed",
+    "network": "bytes received from others",
 }
 
 
@@ -112,7 +112,10 @@ def _for_activations(plan: Plan, settings: Settings) -> list[str]:
 
 
 def _work(plan: Plan) -> str:
-    rows = [("work of a device in a step", "", "ms at the least")]
+    """FLOPs and bytes, the seconds that each would take alone, and the largest of these."""
+    if plan.work is None:
+        return "work was not counted: the programs for that need more memory than there is"
+    rows = [("work of a device in a step", "", "ms alone")]
     amounts = {
         "compute": f"{plan.work.flops / 1e9:,.2f} GFLOP",
         "memory": _size(plan.work.bytes),
@@ -125,9 +128,7 @@ def _work(plan: Plan) -> str:
     if plan.roofline:
         name, seconds = max(plan.roofline.items(), key=lambda item: item[1])
         rate = plan.rows * plan.tokens / seconds
-        lines.append(
-            f"a step takes {seconds:.3f} s or more ({rate:,.0f} tokens/s at most): {BINDS[name]} bind"
-        )
+        lines.append(f"roofline: {seconds:.3f} s a step, {rate:,.0f} tokens/s; {BINDS[name]} bind")
     return "\n".join(lines)
 
 
