@@ -76,6 +76,7 @@ OTHER = {
     "train.compilation_cache": False,
     "train.theory_every": 4,
     "mesh.data": 2,
+    "init_adapter": "old/adapter",
     "mesh.fsdp": 2,
     "mesh.tensor": 4,
     "distributed.start_timeout": 20,
@@ -145,7 +146,7 @@ def base(tmp_path_factory):
 
 
 def test_the_tables_here_name_every_field():
-    alone = {"optimizer.decay_steps", "train.prompt_tokens"} | PROCESSES.keys()
+    alone = {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"} | PROCESSES.keys()
     assert OTHER.keys() | LANGUAGE.keys() | FILES.keys() | alone == set(dotted())
 
 
