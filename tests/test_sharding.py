@@ -15,13 +15,11 @@ from loraplus_jax import (
     AdapterSpec,
     LoRAPlusConfig,
     apply_lora_plus,
-    distribute,
     init_lora,
     init_state,
     jit_step,
     lora_plus_adamw,
     make_mesh,
-    make_shardings,
     pmap_step,
 )
 from loraplus_jax.models import bert, llama
@@ -31,7 +29,9 @@ from loraplus_jax.sharding import (
     base_shardings,
     batch_sharding,
     check_tensor,
+    distribute,
     local_rows,
+    make_shardings,
     split_rows,
 )
 from loraplus_jax.train.language_tasks import LanguageTask
@@ -218,7 +218,7 @@ class Subject:
             else Task(kind="classification", names=("a", "b", "c")).loss_fn(model)
         )
         self.tx = lora_plus_adamw(
-            1e-3, lr_ratio=4.0, weight_decay=0.01, max_grad_norm=1.0, eps=1e-6, specs=self.specs
+            2.5e-4, lr_ratio=4.0, weight_decay=0.01, max_grad_norm=1.0, eps=1e-6, specs=self.specs
         )
         self.one = jit_step(self.loss, self.tx)
 
@@ -300,7 +300,7 @@ def test_curves_are_the_same_on_every_mesh(family, sizes):
     for _ in range(100):
         state, metrics = step(state, *placed)
         found.append(float(metrics["loss"]))
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.02
     np.testing.assert_allclose(found, losses, rtol=0, atol=1e-5)
 
 

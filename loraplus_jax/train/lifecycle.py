@@ -16,10 +16,12 @@ import filelock
 import jax
 import orbax.checkpoint as ocp
 import yaml
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ..checkpoint import differences
 from ..models.hf import read_json
+from .hosts import Stopped as Stopped
 from .hosts import is_first, wait_for_all
 from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, MAY_CHANGE, Settings, apart
@@ -29,18 +31,6 @@ CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 OF_A_START = ("output_dir ", "distributed.")
 """Settings that say where a run is started, and not what it is."""
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved what it had.
-
-    Attributes:
-      signal_number: which signal.
-    """
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 @contextmanager
@@ -231,6 +221,9 @@ def _tell_of_cache(text: str, directory: Path, console: Console) -> None:
 class StopSignal:
     """While entered, SIGTERM and SIGINT (Ctrl-C) only leave a note; a second one acts as it always does.
 
+    Where several processes train, JAX's preemption service has SIGTERM, of whichever process, and chooses a step
+    that all of them reach; SIGINT is handed on to it.
+
     Attributes:
       received: the signal's number, or None.
     """
@@ -241,10 +234,18 @@ class StopSignal:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        for number in self.SIGNALS:
+        ours = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+        self._before = {number: signal.getsignal(number) for number in ours}
+        for number in ours:
             signal.signal(number, self._note)
         return self
+
+    def is_due(self, step: int) -> bool:
+        """Whether to stop after a step, which is to be asked after every one."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM if self.received is None else self.received
+            return True
+        return jax.process_count() == 1 and self.received is not None
 
     def __exit__(self, *_: object) -> None:
         self._restore()
@@ -252,6 +253,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

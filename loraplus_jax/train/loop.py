@@ -261,6 +261,7 @@ class Trainer:
                 self.pending.append(metrics)
                 step += 1
                 self.step = step
+                stopping = self.stop.is_due(step)
                 if before is not None:
                     self.log.write(step, self.measure(before, batch))
                 if step % every.log_every == 0 or step == self.run.steps or self.failing():
@@ -268,8 +269,9 @@ class Trainer:
                     bar.update(task, completed=step, loss=loss, rate=rate)
                 if step % every.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
-                elif self.stop.received is not None:
+                elif stopping:
                     self.save(None)
+                if stopping:
                     self.check_stop()
         if self.pending:
             self.log_row(step)

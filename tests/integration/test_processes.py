@@ -114,6 +114,20 @@ def test_a_lost_process_ends_the_other_and_a_restart_goes_on_to_the_same_bits(ho
     assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
 
 
+def test_sigterm_at_one_process_stops_both_at_the_same_step(home, tmp_path):
+    out = tmp_path / "out"
+    with two(home, out, "--train.steps", "5000") as pair:
+        log = out / "metrics.jsonl"
+        wait_until(lambda: log.exists() and '"loss"' in log.read_text(), pair)
+        pair[1].send_signal(signal.SIGTERM)
+        ends = [ended(process) for process in pair]
+    assert [end[0] for end in ends] == [143, 143], ends
+    lines = [next(x for x in end[2].splitlines() if x.startswith("loraplus:")) for end in ends]
+    assert lines[0] == lines[1]
+    step = lines[0].split()[4]
+    assert (out / "checkpoints" / step).is_dir()
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_start_that_nobody_joins_is_given_up_with_one_line(first_world, tmp_path, number):
     with socket.socket() as free:
