@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 from flax import traverse_util
 
-from .config import Bias, matches, nearest
+from .config import Bias, LoRAPlusConfig, matches, nearest
 from .factors import factor_pairs, spec_key
 from .spec import Specs
 
@@ -94,29 +94,34 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
 
 
 def split_trainable(
-    variables: Mapping[str, Any], modules_to_save: tuple[str, ...] = (), *, bias: Bias = "none"
+    variables: Mapping[str, Any], trained: LoRAPlusConfig | tuple[str, ...] = (), *, bias: Bias | None = None
 ) -> tuple[dict, dict]:
     """Variables as `(trainable, frozen)`: the adapters and what is trained in full, and all the rest.
 
     Args:
       variables: `{"params": ..., "lora": ..., ...}`.
-      modules_to_save: names of modules whose parameters are trained in full; `LoRAPlusConfig` says how they match.
-      bias: which leaves called `bias` are trained in full too: none, all, or (`"lora_only"`) those of modules with
-        an adapter.
+      trained: the config, whose `modules_to_save` and `bias` say what is trained in full; or names of modules
+        alone, which match as those do.
+      bias: without a config, which leaves called `bias` are trained in full too: none (the default), all, or
+        (`"lora_only"`) those of modules with an adapter.
 
     Raises:
-      ValueError: a name that matches no module, or biases are asked for and there is none.
+      ValueError: a name that matches no module, biases are asked for and there is none, or `bias` beside a config.
     """
+    if isinstance(trained, LoRAPlusConfig):
+        if bias is not None:
+            raise ValueError(f"the config says bias={trained.bias!r} already, got bias={bias!r} beside it")
+        trained, bias = trained.modules_to_save, trained.bias
     flat = flatten(variables)
     modules = {m: None for path in flat for m in _parents(path, "params")}
-    for name in modules_to_save:
+    for name in trained:
         if not any(matches((name,), module) for module in modules):
             raise ValueError(f"modules_to_save: {name!r} matches no module{nearest(name, modules)}")
 
-    biases = _biases(flat, bias)
+    biases = _biases(flat, "none" if bias is None else bias)
 
     def is_trained(path: str) -> bool:
-        saved = any(matches(modules_to_save, m) for m in _parents(path, "params"))
+        saved = any(matches(trained, m) for m in _parents(path, "params"))
         return path.startswith("lora/") or path in biases or saved
 
     parts: tuple[dict, dict] = ({}, {})

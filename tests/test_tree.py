@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from loraplus_jax import AdapterSpec, combine, label_params, split_trainable
+from loraplus_jax import AdapterSpec, LoRAPlusConfig, combine, label_params, split_trainable
 from loraplus_jax.tree import count, flatten, leaves_by_path, unflatten
 
 
@@ -261,6 +261,15 @@ def test_biases_are_trained_as_asked(bias, trained):
     found, frozen = split_trainable(BIASED, bias=bias)
     assert leaves_by_path(found).keys() == trained | {"lora/q/lora_a", "lora/q/lora_b"}
     assert combine(found, frozen) == BIASED
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("names", [(), ("norm",)])
+def test_a_config_says_all_that_is_trained(bias, names):
+    config = LoRAPlusConfig(target_modules=["q"], modules_to_save=names, bias=bias)
+    assert split_trainable(BIASED, config) == split_trainable(BIASED, names, bias=bias)
+    with pytest.raises(ValueError, match=f"the config says bias='{bias}' already, got bias='none'"):
+        split_trainable(BIASED, config, bias="none")
 
 
 def test_biases_that_are_not_there_are_refused():
