@@ -20,7 +20,7 @@ from .boundary import COLLECTIONS, Boundary
 from .config import ALL_LINEAR, LoRAPlusConfig, nearest
 from .flow import follow
 from .layers import Layer, can_adapt, layer_of
-from .linen import Adapter, Box, LoRAPlusLayer, boxed_factors, is_box, terms_alone, with_term
+from .linen import Adapter, Box, LoRAPlusLayer, are_alone, boxed_factors, is_box, terms_alone, with_term
 from .spec import AdapterSpec
 from .targets import Seen, check_coverage, meant, named, rule_of
 from .tree import flatten, leaves_by_path
@@ -79,6 +79,8 @@ class LoRAPlusModel(nn.Module):
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
+        if are_alone():
+            return result  # the model was initialized before, and the rules were looked at then
         if self.is_initializing():
             check_coverage(self.config, boundary.seen, boundary.leaves, boundary.stacks)
         else:
