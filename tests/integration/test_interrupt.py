@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from loraplus_jax.train import loop
+from loraplus_jax.train import evaluation
 from loraplus_jax.train.loop import Trainer
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
@@ -82,19 +82,19 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, str
 
 def signal_in(monkeypatch, split_size, place, number=signal.SIGTERM):
     """The signal comes at a batch, counted from 0, of the first evaluation of a split of so many rows."""
-    evaluating, seen = loop.eval_batches, []
+    evaluating, seen = evaluation.eval_batches, []
 
-    def with_signal(arrays, batch_size):
+    def with_signal(arrays, *how):
         rows = len(next(iter(arrays.values())))
         seen.append(rows)
-        for at, batch in enumerate(evaluating(arrays, batch_size)):
+        for at, batch in enumerate(evaluating(arrays, *how)):
             if rows == split_size and seen.count(rows) == 1 and at == place:
                 signal.raise_signal(number)
             evaluated.append(rows)
             yield batch
 
     evaluated = []
-    monkeypatch.setattr(loop, "eval_batches", with_signal)
+    monkeypatch.setattr(evaluation, "eval_batches", with_signal)
     return evaluated
 
 
