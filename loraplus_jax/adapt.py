@@ -13,16 +13,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from flax.core import freeze, meta
+from flax.core import DenyList, freeze, meta
 from flax.linen.transforms import get_module_scopes
 
 from .boundary import COLLECTIONS, Boundary
 from .config import ALL_LINEAR, LoRAPlusConfig, nearest
+from .flow import follow
 from .layers import Layer, can_adapt, layer_of
-from .linen import Adapter, Box, LoRAPlusLayer, adapter_term, boxed_factors, is_box
+from .linen import Adapter, Box, LoRAPlusLayer, boxed_factors, is_box, terms_alone, with_term
 from .spec import AdapterSpec
 from .targets import Seen, check_coverage, meant, named, rule_of
-from .tree import flatten
+from .tree import flatten, leaves_by_path
 
 _OURS = "lora_plus"
 """A flag on the scopes of the wrapped model; a module run by its own `.apply` inside has other scopes."""
@@ -80,8 +81,8 @@ class LoRAPlusModel(nn.Module):
         result = mapped(self, *args, **kwargs)
         if self.is_initializing():
             check_coverage(self.config, boundary.seen, boundary.leaves, boundary.stacks)
-        elif method is None:
-            boundary.check_used()
+        else:
+            boundary.check_used(whole=method is None)
         return result
 
     @nn.nowrap
@@ -161,8 +162,8 @@ def init_lora(
       The tree of factors for the collection `"lora"`, and module path to `AdapterSpec`.
 
     Raises:
-      ValueError: the model has no adapters, a rule matches nothing, a rank is above min(in, out), or `base` does
-        not fit.
+      ValueError: the model has no adapters, a rule matches nothing, a rank is above min(in, out), `base` does not
+        fit, or the model uses the weight of an adapted layer past the layer, where no adapter acts.
 
     Example:
       >>> model = apply_lora_plus(nn.Dense(4), LoRAPlusConfig(target_modules=".*", rank=2))
@@ -188,6 +189,7 @@ def init_lora(
     specs = _specs(shapes)
     if base is not None:
         _check_base(base, specs)
+    _check_reads(model, specs, shapes, rngs, args, kwargs)
     return jax.jit(lambda rngs: meta.unbox(init(rngs)["lora"]))(rngs), specs
 
 
@@ -226,7 +228,7 @@ def _interceptor(
         adapter = Adapter(config.rank_of(path), config.scale_of(path), config.init, config.dropout)
         where = f"{path or 'the model'!r} (target_modules: {rule_of(config, path)!r})"
         entry.adapted = True
-        return y + adapter_term(module, layer, adapter, collection="params", where=where).astype(y.dtype)
+        return with_term(y, module, layer, adapter, collection="params", where=where)
 
     return intercept
 
@@ -247,7 +249,7 @@ def _elsewhere(config: LoRAPlusConfig, module: nn.Module, method: Any, y: Any, a
     layer = layer_of(method, module, args, kwargs)
     assert layer is not None
     adapter = Adapter(config.rank, config.scale, config.init, config.dropout)
-    return y + adapter_term(module, layer, adapter, collection="params", where=where).astype(y.dtype)
+    return with_term(y, module, layer, adapter, collection="params", where=where)
 
 
 def _layer(
@@ -326,3 +328,62 @@ def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> No
                 f"the base does not fit the model: {spec.leaf} must have shape {spec.shape}, "
                 + ("is missing" if shape is None else f"has {shape}")
             )
+
+
+def _check_reads(
+    model: nn.Module,
+    specs: Mapping[str, AdapterSpec],
+    shapes: Mapping[str, Any],
+    rngs: Any,
+    args: Any,
+    kwargs: Any,
+) -> None:
+    """Raises ValueError where an adapted weight reaches the outputs past its layer, or is changed before it.
+
+    Merged into the weight, an adapter would act there too; beside the layer it does not.
+    """
+    given = meta.unbox({name: shapes[name] for name in COLLECTIONS if name in shapes})
+    flow = follow(
+        jax.make_jaxpr(lambda given, rngs: _outputs(model, given, rngs, args, **kwargs))(given, rngs)
+    )
+    numbers = {leaf: n for n, leaf in enumerate(leaves_by_path(given))}
+    for path, spec in specs.items():
+        if spec.kind == "parameter" or numbers[spec.leaf] not in flow.changed | flow.read:
+            continue
+        does = (
+            f"changes its weight {spec.leaf} before the layer has it (as by nn.map_variables)"
+            if numbers[spec.leaf] in flow.changed
+            else f"also uses its weight {spec.leaf} past the layer (as by .embedding, .variables, get_variable)"
+        )
+        rule = {spec.leaf.removeprefix("params/"): spec.rule_letters}
+        raise ValueError(
+            f"{path or 'the model'!r} has an adapter, but the model {does}, where the adapter does not act; name "
+            f"the weight in target_parameters instead: {rule}"
+        )
+
+
+def _outputs(
+    model: nn.Module,
+    given: Any,
+    rngs: Any,
+    args: Any,
+    method: Any = None,
+    mutable: Any = DenyList("intermediates"),  # noqa: B008
+    capture_intermediates: Any = False,
+    **kwargs: Any,
+) -> list[jax.Array]:
+    """What `model.init` computes and gives or keeps beside parameters, from parameters that are there already, with
+    adapters' terms alone.
+
+    In the state of initialization, since a model may not be able to take the same inputs twice: a cache is full.
+    """
+    bound = model.bind(
+        given, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
+    )
+    assert bound.scope is not None
+    bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
+    forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method
+    with boxed_factors(), terms_alone():
+        y = _resolve(model, forward)(bound, *args, **kwargs)
+    kept = {name: value for name, value in bound.variables.items() if name not in COLLECTIONS}
+    return [leaf for leaf in jax.tree.leaves((y, kept)) if isinstance(leaf, jax.Array)]

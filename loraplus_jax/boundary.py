@@ -11,14 +11,16 @@ from flax.core.scope import LazyRng
 
 from .config import LoRAPlusConfig
 from .inits import factor_inits
+from .layers import LEAVES
 from .linen import Box, are_boxed, is_box
-from .lora import SCALE, in_box, weight_delta
+from .lora import BEFORE, SCALE, TAP, in_box, weight_delta
 from .spec import AdapterSpec, factor_letters, layer_axis
 from .targets import Seen, layer_index, named, parameter_rule
 from .tree import FACTORS
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
+_NAMES = (*FACTORS, SCALE, TAP, *BEFORE.values())
 
 
 class Boundary:
@@ -46,6 +48,7 @@ class Boundary:
         self.own: set[str] = set()
         self.is_bare = True
         self._given: set[Path] = set()  # factors and scales that came in
+        self._weights_there: set[Path] = set()  # parameters that came in
         self._weights: dict[Path, Any] = {}  # as they came in
         self._factors: dict[Path, Any] = {}
 
@@ -53,6 +56,7 @@ class Boundary:
         """On the way in."""
         params, lora, scales = (_flatten(collections.get(name, {})) for name in COLLECTIONS)
         self._given, self.is_bare = {*lora, *scales}, not lora
+        self._weights_there = set(params)
         for path in [p for p in params if self._rule(p) is not None]:
             self._weights[path] = params[path]
             params[path] = self._merged(path, params[path], lora, scales.pop((*path, SCALE), None))
@@ -81,17 +85,38 @@ class Boundary:
             }
         return {name: traverse_util.unflatten_dict(flat) for name, flat in groups.items() if flat}
 
-    def check_used(self) -> None:
-        """Raises ValueError for factors that came in and that no rule and no layer of ours asks for."""
+    def check_used(self, *, whole: bool) -> None:
+        """Raises ValueError for what came in as an adapter and is none of this model and config.
+
+        A layer need not have been met to be the model's, since a call may leave it out; but its weight is there.
+        `whole` says that the call was one that `init_lora` looked at too, so that every layer of ours is in `own`.
+        """
         for path in sorted(self._given):
-            module = "/".join(path[:-1])
-            asked = named(self.config, module) if self.config.target_modules else False
-            asked = asked or path in self._factors or path[-1] == SCALE
-            if not asked and not any(f"{module}/".startswith(f"{own}/") or not own for own in self.own):
+            name, module = "/".join(path), "/".join(path[:-1])
+            if path[-1] not in _NAMES:
+                raise ValueError(
+                    f"the variables hold {name!r} among the adapters, where only {', '.join(_NAMES)} stand"
+                )
+            if not self._weights_there.intersection({path[:-1], *((*path[:-1], leaf) for leaf in LEAVES)}):
+                raise ValueError(
+                    f"the variables hold an adapter for {module!r}, where the model has no weight: they are of "
+                    "another config or another model"
+                )
+            if not self._is_asked(path, module) and (whole or module in self.seen):
                 raise ValueError(
                     f"the variables hold an adapter for {module!r}, which no rule of the config names: they are of "
                     "another config or another model"
                 )
+
+    def _is_asked(self, path: Path, module: str) -> bool:
+        """Whether a rule or a layer of ours asks for a factor or scale."""
+        if (
+            path in self._factors
+            or path[-1] == SCALE
+            or (self.config.target_modules and named(self.config, module))
+        ):
+            return True
+        return any(f"{module}/".startswith(f"{own}/") or not own for own in self.own)
 
     def _chosen(self, lora: Mapping[Path, Any]) -> Iterator[tuple[Path, Any]]:
         """New factors, without those of layers that are not among `layers_to_transform`.
@@ -122,7 +147,13 @@ class Boundary:
 
     def _spec(self, path: Path, leaf: Any) -> AdapterSpec:
         """Of a parameter with an adapter of its own."""
-        name, rule, shape = "/".join(path), self._rule(path), tuple(meta.unbox(leaf).shape)
+        name, rule, value = "/".join(path), self._rule(path), meta.unbox(leaf)
+        if not hasattr(value, "shape"):
+            raise ValueError(
+                f"target_parameters: {rule!r} matches {name!r}, which is a {type(value).__name__} of arrays and "
+                "not one array: let the model keep each under a name of its own"
+            )
+        shape = tuple(value.shape)
         rules: Any = self.config.target_parameters
         axes, rank = rules[rule], self.config.rank_of(name)
         if len(axes) != len(shape):

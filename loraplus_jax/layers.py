@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -24,6 +24,9 @@ from .spec import factor_letters
 
 LINEAR = ("dense", "dense_general", "einsum")
 """The kinds that `"all-linear"` means."""
+
+LEAVES = ("kernel", "embedding")
+"""What their weights are called."""
 
 Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 """`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""
@@ -245,7 +248,7 @@ def _shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
 
 
 def _sequence(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, Iterable) else (value,)  # a whole number may be numpy's
 
 
 _METHODS: dict[Any, Callable[..., Layer]] = {

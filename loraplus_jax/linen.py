@@ -13,6 +13,7 @@ from flax.core import meta
 from flax.core.scope import LazyRng
 
 from .config import Init, LoRAPlusConfig
+from .flow import noted
 from .inits import factor_inits
 from .layers import Layer, layer_of
 from .lora import BEFORE, SCALE, TAP, tapped, update_squares
@@ -22,6 +23,7 @@ from .tree import FACTORS
 _BOXED: Any = jax.make_user_context(
     False
 )  # a context that nn.jit and jax.jit heed: they keep no trace across it
+_ALONE: Any = jax.make_user_context(False)
 
 
 class Box(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -68,6 +70,13 @@ def are_boxed() -> bool:
     return _BOXED.value
 
 
+@contextlib.contextmanager
+def terms_alone() -> Iterator[None]:
+    """Inside, adapted layers give their adapter's term alone, and say which weight they leave out by `noted`."""
+    with _ALONE(True):
+        yield
+
+
 def is_box(_: Any, value: Any) -> bool:
     """For `flax.traverse_util.flatten_dict`: a box is a leaf."""
     return isinstance(value, Box)
@@ -80,6 +89,17 @@ class Adapter(NamedTuple):
     scale: float
     init: Init = "lora"
     dropout: float = 0.0
+
+
+def with_term(
+    y: jax.Array, module: nn.Module, layer: Layer, adapter: Adapter, *, collection: str, where: str
+) -> jax.Array:
+    """A layer's output `y` plus its adapter's term, in the dtype of `y`; the rest is as in `adapter_term`."""
+    term = adapter_term(module, layer, adapter, collection=collection, where=where).astype(y.dtype)
+    if not _ALONE.value:
+        return y + term
+    assert module.scope is not None
+    return term + noted(meta.unbox(module.scope.get_variable("params", layer.leaf))).astype(y.dtype)
 
 
 def adapter_term(
@@ -192,7 +212,7 @@ def _with_term(adapter: Adapter, module: nn.Module, method: Any, y: jax.Array, *
     layer = layer_of(inspect.unwrap(method), module, args, {})
     assert layer is not None
     where = "/".join(module.path) or type(module).__name__
-    return y + adapter_term(module, layer, adapter, collection="lora", where=where).astype(y.dtype)
+    return with_term(y, module, layer, adapter, collection="lora", where=where)
 
 
 class LoRAPlusDense(LoRAPlusLayer, nn.Dense):

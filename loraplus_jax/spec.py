@@ -89,6 +89,12 @@ class AdapterSpec:
         return factor_letters(self.axes, self.stacked)
 
     @property
+    def rule_letters(self) -> str:
+        """The letters of `target_parameters` for the whole leaf, a batch axis for each stacked one."""
+        spare = (c for c in "efgh" + _LETTERS if c not in self.axes + "io")
+        return "".join(next(spare) if c.isupper() else c for c in _with_stacked(self.axes, self.stacked))
+
+    @property
     def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The full shapes of A and B."""
         size = dict(zip(self.base_letters, self.shape, strict=True)) | {"r": self.rank}

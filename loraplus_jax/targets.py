@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, nearest, pattern_of
-from .layers import LINEAR, Layer
+from .layers import LEAVES, LINEAR, Layer
 
 
 class Seen:
@@ -178,10 +178,7 @@ def _check_parameters(config: LoRAPlusConfig, adapted: list[str], leaves: list[s
         if rule not in found.values():
             raise ValueError(f"target_parameters: {rule!r} matches no parameter{nearest(rule, leaves)}")
     for path, rule in found.items():
-        if (module := path.rpartition("/")[0]) in adapted and path.rpartition("/")[2] in (
-            "kernel",
-            "embedding",
-        ):
+        if (module := path.rpartition("/")[0]) in adapted and path.rpartition("/")[2] in LEAVES:
             raise ValueError(
                 f"target_parameters: {rule!r} matches {path!r}, to which target_modules: "
                 f"{rule_of(config, module)!r} has given an adapter already"

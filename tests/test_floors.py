@@ -12,6 +12,7 @@ CORE = (
     *("config", "spec", "tree", "inits", "lora", "losses"),
     *(
         "layers",
+        "flow",
         "linen",
         "targets",
         "boundary",

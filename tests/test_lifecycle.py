@@ -158,6 +158,10 @@ CHANGES = {
     "train.compilation_cache": False,
     "train.prompt": "Why?",
     "mesh.data": 1,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "distributed.start_timeout": 20,
+    "distributed.lost_timeout": 20,
     "task": "regression",
     "method": "lora",
     "seed": 1,
@@ -166,6 +170,7 @@ CHANGES = {
 # These replace another field or go with another, so they are not changed alone.
 INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
 INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens"}
+INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
 # These go with language models.
 TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt"}
 TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}
@@ -203,7 +208,7 @@ def test_every_field_is_in_the_table():
 def test_what_may_change_when_a_run_goes_on_and_what_not(tmp_path, name):
     directory = run_of(tmp_path / "run", base_of(name))
     settings = settings_from_json(with_change(name, CHANGES[name]))
-    if name == "output_dir":
+    if name == "output_dir" or name.startswith("distributed."):
         assert check_directory(directory, settings, fresh=False) == []
     elif name in MAY_CHANGE:
         (change,) = check_directory(directory, settings, fresh=False)

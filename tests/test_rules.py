@@ -299,12 +299,90 @@ def test_rules_at_odds_or_idle_are_refused(net, rules, message):
             lambda lora: {"plain": {**lora["plain"], "lora_a": jnp.ones((6, 3))}},
             r"lora_a of 'plain' \(target_modules: 'plain'\) has shape \(6, 3\)",
         ),
+        (
+            config(target_modules="all-linear"),
+            lambda lora: {**lora, "more": lora["plain"]},
+            "an adapter for 'more', where the model has no weight: .* another model",
+        ),
+        (
+            config(target_parameters={"w": "oi"}),
+            lambda lora: {**lora, "v": lora["w"]},
+            "an adapter for 'v', where the model has no weight",
+        ),
+        (
+            config("plain"),
+            lambda lora: {"plain": {**lora["plain"], "lora_c": jnp.ones((4, 2))}},
+            "hold 'plain/lora_c' among the adapters, where only lora_a, lora_b, lora_scale",
+        ),
     ],
 )
 def test_a_tree_that_changed_since_init_is_refused(rules, change, message):
     model, base, lora, _ = prepared(Raw(), rules)
     with pytest.raises(ValueError, match=message):
         model.apply({**base, "lora": change(lora)}, X)
+
+
+class Deeper(nn.Module):
+    """As deep as wanted, with a method of its own and a part that a call may leave out."""
+
+    depth: int
+
+    def setup(self):
+        self.layers = [nn.Dense(4) for _ in range(self.depth)]
+        self.head = nn.Dense(3)
+
+    def encode(self, x):
+        for layer in self.layers:
+            x = nn.relu(layer(x))
+        return x
+
+    def __call__(self, x, whole=True):
+        return self.head(self.encode(x)) if whole else self.encode(x)
+
+
+@pytest.mark.parametrize("method", [None, "encode"])
+def test_adapters_of_a_deeper_model_are_refused_whatever_is_called(method):
+    rules = config(target_modules="all-linear")
+    _, _, lora, _ = prepared(Deeper(3), rules)
+    model, base, own, specs = prepared(Deeper(2), rules)
+    with pytest.raises(ValueError, match="an adapter for 'layers_2', where the model has no weight"):
+        model.apply({**base, "lora": lora}, X, method=method)
+    with pytest.raises(ValueError, match="an adapter for 'zzz', where the model has no weight"):
+        model.apply({**base, "lora": {**own, "zzz": own["head"]}}, X, method=method)
+    with pytest.raises(ValueError, match="hold 'head/lora_c' among the adapters"):
+        model.apply({**base, "lora": {**own, "head": {**own["head"], "lora_c": X}}}, X, method=method)
+    scale = scale_variables({"zzz": specs["head"]}, 1.0)
+    with pytest.raises(ValueError, match="an adapter for 'zzz', where the model has no weight"):
+        model.apply({**base, "lora": own, "lora_scale": scale}, X, method=method)
+
+
+def test_a_call_may_leave_out_an_adapted_layer():
+    model, base, lora, _ = prepared(Deeper(2), config(target_modules="all-linear"))
+    variables = {**base, "lora": drawn(lora)}
+    one, other = model.apply(variables, X, whole=False), model.apply(variables, X, method="encode")
+    np.testing.assert_array_equal(one, other)
+
+
+class Pair(nn.Module):
+    """A parameter that is two arrays."""
+
+    @nn.compact
+    def __call__(self, x):
+        w, b = self.param("w", lambda key: (jnp.ones((4, 4)), jnp.ones(4)))
+        return x @ w + b[None]
+
+
+def test_a_parameter_of_several_arrays_is_refused():
+    with pytest.raises(ValueError, match="target_parameters: 'w' matches 'w', which is a tuple of arrays"):
+        init_lora(apply_lora_plus(Pair(), config(target_parameters=["w"])), KEY, X)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.DenseGeneral(np.int64(3)), nn.DenseGeneral(3, axis=np.int64(-1)), nn.Dense(np.int32(3))]
+)
+def test_sizes_and_axes_may_be_whole_numbers_of_numpy(layer):
+    lora, _ = init_lora(apply_lora_plus(layer, config(target_modules=".*")), KEY, X)
+    assert jax.tree.map(jnp.shape, lora) == {"lora_a": (4, 2), "lora_b": (2, 3)}
 
 
 # off

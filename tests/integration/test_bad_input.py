@@ -315,16 +315,31 @@ CASES = [
     Case("max_length without room", ("max_length must be above 2",), ("--data.max_length", "2")),
     Case(
         "mesh does not divide the batch",
-        ("batch_size / accumulate is 12", "8 devices"),
+        ("batch_size / accumulate is 12", "8 parts of a batch (mesh.data 8", "give a multiple of 8"),
         ("--mesh.data", "8", "--train.batch_size", "12"),
     ),
     Case(
         "mesh does not divide the evaluation",
-        ("eval_batch_size is 12", "8 devices"),
+        ("eval_batch_size is 12", "8 parts of a batch (mesh.data 8", "give a multiple of 8"),
         ("--mesh.data", "8", "--train.eval_batch_size", "12"),
     ),
     Case(
         "mesh too large", ("mesh.data must be -1 or from 1 to the 8 devices", "got 9"), ("--mesh.data", "9")
+    ),
+    Case(
+        "mesh that does not divide the devices",
+        ("mesh fsdp 3 x tensor 1 does not divide the 8 devices", "change mesh.fsdp to one of 1, 2, 4, 8"),
+        ("--mesh.data", "-1", "--mesh.fsdp", "3"),
+    ),
+    Case(
+        "heads that tensor does not divide",
+        ("mesh.tensor is 4", "num_attention_heads, 2", "change mesh.tensor to one of 1, 2"),
+        ("--mesh.tensor", "4", "--mesh.data", "2"),
+    ),
+    Case(
+        "processes without a coordinator",
+        ("distributed.processes goes with distributed.coordinator HOST:PORT",),
+        ("--distributed.processes", "2"),
     ),
     Case(
         "full in bf16",

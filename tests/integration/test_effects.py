@@ -24,7 +24,7 @@ from rich.console import Console
 
 from loraplus_jax import AdapterSpec, jit_step, load_adapter
 from loraplus_jax.optim import rate_at
-from loraplus_jax.train import answers, loop
+from loraplus_jax.train import answers, hosts, loop
 from loraplus_jax.train import prepare as preparing
 from loraplus_jax.train.fetch import resolve
 from loraplus_jax.train.loop import Trainer, TrainingFailed, train
@@ -186,6 +186,25 @@ def asked(settings):
     return answer and (answer.prompt, answer.speaker.generate)
 
 
+def joining(settings):
+    """What JAX is asked for to join the processes, and after how many seconds the start is given up."""
+    waits = []
+
+    def initialize(**options):
+        raise Found(options)
+
+    def timer(seconds, *_):
+        waits.append(seconds)
+        return SimpleNamespace(start=lambda: None, cancel=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.distributed, "initialize", initialize)
+        patch.setattr(hosts.threading, "Timer", timer)
+        with pytest.raises(Found) as found:
+            train(settings, console=QUIET)
+    return found.value.args, waits
+
+
 def goes_elsewhere(settings):
     """Whether a run is started in a directory of this name beside the data."""
     elsewhere = Path(settings.data.path).parent / "elsewhere"
@@ -227,6 +246,10 @@ class Change(NamedTuple):
     base: tuple[str, ...] = ()
 
 
+PROCESSES = (
+    *("--distributed.coordinator", "host:1", "--distributed.processes", "2"),
+    *("--distributed.process_id", "1"),
+)
 WIDE = ("--data.path", "{dir}/wide.csv")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = (
@@ -311,6 +334,13 @@ CHANGES = [
     Change("train.prompt", "what colour is coal", asked, TALK),
     Change("train.prompt_tokens", "9", asked, (*TALK, "--train.prompt", "what colour is coal")),
     Change("mesh.data", "2", program),
+    Change("mesh.fsdp", "2", program),
+    Change("mesh.tensor", "2", program),
+    Change("distributed.coordinator", "other:1", joining, PROCESSES),
+    Change("distributed.processes", "3", joining, PROCESSES),
+    Change("distributed.process_id", "0", joining, PROCESSES),
+    Change("distributed.start_timeout", "20", joining, PROCESSES),
+    Change("distributed.lost_timeout", "20", joining, PROCESSES),
     Change("task", "regression", arrays, ("--data.label", "rating")),
     Change("method", "lora", updates),
     Change("method", "full", variables),
@@ -391,7 +421,7 @@ def test_every_field_has_its_proof():
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change.name}-{change.proof.__name__}")
 def test_changing_a_field_changes_something(settings_of, found_on, change):
-    if change.name == "mesh.data" and jax.device_count() < int(change.value):
+    if change.name.startswith("mesh.") and jax.device_count() < int(change.value):
         pytest.skip("needs two devices")
     changed = change.proof(settings_of(*change.base, f"--{change.name}", change.value))
     assert changed != found_on(change.proof, change.base)
