@@ -157,7 +157,9 @@ CHANGES = {
     "train.max_skipped": 2,
     "train.compilation_cache": False,
     "train.prompt": "Why?",
+    "train.theory_every": 5,
     "mesh.data": 1,
+    "init_adapter": "old",
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
     "distributed.start_timeout": 20,
@@ -169,7 +171,7 @@ CHANGES = {
 }
 # These replace another field or go with another, so they are not changed alone.
 INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
-INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens"}
+INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"}
 INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
 # These go with language models.
 TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt"}
@@ -221,7 +223,7 @@ def test_what_may_change_when_a_run_goes_on_and_what_not(tmp_path, name):
             check_directory(directory, settings, fresh=False)
 
 
-@pytest.mark.parametrize("name", MAY_CHANGE)
+@pytest.mark.parametrize("name", [n for n in MAY_CHANGE if n in CHANGES or n in ENDS])
 def test_a_finished_run_goes_on_only_when_its_end_moves(tmp_path, name):
     directory = run_of(tmp_path / "run", PLAIN, finished=True)
     epochs = {**PLAIN, "train": {"epochs": 2.0, "batch_size": 32}}

@@ -52,14 +52,15 @@ def heat_map(axes: Any, report: Report) -> None:
     ends = np.array([rates.min() / 1.6, rates.max() * 1.6])
     axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=1)
     size = 1400 / max(1.0, len(cells) / 8)
+    most = min(losses.max(), 2 * np.median(losses))  # one setting that is far off does not hide all others
     shown = axes.scatter(
-        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", edgecolors="white", zorder=2
+        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", vmax=most, edgecolors="white", zorder=2
     )
-    middle = (losses.min() + losses.max()) / 2
+    middle = (losses.min() + most) / 2
     for (x, y), loss in zip(points, losses, strict=True):
         colour = "black" if loss < middle else "white"
         axes.annotate(
-            f"{loss:.3f}",
+            f"{loss:.3f}" if loss < 100 else f"{loss:.0e}",
             (x, y),
             ha="center",
             va="center",
@@ -71,7 +72,9 @@ def heat_map(axes: Any, report: Report) -> None:
         axes.scatter(*np.array(gone).T, s=90, marker="x", color="black", zorder=3)
     best = points[losses.argmin()]
     axes.annotate("\u2605", best, xytext=(4, 4), textcoords="offset points", fontsize=16, zorder=4)
-    axes.annotate("dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9)
+    axes.annotate(
+        "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
+    )
     axes.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=ends)
     axes.set_title(f"Validation loss after {first} of {report['protocol']['steps']} steps")
     axes.set_xlim(rates[:, 0].min() / 1.6, rates[:, 0].max() * 1.6)
