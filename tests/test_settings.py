@@ -76,7 +76,6 @@ OTHER = {
     "train.compilation_cache": False,
     "train.theory_every": 4,
     "mesh.data": 2,
-    "init_adapter": "old/adapter",
     "mesh.fsdp": 2,
     "mesh.tensor": 4,
     "distributed.start_timeout": 20,

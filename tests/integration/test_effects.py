@@ -29,6 +29,7 @@ from loraplus_jax.train import prepare as preparing
 from loraplus_jax.train.fetch import resolve
 from loraplus_jax.train.loop import Trainer, TrainingFailed, train
 from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.train.watch import check_skipped
 from loraplus_jax.tree import leaves_by_path
 
 from . import language_world as language
@@ -163,10 +164,9 @@ def patience(settings):
 def most_skipped(settings):
     """How many steps in a row are skipped when the run ends."""
     one = trainer(settings)
-    one.manager = SimpleNamespace(latest_step=lambda: None)
     skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
     with pytest.raises(TrainingFailed) as failure:
-        one.check_skipped(1, skipped)
+        check_skipped(one.run, one.seen, 1, skipped, 0)
     return str(failure.value)
 
 
