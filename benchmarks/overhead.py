@@ -56,7 +56,7 @@ def make(method: str, batch: dict, rank: int) -> tuple:
         config = LoRAPlusConfig(target_modules=("query", "value"), rank=rank, modules_to_save=("head",))
         model = apply_lora_plus(plain, config)
         lora, specs = init_lora(model, jax.random.key(1), *tokens)
-        trainable, frozen = split_trainable({**variables, "lora": lora}, config.modules_to_save)
+        trainable, frozen = split_trainable({**variables, "lora": lora}, config)
         tx = lora_plus_adamw(1e-4, lr_ratio=16.0 if method == "lora_plus" else 1.0, specs=specs)
     state = init_state(trainable, tx, jax.random.key(2))
     compiled = jit_step(TASK.loss_fn(model), tx).lower(state, frozen, batch).compile()

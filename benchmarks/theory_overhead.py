@@ -54,7 +54,7 @@ def main() -> None:
     model = apply_lora_plus(plain, config)
     lora, specs = init_lora(model, jax.random.key(1), *tokens)
     variables = {**jax.jit(plain.init)(jax.random.key(0), *tokens), "lora": lora}
-    trainable, frozen = split_trainable(variables, config.modules_to_save)
+    trainable, frozen = split_trainable(variables, config)
     tx = lora_plus_adamw(1e-4, lr_ratio=16.0, specs=specs)
     state = init_state(trainable, tx, jax.random.key(2))
     loss_fn = TASK.loss_fn(model)

@@ -42,7 +42,7 @@ def make(target: object, unroll: bool, batch: dict) -> Callable[[], float]:
         config = LoRAPlusConfig(target_modules=target, modules_to_save=("head",))
         model = apply_lora_plus(plain, config)
         lora, specs = init_lora(model, jax.random.key(1), *tokens)
-        trainable, frozen = split_trainable({**variables, "lora": lora}, config.modules_to_save)
+        trainable, frozen = split_trainable({**variables, "lora": lora}, config)
         tx = lora_plus_adamw(1e-4, specs=specs)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trainable)
     state = jax.eval_shape(lambda: init_state(zeros, tx, jax.random.key(0)))

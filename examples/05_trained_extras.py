@@ -45,7 +45,7 @@ def main():
     model = apply_lora_plus(net, CONFIG)
     lora, specs = init_lora(model, jax.random.key(1), x)
     variables = {**net.init(jax.random.key(2), x), "lora": lora}
-    trainable, frozen = split_trainable(variables, CONFIG.modules_to_save, bias=CONFIG.bias)
+    trainable, frozen = split_trainable(variables, CONFIG)
     schedule = make_schedule("wsd", 5e-3, STEPS, warmup_steps=20, final_fraction=0.1)
     tx = lora_plus_adamw(
         schedule, lr_ratio=CONFIG.lr_ratio, rates={"extra": 2e-2}, weight_decay=0.01, specs=specs

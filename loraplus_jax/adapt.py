@@ -20,7 +20,7 @@ from .boundary import COLLECTIONS, Boundary
 from .config import ALL_LINEAR, LoRAPlusConfig, nearest
 from .flow import follow
 from .layers import Layer, can_adapt, layer_of
-from .linen import Adapter, Box, LoRAPlusLayer, boxed_factors, is_box, terms_alone, with_term
+from .linen import Adapter, Box, LoRAPlusLayer, are_alone, boxed_factors, is_box, terms_alone, with_term
 from .spec import AdapterSpec
 from .targets import Seen, check_coverage, meant, named, rule_of
 from .tree import flatten, leaves_by_path
@@ -70,15 +70,17 @@ class LoRAPlusModel(nn.Module):
         # The scopes inside take over the flags of these, those of modules given from outside included.
         for scope in get_module_scopes(self, args, kwargs)[0]:
             scope.flags = freeze({**scope.flags, _OURS: self.trace_key()})
+        # Without `init`, which would run the model twice: a mapping inside would act twice on what it made.
         mapped = nn.map_variables(
             call,
             COLLECTIONS,
             trans_in_fn=boundary.merge,
             trans_out_fn=boundary.split,
-            init=self.is_initializing(),
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
+        if are_alone():
+            return result  # the model was initialized before, and the rules were looked at then
         if self.is_initializing():
             check_coverage(self.config, boundary.seen, boundary.leaves, boundary.stacks)
         else:
@@ -198,7 +200,7 @@ def _interceptor(
 ) -> Callable[..., Any]:
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, method = context.module, context.orig_method.func
-        y = next_fun(*args, **kwargs)
+        y = boundary.run_norm(module, next_fun, args, kwargs)
         if module.scope is None:
             return y
         if not module.scope.has_flag(_OURS):
@@ -220,6 +222,7 @@ def _interceptor(
         entry.note(layer, path)
         if not meant(config, path, layer.kind) or not _is_chosen(config, module, path, boundary):
             return y
+        boundary.check_norm(path)
         if has_dropout and not module.has_rng("dropout"):
             raise ValueError(
                 f"a dropout rng is given but does not reach {path!r}: an nn.scan or nn.vmap above it must name "

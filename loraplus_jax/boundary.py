@@ -1,6 +1,6 @@
 """Where adapters join a wrapped model's parameters on the way in, and leave them on the way out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,11 +15,12 @@ from .layers import LEAVES
 from .linen import Box, are_boxed, is_box
 from .lora import BEFORE, SCALE, TAP, in_box, weight_delta
 from .spec import AdapterSpec, factor_letters, layer_axis
-from .targets import Seen, layer_index, named, parameter_rule
+from .targets import Seen, layer_index, named, parameter_rule, rule_of
 from .tree import FACTORS
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
+_NORMS = (nn.WeightNorm, nn.SpectralNorm)
 _NAMES = (*FACTORS, SCALE, TAP, *BEFORE.values())
 
 
@@ -47,6 +48,7 @@ class Boundary:
         self.stacks: dict[str, int] = {}
         self.own: set[str] = set()
         self.is_bare = True
+        self._norms: list[str] = []  # those that are running
         self._given: set[Path] = set()  # factors and scales that came in
         self._weights_there: set[Path] = set()  # parameters that came in
         self._weights: dict[Path, Any] = {}  # as they came in
@@ -61,7 +63,13 @@ class Boundary:
             self._weights[path] = params[path]
             params[path] = self._merged(path, params[path], lora, scales.pop((*path, SCALE), None))
         inner = {"params": traverse_util.unflatten_dict(params | lora | scales)}
-        return inner | {name: collections[name] for name in COLLECTIONS[1:] if name in collections}
+        # A norm of weights walks over all collections: what has done its work here is not to be seen there.
+        left = {
+            name: _without(collections[name], self._factors)
+            for name in COLLECTIONS[1:]
+            if name in collections
+        }
+        return inner | left
 
     def split(self, collections: Mapping[str, Any]) -> dict[str, Any]:
         """On the way out: the inverse of `merge`, new factors included."""
@@ -84,6 +92,25 @@ class Boundary:
                 p: leaf.value if is_box(p, leaf) else leaf for p, leaf in groups["lora"].items()
             }
         return {name: traverse_util.unflatten_dict(flat) for name, flat in groups.items() if flat}
+
+    def run_norm(self, module: nn.Module, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Runs a module's method, and remembers meanwhile if it is a norm of the weights of a layer."""
+        if not isinstance(module, _NORMS):
+            return call(*args, **kwargs)
+        self._norms.append(type(module).__name__)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._norms.pop()
+
+    def check_norm(self, path: str) -> None:
+        """Raises ValueError for a layer to be adapted whose weight comes from a norm."""
+        if self._norms:
+            raise ValueError(
+                f"{path!r} has its weight from nn.{self._norms[-1]}, which changes whatever the layer has, an "
+                f"adapter too (target_modules: {rule_of(self.config, path)!r}): name the weight that it starts "
+                "from in target_parameters, or leave the layer out by exclude_modules"
+            )
 
     def check_used(self, *, whole: bool) -> None:
         """Raises ValueError for what came in as an adapter and is none of this model and config.
@@ -212,6 +239,11 @@ class Boundary:
         keys = [LazyRng.create(self.rng, *p).as_jax_rng() for p in paths]
         made = zip(paths, inits, keys, spec.factor_shapes, strict=True)
         return {p: Box(init(key, shape, meta.unbox(leaf).dtype), **known) for p, init, key, shape in made}
+
+
+def _without(tree: Any, paths: Iterable[Path]) -> Any:
+    gone = set(paths)
+    return traverse_util.unflatten_dict({p: leaf for p, leaf in _flatten(tree).items() if p not in gone})
 
 
 def _flatten(tree: Any) -> dict[Path, Any]:

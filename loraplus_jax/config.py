@@ -60,7 +60,8 @@ class LoRAPlusConfig:
         (Init[2], used by the paper's experiments), `"gaussian"` draws A from N(0, 1/r^2) with B zero.
         The best `lr_ratio` depends on it.
       modules_to_save: modules trained in full beside the adapters (a new head), by names.
-      bias: which biases are trained in full too: none, all, or those of the adapted layers (`"lora_only"`).
+      bias: which biases are trained in full too: none, all, or those of the adapted layers (`"lora_only"`). Both
+        take effect in `split_trainable(variables, config)`.
 
     Raises:
       ValueError, TypeError: a field is out of range or of the wrong type; the message names it.

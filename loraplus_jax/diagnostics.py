@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .factors import spec_key
 from .optim import Group, LoRAPlusTransform, rate_at
 from .spec import Specs
-from .tree import ROLES, Role, count, label_params, leaves_by_path, spec_key
+from .tree import ROLES, Role, count, label_params, leaves_by_path
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from .config import check_number
+from .factors import factor_pairs
 from .spec import Specs
-from .tree import factor_pairs, leaves_by_path, unflatten
+from .tree import leaves_by_path, unflatten
 
 _BEHIND = ("/lora", "/kernel", "/embedding", "/w")
 """What may stand between a module's path and its factors' names: gemma's own module, the weight for qwix."""

@@ -77,6 +77,11 @@ def terms_alone() -> Iterator[None]:
         yield
 
 
+def are_alone() -> bool:
+    """Whether terms stand alone here."""
+    return _ALONE.value
+
+
 def is_box(_: Any, value: Any) -> bool:
     """For `flax.traverse_util.flatten_dict`: a box is a leaf."""
     return isinstance(value, Box)
@@ -96,7 +101,7 @@ def with_term(
 ) -> jax.Array:
     """A layer's output `y` plus its adapter's term, in the dtype of `y`; the rest is as in `adapter_term`."""
     term = adapter_term(module, layer, adapter, collection=collection, where=where).astype(y.dtype)
-    if not _ALONE.value:
+    if not are_alone():
         return y + term
     assert module.scope is not None
     return term + noted(meta.unbox(module.scope.get_variable("params", layer.leaf))).astype(y.dtype)

@@ -5,6 +5,7 @@ outside the groups: inside them it would act on each group's norm alone.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -88,9 +89,10 @@ def lora_plus_adamw(
       specs: the table from `init_lora`, which tells embeddings apart and checks shapes.
       policy: `"peft"` groups as `create_loraplus_optimizer` of PEFT does: what is trained in full and has one axis
         learns at B's rate, biases and scales among it without decay; embeddings at 1e-6 if `rates` says no other.
-      adjustable: keeps `learning_rate` and `lr_ratio` in the state, where `optax.tree.get(state, "lr_ratio")` reads
-        and `optax.tree.set(state, lr_ratio=2.0)` changes them in a run, without compiling again. A schedule goes on
-        to set its own rate.
+      adjustable: keeps `learning_rate`, `lr_ratio`, `weight_decay` in the state, and those of `rates` and `decays`
+        as `embedding_rate`, `extra_decay` and so on. There `optax.tree.get(state, "lr_ratio")` reads and
+        `optax.tree.set(state, lr_ratio=2.0)` changes them in a run, without compiling again. A group without a rate
+        or decay of its own follows the common one; a schedule goes on to set its own rate.
 
     Raises:
       ValueError: a ratio, rate or norm that is not a finite number above 0, an eps below `LEAST_EPS`, or an unknown
@@ -134,12 +136,10 @@ def lora_plus_adamw(
     by_role = optax.multi_transform(decay_and_rate, _labels(specs, policy))
     chain = optax.chain(*clip, optax.scale_by_adam(b1=b1, b2=b2, eps=eps), by_role)
     if adjustable:
-        again = functools.partial(
-            lora_plus_adamw, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, decay=decay
-        )
-        again = functools.partial(again, max_grad_norm=max_grad_norm, rates=rates, decays=decays, specs=specs)
-        make = lambda learning_rate, lr_ratio: again(learning_rate, lr_ratio=lr_ratio, policy=policy)  # noqa: E731
-        chain = optax.inject_hyperparams(make)(learning_rate=learning_rate, lr_ratio=lr_ratio)
+        again = functools.partial(lora_plus_adamw, b1=b1, b2=b2, eps=eps, decay=decay)
+        again = functools.partial(again, max_grad_norm=max_grad_norm, specs=specs, policy=policy)
+        common = {"learning_rate": learning_rate, "lr_ratio": lr_ratio, "weight_decay": weight_decay}
+        chain = _adjustable(again, common, rates, decays)
     return _transform(chain, groups, relative=False)
 
 
@@ -149,6 +149,7 @@ def lora_plus(
     lr_ratio: float | jax.Array = 16.0,
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
+    adjustable: bool = False,
 ) -> LoRAPlusTransform:
     """Makes any optax optimizer a LoRA+ one: its finished updates of B are multiplied by `lr_ratio`.
 
@@ -161,6 +162,8 @@ def lora_plus(
       lr_ratio: lambda, above 0; it may be traced.
       specs: the table from `init_lora`.
       policy: as in `lora_plus_adamw`, rates only: decay and the embeddings' rate are the wrapped optimizer's.
+      adjustable: keeps `lr_ratio` in the state, as `lora_plus_adamw` does; whether the wrapped optimizer's own rate
+        can be changed is its affair (`optax.inject_hyperparams`).
 
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
@@ -172,7 +175,10 @@ def lora_plus(
     def is_b(tree: Any) -> Any:
         return jax.tree.map(lambda role: role in FAST, labels(tree))
 
-    scaled = optax.chain(tx, optax.masked(optax.scale(lr_ratio), is_b))  # pyright: ignore[reportArgumentType]
+    def scaled_by(lr_ratio: float | jax.Array) -> optax.GradientTransformation:
+        return optax.chain(tx, optax.masked(optax.scale(lr_ratio), is_b))  # pyright: ignore[reportArgumentType]
+
+    scaled = (optax.inject_hyperparams(scaled_by) if adjustable else scaled_by)(lr_ratio)
     groups: dict[Role, Group] = {role: Group(lr_ratio if role in FAST else 1.0, None) for role in ROLES}
     return _transform(scaled, groups, relative=True)
 
@@ -250,6 +256,27 @@ def check_positive(name: str, value: Any) -> None:
     number = _number(value)
     if number is not None and not (math.isfinite(number) and number > 0 and in_float32(number)):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
+def _adjustable(
+    make: Callable[..., optax.GradientTransformation], common: dict, rates: dict, decays: dict
+) -> optax.GradientTransformation:
+    """`make(**common, rates=rates, decays=decays)`, every value by a name of its own in the state."""
+    by_name = {f"{role}_rate": ("rates", role) for role in rates}
+    by_name |= {f"{role}_decay": ("decays", role) for role in decays}
+
+    def flat(**values: Any) -> optax.GradientTransformation:
+        groups: dict[str, dict] = {"rates": {}, "decays": {}}
+        for name in by_name:
+            kind, role = by_name[name]
+            groups[kind][role] = values.pop(name)
+        return make(**values, **groups)
+
+    # Optax takes the names of what it keeps from the signature.
+    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in (*common, *by_name)]
+    flat.__signature__ = inspect.Signature(names)  # pyright: ignore[reportFunctionMemberAccess]
+    own = {name: {"rates": rates, "decays": decays}[kind][role] for name, (kind, role) in by_name.items()}
+    return optax.inject_hyperparams(flat)(**common, **own)
 
 
 def _number(value: Any) -> float | None:

@@ -1,14 +1,14 @@
 """Trees of variables: paths, the role of every trainable leaf, and what is trained apart from what is frozen."""
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
 from flax import traverse_util
 
-from .config import Bias, matches, nearest
+from .config import Bias, LoRAPlusConfig, matches, nearest
+from .factors import factor_pairs, spec_key
 from .spec import Specs
 
 Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]
@@ -61,7 +61,8 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     Roles come from paths and shapes and never from values, so that the function also labels a tree of updates.
 
     Trees of adapters made by others are labelled by side too: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
-    gemma (`lora/a`), keras (`lora_kernel_a`), and lorax, which calls the factor of the input side `b`.
+    gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, whatever the layout), kohya (`lora_down`), and lorax,
+    which calls the factor of the input side `b`.
 
     Args:
       tree: trainable variables, `{"lora": ..., "params": ...}`, or the tree of adapters alone.
@@ -69,8 +70,9 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
       policy: `"peft"` labels biases and scales `"vector"`, and what else has one axis `"b"`, as PEFT groups them.
 
     Raises:
-      ValueError: a factor without its partner, factors that do not fit each other or the table, or a pair `a`, `b`
-        beside a square weight, where the sides cannot be told.
+      ValueError: a factor without its partner, factors that do not fit each other or the table, sides that cannot
+        be told (a pair `a`, `b` alone or beside a square weight, a kernel that says otherwise than the names), or
+        another leaf with two axes or more and a name that speaks of LoRA.
 
     Example:
       >>> import jax.numpy as jnp
@@ -92,29 +94,34 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
 
 
 def split_trainable(
-    variables: Mapping[str, Any], modules_to_save: tuple[str, ...] = (), *, bias: Bias = "none"
+    variables: Mapping[str, Any], trained: LoRAPlusConfig | tuple[str, ...] = (), *, bias: Bias | None = None
 ) -> tuple[dict, dict]:
     """Variables as `(trainable, frozen)`: the adapters and what is trained in full, and all the rest.
 
     Args:
       variables: `{"params": ..., "lora": ..., ...}`.
-      modules_to_save: names of modules whose parameters are trained in full; `LoRAPlusConfig` says how they match.
-      bias: which leaves called `bias` are trained in full too: none, all, or (`"lora_only"`) those of modules with
-        an adapter.
+      trained: the config, whose `modules_to_save` and `bias` say what is trained in full; or names of modules
+        alone, which match as those do.
+      bias: without a config, which leaves called `bias` are trained in full too: none (the default), all, or
+        (`"lora_only"`) those of modules with an adapter.
 
     Raises:
-      ValueError: a name that matches no module, or biases are asked for and there is none.
+      ValueError: a name that matches no module, biases are asked for and there is none, or `bias` beside a config.
     """
+    if isinstance(trained, LoRAPlusConfig):
+        if bias is not None:
+            raise ValueError(f"the config says bias={trained.bias!r} already, got bias={bias!r} beside it")
+        trained, bias = trained.modules_to_save, trained.bias
     flat = flatten(variables)
     modules = {m: None for path in flat for m in _parents(path, "params")}
-    for name in modules_to_save:
+    for name in trained:
         if not any(matches((name,), module) for module in modules):
             raise ValueError(f"modules_to_save: {name!r} matches no module{nearest(name, modules)}")
 
-    biases = _biases(flat, bias)
+    biases = _biases(flat, "none" if bias is None else bias)
 
     def is_trained(path: str) -> bool:
-        saved = any(matches(modules_to_save, m) for m in _parents(path, "params"))
+        saved = any(matches(trained, m) for m in _parents(path, "params"))
         return path.startswith("lora/") or path in biases or saved
 
     parts: tuple[dict, dict] = ({}, {})
@@ -139,11 +146,6 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
 def count(tree: Any) -> int:
     """The number of values in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def spec_key(module: str) -> str:
-    """A module's path in the specs, given its path in a tree that may have the collection's name on top."""
-    return "" if module == "lora" else module.removeprefix("lora/")
 
 
 def _biases(flat: Mapping[str, Any], bias: Bias) -> set[str]:
@@ -178,95 +180,11 @@ def _peft_role(path: str, leaf: Any) -> Role:
     return "b" if len(leaf.shape) == 1 else "extra"
 
 
-def factor_pairs(leaves: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Module to the paths of its factors of the input side and of the output side, whoever made the tree.
-
-    Raises:
-      ValueError: as `label_params`.
-    """
-    roles = _factor_roles(leaves, None)
-    pairs: dict[str, tuple[str, str]] = {}
-    for module, pair in _pairs(leaves).items():
-        by_role = {roles[path]: path for path in pair.values() if path in roles}
-        pairs[module] = (by_role["a"], by_role["b"])
-    return pairs
-
-
 def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:
     """The roles of all factors by path."""
     roles: dict[str, Role] = {}
-    sides: dict[str, Role]
-    for module, pair in _pairs(leaves).items():
-        if "w" in pair:
-            sides = _sides_by_weight(module, {name: tuple(leaves[path].shape) for name, path in pair.items()})
-        else:
-            _check_pair(module, {side: leaves[path] for side, path in pair.items()}, specs)
-            sides = {"a": "a", "b": "b"}
+    for module, pair in factor_pairs(leaves, specs).items():
         spec = (specs or {}).get(spec_key(module))
         embedded = spec is not None and spec.kind == "embed"
-        roles |= {pair[name]: "embedding" if embedded else role for name, role in sides.items()}
+        roles |= dict.fromkeys(pair, "embedding") if embedded else {pair.a: "a", pair.b: "b"}
     return roles
-
-
-_FORMS = (
-    r"(?:(.*)/)?lora_([ab])",  # ours and nnx.LoRA
-    r"((?:.*/)?[^/]+)_lora_([ab])",  # qwix
-    r"(?:(.*)/)?lora_[a-z]+_([ab])",  # keras
-    r"((?:.*/)?lora)/([ab])",  # gemma
-)
-"""The names of factors where `a` is known to be on the input side; a `value` behind them is a container's."""
-
-
-def _pairs(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Module to its factors' paths by side; under `w` the weight, where only shapes can tell the sides."""
-    pairs: dict[str, dict[str, str]] = {}
-    for path in leaves:
-        name = path.removesuffix("/value")
-        found = next((m for form in _FORMS if (m := re.fullmatch(form, name))), None)
-        if found is not None:
-            pairs.setdefault(found[1] or "", {})[found[2]] = path
-    for path in leaves:
-        module, _, name = path.rpartition("/")
-        beside = {key: f"{module}/{key}".removeprefix("/") for key in ("a", "b", "w")}
-        if name == "w" and module not in pairs and all(p in leaves for p in beside.values()):
-            pairs[module] = beside
-    return pairs
-
-
-def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Role]:
-    """Which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`."""
-    fits: dict[str, dict[str, Role]] = {"a": {"a": "a", "b": "b"}, "b": {"a": "b", "b": "a"}}
-    size_in, size_out = shapes["w"][-2:] if len(shapes["w"]) >= 2 else (0, 0)
-    found = []
-    for first, other in (("a", "b"), ("b", "a")):
-        one, two = shapes[first], shapes[other]
-        if (
-            len(one) >= 2
-            and len(two) >= 2
-            and one[-1] == two[-2]
-            and (one[-2], two[-1]) == (size_in, size_out)
-        ):
-            found.append(first)
-    if len(found) != 1:
-        why = "both orders fit" if found else "neither order fits"
-        raise ValueError(
-            f"{module}: a {shapes['a']} and b {shapes['b']} beside w {shapes['w']}: {why}, so the input side "
-            "cannot be told; give the leaves names such as lora_a (input side) and lora_b"
-        )
-    return fits[found[0]]
-
-
-def _check_pair(module: str, pair: Mapping[str, Any], specs: Specs | None) -> None:
-    where = module or "the tree"
-    if missing := [side for side in ("a", "b") if side not in pair]:
-        raise ValueError(f"{where} holds one factor only: lora_{missing[0]} is missing")
-    a, b = (tuple(pair[side].shape) for side in ("a", "b"))
-    spec = (specs or {}).get(spec_key(module))
-    if specs is not None and spec is None:
-        raise ValueError(f"{where} is not in the specs{nearest(module, specs)}")
-    if spec is not None and (a, b) != spec.factor_shapes:
-        raise ValueError(f"{where}: factors {a} and {b} do not fit the specs' {spec.factor_shapes}")
-    if len(a) < 2 or len(b) < 2 or a[-1] not in b[:-1]:
-        raise ValueError(
-            f"{where}: lora_a {a} and lora_b {b} do not meet in a rank; lora_a is (in, r), lora_b is (r, out)"
-        )

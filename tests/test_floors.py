@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "loraplus_jax"
 CORE = (
-    *("config", "spec", "tree", "inits", "lora", "losses"),
+    *("config", "spec", "factors", "tree", "inits", "lora", "losses"),
     *(
         "layers",
         "flow",
@@ -79,6 +79,7 @@ APPLICATION = tuple(
         "plan_text",
         "watch",
         "screen",
+        "evaluation",
         "loop",
         "sweep_settings",
         "sweep_choice",

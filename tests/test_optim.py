@@ -404,6 +404,63 @@ def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
     assert describe(params, tx).rows[1].rate == "0.4"
 
 
+def test_the_rate_and_decay_of_every_group_can_be_changed_in_a_run():
+    params = {
+        "q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))},
+        "head": {"kernel": jnp.ones((3, 1))},
+    }
+    params |= {"bias": jnp.ones(2)}
+    tx = lora_plus_adamw(
+        optax.constant_schedule(0.1),
+        lr_ratio=4.0,
+        weight_decay=0.5,
+        rates={"extra": 0.2, "a": 0.1},
+        decays={"extra": 0.25, "b": 0.125},
+        policy="peft",
+        adjustable=True,
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    known = {"learning_rate", "lr_ratio", "weight_decay", "extra_rate", "a_rate", "embedding_rate"}
+    assert set(state.hyperparams) == known | {"extra_decay", "b_decay", "vector_decay"}
+    zeros, seen = jax.tree.map(jnp.zeros_like, params), []
+    # with no gradient a step is -rate * decay * parameter alone
+    for changes in (
+        {},
+        {"extra_rate": 0.4, "b_decay": 0.25},
+        {"extra_decay": 0.5, "vector_decay": 0.5},
+        {"weight_decay": 1.0, "a_rate": 0.2, "lr_ratio": 2.0},
+    ):
+        state = optax.tree.set(state, **{name: jnp.float32(value) for name, value in changes.items()})
+        found, state = update(zeros, state, params)
+        seen.append([float(x.ravel()[0]) for x in jax.tree.leaves(found)])
+    expected = [
+        # bias (a vector), head, A, B
+        [0.0, -0.2 * 0.25, -0.1 * 0.5, -0.4 * 0.125],
+        [0.0, -0.4 * 0.25, -0.1 * 0.5, -0.4 * 0.25],
+        [-0.4 * 0.5, -0.4 * 0.5, -0.1 * 0.5, -0.4 * 0.25],
+        [-0.4 * 0.5, -0.4 * 0.5, -0.2 * 1.0, -0.4 * 0.25],
+    ]
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    assert update._cache_size() == 1
+
+
+def test_the_ratio_of_a_wrapped_optimizer_can_be_changed_in_a_run():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    plain, tx = (
+        lora_plus(optax.sgd(0.1), lr_ratio=4.0),
+        lora_plus(optax.sgd(0.1), lr_ratio=4.0, adjustable=True),
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    found, state = update(params, state, params)
+    expected = plain.update(params, plain.init(params), params)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    state = optax.tree.set(state, lr_ratio=jnp.float32(2.0))
+    found, state = update(params, state, params)
+    assert [float(x[0, 0]) for x in jax.tree.leaves(found)] == [pytest.approx(-0.1), pytest.approx(-0.2)]
+    assert float(optax.tree.get(state, "lr_ratio")) == 2.0
+    assert update._cache_size() == 1
+
+
 def test_adjustable_steps_are_those_of_the_plain_optimizer():
     params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
     schedule = optax.linear_schedule(0.1, 0.0, 5)

@@ -185,6 +185,8 @@ def test_a_roofline_by_hand(planned):
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
     text = text_of(fake(plan, roofline=found), settings)
     assert "roofline: 2.000 s a step, 128 tokens/s; FLOPs bind" in text
+    cut = plan.work._replace(loops=3)
+    assert "too low: of 3 loops that the compiler left" in text_of(fake(plan, work=cut), settings)
     assert "work was not counted" in text_of(fake(plan, work=None), settings)
 
 

@@ -649,3 +649,91 @@ class Deep(nn.Module):
 def test_more_rules_that_are_refused(net, rules, message):
     with pytest.raises(ValueError, match=message):
         init_lora(apply_lora_plus(net, rules), KEY, jnp.array([[1, 2]]) if isinstance(net, Tied) else X)
+
+
+class Whitened(nn.Module):
+    """A layer in a norm of its weights, and a module that scales what it stores."""
+
+    norm: type[nn.Module]
+    arguments: dict
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.norm(nn.Dense(4, name="up"), name="norm")(x, **self.arguments)
+        return nn.Dense(3, name="down")(x)
+
+
+class Inside(nn.Module):
+    """The normed layer's parameters stand below the norm."""
+
+    norm: type[nn.Module]
+    arguments: dict
+
+    def setup(self):
+        self.normed = self.norm(nn.Dense(4))
+
+    def __call__(self, x):
+        return self.normed(x, **self.arguments)
+
+
+NORMS = [(nn.WeightNorm, {}), (nn.SpectralNorm, {"update_stats": False})]
+
+
+@pytest.mark.parametrize("net", [Whitened, Inside])
+@pytest.mark.parametrize(("norm", "arguments"), NORMS)
+def test_a_layer_in_a_norm_of_weights_is_refused(net, norm, arguments):
+    model = apply_lora_plus(net(norm, arguments), config(target_modules="all-linear"))
+    message = (
+        f"has its weight from nn.{norm.__name__}, .*'all-linear'.* target_parameters, or .* exclude_modules"
+    )
+    for call in (model.init, lambda *args: init_lora(model, *args)):
+        with pytest.raises(ValueError, match=message):
+            call(KEY, X)
+
+
+@pytest.mark.parametrize("net", [Whitened, Inside])
+@pytest.mark.parametrize(("norm", "arguments"), NORMS)
+def test_a_weight_below_a_norm_is_adapted_by_parameter(net, norm, arguments):
+    plain = net(norm, arguments)
+    model = apply_lora_plus(plain, config(target_parameters=[".*(up|layer_instance)/kernel"]))
+    variables = plain.init(KEY, X)
+    found = dict(model.init(KEY, X))
+    lora, specs = init_lora(model, KEY, X)
+    jax.tree.map(np.testing.assert_array_equal, found.pop("lora"), lora)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    lora = drawn(lora)
+    adapted, kept = model.apply({**variables, "lora": lora}, X, mutable=True)
+    np.testing.assert_allclose(adapted, plain.apply(merge(variables, lora, specs), X), rtol=1e-4, atol=1e-4)
+    assert jax.tree.structure(kept) == jax.tree.structure({**variables, "lora": lora})
+    assert float(jnp.abs(adapted - plain.apply(variables, X)).max()) > 0.01
+
+
+def test_a_layer_beside_a_norm_is_adapted_as_any_other():
+    for norm, arguments in NORMS:
+        rules = config(target_modules="all-linear", exclude_modules=["up"])
+        assert list(init_lora(apply_lora_plus(Whitened(norm, arguments), rules), KEY, X)[1]) == ["down"]
+
+
+class Halved(nn.Module):
+    """Stores half of the weight that its layer has."""
+
+    @nn.compact
+    def __call__(self, x):
+        mapped = nn.map_variables(
+            nn.Dense,
+            "params",
+            lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree),
+            lambda tree: jax.tree.map(lambda leaf: leaf / 2, tree),
+            init=self.is_initializing(),
+            mutable=True,
+        )
+        return nn.Dense(3, name="last")(mapped(5, name="first")(x))
+
+
+def test_a_mapping_of_the_model_s_own_acts_once():
+    plain = Halved()
+    model, variables, lora, specs = prepared(plain, config("last", target_parameters=["first/kernel"]))
+    jax.tree.map(np.testing.assert_array_equal, model.init(KEY, X)["params"], plain.init(KEY, X)["params"])
+    lora = drawn(lora)
+    found = model.apply({**variables, "lora": lora}, X)
+    np.testing.assert_allclose(found, plain.apply(merge(variables, lora, specs), X), rtol=1e-4, atol=1e-4)

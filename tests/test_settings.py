@@ -76,13 +76,13 @@ OTHER = {
     "train.compilation_cache": False,
     "train.theory_every": 4,
     "mesh.data": 2,
-    "init_adapter": "old/adapter",
     "mesh.fsdp": 2,
     "mesh.tensor": 4,
     "distributed.start_timeout": 20,
     "distributed.lost_timeout": 20,
     "task": "regression",
     "method": "lora",
+    "init_adapter": "old_run",
     "seed": 9,
     "output_dir": "there",
 }
@@ -399,6 +399,15 @@ def test_the_method_decides_what_is_applied(tmp_path):
     again = parsed(tmp_path, "--lora.modules_to_save", "[head]").applied
     assert again is not None
     assert again.modules_to_save == ("head",)
+
+
+def test_rates_of_an_adapter_go_with_one(tmp_path):
+    rates = ("--init_adapter_rates", "new")
+    assert parsed(tmp_path, *rates, "--init_adapter", "old_run").init_adapter_rates == "new"
+    with pytest.raises(ValueError, match="init_adapter_rates goes with init_adapter"):
+        parsed(tmp_path, *rates)
+    with pytest.raises(ValueError, match="init_adapter is empty"):
+        parsed(tmp_path, "--init_adapter", " ")
 
 
 @pytest.mark.parametrize("target", ["[query, up]", ".*/(query|up)"])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from loraplus_jax import AdapterSpec, combine, label_params, split_trainable
+from loraplus_jax import AdapterSpec, LoRAPlusConfig, combine, label_params, split_trainable
 from loraplus_jax.tree import count, flatten, leaves_by_path, unflatten
 
 
@@ -134,6 +134,7 @@ def test_an_adapter_of_the_whole_model_is_known_by_its_empty_path():
 # adapters made by others: name, tree, the paths of the input side's factors
 
 A, B = jnp.zeros((4, 2)), jnp.zeros((2, 6))
+T_A, T_B = A.T, B.T  # as torch keeps them
 OTHERS = {
     "nnx": ({"fc": {"lora": {"lora_a": A, "lora_b": B}}}, ["fc/lora/lora_a"]),
     "qwix": (
@@ -142,6 +143,41 @@ OTHERS = {
     ),
     "gemma": ({"attn": {"q": {"lora": {"a": A, "b": B}, "w": jnp.zeros((4, 6))}}}, ["attn/q/lora/a"]),
     "keras": ({"dense": {"lora_kernel_a": A, "lora_kernel_b": B}}, ["dense/lora_kernel_a"]),
+    "peft": ({"q": {"lora_A": {"weight": T_A}, "lora_B": {"weight": T_B}}}, ["q/lora_A/weight"]),
+    "peft, bare": ({"q": {"lora_A": T_A, "lora_B": T_B}}, ["q/lora_A"]),
+    "peft, in Flax's layout": ({"q": {"lora_A": A, "lora_B": B}}, ["q/lora_A"]),
+    "peft, dotted": (
+        {"q.lora_A.weight": T_A, "q.lora_B.weight": T_B, "q.base_layer.weight": jnp.zeros((6, 4))},
+        ["q.lora_A.weight"],
+    ),
+    "peft, an adapter's name": (
+        {
+            "q.lora_A.default.weight": T_A,
+            "q.lora_B.default.weight": T_B,
+            "q.lora_B.default.bias": jnp.zeros(6),
+        },
+        ["q.lora_A.default.weight"],
+    ),
+    "peft, embedding": ({"e": {"lora_embedding_A": T_A, "lora_embedding_B": T_B}}, ["e/lora_embedding_A"]),
+    "peft, magnitude": (
+        {"q": {"lora_A": T_A, "lora_B": T_B, "lora_magnitude_vector": {"weight": jnp.zeros((6, 1))}}},
+        ["q/lora_A"],
+    ),
+    "layers": ({"q": {"lora_a": {"kernel": A}, "lora_b": {"kernel": B}}}, ["q/lora_a/kernel"]),
+    "torchtune": ({"q": {"lora_a": {"weight": T_A}, "lora_b": {"weight": T_B}}}, ["q/lora_a/weight"]),
+    "kohya": ({"q.lora_down.weight": T_A, "q.lora_up.weight": T_B}, ["q.lora_down.weight"]),
+    "down and up": ({"q": {"lora_down": {"kernel": A}, "lora_up": {"kernel": B}}}, ["q/lora_down/kernel"]),
+    "a user's own layer": (
+        {
+            "LoRADense_0": {"kernel": jnp.zeros((4, 6)), "lora_a": A, "lora_b": B},
+            "exploration": {"kernel": A},
+        },
+        ["LoRADense_0/lora_a"],
+    ),
+    "beside a kernel of other axes": (
+        {"q": {"kernel": jnp.zeros((4, 2, 3)), "lora_a": A, "lora_b": jnp.zeros((2, 2, 3))}},
+        ["q/lora_a"],
+    ),
     "lorax": ({"fc": {"w": jnp.zeros((4, 6)), "b": A, "a": B}}, ["fc/b"]),
     "named by side beside a weight": ({"fc": {"w": jnp.zeros((4, 6)), "a": A, "b": B}}, ["fc/a"]),
     "square, the names say it": (
@@ -171,6 +207,27 @@ def test_adapters_of_others_are_labelled_by_side(name):
             {"fc": {"w": jnp.zeros((4, 6)), "a": jnp.zeros((3, 2)), "b": jnp.zeros((2, 6))}},
             "fc: .*neither order fits",
         ),
+        ({"q": {"a": A, "b": B}}, r"q: a \(4, 2\) and b \(2, 6\) may be factors .* cannot be told"),
+        ({"q": {"A": B, "B": A}}, r"q: a \(2, 6\) and b \(4, 2\) may be factors"),
+        (
+            {"q": {"kernel": jnp.zeros((6, 4)), "lora_a": A, "lora_b": B}},
+            r"the kernel \(6, 4\) beside it says",
+        ),
+        (
+            {"q": {"lora_left": A, "lora_right": B}},
+            r"q/lora_left \(4, 2\) speaks of LoRA, but .*lora_A and lora_B",
+        ),
+        ({"q": {"loraA": T_A, "loraB": T_B}}, "q/loraA .* speaks of LoRA"),
+        ({"q": {"lora": {"left": A, "right": B}}}, "q/lora/left .* speaks of LoRA"),
+        ({"lora": {"q": {"lora_a": A, "lora_b": B}, "k": {"left": A}}}, "lora/k/left .* speaks of LoRA"),
+        ({"q": {"lora_a": A, "lora_b": B, "lora_c": A}}, "q/lora_c .* speaks of LoRA"),
+        ({"q": {"lora_a": T_A, "lora_b": T_B}}, "do not meet in a rank"),
+        (
+            {"q": {"lora_A": T_A, "lora_B": jnp.zeros((5, 3))}},
+            r"do not meet in a rank; .* or \(r, in\) and \(out, r\)",
+        ),
+        ({"q": {"lora_A": T_A, "lora_a": A, "lora_b": B}}, "would both be the factor a of q"),
+        ({"q.lora_A.weight": T_A}, "q holds one factor only: lora_b is missing"),
         ({"fc": {"kernel_lora_a": A}}, "fc/kernel holds one factor only: lora_b is missing"),
         ({"fc": {"kernel_lora_a": B, "kernel_lora_b": jnp.zeros((4, 3))}}, "do not meet in a rank"),
     ],
@@ -178,6 +235,14 @@ def test_adapters_of_others_are_labelled_by_side(name):
 def test_ambiguous_trees_are_refused(tree, message):
     with pytest.raises(ValueError, match=message):
         label_params(tree)
+
+
+def test_what_is_trained_in_full_beside_our_adapters_may_have_any_name():
+    extra = {"lora_head": {"kernel": A}, "ssm": {"a": A, "b": B}}
+    labels = label_params({"lora": {"q": {"lora_a": A, "lora_b": B}}, "params": extra})
+    assert set(jax.tree.leaves(labels["params"])) == {"extra"}
+    square = jnp.zeros((4, 4))
+    assert label_params({"ssm": {"A": square, "B": A}}) == {"ssm": {"A": "extra", "B": "extra"}}
 
 
 # biases
@@ -196,6 +261,15 @@ def test_biases_are_trained_as_asked(bias, trained):
     found, frozen = split_trainable(BIASED, bias=bias)
     assert leaves_by_path(found).keys() == trained | {"lora/q/lora_a", "lora/q/lora_b"}
     assert combine(found, frozen) == BIASED
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("names", [(), ("norm",)])
+def test_a_config_says_all_that_is_trained(bias, names):
+    config = LoRAPlusConfig(target_modules=["q"], modules_to_save=names, bias=bias)
+    assert split_trainable(BIASED, config) == split_trainable(BIASED, names, bias=bias)
+    with pytest.raises(ValueError, match=f"the config says bias='{bias}' already, got bias='none'"):
+        split_trainable(BIASED, config, bias="none")
 
 
 def test_biases_that_are_not_there_are_refused():

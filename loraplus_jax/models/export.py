@@ -203,7 +203,7 @@ def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             for rows in tensor.rows():
                 # As bytes: bfloat16 is no type that a file takes.
-                file.write(np.ascontiguousarray(rows, tensor.dtype).reshape(-1).view(np.uint8))
+                file.write(np.ascontiguousarray(rows, tensor.dtype).reshape(-1).view(np.uint8).data)
 
 
 def _named(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -195,6 +195,19 @@ def set_aside(directory: Path, console: Console) -> None:
 
 
 @contextmanager
+def own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
+    """The output directory, made or taken over, and held."""
+    if fresh:
+        set_aside(directory, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_run(directory):
+        if not (directory / CONFIG).exists():
+            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            write_config(directory, settings)
+        yield
+
+
+@contextmanager
 def kept_programs(directory: Path, console: Console) -> Iterator[None]:
     """Compiled programs are kept in a directory; if they cannot be, a line says so.
 

@@ -5,37 +5,35 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from rich.console import Console
 
 from ..adapter_io import save_adapter
 from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
 from ..optim import rate_at
-from ..sharding import batch_sharding, distribute, local_rows
-from ..train_step import TrainState, init_state, means
+from ..sharding import distribute, local_rows
+from ..train_step import TrainState, init_state
 from ..tree import combine, count, label_params
-from .data import Batch, eval_batches, train_batches
+from .data import Batch, train_batches
+from .evaluation import evaluate, place
 from .fetch import cache_dir
 from .hosts import is_first, joined, to_host, wait_for_all
 from .lifecycle import (
     ADAPTER,
     CHECKPOINTS,
-    CONFIG,
     Stopped,
     StopSignal,
     check_directory,
     keep_results,
     kept_programs,
     named,
-    only_run,
-    set_aside,
+    own,
     set_aside_damaged,
     write_config,
 )
@@ -44,7 +42,7 @@ from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .screen import head, progress, show
 from .settings import Settings
-from .watch import Seen, TrainingFailed, advice, as_floats, look, not_finite, skipped_up_to
+from .watch import Seen, TrainingFailed, advice, as_floats, check_skipped, look, skipped_up_to
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def _train(
     wait_for_all("nobody writes before all have looked")
     with named(directory), contextlib.ExitStack() as stack:
         if is_first():
-            stack.enter_context(_own(directory, settings, fresh, console))
+            stack.enter_context(own(directory, settings, fresh, console))
         wait_for_all("the directory is there")
         task = run.data.task
         best = f"validation/{task.metric}"
@@ -101,19 +99,6 @@ def _train(
             manager.close()
 
 
-@contextlib.contextmanager
-def _own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
-    """The output directory, made or taken over, and held."""
-    if fresh:
-        set_aside(directory, console)
-    directory.mkdir(parents=True, exist_ok=True)
-    with only_run(directory):
-        if not (directory / CONFIG).exists():
-            # The first file of a run: by it the directory is known as one, however early the run is killed.
-            write_config(directory, settings)
-        yield
-
-
 def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
     """Raises ValueError if the run is past its new end already."""
     done = manager.latest_step() or 0
@@ -121,34 +106,6 @@ def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
         raise ValueError(
             f"train.steps or epochs ends the run at step {run.steps}, and it has done {done} already"
         )
-
-
-def evaluate(
-    eval_fn: Any,
-    trainable: Any,
-    frozen: Any,
-    arrays: Batch,
-    batch_size: int,
-    mesh: Mesh,
-    *,
-    between: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """The means over all rows of a split, every row once; `between` is called before each batch, and may raise."""
-    totals: Any = None
-    for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
-        between()
-        pairs = eval_fn(trainable, frozen, place(batch, mesh))
-        jax.block_until_ready(
-            totals
-        )  # at most two batches are under way, so that `between` is never long ago
-        totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
-    return {name: float(value) for name, value in means(totals).items()}
-
-
-def place(batch: Batch, mesh: Mesh) -> Any:
-    """A process's part of a batch on its devices, as one array over the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 class Trainer:
@@ -259,8 +216,7 @@ class Trainer:
                 placed = place(batch, self.run.mesh)
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
                 self.pending.append(metrics)
-                step += 1
-                self.step = step
+                self.step = step = step + 1
                 stopping = self.stop.is_due(step)
                 if before is not None:
                     self.log.write(step, self.measure(before, batch))
@@ -296,7 +252,7 @@ class Trainer:
         values["skipped"] = float(len(host) - len(done))
         rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
         self.log.write(step, values | rates | {"steps_per_second": speed})
-        self.check_skipped(first, host)
+        check_skipped(self.run, self.seen, first, host, self.manager.latest_step() or 0)
         self.seen = seen
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
@@ -309,18 +265,6 @@ class Trainer:
         if not before or not before[-1]["skipped"]:
             return False
         return skipped_up_to(self.seen, as_floats(before), self.settings.max_skipped) is not None
-
-    def check_skipped(self, first: int, rows: Sequence[Mapping[str, float]]) -> None:
-        """Ends the run when too many steps in a row were skipped, naming what was not finite."""
-        most = self.settings.max_skipped
-        place = skipped_up_to(self.seen, rows, most)
-        if place is not None:
-            odd = not_finite(rows[place])
-            raise TrainingFailed(
-                f"{most} steps in a row up to step {first + place} were skipped: not finite were "
-                f"{', '.join(odd)}; {advice(self.run, odd)}; checkpoints up to step "
-                f"{self.manager.latest_step() or 0} are kept"
-            )
 
     def evaluate_and_save(self, step: int) -> None:
         """The validation result goes to the log, to the screen and with a checkpoint.
@@ -397,7 +341,9 @@ class Trainer:
             settings=settings,
             **notes,
         )
-        title = f"{self.run.settings.method}, {self.run.settings.model.path} on {self.source()}"
+        data = self.run.settings.data
+        source = Path(data.path or data.train or "").name
+        title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
 
     def choose_best(self) -> None:
@@ -450,13 +396,7 @@ class Trainer:
         """The means over a split, and what follows from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
         # Of several processes none may leave an evaluation that the others are in.
-        run, check = self.run, self.check_stop if jax.process_count() == 1 else lambda: None
-        values = evaluate(
-            run.programs.evaluate, trainable, self.frozen, arrays, size, run.mesh, between=check
-        )
+        check = self.check_stop if jax.process_count() == 1 else lambda: None
+        given = (self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
+        values = evaluate(*given, between=check)
         return values | self.task.derived(values)
-
-    def source(self) -> str:
-        """What was trained on, in a word."""
-        data = self.run.settings.data
-        return Path(data.path or data.train or "").name

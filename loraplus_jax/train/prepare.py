@@ -381,7 +381,7 @@ def _fresh(base: Base, name: str, key: jax.Array) -> Any:
 def _split(variables: Mapping[str, Any], config: LoRAPlusConfig | None) -> tuple[dict, dict]:
     if config is None:
         return dict(variables), {}
-    return split_trainable(variables, config.modules_to_save, bias=config.bias)
+    return split_trainable(variables, config)
 
 
 def _float32(tree: Any) -> Any:

@@ -52,14 +52,15 @@ def heat_map(axes: Any, report: Report) -> None:
     ends = np.array([rates.min() / 1.6, rates.max() * 1.6])
     axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=1)
     size = 1400 / max(1.0, len(cells) / 8)
+    most = min(losses.max(), 2 * np.median(losses))  # one setting that is far off does not hide all others
     shown = axes.scatter(
-        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", edgecolors="white", zorder=2
+        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", vmax=most, edgecolors="white", zorder=2
     )
-    middle = (losses.min() + losses.max()) / 2
+    middle = (losses.min() + most) / 2
     for (x, y), loss in zip(points, losses, strict=True):
         colour = "black" if loss < middle else "white"
         axes.annotate(
-            f"{loss:.3f}",
+            f"{loss:.3f}" if loss < 100 else f"{loss:.0e}",
             (x, y),
             ha="center",
             va="center",

@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loraplus_jax import AdapterSpec, jit_step, load_adapter
+from loraplus_jax import AdapterSpec, jit_step, load_adapter, save_adapter
 from loraplus_jax.optim import rate_at
 from loraplus_jax.train import answers, hosts, loop
 from loraplus_jax.train import prepare as preparing
 from loraplus_jax.train.fetch import resolve
 from loraplus_jax.train.loop import Trainer, TrainingFailed, train
 from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.train.watch import check_skipped
 from loraplus_jax.tree import leaves_by_path
 
 from . import language_world as language
@@ -75,6 +76,16 @@ def variables(settings):
     with without_compiling():
         parts = preparing.prepare(settings).parts
     return hashed(parts.trainable), hashed(parts.frozen)
+
+
+def refusal(settings):
+    """What preparation complains of, if anything."""
+    with without_compiling():
+        try:
+            preparing.prepare(settings)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def program(settings):
@@ -153,10 +164,9 @@ def patience(settings):
 def most_skipped(settings):
     """How many steps in a row are skipped when the run ends."""
     one = trainer(settings)
-    one.manager = SimpleNamespace(latest_step=lambda: None)
     skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
     with pytest.raises(TrainingFailed) as failure:
-        one.check_skipped(1, skipped)
+        check_skipped(one.run, one.seen, 1, skipped, 0)
     return str(failure.value)
 
 
@@ -344,6 +354,8 @@ CHANGES = [
     Change("task", "regression", arrays, ("--data.label", "rating")),
     Change("method", "lora", updates),
     Change("method", "full", variables),
+    Change("init_adapter", "{dir}/adapter", variables),
+    Change("init_adapter_rates", "new", refusal, ("--init_adapter", "{dir}/adapter", "--lora.lr_ratio", "8")),
     Change("seed", "9", variables),
     Change("seed", "9", first_batch),
     Change("seed", "9", random_key),
@@ -382,6 +394,10 @@ def home(first_world, tmp_path_factory, cache):
     (world.directory / "talk").mkdir()
     language.write_model(world.directory / "talk", max_position_embeddings=128)
     world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
+    with without_compiling():
+        run = preparing.prepare(parse_settings(world.config, ("--seed", "5")))
+    notes = {name: run.metadata[name] for name in ("base", "task", "settings")}
+    save_adapter(world.directory / "adapter", run.config, run.parts.specs, run.parts.trainable, **notes)
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
     (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))

@@ -1,0 +1,208 @@
+"""Which leaves of a tree are the factors of adapters, and on which side each is, whoever made the tree."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from .config import nearest
+from .spec import Specs
+
+Side = Literal["a", "b"]
+
+_BEHIND = r"(?:/(?:kernel|weight|w))?(?:/value)?"
+_FORMS = (
+    r"(?:(?P<module>.*)/)?lora_(?P<side>[ab])",  # ours, nnx.LoRA, torchtune
+    r"(?P<module>(?:.*/)?[^/]+)_lora_(?P<side>[ab])",  # qwix
+    r"(?:(?P<module>.*)/)?lora_[a-z]+_(?P<side>[ab])",  # keras
+    r"(?P<module>(?:.*/)?lora)/(?P<side>[ab])",  # gemma
+    # PEFT, where an adapter's name may follow; kohya and diffusers.
+    r"(?:(?P<module>.*)/)?lora_(?:embedding_)?(?P<side>[AB])(?:/(?!bias$|weight|kernel|value)(?P<adapter>[^/]+))?",
+    r"(?:(?P<module>.*)/)?lora_(?P<side>down|up)",
+)
+"""The names of factors where the side is known; dots separate as slashes do, and a layer or container that holds
+the factor may stand behind."""
+
+_SIDES: Mapping[str, Side] = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
+_KNOWN = (
+    "lora_a and lora_b, kernel_lora_a, lora_kernel_a, lora/a, lora_A and lora_B (PEFT), lora_down and lora_up, or "
+    "a and b beside their weight w"
+)
+_SPEAKS_OF_LORA = re.compile(r"(?<![A-Za-z])(?i:lora)(?![a-z])|(?<=[a-z])Lo[rR][aA](?![a-z])")
+_NO_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
+
+
+class Pair(NamedTuple):
+    """The two factors of one adapter.
+
+    Attributes:
+      a, b: the path of the factor on the input side, and of that on the output side.
+    """
+
+    a: str
+    b: str
+
+
+def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
+    """Module to the paths of its factors, in a tree given as path to leaf.
+
+    Names tell the side where it is certain, whatever the layout of PEFT's and kohya's factors; else a weight `w`
+    beside them does.
+
+    Raises:
+      ValueError: a factor without its partner, factors that do not fit each other, the table or a kernel beside
+        them, or names and shapes that leave the side or a leaf's part open.
+    """
+    named = _named(leaves)
+    pairs = {}
+    for module, sides in named.items():
+        _check_pair(module, {side: leaves[path] for side, path in sides.items()}, specs, _may_be_torch(sides))
+        pairs[module] = Pair(sides["a"], sides["b"])
+        if specs is None:
+            _check_kernel(module, leaves, pairs[module])
+    ours = any(pair.a.startswith("lora/") for pair in pairs.values())
+    # Beside our own collection stand weights that are trained in full, whatever their names.
+    leaves = {path: leaf for path, leaf in leaves.items() if not ours or path.startswith("lora/")}
+    for module, beside in _siblings(leaves).items():
+        if module in pairs:
+            continue
+        shapes = {name: tuple(leaves[path].shape) for name, path in beside.items()}
+        if "w" in beside:
+            a, b = _sides_by_weight(module, shapes)
+            pairs[module] = Pair(beside[a], beside[b])
+        else:
+            _check_bare(module, shapes)
+    _check_names(leaves, pairs, ours)
+    return pairs
+
+
+def _named(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
+    """Module to its factors' paths by side, where names tell it."""
+    pairs: dict[str, dict[Side, str]] = {}
+    for path in leaves:
+        name = path.replace(".", "/")
+        found = next((m for form in _FORMS if (m := re.fullmatch(form + _BEHIND, name))), None)
+        if found is None:
+            continue
+        parts = found.groupdict()
+        module = "/".join(filter(None, (parts["module"], parts.get("adapter"))))
+        sides, side = pairs.setdefault(module, {}), _SIDES[parts["side"]]
+        if side in sides:
+            raise ValueError(
+                f"{sides[side]} and {path} would both be the factor {side} of {module or 'the tree'}"
+            )
+        sides[side] = path
+    return pairs
+
+
+def _may_be_torch(sides: Mapping[Side, str]) -> bool:
+    """Whether the factors' names are of torch, whose Linear is (out, in)."""
+    return any(re.search(r"lora_(embedding_)?([AB]|down|up)\b|[./]weight$", path) for path in sides.values())
+
+
+def _siblings(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Module to the paths of its leaves `a` and `b` (or `A`, `B`) where both are there, and of `w` if it is."""
+    found: dict[str, dict[str, str]] = {}
+    for path in leaves:
+        module, _, name = path.rpartition("/")
+        if name in ("a", "A"):
+            names = {
+                key: f"{module}/{part}".removeprefix("/") for key, part in zip("ab", _two(name), strict=True)
+            }
+            weight = f"{module}/w".removeprefix("/")
+            if names["b"] in leaves:
+                found[module] = names | ({"w": weight} if weight in leaves else {})
+    return found
+
+
+def _two(name: str) -> str:
+    return "ab" if name == "a" else "AB"
+
+
+def _check_bare(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a pair that may be an adapter: it meets in a rank below both sides, and nothing tells the sides."""
+    for one, other in ((shapes["a"], shapes["b"]), (shapes["b"], shapes["a"])):
+        if len(one) >= 2 and len(other) >= 2 and one[-1] == other[-2] < min(one[-2], other[-1]):
+            raise ValueError(
+                f"{module or 'the tree'}: a {shapes['a']} and b {shapes['b']} may be factors of an adapter, but "
+                f"which is on the input side cannot be told without their weight w; known are names as {_KNOWN}"
+            )
+
+
+def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
+    """Refuses factors whose names and whose kernel beside them differ about the sides."""
+    above = module.removesuffix("lora").rstrip("/") if module.rpartition("/")[2] == "lora" else module
+    names = (above, *(f"{above}/{leaf}".removeprefix("/") for leaf in ("kernel", "embedding")))
+    a, b = (tuple(leaves[path].shape) for path in pair)
+    for name in (*names, *(f"{name}/value" for name in names)):
+        kernel = tuple(getattr(leaves.get(name), "shape", ()))
+        if len(kernel) != len(a) or len(a) != len(b) or len(a) < 2:
+            continue
+        swapped = (b[-1], a[-2]) == kernel[-2:] and a[-2] != b[-1]
+        if swapped and a[:-2] == b[:-2] == kernel[:-2]:
+            raise ValueError(
+                f"{module or 'the tree'}: by its name {pair.a} {a} is on the input side, but the kernel {kernel} "
+                f"beside it says that {pair.b} {b} is; name them by side"
+            )
+
+
+def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: bool) -> None:
+    """Refuses a leaf that may well be a factor, and would be trained as any other weight."""
+    factors = [path for pair in pairs.values() for path in pair]
+    for path, leaf in leaves.items():
+        if path in factors or len(getattr(leaf, "shape", ())) < 2 or _NO_FACTOR.search(path):
+            continue
+        segments = path.split("/")
+        above = ["/".join(segments[: n + 1]) for n in range(len(segments))]
+        speaking = [p for p, segment in zip(above, segments, strict=True) if _SPEAKS_OF_LORA.search(segment)]
+        alone = any(not any(f"{factor}/".startswith(f"{p}/") for factor in factors) for p in speaking)
+        if alone or (ours and not set(above) & pairs.keys()):
+            raise ValueError(
+                f"{path} {tuple(leaf.shape)} speaks of LoRA, but its name tells no side, as these do: {_KNOWN}; "
+                "rename it if it is no factor"
+            )
+
+
+def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Side, Side]:
+    """Which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`, and which the output axis."""
+    size_in, size_out = shapes["w"][-2:] if len(shapes["w"]) >= 2 else (0, 0)
+    found: list[tuple[Side, Side]] = []
+    orders: tuple[tuple[Side, Side], ...] = (("a", "b"), ("b", "a"))
+    for first, other in orders:
+        one, two = shapes[first], shapes[other]
+        if (
+            len(one) >= 2
+            and len(two) >= 2
+            and one[-1] == two[-2]
+            and (one[-2], two[-1]) == (size_in, size_out)
+        ):
+            found.append((first, other))
+    if len(found) != 1:
+        why = "both orders fit" if found else "neither order fits"
+        raise ValueError(
+            f"{module}: a {shapes['a']} and b {shapes['b']} beside w {shapes['w']}: {why}, so the input side "
+            "cannot be told; give the leaves names such as lora_a (input side) and lora_b"
+        )
+    return found[0]
+
+
+def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, may_be_torch: bool) -> None:
+    where = module or "the tree"
+    sides: tuple[Side, Side] = ("a", "b")
+    if missing := [side for side in sides if side not in pair]:
+        raise ValueError(f"{where} holds one factor only: lora_{missing[0]} is missing")
+    a, b = (tuple(pair[side].shape) for side in sides)
+    spec = (specs or {}).get(spec_key(module))
+    if specs is not None and spec is None:
+        raise ValueError(f"{where} is not in the specs{nearest(module, specs)}")
+    if spec is not None and (a, b) != spec.factor_shapes:
+        raise ValueError(f"{where}: factors {a} and {b} do not fit the specs' {spec.factor_shapes}")
+    if min(len(a), len(b)) < 2 or not (a[-1] in b[:-1] or (may_be_torch and a[0] == b[1])):
+        raise ValueError(
+            f"{where}: lora_a {a} and lora_b {b} do not meet in a rank; lora_a is (in, r), lora_b is (r, out)"
+            + (", or (r, in) and (out, r)" if may_be_torch else "")
+        )
+
+
+def spec_key(module: str) -> str:
+    """A module's path in the specs, given its path in a tree that may have the collection's name on top."""
+    return "" if module == "lora" else module.removeprefix("lora/")
