@@ -254,6 +254,8 @@ class StopSignal:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
+        # Nor is any other thread told: it would take a signal that is noted here for one that ends the process.
+        self._told = signal.set_wakeup_fd(-1)
         self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
         for number in self.SIGNALS:
             signal.signal(number, self._note)
@@ -261,6 +263,7 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
