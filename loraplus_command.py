@@ -6,6 +6,7 @@ import sys
 import threading
 
 WORDS = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"stopped by SIGTERM"}
+ENDING = threading.Lock()
 
 
 def run() -> None:
@@ -42,7 +43,9 @@ def listen() -> None:
 
 
 def _interrupted(number: int, frame: object) -> None:
-    """At once, and by no exception, which may get lost in a callback."""
+    """At once, and by no exception, which may get lost in a callback. Of two threads that come here one says so."""
+    if not ENDING.acquire(blocking=False):
+        return
     os.write(2, b"loraplus: %s\n" % WORDS[signal.Signals(number)])
     os._exit(128 + number)
 

@@ -73,6 +73,23 @@ def test_the_first_signal_leaves_a_note_and_the_second_acts(number):
         signal.signal(number, before)
 
 
+NOTED = """
+import signal, time, loraplus_command
+from loraplus_jax.train.lifecycle import StopSignal
+loraplus_command.listen()
+with StopSignal() as stop:
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(1)  # so that a thread that was told of it would have acted
+    print(stop.received, flush=True)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_noted_signal_does_not_end_the_command_and_one_that_comes_later_does():
+    done = subprocess.run([sys.executable, "-c", NOTED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "15\n", "loraplus: stopped by SIGTERM\n")
+
+
 @pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".pid"], [".lock", ".config.yaml.partial"]])
 def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
     settings = Settings(

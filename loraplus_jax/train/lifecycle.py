@@ -247,6 +247,8 @@ class StopSignal:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
+        # Nor is any other thread told: it would take a signal that is noted here for one that ends the process.
+        self._told = signal.set_wakeup_fd(-1)
         ours = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
         self._before = {number: signal.getsignal(number) for number in ours}
         for number in ours:
@@ -262,6 +264,7 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
