@@ -1,13 +1,16 @@
-"""The `loraplus` command: quiet on Ctrl-C from its first moment, which is before JAX is imported."""
+"""The `loraplus` command: one line on Ctrl-C and SIGTERM from its first moment, which is before JAX is imported."""
 
 import os
 import signal
 import sys
+import threading
+
+WORDS = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"stopped by SIGTERM"}
 
 
 def run() -> None:
     """Runs the command line and ends the process."""
-    signal.signal(signal.SIGINT, _interrupted)
+    listen()
     sys.unraisablehook = _unraisable
     from loraplus_jax.train.cli import main
 
@@ -18,9 +21,29 @@ def run() -> None:
         os._exit(code)  # at once: after a failed save, orbax's threads would keep the process for minutes
 
 
+def listen() -> None:
+    """Ends the process at a signal, unless training has put a handler of its own in the place of ours.
+
+    Python calls handlers between two of its instructions only, and one of them may be a compilation of minutes: so
+    a thread is told of signals too.
+    """
+    for number in WORDS:
+        signal.signal(number, _interrupted)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def wait() -> None:
+        while told := os.read(reader, 1):
+            if signal.getsignal(told[0]) is _interrupted:
+                _interrupted(told[0], None)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _interrupted(number: int, frame: object) -> None:
-    """At once, and by no exception, which may get lost in a callback. Training has a handler of its own."""
-    os.write(2, b"loraplus: interrupted\n")
+    """At once, and by no exception, which may get lost in a callback."""
+    os.write(2, b"loraplus: %s\n" % WORDS[signal.Signals(number)])
     os._exit(128 + number)
 
 

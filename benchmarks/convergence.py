@@ -5,10 +5,10 @@
     python benchmarks/convergence.py table
 
 The first two train. Every finished run appends a row to `results/convergence.jsonl`, and the same command goes on
-with the runs that are not there yet; `--minutes` bounds the time. Each method gets six points and two tuning seeds,
-chooses by the mean loss on validation data, and reports on test data with eight other seeds. Batches, head and
-first values of A or B depend on the seed alone, so methods are compared seed by seed. The third prints the table
-and writes it to `results/convergence.json` and `.md`.
+with the runs that are not there yet; `--minutes` bounds the time, `--methods` what is run. Each method gets six
+points and two tuning seeds, chooses by the mean loss on validation data, and reports on test data with eight other
+seeds. Batches, head and first values of A or B depend on the seed alone, so methods are compared seed by seed. The
+third prints the table and writes it to `results/convergence.json` and `.md`.
 
 One process, the base loaded once, one compilation for each init: rates, ratio and scale are values.
 """
@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,13 +190,13 @@ def read(task: str, plan: Experiment) -> list[dict[str, Any]]:
     return [row for row in rows if row["setup"] == digest(plan, row["phase"])]
 
 
-def run_missing(task: str, minutes: float) -> None:
+def run_missing(task: str, minutes: float, wanted: Sequence[str]) -> None:
     """The runs that have no row yet, full last, which takes the longest."""
     plan, end = experiment(task), time.monotonic() + 60 * minutes
     bench = Bench(plan)
     versions = {name: version(name) for name in PACKAGES}
-    adapters = [name for name in plan.methods if name != "full"]
-    for names in (adapters, ["full"]):
+    chosen = [name for name in plan.methods if name in wanted]
+    for names in ([name for name in chosen if name != "full"], [name for name in chosen if name == "full"]):
         for phase in (tuning, reports):
             jobs = phase(plan, names) if phase is tuning else phase(plan, names, read(task, plan))
             done = {
@@ -223,10 +223,14 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("sentences", "language", "table"))
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after these")
+    names = list(experiment("sentences").methods)
+    parser.add_argument(
+        "--methods", nargs="+", choices=names, default=names, metavar="METHOD", help="; ".join(names)
+    )
     options = parser.parse_args()
     Path(RESULTS).mkdir(exist_ok=True)
     if options.what != "table":
-        run_missing(options.what, options.minutes)
+        run_missing(options.what, options.minutes, options.methods)
     write_table({task: (plan := experiment(task), read(task, plan)) for task in ("sentences", "language")})
 
 

@@ -3,12 +3,13 @@
     python benchmarks/kill.py --kills 45
 
 A small random BERT on made-up texts, with dropout, shuffling and accumulation on; rows, evaluations and saves
-fall on different steps. Half of the kills (kill -9) come at chosen points, the other half at random times. After
-each the same command is given again.
+fall on different steps. First come all the chosen points of `WALKS`, each of which must be met, then random times.
+After each kill (kill -9) the same command is given again, and after a few the run is left to finish.
 """
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -20,49 +21,84 @@ import numpy as np
 import yaml
 from common import report
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests/integration"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-# Runs the command line with a trap: the process kills itself at the n-th call of a function, before or after it.
+# Runs the command line with a trap: the process kills itself at the n-th call of a function, before it, after it,
+# or so many milliseconds after it began.
 TRAPPED = """
-import os, signal, sys
+import os, signal, sys, threading
 target, when, nth = sys.argv[1], sys.argv[2], int(sys.argv[3])
 from loraplus_jax.train import cli, lifecycle, loop, prepare, report
 owner, name = target.rsplit(".", 1)
 place = eval(owner)
 original, calls = getattr(place, name), []
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 def trapped(*args, **kwargs):
     calls.append(1)
-    if len(calls) == nth and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
+    met = len(calls) == nth
+    if met and when == "before":
+        kill()
+    if met and when.endswith(" ms into"):
+        threading.Timer(float(when.split()[0]) / 1000, kill).start()
     result = original(*args, **kwargs)
-    if len(calls) == nth and when == "after":
-        os.kill(os.getpid(), signal.SIGKILL)
+    if met and when == "after":
+        kill()
     return result
 setattr(place, name, trapped)
 sys.exit(cli.main(sys.argv[4:]))
 """
-# "after" loop.save is in the middle of a save: the arrays are copied and being written in the background.
-POINTS = [
-    ("prepare.load_params", "before"),
-    ("loop.open_manager", "after"),
-    ("loop.restore", "after"),
-    ("loop.evaluate", "before"),
-    ("loop.evaluate", "after"),
-    ("loop.save", "before"),
-    ("loop.save", "after"),
-    ("loop.RunLog.write", "before"),
-    ("loop.RunLog.write", "after"),
-    ("loop.place", "after"),
-    ("loop.save_adapter", "before"),
-    ("loop.save_adapter", "after"),
-    ("loop.draw_loss", "before"),
-    ("loop.Trainer.write_summary", "before"),
+# Each list is one run, killed at these points in turn: before, in and after start-up, rows, steps, evaluations,
+# saves and the end. "After" loop.save is in the middle of a save: the arrays are written in the background.
+WALKS = [
+    [
+        ("prepare.load_params", "before", 1),
+        ("loop.open_manager", "before", 1),
+        ("loop.open_manager", "after", 1),
+        ("loop.evaluate", "before", 1),
+        ("loop.evaluate", "after", 1),
+        ("loop.RunLog.write", "before", 1),
+        ("loop.save", "before", 1),
+    ],
+    [
+        ("loop.save", "after", 1),
+        ("loop.save", "after", 2),
+        ("loop.restore", "after", 1),
+        ("loop.place", "after", 1),
+        ("loop.RunLog.write", "before", 2),
+        ("loop.RunLog.write", "after", 2),
+        ("loop.save", "after", 3),
+    ],
+    [
+        ("loop.save", "5 ms into", 2),
+        ("loop.save", "20 ms into", 2),
+        ("loop.save", "60 ms into", 2),
+        ("loop.evaluate", "before", 2),
+        ("loop.evaluate", "after", 2),
+        ("loop.RunLog.sync", "after", 1),
+    ],
+    [
+        ("loop.save", "after", 9),
+        ("loop.save", "before", 1),
+        ("loop.Trainer.choose_best", "before", 1),
+        ("loop.save_adapter", "before", 1),
+        ("loop.save_adapter", "after", 1),
+        ("loop.draw_loss", "before", 1),
+        ("loop.draw_loss", "after", 1),
+        ("loop.Trainer.write_summary", "before", 1),
+    ],
 ]
+# Small programs are kept and are compiled in a hurry: nearly all of a run's time is its start.
+QUICK = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
 
 
 def make_world(directory: Path) -> Path:
     """A model, texts and a config; returns the config's path."""
-    import conftest
+    from tests.integration import conftest
 
     world = conftest.World(directory)
     world.model.mkdir()
@@ -102,9 +138,10 @@ def end_state(out: Path) -> dict[str, object]:
 
 def run(command: list[str], seconds: float | None = None) -> int:
     """The exit code; negative is the signal. With `seconds` the process is killed by then."""
+    environment = {**os.environ, **QUICK}
     with (
         tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors) as process,
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment) as process,
     ):
         try:
             code = process.wait(seconds)
@@ -127,52 +164,55 @@ def main() -> None:
     rng = random.Random(options.seed)
     directory = Path(tempfile.mkdtemp(prefix="kill-"))
     config = make_world(directory)
+    plain = [sys.executable, "-m", "loraplus_command"]
 
     def arguments(name: str) -> list[str]:
         return ["train", str(config), "--output_dir", str(directory / name)]
 
-    plain = [sys.executable, "-m", "loraplus_command"]
+    def killed_at_points(name: str, points: list[tuple[str, str, int]]) -> list[str]:
+        for target, when, nth in points:
+            code = run([sys.executable, "-c", TRAPPED, target, when, str(nth), *arguments(name)])
+            if code != -9:
+                raise SystemExit(f"{name}: exit code {code}, and never came to {when} {target} ({nth})")
+        return [f"{when} {target} ({nth})" for target, when, nth in points]
+
+    def killed_at_random(name: str) -> list[str]:
+        hits = []
+        while len(hits) < 4 and not (directory / name / "summary.json").exists():
+            share = rng.uniform(0.2, 1.0)
+            code = run([*plain, *arguments(name)], share * whole)
+            if code not in (0, -9):
+                raise SystemExit(f"{name}: exit code {code} at {share:.0%}")
+            hits += [f"at {share:.0%} of a run's time"] if code == -9 else []
+        return hits
+
+    def finished(name: str, hits: list[str]) -> dict[str, object]:
+        done = (directory / name / "summary.json").exists()  # it may be killed between its end and its exit
+        code = 0 if done else run([*plain, *arguments(name)])
+        found = end_state(directory / name) if code == 0 else {}
+        odd = sorted(key for key in expected if found.get(key) != expected[key])
+        row = {
+            "run": name,
+            "kills": len(hits),
+            "where": "; ".join(hits),
+            "differs": ", ".join(odd) or "nothing",
+        }
+        print(row, flush=True)
+        return row
+
     run([*plain, *arguments("warm")])  # fills the compilation cache
     start = time.perf_counter()
     assert run([*plain, *arguments("straight")]) == 0
     whole = time.perf_counter() - start
     expected = end_state(directory / "straight")
-    rows, kills, number = [], 0, 0
-    while kills < options.kills:
-        number += 1
-        name, done, hits = f"run{number}", False, []
-        for _ in range(6):  # so many attempts to kill one run, then it is left to finish
-            if done := (directory / name / "summary.json").exists():
-                break  # it was killed between its end and its exit
-            if rng.random() < 0.5:
-                (target, when), nth = rng.choice(POINTS), rng.choice((1, 2, 3, 5))
-                command = [sys.executable, "-c", TRAPPED, target, when, str(nth), *arguments(name)]
-                code, label = run(command), f"{when} {target} ({nth})"
-            else:
-                seconds = rng.uniform(0.2, 1.0) * whole
-                code, label = run([*plain, *arguments(name)], seconds), f"at {seconds:.1f} s"
-            if code == -9:
-                kills += 1
-                hits.append(label)
-            elif code == 0:
-                done = True
-                break
-            else:
-                raise SystemExit(f"{name}: exit code {code} at {label}")
-        code = 0 if done else run([*plain, *arguments(name)])
-        found = end_state(directory / name) if code == 0 else {}
-        odd = sorted(key for key in expected if found.get(key) != expected[key])
-        rows.append(
-            {
-                "run": name,
-                "kills": len(hits),
-                "where": "; ".join(hits),
-                "differs": ", ".join(odd) or "nothing",
-            }
-        )
-        print(rows[-1], flush=True)
+    rows = []
+    for number, points in enumerate(WALKS, 1):
+        rows.append(finished(f"points{number}", killed_at_points(f"points{number}", points)))
+    while (kills := sum(int(str(row["kills"])) for row in rows)) < options.kills:
+        name = f"random{len(rows) + 1 - len(WALKS)}"
+        rows.append(finished(name, killed_at_random(name)))
     same = sum(row["differs"] == "nothing" for row in rows)
-    report("kill", rows, kills=kills, runs=len(rows), identical=same, straight_seconds=round(whole, 1))
+    report("kill", rows, kills=kills, runs=len(rows), identical=same, points=sum(map(len, WALKS)))
     sys.exit(same != len(rows))
 
 

@@ -14,6 +14,7 @@ deviation that the best setting has over the seeds.
 import argparse
 import dataclasses
 import functools
+import json
 import math
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import interleaved, median_ratio, report
+from common import RESULTS, interleaved, median_ratio, report
 
 from loraplus_jax import init_state, replicate
 from loraplus_jax.train import population as populations
@@ -32,7 +33,7 @@ from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
 from loraplus_jax.train.settings import parse_settings
 from loraplus_jax.train.sweep_choice import best_of, means_of, member_steps, stops_of, survivors
-from loraplus_jax.train.sweep_settings import SweepRun, Trial
+from loraplus_jax.train.sweep_settings import NAMES, SweepRun, Trial
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
@@ -169,10 +170,14 @@ def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]
     return {name: round((search + reported(n)) / (16 * single), 3) for name, n in whole.items()}
 
 
-def halving(seeds: int) -> None:
-    """Writes results/sweep_halving.json, with a row for each task and seed."""
-    rows, kept = [], {}
-    for name, changes in TASKS.items():
+def halving(seeds: int, tasks: list[str]) -> None:
+    """Writes results/sweep_halving.json, with a row for each task and seed; rows of other tasks there are kept."""
+    path = RESULTS / "sweep_halving.json"
+    old = json.loads(path.read_text()) if path.exists() else {"rows": [], "losses": {}}
+    rows = [row for row in old["rows"] if row["task"] not in tasks]
+    kept = {name: losses for name, losses in old["losses"].items() if name not in tasks}
+    for name in tasks:
+        changes = TASKS[name]
         run = parse_settings(CONFIG, [*SIXTEEN, *SMALL, *changes, "--mesh.data", "1"], SweepRun)
         run = dataclasses.replace(run, sweep=dataclasses.replace(run.sweep, seeds=tuple(range(seeds))))
         losses, steps = trained(run)
@@ -225,8 +230,8 @@ def compared(
         assert grid is not None
         assert found is not None
         row |= {
-            f"{arm}: grid": f"{final[grid]:.4f}",
-            "halving" + " " * (arm == "lora"): f"{final[found]:.4f}",
+            f"{NAMES[arm]}, grid": f"{final[grid]:.4f}",
+            f"{NAMES[arm]}, halving": f"{final[found]:.4f}",
         }
     best = [
         min(final.values()),
@@ -243,11 +248,12 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("time", "halving"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--task", choices=TASKS, help="of halving; all if not given")
     options = parser.parse_args()
     run = {
         "time": functools.partial(timing, options.rounds),
-        "halving": functools.partial(halving, options.seeds),
+        "halving": functools.partial(halving, options.seeds, [options.task] if options.task else list(TASKS)),
     }
     run[options.what]()
 

@@ -35,7 +35,6 @@ from .lora import unmerge as unmerge
 from .optim import lora_plus as lora_plus
 from .optim import lora_plus_adamw as lora_plus_adamw
 from .optim import make_schedule as make_schedule
-from .sharding import distribute as distribute
 from .sharding import make_mesh as make_mesh
 from .sharding import make_shardings as make_shardings
 from .sharding import replicate as replicate

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -177,6 +178,17 @@ def save(
         **{name: ocp.args.JsonSave(values) for name, values in notes.items()},
     )
     manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
+
+
+def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
+    """Gives a checkpoint that was saved without metrics those of an evaluation made up later, all or none."""
+    place = Path(manager.directory) / str(step) / "metrics" / "metrics"  # where orbax keeps its own
+    if jax.process_index() == 0:
+        place.parent.mkdir(exist_ok=True)
+        partial = place.with_name(".metrics.partial")
+        partial.write_text(json.dumps(dict(metrics)), encoding="utf-8")
+        os.replace(partial, place)
+    manager.reload()
 
 
 def restore(

@@ -186,6 +186,7 @@ def check_number(
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = number and value == value and abs(value) != math.inf
     fits = fits and (above is None or value > above) and (below is None or value < below)
+    fits = fits and (below is None or np.float32(value) < below)  # not 1 - 1e-9 either, which counts as 1
     if not fits or (at_least is not None and value < at_least) or not in_float32(value):
         odd = ", which float32 cannot hold" if fits and not in_float32(value) else ""
         raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}{odd}")
@@ -203,10 +204,12 @@ def in_float32(value: float) -> bool:
 SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-def check_whole(name: str, value: Any, *, at_least: int) -> None:
-    """Raises ValueError unless `value` is an int of at least `at_least` that fits in 64 bits."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be a whole number of at least {at_least}, got {value!r}")
+def check_whole(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
+    """Raises ValueError unless `value` is an int within the bounds given that fits in 64 bits."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < at_least or (at_most is not None and value > at_most):
+        bounds = f"at least {at_least}" + (f" and at most {at_most}" if at_most is not None else "")
+        raise ValueError(f"{name} must be a whole number of {bounds}, got {value!r}")
     if value >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {value!r}")
 

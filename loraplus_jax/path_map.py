@@ -17,9 +17,10 @@ import numpy as np
 from .config import nearest
 from .spec import AdapterSpec, Specs
 
-KINDS = ("Linear", "Conv1D", "Conv", "Embedding", "TiedEmbedding", "Parameter")
+KINDS = ("Linear", "Conv1D", "Conv", "Embedding", "TiedEmbedding", "TiedHead", "Parameter")
 """`Linear` keeps (out, in), transformers' `Conv1D` (in, out), `Conv` (out, in, window...), `Embedding` as here; a
-`TiedEmbedding` is the head too; a `Parameter` is no module's weight: its own name stands last."""
+`TiedEmbedding` is the head too, and a later rule of kind `TiedHead` gives the name that it has as such; a
+`Parameter` is no module's weight: its own name stands last."""
 
 PathMap = Sequence[tuple[str, str] | tuple[str, str, str]]
 Index = tuple[int, ...]

@@ -28,7 +28,7 @@ from .path_map import (
     place_of,
     targets_of,
 )
-from .peft_leaves import named_leaves, slices_of, sorted_leaves, whole_leaves
+from .peft_leaves import named_leaves, slices_of, sorted_leaves, whole_leaves, without_copies
 from .peft_options import Options, make_options, raise_all, read_options
 from .spec import Specs
 from .tree import flatten, unflatten
@@ -131,7 +131,7 @@ def load_peft(
     """
     check_path_map(path_map)
     directory = Path(directory)
-    options, tensors = _read(directory)
+    options, tensors = _read(directory, path_map)
     targets, problems = targets_of(specs, path_map)
     factors = {name: tensor for name, tensor in tensors.items() if name.endswith(_ENDS)}
     problems += _check_factors(factors, options, targets)
@@ -165,7 +165,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
       FileNotFoundError, ValueError: as `load_peft`; or layers of one stack differ in rank or alpha.
     """
     check_path_map(path_map)
-    options, tensors = _read(Path(directory))
+    options, tensors = _read(Path(directory), path_map)
     if (own := _own_config(Path(directory))) is not None:
         return own
     numbers = {index[0] for name in tensors if (index := _place(name, path_map)[1])}
@@ -280,8 +280,8 @@ def _alpha(config: LoRAPlusConfig, key: str) -> float:
     return config.alpha if pattern is None else config.alpha_pattern[pattern]
 
 
-def _read(directory: Path) -> tuple[Options, dict[str, Any]]:
-    """Options, and tensors by their names in the base model."""
+def _read(directory: Path, path_map: PathMap = ()) -> tuple[Options, dict[str, Any]]:
+    """Options, and tensors by their names in the base model, without copies."""
     if not (directory / OPTIONS).is_file():
         raise FileNotFoundError(f"{directory} is no adapter of PEFT: it lacks {OPTIONS}")
     if not (directory / WEIGHTS).is_file():
@@ -300,7 +300,10 @@ def _read(directory: Path) -> tuple[Options, dict[str, Any]]:
         if tensor.dtype.name not in _DTYPES
     ]
     raise_all(f"{directory / WEIGHTS} is no adapter that is known here", problems)
-    return options, {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    bare = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    kept, problems = without_copies(bare, path_map)
+    raise_all(f"{directory / WEIGHTS} is at odds with itself", problems)
+    return options, kept
 
 
 def _check_factors(factors: Mapping[str, Any], options: Options, targets: Mapping[str, Target]) -> list[str]:

@@ -1,5 +1,6 @@
 """Leaves trained in full (`modules_to_save`, biases) under PEFT's names, and back."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,39 @@ from .peft_options import raise_all
 
 Slots = dict[str, dict[Index, Any]]
 """Leaves by their paths here, `"params/..."`, in slices by index; `()` is a whole leaf."""
+
+
+def without_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str, Any], list[str]]:
+    """The tensors of PEFT's file without what stands there twice, and a line for each copy that is none.
+
+    PEFT writes the biases of a module trained in full under its wrapper's names too, with those from before
+    training, and the factors of a tied embedding once more as the head's.
+    """
+    kept, problems = {}, []
+    heads = {rule[1]: rule[0] for rule in path_map if rule[2:] == ("TiedHead",)}
+    for name, tensor in tensors.items():
+        if re.fullmatch(r".+\.original_module\..+", name):
+            continue
+        wrapped = re.fullmatch(r"(.+)\.modules_to_save\.(?:default\.)?(.+)", name)
+        other, turned = (f"{wrapped[1]}.{wrapped[2]}", False) if wrapped else (None, False)
+        head = next((head for head in heads if name.startswith(f"{head}.")), None)
+        if head is not None and (place := place_of(path_map, heads[head])) is not None:
+            end = name.removeprefix(f"{head}.")
+            other = f"{place.name}.{_OF_HEAD.get(end, end)}"
+            turned = end in _OF_HEAD
+        if other is None:
+            kept[name] = tensor
+        elif other not in tensors:
+            problems.append(f"{name} is there without {other}, of which it is a copy")
+        elif not np.array_equal(
+            host_array(tensor), host_array(tensors[other]).T if turned else tensors[other]
+        ):
+            problems.append(f"{name} differs from {other}, of which it is to be a copy")
+    return kept, problems
+
+
+_OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
+"""A tied head's factors, and those of the embedding that they are, turned."""
 
 
 def slices_of(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[Slots, list[str]]:

@@ -206,7 +206,9 @@ def make_shardings(
       Base and extras as `base_shardings` says, adapters as `adapter_shardings` does. A leaf of the optimizer that
       has path and shape of a trainable one, such as a moment, lies where that does; all else is on every device.
     """
-    base = base_shardings(mesh, state.trainable, rules, specs=specs)
+    names = {path for module in specs or {} for path in _factors(module)}
+    extras = {path: x for path, x in leaves_by_path(state.trainable).items() if path not in names}
+    base = base_shardings(mesh, extras, rules, specs=specs)
     base |= base_shardings(mesh, frozen, rules, specs=specs)
     factors = adapter_shardings(specs or {}, base)
     trainable = {path: factors.get(path) or base[path] for path in leaves_by_path(state.trainable)}
@@ -246,10 +248,14 @@ def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[s
     for module, spec in specs.items():
         place = base[spec.leaf]
         axes = dict(zip(spec.base_letters, _padded(place.spec, len(spec.shape)), strict=True)) | {"r": None}
-        for name, letters in zip(("lora_a", "lora_b"), spec.factor_letters, strict=True):
-            path = "/".join(part for part in ("lora", module, name) if part)
+        for path, letters in zip(_factors(module), spec.factor_letters, strict=True):
             found[path] = NamedSharding(place.mesh, PartitionSpec(*(axes[letter] for letter in letters)))
     return found
+
+
+def _factors(module: str) -> tuple[str, ...]:
+    """The paths of a module's factors."""
+    return tuple("/".join(part for part in ("lora", module, name) if part) for name in ("lora_a", "lora_b"))
 
 
 def _by_rule(path: str, shape: tuple[int, ...], rules: Rules) -> Axes:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import jax_utils
 
 from loraplus_jax import (
     AdapterSpec,
@@ -23,6 +24,7 @@ from loraplus_jax import (
     save,
 )
 from loraplus_jax.checkpoint import DamagedCheckpoint, differences
+from loraplus_jax.sharding import distribute, make_shardings
 
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 SPEC = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)
@@ -104,6 +106,37 @@ def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
         leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state.trainable)
     )
     jax.tree.map(np.testing.assert_array_equal, values(state), saved[1])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 8, 1), (2, 1, 4), "pmap"], ids=str)
+def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bit_for_bit(tmp_path, sizes):
+    draw = functools.partial(jax.random.normal, jax.random.key(1))
+    lora = {"q": {"lora_a": draw((8, 4)), "lora_b": draw((4, 16))}}
+    spec = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(8, 16), rank=4, scale=1.0)
+    frozen = {"params": {"q": {"kernel": jnp.ones((8, 16))}}}
+    state = init_state({"lora": lora}, TX, jax.random.key(3))
+    grads = jax.tree.map(jnp.sin, state.trainable)
+    state = state.replace(opt_state=TX.update(grads, state.opt_state, state.trainable)[1], step=jnp.int32(7))
+    rules = (("q/kernel", ("fsdp", "tensor")),)
+
+    def on(*sizes):
+        return make_shardings(make_mesh(*sizes), state, frozen, specs={"q": spec}, rules=rules).state
+
+    with open_manager(tmp_path) as manager:
+        save(manager, distribute(state, on(2, 2, 2)), metadata={})
+        manager.wait_until_finished()
+        like = (
+            state
+            if sizes == "pmap"
+            else distribute(init_state({"lora": lora}, TX, jax.random.key(0)), on(*sizes))
+        )
+        found = restore(manager, like, metadata={}).state
+    if sizes == "pmap":
+        found = jax_utils.unreplicate(jax_utils.replicate(found))
+    else:
+        pairs = zip(*map(jax.tree.leaves, (found.trainable, on(*sizes).trainable)), strict=True)
+        assert all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in pairs)
+    jax.tree.map(np.testing.assert_array_equal, values(found), values(state))
 
 
 @pytest.mark.parametrize(

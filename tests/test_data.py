@@ -422,12 +422,21 @@ def test_the_seed_decides_the_order():
 def test_processes_share_each_global_batch(processes):
     whole = _taken(data.train_batches(_columns(20), batch_size=8, seed=3), 9)
     parts = [
-        data.train_batches(_columns(20), batch_size=8, seed=3, process_index=i, process_count=processes)
-        for i in range(processes)
+        data.train_batches(_columns(20), batch_size=8, seed=3, rows=rows)
+        for rows in np.split(np.arange(8), processes)
     ]
     shares = [_taken(part, 9) for part in parts]
     assert all(len(batch) == 8 // processes for share in shares for batch in share)
     assert [np.concatenate(batch).tolist() for batch in zip(*shares, strict=True)] == whole
+
+
+def test_processes_share_each_batch_of_an_evaluation():
+    whole = [batch["x"].tolist() for batch in data.eval_batches({"x": np.arange(10)}, 4)]
+    shares = [list(data.eval_batches({"x": np.arange(10)}, 4, rows)) for rows in ([0, 3], [1, 2])]
+    assert whole == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+    assert [batch["x"].tolist() for batch in shares[0]] == [[0, 3], [4, 7], [8, 9]]
+    assert [batch["weight"].tolist() for batch in shares[0]] == [[1, 1], [1, 1], [1, 0]]
+    assert [batch["weight"].tolist() for batch in shares[1]] == [[1, 1], [1, 1], [1, 0]]
 
 
 @pytest.mark.parametrize("position", [0, 1, 4, 5, 13])
@@ -448,9 +457,6 @@ def test_the_position_is_restored_exactly(position):
     [
         ({"batch_size": 11}, "batch_size must be at most 10"),
         ({"batch_size": 0}, "batch_size must be a whole number"),
-        ({"batch_size": 4, "process_count": 3}, "multiple of the 3 processes"),
-        ({"batch_size": 4, "process_count": 2, "process_index": 2}, "process_index must be from 0 to 1"),
-        ({"batch_size": 4, "process_count": 0}, "process_count must"),
         ({"batch_size": 4, "seed": -1}, "seed must"),
     ],
 )

@@ -79,6 +79,7 @@ APPLICATION = tuple(
         "plan_text",
         "watch",
         "screen",
+        "evaluation",
         "loop",
         "sweep_settings",
         "sweep_choice",

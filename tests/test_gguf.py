@@ -107,6 +107,8 @@ def test_every_type_means_what_its_format_says(tmp_path, dtype):
     assert view[:].dtype == np.float32
     np.testing.assert_allclose(view[:], expected, rtol=3e-7, atol=1e-6)
     np.testing.assert_array_equal(view[1:2], view[:][1:2])
+    for columns in (slice(3, 9), slice(31, 300), slice(256, 512)):
+        np.testing.assert_array_equal(view[1:3, columns], view[:][1:3, columns])
 
 
 def interleaved(rows, heads):

@@ -6,9 +6,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
+from loraplus_jax import make_mesh
+from loraplus_jax.models import hf
 from loraplus_jax.models.hf import INDEX, SINGLE, NameTable, embedding, linear, load_config, load_params, norm
+from loraplus_jax.tree import flatten
 
 TABLE = NameTable(
     rules=(
@@ -55,6 +60,54 @@ def write_shards(folder, shards, weight_map=None):
 
 def load(folder, table=TABLE, **kwargs):
     return load_params(folder, table, EXPECTED, **({"new": ("head",)} | kwargs))
+
+
+def counted(monkeypatch):
+    """The numbers of values read of each tensor, as they are asked for."""
+    read, get = [], hf._fill
+
+    def fill(slot, tensor, window, **how):
+        read.append(int(np.prod([s.stop - s.start for s in window])))
+        get(slot, tensor, window, **how)
+
+    monkeypatch.setattr(hf, "_fill", fill)
+    return read
+
+
+PLACES = {
+    "embed/embedding": P(None, None),
+    "layers/up/kernel": P(None, None, "fsdp"),
+    "layers/up/bias": P(None, "fsdp"),
+    "layers/norm/scale": P(None, None),
+}
+
+
+def test_every_part_is_read_once_and_lies_where_it_should(tmp_path, monkeypatch):
+    whole = load(write(tmp_path, tensors()))
+    shardings = {path: NamedSharding(make_mesh(2, 4, 1), spec) for path, spec in PLACES.items()}
+    read = counted(monkeypatch)
+    params = load(tmp_path, shardings=shardings)
+    assert sum(read) == 7 * 3 + 2 * (3 * 4 + 4 + 3)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    assert {path: leaf.sharding for path, leaf in flatten(params).items()} == shardings
+
+
+def test_a_process_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
+    """Of eight devices the first two are this process's: a half of what fsdp splits in four."""
+    shardings = {path: NamedSharding(make_mesh(2, 4, 1), spec) for path, spec in PLACES.items()}
+    write(tmp_path, tensors())
+
+    def on_two_devices(shape, sharding, callback):
+        mine = list(sharding.devices_indices_map(shape).items())[:2]
+        return [np.array(callback(index)) for _, index in mine]
+
+    whole = load(tmp_path)
+    monkeypatch.setattr(jax, "make_array_from_callback", on_two_devices)
+    read = counted(monkeypatch)
+    parts = load(tmp_path, shardings=shardings)
+    assert sum(read) == 7 * 3 + 2 * ((3 * 4 + 4) // 2 + 3)
+    kernel = np.concatenate(parts["layers"]["up"]["kernel"], axis=-1)
+    np.testing.assert_array_equal(kernel, whole["layers"]["up"]["kernel"][..., :2])
 
 
 def halves():

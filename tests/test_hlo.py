@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 from loraplus_jax import make_mesh
 from loraplus_jax.sharding import batch_sharding
-from loraplus_jax.train.hlo import Collective, collectives, parse, shape_bytes, times
+from loraplus_jax.train.hlo import Collective, collectives, looped_products, parse, shape_bytes, times
 
 CPU = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -150,6 +150,14 @@ def test_bytes_of_types():
     assert shape_bytes("(s4[8]{0}, f8e4m3fn[2,2]{1,0}, c64[])") == 4 + 4 + 8
     with pytest.raises(ValueError, match="'opaque'"):
         shape_bytes("opaque[2]")
+
+
+def test_loops_that_hold_matrix_products():
+    product = "  %y = f32[16,16]{1,0} dot(%x.1, %x.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}\n"
+    inside = CPU.replace("  %one = s32[]", product + "  %one = s32[]")
+    outside = CPU.replace("  %zero = s32[]", product.replace("%x.1", "%a") + "  %zero = s32[]")
+    assert (looped_products(inside), looped_products(outside), looped_products(CPU)) == (1, 0, 0)
+    assert looped_products(inside.replace('"n":"30"', '"n":"1"')) == 0
 
 
 def test_a_real_program_reduces_the_gradient_and_nothing_else():

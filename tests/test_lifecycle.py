@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -29,6 +30,26 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path):
     with only_run(tmp_path):  # the system let go of the lock when the process was killed
         assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
     assert not (tmp_path / ".pid").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_at_work_is_seen_before_any_preparation(tmp_path, fresh):
+    directory = run_of(tmp_path / "out", PLAIN)
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"pid {first.pid} is at work in .*out"):
+            check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
+        first.kill()
+    check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
+
+
+def test_a_directory_that_cannot_be_made_is_refused_and_one_that_can_is_not_made(tmp_path):
+    settings = settings_from_json(PLAIN)
+    check_directory(tmp_path / "a/b/c", settings, fresh=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="output_dir /proc/loraplus/out cannot be written: "):
+        check_directory(Path("/proc/loraplus/out"), settings, fresh=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -136,7 +157,13 @@ CHANGES = {
     "train.max_skipped": 2,
     "train.compilation_cache": False,
     "train.prompt": "Why?",
+    "train.theory_every": 5,
     "mesh.data": 1,
+    "init_adapter": "old",
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "distributed.start_timeout": 20,
+    "distributed.lost_timeout": 20,
     "task": "regression",
     "method": "lora",
     "seed": 1,
@@ -144,7 +171,8 @@ CHANGES = {
 }
 # These replace another field or go with another, so they are not changed alone.
 INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
-INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens"}
+INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"}
+INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
 # These go with language models.
 TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt"}
 TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}
@@ -182,7 +210,7 @@ def test_every_field_is_in_the_table():
 def test_what_may_change_when_a_run_goes_on_and_what_not(tmp_path, name):
     directory = run_of(tmp_path / "run", base_of(name))
     settings = settings_from_json(with_change(name, CHANGES[name]))
-    if name == "output_dir":
+    if name == "output_dir" or name.startswith("distributed."):
         assert check_directory(directory, settings, fresh=False) == []
     elif name in MAY_CHANGE:
         (change,) = check_directory(directory, settings, fresh=False)
@@ -195,7 +223,7 @@ def test_what_may_change_when_a_run_goes_on_and_what_not(tmp_path, name):
             check_directory(directory, settings, fresh=False)
 
 
-@pytest.mark.parametrize("name", MAY_CHANGE)
+@pytest.mark.parametrize("name", [n for n in MAY_CHANGE if n in CHANGES or n in ENDS])
 def test_a_finished_run_goes_on_only_when_its_end_moves(tmp_path, name):
     directory = run_of(tmp_path / "run", PLAIN, finished=True)
     epochs = {**PLAIN, "train": {"epochs": 2.0, "batch_size": 32}}

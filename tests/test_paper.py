@@ -86,7 +86,7 @@ def test_exactness():
     assert all(check.passed for check in found.values())
 
 
-def test_what_was_kept_passed():
+def test_what_was_kept_says_truly_what_passed():
     kept = {path.stem: json.loads(path.read_text()) for path in (BENCHMARKS / "results/paper").glob("*.json")}
     assert {"figure2", "best_rate", "coordinate_check", "exactness"} <= kept.keys()
     for name, result in kept.items():

@@ -26,6 +26,7 @@ from loraplus_jax.train.plan_text import advice, text_of
 from loraplus_jax.train.prepare import family_of
 from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
 
+RANK = 3
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 256,
@@ -56,7 +57,7 @@ def settings_of(directory, config, *, task, model=(), train=(), targets=("q_proj
     return Settings(
         model=ModelSettings(path=str(directory), **dict(model)),
         data=DataSettings(path="no such file.csv", max_length=32),
-        lora=LoRAPlusConfig(target_modules=targets, rank=2),
+        lora=LoRAPlusConfig(target_modules=targets, rank=RANK),
         train=TrainSettings(**{"batch_size": 8, "eval_batch_size": 8, **dict(train)}),
         task=task,
         output_dir="never written",
@@ -125,7 +126,7 @@ def test_bytes_of_what_is_held_are_those_of_the_program(planned):
     held = {name: size for name, size in plan.memory.items() if name != "temporaries"}
     layer = 2 * (32 * 32 + 32 * 16) + 3 * 32 * 64 + 2 * 32
     assert held["frozen weights"] == 4 * (5 * layer + 2 * 256 * 32 + 32)
-    adapters = 5 * 2 * ((32 + 32) + (32 + 16))
+    adapters = 5 * RANK * ((32 + 32) + (32 + 16))
     assert held["trained"] == 4 * adapters
     assert plan.trained == adapters
     assert held["batch"] == 8 * (3 * 32 + 1) * 4 // plan.devices
@@ -184,6 +185,8 @@ def test_a_roofline_by_hand(planned):
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
     text = text_of(fake(plan, roofline=found), settings)
     assert "roofline: 2.000 s a step, 128 tokens/s; FLOPs bind" in text
+    cut = plan.work._replace(loops=3)
+    assert "too low: of 3 loops that the compiler left" in text_of(fake(plan, work=cut), settings)
     assert "work was not counted" in text_of(fake(plan, work=None), settings)
 
 
@@ -211,7 +214,7 @@ def config(directory, **changes):
 @pytest.mark.slow
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     file = tmp_path / "plan.json"
-    assert main(["plan", config(tmp_path), "--json", str(file), "--lora.rank=2"]) == 0
+    assert main(["plan", config(tmp_path), "--json", str(file), "--lora.rank=3"]) == 0
     printed, found = capsys.readouterr().out, json.loads(file.read_text())
     assert f"{found['trained']:,} of {found['total']:,} parameters trained" in printed
     assert found["fits"]

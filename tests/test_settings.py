@@ -76,8 +76,13 @@ OTHER = {
     "train.compilation_cache": False,
     "train.theory_every": 4,
     "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 4,
+    "distributed.start_timeout": 20,
+    "distributed.lost_timeout": 20,
     "task": "regression",
     "method": "lora",
+    "init_adapter": "old_run",
     "seed": 9,
     "output_dir": "there",
 }
@@ -91,6 +96,12 @@ LANGUAGE = {
     "data.packing": True,
     "data.column_names": {"prompt": "question"},
     "train.prompt": "Why?",
+}
+# Alone they are refused: they go together.
+PROCESSES = {
+    "distributed.coordinator": "host:1234",
+    "distributed.processes": 4,
+    "distributed.process_id": 3,
 }
 # Alone they are refused: they go with data.train in place of data.path.
 FILES = {"data.train": "a.csv", "data.validation": "b.csv", "data.test": "c.csv"}
@@ -135,7 +146,7 @@ def base(tmp_path_factory):
 
 
 def test_the_tables_here_name_every_field():
-    alone = {"optimizer.decay_steps", "train.prompt_tokens"}
+    alone = {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"} | PROCESSES.keys()
     assert OTHER.keys() | LANGUAGE.keys() | FILES.keys() | alone == set(dotted())
 
 
@@ -200,6 +211,32 @@ def test_separate_files(tmp_path):
     assert (settings.data.path, settings.data.train, settings.data.test) == (None, "a.csv", "c.csv")
 
 
+def test_processes_are_told_together(tmp_path):
+    words = {name: (f"--{name}", str(given)) for name, given in PROCESSES.items()}
+    found = parsed(tmp_path, *(w for pair in words.values() for w in pair)).distributed
+    assert (found.coordinator, found.processes, found.process_id) == ("host:1234", 4, 3)
+    for name in PROCESSES:
+        rest = [w for other, pair in words.items() if other != name for w in pair]
+        with pytest.raises(ValueError, match=r"distributed\.\w+ (goes with|is set, and)"):
+            parsed(tmp_path, *rest)
+    assert parsed(tmp_path, "--distributed.coordinator", "auto").distributed.coordinator == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("coordinator", "host", "must be HOST:PORT or auto, got 'host'"),
+        ("process_id", "4", "process_id must be from 0 to 3, got 4"),
+        ("processes", "0", "processes must be a whole number of at least 1, got 0"),
+        ("lost_timeout", "0", "lost_timeout must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(tmp_path, name, given, message):
+    wanted = PROCESSES | {f"distributed.{name}": given}
+    with pytest.raises(ValueError, match=message):
+        parsed(tmp_path, *(w for n, v in wanted.items() for w in (f"--{n}", str(v))))
+
+
 def test_the_command_line_wins_and_the_last_word_on_it(tmp_path):
     content = nested("lora.rank", 2)
     settings = parsed(tmp_path, "--lora.rank", "3", "--lora.rank=4", content=content)
@@ -234,7 +271,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
         ({**LEAST, "optimiser": {}}, ["no key 'optimiser'", "did you mean 'optimizer'"]),
         (nested("lora.rnk", 1), ["lora: there is no key 'rnk'", "did you mean 'rank'"]),
         (nested("train.epoch", 1), ["train: there is no key 'epoch'", "did you mean 'epochs'"]),
-        (nested("mesh.tensor", 1), ["mesh: there is no key 'tensor'", "known: data"]),
+        (nested("mesh.date", 1), ["mesh: there is no key 'date'", "did you mean 'data'"]),
         ({**LEAST, "mesh": [1]}, ["mesh must hold a mapping", "[1]"]),
         ({**LEAST, "seed": "one"}, ["seed", "one"]),
         ({**LEAST, "seed": 1.5}, ["seed", "1.5"]),
@@ -362,6 +399,15 @@ def test_the_method_decides_what_is_applied(tmp_path):
     again = parsed(tmp_path, "--lora.modules_to_save", "[head]").applied
     assert again is not None
     assert again.modules_to_save == ("head",)
+
+
+def test_rates_of_an_adapter_go_with_one(tmp_path):
+    rates = ("--init_adapter_rates", "new")
+    assert parsed(tmp_path, *rates, "--init_adapter", "old_run").init_adapter_rates == "new"
+    with pytest.raises(ValueError, match="init_adapter_rates goes with init_adapter"):
+        parsed(tmp_path, *rates)
+    with pytest.raises(ValueError, match="init_adapter is empty"):
+        parsed(tmp_path, "--init_adapter", " ")
 
 
 @pytest.mark.parametrize("target", ["[query, up]", ".*/(query|up)"])

@@ -97,6 +97,7 @@ def path_map(table: NameTable, form: Form, *, prefix: str | None = None) -> Path
             rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
         elif ours not in taken:
             rules[ours, theirs] = (ours, theirs)
+    rules |= {(ours, "lm_head"): (ours, "lm_head", "TiedHead") for ours in form.tied}
     return tuple(rules.values())
 
 
@@ -201,7 +202,8 @@ def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             for rows in tensor.rows():
-                file.write(np.ascontiguousarray(rows, tensor.dtype).data.cast("B") if rows.size else b"")
+                # As bytes: bfloat16 is no type that a file takes.
+                file.write(np.ascontiguousarray(rows, tensor.dtype).reshape(-1).view(np.uint8).data)
 
 
 def _named(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> Iterator[Tensor]:

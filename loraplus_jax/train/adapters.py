@@ -44,6 +44,11 @@ def notes_of(directory: Path) -> dict[str, Any]:
     return peft_notes(directory) or {} if is_peft(directory) else adapter_notes(directory)
 
 
+def notes_path(directory: Path) -> Path:
+    """The file that holds them."""
+    return directory / (peft_io.NOTES if is_peft(directory) else adapter_io.NOTES)
+
+
 def own_config(directory: Path) -> LoRAPlusConfig | None:
     """The config in the notes of an adapter; None for a model trained in full.
 
@@ -54,7 +59,7 @@ def own_config(directory: Path) -> LoRAPlusConfig | None:
     try:
         return None if found is None else LoRAPlusConfig.from_json(found)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory}: its config is damaged: {error}") from None
+        raise ValueError(f"{notes_path(directory)}: {error}") from None
 
 
 def form_of(parts: Parts) -> export.Form:

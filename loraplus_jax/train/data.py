@@ -109,7 +109,7 @@ class Rows:
     Attributes:
       texts: the texts.
       pairs: the second texts, or None.
-      labels: the labels as written in the file.
+      labels: the labels as written in the file, without white space around them.
       places: `file:line` of each row, for error messages.
     """
 
@@ -171,7 +171,8 @@ def load_rows(path: Path, settings: DataSettings) -> Rows:
 
     pairs = column(settings.text_pair) if settings.text_pair is not None else None
     places = tuple(f"{path}:{row.line}" for row in rows)
-    return Rows(column(settings.text), pairs, column(settings.label), places)
+    labels = tuple(label.strip() for label in column(settings.label))
+    return Rows(column(settings.text), pairs, labels, places)
 
 
 def _split(rows: Rows, shares: Mapping[str, float], seed: int) -> dict[str, Rows]:
@@ -197,12 +198,16 @@ def label_names(splits: Mapping[str, Rows]) -> list[str]:
     """The classes: the distinct labels of the train split, sorted; whole numbers by their value.
 
     Raises:
-      ValueError: there is only one, or another split has labels that train has not (with `file:line`).
+      ValueError: there is only one, two are one whole number, as 1 and 1.0 are, or another split has labels that
+        train has not (with `file:line`).
     """
     known = set(splits["train"].labels)
     whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in known)
     names = sorted(known, key=lambda label: (int(label) if whole else 0, label))
     raise_problems([problem for rows in splits.values() for problem in _unknown(rows, names)])
+    for name in names:
+        if (number := re.fullmatch(r"([+-]?[0-9]+)\.0+", name)) and number[1] in known:
+            raise ValueError(f"labels {number[1]!r} and {name!r} are the same number: write it in one way")
     if len(names) < 2:
         raise ValueError(
             f"classification needs two labels or more, and the train split has only {names[0]!r}"

@@ -86,7 +86,7 @@ def _opened(place: Path) -> _Source:
         raise FileNotFoundError(f"{place} is no run that has ended and no adapter directory")
     notes = notes_of(directory)
     if not {"settings", "task", "base"} <= notes.keys():
-        raise ValueError(f"{directory} was not written by loraplus: model, data and task are not in it")
+        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
     settings, task = known_of(directory, notes)
     config = own_config(directory)
     base = resolve(settings.model.path, "model")

@@ -128,6 +128,27 @@ def times(program: Program) -> dict[str, int]:
     return {name: count(name) for name in program}
 
 
+def looped_products(text: str) -> int:
+    """How many loops of several rounds hold matrix products: XLA's cost analysis counts one round of each.
+
+    Raises:
+      ValueError: a loop's number of rounds cannot be read.
+    """
+    program = parse(text)
+
+    def has_product(name: str) -> bool:
+        return any(
+            i.opcode in ("dot", "convolution") or any(map(has_product, _called(i))) for i in program[name]
+        )
+
+    return sum(
+        trip_count(program, computation, i) > 1
+        for computation, instructions in program.items()
+        for i in instructions
+        if i.opcode == "while" and has_product(_named(i.rest, "body"))
+    )
+
+
 def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     """Rounds of a while loop: as XLA notes it, or else of a counter that goes in equal steps up to a constant.
 

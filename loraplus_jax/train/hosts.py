@@ -81,6 +81,18 @@ class DistributedSettings:
 ALL_DEVICES, ONE_PROCESS = MeshSettings(), DistributedSettings()
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has saved what it had.
+
+    Attributes:
+      signal_number: which signal.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 class LostProcess(Exception):
     """Another process of the run has ended, or cannot be reached any more."""
 
@@ -112,6 +124,9 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
         watch.cancel()
     try:
         yield
+    except Stopped:  # by all of them, at the same step
+        jax.distributed.shutdown()
+        raise
     except (jax.errors.JaxRuntimeError, TimeoutError) as error:  # the second from orbax
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
             raise

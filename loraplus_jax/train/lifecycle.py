@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ import filelock
 import jax
 import orbax.checkpoint as ocp
 import yaml
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ..checkpoint import differences
 from ..models.hf import read_json
+from .hosts import Stopped as Stopped
 from .hosts import is_first, wait_for_all
 from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, MAY_CHANGE, Settings, apart
@@ -30,18 +33,6 @@ OF_A_START = ("output_dir ", "distributed.")
 """Settings that say where a run is started, and not what it is."""
 
 
-class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved what it had.
-
-    Attributes:
-      signal_number: which signal.
-    """
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-
 @contextmanager
 def only_run(directory: Path) -> Iterator[None]:
     """Holds the directory for this process; the operating system lets go of it when the process ends, however.
@@ -49,6 +40,17 @@ def only_run(directory: Path) -> Iterator[None]:
     Raises:
       ValueError: another process has a run in it; the message gives its pid.
     """
+    lock, owner = _locked(directory), directory / OWNER
+    try:
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
+        lock.release()
+
+
+def _locked(directory: Path) -> filelock.BaseFileLock:
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     try:
         lock.acquire(timeout=0)
@@ -57,13 +59,31 @@ def only_run(directory: Path) -> Iterator[None]:
         raise ValueError(
             f"a run with pid {pid} is at work in {directory}; wait for it or choose another"
         ) from None
+    return lock
+
+
+def _check_free(directory: Path) -> None:
+    """Raises ValueError if a run is at work in the directory: said now, not when the weights are loaded."""
+    if (directory / LOCK).exists():
+        _locked(directory).release()
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises ValueError unless files can be made in the directory: by trying, since rights do not tell all."""
+    made = []
     try:
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
+        for path in (*reversed(directory.parents), directory):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
     finally:
-        with contextlib.suppress(OSError):
-            owner.unlink()
-        lock.release()
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: another run has come first
+                path.rmdir()
 
 
 @contextmanager
@@ -100,6 +120,9 @@ def check_directory(
     for parent in (directory, *directory.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file")
+    if is_first():
+        _check_writable(directory)
+        _check_free(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
         return []
@@ -172,6 +195,19 @@ def set_aside(directory: Path, console: Console) -> None:
 
 
 @contextmanager
+def own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
+    """The output directory, made or taken over, and held."""
+    if fresh:
+        set_aside(directory, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_run(directory):
+        if not (directory / CONFIG).exists():
+            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            write_config(directory, settings)
+        yield
+
+
+@contextmanager
 def kept_programs(directory: Path, console: Console) -> Iterator[None]:
     """Compiled programs are kept in a directory; if they cannot be, a line says so.
 
@@ -198,6 +234,9 @@ def _tell_of_cache(text: str, directory: Path, console: Console) -> None:
 class StopSignal:
     """While entered, SIGTERM and SIGINT (Ctrl-C) only leave a note; a second one acts as it always does.
 
+    Where several processes train, JAX's preemption service has SIGTERM, of whichever process, and chooses a step
+    that all of them reach; SIGINT is handed on to it.
+
     Attributes:
       received: the signal's number, or None.
     """
@@ -208,10 +247,18 @@ class StopSignal:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
-        for number in self.SIGNALS:
+        ours = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+        self._before = {number: signal.getsignal(number) for number in ours}
+        for number in ours:
             signal.signal(number, self._note)
         return self
+
+    def is_due(self, step: int) -> bool:
+        """Whether to stop after a step, which is to be asked after every one."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM if self.received is None else self.received
+            return True
+        return jax.process_count() == 1 and self.received is not None
 
     def __exit__(self, *_: object) -> None:
         self._restore()
@@ -219,6 +266,8 @@ class StopSignal:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

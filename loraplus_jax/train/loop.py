@@ -5,37 +5,35 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from rich.console import Console
 
 from ..adapter_io import save_adapter
-from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
+from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
 from ..optim import rate_at
-from ..sharding import batch_sharding, distribute, local_rows
-from ..train_step import TrainState, init_state, means
+from ..sharding import distribute, local_rows
+from ..train_step import TrainState, init_state
 from ..tree import combine, count, label_params
-from .data import Batch, eval_batches, train_batches
+from .data import Batch, train_batches
+from .evaluation import evaluate, place
 from .fetch import cache_dir
 from .hosts import is_first, joined, to_host, wait_for_all
 from .lifecycle import (
     ADAPTER,
     CHECKPOINTS,
-    CONFIG,
     Stopped,
     StopSignal,
     check_directory,
     keep_results,
     kept_programs,
     named,
-    only_run,
-    set_aside,
+    own,
     set_aside_damaged,
     write_config,
 )
@@ -44,7 +42,7 @@ from .prepare import Run, prepare
 from .report import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .screen import head, progress, show
 from .settings import Settings
-from .watch import Seen, TrainingFailed, advice, as_floats, look, not_finite, skipped_up_to
+from .watch import Seen, TrainingFailed, advice, as_floats, check_skipped, look, skipped_up_to
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def _train(
     wait_for_all("nobody writes before all have looked")
     with named(directory), contextlib.ExitStack() as stack:
         if is_first():
-            stack.enter_context(_own(directory, settings, fresh, console))
+            stack.enter_context(own(directory, settings, fresh, console))
         wait_for_all("the directory is there")
         task = run.data.task
         best = f"validation/{task.metric}"
@@ -101,19 +99,6 @@ def _train(
             manager.close()
 
 
-@contextlib.contextmanager
-def _own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
-    """The output directory, made or taken over, and held."""
-    if fresh:
-        set_aside(directory, console)
-    directory.mkdir(parents=True, exist_ok=True)
-    with only_run(directory):
-        if not (directory / CONFIG).exists():
-            # The first file of a run: by it the directory is known as one, however early the run is killed.
-            write_config(directory, settings)
-        yield
-
-
 def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
     """Raises ValueError if the run is past its new end already."""
     done = manager.latest_step() or 0
@@ -123,30 +108,15 @@ def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
         )
 
 
-def evaluate(
-    eval_fn: Any, trainable: Any, frozen: Any, arrays: Batch, batch_size: int, mesh: Mesh
-) -> dict[str, float]:
-    """The means over all rows of a split, every row once."""
-    totals: Any = None
-    for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
-        pairs = eval_fn(trainable, frozen, place(batch, mesh))
-        totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
-    return {name: float(value) for name, value in means(totals).items()}
-
-
-def place(batch: Batch, mesh: Mesh) -> Any:
-    """A process's part of a batch on its devices, as one array over the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
-
-
 class Trainer:
     """One run from its start, or its newest checkpoint, to its summary."""
 
     def __init__(self, run: Run, directory: Path, manager: ocp.CheckpointManager, console: Console) -> None:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
+        self.stop = StopSignal()
         self.seen = Seen()
+        self.due = False  # whether the checkpoint gone on from still lacks its evaluation
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
@@ -166,17 +136,25 @@ class Trainer:
         """Everything; returns the summary."""
         started = time.perf_counter()
         rows = self.go_on()
-        step = int(self.state.step)
+        self.step = step = int(self.state.step)
         self.log = RunLog(self.directory, keep=rows, writes=is_first())
         try:
-            for line in head(self.run, step):
-                self.console.print(line)
-            before = self.before()
-            self.loop(step)
-            after = self.finish()
-            return self.write_summary(before, after, time.perf_counter() - started)
+            with self.stop:
+                for line in head(self.run, step):
+                    self.console.print(line)
+                before = self.before()
+                self.loop(step)
+                after = self.finish()
+                return self.write_summary(before, after, time.perf_counter() - started)
         finally:
             self.log.close()
+
+    def check_stop(self) -> None:
+        """Ends the run, whose newest checkpoint is that of its last step, if a signal asked for it."""
+        if self.stop.received is not None:
+            self.manager.wait_until_finished()
+            message = f"stopped at step {self.step} of {self.run.steps}; the same command goes on from there"
+            raise Stopped(self.stop.received, message)
 
     def go_on(self) -> int:
         """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
@@ -189,7 +167,7 @@ class Trainer:
             self.state, position = restored.state, restored.input_position
             self.batches.set_state(position["batches"])
             self.pending, losses = position["pending"], position["losses"]
-            self.seen = Seen(tuple(losses), position["skipped"])
+            self.seen, self.due = Seen(tuple(losses), position["skipped"]), position["due"]
             return position["rows"]
         return 0
 
@@ -202,6 +180,8 @@ class Trainer:
         """The held-out result before the first step, from the log when the run goes on."""
         name = f"{self.held_out}/"
         first = next((row for row in self.log.rows if row["step"] == 0), None)
+        if first is None and self.step:
+            raise ValueError(f"{self.log.path} has no row of step 0: put the file back as the run left it")
         if first is None:
             values = self.evaluate(self.state.trainable, self.held_out)
             if not math.isfinite(values["loss"]):
@@ -225,8 +205,10 @@ class Trainer:
     def loop(self, step: int) -> None:
         """The steps that are left, with evaluations, checkpoints and early stopping."""
         every = self.settings
-        with progress(self.console) as bar, StopSignal() as stop:
+        with progress(self.console) as bar:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
+            if self.due:
+                self.evaluate_and_save(step)
             self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
                 batch = next(self.batches)
@@ -234,7 +216,8 @@ class Trainer:
                 placed = place(batch, self.run.mesh)
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
                 self.pending.append(metrics)
-                step += 1
+                self.step = step = step + 1
+                stopping = self.stop.is_due(step)
                 if before is not None:
                     self.log.write(step, self.measure(before, batch))
                 if step % every.log_every == 0 or step == self.run.steps or self.failing():
@@ -242,14 +225,10 @@ class Trainer:
                     bar.update(task, completed=step, loss=loss, rate=rate)
                 if step % every.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
-                elif stop.received is not None:
+                elif stopping:
                     self.save(None)
-                if stop.received is not None:
-                    self.manager.wait_until_finished()
-                    message = (
-                        f"stopped at step {step} of {self.run.steps}; the same command goes on from there"
-                    )
-                    raise Stopped(stop.received, message)
+                if stopping:
+                    self.check_stop()
         if self.pending:
             self.log_row(step)
 
@@ -273,7 +252,7 @@ class Trainer:
         values["skipped"] = float(len(host) - len(done))
         rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
         self.log.write(step, values | rates | {"steps_per_second": speed})
-        self.check_skipped(first, host)
+        check_skipped(self.run, self.seen, first, host, self.manager.latest_step() or 0)
         self.seen = seen
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
@@ -287,21 +266,19 @@ class Trainer:
             return False
         return skipped_up_to(self.seen, as_floats(before), self.settings.max_skipped) is not None
 
-    def check_skipped(self, first: int, rows: Sequence[Mapping[str, float]]) -> None:
-        """Ends the run when too many steps in a row were skipped, naming what was not finite."""
-        most = self.settings.max_skipped
-        place = skipped_up_to(self.seen, rows, most)
-        if place is not None:
-            odd = not_finite(rows[place])
-            raise TrainingFailed(
-                f"{most} steps in a row up to step {first + place} were skipped: not finite were "
-                f"{', '.join(odd)}; {advice(self.run, odd)}; checkpoints up to step "
-                f"{self.manager.latest_step() or 0} are kept"
-            )
-
     def evaluate_and_save(self, step: int) -> None:
-        """The validation result goes to the log, to the screen and with a checkpoint."""
-        values = self.evaluate(self.state.trainable, "validation")
+        """The validation result goes to the log, to the screen and with a checkpoint.
+
+        If a signal comes before it is there, the checkpoint is saved with a note that it is due, and the run that
+        goes on makes it up: evaluating a large split may take longer than the machine is left to us.
+        """
+        try:
+            values = self.evaluate(self.state.trainable, "validation")
+        except Stopped:
+            if not self.due:
+                self.save(None, due=True)
+                self.manager.wait_until_finished()
+            raise
         if not math.isfinite(values["loss"]):
             tips = advice(self.run, ["grad_norm/a"])
             raise TrainingFailed(
@@ -310,14 +287,22 @@ class Trainer:
             )
         named = {f"validation/{name}": value for name, value in values.items()}
         self.log.write(step, named)
-        self.save(named)
+        if self.due:
+            add_metrics(self.manager, step, named)
+            self.due = False
+        else:
+            self.save(named)
         self.clock = time.perf_counter()
         self.console.print(f"step {step}: {show(values)} (validation)")
 
-    def save(self, metrics: Mapping[str, float] | None) -> None:
-        """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet."""
+    def save(self, metrics: Mapping[str, float] | None, *, due: bool = False) -> None:
+        """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet.
+
+        The rows that it counts on are on the disk before.
+        """
+        self.log.sync()
         position = {"batches": self.batches.get_state(), "pending": as_floats(self.pending)}
-        position |= {"rows": len(self.log.rows), **self.seen._asdict()}
+        position |= {"rows": len(self.log.rows), **self.seen._asdict(), "due": due}
         save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
 
     def should_stop(self) -> bool:
@@ -356,7 +341,9 @@ class Trainer:
             settings=settings,
             **notes,
         )
-        title = f"{self.run.settings.method}, {self.run.settings.model.path} on {self.source()}"
+        data = self.run.settings.data
+        source = Path(data.path or data.train or "").name
+        title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
 
     def choose_best(self) -> None:
@@ -408,10 +395,8 @@ class Trainer:
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
         """The means over a split, and what follows from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
-        values = evaluate(self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
+        # Of several processes none may leave an evaluation that the others are in.
+        check = self.check_stop if jax.process_count() == 1 else lambda: None
+        given = (self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
+        values = evaluate(*given, between=check)
         return values | self.task.derived(values)
-
-    def source(self) -> str:
-        """What was trained on, in a word."""
-        data = self.run.settings.data
-        return Path(data.path or data.train or "").name

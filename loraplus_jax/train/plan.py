@@ -26,7 +26,7 @@ from ..tree import count
 from .chips import Chip, tpu_devices
 from .family import Base, Data, Parts
 from .fetch import resolve
-from .hlo import Collective, collectives
+from .hlo import Collective, collectives, looped_products
 from .language import head_is_frozen
 from .memory import free_bytes
 from .prepare import (
@@ -61,10 +61,12 @@ class Work(NamedTuple):
     Attributes:
       flops: additions and multiplications.
       bytes: read and written, by XLA's count, for which all memory is alike: what stays on the chip counts too.
+      loops: loops with matrix products that the compiler left, of which both numbers count one round alone.
     """
 
     flops: float
     bytes: float
+    loops: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,7 +262,8 @@ def count_work(
         return None, ()
     flops = extrapolated(first.flops, second.flops, layers)
     size = extrapolated(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
-    return Work(parts * flops, parts * size), tuple((second.gathers - first.gathers).elements())
+    work = Work(parts * flops, parts * size, second.loops)
+    return work, tuple((second.gathers - first.gathers).elements())
 
 
 class _Counted(NamedTuple):
@@ -268,6 +271,7 @@ class _Counted(NamedTuple):
 
     flops: float
     bytes: float
+    loops: int
     gathers: Counter[Collective]
 
 
@@ -276,9 +280,9 @@ def _counted(step: Step, mesh: Mesh) -> _Counted | None:
     program, problem = _compiled(step.lowered, TO_COUNT if on_tpu else None)
     if problem is not None:
         return None
-    gathers = (c._replace(where="") for c in collectives(program.as_text()) if c.kind == "all-gather")
-    cost = program.cost_analysis()
-    return _Counted(cost["flops"], cost["bytes accessed"], Counter(gathers))
+    text, cost = program.as_text(), program.cost_analysis()
+    gathers = (c._replace(where="") for c in collectives(text) if c.kind == "all-gather")
+    return _Counted(cost["flops"], cost["bytes accessed"], looped_products(text), Counter(gathers))
 
 
 def extrapolated(first: float, second: float, layers: int) -> float:

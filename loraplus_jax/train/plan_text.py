@@ -125,6 +125,10 @@ def _work(plan: Plan) -> str:
         seconds = plan.roofline.get(name)
         rows.append((BINDS[name], amount, "-" if seconds is None else f"{1e3 * seconds:.1f}"))
     lines = [_table(rows)]
+    if plan.work.loops:
+        lines.append(
+            f"FLOPs and bytes are too low: of {plan.work.loops} loops that the compiler left, one round is counted"
+        )
     if plan.roofline:
         name, seconds = max(plan.roofline.items(), key=lambda item: item[1])
         rate = plan.rows * plan.tokens / seconds

@@ -27,7 +27,6 @@ from .family import Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .memory import check_memory
 from .prepare import (
-    Programs,
     build,
     check_rates,
     count_steps,
@@ -66,6 +65,18 @@ class Members(struct.PyTreeNode):
     alive: Any
 
 
+class Programs(NamedTuple):
+    """What runs on the devices, compiled for a chunk of members.
+
+    Attributes:
+      step: `(members, frozen, batches) -> members`, each member with a batch of its own.
+      evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, all with the same batch.
+    """
+
+    step: Any
+    evaluate: Any
+
+
 class Population(NamedTuple):
     """All that a sweep trains with.
 
@@ -77,8 +88,7 @@ class Population(NamedTuple):
       mesh: the devices, along `"members"`.
       at_once: members that a device computes side by side.
       chunk: members of one call of the programs.
-      programs: compiled: `step(members, frozen, batches) -> members`, each member with a batch of its own, and
-        `evaluate(members, frozen, batch) -> {name: (sums, weights)}`, all with the same.
+      programs: see there.
       first: `(trial, seed)` to a member before its first step.
       metadata: what checkpoints say of themselves.
     """

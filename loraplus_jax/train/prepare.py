@@ -40,7 +40,7 @@ from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .live import compile_theory, measured_rows
 from .memory import check_memory
-from .settings import OptimizerSettings, Settings, apart
+from .settings import MOST_STEPS, OptimizerSettings, Settings, apart
 
 
 class Run(NamedTuple):
@@ -133,11 +133,14 @@ def inspect(settings: Settings) -> str:
     Raises:
       ValueError, OSError: as training would.
     """
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = family_of(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
     config = settings.applied
     parts = build(settings, directory, data.task, config)
+    check_tensor(mesh, parts.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
     peak = settings.optimizer.warmup_steps
     table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
@@ -167,6 +170,10 @@ def count_steps(settings: Settings, examples: int) -> int:
         raise ValueError(f"train.batch_size is {batch}, the train split has only {examples} rows")
     epochs = 3.0 if settings.train.epochs is None else settings.train.epochs
     steps = settings.train.steps or max(1, math.ceil(epochs * (examples // batch)))
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"train.epochs is {epochs:g}, which makes {steps:g} steps; at most {MOST_STEPS} are counted"
+        )
     if settings.optimizer.warmup_steps >= steps:
         raise ValueError(
             f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, of {steps} steps in all"

@@ -19,13 +19,18 @@ class RunLog:
     """Appends rows of numbers to `metrics.jsonl` and to TensorBoard events.
 
     Opened on a directory with older rows, it keeps the first `keep`: what was logged after the checkpoint that a
-    run goes on from will be logged again. With `writes=False` it only keeps them in memory: of several processes
-    one writes for all.
+    run goes on from will be logged again. If there are fewer, that is a ValueError and the file stays as it is.
+    With `writes=False` it only keeps them in memory: of several processes one writes for all.
     """
 
     def __init__(self, directory: Path, *, keep: int = 0, writes: bool = True) -> None:
         self.path = directory / METRICS
         self.rows = read_rows(self.path, most=keep)
+        if len(self.rows) < keep:
+            raise ValueError(
+                f"{self.path} has {len(self.rows)} whole rows, and the checkpoint that the run goes on from was "
+                f"saved after {keep}: put the file back as the run left it, or start over with --fresh"
+            )
         self._writes = writes
         if not writes:
             return
@@ -44,6 +49,17 @@ class RunLog:
         self._file.flush()
         self._events.write_event(_scalars(step, values))
         self._events.flush()
+
+    def sync(self) -> None:
+        """Has all rows, and the file's name, on the disk, should the machine be switched off."""
+        if not self._writes:
+            return
+        os.fsync(self._file.fileno())
+        directory = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """`(step, value)` of every row that has the name."""
@@ -88,16 +104,19 @@ def read_rows(path: Path, most: int | None = None) -> list[Row]:
     """The rows of a `metrics.jsonl`, all or the first; a last line cut short by a sudden end is left out.
 
     Raises:
-      ValueError: a line is not JSON; it is named.
+      ValueError: a line is not JSON, or no row; it is named.
     """
     if not path.exists():
         return []
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1][:most], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: no row of numbers: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}:{number}: no row of numbers with its step: {line[:40]!r}")
+        rows.append(row)
     return rows
 
 

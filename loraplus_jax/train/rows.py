@@ -18,6 +18,8 @@ Problem = tuple[int, str]
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 RECORD_SUFFIXES = (*SUFFIXES, ".json")
 SHOWN_PROBLEMS = 20
+LONGEST = 2**22
+"""Characters of a field of CSV or TSV: a stray quote takes in what follows, at up to eight bytes a character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,14 +180,18 @@ def _table_records(path: Path, text: str, columns: Sequence[str], problems: Prob
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Non-blank rows of a `csv.reader` with the line each begins at."""
     while True:
-        line = reader.line_num + 1
+        line, before = reader.line_num + 1, csv.field_size_limit(LONGEST)
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            problems.add(line, f"malformed row, perhaps a stray quote: {error}")
+            long = "field larger" in str(error)
+            what = f"a text of more than {LONGEST:,} characters" if long else error
+            problems.add(line, f"malformed row, perhaps a stray quote: {what}")
             continue
+        finally:
+            csv.field_size_limit(before)  # it is the whole process's
         if len(fields) > 1 or "".join(fields).strip():
             yield line, fields
 
@@ -193,7 +199,7 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
 def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            record = json.loads(line) if line.strip() else None
+            record = _parsed(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             problems.add(number, f"invalid JSON: {error}")
             continue
@@ -203,9 +209,35 @@ def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
             problems.add(number, f"each line must hold a JSON object, got {line.strip()[:40]}")
 
 
+def _parsed(text: str) -> Any:
+    """A JSON value; an object with a key twice is a ValueError: which of the two was meant?"""
+    return json.loads(text, object_pairs_hook=_mapping)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {json.dumps(twice):.80} stands twice in an object")
+    return values
+
+
+def _written(value: Any) -> str:
+    """A value of JSON as a string, the same for the same number: 1.0 is 1.
+
+    >>> _written("a"), _written(1), _written(1.0), _written(1.5), _written(True)
+    ('a', '1', '1', '1.5', 'true')
+    """
+    if isinstance(value, str):
+        return value
+    whole = isinstance(value, float) and abs(value) < 2**53 and value.is_integer()
+    return json.dumps(int(value) if whole else value)
+
+
 def _json_items(path: Path, text: str, problems: Problems) -> Iterator[Record]:
     try:
-        items = json.loads(text) if text.strip() else []
+        items = _parsed(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: invalid JSON: {error}") from None
     if not isinstance(items, list):
@@ -232,7 +264,7 @@ def _string_records(
         for fault in faults:
             problems.add(number, fault)
         if not faults:
-            yield number, {c: v if isinstance(v, str) else json.dumps(v) for c, v in wanted.items()}
+            yield number, {c: _written(v) for c, v in wanted.items()}
 
 
 def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterator[Problem]:

@@ -25,6 +25,8 @@ QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
 LANGUAGE = ("instruction", "multiple_choice")
 """The tasks of causal language models; the others are those of encoders."""
+MOST_STEPS = 2**31 - 1
+"""Steps are counted in int32."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +170,9 @@ class TrainSettings:
             raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
         if self.epochs is not None:
             check_number("train.epochs", self.epochs, above=0.0)
-        for name in ("steps", "early_stopping", "theory_every"):
+        if self.steps is not None:
+            check_whole("train.steps", self.steps, at_least=1, at_most=MOST_STEPS)
+        for name in ("early_stopping", "theory_every"):
             if getattr(self, name) is not None:
                 check_whole(f"train.{name}", getattr(self, name), at_least=1)
         for name in (
@@ -238,6 +242,9 @@ class Settings:
         if self.init_adapter is None and self.init_adapter_rates != "same":
             raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
         _check_kind(self)
+        if (config := self.applied) is not None:
+            rate = self.optimizer.learning_rate * config.lr_ratio
+            check_number("lora.lr_ratio times optimizer.learning_rate, B's rate,", rate, above=0.0)
 
     @property
     def is_language(self) -> bool:

@@ -1,6 +1,5 @@
 """The pictures of a sweep's report, all drawn from the report alone, and told apart without colour."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,22 +51,30 @@ def heat_map(axes: Any, report: Report) -> None:
     rates = np.array(list(cells))
     ends = np.array([rates.min() / 1.6, rates.max() * 1.6])
     axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=1)
-    size = 1400 / max(1.0, math.sqrt(len(cells) / 8))
+    size = 1400 / max(1.0, len(cells) / 8)
+    most = min(losses.max(), 2 * np.median(losses))  # one setting that is far off does not hide all others
     shown = axes.scatter(
-        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", edgecolors="white", zorder=2
+        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", vmax=most, edgecolors="white", zorder=2
     )
-    middle = (losses.min() + losses.max()) / 2
+    middle = (losses.min() + most) / 2
     for (x, y), loss in zip(points, losses, strict=True):
         colour = "black" if loss < middle else "white"
-        axes.annotate(f"{loss:.3f}", (x, y), ha="center", va="center", fontsize=7, color=colour, zorder=3)
+        axes.annotate(
+            f"{loss:.3f}" if loss < 100 else f"{loss:.0e}",
+            (x, y),
+            ha="center",
+            va="center",
+            fontsize=7 if len(cells) <= 16 else 5.5,
+            color=colour,
+            zorder=3,
+        )
     if gone:
         axes.scatter(*np.array(gone).T, s=90, marker="x", color="black", zorder=3)
     best = points[losses.argmin()]
-    axes.annotate("\u2605", best, xytext=(7, 5), textcoords="offset points", fontsize=16, zorder=4)
+    axes.annotate("\u2605", best, xytext=(4, 4), textcoords="offset points", fontsize=16, zorder=4)
     axes.annotate(
-        "LoRA: equal rates", (ends[1], ends[1]), ha="right", va="top", fontsize=9, xytext=(0, -14),
-        textcoords="offset points",
-    )  # fmt: skip
+        "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
+    )
     axes.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=ends)
     axes.set_title(f"Validation loss after {first} of {report['protocol']['steps']} steps")
     axes.set_xlim(rates[:, 0].min() / 1.6, rates[:, 0].max() * 1.6)
@@ -141,7 +148,7 @@ def control(axes: Any, report: Report) -> None:
         axes.plot([column] * len(losses), losses, MARKERS[arm], color=COLOURS[arm], markersize=8)
         if losses:
             axes.hlines(np.mean(losses), column - 0.18, column + 0.18, color=COLOURS[arm], linewidth=2)
-    axes.set_xticks(range(len(arms)), [name_of(arm, report) for arm in arms])
+    axes.set_xticks(range(len(arms)), [name_of(arm, report).replace(", ", "\n", 1) for arm in arms])
     axes.set(ylabel="test loss", title="Test loss by seed; bars are means", xlim=(-0.5, len(arms) - 0.5))
     axes.grid(axis="y", alpha=0.3)
 

@@ -24,6 +24,7 @@ from .adapters import (
     is_peft,
     merged_table,
     notes_of,
+    notes_path,
     own_config,
     read_adapter,
 )
@@ -84,7 +85,7 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
         adapted = settings.applied
     else:
         more = ": give the config of a run with --config" if is_peft(directory) else ""
-        raise ValueError(f"{directory} was not written by loraplus: model, data and task are not in it{more}")
+        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it{more}")
     parts = load(settings, base, build(settings, base, task, adapted), adapted)
     check_base(directory, parts, base)
     adapter = read_adapter(directory, parts, params_of(parts))
@@ -102,7 +103,7 @@ def known_of(directory: Path, notes: Mapping[str, Any], config: str | None = Non
         settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
         return settings, _task(notes["task"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{directory}: its settings are damaged: {error}") from None
+        raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
 
 
 def _from_config(directory: Path, settings: Settings) -> tuple[Settings, Path, Any]:

@@ -105,6 +105,26 @@ def skipped_up_to(seen: Seen, rows: Sequence[Mapping[str, float]], most: int) ->
     return None
 
 
+def check_skipped(run: Run, seen: Seen, first: int, rows: Sequence[Mapping[str, float]], kept: int) -> None:
+    """Ends the run when too many steps in a row were skipped, naming what was not finite.
+
+    Args:
+      run: says how many are too many.
+      seen: of the steps before.
+      first: the step of the first row.
+      rows: steps' metrics.
+      kept: the step of the newest checkpoint.
+    """
+    most = run.settings.train.max_skipped
+    place = skipped_up_to(seen, rows, most)
+    if place is not None:
+        odd = not_finite(rows[place])
+        raise TrainingFailed(
+            f"{most} steps in a row up to step {first + place} were skipped: not finite were {', '.join(odd)}; "
+            f"{advice(run, odd)}; checkpoints up to step {kept} are kept"
+        )
+
+
 def not_finite(row: Mapping[str, float]) -> list[str]:
     """What in a step's metrics is not finite; updates, which follow from the rest, only where the rest is.
 

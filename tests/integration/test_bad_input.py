@@ -315,21 +315,77 @@ CASES = [
     Case("max_length without room", ("max_length must be above 2",), ("--data.max_length", "2")),
     Case(
         "mesh does not divide the batch",
-        ("batch_size / accumulate is 12", "8 devices"),
+        ("batch_size / accumulate is 12", "8 parts of a batch (mesh.data 8", "give a multiple of 8"),
         ("--mesh.data", "8", "--train.batch_size", "12"),
     ),
     Case(
         "mesh does not divide the evaluation",
-        ("eval_batch_size is 12", "8 devices"),
+        ("eval_batch_size is 12", "8 parts of a batch (mesh.data 8", "give a multiple of 8"),
         ("--mesh.data", "8", "--train.eval_batch_size", "12"),
     ),
     Case(
         "mesh too large", ("mesh.data must be -1 or from 1 to the 8 devices", "got 9"), ("--mesh.data", "9")
     ),
     Case(
+        "mesh that does not divide the devices",
+        ("mesh fsdp 3 x tensor 1 does not divide the 8 devices", "change mesh.fsdp to one of 1, 2, 4, 8"),
+        ("--mesh.data", "-1", "--mesh.fsdp", "3"),
+    ),
+    Case(
+        "heads that tensor does not divide",
+        ("mesh.tensor is 4", "num_attention_heads, 2", "change mesh.tensor to one of 1, 2"),
+        ("--mesh.tensor", "4", "--mesh.data", "2"),
+    ),
+    Case(
+        "processes without a coordinator",
+        ("distributed.processes goes with distributed.coordinator HOST:PORT",),
+        ("--distributed.processes", "2"),
+    ),
+    Case(
         "full in bf16",
         ("method full", "model.param_dtype must be float32"),
         ("--method", "full", "--model.param_dtype", "bfloat16"),
+    ),
+    Case(
+        "steps that no counter holds",
+        ("train.steps must", "at most 2147483647", "got 900000000000000"),
+        ("--train.steps", "900000000000000"),
+    ),
+    Case(
+        "epochs that no counter holds",
+        ("train.epochs is 1e+18", "at most 2147483647"),
+        ("--train.steps", "null", "--train.epochs", "1e18"),
+    ),
+    Case(
+        "lr_ratio beyond float32",
+        ("lora.lr_ratio must", "1e+300, which float32 cannot hold"),
+        ("--lora.lr_ratio", "1e300"),
+    ),
+    Case("alpha beyond float32", ("lora.alpha must", "which float32 cannot hold"), ("--lora.alpha", "1e300")),
+    Case(
+        "B's rate beyond float32",
+        ("lora.lr_ratio times optimizer.learning_rate", "which float32 cannot hold"),
+        ("--lora.lr_ratio", "1e30", "--optimizer.learning_rate", "1e30"),
+    ),
+    Case(
+        "learning rate that counts as zero",
+        ("optimizer.learning_rate must", "got 1e-60, which float32 cannot hold"),
+        ("--optimizer.learning_rate", "1e-60"),
+    ),
+    Case("eps that counts as zero", ("optimizer.eps must", "got 1e-60"), ("--optimizer.eps", "1e-60")),
+    Case("b2 that counts as one", ("optimizer.b2 must", "below 1"), ("--optimizer.b2", "0.9999999999")),
+    *(
+        Case(
+            f"inspect with a mesh of {size}",
+            (f"from 1 to the 8 devices here, got {size}",),
+            ("inspect", "{dir}/config.yaml", "--mesh.data", size),
+        )
+        for size in ("0", "-2", "9")
+    ),
+    Case(
+        "inspect with a mesh that does not divide the batch",
+        ("batch_size / accumulate is 32", "3 parts of a batch"),
+        ("inspect", "{dir}/config.yaml", "--mesh.data", "3"),
     ),
     Case("seed negative", ("seed must", "got -1"), ("--seed", "-1")),
     # data
@@ -370,6 +426,24 @@ CASES = [
         ("texts.jsonl:4: no column 'label'",),
         ("--data.path", "{dir}/texts.jsonl"),
         jsonl(4, '{"text": "a"}'),
+    ),
+    Case(
+        "JSON line with a key twice",
+        ('texts.jsonl:5: invalid JSON: the key "text" stands twice',),
+        ("--data.path", "{dir}/texts.jsonl"),
+        jsonl(5, '{"text": "a", "label": "yes", "text": "b"}'),
+    ),
+    Case(
+        "one number as two labels",
+        ("labels '1' and '1.0' are the same number",),
+        spoil=write(
+            "texts.csv", "text,label\n" + "".join(f"{i},{('1', '1.0', '2')[i % 3]}\n" for i in range(60))
+        ),
+    ),
+    Case(
+        "text beyond all bounds",
+        ("texts.csv:2: malformed row", "a text of more than 4,194,304 characters"),
+        spoil=write("texts.csv", "text,label\n" + "x" * (2**22 + 1) + ",yes\na,no\n"),
     ),
     Case(
         "label that training lacks",
@@ -418,6 +492,11 @@ CASES = [
         ("out holds files that are not a run's",),
         ("--fresh",),
         both(lambda w: w.out.mkdir(), write("out/thesis.txt", "mine")),
+    ),
+    Case(
+        "output_dir below a directory that takes no files",
+        ("output_dir /proc/loraplus/deep cannot be written",),
+        ("--output_dir", "/proc/loraplus/deep"),
     ),
     Case("output_dir blank", ("output_dir is empty",), ("--output_dir", " ")),
     Case("output_dir holds a finished run", ("is finished", "--fresh"), run=True),

@@ -22,13 +22,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loraplus_jax import AdapterSpec, jit_step, load_adapter
+from loraplus_jax import AdapterSpec, jit_step, load_adapter, save_adapter
 from loraplus_jax.optim import rate_at
-from loraplus_jax.train import answers, loop
+from loraplus_jax.train import answers, hosts, loop
 from loraplus_jax.train import prepare as preparing
 from loraplus_jax.train.fetch import resolve
 from loraplus_jax.train.loop import Trainer, TrainingFailed, train
 from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.train.watch import check_skipped
 from loraplus_jax.tree import leaves_by_path
 
 from . import language_world as language
@@ -75,6 +76,16 @@ def variables(settings):
     with without_compiling():
         parts = preparing.prepare(settings).parts
     return hashed(parts.trainable), hashed(parts.frozen)
+
+
+def refusal(settings):
+    """What preparation complains of, if anything."""
+    with without_compiling():
+        try:
+            preparing.prepare(settings)
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def program(settings):
@@ -153,10 +164,9 @@ def patience(settings):
 def most_skipped(settings):
     """How many steps in a row are skipped when the run ends."""
     one = trainer(settings)
-    one.manager = SimpleNamespace(latest_step=lambda: None)
     skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
     with pytest.raises(TrainingFailed) as failure:
-        one.check_skipped(1, skipped)
+        check_skipped(one.run, one.seen, 1, skipped, 0)
     return str(failure.value)
 
 
@@ -184,6 +194,25 @@ def asked(settings):
         with without_compiling():
             answer = preparing.prepare(settings).answer
     return answer and (answer.prompt, answer.speaker.generate)
+
+
+def joining(settings):
+    """What JAX is asked for to join the processes, and after how many seconds the start is given up."""
+    waits = []
+
+    def initialize(**options):
+        raise Found(options)
+
+    def timer(seconds, *_):
+        waits.append(seconds)
+        return SimpleNamespace(start=lambda: None, cancel=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.distributed, "initialize", initialize)
+        patch.setattr(hosts.threading, "Timer", timer)
+        with pytest.raises(Found) as found:
+            train(settings, console=QUIET)
+    return found.value.args, waits
 
 
 def goes_elsewhere(settings):
@@ -227,6 +256,10 @@ class Change(NamedTuple):
     base: tuple[str, ...] = ()
 
 
+PROCESSES = (
+    *("--distributed.coordinator", "host:1", "--distributed.processes", "2"),
+    *("--distributed.process_id", "1"),
+)
 WIDE = ("--data.path", "{dir}/wide.csv")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = (
@@ -311,9 +344,18 @@ CHANGES = [
     Change("train.prompt", "what colour is coal", asked, TALK),
     Change("train.prompt_tokens", "9", asked, (*TALK, "--train.prompt", "what colour is coal")),
     Change("mesh.data", "2", program),
+    Change("mesh.fsdp", "2", program),
+    Change("mesh.tensor", "2", program),
+    Change("distributed.coordinator", "other:1", joining, PROCESSES),
+    Change("distributed.processes", "3", joining, PROCESSES),
+    Change("distributed.process_id", "0", joining, PROCESSES),
+    Change("distributed.start_timeout", "20", joining, PROCESSES),
+    Change("distributed.lost_timeout", "20", joining, PROCESSES),
     Change("task", "regression", arrays, ("--data.label", "rating")),
     Change("method", "lora", updates),
     Change("method", "full", variables),
+    Change("init_adapter", "{dir}/adapter", variables),
+    Change("init_adapter_rates", "new", refusal, ("--init_adapter", "{dir}/adapter", "--lora.lr_ratio", "8")),
     Change("seed", "9", variables),
     Change("seed", "9", first_batch),
     Change("seed", "9", random_key),
@@ -352,6 +394,10 @@ def home(first_world, tmp_path_factory, cache):
     (world.directory / "talk").mkdir()
     language.write_model(world.directory / "talk", max_position_embeddings=128)
     world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
+    with without_compiling():
+        run = preparing.prepare(parse_settings(world.config, ("--seed", "5")))
+    notes = {name: run.metadata[name] for name in ("base", "task", "settings")}
+    save_adapter(world.directory / "adapter", run.config, run.parts.specs, run.parts.trainable, **notes)
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
     (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
@@ -391,7 +437,7 @@ def test_every_field_has_its_proof():
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change.name}-{change.proof.__name__}")
 def test_changing_a_field_changes_something(settings_of, found_on, change):
-    if change.name == "mesh.data" and jax.device_count() < int(change.value):
+    if change.name.startswith("mesh.") and jax.device_count() < int(change.value):
         pytest.skip("needs two devices")
     changed = change.proof(settings_of(*change.base, f"--{change.name}", change.value))
     assert changed != found_on(change.proof, change.base)

@@ -44,6 +44,13 @@ def test_extras_are_trained_beside_the_adapters():
     assert moved > 0.01
 
 
+@pytest.mark.slow
+def test_adapters_go_into_a_plain_model_by_plain_orbax():
+    before, after, difference = _main("06_restore_elsewhere.py")
+    assert after < 0.2 * before
+    assert difference < 1e-5
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
 def test_every_example_is_tested(path):
     assert path.name in Path(__file__).read_text(encoding="utf-8")

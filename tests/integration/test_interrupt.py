@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from loraplus_jax.train import evaluation
 from loraplus_jax.train.loop import Trainer
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
@@ -79,6 +80,107 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, str
     assert result_of(world.out) == straight
 
 
+def signal_in(monkeypatch, split_size, place, number=signal.SIGTERM):
+    """The signal comes at a batch, counted from 0, of the first evaluation of a split of so many rows."""
+    evaluating, seen = evaluation.eval_batches, []
+
+    def with_signal(arrays, *how):
+        rows = len(next(iter(arrays.values())))
+        seen.append(rows)
+        for at, batch in enumerate(evaluating(arrays, *how)):
+            if rows == split_size and seen.count(rows) == 1 and at == place:
+                signal.raise_signal(number)
+            evaluated.append(rows)
+            yield batch
+
+    evaluated = []
+    monkeypatch.setattr(evaluation, "eval_batches", with_signal)
+    return evaluated
+
+
+SMALL = ("--train.eval_batch_size", "4")
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_breaks_it_off_and_the_run_that_goes_on_makes_it_up(world, capsys):
+    straight = result_of(world.trained(*ODD, *SMALL, out=world.directory / "straight"))
+    every_step = sorted(int(path.name) for path in (world.directory / "straight/checkpoints").iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        evaluated = signal_in(patch, 16, 1)  # the first of validation: at step 6
+        assert world.train(*ODD, *SMALL) == 143
+    assert evaluated.count(16) == 2  # of four batches
+    assert "stopped at step 6 of 20; the same command goes on" in capsys.readouterr().err
+    assert (world.out / "checkpoints/6").is_dir()
+    assert not any("validation/loss" in row for row in rows_of(world.out))
+    with pytest.MonkeyPatch.context() as patch:
+        signal_in(patch, 16, 3)  # in the evaluation that is made up
+        assert world.train(*ODD, *SMALL) == 143
+    assert "stopped at step 6 of 20" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 7, signal.SIGTERM)  # after it
+        assert world.train(*ODD, *SMALL) == 143
+    shutil.rmtree(world.out / "checkpoints/7")  # so that it is made up once more
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 18, signal.SIGTERM)  # while the step before an evaluation is done
+        assert world.train(*ODD, *SMALL) == 143
+    assert "stopped at step 18 of 20" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        evaluated = signal_in(patch, 32, 1)  # the end's, on the test split
+        assert world.train(*ODD, *SMALL) == 143
+    assert evaluated.count(32) == 2
+    assert "stopped at step 20 of 20" in capsys.readouterr().err
+    assert world.train(*ODD, *SMALL) == 0
+    assert result_of(world.out) == straight
+    assert sorted(int(path.name) for path in (world.out / "checkpoints").iterdir()) == every_step
+
+
+@pytest.mark.slow
+def test_a_signal_before_the_first_step_leaves_nothing_that_is_not_made_again(world, straight, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        evaluated = signal_in(patch, 32, 0, signal.SIGINT)
+        assert world.train(*ODD) == 130
+    assert len(evaluated) == 1
+    assert "stopped at step 0 of 20; the same command goes on" in capsys.readouterr().err
+    assert rows_of(world.out) == []
+    assert world.train(*ODD) == 0
+    assert result_of(world.out) == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: path.unlink(), "has 0 whole rows"),
+        (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])), "has 2 whole rows"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"}\n", b"}", 1)), "no row of numbers"),
+        (lambda path: path.write_bytes(b"5\n" + path.read_bytes()), "metrics.jsonl:1: no row of numbers"),
+        (
+            lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 0', b'"step": 1')),
+            "no row of step 0",
+        ),
+    ],
+)
+def test_a_log_that_is_not_the_runs_own_any_more_is_refused_and_left_as_it_is(
+    world, straight, capsys, spoil, said
+):
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, 9, signal.SIGTERM)
+        assert world.train(*ODD) == 143
+    path = world.out / "metrics.jsonl"
+    rows = path.read_bytes()
+    spoil(path)
+    spoilt = path.read_bytes() if path.exists() else None
+    capsys.readouterr()
+    assert world.train(*ODD) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(path) in error
+    assert (path.read_bytes() if path.exists() else None) == spoilt
+    path.write_bytes(rows)
+    assert world.train(*ODD) == 0
+    assert result_of(world.out) == straight
+
+
 @pytest.mark.slow
 def test_a_moved_run_goes_on(world, straight):
     with pytest.MonkeyPatch.context() as patch:
@@ -111,7 +213,7 @@ def test_a_run_that_diverges_says_what_and_keeps_the_last_good_state(world, caps
 
 @pytest.mark.slow
 def test_an_update_that_is_not_finite_never_reaches_what_is_saved(world, capsys):
-    assert world.train(*ODD, "--optimizer.learning_rate", "1e38", "--train.max_skipped", "3") == 1
+    assert world.train(*ODD, "--optimizer.learning_rate", "5e37", "--train.max_skipped", "3") == 1
     error = capsys.readouterr().err
     assert "update_norm/" in error
     assert "a lower lora.lr_ratio than 4" in error
@@ -120,7 +222,7 @@ def test_an_update_that_is_not_finite_never_reaches_what_is_saved(world, capsys)
 
 def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsys):
     seldom = ("--train.log_every", "20", "--train.eval_every", "20", "--train.max_skipped", "2")
-    assert world.train(*ODD, *seldom, "--optimizer.learning_rate", "1e38") == 1
+    assert world.train(*ODD, *seldom, "--optimizer.learning_rate", "5e37") == 1
     # The first step has a rate of 0, and the fourth is under way when the third is looked at.
     assert "2 steps in a row up to step 3 were skipped" in capsys.readouterr().err
     (last,) = [row for row in rows_of(world.out) if "skipped" in row]

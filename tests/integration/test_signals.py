@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,13 +133,39 @@ def test_a_signal_before_the_first_step_leaves_no_traceback_and_nothing_in_the_w
         wait_until(lambda: has_come_to(moment, process, out), process)
         process.send_signal(number)
         found, _, stderr = ended(process)
-    # Until there is something to save, a signal may just end the process, as it does by default.
-    assert found in (code, -number), stderr
-    assert "Traceback" not in stderr
-    assert len(stderr.splitlines()) <= 1, stderr
+    # With the log there is a loop, which does a step yet, or an evaluation, which is broken off.
+    words = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}[number]
+    stopped = re.compile(
+        f"loraplus: ({words}|stopped at step [01] of {STEPS}; the same command goes on from there)\n"
+    )
+    assert found == code, stderr
+    assert stopped.fullmatch(stderr), stderr
     assert not (out / "summary.json").exists()
     again, _, stderr = finished(home, out, "--train.steps", "9")
     assert (again, stderr) == (0, "")
+
+
+BUSY = """
+import hashlib, loraplus_command
+loraplus_command.listen()
+print("busy", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), CODES)
+def test_a_signal_does_not_wait_for_a_compilation(number, code):
+    # Like one, this call takes minutes, lets other threads run, and no handler.
+    command = [sys.executable, "-c", BUSY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "busy\n"
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == code
+    assert stderr in ("loraplus: interrupted\n", "loraplus: stopped by SIGTERM\n")
 
 
 def test_a_second_run_in_the_same_directory_is_refused_and_the_first_undisturbed(home, tmp_path):

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 TINY = [
     *("--sweep.learning_rates", "[2e-3,5e-3]", "--sweep.lr_ratios", "[2,4]", "--sweep.report_seeds", "2"),
-    *("--train.steps", "16", "--train.eval_every", "4", "--sweep.rungs", "[0.25,0.5]", "--sweep.keep", "0.5"),
+    *("--train.max_skipped", "2", "--train.steps", "16", "--train.eval_every", "4"),
+    *("--sweep.rungs", "[0.25,0.5]", "--sweep.keep", "0.5"),
 ]
 
 

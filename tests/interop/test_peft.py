@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import peft
 import pytest
+import torch
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, split_trainable
-from loraplus_jax.peft_io import load_peft, save_peft
+from loraplus_jax.peft_io import load_peft, peft_config, save_peft
+from loraplus_jax.tree import flatten, replaced
 
 from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
 
@@ -123,3 +125,84 @@ def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp
     assert again.config == config
     jax.tree.map(np.testing.assert_array_equal, again.lora, trainable["lora"])
     jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
+
+
+# What PEFT's user sets, in PEFT's names; modules by ours.
+THEIRS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 7},
+    "patterns": {"rank_pattern": {"q_proj|query": 2}, "alpha_pattern": {"v_proj|value": 5}},
+    "layers": {"layers_to_transform": [1]},
+    "embedding": {"embedding": True, "ensure_weight_tying": True},
+    "bias": {"bias": "all"},
+}
+
+
+def made_by_peft(pair, option, folder):
+    """An adapter that PEFT saved, and its model."""
+    given = dict(THEIRS[option])
+    names = ["q_proj", "v_proj", "down_proj"] if pair.is_causal else ["query", "value", "intermediate.dense"]
+    names += (["embed_tokens"] if pair.is_causal else ["word_embeddings"]) * given.pop("embedding", False)
+    given = {"target_modules": names, "r": 4, "lora_alpha": 16, "task_type": pair.form.task_type} | given
+    model = peft.get_peft_model(pair.reference(), peft.LoraConfig(**given)).eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or (parameter.requires_grad and parameter.ndim == 1):
+                parameter.copy_(torch.from_numpy(0.3 * rng.normal(size=parameter.shape)))
+            elif "modules_to_save" in name:
+                parameter.add_(torch.from_numpy(0.3 * rng.normal(size=parameter.shape)))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("option", THEIRS)
+@pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS])
+def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, tmp_path):
+    pair = pairs(name)
+    theirs = made_by_peft(pair, option, tmp_path / "a")
+    config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)
+    model = apply_lora_plus(pair.model, config)
+    _, specs = init_lora(model, jax.random.key(0), *pair.inputs)
+    adapter = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
+    variables = replaced({"params": pair.params, "lora": adapter.lora}, flatten(adapter.extras))
+    given, wanted = pair.logits(model, variables), pair.torch_logits(theirs)
+    assert off(pair.base_logits, wanted) > 1e-2, "the adapter does nothing"
+    assert off(given, wanted) <= LIMIT
+
+
+def test_layers_of_a_stack_with_ranks_of_their_own_are_refused(pairs, tmp_path):
+    pair = pairs("mistral")
+    config = peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"layers.0.*": 2}, task_type="CAUSAL_LM")
+    peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="layers of one stack have different ranks and alphas"):
+        peft_config(tmp_path / "a", pair.path_map, layers=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"use_dora": True}, "use_dora is True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"layer_replication": [(0, 1), (0, 2)]}, "layer_replication"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ],
+)
+def test_options_of_peft_that_we_lack_are_named(given, text, pairs, tmp_path):
+    pair = pairs("biases")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **given)
+    peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=text):
+        peft_config(tmp_path / "a", pair.path_map, layers=2)
+
+
+def test_an_embedding_that_peft_adapts_without_the_tied_head_is_refused(pairs, tmp_path):
+    pair = pairs("smollm2")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
+    ours = LoRAPlusConfig(target_modules=["embed_tokens"], rank=8, alpha=8.0)
+    _, specs = init_lora(apply_lora_plus(pair.model, ours), jax.random.key(0), *pair.inputs)
+    with pytest.raises(ValueError, match="ensure_weight_tying is not set"):
+        load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)

@@ -1,0 +1,101 @@
+"""Adapters trained here go into someone's plain Flax model, with nothing but orbax and a few lines of einsum.
+
+    python examples/06_restore_elsewhere.py
+
+`train` saves a checkpoint and the weights. `restore_elsewhere` uses orbax and Flax alone, as a program would that
+has no loraplus_jax: it reads the adapters and the notes beside them, and adds scale * A B to each adapted kernel.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+
+class Net(nn.Module):
+    """Someone's model: it knows nothing of adapters."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="out")(nn.tanh(nn.Dense(32, name="hidden")(x)))
+
+
+X = jax.random.normal(jax.random.key(0), (64, 16))
+
+
+def train(directory):
+    """Trains adapters and saves them; returns the adapted model's outputs, and the loss before and after."""
+    from loraplus_jax import (
+        LoRAPlusConfig,
+        apply_lora_plus,
+        describe_run,
+        init_lora,
+        init_state,
+        jit_step,
+        lora_plus_adamw,
+        open_manager,
+        save,
+    )
+
+    net, key = Net(), jax.random.key(1)
+    frozen = net.init(key, X)
+    config = LoRAPlusConfig(target_modules=["hidden", "out"], rank=4)
+    model = apply_lora_plus(net, config)
+    lora, specs = init_lora(model, key, X)
+    tx = lora_plus_adamw(1e-2, lr_ratio=4.0, specs=specs)
+
+    def loss_fn(variables, batch, rng):
+        error = (model.apply(variables, batch) - jnp.sin(3 * batch[:, :4])) ** 2
+        return (jnp.sum(error), jnp.float32(error.size)), {}
+
+    step, state, losses = jit_step(loss_fn, tx), init_state({"lora": lora}, tx, key), []
+    for _ in range(100):
+        state, metrics = step(state, frozen, X)
+        losses.append(float(metrics["loss"]))
+    with open_manager(directory / "checkpoints") as manager:
+        save(manager, state, metadata=describe_run(config, specs))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory / "base", frozen)
+    return model.apply({**frozen, **state.trainable}, X), losses[0], losses[-1]
+
+
+def restore_elsewhere(directory):
+    """The tuned outputs of `Net`, by orbax and Flax alone."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        variables = checkpointer.restore(directory / "base")
+    steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
+    last = max(steps, key=lambda path: int(path.name))
+    # Without a target to restore like, arrays come as they were saved, and every leaf is named by its path.
+    with ocp.StandardCheckpointer() as checkpointer:
+        lora = checkpointer.restore(last / "state")["trainable"]["lora"]
+    specs = json.loads((last / "metadata" / "metadata").read_text())["specs"]
+    for module, spec in specs.items():
+        pair = lora
+        for name in module.split("/"):
+            pair = pair[name]
+        *parents, leaf = spec["leaf"].split("/")  # "params/hidden/kernel"
+        home = variables
+        for name in parents:
+            home = home[name]
+        assert spec["axes"] == "io"  # a Dense kernel (in, out): A is (in, rank), B is (rank, out)
+        home[leaf] = home[leaf] + spec["scale"] * pair["lora_a"] @ pair["lora_b"]
+    return Net().apply(variables, X)
+
+
+def main():
+    with tempfile.TemporaryDirectory() as name:
+        there, before, after = train(Path(name))
+        here = restore_elsewhere(Path(name))
+    difference = float(jnp.max(jnp.abs(there - here)))
+    print(
+        f"loss {before:.4f} before, {after:.4f} after; outputs there and here differ by {difference:.1e} at most"
+    )
+    return before, after, difference
+
+
+if __name__ == "__main__":
+    main()
