@@ -78,7 +78,7 @@ def _step(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
     """One operation."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _scan(params, inputs, changed)
+        return _scan(eqn, inputs, changed)
     if name == "while":
         return _while(params, inputs, changed)
     if name == "cond":
@@ -100,14 +100,24 @@ def _fits(program: ClosedJaxpr | Jaxpr, eqn: Any) -> bool:
     return len(jaxpr.invars) == len(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
 
 
-def _scan(params: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
-    consts, carried = params["num_consts"], params["num_carry"]
+def _scan(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
+    program = eqn.params["jaxpr"]
+    body: Any = getattr(program, "jaxpr", program)
+    # Counted by shapes, since the numbers have other names in other versions of jax: what is sliced or stacked has
+    # an axis more outside than inside. Constants come first, then the carry.
+    sliced, carried = _longer(eqn.invars, body.invars), len(body.outvars) - _longer(eqn.outvars, body.outvars)
+    consts = len(body.invars) - sliced - carried
     carry = inputs[consts : consts + carried]
     while True:
-        outputs = _through(params["jaxpr"], inputs[:consts] + carry + inputs[consts + carried :], changed)
+        outputs = _through(body, inputs[:consts] + carry + inputs[consts + carried :], changed)
         if (more := _union(carry, outputs)) == carry:
             return carry + outputs[carried:]
         carry = more
+
+
+def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many have more axes outside."""
+    return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outside, inside, strict=True))
 
 
 def _while(params: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
