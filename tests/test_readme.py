@@ -21,7 +21,7 @@ def test_python_blocks_run_and_train(code):
 def test_names_in_the_table_are_public():
     import loraplus_jax
 
-    table = README[README.index("| you want |") : README.index("[examples/]")]
+    table = README[README.index("| you want | use |") : README.index("[examples/]")]
     names = re.findall(r"`(\w+)`|`(\w+)\(", table)
     known = {"nn"}
     for name in {a or b for a, b in names} - known:

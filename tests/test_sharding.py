@@ -280,7 +280,7 @@ def check_steps(family, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
 def test_a_step_is_the_same_on_a_mesh_of_all_three_axes(family, sizes):
     check_steps(family, sizes)
 
@@ -355,6 +355,7 @@ def test_on_a_data_mesh_the_adapters_gradients_and_scalars_are_all_that_travels(
     assert total < base / 4
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_weights_and_no_rows():
     """What is gathered over fsdp has no batch axis, but for the ids of tokens."""
     s = subject("bert")
@@ -366,6 +367,7 @@ def test_fsdp_gathers_weights_and_no_rows():
     assert 4 * rows * tokens * SIZES["hidden_size"] not in gathered
 
 
+@pytest.mark.slow
 def test_memory_of_a_device_falls_with_fsdp():
     s = subject("bert")
     whole, _, _ = s.on((8, 1, 1))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from .. import adapter_io
 from ..adapter_io import read_tensors
 from ..config import nearest
 from ..models.hf import load_params
@@ -72,8 +73,11 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
     if directory is None and (place / NOTES).is_file():
         return _load_merged(place, config)
     if directory is None:
+        inner = place / ADAPTER if (place / ADAPTER).is_dir() else place
+        lost = [name for name in (adapter_io.TENSORS, adapter_io.NOTES) if not (inner / name).is_file()]
         raise FileNotFoundError(
-            f"{place} is no run, no adapter directory and no model exported with --merged"
+            f"{inner} is no adapter directory: it lacks {' and '.join(lost)}; nor is it a run, PEFT's adapter or a "
+            "model exported with --merged"
         )
     notes = notes_of(directory)
     if {"settings", "task", "base"} <= notes.keys():
