@@ -34,6 +34,7 @@ from .encoders import tokenizer_for
 from .family import Parts
 from .fetch import resolve
 from .language_tasks import LanguageTask
+from .lifecycle import ADAPTER
 from .loop import evaluate, place
 from .prepare import bare_parts, build, family_of, load, params_of
 from .rows import read_rows
