@@ -177,7 +177,10 @@ def split_rows(x: jax.Array) -> jax.Array:
     A model calls it where rows meet weights that are split over the same axis. GSPMD is free to gather either of
     them, and left alone it often gathers the rows.
     """
-    axes = tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # Under pmap, and inside of shard_map, an axis is Manual: rows are split already.
+    axes = tuple(axis for axis in BATCH_AXES if kinds.get(axis) == jax.sharding.AxisType.Auto)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 

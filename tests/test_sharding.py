@@ -200,8 +200,10 @@ class Subject:
             self.batch = {"input_ids": ids, "segment_ids": ones, "loss_mask": ones.astype(jnp.float32)}
             targets = r".*_proj|embed_tokens"
         else:
-            config = bert.BertConfig(type_vocab_size=2, pad_token_id=0, **SIZES)
-            net = bert.BertForSequence(config, num_outputs=3)
+            # Without dropout, whose masks are others under pmap.
+            off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            config = bert.BertConfig(type_vocab_size=2, pad_token_id=0, **SIZES, **off)
+            net = bert.BertForSequence(config, num_outputs=3, head_dropout=0.0)
             inputs, self.rules = (ids, ones, jnp.zeros_like(ids)), bert.SHARDING
             self.batch = dict(zip(("input_ids", "attention_mask", "token_type_ids"), inputs, strict=True))
             self.batch["label"] = jnp.arange(16) % 3
@@ -211,7 +213,8 @@ class Subject:
         self.frozen = {"params": net.init(KEY, *inputs)["params"]}
         lora, self.specs = init_lora(model, KEY, *inputs)
         draw = functools.partial(jax.random.normal, jax.random.key(2))
-        self.trainable = {"lora": jax.tree.map(lambda x: 0.1 * draw(x.shape), lora)}
+        # As large as the base's own weights: where adapters outweigh them, curves part for rounding's sake alone.
+        self.trainable = {"lora": jax.tree.map(lambda x: 0.02 * draw(x.shape), lora)}
         self.loss = (
             LanguageTask(kind="instruction").loss_fn(model, chunk=64)
             if family == "llama"
