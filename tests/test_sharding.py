@@ -228,6 +228,7 @@ class Subject:
     def start(self):
         return init_state(self.trainable, self.tx, KEY)
 
+    @functools.cache  # noqa: B019
     def on(self, sizes):
         """The compiled step on a mesh, shardings, and frozen variables and batch placed there."""
         mesh = make_mesh(*sizes)
