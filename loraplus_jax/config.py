@@ -186,7 +186,8 @@ def check_number(
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = number and value == value and abs(value) != math.inf
     fits = fits and (above is None or value > above) and (below is None or value < below)
-    fits = fits and (below is None or np.float32(value) < below)  # not 1 - 1e-9 either, which counts as 1
+    # Not 1 - 1e-9 either, which counts as 1.
+    fits = fits and (below is None or not in_float32(value) or np.float32(value) < below)
     if not fits or (at_least is not None and value < at_least) or not in_float32(value):
         odd = ", which float32 cannot hold" if fits and not in_float32(value) else ""
         raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}{odd}")

@@ -102,8 +102,8 @@ class OptimizerSettings:
     max_grad_norm: float | None = None
 
     def __post_init__(self) -> None:
+        check_number("optimizer.learning_rate", self.learning_rate, above=0.0)
         for name in (
-            "learning_rate",
             "head_learning_rate",
             "embedding_learning_rate",
             "max_grad_norm",
