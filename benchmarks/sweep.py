@@ -29,9 +29,9 @@ from loraplus_jax.train import population as populations
 from loraplus_jax.train.crew import Crew
 from loraplus_jax.train.data import eval_batches, train_batches
 from loraplus_jax.train.loop import place
+from loraplus_jax.train.parsing import parse_settings
 from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.settings import parse_settings
 from loraplus_jax.train.sweep_choice import best_of, means_of, member_steps, stops_of, survivors
 from loraplus_jax.train.sweep_settings import NAMES, SweepRun, Trial
 
@@ -142,14 +142,15 @@ def count_compilations() -> dict[str, int]:
 
 
 def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Wall time of sweeps over that of sixteen single runs with the quickstart's three evaluations and two tests.
+    """Wall time of sweeps over that of sixteen single runs of the same recipe, which evaluate as often.
 
     Worked out from the measured times: steps, evaluations, and one start of a process, its compilations included.
     """
     size, steps = run.train.eval_batch_size, population.steps
     looks = {name: -(-population.data.examples[name] // size) for name in ("validation", "test")}
     (step, step_ratio), (look, look_ratio), (start, sweep_start) = costs.values()
-    single = start + steps * step + (3 * looks["validation"] + 2 * looks["test"]) * look
+    often = steps // run.train.eval_every
+    single = start + steps * step + (often * looks["validation"] + 2 * looks["test"]) * look
     count, stops = len(run.trials), stops_of(run.sweep, population.steps)
     left = 2 * math.ceil(
         count / 2 * run.sweep.keep
@@ -158,7 +159,7 @@ def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]
     search += (count + left) * looks["validation"] * look * look_ratio + sweep_start
 
     def reported(members: int) -> float:
-        evaluations = (steps // run.train.eval_every + 1) * looks["validation"] + looks["test"]
+        evaluations = (often + 1) * looks["validation"] + looks["test"]
         return members * (steps * step * step_ratio + evaluations * look * look_ratio)
 
     whole = {

@@ -19,6 +19,7 @@ from loraplus_jax import (
     lora_plus_adamw,
     make_mesh,
     open_manager,
+    pmap_step,
     replicate,
     restore,
     save,
@@ -38,6 +39,12 @@ def loss_fn(variables, batch, rng):
     noise = jax.random.normal(rng, (2, 3))
     y = batch @ (variables["params"]["q"]["kernel"] + q["lora_a"] @ q["lora_b"]) + noise
     return (jnp.sum(y**2), 2), {}
+
+
+def squares(variables, batch, rng):
+    q = variables["lora"]["q"]
+    y = batch @ (variables["params"]["q"]["kernel"] + q["lora_a"] @ q["lora_b"])
+    return (jnp.sum(y**2), y.size), {}
 
 
 step = jit_step(loss_fn, TX)
@@ -132,7 +139,17 @@ def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bit_for_bit(tmp_path
         )
         found = restore(manager, like, metadata={}).state
     if sizes == "pmap":
-        found = jax_utils.unreplicate(jax_utils.replicate(found))
+        # It trains on there as on one device; the values are looked at before, as a step takes its state.
+        copies, alone = jax_utils.replicate(found), jax.tree.map(jnp.array, found)
+        x = jax.random.normal(jax.random.key(2), (16, 8))
+        after, _ = pmap_step(squares, TX)(copies, jax_utils.replicate(frozen), x.reshape(8, 2, 8))
+        expected, _ = jit_step(squares, TX)(alone, frozen, x)
+        pairs = zip(
+            *(jax.tree.leaves(values(s)) for s in (jax_utils.unreplicate(after), expected)), strict=True
+        )
+        for ours, theirs in pairs:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert int(expected.step) == 8
     else:
         pairs = zip(*map(jax.tree.leaves, (found.trainable, on(*sizes).trainable)), strict=True)
         assert all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in pairs)

@@ -61,6 +61,7 @@ APPLICATION = tuple(
         "choices",
         "yaml_files",
         "settings",
+        "parsing",
         "tasks",
         "language_tasks",
         "family",

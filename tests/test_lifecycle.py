@@ -9,7 +9,8 @@ import yaml
 
 from loraplus_jax.train.data import DataSettings
 from loraplus_jax.train.lifecycle import StopSignal, check_directory, keep_results, only_run
-from loraplus_jax.train.settings import ENDS, MAY_CHANGE, ModelSettings, Settings, settings_from_json
+from loraplus_jax.train.parsing import settings_from_json
+from loraplus_jax.train.settings import ENDS, MAY_CHANGE, ModelSettings, Settings
 
 HOLD = """
 import pathlib, sys

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.train.parsing import parse_settings
+from loraplus_jax.train.settings import Settings
 from loraplus_jax.train.sweep_settings import SweepRun
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

@@ -4,6 +4,7 @@ import json
 import pytest
 import yaml
 
+from loraplus_jax.train.parsing import parse_settings, settings_from_json, settings_parser
 from loraplus_jax.train.settings import (
     QUERIES_AND_VALUES,
     MeshSettings,
@@ -11,9 +12,6 @@ from loraplus_jax.train.settings import (
     OptimizerSettings,
     Settings,
     TrainSettings,
-    parse_settings,
-    settings_from_json,
-    settings_parser,
 )
 
 LEAST = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o"}

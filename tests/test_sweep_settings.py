@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from loraplus_jax.train.cli import main
-from loraplus_jax.train.settings import parse_settings
+from loraplus_jax.train.parsing import parse_settings
 from loraplus_jax.train.sweep_choice import stops_of, survivors
 from loraplus_jax.train.sweep_settings import SweepRun, SweepSettings, Trial
 from loraplus_jax.train.sweep_verdict import runs_of

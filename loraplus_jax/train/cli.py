@@ -137,7 +137,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     if _helped(options):
         return
     from .loop import train
-    from .settings import parse_settings
+    from .parsing import parse_settings
 
     _run(options, lambda: train(parse_settings(options.config, overrides), fresh=options.fresh))
 
@@ -147,7 +147,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if _helped(options, SweepRun):
         return
-    from .settings import parse_settings
+    from .parsing import parse_settings
     from .sweep import sweep
 
     _run(options, lambda: sweep(parse_settings(options.config, overrides, SweepRun), fresh=options.fresh))
@@ -170,8 +170,8 @@ def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .parsing import parse_settings
     from .prepare import inspect
-    from .settings import parse_settings
 
     if not _helped(options):
         print(inspect(parse_settings(options.config, overrides)))
@@ -180,9 +180,9 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     if _helped(options):
         return
+    from .parsing import parse_settings
     from .plan import make_plan
     from .plan_text import check_new, text_of, write_json
-    from .settings import parse_settings
 
     if options.json is not None:
         check_new(options.json)
@@ -195,7 +195,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _helped(options: argparse.Namespace, kind: type | None = None) -> bool:
     """Prints every setting, for --help; a missing config is an error."""
-    from .settings import Settings, settings_parser
+    from .parsing import settings_parser
+    from .settings import Settings
 
     if options.help:
         settings_parser(kind or Settings, options.command).print_help()

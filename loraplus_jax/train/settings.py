@@ -1,21 +1,16 @@
-"""A run's settings: typed sections, read from YAML and the command line, all checked before any work."""
+"""A run's settings: typed sections, all checked before any work; `parsing.py` reads them from files."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from ..config import LoRAPlusConfig, check_number, check_whole, nearest
+from ..config import LoRAPlusConfig, check_number, check_whole
 from ..models.attention import Attention
 from ..models.llama import Remat
 from ..optim import LEAST_EPS, Schedule
 from ..tree import Policy
 from .data import DataSettings
 from .hosts import ALL_DEVICES, ONE_PROCESS, DistributedSettings, MeshSettings
-from .yaml_files import read_yaml
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
 Method = Literal["lora", "lora_plus", "full"]
@@ -266,8 +261,6 @@ class Settings:
         return _plain(dataclasses.asdict(self))
 
 
-AnySettings = TypeVar("AnySettings", bound=Settings)
-
 _OF_ENCODERS = {
     "model": ("pooling", "dropout", "head_dropout"),
     "data": ("text", "text_pair", "label"),
@@ -328,148 +321,7 @@ def apart(
     return same, free
 
 
-def parse_settings(
-    config: str | Path, overrides: Sequence[str] = (), kind: type[AnySettings] = Settings
-) -> AnySettings:
-    """Reads settings from a YAML file and `--section.field value` arguments, which win.
-
-    Args:
-      config: the file.
-      overrides: the arguments.
-      kind: `Settings`, or a class with more sections than it has.
-
-    Raises:
-      ValueError: the file cannot be read, a key is unknown (the nearest one is named), or a value is of the wrong
-        type or out of range.
-    """
-    _check_file(Path(config), kind)
-    known = _dotted(kind)
-    for argument in overrides:
-        name = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and name not in known:
-            raise ValueError(f"there is no option --{name}{nearest(name, known, fallback=False)}")
-    parser = settings_parser(kind)
-    try:
-        return _instance(kind, parser.parse_args(["--config", str(config), *overrides]))
-    except (ArgumentError, OverflowError) as error:  # the second for a whole number that no float can hold
-        raise ValueError(_explained(str(error), kind)) from None
-
-
-def settings_from_json(values: Mapping[str, Any]) -> Settings:
-    """The inverse of `Settings.to_json`."""
-    _check_keys(values, Settings, "config")
-    try:
-        return _instance(Settings, settings_parser().parse_object(dict(values)))
-    except (ArgumentError, OverflowError) as error:  # the second for a whole number that no float can hold
-        raise ValueError(_explained(str(error))) from None
-
-
-def settings_parser(kind: type[Settings] = Settings, command: str = "train") -> ArgumentParser:
-    """A parser of every field as `--section.field`, its help taken from the docstrings here."""
-    usage = f"loraplus {command} CONFIG [--section.field value ...] [--fresh]"
-    parser = ArgumentParser(prog=f"loraplus {command}", usage=usage, exit_on_error=False, print_config=None)
-    parser.add_argument(
-        "--config", action="config", help="the YAML file; on the command line it stands first"
-    )
-    parser.add_class_arguments(kind, None)
-    return parser
-
-
-def _instance(kind: type[AnySettings], parsed: Any) -> AnySettings:
-    sections = _sections(kind)
-    values = {}
-    for field in dataclasses.fields(kind):
-        value, section = parsed[field.name], sections.get(field.name)
-        values[field.name] = value if section is None else _section(field.name, section, value)
-    return kind(**values)
-
-
-def _section(name: str, section: type, values: Any) -> Any:
-    """One section, its name in front of what it has to complain of; a value of any length may be quoted there."""
-    try:
-        return section(**{f.name: values[f.name] for f in dataclasses.fields(section)})
-    except (ValueError, TypeError) as error:
-        prefix = "" if str(error).startswith(f"{name}.") else f"{name}."
-        raise ValueError(f"{prefix}{error!s:.1000}") from None
-
-
-def _check_file(path: Path, kind: type[Settings]) -> None:
-    """A readable YAML mapping whose keys all exist."""
-    if not path.is_file():
-        raise ValueError(f"there is no config file {path}")
-    _check_keys(read_yaml(path), kind, str(path))
-
-
-def _check_keys(values: Any, section: type, where: str) -> None:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where} must hold a mapping of settings, got {values!r:.80}")
-    sections = _sections(section)
-    fields = [f.name for f in dataclasses.fields(section)]
-    for key, value in values.items():
-        if key not in fields:
-            raise ValueError(f"{where}: there is no key {key!r:.80}{nearest(str(key), fields)}")
-        if key in sections:
-            _check_keys(value, sections[key], f"{where}: {key}")
-
-
-def _sections(section: type) -> dict[str, Any]:
-    """The fields of a section that are sections themselves."""
-    return {f.name: f.type for f in dataclasses.fields(section) if dataclasses.is_dataclass(f.type)}
-
-
-def _dotted(section: type, prefix: str = "") -> list[str]:
-    """`section.field` for every value that can be set."""
-    sections = _sections(section)
-    names = []
-    for field in dataclasses.fields(section):
-        inner = sections.get(field.name)
-        names += _dotted(inner, f"{prefix}{field.name}.") if inner else [prefix + field.name]
-    return names
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _explained(message: str, kind: type[Settings] = Settings) -> str:
-    """The parser's report of a wrong type, in words: which field, what is allowed, what was given."""
-    message = _one_line(message)
-    found = re.match(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: (.*)', message)
-    if found is None:
-        return message[:1000]
-    name, value = found[1], found[2].split(" - Expected")[0].strip()
-    section: Any = kind
-    *parents, last = name.split(".")
-    for parent in parents:
-        section = _sections(section)[parent]
-    wanted = next((f.type for f in dataclasses.fields(section) if f.name == last), None)
-    choices = get_args(wanted) if get_origin(wanted) is Literal else ()
-    allowed = f"one of {', '.join(choices)}" if choices else _WORDS.get(wanted, str(wanted))
-    hint = nearest(value, choices, fallback=False) if choices else ""
-    return f"{name} must be {allowed}, got {value!r:.80}{hint}"
-
-
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    int | None: "a whole number or null",
-    float | None: "a number or null",
-    str | None: "text or null",
-    str | tuple[str, ...]: "a regular expression, or a list of names",
-    tuple[str, ...]: "a list of names",
-    tuple[int, ...] | None: "a list of whole numbers or null",
-    tuple[float, ...]: "a list of numbers",
-    tuple[float, ...] | None: "a list of numbers or null",
-    dict[str, str] | None: "a mapping from names to columns, or null",
-    dict[str, int]: "a mapping from patterns to whole numbers",
-    dict[str, float]: "a mapping from patterns to numbers",
-    dict[str, str] | tuple[str, ...]: "a list of patterns, or a mapping from them to axis letters",
-}
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

@@ -36,9 +36,10 @@ from .fetch import resolve
 from .language_tasks import LanguageTask
 from .lifecycle import ADAPTER
 from .loop import evaluate, place
+from .parsing import parse_settings, settings_from_json
 from .prepare import bare_parts, build, family_of, load, params_of
 from .rows import read_rows
-from .settings import LANGUAGE, Settings, parse_settings, settings_from_json
+from .settings import LANGUAGE, Settings
 from .tasks import Task, outputs
 
 OUTPUT_SUFFIX = ".jsonl"

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from loraplus_jax.train.data import DataSettings
-from loraplus_jax.train.settings import ModelSettings, Settings, parse_settings
+from loraplus_jax.train.parsing import parse_settings
+from loraplus_jax.train.settings import ModelSettings, Settings
 
 from .damage import check, damaged, data_limit
 

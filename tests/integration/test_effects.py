@@ -28,7 +28,8 @@ from loraplus_jax.train import answers, hosts, loop
 from loraplus_jax.train import prepare as preparing
 from loraplus_jax.train.fetch import resolve
 from loraplus_jax.train.loop import Trainer, TrainingFailed, train
-from loraplus_jax.train.settings import Settings, parse_settings
+from loraplus_jax.train.parsing import parse_settings
+from loraplus_jax.train.settings import Settings
 from loraplus_jax.train.watch import check_skipped
 from loraplus_jax.tree import leaves_by_path
 

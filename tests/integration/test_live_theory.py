@@ -8,7 +8,7 @@ import pytest
 
 from loraplus_jax.sharding import make_mesh
 from loraplus_jax.train.live import as_metrics, measured_rows, read_metrics
-from loraplus_jax.train.settings import parse_settings
+from loraplus_jax.train.parsing import parse_settings
 
 from .test_interrupt import rows_of, signal_at
 

@@ -11,9 +11,9 @@ from loraplus_jax.train import population as populations
 from loraplus_jax.train.crew import Crew
 from loraplus_jax.train.data import train_batches
 from loraplus_jax.train.loop import place
+from loraplus_jax.train.parsing import parse_settings
 from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.settings import parse_settings
 from loraplus_jax.train.sweep_settings import SweepRun, Trial
 from loraplus_jax.tree import leaves_by_path
 
