@@ -177,6 +177,18 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
     assert "the compiler says: RESOURCE_EXHAUSTED" in text_of(refused, settings)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "times", "said"), [((2, 8, 1), 10, True), ((2, 8, 1), 9, False), ((2, 4, 2), 10, False)], ids=str
+)
+def test_weights_in_all_reduces_are_told(planned, mesh, times, said):
+    plan, settings = planned
+    gradients = 4 * plan.trained
+    reduces = (Collective("all-reduce", gradients, 8, times, "f32[1]", ""),)
+    mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    text = text_of(fake(plan, mesh=mesh, collectives=reduces), settings)
+    assert ("fewer parts may help: mesh.data 4 and mesh.fsdp 4 (not compiled)" in text) == said
+
+
 def test_a_roofline_by_hand(planned):
     plan, settings = planned
     found = roofline(

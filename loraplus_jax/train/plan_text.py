@@ -156,7 +156,22 @@ def _exchange(plan: Plan) -> list[str]:
     if plan.layer_gathers:
         size = sum(c.bytes for c in plan.layer_gathers)
         lines.append(f"a layer gathers {len(plan.layer_gathers)} arrays, {_size(size)}")
-    return lines
+    return lines + _slivers(plan)
+
+
+def _slivers(plan: Plan) -> list[str]:
+    """A line where all-reduces carry weights: XLA gathers by them what it has cut into very many parts."""
+    data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
+    reduced = sum(c.times * c.bytes for c in plan.collectives if c.kind == "all-reduce")
+    gradients = 4 * plan.trained * plan.accumulate  # float32, and all of them once a micro-batch at most
+    # With a tensor axis activations are reduced too, and as many bytes are as they must be.
+    if plan.mesh["tensor"] > 1 or fsdp == 1 or reduced < 10 * gradients:
+        return []
+    return [
+        f"all-reduces carry {_size(reduced)}, and the gradients are {_size(gradients)} at most: XLA gathers weights by "
+        f"them, which receives twice what gathers do; fewer parts may help: mesh.data {2 * data} and mesh.fsdp "
+        f"{fsdp // 2} (not compiled)"
+    ]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
