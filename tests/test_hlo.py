@@ -123,6 +123,27 @@ def test_a_tpu_program_whose_gather_comes_in_pieces_some_of_them_in_a_loop():
 
 
 @pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("mesh['axis_0'=4,'axis_1'=4] {'axis_1'}", 4),
+        ("mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}", 4),
+        ("mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0':(1)2}", 2),
+        ("{}", 16),
+    ],
+)
+def test_groups_in_the_ways_that_a_tpu_program_has_them(groups, size):
+    text = TPU.replace("mesh['axis_0'=4,'axis_1'=4] {'axis_0','axis_1'}", groups)
+    assert next(c.group for c in collectives(text) if c.kind == "all-gather") == size
+
+
+def test_a_group_that_cannot_be_read_is_an_error():
+    with pytest.raises(
+        ValueError, match="a group of devices in a way that is not known here: replica_groups=new"
+    ):
+        collectives(TPU.replace("mesh['axis_0'=4,'axis_1'=4] {'axis_0','axis_1'}", "new[4]"))
+
+
+@pytest.mark.parametrize(
     ("kind", "received"),
     [("all-reduce", 150.0), ("all-gather", 75.0), ("reduce-scatter", 75.0), ("collective-permute", 100.0)],
 )

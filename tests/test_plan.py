@@ -189,6 +189,19 @@ def test_weights_in_all_reduces_are_told(planned, mesh, times, said):
     assert ("fewer parts may help: mesh.data 4 and mesh.fsdp 4 (not compiled)" in text) == said
 
 
+def test_how_often_split_weights_come_in_by_hand(planned):
+    plan, settings = planned
+    weights = 4 * (plan.total - plan.trained)
+    gathers = (Collective("all-gather", weights, 4, 6, "f32[1]", ""),)  # three quarters of it, six times
+    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
+    split = fake(plan, mesh=mesh, collectives=gathers)
+    assert "received: 4.50 x the frozen weights; 2 is once for" in text_of(split, settings)
+    assert "received: 2.25 x the frozen weights a micro-batch;" in text_of(
+        fake(split, accumulate=2), settings
+    )
+    assert "x the frozen weights" not in text_of(plan, settings)
+
+
 def test_a_roofline_by_hand(planned):
     plan, settings = planned
     found = roofline(

@@ -209,8 +209,14 @@ def _bits(dtype: str) -> int:
 
 
 def _group(rest: str, everybody: int) -> int:
-    """Devices of a group, in XLA's three ways to write them: lists, an iota over [groups, size], mesh axes."""
-    if (axes := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)) is not None:
+    """Devices of a group, in XLA's three ways to write them: lists, an iota over [groups, size], mesh axes.
+
+    Raises:
+      ValueError: it is written in another way.
+    """
+    if (
+        axes := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? ?\{([^}]*)\}", rest)
+    ) is not None:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes[1])}
         parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])
         return math.prod(int(part) if part else sizes[name] for name, part in parts)
@@ -218,6 +224,11 @@ def _group(rest: str, everybody: int) -> int:
         return int(iota[1])
     if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest)) is not None:
         return listed[1].count(",") + 1
+    # Permutes name pairs, not groups; no group, or an empty one, is everybody.
+    if (other := re.search(r"replica_groups=(?!\{\})[^ ]*", rest)) is not None:
+        raise ValueError(
+            f"the compiler wrote a group of devices in a way that is not known here: {other[0]:.100}"
+        )
     return everybody
 
 

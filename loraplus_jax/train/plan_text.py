@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from .plan import Plan
 from .settings import Settings
 
@@ -19,7 +21,7 @@ def text_of(plan: Plan, settings: Settings) -> str:
     """All of a plan, for the screen."""
     tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
     parts = [_heading(plan), _memory(plan), _verdict(plan), *tips, "", _work(plan)]
-    return "\n".join([*parts, *_exchange(plan)])
+    return "\n".join([*parts, *_exchange(plan), *_rounds(plan, settings), *_slivers(plan)])
 
 
 def check_new(path: Path) -> None:
@@ -152,11 +154,20 @@ def _exchange(plan: Plan) -> list[str]:
     for kind, group in sorted(number, key=lambda key: -received[key]):
         key = (kind, group)
         rows.append((kind, f"{group:,}", f"{number[key]:,}", _size(whole[key]), _size(received[key])))
-    lines = ["", _table(rows)]
-    if plan.layer_gathers:
-        size = sum(c.bytes for c in plan.layer_gathers)
-        lines.append(f"a layer gathers {len(plan.layer_gathers)} arrays, {_size(size)}")
-    return lines + _slivers(plan)
+    return ["", _table(rows)]
+
+
+def _rounds(plan: Plan, settings: Settings) -> list[str]:
+    """How often the frozen weights, split over `fsdp`, come in: forward and backward need them once each."""
+    frozen = (plan.total - plan.trained) * jnp.dtype(settings.model.param_dtype).itemsize
+    if not frozen or plan.mesh["fsdp"] == 1 or plan.mesh["tensor"] > 1:
+        return []
+    often = plan.received / plan.accumulate / frozen
+    micro = " a micro-batch" if plan.accumulate > 1 else ""
+    return [
+        f"received: {often:.2f} x the frozen weights{micro}; 2 is once for the forward and once for the backward "
+        "pass"
+    ]
 
 
 def _slivers(plan: Plan) -> list[str]:
@@ -168,9 +179,9 @@ def _slivers(plan: Plan) -> list[str]:
     if plan.mesh["tensor"] > 1 or fsdp == 1 or reduced < 10 * gradients:
         return []
     return [
-        f"all-reduces carry {_size(reduced)}, and the gradients are {_size(gradients)} at most: XLA gathers weights by "
-        f"them, which receives twice what gathers do; fewer parts may help: mesh.data {2 * data} and mesh.fsdp "
-        f"{fsdp // 2} (not compiled)"
+        f"all-reduces carry {_size(reduced)}, and the gradients are {_size(gradients)} at most: XLA gathers "
+        "weights by them, which receives twice what gathers do; fewer parts may help: "
+        f"mesh.data {2 * data} and mesh.fsdp {fsdp // 2} (not compiled)"
     ]
 
 
