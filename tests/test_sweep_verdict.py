@@ -6,11 +6,13 @@ import pytest
 
 from loraplus_jax.train.sweep_settings import Trial
 from loraplus_jax.train.sweep_verdict import (
+    called,
     compare,
     favoured,
     interval,
     ratio_interval,
     runs_of,
+    sooner,
     steps_to,
     verdict,
 )
@@ -57,7 +59,7 @@ def test_steps_to_a_target():
 
 def rows(arm, seed, losses, test):
     where = {"stage": "report", "arm": arm, "trial": [], "seed": seed}
-    curve = [{**where, "step": 10 * n, "split": "validation", "loss": loss} for n, loss in enumerate(losses)]
+    curve = [{**where, "step": 10 * n, "split": "curve", "loss": loss} for n, loss in enumerate(losses)]
     return [*curve, {**where, "step": 20, "split": "test", "loss": test, "accuracy": 0.5}]
 
 
@@ -78,40 +80,92 @@ def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
     assert [run["steps_to_target"] for run in runs] == [20.0, 10.0, 15.0, 20.0, None]
     assert comparison["steps_ratio"]["mean"] == pytest.approx(math.sqrt(2.0 * 0.75))
     assert comparison["test_loss"]["mean"] == pytest.approx((-0.20 + 0.14) / 2)
-    assert favoured(comparison) is None
+    assert sooner(comparison) is None
     assert verdict(comparison, CHOSEN, None).startswith("No difference found: tuned LoRA takes 1.22 x [")
 
 
-def one_sided(faster, slower):
+def one_sided(faster, slower, tests=(0.4, 0.4)):
     curves = {faster: [1.0, 0.5, 0.4], slower: [1.0, 0.75, 0.5]}
-    return found(*[(arm, seed, curve, 0.4) for seed in (1, 2, 3) for arm, curve in curves.items()])[1]
+    runs = [
+        (arm, seed, curve, test + seed * 1e-3 * (arm == "lora"))
+        for seed in (1, 2, 3)
+        for (arm, curve), test in zip(curves.items(), tests, strict=True)
+    ]
+    return found(*runs)[1]
 
 
 def test_a_sure_difference_has_its_ratio_and_interval_either_way():
     comparison = one_sided("lora_plus", "lora")
-    assert favoured(comparison) == "lora_plus"
+    assert sooner(comparison) == "lora_plus"
     assert verdict(comparison, CHOSEN, None).startswith(
-        "LoRA+ with lambda=4 needs 2.00 x [2.00, 2.00] fewer steps than tuned LoRA to the same validation loss "
+        "LoRA+ with lambda=4 needs 2.00 x [2.00, 2.00] fewer steps than tuned LoRA to the same test loss "
         "(95 % interval, 3 paired seeds)"
     )
     comparison = one_sided("lora", "lora_plus")
-    assert favoured(comparison) == "lora"
+    assert sooner(comparison) == "lora"
     assert verdict(comparison, CHOSEN, None).startswith(
         "Tuned LoRA needs 2.00 x [2.00, 2.00] fewer steps than LoRA+"
     )
 
 
-def test_a_target_never_reached_is_said():
+@pytest.mark.parametrize(
+    ("tests", "winner", "why"),
+    [
+        ((0.4, 0.4), "lora_plus", "it surely needs fewer steps"),
+        ((0.3, 0.4), "lora_plus", "its test loss is surely lower"),
+        ((0.5, 0.4), "lora", "its test loss is surely lower, though it needs more steps to the target"),
+    ],
+)
+def test_the_winner_is_what_ends_lower_and_then_what_is_there_sooner(tests, winner, why):
+    assert favoured(one_sided("lora_plus", "lora", tests)) == (winner, why)
+
+
+def test_without_a_sure_difference_plain_lora_is_to_be_trained():
     _, comparison = found(
-        *[("lora", seed, [1.0, 0.8, 0.6], 0.6) for seed in (1, 2)],
-        *[("lora_plus", seed, [1.0, 0.8, 0.2], 0.2) for seed in (1, 2)],
+        ("lora", 1, [1.0, 0.8, 0.6], 0.61),
+        ("lora_plus", 1, [1.0, 0.6, 0.4], 0.41),
+        ("lora", 2, [1.0, 0.5, 0.3], 0.31),
+        ("lora_plus", 2, [1.0, 0.6, 0.4], 0.45),
+    )
+    assert favoured(comparison) == ("lora", "no sure difference, and plain LoRA has a setting less")
+
+
+@pytest.mark.parametrize(("seeds", "sure"), [(5, False), (6, True)])
+def test_a_target_that_one_alone_reaches_counts_by_a_sign_test(seeds, sure):
+    # Two-sided, five of five by chance: 2 / 2^5 = 0.06; six of six: 2 / 2^6 = 0.03.
+    _, comparison = found(
+        *[("lora", seed, [1.0, 0.8, 0.6], 0.6 + 1e-3 * seed) for seed in range(seeds)],
+        *[("lora_plus", seed, [1.0, 0.8, 0.2], 0.6 + 1e-3 * (seed % 2)) for seed in range(seeds)],
         target=0.3,
     )
-    assert comparison["never_reached"] == {"lora_plus": 0, "lora": 2}
-    assert favoured(comparison) is None
-    assert verdict(comparison, CHOSEN, 0.3).startswith(
-        "No verdict on steps: a validation loss of 0.3 was never reached by LoRA+ on 0 and by LoRA on 2 of 2 seeds"
+    assert comparison["alone"] == {"lora_plus": seeds, "lora": 0}
+    assert sooner(comparison) == ("lora_plus" if sure else None)
+    said = f"LoRA+ with lambda=4 reached a test loss of 0.3 on {seeds}, tuned LoRA on 0 of {seeds} seeds"
+    assert verdict(comparison, CHOSEN, 0.3).startswith(said if sure else f"No verdict on steps: {said}")
+
+
+def test_a_target_that_neither_reaches_is_said():
+    runs = [(arm, seed, [1.0, 0.8, 0.6], 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
+    _, comparison = found(*runs, target=0.1)
+    assert favoured(comparison)[0] == "lora"
+    assert verdict(comparison, CHOSEN, 0.1).startswith(
+        "No verdict on steps: a test loss of 0.1 was reached on none of 2 seeds;"
     )
+
+
+@pytest.mark.parametrize(
+    ("target", "losses", "what"),
+    [
+        (None, [0.69, 0.71, 0.72], "LoRA or LoRA+ ended no lower than it started"),
+        (0.9, [0.69, 0.6, 0.5], "a test loss of 0.9 is met before any step"),
+    ],
+)
+def test_a_target_that_the_first_values_meet_says_nothing(target, losses, what):
+    runs = [(arm, seed, losses, 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
+    rows, comparison = found(*runs, target=target)
+    assert all(run["at_start"] and run["steps_to_target"] is None for run in rows)
+    assert sooner(comparison) is None
+    assert verdict(comparison, CHOSEN, target).startswith(f"No verdict on steps: on 2 of 2 seeds {what};")
 
 
 def test_a_run_that_diverged_is_left_out_and_said():
@@ -123,4 +177,24 @@ def test_a_run_that_diverged_is_left_out_and_said():
     )
     assert comparison["diverged"] == {"lora_plus": 1, "lora": 0}
     assert comparison["test_loss"]["pairs"] == 1
-    assert "diverged or never reached by LoRA+ on 1" in verdict(comparison, CHOSEN, None)
+    assert verdict(comparison, CHOSEN, None).startswith(
+        "No verdict on steps: LoRA+ with lambda=4 diverged on 1, tuned LoRA on 0 of 2 seeds;"
+    )
+    assert favoured(comparison) == ("lora", "LoRA+ diverged on 1 of 2 seeds")
+
+
+def test_where_both_always_diverge_nothing_wins():
+    _, comparison = found(*[(arm, 1, [1.0, None], None) for arm in ("lora", "lora_plus")])
+    assert favoured(comparison) == (None, "both diverged on every seed")
+
+
+def test_lora_is_called_tuned_only_where_it_was():
+    comparison = one_sided("lora_plus", "lora")
+    even = {"lora": 4, "lora_plus": 4}
+    assert called(even, ["LoRA+: learning_rate 0.01 is the largest tried"]) == "tuned LoRA"
+    at_edge = called(even, ["LoRA: learning_rate 0.01 is the largest tried"])
+    assert "fewer steps than LoRA, whose best rate lies at the edge of those tried, to the same" in verdict(
+        comparison, CHOSEN, None, at_edge
+    )
+    few = called({"lora": 1, "lora_plus": 4}, [])
+    assert "fewer steps than LoRA (best of 1, LoRA+ of 4) to" in verdict(comparison, CHOSEN, None, few)

@@ -39,7 +39,7 @@ from .lifecycle import (
 from .population import Members, Population, prepare_population
 from .report import METRICS, SUMMARY, write_text
 from .settings import TrainSettings
-from .sweep_choice import best_of, means_of, stops_of, survivors
+from .sweep_choice import best_of, curve_every, means_of, spread_rows, stops_of, survivors
 from .sweep_figures import draw
 from .sweep_report import PAGE, REPORT, WINNER, make_report, write_report
 from .sweep_settings import MAY_CHANGE, NAMES, SweepRun, Trial
@@ -87,6 +87,7 @@ def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None)
 
 
 def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dict[str, Any]:
+    started = time.perf_counter()
     at_once = run.sweep.members_at_once
     if at_once is None and not fresh and (directory / AT_ONCE).exists():
         at_once = json.loads((directory / AT_ONCE).read_text(encoding="utf-8"))
@@ -101,7 +102,7 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
         write_text(directory / AT_ONCE, f"{population.at_once}\n")
         manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
         try:
-            return Sweep(population, places, directory, manager, console).run_all()
+            return Sweep(population, places, directory, manager, console, started).run_all()
         finally:
             manager.close()
 
@@ -116,13 +117,15 @@ class Sweep:
         directory: Path,
         manager: ocp.CheckpointManager,
         console: Console,
+        started: float,
     ) -> None:
         self.population, self.run, self.crew = population, population.run, Crew(population, places)
         self.directory, self.manager, self.console = directory, manager, console
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
-        self.clock, self.seconds = 0, 0.0
-        self.started = time.perf_counter()
+        self.clock, self.seconds, self.started = 0, 0.0, started
+        splits = population.data.splits
+        self.curve_split = spread_rows(splits["test"], splits["validation"])
 
     def run_all(self) -> dict[str, Any]:
         """Everything; returns the report."""
@@ -178,7 +181,7 @@ class Sweep:
         """The chosen settings and the control, on the seeds of the report."""
         self.begin("report", self.report_entries())
         self.clock += 1
-        self.record("validation")
+        self.record("curve")
         self.save()
 
     def go_on(self, state: TrainState, position: dict[str, Any]) -> None:
@@ -215,7 +218,8 @@ class Sweep:
 
     def stops(self) -> list[int]:
         """The steps of the stage that are still ahead, at which its members are evaluated."""
-        steps, every = self.population.steps, self.run.train.eval_every
+        steps = self.population.steps
+        every = curve_every(self.run.train.eval_every, steps)
         stops = (
             stops_of(self.run.sweep, steps)
             if self.stage == "search"
@@ -226,7 +230,7 @@ class Sweep:
     def at_stop(self) -> None:
         """Evaluates, and in the search drops settings; what was found so far is written."""
         self.clock += 1
-        self.record("validation")
+        self.record("validation" if self.stage == "search" else "curve")
         if self.stage == "search":
             self.choose()
         else:
@@ -236,8 +240,12 @@ class Sweep:
         write_report(self.directory, self.report())
 
     def record(self, split: str) -> None:
-        """Rows of an evaluation; a member whose loss is not finite is stopped."""
-        found = self.crew.evaluate(self.population.data.splits[split], self.run.train.eval_batch_size)
+        """Rows of an evaluation on a split, or on the curve's part of the test split.
+
+        A member whose loss is not finite is stopped.
+        """
+        rows = self.curve_split if split == "curve" else self.population.data.splits[split]
+        found = self.crew.evaluate(rows, self.run.train.eval_batch_size)
         for number, values in found.items():
             arm, trial, seed = self.entries[number]
             fine = math.isfinite(values["loss"])
@@ -257,7 +265,10 @@ class Sweep:
         best = {arm: best_of(scores, arm) for arm in ("lora", "lora_plus")}
         self.print_scores(scores, best)
         if gone := [NAMES[arm] for arm, trial in best.items() if trial is None]:
-            write_report(self.directory, self.report())
+            self.save()
+            write_report(self.directory, report := self.report())
+            if any(row["loss"] is not None for row in report["search"]):
+                draw(self.directory, report, ("heat_map",))
             raise TrainingFailed(
                 f"every setting of {' and of '.join(gone)} has diverged by step {self.step}; try lower rates; "
                 f"what was found is in {self.directory}"
@@ -295,26 +306,41 @@ class Sweep:
     def report(self) -> dict[str, Any]:
         """All that is known so far."""
         metric = self.population.data.task.metric
-        return make_report(self.run, self.rows, self.chosen, self.population.steps, metric)
+        rows = len(next(iter(self.curve_split.values())))
+        curve = {
+            "curve_every": curve_every(self.run.train.eval_every, self.population.steps),
+            "curve_rows": rows,
+        }
+        return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
 
     def finish(self) -> dict[str, Any]:
         """The report with its pictures, the winner's recipe and, last, the summary."""
         report = self.report()
-        winner = self.run.settings_of(
-            Trial(*report["winner"].values()), self.run.seed, str(self.directory / "winner")
-        )
-        text = yaml.safe_dump(winner.to_json(), sort_keys=False)
-        write_text(self.directory / WINNER, text)
         draw(self.directory, report)
         write_report(self.directory, report, page=True)
-        summary = {name: report[name] for name in ("verdict", "winner", "command", "member_steps")}
+        if report["winner"] is None:
+            raise TrainingFailed(
+                f"{report['verdict']} Try lower rates; {PAGE} and {REPORT} hold what was found"
+            )
+        best = self.chosen[report["winner"]["arm"]]
+        winner = self.run.settings_of(best, self.run.seed, str(self.directory / "winner"))
+        text = yaml.safe_dump(winner.to_json(), sort_keys=False)
+        write_text(self.directory / WINNER, text)
+        summary = {name: report[name] for name in ("verdict", "winner", "why", "command", "member_steps")}
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
         for edge in report["at_the_edge"]:
             self.console.print(f"at the edge: {edge}")
-        self.console.print(f"{report['verdict']}\ntrain with the winner: {report['command']}")
+        settings = report["protocol"]["settings"]
+        if not report["protocol"]["equal_budgets"]:
+            self.console.print(
+                f"unequal budgets: {settings['lora']} settings of LoRA, {settings['lora_plus']} of LoRA+"
+            )
+        self.console.print(
+            f"{report['verdict']}\ntrain with {NAMES[best.arm]}, {report['why']}: {report['command']}"
+        )
         self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
         return report
 
@@ -364,5 +390,5 @@ class Sweep:
             for arm, v in losses.items()
         )
         self.console.print(
-            f"step {self.step}: mean loss of {shown} (validation, {self.run.sweep.report_seeds} other seeds)"
+            f"step {self.step}: mean loss of {shown} (test, {self.run.sweep.report_seeds} other seeds)"
         )

@@ -7,6 +7,7 @@ be. They are compared at equal steps, before the rate has decayed, by their loss
 import math
 from collections.abc import Mapping, Sequence
 
+from .data import Batch
 from .sweep_settings import SweepSettings, Trial
 
 
@@ -19,6 +20,30 @@ def stops_of(settings: SweepSettings, steps: int) -> list[int]:
     if settings.method == "grid":
         return [steps]
     return sorted({max(1, math.ceil(share * steps)) for share in settings.rungs})
+
+
+CURVE = 10
+"""Points of a curve at least: steps to a target are counted on straight lines between them."""
+
+
+def curve_every(eval_every: int, steps: int) -> int:
+    """Steps between the evaluations of the report.
+
+    >>> curve_every(50, 300), curve_every(20, 300)
+    (30, 20)
+    """
+    return min(eval_every, math.ceil(steps / CURVE))
+
+
+def spread_rows(split: Batch, other: Batch) -> Batch:
+    """About as many rows of a split as another one has, at equal distances: a split may be sorted by label.
+
+    >>> import numpy as np
+    >>> spread_rows({"x": np.arange(6)}, {"x": np.arange(3)})["x"].tolist()
+    [0, 2, 4]
+    """
+    size, wanted = (len(next(iter(columns.values()))) for columns in (split, other))
+    return {name: column[:: math.ceil(size / wanted)] for name, column in split.items()}
 
 
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:

@@ -1,7 +1,7 @@
 """The pictures of a sweep's report, all drawn from the report alone, and told apart without colour."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from .sweep_settings import NAMES
 
 PICTURES = {
     "heat_map": "Validation loss over the two rates. The dashed line is plain LoRA, where both are the same; "
-    "a star marks the best setting, a cross one that diverged.",
-    "curves": "Validation loss of the chosen settings: the mean over the report's seeds, and the band between the "
+    "a frame marks the settings that were chosen, a cross one that diverged.",
+    "curves": "Test loss of the chosen settings: the mean over the report's seeds, and the band between the "
     "least and the largest.",
     "steps": "Steps to the target loss, on each seed of the report. A run that never reached it has no mark.",
     "control": "Test loss on each seed; lines join the runs of a seed.",
@@ -25,11 +25,12 @@ LINES: dict[str, Any] = {"lora": "--", "lora_plus": "-", "control": ":"}
 Report = Mapping[str, Any]
 
 
-def draw(directory: Path, report: Report) -> None:
-    """All pictures of a complete report, as PNG files in the directory."""
+def draw(directory: Path, report: Report, names: Iterable[str] = tuple(PICTURES)) -> None:
+    """Pictures of a report, as PNG files in the directory; of one that is not complete, the heat map alone."""
     plt = pyplot()
     drawings = {"heat_map": heat_map, "curves": curves, "steps": steps, "control": control}
-    for name, drawing in drawings.items():
+    for name in names:
+        drawing = drawings[name]
         figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
         drawing(axes, report)
         axes.spines[["top", "right"]].set_visible(False)
@@ -70,8 +71,12 @@ def heat_map(axes: Any, report: Report) -> None:
         )
     if gone:
         axes.scatter(*np.array(gone).T, s=90, marker="x", color="black", zorder=3)
-    best = points[losses.argmin()]
-    axes.annotate("\u2605", best, xytext=(4, 4), textcoords="offset points", fontsize=16, zorder=4)
+    for arm, best in report["chosen"].items():
+        place = best["learning_rate"], best["learning_rate"] * best["lr_ratio"]
+        style = {"facecolors": "none", "edgecolors": COLOURS[arm], "linewidths": 3, "linestyle": LINES[arm]}
+        axes.scatter(*place, s=1.3 * size, marker="s", zorder=4, label=f"{NAMES[arm]}, chosen", **style)
+    if report["chosen"]:
+        axes.legend(frameon=False, loc="upper left", fontsize=9, markerscale=0.5)
     axes.annotate(
         "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
     )
@@ -110,7 +115,7 @@ def curves(axes: Any, report: Report) -> None:
         axes.fill_between(steps, losses.min(0), losses.max(0), color=COLOURS[arm], alpha=0.18, linewidth=0)
         style = {"color": COLOURS[arm], "linestyle": LINES[arm], "marker": MARKERS[arm], "markersize": 4}
         axes.plot(steps, losses.mean(0), label=name_of(arm, report), **style)
-    axes.set(xlabel="step", ylabel="validation loss", title="Chosen settings, on the report's seeds")
+    axes.set(xlabel="step", ylabel="test loss", title="Chosen settings, on the report's seeds")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)

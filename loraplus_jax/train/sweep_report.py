@@ -12,17 +12,22 @@ from typing import Any
 import jinja2
 
 from .report import write_text
-from .sweep_choice import best_of, means_of, member_steps, stops_of
+from .sweep_choice import means_of, member_steps, stops_of
 from .sweep_figures import PICTURES
 from .sweep_settings import NAMES, SweepRun, Trial
-from .sweep_verdict import compare, favoured, runs_of, verdict
+from .sweep_verdict import called, compare, favoured, runs_of, verdict
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
 Row = dict[str, Any]
 
 
 def make_report(
-    run: SweepRun, rows: Sequence[Row], chosen: Mapping[str, Trial], steps: int, metric: str
+    run: SweepRun,
+    rows: Sequence[Row],
+    chosen: Mapping[str, Trial],
+    steps: int,
+    metric: str,
+    curve: Mapping[str, int],
 ) -> dict[str, Any]:
     """All numbers of a sweep, as plain JSON values; a loss that was not finite is null.
 
@@ -32,11 +37,12 @@ def make_report(
       chosen: arm to the setting that the search has found best, empty before its end.
       steps: of a whole run.
       metric: the task's.
+      curve: `curve_every` and `curve_rows`: the steps between, and the rows of, evaluations in the report.
     """
     runs = runs_of(rows, steps, run.sweep.target)
     report: dict[str, Any] = {
         "complete": False,
-        "protocol": _protocol(run, steps, metric),
+        "protocol": _protocol(run, steps, metric) | dict(curve),
         "member_steps": _member_steps(run, rows, steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
@@ -48,14 +54,17 @@ def make_report(
         return report
     others = [arm for arm in run.arms if arm != "lora_plus"]
     comparisons = [compare(runs, "lora_plus", other, metric) for other in others]
-    winner = _winner(comparisons[0], report["search"], chosen)
+    best, why = favoured(comparisons[0])
+    lora = called(report["protocol"]["settings"], report["at_the_edge"])
+    place = Path(run.output_dir).expanduser() / WINNER
     return {
         **report,
         "complete": True,
         "comparisons": comparisons,
-        "verdict": verdict(comparisons[0], chosen, run.sweep.target),
-        "winner": winner._asdict(),
-        "command": f"loraplus train {shlex.quote(str(Path(run.output_dir) / WINNER))}",
+        "verdict": verdict(comparisons[0], chosen, run.sweep.target, lora),
+        "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
+        "why": why,
+        "command": None if best is None else f"loraplus train {shlex.quote(str(place))}",
     }
 
 
@@ -68,9 +77,8 @@ def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = Fal
 
 def page_of(directory: Path, report: Mapping[str, Any]) -> str:
     """The page: everything in one file, so that it can be sent and needs no network."""
-    images = {
-        name: base64.b64encode((directory / f"{name}.png").read_bytes()).decode("ascii") for name in PICTURES
-    }
+    files = {name: directory / f"{name}.png" for name in PICTURES}
+    images = {name: base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -101,6 +109,8 @@ def whole(value: float | None) -> str:
 def at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
     """Where the best setting of an arm has the least or largest value tried: a better one may lie beyond.
 
+    A lambda alone was the user's choice; a rate alone was not tuned.
+
     >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
     >>> at_the_edge(tried, {"lora": tried[2]})
     ['LoRA: learning_rate 0.01 is the largest tried']
@@ -110,7 +120,9 @@ def at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[st
         for name in ("learning_rate", "lr_ratio"):
             values = {getattr(trial, name) for trial in trials if trial.arm == arm}
             value = getattr(best, name)
-            if len(values) > 1 and value in (min(values), max(values)):
+            if len(values) == 1:
+                found += [f"{NAMES[arm]}: {name} {value:g} is the only one tried"] * (name == "learning_rate")
+            elif value in (min(values), max(values)):
                 end = "largest" if value == max(values) else "least"
                 found.append(f"{NAMES[arm]}: {name} {value:g} is the {end} tried")
     return found
@@ -165,17 +177,3 @@ def _search(rows: Sequence[Row]) -> list[Row]:
 
 def _score(loss: float | None) -> float:
     return math.nan if loss is None else loss
-
-
-def _winner(comparison: Row, search: Sequence[Row], chosen: Mapping[str, Trial]) -> Trial:
-    """The chosen setting of the arm that surely needs fewer steps, else of that which was better in the search."""
-    if (arm := favoured(comparison)) is not None:
-        return chosen[arm]
-    last = max(row["step"] for row in search)
-    scores = {
-        Trial(*(row[name] for name in Trial._fields)): _score(row["loss"])
-        for row in search
-        if row["step"] == last
-    }
-    found = [trial for arm in ("lora", "lora_plus") if (trial := best_of(scores, arm)) is not None]
-    return min(found, key=scores.__getitem__)

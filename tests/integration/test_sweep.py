@@ -77,7 +77,7 @@ def test_what_a_sweep_leaves(swept):
     assert [(run["arm"], run["seed"]) for run in report["runs"]] == [
         (arm, seed) for arm in ("lora", "lora_plus", "control") for seed in (1, 2)
     ]
-    assert all([step for step, _ in run["curve"]] == [0, 4, 8, 12, 16] for run in report["runs"])
+    assert all([step for step, _ in run["curve"]] == [*range(0, 17, 2)] for run in report["runs"])
     for arm in ("lora", "lora_plus"):
         last = [row for row in report["search"] if row["step"] == 8 and row["arm"] == arm]
         best = min(last, key=lambda row: row["loss"])
@@ -141,6 +141,7 @@ def test_the_winners_command_trains(swept, tmp_path):
     assert [config[name] for name in ("lr_ratio", "alpha", "rank")] == [
         winner[n] for n in ("lr_ratio", "alpha", "rank")
     ]
+    assert winner == {"arm": winner["arm"], **report_of(swept)["chosen"][winner["arm"]]}
 
 
 def test_a_finished_sweep_and_other_settings_are_refused(swept, capsys):
@@ -208,9 +209,11 @@ def test_what_diverges_is_marked_and_a_target_never_reached_is_said(world, undra
     gone = [(row["learning_rate"], row["loss"]) for row in report["search"] if row["learning_rate"] == 1e30]
     assert gone == [(1e30, None)] * 2
     assert report["verdict"].startswith(
-        "No verdict on steps: a validation loss of 1e-06 was never reached by LoRA+ on 2 and by LoRA on 2 of 2 "
+        "No verdict on steps: a test loss of 1e-06 was reached on none of 2 seeds"
     )
-    assert "2 diverged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 diverged" in printed
+    assert "unequal budgets: 2 settings of LoRA, 4 of LoRA+" in printed
     assert "diverged" in (world.out / "report.html").read_text()
     assert not report["protocol"]["equal_budgets"]
 
@@ -222,6 +225,28 @@ def test_when_all_diverge_it_says_so_and_keeps_what_there_is(world, capsys):
     report = report_of(world.out)
     assert not report["complete"]
     assert [row["loss"] is None for row in report["search"]] == [False, True, True]
+    assert (world.out / "heat_map.png").read_bytes().startswith(b"\x89PNG")
+    assert len((world.out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_what_diverges_in_the_report_is_no_winner(world, capsys, undrawn):
+    # Chosen after one step, before anything went wrong.
+    rates = ("--sweep.learning_rates", "[1e30]", "--sweep.lora_learning_rates", "[1e30]")
+    options = (
+        *rates,
+        "--sweep.lr_ratios",
+        "[2]",
+        "--sweep.rungs",
+        "[0.0625]",
+        "--optimizer.warmup_steps",
+        "0",
+    )
+    assert run_sweep(world, *options) == 1
+    assert "diverged on 2, LoRA" in capsys.readouterr().err
+    report = report_of(world.out)
+    assert (report["winner"], report["command"]) == (None, None)
+    assert "There is no winner" in (world.out / "report.html").read_text()
+    assert not (world.out / "winner.yaml").exists()
 
 
 def test_a_language_model(talk, undrawn):
