@@ -2,13 +2,15 @@
 
     python benchmarks/sweep.py time       # a member's step against a single run's, interleaved
     python benchmarks/sweep.py halving    # halving against the grid on two small tasks
+    python benchmarks/sweep.py halving --recount    # the same table from the losses kept, nothing is trained
 
 `time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program beside
 one single run, and works out from the measured times what sixteen single runs and a whole sweep take.
 
 `halving` trains the same 16 settings of a shorter quickstart to the end and looks at them at the rungs too. Members
 do not depend on each other, so that these runs are those of the halving as well. A loss is noisy by the standard
-deviation that the best setting has over the seeds.
+deviation that the best setting has over the seeds. The grid's best loss on a seed is the luckiest of all, so that
+what halving and grid choose on one seed is also compared on the others.
 """
 
 import argparse
@@ -32,8 +34,8 @@ from loraplus_jax.train.loop import place
 from loraplus_jax.train.parsing import parse_settings
 from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.sweep_choice import best_of, means_of, member_steps, stops_of, survivors
-from loraplus_jax.train.sweep_settings import NAMES, SweepRun, Trial
+from loraplus_jax.train.sweep_choice import best_of, member_steps, stops_of, survivors
+from loraplus_jax.train.sweep_settings import NAMES, SweepRun, SweepSettings, Trial
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
@@ -171,30 +173,33 @@ def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]
     return {name: round((search + reported(n)) / (16 * single), 3) for name, n in whole.items()}
 
 
-def halving(seeds: int, tasks: list[str]) -> None:
+def halving(seeds: int, tasks: list[str], recount: bool, rungs: tuple[float, ...]) -> None:
     """Writes results/sweep_halving.json, with a row for each task and seed; rows of other tasks there are kept."""
     path = RESULTS / "sweep_halving.json"
     old = json.loads(path.read_text()) if path.exists() else {"rows": [], "losses": {}}
     rows = [row for row in old["rows"] if row["task"] not in tasks]
-    kept = {name: losses for name, losses in old["losses"].items() if name not in tasks}
+    kept = {name: losses for name, losses in old["losses"].items() if recount or name not in tasks}
     for name in tasks:
-        changes = TASKS[name]
-        run = parse_settings(CONFIG, [*SIXTEEN, *SMALL, *changes, "--mesh.data", "1"], SweepRun)
-        run = dataclasses.replace(run, sweep=dataclasses.replace(run.sweep, seeds=tuple(range(seeds))))
-        losses, steps = trained(run)
-        kept[name] = {
-            str(step): {f"{t}, seed {s}": v for (t, s), v in found.items()} for step, found in losses.items()
-        }
-        final = means_of(losses[steps])
-        grid = min(final, key=final.__getitem__)
-        noise = float(np.std([losses[steps][grid, seed] for seed in run.seeds], ddof=1))
-        for seed in run.seeds:
-            rows.append(compared(name, run, losses, steps, seed) | {"noise": f"{noise:.4f}"})
-            report("sweep_halving", rows, steps=steps, settings=len(run.trials), unprinted={"losses": kept})
+        run = parse_settings(CONFIG, [*SIXTEEN, *SMALL, *TASKS[name], "--mesh.data", "1"], SweepRun)
+        sweep = dataclasses.replace(run.sweep, seeds=tuple(range(seeds)), rungs=rungs)
+        run = dataclasses.replace(run, sweep=sweep)
+        if not recount:
+            kept[name] = {str(step): found for step, found in trained(run).items()}
+        losses = {int(step): found for step, found in kept[name].items()}
+        rows += [compared(name, run, losses, seed) for seed in run.seeds]
+        steps = max(losses)
+        report(
+            "sweep_halving",
+            rows,
+            steps=steps,
+            rungs=rungs,
+            settings=len(run.trials),
+            unprinted={"losses": kept},
+        )
 
 
-def trained(run: SweepRun) -> tuple[dict[int, dict[tuple[Trial, int], float]], int]:
-    """The validation losses of all settings with all seeds at the rungs and at the end, and the end."""
+def trained(run: SweepRun) -> dict[int, dict[str, float]]:
+    """The validation losses of all settings with all seeds at the rungs and at the end."""
     entries = [(trial, seed) for seed in run.seeds for trial in run.trials]
     population = prepare_population(run, len(entries))
     crew, losses = Crew(population, len(entries)), {}
@@ -203,44 +208,55 @@ def trained(run: SweepRun) -> tuple[dict[int, dict[tuple[Trial, int], float]], i
         seed: train_batches(population.data.splits["train"], batch_size=run.train.batch_size, seed=seed)
         for seed in run.seeds
     }
-    stops = [*stops_of(run.sweep, population.steps), population.steps]
+    # The middle too, so that later rungs can be tried on the losses that are kept.
+    stops = {*stops_of(run.sweep, population.steps), population.steps // 2, population.steps}
     for step in range(1, population.steps + 1):
         by_seed = {seed: next(stream) for seed, stream in batches.items()}
         crew.step({n: by_seed[seed] for n, (_, seed) in enumerate(entries)})
         if step in stops:
             found = crew.evaluate(population.data.splits["validation"], run.train.eval_batch_size)
-            losses[step] = {entries[n]: values["loss"] for n, values in found.items()}
+            losses[step] = {key(*entries[n]): values["loss"] for n, values in found.items()}
             print(f"step {step}", flush=True)
-    return losses, population.steps
+    return losses
 
 
-def compared(
-    name: str, run: SweepRun, losses: dict[int, dict[tuple[Trial, int], float]], steps: int, seed: int
-) -> dict[str, Any]:
+def key(trial: Trial, seed: int) -> str:
+    """A setting with a seed, as the results have it."""
+    return f"{trial}, seed {seed}"
+
+
+def compared(name: str, run: SweepRun, losses: dict[int, dict[str, float]], seed: int) -> dict[str, Any]:
     """One seed: the best setting of the grid, and the one that halving comes to."""
-    left, counts, stops = list(run.trials), [], stops_of(run.sweep, steps)
+    left, counts, steps = list(run.trials), [], max(losses)
+    stops = stops_of(run.sweep, steps)
     scores: dict[Trial, float] = {}
     for stop in stops:
         counts.append(len(left))
-        scores = {trial: losses[stop][trial, seed] for trial in left}
+        scores = {trial: losses[stop][key(trial, seed)] for trial in left}
         left = survivors(scores, run.sweep.keep)
-    final = {trial: losses[steps][trial, seed] for trial in run.trials}
+    final = {trial: losses[steps][key(trial, seed)] for trial in run.trials}
     row: dict[str, Any] = {"task": name, "seed": seed}
+    ours, theirs = [], []
     for arm in ("lora", "lora_plus"):
         grid, found = best_of(final, arm), best_of(scores, arm)
         assert grid is not None
         assert found is not None
+        ours.append(found)
+        theirs.append(grid)
         row |= {
             f"{NAMES[arm]}, grid": f"{final[grid]:.4f}",
             f"{NAMES[arm]}, halving": f"{final[found]:.4f}",
         }
-    best = [
-        min(final.values()),
-        min(final[t] for arm in ("lora", "lora_plus") if (t := best_of(scores, arm))),
-    ]
-    row["best less grid's"] = f"{best[1] - best[0]:+.4f}"
-    row["member-steps / grid's"] = f"{member_steps(counts, stops) / (len(run.trials) * steps):.3f}"
-    return row
+    chosen, best = (min(pair, key=final.__getitem__) for pair in (ours, theirs))
+    others = [other for other in run.seeds if other != seed]
+    elsewhere = [losses[steps][key(chosen, s)] - losses[steps][key(best, s)] for s in others]
+    noise = np.std([losses[steps][key(best, s)] for s in run.seeds], ddof=1)
+    return row | {
+        "best less grid's": f"{final[chosen] - final[best]:+.4f}",
+        "the same on the other seeds": f"{np.mean(elsewhere):+.4f}",
+        "noise": f"{noise:.4f}",
+        "member-steps / grid's": f"{member_steps(counts, stops) / (len(run.trials) * steps):.3f}",
+    }
 
 
 def main() -> None:
@@ -249,12 +265,15 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("time", "halving"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--task", choices=TASKS, help="of halving; all if not given")
+    parser.add_argument("--rungs", type=float, nargs="+", default=SweepSettings.rungs, help="of halving")
+    parser.add_argument("--recount", action="store_true", help="of halving: from the losses that were kept")
     options = parser.parse_args()
+    tasks = [options.task] if options.task else list(TASKS)
     run = {
         "time": functools.partial(timing, options.rounds),
-        "halving": functools.partial(halving, options.seeds, [options.task] if options.task else list(TASKS)),
+        "halving": functools.partial(halving, options.seeds, tasks, options.recount, tuple(options.rungs)),
     }
     run[options.what]()
 
