@@ -9,7 +9,11 @@ from common import RESULTS, machine, table
 from convergence_plan import CONTROL, REPORT_SEEDS, TUNING_SEEDS, Experiment, choose, point_of
 from scipy import stats
 
+from loraplus_jax.train.sweep_verdict import ratio_interval
+
 Rows = Sequence[Mapping[str, Any]]
+Curve = Sequence[float | None]
+"""The training loss of every step; None where it was not finite."""
 WINDOW = 10
 """Steps over which a training loss is averaged before it is called reached."""
 
@@ -28,13 +32,16 @@ def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, flo
     return mean, float(low), float(high)
 
 
-def steps_to(curve: Sequence[float | None], target: float) -> int | None:
+def steps_to(curve: Curve, target: float) -> int | None:
     """The first step by which the mean of the last `WINDOW` losses is at most the target; None if never."""
+    reached = np.flatnonzero(_means(curve) <= target)
+    return WINDOW + int(reached[0]) if len(reached) else None
+
+
+def _means(curve: Curve) -> np.ndarray:
+    """The mean of the last `WINDOW` losses at every step that has so many; infinite where one was not finite."""
     losses = np.array([np.inf if loss is None else loss for loss in curve])
-    for step in range(WINDOW, len(losses) + 1):
-        if losses[step - WINDOW : step].mean() <= target:
-            return step
-    return None
+    return np.lib.stride_tricks.sliding_window_view(losses, WINDOW).mean(axis=1)
 
 
 def summarize(plan: Experiment, rows: Rows) -> list[dict[str, Any]]:
@@ -45,18 +52,21 @@ def summarize(plan: Experiment, rows: Rows) -> list[dict[str, Any]]:
     }
     # A point that was chosen before more rows came in is no longer the method's.
     chosen = {name: choose(plan, name, list(rows)) for name in plan.methods}
+    found, diverged = [], {}
     for name, runs in reported.items():
-        reported[name] = {
-            s: r for s, r in runs.items() if point_of(r) == chosen[name] and r["loss"] is not None
-        }
-    return [_row(plan, name, chosen[name], reported) for name in plan.methods if reported[name]]
+        runs = {seed: row for seed, row in runs.items() if point_of(row) == chosen[name]}
+        reported[name] = {seed: row for seed, row in runs.items() if row["loss"] is not None}
+        diverged[name] = len(runs) - len(reported[name])
+    for name in plan.methods:
+        if reported[name]:
+            found.append({**_row(plan, name, chosen[name], reported), "diverged": diverged[name]})
+    return found
 
 
 def _row(
     plan: Experiment, name: str, point: Any, reported: Mapping[str, Mapping[int, Any]]
 ) -> dict[str, Any]:
     runs, method = reported[name], plan.methods[name]
-    rates = [p.rate for p in method.points]
     row = {
         "method": name,
         "rate of A": point.rate,
@@ -65,7 +75,8 @@ def _row(
         "tuned over": f"{len(method.points)} x {len(TUNING_SEEDS)}"
         if method.points
         else f"as {_source(name)}",
-        "at the grid's edge": bool(rates) and point.rate in (min(rates), max(rates)),
+        "at the grid's edge": _is_edge(point.rate, [p.rate for p in method.points]),
+        "lambda at the edge": _is_edge(point.ratio, [p.ratio for p in method.points]),
         "seeds": len(runs),
     }
     for metric in plan.metrics:
@@ -79,30 +90,37 @@ def _row(
             [runs[s][metric] for s in seeds], [rival[s][metric] for s in seeds]
         )
     if len(seeds) > 1:
-        row["steps saved"] = _steps_saved([(runs[s]["curve"], rival[s]["curve"]) for s in seeds])
+        row["steps saved"] = steps_saved([(runs[s]["curve"], rival[s]["curve"]) for s in seeds])
     return row
+
+
+def _is_edge(value: float, tried: Sequence[float]) -> bool:
+    """Whether better ones may lie beyond what was tried; a value that alone was tried is the method itself."""
+    return len(set(tried)) > 1 and value in (min(tried), max(tried))
 
 
 def _source(name: str) -> str:
     return "lora+" if name == CONTROL else name
 
 
-def _steps_saved(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> dict[str, Any]:
-    """How many times fewer steps a method needs to come to where its rival's training loss ends.
+def steps_saved(curves: Sequence[tuple[Curve, Curve]]) -> dict[str, Any]:
+    """How many times fewer steps the first of two methods needs, one pair of training curves a seed.
 
-    The ratio of steps and its interval are those of the mean logarithm over the seeds in which it gets there.
+    On each seed both must come to the worse of their two final losses, so both do, and which of the two is called
+    the rival does not matter: a target of the rival's alone would drop the seeds in which the other ends worse. A
+    pair in which a run's last losses are not finite does not count. `ratio` and its interval are those of the mean
+    logarithm over the `pairs`; None for fewer than two.
     """
-    ratios, missed = [], 0
-    for own, other in curves:
-        target = float(np.mean(other[-WINDOW:]))
-        mine, its = steps_to(own, target), steps_to(other, target)
-        if mine is None or its is None:
-            missed += 1
-        else:
-            ratios.append(np.log(its / mine))
-    if len(ratios) < 2:
-        return {"ratio": None, "never reached": missed}
-    return {"ratio": [float(np.exp(x)) for x in paired(ratios, [0.0] * len(ratios))], "never reached": missed}
+    own, its = [], []
+    for pair in curves:
+        target = max(_means(curve)[-1] for curve in pair)
+        if np.isfinite(target):
+            steps = [steps_to(curve, target) for curve in pair]
+            own.append(steps[0])
+            its.append(steps[1])
+    found = ratio_interval(its, own)
+    ratio = None if found["low"] is None else [found[name] for name in ("mean", "low", "high")]
+    return {"ratio": ratio, "pairs": found["pairs"]}
 
 
 def write_table(results: Mapping[str, tuple[Experiment, Rows]]) -> None:
@@ -143,19 +161,17 @@ def _shown(plan: Experiment, row: Mapping[str, Any]) -> dict[str, str]:
     shown = {name: row[name] for name in ("method", "rate of A", "lambda", "alpha factor", "tuned over")}
     shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in shown.items()}
     shown["rate of A"] += " (edge)" if row["at the grid's edge"] else ""
+    shown["lambda"] += " (lambda at the edge)" if row["lambda at the edge"] else ""
     for metric in plan.metrics:
         mean, deviation = row[metric]
         shown[f"test {metric}"] = f"{mean:.4f} ± {deviation:.4f}"
-    shown["seeds"] = row["seeds"]
+    shown["seeds"] = f"{row['seeds']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
     shown["against"] = row["against"] or "-"
     for metric in plan.metrics:
         found = row.get(f"{metric} difference")
         shown[f"{metric} difference"] = "-" if found is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
     saved = row.get("steps saved")
-    if saved is None or saved["ratio"] is None:
-        shown["fewer steps"] = "-"
-    else:
-        shown["fewer steps"] = "{:.2f} x [{:.2f}, {:.2f}]".format(*saved["ratio"])
-    if saved and saved["never reached"]:
-        shown["fewer steps"] += f", {saved['never reached']} never"
+    shown["fewer steps"] = "-"
+    if saved is not None and saved["ratio"] is not None:
+        shown["fewer steps"] = "{:.2f} x [{:.2f}, {:.2f}], {} pairs".format(*saved["ratio"], saved["pairs"])
     return shown

@@ -21,7 +21,17 @@ Measure = Callable[[Any, Any, Any, Any], dict[str, dict[str, jax.Array]]]
 """`measure(trainable, before, frozen, batch) -> {module path: {term: value}}`."""
 BALANCED = 3.0
 """Within this factor of each other delta1 and delta2 count as of the same order."""
-BASIS = "(arXiv 2402.12354 asks for the same order; whether the loss gains by it, only a run can tell)"
+BASIS = "arXiv 2402.12354 asks for the same order; whether the loss gains by it, only a run can tell"
+LOWEST = 1.0
+"""No lr_ratio below it is advised: that is LoRA itself."""
+COURSE = {
+    "B": "with B zero at the start the share follows A's rate and rises with the steps: "
+    "a short run's is an early one",
+    "A": "with A zero at the start the share follows B's rate and falls with the steps: "
+    "a short run's is an early one",
+    None: "with neither factor zero at the start the share follows lr_ratio and the factors' sizes",
+}
+"""How the share goes with the rates and the steps, by the factor that is zero at the start."""
 
 
 def make_theory(loss_fn: LossFn, specs: Specs) -> Measure:
@@ -96,30 +106,56 @@ def by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, 
     return result
 
 
-def reading(layers: Mapping[str, Mapping[str, float]], lr_ratio: float) -> str:
-    """One line on which factor moves the output less, and what would even them out; it states its basis.
+def reading(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: str | None) -> str:
+    """One line on which factor moves the output less, and which rate to move; it states its basis.
 
-    To first order delta1 grows with eta_A alone and delta2 with eta_B alone, so at the same eta_B the ratio that
-    evens them out is lr_ratio * delta1 / delta2.
+    With Adam delta1 goes with eta_A and B's size, delta2 with eta_B and A's. A factor that starts at zero grows
+    with its own rate and with the steps. So its rate is in both, and delta1 / delta2 goes with eta_A * steps where
+    B was zero, with 1 / (eta_B * steps) where A was: the rate to move is that of the other factor, which was drawn.
+    That is to first order: once that factor has outgrown its first values too, the share hardly moves any more, so
+    the factor that is named is the one that would even the two out if it went on as it began.
 
     Args:
       layers: from `by_layer`.
       lr_ratio: lambda of the run.
+      init: of the run's factors (`LoRAPlusConfig.init`); None if it started from an adapter, neither factor zero.
 
-    >>> print(reading({"q": {"delta1": 0.1, "delta2": 0.8}}, 16.0).partition(" (arXiv")[0])
-    A moves the output 0.13 x as much as B: A starves; at lr_ratio 2, with the same rate of B, they would be even
+    >>> print(reading({"q": {"delta1": 0.9, "delta2": 0.1}}, 4.0, "lora_b").partition(": ")[2].partition(" (")[0])
+    B starves; lr_ratio 4 -> 36, which keeps A's rate, would bring them closer
     """
     ratios = [v["delta1"] / v["delta2"] for v in layers.values() if v["delta1"] > 0 and v["delta2"] > 0]
     if not ratios:
-        return "one of the factors has not moved any layer's output yet: nothing can be said of lr_ratio"
+        return "one of the factors has not moved any layer's output yet: nothing can be said of the rates"
     share = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    start, basis = f"A moves the output {share:.2g} x as much as B:", BASIS
-    if 1 / BALANCED <= share <= BALANCED:
-        return f"{start} of the same order, no reason to leave lr_ratio {lr_ratio:g} {basis}"
-    slow, even = ("A" if share < 1 else "B"), lr_ratio * share
-    return (
-        f"{start} {slow} starves; at lr_ratio {even:.2g}, with the same rate of B, they would be even {basis}"
-    )
+    zero = None if init is None else "A" if init == "lora_b" else "B"
+    said = "of the same order, no reason in this to change a rate"
+    if not 1 / BALANCED <= share <= BALANCED:
+        said = f"{'A' if share < 1 else 'B'} starves; {_advice(share, lr_ratio, zero)}"
+    return f"A moves the output {share:.2g} x as much as B: {said} ({COURSE[zero]}; {BASIS})"
+
+
+def _advice(share: float, lr_ratio: float, zero: str | None) -> str:
+    """Which rate to move how far, the other kept: A's, unless A started at zero."""
+    if share < 1 and lr_ratio <= LOWEST:
+        return "no lr_ratio below 1 is advised"
+    even = lr_ratio * share
+    ratio = max(LOWEST, even)
+    move = f"lr_ratio {lr_ratio:g} -> {_short(ratio)}"
+    if zero == "A":
+        move = f"{move}, which keeps A's rate,"
+    else:
+        move = f"learning_rate x {_short(lr_ratio / ratio)} with {move}, which keeps B's rate,"
+    floor = "" if ratio == even else "; no lr_ratio below 1 is advised"
+    return f"{move} would bring them closer{floor}"
+
+
+def _short(value: float) -> str:
+    """Two digits, without an exponent where there are few.
+
+    >>> _short(144.4), _short(0.126), _short(1.0)
+    ('140', '0.13', '1')
+    """
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _zeros(spec: AdapterSpec) -> jax.Array:

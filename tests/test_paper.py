@@ -113,7 +113,7 @@ def rows(plan, name, losses, seeds, phase="report", point=None):
     point = point or choose(plan, name, [])
     return [
         {"phase": phase, "method": name, **point._asdict(), "seed": s, "loss": loss, "curve": [loss] * 60}
-        | {"accuracy": 1 - loss}
+        | {"accuracy": None if loss is None else 1 - loss}
         for s, loss in zip(seeds, losses, strict=True)
     ]
 
@@ -197,6 +197,69 @@ def test_steps_to_a_loss_are_those_of_a_mean_over_ten():
     assert steps_to(falling, 0.4) == 11
     assert steps_to(falling, -1.0) is None
     assert steps_to([None, *falling], 0.05) == 16
+
+
+def noisy(seed):
+    """A training curve that falls at a pace of its own, with noise."""
+    rng = np.random.default_rng(seed)
+    pace = rng.uniform(5, 50)
+    return list(np.exp(-np.arange(60) / pace) + 0.05 * rng.normal(size=60))
+
+
+def test_the_other_way_round_fewer_steps_are_more():
+    from convergence_table import steps_saved
+
+    curves = [(noisy(2 * n), noisy(2 * n + 1)) for n in range(8)]
+    found, back = steps_saved(curves), steps_saved([(b, a) for a, b in curves])
+    assert found["pairs"] == back["pairs"] == 8
+    mean, low, high = found["ratio"]
+    assert back["ratio"] == pytest.approx([1 / mean, 1 / high, 1 / low])
+    assert mean != pytest.approx(1)
+
+
+def test_two_methods_that_are_the_same_are_called_faster_as_rarely_as_slower():
+    from convergence_table import steps_saved
+
+    found = [steps_saved([(noisy(m + n), noisy(m + n + 8)) for n in range(8)]) for m in range(0, 6400, 16)]
+    assert all(one["pairs"] == 8 for one in found)
+    faster, slower = (sum(said) for said in zip(*((r[1] > 1, r[2] < 1) for r in ratios(found)), strict=True))
+    assert faster + slower < 0.08 * len(found)
+    # A t interval of 5 %: ten of 400 each way, with a standard deviation of three.
+    assert min(faster, slower) >= 2
+
+
+def ratios(found):
+    return [one["ratio"] for one in found]
+
+
+def test_the_goal_is_the_worse_final_loss_and_only_runs_that_diverged_are_left_out():
+    """One method ends at 0.5 after 20 steps, the other comes to 0.5 in 30 of 60 and goes on to 0."""
+    from convergence_table import steps_saved
+
+    early, late = [1.0] * 10 + [0.5] * 50, [1.0] * 20 + [0.5] * 20 + [0.0] * 20
+    assert steps_saved([(early, late)] * 2) == {"ratio": pytest.approx([1.5] * 3), "pairs": 2}
+    lost = [1.0] * 59 + [None]
+    assert steps_saved([(early, late)] * 2 + [(early, lost), (lost, late)])["pairs"] == 2
+    assert steps_saved([(early, late), (early, lost)]) == {"ratio": None, "pairs": 1}
+
+
+def test_a_best_rate_or_lambda_at_the_edge_and_diverged_seeds_are_shown(plan):
+    from convergence_plan import CONTROL, choose
+    from convergence_table import _shown, summarize
+
+    found = tuned(plan, **{"lora": 5, "lora+": 2})
+    best = {name: choose(plan, name, found) for name in ("lora", "lora+", CONTROL)}
+    assert (best["lora+"].rate, best["lora+"].ratio) == (1e-3, 4.0)
+    for name, point in best.items():
+        found += rows(
+            plan, name, [0.5, 0.6, None] if name == "lora" else [0.4, 0.6, 0.7], (0, 1, 2), point=point
+        )
+    shown = {row["method"]: _shown(plan, row) for row in summarize(plan, found)}
+    assert [shown["lora"][name] for name in ("rate of A", "lambda")] == ["0.008 (edge)", "1"]
+    assert [shown["lora+"][name] for name in ("rate of A", "lambda")] == ["0.001", "4 (lambda at the edge)"]
+    assert [shown[CONTROL][name] for name in ("rate of A", "lambda")] == ["0.001", "1"]
+    assert [shown[name]["seeds"] for name in ("lora", "lora+")] == ["2, 1 diverged", "3"]
+    assert shown["lora+"]["fewer steps"] == "1.00 x [1.00, 1.00], 2 pairs"
 
 
 def test_other_settings_are_another_set_of_rows(plan):

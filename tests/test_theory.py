@@ -8,7 +8,7 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, apply_lora_plus, init_lora, scale_variables
 from loraplus_jax.lora import TERMS
-from loraplus_jax.theory import by_layer, make_theory, reading
+from loraplus_jax.theory import by_layer, make_theory
 
 KEY = jax.random.key(0)
 
@@ -265,38 +265,3 @@ def test_adapters_that_have_no_layer_inputs_are_refused_by_name():
     _, specs = init_lora(model, KEY, jnp.zeros((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="no layer that is adapted can be measured: embeddings"):
         make_theory(total(model), specs)
-
-
-@pytest.mark.parametrize(
-    ("delta1", "delta2", "said"),
-    [
-        (0.1, 0.9, "0.11 x as much as B: A starves; at lr_ratio 1.8, with the same rate of B"),
-        (0.9, 0.1, "9 x as much as B: B starves; at lr_ratio 1.4e+02, with the same rate of B"),
-        (0.1, 0.2, "0.5 x as much as B: of the same order, no reason to leave lr_ratio 16"),
-        (0.0, 0.2, "one of the factors has not moved any layer's output yet"),
-    ],
-)
-def test_the_reading_names_the_factor_that_starves_and_its_basis(delta1, delta2, said):
-    line = reading({"q": {"delta1": delta1, "delta2": delta2}}, 16.0)
-    assert said in line
-    assert "\n" not in line
-    assert delta1 == 0 or "2402.12354" in line
-
-
-def test_the_reading_says_which_way_the_balance_moves():
-    """The ratio it names does make the two even, in a step of signs with the same rate of B."""
-    x = inputs(64, 32)
-    model, base, before, _, specs = adapted(nn.Dense(24), x, target_modules=".*", rank=4)
-    signs = jax.tree.map(jnp.sign, drawn(before, 9))
-
-    def layers(ratio, rate_of_b=1e-3):
-        rates = {"lora_a": rate_of_b / ratio, "lora_b": rate_of_b}
-        after = {name: before[name] + rates[name] * signs[name] for name in before}
-        return by_layer(measured(model, base, before, after, specs, x), specs)
-
-    first = layers(100.0)
-    share = first[""]["delta1"] / first[""]["delta2"]
-    assert share < 0.1
-    named = float(reading(first, 100.0).partition("lr_ratio ")[2].partition(",")[0])
-    evened = layers(named)[""]
-    np.testing.assert_allclose(evened["delta1"], evened["delta2"], rtol=0.05)

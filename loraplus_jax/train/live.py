@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ..config import LoRAPlusConfig
 from ..lora import TERMS
 from ..sharding import Shardings, batch_parts, batch_sharding, known, local_rows
 from ..spec import Specs
@@ -75,10 +76,16 @@ def as_metrics(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str
     return means | values
 
 
-def read_metrics(rows: Iterable[Row], lr_ratio: float) -> str | None:
-    """`theory.reading` of the second half of a run's measurements; None without any."""
+def read_metrics(rows: Iterable[Row], config: LoRAPlusConfig | None, from_adapter: bool) -> str | None:
+    """`theory.reading` of the second half of a run's measurements; None without any.
+
+    Args:
+      rows: of the run's metrics.
+      config: what is applied; None where nothing is.
+      from_adapter: whether the run's first factors came from an adapter, and not from the config's `init`.
+    """
     measured = [row for row in rows if any(name.startswith(f"{GROUP}/") for name in row)]
-    if not measured:
+    if config is None or not measured:
         return None
     sums: dict[str, dict[str, float]] = {}
     for row in measured[len(measured) // 2 :]:
@@ -87,4 +94,4 @@ def read_metrics(rows: Iterable[Row], lr_ratio: float) -> str | None:
             if name.startswith(f"{GROUP}/") and path != "mean":
                 layer = sums.setdefault(path, dict.fromkeys(TERMS, 0.0))
                 layer[term] += value
-    return reading(sums, lr_ratio)
+    return reading(sums, config.lr_ratio, None if from_adapter else config.init)

@@ -358,8 +358,7 @@ class Trainer:
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """`summary.json`, the last thing a run writes: with it the run is finished."""
         trained = count(self.run.parts.trainable)
-        config = self.run.config
-        theory = None if config is None else read_metrics(self.log.rows, config.lr_ratio)
+        theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
         summary = {
             "before": dict(before),
             "after": dict(after),

@@ -6,6 +6,7 @@ import signal
 import jax
 import pytest
 
+from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.sharding import make_mesh
 from loraplus_jax.train.live import as_metrics, measured_rows, read_metrics
 from loraplus_jax.train.parsing import parse_settings
@@ -105,10 +106,16 @@ def test_what_is_read_is_the_second_half_of_the_run():
         for n, d in ((1, 99.0), (2, 99.0), (3, 0.1), (4, 0.1))
     ]
     rows = [row | {"theory/q/z_a": 1.0, "theory/q/z_b": 1.0, "theory/mean/delta1": 5.0} for row in rows]
-    line = read_metrics([{"step": 0, "loss": 1.0}, *rows], 8.0)
+    config = LoRAPlusConfig(target_modules="q", lr_ratio=20.0, init="lora_b")
+    line = read_metrics([{"step": 0, "loss": 1.0}, *rows], config, False)
     assert line is not None
-    assert line.startswith("A moves the output 0.1 x as much as B: A starves; at lr_ratio 0.8")
-    assert read_metrics([{"step": 0, "loss": 1.0}], 8.0) is None
+    assert line.startswith(
+        "A moves the output 0.1 x as much as B: A starves; lr_ratio 20 -> 2, which keeps A's rate"
+    )
+    assert "with A zero at the start" in line
+    assert "with neither factor zero" in (read_metrics(rows, config, True) or "")
+    assert read_metrics([{"step": 0, "loss": 1.0}], config, False) is None
+    assert read_metrics(rows, None, False) is None
 
 
 def test_a_quarter_of_the_rows_on_all_devices():
