@@ -148,6 +148,12 @@ BAD = [
         ("--sweep.learning_rates", "fast"),
         "sweep.learning_rates must be a list of numbers or null, got 'fast'",
     ),
+    (
+        ("--sweep.learning_rates", "1e-3"),
+        "error: sweep.learning_rates must be a list of numbers or null, got '1e-3'\n",
+    ),
+    (("--sweep.ranks", "[4,x]"), "sweep.ranks must be a list of whole numbers or null, got \"[4, 'x']\"\n"),
+    (("--sweep.rungs", "0.5"), "sweep.rungs must be a list of numbers, got '0.5'\n"),
     (("--sweep.target", "low"), "sweep.target must be a number or null"),
     (("--method", "lora"), "method must be lora_plus, got lora"),
     (("--init_adapter", "there"), "leave init_adapter out"),
