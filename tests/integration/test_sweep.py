@@ -7,6 +7,7 @@ import signal
 import struct
 import zlib
 
+import jax
 import pytest
 
 from loraplus_jax.train import sweep as sweeping
@@ -191,6 +192,21 @@ def test_stopped_and_killed_at_any_moment_it_ends_the_same_to_the_bit(world, swe
         "protocol": 0,
         "command": 0,
     }
+
+
+def test_a_sweep_stopped_on_one_device_goes_on_on_others(world, swept, undrawn):
+    if jax.device_count() < 3:
+        pytest.skip("needs three devices")
+    # 8 members amid the first rung, and 4 of them amid the second: 3 devices have 9 places for them.
+    for devices, count in (("1", 3), ("3", 3), ("2", 5)):
+        with pytest.MonkeyPatch.context() as patch:
+            stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
+            assert run_sweep(world, "--mesh.data", devices) == 143
+    assert run_sweep(world, "--mesh.data", "3") == 0
+    ours, theirs = report_of(world.out), report_of(swept)
+    assert ours["chosen"] == theirs["chosen"]
+    for one, other in zip(ours["runs"], theirs["runs"], strict=True):
+        assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], abs=1e-4)
 
 
 def test_several_devices_and_members_at_once_find_the_same(world, swept, undrawn):
