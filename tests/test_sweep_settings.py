@@ -138,6 +138,23 @@ BAD = [
     (("--sweep.ranks", "[0]"), "sweep.ranks[0] must be a whole number of at least 1"),
     (("--sweep.samples", "0"), "sweep.samples must be a whole number of at least 1"),
     (("--sweep.report_seeds", "1"), "sweep.report_seeds must be a whole number of at least 2"),
+    (
+        ("--sweep.report_seeds", "1000000000"),
+        "sweep.report_seeds must be a whole number of at least 2 and at most 1000, got 1000000000",
+    ),
+    (("--sweep.samples", "1001"), "sweep.samples must be a whole number of at least 1 and at most 1000"),
+    (("--sweep.members_at_once", "10001"), "must be a whole number of at least 1 and at most 10000"),
+    (
+        ("--sweep.seeds", "[1,2,3,4,5,6]", "--sweep.samples", "1000"),
+        "at most 10,000 runs side by side, and 2,000 settings on 6 of sweep.seeds are 12,000",
+    ),
+    (
+        (
+            *("--sweep.learning_rates", str([n / 1e5 for n in range(1, 102)])),
+            *("--sweep.lora_learning_rates", "[1e-3]", "--sweep.ranks", str(list(range(1, 26)))),
+        ),
+        "at most 10,000 runs side by side, and 10,125 settings on 1 of sweep.seeds are 10,125",
+    ),
     (("--sweep.rungs", "[0.5,0.25]"), "sweep.rungs must grow"),
     (("--sweep.rungs", "[1.0]"), "sweep.rungs[0] must be a finite number above 0 and below 1"),
     (("--sweep.keep", "1"), "sweep.keep must be a finite number above 0 and below 1"),
@@ -161,7 +178,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(row[0]) for row in BAD])
+@pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(row[0])[:60] for row in BAD])
 def test_bad_settings_are_one_line_and_exit_code_2(config, capsys, overrides, words):
     assert main(["sweep", str(config), *overrides]) == 2
     printed = capsys.readouterr().err

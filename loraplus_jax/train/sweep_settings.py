@@ -17,6 +17,8 @@ NAMES: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(
 """How the arms are called on paper."""
 RATES_AROUND = (0.25, 0.5, 1.0, 2.0)
 """The default learning rates, as multiples of the run's own."""
+MOST_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
+"""All members of a stage are held side by side."""
 
 
 def _check_list(name: str, values: tuple | None, check: Callable[[str, Any], None]) -> None:
@@ -80,10 +82,10 @@ class SweepSettings:
             raise ValueError(
                 "lr_ratios holds 1, which is plain LoRA: its rates are sweep.lora_learning_rates"
             )
-        check_whole("report_seeds", self.report_seeds, at_least=2)
-        for name in ("samples", "members_at_once"):
+        check_whole("report_seeds", self.report_seeds, at_least=2, at_most=MOST_REPORT_SEEDS)
+        for name, most in (("samples", MOST_SAMPLES), ("members_at_once", MOST_MEMBERS)):
             if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), at_least=1)
+                check_whole(name, getattr(self, name), at_least=1, at_most=most)
         if self.target is not None:
             check_number("target", self.target)
         self._check_halving()
@@ -152,6 +154,7 @@ class SweepRun(Settings):
             )
         if max(self.seeds) + self.sweep.report_seeds >= 2**32:
             raise ValueError(f"the seeds of the report follow {max(self.seeds)} and must be below 2**32")
+        _check_size(self)
         for trial in self.trials:
             self.settings_of(trial, self.seed)
 
@@ -189,6 +192,22 @@ class SweepRun(Settings):
         )
         values["optimizer"] = dataclasses.replace(self.optimizer, learning_rate=trial.learning_rate)
         return Settings(**{**values, "seed": seed, "output_dir": output_dir or self.output_dir})
+
+
+def _check_size(run: SweepRun) -> None:
+    """Counted before any setting is made: the lists' product may be of any size."""
+    sweep = run.sweep
+    if sweep.samples is not None:
+        count = 2 * sweep.samples
+    else:
+        pairs = len(sweep.learning_rates or RATES_AROUND) * len(sweep.lr_ratios)
+        lora = len(sweep.lora_learning_rates or ()) or pairs
+        count = (pairs + lora) * len(sweep.alphas or (run.lora.alpha,)) * len(run.ranks)
+    if (members := count * len(run.seeds)) > MOST_MEMBERS:
+        raise ValueError(
+            f"a sweep trains at most {MOST_MEMBERS:,} runs side by side, and {count:,} settings on {len(run.seeds):,} "
+            f"of sweep.seeds are {members:,}: give shorter lists, or sweep.samples"
+        )
 
 
 def _rates(run: SweepRun) -> tuple[float, ...]:
