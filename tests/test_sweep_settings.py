@@ -122,7 +122,30 @@ def test_the_single_run_of_a_trial(parsed):
     assert Trial(1e-3, 2.0, 4.0, 2).control == Trial(1e-3, 1.0, 8.0, 2)
 
 
+def test_the_control_has_lambda_times_the_scale_of_every_module(parsed):
+    run = parsed(
+        "--lora.alpha", "2", "--lora.alpha_pattern", '{"query": 3}', "--lora.rank_pattern", '{"key": 4}'
+    )
+    trial = Trial(1e-3, 2.0, 2.0, 8)
+    plain, control = run.settings_of(trial, 0).lora, run.settings_of(trial.control, 0).lora
+    assert plain.alpha_pattern == run.lora.alpha_pattern
+    for module in ("layers/query", "layers/key", "layers/value"):
+        assert control.scale_of(module) == 2 * plain.scale_of(module), module
+
+
 BAD = [
+    (
+        ("--sweep.alphas", "[2,4]", "--lora.alpha_pattern", '{"query": 2}'),
+        "sweep.alphas would not reach the modules of lora.alpha_pattern, which is {'query': 2.0}: give one of",
+    ),
+    (
+        ("--sweep.ranks", "[2]", "--lora.rank_pattern", '{"query": 2}'),
+        "sweep.ranks would not reach the modules of lora.rank_pattern, which is {'query': 2}: give one of",
+    ),
+    (
+        ("--lora.alpha", "3e38", "--optimizer.learning_rate", "1e-5"),
+        "alpha must be a finite number above 0, got 6e+38, which float32 cannot hold",
+    ),
     (("--sweep.learning_rates", "[]"), "sweep.learning_rates is empty"),
     (("--sweep.lr_ratios", "[]"), "sweep.lr_ratios is empty"),
     (("--sweep.seeds", "[]"), "sweep.seeds is empty"),

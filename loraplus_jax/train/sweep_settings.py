@@ -154,9 +154,21 @@ class SweepRun(Settings):
             )
         if max(self.seeds) + self.sweep.report_seeds >= 2**32:
             raise ValueError(f"the seeds of the report follow {max(self.seeds)} and must be below 2**32")
+        self._check_patterns()
         _check_size(self)
         for trial in self.trials:
             self.settings_of(trial, self.seed)
+            if self.sweep.control:
+                self.settings_of(trial.control, self.seed)
+
+    def _check_patterns(self) -> None:
+        """What a list varies must not be fixed for some modules by a pattern."""
+        for tried, pattern in (("alphas", "alpha_pattern"), ("ranks", "rank_pattern")):
+            if getattr(self.sweep, tried) is not None and (fixed := getattr(self.lora, pattern)):
+                raise ValueError(
+                    f"sweep.{tried} would not reach the modules of lora.{pattern}, which is {dict(fixed)}: give "
+                    "one of the two"
+                )
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -185,10 +197,18 @@ class SweepRun(Settings):
         return _drawn(self) if self.sweep.samples is not None else _grid(self)
 
     def settings_of(self, trial: Trial, seed: int, output_dir: str | None = None) -> Settings:
-        """The single run that a trial with a seed equals."""
+        """The single run that a trial with a seed equals.
+
+        The alphas of patterns grow as the trial's does: a control has lambda times the scale of every module.
+        """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
+        growth = trial.alpha / self.lora.alpha
         values["lora"] = dataclasses.replace(
-            self.lora, rank=trial.rank, alpha=trial.alpha, lr_ratio=trial.lr_ratio
+            self.lora,
+            rank=trial.rank,
+            alpha=trial.alpha,
+            alpha_pattern={name: growth * alpha for name, alpha in self.lora.alpha_pattern.items()},
+            lr_ratio=trial.lr_ratio,
         )
         values["optimizer"] = dataclasses.replace(self.optimizer, learning_rate=trial.learning_rate)
         return Settings(**{**values, "seed": seed, "output_dir": output_dir or self.output_dir})
@@ -205,8 +225,8 @@ def _check_size(run: SweepRun) -> None:
         count = (pairs + lora) * len(sweep.alphas or (run.lora.alpha,)) * len(run.ranks)
     if (members := count * len(run.seeds)) > MOST_MEMBERS:
         raise ValueError(
-            f"a sweep trains at most {MOST_MEMBERS:,} runs side by side, and {count:,} settings on {len(run.seeds):,} "
-            f"of sweep.seeds are {members:,}: give shorter lists, or sweep.samples"
+            f"a sweep trains at most {MOST_MEMBERS:,} runs side by side, and {count:,} settings on "
+            f"{len(run.seeds):,} of sweep.seeds are {members:,}: give shorter lists, or sweep.samples"
         )
 
 
