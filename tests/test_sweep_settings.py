@@ -102,6 +102,26 @@ def test_samples_lie_between_the_ends_and_come_from_the_seed(parsed):
     assert run.trials == parsed(*options).trials != parsed(*options, "--seed", "8").trials
 
 
+def test_samples_are_redrawn_until_each_arm_has_as_many_different_ones(parsed):
+    narrow = ("--sweep.learning_rates", "[1e-3,1.05e-3]", "--sweep.lr_ratios", "[0.98,1.03]")
+    narrow += ("--sweep.lora_learning_rates", "[1e-3,1.1e-3]", "--sweep.samples", "11")
+    for seed in range(5):
+        run = parsed(*narrow, "--seed", str(seed))
+        assert len(set(run.trials)) == 22
+        assert [trial.arm for trial in run.trials] == 11 * ["lora"] + 11 * ["lora_plus"]
+        assert all(1e-3 <= trial.learning_rate <= 1.1e-3 for trial in run.trials)
+        assert all(trial.lr_ratio == float(f"{trial.lr_ratio:.3g}") for trial in run.trials)
+    # One value at both ends is taken as it is.
+    run = parsed("--sweep.samples", "1", "--sweep.learning_rates", "[1.2345e-3]", "--sweep.lr_ratios", "[2]")
+    assert run.trials[1][:2] == (1.2345e-3, 2.0)
+
+
+def test_the_recipes_own_rate_is_tried_to_all_its_digits(parsed):
+    run = parsed("--optimizer.learning_rate", "1.2345e-4")
+    rates = {trial.learning_rate for trial in run.trials if trial.arm == "lora_plus"}
+    assert rates == {3.09e-5, 6.17e-5, 1.2345e-4, 2.47e-4}
+
+
 def test_the_report_has_other_seeds_than_the_search(parsed):
     assert parsed().report_seeds == (8, 9, 10)
     assert parsed("--sweep.seeds", "[5,11]").report_seeds == (12, 13, 14)
@@ -157,7 +177,24 @@ BAD = [
     (("--sweep.lora_learning_rates", "[-1]"), "sweep.lora_learning_rates[0] must be a finite number above 0"),
     (("--sweep.learning_rates", "[.inf]"), "sweep.learning_rates[0] must be a finite number"),
     (("--sweep.lr_ratios", "[1,2]"), "lr_ratios holds 1, which is plain LoRA"),
+    (("--sweep.lr_ratios", "[1.001,2]"), "lr_ratios holds 1.001, which is plain LoRA to three digits"),
     (("--sweep.lr_ratios", "[2,2]"), "sweep.lr_ratios holds a value twice"),
+    (
+        ("--sweep.lr_ratios", "[2.001,2.002]"),
+        "sweep.lr_ratios holds 2.001 and 2.002, which are the same to three",
+    ),
+    (
+        ("--sweep.alphas", "[16,16.01]"),
+        "sweep.alphas holds 16.0 and 16.01, which are the same to three digits",
+    ),
+    (
+        ("--sweep.learning_rates", "[1e-3,1.01e-3]", "--sweep.lr_ratios", "[1.01,1.02,1.03]"),
+        "of 6 rates from 0.001 to 0.00104, as many as LoRA+ has settings, only 5 differ",
+    ),
+    (
+        ("--sweep.lora_learning_rates", "[1e-3,1.02e-3]", "--sweep.samples", "9"),
+        "sweep.samples is 9, and 900 draws found only 3 settings of LoRA that differ in three digits: give fewer",
+    ),
     (("--sweep.ranks", "[0]"), "sweep.ranks[0] must be a whole number of at least 1"),
     (("--sweep.samples", "0"), "sweep.samples must be a whole number of at least 1"),
     (("--sweep.report_seeds", "1"), "sweep.report_seeds must be a whole number of at least 2"),
