@@ -153,6 +153,18 @@ def test_the_control_has_lambda_times_the_scale_of_every_module(parsed):
         assert control.scale_of(module) == 2 * plain.scale_of(module), module
 
 
+def test_every_member_trains_a_new_head_at_the_recipes_own_rate(parsed):
+    def heads(run):
+        tried = [t for trial in run.trials for t in (trial, trial.control)]
+        return {run.settings_of(trial, 0).optimizer.head_learning_rate for trial in tried}
+
+    rate = ("--optimizer.learning_rate", "3e-4")
+    assert heads(parsed(*rate)) == {3e-4}
+    assert heads(parsed(*rate, "--sweep.learning_rates", "[1e-3]")) == {3e-4}
+    assert heads(parsed(*rate, "--optimizer.head_learning_rate", "1e-2")) == {1e-2}
+    assert heads(parsed(*rate, "--task", "instruction")) == {None}
+
+
 BAD = [
     (
         ("--sweep.alphas", "[2,4]", "--lora.alpha_pattern", '{"query": 2}'),

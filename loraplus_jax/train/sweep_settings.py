@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..config import check_number, check_whole
-from .settings import Settings
+from .settings import OptimizerSettings, Settings
 
 MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
 """What may differ when a sweep goes on."""
@@ -214,6 +214,17 @@ class SweepRun(Settings):
         """Every setting of the search, those of plain LoRA first."""
         return _drawn(self) if self.sweep.samples is not None else _grid(self)
 
+    @property
+    def shared_optimizer(self) -> OptimizerSettings:
+        """What of the optimizer all members share.
+
+        An encoder's new head learns at the recipe's own rate whatever eta_A is tried: at eta_A, which is larger for
+        LoRA than for LoRA+ of the same eta_B, the head's rate would be compared along with the method.
+        """
+        if self.is_language or self.optimizer.head_learning_rate is not None:
+            return self.optimizer
+        return dataclasses.replace(self.optimizer, head_learning_rate=self.optimizer.learning_rate)
+
     def settings_of(self, trial: Trial, seed: int, output_dir: str | None = None) -> Settings:
         """The single run that a trial with a seed equals.
 
@@ -228,7 +239,7 @@ class SweepRun(Settings):
             alpha_pattern={name: growth * alpha for name, alpha in self.lora.alpha_pattern.items()},
             lr_ratio=trial.lr_ratio,
         )
-        values["optimizer"] = dataclasses.replace(self.optimizer, learning_rate=trial.learning_rate)
+        values["optimizer"] = dataclasses.replace(self.shared_optimizer, learning_rate=trial.learning_rate)
         return Settings(**{**values, "seed": seed, "output_dir": output_dir or self.output_dir})
 
 

@@ -9,6 +9,7 @@ import zlib
 
 import jax
 import pytest
+import yaml
 
 from loraplus_jax.train import sweep as sweeping
 from loraplus_jax.train.cli import main
@@ -142,6 +143,7 @@ def test_the_winners_command_trains(swept, tmp_path):
     assert [config[name] for name in ("lr_ratio", "alpha", "rank")] == [
         winner[n] for n in ("lr_ratio", "alpha", "rank")
     ]
+    assert yaml.safe_load((swept / "winner.yaml").read_text())["optimizer"]["head_learning_rate"] == 5e-3
 
 
 def test_a_finished_sweep_and_other_settings_are_refused(swept, capsys):
