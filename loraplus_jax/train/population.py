@@ -37,6 +37,7 @@ from .prepare import (
     with_weights,
 )
 from .settings import apart
+from .sweep_choice import check_rungs
 from .sweep_settings import MAY_CHANGE, SweepRun, Trial
 
 MEMBERS = "members"
@@ -125,6 +126,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
             "a sweep chooses on the validation split and reports on the test split: give data.test"
         )
     steps = count_steps(run, rows_of(data.splits["train"]))
+    check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
     widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
     config = widest.applied
     shapes = build(widest, directory, data.task, config)

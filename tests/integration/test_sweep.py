@@ -255,6 +255,24 @@ def test_a_language_model(talk, undrawn):
     assert all(run["test"]["loss"] > 0 for run in report["runs"])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("--optimizer.warmup_steps", "4"),
+            "sweep.rungs 0.25 is step 4 of 16, and up to step 4 rates still grow",
+        ),
+        (("--sweep.rungs", "[0.2,0.25]"), "sweep.rungs 0.2 and 0.25 are both step 4 of 16"),
+    ],
+)
+def test_rungs_that_compare_nothing_are_refused(world, capsys, options, words):
+    assert run_sweep(world, *options) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
+    assert not world.out.exists()
+
+
 def test_a_sweep_needs_a_test_split(world, capsys):
     assert run_sweep(world, "--data.test_fraction", "0") == 2
     assert "reports on the test split" in capsys.readouterr().err
