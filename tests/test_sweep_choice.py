@@ -2,9 +2,18 @@
 
 import math
 
+import pytest
+
 from loraplus_jax.train.crew import places_of
 from loraplus_jax.train.population import fastest
-from loraplus_jax.train.sweep_choice import best_of, means_of, member_steps, stops_of, survivors
+from loraplus_jax.train.sweep_choice import (
+    best_of,
+    check_rungs,
+    means_of,
+    member_steps,
+    stops_of,
+    survivors,
+)
 from loraplus_jax.train.sweep_settings import SweepSettings, Trial
 
 
@@ -59,6 +68,31 @@ def test_stops():
     assert stops_of(SweepSettings(), 300) == [38, 75]
     assert stops_of(SweepSettings(method="grid"), 300) == [300]
     assert stops_of(SweepSettings(rungs=(0.001, 0.002)), 10) == [1]
+
+
+def test_rungs_within_the_warm_up_are_refused():
+    sane = SweepSettings()
+    for steps, warmup in ((300, 20), (300, 37), (16, 0), (1000, 100)):
+        check_rungs(sane, steps, warmup)
+    with pytest.raises(
+        ValueError, match=r"sweep\.rungs 0\.125 is step 38 of 300, and up to step 38 rates still"
+    ) as e:
+        check_rungs(sane, 300, 38)
+    assert "optimizer.warmup_steps" in str(e.value)
+    assert "give rungs above 0.127, or fewer steps of warm-up" in str(e.value)
+    check_rungs(SweepSettings(rungs=(0.1271, 0.25)), 300, 38)
+    check_rungs(SweepSettings(method="grid"), 300, 290)
+
+
+def test_rungs_on_one_step_are_refused():
+    with pytest.raises(
+        ValueError, match=r"sweep\.rungs 0\.25 and 0\.3 are both step 3 of 10: give one of them"
+    ):
+        check_rungs(SweepSettings(rungs=(0.25, 0.3, 0.5)), 10, 0)
+    check_rungs(SweepSettings(rungs=(0.25, 0.4, 0.5)), 10, 0)
+    with pytest.raises(ValueError, match="are both step 1 of 2"):
+        check_rungs(SweepSettings(), 2, 0)
+    check_rungs(SweepSettings(method="grid"), 2, 0)
 
 
 def test_the_defaults_take_less_than_a_quarter_of_the_grid():

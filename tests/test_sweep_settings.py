@@ -102,6 +102,26 @@ def test_samples_lie_between_the_ends_and_come_from_the_seed(parsed):
     assert run.trials == parsed(*options).trials != parsed(*options, "--seed", "8").trials
 
 
+def test_samples_are_redrawn_until_each_arm_has_as_many_different_ones(parsed):
+    narrow = ("--sweep.learning_rates", "[1e-3,1.05e-3]", "--sweep.lr_ratios", "[0.98,1.03]")
+    narrow += ("--sweep.lora_learning_rates", "[1e-3,1.1e-3]", "--sweep.samples", "11")
+    for seed in range(5):
+        run = parsed(*narrow, "--seed", str(seed))
+        assert len(set(run.trials)) == 22
+        assert [trial.arm for trial in run.trials] == 11 * ["lora"] + 11 * ["lora_plus"]
+        assert all(1e-3 <= trial.learning_rate <= 1.1e-3 for trial in run.trials)
+        assert all(trial.lr_ratio == float(f"{trial.lr_ratio:.3g}") for trial in run.trials)
+    # One value at both ends is taken as it is.
+    run = parsed("--sweep.samples", "1", "--sweep.learning_rates", "[1.2345e-3]", "--sweep.lr_ratios", "[2]")
+    assert run.trials[1][:2] == (1.2345e-3, 2.0)
+
+
+def test_the_recipes_own_rate_is_tried_to_all_its_digits(parsed):
+    run = parsed("--optimizer.learning_rate", "1.2345e-4")
+    rates = {trial.learning_rate for trial in run.trials if trial.arm == "lora_plus"}
+    assert rates == {3.09e-5, 6.17e-5, 1.2345e-4, 2.47e-4}
+
+
 def test_the_report_has_other_seeds_than_the_search(parsed):
     assert parsed().report_seeds == (8, 9, 10)
     assert parsed("--sweep.seeds", "[5,11]").report_seeds == (12, 13, 14)
@@ -122,7 +142,42 @@ def test_the_single_run_of_a_trial(parsed):
     assert Trial(1e-3, 2.0, 4.0, 2).control == Trial(1e-3, 1.0, 8.0, 2)
 
 
+def test_the_control_has_lambda_times_the_scale_of_every_module(parsed):
+    run = parsed(
+        "--lora.alpha", "2", "--lora.alpha_pattern", '{"query": 3}', "--lora.rank_pattern", '{"key": 4}'
+    )
+    trial = Trial(1e-3, 2.0, 2.0, 8)
+    plain, control = run.settings_of(trial, 0).lora, run.settings_of(trial.control, 0).lora
+    assert plain.alpha_pattern == run.lora.alpha_pattern
+    for module in ("layers/query", "layers/key", "layers/value"):
+        assert control.scale_of(module) == 2 * plain.scale_of(module), module
+
+
+def test_every_member_trains_a_new_head_at_the_recipes_own_rate(parsed):
+    def heads(run):
+        tried = [t for trial in run.trials for t in (trial, trial.control)]
+        return {run.settings_of(trial, 0).optimizer.head_learning_rate for trial in tried}
+
+    rate = ("--optimizer.learning_rate", "3e-4")
+    assert heads(parsed(*rate)) == {3e-4}
+    assert heads(parsed(*rate, "--sweep.learning_rates", "[1e-3]")) == {3e-4}
+    assert heads(parsed(*rate, "--optimizer.head_learning_rate", "1e-2")) == {1e-2}
+    assert heads(parsed(*rate, "--task", "instruction")) == {None}
+
+
 BAD = [
+    (
+        ("--sweep.alphas", "[2,4]", "--lora.alpha_pattern", '{"query": 2}'),
+        "sweep.alphas would not reach the modules of lora.alpha_pattern, which is {'query': 2.0}: give one of",
+    ),
+    (
+        ("--sweep.ranks", "[2]", "--lora.rank_pattern", '{"query": 2}'),
+        "sweep.ranks would not reach the modules of lora.rank_pattern, which is {'query': 2}: give one of",
+    ),
+    (
+        ("--lora.alpha", "3e38", "--optimizer.learning_rate", "1e-5"),
+        "alpha must be a finite number above 0, got 6e+38, which float32 cannot hold",
+    ),
     (("--sweep.learning_rates", "[]"), "sweep.learning_rates is empty"),
     (("--sweep.lr_ratios", "[]"), "sweep.lr_ratios is empty"),
     (("--sweep.seeds", "[]"), "sweep.seeds is empty"),
@@ -134,10 +189,44 @@ BAD = [
     (("--sweep.lora_learning_rates", "[-1]"), "sweep.lora_learning_rates[0] must be a finite number above 0"),
     (("--sweep.learning_rates", "[.inf]"), "sweep.learning_rates[0] must be a finite number"),
     (("--sweep.lr_ratios", "[1,2]"), "lr_ratios holds 1, which is plain LoRA"),
+    (("--sweep.lr_ratios", "[1.001,2]"), "lr_ratios holds 1.001, which is plain LoRA to three digits"),
     (("--sweep.lr_ratios", "[2,2]"), "sweep.lr_ratios holds a value twice"),
+    (
+        ("--sweep.lr_ratios", "[2.001,2.002]"),
+        "sweep.lr_ratios holds 2.001 and 2.002, which are the same to three",
+    ),
+    (
+        ("--sweep.alphas", "[16,16.01]"),
+        "sweep.alphas holds 16.0 and 16.01, which are the same to three digits",
+    ),
+    (
+        ("--sweep.learning_rates", "[1e-3,1.01e-3]", "--sweep.lr_ratios", "[1.01,1.02,1.03]"),
+        "of 6 rates from 0.001 to 0.00104, as many as LoRA+ has settings, only 5 differ",
+    ),
+    (
+        ("--sweep.lora_learning_rates", "[1e-3,1.02e-3]", "--sweep.samples", "9"),
+        "sweep.samples is 9, and 900 draws found only 3 settings of LoRA that differ in three digits: give fewer",
+    ),
     (("--sweep.ranks", "[0]"), "sweep.ranks[0] must be a whole number of at least 1"),
     (("--sweep.samples", "0"), "sweep.samples must be a whole number of at least 1"),
     (("--sweep.report_seeds", "1"), "sweep.report_seeds must be a whole number of at least 2"),
+    (
+        ("--sweep.report_seeds", "1000000000"),
+        "sweep.report_seeds must be a whole number of at least 2 and at most 1000, got 1000000000",
+    ),
+    (("--sweep.samples", "1001"), "sweep.samples must be a whole number of at least 1 and at most 1000"),
+    (("--sweep.members_at_once", "10001"), "must be a whole number of at least 1 and at most 10000"),
+    (
+        ("--sweep.seeds", "[1,2,3,4,5,6]", "--sweep.samples", "1000"),
+        "at most 10,000 runs side by side, and 2,000 settings on 6 of sweep.seeds are 12,000",
+    ),
+    (
+        (
+            *("--sweep.learning_rates", str([n / 1e5 for n in range(1, 102)])),
+            *("--sweep.lora_learning_rates", "[1e-3]", "--sweep.ranks", str(list(range(1, 26)))),
+        ),
+        "at most 10,000 runs side by side, and 10,125 settings on 1 of sweep.seeds are 10,125",
+    ),
     (("--sweep.rungs", "[0.5,0.25]"), "sweep.rungs must grow"),
     (("--sweep.rungs", "[1.0]"), "sweep.rungs[0] must be a finite number above 0 and below 1"),
     (("--sweep.keep", "1"), "sweep.keep must be a finite number above 0 and below 1"),
@@ -148,6 +237,12 @@ BAD = [
         ("--sweep.learning_rates", "fast"),
         "sweep.learning_rates must be a list of numbers or null, got 'fast'",
     ),
+    (
+        ("--sweep.learning_rates", "1e-3"),
+        "error: sweep.learning_rates must be a list of numbers or null, got '1e-3'\n",
+    ),
+    (("--sweep.ranks", "[4,x]"), "sweep.ranks must be a list of whole numbers or null, got \"[4, 'x']\"\n"),
+    (("--sweep.rungs", "0.5"), "sweep.rungs must be a list of numbers, got '0.5'\n"),
     (("--sweep.target", "low"), "sweep.target must be a number or null"),
     (("--method", "lora"), "method must be lora_plus, got lora"),
     (("--init_adapter", "there"), "leave init_adapter out"),
@@ -155,7 +250,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(row[0]) for row in BAD])
+@pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(row[0])[:60] for row in BAD])
 def test_bad_settings_are_one_line_and_exit_code_2(config, capsys, overrides, words):
     assert main(["sweep", str(config), *overrides]) == 2
     printed = capsys.readouterr().err

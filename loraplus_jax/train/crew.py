@@ -15,16 +15,18 @@ from .population import Members, Population
 class Crew:
     """Numbered members in as many places as a population ever needs; a place is empty or holds one.
 
-    The places make up whole calls of the program: however many members are left, nothing is compiled again.
+    The places make up whole calls of the program: however many members are left, nothing is compiled again. How
+    many places that takes depends on the devices, so checkpoints hold members by number and not by place.
 
     Attributes:
+      size: how many members there are at most.
       places: the number of the member in each place, -1 for none.
       chunks: the arrays, one tree for each call.
     """
 
     def __init__(self, population: Population, size: int) -> None:
         self.population, self.chunk = population, population.chunk
-        self.total = -(-size // self.chunk) * self.chunk
+        self.size, self.total = size, -(-size // self.chunk) * self.chunk
         self.places: list[int] = []
         self.chunks: list[Members] = []
 
@@ -106,20 +108,41 @@ class Crew:
         return self.places[chunk * self.chunk :][: self.chunk]
 
     def as_state(self, clock: int) -> TrainState:
-        """What changes in training, as checkpoints hold it, under a number of its own."""
-        host = self.host()
+        """What changes in training, as checkpoints hold it, under a number of its own.
+
+        Along the first axis are the members by number, zeros for those that are gone: the same on any devices.
+        """
+        numbers = self.numbers
+        where = [self.places.index(number) for number in numbers]
+
+        def by_number(leaf: np.ndarray) -> np.ndarray:
+            rows = np.zeros((self.size, *leaf.shape[1:]), leaf.dtype)
+            rows[numbers] = leaf[where]
+            return rows
+
+        host = jax.tree.map(by_number, self.host())
         values = {"trainable": host.state.trainable, "step": host.state.step}
         values |= {"skipped": host.skipped, "alive": host.alive}
         step: Any = np.int32(clock)
         return jax.device_put(TrainState(values, host.state.opt_state, step, host.state.rng))
 
     def go_on(self, state: TrainState, first: Mapping[int, Members], places: Sequence[int]) -> None:
-        """The inverse of `as_state`, with the rates and scales of `first`, the members before their first step."""
-        self.places = list(places)
-        empty = jax.tree.map(np.zeros_like, next(iter(first.values())))
-        members, values = stack([first.get(number, empty) for number in places]), state.trainable
+        """The inverse of `as_state`.
+
+        Args:
+          state: as a checkpoint held it.
+          first: the members before their first step, for their rates and scales.
+          places: which members were left, in any order, -1 for none; they get the places that these devices have.
+        """
+        values = jax.device_get(state.trainable)
         kept = TrainState(values["trainable"], state.opt_state, values["step"], state.rng)
-        self.put(members.replace(state=kept, skipped=values["skipped"], alive=values["alive"]))
+        changing = jax.device_get((kept, values["skipped"], values["alive"]))
+
+        def member(number: int) -> Members:
+            mine, skipped, alive = jax.tree.map(lambda leaf: leaf[number], changing)
+            return first[number].replace(state=mine, skipped=skipped, alive=alive)
+
+        self.fill({number: member(number) for number in sorted(places) if number >= 0})
 
     def _busy(self) -> list[int]:
         """The calls that have a member."""

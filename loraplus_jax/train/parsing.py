@@ -116,11 +116,14 @@ def _dotted(section: type, prefix: str = "") -> list[str]:
 
 def _explained(message: str, kind: type[Settings] = Settings) -> str:
     """The parser's report of a wrong type, in words: which field, what is allowed, what was given."""
-    message = _one_line(message)
-    found = re.match(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: (.*)', message)
-    if found is None:
-        return message[:1000]
-    name, value = found[1], found[2].split(" - Expected")[0].strip()
+    found = re.match(r'Parser key "([\w.]+)":', message)
+    # For a type of several kinds the parser says what each of them got, and last what was given for all.
+    given = re.search(r"\n\s*Given value: (.*)", message, re.DOTALL) or re.search(
+        r"Got value: (.*?)(?:\n\s*- Expected|$)", message, re.DOTALL
+    )
+    if found is None or given is None:
+        return _one_line(message)[:1000]
+    name, value = found[1], _one_line(given[1])
     section: Any = kind
     *parents, last = name.split(".")
     for parent in parents:

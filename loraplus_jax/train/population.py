@@ -37,6 +37,7 @@ from .prepare import (
     with_weights,
 )
 from .settings import apart
+from .sweep_choice import check_rungs
 from .sweep_settings import MAY_CHANGE, SweepRun, Trial
 
 MEMBERS = "members"
@@ -125,6 +126,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
             "a sweep chooses on the validation split and reports on the test split: give data.test"
         )
     steps = count_steps(run, rows_of(data.splits["train"]))
+    check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
     widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
     config = widest.applied
     shapes = build(widest, directory, data.task, config)
@@ -155,7 +157,7 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
 
     def step(member: Members, frozen: Any, batch: Any) -> Members:
         rates = {"learning_rate": member.learning_rate, "lr_ratio": member.lr_ratio}
-        tx = make_optimizer(run.optimizer, None, steps, specs, **rates)
+        tx = make_optimizer(run.shared_optimizer, None, steps, specs, **rates)
         one = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
         state, metrics = one(state, _scaled(frozen, specs, member), batch)
@@ -241,7 +243,7 @@ def _first(
 ) -> Members:
     """A member before its first step: that of its single run."""
     config = run.settings_of(trial, seed).lora
-    tx = make_optimizer(run.optimizer, config, steps, specs)
+    tx = make_optimizer(run.shared_optimizer, config, steps, specs)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     state = init_state(values(trial.rank, seed), tx, jax.random.key_data(key))
     return _member(state, trial, {module: config.scale_of(module) for module in specs})
@@ -330,7 +332,7 @@ def _programs(
 def _example(run: SweepRun, shapes: Parts, steps: int) -> Members:
     """A member of zeros, for its shapes."""
     trainable = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)
-    tx = make_optimizer(run.optimizer, run.applied, steps, shapes.specs)
+    tx = make_optimizer(run.shared_optimizer, run.applied, steps, shapes.specs)
     state = init_state(trainable, tx, jax.random.key_data(jax.random.key(0)))
     return jax.tree.map(jnp.asarray, _member(state, run.trials[0], dict.fromkeys(shapes.specs, 1.0)))
 

@@ -4,6 +4,7 @@ Every member has the schedule of the whole run, so that one that goes on after a
 be. They are compared at equal steps, before the rate has decayed, by their loss on the validation split.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -19,7 +20,37 @@ def stops_of(settings: SweepSettings, steps: int) -> list[int]:
     """
     if settings.method == "grid":
         return [steps]
-    return sorted({max(1, math.ceil(share * steps)) for share in settings.rungs})
+    return sorted({rung_step(share, steps) for share in settings.rungs})
+
+
+def check_rungs(settings: SweepSettings, steps: int, warmup_steps: int) -> None:
+    """Rungs look at members that have had their peak rate, each at another step.
+
+    Raises:
+      ValueError: what is wrong with which rungs, and what may be given.
+    """
+    if settings.method == "grid":
+        return
+    stops = {share: rung_step(share, steps) for share in settings.rungs}
+    for (one, stop), (other, after) in itertools.pairwise(stops.items()):
+        if stop == after:
+            raise ValueError(
+                f"sweep.rungs {one:g} and {other:g} are both step {stop} of {steps}: give one of them, or rungs "
+                "that are further apart"
+            )
+    share, stop = next(iter(stops.items()))
+    if stop <= warmup_steps:
+        least = math.ceil(1000 * warmup_steps / steps) / 1000
+        raise ValueError(
+            f"sweep.rungs {share:g} is step {stop} of {steps}, and up to step {warmup_steps} rates still grow "
+            f"(optimizer.warmup_steps), so that it would favour large ones: give rungs above {least:g}, or fewer "
+            "steps of warm-up"
+        )
+
+
+def rung_step(share: float, steps: int) -> int:
+    """The step after which a rung is."""
+    return max(1, math.ceil(share * steps))
 
 
 CURVE = 10

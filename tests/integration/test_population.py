@@ -151,6 +151,28 @@ def test_survivors_are_moved_together_and_go_on_as_they_were(home, crew):
         assert all((member(other, number)[path] == leaf).all() for path, leaf in leaves.items())
 
 
+def test_members_go_on_on_any_number_of_devices(home, crew):
+    if jax.device_count() < 3:
+        pytest.skip("needs three devices")
+    saved = crew.as_state(7)
+    assert {len(leaf) for leaf in jax.tree.leaves((saved.trainable, saved.opt_state, saved.rng))} == {4}
+    first = {n: crew.population.first(*entry) for n, entry in ENTRIES.items()}
+    other = Crew(prepare_population(swept(home, "--mesh.data", "3"), len(ENTRIES)), len(ENTRIES))
+    other.go_on(saved, first, [-1, 3, 0, 2])
+    assert (other.total, other.numbers) == (6, [0, 2, 3])
+    for number in other.numbers:
+        assert all((member(other, number)[path] == leaf).all() for path, leaf in member(crew, number).items())
+    alive = {n: bool(other.host().alive[other.places.index(n)]) for n in other.numbers}
+    assert alive == {0: True, 2: True, 3: False}
+    again = Crew(crew.population, len(ENTRIES))
+    again.go_on(other.as_state(7), first, other.places)
+    for path, leaf in leaves_by_path(again.as_state(7)).items():
+        expected = np.array(leaves_by_path(saved)[path])
+        if path != "step":
+            expected[1] = 0  # gone
+        assert (np.asarray(leaf) == expected).all(), path
+
+
 def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch):
     made = []
     original = populations.over_members

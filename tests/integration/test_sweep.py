@@ -7,7 +7,9 @@ import signal
 import struct
 import zlib
 
+import jax
 import pytest
+import yaml
 
 from loraplus_jax.train import sweep as sweeping
 from loraplus_jax.train.cli import main
@@ -142,6 +144,7 @@ def test_the_winners_command_trains(swept, tmp_path):
         winner[n] for n in ("lr_ratio", "alpha", "rank")
     ]
     assert winner == {"arm": winner["arm"], **report_of(swept)["chosen"][winner["arm"]]}
+    assert yaml.safe_load((swept / "winner.yaml").read_text())["optimizer"]["head_learning_rate"] == 5e-3
 
 
 def test_a_finished_sweep_and_other_settings_are_refused(swept, capsys):
@@ -192,6 +195,21 @@ def test_stopped_and_killed_at_any_moment_it_ends_the_same_to_the_bit(world, swe
         "protocol": 0,
         "command": 0,
     }
+
+
+def test_a_sweep_stopped_on_one_device_goes_on_on_others(world, swept, undrawn):
+    if jax.device_count() < 3:
+        pytest.skip("needs three devices")
+    # 8 members amid the first rung, and 4 of them amid the second: 3 devices have 9 places for them.
+    for devices, count in (("1", 3), ("3", 3), ("2", 5)):
+        with pytest.MonkeyPatch.context() as patch:
+            stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
+            assert run_sweep(world, "--mesh.data", devices) == 143
+    assert run_sweep(world, "--mesh.data", "3") == 0
+    ours, theirs = report_of(world.out), report_of(swept)
+    assert ours["chosen"] == theirs["chosen"]
+    for one, other in zip(ours["runs"], theirs["runs"], strict=True):
+        assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], abs=1e-4)
 
 
 def test_several_devices_and_members_at_once_find_the_same(world, swept, undrawn):
@@ -260,6 +278,24 @@ def test_a_language_model(talk, undrawn):
     report = report_of(talk.out)
     assert report["member_steps"] == {"search": 16, "grid": 16, "report": 48}
     assert all(run["test"]["loss"] > 0 for run in report["runs"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ("--optimizer.warmup_steps", "4"),
+            "sweep.rungs 0.25 is step 4 of 16, and up to step 4 rates still grow",
+        ),
+        (("--sweep.rungs", "[0.2,0.25]"), "sweep.rungs 0.2 and 0.25 are both step 4 of 16"),
+    ],
+)
+def test_rungs_that_compare_nothing_are_refused(world, capsys, options, words):
+    assert run_sweep(world, *options) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
+    assert not world.out.exists()
 
 
 def test_a_sweep_needs_a_test_split(world, capsys):
