@@ -40,9 +40,10 @@ from loraplus_jax.train.sweep_settings import NAMES, SweepRun, SweepSettings, Tr
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
 SMALL = (
-    *("--train.steps", "80", "--train.batch_size", "16", "--data.max_length", "24"),
-    *("--data.validation_fraction", "0.05", "--optimizer.warmup_steps", "5"),
+    *("--train.steps", "120", "--train.batch_size", "16", "--data.max_length", "24"),
+    *("--data.validation_fraction", "0.05", "--optimizer.warmup_steps", "8"),
 )
+LOOKS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1)
 TASKS = {
     "movie reviews, classes": (),
     "movie reviews, ratings": ("--task", "regression", "--data.label", "rating"),
@@ -208,8 +209,8 @@ def trained(run: SweepRun) -> dict[int, dict[str, float]]:
         seed: train_batches(population.data.splits["train"], batch_size=run.train.batch_size, seed=seed)
         for seed in run.seeds
     }
-    # The middle too, so that later rungs can be tried on the losses that are kept.
-    stops = {*stops_of(run.sweep, population.steps), population.steps // 2, population.steps}
+    # More than the rungs, so that others can be tried on the losses that are kept.
+    stops = {math.ceil(share * population.steps) for share in LOOKS}
     for step in range(1, population.steps + 1):
         by_seed = {seed: next(stream) for seed, stream in batches.items()}
         crew.step({n: by_seed[seed] for n, (_, seed) in enumerate(entries)})
@@ -265,7 +266,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("time", "halving"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", choices=TASKS, help="of halving; all if not given")
     parser.add_argument("--rungs", type=float, nargs="+", default=SweepSettings.rungs, help="of halving")
     parser.add_argument("--recount", action="store_true", help="of halving: from the losses that were kept")
