@@ -96,7 +96,7 @@ def experiment(name: str) -> Experiment:
             metrics=("loss", "accuracy"),
             methods=methods(2.5e-4, 2.5e-5),
         )
-    own = ("--data.max_length", "128", "--train.batch_size", "2", "--train.eval_batch_size", "4")
+    own = ("--train.batch_size", "1", "--train.eval_batch_size", "4")
     return Experiment(
         settings=parse_settings(CONFIGS / "smollm2_chat.yaml", (*_COMMON, *own)),
         head_rate=None,
