@@ -251,23 +251,21 @@ def fingerprint(tree: Any) -> str:
     Every word of bits is hashed with its place, and the hashes are summed, on the device and in integers, so that
     no weight is copied to the host and the order of summation does not matter.
     """
-    leaves = leaves_by_path(tree)
-    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
-    return digest_of_lines({path: _line(path, leaf, sums[path]) for path, leaf in leaves.items()})
+    # One leaf at a time: of programs that run at once each process may start another first, and two processes that
+    # wait for each other in different ones wait for ever.
+    return digest_of_lines(
+        {path: fingerprint_line(path, leaf) for path, leaf in leaves_by_path(tree).items()}
+    )
 
 
 def fingerprint_line(path: str, leaf: jax.Array) -> str:
     """What one leaf adds to the `fingerprint` of its tree, so that leaves may come one by one."""
-    return _line(path, leaf, jax.device_get(_checksum(leaf)))
+    return f"{path} {leaf.shape} {leaf.dtype} {jax.device_get(_checksum(leaf)).tolist()}"
 
 
 def digest_of_lines(lines: Mapping[str, str]) -> str:
     """The `fingerprint` of a tree from the lines of its leaves, by path."""
     return hashlib.sha256("\n".join(lines[path] for path in sorted(lines)).encode()).hexdigest()[:16]
-
-
-def _line(path: str, leaf: jax.Array, sums: np.ndarray) -> str:
-    return f"{path} {leaf.shape} {leaf.dtype} {sums.tolist()}"
 
 
 @jax.jit

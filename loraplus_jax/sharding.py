@@ -54,7 +54,7 @@ def make_mesh(
 
     Args:
       data, fsdp, tensor: the sizes; one of them may be -1, for all devices that the others leave.
-      devices: those of all processes by default. Fewer than there are may be used, but by one process alone.
+      devices: those of all processes by default. A half, a third … of them may be used, but by one process alone.
 
     Raises:
       ValueError: the sizes do not fit the devices; the message says which to change.
@@ -66,9 +66,10 @@ def make_mesh(
     sizes = _sizes(dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices))
     used = math.prod(sizes)
     if used < len(devices) and len({device.process_index for device in devices}) > 1:
+        fixed = dict(zip(AXES, sizes, strict=True))
         raise ValueError(
-            f"mesh {_product(dict(zip(AXES, sizes, strict=True)))} is {used} devices, and the processes have "
-            f"{len(devices)} in all, which must all be used: set one of the three to -1"
+            f"mesh {_product(fixed)} is {used} devices, and all {len(devices)} must be used, as they belong to "
+            f"several hosts: set one of the three to -1{_advice(fixed, len(devices), whole=True)}"
         )
     grid = mesh_utils.create_device_mesh(sizes, devices[:used], allow_split_physical_axes=True)
     return Mesh(grid, AXES)
@@ -88,9 +89,10 @@ def _sizes(given: Mapping[str, int], count: int) -> tuple[int, ...]:
             f"mesh {_product(fixed)} does not divide the {count} devices, so there is no size for mesh.{free[0]}"
             f"{_advice(fixed, count)}"
         )
-    if taken > count:
+    if taken > count or count % taken:
+        verb = "needs" if taken > count else "is"
         raise ValueError(
-            f"mesh {_product(given)} needs {taken} devices, and there are {count}{_advice(fixed, count)}"
+            f"mesh {_product(given)} {verb} {taken} devices, and there are {count}{_advice(fixed, count)}"
         )
     return tuple(count // taken if name in free else size for name, size in given.items())
 
@@ -99,12 +101,17 @@ def _product(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{name} {size}" for name, size in sizes.items())
 
 
-def _advice(fixed: Mapping[str, int], count: int) -> str:
-    """The largest axis is the one to change: what else it may be."""
+def _advice(fixed: Mapping[str, int], count: int, *, whole: bool = False) -> str:
+    """The largest axis is the one to change: what else it may be, to use a part or the whole of the devices."""
     name = max(fixed, key=lambda axis: fixed[axis])
     others = math.prod(fixed.values()) // fixed[name]
-    fits = [n for n in range(1, count + 1) if count % (n * others) == 0]
-    return f"; change mesh.{name} to one of {', '.join(map(str, fits))}" if fits else ""
+    fits = [
+        n for n in range(1, count + 1) if count % (n * others) == 0 and (not whole or n * others == count)
+    ]
+    which = "one of " if len(fits) > 1 else ""
+    return (
+        f"{' or' if whole else ';'} change mesh.{name} to {which}{', '.join(map(str, fits))}" if fits else ""
+    )
 
 
 def check_tensor(mesh: Mesh, sizes: Mapping[str, int]) -> None:

@@ -256,7 +256,11 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         (["--topology", "v5p:8x8"], "a topology of v5p has the form v5p:AxBxC, got 'v5p:8x8'"),
         (["--topology=v5e:32x32"], "a pod of v5e has 256 chips, v5e:32x32 would be 1,024"),
         (["--train.batch_size", "9"], "train.batch_size"),
-        (["--mesh.data=3", "--train.batch_size=9"], "train.eval_batch_size is 8, which the 3"),
+        (["--mesh.data=4", "--train.eval_batch_size=6"], "train.eval_batch_size is 6, which the 4"),
+        (
+            ["--mesh.data=3", "--train.batch_size=9"],
+            "is 3 devices, and there are 8; change mesh.data to one of 1, 2, 4, 8",
+        ),
         (["--mesh.data=-1", "--mesh.fsdp=3"], "mesh fsdp 3 x tensor 1 does not divide the 8 devices"),
         (["--mesh.data=1", "--mesh.tensor=8"], "num_attention_heads, 4; change mesh.tensor to one of 1, 2"),
         (["--json", "/nowhere/at/all.json"], "there is no directory /nowhere/at"),

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def test_there_are_ten_meshes_of_eight():
         ((-1, 2, 2), (2, 2, 2)),
         ((2, -1, 1), (2, 4, 1)),
         ((1, 1, -1), (1, 1, 8)),
-        ((3, 1, 1), (3, 1, 1)),
+        ((4, 1, 1), (4, 1, 1)),
         ((-1, 8, 1), (1, 8, 1)),
     ],
 )
@@ -79,6 +80,7 @@ def test_a_free_size_takes_the_rest(sizes, found):
             (2, 8, 1),
             r"mesh data 2 x fsdp 8 x tensor 1 needs 16 devices, .* 8; change mesh.fsdp to one of 1, 2, 4",
         ),
+        ((3, 1, 1), r"is 3 devices, and there are 8; change mesh.data to one of 1, 2, 4, 8$"),
         ((-1, -1, 1), r"only one of mesh.data, mesh.fsdp and mesh.tensor may be -1"),
         ((1, 0, 1), r"mesh.fsdp must be -1 or from 1 to the 8 devices here, got 0"),
         ((1, 1, 9), r"mesh.tensor must be -1 or from 1 to the 8 devices here, got 9"),
@@ -87,6 +89,21 @@ def test_a_free_size_takes_the_rest(sizes, found):
 def test_sizes_that_do_not_fit_are_refused_with_the_number_to_change(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(*sizes)
+
+
+class Far(NamedTuple):
+    """A device of another host."""
+
+    process_index: int
+
+
+def test_devices_of_several_hosts_must_all_be_used():
+    devices = [Far(n // 4) for n in range(16)]
+    message = (
+        r"is 4 devices, and all 16 must be used, as they .* one of the three to -1 or change mesh.data to 16$"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_mesh(4, 1, 1, devices=devices)
 
 
 def test_heads_that_tensor_does_not_divide_are_refused():

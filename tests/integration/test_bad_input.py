@@ -384,7 +384,12 @@ CASES = [
     ),
     Case(
         "inspect with a mesh that does not divide the batch",
-        ("batch_size / accumulate is 32", "3 parts of a batch"),
+        ("batch_size / accumulate is 36", "8 parts of a batch"),
+        ("inspect", "{dir}/config.yaml", "--mesh.data", "8", "--train.batch_size", "36"),
+    ),
+    Case(
+        "inspect with a mesh that does not divide the devices",
+        ("is 3 devices, and there are 8", "change mesh.data to one of 1, 2, 4, 8"),
         ("inspect", "{dir}/config.yaml", "--mesh.data", "3"),
     ),
     Case("seed negative", ("seed must", "got -1"), ("--seed", "-1")),
