@@ -191,6 +191,22 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
+def whole_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
+    """Gathers over `"fsdp"` what a rule splits over it; without a mesh in use, does nothing.
+
+    For weights that a loop uses in every round: left alone, GSPMD gathers them in every round.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get("fsdp") != jax.sharding.AxisType.Auto or mesh.shape["fsdp"] == 1:
+        return x
+    # What tensor does not divide is whole anyway.
+    kept = (
+        a if a == "tensor" and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is split.
 

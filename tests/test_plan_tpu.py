@@ -74,3 +74,16 @@ def test_only_adapters_and_single_numbers_are_reduced(plan):
     ]
     assert any(RANK in dims for dims in arrays)
     assert all(RANK in dims or not dims for dims in arrays)
+
+
+def test_the_head_is_gathered_once_for_all_pieces_of_the_loss(tmp_path):
+    settings = settings_of(
+        tmp_path,
+        LLAMA | {"hidden_size": 128, "vocab_size": 512},
+        task="instruction",
+        model={"dtype": "bfloat16", "param_dtype": "bfloat16", "loss_chunk": 16},
+        mesh=MeshSettings(data=1, fsdp=4),
+    )
+    plan = make_plan(settings, "v5e:2x2")
+    head = [c for c in plan.collectives if c.shape == "bf16[128,512]"]
+    assert [(c.kind, c.times) for c in head] == [("all-gather", 1)]

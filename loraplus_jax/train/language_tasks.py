@@ -13,6 +13,7 @@ import optax
 
 from ..losses import chunked_cross_entropy
 from ..models.llama import head_kernel
+from ..sharding import whole_over_fsdp
 from ..train_step import LossFn
 
 Kind = Literal["instruction", "multiple_choice"]
@@ -119,4 +120,6 @@ def _token_losses(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
     kernel, transposed = head_kernel(variables["params"])
+    axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
+    kernel = whole_over_fsdp(kernel.astype(hidden.dtype), axes)
     return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=chunk)
