@@ -52,12 +52,14 @@ BERT = {
 }
 
 
-def settings_of(directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj"), **others):
+def settings_of(
+    directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj"), layers=None, **others
+):
     (directory / "config.json").write_text(json.dumps(config))
     return Settings(
         model=ModelSettings(path=str(directory), **dict(model)),
         data=DataSettings(path="no such file.csv", max_length=32),
-        lora=LoRAPlusConfig(target_modules=targets, rank=RANK),
+        lora=LoRAPlusConfig(target_modules=targets, rank=RANK, layers_to_transform=layers),
         train=TrainSettings(**{"batch_size": 8, "eval_batch_size": 8, **dict(train)}),
         task=task,
         output_dir="never written",
@@ -93,6 +95,22 @@ def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, de
     assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
     assert gathers == ()
     assert cost(settings, base, data, mesh)["flops"] < 0.7 * whole["flops"]  # a loop's body counts once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(3, 4), (0,)], ids=str)
+def test_costs_where_some_layers_are_adapted(tmp_path, layers):
+    settings, mesh = llama(tmp_path, layers=layers, targets="all-linear"), make_mesh(1)  # and the head is not
+    base, data = parts_of(settings, tmp_path)
+    whole = cost(settings, with_layers(base, 5), data, mesh)
+    work, _ = count_work(settings, base, data, mesh)
+    assert work.flops == pytest.approx(whole["flops"], rel=0.01)
+    assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
+
+
+def test_a_layer_to_adapt_that_is_not_there(tmp_path, capsys):
+    assert main(["plan", config(tmp_path), "--lora.layers_to_transform=[3,5]"]) == 2
+    assert "there is no layer 5 to adapt; there are [0, 1, 2, 3, 4]" in capsys.readouterr().err
 
 
 @pytest.mark.slow

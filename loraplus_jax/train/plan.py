@@ -252,7 +252,11 @@ def count_work(
     """
     parts, layers = settings.train.accumulate, layers_of(base)
     train = dataclasses.replace(settings.train, batch_size=settings.train.batch_size // parts, accumulate=1)
-    small = dataclasses.replace(settings, train=train)
+    # A stack computes adapters in all its layers as soon as one has them: those of the others are zero. Here it is
+    # the first, as the later ones are not there; None would adapt what lies outside of the layers too.
+    chosen = None if settings.lora.layers_to_transform is None else (0,)
+    lora = dataclasses.replace(settings.lora, layers_to_transform=chosen)
+    small = dataclasses.replace(settings, train=train, lora=lora)
     if settings.is_language:
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
