@@ -282,6 +282,7 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         (["--mesh.data=-1", "--mesh.fsdp=3"], "mesh fsdp 3 x tensor 1 does not divide the 8 devices"),
         (["--mesh.data=1", "--mesh.tensor=8"], "num_attention_heads, 4; change mesh.tensor to one of 1, 2"),
         (["--json", "/nowhere/at/all.json"], "there is no directory /nowhere/at"),
+        (["--json", "/proc/plan.json"], "--json /proc/plan.json cannot be written"),
         (["--data.max_length", "0"], "max_length"),
         (["--model.path", "nowhere"], "cannot find the model 'nowhere'"),
         (["--topologie", "v5e:4x4"], "there is no option --topologie"),
@@ -317,6 +318,25 @@ def test_the_shapes_of_large_slices():
     assert (16, 16, 16) in shapes(CHIPS["v4"])
     assert (8, 16, 16) in shapes(CHIPS["v5p"])
     assert len(shapes(CHIPS["v6e"])) == 8
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--fresh"]),
+        ("sweep", ["--fresh"]),
+        ("inspect", []),
+        ("plan", ["--topology NAME", "--json FILE"]),
+    ],
+)
+def test_help_shows_the_options_of_its_command(capsys, command, options):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    usage = " ".join(text.partition("\n\n")[0].split())
+    ours = ["--fresh", "--topology NAME", "--json FILE"]
+    assert usage.startswith(f"usage: loraplus {command} CONFIG [--section.field value ...]")
+    assert [option for option in ours if f"[{option}]" in usage] == options
+    assert all(f"{option}: " in text for option in options)
 
 
 def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch):

@@ -25,11 +25,16 @@ def text_of(plan: Plan, settings: Settings) -> str:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError unless a new file can be made there."""
+    """Raises ValueError unless a new file can be made there, which is tried; nothing is left behind."""
     if path.exists():
         raise ValueError(f"{path} exists already; choose another --json")
     if not path.parent.is_dir():
         raise ValueError(f"there is no directory {path.parent} for --json {path.name}")
+    try:
+        path.open("x").close()
+        path.unlink()
+    except OSError as error:
+        raise ValueError(f"--json {path} cannot be written: {error.strerror}") from None
 
 
 def write_json(path: Path, plan: Plan, settings: Settings) -> None:
