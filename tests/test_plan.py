@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import pytest
@@ -18,10 +19,10 @@ from loraplus_jax.train.plan import (
     count_work,
     head_bytes,
     make_plan,
-    plan_step,
     roofline,
     with_layers,
 )
+from loraplus_jax.train.plan_programs import evaluation_bytes, plan_step
 from loraplus_jax.train.plan_text import advice, text_of
 from loraplus_jax.train.prepare import family_of
 from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
@@ -254,6 +255,41 @@ def config(directory, **changes):
     return str(path)
 
 
+def test_an_encoder_takes_no_longer_rows_than_it_has_positions(tmp_path):
+    settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
+    long = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=65))
+    with pytest.raises(ValueError, match=r"data\.max_length is 65, the model takes 64 tokens at most"):
+        make_plan(long)
+
+
+def test_evaluation_is_compiled_and_has_to_fit(planned):
+    plan, settings = planned
+    base, data = parts_of(settings, Path(settings.model.path))
+    mesh = make_mesh()
+    step = plan_step(settings, base, data, mesh)
+    many = dataclasses.replace(settings.train, eval_batch_size=8 * 4096)
+    large, problem = evaluation_bytes(dataclasses.replace(settings, train=many), data, step, mesh)
+    assert problem is None
+    weights = plan.memory["frozen weights"] + plan.memory["trained"]
+    assert weights < plan.evaluation < 1e7
+    assert large > plan.evaluation + 4095 * 3 * 32 * 4  # the batch alone
+    tight = fake(plan, evaluation=large, room=2 * plan.needed)
+    assert not tight.fits
+    assert f"does not fit: {(large - 2 * plan.needed) / 1e6:.2f} MB too much" in text_of(tight, settings)
+    (only,) = advice(tight, dataclasses.replace(settings, train=many))
+    assert only.startswith("train.eval_batch_size below 32,768, a multiple of 8: evaluation needs")
+    assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
+
+
+def test_evaluation_of_choices_is_said_not_to_be_counted(planned):
+    plan, settings = planned
+    choices = dataclasses.replace(settings, task="multiple_choice")
+    base, data = parts_of(choices, Path(settings.model.path))
+    mesh = make_mesh()
+    assert evaluation_bytes(choices, data, plan_step(choices, base, data, mesh), mesh) == (None, None)
+    assert "; evaluation is not counted" in text_of(fake(plan, evaluation=None), settings)
+
+
 @pytest.mark.slow
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     file = tmp_path / "plan.json"
@@ -284,6 +320,15 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         (["--json", "/nowhere/at/all.json"], "there is no directory /nowhere/at"),
         (["--json", "/proc/plan.json"], "--json /proc/plan.json cannot be written"),
         (["--data.max_length", "0"], "max_length"),
+        (["--data.max_length=65"], "data.max_length is 65, the model takes 64 tokens at most"),
+        (
+            ["--optimizer.head_learning_rate=0.1"],
+            "head_learning_rate is set, and nothing is trained that it is",
+        ),
+        (
+            ["--distributed.coordinator=auto"],
+            "distributed.coordinator is auto, and a plan joins no other process",
+        ),
         (["--model.path", "nowhere"], "cannot find the model 'nowhere'"),
         (["--topologie", "v5e:4x4"], "there is no option --topologie"),
     ],

@@ -63,15 +63,18 @@ def _memory(plan: Plan) -> str:
     rows.append(("needed, as laid out", _size(plan.needed)))
     if plan.peak:
         rows.append(("at once, by the compiler", _size(plan.peak)))
+    rows.append(("evaluation, in its turn", "-" if plan.evaluation is None else _size(plan.evaluation)))
     rows.append(("there are", _size(plan.room)))
     return _table(rows)
 
 
 def _verdict(plan: Plan) -> str:
+    missing = "; evaluation is not counted: how many choices questions have is in the data"
     if plan.fits:
-        return f"fits: {100 * plan.needed / plan.room:.0f} % of the memory"
+        rest = missing if plan.evaluation is None else ""
+        return f"fits: {100 * plan.most / plan.room:.0f} % of the memory{rest}"
     if plan.problem is None:
-        return f"does not fit: {_size(plan.needed - plan.room)} too much"
+        return f"does not fit: {_size(plan.most - plan.room)} too much"
     return f"does not fit, the compiler says: {plan.problem:.300}"
 
 
@@ -80,9 +83,26 @@ def advice(plan: Plan, settings: Settings) -> list[str]:
 
     Sizes follow from shapes and shardings where a number is given; what only a compilation could tell is said so.
     """
+    evaluation = _for_evaluation(plan, settings)
+    if evaluation and plan.needed <= plan.room:
+        return evaluation
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     weights, passing = _for_weights(plan, settings), _for_activations(plan, settings)
-    return [*weights, *passing] if held > plan.memory["temporaries"] else [*passing, *weights]
+    return [
+        *evaluation,
+        *([*weights, *passing] if held > plan.memory["temporaries"] else [*passing, *weights]),
+    ]
+
+
+def _for_evaluation(plan: Plan, settings: Settings) -> list[str]:
+    size, rows = plan.evaluation, settings.train.eval_batch_size
+    parts = plan.mesh["data"] * plan.mesh["fsdp"]
+    if size is None or size <= plan.room or rows == parts:
+        return []
+    return [
+        f"train.eval_batch_size below {rows:,}, a multiple of {parts}: evaluation needs {_size(size)}, the step "
+        f"{_size(plan.needed)}"
+    ]
 
 
 def _for_weights(plan: Plan, settings: Settings) -> list[str]:
