@@ -12,14 +12,11 @@ from loraplus_jax.train.chips import CHIPS, shapes, tpu_devices
 from loraplus_jax.train.cli import main
 from loraplus_jax.train.data import DataSettings
 from loraplus_jax.train.family import rows_of
-from loraplus_jax.train.hlo import Collective
 from loraplus_jax.train.plan import (
     Plan,
-    Work,
     count_work,
     head_bytes,
     make_plan,
-    roofline,
     with_layers,
 )
 from loraplus_jax.train.plan_programs import evaluation_bytes, plan_step
@@ -174,64 +171,6 @@ def test_what_is_said(planned):
 
 def fake(plan, **changes):
     return dataclasses.replace(plan, **changes)
-
-
-def test_what_does_not_fit_comes_with_what_to_change(planned):
-    plan, settings = planned
-    large = {**plan.memory, "frozen weights": 8_000_000_000}
-    mesh = {"data": 8, "fsdp": 1, "tensor": 1}
-    big = fake(plan, memory=large, needed=9_000_000_000, room=4_000_000_000, mesh=mesh)
-    assert not big.fits
-    assert "does not fit: 5.00 GB too much" in text_of(big, settings)
-    first, second, *_ = advice(big, settings)
-    assert first.startswith("mesh.data 1 and mesh.fsdp 8: of the frozen weights, 8.00 GB now")
-    assert "about 1.00 GB" in first
-    assert second.startswith("model.param_dtype bfloat16: the frozen weights then take 4.00 GB")
-    hot = fake(
-        plan, memory={**plan.memory, "temporaries": 9_000_000_000}, rows=32, needed=9_000_000_000, room=1
-    )
-    assert advice(hot, settings)[0].startswith("train.accumulate 4: a device computes with 1 row at a time")
-    assert advice(hot, settings)[1].startswith("model.remat full")
-    refused = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
-    assert "the compiler says: RESOURCE_EXHAUSTED" in text_of(refused, settings)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "times", "said"), [((2, 8, 1), 10, True), ((2, 8, 1), 9, False), ((2, 4, 2), 10, False)], ids=str
-)
-def test_weights_in_all_reduces_are_told(planned, mesh, times, said):
-    plan, settings = planned
-    gradients = 4 * plan.trained
-    reduces = (Collective("all-reduce", gradients, 8, times, "f32[1]", ""),)
-    mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
-    text = text_of(fake(plan, mesh=mesh, collectives=reduces), settings)
-    assert ("fewer parts may help: mesh.data 4 and mesh.fsdp 4 (not compiled)" in text) == said
-
-
-def test_how_often_split_weights_come_in_by_hand(planned):
-    plan, settings = planned
-    weights = 4 * (plan.total - plan.trained)
-    gathers = (Collective("all-gather", weights, 4, 6, "f32[1]", ""),)  # three quarters of it, six times
-    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    split = fake(plan, mesh=mesh, collectives=gathers)
-    assert "received: 4.50 x the frozen weights; 2 is once for" in text_of(split, settings)
-    assert "received: 2.25 x the frozen weights a micro-batch;" in text_of(
-        fake(split, accumulate=2), settings
-    )
-    assert "x the frozen weights" not in text_of(plan, settings)
-
-
-def test_a_roofline_by_hand(planned):
-    plan, settings = planned
-    found = roofline(
-        CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
-    )
-    assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
-    text = text_of(fake(plan, roofline=found), settings)
-    assert "roofline: 2.000 s a step, 128 tokens/s; FLOPs bind" in text
-    cut = plan.work._replace(loops=3)
-    assert "too low: of 3 loops that the compiler left" in text_of(fake(plan, work=cut), settings)
-    assert "work was not counted" in text_of(fake(plan, work=None), settings)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction"])

@@ -64,6 +64,7 @@ class Plan:
       rows, tokens: of a batch, over all devices; and of a row.
       accumulate: micro-batches that a batch is cut into.
       layers: of the model.
+      tensor_sizes: what the mesh's tensor axis must divide, by name.
       trained, total: parameters.
       memory: bytes by what they are for; temporaries are absent where the compiler gave up.
       needed: bytes in all, as the compiler lays things out; where it gave up, what it says that it wanted.
@@ -87,6 +88,7 @@ class Plan:
     tokens: int
     accumulate: int
     layers: int
+    tensor_sizes: dict[str, int]
     trained: int
     total: int
     memory: dict[str, int]
@@ -168,6 +170,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         tokens=settings.data.max_length,
         accumulate=settings.train.accumulate,
         layers=layers_of(base),
+        tensor_sizes=dict(base.tensor_sizes),
         trained=count(step.parts.trainable),
         total=count(step.parts.trainable) + count(step.parts.frozen),
         memory=memory,
