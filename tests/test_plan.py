@@ -19,7 +19,7 @@ from loraplus_jax.train.plan import (
     make_plan,
     with_layers,
 )
-from loraplus_jax.train.plan_programs import evaluation_bytes, plan_step
+from loraplus_jax.train.plan_programs import evaluation_bytes, plan_step, sizes
 from loraplus_jax.train.plan_text import advice, text_of
 from loraplus_jax.train.prepare import family_of
 from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
@@ -218,6 +218,18 @@ def test_evaluation_is_compiled_and_has_to_fit(planned):
     (only,) = advice(tight, dataclasses.replace(settings, train=many))
     assert only.startswith("train.eval_batch_size below 32,768, a multiple of 8: evaluation needs")
     assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm", 20.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: required for HLO temporaries (8.02T) exceeds", 1000 + int(8.02 * 2**40)),
+        ("RESOURCE_EXHAUSTED", 1000),
+    ],
+)
+def test_what_the_compiler_says_that_it_wanted(problem, needed):
+    assert sizes(None, problem, 1000) == (needed - 1000, needed, 0)
 
 
 def test_evaluation_of_choices_is_said_not_to_be_counted(planned):

@@ -8,6 +8,7 @@ import pytest
 from loraplus_jax.train.chips import CHIPS, tpu_devices
 from loraplus_jax.train.hosts import MeshSettings
 from loraplus_jax.train.plan import make_plan
+from loraplus_jax.train.plan_text import advice, text_of
 
 from .test_plan import LLAMA, RANK, settings_of
 
@@ -72,3 +73,18 @@ def test_only_adapters_and_single_numbers_are_reduced(plan):
     ]
     assert any(RANK in dims for dims in arrays)
     assert all(RANK in dims or not dims for dims in arrays)
+
+
+def test_an_evaluation_that_is_too_large_for_the_compiler(tmp_path):
+    settings = settings_of(
+        tmp_path,
+        LLAMA | {"num_hidden_layers": 1},
+        task="instruction",
+        train={"eval_batch_size": 400_000_000},
+    )
+    plan = make_plan(settings, "v5e:1x1")
+    assert plan.needed < plan.room < plan.evaluation
+    assert not plan.fits
+    assert "does not fit, the compiler says: evaluation: RESOURCE_EXHAUSTED" in text_of(plan, settings)
+    (only,) = advice(plan, settings)
+    assert only.startswith("train.eval_batch_size below 400,000,000, a multiple of 1: evaluation needs ")

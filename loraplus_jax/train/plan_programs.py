@@ -73,9 +73,10 @@ def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> 
     losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
     evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
     batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
-    trainable, _ = step.held["trained"]
-    program, problem = compiled(evaluate.lower(trainable, step.parts.frozen, batch))
-    return sizes(program, problem, 0)[1], problem and f"evaluation: {problem}"
+    weights, trained = step.held["frozen weights"], step.held["trained"]
+    program, problem = compiled(evaluate.lower(trained[0], weights[0], batch))
+    held = local_bytes(*weights) + local_bytes(*trained)
+    return sizes(program, problem, held)[1], problem and f"evaluation: {problem}"
 
 
 def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
@@ -111,8 +112,12 @@ def compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None)
 def sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
     """Temporaries, the whole need, and the peak."""
     if program is None:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", problem or "")
-        needed = int(float(used[1]) * 2 ** (10 * (" KMGT".index(used[2])))) if used else held
+        # The TPU compiler names all that it used, or temporaries alone where these are too much already.
+        used = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", problem or "")
+        needed = held
+        if used is not None:
+            number, unit = used.group(1, 2) if used[1] else used.group(3, 4)
+            needed = int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if used[1] else held)
         return max(0, needed - held), needed, 0
     found = program.memory_analysis()
     fresh = found.output_size_in_bytes - found.alias_size_in_bytes
