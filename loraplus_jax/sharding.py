@@ -66,7 +66,7 @@ def make_mesh(
     sizes = _sizes(dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices))
     used = math.prod(sizes)
     if used < len(devices) and len({device.process_index for device in devices}) > 1:
-        fixed = dict(zip(AXES, sizes, strict=True))
+        fixed: dict[str, int] = dict(zip(AXES, sizes, strict=True))
         raise ValueError(
             f"mesh {_product(fixed)} is {used} devices, and all {len(devices)} must be used, as they belong to "
             f"several hosts: set one of the three to -1{_advice(fixed, len(devices), whole=True)}"

@@ -76,6 +76,7 @@ APPLICATION = tuple(
         "prepare",
         "chips",
         "hlo",
+        "plan_programs",
         "plan",
         "plan_text",
         "watch",

@@ -2,26 +2,24 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, make_mesh
-from loraplus_jax.train.chips import CHIPS
+from loraplus_jax.train.chips import CHIPS, shapes, tpu_devices
 from loraplus_jax.train.cli import main
 from loraplus_jax.train.data import DataSettings
 from loraplus_jax.train.family import rows_of
-from loraplus_jax.train.hlo import Collective
 from loraplus_jax.train.plan import (
     Plan,
-    Work,
     count_work,
     head_bytes,
     make_plan,
-    plan_step,
-    roofline,
     with_layers,
 )
+from loraplus_jax.train.plan_programs import evaluation_bytes, plan_step, sizes
 from loraplus_jax.train.plan_text import advice, text_of
 from loraplus_jax.train.prepare import family_of
 from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
@@ -52,12 +50,14 @@ BERT = {
 }
 
 
-def settings_of(directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj"), **others):
+def settings_of(
+    directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj"), layers=None, **others
+):
     (directory / "config.json").write_text(json.dumps(config))
     return Settings(
         model=ModelSettings(path=str(directory), **dict(model)),
         data=DataSettings(path="no such file.csv", max_length=32),
-        lora=LoRAPlusConfig(target_modules=targets, rank=RANK),
+        lora=LoRAPlusConfig(target_modules=targets, rank=RANK, layers_to_transform=layers),
         train=TrainSettings(**{"batch_size": 8, "eval_batch_size": 8, **dict(train)}),
         task=task,
         output_dir="never written",
@@ -93,6 +93,22 @@ def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, de
     assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
     assert gathers == ()
     assert cost(settings, base, data, mesh)["flops"] < 0.7 * whole["flops"]  # a loop's body counts once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", [(3, 4), (0,)], ids=str)
+def test_costs_where_some_layers_are_adapted(tmp_path, layers):
+    settings, mesh = llama(tmp_path, layers=layers, targets="all-linear"), make_mesh(1)  # and the head is not
+    base, data = parts_of(settings, tmp_path)
+    whole = cost(settings, with_layers(base, 5), data, mesh)
+    work, _ = count_work(settings, base, data, mesh)
+    assert work.flops == pytest.approx(whole["flops"], rel=0.01)
+    assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
+
+
+def test_a_layer_to_adapt_that_is_not_there(tmp_path, capsys):
+    assert main(["plan", config(tmp_path), "--lora.layers_to_transform=[3,5]"]) == 2
+    assert "there is no layer 5 to adapt; there are [0, 1, 2, 3, 4]" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -157,64 +173,6 @@ def fake(plan, **changes):
     return dataclasses.replace(plan, **changes)
 
 
-def test_what_does_not_fit_comes_with_what_to_change(planned):
-    plan, settings = planned
-    large = {**plan.memory, "frozen weights": 8_000_000_000}
-    mesh = {"data": 8, "fsdp": 1, "tensor": 1}
-    big = fake(plan, memory=large, needed=9_000_000_000, room=4_000_000_000, mesh=mesh)
-    assert not big.fits
-    assert "does not fit: 5.00 GB too much" in text_of(big, settings)
-    first, second, *_ = advice(big, settings)
-    assert first.startswith("mesh.data 1 and mesh.fsdp 8: of the frozen weights, 8.00 GB now")
-    assert "about 1.00 GB" in first
-    assert second.startswith("model.param_dtype bfloat16: the frozen weights then take 4.00 GB")
-    hot = fake(
-        plan, memory={**plan.memory, "temporaries": 9_000_000_000}, rows=32, needed=9_000_000_000, room=1
-    )
-    assert advice(hot, settings)[0].startswith("train.accumulate 4: a device computes with 1 row at a time")
-    assert advice(hot, settings)[1].startswith("model.remat full")
-    refused = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
-    assert "the compiler says: RESOURCE_EXHAUSTED" in text_of(refused, settings)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "times", "said"), [((2, 8, 1), 10, True), ((2, 8, 1), 9, False), ((2, 4, 2), 10, False)], ids=str
-)
-def test_weights_in_all_reduces_are_told(planned, mesh, times, said):
-    plan, settings = planned
-    gradients = 4 * plan.trained
-    reduces = (Collective("all-reduce", gradients, 8, times, "f32[1]", ""),)
-    mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
-    text = text_of(fake(plan, mesh=mesh, collectives=reduces), settings)
-    assert ("fewer parts may help: mesh.data 4 and mesh.fsdp 4 (not compiled)" in text) == said
-
-
-def test_how_often_split_weights_come_in_by_hand(planned):
-    plan, settings = planned
-    weights = 4 * (plan.total - plan.trained)
-    gathers = (Collective("all-gather", weights, 4, 6, "f32[1]", ""),)  # three quarters of it, six times
-    mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    split = fake(plan, mesh=mesh, collectives=gathers)
-    assert "received: 4.50 x the frozen weights; 2 is once for" in text_of(split, settings)
-    assert "received: 2.25 x the frozen weights a micro-batch;" in text_of(
-        fake(split, accumulate=2), settings
-    )
-    assert "x the frozen weights" not in text_of(plan, settings)
-
-
-def test_a_roofline_by_hand(planned):
-    plan, settings = planned
-    found = roofline(
-        CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
-    )
-    assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
-    text = text_of(fake(plan, roofline=found), settings)
-    assert "roofline: 2.000 s a step, 128 tokens/s; FLOPs bind" in text
-    cut = plan.work._replace(loops=3)
-    assert "too low: of 3 loops that the compiler left" in text_of(fake(plan, work=cut), settings)
-    assert "work was not counted" in text_of(fake(plan, work=None), settings)
-
-
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction"])
 def test_columns_without_data_are_those_of_data(tmp_path, task):
     settings = (
@@ -234,6 +192,53 @@ def config(directory, **changes):
     lines |= {"task": "instruction", "output_dir": "out", "train": {"batch_size": 8, "eval_batch_size": 8}}
     path.write_text(json.dumps(lines | changes))  # JSON is YAML
     return str(path)
+
+
+def test_an_encoder_takes_no_longer_rows_than_it_has_positions(tmp_path):
+    settings = settings_of(tmp_path, BERT, task="classification", targets=("query",))
+    long = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=65))
+    with pytest.raises(ValueError, match=r"data\.max_length is 65, the model takes 64 tokens at most"):
+        make_plan(long)
+
+
+def test_evaluation_is_compiled_and_has_to_fit(planned):
+    plan, settings = planned
+    base, data = parts_of(settings, Path(settings.model.path))
+    mesh = make_mesh()
+    step = plan_step(settings, base, data, mesh)
+    many = dataclasses.replace(settings.train, eval_batch_size=8 * 4096)
+    large, problem = evaluation_bytes(dataclasses.replace(settings, train=many), data, step, mesh)
+    assert problem is None
+    weights = plan.memory["frozen weights"] + plan.memory["trained"]
+    assert weights < plan.evaluation < 1e7
+    assert large > plan.evaluation + 4095 * 3 * 32 * 4  # the batch alone
+    tight = fake(plan, evaluation=large, room=2 * plan.needed)
+    assert not tight.fits
+    assert f"does not fit: {(large - 2 * plan.needed) / 1e6:.2f} MB too much" in text_of(tight, settings)
+    (only,) = advice(tight, dataclasses.replace(settings, train=many))
+    assert only.startswith("train.eval_batch_size below 32,768, a multiple of 8: evaluation needs")
+    assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm", 20.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: required for HLO temporaries (8.02T) exceeds", 1000 + int(8.02 * 2**40)),
+        ("RESOURCE_EXHAUSTED", 1000),
+    ],
+)
+def test_what_the_compiler_says_that_it_wanted(problem, needed):
+    assert sizes(None, problem, 1000) == (needed - 1000, needed, 0)
+
+
+def test_evaluation_of_choices_is_said_not_to_be_counted(planned):
+    plan, settings = planned
+    choices = dataclasses.replace(settings, task="multiple_choice")
+    base, data = parts_of(choices, Path(settings.model.path))
+    mesh = make_mesh()
+    assert evaluation_bytes(choices, data, plan_step(choices, base, data, mesh), mesh) == (None, None)
+    assert "; evaluation is not counted" in text_of(fake(plan, evaluation=None), settings)
 
 
 @pytest.mark.slow
@@ -264,7 +269,17 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         (["--mesh.data=-1", "--mesh.fsdp=3"], "mesh fsdp 3 x tensor 1 does not divide the 8 devices"),
         (["--mesh.data=1", "--mesh.tensor=8"], "num_attention_heads, 4; change mesh.tensor to one of 1, 2"),
         (["--json", "/nowhere/at/all.json"], "there is no directory /nowhere/at"),
+        (["--json", "/proc/plan.json"], "--json /proc/plan.json cannot be written"),
         (["--data.max_length", "0"], "max_length"),
+        (["--data.max_length=65"], "data.max_length is 65, the model takes 64 tokens at most"),
+        (
+            ["--optimizer.head_learning_rate=0.1"],
+            "head_learning_rate is set, and nothing is trained that it is",
+        ),
+        (
+            ["--distributed.coordinator=auto"],
+            "distributed.coordinator is auto, and a plan joins no other process",
+        ),
         (["--model.path", "nowhere"], "cannot find the model 'nowhere'"),
         (["--topologie", "v5e:4x4"], "there is no option --topologie"),
     ],
@@ -274,6 +289,50 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("topology", "near"),
+    [
+        ("v5e:3x3", "v5e:2x4, "),
+        ("v6e:2x3", "v6e:2x4, "),
+        ("v5e:6x6", "v5e:4x8, "),
+        ("v5e:4x2", "v5e:2x4, "),
+        ("v5e:2x128", "v5e:16x16, "),
+        ("v5p:2x2x3", "v5p:2x2x4, "),
+        ("v5p:8x4x4", "v5p:4x4x8, "),
+        ("v4:1x1x1", "v4:2x2x1, "),
+    ],
+)
+def test_a_shape_that_cannot_be_had_names_those_near_it(topology, near):
+    with pytest.raises(ValueError, match=f"there is no topology {topology}; the nearest are ") as caught:
+        tpu_devices(topology)
+    assert near in str(caught.value)
+
+
+def test_the_shapes_of_large_slices():
+    assert (16, 16, 16) in shapes(CHIPS["v4"])
+    assert (8, 16, 16) in shapes(CHIPS["v5p"])
+    assert len(shapes(CHIPS["v6e"])) == 8
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--fresh"]),
+        ("sweep", ["--fresh"]),
+        ("inspect", []),
+        ("plan", ["--topology NAME", "--json FILE"]),
+    ],
+)
+def test_help_shows_the_options_of_its_command(capsys, command, options):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    usage = " ".join(text.partition("\n\n")[0].split())
+    ours = ["--fresh", "--topology NAME", "--json FILE"]
+    assert usage.startswith(f"usage: loraplus {command} CONFIG [--section.field value ...]")
+    assert [option for option in ours if f"[{option}]" in usage] == options
+    assert all(f"{option}: " in text for option in options)
 
 
 def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -88,9 +89,7 @@ def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
         )
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
-        raise ValueError(
-            f"there is no topology {topology}: its first two sides must each be 1 or even ({reason:.200})"
-        ) from None
+        raise ValueError(f"the installed libtpu cannot compile for {topology}: {reason:.200}") from None
     return chip, list(found.devices)
 
 
@@ -110,4 +109,33 @@ def _parsed(topology: str) -> tuple[Chip, tuple[int, ...]]:
         raise ValueError(
             f"a pod of {chip.name} has {chip.most:,} chips, {topology} would be {math.prod(shape):,}"
         )
+    known = shapes(chip)
+    if shape not in known:
+        near = sorted(known, key=lambda one: _distance(one, shape))[:3]
+        names = ", ".join(f"{chip.name}:{'x'.join(map(str, one))}" for one in near)
+        raise ValueError(f"there is no topology {topology}; the nearest are {names}")
     return chip, shape
+
+
+def shapes(chip: Chip) -> list[tuple[int, ...]]:
+    """The slices of a chip's pods that can be had, smallest first.
+
+    >>> shapes(CHIPS["v4"])[:6]
+    [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8)]
+    """
+    if chip.dimensions == 2:
+        return list(_FLAT)
+    sides = range(4, chip.most // 16 + 1, 4)
+    cubes = [one for one in itertools.combinations_with_replacement(sides, 3) if math.prod(one) <= chip.most]
+    return [*_BELOW_CUBE, *sorted(cubes, key=math.prod)]
+
+
+_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_BELOW_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+"""Of chips in a torus of three dimensions; from 4x4x4 on sides are multiples of four, in growing order."""
+
+
+def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """How far two shapes are apart, by the factors between their sides and that between their sizes."""
+    pairs = [*zip(sorted(one), sorted(other), strict=True), (math.prod(one), math.prod(other))]
+    return sum(abs(math.log2(a / b)) for a, b in pairs)

@@ -14,6 +14,17 @@ from .yaml_files import read_yaml
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
+_FRESH = {"--fresh": "start over; what an older run left is renamed, not deleted"}
+_OPTIONS: Mapping[str, Mapping[str, str]] = {
+    "train": _FRESH,
+    "sweep": _FRESH,
+    "plan": {
+        "--topology NAME": "TPUs to compile for, such as v5e:16x16",
+        "--json FILE": "a new file for all that was found",
+    },
+}
+"""What commands take beside settings, for their help; `cli.py` parses it."""
+
 
 def parse_settings(
     config: str | Path, overrides: Sequence[str] = (), kind: type[AnySettings] = Settings
@@ -52,9 +63,21 @@ def settings_from_json(values: Mapping[str, Any]) -> Settings:
 
 
 def settings_parser(kind: type[Settings] = Settings, command: str = "train") -> ArgumentParser:
-    """A parser of every field as `--section.field`, its help taken from the docstrings here."""
-    usage = f"loraplus {command} CONFIG [--section.field value ...] [--fresh]"
-    parser = ArgumentParser(prog=f"loraplus {command}", usage=usage, exit_on_error=False, print_config=None)
+    """A parser of every field as `--section.field`, its help taken from the docstrings here.
+
+    Args:
+      kind: `Settings`, or a class with more sections than it has.
+      command: whose usage the help shows, with its options that are no settings.
+    """
+    own = _OPTIONS.get(command, {})
+    usage = " ".join([f"loraplus {command} CONFIG [--section.field value ...]", *(f"[{o}]" for o in own)])
+    parser = ArgumentParser(
+        prog=f"loraplus {command}",
+        usage=usage,
+        description="; ".join(f"{option}: {text}" for option, text in own.items()) or None,
+        exit_on_error=False,
+        print_config=None,
+    )
     parser.add_argument(
         "--config", action="config", help="the YAML file; on the command line it stands first"
     )

@@ -7,8 +7,6 @@ second makes.
 """
 
 import dataclasses
-import math
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,10 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..adapt import init_lora
 from ..models.llama import head_kernel
-from ..sharding import batch_parts, batch_sharding, check_tensor, make_mesh
-from ..spec import Specs
+from ..sharding import batch_parts, check_tensor, make_mesh
 from ..tree import count
 from .chips import Chip, tpu_devices
 from .family import Base, Data, Parts
@@ -29,22 +25,10 @@ from .fetch import resolve
 from .hlo import Collective, collectives, looped_products
 from .language import head_is_frozen
 from .memory import free_bytes
-from .prepare import (
-    adapted,
-    batch_shapes,
-    check_mesh,
-    count_steps,
-    family_of,
-    lower_step,
-    make_optimizer,
-    params_of,
-    place_all,
-    state_shapes,
-)
+from .plan_programs import Step, compiled, evaluation_bytes, local_bytes, plan_step, sizes
+from .prepare import check_mesh, check_rates, family_of, params_of
 from .settings import Settings
 
-ENDLESS = 10**9
-"""Steps that are assumed where the settings count in epochs: how many rows these have is in the data."""
 TO_COUNT = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
     "xla_tpu_enable_async_collective_fusion": False,
@@ -80,10 +64,12 @@ class Plan:
       rows, tokens: of a batch, over all devices; and of a row.
       accumulate: micro-batches that a batch is cut into.
       layers: of the model.
+      tensor_sizes: what the mesh's tensor axis must divide, by name.
       trained, total: parameters.
       memory: bytes by what they are for; temporaries are absent where the compiler gave up.
       needed: bytes in all, as the compiler lays things out; where it gave up, what it says that it wanted.
       peak: bytes in use at once at most, by the compiler's own account; 0 where it gives none.
+      evaluation: bytes that an evaluation needs in all; None where it is not counted.
       room: bytes that there are.
       problem: what the compiler said when it gave up, in a line.
       work: FLOPs and bytes of a step; None where the programs that would tell them need too much memory.
@@ -102,11 +88,13 @@ class Plan:
     tokens: int
     accumulate: int
     layers: int
+    tensor_sizes: dict[str, int]
     trained: int
     total: int
     memory: dict[str, int]
     needed: int
     peak: int
+    evaluation: int | None
     room: int
     problem: str | None
     work: Work | None
@@ -117,8 +105,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler made a program, and there is room for it."""
-        return self.problem is None and self.needed <= self.room
+        """Whether the compiler made the programs, and there is room for the larger one: they run in turn."""
+        return self.problem is None and self.most <= self.room
+
+    @property
+    def most(self) -> int:
+        """Bytes that the larger of step and evaluation needs."""
+        return max(self.needed, self.evaluation or 0)
 
     @property
     def received(self) -> float:
@@ -145,6 +138,11 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
       ValueError, OSError: something does not fit, as in training; an unknown topology.
       ImportError: the compiler for TPUs is not installed.
     """
+    if topology is None and (address := settings.distributed.coordinator) is not None:
+        raise ValueError(
+            f"distributed.coordinator is {address}, and a plan joins no other process: give --topology, or "
+            "--distributed.coordinator null to plan for the devices here"
+        )
     chip, devices = (None, jax.devices()) if topology is None else tpu_devices(topology)
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     check_mesh(settings, mesh)
@@ -152,12 +150,15 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     data = family_of(settings).without_data(settings)
     base: Base = family_of(settings).make_base(settings, directory, data.task)
     check_tensor(mesh, base.tensor_sizes)
+    check_length(settings, base)
     step = plan_step(settings, base, data, mesh)
+    check_rates(settings.optimizer, step.parts)
     start = time.perf_counter()
-    program, problem = _compiled(step.lowered)
+    program, problem = compiled(step.lowered)
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
-    memory["temporaries"], needed, peak = _sizes(program, problem, sum(memory.values()))
+    memory["temporaries"], needed, peak = sizes(program, problem, sum(memory.values()))
+    evaluation, stopped = evaluation_bytes(settings, data, step, mesh)
     work, gathers = count_work(settings, base, data, mesh)
     found = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
@@ -169,13 +170,15 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         tokens=settings.data.max_length,
         accumulate=settings.train.accumulate,
         layers=layers_of(base),
+        tensor_sizes=dict(base.tensor_sizes),
         trained=count(step.parts.trainable),
         total=count(step.parts.trainable) + count(step.parts.frozen),
         memory=memory,
         needed=needed,
         peak=peak,
+        evaluation=evaluation,
         room=_room(chip, mesh),
-        problem=problem,
+        problem=problem or stopped,
         work=work,
         collectives=found,
         layer_gathers=gathers,
@@ -184,56 +187,12 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     )
 
 
-class Step(NamedTuple):
-    """A step before it is compiled.
-
-    Attributes:
-      parts: the model, with shapes for all values.
-      lowered: the step.
-      held: what it takes, by what it is for: trees of shapes and of shardings.
-    """
-
-    parts: Parts
-    lowered: jax.stages.Lowered
-    held: dict[str, tuple[Any, Any]]
-
-
-def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
-    """The step that `train` would compile, of a base whose weights need not be there."""
-    parts = adapted(settings, base, settings.applied, _adapter_shapes)
-    train = dataclasses.replace(settings.train, steps=settings.train.steps or ENDLESS, epochs=None)
-    steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
-    tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
-    places = place_all(parts, tx, mesh)
-    state = state_shapes(parts, tx)
-    batch = batch_shapes(data.splits["train"], train.batch_size)
-    held = {
-        "frozen weights": (parts.frozen, places.frozen),
-        "trained": (state.trainable, places.state.trainable),
-        "optimizer": (state.opt_state, places.state.opt_state),
-        "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
-    }
-    return Step(parts, lower_step(settings, data, parts, tx, mesh, places), held)
-
-
-def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
-    """As `init_lora`, with shapes in the place of factors."""
-    specs: Specs = {}
-
-    def make(key: Any) -> Any:
-        factors, found = init_lora(model, key, *inputs)
-        specs.update(found)
-        return factors
-
-    return jax.eval_shape(make, key), specs
-
-
-def local_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of a tree's arrays or shapes that one device holds."""
-    sizes = jax.tree.map(
-        lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(sizes))
+def check_length(settings: Settings, base: Base) -> None:
+    """Raises ValueError if rows are longer than the model takes, as training does when it reads the data."""
+    model: Any = base.model
+    length, longest = settings.data.max_length, model.config.max_length
+    if length > longest:
+        raise ValueError(f"data.max_length is {length}, the model takes {longest} tokens at most")
 
 
 def layers_of(base: Base) -> int:
@@ -252,7 +211,11 @@ def count_work(
     """
     parts, layers = settings.train.accumulate, layers_of(base)
     train = dataclasses.replace(settings.train, batch_size=settings.train.batch_size // parts, accumulate=1)
-    small = dataclasses.replace(settings, train=train)
+    # A stack computes adapters in all its layers as soon as one has them: those of the others are zero. Here it is
+    # the first, as the later ones are not there; None would adapt what lies outside of the layers too.
+    chosen = None if settings.lora.layers_to_transform is None else (0,)
+    lora = dataclasses.replace(settings.lora, layers_to_transform=chosen)
+    small = dataclasses.replace(settings, train=train, lora=lora)
     if settings.is_language:
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
@@ -277,7 +240,7 @@ class _Counted(NamedTuple):
 
 def _counted(step: Step, mesh: Mesh) -> _Counted | None:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    program, problem = _compiled(step.lowered, TO_COUNT if on_tpu else None)
+    program, problem = compiled(step.lowered, TO_COUNT if on_tpu else None)
     if problem is not None:
         return None
     text, cost = program.as_text(), program.cost_analysis()
@@ -322,29 +285,6 @@ def roofline(chip: Chip, work: Work, found: Sequence[Collective]) -> dict[str, f
         "memory": work.bytes / chip.hbm_rate,
         "network": received / chip.ici_rate,
     }
-
-
-def _compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> tuple[Any, str | None]:
-    """The program, or what the compiler said when memory was too small for any."""
-    try:
-        return lowered.compile(compiler_options=options), None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None, " ".join(str(error).split())
-
-
-def _sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
-    """Temporaries, the whole need, and the peak."""
-    if program is None:
-        used = re.search(r"Used ([\d.]+)([KMGT]) of", problem or "")
-        needed = int(float(used[1]) * 2 ** (10 * (" KMGT".index(used[2])))) if used else held
-        return max(0, needed - held), needed, 0
-    sizes = program.memory_analysis()
-    fresh = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    passing = sizes.temp_size_in_bytes + fresh
-    needed = sizes.argument_size_in_bytes + passing + sizes.generated_code_size_in_bytes
-    return passing, needed, getattr(sizes, "peak_memory_in_bytes", 0)
 
 
 def _room(chip: Chip | None, mesh: Mesh) -> int:

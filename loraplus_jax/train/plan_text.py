@@ -1,15 +1,19 @@
 """A plan in words: tables, whether it fits, and what to change."""
 
 import json
-from collections import defaultdict
-from collections.abc import Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
+from .hlo import Collective
 from .plan import Plan
 from .settings import Settings
 
+LARGEST, REDUCTIONS = 5, 3
+"""Groups of collectives that are shown one by one: of all, and of reductions that are not among these."""
 BINDS = {
     "compute": "FLOPs",
     "memory": "bytes accessed",
@@ -25,11 +29,16 @@ def text_of(plan: Plan, settings: Settings) -> str:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError unless a new file can be made there."""
+    """Raises ValueError unless a new file can be made there, which is tried; nothing is left behind."""
     if path.exists():
         raise ValueError(f"{path} exists already; choose another --json")
     if not path.parent.is_dir():
         raise ValueError(f"there is no directory {path.parent} for --json {path.name}")
+    try:
+        path.open("x").close()
+        path.unlink()
+    except OSError as error:
+        raise ValueError(f"--json {path} cannot be written: {error.strerror}") from None
 
 
 def write_json(path: Path, plan: Plan, settings: Settings) -> None:
@@ -58,15 +67,18 @@ def _memory(plan: Plan) -> str:
     rows.append(("needed, as laid out", _size(plan.needed)))
     if plan.peak:
         rows.append(("at once, by the compiler", _size(plan.peak)))
+    rows.append(("evaluation, in its turn", "-" if plan.evaluation is None else _size(plan.evaluation)))
     rows.append(("there are", _size(plan.room)))
     return _table(rows)
 
 
 def _verdict(plan: Plan) -> str:
+    missing = "; evaluation is not counted: how many choices questions have is in the data"
     if plan.fits:
-        return f"fits: {100 * plan.needed / plan.room:.0f} % of the memory"
+        rest = missing if plan.evaluation is None else ""
+        return f"fits: {100 * plan.most / plan.room:.0f} % of the memory{rest}"
     if plan.problem is None:
-        return f"does not fit: {_size(plan.needed - plan.room)} too much"
+        return f"does not fit: {_size(plan.most - plan.room)} too much"
     return f"does not fit, the compiler says: {plan.problem:.300}"
 
 
@@ -75,24 +87,67 @@ def advice(plan: Plan, settings: Settings) -> list[str]:
 
     Sizes follow from shapes and shardings where a number is given; what only a compilation could tell is said so.
     """
+    evaluation = _for_evaluation(plan, settings)
+    if evaluation and plan.needed <= plan.room:
+        return evaluation
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     weights, passing = _for_weights(plan, settings), _for_activations(plan, settings)
-    return [*weights, *passing] if held > plan.memory["temporaries"] else [*passing, *weights]
+    return [
+        *evaluation,
+        *([*weights, *passing] if held > plan.memory["temporaries"] else [*passing, *weights]),
+    ]
+
+
+def _for_evaluation(plan: Plan, settings: Settings) -> list[str]:
+    size, rows = plan.evaluation, settings.train.eval_batch_size
+    parts = plan.mesh["data"] * plan.mesh["fsdp"]
+    if size is None or size <= plan.room or rows == parts:
+        return []
+    return [
+        f"train.eval_batch_size below {rows:,}, a multiple of {parts}: evaluation needs {_size(size)}, the step "
+        f"{_size(plan.needed)}"
+    ]
 
 
 def _for_weights(plan: Plan, settings: Settings) -> list[str]:
-    size, data, fsdp = plan.memory["frozen weights"], plan.mesh["data"], plan.mesh["fsdp"]
+    frozen, trained = plan.memory["frozen weights"], plan.memory["trained"] + plan.memory["optimizer"]
+    data, fsdp, is_full = plan.mesh["data"], plan.mesh["fsdp"], settings.method == "full"
+    # Of adapters B is whole on every device, so that more parts split the base's weights alone.
+    name, split = ("weights and optimizer", frozen + trained) if is_full else ("frozen weights", frozen)
     found = []
-    if data > 1:
+    if trained > frozen:
+        found += _for_trained(plan, settings, trained)
+    if data > 1 and split:
         found.append(
-            f"mesh.data 1 and mesh.fsdp {data * fsdp}: of the frozen weights, {_size(size)} now, a device then "
-            f"holds about {_size(size / data)}"
+            f"mesh.data 1 and mesh.fsdp {data * fsdp}: of the {name}, {_size(split)} now, a device then "
+            f"holds about {_size(split / data)}"
         )
-    if settings.model.param_dtype == "float32" and size:
+    if settings.model.param_dtype == "float32" and frozen:
         found.append(
-            f"model.param_dtype bfloat16: the frozen weights then take {_size(size / 2)} instead of {_size(size)}"
+            f"model.param_dtype bfloat16: the frozen weights then take {_size(frozen / 2)} instead of "
+            f"{_size(frozen)}"
         )
-    return found or ["more devices for mesh.fsdp: its axis has all that there are"]
+    return found or [f"more devices for mesh.fsdp, which splits the weights: there are {plan.devices:,} now"]
+
+
+def _for_trained(plan: Plan, settings: Settings, size: int) -> list[str]:
+    """Where most of what is held is trained, or its moments."""
+    if settings.method == "full":
+        return [
+            "method lora_plus: only adapters are trained, and the optimizer, "
+            f"{_size(plan.memory['optimizer'])} now, holds moments of these alone (not compiled)"
+        ]
+    found = []
+    if settings.lora.modules_to_save:
+        found.append(
+            f"fewer lora.modules_to_save: these are trained whole (of {_size(size)} with the optimizer)"
+        )
+    if settings.lora.rank > 1:
+        found.append(
+            f"lora.rank below {settings.lora.rank}: adapters and their optimizer, {_size(size)} now, go in "
+            "proportion"
+        )
+    return found
 
 
 def _for_activations(plan: Plan, settings: Settings) -> list[str]:
@@ -105,12 +160,31 @@ def _for_activations(plan: Plan, settings: Settings) -> list[str]:
         )
     if settings.is_language and settings.model.remat != "full":
         found.append("model.remat full: of a layer only its input is kept for the gradient (not compiled)")
-    found.append(
-        f"mesh.tensor {2 * plan.mesh['tensor']}: a device computes with fewer heads and less of the MLP "
-        "(not compiled)"
-    )
-    found.append(f"data.max_length below {plan.tokens:,}, or a smaller train.batch_size")
-    return found
+    if (mesh := more_tensor(plan.mesh, plan.tensor_sizes)) is not None:
+        sizes = ", ".join(f"mesh.{name} {size}" for name, size in mesh.items())
+        found.append(
+            f"{sizes} and train.accumulate {plan.rows // (mesh['data'] * mesh['fsdp'])}: a device computes with "
+            "fewer heads and less of the MLP, 1 row at a time (not compiled)"
+        )
+    fewer = ", or a smaller train.batch_size" if rows > 1 else ""
+    return [*found, f"data.max_length below {plan.tokens:,}{fewer}"]
+
+
+def more_tensor(mesh: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """The next mesh of as many devices with a larger tensor axis that divides a model's sizes, if there is one.
+
+    >>> more_tensor({"data": 2, "fsdp": 3, "tensor": 1}, {"num_attention_heads": 12})
+    {'data': 1, 'fsdp': 3, 'tensor': 2}
+    >>> more_tensor({"data": 8, "fsdp": 1, "tensor": 1}, {"num_attention_heads": 3})
+    """
+    data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
+    whole = math.gcd(*sizes.values())
+    for size in range(2 * tensor, whole + 1, tensor):
+        of_data = math.gcd(data, size // tensor)
+        of_fsdp = size // tensor // of_data
+        if whole % size == 0 and fsdp % of_fsdp == 0:
+            return {"data": data // of_data, "fsdp": fsdp // of_fsdp, "tensor": size}
+    return None
 
 
 def _work(plan: Plan) -> str:
@@ -154,7 +228,34 @@ def _exchange(plan: Plan) -> list[str]:
     for kind, group in sorted(number, key=lambda key: -received[key]):
         key = (kind, group)
         rows.append((kind, f"{group:,}", f"{number[key]:,}", _size(whole[key]), _size(received[key])))
-    return ["", _table(rows)]
+    return ["", _table(rows), "", _table(_largest(plan.collectives))]
+
+
+def _largest(found: Sequence[Collective]) -> list[tuple[str, ...]]:
+    """The groups of equal collectives that receive most, and the largest reductions beside these."""
+    times: Counter[Collective] = Counter()
+    for one in found:
+        times[one._replace(where="", times=1)] += one.times
+    groups = sorted(times, key=lambda one: -times[one] * one.wire_bytes)
+    reductions = [one for one in groups[LARGEST:] if one.kind in ("all-reduce", "reduce-scatter")]
+    rows = [("largest of them", "arrays", "devices", "number", "whole, each", "received")]
+    for one in [*groups[:LARGEST], *reductions[:REDUCTIONS]]:
+        received = times[one] * one.wire_bytes
+        cells = (f"{one.group:,}", f"{times[one]:,}", _size(one.bytes), _size(received))
+        rows.append((one.kind, _arrays(one.shape), *cells))
+    return rows
+
+
+def _arrays(shape: str) -> str:
+    """A tuple's arrays, the different ones with their number, as far as they fit on a line.
+
+    >>> _arrays("f32[3,8], f32[8,3], f32[3,8]")
+    '2 f32[3,8], f32[8,3]'
+    """
+    kinds = Counter(shape.split(", ")).items()
+    texts = [one if number == 1 else f"{number} {one}" for one, number in kinds]
+    more = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
+    return ", ".join(texts[:2]) + more
 
 
 def _rounds(plan: Plan, settings: Settings) -> list[str]:
@@ -162,11 +263,15 @@ def _rounds(plan: Plan, settings: Settings) -> list[str]:
     frozen = (plan.total - plan.trained) * jnp.dtype(settings.model.param_dtype).itemsize
     if not frozen or plan.mesh["fsdp"] == 1 or plan.mesh["tensor"] > 1:
         return []
-    often = plan.received / plan.accumulate / frozen
+    has_slivers = bool(_slivers(plan))
+    kinds = ("all-gather", "collective-permute", *(["all-reduce"] if has_slivers else []))
+    received = sum(c.times * c.wire_bytes for c in plan.collectives if c.kind in kinds)
+    often = received / plan.accumulate / frozen
     micro = " a micro-batch" if plan.accumulate > 1 else ""
+    by = "gathers, permutes and all-reduces" if has_slivers else "gathers and permutes"
     return [
-        f"received: {often:.2f} x the frozen weights{micro}; 2 is once for the forward and once for the backward "
-        "pass"
+        f"by {by} received: {often:.2f} x the frozen weights{micro}; 2 is once for the forward and once for the "
+        "backward pass"
     ]
 
 
@@ -178,10 +283,11 @@ def _slivers(plan: Plan) -> list[str]:
     # With a tensor axis activations are reduced too, and as many bytes are as they must be.
     if plan.mesh["tensor"] > 1 or fsdp == 1 or reduced < 10 * gradients:
         return []
+    factor = next(n for n in range(2, fsdp + 1) if fsdp % n == 0)
     return [
         f"all-reduces carry {_size(reduced)}, and the gradients are {_size(gradients)} at most: XLA gathers "
         "weights by them, which receives twice what gathers do; fewer parts may help: "
-        f"mesh.data {2 * data} and mesh.fsdp {fsdp // 2} (not compiled)"
+        f"mesh.data {factor * data} and mesh.fsdp {fsdp // factor} (not compiled)"
     ]
 
 

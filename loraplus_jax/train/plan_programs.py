@@ -1,0 +1,126 @@
+"""The programs that a plan compiles: step and evaluation as `train` would, of shapes alone, and their sizes."""
+
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from ..adapt import init_lora
+from ..sharding import Shardings, batch_sharding
+from ..spec import Specs
+from ..train_step import make_eval
+from .family import Base, Data, Losses, Parts
+from .prepare import (
+    adapted,
+    batch_shapes,
+    count_steps,
+    family_of,
+    lower_step,
+    make_optimizer,
+    place_all,
+    state_shapes,
+)
+from .settings import Settings
+
+ENDLESS = 10**9
+"""Steps that are assumed where the settings count in epochs: how many rows these have is in the data."""
+
+
+class Step(NamedTuple):
+    """A step before it is compiled.
+
+    Attributes:
+      parts: the model, with shapes for all values.
+      lowered: the step.
+      held: what it takes, by what it is for: trees of shapes and of shardings.
+      places: where state and frozen variables lie.
+    """
+
+    parts: Parts
+    lowered: jax.stages.Lowered
+    held: dict[str, tuple[Any, Any]]
+    places: Shardings
+
+
+def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
+    """The step that `train` would compile, of a base whose weights need not be there."""
+    parts = adapted(settings, base, settings.applied, _adapter_shapes)
+    train = dataclasses.replace(settings.train, steps=settings.train.steps or ENDLESS, epochs=None)
+    steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
+    tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
+    places = place_all(parts, tx, mesh)
+    state = state_shapes(parts, tx)
+    batch = batch_shapes(data.splits["train"], train.batch_size)
+    held = {
+        "frozen weights": (parts.frozen, places.frozen),
+        "trained": (state.trainable, places.state.trainable),
+        "optimizer": (state.opt_state, places.state.opt_state),
+        "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
+    }
+    return Step(parts, lower_step(settings, data, parts, tx, mesh, places), held, places)
+
+
+def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
+    """What an evaluation needs in all, and what the compiler said if it gave up.
+
+    None for multiple choice: how many choices a question has, each a row of its own, is in the data.
+    """
+    if settings.task == "multiple_choice":
+        return None, None
+    losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
+    evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
+    batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
+    weights, trained = step.held["frozen weights"], step.held["trained"]
+    program, problem = compiled(evaluate.lower(trained[0], weights[0], batch))
+    held = local_bytes(*weights) + local_bytes(*trained)
+    return sizes(program, problem, held)[1], problem and f"evaluation: {problem}"
+
+
+def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
+    """As `init_lora`, with shapes in the place of factors."""
+    specs: Specs = {}
+
+    def make(key: Any) -> Any:
+        factors, found = init_lora(model, key, *inputs)
+        specs.update(found)
+        return factors
+
+    return jax.eval_shape(make, key), specs
+
+
+def local_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of a tree's arrays or shapes that one device holds."""
+    local = jax.tree.map(
+        lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
+    )
+    return sum(jax.tree.leaves(local))
+
+
+def compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> tuple[Any, str | None]:
+    """The program, or what the compiler said when memory was too small for any."""
+    try:
+        return lowered.compile(compiler_options=options), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, " ".join(str(error).split())
+
+
+def sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
+    """Temporaries, the whole need, and the peak."""
+    if program is None:
+        # The TPU compiler names all that it used, or temporaries alone where these are too much already.
+        used = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", problem or "")
+        needed = held
+        if used is not None:
+            number, unit = used.group(1, 2) if used[1] else used.group(3, 4)
+            needed = int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if used[1] else held)
+        return max(0, needed - held), needed, 0
+    found = program.memory_analysis()
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    passing = found.temp_size_in_bytes + fresh
+    needed = found.argument_size_in_bytes + passing + found.generated_code_size_in_bytes
+    return passing, needed, getattr(found, "peak_memory_in_bytes", 0)
