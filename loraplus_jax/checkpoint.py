@@ -171,7 +171,7 @@ def save(
         raise ValueError(f"there is a checkpoint of step {int(state.step)} in {manager.directory} already")
     fields = _saved(state)
     notes = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
-    notes["contents"] = {"leaves": _kinds(fields), "state": fingerprint(fields)}
+    notes["contents"] = {"leaves": leaf_kinds(fields), "state": fingerprint(fields)}
     notes["contents"]["notes"] = _digest(notes)
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(fields),
@@ -219,7 +219,7 @@ def restore(
     notes = _read_notes(manager, step)
     if differing := differences(notes["metadata"], metadata):
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
-    _check_leaves(step, notes["contents"]["leaves"], _kinds(_saved(like)))
+    _check_leaves(step, notes["contents"]["leaves"], leaf_kinds(_saved(like)))
     target = jax.tree.map(_abstract, _saved(like))
     state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
     if fingerprint(state) != notes["contents"]["state"]:
@@ -227,7 +227,12 @@ def restore(
     return Restored(_loaded(state, like), notes["input_position"]["position"], notes["metadata"])
 
 
-def differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(
+    saved: Mapping[str, Any],
+    given: Mapping[str, Any],
+    places: tuple[str, str] = ("in the checkpoint", "here"),
+    prefix: str = "",
+) -> list[str]:
     """Which fields differ, innermost names and both values, package versions left aside.
 
     >>> differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
@@ -239,9 +244,10 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any], prefix: str 
             continue
         old, new = saved.get(name, "absent"), given.get(name, "absent")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{name}.")
+            found += differences(old, new, places, f"{prefix}{name}.")
         elif json.dumps(old) != json.dumps(new):
-            found.append(f"{prefix}{name} is {json.dumps(old)} in the checkpoint and {json.dumps(new)} here")
+            told = (f"{json.dumps(value)} {place}" for value, place in zip((old, new), places, strict=True))
+            found.append(f"{prefix}{name} is {' and '.join(told)}")
     return found
 
 
@@ -368,7 +374,7 @@ def _check_leaves(step: int, old: Mapping[str, str], new: Mapping[str, str]) -> 
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(odd[:5])}{more}")
 
 
-def _kinds(tree: Any) -> dict[str, str]:
+def leaf_kinds(tree: Any) -> dict[str, str]:
     """Path to dtype and shape, in words."""
     leaves = leaves_by_path(tree)
     return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

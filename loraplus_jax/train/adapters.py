@@ -10,7 +10,6 @@ import numpy as np
 
 from .. import adapter_io, peft_io
 from ..adapter_io import Adapter, adapter_notes, load_adapter
-from ..checkpoint import fingerprint
 from ..config import LoRAPlusConfig
 from ..models import export
 from ..models.hf import NameTable, linear
@@ -19,6 +18,7 @@ from ..peft_io import load_peft, peft_config, peft_names, peft_notes
 from ..spec import specs_from_json
 from ..tree import combine, flatten, unflatten
 from .family import Parts
+from .hosts import to_host
 from .lifecycle import ADAPTER
 from .settings import Settings
 
@@ -127,7 +127,7 @@ def _trained(
         if path in trainable:
             kept[path] = leaf
         elif not isinstance(wanted, jax.ShapeDtypeStruct) and not np.array_equal(
-            np.asarray(wanted, leaf.dtype), leaf
+            to_host(wanted).astype(leaf.dtype), leaf
         ):
             raise ValueError(
                 f"{directory}: {path} was trained in full, or is of another base; the settings leave it frozen: "
@@ -136,10 +136,10 @@ def _trained(
     return unflatten(kept)
 
 
-def check_base(directory: Path, parts: Parts, base: Path) -> None:
-    """Raises ValueError if the adapter knows the fingerprint of its base, and this is another one."""
+def check_base(directory: Path, found: str | None, base: str | Path) -> None:
+    """Raises ValueError if the adapter knows the fingerprint of its base, and the one found is another."""
     wanted = notes_of(directory).get("base")
-    if wanted is not None and parts.frozen and (found := fingerprint(parts.frozen)) != wanted:
+    if None not in (wanted, found) and found != wanted:
         raise ValueError(f"{directory} belongs to a base with fingerprint {wanted}, {base} has {found}")
 
 
@@ -170,10 +170,17 @@ def check_start(settings: Settings, parts: Parts, params: Mapping[str, Any], tas
     read_adapter(directory, parts, params)
 
 
-def started(settings: Settings, parts: Parts, params: Mapping[str, Any], base: Path) -> Parts:
-    """The model with the values of `init_adapter`; what it lacks of modules trained in full stays as it is."""
+def started(settings: Settings, parts: Parts, params: Mapping[str, Any], base: str | None) -> Parts:
+    """The model with the values of `init_adapter`; what it lacks of modules trained in full stays as it is.
+
+    Args:
+      settings: with `init_adapter`.
+      parts: the model.
+      params: all its parameters.
+      base: the fingerprint of its frozen variables.
+    """
     directory = _start(settings)
-    check_base(directory, parts, base)
+    check_base(directory, base, settings.model.path)
     adapter = read_adapter(directory, parts, params)
     values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
     trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}

@@ -6,20 +6,28 @@ do the rest.
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
+import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ..checkpoint import differences
 from ..config import check_whole
 
-AUTO = "auto"
+AUTO, MOST_PORT = "auto", 65535
+SIGNS_OF_LOSS = re.compile(
+    "gloo|connection|socket|heartbeat|coordination|barrier|unavailable|deadline_exceeded|aborted|cancelled",
+    re.I,
+)
+"""What errors of a computation or a barrier speak of that another process has left."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +73,12 @@ class DistributedSettings:
                 if value is not None:
                     raise ValueError(f"distributed.{name} goes with distributed.coordinator HOST:PORT")
             return
-        if not re.fullmatch(r".+:\d{1,5}", str(self.coordinator)):
-            raise ValueError(f"distributed.coordinator must be HOST:PORT or {AUTO}, got {self.coordinator!r}")
+        host, _, port = str(self.coordinator).rpartition(":")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
+            raise ValueError(
+                f"distributed.coordinator must be HOST:PORT, of a port from 1 to {MOST_PORT}, or {AUTO}, "
+                f"got {self.coordinator!r}"
+            )
         for name, value in numbers.items():
             if value is None:
                 raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
@@ -108,8 +120,10 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
     if settings.coordinator is None:
         yield
         return
+    if settings.process_id == 0:
+        _check_port(settings)
     # When its own time is over JAX aborts the process with a stack of native code.
-    watch = threading.Timer(settings.start_timeout, _give_up, [_not_joined(settings, "time is over")])
+    watch = threading.Timer(settings.start_timeout, _give_up, [_alone(settings)])
     watch.daemon = True
     watch.start()
     try:
@@ -118,8 +132,8 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
             initialization_timeout=settings.start_timeout + 60,
             heartbeat_timeout_seconds=settings.lost_timeout,
         )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(_not_joined(settings, str(error).splitlines()[0])) from error
+    except Exception as error:  # JAX's readers of environments raise what comes, as KeyError and ImportError
+        raise ValueError(_not_joined(settings, _first_line(error))) from error
     finally:
         watch.cancel()
     try:
@@ -127,15 +141,26 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
     except Stopped:  # by all of them, at the same step
         jax.distributed.shutdown()
         raise
-    except (jax.errors.JaxRuntimeError, TimeoutError) as error:  # the second from orbax
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, TimeoutError) as error:
+        if not is_loss(error):
             raise
         raise LostProcess(
             f"process {jax.process_index()} of {jax.process_count()} ends, because it cannot reach another one "
-            f"any more ({str(error).splitlines()[0]:.200}); start all of them again, and the run goes on from its "
+            f"any more ({_first_line(error)}); start all of them again, and the run goes on from its "
             "newest checkpoint"
         ) from error
     jax.distributed.shutdown()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a computation or a barrier failed because another process has left it."""
+    if jax.process_count() == 1:
+        return False
+    if isinstance(error, TimeoutError):  # orbax's, of a barrier
+        return True
+    text = str(error)
+    told = SIGNS_OF_LOSS.search(text) and "RESOURCE_EXHAUSTED" not in text
+    return isinstance(error, jax.errors.JaxRuntimeError) and bool(told)
 
 
 def _address(settings: DistributedSettings) -> dict[str, Any]:
@@ -155,16 +180,85 @@ def _give_up(message: str) -> None:
     os._exit(2)
 
 
+def _check_port(settings: DistributedSettings) -> None:
+    """Raises ValueError if process 0 cannot listen where the others seek it, of which JAX would die."""
+    port = int(str(settings.coordinator).rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"process 0 of {settings.processes} cannot listen at distributed.coordinator {settings.coordinator} "
+            f"({os.strerror(error.errno or 0)}); give a free port, the same to all"
+        ) from None
+
+
+def _alone(settings: DistributedSettings) -> str:
+    """What is said when nobody has come in time."""
+    who, where = (
+        "this process, which the environment places,",
+        f"distributed.coordinator {settings.coordinator}",
+    )
+    if settings.coordinator != AUTO:
+        who = f"process {settings.process_id} of {settings.processes}"
+    return f"{who} found no others at {where} in {settings.start_timeout} s (distributed.start_timeout)"
+
+
 def _not_joined(settings: DistributedSettings, reason: str) -> str:
     if settings.coordinator == AUTO:
         return (
-            f"distributed.coordinator is {AUTO}, and the environment does not tell the processes ({reason:.200}); "
-            "give distributed.coordinator, processes and process_id"
+            f"distributed.coordinator is {AUTO}, and what the environment tells of the processes does not suffice "
+            f"({reason}); give distributed.coordinator, processes and process_id"
         )
-    return (
-        f"process {settings.process_id} of {settings.processes} found no others at distributed.coordinator "
-        f"{settings.coordinator} in {settings.start_timeout} s (distributed.start_timeout): {reason:.200}"
-    )
+    return f"{_alone(settings)}: {reason}"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text:.200}" if isinstance(error, LookupError) else f"{text:.200}"
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What every process does for itself and none may go on from alone: what one refuses, all refuse, in its words.
+
+    Raises:
+      ValueError: another process has refused.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    said = gathered(None if error is None else str(error) or type(error).__name__)
+    if any(words is not None for words in said) and len(said) > 1:
+        jax.distributed.shutdown()  # in order, for all are here
+    if error is not None:
+        raise error
+    for number, words in enumerate(said):
+        if words is not None:
+            raise ValueError(f"process {number} of {len(said)} refuses the run: {words}")
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises ValueError, in all processes, unless all of them have the same JSON values; names what differs."""
+    first, *others = gathered(dict(values))
+    for number, other in enumerate(others, 1):
+        if found := differences(first, other, ("in process 0", f"in process {number}")):
+            jax.distributed.shutdown()
+            raise ValueError(
+                f"the processes are not alike: {'; '.join(found)}; start each with the same command (but for "
+                "distributed.process_id), packages, data and weights"
+            )
+
+
+def gathered(value: Any) -> list[Any]:
+    """A JSON value of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(mine.size))
+    rows = multihost_utils.process_allgather(np.pad(mine, (0, int(sizes.max()) - mine.size)))
+    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def is_first() -> bool:

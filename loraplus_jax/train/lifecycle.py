@@ -1,6 +1,7 @@
 """A run among others and against interruptions: whose a directory is, and signals that stop a run cleanly."""
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import signal
@@ -19,10 +20,10 @@ import yaml
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from ..checkpoint import differences
+from ..checkpoint import PACKAGES, differences
 from ..models.hf import read_json
 from .hosts import Stopped as Stopped
-from .hosts import is_first, wait_for_all
+from .hosts import is_first, is_loss, wait_for_all
 from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, MAY_CHANGE, Settings, apart
 from .yaml_files import read_yaml
@@ -31,6 +32,7 @@ CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 OF_A_START = ("output_dir ", "distributed.")
 """Settings that say where a run is started, and not what it is."""
+PLACES = ("in that run", "here")
 
 
 @contextmanager
@@ -107,6 +109,8 @@ def check_directory(
 ) -> list[str]:
     """Which settings have changed since the run that is in the directory was started, in words.
 
+    Of several processes one asks: the files by which it tries the directory would confuse the others.
+
     Args:
       directory: `output_dir`.
       settings: of the run that wants to go on there.
@@ -120,9 +124,8 @@ def check_directory(
     for parent in (directory, *directory.parents):
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"output_dir {directory}: {parent} is a file")
-    if is_first():
-        _check_writable(directory)
-        _check_free(directory)
+    _check_writable(directory)
+    _check_free(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
         return []
@@ -135,19 +138,52 @@ def check_directory(
     if not isinstance(old, dict):
         raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
     (old_same, old_free), (same, free) = (apart(v, "", may_change) for v in (old, settings.to_json()))
-    if found := _changes(old_same, same):
+    if found := differences(old_same, same, PLACES):
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
-    changed = [text for text in _changes(old_free, free) if not text.startswith(OF_A_START)]
+    changed = [text for text in differences(old_free, free, PLACES) if not text.startswith(OF_A_START)]
     if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
         more = "it goes on with more train.steps, or " if ends else ""
         raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")
     return changed
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [text.replace("the checkpoint", "that run") for text in differences(old, new)]
+def check_shared(directory: Path) -> None:
+    """Raises ValueError unless this process sees what the first one has written to the run's directory."""
+    if not (directory / CONFIG).is_file():
+        raise ValueError(
+            f"output_dir {directory} must lie on a file system that all processes see, and process "
+            f"{jax.process_index()} does not find there what process 0 has written"
+        )
+
+
+def told(settings: Settings, fresh: bool) -> dict[str, Any]:
+    """What all processes of a run must have been started with."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    values = {name: value for name, value in settings.to_json().items() if name != "distributed"}
+    return {**values, "--fresh": fresh, "packages": packages}
+
+
+def check_end(steps: int, manager: ocp.CheckpointManager) -> None:
+    """Raises ValueError if the run is past its new end already."""
+    done = manager.latest_step() or 0
+    if steps < done:
+        raise ValueError(
+            f"train.steps or epochs ends the run at step {steps}, and it has done {done} already"
+        )
+
+
+@contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Ends the writing of checkpoints whatever happens, except where it would wait for a process that is lost."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_loss(error):
+            manager.close()
+        raise
+    manager.close()
 
 
 def write_config(directory: Path, settings: Settings) -> None:

@@ -23,18 +23,22 @@ from ..tree import combine, count, label_params
 from .data import Batch, train_batches
 from .evaluation import evaluate, place
 from .fetch import cache_dir
-from .hosts import is_first, joined, to_host, wait_for_all
+from .hosts import all_or_none, check_same, gathered, is_first, joined, to_host
 from .lifecycle import (
     ADAPTER,
     CHECKPOINTS,
     Stopped,
     StopSignal,
     check_directory,
+    check_end,
+    check_shared,
+    closing,
     keep_results,
     kept_programs,
     named,
     own,
     set_aside_damaged,
+    told,
     write_config,
 )
 from .live import adapters_of, as_metrics, first_rows, is_due, read_metrics
@@ -69,7 +73,10 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined(settings.distributed))
         console = (console or Console(soft_wrap=True)) if is_first() else Console(quiet=True)
-        changed = check_directory(directory, settings, fresh=fresh)
+        check_same(told(settings, fresh))
+        with all_or_none():
+            changed = check_directory(directory, settings, fresh=fresh) if is_first() else []
+        (changed, *_) = gathered(changed)
         if settings.train.compilation_cache:
             stack.enter_context(kept_programs(cache_dir() / "xla", console))
         return _train(settings, directory, changed, fresh, console)
@@ -79,33 +86,23 @@ def _train(
     settings: Settings, directory: Path, changed: list[str], fresh: bool, console: Console
 ) -> dict[str, Any]:
     run = prepare(settings)
-    wait_for_all("nobody writes before all have looked")
     with named(directory), contextlib.ExitStack() as stack:
-        if is_first():
-            stack.enter_context(own(directory, settings, fresh, console))
-        wait_for_all("the directory is there")
+        with all_or_none():
+            if is_first():
+                stack.enter_context(own(directory, settings, fresh, console))
+        with all_or_none():
+            check_shared(directory)
         task = run.data.task
         best = f"validation/{task.metric}"
         manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
-        try:
+        with closing(manager):
             if changed:
-                check_end(run, manager)
+                check_end(run.steps, manager)
                 if is_first():
                     keep_results(directory)
                     write_config(directory, settings)
                 console.print(f"changed since the run was started: {'; '.join(changed)}")
             return Trainer(run, directory, manager, console).run_all()
-        finally:
-            manager.close()
-
-
-def check_end(run: Run, manager: ocp.CheckpointManager) -> None:
-    """Raises ValueError if the run is past its new end already."""
-    done = manager.latest_step() or 0
-    if run.steps < done:
-        raise ValueError(
-            f"train.steps or epochs ends the run at step {run.steps}, and it has done {done} already"
-        )
 
 
 class Trainer:

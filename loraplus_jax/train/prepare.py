@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from ..adapt import apply_lora_plus, init_lora
-from ..checkpoint import describe_run, fingerprint
+from ..checkpoint import describe_run, fingerprint, leaf_kinds
 from ..config import LoRAPlusConfig
 from ..diagnostics import describe
 from ..models.hf import check_params, load_params
@@ -38,6 +38,7 @@ from .answers import Answer
 from .data import Batch
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
+from .hosts import all_or_none, check_same
 from .live import compile_theory, measured_rows
 from .memory import check_memory
 from .settings import MOST_STEPS, OptimizerSettings, Settings, apart
@@ -89,9 +90,39 @@ class Programs(NamedTuple):
 def prepare(settings: Settings) -> Run:
     """Fetches, checks, compiles and loads everything, in this order.
 
+    Several processes do so each for itself, and then compare what they found.
+
     Raises:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
+    with all_or_none():
+        run = _prepare(settings)
+        found = {
+            "data": digest(run.data.splits),
+            "task": run.data.task.notes(),
+            "weights": leaf_kinds(run.parts.frozen),
+        }
+    check_same(found)
+    # From here on the processes compute together.
+    base = fingerprint(run.parts.frozen) if run.parts.frozen else None
+    metadata = describe_run(
+        run.config,
+        run.parts.specs,
+        base=base,
+        settings=apart(settings.to_json())[0],
+        task=found["task"],
+        data=found["data"],
+    )
+    if settings.init_adapter is not None:
+        parts = started(settings, run.parts, params_of(run.parts), base)
+        run = run._replace(parts=parts)
+        metadata["init_adapter"] = fingerprint(parts.trainable)
+    check_same({name: metadata[name] for name in ("base", "init_adapter") if name in metadata})
+    return run._replace(metadata=metadata)
+
+
+def _prepare(settings: Settings) -> Run:
+    """All that needs no other process; of `init_adapter` and metadata there is nothing yet."""
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
@@ -112,19 +143,7 @@ def prepare(settings: Settings) -> Run:
     programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
     check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config, mesh)
-    if settings.init_adapter is not None:
-        parts = started(settings, parts, params_of(parts), directory)
-    base = fingerprint(parts.frozen) if parts.frozen else None
-    metadata = describe_run(
-        config,
-        parts.specs,
-        base=base,
-        settings=apart(settings.to_json())[0],
-        task=data.task.notes(),
-        data=digest(data.splits),
-        **({} if settings.init_adapter is None else {"init_adapter": fingerprint(parts.trainable)}),
-    )
-    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, metadata)
+    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {})
 
 
 def inspect(settings: Settings) -> str:

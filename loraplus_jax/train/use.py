@@ -12,6 +12,7 @@ import numpy as np
 
 from .. import adapter_io
 from ..adapter_io import read_tensors
+from ..checkpoint import fingerprint
 from ..config import nearest
 from ..models.hf import load_params
 from ..peft_io import NOTES, OWN, peft_notes
@@ -93,7 +94,7 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
         more = ": give the config of a run with --config" if is_peft(directory) else ""
         raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it{more}")
     parts = load(settings, base, build(settings, base, task, adapted), adapted)
-    check_base(directory, parts, base)
+    check_base(directory, fingerprint(parts.frozen) if parts.frozen else None, base)
     adapter = read_adapter(directory, parts, params_of(parts))
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 pytestmark = pytest.mark.slow
 
@@ -23,22 +23,31 @@ SETTINGS = (
 QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def start(world, out, devices, *more):
+def start(world, out, devices, *more, cwd=None, **environment):
     """`loraplus train` in a process of its own, with so many devices."""
     command = [sys.executable, "-m", "loraplus_command", "train", str(world.config)]
-    environment = os.environ | QUICK | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment |= {**QUICK, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "--output_dir", str(out), *SETTINGS, *more], env=environment, **pipes)
+    return subprocess.Popen(
+        [*command, "--output_dir", str(out), *SETTINGS, *more], env=os.environ | environment, cwd=cwd, **pipes
+    )
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def member(number, address):
+    """The flags of one of two processes."""
+    flags = {"coordinator": address, "processes": 2, "process_id": number}
+    return [word for name, value in flags.items() for word in (f"--distributed.{name}", str(value))]
 
 
 @contextlib.contextmanager
-def two(world, out, *more):
-    """Two processes that train together; whatever happens, they end with the test."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    where = ("--distributed.coordinator", address, "--distributed.processes", "2")
-    pair = [start(world, out, 4, *where, "--distributed.process_id", str(n), *more) for n in range(2)]
+def ending(pair):
+    """Whatever happens, the processes end with the test."""
     try:
         yield pair
     finally:
@@ -47,11 +56,20 @@ def two(world, out, *more):
             process.communicate()
 
 
+@contextlib.contextmanager
+def two(world, out, *more, own=((), ()), cwd=(None, None)):
+    """Two processes that train together; `own` are one's own flags, and `cwd` its working directory."""
+    address = free_address()
+    flags = [[*member(n, address), *more, *own[n]] for n in range(2)]
+    with ending([start(world, out, 4, *flags[n], cwd=cwd[n]) for n in range(2)]) as pair:
+        yield pair
+
+
 def ended(process, within=DEADLINE):
     """Exit code, stdout and stderr without the lines of the library that joins the processes."""
     stdout, stderr = process.communicate(timeout=within)
     return process.returncode, *(
-        "".join(x for x in text.splitlines(True) if "Gloo" not in x) for text in (stdout, stderr)
+        "".join(x for x in text.splitlines(True) if not x.startswith("[Gloo]")) for text in (stdout, stderr)
     )
 
 
@@ -130,21 +148,9 @@ def test_sigterm_at_one_process_stops_both_at_the_same_step(home, tmp_path):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_start_that_nobody_joins_is_given_up_with_one_line(first_world, tmp_path, number):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    where = ("--distributed.coordinator", address, "--distributed.processes", "2")
-    process = start(
-        first_world,
-        tmp_path / "out",
-        1,
-        *where,
-        "--distributed.process_id",
-        str(number),
-        "--distributed.start_timeout",
-        "3",
-    )
-    code, stdout, stderr = ended(process)
+    address = free_address()
+    flags = (*member(number, address), "--distributed.start_timeout", "3")
+    code, stdout, stderr = ended(start(first_world, tmp_path / "out", 1, *flags))
     assert (code, stdout) == (2, "")
     message = (
         f"loraplus: error: process {number} of 2 found no others at distributed.coordinator {address} in 3 s"
@@ -152,3 +158,106 @@ def test_a_start_that_nobody_joins_is_given_up_with_one_line(first_world, tmp_pa
     assert stderr.startswith(message)
     assert stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_port_that_is_taken_is_named_with_one_line(first_world, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        code, stdout, stderr = ended(start(first_world, tmp_path / "out", 1, *member(0, address)))
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert f"cannot listen at distributed.coordinator {address} (Address already in use)" in stderr
+
+
+SLURM = {
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_NTASKS": "2",
+    "SLURM_LOCALID": "0",
+}
+AUTO = ("--distributed.coordinator", "auto")
+
+
+def test_slurm_tells_the_processes_who_they_are(home, tmp_path):
+    # JAX takes the coordinator's port from the job's number.
+    slurm = SLURM | {"SLURM_JOB_ID": free_address().rpartition(":")[2]}
+    out = tmp_path / "out"
+    pair = [start(home, out, 4, *AUTO, **slurm, SLURM_PROCID=str(n)) for n in range(2)]
+    with ending(pair):
+        ends = [ended(process) for process in pair]
+    assert [end[0] for end in ends] == [0, 0], ends
+    (adapter, rows), (expected, expected_rows) = result(out), result(home.out)
+    assert rows == expected_rows
+    assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
+
+
+def test_an_environment_that_tells_nothing_is_refused(first_world, tmp_path):
+    code, _, stderr = ended(start(first_world, tmp_path / "out", 1, *AUTO))
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "distributed.coordinator is auto, and what the environment tells" in stderr
+
+
+def unlike_settings(directories):
+    return "train.steps is 50 in process 0 and 60 in process 1", None
+
+
+def broken_data(directories):
+    path = directories[1] / "texts.csv"
+    path.write_text(path.read_text() + '"unclosed')
+    return "process 1 of 2 refuses the run: texts.csv:", "texts.csv:"
+
+
+def unlike_data(directories):
+    path = directories[1] / "texts.csv"
+    path.write_text("".join(path.read_text().splitlines(True)[:-3]))
+    return "the processes are not alike: data is", None
+
+
+def unlike_weights(directories):
+    path = directories[1] / "model/model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, path)
+    return "the processes are not alike: base is", None
+
+
+@pytest.mark.parametrize("change", [unlike_settings, broken_data, unlike_data, unlike_weights])
+def test_what_one_process_cannot_do_all_refuse(first_world, tmp_path, change):
+    """Each finds the same paths in a directory of its own, as hosts with disks of their own do."""
+    directories = [tmp_path / f"host{n}" for n in range(2)]
+    for directory in directories:
+        first_world.copy(directory)
+    said, by_one = change(directories)
+    out = tmp_path / "out"
+    here = ("--model.path", "model", "--data.path", "texts.csv", "--mesh.data", "8")
+    here += ("--mesh.fsdp", "1", "--mesh.tensor", "1")
+    own = (("--train.steps", "50"), ()) if change is unlike_settings else ((), ())
+    with two(first_world, out, *here, own=own, cwd=directories) as pair:
+        ends = [ended(process) for process in pair]
+    assert [end[0] for end in ends] == [2, 2], ends
+    for (_, stdout, stderr), words in zip(ends, (said, by_one or said), strict=True):
+        assert (stdout, stderr.count("\n")) == ("", 1), stderr
+        assert words in stderr
+    assert not out.exists()
+
+
+def test_two_processes_share_a_language_model_and_go_on_from_an_adapter(first_talk, tmp_path):
+    """Its weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
+    more = ("--train.steps", "10", "--train.eval_every", "5", "--mesh.data", "1", "--mesh.tensor", "1")
+    found = {}
+    for name, mesh in (("first", ()), ("second", ("--init_adapter", str(tmp_path / "first/adapter")))):
+        flags = (*more, "--mesh.fsdp", "8", *mesh)
+        with two(first_talk, tmp_path / name, *flags) as pair:
+            ends = [ended(process) for process in pair]
+        assert [end[0] for end in ends] == [0, 0], ends
+        assert ended(start(first_talk, tmp_path / f"{name} alone", 8, *flags))[0] == 0
+        found[name] = result(tmp_path / name), result(tmp_path / f"{name} alone")
+    for (adapter, rows), (expected, expected_rows) in found.values():
+        losses = [[row["loss"] for row in r if "loss" in row] for r in (rows, expected_rows)]
+        np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+        assert max(float(np.abs(adapter[name] - expected[name]).max()) for name in adapter) < 1e-4
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in found)
+    assert abs(first["after"]["loss"] - second["before"]["loss"]) < 1e-6
