@@ -223,7 +223,9 @@ def test_processes_are_told_together(tmp_path):
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("coordinator", "host", "must be HOST:PORT or auto, got 'host'"),
+        ("coordinator", "host", "must be HOST:PORT, of a port from 1 to 65535, or auto, got 'host'"),
+        ("coordinator", "host:0", "must be HOST:PORT, .* got 'host:0'"),
+        ("coordinator", "host:65536", "must be HOST:PORT, .* got 'host:65536'"),
         ("process_id", "4", "process_id must be from 0 to 3, got 4"),
         ("processes", "0", "processes must be a whole number of at least 1, got 0"),
         ("lost_timeout", "0", "lost_timeout must be a whole number of at least 1, got 0"),

@@ -194,12 +194,10 @@ def _check_port(settings: DistributedSettings) -> None:
 
 def _alone(settings: DistributedSettings) -> str:
     """What is said when nobody has come in time."""
-    who, where = (
-        "this process, which the environment places,",
-        f"distributed.coordinator {settings.coordinator}",
-    )
-    if settings.coordinator != AUTO:
-        who = f"process {settings.process_id} of {settings.processes}"
+    who = f"process {settings.process_id} of {settings.processes}"
+    if settings.coordinator == AUTO:
+        who = "this process, which the environment has placed,"
+    where = f"distributed.coordinator {settings.coordinator}"
     return f"{who} found no others at {where} in {settings.start_timeout} s (distributed.start_timeout)"
 
 
@@ -245,9 +243,10 @@ def check_same(values: Mapping[str, Any]) -> None:
     for number, other in enumerate(others, 1):
         if found := differences(first, other, ("in process 0", f"in process {number}")):
             jax.distributed.shutdown()
+            more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(
-                f"the processes are not alike: {'; '.join(found)}; start each with the same command (but for "
-                "distributed.process_id), packages, data and weights"
+                f"the processes are not alike: {'; '.join(found[:5])}{more}; start each with the same "
+                "command (but for distributed.process_id), packages, data and weights"
             )
 
 
