@@ -34,8 +34,8 @@ from loraplus_jax.train.loop import place
 from loraplus_jax.train.parsing import parse_settings
 from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.sweep_choice import best_of, member_steps, stops_of, survivors
-from loraplus_jax.train.sweep_settings import NAMES, SweepRun, SweepSettings, Trial
+from loraplus_jax.train.sweep_choice import best_of, decided, member_steps, stops_of, survivors
+from loraplus_jax.train.sweep_settings import METHODS, NAMES, SweepRun, SweepSettings, Trial
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
@@ -43,6 +43,11 @@ SMALL = (
     *("--train.steps", "120", "--train.batch_size", "16", "--data.max_length", "24"),
     *("--data.validation_fraction", "0.05", "--optimizer.warmup_steps", "8"),
 )
+WAYS = {
+    "halving as it is by default": (SweepSettings.rungs, SweepSettings.keep),
+    "the last choice at a quarter of the steps": ((0.125, 0.25), 0.25),
+}
+"""Rungs and share kept."""
 LOOKS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1)
 TASKS = {
     "movie reviews, classes": (),
@@ -144,7 +149,9 @@ def count_compilations() -> dict[str, int]:
     return counts
 
 
-def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]]) -> dict[str, float]:
+def answers(
+    run: SweepRun, population: Any, costs: dict[str, tuple[float, float]]
+) -> dict[str, dict[str, float]]:
     """Wall time of sweeps over that of sixteen single runs of the same recipe, which evaluate as often.
 
     Worked out from the measured times: steps, evaluations, and one start of a process, its compilations included.
@@ -154,12 +161,17 @@ def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]
     (step, step_ratio), (look, look_ratio), (start, sweep_start) = costs.values()
     often = steps // run.train.eval_every
     single = start + steps * step + (often * looks["validation"] + 2 * looks["test"]) * look
-    count, stops = len(run.trials), stops_of(run.sweep, population.steps)
-    left = 2 * math.ceil(
-        count / 2 * run.sweep.keep
-    )  # LoRA has 4 of the settings and keeps 1, LoRA+ 12 and keeps 3
-    search = member_steps([count, left], stops) * step * step_ratio
-    search += (count + left) * looks["validation"] * look * look_ratio + sweep_start
+
+    def searched(rungs: tuple[float, ...], keep: float) -> float:
+        sweep = dataclasses.replace(run.sweep, rungs=rungs, keep=keep)
+        left, counts = list(run.trials), []
+        for _ in stops_of(sweep, steps):
+            counts.append(len(left))
+            # Which survive does not matter here, but how many do.
+            kept = survivors({trial: float(n) for n, trial in enumerate(left)}, keep)
+            left = [trial for trial in kept if trial.arm not in decided(kept)]
+        taken = member_steps(counts, stops_of(sweep, steps)) * step * step_ratio
+        return taken + sum(counts) * looks["validation"] * look * look_ratio + sweep_start
 
     def reported(members: int) -> float:
         evaluations = (often + 1) * looks["validation"] + looks["test"]
@@ -171,10 +183,13 @@ def answers(run: SweepRun, population: Any, costs: dict[str, tuple[float, float]
         "on 3": 6,
         "on 3, and the control": 9,
     }
-    return {name: round((search + reported(n)) / (16 * single), 3) for name, n in whole.items()}
+    return {
+        how: {name: round((searched(*way) + reported(n)) / (16 * single), 3) for name, n in whole.items()}
+        for how, way in WAYS.items()
+    }
 
 
-def halving(seeds: int, tasks: list[str], recount: bool, rungs: tuple[float, ...]) -> None:
+def halving(seeds: int, tasks: list[str], recount: bool, rungs: tuple[float, ...], keep: float) -> None:
     """Writes results/sweep_halving.json, with a row for each task and seed; rows of other tasks there are kept."""
     path = RESULTS / "sweep_halving.json"
     old = json.loads(path.read_text()) if path.exists() else {"rows": [], "losses": {}}
@@ -182,7 +197,7 @@ def halving(seeds: int, tasks: list[str], recount: bool, rungs: tuple[float, ...
     kept = {name: losses for name, losses in old["losses"].items() if recount or name not in tasks}
     for name in tasks:
         run = parse_settings(CONFIG, [*SIXTEEN, *SMALL, *TASKS[name], "--mesh.data", "1"], SweepRun)
-        sweep = dataclasses.replace(run.sweep, seeds=tuple(range(seeds)), rungs=rungs)
+        sweep = dataclasses.replace(run.sweep, seeds=tuple(range(seeds)), rungs=rungs, keep=keep)
         run = dataclasses.replace(run, sweep=sweep)
         if not recount:
             kept[name] = {str(step): found for step, found in trained(run).items()}
@@ -194,6 +209,7 @@ def halving(seeds: int, tasks: list[str], recount: bool, rungs: tuple[float, ...
             rows,
             steps=steps,
             rungs=rungs,
+            keep=keep,
             settings=len(run.trials),
             unprinted={"losses": kept},
         )
@@ -230,18 +246,22 @@ def compared(name: str, run: SweepRun, losses: dict[int, dict[str, float]], seed
     """One seed: the best setting of the grid, and the one that halving comes to."""
     left, counts, steps = list(run.trials), [], max(losses)
     stops = stops_of(run.sweep, steps)
-    scores: dict[Trial, float] = {}
+    selected: dict[str, Trial] = {}
     for stop in stops:
         counts.append(len(left))
         scores = {trial: losses[stop][key(trial, seed)] for trial in left}
-        left = survivors(scores, run.sweep.keep)
+        if stop == steps:
+            best = {arm: best_of(scores, arm) for arm in METHODS if arm not in selected}
+            selected |= {arm: trial for arm, trial in best.items() if trial is not None}
+        kept = survivors(scores, run.sweep.keep)
+        selected |= decided(kept) if stop < steps else {}
+        left = [trial for trial in kept if trial.arm not in selected]
     final = {trial: losses[steps][key(trial, seed)] for trial in run.trials}
     row: dict[str, Any] = {"task": name, "seed": seed}
     ours, theirs = [], []
-    for arm in ("lora", "lora_plus"):
-        grid, found = best_of(final, arm), best_of(scores, arm)
+    for arm in METHODS:
+        grid, found = best_of(final, arm), selected[arm]
         assert grid is not None
-        assert found is not None
         ours.append(found)
         theirs.append(grid)
         row |= {
@@ -269,12 +289,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", choices=TASKS, help="of halving; all if not given")
     parser.add_argument("--rungs", type=float, nargs="+", default=SweepSettings.rungs, help="of halving")
+    parser.add_argument("--keep", type=float, default=SweepSettings.keep, help="of halving")
     parser.add_argument("--recount", action="store_true", help="of halving: from the losses that were kept")
     options = parser.parse_args()
     tasks = [options.task] if options.task else list(TASKS)
     run = {
         "time": functools.partial(timing, options.rounds),
-        "halving": functools.partial(halving, options.seeds, tasks, options.recount, tuple(options.rungs)),
+        "halving": functools.partial(
+            halving, options.seeds, tasks, options.recount, tuple(options.rungs), options.keep
+        ),
     }
     run[options.what]()
 

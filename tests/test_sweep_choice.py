@@ -9,6 +9,7 @@ from loraplus_jax.train.population import fastest
 from loraplus_jax.train.sweep_choice import (
     best_of,
     check_rungs,
+    decided,
     means_of,
     member_steps,
     stops_of,
@@ -65,9 +66,9 @@ def test_a_setting_is_judged_by_all_its_seeds():
 
 
 def test_stops():
-    assert stops_of(SweepSettings(), 300) == [38, 75]
+    assert stops_of(SweepSettings(), 300) == [38, 300]
     assert stops_of(SweepSettings(method="grid"), 300) == [300]
-    assert stops_of(SweepSettings(rungs=(0.001, 0.002)), 10) == [1]
+    assert stops_of(SweepSettings(rungs=(0.001, 0.002)), 10) == [1, 10]
 
 
 def test_rungs_within_the_warm_up_are_refused():
@@ -91,14 +92,25 @@ def test_rungs_on_one_step_are_refused():
         check_rungs(SweepSettings(rungs=(0.25, 0.3, 0.5)), 10, 0)
     check_rungs(SweepSettings(rungs=(0.25, 0.4, 0.5)), 10, 0)
     with pytest.raises(ValueError, match="are both step 1 of 2"):
-        check_rungs(SweepSettings(), 2, 0)
-    check_rungs(SweepSettings(method="grid"), 2, 0)
+        check_rungs(SweepSettings(rungs=(0.125, 0.25)), 2, 0)
+    with pytest.raises(ValueError, match=r"sweep\.rungs 0\.125 is step 1 of 1, the end"):
+        check_rungs(SweepSettings(), 1, 0)
+    with pytest.raises(ValueError, match=r"sweep\.rungs 0\.999 is step 300 of 300, the end, where"):
+        check_rungs(SweepSettings(rungs=(0.5, 0.999)), 300, 0)
+    check_rungs(SweepSettings(method="grid"), 1, 0)
+
+
+def test_what_is_left_alone_is_decided():
+    assert decided([lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)]) == {"lora": lora(4.0)}
+    assert decided([]) == {}
 
 
 def test_the_defaults_take_less_than_a_quarter_of_the_grid():
-    # 16 settings of each arm: all to 38, a quarter of them to 75.
-    assert member_steps([32, 8], stops_of(SweepSettings(), 300)) == 32 * 38 + 8 * 37 == 1512
-    assert 1512 <= 32 * 300 / 4
+    # 16 settings of each arm: all to 38, two of each to the end.
+    settings = [make(n) for make in (lora, lambda n: plus(n, 4.0)) for n in range(1, 17)]
+    left = survivors({trial: float(n) for n, trial in enumerate(settings)}, SweepSettings().keep)
+    taken = member_steps([len(settings), len(left)], stops_of(SweepSettings(), 300))
+    assert taken == 32 * 38 + 4 * 262 == 2264 <= 32 * 300 / 4
 
 
 def test_members_are_spread_over_the_devices():

@@ -39,10 +39,10 @@ from .lifecycle import (
 from .population import Members, Population, prepare_population
 from .report import METRICS, SUMMARY, write_text
 from .settings import TrainSettings
-from .sweep_choice import best_of, curve_every, means_of, spread_rows, stops_of, survivors
+from .sweep_choice import best_of, curve_every, decided, means_of, spread_rows, stops_of, survivors
 from .sweep_figures import draw
 from .sweep_report import PAGE, REPORT, WINNER, make_report, write_report
-from .sweep_settings import MAY_CHANGE, NAMES, SweepRun, Trial
+from .sweep_settings import MAY_CHANGE, METHODS, NAMES, SweepRun, Trial
 from .watch import TrainingFailed
 
 AT_ONCE = "members_at_once.json"
@@ -141,7 +141,8 @@ class Sweep:
 
     def run_stage(self, signal: StopSignal) -> None:
         """From stop to stop to the stage's end; a signal ends it after the step or the evaluation at hand."""
-        for stop in self.stops():
+        while stops := self.stops():
+            stop = stops[0]
             while self.step < stop:
                 self.crew.step(self.next_batches())
                 self.step, self.clock = self.step + 1, self.clock + 1
@@ -218,6 +219,8 @@ class Sweep:
 
     def stops(self) -> list[int]:
         """The steps of the stage that are still ahead, at which its members are evaluated."""
+        if self.stage == "search" and len(self.chosen) == len(METHODS):
+            return []
         steps = self.population.steps
         every = curve_every(self.run.train.eval_every, steps)
         stops = (
@@ -255,14 +258,14 @@ class Sweep:
         self.crew.stop(number for number, values in found.items() if not math.isfinite(values["loss"]))
 
     def choose(self) -> None:
-        """Keeps what goes on after a rung; after the last one, or a grid, the best of each arm."""
+        """Keeps what goes on after a rung; chooses each arm's best at the end, or before what is left alone."""
         losses = {
             (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
             for row in self.rows
             if row["step"] == self.step
         }
         scores = means_of(losses)
-        best = {arm: best_of(scores, arm) for arm in ("lora", "lora_plus")}
+        best = {arm: best_of(scores, arm) for arm in METHODS if arm not in self.chosen}
         self.print_scores(scores, best)
         if gone := [NAMES[arm] for arm, trial in best.items() if trial is None]:
             self.save()
@@ -273,11 +276,14 @@ class Sweep:
                 f"every setting of {' and of '.join(gone)} has diverged by step {self.step}; try lower rates; "
                 f"what was found is in {self.directory}"
             )
-        if not self.stops():
-            self.chosen = {arm: trial for arm, trial in best.items() if trial is not None}
+        if self.step == self.population.steps:
+            self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
             return
         kept = survivors(scores, self.run.sweep.keep)
-        self.crew.gather([n for n in self.crew.numbers if self.entries[n].trial in kept])
+        self.chosen |= decided(kept)
+        going = {trial for trial in kept if trial.arm not in self.chosen}
+        if going:
+            self.crew.gather([n for n in self.crew.numbers if self.entries[n].trial in going])
 
     # What is left behind.
 
@@ -348,7 +354,7 @@ class Sweep:
 
     def print_head(self) -> None:
         """What is about to be tried."""
-        counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in ("lora", "lora_plus")}
+        counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in METHODS}
         tried = " and ".join(f"{count} of {NAMES[arm]}" for arm, count in counts.items())
         steps, seeds = self.population.steps, self.run.report_seeds
         stops = " and ".join(map(str, stops_of(self.run.sweep, steps)))

@@ -1,7 +1,8 @@
 """Which settings go on: successive halving, for LoRA and LoRA+ apart, so that both keep a best one.
 
 Every member has the schedule of the whole run, so that one that goes on after a rung is where its single run would
-be. They are compared at equal steps, before the rate has decayed, by their loss on the validation split.
+be. They are compared at equal steps by their loss on the validation split. A rung comes before the rate has
+decayed, and favours rates that learn fast and noisily: so the last choice is made at the end.
 """
 
 import itertools
@@ -13,14 +14,13 @@ from .sweep_settings import SweepSettings, Trial
 
 
 def stops_of(settings: SweepSettings, steps: int) -> list[int]:
-    """The steps at which the settings are compared: the rungs for halving, the end for a grid.
+    """The steps at which the settings are compared: the rungs for halving, and the end.
 
     >>> stops_of(SweepSettings(rungs=(0.125, 0.25)), 300)
-    [38, 75]
+    [38, 75, 300]
     """
-    if settings.method == "grid":
-        return [steps]
-    return sorted({rung_step(share, steps) for share in settings.rungs})
+    rungs = () if settings.method == "grid" else settings.rungs
+    return sorted({*(rung_step(share, steps) for share in rungs), steps})
 
 
 def check_rungs(settings: SweepSettings, steps: int, warmup_steps: int) -> None:
@@ -38,6 +38,12 @@ def check_rungs(settings: SweepSettings, steps: int, warmup_steps: int) -> None:
                 f"sweep.rungs {one:g} and {other:g} are both step {stop} of {steps}: give one of them, or rungs "
                 "that are further apart"
             )
+    share, stop = next(reversed(stops.items()))
+    if stop == steps:
+        raise ValueError(
+            f"sweep.rungs {share:g} is step {stop} of {steps}, the end, where the last choice is made anyway: give "
+            "rungs before it"
+        )
     share, stop = next(iter(stops.items()))
     if stop <= warmup_steps:
         least = math.ceil(1000 * warmup_steps / steps) / 1000
@@ -92,6 +98,14 @@ def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
         fine = [trial for trial in ours if math.isfinite(scores[trial])]
         kept += sorted(fine, key=scores.__getitem__)[: max(1, math.ceil(keep * len(ours) - 1e-9))]
     return [trial for trial in scores if trial in kept]
+
+
+def decided(kept: Sequence[Trial]) -> dict[str, Trial]:
+    """Arm to its setting, where one alone is left: nothing is to be learned of it by training it on."""
+    by_arm: dict[str, list[Trial]] = {}
+    for trial in kept:
+        by_arm.setdefault(trial.arm, []).append(trial)
+    return {arm: ours[0] for arm, ours in by_arm.items() if len(ours) == 1}
 
 
 def best_of(scores: Mapping[Trial, float], arm: str) -> Trial | None:

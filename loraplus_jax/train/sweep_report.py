@@ -14,7 +14,7 @@ import jinja2
 from .report import write_text
 from .sweep_choice import means_of, member_steps, stops_of
 from .sweep_figures import PICTURES
-from .sweep_settings import NAMES, SweepRun, Trial
+from .sweep_settings import METHODS, NAMES, SweepRun, Trial
 from .sweep_verdict import called, compare, favoured, runs_of, verdict
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
@@ -129,7 +129,7 @@ def at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[st
 
 
 def _protocol(run: SweepRun, steps: int, metric: str) -> Row:
-    settings = {arm: sum(trial.arm == arm for trial in run.trials) for arm in ("lora", "lora_plus")}
+    settings = {arm: sum(trial.arm == arm for trial in run.trials) for arm in METHODS}
     return {
         "model": run.model.path,
         "data": run.data.path or run.data.train,

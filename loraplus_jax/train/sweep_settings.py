@@ -13,6 +13,7 @@ from .settings import OptimizerSettings, Settings
 MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
 """What may differ when a sweep goes on."""
 Arm = Literal["lora", "lora_plus", "control"]
+METHODS = ("lora", "lora_plus")
 NAMES: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
 """How the arms are called on paper."""
 RATES_AROUND = (0.25, 0.5, 1.0, 2.0)
@@ -54,7 +55,7 @@ class SweepSettings:
     LoRA+ is tried at every learning rate with every lr_ratio; plain LoRA, whose lr_ratio is 1, at rates of its own.
 
     Attributes:
-      method: halving drops settings at the rungs; grid trains all of them to the end.
+      method: halving drops settings at the rungs and chooses among the others at the end; grid trains all to it.
       learning_rates: eta_A of LoRA+, peak rates; 1/4, 1/2, 1 and 2 times optimizer.learning_rate if not given.
       lr_ratios: lambda of LoRA+, other than 1.
       lora_learning_rates: the peak rates of plain LoRA; if not given, as many as LoRA+ has pairs of rate and ratio,
@@ -68,7 +69,8 @@ class SweepSettings:
         compared on.
       control: whether LoRA with alpha times lambda, at the rate of the LoRA+ that was chosen, is compared too.
       rungs: for halving, the shares of the steps after which settings are dropped.
-      keep: for halving, the share of LoRA+'s and of LoRA's settings that goes on after a rung, at least one each.
+      keep: for halving, the share of LoRA+'s and of LoRA's settings that goes on after a rung, at least one each;
+        one that is alone is chosen without being trained on.
       target: the test loss to count steps to; if not given, on each seed the worse of LoRA's and LoRA+'s last ones.
       members_at_once: how many runs a device computes side by side; 1 on a CPU, else measured if not given.
     """
@@ -83,8 +85,8 @@ class SweepSettings:
     seeds: tuple[int, ...] | None = None
     report_seeds: int = 3
     control: bool = True
-    rungs: tuple[float, ...] = (0.125, 0.25)
-    keep: float = 0.25
+    rungs: tuple[float, ...] = (0.125,)
+    keep: float = 0.125
     target: float | None = None
     members_at_once: int | None = None
 
@@ -202,7 +204,7 @@ class SweepRun(Settings):
     @property
     def arms(self) -> tuple[Arm, ...]:
         """What the report compares."""
-        return ("lora", "lora_plus", "control") if self.sweep.control else ("lora", "lora_plus")
+        return ("lora", "lora_plus", "control") if self.sweep.control else METHODS
 
     @property
     def ranks(self) -> tuple[int, ...]:

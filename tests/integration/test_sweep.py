@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 TINY = [
     *("--sweep.learning_rates", "[2e-3,5e-3]", "--sweep.lr_ratios", "[2,4]", "--sweep.report_seeds", "2"),
     *("--train.max_skipped", "2", "--train.steps", "16", "--train.eval_every", "4"),
-    *("--sweep.rungs", "[0.25,0.5]", "--sweep.keep", "0.5"),
+    *("--sweep.rungs", "[0.25]", "--sweep.keep", "0.5"),
 ]
 
 
@@ -73,15 +73,15 @@ def result_of(out):
 def test_what_a_sweep_leaves(swept):
     report = report_of(swept)
     assert report["complete"]
-    # 4 settings of each arm to step 4, then 2 of each to 8: 8 x 4 + 4 x 4. Three arms on 2 seeds for 16 steps.
-    assert report["member_steps"] == {"search": 48, "grid": 128, "report": 96}
-    assert [sum(row["step"] == step for row in report["search"]) for step in (4, 8)] == [8, 4]
+    # 4 settings of each arm to step 4, then 2 of each to 16: 8 x 4 + 4 x 12. Three arms on 2 seeds for 16 steps.
+    assert report["member_steps"] == {"search": 80, "grid": 128, "report": 96}
+    assert [sum(row["step"] == step for row in report["search"]) for step in (4, 16)] == [8, 4]
     assert [(run["arm"], run["seed"]) for run in report["runs"]] == [
         (arm, seed) for arm in ("lora", "lora_plus", "control") for seed in (1, 2)
     ]
     assert all([step for step, _ in run["curve"]] == [*range(0, 17, 2)] for run in report["runs"])
     for arm in ("lora", "lora_plus"):
-        last = [row for row in report["search"] if row["step"] == 8 and row["arm"] == arm]
+        last = [row for row in report["search"] if row["step"] == 16 and row["arm"] == arm]
         best = min(last, key=lambda row: row["loss"])
         assert report["chosen"][arm] == {name: best[name] for name in report["chosen"][arm]}
     assert json.loads((swept / "summary.json").read_text())["verdict"] == report["verdict"]
@@ -178,7 +178,7 @@ def killed():
 
 
 def test_stopped_and_killed_at_any_moment_it_ends_the_same_to_the_bit(world, swept, capsys, undrawn):
-    for count in (3, 3, 5):  # amid the first rung, amid the second, amid the report
+    for count in (3, 3, 12):  # before the rung, after it, amid the report
         with pytest.MonkeyPatch.context() as patch:
             stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
             assert run_sweep(world) == 143
@@ -197,11 +197,30 @@ def test_stopped_and_killed_at_any_moment_it_ends_the_same_to_the_bit(world, swe
     }
 
 
+def test_a_setting_left_alone_is_chosen_without_being_trained_on(world, capsys, undrawn):
+    """LoRA keeps one of its two at step 4; of LoRA+'s four one is kept there, too, or one of two at step 8."""
+    rates = ("--sweep.lora_learning_rates", "[2e-3,5e-3]", "--sweep.control", "false")
+    for keep, rungs, taken in (("0.25", "[0.25]", 6 * 4), ("0.5", "[0.25,0.5]", 6 * 4 + 2 * 4)):
+        with pytest.MonkeyPatch.context() as patch:
+            stopping(patch, taken // 6 + 1, lambda: signal.raise_signal(signal.SIGTERM))
+            code = run_sweep(world, *rates, "--sweep.keep", keep, "--sweep.rungs", rungs, "--fresh")
+        assert code == 143
+        assert run_sweep(world, *rates, "--sweep.keep", keep, "--sweep.rungs", rungs) == 0
+        assert "going on from" in capsys.readouterr().out
+        report = report_of(world.out)
+        assert report["member_steps"]["search"] == taken
+        for arm in ("lora", "lora_plus"):
+            stop = 4 if arm == "lora" or keep == "0.25" else 8
+            rows = [row for row in report["search"] if (row["arm"], row["step"]) == (arm, stop)]
+            best = min(rows, key=lambda row: row["loss"])
+            assert report["chosen"][arm] == {name: best[name] for name in report["chosen"][arm]}
+
+
 def test_a_sweep_stopped_on_one_device_goes_on_on_others(world, swept, undrawn):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
-    # 8 members amid the first rung, and 4 of them amid the second: 8 devices have 8 places for them.
-    for devices, count in (("1", 3), ("8", 3), ("2", 5)):
+    # 8 members before the rung, and 4 of them after it: 8 devices have 8 places for them.
+    for devices, count in (("1", 3), ("8", 3), ("2", 12)):
         with pytest.MonkeyPatch.context() as patch:
             stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
             assert run_sweep(world, "--mesh.data", devices) == 143
@@ -271,7 +290,7 @@ def test_a_language_model(talk, undrawn):
     options = ("--sweep.learning_rates", "[5e-3]", "--sweep.lr_ratios", "[4]", "--train.steps", "8")
     assert (
         run_sweep(
-            talk, *options, "--sweep.method", "grid", "--sweep.rungs", "[0.125,0.25]", "--sweep.keep", "0.25"
+            talk, *options, "--sweep.method", "grid", "--sweep.rungs", "[0.125]", "--sweep.keep", "0.125"
         )
         == 0
     )
