@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 WORDS = {signal.SIGINT: b"interrupted", signal.SIGTERM: b"stopped by SIGTERM"}
 ENDING = threading.Lock()
@@ -15,7 +16,11 @@ def run() -> None:
     sys.unraisablehook = _unraisable
     from loraplus_jax.train.cli import main
 
-    code = main()
+    try:
+        code = main()
+    except Exception:  # a fault of ours: of several processes, Python's own exit would wait for the others
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

@@ -23,11 +23,16 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from .config import LoRAPlusConfig, check_whole, nearest
+from .processes import gathered, is_loss
 from .spec import Specs, specs_to_json
 from .train_step import TrainState
 from .tree import leaves_by_path
 
 FORMAT = 1
+HANDLERS = {
+    "state": ocp.StandardCheckpointHandler,
+    **dict.fromkeys(("input_position", "metadata", "contents"), ocp.JsonCheckpointHandler),
+}
 PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -106,12 +111,7 @@ def open_manager(
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
     )
-    handlers = {
-        "state": ocp.StandardCheckpointHandler(),
-        "input_position": ocp.JsonCheckpointHandler(),
-        "metadata": ocp.JsonCheckpointHandler(),
-        "contents": ocp.JsonCheckpointHandler(),
-    }
+    handlers = {name: make() for name, make in HANDLERS.items()}
     directory = Path(directory).absolute()
     if jax.process_index() == 0:
         _set_aside_damaged_dates(directory)
@@ -188,6 +188,7 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
         partial = place.with_name(".metrics.partial")
         partial.write_text(json.dumps(dict(metrics)), encoding="utf-8")
         os.replace(partial, place)
+    gathered(None)  # no process reads before they are there
     manager.reload()
 
 
@@ -222,8 +223,8 @@ def restore(
     _check_leaves(step, notes["contents"]["leaves"], leaf_kinds(_saved(like)))
     target = jax.tree.map(_abstract, _saved(like))
     state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
-    if fingerprint(state) != notes["contents"]["state"]:
-        raise _damage(manager, step, "the arrays are not those that were saved")
+    same = fingerprint(state) == notes["contents"]["state"]
+    _agree(manager, step, None if same else "the arrays are not those that were saved")
     return Restored(_loaded(state, like), notes["input_position"]["position"], notes["metadata"])
 
 
@@ -326,11 +327,31 @@ def _loaded(fields: Mapping[str, Any], like: TrainState) -> TrainState:
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-    """Items of a checkpoint; orbax and tensorstore say in many ways that one is damaged."""
+    """Items of a checkpoint; orbax and tensorstore say in many ways that one is damaged.
+
+    Each of several processes reads its own parts, and one may fail alone. The manager would leave the others at its
+    barrier, so that each asks the handlers, which have none, and then all are told.
+    """
+    found, reason = None, None
     try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
+        if jax.process_count() == 1:
+            found = manager.restore(step, args=ocp.args.Composite(**items))
+        else:
+            place = manager.directory / str(step)
+            found = {name: HANDLERS[name]().restore(place / name, args=args) for name, args in items.items()}
     except Exception as error:
-        raise _damage(manager, step, str(error).strip() or type(error).__name__) from error
+        if is_loss(error):
+            raise
+        reason = str(error).strip() or type(error).__name__
+    _agree(manager, step, reason)
+    return found
+
+
+def _agree(manager: ocp.CheckpointManager, step: int, reason: str | None) -> None:
+    """Raises DamagedCheckpoint in all processes if one of them gives a reason."""
+    for words in gathered(reason):
+        if words is not None:
+            raise _damage(manager, step, words)
 
 
 def _read_notes(manager: ocp.CheckpointManager, step: int) -> Any:
@@ -342,8 +363,7 @@ def _read_notes(manager: ocp.CheckpointManager, step: int) -> Any:
         fits = notes["contents"].pop("notes") == _digest(notes)
     except (AttributeError, LookupError, TypeError, RecursionError):  # other JSON than we write
         fits = False
-    if not fits:
-        raise _damage(manager, step, "what is noted beside the arrays is not what was saved")
+    _agree(manager, step, None if fits else "what is noted beside the arrays is not what was saved")
     return notes
 
 

@@ -22,6 +22,7 @@ CORE = (
         "sharding",
         "train_step",
         "theory",
+        "processes",
         "checkpoint",
         "adapter_io",
         "path_map",

@@ -1,6 +1,7 @@
 """Adapters of either format for a model of the application, and training that starts from one."""
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,18 @@ def check_start(settings: Settings, parts: Parts, params: Mapping[str, Any], tas
             f"init_adapter {directory} does not agree with the settings: {'; '.join(differences)}"
         )
     read_adapter(directory, parts, params)
+
+
+def adapter_digest(settings: Settings) -> str | None:
+    """A short hex digest of the files of `init_adapter`, by which processes know that they start from the same."""
+    if settings.init_adapter is None:
+        return None
+    files = sorted(path for path in _start(settings).iterdir() if path.is_file())
+    total = hashlib.sha256()
+    for path in files:
+        total.update(f"{path.name} {path.stat().st_size}".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def started(settings: Settings, parts: Parts, params: Mapping[str, Any], base: str | None) -> Parts:

@@ -6,12 +6,12 @@ do the rest.
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,13 +21,9 @@ from jax.experimental import multihost_utils
 
 from ..checkpoint import differences
 from ..config import check_whole
+from ..processes import gathered, is_loss
 
 AUTO, MOST_PORT = "auto", 65535
-SIGNS_OF_LOSS = re.compile(
-    "gloo|connection|socket|heartbeat|coordination|barrier|unavailable|deadline_exceeded|aborted|cancelled",
-    re.I,
-)
-"""What errors of a computation or a barrier speak of that another process has left."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,15 +129,16 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
             heartbeat_timeout_seconds=settings.lost_timeout,
         )
     except Exception as error:  # JAX's readers of environments raise what comes, as KeyError and ImportError
-        raise ValueError(_not_joined(settings, _first_line(error))) from error
+        raise ValueError(_not_joined(settings, error)) from error
     finally:
         watch.cancel()
+    _check_devices()
     try:
         yield
     except Stopped:  # by all of them, at the same step
         jax.distributed.shutdown()
         raise
-    except (jax.errors.JaxRuntimeError, TimeoutError) as error:
+    except Exception as error:
         if not is_loss(error):
             raise
         raise LostProcess(
@@ -152,15 +149,13 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
     jax.distributed.shutdown()
 
 
-def is_loss(error: BaseException) -> bool:
-    """Whether a computation or a barrier failed because another process has left it."""
-    if jax.process_count() == 1:
-        return False
-    if isinstance(error, TimeoutError):  # orbax's, of a barrier
-        return True
-    text = str(error)
-    told = SIGNS_OF_LOSS.search(text) and "RESOURCE_EXHAUSTED" not in text
-    return isinstance(error, jax.errors.JaxRuntimeError) and bool(told)
+def _check_devices() -> None:
+    """Raises ValueError, in all processes, unless all have as many devices, as JAX's exchange needs."""
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        jax.distributed.shutdown()
+        found = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
+        raise ValueError(f"all processes must have as many devices; {found}")
 
 
 def _address(settings: DistributedSettings) -> dict[str, Any]:
@@ -201,13 +196,19 @@ def _alone(settings: DistributedSettings) -> str:
     return f"{who} found no others at {where} in {settings.start_timeout} s (distributed.start_timeout)"
 
 
-def _not_joined(settings: DistributedSettings, reason: str) -> str:
-    if settings.coordinator == AUTO:
+def _not_joined(settings: DistributedSettings, error: Exception) -> str:
+    reason = _first_line(error)
+    if settings.coordinator != AUTO:
+        return f"{_alone(settings)}: {reason}"
+    if "start RPC server" in reason:
         return (
-            f"distributed.coordinator is {AUTO}, and what the environment tells of the processes does not suffice "
-            f"({reason}); give distributed.coordinator, processes and process_id"
+            f"distributed.coordinator is {AUTO}, and this process, which the environment makes the coordinator, "
+            f"cannot listen at its port ({reason}); set JAX_COORDINATOR_PORT to a free one, the same for all"
         )
-    return f"{_alone(settings)}: {reason}"
+    return (
+        f"distributed.coordinator is {AUTO}, and what the environment tells of the processes does not suffice "
+        f"({reason}); give distributed.coordinator, processes and process_id"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -248,16 +249,6 @@ def check_same(values: Mapping[str, Any]) -> None:
                 f"the processes are not alike: {'; '.join(found[:5])}{more}; start each with the same "
                 "command (but for distributed.process_id), packages, data and weights"
             )
-
-
-def gathered(value: Any) -> list[Any]:
-    """A JSON value of every process, in their order."""
-    if jax.process_count() == 1:
-        return [value]
-    mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(mine.size))
-    rows = multihost_utils.process_allgather(np.pad(mine, (0, int(sizes.max()) - mine.size)))
-    return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
 def is_first() -> bool:

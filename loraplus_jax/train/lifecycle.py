@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import re
+import secrets
 import signal
 import tempfile
 import warnings
@@ -22,8 +23,9 @@ from rich.console import Console
 
 from ..checkpoint import PACKAGES, differences
 from ..models.hf import read_json
+from ..processes import gathered, is_loss
 from .hosts import Stopped as Stopped
-from .hosts import is_first, is_loss, wait_for_all
+from .hosts import all_or_none, is_first, wait_for_all
 from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, MAY_CHANGE, Settings, apart
 from .yaml_files import read_yaml
@@ -150,18 +152,29 @@ def check_directory(
 
 
 def check_shared(directory: Path) -> None:
-    """Raises ValueError unless this process sees what the first one has written to the run's directory."""
-    if not (directory / CONFIG).is_file():
-        raise ValueError(
-            f"output_dir {directory} must lie on a file system that all processes see, and process "
-            f"{jax.process_index()} does not find there what process 0 has written"
-        )
+    """Raises ValueError, in all processes, unless all of them see what the first one writes to the directory."""
+    if jax.process_count() == 1:
+        return
+    (name, *_) = gathered(f".seen-{secrets.token_hex(8)}")
+    with all_or_none():
+        if is_first():
+            (directory / name).touch()
+    with all_or_none():
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"output_dir {directory} must lie on a file system that all processes see, and process "
+                f"{jax.process_index()} does not find there what process 0 has written"
+            )
+    if is_first():
+        (directory / name).unlink()
 
 
 def told(settings: Settings, fresh: bool) -> dict[str, Any]:
     """What all processes of a run must have been started with."""
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    values = {name: value for name, value in settings.to_json().items() if name != "distributed"}
+    values = settings.to_json()
+    own = ("coordinator", "process_id")
+    values["distributed"] = {name: v for name, v in values["distributed"].items() if name not in own}
     return {**values, "--fresh": fresh, "packages": packages}
 
 

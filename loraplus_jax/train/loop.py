@@ -17,13 +17,14 @@ from rich.console import Console
 from ..adapter_io import save_adapter
 from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
 from ..optim import rate_at
+from ..processes import gathered
 from ..sharding import distribute, local_rows
 from ..train_step import TrainState, init_state
 from ..tree import combine, count, label_params
 from .data import Batch, train_batches
 from .evaluation import evaluate, place
 from .fetch import cache_dir
-from .hosts import all_or_none, check_same, gathered, is_first, joined, to_host
+from .hosts import all_or_none, check_same, is_first, joined, to_host
 from .lifecycle import (
     ADAPTER,
     CHECKPOINTS,
@@ -90,8 +91,7 @@ def _train(
         with all_or_none():
             if is_first():
                 stack.enter_context(own(directory, settings, fresh, console))
-        with all_or_none():
-            check_shared(directory)
+        check_shared(directory)
         task = run.data.task
         best = f"validation/{task.metric}"
         manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
@@ -155,9 +155,9 @@ class Trainer:
 
     def go_on(self) -> int:
         """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
-        while (step := self.manager.latest_step()) is not None:
+        while (step := gathered(self.manager.latest_step())[0]) is not None:
             try:
-                restored = restore(self.manager, self.state, metadata=self.run.metadata)
+                restored = restore(self.manager, self.state, metadata=self.run.metadata, step=step)
             except DamagedCheckpoint as error:
                 self.set_aside_damaged(step, error)
                 continue
@@ -269,6 +269,10 @@ class Trainer:
         If a signal comes before it is there, the checkpoint is saved with a note that it is due, and the run that
         goes on makes it up: evaluating a large split may take longer than the machine is left to us.
         """
+        if jax.process_count() > 1 and not self.due:
+            # None may leave an evaluation that the others are in: so the state is saved before.
+            self.save(None, due=True)
+            self.due = True
         try:
             values = self.evaluate(self.state.trainable, "validation")
         except Stopped:
@@ -285,6 +289,7 @@ class Trainer:
         named = {f"validation/{name}": value for name, value in values.items()}
         self.log.write(step, named)
         if self.due:
+            self.manager.wait_until_finished()
             add_metrics(self.manager, step, named)
             self.due = False
         else:
@@ -345,7 +350,7 @@ class Trainer:
 
     def choose_best(self) -> None:
         """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
-        while (best := self.manager.best_step()) is not None:
+        while (best := gathered(self.manager.best_step())[0]) is not None:
             try:
                 self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
                 return

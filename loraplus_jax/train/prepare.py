@@ -33,7 +33,7 @@ from ..spec import Specs
 from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, label_params, split_trainable
 from . import encoders, language
-from .adapters import check_start, started
+from .adapters import adapter_digest, check_start, started
 from .answers import Answer
 from .data import Batch
 from .family import Base, Data, Losses, Parts, rows_of
@@ -101,6 +101,7 @@ def prepare(settings: Settings) -> Run:
             "data": digest(run.data.splits),
             "task": run.data.task.notes(),
             "weights": leaf_kinds(run.parts.frozen),
+            "init_adapter": adapter_digest(settings),
         }
     check_same(found)
     # From here on the processes compute together.
@@ -114,10 +115,12 @@ def prepare(settings: Settings) -> Run:
         data=found["data"],
     )
     if settings.init_adapter is not None:
-        parts = started(settings, run.parts, params_of(run.parts), base)
+        with all_or_none():
+            parts = started(settings, run.parts, params_of(run.parts), base)
         run = run._replace(parts=parts)
         metadata["init_adapter"] = fingerprint(parts.trainable)
-    check_same({name: metadata[name] for name in ("base", "init_adapter") if name in metadata})
+    if jax.process_count() > 1:
+        check_same({"base": base, "trained": fingerprint(run.parts.trainable)})
     return run._replace(metadata=metadata)
 
 
@@ -152,6 +155,11 @@ def inspect(settings: Settings) -> str:
     Raises:
       ValueError, OSError: as training would.
     """
+    if (address := settings.distributed.coordinator) is not None:
+        raise ValueError(
+            f"distributed.coordinator is {address}, and inspect joins no other process: give "
+            "--distributed.coordinator null to look at the run with the devices here"
+        )
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")

@@ -57,11 +57,11 @@ def ending(pair):
 
 
 @contextlib.contextmanager
-def two(world, out, *more, own=((), ()), cwd=(None, None)):
+def two(world, out, *more, own=((), ()), cwd=(None, None), devices=4):
     """Two processes that train together; `own` are one's own flags, and `cwd` its working directory."""
     address = free_address()
     flags = [[*member(n, address), *more, *own[n]] for n in range(2)]
-    with ending([start(world, out, 4, *flags[n], cwd=cwd[n]) for n in range(2)]) as pair:
+    with ending([start(world, out, devices, *flags[n], cwd=cwd[n]) for n in range(2)]) as pair:
         yield pair
 
 
@@ -261,3 +261,95 @@ def test_two_processes_share_a_language_model_and_go_on_from_an_adapter(first_ta
         assert max(float(np.abs(adapter[name] - expected[name]).max()) for name in adapter) < 1e-4
     first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in found)
     assert abs(first["after"]["loss"] - second["before"]["loss"]) < 1e-6
+
+
+TALK = (
+    "--train.steps",
+    "10",
+    "--train.eval_every",
+    "5",
+    "--mesh.data",
+    "1",
+    "--mesh.tensor",
+    "1",
+    "--mesh.fsdp",
+    "8",
+)
+
+
+@pytest.mark.parametrize("when", ["preparing", "training"])
+def test_a_process_lost_at_any_time_is_called_lost(first_talk, tmp_path, when):
+    out = tmp_path / "out"
+    with two(first_talk, out, *TALK, "--train.steps", "5000") as pair:
+        if when == "training":
+            wait_until((out / "metrics.jsonl").exists, pair)
+        else:
+            time.sleep(8)
+        pair[1].send_signal(signal.SIGKILL)
+        code, _, stderr = ended(pair[0], within=60)
+    assert code in (1, -signal.SIGABRT), stderr
+    assert "cannot reach another one" in stderr or "another task died" in stderr, stderr
+
+
+def test_a_part_that_one_process_cannot_read_sets_the_checkpoint_aside_in_both(first_talk, tmp_path):
+    import tensorstore
+
+    out = tmp_path / "out"
+    flags = (*TALK, "--mesh.fsdp", "2", "--lora.rank", "16")
+    with two(first_talk, out, *flags, devices=1) as pair:
+        ends = [ended(process) for process in pair]
+    assert [end[0] for end in ends] == [0, 0], ends
+    state = out / "checkpoints/10/state"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{state}"}).result()
+    # The second of two chunks, which process 1 reads alone.
+    chunk = store.read(b"opt_state.1.mu.lora.layers.mlp.gate_proj.lora_a/0.1.0").result().value
+    file = next(path for path in state.rglob("d/*") if chunk in path.read_bytes())
+    content = file.read_bytes()
+    file.write_bytes(content.replace(chunk, bytes(8) + chunk[8:]))
+    with two(first_talk, out, *flags, "--train.steps", "12", devices=1) as pair:
+        ends = [ended(process) for process in pair]
+    assert [end[0] for end in ends] == [0, 0], ends
+    assert (out / "damaged_checkpoints/10").is_dir()
+    assert "going on from step 5" in ends[0][1]
+
+
+def test_a_fault_of_one_process_ends_both_at_once(first_talk, tmp_path):
+    out = tmp_path / "out"
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import sys\nfrom loraplus_jax.train import loop\nimport loraplus_command\n"
+        "def look(self, step):\n    raise KeyError('a fault')\n"
+        "loop.Trainer.log_row = look\nsys.argv[0] = 'loraplus'\nloraplus_command.run()\n"
+    )
+    address = free_address()
+    command = [
+        sys.executable,
+        str(broken),
+        "train",
+        str(first_talk.config),
+        "--output_dir",
+        str(out),
+        *SETTINGS,
+    ]
+    flags = [[*TALK, *member(n, address)] for n in range(2)]
+    environment = os.environ | QUICK | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pair = [
+        start(first_talk, out, 4, *flags[0]),
+        subprocess.Popen([*command, *flags[1]], env=environment, **pipes),
+    ]
+    with ending(pair):
+        ends = [ended(process, within=120) for process in pair]
+    assert ends[1][0] == 1
+    assert "KeyError: 'a fault'" in ends[1][2]
+    assert ends[0][0] in (1, -signal.SIGABRT), ends[0]
+
+
+def test_processes_with_unequal_devices_are_refused(first_talk, tmp_path):
+    address = free_address()
+    pair = [start(first_talk, tmp_path / "out", 4 - 2 * n, *member(n, address)) for n in range(2)]
+    with ending(pair):
+        ends = [ended(process) for process in pair]
+    for code, _, stderr in ends:
+        assert code == 2
+        assert "must have as many devices; process 0 has 4, process 1 has 2" in stderr
