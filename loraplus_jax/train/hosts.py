@@ -24,6 +24,8 @@ from ..config import check_whole
 from ..processes import gathered, is_loss
 
 AUTO, MOST_PORT = "auto", 65535
+ENVIRONMENT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, OSError)
+"""What JAX raises where the environment tells of the processes wrongly or in part."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
             initialization_timeout=settings.start_timeout + 60,
             heartbeat_timeout_seconds=settings.lost_timeout,
         )
-    except Exception as error:  # JAX's readers of environments raise what comes, as KeyError and ImportError
+    except ENVIRONMENT_ERRORS as error:
         raise ValueError(_not_joined(settings, error)) from error
     finally:
         watch.cancel()
