@@ -84,6 +84,17 @@ def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
     assert verdict(comparison, CHOSEN, None).startswith("No difference found: tuned LoRA takes 1.22 x [")
 
 
+def test_no_difference_in_steps_is_not_said_of_a_loss_that_surely_differs():
+    curves = {1: [1.0, 0.6, 0.4], 2: [1.0, 0.5, 0.4], 3: [1.0, 0.7, 0.4]}
+    runs = [("lora", seed, curve, 0.4) for seed, curve in curves.items()]
+    runs += [
+        ("lora_plus", seed, curve, 0.41 + seed * 1e-4)
+        for seed, curve in zip(curves, [*curves.values()][::-1], strict=True)
+    ]
+    _, comparison = found(*runs)
+    assert verdict(comparison, CHOSEN, None).startswith("No difference in steps found: tuned LoRA takes")
+
+
 def one_sided(faster, slower, tests=(0.4, 0.4)):
     curves = {faster: [1.0, 0.5, 0.4], slower: [1.0, 0.75, 0.5]}
     runs = [

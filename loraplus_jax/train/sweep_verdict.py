@@ -177,7 +177,8 @@ def _on_steps(comparison: Row, chosen: Mapping[str, Trial], target: float | None
     if found["low"] is None or found["pairs"] < pairs:
         return f"no verdict on steps: {goal} was reached on {found['pairs']} of {pairs} seeds"
     if faster is None:
-        return f"no difference found: {lora} takes {_range(found)} the steps of {ours} to {goal} ({evidence})"
+        what = "difference" if lower(comparison) is None else "difference in steps"
+        return f"no {what} found: {lora} takes {_range(found)} the steps of {ours} to {goal} ({evidence})"
     if faster == "lora":
         found = {k: 1 / found[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
     other = names["lora" if faster == "lora_plus" else "lora_plus"]
