@@ -34,7 +34,7 @@ from loraplus_jax.train.loop import place
 from loraplus_jax.train.parsing import parse_settings
 from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.sweep_choice import best_of, decided, member_steps, stops_of, survivors
+from loraplus_jax.train.sweep_choice import at_rung, best_of, member_steps, stops_of
 from loraplus_jax.train.sweep_settings import METHODS, NAMES, SweepRun, SweepSettings, Trial
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
@@ -168,8 +168,7 @@ def answers(
         for _ in stops_of(sweep, steps):
             counts.append(len(left))
             # Which survive does not matter here, but how many do.
-            kept = survivors({trial: float(n) for n, trial in enumerate(left)}, keep)
-            left = [trial for trial in kept if trial.arm not in decided(kept)]
+            _, left = at_rung({trial: float(n) for n, trial in enumerate(left)}, keep)
         taken = member_steps(counts, stops_of(sweep, steps)) * step * step_ratio
         return taken + sum(counts) * looks["validation"] * look * look_ratio + sweep_start
 
@@ -253,9 +252,9 @@ def compared(name: str, run: SweepRun, losses: dict[int, dict[str, float]], seed
         if stop == steps:
             best = {arm: best_of(scores, arm) for arm in METHODS if arm not in selected}
             selected |= {arm: trial for arm, trial in best.items() if trial is not None}
-        kept = survivors(scores, run.sweep.keep)
-        selected |= decided(kept) if stop < steps else {}
-        left = [trial for trial in kept if trial.arm not in selected]
+        else:
+            alone, left = at_rung(scores, run.sweep.keep)
+            selected |= alone
     final = {trial: losses[steps][key(trial, seed)] for trial in run.trials}
     row: dict[str, Any] = {"task": name, "seed": seed}
     ours, theirs = [], []

@@ -33,6 +33,7 @@ HANDLERS = {
     "state": ocp.StandardCheckpointHandler,
     **dict.fromkeys(("input_position", "metadata", "contents"), ocp.JsonCheckpointHandler),
 }
+"""The items of a checkpoint, a directory each, and what reads and writes them."""
 PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -330,15 +331,12 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     """Items of a checkpoint; orbax and tensorstore say in many ways that one is damaged.
 
     Each of several processes reads its own parts, and one may fail alone. The manager would leave the others at its
-    barrier, so that each asks the handlers, which have none, and then all are told.
+    barrier; its handlers, which are asked here, have none, and then all are told.
     """
     found, reason = None, None
     try:
-        if jax.process_count() == 1:
-            found = manager.restore(step, args=ocp.args.Composite(**items))
-        else:
-            place = manager.directory / str(step)
-            found = {name: HANDLERS[name]().restore(place / name, args=args) for name, args in items.items()}
+        place = manager.directory / str(step)
+        found = {name: HANDLERS[name]().restore(place / name, args=args) for name, args in items.items()}
     except Exception as error:
         if is_loss(error):
             raise

@@ -75,6 +75,7 @@ APPLICATION = tuple(
         "lifecycle",
         "adapters",
         "prepare",
+        "inspection",
         "chips",
         "hlo",
         "plan_programs",

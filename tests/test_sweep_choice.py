@@ -7,9 +7,9 @@ import pytest
 from loraplus_jax.train.crew import places_of
 from loraplus_jax.train.population import fastest
 from loraplus_jax.train.sweep_choice import (
+    at_rung,
     best_of,
     check_rungs,
-    decided,
     means_of,
     member_steps,
     stops_of,
@@ -101,8 +101,11 @@ def test_rungs_on_one_step_are_refused():
 
 
 def test_what_is_left_alone_is_decided():
-    assert decided([lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)]) == {"lora": lora(4.0)}
-    assert decided([]) == {}
+    assert at_rung(SCORES, 0.5) == ({}, [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)])
+    scores = {lora(4.0): 0.7, plus(1.0, 4.0): 0.60, plus(2.0, 2.0): 0.61, plus(2.0, 4.0): 0.62}
+    assert at_rung(scores, 0.5) == ({"lora": lora(4.0)}, [plus(1.0, 4.0), plus(2.0, 2.0)])
+    assert at_rung(SCORES, 0.25) == ({"lora": lora(4.0), "lora_plus": plus(1.0, 4.0)}, [])
+    assert at_rung({}, 0.5) == ({}, [])
 
 
 def test_the_defaults_take_less_than_a_quarter_of_the_grid():

@@ -170,8 +170,8 @@ def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
+    from .inspection import inspect
     from .parsing import parse_settings
-    from .prepare import inspect
 
     if not _helped(options):
         print(inspect(parse_settings(options.config, overrides)))

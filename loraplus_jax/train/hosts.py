@@ -258,12 +258,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when all processes have come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def to_host(tree: Any) -> Any:
     """Whole arrays in the memory of every process."""
 

@@ -25,7 +25,7 @@ from ..checkpoint import PACKAGES, differences
 from ..models.hf import read_json
 from ..processes import gathered, is_loss
 from .hosts import Stopped as Stopped
-from .hosts import all_or_none, is_first, wait_for_all
+from .hosts import all_or_none, check_same, is_first
 from .report import PICTURE, SUMMARY, partial_path, write_text
 from .settings import ENDS, MAY_CHANGE, Settings, apart
 from .yaml_files import read_yaml
@@ -35,6 +35,7 @@ CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 OF_A_START = ("output_dir ", "distributed.")
 """Settings that say where a run is started, and not what it is."""
 PLACES = ("in that run", "here")
+"""Of the two values of a difference between an older run and this one."""
 
 
 @contextmanager
@@ -169,7 +170,17 @@ def check_shared(directory: Path) -> None:
         (directory / name).unlink()
 
 
-def told(settings: Settings, fresh: bool) -> dict[str, Any]:
+def agreed_changes(directory: Path, settings: Settings, fresh: bool) -> list[str]:
+    """`check_directory` by the first process, for all; they must have been started alike."""
+    check_same(_told(settings, fresh))
+    changed: list[str] = []
+    with all_or_none():
+        if is_first():
+            changed = check_directory(directory, settings, fresh=fresh)
+    return gathered(changed)[0]
+
+
+def _told(settings: Settings, fresh: bool) -> dict[str, Any]:
     """What all processes of a run must have been started with."""
     packages = {name: importlib.metadata.version(name) for name in PACKAGES}
     values = settings.to_json()
@@ -229,7 +240,7 @@ def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int
     if is_first():
         place.parent.mkdir(exist_ok=True)
         (directory / CHECKPOINTS / str(step)).rename(place)
-    wait_for_all("a damaged checkpoint is out of the way")
+    gathered(None)  # no process looks before it is out of the way
     manager.reload()
     return place
 

@@ -24,13 +24,13 @@ from ..tree import combine, count, label_params
 from .data import Batch, train_batches
 from .evaluation import evaluate, place
 from .fetch import cache_dir
-from .hosts import all_or_none, check_same, is_first, joined, to_host
+from .hosts import all_or_none, is_first, joined, to_host
 from .lifecycle import (
     ADAPTER,
     CHECKPOINTS,
     Stopped,
     StopSignal,
-    check_directory,
+    agreed_changes,
     check_end,
     check_shared,
     closing,
@@ -39,7 +39,6 @@ from .lifecycle import (
     named,
     own,
     set_aside_damaged,
-    told,
     write_config,
 )
 from .live import adapters_of, as_metrics, first_rows, is_due, read_metrics
@@ -74,10 +73,7 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
     with contextlib.ExitStack() as stack:
         stack.enter_context(joined(settings.distributed))
         console = (console or Console(soft_wrap=True)) if is_first() else Console(quiet=True)
-        check_same(told(settings, fresh))
-        with all_or_none():
-            changed = check_directory(directory, settings, fresh=fresh) if is_first() else []
-        (changed, *_) = gathered(changed)
+        changed = agreed_changes(directory, settings, fresh)
         if settings.train.compilation_cache:
             stack.enter_context(kept_programs(cache_dir() / "xla", console))
         return _train(settings, directory, changed, fresh, console)

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from ..adapt import apply_lora_plus, init_lora
 from ..checkpoint import describe_run, fingerprint, leaf_kinds
 from ..config import LoRAPlusConfig
-from ..diagnostics import describe
 from ..models.hf import check_params, load_params
 from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
 from ..sharding import (
@@ -101,7 +100,7 @@ def prepare(settings: Settings) -> Run:
             "data": digest(run.data.splits),
             "task": run.data.task.notes(),
             "weights": leaf_kinds(run.parts.frozen),
-            "init_adapter": adapter_digest(settings),
+            "init_adapter": adapter_digest(settings) if jax.process_count() > 1 else None,
         }
     check_same(found)
     # From here on the processes compute together.
@@ -147,32 +146,6 @@ def _prepare(settings: Settings) -> Run:
     check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config, mesh)
     return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {})
-
-
-def inspect(settings: Settings) -> str:
-    """What would be trained, at which rate: role, group's peak rate, decay and size of every leaf, and the totals.
-
-    Raises:
-      ValueError, OSError: as training would.
-    """
-    if (address := settings.distributed.coordinator) is not None:
-        raise ValueError(
-            f"distributed.coordinator is {address}, and inspect joins no other process: give "
-            "--distributed.coordinator null to look at the run with the devices here"
-        )
-    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    check_mesh(settings, mesh)
-    directory = resolve(settings.model.path, "model")
-    data = family_of(settings).load_data(settings, directory)
-    steps = count_steps(settings, rows_of(data.splits["train"]))
-    config = settings.applied
-    parts = build(settings, directory, data.task, config)
-    check_tensor(mesh, parts.base.tensor_sizes)
-    tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
-    peak = settings.optimizer.warmup_steps
-    table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
-    sizes = ", ".join(f"{size:,} {name}" for name, size in data.examples.items())
-    return f"{table}\n{steps} steps of {settings.train.batch_size}; rates are those of step {peak}; data: {sizes}"
 
 
 def family_of(settings: Settings) -> Any:

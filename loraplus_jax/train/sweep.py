@@ -39,7 +39,7 @@ from .lifecycle import (
 from .population import Members, Population, prepare_population
 from .report import METRICS, SUMMARY, write_text
 from .settings import TrainSettings
-from .sweep_choice import best_of, curve_every, decided, means_of, spread_rows, stops_of, survivors
+from .sweep_choice import at_rung, best_of, curve_every, means_of, spread_rows, stops_of
 from .sweep_figures import draw
 from .sweep_report import PAGE, REPORT, WINNER, make_report, write_report
 from .sweep_settings import MAY_CHANGE, METHODS, NAMES, SweepRun, Trial
@@ -279,9 +279,8 @@ class Sweep:
         if self.step == self.population.steps:
             self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
             return
-        kept = survivors(scores, self.run.sweep.keep)
-        self.chosen |= decided(kept)
-        going = {trial for trial in kept if trial.arm not in self.chosen}
+        alone, going = at_rung(scores, self.run.sweep.keep)
+        self.chosen |= alone
         if going:
             self.crew.gather([n for n in self.crew.numbers if self.entries[n].trial in going])
 

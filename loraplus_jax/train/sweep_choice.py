@@ -100,12 +100,16 @@ def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
     return [trial for trial in scores if trial in kept]
 
 
-def decided(kept: Sequence[Trial]) -> dict[str, Trial]:
-    """Arm to its setting, where one alone is left: nothing is to be learned of it by training it on."""
+def at_rung(scores: Mapping[Trial, float], keep: float) -> tuple[dict[str, Trial], list[Trial]]:
+    """Arm to its setting where one alone survives, which is chosen, and the settings that go on, of the other arms.
+
+    Of one that is alone nothing is to be learned by training it on.
+    """
     by_arm: dict[str, list[Trial]] = {}
-    for trial in kept:
+    for trial in survivors(scores, keep):
         by_arm.setdefault(trial.arm, []).append(trial)
-    return {arm: ours[0] for arm, ours in by_arm.items() if len(ours) == 1}
+    alone = {arm: ours[0] for arm, ours in by_arm.items() if len(ours) == 1}
+    return alone, [trial for arm, ours in by_arm.items() if arm not in alone for trial in ours]
 
 
 def best_of(scores: Mapping[Trial, float], arm: str) -> Trial | None:

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from loraplus_jax.train import prepare as module
 from loraplus_jax.train.cli import main
 from loraplus_jax.train.encoders import load_data, model_config
+from loraplus_jax.train.inspection import inspect
 from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.prepare import inspect, prepare
+from loraplus_jax.train.prepare import prepare
 from loraplus_jax.tree import leaves_by_path
 
 pytestmark = pytest.mark.usefixtures("cache")

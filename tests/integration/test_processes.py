@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ SETTINGS = (
     *("--train.steps", str(STEPS), "--train.eval_every", "20", "--train.log_every", "5"),
     *("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--distributed.lost_timeout", "10"),
 )
+# Its threads write into each other's lines.
+GLOO = re.compile(r"^\[Gloo\]|connected peer ranks")
 QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
@@ -69,7 +72,7 @@ def ended(process, within=DEADLINE):
     """Exit code, stdout and stderr without the lines of the library that joins the processes."""
     stdout, stderr = process.communicate(timeout=within)
     return process.returncode, *(
-        "".join(x for x in text.splitlines(True) if not x.startswith("[Gloo]")) for text in (stdout, stderr)
+        "".join(x for x in text.splitlines(True) if not GLOO.search(x)) for text in (stdout, stderr)
     )
 
 
