@@ -227,7 +227,28 @@ def unlike_weights(directories):
     return "the processes are not alike: base is", None
 
 
-@pytest.mark.parametrize("change", [unlike_settings, broken_data, unlike_data, unlike_weights])
+def unlike_trained(directories):
+    unlike_weights(directories)
+    return "the processes are not alike: trained is", None
+
+
+def leftover(directories):
+    """An older run's settings on the disk of one host alone are not what process 0 writes."""
+    (directories[1] / "out").mkdir(exist_ok=True)
+    (directories[1] / "out/config.yaml").write_text("left: over\n")
+    return (
+        "process 1 of 2 refuses the run: output_dir out must lie on a file system",
+        "output_dir out must lie on",
+    )
+
+
+OWN_FLAGS = {unlike_settings: (("--train.steps", "50"), ())}
+MORE_FLAGS = {unlike_trained: ("--method", "full"), leftover: ("--output_dir", "out")}
+
+
+@pytest.mark.parametrize(
+    "change", [unlike_settings, broken_data, unlike_data, unlike_weights, unlike_trained, leftover]
+)
 def test_what_one_process_cannot_do_all_refuse(first_world, tmp_path, change):
     """Each finds the same paths in a directory of its own, as hosts with disks of their own do."""
     directories = [tmp_path / f"host{n}" for n in range(2)]
@@ -237,7 +258,8 @@ def test_what_one_process_cannot_do_all_refuse(first_world, tmp_path, change):
     out = tmp_path / "out"
     here = ("--model.path", "model", "--data.path", "texts.csv", "--mesh.data", "8")
     here += ("--mesh.fsdp", "1", "--mesh.tensor", "1")
-    own = (("--train.steps", "50"), ()) if change is unlike_settings else ((), ())
+    here += MORE_FLAGS.get(change, ())
+    own = OWN_FLAGS.get(change, ((), ()))
     with two(first_world, out, *here, own=own, cwd=directories) as pair:
         ends = [ended(process) for process in pair]
     assert [end[0] for end in ends] == [2, 2], ends
