@@ -117,8 +117,8 @@ def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 8, 1), (2, 1, 4), "pmap"], ids=str)
 def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bit_for_bit(tmp_path, sizes):
-    # Eight devices add a gradient up in another order than one, and Adam's step carries that noise times the rate of
-    # B: at 1e-3 it stays far below 1e-6, which at TX's 0.1 it does not on every processor.
+    # Eight devices add a gradient up in another order than one, and Adam's step carries that noise times the rate:
+    # at 1e-3 it stays far below 1e-6, which at TX's 0.1 it does not on every processor.
     tx = lora_plus_adamw(optax.linear_schedule(1e-3, 0.0, 10), weight_decay=0.1)
     draw = functools.partial(jax.random.normal, jax.random.key(1))
     lora = {"q": {"lora_a": draw((8, 4)), "lora_b": draw((4, 16))}}

@@ -35,6 +35,7 @@ CORE = (
 MODELS = (
     "models.gguf_header",
     "models.gguf",
+    "models.name_table",
     "models.hf",
     "models.tokenizer",
     "models.bert",

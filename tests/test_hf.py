@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 
 from loraplus_jax import make_mesh
 from loraplus_jax.models import hf
-from loraplus_jax.models.hf import INDEX, SINGLE, NameTable, embedding, linear, load_config, load_params, norm
+from loraplus_jax.models.hf import INDEX, SINGLE, load_config, load_params
+from loraplus_jax.models.name_table import NameTable, embedding, linear, norm
 from loraplus_jax.tree import flatten
 
 TABLE = NameTable(

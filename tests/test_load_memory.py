@@ -21,7 +21,8 @@ CHILD = (
     """
 import gc, json, sys, threading, time
 import jax, jax.numpy as jnp, numpy as np
-from loraplus_jax.models.hf import NameTable, check_params, embedding, linear, load_params
+from loraplus_jax.models.hf import check_params, load_params
+from loraplus_jax.models.name_table import NameTable, embedding, linear
 
 folder, dtype, wasteful = sys.argv[1], jnp.dtype(sys.argv[2]), sys.argv[3] == "True"
 table = NameTable(rules=(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ..sharding import Rules, split_rows
-from .hf import NameTable, embedding, linear, norm
+from .name_table import NameTable, embedding, linear, norm
 
 Pooling = Literal["mean", "cls", "pooler"]
 _Map = Callable[[jax.Array], jax.Array]

@@ -22,9 +22,10 @@ from ..peft_options import raise_all
 from ..tree import flatten
 from . import gguf, tokenizer
 from .bert import BertConfig, Pooling
-from .hf import INDEX, SINGLE, NameTable, load_config
+from .hf import INDEX, SINGLE, load_config
 from .llama_config import LlamaConfig
 from .merged import TYPES, Merge, Tensor, merged_tensors
+from .name_table import NameTable
 
 SHARD_BYTES = 5 * 10**9
 """A file's size, as transformers has it."""

@@ -1,13 +1,13 @@
-"""Strict, table-driven loading of weights from a Hugging Face directory or a GGUF file.
+"""Strict loading of weights from a Hugging Face directory or a GGUF file, by a model's `NameTable`.
 
-A model keeps a `NameTable` beside its code; `load_params` reads safetensors and GGUF by it. Nothing is guessed:
-every tensor that is missing, left over or misshapen is listed, all in one error, before the first weight is read.
+Nothing is guessed: every tensor that is missing, left over or misshapen is listed, all in one error, before the
+first weight is read.
 """
 
 import functools
+import hashlib
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,75 +21,13 @@ from flax import traverse_util
 
 from ..config import read_json
 from . import gguf
+from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_LAYER = "{layer}"
 _SHOWN = 20
 _PIECE = 2**22  # bytes, counted as float32, that are read at a time
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Where one tensor of the file goes.
-
-    Attributes:
-      name: its name in the file, after the table's renames. With `{layer}` in it there is one tensor a layer,
-        and the leaf stacks them on axis 0.
-      path: the leaf in our parameters, `"encoder/layers/mlp/up/kernel"`.
-      transposed: torch keeps Linear weights as (out, in), ours are (in, out).
-    """
-
-    name: str
-    path: str
-    transposed: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class NameTable:
-    """All that is known of a checkpoint's names.
-
-    Attributes:
-      rules: one for each leaf of the model.
-      renames: (regular expression, replacement), applied in order to every name in the file: prefixes and
-        spellings that differ between checkpoints of the same model.
-      ignore: regular expressions, each for whole renamed names, of what a checkpoint may bring and the model
-        does not use. Rules come before them.
-      copies: (name, other) of a tensor that a checkpoint may hold beside another, with the same values.
-    """
-
-    rules: tuple[Rule, ...]
-    renames: tuple[tuple[str, str], ...] = ()
-    ignore: tuple[str, ...] = ()
-    copies: tuple[tuple[str, str], ...] = ()
-
-    def canonical(self, name: str) -> str:
-        """The name in the file after the renames."""
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    def ignores(self, name: str) -> bool:
-        """Whether a renamed name is on the list of what the model does not use."""
-        return any(re.fullmatch(pattern, name) for pattern in self.ignore)
-
-
-def linear(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
-    """Rules for a torch Linear, which becomes an `nn.Dense`."""
-    kernel = Rule(f"{name}.weight", f"{path}/kernel", transposed=True)
-    return (kernel, Rule(f"{name}.bias", f"{path}/bias")) if bias else (kernel,)
-
-
-def norm(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
-    """Rules for a torch LayerNorm, or with `bias=False` an RMSNorm."""
-    scale = Rule(f"{name}.weight", f"{path}/scale")
-    return (scale, Rule(f"{name}.bias", f"{path}/bias")) if bias else (scale,)
-
-
-def embedding(name: str, path: str) -> tuple[Rule, ...]:
-    """The rule for a torch Embedding, which becomes an `nn.Embed`."""
-    return (Rule(f"{name}.weight", f"{path}/embedding"),)
 
 
 def load_config(directory: str | Path) -> dict[str, Any]:
@@ -176,6 +114,22 @@ def check_params(
     return leaves, found
 
 
+def rows_digest(found: Mapping[str, "_Tensor"]) -> str:
+    """A short hex digest of the first, the middle and the last row of every tensor, as `check_params` returns them.
+
+    It tells the weights of another training apart and reads next to nothing of them.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(found.items()):
+        total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
+        size = tensor.shape[0] if tensor.shape else 0
+        for row in sorted({0, size // 2, size - 1} & set(range(size))):
+            total.update(np.ascontiguousarray(tensor.view[row : row + 1]).tobytes())
+        if not tensor.shape:
+            total.update(tensor.file.get_tensor(tensor.name).tobytes())
+    return total.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor in a file: its own name there, its contents, and which types are read of such a file."""
@@ -208,18 +162,6 @@ def _leaves_from_file(
             f"rules without a leaf {sorted(ruled - set(leaves))}"
         )
     return leaves
-
-
-def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
-    """The names that a rule stands for, one a layer or just one."""
-    if _LAYER not in rule.name:
-        return [rule.name]
-    return [rule.name.replace(_LAYER, str(layer)) for layer in range(leaf.shape[0])]
-
-
-def _shape_in_file(rule: Rule, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    shape = leaf.shape[1:] if _LAYER in rule.name else leaf.shape
-    return tuple(reversed(shape)) if rule.transposed else tuple(shape)
 
 
 def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str, _Tensor], list[str]]:
@@ -260,7 +202,7 @@ def _compare(
     """A line for each wanted tensor that is absent, misshapen or not of a type that is read."""
     problems = []
     for rule in table.rules:
-        shape = _shape_in_file(rule, leaves[rule.path])
+        shape = shape_in_file(rule, leaves[rule.path])
         for name in expand(rule, leaves[rule.path]):
             tensor = found.get(name)
             if tensor is None:
@@ -337,7 +279,7 @@ def _read(
     out = _aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
     names = expand(rule, leaf)
     slots, names, window = (
-        (out, names[window[0]], window[1:]) if _LAYER in rule.name else (out[None], names, window)
+        (out, names[window[0]], window[1:]) if is_stacked(rule) else (out[None], names, window)
     )
     for index, name in enumerate(names):
         _fill(slots[index : index + 1], found[name], window, transposed=rule.transposed)

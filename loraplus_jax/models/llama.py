@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..sharding import Rules, split_rows
 from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
-from .hf import NameTable, Rule, embedding, linear, norm
 from .llama_config import LlamaConfig
+from .name_table import NameTable, Rule, embedding, linear, norm
 from .rope import Rope, rotated
 
 Remat = Literal["none", "dots", "full"]

@@ -15,7 +15,8 @@ import numpy as np
 from ..lora import weight_delta
 from ..spec import AdapterSpec, Specs
 from ..tree import flatten
-from .hf import NameTable, Rule, expand, weight_files
+from .hf import weight_files
+from .name_table import NameTable, Rule, expand
 
 _PIECE = 2**22  # bytes that are read at a time where a tensor is only copied
 

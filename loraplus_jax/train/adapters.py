@@ -13,7 +13,7 @@ from .. import adapter_io, peft_io
 from ..adapter_io import Adapter, adapter_notes, load_adapter
 from ..config import LoRAPlusConfig
 from ..models import export
-from ..models.hf import NameTable, linear
+from ..models.name_table import NameTable, linear
 from ..path_map import PathMap
 from ..peft_io import load_peft, peft_config, peft_names, peft_notes
 from ..spec import specs_from_json

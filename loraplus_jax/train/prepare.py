@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ..adapt import apply_lora_plus, init_lora
 from ..checkpoint import describe_run, fingerprint, leaf_kinds
 from ..config import LoRAPlusConfig
-from ..models.hf import check_params, load_params
+from ..models.hf import check_params, load_params, rows_digest
 from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
 from ..sharding import (
     BATCH_AXES,
@@ -95,13 +95,7 @@ def prepare(settings: Settings) -> Run:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
     with all_or_none():
-        run = _prepare(settings)
-        found = {
-            "data": digest(run.data.splits),
-            "task": run.data.task.notes(),
-            "weights": leaf_kinds(run.parts.frozen),
-            "init_adapter": adapter_digest(settings) if jax.process_count() > 1 else None,
-        }
+        run, found = _prepare(settings)
     check_same(found)
     # From here on the processes compute together.
     base = fingerprint(run.parts.frozen) if run.parts.frozen else None
@@ -123,8 +117,11 @@ def prepare(settings: Settings) -> Run:
     return run._replace(metadata=metadata)
 
 
-def _prepare(settings: Settings) -> Run:
-    """All that needs no other process; of `init_adapter` and metadata there is nothing yet."""
+def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
+    """All that needs no other process, and what all must have found alike.
+
+    Of `init_adapter` and metadata the run has nothing yet.
+    """
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
@@ -135,7 +132,7 @@ def _prepare(settings: Settings) -> Run:
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
     check_rates(settings.optimizer, shapes)
-    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     if settings.init_adapter is not None:
         check_start(settings, shapes, params_of(shapes), data.task)
     answer = (
@@ -145,7 +142,15 @@ def _prepare(settings: Settings) -> Run:
     programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
     check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config, mesh)
-    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {})
+    several = jax.process_count() > 1
+    found = {
+        "data": digest(data.splits),
+        "task": data.task.notes(),
+        "weights": leaf_kinds(parts.frozen),
+        "rows of the weights": rows_digest(tensors) if several else None,
+        "init_adapter": adapter_digest(settings) if several else None,
+    }
+    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {}), found
 
 
 def family_of(settings: Settings) -> Any:

@@ -219,12 +219,23 @@ def unlike_data(directories):
 
 
 def unlike_weights(directories):
+    """In one row, which only who reads the whole matrix meets."""
     path = directories[1] / "model/model.safetensors"
     tensors = load_file(path)
     name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
-    tensors[name] = tensors[name] + 1
+    tensors[name][1] += 1
     save_file(tensors, path)
     return "the processes are not alike: base is", None
+
+
+def unlike_split_weights(directories):
+    """Of these each process reads its own part alone, and the last row is in one part."""
+    path = directories[1] / "model/model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
+    tensors[name][-1] += 1
+    save_file(tensors, path)
+    return "the processes are not alike: rows of the weights is", None
 
 
 def unlike_trained(directories):
@@ -243,11 +254,24 @@ def leftover(directories):
 
 
 OWN_FLAGS = {unlike_settings: (("--train.steps", "50"), ())}
-MORE_FLAGS = {unlike_trained: ("--method", "full"), leftover: ("--output_dir", "out")}
+MORE_FLAGS = {
+    unlike_trained: ("--method", "full"),
+    unlike_split_weights: ("--mesh.data", "1", "--mesh.fsdp", "8"),
+    leftover: ("--output_dir", "out"),
+}
 
 
 @pytest.mark.parametrize(
-    "change", [unlike_settings, broken_data, unlike_data, unlike_weights, unlike_trained, leftover]
+    "change",
+    [
+        unlike_settings,
+        broken_data,
+        unlike_data,
+        unlike_weights,
+        unlike_split_weights,
+        unlike_trained,
+        leftover,
+    ],
 )
 def test_what_one_process_cannot_do_all_refuse(first_world, tmp_path, change):
     """Each finds the same paths in a directory of its own, as hosts with disks of their own do."""
