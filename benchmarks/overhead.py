@@ -25,7 +25,8 @@ from loraplus_jax import (
     lora_plus_adamw,
     split_trainable,
 )
-from loraplus_jax.models.bert import BertConfig, BertForSequence
+from loraplus_jax.models.bert import BertForSequence
+from loraplus_jax.models.bert_config import BertConfig
 from loraplus_jax.train.tasks import Task
 from loraplus_jax.tree import count, leaves_by_path
 

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from loraplus_jax.models import bert
-from loraplus_jax.models.bert import BertConfig, BertEncoder, BertForSequence, name_table
+from loraplus_jax.models.bert import BertEncoder, BertForSequence, name_table
+from loraplus_jax.models.bert_config import BertConfig
 from loraplus_jax.models.hf import load_config, load_params
 from loraplus_jax.train.fetch import ASSETS, cache_dir
 

@@ -38,6 +38,7 @@ MODELS = (
     "models.name_table",
     "models.hf",
     "models.tokenizer",
+    "models.bert_config",
     "models.bert",
     "models.rope",
     "models.attention",

@@ -3,142 +3,21 @@
 Axes in the comments: B sequences, T tokens, D hidden, N heads, H = D / N.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ..sharding import Rules, split_rows
+from .bert_config import ACTIVATIONS, BertConfig
 from .name_table import NameTable, embedding, linear, norm
 
 Pooling = Literal["mean", "cls", "pooler"]
 _Map = Callable[[jax.Array], jax.Array]
-
-_MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
-_ACTIVATIONS: Mapping[str, _Map] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_new": partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
-# Options that change what the model computes, each with the one value that this file knows.
-_ONLY = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "pruned_heads": {},
-    "quantization_config": None,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BertConfig:
-    """An encoder's sizes and options, under the names that Hugging Face's `config.json` has for them.
-
-    Attributes:
-      model_type: `"bert"`, or `"roberta"` or `"xlm-roberta"`, whose positions start at `pad_token_id + 1`.
-      max_position_embeddings: rows of the position table, those that RoBERTa does not use included.
-      hidden_act: `"gelu"` is the exact one, `"gelu_new"` and `"gelu_pytorch_tanh"` its tanh approximation.
-      hidden_dropout_prob, attention_probs_dropout_prob: rates, in force where a `dropout` rng is given.
-      initializer_range: standard deviation of fresh weights.
-
-    Raises:
-      ValueError: a size is below 1, the heads do not divide the hidden size, a rate is outside [0, 1), or a
-        name is unknown; all are listed.
-    """
-
-    model_type: str = "bert"
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int
-    type_vocab_size: int
-    pad_token_id: int
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
-
-    def __post_init__(self) -> None:
-        if problems := [*_bad_sizes(self), *_bad_options(self)]:
-            raise ValueError("BertConfig: " + "; ".join(problems))
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Takes what it needs from the contents of a `config.json`.
-
-        Raises:
-          ValueError: another kind of model, a size missing, or an option that would change what is computed.
-
-        Example:
-          >>> sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-          ...              intermediate_size=16, max_position_embeddings=4, type_vocab_size=2, pad_token_id=0)
-          >>> config = BertConfig.from_hf({"model_type": "bert", "hidden_act": "relu", **sizes})
-          >>> config.hidden_act, config.max_length
-          ('relu', 4)
-        """
-        kind = config.get("model_type")
-        if kind not in _MODEL_TYPES:
-            raise ValueError(f"config.json: model_type is {kind!r}, must be one of {', '.join(_MODEL_TYPES)}")
-        given = {key: value for key, value in config.items() if value is not None}
-        refused = {key: only for key, only in _ONLY.items() if given.get(key, only) != only}
-        problems = [f"{key} is {given[key]!r}, only {only!r} is supported" for key, only in refused.items()]
-        fields = dataclasses.fields(cls)
-        required = [f.name for f in fields if f.default is dataclasses.MISSING]
-        problems += [f"{name} is missing" for name in required if name not in given]
-        if problems:
-            raise ValueError("config.json: " + "; ".join(problems))
-        try:
-            return cls(**{f.name: given[f.name] for f in fields if f.name in given})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"config.json: {error}") from None
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence, in tokens."""
-        unused = 0 if self.model_type == "bert" else self.pad_token_id + 1
-        return self.max_position_embeddings - unused
-
-
-def _bad_sizes(config: BertConfig) -> list[str]:
-    sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.type is int}
-    least = dict.fromkeys(sizes, 1) | {"pad_token_id": 0}
-    bad = [
-        f"{name} must be an int of {least[name]} or more, got {size!r}"
-        for name, size in sizes.items()
-        if not isinstance(size, int) or size < least[name]
-    ]
-    if not bad and config.hidden_size % config.num_attention_heads:
-        heads = config.num_attention_heads
-        bad.append(f"num_attention_heads must divide hidden_size, got {heads} and {config.hidden_size}")
-    return bad
-
-
-def _bad_options(config: BertConfig) -> list[str]:
-    bad = []
-    for name, allowed in (("model_type", _MODEL_TYPES), ("hidden_act", tuple(_ACTIVATIONS))):
-        if getattr(config, name) not in allowed:
-            bad.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
-    for name in (
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "layer_norm_eps",
-        "initializer_range",
-    ):
-        value = getattr(config, name)
-        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-            bad.append(f"{name} must be a number in [0, 1), got {value!r}")
-    return bad
 
 
 class BertPart(nn.Module):
@@ -235,7 +114,7 @@ class BertMLP(BertPart):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) from (B, T, D)."""
-        x = _ACTIVATIONS[self.config.hidden_act](self.dense(self.config.intermediate_size, "up")(x))
+        x = ACTIVATIONS[self.config.hidden_act](self.dense(self.config.intermediate_size, "up")(x))
         return self.dense(self.config.hidden_size, "down")(x)
 
 
@@ -415,10 +294,8 @@ SHARDING: Rules = (
     (r"encoder/layers/(attention/(query|key|value)|mlp/up)/kernel", (None, "fsdp", "tensor")),
     (r"encoder/layers/(attention/(query|key|value)|mlp/up)/bias", (None, "tensor")),
     (r"encoder/layers/(attention/out|mlp/down)/kernel", (None, "tensor", "fsdp")),
-    (
-        r".*",
-        (),
-    ),  # norms, token types, pooler and head, and biases that are added to what is whole on every device
+    # Norms, token types, pooler and head, and biases that are added to what is whole on every device.
+    (r".*", ()),
 )
 """Heads, the MLP's inner width and the vocabulary over `"tensor"`, the hidden width over `"fsdp"`."""
 

@@ -21,7 +21,8 @@ from ..peft_leaves import named_leaves, slices_of
 from ..peft_options import raise_all
 from ..tree import flatten
 from . import gguf, tokenizer
-from .bert import BertConfig, Pooling
+from .bert import Pooling
+from .bert_config import BertConfig
 from .hf import INDEX, SINGLE, load_config
 from .llama_config import LlamaConfig
 from .merged import TYPES, Merge, Tensor, merged_tensors

@@ -11,7 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from ..models.bert import SHARDING, BertConfig, BertForSequence, name_table, tensor_sizes
+from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
+from ..models.bert_config import BertConfig
 from ..models.hf import load_config
 from .data import Batch, Rows, encode, load_rows, load_splits, load_tokenizer
 from .family import Base, Data, Losses, Parts
