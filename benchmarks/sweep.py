@@ -34,7 +34,7 @@ from loraplus_jax.train.loop import place
 from loraplus_jax.train.parsing import parse_settings
 from loraplus_jax.train.population import prepare_population
 from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.sweep_choice import at_rung, best_of, member_steps, stops_of
+from loraplus_jax.train.sweep_choice import at_rung, best_of, curve_every, member_steps, stops_of
 from loraplus_jax.train.sweep_settings import METHODS, NAMES, SweepRun, SweepSettings, Trial
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
@@ -152,7 +152,7 @@ def count_compilations() -> dict[str, int]:
 def answers(
     run: SweepRun, population: Any, costs: dict[str, tuple[float, float]]
 ) -> dict[str, dict[str, float]]:
-    """Wall time of sweeps over that of sixteen single runs of the same recipe, which evaluate as often.
+    """Wall time of sweeps over that of sixteen single runs of the same recipe, which evaluate as it says.
 
     Worked out from the measured times: steps, evaluations, and one start of a process, its compilations included.
     """
@@ -173,7 +173,9 @@ def answers(
         return taken + sum(counts) * looks["validation"] * look * look_ratio + sweep_start
 
     def reported(members: int) -> float:
-        evaluations = (often + 1) * looks["validation"] + looks["test"]
+        # A curve begins before the first step, and each point is of about as many rows as are held out.
+        points = 1 + math.ceil(steps / curve_every(run.train.eval_every, steps))
+        evaluations = points * looks["validation"] + looks["test"]
         return members * (steps * step * step_ratio + evaluations * look * look_ratio)
 
     whole = {

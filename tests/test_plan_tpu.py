@@ -1,16 +1,21 @@
 """A plan for TPUs, by the TPU compiler on a machine that has none."""
 
 import collections
+import dataclasses
 import re
 
 import pytest
 
+from loraplus_jax import make_mesh
 from loraplus_jax.train.chips import CHIPS, tpu_devices
+from loraplus_jax.train.hlo import collectives
 from loraplus_jax.train.hosts import MeshSettings
 from loraplus_jax.train.plan import make_plan
+from loraplus_jax.train.plan_programs import compiled, plan_step
 from loraplus_jax.train.plan_text import advice, text_of
+from loraplus_jax.train.prepare import compiler_options
 
-from .test_plan import LLAMA, RANK, settings_of
+from .test_plan import LLAMA, RANK, parts_of, settings_of
 
 libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
 pytestmark = pytest.mark.slow
@@ -58,10 +63,43 @@ def test_weights_are_split_and_fit(plan):
     assert set(plan.roofline) == {"compute", "memory", "network"}
 
 
+def gathers_of_weights(found, layers):
+    """By the size of a layer's matrix, of which there are two, two and three: how often a layer gathers any.
+
+    Whole, or as a ring of permutes over the four chips, each of a quarter.
+    """
+    times = collections.Counter()
+    for c in found:
+        size = {"all-gather": 1, "collective-permute": 4}.get(c.kind, 0) * c.bytes // 2
+        if size in (128 * 128, 128 * 64, 128 * 256):
+            times[size] += c.times * c.wire_bytes / (2 * size * 3 / 4) / layers
+    return times
+
+
 def test_a_layer_gathers_each_weight_once_forward_and_once_backward(plan):
-    matrices = {128 * 128: 2, 128 * 64: 2, 128 * 256: 3}
-    gathered = collections.Counter(c.bytes // 2 for c in plan.layer_gathers if c.bytes // 2 in matrices)
-    assert gathered == {size: 2 * number for size, number in matrices.items()}
+    assert gathers_of_weights(plan.collectives, plan.layers) == {128 * 128: 4, 128 * 64: 4, 128 * 256: 6}
+
+
+def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path):
+    """Though a long attention lies between the recompute of q, k and v and their gradients."""
+    settings = settings_of(
+        tmp_path,
+        LLAMA
+        | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512, "max_position_embeddings": 2048},
+        task="instruction",
+        model={"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full", "attention": "blocked"},
+        targets=PRODUCTS,
+        mesh=MeshSettings(data=1, fsdp=4),
+    )
+    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=2048))
+    mesh = make_mesh(1, 4, devices=tpu_devices("v5e:2x2")[1])
+    step = plan_step(settings, *parts_of(settings, tmp_path), mesh)
+    program, _ = compiled(step.lowered, compiler_options(settings, mesh))
+    assert gathers_of_weights(collectives(program.as_text()), LLAMA["num_hidden_layers"]) == {
+        128 * 128: 4,
+        128 * 64: 4,
+        128 * 256: 6,
+    }
 
 
 def test_only_adapters_and_single_numbers_are_reduced(plan):

@@ -8,7 +8,6 @@ second makes.
 
 import dataclasses
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from .hlo import Collective, collectives, looped_products
 from .language import head_is_frozen
 from .memory import free_bytes
 from .plan_programs import Step, compiled, evaluation_bytes, local_bytes, plan_step, sizes
-from .prepare import check_mesh, check_rates, family_of, params_of
+from .prepare import check_mesh, check_rates, compiler_options, family_of, params_of
 from .settings import Settings
 
 TO_COUNT = {
@@ -74,7 +73,6 @@ class Plan:
       problem: what the compiler said when it gave up, in a line.
       work: FLOPs and bytes of a step; None where the programs that would tell them need too much memory.
       collectives: what devices exchange in a step; none where the compiler gave up.
-      layer_gathers: all-gathers that each layer adds, as XLA makes them when it has straight code.
       roofline: seconds that a step takes at least: `"compute"`, `"memory"`, `"network"`; empty where the rates are
         not known.
       compile_seconds: of the step itself.
@@ -99,7 +97,6 @@ class Plan:
     problem: str | None
     work: Work | None
     collectives: tuple[Collective, ...]
-    layer_gathers: tuple[Collective, ...]
     roofline: dict[str, float]
     compile_seconds: float
 
@@ -122,8 +119,7 @@ class Plan:
         """All fields as plain values, and what follows from them."""
         plain = dataclasses.asdict(self) | {"fits": self.fits, "received": self.received}
         plain["work"] = None if self.work is None else self.work._asdict()
-        for name in ("collectives", "layer_gathers"):
-            plain[name] = [c._asdict() for c in getattr(self, name)]
+        plain["collectives"] = [c._asdict() for c in self.collectives]
         return plain
 
 
@@ -154,12 +150,12 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     step = plan_step(settings, base, data, mesh)
     check_rates(settings.optimizer, step.parts)
     start = time.perf_counter()
-    program, problem = compiled(step.lowered)
+    program, problem = compiled(step.lowered, compiler_options(settings, mesh))
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = sizes(program, problem, sum(memory.values()))
     evaluation, stopped = evaluation_bytes(settings, data, step, mesh)
-    work, gathers = count_work(settings, base, data, mesh)
+    work = count_work(settings, base, data, mesh)
     found = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
         model=settings.model.path,
@@ -181,7 +177,6 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         problem=problem or stopped,
         work=work,
         collectives=found,
-        layer_gathers=gathers,
         roofline={} if chip is None or work is None else roofline(chip, work, found),
         compile_seconds=round(seconds, 1),
     )
@@ -201,10 +196,8 @@ def layers_of(base: Base) -> int:
     return model.config.num_hidden_layers
 
 
-def count_work(
-    settings: Settings, base: Base, data: Data, mesh: Mesh
-) -> tuple[Work | None, tuple[Collective, ...]]:
-    """FLOPs and bytes of a step, and the all-gathers of a layer, from programs of one and of two unrolled layers.
+def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Work | None:
+    """FLOPs and bytes of a step, from programs of one and of two unrolled layers.
 
     Micro-batches and pieces of the loss are loops too. So one micro-batch is compiled, with the loss in one piece,
     and multiplied; each further piece of the loss reads the head twice more.
@@ -222,30 +215,19 @@ def count_work(
     steps = [plan_step(small, with_layers(base, min(n, layers)), data, mesh) for n in (1, 2)]
     first, second = (_counted(step, mesh) for step in steps)
     if first is None or second is None:
-        return None, ()
+        return None
     flops = extrapolated(first.flops, second.flops, layers)
     size = extrapolated(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
-    work = Work(parts * flops, parts * size, second.loops)
-    return work, tuple((second.gathers - first.gathers).elements())
+    return Work(parts * flops, parts * size, second.loops)
 
 
-class _Counted(NamedTuple):
-    """A program's cost, and its all-gathers without what tells equal ones of several layers apart."""
-
-    flops: float
-    bytes: float
-    loops: int
-    gathers: Counter[Collective]
-
-
-def _counted(step: Step, mesh: Mesh) -> _Counted | None:
+def _counted(step: Step, mesh: Mesh) -> Work | None:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     program, problem = compiled(step.lowered, TO_COUNT if on_tpu else None)
     if problem is not None:
         return None
-    text, cost = program.as_text(), program.cost_analysis()
-    gathers = (c._replace(where="") for c in collectives(text) if c.kind == "all-gather")
-    return _Counted(cost["flops"], cost["bytes accessed"], looped_products(text), Counter(gathers))
+    cost = program.cost_analysis()
+    return Work(cost["flops"], cost["bytes accessed"], looped_products(program.as_text()))
 
 
 def extrapolated(first: float, second: float, layers: int) -> float:

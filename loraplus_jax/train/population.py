@@ -23,6 +23,7 @@ from ..models.hf import check_params, load_params
 from ..sharding import make_mesh, replicate
 from ..spec import Specs
 from ..train_step import LossFn, TrainState, init_state, make_eval, make_step
+from .data import digest
 from .family import Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .memory import check_memory
@@ -30,7 +31,6 @@ from .prepare import (
     build,
     check_rates,
     count_steps,
-    digest,
     family_of,
     make_optimizer,
     params_of,

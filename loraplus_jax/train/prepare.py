@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from ..tree import combine, label_params, split_trainable
 from . import encoders, language
 from .adapters import adapter_digest, check_start, started
 from .answers import Answer
-from .data import Batch
+from .data import Batch, digest
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .hosts import all_or_none, check_same
@@ -158,16 +157,6 @@ def family_of(settings: Settings) -> Any:
     return language if settings.is_language else encoders
 
 
-def digest(splits: Mapping[str, Batch]) -> str:
-    """A short hex digest of all arrays, by which a run that goes on knows its data again."""
-    total = hashlib.sha256()
-    for split, arrays in splits.items():
-        for name, array in arrays.items():
-            total.update(f"{split} {name} {array.shape}".encode())
-            total.update(np.ascontiguousarray(array).tobytes())
-    return total.hexdigest()[:16]
-
-
 def count_steps(settings: Settings, examples: int) -> int:
     """Optimizer steps in all, checked against the batch size and the warm-up."""
     batch = settings.train.batch_size
@@ -271,7 +260,7 @@ def compile_programs(
         rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
         theory = compile_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed)
     return Programs(
-        lower_step(settings, data, parts, tx, mesh, shardings).compile(),
+        lower_step(settings, data, parts, tx, mesh, shardings).compile(compiler_options(settings, mesh)),
         evaluate.lower(state.trainable, parts.frozen, batch).compile(),
         theory,
     )
@@ -292,6 +281,18 @@ def lower_step(
     )
     batch = batch_shapes(data.splits["train"], settings.train.batch_size)
     return step.lower(state_shapes(parts, tx), parts.frozen, batch)
+
+
+def compiler_options(settings: Settings, mesh: Mesh) -> dict[str, Any] | None:
+    """For the step on TPUs: one gather serves a weight's recompute and its gradient.
+
+    By default XLA gathers a weight again where many operations lie between, as an attention does for q, k and v.
+    Not for straight code: there each layer's weights would be kept from the forward to the backward pass.
+    """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return (
+        {"xla_tpu_spmd_threshold_for_allgather_cse": 10**6} if on_tpu and not settings.model.unroll else None
+    )
 
 
 def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
