@@ -45,6 +45,18 @@ def test_the_greedier_program_counts(monkeypatch):
         check_memory([program(4_000_000, 0), program(8_000_000, 0)], jax.devices()[0], 1)
 
 
+def test_what_one_program_holds_stays_while_another_runs(monkeypatch):
+    many = (
+        jax.jit(lambda x: jnp.sort(jnp.outer(x, x), axis=0)[0]).lower(jnp.ones(1000)).compile()
+    )  # 4 MB in passing
+    host(monkeypatch, 7_000_000)
+    device = jax.devices()[0]
+    check_memory([many], device, 1)
+    check_memory([program(4_000_000, 0)], device, 1)
+    with pytest.raises(ValueError, match="the run needs"):
+        check_memory([program(4_000_000, 0), many], device, 1)
+
+
 def test_an_accelerator_says_itself_what_is_free():
     stats = {"bytes_limit": 100, "bytes_in_use": 30}
     assert free_bytes(types.SimpleNamespace(memory_stats=lambda: stats)) == 70

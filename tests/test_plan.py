@@ -19,7 +19,7 @@ from loraplus_jax.train.plan import (
     make_plan,
     with_layers,
 )
-from loraplus_jax.train.plan_programs import evaluation_bytes, plan_step, sizes
+from loraplus_jax.train.plan_programs import evaluation_bytes, plan_step, sizes, theory_bytes
 from loraplus_jax.train.plan_text import advice, text_of
 from loraplus_jax.train.prepare import family_of
 from loraplus_jax.train.settings import ModelSettings, Settings, TrainSettings
@@ -208,8 +208,8 @@ def test_evaluation_is_compiled_and_has_to_fit(planned):
     many = dataclasses.replace(settings.train, eval_batch_size=8 * 4096)
     large, problem = evaluation_bytes(dataclasses.replace(settings, train=many), data, step, mesh)
     assert problem is None
-    weights = plan.memory["frozen weights"] + plan.memory["trained"]
-    assert weights < plan.evaluation < 1e7
+    held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
+    assert held < plan.evaluation < 1e7
     assert large > plan.evaluation + 4095 * 3 * 32 * 4  # the batch alone
     tight = fake(plan, evaluation=large, room=2 * plan.needed)
     assert not tight.fits
@@ -217,6 +217,24 @@ def test_evaluation_is_compiled_and_has_to_fit(planned):
     (only,) = advice(tight, dataclasses.replace(settings, train=many))
     assert only.startswith("train.eval_batch_size below 32,768, a multiple of 8: evaluation needs")
     assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
+
+
+def test_measuring_the_theory_has_to_fit(planned):
+    plan, settings = planned
+    base, data = parts_of(settings, Path(settings.model.path))
+    mesh = make_mesh()
+    step = plan_step(settings, base, data, mesh)
+    assert plan.theory is None
+    assert theory_bytes(settings, data, step, mesh) == (None, None)
+    often = dataclasses.replace(settings, train=dataclasses.replace(settings.train, theory_every=10))
+    needed, problem = theory_bytes(often, data, step, mesh)
+    assert problem is None
+    assert needed > sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
+    tight = fake(plan, theory=10 * plan.needed, room=2 * plan.needed)
+    assert not tight.fits
+    assert "theory, in its turn" in text_of(tight, often)
+    (only,) = advice(tight, often)
+    assert only.startswith("train.theory_every null: measuring needs ")
 
 
 @pytest.mark.parametrize(

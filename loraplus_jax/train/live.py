@@ -29,10 +29,10 @@ def measured_rows(batch_size: int, mesh: Mesh) -> int:
     return parts * math.ceil(batch_size / SHARE / parts)
 
 
-def compile_theory(
+def lower_theory(
     loss_fn: LossFn, specs: Specs, state: Any, frozen: Any, rows: Any, *, mesh: Mesh, shardings: Shardings
-) -> Any:
-    """`(trainable, before, frozen, batch) -> terms`, compiled; see `theory.make_theory`.
+) -> jax.stages.Lowered:
+    """`(trainable, before, frozen, batch) -> terms` before it is compiled; see `theory.make_theory`.
 
     Args:
       loss_fn, specs: as there.
@@ -42,7 +42,7 @@ def compile_theory(
     trainable, whole = shardings.state.trainable, NamedSharding(mesh, PartitionSpec())
     places = (trainable, trainable["lora"], shardings.frozen, batch_sharding(mesh))
     measure = jax.jit(known(make_theory(loss_fn, specs), mesh), in_shardings=places, out_shardings=whole)
-    return measure.lower(state.trainable, state.trainable["lora"], frozen, rows).compile()
+    return measure.lower(state.trainable, state.trainable["lora"], frozen, rows)
 
 
 def is_due(every: int | None, step: int) -> bool:

@@ -17,12 +17,12 @@ def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> No
     """Raises ValueError if one of the programs needs more memory than is free.
 
     Args:
-      programs: compiled, `jax.stages.Compiled`; they run one at a time, on the same weights.
+      programs: compiled, `jax.stages.Compiled`; they run one at a time, and what one holds stays there meanwhile.
       device: a `jax.Device`, one of those that they run on.
       local_devices: how many of them this process has; on a CPU they share the host's memory.
     """
     on_host = device.platform == "cpu"
-    held, passing = max((_needed(p) for p in programs), key=sum)
+    held, passing = map(max, zip(*map(_needed, programs), strict=True))
     times = local_devices if on_host else 1
     held, passing, free = held * times, passing * times, free_bytes(device)
     if held + passing > free:

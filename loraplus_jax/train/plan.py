@@ -24,7 +24,7 @@ from .fetch import resolve
 from .hlo import Collective, collectives, looped_products
 from .language import head_is_frozen
 from .memory import free_bytes
-from .plan_programs import Step, compiled, evaluation_bytes, local_bytes, plan_step, sizes
+from .plan_programs import Step, compiled, evaluation_bytes, local_bytes, plan_step, sizes, theory_bytes
 from .prepare import check_mesh, check_rates, compiler_options, family_of, params_of
 from .settings import Settings
 
@@ -68,7 +68,8 @@ class Plan:
       memory: bytes by what they are for; temporaries are absent where the compiler gave up.
       needed: bytes in all, as the compiler lays things out; where it gave up, what it says that it wanted.
       peak: bytes in use at once at most, by the compiler's own account; 0 where it gives none.
-      evaluation: bytes that an evaluation needs in all; None where it is not counted.
+      evaluation: bytes that an evaluation needs in all, optimizer included; None where it is not counted.
+      theory: the same of what `train.theory_every` measures with; None where that is not set.
       room: bytes that there are.
       problem: what the compiler said when it gave up, in a line.
       work: FLOPs and bytes of a step; None where the programs that would tell them need too much memory.
@@ -93,6 +94,7 @@ class Plan:
     needed: int
     peak: int
     evaluation: int | None
+    theory: int | None
     room: int
     problem: str | None
     work: Work | None
@@ -102,13 +104,13 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler made the programs, and there is room for the larger one: they run in turn."""
+        """Whether the compiler made the programs, and there is room for the largest: they run in turn."""
         return self.problem is None and self.most <= self.room
 
     @property
     def most(self) -> int:
-        """Bytes that the larger of step and evaluation needs."""
-        return max(self.needed, self.evaluation or 0)
+        """Bytes that the largest of step, evaluation and theory needs."""
+        return max(self.needed, self.evaluation or 0, self.theory or 0)
 
     @property
     def received(self) -> float:
@@ -155,6 +157,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = sizes(program, problem, sum(memory.values()))
     evaluation, stopped = evaluation_bytes(settings, data, step, mesh)
+    theory, halted = theory_bytes(settings, data, step, mesh)
     work = count_work(settings, base, data, mesh)
     found = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
@@ -173,8 +176,9 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         needed=needed,
         peak=peak,
         evaluation=evaluation,
+        theory=theory,
         room=_room(chip, mesh),
-        problem=problem or stopped,
+        problem=problem or stopped or halted,
         work=work,
         collectives=found,
         roofline={} if chip is None or work is None else roofline(chip, work, found),

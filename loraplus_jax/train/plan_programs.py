@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from ..adapt import init_lora
 from ..sharding import Shardings, batch_sharding
 from ..spec import Specs
-from ..train_step import make_eval
+from ..train_step import TrainState, make_eval
 from .family import Base, Data, Losses, Parts
+from .live import lower_theory, measured_rows
 from .prepare import (
     adapted,
     batch_shapes,
@@ -34,12 +35,14 @@ class Step(NamedTuple):
 
     Attributes:
       parts: the model, with shapes for all values.
+      state: shapes of what it changes.
       lowered: the step.
       held: what it takes, by what it is for: trees of shapes and of shardings.
       places: where state and frozen variables lie.
     """
 
     parts: Parts
+    state: TrainState
     lowered: jax.stages.Lowered
     held: dict[str, tuple[Any, Any]]
     places: Shardings
@@ -60,11 +63,11 @@ def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
         "optimizer": (state.opt_state, places.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    return Step(parts, lower_step(settings, data, parts, tx, mesh, places), held, places)
+    return Step(parts, state, lower_step(settings, data, parts, tx, mesh, places), held, places)
 
 
 def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
-    """What an evaluation needs in all, and what the compiler said if it gave up.
+    """What an evaluation needs beside the optimizer's state, in all, and what the compiler said if it gave up.
 
     None for multiple choice: how many choices a question has, each a row of its own, is in the data.
     """
@@ -73,10 +76,28 @@ def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> 
     losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
     evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
     batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
-    weights, trained = step.held["frozen weights"], step.held["trained"]
-    program, problem = compiled(evaluate.lower(trained[0], weights[0], batch))
-    held = local_bytes(*weights) + local_bytes(*trained)
-    return sizes(program, problem, held)[1], problem and f"evaluation: {problem}"
+    return _in_turn("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch), step)
+
+
+def theory_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
+    """The same of the program that `train.theory_every` measures with; None if that is not set."""
+    if settings.train.theory_every is None:
+        return None, None
+    losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
+    rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+    lowered = lower_theory(
+        losses.train, step.parts.specs, step.state, step.parts.frozen, rows, mesh=mesh, shardings=step.places
+    )
+    return _in_turn("theory", lowered, step)
+
+
+def _in_turn(name: str, lowered: jax.stages.Lowered, step: Step) -> tuple[int, str | None]:
+    """Bytes of a program that runs between steps, beside the optimizer's state, and what the compiler said."""
+    program, problem = compiled(lowered)
+    weights, trained, optimizer = (
+        local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
+    )
+    return sizes(program, problem, weights + trained)[1] + optimizer, problem and f"{name}: {problem}"
 
 
 def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:

@@ -68,6 +68,8 @@ def _memory(plan: Plan) -> str:
     if plan.peak:
         rows.append(("at once, by the compiler", _size(plan.peak)))
     rows.append(("evaluation, in its turn", "-" if plan.evaluation is None else _size(plan.evaluation)))
+    if plan.theory is not None:
+        rows.append(("theory, in its turn", _size(plan.theory)))
     rows.append(("there are", _size(plan.room)))
     return _table(rows)
 
@@ -87,13 +89,13 @@ def advice(plan: Plan, settings: Settings) -> list[str]:
 
     Sizes follow from shapes and shardings where a number is given; what only a compilation could tell is said so.
     """
-    evaluation = _for_evaluation(plan, settings)
-    if evaluation and plan.needed <= plan.room:
-        return evaluation
+    others = [*_for_evaluation(plan, settings), *_for_theory(plan, settings)]
+    if others and plan.needed <= plan.room:
+        return others
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     weights, passing = _for_weights(plan, settings), _for_activations(plan, settings)
     return [
-        *evaluation,
+        *others,
         *([*weights, *passing] if held > plan.memory["temporaries"] else [*passing, *weights]),
     ]
 
@@ -107,6 +109,12 @@ def _for_evaluation(plan: Plan, settings: Settings) -> list[str]:
         f"train.eval_batch_size below {rows:,}, a multiple of {parts}: evaluation needs {_size(size)}, the step "
         f"{_size(plan.needed)}"
     ]
+
+
+def _for_theory(plan: Plan, settings: Settings) -> list[str]:
+    if plan.theory is None or plan.theory <= plan.room:
+        return []
+    return [f"train.theory_every null: measuring needs {_size(plan.theory)}, the step {_size(plan.needed)}"]
 
 
 def _for_weights(plan: Plan, settings: Settings) -> list[str]:

@@ -37,7 +37,7 @@ from .data import Batch, digest
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .hosts import all_or_none, check_same
-from .live import compile_theory, measured_rows
+from .live import lower_theory, measured_rows
 from .memory import check_memory
 from .settings import MOST_STEPS, OptimizerSettings, Settings, apart
 
@@ -258,7 +258,7 @@ def compile_programs(
     state, theory = state_shapes(parts, tx), None
     if settings.train.theory_every is not None:
         rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
-        theory = compile_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed)
+        theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed).compile()
     return Programs(
         lower_step(settings, data, parts, tx, mesh, shardings).compile(compiler_options(settings, mesh)),
         evaluate.lower(state.trainable, parts.frozen, batch).compile(),
