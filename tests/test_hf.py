@@ -315,3 +315,43 @@ def test_a_tensor_that_repeats_another_must_have_its_values(tmp_path):
         write(tmp_path, content | {"lm_head.weight": other})
         with pytest.raises(ValueError, match=r"~ lm_head.weight differs from tok.weight"):
             load(tmp_path, table)
+
+
+def test_three_rows_of_every_tensor_tell_files_apart(tmp_path):
+    def digest(name, change=lambda content: None):
+        content, folder = tensors(), tmp_path / name
+        change(content)
+        folder.mkdir()
+        return hf.rows_digest(hf.check_params(write(folder, content), TABLE, EXPECTED, new=("head",))[1])
+
+    def row(number):
+        return lambda content: content["tok.weight"].__setitem__((number, 0), 9.0)
+
+    def narrower(content):
+        content["tok.weight"] = content["tok.weight"].astype(np.float16)
+
+    plain = digest("plain")
+    assert digest("same") == plain
+    (tmp_path / "shards").mkdir()
+    halves = sorted(tensors().items())
+    shards = {f"part-{n}.safetensors": dict(halves[n::2]) for n in range(2)}
+    found = hf.check_params(write_shards(tmp_path / "shards", shards), TABLE, EXPECTED, new=("head",))[1]
+    assert hf.rows_digest(found) == plain
+    changed = [digest(f"row {n}", row(n)) for n in (0, 3, 6)]
+    assert len({plain, *changed, digest("narrower", narrower)}) == 5
+    assert digest("row 1", row(1)) == plain  # not looked at
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_short_tensors_are_looked_at_whole(tmp_path, rows):
+    table = NameTable(rules=embedding("tok", "embed"))
+    expected = {"embed": {"embedding": jax.ShapeDtypeStruct((rows, 2), jnp.float32)}}
+    found = set()
+    for change in range(-1, rows):
+        values = np.zeros((rows, 2), np.float32)
+        if change >= 0:
+            values[change] = 1
+        found.add(
+            hf.rows_digest(hf.check_params(write(tmp_path, {"tok.weight": values}), table, expected)[1])
+        )
+    assert len(found) == rows + 1
