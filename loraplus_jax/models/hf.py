@@ -79,6 +79,7 @@ def load_params(
     Example:
       >>> import tempfile
       >>> from safetensors.numpy import save_file
+      >>> from loraplus_jax.models.name_table import linear
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_file({"fc.weight": np.ones((2, 3), np.float32)}, f"{folder}/model.safetensors")
       ...     params = load_params(folder, NameTable(rules=linear("fc", "up", bias=False)),
