@@ -9,7 +9,8 @@ import pytest
 from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.train.data import DataSettings
-from loraplus_jax.train.prepare import count_steps, make_optimizer, schedule_for
+from loraplus_jax.train.optimizers import make_optimizer, schedule_for
+from loraplus_jax.train.prepare import count_steps
 from loraplus_jax.train.settings import ModelSettings, OptimizerSettings, Settings, TrainSettings
 
 CONFIG = LoRAPlusConfig(target_modules=("query",), lr_ratio=4.0)

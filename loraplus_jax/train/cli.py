@@ -99,6 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
     predict.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
     generate = add("generate", _generate, "answer prompts with a language model, tuned or as it is")
+    _generate_options(generate)
+    export = add("export", _export, "write a run's adapter for PEFT, or with --merged a whole model")
+    _export_options(export)
+    fetch = add("fetch", _fetch, "fetch a model or data set by name; without a name, list them")
+    fetch.add_argument("name", nargs="?", metavar="NAME")
+    return parser
+
+
+def _generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("place", metavar="RUN|MODEL", help="a run, an adapter directory, or a model")
     generate.add_argument(
         "--prompt", action="append", default=[], help="a prompt; may be given several times"
@@ -120,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
     generate.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
-    export = add("export", _export, "write a run's adapter for PEFT, or with --merged a whole model")
+
+
+def _export_options(export: argparse.ArgumentParser) -> None:
     export.add_argument("place", metavar="RUN", type=Path, help="a run or an adapter directory")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new directory")
     export.add_argument(
@@ -128,9 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--format", choices=("hf", "gguf"), help="of a merged model (default hf)")
     export.add_argument("--dtype", choices=DTYPES, help="of a merged model's weights; by default the base's")
-    fetch = add("fetch", _fetch, "fetch a model or data set by name; without a name, list them")
-    fetch.add_argument("name", nargs="?", metavar="NAME")
-    return parser
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -1,12 +1,7 @@
 """`loraplus inspect`: what a run would train, and at which rates, without training."""
 
-import dataclasses
-
 from ..diagnostics import describe
-from ..sharding import check_tensor, make_mesh
-from .family import rows_of
-from .fetch import resolve
-from .prepare import build, check_mesh, count_steps, family_of, make_optimizer
+from .prepare import outline
 from .settings import Settings
 
 
@@ -21,16 +16,10 @@ def inspect(settings: Settings) -> str:
             f"distributed.coordinator is {address}, and inspect joins no other process: give "
             "--distributed.coordinator null to look at the run with the devices here"
         )
-    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    check_mesh(settings, mesh)
-    directory = resolve(settings.model.path, "model")
-    data = family_of(settings).load_data(settings, directory)
-    steps = count_steps(settings, rows_of(data.splits["train"]))
-    config = settings.applied
-    parts = build(settings, directory, data.task, config)
-    check_tensor(mesh, parts.base.tensor_sizes)
-    tx = make_optimizer(settings.optimizer, config, steps, parts.specs)
+    run = outline(settings)
     peak = settings.optimizer.warmup_steps
-    table = describe(parts.trainable, tx, parts.specs, frozen=parts.frozen, step=peak)
-    sizes = ", ".join(f"{size:,} {name}" for name, size in data.examples.items())
-    return f"{table}\n{steps} steps of {settings.train.batch_size}; rates are those of step {peak}; data: {sizes}"
+    parts = run.shapes
+    table = describe(parts.trainable, run.tx, parts.specs, frozen=parts.frozen, step=peak)
+    sizes = ", ".join(f"{size:,} {name}" for name, size in run.data.examples.items())
+    steps = f"{run.steps} steps of {settings.train.batch_size}"
+    return f"{table}\n{steps}; rates are those of step {peak}; data: {sizes}"

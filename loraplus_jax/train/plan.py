@@ -18,14 +18,15 @@ from jax.sharding import Mesh
 from ..models.llama import head_kernel
 from ..sharding import batch_parts, check_tensor, make_mesh
 from ..tree import count
-from .chips import Chip, tpu_devices
+from .chips import Chip, compiler_options, tpu_devices
 from .family import Base, Data, Parts
 from .fetch import resolve
 from .hlo import Collective, collectives, looped_products
 from .language import head_is_frozen
 from .memory import free_bytes
+from .optimizers import check_rates
 from .plan_programs import Step, compiled, evaluation_bytes, local_bytes, plan_step, sizes, theory_bytes
-from .prepare import check_mesh, check_rates, compiler_options, family_of, params_of
+from .prepare import check_mesh, family_of, params_of
 from .settings import Settings
 
 TO_COUNT = {
@@ -152,7 +153,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     step = plan_step(settings, base, data, mesh)
     check_rates(settings.optimizer, step.parts)
     start = time.perf_counter()
-    program, problem = compiled(step.lowered, compiler_options(settings, mesh))
+    program, problem = compiled(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = sizes(program, problem, sum(memory.values()))

@@ -14,13 +14,13 @@ from ..spec import Specs
 from ..train_step import TrainState, make_eval
 from .family import Base, Data, Losses, Parts
 from .live import lower_theory, measured_rows
+from .optimizers import make_optimizer
 from .prepare import (
     adapted,
     batch_shapes,
     count_steps,
     family_of,
     lower_step,
-    make_optimizer,
     place_all,
     state_shapes,
 )

@@ -27,12 +27,11 @@ from .data import digest
 from .family import Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .memory import check_memory
+from .optimizers import check_rates, make_optimizer
 from .prepare import (
     build,
-    check_rates,
     count_steps,
     family_of,
-    make_optimizer,
     params_of,
     with_weights,
 )

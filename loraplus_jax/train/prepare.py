@@ -1,7 +1,6 @@
 """From settings to everything a run needs: data, model, adapters, optimizer. Nothing is written here."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,14 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
 from ..adapt import apply_lora_plus, init_lora
 from ..checkpoint import describe_run, fingerprint, leaf_kinds
 from ..config import LoRAPlusConfig
 from ..models.hf import check_params, load_params, rows_digest
-from ..optim import LoRAPlusTransform, lora_plus_adamw, make_schedule
+from ..optim import LoRAPlusTransform
 from ..sharding import (
     BATCH_AXES,
     Shardings,
@@ -29,17 +27,19 @@ from ..sharding import (
 )
 from ..spec import Specs
 from ..train_step import TrainState, init_state, jit_step, make_eval
-from ..tree import combine, label_params, split_trainable
+from ..tree import combine, split_trainable
 from . import encoders, language
 from .adapters import adapter_digest, check_start, started
 from .answers import Answer
+from .chips import compiler_options
 from .data import Batch, digest
 from .family import Base, Data, Losses, Parts, rows_of
 from .fetch import resolve
 from .hosts import all_or_none, check_same
 from .live import lower_theory, measured_rows
 from .memory import check_memory
-from .settings import MOST_STEPS, OptimizerSettings, Settings, apart
+from .optimizers import check_rates, make_optimizer, schedule_for
+from .settings import MOST_STEPS, Settings, apart
 
 
 class Run(NamedTuple):
@@ -121,16 +121,8 @@ def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
 
     Of `init_adapter` and metadata the run has nothing yet.
     """
-    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
-    check_mesh(settings, mesh)
-    directory = resolve(settings.model.path, "model")
-    data = family_of(settings).load_data(settings, directory)
-    steps = count_steps(settings, rows_of(data.splits["train"]))
+    mesh, directory, data, steps, shapes, tx = outline(settings)
     config = settings.applied
-    shapes = build(settings, directory, data.task, config)
-    check_tensor(mesh, shapes.base.tensor_sizes)
-    tx = make_optimizer(settings.optimizer, config, steps, shapes.specs)
-    check_rates(settings.optimizer, shapes)
     _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     if settings.init_adapter is not None:
         check_start(settings, shapes, params_of(shapes), data.task)
@@ -150,6 +142,31 @@ def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
         "init_adapter": adapter_digest(settings) if several else None,
     }
     return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {}), found
+
+
+class Outline(NamedTuple):
+    """A run before any weight is looked at; see `Run`. `shapes` is the model with shapes for all values."""
+
+    mesh: Mesh
+    directory: Path
+    data: Data
+    steps: int
+    shapes: Parts
+    tx: LoRAPlusTransform
+
+
+def outline(settings: Settings) -> Outline:
+    """Fetches model and data, and checks devices, data, steps, adapters and rates against each other."""
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    check_mesh(settings, mesh)
+    directory = resolve(settings.model.path, "model")
+    data = family_of(settings).load_data(settings, directory)
+    steps = count_steps(settings, rows_of(data.splits["train"]))
+    shapes = build(settings, directory, data.task, settings.applied)
+    check_tensor(mesh, shapes.base.tensor_sizes)
+    tx = make_optimizer(settings.optimizer, settings.applied, steps, shapes.specs)
+    check_rates(settings.optimizer, shapes)
+    return Outline(mesh, directory, data, steps, shapes, tx)
 
 
 def family_of(settings: Settings) -> Any:
@@ -259,8 +276,9 @@ def compile_programs(
     if settings.train.theory_every is not None:
         rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
         theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed).compile()
+    options = compiler_options(mesh, unrolled=settings.model.unroll)
     return Programs(
-        lower_step(settings, data, parts, tx, mesh, shardings).compile(compiler_options(settings, mesh)),
+        lower_step(settings, data, parts, tx, mesh, shardings).compile(options),
         evaluate.lower(state.trainable, parts.frozen, batch).compile(),
         theory,
     )
@@ -283,18 +301,6 @@ def lower_step(
     return step.lower(state_shapes(parts, tx), parts.frozen, batch)
 
 
-def compiler_options(settings: Settings, mesh: Mesh) -> dict[str, Any] | None:
-    """For the step on TPUs: one gather serves a weight's recompute and its gradient.
-
-    By default XLA gathers a weight again where many operations lie between, as an attention does for q, k and v.
-    Not for straight code: there each layer's weights would be kept from the forward to the backward pass.
-    """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return (
-        {"xla_tpu_spmd_threshold_for_allgather_cse": 10**6} if on_tpu and not settings.model.unroll else None
-    )
-
-
 def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch of some columns' rows, with a weight a row."""
     weighed = columns | {"weight": np.ones(1, np.float32)}
@@ -308,57 +314,6 @@ def state_shapes(parts: Parts, tx: LoRAPlusTransform) -> TrainState:
 
 def _zeros(shapes: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-
-def make_optimizer(
-    settings: OptimizerSettings,
-    config: LoRAPlusConfig | None,
-    steps: int,
-    specs: Specs,
-    *,
-    learning_rate: jax.Array | None = None,
-    lr_ratio: jax.Array | None = None,
-) -> LoRAPlusTransform:
-    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate.
-
-    A peak rate and a ratio given as arrays, which may be traced, stand for those of the settings.
-    """
-    schedule = functools.partial(schedule_for, settings, steps)
-    rates = {"extra": settings.head_learning_rate, "embedding": settings.embedding_learning_rate}
-    ratio = 1.0 if config is None else config.lr_ratio
-    return lora_plus_adamw(
-        schedule(settings.learning_rate if learning_rate is None else learning_rate),
-        lr_ratio=ratio if lr_ratio is None else lr_ratio,
-        b1=settings.b1,
-        b2=settings.b2,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        decay=settings.decay,
-        max_grad_norm=settings.max_grad_norm,
-        rates={role: schedule(rate) for role, rate in rates.items() if rate is not None},
-        policy=settings.policy,
-        specs=specs,
-    )
-
-
-def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:
-    """The named schedule with a peak rate."""
-    return make_schedule(
-        settings.schedule,
-        peak,
-        steps,
-        warmup_steps=settings.warmup_steps,
-        final_fraction=settings.final_fraction,
-        decay_steps=settings.decay_steps,
-    )
-
-
-def check_rates(settings: OptimizerSettings, parts: Parts) -> None:
-    """No rate is set for a group that has nothing in it."""
-    roles = set(jax.tree.leaves(label_params(parts.trainable, parts.specs, policy=settings.policy)))
-    for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):
-        if getattr(settings, name) is not None and role not in roles:
-            raise ValueError(f"optimizer.{name} is set, and nothing is trained that it is for")
 
 
 def check_mesh(settings: Settings, mesh: Mesh) -> None:
