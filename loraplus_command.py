@@ -14,7 +14,7 @@ def run() -> None:
     """Runs the command line and ends the process."""
     listen()
     sys.unraisablehook = _unraisable
-    from loraplus_jax.train.cli import main
+    from loraplus_jax.cli import main
 
     try:
         code = main()

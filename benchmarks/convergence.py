@@ -30,12 +30,12 @@ from convergence_plan import STEPS, Experiment, Job, Method, experiment, reports
 from convergence_table import write_table
 
 from loraplus_jax import TrainState, init_state, lora_plus_adamw, make_eval, make_schedule, scale_variables
-from loraplus_jax.train.data import DataSettings, eval_batches, train_batches
-from loraplus_jax.train.family import Parts
-from loraplus_jax.train.fetch import resolve
-from loraplus_jax.train.prepare import build, family_of, load
-from loraplus_jax.train.settings import ModelSettings, Settings
+from loraplus_jax.data.fetch import resolve
+from loraplus_jax.data.splits import DataSettings, eval_batches, train_batches
+from loraplus_jax.settings.schema import ModelSettings, Settings
+from loraplus_jax.tasks.interface import Parts
 from loraplus_jax.train_step import make_step, means
+from loraplus_jax.training.setup import build, family_of, load
 from loraplus_jax.tree import combine
 
 ROWS = RESULTS / "convergence.jsonl"

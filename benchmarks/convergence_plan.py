@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.settings import Settings
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.schema import Settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS = 60

@@ -9,7 +9,7 @@ from common import RESULTS, machine, table
 from convergence_plan import CONTROL, REPORT_SEEDS, TUNING_SEEDS, Experiment, choose, point_of
 from scipy import stats
 
-from loraplus_jax.train.sweep_verdict import ratio_interval
+from loraplus_jax.sweep.statistics import ratio_interval
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = Sequence[float | None]

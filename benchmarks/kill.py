@@ -28,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 TRAPPED = """
 import os, signal, sys, threading
 target, when, nth = sys.argv[1], sys.argv[2], int(sys.argv[3])
-from loraplus_jax.train import cli, lifecycle, loop, prepare, report
+from loraplus_jax import cli
+from loraplus_jax.training import metrics_log as report, run_directory as lifecycle
+from loraplus_jax.training import setup as prepare, trainer as loop
 owner, name = target.rsplit(".", 1)
 place = eval(owner)
 original, calls = getattr(place, name), []

@@ -27,7 +27,7 @@ from loraplus_jax import (
 )
 from loraplus_jax.models.bert import BertForSequence
 from loraplus_jax.models.bert_config import BertConfig
-from loraplus_jax.train.tasks import Task
+from loraplus_jax.tasks.classification import Task
 from loraplus_jax.tree import count, leaves_by_path
 
 MINILM = BertConfig(

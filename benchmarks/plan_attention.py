@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from common import report
 
 from loraplus_jax.models.attention import causal_attention
-from loraplus_jax.train.chips import tpu_devices
+from loraplus_jax.plan.tpu import tpu_devices
 
 HEADS, HEAD = 32, 128
 LENGTHS = (256, 1024, 2048, 4096)

@@ -19,10 +19,10 @@ from typing import Any
 
 from common import RESULTS, machine, table
 
-from loraplus_jax.train.hlo import Collective
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.plan import make_plan
-from loraplus_jax.train.plan_text import text_of
+from loraplus_jax.plan.hlo import Collective
+from loraplus_jax.plan.plan import make_plan
+from loraplus_jax.plan.text import text_of
+from loraplus_jax.settings.parsing import parse_settings
 
 HERE = Path(__file__).parent
 FILE = RESULTS / "plan_scaling.json"

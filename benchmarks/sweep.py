@@ -27,15 +27,15 @@ import numpy as np
 from common import RESULTS, interleaved, median_ratio, report
 
 from loraplus_jax import init_state, replicate
-from loraplus_jax.train import population as populations
-from loraplus_jax.train.crew import Crew
-from loraplus_jax.train.data import eval_batches, train_batches
-from loraplus_jax.train.loop import place
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.population import prepare_population
-from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.sweep_choice import at_rung, best_of, curve_every, member_steps, stops_of
-from loraplus_jax.train.sweep_settings import METHODS, NAMES, SweepRun, SweepSettings, Trial
+from loraplus_jax.data.splits import eval_batches, train_batches
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sweep import population as populations
+from loraplus_jax.sweep.halving import at_rung, best_of, curve_every, member_steps, stops_of
+from loraplus_jax.sweep.population import prepare_population
+from loraplus_jax.sweep.settings import METHODS, NAMES, SweepRun, SweepSettings, Trial
+from loraplus_jax.sweep.slots import Crew
+from loraplus_jax.training.setup import prepare
+from loraplus_jax.training.trainer import place
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")

@@ -27,7 +27,7 @@ from loraplus_jax import (
 )
 from loraplus_jax.models.bert import BertForSequence
 from loraplus_jax.theory import make_theory
-from loraplus_jax.train.live import adapters_of, as_metrics, first_rows
+from loraplus_jax.training.theory_metrics import adapters_of, as_metrics, first_rows
 
 EVERY = 10
 

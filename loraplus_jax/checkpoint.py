@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from .config import LoRAPlusConfig, check_whole, nearest
-from .processes import gathered, is_loss
+from .multihost import gathered, is_loss
 from .spec import Specs, specs_to_json
 from .train_step import TrainState
 from .tree import leaves_by_path

@@ -15,7 +15,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import check_whole
-from .diagnostics import role_norms
+from .optim.diagnostics import role_norms
 from .sharding import DATA_AXIS, Shardings, batch_sharding, known
 from .tree import combine, label_params
 

@@ -8,7 +8,7 @@ import jax
 from flax import traverse_util
 
 from .config import Bias, LoRAPlusConfig, matches, nearest
-from .factors import factor_pairs, spec_key
+from .factor_pairs import factor_pairs, spec_key
 from .spec import Specs
 
 Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.settings import Settings
-from loraplus_jax.train.sweep_settings import SweepRun
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.schema import Settings
+from loraplus_jax.sweep.settings import SweepRun
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

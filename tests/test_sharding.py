@@ -35,8 +35,8 @@ from loraplus_jax.sharding import (
     make_shardings,
     split_rows,
 )
-from loraplus_jax.train.language_tasks import LanguageTask
-from loraplus_jax.train.tasks import Task
+from loraplus_jax.tasks.classification import Task
+from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.tree import leaves_by_path
 
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ..path_map import PathMap, place_of
-from ..peft_leaves import named_leaves, slices_of
-from ..peft_options import raise_all
+from ..interop.path_map import PathMap, place_of
+from ..interop.peft_config import raise_all
+from ..interop.peft_modules_to_save import named_leaves, slices_of
 from ..tree import flatten
-from . import gguf, tokenizer
+from . import tokenizer
 from .bert import Pooling
 from .bert_config import BertConfig
+from .gguf import load as gguf
 from .hf import INDEX, SINGLE, load_config
 from .llama_config import LlamaConfig
 from .merged import TYPES, Merge, Tensor, merged_tensors

@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from ..config import read_json
-from . import gguf
+from .gguf import load as gguf
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 
 SINGLE = "model.safetensors"

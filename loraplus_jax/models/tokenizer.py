@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import nearest, read_json
-from . import gguf
+from .gguf import load as gguf
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loraplus_jax.train.data import DataSettings
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.settings import ModelSettings, Settings
+from loraplus_jax.data.splits import DataSettings
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.schema import ModelSettings, Settings
 
 from .damage import check, damaged, data_limit
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from loraplus_jax.train.rows import read_rows
+from loraplus_jax.data.readers import read_rows
 
 from .damage import BYTES, check, damaged, data_limit, odd_json
 

@@ -5,12 +5,12 @@ import struct
 import numpy as np
 import pytest
 
-from loraplus_jax.models import gguf
+from loraplus_jax.models.gguf import load as gguf
 from loraplus_jax.models.hf import load_config, load_params
 from loraplus_jax.models.name_table import NameTable, Rule
 from loraplus_jax.models.tokenizer import chat_template, special_tokens, tokenizer
 
-from ..gguf_files import metadata, write
+from ..models.gguf.files import metadata, write
 from .damage import check, damaged, data_limit
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
-from loraplus_jax.adapter_io import adapter_notes
+from loraplus_jax.interop.adapter_files import adapter_notes
 from loraplus_jax.models.bert_config import BertConfig
 from loraplus_jax.models.hf import INDEX, SINGLE, load_config, load_params
 from loraplus_jax.models.name_table import NameTable, embedding, linear

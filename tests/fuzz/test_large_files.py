@@ -3,10 +3,10 @@
 import pytest
 
 from loraplus_jax.config import LARGEST_JSON, read_json
+from loraplus_jax.data.readers import read_rows
 from loraplus_jax.models.hf import SINGLE, load_params
 from loraplus_jax.models.name_table import NameTable
-from loraplus_jax.train.rows import read_rows
-from loraplus_jax.train.yaml_files import LARGEST_YAML, read_yaml
+from loraplus_jax.settings.yaml_files import LARGEST_YAML, read_yaml
 
 from .damage import MIB, data_limit
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from loraplus_jax.train.cli import main
+from loraplus_jax.cli import main
 
 pytestmark = pytest.mark.usefixtures("cache")
 

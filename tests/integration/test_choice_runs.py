@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from loraplus_jax.train import loop
-from loraplus_jax.train.use import load_tuned
+from loraplus_jax.inference.predict import load_tuned
+from loraplus_jax.training import trainer as loop
 from loraplus_jax.tree import combine
 
 from . import language_world as tiny

@@ -1,6 +1,6 @@
 """Nothing that a user sets is unused: every field is changed, and something that can be seen changes with it.
 
-`tests/test_settings.py` proves that every field is read; here each has a proof, a function from settings to
+`tests/settings/test_schema.py` proves that every field is read; here each has a proof, a function from settings to
 something comparable, and a base on which it has an effect.
 """
 
@@ -23,14 +23,16 @@ import pytest
 from rich.console import Console
 
 from loraplus_jax import AdapterSpec, jit_step, load_adapter, save_adapter
-from loraplus_jax.optim import rate_at
-from loraplus_jax.train import answers, hosts, loop
-from loraplus_jax.train import prepare as preparing
-from loraplus_jax.train.fetch import resolve
-from loraplus_jax.train.loop import Trainer, TrainingFailed, train
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.settings import Settings
-from loraplus_jax.train.watch import check_skipped
+from loraplus_jax.data.fetch import resolve
+from loraplus_jax.optim.lora_plus import rate_at
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.schema import Settings
+from loraplus_jax.tasks import sample_answers as answers
+from loraplus_jax.training import distributed as hosts
+from loraplus_jax.training import setup as preparing
+from loraplus_jax.training import trainer as loop
+from loraplus_jax.training.anomalies import check_skipped
+from loraplus_jax.training.trainer import Trainer, TrainingFailed, train
 from loraplus_jax.tree import leaves_by_path
 
 from . import language_world as language

@@ -1,4 +1,4 @@
-"""`loraplus export`, and what runs on its results, without PyTorch; tests/interop compares with PEFT itself."""
+"""`loraplus export`, and what runs on its results, without PyTorch; tests/reference compares with PEFT itself."""
 
 import json
 import shutil
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax.adapter_io import load_adapter
-from loraplus_jax.peft_io import load_peft
-from loraplus_jax.train.cli import main
+from loraplus_jax.cli import main
+from loraplus_jax.interop.adapter_files import load_adapter
+from loraplus_jax.interop.peft_files import load_peft
 
 from . import language_world as language
 
@@ -153,7 +153,7 @@ def test_a_model_trained_in_full_goes_out_merged(world, tmp_path, capsys):
 
 
 def test_training_goes_on_from_a_run_and_from_its_export(finished, tmp_path, capsys, cache, monkeypatch):
-    from loraplus_jax.train import loop
+    from loraplus_jax.training import trainer as loop
 
     monkeypatch.setattr(loop, "draw_loss", lambda *_: None)
     printed(capsys, "export", finished.out, "--to", tmp_path / "peft")

@@ -315,7 +315,7 @@ def test_writes_that_outlive_a_failed_save_say_nothing(at_the_end, printed):
     """A write of tensorstore's that ends after its event loop raises where nobody can catch it."""
     script = f"""
 import asyncio, sys, time, loraplus_command, tensorstore
-import loraplus_jax.train.cli as cli
+import loraplus_jax.cli as cli
 
 class Late:
     def __del__(self):

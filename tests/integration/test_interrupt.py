@@ -6,8 +6,8 @@ import signal
 
 import pytest
 
-from loraplus_jax.train import evaluation
-from loraplus_jax.train.loop import Trainer
+from loraplus_jax.training import evaluation
+from loraplus_jax.training.trainer import Trainer
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
 ODD = [
@@ -231,8 +231,8 @@ def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsy
 
 @pytest.mark.slow
 def test_spikes_are_logged_at_their_steps_also_by_a_run_that_goes_on(world, monkeypatch, capsys):
-    monkeypatch.setattr("loraplus_jax.train.watch.SPIKE", 0.9)  # so that a sound run has some
-    monkeypatch.setattr("loraplus_jax.train.watch.NOISE", 0.0)
+    monkeypatch.setattr("loraplus_jax.training.anomalies.SPIKE", 0.9)  # so that a sound run has some
+    monkeypatch.setattr("loraplus_jax.training.anomalies.NOISE", 0.0)
     straight = result_of(world.trained(*ODD, "--train.log_every", "7", out=world.directory / "straight"))
     spikes = [row for row in straight[1] if "spike/loss" in row]
     assert spikes

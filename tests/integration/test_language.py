@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from loraplus_jax.train import language, loop
-from loraplus_jax.train.cli import main
+from loraplus_jax.cli import main
+from loraplus_jax.tasks import causal_lm as language
+from loraplus_jax.training import trainer as loop
 
 from . import language_world as tiny
 from .test_run import (

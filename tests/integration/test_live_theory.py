@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sharding import make_mesh
-from loraplus_jax.train.live import as_metrics, measured_rows, read_metrics
-from loraplus_jax.train.parsing import parse_settings
+from loraplus_jax.training.theory_metrics import as_metrics, measured_rows, read_metrics
 
 from .test_interrupt import rows_of, signal_at
 
@@ -127,7 +127,7 @@ def test_a_quarter_of_the_rows_on_all_devices():
 @pytest.mark.slow
 def test_at_every_tenth_step_it_takes_less_than_a_twentieth_of_the_training(world):
     """By the FLOPs of the compiled programs, all layers counted."""
-    from loraplus_jax.train.prepare import prepare
+    from loraplus_jax.training.setup import prepare
 
     jax.config.update("jax_disable_most_optimizations", False)
     overrides = ("--model.unroll", "true", "--train.theory_every", "10", "--output_dir", str(world.out))

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from loraplus_jax import init_state
-from loraplus_jax.train import population as populations
-from loraplus_jax.train.crew import Crew
-from loraplus_jax.train.data import train_batches
-from loraplus_jax.train.loop import place
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.population import prepare_population
-from loraplus_jax.train.prepare import prepare
-from loraplus_jax.train.sweep_settings import SweepRun, Trial
+from loraplus_jax.data.splits import train_batches
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sweep import population as populations
+from loraplus_jax.sweep.population import prepare_population
+from loraplus_jax.sweep.settings import SweepRun, Trial
+from loraplus_jax.sweep.slots import Crew
+from loraplus_jax.training.setup import prepare
+from loraplus_jax.training.trainer import place
 from loraplus_jax.tree import leaves_by_path
 
 pytestmark = pytest.mark.slow

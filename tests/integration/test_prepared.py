@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from loraplus_jax.train import prepare as module
-from loraplus_jax.train.cli import main
-from loraplus_jax.train.encoders import load_data, model_config
-from loraplus_jax.train.inspection import inspect
-from loraplus_jax.train.parsing import parse_settings
-from loraplus_jax.train.prepare import prepare
+from loraplus_jax.cli import main
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.tasks.encoder import load_data, model_config
+from loraplus_jax.training import setup as module
+from loraplus_jax.training.inspect import inspect
+from loraplus_jax.training.setup import prepare
 from loraplus_jax.tree import leaves_by_path
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -11,10 +11,10 @@ import yaml
 from safetensors.numpy import load_file
 
 from loraplus_jax import jit_step, load_adapter
-from loraplus_jax.train import prepare
-from loraplus_jax.train.cli import main
-from loraplus_jax.train.loop import Trainer
-from loraplus_jax.train.report import RunLog
+from loraplus_jax.cli import main
+from loraplus_jax.training import setup as prepare
+from loraplus_jax.training.metrics_log import RunLog
+from loraplus_jax.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -394,7 +394,7 @@ def test_a_run_that_lacks_only_its_end_trains_no_more(world, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert world.train(*SHORT) == 130
-    monkeypatch.setattr("loraplus_jax.train.loop.place", lambda batch, mesh: batch)
+    monkeypatch.setattr("loraplus_jax.training.trainer.place", lambda batch, mesh: batch)
     assert world.train(*SHORT) == 0
     assert list(column(world.out, "loss")) == [2, 4, 6, 8]
 

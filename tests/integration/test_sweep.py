@@ -11,11 +11,11 @@ import jax
 import pytest
 import yaml
 
-from loraplus_jax.train import sweep as sweeping
-from loraplus_jax.train.cli import main
-from loraplus_jax.train.crew import Crew
-from loraplus_jax.train.sweep_figures import PICTURES
-from loraplus_jax.train.sweep_report import number, whole
+from loraplus_jax.cli import main
+from loraplus_jax.sweep import run as sweeping
+from loraplus_jax.sweep.figures import PICTURES
+from loraplus_jax.sweep.report import number, whole
+from loraplus_jax.sweep.slots import Crew
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,1 @@
+"""Data: download, read, split, label, tokenize and batch."""

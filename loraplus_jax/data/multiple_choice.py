@@ -1,0 +1,204 @@
+"""Multiple choice: files of questions, and the arrays with which a model scores each choice as a continuation."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..config import check_whole
+from .chat import Tokens, find_answers, tokenize
+from .chat_template import ChatTemplate
+from .conversations import Chat, Turn, take_list, take_text
+from .packing import Arrays
+from .readers import Problems, place_of, raise_problems, read_records, surrogate_in
+
+PROMPTS = ("prompt", "question", "instruction")
+LEAD = "the correct answer is "
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with two choices or more.
+
+    Attributes:
+      prompt: what the user asks.
+      choices: what the assistant might answer, each in full.
+      answer: the index of the right one.
+      place: where it came from, for error messages.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    answer: int
+    place: str = "a question"
+
+
+def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Question]:
+    """The questions of a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
+
+    A row has `prompt` (or `question` or `instruction`), `choices`, a list of texts (in a table, as JSON), and
+    `answer`: the right choice's text, its letter, or its index from 0, whichever fits first.
+
+    Or, without `choices`, it is as LLM-Adapters (arXiv 2304.01933) writes commonsense questions: `instruction`,
+    which ends in "Answer format: answer1/answer2/answer3" or the like, perhaps `input`, and `output`, "the correct
+    answer is answer2". The choices are then "the correct answer is answer1" and so on.
+
+    Args:
+      path: the file.
+      columns: our names, as above, to the file's: `prompt`, `choices` and `answer`, or `instruction`, `output` and
+        perhaps `input`. By default the file's own names, if they are as above.
+
+    Raises:
+      ValueError: the file cannot be read, or rows are faulty: columns missing or of the wrong type, fewer than two
+        choices or two that are equal, an answer that is none of them. All in one message, the first 20 with their
+        places.
+    """
+    path, problems = Path(path), Problems()
+    records = read_records(path, problems)
+    columns = _columns(path, records, columns) if records else {}
+    questions = []
+    for number, values in records:
+        faults: list[str] = []
+        read = _listed if "choices" in columns else _commonsense
+        question = read(values, columns, place_of(path, number), faults)
+        for fault in faults:
+            problems.add(number, fault)
+        if not faults:
+            questions.append(question)
+    problems.report(path)
+    return questions
+
+
+def encode_choices(
+    questions: Sequence[Question], tokenizer: Tokenizer, template: ChatTemplate, max_length: int
+) -> Arrays:
+    """Every choice of N questions as the answer to its prompt, up to the last token of the choice.
+
+    Only the tokens of the choice are scored. A choice's log-likelihood is the sum over `loss_mask` of the tokens'
+    log-probabilities; the highest sum is the usual prediction. Longer choices have lower sums, so a second metric
+    takes the mean per byte, the sum over `byte_lengths`, which no tokenizer influences, or the mean per token, over
+    `loss_mask.sum(-1)`. Absent choices have nothing to score: leave them out by `n_choices` before the argmax.
+
+    Args:
+      questions: N questions, of C choices at most.
+      tokenizer: the model's.
+      template: the chat template.
+      max_length: T.
+
+    Returns:
+      int32 `input_ids` and `segment_ids` and float32 `loss_mask`, each `(N, C, T)`, as `pad` has them, segment 0
+      all along where a question has fewer choices; int32 `answer` and `n_choices`, each `(N,)`; and int32
+      `byte_lengths` `(N, C)`, the UTF-8 bytes of each choice, 1 where there is none.
+
+    Raises:
+      ValueError: the template fails or does not write a choice as it stands, or a question and its longest choice
+        have more than `max_length` tokens: nothing is cut.
+    """
+    check_whole("max_length", max_length, at_least=2)
+    width = max((len(q.choices) for q in questions), default=0)
+    shape = (len(questions), width, max_length)
+    arrays = {
+        "input_ids": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "loss_mask": np.zeros(shape, np.float32),
+        "answer": np.array([q.answer for q in questions], np.int32),
+        "n_choices": np.array([len(q.choices) for q in questions], np.int32),
+        "byte_lengths": np.ones(shape[:2], np.int32),
+    }
+    cells = [(n, c) for n, question in enumerate(questions) for c in range(len(question.choices))]
+    found = [find_answers(template, _chat(questions[n], c)) for n, c in cells]
+    long = []
+    for (n, c), (_, spans), encoding in zip(
+        cells, found, tokenize([t for t, _ in found], tokenizer), strict=True
+    ):
+        tokens = Tokens(encoding)
+        # The first token cannot be predicted, having nothing before it.
+        first, stop = max(1, tokens.first_after(spans[0].text)), tokens.first_from(spans[0].text_end)
+        if stop > max_length:
+            what = f"{stop} tokens with choice {c + 1}, above max_length {max_length}: raise it or remove the row"
+            long.append((questions[n].place, what))
+            continue
+        arrays["input_ids"][n, c, :stop] = tokens.ids[:stop]
+        arrays["segment_ids"][n, c, :stop] = 1
+        arrays["loss_mask"][n, c, first:stop] = 1
+        arrays["byte_lengths"][n, c] = len(questions[n].choices[c].encode())
+    raise_problems(long)
+    return arrays
+
+
+def _chat(question: Question, choice: int) -> Chat:
+    turns = (Turn("user", question.prompt), Turn("assistant", question.choices[choice]))
+    return Chat(turns, question.place)
+
+
+def _columns(path: Path, records: Sequence[Any], given: Mapping[str, str] | None) -> dict[str, str]:
+    allowed = "prompt (or question, instruction), choices and answer, or instruction and output"
+    if given is not None:
+        if set(given) == {"prompt", "choices", "answer"} or {"instruction", "output"} <= set(given) <= {
+            "instruction",
+            "output",
+            "input",
+        }:
+            return dict(given)
+        raise ValueError(f"columns must name {allowed}, got {', '.join(given) or 'nothing'}")
+    names = {name: None for _, values in records for name in values}
+    prompt = next((name for name in PROMPTS if name in names), None)
+    if prompt and {"choices", "answer"} <= set(names):
+        return {"prompt": prompt, "choices": "choices", "answer": "answer"}
+    if {"instruction", "output"} <= set(names):
+        return {name: name for name in ("instruction", "input", "output") if name in names}
+    raise ValueError(f"{path}: no questions in {', '.join(names) or 'no columns'}: a file needs {allowed}")
+
+
+def _listed(values: Mapping[str, Any], columns: Mapping[str, str], place: str, faults: list[str]) -> Question:
+    prompt = take_text(values, columns["prompt"], faults)
+    choices = take_list(values, columns["choices"], faults)
+    answer = values.get(columns["answer"])
+    if any(not isinstance(c, str) or not c.strip() or surrogate_in(c) for c in choices):
+        faults.append(
+            f"column {columns['choices']!r} must hold texts that are not empty, got {choices!r:.60}"
+        )
+    elif choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
+        faults.append(f"there must be two choices or more, all different, got {choices!r:.60}")
+    index = -1 if faults else _index(answer, choices)
+    if index < 0 and not faults:
+        letters = f"a letter from A to {chr(64 + min(26, len(choices)))}"
+        allowed = f"one of the choices, {letters} or an index from 0 to {len(choices) - 1}"
+        faults.append(f"column {columns['answer']!r} must hold {allowed}, got {answer!r:.40}")
+    return Question(prompt, tuple(choices), index, place)
+
+
+def _index(answer: Any, choices: Sequence[str]) -> int:
+    """Which choice an answer means, -1 for none."""
+    text = answer.strip() if isinstance(answer, str) else ""
+    stripped = [choice.strip() for choice in choices]
+    if text in stripped:
+        return stripped.index(text)
+    if re.fullmatch("[A-Za-z]", text):
+        answer = ord(text.upper()) - ord("A")
+    elif re.fullmatch("[0-9]{1,3}", text):
+        answer = int(text)
+    return answer if type(answer) is int and 0 <= answer < len(choices) else -1
+
+
+def _commonsense(
+    values: Mapping[str, Any], columns: Mapping[str, str], place: str, faults: list[str]
+) -> Question:
+    prompt = take_text(values, columns["instruction"], faults)
+    more = take_text(values, columns["input"], faults, optional=True) if "input" in columns else ""
+    output = take_text(values, columns["output"], faults).strip()
+    formats = re.findall(r"Answer format:\s*(\S+)\s*$", prompt)
+    words = formats[-1].split("/") if formats else []
+    if not faults and (len(words) < 2 or len(set(words)) < len(words) or not all(words)):
+        faults.append(
+            "the instruction must end in 'Answer format: ' and words apart by '/', as in true/false"
+        )
+    choices = tuple(LEAD + word for word in words)
+    if not faults and output not in choices:
+        faults.append(f"the output must be one of {', '.join(map(repr, choices))}, got {output!r:.60}")
+    index = choices.index(output) if output in choices else -1
+    return Question(f"{prompt}\n\n{more}" if more else prompt, choices, index, place)

@@ -1,0 +1,1 @@
+"""What a tuned adapter is for: predict, generate, export."""

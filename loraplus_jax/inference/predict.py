@@ -1,0 +1,229 @@
+"""Using what a run left: evaluation and predictions from an adapter directory."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..checkpoint import fingerprint
+from ..config import nearest
+from ..data.fetch import resolve
+from ..data.readers import read_rows
+from ..data.splits import encode, eval_batches
+from ..interop import adapter_files as adapter_io
+from ..interop.adapter_files import read_tensors
+from ..interop.peft_files import NOTES, OWN, peft_notes
+from ..models.hf import load_params
+from ..settings.parsing import parse_settings, settings_from_json
+from ..settings.schema import LANGUAGE, Settings
+from ..sharding import make_mesh, replicate
+from ..tasks.classification import Task, outputs
+from ..tasks.encoder import tokenizer_for
+from ..tasks.interface import Parts
+from ..tasks.language_losses import LanguageTask
+from ..train_step import make_eval
+from ..training.init_adapter import (
+    check_base,
+    config_of,
+    find_adapter,
+    is_peft,
+    merged_table,
+    notes_of,
+    notes_path,
+    own_config,
+    read_adapter,
+)
+from ..training.run_directory import ADAPTER
+from ..training.setup import bare_parts, build, family_of, load, params_of
+from ..training.trainer import evaluate, place
+from ..tree import combine, flatten, unflatten
+
+OUTPUT_SUFFIX = ".jsonl"
+
+
+class Tuned(NamedTuple):
+    """A trained model, loaded.
+
+    Attributes:
+      settings: those of its run.
+      task: what it learned.
+      parts: model and variables.
+      base: the directory or file of its base.
+    """
+
+    settings: Settings
+    task: Any
+    parts: Parts
+    base: Path
+
+
+def load_tuned(place: Path, config: str | None = None) -> Tuned:
+    """Loads a run's output directory, an adapter of either format, or a merged model that was exported here.
+
+    Args:
+      place: the directory.
+      config: of a training run, for an adapter that PEFT made: the model, the data and the task are taken from it.
+
+    Raises:
+      ValueError, OSError: it is none, is damaged, or its base is another one now.
+    """
+    directory = find_adapter(place)
+    if directory is None and (place / NOTES).is_file():
+        return _load_merged(place, config)
+    if directory is None:
+        inner = place / ADAPTER if (place / ADAPTER).is_dir() else place
+        lost = [name for name in (adapter_io.TENSORS, adapter_io.NOTES) if not (inner / name).is_file()]
+        raise FileNotFoundError(
+            f"{inner} is no adapter directory: it lacks {' and '.join(lost)}; nor is it a run, PEFT's adapter or a "
+            "model exported with --merged"
+        )
+    notes = notes_of(directory)
+    if {"settings", "task", "base"} <= notes.keys():
+        settings, task = known_of(directory, notes, config)
+        adapted = own_config(directory)
+        base = resolve(settings.model.path, "model")
+    elif is_peft(directory) and config is not None:
+        settings, base, task = _from_config(directory, parse_settings(config))
+        adapted = settings.applied
+    else:
+        more = ": give the config of a run with --config" if is_peft(directory) else ""
+        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it{more}")
+    parts = load(settings, base, build(settings, base, task, adapted), adapted)
+    check_base(directory, fingerprint(parts.frozen) if parts.frozen else None, base)
+    adapter = read_adapter(directory, parts, params_of(parts))
+    trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
+    if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
+        raise ValueError(f"{directory}: the tensors do not fit the model that its settings describe")
+    return Tuned(settings, task, parts._replace(trainable=trainable), base)
+
+
+def known_of(directory: Path, notes: Mapping[str, Any], config: str | None = None) -> tuple[Settings, Any]:
+    """The settings and the task that an adapter or a merged model has in its notes."""
+    if config is not None:
+        raise ValueError(f"--config is for adapters that PEFT made; {directory} has settings of its own")
+    try:
+        settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
+        return settings, _task(notes["task"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
+
+
+def _from_config(directory: Path, settings: Settings) -> tuple[Settings, Path, Any]:
+    """Settings for an adapter that PEFT made: a config's, but for what the adapter says itself."""
+    base = resolve(settings.model.path, "model")
+    task = family_of(settings).load_data(settings, base).task
+    return with_adapter(directory, settings, base, task), base, task
+
+
+def with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
+    """Settings whose section lora is what an adapter of PEFT's says."""
+    bare = bare_parts(settings, base, task)
+    return dataclasses.replace(settings, method="lora_plus", lora=config_of(directory, bare))
+
+
+def _load_merged(place: Path, config: str | None) -> Tuned:
+    """A merged model: its own base, with nothing on it."""
+    notes = peft_notes(place) or {}
+    if not {"merged", "settings", "task"} <= notes.keys():
+        raise ValueError(f"{place / NOTES} does not say what the model was trained for")
+    settings, task = known_of(place, notes, config)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(place)))
+    bare = bare_parts(settings, place, task)
+    own = flatten(read_tensors(place / OWN)) if (place / OWN).is_file() else {}
+    table = bare.base.table if own else merged_table(bare)
+    shapes = jax.eval_shape(bare.model.init, jax.random.key(0), *bare.base.inputs)["params"]
+    params = load_params(place, table, shapes, new=bare.base.new if own else ())
+    variables = combine({"params": params}, unflatten(own)) if own else {"params": params}
+    return Tuned(settings, task, bare._replace(frozen=variables), place)
+
+
+def _task(notes: Mapping[str, Any]) -> Any:
+    if notes["kind"] in LANGUAGE:
+        return LanguageTask(**notes)
+    return Task(**{**notes, "names": tuple(notes["names"])})
+
+
+def evaluate_run(
+    directory: Path, *, split: str | None = None, data: str | None = None, config: str | None = None
+) -> dict[str, Any]:
+    """Metrics on a split of the run's own data, or on another labelled file with the same columns.
+
+    Raises:
+      ValueError, OSError: no such split or file, or labels that the run does not know.
+    """
+    if split is not None and data is not None:
+        raise ValueError(f"eval takes --split or --data, not both: {split} and {data}")
+    tuned = load_tuned(directory, config)
+    settings, family = tuned.settings, family_of(tuned.settings)
+    splits = ("train", "validation", "test")
+    if split is not None and split not in splits:
+        raise ValueError(f"the run has no split {split!r}{nearest(split, splits)}")
+    try:
+        arrays, examples = family.load_split(settings, tuned.base, tuned.task, split, data)
+    except KeyError as error:
+        raise ValueError(
+            f"the run has no split {error.args[0]!r}{nearest(error.args[0], splits[:2])}"
+        ) from None
+    mesh = make_mesh(1)
+    trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
+    eval_fn = make_eval(family.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
+    values = evaluate(eval_fn, trainable, frozen, arrays, settings.train.eval_batch_size, mesh)
+    return {"data": data or split or "test", "examples": examples, **values, **tuned.task.derived(values)}
+
+
+def predict_run(
+    directory: Path, *, texts: Sequence[str] = (), data: str | None = None, config: str | None = None
+) -> list[dict[str, Any]]:
+    """Predictions for texts given one by one, or for a file with the run's text columns (labels not needed).
+
+    Raises:
+      ValueError, OSError: nothing is given, or the file cannot be read.
+    """
+    tuned = load_tuned(directory, config)
+    if tuned.settings.is_language:
+        raise ValueError(f"{directory} holds a language model: use generate, or eval")
+    pairs: tuple[str, ...] | None = None
+    if data is not None:
+        columns = [c for c in (tuned.settings.data.text, tuned.settings.data.text_pair) if c is not None]
+        rows = read_rows(resolve(data, "data"), columns)
+        texts = tuple(row.values[columns[0]] for row in rows)
+        pairs = tuple(row.values[columns[1]] for row in rows) if len(columns) == 2 else None
+    elif tuned.settings.data.text_pair is not None:
+        raise ValueError("the run was trained on pairs of texts: give a file with --data")
+    if not texts or any(not text.strip() for text in texts):
+        raise ValueError("there is no text to predict for" if not texts else "a text to predict for is empty")
+    found = tuned.task.predictions(_outputs(tuned, texts, pairs))
+    return [{"text": text, **prediction} for text, prediction in zip(texts, found, strict=True)]
+
+
+def check_output(path: Path) -> None:
+    """Raises ValueError unless predictions can be written to a path."""
+    if path.suffix != OUTPUT_SUFFIX:
+        raise ValueError(f"predictions are written as {OUTPUT_SUFFIX}, got {path}")
+    if path.exists():
+        raise ValueError(f"{path} exists already; choose another --output")
+
+
+def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line. A file that is there already is not overwritten: that is a ValueError."""
+    check_output(path)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    except FileExistsError:
+        raise ValueError(f"{path} exists already; choose another --output") from None
+
+
+def _outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
+    arrays, _ = encode(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
+    mesh = make_mesh(1)
+    variables = combine(tuned.parts.trainable, tuned.parts.frozen)
+    apply = jax.jit(functools.partial(outputs, tuned.parts.model))
+    batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
+    found = [np.asarray(apply(variables, place(batch, mesh))) for batch in eval_batches(arrays, batch_size)]
+    return np.concatenate(found)[: len(texts)]

@@ -1,0 +1,218 @@
+"""Adapters as directories: safetensors beside a JSON file that says what they are, for use without a run.
+
+`adapter.safetensors` holds the factors as `lora/PATH/lora_a` and extras under their own paths;
+`adapter.json` is what `checkpoint.describe_run` makes: format, config, specs, base fingerprint, versions.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..checkpoint import FORMAT, describe_run
+from ..config import LoRAPlusConfig, read_json
+from ..spec import AdapterSpec, Specs, specs_from_json
+from ..tree import flatten, unflatten
+
+TENSORS, NOTES = "adapter.safetensors", "adapter.json"
+
+
+class Adapter(NamedTuple):
+    """What `load_adapter` gives back.
+
+    Attributes:
+      config: what was applied; None for a model trained in full, whose weights are all extras.
+      specs: the table of what is adapted.
+      lora: the tree of factors.
+      extras: variables trained in full, `{"params": ...}`, empty if there are none.
+    """
+
+    config: LoRAPlusConfig | None
+    specs: dict[str, AdapterSpec]
+    lora: dict[str, Any]
+    extras: dict[str, Any]
+
+
+def save_adapter(
+    directory: str | Path,
+    config: LoRAPlusConfig | None,
+    specs: Specs,
+    trainable: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    **more: Any,
+) -> None:
+    """Writes an adapter directory; an older adapter there is replaced only when the new one is complete.
+
+    Nothing but an adapter is ever replaced.
+
+    Args:
+      directory: made if absent.
+      config: what was applied.
+      specs: the table from `init_lora`.
+      trainable: `{"lora": factors, "params": extras}`.
+      base: `checkpoint.fingerprint` of the frozen variables.
+      **more: the caller's own JSON-able fields.
+
+    Raises:
+      ValueError: something else than an adapter is there.
+    """
+    directory = Path(directory).resolve()
+    _check_free(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own beside the target, then one rename: nobody ever sees half an adapter.
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        (partial / TENSORS).write_bytes(tensor_bytes(flatten(trainable)))
+        notes = json.dumps(describe_run(config, specs, base=base, **more), indent=1)
+        (partial / NOTES).write_text(notes + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        _replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_adapter(directory: str | Path) -> Adapter:
+    """Reads an adapter directory.
+
+    Raises:
+      FileNotFoundError: it holds no adapter.
+      ValueError: a file is damaged, of a later format, or tensors and table differ; the message names it.
+    """
+    notes, directory = adapter_notes(directory), Path(directory)
+    try:
+        config = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
+        specs = specs_from_json(notes["specs"])
+        check_agreement(config, specs)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory / NOTES}: {error}") from None
+    variables = unflatten(read_tensors(directory / TENSORS))
+    lora = variables.pop("lora", {})
+    _check_factors(directory, lora, specs)
+    return Adapter(config, specs, lora, variables)
+
+
+def adapter_notes(directory: str | Path) -> dict[str, Any]:
+    """The whole of an adapter's JSON: the base's fingerprint, versions and the caller's own fields included.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_adapter`.
+    """
+    for name in (TENSORS, NOTES):
+        if not (Path(directory) / name).is_file():
+            raise FileNotFoundError(f"{directory} is no adapter directory: it lacks {name}")
+    path = Path(directory) / NOTES
+    notes = read_json(path)
+    if not {"format", "config", "specs"} <= notes.keys():
+        raise ValueError(f"{path} is no adapter description: it needs format, config and specs")
+    if notes["format"] != FORMAT:
+        raise ValueError(f"{path} has format {notes['format']!r}, this version reads {FORMAT}")
+    return notes
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """A safetensors file's tensors as JAX arrays, of their stored dtypes; a ValueError if it is damaged."""
+    flax = _safetensors("flax")
+    try:
+        return flax.load_file(path)
+    except Exception as error:  # the reader's own error class is not part of its interface
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def check_agreement(config: LoRAPlusConfig | None, specs: Specs) -> None:
+    """Raises ValueError unless config and specs say the same: `apply` goes by the one and `merge` by the other."""
+    if config is None:
+        return
+    for path, spec in specs.items():
+        rank, scale = config.rank_of(path), config.scale_of(path)
+        if (spec.rank, spec.scale) != (rank, scale):
+            raise ValueError(
+                f"config has rank {rank} and scale {scale:g} for {path or 'the model'}, the specs "
+                f"have rank {spec.rank} and scale {spec.scale:g}"
+            )
+
+
+def _check_free(directory: Path) -> None:
+    if directory.is_dir():
+        others = sorted(path.name for path in directory.iterdir() if path.name not in (TENSORS, NOTES))
+        if others:
+            raise ValueError(
+                f"{directory} holds more than an adapter ({', '.join(others[:3])}); choose another"
+            )
+    elif directory.exists():
+        raise ValueError(f"{directory} is a file; an adapter is a directory")
+
+
+def _check_factors(directory: Path, lora: Mapping[str, Any], specs: Specs) -> None:
+    held = {path: tuple(leaf.shape) for path, leaf in flatten(lora).items()}
+    wanted = {
+        f"{module}/{name}".removeprefix("/"): shape
+        for module, spec in specs.items()
+        for name, shape in zip(("lora_a", "lora_b"), spec.factor_shapes, strict=True)
+    }
+    odd = [path for path in sorted(held.keys() | wanted.keys()) if held.get(path) != wanted.get(path)]
+    if odd:
+        first = odd[0]
+        raise ValueError(
+            f"{directory}: tensors and adapter table differ at {', '.join(odd[:5])}: {first} is "
+            f"{held.get(first, 'absent')} in {TENSORS} and {wanted.get(first, 'absent')} in {NOTES}"
+        )
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `target` when the block ends well and is removed otherwise.
+
+    Raises:
+      ValueError: something is there already.
+    """
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if os.path.lexists(target):  # made by somebody else meanwhile
+            raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
+        os.rename(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
+    """A safetensors file: its bytes, not a file, since `save_file` makes files that only their owner can read."""
+    return _safetensors("numpy").save({name: host_array(leaf) for name, leaf in tensors.items()})
+
+
+def host_array(leaf: Any) -> Any:
+    """A leaf as an array of numpy, contiguous."""
+    return np.ascontiguousarray(jax.device_get(leaf))
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Puts `new` where `target` is; a directory cannot be renamed onto another, so the old one steps aside."""
+    if not target.exists():
+        os.rename(new, target)
+        return
+    old = new.with_name(new.name + ".old")
+    os.rename(target, old)
+    os.rename(new, target)
+    shutil.rmtree(old)
+
+
+def _safetensors(module: str) -> Any:
+    try:
+        return importlib.import_module(f"safetensors.{module}")
+    except ImportError:
+        raise ImportError(
+            "adapter files need safetensors: pip install 'loraplus_jax[train]' or pip install safetensors"
+        ) from None

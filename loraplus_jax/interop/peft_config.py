@@ -1,0 +1,260 @@
+"""What `adapter_config.json` of PEFT says, both ways: ranks and scales by module, and options that we lack.
+
+PEFT's rules are those of version 0.21: a pattern is a regular expression for the end of a module's name, whole
+segments, and the first that matches counts.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from ..config import Bias, LoRAPlusConfig, check_number, check_whole, read_json
+
+# What changes the model beyond W + s A B; each is off where it is null, false or empty.
+_LACKING = (
+    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "megatron_config", "layer_replication"),
+    *("trainable_token_indices", "alora_invocation_tokens", "loftq_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "kasa_config", "monteclora_config", "arrow_config"),
+)
+# Of no effect on a trained adapter, or seen in its tensors.
+_TOLD = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
+    *("peft_type", "exclude_modules", "layers_pattern", "layers_to_transform", "megatron_core", "eva_config"),
+    *("qalora_group_size", "runtime_config", "ephemeral_gpu_offload", "fan_in_fan_out", "target_parameters"),
+    *("modules_to_tie", "target_modules_to_tie"),
+)
+_READ = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias"),
+    *("target_modules", "modules_to_save", "ensure_weight_tying", "init_lora_weights"),
+)
+# Initial values that leave the base as it was; the others took something away from it.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_SHOWN = 20
+_CLASSIFIERS = ("classifier", "score")
+"""What PEFT trains in full for the task SEQ_CLS, always as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """An adapter's options, checked.
+
+    Attributes:
+      rank, alpha, rank_pattern, alpha_pattern, use_rslora: as PEFT has them, patterns of its names.
+      dropout, bias: likewise.
+      target_modules: names or one regular expression, or None.
+      modules_to_save: names of what is trained in full.
+      ties_weights: whether an embedding's adapter is the tied head's too.
+      base_model: what the adapter says it belongs to.
+      task_type: such as `"CAUSAL_LM"`, or None.
+    """
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    dropout: float
+    bias: Bias
+    target_modules: str | Sequence[str] | None
+    modules_to_save: Sequence[str]
+    ties_weights: bool
+    base_model: str | None
+    task_type: str | None
+
+    def rank_of(self, name: str) -> int:
+        """The rank that the adapter of a module must have."""
+        key = _pattern_of(self.rank_pattern, name)
+        return self.rank if key is None else self.rank_pattern[key]
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha of a module."""
+        key = _pattern_of(self.alpha_pattern, name)
+        return self.alpha if key is None else self.alpha_pattern[key]
+
+    def scale_of(self, name: str) -> float:
+        """The factor s on A B of a module."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def idle_targets(self, names: Collection[str]) -> list[str]:
+        """What `target_modules` names and the adapter has no factors of: it is not whole then."""
+        if isinstance(self.target_modules, str):
+            every = self.target_modules == "all-linear"
+            found = every or any(re.fullmatch(self.target_modules, name) for name in names)
+            return [] if found else [self.target_modules]
+        return [
+            target
+            for target in self.target_modules or ()
+            if not any(name == target or name.endswith(f".{target}") for name in names)
+        ]
+
+
+def read_options(path: Path) -> Options:
+    """Reads an `adapter_config.json`.
+
+    Raises:
+      ValueError: it is none of a LoRA adapter, a value is odd, or options are on that we lack; all are named.
+    """
+    given = {name: value for name, value in read_json(path).items() if value is not None}
+    if given.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, got {given.get('peft_type')!r:.80}")
+    problems = [f"{name} is {given[name]!r:.80}" for name in _LACKING if given.get(name)]
+    if (init := given.get("init_lora_weights")) not in _PLAIN_INITS:
+        problems.append(f"init_lora_weights is {init!r:.80}, which changes the base")
+    unknown = sorted(name for name in given if name not in (*_LACKING, *_TOLD, *_READ) and given[name])
+    problems += [f"{name:.80} is {given[name]!r:.80}, and not known here" for name in unknown]
+    if problems:
+        raise ValueError(
+            f"{path} has options that loraplus_jax lacks: {'; '.join(problems)}; with PEFT such an adapter can be "
+            "merged (merge_and_unload), or converted where PEFT offers it"
+        )
+    try:
+        return _checked(given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _checked(given: Mapping[str, Any]) -> Options:
+    check_whole("r", given.get("r"), at_least=1)
+    check_number("lora_alpha", given.get("lora_alpha"), above=0.0)
+    check_number("lora_dropout", given.get("lora_dropout", 0.0), at_least=0.0, below=1.0)
+    patterns = {name: given.get(name, {}) for name in ("rank_pattern", "alpha_pattern")}
+    for name, values in patterns.items():
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{name} must be a mapping, got {values!r:.80}")
+        for key, value in values.items():
+            _check_regex(name, key)
+            if name == "rank_pattern":
+                check_whole(f"{name}[{key!r:.80}]", value, at_least=1)
+            else:
+                check_number(f"{name}[{key!r:.80}]", value, above=0.0)
+    for name in ("use_rslora", "ensure_weight_tying"):
+        if not isinstance(given.get(name, False), bool):
+            raise TypeError(f"{name} must be true or false, got {given[name]!r:.80}")
+    if (bias := given.get("bias", "none")) not in get_args(Bias):
+        raise ValueError(f"bias must be one of {', '.join(get_args(Bias))}, got {bias!r:.80}")
+    targets = given.get("target_modules")
+    if isinstance(targets, str):
+        _check_regex("target_modules", targets)
+    elif targets is not None:
+        _check_names("target_modules", targets)
+    _check_names("modules_to_save", given.get("modules_to_save", []))
+    for name in ("base_model_name_or_path", "task_type"):
+        if not isinstance(given.get(name, ""), str):
+            raise TypeError(f"{name} must be a text, got {given[name]!r:.80}")
+    return Options(
+        rank=given["r"],
+        alpha=given["lora_alpha"],
+        **patterns,
+        use_rslora=given.get("use_rslora", False),
+        dropout=given.get("lora_dropout", 0.0),
+        bias=bias,
+        target_modules=targets,
+        modules_to_save=given.get("modules_to_save", []),
+        ties_weights=given.get("ensure_weight_tying", False),
+        base_model=given.get("base_model_name_or_path"),
+        task_type=given.get("task_type"),
+    )
+
+
+def make_options(
+    config: LoRAPlusConfig,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    saved: Sequence[str],
+    parameters: Sequence[str],
+    transposed: bool,
+    tied: bool,
+    base_model: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """The contents of an `adapter_config.json`, with the options that PEFT has had for long.
+
+    Args:
+      config: rank, alpha and the like where no pattern says otherwise.
+      ranks, alphas: of each adapted module, by its name in PyTorch.
+      saved: modules trained in full.
+      parameters: those of `ranks` that are parameters and not modules.
+      transposed: whether weights are kept (in, out).
+      tied: whether an embedding's adapter is the head's too.
+      base_model, task_type: what the adapter is for, if known.
+    """
+    if task_type == "SEQ_CLS":
+        saved = list(dict.fromkeys(first if (first := n.split(".")[0]) in _CLASSIFIERS else n for n in saved))
+    found = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": _plain(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": [name for name in ranks if name not in parameters],
+        "rank_pattern": _patterns(ranks, config.rank),
+        "alpha_pattern": {key: _plain(v) for key, v in _patterns(alphas, config.alpha).items()},
+        "use_rslora": config.use_rslora,
+        "fan_in_fan_out": transposed,
+        "bias": config.bias,
+        "modules_to_save": list(saved) or None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    # Options of newer versions only where they are needed: an older PEFT does not know them.
+    return (
+        found
+        | ({"target_parameters": list(parameters)} if parameters else {})
+        | ({"ensure_weight_tying": True} if tied else {})
+    )
+
+
+def raise_all(what: str, problems: Sequence[str]) -> None:
+    """One ValueError with all problems, if there are any; its first line says enough for one who sees no more."""
+    if problems:
+        rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise ValueError("\n  ".join([f"{what}: {problems[0]}", *problems[1:_SHOWN], *rest]))
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The fewest patterns that give every module its value: the last segment of names where all agree on it."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        groups.setdefault(name.rpartition(".")[2], {})[name] = value
+    found = {}
+    for last, group in groups.items():
+        if set(group.values()) == {default}:
+            continue
+        if len(set(group.values())) == 1:
+            found[re.escape(last)] = group.popitem()[1]
+            continue
+        # A whole name also matches the end of a longer one, which therefore comes first.
+        for name in sorted(group, key=len, reverse=True):
+            ends = any(other.endswith(f".{name}") for other in group)
+            if group[name] != default or ends or any(name.endswith(f".{other}") for other in group):
+                found[re.escape(name)] = group[name]
+    return found
+
+
+def _pattern_of(patterns: Mapping[str, Any], name: str) -> str | None:
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+
+
+def _check_regex(field: str, pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{field} must hold regular expressions, got {pattern!r:.80}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field} is not a regular expression: {pattern!r:.80} ({error})") from None
+
+
+def _check_names(field: str, names: Any) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"{field} must be a list of names, got {names!r:.80}")
+
+
+def _plain(value: float) -> float:
+    """PEFT's alphas are whole numbers where they can be."""
+    return int(value) if value == int(value) else value

@@ -1,0 +1,265 @@
+"""The Flax layers that can be adapted: which leaf is their weight, what its axes mean, and their low-rank term.
+
+A table from a layer's method, as Flax defines it, to a function that looks at one call. Methods are compared by
+their function and not by class: `nn.vmap(nn.Dense)` is a subclass that calls a plain Dense inside, and a subclass
+of a user's own may call `super()`.
+"""
+
+import dataclasses
+import inspect
+import math
+import string
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from flax.linen.dtypes import promote_dtype
+from opt_einsum.parser import parse_einsum_input
+
+from ..lora import delta
+from ..spec import factor_letters
+
+LINEAR = ("dense", "dense_general", "einsum")
+"""The kinds that `"all-linear"` means."""
+
+LEAVES = ("kernel", "embedding")
+"""What their weights are called."""
+
+Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+"""`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""
+
+
+class Layer(NamedTuple):
+    """What one call of a layer says of its weight.
+
+    Attributes:
+      kind: as in `AdapterSpec`.
+      leaf: the weight's name in `"params"`.
+      axes: a letter for each of its axes, as in `AdapterSpec`.
+      shape: its shape in this call, stacked axes left out.
+      inputs: what the call was given.
+      term: the adapter's term for inputs and factors.
+    """
+
+    kind: str
+    leaf: str
+    axes: str
+    shape: tuple[int, ...]
+    inputs: jax.Array
+    term: Term
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The sizes of the input side and of the output side, in and out of one slice of the batch axes."""
+        sizes = list(zip(self.axes, self.shape, strict=True))
+        a, b = (math.prod(n for role, n in sizes if role == side) for side in "io")
+        return a, b
+
+
+def layer_of(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:
+    """The layer that a method call is, or None if it is none that can be adapted.
+
+    Args:
+      method: the bare function, as `inspect.unwrap` gives it.
+      module: what it is called on; its own parameters exist already.
+      args, kwargs: of the call.
+
+    Raises:
+      ValueError: an Einsum's equation has no contracted or no output axis.
+    """
+    make = _METHODS.get(method)
+    return None if make is None else make(module, *args, **kwargs)
+
+
+def can_adapt(method: Any) -> bool:
+    """Whether a bare method is one of a layer that can be adapted."""
+    return method in _METHODS
+
+
+def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
+    """The axes of an einsum's second operand by role, and the two einsums of a low-rank term.
+
+    An axis of the weight that also stands in the result comes from the input side too (a batch axis, kept in both
+    factors) or not (output); all others are contracted (input).
+
+    Raises:
+      ValueError: no axis is contracted with the input, none is new in the result, or a letter stands twice.
+
+    >>> split_equation("BTD,NDH->BTNH")
+    ('oio', ('BTD,Dr->BTr', 'BTr,rNH->BTNH'))
+    >>> split_equation("ebi,eio->ebo")
+    ('eio', ('ebi,eir->ebr', 'ebr,ero->ebo'))
+    """
+    operands, result = equation.split("->")
+    x, w = operands.split(",")
+    if any(len(set(part)) < len(part) for part in (x, w, result)):
+        raise ValueError(
+            f"the equation {equation!r} has a letter twice in one operand, which no adapter can follow"
+        )
+    outputs = "".join(c for c in w if c in result and c not in x)
+    batch = "".join(c for c in w if c in result and c in x)
+    if not any(c in x and c not in result for c in w):
+        raise ValueError(f"the equation {equation!r} has no contracted axis, so there is no input side for A")
+    if not outputs:
+        raise ValueError(
+            f"the equation {equation!r} has no output axis of the weight's own, so there is none for B"
+        )
+    rank = next(c for c in "r" + string.ascii_letters if c not in equation)
+    middle = "".join(c for c in result if c not in outputs) + rank
+    a = "".join(c for c in w if c not in outputs) + rank
+    first, second = f"{x},{a}->{middle}", f"{middle},{batch}{rank}{outputs}->{result}"
+    return _roles(w, outputs, batch), (first, second)
+
+
+def _roles(w: str, outputs: str, batch: str) -> str:
+    """`i`, `o`, or for a batch axis a letter of its own."""
+    spare = iter(c for c in string.ascii_lowercase[4:] + "abcd" if c not in "io")
+    return "".join("o" if c in outputs else next(spare) if c in batch else "i" for c in w)
+
+
+def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> Layer:
+    axes, equations = split_equation(equation)
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
+        return delta(x, a, b, scale, equations, module.precision)
+
+    return Layer(kind, "kernel", axes, _shape(module, "kernel"), inputs, term)
+
+
+def _dense(module: nn.Dense, inputs: jax.Array) -> Layer:
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
+        return delta(x, a, b, scale, precision=module.precision)
+
+    return Layer("dense", "kernel", "io", _shape(module, "kernel"), inputs, term)
+
+
+def _dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Layer:
+    letters = string.ascii_uppercase[: inputs.ndim]
+    # Sorted, as Flax sorts them before it makes the kernel.
+    axis, batch = (
+        [letters[n] for n in sorted(n % inputs.ndim for n in _sequence(dims))]
+        for dims in (module.axis, module.batch_dims)
+    )
+    features = string.ascii_lowercase[: len(_sequence(module.features))]
+    free = [c for c in letters if c not in (*axis, *batch)]
+    kernel = "".join((*batch, *axis, features))
+    equation = f"{letters},{kernel}->{''.join((*batch, *free, features))}"
+    return _contraction("dense_general", module, inputs, equation)
+
+
+def _einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> Layer:
+    given: Any = einsum_str or module.einsum_str
+    shapes = (inputs.shape, module.shape)
+    operands, result, _ = parse_einsum_input((given.replace(" ", ""), *shapes), shapes=True)
+    return _contraction("einsum", module, inputs, f"{operands}->{result}")
+
+
+def _conv(module: Any, inputs: jax.Array) -> Layer:
+    kind = nn.Conv if module.shared_weights else nn.ConvLocal
+    shape = _shape(module, "kernel")
+    if not module.shared_weights:
+        axes = "".join(c for c in string.ascii_lowercase if c not in "io")[: len(shape) - 2] + "io"
+        return Layer("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
+    axes = "i" * (len(shape) - 1) + "o"
+    if module.mask is not None:
+        return Layer("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        groups, rank = module.feature_group_count, a.shape[-1]
+        # Every group has the same A and its own part of B's outputs.
+        h = _bare(kind, module, jnp.tile(a, groups), x, features=groups * rank)
+        h, b = promote_dtype(h.reshape(*h.shape[:-1], groups, rank), b, dtype=module.dtype)
+        b = b.reshape(rank, groups, -1)
+        y = jnp.einsum("...gr,rgo->...go", h * jnp.asarray(scale, h.dtype), b, precision=module.precision)
+        return y.reshape(*y.shape[:-2], -1)
+
+    return Layer("conv", "kernel", axes, shape, inputs, term)
+
+
+def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> Layer:
+    shape = _shape(module, "kernel")
+    axes = "i" * (len(shape) - 2) + ("oi" if module.transpose_kernel else "io")
+    if module.mask is not None:
+        return Layer(
+            "conv_transpose", "kernel", axes, shape, inputs, _by_weight(nn.ConvTranspose, module, axes)
+        )
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        kernel = jnp.swapaxes(a, -1, -2) if module.transpose_kernel else a
+        h, b = promote_dtype(
+            _bare(nn.ConvTranspose, module, kernel, x, features=a.shape[-1]), b, dtype=module.dtype
+        )
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, precision=module.precision)
+
+    return Layer("conv_transpose", "kernel", axes, shape, inputs, term)
+
+
+def _embed(module: nn.Embed, inputs: jax.Array) -> Layer:
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        a, b = promote_dtype(a, b, dtype=module.dtype, inexact=False)
+        one = module.num_embeddings == 1  # then Embed does not look at the indices
+        h = jnp.broadcast_to(a, (*x.shape, a.shape[-1])) if one else jnp.take(a, x, axis=0)
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
+
+    return Layer("embed", "embedding", "io", _shape(module, "embedding"), inputs, term)
+
+
+def _attend(module: nn.Embed, query: jax.Array) -> Layer:
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
+        return delta(x, b, a, scale, ("...o,ro->...r", "...r,ir->...i"))
+
+    return Layer("embed", "embedding", "io", _shape(module, "embedding"), query, term)
+
+
+def _by_weight(kind: type[nn.Module], module: nn.Module, axes: str) -> Term:
+    """The term through the layer itself, with s A B for a kernel: where a mask or each pixel's own kernel forbids
+    to pass by the rank.
+    """
+    left, right = factor_letters(axes)
+    whole = string.ascii_lowercase[: len(axes)]
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        return _bare(
+            kind, module, jnp.einsum(f"{left},{right}->{whole}", a * jnp.asarray(scale, a.dtype), b), x
+        )
+
+    return term
+
+
+def _bare(
+    kind: type[nn.Module], module: nn.Module, kernel: jax.Array, x: jax.Array, **changes: Any
+) -> jax.Array:
+    """A layer of Flax's own class with the fields of `module` but for `changes`, no bias, on a kernel of ours."""
+    names = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("parent", "name")]
+    fields = {name: getattr(module, name) for name in names} | {"use_bias": False} | changes
+    result: Any = kind(**fields, parent=None).apply({"params": {"kernel": kernel}}, x)
+    return result
+
+
+def _shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
+    assert module.scope is not None
+    return tuple(meta.unbox(module.scope.get_variable("params", leaf)).shape)
+
+
+def _sequence(value: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Iterable) else (value,)  # a whole number may be numpy's
+
+
+_METHODS: dict[Any, Callable[..., Layer]] = {
+    inspect.unwrap(method): make
+    for method, make in (
+        (nn.Dense.__call__, _dense),
+        (nn.DenseGeneral.__call__, _dense_general),
+        (nn.Einsum.__call__, _einsum),
+        (nn.Conv.__call__, _conv),
+        (nn.ConvTranspose.__call__, _conv_transpose),
+        (nn.Embed.__call__, _embed),
+        (nn.Embed.attend, _attend),
+    )
+}

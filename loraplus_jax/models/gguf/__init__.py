@@ -1,0 +1,1 @@
+"""GGUF files: load and export."""

@@ -1,0 +1,85 @@
+"""A tuned model that came from a GGUF file as one again: metadata and tokenizer copied, weights merged."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..merged import Merge
+from . import load as gguf
+
+DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
+"""How the matrices may be stored; what has one axis is always float32, as llama.cpp wants it."""
+
+
+def write_gguf(target: Path, source: Path, merge: Merge, dtype: str) -> None:
+    """Writes a merged model, one tensor after the other.
+
+    Args:
+      target: the new file.
+      source: the GGUF file that the base came from.
+      merge: what becomes of its tensors.
+      dtype: how matrices are stored, one of `DTYPES`; where rows do not divide into blocks, Q8_0 becomes F16.
+    """
+    import gguf as package
+
+    file = gguf.read(source)
+    weights, kinds = gguf.Weights(file), {n: _kind(t.shape, dtype) for n, t in file.tensors.items()}
+    writer = package.GGUFWriter(target, file.architecture)
+    _copy_metadata(package.GGUFReader(source), writer, DTYPES[dtype])
+    for name, tensor in file.tensors.items():
+        sample = _stored(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
+        shape = (*tensor.shape[:-1], sample.shape[-1])
+        size = int(np.prod(shape)) * sample.itemsize
+        writer.add_tensor_info(name, shape, sample.dtype, size, kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for name in file.tensors:
+            writer.write_tensor_data(_stored(_value(file, weights, merge, name), kinds[name]))
+    finally:
+        writer.close()
+
+
+def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
+    """All of it, but for what says how the weights are stored."""
+    import gguf as package
+
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        is_list = field.types[0] == package.GGUFValueType.ARRAY
+        writer.add_key_value(
+            field.name, field.contents(), field.types[0], field.types[-1] if is_list else None
+        )
+    named = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(package.LlamaFileType[named[kind]])
+    writer.data_alignment = reader.alignment
+
+
+def _value(file: gguf.Gguf, weights: gguf.Weights, merge: Merge, name: str) -> np.ndarray:
+    """A tensor in the file's order of rows, float32."""
+    ours = gguf.renamed(name)
+    if name == gguf.ROPE:  # rotary factors, which are part of our config
+        return gguf.View(file, file.tensors[name])[:]
+    view, place = weights.get_slice(ours), merge.places.get(merge.table.canonical(ours))
+    changed = place is not None and merge.changes(place[0])
+    return view.restored(merge.value(*place, lambda: view[:]) if changed and place else view[:])
+
+
+def _kind(shape: tuple[int, ...], dtype: str) -> Any:
+    import gguf as package
+
+    types = package.GGMLQuantizationType
+    if len(shape) == 1:
+        return types.F32
+    kind = types[DTYPES[dtype]]
+    block, _ = package.GGML_QUANT_SIZES[kind]
+    return kind if shape[-1] % block == 0 else types.F16
+
+
+def _stored(values: np.ndarray, kind: Any) -> np.ndarray:
+    import gguf as package
+
+    return package.quants.quantize(values, kind)

@@ -1,0 +1,288 @@
+"""GGUF files as Hugging Face's: a `config.json` from the metadata, and tensors under its names, dequantised."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .header import Gguf, Tensor, find, read
+
+__all__ = ["DTYPES", "Gguf", "View", "Weights", "config", "embedding_rows", "find", "read", "renamed", "ROPE"]
+
+DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
+"""The types of tensors that are read."""
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    **{f"attn_{ours}": f"self_attn.{ours}_proj" for ours in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    **{f"ffn_{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
+}
+_EMBEDDING, _HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
+# Hugging Face's name of each size, and the key, after the architecture's name, that holds it.
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+}
+_EPSILON = "attention.layer_norm_rms_epsilon"
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+
+
+def config(file: Gguf) -> dict[str, Any]:
+    """The metadata as Hugging Face's `config.json` would have it.
+
+    `rope_scaling` may be of a type of our own, `"factors"`: the divisors of the frequencies, which Llama 3's files
+    have instead of the four numbers that they came from.
+
+    Raises:
+      ValueError: another architecture, or sizes missing or odd; all are listed.
+    """
+    arch = file.architecture
+    sizes = {ours: file.get(key) for ours, key in _SIZES.items()}
+    sizes["num_key_value_heads"] = file.get("attention.head_count_kv", sizes["num_attention_heads"])
+    _raise(
+        file, [f"{ours} must be a whole number, got {n!r:.80}" for ours, n in sizes.items() if not _whole(n)]
+    )
+    head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
+    scaling, problems = _rope_scaling(file)
+    _raise(file, [*_unsupported(file, head), *problems])
+    window = file.get("attention.sliding_window")
+    found = {
+        # A Mistral is a Llama with a window, and its files have that architecture.
+        "model_type": "mistral" if arch == "llama" and window else arch,
+        "vocab_size": embedding_rows(file),
+        **sizes,
+        "head_dim": head,
+        "hidden_act": "silu",
+        "rms_norm_eps": file.get(_EPSILON),
+        "rope_theta": file.get("rope.freq_base", 10_000.0),
+        "rope_scaling": scaling,
+        "tie_word_embeddings": _HEAD not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "sliding_window": window,
+        "bos_token_id": file.one("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.one("tokenizer.ggml.eos_token_id"),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _raise(file: Gguf, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{file.path}: " + "; ".join(problems))
+
+
+def _whole(size: Any) -> bool:
+    return type(size) is int and size > 0
+
+
+def embedding_rows(file: Gguf) -> int | None:
+    """Rows of the embedding, where the file says."""
+    if _EMBEDDING in file.tensors:
+        return file.tensors[_EMBEDDING].shape[0]
+    return file.get("vocab_size")
+
+
+def _unsupported(file: Gguf, head: Any) -> list[str]:
+    """A line for each option that changes what is computed, and that no model here knows."""
+    only = {
+        "attention.value_length": head,
+        "rope.dimension_count": head,
+        "expert_count": 0,
+        "attention.causal": True,
+    }
+    if file.architecture != "llama":
+        only["attention.sliding_window"] = 0
+    needed = (
+        [] if _positive(file.get(_EPSILON)) else [f"{file.architecture}.{_EPSILON} must be a positive number"]
+    )
+    return needed + [
+        f"{file.architecture}.{key} is {file.get(key)!r:.80}, only {value!r:.80} is supported"
+        for key, value in only.items()
+        if file.get(key, value) != value
+    ]
+
+
+def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
+    """`rope_scaling`, and what is wrong with it."""
+    prefix = f"{file.architecture}.rope.scaling."
+    given = {key.removeprefix(prefix): file.one(key) for key in file.metadata if key.startswith(prefix)}
+    if (old := file.get("rope.scale_linear", 1)) != 1:
+        given = {"type": "linear", "factor": old} | given
+    kind = given.pop("type", "none")
+    given.pop("finetuned", None)
+    factors = _rope_factors(file)
+    if kind == "none" and factors is None:
+        return None, []
+    if kind == "none":
+        return {"rope_type": "factors", "factors": factors}, []
+    allowed = {"linear": ("factor",), "yarn": ("factor", "original_context_length", "attn_factor", *_YARN)}
+    if kind not in allowed or factors is not None:
+        also = "" if factors is None else f", beside the tensor {ROPE}"
+        return None, [
+            f"{prefix}type is {kind!r:.80}{also}; none, linear and yarn are supported, or the tensor alone"
+        ]
+    odd = sorted(
+        set(given) - set(allowed[kind]) - ({"original_context_length"} if kind == "linear" else set())
+    )
+    problems = [f"{prefix}{key:.80} is not supported with {kind}" for key in odd]
+    problems += [
+        f"{prefix}{key} must be a positive number, got {v!r:.80}"
+        for key, v in given.items()
+        if not _positive(v)
+    ]
+    if not _positive(given.get("factor")):
+        return None, [*problems, f"{prefix}factor must be a positive number"]
+    return {"rope_type": kind, "factor": given["factor"]} | (_yarn(given) if kind == "yarn" else {}), problems
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:
+    found = {ours: given[key] for key, ours in _YARN.items() if key in given}
+    if "original_context_length" in given:
+        found["original_max_position_embeddings"] = given["original_context_length"]
+    if given.get("attn_factor", 1) != 1:  # on top of YaRN's own temperature
+        found["attention_factor"] = given["attn_factor"] * (0.1 * math.log(max(given["factor"], 1)) + 1)
+    return found
+
+
+def _rope_factors(file: Gguf) -> list[float] | None:
+    """What each frequency is divided by; None where that is 1 everywhere."""
+    if ROPE not in file.tensors:
+        return None
+    tensor = file.tensors[ROPE]
+    if tensor.dtype != "F32" or len(tensor.shape) != 1:
+        raise ValueError(
+            f"{file.path}: {ROPE} must be a row of F32, it is {list(tensor.shape)} of {tensor.dtype}"
+        )
+    factors = View(file, tensor)[:]
+    if not np.all(np.isfinite(factors) & (factors > 0)):
+        raise ValueError(f"{file.path}: {ROPE} must hold positive numbers, got {factors.tolist()!r:.80}")
+    return None if np.all(factors == 1) else [float(str(f)) for f in factors]
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor seen as safetensors' slices are: `view[start:stop]` dequantises those rows, and no others.
+
+    Of a matrix `view[start:stop, first:last]` reads the blocks that these columns are in.
+
+    Attributes:
+      heads: how many heads the rows belong to whose halves the file has interleaved; 0 for none.
+    """
+
+    file: Gguf
+    tensor: Tensor
+    heads: int = 0
+
+    def get_shape(self) -> list[int]:
+        """Rows first."""
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        """Its name in the format: `"F16"`, `"Q4_K"`."""
+        return self.tensor.dtype
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        """Float32, with the rows of each head in Hugging Face's order."""
+        import gguf
+
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        stored, kind = self._stored, gguf.GGMLQuantizationType[self.tensor.dtype]
+        if len(self.tensor.shape) == 1:
+            values = gguf.quants.dequantize(stored, kind)
+            return values[self._order[rows]] if self.heads else values[rows]
+        picked = stored[self._order[rows]] if self.heads else stored[rows]
+        if len(columns) != 1 or len(self.tensor.shape) != 2:
+            values = gguf.quants.dequantize(picked, kind).reshape(-1, *self.tensor.shape[1:])
+            return values[(slice(None), *columns)]
+        start, stop, _ = columns[0].indices(self.tensor.shape[1])
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        first = start // block
+        values = gguf.quants.dequantize(picked[:, first * size : -(-stop // block) * size], kind)
+        return values[:, start - first * block : stop - first * block]
+
+    def restored(self, values: np.ndarray) -> np.ndarray:
+        """Rows in Hugging Face's order put back into the file's."""
+        if not self.heads:
+            return values
+        rows = np.empty_like(values)
+        rows[self._order] = values
+        return rows
+
+    @cached_property
+    def _stored(self) -> np.ndarray:
+        """Its bytes, a row for each row; nothing is read yet."""
+        t = self.tensor
+        stored = np.frombuffer(self.file.data, np.uint8, t.size, t.start)
+        return stored if len(t.shape) == 1 else stored.reshape(t.shape[0], -1)
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """Which stored row each row is: rotated pairs stand together in the file, and half a head apart in ours."""
+        rows = self.tensor.shape[0]
+        if rows % (2 * self.heads):
+            raise ValueError(
+                f"{self.file.path}: {rows} rows of queries or keys do not make {self.heads} heads"
+            )
+        return np.arange(rows).reshape(self.heads, rows // self.heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+class Weights:
+    """The tensors of a file as an opened safetensors file has them, under Hugging Face's names."""
+
+    def __init__(self, file: Gguf) -> None:
+        """Takes all of them but the rotary factors, which are part of the config."""
+        sizes = config(file)
+        self._views: dict[str, View] = {}
+        for name, tensor in file.tensors.items():
+            if (ours := renamed(name)) in self._views:
+                raise ValueError(f"{file.path} has two tensors that mean {ours:.80}")
+            if name != ROPE:
+                self._views[ours] = View(file, tensor, _interleaved(name, sizes))
+
+    def keys(self) -> list[str]:
+        """The names; what we do not know keeps its own."""
+        return list(self._views)
+
+    def get_slice(self, name: str) -> View:
+        """The tensor, of which nothing is read yet."""
+        return self._views[name]
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """The whole tensor as float32."""
+        return self._views[name][:]
+
+
+def _interleaved(name: str, sizes: Mapping[str, Any]) -> int:
+    """How many heads a tensor's rows are interleaved in; 0 where they are not."""
+    part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+    # Only this architecture's converter does it.
+    if part is None or sizes["model_type"] != "llama":
+        return 0
+    return sizes["num_attention_heads" if part[1] == "q" else "num_key_value_heads"]
+
+
+def renamed(name: str) -> str:
+    """A tensor's name in the file as Hugging Face has it; one that we do not know keeps its own."""
+    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if not found or found[2] not in _NAMES:
+        return name
+    layer = "" if found[1] is None else f"model.layers.{found[1]}."
+    return f"{layer}{_NAMES[found[2]]}.{found[3]}"

@@ -1,0 +1,1 @@
+"""Optimizers: LoRA+ as an optax transform, schedules, and what an optimizer does to each parameter."""

@@ -1,0 +1,1 @@
+"""Plans: what a step needs on TPUs, from the compiled program, without weights or data."""

@@ -1,0 +1,147 @@
+"""The programs that a plan compiles: step and evaluation as `train` would, of shapes alone, and their sizes."""
+
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from ..linen.wrap import init_lora
+from ..settings.schema import Settings
+from ..sharding import Shardings, batch_sharding
+from ..spec import Specs
+from ..tasks.interface import Base, Data, Losses, Parts
+from ..train_step import TrainState, make_eval
+from ..training.optimizer import make_optimizer
+from ..training.setup import (
+    adapted,
+    batch_shapes,
+    count_steps,
+    family_of,
+    lower_step,
+    place_all,
+    state_shapes,
+)
+from ..training.theory_metrics import lower_theory, measured_rows
+
+ENDLESS = 10**9
+"""Steps that are assumed where the settings count in epochs: how many rows these have is in the data."""
+
+
+class Step(NamedTuple):
+    """A step before it is compiled.
+
+    Attributes:
+      parts: the model, with shapes for all values.
+      state: shapes of what it changes.
+      lowered: the step.
+      held: what it takes, by what it is for: trees of shapes and of shardings.
+      places: where state and frozen variables lie.
+    """
+
+    parts: Parts
+    state: TrainState
+    lowered: jax.stages.Lowered
+    held: dict[str, tuple[Any, Any]]
+    places: Shardings
+
+
+def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
+    """The step that `train` would compile, of a base whose weights need not be there."""
+    parts = adapted(settings, base, settings.applied, _adapter_shapes)
+    train = dataclasses.replace(settings.train, steps=settings.train.steps or ENDLESS, epochs=None)
+    steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
+    tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
+    places = place_all(parts, tx, mesh)
+    state = state_shapes(parts, tx)
+    batch = batch_shapes(data.splits["train"], train.batch_size)
+    held = {
+        "frozen weights": (parts.frozen, places.frozen),
+        "trained": (state.trainable, places.state.trainable),
+        "optimizer": (state.opt_state, places.state.opt_state),
+        "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
+    }
+    return Step(parts, state, lower_step(settings, data, parts, tx, mesh, places), held, places)
+
+
+def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
+    """What an evaluation needs beside the optimizer's state, in all, and what the compiler said if it gave up.
+
+    None for multiple choice: how many choices a question has, each a row of its own, is in the data.
+    """
+    if settings.task == "multiple_choice":
+        return None, None
+    losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
+    evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
+    batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
+    return _in_turn("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch), step)
+
+
+def theory_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
+    """The same of the program that `train.theory_every` measures with; None if that is not set."""
+    if settings.train.theory_every is None:
+        return None, None
+    losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
+    rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+    lowered = lower_theory(
+        losses.train, step.parts.specs, step.state, step.parts.frozen, rows, mesh=mesh, shardings=step.places
+    )
+    return _in_turn("theory", lowered, step)
+
+
+def _in_turn(name: str, lowered: jax.stages.Lowered, step: Step) -> tuple[int, str | None]:
+    """Bytes of a program that runs between steps, beside the optimizer's state, and what the compiler said."""
+    program, problem = compiled(lowered)
+    weights, trained, optimizer = (
+        local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
+    )
+    return sizes(program, problem, weights + trained)[1] + optimizer, problem and f"{name}: {problem}"
+
+
+def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
+    """As `init_lora`, with shapes in the place of factors."""
+    specs: Specs = {}
+
+    def make(key: Any) -> Any:
+        factors, found = init_lora(model, key, *inputs)
+        specs.update(found)
+        return factors
+
+    return jax.eval_shape(make, key), specs
+
+
+def local_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of a tree's arrays or shapes that one device holds."""
+    local = jax.tree.map(
+        lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
+    )
+    return sum(jax.tree.leaves(local))
+
+
+def compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> tuple[Any, str | None]:
+    """The program, or what the compiler said when memory was too small for any."""
+    try:
+        return lowered.compile(compiler_options=options), None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, " ".join(str(error).split())
+
+
+def sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
+    """Temporaries, the whole need, and the peak."""
+    if program is None:
+        # The TPU compiler names all that it used, or temporaries alone where these are too much already.
+        used = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", problem or "")
+        needed = held
+        if used is not None:
+            number, unit = used.group(1, 2) if used[1] else used.group(3, 4)
+            needed = int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if used[1] else held)
+        return max(0, needed - held), needed, 0
+    found = program.memory_analysis()
+    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
+    passing = found.temp_size_in_bytes + fresh
+    needed = found.argument_size_in_bytes + passing + found.generated_code_size_in_bytes
+    return passing, needed, getattr(found, "peak_memory_in_bytes", 0)

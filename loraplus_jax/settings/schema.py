@@ -1,0 +1,327 @@
+"""A run's settings: typed sections, all checked before any work; `parsing.py` reads them from files."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from ..config import LoRAPlusConfig, check_number, check_whole
+from ..data.splits import DataSettings
+from ..models.attention import Attention
+from ..models.llama import Remat
+from ..optim.lora_plus import LEAST_EPS, Schedule
+from ..training.distributed import ALL_DEVICES, ONE_PROCESS, DistributedSettings, MeshSettings
+from ..tree import Policy
+
+TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
+Method = Literal["lora", "lora_plus", "full"]
+Dtype = Literal["float32", "bfloat16"]
+
+QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
+DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
+LANGUAGE = ("instruction", "multiple_choice")
+"""The tasks of causal language models; the others are those of encoders."""
+MOST_STEPS = 2**31 - 1
+"""Steps are counted in int32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The pretrained model: an encoder for classification and regression, else a language model.
+
+    Attributes:
+      path: a Hugging Face directory or a GGUF file, a fetchable name, or a hub id, tried in this order.
+      pooling: how an encoder's hidden states become one vector: their mean, the first token, or BERT's own pooler.
+      dtype: what is computed in.
+      param_dtype: what the frozen weights are kept in; adapters and whatever else is trained stay float32.
+      dropout: replaces an encoder's own hidden and attention dropout rates when given.
+      head_dropout: dropout before an encoder's new head.
+      unroll: compile the layers as straight code instead of a loop; slower to compile.
+      remat: of a language model, what is computed again for the gradient instead of kept: none; dots, all but what
+        large matrix products made; or full, all but each layer's input. It takes less memory, and full more time.
+      attention: of a language model: xla, blocked (less memory, and on a CPU faster from 256 tokens on), or auto.
+      loss_chunk: of a language model whose head is frozen, how many tokens' logits exist at once.
+    """
+
+    path: str
+    pooling: Literal["mean", "cls", "pooler"] = "mean"
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+    dropout: float | None = None
+    head_dropout: float = 0.1
+    unroll: bool = False
+    remat: Remat = "none"
+    attention: Attention = "auto"
+    loss_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        check_whole("model.loss_chunk", self.loss_chunk, at_least=1)
+        for name in ("dropout", "head_dropout"):
+            if getattr(self, name) is not None:
+                check_number(f"model.{name}", getattr(self, name), at_least=0.0, below=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW, its schedule and its groups.
+
+    Attributes:
+      learning_rate: eta_A, the peak rate of A and of everything but B; B's is lora.lr_ratio times it.
+      head_learning_rate: the peak rate of the head and of other parameters trained in full; eta_A if not given.
+      embedding_learning_rate: the peak rate of adapters of embeddings; eta_A if not given, 1e-6 under policy peft.
+      policy: lora_plus scales B's rate alone; peft also that of biases and norms, without decay, as PEFT does.
+      schedule: shape of the rate after warm-up.
+      warmup_steps: steps of linear growth from 0 at the start.
+      final_fraction: the share of the peak rate at which linear, cosine and wsd end.
+      decay_steps: for wsd (warm-up, stable, decay), the steps of decay at the end; a fifth if not given.
+      b1: decay of Adam's first moment.
+      b2: decay of Adam's second moment.
+      eps: Adam's epsilon, at least 1e-30.
+      weight_decay: a step shrinks a parameter by rate times this.
+      decay: whether B's decay is lr_ratio times A's (coupled) or the same (equal).
+      max_grad_norm: clips the norm over all gradients together.
+    """
+
+    learning_rate: float = 1e-4
+    head_learning_rate: float | None = None
+    embedding_learning_rate: float | None = None
+    policy: Policy = "lora_plus"
+    schedule: Schedule = "linear"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+    decay_steps: int | None = None
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: Literal["coupled", "equal"] = "coupled"
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("optimizer.learning_rate", self.learning_rate, above=0.0)
+        for name in (
+            "head_learning_rate",
+            "embedding_learning_rate",
+            "max_grad_norm",
+        ):
+            if getattr(self, name) is not None:
+                check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
+        check_number("optimizer.eps", self.eps, at_least=LEAST_EPS)
+        for name in ("b1", "b2"):
+            check_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
+        check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
+        check_number("optimizer.final_fraction", self.final_fraction, at_least=0.0, below=1.0)
+        check_whole("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        if self.decay_steps is not None:
+            check_whole("optimizer.decay_steps", self.decay_steps, at_least=1)
+            if self.schedule != "wsd":
+                raise ValueError(f"optimizer.decay_steps goes with wsd, and the schedule is {self.schedule}")
+        if self.schedule == "constant" and self.final_fraction:
+            raise ValueError(
+                "optimizer.final_fraction goes with linear, cosine or wsd, and the schedule is constant"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long, in which batches, and what is kept.
+
+    Attributes:
+      steps: optimizer steps; either this or epochs.
+      epochs: passes over the training data, 3 if neither is given.
+      batch_size: examples a step, over all devices and micro-batches.
+      accumulate: micro-batches that a batch is cut into.
+      eval_batch_size: examples a batch in evaluation.
+      eval_every: steps between evaluations on the validation split; each one saves a checkpoint.
+      log_every: steps between rows of metrics.jsonl.
+      early_stopping: evaluations worse than the best after which training ends; never if not given.
+      select: whether the adapter written at the end is the best evaluated one or the last.
+      keep: how many of the newest checkpoints to keep, besides the best.
+      max_skipped: a step whose loss, gradient or update is not finite is skipped; so many in a row end the run.
+      compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
+      theory_every: steps between measurements of what A's and B's steps did to each layer's output (theory/... in
+        metrics.jsonl), on a quarter of a batch; none if not given.
+      prompt: a question that a language model answers before and after training, printed and kept in summary.json.
+      prompt_tokens: tokens of these answers at most.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    accumulate: int = 1
+    eval_batch_size: int = 64
+    eval_every: int = 100
+    log_every: int = 10
+    early_stopping: int | None = None
+    select: Literal["best", "last"] = "best"
+    keep: int = 2
+    max_skipped: int = 5
+    compilation_cache: bool = True
+    theory_every: int | None = None
+    prompt: str | None = None
+    prompt_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
+        if self.epochs is not None:
+            check_number("train.epochs", self.epochs, above=0.0)
+        if self.steps is not None:
+            check_whole("train.steps", self.steps, at_least=1, at_most=MOST_STEPS)
+        for name in ("early_stopping", "theory_every"):
+            if getattr(self, name) is not None:
+                check_whole(f"train.{name}", getattr(self, name), at_least=1)
+        for name in (
+            "batch_size",
+            "accumulate",
+            "eval_batch_size",
+            "eval_every",
+            "log_every",
+            "keep",
+            "max_skipped",
+            "prompt_tokens",
+        ):
+            check_whole(f"train.{name}", getattr(self, name), at_least=1)
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("train.prompt is empty; leave it out for none")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A whole run.
+
+    Attributes:
+      model: the pretrained model.
+      data: the labelled texts, conversations or questions.
+      lora: what is adapted and how; an encoder's new head is always trained in full beside it.
+      optimizer: rates, schedule, decay, clipping.
+      train: length, batches, evaluation.
+      mesh: the devices.
+      distributed: the processes, where there are several.
+      task: classification, or regression, one number a text; instruction, the answers in conversations; or
+        multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
+      method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
+      init_adapter: a run or an adapter directory, of this package or PEFT, that training starts from; what it says
+        of ranks, scales and layers must be what the section lora says.
+      init_adapter_rates: same if lr_ratio, policy and decay must be those that the adapter was trained with, where
+        it says so; new if other ones are meant.
+      seed: of initial values, shuffling and dropout.
+      output_dir: where everything the run makes is written.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    lora: LoRAPlusConfig = DEFAULT_LORA
+    optimizer: OptimizerSettings = OptimizerSettings()
+    train: TrainSettings = TrainSettings()
+    mesh: MeshSettings = ALL_DEVICES
+    distributed: DistributedSettings = ONE_PROCESS
+    task: TaskName = "classification"
+    method: Method = "lora_plus"
+    init_adapter: str | None = None
+    init_adapter_rates: Literal["same", "new"] = "same"
+    seed: int = 0
+    output_dir: str
+
+    def __post_init__(self) -> None:
+        check_whole("seed", self.seed, at_least=0)
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2**32, got {self.seed}")
+        if not self.output_dir.strip():
+            raise ValueError("output_dir is empty")
+        if self.init_adapter is not None and not self.init_adapter.strip():
+            raise ValueError("init_adapter is empty; leave it out for none")
+        if self.init_adapter is None and self.init_adapter_rates != "same":
+            raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
+        _check_kind(self)
+        if (config := self.applied) is not None:
+            rate = self.optimizer.learning_rate * config.lr_ratio
+            check_number("lora.lr_ratio times optimizer.learning_rate, B's rate,", rate, above=0.0)
+
+    @property
+    def is_language(self) -> bool:
+        """Whether the model is a language model, not an encoder."""
+        return self.task in LANGUAGE
+
+    @property
+    def applied(self) -> LoRAPlusConfig | None:
+        """What is really applied: None for full, and lr_ratio 1 for lora; the new head among what is trained."""
+        if self.method == "full":
+            return None
+        ratio = 1.0 if self.method == "lora" else self.lora.lr_ratio
+        head = () if self.is_language else ("head",)
+        saved = tuple(dict.fromkeys((*self.lora.modules_to_save, *head)))
+        return dataclasses.replace(self.lora, lr_ratio=ratio, modules_to_save=saved)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as plain values, as written to `config.yaml`."""
+        return _plain(dataclasses.asdict(self))
+
+
+_OF_ENCODERS = {
+    "model": ("pooling", "dropout", "head_dropout"),
+    "data": ("text", "text_pair", "label"),
+}
+_OF_LANGUAGE_MODELS = {
+    "model": ("remat", "attention", "loss_chunk"),
+    "data": ("template", "answers", "packing", "column_names"),
+    "train": ("prompt", "prompt_tokens"),
+}
+
+
+def _check_kind(settings: Settings) -> None:
+    """Nothing is set that the task's kind of model has no use for."""
+    odd = _OF_ENCODERS if settings.is_language else _OF_LANGUAGE_MODELS
+    fits = [t for t in get_args(TaskName) if (t in LANGUAGE) != settings.is_language]
+    for section, names in odd.items():
+        values = getattr(settings, section)
+        defaults = {f.name: f.default for f in dataclasses.fields(values)}
+        for name in names:
+            if getattr(values, name) != defaults[name]:
+                raise ValueError(
+                    f"{section}.{name} goes with the tasks {' and '.join(fits)}, and the task is {settings.task}"
+                )
+    if settings.data.answers != "all" and settings.task != "instruction":
+        raise ValueError(f"data.answers goes with the task instruction, and the task is {settings.task}")
+    if settings.train.theory_every is not None and settings.method == "full":
+        raise ValueError("train.theory_every measures adapters, and method full has none")
+    if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:
+        raise ValueError("train.prompt_tokens goes with train.prompt, which is not set")
+
+
+MAY_CHANGE = (
+    *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
+    *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
+    *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
+)
+"""What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
+ENDS = MAY_CHANGE[:4]
+
+
+def apart(
+    values: Mapping[str, Any], prefix: str = "", may_change: Sequence[str] = MAY_CHANGE
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Plain settings as two trees: what must stay as it was when a run goes on, and what may change.
+
+    >>> apart({"seed": 1, "train": {"steps": 5, "accumulate": 2}})
+    ({'seed': 1, 'train': {'accumulate': 2}}, {'train': {'steps': 5}})
+    """
+    same: dict[str, Any] = {}
+    free: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            for tree, part in zip((same, free), apart(value, f"{prefix}{name}.", may_change), strict=True):
+                tree |= {name: part} if part else {}
+        else:
+            (free if f"{prefix}{name}" in may_change else same)[name] = value
+    return same, free
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,174 @@
+"""The pictures of a sweep's report, all drawn from the report alone, and told apart without colour."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..training.metrics_log import partial_path, pyplot
+from .settings import NAMES
+
+PICTURES = {
+    "heat_map": "Validation loss over the two rates. The dashed line is plain LoRA, where both are the same; "
+    "a frame marks the settings that were chosen, a cross one that diverged.",
+    "curves": "Test loss of the chosen settings: the mean over the report's seeds, and the band between the "
+    "least and the largest.",
+    "steps": "Steps to the target loss, on each seed of the report. A run that never reached it has no mark.",
+    "control": "Test loss on each seed; lines join the runs of a seed.",
+}
+"""Name and caption of each picture."""
+COLOURS = {"lora": "#b04a00", "lora_plus": "#0b5fa5", "control": "#3f3f3f"}
+MARKERS = {"lora": "s", "lora_plus": "o", "control": "^"}
+LINES: dict[str, Any] = {"lora": "--", "lora_plus": "-", "control": ":"}
+Report = Mapping[str, Any]
+
+
+def draw(directory: Path, report: Report, names: Iterable[str] = tuple(PICTURES)) -> None:
+    """Pictures of a report, as PNG files in the directory; of one that is not complete, the heat map alone."""
+    plt = pyplot()
+    drawings = {"heat_map": heat_map, "curves": curves, "steps": steps, "control": control}
+    for name in names:
+        drawing = drawings[name]
+        figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+        drawing(axes, report)
+        axes.spines[["top", "right"]].set_visible(False)
+        partial = partial_path(directory / f"{name}.png")
+        figure.savefig(partial, dpi=120, format="png")
+        plt.close(figure)
+        os.replace(partial, directory / f"{name}.png")
+
+
+def heat_map(axes: Any, report: Report) -> None:
+    """Loss over (eta_A, eta_B) at the first stop, which all settings came to."""
+    from matplotlib import ticker
+
+    first = min(row["step"] for row in report["search"])
+    cells = cells_of([row for row in report["search"] if row["step"] == first])
+    fine = {place: loss for place, loss in cells.items() if loss is not None}
+    gone = [place for place, loss in cells.items() if loss is None]
+    points, losses = np.array(list(fine)), np.array(list(fine.values()))
+    rates = np.array(list(cells))
+    ends = np.array([rates.min() / 1.6, rates.max() * 1.6])
+    axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=1)
+    size = 1400 / max(1.0, len(cells) / 8)
+    most = min(losses.max(), 2 * np.median(losses))  # one setting that is far off does not hide all others
+    shown = axes.scatter(
+        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", vmax=most, edgecolors="white", zorder=2
+    )
+    middle = (losses.min() + most) / 2
+    for (x, y), loss in zip(points, losses, strict=True):
+        colour = "black" if loss < middle else "white"
+        axes.annotate(
+            f"{loss:.3f}" if loss < 100 else f"{loss:.0e}",
+            (x, y),
+            ha="center",
+            va="center",
+            fontsize=7 if len(cells) <= 16 else 5.5,
+            color=colour,
+            zorder=3,
+        )
+    if gone:
+        axes.scatter(*np.array(gone).T, s=90, marker="x", color="black", zorder=3)
+    for arm, best in report["chosen"].items():
+        place = best["learning_rate"], best["learning_rate"] * best["lr_ratio"]
+        style = {"facecolors": "none", "edgecolors": COLOURS[arm], "linewidths": 3, "linestyle": LINES[arm]}
+        axes.scatter(*place, s=1.3 * size, marker="s", zorder=4, label=f"{NAMES[arm]}, chosen", **style)
+    if report["chosen"]:
+        axes.legend(frameon=False, loc="upper left", fontsize=9, markerscale=0.5)
+    axes.annotate(
+        "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
+    )
+    axes.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=ends)
+    axes.set_title(f"Validation loss after {first} of {report['protocol']['steps']} steps")
+    axes.set_xlim(rates[:, 0].min() / 1.6, rates[:, 0].max() * 1.6)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(ticker.NullLocator())
+    axes.tick_params(axis="x", rotation=30)
+    axes.figure.colorbar(shown, label="validation loss")
+
+
+def cells_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], float | None]:
+    """(eta_A, eta_B) to the least loss over alphas and ranks; None if all have diverged.
+
+    >>> cells_of([{"learning_rate": 1.0, "lr_ratio": 2.0, "loss": None}])
+    {(1.0, 2.0): None}
+    """
+    found: dict[tuple[float, float], float | None] = {}
+    for row in rows:
+        place = (row["learning_rate"], row["learning_rate"] * row["lr_ratio"])
+        losses = [loss for loss in (found.get(place), row["loss"]) if loss is not None]
+        found[place] = min(losses, default=None)
+    return found
+
+
+def curves(axes: Any, report: Report) -> None:
+    """Means and bands over the seeds on which nothing diverged."""
+    for arm in report_arms(report):
+        runs = [run["curve"] for run in report["runs"] if run["arm"] == arm and not run["diverged"]]
+        if not runs:
+            continue
+        steps, losses = [step for step, _ in runs[0]], np.array([[loss for _, loss in run] for run in runs])
+        axes.fill_between(steps, losses.min(0), losses.max(0), color=COLOURS[arm], alpha=0.18, linewidth=0)
+        style = {"color": COLOURS[arm], "linestyle": LINES[arm], "marker": MARKERS[arm], "markersize": 4}
+        axes.plot(steps, losses.mean(0), label=name_of(arm, report), **style)
+    axes.set(xlabel="step", ylabel="test loss", title="Chosen settings, on the report's seeds")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False)
+
+
+def steps(axes: Any, report: Report) -> None:
+    """A row for each seed, a mark for each arm."""
+    seeds = list(report["protocol"]["report_seeds"])
+    for arm in report_arms(report):
+        runs = [run for run in report["runs"] if run["arm"] == arm and run["steps_to_target"] is not None]
+        places = [run["steps_to_target"] for run in runs], [seeds.index(run["seed"]) for run in runs]
+        axes.plot(*places, MARKERS[arm], color=COLOURS[arm], markersize=9, label=name_of(arm, report))
+    for row, seed in enumerate(seeds):
+        reached = [r["steps_to_target"] for r in report["runs"] if r["seed"] == seed and r["steps_to_target"]]
+        if reached:
+            axes.hlines(row, min(reached), max(reached), color="grey", linewidth=1, zorder=0)
+    axes.set(xlabel="steps", xlim=(0, report["protocol"]["steps"] * 1.05), title="Steps to the target loss")
+    axes.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
+    axes.set_ylim(-0.6, len(seeds) - 0.4)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="best")
+
+
+def control(axes: Any, report: Report) -> None:
+    """A column for each arm, a mark for each seed."""
+    arms = report_arms(report)
+    by_seed: dict[int, list[tuple[int, float]]] = {}
+    for run in report["runs"]:
+        if run["test"] is not None and run["test"]["loss"] is not None:
+            by_seed.setdefault(run["seed"], []).append((arms.index(run["arm"]), run["test"]["loss"]))
+    for points in by_seed.values():
+        axes.plot(*zip(*sorted(points), strict=True), color="grey", linewidth=1, zorder=0)
+    for column, arm in enumerate(arms):
+        losses = [loss for points in by_seed.values() for place, loss in points if place == column]
+        axes.plot([column] * len(losses), losses, MARKERS[arm], color=COLOURS[arm], markersize=8)
+        if losses:
+            axes.hlines(np.mean(losses), column - 0.18, column + 0.18, color=COLOURS[arm], linewidth=2)
+    axes.set_xticks(range(len(arms)), [name_of(arm, report).replace(", ", "\n", 1) for arm in arms])
+    axes.set(ylabel="test loss", title="Test loss by seed; bars are means", xlim=(-0.5, len(arms) - 0.5))
+    axes.grid(axis="y", alpha=0.3)
+
+
+def report_arms(report: Report) -> list[str]:
+    """The arms that the report compares, in order."""
+    return list(dict.fromkeys(run["arm"] for run in report["runs"]))
+
+
+def name_of(arm: str, report: Report) -> str:
+    """An arm with the setting that was chosen for it."""
+    chosen = report["chosen"]["lora_plus" if arm == "control" else arm]
+    rate = f"rate {chosen['learning_rate']:g}"
+    if arm == "lora":
+        return f"LoRA, {rate}"
+    if arm == "lora_plus":
+        return f"LoRA+, {rate}, lambda {chosen['lr_ratio']:g}"
+    return f"{NAMES[arm]}\n{rate}, alpha {chosen['alpha'] * chosen['lr_ratio']:g}"

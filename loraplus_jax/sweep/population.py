@@ -1,0 +1,356 @@
+"""Many runs as one program: members that differ in rates, lambda, scale, rank and seed, over one frozen base.
+
+What the members differ in are values, inputs of the program, so that all share one compilation. A member's steps
+are those of its single run: the same step, the same first values, batches and dropout keys.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..checkpoint import describe_run, fingerprint
+from ..data.fetch import resolve
+from ..data.splits import digest
+from ..lora import SCALE, scale_variables
+from ..models.hf import check_params, load_params
+from ..settings.schema import apart
+from ..sharding import make_mesh, replicate
+from ..spec import Specs
+from ..tasks.interface import Data, Losses, Parts, rows_of
+from ..train_step import LossFn, TrainState, init_state, make_eval, make_step
+from ..training.memory import check_memory
+from ..training.optimizer import check_rates, make_optimizer
+from ..training.setup import build, count_steps, family_of, params_of, with_weights
+from .halving import check_rungs
+from .settings import MAY_CHANGE, SweepRun, Trial
+
+MEMBERS = "members"
+"""The mesh axis over which members are split."""
+WORTHWHILE = 0.95
+"""More members at once must take less than this share of the time a member."""
+
+
+class Members(struct.PyTreeNode):
+    """Runs side by side; every leaf has them along its first axis.
+
+    Attributes:
+      state: of training; `rng` as the key's data, uint32.
+      learning_rate: eta_A, the peak, float32.
+      lr_ratio: lambda, float32.
+      scales: path of an adapted module to its s, float32.
+      skipped: steps skipped in a row, int32.
+      alive: whether steps are still taken; false for an empty place and for a member that has diverged.
+    """
+
+    state: TrainState
+    learning_rate: Any
+    lr_ratio: Any
+    scales: dict[str, Any]
+    skipped: Any
+    alive: Any
+
+
+class Programs(NamedTuple):
+    """What runs on the devices, compiled for a chunk of members.
+
+    Attributes:
+      step: `(members, frozen, batches) -> members`, each member with a batch of its own.
+      evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, all with the same batch.
+    """
+
+    step: Any
+    evaluate: Any
+
+
+class Population(NamedTuple):
+    """All that a sweep trains with.
+
+    Attributes:
+      run: the sweep.
+      data: its data.
+      parts: the model with adapters of the largest rank.
+      steps: optimizer steps of a whole run.
+      mesh: the devices, along `"members"`.
+      at_once: members that a device computes side by side.
+      chunk: members of one call of the programs.
+      programs: see there.
+      first: `(trial, seed)` to a member before its first step.
+      metadata: what checkpoints say of themselves.
+    """
+
+    run: SweepRun
+    data: Data
+    parts: Parts
+    steps: int
+    mesh: Mesh
+    at_once: int
+    chunk: int
+    programs: Programs
+    first: Callable[[Trial, int], Members]
+    metadata: dict[str, Any]
+
+
+def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
+    """Fetches, checks, compiles and loads everything, as `prepare` does for a single run.
+
+    Args:
+      run: the sweep.
+      places: how many members there are at most.
+      at_once: members that a device computes side by side; None lets a measurement choose.
+
+    Raises:
+      ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
+    """
+    devices = make_mesh(run.mesh.data).devices.reshape(-1)
+    mesh = Mesh(devices, (MEMBERS,))
+    directory = resolve(run.model.path, "model")
+    data = family_of(run).load_data(run, directory)
+    if "test" not in data.splits:
+        raise ValueError(
+            "a sweep chooses on the validation split and reports on the test split: give data.test"
+        )
+    steps = count_steps(run, rows_of(data.splits["train"]))
+    check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
+    widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
+    config = widest.applied
+    shapes = build(widest, directory, data.task, config)
+    check_rates(run.optimizer, shapes)
+    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    at_once, chunk, programs = _compiled(run, data, shapes, steps, mesh, places, at_once)
+    weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    parts = with_weights(widest, shapes, weights, config)
+    parts = parts._replace(frozen=replicate(mesh, parts.frozen))
+    values = functools.cache(functools.partial(_first_values, run, directory, data, parts, weights))
+    first = functools.partial(_first, values, run, parts.specs, steps)
+    metadata = describe_run(
+        config,
+        parts.specs,
+        base=fingerprint(parts.frozen) if parts.frozen else None,
+        settings=apart(run.to_json(), "", MAY_CHANGE)[0],
+        task=data.task.notes(),
+        data=digest(data.splits),
+    )
+    return Population(run, data, parts, steps, mesh, at_once, chunk, programs, first, metadata)
+
+
+def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) -> Callable[..., Members]:
+    """`(member, frozen, batch) -> member`: the step of a single run, with rates and scales that are values.
+
+    A member that has skipped `train.max_skipped` steps in a row (loss or gradient not finite) takes no more.
+    """
+
+    def step(member: Members, frozen: Any, batch: Any) -> Members:
+        rates = {"learning_rate": member.learning_rate, "lr_ratio": member.lr_ratio}
+        tx = make_optimizer(run.shared_optimizer, None, steps, specs, **rates)
+        one = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
+        state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
+        state, metrics = one(state, _scaled(frozen, specs, member), batch)
+        skipped = jnp.where(metrics["skipped"] > 0, member.skipped + 1, 0)
+        alive = skipped < run.train.max_skipped
+        return member.replace(state=state.replace(rng=member.state.rng), skipped=skipped, alive=alive)
+
+    def step_if_alive(member: Members, frozen: Any, batch: Any) -> Members:
+        return jax.lax.cond(member.alive, step, lambda member, *_: member, member, frozen, batch)
+
+    return step_if_alive
+
+
+def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
+    """`(member, frozen, batch) -> {name: (sum, weight)}`; zeros for a member that is not alive."""
+    found = make_eval(evaluate)
+
+    def pairs(member: Members, frozen: Any, batch: Any) -> Any:
+        return found(member.state.trainable, _scaled(frozen, specs, member), batch)
+
+    def pairs_if_alive(member: Members, frozen: Any, batch: Any) -> Any:
+        shapes = jax.eval_shape(pairs, member, frozen, batch)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(member.alive, pairs, lambda *_: nothing, member, frozen, batch)
+
+    return pairs_if_alive
+
+
+def over_members(
+    one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch: bool, donate: bool
+) -> jax.stages.Wrapped:
+    """`(members, frozen, batch) -> results`: each device maps over its members, over one copy of the base.
+
+    Args:
+      one: for one member, `(member, frozen, batch) -> result`.
+      mesh: its axis `"members"` splits them.
+      at_once: how many a device computes side by side.
+      own_batch: whether each member has a batch of its own, or all share one.
+      donate: whether the members' memory is given away.
+    """
+    size = None if at_once == 1 else at_once
+
+    def local(members: Members, frozen: Any, batch: Any) -> Any:
+        if own_batch:
+            return jax.lax.map(lambda pair: one(pair[0], frozen, pair[1]), (members, batch), batch_size=size)
+        return jax.lax.map(lambda member: one(member, frozen, batch), members, batch_size=size)
+
+    split, same = PartitionSpec(MEMBERS), PartitionSpec()
+    specs = (split, same, split if own_batch else same)
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
+    return jax.jit(
+        mapped,
+        donate_argnums=0 if donate else (),
+        in_shardings=shardings,
+        out_shardings=NamedSharding(mesh, split),
+    )
+
+
+def fastest(seconds: Callable[[int], float], most: int) -> int:
+    """How many members at once take the least time each: 1, 2, 4 ... as long as it gets clearly shorter.
+
+    Args:
+      seconds: of one member's step when so many are computed at once; infinite where it does not fit.
+      most: no more than this.
+
+    >>> fastest({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.39}.get, 16)
+    4
+    """
+    best, least = 1, seconds(1)
+    while 2 * best <= most and (found := seconds(2 * best)) < WORTHWHILE * least:
+        best, least = 2 * best, found
+    return best
+
+
+def _scaled(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
+    """The frozen variables with the member's scales."""
+    return {**frozen, SCALE: scale_variables(specs, member.scales)}
+
+
+def _first(
+    values: Callable[[int, int], Any], run: SweepRun, specs: Specs, steps: int, trial: Trial, seed: int
+) -> Members:
+    """A member before its first step: that of its single run."""
+    config = run.settings_of(trial, seed).lora
+    tx = make_optimizer(run.shared_optimizer, config, steps, specs)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    state = init_state(values(trial.rank, seed), tx, jax.random.key_data(key))
+    return _member(state, trial, {module: config.scale_of(module) for module in specs})
+
+
+def _first_values(
+    run: SweepRun,
+    directory: Path,
+    data: Data,
+    widest: Parts,
+    weights: Mapping[str, Any],
+    rank: int,
+    seed: int,
+) -> Any:
+    """What a single run of the rank trains, before its first step, filled up with zeros to the largest rank.
+
+    Zeros stay zero to the bit: the gradient of either factor is a product with the other one.
+    """
+    settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
+    shapes = build(settings, directory, data.task, settings.applied)
+    trainable = with_weights(settings, shapes, weights, settings.applied).trainable
+    return jax.tree.map(_padded, trainable, widest.trainable)
+
+
+def _member(state: TrainState, trial: Trial, scales: Mapping[str, float]) -> Members:
+    return Members(
+        state=state,
+        learning_rate=np.float32(trial.learning_rate),
+        lr_ratio=np.float32(trial.lr_ratio),
+        scales={module: np.float32(scale) for module, scale in scales.items()},
+        skipped=np.int32(0),
+        alive=np.bool_(True),
+    )
+
+
+def _padded(leaf: Any, like: Any) -> np.ndarray:
+    more = [(0, wide - size) for size, wide in zip(leaf.shape, like.shape, strict=True)]
+    return np.pad(np.asarray(leaf), more)
+
+
+def _compiled(
+    run: SweepRun,
+    data: Data,
+    shapes: Parts,
+    steps: int,
+    mesh: Mesh,
+    places: int,
+    at_once: int | None,
+) -> tuple[int, int, Programs]:
+    """Members at once, members a call, and the programs; memory is checked."""
+    made = functools.cache(functools.partial(_programs, run, data, shapes, steps, mesh, places))
+    device, each = mesh.devices.flat[0], -(-places // mesh.size)
+    if at_once is None and needs_no_measuring(device):
+        at_once = 1
+    if at_once is None:
+        at_once = fastest(lambda size: _measured(*made(size), mesh, size), each)
+    chunk, programs = made(at_once)
+    check_memory(programs, device, len(mesh.local_devices))
+    return at_once, chunk, programs
+
+
+def _programs(
+    run: SweepRun, data: Data, shapes: Parts, steps: int, mesh: Mesh, places: int, at_once: int
+) -> tuple[int, Programs]:
+    """Compiled from shapes alone; nothing else is compiled later."""
+    losses = family_of(run).make_losses(run, data.task, shapes)
+    step = make_member_step(run, losses, shapes.specs, steps)
+    evaluate = make_member_eval(losses.evaluate, shapes.specs)
+    chunk = mesh.size * (at_once if at_once > 1 else -(-places // mesh.size))
+    members = jax.eval_shape(functools.partial(_example, run, shapes, steps))
+    members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk, *x.shape), x.dtype), members)
+
+    def batch(size: tuple[int, ...], split: str) -> dict[str, jax.ShapeDtypeStruct]:
+        columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
+        return {name: jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
+
+    train = over_members(step, mesh, at_once, own_batch=True, donate=True)
+    test = over_members(evaluate, mesh, at_once, own_batch=False, donate=False)
+    batches = batch((chunk, run.train.batch_size), "train")
+    return chunk, Programs(
+        train.lower(members, shapes.frozen, batches).compile(),
+        test.lower(members, shapes.frozen, batch((run.train.eval_batch_size,), "validation")).compile(),
+    )
+
+
+def _example(run: SweepRun, shapes: Parts, steps: int) -> Members:
+    """A member of zeros, for its shapes."""
+    trainable = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)
+    tx = make_optimizer(run.shared_optimizer, run.applied, steps, shapes.specs)
+    state = init_state(trainable, tx, jax.random.key_data(jax.random.key(0)))
+    return jax.tree.map(jnp.asarray, _member(state, run.trials[0], dict.fromkeys(shapes.specs, 1.0)))
+
+
+def needs_no_measuring(device: Any) -> bool:
+    """A CPU is busy with a single member, and takes more time and memory a member for several."""
+    return device.platform == "cpu"
+
+
+def _measured(chunk: int, programs: Programs, mesh: Mesh, at_once: int) -> float:
+    """Seconds of a member's step, the best of three calls on zeros; infinite if it does not fit in memory."""
+    try:
+        check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
+    except ValueError:
+        if at_once == 1:
+            raise
+        return float("inf")
+    kinds, _ = programs.step.args_info
+    members, frozen, batches = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), kinds)
+    members = members.replace(alive=np.ones(chunk, bool))
+    shardings, _ = programs.step.input_shardings
+    members, frozen, batches = jax.device_put((members, frozen, batches), shardings)
+    seconds = []
+    for _ in range(4):  # the first one is slower
+        start = time.perf_counter()
+        members = jax.block_until_ready(programs.step(members, frozen, batches))
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:]) / (chunk // mesh.size)

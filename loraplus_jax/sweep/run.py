@@ -1,0 +1,399 @@
+"""The sweep: search, then report, as one population that is trained step by step and can be interrupted.
+
+In the search all settings are trained side by side on the search's seeds, and dropped or kept by their validation
+loss. In the report the best setting of LoRA, that of LoRA+ and a control are trained on other seeds to the end.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+import yaml
+from rich.console import Console
+
+from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
+from ..data.fetch import cache_dir
+from ..data.splits import train_batches
+from ..settings.schema import TrainSettings
+from ..train_step import TrainState
+from ..training.anomalies import TrainingFailed
+from ..training.metrics_log import METRICS, SUMMARY, write_text
+from ..training.run_directory import (
+    CHECKPOINTS,
+    CONFIG,
+    Stopped,
+    StopSignal,
+    check_directory,
+    kept_programs,
+    named,
+    only_run,
+    set_aside,
+    set_aside_damaged,
+    write_config,
+)
+from .figures import draw
+from .halving import at_rung, best_of, curve_every, means_of, spread_rows, stops_of
+from .population import Members, Population, prepare_population
+from .report import PAGE, REPORT, WINNER, make_report, write_report
+from .settings import MAY_CHANGE, METHODS, NAMES, SweepRun, Trial
+from .slots import Crew
+
+AT_ONCE = "members_at_once.json"
+"""How many members a device computes side by side, kept for going on."""
+FOR_THE_WINNER = ("select", "early_stopping", "prompt", "log_every", "theory_every")
+"""Fields of the section train that a sweep leaves to the run with the winner."""
+
+
+class Entry(NamedTuple):
+    """A member's part: a setting of an arm with a seed."""
+
+    arm: str
+    trial: Trial
+    seed: int
+
+
+def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Searches and reports, writing everything to `run.output_dir`; an unfinished sweep there goes on.
+
+    Args:
+      run: the sweep.
+      fresh: start over; an older one there is renamed, not deleted.
+      console: where to print.
+
+    Returns:
+      What `report.json` holds.
+
+    Raises:
+      ValueError, OSError: bad input, found before anything is written.
+      Stopped: SIGTERM or Ctrl-C; what was done is saved.
+      TrainingFailed: every setting of LoRA, or of LoRA+, diverged; what was found by then is in `report.json`.
+    """
+    console = console or Console(soft_wrap=True)
+    directory = Path(run.output_dir).expanduser()
+    if jax.process_count() > 1:
+        raise ValueError(f"a sweep runs in one process, this is one of {jax.process_count()}")
+    check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
+    with contextlib.ExitStack() as stack:
+        if run.train.compilation_cache:
+            stack.enter_context(kept_programs(cache_dir() / "xla", console))
+        return _sweep(run, directory, fresh, console)
+
+
+def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dict[str, Any]:
+    started = time.perf_counter()
+    at_once = run.sweep.members_at_once
+    if at_once is None and not fresh and (directory / AT_ONCE).exists():
+        at_once = json.loads((directory / AT_ONCE).read_text(encoding="utf-8"))
+    places = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
+    population = prepare_population(run, places, at_once)
+    if fresh:
+        set_aside(directory, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    with named(directory), only_run(directory):
+        if not (directory / CONFIG).exists():
+            write_config(directory, run)
+        write_text(directory / AT_ONCE, f"{population.at_once}\n")
+        manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
+        try:
+            return Sweep(population, places, directory, manager, console, started).run_all()
+        finally:
+            manager.close()
+
+
+class Sweep:
+    """One sweep from its start, or its newest checkpoint, to its report."""
+
+    def __init__(
+        self,
+        population: Population,
+        places: int,
+        directory: Path,
+        manager: ocp.CheckpointManager,
+        console: Console,
+        started: float,
+    ) -> None:
+        self.population, self.run, self.crew = population, population.run, Crew(population, places)
+        self.directory, self.manager, self.console = directory, manager, console
+        self.chosen: dict[str, Trial] = {}
+        self.rows: list[dict[str, Any]] = []
+        self.clock, self.seconds, self.started = 0, 0.0, started
+        splits = population.data.splits
+        self.curve_split = spread_rows(splits["test"], splits["validation"])
+
+    def run_all(self) -> dict[str, Any]:
+        """Everything; returns the report."""
+        self.start()
+        self.print_head()
+        with StopSignal() as stop:
+            if self.stage == "search":
+                self.run_stage(stop)
+                self.begin_report()
+            self.end_if(stop)
+            self.run_stage(stop)
+        return self.finish()
+
+    def run_stage(self, signal: StopSignal) -> None:
+        """From stop to stop to the stage's end; a signal ends it after the step or the evaluation at hand."""
+        while stops := self.stops():
+            stop = stops[0]
+            while self.step < stop:
+                self.crew.step(self.next_batches())
+                self.step, self.clock = self.step + 1, self.clock + 1
+                due = self.step % self.run.train.eval_every == 0 or signal.received is not None
+                if due and self.step < stop:
+                    self.save()
+                    self.end_if(signal)
+            self.at_stop()
+            if self.stage == "report" or self.stops():
+                self.save()
+                self.end_if(signal)
+
+    # Stages.
+
+    def start(self) -> None:
+        """The search from its beginning, or where the newest checkpoint that can be read left off."""
+        trials, seeds = self.run.trials, self.run.seeds
+        self.begin("search", [Entry(trial.arm, trial, seed) for trial in trials for seed in seeds])
+        while (clock := self.manager.latest_step()) is not None:
+            like = self.crew.as_state(self.clock)
+            try:
+                restored = restore(self.manager, like, metadata=self.population.metadata)
+            except DamagedCheckpoint as error:
+                place = set_aside_damaged(self.directory, self.manager, clock)
+                self.console.print(f"{error}; it is now {place}, and the one before is used")
+                continue
+            self.go_on(restored.state, restored.input_position)
+            return
+
+    def begin(self, stage: str, entries: Sequence[Entry]) -> None:
+        """All entries of a stage before their first step."""
+        self.stage, self.step, self.entries = stage, 0, list(entries)
+        self.crew.fill(dict(enumerate(self.first())))
+        self.batches = self.fresh_batches()
+
+    def begin_report(self) -> None:
+        """The chosen settings and the control, on the seeds of the report."""
+        self.begin("report", self.report_entries())
+        self.clock += 1
+        self.record("curve")
+        self.save()
+
+    def go_on(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Takes up what a checkpoint holds."""
+        self.stage, self.step, self.clock = position["stage"], position["step"], int(state.step)
+        self.rows, self.seconds = position["rows"], position["seconds"]
+        self.chosen = {arm: Trial(*values) for arm, values in position["chosen"].items()}
+        if self.stage == "report":
+            self.entries = self.report_entries()
+        self.crew.go_on(state, dict(enumerate(self.first())), position["places"])
+        self.batches = self.fresh_batches()
+        for seed, batches in self.batches.items():
+            batches.set_state(position["batches"][str(seed)])
+
+    def first(self) -> list[Members]:
+        """The entries as members before their first step."""
+        return [self.population.first(entry.trial, entry.seed) for entry in self.entries]
+
+    def fresh_batches(self) -> dict[int, Any]:
+        """For each seed the batches of a single run with it, from the first on."""
+        split, size = self.population.data.splits["train"], self.run.train.batch_size
+        seeds = dict.fromkeys(entry.seed for entry in self.entries)
+        return {seed: train_batches(split, batch_size=size, seed=seed) for seed in seeds}
+
+    def next_batches(self) -> dict[int, Any]:
+        """The next batch of every member."""
+        by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
+        return {number: by_seed[self.entries[number].seed] for number in self.crew.numbers}
+
+    def report_entries(self) -> list[Entry]:
+        """The chosen settings and the control on the report's seeds."""
+        trials = {**self.chosen, "control": self.chosen["lora_plus"].control}
+        return [Entry(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds]
+
+    def stops(self) -> list[int]:
+        """The steps of the stage that are still ahead, at which its members are evaluated."""
+        if self.stage == "search" and len(self.chosen) == len(METHODS):
+            return []
+        steps = self.population.steps
+        every = curve_every(self.run.train.eval_every, steps)
+        stops = (
+            stops_of(self.run.sweep, steps)
+            if self.stage == "search"
+            else [*range(every, steps, every), steps]
+        )
+        return [stop for stop in stops if stop > self.step]
+
+    def at_stop(self) -> None:
+        """Evaluates, and in the search drops settings; what was found so far is written."""
+        self.clock += 1
+        self.record("validation" if self.stage == "search" else "curve")
+        if self.stage == "search":
+            self.choose()
+        else:
+            self.print_means()
+        if self.stage == "report" and self.step == self.population.steps:
+            self.record("test")
+        write_report(self.directory, self.report())
+
+    def record(self, split: str) -> None:
+        """Rows of an evaluation on a split, or on the curve's part of the test split.
+
+        A member whose loss is not finite is stopped.
+        """
+        rows = self.curve_split if split == "curve" else self.population.data.splits[split]
+        found = self.crew.evaluate(rows, self.run.train.eval_batch_size)
+        for number, values in found.items():
+            arm, trial, seed = self.entries[number]
+            fine = math.isfinite(values["loss"])
+            values = values | self.population.data.task.derived(values) if fine else dict.fromkeys(values)
+            where = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
+            self.rows.append({**where, "split": split, **values})
+        self.crew.stop(number for number, values in found.items() if not math.isfinite(values["loss"]))
+
+    def choose(self) -> None:
+        """Keeps what goes on after a rung; chooses each arm's best at the end, or before what is left alone."""
+        losses = {
+            (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
+            for row in self.rows
+            if row["step"] == self.step
+        }
+        scores = means_of(losses)
+        best = {arm: best_of(scores, arm) for arm in METHODS if arm not in self.chosen}
+        self.print_scores(scores, best)
+        if gone := [NAMES[arm] for arm, trial in best.items() if trial is None]:
+            self.save()
+            write_report(self.directory, report := self.report())
+            if any(row["loss"] is not None for row in report["search"]):
+                draw(self.directory, report, ("heat_map",))
+            raise TrainingFailed(
+                f"every setting of {' and of '.join(gone)} has diverged by step {self.step}; try lower rates; "
+                f"what was found is in {self.directory}"
+            )
+        if self.step == self.population.steps:
+            self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
+            return
+        alone, going = at_rung(scores, self.run.sweep.keep)
+        self.chosen |= alone
+        if going:
+            self.crew.gather([n for n in self.crew.numbers if self.entries[n].trial in going])
+
+    # What is left behind.
+
+    def save(self) -> None:
+        """A checkpoint, with all that has been found so far."""
+        position = {
+            "stage": self.stage,
+            "step": self.step,
+            "places": self.crew.places,
+            "chosen": {arm: list(trial) for arm, trial in self.chosen.items()},
+            "batches": {str(seed): batches.get_state() for seed, batches in self.batches.items()},
+            "rows": self.rows,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+        }
+        state = self.crew.as_state(self.clock)
+        save(self.manager, state, metadata=self.population.metadata, input_position=position)
+        write_text(self.directory / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def end_if(self, signal: StopSignal) -> None:
+        """Ends the sweep when a signal was received; what was done has just been saved."""
+        if signal.received is not None:
+            self.manager.wait_until_finished()
+            where = f"step {self.step} of the {self.stage}"
+            raise Stopped(signal.received, f"stopped at {where}; the same command goes on from there")
+
+    def report(self) -> dict[str, Any]:
+        """All that is known so far."""
+        metric = self.population.data.task.metric
+        rows = len(next(iter(self.curve_split.values())))
+        curve = {
+            "curve_every": curve_every(self.run.train.eval_every, self.population.steps),
+            "curve_rows": rows,
+        }
+        return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
+
+    def finish(self) -> dict[str, Any]:
+        """The report with its pictures, the winner's recipe and, last, the summary."""
+        report = self.report()
+        draw(self.directory, report)
+        write_report(self.directory, report, page=True)
+        if report["winner"] is None:
+            raise TrainingFailed(
+                f"{report['verdict']} Try lower rates; {PAGE} and {REPORT} hold what was found"
+            )
+        best = self.chosen[report["winner"]["arm"]]
+        winner = self.run.settings_of(best, self.run.seed, str(self.directory / "winner"))
+        text = yaml.safe_dump(winner.to_json(), sort_keys=False)
+        write_text(self.directory / WINNER, text)
+        summary = {name: report[name] for name in ("verdict", "winner", "why", "command", "member_steps")}
+        summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
+        summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
+        summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+        write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        for edge in report["at_the_edge"]:
+            self.console.print(f"at the edge: {edge}")
+        settings = report["protocol"]["settings"]
+        if not report["protocol"]["equal_budgets"]:
+            self.console.print(
+                f"unequal budgets: {settings['lora']} settings of LoRA, {settings['lora_plus']} of LoRA+"
+            )
+        self.console.print(
+            f"{report['verdict']}\ntrain with {NAMES[best.arm]}, {report['why']}: {report['command']}"
+        )
+        self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
+        return report
+
+    # The screen.
+
+    def print_head(self) -> None:
+        """What is about to be tried."""
+        counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in METHODS}
+        tried = " and ".join(f"{count} of {NAMES[arm]}" for arm, count in counts.items())
+        steps, seeds = self.population.steps, self.run.report_seeds
+        stops = " and ".join(map(str, stops_of(self.run.sweep, steps)))
+        self.console.print(
+            f"sweep: {tried}, on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of {steps} "
+            f"steps; then the best of each on the seeds {', '.join(map(str, seeds))}"
+        )
+        sizes = self.population.data.examples
+        self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
+        unused = [
+            name for name in FOR_THE_WINNER if getattr(self.run.train, name) != getattr(TrainSettings, name)
+        ]
+        if unused:
+            names = ", ".join(f"train.{name}" for name in unused)
+            self.console.print(f"not used by a sweep, but by a run with the winner: {names}")
+        if self.clock:
+            self.console.print(f"going on from step {self.step} of the {self.stage}")
+
+    def print_scores(self, scores: Mapping[Trial, float], best: Mapping[str, Trial | None]) -> None:
+        """The best settings at a stop, and how many have diverged."""
+        for arm, trial in best.items():
+            ours = [score for t, score in scores.items() if t.arm == arm]
+            gone = sum(not math.isfinite(score) for score in ours)
+            shown = "none" if trial is None else f"{trial}: loss {scores[trial]:.4f}"
+            diverged = f", {gone} diverged" if gone else ""
+            self.console.print(
+                f"step {self.step}: {NAMES[arm]}, best of {len(ours)}{diverged}: {shown} (validation)"
+            )
+
+    def print_means(self) -> None:
+        """Each arm's mean over the seeds on which it has not diverged."""
+        here = [row for row in self.rows if (row["stage"], row["step"]) == ("report", self.step)]
+        losses = {
+            arm: [r["loss"] for r in here if r["arm"] == arm and r["loss"] is not None]
+            for arm in self.run.arms
+        }
+        shown = ", ".join(
+            f"{NAMES[arm]} {sum(v) / len(v):.4f}" if v else f"{NAMES[arm]} diverged"
+            for arm, v in losses.items()
+        )
+        self.console.print(
+            f"step {self.step}: mean loss of {shown} (test, {self.run.sweep.report_seeds} other seeds)"
+        )

@@ -1,0 +1,268 @@
+"""What a sweep has found: pairs of runs with the same seed, steps to a target, intervals, and a sentence.
+
+Settings were chosen on the validation split with other seeds; here they are compared on the test split and new
+ones. The runs of one seed share first values and batches, so that their difference says more than two means would.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from .settings import NAMES, Trial
+
+LEVEL = 0.95
+Curve = Sequence[tuple[int, float | None]]
+"""Steps and test losses; None where the loss was not finite."""
+Row = dict[str, Any]
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and two-sided 95 % t-interval of independent values, `low` and `high` None for fewer than two.
+
+    >>> found = interval([1.0, 2.0, 3.0])
+    >>> round(found["low"], 4), found["mean"], round(found["high"], 4)
+    (-0.4841, 2.0, 4.4841)
+    """
+    count = len(values)
+    if not count:
+        return {"mean": None, "low": None, "high": None, "pairs": 0}
+    mean = float(np.mean(values))
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None, "pairs": count}
+    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "pairs": count}
+
+
+def ratio_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
+    """The same of paired ratios, geometric: the interval of their logarithms.
+
+    >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
+    2.0
+    """
+    found = interval([math.log(a / b) for a, b in zip(over, under, strict=True)])
+    return {k: v if k == "pairs" or v is None else math.exp(v) for k, v in found.items()}
+
+
+def steps_to(curve: Curve, target: float) -> float | None:
+    """When a loss first is at most the target, on straight lines between evaluations; None if never.
+
+    At least 1, so that ratios exist.
+
+    >>> steps_to([(0, 1.0), (10, 0.5), (20, 0.3)], 0.4), steps_to([(0, 1.0), (10, 0.5)], 0.2)
+    (15.0, None)
+    """
+    before: tuple[int, float] | None = None
+    for step, loss in curve:
+        if loss is None:
+            return None
+        if loss <= target:
+            if before is None:
+                return 1.0
+            share = (before[1] - target) / (before[1] - loss)
+            return max(1.0, before[0] + share * (step - before[0]))
+        before = (step, loss)
+    return None
+
+
+def runs_of(rows: Sequence[Row], steps: int, target: float | None) -> list[Row]:
+    """The report's runs, from its rows: curve, test result and steps to the target, one for each arm and seed.
+
+    Without a target given it is, on each seed, the worse of the final losses of LoRA and LoRA+: both reach it, and
+    which of the two is called which does not matter, as it would if it were LoRA's own. A target that the first
+    values meet says nothing about training: there are no steps to it.
+    """
+    runs: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        if row["stage"] != "report":
+            continue
+        run = runs.setdefault(
+            (row["arm"], row["seed"]), {"arm": row["arm"], "seed": row["seed"], "curve": [], "test": None}
+        )
+        if row["split"] == "test":
+            run["test"] = {name: row[name] for name in row if name not in _KEYS}
+        else:
+            run["curve"].append([row["step"], row["loss"]])
+    for run in runs.values():
+        curve, goal = run["curve"], _target(runs, run["seed"], steps) if target is None else target
+        start = curve[0][1] if curve else None
+        run["target"], run["diverged"] = goal, any(loss is None for _, loss in curve)
+        run["at_start"] = goal is not None and start is not None and start <= goal
+        fair = not run["diverged"] and not run["at_start"]
+        run["steps_to_target"] = steps_to(curve, goal) if fair and goal is not None else None
+    return list(runs.values())
+
+
+_KEYS = ("stage", "arm", "trial", "seed", "step", "split")
+
+
+def _target(runs: Mapping[tuple[str, int], Row], seed: int, steps: int) -> float | None:
+    """The worse of the two final losses; None where one of the two has none."""
+    curves = [runs[arm, seed]["curve"] for arm in ("lora", "lora_plus") if (arm, seed) in runs]
+    finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
+    return max(finals) if len(finals) == 2 else None
+
+
+def compare(runs: Sequence[Row], first: str, second: str, metric: str) -> Row:
+    """Two arms on the seeds that both have: differences in test loss and metric, first less second, and steps.
+
+    `steps_ratio` is the second's steps to the target over the first's, where both reach it: above 1, the first
+    needs fewer. `alone` counts the seeds on which only one of them does, `at_start` those whose target the first
+    values meet.
+    """
+    by_seed = {arm: {run["seed"]: run for run in runs if run["arm"] == arm} for arm in (first, second)}
+    seeds = [seed for seed in by_seed[first] if seed in by_seed[second]]
+    pairs = [(by_seed[first][seed], by_seed[second][seed]) for seed in seeds]
+    ended = [(a["test"], b["test"]) for a, b in pairs if _ended(a) and _ended(b)]
+    steps = [(a["steps_to_target"], b["steps_to_target"]) for a, b in pairs]
+    reached = [(a, b) for a, b in steps if a is not None and b is not None]
+    return {
+        "first": first,
+        "second": second,
+        "pairs": len(pairs),
+        "diverged": {arm: sum(run["diverged"] for run in by_seed[arm].values()) for arm in (first, second)},
+        "at_start": sum(a["at_start"] or b["at_start"] for a, b in pairs),
+        "alone": {
+            first: sum(a is not None and b is None for a, b in steps),
+            second: sum(a is None and b is not None for a, b in steps),
+        },
+        "steps_ratio": ratio_interval([b for _, b in reached], [a for a, _ in reached]),
+        "test_loss": interval([a["loss"] - b["loss"] for a, b in ended]),
+        "test_metric": interval([a[metric] - b[metric] for a, b in ended]),
+    }
+
+
+def _ended(run: Row) -> bool:
+    return run["test"] is not None and not run["diverged"]
+
+
+def verdict(
+    comparison: Row, chosen: Mapping[str, Trial], target: float | None, lora: str = "tuned LoRA"
+) -> str:
+    """One sentence: which of LoRA+ and LoRA needs fewer steps and how surely, or that neither does.
+
+    Args:
+      comparison: of LoRA+ with LoRA.
+      chosen: the setting of each.
+      target: as given, or None.
+      lora: what to call LoRA; tuned only if it was, see `called`.
+    """
+    text = f"{_on_steps(comparison, chosen, target, lora)}; {_loss(comparison)}."
+    return text[0].upper() + text[1:]
+
+
+def _on_steps(comparison: Row, chosen: Mapping[str, Trial], target: float | None, lora: str) -> str:
+    ours = f"LoRA+ with lambda={chosen['lora_plus'].lr_ratio:g}"
+    names = {"lora_plus": ours, "lora": lora}
+    goal = "the same test loss" if target is None else f"a test loss of {target:g}"
+    found, pairs, faster = comparison["steps_ratio"], comparison["pairs"], sooner(comparison)
+    evidence = f"95 % interval, {found['pairs']} paired seeds"
+    if any(comparison["diverged"].values()):
+        return f"no verdict on steps: {_each(comparison['diverged'], names, pairs, 'diverged on')}"
+    if comparison["at_start"]:
+        what = (
+            "LoRA or LoRA+ ended no lower than it started"
+            if target is None
+            else f"{goal} is met before any step"
+        )
+        return f"no verdict on steps: on {comparison['at_start']} of {pairs} seeds {what}"
+    if any(comparison["alone"].values()):
+        first = "" if faster else "no verdict on steps: "
+        reached = {arm: count + found["pairs"] for arm, count in comparison["alone"].items()}
+        return f"{first}{_each(reached, names, pairs, f'reached {goal} on')}"
+    if not found["pairs"]:
+        return f"no verdict on steps: {goal} was reached on none of {pairs} seeds"
+    if found["low"] is None or found["pairs"] < pairs:
+        return f"no verdict on steps: {goal} was reached on {found['pairs']} of {pairs} seeds"
+    if faster is None:
+        what = "difference" if lower(comparison) is None else "difference in steps"
+        return f"no {what} found: {lora} takes {_range(found)} the steps of {ours} to {goal} ({evidence})"
+    if faster == "lora":
+        found = {k: 1 / found[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
+    other = names["lora" if faster == "lora_plus" else "lora_plus"]
+    return f"{names[faster]} needs {_range(found)} fewer steps than {other} to {goal} ({evidence})"
+
+
+def _each(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, what: str) -> str:
+    (first, one), (second, two) = counts.items()
+    return f"{names[first]} {what} {one}, {names[second]} on {two} of {pairs} seeds"
+
+
+def sooner(comparison: Row) -> str | None:
+    """The arm that surely needs fewer steps to the target, if one does.
+
+    Where some runs never reach it, the one that reaches it alone on so many seeds that a sign test is sure of it.
+    """
+    found, alone = comparison["steps_ratio"], comparison["alone"]
+    if any(comparison["diverged"].values()) or comparison["at_start"]:
+        return None
+    if any(alone.values()):
+        sure = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue < 1 - LEVEL
+        return max(alone, key=alone.__getitem__) if sure else None
+    if found["low"] is None or found["pairs"] < comparison["pairs"]:
+        return None
+    return _side(1.0, found, above=comparison["first"], below=comparison["second"])
+
+
+def lower(comparison: Row) -> str | None:
+    """The arm whose test loss is surely lower, if one is."""
+    found = comparison["test_loss"]
+    return None if found["low"] is None else _side(0.0, found, comparison["second"], comparison["first"])
+
+
+def _side(even: float, found: Mapping[str, Any], above: str, below: str) -> str | None:
+    return above if found["low"] > even else below if found["high"] < even else None
+
+
+def favoured(comparison: Row) -> tuple[str | None, str]:
+    """Which of LoRA+ and LoRA to train with, and why; None if both diverged on every seed.
+
+    What diverged less; else what surely ends at a lower test loss; else what surely gets to the target sooner; else
+    plain LoRA, which has a setting less.
+    """
+    diverged, pairs = comparison["diverged"], comparison["pairs"]
+    if all(count == pairs for count in diverged.values()):
+        return None, "both diverged on every seed"
+    if len(set(diverged.values())) > 1:
+        worse = max(diverged, key=diverged.__getitem__)
+        best = min(diverged, key=diverged.__getitem__)
+        return best, f"{NAMES[worse]} diverged on {diverged[worse]} of {pairs} seeds"
+    if (arm := lower(comparison)) is not None:
+        against = sooner(comparison) not in (None, arm)
+        return (
+            arm,
+            f"its test loss is surely lower{', though it needs more steps to the target' if against else ''}",
+        )
+    if (arm := sooner(comparison)) is not None:
+        return arm, "it surely needs fewer steps"
+    return "lora", "no sure difference, and plain LoRA has a setting less"
+
+
+def called(counts: Mapping[str, int], edges: Sequence[str]) -> str:
+    """What a verdict may call LoRA: tuned only after as many settings as LoRA+ had, and within its rates.
+
+    Args:
+      counts: how many settings of each were tried.
+      edges: as `sweep_report.at_the_edge` finds them.
+
+    >>> called({"lora": 4, "lora_plus": 4}, []), called({"lora": 1, "lora_plus": 4}, [])
+    ('tuned LoRA', 'LoRA (best of 1, LoRA+ of 4)')
+    """
+    if counts["lora"] < counts["lora_plus"]:
+        return f"LoRA (best of {counts['lora']}, LoRA+ of {counts['lora_plus']})"
+    edge = next((e for e in edges if e.startswith(f"{NAMES['lora']}: learning_rate")), None)
+    return "tuned LoRA" if edge is None else "LoRA, whose best rate lies at the edge of those tried,"
+
+
+def _range(found: Mapping[str, Any]) -> str:
+    return f"{found['mean']:.2f} x [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _loss(comparison: Row) -> str:
+    found = comparison["test_loss"]
+    if found["mean"] is None:
+        return "no pair of runs has test results"
+    text = f"test loss of LoRA+ minus LoRA's {found['mean']:+.4f}"
+    return text if found["low"] is None else f"{text} [{found['low']:+.4f}, {found['high']:+.4f}]"

@@ -1,0 +1,1 @@
+"""Tasks: model head, loss, metrics and sampled answers."""

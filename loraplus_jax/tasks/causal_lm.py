@@ -1,0 +1,169 @@
+"""Instruction tuning and multiple choice with a causal language model."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from ..data.chat import tokenize_chats
+from ..data.chat_template import ChatTemplate, load_template
+from ..data.conversations import Chat, Turn, read_chats
+from ..data.fetch import resolve
+from ..data.multiple_choice import Question, encode_choices, read_questions
+from ..data.packing import pack, pad
+from ..data.splits import Batch, split_files, split_texts
+from ..models.hf import load_config
+from ..models.llama import SHARDING, Llama, name_table, tensor_sizes
+from ..models.llama_config import LlamaConfig
+from ..models.tokenizer import tokenizer as load_tokenizer
+from ..settings.schema import Settings
+from ..sharding import batch_parts
+from ..tree import leaves_by_path
+from .interface import Base, Data, Losses, Parts
+from .language_losses import LanguageTask
+
+HEADS = {True: "embed_tokens", False: "lm_head"}
+"""The part of the model that is its head: whether it is tied to the embedding, and its name."""
+
+
+def load_data(settings: Settings, directory: Path) -> Data:
+    """Reads, checks and tokenizes the splits with the tokenizer and chat template of a model."""
+    tools = text_tools(settings, directory, None)
+    own = None if settings.data.template in ("model", "plain") else tools[1].source
+    task = LanguageTask(kind=settings.task, template=own)  # pyright: ignore[reportArgumentType]
+    rows = _load_splits(settings)
+    splits, truncated = {}, {}
+    for name, examples in rows.items():
+        if task.kind == "multiple_choice" and name != "train":
+            splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
+        else:
+            splits[name], truncated[name] = _encode(settings, tools, examples)
+    _widen(splits)
+    return Data(task, splits, {name: len(examples) for name, examples in rows.items()}, truncated)
+
+
+def without_data(settings: Settings) -> Data:
+    """The task and one row of the columns that training takes, for settings whose data is not at hand."""
+    ids = np.zeros((1, settings.data.max_length), np.int32)
+    columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
+    task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
+    return Data(task, {"train": columns}, {"train": 1}, {"train": 0})
+
+
+def load_split(
+    settings: Settings, directory: Path, task: LanguageTask, split: str | None, data: str | None
+) -> tuple[Batch, int]:
+    """One split of a run's own data, or another file of the same kind, as evaluation takes it; and its size.
+
+    Raises:
+      KeyError: no such split.
+    """
+    examples = _load_splits(settings)[split or "test"] if data is None else _read(settings, data)
+    tools = text_tools(settings, directory, task)
+    if task.kind == "multiple_choice":
+        return encode_choices(examples, *tools, settings.data.max_length), len(examples)
+    return _encode(settings, tools, examples)[0], len(examples)
+
+
+def text_tools(
+    settings: Settings, directory: Path, task: LanguageTask | None
+) -> tuple[Tokenizer, ChatTemplate]:
+    """The model's tokenizer, and the chat template that a task has kept or the settings choose."""
+    config, longest = model_config(directory), settings.data.max_length
+    if longest > config.max_length:
+        raise ValueError(f"data.max_length is {longest}, the model takes {config.max_length} tokens at most")
+    tokenizer, choice = load_tokenizer(directory), settings.data.template
+    if task is None or task.template is None:
+        return tokenizer, load_template(choice, directory)
+    plain = load_template("plain", directory)  # for the model's own tokens
+    return tokenizer, dataclasses.replace(plain, source=task.template, origin=choice)
+
+
+def model_config(directory: Path) -> LlamaConfig:
+    """The sizes and options of a model directory or GGUF file."""
+    return LlamaConfig.from_hf(load_config(directory))
+
+
+def make_base(settings: Settings, directory: Path, task: Any) -> Base:
+    """The language model; it takes `input_ids` and `segment_ids`."""
+    config, given = model_config(directory), settings.model
+    model = Llama(
+        config,
+        jnp.dtype(given.dtype),
+        jnp.dtype(given.param_dtype),
+        given.unroll,
+        given.remat,
+        given.attention,
+    )
+    inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
+    return Base(model, name_table(config), (), inputs, SHARDING, tensor_sizes(config))
+
+
+def make_losses(settings: Settings, task: LanguageTask, parts: Parts, mesh: Mesh | None = None) -> Losses:
+    """Without logits where the head is frozen; on a mesh `model.loss_chunk` is for each part of a batch."""
+    chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
+    chunk = chunk if head_is_frozen(parts) else None
+    train = task.loss_fn(parts.model, chunk=chunk)
+    if task.kind == "multiple_choice":
+        return Losses(train, task.choice_fn(parts.model, chunk=chunk))
+    return Losses(train, train)
+
+
+def head_is_frozen(parts: Parts) -> bool:
+    """Whether neither the head's weights nor an adapter of it is trained."""
+    model: Any = parts.base.model
+    head = HEADS[model.config.tie_word_embeddings]
+    return not any(head in path.split("/") for path in leaves_by_path(parts.trainable))
+
+
+def _load_splits(settings: Settings) -> dict[str, list[Any]]:
+    return split_files(settings.data, functools.partial(_read, settings), _split)
+
+
+def _read(settings: Settings, value: str) -> list[Any]:
+    read = read_questions if settings.task == "multiple_choice" else read_chats
+    return read(resolve(value, "data"), settings.data.column_names)
+
+
+def _split(examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int) -> dict[str, list]:
+    """By what the user says first: the same question is never in two splits."""
+    texts = [e.prompt if isinstance(e, Question) else _asked(e) for e in examples]
+    homes = split_texts(texts, shares, seed, where=examples[0].place.rpartition(":")[0])
+    return {name: [examples[i] for i in indices] for name, indices in homes.items()}
+
+
+def _asked(chat: Chat) -> str:
+    return next(turn.text for turn in chat.turns if turn.role in ("user", "text"))
+
+
+def _encode(
+    settings: Settings, tools: tuple[Tokenizer, ChatTemplate], examples: Sequence[Chat | Question]
+) -> tuple[Batch, int]:
+    """Rows of `max_length` tokens, and how many conversations were cut."""
+    chats = [_answered(e) if isinstance(e, Question) else e for e in examples]
+    given = settings.data
+    sequences = tokenize_chats(chats, *tools, given.max_length, answers=given.answers)
+    make = pack if given.packing else pad
+    return make(sequences, given.max_length), sequences.truncated
+
+
+def _answered(question: Question) -> Chat:
+    turns = (Turn("user", question.prompt), Turn("assistant", question.choices[question.answer]))
+    return Chat(turns, question.place)
+
+
+def _widen(splits: dict[str, Batch]) -> None:
+    """Gives all questions the same number of places for choices, so that one program evaluates every split."""
+    widest = max((x["byte_lengths"].shape[1] for x in splits.values() if "byte_lengths" in x), default=0)
+    for columns in splits.values():
+        for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths") if "answer" in columns else ():
+            array = columns[name]
+            more = [(0, 0), (0, widest - array.shape[1]), *([(0, 0)] * (array.ndim - 2))]
+            columns[name] = np.pad(array, more, constant_values=1 if name == "byte_lengths" else 0)

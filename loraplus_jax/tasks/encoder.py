@@ -1,0 +1,115 @@
+"""Classification and regression with an encoder and a new head."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from ..data.fetch import resolve
+from ..data.splits import Batch, Rows, encode, load_rows, load_splits, load_tokenizer
+from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
+from ..models.bert_config import BertConfig
+from ..models.hf import load_config
+from ..settings.schema import ModelSettings, Settings
+from .classification import Task
+from .interface import Base, Data, Losses, Parts
+
+
+def load_data(settings: Settings, directory: Path) -> Data:
+    """Reads, checks and tokenizes the splits with the tokenizer of a model directory."""
+    tokenizer = tokenizer_for(settings, directory)
+    rows = load_splits(settings.data, functools.partial(resolve, kind="data"))
+    task = Task.from_splits(settings.task, rows)  # pyright: ignore[reportArgumentType]
+    encoded = {name: encode(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
+    splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
+    sizes = {name: len(split) for name, split in rows.items()}
+    return Data(task, splits, sizes, {name: cut for name, (_, cut) in encoded.items()})
+
+
+def without_data(settings: Settings) -> Data:
+    """The task and one row of the columns that training takes, for settings whose data is not at hand.
+
+    How many classes there are is in the data: two are taken.
+    """
+    ids = np.zeros((1, settings.data.max_length), np.int32)
+    columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
+    classes = settings.task == "classification"
+    task = Task(kind=settings.task, names=("0", "1") if classes else ())  # pyright: ignore[reportArgumentType]
+    columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
+    return Data(task, {"train": columns}, {"train": 1}, {"train": 0})
+
+
+def load_split(
+    settings: Settings, directory: Path, task: Task, split: str | None, data: str | None
+) -> tuple[Batch, int]:
+    """One split of a run's own data, or another labelled file, as evaluation takes it; and how many texts it has.
+
+    Raises:
+      KeyError: no such split.
+    """
+    if data is None:
+        rows = load_splits(settings.data, functools.partial(resolve, kind="data"))[split or "test"]
+    else:
+        rows = load_rows(resolve(data, "data"), settings.data)
+    return encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows)
+
+
+def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
+    """The directory's tokenizer at `data.max_length`, which the model must be able to take."""
+    config = model_config(settings.model, directory)
+    if settings.data.max_length > config.max_length:
+        raise ValueError(
+            f"data.max_length is {settings.data.max_length}, the model takes {config.max_length} tokens at most"
+        )
+    tokenizer = load_tokenizer(directory, settings.data.max_length)
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer does not fit the model: {token!r} has the id {largest}, the model's "
+            f"vocab_size is {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer) -> Batch:
+    """Token arrays and labels of rows."""
+    return encode(rows.texts, rows.pairs, tokenizer)[0] | {"label": task.labels(rows)}
+
+
+def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
+    """The encoder's config, its dropout rates replaced where the settings give one."""
+    config = BertConfig.from_hf(load_config(directory))
+    if settings.dropout is None:
+        return config
+    return dataclasses.replace(
+        config, hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout
+    )
+
+
+def make_base(settings: Settings, directory: Path, task: Task) -> Base:
+    """The encoder with its new head; it takes `input_ids`, `attention_mask` and `token_type_ids`."""
+    given = settings.model
+    config = model_config(given, directory)
+    model = BertForSequence(
+        config,
+        task.num_outputs,
+        given.pooling,
+        jnp.dtype(given.dtype),
+        jnp.dtype(given.param_dtype),
+        given.unroll,
+        given.head_dropout,
+    )
+    inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
+    return Base(model, name_table(given.pooling), ("head",), inputs, SHARDING, tensor_sizes(config))
+
+
+def make_losses(settings: Settings, task: Any, parts: Parts, mesh: Mesh | None = None) -> Losses:
+    """The same loss for both."""
+    loss_fn = task.loss_fn(parts.model)
+    return Losses(loss_fn, loss_fn)

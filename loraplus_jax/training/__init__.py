@@ -1,0 +1,1 @@
+"""One training run: setup, trainer, evaluation, checkpoints on disk, logs."""

@@ -1,0 +1,155 @@
+"""What to say of training that goes wrong: loss spikes, and numbers that are not finite."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from .setup import Run
+
+SPIKE, NOISE, RECENT = 2.0, 6.0, 20
+"""A step's loss is a spike when it is above SPIKE times the median of the RECENT steps before it, and above it by
+more than NOISE times their median distance from it: the losses of small batches jump about.
+"""
+
+
+class TrainingFailed(Exception):
+    """Training went wrong and was ended; the last good checkpoint is kept."""
+
+
+class Seen(NamedTuple):
+    """What is remembered of the steps before, kept in checkpoints: a run that goes on sees what it would have seen.
+
+    Attributes:
+      losses: of the last `RECENT` steps that were not skipped.
+      skipped: how many steps were skipped in a row.
+    """
+
+    losses: tuple[float, ...] = ()
+    skipped: int = 0
+
+
+class Jump(NamedTuple):
+    """A loss spike.
+
+    Attributes:
+      step: at which.
+      loss: that step's.
+      median: of the losses before.
+      norms: that step's, of gradients and updates by role.
+    """
+
+    step: int
+    loss: float
+    median: float
+    norms: Mapping[str, float]
+
+    def values(self) -> dict[str, float]:
+        """As a row of `metrics.jsonl`; no name is one of an ordinary row's."""
+        values = {"loss": self.loss, "median": self.median, **self.norms}
+        return {f"spike/{name}": value for name, value in values.items()}
+
+    def __str__(self) -> str:
+        norms = ", ".join(f"{name} {value:.3g}" for name, value in self.norms.items())
+        return (
+            f"step {self.step}: the loss jumped to {self.loss:.4f} (median before {self.median:.4f}); {norms}"
+        )
+
+
+def as_floats(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Steps' metrics on the host."""
+    return [{name: float(value) for name, value in row.items()} for row in jax.device_get(list(metrics))]
+
+
+def look(seen: Seen, first: int, rows: Sequence[Mapping[str, float]]) -> tuple[Seen, list[Jump]]:
+    """The spikes among the steps from `first` on, and what to remember after them."""
+    losses, skipped, jumps = list(seen.losses), seen.skipped, []
+    for step, row in enumerate(rows, first):
+        skipped = skipped + 1 if row["skipped"] else 0
+        if skipped:
+            continue
+        if is_spike(losses, row["loss"]):
+            norms = {name: value for name, value in row.items() if "_norm/" in name}
+            jumps.append(Jump(step, row["loss"], statistics.median(losses), norms))
+        losses = [*losses, row["loss"]][-RECENT:]
+    return Seen(tuple(losses), skipped), jumps
+
+
+def is_spike(losses: Sequence[float], loss: float) -> bool:
+    """Whether a loss jumps over those of the steps before it.
+
+    >>> is_spike([1.0, 1.1, 0.9], 3.0), is_spike([1.0, 0.2, 3.0], 3.5)
+    (True, False)
+    """
+    if len(losses) < 3:
+        return False
+    median = statistics.median(losses)
+    spread = statistics.median(abs(value - median) for value in losses)
+    return loss > SPIKE * median and loss > median + NOISE * spread
+
+
+def skipped_up_to(seen: Seen, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
+    """The place of the row by which `most` steps in a row were skipped, if they were.
+
+    >>> one, none = {"skipped": 1.0}, {"skipped": 0.0}
+    >>> skipped_up_to(Seen(skipped=1), [one, one], 3), skipped_up_to(Seen(skipped=2), [none, one, one], 3)
+    (1, None)
+    """
+    in_a_row = seen.skipped
+    for place, row in enumerate(rows):
+        in_a_row = in_a_row + 1 if row["skipped"] else 0
+        if in_a_row >= most:
+            return place
+    return None
+
+
+def check_skipped(run: Run, seen: Seen, first: int, rows: Sequence[Mapping[str, float]], kept: int) -> None:
+    """Ends the run when too many steps in a row were skipped, naming what was not finite.
+
+    Args:
+      run: says how many are too many.
+      seen: of the steps before.
+      first: the step of the first row.
+      rows: steps' metrics.
+      kept: the step of the newest checkpoint.
+    """
+    most = run.settings.train.max_skipped
+    place = skipped_up_to(seen, rows, most)
+    if place is not None:
+        odd = not_finite(rows[place])
+        raise TrainingFailed(
+            f"{most} steps in a row up to step {first + place} were skipped: not finite were {', '.join(odd)}; "
+            f"{advice(run, odd)}; checkpoints up to step {kept} are kept"
+        )
+
+
+def not_finite(row: Mapping[str, float]) -> list[str]:
+    """What in a step's metrics is not finite; updates, which follow from the rest, only where the rest is.
+
+    >>> not_finite({"loss": math.nan, "update_norm/a": math.nan})
+    ['loss']
+    >>> not_finite({"loss": 1.0, "update_norm/a": math.inf})
+    ['update_norm/a']
+    """
+    odd = [name for name, value in row.items() if not math.isfinite(value)]
+    return [name for name in odd if not name.startswith("update_norm/")] or odd
+
+
+def advice(run: Run, odd: Sequence[str]) -> str:
+    """What the evidence supports."""
+    optimizer, config = run.settings.optimizer, run.config
+    updates = all(name.startswith("update_norm/") for name in odd)  # finite gradients: clipping is no help
+    tips = []
+    if config is not None and config.lr_ratio > 1:
+        if "grad_norm/a" in odd:
+            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (A's gradient grows with B)")
+        elif "update_norm/b" in odd:
+            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (B's rate is the product)")
+    tips.append(f"a lower optimizer.learning_rate than {optimizer.learning_rate:g}")
+    if optimizer.max_grad_norm is None and not updates:
+        tips.append("optimizer.max_grad_norm: 1.0")
+    if not optimizer.warmup_steps:
+        tips.append("optimizer.warmup_steps")
+    return "try " + ", or ".join(tips)

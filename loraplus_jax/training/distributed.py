@@ -1,0 +1,269 @@
+"""The devices and the processes of a run: what is set, how processes join, and what one does for all.
+
+JAX's own runtime does the work: `jax.distributed` joins the processes and notices when one is lost, GSPMD and orbax
+do the rest.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+import socket
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ..checkpoint import differences
+from ..config import check_whole
+from ..multihost import gathered, is_loss
+
+AUTO, MOST_PORT = "auto", 65535
+ENVIRONMENT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, OSError)
+"""What JAX raises where the environment tells of the processes wrongly or in part."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """The devices, as data x fsdp x tensor; one of the three may be -1, for all devices that the others leave.
+
+    Attributes:
+      data: how many parts the batch alone is split into.
+      fsdp: how many parts batch and weights are split into; a layer's weights are gathered when it is computed.
+      tensor: how many parts heads, inner widths and vocabulary are split into.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedSettings:
+    """The processes, where there are several; each is started with the same command but for process_id.
+
+    Attributes:
+      coordinator: HOST:PORT where process 0 can be reached; or auto, which asks the environment (TPU pods, SLURM,
+        MPI, Kubernetes) for this and the next two; one process if not given.
+      processes: how many there are.
+      process_id: which of them this is, from 0.
+      start_timeout: seconds to wait for the others at the start.
+      lost_timeout: seconds of silence after which a process counts as lost and the others end.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+    start_timeout: int = 300
+    lost_timeout: int = 30
+
+    def __post_init__(self) -> None:
+        check_whole("distributed.start_timeout", self.start_timeout, at_least=1)
+        check_whole("distributed.lost_timeout", self.lost_timeout, at_least=1)
+        numbers = {"processes": self.processes, "process_id": self.process_id}
+        if self.coordinator in (None, AUTO):
+            for name, value in numbers.items():
+                if value is not None:
+                    raise ValueError(f"distributed.{name} goes with distributed.coordinator HOST:PORT")
+            return
+        host, _, port = str(self.coordinator).rpartition(":")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
+            raise ValueError(
+                f"distributed.coordinator must be HOST:PORT, of a port from 1 to {MOST_PORT}, or {AUTO}, "
+                f"got {self.coordinator!r}"
+            )
+        for name, value in numbers.items():
+            if value is None:
+                raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
+        check_whole("distributed.processes", self.processes, at_least=1)
+        check_whole("distributed.process_id", self.process_id, at_least=0)
+        if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(
+                f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
+            )
+
+
+ALL_DEVICES, ONE_PROCESS = MeshSettings(), DistributedSettings()
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and it has saved what it had.
+
+    Attributes:
+      signal_number: which signal.
+    """
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class LostProcess(Exception):
+    """Another process of the run has ended, or cannot be reached any more."""
+
+
+@contextlib.contextmanager
+def joined(settings: DistributedSettings) -> Iterator[None]:
+    """One of the run's processes, if there are several.
+
+    Raises:
+      ValueError: the others cannot be joined; the message says where they were sought and how long.
+      LostProcess: a computation failed because another process ended.
+    """
+    if settings.coordinator is None:
+        yield
+        return
+    if settings.process_id == 0:
+        _check_port(settings)
+    # When its own time is over JAX aborts the process with a stack of native code.
+    watch = threading.Timer(settings.start_timeout, _give_up, [_alone(settings)])
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            **_address(settings),
+            initialization_timeout=settings.start_timeout + 60,
+            heartbeat_timeout_seconds=settings.lost_timeout,
+        )
+    except ENVIRONMENT_ERRORS as error:
+        raise ValueError(_not_joined(settings, error)) from error
+    finally:
+        watch.cancel()
+    _check_devices()
+    try:
+        yield
+    except Stopped:  # by all of them, at the same step
+        jax.distributed.shutdown()
+        raise
+    except Exception as error:
+        if not is_loss(error):
+            raise
+        raise LostProcess(
+            f"process {jax.process_index()} of {jax.process_count()} ends, because it cannot reach another one "
+            f"any more ({_first_line(error)}); start all of them again, and the run goes on from its "
+            "newest checkpoint"
+        ) from error
+    jax.distributed.shutdown()
+
+
+def _check_devices() -> None:
+    """Raises ValueError, in all processes, unless all have as many devices, as JAX's exchange needs."""
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        jax.distributed.shutdown()
+        found = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
+        raise ValueError(f"all processes must have as many devices; {found}")
+
+
+def _address(settings: DistributedSettings) -> dict[str, Any]:
+    if settings.coordinator == AUTO:
+        return {}
+    return {
+        "coordinator_address": settings.coordinator,
+        "num_processes": settings.processes,
+        "process_id": settings.process_id,
+    }
+
+
+def _give_up(message: str) -> None:
+    """Ends the process, which a native call may hold."""
+    sys.stdout.flush()
+    os.write(2, f"loraplus: error: {message}\n".encode())
+    os._exit(2)
+
+
+def _check_port(settings: DistributedSettings) -> None:
+    """Raises ValueError if process 0 cannot listen where the others seek it, of which JAX would die."""
+    port = int(str(settings.coordinator).rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"process 0 of {settings.processes} cannot listen at distributed.coordinator {settings.coordinator} "
+            f"({os.strerror(error.errno or 0)}); give a free port, the same to all"
+        ) from None
+
+
+def _alone(settings: DistributedSettings) -> str:
+    """What is said when nobody has come in time."""
+    who = f"process {settings.process_id} of {settings.processes}"
+    if settings.coordinator == AUTO:
+        who = "this process, which the environment has placed,"
+    where = f"distributed.coordinator {settings.coordinator}"
+    return f"{who} found no others at {where} in {settings.start_timeout} s (distributed.start_timeout)"
+
+
+def _not_joined(settings: DistributedSettings, error: Exception) -> str:
+    reason = _first_line(error)
+    if settings.coordinator != AUTO:
+        return f"{_alone(settings)}: {reason}"
+    if "start RPC server" in reason:
+        return (
+            f"distributed.coordinator is {AUTO}, and this process, which the environment makes the coordinator, "
+            f"cannot listen at its port ({reason}); set JAX_COORDINATOR_PORT to a free one, the same for all"
+        )
+    return (
+        f"distributed.coordinator is {AUTO}, and what the environment tells of the processes does not suffice "
+        f"({reason}); give distributed.coordinator, processes and process_id"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text:.200}" if isinstance(error, LookupError) else f"{text:.200}"
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """What every process does for itself and none may go on from alone: what one refuses, all refuse, in its words.
+
+    Raises:
+      ValueError: another process has refused.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    said = gathered(None if error is None else str(error) or type(error).__name__)
+    if any(words is not None for words in said) and len(said) > 1:
+        jax.distributed.shutdown()  # in order, for all are here
+    if error is not None:
+        raise error
+    for number, words in enumerate(said):
+        if words is not None:
+            raise ValueError(f"process {number} of {len(said)} refuses the run: {words}")
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Raises ValueError, in all processes, unless all of them have the same JSON values; names what differs."""
+    first, *others = gathered(dict(values))
+    for number, other in enumerate(others, 1):
+        if found := differences(first, other, ("in process 0", f"in process {number}")):
+            jax.distributed.shutdown()
+            more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+            raise ValueError(
+                f"the processes are not alike: {'; '.join(found[:5])}{more}; start each with the same "
+                "command (but for distributed.process_id), packages, data and weights"
+            )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def to_host(tree: Any) -> Any:
+    """Whole arrays in the memory of every process."""
+
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)

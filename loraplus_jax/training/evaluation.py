@@ -1,0 +1,39 @@
+"""Evaluation on a split, and batches on their devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ..data.splits import Batch, eval_batches
+from ..sharding import batch_sharding, local_rows
+from ..train_step import means
+
+
+def evaluate(
+    eval_fn: Any,
+    trainable: Any,
+    frozen: Any,
+    arrays: Batch,
+    batch_size: int,
+    mesh: Mesh,
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """The means over all rows of a split, every row once; `between` is called before each batch, and may raise."""
+    totals: Any = None
+    for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
+        between()
+        pairs = eval_fn(trainable, frozen, place(batch, mesh))
+        jax.block_until_ready(
+            totals
+        )  # at most two batches are under way, so that `between` is never long ago
+        totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
+    return {name: float(value) for name, value in means(totals).items()}
+
+
+def place(batch: Batch, mesh: Mesh) -> Any:
+    """A process's part of a batch on its devices, as one array over the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

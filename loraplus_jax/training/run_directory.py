@@ -1,0 +1,337 @@
+"""A run among others and against interruptions: whose a directory is, and signals that stop a run cleanly."""
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import secrets
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import filelock
+import jax
+import orbax.checkpoint as ocp
+import yaml
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from ..checkpoint import PACKAGES, differences
+from ..models.hf import read_json
+from ..multihost import gathered, is_loss
+from ..settings.schema import ENDS, MAY_CHANGE, Settings, apart
+from ..settings.yaml_files import read_yaml
+from .distributed import Stopped as Stopped
+from .distributed import all_or_none, check_same, is_first
+from .metrics_log import PICTURE, SUMMARY, partial_path, write_text
+
+CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
+OF_A_START = ("output_dir ", "distributed.")
+"""Settings that say where a run is started, and not what it is."""
+PLACES = ("in that run", "here")
+"""Of the two values of a difference between an older run and this one."""
+
+
+@contextmanager
+def only_run(directory: Path) -> Iterator[None]:
+    """Holds the directory for this process; the operating system lets go of it when the process ends, however.
+
+    Raises:
+      ValueError: another process has a run in it; the message gives its pid.
+    """
+    lock, owner = _locked(directory), directory / OWNER
+    try:
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
+        lock.release()
+
+
+def _locked(directory: Path) -> filelock.BaseFileLock:
+    lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        pid = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+        raise ValueError(
+            f"a run with pid {pid} is at work in {directory}; wait for it or choose another"
+        ) from None
+    return lock
+
+
+def _check_free(directory: Path) -> None:
+    """Raises ValueError if a run is at work in the directory: said now, not when the weights are loaded."""
+    if (directory / LOCK).exists():
+        _locked(directory).release()
+
+
+def _check_writable(directory: Path) -> None:
+    """Raises ValueError unless files can be made in the directory: by trying, since rights do not tell all."""
+    made = []
+    try:
+        for path in (*reversed(directory.parents), directory):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # not empty: another run has come first
+                path.rmdir()
+
+
+@contextmanager
+def named(directory: Path) -> Iterator[None]:
+    """Gives the directory's name to an error of the system that has none, as a full disk's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(directory)) from None
+
+
+def check_directory(
+    directory: Path,
+    settings: Settings,
+    *,
+    fresh: bool,
+    may_change: Sequence[str] = MAY_CHANGE,
+    ends: tuple[str, ...] = ENDS,
+) -> list[str]:
+    """Which settings have changed since the run that is in the directory was started, in words.
+
+    Of several processes one asks: the files by which it tries the directory would confuse the others.
+
+    Args:
+      directory: `output_dir`.
+      settings: of the run that wants to go on there.
+      fresh: whether it starts over instead.
+      may_change: which settings may differ.
+      ends: which of them let a finished run go on.
+
+    Raises:
+      ValueError: the run may not start or go on there.
+    """
+    for parent in (directory, *directory.parents):
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"output_dir {directory}: {parent} is a file")
+    _check_writable(directory)
+    _check_free(directory)
+    names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
+        return []
+    if not (directory / CONFIG).is_file():
+        raise ValueError(f"output_dir {directory} holds files that are not a run's; choose another directory")
+    if fresh:
+        return []
+    other = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
+    old = read_yaml(directory / CONFIG)
+    if not isinstance(old, dict):
+        raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
+    (old_same, old_free), (same, free) = (apart(v, "", may_change) for v in (old, settings.to_json()))
+    if found := differences(old_same, same, PLACES):
+        raise ValueError(
+            f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
+        )
+    changed = [text for text in differences(old_free, free, PLACES) if not text.startswith(OF_A_START)]
+    if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
+        more = "it goes on with more train.steps, or " if ends else ""
+        raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")
+    return changed
+
+
+def check_shared(directory: Path) -> None:
+    """Raises ValueError, in all processes, unless all of them see what the first one writes to the directory."""
+    if jax.process_count() == 1:
+        return
+    (name, *_) = gathered(f".seen-{secrets.token_hex(8)}")
+    with all_or_none():
+        if is_first():
+            (directory / name).touch()
+    with all_or_none():
+        if not (directory / name).is_file():
+            raise ValueError(
+                f"output_dir {directory} must lie on a file system that all processes see, and process "
+                f"{jax.process_index()} does not find there what process 0 has written"
+            )
+    if is_first():
+        (directory / name).unlink()
+
+
+def agreed_changes(directory: Path, settings: Settings, fresh: bool) -> list[str]:
+    """`check_directory` by the first process, for all; they must have been started alike."""
+    check_same(_told(settings, fresh))
+    changed: list[str] = []
+    with all_or_none():
+        if is_first():
+            changed = check_directory(directory, settings, fresh=fresh)
+    return gathered(changed)[0]
+
+
+def _told(settings: Settings, fresh: bool) -> dict[str, Any]:
+    """What all processes of a run must have been started with."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    values = settings.to_json()
+    own = ("coordinator", "process_id")
+    values["distributed"] = {name: v for name, v in values["distributed"].items() if name not in own}
+    return {**values, "--fresh": fresh, "packages": packages}
+
+
+def check_end(steps: int, manager: ocp.CheckpointManager) -> None:
+    """Raises ValueError if the run is past its new end already."""
+    done = manager.latest_step() or 0
+    if steps < done:
+        raise ValueError(
+            f"train.steps or epochs ends the run at step {steps}, and it has done {done} already"
+        )
+
+
+@contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Ends the writing of checkpoints whatever happens, except where it would wait for a process that is lost."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_loss(error):
+            manager.close()
+        raise
+    manager.close()
+
+
+def write_config(directory: Path, settings: Settings) -> None:
+    """`config.yaml`, whole or not at all."""
+    write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
+
+
+def keep_results(directory: Path) -> None:
+    """Renames what a finished run made, with its last step in the name, before the run goes on.
+
+    The summary last: as long as it is there, the run counts as finished, and this is done again after a sudden end.
+    """
+    if not (directory / SUMMARY).exists():
+        return
+    step = read_json(directory / SUMMARY).get("steps")
+    for path in (directory / ADAPTER, directory / PICTURE, directory / SUMMARY):
+        if path.exists():
+            path.rename(_first_free(path.with_stem(f"{path.stem}_step_{step}")))
+
+
+def _first_free(path: Path) -> Path:
+    """The path, or with the first number behind its name that makes it new."""
+    numbered = (path.with_stem(f"{path.stem}.{number}") for number in range(1, 10**6))
+    return path if not path.exists() else next(p for p in numbered if not p.exists())
+
+
+def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
+    """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
+    place = _first_free(directory / DAMAGED / str(step))
+    if is_first():
+        place.parent.mkdir(exist_ok=True)
+        (directory / CHECKPOINTS / str(step)).rename(place)
+    gathered(None)  # no process looks before it is out of the way
+    manager.reload()
+    return place
+
+
+def set_aside(directory: Path, console: Console) -> None:
+    """Renames an older run, unless it is at work, to the first free `DIRECTORY.N`."""
+    if (directory / CONFIG).exists():
+        number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}.{n}").exists())
+        with only_run(directory):
+            old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
+        console.print(f"the older run is now {old}")
+
+
+@contextmanager
+def own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
+    """The output directory, made or taken over, and held."""
+    if fresh:
+        set_aside(directory, console)
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_run(directory):
+        if not (directory / CONFIG).exists():
+            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            write_config(directory, settings)
+        yield
+
+
+@contextmanager
+def kept_programs(directory: Path, console: Console) -> Iterator[None]:
+    """Compiled programs are kept in a directory; if they cannot be, a line says so.
+
+    Entries that a full disk cut short are removed: JAX complains of them at every start and never replaces them.
+    """
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        try:
+            yield
+        finally:
+            for text in (str(warning.message) for warning in caught):
+                _tell_of_cache(text, directory, console)
+
+
+def _tell_of_cache(text: str, directory: Path, console: Console) -> None:
+    found = re.search(r"persistent compilation cache entry for '(.*?)'", text)
+    console.print(f"{directory}: {text}" if found else text)
+    for path in directory.glob(f"{found[1]}-*-cache") if found else ():
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+class StopSignal:
+    """While entered, SIGTERM and SIGINT (Ctrl-C) only leave a note; a second one acts as it always does.
+
+    Where several processes train, JAX's preemption service has SIGTERM, of whichever process, and chooses a step
+    that all of them reach; SIGINT is handed on to it.
+
+    Attributes:
+      received: the signal's number, or None.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignal":
+        # Nor is any other thread told: it would take a signal that is noted here for one that ends the process.
+        self._told = signal.set_wakeup_fd(-1)
+        ours = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+        self._before = {number: signal.getsignal(number) for number in ours}
+        for number in ours:
+            signal.signal(number, self._note)
+        return self
+
+    def is_due(self, step: int) -> bool:
+        """Whether to stop after a step, which is to be asked after every one."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM if self.received is None else self.received
+            return True
+        return jax.process_count() == 1 and self.received is not None
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,357 @@
+"""From settings to everything a run needs: data, model, adapters, optimizer. Nothing is written here."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ..checkpoint import describe_run, fingerprint, leaf_kinds
+from ..config import LoRAPlusConfig
+from ..data.fetch import resolve
+from ..data.splits import Batch, digest
+from ..linen.wrap import apply_lora_plus, init_lora
+from ..models.hf import check_params, load_params, rows_digest
+from ..optim.lora_plus import LoRAPlusTransform
+from ..plan.tpu import compiler_options
+from ..settings.schema import MOST_STEPS, Settings, apart
+from ..sharding import (
+    BATCH_AXES,
+    Shardings,
+    base_shardings,
+    batch_parts,
+    check_tensor,
+    make_mesh,
+    make_shardings,
+)
+from ..spec import Specs
+from ..tasks import causal_lm as language
+from ..tasks import encoder as encoders
+from ..tasks.interface import Base, Data, Losses, Parts, rows_of
+from ..tasks.sample_answers import Answer
+from ..train_step import TrainState, init_state, jit_step, make_eval
+from ..tree import combine, split_trainable
+from .distributed import all_or_none, check_same
+from .init_adapter import adapter_digest, check_start, started
+from .memory import check_memory
+from .optimizer import check_rates, make_optimizer, schedule_for
+from .theory_metrics import lower_theory, measured_rows
+
+
+class Run(NamedTuple):
+    """All that training needs.
+
+    Attributes:
+      settings: what was asked for.
+      config: what is really applied, None for method full.
+      data, parts: see there.
+      steps: optimizer steps in all.
+      tx: the optimizer.
+      mesh: the devices.
+      shardings: where state and frozen variables lie.
+      programs: the compiled step and evaluation.
+      answer: to the prompt that the settings ask, if any.
+      metadata: what checkpoints and adapters say of themselves.
+    """
+
+    settings: Settings
+    config: LoRAPlusConfig | None
+    data: Data
+    parts: Parts
+    steps: int
+    tx: LoRAPlusTransform
+    mesh: Mesh
+    shardings: Shardings
+    programs: "Programs"
+    answer: "Answer | None"
+    metadata: dict[str, Any]
+
+
+class Programs(NamedTuple):
+    """What runs on the devices, compiled for a run's shapes.
+
+    Attributes:
+      step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
+      evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if it is not asked for.
+    """
+
+    step: Any
+    evaluate: Any
+    theory: Any = None
+
+
+def prepare(settings: Settings) -> Run:
+    """Fetches, checks, compiles and loads everything, in this order.
+
+    Several processes do so each for itself, and then compare what they found.
+
+    Raises:
+      ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
+    """
+    with all_or_none():
+        run, found = _prepare(settings)
+    check_same(found)
+    # From here on the processes compute together.
+    base = fingerprint(run.parts.frozen) if run.parts.frozen else None
+    metadata = describe_run(
+        run.config,
+        run.parts.specs,
+        base=base,
+        settings=apart(settings.to_json())[0],
+        task=found["task"],
+        data=found["data"],
+    )
+    if settings.init_adapter is not None:
+        with all_or_none():
+            parts = started(settings, run.parts, params_of(run.parts), base)
+        run = run._replace(parts=parts)
+        metadata["init_adapter"] = fingerprint(parts.trainable)
+    if jax.process_count() > 1:
+        check_same({"base": base, "trained": fingerprint(run.parts.trainable)})
+    return run._replace(metadata=metadata)
+
+
+def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
+    """All that needs no other process, and what all must have found alike.
+
+    Of `init_adapter` and metadata the run has nothing yet.
+    """
+    mesh, directory, data, steps, shapes, tx = outline(settings)
+    config = settings.applied
+    _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    if settings.init_adapter is not None:
+        check_start(settings, shapes, params_of(shapes), data.task)
+    answer = (
+        Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
+    )
+    shardings = place_all(shapes, tx, mesh)
+    programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
+    check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
+    parts = load(settings, directory, shapes, config, mesh)
+    several = jax.process_count() > 1
+    found = {
+        "data": digest(data.splits),
+        "task": data.task.notes(),
+        "weights": leaf_kinds(parts.frozen),
+        "rows of the weights": rows_digest(tensors) if several else None,
+        "init_adapter": adapter_digest(settings) if several else None,
+    }
+    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {}), found
+
+
+class Outline(NamedTuple):
+    """A run before any weight is looked at; see `Run`. `shapes` is the model with shapes for all values."""
+
+    mesh: Mesh
+    directory: Path
+    data: Data
+    steps: int
+    shapes: Parts
+    tx: LoRAPlusTransform
+
+
+def outline(settings: Settings) -> Outline:
+    """Fetches model and data, and checks devices, data, steps, adapters and rates against each other."""
+    mesh = make_mesh(**dataclasses.asdict(settings.mesh))
+    check_mesh(settings, mesh)
+    directory = resolve(settings.model.path, "model")
+    data = family_of(settings).load_data(settings, directory)
+    steps = count_steps(settings, rows_of(data.splits["train"]))
+    shapes = build(settings, directory, data.task, settings.applied)
+    check_tensor(mesh, shapes.base.tensor_sizes)
+    tx = make_optimizer(settings.optimizer, settings.applied, steps, shapes.specs)
+    check_rates(settings.optimizer, shapes)
+    return Outline(mesh, directory, data, steps, shapes, tx)
+
+
+def family_of(settings: Settings) -> Any:
+    """The module that knows the kind of model: it has `load_data`, `load_split`, `make_base` and `make_losses`."""
+    return language if settings.is_language else encoders
+
+
+def count_steps(settings: Settings, examples: int) -> int:
+    """Optimizer steps in all, checked against the batch size and the warm-up."""
+    batch = settings.train.batch_size
+    if batch > examples:
+        raise ValueError(f"train.batch_size is {batch}, the train split has only {examples} rows")
+    epochs = 3.0 if settings.train.epochs is None else settings.train.epochs
+    steps = settings.train.steps or max(1, math.ceil(epochs * (examples // batch)))
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"train.epochs is {epochs:g}, which makes {steps:g} steps; at most {MOST_STEPS} are counted"
+        )
+    if settings.optimizer.warmup_steps >= steps:
+        raise ValueError(
+            f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, of {steps} steps in all"
+        )
+    try:
+        schedule_for(settings.optimizer, steps, 1.0)
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}") from None
+    return steps
+
+
+def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None) -> Parts:
+    """The model with its adapters; shapes stand for all weights but the adapters."""
+    return adapted(settings, family_of(settings).make_base(settings, directory, task), config, init_lora)
+
+
+def adapted(
+    settings: Settings, base: Base, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
+) -> Parts:
+    """A base with its adapters, which `make_adapters` makes as `init_lora` does, or as shapes."""
+    model = base.model if config is None else apply_lora_plus(base.model, config)
+    new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
+    variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
+    specs: Specs = {}
+    if config is not None:
+        lora, specs = make_adapters(model, lora_key, *base.inputs)
+        variables |= {"lora": lora} if lora else {}
+    trainable, frozen = _split(variables, config)
+    return Parts(base, model, specs, _float32(trainable), frozen)
+
+
+def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
+    """The model without adapters and without variables."""
+    base: Base = family_of(settings).make_base(settings, directory, task)
+    return Parts(base, base.model, {}, {}, {})
+
+
+def load(
+    settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None, mesh: Mesh | None = None
+) -> Parts:
+    """The same with weights from a directory, and first values of what that has not.
+
+    With a mesh the weights go straight to where they lie on it, and a process reads its own parts alone.
+
+    Raises:
+      ValueError: the weights do not fit; the message lists all that is missing, extra or misshapen.
+    """
+    base = parts.base
+    params = params_of(parts)
+    places = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
+    shardings = {path.removeprefix("params/"): place for path, place in places.items()}
+    params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
+    return with_weights(settings, parts, params, config)
+
+
+def with_weights(
+    settings: Settings, parts: Parts, params: Mapping[str, Any], config: LoRAPlusConfig | None
+) -> Parts:
+    """The same with weights that are loaded already, which are not copied, and first values of what they lack."""
+    base = parts.base
+    new_key, _ = jax.random.split(jax.random.key(settings.seed))
+    variables = {"params": combine(params, {name: _fresh(base, name, new_key) for name in base.new})}
+    variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
+    trainable, frozen = _split(variables, config)
+    return parts._replace(trainable=_float32(trainable), frozen=frozen)
+
+
+def params_of(parts: Parts) -> dict[str, Any]:
+    """All parameters of the model without adapters."""
+    return combine(parts.trainable, parts.frozen)["params"]
+
+
+def place_all(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
+    """Where state and frozen variables lie on a mesh."""
+    return make_shardings(
+        mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
+    )
+
+
+def compile_programs(
+    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
+) -> Programs:
+    """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    placed = {"mesh": mesh, "shardings": shardings}
+    evaluate = make_eval(losses.evaluate, **placed)
+    batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
+    state, theory = state_shapes(parts, tx), None
+    if settings.train.theory_every is not None:
+        rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+        theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed).compile()
+    options = compiler_options(mesh, unrolled=settings.model.unroll)
+    return Programs(
+        lower_step(settings, data, parts, tx, mesh, shardings).compile(options),
+        evaluate.lower(state.trainable, parts.frozen, batch).compile(),
+        theory,
+    )
+
+
+def lower_step(
+    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
+) -> jax.stages.Lowered:
+    """The step before it is compiled; of the data only the columns' shapes matter."""
+    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    step = jit_step(
+        losses.train,
+        tx,
+        mesh=mesh,
+        shardings=shardings,
+        accumulate=settings.train.accumulate,
+        skip_nonfinite=True,
+    )
+    batch = batch_shapes(data.splits["train"], settings.train.batch_size)
+    return step.lower(state_shapes(parts, tx), parts.frozen, batch)
+
+
+def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of some columns' rows, with a weight a row."""
+    weighed = columns | {"weight": np.ones(1, np.float32)}
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighed.items()}
+
+
+def state_shapes(parts: Parts, tx: LoRAPlusTransform) -> TrainState:
+    """The shapes of a run's state."""
+    return jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
+
+
+def _zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def check_mesh(settings: Settings, mesh: Mesh) -> None:
+    """Raises ValueError if a batch cannot be split over a mesh, or the dtype does not go with the method."""
+    micro = settings.train.batch_size // settings.train.accumulate
+    for name, size in (
+        ("batch_size / accumulate", micro),
+        ("eval_batch_size", settings.train.eval_batch_size),
+    ):
+        if size % (parts := batch_parts(mesh)):
+            sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
+            raise ValueError(
+                f"train.{name} is {size}, which the {parts} parts of a batch ({sizes}) do not divide; "
+                f"give a multiple of {parts}"
+            )
+    if settings.method == "full" and settings.model.param_dtype != "float32":
+        raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
+
+
+def _fresh(base: Base, name: str, key: jax.Array) -> Any:
+    """First values of a new part; XLA leaves the rest of the model out."""
+    zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
+    return jax.jit(lambda key: base.model.init(key, *zeros)["params"][name])(key)
+
+
+def _split(variables: Mapping[str, Any], config: LoRAPlusConfig | None) -> tuple[dict, dict]:
+    if config is None:
+        return dict(variables), {}
+    return split_trainable(variables, config)
+
+
+def _float32(tree: Any) -> Any:
+    """Trained leaves in float32, whatever the frozen weights are kept in."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, np.float32)
+        return jnp.asarray(leaf, jnp.float32)
+
+    return jax.tree.map(cast, tree)

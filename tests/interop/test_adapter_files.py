@@ -1,0 +1,207 @@
+"""Adapter directories: bit for bit both ways, and damage is met by one clear error."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
+from loraplus_jax.interop.adapter_files import adapter_notes
+
+CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
+
+
+def spec(leaf="params/layers/q/kernel", shape=(6, 4, 3), stacked=(0,)):
+    return AdapterSpec(leaf=leaf, kind="dense", axes="io", shape=shape, rank=2, scale=8.0, stacked=stacked)
+
+
+SPECS = {"layers/q": spec()}
+
+
+def drawn(*shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(sum(shape)), shape, dtype)
+
+
+def trainable(dtype=jnp.float32):
+    pair = {"lora_a": drawn(6, 4, 2, dtype=dtype), "lora_b": drawn(6, 2, 3, dtype=dtype)}
+    return {"lora": {"layers": {"q": pair}}, "params": {"head": {"kernel": drawn(3, 2)}}}
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    save_adapter(tmp_path / "adapter", CONFIG, SPECS, trainable(), base="0123", task="cola")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_bit_for_bit(tmp_path, dtype):
+    save_adapter(tmp_path, CONFIG, SPECS, trainable(dtype))
+    config, specs, lora, extras = load_adapter(tmp_path)
+    assert (config, specs) == (CONFIG, SPECS)
+    got, expected = {"lora": lora, **extras}, trainable(dtype)
+    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_round_trip_of_a_model_that_is_one_layer_and_of_no_adapters(tmp_path):
+    root = {"": spec("params/kernel", (4, 3), ())}
+    save_adapter(tmp_path / "one", CONFIG, root, {"lora": {"lora_a": drawn(4, 2), "lora_b": drawn(2, 3)}})
+    assert load_adapter(tmp_path / "one").specs == root
+    save_adapter(tmp_path / "full", None, {}, {"params": trainable()["params"]})
+    config, specs, lora, extras = load_adapter(tmp_path / "full")
+    assert (config, specs, lora) == (None, {}, {})
+    jax.tree.map(np.testing.assert_array_equal, extras["params"], trainable()["params"])
+
+
+def test_a_transposed_array_keeps_its_values(tmp_path):
+    tree = {"params": {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}}
+    save_adapter(tmp_path, None, {}, tree)
+    np.testing.assert_array_equal(load_adapter(tmp_path).extras["params"]["w"], tree["params"]["w"])
+
+
+def test_the_files_say_what_they_are(adapter):
+    assert {path.name for path in adapter.iterdir()} == {"adapter.json", "adapter.safetensors"}
+    assert load_file(adapter / "adapter.safetensors").keys() == {
+        "lora/layers/q/lora_a",
+        "lora/layers/q/lora_b",
+        "params/head/kernel",
+    }
+    notes = adapter_notes(adapter)
+    assert (notes["format"], notes["base"], notes["task"]) == (1, "0123", "cola")
+    assert notes["config"]["lr_ratio"] == 16.0
+
+
+def edit_notes(directory, change):
+    path = directory / "adapter.json"
+    notes = json.loads(path.read_text())
+    change(notes)
+    path.write_text(json.dumps(notes))
+
+
+def edit_tensors(directory, change):
+    path = directory / "adapter.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def cut(directory, name, size):
+    path = directory / name
+    path.write_bytes(path.read_bytes()[:size])
+
+
+A = "lora/layers/q/lora_a"
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda d: (d / "adapter.json").unlink(), FileNotFoundError, "lacks adapter.json"),
+        (lambda d: (d / "adapter.safetensors").unlink(), FileNotFoundError, "lacks adapter.safetensors"),
+        (lambda d: shutil.rmtree(d), FileNotFoundError, "is no adapter directory"),
+        *[
+            (lambda d, n=n: cut(d, "adapter.safetensors", n), ValueError, "adapter.safetensors is damaged")
+            for n in (0, 4, 100, -1)
+        ],
+        (lambda d: cut(d, "adapter.json", 50), ValueError, "adapter.json is not JSON"),
+        (lambda d: (d / "adapter.json").write_text("[]"), ValueError, "must hold a JSON object, got list"),
+        (lambda d: edit_notes(d, lambda n: n.pop("specs")), ValueError, "needs format, config and specs"),
+        (
+            lambda d: edit_notes(d, lambda n: n.update(format=2)),
+            ValueError,
+            "has format 2, this version reads 1",
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n["config"].update(rnk=2)),
+            ValueError,
+            "'rnk'; did you mean 'rank'",
+        ),
+        (lambda d: edit_notes(d, lambda n: n["config"].update(rank=0)), ValueError, "rank must be .* got 0"),
+        (
+            lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(kind="rnn")),
+            ValueError,
+            "entry 'layers/q'.*'rnn'",
+        ),
+        (lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].pop("leaf")), ValueError, "lacks leaf"),
+        (
+            lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(shape=[6, 5, 3])),
+            ValueError,
+            r"layers/q/lora_a is \(6, 4, 2\) in adapter.safetensors and \(6, 5, 2\) in adapter.json",
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n["config"].update(dropout=10**400)),
+            ValueError,
+            "adapter.json: dropout must be a finite number",
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(stacked=[None])),
+            ValueError,
+            "adapter.json: adapter table, entry 'layers/q'.*stacked must hold axes",
+        ),
+        (
+            lambda d: (d / "adapter.json").write_text("[" * 3000 + "]" * 3000),
+            ValueError,
+            "adapter.json is not JSON: maximum recursion depth|nested more than 100 deep|must hold a JSON object",
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n["specs"].clear()),
+            ValueError,
+            "differ at layers/q/lora_a.*absent in",
+        ),
+        (
+            lambda d: edit_tensors(d, lambda t: t.pop(A)),
+            ValueError,
+            "differ at layers/q/lora_a.*absent in adapter.s",
+        ),
+        (
+            lambda d: edit_tensors(d, lambda t: t.update({"lora/k/lora_a": t[A]})),
+            ValueError,
+            "differ at k/lora_a",
+        ),
+        (
+            lambda d: edit_tensors(d, lambda t: t.update({A: t[A][:5]})),
+            ValueError,
+            r"layers/q/lora_a is \(5, 4, 2\) in",
+        ),
+    ],
+)
+def test_damage_is_refused(adapter, damage, error, message):
+    damage(adapter)
+    with pytest.raises(error, match=message):
+        load_adapter(adapter)
+
+
+def test_an_older_adapter_is_replaced_whole(adapter):
+    other = jax.tree.map(lambda x: x + 1, trainable())
+    save_adapter(adapter, CONFIG, SPECS, {"lora": other["lora"]})
+    loaded = load_adapter(adapter)
+    jax.tree.map(np.testing.assert_array_equal, loaded.lora, other["lora"])
+    assert loaded.extras == {}
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_a_failed_save_leaves_the_older_adapter_and_nothing_else(adapter):
+    with pytest.raises(TypeError, match="JSON"):
+        save_adapter(adapter, CONFIG, SPECS, {"params": {"x": jnp.ones(1)}}, task=object())
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(adapter).lora, trainable()["lora"])
+    assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
+
+
+def test_parents_are_made(tmp_path):
+    save_adapter(tmp_path / "a" / "b", CONFIG, SPECS, trainable())
+    assert load_adapter(str(tmp_path / "a" / "b")).config == CONFIG
+
+
+def test_only_an_adapter_is_ever_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    for target in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ValueError, match="thesis"):
+            save_adapter(target, None, {}, {"params": {"w": jnp.ones(1)}})
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    for value in (1.0, 2.0):
+        save_adapter(tmp_path / "adapter", None, {}, {"params": {"w": jnp.full(1, value)}})
+    assert load_adapter(tmp_path / "adapter").extras["params"]["w"] == 2.0

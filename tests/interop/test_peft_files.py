@@ -1,0 +1,478 @@
+"""PEFT's files without PEFT: layouts by literals and by their product, names both ways, and what is refused."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from loraplus_jax import AdapterSpec, LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax.interop.path_map import check_path_map, module_of, place_of
+from loraplus_jax.interop.peft_config import read_options
+from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
+from loraplus_jax.lora import weight_delta
+
+
+def spec_of(kind, axes, shape, rank=2, leaf="params/m/kernel", scale=1.5, **more):
+    return AdapterSpec(leaf=leaf, kind=kind, axes=axes, shape=shape, rank=rank, scale=scale, **more)
+
+
+def factors(spec, seed=0):
+    rng = np.random.default_rng(seed)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in spec.factor_shapes)
+    return {"m": {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}}
+
+
+def saved(tmp_path, spec, rule, lora=None, config=None, key="m"):
+    config = config or LoRAPlusConfig(target_modules=["m"], rank=spec.rank, alpha=spec.scale * spec.rank)
+    lora = lora or factors(spec)
+    save_peft(tmp_path / "a", lora, {key: spec}, config, [rule])
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+
+
+def test_a_dense_layer_by_literals(tmp_path):
+    spec = spec_of("dense", "io", (2, 3), rank=1)
+    lora = {"m": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0, 4.0, 5.0]])}}
+    found = saved(tmp_path, spec, ("m", "net.fc"), lora)
+    assert {name: x.tolist() for name, x in found.items()} == {
+        "net.fc.lora_A.weight": [[1.0, 2.0]],
+        "net.fc.lora_B.weight": [[3.0], [4.0], [5.0]],
+    }
+    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert options["target_modules"] == ["net.fc"]
+    assert (options["r"], options["lora_alpha"], options["peft_type"]) == (1, 1.5, "LORA")
+
+
+def test_a_convolution_by_literals(tmp_path):
+    spec = spec_of("conv", "iiio", (3, 5, 2, 4))
+    lora = factors(spec)
+    found = saved(tmp_path, spec, ("m", "conv"), lora)
+    a, b = (np.asarray(lora["m"][name]) for name in ("lora_a", "lora_b"))
+    assert found["conv.lora_A.weight"].shape == (2, 2, 3, 5)
+    assert found["conv.lora_A.weight"][1, 0, 2, 4] == a[2, 4, 0, 1]
+    assert found["conv.lora_B.weight"].shape == (4, 2, 1, 1)
+    assert found["conv.lora_B.weight"][3, 1, 0, 0] == b[1, 3]
+
+
+# A slice's weight in PyTorch as (out, in), from the whole delta of ours.
+CASES = {
+    "dense": (spec_of("dense", "io", (3, 5)), ("m", "t"), {"t": lambda w: w.T}),
+    "heads_out": (
+        spec_of("dense_general", "ioo", (3, 2, 5)),
+        ("m", "t"),
+        {"t": lambda w: w.reshape(3, 10).T},
+    ),
+    "heads_in": (spec_of("dense_general", "iio", (2, 5, 3)), ("m", "t"), {"t": lambda w: w.reshape(10, 3).T}),
+    "einsum": (
+        spec_of("einsum", "oio", (2, 3, 5)),
+        ("m", "t"),
+        {"t": lambda w: w.transpose(0, 2, 1).reshape(10, 3)},
+    ),
+    "conv1d": (spec_of("dense", "io", (3, 5)), ("m", "t", "Conv1D"), {"t": lambda w: w.T}),
+    "parameter": (spec_of("parameter", "oi", (5, 3)), ("m", "t", "Linear"), {"t": lambda w: w}),
+    "stacked": (
+        spec_of("dense", "io", (4, 3, 5), stacked=(0,)),
+        ("m", "h.{layer}.t"),
+        {f"h.{n}.t": lambda w, n=n: w[n].T for n in range(4)},
+    ),
+    "stacked_in_the_middle": (
+        spec_of("dense", "io", (3, 4, 5), stacked=(1,)),
+        ("m", "h.{layer}.t"),
+        {f"h.{n}.t": lambda w, n=n: w[:, n].T for n in range(4)},
+    ),
+    "stacked_twice": (
+        spec_of("dense", "io", (2, 4, 3, 5), stacked=(0, 0)),
+        ("m", "h.{block}.{layer}.t"),
+        {f"h.{n}.{k}.t": lambda w, n=n, k=k: w[n, k].T for n in range(2) for k in range(4)},
+    ),
+    "some_layers": (
+        spec_of("dense", "io", (4, 3, 5), stacked=(0,), layers=(1, 3)),
+        ("m", "h.{layer}.t"),
+        {f"h.{n}.t": lambda w, n=n: w[n].T for n in (1, 3)},
+    ),
+    "experts": (
+        spec_of("einsum", "eio", (4, 3, 5)),
+        ("m", "experts.{e}.t"),
+        {f"experts.{n}.t": lambda w, n=n: w[n].T for n in range(4)},
+    ),
+    "stacked_experts": (
+        spec_of("einsum", "eio", (2, 4, 3, 5), stacked=(0,)),
+        ("m", "h.{layer}.{e}.t"),
+        {f"h.{n}.{e}.t": lambda w, n=n, e=e: w[n, e].T for n in range(2) for e in range(4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_has_the_same_product_there_and_comes_back_to_the_bit(name, tmp_path):
+    spec, rule, slices = CASES[name]
+    key = "m/kernel" if spec.kind == "parameter" else "m"
+    lora = factors(spec)
+    if spec.layers is not None:
+        lora = jax.tree.map(lambda x: x * np.isin(np.arange(4), spec.layers)[:, None, None], lora)
+    given = {"m": {"kernel": lora["m"]}} if spec.kind == "parameter" else lora
+    found = saved(tmp_path, spec, rule, given, key=key)
+    whole = np.asarray(weight_delta(lora["m"]["lora_a"], lora["m"]["lora_b"], spec))
+    assert found.keys() == {f"{n}.lora_{side}.weight" for n in slices for side in "AB"}
+    for module, view in slices.items():
+        product = found[f"{module}.lora_B.weight"] @ found[f"{module}.lora_A.weight"]
+        np.testing.assert_allclose(spec.scale * product, view(whole), rtol=1e-5, atol=1e-6)
+    again = load_peft(tmp_path / "a", {key: spec}, [rule])
+    jax.tree.map(np.testing.assert_array_equal, again.lora, given)
+    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert options["fan_in_fan_out"] == (name == "conv1d")
+
+
+def test_experts_in_one_parameter(tmp_path):
+    """As PEFT's ParamWrapper takes them apart: A (experts, r, in), B (out, r, experts)."""
+    spec = spec_of("einsum", "eio", (4, 3, 5))
+    found = saved(tmp_path, spec, ("m", "experts.down_proj", "Parameter"))
+    a, b = found["experts.lora_A.weight"].reshape(4, 2, 3), found["experts.lora_B.weight"].reshape(5, 2, 4)
+    lora = factors(spec)["m"]
+    whole = weight_delta(lora["lora_a"], lora["lora_b"], spec)
+    np.testing.assert_allclose(spec.scale * np.einsum("ore,eri->eio", b, a), whole, rtol=1e-5, atol=1e-6)
+    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert options["target_parameters"] == ["experts.down_proj"]
+    again = load_peft(tmp_path / "a", {"m": spec}, [("m", "experts.down_proj", "Parameter")])
+    jax.tree.map(np.testing.assert_array_equal, again.lora, factors(spec))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.Dense(8, name="fc")(nn.LayerNorm(name="norm")(x))
+        return x, None
+
+
+class Net(nn.Module):
+    """A user's own model: stacked blocks between an embedding and two heads."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(10, 8, name="embed")(ids)
+        layers = nn.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3
+        )
+        x, _ = layers(name="blocks")(x, None)
+        return nn.Dense(4, name="head")(x), nn.Dense(2, name="other_head")(x)
+
+
+PATHS = (
+    ("embed", "emb"),
+    ("blocks/{part}", "layers.{layer}.{part}"),
+    ("head", "out.0"),
+    ("other_head", "out.1"),
+)
+IDS = jnp.zeros((1, 3), jnp.int32)
+
+
+def net(**fields):
+    fields = {"target_modules": ["embed", "fc", "head"], "rank": 2} | fields
+    config = LoRAPlusConfig(**fields)
+    model = apply_lora_plus(Net(), config)
+    lora, specs = init_lora(model, jax.random.key(0), IDS)
+    shapes = jax.eval_shape(Net().init, jax.random.key(1), IDS)["params"]
+    params = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype), shapes
+    )
+    return config, jax.tree.map(lambda x: x + 1, lora), specs, params
+
+
+def test_the_tensors_of_a_users_own_model(tmp_path):
+    config, lora, specs, params = net(modules_to_save=["other_head"], use_rslora=True)
+    extras = {"params": {"other_head": params["other_head"]}}
+    save_peft(tmp_path / "a", lora, specs, config, PATHS, extras=extras, note={"kept": 1})
+    found = load_file(tmp_path / "a/adapter_model.safetensors")
+    names = ["emb.lora_embedding_A", "emb.lora_embedding_B", "out.1.weight", "out.1.bias"]
+    names += [f"out.0.lora_{side}.weight" for side in "AB"]
+    names += [f"layers.{n}.fc.lora_{side}.weight" for n in range(3) for side in "AB"]
+    assert found.keys() == {f"base_model.model.{name}" for name in names}
+    assert found["base_model.model.emb.lora_embedding_A"].shape == (2, 10)
+    assert found["base_model.model.out.1.weight"].shape == (2, 8)
+    again = load_peft(tmp_path / "a", specs, PATHS, params=params)
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, again.lora, lora)
+    jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
+    assert json.loads((tmp_path / "a/loraplus.json").read_text())["note"] == {"kept": 1}
+    with pytest.raises(ValueError, match="give the base's params"):
+        load_peft(tmp_path / "a", specs, PATHS)
+    # What PEFT's own options say, without our notes.
+    (tmp_path / "a/loraplus.json").unlink()
+    bare = peft_config(tmp_path / "a", PATHS, layers=3)
+    assert bare.target_modules == ("blocks/fc", "embed", "head")
+    assert (bare.rank, bare.alpha, bare.use_rslora) == (2, 16.0, True)
+    assert (bare.modules_to_save, bare.layers_to_transform) == (("other_head",), None)
+    assert load_peft(tmp_path / "a", specs, PATHS, params=params).config == bare
+
+
+def test_ranks_and_alphas_by_pattern_come_back(tmp_path):
+    config, lora, specs, _ = net(rank_pattern={"fc": 1, "head": 3}, alpha_pattern={"blocks/fc": 5.0})
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert options["rank_pattern"] == {"fc": 1, "0": 3}
+    assert options["alpha_pattern"] == {"fc": 5}
+    (tmp_path / "a/loraplus.json").unlink()
+    found = peft_config(tmp_path / "a", PATHS, layers=3)
+    assert {key: (found.rank_of(key), found.scale_of(key)) for key in specs} == {
+        key: (spec.rank, spec.scale) for key, spec in specs.items()
+    }
+
+
+def test_some_layers_of_a_stack_come_back(tmp_path):
+    config, lora, specs, _ = net(target_modules=["fc"], layers_to_transform=[0, 2])
+    lora = jax.tree.map(lambda x: x.at[1].set(0), lora)
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    (tmp_path / "a/loraplus.json").unlink()
+    assert peft_config(tmp_path / "a", PATHS, layers=3).layers_to_transform == (0, 2)
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, PATHS).lora, lora)
+
+
+def test_patterns_that_would_match_another_module_are_made_exact(tmp_path):
+    """PEFT's patterns match the ends of names: `fc` alone would mean `block.fc` too."""
+    specs = {
+        "fc": spec_of("dense", "io", (3, 5), rank=1, scale=2.0),
+        "b/fc": spec_of("dense", "io", (3, 5), rank=2, scale=1.0, leaf="params/b/fc/kernel"),
+    }
+    config = LoRAPlusConfig(target_modules=["fc"], rank=2, alpha=2.0, rank_pattern={"b/fc": 2, "fc": 1})
+    lora = {"fc": factors(specs["fc"])["m"], "b": {"fc": factors(specs["b/fc"])["m"]}}
+    save_peft(tmp_path / "a", lora, specs, config, [("fc", "fc"), ("b/fc", "block.fc")])
+    options = read_options(tmp_path / "a/adapter_config.json")
+    assert (options.rank_of("fc"), options.rank_of("block.fc")) == (1, 2)
+
+
+def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):
+    config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
+    bias = jnp.arange(24.0).reshape(3, 8)
+    extras = {"params": {"blocks": {"fc": {"bias": bias}}}}
+    save_peft(tmp_path / "a", lora, specs, config, PATHS, extras=extras)
+    path = tmp_path / "a/adapter_model.safetensors"
+    found = load_file(path)
+    del found["base_model.model.layers.1.fc.base_layer.bias"]
+    save_file(found, path)
+    again = load_peft(tmp_path / "a", specs, PATHS, params=params).extras["params"]["blocks"]["fc"]["bias"]
+    np.testing.assert_array_equal(again, bias.at[1].set(params["blocks"]["fc"]["bias"][1]))
+    shapes = jax.eval_shape(lambda: params)
+    unknown = load_peft(tmp_path / "a", specs, PATHS, params=shapes).extras
+    assert isinstance(unknown["params"]["blocks"]["fc"]["bias"], jax.ShapeDtypeStruct)
+
+
+def test_a_copy_of_the_base_must_be_one(tmp_path):
+    config, lora, specs, params = net(target_modules=["embed"])
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    path = tmp_path / "a/adapter_model.safetensors"
+    copy = np.asarray(params["embed"]["embedding"])
+    for value in (copy, copy + 1):
+        save_file(load_file(path) | {"base_model.model.emb.base_layer.weight": value}, path)
+        if value is copy:
+            assert not load_peft(tmp_path / "a", specs, PATHS, params=params).extras
+    with pytest.raises(ValueError, match="another weight than the base's"):
+        load_peft(tmp_path / "a", specs, PATHS, params=params)
+
+
+def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
+    config, lora, specs, _ = net(target_modules=["embed"])
+    tied = (("embed", "emb", "TiedEmbedding"),)
+    save_peft(tmp_path / "a", lora, specs, config, tied)
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
+    load_peft(tmp_path / "a", specs, tied)
+    save_peft(tmp_path / "b", lora, specs, config, PATHS)
+    with pytest.raises(ValueError, match="ensure_weight_tying is not set"):
+        load_peft(tmp_path / "b", specs, tied)
+
+
+def test_everything_without_a_place_is_listed_and_nothing_written(tmp_path):
+    config, lora, specs, params = net()
+    with pytest.raises(
+        ValueError, match=r"(?s)no rule .* 'embed'.*no rule .* 'head'.*params/other_head/bias"
+    ):
+        save_peft(
+            tmp_path / "a",
+            lora,
+            specs,
+            config,
+            PATHS[1:2],
+            extras={"params": {"other_head": params["other_head"]}},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule", "text"),
+    [
+        (spec_of("conv_transpose", "iio", (3, 2, 4)), ("m", "t"), "no adapter"),
+        (
+            spec_of("dense", "io", (4, 3, 5), stacked=(0,)),
+            ("m", "t"),
+            "1 stacked and batch axes, t has 0 indices",
+        ),
+        (spec_of("dense", "io", (3, 5)), ("m", "h.{n}.t"), "0 stacked and batch axes"),
+        (
+            spec_of("dense", "io", (3, 5)),
+            ("m", "t", "Embedding"),
+            "the path map says Embedding of t, not Linear",
+        ),
+        (spec_of("einsum", "eiio", (2, 3, 4, 5)), ("m", "t", "Parameter"), "one input and one output axis"),
+    ],
+)
+def test_what_peft_has_not_is_refused(spec, rule, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        saved(tmp_path, spec, rule)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_of_ours_in_one_place_are_refused(tmp_path):
+    config, lora, specs, _ = net(target_modules=["head", "other_head"])
+    with pytest.raises(ValueError, match="'head' and 'other_head' both"):
+        save_peft(
+            tmp_path / "a",
+            lora,
+            specs,
+            config,
+            (("head", "out"), ("other_head", "out")),
+        )
+
+
+def test_kernels_of_unknown_axes_are_not_turned_by_guess(tmp_path):
+    config, lora, specs, _ = net(target_modules=["head"])
+    extras = {"params": {"conv": {"kernel": jnp.ones((3, 2, 4))}}}
+    rules = (*PATHS, ("conv", "conv"))
+    with pytest.raises(ValueError, match="which are its inputs is not known"):
+        save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
+    rules = (*PATHS, ("conv", "conv", "Conv"))
+    save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
+    assert load_file(tmp_path / "a/adapter_model.safetensors")["base_model.model.conv.weight"].shape == (
+        4,
+        2,
+        3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (("a",), r"a rule is \(ours, theirs\)"),
+        (("a/{x}", "b"), "is not in 'b'"),
+        (("a/{x}/{x}", "b.{x}"), "stands twice"),
+        (("a", "b", "Lineer"), "did you mean 'Linear'"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(rule, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        check_path_map([rule])
+
+
+def test_names_go_both_ways():
+    rules = [("enc/{block}/{name}", "e.{block}.{layer}.{name}"), ("out", "out")]
+    place = place_of(rules, "enc/up/fc")
+    assert place is not None
+    assert place.at((7,)) == "e.up.7.fc"
+    assert module_of(rules, "e.up.7.fc") == ("enc/up/fc", (7,))
+    assert module_of(rules, "e.up.x.fc") is None
+    assert module_of(rules, "e.up.07.fc") is None
+    assert place_of(rules, "enc/up") is None
+    assert module_of(rules, "outer") is None
+
+
+def options_file(tmp_path, **changes):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type must be LORA"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora is True; lora_bias is True"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"corda_config": {"verbose": False}}, "corda_config"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
+        ({"init_lora_weights": "olora"}, "changes the base"),
+        ({"brand_new": 1}, "brand_new is 1, and not known here"),
+        ({"r": 0}, "r must be a whole number"),
+        ({"r": None}, "r must be a whole number"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a finite number"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern is not a regular expression"),
+        ({"rank_pattern": {"q": 0}}, "must be a whole number"),
+        ({"alpha_pattern": [1]}, "must be a mapping"),
+        ({"bias": "some"}, "bias must be one of"),
+        ({"target_modules": 3}, "target_modules must be a list of names"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names"),
+        ({"use_rslora": "yes"}, "use_rslora must be true or false"),
+        ({"base_model_name_or_path": 1}, "must be a text"),
+    ],
+)
+def test_options_that_we_lack_or_that_are_odd_are_refused(changes, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        read_options(options_file(tmp_path, **changes))
+
+
+def test_options_that_are_off_or_of_no_effect_are_not_in_the_way(tmp_path):
+    path = options_file(
+        tmp_path,
+        use_dora=False,
+        loftq_config={},
+        eva_config=None,
+        layers_pattern=None,
+        inference_mode=True,
+        init_lora_weights="gaussian",
+        megatron_core="megatron.core",
+        qalora_group_size=16,
+        rank_pattern={"layers.0.*": 2, "q": 3},
+    )
+    options = read_options(path)
+    assert [options.rank_of(n) for n in ("x.layers.0.q", "y.q", "my_q")] == [2, 3, 4]
+    assert options.scale_of("x.layers.0.q") == 4.0
+
+
+def test_missing_and_left_over_factors_are_all_listed(tmp_path):
+    config, lora, specs, _ = net()
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    path = tmp_path / "a/adapter_model.safetensors"
+    found = load_file(path)
+    found["base_model.model.out.1.lora_A.weight"] = found.pop("base_model.model.out.0.lora_A.weight")
+    found["base_model.model.layers.0.strange.weight"] = found["base_model.model.emb.lora_embedding_A"]
+    save_file(found, path)
+    with pytest.raises(
+        ValueError, match=r"(?s)- out.0.lora_A.weight.*\+ out.1.lora_A.weight.*\+ layers.0.strange"
+    ):
+        load_peft(tmp_path / "a", specs, PATHS, params=net()[3])
+    found["lost.lora_A.weight"] = found["base_model.model.emb.lora_embedding_A"]
+    save_file(found, path)
+    with pytest.raises(ValueError, match=r"lost\.lora_A\.weight does not begin with base_model\.model\."):
+        load_peft(tmp_path / "a", specs, PATHS)
+
+
+def test_notes_at_odds_with_peft_s_options_are_refused(tmp_path):
+    config, lora, specs, _ = net()
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    path = tmp_path / "a/adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99}))
+    with pytest.raises(ValueError, match=r"has the scale 49\.5"):
+        load_peft(tmp_path / "a", specs, PATHS)
+
+
+def test_dtypes_are_kept_and_float64_is_refused(tmp_path):
+    config, lora, specs, _ = net(target_modules=["head"])
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora)
+    save_peft(tmp_path / "a", low, specs, config, PATHS)
+    again = load_peft(tmp_path / "a", specs, PATHS).lora
+    assert {x.dtype.name for x in jax.tree.leaves(again)} == {"bfloat16"}
+    path = tmp_path / "a/adapter_model.safetensors"
+    save_file({name: x.astype(np.int32) for name, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="only float32, float16, bfloat16 are read"):
+        load_peft(tmp_path / "a", specs, PATHS)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    config, lora, specs, _ = net()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    assert list((tmp_path / "a").iterdir()) == []

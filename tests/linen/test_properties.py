@@ -1,0 +1,124 @@
+"""Properties over shapes, ranks, equations and axes: the adapter's term is always that of the merged weight."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
+from loraplus_jax.linen.layer_table import split_equation
+from loraplus_jax.spec import AdapterSpec
+
+KEY = jax.random.key(0, impl="rbg")
+FEW = settings(max_examples=12, deadline=None)
+
+
+def drawn(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+
+
+def assert_merged_is_unmerged(layer, x, rank):
+    """One layer as a whole model, of random weights and factors, in float32."""
+    model = apply_lora_plus(layer, LoRAPlusConfig(target_modules=".*", rank=rank, alpha=1.5 * rank))
+    lora, specs = init_lora(model, KEY, x)
+    (spec,) = specs.values()
+    base = {"params": drawn(jax.eval_shape(layer.init, KEY, x)["params"])}
+    lora = drawn(lora, 1)
+    assert (lora["lora_a"].shape, lora["lora_b"].shape) == spec.factor_shapes
+    expected = layer.apply(merge(base, lora, specs), x)
+    found = model.apply({**base, "lora": lora}, x)
+    scale = 1 + float(jnp.abs(expected).max())
+    np.testing.assert_allclose(found / scale, expected / scale, atol=1e-5)
+    return spec
+
+
+@st.composite
+def equations(draw):
+    """An einsum of an input and a weight with at least one contracted and one output axis, in any order."""
+    letters = list(draw(st.permutations("abcdefgh")))
+    sizes = {c: draw(st.integers(1, 4)) for c in letters}
+    counts = [draw(st.integers(low, 2)) for low in (0, 0, 1, 1)]
+    groups = [[letters.pop() for _ in range(count)] for count in counts]
+    batch, free, contracted, outputs = groups
+    x = draw(st.permutations([*batch, *free, *contracted]))
+    w = draw(st.permutations([*batch, *contracted, *outputs]))
+    result = draw(st.permutations([*batch, *free, *outputs]))
+    roles = ["o" if c in outputs else "i" if c in contracted else "e" for c in w]
+    return "".join(x), "".join(w), "".join(result), sizes, "".join(roles)
+
+
+def sides(w, roles, sizes):
+    return [
+        int(np.prod([sizes[c] for c, role in zip(w, roles, strict=True) if role == side])) for side in "io"
+    ]
+
+
+@pytest.mark.slow
+@FEW
+@given(equations(), st.data())
+def test_einsum_of_any_equation(parts, data):
+    x, w, result, sizes, roles = parts
+    rank = data.draw(st.integers(1, min(sides(w, roles, sizes))))
+    layer = nn.Einsum([sizes[c] for c in w], f"{x},{w}->{result}", use_bias=False)
+    inputs = drawn(jax.ShapeDtypeStruct([sizes[c] for c in x], jnp.float32), 2)
+    spec = assert_merged_is_unmerged(layer, inputs, rank)
+    assert ["e" if role not in "io" else role for role in spec.axes] == list(roles)
+    assert len(set(spec.axes) - {"i", "o"}) == roles.count("e")
+
+
+@FEW
+@given(equations())
+def test_the_two_einsums_are_the_one(parts):
+    """x (A B) = (x A) B as einsums, in float64 numpy."""
+    x, w, result, sizes, _ = parts
+    equation = f"{x},{w}->{result}"
+    axes, (first, second) = split_equation(equation)
+    spec = AdapterSpec(leaf="w", kind="einsum", axes=axes, shape=[sizes[c] for c in w], rank=2, scale=1.0)
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=shape) for shape in spec.factor_shapes)
+    inputs = rng.normal(size=[sizes[c] for c in x])
+    left, right = spec.factor_letters
+    whole = np.einsum(equation, inputs, np.einsum(f"{left},{right}->{spec.base_letters}", a, b))
+    np.testing.assert_allclose(np.einsum(second, np.einsum(first, inputs, a), b), whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@FEW
+@given(st.data())
+def test_dense_general_of_any_axes(data):
+    ndim = data.draw(st.integers(1, 4))
+    shape = data.draw(st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim))
+    batch = data.draw(st.integers(0, ndim - 1))
+    rest = data.draw(st.permutations(range(batch, ndim)))
+    axis = rest[: data.draw(st.integers(1, len(rest)))]
+    axis = [n - ndim if data.draw(st.booleans()) else n for n in axis]
+    features = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    rank = data.draw(st.integers(1, min(int(np.prod([shape[n] for n in axis])), int(np.prod(features)))))
+    layer = nn.DenseGeneral(features, axis=axis, batch_dims=range(batch))
+    assert_merged_is_unmerged(layer, drawn(jax.ShapeDtypeStruct(shape, jnp.float32), 2), rank)
+
+
+@pytest.mark.slow
+@FEW
+@given(st.data())
+def test_conv_of_any_rank_strides_groups_and_dilation(data):
+    ndim, groups = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    window, strides, dilation = (
+        data.draw(st.lists(st.integers(1, most), min_size=ndim, max_size=ndim)) for most in (3, 2, 2)
+    )
+    shape = [2, *data.draw(st.lists(st.integers(5, 7), min_size=ndim, max_size=ndim))]
+    channels, features = (groups * data.draw(st.integers(1, 2)) for _ in range(2))
+    rank = data.draw(st.integers(1, min(int(np.prod(window)) * channels // groups, features)))
+    layer = nn.Conv(
+        features,
+        window,
+        strides=strides,
+        kernel_dilation=dilation,
+        feature_group_count=groups,
+        padding=data.draw(st.sampled_from(["SAME", "VALID", "CIRCULAR"])),
+    )
+    assert_merged_is_unmerged(layer, drawn(jax.ShapeDtypeStruct([*shape, channels], jnp.float32), 2), rank)

@@ -1,0 +1,103 @@
+"""What is reported is what happens: the table of groups, the realised step, the norms by role."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from loraplus_jax import AdapterSpec, describe, label_params, lora_plus, lora_plus_adamw, probe
+from loraplus_jax.optim.diagnostics import role_norms
+
+TRAINABLE = {
+    "lora": {"enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}}},
+    "params": {"head": {"bias": jnp.ones(4)}},
+}
+SPECS = {
+    "enc/q": AdapterSpec(leaf="params/enc/q/kernel", kind="dense", axes="io", shape=(3, 5), rank=2, scale=2.0)
+}
+
+
+def test_describe_in_full():
+    tx = lora_plus_adamw(1e-3, lr_ratio=4.0, weight_decay=0.01, decays={"extra": 0.0})
+    frozen = {"params": {"enc": {"q": {"kernel": jnp.ones((300, 5))}}}}
+    assert str(describe(TRAINABLE, tx, SPECS, frozen=frozen)).splitlines() == [
+        "path               shape  role   rank  rate   decay  count",
+        "lora/enc/q/lora_a  3x2    a      2     0.001  0.01   6",
+        "lora/enc/q/lora_b  2x5    b      2     0.004  0.01   10",
+        "params/head/bias   4      extra  -     0.001  0      4",
+        "trainable 20 of 1,520 (1.32 %)",
+    ]
+
+
+def test_describe_without_the_frozen_part_and_from_shapes():
+    shapes = jax.eval_shape(lambda: TRAINABLE)
+    description = describe(shapes, lora_plus_adamw(1e-3))
+    assert (description.trainable, description.total, description.summary) == (20, None, "trainable 20")
+    assert [row.count for row in description.rows] == [6, 10, 4]
+
+
+@pytest.mark.parametrize(("step", "a", "b"), [(0, "0", "0"), (5, "0.5", "2"), (99, "1", "4")])
+def test_schedules_are_read_at_the_step(step, a, b):
+    tx = lora_plus_adamw(optax.linear_schedule(0.0, 1.0, 10), lr_ratio=4.0)
+    rows = describe(TRAINABLE, tx, step=step).rows
+    assert [row.rate for row in rows] == [a, b, a]
+
+
+def test_a_wrapped_optimizer_shows_multiples():
+    rows = describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0)).rows
+    assert [(row.rate, row.decay) for row in rows] == [
+        ("1 x base", "own"),
+        ("4 x base", "own"),
+        ("1 x base", "own"),
+    ]
+
+
+def test_describe_of_an_optimizer_of_ones_own():
+    rows = describe(TRAINABLE, {"a": 0.1, "b": optax.constant_schedule(0.2), "extra": 0.3}).rows
+    assert [row.rate for row in rows] == ["0.1", "0.2", "0.3"]
+    with pytest.raises(ValueError, match="no rate is given for role 'b' of lora/enc/q/lora_b"):
+        describe(TRAINABLE, {"a": 0.1, "extra": 0.1})
+    with pytest.raises(TypeError, match=r"an optax.chain around one hides its groups"):
+        describe(TRAINABLE, optax.chain(lora_plus_adamw(1e-3)))
+
+
+@pytest.mark.parametrize(
+    ("tx", "rates"),
+    [
+        (lora_plus_adamw(1e-3, lr_ratio=16.0), (1e-3, 16e-3, 1e-3)),
+        (lora_plus_adamw(1e-3, lr_ratio=16.0, rates={"extra": 0.5}), (1e-3, 16e-3, 0.5)),
+        (lora_plus(optax.lion(1e-3, weight_decay=0.0), lr_ratio=4.0), (1e-3, 4e-3, 1e-3)),
+        (optax.adam(1e-3), (1e-3, 1e-3, 1e-3)),
+    ],
+)
+def test_probe_shows_the_realised_rates(tx, rates):
+    found = probe(tx, tx.init(TRAINABLE), TRAINABLE)
+    np.testing.assert_allclose([found[role] for role in ("a", "b", "extra")], rates, rtol=1e-4)
+    np.testing.assert_allclose(found["b/a"], rates[1] / rates[0], rtol=1e-5)
+
+
+def test_probe_with_gradients_takes_root_mean_squares():
+    grads = jax.tree.map(jnp.zeros_like, TRAINABLE)
+    grads["lora"]["enc"]["q"]["lora_a"] = jnp.array([[3.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
+    grads["lora"]["enc"]["q"]["lora_b"] = jnp.full((2, 5), 2.0)
+    tx = lora_plus(optax.sgd(1.0), lr_ratio=4.0)
+    found = probe(tx, tx.init(TRAINABLE), TRAINABLE, grads, specs=SPECS)
+    np.testing.assert_allclose([found["a"], found["b"]], [(25 / 6) ** 0.5, 8.0], rtol=1e-6)
+    assert found["extra"] == 0
+
+
+def test_probe_of_a_fresh_adapter_is_infinite_as_documented():
+    grads = jax.tree.map(jnp.ones_like, TRAINABLE)
+    grads["lora"]["enc"]["q"]["lora_a"] *= 0
+    tx = lora_plus_adamw(1e-3)
+    assert jnp.isinf(probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)["b/a"])
+
+
+def test_role_norms_are_global_over_a_role():
+    tree = {
+        "x": {"lora_a": jnp.array([[3.0]]), "lora_b": jnp.array([[5.0]])},
+        "y": {"lora_a": jnp.array([[4.0]]), "lora_b": jnp.array([[12.0]])},
+    }
+    norms = role_norms(tree, label_params(tree))
+    assert {role: float(norm) for role, norm in norms.items()} == {"a": 5.0, "b": 13.0}

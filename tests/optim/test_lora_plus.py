@@ -1,0 +1,526 @@
+"""B learns lambda times faster than A, exactly: at every step, under any optimizer, however many adapters."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from loraplus_jax import AdapterSpec, lora_plus, lora_plus_adamw, make_schedule
+from loraplus_jax.optim.diagnostics import describe
+from loraplus_jax.tree import leaves_by_path
+
+PARAMS = {
+    "lora": {"q": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0, -4.0]])}},
+    "params": {"head": {"bias": jnp.array([5.0, 6.0])}},
+}
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+PARTS = (("lora", "q", "lora_a"), ("lora", "q", "lora_b"), ("params", "head", "bias"))
+
+
+def leaves(tree):
+    """A, B and the extra."""
+    return tuple(functools.reduce(lambda t, k: t[k], path, tree) for path in PARTS)
+
+
+def gradients(step):
+    """Other gradients at every step, of both signs and several sizes."""
+    random = np.random.default_rng(step)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), PARAMS)
+
+
+def run(tx, steps, params=PARAMS, grads=gradients):
+    """The parameters and the updates after every step."""
+    update = jax.jit(tx.update)
+    state, history = tx.init(params), []
+    for step in range(steps):
+        updates, state = update(grads(step), state, params)
+        params = optax.apply_updates(params, updates)
+        history.append((params, updates))
+    return history
+
+
+SCHEDULES = {
+    "constant": 0.1,
+    "linear": optax.linear_schedule(0.1, 0.01, 6),
+    "cosine with a floor": optax.cosine_decay_schedule(0.1, 6, alpha=0.1),
+    "warm-up and cosine": optax.warmup_cosine_decay_schedule(0.02, 0.1, 3, 8, end_value=0.01),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_ratio_holds_at_every_step_of_every_schedule(name, wrapped):
+    # Adam's step for a gradient that is always one is the rate itself.
+    rate = SCHEDULES[name]
+    adamw = functools.partial(optax.adamw, weight_decay=0.0, eps=1e-30)
+    tx = lora_plus(adamw(rate), lr_ratio=8.0) if wrapped else lora_plus_adamw(rate, lr_ratio=8.0, eps=1e-30)
+    for step, (_, updates) in enumerate(run(tx, 10, grads=lambda _: ONES)):
+        expected = float(rate(step) if callable(rate) else rate)
+        a, b, extra = leaves(updates)
+        np.testing.assert_allclose(a, np.full((2, 1), -expected), rtol=1e-4)
+        np.testing.assert_allclose(extra, a[:, 0], rtol=1e-6)
+        np.testing.assert_allclose(b, 8 * a.T, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: lora_plus(optax.sgd(1e-3), lr_ratio=16.0),
+    lambda: lora_plus_adamw(1e-3, lr_ratio=16.0, eps=1e-30),
+])  # fmt: skip
+def test_b_is_scaled_once_however_many_adapters_there_are(make):
+    one = {"lora_a": jnp.ones((2, 1)), "lora_b": jnp.ones((1, 2))}
+    params = {"lora": {f"layer_{n}": one for n in range(24)}}
+    tx = make()
+    updates, _ = tx.update(params, tx.init(params), params)
+    for pair in updates["lora"].values():
+        np.testing.assert_allclose(pair["lora_a"], np.full((2, 1), -1e-3), rtol=1e-5)
+        np.testing.assert_allclose(pair["lora_b"], np.full((1, 2), -16e-3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("zero", ["lora_a", "lora_b", None])
+def test_roles_do_not_depend_on_which_factor_is_zero(zero):
+    q = {name: x * (name != zero) for name, x in PARAMS["lora"]["q"].items()}
+    params = {**PARAMS, "lora": {"q": q}}
+    grads = {**ONES, "lora": {"q": {name: x * (name != zero) for name, x in ONES["lora"]["q"].items()}}}
+    tx = lora_plus(optax.sgd(1.0), lr_ratio=3.0)
+    a, b, _ = leaves(tx.update(grads, tx.init(params), params)[0])
+    assert (a == (0 if zero == "lora_a" else -1)).all()
+    assert (b == (0 if zero == "lora_b" else -3)).all()
+
+
+@pytest.mark.parametrize("make", [lora_plus_adamw, lambda rate, **k: lora_plus(optax.sgd(rate), **k)])
+def test_swapped_factors_are_refused(make):
+    q = PARAMS["lora"]["q"]
+    swapped = {"lora": {"q": {"lora_a": jnp.ones((2, 4)), "lora_b": jnp.ones((3, 2))}}}
+    with pytest.raises(ValueError, match="do not meet in a rank"):
+        make(1e-3).init(swapped)
+    spec = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(2, 2), rank=1, scale=1.0)
+    swapped = {"lora": {"q": {"lora_a": q["lora_b"], "lora_b": q["lora_a"]}}}
+    with pytest.raises(ValueError, match="do not fit the specs"):
+        make(1e-3, specs={"q": spec}).init(swapped)
+    make(1e-3, specs={"q": spec}).init({"lora": {"q": q}})
+
+
+def test_lambda_one_is_plain_adamw_to_the_bit():
+    rate = SCHEDULES["warm-up and cosine"]
+    adamw = optax.adamw(rate, weight_decay=0.1)
+    built = run(lora_plus_adamw(rate, lr_ratio=1.0, weight_decay=0.1, max_grad_norm=1.0), 12)
+    plain = run(optax.chain(optax.clip_by_global_norm(1.0), adamw), 12)
+    jax.tree.map(np.testing.assert_array_equal, run(lora_plus(adamw, lr_ratio=1.0), 12), run(adamw, 12))
+    jax.tree.map(np.testing.assert_array_equal, built, plain)
+
+
+def test_the_wrapper_equals_the_builder_with_decay_and_clipping():
+    rate = SCHEDULES["cosine with a floor"]
+    adam = {"b1": 0.8, "b2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+    built = lora_plus_adamw(rate, lr_ratio=4.0, max_grad_norm=1.0, **adam)
+    wrapped = lora_plus(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, **adam)), lr_ratio=4.0)
+    got, expected = run(built, 20), run(wrapped, 20)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), got, expected)
+    still = run(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, **adam)), 20)
+    assert (abs(leaves(got[-1][0])[1] - leaves(still[-1][0])[1]) > 1e-2).all()
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adamw(0.01, weight_decay=0.1),
+        optax.lion(0.01, weight_decay=0.1),
+        optax.sgd(0.01, momentum=0.9, nesterov=True),
+        optax.adafactor(0.01),
+        optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.01)),
+    ],
+    ids=["adamw", "lion", "sgd", "adafactor", "clipped adam"],
+)
+def test_any_optimizer_scales_b_alone(tx):
+    # The same parameters at every step: what differs is the update alone.
+    plain, plus = tx, lora_plus(tx, lr_ratio=16.0)
+    states = [plain.init(PARAMS), plus.init(PARAMS)]
+    for step in range(4):
+        (expected, states[0]), (got, states[1]) = (
+            t.update(gradients(step), s, PARAMS) for t, s in zip((plain, plus), states, strict=True)
+        )
+        np.testing.assert_array_equal(leaves(got)[0], leaves(expected)[0])
+        np.testing.assert_array_equal(leaves(got)[1], 16 * leaves(expected)[1])
+        np.testing.assert_array_equal(leaves(got)[2], leaves(expected)[2])
+
+
+def test_lora_plus_is_lora_with_alpha_times_lambda_under_adam_without_eps():
+    # With B0 = 0, no decay and no clipping: B = lambda B' for the plain run's B', at every step.
+    random = np.random.default_rng(0)
+    draw = {"w": (6, 5), "a": (6, 2), "x": (32, 6), "y": (32, 5)}
+    ratio, alpha, steps = 16.0, 2.0, 100
+    with jax.enable_x64(True):
+        data = {name: jnp.asarray(random.normal(size=shape)) for name, shape in draw.items()}
+
+        def train(tx, alpha):
+            scale = alpha / 2
+
+            def loss(p):
+                weight = data["w"] + scale * p["lora_a"] @ p["lora_b"]
+                return jnp.mean((data["x"] @ weight - data["y"]) ** 2)
+
+            @jax.jit
+            def step(carry, _):
+                params, state = carry
+                updates, state = tx.update(jax.grad(loss)(params), state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            params = {"lora_a": data["a"], "lora_b": jnp.zeros((2, 5))}
+            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=steps)
+            assert params["lora_b"].dtype == jnp.float64
+            return np.asarray(scale * params["lora_a"] @ params["lora_b"])
+
+        plus = train(lora_plus_adamw(1e-3, lr_ratio=ratio, eps=1e-30), alpha)
+        plain = train(optax.adam(1e-3, eps=1e-30), alpha * ratio)
+        decayed = train(lora_plus_adamw(1e-3, lr_ratio=ratio, eps=1e-30, weight_decay=1.0), alpha)
+        same = train(optax.adamw(1e-3, eps=1e-30, weight_decay=1.0), alpha * ratio)
+    size = abs(plain).max()
+    assert size > 0.1
+    assert abs(plus - plain).max() / size < 1e-9
+    assert abs(decayed - same).max() / size > 1e-3
+
+
+def test_rate_and_ratio_may_be_traced_and_a_population_compiles_once():
+    traces = []
+
+    @jax.jit
+    @jax.vmap
+    def step(rate, ratio):
+        traces.append(rate)
+        tx = lora_plus_adamw(rate, lr_ratio=ratio, weight_decay=0.5, decay="equal", max_grad_norm=1.0)
+        wrapped = lora_plus(optax.sgd(rate), lr_ratio=ratio)
+        return [t.update(ONES, t.init(PARAMS), PARAMS)[0] for t in (tx, wrapped)]
+
+    rates, ratios = jnp.array([0.1, 0.2]), jnp.array([1.0, 16.0])
+    got = step(rates, ratios)
+    step(rates / 2, ratios)
+    assert len(traces) == 1
+    for n, (rate, ratio) in enumerate(((0.1, 1.0), (0.2, 16.0))):
+        tx = lora_plus_adamw(rate, lr_ratio=ratio, weight_decay=0.5, decay="equal", max_grad_norm=1.0)
+        expected, _ = tx.update(ONES, tx.init(PARAMS), PARAMS)
+        jax.tree.map(
+            lambda x, y, n=n: np.testing.assert_allclose(x[n], y, rtol=1e-5, atol=1e-6), got[0], expected
+        )
+        np.testing.assert_allclose(leaves(got[1])[1][n], np.full((1, 2), -rate * ratio), rtol=1e-6)
+
+
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        # with no gradient a step is -rate * decay * parameter alone: parameters 1 (A), 3 (B), 5 (extra)
+        ({"weight_decay": 0.5}, (-0.05, -4 * 0.15, -0.25)),
+        ({"weight_decay": 0.5, "decay": "equal"}, (-0.05, -0.15, -0.25)),
+        ({"weight_decay": 0.5, "decays": {"extra": 0.0}}, (-0.05, -4 * 0.15, 0.0)),
+        ({"weight_decay": 0.5, "decays": {"b": 0.25}}, (-0.05, -2 * 0.15, -0.25)),
+        ({"decays": {"a": 0.5}}, (-0.05, 0.0, 0.0)),
+        ({"weight_decay": 0.5, "rates": {"extra": 0.2}}, (-0.05, -4 * 0.15, -0.5)),
+        ({"weight_decay": 0.5, "rates": {"a": 0.2}}, (-0.1, -4 * 0.3, -0.25)),
+        ({}, (0.0, 0.0, 0.0)),
+    ],
+)
+def test_decay_by_hand(fields, expected):
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, **fields)
+    updates = leaves(tx.update(ZEROS, tx.init(PARAMS), PARAMS)[0])
+    np.testing.assert_allclose([x.ravel()[0] for x in updates], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("eps", [0.0, 9e-31, 1e-60])
+def test_an_epsilon_that_counts_as_zero_is_refused(eps):
+    # B starts at zero, so A has no gradient in the first step, and 0 / (0 + 0) would be its direction.
+    with pytest.raises(ValueError, match="eps must be a finite number at least 1e-30, got"):
+        lora_plus_adamw(0.1, eps=eps)
+
+
+def test_the_least_epsilon_leaves_in_place_what_has_no_gradient():
+    tx = lora_plus_adamw(0.1, eps=1e-30, b1=1 - 1e-7)
+    updates = leaves(run(tx, 1, grads=lambda _: ZEROS)[0][1])
+    assert all((x == 0).all() for x in updates)
+
+
+def test_rates_by_role_reach_the_updates_and_the_table():
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=1e-30, rates={"extra": 0.5}, decays={"extra": 0.25})
+    a, b, extra = leaves(tx.update(ONES, tx.init(ZEROS), ZEROS)[0])
+    np.testing.assert_allclose([a[0, 0], b[0, 0], extra[0]], [-0.1, -0.4, -0.5], rtol=1e-5)
+    rows = {row.role: (row.rate, row.decay) for row in describe(PARAMS, tx).rows}
+    assert rows == {"a": ("0.1", "0"), "b": ("0.4", "0"), "extra": ("0.5", "0.25")}
+
+
+def test_embeddings_have_a_rate_of_their_own():
+    tx = lora_plus_adamw(0.1, rates={"embedding": 1e-6})
+    assert (tx.groups["embedding"].rate, tx.groups["a"].rate, tx.groups["b"].rate) == (1e-6, 0.1, 1.6)
+
+
+@pytest.mark.parametrize("field", ["b1", "b2", "eps"])
+def test_adams_settings_are_not_ignored(field):
+    adam = {"b1": 0.5, "b2": 0.6, "eps": 0.5}
+    mine = {field: adam[field]}
+    got = run(lora_plus_adamw(0.1, lr_ratio=1.0, **mine), 3)
+    expected = run(optax.adamw(0.1, weight_decay=0.0, **mine), 3)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, expected)
+
+
+def test_clipping_takes_the_norm_over_all_groups():
+    # Six gradients: 3 in A, and 4 in B: the global norm is 5, clipped to 1.
+    q = {"lora_a": jnp.array([[3.0], [0.0]]), "lora_b": jnp.array([[0.0, 4.0]])}
+    grads = {"lora": {"q": q}, "params": {"head": {"bias": jnp.zeros(2)}}}
+    adam = {
+        "b1": 0.0,
+        "b2": 0.0,
+        "eps": 1.0,
+    }  # an update is -rate * g / (|g| + 1): it shows the gradient's size
+    tx = lora_plus_adamw(1.0, lr_ratio=2.0, max_grad_norm=1.0, **adam)
+    a, b, _ = leaves(tx.update(grads, tx.init(PARAMS), PARAMS)[0])
+    np.testing.assert_allclose([a[0, 0], b[0, 1]], [-0.6 / 1.6, -2 * 0.8 / 1.8], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, "x", None])
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda v: lora_plus_adamw(1e-3, lr_ratio=v), "lr_ratio"),
+        (lambda v: lora_plus(optax.sgd(1.0), lr_ratio=v), "lr_ratio"),
+        (lambda v: lora_plus_adamw(v), "learning_rate"),
+        (lambda v: lora_plus_adamw(1e-3, max_grad_norm=v), "max_grad_norm"),
+        (lambda v: lora_plus_adamw(1e-3, rates={"extra": v}), "extra"),
+    ],
+)
+def test_bad_numbers_are_refused(make, field, value):
+    if field == "max_grad_norm" and value is None:
+        return
+    with pytest.raises(ValueError, match=f"{field} must be a finite number above 0"):
+        make(value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight_decay": -0.1}, "weight_decay.*at least 0"),
+        ({"weight_decay": math.nan}, "weight_decay.*at least 0"),
+        ({"decays": {"a": -1.0}}, "'a' must be"),
+        ({"decays": {"extras": 0.0}}, "no group 'extras'; did you mean 'extra'"),
+        ({"rates": {"head": 0.1}}, "no group 'head'"),
+        ({"rates": {"b": 0.1}}, "set lr_ratio instead"),
+        ({"decay": "none"}, "decay must be 'coupled' or 'equal'"),
+    ],
+)
+def test_bad_groups_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        lora_plus_adamw(1e-3, **fields)
+
+
+def test_it_may_stand_inside_a_chain():
+    tx = optax.chain(optax.clip(0.5), lora_plus(optax.sgd(1.0), lr_ratio=4.0), optax.scale(2.0))
+    a, b, _ = leaves(tx.update(ONES, tx.init(PARAMS), PARAMS)[0])
+    assert (a[0, 0], b[0, 0]) == (-1.0, -4.0)
+
+
+def test_extra_arguments_reach_the_wrapped_optimizer():
+    tx = lora_plus(optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau()), lr_ratio=4.0)
+    _, b, _ = leaves(tx.update(ONES, tx.init(PARAMS), PARAMS, value=jnp.array(1.0))[0])
+    assert (b == -4).all()
+
+
+# policies
+
+
+EXTRAS = {
+    "params": {
+        "head": {
+            "kernel": jnp.ones((3, 2)),
+            "bias": jnp.ones(2),
+            "scale": jnp.ones((4, 2)),
+            "gain": jnp.ones(3),
+        }
+    }
+}
+
+
+def first_updates(tx, params):
+    """The first update of every leaf where all gradients are one, by its last segment."""
+    found, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    return {
+        path.rpartition("/")[2]: float(jnp.ravel(leaf)[0]) for path, leaf in leaves_by_path(found).items()
+    }
+
+
+def test_the_policy_of_peft_by_hand():
+    params = {"lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}, **EXTRAS}
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, policy="peft", eps=1e-30)
+    # rate (1 + decay): A and matrices 0.1, B and vectors 0.4, biases and scales without decay.
+    expected = {"lora_a": -0.15, "lora_b": -0.6, "kernel": -0.15, "gain": -0.6, "bias": -0.4, "scale": -0.4}
+    assert first_updates(tx, params) == pytest.approx(expected, rel=1e-5)
+    plain = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, eps=1e-30)
+    expected |= dict.fromkeys(("gain", "bias", "scale"), -0.15)
+    assert first_updates(plain, params) == pytest.approx(expected, rel=1e-5)
+    wrapped = lora_plus(optax.adamw(0.1, eps=0.0, weight_decay=0.0), lr_ratio=4.0, policy="peft")
+    slow = {"lora_a": -0.1, "kernel": -0.1}
+    fast = dict.fromkeys(("lora_b", "gain", "bias", "scale"), -0.4)
+    assert first_updates(wrapped, params) == pytest.approx(slow | fast, rel=1e-5)
+
+
+def test_adapters_of_embeddings_move_at_their_own_rate():
+    spec = AdapterSpec(leaf="params/e/embedding", kind="embed", axes="io", shape=(3, 3), rank=2, scale=1.0)
+    params = {"lora": {"e": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}}
+    for fields, rate in (
+        ({}, 0.1),
+        ({"policy": "peft"}, 1e-6),
+        ({"rates": {"embedding": 0.3}, "policy": "peft"}, 0.3),
+    ):
+        tx = lora_plus_adamw(0.1, lr_ratio=4.0, specs={"e": spec}, eps=1e-30, **fields)
+        assert first_updates(tx, params) == pytest.approx({"lora_a": -rate, "lora_b": -rate}, rel=1e-4)
+
+
+def test_an_unknown_policy_is_refused():
+    for make in (lambda p: lora_plus_adamw(0.1, policy=p), lambda p: lora_plus(optax.sgd(0.1), policy=p)):
+        with pytest.raises(ValueError, match="policy must be one of lora_plus, peft, got 'torch'"):
+            make("torch")
+
+
+# changed in a run
+
+
+def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, b1=0.5, b2=0.5, eps=1e-30, adjustable=True)
+    state, update = tx.init(params), jax.jit(tx.update)
+    assert (optax.tree.get(state, "learning_rate"), optax.tree.get(state, "lr_ratio")) == (
+        pytest.approx(0.1),
+        pytest.approx(4.0),
+    )
+    seen = []
+    for rate, ratio in ((0.1, 4.0), (0.1, 2.0), (0.3, 1.0)):
+        state = optax.tree.set(state, learning_rate=jnp.float32(rate), lr_ratio=jnp.float32(ratio))
+        found, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        seen.append((float(found["q"]["lora_a"][0, 0]), float(found["q"]["lora_b"][0, 0])))
+    assert np.allclose(seen, [(-0.1, -0.4), (-0.1, -0.2), (-0.3, -0.3)], rtol=1e-5)
+    assert update._cache_size() == 1
+    assert describe(params, tx).rows[1].rate == "0.4"
+
+
+def test_the_rate_and_decay_of_every_group_can_be_changed_in_a_run():
+    params = {
+        "q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))},
+        "head": {"kernel": jnp.ones((3, 1))},
+    }
+    params |= {"bias": jnp.ones(2)}
+    tx = lora_plus_adamw(
+        optax.constant_schedule(0.1),
+        lr_ratio=4.0,
+        weight_decay=0.5,
+        rates={"extra": 0.2, "a": 0.1},
+        decays={"extra": 0.25, "b": 0.125},
+        policy="peft",
+        adjustable=True,
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    known = {"learning_rate", "lr_ratio", "weight_decay", "extra_rate", "a_rate", "embedding_rate"}
+    assert set(state.hyperparams) == known | {"extra_decay", "b_decay", "vector_decay"}
+    zeros, seen = jax.tree.map(jnp.zeros_like, params), []
+    # with no gradient a step is -rate * decay * parameter alone
+    for changes in (
+        {},
+        {"extra_rate": 0.4, "b_decay": 0.25},
+        {"extra_decay": 0.5, "vector_decay": 0.5},
+        {"weight_decay": 1.0, "a_rate": 0.2, "lr_ratio": 2.0},
+    ):
+        state = optax.tree.set(state, **{name: jnp.float32(value) for name, value in changes.items()})
+        found, state = update(zeros, state, params)
+        seen.append([float(x.ravel()[0]) for x in jax.tree.leaves(found)])
+    expected = [
+        # bias (a vector), head, A, B
+        [0.0, -0.2 * 0.25, -0.1 * 0.5, -0.4 * 0.125],
+        [0.0, -0.4 * 0.25, -0.1 * 0.5, -0.4 * 0.25],
+        [-0.4 * 0.5, -0.4 * 0.5, -0.1 * 0.5, -0.4 * 0.25],
+        [-0.4 * 0.5, -0.4 * 0.5, -0.2 * 1.0, -0.4 * 0.25],
+    ]
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    assert update._cache_size() == 1
+
+
+def test_the_ratio_of_a_wrapped_optimizer_can_be_changed_in_a_run():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    plain, tx = (
+        lora_plus(optax.sgd(0.1), lr_ratio=4.0),
+        lora_plus(optax.sgd(0.1), lr_ratio=4.0, adjustable=True),
+    )
+    state, update = tx.init(params), jax.jit(tx.update)
+    found, state = update(params, state, params)
+    expected = plain.update(params, plain.init(params), params)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    state = optax.tree.set(state, lr_ratio=jnp.float32(2.0))
+    found, state = update(params, state, params)
+    assert [float(x[0, 0]) for x in jax.tree.leaves(found)] == [pytest.approx(-0.1), pytest.approx(-0.2)]
+    assert float(optax.tree.get(state, "lr_ratio")) == 2.0
+    assert update._cache_size() == 1
+
+
+def test_adjustable_steps_are_those_of_the_plain_optimizer():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    schedule = optax.linear_schedule(0.1, 0.0, 5)
+    one, other = (
+        lora_plus_adamw(schedule, lr_ratio=4.0, weight_decay=0.1, adjustable=a) for a in (False, True)
+    )
+    states = [one.init(params), other.init(params)]
+    for n in range(4):
+        grads = jax.tree.map(lambda x, n=n: x * (n - 1.5), params)
+        (a, states[0]), (b, states[1]) = (
+            one.update(grads, states[0], params),
+            other.update(grads, states[1], params),
+        )
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+def test_accumulation_stands_outside_the_groups():
+    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, max_grad_norm=0.5)
+    many = optax.MultiSteps(tx, every_k_schedule=2)
+    state, whole = many.init(params), tx.init(params)
+    for n in range(3):
+        parts = [jax.tree.map(lambda x, k=k: x * k, params) for k in (n + 1.0, -0.5)]
+        for part in parts:
+            found, state = many.update(part, state, params)
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
+        expected, whole = tx.update(mean, whole, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
+
+
+# schedules
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "wsd"])
+def test_the_ratio_is_exact_through_every_schedule(name):
+    floor = {} if name == "constant" else {"final_fraction": 0.25}
+    schedule = make_schedule(name, 0.1, 20, warmup_steps=3, **floor)
+    groups = lora_plus_adamw(schedule, lr_ratio=4.0).groups
+    rates = [(float(groups["a"].rate(n)), float(groups["b"].rate(n))) for n in range(25)]
+    assert all(b == 4 * a for a, b in rates)
+    assert rates[0] == (0.0, 0.0)
+    assert rates[3][0] == pytest.approx(0.1)
+    assert rates[20][0] == rates[24][0] == pytest.approx(0.1 if name == "constant" else 0.025)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("step", {}, "schedule must be one of constant, linear, cosine, wsd, got 'step'"),
+        ("linear", {"decay_steps": 3}, "decay_steps goes with the schedule wsd, not with linear"),
+        ("constant", {"final_fraction": 0.1}, "final_fraction does not go with the schedule constant"),
+        ("linear", {"warmup_steps": 10}, "10 of warm-up do not fit into 10 steps"),
+        (
+            "wsd",
+            {"warmup_steps": 4, "decay_steps": 7},
+            "4 of warm-up and 7 of decay do not fit into 10 steps",
+        ),
+        ("linear", {"final_fraction": 1.0}, "final_fraction must be"),
+    ],
+)
+def test_schedules_that_are_refused(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(name, 0.1, 10, **fields)

@@ -1,0 +1,305 @@
+"""Layers that the model families lack, on small PyTorch modules: Conv1D, Conv2d, heads, experts; the optimizer."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from safetensors.numpy import load_file, save_file
+from transformers.pytorch_utils import Conv1D
+
+from loraplus_jax import (
+    LoRAPlusConfig,
+    apply_lora_plus,
+    init_lora,
+    label_params,
+    lora_plus_adamw,
+    split_trainable,
+)
+from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
+
+from .families import off, random
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+LIMIT = 1e-4
+
+
+class TorchGPT(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c_attn, self.c_proj = Conv1D(12, 6), Conv1D(6, 12)
+
+    def forward(self, x):
+        return self.c_proj(torch.nn.functional.gelu(self.c_attn(x), approximate="tanh"))
+
+
+class FlaxGPT(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="c_proj")(nn.gelu(nn.Dense(12, name="c_attn")(x)))
+
+
+class TorchConv(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, (3, 2), stride=2, padding=(1, 0))
+        self.fc = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.conv(x)).mean((2, 3)))
+
+
+class FlaxConv(nn.Module):
+    @nn.compact
+    def __call__(self, x):  # (B, H, W, C)
+        x = nn.Conv(8, (3, 2), strides=2, padding=((1, 1), (0, 0)), name="conv")(x)
+        return nn.Dense(4, name="fc")(nn.relu(x).mean((1, 2)))
+
+
+class TorchHeads(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb = torch.nn.Embedding(11, 8)
+        self.q, self.o, self.norm = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8), torch.nn.LayerNorm(8)
+
+    def forward(self, ids):
+        return self.norm(self.o(torch.tanh(self.q(self.emb(ids)))))
+
+
+class FlaxHeads(nn.Module):
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(11, 8, name="emb")(ids)
+        x = jnp.tanh(nn.DenseGeneral((3, 4), name="q")(x))
+        return nn.LayerNorm(1e-5, use_fast_variance=False, name="norm")(
+            nn.DenseGeneral(8, axis=(-2, -1), name="o")(x)
+        )
+
+
+class Experts(torch.nn.Module):
+    """PEFT adapts a parameter of three axes as (experts, out, in)."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        return torch.einsum("ebi,eoi->ebo", x, self.w)
+
+
+class TorchExperts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(x)
+
+
+class FlaxExperts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Einsum((3, 4, 5), "ebi,eio->ebo", use_bias=False, name="experts")(x)
+
+
+IMAGES = np.random.default_rng(0).normal(size=(2, 9, 8, 3)).astype(np.float32)
+ROWS = np.random.default_rng(1).normal(size=(5, 6)).astype(np.float32)
+IDS = np.arange(10, dtype=np.int32).reshape(2, 5)
+SETS = np.random.default_rng(2).normal(size=(3, 7, 4)).astype(np.float32)
+CASES = {
+    "Conv1D": (
+        *(TorchGPT, FlaxGPT, ROWS, ROWS, ["c_attn", "c_proj"]),
+        (("c_attn", "c_attn", "Conv1D"), ("c_proj", "c_proj", "Conv1D")),
+    ),
+    "Conv2d": (
+        *(TorchConv, FlaxConv, IMAGES, IMAGES.transpose(0, 3, 1, 2), ["conv", "fc"]),
+        (("conv", "conv", "Conv"), ("fc", "fc")),
+    ),
+    "heads": (
+        *(TorchHeads, FlaxHeads, IDS, IDS, ["emb", "q", "o"]),
+        (("{name}", "{name}"),),
+    ),
+    "experts": (
+        *(TorchExperts, FlaxExperts, SETS, SETS, ["experts"]),
+        (("experts", "experts.w", "Parameter"),),
+    ),
+}
+
+
+def kernel_of(path, value, shape):
+    """A weight of PyTorch as ours, written for the modules above alone."""
+    if value.ndim == 4:
+        return value.transpose(2, 3, 1, 0)
+    if path == "experts":
+        return value.transpose(0, 2, 1)
+    return value.reshape(shape) if path.startswith("c_") or path == "emb" else value.T.reshape(shape)
+
+
+def both(name):
+    torch_class, flax_class, given, theirs, targets, rules = CASES[name]
+    torch.manual_seed(0)
+    base, net = torch_class(), flax_class()
+    state = {k: v.detach().numpy() for k, v in base.state_dict().items()}
+    shapes = jax.eval_shape(net.init, jax.random.key(0), given)["params"]
+    params = {}
+    for module, leaves in shapes.items():
+        params[module] = {}
+        for leaf, shape in leaves.items():
+            value = state.get(f"{module}.{'bias' if leaf == 'bias' else 'weight'}", state.get(f"{module}.w"))
+            is_flat = leaf in ("bias", "scale")
+            params[module][leaf] = (
+                value.reshape(shape.shape) if is_flat else kernel_of(module, value, shape.shape)
+            )
+    ids = torch.from_numpy(theirs)
+    return base, net, params, given, ids.long() if ids.dtype == torch.int32 else ids, targets, rules
+
+
+def run(model, x):
+    with torch.no_grad():
+        return model(x).numpy()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_exported_layers_give_the_same_in_peft(name, rslora, tmp_path):
+    base, net, params, given, theirs, targets, rules = both(name)
+    np.testing.assert_allclose(net.apply({"params": params}, given), run(base, theirs), rtol=1e-5, atol=1e-5)
+    more = {"alpha_pattern": {targets[0]: 3.0}} if rslora else {"rank_pattern": {targets[0]: 3}}
+    config = LoRAPlusConfig(target_modules=targets, rank=2, use_rslora=rslora, **more)
+    model = apply_lora_plus(net, config)
+    lora, specs = init_lora(model, jax.random.key(0), given)
+    lora = random(lora, 3)
+    save_peft(tmp_path / "a", lora, specs, config, rules)
+    wanted = run(peft.PeftModel.from_pretrained(base, tmp_path / "a").eval(), theirs)
+    found = model.apply({"params": params, "lora": lora}, given)
+    assert off(net.apply({"params": params}, given), wanted) > 1e-2, "the adapter does nothing"
+    assert off(found, wanted) <= LIMIT
+    again = load_peft(tmp_path / "a", specs, rules)
+    jax.tree.map(np.testing.assert_array_equal, again.lora, lora)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_that_peft_made_give_the_same_here(name, tmp_path):
+    base, net, params, given, theirs, targets, rules = both(name)
+    made = (
+        {"target_parameters": ["experts.w"], "target_modules": []}
+        if name == "experts"
+        else {"target_modules": targets}
+    )
+    config = peft.LoraConfig(r=3, lora_alpha=5, **made)
+    adapted = peft.get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for path, parameter in adapted.named_parameters():
+            if "lora_" in path:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    adapted.save_pretrained(tmp_path / "a")
+    ours = peft_config(tmp_path / "a", rules)
+    model = apply_lora_plus(net, ours)
+    _, specs = init_lora(model, jax.random.key(0), given)
+    adapter = load_peft(tmp_path / "a", specs, rules, params=params)
+    assert off(model.apply({"params": params, "lora": adapter.lora}, given), run(adapted, theirs)) <= LIMIT
+
+
+def test_convolutions_in_groups_are_refused_by_their_shapes(tmp_path):
+    """PEFT's A sees all channels and ours those of a group: not the same layer."""
+    net = nn.Sequential([nn.Conv(8, (3,), feature_group_count=2)])
+    base = torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3, groups=2, padding=1))
+    config = LoRAPlusConfig(target_modules=["layers_0"], rank=2)
+    lora, specs = init_lora(apply_lora_plus(net, config), jax.random.key(0), jnp.ones((1, 9, 4)))
+    rules = [("layers_0", "0")]
+    save_peft(tmp_path / "a", lora, specs, config, rules)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(base, tmp_path / "a")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=16, target_modules=["0"]))
+    adapted.save_pretrained(tmp_path / "b")
+    with pytest.raises(ValueError, match="the factors are"):
+        load_peft(tmp_path / "b", specs, rules)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_twenty_steps_are_those_of_peft_s_own_optimizer(decay):
+    """`policy="peft"` against `create_loraplus_optimizer`, from the same weights and gradients, group by group."""
+    base, net, params, given, _, targets, _ = both("heads")
+    made = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["norm"], bias="lora_only")
+    adapted = peft.get_peft_model(base, made)
+    with torch.no_grad():
+        for path, parameter in adapted.named_parameters():
+            if "lora_" in path:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    settings = {"lr": 1e-3, "loraplus_lr_ratio": 8.0, "loraplus_weight_decay": decay, "eps": 1e-8}
+    optimizer = create_loraplus_optimizer(adapted, torch.optim.AdamW, **settings)
+    theirs = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    config = LoRAPlusConfig(target_modules=targets, rank=2, modules_to_save=["norm"], bias="lora_only")
+    model = apply_lora_plus(net, config)
+    lora, specs = init_lora(model, jax.random.key(0), given)
+    ours, _ = split_trainable({"params": params, "lora": lora}, config.modules_to_save, bias=config.bias)
+    names = names_in_torch(ours, theirs)
+    flat = {path: as_ours(theirs[name].detach().numpy().copy(), path, ours) for path, name in names.items()}
+    trainable = unflat(flat)
+    tx = lora_plus_adamw(1e-3, lr_ratio=8.0, weight_decay=decay, policy="peft", specs=specs)
+    state, rng = tx.init(trainable), np.random.default_rng(0)
+    update = jax.jit(tx.update)
+    for _ in range(20):
+        grads = {}
+        for path, name in names.items():
+            value = rng.normal(size=theirs[name].shape).astype(np.float32)
+            theirs[name].grad = torch.from_numpy(value)
+            grads[path] = as_ours(value, path, ours)
+        optimizer.step()
+        updates, state = update(unflat(grads), state, trainable)
+        trainable = jax.tree.map(jnp.add, trainable, updates)
+    roles = flat_of(label_params(trainable, specs, policy="peft"))
+    seen = set()
+    for path, leaf in flat_of(trainable).items():
+        wanted = as_ours(theirs[names[path]].detach().numpy(), path, ours)
+        assert np.abs(leaf - wanted).max() <= 1e-6 * max(1.0, np.abs(wanted).max()), (path, roles[path])
+        assert not np.array_equal(wanted, flat[path]), path
+        seen.add(roles[path])
+    assert seen == {"a", "b", "embedding", "vector"}
+
+
+def flat_of(tree):
+    return {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflat(flat):
+    from flax import traverse_util
+
+    return traverse_util.unflatten_dict({path: jnp.asarray(x) for path, x in flat.items()}, sep="/")
+
+
+def names_in_torch(ours, theirs):
+    """Our path to the name of the parameter in PEFT's model; none is left over."""
+    found = {}
+    for path in flat_of(ours):
+        _, module, leaf = path.split("/")
+        end = {
+            "lora_a": ("lora_A.default.weight", "lora_embedding_A.default"),
+            "lora_b": ("lora_B.default.weight", "lora_embedding_B.default"),
+            "bias": ("base_layer.bias", "modules_to_save.default.bias"),
+            "scale": ("modules_to_save.default.weight",),
+        }[leaf]
+        found[path] = next(n for n in theirs if any(n.endswith(f".{module}.{e}") for e in end))
+    assert sorted(found.values()) == sorted(theirs)
+    return found
+
+
+def as_ours(value, path, like):
+    shape = flat_of(like)[path].shape
+    return (value.T if value.ndim == 2 else value).reshape(shape)
+
+
+def test_a_damaged_file_is_refused_on_both_sides(tmp_path):
+    _, net, _, given, _, targets, rules = both("Conv1D")
+    config = LoRAPlusConfig(target_modules=targets, rank=2)
+    lora, specs = init_lora(apply_lora_plus(net, config), jax.random.key(0), given)
+    save_peft(tmp_path / "a", lora, specs, config, rules)
+    path = tmp_path / "a/adapter_model.safetensors"
+    tensors = load_file(path)
+    del tensors["base_model.model.c_attn.lora_A.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"c_attn\.lora_A\.weight is missing"):
+        load_peft(tmp_path / "a", specs, rules)

@@ -1,0 +1,208 @@
+"""Adapters here and in PEFT give the same logits, whichever side made them."""
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, split_trainable
+from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
+from loraplus_jax.tree import flatten, replaced
+
+from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+LIMIT = 1e-4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    made = {}
+
+    def pair(name):
+        if name not in made:
+            made[name] = Pair(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return pair
+
+
+def options(pair):
+    """Every option that PEFT has too, by name."""
+    names = LINEAR["causal" if pair.is_causal else "encoder"]
+    some = (names[0], names[2])
+    embedding = "embed_tokens" if pair.is_causal else "embeddings/word"
+    found = {
+        "plain": {"target_modules": some},
+        "all_linear": {"target_modules": names},
+        "embedding": {"target_modules": (*some, embedding)},
+        "rslora": {"target_modules": some, "use_rslora": True, "alpha": 7.0},
+        "patterns": {
+            "target_modules": names,
+            "rank_pattern": {names[0]: 2, f".*/{names[-1]}": 5},
+            "alpha_pattern": {names[2]: 3.0},
+        },
+        "layers": {"target_modules": some, "layers_to_transform": (1,)},
+        "modules_to_save": {"target_modules": some, "modules_to_save": (names[4],)},
+        "parameters": {"target_parameters": {rf".*/{names[1]}/kernel": "lio"}},
+        "init_b": {"target_modules": some, "init": "lora_b"},
+    }
+    if pair.name in ("qwen2", "biases", *ENCODERS):
+        found |= {
+            "bias": {"target_modules": some, "bias": "lora_only"},
+            "all_biases": {"target_modules": some, "bias": "all"},
+        }
+    return found
+
+
+def tuned(pair, seed=5, **fields):
+    """A config, its model, random trained variables, and the base's others."""
+    head = () if pair.is_causal else ("head",)
+    fields["modules_to_save"] = (*fields.get("modules_to_save", ()), *head)
+    config = LoRAPlusConfig(rank=4, **fields)
+    model = apply_lora_plus(pair.model, config)
+    lora, specs = init_lora(model, jax.random.key(0), *pair.inputs)
+    trainable, frozen = split_trainable(
+        {"params": pair.params, "lora": lora}, config.modules_to_save, bias=config.bias
+    )
+    trainable = random(trainable, seed)
+    for key, spec in specs.items():
+        if spec.layers is not None:
+            leaf = trainable["lora"]
+            for part in key.split("/"):
+                leaf = leaf[part]
+            keep = np.isin(np.arange(spec.shape[0]), spec.layers)[:, None, None]
+            leaf |= {name: value * keep for name, value in leaf.items()}
+    return config, model, specs, trainable, frozen
+
+
+CASES = [
+    (name, option)
+    for name in (*CAUSAL, *ENCODERS)
+    for option in (
+        "plain",
+        "all_linear",
+        "embedding",
+        "rslora",
+        "patterns",
+        "layers",
+        "modules_to_save",
+        "parameters",
+        "init_b",
+        "bias",
+        "all_biases",
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "option"), CASES)
+def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp_path):
+    pair = pairs(name)
+    if option not in options(pair):
+        pytest.skip("the family has no biases")
+    config, model, specs, trainable, frozen = tuned(pair, **options(pair)[option])
+    extras = {k: v for k, v in trainable.items() if k != "lora"}
+    if name == "roberta":  # a part of the classifier there, frozen here
+        pooler = extras["params"].get("pooler", {})
+        extras["params"] = extras["params"] | {"pooler": pair.params["pooler"] | pooler}
+    save_peft(
+        tmp_path / "a",
+        trainable["lora"],
+        specs,
+        config,
+        pair.path_map,
+        extras=extras,
+        task_type=pair.form.task_type,
+    )
+    loaded = peft.PeftModel.from_pretrained(pair.reference(), tmp_path / "a").eval()
+    wanted = pair.torch_logits(loaded)
+    given = pair.logits(model, combine(trainable, frozen))
+    assert off(pair.base_logits, wanted) > 1e-2, "the adapter does nothing"
+    assert off(given, wanted) <= LIMIT
+    # And back, to the bit.
+    again = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, again.lora, trainable["lora"])
+    jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
+
+
+# What PEFT's user sets, in PEFT's names; modules by ours.
+THEIRS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 7},
+    "patterns": {"rank_pattern": {"q_proj|query": 2}, "alpha_pattern": {"v_proj|value": 5}},
+    "layers": {"layers_to_transform": [1]},
+    "embedding": {"embedding": True, "ensure_weight_tying": True},
+    "bias": {"bias": "all"},
+}
+
+
+def made_by_peft(pair, option, folder):
+    """An adapter that PEFT saved, and its model."""
+    given = dict(THEIRS[option])
+    names = ["q_proj", "v_proj", "down_proj"] if pair.is_causal else ["query", "value", "intermediate.dense"]
+    names += (["embed_tokens"] if pair.is_causal else ["word_embeddings"]) * given.pop("embedding", False)
+    given = {"target_modules": names, "r": 4, "lora_alpha": 16, "task_type": pair.form.task_type} | given
+    model = peft.get_peft_model(pair.reference(), peft.LoraConfig(**given)).eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or (parameter.requires_grad and parameter.ndim == 1):
+                parameter.copy_(torch.from_numpy(0.3 * rng.normal(size=parameter.shape)))
+            elif "modules_to_save" in name:
+                parameter.add_(torch.from_numpy(0.3 * rng.normal(size=parameter.shape)))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("option", THEIRS)
+@pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS])
+def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, tmp_path):
+    pair = pairs(name)
+    theirs = made_by_peft(pair, option, tmp_path / "a")
+    config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)
+    model = apply_lora_plus(pair.model, config)
+    _, specs = init_lora(model, jax.random.key(0), *pair.inputs)
+    adapter = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
+    variables = replaced({"params": pair.params, "lora": adapter.lora}, flatten(adapter.extras))
+    given, wanted = pair.logits(model, variables), pair.torch_logits(theirs)
+    assert off(pair.base_logits, wanted) > 1e-2, "the adapter does nothing"
+    assert off(given, wanted) <= LIMIT
+
+
+def test_layers_of_a_stack_with_ranks_of_their_own_are_refused(pairs, tmp_path):
+    pair = pairs("mistral")
+    config = peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"layers.0.*": 2}, task_type="CAUSAL_LM")
+    peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="layers of one stack have different ranks and alphas"):
+        peft_config(tmp_path / "a", pair.path_map, layers=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"use_dora": True}, "use_dora is True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"layer_replication": [(0, 1), (0, 2)]}, "layer_replication"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    ],
+)
+def test_options_of_peft_that_we_lack_are_named(given, text, pairs, tmp_path):
+    pair = pairs("biases")
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **given)
+    peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=text):
+        peft_config(tmp_path / "a", pair.path_map, layers=2)
+
+
+def test_an_embedding_that_peft_adapts_without_the_tied_head_is_refused(pairs, tmp_path):
+    pair = pairs("smollm2")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
+    ours = LoRAPlusConfig(target_modules=["embed_tokens"], rank=8, alpha=8.0)
+    _, specs = init_lora(apply_lora_plus(pair.model, ours), jax.random.key(0), *pair.inputs)
+    with pytest.raises(ValueError, match="ensure_weight_tying is not set"):
+        load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)

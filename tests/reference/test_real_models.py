@@ -1,0 +1,154 @@
+"""The two real models, exported by the command's own function, in PEFT and in transformers."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers as tf
+
+from loraplus_jax import LoRAPlusConfig, combine, fingerprint, save_adapter
+from loraplus_jax.data.fetch import ASSETS, cache_dir
+from loraplus_jax.data.splits import DataSettings
+from loraplus_jax.inference.export import export_run
+from loraplus_jax.settings.schema import ModelSettings, Settings
+from loraplus_jax.tasks.classification import Task
+from loraplus_jax.tasks.language_losses import LanguageTask
+from loraplus_jax.training.setup import build, load
+
+from .families import off, random
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+LIMIT = 1e-4
+PLACES = {
+    name: cache_dir() / ASSETS[name].directory / ASSETS[name].path for name in ("minilm", "smollm2-135m")
+}
+
+
+def needs(name):
+    return pytest.mark.skipif(not PLACES[name].exists(), reason=f"loraplus fetch {name}")
+
+
+def run_of(name, folder, targets, **model):
+    """A run's adapter with random values, and its model here."""
+    is_causal = name != "minilm"
+    settings = Settings(
+        model=ModelSettings(path=str(PLACES[name]), **model),
+        data=DataSettings(train="-", max_length=16),
+        lora=LoRAPlusConfig(target_modules=targets, rank=4),
+        task="instruction" if is_causal else "classification",
+        output_dir="-",
+    )
+    task = LanguageTask(kind="instruction") if is_causal else Task(kind="classification", names=("no", "yes"))
+    parts = load(
+        settings, PLACES[name], build(settings, PLACES[name], task, settings.applied), settings.applied
+    )
+    parts = parts._replace(trainable=random(parts.trainable, 0, 0.05))
+    notes = {"settings": settings.to_json(), "task": task.notes(), "base": fingerprint(parts.frozen)}
+    save_adapter(folder / "adapter", settings.applied, parts.specs, parts.trainable, **notes)
+    return parts
+
+
+def ids(vocabulary):
+    return np.random.default_rng(0).integers(5, vocabulary, (2, 12)).astype(np.int32)
+
+
+def logits(model, given):
+    with torch.no_grad():
+        return model(torch.from_numpy(given).long(), attention_mask=torch.ones(given.shape)).logits.numpy()
+
+
+@needs("minilm")
+def test_minilm(tmp_path):
+    parts = run_of("minilm", tmp_path, ("query", "value", "up"), pooling="pooler")
+    given = ids(30000)
+    variables = combine(parts.trainable, parts.frozen)
+    ours = jax.jit(parts.model.apply)(variables, given, np.ones_like(given))
+    export_run(tmp_path, tmp_path / "peft")
+    export_run(tmp_path, tmp_path / "merged", merged=True)
+    base = tf.AutoModelForSequenceClassification.from_pretrained(PLACES["minilm"], num_labels=2)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    assert off(ours, logits(theirs, given)) <= LIMIT
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert off(ours, logits(merged, given)) <= LIMIT
+    assert merged.config.id2label == {0: "no", 1: "yes"}
+    assert len(tf.AutoTokenizer.from_pretrained(tmp_path / "merged")("A film.").input_ids) == 5
+
+
+@needs("smollm2-135m")
+def test_smollm2(tmp_path):
+    file = PLACES["smollm2-135m"]
+    parts = run_of("smollm2-135m", tmp_path, ("q_proj", "k_proj", "v_proj", "o_proj"))
+    given = ids(49000)
+    variables = combine(parts.trainable, parts.frozen)
+    ours = jax.jit(parts.model.apply)(variables, given)
+    export_run(tmp_path, tmp_path / "peft")
+    export_run(tmp_path, tmp_path / "merged", merged=True)
+    base = tf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    wanted = logits(theirs, given)
+    print(f"peft: off by {off(ours, wanted):.1e}")
+    assert off(ours, wanted) <= LIMIT
+    merged = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    found = logits(merged, given)
+    print(f"merged: off by {off(ours, found):.1e}")
+    assert off(ours, found) <= LIMIT
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    reference = tf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    for text in ("Hello 123, world!", "naïve   café\n\n x"):
+        assert tokenizer(text).input_ids == reference(text).input_ids
+    export_run(tmp_path, tmp_path / "gguf", merged=True, format="gguf", dtype="float32")
+    again = tf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    assert off(ours, logits(again, given)) <= LIMIT
+
+
+CHILD = """
+import json, sys, threading, time
+from pathlib import Path
+import jax, numpy as np
+from loraplus_jax.inference.export import export_run
+import gguf, tokenizers, safetensors.numpy
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return 1024 * int(next(line for line in file if line.startswith("RssAnon")).split()[1])
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+jax.device_put(np.zeros(3)).block_until_ready()
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+place, to, how = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+export_run(place, to, merged=True, **how)
+done = True
+thread.join()
+print(json.dumps({"grown": peak - before, "written": sum(p.stat().st_size for p in to.iterdir())}))
+"""
+
+
+@needs("smollm2-135m")
+@pytest.mark.parametrize("how", [{}, {"format": "gguf"}], ids=["hf", "gguf"])
+def test_a_merged_export_needs_little_memory(how, tmp_path):
+    """At most 1.3 times the model as it is kept here, in float32, beside what the process has before."""
+    parts = run_of("smollm2-135m", tmp_path, ("q_proj", "v_proj", "down_proj"))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.frozen))
+    arguments = [sys.executable, "-c", CHILD, str(tmp_path), str(tmp_path / "merged"), json.dumps(how)]
+    child = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    found = json.loads(child.stdout.splitlines()[-1])
+    print(
+        f"{how}: {found['grown'] / size:.2f} x the model of {size / 1e6:.0f} MB; "
+        f"{found['written'] / 1e6:.0f} MB written"
+    )
+    assert found["grown"] <= 1.3 * size

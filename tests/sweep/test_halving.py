@@ -1,0 +1,137 @@
+"""Successive halving on tables of scores, worked by hand."""
+
+import math
+
+import pytest
+
+from loraplus_jax.sweep.halving import (
+    at_rung,
+    best_of,
+    check_rungs,
+    means_of,
+    member_steps,
+    stops_of,
+    survivors,
+)
+from loraplus_jax.sweep.population import fastest
+from loraplus_jax.sweep.settings import SweepSettings, Trial
+from loraplus_jax.sweep.slots import places_of
+
+
+def lora(rate):
+    return Trial(rate, 1.0, 16.0, 8)
+
+
+def plus(rate, ratio):
+    return Trial(rate, ratio, 16.0, 8)
+
+
+SCORES = {
+    lora(1.0): 0.9,
+    lora(2.0): 0.8,
+    lora(3.0): math.nan,
+    lora(4.0): 0.7,
+    plus(1.0, 2.0): 0.65,
+    plus(1.0, 4.0): 0.60,
+    plus(2.0, 2.0): 0.61,
+    plus(2.0, 4.0): 0.62,
+}
+
+
+def test_each_arm_keeps_its_share():
+    assert survivors(SCORES, 0.5) == [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)]
+    assert survivors(SCORES, 0.25) == [lora(4.0), plus(1.0, 4.0)]
+    assert survivors(SCORES, 0.3) == survivors(SCORES, 0.5)  # 1.2 of 4 is rounded up
+    assert survivors(SCORES, 0.01) == survivors(SCORES, 0.25)  # at least one
+
+
+def test_of_equals_the_first_is_kept_and_what_diverged_never_is():
+    assert survivors({lora(1.0): 0.5, lora(2.0): 0.5}, 0.5) == [lora(1.0)]
+    assert survivors({lora(1.0): math.nan, lora(2.0): math.inf}, 0.5) == []
+    assert survivors({lora(1.0): math.nan, lora(2.0): 1.0}, 0.99) == [lora(2.0)]
+
+
+def test_the_best_of_an_arm():
+    assert best_of(SCORES, "lora") == lora(4.0)
+    assert best_of(SCORES, "lora_plus") == plus(1.0, 4.0)
+    assert best_of({lora(1.0): math.nan}, "lora") is None
+
+
+def test_a_setting_is_judged_by_all_its_seeds():
+    means = means_of(
+        {(lora(1.0), 0): 1.0, (lora(1.0), 1): 0.0, (lora(2.0), 0): 0.2, (lora(2.0), 1): math.nan}
+    )
+    assert means[lora(1.0)] == 0.5
+    assert math.isnan(means[lora(2.0)])
+
+
+def test_stops():
+    assert stops_of(SweepSettings(), 300) == [38, 300]
+    assert stops_of(SweepSettings(method="grid"), 300) == [300]
+    assert stops_of(SweepSettings(rungs=(0.001, 0.002)), 10) == [1, 10]
+
+
+def test_rungs_within_the_warm_up_are_refused():
+    sane = SweepSettings()
+    for steps, warmup in ((300, 20), (300, 37), (16, 0), (1000, 100)):
+        check_rungs(sane, steps, warmup)
+    with pytest.raises(
+        ValueError, match=r"sweep\.rungs 0\.125 is step 38 of 300, and up to step 38 rates still"
+    ) as e:
+        check_rungs(sane, 300, 38)
+    assert "optimizer.warmup_steps" in str(e.value)
+    assert "give rungs above 0.127, or fewer steps of warm-up" in str(e.value)
+    check_rungs(SweepSettings(rungs=(0.1271, 0.25)), 300, 38)
+    check_rungs(SweepSettings(method="grid"), 300, 290)
+
+
+def test_rungs_on_one_step_are_refused():
+    with pytest.raises(
+        ValueError, match=r"sweep\.rungs 0\.25 and 0\.3 are both step 3 of 10: give one of them"
+    ):
+        check_rungs(SweepSettings(rungs=(0.25, 0.3, 0.5)), 10, 0)
+    check_rungs(SweepSettings(rungs=(0.25, 0.4, 0.5)), 10, 0)
+    with pytest.raises(ValueError, match="are both step 1 of 2"):
+        check_rungs(SweepSettings(rungs=(0.125, 0.25)), 2, 0)
+    with pytest.raises(ValueError, match=r"sweep\.rungs 0\.125 is step 1 of 1, the end"):
+        check_rungs(SweepSettings(), 1, 0)
+    with pytest.raises(ValueError, match=r"sweep\.rungs 0\.999 is step 300 of 300, the end, where"):
+        check_rungs(SweepSettings(rungs=(0.5, 0.999)), 300, 0)
+    check_rungs(SweepSettings(method="grid"), 1, 0)
+
+
+def test_what_is_left_alone_is_decided():
+    assert at_rung(SCORES, 0.5) == ({}, [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)])
+    scores = {lora(4.0): 0.7, plus(1.0, 4.0): 0.60, plus(2.0, 2.0): 0.61, plus(2.0, 4.0): 0.62}
+    assert at_rung(scores, 0.5) == ({"lora": lora(4.0)}, [plus(1.0, 4.0), plus(2.0, 2.0)])
+    assert at_rung(SCORES, 0.25) == ({"lora": lora(4.0), "lora_plus": plus(1.0, 4.0)}, [])
+    assert at_rung({}, 0.5) == ({}, [])
+
+
+def test_the_defaults_take_less_than_a_quarter_of_the_grid():
+    # 16 settings of each arm: all to 38, two of each to the end.
+    settings = [make(n) for make in (lora, lambda n: plus(n, 4.0)) for n in range(1, 17)]
+    left = survivors({trial: float(n) for n, trial in enumerate(settings)}, SweepSettings().keep)
+    taken = member_steps([len(settings), len(left)], stops_of(SweepSettings(), 300))
+    assert taken == 32 * 38 + 4 * 262 == 2264 <= 32 * 300 / 4
+
+
+def test_members_are_spread_over_the_devices():
+    assert places_of(5, chunk=8, devices=4, at_once=1) == [0, 2, 4, 6, 1]
+    assert places_of(9, chunk=8, devices=4, at_once=1)[8] == 8
+    assert places_of(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
+    for count in range(1, 17):
+        assert len(set(places_of(count, chunk=8, devices=4, at_once=1))) == count
+
+
+def test_more_members_at_once_only_while_it_pays():
+    asked = []
+
+    def seconds(size):
+        asked.append(size)
+        return {1: 1.0, 2: 0.5, 4: 0.49, 8: 0.1}[size]
+
+    assert fastest(seconds, 16) == 2
+    assert asked == [1, 2, 4]
+    assert fastest(lambda size: 1 / size, 6) == 4
+    assert fastest(lambda size: math.inf if size > 1 else 1.0, 6) == 1

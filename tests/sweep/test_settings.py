@@ -1,0 +1,279 @@
+"""What is tried: every field's effect, and what is refused."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from loraplus_jax.cli import main
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sweep.halving import stops_of, survivors
+from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
+from loraplus_jax.sweep.statistics import runs_of
+
+LEAST = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o", "seed": 7}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(LEAST))
+    return path
+
+
+@pytest.fixture
+def parsed(config):
+    return lambda *overrides: parse_settings(config, overrides, SweepRun)
+
+
+def trials(run):
+    return run.trials
+
+
+def kept(run):
+    scores = {Trial(rate, 1.0, 16.0, 8): rate for rate in (0.1, 0.2, 0.3, 0.4)}
+    return survivors(scores, run.sweep.keep)
+
+
+def stops(run):
+    return stops_of(run.sweep, 100)
+
+
+def target(run):
+    rows = [
+        {"stage": "report", "arm": arm, "seed": 1, "split": "validation", "step": 9, "loss": loss}
+        for arm, loss in (("lora", 0.5), ("lora_plus", 0.25))
+    ]
+    return [found["target"] for found in runs_of(rows, 9, run.sweep.target)]
+
+
+# Field, another value, what shows it, and what else must be set; members_at_once is in test_population.py.
+EFFECTS = [
+    ("method", "grid", stops, ()),
+    ("learning_rates", "[1e-3]", trials, ()),
+    ("lr_ratios", "[3]", trials, ()),
+    ("lora_learning_rates", "[1e-3]", trials, ()),
+    ("alphas", "[8,16]", trials, ()),
+    ("ranks", "[4,8]", trials, ()),
+    ("samples", "3", trials, ()),
+    ("seeds", "[3,4]", lambda run: run.seeds, ()),
+    ("report_seeds", "4", lambda run: run.report_seeds, ()),
+    ("control", "false", lambda run: run.arms, ()),
+    ("rungs", "[0.5]", stops, ()),
+    ("keep", "0.5", kept, ()),
+    ("target", "0.4", target, ()),
+]
+
+
+def test_every_field_has_its_effect():
+    named = {name for name, *_ in EFFECTS} | {"members_at_once"}
+    assert named == {field.name for field in dataclasses.fields(SweepSettings)}
+
+
+@pytest.mark.parametrize(("name", "value", "proof", "base"), EFFECTS, ids=[row[0] for row in EFFECTS])
+def test_changing_a_field_changes_something(parsed, name, value, proof, base):
+    assert proof(parsed(*base, f"--sweep.{name}", value)) != proof(parsed(*base))
+
+
+def test_lora_is_tried_as_often_as_lora_plus_over_the_rates_of_both_factors(parsed):
+    run = parsed(
+        "--sweep.learning_rates", "[1e-4,1e-3]", "--sweep.lr_ratios", "[2,10]", "--sweep.ranks", "[4,8]"
+    )
+    lora = [trial for trial in run.trials if trial.arm == "lora"]
+    plus = [trial for trial in run.trials if trial.arm == "lora_plus"]
+    assert len(lora) == len(plus) == 8
+    assert [trial.learning_rate for trial in lora[::2]] == [1e-4, 4.64e-4, 2.15e-3, 1e-2]
+    assert {(trial.learning_rate, trial.lr_ratio) for trial in plus} == {
+        (1e-4, 2.0),
+        (1e-4, 10.0),
+        (1e-3, 2.0),
+        (1e-3, 10.0),
+    }
+    assert {trial.rank for trial in run.trials} == {4, 8}
+
+
+def test_samples_lie_between_the_ends_and_come_from_the_seed(parsed):
+    options = ("--sweep.samples", "40", "--sweep.learning_rates", "[1e-4,1e-2]", "--sweep.lr_ratios", "[2,8]")
+    run = parsed(*options)
+    plus = [trial for trial in run.trials if trial.arm == "lora_plus"]
+    assert len(plus) == len(run.trials) - len(plus) == 40
+    assert all(1e-4 <= trial.learning_rate <= 1e-2 and 2 <= trial.lr_ratio <= 8 for trial in plus)
+    assert 0.3 < sum(trial.learning_rate < 1e-3 for trial in plus) / 40 < 0.7  # evenly on a log scale
+    assert run.trials == parsed(*options).trials != parsed(*options, "--seed", "8").trials
+
+
+def test_samples_are_redrawn_until_each_arm_has_as_many_different_ones(parsed):
+    narrow = ("--sweep.learning_rates", "[1e-3,1.05e-3]", "--sweep.lr_ratios", "[0.98,1.03]")
+    narrow += ("--sweep.lora_learning_rates", "[1e-3,1.1e-3]", "--sweep.samples", "11")
+    for seed in range(5):
+        run = parsed(*narrow, "--seed", str(seed))
+        assert len(set(run.trials)) == 22
+        assert [trial.arm for trial in run.trials] == 11 * ["lora"] + 11 * ["lora_plus"]
+        assert all(1e-3 <= trial.learning_rate <= 1.1e-3 for trial in run.trials)
+        assert all(trial.lr_ratio == float(f"{trial.lr_ratio:.3g}") for trial in run.trials)
+    # One value at both ends is taken as it is.
+    run = parsed("--sweep.samples", "1", "--sweep.learning_rates", "[1.2345e-3]", "--sweep.lr_ratios", "[2]")
+    assert run.trials[1][:2] == (1.2345e-3, 2.0)
+
+
+def test_the_recipes_own_rate_is_tried_to_all_its_digits(parsed):
+    run = parsed("--optimizer.learning_rate", "1.2345e-4")
+    rates = {trial.learning_rate for trial in run.trials if trial.arm == "lora_plus"}
+    assert rates == {3.09e-5, 6.17e-5, 1.2345e-4, 2.47e-4}
+
+
+def test_the_report_has_other_seeds_than_the_search(parsed):
+    assert parsed().report_seeds == (8, 9, 10)
+    assert parsed("--sweep.seeds", "[5,11]").report_seeds == (12, 13, 14)
+
+
+def test_the_single_run_of_a_trial(parsed):
+    settings = parsed("--train.steps", "9").settings_of(Trial(1e-3, 2.0, 4.0, 2), 5, "there")
+    found = settings.optimizer.learning_rate, settings.lora.lr_ratio, settings.lora.alpha, settings.lora.rank
+    assert (*found, settings.seed, settings.output_dir, settings.train.steps) == (
+        1e-3,
+        2.0,
+        4.0,
+        2,
+        5,
+        "there",
+        9,
+    )
+    assert Trial(1e-3, 2.0, 4.0, 2).control == Trial(1e-3, 1.0, 8.0, 2)
+
+
+def test_the_control_has_lambda_times_the_scale_of_every_module(parsed):
+    run = parsed(
+        "--lora.alpha", "2", "--lora.alpha_pattern", '{"query": 3}', "--lora.rank_pattern", '{"key": 4}'
+    )
+    trial = Trial(1e-3, 2.0, 2.0, 8)
+    plain, control = run.settings_of(trial, 0).lora, run.settings_of(trial.control, 0).lora
+    assert plain.alpha_pattern == run.lora.alpha_pattern
+    for module in ("layers/query", "layers/key", "layers/value"):
+        assert control.scale_of(module) == 2 * plain.scale_of(module), module
+
+
+def test_every_member_trains_a_new_head_at_the_recipes_own_rate(parsed):
+    def heads(run):
+        tried = [t for trial in run.trials for t in (trial, trial.control)]
+        return {run.settings_of(trial, 0).optimizer.head_learning_rate for trial in tried}
+
+    rate = ("--optimizer.learning_rate", "3e-4")
+    assert heads(parsed(*rate)) == {3e-4}
+    assert heads(parsed(*rate, "--sweep.learning_rates", "[1e-3]")) == {3e-4}
+    assert heads(parsed(*rate, "--optimizer.head_learning_rate", "1e-2")) == {1e-2}
+    assert heads(parsed(*rate, "--task", "instruction")) == {None}
+
+
+BAD = [
+    (
+        ("--sweep.alphas", "[2,4]", "--lora.alpha_pattern", '{"query": 2}'),
+        "sweep.alphas would not reach the modules of lora.alpha_pattern, which is {'query': 2.0}: give one of",
+    ),
+    (
+        ("--sweep.ranks", "[2]", "--lora.rank_pattern", '{"query": 2}'),
+        "sweep.ranks would not reach the modules of lora.rank_pattern, which is {'query': 2}: give one of",
+    ),
+    (
+        ("--lora.alpha", "3e38", "--optimizer.learning_rate", "1e-5"),
+        "alpha must be a finite number above 0, got 6e+38, which float32 cannot hold",
+    ),
+    (("--sweep.learning_rates", "[]"), "sweep.learning_rates is empty"),
+    (("--sweep.lr_ratios", "[]"), "sweep.lr_ratios is empty"),
+    (("--sweep.seeds", "[]"), "sweep.seeds is empty"),
+    (("--sweep.rungs", "[]"), "sweep.rungs is empty"),
+    (
+        ("--sweep.learning_rates", "[1e-3,0]"),
+        "sweep.learning_rates[1] must be a finite number above 0, got 0.0",
+    ),
+    (("--sweep.lora_learning_rates", "[-1]"), "sweep.lora_learning_rates[0] must be a finite number above 0"),
+    (("--sweep.learning_rates", "[.inf]"), "sweep.learning_rates[0] must be a finite number"),
+    (("--sweep.lr_ratios", "[1,2]"), "lr_ratios holds 1, which is plain LoRA"),
+    (("--sweep.lr_ratios", "[1.001,2]"), "lr_ratios holds 1.001, which is plain LoRA to three digits"),
+    (("--sweep.lr_ratios", "[2,2]"), "sweep.lr_ratios holds a value twice"),
+    (
+        ("--sweep.lr_ratios", "[2.001,2.002]"),
+        "sweep.lr_ratios holds 2.001 and 2.002, which are the same to three",
+    ),
+    (
+        ("--sweep.alphas", "[16,16.01]"),
+        "sweep.alphas holds 16.0 and 16.01, which are the same to three digits",
+    ),
+    (
+        ("--sweep.learning_rates", "[1e-3,1.01e-3]", "--sweep.lr_ratios", "[1.01,1.02,1.03]"),
+        "of 6 rates from 0.001 to 0.00104, as many as LoRA+ has settings, only 5 differ",
+    ),
+    (
+        ("--sweep.lora_learning_rates", "[1e-3,1.02e-3]", "--sweep.samples", "9"),
+        "sweep.samples is 9, and 900 draws found only 3 settings of LoRA that differ in three digits: give fewer",
+    ),
+    (("--sweep.ranks", "[0]"), "sweep.ranks[0] must be a whole number of at least 1"),
+    (("--sweep.samples", "0"), "sweep.samples must be a whole number of at least 1"),
+    (("--sweep.report_seeds", "1"), "sweep.report_seeds must be a whole number of at least 2"),
+    (
+        ("--sweep.report_seeds", "1000000000"),
+        "sweep.report_seeds must be a whole number of at least 2 and at most 1000, got 1000000000",
+    ),
+    (("--sweep.samples", "1001"), "sweep.samples must be a whole number of at least 1 and at most 1000"),
+    (("--sweep.members_at_once", "10001"), "must be a whole number of at least 1 and at most 10000"),
+    (
+        ("--sweep.seeds", "[1,2,3,4,5,6]", "--sweep.samples", "1000"),
+        "at most 10,000 runs side by side, and 2,000 settings on 6 of sweep.seeds are 12,000",
+    ),
+    (
+        (
+            *("--sweep.learning_rates", str([n / 1e5 for n in range(1, 102)])),
+            *("--sweep.lora_learning_rates", "[1e-3]", "--sweep.ranks", str(list(range(1, 26)))),
+        ),
+        "at most 10,000 runs side by side, and 10,125 settings on 1 of sweep.seeds are 10,125",
+    ),
+    (("--sweep.rungs", "[0.5,0.25]"), "sweep.rungs must grow"),
+    (("--sweep.rungs", "[1.0]"), "sweep.rungs[0] must be a finite number above 0 and below 1"),
+    (("--sweep.keep", "1"), "sweep.keep must be a finite number above 0 and below 1"),
+    (("--sweep.method", "grid", "--sweep.keep", "0.5"), "sweep.keep goes with the method halving"),
+    (("--sweep.method", "halfing"), "did you mean 'halving'"),
+    (("--sweep.learnin_rates", "[1]"), "there is no option --sweep.learnin_rates; did you mean"),
+    (
+        ("--sweep.learning_rates", "fast"),
+        "sweep.learning_rates must be a list of numbers or null, got 'fast'",
+    ),
+    (
+        ("--sweep.learning_rates", "1e-3"),
+        "error: sweep.learning_rates must be a list of numbers or null, got '1e-3'\n",
+    ),
+    (("--sweep.ranks", "[4,x]"), "sweep.ranks must be a list of whole numbers or null, got \"[4, 'x']\"\n"),
+    (("--sweep.rungs", "0.5"), "sweep.rungs must be a list of numbers, got '0.5'\n"),
+    (("--sweep.target", "low"), "sweep.target must be a number or null"),
+    (("--method", "lora"), "method must be lora_plus, got lora"),
+    (("--init_adapter", "there"), "leave init_adapter out"),
+    (("--seed", str(2**32 - 2)), "must be below 2**32"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(row[0])[:60] for row in BAD])
+def test_bad_settings_are_one_line_and_exit_code_2(config, capsys, overrides, words):
+    assert main(["sweep", str(config), *overrides]) == 2
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert printed.count("\n") == 1
+
+
+def test_an_unknown_key_of_the_file_is_named_with_the_nearest_one(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "sweep": {"lr_ratio": [2]}}))
+    assert main(["sweep", str(path)]) == 2
+    assert "sweep: there is no key 'lr_ratio'; did you mean 'lr_ratios'" in capsys.readouterr().err
+
+
+def test_train_does_not_take_a_sweep(tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**LEAST, "sweep": {"lr_ratios": [2]}}))
+    assert main(["train", str(path)]) == 2
+    assert "there is no key 'sweep'" in capsys.readouterr().err
+
+
+def test_help_names_every_field(capsys):
+    assert main(["sweep", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: loraplus sweep CONFIG")
+    assert all(f"--sweep.{field.name}" in printed for field in dataclasses.fields(SweepSettings))

@@ -1,0 +1,211 @@
+"""Intervals, steps to a target and the sentence, worked by hand."""
+
+import math
+
+import pytest
+
+from loraplus_jax.sweep.settings import Trial
+from loraplus_jax.sweep.statistics import (
+    called,
+    compare,
+    favoured,
+    interval,
+    ratio_interval,
+    runs_of,
+    sooner,
+    steps_to,
+    verdict,
+)
+
+CHOSEN = {"lora": Trial(1e-3, 1.0, 16.0, 8), "lora_plus": Trial(5e-4, 4.0, 16.0, 8)}
+# Two-sided 95 % quantiles of Student's t, as tables print them.
+T = {1: 12.7062, 2: 4.3027, 4: 2.7764, 7: 2.3646}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_the_interval_is_students(count):
+    values = [float(n * n) for n in range(count)]
+    mean = sum(values) / count
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1))
+    half = T[count - 1] * deviation / math.sqrt(count)
+    found = interval(values)
+    assert found["pairs"] == count
+    assert found["mean"] == pytest.approx(mean)
+    assert found["low"] == pytest.approx(mean - half, rel=2e-4)
+    assert found["high"] == pytest.approx(mean + half, rel=2e-4)
+
+
+def test_too_few_pairs_have_no_interval():
+    assert interval([]) == {"mean": None, "low": None, "high": None, "pairs": 0}
+    assert interval([2.0]) == {"mean": 2.0, "low": None, "high": None, "pairs": 1}
+
+
+def test_ratios_are_geometric_and_turn_round():
+    over, under = [200.0, 150.0, 90.0], [100.0, 100.0, 100.0]
+    found, other = ratio_interval(over, under), ratio_interval(under, over)
+    assert found["mean"] == pytest.approx((2.0 * 1.5 * 0.9) ** (1 / 3))
+    assert other["low"] == pytest.approx(1 / found["high"])
+
+
+def test_steps_to_a_target():
+    curve = [(0, 1.0), (10, 0.6), (20, 0.7), (30, 0.2)]
+    assert steps_to(curve, 0.8) == pytest.approx(5.0)
+    assert steps_to(curve, 0.6) == 10.0
+    assert steps_to(curve, 0.45) == pytest.approx(25.0)
+    assert steps_to(curve, 0.1) is None
+    assert steps_to(curve, 2.0) == 1.0
+    assert steps_to([(0, 1.0), (10, None), (20, 0.1)], 0.5) is None
+
+
+def rows(arm, seed, losses, test):
+    where = {"stage": "report", "arm": arm, "trial": [], "seed": seed}
+    curve = [{**where, "step": 10 * n, "split": "curve", "loss": loss} for n, loss in enumerate(losses)]
+    return [*curve, {**where, "step": 20, "split": "test", "loss": test, "accuracy": 0.5}]
+
+
+def found(*runs, target=None):
+    runs = runs_of([row for run in runs for row in rows(*run)], 20, target)
+    return runs, compare(runs, "lora_plus", "lora", "accuracy")
+
+
+def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
+    runs, comparison = found(
+        ("lora", 1, [1.0, 0.8, 0.6], 0.61),
+        ("lora_plus", 1, [1.0, 0.6, 0.4], 0.41),
+        ("lora", 2, [1.0, 0.5, 0.3], 0.31),
+        ("lora_plus", 2, [1.0, 0.6, 0.4], 0.45),
+        ("control", 2, [1.0, 0.9, 0.8], 0.81),
+    )
+    assert [run["target"] for run in runs] == [0.6, 0.6, 0.4, 0.4, 0.4]
+    assert [run["steps_to_target"] for run in runs] == [20.0, 10.0, 15.0, 20.0, None]
+    assert comparison["steps_ratio"]["mean"] == pytest.approx(math.sqrt(2.0 * 0.75))
+    assert comparison["test_loss"]["mean"] == pytest.approx((-0.20 + 0.14) / 2)
+    assert sooner(comparison) is None
+    assert verdict(comparison, CHOSEN, None).startswith("No difference found: tuned LoRA takes 1.22 x [")
+
+
+def test_no_difference_in_steps_is_not_said_of_a_loss_that_surely_differs():
+    curves = {1: [1.0, 0.6, 0.4], 2: [1.0, 0.5, 0.4], 3: [1.0, 0.7, 0.4]}
+    runs = [("lora", seed, curve, 0.4) for seed, curve in curves.items()]
+    runs += [
+        ("lora_plus", seed, curve, 0.41 + seed * 1e-4)
+        for seed, curve in zip(curves, [*curves.values()][::-1], strict=True)
+    ]
+    _, comparison = found(*runs)
+    assert verdict(comparison, CHOSEN, None).startswith("No difference in steps found: tuned LoRA takes")
+
+
+def one_sided(faster, slower, tests=(0.4, 0.4)):
+    curves = {faster: [1.0, 0.5, 0.4], slower: [1.0, 0.75, 0.5]}
+    runs = [
+        (arm, seed, curve, test + seed * 1e-3 * (arm == "lora"))
+        for seed in (1, 2, 3)
+        for (arm, curve), test in zip(curves.items(), tests, strict=True)
+    ]
+    return found(*runs)[1]
+
+
+def test_a_sure_difference_has_its_ratio_and_interval_either_way():
+    comparison = one_sided("lora_plus", "lora")
+    assert sooner(comparison) == "lora_plus"
+    assert verdict(comparison, CHOSEN, None).startswith(
+        "LoRA+ with lambda=4 needs 2.00 x [2.00, 2.00] fewer steps than tuned LoRA to the same test loss "
+        "(95 % interval, 3 paired seeds)"
+    )
+    comparison = one_sided("lora", "lora_plus")
+    assert sooner(comparison) == "lora"
+    assert verdict(comparison, CHOSEN, None).startswith(
+        "Tuned LoRA needs 2.00 x [2.00, 2.00] fewer steps than LoRA+"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tests", "winner", "why"),
+    [
+        ((0.4, 0.4), "lora_plus", "it surely needs fewer steps"),
+        ((0.3, 0.4), "lora_plus", "its test loss is surely lower"),
+        ((0.5, 0.4), "lora", "its test loss is surely lower, though it needs more steps to the target"),
+    ],
+)
+def test_the_winner_is_what_ends_lower_and_then_what_is_there_sooner(tests, winner, why):
+    assert favoured(one_sided("lora_plus", "lora", tests)) == (winner, why)
+
+
+def test_without_a_sure_difference_plain_lora_is_to_be_trained():
+    _, comparison = found(
+        ("lora", 1, [1.0, 0.8, 0.6], 0.61),
+        ("lora_plus", 1, [1.0, 0.6, 0.4], 0.41),
+        ("lora", 2, [1.0, 0.5, 0.3], 0.31),
+        ("lora_plus", 2, [1.0, 0.6, 0.4], 0.45),
+    )
+    assert favoured(comparison) == ("lora", "no sure difference, and plain LoRA has a setting less")
+
+
+@pytest.mark.parametrize(("seeds", "sure"), [(5, False), (6, True)])
+def test_a_target_that_one_alone_reaches_counts_by_a_sign_test(seeds, sure):
+    # Two-sided, five of five by chance: 2 / 2^5 = 0.06; six of six: 2 / 2^6 = 0.03.
+    _, comparison = found(
+        *[("lora", seed, [1.0, 0.8, 0.6], 0.6 + 1e-3 * seed) for seed in range(seeds)],
+        *[("lora_plus", seed, [1.0, 0.8, 0.2], 0.6 + 1e-3 * (seed % 2)) for seed in range(seeds)],
+        target=0.3,
+    )
+    assert comparison["alone"] == {"lora_plus": seeds, "lora": 0}
+    assert sooner(comparison) == ("lora_plus" if sure else None)
+    said = f"LoRA+ with lambda=4 reached a test loss of 0.3 on {seeds}, tuned LoRA on 0 of {seeds} seeds"
+    assert verdict(comparison, CHOSEN, 0.3).startswith(said if sure else f"No verdict on steps: {said}")
+
+
+def test_a_target_that_neither_reaches_is_said():
+    runs = [(arm, seed, [1.0, 0.8, 0.6], 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
+    _, comparison = found(*runs, target=0.1)
+    assert favoured(comparison)[0] == "lora"
+    assert verdict(comparison, CHOSEN, 0.1).startswith(
+        "No verdict on steps: a test loss of 0.1 was reached on none of 2 seeds;"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "losses", "what"),
+    [
+        (None, [0.69, 0.71, 0.72], "LoRA or LoRA+ ended no lower than it started"),
+        (0.9, [0.69, 0.6, 0.5], "a test loss of 0.9 is met before any step"),
+    ],
+)
+def test_a_target_that_the_first_values_meet_says_nothing(target, losses, what):
+    runs = [(arm, seed, losses, 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
+    rows, comparison = found(*runs, target=target)
+    assert all(run["at_start"] and run["steps_to_target"] is None for run in rows)
+    assert sooner(comparison) is None
+    assert verdict(comparison, CHOSEN, target).startswith(f"No verdict on steps: on 2 of 2 seeds {what};")
+
+
+def test_a_run_that_diverged_is_left_out_and_said():
+    _, comparison = found(
+        ("lora", 1, [1.0, 0.8, 0.6], 0.6),
+        ("lora_plus", 1, [1.0, None, None], None),
+        ("lora", 2, [1.0, 0.8, 0.6], 0.6),
+        ("lora_plus", 2, [1.0, 0.8, 0.5], 0.5),
+    )
+    assert comparison["diverged"] == {"lora_plus": 1, "lora": 0}
+    assert comparison["test_loss"]["pairs"] == 1
+    assert verdict(comparison, CHOSEN, None).startswith(
+        "No verdict on steps: LoRA+ with lambda=4 diverged on 1, tuned LoRA on 0 of 2 seeds;"
+    )
+    assert favoured(comparison) == ("lora", "LoRA+ diverged on 1 of 2 seeds")
+
+
+def test_where_both_always_diverge_nothing_wins():
+    _, comparison = found(*[(arm, 1, [1.0, None], None) for arm in ("lora", "lora_plus")])
+    assert favoured(comparison) == (None, "both diverged on every seed")
+
+
+def test_lora_is_called_tuned_only_where_it_was():
+    comparison = one_sided("lora_plus", "lora")
+    even = {"lora": 4, "lora_plus": 4}
+    assert called(even, ["LoRA+: learning_rate 0.01 is the largest tried"]) == "tuned LoRA"
+    at_edge = called(even, ["LoRA: learning_rate 0.01 is the largest tried"])
+    assert "fewer steps than LoRA, whose best rate lies at the edge of those tried, to the same" in verdict(
+        comparison, CHOSEN, None, at_edge
+    )
+    few = called({"lora": 1, "lora_plus": 4}, [])
+    assert "fewer steps than LoRA (best of 1, LoRA+ of 4) to" in verdict(comparison, CHOSEN, None, few)

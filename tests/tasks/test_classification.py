@@ -1,0 +1,114 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax.data.splits import Rows
+from loraplus_jax.tasks.classification import Task, outputs
+
+CLASSES = Task(kind="classification", names=("no", "yes"))
+NUMBERS = Task(kind="regression", mean=10.0, std=2.0)
+
+
+class Echo(nn.Module):
+    """The first ids as outputs; noise with a dropout key."""
+
+    width: int
+
+    def __call__(self, input_ids, attention_mask, token_type_ids):
+        noise = jax.random.normal(self.make_rng("dropout"), ()) if self.has_rng("dropout") else 0.0
+        return input_ids[:, : self.width].astype(jnp.float32) + attention_mask[:, :1] * noise
+
+
+def rows(labels):
+    count = len(labels)
+    return Rows(("t",) * count, None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(count)))
+
+
+def batch(ids, label, weight):
+    ids = jnp.array(ids)
+    return {
+        "input_ids": ids,
+        "attention_mask": jnp.ones_like(ids),
+        "token_type_ids": jnp.zeros_like(ids),
+        "label": jnp.array(label),
+        "weight": jnp.array(weight),
+    }
+
+
+def test_cross_entropy_and_accuracy_by_hand():
+    loss_fn = CLASSES.loss_fn(Echo(2))
+    data = batch([[0, 0], [0, 2], [3, 0], [9, 9]], [0, 1, 1, 1], [1.0, 1.0, 1.0, 0.0])
+    (total, weight), metrics = loss_fn({}, data, None)
+    # -log softmax of the right class: log 2, log(1 + e^-2), log(1 + e^3); the last row has no weight.
+    assert float(total) == pytest.approx(np.log(2) + np.log1p(np.exp(-2)) + np.log1p(np.exp(3)), rel=1e-6)
+    assert float(weight) == 3
+    assert {name: (float(s), float(w)) for name, (s, w) in metrics.items()} == {"accuracy": (2.0, 3.0)}
+
+
+def test_squared_error_is_standardised_and_metrics_are_in_units_of_the_labels():
+    loss_fn = NUMBERS.loss_fn(Echo(1))
+    labels = NUMBERS.labels(rows(["10", "14", "6"]))
+    np.testing.assert_array_equal(labels, np.array([0, 2, -2], np.float32))
+    (total, weight), metrics = loss_fn({}, batch([[1], [1], [7]], labels, [1.0, 1.0, 0.0]), None)
+    # Errors 1 and -1 standardised, 2 and -2 in the labels' units.
+    assert (float(total), float(weight)) == (2.0, 2.0)
+    assert {name: (float(s), float(w)) for name, (s, w) in metrics.items()} == {
+        "mse": (8.0, 2.0),
+        "mae": (4.0, 2.0),
+    }
+
+
+def test_weights_are_shares_of_an_example():
+    data = batch([[0, 0], [0, 2]], [0, 0], [0.5, 2.0])
+    (total, weight), metrics = CLASSES.loss_fn(Echo(2))({}, data, None)
+    assert float(total) == pytest.approx(0.5 * np.log(2) + 2 * np.log1p(np.exp(2)), rel=1e-6)
+    assert float(weight) == 2.5
+    assert float(metrics["accuracy"][0]) == 0.5
+
+
+def test_the_key_reaches_dropout():
+    data = batch([[1, 2]], [0], [1.0])
+    plain, noisy, other = (
+        outputs(Echo(2), {}, data, key) for key in (None, jax.random.key(0), jax.random.key(1))
+    )
+    np.testing.assert_array_equal(plain, [[1, 2]])
+    assert not np.array_equal(noisy, plain)
+    assert not np.array_equal(noisy, other)
+
+
+def test_a_task_from_splits():
+    splits = {"train": rows(["b", "a", "b"]), "test": rows(["a"])}
+    task = Task.from_splits("classification", splits)
+    assert task == Task(kind="classification", names=("a", "b"))
+    assert (task.num_outputs, task.metric, task.mode) == (2, "accuracy", "max")
+    np.testing.assert_array_equal(task.labels(splits["train"]), [1, 0, 1])
+    assert task.labels(splits["train"]).dtype == np.int32
+
+
+def test_regression_is_standardised_by_the_train_split_alone():
+    splits = {"train": rows(["1", "3"]), "test": rows(["100"])}
+    task = Task.from_splits("regression", splits)
+    assert task == Task(kind="regression", mean=2.0, std=1.0)
+    assert (task.num_outputs, task.metric, task.mode) == (1, "mse", "min")
+    assert task.labels(splits["test"]).dtype == np.float32
+    np.testing.assert_array_equal(task.labels(splits["test"]), [98])
+
+
+def test_labels_that_do_not_fit_the_task():
+    with pytest.raises(ValueError, match=r"f\.csv:2: label 'c' is not in the train split"):
+        Task.from_splits("classification", {"train": rows(["a", "b"]), "test": rows(["c"])})
+    with pytest.raises(ValueError, match=r"f\.csv:3: regression needs finite numbers as labels, got 'x'"):
+        Task.from_splits("regression", {"train": rows(["1", "2"]), "test": rows(["1", "x"])})
+    with pytest.raises(ValueError, match="labels that differ, the train split has only 4"):
+        Task.from_splits("regression", {"train": rows(["4", "4"])})
+
+
+def test_predictions_are_names_with_probabilities_or_numbers():
+    first, second = CLASSES.predictions(np.array([[0.0, np.log(3.0)], [5.0, -5.0]], np.float32))
+    assert first == {"prediction": "yes", "probabilities": {"no": 0.25, "yes": 0.75}}
+    assert second["prediction"] == "no"
+    assert sum(second["probabilities"].values()) == pytest.approx(1)
+    found = NUMBERS.predictions(np.array([[0.0], [-1.5]], np.float32))
+    assert found == [{"prediction": 10.0}, {"prediction": 7.0}]

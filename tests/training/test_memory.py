@@ -1,0 +1,94 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from loraplus_jax.cli import main
+from loraplus_jax.training import memory
+from loraplus_jax.training.memory import check_memory, free_bytes
+
+
+def program(held, passing):
+    """A compiled program that holds so many bytes and needs so many more while it runs."""
+
+    def f(state, x):
+        return state + 1, jnp.sum(jnp.sin(x[None] * jnp.arange(passing // x.nbytes).reshape(-1, 1)))
+
+    state = jax.ShapeDtypeStruct((held // 4,), jnp.float32)
+    x = jnp.ones(1024)
+    return jax.jit(f, donate_argnums=0).lower(state, x).compile()
+
+
+def host(monkeypatch, free):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+
+
+def test_what_fits_passes_and_what_does_not_is_refused_with_numbers(monkeypatch):
+    small, device = program(held=4_000_000, passing=0), jax.devices()[0]
+    host(monkeypatch, 4_010_000)
+    check_memory([small], device, 1)
+    host(monkeypatch, 3_990_000)
+    with pytest.raises(ValueError, match=r"needs about 0\.00 GB .* 0\.00 GB are free on cpu; .*accumulate"):
+        check_memory([small], device, 1)
+    host(monkeypatch, 8_020_000)
+    check_memory([small], device, 2)
+    host(monkeypatch, 7_980_000)
+    with pytest.raises(ValueError, match="the run needs"):
+        check_memory([small], device, 2)
+
+
+def test_the_greedier_program_counts(monkeypatch):
+    host(monkeypatch, 5_000_000)
+    check_memory([program(4_000_000, 0)], jax.devices()[0], 1)
+    with pytest.raises(ValueError, match="weights, optimizer and batch"):
+        check_memory([program(4_000_000, 0), program(8_000_000, 0)], jax.devices()[0], 1)
+
+
+def test_what_one_program_holds_stays_while_another_runs(monkeypatch):
+    many = (
+        jax.jit(lambda x: jnp.sort(jnp.outer(x, x), axis=0)[0]).lower(jnp.ones(1000)).compile()
+    )  # 4 MB in passing
+    host(monkeypatch, 7_000_000)
+    device = jax.devices()[0]
+    check_memory([many], device, 1)
+    check_memory([program(4_000_000, 0)], device, 1)
+    with pytest.raises(ValueError, match="the run needs"):
+        check_memory([program(4_000_000, 0), many], device, 1)
+
+
+def test_an_accelerator_says_itself_what_is_free():
+    stats = {"bytes_limit": 100, "bytes_in_use": 30}
+    assert free_bytes(types.SimpleNamespace(memory_stats=lambda: stats)) == 70
+
+
+FILES = {
+    "v1": ("memory/job", "5:memory:/job\n", ["memory.limit_in_bytes", "memory.usage_in_bytes"]),
+    "v2": ("job", "0::/job\n", ["memory.max", "memory.current"]),
+}
+
+
+@pytest.mark.parametrize("version", FILES)
+def test_a_control_group_limits_what_is_free(tmp_path, monkeypatch, version):
+    directory, membership, names = FILES[version]
+    group = tmp_path / directory
+    group.mkdir(parents=True)
+    for name, text in zip(names, ("1000\n", "600\n"), strict=True):
+        (group / name).write_text(text)
+    (group / "memory.stat").write_text("anon 1\ninactive_file 50\ntotal_inactive_file 50\n")
+    (tmp_path / "membership").write_text("3:cpu:/\n" + membership)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+    cpu = jax.devices()[0]
+    assert free_bytes(cpu) == 450
+    (group / names[0]).write_text("max\n" if version == "v2" else str(2**63 - 4096))
+    assert free_bytes(cpu) > 10**6
+
+
+def test_out_of_memory_at_run_time_is_said_in_a_line(monkeypatch, capsys):
+    def exhausted(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr("loraplus_jax.inference.predict.evaluate_run", exhausted)
+    assert main(["eval", "run"]) == 2
+    assert "out of memory; what makes it smaller: " in capsys.readouterr().err

@@ -1,0 +1,104 @@
+import json
+
+import numpy as np
+import pytest
+
+from loraplus_jax.training.metrics_log import METRICS, RunLog, draw_loss, read_rows, smoothed, write_text
+
+
+def log_of(directory, rows, **kwargs):
+    log = RunLog(directory, **kwargs)
+    for step, values in rows:
+        log.write(step, values)
+    return log
+
+
+def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
+    log = log_of(tmp_path, [(1, {"loss": np.float32(0.5)}), (2, {"loss": 0.25, "rate/a": 1})])
+    lines = (tmp_path / METRICS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.25, "rate/a": 1.0},
+    ]
+    assert log.values("loss") == [(1, 0.5), (2, 0.25)]
+    assert log.values("rate/a") == [(2, 1.0)]
+    assert log.values("other") == []
+    log.close()
+
+
+def test_rows_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
+    log_of(tmp_path, [(0, {"x": 0}), (5, {"x": 5}), (10, {"x": 10}), (10, {"y": 1}), (11, {"x": 11})]).close()
+    log = RunLog(tmp_path, keep=4)
+    assert [row["step"] for row in log.rows] == [0, 5, 10, 10]
+    log.write(11, {"x": 12})
+    log.close()
+    assert [(row["step"], row.get("x")) for row in read_rows(tmp_path / METRICS)][-2:] == [
+        (10, None),
+        (11, 12.0),
+    ]
+    start = RunLog(tmp_path)
+    assert start.rows == []
+    start.close()
+
+
+@pytest.mark.parametrize("tail", ["", '{"st', '{"step": 3, "x": 1}'])
+def test_a_last_line_without_its_end_is_left_out(tmp_path, tail):
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1, "x": 1.0}\n{"step": 2, "x": 2.0}\n' + tail)
+    assert [row["step"] for row in read_rows(path)] == [1, 2]
+    log = log_of(tmp_path, [(3, {"x": 3})], keep=2)
+    log.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+
+
+def test_no_file_has_no_rows(tmp_path):
+    assert read_rows(tmp_path / METRICS) == []
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_text(path, "n\N{SNOWMAN}w")
+    assert path.read_text(encoding="utf-8") == "n\N{SNOWMAN}w"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_picture_shows_its_curves(tmp_path):
+    import matplotlib.image
+
+    rows = [(step, {"loss": 1 / step}) for step in range(1, 21)]
+    rows += [
+        (10, {"validation/loss": 0.3, "validation/accuracy": 0.7}),
+        (20, {"validation/loss": 0.2, "validation/accuracy": 0.8}),
+    ]
+    log = log_of(tmp_path, rows)
+    draw_loss(tmp_path / "full.png", log, "accuracy", "a title")
+    log.close()
+    (tmp_path / "empty").mkdir()
+    empty = log_of(tmp_path / "empty", [])
+    draw_loss(tmp_path / "bare.png", empty, "accuracy", "a title")
+    empty.close()
+    full, bare = (matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3] for name in ("full", "bare"))
+    assert full.shape == (480, 1200, 3)
+    for part in (slice(0, 600), slice(600, 1200)):  # orange in both halves, blue in the left
+        assert count(full[:, part], [1.0, 0.498, 0.055]) > 50
+    blue = [0.122, 0.467, 0.706]
+    assert count(full[:, :600], blue) > 200 > count(full[:, 600:], blue)
+    assert count(bare, blue) < count(full, blue) / 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def count(picture, colour):
+    return int(np.sum(np.all(np.abs(picture - np.array(colour)) < 0.02, axis=-1)))
+
+
+def test_smoothing_by_hand():
+    assert smoothed([]) == []
+    assert smoothed([3.0]) == [3.0]
+    assert smoothed([1.0, 0.0, 2.0], weight=0.5) == pytest.approx([1.0, 0.5 / 1.5, (0.25 + 2.0) / 1.75])
+    assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)

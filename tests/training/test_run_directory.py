@@ -1,0 +1,291 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+import yaml
+from jax.errors import JaxRuntimeError
+
+from loraplus_jax.data.splits import DataSettings
+from loraplus_jax.multihost import is_loss
+from loraplus_jax.settings.parsing import settings_from_json
+from loraplus_jax.settings.schema import ENDS, MAY_CHANGE, ModelSettings, Settings
+from loraplus_jax.training.run_directory import StopSignal, check_directory, keep_results, only_run
+
+HOLD = """
+import pathlib, sys
+from loraplus_jax.training.run_directory import only_run
+with only_run(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"pid {first.pid} is at work"), only_run(tmp_path):
+            pass
+        first.kill()
+    with only_run(tmp_path):  # the system let go of the lock when the process was killed
+        assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
+    assert not (tmp_path / ".pid").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_run_at_work_is_seen_before_any_preparation(tmp_path, fresh):
+    directory = run_of(tmp_path / "out", PLAIN)
+    command = [sys.executable, "-c", HOLD, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"pid {first.pid} is at work in .*out"):
+            check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
+        first.kill()
+    check_directory(directory, settings_from_json(PLAIN), fresh=fresh)
+
+
+def test_a_directory_that_cannot_be_made_is_refused_and_one_that_can_is_not_made(tmp_path):
+    settings = settings_from_json(PLAIN)
+    check_directory(tmp_path / "a/b/c", settings, fresh=False)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="output_dir /proc/loraplus/out cannot be written: "):
+        check_directory(Path("/proc/loraplus/out"), settings, fresh=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_leaves_a_note_and_the_second_acts(number):
+    class Acted(Exception):
+        pass
+
+    def act(*_):
+        raise Acted
+
+    before = signal.signal(number, act)
+    try:
+        with StopSignal() as stop:
+            assert stop.received is None
+            signal.raise_signal(number)
+            assert stop.received == number
+            with pytest.raises(Acted):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) is act
+    finally:
+        signal.signal(number, before)
+
+
+NOTED = """
+import signal, time, loraplus_command
+from loraplus_jax.multihost import is_loss
+from loraplus_jax.training.run_directory import StopSignal
+loraplus_command.listen()
+with StopSignal() as stop:
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(1)  # so that a thread that was told of it would have acted
+    print(stop.received, flush=True)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_noted_signal_does_not_end_the_command_and_one_that_comes_later_does():
+    done = subprocess.run([sys.executable, "-c", NOTED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "15\n", "loraplus: stopped by SIGTERM\n")
+
+
+@pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".pid"], [".lock", ".config.yaml.partial"]])
+def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
+    settings = Settings(
+        model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir=str(tmp_path / "out")
+    )
+    (tmp_path / "out").mkdir()
+    for name in names:
+        (tmp_path / "out" / name).touch()
+    check_directory(tmp_path / "out", settings, fresh=False)
+    (tmp_path / "out/mine.txt").touch()
+    with pytest.raises(ValueError, match="not a run's"):
+        check_directory(tmp_path / "out", settings, fresh=False)
+
+
+# Every field away from its default, that of `PLAIN` where it has one.
+PLAIN = {
+    "model": {"path": "m"},
+    "data": {"path": "d"},
+    "optimizer": {"schedule": "linear"},
+    "train": {"steps": 9, "batch_size": 32},
+    "output_dir": "o",
+}
+CHANGES = {
+    "model.path": "n",
+    "model.pooling": "cls",
+    "model.dtype": "bfloat16",
+    "model.param_dtype": "bfloat16",
+    "model.dropout": 0.2,
+    "model.head_dropout": 0.3,
+    "model.unroll": True,
+    "model.remat": "full",
+    "model.attention": "blocked",
+    "model.loss_chunk": 64,
+    "data.path": "e",
+    "data.text": "t",
+    "data.text_pair": "u",
+    "data.label": "l",
+    "data.max_length": 32,
+    "data.validation_fraction": 0.2,
+    "data.test_fraction": 0.1,
+    "data.split_seed": 3,
+    "data.template": "plain",
+    "data.answers": "last",
+    "data.packing": True,
+    "data.column_names": {"prompt": "p", "completion": "c"},
+    "lora.target_modules": ["key"],
+    "lora.rank": 3,
+    "lora.alpha": 7.0,
+    "lora.dropout": 0.1,
+    "lora.lr_ratio": 2.0,
+    "lora.init": "lora_b",
+    "lora.modules_to_save": ["pooler"],
+    "lora.exclude_modules": ["key"],
+    "lora.target_parameters": {"word/embedding": "io"},
+    "lora.layers_to_transform": [0],
+    "lora.rank_pattern": {"query": 2},
+    "lora.alpha_pattern": {"query": 2.0},
+    "lora.use_rslora": True,
+    "lora.bias": "all",
+    "optimizer.embedding_learning_rate": 1e-3,
+    "optimizer.policy": "peft",
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.head_learning_rate": 1e-2,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_steps": 4,
+    "optimizer.final_fraction": 0.1,
+    "optimizer.b1": 0.8,
+    "optimizer.b2": 0.9,
+    "optimizer.eps": 1e-6,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.decay": "equal",
+    "optimizer.max_grad_norm": 1.0,
+    "train.steps": 10,
+    "train.batch_size": 16,
+    "train.accumulate": 2,
+    "train.eval_batch_size": 8,
+    "train.eval_every": 7,
+    "train.log_every": 3,
+    "train.early_stopping": 2,
+    "train.select": "last",
+    "train.keep": 3,
+    "train.max_skipped": 2,
+    "train.compilation_cache": False,
+    "train.prompt": "Why?",
+    "train.theory_every": 5,
+    "mesh.data": 1,
+    "init_adapter": "old",
+    "mesh.fsdp": 2,
+    "mesh.tensor": 2,
+    "distributed.start_timeout": 20,
+    "distributed.lost_timeout": 20,
+    "task": "regression",
+    "method": "lora",
+    "seed": 1,
+    "output_dir": "p",
+}
+# These replace another field or go with another, so they are not changed alone.
+INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
+INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"}
+INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
+# These go with language models.
+TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt"}
+TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}
+
+
+def fields(values):
+    for name, value in values.items():
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, dict) else [name]
+
+
+def run_of(directory, values, *, finished=False):
+    directory.mkdir()
+    (directory / "config.yaml").write_text(yaml.safe_dump(settings_from_json(values).to_json()))
+    if finished:
+        (directory / "summary.json").write_text('{"steps": 9}')
+    return directory
+
+
+def base_of(name):
+    return {**PLAIN, "task": "instruction"} if name in TALK else PLAIN
+
+
+def with_change(name, value):
+    section, _, field = name.rpartition(".")
+    base = base_of(name)
+    return {**base, section: {**base.get(section, {}), field: value}} if section else {**base, name: value}
+
+
+def test_every_field_is_in_the_table():
+    assert set(fields(settings_from_json(PLAIN).to_json())) == CHANGES.keys() | INSTEAD
+    assert set(ENDS) <= set(MAY_CHANGE) <= CHANGES.keys() | INSTEAD
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_may_change_when_a_run_goes_on_and_what_not(tmp_path, name):
+    directory = run_of(tmp_path / "run", base_of(name))
+    settings = settings_from_json(with_change(name, CHANGES[name]))
+    if name == "output_dir" or name.startswith("distributed."):
+        assert check_directory(directory, settings, fresh=False) == []
+    elif name in MAY_CHANGE:
+        (change,) = check_directory(directory, settings, fresh=False)
+        assert change.startswith(f"{name} is ")
+        assert change.endswith(" here")
+    else:
+        with pytest.raises(
+            ValueError, match=rf"other settings: {name}.* is .* in that run and .* here; .*--fresh"
+        ):
+            check_directory(directory, settings, fresh=False)
+
+
+@pytest.mark.parametrize("name", [n for n in MAY_CHANGE if n in CHANGES or n in ENDS])
+def test_a_finished_run_goes_on_only_when_its_end_moves(tmp_path, name):
+    directory = run_of(tmp_path / "run", PLAIN, finished=True)
+    epochs = {**PLAIN, "train": {"epochs": 2.0, "batch_size": 32}}
+    settings = settings_from_json(epochs if name == "train.epochs" else with_change(name, CHANGES[name]))
+    if name in ENDS:
+        assert check_directory(directory, settings, fresh=False)
+    else:
+        with pytest.raises(ValueError, match=r"is finished, .* goes on with more train\.steps"):
+            check_directory(directory, settings, fresh=False)
+
+
+def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
+    keep_results(tmp_path)  # nothing is finished
+    for text in ("one", "two"):
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter/adapter.json").write_text(text)
+        (tmp_path / "loss.png").write_text(text)
+        (tmp_path / "summary.json").write_text('{"steps": 9}')
+        keep_results(tmp_path)
+    assert (tmp_path / "adapter_step_9/adapter.json").read_text() == "one"
+    assert (tmp_path / "adapter_step_9.1/adapter.json").read_text() == "two"
+    assert {path.name for path in tmp_path.glob("[ls]*")} == {
+        *("loss_step_9.png", "loss_step_9.1.png", "summary_step_9.json", "summary_step_9.1.json"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("processes", "error", "lost"),
+    [
+        (2, JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), True),
+        (2, JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
+        (2, ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
+        (2, TimeoutError("orbax waited"), True),
+        (2, JaxRuntimeError("INTERNAL: a kernel does not compile: opt-barrier"), False),
+        (2, JaxRuntimeError("RESOURCE_EXHAUSTED: while all-reducing over a connection"), False),
+        (2, ValueError("connection"), False),
+        (1, JaxRuntimeError("UNAVAILABLE: Socket closed"), False),
+    ],
+)
+def test_only_what_another_process_can_cause_is_called_its_loss(monkeypatch, processes, error, lost):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    assert is_loss(error) == lost
