@@ -30,9 +30,9 @@ from convergence_plan import STEPS, Experiment, Job, Method, experiment, reports
 from convergence_table import write_table
 
 from loraplus_jax import TrainState, init_state, lora_plus_adamw, make_eval, make_schedule, scale_variables
+from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.data.fetch import resolve
-from loraplus_jax.data.splits import DataSettings, eval_batches, train_batches
-from loraplus_jax.settings.schema import ModelSettings, Settings
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks.interface import Parts
 from loraplus_jax.train_step import make_step, means
 from loraplus_jax.training.setup import build, family_of, load

@@ -27,7 +27,7 @@ import numpy as np
 from common import RESULTS, interleaved, median_ratio, report
 
 from loraplus_jax import init_state, replicate
-from loraplus_jax.data.splits import eval_batches, train_batches
+from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.halving import at_rung, best_of, curve_every, member_steps, stops_of

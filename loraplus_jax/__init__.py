@@ -34,7 +34,7 @@ from .optim.diagnostics import describe as describe
 from .optim.diagnostics import probe as probe
 from .optim.lora_plus import lora_plus as lora_plus
 from .optim.lora_plus import lora_plus_adamw as lora_plus_adamw
-from .optim.lora_plus import make_schedule as make_schedule
+from .optim.schedules import make_schedule as make_schedule
 from .sharding import make_mesh as make_mesh
 from .sharding import make_shardings as make_shardings
 from .sharding import replicate as replicate

@@ -39,3 +39,19 @@ def is_loss(error: BaseException) -> bool:
         return False
     text = str(error)
     return bool(_GONE.match(text) or (_PERHAPS.match(text) and _SIGNS.search(text)))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return jax.process_index() == 0
+
+
+def to_host(tree: Any) -> Any:
+    """Whole arrays in the memory of every process."""
+
+    def whole(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)

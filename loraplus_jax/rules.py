@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, nearest, pattern_of
-from .linen.layer_table import LEAVES, LINEAR, Layer
+from .spec import LEAVES, LINEAR
 
 
 class Seen:
@@ -27,14 +27,14 @@ class Seen:
         self.adaptable = False
         self.adapted = False
 
-    def note(self, layer: Layer, path: str) -> None:
+    def note(self, kind: str, axes: str, path: str) -> None:
         """What the layer is; one that is used with other axes than before is refused."""
-        if self.axes not in (None, layer.axes):
+        if self.axes not in (None, axes):
             raise ValueError(
-                f"{path!r} uses its weight with the axes {self.axes!r} and {layer.axes!r}, so that no adapter has "
+                f"{path!r} uses its weight with the axes {self.axes!r} and {axes!r}, so that no adapter has "
                 "two sides; name the weight in target_parameters instead"
             )
-        self.kind, self.axes = layer.kind, layer.axes
+        self.kind, self.axes = kind, axes
 
 
 def named(config: LoRAPlusConfig, path: str) -> bool:

@@ -13,6 +13,10 @@ from typing import Any, Self
 from .config import check_number, check_whole, nearest
 
 KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
+LINEAR = ("dense", "dense_general", "einsum")
+"""The kinds that `"all-linear"` adapts."""
+LEAVES = ("kernel", "embedding")
+"""The names of a layer's weight."""
 _LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, the rank's
 
 

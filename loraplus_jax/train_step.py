@@ -15,9 +15,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import check_whole
-from .optim.diagnostics import role_norms
 from .sharding import DATA_AXIS, Shardings, batch_sharding, known
-from .tree import combine, label_params
+from .tree import combine, label_params, role_norms
 
 Pair = tuple[jax.Array, jax.Array]
 LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[Pair, Mapping[str, Pair]]]

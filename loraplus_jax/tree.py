@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
+import optax
 from flax import traverse_util
 
 from .config import Bias, LoRAPlusConfig, matches, nearest
@@ -188,3 +189,23 @@ def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, R
         embedded = spec is not None and spec.kind == "embed"
         roles |= dict.fromkeys(pair, "embedding") if embedded else {pair.a: "a", pair.b: "b"}
     return roles
+
+
+def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
+    """The global norm over the leaves of each role that occurs.
+
+    Args:
+      tree: gradients, updates or parameters.
+      labels: `label_params` of a tree of that structure.
+
+    >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
+    5.0
+    """
+    return {role: optax.tree.norm(leaves) for role, leaves in leaves_by_role(tree, labels).items()}
+
+
+def leaves_by_role(tree: Any, labels: Any) -> dict[str, list[Any]]:
+    """The leaves of each role that occurs, in the order of `ROLES`."""
+    roles, leaves = jax.tree.leaves(labels), jax.tree.leaves(tree)
+    found = {role: [leaf for leaf, r in zip(leaves, roles, strict=True) if r == role] for role in ROLES}
+    return {role: chosen for role, chosen in found.items() if chosen}

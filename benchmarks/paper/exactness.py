@@ -19,7 +19,7 @@ import optax
 from shared import Check, finish
 
 from loraplus_jax import LoRAPlusDense, lora_plus_adamw, make_schedule
-from loraplus_jax.optim.lora_plus import rate_at
+from loraplus_jax.optim.schedules import rate_at
 
 WIDTH, RANK, POINTS, LAMBDA, RATE = 24, 4, 32, 10.0, 1e-3
 

@@ -9,11 +9,10 @@ import jax
 from ..config import check_whole
 from ..data.conversations import Turn, read_chats
 from ..data.fetch import resolve
-from ..data.splits import DataSettings
 from ..interop.peft_files import NOTES, peft_options
 from ..models.generate import Sampling, check_sampling
 from ..models.hf import load_params
-from ..settings.schema import Dtype, ModelSettings, Settings
+from ..settings.schema import DataSettings, Dtype, ModelSettings, Settings
 from ..sharding import make_mesh, replicate
 from ..tasks.causal_lm import make_base
 from ..tasks.language_losses import LanguageTask

@@ -12,9 +12,10 @@ import numpy as np
 
 from ..checkpoint import fingerprint
 from ..config import nearest
+from ..data.batches import eval_batches
 from ..data.fetch import resolve
 from ..data.readers import read_rows
-from ..data.splits import encode, eval_batches
+from ..data.tokenize import encode
 from ..interop import adapter_files as adapter_io
 from ..interop.adapter_files import read_tensors
 from ..interop.peft_files import NOTES, OWN, peft_notes

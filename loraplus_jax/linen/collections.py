@@ -13,9 +13,8 @@ from ..config import LoRAPlusConfig
 from ..inits import factor_inits
 from ..lora import BEFORE, SCALE, TAP, in_box, weight_delta
 from ..rules import Seen, layer_index, named, parameter_rule, rule_of
-from ..spec import AdapterSpec, factor_letters, layer_axis
+from ..spec import LEAVES, AdapterSpec, factor_letters, layer_axis
 from ..tree import FACTORS
-from .layer_table import LEAVES
 from .layers import Box, are_boxed, is_box
 
 COLLECTIONS = ["params", "lora", SCALE]

@@ -22,12 +22,6 @@ from opt_einsum.parser import parse_einsum_input
 from ..lora import delta
 from ..spec import factor_letters
 
-LINEAR = ("dense", "dense_general", "einsum")
-"""The kinds that `"all-linear"` means."""
-
-LEAVES = ("kernel", "embedding")
-"""What their weights are called."""
-
 Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 """`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""
 

@@ -219,7 +219,7 @@ def _interceptor(
         layer = _layer(config, method, module, path, args, kwargs)
         if layer is None:
             return y
-        entry.note(layer, path)
+        entry.note(layer.kind, layer.axes, path)
         if not meant(config, path, layer.kind) or not _is_chosen(config, module, path, boundary):
             return y
         boundary.check_norm(path)

@@ -10,8 +10,9 @@ import optax
 
 from ..factor_pairs import spec_key
 from ..spec import Specs
-from ..tree import ROLES, Role, count, label_params, leaves_by_path
-from .lora_plus import Group, LoRAPlusTransform, rate_at
+from ..tree import Role, count, label_params, leaves_by_path, leaves_by_role
+from .lora_plus import Group, LoRAPlusTransform
+from .schedules import rate_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,31 +122,12 @@ def probe(
     updates, _ = tx.update(grads, opt_state, params)
     labels = label_params(params, specs)
     result = {}
-    for role, leaves in _by_role(updates, labels).items():
+    for role, leaves in leaves_by_role(updates, labels).items():
         squares = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)
         result[role] = jnp.sqrt(squares / sum(leaf.size for leaf in leaves))
     if "a" in result and "b" in result:
         result["b/a"] = result["b"] / result["a"]
     return result
-
-
-def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
-    """The global norm over the leaves of each role that occurs.
-
-    Args:
-      tree: gradients, updates or parameters.
-      labels: `label_params` of a tree of that structure.
-
-    >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
-    5.0
-    """
-    return {role: optax.tree.norm(leaves) for role, leaves in _by_role(tree, labels).items()}
-
-
-def _by_role(tree: Any, labels: Any) -> dict[str, list[Any]]:
-    roles, leaves = jax.tree.leaves(labels), jax.tree.leaves(tree)
-    found = {role: [leaf for leaf, r in zip(leaves, roles, strict=True) if r == role] for role in ROLES}
-    return {role: chosen for role, chosen in found.items() if chosen}
 
 
 def _groups(tx_or_rates: Any) -> tuple[Mapping[Any, Group], bool]:

@@ -24,10 +24,11 @@ from ..tasks.interface import Base, Data, Parts
 from ..training.memory import free_bytes
 from ..training.optimizer import check_rates
 from ..training.setup import check_mesh, family_of, params_of
+from ..training.xla import compiler_options
 from ..tree import count
 from .hlo import Collective, collectives, looped_products
 from .programs import Step, compiled, evaluation_bytes, local_bytes, plan_step, sizes, theory_bytes
-from .tpu import Chip, compiler_options, tpu_devices
+from .tpu import Chip, tpu_devices
 
 TO_COUNT = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from ..config import nearest
 
@@ -92,16 +91,6 @@ def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(f"the installed libtpu cannot compile for {topology}: {reason:.200}") from None
     return chip, list(found.devices)
-
-
-def compiler_options(mesh: Mesh, *, unrolled: bool) -> dict[str, Any] | None:
-    """For a training step on TPUs whose layers are a loop: one gather serves a weight's recompute and its gradient.
-
-    By default XLA gathers a weight again where many operations lie between, as an attention does for q, k and v.
-    Not for straight code: there each layer's weights would be kept from the forward to the backward pass.
-    """
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    return {"xla_tpu_spmd_threshold_for_allgather_cse": 10**6} if on_tpu and not unrolled else None
 
 
 def _parsed(topology: str) -> tuple[Chip, tuple[int, ...]]:

@@ -1,15 +1,15 @@
 """A run's settings: typed sections, all checked before any work; `parsing.py` reads them from files."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from ..config import LoRAPlusConfig, check_number, check_whole
-from ..data.splits import DataSettings
 from ..models.attention import Attention
 from ..models.llama import Remat
-from ..optim.lora_plus import LEAST_EPS, Schedule
-from ..training.distributed import ALL_DEVICES, ONE_PROCESS, DistributedSettings, MeshSettings
+from ..optim.lora_plus import LEAST_EPS
+from ..optim.schedules import Schedule
 from ..tree import Policy
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
@@ -22,6 +22,8 @@ LANGUAGE = ("instruction", "multiple_choice")
 """The tasks of causal language models; the others are those of encoders."""
 MOST_STEPS = 2**31 - 1
 """Steps are counted in int32."""
+AUTO = "auto"
+MOST_PORT = 65535
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,86 @@ class ModelSettings:
         for name in ("dropout", "head_dropout"):
             if getattr(self, name) is not None:
                 check_number(f"model.{name}", getattr(self, name), at_least=0.0, below=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where the texts lie, which columns hold what, and how they are split.
+
+    A value is a path, a fetchable name or a hub id; files are .csv, .tsv or .jsonl, for language models .json too.
+
+    Attributes:
+      path: one file, split by `split_seed` into train, validation and test. Either this or `train` is required.
+      train: the training file, when the splits are separate files.
+      validation: the validation file; without it `validation_fraction` of the training file is taken.
+      test: the test file, optional; only beside `train`.
+      text: the column with the text.
+      text_pair: the column with a second text, for tasks on pairs.
+      label: the column with the label: a class name, a whole number, or a rating for regression.
+      max_length: T, tokens a text (or pair) is truncated and padded to, special tokens included.
+      validation_fraction: share of the distinct texts for validation, when no file is given for it.
+      test_fraction: share of the distinct texts of `path` for the test split; 0 makes none.
+      split_seed: decides which text goes to which split.
+      template: the chat template: the model's own, plain (a few headings), or a file.
+      answers: whether all turns of the assistant are learned, or the last.
+      packing: whether short conversations share a row of max_length tokens; batches are counted in rows.
+      column_names: for conversations and questions in columns of other names, ours to the file's.
+
+    Raises:
+      ValueError: a field is out of range, or two do not go together; the message names them.
+    """
+
+    path: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    max_length: int = 128
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    template: str = "model"
+    answers: Literal["all", "last"] = "all"
+    packing: bool = False
+    column_names: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("path", "train", "validation", "test", "text", "text_pair", "label", "template"):
+            value = getattr(self, name)
+            if value is None and name in ("text", "label"):
+                raise ValueError(f"{name} must name a column, got None")
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise ValueError(f"{name} must be a non-empty string, got {value!r}")
+        self._check_sources()
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
+        check_whole("max_length", self.max_length, at_least=2)
+        check_whole("split_seed", self.split_seed, at_least=0)
+        check_number("validation_fraction", self.validation_fraction, above=0.0, below=1.0)
+        check_number("test_fraction", self.test_fraction, at_least=0.0, below=1.0)
+        if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "validation_fraction and test_fraction must leave something for training, "
+                f"got {self.validation_fraction} + {self.test_fraction}"
+            )
+
+    def _check_sources(self) -> None:
+        if (self.path is None) == (self.train is None):
+            given = f"path={self.path!r} and train={self.train!r}"
+            raise ValueError(
+                f"give either path (one file, split by seed) or train (separate files), got {given}"
+            )
+        if self.path is not None:
+            for name in ("validation", "test"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} goes with train, not with path, got {getattr(self, name)!r}")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return tuple(c for c in (self.text, self.text_pair, self.label) if c is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +272,66 @@ class TrainSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """The devices, as data x fsdp x tensor; one of the three may be -1, for all devices that the others leave.
+
+    Attributes:
+      data: how many parts the batch alone is split into.
+      fsdp: how many parts batch and weights are split into; a layer's weights are gathered when it is computed.
+      tensor: how many parts heads, inner widths and vocabulary are split into.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedSettings:
+    """The processes, where there are several; each is started with the same command but for process_id.
+
+    Attributes:
+      coordinator: HOST:PORT where process 0 can be reached; or auto, which asks the environment (TPU pods, SLURM,
+        MPI, Kubernetes) for this and the next two; one process if not given.
+      processes: how many there are.
+      process_id: which of them this is, from 0.
+      start_timeout: seconds to wait for the others at the start.
+      lost_timeout: seconds of silence after which a process counts as lost and the others end.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process_id: int | None = None
+    start_timeout: int = 300
+    lost_timeout: int = 30
+
+    def __post_init__(self) -> None:
+        check_whole("distributed.start_timeout", self.start_timeout, at_least=1)
+        check_whole("distributed.lost_timeout", self.lost_timeout, at_least=1)
+        numbers = {"processes": self.processes, "process_id": self.process_id}
+        if self.coordinator in (None, AUTO):
+            for name, value in numbers.items():
+                if value is not None:
+                    raise ValueError(f"distributed.{name} goes with distributed.coordinator HOST:PORT")
+            return
+        host, _, port = str(self.coordinator).rpartition(":")
+        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
+            raise ValueError(
+                f"distributed.coordinator must be HOST:PORT, of a port from 1 to {MOST_PORT}, or {AUTO}, "
+                f"got {self.coordinator!r}"
+            )
+        for name, value in numbers.items():
+            if value is None:
+                raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
+        check_whole("distributed.processes", self.processes, at_least=1)
+        check_whole("distributed.process_id", self.process_id, at_least=0)
+        if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(
+                f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """A whole run.
 
@@ -217,8 +359,8 @@ class Settings:
     lora: LoRAPlusConfig = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
-    mesh: MeshSettings = ALL_DEVICES
-    distributed: DistributedSettings = ONE_PROCESS
+    mesh: MeshSettings = MeshSettings()
+    distributed: DistributedSettings = DistributedSettings()
     task: TaskName = "classification"
     method: Method = "lora_plus"
     init_adapter: str | None = None

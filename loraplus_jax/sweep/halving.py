@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from ..data.splits import Batch
+from ..data.batches import Batch
 from .settings import SweepSettings, Trial
 
 

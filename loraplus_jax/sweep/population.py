@@ -18,8 +18,8 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..checkpoint import describe_run, fingerprint
+from ..data.batches import digest
 from ..data.fetch import resolve
-from ..data.splits import digest
 from ..lora import SCALE, scale_variables
 from ..models.hf import check_params, load_params
 from ..settings.schema import apart

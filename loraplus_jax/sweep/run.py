@@ -19,8 +19,8 @@ import yaml
 from rich.console import Console
 
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
+from ..data.batches import train_batches
 from ..data.fetch import cache_dir
-from ..data.splits import train_batches
 from ..settings.schema import TrainSettings
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
@@ -29,15 +29,15 @@ from ..training.run_directory import (
     CHECKPOINTS,
     CONFIG,
     Stopped,
-    StopSignal,
     check_directory,
-    kept_programs,
     named,
     only_run,
     set_aside,
     set_aside_damaged,
     write_config,
 )
+from ..training.signals import StopSignal
+from ..training.xla import kept_programs
 from .figures import draw
 from .halving import at_rung, best_of, curve_every, means_of, spread_rows, stops_of
 from .population import Members, Population, prepare_population

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..data.splits import Batch, eval_batches
+from ..data.batches import Batch, eval_batches
 from ..train_step import TrainState, means
 from .population import Members, Population
 

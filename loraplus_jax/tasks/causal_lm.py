@@ -12,13 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from ..data.batches import Batch
 from ..data.chat import tokenize_chats
 from ..data.chat_template import ChatTemplate, load_template
 from ..data.conversations import Chat, Turn, read_chats
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packing import pack, pad
-from ..data.splits import Batch, split_files, split_texts
+from ..data.splits import split_files, split_texts
 from ..models.hf import load_config
 from ..models.llama import SHARDING, Llama, name_table, tensor_sizes
 from ..models.llama_config import LlamaConfig

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..data.splits import Rows, class_labels, label_names, regression_labels
+from ..data.labels import class_labels, label_names, regression_labels
+from ..data.splits import Rows
 from ..train_step import LossFn
 
 Kind = Literal["classification", "regression"]

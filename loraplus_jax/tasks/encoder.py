@@ -11,8 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from ..data.batches import Batch
 from ..data.fetch import resolve
-from ..data.splits import Batch, Rows, encode, load_rows, load_splits, load_tokenizer
+from ..data.splits import Rows, load_rows, load_splits
+from ..data.tokenize import encode, load_tokenizer
 from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
 from ..models.bert_config import BertConfig
 from ..models.hf import load_config

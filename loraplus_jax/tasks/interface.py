@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 
-from ..data.splits import Batch
+from ..data.batches import Batch
 from ..models.name_table import NameTable
 from ..sharding import Rules
 from ..spec import Specs

@@ -16,8 +16,8 @@ from ..data.chat_template import ChatTemplate
 from ..data.conversations import Chat, Turn
 from ..models.generate import ENDED, NOT_FINITE, Generate, Sampling, left_padded, make_generate
 from ..models.tokenizer import stop_ids
+from ..multihost import to_host
 from ..settings.schema import Settings
-from ..training.distributed import to_host
 from .causal_lm import model_config, text_tools
 from .language_losses import LanguageTask
 

@@ -5,9 +5,7 @@ do the rest.
 """
 
 import contextlib
-import dataclasses
 import os
-import re
 import socket
 import sys
 import threading
@@ -16,91 +14,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from ..checkpoint import differences
-from ..config import check_whole
 from ..multihost import gathered, is_loss
+from ..settings.schema import AUTO, DistributedSettings
+from .signals import Stopped
 
-AUTO, MOST_PORT = "auto", 65535
 ENVIRONMENT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, OSError)
 """What JAX raises where the environment tells of the processes wrongly or in part."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSettings:
-    """The devices, as data x fsdp x tensor; one of the three may be -1, for all devices that the others leave.
-
-    Attributes:
-      data: how many parts the batch alone is split into.
-      fsdp: how many parts batch and weights are split into; a layer's weights are gathered when it is computed.
-      tensor: how many parts heads, inner widths and vocabulary are split into.
-    """
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistributedSettings:
-    """The processes, where there are several; each is started with the same command but for process_id.
-
-    Attributes:
-      coordinator: HOST:PORT where process 0 can be reached; or auto, which asks the environment (TPU pods, SLURM,
-        MPI, Kubernetes) for this and the next two; one process if not given.
-      processes: how many there are.
-      process_id: which of them this is, from 0.
-      start_timeout: seconds to wait for the others at the start.
-      lost_timeout: seconds of silence after which a process counts as lost and the others end.
-    """
-
-    coordinator: str | None = None
-    processes: int | None = None
-    process_id: int | None = None
-    start_timeout: int = 300
-    lost_timeout: int = 30
-
-    def __post_init__(self) -> None:
-        check_whole("distributed.start_timeout", self.start_timeout, at_least=1)
-        check_whole("distributed.lost_timeout", self.lost_timeout, at_least=1)
-        numbers = {"processes": self.processes, "process_id": self.process_id}
-        if self.coordinator in (None, AUTO):
-            for name, value in numbers.items():
-                if value is not None:
-                    raise ValueError(f"distributed.{name} goes with distributed.coordinator HOST:PORT")
-            return
-        host, _, port = str(self.coordinator).rpartition(":")
-        if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
-            raise ValueError(
-                f"distributed.coordinator must be HOST:PORT, of a port from 1 to {MOST_PORT}, or {AUTO}, "
-                f"got {self.coordinator!r}"
-            )
-        for name, value in numbers.items():
-            if value is None:
-                raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
-        check_whole("distributed.processes", self.processes, at_least=1)
-        check_whole("distributed.process_id", self.process_id, at_least=0)
-        if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
-            raise ValueError(
-                f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
-            )
-
-
-ALL_DEVICES, ONE_PROCESS = MeshSettings(), DistributedSettings()
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved what it had.
-
-    Attributes:
-      signal_number: which signal.
-    """
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 class LostProcess(Exception):
@@ -251,19 +172,3 @@ def check_same(values: Mapping[str, Any]) -> None:
                 f"the processes are not alike: {'; '.join(found[:5])}{more}; start each with the same "
                 "command (but for distributed.process_id), packages, data and weights"
             )
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes files and prints."""
-    return jax.process_index() == 0
-
-
-def to_host(tree: Any) -> Any:
-    """Whole arrays in the memory of every process."""
-
-    def whole(leaf: Any) -> Any:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return multihost_utils.process_allgather(leaf, tiled=True)
-        return np.asarray(leaf)
-
-    return jax.tree.map(whole, tree)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ..data.splits import Batch, eval_batches
+from ..data.batches import Batch, eval_batches
 from ..sharding import batch_sharding, local_rows
 from ..train_step import means
 

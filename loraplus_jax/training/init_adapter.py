@@ -17,11 +17,11 @@ from ..interop.path_map import PathMap
 from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
 from ..models import export
 from ..models.name_table import NameTable, linear
+from ..multihost import to_host
 from ..settings.schema import Settings
 from ..spec import specs_from_json
 from ..tasks.interface import Parts
 from ..tree import combine, flatten, unflatten
-from .distributed import to_host
 from .run_directory import ADAPTER
 
 PREFIXES = ("model.", "bert.", "roberta.")

@@ -6,7 +6,8 @@ import jax
 import optax
 
 from ..config import LoRAPlusConfig
-from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw, make_schedule
+from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw
+from ..optim.schedules import make_schedule
 from ..settings.schema import OptimizerSettings
 from ..spec import Specs
 from ..tasks.interface import Parts

@@ -3,32 +3,27 @@
 import contextlib
 import importlib.metadata
 import os
-import re
 import secrets
-import signal
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import filelock
 import jax
 import orbax.checkpoint as ocp
 import yaml
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from ..checkpoint import PACKAGES, differences
 from ..models.hf import read_json
-from ..multihost import gathered, is_loss
+from ..multihost import gathered, is_first, is_loss
 from ..settings.schema import ENDS, MAY_CHANGE, Settings, apart
 from ..settings.yaml_files import read_yaml
-from .distributed import Stopped as Stopped
-from .distributed import all_or_none, check_same, is_first
+from .distributed import all_or_none, check_same
 from .metrics_log import PICTURE, SUMMARY, partial_path, write_text
+from .signals import Stopped as Stopped
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
@@ -265,73 +260,3 @@ def own(directory: Path, settings: Settings, fresh: bool, console: Console) -> I
             # The first file of a run: by it the directory is known as one, however early the run is killed.
             write_config(directory, settings)
         yield
-
-
-@contextmanager
-def kept_programs(directory: Path, console: Console) -> Iterator[None]:
-    """Compiled programs are kept in a directory; if they cannot be, a line says so.
-
-    Entries that a full disk cut short are removed: JAX complains of them at every start and never replaces them.
-    """
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        try:
-            yield
-        finally:
-            for text in (str(warning.message) for warning in caught):
-                _tell_of_cache(text, directory, console)
-
-
-def _tell_of_cache(text: str, directory: Path, console: Console) -> None:
-    found = re.search(r"persistent compilation cache entry for '(.*?)'", text)
-    console.print(f"{directory}: {text}" if found else text)
-    for path in directory.glob(f"{found[1]}-*-cache") if found else ():
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-class StopSignal:
-    """While entered, SIGTERM and SIGINT (Ctrl-C) only leave a note; a second one acts as it always does.
-
-    Where several processes train, JAX's preemption service has SIGTERM, of whichever process, and chooses a step
-    that all of them reach; SIGINT is handed on to it.
-
-    Attributes:
-      received: the signal's number, or None.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "StopSignal":
-        # Nor is any other thread told: it would take a signal that is noted here for one that ends the process.
-        self._told = signal.set_wakeup_fd(-1)
-        ours = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
-        self._before = {number: signal.getsignal(number) for number in ours}
-        for number in ours:
-            signal.signal(number, self._note)
-        return self
-
-    def is_due(self, step: int) -> bool:
-        """Whether to stop after a step, which is to be asked after every one."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM if self.received is None else self.received
-            return True
-        return jax.process_count() == 1 and self.received is not None
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

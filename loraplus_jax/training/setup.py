@@ -13,12 +13,11 @@ from jax.sharding import Mesh
 
 from ..checkpoint import describe_run, fingerprint, leaf_kinds
 from ..config import LoRAPlusConfig
+from ..data.batches import Batch, digest
 from ..data.fetch import resolve
-from ..data.splits import Batch, digest
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.hf import check_params, load_params, rows_digest
 from ..optim.lora_plus import LoRAPlusTransform
-from ..plan.tpu import compiler_options
 from ..settings.schema import MOST_STEPS, Settings, apart
 from ..sharding import (
     BATCH_AXES,
@@ -41,6 +40,7 @@ from .init_adapter import adapter_digest, check_start, started
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
 from .theory_metrics import lower_theory, measured_rows
+from .xla import compiler_options
 
 
 class Run(NamedTuple):

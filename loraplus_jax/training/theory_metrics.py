@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..config import LoRAPlusConfig
-from ..data.splits import Batch
+from ..data.batches import Batch
 from ..lora import TERMS
 from ..sharding import Shardings, batch_parts, batch_sharding, known, local_rows
 from ..spec import Specs

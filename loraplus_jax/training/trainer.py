@@ -15,38 +15,38 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 
 from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
+from ..data.batches import Batch, train_batches
 from ..data.fetch import cache_dir
-from ..data.splits import Batch, train_batches
 from ..interop.adapter_files import save_adapter
-from ..multihost import gathered
-from ..optim.lora_plus import rate_at
+from ..multihost import gathered, is_first, to_host
+from ..optim.schedules import rate_at
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows
 from ..train_step import TrainState, init_state
 from ..tree import combine, count, label_params
 from .anomalies import Seen, TrainingFailed, advice, as_floats, check_skipped, look, skipped_up_to
 from .console import head, progress, show
-from .distributed import all_or_none, is_first, joined, to_host
+from .distributed import all_or_none, joined
 from .evaluation import evaluate, place
 from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
     Stopped,
-    StopSignal,
     agreed_changes,
     check_end,
     check_shared,
     closing,
     keep_results,
-    kept_programs,
     named,
     own,
     set_aside_damaged,
     write_config,
 )
 from .setup import Run, prepare
+from .signals import StopSignal
 from .theory_metrics import adapters_of, as_metrics, first_rows, is_due, read_metrics
+from .xla import kept_programs
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:

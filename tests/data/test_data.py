@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from loraplus_jax.data import splits as data
-from loraplus_jax.data.splits import DataSettings, Rows
+from loraplus_jax.data.splits import Rows
+from loraplus_jax.settings.schema import DataSettings
 
 GOOD = [("1", 'say "hi", twice', "yes"), ("2", "two\nlines", "no"), ("3", "\N{SNOWMAN} tab\there", "yes")]
 

@@ -5,8 +5,10 @@ import json
 
 import pytest
 
+from loraplus_jax.data.labels import label_names
 from loraplus_jax.data.readers import Problems, read_records, read_rows
-from loraplus_jax.data.splits import DataSettings, Rows, label_names, load_rows
+from loraplus_jax.data.splits import Rows, load_rows
+from loraplus_jax.settings.schema import DataSettings
 
 
 def test_a_text_longer_than_pythons_own_limit_is_read_and_the_limit_left_as_it_was(tmp_path):

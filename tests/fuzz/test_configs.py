@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loraplus_jax.data.splits import DataSettings
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.settings.schema import ModelSettings, Settings
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 
 from .damage import check, damaged, data_limit
 

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from loraplus_jax import AdapterSpec, jit_step, load_adapter, save_adapter
 from loraplus_jax.data.fetch import resolve
-from loraplus_jax.optim.lora_plus import rate_at
+from loraplus_jax.optim.schedules import rate_at
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.tasks import sample_answers as answers

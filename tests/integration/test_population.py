@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax import init_state
-from loraplus_jax.data.splits import train_batches
+from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.population import prepare_population

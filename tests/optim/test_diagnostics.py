@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from loraplus_jax import AdapterSpec, describe, label_params, lora_plus, lora_plus_adamw, probe
-from loraplus_jax.optim.diagnostics import role_norms
+from loraplus_jax.tree import role_norms
 
 TRAINABLE = {
     "lora": {"enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}}},

@@ -9,12 +9,11 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, make_mesh
 from loraplus_jax.cli import main
-from loraplus_jax.data.splits import DataSettings
 from loraplus_jax.plan.plan import Plan, count_work, head_bytes, make_plan, with_layers
 from loraplus_jax.plan.programs import evaluation_bytes, plan_step, sizes, theory_bytes
 from loraplus_jax.plan.text import advice, text_of
 from loraplus_jax.plan.tpu import CHIPS, shapes, tpu_devices
-from loraplus_jax.settings.schema import ModelSettings, Settings, TrainSettings
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.tasks.interface import rows_of
 from loraplus_jax.training.setup import family_of
 

@@ -11,8 +11,8 @@ from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Work, make_plan, roofline
 from loraplus_jax.plan.text import advice, text_of
 from loraplus_jax.plan.tpu import CHIPS
+from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.sharding import check_tensor
-from loraplus_jax.training.distributed import MeshSettings
 from loraplus_jax.training.setup import check_mesh
 
 from .test_plan import fake, llama

@@ -11,8 +11,9 @@ from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.plan.plan import make_plan
 from loraplus_jax.plan.programs import compiled, plan_step
 from loraplus_jax.plan.text import advice, text_of
-from loraplus_jax.plan.tpu import CHIPS, compiler_options, tpu_devices
-from loraplus_jax.training.distributed import MeshSettings
+from loraplus_jax.plan.tpu import CHIPS, tpu_devices
+from loraplus_jax.settings.schema import MeshSettings
+from loraplus_jax.training.xla import compiler_options
 
 from .test_plan import LLAMA, RANK, parts_of, settings_of
 

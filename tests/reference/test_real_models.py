@@ -13,9 +13,8 @@ import transformers as tf
 
 from loraplus_jax import LoRAPlusConfig, combine, fingerprint, save_adapter
 from loraplus_jax.data.fetch import ASSETS, cache_dir
-from loraplus_jax.data.splits import DataSettings
 from loraplus_jax.inference.export import export_run
-from loraplus_jax.settings.schema import ModelSettings, Settings
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks.classification import Task
 from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.training.setup import build, load

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from jax.errors import JaxRuntimeError
 
-from loraplus_jax.data.splits import DataSettings
 from loraplus_jax.multihost import is_loss
 from loraplus_jax.settings.parsing import settings_from_json
-from loraplus_jax.settings.schema import ENDS, MAY_CHANGE, ModelSettings, Settings
-from loraplus_jax.training.run_directory import StopSignal, check_directory, keep_results, only_run
+from loraplus_jax.settings.schema import ENDS, MAY_CHANGE, DataSettings, ModelSettings, Settings
+from loraplus_jax.training.run_directory import check_directory, keep_results, only_run
+from loraplus_jax.training.signals import StopSignal
 
 HOLD = """
 import pathlib, sys

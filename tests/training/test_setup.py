@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.data.splits import DataSettings
-from loraplus_jax.settings.schema import ModelSettings, OptimizerSettings, Settings, TrainSettings
+from loraplus_jax.settings.schema import (
+    DataSettings,
+    ModelSettings,
+    OptimizerSettings,
+    Settings,
+    TrainSettings,
+)
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.training.optimizer import make_optimizer, schedule_for
 from loraplus_jax.training.setup import count_steps

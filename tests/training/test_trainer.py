@@ -7,8 +7,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from loraplus_jax.data.splits import DataSettings
-from loraplus_jax.settings.schema import ModelSettings, Settings, TrainSettings
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.sharding import make_mesh
 from loraplus_jax.training.run_directory import check_directory, set_aside
 from loraplus_jax.training.trainer import Trainer, evaluate, place

@@ -1,0 +1,92 @@
+"""Token arrays to batches of one static shape."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+
+from ..config import check_whole
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    arrays: Mapping[str, np.ndarray],
+    *,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | np.ndarray | None = None,
+) -> "grain.DatasetIterator[Batch]":
+    """Endless batches of N rows, reshuffled every epoch by `seed`, the last incomplete batch of each left out.
+
+    Every process sees the same global batches and takes the rows of each that its own devices need, so what is
+    learnt does not depend on the number of processes. A batch is made when it is asked for (in less than
+    a millisecond; nothing is prefetched), so the iterator's `get_state()`, a small dictionary for JSON, is the
+    position after the last batch taken, and `set_state()` goes back to exactly there.
+
+    Args:
+      arrays: columns, each of N rows.
+      batch_size: rows of the global batch.
+      seed: of the shuffles.
+      rows: which rows of a global batch to take, as `sharding.local_rows` gives them; all by default.
+
+    Returns:
+      A grain iterator of the columns' rows, with float32 ones as `weight`.
+
+    Raises:
+      ValueError: columns of different length, or a batch larger than the data.
+    """
+    import grain  # takes a second to import, which command lines' help should not wait for
+
+    size = _row_count(arrays, batch_size)
+    if batch_size > size:
+        raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
+    check_whole("seed", seed, at_least=0)
+
+    def take(indices: np.ndarray) -> Batch:
+        mine = indices if rows is None else indices[rows]
+        return _take(arrays, mine, np.ones(len(mine), np.float32))
+
+    indices = grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True)
+    return iter(
+        indices.map(take).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    )
+
+
+def eval_batches(
+    arrays: Mapping[str, np.ndarray], batch_size: int, rows: Sequence[int] | np.ndarray | None = None
+) -> Iterator[Batch]:
+    """Every row once, in order, in batches of exactly `batch_size` rows, or of each batch the given `rows`.
+
+    The last batch is filled up with copies of the last row, whose float32 `weight` is 0; all others have 1.
+
+    Raises:
+      ValueError: columns of different length, or a batch size below 1.
+    """
+    size = _row_count(arrays, batch_size)
+    for start in range(0, size, batch_size):
+        indices = start + (np.arange(batch_size) if rows is None else np.asarray(rows))
+        yield _take(arrays, np.minimum(indices, size - 1), (indices < size).astype(np.float32))
+
+
+def _take(arrays: Mapping[str, np.ndarray], indices: np.ndarray, weight: np.ndarray) -> Batch:
+    return {name: array[indices] for name, array in arrays.items()} | {"weight": weight}
+
+
+def _row_count(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
+    check_whole("batch_size", batch_size, at_least=1)
+    sizes = {name: len(array) for name, array in arrays.items()}
+    if len(set(sizes.values())) != 1 or "weight" in sizes:
+        raise ValueError(f"columns must have the same number of rows, and none be called weight, got {sizes}")
+    return next(iter(sizes.values()))
+
+
+def digest(splits: Mapping[str, Batch]) -> str:
+    """A short hex digest of all arrays, by which a run that goes on knows its data again."""
+    total = hashlib.sha256()
+    for split, arrays in splits.items():
+        for name, array in arrays.items():
+            total.update(f"{split} {name} {array.shape}".encode())
+            total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()[:16]

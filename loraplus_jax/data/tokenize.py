@@ -1,0 +1,65 @@
+"""Texts to token arrays of one length."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ..models.hf import read_json
+from ..models.tokenizer import read_file
+from .batches import Batch
+
+
+def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
+    """The tokenizer of `tokenizer.json`, set to truncate and pad on the right to exactly `max_length` tokens.
+
+    Padding and truncation baked into the file are replaced. The pad token is that of the file's own padding, or of
+    `tokenizer_config.json`, or a token called `[PAD]` or `<pad>`, or else the end-of-text token.
+
+    Raises:
+      ValueError: the file is missing or broken, or no pad token is found.
+    """
+    tokenizer = read_file(directory)
+    token = _pad_token(tokenizer, directory / "tokenizer_config.json")
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id(token), pad_token=token, length=max_length)
+    return tokenizer
+
+
+def _pad_token(tokenizer: Tokenizer, config_path: Path) -> str:
+    config = read_json(config_path) if config_path.is_file() else {}
+    declared = [config.get("pad_token"), "[PAD]", "<pad>", config.get("eos_token"), "</s>", "<|endoftext|>"]
+    for token in [(tokenizer.padding or {}).get("pad_token"), *declared]:
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and tokenizer.token_to_id(token) is not None:
+            return token
+    raise ValueError(f"no pad token found: name one as pad_token in {config_path}")
+
+
+def encode(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Tokenizer) -> tuple[Batch, int]:
+    """Token arrays of N texts or pairs, with a tokenizer from `load_tokenizer`.
+
+    Returns:
+      int32 `input_ids`, `attention_mask` and `token_type_ids`, each `(N, T)`, T being the tokenizer's `max_length`;
+      and how many of the N were truncated. Special tokens are never cut.
+
+    Raises:
+      ValueError: `max_length` leaves no room for the text.
+    """
+    if tokenizer.truncation is None:
+        raise ValueError("the tokenizer has no max_length: take it from load_tokenizer")
+    length = tokenizer.truncation["max_length"]
+    special = tokenizer.num_special_tokens_to_add(pairs is not None)
+    if length <= special:
+        raise ValueError(f"max_length must be above {special}, the number of special tokens, got {length}")
+    inputs = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
+    columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+    arrays = {name: np.zeros((len(inputs), length), np.int32) for name in columns}
+    truncated = 0
+    for start in range(0, len(inputs), 1024):  # an Encoding takes far more memory than its row
+        encodings = tokenizer.encode_batch_fast(inputs[start : start + 1024])
+        truncated += sum(bool(e.overflowing) for e in encodings)
+        for name, attribute in columns.items():
+            arrays[name][start : start + 1024] = [getattr(e, attribute) for e in encodings]
+    return arrays, truncated

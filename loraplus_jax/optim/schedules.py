@@ -1,0 +1,82 @@
+"""Learning rate schedules, and the rates that they give at a step."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+
+from ..config import check_number, check_whole
+
+Rate = float | jax.Array | optax.Schedule
+"""A learning rate: a number, a traced scalar, or a schedule from step to rate."""
+
+
+Schedule = Literal["constant", "linear", "cosine", "wsd"]
+
+
+def make_schedule(
+    name: Schedule,
+    peak: float | jax.Array,
+    steps: int,
+    *,
+    warmup_steps: int = 0,
+    final_fraction: float = 0.0,
+    decay_steps: int | None = None,
+) -> optax.Schedule:
+    """A schedule by name, for `learning_rate`; B's is `lr_ratio` times it at every step, its floor included.
+
+    Args:
+      name: `"constant"`, `"linear"`, `"cosine"`, or `"wsd"` (warm-up, stable, decay: linear at the end).
+      peak: the rate after warm-up.
+      steps: optimizer steps in all.
+      warmup_steps: steps of linear growth from 0 at the start.
+      final_fraction: the share of the peak reached at the last step; not for constant.
+      decay_steps: how long wsd decays at the end, a fifth of the steps by default; for wsd only.
+
+    Raises:
+      ValueError: an unknown name, or steps that do not fit into each other.
+
+    >>> schedule = make_schedule("wsd", 1.0, 10, warmup_steps=2, decay_steps=4, final_fraction=0.5)
+    >>> [float(schedule(step)) for step in (0, 1, 2, 6, 8, 10, 11)]
+    [0.0, 0.5, 1.0, 1.0, 0.75, 0.5, 0.5]
+    """
+    if name not in get_args(Schedule):
+        raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {name!r}")
+    if name != "wsd" and decay_steps is not None:
+        raise ValueError(f"decay_steps goes with the schedule wsd, not with {name}; got {decay_steps}")
+    if name == "constant" and final_fraction:
+        raise ValueError(f"final_fraction does not go with the schedule constant, got {final_fraction}")
+    check_whole("steps", steps, at_least=1)
+    check_whole("warmup_steps", warmup_steps, at_least=0)
+    check_number("final_fraction", final_fraction, at_least=0.0, below=1.0)
+    decay = max(1, steps // 5) if decay_steps is None else decay_steps
+    check_whole("decay_steps", decay, at_least=1)
+    rest = steps - warmup_steps
+    if rest < 1 or (name == "wsd" and rest < decay):
+        parts = f"{warmup_steps} of warm-up" + (f" and {decay} of decay" if name == "wsd" else "")
+        raise ValueError(f"{parts} do not fit into {steps} steps")
+    main = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, final_fraction),
+        "wsd": lambda: optax.linear_schedule(peak, peak * final_fraction, decay, rest - decay),
+    }[name]()
+    if not warmup_steps:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), main], [warmup_steps])
+
+
+def scale_rate(rate: Rate, factor: float | jax.Array) -> Rate:
+    """`factor` times a rate at every step, a schedule's warm-up and floor included.
+
+    >>> scale_rate(optax.linear_schedule(1.0, 0.5, 10), 4.0)(10).item()
+    2.0
+    """
+    if callable(rate):
+        return lambda step: factor * rate(step)
+    return factor * rate
+
+
+def rate_at(rate: Rate, step: int | jax.Array) -> Any:
+    """The value of a number or schedule at a step."""
+    return rate(step) if callable(rate) else rate
