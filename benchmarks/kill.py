@@ -29,8 +29,8 @@ TRAPPED = """
 import os, signal, sys, threading
 target, when, nth = sys.argv[1], sys.argv[2], int(sys.argv[3])
 from loraplus_jax import cli
-from loraplus_jax.training import metrics_log as report, run_directory as lifecycle
-from loraplus_jax.training import setup as prepare, trainer as loop
+from loraplus_jax.training import metrics_log, run_directory
+from loraplus_jax.training import setup, trainer
 owner, name = target.rsplit(".", 1)
 place = eval(owner)
 original, calls = getattr(place, name), []
@@ -51,43 +51,43 @@ setattr(place, name, trapped)
 sys.exit(cli.main(sys.argv[4:]))
 """
 # Each list is one run, killed at these points in turn: before, in and after start-up, rows, steps, evaluations,
-# saves and the end. "After" loop.save is in the middle of a save: the arrays are written in the background.
+# saves and the end. "After" trainer.save is in the middle of a save: the arrays are written in the background.
 WALKS = [
     [
-        ("prepare.load_params", "before", 1),
-        ("loop.open_manager", "before", 1),
-        ("loop.open_manager", "after", 1),
-        ("loop.evaluate", "before", 1),
-        ("loop.evaluate", "after", 1),
-        ("loop.RunLog.write", "before", 1),
-        ("loop.save", "before", 1),
+        ("setup.load_params", "before", 1),
+        ("trainer.open_manager", "before", 1),
+        ("trainer.open_manager", "after", 1),
+        ("trainer.evaluate", "before", 1),
+        ("trainer.evaluate", "after", 1),
+        ("trainer.RunLog.write", "before", 1),
+        ("trainer.save", "before", 1),
     ],
     [
-        ("loop.save", "after", 1),
-        ("loop.save", "after", 2),
-        ("loop.restore", "after", 1),
-        ("loop.place", "after", 1),
-        ("loop.RunLog.write", "before", 2),
-        ("loop.RunLog.write", "after", 2),
-        ("loop.save", "after", 3),
+        ("trainer.save", "after", 1),
+        ("trainer.save", "after", 2),
+        ("trainer.restore", "after", 1),
+        ("trainer.place", "after", 1),
+        ("trainer.RunLog.write", "before", 2),
+        ("trainer.RunLog.write", "after", 2),
+        ("trainer.save", "after", 3),
     ],
     [
-        ("loop.save", "5 ms into", 2),
-        ("loop.save", "20 ms into", 2),
-        ("loop.save", "60 ms into", 2),
-        ("loop.evaluate", "before", 2),
-        ("loop.evaluate", "after", 2),
-        ("loop.RunLog.sync", "after", 1),
+        ("trainer.save", "5 ms into", 2),
+        ("trainer.save", "20 ms into", 2),
+        ("trainer.save", "60 ms into", 2),
+        ("trainer.evaluate", "before", 2),
+        ("trainer.evaluate", "after", 2),
+        ("trainer.RunLog.sync", "after", 1),
     ],
     [
-        ("loop.save", "after", 9),
-        ("loop.save", "before", 1),
-        ("loop.Trainer.choose_best", "before", 1),
-        ("loop.save_adapter", "before", 1),
-        ("loop.save_adapter", "after", 1),
-        ("loop.draw_loss", "before", 1),
-        ("loop.draw_loss", "after", 1),
-        ("loop.Trainer.write_summary", "before", 1),
+        ("trainer.save", "after", 9),
+        ("trainer.save", "before", 1),
+        ("trainer.Trainer.choose_best", "before", 1),
+        ("trainer.save_adapter", "before", 1),
+        ("trainer.save_adapter", "after", 1),
+        ("trainer.draw_loss", "before", 1),
+        ("trainer.draw_loss", "after", 1),
+        ("trainer.Trainer.write_summary", "before", 1),
     ],
 ]
 # Small programs are kept and are compiled in a hurry: nearly all of a run's time is its start.

@@ -165,7 +165,7 @@ def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
     """Runs what may be stopped or fail, and sets the exit code."""
     from .training.anomalies import TrainingFailed
     from .training.distributed import LostProcess
-    from .training.run_directory import Stopped
+    from .training.signals import Stopped
 
     try:
         training()

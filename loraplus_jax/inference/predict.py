@@ -16,7 +16,7 @@ from ..data.batches import eval_batches
 from ..data.fetch import resolve
 from ..data.readers import read_rows
 from ..data.tokenize import encode
-from ..interop import adapter_files as adapter_io
+from ..interop import adapter_files
 from ..interop.adapter_files import read_tensors
 from ..interop.peft_files import NOTES, OWN, peft_notes
 from ..models.hf import load_params
@@ -78,7 +78,7 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
         return _load_merged(place, config)
     if directory is None:
         inner = place / ADAPTER if (place / ADAPTER).is_dir() else place
-        lost = [name for name in (adapter_io.TENSORS, adapter_io.NOTES) if not (inner / name).is_file()]
+        lost = [name for name in (adapter_files.TENSORS, adapter_files.NOTES) if not (inner / name).is_file()]
         raise FileNotFoundError(
             f"{inner} is no adapter directory: it lacks {' and '.join(lost)}; nor is it a run, PEFT's adapter or a "
             "model exported with --merged"

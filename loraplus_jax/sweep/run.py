@@ -28,7 +28,6 @@ from ..training.metrics_log import METRICS, SUMMARY, write_text
 from ..training.run_directory import (
     CHECKPOINTS,
     CONFIG,
-    Stopped,
     check_directory,
     named,
     only_run,
@@ -36,7 +35,7 @@ from ..training.run_directory import (
     set_aside_damaged,
     write_config,
 )
-from ..training.signals import StopSignal
+from ..training.signals import Stopped, StopSignal
 from ..training.xla import kept_programs
 from .figures import draw
 from .halving import at_rung, best_of, curve_every, means_of, spread_rows, stops_of

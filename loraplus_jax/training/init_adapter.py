@@ -10,8 +10,7 @@ import jax
 import numpy as np
 
 from ..config import LoRAPlusConfig
-from ..interop import adapter_files as adapter_io
-from ..interop import peft_files as peft_io
+from ..interop import adapter_files, peft_files
 from ..interop.adapter_files import Adapter, adapter_notes, load_adapter
 from ..interop.path_map import PathMap
 from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
@@ -32,13 +31,13 @@ _RATES = ("policy", "decay", "weight_decay")
 def find_adapter(path: Path) -> Path | None:
     """The adapter directory that a path means: a run's, or itself if it is one of either format; else None."""
     own = path / ADAPTER
-    names = (adapter_io.NOTES, peft_io.OPTIONS)
+    names = (adapter_files.NOTES, peft_files.OPTIONS)
     return next((place for place in (own, path) for name in names if (place / name).is_file()), None)
 
 
 def is_peft(directory: Path) -> bool:
     """Whether an adapter directory is of PEFT's format."""
-    return not (directory / adapter_io.NOTES).is_file()
+    return not (directory / adapter_files.NOTES).is_file()
 
 
 def notes_of(directory: Path) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def notes_of(directory: Path) -> dict[str, Any]:
 
 def notes_path(directory: Path) -> Path:
     """The file that holds them."""
-    return directory / (peft_io.NOTES if is_peft(directory) else adapter_io.NOTES)
+    return directory / (peft_files.NOTES if is_peft(directory) else adapter_files.NOTES)
 
 
 def own_config(directory: Path) -> LoRAPlusConfig | None:
@@ -206,8 +205,8 @@ def _start(settings: Settings) -> Path:
     place = Path(settings.init_adapter or "").expanduser()
     if (directory := find_adapter(place)) is None:
         raise ValueError(
-            f"init_adapter: there is no adapter in {place}; it takes a run, or a directory with {adapter_io.NOTES} "
-            f"or PEFT's {peft_io.OPTIONS}"
+            f"init_adapter: there is no adapter in {place}; it takes a run, or a directory with "
+            f"{adapter_files.NOTES} or PEFT's {peft_files.OPTIONS}"
         )
     return directory
 

@@ -23,7 +23,6 @@ from ..settings.schema import ENDS, MAY_CHANGE, Settings, apart
 from ..settings.yaml_files import read_yaml
 from .distributed import all_or_none, check_same
 from .metrics_log import PICTURE, SUMMARY, partial_path, write_text
-from .signals import Stopped as Stopped
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"

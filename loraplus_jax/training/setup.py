@@ -29,8 +29,7 @@ from ..sharding import (
     make_shardings,
 )
 from ..spec import Specs
-from ..tasks import causal_lm as language
-from ..tasks import encoder as encoders
+from ..tasks import causal_lm, encoder
 from ..tasks.interface import Base, Data, Losses, Parts, rows_of
 from ..tasks.sample_answers import Answer
 from ..train_step import TrainState, init_state, jit_step, make_eval
@@ -172,7 +171,7 @@ def outline(settings: Settings) -> Outline:
 
 def family_of(settings: Settings) -> Any:
     """The module that knows the kind of model: it has `load_data`, `load_split`, `make_base` and `make_losses`."""
-    return language if settings.is_language else encoders
+    return causal_lm if settings.is_language else encoder
 
 
 def count_steps(settings: Settings, examples: int) -> int:

@@ -32,7 +32,6 @@ from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
-    Stopped,
     agreed_changes,
     check_end,
     check_shared,
@@ -44,7 +43,7 @@ from .run_directory import (
     write_config,
 )
 from .setup import Run, prepare
-from .signals import StopSignal
+from .signals import Stopped, StopSignal
 from .theory_metrics import adapters_of, as_metrics, first_rows, is_due, read_metrics
 from .xla import kept_programs
 

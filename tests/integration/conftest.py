@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from loraplus_jax.cli import main
-from loraplus_jax.training import trainer as loop
+from loraplus_jax.training import trainer
 
 from . import language_world as language
 
@@ -174,7 +174,7 @@ def first_talk(tmp_path_factory):
 @pytest.fixture
 def talk(first_talk, tmp_path, cache, monkeypatch):
     """A fresh copy, as `world` is."""
-    monkeypatch.setattr(loop, "draw_loss", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
     return first_talk.copy(tmp_path)
 
 
@@ -184,7 +184,7 @@ def finished_talk(first_talk, tmp_path_factory, cache_directory):
     world = first_talk.copy(tmp_path_factory.mktemp("finished_talk"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_cached(cache_directory))
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(loop, "draw_loss", lambda *_: None)
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(trainer, "draw_loss", lambda *_: None)
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(world.printed.open("w"))))
         world.trained()
     return world
@@ -193,7 +193,7 @@ def finished_talk(first_talk, tmp_path_factory, cache_directory):
 @pytest.fixture
 def world(first_world, tmp_path, cache, monkeypatch):
     """A fresh copy, whose runs draw no picture: that takes as long as all else. `finished` has one."""
-    monkeypatch.setattr(loop, "draw_loss", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
     return first_world.copy(tmp_path)
 
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from loraplus_jax.inference.predict import load_tuned
-from loraplus_jax.training import trainer as loop
+from loraplus_jax.training import trainer
 from loraplus_jax.tree import combine
 
 from . import language_world as tiny
@@ -23,7 +23,7 @@ def chosen(first_talk, tmp_path_factory, cache):
     """A world with a run on questions, to be read only."""
     world = first_talk.copy(tmp_path_factory.mktemp("chosen"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_loss", lambda *_: None)
+        patch.setattr(trainer, "draw_loss", lambda *_: None)
         choices = [word.format(dir=world.directory) for word in CHOICES]
         world.trained(*choices, *NO_PROMPT, "--train.steps", "80")
     return world

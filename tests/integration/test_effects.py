@@ -30,7 +30,7 @@ from loraplus_jax.settings.schema import Settings
 from loraplus_jax.tasks import sample_answers as answers
 from loraplus_jax.training import distributed as hosts
 from loraplus_jax.training import setup as preparing
-from loraplus_jax.training import trainer as loop
+from loraplus_jax.training import trainer as training
 from loraplus_jax.training.anomalies import check_skipped
 from loraplus_jax.training.trainer import Trainer, TrainingFailed, train
 from loraplus_jax.tree import leaves_by_path
@@ -182,7 +182,7 @@ def cache_in_use(settings):
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "prepare", ending)
+        patch.setattr(training, "prepare", ending)
         with pytest.raises(Found):
             train(settings, console=QUIET)
     found = jax.config.values["jax_compilation_cache_dir"]
@@ -405,7 +405,7 @@ def home(first_world, tmp_path_factory, cache):
     (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_loss", lambda *_: None)
+        patch.setattr(training, "draw_loss", lambda *_: None)
         yield world
 
 

@@ -153,9 +153,9 @@ def test_a_model_trained_in_full_goes_out_merged(world, tmp_path, capsys):
 
 
 def test_training_goes_on_from_a_run_and_from_its_export(finished, tmp_path, capsys, cache, monkeypatch):
-    from loraplus_jax.training import trainer as loop
+    from loraplus_jax.training import trainer
 
-    monkeypatch.setattr(loop, "draw_loss", lambda *_: None)
+    monkeypatch.setattr(trainer, "draw_loss", lambda *_: None)
     printed(capsys, "export", finished.out, "--to", tmp_path / "peft")
     before = evaluated(capsys, finished.out)
     ends = []

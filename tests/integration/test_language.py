@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from loraplus_jax.cli import main
 from loraplus_jax.tasks import causal_lm as language
-from loraplus_jax.training import trainer as loop
+from loraplus_jax.training import trainer
 
 from . import language_world as tiny
 from .test_run import (
@@ -40,7 +40,7 @@ PROMPT = "say what colour is snow"
 def short(first_talk, tmp_path_factory, cache):
     """A short run that others are compared with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "draw_loss", lambda *_: None)
+        patch.setattr(trainer, "draw_loss", lambda *_: None)
         return first_talk.copy(tmp_path_factory.mktemp("short")).trained(*SHORT)
 
 
@@ -276,9 +276,9 @@ def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
         compiled.extend([event] if event == "/jax/core/compile/backend_compile_duration" else [])
 
     jax.monitoring.register_event_duration_secs_listener(heard)
-    save = loop.Trainer.save
+    save = trainer.Trainer.save
     monkeypatch.setattr(
-        loop.Trainer,
+        trainer.Trainer,
         "save",
         lambda self, m: at.update({int(self.state.step): len(compiled)}) or save(self, m),
     )

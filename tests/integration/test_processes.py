@@ -366,9 +366,9 @@ def test_a_fault_of_one_process_ends_both_at_once(first_talk, tmp_path):
     out = tmp_path / "out"
     broken = tmp_path / "broken.py"
     broken.write_text(
-        "import sys\nfrom loraplus_jax.training import trainer as loop\nimport loraplus_command\n"
+        "import sys\nfrom loraplus_jax.training import trainer\nimport loraplus_command\n"
         "def look(self, step):\n    raise KeyError('a fault')\n"
-        "loop.Trainer.log_row = look\nsys.argv[0] = 'loraplus'\nloraplus_command.run()\n"
+        "trainer.Trainer.log_row = look\nsys.argv[0] = 'loraplus'\nloraplus_command.run()\n"
     )
     address = free_address()
     command = [

@@ -80,7 +80,7 @@ def test_the_first_signal_leaves_a_note_and_the_second_acts(number):
 NOTED = """
 import signal, time, loraplus_command
 from loraplus_jax.multihost import is_loss
-from loraplus_jax.training.run_directory import StopSignal
+from loraplus_jax.training.signals import StopSignal
 loraplus_command.listen()
 with StopSignal() as stop:
     signal.raise_signal(signal.SIGTERM)
