@@ -35,7 +35,7 @@ from loraplus_jax.data.fetch import resolve
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks.interface import Parts
 from loraplus_jax.train_step import make_step, means
-from loraplus_jax.training.setup import build, family_of, load
+from loraplus_jax.training.setup import build, load, task_module
 from loraplus_jax.tree import combine
 
 ROWS = RESULTS / "convergence.jsonl"
@@ -47,7 +47,7 @@ class Bench:
     def __init__(self, plan: Experiment) -> None:
         self.plan, settings = plan, plan.settings
         self.directory = resolve(settings.model.path, "model")
-        self.data = family_of(settings).load_data(settings, self.directory)
+        self.data = task_module(settings).load_data(settings, self.directory)
         self.programs: dict[str | None, Programs] = {}
         self.base: dict[str, Any] | None = None
 
@@ -85,7 +85,7 @@ class Programs:
         if bench.base is None:  # the same for every init but for its place in the two trees
             bench.base = combine(*load(settings, bench.directory, parts, settings.applied)[3:])["params"]
         self.parts: Parts = parts
-        losses = family_of(settings).make_losses(settings, bench.data.task, parts)
+        losses = task_module(settings).make_losses(settings, bench.data.task, parts)
         self.is_full = method.init is None
         self.step = jax.jit(self._step(losses.train, settings), donate_argnums=0)
         self.evaluator = make_eval(losses.evaluate)

@@ -27,7 +27,7 @@ from loraplus_jax import (
 )
 from loraplus_jax.models.bert import BertForSequence
 from loraplus_jax.theory import make_theory
-from loraplus_jax.training.theory_metrics import adapters_of, as_metrics, first_rows
+from loraplus_jax.training.theory_metrics import as_metrics, copy_adapters, first_rows
 
 EVERY = 10
 
@@ -68,7 +68,7 @@ def main() -> None:
         return metrics["loss"]
 
     def one_measurement() -> dict[str, float]:
-        before = adapters_of(states[0].trainable)
+        before = copy_adapters(states[0].trainable)
         return as_metrics(measure(states[0].trainable, before, frozen, rows), specs)
 
     seconds = interleaved({"step": one_step, "theory": one_measurement}, options.rounds)

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from .config import LoRAPlusConfig, check_whole, nearest
-from .multihost import gathered, is_loss
+from .multihost import allgather, is_lost_process
 from .spec import Specs, specs_to_json
 from .train_step import TrainState
 from .tree import leaves_by_path
@@ -189,7 +189,7 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
         partial = place.with_name(".metrics.partial")
         partial.write_text(json.dumps(dict(metrics)), encoding="utf-8")
         os.replace(partial, place)
-    gathered(None)  # no process reads before they are there
+    allgather(None)  # no process reads before they are there
     manager.reload()
 
 
@@ -338,7 +338,7 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
         place = manager.directory / str(step)
         found = {name: HANDLERS[name]().restore(place / name, args=args) for name, args in items.items()}
     except Exception as error:
-        if is_loss(error):
+        if is_lost_process(error):
             raise
         reason = str(error).strip() or type(error).__name__
     _agree(manager, step, reason)
@@ -347,7 +347,7 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
 
 def _agree(manager: ocp.CheckpointManager, step: int, reason: str | None) -> None:
     """Raises DamagedCheckpoint in all processes if one of them gives a reason."""
-    for words in gathered(reason):
+    for words in allgather(reason):
         if words is not None:
             raise _damage(manager, step, words)
 

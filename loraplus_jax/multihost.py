@@ -15,7 +15,7 @@ _SIGNS = re.compile(
 )
 
 
-def gathered(value: Any) -> list[Any]:
+def allgather(value: Any) -> list[Any]:
     """A JSON value of every process, in their order; returns when all have come here."""
     if jax.process_count() == 1:
         return [value]
@@ -25,7 +25,7 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes, strict=True)]
 
 
-def is_loss(error: BaseException) -> bool:
+def is_lost_process(error: BaseException) -> bool:
     """Whether a computation or a barrier failed because another process has left it.
 
     JAX raises its own errors for computations that run in the background, and ValueError with the same text, which
@@ -41,12 +41,12 @@ def is_loss(error: BaseException) -> bool:
     return bool(_GONE.match(text) or (_PERHAPS.match(text) and _SIGNS.search(text)))
 
 
-def is_first() -> bool:
+def is_lead() -> bool:
     """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
-def to_host(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """Whole arrays in the memory of every process."""
 
     def whole(leaf: Any) -> Any:

@@ -40,7 +40,7 @@ from ..training.init_adapter import (
     read_adapter,
 )
 from ..training.run_directory import ADAPTER
-from ..training.setup import bare_parts, build, family_of, load, params_of
+from ..training.setup import base_parts, build, load, params_of, task_module
 from ..training.trainer import evaluate, place
 from ..tree import combine, flatten, unflatten
 
@@ -117,13 +117,13 @@ def known_of(directory: Path, notes: Mapping[str, Any], config: str | None = Non
 def _from_config(directory: Path, settings: Settings) -> tuple[Settings, Path, Any]:
     """Settings for an adapter that PEFT made: a config's, but for what the adapter says itself."""
     base = resolve(settings.model.path, "model")
-    task = family_of(settings).load_data(settings, base).task
+    task = task_module(settings).load_data(settings, base).task
     return with_adapter(directory, settings, base, task), base, task
 
 
 def with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
     """Settings whose section lora is what an adapter of PEFT's says."""
-    bare = bare_parts(settings, base, task)
+    bare = base_parts(settings, base, task)
     return dataclasses.replace(settings, method="lora_plus", lora=config_of(directory, bare))
 
 
@@ -134,7 +134,7 @@ def _load_merged(place: Path, config: str | None) -> Tuned:
         raise ValueError(f"{place / NOTES} does not say what the model was trained for")
     settings, task = known_of(place, notes, config)
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(place)))
-    bare = bare_parts(settings, place, task)
+    bare = base_parts(settings, place, task)
     own = flatten(read_tensors(place / OWN)) if (place / OWN).is_file() else {}
     table = bare.base.table if own else merged_table(bare)
     shapes = jax.eval_shape(bare.model.init, jax.random.key(0), *bare.base.inputs)["params"]
@@ -160,7 +160,7 @@ def evaluate_run(
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both: {split} and {data}")
     tuned = load_tuned(directory, config)
-    settings, family = tuned.settings, family_of(tuned.settings)
+    settings, family = tuned.settings, task_module(tuned.settings)
     splits = ("train", "validation", "test")
     if split is not None and split not in splits:
         raise ValueError(f"the run has no split {split!r}{nearest(split, splits)}")

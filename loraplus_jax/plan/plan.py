@@ -23,7 +23,7 @@ from ..tasks.causal_lm import head_is_frozen
 from ..tasks.interface import Base, Data, Parts
 from ..training.memory import free_bytes
 from ..training.optimizer import check_rates
-from ..training.setup import check_mesh, family_of, params_of
+from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
 from ..tree import count
 from .hlo import Collective, collectives, looped_products
@@ -147,8 +147,8 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model", files=("config.json",))
-    data = family_of(settings).without_data(settings)
-    base: Base = family_of(settings).make_base(settings, directory, data.task)
+    data = task_module(settings).without_data(settings)
+    base: Base = task_module(settings).make_base(settings, directory, data.task)
     check_tensor(mesh, base.tensor_sizes)
     check_length(settings, base)
     step = plan_step(settings, base, data, mesh)

@@ -16,15 +16,15 @@ from ..tasks.interface import Base, Data, Losses, Parts
 from ..train_step import TrainState, make_eval
 from ..training.optimizer import make_optimizer
 from ..training.setup import (
-    adapted,
+    add_adapters,
     batch_shapes,
     count_steps,
-    family_of,
     lower_step,
-    place_all,
     state_shapes,
+    state_shardings,
+    task_module,
 )
-from ..training.theory_metrics import lower_theory, measured_rows
+from ..training.theory_metrics import count_rows, lower_theory
 
 ENDLESS = 10**9
 """Steps that are assumed where the settings count in epochs: how many rows these have is in the data."""
@@ -50,11 +50,11 @@ class Step(NamedTuple):
 
 def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
     """The step that `train` would compile, of a base whose weights need not be there."""
-    parts = adapted(settings, base, settings.applied, _adapter_shapes)
+    parts = add_adapters(settings, base, settings.applied, _adapter_shapes)
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ENDLESS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
-    places = place_all(parts, tx, mesh)
+    places = state_shardings(parts, tx, mesh)
     state = state_shapes(parts, tx)
     batch = batch_shapes(data.splits["train"], train.batch_size)
     held = {
@@ -73,7 +73,7 @@ def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> 
     """
     if settings.task == "multiple_choice":
         return None, None
-    losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
+    losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
     evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
     batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
     return _in_turn("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch), step)
@@ -83,8 +83,8 @@ def theory_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tupl
     """The same of the program that `train.theory_every` measures with; None if that is not set."""
     if settings.train.theory_every is None:
         return None, None
-    losses: Losses = family_of(settings).make_losses(settings, data.task, step.parts, mesh)
-    rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+    losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
+    rows = batch_shapes(data.splits["train"], count_rows(settings.train.batch_size, mesh))
     lowered = lower_theory(
         losses.train, step.parts.specs, step.state, step.parts.frozen, rows, mesh=mesh, shardings=step.places
     )

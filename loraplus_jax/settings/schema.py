@@ -444,7 +444,7 @@ MAY_CHANGE = (
 ENDS = MAY_CHANGE[:4]
 
 
-def apart(
+def split_settings(
     values: Mapping[str, Any], prefix: str = "", may_change: Sequence[str] = MAY_CHANGE
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plain settings as two trees: what must stay as it was when a run goes on, and what may change.
@@ -456,7 +456,9 @@ def apart(
     free: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            for tree, part in zip((same, free), apart(value, f"{prefix}{name}.", may_change), strict=True):
+            for tree, part in zip(
+                (same, free), split_settings(value, f"{prefix}{name}.", may_change), strict=True
+            ):
                 tree |= {name: part} if part else {}
         else:
             (free if f"{prefix}{name}" in may_change else same)[name] = value

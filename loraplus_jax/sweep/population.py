@@ -22,14 +22,14 @@ from ..data.batches import digest
 from ..data.fetch import resolve
 from ..lora import SCALE, scale_variables
 from ..models.hf import check_params, load_params
-from ..settings.schema import apart
+from ..settings.schema import split_settings
 from ..sharding import make_mesh, replicate
 from ..spec import Specs
 from ..tasks.interface import Data, Losses, Parts, rows_of
 from ..train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.setup import build, count_steps, family_of, params_of, with_weights
+from ..training.setup import build, count_steps, params_of, set_weights, task_module
 from .halving import check_rungs
 from .settings import MAY_CHANGE, SweepRun, Trial
 
@@ -113,7 +113,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     devices = make_mesh(run.mesh.data).devices.reshape(-1)
     mesh = Mesh(devices, (MEMBERS,))
     directory = resolve(run.model.path, "model")
-    data = family_of(run).load_data(run, directory)
+    data = task_module(run).load_data(run, directory)
     if "test" not in data.splits:
         raise ValueError(
             "a sweep chooses on the validation split and reports on the test split: give data.test"
@@ -127,7 +127,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     at_once, chunk, programs = _compiled(run, data, shapes, steps, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
-    parts = with_weights(widest, shapes, weights, config)
+    parts = set_weights(widest, shapes, weights, config)
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
     values = functools.cache(functools.partial(_first_values, run, directory, data, parts, weights))
     first = functools.partial(_first, values, run, parts.specs, steps)
@@ -135,7 +135,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         config,
         parts.specs,
         base=fingerprint(parts.frozen) if parts.frozen else None,
-        settings=apart(run.to_json(), "", MAY_CHANGE)[0],
+        settings=split_settings(run.to_json(), "", MAY_CHANGE)[0],
         task=data.task.notes(),
         data=digest(data.splits),
     )
@@ -257,7 +257,7 @@ def _first_values(
     """
     settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
     shapes = build(settings, directory, data.task, settings.applied)
-    trainable = with_weights(settings, shapes, weights, settings.applied).trainable
+    trainable = set_weights(settings, shapes, weights, settings.applied).trainable
     return jax.tree.map(_padded, trainable, widest.trainable)
 
 
@@ -302,7 +302,7 @@ def _programs(
     run: SweepRun, data: Data, shapes: Parts, steps: int, mesh: Mesh, places: int, at_once: int
 ) -> tuple[int, Programs]:
     """Compiled from shapes alone; nothing else is compiled later."""
-    losses = family_of(run).make_losses(run, data.task, shapes)
+    losses = task_module(run).make_losses(run, data.task, shapes)
     step = make_member_step(run, losses, shapes.specs, steps)
     evaluate = make_member_eval(losses.evaluate, shapes.specs)
     chunk = mesh.size * (at_once if at_once > 1 else -(-places // mesh.size))

@@ -28,15 +28,15 @@ from ..training.metrics_log import METRICS, SUMMARY, write_text
 from ..training.run_directory import (
     CHECKPOINTS,
     CONFIG,
+    add_path_to_errors,
     check_directory,
-    named,
-    only_run,
-    set_aside,
-    set_aside_damaged,
+    lock_directory,
+    quarantine_checkpoint,
+    rename_run,
     write_config,
 )
 from ..training.signals import Stopped, StopSignal
-from ..training.xla import kept_programs
+from ..training.xla import use_compilation_cache
 from .figures import draw
 from .halving import at_rung, best_of, curve_every, means_of, spread_rows, stops_of
 from .population import Members, Population, prepare_population
@@ -81,7 +81,7 @@ def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None)
     check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
     with contextlib.ExitStack() as stack:
         if run.train.compilation_cache:
-            stack.enter_context(kept_programs(cache_dir() / "xla", console))
+            stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
         return _sweep(run, directory, fresh, console)
 
 
@@ -93,15 +93,15 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
     places = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
     population = prepare_population(run, places, at_once)
     if fresh:
-        set_aside(directory, console)
+        rename_run(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
-    with named(directory), only_run(directory):
+    with add_path_to_errors(directory), lock_directory(directory):
         if not (directory / CONFIG).exists():
             write_config(directory, run)
         write_text(directory / AT_ONCE, f"{population.at_once}\n")
         manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
         try:
-            return Sweep(population, places, directory, manager, console, started).run_all()
+            return Sweep(population, places, directory, manager, console, started).run_to_end()
         finally:
             manager.close()
 
@@ -126,7 +126,7 @@ class Sweep:
         splits = population.data.splits
         self.curve_split = spread_rows(splits["test"], splits["validation"])
 
-    def run_all(self) -> dict[str, Any]:
+    def run_to_end(self) -> dict[str, Any]:
         """Everything; returns the report."""
         self.start()
         self.print_head()
@@ -165,10 +165,10 @@ class Sweep:
             try:
                 restored = restore(self.manager, like, metadata=self.population.metadata)
             except DamagedCheckpoint as error:
-                place = set_aside_damaged(self.directory, self.manager, clock)
+                place = quarantine_checkpoint(self.directory, self.manager, clock)
                 self.console.print(f"{error}; it is now {place}, and the one before is used")
                 continue
-            self.go_on(restored.state, restored.input_position)
+            self.resume(restored.state, restored.input_position)
             return
 
     def begin(self, stage: str, entries: Sequence[Entry]) -> None:
@@ -184,14 +184,14 @@ class Sweep:
         self.record("curve")
         self.save()
 
-    def go_on(self, state: TrainState, position: dict[str, Any]) -> None:
+    def resume(self, state: TrainState, position: dict[str, Any]) -> None:
         """Takes up what a checkpoint holds."""
         self.stage, self.step, self.clock = position["stage"], position["step"], int(state.step)
         self.rows, self.seconds = position["rows"], position["seconds"]
         self.chosen = {arm: Trial(*values) for arm, values in position["chosen"].items()}
         if self.stage == "report":
             self.entries = self.report_entries()
-        self.crew.go_on(state, dict(enumerate(self.first())), position["places"])
+        self.crew.resume(state, dict(enumerate(self.first())), position["places"])
         self.batches = self.fresh_batches()
         for seed, batches in self.batches.items():
             batches.set_state(position["batches"][str(seed)])

@@ -126,7 +126,7 @@ class Crew:
         step: Any = np.int32(clock)
         return jax.device_put(TrainState(values, host.state.opt_state, step, host.state.rng))
 
-    def go_on(self, state: TrainState, first: Mapping[int, Members], places: Sequence[int]) -> None:
+    def resume(self, state: TrainState, first: Mapping[int, Members], places: Sequence[int]) -> None:
         """The inverse of `as_state`.
 
         Args:

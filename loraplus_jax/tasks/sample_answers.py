@@ -16,7 +16,7 @@ from ..data.chat_template import ChatTemplate
 from ..data.conversations import Chat, Turn
 from ..models.generate import ENDED, NOT_FINITE, Generate, Sampling, left_padded, make_generate
 from ..models.tokenizer import stop_ids
-from ..multihost import to_host
+from ..multihost import gather_to_host
 from ..settings.schema import Settings
 from .causal_lm import model_config, text_tools
 from .language_losses import LanguageTask
@@ -100,7 +100,7 @@ class Speaker:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
         batches = [slice(at, at + rows) for at in range(0, len(ids), rows)]
         found = [self.generate(variables, ids[at], segments[at], sampling, keys[at]) for at in batches]
-        tokens = np.concatenate(to_host(found))[: len(prompts)]
+        tokens = np.concatenate(gather_to_host(found))[: len(prompts)]
         if np.any(tokens == NOT_FINITE):
             raise ValueError(
                 "the model's scores are not finite: look at the weights and the dtype, and at training"

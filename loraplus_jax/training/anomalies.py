@@ -19,7 +19,7 @@ class TrainingFailed(Exception):
     """Training went wrong and was ended; the last good checkpoint is kept."""
 
 
-class Seen(NamedTuple):
+class History(NamedTuple):
     """What is remembered of the steps before, kept in checkpoints: a run that goes on sees what it would have seen.
 
     Attributes:
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
     skipped: int = 0
 
 
-class Jump(NamedTuple):
+class LossSpike(NamedTuple):
     """A loss spike.
 
     Attributes:
@@ -63,7 +63,9 @@ def as_floats(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in row.items()} for row in jax.device_get(list(metrics))]
 
 
-def look(seen: Seen, first: int, rows: Sequence[Mapping[str, float]]) -> tuple[Seen, list[Jump]]:
+def find_spikes(
+    seen: History, first: int, rows: Sequence[Mapping[str, float]]
+) -> tuple[History, list[LossSpike]]:
     """The spikes among the steps from `first` on, and what to remember after them."""
     losses, skipped, jumps = list(seen.losses), seen.skipped, []
     for step, row in enumerate(rows, first):
@@ -72,9 +74,9 @@ def look(seen: Seen, first: int, rows: Sequence[Mapping[str, float]]) -> tuple[S
             continue
         if is_spike(losses, row["loss"]):
             norms = {name: value for name, value in row.items() if "_norm/" in name}
-            jumps.append(Jump(step, row["loss"], statistics.median(losses), norms))
+            jumps.append(LossSpike(step, row["loss"], statistics.median(losses), norms))
         losses = [*losses, row["loss"]][-RECENT:]
-    return Seen(tuple(losses), skipped), jumps
+    return History(tuple(losses), skipped), jumps
 
 
 def is_spike(losses: Sequence[float], loss: float) -> bool:
@@ -90,7 +92,7 @@ def is_spike(losses: Sequence[float], loss: float) -> bool:
     return loss > SPIKE * median and loss > median + NOISE * spread
 
 
-def skipped_up_to(seen: Seen, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
+def index_of_skip_limit(seen: History, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
     """The place of the row by which `most` steps in a row were skipped, if they were.
 
     >>> one, none = {"skipped": 1.0}, {"skipped": 0.0}
@@ -105,7 +107,9 @@ def skipped_up_to(seen: Seen, rows: Sequence[Mapping[str, float]], most: int) ->
     return None
 
 
-def check_skipped(run: Run, seen: Seen, first: int, rows: Sequence[Mapping[str, float]], kept: int) -> None:
+def check_skipped(
+    run: Run, seen: History, first: int, rows: Sequence[Mapping[str, float]], kept: int
+) -> None:
     """Ends the run when too many steps in a row were skipped, naming what was not finite.
 
     Args:
@@ -116,16 +120,16 @@ def check_skipped(run: Run, seen: Seen, first: int, rows: Sequence[Mapping[str, 
       kept: the step of the newest checkpoint.
     """
     most = run.settings.train.max_skipped
-    place = skipped_up_to(seen, rows, most)
+    place = index_of_skip_limit(seen, rows, most)
     if place is not None:
-        odd = not_finite(rows[place])
+        odd = nonfinite_names(rows[place])
         raise TrainingFailed(
             f"{most} steps in a row up to step {first + place} were skipped: not finite were {', '.join(odd)}; "
             f"{advice(run, odd)}; checkpoints up to step {kept} are kept"
         )
 
 
-def not_finite(row: Mapping[str, float]) -> list[str]:
+def nonfinite_names(row: Mapping[str, float]) -> list[str]:
     """What in a step's metrics is not finite; updates, which follow from the rest, only where the rest is.
 
     >>> not_finite({"loss": math.nan, "update_norm/a": math.nan})

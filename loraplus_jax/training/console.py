@@ -11,7 +11,7 @@ from ..tree import count
 from .setup import Run
 
 
-def head(run: Run, step: int) -> Iterator[str]:
+def header(run: Run, step: int) -> Iterator[str]:
     """The lines that say what is about to be trained, and from which step."""
     settings, sizes = run.settings, run.data.examples
     trained = count(run.parts.trainable)
@@ -36,7 +36,7 @@ def head(run: Run, step: int) -> Iterator[str]:
         yield f"going on from step {step} of {run.steps}"
 
 
-def show(metrics: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, float]) -> str:
     """Metrics in a line.
 
     >>> show({"accuracy": 0.75, "loss": 0.5})

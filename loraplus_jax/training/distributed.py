@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from ..checkpoint import differences
-from ..multihost import gathered, is_loss
+from ..multihost import allgather, is_lost_process
 from ..settings.schema import AUTO, DistributedSettings
 from .signals import Stopped
 
@@ -29,7 +29,7 @@ class LostProcess(Exception):
 
 
 @contextlib.contextmanager
-def joined(settings: DistributedSettings) -> Iterator[None]:
+def join_processes(settings: DistributedSettings) -> Iterator[None]:
     """One of the run's processes, if there are several.
 
     Raises:
@@ -42,7 +42,7 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
     if settings.process_id == 0:
         _check_port(settings)
     # When its own time is over JAX aborts the process with a stack of native code.
-    watch = threading.Timer(settings.start_timeout, _give_up, [_alone(settings)])
+    watch = threading.Timer(settings.start_timeout, _abort, [_timeout_message(settings)])
     watch.daemon = True
     watch.start()
     try:
@@ -52,7 +52,7 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
             heartbeat_timeout_seconds=settings.lost_timeout,
         )
     except ENVIRONMENT_ERRORS as error:
-        raise ValueError(_not_joined(settings, error)) from error
+        raise ValueError(_join_error(settings, error)) from error
     finally:
         watch.cancel()
     _check_devices()
@@ -62,7 +62,7 @@ def joined(settings: DistributedSettings) -> Iterator[None]:
         jax.distributed.shutdown()
         raise
     except Exception as error:
-        if not is_loss(error):
+        if not is_lost_process(error):
             raise
         raise LostProcess(
             f"process {jax.process_index()} of {jax.process_count()} ends, because it cannot reach another one "
@@ -91,7 +91,7 @@ def _address(settings: DistributedSettings) -> dict[str, Any]:
     }
 
 
-def _give_up(message: str) -> None:
+def _abort(message: str) -> None:
     """Ends the process, which a native call may hold."""
     sys.stdout.flush()
     os.write(2, f"loraplus: error: {message}\n".encode())
@@ -110,7 +110,7 @@ def _check_port(settings: DistributedSettings) -> None:
         ) from None
 
 
-def _alone(settings: DistributedSettings) -> str:
+def _timeout_message(settings: DistributedSettings) -> str:
     """What is said when nobody has come in time."""
     who = f"process {settings.process_id} of {settings.processes}"
     if settings.coordinator == AUTO:
@@ -119,10 +119,10 @@ def _alone(settings: DistributedSettings) -> str:
     return f"{who} found no others at {where} in {settings.start_timeout} s (distributed.start_timeout)"
 
 
-def _not_joined(settings: DistributedSettings, error: Exception) -> str:
+def _join_error(settings: DistributedSettings, error: Exception) -> str:
     reason = _first_line(error)
     if settings.coordinator != AUTO:
-        return f"{_alone(settings)}: {reason}"
+        return f"{_timeout_message(settings)}: {reason}"
     if "start RPC server" in reason:
         return (
             f"distributed.coordinator is {AUTO}, and this process, which the environment makes the coordinator, "
@@ -140,7 +140,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """What every process does for itself and none may go on from alone: what one refuses, all refuse, in its words.
 
     Raises:
@@ -151,7 +151,7 @@ def all_or_none() -> Iterator[None]:
         yield
     except Exception as caught:
         error = caught
-    said = gathered(None if error is None else str(error) or type(error).__name__)
+    said = allgather(None if error is None else str(error) or type(error).__name__)
     if any(words is not None for words in said) and len(said) > 1:
         jax.distributed.shutdown()  # in order, for all are here
     if error is not None:
@@ -161,9 +161,9 @@ def all_or_none() -> Iterator[None]:
             raise ValueError(f"process {number} of {len(said)} refuses the run: {words}")
 
 
-def check_same(values: Mapping[str, Any]) -> None:
+def check_same_everywhere(values: Mapping[str, Any]) -> None:
     """Raises ValueError, in all processes, unless all of them have the same JSON values; names what differs."""
-    first, *others = gathered(dict(values))
+    first, *others = allgather(dict(values))
     for number, other in enumerate(others, 1):
         if found := differences(first, other, ("in process 0", f"in process {number}")):
             jax.distributed.shutdown()

@@ -16,7 +16,7 @@ from ..interop.path_map import PathMap
 from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
 from ..models import export
 from ..models.name_table import NameTable, linear
-from ..multihost import to_host
+from ..multihost import gather_to_host
 from ..settings.schema import Settings
 from ..spec import specs_from_json
 from ..tasks.interface import Parts
@@ -128,7 +128,7 @@ def _trained(
         if path in trainable:
             kept[path] = leaf
         elif not isinstance(wanted, jax.ShapeDtypeStruct) and not np.array_equal(
-            to_host(wanted).astype(leaf.dtype), leaf
+            gather_to_host(wanted).astype(leaf.dtype), leaf
         ):
             raise ValueError(
                 f"{directory}: {path} was trained in full, or is of another base; the settings leave it frozen: "
@@ -183,7 +183,7 @@ def adapter_digest(settings: Settings) -> str | None:
     return total.hexdigest()[:16]
 
 
-def started(settings: Settings, parts: Parts, params: Mapping[str, Any], base: str | None) -> Parts:
+def load_start(settings: Settings, parts: Parts, params: Mapping[str, Any], base: str | None) -> Parts:
     """The model with the values of `init_adapter`; what it lacks of modules trained in full stays as it is.
 
     Args:

@@ -2,7 +2,7 @@
 
 from ..optim.diagnostics import describe
 from ..settings.schema import Settings
-from .setup import outline
+from .setup import abstract_run
 
 
 def inspect(settings: Settings) -> str:
@@ -16,7 +16,7 @@ def inspect(settings: Settings) -> str:
             f"distributed.coordinator is {address}, and inspect joins no other process: give "
             "--distributed.coordinator null to look at the run with the devices here"
         )
-    run = outline(settings)
+    run = abstract_run(settings)
     peak = settings.optimizer.warmup_steps
     parts = run.shapes
     table = describe(parts.trainable, run.tx, parts.specs, frozen=parts.frozen, step=peak)

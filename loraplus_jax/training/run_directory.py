@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import filelock
 import jax
@@ -18,10 +17,10 @@ from rich.console import Console
 
 from ..checkpoint import PACKAGES, differences
 from ..models.hf import read_json
-from ..multihost import gathered, is_first, is_loss
-from ..settings.schema import ENDS, MAY_CHANGE, Settings, apart
+from ..multihost import allgather, is_lead, is_lost_process
+from ..settings.schema import ENDS, MAY_CHANGE, Settings, split_settings
 from ..settings.yaml_files import read_yaml
-from .distributed import all_or_none, check_same
+from .distributed import check_same_everywhere, raise_together
 from .metrics_log import PICTURE, SUMMARY, partial_path, write_text
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
@@ -33,13 +32,13 @@ PLACES = ("in that run", "here")
 
 
 @contextmanager
-def only_run(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[None]:
     """Holds the directory for this process; the operating system lets go of it when the process ends, however.
 
     Raises:
       ValueError: another process has a run in it; the message gives its pid.
     """
-    lock, owner = _locked(directory), directory / OWNER
+    lock, owner = _acquire_lock(directory), directory / OWNER
     try:
         owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
         yield
@@ -49,7 +48,7 @@ def only_run(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def _locked(directory: Path) -> filelock.BaseFileLock:
+def _acquire_lock(directory: Path) -> filelock.BaseFileLock:
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     try:
         lock.acquire(timeout=0)
@@ -64,7 +63,7 @@ def _locked(directory: Path) -> filelock.BaseFileLock:
 def _check_free(directory: Path) -> None:
     """Raises ValueError if a run is at work in the directory: said now, not when the weights are loaded."""
     if (directory / LOCK).exists():
-        _locked(directory).release()
+        _acquire_lock(directory).release()
 
 
 def _check_writable(directory: Path) -> None:
@@ -86,7 +85,7 @@ def _check_writable(directory: Path) -> None:
 
 
 @contextmanager
-def named(directory: Path) -> Iterator[None]:
+def add_path_to_errors(directory: Path) -> Iterator[None]:
     """Gives the directory's name to an error of the system that has none, as a full disk's."""
     try:
         yield
@@ -134,7 +133,9 @@ def check_directory(
     old = read_yaml(directory / CONFIG)
     if not isinstance(old, dict):
         raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
-    (old_same, old_free), (same, free) = (apart(v, "", may_change) for v in (old, settings.to_json()))
+    (old_same, old_free), (same, free) = (
+        split_settings(v, "", may_change) for v in (old, settings.to_json())
+    )
     if found := differences(old_same, same, PLACES):
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
@@ -146,59 +147,45 @@ def check_directory(
     return changed
 
 
-def check_shared(directory: Path) -> None:
+def check_shared_disk(directory: Path) -> None:
     """Raises ValueError, in all processes, unless all of them see what the first one writes to the directory."""
     if jax.process_count() == 1:
         return
-    (name, *_) = gathered(f".seen-{secrets.token_hex(8)}")
-    with all_or_none():
-        if is_first():
+    (name, *_) = allgather(f".seen-{secrets.token_hex(8)}")
+    with raise_together():
+        if is_lead():
             (directory / name).touch()
-    with all_or_none():
+    with raise_together():
         if not (directory / name).is_file():
             raise ValueError(
                 f"output_dir {directory} must lie on a file system that all processes see, and process "
                 f"{jax.process_index()} does not find there what process 0 has written"
             )
-    if is_first():
+    if is_lead():
         (directory / name).unlink()
 
 
-def agreed_changes(directory: Path, settings: Settings, fresh: bool) -> list[str]:
+def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[str]:
     """`check_directory` by the first process, for all; they must have been started alike."""
-    check_same(_told(settings, fresh))
+    started = settings.to_json()
+    for name in ("coordinator", "process_id"):  # each process has its own
+        del started["distributed"][name]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    check_same_everywhere({**started, "--fresh": fresh, "packages": versions})
     changed: list[str] = []
-    with all_or_none():
-        if is_first():
+    with raise_together():
+        if is_lead():
             changed = check_directory(directory, settings, fresh=fresh)
-    return gathered(changed)[0]
-
-
-def _told(settings: Settings, fresh: bool) -> dict[str, Any]:
-    """What all processes of a run must have been started with."""
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    values = settings.to_json()
-    own = ("coordinator", "process_id")
-    values["distributed"] = {name: v for name, v in values["distributed"].items() if name not in own}
-    return {**values, "--fresh": fresh, "packages": packages}
-
-
-def check_end(steps: int, manager: ocp.CheckpointManager) -> None:
-    """Raises ValueError if the run is past its new end already."""
-    done = manager.latest_step() or 0
-    if steps < done:
-        raise ValueError(
-            f"train.steps or epochs ends the run at step {steps}, and it has done {done} already"
-        )
+    return allgather(changed)[0]
 
 
 @contextmanager
-def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Ends the writing of checkpoints whatever happens, except where it would wait for a process that is lost."""
+def close_manager(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
+    """Closes the manager at the end, except where it would wait for a lost process."""
     try:
-        yield
+        yield manager
     except BaseException as error:
-        if not is_loss(error):
+        if not is_lost_process(error):
             manager.close()
         raise
     manager.close()
@@ -209,7 +196,7 @@ def write_config(directory: Path, settings: Settings) -> None:
     write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
-def keep_results(directory: Path) -> None:
+def archive_results(directory: Path) -> None:
     """Renames what a finished run made, with its last step in the name, before the run goes on.
 
     The summary last: as long as it is there, the run counts as finished, and this is done again after a sudden end.
@@ -228,33 +215,33 @@ def _first_free(path: Path) -> Path:
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
-def set_aside_damaged(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
+def quarantine_checkpoint(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
     """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
     place = _first_free(directory / DAMAGED / str(step))
-    if is_first():
+    if is_lead():
         place.parent.mkdir(exist_ok=True)
         (directory / CHECKPOINTS / str(step)).rename(place)
-    gathered(None)  # no process looks before it is out of the way
+    allgather(None)  # no process looks before it is out of the way
     manager.reload()
     return place
 
 
-def set_aside(directory: Path, console: Console) -> None:
+def rename_run(directory: Path, console: Console) -> None:
     """Renames an older run, unless it is at work, to the first free `DIRECTORY.N`."""
     if (directory / CONFIG).exists():
         number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}.{n}").exists())
-        with only_run(directory):
+        with lock_directory(directory):
             old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
         console.print(f"the older run is now {old}")
 
 
 @contextmanager
-def own(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
+def claim_directory(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
     """The output directory, made or taken over, and held."""
     if fresh:
-        set_aside(directory, console)
+        rename_run(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
-    with only_run(directory):
+    with lock_directory(directory):
         if not (directory / CONFIG).exists():
             # The first file of a run: by it the directory is known as one, however early the run is killed.
             write_config(directory, settings)

@@ -18,7 +18,7 @@ from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.hf import check_params, load_params, rows_digest
 from ..optim.lora_plus import LoRAPlusTransform
-from ..settings.schema import MOST_STEPS, Settings, apart
+from ..settings.schema import MOST_STEPS, Settings, split_settings
 from ..sharding import (
     BATCH_AXES,
     Shardings,
@@ -34,11 +34,11 @@ from ..tasks.interface import Base, Data, Losses, Parts, rows_of
 from ..tasks.sample_answers import Answer
 from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, split_trainable
-from .distributed import all_or_none, check_same
-from .init_adapter import adapter_digest, check_start, started
+from .distributed import check_same_everywhere, raise_together
+from .init_adapter import adapter_digest, check_start, load_start
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
-from .theory_metrics import lower_theory, measured_rows
+from .theory_metrics import count_rows, lower_theory
 from .xla import compiler_options
 
 
@@ -93,26 +93,26 @@ def prepare(settings: Settings) -> Run:
     Raises:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
-    with all_or_none():
+    with raise_together():
         run, found = _prepare(settings)
-    check_same(found)
+    check_same_everywhere(found)
     # From here on the processes compute together.
     base = fingerprint(run.parts.frozen) if run.parts.frozen else None
     metadata = describe_run(
         run.config,
         run.parts.specs,
         base=base,
-        settings=apart(settings.to_json())[0],
+        settings=split_settings(settings.to_json())[0],
         task=found["task"],
         data=found["data"],
     )
     if settings.init_adapter is not None:
-        with all_or_none():
-            parts = started(settings, run.parts, params_of(run.parts), base)
+        with raise_together():
+            parts = load_start(settings, run.parts, params_of(run.parts), base)
         run = run._replace(parts=parts)
         metadata["init_adapter"] = fingerprint(parts.trainable)
     if jax.process_count() > 1:
-        check_same({"base": base, "trained": fingerprint(run.parts.trainable)})
+        check_same_everywhere({"base": base, "trained": fingerprint(run.parts.trainable)})
     return run._replace(metadata=metadata)
 
 
@@ -121,7 +121,7 @@ def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
 
     Of `init_adapter` and metadata the run has nothing yet.
     """
-    mesh, directory, data, steps, shapes, tx = outline(settings)
+    mesh, directory, data, steps, shapes, tx = abstract_run(settings)
     config = settings.applied
     _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     if settings.init_adapter is not None:
@@ -129,7 +129,7 @@ def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
     answer = (
         Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
     )
-    shardings = place_all(shapes, tx, mesh)
+    shardings = state_shardings(shapes, tx, mesh)
     programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
     check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
     parts = load(settings, directory, shapes, config, mesh)
@@ -144,7 +144,7 @@ def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
     return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {}), found
 
 
-class Outline(NamedTuple):
+class AbstractRun(NamedTuple):
     """A run before any weight is looked at; see `Run`. `shapes` is the model with shapes for all values."""
 
     mesh: Mesh
@@ -155,21 +155,21 @@ class Outline(NamedTuple):
     tx: LoRAPlusTransform
 
 
-def outline(settings: Settings) -> Outline:
+def abstract_run(settings: Settings) -> AbstractRun:
     """Fetches model and data, and checks devices, data, steps, adapters and rates against each other."""
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
-    data = family_of(settings).load_data(settings, directory)
+    data = task_module(settings).load_data(settings, directory)
     steps = count_steps(settings, rows_of(data.splits["train"]))
     shapes = build(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, shapes.specs)
     check_rates(settings.optimizer, shapes)
-    return Outline(mesh, directory, data, steps, shapes, tx)
+    return AbstractRun(mesh, directory, data, steps, shapes, tx)
 
 
-def family_of(settings: Settings) -> Any:
+def task_module(settings: Settings) -> Any:
     """The module that knows the kind of model: it has `load_data`, `load_split`, `make_base` and `make_losses`."""
     return causal_lm if settings.is_language else encoder
 
@@ -198,10 +198,12 @@ def count_steps(settings: Settings, examples: int) -> int:
 
 def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None) -> Parts:
     """The model with its adapters; shapes stand for all weights but the adapters."""
-    return adapted(settings, family_of(settings).make_base(settings, directory, task), config, init_lora)
+    return add_adapters(
+        settings, task_module(settings).make_base(settings, directory, task), config, init_lora
+    )
 
 
-def adapted(
+def add_adapters(
     settings: Settings, base: Base, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
 ) -> Parts:
     """A base with its adapters, which `make_adapters` makes as `init_lora` does, or as shapes."""
@@ -216,9 +218,9 @@ def adapted(
     return Parts(base, model, specs, _float32(trainable), frozen)
 
 
-def bare_parts(settings: Settings, directory: Path, task: Any) -> Parts:
+def base_parts(settings: Settings, directory: Path, task: Any) -> Parts:
     """The model without adapters and without variables."""
-    base: Base = family_of(settings).make_base(settings, directory, task)
+    base: Base = task_module(settings).make_base(settings, directory, task)
     return Parts(base, base.model, {}, {}, {})
 
 
@@ -237,16 +239,16 @@ def load(
     places = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
     shardings = {path.removeprefix("params/"): place for path, place in places.items()}
     params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
-    return with_weights(settings, parts, params, config)
+    return set_weights(settings, parts, params, config)
 
 
-def with_weights(
+def set_weights(
     settings: Settings, parts: Parts, params: Mapping[str, Any], config: LoRAPlusConfig | None
 ) -> Parts:
     """The same with weights that are loaded already, which are not copied, and first values of what they lack."""
     base = parts.base
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
-    variables = {"params": combine(params, {name: _fresh(base, name, new_key) for name in base.new})}
+    variables = {"params": combine(params, {name: _init_new(base, name, new_key) for name in base.new})}
     variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
     trainable, frozen = _split(variables, config)
     return parts._replace(trainable=_float32(trainable), frozen=frozen)
@@ -257,7 +259,7 @@ def params_of(parts: Parts) -> dict[str, Any]:
     return combine(parts.trainable, parts.frozen)["params"]
 
 
-def place_all(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
+def state_shardings(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
     """Where state and frozen variables lie on a mesh."""
     return make_shardings(
         mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
@@ -268,13 +270,13 @@ def compile_programs(
     settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
-    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
     placed = {"mesh": mesh, "shardings": shardings}
     evaluate = make_eval(losses.evaluate, **placed)
     batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
     state, theory = state_shapes(parts, tx), None
     if settings.train.theory_every is not None:
-        rows = batch_shapes(data.splits["train"], measured_rows(settings.train.batch_size, mesh))
+        rows = batch_shapes(data.splits["train"], count_rows(settings.train.batch_size, mesh))
         theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed).compile()
     options = compiler_options(mesh, unrolled=settings.model.unroll)
     return Programs(
@@ -288,7 +290,7 @@ def lower_step(
     settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
 ) -> jax.stages.Lowered:
     """The step before it is compiled; of the data only the columns' shapes matter."""
-    losses: Losses = family_of(settings).make_losses(settings, data.task, parts, mesh)
+    losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
     step = jit_step(
         losses.train,
         tx,
@@ -333,7 +335,7 @@ def check_mesh(settings: Settings, mesh: Mesh) -> None:
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
 
 
-def _fresh(base: Base, name: str, key: jax.Array) -> Any:
+def _init_new(base: Base, name: str, key: jax.Array) -> Any:
     """First values of a new part; XLA leaves the rest of the model out."""
     zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
     return jax.jit(lambda key: base.model.init(key, *zeros)["params"][name])(key)

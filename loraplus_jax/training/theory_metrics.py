@@ -23,7 +23,7 @@ SHARE = 4
 GROUP = "theory"
 
 
-def measured_rows(batch_size: int, mesh: Mesh) -> int:
+def count_rows(batch_size: int, mesh: Mesh) -> int:
     """How many of a batch's rows are measured: a quarter, and a multiple of the parts that the mesh makes of it."""
     parts = batch_parts(mesh)
     return parts * math.ceil(batch_size / SHARE / parts)
@@ -55,14 +55,14 @@ def _copied(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def adapters_of(trainable: Mapping[str, Any]) -> Any:
+def copy_adapters(trainable: Mapping[str, Any]) -> Any:
     """A copy of the adapters, which a step would give away."""
     return _copied(trainable["lora"])
 
 
 def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
     """The rows of a process's part of a batch that are measured."""
-    count = len(local_rows(mesh, measured_rows(batch_size, mesh)))
+    count = len(local_rows(mesh, count_rows(batch_size, mesh)))
     return {name: column[:count] for name, column in batch.items()}
 
 

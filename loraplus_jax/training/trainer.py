@@ -18,34 +18,41 @@ from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager,
 from ..data.batches import Batch, train_batches
 from ..data.fetch import cache_dir
 from ..interop.adapter_files import save_adapter
-from ..multihost import gathered, is_first, to_host
+from ..multihost import allgather, gather_to_host, is_lead
 from ..optim.schedules import rate_at
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows
 from ..train_step import TrainState, init_state
 from ..tree import combine, count, label_params
-from .anomalies import Seen, TrainingFailed, advice, as_floats, check_skipped, look, skipped_up_to
-from .console import head, progress, show
-from .distributed import all_or_none, joined
+from .anomalies import (
+    History,
+    TrainingFailed,
+    advice,
+    as_floats,
+    check_skipped,
+    find_spikes,
+    index_of_skip_limit,
+)
+from .console import format_metrics, header, progress
+from .distributed import join_processes, raise_together
 from .evaluation import evaluate, place
 from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
-    agreed_changes,
-    check_end,
-    check_shared,
-    closing,
-    keep_results,
-    named,
-    own,
-    set_aside_damaged,
+    add_path_to_errors,
+    archive_results,
+    changed_settings,
+    check_shared_disk,
+    claim_directory,
+    close_manager,
+    quarantine_checkpoint,
     write_config,
 )
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
-from .theory_metrics import adapters_of, as_metrics, first_rows, is_due, read_metrics
-from .xla import kept_programs
+from .theory_metrics import as_metrics, copy_adapters, first_rows, is_due, read_metrics
+from .xla import use_compilation_cache
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
@@ -70,34 +77,38 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
     """
     directory = Path(settings.output_dir).expanduser()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(joined(settings.distributed))
-        console = (console or Console(soft_wrap=True)) if is_first() else Console(quiet=True)
-        changed = agreed_changes(directory, settings, fresh)
+        stack.enter_context(join_processes(settings.distributed))
+        console = (console or Console(soft_wrap=True)) if is_lead() else Console(quiet=True)
+        changed = changed_settings(directory, settings, fresh)
         if settings.train.compilation_cache:
-            stack.enter_context(kept_programs(cache_dir() / "xla", console))
-        return _train(settings, directory, changed, fresh, console)
-
-
-def _train(
-    settings: Settings, directory: Path, changed: list[str], fresh: bool, console: Console
-) -> dict[str, Any]:
-    run = prepare(settings)
-    with named(directory), contextlib.ExitStack() as stack:
-        with all_or_none():
-            if is_first():
-                stack.enter_context(own(directory, settings, fresh, console))
-        check_shared(directory)
-        task = run.data.task
-        best = f"validation/{task.metric}"
-        manager = open_manager(directory / CHECKPOINTS, keep=settings.train.keep, best=best, mode=task.mode)
-        with closing(manager):
-            if changed:
-                check_end(run.steps, manager)
-                if is_first():
-                    keep_results(directory)
-                    write_config(directory, settings)
-                console.print(f"changed since the run was started: {'; '.join(changed)}")
-            return Trainer(run, directory, manager, console).run_all()
+            stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
+        run = prepare(settings)
+        stack.enter_context(add_path_to_errors(directory))
+        with raise_together():
+            if is_lead():
+                stack.enter_context(claim_directory(directory, settings, fresh, console))
+        check_shared_disk(directory)
+        manager = stack.enter_context(
+            close_manager(
+                open_manager(
+                    directory / CHECKPOINTS,
+                    keep=settings.train.keep,
+                    best=f"validation/{run.data.task.metric}",
+                    mode=run.data.task.mode,
+                )
+            )
+        )
+        if changed:
+            done = manager.latest_step() or 0
+            if run.steps < done:
+                raise ValueError(
+                    f"train.steps or epochs ends the run at step {run.steps}, and it has done {done} already"
+                )
+            if is_lead():
+                archive_results(directory)
+                write_config(directory, settings)
+            console.print(f"changed since the run was started: {'; '.join(changed)}")
+        return Trainer(run, directory, manager, console).run_to_end()
 
 
 class Trainer:
@@ -107,8 +118,8 @@ class Trainer:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
         self.stop = StopSignal()
-        self.seen = Seen()
-        self.due = False  # whether the checkpoint gone on from still lacks its evaluation
+        self.history = History()
+        self.evaluation_pending = False  # whether the restored checkpoint still needs its evaluation
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
@@ -124,17 +135,17 @@ class Trainer:
         self.answers: dict[str, str] = {}
         self.pending: list[Any] = []  # the metrics of steps that no row tells of yet
 
-    def run_all(self) -> dict[str, Any]:
+    def run_to_end(self) -> dict[str, Any]:
         """Everything; returns the summary."""
         started = time.perf_counter()
-        rows = self.go_on()
+        rows = self.resume()
         self.step = step = int(self.state.step)
-        self.log = RunLog(self.directory, keep=rows, writes=is_first())
+        self.log = RunLog(self.directory, keep=rows, writes=is_lead())
         try:
             with self.stop:
-                for line in head(self.run, step):
+                for line in header(self.run, step):
                     self.console.print(line)
-                before = self.before()
+                before = self.evaluate_before()
                 self.loop(step)
                 after = self.finish()
                 return self.write_summary(before, after, time.perf_counter() - started)
@@ -148,27 +159,30 @@ class Trainer:
             message = f"stopped at step {self.step} of {self.run.steps}; the same command goes on from there"
             raise Stopped(self.stop.received, message)
 
-    def go_on(self) -> int:
+    def resume(self) -> int:
         """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
-        while (step := gathered(self.manager.latest_step())[0]) is not None:
+        while (step := allgather(self.manager.latest_step())[0]) is not None:
             try:
                 restored = restore(self.manager, self.state, metadata=self.run.metadata, step=step)
             except DamagedCheckpoint as error:
-                self.set_aside_damaged(step, error)
+                self.quarantine(step, error)
                 continue
             self.state, position = restored.state, restored.input_position
             self.batches.set_state(position["batches"])
             self.pending, losses = position["pending"], position["losses"]
-            self.seen, self.due = Seen(tuple(losses), position["skipped"]), position["due"]
+            self.history, self.evaluation_pending = (
+                History(tuple(losses), position["skipped"]),
+                position["due"],
+            )
             return position["rows"]
         return 0
 
-    def set_aside_damaged(self, step: int, error: DamagedCheckpoint) -> None:
+    def quarantine(self, step: int, error: DamagedCheckpoint) -> None:
         """Moves a checkpoint that cannot be read out of the way."""
-        place = set_aside_damaged(self.directory, self.manager, step)
+        place = quarantine_checkpoint(self.directory, self.manager, step)
         self.console.print(f"{error}; it is now {place}, and the one before is used")
 
-    def before(self) -> dict[str, float]:
+    def evaluate_before(self) -> dict[str, float]:
         """The held-out result before the first step, from the log when the run goes on."""
         name = f"{self.held_out}/"
         first = next((row for row in self.log.rows if row["step"] == 0), None)
@@ -183,7 +197,7 @@ class Trainer:
             self.log.write(0, {name + key: value for key, value in values.items()})
             first = self.log.rows[-1]
         before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
-        self.console.print(f"before: {show(before)} ({self.held_out})")
+        self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
         if self.run.answer is not None:
             self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.initial)}
             self.console.print(f"> {self.answers['prompt']}\nbefore: {self.answers['before']}", markup=False)
@@ -199,20 +213,20 @@ class Trainer:
         every = self.settings
         with progress(self.console) as bar:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
-            if self.due:
+            if self.evaluation_pending:
                 self.evaluate_and_save(step)
             self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
                 batch = next(self.batches)
-                before = adapters_of(self.state.trainable) if is_due(every.theory_every, step + 1) else None
+                before = copy_adapters(self.state.trainable) if is_due(every.theory_every, step + 1) else None
                 placed = place(batch, self.run.mesh)
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
                 self.pending.append(metrics)
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
                 if before is not None:
-                    self.log.write(step, self.measure(before, batch))
-                if step % every.log_every == 0 or step == self.run.steps or self.failing():
+                    self.log.write(step, self.measure_theory(before, batch))
+                if step % every.log_every == 0 or step == self.run.steps or self.has_too_many_skips():
                     loss, rate = self.log_row(step)
                     bar.update(task, completed=step, loss=loss, rate=rate)
                 if step % every.eval_every == 0 or step == self.run.steps:
@@ -224,7 +238,7 @@ class Trainer:
         if self.pending:
             self.log_row(step)
 
-    def measure(self, before: Any, batch: Batch) -> dict[str, float]:
+    def measure_theory(self, before: Any, batch: Batch) -> dict[str, float]:
         """What the step just done did to the layers' outputs, given the adapters before it."""
         rows = place(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
         found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
@@ -233,7 +247,7 @@ class Trainer:
     def log_row(self, step: int) -> tuple[str, str]:
         """Turns the pending metrics into a row; returns what the progress bar shows."""
         host, first = as_floats(self.pending), step - len(self.pending) + 1
-        seen, jumps = look(self.seen, first, host)
+        seen, jumps = find_spikes(self.history, first, host)
         for jump in jumps:
             self.log.write(jump.step, jump.values())
             self.console.print(str(jump), markup=False)
@@ -244,11 +258,11 @@ class Trainer:
         values["skipped"] = float(len(host) - len(done))
         rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
         self.log.write(step, values | rates | {"steps_per_second": speed})
-        check_skipped(self.run, self.seen, first, host, self.manager.latest_step() or 0)
-        self.seen = seen
+        check_skipped(self.run, self.history, first, host, self.manager.latest_step() or 0)
+        self.history = seen
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
-    def failing(self) -> bool:
+    def has_too_many_skips(self) -> bool:
         """Whether too many steps in a row were skipped up to the one before the one under way.
 
         Only that one's number that says so is waited for; at most two steps are under way, then.
@@ -256,7 +270,7 @@ class Trainer:
         before = self.pending[:-1]
         if not before or not before[-1]["skipped"]:
             return False
-        return skipped_up_to(self.seen, as_floats(before), self.settings.max_skipped) is not None
+        return index_of_skip_limit(self.history, as_floats(before), self.settings.max_skipped) is not None
 
     def evaluate_and_save(self, step: int) -> None:
         """The validation result goes to the log, to the screen and with a checkpoint.
@@ -264,14 +278,14 @@ class Trainer:
         If a signal comes before it is there, the checkpoint is saved with a note that it is due, and the run that
         goes on makes it up: evaluating a large split may take longer than the machine is left to us.
         """
-        if jax.process_count() > 1 and not self.due:
+        if jax.process_count() > 1 and not self.evaluation_pending:
             # None may leave an evaluation that the others are in: so the state is saved before.
             self.save(None, due=True)
-            self.due = True
+            self.evaluation_pending = True
         try:
             values = self.evaluate(self.state.trainable, "validation")
         except Stopped:
-            if not self.due:
+            if not self.evaluation_pending:
                 self.save(None, due=True)
                 self.manager.wait_until_finished()
             raise
@@ -281,16 +295,16 @@ class Trainer:
                 f"the validation loss at step {step} is not finite; {tips}; checkpoints up to step "
                 f"{self.manager.latest_step() or 0} are kept"
             )
-        named = {f"validation/{name}": value for name, value in values.items()}
-        self.log.write(step, named)
-        if self.due:
+        metrics = {f"validation/{name}": value for name, value in values.items()}
+        self.log.write(step, metrics)
+        if self.evaluation_pending:
             self.manager.wait_until_finished()
-            add_metrics(self.manager, step, named)
-            self.due = False
+            add_metrics(self.manager, step, metrics)
+            self.evaluation_pending = False
         else:
-            self.save(named)
+            self.save(metrics)
         self.clock = time.perf_counter()
-        self.console.print(f"step {step}: {show(values)} (validation)")
+        self.console.print(f"step {step}: {format_metrics(values)} (validation)")
 
     def save(self, metrics: Mapping[str, float] | None, *, due: bool = False) -> None:
         """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet.
@@ -299,7 +313,7 @@ class Trainer:
         """
         self.log.sync()
         position = {"batches": self.batches.get_state(), "pending": as_floats(self.pending)}
-        position |= {"rows": len(self.log.rows), **self.seen._asdict(), "due": due}
+        position |= {"rows": len(self.log.rows), **self.history._asdict(), "due": due}
         save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
 
     def should_stop(self) -> bool:
@@ -325,8 +339,8 @@ class Trainer:
 
     def write_results(self) -> None:
         """The adapter, and the picture of how the loss fell."""
-        trained = to_host(self.state.trainable)
-        if not is_first():
+        trained = gather_to_host(self.state.trainable)
+        if not is_lead():
             return
         notes = {name: self.run.metadata[name] for name in ("base", "task")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
@@ -345,12 +359,12 @@ class Trainer:
 
     def choose_best(self) -> None:
         """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
-        while (best := gathered(self.manager.best_step())[0]) is not None:
+        while (best := allgather(self.manager.best_step())[0]) is not None:
             try:
                 self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
                 return
             except DamagedCheckpoint as error:
-                self.set_aside_damaged(best, error)
+                self.quarantine(best, error)
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """`summary.json`, the last thing a run writes: with it the run is finished."""
@@ -375,11 +389,12 @@ class Trainer:
             "devices": f"{self.run.mesh.size} x {jax.devices()[0].device_kind}",
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
-        if is_first():
+        if is_lead():
             write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
-            f"after:  {show(after)} ({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
+            f"after:  {format_metrics(after)} "
+            f"({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
         )
         if theory:
             self.console.print(f"theory: {theory}", markup=False)

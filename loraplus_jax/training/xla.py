@@ -24,7 +24,7 @@ def compiler_options(mesh: Mesh, *, unrolled: bool) -> dict[str, Any] | None:
 
 
 @contextmanager
-def kept_programs(directory: Path, console: Console) -> Iterator[None]:
+def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
     """Compiled programs are kept in a directory; if they cannot be, a line says so.
 
     Entries that a full disk cut short are removed: JAX complains of them at every start and never replaces them.

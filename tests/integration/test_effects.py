@@ -69,7 +69,7 @@ def without_compiling():
 
 def arrays(settings):
     """The task, and every split as arrays."""
-    family = preparing.family_of(settings)
+    family = preparing.task_module(settings)
     data = family.load_data(settings, resolve(settings.model.path, "model"))
     return data.task, {name: hashed(columns) for name, columns in data.splits.items()}
 

@@ -158,14 +158,14 @@ def test_members_go_on_on_any_number_of_devices(home, crew):
     assert {len(leaf) for leaf in jax.tree.leaves((saved.trainable, saved.opt_state, saved.rng))} == {4}
     first = {n: crew.population.first(*entry) for n, entry in ENTRIES.items()}
     other = Crew(prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES)), len(ENTRIES))
-    other.go_on(saved, first, [-1, 3, 0, 2])
+    other.resume(saved, first, [-1, 3, 0, 2])
     assert (other.total, other.numbers) == (8, [0, 2, 3])
     for number in other.numbers:
         assert all((member(other, number)[path] == leaf).all() for path, leaf in member(crew, number).items())
     alive = {n: bool(other.host().alive[other.places.index(n)]) for n in other.numbers}
     assert alive == {0: True, 2: True, 3: False}
     again = Crew(crew.population, len(ENTRIES))
-    again.go_on(other.as_state(7), first, other.places)
+    again.resume(other.as_state(7), first, other.places)
     for path, leaf in leaves_by_path(again.as_state(7)).items():
         expected = np.array(leaves_by_path(saved)[path])
         if path != "step":

@@ -15,7 +15,7 @@ from loraplus_jax.plan.text import advice, text_of
 from loraplus_jax.plan.tpu import CHIPS, shapes, tpu_devices
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.tasks.interface import rows_of
-from loraplus_jax.training.setup import family_of
+from loraplus_jax.training.setup import task_module
 
 RANK = 3
 LLAMA = {
@@ -63,7 +63,7 @@ def llama(directory, **kwargs):
 
 
 def parts_of(settings, directory):
-    family = family_of(settings)
+    family = task_module(settings)
     data = family.without_data(settings)
     return family.make_base(settings, directory, data.task), data
 
@@ -172,7 +172,7 @@ def test_columns_without_data_are_those_of_data(tmp_path, task):
         if task == "instruction"
         else settings_of(tmp_path, BERT, task=task, targets=("query",))
     )
-    data = family_of(settings).without_data(settings)
+    data = task_module(settings).without_data(settings)
     assert rows_of(data.splits["train"]) == 1
     assert data.task.kind == task
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from jax.errors import JaxRuntimeError
 
-from loraplus_jax.multihost import is_loss
+from loraplus_jax.multihost import is_lost_process
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import ENDS, MAY_CHANGE, DataSettings, ModelSettings, Settings
-from loraplus_jax.training.run_directory import check_directory, keep_results, only_run
+from loraplus_jax.training.run_directory import archive_results, check_directory, lock_directory
 from loraplus_jax.training.signals import StopSignal
 
 HOLD = """
@@ -28,10 +28,10 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match=f"pid {first.pid} is at work"), only_run(tmp_path):
+        with pytest.raises(ValueError, match=f"pid {first.pid} is at work"), lock_directory(tmp_path):
             pass
         first.kill()
-    with only_run(tmp_path):  # the system let go of the lock when the process was killed
+    with lock_directory(tmp_path):  # the system let go of the lock when the process was killed
         assert (tmp_path / ".pid").read_text() == f"{os.getpid()}\n"
     assert not (tmp_path / ".pid").exists()
 
@@ -258,13 +258,13 @@ def test_a_finished_run_goes_on_only_when_its_end_moves(tmp_path, name):
 
 
 def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
-    keep_results(tmp_path)  # nothing is finished
+    archive_results(tmp_path)  # nothing is finished
     for text in ("one", "two"):
         (tmp_path / "adapter").mkdir()
         (tmp_path / "adapter/adapter.json").write_text(text)
         (tmp_path / "loss.png").write_text(text)
         (tmp_path / "summary.json").write_text('{"steps": 9}')
-        keep_results(tmp_path)
+        archive_results(tmp_path)
     assert (tmp_path / "adapter_step_9/adapter.json").read_text() == "one"
     assert (tmp_path / "adapter_step_9.1/adapter.json").read_text() == "two"
     assert {path.name for path in tmp_path.glob("[ls]*")} == {
@@ -288,4 +288,4 @@ def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
 def test_only_what_another_process_can_cause_is_called_its_loss(monkeypatch, processes, error, lost):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    assert is_loss(error) == lost
+    assert is_lost_process(error) == lost

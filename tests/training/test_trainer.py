@@ -9,7 +9,7 @@ from rich.console import Console
 
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.sharding import make_mesh
-from loraplus_jax.training.run_directory import check_directory, set_aside
+from loraplus_jax.training.run_directory import check_directory, rename_run
 from loraplus_jax.training.trainer import Trainer, evaluate, place
 
 SETTINGS = Settings(model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="o", seed=3)
@@ -122,12 +122,12 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
     text = io.StringIO()
     console = Console(file=text, width=300)
     directory = tmp_path / "run.v2"
-    set_aside(directory, console)
+    rename_run(directory, console)
     assert text.getvalue() == ""
     for number in (1, 2):
         run_in(directory)
         (directory / "mark").write_text(str(number))
-        set_aside(directory, console)
+        rename_run(directory, console)
         assert not directory.exists()
         assert (tmp_path / f"run.v2.{number}" / "mark").read_text() == str(number)
         assert f"the older run is now {directory}.{number}" in text.getvalue()
