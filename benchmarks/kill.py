@@ -66,7 +66,7 @@ WALKS = [
         ("trainer.save", "after", 1),
         ("trainer.save", "after", 2),
         ("trainer.restore", "after", 1),
-        ("trainer.place", "after", 1),
+        ("trainer.shard_batch", "after", 1),
         ("trainer.RunLog.write", "before", 2),
         ("trainer.RunLog.write", "after", 2),
         ("trainer.save", "after", 3),

@@ -29,13 +29,13 @@ from common import RESULTS, interleaved, median_ratio, report
 from loraplus_jax import init_state, replicate
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.halving import at_rung, best_of, curve_every, member_steps, stops_of
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import METHODS, NAMES, SweepRun, SweepSettings, Trial
 from loraplus_jax.sweep.slots import Crew
 from loraplus_jax.training.setup import prepare
-from loraplus_jax.training.trainer import place
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
@@ -84,12 +84,15 @@ def timing(rounds: int) -> None:
 
     def single_steps() -> Any:
         for _ in range(4):
-            states[0], _ = single.programs.step(states[0], frozen, place(batch, single.mesh))
+            states[0], _ = single.programs.step(states[0], frozen, shard_batch(batch, single.mesh))
         return states[0]
 
     def single_evaluation() -> Any:
         batches = eval_batches(held, run.train.eval_batch_size)
-        return [single.programs.evaluate(states[0].trainable, frozen, place(b, single.mesh)) for b in batches]
+        return [
+            single.programs.evaluate(states[0].trainable, frozen, shard_batch(b, single.mesh))
+            for b in batches
+        ]
 
     seconds = interleaved(
         {

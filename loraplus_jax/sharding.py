@@ -141,10 +141,10 @@ def distribute(tree: Any, shardings: Any) -> Any:
     With several processes every one of them must have the same values; only the parts that lie on a process's own
     devices are copied.
     """
-    return jax.tree.map(_placed, tree, shardings)
+    return jax.tree.map(_put, tree, shardings)
 
 
-def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
     if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
         return array
     if jax.process_count() == 1:
@@ -157,6 +157,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)))
 
 
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """A process's rows of a batch (see `local_rows`) on its devices, as arrays over the whole mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     """Which rows of a batch of `size` lie on this process's devices, in order.
 
@@ -167,7 +173,7 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(size)[index] for index in places.values()]))
 
 
-def known(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """The function, with the mesh known to `split_rows` while it is traced."""
 
     @functools.wraps(function)

@@ -15,7 +15,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .config import check_whole
-from .sharding import DATA_AXIS, Shardings, batch_sharding, known
+from .sharding import DATA_AXIS, Shardings, batch_sharding, with_mesh
 from .tree import combine, label_params, role_norms
 
 Pair = tuple[jax.Array, jax.Array]
@@ -136,7 +136,7 @@ def jit_step(
         return jax.jit(step, donate_argnums=0)
     (state, frozen), split, whole = places
     return jax.jit(
-        known(step, mesh),
+        with_mesh(step, mesh),
         donate_argnums=0,
         in_shardings=(state, frozen, split),
         out_shardings=(state, whole),
@@ -187,7 +187,7 @@ def make_eval(
         return jax.jit(evaluate)
     (state, frozen), split, whole = places
     trainable = state if shardings is None else state.trainable
-    return jax.jit(known(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
+    return jax.jit(with_mesh(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
 
 
 def means(totals: Mapping[str, Pair]) -> dict[str, jax.Array]:

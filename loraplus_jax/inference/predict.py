@@ -22,12 +22,13 @@ from ..interop.peft_files import NOTES, OWN, peft_notes
 from ..models.hf import load_params
 from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import LANGUAGE, Settings
-from ..sharding import make_mesh, replicate
+from ..sharding import make_mesh, replicate, shard_batch
 from ..tasks.classification import Task, outputs
 from ..tasks.encoder import tokenizer_for
 from ..tasks.interface import Parts
 from ..tasks.language_losses import LanguageTask
 from ..train_step import make_eval
+from ..training.evaluation import evaluate
 from ..training.init_adapter import (
     check_base,
     config_of,
@@ -41,7 +42,6 @@ from ..training.init_adapter import (
 )
 from ..training.run_directory import ADAPTER
 from ..training.setup import base_parts, build, load, params_of, task_module
-from ..training.trainer import evaluate, place
 from ..tree import combine, flatten, unflatten
 
 OUTPUT_SUFFIX = ".jsonl"
@@ -226,5 +226,7 @@ def _outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | None) ->
     variables = combine(tuned.parts.trainable, tuned.parts.frozen)
     apply = jax.jit(functools.partial(outputs, tuned.parts.model))
     batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
-    found = [np.asarray(apply(variables, place(batch, mesh))) for batch in eval_batches(arrays, batch_size)]
+    found = [
+        np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(arrays, batch_size)
+    ]
     return np.concatenate(found)[: len(texts)]

@@ -1,4 +1,4 @@
-"""Evaluation on a split, and batches on their devices."""
+"""Evaluation on a split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from ..data.batches import Batch, eval_batches
-from ..sharding import batch_sharding, local_rows
+from ..sharding import local_rows, shard_batch
 from ..train_step import means
 
 
@@ -25,15 +25,9 @@ def evaluate(
     totals: Any = None
     for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
         between()
-        pairs = eval_fn(trainable, frozen, place(batch, mesh))
+        pairs = eval_fn(trainable, frozen, shard_batch(batch, mesh))
         jax.block_until_ready(
             totals
         )  # at most two batches are under way, so that `between` is never long ago
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     return {name: float(value) for name, value in means(totals).items()}
-
-
-def place(batch: Batch, mesh: Mesh) -> Any:
-    """A process's part of a batch on its devices, as one array over the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -88,60 +88,51 @@ class Programs(NamedTuple):
 def prepare(settings: Settings) -> Run:
     """Fetches, checks, compiles and loads everything, in this order.
 
-    Several processes do so each for itself, and then compare what they found.
+    Of several processes each does so for itself; then they compare what they read.
 
     Raises:
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
+    several = jax.process_count() > 1
     with raise_together():
-        run, found = _prepare(settings)
-    check_same_everywhere(found)
+        mesh, directory, data, steps, shapes, tx = abstract_run(settings)
+        _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+        if settings.init_adapter is not None:
+            check_start(settings, shapes, params_of(shapes), data.task)
+        answer = None
+        if settings.train.prompt is not None:
+            answer = Answer.from_settings(settings, directory, data.task, shapes.model)
+        shardings = state_shardings(shapes, tx, mesh)
+        programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
+        check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
+        parts = load(settings, directory, shapes, settings.applied, mesh)
+        inputs = {
+            "data": digest(data.splits),
+            "task": data.task.notes(),
+            "weights": leaf_kinds(parts.frozen),
+            "rows of the weights": rows_digest(tensors) if several else None,
+            "init_adapter": adapter_digest(settings) if several else None,
+        }
+    check_same_everywhere(inputs)
     # From here on the processes compute together.
-    base = fingerprint(run.parts.frozen) if run.parts.frozen else None
+    base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
-        run.config,
-        run.parts.specs,
+        settings.applied,
+        parts.specs,
         base=base,
         settings=split_settings(settings.to_json())[0],
-        task=found["task"],
-        data=found["data"],
+        task=inputs["task"],
+        data=inputs["data"],
     )
     if settings.init_adapter is not None:
         with raise_together():
-            parts = load_start(settings, run.parts, params_of(run.parts), base)
-        run = run._replace(parts=parts)
+            parts = load_start(settings, parts, params_of(parts), base)
         metadata["init_adapter"] = fingerprint(parts.trainable)
-    if jax.process_count() > 1:
-        check_same_everywhere({"base": base, "trained": fingerprint(run.parts.trainable)})
-    return run._replace(metadata=metadata)
-
-
-def _prepare(settings: Settings) -> tuple[Run, dict[str, Any]]:
-    """All that needs no other process, and what all must have found alike.
-
-    Of `init_adapter` and metadata the run has nothing yet.
-    """
-    mesh, directory, data, steps, shapes, tx = abstract_run(settings)
-    config = settings.applied
-    _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
-    if settings.init_adapter is not None:
-        check_start(settings, shapes, params_of(shapes), data.task)
-    answer = (
-        Answer.from_settings(settings, directory, data.task, shapes.model) if settings.train.prompt else None
+    if several:
+        check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
+    return Run(
+        settings, settings.applied, data, parts, steps, tx, mesh, shardings, programs, answer, metadata
     )
-    shardings = state_shardings(shapes, tx, mesh)
-    programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
-    check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
-    parts = load(settings, directory, shapes, config, mesh)
-    several = jax.process_count() > 1
-    found = {
-        "data": digest(data.splits),
-        "task": data.task.notes(),
-        "weights": leaf_kinds(parts.frozen),
-        "rows of the weights": rows_digest(tensors) if several else None,
-        "init_adapter": adapter_digest(settings) if several else None,
-    }
-    return Run(settings, config, data, parts, steps, tx, mesh, shardings, programs, answer, {}), found
 
 
 class AbstractRun(NamedTuple):

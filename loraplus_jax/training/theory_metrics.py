@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..config import LoRAPlusConfig
 from ..data.batches import Batch
 from ..lora import TERMS
-from ..sharding import Shardings, batch_parts, batch_sharding, known, local_rows
+from ..sharding import Shardings, batch_parts, batch_sharding, local_rows, with_mesh
 from ..spec import Specs
 from ..theory import by_layer, make_theory, reading
 from ..train_step import LossFn
@@ -41,7 +41,7 @@ def lower_theory(
     """
     trainable, whole = shardings.state.trainable, NamedSharding(mesh, PartitionSpec())
     places = (trainable, trainable["lora"], shardings.frozen, batch_sharding(mesh))
-    measure = jax.jit(known(make_theory(loss_fn, specs), mesh), in_shardings=places, out_shardings=whole)
+    measure = jax.jit(with_mesh(make_theory(loss_fn, specs), mesh), in_shardings=places, out_shardings=whole)
     return measure.lower(state.trainable, state.trainable["lora"], frozen, rows)
 
 

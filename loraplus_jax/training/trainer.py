@@ -21,7 +21,7 @@ from ..interop.adapter_files import save_adapter
 from ..multihost import allgather, gather_to_host, is_lead
 from ..optim.schedules import rate_at
 from ..settings.schema import Settings
-from ..sharding import distribute, local_rows
+from ..sharding import distribute, local_rows, shard_batch
 from ..train_step import TrainState, init_state
 from ..tree import combine, count, label_params
 from .anomalies import (
@@ -35,7 +35,7 @@ from .anomalies import (
 )
 from .console import format_metrics, header, progress
 from .distributed import join_processes, raise_together
-from .evaluation import evaluate, place
+from .evaluation import evaluate
 from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .run_directory import (
     ADAPTER,
@@ -219,8 +219,8 @@ class Trainer:
             while step < self.run.steps and not self.should_stop():
                 batch = next(self.batches)
                 before = copy_adapters(self.state.trainable) if is_due(every.theory_every, step + 1) else None
-                placed = place(batch, self.run.mesh)
-                self.state, metrics = self.run.programs.step(self.state, self.frozen, placed)
+                rows = shard_batch(batch, self.run.mesh)
+                self.state, metrics = self.run.programs.step(self.state, self.frozen, rows)
                 self.pending.append(metrics)
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
@@ -240,7 +240,7 @@ class Trainer:
 
     def measure_theory(self, before: Any, batch: Batch) -> dict[str, float]:
         """What the step just done did to the layers' outputs, given the adapters before it."""
-        rows = place(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
+        rows = shard_batch(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
         found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
         return as_metrics(found, self.run.parts.specs)
 

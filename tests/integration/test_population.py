@@ -9,12 +9,12 @@ import pytest
 from loraplus_jax import init_state
 from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import SweepRun, Trial
 from loraplus_jax.sweep.slots import Crew
 from loraplus_jax.training.setup import prepare
-from loraplus_jax.training.trainer import place
 from loraplus_jax.tree import leaves_by_path
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def alone(run, trial, seed, steps):
     split, size = single.data.splits["train"], run.train.batch_size
     batches = train_batches(split, batch_size=size, seed=seed)
     for _ in range(steps):
-        state, _ = single.programs.step(state, single.parts.frozen, place(next(batches), single.mesh))
+        state, _ = single.programs.step(state, single.parts.frozen, shard_batch(next(batches), single.mesh))
     return {path: np.asarray(leaf) for path, leaf in leaves_by_path(state.trainable).items()}
 
 

@@ -394,7 +394,7 @@ def test_a_run_that_lacks_only_its_end_trains_no_more(world, monkeypatch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         assert world.train(*SHORT) == 130
-    monkeypatch.setattr("loraplus_jax.training.trainer.place", lambda batch, mesh: batch)
+    monkeypatch.setattr("loraplus_jax.training.trainer.shard_batch", lambda batch, mesh: batch)
     assert world.train(*SHORT) == 0
     assert list(column(world.out, "loss")) == [2, 4, 6, 8]
 

@@ -8,9 +8,10 @@ import yaml
 from rich.console import Console
 
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
-from loraplus_jax.sharding import make_mesh
+from loraplus_jax.sharding import make_mesh, shard_batch
+from loraplus_jax.training.evaluation import evaluate
 from loraplus_jax.training.run_directory import check_directory, rename_run
-from loraplus_jax.training.trainer import Trainer, evaluate, place
+from loraplus_jax.training.trainer import Trainer
 
 SETTINGS = Settings(model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="o", seed=3)
 
@@ -32,7 +33,7 @@ def test_a_split_is_averaged_over_all_rows_once(size):
 
 def test_a_batch_is_split_over_the_mesh():
     mesh = make_mesh(4)
-    placed = place({"x": np.arange(8)}, mesh)["x"]
+    placed = shard_batch({"x": np.arange(8)}, mesh)["x"]
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2,)}
     assert len({shard.device for shard in placed.addressable_shards}) == 4
     np.testing.assert_array_equal(placed, np.arange(8))
