@@ -22,7 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from .config import LoRAPlusConfig, check_whole, nearest
+from ._validation import check_whole, nearest
+from .config import LoRAPlusConfig
 from .multihost import allgather, is_lost_process
 from .spec import Specs, specs_to_json
 from .train_step import TrainState

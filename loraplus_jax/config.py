@@ -1,15 +1,12 @@
 """`LoRAPlusConfig`: what to adapt and how, validated when it is made."""
 
 import dataclasses
-import difflib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
+from ._validation import check_number, check_whole, nearest
 
 Init = Literal["lora", "lora_b", "gaussian"]
 Bias = Literal["none", "all", "lora_only"]
@@ -172,58 +169,6 @@ def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
     return next((key for key in patterns if re.fullmatch(rf"(.*/)?({key})", path)), None)
 
 
-def check_number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Raises ValueError unless `value` is a finite real number within the bounds given, and one of float32."""
-    bounds = [("above", above), ("at least", at_least), ("below", below)]
-    allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = number and value == value and abs(value) != math.inf
-    fits = fits and (above is None or value > above) and (below is None or value < below)
-    # Not 1 - 1e-9 either, which counts as 1.
-    fits = fits and (below is None or not in_float32(value) or np.float32(value) < below)
-    if not fits or (at_least is not None and value < at_least) or not in_float32(value):
-        odd = ", which float32 cannot hold" if fits and not in_float32(value) else ""
-        raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}{odd}")
-
-
-def in_float32(value: float) -> bool:
-    """Whether XLA can compute with a finite number: neither infinite in float32 nor so small that it counts as 0.
-
-    >>> in_float32(1e-8), in_float32(1e-60), in_float32(1e300), in_float32(0.0)
-    (True, False, False, True)
-    """
-    return value == 0 or SMALLEST <= abs(value) <= LARGEST
-
-
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-
-
-def check_whole(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
-    """Raises ValueError unless `value` is an int within the bounds given that fits in 64 bits."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < at_least or (at_most is not None and value > at_most):
-        bounds = f"at least {at_least}" + (f" and at most {at_most}" if at_most is not None else "")
-        raise ValueError(f"{name} must be a whole number of {bounds}, got {value!r}")
-    if value >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, got {value!r}")
-
-
-def nearest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
-    """`"; did you mean 'x'?"` with the nearest of `known`, or the list of all when none is near."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; known: {', '.join(known)}" if known and fallback else ""
-
-
 def matches(rule: str | tuple[str, ...], path: str) -> bool:
     """Whether a module path, segments joined by "/", is named by `rule` as `LoRAPlusConfig` defines it.
 
@@ -235,49 +180,6 @@ def matches(rule: str | tuple[str, ...], path: str) -> bool:
     if isinstance(rule, str):
         return re.fullmatch(rule, path) is not None
     return any(path == name or path.endswith("/" + name) for name in rule)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; a ValueError names the file that holds none.
-
-    A file of strangers is not believed: its size is looked at before it is read, and what is nested so deep that
-    a walk through it would meet Python's limit, or has text that cannot be printed, is refused here.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{path} has {size} bytes, at most {LARGEST_JSON} are read")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    if problem := odd_tree(content):
-        raise ValueError(f"{path} {problem}")
-    return content
-
-
-LARGEST_JSON, DEEPEST = 2**20, 100
-"""Bytes and levels. Python needs up to 40 times the bytes of a JSON file."""
-
-
-def odd_tree(tree: Any) -> str | None:
-    """What makes a value from JSON or YAML unsafe to walk through or to print, if anything does."""
-    level = [tree]
-    for _ in range(DEEPEST):
-        if any(isinstance(node, str) and re.search("[\ud800-\udfff]", node) for node in level):
-            return "holds half a surrogate pair, which is no character"
-        level = [part for node in level for part in _parts(node)]
-        if not level:
-            return None
-    return f"is nested more than {DEEPEST} deep"
-
-
-def _parts(node: Any) -> list[Any]:
-    if isinstance(node, dict):
-        return [*node.keys(), *node.values()]
-    return node if isinstance(node, list) else []
 
 
 def _names(field: str, value: Any) -> str | tuple[str, ...]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from .config import nearest
+from ._validation import nearest
 from .spec import Specs
 
 Side = Literal["a", "b"]

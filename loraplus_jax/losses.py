@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .config import check_number, check_whole
+from ._validation import check_number, check_whole
 
 
 def chunked_cross_entropy(

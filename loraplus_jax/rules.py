@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .config import ALL_LINEAR, LoRAPlusConfig, matches, nearest, pattern_of
+from ._validation import nearest
+from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
 from .spec import LEAVES, LINEAR
 
 

@@ -10,7 +10,7 @@ import string
 from collections.abc import Mapping
 from typing import Any, Self
 
-from .config import check_number, check_whole, nearest
+from ._validation import check_number, check_whole, nearest
 
 KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
 LINEAR = ("dense", "dense_general", "einsum")

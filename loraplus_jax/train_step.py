@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .config import check_whole
+from ._validation import check_whole
 from .sharding import DATA_AXIS, Shardings, batch_sharding, with_mesh
 from .tree import combine, label_params, role_norms
 

@@ -8,7 +8,8 @@ import jax
 import optax
 from flax import traverse_util
 
-from .config import Bias, LoRAPlusConfig, matches, nearest
+from ._validation import nearest
+from .config import Bias, LoRAPlusConfig, matches
 from .factor_pairs import factor_pairs, spec_key
 from .spec import Specs
 

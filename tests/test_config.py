@@ -7,7 +7,9 @@ import math
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.config import DEEPEST, LARGEST_JSON, check_number, check_whole, matches, nearest, read_json
+from loraplus_jax._validation import check_number, check_whole, nearest
+from loraplus_jax.config import matches
+from loraplus_jax.json_files import DEEPEST, LARGEST_JSON, read_json
 
 
 def test_defaults_are_the_documented_ones():

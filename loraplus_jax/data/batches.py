@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from ..config import check_whole
+from .._validation import check_whole
 
 Batch = dict[str, np.ndarray]
 

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from ..config import check_whole
+from .._validation import check_whole
 from .chat_template import ChatTemplate
 from .conversations import Chat
 from .packing import Arrays, Sequences, pad

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..config import nearest
+from .._validation import nearest
 from .archives import extract
 
 Kind = Literal["model", "data"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..config import nearest
+from .._validation import nearest
 from .readers import raise_problems
 from .splits import Rows
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..config import check_whole
+from .._validation import check_whole
 from .chat import Tokens, find_answers, tokenize
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn, take_list, take_text

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..config import check_whole
+from .._validation import check_whole
 
 Arrays = dict[str, np.ndarray]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import nearest
+from .._validation import nearest
 
 Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..models.hf import read_json
+from ..json_files import read_json
 from ..models.tokenizer import read_file
 from .batches import Batch
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._validation import nearest
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
-from ..config import nearest
 from ..data.fetch import ASSETS, resolve
 from ..interop.adapter_files import Adapter, new_directory, tensor_bytes
 from ..interop.peft_files import NOTES, OWN, save_peft

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ..config import check_whole
+from .._validation import check_whole
 from ..data.conversations import Turn, read_chats
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES, peft_options
@@ -18,9 +18,8 @@ from ..tasks.causal_lm import make_base
 from ..tasks.language_losses import LanguageTask
 from ..tasks.sample_answers import Speaker
 from ..training.init_adapter import find_adapter, is_peft, notes_of, read_adapter
-from ..training.run_directory import ADAPTER
+from ..training.run_directory import ADAPTER, CHECKPOINTS
 from ..training.setup import build, load, params_of
-from ..training.trainer import CHECKPOINTS
 from ..tree import combine
 from .predict import load_tuned, with_adapter
 

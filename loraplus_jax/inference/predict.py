@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from .._validation import nearest
 from ..checkpoint import fingerprint
-from ..config import nearest
 from ..data.batches import eval_batches
 from ..data.fetch import resolve
 from ..data.readers import read_rows

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 
 from ..checkpoint import FORMAT, describe_run
-from ..config import LoRAPlusConfig, read_json
+from ..config import LoRAPlusConfig
+from ..json_files import read_json
 from ..spec import AdapterSpec, Specs, specs_from_json
 from ..tree import flatten, unflatten
 

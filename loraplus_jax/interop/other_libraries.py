@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..config import check_number
+from .._validation import check_number
 from ..factor_pairs import factor_pairs
 from ..spec import Specs
 from ..tree import leaves_by_path, unflatten

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..config import Bias, LoRAPlusConfig, check_number, check_whole, read_json
+from .._validation import check_number, check_whole
+from ..config import Bias, LoRAPlusConfig
+from ..json_files import read_json
 
 # What changes the model beyond W + s A B; each is off where it is null, false or empty.
 _LACKING = (

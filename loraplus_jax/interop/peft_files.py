@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checkpoint import FORMAT, describe_run
-from ..config import LoRAPlusConfig, pattern_of, read_json
+from ..config import LoRAPlusConfig, pattern_of
+from ..json_files import read_json
 from ..spec import Specs
 from ..tree import flatten, unflatten
 from .adapter_files import Adapter, check_agreement, host_array, new_directory, read_tensors, tensor_bytes

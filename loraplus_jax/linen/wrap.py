@@ -16,7 +16,8 @@ from flax import traverse_util
 from flax.core import DenyList, freeze, meta
 from flax.linen.transforms import get_module_scopes
 
-from ..config import ALL_LINEAR, LoRAPlusConfig, nearest
+from .._validation import nearest
+from ..config import ALL_LINEAR, LoRAPlusConfig
 from ..rules import Seen, check_coverage, meant, named, rule_of
 from ..spec import AdapterSpec
 from ..tree import flatten, leaves_by_path

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import check_number, check_whole
+from .._validation import check_number, check_whole
 from .llama import init_cache
 from .llama_config import LlamaConfig
 

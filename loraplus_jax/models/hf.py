@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ..config import read_json
+from ..json_files import read_json
 from .gguf import load as gguf
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 

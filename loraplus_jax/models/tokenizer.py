@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import nearest, read_json
+from .._validation import nearest
+from ..json_files import read_json
 from .gguf import load as gguf
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import jax
 import optax
 from jax.core import Tracer
 
-from ..config import check_number, in_float32, nearest
+from .._validation import check_number, in_float32, nearest
 from ..spec import Specs
 from ..tree import ROLES, Policy, Role, label_params
 from .schedules import Rate, scale_rate

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from ..config import check_number, check_whole
+from .._validation import check_number, check_whole
 
 Rate = float | jax.Array | optax.Schedule
 """A learning rate: a number, a traced scalar, or a schedule from step to rate."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ..config import nearest
+from .._validation import nearest
 
 PIP = "pip install 'loraplus_jax[tpu-plan]'"
 

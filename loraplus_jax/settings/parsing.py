@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ..config import nearest
+from .._validation import nearest
 from .schema import Settings
 from .yaml_files import read_yaml
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from ..config import LoRAPlusConfig, check_number, check_whole
+from .._validation import check_number, check_whole
+from ..config import LoRAPlusConfig
 from ..models.attention import Attention
 from ..models.llama import Remat
 from ..optim.lora_plus import LEAST_EPS

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..config import check_number, check_whole
+from .._validation import check_number, check_whole
 from ..settings.schema import OptimizerSettings, Settings
 
 MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from ..checkpoint import PACKAGES, differences
-from ..models.hf import read_json
+from ..json_files import read_json
 from ..multihost import allgather, is_lead, is_lost_process
 from ..settings.schema import ENDS, MAY_CHANGE, Settings, split_settings
 from ..settings.yaml_files import read_yaml

@@ -2,8 +2,8 @@
 
 import pytest
 
-from loraplus_jax.config import LARGEST_JSON, read_json
 from loraplus_jax.data.readers import read_rows
+from loraplus_jax.json_files import LARGEST_JSON, read_json
 from loraplus_jax.models.hf import SINGLE, load_params
 from loraplus_jax.models.name_table import NameTable
 from loraplus_jax.settings.yaml_files import LARGEST_YAML, read_yaml

@@ -31,8 +31,8 @@ from loraplus_jax.tasks import sample_answers as answers
 from loraplus_jax.training import distributed as hosts
 from loraplus_jax.training import setup as preparing
 from loraplus_jax.training import trainer as training
-from loraplus_jax.training.anomalies import check_skipped
-from loraplus_jax.training.trainer import Trainer, TrainingFailed, train
+from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
+from loraplus_jax.training.trainer import Trainer, train
 from loraplus_jax.tree import leaves_by_path
 
 from . import language_world as language
