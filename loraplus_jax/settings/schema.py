@@ -450,7 +450,7 @@ def split_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plain settings as two trees: what must stay as it was when a run goes on, and what may change.
 
-    >>> apart({"seed": 1, "train": {"steps": 5, "accumulate": 2}})
+    >>> split_settings({"seed": 1, "train": {"steps": 5, "accumulate": 2}})
     ({'seed': 1, 'train': {'accumulate': 2}}, {'train': {'steps': 5}})
     """
     same: dict[str, Any] = {}

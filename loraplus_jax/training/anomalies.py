@@ -92,14 +92,15 @@ def is_spike(losses: Sequence[float], loss: float) -> bool:
     return loss > SPIKE * median and loss > median + NOISE * spread
 
 
-def index_of_skip_limit(seen: History, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
+def index_of_skip_limit(history: History, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
     """The place of the row by which `most` steps in a row were skipped, if they were.
 
-    >>> one, none = {"skipped": 1.0}, {"skipped": 0.0}
-    >>> skipped_up_to(Seen(skipped=1), [one, one], 3), skipped_up_to(Seen(skipped=2), [none, one, one], 3)
-    (1, None)
+    >>> skipped, done = {"skipped": 1.0}, {"skipped": 0.0}
+    >>> index_of_skip_limit(History(skipped=1), [skipped, skipped], 3)
+    1
+    >>> index_of_skip_limit(History(skipped=2), [done, skipped, skipped], 3)
     """
-    in_a_row = seen.skipped
+    in_a_row = history.skipped
     for place, row in enumerate(rows):
         in_a_row = in_a_row + 1 if row["skipped"] else 0
         if in_a_row >= most:
@@ -132,9 +133,9 @@ def check_skipped(
 def nonfinite_names(row: Mapping[str, float]) -> list[str]:
     """What in a step's metrics is not finite; updates, which follow from the rest, only where the rest is.
 
-    >>> not_finite({"loss": math.nan, "update_norm/a": math.nan})
+    >>> nonfinite_names({"loss": math.nan, "update_norm/a": math.nan})
     ['loss']
-    >>> not_finite({"loss": 1.0, "update_norm/a": math.inf})
+    >>> nonfinite_names({"loss": 1.0, "update_norm/a": math.inf})
     ['update_norm/a']
     """
     odd = [name for name, value in row.items() if not math.isfinite(value)]

@@ -39,7 +39,7 @@ def header(run: Run, step: int) -> Iterator[str]:
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Metrics in a line.
 
-    >>> show({"accuracy": 0.75, "loss": 0.5})
+    >>> format_metrics({"accuracy": 0.75, "loss": 0.5})
     'accuracy 0.7500, loss 0.5000'
     """
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -17,8 +17,8 @@ from loraplus_jax.training.signals import StopSignal
 
 HOLD = """
 import pathlib, sys
-from loraplus_jax.training.run_directory import only_run
-with only_run(pathlib.Path(sys.argv[1])):
+from loraplus_jax.training.run_directory import lock_directory
+with lock_directory(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -79,7 +79,7 @@ def test_the_first_signal_leaves_a_note_and_the_second_acts(number):
 
 NOTED = """
 import signal, time, loraplus_command
-from loraplus_jax.multihost import is_loss
+from loraplus_jax.multihost import is_lost_process
 from loraplus_jax.training.signals import StopSignal
 loraplus_command.listen()
 with StopSignal() as stop:
