@@ -231,14 +231,22 @@ def test_layers_of_our_own_and_other_scales_are_measured_too():
 def test_layers_left_out_of_a_stack_are_left_out_of_the_metrics():
     x = inputs(5, 4)
     model = apply_lora_plus(
-        Looped(), LoRAPlusConfig(target_modules=["fc"], rank=2, layers_to_transform=(0, 2))
+        Looped(), LoRAPlusConfig(target_modules=["fc"], rank=2, alpha=3.0, layers_to_transform=(0, 2))
     )
-    base = {"params": jax.eval_shape(model.init, KEY, x)["params"]}
+    base = drawn({"params": jax.eval_shape(model.init, KEY, x)["params"]}, 3)
     lora, specs = init_lora(model, KEY, x)
-    after = jax.tree.map(lambda leaf: leaf + 0.1 * np.array([1, 0, 1], np.float32)[:, None, None], lora)
-    found = by_layer(measured(model, drawn(base, 3), lora, after, specs, x), specs)
+    chosen = np.array([1, 0, 1], np.float32)[:, None, None]
+    before, after = (jax.tree.map(lambda leaf: chosen * leaf, drawn(lora, seed)) for seed in (4, 5))
+    found = by_layer(measured(model, base, before, after, specs, x), specs)
     assert list(found) == ["layers/fc/0", "layers/fc/2"]
-    assert all(value >= 0 for terms in found.values() for value in terms.values())
+    for n in range(3):
+        params, old, new = (
+            {name: leaf[n] for name, leaf in tree["layers"]["fc"].items()}
+            for tree in (base["params"], before, after)
+        )
+        if n != 1:
+            close(found[f"layers/fc/{n}"], explicit(x, old, new, 1.5))
+        x = np.tanh(x @ params["kernel"] + params["bias"] + 1.5 * x @ new["lora_a"] @ new["lora_b"])
 
 
 def test_a_measurement_changes_nothing_in_what_the_model_computes():
