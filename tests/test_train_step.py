@@ -23,6 +23,7 @@ from loraplus_jax import (
     pmap_step,
     replicate,
 )
+from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.train_step import make_step, means
 
 KEY = jax.random.key(0)
@@ -134,7 +135,19 @@ def test_accumulation_changes_nothing(parts):
     assert_close(got[1], expected[1])
 
 
-def test_bad_arguments_are_refused():
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (2, 2, 1), (8, 1, 1)], ids=str)
+def test_accumulation_moves_no_row_between_devices(sizes):
+    """Every micro-batch is split as the batch is: only sums of gradients and metrics are communicated."""
+    trainable, frozen, batch = problem(32)
+    mesh = make_mesh(*sizes)
+    step = jit_step(squares, TX, mesh=mesh, accumulate=4)
+    program = step.lower(init_state(trainable, TX, KEY), frozen, batch).compile().as_text()
+    found = collectives(program)
+    assert {(one.kind, one.group) for one in found} == {("all-reduce", mesh.size)}
+    assert sum(one.bytes for one in found) < sum(leaf.nbytes for leaf in batch.values()) / 4
+
+
+def test_bad_arguments_are_rejected():
     trainable, frozen, batch = problem()
     with pytest.raises(ValueError, match="accumulate must be a whole number of at least 1, got 0"):
         jit_step(squares, TX, accumulate=0)
