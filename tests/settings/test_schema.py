@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 
 import pytest
 import yaml
@@ -7,6 +8,7 @@ import yaml
 from loraplus_jax.settings.parsing import parse_settings, settings_from_json, settings_parser
 from loraplus_jax.settings.schema import (
     QUERIES_AND_VALUES,
+    DataSettings,
     MeshSettings,
     ModelSettings,
     OptimizerSettings,
@@ -15,6 +17,7 @@ from loraplus_jax.settings.schema import (
 )
 
 LEAST = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o"}
+
 
 # Every field of the sections, away from its default, as it stands in YAML.
 OTHER = {
@@ -84,6 +87,8 @@ OTHER = {
     "seed": 9,
     "output_dir": "there",
 }
+
+
 # Fields of language models, with task instruction.
 LANGUAGE = {
     "model.remat": "dots",
@@ -95,12 +100,16 @@ LANGUAGE = {
     "data.column_names": {"prompt": "question"},
     "train.prompt": "Why?",
 }
+
+
 # Alone they are refused: they go together.
 PROCESSES = {
     "distributed.coordinator": "host:1234",
     "distributed.processes": 4,
     "distributed.process_id": 3,
 }
+
+
 # Alone they are refused: they go with data.train in place of data.path.
 FILES = {"data.train": "a.csv", "data.validation": "b.csv", "data.test": "c.csv"}
 
@@ -443,3 +452,36 @@ def test_help_says_what_every_field_means():
         assert f"--{name}" in text
     assert "eta_A, the peak rate of A and of everything but B" in text
     assert "lambda, the ratio of B's learning rate to A's" in text
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, "path=None and train=None"),
+        ({"path": "a", "train": "b"}, "path='a' and train='b'"),
+        ({"path": "a", "test": "b"}, "test goes with train"),
+        ({"path": "a", "validation": "b"}, "validation goes with train"),
+        ({"path": " "}, "path must"),
+        ({"path": 3}, "path must"),
+        ({"path": "a", "text": None}, "text must"),
+        ({"path": "a", "label": ""}, "label must"),
+        ({"path": "a", "label": "text"}, "different columns"),
+        ({"path": "a", "text_pair": "label"}, "different columns"),
+        ({"path": "a", "max_length": 1}, "max_length must"),
+        ({"path": "a", "max_length": 8.0}, "max_length must"),
+        ({"path": "a", "split_seed": -1}, "split_seed must"),
+        ({"path": "a", "split_seed": True}, "split_seed must"),
+        ({"path": "a", "validation_fraction": 0.0}, "validation_fraction must"),
+        ({"path": "a", "validation_fraction": 1}, "validation_fraction must"),
+        ({"path": "a", "test_fraction": -0.1}, "test_fraction must"),
+        ({"path": "a", "test_fraction": float("nan")}, "test_fraction must"),
+        ({"path": "a", "test_fraction": 0.5, "validation_fraction": 0.5}, "leave something for training"),
+    ],
+)
+def test_data_settings_that_are_rejected(fields, named):
+    with pytest.raises(ValueError, match=re.escape(named)):
+        DataSettings(**fields)
+
+
+def test_data_settings_with_separate_files_may_leave_out_validation_and_test():
+    assert DataSettings(train="a", text_pair="b").columns == ("text", "b", "label")
