@@ -737,3 +737,73 @@ def test_a_mapping_of_the_model_s_own_acts_once():
     lora = drawn(lora)
     found = model.apply({**variables, "lora": lora}, X)
     np.testing.assert_allclose(found, plain.apply(merge(variables, lora, specs), X), rtol=1e-4, atol=1e-4)
+
+
+class Numbered(nn.Module):
+    """A layer as Flax names it, `Dense_0`; in a stack this is no layer's number."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.Dense(4)(x), None
+
+
+class NumberedStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(Numbered, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return stack(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 2)])
+def test_a_number_from_flax_is_no_layer_of_a_stack(layers):
+    model = apply_lora_plus(NumberedStack(), config("Dense_0", layers_to_transform=layers))
+    lora, specs = init_lora(model, KEY, X)
+    assert specs["layers/Dense_0"].layers == layers
+    a = np.asarray(lora["layers"]["Dense_0"]["lora_a"])
+    assert [n for n in range(3) if a[n].any()] == list(layers)
+
+
+class Part(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Numbered(name="body_0")(x)[0]
+
+
+class Whole(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Part(name="part_1")(x)
+
+
+def test_numbers_of_many_segments_matter_only_where_layers_are_chosen():
+    _, specs = init_lora(apply_lora_plus(Whole(), config("Dense_0")), KEY, X)
+    assert list(specs) == ["part_1/body_0/Dense_0"]
+
+
+def test_a_layer_left_out_stays_so_when_everything_is_mutable():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Block(name="layer_1")(Block(name="layer_0")(x)[0])[0]
+
+    model = apply_lora_plus(Two(), config("up", layers_to_transform=[1]))
+    variables = model.init(KEY, X)
+    assert list(variables["lora"]) == ["layer_1"]
+    _, after = model.apply(variables, X, mutable=True)
+    jax.tree.map(np.testing.assert_array_equal, after, variables)
+
+
+class Weight(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("w", nn.initializers.lecun_normal(), (4, 4))
+
+
+@pytest.mark.parametrize("inner", [nn.jit(Weight)(), Weight()], ids=["jit", "plain"])
+def test_a_weight_with_an_adapter_comes_out_as_it_went_in(inner):
+    model = apply_lora_plus(inner, config(target_parameters=["w"]))
+    variables = model.init(KEY, X)
+    variables["lora"] = drawn(variables["lora"])
+    y, after = model.apply(variables, X, mutable=True)
+    jax.tree.map(np.testing.assert_array_equal, after, variables)
+    np.testing.assert_array_equal(y, model.apply(variables, X))

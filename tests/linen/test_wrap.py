@@ -533,3 +533,110 @@ def test_init_lora_takes_shapes_for_arrays():
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
     for got, expected in zip(init_lora(model, KEY, shape), init_lora(model, KEY, X), strict=True):
         assert_equal(got, expected)
+
+
+# nn.jit inside the model
+
+
+class Jitted(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="down")(nn.relu(nn.Dense(4, name="up")(x)))
+
+
+class Up(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4, name="up")(x)
+
+
+class JittedBlocks(nn.Module):
+    """Two layers that `nn.jit` takes for one: it does not look at names."""
+
+    @nn.compact
+    def __call__(self, x):
+        for n in range(2):
+            x = nn.jit(Up)(name=f"layer_{n}")(x)
+        return x
+
+
+def adapted(inner, **fields):
+    return apply_lora_plus(
+        inner, LoRAPlusConfig(**{"target_modules": ["up"], "rank": 2, "alpha": 4.0} | fields)
+    )
+
+
+def test_each_config_has_traces_of_its_own_under_jit_inside_the_model():
+    base = Jitted().init(KEY, X)
+    for fields, shapes in (
+        ({}, {"up": ((4, 2), (2, 4))}),
+        ({}, {"up": ((4, 2), (2, 4))}),
+        ({"rank": 3}, {"up": ((4, 3), (3, 4))}),
+        ({"target_modules": ["down"]}, {"down": ((4, 2), (2, 4))}),
+        ({"target_modules": "all-linear"}, dict.fromkeys(("down", "up"), ((4, 2), (2, 4)))),
+    ):
+        lora, specs = init_lora(adapted(Jitted(), **fields), KEY, X, base=base)
+        assert {path: (x["lora_a"].shape, x["lora_b"].shape) for path, x in lora.items()} == shapes
+        assert specs.keys() == shapes.keys()
+    assert Jitted().init(KEY, X).keys() == {"params"}
+    assert jax.tree.map(jnp.shape, Jitted().init(KEY, X)) == jax.tree.map(jnp.shape, base)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"alpha": 40.0}, {"use_rslora": True}, {"alpha_pattern": {"up": 7.0}}]
+)
+def test_each_scale_counts_under_jit_inside_the_model(fields):
+    base = Jitted().init(KEY, X)
+    model = adapted(Jitted(), **fields)
+    lora, specs = init_lora(model, KEY, X)
+    lora = randomised(lora, 3)
+    expected = Jitted().apply(merge(base, lora, specs), X)
+    np.testing.assert_allclose(model.apply(base | {"lora": lora}, X), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_layers_that_jit_takes_for_one_have_their_own_adapters():
+    lora, _ = init_lora(adapted(JittedBlocks(), layers_to_transform=[1]), KEY, X)
+    assert list(lora) == ["layer_1"]
+    patterns = {"rank_pattern": {"layer_0/up": 3}, "alpha_pattern": {"layer_1/up": 50.0}}
+    for fields in ({}, patterns, {"alpha_pattern": patterns["alpha_pattern"]}):
+        model, base = adapted(JittedBlocks(), **fields), JittedBlocks().init(KEY, X)
+        lora, specs = init_lora(model, KEY, X)
+        lora = randomised(lora, 3)
+        expected = JittedBlocks().apply(merge(base, lora, specs), X)
+        np.testing.assert_allclose(model.apply(base | {"lora": lora}, X), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_jit_inside_the_model_is_traced_once_when_run_again():
+    traces = []
+
+    class Counted(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            traces.append(x)
+            return nn.Dense(4, name="up")(x)
+
+    model = adapted(Counted())
+    variables = model.init(KEY, X)
+    model.apply(variables, X)
+    before = len(traces)
+    model.apply(variables, X + 1)
+    assert len(traces) == before
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own layer", "wrapped inside"])
+def test_the_specs_are_there_after_a_plain_init_under_jit(own):
+    class Outer(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            inner = (
+                LoRAPlusDense(4, rank=2, name="up") if own else adapted(Up(name="up"), target_modules=".*")
+            )
+            return inner(x)
+
+    variables = Outer().init(KEY, X)
+    lora, specs = init_lora(Outer(), KEY, X)
+    assert [spec.rank for spec in specs.values()] == [2]
+    assert jax.tree.map(jnp.shape, lora) == jax.tree.map(jnp.shape, variables["lora"])

@@ -1,6 +1,5 @@
 """B learns lambda times faster than A, exactly: at every step, under any optimizer, however many adapters."""
 
-import functools
 import math
 
 import jax
@@ -9,39 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import AdapterSpec, lora_plus, lora_plus_adamw, make_schedule
+from loraplus_jax import AdapterSpec, lora_plus, lora_plus_adamw
 from loraplus_jax.optim.diagnostics import describe
 from loraplus_jax.tree import leaves_by_path
 
-PARAMS = {
-    "lora": {"q": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[3.0, -4.0]])}},
-    "params": {"head": {"bias": jnp.array([5.0, 6.0])}},
-}
-ONES = jax.tree.map(jnp.ones_like, PARAMS)
-PARTS = (("lora", "q", "lora_a"), ("lora", "q", "lora_b"), ("params", "head", "bias"))
-
-
-def leaves(tree):
-    """A, B and the extra."""
-    return tuple(functools.reduce(lambda t, k: t[k], path, tree) for path in PARTS)
-
-
-def gradients(step):
-    """Other gradients at every step, of both signs and several sizes."""
-    random = np.random.default_rng(step)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), jnp.float32), PARAMS)
-
-
-def run(tx, steps, params=PARAMS, grads=gradients):
-    """The parameters and the updates after every step."""
-    update = jax.jit(tx.update)
-    state, history = tx.init(params), []
-    for step in range(steps):
-        updates, state = update(grads(step), state, params)
-        params = optax.apply_updates(params, updates)
-        history.append((params, updates))
-    return history
-
+from .toy import ONES, PARAMS, gradients, leaves, run
 
 SCHEDULES = {
     "constant": 0.1,
@@ -49,21 +20,6 @@ SCHEDULES = {
     "cosine with a floor": optax.cosine_decay_schedule(0.1, 6, alpha=0.1),
     "warm-up and cosine": optax.warmup_cosine_decay_schedule(0.02, 0.1, 3, 8, end_value=0.01),
 }
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_ratio_holds_at_every_step_of_every_schedule(name, wrapped):
-    # Adam's step for a gradient that is always one is the rate itself.
-    rate = SCHEDULES[name]
-    adamw = functools.partial(optax.adamw, weight_decay=0.0, eps=1e-30)
-    tx = lora_plus(adamw(rate), lr_ratio=8.0) if wrapped else lora_plus_adamw(rate, lr_ratio=8.0, eps=1e-30)
-    for step, (_, updates) in enumerate(run(tx, 10, grads=lambda _: ONES)):
-        expected = float(rate(step) if callable(rate) else rate)
-        a, b, extra = leaves(updates)
-        np.testing.assert_allclose(a, np.full((2, 1), -expected), rtol=1e-4)
-        np.testing.assert_allclose(extra, a[:, 0], rtol=1e-6)
-        np.testing.assert_allclose(b, 8 * a.T, rtol=1e-6)
 
 
 @pytest.mark.parametrize("make", [
@@ -327,9 +283,6 @@ def test_extra_arguments_reach_the_wrapped_optimizer():
     assert (b == -4).all()
 
 
-# policies
-
-
 EXTRAS = {
     "params": {
         "head": {
@@ -381,9 +334,6 @@ def test_an_unknown_policy_is_refused():
     for make in (lambda p: lora_plus_adamw(0.1, policy=p), lambda p: lora_plus(optax.sgd(0.1), policy=p)):
         with pytest.raises(ValueError, match="policy must be one of lora_plus, peft, got 'torch'"):
             make("torch")
-
-
-# changed in a run
 
 
 def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
@@ -489,49 +439,3 @@ def test_accumulation_stands_outside_the_groups():
         mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
         expected, whole = tx.update(mean, whole, params)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
-
-
-# schedules
-
-
-RATES = {  # of a peak of 0.1, 23 steps, 3 of warm-up and a quarter of the peak at the end, at STEPS
-    "constant": (0.0, 0.1 / 3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1),
-    "linear": (0.0, 0.1 / 3, 0.1, 0.0625, 0.04375, 0.0325, 0.025, 0.025),
-    "cosine": (0.0, 0.1 / 3, 0.1, 0.0625, 0.0359835, 0.0268353, 0.025, 0.025),
-    "wsd": (0.0, 0.1 / 3, 0.1, 0.1, 0.1, 0.0625, 0.025, 0.025),
-}
-STEPS = (0, 1, 3, 13, 18, 21, 23, 24)
-
-
-@pytest.mark.parametrize("name", RATES)
-def test_both_factors_follow_every_schedule(name):
-    # Adam's step for a gradient that is always one is the rate itself.
-    floor = {} if name == "constant" else {"final_fraction": 0.25}
-    schedule = make_schedule(name, 0.1, 23, warmup_steps=3, **floor)
-    np.testing.assert_allclose([schedule(n) for n in STEPS], RATES[name], rtol=1e-5, atol=1e-9)
-    history = run(lora_plus_adamw(schedule, lr_ratio=4.0, eps=1e-30), 25, grads=lambda _: ONES)
-    steps = [leaves(history[n][1]) for n in STEPS]
-    np.testing.assert_allclose([a[0, 0] for a, _, _ in steps], -np.array(RATES[name]), rtol=1e-4, atol=1e-9)
-    np.testing.assert_allclose(
-        [b[0, 0] for _, b, _ in steps], -4 * np.array(RATES[name]), rtol=1e-4, atol=1e-9
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "fields", "message"),
-    [
-        ("step", {}, "schedule must be one of constant, linear, cosine, wsd, got 'step'"),
-        ("linear", {"decay_steps": 3}, "decay_steps goes with the schedule wsd, not with linear"),
-        ("constant", {"final_fraction": 0.1}, "final_fraction does not go with the schedule constant"),
-        ("linear", {"warmup_steps": 10}, "10 of warm-up do not fit into 10 steps"),
-        (
-            "wsd",
-            {"warmup_steps": 4, "decay_steps": 7},
-            "4 of warm-up and 7 of decay do not fit into 10 steps",
-        ),
-        ("linear", {"final_fraction": 1.0}, "final_fraction must be"),
-    ],
-)
-def test_schedules_that_are_refused(name, fields, message):
-    with pytest.raises(ValueError, match=message):
-        make_schedule(name, 0.1, 10, **fields)
