@@ -1,4 +1,4 @@
-"""The terms of a step's change, against explicit matrices in float64 and the model itself; what is read from them."""
+"""The terms of a step's change, against float64 matrices and the model itself; what is read from them."""
 
 import functools
 import math

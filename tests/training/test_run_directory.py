@@ -1,19 +1,16 @@
+"""Whose a run directory is, which settings may change when a run resumes, and what is kept of a finished run."""
+
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 import yaml
-from jax.errors import JaxRuntimeError
 
-from loraplus_jax.multihost import is_loss
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import ENDS, MAY_CHANGE, DataSettings, ModelSettings, Settings
 from loraplus_jax.training.run_directory import check_directory, keep_results, only_run
-from loraplus_jax.training.signals import StopSignal
 
 HOLD = """
 import pathlib, sys
@@ -56,45 +53,6 @@ def test_a_directory_that_cannot_be_made_is_refused_and_one_that_can_is_not_made
         check_directory(Path("/proc/loraplus/out"), settings, fresh=False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_leaves_a_note_and_the_second_acts(number):
-    class Acted(Exception):
-        pass
-
-    def act(*_):
-        raise Acted
-
-    before = signal.signal(number, act)
-    try:
-        with StopSignal() as stop:
-            assert stop.received is None
-            signal.raise_signal(number)
-            assert stop.received == number
-            with pytest.raises(Acted):
-                signal.raise_signal(number)
-        assert signal.getsignal(number) is act
-    finally:
-        signal.signal(number, before)
-
-
-NOTED = """
-import signal, time, loraplus_command
-from loraplus_jax.multihost import is_loss
-from loraplus_jax.training.run_directory import StopSignal
-loraplus_command.listen()
-with StopSignal() as stop:
-    signal.raise_signal(signal.SIGTERM)
-    time.sleep(1)  # so that a thread that was told of it would have acted
-    print(stop.received, flush=True)
-signal.raise_signal(signal.SIGTERM)
-"""
-
-
-def test_a_noted_signal_does_not_end_the_command_and_one_that_comes_later_does():
-    done = subprocess.run([sys.executable, "-c", NOTED], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (143, "15\n", "loraplus: stopped by SIGTERM\n")
-
-
 @pytest.mark.parametrize("names", [[], [".lock"], [".lock", ".pid"], [".lock", ".config.yaml.partial"]])
 def test_a_run_killed_before_its_first_file_starts_over(tmp_path, names):
     settings = Settings(
@@ -117,6 +75,8 @@ PLAIN = {
     "train": {"steps": 9, "batch_size": 32},
     "output_dir": "o",
 }
+
+
 CHANGES = {
     "model.path": "n",
     "model.pooling": "cls",
@@ -191,12 +151,22 @@ CHANGES = {
     "seed": 1,
     "output_dir": "p",
 }
+
+
 # These replace another field or go with another, so they are not changed alone.
 INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
+
+
 INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"}
+
+
 INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
+
+
 # These go with language models.
 TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt"}
+
+
 TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}
 
 
@@ -270,22 +240,3 @@ def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
     assert {path.name for path in tmp_path.glob("[ls]*")} == {
         *("loss_step_9.png", "loss_step_9.1.png", "summary_step_9.json", "summary_step_9.1.json"),
     }
-
-
-@pytest.mark.parametrize(
-    ("processes", "error", "lost"),
-    [
-        (2, JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), True),
-        (2, JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), True),
-        (2, ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), True),
-        (2, TimeoutError("orbax waited"), True),
-        (2, JaxRuntimeError("INTERNAL: a kernel does not compile: opt-barrier"), False),
-        (2, JaxRuntimeError("RESOURCE_EXHAUSTED: while all-reducing over a connection"), False),
-        (2, ValueError("connection"), False),
-        (1, JaxRuntimeError("UNAVAILABLE: Socket closed"), False),
-    ],
-)
-def test_only_what_another_process_can_cause_is_called_its_loss(monkeypatch, processes, error, lost):
-    monkeypatch.setattr(jax, "process_count", lambda: processes)
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    assert is_loss(error) == lost
