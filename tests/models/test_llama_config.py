@@ -1,14 +1,8 @@
-"""Configs of published models, and what is refused."""
-
-import json
+"""Configs of published models, and what is rejected."""
 
 import pytest
-from tokenizers import Tokenizer, models
 
-from loraplus_jax.data.chat_template import ChatTemplate
 from loraplus_jax.models.llama_config import LlamaConfig
-from loraplus_jax.models.tokenizer import stop_ids
-from loraplus_jax.tasks.sample_answers import end_of_turn
 
 SIZES = {
     "vocab_size": 64,
@@ -18,6 +12,8 @@ SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 128,
 }
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -110,21 +106,3 @@ def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expect
 def test_what_is_refused(kind, more, message):
     with pytest.raises(ValueError, match=message):
         config(kind, **more)
-
-
-def test_the_tokens_that_end_a_text_come_from_both_files(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
-    assert stop_ids(tmp_path) == (7,)
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
-    assert stop_ids(tmp_path) == (9, 7)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
-    with pytest.raises(ValueError, match=r"config.json: eos_token_id must be ids of tokens, got '</s>'"):
-        stop_ids(tmp_path)
-
-
-def test_a_template_that_does_not_show_where_answers_lie_ends_none_by_itself():
-    source = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-    )
-    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    assert end_of_turn(tokenizer, ChatTemplate(source, "t")) == ()

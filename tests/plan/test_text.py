@@ -8,20 +8,14 @@ import pytest
 
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.hlo import Collective
-from loraplus_jax.plan.plan import Work, make_plan, roofline
+from loraplus_jax.plan.plan import Work, roofline
 from loraplus_jax.plan.text import advice, text_of
 from loraplus_jax.plan.tpu import CHIPS
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.sharding import check_tensor
 from loraplus_jax.training.setup import check_mesh
 
-from .test_plan import fake, llama
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    settings = llama(tmp_path_factory.mktemp("model"))
-    return make_plan(settings), settings
+from .tiny import fake
 
 
 def test_what_does_not_fit_comes_with_what_to_change(planned):
@@ -191,3 +185,13 @@ def test_the_largest_exchanges_are_shown_and_the_reductions_beside_them(planned)
         ["all-reduce", "2", f"f32[3,{n}],", "f32[]"] for n in (5, 4, 3)
     ]
     assert len(shown) == 8
+
+
+def test_what_is_said(planned):
+    plan, settings = planned
+    text = text_of(plan, settings)
+    assert f"5 layers, {plan.trained:,} of {plan.total:,} parameters trained" in text
+    assert plan.total == plan.trained + plan.memory["frozen weights"] // 4
+    assert "a step: 8 x 32 tokens, 1 x 32 at once on a device" in text
+    assert "fits: " in text
+    assert "all-reduce" in text
