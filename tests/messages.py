@@ -12,3 +12,9 @@ def mentions(*words):
     False
     """
     return "(?s)^" + "".join(rf"(?=.*(?<!\w)(?<!\d\.){re.escape(str(word))}(?!\w)(?!\.\d))" for word in words)
+
+
+def assert_mentions(message, *words):
+    """Every word stands somewhere in the message, in any order."""
+    missing = [word for word in words if not re.search(mentions(word), message)]
+    assert not missing, f"{missing} in: {message}"

@@ -1,6 +1,7 @@
 """PEFT's files without PEFT: layouts by literals and by their product, and what is rejected."""
 
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,8 @@ from loraplus_jax import AdapterSpec, LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.interop.peft_config import read_options
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
 from loraplus_jax.lora import weight_delta
+
+from ..messages import mentions
 
 
 def spec_of(kind, axes, shape, rank=2, leaf="params/m/kernel", scale=1.5, **more):
@@ -107,7 +110,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_layout_has_the_same_product_there_and_comes_back_to_the_bit(name, tmp_path):
+def test_every_layout_has_the_same_product_there_and_comes_back_bitwise(name, tmp_path):
     spec, rule, slices = CASES[name]
     key = "m/kernel" if spec.kind == "parameter" else "m"
     lora = factors(spec)
@@ -199,7 +202,7 @@ def test_the_tensors_of_a_users_own_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.lora, lora)
     jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
     assert json.loads((tmp_path / "a/loraplus.json").read_text())["note"] == {"kept": 1}
-    with pytest.raises(ValueError, match="give the base's params"):
+    with pytest.raises(ValueError, match="params"):
         load_peft(tmp_path / "a", specs, PATHS)
     # What PEFT's own options say, without our notes.
     (tmp_path / "a/loraplus.json").unlink()
@@ -270,7 +273,7 @@ def test_a_copy_of_the_base_must_be_one(tmp_path):
         save_file(load_file(path) | {"base_model.model.emb.base_layer.weight": value}, path)
         if value is copy:
             assert not load_peft(tmp_path / "a", specs, PATHS, params=params).extras
-    with pytest.raises(ValueError, match="another weight than the base's"):
+    with pytest.raises(ValueError, match=mentions("emb.base_layer.weight", "base")):
         load_peft(tmp_path / "a", specs, PATHS, params=params)
 
 
@@ -281,15 +284,13 @@ def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
     load_peft(tmp_path / "a", specs, tied)
     save_peft(tmp_path / "b", lora, specs, config, PATHS)
-    with pytest.raises(ValueError, match="ensure_weight_tying is not set"):
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
         load_peft(tmp_path / "b", specs, tied)
 
 
 def test_everything_without_a_place_is_listed_and_nothing_written(tmp_path):
     config, lora, specs, params = net()
-    with pytest.raises(
-        ValueError, match=r"(?s)no rule .* 'embed'.*no rule .* 'head'.*params/other_head/bias"
-    ):
+    with pytest.raises(ValueError, match=mentions("'embed'", "'head'", "params/other_head/bias")):
         save_peft(
             tmp_path / "a",
             lora,
@@ -304,30 +305,42 @@ def test_everything_without_a_place_is_listed_and_nothing_written(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "rule", "text"),
     [
-        (spec_of("conv_transpose", "iio", (3, 2, 4)), ("m", "t"), "no adapter"),
+        (
+            spec_of("conv_transpose", "iio", (3, 2, 4)),
+            ("m", "t"),
+            mentions("params/m/kernel", "transposed", "PEFT"),
+        ),
         (
             spec_of("dense", "io", (4, 3, 5), stacked=(0,)),
             ("m", "t"),
-            "1 stacked and batch axes, t has 0 indices",
+            mentions("params/m/kernel", "1 stacked", "t", 0),
         ),
-        (spec_of("dense", "io", (3, 5)), ("m", "h.{n}.t"), "0 stacked and batch axes"),
+        (
+            spec_of("dense", "io", (3, 5)),
+            ("m", "h.{n}.t"),
+            mentions("params/m/kernel", "0 stacked", "h.{n}.t", 1),
+        ),
         (
             spec_of("dense", "io", (3, 5)),
             ("m", "t", "Embedding"),
-            "the path map says Embedding of t, not Linear",
+            mentions("params/m/kernel", "dense", "Embedding", "t", "Linear"),
         ),
-        (spec_of("einsum", "eiio", (2, 3, 4, 5)), ("m", "t", "Parameter"), "one input and one output axis"),
+        (
+            spec_of("einsum", "eiio", (2, 3, 4, 5)),
+            ("m", "t", "Parameter"),
+            mentions("params/m/kernel", "'eiio'"),
+        ),
     ],
 )
-def test_what_peft_has_not_is_refused(spec, rule, text, tmp_path):
+def test_what_peft_cannot_hold_is_rejected(spec, rule, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         saved(tmp_path, spec, rule)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_of_ours_in_one_place_are_refused(tmp_path):
+def test_two_of_ours_in_one_place_are_rejected(tmp_path):
     config, lora, specs, _ = net(target_modules=["head", "other_head"])
-    with pytest.raises(ValueError, match="'head' and 'other_head' both"):
+    with pytest.raises(ValueError, match=mentions("'head'", "'other_head'", "out")):
         save_peft(
             tmp_path / "a",
             lora,
@@ -337,11 +350,11 @@ def test_two_of_ours_in_one_place_are_refused(tmp_path):
         )
 
 
-def test_kernels_of_unknown_axes_are_not_turned_by_guess(tmp_path):
+def test_kernels_of_unknown_axes_are_never_transposed_by_guess(tmp_path):
     config, lora, specs, _ = net(target_modules=["head"])
     extras = {"params": {"conv": {"kernel": jnp.ones((3, 2, 4))}}}
     rules = (*PATHS, ("conv", "conv"))
-    with pytest.raises(ValueError, match="which are its inputs is not known"):
+    with pytest.raises(ValueError, match=mentions(3, "Linear", "Conv1D", "Conv")):
         save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
     rules = (*PATHS, ("conv", "conv", "Conv"))
     save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
@@ -366,20 +379,20 @@ def test_missing_and_left_over_factors_are_all_listed(tmp_path):
         load_peft(tmp_path / "a", specs, PATHS, params=net()[3])
     found["lost.lora_A.weight"] = found["base_model.model.emb.lora_embedding_A"]
     save_file(found, path)
-    with pytest.raises(ValueError, match=r"lost\.lora_A\.weight does not begin with base_model\.model\."):
+    with pytest.raises(ValueError, match=mentions("lost.lora_A.weight", "base_model.model.")):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
-def test_notes_at_odds_with_peft_s_options_are_refused(tmp_path):
+def test_notes_that_contradict_pefts_options_are_rejected(tmp_path):
     config, lora, specs, _ = net()
     save_peft(tmp_path / "a", lora, specs, config, PATHS)
     path = tmp_path / "a/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99}))
-    with pytest.raises(ValueError, match=r"has the scale 49\.5"):
+    with pytest.raises(ValueError, match=mentions(49.5)):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
-def test_dtypes_are_kept_and_float64_is_refused(tmp_path):
+def test_dtypes_are_kept_and_integers_are_rejected(tmp_path):
     config, lora, specs, _ = net(target_modules=["head"])
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora)
     save_peft(tmp_path / "a", low, specs, config, PATHS)
@@ -387,13 +400,13 @@ def test_dtypes_are_kept_and_float64_is_refused(tmp_path):
     assert {x.dtype.name for x in jax.tree.leaves(again)} == {"bfloat16"}
     path = tmp_path / "a/adapter_model.safetensors"
     save_file({name: x.astype(np.int32) for name, x in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="only float32, float16, bfloat16 are read"):
+    with pytest.raises(ValueError, match=mentions("float32", "float16", "bfloat16")):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
 def test_nothing_is_overwritten(tmp_path):
     config, lora, specs, _ = net()
     (tmp_path / "a").mkdir()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "a"))):
         save_peft(tmp_path / "a", lora, specs, config, PATHS)
     assert list((tmp_path / "a").iterdir()) == []
