@@ -4,6 +4,7 @@ import pytest
 
 from loraplus_jax.data.archives import extract
 
+from ..messages import mentions
 from .archive_bytes import tar_bytes, zip_bytes
 
 
@@ -13,7 +14,7 @@ def test_members_may_not_leave_the_directory(tmp_path, name, make, suffix):
     archive = tmp_path / f"a{suffix}"
     archive.write_bytes(make({"m/good": "x", name: "evil"}))
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="outside the directory"):
+    with pytest.raises(ValueError, match=mentions(archive.name, repr(name.removeprefix("m/")))):
         extract(archive, {"m/": ""}, tmp_path / "out")
     assert not list(tmp_path.rglob("*evil*"))
 
@@ -21,6 +22,6 @@ def test_members_may_not_leave_the_directory(tmp_path, name, make, suffix):
 def test_a_link_is_not_unpacked_and_a_missing_member_is_named(tmp_path):
     archive = tmp_path / "a.tar.gz"
     archive.write_bytes(tar_bytes({"m/good": "x"}, link="m/link"))
-    with pytest.raises(ValueError, match="no plain file 'm/link', 'other/'"):
+    with pytest.raises(ValueError, match=mentions("'m/link'", "'other/'")):
         extract(archive, {"m/link": "link", "other/": "", "m/good": "g"}, tmp_path)
     assert not (tmp_path / "link").is_symlink()

@@ -7,6 +7,8 @@ import pytest
 
 from loraplus_jax.data.batches import eval_batches, train_batches
 
+from ..messages import mentions
+
 
 def _columns(n: int) -> dict[str, np.ndarray]:
     return {"row": np.arange(n, dtype=np.int32), "twice": np.arange(n, dtype=np.int32)[:, None] * [2, 2]}
@@ -79,19 +81,19 @@ def test_the_position_is_restored_exactly(position):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"batch_size": 11}, "batch_size must be at most 10"),
-        ({"batch_size": 0}, "batch_size must be a whole number"),
-        ({"batch_size": 4, "seed": -1}, "seed must"),
+        ({"batch_size": 11}, mentions("batch_size", 10, 11)),
+        ({"batch_size": 0}, mentions("batch_size", 1, 0)),
+        ({"batch_size": 4, "seed": -1}, mentions("seed", 0, -1)),
     ],
 )
-def test_train_batches_that_are_refused(fields, named):
+def test_train_batches_that_are_rejected(fields, named):
     with pytest.raises(ValueError, match=named):
         train_batches(_columns(10), **{"seed": 0, **fields})
 
 
 @pytest.mark.parametrize("arrays", [{"a": np.zeros(3), "b": np.zeros(4)}, {"weight": np.zeros(3)}, {}])
-def test_columns_that_do_not_fit_are_refused(arrays):
-    with pytest.raises(ValueError, match="same number of rows"):
+def test_columns_that_do_not_fit_are_rejected(arrays):
+    with pytest.raises(ValueError, match="rows"):
         next(eval_batches(arrays, 2))
 
 

@@ -12,6 +12,7 @@ from loraplus_jax.data.chat import encode_chat
 from loraplus_jax.data.chat_template import DATE, load_template
 from loraplus_jax.data.conversations import Turn
 
+from ..messages import mentions
 from .chats import BOS, EOS, chat, template
 
 
@@ -35,33 +36,33 @@ def test_a_template_sees_what_transformers_gives_it():
     ("source", "named"),
     [
         ("{{ raise_exception('no tools') }}", "no tools"),
-        ("{{ messages[0].missing.more }}", "has no attribute 'missing'"),
-        ("{{ messages[9].role }}", "has no element 9"),
+        ("{{ messages[0].missing.more }}", "'missing'"),
+        ("{{ messages[9].role }}", "element 9"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
         (
             "{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}",
-            "more than 1,000,000 loop",
+            "1,000,000",
         ),
         (
             "{% set r = range(9999) %}{% for x in r %}{% for y in r %}{% endfor %}{% endfor %}",
-            "more than 1,000,000",
+            "1,000,000",
         ),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
         (
             "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
-            "more than 1,000",
+            "1,000",
         ),
-        ("{{ 'x' * 10**9 }}", "** makes too large a value"),
-        ("{{ 'x' * 999999999 }}", "* makes too large a value"),
-        ("{% for x in range(300) %}{{ 'x' * 99999 }}{% endfor %}", "more than 16,777,216 characters"),
+        ("{{ 'x' * 10**9 }}", "**"),
+        ("{{ 'x' * 999999999 }}", "*"),
+        ("{% for x in range(300) %}{{ 'x' * 99999 }}{% endfor %}", "16,777,216"),
         ("{% for x in 3 %}{% endfor %}", "not iterable"),
     ],
 )
 def test_a_template_that_fails_is_named_with_the_row(source, named):
-    with pytest.raises(ValueError, match=r"f\.jsonl:7: the chat template of toy\.json fails: ") as caught:
+    with pytest.raises(ValueError, match=mentions("f.jsonl:7", "toy.json")) as caught:
         encode_chat([chat("a", "b", place="f.jsonl:7")], Tokenizer(models.BPE()), template(source), 8)
     assert named in str(caught.value)
 
@@ -69,25 +70,25 @@ def test_a_template_that_fails_is_named_with_the_row(source, named):
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ("a\n{% if %}", "in line 2: Expected an expression"),
-        ("{% generation %}", "in line 1: Unexpected end"),
-        ("{{ x | nope }}", "No filter named 'nope'"),
+        ("a\n{% if %}", "line 2"),
+        ("{% generation %}", "line 1"),
+        ("{{ x | nope }}", "'nope'"),
         (
             "{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}",
-            "recursive loops are not allowed",
+            "recursive",
         ),
-        ("{{ " + "(" * 20_000, "is not valid"),
+        ("{{ " + "(" * 20_000, "toy.json"),
     ],
 )
-def test_a_template_that_is_none(source, named):
-    with pytest.raises(ValueError, match=r"the chat template of toy\.json is not valid") as caught:
+def test_an_invalid_template_is_rejected(source, named):
+    with pytest.raises(ValueError, match=r"toy.json") as caught:
         template(source)
     assert named in str(caught.value)
 
 
 def test_a_template_is_chosen_by_name(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOS}}))
-    with pytest.raises(ValueError, match=r"has no chat template: choose plain .* with data\.template"):
+    with pytest.raises(ValueError, match=mentions(tmp_path, "plain", "data.template")):
         load_template("model", tmp_path)
     plain = load_template("plain", tmp_path)
     text = plain.render(chat("Add.", "3", "And?", "4", system="Be kind.").turns)
@@ -95,11 +96,11 @@ def test_a_template_is_chosen_by_name(tmp_path):
     assert text == "\n\n".join([*blocks, f"### Response:\n4{EOS}"])
     (tmp_path / "own.jinja").write_text("\ufeff{{ eos_token }}!", "utf-8")
     assert load_template(str(tmp_path / "own.jinja"), tmp_path).render([]) == f"{EOS}!"
-    with pytest.raises(ValueError, match=r"cannot read the chat template 'pain' \(it is model, plain or"):
+    with pytest.raises(ValueError, match=mentions("'pain'", "model", "plain")):
         load_template("pain", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": "{{ messages[0].content }}"})
     )
     assert load_template("model", tmp_path).render([Turn("user", "hi")]) == "hi"
-    with pytest.raises(ValueError, match="the template plain ends answers with the eos_token"):
+    with pytest.raises(ValueError, match=mentions("plain", "eos_token")):
         load_template("plain", tmp_path)

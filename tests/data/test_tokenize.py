@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from loraplus_jax.data.tokenize import encode, load_tokenizer
 
+from ..messages import mentions
+
 
 def _tokenizer(directory: Path, *, pad: str = "[PAD]", baked: bool = True) -> Path:
     vocabulary = [pad, "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(20))]
@@ -67,15 +69,15 @@ def test_the_pad_token_is_found_where_padding_is_not_baked_in(tmp_path, pad, con
     assert ids[0, -1] == tokenizer.token_to_id(found)
 
 
-def test_tokenizers_that_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+def test_tokenizers_that_are_rejected(tmp_path):
+    with pytest.raises(ValueError, match=mentions(tmp_path, "tokenizer.json")):
         load_tokenizer(tmp_path, 8)
-    with pytest.raises(ValueError, match="no pad token"):
+    with pytest.raises(ValueError, match=mentions("pad", tmp_path)):
         load_tokenizer(_tokenizer(tmp_path, pad="w19", baked=False), 8)
     tokenizer = load_tokenizer(_tokenizer(tmp_path), 3)
     encode(["w0"], None, tokenizer)
-    with pytest.raises(ValueError, match="max_length must be above 3"):
+    with pytest.raises(ValueError, match=mentions("max_length", 3)):
         encode(["w0"], ["w1"], tokenizer)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(ValueError, match=r"tokenizer.json"):
         load_tokenizer(tmp_path, 8)

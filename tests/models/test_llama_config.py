@@ -107,7 +107,7 @@ def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expect
         (
             "qwen2",
             {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
-            mentions("attention"),
+            mentions("attention", "full_attention", "sliding_attention"),
         ),
         ("qwen2", {"max_window_layers": "x"}, mentions("max_window_layers", "'x'")),
         ("qwen2", {"layer_types": 5}, mentions("layer_types", 5)),

@@ -7,12 +7,13 @@ import pytest
 from loraplus_jax.cli import main
 from loraplus_jax.plan.plan import Plan
 
+from ..messages import assert_mentions
 from .tiny import config
 
 
-def test_a_layer_to_adapt_that_is_not_there(tmp_path, capsys):
+def test_a_layer_to_adapt_that_does_not_exist(tmp_path, capsys):
     assert main(["plan", config(tmp_path), "--lora.layers_to_transform=[3,5]"]) == 2
-    assert "there is no layer 5 to adapt; there are [0, 1, 2, 3, 4]" in capsys.readouterr().err
+    assert_mentions(capsys.readouterr().err, "layer 5", "[0, 1, 2, 3, 4]")
 
 
 @pytest.mark.slow
@@ -25,43 +26,43 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert found["collectives"][0]["kind"] == "all-reduce"
     assert Plan.__dataclass_fields__.keys() <= found.keys()
     assert main(["plan", config(tmp_path), "--json", str(file)]) == 2
-    assert "exists already; choose another --json" in capsys.readouterr().err
+    assert_mentions(capsys.readouterr().err, file, "--json")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--topology", "v5q:4x4"], "v5e:4x4, v5p:4x4x4, v6e:4x4, got 'v5q:4x4'; did you mean"),
-        (["--topology", "v5p:8x8"], "a topology of v5p has the form v5p:AxBxC, got 'v5p:8x8'"),
-        (["--topology=v5e:32x32"], "a pod of v5e has 256 chips, v5e:32x32 would be 1,024"),
-        (["--train.batch_size", "9"], "train.batch_size"),
-        (["--mesh.data=4", "--train.eval_batch_size=6"], "train.eval_batch_size is 6, which the 4"),
+        (["--topology", "v5q:4x4"], ["v5e:4x4", "v5p:4x4x4", "v6e:4x4", "'v5q:4x4'"]),
+        (["--topology", "v5p:8x8"], ["v5p:AxBxC", "'v5p:8x8'"]),
+        (["--topology=v5e:32x32"], ["v5e:32x32", 256, "1,024"]),
+        (["--train.batch_size", "9"], ["train.batch_size", 9]),
+        (["--mesh.data=4", "--train.eval_batch_size=6"], ["train.eval_batch_size", 6, 4]),
         (
             ["--mesh.data=3", "--train.batch_size=9"],
-            "is 3 devices, and there are 8; change mesh.data to one of 1, 2, 4, 8",
+            ["3 devices", 8, "mesh.data", "1, 2, 4, 8"],
         ),
-        (["--mesh.data=-1", "--mesh.fsdp=3"], "mesh fsdp 3 x tensor 1 does not divide the 8 devices"),
-        (["--mesh.data=1", "--mesh.tensor=8"], "num_attention_heads, 4; change mesh.tensor to one of 1, 2"),
-        (["--json", "/nowhere/at/all.json"], "there is no directory /nowhere/at"),
-        (["--json", "/proc/plan.json"], "--json /proc/plan.json cannot be written"),
-        (["--data.max_length", "0"], "max_length"),
-        (["--data.max_length=65"], "data.max_length is 65, the model takes 64 tokens at most"),
+        (["--mesh.data=-1", "--mesh.fsdp=3"], ["fsdp 3", "8 devices", "mesh.fsdp"]),
+        (["--mesh.data=1", "--mesh.tensor=8"], ["num_attention_heads", 4, "mesh.tensor", "1, 2"]),
+        (["--json", "/nowhere/at/all.json"], ["/nowhere/at"]),
+        (["--json", "/proc/plan.json"], ["--json", "/proc/plan.json"]),
+        (["--data.max_length", "0"], ["data.max_length", 0]),
+        (["--data.max_length=65"], ["data.max_length", 65, 64]),
         (
             ["--optimizer.head_learning_rate=0.1"],
-            "head_learning_rate is set, and nothing is trained that it is",
+            ["optimizer.head_learning_rate"],
         ),
         (
             ["--distributed.coordinator=auto"],
-            "distributed.coordinator is auto, and a plan joins no other process",
+            ["distributed.coordinator", "auto"],
         ),
-        (["--model.path", "nowhere"], "cannot find the model 'nowhere'"),
-        (["--topologie", "v5e:4x4"], "there is no option --topologie"),
+        (["--model.path", "nowhere"], ["model", "'nowhere'"]),
+        (["--topologie", "v5e:4x4"], ["--topologie"]),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
     assert main(["plan", config(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
-    assert words in error
+    assert_mentions(error, *words)
     assert error.count("\n") == 1
 
 

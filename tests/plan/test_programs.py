@@ -9,6 +9,7 @@ from loraplus_jax import make_mesh
 from loraplus_jax.plan.programs import evaluation_bytes, plan_step, sizes, theory_bytes
 from loraplus_jax.plan.text import advice, text_of
 
+from ..messages import assert_mentions
 from .tiny import fake, parts_of
 
 
@@ -25,9 +26,10 @@ def test_evaluation_is_compiled_and_has_to_fit(planned):
     assert large > plan.evaluation + 4095 * 3 * 32 * 4  # the batch alone
     tight = fake(plan, evaluation=large, room=2 * plan.needed)
     assert not tight.fits
-    assert f"does not fit: {(large - 2 * plan.needed) / 1e6:.2f} MB too much" in text_of(tight, settings)
+    assert_mentions(text_of(tight, settings), "does not fit", f"{(large - 2 * plan.needed) / 1e6:.2f} MB")
     (only,) = advice(tight, dataclasses.replace(settings, train=many))
-    assert only.startswith("train.eval_batch_size below 32,768, a multiple of 8: evaluation needs")
+    assert only.startswith("train.eval_batch_size below 32,768")
+    assert_mentions(only, 8, "evaluation")
     assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
 
 
@@ -44,9 +46,10 @@ def test_measuring_the_theory_has_to_fit(planned):
     assert needed > sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     tight = fake(plan, theory=10 * plan.needed, room=2 * plan.needed)
     assert not tight.fits
-    assert "theory, in its turn" in text_of(tight, often)
+    assert "theory" in text_of(tight, often)
+    assert "theory" not in text_of(plan, settings)
     (only,) = advice(tight, often)
-    assert only.startswith("train.theory_every null: measuring needs ")
+    assert only.startswith("train.theory_every null")
 
 
 @pytest.mark.parametrize(
@@ -57,14 +60,14 @@ def test_measuring_the_theory_has_to_fit(planned):
         ("RESOURCE_EXHAUSTED", 1000),
     ],
 )
-def test_what_the_compiler_says_that_it_wanted(problem, needed):
+def test_sizes_from_the_compilers_message(problem, needed):
     assert sizes(None, problem, 1000) == (needed - 1000, needed, 0)
 
 
-def test_evaluation_of_choices_is_said_not_to_be_counted(planned):
+def test_evaluation_of_choices_is_reported_as_not_counted(planned):
     plan, settings = planned
     choices = dataclasses.replace(settings, task="multiple_choice")
     base, data = parts_of(choices, Path(settings.model.path))
     mesh = make_mesh()
     assert evaluation_bytes(choices, data, plan_step(choices, base, data, mesh), mesh) == (None, None)
-    assert "; evaluation is not counted" in text_of(fake(plan, evaluation=None), settings)
+    assert "evaluation is not counted" in text_of(fake(plan, evaluation=None), settings)

@@ -11,6 +11,7 @@ from loraplus_jax.settings.schema import (
     Settings,
 )
 
+from ..messages import mentions
 from .values import FILES, LANGUAGE, LEAST, OTHER, PROCESSES, nested, parsed, value
 
 
@@ -48,7 +49,7 @@ def test_every_field_is_read_from_the_file_and_from_the_command_line(tmp_path, b
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
-def test_every_field_of_language_models_is_read_and_refused_for_encoders(tmp_path, name):
+def test_every_field_of_language_models_is_read_and_rejected_for_encoders(tmp_path, name):
     given = LANGUAGE[name]
     language = parsed(tmp_path, content=LEAST | {"task": "instruction"})
     from_file = parsed(tmp_path, content=nested(name, given) | {"task": "instruction"})
@@ -56,7 +57,7 @@ def test_every_field_of_language_models_is_read_and_refused_for_encoders(tmp_pat
     from_line = parsed(tmp_path, f"--{name}", word, "--task", "instruction")
     assert value(language, name) != value(from_file, name) == value(from_line, name) == given
     assert [n for n in LANGUAGE if value(from_file, n) != value(language, n)] == [name]
-    with pytest.raises(ValueError, match=f"{name} goes with the tasks? instruction"):
+    with pytest.raises(ValueError, match=mentions(name, "instruction")):
         parsed(tmp_path, f"--{name}", word)
 
 
@@ -91,11 +92,11 @@ def test_negative_numbers_are_values(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({**LEAST, "optimiser": {}}, ["no key 'optimiser'", "did you mean 'optimizer'"]),
-        (nested("lora.rnk", 1), ["lora: there is no key 'rnk'", "did you mean 'rank'"]),
-        (nested("train.epoch", 1), ["train: there is no key 'epoch'", "did you mean 'epochs'"]),
-        (nested("mesh.date", 1), ["mesh: there is no key 'date'", "did you mean 'data'"]),
-        ({**LEAST, "mesh": [1]}, ["mesh must hold a mapping", "[1]"]),
+        ({**LEAST, "optimiser": {}}, ["'optimiser'", "'optimizer'"]),
+        (nested("lora.rnk", 1), ["lora", "'rnk'", "'rank'"]),
+        (nested("train.epoch", 1), ["train", "'epoch'", "'epochs'"]),
+        (nested("mesh.date", 1), ["mesh", "'date'", "'data'"]),
+        ({**LEAST, "mesh": [1]}, ["mesh", "mapping", "[1]"]),
         ({**LEAST, "seed": "one"}, ["seed", "one"]),
         ({**LEAST, "seed": 1.5}, ["seed", "1.5"]),
         ({**LEAST, "method": "dora"}, ["method", "lora_plus", "dora"]),
@@ -104,41 +105,36 @@ def test_negative_numbers_are_values(tmp_path):
         (nested("model.unroll", "yes please"), ["model.unroll", "yes please"]),
         (nested("train.steps", 2.5), ["train.steps", "2.5"]),
         (nested("lora.rank", True), ["lora.rank", "True"]),
-        (nested("lora.lr_ratio", 10**400), ["too large"]),
+        (nested("lora.lr_ratio", 10**400), ["large"]),
         (nested("lora.target_modules", [1]), ["lora.target_modules", "1"]),
         ({"data": {"path": "d"}, "output_dir": "o"}, ["model.path"]),
         ({"model": {"path": "m"}, "data": {"path": "d"}}, ["output_dir"]),
-        ("- a list\n", ["must hold a mapping", "a list"]),
-        (nested("train.steps", "many"), ["train.steps must be a whole number or null, got 'many'"]),
+        ("- a list\n", ["mapping", "a list"]),
+        (nested("train.steps", "many"), ["train.steps", "null", "'many'"]),
     ],
 )
 def test_keys_and_values_that_are_rejected(tmp_path, content, words):
-    with pytest.raises(ValueError, match=r"\w") as caught:
+    with pytest.raises(ValueError, match=mentions(*words)) as caught:
         parsed(tmp_path, content=content)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (("--lora.rnk", "3"), ["no option --lora.rnk", "'lora.rank'"]),
-        (("--rank=3",), ["no option --rank", "'lora.rank'"]),
-        (("--lora.ran", "3"), ["no option --lora.ran", "'lora.rank'"]),
-        (("--lora", "{rank: 3}"), ["no option --lora"]),
-        (("--config", "other.yaml"), ["no option --config"]),
+        (("--lora.rnk", "3"), ["--lora.rnk", "'lora.rank'"]),
+        (("--rank=3",), ["--rank", "'lora.rank'"]),
+        (("--lora.ran", "3"), ["--lora.ran", "'lora.rank'"]),
+        (("--lora", "{rank: 3}"), ["--lora"]),
+        (("--config", "other.yaml"), ["--config"]),
         (("--seed",), ["--seed"]),
         (("--seed", "x"), ["seed", "x"]),
         (("stray",), ["stray"]),
     ],
 )
-def test_overrides_that_are_refused(tmp_path, overrides, words):
-    with pytest.raises(ValueError, match=r"\w") as caught:
+def test_overrides_that_are_rejected(tmp_path, overrides, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
         parsed(tmp_path, *overrides)
-    for word in words:
-        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("target", ["[query, up]", ".*/(query|up)"])
@@ -157,7 +153,7 @@ def test_json_and_yaml_round_trips(tmp_path, target):
 def test_json_with_an_unknown_key_names_the_nearest(tmp_path):
     plain = parsed(tmp_path).to_json()
     plain["train"]["step"] = 3
-    with pytest.raises(ValueError, match="train: there is no key 'step'; did you mean 'steps'"):
+    with pytest.raises(ValueError, match=mentions("train", "'step'", "'steps'")):
         settings_from_json(plain)
 
 
@@ -165,5 +161,5 @@ def test_help_says_what_every_field_means():
     text = " ".join(settings_parser().format_help().split())
     for name in dotted():
         assert f"--{name}" in text
-    assert "eta_A, the peak rate of A and of everything but B" in text
-    assert "lambda, the ratio of B's learning rate to A's" in text
+    assert "eta_A" in text
+    assert "lambda" in text

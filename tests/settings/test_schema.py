@@ -1,7 +1,6 @@
 """Ranges of settings, and which go together."""
 
 import dataclasses
-import re
 
 import pytest
 
@@ -14,63 +13,64 @@ from loraplus_jax.settings.schema import (
     TrainSettings,
 )
 
+from ..messages import mentions
 from .values import OTHER, PROCESSES, nested, parsed
 
 
 @pytest.mark.parametrize("name", ["model.pooling", "model.dropout", "model.head_dropout", "data.text_pair"])
-def test_fields_of_encoders_are_refused_for_language_models(tmp_path, name):
+def test_fields_of_encoders_are_rejected_for_language_models(tmp_path, name):
     content = nested(name, OTHER[name]) | {"task": "multiple_choice"}
-    with pytest.raises(ValueError, match=f"{name} goes with the tasks classification and regression"):
+    with pytest.raises(ValueError, match=mentions(name, "classification", "regression")):
         parsed(tmp_path, content=content)
 
 
 def test_answers_and_their_length_go_with_what_they_need(tmp_path):
-    with pytest.raises(ValueError, match=r"answers goes with the task instruction, .* is multiple_choice"):
+    with pytest.raises(ValueError, match=mentions("data.answers", "instruction", "multiple_choice")):
         parsed(tmp_path, "--data.answers", "last", "--task", "multiple_choice")
-    with pytest.raises(ValueError, match=r"prompt_tokens goes with train\.prompt, which is not set"):
+    with pytest.raises(ValueError, match=mentions("train.prompt_tokens", "train.prompt")):
         parsed(tmp_path, "--train.prompt_tokens", "9", "--task", "instruction")
     settings = parsed(
         tmp_path, "--train.prompt", "Why?", "--train.prompt_tokens", "9", "--task", "instruction"
     )
     assert settings.train.prompt_tokens == 9
-    with pytest.raises(ValueError, match=r"train\.prompt is empty"):
+    with pytest.raises(ValueError, match=mentions("train.prompt", "empty")):
         parsed(tmp_path, "--train.prompt", " ", "--task", "instruction")
 
 
 def test_steps_of_decay_go_with_their_schedule(tmp_path):
     wsd = ("--optimizer.schedule", "wsd", "--optimizer.decay_steps")
     assert parsed(tmp_path, *wsd, "5").optimizer.decay_steps == 5
-    with pytest.raises(ValueError, match="decay_steps goes with wsd, and the schedule is linear"):
+    with pytest.raises(ValueError, match=mentions("optimizer.decay_steps", "wsd", "linear")):
         parsed(tmp_path, "--optimizer.decay_steps", "5")
-    with pytest.raises(ValueError, match="decay_steps must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=mentions("optimizer.decay_steps", 1, 0)):
         parsed(tmp_path, *wsd, "0")
 
 
-def test_processes_are_told_together(tmp_path):
+def test_processes_are_set_together(tmp_path):
     words = {name: (f"--{name}", str(given)) for name, given in PROCESSES.items()}
     found = parsed(tmp_path, *(w for pair in words.values() for w in pair)).distributed
     assert (found.coordinator, found.processes, found.process_id) == ("host:1234", 4, 3)
     for name in PROCESSES:
         rest = [w for other, pair in words.items() if other != name for w in pair]
-        with pytest.raises(ValueError, match=r"distributed\.\w+ (goes with|is set, and)"):
+        with pytest.raises(ValueError, match=r"distributed\.\w+.* distributed\.\w+"):
             parsed(tmp_path, *rest)
     assert parsed(tmp_path, "--distributed.coordinator", "auto").distributed.coordinator == "auto"
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "message"),
+    ("name", "given", "words"),
     [
-        ("coordinator", "host", "must be HOST:PORT, of a port from 1 to 65535, or auto, got 'host'"),
-        ("coordinator", "host:0", "must be HOST:PORT, .* got 'host:0'"),
-        ("coordinator", "host:65536", "must be HOST:PORT, .* got 'host:65536'"),
-        ("process_id", "4", "process_id must be from 0 to 3, got 4"),
-        ("processes", "0", "processes must be a whole number of at least 1, got 0"),
-        ("lost_timeout", "0", "lost_timeout must be a whole number of at least 1, got 0"),
+        ("coordinator", "host", ["HOST:PORT", 1, 65535, "auto", "'host'"]),
+        ("coordinator", "host:0", ["HOST:PORT", "'host:0'"]),
+        ("coordinator", "host:65536", ["HOST:PORT", "'host:65536'"]),
+        ("process_id", "4", [0, 3, 4]),
+        ("processes", "0", [1, 0]),
+        ("lost_timeout", "0", [1, 0]),
     ],
 )
-def test_processes_that_cannot_be_are_refused(tmp_path, name, given, message):
+def test_invalid_processes_are_rejected(tmp_path, name, given, words):
     wanted = PROCESSES | {f"distributed.{name}": given}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions(f"distributed.{name}", *words)):
         parsed(tmp_path, *(w for n, v in wanted.items() for w in (f"--{n}", str(v))))
 
 
@@ -108,25 +108,25 @@ def test_processes_that_cannot_be_are_refused(tmp_path, name, given, message):
 )
 def test_ranges(section, field, bad):
     needed = {"path": "m"} if section is ModelSettings else {}
-    with pytest.raises(ValueError, match=rf"\.{field} must be .*, got {bad}"):
+    with pytest.raises(ValueError, match=mentions(field, bad)):
         section(**needed, **{field: bad})
 
 
 def test_fields_that_do_not_go_together():
-    with pytest.raises(ValueError, match=r"train\.steps or train\.epochs, not both: 3 and 2"):
+    with pytest.raises(ValueError, match=mentions("train.steps", "train.epochs", 3, 2)):
         TrainSettings(steps=3, epochs=2)
-    with pytest.raises(ValueError, match=r"accumulate must divide train\.batch_size, got 3 and 8"):
+    with pytest.raises(ValueError, match=mentions("train.accumulate", "train.batch_size", 3, 8)):
         TrainSettings(batch_size=8, accumulate=3)
-    with pytest.raises(ValueError, match="final_fraction goes with linear, cosine or wsd"):
+    with pytest.raises(ValueError, match=mentions("optimizer.final_fraction", "linear", "cosine", "wsd")):
         OptimizerSettings(schedule="constant", final_fraction=0.1)
 
 
 def test_the_top_level_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="seed must be a whole number of at least 0, got -1"):
+    with pytest.raises(ValueError, match=mentions("seed", 0, -1)):
         parsed(tmp_path, "--seed", "-1")
-    with pytest.raises(ValueError, match="output_dir is empty"):
+    with pytest.raises(ValueError, match=mentions("output_dir", "empty")):
         parsed(tmp_path, "--output_dir", "  ")
-    with pytest.raises(ValueError, match=r"there is no config file .*absent"):
+    with pytest.raises(ValueError, match=mentions(tmp_path / "absent")):
         parse_settings(tmp_path / "absent")
 
 
@@ -147,9 +147,9 @@ def test_the_method_decides_what_is_applied(tmp_path):
 def test_rates_of_an_adapter_go_with_one(tmp_path):
     rates = ("--init_adapter_rates", "new")
     assert parsed(tmp_path, *rates, "--init_adapter", "old_run").init_adapter_rates == "new"
-    with pytest.raises(ValueError, match="init_adapter_rates goes with init_adapter"):
+    with pytest.raises(ValueError, match=mentions("init_adapter_rates", "init_adapter")):
         parsed(tmp_path, *rates)
-    with pytest.raises(ValueError, match="init_adapter is empty"):
+    with pytest.raises(ValueError, match=mentions("init_adapter", "empty")):
         parsed(tmp_path, "--init_adapter", " ")
 
 
@@ -163,29 +163,32 @@ def test_settings_are_frozen_and_need_names():
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({}, "path=None and train=None"),
-        ({"path": "a", "train": "b"}, "path='a' and train='b'"),
-        ({"path": "a", "test": "b"}, "test goes with train"),
-        ({"path": "a", "validation": "b"}, "validation goes with train"),
-        ({"path": " "}, "path must"),
-        ({"path": 3}, "path must"),
-        ({"path": "a", "text": None}, "text must"),
-        ({"path": "a", "label": ""}, "label must"),
-        ({"path": "a", "label": "text"}, "different columns"),
-        ({"path": "a", "text_pair": "label"}, "different columns"),
-        ({"path": "a", "max_length": 1}, "max_length must"),
-        ({"path": "a", "max_length": 8.0}, "max_length must"),
-        ({"path": "a", "split_seed": -1}, "split_seed must"),
-        ({"path": "a", "split_seed": True}, "split_seed must"),
-        ({"path": "a", "validation_fraction": 0.0}, "validation_fraction must"),
-        ({"path": "a", "validation_fraction": 1}, "validation_fraction must"),
-        ({"path": "a", "test_fraction": -0.1}, "test_fraction must"),
-        ({"path": "a", "test_fraction": float("nan")}, "test_fraction must"),
-        ({"path": "a", "test_fraction": 0.5, "validation_fraction": 0.5}, "leave something for training"),
+        ({}, ["path", "train", None]),
+        ({"path": "a", "train": "b"}, ["path", "'a'", "train", "'b'"]),
+        ({"path": "a", "test": "b"}, ["test", "train"]),
+        ({"path": "a", "validation": "b"}, ["validation", "train"]),
+        ({"path": " "}, ["path", "' '"]),
+        ({"path": 3}, ["path", 3]),
+        ({"path": "a", "text": None}, ["text", None]),
+        ({"path": "a", "label": ""}, ["label", "''"]),
+        ({"path": "a", "label": "text"}, ["text", "label", "different"]),
+        ({"path": "a", "text_pair": "label"}, ["text_pair", "label", "different"]),
+        ({"path": "a", "max_length": 1}, ["max_length", 2, 1]),
+        ({"path": "a", "max_length": 8.0}, ["max_length", 2, 8.0]),
+        ({"path": "a", "split_seed": -1}, ["split_seed", 0, -1]),
+        ({"path": "a", "split_seed": True}, ["split_seed", 0, True]),
+        ({"path": "a", "validation_fraction": 0.0}, ["validation_fraction", 0.0]),
+        ({"path": "a", "validation_fraction": 1}, ["validation_fraction", 1]),
+        ({"path": "a", "test_fraction": -0.1}, ["test_fraction", -0.1]),
+        ({"path": "a", "test_fraction": float("nan")}, ["test_fraction", "nan"]),
+        (
+            {"path": "a", "test_fraction": 0.5, "validation_fraction": 0.5},
+            ["validation_fraction", "test_fraction", 0.5],
+        ),
     ],
 )
 def test_data_settings_that_are_rejected(fields, named):
-    with pytest.raises(ValueError, match=re.escape(named)):
+    with pytest.raises(ValueError, match=mentions(*named)):
         DataSettings(**fields)
 
 

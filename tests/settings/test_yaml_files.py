@@ -2,6 +2,7 @@
 
 import pytest
 
+from ..messages import mentions
 from .values import parsed
 
 
@@ -13,25 +14,22 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("a: [\n", ["config.yaml is not YAML"]),
-        ("a: !!python/name:os.system\n", ["config.yaml is not YAML"]),
-        ("a: !!bool x\n", ["config.yaml is not YAML"]),
-        ("a: !!timestamp x\n", ["config.yaml is not YAML"]),
-        ("a: !!int ''\n", ["config.yaml is not YAML"]),
-        ("a: !!set [x]\n", ["config.yaml is not YAML"]),
-        ("a: 2001-99-99\n", ["config.yaml is not YAML", "month"]),
-        (f"a: {'9' * 5000}\n", ["config.yaml is not YAML", "digits"]),
-        ("a: " + "[" * 3000 + "]" * 3000, ["config.yaml is not YAML", "recursion"]),
-        ("a: " + "[" * 150 + "]" * 150, ["config.yaml is nested more than 100 deep"]),
-        ('a: "\\ud800"\n', ["config.yaml holds half a surrogate pair"]),
-        ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml is not YAML", "aliases are not read", "line 2"]),
-        ("a: 1" + " " * 2**16, ["config.yaml has 65540 bytes, at most 65536 are read"]),
+        ("a: [\n", ["config.yaml", "YAML"]),
+        ("a: !!python/name:os.system\n", ["config.yaml", "YAML"]),
+        ("a: !!bool x\n", ["config.yaml", "YAML"]),
+        ("a: !!timestamp x\n", ["config.yaml", "YAML"]),
+        ("a: !!int ''\n", ["config.yaml", "YAML"]),
+        ("a: !!set [x]\n", ["config.yaml", "YAML"]),
+        ("a: 2001-99-99\n", ["config.yaml", "YAML", "month"]),
+        (f"a: {'9' * 5000}\n", ["config.yaml", "YAML", "digits"]),
+        ("a: " + "[" * 3000 + "]" * 3000, ["config.yaml", "YAML", "recursion"]),
+        ("a: " + "[" * 150 + "]" * 150, ["config.yaml", 100]),
+        ('a: "\\ud800"\n', ["config.yaml", "surrogate"]),
+        ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml", "YAML", "aliases", "line 2"]),
+        ("a: 1" + " " * 2**16, ["config.yaml", 65540, 65536]),
     ],
 )
 def test_files_that_are_rejected(tmp_path, content, words):
-    with pytest.raises(ValueError, match=r"\w") as caught:
+    with pytest.raises(ValueError, match=mentions(*words)) as caught:
         parsed(tmp_path, content=content)
-    message = str(caught.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
+    assert "\n" not in str(caught.value)
