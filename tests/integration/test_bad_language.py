@@ -367,7 +367,7 @@ CASES = [
     ),
     Case(
         "a template for a run",
-        ("--template", "--dtype", "model"),
+        ("--template", "--dtype", "run"),
         (*SPEAK, "--template", "plain"),
         run=True,
     ),
