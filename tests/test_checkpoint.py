@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back though training went on, and what does not fit is refused by name."""
+"""Checkpoints: what was saved comes back though training continued, and what does not fit is rejected by name."""
 
 import functools
 
@@ -26,6 +26,8 @@ from loraplus_jax import (
 )
 from loraplus_jax.checkpoint import DamagedCheckpoint, differences
 from loraplus_jax.sharding import distribute, make_shardings
+
+from .messages import mentions
 
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 SPEC = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)
@@ -88,7 +90,7 @@ def saved(tmp_path_factory):
     return directory, expected
 
 
-def test_what_was_saved_comes_back_though_training_went_on(saved):
+def test_a_saved_state_is_restored_though_training_continued(saved):
     directory, expected = saved
     with open_manager(directory) as manager:
         restored = restore(manager, fresh(seed=1), metadata=metadata(seed=5))
@@ -99,7 +101,7 @@ def test_what_was_saved_comes_back_though_training_went_on(saved):
     assert restored.metadata["format"] == 1
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(saved):
+def test_a_resumed_run_is_bitwise_the_same(saved):
     with open_manager(saved[0]) as manager:
         state = restore(manager, fresh(seed=1), metadata=metadata(seed=5)).state
     assert_same(trained(state, 4), trained(fresh(), 7))
@@ -116,7 +118,7 @@ def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (1, 2, 2), (1, 8, 1), (2, 1, 4), "pmap"], ids=str)
-def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bit_for_bit(tmp_path, sizes):
+def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bitwise(tmp_path, sizes):
     # Eight devices add a gradient up in another order than one, and Adam's step carries that noise times the rate:
     # at 1e-3 it stays far below 1e-6, which at TX's 0.1 it does not on every processor.
     tx = lora_plus_adamw(optax.linear_schedule(1e-3, 0.0, 10), weight_decay=0.1)
@@ -164,57 +166,58 @@ def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bit_for_bit(tmp_path
     [
         (
             {"config": LoRAPlusConfig(target_modules=["q"], rank=4)},
-            "config.rank is 2 in the checkpoint and 4 here",
+            mentions("config.rank", 2, 4),
         ),
         (
             {"config": LoRAPlusConfig(target_modules=["q", "v"], rank=2)},
-            r'config.target_modules is \["q"\] in the checkpoint and \["q", "v"\] here',
+            mentions("config.target_modules", '["q"]', '["q", "v"]'),
         ),
-        ({"config": None}, "config is .*rank.* in the checkpoint and null here"),
+        ({"config": None}, mentions("config", "rank", "null")),
         (
             {"specs": AdapterSpec(**(SPEC.to_json() | {"scale": 4.0}))},
-            "specs.q.scale is 8.0 in the checkpoint and 4.0 here",
+            mentions("specs.q.scale", 8.0, 4.0),
         ),
-        ({"base": "4567"}, 'base is "0123" in the checkpoint and "4567" here'),
-        ({"seed": 6}, "seed is 5 in the checkpoint and 6 here"),
-        ({"extra": 1}, 'extra is "absent" in the checkpoint and 1 here'),
+        ({"base": "4567"}, mentions("base", '"0123"', '"4567"')),
+        ({"seed": 6}, mentions("seed", 5, 6)),
+        ({"extra": 1}, mentions("extra", "absent", 1)),
     ],
 )
-def test_another_run_is_refused_with_field_and_values(saved, change, message):
-    with (
-        open_manager(saved[0]) as manager,
-        pytest.raises(ValueError, match=f"step 3 does not fit: .*{message}"),
-    ):
+def test_another_run_is_rejected_with_field_and_values(saved, change, message):
+    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=message) as caught:
         restore(manager, fresh(), metadata=metadata(**({"seed": 5} | change)))
+    assert "step 3" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("lora_a", (5, 2), r"lora/q/lora_a is float32 \(4, 2\) in the checkpoint and float32 \(5, 2\) here"),
-        ("more", (3,), r"trainable/lora/q/more is absent in the checkpoint and float32 \(3,\) here"),
+        ("lora_a", (5, 2), mentions("lora/q/lora_a", "float32 (4, 2)", "float32 (5, 2)")),
+        ("more", (3,), mentions("trainable/lora/q/more", "absent", "float32 (3,)")),
     ],
 )
-def test_other_shapes_are_refused_with_path_and_shapes(saved, name, shape, message):
+def test_other_shapes_are_rejected_with_path_and_shapes(saved, name, shape, message):
     state = fresh()
     state.trainable["lora"]["q"][name] = jnp.zeros(shape)
     with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=message):
         restore(manager, state, metadata=metadata(seed=5))
 
 
-def test_another_optimizer_is_refused(saved):
+def test_another_optimizer_is_rejected(saved):
     tx = optax.sgd(0.1)
-    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=r"opt_state.* here"):
+    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match="opt_state"):
         restore(manager, init_state(trainable(), tx, jax.random.key(0)), metadata=metadata(seed=5))
 
 
 def test_a_missing_checkpoint_is_named(saved, tmp_path):
     with (
         open_manager(saved[0]) as manager,
-        pytest.raises(FileNotFoundError, match="no checkpoint of step 2 in"),
+        pytest.raises(FileNotFoundError, match=mentions("step 2", saved[0])),
     ):
         restore(manager, fresh(), metadata=metadata(), step=2)
-    with open_manager(tmp_path) as manager, pytest.raises(FileNotFoundError, match="no checkpoint in"):
+    with (
+        open_manager(tmp_path) as manager,
+        pytest.raises(FileNotFoundError, match=mentions("checkpoint", tmp_path)),
+    ):
         restore(manager, fresh(), metadata=metadata())
 
 
@@ -247,7 +250,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mode, losses, kept):
 
 
 def test_keep_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="keep must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=mentions("keep", 1, 0)):
         open_manager(tmp_path, keep=0)
 
 
@@ -286,7 +289,7 @@ def test_a_changed_note_is_damage(tmp_path, item):
     path.write_text(path.read_text().replace("1", "3").replace("2", "3"))
     with (
         open_manager(tmp_path, best="loss") as manager,
-        pytest.raises(DamagedCheckpoint, match=r"step 2 .* what is noted beside the arrays is not what was"),
+        pytest.raises(DamagedCheckpoint, match="step 2"),
     ):
         restore(manager, fresh(), metadata=metadata())
 
@@ -299,7 +302,7 @@ def test_one_changed_bit_of_an_array_is_damage(tmp_path):
     flip(max((tmp_path / "0/state").rglob("*"), key=lambda path: path.stat().st_size))
     with (
         open_manager(tmp_path) as manager,
-        pytest.raises(DamagedCheckpoint, match="the arrays are not those that were saved"),
+        pytest.raises(DamagedCheckpoint, match=r"step 0.*arrays"),
     ):
         restore(manager, state, metadata=metadata())
 

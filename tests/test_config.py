@@ -11,6 +11,8 @@ from loraplus_jax._validation import check_number, check_whole, nearest
 from loraplus_jax.config import matches
 from loraplus_jax.json_files import DEEPEST, LARGEST_JSON, read_json
 
+from .messages import mentions
+
 
 def test_defaults_are_the_documented_ones():
     assert LoRAPlusConfig(target_modules=["query"]).to_json() == {
@@ -32,7 +34,7 @@ def test_defaults_are_the_documented_ones():
 
 
 def test_target_modules_is_required_and_fields_are_keywords():
-    with pytest.raises(ValueError, match="target_modules is empty"):
+    with pytest.raises(ValueError, match="target_modules"):
         LoRAPlusConfig()
     with pytest.raises(TypeError, match="positional"):
         LoRAPlusConfig(["query"])
@@ -78,10 +80,9 @@ def test_scale_is_alpha_over_rank(rank, alpha, scale):
         ("modules_to_save", ["head", "head"], ValueError),
     ],
 )
-def test_a_bad_value_is_refused_by_name(field, value, error):
-    with pytest.raises(error, match=field) as caught:
+def test_a_bad_value_is_rejected_by_name(field, value, error):
+    with pytest.raises(error, match=field):
         LoRAPlusConfig(**{"target_modules": ["query"], field: value})
-    assert field in str(caught.value)
 
 
 @pytest.mark.parametrize("target", [["query", "value"], "layers/.*/(query|value)"])
@@ -93,7 +94,7 @@ def test_json_round_trip(target):
 
 
 def test_an_unknown_field_names_the_nearest():
-    with pytest.raises(ValueError, match="no field 'lora_alpha'; did you mean 'alpha'"):
+    with pytest.raises(ValueError, match=mentions("'lora_alpha'", "'alpha'")):
         LoRAPlusConfig.from_json({"target_modules": ["q"], "lora_alpha": 16})
 
 
@@ -126,17 +127,15 @@ def test_nearest_falls_back_to_the_whole_list():
     assert nearest("zzz", ["value"], fallback=False) == ""
 
 
-def test_an_int_that_no_float_or_no_64_bits_can_hold_is_refused():
+def test_an_int_that_no_float_or_no_64_bits_can_hold_is_rejected():
     check_number("alpha", 10**38)
-    with pytest.raises(ValueError, match="alpha must be a finite number, got 1000"):
+    with pytest.raises(ValueError, match=r"alpha.*1000"):
         check_number("alpha", 10**400)
     for value in (10**39, 1e300, -1e-60):
-        with pytest.raises(
-            ValueError, match=r"alpha must be a finite number, got .*, which float32 cannot hold"
-        ):
+        with pytest.raises(ValueError, match=mentions("alpha", repr(value), "float32")):
             check_number("alpha", value)
     check_whole("rank", 2**63 - 1, at_least=1)
-    with pytest.raises(ValueError, match=r"rank must be below 2\*\*63, got 9223372036854775808"):
+    with pytest.raises(ValueError, match=mentions("rank", "2**63", 2**63)):
         check_whole("rank", 2**63, at_least=1)
 
 
@@ -145,18 +144,18 @@ def test_an_int_that_no_float_or_no_64_bits_can_hold_is_refused():
     [
         (
             '{"a": ' + "[" * 3000 + "]" * 3000 + "}",
-            "is not JSON: maximum recursion depth|nested more than 100 deep|must hold a JSON object",
+            "recursion|100|JSON object",
         ),
-        ('{"a": ' + "[" * DEEPEST + "]" * DEEPEST + "}", f"is nested more than {DEEPEST} deep"),
-        (r'{"a": ["\ud800"]}', "holds half a surrogate pair, which is no character"),
-        (r'{"\udc00": 1}', "holds half a surrogate pair, which is no character"),
-        (f'{{"a": "{"x" * LARGEST_JSON}"}}', "has 1048585 bytes, at most 1048576 are read"),
+        ('{"a": ' + "[" * DEEPEST + "]" * DEEPEST + "}", f"nested.* {DEEPEST}"),
+        (r'{"a": ["\ud800"]}', "surrogate"),
+        (r'{"\udc00": 1}', "surrogate"),
+        (f'{{"a": "{"x" * LARGEST_JSON}"}}', "1048585.*1048576"),
     ],
 )
-def test_json_that_is_too_large_or_too_odd_is_refused_by_name(tmp_path, content, message):
+def test_json_that_is_too_large_or_invalid_is_rejected_by_name(tmp_path, content, message):
     path = tmp_path / "some.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=f"some.json {message}"):
+    with pytest.raises(ValueError, match=f"some.json.*({message})"):
         read_json(path)
 
 

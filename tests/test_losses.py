@@ -10,6 +10,8 @@ import pytest
 
 from loraplus_jax.losses import chunked_cross_entropy
 
+from .messages import mentions
+
 ROWS, LENGTH, HIDDEN, WORDS = 3, 10, 8, 23
 
 
@@ -171,13 +173,13 @@ def test_the_memory_of_the_compiled_gradient_does_not_grow_with_the_vocabulary_t
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk": 0}, "chunk must be .*got 0"),
-        ({"chunk": 1.5}, "chunk must be .*got 1.5"),
-        ({"soft_cap": 0.0}, "soft_cap must be .*got 0"),
-        ({"soft_cap": -1.0}, "soft_cap must be .*got -1"),
-        ({"z_loss": -0.1}, "z_loss must be .*got -0.1"),
-        ({"z_loss": float("nan")}, "z_loss must be .*got nan"),
-        ({"transposed": True}, r"kernel \(V, D\).*do not fit: \(3, 10, 8\), \(8, 23\) and \(3, 10\)"),
+        ({"chunk": 0}, "chunk .* 0"),
+        ({"chunk": 1.5}, "chunk .* 1.5"),
+        ({"soft_cap": 0.0}, "soft_cap .* 0"),
+        ({"soft_cap": -1.0}, "soft_cap .* -1"),
+        ({"z_loss": -0.1}, "z_loss .* -0.1"),
+        ({"z_loss": float("nan")}, "z_loss .* nan"),
+        ({"transposed": True}, mentions("(V, D)", "(3, 10, 8)", "(8, 23)", "(3, 10)")),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -191,5 +193,5 @@ def test_bad_options_are_named(options, message):
     [((2, 5, 8), (8, 9), (2, 4)), ((2, 5, 8), (7, 9), (2, 5)), ((8,), (8, 9), ()), ((2, 5, 8), (8,), (2, 5))],
 )
 def test_shapes_that_do_not_fit_are_named(hidden, kernel, labels):
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match=mentions(hidden, kernel, labels)):
         chunked_cross_entropy(jnp.ones(hidden), jnp.ones(kernel), jnp.ones(labels, jnp.int32))

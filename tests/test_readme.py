@@ -9,7 +9,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.S))
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_readme_has_python():
+    assert BLOCKS
+
+
+@pytest.mark.parametrize("code", BLOCKS)
 def test_python_blocks_run_and_train(code):
     names = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -23,15 +30,18 @@ def test_names_in_the_table_are_public():
 
     table = README[README.index("| you want | use |") : README.index("[examples/]")]
     names = re.findall(r"`(\w+)`|`(\w+)\(", table)
+    assert len(names) >= 10
     known = {"nn"}
     for name in {a or b for a, b in names} - known:
         assert hasattr(loraplus_jax, name) or name == "optax", name
 
 
 def test_files_that_are_named_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README) + re.findall(
-        r"(configs/\w+\.yaml|benchmarks/\w+\.py)", README
-    ):
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    files = re.findall(r"(configs/\w+\.yaml|benchmarks/\w+\.py)", README)
+    assert links
+    assert files
+    for target in links + files:
         assert (ROOT / target).exists(), target
 
 

@@ -39,6 +39,8 @@ from loraplus_jax.tasks.classification import Task
 from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.tree import leaves_by_path
 
+from .messages import mentions
+
 MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
 KEY = jax.random.key(0)
 
@@ -73,20 +75,20 @@ def test_a_free_size_takes_the_rest(sizes, found):
     [
         (
             (-1, 3, 1),
-            r"mesh fsdp 3 x tensor 1 does not divide the 8 devices.* mesh.fsdp to one of 1, 2, 4, 8",
+            mentions("mesh", "fsdp 3", "tensor 1", "8 devices", "mesh.fsdp", "1, 2, 4, 8"),
         ),
-        ((-1, 2, 3), r"does not divide the 8 devices.* change mesh.tensor to one of 1, 2, 4$"),
+        ((-1, 2, 3), mentions("8 devices", "mesh.tensor", "1, 2, 4")),
         (
             (2, 8, 1),
-            r"mesh data 2 x fsdp 8 x tensor 1 needs 16 devices, .* 8; change mesh.fsdp to one of 1, 2, 4",
+            mentions("data 2", "fsdp 8", "tensor 1", "16 devices", 8, "mesh.fsdp", "1, 2, 4"),
         ),
-        ((3, 1, 1), r"is 3 devices, and there are 8; change mesh.data to one of 1, 2, 4, 8$"),
-        ((-1, -1, 1), r"only one of mesh.data, mesh.fsdp and mesh.tensor may be -1"),
-        ((1, 0, 1), r"mesh.fsdp must be -1 or from 1 to the 8 devices here, got 0"),
-        ((1, 1, 9), r"mesh.tensor must be -1 or from 1 to the 8 devices here, got 9"),
+        ((3, 1, 1), mentions("3 devices", 8, "mesh.data", "1, 2, 4, 8")),
+        ((-1, -1, 1), mentions("mesh.data", "mesh.fsdp", "mesh.tensor", -1)),
+        ((1, 0, 1), mentions("mesh.fsdp", -1, 8, 0)),
+        ((1, 1, 9), mentions("mesh.tensor", -1, 8, 9)),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_with_the_number_to_change(sizes, message):
+def test_sizes_that_do_not_fit_are_rejected_with_the_number_to_change(sizes, message):
     with pytest.raises(ValueError, match=message):
         make_mesh(*sizes)
 
@@ -99,18 +101,14 @@ class Far(NamedTuple):
 
 def test_devices_of_several_hosts_must_all_be_used():
     devices = [Far(n // 4) for n in range(16)]
-    message = (
-        r"is 4 devices, and all 16 must be used, as they .* one of the three to -1 or change mesh.data to 16$"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions("4 devices", 16, -1, "mesh.data")):
         make_mesh(4, 1, 1, devices=devices)
 
 
-def test_heads_that_tensor_does_not_divide_are_refused():
+def test_heads_that_tensor_does_not_divide_are_rejected():
     sizes = {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 48}
     check_tensor(make_mesh(1, 1, 4), sizes)
-    message = "mesh.tensor is 8, .* num_attention_heads, 12; change mesh.tensor to one of 1, 2, 4$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=mentions("mesh.tensor", 8, "num_attention_heads", 12, "1, 2, 4")):
         check_tensor(make_mesh(1, 1, 8), sizes)
 
 
@@ -143,11 +141,11 @@ def test_rules_are_the_first_that_fit_and_leave_whole_what_does_not_divide():
     }
 
 
-def test_a_leaf_without_a_rule_or_with_too_long_a_one_is_refused():
+def test_a_leaf_without_a_rule_or_with_too_long_a_one_is_rejected():
     tree = {"params": {"q": {"bias": shape(8)}}}
-    with pytest.raises(ValueError, match="no sharding rule is for q/bias"):
+    with pytest.raises(ValueError, match="q/bias"):
         base_shardings(make_mesh(), tree, ((r"q/kernel", ("fsdp",)),))
-    with pytest.raises(ValueError, match=r"rule for q/bias names 2 axes, and its shape is \(8,\)"):
+    with pytest.raises(ValueError, match=mentions("q/bias", 2, "(8,)")):
         base_shardings(make_mesh(), tree, ((r".*", ("fsdp", None)),))
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from loraplus_jax import AdapterSpec, specs_from_json, specs_to_json
 
+from .messages import mentions
+
 
 def spec(**fields):
     known = {
@@ -61,20 +63,20 @@ def test_table_round_trip():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "rnn"}, "kind must be one of dense, .*, got 'rnn'"),
-        ({"axes": "ii"}, "must hold an i and an o"),
-        ({"shape": (4, 3, 5)}, "does not fit"),
-        ({"stacked": (0,)}, "does not fit"),
-        ({"shape": (4, 3, 5), "stacked": ("a",)}, r"stacked must hold axes of shape \(4, 3, 5\), got 'a'"),
-        ({"shape": (4, 3, 5), "stacked": (3,)}, r"stacked must hold axes of shape \(4, 3, 5\), got 3"),
-        ({"axes": "iO"}, "must be lower-case letters|must hold an i"),
-        ({"axes": "ioX", "shape": (2, 3, 4)}, "must be lower-case letters"),
-        ({"layers": (0,)}, r"layers must be some of the 0 stacked ones, got \(0,\)"),
-        ({"shape": (4, 3, 5), "stacked": (0,), "layers": (4,)}, "some of the 4 stacked ones"),
-        ({"shape": (-4, 3)}, "shape must be a whole number of at least 0, got -4"),
+        ({"kind": "rnn"}, mentions("kind", "dense", "'rnn'")),
+        ({"axes": "ii"}, "axes.*'ii'"),
+        ({"shape": (4, 3, 5)}, mentions("axes", "'io'", "(4, 3, 5)")),
+        ({"stacked": (0,)}, mentions("axes", "'io'", "(3, 5)")),
+        ({"shape": (4, 3, 5), "stacked": ("a",)}, mentions("stacked", "(4, 3, 5)", "'a'")),
+        ({"shape": (4, 3, 5), "stacked": (3,)}, r"stacked.*\(4, 3, 5\).*\b3$"),
+        ({"axes": "iO"}, "axes.*'iO'"),
+        ({"axes": "ioX", "shape": (2, 3, 4)}, "axes.*'ioX'"),
+        ({"layers": (0,)}, mentions("layers", 0, "(0,)")),
+        ({"shape": (4, 3, 5), "stacked": (0,), "layers": (4,)}, mentions("layers", 4, "(4,)")),
+        ({"shape": (-4, 3)}, mentions("shape", 0, -4)),
     ],
 )
-def test_a_bad_spec_is_refused(fields, message):
+def test_a_bad_spec_is_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
         spec(**fields)
 
@@ -82,13 +84,13 @@ def test_a_bad_spec_is_refused(fields, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v | {"ranks": 2}, "no field 'ranks'; did you mean 'rank'"),
-        (lambda v: {k: x for k, x in v.items() if k not in ("rank", "scale")}, "lacks rank, scale"),
-        (lambda v: v | {"shape": 3}, "not iterable"),
+        (lambda v: v | {"ranks": 2}, "'ranks'.*'rank'"),
+        (lambda v: {k: x for k, x in v.items() if k not in ("rank", "scale")}, "rank.*scale"),
+        (lambda v: v | {"shape": 3}, "int"),
         (lambda v: 3, ""),
         (lambda v: v | {"kind": "rnn"}, "'rnn'"),
     ],
 )
-def test_a_bad_entry_is_refused_at_its_path(change, message):
-    with pytest.raises(ValueError, match=f"entry 'layers/q'.*{message}"):
+def test_a_bad_entry_is_rejected_at_its_path(change, message):
+    with pytest.raises(ValueError, match=f"'layers/q'.*{message}"):
         specs_from_json({"layers/q": change(spec().to_json())})

@@ -1,14 +1,28 @@
-"""The terms of a step's change, against explicit matrices in float64 and against the model itself."""
+"""The terms of a step's change, against float64 matrices and the model itself; what is read from them."""
+
+import functools
+import math
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, apply_lora_plus, init_lora, scale_variables
-from loraplus_jax.lora import TERMS
-from loraplus_jax.theory import by_layer, make_theory
+from loraplus_jax import (
+    LoRAPlusConfig,
+    LoRAPlusDense,
+    apply_lora_plus,
+    init_lora,
+    lora_plus_adamw,
+    scale_variables,
+)
+from loraplus_jax.lora import TERMS, delta, update_squares
+from loraplus_jax.theory import BALANCED, by_layer, make_theory, reading
+
+from .messages import mentions
 
 KEY = jax.random.key(0)
 
@@ -231,18 +245,26 @@ def test_layers_of_our_own_and_other_scales_are_measured_too():
 def test_layers_left_out_of_a_stack_are_left_out_of_the_metrics():
     x = inputs(5, 4)
     model = apply_lora_plus(
-        Looped(), LoRAPlusConfig(target_modules=["fc"], rank=2, layers_to_transform=(0, 2))
+        Looped(), LoRAPlusConfig(target_modules=["fc"], rank=2, alpha=3.0, layers_to_transform=(0, 2))
     )
-    base = {"params": jax.eval_shape(model.init, KEY, x)["params"]}
+    base = drawn({"params": jax.eval_shape(model.init, KEY, x)["params"]}, 3)
     lora, specs = init_lora(model, KEY, x)
-    after = jax.tree.map(lambda leaf: leaf + 0.1 * np.array([1, 0, 1], np.float32)[:, None, None], lora)
-    found = by_layer(measured(model, drawn(base, 3), lora, after, specs, x), specs)
+    chosen = np.array([1, 0, 1], np.float32)[:, None, None]
+    before, after = (jax.tree.map(lambda leaf: chosen * leaf, drawn(lora, seed)) for seed in (4, 5))
+    found = by_layer(measured(model, base, before, after, specs, x), specs)
     assert list(found) == ["layers/fc/0", "layers/fc/2"]
-    assert all(value >= 0 for terms in found.values() for value in terms.values())
+    for n in range(3):
+        params, old, new = (
+            {name: leaf[n] for name, leaf in tree["layers"]["fc"].items()}
+            for tree in (base["params"], before, after)
+        )
+        if n != 1:
+            close(found[f"layers/fc/{n}"], explicit(x, old, new, 1.5))
+        x = np.tanh(x @ params["kernel"] + params["bias"] + 1.5 * x @ new["lora_a"] @ new["lora_b"])
 
 
-def test_a_measurement_changes_nothing_in_what_the_model_computes():
-    """The value and the gradients are those without it, to the bit."""
+def test_a_measurement_leaves_what_the_model_computes_bitwise_unchanged():
+    """The value and the gradients are bitwise those without it."""
     x = inputs(7, 4)
     model, base, before, after, _ = adapted(Net(), x, target_modules=".*", rank=2)
     taps = {p: {"lora_tap": jnp.zeros((1, 6))} for p in ("first", "second")}
@@ -260,8 +282,145 @@ def test_a_measurement_changes_nothing_in_what_the_model_computes():
         np.testing.assert_array_equal(one, other)
 
 
-def test_adapters_that_have_no_layer_inputs_are_refused_by_name():
+def test_adapters_without_layer_inputs_are_rejected_by_name():
     model = apply_lora_plus(nn.Embed(7, 4), LoRAPlusConfig(target_modules=".*", rank=2))
     _, specs = init_lora(model, KEY, jnp.zeros((1, 2), jnp.int32))
-    with pytest.raises(ValueError, match="no layer that is adapted can be measured: embeddings"):
+    with pytest.raises(ValueError, match=mentions("embeddings", "target_parameters")):
         make_theory(total(model), specs)
+
+
+def advised(line):
+    """The factor of learning_rate and the new lr_ratio that a reading names; None where it names none."""
+    patterns = (r"learning_rate \S ([\d.]+)", r"lr_ratio (?:[\d.]+ -> )?([\d.]+)")
+    return tuple(float(found[1]) if (found := re.search(p, line)) else None for p in patterns)
+
+
+@pytest.mark.parametrize(
+    ("delta1", "delta2", "init", "share", "moves"),
+    [
+        (0.1, 0.9, "lora", 0.11, (9.0, 1.8)),
+        (0.9, 0.1, "lora", 9, (0.11, 140.0)),
+        (0.1, 0.9, "gaussian", 0.11, (9.0, 1.8)),
+        (0.1, 0.9, "lora_b", 0.11, (None, 1.8)),
+        (0.9, 0.1, "lora_b", 9, (None, 140.0)),
+        (0.1, 0.9, None, 0.11, (9.0, 1.8)),
+        (0.1, 0.2, "lora", 0.5, (None, None)),
+    ],
+)
+def test_the_reading_names_the_share_what_to_move_and_its_basis(delta1, delta2, init, share, moves):
+    line = reading({"q": {"delta1": delta1, "delta2": delta2}}, 16.0, init)
+    assert "\n" not in line
+    assert re.search(mentions("A", "B", share, "2402.12354"), line)
+    assert advised(line) == moves
+
+
+@pytest.mark.parametrize("init", ["lora", "lora_b", None])
+def test_of_a_factor_that_moved_nothing_nothing_is_advised(init):
+    line = reading({"q": {"delta1": 0.0, "delta2": 0.2}}, 16.0, init)
+    assert advised(line) == (None, None)
+    assert "2402.12354" not in line
+
+
+def test_the_reading_names_the_factor_that_is_behind():
+    behind = [
+        reading({"q": {"delta1": d, "delta2": 1.0}}, 16.0, "lora").partition(": ")[2] for d in (0.1, 10)
+    ]
+    assert [text[0] for text in behind] == ["A", "B"]
+
+
+def test_the_reading_says_how_the_share_moves_with_the_steps():
+    balanced = {"q": {"delta1": 1.0, "delta2": 1.0}}
+    said = {init: reading(balanced, 4.0, init) for init in ("lora", "gaussian", "lora_b", None)}
+    assert said["lora"] == said["gaussian"]
+    assert re.search(mentions("A's rate", "rises"), said["lora"])
+    assert re.search(mentions("B's rate", "falls"), said["lora_b"])
+    assert re.search(mentions("lr_ratio"), said[None])
+
+
+@pytest.mark.parametrize("init", ["lora", "lora_b", None])
+def test_no_lr_ratio_below_one_is_ever_advised(init):
+    ratios = [
+        advised(reading({"q": {"delta1": delta1, "delta2": 1.0}}, ratio, init))[1]
+        for ratio in (0.5, 1.0, 4.0)
+        for delta1 in (1e-3, 0.1, 1.0, 10.0)
+    ]
+    # All but those of equal terms, and of an A that is behind at a ratio of 1 or less.
+    assert len([ratio for ratio in ratios if ratio is not None]) == 5
+    assert min(ratio for ratio in ratios if ratio is not None) == 1.0
+    low = {"q": {"delta1": 0.1, "delta2": 1.0}}
+    assert advised(reading(low, 4.0, init))[1] == 1.0
+    assert advised(reading(low, 1.0, init)) == (None, None)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def shares(lora, rate, ratio, steps=40):
+    """delta1 / delta2 in the two halves of a short run of Adam on y = tanh(x (W + D)) v, D of rank 4."""
+    keys = jax.random.split(jax.random.key(3), 5)
+    x, w = jax.random.normal(keys[0], (256, 64)), jax.random.normal(keys[1], (64, 64)) / 8
+    change = jax.random.normal(keys[2], (64, 4)) @ jax.random.normal(keys[3], (4, 64)) / 128
+    v = jax.random.normal(keys[4], (64, 3)) / 8
+    tx = lora_plus_adamw(rate, lr_ratio=ratio)
+
+    def loss(tree):
+        out = jnp.tanh(x @ w + delta(x, tree["lora"]["lora_a"], tree["lora"]["lora_b"], 2.0)) @ v
+        return jnp.mean((out - jnp.tanh(x @ (w + change)) @ v) ** 2)
+
+    def step(carry, _):
+        old, state = carry
+        updates, state = tx.update(jax.grad(loss)(old), state, old)
+        new = optax.apply_updates(old, updates)
+        before, after = ((t["lora"]["lora_a"], t["lora"]["lora_b"]) for t in (old, new))
+        squares = update_squares(delta, x, before, after, 2.0)
+        return (new, state), jnp.sqrt(squares[:2])
+
+    (tree, _), terms = jax.lax.scan(step, ({"lora": lora}, tx.init({"lora": lora})), length=steps)
+    halves = terms.reshape(2, -1, 2).sum(axis=1)
+    return halves[:, 0] / halves[:, 1], tree["lora"]
+
+
+def first_factors(init):
+    a = jax.random.uniform(jax.random.key(0), (64, 8), minval=-0.3, maxval=0.3)
+    b = jax.random.uniform(jax.random.key(0), (8, 64), minval=-0.9, maxval=0.9)
+    return {"lora_a": 0 * a if init == "lora_b" else a, "lora_b": b if init == "lora_b" else 0 * b}
+
+
+def later(lora, rate, ratio):
+    return float(shares(lora, rate, ratio)[0][1])
+
+
+def test_where_b_starts_at_zero_the_balance_follows_the_rate_of_a():
+    lora = first_factors("lora")
+    (early, late), _ = shares(lora, 2e-4, 4.0)
+    assert early < late / 2
+    assert 0.5 < later(lora, 2e-4, 16.0) / later(lora, 2e-4, 1.0) < 2
+    assert later(lora, 8e-4, 1.0) > 2 * later(lora, 2e-4, 4.0)
+
+
+def test_where_a_starts_at_zero_the_balance_follows_the_rate_of_b():
+    lora = first_factors("lora_b")
+    (early, late), _ = shares(lora, 1e-4, 4.0)
+    assert early > late
+    assert later(lora, 1e-4, 1.0) > 2 * later(lora, 1e-4, 4.0) > 4 * later(lora, 1e-4, 16.0)
+    assert 0.5 < later(lora, 4e-4, 1.0) / later(lora, 1e-4, 4.0) < 2
+
+
+def test_where_neither_starts_at_zero_the_balance_follows_the_ratio():
+    _, lora = shares(first_factors("lora"), 3e-3, 4.0)
+    found = {ratio: later(lora, 1e-5, ratio) for ratio in (1.0, 4.0, 16.0)}
+    assert 2.5 < found[1.0] / found[4.0] < 6
+    assert 2.5 < found[4.0] / found[16.0] < 6
+    assert 0.7 < later(lora, 4e-5, 4.0) / found[4.0] < 1.4
+
+
+@pytest.mark.parametrize(
+    ("init", "rate", "ratio"), [("lora", 5e-4, 16.0), ("lora", 2e-4, 4.0), ("lora_b", 1e-4, 4.0)]
+)
+def test_rates_moved_as_the_reading_says_bring_the_two_closer(init, rate, ratio):
+    lora = first_factors(init)
+    share = later(lora, rate, ratio)
+    assert not 1 / BALANCED < share < BALANCED
+    factor, new = advised(reading({"q": {"delta1": share, "delta2": 1.0}}, ratio, init))
+    moved = rate * (factor or 1.0)
+    kept = (moved, rate) if factor is None else (moved * new, rate * ratio)
+    assert kept[0] == pytest.approx(kept[1], rel=0.1)
+    assert abs(math.log(later(lora, moved, new))) < abs(math.log(share)) / 1.5

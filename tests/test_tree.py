@@ -7,6 +7,8 @@ import pytest
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, combine, label_params, split_trainable
 from loraplus_jax.tree import count, flatten, leaves_by_path, unflatten
 
+from .messages import mentions
+
 
 def zeros(*shape):
     return jnp.zeros(shape)
@@ -59,23 +61,23 @@ def test_shapes_and_traced_values_can_be_labelled():
 @pytest.mark.parametrize(
     ("tree", "specs", "message"),
     [
-        ({"q": {"lora_a": zeros(4, 2)}}, None, "q holds one factor only: lora_b is missing"),
-        ({"lora": {"q": {"lora_b": zeros(2, 3)}}}, None, "lora/q holds one factor only: lora_a is missing"),
-        ({"q": pair((2, 4), (3, 2))}, None, "do not meet in a rank"),
-        ({"q": pair((4,), (2, 3))}, None, "do not meet in a rank"),
-        ({"lora": {"q": pair()}}, {"q": spec((5, 3))}, "do not fit the specs"),
-        ({"lora": {"q": pair()}}, {"qq": spec()}, "lora/q is not in the specs.*qq"),
+        ({"q": {"lora_a": zeros(4, 2)}}, None, mentions("q", "lora_b")),
+        ({"lora": {"q": {"lora_b": zeros(2, 3)}}}, None, mentions("lora/q", "lora_a")),
+        ({"q": pair((2, 4), (3, 2))}, None, mentions("q", "(2, 4)", "(3, 2)")),
+        ({"q": pair((4,), (2, 3))}, None, mentions("q", "(4,)", "(2, 3)")),
+        ({"lora": {"q": pair()}}, {"q": spec((5, 3))}, mentions("lora/q", "(4, 2)", "(5, 2)")),
+        ({"lora": {"q": pair()}}, {"qq": spec()}, mentions("lora/q", "qq")),
     ],
 )
-def test_odd_factors_are_refused(tree, specs, message):
+def test_invalid_factors_are_rejected(tree, specs, message):
     with pytest.raises(ValueError, match=message):
         label_params(tree, specs)
 
 
-def test_square_factors_are_refused_by_the_table_when_swapped():
+def test_square_factors_are_rejected_by_the_table_when_swapped():
     swapped = {"lora": {"q": pair((2, 4), (4, 2))}}
     assert label_params(swapped)  # (2, 4)(4, 2): a legal pair of rank 4 as far as shapes go
-    with pytest.raises(ValueError, match="do not fit the specs"):
+    with pytest.raises(ValueError, match=mentions("lora/q", "(2, 4)", "(4, 2)")):
         label_params(swapped, {"q": spec((4, 4))})
 
 
@@ -103,13 +105,13 @@ def test_split_trainable(names, trained):
     assert combine(trainable, frozen) == VARIABLES
 
 
-def test_a_module_to_save_that_is_not_there_names_the_nearest():
-    with pytest.raises(ValueError, match="'hea' matches no module; did you mean 'head'"):
+def test_a_module_to_save_that_does_not_exist_names_the_nearest():
+    with pytest.raises(ValueError, match=r"'hea'.*'head'"):
         split_trainable(VARIABLES, ("hea",))
 
 
-def test_a_leaf_in_two_trees_is_refused():
-    with pytest.raises(ValueError, match="share"):
+def test_a_leaf_in_two_trees_is_rejected():
+    with pytest.raises(ValueError, match="params/q"):
         combine({"params": {"q": 1}}, {"params": {"q": 2, "k": 3}})
 
 
@@ -201,38 +203,41 @@ def test_adapters_of_others_are_labelled_by_side(name):
     [
         (
             {"fc": {"w": jnp.zeros((4, 4)), "a": jnp.zeros((4, 4)), "b": jnp.zeros((4, 4))}},
-            "fc: .*both orders fit",
+            "fc: .*both",
         ),
         (
             {"fc": {"w": jnp.zeros((4, 6)), "a": jnp.zeros((3, 2)), "b": jnp.zeros((2, 6))}},
-            "fc: .*neither order fits",
+            "fc: .*neither",
         ),
-        ({"q": {"a": A, "b": B}}, r"q: a \(4, 2\) and b \(2, 6\) may be factors .* cannot be told"),
-        ({"q": {"A": B, "B": A}}, r"q: a \(2, 6\) and b \(4, 2\) may be factors"),
+        ({"q": {"a": A, "b": B}}, mentions("q", "a (4, 2)", "b (2, 6)")),
+        ({"q": {"A": B, "B": A}}, mentions("q", "a (2, 6)", "b (4, 2)")),
         (
             {"q": {"kernel": jnp.zeros((6, 4)), "lora_a": A, "lora_b": B}},
-            r"the kernel \(6, 4\) beside it says",
+            mentions("q", "kernel (6, 4)"),
         ),
         (
             {"q": {"lora_left": A, "lora_right": B}},
-            r"q/lora_left \(4, 2\) speaks of LoRA, but .*lora_A and lora_B",
+            mentions("q/lora_left", "(4, 2)", "LoRA", "lora_A", "lora_B"),
         ),
-        ({"q": {"loraA": T_A, "loraB": T_B}}, "q/loraA .* speaks of LoRA"),
-        ({"q": {"lora": {"left": A, "right": B}}}, "q/lora/left .* speaks of LoRA"),
-        ({"lora": {"q": {"lora_a": A, "lora_b": B}, "k": {"left": A}}}, "lora/k/left .* speaks of LoRA"),
-        ({"q": {"lora_a": A, "lora_b": B, "lora_c": A}}, "q/lora_c .* speaks of LoRA"),
-        ({"q": {"lora_a": T_A, "lora_b": T_B}}, "do not meet in a rank"),
+        ({"q": {"loraA": T_A, "loraB": T_B}}, mentions("q/loraA", "LoRA")),
+        ({"q": {"lora": {"left": A, "right": B}}}, mentions("q/lora/left", "LoRA")),
+        ({"lora": {"q": {"lora_a": A, "lora_b": B}, "k": {"left": A}}}, mentions("lora/k/left", "LoRA")),
+        ({"q": {"lora_a": A, "lora_b": B, "lora_c": A}}, mentions("q/lora_c", "LoRA")),
+        ({"q": {"lora_a": T_A, "lora_b": T_B}}, mentions("q", "(2, 4)", "(6, 2)")),
         (
             {"q": {"lora_A": T_A, "lora_B": jnp.zeros((5, 3))}},
-            r"do not meet in a rank; .* or \(r, in\) and \(out, r\)",
+            mentions("q", "(2, 4)", "(5, 3)", "(r, in)", "(out, r)"),
         ),
-        ({"q": {"lora_A": T_A, "lora_a": A, "lora_b": B}}, "would both be the factor a of q"),
-        ({"q.lora_A.weight": T_A}, "q holds one factor only: lora_b is missing"),
-        ({"fc": {"kernel_lora_a": A}}, "fc/kernel holds one factor only: lora_b is missing"),
-        ({"fc": {"kernel_lora_a": B, "kernel_lora_b": jnp.zeros((4, 3))}}, "do not meet in a rank"),
+        ({"q": {"lora_A": T_A, "lora_a": A, "lora_b": B}}, mentions("lora_A", "lora_a", "q")),
+        ({"q.lora_A.weight": T_A}, mentions("q", "lora_b")),
+        ({"fc": {"kernel_lora_a": A}}, mentions("fc/kernel", "lora_b")),
+        (
+            {"fc": {"kernel_lora_a": B, "kernel_lora_b": jnp.zeros((4, 3))}},
+            mentions("fc", "(2, 6)", "(4, 3)"),
+        ),
     ],
 )
-def test_ambiguous_trees_are_refused(tree, message):
+def test_ambiguous_trees_are_rejected(tree, message):
     with pytest.raises(ValueError, match=message):
         label_params(tree)
 
@@ -268,12 +273,12 @@ def test_biases_are_trained_as_asked(bias, trained):
 def test_a_config_says_all_that_is_trained(bias, names):
     config = LoRAPlusConfig(target_modules=["q"], modules_to_save=names, bias=bias)
     assert split_trainable(BIASED, config) == split_trainable(BIASED, names, bias=bias)
-    with pytest.raises(ValueError, match=f"the config says bias='{bias}' already, got bias='none'"):
+    with pytest.raises(ValueError, match=mentions("config", f"'{bias}'", "'none'")):
         split_trainable(BIASED, config, bias="none")
 
 
-def test_biases_that_are_not_there_are_refused():
-    with pytest.raises(ValueError, match="bias='lora_only' matches no bias: no adapted layer has one"):
+def test_biases_that_do_not_exist_are_rejected():
+    with pytest.raises(ValueError, match=r"bias.*'lora_only'"):
         split_trainable({**BIASED, "lora": {"k": {"lora_a": 1, "lora_b": 2}}}, bias="lora_only")
-    with pytest.raises(ValueError, match="bias must be one of none, all, lora_only, got 'some'"):
+    with pytest.raises(ValueError, match=mentions("bias", "none", "all", "lora_only", "'some'")):
         split_trainable(BIASED, bias="some")

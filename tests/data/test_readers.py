@@ -1,14 +1,20 @@
-"""What files may hold and what not: long texts, labels written in several ways, keys that stand twice."""
+"""What tables and JSON files may hold: encodings, line ends, long texts, numbers; every problem with its line."""
 
 import csv
 import json
+import tracemalloc
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from loraplus_jax.data.labels import label_names
 from loraplus_jax.data.readers import Problems, read_records, read_rows
-from loraplus_jax.data.splits import Rows, load_rows
+from loraplus_jax.data.splits import load_rows
 from loraplus_jax.settings.schema import DataSettings
+
+from ..messages import assert_mentions, mentions
+from .tables import write_table
 
 
 def test_a_text_longer_than_pythons_own_limit_is_read_and_the_limit_left_as_it_was(tmp_path):
@@ -21,19 +27,6 @@ def test_a_text_longer_than_pythons_own_limit_is_read_and_the_limit_left_as_it_w
     assert csv.field_size_limit() == before
 
 
-@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path, suffix):
-    labels = ["yes", " yes", "yes\t", "no", "no "]
-    lines = [f"t{n},{label}" for n, label in enumerate(labels)]
-    if suffix == "jsonl":
-        lines = [json.dumps({"text": f"t{n}", "label": label}) for n, label in enumerate(labels)]
-    path = tmp_path / f"labels.{suffix}"
-    path.write_text("\n".join(lines if suffix == "jsonl" else ["text,label", *lines]))
-    rows = load_rows(path, DataSettings(path=str(path)))
-    assert rows.labels == ("yes", "yes", "yes", "no", "no")
-    assert label_names({"train": rows}) == ["no", "yes"]
-
-
 def test_a_number_of_json_is_one_label_however_it_is_written(tmp_path):
     values = ["1", "1.0", "1e0", '"1"', "-0.0", "2.5", "2.50", "true", "1e300"]
     path = tmp_path / "numbers.jsonl"
@@ -42,20 +35,155 @@ def test_a_number_of_json_is_one_label_however_it_is_written(tmp_path):
     assert rows.labels == ("1", "1", "1", "1", "0", "2.5", "2.5", "true", "1e+300")
 
 
-def test_the_same_number_as_two_labels_is_refused():
-    rows = Rows(tuple("abcd"), None, ("1", "1.0", "2", "3.0"), tuple("abcd"))
-    with pytest.raises(ValueError, match=r"labels '1' and '1\.0' are the same number"):
-        label_names({"train": rows})
-    assert label_names({"train": rows.take([1, 2, 3])}) == ["1.0", "2", "3.0"]
-
-
-def test_an_object_with_a_key_twice_is_refused_wherever_it_stands(tmp_path):
+def test_an_object_with_a_key_twice_is_rejected_at_any_depth(tmp_path):
     line = '{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}'
     lines, items = tmp_path / "a.jsonl", tmp_path / "a.json"
     lines.write_text(f'{{"messages": []}}\n{line}\n')
     problems = Problems()
     assert read_records(lines, problems) == [(1, {"messages": []})]
-    assert problems.first == [(2, 'invalid JSON: the key "role" stands twice in an object')]
+    ((number, text),) = problems.first
+    assert number == 2
+    assert_mentions(text, "JSON", '"role"')
     items.write_text(f"[{line}]")
-    with pytest.raises(ValueError, match=r'a\.json:1: invalid JSON: the key "role" stands twice'):
+    with pytest.raises(ValueError, match=mentions("a.json:1", "JSON", '"role"')):
         read_records(items, Problems())
+
+
+GOOD = [("1", 'say "hi", twice', "yes"), ("2", "two\nlines", "no"), ("3", "\N{SNOWMAN} tab\there", "yes")]
+
+
+def _write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".CSV"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_tables_are_read_whatever_wrote_them(tmp_path, suffix, newline, encoding):
+    path = write_table(tmp_path / f"a{suffix}", GOOD, newline=newline, encoding=encoding)
+    rows = read_rows(path, ["text", "label"])
+    assert [(r.values["text"], r.values["label"]) for r in rows] == [g[1:] for g in GOOD]
+    assert [r.line for r in rows] == [2, 3, 5]  # the second row holds a line break
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_json_lines_are_read_as_strings(tmp_path, newline):
+    values = [
+        {"text": "a\u2028b", "label": 1},
+        {"text": "c", "label": -0.5, "x": []},
+        {"text": "d", "label": True},
+    ]
+    text = "\ufeff" + newline.join(
+        ["", json.dumps(values[0], ensure_ascii=False), " ", *map(json.dumps, values[1:])]
+    )
+    rows = read_rows(_write(tmp_path / "a.jsonl", text), ["text", "label"])
+    assert [dict(r.values) for r in rows] == [
+        {"text": "a\u2028b", "label": "1"},
+        {"text": "c", "label": "-0.5"},
+        {"text": "d", "label": "true"},
+    ]
+    assert [r.line for r in rows] == [2, 4, 5]
+
+
+def test_blank_lines_are_skipped_and_unasked_columns_may_be_empty(tmp_path):
+    path = _write(tmp_path / "a.csv", "\n\ntext,other,label\n\na,,x\n   \nb,1,y\n\n")
+    assert [(r.line, dict(r.values)) for r in read_rows(path, ["label"])] == [
+        (5, {"label": "x"}),
+        (7, {"label": "y"}),
+    ]
+
+
+BAD_FILES = [
+    ("a.csv", "", [("a.csv:1", "empty")]),
+    ("a.jsonl", " \n", [("a.jsonl:1", "empty")]),
+    ("a.csv", "text,label\n", [("a.csv:1", "rows")]),
+    ("a.csv", "txt,label\na,b\n", [("a.csv:1", "'text'", "'txt'")]),
+    (
+        "a.csv",
+        "q,w\na,b\n",
+        [("a.csv:1", "'text'", "q", "w"), ("a.csv:1", "'label'", "q", "w")],
+    ),
+    ("a.csv", "text,label,text\na,b,c\n", [("a.csv:1", "'text'", "twice")]),
+    ("a.csv", "text,label\na\nb,c,d\n", [("a.csv:2", 1, 2), ("a.csv:3", 3, 2)]),
+    (
+        "a.csv",
+        "text,label\n,x\n  ,y\nz,\n",
+        [("a.csv:2", "'text'", "empty"), ("a.csv:3", "'text'", "empty"), ("a.csv:4", "'label'", "empty")],
+    ),
+    ("a.csv", 'text,label\n"a" b,x\nc,\n', [("a.csv:2",), ("a.csv:3", "'label'", "empty")]),
+    ("a.csv", 'text,label\na,x\n"b,y\nc,z\n', [("a.csv:3",)]),
+    (
+        "a.csv",
+        b"text,label\na,x\n\xe9,y\nc,\n",
+        [("a.csv:3", "0xe9", "UTF-8"), ("a.csv:4", "'label'", "empty")],
+    ),
+    ("a.tsv", "text,label\na,b\n", [("a.tsv:1", "'text'", "'text,label'"), ("a.tsv:1", "'label'")]),
+    ("a.tsv", "id\ttext\tlabel\n7\ta\tx\n8\tb\tx\n7\tc\tx\n", [("a.tsv:4", "'7'", "line 2")]),
+    ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', [("a.jsonl:2", "JSON")]),
+    ("a.jsonl", "[1]\nnull\n3\n", [(f"a.jsonl:{n}", "JSON object") for n in (1, 2, 3)]),
+    ("a.jsonl", '{"text": "a", "labels": 1}\n', [("a.jsonl:1", "'label'", "'labels'")]),
+    (
+        "a.jsonl",
+        '{"text": null, "label": [1]}',
+        [("a.jsonl:1", "'text'", "null"), ("a.jsonl:1", "'label'", "[1]")],
+    ),
+    ("a.jsonl", '{"text": "\\ud800", "label": 1}', [("a.jsonl:1", "'text'", "surrogate")]),
+    ("a.jsonl", "[" * 100_000, [("a.jsonl:1", "JSON")]),
+    ("a.jsonl", '{"id": 1, "text": "a", "label": 1}\n' * 2, [("a.jsonl:2", "'1'", "line 1")]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "problems"), BAD_FILES)
+def test_every_problem_of_a_file_is_named_with_its_line(tmp_path, name, content, problems):
+    path = _write(tmp_path / name, content)
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        read_rows(path, ["text", "label"])
+    lines = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+    assert_mentions(lines[0], *problems[0])
+    shown = [line.strip() for line in lines[1:]] or lines
+    assert len(shown) == len(problems), shown
+    for line, (place, *words) in zip(shown, problems, strict=True):
+        assert line.startswith(f"{place}: ")
+        assert_mentions(line, *words)
+
+
+def test_only_the_first_twenty_problems_are_shown(tmp_path):
+    path = _write(tmp_path / "a.csv", "text,label\n" + "a,\n" * 25)
+    with pytest.raises(ValueError, match=mentions("a.csv:2", 25)) as caught:
+        read_rows(path, ["text", "label"])
+    assert_mentions(str(caught.value).splitlines()[-1], 5)
+    assert len(str(caught.value).splitlines()) == 22
+
+
+def test_the_problems_of_a_file_that_is_wrong_throughout_fit_in_memory(tmp_path):
+    path = _write(tmp_path / "a.jsonl", "x\n" * 100_000)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=mentions("a.jsonl:1", "JSON", 100000)):
+        read_rows(path, ["text", "label"])
+    assert tracemalloc.get_traced_memory()[1] < 5 * 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [("a.txt", mentions("a.txt", ".csv", ".tsv", ".jsonl")), ("a", "suffix"), ("b.csv", "b.csv")],
+)
+def test_files_that_cannot_be_read(tmp_path, name, named):
+    with pytest.raises(ValueError, match=named):
+        read_rows(tmp_path / name, ["text"])
+
+
+_FIELD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
+    str.strip
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(_FIELD, _FIELD), min_size=1, max_size=6), st.sampled_from([".csv", ".tsv"]))
+def test_what_csv_writes_is_read_back(tmp_path_factory, rows, suffix):
+    path = write_table(
+        tmp_path_factory.mktemp("t") / f"a{suffix}", rows, header=("text", "label"), newline="\r\n"
+    )
+    read = read_rows(path, ["text", "label"])
+    assert [(r.values["text"], r.values["label"]) for r in read] == rows

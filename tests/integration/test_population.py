@@ -96,7 +96,7 @@ def test_a_member_equals_its_single_run(home, crew, number):
         assert np.abs(cut - leaf).max() <= 1e-5, path
 
 
-def test_the_columns_above_a_members_rank_stay_zero_to_the_bit(crew):
+def test_the_columns_above_a_members_rank_stay_exactly_zero(crew):
     found = member(crew, 2)
     a, b = (next(v for path, v in found.items() if path.endswith(name)) for name in ("lora_a", "lora_b"))
     assert a[..., :2].any()
@@ -140,7 +140,7 @@ def test_several_at_once_have_the_same_losses(home, crew):
     assert all(abs(ours[n]["loss"] - theirs[n]["loss"]) <= 1e-5 for n in some)
 
 
-def test_survivors_are_moved_together_and_go_on_as_they_were(home, crew):
+def test_survivors_are_compacted_and_continue_as_they_were(home, crew):
     before = {n: member(crew, n) for n in (0, 2)}
     other = Crew(crew.population, len(ENTRIES))
     other.places, other.chunks = list(crew.places), list(crew.chunks)
@@ -151,7 +151,7 @@ def test_survivors_are_moved_together_and_go_on_as_they_were(home, crew):
         assert all((member(other, number)[path] == leaf).all() for path, leaf in leaves.items())
 
 
-def test_members_go_on_on_any_number_of_devices(home, crew):
+def test_members_continue_on_any_number_of_devices(home, crew):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     saved = crew.as_state(7)

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ..messages import assert_mentions
+
 pytestmark = pytest.mark.slow
 
 DEADLINE, STEPS = 300, 60
@@ -117,14 +119,14 @@ def test_two_processes_learn_what_one_does(home, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_other_and_a_restart_goes_on_to_the_same_bits(home, tmp_path, lost):
+def test_a_lost_process_ends_the_other_and_a_restart_resumes_to_bitwise_the_same(home, tmp_path, lost):
     out = tmp_path / "out"
     with two(home, out) as pair:
         wait_until(lambda: (out / "checkpoints/20/metadata").exists(), pair)
         pair[lost].send_signal(signal.SIGKILL)
         code, _, stderr = ended(pair[1 - lost], within=60)
     assert code not in (0, 2)
-    assert "cannot reach another one" in stderr or "another task died" in stderr, stderr
+    assert re.search("another (one|task|process)", stderr), stderr
     assert not (out / "summary.json").exists()
     with two(home, out) as pair:
         ends = [ended(process) for process in pair]
@@ -145,7 +147,7 @@ def test_sigterm_at_one_process_stops_both_at_the_same_step(home, tmp_path):
     assert [end[0] for end in ends] == [143, 143], ends
     lines = [next(x for x in end[2].splitlines() if x.startswith("loraplus:")) for end in ends]
     assert lines[0] == lines[1]
-    step = lines[0].split()[4]
+    step = re.search(r"step (\d+) of 5000", lines[0])[1]
     assert (out / "checkpoints" / step).is_dir()
 
 
@@ -155,10 +157,8 @@ def test_a_start_that_nobody_joins_is_given_up_with_one_line(first_world, tmp_pa
     flags = (*member(number, address), "--distributed.start_timeout", "3")
     code, stdout, stderr = ended(start(first_world, tmp_path / "out", 1, *flags))
     assert (code, stdout) == (2, "")
-    message = (
-        f"loraplus: error: process {number} of 2 found no others at distributed.coordinator {address} in 3 s"
-    )
-    assert stderr.startswith(message)
+    assert stderr.startswith("loraplus: error: ")
+    assert_mentions(stderr, f"process {number} of 2", "distributed.coordinator", address, "3 s")
     assert stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -170,7 +170,7 @@ def test_a_port_that_is_taken_is_named_with_one_line(first_world, tmp_path):
         address = f"localhost:{taken.getsockname()[1]}"
         code, stdout, stderr = ended(start(first_world, tmp_path / "out", 1, *member(0, address)))
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert f"cannot listen at distributed.coordinator {address} (Address already in use)" in stderr
+    assert_mentions(stderr, "distributed.coordinator", address, "Address already in use")
 
 
 SLURM = {
@@ -196,26 +196,26 @@ def test_slurm_tells_the_processes_who_they_are(home, tmp_path):
     assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
 
 
-def test_an_environment_that_tells_nothing_is_refused(first_world, tmp_path):
+def test_an_environment_without_a_coordinator_is_rejected(first_world, tmp_path):
     code, _, stderr = ended(start(first_world, tmp_path / "out", 1, *AUTO))
     assert (code, stderr.count("\n")) == (2, 1)
-    assert "distributed.coordinator is auto, and what the environment tells" in stderr
+    assert_mentions(stderr, "distributed.coordinator", "auto", "environment")
 
 
 def unlike_settings(directories):
-    return "train.steps is 50 in process 0 and 60 in process 1", None
+    return ["train.steps", 50, "process 0", 60, "process 1"], None
 
 
 def broken_data(directories):
     path = directories[1] / "texts.csv"
     path.write_text(path.read_text() + '"unclosed')
-    return "process 1 of 2 refuses the run: texts.csv:", "texts.csv:"
+    return ["process 1 of 2", "texts.csv"], ["texts.csv"]
 
 
 def unlike_data(directories):
     path = directories[1] / "texts.csv"
     path.write_text("".join(path.read_text().splitlines(True)[:-3]))
-    return "the processes are not alike: data is", None
+    return ["processes", "data"], None
 
 
 def unlike_weights(directories):
@@ -225,7 +225,7 @@ def unlike_weights(directories):
     name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
     tensors[name][1] += 1
     save_file(tensors, path)
-    return "the processes are not alike: base is", None
+    return ["processes", "base"], None
 
 
 def unlike_split_weights(directories):
@@ -235,12 +235,12 @@ def unlike_split_weights(directories):
     name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
     tensors[name][-1] += 1
     save_file(tensors, path)
-    return "the processes are not alike: rows of the weights is", None
+    return ["processes", "rows of the weights"], None
 
 
 def unlike_trained(directories):
     unlike_weights(directories)
-    return "the processes are not alike: trained is", None
+    return ["processes", "trained"], None
 
 
 def leftover(directories):
@@ -248,8 +248,8 @@ def leftover(directories):
     (directories[1] / "out").mkdir(exist_ok=True)
     (directories[1] / "out/config.yaml").write_text("left: over\n")
     return (
-        "process 1 of 2 refuses the run: output_dir out must lie on a file system",
-        "output_dir out must lie on",
+        ["process 1 of 2", "output_dir out"],
+        ["output_dir out"],
     )
 
 
@@ -273,7 +273,7 @@ MORE_FLAGS = {
         leftover,
     ],
 )
-def test_what_one_process_cannot_do_all_refuse(first_world, tmp_path, change):
+def test_every_process_raises_the_error_of_one(first_world, tmp_path, change):
     """Each finds the same paths in a directory of its own, as hosts with disks of their own do."""
     directories = [tmp_path / f"host{n}" for n in range(2)]
     for directory in directories:
@@ -289,11 +289,11 @@ def test_what_one_process_cannot_do_all_refuse(first_world, tmp_path, change):
     assert [end[0] for end in ends] == [2, 2], ends
     for (_, stdout, stderr), words in zip(ends, (said, by_one or said), strict=True):
         assert (stdout, stderr.count("\n")) == ("", 1), stderr
-        assert words in stderr
+        assert_mentions(stderr, *words)
     assert not out.exists()
 
 
-def test_two_processes_share_a_language_model_and_go_on_from_an_adapter(first_talk, tmp_path):
+def test_two_processes_share_a_language_model_and_start_from_an_adapter(first_talk, tmp_path):
     """Its weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
     more = ("--train.steps", "10", "--train.eval_every", "5", "--mesh.data", "1", "--mesh.tensor", "1")
     found = {}
@@ -337,7 +337,7 @@ def test_a_process_lost_at_any_time_is_called_lost(first_talk, tmp_path, when):
         pair[1].send_signal(signal.SIGKILL)
         code, _, stderr = ended(pair[0], within=60)
     assert code in (1, -signal.SIGABRT), stderr
-    assert "cannot reach another one" in stderr or "another task died" in stderr, stderr
+    assert re.search("another (one|task|process)", stderr), stderr
 
 
 def test_a_part_that_one_process_cannot_read_sets_the_checkpoint_aside_in_both(first_talk, tmp_path):
@@ -394,11 +394,11 @@ def test_a_fault_of_one_process_ends_both_at_once(first_talk, tmp_path):
     assert ends[0][0] in (1, -signal.SIGABRT), ends[0]
 
 
-def test_processes_with_unequal_devices_are_refused(first_talk, tmp_path):
+def test_processes_with_unequal_devices_are_rejected(first_talk, tmp_path):
     address = free_address()
     pair = [start(first_talk, tmp_path / "out", 4 - 2 * n, *member(n, address)) for n in range(2)]
     with ending(pair):
         ends = [ended(process) for process in pair]
     for code, _, stderr in ends:
         assert code == 2
-        assert "must have as many devices; process 0 has 4, process 1 has 2" in stderr
+        assert_mentions(stderr, "devices", "process 0", 4, "process 1", 2)

@@ -17,6 +17,8 @@ from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.sweep.report import number, whole
 from loraplus_jax.sweep.slots import Crew
 
+from ..messages import assert_mentions
+
 pytestmark = pytest.mark.slow
 
 TINY = [
@@ -147,13 +149,13 @@ def test_the_winners_command_trains(swept, tmp_path):
     assert yaml.safe_load((swept / "winner.yaml").read_text())["optimizer"]["head_learning_rate"] == 5e-3
 
 
-def test_a_finished_sweep_and_other_settings_are_refused(swept, capsys):
+def test_a_finished_sweep_and_other_settings_are_rejected(swept, capsys):
     world = ["--output_dir", str(swept), *TINY]
     config = str(swept.parent / "config.yaml")
     assert main(["sweep", config, *world]) == 2
-    assert "is finished, its results are in summary.json; choose another" in capsys.readouterr().err
+    assert_mentions(capsys.readouterr().err, swept, "finished", "summary.json")
     assert main(["sweep", config, *world, "--sweep.keep", "0.25"]) == 2
-    assert "sweep.keep is 0.5 in that run and 0.25 here" in capsys.readouterr().err
+    assert_mentions(capsys.readouterr().err, "sweep.keep", 0.5, 0.25)
 
 
 def stopping(monkeypatch, count, stop):
@@ -177,12 +179,12 @@ def killed():
     raise Killed
 
 
-def test_stopped_and_killed_at_any_moment_it_ends_the_same_to_the_bit(world, swept, capsys, undrawn):
+def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept, capsys, undrawn):
     for count in (3, 3, 12):  # before the rung, after it, amid the report
         with pytest.MonkeyPatch.context() as patch:
             stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
             assert run_sweep(world) == 143
-        assert "the same command goes on from there" in capsys.readouterr().err
+        assert_mentions(capsys.readouterr().err, "stopped", "same command")
     with pytest.MonkeyPatch.context() as patch:
         stopping(patch, 3, killed)
         with pytest.raises(Killed):
@@ -206,7 +208,7 @@ def test_a_setting_left_alone_is_chosen_without_being_trained_on(world, capsys, 
             code = run_sweep(world, *rates, "--sweep.keep", keep, "--sweep.rungs", rungs, "--fresh")
         assert code == 143
         assert run_sweep(world, *rates, "--sweep.keep", keep, "--sweep.rungs", rungs) == 0
-        assert "going on from" in capsys.readouterr().out
+        assert_mentions(capsys.readouterr().out, "step")
         report = report_of(world.out)
         assert report["member_steps"]["search"] == taken
         for arm in ("lora", "lora_plus"):
@@ -216,7 +218,7 @@ def test_a_setting_left_alone_is_chosen_without_being_trained_on(world, capsys, 
             assert report["chosen"][arm] == {name: best[name] for name in report["chosen"][arm]}
 
 
-def test_a_sweep_stopped_on_one_device_goes_on_on_others(world, swept, undrawn):
+def test_a_sweep_stopped_on_one_device_resumes_on_others(world, swept, undrawn):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
     # 8 members before the rung, and 4 of them after it: 8 devices have 8 places for them.
@@ -239,18 +241,15 @@ def test_several_devices_and_members_at_once_find_the_same(world, swept, undrawn
         assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], abs=1e-4)
 
 
-def test_what_diverges_is_marked_and_a_target_never_reached_is_said(world, undrawn, capsys):
+def test_diverged_runs_and_a_target_never_reached_are_reported(world, undrawn, capsys):
     options = ("--sweep.learning_rates", "[2e-3,1e30]", "--sweep.lora_learning_rates", "[2e-3,5e-3]")
     assert run_sweep(world, *options, "--sweep.target", "1e-6", "--sweep.control", "false") == 0
     report = report_of(world.out)
     gone = [(row["learning_rate"], row["loss"]) for row in report["search"] if row["learning_rate"] == 1e30]
     assert gone == [(1e30, None)] * 2
-    assert report["verdict"].startswith(
-        "No verdict on steps: a test loss of 1e-06 was reached on none of 2 seeds"
-    )
+    assert_mentions(report["verdict"], "No verdict on steps", "1e-06", "none of 2 seeds")
     printed = capsys.readouterr().out
-    assert "2 diverged" in printed
-    assert "unequal budgets: 2 settings of LoRA, 4 of LoRA+" in printed
+    assert_mentions(printed, "2 diverged", "unequal", "2 settings of LoRA", "4 of LoRA+")
     assert "diverged" in (world.out / "report.html").read_text()
     assert not report["protocol"]["equal_budgets"]
 
@@ -258,7 +257,7 @@ def test_what_diverges_is_marked_and_a_target_never_reached_is_said(world, undra
 def test_when_all_diverge_it_says_so_and_keeps_what_there_is(world, capsys):
     assert run_sweep(world, "--sweep.learning_rates", "[1e30]", "--sweep.lora_learning_rates", "[2e-3]") == 1
     printed = capsys.readouterr().err
-    assert "training failed: every setting of LoRA+ has diverged by step 4" in printed
+    assert_mentions(printed, "training failed", "LoRA+", "diverged", "step 4")
     report = report_of(world.out)
     assert not report["complete"]
     assert [row["loss"] is None for row in report["search"]] == [False, True, True]
@@ -279,7 +278,7 @@ def test_what_diverges_in_the_report_is_no_winner(world, capsys, undrawn):
         "0",
     )
     assert run_sweep(world, *options) == 1
-    assert "diverged on 2, LoRA" in capsys.readouterr().err
+    assert_mentions(capsys.readouterr().err, "LoRA+", "LoRA", "diverged", 2)
     report = report_of(world.out)
     assert (report["winner"], report["command"]) == (None, None)
     assert "There is no winner" in (world.out / "report.html").read_text()
@@ -296,7 +295,12 @@ def test_a_language_model(talk, undrawn):
     )
     report = report_of(talk.out)
     assert report["member_steps"] == {"search": 16, "grid": 16, "report": 48}
-    assert all(run["test"]["loss"] > 0 for run in report["runs"])
+    assert len(report["runs"]) == 6
+    for run in report["runs"]:
+        (_, first), *_, (step, last) = run["curve"]
+        assert step == 8
+        assert last < first - 0.1
+        assert run["test"]["loss"] == pytest.approx(last, abs=1.0)
 
 
 @pytest.mark.parametrize(
@@ -304,20 +308,20 @@ def test_a_language_model(talk, undrawn):
     [
         (
             ("--optimizer.warmup_steps", "4"),
-            "sweep.rungs 0.25 is step 4 of 16, and up to step 4 rates still grow",
+            ["sweep.rungs", 0.25, "step 4", 16, "optimizer.warmup_steps"],
         ),
-        (("--sweep.rungs", "[0.2,0.25]"), "sweep.rungs 0.2 and 0.25 are both step 4 of 16"),
+        (("--sweep.rungs", "[0.2,0.25]"), ["sweep.rungs", 0.2, 0.25, "step 4", 16]),
     ],
 )
-def test_rungs_that_compare_nothing_are_refused(world, capsys, options, words):
+def test_rungs_that_compare_nothing_are_rejected(world, capsys, options, words):
     assert run_sweep(world, *options) == 2
     printed = capsys.readouterr().err
-    assert words in printed
+    assert_mentions(printed, *words)
     assert printed.count("\n") == 1
     assert not world.out.exists()
 
 
 def test_a_sweep_needs_a_test_split(world, capsys):
     assert run_sweep(world, "--data.test_fraction", "0") == 2
-    assert "reports on the test split" in capsys.readouterr().err
+    assert "test split" in capsys.readouterr().err
     assert not world.out.exists()

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
 from loraplus_jax.interop.adapter_files import adapter_notes
 
+from ..messages import mentions
+
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 
 
@@ -100,76 +102,92 @@ A = "lora/layers/q/lora_a"
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (lambda d: (d / "adapter.json").unlink(), FileNotFoundError, "lacks adapter.json"),
-        (lambda d: (d / "adapter.safetensors").unlink(), FileNotFoundError, "lacks adapter.safetensors"),
-        (lambda d: shutil.rmtree(d), FileNotFoundError, "is no adapter directory"),
+        (lambda d: (d / "adapter.json").unlink(), FileNotFoundError, "adapter.json"),
+        (lambda d: (d / "adapter.safetensors").unlink(), FileNotFoundError, "adapter.safetensors"),
+        (lambda d: shutil.rmtree(d), FileNotFoundError, "adapter directory"),
         *[
-            (lambda d, n=n: cut(d, "adapter.safetensors", n), ValueError, "adapter.safetensors is damaged")
+            (lambda d, n=n: cut(d, "adapter.safetensors", n), ValueError, "adapter.safetensors")
             for n in (0, 4, 100, -1)
         ],
-        (lambda d: cut(d, "adapter.json", 50), ValueError, "adapter.json is not JSON"),
-        (lambda d: (d / "adapter.json").write_text("[]"), ValueError, "must hold a JSON object, got list"),
-        (lambda d: edit_notes(d, lambda n: n.pop("specs")), ValueError, "needs format, config and specs"),
+        (lambda d: cut(d, "adapter.json", 50), ValueError, "adapter.json.*JSON"),
+        (
+            lambda d: (d / "adapter.json").write_text("[]"),
+            ValueError,
+            mentions("adapter.json", "JSON object", "list"),
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n.pop("specs")),
+            ValueError,
+            mentions("adapter.json", "format", "config", "specs"),
+        ),
         (
             lambda d: edit_notes(d, lambda n: n.update(format=2)),
             ValueError,
-            "has format 2, this version reads 1",
+            mentions("format", 2, 1),
         ),
         (
             lambda d: edit_notes(d, lambda n: n["config"].update(rnk=2)),
             ValueError,
-            "'rnk'; did you mean 'rank'",
+            mentions("'rnk'", "'rank'"),
         ),
-        (lambda d: edit_notes(d, lambda n: n["config"].update(rank=0)), ValueError, "rank must be .* got 0"),
+        (
+            lambda d: edit_notes(d, lambda n: n["config"].update(rank=0)),
+            ValueError,
+            mentions("adapter.json", "rank", 0),
+        ),
         (
             lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(kind="rnn")),
             ValueError,
-            "entry 'layers/q'.*'rnn'",
+            mentions("'layers/q'", "'rnn'"),
         ),
-        (lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].pop("leaf")), ValueError, "lacks leaf"),
+        (
+            lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].pop("leaf")),
+            ValueError,
+            mentions("'layers/q'", "leaf"),
+        ),
         (
             lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(shape=[6, 5, 3])),
             ValueError,
-            r"layers/q/lora_a is \(6, 4, 2\) in adapter.safetensors and \(6, 5, 2\) in adapter.json",
+            mentions("layers/q/lora_a", "(6, 4, 2)", "adapter.safetensors", "(6, 5, 2)", "adapter.json"),
         ),
         (
             lambda d: edit_notes(d, lambda n: n["config"].update(dropout=10**400)),
             ValueError,
-            "adapter.json: dropout must be a finite number",
+            mentions("adapter.json", "dropout"),
         ),
         (
             lambda d: edit_notes(d, lambda n: n["specs"]["layers/q"].update(stacked=[None])),
             ValueError,
-            "adapter.json: adapter table, entry 'layers/q'.*stacked must hold axes",
+            mentions("adapter.json", "'layers/q'", "stacked", "None"),
         ),
         (
             lambda d: (d / "adapter.json").write_text("[" * 3000 + "]" * 3000),
             ValueError,
-            "adapter.json is not JSON: maximum recursion depth|nested more than 100 deep|must hold a JSON object",
+            "adapter.json.*(recursion|100|JSON object)",
         ),
         (
             lambda d: edit_notes(d, lambda n: n["specs"].clear()),
             ValueError,
-            "differ at layers/q/lora_a.*absent in",
+            mentions("layers/q/lora_a", "absent"),
         ),
         (
             lambda d: edit_tensors(d, lambda t: t.pop(A)),
             ValueError,
-            "differ at layers/q/lora_a.*absent in adapter.s",
+            mentions("layers/q/lora_a", "absent", "adapter.safetensors"),
         ),
         (
             lambda d: edit_tensors(d, lambda t: t.update({"lora/k/lora_a": t[A]})),
             ValueError,
-            "differ at k/lora_a",
+            mentions("k/lora_a"),
         ),
         (
             lambda d: edit_tensors(d, lambda t: t.update({A: t[A][:5]})),
             ValueError,
-            r"layers/q/lora_a is \(5, 4, 2\) in",
+            mentions("layers/q/lora_a", "(5, 4, 2)", "(6, 4, 2)"),
         ),
     ],
 )
-def test_damage_is_refused(adapter, damage, error, message):
+def test_damage_is_rejected(adapter, damage, error, message):
     damage(adapter)
     with pytest.raises(error, match=message):
         load_adapter(adapter)

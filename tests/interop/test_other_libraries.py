@@ -9,6 +9,8 @@ from flax import nnx
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.interop.other_libraries import adapters_from
 
+from ..messages import mentions
+
 
 def spec(key, shape=(4, 3), rank=2, scale=1.0, axes="io"):
     return AdapterSpec(
@@ -55,14 +57,12 @@ def test_a_live_nnx_model():
 def test_whatever_does_not_fit_is_listed():
     specs = {"net/fc": spec("net/fc", scale=2.0), "other": spec("other")}
     tree = FORMS["qwix"] | {"strange": {"lora_a": A, "lora_b": B}}
-    with pytest.raises(
-        ValueError, match=r"(?s)\+ strange .*- other has no factors.*~ net/fc: the scale is 2"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)\+ strange\b.*- other\b.*~ net/fc\b.*\b2\b"):
         adapters_from(tree, specs, scale=1.0)
     turned = {"net": {"fc": {"lora_a": A.T @ jnp.ones((4, 2)), "lora_b": B}}}
-    with pytest.raises(ValueError, match=r"~ net/fc: the factors are \(\(2, 2\), \(2, 3\)\)"):
+    with pytest.raises(ValueError, match=r"~ net/fc\b.*\(2, 2\), \(2, 3\)"):
         adapters_from(turned, {"net/fc": spec("net/fc")}, scale=1.0)
-    with pytest.raises(ValueError, match="one factor only"):
+    with pytest.raises(ValueError, match=mentions("fc", "lora_b")):
         adapters_from({"fc": {"lora_a": A}}, {"fc": spec("fc")}, scale=1.0)
-    with pytest.raises(ValueError, match="scale must be"):
+    with pytest.raises(ValueError, match=mentions("scale", 0)):
         adapters_from(FORMS["ours"], {"net/fc": spec("net/fc")}, scale=0)

@@ -1,6 +1,7 @@
-"""PEFT's files without PEFT: layouts by literals and by their product, names both ways, and what is refused."""
+"""PEFT's files without PEFT: layouts by literals and by their product, and what is rejected."""
 
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -10,10 +11,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, apply_lora_plus, init_lora
-from loraplus_jax.interop.path_map import check_path_map, module_of, place_of
 from loraplus_jax.interop.peft_config import read_options
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
 from loraplus_jax.lora import weight_delta
+
+from ..messages import mentions
 
 
 def spec_of(kind, axes, shape, rank=2, leaf="params/m/kernel", scale=1.5, **more):
@@ -108,7 +110,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_layout_has_the_same_product_there_and_comes_back_to_the_bit(name, tmp_path):
+def test_every_layout_has_the_same_product_there_and_comes_back_bitwise(name, tmp_path):
     spec, rule, slices = CASES[name]
     key = "m/kernel" if spec.kind == "parameter" else "m"
     lora = factors(spec)
@@ -167,6 +169,8 @@ PATHS = (
     ("head", "out.0"),
     ("other_head", "out.1"),
 )
+
+
 IDS = jnp.zeros((1, 3), jnp.int32)
 
 
@@ -198,7 +202,7 @@ def test_the_tensors_of_a_users_own_model(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.lora, lora)
     jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
     assert json.loads((tmp_path / "a/loraplus.json").read_text())["note"] == {"kept": 1}
-    with pytest.raises(ValueError, match="give the base's params"):
+    with pytest.raises(ValueError, match="params"):
         load_peft(tmp_path / "a", specs, PATHS)
     # What PEFT's own options say, without our notes.
     (tmp_path / "a/loraplus.json").unlink()
@@ -269,7 +273,7 @@ def test_a_copy_of_the_base_must_be_one(tmp_path):
         save_file(load_file(path) | {"base_model.model.emb.base_layer.weight": value}, path)
         if value is copy:
             assert not load_peft(tmp_path / "a", specs, PATHS, params=params).extras
-    with pytest.raises(ValueError, match="another weight than the base's"):
+    with pytest.raises(ValueError, match=mentions("emb.base_layer.weight", "base")):
         load_peft(tmp_path / "a", specs, PATHS, params=params)
 
 
@@ -280,15 +284,13 @@ def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
     load_peft(tmp_path / "a", specs, tied)
     save_peft(tmp_path / "b", lora, specs, config, PATHS)
-    with pytest.raises(ValueError, match="ensure_weight_tying is not set"):
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
         load_peft(tmp_path / "b", specs, tied)
 
 
 def test_everything_without_a_place_is_listed_and_nothing_written(tmp_path):
     config, lora, specs, params = net()
-    with pytest.raises(
-        ValueError, match=r"(?s)no rule .* 'embed'.*no rule .* 'head'.*params/other_head/bias"
-    ):
+    with pytest.raises(ValueError, match=mentions("'embed'", "'head'", "params/other_head/bias")):
         save_peft(
             tmp_path / "a",
             lora,
@@ -303,30 +305,42 @@ def test_everything_without_a_place_is_listed_and_nothing_written(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "rule", "text"),
     [
-        (spec_of("conv_transpose", "iio", (3, 2, 4)), ("m", "t"), "no adapter"),
+        (
+            spec_of("conv_transpose", "iio", (3, 2, 4)),
+            ("m", "t"),
+            mentions("params/m/kernel", "transposed", "PEFT"),
+        ),
         (
             spec_of("dense", "io", (4, 3, 5), stacked=(0,)),
             ("m", "t"),
-            "1 stacked and batch axes, t has 0 indices",
+            mentions("params/m/kernel", "1 stacked", "t", 0),
         ),
-        (spec_of("dense", "io", (3, 5)), ("m", "h.{n}.t"), "0 stacked and batch axes"),
+        (
+            spec_of("dense", "io", (3, 5)),
+            ("m", "h.{n}.t"),
+            mentions("params/m/kernel", "0 stacked", "h.{n}.t", 1),
+        ),
         (
             spec_of("dense", "io", (3, 5)),
             ("m", "t", "Embedding"),
-            "the path map says Embedding of t, not Linear",
+            mentions("params/m/kernel", "dense", "Embedding", "t", "Linear"),
         ),
-        (spec_of("einsum", "eiio", (2, 3, 4, 5)), ("m", "t", "Parameter"), "one input and one output axis"),
+        (
+            spec_of("einsum", "eiio", (2, 3, 4, 5)),
+            ("m", "t", "Parameter"),
+            mentions("params/m/kernel", "'eiio'"),
+        ),
     ],
 )
-def test_what_peft_has_not_is_refused(spec, rule, text, tmp_path):
+def test_what_peft_cannot_hold_is_rejected(spec, rule, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         saved(tmp_path, spec, rule)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_of_ours_in_one_place_are_refused(tmp_path):
+def test_two_of_ours_in_one_place_are_rejected(tmp_path):
     config, lora, specs, _ = net(target_modules=["head", "other_head"])
-    with pytest.raises(ValueError, match="'head' and 'other_head' both"):
+    with pytest.raises(ValueError, match=mentions("'head'", "'other_head'", "out")):
         save_peft(
             tmp_path / "a",
             lora,
@@ -336,11 +350,11 @@ def test_two_of_ours_in_one_place_are_refused(tmp_path):
         )
 
 
-def test_kernels_of_unknown_axes_are_not_turned_by_guess(tmp_path):
+def test_kernels_of_unknown_axes_are_never_transposed_by_guess(tmp_path):
     config, lora, specs, _ = net(target_modules=["head"])
     extras = {"params": {"conv": {"kernel": jnp.ones((3, 2, 4))}}}
     rules = (*PATHS, ("conv", "conv"))
-    with pytest.raises(ValueError, match="which are its inputs is not known"):
+    with pytest.raises(ValueError, match=mentions(3, "Linear", "Conv1D", "Conv")):
         save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
     rules = (*PATHS, ("conv", "conv", "Conv"))
     save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
@@ -349,86 +363,6 @@ def test_kernels_of_unknown_axes_are_not_turned_by_guess(tmp_path):
         2,
         3,
     )
-
-
-@pytest.mark.parametrize(
-    ("rule", "text"),
-    [
-        (("a",), r"a rule is \(ours, theirs\)"),
-        (("a/{x}", "b"), "is not in 'b'"),
-        (("a/{x}/{x}", "b.{x}"), "stands twice"),
-        (("a", "b", "Lineer"), "did you mean 'Linear'"),
-    ],
-)
-def test_rules_that_make_no_sense_are_refused(rule, text):
-    with pytest.raises((ValueError, TypeError), match=text):
-        check_path_map([rule])
-
-
-def test_names_go_both_ways():
-    rules = [("enc/{block}/{name}", "e.{block}.{layer}.{name}"), ("out", "out")]
-    place = place_of(rules, "enc/up/fc")
-    assert place is not None
-    assert place.at((7,)) == "e.up.7.fc"
-    assert module_of(rules, "e.up.7.fc") == ("enc/up/fc", (7,))
-    assert module_of(rules, "e.up.x.fc") is None
-    assert module_of(rules, "e.up.07.fc") is None
-    assert place_of(rules, "enc/up") is None
-    assert module_of(rules, "outer") is None
-
-
-def options_file(tmp_path, **changes):
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | changes))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"peft_type": "LOHA"}, "peft_type must be LORA"),
-        ({"use_dora": True, "lora_bias": True}, "use_dora is True; lora_bias is True"),
-        ({"megatron_config": {"a": 1}}, "megatron_config"),
-        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
-        ({"corda_config": {"verbose": False}}, "corda_config"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base"),
-        ({"init_lora_weights": "olora"}, "changes the base"),
-        ({"brand_new": 1}, "brand_new is 1, and not known here"),
-        ({"r": 0}, "r must be a whole number"),
-        ({"r": None}, "r must be a whole number"),
-        ({"lora_alpha": "8"}, "lora_alpha must be a finite number"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern is not a regular expression"),
-        ({"rank_pattern": {"q": 0}}, "must be a whole number"),
-        ({"alpha_pattern": [1]}, "must be a mapping"),
-        ({"bias": "some"}, "bias must be one of"),
-        ({"target_modules": 3}, "target_modules must be a list of names"),
-        ({"modules_to_save": "head"}, "modules_to_save must be a list of names"),
-        ({"use_rslora": "yes"}, "use_rslora must be true or false"),
-        ({"base_model_name_or_path": 1}, "must be a text"),
-    ],
-)
-def test_options_that_we_lack_or_that_are_odd_are_refused(changes, text, tmp_path):
-    with pytest.raises(ValueError, match=text):
-        read_options(options_file(tmp_path, **changes))
-
-
-def test_options_that_are_off_or_of_no_effect_are_not_in_the_way(tmp_path):
-    path = options_file(
-        tmp_path,
-        use_dora=False,
-        loftq_config={},
-        eva_config=None,
-        layers_pattern=None,
-        inference_mode=True,
-        init_lora_weights="gaussian",
-        megatron_core="megatron.core",
-        qalora_group_size=16,
-        rank_pattern={"layers.0.*": 2, "q": 3},
-    )
-    options = read_options(path)
-    assert [options.rank_of(n) for n in ("x.layers.0.q", "y.q", "my_q")] == [2, 3, 4]
-    assert options.scale_of("x.layers.0.q") == 4.0
 
 
 def test_missing_and_left_over_factors_are_all_listed(tmp_path):
@@ -445,20 +379,20 @@ def test_missing_and_left_over_factors_are_all_listed(tmp_path):
         load_peft(tmp_path / "a", specs, PATHS, params=net()[3])
     found["lost.lora_A.weight"] = found["base_model.model.emb.lora_embedding_A"]
     save_file(found, path)
-    with pytest.raises(ValueError, match=r"lost\.lora_A\.weight does not begin with base_model\.model\."):
+    with pytest.raises(ValueError, match=mentions("lost.lora_A.weight", "base_model.model.")):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
-def test_notes_at_odds_with_peft_s_options_are_refused(tmp_path):
+def test_notes_that_contradict_pefts_options_are_rejected(tmp_path):
     config, lora, specs, _ = net()
     save_peft(tmp_path / "a", lora, specs, config, PATHS)
     path = tmp_path / "a/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 99}))
-    with pytest.raises(ValueError, match=r"has the scale 49\.5"):
+    with pytest.raises(ValueError, match=mentions(49.5)):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
-def test_dtypes_are_kept_and_float64_is_refused(tmp_path):
+def test_dtypes_are_kept_and_integers_are_rejected(tmp_path):
     config, lora, specs, _ = net(target_modules=["head"])
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora)
     save_peft(tmp_path / "a", low, specs, config, PATHS)
@@ -466,13 +400,13 @@ def test_dtypes_are_kept_and_float64_is_refused(tmp_path):
     assert {x.dtype.name for x in jax.tree.leaves(again)} == {"bfloat16"}
     path = tmp_path / "a/adapter_model.safetensors"
     save_file({name: x.astype(np.int32) for name, x in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="only float32, float16, bfloat16 are read"):
+    with pytest.raises(ValueError, match=mentions("float32", "float16", "bfloat16")):
         load_peft(tmp_path / "a", specs, PATHS)
 
 
 def test_nothing_is_overwritten(tmp_path):
     config, lora, specs, _ = net()
     (tmp_path / "a").mkdir()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "a"))):
         save_peft(tmp_path / "a", lora, specs, config, PATHS)
     assert list((tmp_path / "a").iterdir()) == []

@@ -1,4 +1,4 @@
-"""A weight with an adapter that the model also uses past its layer: refused, and told from all that is not."""
+"""A weight with an adapter that the model also uses past its layer: rejected, and told from every other use."""
 
 import ast
 import dataclasses
@@ -14,6 +14,8 @@ from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, LoRAPlusEmbed, apply_lor
 from loraplus_jax.linen.dataflow import follow, noted
 from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
+
+from ..messages import mentions
 
 KEY = jax.random.key(0, impl="rbg")
 X = jax.random.normal(jax.random.key(1), (3, 6))
@@ -164,22 +166,22 @@ READ = {
 
 
 def refusal(net, x, target):
-    with pytest.raises(ValueError, match="has an adapter, but the model") as error:
+    with pytest.raises(ValueError, match="past") as error:
         init_lora(apply_lora_plus(net, config(target)), KEY, x)
     return str(error.value)
 
 
 @pytest.mark.parametrize("name", READ)
-def test_a_weight_used_past_its_layer_is_refused(name):
+def test_a_weight_used_past_its_layer_is_rejected(name):
     net, x, target, leaf = READ[name]
-    assert f"uses its weight params/{leaf} past the layer" in refusal(net, x, target)
+    assert f"params/{leaf} " in refusal(net, x, target)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
 def test_it_works_as_the_message_says(name):
     net, x, target, _ = READ[name]
-    rule = ast.literal_eval(re.findall(r"target_parameters instead: (\{.*\})$", refusal(net, x, target))[0])
+    rule = ast.literal_eval(re.findall(r"target_parameters.*?(\{.*\})", refusal(net, x, target))[0])
     model = apply_lora_plus(net, config((), target_parameters=rule))
     lora, specs = init_lora(model, KEY, x)
     base, lora = net.init(KEY, x), drawn(lora)
@@ -187,8 +189,8 @@ def test_it_works_as_the_message_says(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, merged)
 
 
-def test_a_weight_that_the_model_changes_before_its_layer_is_refused():
-    with pytest.raises(ValueError, match="changes its weight params/d/kernel before the layer has it"):
+def test_a_weight_that_the_model_changes_before_its_layer_is_rejected():
+    with pytest.raises(ValueError, match=mentions("params/d/kernel", "before")):
         init_lora(apply_lora_plus(Doubled(), config()), KEY, X)
 
 
@@ -202,11 +204,9 @@ class OwnTied(nn.Module):
         return emb.attend(x) if self.attend else x @ emb.embedding.T
 
 
-def test_layers_of_our_own_are_looked_at_too():
+def test_layers_of_our_own_are_checked_too():
     assert sorted(init_lora(OwnTied(attend=True), KEY, IDS)[1]) == ["d", "emb"]
-    with pytest.raises(
-        ValueError, match="'emb' has an adapter, but the model also uses its weight params/emb"
-    ):
+    with pytest.raises(ValueError, match=mentions("'emb'", "params/emb/embedding")):
         init_lora(OwnTied(attend=False), KEY, IDS)
 
 
@@ -361,6 +361,7 @@ def test_no_weight_of_the_base_is_made(monkeypatch):
     made = []
     net = nn.Dense(4, kernel_init=lambda key, shape, dtype: made.append(key) or jnp.ones(shape, dtype))
     init_lora(apply_lora_plus(net, config()), KEY, X)
+    assert made
     assert all(isinstance(key, jax.core.Tracer) for key in made)
 
 

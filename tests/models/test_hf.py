@@ -16,6 +16,8 @@ from loraplus_jax.models.hf import INDEX, SINGLE, load_config, load_params
 from loraplus_jax.models.name_table import NameTable, embedding, linear, norm
 from loraplus_jax.tree import flatten
 
+from ..messages import assert_mentions, mentions
+
 TABLE = NameTable(
     rules=(
         *embedding("tok", "embed"),
@@ -117,7 +119,7 @@ def halves():
 
 
 def error(folder, **kwargs):
-    """The whole message with which the directory is refused."""
+    """The whole message with which the directory is rejected."""
     with pytest.raises(ValueError, match=r"\w") as caught:
         load(folder, **kwargs)
     return str(caught.value)
@@ -180,34 +182,36 @@ def test_every_problem_is_listed_at_once(tmp_path):
     content["tok.weight"] = np.zeros((8, 3), np.float32)
     content["h.0.ln.weight"] = np.zeros(3, np.int8)
     lines = error(write(tmp_path, content)).splitlines()
-    assert lines[0].startswith(
-        f"the weights in {tmp_path} do not fit the model: 1 missing, 1 extra, 2 misshapen"
-    )
-    assert "; the first is " in lines[0]
-    assert sorted(line.strip() for line in lines[1:]) == [
-        "+ h.2.fc.bias [4] (the model has no place for it)",
-        "- h.1.fc.bias [4] (the model needs it)",
-        "~ h.0.ln.weight is I8, the model needs one of F64, F32, F16, BF16",
-        "~ tok.weight is [8, 3], the model needs [7, 3]",
+    assert_mentions(lines[0], tmp_path, "1 missing", "1 extra", "2 misshapen")
+    listed = sorted(line.strip() for line in lines[1:])
+    assert [line.split()[:2] for line in listed] == [
+        ["+", "h.2.fc.bias"],
+        ["-", "h.1.fc.bias"],
+        ["~", "h.0.ln.weight"],
+        ["~", "tok.weight"],
     ]
+    for line, words in zip(
+        listed, (["[4]"], ["[4]"], ["I8", "F64", "F32", "F16", "BF16"], ["[8, 3]", "[7, 3]"]), strict=True
+    ):
+        assert_mentions(line, *words)
 
 
 def test_an_untransposed_kernel_is_misshapen(tmp_path):
     content = tensors()
     content["h.0.fc.weight"] = np.zeros((3, 4), np.float32)
-    assert "~ h.0.fc.weight is [3, 4], the model needs [4, 3]" in error(write(tmp_path, content))
+    assert_mentions(error(write(tmp_path, content)), "h.0.fc.weight", "[3, 4]", "[4, 3]")
 
 
 def test_long_lists_end_in_a_count(tmp_path):
     content = tensors() | {f"more.{i}": np.zeros(1, np.float32) for i in range(33)}
     lines = error(write(tmp_path, content)).splitlines()
     assert len(lines) == 22
-    assert lines[-1] == "  and 13 more"
+    assert_mentions(lines[-1], 13)
 
 
 def test_two_spellings_of_one_tensor_are_extra(tmp_path):
     content = tensors() | {"model.tok.weight": np.zeros((7, 3), np.float32)}
-    assert "a second tensor for model.tok.weight" in error(write(tmp_path, content))
+    assert_mentions(error(write(tmp_path, content)), "second", "model.tok.weight")
 
 
 @pytest.mark.parametrize("cut", [-5, 40, 3, 0])
@@ -217,7 +221,7 @@ def test_truncated_files_are_named(tmp_path, cut):
     (tmp_path / SINGLE).write_bytes(whole[:cut])
     message = error(tmp_path)
     assert str(tmp_path / SINGLE) in message
-    assert "no whole safetensors file" in message
+    assert "safetensors" in message
 
 
 def test_garbled_files_are_named(tmp_path):
@@ -241,17 +245,17 @@ def test_index_entries_may_not_leave_the_directory(tmp_path, entry):
     write(tmp_path, tensors())
     (tmp_path / "inner").mkdir()
     write_shards(tmp_path / "inner", halves(), {"tok.weight": entry})
-    assert f"names {entry!r}; only plain .safetensors names" in error(tmp_path / "inner")
+    assert_mentions(error(tmp_path / "inner"), repr(entry), "safetensors")
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("x" * 300 + ".safetensors", "xxx.safetensors is missing, though the index names it"),
-        ("a\n.safetensors", r"names 'a\n.safetensors'; only plain .safetensors names"),
+        ("x" * 300 + ".safetensors", "xxx.safetensors is missing"),
+        ("a\n.safetensors", r"'a\n.safetensors'"),
     ],
 )
-def test_an_index_entry_that_is_no_file_name_is_refused(tmp_path, entry, message):
+def test_an_index_entry_that_is_no_file_name_is_rejected(tmp_path, entry, message):
     write_shards(tmp_path, halves(), {"tok.weight": entry})
     assert message in error(tmp_path)
 
@@ -259,10 +263,10 @@ def test_an_index_entry_that_is_no_file_name_is_refused(tmp_path, entry, message
 def test_index_must_tell_the_truth(tmp_path):
     first, second = halves()
     write_shards(tmp_path, halves(), {"ghost": first})
-    assert f"- ghost (the index puts it in {first}, which does not hold it)" in error(tmp_path)
+    assert_mentions(error(tmp_path), "- ghost", first)
     write_shards(tmp_path, halves())
     (tmp_path / second).unlink()
-    assert f"{second} is missing, though the index names it" in error(tmp_path)
+    assert_mentions(error(tmp_path), second, "missing", "index")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
@@ -271,35 +275,34 @@ def test_a_damaged_index_is_named(tmp_path, content):
     assert str(tmp_path / INDEX) in error(tmp_path)
 
 
-def test_pickles_are_refused_unopened(tmp_path):
+def test_pickles_are_rejected_unopened(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"tok.weight": 0}))
     message = error(tmp_path)
-    assert "pytorch_model.bin, a pickle" in message
-    assert "safe_serialization=True" in message
+    assert_mentions(message, "pytorch_model.bin", "pickle", "safe_serialization=True")
 
 
 def test_absent_weights_and_directories_are_named(tmp_path):
-    assert f"neither {SINGLE} nor {INDEX}" in error(tmp_path)
-    assert "is no directory" in error(tmp_path / "nowhere")
+    assert_mentions(error(tmp_path), SINGLE, INDEX)
+    assert_mentions(error(tmp_path / "nowhere"), tmp_path / "nowhere", "directory")
 
 
 def test_table_must_cover_the_model(tmp_path):
     write(tmp_path, tensors())
-    assert "leaves without a rule ['head/kernel']" in error(tmp_path, new=())
-    assert "rules without a leaf ['embed/embedding']" in error(tmp_path, new=("head", "embed"))
-    assert "nothing under ['hea']" in error(tmp_path, new=("hea",))
+    assert "['head/kernel']" in error(tmp_path, new=())
+    assert "['embed/embedding']" in error(tmp_path, new=("head", "embed"))
+    assert "['hea']" in error(tmp_path, new=("hea",))
 
 
 def test_config_is_read_and_its_faults_named(tmp_path):
     path = tmp_path / "config.json"
-    with pytest.raises(ValueError, match=r"config\.json is missing"):
+    with pytest.raises(ValueError, match=mentions("config.json", "missing")):
         load_config(tmp_path)
-    for text, fault in (("{,", "is not JSON"), ("[1]", "must hold a JSON object, got list")):
+    for text, words in (("{,", ["JSON"]), ("[1]", ["JSON object", "list"])):
         path.write_text(text)
-        with pytest.raises(ValueError, match=fault):
+        with pytest.raises(ValueError, match=mentions("config.json", *words)):
             load_config(tmp_path)
     path.write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match=mentions("config.json", "JSON")):
         load_config(tmp_path)
     path.write_text('{"model_type": "bert"}')
     assert load_config(str(tmp_path)) == {"model_type": "bert"}
@@ -313,7 +316,7 @@ def test_a_tensor_that_repeats_another_must_have_its_values(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, alone, both)
     for other in (content["tok.weight"] + np.eye(7, 3, dtype=np.float32), content["tok.weight"][:6]):
         write(tmp_path, content | {"lm_head.weight": other})
-        with pytest.raises(ValueError, match=r"~ lm_head.weight differs from tok.weight"):
+        with pytest.raises(ValueError, match=mentions("lm_head.weight", "tok.weight")):
             load(tmp_path, table)
 
 
@@ -339,11 +342,11 @@ def test_three_rows_of_every_tensor_tell_files_apart(tmp_path):
     assert hf.rows_digest(found) == plain
     changed = [digest(f"row {n}", row(n)) for n in (0, 3, 6)]
     assert len({plain, *changed, digest("narrower", narrower)}) == 5
-    assert digest("row 1", row(1)) == plain  # not looked at
+    assert digest("row 1", row(1)) == plain  # not read
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_short_tensors_are_looked_at_whole(tmp_path, rows):
+def test_short_tensors_are_read_whole(tmp_path, rows):
     table = NameTable(rules=embedding("tok", "embed"))
     expected = {"embed": {"embedding": jax.ShapeDtypeStruct((rows, 2), jnp.float32)}}
     found = set()

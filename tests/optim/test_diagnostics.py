@@ -9,6 +9,8 @@ import pytest
 from loraplus_jax import AdapterSpec, describe, label_params, lora_plus, lora_plus_adamw, probe
 from loraplus_jax.tree import role_norms
 
+from ..messages import mentions
+
 TRAINABLE = {
     "lora": {"enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}}},
     "params": {"head": {"bias": jnp.ones(4)}},
@@ -56,9 +58,9 @@ def test_a_wrapped_optimizer_shows_multiples():
 def test_describe_of_an_optimizer_of_ones_own():
     rows = describe(TRAINABLE, {"a": 0.1, "b": optax.constant_schedule(0.2), "extra": 0.3}).rows
     assert [row.rate for row in rows] == ["0.1", "0.2", "0.3"]
-    with pytest.raises(ValueError, match="no rate is given for role 'b' of lora/enc/q/lora_b"):
+    with pytest.raises(ValueError, match=mentions("'b'", "lora/enc/q/lora_b")):
         describe(TRAINABLE, {"a": 0.1, "extra": 0.1})
-    with pytest.raises(TypeError, match=r"an optax.chain around one hides its groups"):
+    with pytest.raises(TypeError, match=r"optax.chain"):
         describe(TRAINABLE, optax.chain(lora_plus_adamw(1e-3)))
 
 

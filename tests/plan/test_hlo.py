@@ -110,7 +110,7 @@ def test_the_length_of_a_loop_from_its_condition_alone():
 
 def test_a_loop_whose_length_cannot_be_read_is_an_error():
     text = CPU.replace(', backend_config={"known_trip_count":{"n":"30"}}', "").replace("LT", "NE")
-    with pytest.raises(ValueError, match="how often the loop loop runs"):
+    with pytest.raises(ValueError, match="loop"):
         collectives(text)
 
 
@@ -137,9 +137,7 @@ def test_groups_in_the_ways_that_a_tpu_program_has_them(groups, size):
 
 
 def test_a_group_that_cannot_be_read_is_an_error():
-    with pytest.raises(
-        ValueError, match="a group of devices in a way that is not known here: replica_groups=new"
-    ):
+    with pytest.raises(ValueError, match="replica_groups=new"):
         collectives(TPU.replace("mesh['axis_0'=4,'axis_1'=4] {'axis_0','axis_1'}", "new[4]"))
 
 

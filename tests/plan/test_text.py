@@ -8,20 +8,15 @@ import pytest
 
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.hlo import Collective
-from loraplus_jax.plan.plan import Work, make_plan, roofline
+from loraplus_jax.plan.plan import Work, roofline
 from loraplus_jax.plan.text import advice, text_of
 from loraplus_jax.plan.tpu import CHIPS
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.sharding import check_tensor
 from loraplus_jax.training.setup import check_mesh
 
-from .test_plan import fake, llama
-
-
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory):
-    settings = llama(tmp_path_factory.mktemp("model"))
-    return make_plan(settings), settings
+from ..messages import assert_mentions, mentions
+from .tiny import fake
 
 
 def test_what_does_not_fit_comes_with_what_to_change(planned):
@@ -30,30 +25,32 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
     mesh = {"data": 8, "fsdp": 1, "tensor": 1}
     big = fake(plan, memory=large, needed=9_000_000_000, room=4_000_000_000, mesh=mesh)
     assert not big.fits
-    assert "does not fit: 5.00 GB too much" in text_of(big, settings)
+    assert re.search(mentions("does not fit", "5.00 GB"), text_of(big, settings))
     first, second, *_ = advice(big, settings)
-    assert first.startswith("mesh.data 1 and mesh.fsdp 8: of the frozen weights, 8.00 GB now")
-    assert "about 1.00 GB" in first
-    assert second.startswith("model.param_dtype bfloat16: the frozen weights then take 4.00 GB")
+    assert first.startswith("mesh.data 1 and mesh.fsdp 8")
+    assert_mentions(first, "frozen weights", "8.00 GB", "1.00 GB")
+    assert second.startswith("model.param_dtype bfloat16")
+    assert_mentions(second, "frozen weights", "4.00 GB")
     hot = fake(
         plan, memory={**plan.memory, "temporaries": 9_000_000_000}, rows=32, needed=9_000_000_000, room=1
     )
-    assert advice(hot, settings)[0].startswith("train.accumulate 4: a device computes with 1 row at a time")
+    assert advice(hot, settings)[0].startswith("train.accumulate 4")
+    assert_mentions(advice(hot, settings)[0], "1 row")
     assert advice(hot, settings)[1].startswith("model.remat full")
-    refused = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
-    assert "the compiler says: RESOURCE_EXHAUSTED" in text_of(refused, settings)
+    rejected = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
+    assert "RESOURCE_EXHAUSTED" in text_of(rejected, settings)
 
 
 @pytest.mark.parametrize(
     ("mesh", "times", "said"), [((2, 8, 1), 10, True), ((2, 8, 1), 9, False), ((2, 4, 2), 10, False)], ids=str
 )
-def test_weights_in_all_reduces_are_told(planned, mesh, times, said):
+def test_weights_in_all_reduces_are_reported(planned, mesh, times, said):
     plan, settings = planned
     gradients = 4 * plan.trained
     reduces = (Collective("all-reduce", gradients, 8, times, "f32[1]", ""),)
     mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
     text = text_of(fake(plan, mesh=mesh, collectives=reduces), settings)
-    assert ("fewer parts may help: mesh.data 4 and mesh.fsdp 4 (not compiled)" in text) == said
+    assert ("mesh.data 4 and mesh.fsdp 4" in text) == said
 
 
 def test_how_often_split_weights_come_in_by_hand(planned):
@@ -62,10 +59,8 @@ def test_how_often_split_weights_come_in_by_hand(planned):
     gathers = (Collective("all-gather", weights, 4, 6, "f32[1]", ""),)  # three quarters of it, six times
     mesh = {"data": 2, "fsdp": 4, "tensor": 1}
     split = fake(plan, mesh=mesh, collectives=gathers)
-    assert "received: 4.50 x the frozen weights; 2 is once for" in text_of(split, settings)
-    assert "received: 2.25 x the frozen weights a micro-batch;" in text_of(
-        fake(split, accumulate=2), settings
-    )
+    assert "4.50 x the frozen weights" in text_of(split, settings)
+    assert "2.25 x the frozen weights" in text_of(fake(split, accumulate=2), settings)
     assert "x the frozen weights" not in text_of(plan, settings)
 
 
@@ -76,10 +71,10 @@ def test_a_roofline_by_hand(planned):
     )
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
     text = text_of(fake(plan, roofline=found), settings)
-    assert "roofline: 2.000 s a step, 128 tokens/s; FLOPs bind" in text
+    assert_mentions(text, "roofline", "2.000 s", "128 tokens/s", "FLOPs")
     cut = plan.work._replace(loops=3)
-    assert "too low: of 3 loops that the compiler left" in text_of(fake(plan, work=cut), settings)
-    assert "work was not counted" in text_of(fake(plan, work=None), settings)
+    assert "3 loops" in text_of(fake(plan, work=cut), settings)
+    assert "not counted" in text_of(fake(plan, work=None), settings)
 
 
 def meshes(lines):
@@ -131,26 +126,24 @@ def test_advice_where_most_is_trained(planned):
     one = {"data": 1, "fsdp": 1, "tensor": 1}
     held = {"frozen weights": 10, "trained": 3_000, "optimizer": 6_000, "batch": 1, "temporaries": 100}
     large = fake(plan, mesh=one, devices=1, memory=held, needed=9_111, room=1, evaluation=None)
-    assert advice(large, settings)[0].startswith(
-        "lora.rank below 3: adapters and their optimizer, 9.00 kB now"
-    )
+    first = advice(large, settings)[0]
+    assert first.startswith("lora.rank below 3")
+    assert_mentions(first, "9.00 kB")
     saving = dataclasses.replace(settings.lora, modules_to_save=("lm_head",))
     assert advice(large, dataclasses.replace(settings, lora=saving))[0].startswith(
         "fewer lora.modules_to_save"
     )
     full = dataclasses.replace(settings, method="full")
     all_trained = fake(large, memory={**held, "frozen weights": 0})
-    assert advice(all_trained, full)[0].startswith("method lora_plus: only adapters are trained")
+    assert advice(all_trained, full)[0].startswith("method lora_plus")
     assert "frozen weights" not in text_of(all_trained, full).partition("too much")[2]
     split = fake(all_trained, mesh={"data": 4, "fsdp": 2, "tensor": 1}, devices=8)
-    wanted = (
-        "mesh.data 1 and mesh.fsdp 8: of the weights and optimizer, 9.00 kB now, a device then holds about"
-    )
-    assert f"{wanted} 2.25 kB" in advice(split, full)
+    (wider,) = [line for line in advice(split, full) if line.startswith("mesh.data 1 and mesh.fsdp 8")]
+    assert_mentions(wider, "9.00 kB", "2.25 kB")
     stored = dataclasses.replace(settings.model, param_dtype="bfloat16")
     small = fake(large, memory={**held, "frozen weights": 10_000})
     lines = advice(small, dataclasses.replace(settings, model=stored))
-    assert lines[0] == "more devices for mesh.fsdp, which splits the weights: there are 1 now"
+    assert_mentions(lines[0], "more devices", "mesh.fsdp", 1)
 
 
 def test_reductions_do_not_count_as_weights_that_come_in(planned):
@@ -163,18 +156,16 @@ def test_reductions_do_not_count_as_weights_that_come_in(planned):
         Collective("all-reduce", 4 * plan.trained, 4, 9, "f32[1]", ""),
     )
     split = fake(plan, mesh={"data": 2, "fsdp": 4, "tensor": 1}, collectives=found)
-    assert "by gathers and permutes received: 2.50 x the frozen weights" in text_of(split, settings)
+    assert "2.50 x the frozen weights" in text_of(split, settings)
     slivers = (*found[:2], Collective("all-reduce", 20 * weights, 4, 1, "f32[1]", ""))
-    assert "by gathers, permutes and all-reduces received: 32.50 x" in text_of(
-        fake(split, collectives=slivers), settings
-    )
+    assert "32.50 x the frozen weights" in text_of(fake(split, collectives=slivers), settings)
 
 
 def test_fewer_parts_are_advised_that_divide_the_devices(planned):
     plan, settings = planned
     reduces = (Collective("all-reduce", 40 * plan.trained, 9, 1, "f32[1]", ""),)
     text = text_of(fake(plan, mesh={"data": 1, "fsdp": 9, "tensor": 1}, collectives=reduces), settings)
-    assert "mesh.data 3 and mesh.fsdp 3 (not compiled)" in text
+    assert "mesh.data 3 and mesh.fsdp 3" in text
 
 
 def test_the_largest_exchanges_are_shown_and_the_reductions_beside_them(planned):
@@ -191,3 +182,13 @@ def test_the_largest_exchanges_are_shown_and_the_reductions_beside_them(planned)
         ["all-reduce", "2", f"f32[3,{n}],", "f32[]"] for n in (5, 4, 3)
     ]
     assert len(shown) == 8
+
+
+def test_a_plan_that_fits(planned):
+    plan, settings = planned
+    text = text_of(plan, settings)
+    assert_mentions(text, "5 layers", f"{plan.trained:,} of {plan.total:,} parameters")
+    assert plan.total == plan.trained + plan.memory["frozen weights"] // 4
+    assert_mentions(text, "8 x 32 tokens", "1 x 32")
+    assert "fits: " in text
+    assert "all-reduce" in text

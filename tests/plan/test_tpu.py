@@ -15,7 +15,7 @@ from loraplus_jax.plan.tpu import CHIPS, tpu_devices
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.xla import compiler_options
 
-from .test_plan import LLAMA, RANK, parts_of, settings_of
+from .tiny import LLAMA, RANK, parts_of, settings_of
 
 libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
 pytestmark = pytest.mark.slow

@@ -17,6 +17,8 @@ from loraplus_jax.sweep.population import fastest
 from loraplus_jax.sweep.settings import SweepSettings, Trial
 from loraplus_jax.sweep.slots import places_of
 
+from ..messages import mentions
+
 
 def lora(rate):
     return Trial(rate, 1.0, 16.0, 8)
@@ -71,31 +73,26 @@ def test_stops():
     assert stops_of(SweepSettings(rungs=(0.001, 0.002)), 10) == [1, 10]
 
 
-def test_rungs_within_the_warm_up_are_refused():
+def test_rungs_within_the_warm_up_are_rejected():
     sane = SweepSettings()
     for steps, warmup in ((300, 20), (300, 37), (16, 0), (1000, 100)):
         check_rungs(sane, steps, warmup)
-    with pytest.raises(
-        ValueError, match=r"sweep\.rungs 0\.125 is step 38 of 300, and up to step 38 rates still"
-    ) as e:
+    words = ("sweep.rungs", 0.125, "step 38", 300, "optimizer.warmup_steps", 0.127)
+    with pytest.raises(ValueError, match=mentions(*words)):
         check_rungs(sane, 300, 38)
-    assert "optimizer.warmup_steps" in str(e.value)
-    assert "give rungs above 0.127, or fewer steps of warm-up" in str(e.value)
     check_rungs(SweepSettings(rungs=(0.1271, 0.25)), 300, 38)
     check_rungs(SweepSettings(method="grid"), 300, 290)
 
 
-def test_rungs_on_one_step_are_refused():
-    with pytest.raises(
-        ValueError, match=r"sweep\.rungs 0\.25 and 0\.3 are both step 3 of 10: give one of them"
-    ):
+def test_rungs_on_one_step_are_rejected():
+    with pytest.raises(ValueError, match=mentions("sweep.rungs", 0.25, 0.3, "step 3", 10)):
         check_rungs(SweepSettings(rungs=(0.25, 0.3, 0.5)), 10, 0)
     check_rungs(SweepSettings(rungs=(0.25, 0.4, 0.5)), 10, 0)
-    with pytest.raises(ValueError, match="are both step 1 of 2"):
+    with pytest.raises(ValueError, match=mentions("sweep.rungs", 0.125, 0.25, "step 1", 2)):
         check_rungs(SweepSettings(rungs=(0.125, 0.25)), 2, 0)
-    with pytest.raises(ValueError, match=r"sweep\.rungs 0\.125 is step 1 of 1, the end"):
+    with pytest.raises(ValueError, match=mentions("sweep.rungs", 0.125, "step 1")):
         check_rungs(SweepSettings(), 1, 0)
-    with pytest.raises(ValueError, match=r"sweep\.rungs 0\.999 is step 300 of 300, the end, where"):
+    with pytest.raises(ValueError, match=mentions("sweep.rungs", 0.999, "step 300")):
         check_rungs(SweepSettings(rungs=(0.5, 0.999)), 300, 0)
     check_rungs(SweepSettings(method="grid"), 1, 0)
 

@@ -1,4 +1,4 @@
-"""What is tried: every field's effect, and what is refused."""
+"""What is tried: every field's effect, and what is rejected."""
 
 import dataclasses
 
@@ -10,6 +10,8 @@ from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.halving import stops_of, survivors
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
 from loraplus_jax.sweep.statistics import runs_of
+
+from ..messages import assert_mentions
 
 LEAST = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o", "seed": 7}
 
@@ -168,85 +170,85 @@ def test_every_member_trains_a_new_head_at_the_recipes_own_rate(parsed):
 BAD = [
     (
         ("--sweep.alphas", "[2,4]", "--lora.alpha_pattern", '{"query": 2}'),
-        "sweep.alphas would not reach the modules of lora.alpha_pattern, which is {'query': 2.0}: give one of",
+        ["sweep.alphas", "lora.alpha_pattern", "{'query': 2.0}"],
     ),
     (
         ("--sweep.ranks", "[2]", "--lora.rank_pattern", '{"query": 2}'),
-        "sweep.ranks would not reach the modules of lora.rank_pattern, which is {'query': 2}: give one of",
+        ["sweep.ranks", "lora.rank_pattern", "{'query': 2}"],
     ),
     (
         ("--lora.alpha", "3e38", "--optimizer.learning_rate", "1e-5"),
-        "alpha must be a finite number above 0, got 6e+38, which float32 cannot hold",
+        ["alpha", "6e+38", "float32"],
     ),
-    (("--sweep.learning_rates", "[]"), "sweep.learning_rates is empty"),
-    (("--sweep.lr_ratios", "[]"), "sweep.lr_ratios is empty"),
-    (("--sweep.seeds", "[]"), "sweep.seeds is empty"),
-    (("--sweep.rungs", "[]"), "sweep.rungs is empty"),
+    (("--sweep.learning_rates", "[]"), ["sweep.learning_rates", "empty"]),
+    (("--sweep.lr_ratios", "[]"), ["sweep.lr_ratios", "empty"]),
+    (("--sweep.seeds", "[]"), ["sweep.seeds", "empty"]),
+    (("--sweep.rungs", "[]"), ["sweep.rungs", "empty"]),
     (
         ("--sweep.learning_rates", "[1e-3,0]"),
-        "sweep.learning_rates[1] must be a finite number above 0, got 0.0",
+        ["sweep.learning_rates[1]", 0, 0.0],
     ),
-    (("--sweep.lora_learning_rates", "[-1]"), "sweep.lora_learning_rates[0] must be a finite number above 0"),
-    (("--sweep.learning_rates", "[.inf]"), "sweep.learning_rates[0] must be a finite number"),
-    (("--sweep.lr_ratios", "[1,2]"), "lr_ratios holds 1, which is plain LoRA"),
-    (("--sweep.lr_ratios", "[1.001,2]"), "lr_ratios holds 1.001, which is plain LoRA to three digits"),
-    (("--sweep.lr_ratios", "[2,2]"), "sweep.lr_ratios holds a value twice"),
+    (("--sweep.lora_learning_rates", "[-1]"), ["sweep.lora_learning_rates[0]", 0, -1.0]),
+    (("--sweep.learning_rates", "[.inf]"), ["sweep.learning_rates[0]", "inf"]),
+    (("--sweep.lr_ratios", "[1,2]"), ["sweep.lr_ratios", 1, "LoRA"]),
+    (("--sweep.lr_ratios", "[1.001,2]"), ["sweep.lr_ratios", 1.001, "LoRA"]),
+    (("--sweep.lr_ratios", "[2,2]"), ["sweep.lr_ratios", "twice"]),
     (
         ("--sweep.lr_ratios", "[2.001,2.002]"),
-        "sweep.lr_ratios holds 2.001 and 2.002, which are the same to three",
+        ["sweep.lr_ratios", 2.001, 2.002],
     ),
     (
         ("--sweep.alphas", "[16,16.01]"),
-        "sweep.alphas holds 16.0 and 16.01, which are the same to three digits",
+        ["sweep.alphas", "16.0", 16.01],
     ),
     (
         ("--sweep.learning_rates", "[1e-3,1.01e-3]", "--sweep.lr_ratios", "[1.01,1.02,1.03]"),
-        "of 6 rates from 0.001 to 0.00104, as many as LoRA+ has settings, only 5 differ",
+        [6, 0.001, 0.00104, 5],
     ),
     (
         ("--sweep.lora_learning_rates", "[1e-3,1.02e-3]", "--sweep.samples", "9"),
-        "sweep.samples is 9, and 900 draws found only 3 settings of LoRA that differ in three digits: give fewer",
+        ["sweep.samples", 9, 900, 3],
     ),
-    (("--sweep.ranks", "[0]"), "sweep.ranks[0] must be a whole number of at least 1"),
-    (("--sweep.samples", "0"), "sweep.samples must be a whole number of at least 1"),
-    (("--sweep.report_seeds", "1"), "sweep.report_seeds must be a whole number of at least 2"),
+    (("--sweep.ranks", "[0]"), ["sweep.ranks[0]", 1, 0]),
+    (("--sweep.samples", "0"), ["sweep.samples", 1, 0]),
+    (("--sweep.report_seeds", "1"), ["sweep.report_seeds", 2, 1]),
     (
         ("--sweep.report_seeds", "1000000000"),
-        "sweep.report_seeds must be a whole number of at least 2 and at most 1000, got 1000000000",
+        ["sweep.report_seeds", 2, 1000, 1000000000],
     ),
-    (("--sweep.samples", "1001"), "sweep.samples must be a whole number of at least 1 and at most 1000"),
-    (("--sweep.members_at_once", "10001"), "must be a whole number of at least 1 and at most 10000"),
+    (("--sweep.samples", "1001"), ["sweep.samples", 1, 1000, 1001]),
+    (("--sweep.members_at_once", "10001"), ["sweep.members_at_once", 1, 10000, 10001]),
     (
         ("--sweep.seeds", "[1,2,3,4,5,6]", "--sweep.samples", "1000"),
-        "at most 10,000 runs side by side, and 2,000 settings on 6 of sweep.seeds are 12,000",
+        ["10,000", "2,000", 6, "sweep.seeds", "12,000"],
     ),
     (
         (
             *("--sweep.learning_rates", str([n / 1e5 for n in range(1, 102)])),
             *("--sweep.lora_learning_rates", "[1e-3]", "--sweep.ranks", str(list(range(1, 26)))),
         ),
-        "at most 10,000 runs side by side, and 10,125 settings on 1 of sweep.seeds are 10,125",
+        ["10,000", "10,125", 1, "sweep.seeds"],
     ),
-    (("--sweep.rungs", "[0.5,0.25]"), "sweep.rungs must grow"),
-    (("--sweep.rungs", "[1.0]"), "sweep.rungs[0] must be a finite number above 0 and below 1"),
-    (("--sweep.keep", "1"), "sweep.keep must be a finite number above 0 and below 1"),
-    (("--sweep.method", "grid", "--sweep.keep", "0.5"), "sweep.keep goes with the method halving"),
-    (("--sweep.method", "halfing"), "did you mean 'halving'"),
-    (("--sweep.learnin_rates", "[1]"), "there is no option --sweep.learnin_rates; did you mean"),
+    (("--sweep.rungs", "[0.5,0.25]"), ["sweep.rungs", "grow"]),
+    (("--sweep.rungs", "[1.0]"), ["sweep.rungs[0]", 0, 1, 1.0]),
+    (("--sweep.keep", "1"), ["sweep.keep", 0, 1]),
+    (("--sweep.method", "grid", "--sweep.keep", "0.5"), ["sweep.keep", "halving"]),
+    (("--sweep.method", "halfing"), ["sweep.method", "'halving'", "halfing"]),
+    (("--sweep.learnin_rates", "[1]"), ["--sweep.learnin_rates", "'sweep.learning_rates'"]),
     (
         ("--sweep.learning_rates", "fast"),
-        "sweep.learning_rates must be a list of numbers or null, got 'fast'",
+        ["sweep.learning_rates", "numbers", "null", "'fast'"],
     ),
     (
         ("--sweep.learning_rates", "1e-3"),
-        "error: sweep.learning_rates must be a list of numbers or null, got '1e-3'\n",
+        ["sweep.learning_rates", "numbers", "null", "'1e-3'"],
     ),
-    (("--sweep.ranks", "[4,x]"), "sweep.ranks must be a list of whole numbers or null, got \"[4, 'x']\"\n"),
-    (("--sweep.rungs", "0.5"), "sweep.rungs must be a list of numbers, got '0.5'\n"),
-    (("--sweep.target", "low"), "sweep.target must be a number or null"),
-    (("--method", "lora"), "method must be lora_plus, got lora"),
-    (("--init_adapter", "there"), "leave init_adapter out"),
-    (("--seed", str(2**32 - 2)), "must be below 2**32"),
+    (("--sweep.ranks", "[4,x]"), ["sweep.ranks", "whole numbers", "null", "[4, 'x']"]),
+    (("--sweep.rungs", "0.5"), ["sweep.rungs", "numbers", "'0.5'"]),
+    (("--sweep.target", "low"), ["sweep.target", "number", "null", "low"]),
+    (("--method", "lora"), ["method", "lora_plus", "lora"]),
+    (("--init_adapter", "there"), ["init_adapter"]),
+    (("--seed", str(2**32 - 2)), ["2**32"]),
 ]
 
 
@@ -254,7 +256,7 @@ BAD = [
 def test_bad_settings_are_one_line_and_exit_code_2(config, capsys, overrides, words):
     assert main(["sweep", str(config), *overrides]) == 2
     printed = capsys.readouterr().err
-    assert words in printed
+    assert_mentions(printed, *words)
     assert printed.count("\n") == 1
 
 
@@ -262,18 +264,18 @@ def test_an_unknown_key_of_the_file_is_named_with_the_nearest_one(tmp_path, caps
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**LEAST, "sweep": {"lr_ratio": [2]}}))
     assert main(["sweep", str(path)]) == 2
-    assert "sweep: there is no key 'lr_ratio'; did you mean 'lr_ratios'" in capsys.readouterr().err
+    assert_mentions(capsys.readouterr().err, "sweep", "'lr_ratio'", "'lr_ratios'")
 
 
 def test_train_does_not_take_a_sweep(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**LEAST, "sweep": {"lr_ratios": [2]}}))
     assert main(["train", str(path)]) == 2
-    assert "there is no key 'sweep'" in capsys.readouterr().err
+    assert "'sweep'" in capsys.readouterr().err
 
 
 def test_help_names_every_field(capsys):
     assert main(["sweep", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("usage: loraplus sweep CONFIG")
+    assert "loraplus sweep CONFIG" in printed
     assert all(f"--sweep.{field.name}" in printed for field in dataclasses.fields(SweepSettings))

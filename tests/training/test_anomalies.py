@@ -15,6 +15,8 @@ from loraplus_jax.training.anomalies import (
     index_of_skip_limit,
 )
 
+from ..messages import assert_mentions
+
 
 def row(loss, norm=1.0, skipped=0.0):
     return {"loss": loss, "accuracy": 0.5, "grad_norm/b": norm, "update_norm/a": 2 * norm, "skipped": skipped}
@@ -32,8 +34,7 @@ def test_one_step_of_eight_times_the_loss_in_a_window_of_ten_is_named_with_its_o
         "spike/grad_norm/b": 30.0,
         "spike/update_norm/a": 60.0,
     }
-    text = "step 17: the loss jumped to 8.0000 (median before 1.0000); grad_norm/b 30, update_norm/a 60"
-    assert str(jump) == text
+    assert_mentions(str(jump), "step 17", "8.0000", "1.0000", "grad_norm/b 30", "update_norm/a 60")
     assert seen.losses[-4:] == (8.0, 1.0, 1.0, 1.0)
 
 
@@ -76,17 +77,17 @@ def test_metrics_of_a_checkpoint_and_of_a_device_are_floats_alike():
 
 
 @pytest.mark.parametrize(
-    ("odd", "said", "unsaid"),
+    ("names", "said", "unsaid"),
     [
-        (["loss", "grad_norm/a"], ("A's gradient grows", "max_grad_norm"), ("product",)),
-        (["update_norm/b"], ("lr_ratio than 4 (B's rate is the product)",), ("max_grad_norm", "gradient")),
-        (["update_norm/a"], ("learning_rate than 0.1",), ("max_grad_norm", "lr_ratio")),
+        (["loss", "grad_norm/a"], ("gradient", "max_grad_norm"), ("product",)),
+        (["update_norm/b"], ("lr_ratio", 4, "product"), ("max_grad_norm", "gradient")),
+        (["update_norm/a"], ("learning_rate", 0.1), ("max_grad_norm", "lr_ratio")),
     ],
 )
-def test_advice_follows_from_what_was_not_finite(odd, said, unsaid):
+def test_advice_follows_from_what_was_not_finite(names, said, unsaid):
     optimizer = types.SimpleNamespace(learning_rate=0.1, max_grad_norm=None, warmup_steps=0)
     settings = types.SimpleNamespace(optimizer=optimizer)
     run = types.SimpleNamespace(settings=settings, config=types.SimpleNamespace(lr_ratio=4.0))
-    text = advice(run, odd)  # pyright: ignore
-    assert all(words in text for words in said)
+    text = advice(run, names)  # pyright: ignore
+    assert_mentions(text, *said)
     assert not any(words in text for words in unsaid)

@@ -1,19 +1,15 @@
-import io
+"""Evaluation over all rows once, batches over a mesh, early stopping."""
+
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import yaml
-from rich.console import Console
 
-from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
+from loraplus_jax.settings.schema import TrainSettings
 from loraplus_jax.sharding import make_mesh, shard_batch
 from loraplus_jax.training.evaluation import evaluate
-from loraplus_jax.training.run_directory import check_directory, rename_run
 from loraplus_jax.training.trainer import Trainer
-
-SETTINGS = Settings(model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="o", seed=3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 7, 100])
@@ -64,74 +60,6 @@ def test_early_stopping_counts_evaluations_without_a_better_one(values, patience
     assert Trainer.should_stop(trainer(values, patience)) is stops  # pyright: ignore
     down = trainer([-value for value in values], patience, "min")
     assert Trainer.should_stop(down) is stops  # pyright: ignore
-
-
-def run_in(directory, settings=SETTINGS, *, finished=False):
-    directory.mkdir()
-    (directory / "config.yaml").write_text(yaml.safe_dump(settings.to_json()))
-    if finished:
-        (directory / "summary.json").write_text("{}")
-    return directory
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_directories_where_a_run_may_start(tmp_path, fresh):
-    check_directory(tmp_path / "absent", SETTINGS, fresh=fresh)
-    (tmp_path / "empty").mkdir()
-    check_directory(tmp_path / "empty", SETTINGS, fresh=fresh)
-
-
-def test_an_unfinished_run_of_the_same_settings_goes_on_wherever_it_lies(tmp_path):
-    directory = run_in(tmp_path / "run")
-    check_directory(directory, SETTINGS, fresh=False)
-    moved = Settings.to_json(SETTINGS) | {"output_dir": "another"}
-    (directory / "config.yaml").write_text(yaml.safe_dump(moved))
-    check_directory(directory, SETTINGS, fresh=False)
-
-
-def test_runs_that_are_refused_and_pass_with_fresh(tmp_path):
-    finished = run_in(tmp_path / "finished", finished=True)
-    with pytest.raises(
-        ValueError, match=r"finished is finished, its results are in summary\.json; .*--fresh"
-    ):
-        check_directory(finished, SETTINGS, fresh=False)
-    other = Settings(
-        model=ModelSettings(path="m", pooling="cls"), data=DataSettings(path="d"), output_dir="o", seed=4
-    )
-    unlike = run_in(tmp_path / "unlike", other)
-    with pytest.raises(ValueError, match="unlike holds a run with other settings") as caught:
-        check_directory(unlike, SETTINGS, fresh=False)
-    message = str(caught.value)
-    assert 'model.pooling is "cls" in that run and "mean" here' in message
-    assert "seed is 4 in that run and 3 here" in message
-    for directory in (finished, unlike):
-        check_directory(directory, SETTINGS, fresh=True)
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_what_is_no_runs_is_never_touched(tmp_path, fresh):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file is a file"):
-        check_directory(tmp_path / "file", SETTINGS, fresh=fresh)
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="foreign holds files that are not a run's"):
-        check_directory(tmp_path / "foreign", SETTINGS, fresh=fresh)
-
-
-def test_an_older_run_gets_the_first_free_number(tmp_path):
-    text = io.StringIO()
-    console = Console(file=text, width=300)
-    directory = tmp_path / "run.v2"
-    rename_run(directory, console)
-    assert text.getvalue() == ""
-    for number in (1, 2):
-        run_in(directory)
-        (directory / "mark").write_text(str(number))
-        rename_run(directory, console)
-        assert not directory.exists()
-        assert (tmp_path / f"run.v2.{number}" / "mark").read_text() == str(number)
-        assert f"the older run is now {directory}.{number}" in text.getvalue()
 
 
 def test_sums_and_not_means_of_batches_are_averaged():

@@ -16,6 +16,7 @@ from loraplus_jax.models.hf import check_params, load_config, load_params
 from loraplus_jax.models.llama import Llama, name_table
 from loraplus_jax.models.llama_config import LlamaConfig
 
+from ...messages import assert_mentions, mentions
 from .files import HEADS, KEY_HEADS, metadata, tensors, write
 
 
@@ -242,39 +243,39 @@ def test_rope_factors_are_in_the_config_and_no_weight(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "fault"),
+    ("values", "words"),
     [
         (
             metadata(block_count=None, context_length=None),
-            "num_hidden_layers must be a whole number, got None; max_pos",
+            ["num_hidden_layers", None, "max_position_embeddings"],
         ),
         (
             metadata(attention__head_count=[4, 4]),
-            "llama.attention.head_count must be one value, got a list of 2",
+            ["llama.attention.head_count", 2],
         ),
-        (metadata(expert_count=8), "llama.expert_count is 8, only 0 is supported"),
-        (metadata(rope__dimension_count=8), "llama.rope.dimension_count is 8, only 16 is supported"),
+        (metadata(expert_count=8), ["llama.expert_count", 8, 0]),
+        (metadata(rope__dimension_count=8), ["llama.rope.dimension_count", 8, 16]),
         (
             metadata(attention__layer_norm_rms_epsilon=None),
-            "layer_norm_rms_epsilon must be a positive number",
+            ["llama.attention.layer_norm_rms_epsilon"],
         ),
-        (metadata(rope__scaling__type="longrope"), "type is 'longrope'; none, linear and yarn are supported"),
-        (metadata(rope__scaling__type="linear"), "rope.scaling.factor must be a positive number"),
+        (metadata(rope__scaling__type="longrope"), ["type", "'longrope'", "none", "linear", "yarn"]),
+        (metadata(rope__scaling__type="linear"), ["llama.rope.scaling.factor"]),
         (
             metadata(
                 rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__yarn_ext_factor=1.0
             ),
-            "yarn_ext_factor is not supported with yarn",
+            ["llama.rope.scaling.yarn_ext_factor", "yarn"],
         ),
     ],
 )
-def test_options_that_no_model_here_knows_are_refused(tmp_path, values, fault):
-    assert fault in error(write(tmp_path / "m.gguf", tensors(), values))
+def test_unsupported_options_are_rejected(tmp_path, values, words):
+    assert_mentions(error(write(tmp_path / "m.gguf", tensors(), values)), *words)
 
 
-def test_other_architectures_are_refused_by_name(tmp_path):
+def test_other_architectures_are_rejected_by_name(tmp_path):
     message = error(write(tmp_path / "m.gguf", tensors(), metadata("gemma2"), "gemma2"))
-    assert message.endswith("m.gguf: the architecture is 'gemma2', must be one of llama, qwen2, qwen3")
+    assert_mentions(message, "'gemma2'", "llama", "qwen2", "qwen3")
 
 
 def test_every_problem_of_the_tensors_is_listed_at_once(tmp_path):
@@ -285,22 +286,23 @@ def test_every_problem_of_the_tensors_is_listed_at_once(tmp_path):
     content["blk.2.ffn_norm.weight"] = np.zeros(64, np.float32)
     content["blk.0.ffn_gate.weight"] = np.zeros((96, 2 * 24), np.uint8)
     lines = error(write(tmp_path / "m.gguf", content, dtypes={"blk.0.ffn_gate.weight": "Q5_1"})).splitlines()
-    assert (
-        "do not fit the model: 1 missing, 1 extra, 3 misshapen or of another type; the first is " in lines[0]
-    )
-    assert sorted(line.strip() for line in lines[1:]) == [
-        "+ model.layers.2.post_attention_layernorm.weight [64] (the model has no place for it)",
-        "- layers.0.self_attn.v_proj.weight [32, 64] (the model needs it)",
-        f"~ model.layers.0.mlp.gate_proj.weight is Q5_1, the model needs one of {', '.join(gguf.DTYPES)}",
-        "~ model.layers.1.mlp.up_proj.weight is [95, 64], the model needs [96, 64]",
-        "~ model.layers.1.self_attn.k_proj.weight is [33, 64], the model needs [32, 64]",
+    assert_mentions(lines[0], "1 missing", "1 extra", "3 misshapen")
+    listed = sorted(line.strip() for line in lines[1:])
+    expected = [
+        ("+ model.layers.2.post_attention_layernorm.weight", "[64]"),
+        ("- layers.0.self_attn.v_proj.weight", "[32, 64]"),
+        ("~ model.layers.0.mlp.gate_proj.weight", "Q5_1", *gguf.DTYPES),
+        ("~ model.layers.1.mlp.up_proj.weight", "[95, 64]", "[96, 64]"),
+        ("~ model.layers.1.self_attn.k_proj.weight", "[33, 64]", "[32, 64]"),
     ]
+    for line, words in zip(listed, expected, strict=True):
+        assert_mentions(line, *words)
 
 
 def test_several_files_are_named_and_one_is_asked_for(tmp_path):
     for name in ("b.gguf", "a.GGUF"):
         write(tmp_path / name, tensors())
-    with pytest.raises(ValueError, match=r"holds 2 GGUF files, give the path of one: a\.GGUF, b\.gguf"):
+    with pytest.raises(ValueError, match=mentions(2, "a.GGUF", "b.gguf")):
         load_config(tmp_path)
     assert load_config(tmp_path / "a.GGUF")["hidden_size"] == 64
 
@@ -317,7 +319,7 @@ def test_a_file_of_another_name_goes_by_its_first_bytes(tmp_path):
     assert load_config(tmp_path / "sha256-0")["hidden_size"] == 64
     (tmp_path / "text").write_text("hello")
     for path in (tmp_path / "text", tmp_path / "nowhere", tmp_path / ("x" * 300)):
-        with pytest.raises(ValueError, match="is no directory and no GGUF file"):
+        with pytest.raises(ValueError, match=mentions(path, "directory", "GGUF")):
             load_config(path)
 
 

@@ -1,0 +1,108 @@
+"""Batches of training and of evaluation: shapes, order, shares of processes, position."""
+
+import json
+
+import numpy as np
+import pytest
+
+from loraplus_jax.data.batches import eval_batches, train_batches
+
+from ..messages import mentions
+
+
+def _columns(n: int) -> dict[str, np.ndarray]:
+    return {"row": np.arange(n, dtype=np.int32), "twice": np.arange(n, dtype=np.int32)[:, None] * [2, 2]}
+
+
+def _taken(iterator, count: int) -> list[list[int]]:
+    return [next(iterator)["row"].tolist() for _ in range(count)]
+
+
+def test_train_batches_have_one_shape_and_keep_rows_together():
+    batches = train_batches(_columns(10), batch_size=4, seed=0)
+    for _ in range(7):
+        batch = next(batches)
+        assert {k: (v.shape, v.dtype.name) for k, v in batch.items() if k != "twice"} == {
+            "row": ((4,), "int32"),
+            "weight": ((4,), "float32"),
+        }
+        assert batch["weight"].tolist() == [1, 1, 1, 1]
+        assert (batch["twice"] == 2 * batch["row"][:, None]).all()
+
+
+def test_each_epoch_is_another_shuffle_of_distinct_rows():
+    iterator = train_batches(_columns(12), batch_size=4, seed=0)
+    epochs = [np.concatenate(_taken(iterator, 3)).tolist() for _ in range(4)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, list(range(12))]}) == 5
+
+
+def test_the_seed_decides_the_order():
+    def order(seed):
+        return _taken(train_batches(_columns(30), batch_size=10, seed=seed), 6)
+
+    assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_each_global_batch(processes):
+    whole = _taken(train_batches(_columns(20), batch_size=8, seed=3), 9)
+    parts = [
+        train_batches(_columns(20), batch_size=8, seed=3, rows=rows)
+        for rows in np.split(np.arange(8), processes)
+    ]
+    shares = [_taken(part, 9) for part in parts]
+    assert all(len(batch) == 8 // processes for share in shares for batch in share)
+    assert [np.concatenate(batch).tolist() for batch in zip(*shares, strict=True)] == whole
+
+
+def test_processes_share_each_batch_of_an_evaluation():
+    whole = [batch["x"].tolist() for batch in eval_batches({"x": np.arange(10)}, 4)]
+    shares = [list(eval_batches({"x": np.arange(10)}, 4, rows)) for rows in ([0, 3], [1, 2])]
+    assert whole == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+    assert [batch["x"].tolist() for batch in shares[0]] == [[0, 3], [4, 7], [8, 9]]
+    assert [batch["weight"].tolist() for batch in shares[0]] == [[1, 1], [1, 1], [1, 0]]
+    assert [batch["weight"].tolist() for batch in shares[1]] == [[1, 1], [1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("position", [0, 1, 4, 5, 13])
+def test_the_position_is_restored_exactly(position):
+    iterator = train_batches(_columns(23), batch_size=4, seed=5)
+    _taken(iterator, position)
+    state = json.loads(json.dumps(iterator.get_state()))
+    following = _taken(iterator, 12)
+    fresh = train_batches(_columns(23), batch_size=4, seed=5)
+    fresh.set_state(state)
+    assert _taken(fresh, 12) == following
+    iterator.set_state(state)
+    assert _taken(iterator, 12) == following
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"batch_size": 11}, mentions("batch_size", 10, 11)),
+        ({"batch_size": 0}, mentions("batch_size", 1, 0)),
+        ({"batch_size": 4, "seed": -1}, mentions("seed", 0, -1)),
+    ],
+)
+def test_train_batches_that_are_rejected(fields, named):
+    with pytest.raises(ValueError, match=named):
+        train_batches(_columns(10), **{"seed": 0, **fields})
+
+
+@pytest.mark.parametrize("arrays", [{"a": np.zeros(3), "b": np.zeros(4)}, {"weight": np.zeros(3)}, {}])
+def test_columns_that_do_not_fit_are_rejected(arrays):
+    with pytest.raises(ValueError, match="rows"):
+        next(eval_batches(arrays, 2))
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(10, 4), (8, 4), (3, 8), (1, 1), (0, 2)])
+def test_eval_batches_hold_every_row_once(rows, batch_size):
+    batches = list(eval_batches(_columns(rows), batch_size))
+    assert all(len(batch["row"]) == len(batch["weight"]) == batch_size for batch in batches)
+    counted = [r for batch in batches for r, w in zip(batch["row"], batch["weight"], strict=True) if w == 1]
+    assert counted == list(range(rows))
+    assert all((batch["row"][batch["weight"] == 0] == rows - 1).all() for batch in batches)
+    assert sum(batch["weight"].sum() for batch in batches) == rows
+    assert all(batch["weight"].dtype == np.float32 for batch in batches)

@@ -1,0 +1,106 @@
+"""Chat templates: what they see, what they may not do, and where they come from."""
+
+import json
+
+import pytest
+from tokenizers import (
+    Tokenizer,
+    models,
+)
+
+from loraplus_jax.data.chat import encode_chat
+from loraplus_jax.data.chat_template import DATE, load_template
+from loraplus_jax.data.conversations import Turn
+
+from ..messages import mentions
+from .chats import BOS, EOS, chat, template
+
+
+def test_a_template_sees_what_transformers_gives_it():
+    source = """\
+{% if tools is none and documents is none %}
+    {{ bos_token }}
+{%- endif %}
+    {% for m in messages %}
+  {% if m.role == 'system' %}{% continue %}{% endif %}
+{{ m.content | tojson }}{{ strftime_now('%d %b %Y') }}{{ loop.length }}{{ loop.last }}
+    {% endfor %}"""
+    # What jinja2 3.1 gives with trim_blocks and lstrip_blocks.
+    expected = f'    {BOS}"<\u00e9>"26 Jul 20242False\n"b"26 Jul 20242True\n'
+    turns = [Turn("user", "<\u00e9>"), Turn("assistant", "b")]
+    assert template(source).render(turns) == expected
+    assert DATE.year == 2024
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("{{ raise_exception('no tools') }}", "no tools"),
+        ("{{ messages[0].missing.more }}", "'missing'"),
+        ("{{ messages[9].role }}", "element 9"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        (
+            "{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}",
+            "1,000,000",
+        ),
+        (
+            "{% set r = range(9999) %}{% for x in r %}{% for y in r %}{% endfor %}{% endfor %}",
+            "1,000,000",
+        ),
+        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+            "1,000",
+        ),
+        ("{{ 'x' * 10**9 }}", "**"),
+        ("{{ 'x' * 999999999 }}", "*"),
+        ("{% for x in range(300) %}{{ 'x' * 99999 }}{% endfor %}", "16,777,216"),
+        ("{% for x in 3 %}{% endfor %}", "not iterable"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_the_row(source, named):
+    with pytest.raises(ValueError, match=mentions("f.jsonl:7", "toy.json")) as caught:
+        encode_chat([chat("a", "b", place="f.jsonl:7")], Tokenizer(models.BPE()), template(source), 8)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("a\n{% if %}", "line 2"),
+        ("{% generation %}", "line 1"),
+        ("{{ x | nope }}", "'nope'"),
+        (
+            "{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}",
+            "recursive",
+        ),
+        ("{{ " + "(" * 20_000, "toy.json"),
+    ],
+)
+def test_an_invalid_template_is_rejected(source, named):
+    with pytest.raises(ValueError, match=r"toy.json") as caught:
+        template(source)
+    assert named in str(caught.value)
+
+
+def test_a_template_is_chosen_by_name(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": EOS}}))
+    with pytest.raises(ValueError, match=mentions(tmp_path, "plain", "data.template")):
+        load_template("model", tmp_path)
+    plain = load_template("plain", tmp_path)
+    text = plain.render(chat("Add.", "3", "And?", "4", system="Be kind.").turns)
+    blocks = ["Be kind.", "### Instruction:\nAdd.", f"### Response:\n3{EOS}", "### Instruction:\nAnd?"]
+    assert text == "\n\n".join([*blocks, f"### Response:\n4{EOS}"])
+    (tmp_path / "own.jinja").write_text("\ufeff{{ eos_token }}!", "utf-8")
+    assert load_template(str(tmp_path / "own.jinja"), tmp_path).render([]) == f"{EOS}!"
+    with pytest.raises(ValueError, match=mentions("'pain'", "model", "plain")):
+        load_template("pain", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{{ messages[0].content }}"})
+    )
+    assert load_template("model", tmp_path).render([Turn("user", "hi")]) == "hi"
+    with pytest.raises(ValueError, match=mentions("plain", "eos_token")):
+        load_template("plain", tmp_path)

@@ -1,0 +1,133 @@
+"""Conversations from files, in every shape; problems with their place."""
+
+import csv
+import json
+
+import pytest
+
+from loraplus_jax.data.conversations import Turn, read_chats
+
+from ..messages import assert_mentions, mentions
+from .chats import write_json
+
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
+
+
+TURNS = (Turn("user", "Add.\n\n1 2"), Turn("assistant", "3"))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        (ALPACA | {"text": "left out"}, None),
+        ({"prompt": "Add.\n\n1 2", "completion": 3}, None),
+        ({"q": "Add.\n\n1 2", "a": "3"}, {"prompt": "q", "completion": "a"}),
+        (
+            {"messages": [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}]},
+            None,
+        ),
+        ({"conversations": [{"from": "human", "value": "Add.\n\n1 2"}, {"from": "gpt", "value": "3"}]}, None),
+        ({"x": [{"from": "user", "value": "Add.\n\n1 2"}, {"from": "gpt", "value": "3"}]}, {"messages": "x"}),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_three_shapes_become_turns(tmp_path, row, columns, suffix):
+    path = write_json(tmp_path / f"a{suffix}", [row, row])
+    chats = read_chats(path, columns)
+    assert [c.turns for c in chats] == [TURNS] * 2
+    assert [c.place for c in chats] == [f"{path}{': item ' if suffix == '.json' else ':'}{n}" for n in (1, 2)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_tables_hold_instructions_or_lists_as_json(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    said = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    for rows in ([["instruction", "input", "output"], ["Add.", "1 2", "3"]], [["messages"], [said]]):
+        with path.open("w", newline="") as file:
+            csv.writer(file, "excel-tab" if suffix == ".tsv" else "excel").writerows(rows)
+        assert read_chats(path)[0].turns in (TURNS, (Turn("user", "a"), Turn("assistant", "b")))
+        assert read_chats(path)[0].place == f"{path}:2"
+
+
+def test_what_may_be_missing_and_what_goes_first(tmp_path):
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "input": None, "output": "b", "system": "Be kind."},
+        {"instruction": "a", "input": " \n", "output": " b", "system": ""},
+    ]
+    turns = [c.turns for c in read_chats(write_json(tmp_path / "a.jsonl", rows))]
+    assert turns[0] == (Turn("user", "a"), Turn("assistant", "b"))
+    assert turns[1] == (Turn("system", "Be kind."), *turns[0])
+    assert turns[2] == (Turn("user", "a"), Turn("assistant", " b"))
+    both = {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+        "prompt": "p",
+    }
+    assert read_chats(write_json(tmp_path / "a.jsonl", [both]))[0].turns[0].text == "x"
+
+
+def _said(*pairs):
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+U, A, S = ("user", "a"), ("assistant", "b"), ("system", "c")
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (_said(("usr", "a"), A), ["turn 1", '"usr"', "'user'"]),
+        (_said((3, "a"), A), ["turn 1", 3, "assistant, gpt, human, system, user"]),
+        (_said(U, ("assistant", " \n")), ["turn 2", "content", "empty"]),
+        (_said(U, ("assistant", None)), ["turn 2", "content", "null"]),
+        (_said(U, ("assistant", "\ud800")), ["turn 2", "content", "surrogate"]),
+        (_said(U), ["assistant"]),
+        (_said(A, U, A), ["assistant", "first"]),
+        (_said(U, A, U), ["last", "user"]),
+        (_said(U, S, A), ["turn 2", "system", "first"]),
+        ({"messages": []}, ["'messages'", "list", "[]"]),
+        ({"messages": "hi"}, ["'messages'", "list", '"hi"']),
+        ({"messages": ["hi"]}, ["turn 1", '{"role": ..., "content": ...}', '{"from"']),
+        ({"messages": [{"role": "user"}]}, ["turn 1", "role", "content"]),
+        ({"mesages": []}, ["'messages'", "'mesages'"]),
+        (["x"], ["JSON object"]),
+    ],
+)
+def test_every_problem_is_named_with_its_place(tmp_path, row, named):
+    rows = [_said(U, A), row, _said(U, A)]
+    with pytest.raises(ValueError, match=mentions("a.jsonl:2", *named)):
+        read_chats(write_json(tmp_path / "a.jsonl", rows))
+    with pytest.raises(ValueError, match=mentions("a.json: item 2", *named)):
+        read_chats(write_json(tmp_path / "a.json", rows))
+
+
+def test_problems_are_reported_together(tmp_path):
+    rows = [ALPACA | {"output": ""}, ALPACA, ALPACA | {"instruction": [1]}, *[{"input": "a"}] * 24]
+    with pytest.raises(ValueError, match=mentions("item 1", "'output'", "empty", 50)) as caught:
+        read_chats(write_json(tmp_path / "a.json", rows))
+    lines = str(caught.value).splitlines()
+    assert_mentions(lines[2], "item 3", "'instruction'", "[1]")
+    assert_mentions(lines[3], "item 4", "'instruction'")
+    assert_mentions(lines[-1], 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "named"),
+    [
+        ("a.json", '{"a": 1}', None, ["a.json", "list"]),
+        ("a.json", '[\n{"a": 1},\n', None, ["a.json:3", "JSON"]),
+        ("a.json", "[" * 100_000, None, ["a.json:1", "JSON"]),
+        ("a.json", b"[\n\xff]", None, ["a.json:2", "0xff", "UTF-8"]),
+        ("a.json", "[]", None, ["a.json", "list", "empty"]),
+        ("a.json", "", None, ["a.json", "file", "empty"]),
+        ("a.csv", "prompt,completion\n", None, ["a.csv", "rows"]),
+        ("a.jsonl", '{"words": 1}', None, ["a.jsonl", "words", "messages", "conversations"]),
+        ("a.jsonl", '{"words": 1}', {"prompt": "text"}, ["messages", "conversations", "prompt"]),
+        ("a.jsonl", "{}", {"messages": "a", "prompt": "text"}, ["messages, prompt"]),
+        ("a.txt", "", None, [".txt", ".csv", ".tsv", ".jsonl", ".json"]),
+    ],
+)
+def test_files_that_are_rejected(tmp_path, name, content, columns, named):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=mentions(*named)):
+        read_chats(tmp_path / name, columns)

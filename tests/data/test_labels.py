@@ -1,0 +1,70 @@
+"""Class names and regression labels, from texts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from loraplus_jax.data.labels import class_labels, label_names, regression_labels
+from loraplus_jax.data.splits import Rows, load_rows
+from loraplus_jax.settings.schema import DataSettings
+
+from ..messages import assert_mentions, mentions
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path, suffix):
+    labels = ["yes", " yes", "yes\t", "no", "no "]
+    lines = [f"t{n},{label}" for n, label in enumerate(labels)]
+    if suffix == "jsonl":
+        lines = [json.dumps({"text": f"t{n}", "label": label}) for n, label in enumerate(labels)]
+    path = tmp_path / f"labels.{suffix}"
+    path.write_text("\n".join(lines if suffix == "jsonl" else ["text,label", *lines]))
+    rows = load_rows(path, DataSettings(path=str(path)))
+    assert rows.labels == ("yes", "yes", "yes", "no", "no")
+    assert label_names({"train": rows}) == ["no", "yes"]
+
+
+def test_the_same_number_as_two_labels_is_rejected():
+    rows = Rows(tuple("abcd"), None, ("1", "1.0", "2", "3.0"), tuple("abcd"))
+    with pytest.raises(ValueError, match=mentions("'1'", "'1.0'")):
+        label_names({"train": rows})
+    assert label_names({"train": rows.take([1, 2, 3])}) == ["1.0", "2", "3.0"]
+
+
+def _rows(texts, labels=None) -> Rows:
+    labels = labels or ["a"] * len(texts)
+    return Rows(tuple(texts), None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(len(texts))))
+
+
+def test_label_names_are_sorted_and_whole_numbers_by_value():
+    assert label_names({"train": _rows("abc", ["pos", "neg", "pos"])}) == ["neg", "pos"]
+    assert label_names({"train": _rows("abc", ["10", "9", "-1"])}) == ["-1", "9", "10"]
+    rows = _rows("abc", ["10", "9", "-1"])
+    labels = class_labels(rows, ["-1", "9", "10"])
+    assert labels.tolist() == [2, 1, 0]
+    assert labels.dtype == np.int32
+
+
+def test_a_label_that_training_lacks_is_an_error_with_its_line():
+    splits = {"train": _rows("ab", ["pos", "neg"]), "test": _rows("abc", ["pos", "Pos", "maybe"])}
+    with pytest.raises(ValueError, match=mentions("f.csv:3", "'Pos'", "train", "'pos'")) as caught:
+        label_names(splits)
+    assert_mentions(str(caught.value), "f.csv:4", "'maybe'")
+    with pytest.raises(ValueError, match="'a'"):
+        label_names({"train": _rows("ab")})
+
+
+def test_regression_labels_are_finite_numbers():
+    labels = regression_labels(_rows("abc", ["1", "-2.5", "1e-3"]))
+    np.testing.assert_array_equal(labels, np.array([1, -2.5, 1e-3], np.float32))
+    assert labels.dtype == np.float32
+    with pytest.raises(ValueError, match=mentions(4)) as caught:
+        regression_labels(_rows("abcde", ["1", "nan", "inf", "x", "1e39"]))
+    assert [f"f.csv:{line}: " in str(caught.value) for line in (2, 3, 4, 5, 6)] == [
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]

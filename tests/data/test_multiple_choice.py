@@ -1,0 +1,128 @@
+"""Questions with choices: reading, and what is scored."""
+
+import json
+
+import pytest
+
+from loraplus_jax.data.chat_template import PLAIN
+from loraplus_jax.data.multiple_choice import Question, encode_choices, read_questions
+
+from ..messages import mentions
+from .chats import CHATML, INST, MARKED, template, write_json
+
+COMMONSENSE = {
+    "instruction": "Is it so?\n\nanswer1: a answer2: b\n\nAnswer format: answer1/answer2/answer3",
+    "input": "",
+    "output": "the correct answer is answer2",
+    "answer": "answer2",
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "index"), [(1, 1), ("yes", 1), (" no", 0), ("B", 1), ("c", 2), ("2", 2), ("7", 3)]
+)
+def test_the_right_choice_by_text_letter_or_index(tmp_path, answer, index):
+    row = {"question": "So?", "choices": ["no", "yes", "x y", "7"], "answer": answer}
+    path = write_json(tmp_path / "a.json", [row])
+    assert read_questions(path) == [Question("So?", ("no", "yes", "x y", "7"), index, f"{path}: item 1")]
+    renamed = {"q": row["question"], "c": json.dumps(row["choices"]), "a": answer}
+    named = {"prompt": "q", "choices": "c", "answer": "a"}
+    assert read_questions(write_json(tmp_path / "a.json", [renamed]), named) == read_questions(
+        write_json(path, [row])
+    )
+
+
+@pytest.mark.parametrize(
+    "words", ["answer1/answer2/answer3", "true/false", "ending1/ending2/ending3/ending4"]
+)
+def test_commonsense_rows(tmp_path, words):
+    names = words.split("/")
+    row = {"instruction": f"So?\n\nAnswer format: {words}", "output": f"the correct answer is {names[1]}"}
+    (question,) = read_questions(write_json(tmp_path / "a.json", [row | {"input": "", "answer": names[1]}]))
+    assert question.prompt == row["instruction"]
+    assert question.choices == tuple(f"the correct answer is {n}" for n in names)
+    assert question.answer == 1
+    (question,) = read_questions(write_json(tmp_path / "a.json", [row | {"input": "more"}]))
+    assert question.prompt.endswith("\n\nmore")
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (
+            {"answer": 3},
+            ["'answer'", "A", "C", 0, 2],
+        ),
+        ({"answer": True}, ["'answer'", True]),
+        ({"answer": "d"}, ["'answer'", "'d'"]),
+        ({"answer": None}, ["'answer'", None]),
+        ({"choices": ["a"]}, ["choices", "two"]),
+        ({"choices": ["a", "a"]}, ["choices", "different"]),
+        ({"choices": ["a", ""]}, ["choices", "empty"]),
+        ({"choices": ["a", 3]}, ["choices", "texts"]),
+        ({"choices": "a, b"}, ["'choices'", "list", "a, b"]),
+        ({"prompt": " "}, ["'prompt'", "empty"]),
+    ],
+)
+def test_questions_that_are_rejected(tmp_path, row, named):
+    good = {"prompt": "So?", "choices": ["x", "y", "z"], "answer": 0}
+    with pytest.raises(ValueError, match=mentions("a.jsonl:2", *named)):
+        read_questions(write_json(tmp_path / "a.jsonl", [good, good | row]))
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"instruction": "So?"}, ["instruction", "'Answer format: '"]),
+        ({"instruction": "Answer format: yes"}, ["instruction", "Answer format"]),
+        (
+            {"output": "the correct answer is answer4"},
+            ["output", "'the correct answer is answer1'"],
+        ),
+        ({"output": "answer2"}, ["output", "'answer2'"]),
+    ],
+)
+def test_commonsense_rows_that_are_rejected(tmp_path, row, named):
+    with pytest.raises(ValueError, match=mentions("item 2", *named)):
+        read_questions(write_json(tmp_path / "a.json", [COMMONSENSE, COMMONSENSE | row]))
+    with pytest.raises(ValueError, match=mentions("text", "prompt")):
+        read_questions(write_json(tmp_path / "a.json", [{"text": "a"}]))
+    with pytest.raises(ValueError, match=mentions("prompt", "choices", "answer")):
+        read_questions(write_json(tmp_path / "a.json", [COMMONSENSE]), {"prompt": "a"})
+
+
+@pytest.mark.parametrize("source", [CHATML, PLAIN, INST, MARKED], ids=["chatml", "plain", "inst", "marked"])
+def test_only_the_choice_is_scored(tokenizer, source):
+    questions = [
+        Question("the \u4e16 user?", ("yes", "the answers are no", "\U0001f680"), 1),
+        Question("b", ("no", "b"), 0),
+    ]
+    arrays = encode_choices(questions, tokenizer, template(source), 64)
+    assert arrays["input_ids"].shape == arrays["segment_ids"].shape == arrays["loss_mask"].shape == (2, 3, 64)
+    assert (arrays["answer"].tolist(), arrays["n_choices"].tolist()) == ([1, 0], [3, 2])
+    assert arrays["byte_lengths"].tolist() == [[3, 18, 4], [2, 1, 1]]
+    for n, question in enumerate(questions):
+        for c, choice in enumerate(question.choices):
+            ids, mask = arrays["input_ids"][n, c], arrays["loss_mask"][n, c]
+            assert tokenizer.decode(ids[mask == 1].tolist()).strip() == choice
+            assert mask[(arrays["segment_ids"][n, c] == 1).sum() - 1] == 1  # nothing stands behind it
+    assert not arrays["segment_ids"][1, 2].any()
+    assert not arrays["loss_mask"][1, 2].any()
+
+
+def test_spaces_at_the_end_of_a_choice_are_scored(tokenizer):
+    """Trimmed offsets would leave them out."""
+    arrays = encode_choices([Question("a", ("  yes  ", "no"), 0)], tokenizer, template(), 64)
+    ids = arrays["input_ids"][0, 0][arrays["loss_mask"][0, 0] == 1]
+    assert tokenizer.decode(ids.tolist()) == "  yes  "
+
+
+def test_a_question_that_is_too_long_is_rejected(tokenizer):
+    question = Question("a", ("b", "b" * 30), 0, "f:3")
+    need = int(encode_choices([question], tokenizer, template(), 99)["segment_ids"].sum(-1).max())
+    encode_choices([question], tokenizer, template(), need)
+    with pytest.raises(
+        ValueError, match=mentions("f:3", f"{need} tokens", "choice 2", f"max_length {need - 1}")
+    ):
+        encode_choices([question], tokenizer, template(), need - 1)
+    assert encode_choices([], tokenizer, template(), 9)["input_ids"].shape == (0, 0, 9)

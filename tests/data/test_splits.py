@@ -1,0 +1,78 @@
+"""One file is split by text, separate files are splits as they are."""
+
+from pathlib import Path
+
+import pytest
+
+from loraplus_jax.data.splits import Rows, load_splits
+from loraplus_jax.settings.schema import DataSettings
+
+from ..messages import mentions
+from .tables import write_table
+
+
+def _one_file(tmp_path, texts, **fields) -> dict[str, Rows]:
+    path = write_table(tmp_path / "a.csv", [(t, "x") for t in texts], header=("text", "label"))
+    return load_splits(DataSettings(path=str(path), **fields), Path)
+
+
+TEXTS = [f"text {i}" for i in range(100)]
+
+
+def test_one_file_is_split_by_share_and_every_row_is_somewhere(tmp_path):
+    splits = _one_file(tmp_path, TEXTS)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 70, "validation": 10, "test": 20}
+    assert sorted(t for rows in splits.values() for t in rows.texts) == sorted(TEXTS)
+
+
+def test_no_text_sits_in_two_splits(tmp_path):
+    texts = [variant for t in TEXTS for variant in (t, f" {t.upper()}", t.replace(" ", "  "))]
+    splits = _one_file(tmp_path, texts)
+    keys = [{" ".join(t.lower().split()) for t in rows.texts} for rows in splits.values()]
+    assert [len(rows) for rows in splits.values()] == [210, 30, 60]
+    assert sum(map(len, keys)) == len(set.union(*keys)) == 100
+
+
+def test_the_split_depends_on_seed_and_text_only(tmp_path):
+    first = _one_file(tmp_path, TEXTS)
+    moved = _one_file(tmp_path, TEXTS[::-1])
+    assert {k: set(v.texts) for k, v in first.items()} == {k: set(v.texts) for k, v in moved.items()}
+    assert set(_one_file(tmp_path, TEXTS, split_seed=1)["test"].texts) != set(first["test"].texts)
+    grown = _one_file(tmp_path, [*TEXTS, "one more"])
+    assert sum(len(set(first[k].texts) - set(grown[k].texts)) for k in first) <= 3
+
+
+def test_places_stay_with_their_rows(tmp_path):
+    for rows in _one_file(tmp_path, TEXTS).values():
+        for text, place in zip(rows.texts, rows.places, strict=True):
+            assert place == f"{tmp_path / 'a.csv'}:{int(text.split()[1]) + 2}"
+
+
+def test_a_share_of_nothing_makes_no_split_and_too_few_texts_are_rejected(tmp_path):
+    assert set(_one_file(tmp_path, TEXTS, test_fraction=0)) == {"train", "validation"}
+    assert [len(r) for r in _one_file(tmp_path, TEXTS[:3]).values()] == [1, 1, 1]
+    with pytest.raises(ValueError, match=mentions("a.csv", 2)):
+        _one_file(tmp_path, [*TEXTS[:2], TEXTS[0]])
+
+
+def _paired(tmp_path) -> Path:
+    rows = [(t, f"{t}!", "x") for t in TEXTS]
+    return write_table(tmp_path / "paired.csv", rows, header=("text", "text2", "label"))
+
+
+def test_separate_files_stay_as_they_are(tmp_path):
+    for name, count in [("train", 10), ("validation", 2), ("test", 3)]:
+        write_table(
+            tmp_path / f"{name}.csv", [(t, "q", "x") for t in TEXTS[:count]], header=("text", "pair", "label")
+        )
+    named = {name: f"{name}.csv" for name in ("train", "validation", "test")}
+    splits = load_splits(DataSettings(**named, text_pair="pair"), lambda value: tmp_path / value)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 10, "validation": 2, "test": 3}
+    assert splits["test"].pairs == ("q", "q", "q")
+    del named["validation"]
+    splits = load_splits(DataSettings(**named), lambda value: tmp_path / value)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 9, "validation": 1, "test": 3}
+    splits = load_splits(DataSettings(path="train.csv", text_pair="text2"), lambda _: _paired(tmp_path))
+    assert all(
+        pair == f"{text}!" for r in splits.values() for text, pair in zip(r.texts, r.pairs, strict=True)
+    )

@@ -1,0 +1,63 @@
+"""PEFT's options: what is read, and what is rejected."""
+
+import json
+
+import pytest
+
+from loraplus_jax.interop.peft_config import read_options
+
+from ..messages import mentions
+
+
+def options_file(tmp_path, **changes):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8} | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"peft_type": "LOHA"}, mentions("peft_type", "LORA", "'LOHA'")),
+        ({"use_dora": True, "lora_bias": True}, mentions("use_dora", "lora_bias", True)),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"corda_config": {"verbose": False}}, "corda_config"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa"}, mentions("init_lora_weights", "'pissa'")),
+        ({"init_lora_weights": "olora"}, mentions("init_lora_weights", "'olora'")),
+        ({"brand_new": 1}, mentions("brand_new", 1)),
+        ({"r": 0}, mentions("r", 1, 0)),
+        ({"r": None}, mentions("r", 1, None)),
+        ({"lora_alpha": "8"}, mentions("lora_alpha", "'8'")),
+        ({"rank_pattern": {"(": 2}}, mentions("rank_pattern", "'('")),
+        ({"rank_pattern": {"q": 0}}, mentions("rank_pattern", "q", 1, 0)),
+        ({"alpha_pattern": [1]}, mentions("alpha_pattern", "mapping", "[1]")),
+        ({"bias": "some"}, mentions("bias", "none", "all", "lora_only", "'some'")),
+        ({"target_modules": 3}, mentions("target_modules", 3)),
+        ({"modules_to_save": "head"}, mentions("modules_to_save", "'head'")),
+        ({"use_rslora": "yes"}, mentions("use_rslora", "true", "false", "'yes'")),
+        ({"base_model_name_or_path": 1}, mentions("base_model_name_or_path", 1)),
+    ],
+)
+def test_unsupported_or_invalid_options_are_rejected(changes, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        read_options(options_file(tmp_path, **changes))
+
+
+def test_options_that_are_off_or_without_effect_are_accepted(tmp_path):
+    path = options_file(
+        tmp_path,
+        use_dora=False,
+        loftq_config={},
+        eva_config=None,
+        layers_pattern=None,
+        inference_mode=True,
+        init_lora_weights="gaussian",
+        megatron_core="megatron.core",
+        qalora_group_size=16,
+        rank_pattern={"layers.0.*": 2, "q": 3},
+    )
+    options = read_options(path)
+    assert [options.rank_of(n) for n in ("x.layers.0.q", "y.q", "my_q")] == [2, 3, 4]
+    assert options.scale_of("x.layers.0.q") == 4.0

@@ -1,0 +1,77 @@
+"""Rotary positions, by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax.models.rope import Rope, checked_scaling, make_rope, rotated
+
+from ..messages import mentions
+
+
+def test_rotations_turn_pairs_by_hand():
+    """Head size 4, base 100: frequencies 1 and 1/10; the first half is turned against the second."""
+    rope = make_rope(jnp.array([[0, 2]]), size=4, theta=100.0, scaling=(), max_positions=16)
+    x = jnp.array([1.0, 2.0, 3.0, 4.0])
+    found = np.asarray(rotated(jnp.broadcast_to(x, (1, 2, 1, 4)), rope))[0, :, 0]
+    a, b = 2.0, 0.2
+    turned = [
+        np.cos(a) - 3 * np.sin(a),
+        2 * np.cos(b) - 4 * np.sin(b),
+        3 * np.cos(a) + np.sin(a),
+        4 * np.cos(b) + 2 * np.sin(b),
+    ]
+    np.testing.assert_allclose(found, [x, turned], rtol=1e-6)
+
+
+def test_inner_products_depend_on_distances_alone():
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
+
+    @jax.jit
+    def product(at, other):
+        turned = (
+            rotated(x, make_rope(n[None, None], size=8, theta=1e4, scaling=(), max_positions=64))
+            for x, n in ((query, at), (key, other))
+        )
+        return jnp.sum(jnp.multiply(*turned))
+
+    one = float(product(jnp.array(7), jnp.array(3)))
+    assert one == pytest.approx(float(product(jnp.array(50), jnp.array(46))), abs=1e-5)
+    assert one != pytest.approx(float(product(jnp.array(7), jnp.array(4))), abs=1e-3)
+
+
+def test_linear_scaling_and_factors_divide_the_angles():
+    positions = jnp.array([[0, 8, 12]])
+    options = {"size": 4, "theta": 100.0, "max_positions": 16}
+    plain = make_rope(positions / 4, scaling=(), **options)
+    linear = make_rope(positions, scaling=checked_scaling({"type": "linear", "factor": 4.0}), **options)
+    factors = checked_scaling({"rope_type": "factors", "factors": [4.0, 4.0]})
+    for found in (linear, make_rope(positions, scaling=factors, **options)):
+        for ours, wanted in zip(found, plain, strict=True):
+            np.testing.assert_allclose(ours, wanted, atol=1e-6)
+
+
+def test_bf16_is_turned_in_float32():
+    x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
+    rope = Rope(jnp.full((1, 1, 2), 0.6), jnp.full((1, 1, 2), 0.8))
+    found = rotated(x, rope)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found[0, 0, 0], jnp.array([-0.2, -0.2, 1.4, 1.4], jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"type": "liner", "factor": 2}, mentions("'liner'", "linear")),
+        ({"type": "linear"}, mentions("linear", "factor")),
+        ({"type": "linear", "factor": 0}, mentions("factor", 0)),
+        ({"type": "linear", "factor": "two"}, mentions("factor", "'two'")),
+        ({"type": "linear", "factor": 2, "beta_fast": 3}, mentions("linear", "beta_fast")),
+        ({"rope_type": "llama3", "factor": 8}, mentions("llama3", "low_freq_factor")),
+    ],
+)
+def test_invalid_scalings_are_rejected(given, message):
+    with pytest.raises(ValueError, match=message):
+        checked_scaling(given)

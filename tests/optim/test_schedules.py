@@ -1,0 +1,79 @@
+"""Schedules: the rates that they give, and the ratio at every step of them."""
+
+import functools
+
+import numpy as np
+import optax
+import pytest
+
+from loraplus_jax import lora_plus, lora_plus_adamw, make_schedule
+
+from ..messages import mentions
+from .toy import ONES, leaves, run
+
+SCHEDULES = {
+    "constant": 0.1,
+    "linear": optax.linear_schedule(0.1, 0.01, 6),
+    "cosine with a floor": optax.cosine_decay_schedule(0.1, 6, alpha=0.1),
+    "warm-up and cosine": optax.warmup_cosine_decay_schedule(0.02, 0.1, 3, 8, end_value=0.01),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_ratio_holds_at_every_step_of_every_schedule(name, wrapped):
+    # Adam's step for a gradient that is always one is the rate itself.
+    rate = SCHEDULES[name]
+    adamw = functools.partial(optax.adamw, weight_decay=0.0, eps=1e-30)
+    tx = lora_plus(adamw(rate), lr_ratio=8.0) if wrapped else lora_plus_adamw(rate, lr_ratio=8.0, eps=1e-30)
+    for step, (_, updates) in enumerate(run(tx, 10, grads=lambda _: ONES)):
+        expected = float(rate(step) if callable(rate) else rate)
+        a, b, extra = leaves(updates)
+        np.testing.assert_allclose(a, np.full((2, 1), -expected), rtol=1e-4)
+        np.testing.assert_allclose(extra, a[:, 0], rtol=1e-6)
+        np.testing.assert_allclose(b, 8 * a.T, rtol=1e-6)
+
+
+RATES = {  # of a peak of 0.1, 23 steps, 3 of warm-up and a quarter of the peak at the end, at STEPS
+    "constant": (0.0, 0.1 / 3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1),
+    "linear": (0.0, 0.1 / 3, 0.1, 0.0625, 0.04375, 0.0325, 0.025, 0.025),
+    "cosine": (0.0, 0.1 / 3, 0.1, 0.0625, 0.0359835, 0.0268353, 0.025, 0.025),
+    "wsd": (0.0, 0.1 / 3, 0.1, 0.1, 0.1, 0.0625, 0.025, 0.025),
+}
+
+
+STEPS = (0, 1, 3, 13, 18, 21, 23, 24)
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_both_factors_follow_every_schedule(name):
+    # Adam's step for a gradient that is always one is the rate itself.
+    floor = {} if name == "constant" else {"final_fraction": 0.25}
+    schedule = make_schedule(name, 0.1, 23, warmup_steps=3, **floor)
+    np.testing.assert_allclose([schedule(n) for n in STEPS], RATES[name], rtol=1e-5, atol=1e-9)
+    history = run(lora_plus_adamw(schedule, lr_ratio=4.0, eps=1e-30), 25, grads=lambda _: ONES)
+    steps = [leaves(history[n][1]) for n in STEPS]
+    np.testing.assert_allclose([a[0, 0] for a, _, _ in steps], -np.array(RATES[name]), rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(
+        [b[0, 0] for _, b, _ in steps], -4 * np.array(RATES[name]), rtol=1e-4, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("step", {}, mentions("schedule", "constant", "linear", "cosine", "wsd", "'step'")),
+        ("linear", {"decay_steps": 3}, mentions("decay_steps", "wsd", "linear", 3)),
+        ("constant", {"final_fraction": 0.1}, mentions("final_fraction", "constant", 0.1)),
+        ("linear", {"warmup_steps": 10}, mentions("warm-up", "10 steps")),
+        (
+            "wsd",
+            {"warmup_steps": 4, "decay_steps": 7},
+            mentions(4, "warm-up", 7, "decay", "10 steps"),
+        ),
+        ("linear", {"final_fraction": 1.0}, mentions("final_fraction", 1, 1.0)),
+    ],
+)
+def test_schedules_that_are_rejected(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        make_schedule(name, 0.1, 10, **fields)

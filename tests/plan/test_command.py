@@ -1,0 +1,91 @@
+"""The command line of a plan."""
+
+import json
+
+import pytest
+
+from loraplus_jax.cli import main
+from loraplus_jax.plan.plan import Plan
+
+from ..messages import assert_mentions
+from .tiny import config
+
+
+def test_a_layer_to_adapt_that_does_not_exist(tmp_path, capsys):
+    assert main(["plan", config(tmp_path), "--lora.layers_to_transform=[3,5]"]) == 2
+    assert_mentions(capsys.readouterr().err, "layer 5", "[0, 1, 2, 3, 4]")
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    assert main(["plan", config(tmp_path), "--json", str(file), "--lora.rank=3"]) == 0
+    printed, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert f"{found['trained']:,} of {found['total']:,} parameters trained" in printed
+    assert found["fits"]
+    assert found["collectives"][0]["kind"] == "all-reduce"
+    assert Plan.__dataclass_fields__.keys() <= found.keys()
+    assert main(["plan", config(tmp_path), "--json", str(file)]) == 2
+    assert_mentions(capsys.readouterr().err, file, "--json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology", "v5q:4x4"], ["v5e:4x4", "v5p:4x4x4", "v6e:4x4", "'v5q:4x4'"]),
+        (["--topology", "v5p:8x8"], ["v5p:AxBxC", "'v5p:8x8'"]),
+        (["--topology=v5e:32x32"], ["v5e:32x32", 256, "1,024"]),
+        (["--train.batch_size", "9"], ["train.batch_size", 9]),
+        (["--mesh.data=4", "--train.eval_batch_size=6"], ["train.eval_batch_size", 6, 4]),
+        (
+            ["--mesh.data=3", "--train.batch_size=9"],
+            ["3 devices", 8, "mesh.data", "1, 2, 4, 8"],
+        ),
+        (["--mesh.data=-1", "--mesh.fsdp=3"], ["fsdp 3", "8 devices", "mesh.fsdp"]),
+        (["--mesh.data=1", "--mesh.tensor=8"], ["num_attention_heads", 4, "mesh.tensor", "1, 2"]),
+        (["--json", "/nowhere/at/all.json"], ["/nowhere/at"]),
+        (["--json", "/proc/plan.json"], ["--json", "/proc/plan.json"]),
+        (["--data.max_length", "0"], ["data.max_length", 0]),
+        (["--data.max_length=65"], ["data.max_length", 65, 64]),
+        (
+            ["--optimizer.head_learning_rate=0.1"],
+            ["optimizer.head_learning_rate"],
+        ),
+        (
+            ["--distributed.coordinator=auto"],
+            ["distributed.coordinator", "auto"],
+        ),
+        (["--model.path", "nowhere"], ["model", "'nowhere'"]),
+        (["--topologie", "v5e:4x4"], ["--topologie"]),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
+    assert main(["plan", config(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, *words)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ["--fresh"]),
+        ("sweep", ["--fresh"]),
+        ("inspect", []),
+        ("plan", ["--topology NAME", "--json FILE"]),
+    ],
+)
+def test_help_shows_the_options_of_its_command(capsys, command, options):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    usage = " ".join(text.partition("\n\n")[0].split())
+    ours = ["--fresh", "--topology NAME", "--json FILE"]
+    assert usage.startswith(f"usage: loraplus {command} CONFIG [--section.field value ...]")
+    assert [option for option in ours if f"[{option}]" in usage] == options
+    assert all(f"{option}: " in text for option in options)
+
+
+def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["plan", config(tmp_path), "--topology", "v5e:4x4"]) == 2
+    assert "pip install 'loraplus_jax[tpu-plan]'" in capsys.readouterr().err

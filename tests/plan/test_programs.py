@@ -1,0 +1,73 @@
+"""The programs beside the training step, and what they need."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from loraplus_jax import make_mesh
+from loraplus_jax.plan.programs import evaluation_bytes, plan_step, sizes, theory_bytes
+from loraplus_jax.plan.text import advice, text_of
+
+from ..messages import assert_mentions
+from .tiny import fake, parts_of
+
+
+def test_evaluation_is_compiled_and_has_to_fit(planned):
+    plan, settings = planned
+    base, data = parts_of(settings, Path(settings.model.path))
+    mesh = make_mesh()
+    step = plan_step(settings, base, data, mesh)
+    many = dataclasses.replace(settings.train, eval_batch_size=8 * 4096)
+    large, problem = evaluation_bytes(dataclasses.replace(settings, train=many), data, step, mesh)
+    assert problem is None
+    held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
+    assert held < plan.evaluation < 1e7
+    assert large > plan.evaluation + 4095 * 3 * 32 * 4  # the batch alone
+    tight = fake(plan, evaluation=large, room=2 * plan.needed)
+    assert not tight.fits
+    assert_mentions(text_of(tight, settings), "does not fit", f"{(large - 2 * plan.needed) / 1e6:.2f} MB")
+    (only,) = advice(tight, dataclasses.replace(settings, train=many))
+    assert only.startswith("train.eval_batch_size below 32,768")
+    assert_mentions(only, 8, "evaluation")
+    assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
+
+
+def test_measuring_the_theory_has_to_fit(planned):
+    plan, settings = planned
+    base, data = parts_of(settings, Path(settings.model.path))
+    mesh = make_mesh()
+    step = plan_step(settings, base, data, mesh)
+    assert plan.theory is None
+    assert theory_bytes(settings, data, step, mesh) == (None, None)
+    often = dataclasses.replace(settings, train=dataclasses.replace(settings.train, theory_every=10))
+    needed, problem = theory_bytes(often, data, step, mesh)
+    assert problem is None
+    assert needed > sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
+    tight = fake(plan, theory=10 * plan.needed, room=2 * plan.needed)
+    assert not tight.fits
+    assert "theory" in text_of(tight, often)
+    assert "theory" not in text_of(plan, settings)
+    (only,) = advice(tight, often)
+    assert only.startswith("train.theory_every null")
+
+
+@pytest.mark.parametrize(
+    ("problem", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm", 20.5 * 2**30),
+        ("RESOURCE_EXHAUSTED: required for HLO temporaries (8.02T) exceeds", 1000 + int(8.02 * 2**40)),
+        ("RESOURCE_EXHAUSTED", 1000),
+    ],
+)
+def test_sizes_from_the_compilers_message(problem, needed):
+    assert sizes(None, problem, 1000) == (needed - 1000, needed, 0)
+
+
+def test_evaluation_of_choices_is_reported_as_not_counted(planned):
+    plan, settings = planned
+    choices = dataclasses.replace(settings, task="multiple_choice")
+    base, data = parts_of(choices, Path(settings.model.path))
+    mesh = make_mesh()
+    assert evaluation_bytes(choices, data, plan_step(choices, base, data, mesh), mesh) == (None, None)
+    assert "evaluation is not counted" in text_of(fake(plan, evaluation=None), settings)

@@ -1,0 +1,75 @@
+"""Settings of tiny models, and plans of other numbers."""
+
+import dataclasses
+import json
+
+from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
+from loraplus_jax.training.setup import task_module
+
+RANK = 3
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+}
+
+
+def settings_of(
+    directory, config, *, task, model=(), train=(), targets=("q_proj", "v_proj"), layers=None, **others
+):
+    (directory / "config.json").write_text(json.dumps(config))
+    return Settings(
+        model=ModelSettings(path=str(directory), **dict(model)),
+        data=DataSettings(path="no such file.csv", max_length=32),
+        lora=LoRAPlusConfig(target_modules=targets, rank=RANK, layers_to_transform=layers),
+        train=TrainSettings(**{"batch_size": 8, "eval_batch_size": 8, **dict(train)}),
+        task=task,
+        output_dir="never written",
+        **others,
+    )
+
+
+def llama(directory, **kwargs):
+    return settings_of(directory, LLAMA, task="instruction", **kwargs)
+
+
+def parts_of(settings, directory):
+    family = task_module(settings)
+    data = family.without_data(settings)
+    return family.make_base(settings, directory, data.task), data
+
+
+def config(directory, **changes):
+    (directory / "config.json").write_text(json.dumps(LLAMA))
+    path = directory / "run.yaml"
+    lines = {"model": {"path": str(directory)}, "data": {"path": "none.jsonl", "max_length": 32}}
+    lines |= {"task": "instruction", "output_dir": "out", "train": {"batch_size": 8, "eval_batch_size": 8}}
+    path.write_text(json.dumps(lines | changes))  # JSON is YAML
+    return str(path)
+
+
+def fake(plan, **changes):
+    return dataclasses.replace(plan, **changes)

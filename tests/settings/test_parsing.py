@@ -1,0 +1,165 @@
+"""Every field is read from files, JSON and the command line; unknown keys and wrong types."""
+
+import dataclasses
+import json
+
+import pytest
+
+from loraplus_jax.settings.parsing import settings_from_json, settings_parser
+from loraplus_jax.settings.schema import (
+    QUERIES_AND_VALUES,
+    Settings,
+)
+
+from ..messages import mentions
+from .values import FILES, LANGUAGE, LEAST, OTHER, PROCESSES, nested, parsed, value
+
+
+def dotted():
+    for field in dataclasses.fields(Settings):
+        if dataclasses.is_dataclass(field.type):
+            yield from (f"{field.name}.{inner.name}" for inner in dataclasses.fields(field.type))
+        else:
+            yield field.name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """All defaults."""
+    return parsed(tmp_path_factory.mktemp("base"))
+
+
+def test_the_tables_here_name_every_field():
+    alone = {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"} | PROCESSES.keys()
+    assert OTHER.keys() | LANGUAGE.keys() | FILES.keys() | alone == set(dotted())
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_field_is_read_from_the_file_and_from_the_command_line(tmp_path, base, name):
+    given = OTHER[name]
+    assert value(base, name) != given
+    from_file = parsed(tmp_path, content=nested(name, given))
+    word = json.dumps(given) if isinstance(given, list | bool | dict) else str(given)
+    from_line = parsed(tmp_path, f"--{name}", word)
+    assert value(from_file, name) == value(from_line, name) == given
+    assert isinstance(value(from_file, name), type(given))
+    assert from_file == from_line != base
+    changed = [n for n in OTHER if value(from_file, n) != value(base, n)]
+    assert changed == [name]
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_every_field_of_language_models_is_read_and_rejected_for_encoders(tmp_path, name):
+    given = LANGUAGE[name]
+    language = parsed(tmp_path, content=LEAST | {"task": "instruction"})
+    from_file = parsed(tmp_path, content=nested(name, given) | {"task": "instruction"})
+    word = json.dumps(given) if isinstance(given, bool | dict) else str(given)
+    from_line = parsed(tmp_path, f"--{name}", word, "--task", "instruction")
+    assert value(language, name) != value(from_file, name) == value(from_line, name) == given
+    assert [n for n in LANGUAGE if value(from_file, n) != value(language, n)] == [name]
+    with pytest.raises(ValueError, match=mentions(name, "instruction")):
+        parsed(tmp_path, f"--{name}", word)
+
+
+def test_separate_files(tmp_path):
+    settings = parsed(tmp_path, "--data.path", "null", *(w for n, v in FILES.items() for w in (f"--{n}", v)))
+    assert (settings.data.path, settings.data.train, settings.data.test) == (None, "a.csv", "c.csv")
+
+
+def test_the_command_line_wins_and_the_last_word_on_it(tmp_path):
+    content = nested("lora.rank", 2)
+    settings = parsed(tmp_path, "--lora.rank", "3", "--lora.rank=4", content=content)
+    assert settings.lora.rank == 4
+    assert settings.lora.target_modules == QUERIES_AND_VALUES
+
+
+def test_one_regular_expression_and_a_list_are_told_apart(tmp_path):
+    assert parsed(tmp_path, "--lora.target_modules", ".*/query").lora.target_modules == ".*/query"
+    assert parsed(tmp_path, "--lora.target_modules", "[query, up]").lora.target_modules == ("query", "up")
+
+
+def test_null_takes_an_optional_value_away(tmp_path):
+    content = nested("optimizer.max_grad_norm", 1.0)
+    assert (
+        parsed(tmp_path, "--optimizer.max_grad_norm", "null", content=content).optimizer.max_grad_norm is None
+    )
+
+
+def test_negative_numbers_are_values(tmp_path):
+    assert parsed(tmp_path, "--mesh.data", "-1").mesh.data == -1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({**LEAST, "optimiser": {}}, ["'optimiser'", "'optimizer'"]),
+        (nested("lora.rnk", 1), ["lora", "'rnk'", "'rank'"]),
+        (nested("train.epoch", 1), ["train", "'epoch'", "'epochs'"]),
+        (nested("mesh.date", 1), ["mesh", "'date'", "'data'"]),
+        ({**LEAST, "mesh": [1]}, ["mesh", "mapping", "[1]"]),
+        ({**LEAST, "seed": "one"}, ["seed", "one"]),
+        ({**LEAST, "seed": 1.5}, ["seed", "1.5"]),
+        ({**LEAST, "method": "dora"}, ["method", "lora_plus", "dora"]),
+        ({**LEAST, "task": "ranking"}, ["task", "regression", "ranking"]),
+        (nested("model.dtype", "float16"), ["model.dtype", "bfloat16", "float16"]),
+        (nested("model.unroll", "yes please"), ["model.unroll", "yes please"]),
+        (nested("train.steps", 2.5), ["train.steps", "2.5"]),
+        (nested("lora.rank", True), ["lora.rank", "True"]),
+        (nested("lora.lr_ratio", 10**400), ["large"]),
+        (nested("lora.target_modules", [1]), ["lora.target_modules", "1"]),
+        ({"data": {"path": "d"}, "output_dir": "o"}, ["model.path"]),
+        ({"model": {"path": "m"}, "data": {"path": "d"}}, ["output_dir"]),
+        ("- a list\n", ["mapping", "a list"]),
+        (nested("train.steps", "many"), ["train.steps", "null", "'many'"]),
+    ],
+)
+def test_keys_and_values_that_are_rejected(tmp_path, content, words):
+    with pytest.raises(ValueError, match=mentions(*words)) as caught:
+        parsed(tmp_path, content=content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("--lora.rnk", "3"), ["--lora.rnk", "'lora.rank'"]),
+        (("--rank=3",), ["--rank", "'lora.rank'"]),
+        (("--lora.ran", "3"), ["--lora.ran", "'lora.rank'"]),
+        (("--lora", "{rank: 3}"), ["--lora"]),
+        (("--config", "other.yaml"), ["--config"]),
+        (("--seed",), ["--seed"]),
+        (("--seed", "x"), ["seed", "x"]),
+        (("stray",), ["stray"]),
+    ],
+)
+def test_overrides_that_are_rejected(tmp_path, overrides, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
+        parsed(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize("target", ["[query, up]", ".*/(query|up)"])
+def test_json_and_yaml_round_trips(tmp_path, target):
+    changes = {n: v for n, v in OTHER.items() if n not in ("train.epochs", "lora.target_modules")}
+    words = [
+        w for n, v in changes.items() for w in (f"--{n}", json.dumps(v) if not isinstance(v, str) else v)
+    ]
+    settings = parsed(tmp_path, *words, "--lora.target_modules", target)
+    plain = settings.to_json()
+    assert settings_from_json(json.loads(json.dumps(plain))) == settings
+    assert parsed(tmp_path, content=plain) == settings
+    assert list(plain) == [field.name for field in dataclasses.fields(Settings)]
+
+
+def test_json_with_an_unknown_key_names_the_nearest(tmp_path):
+    plain = parsed(tmp_path).to_json()
+    plain["train"]["step"] = 3
+    with pytest.raises(ValueError, match=mentions("train", "'step'", "'steps'")):
+        settings_from_json(plain)
+
+
+def test_help_says_what_every_field_means():
+    text = " ".join(settings_parser().format_help().split())
+    for name in dotted():
+        assert f"--{name}" in text
+    assert "eta_A" in text
+    assert "lambda" in text

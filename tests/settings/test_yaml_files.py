@@ -1,0 +1,35 @@
+"""Which YAML is read."""
+
+import pytest
+
+from ..messages import mentions
+from .values import parsed
+
+
+def test_exponents_without_a_point_are_numbers(tmp_path):
+    content = "model: {path: m}\ndata: {path: d}\noutput_dir: o\noptimizer: {learning_rate: 5e-4}\n"
+    assert parsed(tmp_path, content=content).optimizer.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: [\n", ["config.yaml", "YAML"]),
+        ("a: !!python/name:os.system\n", ["config.yaml", "YAML"]),
+        ("a: !!bool x\n", ["config.yaml", "YAML"]),
+        ("a: !!timestamp x\n", ["config.yaml", "YAML"]),
+        ("a: !!int ''\n", ["config.yaml", "YAML"]),
+        ("a: !!set [x]\n", ["config.yaml", "YAML"]),
+        ("a: 2001-99-99\n", ["config.yaml", "YAML", "month"]),
+        (f"a: {'9' * 5000}\n", ["config.yaml", "YAML", "digits"]),
+        ("a: " + "[" * 3000 + "]" * 3000, ["config.yaml", "YAML", "recursion"]),
+        ("a: " + "[" * 150 + "]" * 150, ["config.yaml", 100]),
+        ('a: "\\ud800"\n', ["config.yaml", "surrogate"]),
+        ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml", "YAML", "aliases", "line 2"]),
+        ("a: 1" + " " * 2**16, ["config.yaml", 65540, 65536]),
+    ],
+)
+def test_files_that_are_rejected(tmp_path, content, words):
+    with pytest.raises(ValueError, match=mentions(*words)) as caught:
+        parsed(tmp_path, content=content)
+    assert "\n" not in str(caught.value)

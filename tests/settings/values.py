@@ -1,0 +1,128 @@
+"""Every field of the settings away from its default, and settings parsed from a file with some of them."""
+
+import json
+
+import yaml
+
+from loraplus_jax.settings.parsing import parse_settings
+
+LEAST = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o"}
+
+
+# Every field of the sections, away from its default, as it stands in YAML.
+OTHER = {
+    "model.path": "elsewhere",
+    "model.pooling": "cls",
+    "model.dtype": "bfloat16",
+    "model.param_dtype": "bfloat16",
+    "model.dropout": 0.2,
+    "model.head_dropout": 0.3,
+    "model.unroll": True,
+    "data.path": "other.csv",
+    "data.text": "sentence",
+    "data.text_pair": "second",
+    "data.label": "class",
+    "data.max_length": 32,
+    "data.validation_fraction": 0.2,
+    "data.test_fraction": 0.1,
+    "data.split_seed": 3,
+    "lora.target_modules": ["key"],
+    "lora.rank": 3,
+    "lora.alpha": 7.0,
+    "lora.dropout": 0.1,
+    "lora.lr_ratio": 2.0,
+    "lora.init": "lora_b",
+    "lora.modules_to_save": ["pooler"],
+    "lora.exclude_modules": ["key"],
+    "lora.target_parameters": {"word/embedding": "io"},
+    "lora.layers_to_transform": [0],
+    "lora.rank_pattern": {"query": 2},
+    "lora.alpha_pattern": {"query": 2.0},
+    "lora.use_rslora": True,
+    "lora.bias": "all",
+    "optimizer.embedding_learning_rate": 1e-3,
+    "optimizer.policy": "peft",
+    "optimizer.learning_rate": 2e-3,
+    "optimizer.head_learning_rate": 1e-2,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_steps": 4,
+    "optimizer.final_fraction": 0.1,
+    "optimizer.b1": 0.8,
+    "optimizer.b2": 0.99,
+    "optimizer.eps": 1e-6,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.decay": "equal",
+    "optimizer.max_grad_norm": 1.0,
+    "train.steps": 5,
+    "train.epochs": 1.5,
+    "train.batch_size": 8,
+    "train.accumulate": 2,
+    "train.eval_batch_size": 16,
+    "train.eval_every": 7,
+    "train.log_every": 3,
+    "train.early_stopping": 2,
+    "train.select": "last",
+    "train.keep": 1,
+    "train.max_skipped": 2,
+    "train.compilation_cache": False,
+    "train.theory_every": 4,
+    "mesh.data": 2,
+    "mesh.fsdp": 2,
+    "mesh.tensor": 4,
+    "distributed.start_timeout": 20,
+    "distributed.lost_timeout": 20,
+    "task": "regression",
+    "method": "lora",
+    "init_adapter": "old_run",
+    "seed": 9,
+    "output_dir": "there",
+}
+
+
+# Fields of language models, with task instruction.
+LANGUAGE = {
+    "model.remat": "dots",
+    "model.attention": "xla",
+    "model.loss_chunk": 64,
+    "data.template": "plain",
+    "data.answers": "last",
+    "data.packing": True,
+    "data.column_names": {"prompt": "question"},
+    "train.prompt": "Why?",
+}
+
+
+# Alone they are rejected: they go together.
+PROCESSES = {
+    "distributed.coordinator": "host:1234",
+    "distributed.processes": 4,
+    "distributed.process_id": 3,
+}
+
+
+# Alone they are rejected: they go with data.train in place of data.path.
+FILES = {"data.train": "a.csv", "data.validation": "b.csv", "data.test": "c.csv"}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def parsed(tmp_path, *overrides, content=None):
+    return parse_settings(write(tmp_path, LEAST if content is None else content), overrides)
+
+
+def value(settings, name):
+    for part in name.split("."):
+        settings = getattr(settings, part)
+    return list(settings) if isinstance(settings, tuple) else settings
+
+
+def nested(name, given):
+    section, _, field = name.rpartition(".")
+    least = json.loads(json.dumps(LEAST))
+    place = least.setdefault(section, {}) if section else least
+    place[field] = given
+    return least

@@ -1,0 +1,14 @@
+"""The tokens that end an answer."""
+
+from tokenizers import Tokenizer, models
+
+from loraplus_jax.data.chat_template import ChatTemplate
+from loraplus_jax.tasks.sample_answers import end_of_turn
+
+
+def test_a_template_that_does_not_show_where_answers_lie_ends_none_by_itself():
+    source = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    assert end_of_turn(tokenizer, ChatTemplate(source, "t")) == ()

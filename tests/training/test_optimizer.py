@@ -1,0 +1,112 @@
+"""Every optimizer setting's effect, and the schedules, by hand."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.settings.schema import (
+    OptimizerSettings,
+)
+from loraplus_jax.spec import AdapterSpec
+from loraplus_jax.training.optimizer import make_optimizer, schedule_for
+
+CONFIG = LoRAPlusConfig(target_modules=("query",), lr_ratio=4.0)
+
+
+SPECS = {
+    "query": AdapterSpec(leaf="params/query/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=8.0)
+}
+
+
+PARAMS = {
+    "lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}},
+    "params": {"head": {"bias": jnp.ones(2)}},
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"schedule": "constant"}, [2, 2, 2, 2, 2, 2]),
+        ({"schedule": "linear"}, [2, 1.8, 1.6, 1.0, 0.2, 0]),
+        ({"schedule": "linear", "final_fraction": 0.5}, [2, 1.9, 1.8, 1.5, 1.1, 1]),
+        ({"schedule": "constant", "warmup_steps": 4}, [0, 0.5, 1, 2, 2, 2]),
+        ({"schedule": "linear", "warmup_steps": 5}, [0, 0.4, 0.8, 2, 0.4, 0]),
+        ({"schedule": "linear", "warmup_steps": 5, "final_fraction": 0.5}, [0, 0.4, 0.8, 2, 1.2, 1]),
+        ({"schedule": "wsd"}, [2, 2, 2, 2, 1, 0]),
+        (
+            {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 5, "final_fraction": 0.5},
+            [0, 1, 2, 2, 1.2, 1],
+        ),
+        ({"schedule": "cosine"}, [2, *(1 + math.cos(math.pi * t / 10) for t in (1, 2, 5, 9)), 0]),
+        (
+            {"schedule": "cosine", "warmup_steps": 5, "final_fraction": 0.25},
+            [0, 0.4, 0.8, 2, 0.5 + 1.5 * (1 + math.cos(math.pi * 0.8)) / 2, 0.5],
+        ),
+    ],
+)
+def test_schedules_by_hand(fields, expected):
+    schedule = schedule_for(OptimizerSettings(**fields), 10, 2.0)
+    found = [float(schedule(step)) for step in (0, 1, 2, 5, 9, 10)]
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert float(schedule(11)) == pytest.approx(expected[-1], abs=1e-6)
+
+
+def updates(config, **fields):
+    """The first update of every group where all gradients are one."""
+    tx = make_optimizer(OptimizerSettings(**fields), config, 10, SPECS)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    found, _ = tx.update(ones, tx.init(PARAMS), PARAMS)
+    factors = found["lora"]["query"]
+    leaves = {"a": factors["lora_a"], "b": factors["lora_b"], "head": found["params"]["head"]["bias"]}
+    return {name: float(jnp.ravel(leaf)[0]) for name, leaf in leaves.items()}
+
+
+def test_every_setting_of_the_optimizer_has_its_effect():
+    rate = {"schedule": "constant", "learning_rate": 0.1}
+    # Adam's first step is the rate, whatever the gradient's size.
+    assert updates(CONFIG, **rate) == pytest.approx({"a": -0.1, "b": -0.4, "head": -0.1}, rel=1e-5)
+    assert updates(None, **rate) == pytest.approx({"a": -0.1, "b": -0.1, "head": -0.1}, rel=1e-5)
+    head = updates(CONFIG, **rate, head_learning_rate=0.3)
+    assert head == pytest.approx({"a": -0.1, "b": -0.4, "head": -0.3}, rel=1e-5)
+    coupled = updates(CONFIG, **rate, weight_decay=0.5)
+    assert coupled == pytest.approx({"a": -0.15, "b": -0.6, "head": -0.15}, rel=1e-5)
+    equal = updates(CONFIG, **rate, weight_decay=0.5, decay="equal")
+    assert equal == pytest.approx({"a": -0.15, "b": -0.45, "head": -0.15}, rel=1e-5)
+    # g / (g + eps): one half at eps = 1, and with clipping to norm 1 of 14 ones g is 1 / sqrt(14).
+    assert updates(CONFIG, **rate, eps=1.0)["a"] == pytest.approx(-0.05, rel=1e-5)
+    clipped = 1 / math.sqrt(14)
+    assert updates(CONFIG, **rate, eps=1.0, max_grad_norm=1.0) == pytest.approx(
+        {
+            "a": -0.1 * clipped / (clipped + 1),
+            "b": -0.4 * clipped / (clipped + 1),
+            "head": -0.1 * clipped / (clipped + 1),
+        },
+        rel=1e-5,
+    )
+    assert updates(CONFIG, learning_rate=0.1, warmup_steps=2)["a"] == 0
+
+
+@pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.9)])
+def test_the_moments_decay_as_set(b1, b2):
+    tx = make_optimizer(OptimizerSettings(schedule="constant", learning_rate=1.0, b1=b1, b2=b2), None, 10, {})
+    params = {"params": {"w": jnp.zeros(1)}}
+    state = tx.init(params)
+    for g in (1.0, 3.0):
+        found, state = tx.update({"params": {"w": jnp.full(1, g)}}, state, params)
+    m = (b1 * (1 - b1) + (1 - b1) * 3) / (1 - b1**2)
+    v = (b2 * (1 - b2) + (1 - b2) * 9) / (1 - b2**2)
+    assert float(found["params"]["w"][0]) == pytest.approx(-m / np.sqrt(v), rel=1e-4)
+
+
+def test_every_group_follows_the_schedule():
+    fields = OptimizerSettings(warmup_steps=2, final_fraction=0.5, learning_rate=0.1, head_learning_rate=0.2)
+    tx = make_optimizer(fields, dataclasses.replace(CONFIG, lr_ratio=3.0), 12, {})
+    for step, share in ((0, 0.0), (1, 0.5), (2, 1.0), (7, 0.75), (12, 0.5)):
+        rates = {role: float(tx.groups[role].rate(step)) for role in ("a", "b", "extra")}  # pyright: ignore
+        assert rates == pytest.approx({"a": 0.1 * share, "b": 0.3 * share, "extra": 0.2 * share}, abs=1e-7)
