@@ -109,7 +109,7 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
 
 
 def known_of(directory: Path, notes: Mapping[str, Any], config: str | None = None) -> tuple[Settings, Any]:
-    """The settings and the task that an adapter or a merged model has in its notes."""
+    """The settings and the task in the notes of an adapter or a merged model."""
     if config is not None:
         raise ValueError(f"--config is for adapters that PEFT made; {directory} has settings of its own")
     try:
@@ -221,7 +221,7 @@ def _compute_outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | 
     variables = combine(tuned.parts.trainable, tuned.parts.frozen)
     apply = jax.jit(functools.partial(outputs, tuned.parts.model))
     batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
-    batches = [
+    batch_outputs = [
         np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(arrays, batch_size)
     ]
-    return np.concatenate(batches)[: len(texts)]
+    return np.concatenate(batch_outputs)[: len(texts)]
