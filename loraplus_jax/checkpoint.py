@@ -43,7 +43,7 @@ class DamagedCheckpoint(Exception):
 
 
 class Restored(NamedTuple):
-    """What `restore` gives back.
+    """Result of `restore`.
 
     Attributes:
       state: the `TrainState`, placed as the one it was restored like.
@@ -116,14 +116,14 @@ def open_manager(
     handlers = {name: make() for name, make in HANDLERS.items()}
     directory = Path(directory).absolute()
     if jax.process_index() == 0:
-        _set_aside_damaged_dates(directory)
+        _quarantine_damaged_dates(directory)
     return _Manager(directory, metric, options=options, item_handlers=handlers)
 
 
-def _set_aside_damaged_dates(directory: Path) -> None:
-    """Renames orbax's note of a checkpoint's date where it is damaged.
+def _quarantine_damaged_dates(directory: Path) -> None:
+    """Renames orbax's file with a checkpoint's date where it is damaged.
 
-    A single one would keep all checkpoints from being opened; without one orbax goes by the directory's date.
+    A single damaged one would keep all checkpoints from being opened; without it orbax uses the directory's date.
     """
     for step in ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ():
         try:
@@ -143,8 +143,8 @@ class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> Any:
         """As saved; None where they are absent or damaged."""
         try:
-            found = super().metrics(step)
-            return found if found and math.isfinite(self._number(found)) else None
+            metrics = super().metrics(step)
+            return metrics if metrics and math.isfinite(self._number(metrics)) else None
         except Exception:  # bad JSON, bad UTF-8, another type: whatever the bytes lead to
             return None
 
@@ -171,7 +171,7 @@ def save(
     """
     if int(state.step) in manager.all_steps():
         raise ValueError(f"there is a checkpoint of step {int(state.step)} in {manager.directory} already")
-    fields = _saved(state)
+    fields = _to_fields(state)
     notes = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
     notes["contents"] = {"leaves": leaf_kinds(fields), "state": fingerprint(fields)}
     notes["contents"]["notes"] = _digest(notes)
@@ -184,12 +184,12 @@ def save(
 
 def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
     """Gives a checkpoint that was saved without metrics those of an evaluation made up later, all or none."""
-    place = Path(manager.directory) / str(step) / "metrics" / "metrics"  # where orbax keeps its own
+    path = Path(manager.directory) / str(step) / "metrics" / "metrics"  # where orbax keeps its own
     if jax.process_index() == 0:
-        place.parent.mkdir(exist_ok=True)
-        partial = place.with_name(".metrics.partial")
+        path.parent.mkdir(exist_ok=True)
+        partial = path.with_name(".metrics.partial")
         partial.write_text(json.dumps(dict(metrics)), encoding="utf-8")
-        os.replace(partial, place)
+        os.replace(partial, path)
     allgather(None)  # no process reads before they are there
     manager.reload()
 
@@ -222,12 +222,12 @@ def restore(
     notes = _read_notes(manager, step)
     if differing := differences(notes["metadata"], metadata):
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
-    _check_leaves(step, notes["contents"]["leaves"], leaf_kinds(_saved(like)))
-    target = jax.tree.map(_abstract, _saved(like))
+    _check_leaves(step, notes["contents"]["leaves"], leaf_kinds(_to_fields(like)))
+    target = jax.tree.map(_shape_and_sharding, _to_fields(like))
     state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
     same = fingerprint(state) == notes["contents"]["state"]
-    _agree(manager, step, None if same else "the arrays are not those that were saved")
-    return Restored(_loaded(state, like), notes["input_position"]["position"], notes["metadata"])
+    _raise_if_damaged(manager, step, None if same else "the arrays are not those that were saved")
+    return Restored(_from_fields(state, like), notes["input_position"]["position"], notes["metadata"])
 
 
 def differences(
@@ -241,24 +241,24 @@ def differences(
     >>> differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
     ['config.rank is 8 in the checkpoint and 4 here']
     """
-    found = []
+    lines = []
     for name in dict.fromkeys((*saved, *given)):
         if not prefix and name == "versions":
             continue
         old, new = saved.get(name, "absent"), given.get(name, "absent")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, places, f"{prefix}{name}.")
+            lines += differences(old, new, places, f"{prefix}{name}.")
         elif json.dumps(old) != json.dumps(new):
-            told = (f"{json.dumps(value)} {place}" for value, place in zip((old, new), places, strict=True))
-            found.append(f"{prefix}{name} is {' and '.join(told)}")
-    return found
+            values = (f"{json.dumps(value)} {place}" for value, place in zip((old, new), places, strict=True))
+            lines.append(f"{prefix}{name} is {' and '.join(values)}")
+    return lines
 
 
 def fingerprint(tree: Any) -> str:
     """A short hex digest of a tree's paths, shapes, dtypes and bits, the same on any device layout.
 
-    Every word of bits is hashed with its place, and the hashes are summed, on the device and in integers, so that
-    no weight is copied to the host and the order of summation does not matter.
+    Every 32-bit word is hashed together with its index, and the hashes are summed on the device in integers: no
+    weight is copied to the host, and the order of summation does not matter.
     """
     # One leaf at a time: of programs that run at once each process may start another first, and two processes that
     # wait for each other in different ones wait for ever.
@@ -280,12 +280,12 @@ def digest_of_lines(lines: Mapping[str, str]) -> str:
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
     """Two sums, uint32 `(2,)`, of hashes of the leaf's 32-bit words."""
-    words = _words(leaf)
-    place = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
-    return jnp.stack([jnp.sum(_mixed(words, place, seed), dtype=jnp.uint32) for seed in (1, 2)])
+    words = _to_uint32(leaf)
+    index = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
+    return jnp.stack([jnp.sum(_hash_words(words, index, seed), dtype=jnp.uint32) for seed in (1, 2)])
 
 
-def _words(leaf: jax.Array) -> jax.Array:
+def _to_uint32(leaf: jax.Array) -> jax.Array:
     """The bits of a leaf as uint32; narrower values one a word, wider ones in several."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
@@ -297,9 +297,9 @@ def _words(leaf: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
 
 
-def _mixed(words: jax.Array, place: jax.Array, seed: int) -> jax.Array:
-    """A hash of each word with its place: two rounds of multiply and shift, as in murmur3's finalizer."""
-    h = words ^ (place * jnp.uint32(0x9E3779B9) + jnp.uint32(seed))
+def _hash_words(words: jax.Array, index: jax.Array, seed: int) -> jax.Array:
+    """A hash of each word and its index: two rounds of multiply and shift, as in murmur3's finalizer."""
+    h = words ^ (index * jnp.uint32(0x9E3779B9) + jnp.uint32(seed))
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         h = (h ^ (h >> 16)) * jnp.uint32(factor)
     return h ^ (h >> 15)
@@ -313,7 +313,7 @@ def _metric(name: str, metrics: Mapping[str, float]) -> float:
     return float(metrics[name])
 
 
-def _saved(state: TrainState) -> dict[str, Any]:
+def _to_fields(state: TrainState) -> dict[str, Any]:
     """The state as orbax stores it: named fields, the key as its data."""
     fields = {name: getattr(state, name) for name in ("trainable", "opt_state", "step", "rng")}
     if jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
@@ -321,7 +321,7 @@ def _saved(state: TrainState) -> dict[str, Any]:
     return fields
 
 
-def _loaded(fields: Mapping[str, Any], like: TrainState) -> TrainState:
+def _from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
     state = TrainState(**fields)
     if jnp.issubdtype(like.rng.dtype, jax.dtypes.prng_key):
         return state.replace(rng=jax.random.wrap_key_data(state.rng, impl=jax.random.key_impl(like.rng)))
@@ -329,28 +329,31 @@ def _loaded(fields: Mapping[str, Any], like: TrainState) -> TrainState:
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-    """Items of a checkpoint; orbax and tensorstore say in many ways that one is damaged.
+    """Reads items of a checkpoint; orbax and tensorstore raise many kinds of errors for a damaged one.
 
-    Each of several processes reads its own parts, and one may fail alone. The manager would leave the others at its
-    barrier; its handlers, which are asked here, have none, and then all are told.
+    Each process reads its own parts, and a single one may fail. The manager would leave the others at its barrier;
+    its handlers, which are called here, have no barrier, and afterwards every process raises the same error.
     """
-    found, reason = None, None
+    values, reason = None, None
     try:
-        place = manager.directory / str(step)
-        found = {name: HANDLERS[name]().restore(place / name, args=args) for name, args in items.items()}
+        directory = manager.directory / str(step)
+        values = {name: HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()}
     except Exception as error:
         if is_lost_process(error):
             raise
         reason = str(error).strip() or type(error).__name__
-    _agree(manager, step, reason)
-    return found
+    _raise_if_damaged(manager, step, reason)
+    return values
 
 
-def _agree(manager: ocp.CheckpointManager, step: int, reason: str | None) -> None:
-    """Raises DamagedCheckpoint in all processes if one of them gives a reason."""
+def _raise_if_damaged(manager: ocp.CheckpointManager, step: int, reason: str | None) -> None:
+    """Raises DamagedCheckpoint on every process if any of them gives a reason."""
     for words in allgather(reason):
         if words is not None:
-            raise _damage(manager, step, words)
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {step} in {manager.directory} cannot be read: "
+                f"{words.splitlines()[0]:.200}"
+            )
 
 
 def _read_notes(manager: ocp.CheckpointManager, step: int) -> Any:
@@ -362,7 +365,9 @@ def _read_notes(manager: ocp.CheckpointManager, step: int) -> Any:
         fits = notes["contents"].pop("notes") == _digest(notes)
     except (AttributeError, LookupError, TypeError, RecursionError):  # other JSON than we write
         fits = False
-    _agree(manager, step, None if fits else "what is noted beside the arrays is not what was saved")
+    _raise_if_damaged(
+        manager, step, None if fits else "what is noted beside the arrays is not what was saved"
+    )
     return notes
 
 
@@ -371,29 +376,22 @@ def _digest(notes: Any) -> str:
     return hashlib.sha256(json.dumps(notes).encode()).hexdigest()[:16]
 
 
-def _damage(manager: ocp.CheckpointManager, step: int, reason: str) -> DamagedCheckpoint:
-    reason = reason.splitlines()[0]
-    return DamagedCheckpoint(
-        f"the checkpoint of step {step} in {manager.directory} cannot be read: {reason:.200}"
-    )
-
-
-def _abstract(leaf: Any) -> Any:
+def _shape_and_sharding(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def _check_leaves(step: int, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    odd = [
+    differing = [
         f"{path} is {old.get(path, 'absent')} in the checkpoint and {new.get(path, 'absent')} here"
         for path in sorted(old.keys() | new.keys())
         if old.get(path) != new.get(path)
     ]
-    if odd:
-        more = f"; and {len(odd) - 5} more" if len(odd) > 5 else ""
-        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(odd[:5])}{more}")
+    if differing:
+        rest = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing[:5])}{rest}")
 
 
 def leaf_kinds(tree: Any) -> dict[str, str]:
-    """Path to dtype and shape, in words."""
+    """Path to dtype and shape as text, such as `"float32 (2, 3)"`."""
     leaves = leaves_by_path(tree)
     return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

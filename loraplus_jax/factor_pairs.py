@@ -1,4 +1,4 @@
-"""Which leaves of a tree are the factors of adapters, and on which side each is, whoever made the tree."""
+"""Finds LoRA factors in the parameter tree of any library, and the side that each is on."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ _KNOWN = (
     "lora_a and lora_b, kernel_lora_a, lora_kernel_a, lora/a, lora_A and lora_B (PEFT), lora_down and lora_up, or "
     "a and b beside their weight w"
 )
-_SPEAKS_OF_LORA = re.compile(r"(?<![A-Za-z])(?i:lora)(?![a-z])|(?<=[a-z])Lo[rR][aA](?![a-z])")
+_LOOKS_LIKE_LORA = re.compile(r"(?<![A-Za-z])(?i:lora)(?![a-z])|(?<=[a-z])Lo[rR][aA](?![a-z])")
 _NO_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
 
 
@@ -52,17 +52,19 @@ def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
       ValueError: a factor without its partner, factors that do not fit each other, the table or a kernel beside
         them, or names and shapes that leave the side or a leaf's part open.
     """
-    named = _named(leaves)
+    by_name = _pairs_by_name(leaves)
     pairs = {}
-    for module, sides in named.items():
-        _check_pair(module, {side: leaves[path] for side, path in sides.items()}, specs, _may_be_torch(sides))
+    for module, sides in by_name.items():
+        # Names of torch, whose Linear is (out, in).
+        torch = any(re.search(r"lora_(embedding_)?([AB]|down|up)\b|[./]weight$", p) for p in sides.values())
+        _check_pair(module, {side: leaves[path] for side, path in sides.items()}, specs, may_be_torch=torch)
         pairs[module] = Pair(sides["a"], sides["b"])
         if specs is None:
             _check_kernel(module, leaves, pairs[module])
     ours = any(pair.a.startswith("lora/") for pair in pairs.values())
     # Beside our own collection stand weights that are trained in full, whatever their names.
     leaves = {path: leaf for path, leaf in leaves.items() if not ours or path.startswith("lora/")}
-    for module, beside in _siblings(leaves).items():
+    for module, beside in _pairs_named_ab(leaves).items():
         if module in pairs:
             continue
         shapes = {name: tuple(leaves[path].shape) for name, path in beside.items()}
@@ -70,20 +72,20 @@ def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
             a, b = _sides_by_weight(module, shapes)
             pairs[module] = Pair(beside[a], beside[b])
         else:
-            _check_bare(module, shapes)
+            _check_not_factors(module, shapes)
     _check_names(leaves, pairs, ours)
     return pairs
 
 
-def _named(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
-    """Module to its factors' paths by side, where names tell it."""
+def _pairs_by_name(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
+    """Module to the paths of its factors by side, where names say the side."""
     pairs: dict[str, dict[Side, str]] = {}
     for path in leaves:
         name = path.replace(".", "/")
-        found = next((m for form in _FORMS if (m := re.fullmatch(form + _BEHIND, name))), None)
-        if found is None:
+        match = next((m for form in _FORMS if (m := re.fullmatch(form + _BEHIND, name))), None)
+        if match is None:
             continue
-        parts = found.groupdict()
+        parts = match.groupdict()
         module = "/".join(filter(None, (parts["module"], parts.get("adapter"))))
         sides, side = pairs.setdefault(module, {}), _SIDES[parts["side"]]
         if side in sides:
@@ -94,34 +96,22 @@ def _named(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
     return pairs
 
 
-def _may_be_torch(sides: Mapping[Side, str]) -> bool:
-    """Whether the factors' names are of torch, whose Linear is (out, in)."""
-    return any(re.search(r"lora_(embedding_)?([AB]|down|up)\b|[./]weight$", path) for path in sides.values())
-
-
-def _siblings(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def _pairs_named_ab(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Module to the paths of its leaves `a` and `b` (or `A`, `B`) where both are there, and of `w` if it is."""
-    found: dict[str, dict[str, str]] = {}
+    pairs: dict[str, dict[str, str]] = {}
     for path in leaves:
         module, _, name = path.rpartition("/")
         if name in ("a", "A"):
-            names = {
-                key: f"{module}/{part}".removeprefix("/") for key, part in zip("ab", _two(name), strict=True)
-            }
-            weight = f"{module}/w".removeprefix("/")
-            if names["b"] in leaves:
-                found[module] = names | ({"w": weight} if weight in leaves else {})
-    return found
+            b, w = (f"{module}/{leaf}".removeprefix("/") for leaf in ("b" if name == "a" else "B", "w"))
+            if b in leaves:
+                pairs[module] = {"a": path, "b": b} | ({"w": w} if w in leaves else {})
+    return pairs
 
 
-def _two(name: str) -> str:
-    return "ab" if name == "a" else "AB"
-
-
-def _check_bare(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a pair that may be an adapter: it meets in a rank below both sides, and nothing tells the sides."""
-    for one, other in ((shapes["a"], shapes["b"]), (shapes["b"], shapes["a"])):
-        if len(one) >= 2 and len(other) >= 2 and one[-1] == other[-2] < min(one[-2], other[-1]):
+def _check_not_factors(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Rejects a pair that may be an adapter: it meets in a rank below both sides, and the sides are unknown."""
+    for left, right in ((shapes["a"], shapes["b"]), (shapes["b"], shapes["a"])):
+        if len(left) >= 2 and len(right) >= 2 and left[-1] == right[-2] < min(left[-2], right[-1]):
             raise ValueError(
                 f"{module or 'the tree'}: a {shapes['a']} and b {shapes['b']} may be factors of an adapter, but "
                 f"which is on the input side cannot be told without their weight w; known are names as {_KNOWN}"
@@ -129,7 +119,7 @@ def _check_bare(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
-    """Refuses factors whose names and whose kernel beside them differ about the sides."""
+    """Rejects factors whose names and whose neighbouring kernel disagree about the sides."""
     above = module.removesuffix("lora").rstrip("/") if module.rpartition("/")[2] == "lora" else module
     names = (above, *(f"{above}/{leaf}".removeprefix("/") for leaf in ("kernel", "embedding")))
     a, b = (tuple(leaves[path].shape) for path in pair)
@@ -146,16 +136,18 @@ def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
 
 
 def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: bool) -> None:
-    """Refuses a leaf that may well be a factor, and would be trained as any other weight."""
+    """Rejects a leaf that looks like a LoRA factor and would be trained as any other weight."""
     factors = [path for pair in pairs.values() for path in pair]
     for path, leaf in leaves.items():
         if path in factors or len(getattr(leaf, "shape", ())) < 2 or _NO_FACTOR.search(path):
             continue
         segments = path.split("/")
         above = ["/".join(segments[: n + 1]) for n in range(len(segments))]
-        speaking = [p for p, segment in zip(above, segments, strict=True) if _SPEAKS_OF_LORA.search(segment)]
-        alone = any(not any(f"{factor}/".startswith(f"{p}/") for factor in factors) for p in speaking)
-        if alone or (ours and not set(above) & pairs.keys()):
+        lora_like = [
+            p for p, segment in zip(above, segments, strict=True) if _LOOKS_LIKE_LORA.search(segment)
+        ]
+        unpaired = any(not any(f"{factor}/".startswith(f"{p}/") for factor in factors) for p in lora_like)
+        if unpaired or (ours and not set(above) & pairs.keys()):
             raise ValueError(
                 f"{path} {tuple(leaf.shape)} speaks of LoRA, but its name tells no side, as these do: {_KNOWN}; "
                 "rename it if it is no factor"
@@ -165,27 +157,22 @@ def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: boo
 def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Side, Side]:
     """Which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`, and which the output axis."""
     size_in, size_out = shapes["w"][-2:] if len(shapes["w"]) >= 2 else (0, 0)
-    found: list[tuple[Side, Side]] = []
+    orders_that_fit: list[tuple[Side, Side]] = []
     orders: tuple[tuple[Side, Side], ...] = (("a", "b"), ("b", "a"))
-    for first, other in orders:
-        one, two = shapes[first], shapes[other]
-        if (
-            len(one) >= 2
-            and len(two) >= 2
-            and one[-1] == two[-2]
-            and (one[-2], two[-1]) == (size_in, size_out)
-        ):
-            found.append((first, other))
-    if len(found) != 1:
-        why = "both orders fit" if found else "neither order fits"
+    for first, second in orders:
+        a, b = shapes[first], shapes[second]
+        if len(a) >= 2 and len(b) >= 2 and a[-1] == b[-2] and (a[-2], b[-1]) == (size_in, size_out):
+            orders_that_fit.append((first, second))
+    if len(orders_that_fit) != 1:
+        why = "both orders fit" if orders_that_fit else "neither order fits"
         raise ValueError(
             f"{module}: a {shapes['a']} and b {shapes['b']} beside w {shapes['w']}: {why}, so the input side "
             "cannot be told; give the leaves names such as lora_a (input side) and lora_b"
         )
-    return found[0]
+    return orders_that_fit[0]
 
 
-def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, may_be_torch: bool) -> None:
+def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, may_be_torch: bool) -> None:
     where = module or "the tree"
     sides: tuple[Side, Side] = ("a", "b")
     if missing := [side for side in sides if side not in pair]:

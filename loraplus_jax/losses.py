@@ -22,8 +22,8 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """The cross-entropy of every token, for a frozen LM head: the `(tokens, vocabulary)` logits are never whole.
 
-    Logits are made for some tokens at a time, and with them at once the gradient that `hidden` will need. That is
-    the same work as a plain loss, without its memory: nothing is computed twice.
+    Logits are computed for a chunk of tokens at a time, together with the gradient with respect to `hidden`. This
+    is the same work as a plain loss, without its memory: nothing is computed twice.
 
     Args:
       hidden: (..., T, D), the states that the head is applied to.
@@ -80,7 +80,7 @@ def _token_losses(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, optio
 def _forward(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
 ) -> tuple[jax.Array, tuple]:
-    def both(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss_and_gradient(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         losses, shares, of_label = _losses(h, kernel, y, options)
         d_hidden = jnp.einsum(
             f"btv,{options.axes}->btd",
@@ -92,7 +92,7 @@ def _forward(
         label_rows = jnp.moveaxis(jnp.take(kernel, y, axis=axis), -1 if axis == 0 else 0, -1)
         return losses, (d_hidden - of_label * label_rows).astype(h.dtype)
 
-    losses, d_hidden = _in_chunks(both, hidden, labels, options.width)
+    losses, d_hidden = _in_chunks(loss_and_gradient, hidden, labels, options.width)
     return losses, (d_hidden, kernel)
 
 
@@ -116,8 +116,8 @@ def _losses(
     logits = jnp.einsum(f"btd,{options.axes}->btv", hidden, weights, preferred_element_type=jnp.float32)
     slope = None
     if options.soft_cap is not None:
-        bent = jnp.tanh(logits / options.soft_cap)
-        logits, slope = options.soft_cap * bent, 1.0 - bent**2
+        squashed = jnp.tanh(logits / options.soft_cap)
+        logits, slope = options.soft_cap * squashed, 1.0 - squashed**2
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
     losses = (log_z - chosen + options.z_loss * log_z**2)[..., 0]
@@ -138,7 +138,7 @@ def _in_chunks(
     hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, rest)))
 
-    def cut(x: jax.Array) -> jax.Array:
+    def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
 
     def join(x: jax.Array) -> jax.Array:
@@ -146,5 +146,5 @@ def _in_chunks(
 
     if rest + length == width:
         return function(hidden, labels)
-    found = jax.lax.map(lambda pair: function(*pair), (cut(hidden), cut(labels)))
-    return jax.tree.map(join, found)
+    results = jax.lax.map(lambda pair: function(*pair), (split(hidden), split(labels)))
+    return jax.tree.map(join, results)

@@ -75,18 +75,18 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> Measure:
 
     def measure(trainable: Any, before: Any, frozen: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
         variables, old = combine(trainable, frozen), flatten(before)
-        more = {
+        previous = {
             names[path][leaf].removesuffix(leaf) + BEFORE[leaf]: old[names[path][leaf]]
             for path in measured
             for leaf in BEFORE
         }
 
         def total(taps: dict[str, jax.Array]) -> jax.Array:
-            lora = combine(variables["lora"], unflatten(more | taps))
+            lora = combine(variables["lora"], unflatten(previous | taps))
             return loss_fn({**variables, "lora": lora}, batch, None)[0][0]  # pyright: ignore[reportArgumentType]
 
-        found = jax.grad(total)({names[path][TAP]: _zeros(spec) for path, spec in measured.items()})
-        return {path: _roots(found[names[path][TAP]], spec) for path, spec in measured.items()}
+        gradients = jax.grad(total)({names[path][TAP]: _zero_tap(spec) for path, spec in measured.items()})
+        return {path: _rms_by_term(gradients[names[path][TAP]], spec) for path, spec in measured.items()}
 
     return measure
 
@@ -101,8 +101,8 @@ def by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, 
         values = {name: np.asarray(value, np.float64).reshape(-1) for name, value in terms.items()}
         for n, z_a in enumerate(values["z_a"]):
             if z_a > 0:
-                place = f"{path}/{n}" if specs[path].stacked else path
-                result[place] = {name: float(value[n]) for name, value in values.items()}
+                layer = f"{path}/{n}" if specs[path].stacked else path
+                result[layer] = {name: float(value[n]) for name, value in values.items()}
     return result
 
 
@@ -128,10 +128,10 @@ def reading(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: st
         return "one of the factors has not moved any layer's output yet: nothing can be said of the rates"
     share = math.exp(sum(map(math.log, ratios)) / len(ratios))
     zero = None if init is None else "A" if init == "lora_b" else "B"
-    said = "of the same order, no reason in this to change a rate"
+    conclusion = "of the same order, no reason in this to change a rate"
     if not 1 / BALANCED <= share <= BALANCED:
-        said = f"{'A' if share < 1 else 'B'} starves; {_advice(share, lr_ratio, zero)}"
-    return f"A moves the output {share:.2g} x as much as B: {said} ({COURSE[zero]}; {BASIS})"
+        conclusion = f"{'A' if share < 1 else 'B'} starves; {_advice(share, lr_ratio, zero)}"
+    return f"A moves the output {share:.2g} x as much as B: {conclusion} ({COURSE[zero]}; {BASIS})"
 
 
 def _advice(share: float, lr_ratio: float, zero: str | None) -> str:
@@ -158,18 +158,18 @@ def _short(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
-def _zeros(spec: AdapterSpec) -> jax.Array:
+def _zero_tap(spec: AdapterSpec) -> jax.Array:
     """A tap: as many axes as A, so that stacked axes find their places; the terms stand along the rank's."""
     size = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": len(TERMS) + 1}
     return jnp.zeros([size[c] if c.isupper() or c == "r" else 1 for c in spec.factor_letters[0]], jnp.float32)
 
 
-def _roots(found: jax.Array, spec: AdapterSpec) -> dict[str, jax.Array]:
+def _rms_by_term(gradient: jax.Array, spec: AdapterSpec) -> dict[str, jax.Array]:
     """Root mean squares by term, from the sums over the calls of a layer."""
     letters = spec.factor_letters[0]
     stacked = [n for n, c in enumerate(letters) if c.isupper()]
-    sums = jnp.moveaxis(found, letters.index("r"), 0).reshape(
-        len(TERMS) + 1, *(found.shape[n] for n in stacked)
+    sums = jnp.moveaxis(gradient, letters.index("r"), 0).reshape(
+        len(TERMS) + 1, *(gradient.shape[n] for n in stacked)
     )
     roots = jnp.sqrt(sums[:-1] / sums[-1:])
     return {name: root.reshape(-1) if stacked else root for name, root in zip(TERMS, roots, strict=True)}

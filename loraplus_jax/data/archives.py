@@ -1,4 +1,4 @@
-"""Single members of zip and tar archives, unpacked to places that cannot lie outside a directory."""
+"""Single members of zip and tar archives, unpacked without ever writing outside the target directory."""
 
 import shutil
 import tarfile
@@ -9,7 +9,7 @@ from typing import IO
 
 
 def extract(archive: Path, members: Mapping[str, str], directory: Path) -> None:
-    """Copies members of a zip or tar archive to their places below `directory`.
+    """Extracts members of a zip or tar archive to paths below `directory`.
 
     Args:
       archive: the file; one whose name ends in `.whl` or `.zip` is a zip, any other a tar.
@@ -17,20 +17,20 @@ def extract(archive: Path, members: Mapping[str, str], directory: Path) -> None:
       directory: an existing directory.
 
     Raises:
-      ValueError: a member is not in the archive, is no plain file, or would lie outside `directory`.
+      ValueError: a member is not in the archive, is not a regular file, or would lie outside `directory`.
     """
-    found = set()
+    extracted = set()
     for name, content in _files(archive):
         for source, target in members.items():
             if name == source or (source.endswith("/") and name.startswith(source)):
-                found.add(source)
+                extracted.add(source)
                 _write(content, directory, target + name.removeprefix(source), archive)
-    if absent := sorted(set(members) - found):
+    if absent := sorted(set(members) - extracted):
         raise ValueError(f"{archive.name} has no plain file {', '.join(map(repr, absent))}")
 
 
 def _files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """The plain files of an archive with their contents, in its order; links and devices are left out."""
+    """Yields the regular files of an archive with their contents, in order; skips links and devices."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():
@@ -50,7 +50,7 @@ def _write(content: IO[bytes], directory: Path, target: str, archive: Path) -> N
         raise ValueError(
             f"{archive.name} holds {target!r}, which would lie outside the directory it is unpacked to"
         )
-    place = directory.joinpath(*parts)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with content, place.open("wb") as file:
+    path = directory.joinpath(*parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with content, path.open("wb") as file:
         shutil.copyfileobj(content, file)

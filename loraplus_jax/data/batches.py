@@ -17,13 +17,13 @@ def train_batches(
     batch_size: int,
     seed: int,
     rows: Sequence[int] | np.ndarray | None = None,
-) -> "grain.DatasetIterator[Batch]":
-    """Endless batches of N rows, reshuffled every epoch by `seed`, the last incomplete batch of each left out.
+) -> grain.DatasetIterator[Batch]:
+    """Endless batches, reshuffled every epoch by `seed`; the last incomplete batch of an epoch is dropped.
 
-    Every process sees the same global batches and takes the rows of each that its own devices need, so what is
-    learnt does not depend on the number of processes. A batch is made when it is asked for (in less than
-    a millisecond; nothing is prefetched), so the iterator's `get_state()`, a small dictionary for JSON, is the
-    position after the last batch taken, and `set_state()` goes back to exactly there.
+    Every process draws the same global batches and takes the rows that its own devices need, so training does not
+    depend on the number of processes. Nothing is prefetched (a batch takes less than a millisecond), so the
+    iterator's `get_state()`, a small JSON-serializable dictionary, is the position after the last batch taken, and
+    `set_state()` returns to exactly that position.
 
     Args:
       arrays: columns, each of N rows.
@@ -37,16 +37,14 @@ def train_batches(
     Raises:
       ValueError: columns of different length, or a batch larger than the data.
     """
-    import grain  # takes a second to import, which command lines' help should not wait for
-
     size = _row_count(arrays, batch_size)
     if batch_size > size:
         raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
     check_whole("seed", seed, at_least=0)
 
     def take(indices: np.ndarray) -> Batch:
-        mine = indices if rows is None else indices[rows]
-        return _take(arrays, mine, np.ones(len(mine), np.float32))
+        local = indices if rows is None else indices[rows]
+        return _take(arrays, local, np.ones(len(local), np.float32))
 
     indices = grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True)
     return iter(
@@ -57,9 +55,9 @@ def train_batches(
 def eval_batches(
     arrays: Mapping[str, np.ndarray], batch_size: int, rows: Sequence[int] | np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Every row once, in order, in batches of exactly `batch_size` rows, or of each batch the given `rows`.
+    """Yields every row once, in order, in batches of `batch_size` rows, or only the given `rows` of each batch.
 
-    The last batch is filled up with copies of the last row, whose float32 `weight` is 0; all others have 1.
+    The last batch is padded with copies of the last row at float32 `weight` 0; all other rows have weight 1.
 
     Raises:
       ValueError: columns of different length, or a batch size below 1.
@@ -83,7 +81,7 @@ def _row_count(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
 
 
 def digest(splits: Mapping[str, Batch]) -> str:
-    """A short hex digest of all arrays, by which a run that goes on knows its data again."""
+    """A short hex digest of all arrays; a resumed run checks that its data is unchanged."""
     total = hashlib.sha256()
     for split, arrays in splits.items():
         for name, array in arrays.items():

@@ -1,7 +1,7 @@
-"""Conversations to tokens, and which of them are answers: the loss is on what the assistant says, not elsewhere."""
+"""Conversations to tokens with a loss mask that covers only the assistant's answers."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,14 +18,14 @@ SHOWN = 20
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Where one answer lies in a rendered conversation, in characters.
+    """Character range of one answer in a rendered conversation.
 
     Attributes:
-      start: where it begins; all that the template writes after the generation prompt belongs to it.
-      text: where the assistant's own text begins.
-      text_end: where that ends.
-      end: where the next turn begins, or a `{% generation %}` block ends.
-      marked: whether it is such a block.
+      start: first character; everything that the template writes after the generation prompt belongs to it.
+      text: first character of the assistant's text.
+      text_end: end of that text.
+      end: start of the next turn, or end of a `{% generation %}` block.
+      marked: whether it is a `{% generation %}` block.
     """
 
     start: int
@@ -81,12 +81,14 @@ def tokenize_chats(
         raise ValueError(f"answers must be all or last, got {answers!r}")
     special, bos = special_ids(tokenizer, template), tokenizer.token_to_id(template.bos_token or "\0")
     ids, masks, prompts = [], [], []
-    for chat, encoding, spans in _encoded(chats, tokenizer, template, answers):
+    rendered = [find_answers(template, chat, answers) for chat in chats]
+    encodings = tokenize([text for text, _ in rendered], tokenizer)
+    for chat, (_, spans), encoding in zip(chats, rendered, encodings, strict=True):
         tokens = Tokens(encoding)
         mask = np.zeros(len(tokens.ids), np.float32)
         for span in spans:
             first = tokens.first_after(span.start)
-            mask[first : _stop(tokens, span, special, bos, chat, template)] = 1
+            mask[first : _answer_stop(tokens, span, special, bos, chat, template)] = 1
         mask[:1] = 0
         prompts.append(int(mask.argmax()) if mask.any() else len(mask))
         ids.append(tokens.ids)
@@ -97,7 +99,7 @@ def tokenize_chats(
 
 
 def find_answers(template: ChatTemplate, chat: Chat, answers: Answers = "all") -> tuple[str, list[Span]]:
-    """The rendered conversation, and where in it the assistant's answers lie; a text is one answer.
+    """Renders a conversation and finds the assistant's answers in it; a plain text is one answer.
 
     An answer begins where the rendering of the turns before it, with the generation prompt, ends.
 
@@ -107,30 +109,36 @@ def find_answers(template: ChatTemplate, chat: Chat, answers: Answers = "all") -
     if chat.turns[0].role == "text":
         text = chat.turns[0].text
         return text, [Span(0, 0, len(text), len(text), marked=True)]
-    whole, marked = template.render_marked(chat.turns, place=chat.place)
-    said = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
+    rendered, blocks = template.render_marked(chat.turns, place=chat.place)
+    turns = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
     if template.marks_answers:
-        found = [
-            _inside(whole, start, end, chat.turns[said[-1]].text) for start, end in marked if end > start
-        ]
-        if not found:
+        spans = []
+        for start, end in blocks:
+            if end > start:
+                text = chat.turns[turns[-1]].text.strip()
+                # Only `encode_choices` uses the bounds of the text, and its conversations have a single answer.
+                at = rendered.find(text, start, end)
+                bounds = (at, at + len(text)) if at >= 0 else (start, end)
+                spans.append(Span(start, *bounds, end, marked=True))
+        if not spans:
             raise ValueError(f"{chat.place}: the generation blocks of {template.origin} write nothing")
-        return whole, found[-1:] if answers == "last" else found
-    said = said[-1:] if answers == "last" else said
-    starts = [_start(template, chat, i, whole) for i in said]
-    ends = [
-        _end(template, chat, i, whole, then) for i, then in zip(said, [*starts[1:], len(whole)], strict=True)
-    ]
-    return whole, [
-        _located(template, chat, turn, whole, start, end)
-        for turn, start, end in zip(said, starts, ends, strict=True)
-    ]
+        return rendered, spans[-1:] if answers == "last" else spans
+    turns = turns[-1:] if answers == "last" else turns
+    starts = [_answer_start(template, chat, i, rendered) for i in turns]
+    spans = []
+    for turn, start, end in zip(turns, starts, [*starts[1:], len(rendered)], strict=True):
+        if end < len(rendered):
+            # The next turn is usually a user's and begins before the next answer.
+            with_turn = template.render(chat.turns[: turn + 1], place=chat.place)
+            end = len(with_turn) if rendered.startswith(with_turn) else end
+        spans.append(_find_text(template, chat, turn, rendered, start, end))
+    return rendered, spans
 
 
-def _start(template: ChatTemplate, chat: Chat, turn: int, whole: str) -> int:
-    before = template.render(chat.turns[:turn], add_generation_prompt=True, place=chat.place)
-    if whole.startswith(before):
-        return len(before)
+def _answer_start(template: ChatTemplate, chat: Chat, turn: int, rendered: str) -> int:
+    prompt = template.render(chat.turns[:turn], add_generation_prompt=True, place=chat.place)
+    if rendered.startswith(prompt):
+        return len(prompt)
     raise ValueError(
         f"{chat.place}: cannot tell answers from prompts: the chat template of {template.origin} renders the turns "
         f"before turn {turn + 1} otherwise than it begins the whole conversation; put {{% generation %}} and "
@@ -138,40 +146,23 @@ def _start(template: ChatTemplate, chat: Chat, turn: int, whole: str) -> int:
     )
 
 
-def _end(template: ChatTemplate, chat: Chat, turn: int, whole: str, following: int) -> int:
-    """Where the next turn begins, or at the least the following answer."""
-    if following == len(whole):
-        return following
-    upto = template.render(chat.turns[: turn + 1], place=chat.place)
-    return len(upto) if whole.startswith(upto) else following
-
-
-def _located(template: ChatTemplate, chat: Chat, turn: int, whole: str, start: int, end: int) -> Span:
+def _find_text(template: ChatTemplate, chat: Chat, turn: int, rendered: str, start: int, end: int) -> Span:
+    """The span of an answer whose text lies somewhere between `start` and `end`."""
     for text in (chat.turns[turn].text, chat.turns[turn].text.strip()):
-        place = whole.find(text, start, end)
-        if whole.count(text, start, end) > 1:
-            place = max(place, _written_at(template, chat, turn, start))
-        if whole.startswith(text, place) and place >= 0:
-            return Span(start, place, place + len(text), end)
+        at = rendered.find(text, start, end)
+        if rendered.count(text, start, end) > 1:
+            # The template may repeat the text or write it in a header: render a private-use character instead,
+            # which occurs in no text, and look where it stands.
+            mark = "\ue000"
+            turns = list(chat.turns)
+            turns[turn] = dataclasses.replace(turns[turn], text=mark)
+            at = max(at, template.render(turns, place=chat.place).find(mark, start))
+        if at >= 0 and rendered.startswith(text, at):
+            return Span(start, at, at + len(text), end)
     raise ValueError(
         f"{chat.place}: the chat template of {template.origin} does not write the answer in turn {turn + 1} as it "
         "stands"
     )
-
-
-def _written_at(template: ChatTemplate, chat: Chat, turn: int, start: int) -> int:
-    """Where the template writes the text of a turn: there a character stands that is in nobody's text."""
-    mark = "\ue000"
-    turns = [*chat.turns[:turn], dataclasses.replace(chat.turns[turn], text=mark), *chat.turns[turn + 1 :]]
-    return template.render(turns, place=chat.place).find(mark, start)
-
-
-def _inside(whole: str, start: int, end: int, last: str) -> Span:
-    """A marked answer. The text within is looked for only for `encode_choices`, where there is a single answer."""
-    text = last.strip()
-    place = whole.find(text, start, end)
-    inner = (place, place + len(text)) if place >= 0 else (start, end)
-    return Span(start, *inner, end, marked=True)
 
 
 class Tokens:
@@ -214,18 +205,10 @@ def special_ids(tokenizer: Tokenizer, template: ChatTemplate) -> np.ndarray:
     return np.array(sorted({*(i for i in named if i is not None), *added}), np.int64)
 
 
-def _encoded(
-    chats: Sequence[Chat], tokenizer: Tokenizer, template: ChatTemplate, answers: Answers
-) -> Iterable[tuple[Chat, Encoding, list[Span]]]:
-    found = [find_answers(template, chat, answers) for chat in chats]
-    encodings = tokenize([text for text, _ in found], tokenizer)
-    return zip(chats, encodings, [spans for _, spans in found], strict=True)
-
-
-def _stop(
+def _answer_stop(
     tokens: Tokens, span: Span, special: np.ndarray, bos: int | None, chat: Chat, template: ChatTemplate
 ) -> int:
-    """One past an answer's last token, its end-of-turn token included."""
+    """One past the answer's last token, which is its end-of-turn token."""
     if span.marked:
         return tokens.first_from(span.end)
     header = tokens.ids[tokens.first_from(span.start) : tokens.first_after(span.text)]
@@ -246,19 +229,15 @@ def _stop(
 
 
 def _check_answers(chats: Sequence[Chat], prompts: Sequence[int], max_length: int) -> None:
-    """No conversation without an answer token; `prompts` are the numbers of tokens before the first one."""
-    lost = [(chat, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
-    if lost:
-        longest = max(n for _, n in lost)
-        shown = [f"{chat.place}: {n} tokens before the answer" for chat, n in lost[:SHOWN]]
-        more = [f"... and {len(lost) - SHOWN} more"] if len(lost) > SHOWN else []
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"max_length {max_length} leaves no answer token in {len(lost)} of {len(chats)} conversations, "
-                    f"with prompts of up to {longest} tokens: raise it or remove them",
-                    *shown,
-                    *more,
-                ]
-            )
-        )
+    """Raises unless every conversation keeps an answer token; `prompts` counts the tokens before the first one."""
+    too_long = [(chat, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
+    if too_long:
+        longest = max(n for _, n in too_long)
+        lines = [
+            f"max_length {max_length} leaves no answer token in {len(too_long)} of {len(chats)} conversations, "
+            f"with prompts of up to {longest} tokens: raise it or remove them"
+        ]
+        lines += [f"{chat.place}: {n} tokens before the answer" for chat, n in too_long[:SHOWN]]
+        if len(too_long) > SHOWN:
+            lines.append(f"... and {len(too_long) - SHOWN} more")
+        raise ValueError("\n  ".join(lines))

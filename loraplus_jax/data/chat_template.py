@@ -64,7 +64,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         extensions = [_Generation, "jinja2.ext.loopcontrols"]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.filters["tojson"] = _to_json
-        self.globals |= {"raise_exception": _raise, "strftime_now": DATE.strftime}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": DATE.strftime}
         self.steps = 0
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -72,11 +72,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for loop in tree.find_all(nodes.For):
             if loop.recursive:
                 raise TemplateSyntaxError("recursive loops are not allowed", loop.lineno)
-            loop.iter = nodes.Call(nodes.EnvironmentAttribute("counted"), [loop.iter], [], None, None)
+            loop.iter = nodes.Call(nodes.EnvironmentAttribute("count_items"), [loop.iter], [], None, None)
         return tree
 
-    def counted(self, items: Iterable[Any]) -> Iterator[Any]:
-        """The items of a loop."""
+    def count_items(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yields the items of a loop and counts each as a step."""
         for item in items:
             self._step()
             yield item
@@ -100,7 +100,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise TemplateRuntimeError(f"more than {MAX_STEPS:,} loop passes, or {MAX_STEPS // CALL:,} calls")
 
 
-def _raise(message: str) -> NoReturn:
+def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
@@ -182,11 +182,11 @@ class ChatTemplate:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             text = self._run(messages, add_generation_prompt)
-        # A template is a program of somebody's: it can fail in any way.
+        # A template is arbitrary code and can raise anything.
         except Exception as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{place}: the chat template of {self.origin} fails: {reason}") from error
-        return _unmarked(text)
+        return _split_marks(text)
 
     def _run(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if any(mark in m["content"] for m in messages for mark in (_OPEN, _CLOSE)):
@@ -208,7 +208,8 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _split_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text without marks, and the character range between each pair of them."""
     kept, size, spans, start = [], 0, [], 0
     for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
         if piece == _OPEN:
@@ -222,11 +223,11 @@ def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def load_template(choice: str, model: str | Path) -> ChatTemplate:
-    """The template that a setting means: `"model"`, `"plain"`, or the path of a file with one.
+    """Loads the chat template that a setting names: `"model"`, `"plain"`, or the path of a template file.
 
     Args:
-      choice: the setting's value: `"model"` is what the model brings along, `"plain"` is `PLAIN`.
-      model: a Hugging Face directory or a GGUF file, whose `bos_token` and `eos_token` all of them use.
+      choice: the setting's value: `"model"` is the model's own template, `"plain"` is `PLAIN`.
+      model: a Hugging Face directory or a GGUF file; every template uses its `bos_token` and `eos_token`.
 
     Raises:
       ValueError: the model has no template, or for `plain` no `eos_token` to end answers with; a file cannot be
@@ -239,19 +240,18 @@ def load_template(choice: str, model: str | Path) -> ChatTemplate:
             raise ValueError(f"the template plain ends answers with the eos_token, and {model} names none")
         return ChatTemplate(PLAIN, "plain", bos, eos)
     if choice != "model":
-        return ChatTemplate(_read(Path(choice)), choice, bos, eos)
-    own = chat_template(model)
-    if own is None or not own.strip():
+        try:
+            source = Path(choice).read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            known = "it is model, plain or the path of a file"
+            raise ValueError(
+                f"cannot read the chat template {str(Path(choice))!r} ({known}): {error}"
+            ) from None
+        return ChatTemplate(source, choice, bos, eos)
+    source = chat_template(model)
+    if source is None or not source.strip():
         raise ValueError(
             f"{model} has no chat template: choose plain (### Instruction, ### Response) or the path of a "
             "template, with data.template or, for generate, --template"
         )
-    return ChatTemplate(own, str(model), bos, eos)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        known = "it is model, plain or the path of a file"
-        raise ValueError(f"cannot read the chat template {str(path)!r} ({known}): {error}") from None
+    return ChatTemplate(source, str(model), bos, eos)

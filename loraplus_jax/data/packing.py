@@ -111,9 +111,9 @@ def _fill(sequences: Sequences, rows: Sequence[Sequence[int]], length: int) -> A
     for r, row in enumerate(rows):
         start = 0
         for segment, i in enumerate(row, 1):
-            place = (r, slice(start, start + len(sequences.ids[i])))
-            arrays["input_ids"][place] = sequences.ids[i]
-            arrays["segment_ids"][place] = segment
-            arrays["loss_mask"][place] = sequences.masks[i]
-            start = place[1].stop
+            index = (r, slice(start, start + len(sequences.ids[i])))
+            arrays["input_ids"][index] = sequences.ids[i]
+            arrays["segment_ids"][index] = segment
+            arrays["loss_mask"][index] = sequences.masks[i]
+            start = index[1].stop
     return arrays

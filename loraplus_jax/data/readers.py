@@ -38,13 +38,13 @@ class Problems:
         self.count = 0
 
     def add(self, line: int, what: str) -> None:
-        """One more."""
+        """Adds a problem."""
         self.count += 1
         bisect.insort(self.first, (line, what), key=lambda problem: problem[0])
         del self.first[SHOWN_PROBLEMS:]
 
     def report(self, path: Path) -> None:
-        """One ValueError for all of them, where there are any."""
+        """Raises one ValueError for all problems, if there are any."""
         raise_problems([(place_of(path, number), what) for number, what in self.first], self.count)
 
 
@@ -132,7 +132,7 @@ def _no_rows(text: str) -> str:
 
 
 def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None) -> None:
-    """One ValueError for problems with their places; its first line can stand alone.
+    """Raises one ValueError for problems and their locations, if any; its first line can stand alone.
 
     `count` is how many there are, where `problems` holds only the first of them.
     """
@@ -180,18 +180,18 @@ def _table_records(path: Path, text: str, columns: Sequence[str], problems: Prob
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Non-blank rows of a `csv.reader` with the line each begins at."""
     while True:
-        line, before = reader.line_num + 1, csv.field_size_limit(LONGEST)
+        line, limit = reader.line_num + 1, csv.field_size_limit(LONGEST)
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            long = "field larger" in str(error)
-            what = f"a text of more than {LONGEST:,} characters" if long else error
+            too_long = "field larger" in str(error)
+            what = f"a text of more than {LONGEST:,} characters" if too_long else error
             problems.add(line, f"malformed row, perhaps a stray quote: {what}")
             continue
         finally:
-            csv.field_size_limit(before)  # it is the whole process's
+            csv.field_size_limit(limit)  # the limit is global to the process
         if len(fields) > 1 or "".join(fields).strip():
             yield line, fields
 
@@ -199,7 +199,7 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
 def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            record = _parsed(line) if line.strip() else None
+            record = _parse_json(line) if line.strip() else None
         except (ValueError, RecursionError) as error:
             problems.add(number, f"invalid JSON: {error}")
             continue
@@ -209,35 +209,35 @@ def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
             problems.add(number, f"each line must hold a JSON object, got {line.strip()[:40]}")
 
 
-def _parsed(text: str) -> Any:
-    """A JSON value; an object with a key twice is a ValueError: which of the two was meant?"""
-    return json.loads(text, object_pairs_hook=_mapping)
+def _parse_json(text: str) -> Any:
+    """A JSON value; a key that occurs twice in an object is ambiguous and a ValueError."""
+    return json.loads(text, object_pairs_hook=_unique_keys)
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {json.dumps(twice):.80} stands twice in an object")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {json.dumps(duplicate):.80} stands twice in an object")
     return values
 
 
-def _written(value: Any) -> str:
-    """A value of JSON as a string, the same for the same number: 1.0 is 1.
+def _to_string(value: Any) -> str:
+    """A JSON value as a string; equal numbers give equal strings, so 1.0 is "1".
 
-    >>> _written("a"), _written(1), _written(1.0), _written(1.5), _written(True)
+    >>> _to_string("a"), _to_string(1), _to_string(1.0), _to_string(1.5), _to_string(True)
     ('a', '1', '1', '1.5', 'true')
     """
     if isinstance(value, str):
         return value
-    whole = isinstance(value, float) and abs(value) < 2**53 and value.is_integer()
-    return json.dumps(int(value) if whole else value)
+    integral = isinstance(value, float) and abs(value) < 2**53 and value.is_integer()
+    return json.dumps(int(value) if integral else value)
 
 
 def _json_items(path: Path, text: str, problems: Problems) -> Iterator[Record]:
     try:
-        items = _parsed(text) if text.strip() else []
+        items = _parse_json(text) if text.strip() else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: invalid JSON: {error}") from None
     if not isinstance(items, list):
@@ -255,20 +255,20 @@ def _string_records(
     """Records with the columns asked for, all there and as strings."""
     for number, record in records:
         faults = [f"no column {c!r}{nearest(c, record)}" for c in columns if c not in record]
-        wanted = {c: record[c] for c in (*columns, "id") if c in record}
+        selected = {c: record[c] for c in (*columns, "id") if c in record}
         faults += [
             f"column {c!r} must hold a string or a number, got {json.dumps(v)[:40]}"
-            for c, v in wanted.items()
+            for c, v in selected.items()
             if v is None or isinstance(v, list | dict)
         ]
         for fault in faults:
             problems.add(number, fault)
         if not faults:
-            yield number, {c: _written(v) for c, v in wanted.items()}
+            yield number, {c: _to_string(v) for c, v in selected.items()}
 
 
 def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterator[Problem]:
-    used: dict[str, int] = {}
+    first_lines: dict[str, int] = {}
     for line, record in records:
         for column in columns:
             if not record[column].strip():
@@ -276,5 +276,5 @@ def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterat
             elif surrogate_in(record[column]):
                 yield line, f"column {column!r} holds half a surrogate pair, which is no character"
         name = record.get("id", "")
-        if name.strip() and used.setdefault(name, line) != line:
-            yield line, f"id {name!r} was used at line {used[name]} already"
+        if name.strip() and first_lines.setdefault(name, line) != line:
+            yield line, f"id {name!r} was used at line {first_lines[name]} already"

@@ -1,4 +1,4 @@
-"""Labelled texts: the rows of files, and the splits of rows."""
+"""Labelled texts: reads files into rows and splits rows into train, validation and test."""
 
 import dataclasses
 import hashlib
@@ -31,10 +31,10 @@ class Rows:
 
     def take(self, indices: Iterable[int]) -> "Rows":
         """The rows at `indices`, in their order."""
-        kept = list(indices)
+        indices = list(indices)
 
         def pick(column: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(column[i] for i in kept)
+            return tuple(column[i] for i in indices)
 
         pairs = None if self.pairs is None else pick(self.pairs)
         return Rows(pick(self.texts), pairs, pick(self.labels), pick(self.places))
@@ -53,7 +53,7 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
     Raises:
       ValueError: a file is faulty (see `read_rows`), or holds too few distinct texts to split.
     """
-    return split_files(settings, lambda value: load_rows(resolve(value), settings), _split)
+    return split_files(settings, lambda value: load_rows(resolve(value), settings), _split_rows)
 
 
 def split_files(
@@ -63,11 +63,11 @@ def split_files(
     if settings.path is not None:
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
         return split(load(settings.path), shares, settings.split_seed)
-    named = {"train": settings.train, "validation": settings.validation, "test": settings.test}
-    splits = {key: load(value) for key, value in named.items() if value is not None}
+    files = {"train": settings.train, "validation": settings.validation, "test": settings.test}
+    splits = {key: load(value) for key, value in files.items() if value is not None}
     if "validation" not in splits:
         splits |= split(splits["train"], {"validation": settings.validation_fraction}, settings.split_seed)
-    return {key: splits[key] for key in named if key in splits}
+    return {key: splits[key] for key in files if key in splits}
 
 
 def load_rows(path: Path, settings: DataSettings) -> Rows:
@@ -83,9 +83,9 @@ def load_rows(path: Path, settings: DataSettings) -> Rows:
     return Rows(column(settings.text), pairs, labels, places)
 
 
-def _split(rows: Rows, shares: Mapping[str, float], seed: int) -> dict[str, Rows]:
-    homes = split_texts(rows.texts, shares, seed, where=rows.places[0].rpartition(":")[0])
-    return {name: rows.take(indices) for name, indices in homes.items()}
+def _split_rows(rows: Rows, shares: Mapping[str, float], seed: int) -> dict[str, Rows]:
+    indices_by_split = split_texts(rows.texts, shares, seed, where=rows.places[0].rpartition(":")[0])
+    return {name: rows.take(indices) for name, indices in indices_by_split.items()}
 
 
 def split_texts(
@@ -98,5 +98,5 @@ def split_texts(
     if sum(sizes.values()) >= len(order):
         raise ValueError(f"{where}: {len(order)} distinct texts are too few to split")
     names = [name for name, size in sizes.items() for _ in range(size)]
-    home = dict.fromkeys(order, "train") | dict(zip(order, names, strict=False))
-    return {name: [i for i, key in enumerate(keys) if home[key] == name] for name in ("train", *sizes)}
+    split_of = dict.fromkeys(order, "train") | dict(zip(order, names, strict=False))
+    return {name: [i for i, key in enumerate(keys) if split_of[key] == name] for name in ("train", *sizes)}

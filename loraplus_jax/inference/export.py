@@ -74,16 +74,16 @@ def export_run(
         raise ValueError(f"--dtype of {format} must be one of {', '.join(DTYPES[format])}, got {dtype}")
     if to.exists():
         raise ValueError(f"{to} exists already; nothing is overwritten: choose another directory for --to")
-    source = _opened(place)
+    source = _open_source(place)
     if format == "gguf" and gguf.find(source.base) is None:
         raise ValueError(
             f"--format gguf is for models that came from a GGUF file, and {source.base} is none; export it as hf "
             "and convert that with llama.cpp's convert_hf_to_gguf.py"
         )
-    return _merged(source, to, format, dtype) if merged else _for_peft(source, to)
+    return _write_merged(source, to, format, dtype) if merged else _write_peft(source, to)
 
 
-def _opened(place: Path) -> _Source:
+def _open_source(place: Path) -> _Source:
     if (directory := find_adapter(place)) is None:
         raise FileNotFoundError(f"{place} is no run that has ended and no adapter directory")
     notes = notes_of(directory)
@@ -97,12 +97,14 @@ def _opened(place: Path) -> _Source:
     return _Source(settings, task, adapter, parts, notes, base, notes["base"])
 
 
-def _for_peft(source: _Source, to: Path) -> str:
+def _write_peft(source: _Source, to: Path) -> str:
     if source.adapter.config is None:
         raise ValueError("the model was trained in full and has no adapter: export it with --merged")
-    form, base = form_of(source.parts), _name_of_base(source)
+    form, base = form_of(source.parts), source.settings.model.path
+    if base in ASSETS or Path(base).expanduser().exists():  # else it is a hub id
+        base = str(source.base.resolve())
     kept = _base_leaves(source, [ours for ours, _ in form.heads if ours not in source.parts.base.new])
-    extras, own = _apart(source, form)
+    extras, own = _split_extras(source, form)
     save_peft(
         to,
         source.adapter.lora,
@@ -121,12 +123,12 @@ def _for_peft(source: _Source, to: Path) -> str:
     return f"{to}: an adapter for PEFT, {len(source.adapter.specs)} kinds of layers; README.md says how to load it"
 
 
-def _merged(source: _Source, to: Path, format: str, dtype: str | None) -> str:
+def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> str:
     parts, adapter = source.parts, source.adapter
     leaves, _ = check_params(source.base, parts.base.table, params_of(parts), new=parts.base.new)
     _base_leaves(source, [])
     form = form_of(parts)
-    extras, own = _apart(source, form)
+    extras, own = _split_extras(source, form)
     merge = Merge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
     notes = describe_run(
         adapter.config,
@@ -142,7 +144,7 @@ def _merged(source: _Source, to: Path, format: str, dtype: str | None) -> str:
         else:
             new = {path: x for path, x in flatten(extras).items() if path.split("/")[1] in parts.base.new}
             kept = None if dtype is None else jnp.dtype(dtype)
-            config = _labels(source) if form.heads else {}
+            config = _label_config(source) if form.heads else {}
             export.write_hf(partial, source.base, merge, form, new=unflatten(new), config=config, dtype=kept)
             (partial / "README.md").write_text(_readme(source, form, _USE_MERGED, ""), encoding="utf-8")
         if own:
@@ -152,13 +154,13 @@ def _merged(source: _Source, to: Path, format: str, dtype: str | None) -> str:
     return f"{to}: a merged model, {size / 1e6:,.1f} MB"
 
 
-def _apart(source: _Source, form: export.Form) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was trained in full: what transformers has a place for, and what only we have."""
-    there, own = {}, {}
+def _split_extras(source: _Source, form: export.Form) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Variables trained in full: those that transformers has too, and those that only we have."""
+    shared, own = {}, {}
     for path, leaf in flatten(source.adapter.extras).items():
         is_new = path.split("/")[1] in source.parts.base.new
-        (own if is_new and not form.heads else there)[path] = leaf
-    return unflatten(there), unflatten(own)
+        (own if is_new and not form.heads else shared)[path] = leaf
+    return unflatten(shared), unflatten(own)
 
 
 def _base_leaves(source: _Source, modules: list[str]) -> dict[str, np.ndarray]:
@@ -170,7 +172,7 @@ def _base_leaves(source: _Source, modules: list[str]) -> dict[str, np.ndarray]:
     parts, lines, kept = source.parts, {}, {}
     frozen, shapes = flatten(parts.frozen), params_of(parts)
 
-    def note(path: str, array: np.ndarray) -> None:
+    def visit(path: str, array: np.ndarray) -> None:
         leaf = f"params/{path}"
         if leaf in frozen:
             lines[leaf] = fingerprint_line(leaf, jax.device_put(array))
@@ -178,22 +180,15 @@ def _base_leaves(source: _Source, modules: list[str]) -> dict[str, np.ndarray]:
             kept[leaf] = array
 
     if frozen:
-        load_params(source.base, parts.base.table, shapes, new=parts.base.new, place=note)
-        if (found := digest_of_lines(lines)) != source.fingerprint:
+        load_params(source.base, parts.base.table, shapes, new=parts.base.new, place=visit)
+        if (digest := digest_of_lines(lines)) != source.fingerprint:
             raise ValueError(
-                f"the adapter belongs to a base with fingerprint {source.fingerprint}, {source.base} has {found}"
+                f"the adapter belongs to a base with fingerprint {source.fingerprint}, {source.base} has {digest}"
             )
     return kept
 
 
-def _name_of_base(source: _Source) -> str:
-    """A hub id as it is, everything else as the path where it is here."""
-    given = source.settings.model.path
-    is_hub_id = given not in ASSETS and not Path(given).expanduser().exists()
-    return given if is_hub_id else str(source.base.resolve())
-
-
-def _labels(source: _Source) -> dict[str, Any]:
+def _label_config(source: _Source) -> dict[str, Any]:
     """The head's outputs for `config.json`."""
     names = getattr(source.task, "names", ())
     if not names:

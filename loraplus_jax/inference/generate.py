@@ -69,8 +69,9 @@ def speak(
         raise ValueError("--top_p and --seed go with a --temperature above 0: at 0 nothing is drawn")
     seed = 0 if seed is None else seed
     check_whole("seed", seed, at_least=0)
-    _check_prompts(prompts, system)
-    settings, directory, task, model, variables = _opened(place, template, dtype, config)
+    if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
+        raise ValueError("a prompt or the system text is empty")
+    settings, directory, task, model, variables = _open_model(place, template, dtype, config)
     chats = _chats(prompts, data, system, settings)
     speaker = Speaker.from_settings(settings, directory, task, model, max_tokens)
     variables = replicate(make_mesh(1), variables)
@@ -78,31 +79,26 @@ def speak(
     return [{"prompt": turns[-1].text, "answer": text} for turns, text in zip(chats, answers, strict=True)]
 
 
-def _check_prompts(prompts: Sequence[str], system: str | None) -> None:
-    if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
-        raise ValueError("a prompt or the system text is empty")
-
-
 def _chats(
     prompts: Sequence[str], data: str | None, system: str | None, settings: Settings
 ) -> list[tuple[Turn, ...]]:
     if data is not None:
         chats = read_chats(resolve(data, "data"), settings.data.column_names)
-        if odd := [chat.place for chat in chats if not chat.turns[:-1]]:
-            raise ValueError(f"{odd[0]}: a text asks nothing; generate answers conversations")
+        if unanswered := [chat.place for chat in chats if not chat.turns[:-1]]:
+            raise ValueError(f"{unanswered[0]}: a text asks nothing; generate answers conversations")
         return [chat.turns[:-1] for chat in chats]
     before = () if system is None else (Turn("system", system),)
     return [(*before, Turn("user", text)) for text in prompts]
 
 
-def _opened(
+def _open_model(
     place: str, template: str | None, dtype: Dtype | None, config: str | None
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
     """Settings, base, task, model and variables of a run, of an adapter, or of a model without adapters."""
     path = Path(place).expanduser()
     directory = find_adapter(path)
     if directory is not None and config is None and not notes_of(directory).get("settings"):
-        return _with_base(directory, template, dtype)
+        return _open_peft_adapter(directory, template, dtype)
     if directory is not None or (path / NOTES).is_file():
         if template is not None or dtype is not None:
             raise ValueError(
@@ -123,20 +119,20 @@ def _opened(
     return settings, directory, None, base.model, {"params": load_params(directory, base.table, shapes)}
 
 
-def _with_base(
+def _open_peft_adapter(
     directory: Path, template: str | None, dtype: Dtype | None
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
     """The same of an adapter that PEFT made, on the base that it names."""
     if not is_peft(directory):
         raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
-    named = peft_options(directory).base_model
-    if named is None:
+    base_name = peft_options(directory).base_model
+    if base_name is None:
         raise ValueError(
             f"{directory} does not name its base model: give the config of a run with --config, in which "
             "model.path does"
         )
-    base = resolve(named, "model")
-    settings = with_adapter(directory, _plain_settings(named, template, dtype), base, None)
+    base = resolve(base_name, "model")
+    settings = with_adapter(directory, _plain_settings(base_name, template, dtype), base, None)
     parts = load(settings, base, build(settings, base, None, settings.applied), settings.applied)
     adapter = read_adapter(directory, parts, params_of(parts))
     variables = combine({"lora": adapter.lora}, adapter.extras, parts.frozen)
@@ -144,10 +140,10 @@ def _with_base(
 
 
 def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:
-    """Only what a language model is made from counts here; nothing is read or written."""
-    kept = dtype or "float32"
+    """Settings of a language model without a run; only the fields that build the model matter."""
+    weights_dtype = dtype or "float32"
     return Settings(
-        model=ModelSettings(path=model, dtype=kept, param_dtype=kept),
+        model=ModelSettings(path=model, dtype=weights_dtype, param_dtype=weights_dtype),
         data=DataSettings(train="-", max_length=2, template=template or "model"),
         task="instruction",
         output_dir="-",

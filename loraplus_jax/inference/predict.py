@@ -1,4 +1,4 @@
-"""Using what a run left: evaluation and predictions from an adapter directory."""
+"""Evaluation and predictions from a run, an adapter directory or a merged model."""
 
 import dataclasses
 import functools
@@ -78,23 +78,28 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
         return _load_merged(place, config)
     if directory is None:
         inner = place / ADAPTER if (place / ADAPTER).is_dir() else place
-        lost = [name for name in (adapter_files.TENSORS, adapter_files.NOTES) if not (inner / name).is_file()]
+        missing = [
+            name for name in (adapter_files.TENSORS, adapter_files.NOTES) if not (inner / name).is_file()
+        ]
         raise FileNotFoundError(
-            f"{inner} is no adapter directory: it lacks {' and '.join(lost)}; nor is it a run, PEFT's adapter or a "
-            "model exported with --merged"
+            f"{inner} is no adapter directory: it lacks {' and '.join(missing)}; nor is it a run, PEFT's adapter "
+            "or a model exported with --merged"
         )
     notes = notes_of(directory)
     if {"settings", "task", "base"} <= notes.keys():
         settings, task = known_of(directory, notes, config)
-        adapted = own_config(directory)
+        lora_config = own_config(directory)
         base = resolve(settings.model.path, "model")
     elif is_peft(directory) and config is not None:
-        settings, base, task = _from_config(directory, parse_settings(config))
-        adapted = settings.applied
+        settings = parse_settings(config)
+        base = resolve(settings.model.path, "model")
+        task = task_module(settings).load_data(settings, base).task
+        settings = with_adapter(directory, settings, base, task)
+        lora_config = settings.applied
     else:
-        more = ": give the config of a run with --config" if is_peft(directory) else ""
-        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it{more}")
-    parts = load(settings, base, build(settings, base, task, adapted), adapted)
+        hint = ": give the config of a run with --config" if is_peft(directory) else ""
+        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it{hint}")
+    parts = load(settings, base, build(settings, base, task, lora_config), lora_config)
     check_base(directory, fingerprint(parts.frozen) if parts.frozen else None, base)
     adapter = read_adapter(directory, parts, params_of(parts))
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
@@ -104,31 +109,27 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
 
 
 def known_of(directory: Path, notes: Mapping[str, Any], config: str | None = None) -> tuple[Settings, Any]:
-    """The settings and the task that an adapter or a merged model has in its notes."""
+    """The settings and the task in the notes of an adapter or a merged model."""
     if config is not None:
         raise ValueError(f"--config is for adapters that PEFT made; {directory} has settings of its own")
     try:
         settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
-        return settings, _task(notes["task"])
+        fields = notes["task"]
+        if fields["kind"] in LANGUAGE:
+            return settings, LanguageTask(**fields)
+        return settings, Task(**{**fields, "names": tuple(fields["names"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
 
 
-def _from_config(directory: Path, settings: Settings) -> tuple[Settings, Path, Any]:
-    """Settings for an adapter that PEFT made: a config's, but for what the adapter says itself."""
-    base = resolve(settings.model.path, "model")
-    task = task_module(settings).load_data(settings, base).task
-    return with_adapter(directory, settings, base, task), base, task
-
-
 def with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
-    """Settings whose section lora is what an adapter of PEFT's says."""
+    """Settings whose section lora comes from a PEFT adapter."""
     bare = base_parts(settings, base, task)
     return dataclasses.replace(settings, method="lora_plus", lora=config_of(directory, bare))
 
 
 def _load_merged(place: Path, config: str | None) -> Tuned:
-    """A merged model: its own base, with nothing on it."""
+    """Loads a merged model, which has no adapters."""
     notes = peft_notes(place) or {}
     if not {"merged", "settings", "task"} <= notes.keys():
         raise ValueError(f"{place / NOTES} does not say what the model was trained for")
@@ -143,12 +144,6 @@ def _load_merged(place: Path, config: str | None) -> Tuned:
     return Tuned(settings, task, bare._replace(frozen=variables), place)
 
 
-def _task(notes: Mapping[str, Any]) -> Any:
-    if notes["kind"] in LANGUAGE:
-        return LanguageTask(**notes)
-    return Task(**{**notes, "names": tuple(notes["names"])})
-
-
 def evaluate_run(
     directory: Path, *, split: str | None = None, data: str | None = None, config: str | None = None
 ) -> dict[str, Any]:
@@ -160,19 +155,19 @@ def evaluate_run(
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both: {split} and {data}")
     tuned = load_tuned(directory, config)
-    settings, family = tuned.settings, task_module(tuned.settings)
+    settings, module = tuned.settings, task_module(tuned.settings)
     splits = ("train", "validation", "test")
     if split is not None and split not in splits:
         raise ValueError(f"the run has no split {split!r}{nearest(split, splits)}")
     try:
-        arrays, examples = family.load_split(settings, tuned.base, tuned.task, split, data)
+        arrays, examples = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
             f"the run has no split {error.args[0]!r}{nearest(error.args[0], splits[:2])}"
         ) from None
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
-    eval_fn = make_eval(family.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
+    eval_fn = make_eval(module.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
     values = evaluate(eval_fn, trainable, frozen, arrays, settings.train.eval_batch_size, mesh)
     return {"data": data or split or "test", "examples": examples, **values, **tuned.task.derived(values)}
 
@@ -198,8 +193,8 @@ def predict_run(
         raise ValueError("the run was trained on pairs of texts: give a file with --data")
     if not texts or any(not text.strip() for text in texts):
         raise ValueError("there is no text to predict for" if not texts else "a text to predict for is empty")
-    found = tuned.task.predictions(_outputs(tuned, texts, pairs))
-    return [{"text": text, **prediction} for text, prediction in zip(texts, found, strict=True)]
+    predictions = tuned.task.predictions(_compute_outputs(tuned, texts, pairs))
+    return [{"text": text, **prediction} for text, prediction in zip(texts, predictions, strict=True)]
 
 
 def check_output(path: Path) -> None:
@@ -220,13 +215,13 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
         raise ValueError(f"{path} exists already; choose another --output") from None
 
 
-def _outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
+def _compute_outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
     arrays, _ = encode(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
     mesh = make_mesh(1)
     variables = combine(tuned.parts.trainable, tuned.parts.frozen)
     apply = jax.jit(functools.partial(outputs, tuned.parts.model))
     batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
-    found = [
+    batch_outputs = [
         np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(arrays, batch_size)
     ]
-    return np.concatenate(found)[: len(texts)]
+    return np.concatenate(batch_outputs)[: len(texts)]

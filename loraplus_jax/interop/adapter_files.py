@@ -27,7 +27,7 @@ TENSORS, NOTES = "adapter.safetensors", "adapter.json"
 
 
 class Adapter(NamedTuple):
-    """What `load_adapter` gives back.
+    """Result of `load_adapter`.
 
     Attributes:
       config: what was applied; None for a model trained in full, whose weights are all extras.
@@ -67,16 +67,30 @@ def save_adapter(
       ValueError: something else than an adapter is there.
     """
     directory = Path(directory).resolve()
-    _check_free(directory)
+    if directory.is_dir():
+        others = sorted(path.name for path in directory.iterdir() if path.name not in (TENSORS, NOTES))
+        if others:
+            raise ValueError(
+                f"{directory} holds more than an adapter ({', '.join(others[:3])}); choose another"
+            )
+    elif directory.exists():
+        raise ValueError(f"{directory} is a file; an adapter is a directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own beside the target, then one rename: nobody ever sees half an adapter.
+    # Written beside the target and renamed at the end, so that nobody ever sees half an adapter.
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         (partial / TENSORS).write_bytes(tensor_bytes(flatten(trainable)))
         notes = json.dumps(describe_run(config, specs, base=base, **more), indent=1)
         (partial / NOTES).write_text(notes + "\n", encoding="utf-8")
         partial.chmod(0o755)
-        _replace(partial, directory)
+        if directory.exists():
+            # A directory cannot be renamed onto another, so the old adapter moves out of the way first.
+            old = partial.with_name(partial.name + ".old")
+            os.rename(directory, old)
+            os.rename(partial, directory)
+            shutil.rmtree(old)
+        else:
+            os.rename(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -102,7 +116,7 @@ def load_adapter(directory: str | Path) -> Adapter:
 
 
 def adapter_notes(directory: str | Path) -> dict[str, Any]:
-    """The whole of an adapter's JSON: the base's fingerprint, versions and the caller's own fields included.
+    """An adapter's complete JSON: base fingerprint, versions and the caller's own fields included.
 
     Raises:
       FileNotFoundError, ValueError: as `load_adapter`.
@@ -141,36 +155,27 @@ def check_agreement(config: LoRAPlusConfig | None, specs: Specs) -> None:
             )
 
 
-def _check_free(directory: Path) -> None:
-    if directory.is_dir():
-        others = sorted(path.name for path in directory.iterdir() if path.name not in (TENSORS, NOTES))
-        if others:
-            raise ValueError(
-                f"{directory} holds more than an adapter ({', '.join(others[:3])}); choose another"
-            )
-    elif directory.exists():
-        raise ValueError(f"{directory} is a file; an adapter is a directory")
-
-
 def _check_factors(directory: Path, lora: Mapping[str, Any], specs: Specs) -> None:
-    held = {path: tuple(leaf.shape) for path, leaf in flatten(lora).items()}
-    wanted = {
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(lora).items()}
+    expected = {
         f"{module}/{name}".removeprefix("/"): shape
         for module, spec in specs.items()
         for name, shape in zip(("lora_a", "lora_b"), spec.factor_shapes, strict=True)
     }
-    odd = [path for path in sorted(held.keys() | wanted.keys()) if held.get(path) != wanted.get(path)]
-    if odd:
-        first = odd[0]
+    differing = [
+        path for path in sorted(shapes.keys() | expected.keys()) if shapes.get(path) != expected.get(path)
+    ]
+    if differing:
+        first = differing[0]
         raise ValueError(
-            f"{directory}: tensors and adapter table differ at {', '.join(odd[:5])}: {first} is "
-            f"{held.get(first, 'absent')} in {TENSORS} and {wanted.get(first, 'absent')} in {NOTES}"
+            f"{directory}: tensors and adapter table differ at {', '.join(differing[:5])}: {first} is "
+            f"{shapes.get(first, 'absent')} in {TENSORS} and {expected.get(first, 'absent')} in {NOTES}"
         )
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `target` when the block ends well and is removed otherwise.
+    """A directory to write into; it becomes `target` if the block succeeds and is removed otherwise.
 
     Raises:
       ValueError: something is there already.
@@ -195,19 +200,8 @@ def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
 
 
 def host_array(leaf: Any) -> Any:
-    """A leaf as an array of numpy, contiguous."""
+    """A leaf as a contiguous numpy array."""
     return np.ascontiguousarray(jax.device_get(leaf))
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Puts `new` where `target` is; a directory cannot be renamed onto another, so the old one steps aside."""
-    if not target.exists():
-        os.rename(new, target)
-        return
-    old = new.with_name(new.name + ".old")
-    os.rename(target, old)
-    os.rename(new, target)
-    shutil.rmtree(old)
 
 
 def _safetensors(module: str) -> Any:

@@ -44,9 +44,9 @@ def adapters_from(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> dic
     """
     check_number("scale", scale, above=0.0)
     leaves = leaves_by_path(tree)
-    found, problems = {}, []
+    factors, problems = {}, []
     for module, (a, b) in factor_pairs(leaves).items():
-        key = _key(module, specs)
+        key = _find_key(module, specs)
         if key is None:
             problems.append(f"+ {module} has no entry in the specs")
             continue
@@ -54,8 +54,10 @@ def adapters_from(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> dic
         if shapes != specs[key].factor_shapes:
             problems.append(f"~ {module}: the factors are {shapes}, the specs say {specs[key].factor_shapes}")
         for name, path in (("lora_a", a), ("lora_b", b)):
-            found[f"{key}/{name}".removeprefix("/")] = jnp.asarray(leaves[path])
-    problems += [f"- {key} has no factors" for key in specs if f"{key}/lora_a".removeprefix("/") not in found]
+            factors[f"{key}/{name}".removeprefix("/")] = jnp.asarray(leaves[path])
+    problems += [
+        f"- {key} has no factors" for key in specs if f"{key}/lora_a".removeprefix("/") not in factors
+    ]
     problems += [
         f"~ {key}: the scale is {spec.scale:g} in the specs, {scale:g} there"
         for key, spec in specs.items()
@@ -63,12 +65,12 @@ def adapters_from(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> dic
     ]
     if problems:
         raise ValueError("\n  ".join([f"the adapters do not fit the specs: {problems[0]}", *problems[1:20]]))
-    return unflatten(found)
+    return unflatten(factors)
 
 
-def _key(module: str, specs: Specs) -> str | None:
+def _find_key(module: str, specs: Specs) -> str | None:
     if module in specs:
         return module
-    shorter = next((module.removesuffix(end) for end in _BEHIND if module.endswith(end)), None)
-    bare = "" if f"/{module}" in _BEHIND else None
-    return next((key for key in (shorter, bare) if key is not None and key in specs), None)
+    owner = next((module.removesuffix(end) for end in _BEHIND if module.endswith(end)), None)
+    root = "" if f"/{module}" in _BEHIND else None
+    return next((key for key in (owner, root) if key is not None and key in specs), None)

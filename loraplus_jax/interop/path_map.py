@@ -28,7 +28,7 @@ Index = tuple[int, ...]
 _WEIGHTS = ("kernel", "scale", "embedding")
 _OF_SPEC = {"embed": "Embedding", "conv": "Conv"}
 _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
-_ALIKE = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
+_SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
 _HOLE = re.compile(r"\{(\w+)\}")
 
 
@@ -59,8 +59,8 @@ def check_path_map(path_map: PathMap) -> None:
         if not isinstance(rule, tuple | list) or len(rule) not in (2, 3) or not all(rule):
             raise TypeError(f"path map: a rule is (ours, theirs) or (ours, theirs, kind), got {rule!r}")
         ours, theirs = (_HOLE.findall(side) for side in rule[:2])
-        if lost := [name for name in ours if name not in theirs]:
-            raise ValueError(f"path map: {{{lost[0]}}} of {rule[0]!r} is not in {rule[1]!r}")
+        if missing := [name for name in ours if name not in theirs]:
+            raise ValueError(f"path map: {{{missing[0]}}} of {rule[0]!r} is not in {rule[1]!r}")
         if any(len(set(names)) < len(names) for names in (ours, theirs)):
             raise ValueError(f"path map: a placeholder stands twice on one side of {rule!r}")
         if len(rule) == 3 and rule[2] not in KINDS:
@@ -74,9 +74,9 @@ def place_of(path_map: PathMap, module: str) -> Place | None:
     Place(name='model.layers.{layer}.up', holes=('layer',), kind=None)
     """
     for rule in path_map:
-        if (found := _pattern(rule[0], "[^/]+").fullmatch(module)) is not None:
+        if (match := _pattern(rule[0], "[^/]+").fullmatch(module)) is not None:
             name = rule[1]
-            for shared, value in found.groupdict().items():
+            for shared, value in match.groupdict().items():
                 name = name.replace(f"{{{shared}}}", value)
             return Place(name, tuple(_HOLE.findall(name)), _kind(rule))
     return None
@@ -92,10 +92,10 @@ def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
     """
     for rule in path_map:
         theirs = rule[1].rpartition(".")[0] if _kind(rule) == "Parameter" else rule[1]
-        shared, found = _HOLE.findall(rule[0]), _pattern(theirs, "[^.]+").fullmatch(name)
-        values = {} if found is None else found.groupdict()
+        shared, match = _HOLE.findall(rule[0]), _pattern(theirs, "[^.]+").fullmatch(name)
+        values = {} if match is None else match.groupdict()
         holes = [value for key, value in values.items() if key not in shared]
-        if found is None or not all(re.fullmatch("0|[1-9][0-9]{0,8}", value) for value in holes):
+        if match is None or not all(re.fullmatch("0|[1-9][0-9]{0,8}", value) for value in holes):
             continue
         module = rule[0]
         for key in shared:
@@ -132,7 +132,9 @@ def targets_of(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list
     problems = []
     owners: dict[str, str] = {}
     for key, spec in specs.items():
-        module = _module_in(key, spec)
+        owner, _, leaf = key.rpartition("/")
+        # An adapted parameter is found by the module that owns it.
+        module = owner if spec.kind == "parameter" and leaf in _OF_LEAF else key
         if (place := place_of(path_map, module)) is None:
             problems.append(f"no rule of the path map matches {module!r}")
             continue
@@ -149,32 +151,26 @@ def targets_of(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list
     return targets, problems
 
 
-def _module_in(key: str, spec: AdapterSpec) -> str:
-    """The module that an entry of the specs belongs to: for an adapted parameter the one that owns it."""
-    module, _, leaf = key.rpartition("/")
-    return module if spec.kind == "parameter" and leaf in _OF_LEAF else key
-
-
 def _kind_of(spec: AdapterSpec, place: Place) -> str:
     """How PyTorch keeps the weight that is adapted.
 
     Raises:
       ValueError: PEFT has no adapter for it, or the rule is at odds with the table.
     """
-    own = _OF_SPEC.get(spec.kind, "Linear")
+    default = _OF_SPEC.get(spec.kind, "Linear")
     if spec.kind == "parameter":
-        own = _OF_LEAF.get(spec.leaf.rpartition("/")[2], "Parameter")
+        default = _OF_LEAF.get(spec.leaf.rpartition("/")[2], "Parameter")
     if spec.kind == "conv_transpose":
         raise ValueError(f"{spec.leaf} is a transposed convolution, for which PEFT has no adapter")
-    kind = place.kind or own
+    kind = place.kind or default
     if kind == "Parameter" and (spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3):
         raise ValueError(
             f"{spec.leaf} has the axes {spec.axes!r}; PEFT adapts parameters with one input and one output axis, "
             "and one more at most"
         )
-    if spec.kind != "parameter" and kind != "Parameter" and _ALIKE.get(kind, kind) != own:
+    if spec.kind != "parameter" and kind != "Parameter" and _SAME_LAYOUT.get(kind, kind) != default:
         raise ValueError(
-            f"{spec.leaf} is of kind {spec.kind}, the path map says {kind} of {place.name}, not {own}"
+            f"{spec.leaf} is of kind {spec.kind}, the path map says {kind} of {place.name}, not {default}"
         )
     return kind
 
@@ -191,9 +187,9 @@ def _indices(spec: AdapterSpec, place: Place, kind: str) -> list[Index]:
             f"{spec.leaf} has {len(letters)} stacked and batch axes, {place.name} has {len(place.holes)} indices"
         )
     size = dict(zip(spec.base_letters, spec.shape, strict=True))
-    every = list(itertools.product(*(range(size[c]) for c in letters)))
+    indices = list(itertools.product(*(range(size[c]) for c in letters)))
     # `layers` are those of the outermost stacked axis, which is the first index.
-    return every if spec.layers is None else [index for index in every if index[0] in spec.layers]
+    return indices if spec.layers is None else [index for index in indices if index[0] in spec.layers]
 
 
 def factors_out(
@@ -202,22 +198,22 @@ def factors_out(
     """Each slice of the factors as PEFT keeps it: A and B of `factor_shapes`."""
     spec, kind, _ = target
     shape = factor_shapes(spec, kind)[1]
-    a, b = _indexed(a, b, spec, kind)
+    a, b = _index_views(a, b, spec, kind)
     for index in target.names:
-        yield index, _a_out(a[index], kind), _b_out(b[index], shape, kind)
+        yield index, _a_to_peft(a[index], kind), _b_to_peft(b[index], shape, kind)
 
 
 def factors_in(
-    found: Mapping[Index, tuple[np.ndarray, ...]], target: Target
+    slices: Mapping[Index, tuple[np.ndarray, ...]], target: Target
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `factors_out`; slices that are not there become zeros."""
+    """The inverse of `factors_out`; missing slices become zeros."""
     spec, kind, _ = target
-    dtype = next(iter(found.values()))[0].dtype
+    dtype = next(iter(slices.values()))[0].dtype
     whole_a, whole_b = (np.zeros(shape, dtype) for shape in spec.factor_shapes)
-    a, b = _indexed(whole_a, whole_b, spec, kind)
-    for index, (array_a, array_b) in found.items():
-        a[index] = _a_in(array_a, a[index].shape, kind)
-        b[index] = _b_in(array_b, b[index].shape, kind)
+    a, b = _index_views(whole_a, whole_b, spec, kind)
+    for index, (array_a, array_b) in slices.items():
+        a[index] = _a_from_peft(array_a, a[index].shape, kind)
+        b[index] = _b_from_peft(array_b, b[index].shape, kind)
     return whole_a, whole_b
 
 
@@ -226,7 +222,8 @@ def factor_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes that PEFT keeps one slice of A and of B in, of the spec's rank or another."""
     (inner, outer), r = spec.sides, rank or spec.rank
-    sizes = list(zip(_unstacked(spec), spec.axes, strict=True))
+    unstacked = [n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower()]
+    sizes = list(zip(unstacked, spec.axes, strict=True))
     if kind == "Conv":  # A's window stays apart from its channels
         *window, channels = (n for n, axis in sizes if axis == "i")
         return (r, channels, *window), (outer, r, *(1 for _ in window))
@@ -283,19 +280,15 @@ def _kind(rule: Any) -> str | None:
     return rule[2] if len(rule) == 3 else None
 
 
-def _unstacked(spec: AdapterSpec) -> list[int]:
-    return [n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower()]
-
-
 def _index_letters(spec: AdapterSpec, kind: str) -> str:
     """Einsum letters of the axes that number modules: stacked ones, outermost first, then batch axes."""
     stacked = "".join(sorted((c for c in spec.base_letters if c.isupper()), reverse=True))
-    own = [c for c in spec.base_letters if c.islower()]
-    batch = "".join(c for c, axis in zip(own, spec.axes, strict=True) if axis not in "io")
+    unstacked = [c for c in spec.base_letters if c.islower()]
+    batch = "".join(c for c, axis in zip(unstacked, spec.axes, strict=True) if axis not in "io")
     return stacked if kind == "Parameter" else stacked + batch
 
 
-def _indexed(a: np.ndarray, b: np.ndarray, spec: AdapterSpec, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def _index_views(a: np.ndarray, b: np.ndarray, spec: AdapterSpec, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Views of the factors with the numbering axes in front, then A (batch, in..., r) and B (batch, r, out...)."""
     first = _index_letters(spec, kind)
     views = []
@@ -305,7 +298,7 @@ def _indexed(a: np.ndarray, b: np.ndarray, spec: AdapterSpec, kind: str) -> tupl
     return views[0], views[1]
 
 
-def _a_out(a: np.ndarray, kind: str) -> np.ndarray:
+def _a_to_peft(a: np.ndarray, kind: str) -> np.ndarray:
     """A `(in..., r)` in PEFT's layout."""
     if kind == "Conv":
         return np.moveaxis(a, (-1, -2), (0, 1))
@@ -314,7 +307,7 @@ def _a_out(a: np.ndarray, kind: str) -> np.ndarray:
     return a.reshape(-1, a.shape[-1]).T
 
 
-def _a_in(array: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
+def _a_from_peft(array: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
     if kind == "Conv":
         return np.moveaxis(array, (0, 1), (-1, -2))
     if kind == "Parameter":
@@ -322,14 +315,14 @@ def _a_in(array: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
     return array.T.reshape(shape)
 
 
-def _b_out(b: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
+def _b_to_peft(b: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
     """B `(r, out...)` in PEFT's layout."""
     if kind == "Parameter":  # (batch, r, out)
         return b.T.reshape(shape)
     return b.reshape(b.shape[0], -1).T.reshape(shape)
 
 
-def _b_in(array: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
+def _b_from_peft(array: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
     if kind == "Parameter":
         return array.reshape(shape[::-1]).T
     return array.reshape(array.shape[0], array.shape[1]).T.reshape(shape)

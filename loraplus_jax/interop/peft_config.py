@@ -16,13 +16,13 @@ from ..config import Bias, LoRAPlusConfig
 from ..json_files import read_json
 
 # What changes the model beyond W + s A B; each is off where it is null, false or empty.
-_LACKING = (
+_UNSUPPORTED = (
     *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "megatron_config", "layer_replication"),
     *("trainable_token_indices", "alora_invocation_tokens", "loftq_config", "corda_config", "lora_ga_config"),
     *("velora_config", "kasa_config", "monteclora_config", "arrow_config"),
 )
-# Of no effect on a trained adapter, or seen in its tensors.
-_TOLD = (
+# No effect on a trained adapter, or visible in its tensors.
+_IGNORED = (
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
     *("peft_type", "exclude_modules", "layers_pattern", "layers_to_transform", "megatron_core", "eva_config"),
     *("qalora_group_size", "runtime_config", "ephemeral_gpu_offload", "fan_in_fan_out", "target_parameters"),
@@ -32,7 +32,7 @@ _READ = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias"),
     *("target_modules", "modules_to_save", "ensure_weight_tying", "init_lora_weights"),
 )
-# Initial values that leave the base as it was; the others took something away from it.
+# Initializations that leave the base unchanged; the others subtract from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _SHOWN = 20
 _CLASSIFIERS = ("classifier", "score")
@@ -84,9 +84,9 @@ class Options:
     def idle_targets(self, names: Collection[str]) -> list[str]:
         """What `target_modules` names and the adapter has no factors of: it is not whole then."""
         if isinstance(self.target_modules, str):
-            every = self.target_modules == "all-linear"
-            found = every or any(re.fullmatch(self.target_modules, name) for name in names)
-            return [] if found else [self.target_modules]
+            matches_all = self.target_modules == "all-linear"
+            matches = matches_all or any(re.fullmatch(self.target_modules, name) for name in names)
+            return [] if matches else [self.target_modules]
         return [
             target
             for target in self.target_modules or ()
@@ -103,10 +103,10 @@ def read_options(path: Path) -> Options:
     given = {name: value for name, value in read_json(path).items() if value is not None}
     if given.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {given.get('peft_type')!r:.80}")
-    problems = [f"{name} is {given[name]!r:.80}" for name in _LACKING if given.get(name)]
+    problems = [f"{name} is {given[name]!r:.80}" for name in _UNSUPPORTED if given.get(name)]
     if (init := given.get("init_lora_weights")) not in _PLAIN_INITS:
         problems.append(f"init_lora_weights is {init!r:.80}, which changes the base")
-    unknown = sorted(name for name in given if name not in (*_LACKING, *_TOLD, *_READ) and given[name])
+    unknown = sorted(name for name in given if name not in (*_UNSUPPORTED, *_IGNORED, *_READ) and given[name])
     problems += [f"{name:.80} is {given[name]!r:.80}, and not known here" for name in unknown]
     if problems:
         raise ValueError(
@@ -114,12 +114,12 @@ def read_options(path: Path) -> Options:
             "merged (merge_and_unload), or converted where PEFT offers it"
         )
     try:
-        return _checked(given)
+        return _parse_options(given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _checked(given: Mapping[str, Any]) -> Options:
+def _parse_options(given: Mapping[str, Any]) -> Options:
     check_whole("r", given.get("r"), at_least=1)
     check_number("lora_alpha", given.get("lora_alpha"), above=0.0)
     check_number("lora_dropout", given.get("lora_dropout", 0.0), at_least=0.0, below=1.0)
@@ -187,16 +187,16 @@ def make_options(
     """
     if task_type == "SEQ_CLS":
         saved = list(dict.fromkeys(first if (first := n.split(".")[0]) in _CLASSIFIERS else n for n in saved))
-    found = {
+    options = {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "r": config.rank,
-        "lora_alpha": _plain(config.alpha),
+        "lora_alpha": _int_if_whole(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": [name for name in ranks if name not in parameters],
         "rank_pattern": _patterns(ranks, config.rank),
-        "alpha_pattern": {key: _plain(v) for key, v in _patterns(alphas, config.alpha).items()},
+        "alpha_pattern": {key: _int_if_whole(v) for key, v in _patterns(alphas, config.alpha).items()},
         "use_rslora": config.use_rslora,
         "fan_in_fan_out": transposed,
         "bias": config.bias,
@@ -206,14 +206,14 @@ def make_options(
     }
     # Options of newer versions only where they are needed: an older PEFT does not know them.
     return (
-        found
+        options
         | ({"target_parameters": list(parameters)} if parameters else {})
         | ({"ensure_weight_tying": True} if tied else {})
     )
 
 
 def raise_all(what: str, problems: Sequence[str]) -> None:
-    """One ValueError with all problems, if there are any; its first line says enough for one who sees no more."""
+    """Raises one ValueError with all problems, if any; its first line can stand alone."""
     if problems:
         rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         raise ValueError("\n  ".join([f"{what}: {problems[0]}", *problems[1:_SHOWN], *rest]))
@@ -224,19 +224,19 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         groups.setdefault(name.rpartition(".")[2], {})[name] = value
-    found = {}
-    for last, group in groups.items():
+    patterns = {}
+    for segment, group in groups.items():
         if set(group.values()) == {default}:
             continue
         if len(set(group.values())) == 1:
-            found[re.escape(last)] = group.popitem()[1]
+            patterns[re.escape(segment)] = group.popitem()[1]
             continue
         # A whole name also matches the end of a longer one, which therefore comes first.
         for name in sorted(group, key=len, reverse=True):
             ends = any(other.endswith(f".{name}") for other in group)
             if group[name] != default or ends or any(name.endswith(f".{other}") for other in group):
-                found[re.escape(name)] = group[name]
-    return found
+                patterns[re.escape(name)] = group[name]
+    return patterns
 
 
 def _pattern_of(patterns: Mapping[str, Any], name: str) -> str | None:
@@ -257,6 +257,6 @@ def _check_names(field: str, names: Any) -> None:
         raise TypeError(f"{field} must be a list of names, got {names!r:.80}")
 
 
-def _plain(value: float) -> float:
-    """PEFT's alphas are whole numbers where they can be."""
+def _int_if_whole(value: float) -> float:
+    """An int where the value is whole, as PEFT writes alphas."""
     return int(value) if value == int(value) else value

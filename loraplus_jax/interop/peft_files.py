@@ -88,7 +88,7 @@ def save_peft(
     options = make_options(
         config,
         {name: t.spec.rank for t in targets.values() for name in t.names.values()},
-        {name: _alpha(config, key) for key, t in targets.items() for name in t.names.values()},
+        {name: _alpha_of(config, key) for key, t in targets.items() for name in t.names.values()},
         saved=saved,
         parameters=[n for t in targets.values() if t.kind == "Parameter" for n in t.names.values()],
         transposed=any(t.kind == "Conv1D" for t in targets.values()),
@@ -98,8 +98,8 @@ def save_peft(
     )
     files = {
         WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
-        OPTIONS: _json(options),
-        NOTES: _json(describe_run(config, specs, base=base, **more)),
+        OPTIONS: _to_json(options),
+        NOTES: _to_json(describe_run(config, specs, base=base, **more)),
     }
     files |= {OWN: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
@@ -147,7 +147,7 @@ def load_peft(
     extras = whole_leaves(slots, flatten({"params": params or {}}))
     extras |= read_tensors(directory / OWN) if (directory / OWN).is_file() else {}
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
-    config = _own_config(directory) or _config(directory, options, [*tensors], path_map, layers)
+    config = _saved_config(directory) or _config(directory, options, [*tensors], path_map, layers)
     check_agreement(config, specs)
     return Adapter(config, dict(specs), unflatten(lora), unflatten(extras))
 
@@ -167,19 +167,19 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     """
     check_path_map(path_map)
     options, tensors = _read(Path(directory), path_map)
-    if (own := _own_config(Path(directory))) is not None:
-        return own
-    numbers = {index[0] for name in tensors if (index := _place(name, path_map)[1])}
-    if layers is not None and (beyond := sorted(n for n in numbers if n >= layers)):
+    if (config := _saved_config(Path(directory))) is not None:
+        return config
+    numbers = {index[0] for name in tensors if (index := _find_module(name, path_map)[1])}
+    if layers is not None and (extra := sorted(n for n in numbers if n >= layers)):
         raise ValueError(
-            f"{directory} does not fit the model: it has layers {beyond}, the model only {layers}"
+            f"{directory} does not fit the model: it has layers {extra}, the model only {layers}"
         )
-    chosen = tuple(sorted(numbers)) if layers is not None and numbers != {*range(layers)} else None
-    return _config(Path(directory), options, [*tensors], path_map, chosen or None)
+    adapted = tuple(sorted(numbers)) if layers is not None and numbers != {*range(layers)} else None
+    return _config(Path(directory), options, [*tensors], path_map, adapted or None)
 
 
 def peft_options(directory: str | Path) -> Options:
-    """What `adapter_config.json` says.
+    """The options in `adapter_config.json`.
 
     Raises:
       FileNotFoundError, ValueError: as `load_peft`.
@@ -197,7 +197,7 @@ def peft_names(directory: str | Path) -> list[str]:
 
 
 def peft_notes(directory: str | Path) -> dict[str, Any] | None:
-    """The whole of `loraplus.json`, or None where there is none.
+    """The contents of `loraplus.json`, or None where there is none.
 
     Raises:
       ValueError: it is damaged or of a later format.
@@ -211,7 +211,7 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
     return notes
 
 
-def _own_config(directory: Path) -> LoRAPlusConfig | None:
+def _saved_config(directory: Path) -> LoRAPlusConfig | None:
     notes = peft_notes(directory)
     if notes is None:
         return None
@@ -228,7 +228,7 @@ def _config(
     modules: dict[str, dict[Index, str]] = {}
     saved, problems = {}, []
     for name in names:
-        module, index = _place(name, path_map)
+        module, index = _find_module(name, path_map)
         if module is None:
             problems.append(f"{name}: no rule of the path map matches")
         elif name.endswith(_ENDS):
@@ -239,22 +239,24 @@ def _config(
             saved[module] = None
     ranks, alphas = {}, {}
     for module, there in modules.items():
-        found = {(options.rank_of(name), options.alpha_of(name)) for name in there.values()}
-        if len(found) > 1:
-            problems.append(f"{module}: layers of one stack have different ranks and alphas: {sorted(found)}")
+        settings = {(options.rank_of(name), options.alpha_of(name)) for name in there.values()}
+        if len(settings) > 1:
+            problems.append(
+                f"{module}: layers of one stack have different ranks and alphas: {sorted(settings)}"
+            )
         if () not in there and layers is not None and {index[0] for index in there} != {*layers}:
             problems.append(
                 f"{module} is not adapted in the layers {layers}, in which others of its stack are"
             )
-        ranks[module], alphas[module] = found.pop()
+        ranks[module], alphas[module] = settings.pop()
     raise_all(f"{directory} does not fit the model", problems)
     return LoRAPlusConfig(
         target_modules=tuple(sorted(modules)),
         layers_to_transform=layers,
         rank=options.rank,
         alpha=float(options.alpha),
-        rank_pattern={_exactly(m): rank for m, rank in ranks.items() if rank != options.rank},
-        alpha_pattern={_exactly(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
+        rank_pattern={_escape(m): rank for m, rank in ranks.items() if rank != options.rank},
+        alpha_pattern={_escape(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
         use_rslora=options.use_rslora,
         dropout=options.dropout,
         modules_to_save=tuple(sorted(saved)),
@@ -262,21 +264,18 @@ def _config(
     )
 
 
-def _place(name: str, path_map: PathMap) -> tuple[str | None, Index]:
-    return module_of(path_map, _bare(name)) or (None, ())
-
-
-def _bare(name: str) -> str:
-    """The module that a tensor of PEFT's file belongs to."""
+def _find_module(name: str, path_map: PathMap) -> tuple[str | None, Index]:
+    """The module of ours that a tensor of PEFT's file belongs to, and its index; None where no rule matches."""
     end = next((end for end in _ENDS if name.endswith(end)), None)
-    return name.removesuffix(end) if end else name.rpartition(".")[0].removesuffix(".base_layer")
+    module = name.removesuffix(end) if end else name.rpartition(".")[0].removesuffix(".base_layer")
+    return module_of(path_map, module) or (None, ())
 
 
-def _exactly(module: str) -> str:
+def _escape(module: str) -> str:
     return "".join(f"[{c}]" if c in ".^$*+?{}|()" else c for c in module)
 
 
-def _alpha(config: LoRAPlusConfig, key: str) -> float:
+def _alpha_of(config: LoRAPlusConfig, key: str) -> float:
     pattern = pattern_of(config.alpha_pattern, key)
     return config.alpha if pattern is None else config.alpha_pattern[pattern]
 
@@ -301,25 +300,27 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[Options, dict[str, A
         if tensor.dtype.name not in _DTYPES
     ]
     raise_all(f"{directory / WEIGHTS} is no adapter that is known here", problems)
-    bare = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    kept, problems = without_copies(bare, path_map)
+    unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    kept, problems = without_copies(unprefixed, path_map)
     raise_all(f"{directory / WEIGHTS} is at odds with itself", problems)
     return options, kept
 
 
 def _check_factors(factors: Mapping[str, Any], options: Options, targets: Mapping[str, Target]) -> list[str]:
     """A line for each factor that is missing, left over or misshapen, or at odds with options or specs."""
-    problems, wanted, names = [], set(), []
+    problems, expected, names = [], set(), []
     for target in targets.values():
         for index, name in target.names.items():
             keys = target.keys(index)
             names.append(name)
-            wanted |= {*keys}
-            if lost := [key for key in keys if key not in factors]:
-                problems += [f"- {key} is missing" for key in lost]
+            expected |= {*keys}
+            if missing := [key for key in keys if key not in factors]:
+                problems += [f"- {key} is missing" for key in missing]
                 continue
             problems += _check_pair(name, [tuple(factors[key].shape) for key in keys], options, target)
-    problems += [f"+ {name} has no adapter in the model to go to" for name in sorted(factors.keys() - wanted)]
+    problems += [
+        f"+ {name} has no adapter in the model to go to" for name in sorted(factors.keys() - expected)
+    ]
     problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.idle_targets(names)]
     tied = any(t.kind == "TiedEmbedding" for t in targets.values())
     if not problems and tied and not options.ties_weights:
@@ -332,18 +333,18 @@ def _check_factors(factors: Mapping[str, Any], options: Options, targets: Mappin
 def _check_pair(name: str, shapes: list[tuple[int, ...]], options: Options, target: Target) -> list[str]:
     rank, scale, spec = options.rank_of(name), options.scale_of(name), target.spec
     # What the tensors must be by the file's own options, then by the model.
-    own = factor_shapes(spec, target.kind, rank)
-    held = (shapes[0][:1], shapes[1][1:2])
-    if held != (own[0][:1], own[1][1:2]):
+    needed = factor_shapes(spec, target.kind, rank)
+    ranks = (shapes[0][:1], shapes[1][1:2])
+    if ranks != (needed[0][:1], needed[1][1:2]):
         return [f"~ {name}: r is {rank} in {OPTIONS}, the factors are {shapes[0]} and {shapes[1]}"]
     if rank != spec.rank:
         return [f"~ {name} has rank {rank}, the model's adapter {spec.rank}"]
     if scale != spec.scale:
         alpha = options.alpha_of(name)
         return [f"~ {name} has the scale {scale:g} (alpha {alpha:g}), the model's adapter {spec.scale:g}"]
-    if tuple(shapes) != own:
+    if tuple(shapes) != needed:
         return [
-            f"~ {name}: the factors are {shapes[0]} and {shapes[1]}, the model needs {own[0]} and {own[1]}"
+            f"~ {name}: the factors are {shapes[0]} and {shapes[1]}, the model needs {needed[0]} and {needed[1]}"
         ]
     return []
 
@@ -359,10 +360,10 @@ def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> d
         for index, *pair in factors_out(a, b, target):
             tensors |= dict(zip(target.keys(index), pair, strict=True))
     known = {f"{key}/{name}".removeprefix("/") for key in targets for name in ("lora_a", "lora_b")}
-    if odd := sorted(lora.keys() - known):
-        raise ValueError(f"the tree has factors that are not in the specs: {', '.join(odd[:5])}")
+    if unknown := sorted(lora.keys() - known):
+        raise ValueError(f"the tree has factors that are not in the specs: {', '.join(unknown[:5])}")
     return tensors
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def _to_json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=1) + "\n").encode()

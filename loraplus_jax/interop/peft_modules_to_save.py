@@ -28,20 +28,20 @@ def without_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[
         if re.fullmatch(r".+\.original_module\..+", name):
             continue
         wrapped = re.fullmatch(r"(.+)\.modules_to_save\.(?:default\.)?(.+)", name)
-        other, turned = (f"{wrapped[1]}.{wrapped[2]}", False) if wrapped else (None, False)
+        original, transposed = (f"{wrapped[1]}.{wrapped[2]}", False) if wrapped else (None, False)
         head = next((head for head in heads if name.startswith(f"{head}.")), None)
         if head is not None and (place := place_of(path_map, heads[head])) is not None:
             end = name.removeprefix(f"{head}.")
-            other = f"{place.name}.{_OF_HEAD.get(end, end)}"
-            turned = end in _OF_HEAD
-        if other is None:
+            original = f"{place.name}.{_OF_HEAD.get(end, end)}"
+            transposed = end in _OF_HEAD
+        if original is None:
             kept[name] = tensor
-        elif other not in tensors:
-            problems.append(f"{name} is there without {other}, of which it is a copy")
+        elif original not in tensors:
+            problems.append(f"{name} is there without {original}, of which it is a copy")
         elif not np.array_equal(
-            host_array(tensor), host_array(tensors[other]).T if turned else tensors[other]
+            host_array(tensor), host_array(tensors[original]).T if transposed else tensors[original]
         ):
-            problems.append(f"{name} differs from {other}, of which it is to be a copy")
+            problems.append(f"{name} differs from {original}, of which it is to be a copy")
     return kept, problems
 
 
@@ -79,12 +79,12 @@ def named_leaves(
         for index, part in parts.items():
             name = place.at(index)
             try:
-                own, array = leaf_out(leaf, part, place.kind)
+                suffix, array = leaf_out(leaf, part, place.kind)
             except ValueError as error:
                 problems.append(f"{path}: {error}")
                 break
-            tensors[f"{name}.base_layer.{own}" if name in adapted else f"{name}.{own}"] = array
-            if own == "weight":  # a bias alone is one of `bias=`, not of a saved module
+            tensors[f"{name}.base_layer.{suffix}" if name in adapted else f"{name}.{suffix}"] = array
+            if suffix == "weight":  # a bias alone is one of `bias=`, not of a saved module
                 modules[name] = None
     raise_all("the adapter cannot be written for PEFT", problems)
     return tensors, list(modules)
@@ -97,33 +97,33 @@ def sorted_leaves(
     slots: Slots = {}
     problems = []
     for name, tensor in tensors.items():
-        module, _, own = name.rpartition(".")
-        found = module_of(path_map, module.removesuffix(".base_layer"))
-        if found is None or own not in ("weight", "bias"):
+        module, _, suffix = name.rpartition(".")
+        location = module_of(path_map, module.removesuffix(".base_layer"))
+        if location is None or suffix not in ("weight", "bias"):
             problems.append(f"+ {name}: no rule of the path map matches")
             continue
-        leaves = ("bias",) if own == "bias" else ("kernel", "scale", "embedding")
-        path = next((p for leaf in leaves if (p := f"params/{found[0]}/{leaf}") in params), None)
+        leaves = ("bias",) if suffix == "bias" else ("kernel", "scale", "embedding")
+        path = next((p for leaf in leaves if (p := f"params/{location[0]}/{leaf}") in params), None)
         if path is None:
             problems.append(
-                f"+ {name}: the parameters have none of {', '.join(leaves)} in {found[0]!r}"
+                f"+ {name}: the parameters have none of {', '.join(leaves)} in {location[0]!r}"
                 if params
                 else f"+ {name}: to read what was trained in full, give the base's params or their shapes"
             )
             continue
         try:
-            part = _fitted(host_array(tensor), path, found[1], path_map, params[path])
+            part = _to_leaf_layout(host_array(tensor), path, location[1], path_map, params[path])
         except ValueError as error:
             problems.append(f"~ {name}: {error}")
             continue
-        if own == "weight" and module.endswith(".base_layer"):
-            problems += _check_copy(name, part, params[path], found[1])
+        if suffix == "weight" and module.endswith(".base_layer"):
+            problems += _copy_problems(name, part, params[path], location[1])
         else:
-            slots.setdefault(path, {})[found[1]] = part
+            slots.setdefault(path, {})[location[1]] = part
     return slots, problems
 
 
-def _fitted(array: np.ndarray, path: str, index: Index, path_map: PathMap, leaf: Any) -> np.ndarray:
+def _to_leaf_layout(array: np.ndarray, path: str, index: Index, path_map: PathMap, leaf: Any) -> np.ndarray:
     """A tensor as a slice of our leaf."""
     module, _, name = path.removeprefix("params/").rpartition("/")
     place = place_of(path_map, module)
@@ -131,13 +131,13 @@ def _fitted(array: np.ndarray, path: str, index: Index, path_map: PathMap, leaf:
     if any(n >= size for n, size in zip(index, leaf.shape, strict=False)):
         raise ValueError(f"the model has {leaf.shape[0]} layers")
     kind = place.kind if place else None
-    wanted = leaf_out(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)[1].shape
-    if array.shape != wanted:
-        raise ValueError(f"it is {list(array.shape)}, the model needs {list(wanted)}")
+    expected = leaf_out(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)[1].shape
+    if array.shape != expected:
+        raise ValueError(f"it is {list(array.shape)}, the model needs {list(expected)}")
     return leaf_in(name, array, shape, kind)
 
 
-def _check_copy(name: str, part: np.ndarray, leaf: Any, index: Index) -> list[str]:
+def _copy_problems(name: str, part: np.ndarray, leaf: Any, index: Index) -> list[str]:
     """PEFT puts the base's embedding into the file where it is adapted."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return []
@@ -147,14 +147,14 @@ def _check_copy(name: str, part: np.ndarray, leaf: Any, index: Index) -> list[st
 
 def whole_leaves(slots: Slots, params: Mapping[str, Any]) -> dict[str, Any]:
     """Slices put together; what a stack lacks is the base's, and stays a shape where only that is known."""
-    found = {}
+    leaves = {}
     for path, parts in slots.items():
         leaf = params[path]
         if () in parts:
-            found[path] = jnp.asarray(parts[()])
+            leaves[path] = jnp.asarray(parts[()])
         elif len(parts) < leaf.shape[0] and isinstance(leaf, jax.ShapeDtypeStruct):
-            found[path] = leaf
+            leaves[path] = leaf
         else:
             rows = [parts[(n,)] if (n,) in parts else host_array(leaf[n]) for n in range(leaf.shape[0])]
-            found[path] = jnp.asarray(np.stack(rows))
-    return found
+            leaves[path] = jnp.asarray(np.stack(rows))
+    return leaves

@@ -1,4 +1,4 @@
-"""Causal attention within segments, whole or in blocks of queries that never see later keys.
+"""Causal attention within segments, in one piece or in blocks of queries that skip later keys.
 
 Axes in the comments: B sequences, T tokens, N query heads, K key heads, G = N / K, H head size, S keys of a block.
 """
@@ -57,7 +57,7 @@ def causal_attention(
     length = query.shape[1]
     if implementation == "xla" or (implementation == "auto" and length < LONG):
         y = jax.nn.dot_product_attention(
-            query, key, value, mask=_whole_mask(segment_ids, length, window), is_causal=True
+            query, key, value, mask=_full_mask(segment_ids, length, window), is_causal=True
         )
         return checkpoint_name(y, ATTENTION_NAMES[0])
     block = max(LEAST_BLOCK, -(-length // MOST_BLOCKS))
@@ -71,8 +71,8 @@ def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: j
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
-def _whole_mask(segment_ids: jax.Array | None, length: int, window: int | None) -> jax.Array | None:
-    """What a mask has to say beside causality: boolean (B or 1, 1, T, T), or nothing."""
+def _full_mask(segment_ids: jax.Array | None, length: int, window: int | None) -> jax.Array | None:
+    """The mask beside causality, from segments and window: boolean (B or 1, 1, T, T), or None."""
     same = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     if window is None or window >= length:
         return same
@@ -102,10 +102,10 @@ class _Blocks(NamedTuple):
         size = min(self.chunk, stop - first)
         return range(first, stop, size), size
 
-    def padded(self, x: jax.Array) -> jax.Array:
-        """(B, K, T, H), longer where a block's last chunk may reach beyond the end; those keys are masked."""
-        more = self.chunk if x.shape[2] > self.chunk else 0
-        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
+    def pad_keys(self, x: jax.Array) -> jax.Array:
+        """Pads (B, K, T, H) where a block's last chunk may reach beyond the end; those keys are masked."""
+        extra = self.chunk if x.shape[2] > self.chunk else 0
+        return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) if extra else x
 
     def mask(
         self, segment_ids: jax.Array | None, span: tuple[int, int, int], at: Any, size: int, groups: int
@@ -121,7 +121,7 @@ class _Blocks(NamedTuple):
         if segment_ids is None:
             return seen
         of_rows = jnp.repeat(segment_ids[:, start:stop], groups, axis=1)
-        of_columns = self.padded(segment_ids[:, None, :, None])[:, 0, :, 0]
+        of_columns = self.pad_keys(segment_ids[:, None, :, None])[:, 0, :, 0]
         of_columns = jax.lax.dynamic_slice_in_dim(of_columns, at, size, axis=1)
         return seen & (of_rows[:, None, :, None] == of_columns[:, None, None, :])
 
@@ -138,7 +138,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
     groups = query.shape[2] // key.shape[2]
     q, k, v = _rows(query, groups), _rows(key, 1), _rows(value, 1)
-    long_k, long_v = blocks.padded(k), blocks.padded(v)
+    long_k, long_v = blocks.pad_keys(k), blocks.pad_keys(v)
     outs, norms = [], []
     for span in blocks.spans(query.shape[1]):
         starts, size = blocks.chunks(span)
@@ -150,11 +150,11 @@ def _forward(
             total = jnp.sum(shares, axis=-1, keepdims=True)
             return top, total, _dot("bkrs,bksh->bkrh", shares.astype(v.dtype), _slice(long_v, at, size))
 
-        found = part(starts[0])
+        state = part(starts[0])
         if len(starts) > 1:
             rest = jnp.array(starts[1:])
-            found = jax.lax.scan(lambda f, at, part=part: (_merged(f, part(at)), None), found, rest)[0]
-        top, total, out = found
+            state = jax.lax.scan(lambda s, at, part=part: (_merge_chunks(s, part(at)), None), state, rest)[0]
+        top, total, out = state
         outs.append((out / total).astype(query.dtype))
         norms.append(top + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outs, axis=2), ATTENTION_NAMES[0])
@@ -162,12 +162,12 @@ def _forward(
     return _heads(out, groups), (q, k, v, segment_ids, out, norm)
 
 
-def _merged(one: tuple, other: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _merge_chunks(left: tuple, right: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Largest score, sum and weighted values over the keys of both (arXiv 2205.14135, algorithm 1)."""
-    top = jnp.maximum(one[0], other[0])
+    top = jnp.maximum(left[0], right[0])
     total, out = (
-        x * jnp.exp(one[0] - top) + y * jnp.exp(other[0] - top)
-        for x, y in zip(one[1:], other[1:], strict=True)
+        x * jnp.exp(left[0] - top) + y * jnp.exp(right[0] - top)
+        for x, y in zip(left[1:], right[1:], strict=True)
     )
     return top, total, out
 
@@ -178,7 +178,7 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
     groups, length = q.shape[2] // k.shape[2], k.shape[2]
     d_out = _rows(gradient, groups)
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    long_k, long_v = blocks.padded(k), blocks.padded(v)
+    long_k, long_v = blocks.pad_keys(k), blocks.pad_keys(v)
     d_q, d_k, d_v = [], jnp.zeros(long_k.shape, jnp.float32), jnp.zeros(long_v.shape, jnp.float32)
     for span in blocks.spans(length):
         rows = slice(span[0] * groups, span[1] * groups)
@@ -191,8 +191,8 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
             d_scores = (shares * (d_shares - inner[:, :, rows]) * _scale(q)).astype(q.dtype)
             of_q, of_k, of_v = sums
             of_q += _dot("bkrs,bksh->bkrh", d_scores, _slice(long_k, at, size))
-            of_k = _added(of_k, at, _dot("bkrs,bkrh->bksh", d_scores, q[:, :, rows]))
-            of_v = _added(of_v, at, _dot("bkrs,bkrh->bksh", shares.astype(v.dtype), d_out[:, :, rows]))
+            of_k = _add_at(of_k, at, _dot("bkrs,bkrh->bksh", d_scores, q[:, :, rows]))
+            of_v = _add_at(of_v, at, _dot("bkrs,bkrh->bksh", shares.astype(v.dtype), d_out[:, :, rows]))
             return of_q, of_k, of_v
 
         sums = add((jnp.zeros(q[:, :, rows].shape, jnp.float32), d_k, d_v), starts[0])
@@ -227,8 +227,8 @@ def _slice(x: jax.Array, at: Any, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, at, size, axis=2)
 
 
-def _added(x: jax.Array, at: Any, part: jax.Array) -> jax.Array:
-    """`part` on top of what lies from `at` on."""
+def _add_at(x: jax.Array, at: Any, part: jax.Array) -> jax.Array:
+    """Adds `part` to the slice of `x` that starts at `at`."""
     return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, at, part.shape[2]) + part, at, axis=2)
 
 

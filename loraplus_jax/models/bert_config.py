@@ -80,8 +80,10 @@ class BertConfig:
         if kind not in _MODEL_TYPES:
             raise ValueError(f"config.json: model_type is {kind!r}, must be one of {', '.join(_MODEL_TYPES)}")
         given = {key: value for key, value in config.items() if value is not None}
-        refused = {key: only for key, only in _ONLY.items() if given.get(key, only) != only}
-        problems = [f"{key} is {given[key]!r}, only {only!r} is supported" for key, only in refused.items()]
+        unsupported = {key: only for key, only in _ONLY.items() if given.get(key, only) != only}
+        problems = [
+            f"{key} is {given[key]!r}, only {only!r} is supported" for key, only in unsupported.items()
+        ]
         fields = dataclasses.fields(cls)
         required = [f.name for f in fields if f.default is dataclasses.MISSING]
         problems += [f"{name} is missing" for name in required if name not in given]

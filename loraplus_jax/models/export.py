@@ -5,7 +5,6 @@ that names stand in one place.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -91,14 +90,14 @@ def path_map(table: NameTable, form: Form, *, prefix: str | None = None) -> Path
     rules: dict[tuple[str, str], tuple[str, str] | tuple[str, str, str]] = {
         (ours, theirs): (ours, theirs) for ours, theirs in form.heads
     }
-    taken = {ours for ours, _ in form.heads}
+    head_modules = {ours for ours, _ in form.heads}
     prefix = form.prefix if prefix is None else prefix
     for rule in table.rules:
         (ours, _, leaf), name = rule.path.rpartition("/"), rule.name.rpartition(".")[0]
         theirs = name if name.split(".")[0] in _HEADS else prefix + name
         if leaf == "embedding":
             rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
-        elif ours not in taken:
+        elif ours not in head_modules:
             rules[ours, theirs] = (ours, theirs)
     rules |= {(ours, "lm_head"): (ours, "lm_head", "TiedHead") for ours in form.tied}
     return tuple(rules.values())
@@ -131,7 +130,9 @@ def write_hf(
     Raises:
       ValueError: the base has something that transformers has no name for.
     """
-    tensors = [_cast(t, dtype) for t in _named(source, merge, form, new)]
+    tensors = list(_named_tensors(source, merge, form, new))
+    if dtype is not None:
+        tensors = [dataclasses.replace(t, dtype=np.dtype(dtype)) if is_float(t.dtype) else t for t in tensors]
     kinds = {t.dtype.name for t in tensors if is_float(t.dtype)}
     content = {**hf_config(source), "architectures": [form.architecture], **config}
     content.pop("torch_dtype", None)
@@ -167,14 +168,14 @@ def hf_config(source: Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """The tokenizer's files, or for a GGUF file ones made from its metadata."""
+    """Copies the tokenizer's files, or writes them from a GGUF file's metadata."""
     if (file := gguf.find(source)) is None:
         for name in _TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
         return
-    made = tokenizer.tokenizer(file)
-    made.save(str(target / "tokenizer.json"))
+    converted = tokenizer.tokenizer(file)
+    converted.save(str(target / "tokenizer.json"))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= tokenizer.special_tokens(file)
     if (template := tokenizer.chat_template(file)) is not None:
@@ -185,7 +186,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:
-    """A safetensors file, tensor by tensor: the library's own writer wants all of them in memory.
+    """Writes a safetensors file tensor by tensor: the library's own writer needs all of them in memory.
 
     The format: https://github.com/huggingface/safetensors#format
     """
@@ -209,8 +210,8 @@ def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:
                 file.write(np.ascontiguousarray(rows, tensor.dtype).reshape(-1).view(np.uint8).data)
 
 
-def _named(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> Iterator[Tensor]:
-    """All tensors under the names of the class.
+def _named_tensors(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yields all tensors under the names of transformers' class.
 
     A bare encoder and a language model keep their file's names and whatever else the file has, but for a second
     copy of a tied head. A model with a new head gets the class's names, and loses the file's old heads.
@@ -222,23 +223,14 @@ def _named(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> It
                 yield tensor
         elif canonical in merge.places:
             rule, layer = merge.places[canonical]
-            place = place_of(rules, rule.path.rpartition("/")[0])
-            assert place is not None
-            name = place.at(() if layer is None else (layer,))
+            location = place_of(rules, rule.path.rpartition("/")[0])
+            assert location is not None
+            name = location.at(() if layer is None else (layer,))
             yield dataclasses.replace(tensor, name=f"{name}.{canonical.rpartition('.')[2]}")
     slots, problems = slices_of(flatten(new), rules)
     raise_all(f"the model has no place in {form.architecture} for what is new", problems)
     for name, array in named_leaves(slots, set(), rules)[0].items():
-        yield Tensor(name, array.shape, array.dtype, functools.partial(_whole, array))
-
-
-def _whole(array: np.ndarray) -> Iterator[np.ndarray]:
-    yield array
-
-
-def _cast(tensor: Tensor, dtype: Any) -> Tensor:
-    wanted = dtype is not None and is_float(tensor.dtype)
-    return dataclasses.replace(tensor, dtype=np.dtype(dtype)) if wanted else tensor
+        yield Tensor(name, array.shape, array.dtype, lambda array=array: iter([array]))
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -252,13 +244,13 @@ def _size(tensor: Tensor) -> int:
 
 def _shards(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = [[]]
-    held = 0
+    size = 0
     for tensor in tensors:
-        if shards[-1] and held + _size(tensor) > most:
+        if shards[-1] and size + _size(tensor) > most:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append(tensor)
-        held += _size(tensor)
+        size += _size(tensor)
     return shards
 
 

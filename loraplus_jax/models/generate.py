@@ -81,11 +81,11 @@ def make_generate(
             token = jnp.where(broken, NOT_FINITE, token)
             return jnp.where(done, ENDED, token), done | broken | jnp.isin(token, stops)
 
-        def more(carry: tuple) -> jax.Array:
+        def unfinished(carry: tuple) -> jax.Array:
             i, done = carry[0], carry[1]
             return (i < new_tokens) & ~jnp.all(done)
 
-        def one(carry: tuple) -> tuple:
+        def step(carry: tuple) -> tuple:
             i, done, tokens, cache = carry
             last = jnp.maximum(jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1), 0)
             logits, cache = extend(last, ones, cache, first=False)
@@ -96,7 +96,7 @@ def make_generate(
         tokens = jnp.full((rows, new_tokens), ENDED, jnp.int32)
         token, done = choose(logits, jnp.zeros(rows, bool), 0)
         carry = (jnp.int32(1), done, tokens.at[:, 0].set(token), cache)
-        return jax.lax.while_loop(more, one, carry)[2]
+        return jax.lax.while_loop(unfinished, step, carry)[2]
 
     return generate
 
@@ -132,8 +132,8 @@ def _next(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
 
 def _nucleus(logits: jax.Array, top_p: float | jax.Array) -> jax.Array:
     """Logits (B, V) with all below the nucleus at minus infinity; the likeliest token is always in it."""
-    ordered = -jnp.sort(-logits, axis=-1)
-    shares = jax.nn.softmax(ordered, axis=-1)
+    descending = -jnp.sort(-logits, axis=-1)
+    shares = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(shares, axis=-1) - shares
-    least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+    least = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits < least, -jnp.inf, logits)

@@ -38,7 +38,7 @@ def load_config(directory: str | Path) -> dict[str, Any]:
     """
     if (file := gguf.find(Path(directory))) is not None:
         return gguf.config(gguf.read(file))
-    return read_json(_existing(Path(directory)) / "config.json")
+    return read_json(_check_directory(Path(directory)) / "config.json")
 
 
 def load_params(
@@ -87,15 +87,15 @@ def load_params(
       >>> params["up"]["kernel"].shape, params["up"]["kernel"].dtype.name
       ((3, 2), 'bfloat16')
     """
-    leaves, found = check_params(directory, table, expected, new=new)
-    keep = place or (lambda path, array: jax.device_put(array))
+    leaves, tensors = check_params(directory, table, expected, new=new)
+    store = place or (lambda path, array: jax.device_put(array))
 
     def load(rule: Rule) -> Any:
         leaf, sharding = leaves[rule.path], (shardings or {}).get(rule.path)
-        read = functools.partial(_read, rule, leaf, found, param_dtype)
+        read = functools.partial(_read, rule, leaf, tensors, param_dtype)
         if sharding is None:
-            return keep(rule.path, read([slice(0, size) for size in leaf.shape]))
-        return jax.make_array_from_callback(leaf.shape, sharding, _each_once(read, leaf.shape))
+            return store(rule.path, read([slice(0, size) for size in leaf.shape]))
+        return jax.make_array_from_callback(leaf.shape, sharding, _read_parts_once(read, leaf.shape))
 
     flat = {rule.path: load(rule) for rule in table.rules}
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -108,20 +108,20 @@ def check_params(
     directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
     wanted = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
-    found, problems = _find(directory, table, wanted | {name for name, _ in table.copies})
-    problems += _compare(table, leaves, found) or _changed_copies(table, found)
+    tensors, problems = _find_tensors(directory, table, wanted | {name for name, _ in table.copies})
+    problems += _compare_shapes(table, leaves, tensors) or _differing_copies(table, tensors)
     if problems:
-        raise ValueError(_report(directory, problems))
-    return leaves, found
+        raise ValueError(_error_message(directory, problems))
+    return leaves, tensors
 
 
-def rows_digest(found: Mapping[str, "_Tensor"]) -> str:
+def rows_digest(tensors: Mapping[str, "_Tensor"]) -> str:
     """A short hex digest of the first, the middle and the last row of every tensor, as `check_params` returns them.
 
     It tells the weights of another training apart and reads next to nothing of them.
     """
     total = hashlib.sha256()
-    for name, tensor in sorted(found.items()):
+    for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
         size = tensor.shape[0] if tensor.shape else 0
         for row in sorted({0, size // 2, size - 1} & set(range(size))):
@@ -150,12 +150,14 @@ def _leaves_from_file(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The leaves to load by path, checked to be exactly those that the table has rules for."""
     flat: dict[str, Any] = traverse_util.flatten_dict(dict(expected), sep="/")
-    under = {prefix: {p for p in flat if f"{p}/".startswith(f"{prefix}/")} for prefix in new}
-    if idle := [prefix for prefix, paths in under.items() if not paths]:
+    paths_under = {prefix: {p for p in flat if f"{p}/".startswith(f"{prefix}/")} for prefix in new}
+    if unused := [prefix for prefix, paths in paths_under.items() if not paths]:
         raise ValueError(
-            f"new: the model has nothing under {idle}; it has {sorted({p.split('/')[0] for p in flat})}"
+            f"new: the model has nothing under {unused}; it has {sorted({p.split('/')[0] for p in flat})}"
         )
-    leaves = {path: leaf for path, leaf in flat.items() if not any(path in paths for paths in under.values())}
+    leaves = {
+        path: leaf for path, leaf in flat.items() if not any(path in paths for paths in paths_under.values())
+    }
     ruled = {rule.path for rule in table.rules}
     if ruled != set(leaves):
         raise ValueError(
@@ -165,23 +167,27 @@ def _leaves_from_file(
     return leaves
 
 
-def _find(directory: Path, table: NameTable, wanted: set[str]) -> tuple[dict[str, _Tensor], list[str]]:
+def _find_tensors(
+    directory: Path, table: NameTable, wanted: set[str]
+) -> tuple[dict[str, _Tensor], list[str]]:
     """The wanted tensors in the directory by renamed name, and a line for each that should not be there."""
-    found: dict[str, _Tensor] = {}
+    tensors: dict[str, _Tensor] = {}
     problems = []
     for file_name, file, dtypes, promised in weight_files(directory):
         names = set(file.keys())
-        lost = sorted(promised - names)
-        problems += [f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in lost]
+        missing = sorted(promised - names)
+        problems += [
+            f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in missing
+        ]
         for name in sorted(names):
             key, tensor = table.canonical(name), _Tensor(file, name, file.get_slice(name), dtypes)
-            if key in found:
-                problems.append(f"+ {name} (a second tensor for {found[key].name}, in {file_name})")
+            if key in tensors:
+                problems.append(f"+ {name} (a second tensor for {tensors[key].name}, in {file_name})")
             elif key in wanted:
-                found[key] = tensor
+                tensors[key] = tensor
             elif not table.ignores(key):
                 problems.append(f"+ {name} {list(tensor.shape)} (the model has no place for it)")
-    return found, problems
+    return tensors, problems
 
 
 def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
@@ -189,23 +195,24 @@ def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[st
     if (file := gguf.find(path)) is not None:
         yield file.name, gguf.Weights(gguf.read(file)), gguf.DTYPES, set()
         return
-    listed = _listed(_existing(path))
-    lost = sorted({name for name in listed.values() if not os.path.isfile(path / name)})
-    if len(lost) > 1:
-        raise ValueError(f"{path}: missing, though the index names them: {', '.join(lost)}")
-    for name in sorted(set(listed.values())) or [SINGLE]:
-        yield name, _open(path / name), _FLOATS, {tensor for tensor, owner in listed.items() if owner == name}
+    weight_map = _weight_map(_check_directory(path))
+    missing = sorted({name for name in weight_map.values() if not os.path.isfile(path / name)})
+    if len(missing) > 1:
+        raise ValueError(f"{path}: missing, though the index names them: {', '.join(missing)}")
+    for name in sorted(set(weight_map.values())) or [SINGLE]:
+        promised = {tensor for tensor, owner in weight_map.items() if owner == name}
+        yield name, _open(path / name), _FLOATS, promised
 
 
-def _compare(
-    table: NameTable, leaves: Mapping[str, jax.ShapeDtypeStruct], found: Mapping[str, _Tensor]
+def _compare_shapes(
+    table: NameTable, leaves: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, _Tensor]
 ) -> list[str]:
     """A line for each wanted tensor that is absent, misshapen or not of a type that is read."""
     problems = []
     for rule in table.rules:
         shape = shape_in_file(rule, leaves[rule.path])
         for name in expand(rule, leaves[rule.path]):
-            tensor = found.get(name)
+            tensor = tensors.get(name)
             if tensor is None:
                 problems.append(f"- {name} {list(shape)} (the model needs it)")
             elif tensor.shape != shape:
@@ -217,21 +224,24 @@ def _compare(
     return problems
 
 
-def _changed_copies(table: NameTable, found: Mapping[str, _Tensor]) -> list[str]:
-    """A line for each tensor that should repeat another and does not: the checkpoint means another model."""
-    return [
-        f"~ {found[name].name} differs from {found[other].name}, and the config says that they are one (are they "
-        "tied?)"
-        for name, other in table.copies
-        if name in found and not _same(found[name], found[other])
-    ]
-
-
-def _same(one: _Tensor, other: _Tensor) -> bool:
-    """Whether two tensors have the same values, looked at piece by piece."""
-    if one.shape != other.shape or one.view.get_dtype() not in one.dtypes:
-        return False
-    return all(np.array_equal(one.view[part], other.view[part]) for part in _pieces(one.shape))
+def _differing_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[str]:
+    """A line for each tensor that should repeat another and does not: the checkpoint is of another model."""
+    problems = []
+    for name, original_name in table.copies:
+        if name not in tensors:
+            continue
+        copy, original = tensors[name], tensors[original_name]
+        equal = (
+            copy.shape == original.shape
+            and copy.view.get_dtype() in copy.dtypes
+            and all(np.array_equal(copy.view[part], original.view[part]) for part in _pieces(copy.shape))
+        )
+        if not equal:
+            problems.append(
+                f"~ {copy.name} differs from {original.name}, and the config says that they are one (are they "
+                "tied?)"
+            )
+    return problems
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -241,8 +251,8 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
         yield slice(start, min(start + rows, shape[0]))
 
 
-def _report(directory: Path, problems: list[str]) -> str:
-    """The whole error; its first line says enough for one who sees no more than that."""
+def _error_message(directory: Path, problems: list[str]) -> str:
+    """The error message; its first line can stand alone."""
     counts = Counter(line[0] for line in problems)
     words = {"-": "missing", "+": "extra", "~": "misshapen or of another type"}
     summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
@@ -252,10 +262,10 @@ def _report(directory: Path, problems: list[str]) -> str:
     return "\n".join([first, *shown, *rest])
 
 
-def _each_once(
+def _read_parts_once(
     read: Callable[[list[slice]], np.ndarray], shape: tuple[int, ...]
 ) -> Callable[[Any], np.ndarray]:
-    """A callback that reads a part which several devices hold only once."""
+    """A callback for `make_array_from_callback` that reads a part held by several devices only once."""
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -271,23 +281,23 @@ def _each_once(
 def _read(
     rule: Rule,
     leaf: jax.ShapeDtypeStruct,
-    found: Mapping[str, _Tensor],
+    tensors: Mapping[str, _Tensor],
     param_dtype: Any,
     window: list[slice],
 ) -> np.ndarray:
-    """A part of one leaf, written piece by piece into place, so that no second copy of it is made."""
+    """Reads a part of one leaf piece by piece into its final array, so that no second copy is made."""
     shape = tuple(s.stop - s.start for s in window)
-    out = _aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
+    out = _empty_aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
     names = expand(rule, leaf)
     slots, names, window = (
         (out, names[window[0]], window[1:]) if is_stacked(rule) else (out[None], names, window)
     )
     for index, name in enumerate(names):
-        _fill(slots[index : index + 1], found[name], window, transposed=rule.transposed)
+        _fill(slots[index : index + 1], tensors[name], window, transposed=rule.transposed)
     return out
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An empty array on a boundary of 64 bytes: on the CPU `jax.device_put` takes it over without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     spare = np.empty(size + 63, np.uint8)
@@ -307,7 +317,7 @@ def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed:
         target[part] = tensor.view[(rows, *columns)]
 
 
-def _existing(directory: Path) -> Path:
+def _check_directory(directory: Path) -> Path:
     if not os.path.isdir(directory):
         raise ValueError(
             f"{directory} is no directory and no GGUF file; give one, or a directory with config.json and {SINGLE}"
@@ -315,18 +325,25 @@ def _existing(directory: Path) -> Path:
     return directory
 
 
-def _listed(directory: Path) -> dict[str, str]:
+def _weight_map(directory: Path) -> dict[str, str]:
     """Tensor name to shard as the index has it; empty where there is a single file."""
     if (directory / SINGLE).exists():
         return {}
     if not (directory / INDEX).exists():
-        raise ValueError(_no_weights(directory))
-    listed = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise ValueError(
+                f"{directory} has its weights only as {pickles[0]}, a pickle, which can run any code when opened "
+                "and is not read here; convert it where you trust it: "
+                "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
+            )
+        raise ValueError(f"{directory} has no weights: neither {SINGLE} nor {INDEX}")
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{directory / INDEX} must hold a weight_map from tensor names to files, got {listed!r:.80}"
+            f"{directory / INDEX} must hold a weight_map from tensor names to files, got {weight_map!r:.80}"
         )
-    for file_name in listed.values():
+    for file_name in weight_map.values():
         # By the name alone: the hub's own cache is made of links that lead out of the directory.
         plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
         if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
@@ -334,18 +351,7 @@ def _listed(directory: Path) -> dict[str, str]:
                 f"{directory / INDEX} names {file_name!r}; "
                 "only plain .safetensors names in the same directory are read"
             )
-    return listed
-
-
-def _no_weights(directory: Path) -> str:
-    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if not pickles:
-        return f"{directory} has no weights: neither {SINGLE} nor {INDEX}"
-    return (
-        f"{directory} has its weights only as {pickles[0]}, a pickle, which can run any code when opened "
-        "and is not read here; convert it where you trust it: "
-        "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
-    )
+    return weight_map
 
 
 def _open(path: Path) -> Any:

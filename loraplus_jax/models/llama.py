@@ -111,7 +111,7 @@ class LlamaAttention(LlamaPart):
         query = checkpoint_name(rotated(query, shared.rope), "query")
         key, value = checkpoint_name(rotated(key, shared.rope), "key"), checkpoint_name(value, "value")
         if cache is not None:
-            cache = _written(cache, key, value, layer, shared.start)
+            cache = _update_cache(cache, key, value, layer, shared.start)
         if cache is not None and shared.mask is not None:
             y = cached_attention(query, cache.key[layer], cache.value[layer], shared.mask)
         else:
@@ -126,7 +126,7 @@ class LlamaAttention(LlamaPart):
         return self.dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y.reshape(*x.shape[:2], -1)), cache
 
 
-def _written(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
+def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
     """The cache with new tokens' keys and values (B, T, K, H) in one layer's slots from `start` on."""
     at = (layer, 0, start, 0, 0)
     key, value = (
@@ -281,10 +281,10 @@ class Llama(nn.Module):
     def _cache_mask(self, segments: jax.Array, start: jax.Array, length: int) -> jax.Array:
         """What each new token sees of the cache: boolean (B, T, S)."""
         slot = jnp.arange(segments.shape[1])[None, :]
-        own = start + jnp.arange(length)[:, None]
-        seen = slot <= own
+        query = start + jnp.arange(length)[:, None]
+        seen = slot <= query
         if self.config.sliding_window is not None:
-            seen &= own - slot < self.config.sliding_window
+            seen &= query - slot < self.config.sliding_window
         return seen[None] & (segments > 0)[:, None, :]
 
     def _run(self, input_ids: jax.Array, shared: _Shared, cache: Any) -> tuple[jax.Array, Any]:

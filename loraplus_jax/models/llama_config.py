@@ -106,7 +106,12 @@ class LlamaConfig:
         try:
             values = {f.name: given[f.name] for f in fields if f.name in given}
             return cls(
-                **{**values, **_derived(given), **_rope(given), "sliding_window": _window(given, config)}
+                **{
+                    **values,
+                    **_default_fields(given),
+                    **_rope_fields(given),
+                    "sliding_window": _sliding_window(given, config),
+                }
             )
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise ValueError(f"config.json: {error}") from None
@@ -146,7 +151,7 @@ class LlamaConfig:
         )
 
 
-def _derived(given: Mapping[str, Any]) -> dict[str, Any]:
+def _default_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes that older files leave out."""
     heads = given["num_attention_heads"]
     return {
@@ -160,7 +165,7 @@ def _derived(given: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of older files."""
     parameters = given.get("rope_parameters", given.get("rope_scaling", {}))
     if not isinstance(parameters, Mapping):
@@ -169,7 +174,7 @@ def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": checked_scaling(parameters)}
 
 
-def _window(given: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
+def _sliding_window(given: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
     """The window where all layers have it; Qwen's switch it on by an option and leave the first layers out."""
     if given["model_type"] == "llama":
         return None  # Llama's code does not look at it
@@ -182,9 +187,9 @@ def _window(given: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
         return None
     layers, kinds = given["num_hidden_layers"], set(listed)
     if not kinds and given["model_type"].startswith("qwen") and window is not None:
-        whole = min(given.get("max_window_layers", layers), layers)
-        kinds = {"full_attention"} if whole == layers else {"sliding_attention"}
-        kinds |= {"full_attention"} if whole else set()
+        full_layers = min(given.get("max_window_layers", layers), layers)
+        kinds = {"full_attention"} if full_layers == layers else {"sliding_attention"}
+        kinds |= {"full_attention"} if full_layers else set()
     if len(kinds) > 1:
         raise ValueError(f"layers of more than one kind of attention are not supported: {sorted(kinds)}")
     return None if kinds == {"full_attention"} else window

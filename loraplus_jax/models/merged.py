@@ -1,6 +1,6 @@
-"""A model's weights with its adapters added, tensor by tensor of the file that they came from.
+"""Merges adapters into a checkpoint's weights, one tensor of the file at a time.
 
-Nothing but the tensor at hand is in memory: the base stays on disk, memory-mapped.
+Only the current tensor is in memory: the base stays on disk, memory-mapped.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..lora import weight_delta
-from ..spec import AdapterSpec, Specs
+from ..spec import Specs
 from ..tree import flatten
 from .hf import weight_files
 from .name_table import NameTable, Rule, expand
@@ -39,7 +39,7 @@ class Tensor:
 
 
 class Merge:
-    """What becomes of each tensor of a checkpoint.
+    """The merged value of each tensor of a checkpoint.
 
     Args:
       table: the model's name table.
@@ -59,38 +59,37 @@ class Merge:
     ) -> None:
         self.table, self.factors, self.extras = table, flatten(lora), flatten(extras)
         self.specs = {spec.leaf: (key, spec) for key, spec in specs.items()}
-        if odd := [spec.leaf for spec in specs.values() if spec.stacked not in ((), (0,))]:
-            raise ValueError(f"{odd[0]} is stacked on another axis than the first, as no checkpoint here is")
+        if unsupported := [spec.leaf for spec in specs.values() if spec.stacked not in ((), (0,))]:
+            raise ValueError(
+                f"{unsupported[0]} is stacked on another axis than the first, as no checkpoint here is"
+            )
         self.places: dict[str, tuple[Rule, int | None]] = {}
         for rule in table.rules:
             names = expand(rule, leaves[rule.path])
             self.places |= {n: (rule, None if n == rule.name else i) for i, n in enumerate(names)}
-        self.places |= {name: self.places[other] for name, other in table.copies}
+        self.places |= {name: self.places[original] for name, original in table.copies}
 
     def changes(self, rule: Rule) -> bool:
-        """Whether a tensor is another one than the base's."""
+        """Whether a tensor differs from the base's."""
         leaf = f"params/{rule.path}"
         return leaf in self.specs or leaf in self.extras
 
     def value(self, rule: Rule, layer: int | None, base: Callable[[], np.ndarray]) -> np.ndarray:
-        """A changed tensor in the file's layout, float32; `base` gives the old one and is asked only if needed."""
+        """The merged tensor in the file's layout, float32; `base` reads the base's and is called only if needed."""
         leaf = f"params/{rule.path}"
         if leaf in self.extras:
-            own = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
-            return own.T if rule.transposed else own
+            value = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
+            return value.T if rule.transposed else value
         key, spec = self.specs[leaf]
         a, b = (self.factors[f"{key}/{name}".removeprefix("/")] for name in ("lora_a", "lora_b"))
         if layer is not None:
-            a, b, spec = a[layer], b[layer], _one_layer(spec)
+            a, b = a[layer], b[layer]
+            spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
         delta = np.asarray(weight_delta(a, b, spec))
         # A copy of the base, which may be a view into the file.
         result = base().astype(np.float32)
         result += delta.T if rule.transposed else delta
         return result
-
-
-def _one_layer(spec: AdapterSpec) -> AdapterSpec:
-    return dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
 
 
 def merged_tensors(source: Path, merge: Merge) -> Iterator[tuple[Tensor, str]]:
@@ -101,21 +100,21 @@ def merged_tensors(source: Path, merge: Merge) -> Iterator[tuple[Tensor, str]]:
     for _, file, _, _ in weight_files(source):
         for name in sorted(file.keys()):
             canonical, view = merge.table.canonical(name), file.get_slice(name)
-            place, shape = merge.places.get(canonical), tuple(view.get_shape())
-            if place is not None and merge.changes(place[0]):
-                rows = _changed(merge, *place, file, name)
+            location, shape = merge.places.get(canonical), tuple(view.get_shape())
+            if location is not None and merge.changes(location[0]):
+                rows = _merged_rows(merge, *location, file, name)
             else:
-                rows = _copied(file, name, shape)
+                rows = _copied_rows(file, name, shape)
             yield Tensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
 
 
-def _changed(
+def _merged_rows(
     merge: Merge, rule: Rule, layer: int | None, file: Any, name: str
 ) -> Callable[[], Iterator[np.ndarray]]:
     return lambda: iter([merge.value(rule, layer, lambda: file.get_slice(name)[:])])
 
 
-def _copied(file: Any, name: str, shape: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]]:
+def _copied_rows(file: Any, name: str, shape: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]]:
     def rows() -> Iterator[np.ndarray]:
         if not shape:
             yield file.get_tensor(name)

@@ -44,39 +44,41 @@ def rotated(x: jax.Array, rope: Rope) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def checked_scaling(given: Mapping[str, Any] | None) -> Scaling:
+def checked_scaling(options: Mapping[str, Any] | None) -> Scaling:
     """The pairs of a `rope_scaling` as `config.json` has it; none for the default.
 
     Raises:
       ValueError: an unknown type, or a number missing, unknown or not positive.
     """
-    given = {key: value for key, value in (given or {}).items() if value is not None}
-    kind = given.pop("rope_type", given.pop("type", "default"))
-    given.pop("type", None)  # older files have both
-    given.pop("rope_theta", None)
+    options = {key: value for key, value in (options or {}).items() if value is not None}
+    kind = options.pop("rope_type", options.pop("type", "default"))
+    options.pop("type", None)  # older files have both
+    options.pop("rope_theta", None)
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise ValueError(
             f"rope_scaling: the type must be one of {', '.join(_NEEDED)}, got {kind!r}"
             f"{nearest(str(kind), _NEEDED, fallback=False)}"
         )
     allowed = (*_NEEDED[kind], *_OPTIONAL.get(kind, ()))
-    if absent := [name for name in _NEEDED[kind] if name not in given]:
+    if absent := [name for name in _NEEDED[kind] if name not in options]:
         raise ValueError(f"rope_scaling: {kind} needs {', '.join(absent)}")
-    if odd := [name for name in given if name not in allowed and kind != "default"]:
-        raise ValueError(f"rope_scaling: {kind} does not take {', '.join(odd)}, only {', '.join(allowed)}")
+    if unknown := [name for name in options if name not in allowed and kind != "default"]:
+        raise ValueError(
+            f"rope_scaling: {kind} does not take {', '.join(unknown)}, only {', '.join(allowed)}"
+        )
     if kind == "default":
         return ()
-    values = {name: _number(name, value) for name, value in given.items()}
+    values = {name: _check_value(name, value) for name, value in options.items()}
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise ValueError("rope_scaling: high_freq_factor must be above low_freq_factor")
     return (("rope_type", kind), *sorted(values.items()))
 
 
-def _number(name: str, value: Any) -> Any:
+def _check_value(name: str, value: Any) -> Any:
     if name == "truncate" and isinstance(value, bool):
         return value
     if name == "factors" and isinstance(value, list | tuple):
-        return tuple(_number("factors", one) for one in value)
+        return tuple(_check_value("factors", factor) for factor in value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"rope_scaling: {name} must be a positive number, got {value!r}")
     return value
@@ -95,26 +97,24 @@ def make_rope(positions: jax.Array, *, size: int, theta: float, scaling: Scaling
         inverse = _dynamic(positions, size, theta, options, max_positions)
     elif kind == "yarn":
         inverse, attention = _yarn(plain, size, theta, options, max_positions)
+    elif kind == "llama3":
+        inverse = _llama3(plain, options)
+    elif kind == "linear":
+        inverse = plain / options["factor"]
+    elif kind == "factors":
+        inverse = plain / np.array(options["factors"], np.float64)
     else:
-        inverse = _fixed(kind, plain, options)
+        inverse = plain
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)[None, None]
     return Rope(jnp.cos(angles) * attention, jnp.sin(angles) * attention)
-
-
-def _fixed(kind: str, plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
-    if kind == "linear":
-        return plain / options["factor"]
-    if kind == "factors":
-        return plain / np.array(options["factors"], np.float64)
-    return _llama3(plain, options) if kind == "llama3" else plain
 
 
 def _llama3(plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
     """Long waves are stretched, short ones are not, those between in part (arXiv 2407.21783, section 3.4.2)."""
     turns = options["original_max_position_embeddings"] * plain / (2 * math.pi)
     low, high = options["low_freq_factor"], options["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - kept) * plain / options["factor"] + kept * plain
+    unscaled = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - unscaled) * plain / options["factor"] + unscaled * plain
 
 
 def _dynamic(
@@ -143,13 +143,12 @@ def _yarn(
     low, high = max(low, 0), min(high, size - 1)
     ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
     inverse = ramp * plain / factor + (1 - ramp) * plain
-    return inverse, options.get("attention_factor") or _temperature(factor, options)
 
-
-def _temperature(factor: float, options: Mapping[str, Any]) -> float:
-    def scaled(weight: float) -> float:
+    def temperature(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
+    if options.get("attention_factor"):
+        return inverse, options["attention_factor"]
     if options.get("mscale") and options.get("mscale_all_dim"):
-        return scaled(options["mscale"]) / scaled(options["mscale_all_dim"])
-    return scaled(1.0)
+        return inverse, temperature(options["mscale"]) / temperature(options["mscale_all_dim"])
+    return inverse, temperature(1.0)

@@ -49,11 +49,16 @@ def tokenizer(path: str | Path) -> "Tokenizer":
             "reading a tokenizer needs tokenizers: pip install 'loraplus_jax[train]'"
         ) from error
     path = Path(path)
-    if (found := gguf.find(path)) is not None:
-        file = gguf.read(found)
+    if (gguf_path := gguf.find(path)) is not None:
+        file = gguf.read(gguf_path)
         result, rows = _from_gguf(file), gguf.embedding_rows(file)
     else:
-        result, rows = _from_directory(path), _vocab_size(path)
+        _check_directory(path)
+        result = read_file(path)
+        result.no_padding()
+        result.no_truncation()
+        config = path / "config.json"
+        rows = read_json(config).get("vocab_size") if config.is_file() else None
     last = max(result.get_vocab(with_added_tokens=True).values(), default=-1)
     if type(rows) is int and last >= rows:
         raise ValueError(
@@ -69,14 +74,14 @@ def chat_template(path: str | Path) -> str | None:
       ValueError: a file cannot be read.
     """
     path = Path(path)
-    if (found := gguf.find(path)) is not None:
-        return _text(found, gguf.read(found).one("tokenizer.chat_template"))
+    if (gguf_path := gguf.find(path)) is not None:
+        return _text(gguf_path, gguf.read(gguf_path).one("tokenizer.chat_template"))
     _check_directory(path)
-    if (own := path / "chat_template.jinja").is_file():
+    if (jinja := path / "chat_template.jinja").is_file():
         try:
-            return own.read_text(encoding="utf-8")
+            return jinja.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{own} is not UTF-8: {error}") from None
+            raise ValueError(f"{jinja} is not UTF-8: {error}") from None
     template = _settings(path).get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
@@ -91,36 +96,36 @@ def special_tokens(path: str | Path) -> dict[str, str]:
       ValueError: a file cannot be read, or names a token that is none.
     """
     path = Path(path)
-    if (found := gguf.find(path)) is not None:
-        file = gguf.read(found)
+    if (gguf_path := gguf.find(path)) is not None:
+        file = gguf.read(gguf_path)
         tokens = _tokens(file)
         numbers = {role: file.one(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
         return {role: _token(file, tokens, n) for role, n in numbers.items() if n is not None}
     _check_directory(path)
-    given = {role: _settings(path).get(role) for role in _ROLES}
-    texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in given.items()}
+    values = {role: _settings(path).get(role) for role in _ROLES}
+    texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in values.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
-    """The ids that the model's files say end a text: of the whole, and where they know it of a turn.
+    """The ids that end a text by the model's files: end-of-text and, where known, end-of-turn.
 
     Raises:
       ValueError: a file cannot be read, or names ids that are none.
     """
     path = Path(path)
-    if (found := gguf.find(path)) is not None:
-        file = gguf.read(found)
+    if (gguf_path := gguf.find(path)) is not None:
+        file = gguf.read(gguf_path)
         keys = [f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom")]
-        given = {f"{found}: {key}": file.one(key) for key in keys}
+        values = {f"{gguf_path}: {key}": file.one(key) for key in keys}
     else:
         files = [path / name for name in ("generation_config.json", "config.json")]
-        given = {f"{f}: eos_token_id": read_json(f).get("eos_token_id") for f in files if f.is_file()}
+        values = {f"{f}: eos_token_id": read_json(f).get("eos_token_id") for f in files if f.is_file()}
     ids: list[int] = []
-    for place, value in given.items():
+    for source, value in values.items():
         listed = value if isinstance(value, list) else [] if value is None else [value]
-        if odd := [one for one in listed if type(one) is not int or one < 0]:
-            raise ValueError(f"{place} must be ids of tokens, got {odd[0]!r:.80}")
+        if invalid := [token for token in listed if type(token) is not int or token < 0]:
+            raise ValueError(f"{source} must be ids of tokens, got {invalid[0]!r:.80}")
         ids += listed
     return tuple(dict.fromkeys(ids))
 
@@ -139,11 +144,6 @@ def _text(path: Path, template: Any) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{path}: the chat template must be a text, got {template!r:.80}")
     return template
-
-
-def _vocab_size(directory: Path) -> Any:
-    path = directory / "config.json"
-    return read_json(path).get("vocab_size") if path.is_file() else None
 
 
 def read_file(directory: Path) -> "Tokenizer":
@@ -166,14 +166,6 @@ def read_file(directory: Path) -> "Tokenizer":
         raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
 
 
-def _from_directory(directory: Path) -> "Tokenizer":
-    _check_directory(directory)
-    result = read_file(directory)
-    result.no_padding()
-    result.no_truncation()
-    return result
-
-
 def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
     kind = file.one("tokenizer.ggml.model")
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -181,15 +173,17 @@ def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
         raise ValueError(
             f"{file.path}: tokenizer.ggml.model is {kind!r:.80}, must be one of {', '.join(makers)}"
         )
-    tokens, kinds = _tokens(file), _kinds(file, len(_tokens(file)))
+    tokens = _tokens(file)
+    has_kinds = "tokenizer.ggml.token_type" in file.metadata
+    kinds = _numbers(file, "token_type", len(tokens)) if has_kinds else [_NORMAL] * len(tokens)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
-        twice = next(t for n, t in enumerate(tokens) if vocabulary[t] != n)
-        raise ValueError(f"{file.path}: two tokens are {twice!r:.80}")
+        duplicate = next(t for n, t in enumerate(tokens) if vocabulary[t] != n)
+        raise ValueError(f"{file.path}: two tokens are {duplicate!r:.80}")
     try:
         result = makers[kind](file, vocabulary, kinds)
         _add_tokens(result, tokens, kinds)
-        _add_ends(result, file, tokens)
+        _add_bos_eos(result, file, tokens)
     except ValueError:
         raise
     # The library raises bare Exception.
@@ -205,18 +199,12 @@ def _tokens(file: gguf.Gguf) -> list[str]:
     return tokens
 
 
-def _kinds(file: gguf.Gguf, count: int) -> list[int]:
-    if "tokenizer.ggml.token_type" not in file.metadata:
-        return [_NORMAL] * count
-    return _numbers(file, "token_type", count)
-
-
 def _numbers(file: gguf.Gguf, key: str, count: int) -> list[Any]:
     """One number for each token."""
-    found = file.metadata.get(f"tokenizer.ggml.{key}")
-    if not isinstance(found, np.ndarray) or len(found) != count or not np.all(np.isfinite(found)):
+    values = file.metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(values, np.ndarray) or len(values) != count or not np.all(np.isfinite(values)):
         raise ValueError(f"{file.path}: tokenizer.ggml.{key} must hold {count} numbers, one for each token")
-    return found.tolist()
+    return values.tolist()
 
 
 def _token(file: gguf.Gguf, tokens: Sequence[str], number: Any) -> str:
@@ -233,16 +221,18 @@ def _byte_level(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -
     if not isinstance(merges, list):
         raise ValueError(f"{file.path}: tokenizer.ggml.merges must be a list of texts, got {merges!r:.80}")
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    if odd := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
-        raise ValueError(f"{file.path}: a merge must be two texts with a space between, got {odd[0]!r:.80}")
+    if invalid := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
+        raise ValueError(
+            f"{file.path}: a merge must be two texts with a space between, got {invalid[0]!r:.80}"
+        )
     if name not in _CUTS:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.pre is {name!r:.80}, must be one of {', '.join(sorted(_CUTS))}"
             f"{nearest(str(name), _CUTS, fallback=False)}"
         )
     cut, space = _CUTS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
-    whole = cut == _LLAMA3  # a word that is a token is taken as it is
-    result = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=whole))  # pyright: ignore[reportArgumentType]
+    ignore_merges = cut == _LLAMA3  # a word that is a token is not split further
+    result = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))  # pyright: ignore[reportArgumentType]
     steps: list[Any] = [pre_tokenizers.ByteLevel(space, use_regex=cut in (None, _DIGITS))]
     if cut == _DIGITS:
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
@@ -277,8 +267,8 @@ def _merges(
     vocabulary: Mapping[str, int], kinds: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
     """Every way to make a piece of two, the best pieces first."""
-    joined = {token for token, n in vocabulary.items() if kinds[n] not in (_UNKNOWN, _CONTROL, _USER, _BYTE)}
-    found = [
+    pieces = {token for token, n in vocabulary.items() if kinds[n] not in (_UNKNOWN, _CONTROL, _USER, _BYTE)}
+    candidates = [
         (
             -scores[vocabulary[token]],
             vocabulary[token],
@@ -287,15 +277,15 @@ def _merges(
             i,
             token,
         )
-        for token in joined
+        for token in pieces
         for i in range(1, len(token))
-        if token[:i] in joined and token[i:] in joined
+        if token[:i] in pieces and token[i:] in pieces
     ]
-    return [(token[:i], token[i:]) for *_, i, token in sorted(found)]
+    return [(token[:i], token[i:]) for *_, i, token in sorted(candidates)]
 
 
 def _add_tokens(result: "Tokenizer", tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    """Makes the tokens that are no text of their own stand whole wherever they occur."""
+    """Registers control and user-defined tokens, which are never split."""
     from tokenizers import AddedToken
 
     control = [t for t, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _UNKNOWN) and t]
@@ -304,8 +294,8 @@ def _add_tokens(result: "Tokenizer", tokens: Sequence[str], kinds: Sequence[int]
     result.add_tokens([AddedToken(t, special=False, normalized=False) for t in user])
 
 
-def _add_ends(result: "Tokenizer", file: gguf.Gguf, tokens: Sequence[str]) -> None:
-    """The first and last tokens of every text; where the file does not say, as llama.cpp has it."""
+def _add_bos_eos(result: "Tokenizer", file: gguf.Gguf, tokens: Sequence[str]) -> None:
+    """Adds BOS and EOS to every text; where the file does not say, by llama.cpp's defaults."""
     from tokenizers import processors
 
     by_default = file.one("tokenizer.ggml.model") == "llama" or (
@@ -316,13 +306,13 @@ def _add_ends(result: "Tokenizer", file: gguf.Gguf, tokens: Sequence[str]) -> No
         "eos": file.one("tokenizer.ggml.add_eos_token", False),
     }
     numbers = {end: file.one(f"tokenizer.ggml.{end}_token_id") for end, added in add.items() if added}
-    ends = {end: _token(file, tokens, n) for end, n in numbers.items() if n is not None}
-    if not ends:
+    special = {end: _token(file, tokens, n) for end, n in numbers.items() if n is not None}
+    if not special:
         return
-    left, right = [[ends[e]] if e in ends else [] for e in ("bos", "eos")]
+    left, right = [[special[e]] if e in special else [] for e in ("bos", "eos")]
     pair = [*left, "$A", *right, *(f"{t}:1" for t in (*left, "$B", *right))]
     result.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
         single=[*left, "$A", *right],
         pair=pair,
-        special_tokens=[(token, tokens.index(token)) for token in set(ends.values())],
+        special_tokens=[(token, tokens.index(token)) for token in set(special.values())],
     )

@@ -1,4 +1,4 @@
-"""What a compiled program says of its communication: which collectives it has, how large, how often a run.
+"""The collectives of a compiled program: kinds, sizes, and how often each runs.
 
 Reads XLA's text of an optimised program, as `jax.stages.Compiled.as_text()` gives it for CPU, GPU and TPU.
 """
@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
     @property
     def operands(self) -> list[str]:
         """Names of the instructions that it takes."""
-        return _OPERAND.findall(_balanced(self.rest))
+        return _OPERAND.findall(_parenthesized(self.rest))
 
 
 Program = Mapping[str, list[Instruction]]
@@ -74,20 +74,20 @@ def collectives(text: str) -> list[Collective]:
       ValueError: a loop runs a number of times that cannot be read.
     """
     program = parse(text)
-    often = times(program)
-    found: dict[str, Collective] = {}
-    everybody = _number(r"num_partitions=(\d+)", text) or 1
+    counts = times(program)
+    by_key: dict[str, Collective] = {}
+    devices = _number(r"num_partitions=(\d+)", text) or 1
     for computation, instructions in program.items():
         for instruction in instructions:
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in KINDS or not often[computation]:
+            if kind not in KINDS or not counts[computation]:
                 continue
             channel = _number(r"channel_id=(\d+)", instruction.rest)
             key = instruction.name if channel is None else f"channel {channel}"
-            one = _collective(kind, instruction, often[computation], everybody)
-            if key not in found or one.times < found[key].times:
-                found[key] = one
-    return list(found.values())
+            collective = _parse_collective(kind, instruction, counts[computation], devices)
+            if key not in by_key or collective.times < by_key[key].times:
+                by_key[key] = collective
+    return list(by_key.values())
 
 
 def parse(text: str) -> Program:
@@ -97,10 +97,10 @@ def parse(text: str) -> Program:
     for line in text.splitlines():
         if (head := _COMPUTATION.match(line)) is not None:
             current = program[head[1]] = []
-        elif (found := _INSTRUCTION.match(line)) is not None:
-            shape, _, rest = _shape_first(found[2])
+        elif (match := _INSTRUCTION.match(line)) is not None:
+            shape, _, rest = _split_shape(match[2])
             opcode, _, rest = rest.partition("(")
-            current.append(Instruction(found[1], shape, opcode, "(" + rest))
+            current.append(Instruction(match[1], shape, opcode, "(" + rest))
     return program
 
 
@@ -116,14 +116,14 @@ def times(program: Program) -> dict[str, int]:
             rounds = 1
             if instruction.opcode == "while":
                 rounds = trip_count(program, computation, instruction)
-            for called in _called(instruction):
-                callers[called].append((computation, rounds))
-    found: dict[str, int] = {list(program)[-1]: 1}
+            for callee in _called_computations(instruction):
+                callers[callee].append((computation, rounds))
+    counts: dict[str, int] = {list(program)[-1]: 1}
 
     def count(name: str) -> int:
-        if name not in found:
-            found[name] = sum(count(caller) * rounds for caller, rounds in callers[name])
-        return found[name]
+        if name not in counts:
+            counts[name] = sum(count(caller) * rounds for caller, rounds in callers[name])
+        return counts[name]
 
     return {name: count(name) for name in program}
 
@@ -138,14 +138,15 @@ def looped_products(text: str) -> int:
 
     def has_product(name: str) -> bool:
         return any(
-            i.opcode in ("dot", "convolution") or any(map(has_product, _called(i))) for i in program[name]
+            i.opcode in ("dot", "convolution") or any(map(has_product, _called_computations(i)))
+            for i in program[name]
         )
 
     return sum(
         trip_count(program, computation, i) > 1
         for computation, instructions in program.items()
         for i in instructions
-        if i.opcode == "while" and has_product(_named(i.rest, "body"))
+        if i.opcode == "while" and has_product(_attribute(i.rest, "body"))
     )
 
 
@@ -155,20 +156,20 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     Raises:
       ValueError: neither.
     """
-    noted = _number(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
-    if noted is not None:
-        return noted
-    body, condition = (_named(loop.rest, name) for name in ("body", "condition"))
+    known = _number(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
+    if known is not None:
+        return known
+    body, condition = (_attribute(loop.rest, name) for name in ("body", "condition"))
     test = program[condition][-1]
     inside = {i.name: i for i in program[condition]}
     try:
         counter, limit = (inside[name] for name in test.operands)
         index = _number(r"index=(\d+)", counter.rest)
         outside = {i.name: i for i in program[computation]}
-        start = _constant(outside, outside[loop.operands[0]].operands[index or 0])
+        start = _constant_value(outside, outside[loop.operands[0]].operands[index or 0])
         steps = {i.name: i for i in program[body]}
-        step = _step(steps, program[body][-1].operands[index or 0])
-        last = _constant(inside, limit.name) + ("direction=LE" in test.rest)
+        step = _counter_step(steps, program[body][-1].operands[index or 0])
+        last = _constant_value(inside, limit.name) + ("direction=LE" in test.rest)
         if index is None or "direction=L" not in test.rest or step < 1:
             raise KeyError
         return max(0, -(-(last - start) // step))
@@ -176,15 +177,15 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
         raise ValueError(f"how often the loop {loop.name} runs cannot be read from the program") from None
 
 
-def _collective(kind: str, instruction: Instruction, often: int, everybody: int) -> Collective:
+def _parse_collective(kind: str, instruction: Instruction, times: int, devices: int) -> Collective:
     shape = instruction.shape
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
         shape = _elements(shape)[1]  # it makes (what goes in, what comes out, ...)
-    group = _group(instruction.rest, everybody)
+    group = _group(instruction.rest, devices)
     size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
     where = re.search(r'op_name="([^"]*)"', instruction.rest)
-    arrays = ", ".join(found[0] for found in _ARRAY.finditer(shape))
-    return Collective(kind, size, group, often, arrays, where[1] if where else "")
+    arrays = ", ".join(match[0] for match in _ARRAY.finditer(shape))
+    return Collective(kind, size, group, times, arrays, where[1] if where else "")
 
 
 def shape_bytes(shape: str) -> int:
@@ -208,7 +209,7 @@ def _bits(dtype: str) -> int:
     return int(number[0])
 
 
-def _group(rest: str, everybody: int) -> int:
+def _group(rest: str, devices: int) -> int:
     """Devices of a group, in XLA's three ways to write them: lists, an iota over [groups, size], mesh axes.
 
     Raises:
@@ -225,24 +226,24 @@ def _group(rest: str, everybody: int) -> int:
     if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest)) is not None:
         return listed[1].count(",") + 1
     # Permutes name pairs, not groups; no group, or an empty one, is everybody.
-    if (other := re.search(r"replica_groups=(?!\{\})[^ ]*", rest)) is not None:
+    if (unknown := re.search(r"replica_groups=(?!\{\})[^ ]*", rest)) is not None:
         raise ValueError(
-            f"the compiler wrote a group of devices in a way that is not known here: {other[0]:.100}"
+            f"the compiler wrote a group of devices in a way that is not known here: {unknown[0]:.100}"
         )
-    return everybody
+    return devices
 
 
-def _called(instruction: Instruction) -> Iterator[str]:
-    for one, several in _CALLED.findall(instruction.rest):
-        yield from [one] if one else _OPERAND.findall(several)
+def _called_computations(instruction: Instruction) -> Iterator[str]:
+    for single, several in _CALLED.findall(instruction.rest):
+        yield from [single] if single else _OPERAND.findall(several)
 
 
-def _named(rest: str, attribute: str) -> str:
-    found = re.search(rf"\b{attribute}=%?([\w.\-]+)", rest)
-    return found[1] if found else ""
+def _attribute(rest: str, attribute: str) -> str:
+    match = re.search(rf"\b{attribute}=%?([\w.\-]+)", rest)
+    return match[1] if match else ""
 
 
-def _constant(known: Mapping[str, Instruction], name: str) -> int:
+def _constant_value(known: Mapping[str, Instruction], name: str) -> int:
     """The value of a constant, also through a copy of it."""
     instruction = known[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
@@ -252,7 +253,7 @@ def _constant(known: Mapping[str, Instruction], name: str) -> int:
     return int(instruction.rest[1:].partition(")")[0])
 
 
-def _step(known: Mapping[str, Instruction], name: str) -> int:
+def _counter_step(known: Mapping[str, Instruction], name: str) -> int:
     """What a loop adds to its counter in a round."""
     instruction, total = known[name], 0
     while instruction.opcode in ("copy", "bitcast", "add"):
@@ -260,7 +261,7 @@ def _step(known: Mapping[str, Instruction], name: str) -> int:
             left, right = instruction.operands
             if known[left].opcode == "constant":
                 left, right = right, left
-            total += _constant(known, right)
+            total += _constant_value(known, right)
             instruction = known[left]
         else:
             instruction = known[instruction.operands[0]]
@@ -270,11 +271,11 @@ def _step(known: Mapping[str, Instruction], name: str) -> int:
 
 
 def _number(pattern: str, text: str) -> int | None:
-    found = re.search(pattern, text)
-    return int(found[1]) if found else None
+    match = re.search(pattern, text)
+    return int(match[1]) if match else None
 
 
-def _balanced(text: str) -> str:
+def _parenthesized(text: str) -> str:
     """From an opening parenthesis to the one that closes it."""
     depth = 0
     for index, letter in enumerate(text):
@@ -284,11 +285,11 @@ def _balanced(text: str) -> str:
     return text
 
 
-def _shape_first(text: str) -> tuple[str, str, str]:
+def _split_shape(text: str) -> tuple[str, str, str]:
     """The type that a definition begins with, and what follows it."""
     if not text.startswith("("):
         return text.partition(" ")
-    shape = _balanced(text)
+    shape = _parenthesized(text)
     return shape, " ", text[len(shape) :].lstrip()
 
 
@@ -296,10 +297,10 @@ def _elements(shape: str) -> list[str]:
     """The elements of a tuple type; an array is its own only one."""
     if not shape.startswith("("):
         return [shape, shape]
-    found, depth, start = [], 0, 1
+    elements, depth, start = [], 0, 1
     for index, letter in enumerate(shape):
         depth += (letter in "([{") - (letter in ")]}")
         if (letter == "," and depth == 1) or not depth:
-            found.append(shape[start:index].strip())
+            elements.append(shape[start:index].strip())
             start = index + 1
-    return found
+    return elements

@@ -158,10 +158,10 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = sizes(program, problem, sum(memory.values()))
-    evaluation, stopped = evaluation_bytes(settings, data, step, mesh)
-    theory, halted = theory_bytes(settings, data, step, mesh)
+    evaluation, evaluation_problem = evaluation_bytes(settings, data, step, mesh)
+    theory, theory_problem = theory_bytes(settings, data, step, mesh)
     work = count_work(settings, base, data, mesh)
-    found = () if program is None else tuple(collectives(program.as_text()))
+    exchanges = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
         model=settings.model.path,
         device=mesh.devices.flat[0].device_kind,
@@ -179,11 +179,11 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         peak=peak,
         evaluation=evaluation,
         theory=theory,
-        room=_room(chip, mesh),
-        problem=problem or stopped or halted,
+        room=_available_bytes(chip, mesh),
+        problem=problem or evaluation_problem or theory_problem,
         work=work,
-        collectives=found,
-        roofline={} if chip is None or work is None else roofline(chip, work, found),
+        collectives=exchanges,
+        roofline={} if chip is None or work is None else roofline(chip, work, exchanges),
         compile_seconds=round(seconds, 1),
     )
 
@@ -212,14 +212,14 @@ def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Work |
     train = dataclasses.replace(settings.train, batch_size=settings.train.batch_size // parts, accumulate=1)
     # A stack computes adapters in all its layers as soon as one has them: those of the others are zero. Here it is
     # the first, as the later ones are not there; None would adapt what lies outside of the layers too.
-    chosen = None if settings.lora.layers_to_transform is None else (0,)
-    lora = dataclasses.replace(settings.lora, layers_to_transform=chosen)
+    adapted_layers = None if settings.lora.layers_to_transform is None else (0,)
+    lora = dataclasses.replace(settings.lora, layers_to_transform=adapted_layers)
     small = dataclasses.replace(settings, train=train, lora=lora)
     if settings.is_language:
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
     steps = [plan_step(small, with_layers(base, min(n, layers)), data, mesh) for n in (1, 2)]
-    first, second = (_counted(step, mesh) for step in steps)
+    first, second = (_compile_and_count(step, mesh) for step in steps)
     if first is None or second is None:
         return None
     flops = extrapolated(first.flops, second.flops, layers)
@@ -227,7 +227,7 @@ def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Work |
     return Work(parts * flops, parts * size, second.loops)
 
 
-def _counted(step: Step, mesh: Mesh) -> Work | None:
+def _compile_and_count(step: Step, mesh: Mesh) -> Work | None:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     program, problem = compiled(step.lowered, TO_COUNT if on_tpu else None)
     if problem is not None:
@@ -265,9 +265,9 @@ def head_bytes(settings: Settings, parts: Parts, mesh: Mesh) -> float:
     return (pieces - 1) * 2 * kernel.size * jnp.dtype(settings.model.dtype).itemsize / tensor
 
 
-def roofline(chip: Chip, work: Work, found: Sequence[Collective]) -> dict[str, float]:
+def roofline(chip: Chip, work: Work, exchanges: Sequence[Collective]) -> dict[str, float]:
     """Seconds that a step takes at least, were one thing alone in the way."""
-    received = sum(c.times * c.wire_bytes for c in found)
+    received = sum(c.times * c.wire_bytes for c in exchanges)
     return {
         "compute": work.flops / chip.flops,
         "memory": work.bytes / chip.hbm_rate,
@@ -275,7 +275,7 @@ def roofline(chip: Chip, work: Work, found: Sequence[Collective]) -> dict[str, f
     }
 
 
-def _room(chip: Chip | None, mesh: Mesh) -> int:
+def _available_bytes(chip: Chip | None, mesh: Mesh) -> int:
     if chip is not None:
         return int(chip.hbm_bytes)
     device = mesh.devices.flat[0]

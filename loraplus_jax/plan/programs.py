@@ -76,7 +76,9 @@ def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> 
     losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
     evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
     batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
-    return _in_turn("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch), step)
+    return _bytes_between_steps(
+        "evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch), step
+    )
 
 
 def theory_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
@@ -88,10 +90,10 @@ def theory_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tupl
     lowered = lower_theory(
         losses.train, step.parts.specs, step.state, step.parts.frozen, rows, mesh=mesh, shardings=step.places
     )
-    return _in_turn("theory", lowered, step)
+    return _bytes_between_steps("theory", lowered, step)
 
 
-def _in_turn(name: str, lowered: jax.stages.Lowered, step: Step) -> tuple[int, str | None]:
+def _bytes_between_steps(name: str, lowered: jax.stages.Lowered, step: Step) -> tuple[int, str | None]:
     """Bytes of a program that runs between steps, beside the optimizer's state, and what the compiler said."""
     program, problem = compiled(lowered)
     weights, trained, optimizer = (
@@ -101,12 +103,12 @@ def _in_turn(name: str, lowered: jax.stages.Lowered, step: Step) -> tuple[int, s
 
 
 def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
-    """As `init_lora`, with shapes in the place of factors."""
+    """As `init_lora`, with shapes instead of factors."""
     specs: Specs = {}
 
     def make(key: Any) -> Any:
-        factors, found = init_lora(model, key, *inputs)
-        specs.update(found)
+        factors, table = init_lora(model, key, *inputs)
+        specs.update(table)
         return factors
 
     return jax.eval_shape(make, key), specs
@@ -115,7 +117,7 @@ def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
 def local_bytes(tree: Any, shardings: Any) -> int:
     """Bytes of a tree's arrays or shapes that one device holds."""
     local = jax.tree.map(
-        lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
+        lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
     )
     return sum(jax.tree.leaves(local))
 
@@ -140,8 +142,8 @@ def sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
             number, unit = used.group(1, 2) if used[1] else used.group(3, 4)
             needed = int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if used[1] else held)
         return max(0, needed - held), needed, 0
-    found = program.memory_analysis()
-    fresh = found.output_size_in_bytes - found.alias_size_in_bytes
-    passing = found.temp_size_in_bytes + fresh
-    needed = found.argument_size_in_bytes + passing + found.generated_code_size_in_bytes
-    return passing, needed, getattr(found, "peak_memory_in_bytes", 0)
+    stats = program.memory_analysis()
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    passing = stats.temp_size_in_bytes + fresh
+    needed = stats.argument_size_in_bytes + passing + stats.generated_code_size_in_bytes
+    return passing, needed, getattr(stats, "peak_memory_in_bytes", 0)

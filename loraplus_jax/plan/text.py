@@ -25,7 +25,9 @@ def text_of(plan: Plan, settings: Settings) -> str:
     """All of a plan, for the screen."""
     tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
     parts = [_heading(plan), _memory(plan), _verdict(plan), *tips, "", _work(plan)]
-    return "\n".join([*parts, *_exchange(plan), *_rounds(plan, settings), *_slivers(plan)])
+    return "\n".join(
+        [*parts, *_communication(plan), *_weight_traffic(plan, settings), *_weight_reductions(plan)]
+    )
 
 
 def check_new(path: Path) -> None:
@@ -44,21 +46,21 @@ def check_new(path: Path) -> None:
 def write_json(path: Path, plan: Plan, settings: Settings) -> None:
     """All that was found, as a JSON object. A file that is there is not overwritten: that is a ValueError."""
     check_new(path)
-    found = plan.to_json() | {"advice": [] if plan.fits else advice(plan, settings)}
+    content = plan.to_json() | {"advice": [] if plan.fits else advice(plan, settings)}
     with path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(found, indent=1) + "\n")
+        file.write(json.dumps(content, indent=1) + "\n")
 
 
 def _heading(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    split = plan.mesh["data"] * plan.mesh["fsdp"]
+    shards = plan.mesh["data"] * plan.mesh["fsdp"]
     micro = plan.rows // plan.accumulate
-    cut = f" in {plan.accumulate} micro-batches" if plan.accumulate > 1 else ""
+    micro_batches = f" in {plan.accumulate} micro-batches" if plan.accumulate > 1 else ""
     return (
         f"{plan.model}: {plan.layers} layers, {plan.trained:,} of {plan.total:,} parameters trained\n"
         f"{plan.devices} x {plan.device}, mesh {mesh}\n"
-        f"a step: {plan.rows:,} x {plan.tokens:,} tokens{cut}, {micro // split:,} x {plan.tokens:,} at once on a "
-        f"device; compiled in {plan.compile_seconds:.0f} s\n"
+        f"a step: {plan.rows:,} x {plan.tokens:,} tokens{micro_batches}, {micro // shards:,} x {plan.tokens:,} at "
+        f"once on a device; compiled in {plan.compile_seconds:.0f} s\n"
     )
 
 
@@ -89,14 +91,14 @@ def advice(plan: Plan, settings: Settings) -> list[str]:
 
     Sizes follow from shapes and shardings where a number is given; what only a compilation could tell is said so.
     """
-    others = [*_for_evaluation(plan, settings), *_for_theory(plan, settings)]
-    if others and plan.needed <= plan.room:
-        return others
+    between_steps = [*_for_evaluation(plan, settings), *_for_theory(plan, settings)]
+    if between_steps and plan.needed <= plan.room:
+        return between_steps
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
-    weights, passing = _for_weights(plan, settings), _for_activations(plan, settings)
+    weights, activations = _for_weights(plan, settings), _for_activations(plan, settings)
     return [
-        *others,
-        *([*weights, *passing] if held > plan.memory["temporaries"] else [*passing, *weights]),
+        *between_steps,
+        *([*weights, *activations] if held > plan.memory["temporaries"] else [*activations, *weights]),
     ]
 
 
@@ -122,20 +124,20 @@ def _for_weights(plan: Plan, settings: Settings) -> list[str]:
     data, fsdp, is_full = plan.mesh["data"], plan.mesh["fsdp"], settings.method == "full"
     # Of adapters B is whole on every device, so that more parts split the base's weights alone.
     name, split = ("weights and optimizer", frozen + trained) if is_full else ("frozen weights", frozen)
-    found = []
+    tips = []
     if trained > frozen:
-        found += _for_trained(plan, settings, trained)
+        tips += _for_trained(plan, settings, trained)
     if data > 1 and split:
-        found.append(
+        tips.append(
             f"mesh.data 1 and mesh.fsdp {data * fsdp}: of the {name}, {_size(split)} now, a device then "
             f"holds about {_size(split / data)}"
         )
     if settings.model.param_dtype == "float32" and frozen:
-        found.append(
+        tips.append(
             f"model.param_dtype bfloat16: the frozen weights then take {_size(frozen / 2)} instead of "
             f"{_size(frozen)}"
         )
-    return found or [f"more devices for mesh.fsdp, which splits the weights: there are {plan.devices:,} now"]
+    return tips or [f"more devices for mesh.fsdp, which splits the weights: there are {plan.devices:,} now"]
 
 
 def _for_trained(plan: Plan, settings: Settings, size: int) -> list[str]:
@@ -145,37 +147,37 @@ def _for_trained(plan: Plan, settings: Settings, size: int) -> list[str]:
             "method lora_plus: only adapters are trained, and the optimizer, "
             f"{_size(plan.memory['optimizer'])} now, holds moments of these alone (not compiled)"
         ]
-    found = []
+    tips = []
     if settings.lora.modules_to_save:
-        found.append(
+        tips.append(
             f"fewer lora.modules_to_save: these are trained whole (of {_size(size)} with the optimizer)"
         )
     if settings.lora.rank > 1:
-        found.append(
+        tips.append(
             f"lora.rank below {settings.lora.rank}: adapters and their optimizer, {_size(size)} now, go in "
             "proportion"
         )
-    return found
+    return tips
 
 
 def _for_activations(plan: Plan, settings: Settings) -> list[str]:
     rows = plan.rows // plan.accumulate // (plan.mesh["data"] * plan.mesh["fsdp"])
-    found = []
+    tips = []
     if rows > 1:
-        found.append(
+        tips.append(
             f"train.accumulate {plan.accumulate * rows}: a device computes with 1 row at a time instead of {rows}; "
             f"of the temporaries, {_size(plan.memory['temporaries'])} now, most goes in proportion (not compiled)"
         )
     if settings.is_language and settings.model.remat != "full":
-        found.append("model.remat full: of a layer only its input is kept for the gradient (not compiled)")
+        tips.append("model.remat full: of a layer only its input is kept for the gradient (not compiled)")
     if (mesh := more_tensor(plan.mesh, plan.tensor_sizes)) is not None:
         sizes = ", ".join(f"mesh.{name} {size}" for name, size in mesh.items())
-        found.append(
+        tips.append(
             f"{sizes} and train.accumulate {plan.rows // (mesh['data'] * mesh['fsdp'])}: a device computes with "
             "fewer heads and less of the MLP, 1 row at a time (not compiled)"
         )
     fewer = ", or a smaller train.batch_size" if rows > 1 else ""
-    return [*found, f"data.max_length below {plan.tokens:,}{fewer}"]
+    return [*tips, f"data.max_length below {plan.tokens:,}{fewer}"]
 
 
 def more_tensor(mesh: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int] | None:
@@ -186,11 +188,11 @@ def more_tensor(mesh: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, 
     >>> more_tensor({"data": 8, "fsdp": 1, "tensor": 1}, {"num_attention_heads": 3})
     """
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
-    whole = math.gcd(*sizes.values())
-    for size in range(2 * tensor, whole + 1, tensor):
+    largest = math.gcd(*sizes.values())
+    for size in range(2 * tensor, largest + 1, tensor):
         of_data = math.gcd(data, size // tensor)
         of_fsdp = size // tensor // of_data
-        if whole % size == 0 and fsdp % of_fsdp == 0:
+        if largest % size == 0 and fsdp % of_fsdp == 0:
             return {"data": data // of_data, "fsdp": fsdp // of_fsdp, "tensor": size}
     return None
 
@@ -220,37 +222,39 @@ def _work(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _exchange(plan: Plan) -> list[str]:
+def _communication(plan: Plan) -> list[str]:
     """The collectives by kind and size of group, and what a layer gathers."""
     if not plan.collectives:
         return []
-    number: dict[tuple[str, int], int] = defaultdict(int)
-    whole: dict[tuple[str, int], float] = defaultdict(float)
+    counts: dict[tuple[str, int], int] = defaultdict(int)
+    sizes: dict[tuple[str, int], float] = defaultdict(float)
     received: dict[tuple[str, int], float] = defaultdict(float)
-    for one in plan.collectives:
-        key = (one.kind, one.group)
-        number[key] += one.times
-        whole[key] += one.times * one.bytes
-        received[key] += one.times * one.wire_bytes
+    for collective in plan.collectives:
+        key = (collective.kind, collective.group)
+        counts[key] += collective.times
+        sizes[key] += collective.times * collective.bytes
+        received[key] += collective.times * collective.wire_bytes
     rows = [("exchange between devices in a step", "devices", "number", "whole", "received")]
-    for kind, group in sorted(number, key=lambda key: -received[key]):
+    for kind, group in sorted(counts, key=lambda key: -received[key]):
         key = (kind, group)
-        rows.append((kind, f"{group:,}", f"{number[key]:,}", _size(whole[key]), _size(received[key])))
+        rows.append((kind, f"{group:,}", f"{counts[key]:,}", _size(sizes[key]), _size(received[key])))
     return ["", _table(rows), "", _table(_largest(plan.collectives))]
 
 
-def _largest(found: Sequence[Collective]) -> list[tuple[str, ...]]:
+def _largest(all_collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
     """The groups of equal collectives that receive most, and the largest reductions beside these."""
     times: Counter[Collective] = Counter()
-    for one in found:
-        times[one._replace(where="", times=1)] += one.times
-    groups = sorted(times, key=lambda one: -times[one] * one.wire_bytes)
-    reductions = [one for one in groups[LARGEST:] if one.kind in ("all-reduce", "reduce-scatter")]
+    for collective in all_collectives:
+        times[collective._replace(where="", times=1)] += collective.times
+    groups = sorted(times, key=lambda collective: -times[collective] * collective.wire_bytes)
+    reductions = [
+        collective for collective in groups[LARGEST:] if collective.kind in ("all-reduce", "reduce-scatter")
+    ]
     rows = [("largest of them", "arrays", "devices", "number", "whole, each", "received")]
-    for one in [*groups[:LARGEST], *reductions[:REDUCTIONS]]:
-        received = times[one] * one.wire_bytes
-        cells = (f"{one.group:,}", f"{times[one]:,}", _size(one.bytes), _size(received))
-        rows.append((one.kind, _arrays(one.shape), *cells))
+    for collective in [*groups[:LARGEST], *reductions[:REDUCTIONS]]:
+        received = times[collective] * collective.wire_bytes
+        cells = (f"{collective.group:,}", f"{times[collective]:,}", _size(collective.bytes), _size(received))
+        rows.append((collective.kind, _arrays(collective.shape), *cells))
     return rows
 
 
@@ -261,17 +265,17 @@ def _arrays(shape: str) -> str:
     '2 f32[3,8], f32[8,3]'
     """
     kinds = Counter(shape.split(", ")).items()
-    texts = [one if number == 1 else f"{number} {one}" for one, number in kinds]
-    more = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
-    return ", ".join(texts[:2]) + more
+    texts = [array if number == 1 else f"{number} {array}" for array, number in kinds]
+    rest = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
+    return ", ".join(texts[:2]) + rest
 
 
-def _rounds(plan: Plan, settings: Settings) -> list[str]:
+def _weight_traffic(plan: Plan, settings: Settings) -> list[str]:
     """How often the frozen weights, split over `fsdp`, come in: forward and backward need them once each."""
     frozen = (plan.total - plan.trained) * jnp.dtype(settings.model.param_dtype).itemsize
     if not frozen or plan.mesh["fsdp"] == 1 or plan.mesh["tensor"] > 1:
         return []
-    has_slivers = bool(_slivers(plan))
+    has_slivers = bool(_weight_reductions(plan))
     kinds = ("all-gather", "collective-permute", *(["all-reduce"] if has_slivers else []))
     received = sum(c.times * c.wire_bytes for c in plan.collectives if c.kind in kinds)
     often = received / plan.accumulate / frozen
@@ -283,7 +287,7 @@ def _rounds(plan: Plan, settings: Settings) -> list[str]:
     ]
 
 
-def _slivers(plan: Plan) -> list[str]:
+def _weight_reductions(plan: Plan) -> list[str]:
     """A line where all-reduces carry weights: XLA gathers by them what it has cut into very many parts."""
     data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
     reduced = sum(c.times * c.bytes for c in plan.collectives if c.kind == "all-reduce")

@@ -72,7 +72,7 @@ def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
       ValueError: no such chip or shape.
       ImportError: libtpu, the compiler, is not installed.
     """
-    chip, shape = _parsed(topology)
+    chip, shape = _parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(f"compiling for {topology} needs libtpu, which is not installed: {PIP}")
     jax.config.update("jax_platforms", "cpu")
@@ -84,16 +84,16 @@ def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
     bounds = (min(2, shape[0]), min(2, shape[1]), 1)
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     try:
-        found = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, chips_per_host_bounds=bounds, **options
         )
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
         raise ValueError(f"the installed libtpu cannot compile for {topology}: {reason:.200}") from None
-    return chip, list(found.devices)
+    return chip, list(description.devices)
 
 
-def _parsed(topology: str) -> tuple[Chip, tuple[int, ...]]:
+def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     match = _NAME.fullmatch(topology)
     if match is None or match[1] not in CHIPS:
         known = [f"{name}:{'x'.join(['4'] * chip.dimensions)}" for name, chip in CHIPS.items()]
@@ -111,8 +111,8 @@ def _parsed(topology: str) -> tuple[Chip, tuple[int, ...]]:
         )
     known = shapes(chip)
     if shape not in known:
-        near = sorted(known, key=lambda one: _distance(one, shape))[:3]
-        names = ", ".join(f"{chip.name}:{'x'.join(map(str, one))}" for one in near)
+        near = sorted(known, key=lambda candidate: _distance(candidate, shape))[:3]
+        names = ", ".join(f"{chip.name}:{'x'.join(map(str, candidate))}" for candidate in near)
         raise ValueError(f"there is no topology {topology}; the nearest are {names}")
     return chip, shape
 
@@ -126,7 +126,9 @@ def shapes(chip: Chip) -> list[tuple[int, ...]]:
     if chip.dimensions == 2:
         return list(_FLAT)
     sides = range(4, chip.most // 16 + 1, 4)
-    cubes = [one for one in itertools.combinations_with_replacement(sides, 3) if math.prod(one) <= chip.most]
+    cubes = [
+        cube for cube in itertools.combinations_with_replacement(sides, 3) if math.prod(cube) <= chip.most
+    ]
     return [*_BELOW_CUBE, *sorted(cubes, key=math.prod)]
 
 
@@ -135,7 +137,7 @@ _BELOW_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Of chips in a torus of three dimensions; from 4x4x4 on sides are multiples of four, in growing order."""
 
 
-def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+def _distance(left: tuple[int, ...], right: tuple[int, ...]) -> float:
     """How far two shapes are apart, by the factors between their sides and that between their sizes."""
-    pairs = [*zip(sorted(one), sorted(other), strict=True), (math.prod(one), math.prod(other))]
+    pairs = [*zip(sorted(left), sorted(right), strict=True), (math.prod(left), math.prod(right))]
     return sum(abs(math.log2(a / b)) for a, b in pairs)

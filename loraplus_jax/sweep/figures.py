@@ -46,9 +46,9 @@ def heat_map(axes: Any, report: Report) -> None:
 
     first = min(row["step"] for row in report["search"])
     cells = cells_of([row for row in report["search"] if row["step"] == first])
-    fine = {place: loss for place, loss in cells.items() if loss is not None}
-    gone = [place for place, loss in cells.items() if loss is None]
-    points, losses = np.array(list(fine)), np.array(list(fine.values()))
+    finite = {point: loss for point, loss in cells.items() if loss is not None}
+    diverged = [point for point, loss in cells.items() if loss is None]
+    points, losses = np.array(list(finite)), np.array(list(finite.values()))
     rates = np.array(list(cells))
     ends = np.array([rates.min() / 1.6, rates.max() * 1.6])
     axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=1)
@@ -69,12 +69,12 @@ def heat_map(axes: Any, report: Report) -> None:
             color=colour,
             zorder=3,
         )
-    if gone:
-        axes.scatter(*np.array(gone).T, s=90, marker="x", color="black", zorder=3)
+    if diverged:
+        axes.scatter(*np.array(diverged).T, s=90, marker="x", color="black", zorder=3)
     for arm, best in report["chosen"].items():
-        place = best["learning_rate"], best["learning_rate"] * best["lr_ratio"]
+        point = best["learning_rate"], best["learning_rate"] * best["lr_ratio"]
         style = {"facecolors": "none", "edgecolors": COLOURS[arm], "linewidths": 3, "linestyle": LINES[arm]}
-        axes.scatter(*place, s=1.3 * size, marker="s", zorder=4, label=f"{NAMES[arm]}, chosen", **style)
+        axes.scatter(*point, s=1.3 * size, marker="s", zorder=4, label=f"{NAMES[arm]}, chosen", **style)
     if report["chosen"]:
         axes.legend(frameon=False, loc="upper left", fontsize=9, markerscale=0.5)
     axes.annotate(
@@ -97,12 +97,12 @@ def cells_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], flo
     >>> cells_of([{"learning_rate": 1.0, "lr_ratio": 2.0, "loss": None}])
     {(1.0, 2.0): None}
     """
-    found: dict[tuple[float, float], float | None] = {}
+    cells: dict[tuple[float, float], float | None] = {}
     for row in rows:
-        place = (row["learning_rate"], row["learning_rate"] * row["lr_ratio"])
-        losses = [loss for loss in (found.get(place), row["loss"]) if loss is not None]
-        found[place] = min(losses, default=None)
-    return found
+        cell = (row["learning_rate"], row["learning_rate"] * row["lr_ratio"])
+        losses = [loss for loss in (cells.get(cell), row["loss"]) if loss is not None]
+        cells[cell] = min(losses, default=None)
+    return cells
 
 
 def curves(axes: Any, report: Report) -> None:

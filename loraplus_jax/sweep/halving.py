@@ -32,11 +32,11 @@ def check_rungs(settings: SweepSettings, steps: int, warmup_steps: int) -> None:
     if settings.method == "grid":
         return
     stops = {share: rung_step(share, steps) for share in settings.rungs}
-    for (one, stop), (other, after) in itertools.pairwise(stops.items()):
-        if stop == after:
+    for (share, stop), (next_share, next_stop) in itertools.pairwise(stops.items()):
+        if stop == next_stop:
             raise ValueError(
-                f"sweep.rungs {one:g} and {other:g} are both step {stop} of {steps}: give one of them, or rungs "
-                "that are further apart"
+                f"sweep.rungs {share:g} and {next_share:g} are both step {stop} of {steps}: give one of them, or "
+                "rungs that are further apart"
             )
     share, stop = next(reversed(stops.items()))
     if stop == steps:
@@ -79,8 +79,8 @@ def spread_rows(split: Batch, other: Batch) -> Batch:
     >>> spread_rows({"x": np.arange(6)}, {"x": np.arange(3)})["x"].tolist()
     [0, 2, 4]
     """
-    size, wanted = (len(next(iter(columns.values()))) for columns in (split, other))
-    return {name: column[:: math.ceil(size / wanted)] for name, column in split.items()}
+    size, target_size = (len(next(iter(columns.values()))) for columns in (split, other))
+    return {name: column[:: math.ceil(size / target_size)] for name, column in split.items()}
 
 
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
@@ -94,9 +94,9 @@ def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
     """
     kept: list[Trial] = []
     for arm in dict.fromkeys(trial.arm for trial in scores):
-        ours = [trial for trial in scores if trial.arm == arm]
-        fine = [trial for trial in ours if math.isfinite(scores[trial])]
-        kept += sorted(fine, key=scores.__getitem__)[: max(1, math.ceil(keep * len(ours) - 1e-9))]
+        trials = [trial for trial in scores if trial.arm == arm]
+        finite = [trial for trial in trials if math.isfinite(scores[trial])]
+        kept += sorted(finite, key=scores.__getitem__)[: max(1, math.ceil(keep * len(trials) - 1e-9))]
     return [trial for trial in scores if trial in kept]
 
 
@@ -108,14 +108,14 @@ def at_rung(scores: Mapping[Trial, float], keep: float) -> tuple[dict[str, Trial
     by_arm: dict[str, list[Trial]] = {}
     for trial in survivors(scores, keep):
         by_arm.setdefault(trial.arm, []).append(trial)
-    alone = {arm: ours[0] for arm, ours in by_arm.items() if len(ours) == 1}
-    return alone, [trial for arm, ours in by_arm.items() if arm not in alone for trial in ours]
+    alone = {arm: trials[0] for arm, trials in by_arm.items() if len(trials) == 1}
+    return alone, [trial for arm, trials in by_arm.items() if arm not in alone for trial in trials]
 
 
 def best_of(scores: Mapping[Trial, float], arm: str) -> Trial | None:
     """The setting of an arm with the lowest score; None if all have diverged."""
-    fine = [trial for trial, score in scores.items() if trial.arm == arm and math.isfinite(score)]
-    return min(fine, key=scores.__getitem__, default=None)
+    finite = [trial for trial, score in scores.items() if trial.arm == arm and math.isfinite(score)]
+    return min(finite, key=scores.__getitem__, default=None)
 
 
 def means_of(losses: Mapping[tuple[Trial, int], float]) -> dict[Trial, float]:

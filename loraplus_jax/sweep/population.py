@@ -125,12 +125,12 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     shapes = build(widest, directory, data.task, config)
     check_rates(run.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
-    at_once, chunk, programs = _compiled(run, data, shapes, steps, mesh, places, at_once)
+    at_once, chunk, programs = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     parts = set_weights(widest, shapes, weights, config)
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
-    values = functools.cache(functools.partial(_first_values, run, directory, data, parts, weights))
-    first = functools.partial(_first, values, run, parts.specs, steps)
+    values = functools.cache(functools.partial(_initial_values, run, directory, data, parts, weights))
+    first = functools.partial(_initial_member, values, run, parts.specs, steps)
     metadata = describe_run(
         config,
         parts.specs,
@@ -151,9 +151,9 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
     def step(member: Members, frozen: Any, batch: Any) -> Members:
         rates = {"learning_rate": member.learning_rate, "lr_ratio": member.lr_ratio}
         tx = make_optimizer(run.shared_optimizer, None, steps, specs, **rates)
-        one = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
+        single_step = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
-        state, metrics = one(state, _scaled(frozen, specs, member), batch)
+        state, metrics = single_step(state, _with_scales(frozen, specs, member), batch)
         skipped = jnp.where(metrics["skipped"] > 0, member.skipped + 1, 0)
         alive = skipped < run.train.max_skipped
         return member.replace(state=state.replace(rng=member.state.rng), skipped=skipped, alive=alive)
@@ -166,10 +166,10 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
 
 def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
     """`(member, frozen, batch) -> {name: (sum, weight)}`; zeros for a member that is not alive."""
-    found = make_eval(evaluate)
+    single_eval = make_eval(evaluate)
 
     def pairs(member: Members, frozen: Any, batch: Any) -> Any:
-        return found(member.state.trainable, _scaled(frozen, specs, member), batch)
+        return single_eval(member.state.trainable, _with_scales(frozen, specs, member), batch)
 
     def pairs_if_alive(member: Members, frozen: Any, batch: Any) -> Any:
         shapes = jax.eval_shape(pairs, member, frozen, batch)
@@ -221,17 +221,17 @@ def fastest(seconds: Callable[[int], float], most: int) -> int:
     4
     """
     best, least = 1, seconds(1)
-    while 2 * best <= most and (found := seconds(2 * best)) < WORTHWHILE * least:
-        best, least = 2 * best, found
+    while 2 * best <= most and (seconds_each := seconds(2 * best)) < WORTHWHILE * least:
+        best, least = 2 * best, seconds_each
     return best
 
 
-def _scaled(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
+def _with_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
     """The frozen variables with the member's scales."""
     return {**frozen, SCALE: scale_variables(specs, member.scales)}
 
 
-def _first(
+def _initial_member(
     values: Callable[[int, int], Any], run: SweepRun, specs: Specs, steps: int, trial: Trial, seed: int
 ) -> Members:
     """A member before its first step: that of its single run."""
@@ -242,7 +242,7 @@ def _first(
     return _member(state, trial, {module: config.scale_of(module) for module in specs})
 
 
-def _first_values(
+def _initial_values(
     run: SweepRun,
     directory: Path,
     data: Data,
@@ -258,7 +258,7 @@ def _first_values(
     settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
     shapes = build(settings, directory, data.task, settings.applied)
     trainable = set_weights(settings, shapes, weights, settings.applied).trainable
-    return jax.tree.map(_padded, trainable, widest.trainable)
+    return jax.tree.map(_pad_to, trainable, widest.trainable)
 
 
 def _member(state: TrainState, trial: Trial, scales: Mapping[str, float]) -> Members:
@@ -272,12 +272,12 @@ def _member(state: TrainState, trial: Trial, scales: Mapping[str, float]) -> Mem
     )
 
 
-def _padded(leaf: Any, like: Any) -> np.ndarray:
-    more = [(0, wide - size) for size, wide in zip(leaf.shape, like.shape, strict=True)]
-    return np.pad(np.asarray(leaf), more)
+def _pad_to(leaf: Any, like: Any) -> np.ndarray:
+    padding = [(0, wide - size) for size, wide in zip(leaf.shape, like.shape, strict=True)]
+    return np.pad(np.asarray(leaf), padding)
 
 
-def _compiled(
+def _compile_programs(
     run: SweepRun,
     data: Data,
     shapes: Parts,
@@ -287,13 +287,13 @@ def _compiled(
     at_once: int | None,
 ) -> tuple[int, int, Programs]:
     """Members at once, members a call, and the programs; memory is checked."""
-    made = functools.cache(functools.partial(_programs, run, data, shapes, steps, mesh, places))
-    device, each = mesh.devices.flat[0], -(-places // mesh.size)
+    compile_for = functools.cache(functools.partial(_programs, run, data, shapes, steps, mesh, places))
+    device, per_device = mesh.devices.flat[0], -(-places // mesh.size)
     if at_once is None and needs_no_measuring(device):
         at_once = 1
     if at_once is None:
-        at_once = fastest(lambda size: _measured(*made(size), mesh, size), each)
-    chunk, programs = made(at_once)
+        at_once = fastest(lambda size: _measured(*compile_for(size), mesh, size), per_device)
+    chunk, programs = compile_for(at_once)
     check_memory(programs, device, len(mesh.local_devices))
     return at_once, chunk, programs
 
@@ -306,7 +306,7 @@ def _programs(
     step = make_member_step(run, losses, shapes.specs, steps)
     evaluate = make_member_eval(losses.evaluate, shapes.specs)
     chunk = mesh.size * (at_once if at_once > 1 else -(-places // mesh.size))
-    members = jax.eval_shape(functools.partial(_example, run, shapes, steps))
+    members = jax.eval_shape(functools.partial(_zero_member, run, shapes, steps))
     members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk, *x.shape), x.dtype), members)
 
     def batch(size: tuple[int, ...], split: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -322,7 +322,7 @@ def _programs(
     )
 
 
-def _example(run: SweepRun, shapes: Parts, steps: int) -> Members:
+def _zero_member(run: SweepRun, shapes: Parts, steps: int) -> Members:
     """A member of zeros, for its shapes."""
     trainable = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)
     tx = make_optimizer(run.shared_optimizer, run.applied, steps, shapes.specs)

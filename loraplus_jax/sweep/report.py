@@ -56,7 +56,7 @@ def make_report(
     comparisons = [compare(runs, "lora_plus", other, metric) for other in others]
     best, why = favoured(comparisons[0])
     lora = called(report["protocol"]["settings"], report["at_the_edge"])
-    place = Path(run.output_dir).expanduser() / WINNER
+    path = Path(run.output_dir).expanduser() / WINNER
     return {
         **report,
         "complete": True,
@@ -64,7 +64,7 @@ def make_report(
         "verdict": verdict(comparisons[0], chosen, run.sweep.target, lora),
         "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
         "why": why,
-        "command": None if best is None else f"loraplus train {shlex.quote(str(place))}",
+        "command": None if best is None else f"loraplus train {shlex.quote(str(path))}",
     }
 
 
@@ -113,17 +113,17 @@ def at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[st
     >>> at_the_edge(tried, {"lora": tried[2]})
     ['LoRA: learning_rate 0.01 is the largest tried']
     """
-    found = []
+    lines = []
     for arm, best in chosen.items():
         for name in ("learning_rate", "lr_ratio"):
             values = {getattr(trial, name) for trial in trials if trial.arm == arm}
             value = getattr(best, name)
             if len(values) == 1:
-                found += [f"{NAMES[arm]}: {name} {value:g} is the only one tried"] * (name == "learning_rate")
+                lines += [f"{NAMES[arm]}: {name} {value:g} is the only one tried"] * (name == "learning_rate")
             elif value in (min(values), max(values)):
                 end = "largest" if value == max(values) else "least"
-                found.append(f"{NAMES[arm]}: {name} {value:g} is the {end} tried")
-    return found
+                lines.append(f"{NAMES[arm]}: {name} {value:g} is the {end} tried")
+    return lines
 
 
 def _protocol(run: SweepRun, steps: int, metric: str) -> Row:
@@ -162,16 +162,15 @@ def _member_steps(run: SweepRun, rows: Sequence[Row], steps: int) -> Row:
 
 def _search(rows: Sequence[Row]) -> list[Row]:
     """Each setting at each stop that it came to: the mean loss over the seeds, null if one of them diverged."""
-    found = []
+    results = []
     search = [row for row in rows if row["stage"] == "search"]
     for stop in sorted({row["step"] for row in search}):
-        here = [row for row in search if row["step"] == stop]
-        losses = {(Trial(*row["trial"]), row["seed"]): _score(row["loss"]) for row in here}
+        at_stop = [row for row in search if row["step"] == stop]
+        losses = {
+            (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
+            for row in at_stop
+        }
         for trial, loss in means_of(losses).items():
             value = loss if math.isfinite(loss) else None
-            found.append({"step": stop, "arm": trial.arm, **trial._asdict(), "loss": value})
-    return found
-
-
-def _score(loss: float | None) -> float:
-    return math.nan if loss is None else loss
+            results.append({"step": stop, "arm": trial.arm, **trial._asdict(), "loss": value})
+    return results

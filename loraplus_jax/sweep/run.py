@@ -247,14 +247,14 @@ class Sweep:
         A member whose loss is not finite is stopped.
         """
         rows = self.curve_split if split == "curve" else self.population.data.splits[split]
-        found = self.crew.evaluate(rows, self.run.train.eval_batch_size)
-        for number, values in found.items():
+        results = self.crew.evaluate(rows, self.run.train.eval_batch_size)
+        for number, values in results.items():
             arm, trial, seed = self.entries[number]
-            fine = math.isfinite(values["loss"])
-            values = values | self.population.data.task.derived(values) if fine else dict.fromkeys(values)
+            finite = math.isfinite(values["loss"])
+            values = values | self.population.data.task.derived(values) if finite else dict.fromkeys(values)
             where = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
             self.rows.append({**where, "split": split, **values})
-        self.crew.stop(number for number, values in found.items() if not math.isfinite(values["loss"]))
+        self.crew.stop(number for number, values in results.items() if not math.isfinite(values["loss"]))
 
     def choose(self) -> None:
         """Keeps what goes on after a rung; chooses each arm's best at the end, or before what is left alone."""

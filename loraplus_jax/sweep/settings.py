@@ -40,12 +40,12 @@ def _check_list(name: str, values: tuple | None, check: Callable[[str, Any], Non
         raise ValueError(f"{name} holds a value twice: {list(values)}")
 
 
-def _check_apart(name: str, values: tuple[float, ...] | None) -> None:
+def _check_distinct(name: str, values: tuple[float, ...] | None) -> None:
     """Values that differ in the fourth digit alone are the same setting, tried twice."""
-    seen: dict[float, float] = {}
+    first: dict[float, float] = {}
     for value in values or ():
-        if (other := seen.setdefault(_short(value), value)) != value:
-            raise ValueError(f"{name} holds {other!r} and {value!r}, which are the same to three digits")
+        if (earlier := first.setdefault(_short(value), value)) != value:
+            raise ValueError(f"{name} holds {earlier!r} and {value!r}, which are the same to three digits")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class SweepSettings:
     def __post_init__(self) -> None:
         for name in ("learning_rates", "lr_ratios", "lora_learning_rates", "alphas"):
             _check_list(name, getattr(self, name), lambda place, value: check_number(place, value, above=0.0))
-            _check_apart(name, getattr(self, name))
+            _check_distinct(name, getattr(self, name))
         _check_list("ranks", self.ranks, lambda place, value: check_whole(place, value, at_least=1))
         _check_list("seeds", self.seeds, lambda place, value: check_whole(place, value, at_least=0))
         if ones := [ratio for ratio in self.lr_ratios if _short(ratio) == 1.0]:
@@ -214,7 +214,7 @@ class SweepRun(Settings):
     @property
     def trials(self) -> tuple[Trial, ...]:
         """Every setting of the search, those of plain LoRA first."""
-        return _drawn(self) if self.sweep.samples is not None else _grid(self)
+        return _sample_trials(self) if self.sweep.samples is not None else _grid_trials(self)
 
     @property
     def shared_optimizer(self) -> OptimizerSettings:
@@ -263,8 +263,10 @@ def _check_size(run: SweepRun) -> None:
 
 def _rates(run: SweepRun) -> tuple[float, ...]:
     """eta_A of LoRA+; the recipe's own rate to all its digits."""
-    own = run.optimizer.learning_rate
-    return run.sweep.learning_rates or tuple(own if f == 1.0 else _short(f * own) for f in RATES_AROUND)
+    base_rate = run.optimizer.learning_rate
+    return run.sweep.learning_rates or tuple(
+        base_rate if f == 1.0 else _short(f * base_rate) for f in RATES_AROUND
+    )
 
 
 def _lora_rates(run: SweepRun) -> tuple[float, ...]:
@@ -276,12 +278,12 @@ def _lora_rates(run: SweepRun) -> tuple[float, ...]:
     return tuple(map(_short, np.geomspace(low, high, len(rates) * len(ratios))))
 
 
-def _grid(run: SweepRun) -> tuple[Trial, ...]:
+def _grid_trials(run: SweepRun) -> tuple[Trial, ...]:
     lora_rates = _lora_rates(run)
-    if (different := len(set(lora_rates))) < len(lora_rates):
+    if (distinct := len(set(lora_rates))) < len(lora_rates):
         raise ValueError(
             f"sweep.lora_learning_rates is not given, and of {len(lora_rates)} rates from {lora_rates[0]:g} to "
-            f"{lora_rates[-1]:g}, as many as LoRA+ has settings, only {different} differ in three digits: give it, "
+            f"{lora_rates[-1]:g}, as many as LoRA+ has settings, only {distinct} differ in three digits: give it, "
             "or sweep.learning_rates and lr_ratios that are further apart"
         )
     shared = list(itertools.product(run.sweep.alphas or (run.lora.alpha,), run.ranks))
@@ -292,7 +294,7 @@ def _grid(run: SweepRun) -> tuple[Trial, ...]:
     return tuple(Trial(*pair, *rest) for pair in pairs for rest in shared)
 
 
-def _drawn(run: SweepRun) -> tuple[Trial, ...]:
+def _sample_trials(run: SweepRun) -> tuple[Trial, ...]:
     """Settings drawn by the run's seed, as many different ones of each arm."""
     rng, count = np.random.default_rng(run.seed), run.sweep.samples or 0
     alphas = run.sweep.alphas or (run.lora.alpha,)
@@ -303,16 +305,16 @@ def _drawn(run: SweepRun) -> tuple[Trial, ...]:
         return min(max(_short(np.exp(rng.uniform(np.log(low), np.log(high)))), low), high)
 
     def different(arm: Arm, rates: tuple[float, ...], ratios: tuple[float, ...]) -> list[Trial]:
-        found: dict[Trial, None] = {}
+        trials: dict[Trial, None] = {}
         for _ in range(DRAWS * count):
-            more = alphas[rng.integers(len(alphas))], run.ranks[rng.integers(len(run.ranks))]
-            trial = Trial(between(rates), between(ratios), *more)
+            alpha_and_rank = alphas[rng.integers(len(alphas))], run.ranks[rng.integers(len(run.ranks))]
+            trial = Trial(between(rates), between(ratios), *alpha_and_rank)
             if trial.arm == arm:  # a lambda that rounds to 1 is plain LoRA's
-                found[trial] = None
-            if len(found) == count:
-                return list(found)
+                trials[trial] = None
+            if len(trials) == count:
+                return list(trials)
         raise ValueError(
-            f"sweep.samples is {count}, and {DRAWS * count:,} draws found only {len(found)} settings of "
+            f"sweep.samples is {count}, and {DRAWS * count:,} draws found only {len(trials)} settings of "
             f"{NAMES[arm]} that differ in three digits: give fewer samples, or lists whose ends are further apart"
         )
 

@@ -67,9 +67,9 @@ class Crew:
         """One step of every member, each on its own batch."""
         programs, frozen = self.population.programs, self.population.parts.frozen
         shardings = programs.step.input_shardings[0][2]
-        some = next(iter(batches.values()))  # what an empty place gets does not matter
+        filler = next(iter(batches.values()))  # what an empty place gets does not matter
         for chunk in self._busy():
-            parts = [batches.get(number, some) for number in self.places_in(chunk)]
+            parts = [batches.get(number, filler) for number in self.places_in(chunk)]
             batch = jax.tree.map(lambda *columns: np.stack(columns), *parts)
             batch = jax.device_put(batch, shardings)
             self.chunks[chunk] = programs.step(self.chunks[chunk], frozen, batch)
@@ -86,20 +86,20 @@ class Crew:
                 totals[chunk] = (
                     jax.tree.map(lambda a, b: a + b, totals[chunk], pairs) if chunk in totals else pairs
                 )
-        found = {}
+        results = {}
         for chunk, total in totals.items():
             values, alive = jax.device_get((means(total), self.chunks[chunk].alive))
             for place, number in enumerate(self.places_in(chunk)):
                 if number >= 0:
                     row = {name: float(column[place]) for name, column in values.items()}
-                    found[number] = row if alive[place] else dict.fromkeys(row, math.nan)
-        return dict(sorted(found.items()))
+                    results[number] = row if alive[place] else dict.fromkeys(row, math.nan)
+        return dict(sorted(results.items()))
 
     def stop(self, numbers: Iterable[int]) -> None:
         """Members that take no more steps."""
-        gone = set(numbers)
+        stopped = set(numbers)
         for chunk, members in enumerate(self.chunks):
-            stays = np.array([number not in gone for number in self.places_in(chunk)])
+            stays = np.array([number not in stopped for number in self.places_in(chunk)])
             alive = np.asarray(members.alive) & stays
             self.chunks[chunk] = members.replace(alive=jax.device_put(alive, members.alive.sharding))
 

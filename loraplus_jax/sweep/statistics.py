@@ -42,8 +42,8 @@ def ratio_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, A
     >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
     2.0
     """
-    found = interval([math.log(a / b) for a, b in zip(over, under, strict=True)])
-    return {k: v if k == "pairs" or v is None else math.exp(v) for k, v in found.items()}
+    logs = interval([math.log(a / b) for a, b in zip(over, under, strict=True)])
+    return {k: v if k == "pairs" or v is None else math.exp(v) for k, v in logs.items()}
 
 
 def steps_to(curve: Curve, target: float) -> float | None:
@@ -54,16 +54,16 @@ def steps_to(curve: Curve, target: float) -> float | None:
     >>> steps_to([(0, 1.0), (10, 0.5), (20, 0.3)], 0.4), steps_to([(0, 1.0), (10, 0.5)], 0.2)
     (15.0, None)
     """
-    before: tuple[int, float] | None = None
+    previous: tuple[int, float] | None = None
     for step, loss in curve:
         if loss is None:
             return None
         if loss <= target:
-            if before is None:
+            if previous is None:
                 return 1.0
-            share = (before[1] - target) / (before[1] - loss)
-            return max(1.0, before[0] + share * (step - before[0]))
-        before = (step, loss)
+            share = (previous[1] - target) / (previous[1] - loss)
+            return max(1.0, previous[0] + share * (step - previous[0]))
+        previous = (step, loss)
     return None
 
 
@@ -86,7 +86,7 @@ def runs_of(rows: Sequence[Row], steps: int, target: float | None) -> list[Row]:
         else:
             run["curve"].append([row["step"], row["loss"]])
     for run in runs.values():
-        curve, goal = run["curve"], _target(runs, run["seed"], steps) if target is None else target
+        curve, goal = run["curve"], _shared_target(runs, run["seed"], steps) if target is None else target
         start = curve[0][1] if curve else None
         run["target"], run["diverged"] = goal, any(loss is None for _, loss in curve)
         run["at_start"] = goal is not None and start is not None and start <= goal
@@ -98,7 +98,7 @@ def runs_of(rows: Sequence[Row], steps: int, target: float | None) -> list[Row]:
 _KEYS = ("stage", "arm", "trial", "seed", "step", "split")
 
 
-def _target(runs: Mapping[tuple[str, int], Row], seed: int, steps: int) -> float | None:
+def _shared_target(runs: Mapping[tuple[str, int], Row], seed: int, steps: int) -> float | None:
     """The worse of the two final losses; None where one of the two has none."""
     curves = [runs[arm, seed]["curve"] for arm in ("lora", "lora_plus") if (arm, seed) in runs]
     finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
@@ -115,7 +115,7 @@ def compare(runs: Sequence[Row], first: str, second: str, metric: str) -> Row:
     by_seed = {arm: {run["seed"]: run for run in runs if run["arm"] == arm} for arm in (first, second)}
     seeds = [seed for seed in by_seed[first] if seed in by_seed[second]]
     pairs = [(by_seed[first][seed], by_seed[second][seed]) for seed in seeds]
-    ended = [(a["test"], b["test"]) for a, b in pairs if _ended(a) and _ended(b)]
+    ended = [(a["test"], b["test"]) for a, b in pairs if _has_result(a) and _has_result(b)]
     steps = [(a["steps_to_target"], b["steps_to_target"]) for a, b in pairs]
     reached = [(a, b) for a, b in steps if a is not None and b is not None]
     return {
@@ -134,7 +134,7 @@ def compare(runs: Sequence[Row], first: str, second: str, metric: str) -> Row:
     }
 
 
-def _ended(run: Row) -> bool:
+def _has_result(run: Row) -> bool:
     return run["test"] is not None and not run["diverged"]
 
 
@@ -149,18 +149,18 @@ def verdict(
       target: as given, or None.
       lora: what to call LoRA; tuned only if it was, see `called`.
     """
-    text = f"{_on_steps(comparison, chosen, target, lora)}; {_loss(comparison)}."
+    text = f"{_steps_clause(comparison, chosen, target, lora)}; {_loss_clause(comparison)}."
     return text[0].upper() + text[1:]
 
 
-def _on_steps(comparison: Row, chosen: Mapping[str, Trial], target: float | None, lora: str) -> str:
+def _steps_clause(comparison: Row, chosen: Mapping[str, Trial], target: float | None, lora: str) -> str:
     ours = f"LoRA+ with lambda={chosen['lora_plus'].lr_ratio:g}"
     names = {"lora_plus": ours, "lora": lora}
     goal = "the same test loss" if target is None else f"a test loss of {target:g}"
-    found, pairs, faster = comparison["steps_ratio"], comparison["pairs"], sooner(comparison)
-    evidence = f"95 % interval, {found['pairs']} paired seeds"
+    ratio, pairs, faster = comparison["steps_ratio"], comparison["pairs"], sooner(comparison)
+    evidence = f"95 % interval, {ratio['pairs']} paired seeds"
     if any(comparison["diverged"].values()):
-        return f"no verdict on steps: {_each(comparison['diverged'], names, pairs, 'diverged on')}"
+        return f"no verdict on steps: {_counts_clause(comparison['diverged'], names, pairs, 'diverged on')}"
     if comparison["at_start"]:
         what = (
             "LoRA or LoRA+ ended no lower than it started"
@@ -170,24 +170,26 @@ def _on_steps(comparison: Row, chosen: Mapping[str, Trial], target: float | None
         return f"no verdict on steps: on {comparison['at_start']} of {pairs} seeds {what}"
     if any(comparison["alone"].values()):
         first = "" if faster else "no verdict on steps: "
-        reached = {arm: count + found["pairs"] for arm, count in comparison["alone"].items()}
-        return f"{first}{_each(reached, names, pairs, f'reached {goal} on')}"
-    if not found["pairs"]:
+        reached = {arm: count + ratio["pairs"] for arm, count in comparison["alone"].items()}
+        return f"{first}{_counts_clause(reached, names, pairs, f'reached {goal} on')}"
+    if not ratio["pairs"]:
         return f"no verdict on steps: {goal} was reached on none of {pairs} seeds"
-    if found["low"] is None or found["pairs"] < pairs:
-        return f"no verdict on steps: {goal} was reached on {found['pairs']} of {pairs} seeds"
+    if ratio["low"] is None or ratio["pairs"] < pairs:
+        return f"no verdict on steps: {goal} was reached on {ratio['pairs']} of {pairs} seeds"
     if faster is None:
         what = "difference" if lower(comparison) is None else "difference in steps"
-        return f"no {what} found: {lora} takes {_range(found)} the steps of {ours} to {goal} ({evidence})"
+        return (
+            f"no {what} found: {lora} takes {_range_text(ratio)} the steps of {ours} to {goal} ({evidence})"
+        )
     if faster == "lora":
-        found = {k: 1 / found[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
+        ratio = {k: 1 / ratio[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
     other = names["lora" if faster == "lora_plus" else "lora_plus"]
-    return f"{names[faster]} needs {_range(found)} fewer steps than {other} to {goal} ({evidence})"
+    return f"{names[faster]} needs {_range_text(ratio)} fewer steps than {other} to {goal} ({evidence})"
 
 
-def _each(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, what: str) -> str:
-    (first, one), (second, two) = counts.items()
-    return f"{names[first]} {what} {one}, {names[second]} on {two} of {pairs} seeds"
+def _counts_clause(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, what: str) -> str:
+    (first, first_count), (second, second_count) = counts.items()
+    return f"{names[first]} {what} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
 
 
 def sooner(comparison: Row) -> str | None:
@@ -195,25 +197,29 @@ def sooner(comparison: Row) -> str | None:
 
     Where some runs never reach it, the one that reaches it alone on so many seeds that a sign test is sure of it.
     """
-    found, alone = comparison["steps_ratio"], comparison["alone"]
+    ratio, alone = comparison["steps_ratio"], comparison["alone"]
     if any(comparison["diverged"].values()) or comparison["at_start"]:
         return None
     if any(alone.values()):
         sure = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue < 1 - LEVEL
         return max(alone, key=alone.__getitem__) if sure else None
-    if found["low"] is None or found["pairs"] < comparison["pairs"]:
+    if ratio["low"] is None or ratio["pairs"] < comparison["pairs"]:
         return None
-    return _side(1.0, found, above=comparison["first"], below=comparison["second"])
+    return _favoured_side(1.0, ratio, above=comparison["first"], below=comparison["second"])
 
 
 def lower(comparison: Row) -> str | None:
     """The arm whose test loss is surely lower, if one is."""
-    found = comparison["test_loss"]
-    return None if found["low"] is None else _side(0.0, found, comparison["second"], comparison["first"])
+    difference = comparison["test_loss"]
+    return (
+        None
+        if difference["low"] is None
+        else _favoured_side(0.0, difference, comparison["second"], comparison["first"])
+    )
 
 
-def _side(even: float, found: Mapping[str, Any], above: str, below: str) -> str | None:
-    return above if found["low"] > even else below if found["high"] < even else None
+def _favoured_side(even: float, estimate: Mapping[str, Any], above: str, below: str) -> str | None:
+    return above if estimate["low"] > even else below if estimate["high"] < even else None
 
 
 def favoured(comparison: Row) -> tuple[str | None, str]:
@@ -256,13 +262,15 @@ def called(counts: Mapping[str, int], edges: Sequence[str]) -> str:
     return "tuned LoRA" if edge is None else "LoRA, whose best rate lies at the edge of those tried,"
 
 
-def _range(found: Mapping[str, Any]) -> str:
-    return f"{found['mean']:.2f} x [{found['low']:.2f}, {found['high']:.2f}]"
+def _range_text(ratio: Mapping[str, Any]) -> str:
+    return f"{ratio['mean']:.2f} x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
-def _loss(comparison: Row) -> str:
-    found = comparison["test_loss"]
-    if found["mean"] is None:
+def _loss_clause(comparison: Row) -> str:
+    difference = comparison["test_loss"]
+    if difference["mean"] is None:
         return "no pair of runs has test results"
-    text = f"test loss of LoRA+ minus LoRA's {found['mean']:+.4f}"
-    return text if found["low"] is None else f"{text} [{found['low']:+.4f}, {found['high']:+.4f}]"
+    text = f"test loss of LoRA+ minus LoRA's {difference['mean']:+.4f}"
+    return (
+        text if difference["low"] is None else f"{text} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    )

@@ -37,8 +37,8 @@ HEADS = {True: "embed_tokens", False: "lm_head"}
 def load_data(settings: Settings, directory: Path) -> Data:
     """Reads, checks and tokenizes the splits with the tokenizer and chat template of a model."""
     tools = text_tools(settings, directory, None)
-    own = None if settings.data.template in ("model", "plain") else tools[1].source
-    task = LanguageTask(kind=settings.task, template=own)  # pyright: ignore[reportArgumentType]
+    custom_template = None if settings.data.template in ("model", "plain") else tools[1].source
+    task = LanguageTask(kind=settings.task, template=custom_template)  # pyright: ignore[reportArgumentType]
     rows = _load_splits(settings)
     splits, truncated = {}, {}
     for name, examples in rows.items():
@@ -46,7 +46,7 @@ def load_data(settings: Settings, directory: Path) -> Data:
             splits[name], truncated[name] = encode_choices(examples, *tools, settings.data.max_length), 0
         else:
             splits[name], truncated[name] = _encode(settings, tools, examples)
-    _widen(splits)
+    _pad_choices(splits)
     return Data(task, splits, {name: len(examples) for name, examples in rows.items()}, truncated)
 
 
@@ -94,14 +94,14 @@ def model_config(directory: Path) -> LlamaConfig:
 
 def make_base(settings: Settings, directory: Path, task: Any) -> Base:
     """The language model; it takes `input_ids` and `segment_ids`."""
-    config, given = model_config(directory), settings.model
+    config, model_settings = model_config(directory), settings.model
     model = Llama(
         config,
-        jnp.dtype(given.dtype),
-        jnp.dtype(given.param_dtype),
-        given.unroll,
-        given.remat,
-        given.attention,
+        jnp.dtype(model_settings.dtype),
+        jnp.dtype(model_settings.param_dtype),
+        model_settings.unroll,
+        model_settings.remat,
+        model_settings.attention,
     )
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     return Base(model, name_table(config), (), inputs, SHARDING, tensor_sizes(config))
@@ -125,7 +125,7 @@ def head_is_frozen(parts: Parts) -> bool:
 
 
 def _load_splits(settings: Settings) -> dict[str, list[Any]]:
-    return split_files(settings.data, functools.partial(_read, settings), _split)
+    return split_files(settings.data, functools.partial(_read, settings), _split_by_question)
 
 
 def _read(settings: Settings, value: str) -> list[Any]:
@@ -133,38 +133,41 @@ def _read(settings: Settings, value: str) -> list[Any]:
     return read(resolve(value, "data"), settings.data.column_names)
 
 
-def _split(examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int) -> dict[str, list]:
-    """By what the user says first: the same question is never in two splits."""
-    texts = [e.prompt if isinstance(e, Question) else _asked(e) for e in examples]
-    homes = split_texts(texts, shares, seed, where=examples[0].place.rpartition(":")[0])
-    return {name: [examples[i] for i in indices] for name, indices in homes.items()}
-
-
-def _asked(chat: Chat) -> str:
-    return next(turn.text for turn in chat.turns if turn.role in ("user", "text"))
+def _split_by_question(
+    examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int
+) -> dict[str, list]:
+    """Splits by the first user message: the same question is never in two splits."""
+    texts = [
+        e.prompt
+        if isinstance(e, Question)
+        else next(turn.text for turn in e.turns if turn.role in ("user", "text"))
+        for e in examples
+    ]
+    splits = split_texts(texts, shares, seed, where=examples[0].place.rpartition(":")[0])
+    return {name: [examples[i] for i in indices] for name, indices in splits.items()}
 
 
 def _encode(
     settings: Settings, tools: tuple[Tokenizer, ChatTemplate], examples: Sequence[Chat | Question]
 ) -> tuple[Batch, int]:
-    """Rows of `max_length` tokens, and how many conversations were cut."""
-    chats = [_answered(e) if isinstance(e, Question) else e for e in examples]
-    given = settings.data
-    sequences = tokenize_chats(chats, *tools, given.max_length, answers=given.answers)
-    make = pack if given.packing else pad
-    return make(sequences, given.max_length), sequences.truncated
+    """Rows of `max_length` tokens, and how many conversations were truncated."""
+    chats = []
+    for example in examples:
+        if isinstance(example, Question):
+            answer = Turn("assistant", example.choices[example.answer])
+            chats.append(Chat((Turn("user", example.prompt), answer), example.place))
+        else:
+            chats.append(example)
+    length = settings.data.max_length
+    sequences = tokenize_chats(chats, *tools, length, answers=settings.data.answers)
+    return (pack if settings.data.packing else pad)(sequences, length), sequences.truncated
 
 
-def _answered(question: Question) -> Chat:
-    turns = (Turn("user", question.prompt), Turn("assistant", question.choices[question.answer]))
-    return Chat(turns, question.place)
-
-
-def _widen(splits: dict[str, Batch]) -> None:
-    """Gives all questions the same number of places for choices, so that one program evaluates every split."""
+def _pad_choices(splits: dict[str, Batch]) -> None:
+    """Pads all questions to the same number of choices, so that one compiled program evaluates every split."""
     widest = max((x["byte_lengths"].shape[1] for x in splits.values() if "byte_lengths" in x), default=0)
     for columns in splits.values():
         for name in ("input_ids", "segment_ids", "loss_mask", "byte_lengths") if "answer" in columns else ():
             array = columns[name]
-            more = [(0, 0), (0, widest - array.shape[1]), *([(0, 0)] * (array.ndim - 2))]
-            columns[name] = np.pad(array, more, constant_values=1 if name == "byte_lengths" else 0)
+            padding = [(0, 0), (0, widest - array.shape[1]), *([(0, 0)] * (array.ndim - 2))]
+            columns[name] = np.pad(array, padding, constant_values=1 if name == "byte_lengths" else 0)

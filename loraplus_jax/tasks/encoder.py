@@ -31,7 +31,7 @@ def load_data(settings: Settings, directory: Path) -> Data:
     encoded = {name: encode(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
-    return Data(task, splits, sizes, {name: cut for name, (_, cut) in encoded.items()})
+    return Data(task, splits, sizes, {name: truncated for name, (_, truncated) in encoded.items()})
 
 
 def without_data(settings: Settings) -> Data:
@@ -96,22 +96,22 @@ def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
 
 def make_base(settings: Settings, directory: Path, task: Task) -> Base:
     """The encoder with its new head; it takes `input_ids`, `attention_mask` and `token_type_ids`."""
-    given = settings.model
-    config = model_config(given, directory)
+    model_settings = settings.model
+    config = model_config(model_settings, directory)
     model = BertForSequence(
         config,
         task.num_outputs,
-        given.pooling,
-        jnp.dtype(given.dtype),
-        jnp.dtype(given.param_dtype),
-        given.unroll,
-        given.head_dropout,
+        model_settings.pooling,
+        jnp.dtype(model_settings.dtype),
+        jnp.dtype(model_settings.param_dtype),
+        model_settings.unroll,
+        model_settings.head_dropout,
     )
     inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    return Base(model, name_table(given.pooling), ("head",), inputs, SHARDING, tensor_sizes(config))
+    return Base(model, name_table(model_settings.pooling), ("head",), inputs, SHARDING, tensor_sizes(config))
 
 
 def make_losses(settings: Settings, task: Any, parts: Parts, mesh: Mesh | None = None) -> Losses:
-    """The same loss for both."""
+    """The same loss for training and evaluation."""
     loss_fn = task.loss_fn(parts.model)
     return Losses(loss_fn, loss_fn)

@@ -61,7 +61,7 @@ class LanguageTask:
         token_losses = functools.partial(_token_losses, model, chunk)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
-            mask = _next(batch["loss_mask"]) * batch["weight"][:, None]
+            mask = _shift_mask(batch["loss_mask"]) * batch["weight"][:, None]
             losses = token_losses(variables, batch["input_ids"], batch["segment_ids"], rng)
             return (jnp.sum(losses * mask), jnp.sum(mask)), {}
 
@@ -79,28 +79,31 @@ class LanguageTask:
             ids = batch["input_ids"]
             rows, choices, length = ids.shape
             ids, segments = (x.reshape(rows * choices, length) for x in (ids, batch["segment_ids"]))
-            mask = _next(batch["loss_mask"])
+            mask = _shift_mask(batch["loss_mask"])
             losses = token_losses(variables, ids, segments, rng).reshape(mask.shape) * mask
             weight, answer = batch["weight"], batch["answer"]
             total = -jnp.sum(losses, axis=-1)
             absent = jnp.arange(choices)[None] >= batch["n_choices"][:, None]
 
-            def right(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+            def accuracy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
                 best = jnp.argmax(jnp.where(absent, -jnp.inf, scores), axis=-1)
                 return jnp.sum((best == answer) * weight), jnp.sum(weight)
 
-            def chosen(values: jax.Array) -> jax.Array:
-                of_right = jnp.take_along_axis(values, answer[:, None], axis=1)[:, 0]
-                return jnp.sum(of_right * weight)
+            def of_answer(values: jax.Array) -> jax.Array:
+                picked = jnp.take_along_axis(values, answer[:, None], axis=1)[:, 0]
+                return jnp.sum(picked * weight)
 
-            loss = (chosen(-total), chosen(jnp.sum(mask, axis=-1)))
-            return loss, {"accuracy": right(total), "accuracy_per_byte": right(total / batch["byte_lengths"])}
+            loss = (of_answer(-total), of_answer(jnp.sum(mask, axis=-1)))
+            return loss, {
+                "accuracy": accuracy(total),
+                "accuracy_per_byte": accuracy(total / batch["byte_lengths"]),
+            }
 
         return loss_fn
 
 
-def _next(mask: jax.Array) -> jax.Array:
-    """Moved to the token that predicts: `mask[..., t]` says whether token t + 1 counts."""
+def _shift_mask(mask: jax.Array) -> jax.Array:
+    """Shifts the mask to the predicting token: `mask[..., t]` says whether token t + 1 counts."""
     return jnp.pad(mask[..., 1:], [(0, 0)] * (mask.ndim - 1) + [(0, 1)])
 
 

@@ -73,10 +73,10 @@ class Speaker:
                 f"the chat template of {self.template.origin} makes no tokens of prompt {empty[0]} "
                 f"of {len(prompts)}"
             )
-        if long := [len(ids) for ids in prompts if len(ids) > self.longest]:
+        if too_long := [len(ids) for ids in prompts if len(ids) > self.longest]:
             number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
             raise ValueError(
-                f"prompt {number} of {len(prompts)} has {long[0]} tokens; with the longest answer asked for "
+                f"prompt {number} of {len(prompts)} has {too_long[0]} tokens; with the longest answer asked for "
                 f"the model takes {self.longest}: make it or the answer shorter"
             )
         return prompts
@@ -99,8 +99,8 @@ class Speaker:
         ids, segments = left_padded([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
         batches = [slice(at, at + rows) for at in range(0, len(ids), rows)]
-        found = [self.generate(variables, ids[at], segments[at], sampling, keys[at]) for at in batches]
-        tokens = np.concatenate(gather_to_host(found))[: len(prompts)]
+        batch_tokens = [self.generate(variables, ids[at], segments[at], sampling, keys[at]) for at in batches]
+        tokens = np.concatenate(gather_to_host(batch_tokens))[: len(prompts)]
         if np.any(tokens == NOT_FINITE):
             raise ValueError(
                 "the model's scores are not finite: look at the weights and the dtype, and at training"
@@ -137,7 +137,7 @@ def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]
     """
     chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
     try:
-        found = tokenize_chats([chat], tokenizer, template, 1 << 20)
+        sequences = tokenize_chats([chat], tokenizer, template, 1 << 20)
     except ValueError:
         return ()
-    return (int(found.ids[0][found.masks[0] > 0][-1]),)
+    return (int(sequences.ids[0][sequences.masks[0] > 0][-1]),)

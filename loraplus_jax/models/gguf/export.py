@@ -1,4 +1,4 @@
-"""A tuned model that came from a GGUF file as one again: metadata and tokenizer copied, weights merged."""
+"""Exports a tuned model to GGUF: copies the base file's metadata and tokenizer and merges the weights."""
 
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ def write_gguf(target: Path, source: Path, merge: Merge, dtype: str) -> None:
     import gguf as package
 
     file = gguf.read(source)
-    weights, kinds = gguf.Weights(file), {n: _kind(t.shape, dtype) for n, t in file.tensors.items()}
+    weights, kinds = gguf.Weights(file), {n: _storage_type(t.shape, dtype) for n, t in file.tensors.items()}
     writer = package.GGUFWriter(target, file.architecture)
     _copy_metadata(package.GGUFReader(source), writer, DTYPES[dtype])
     for name, tensor in file.tensors.items():
-        sample = _stored(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
+        # The shape and size that a row takes when it is stored.
+        sample = _quantize(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
         shape = (*tensor.shape[:-1], sample.shape[-1])
         size = int(np.prod(shape)) * sample.itemsize
         writer.add_tensor_info(name, shape, sample.dtype, size, kinds[name])
@@ -37,13 +38,14 @@ def write_gguf(target: Path, source: Path, merge: Merge, dtype: str) -> None:
     writer.write_ti_data_to_file()
     try:
         for name in file.tensors:
-            writer.write_tensor_data(_stored(_value(file, weights, merge, name), kinds[name]))
+            # Passed on unbound, so that only one tensor is in memory.
+            writer.write_tensor_data(_quantize(_read_merged(file, weights, merge, name), kinds[name]))
     finally:
         writer.close()
 
 
 def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
-    """All of it, but for what says how the weights are stored."""
+    """Copies all metadata except what says how the weights are stored."""
     import gguf as package
 
     for field in reader.fields.values():
@@ -53,22 +55,23 @@ def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
         writer.add_key_value(
             field.name, field.contents(), field.types[0], field.types[-1] if is_list else None
         )
-    named = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(package.LlamaFileType[named[kind]])
+    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(package.LlamaFileType[file_types[kind]])
     writer.data_alignment = reader.alignment
 
 
-def _value(file: gguf.Gguf, weights: gguf.Weights, merge: Merge, name: str) -> np.ndarray:
+def _read_merged(file: gguf.Gguf, weights: gguf.Weights, merge: Merge, name: str) -> np.ndarray:
     """A tensor in the file's order of rows, float32."""
-    ours = gguf.renamed(name)
     if name == gguf.ROPE:  # rotary factors, which are part of our config
         return gguf.View(file, file.tensors[name])[:]
-    view, place = weights.get_slice(ours), merge.places.get(merge.table.canonical(ours))
-    changed = place is not None and merge.changes(place[0])
-    return view.restored(merge.value(*place, lambda: view[:]) if changed and place else view[:])
+    ours = gguf.renamed(name)
+    view, location = weights.get_slice(ours), merge.places.get(merge.table.canonical(ours))
+    if location is None or not merge.changes(location[0]):
+        return view.restored(view[:])
+    return view.restored(merge.value(*location, lambda: view[:]))
 
 
-def _kind(shape: tuple[int, ...], dtype: str) -> Any:
+def _storage_type(shape: tuple[int, ...], dtype: str) -> Any:
     import gguf as package
 
     types = package.GGMLQuantizationType
@@ -79,7 +82,7 @@ def _kind(shape: tuple[int, ...], dtype: str) -> Any:
     return kind if shape[-1] % block == 0 else types.F16
 
 
-def _stored(values: np.ndarray, kind: Any) -> np.ndarray:
+def _quantize(values: np.ndarray, kind: Any) -> np.ndarray:
     import gguf as package
 
     return package.quants.quantize(values, kind)

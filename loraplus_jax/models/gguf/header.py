@@ -58,19 +58,19 @@ class Gguf:
     @property
     def architecture(self) -> str:
         """`general.architecture`, which must be one of `ARCHITECTURES`."""
-        found = self.one("general.architecture")
-        if found not in ARCHITECTURES:
+        value = self.one("general.architecture")
+        if value not in ARCHITECTURES:
             raise ValueError(
-                f"{self.path}: the architecture is {found!r:.80}, must be one of {', '.join(ARCHITECTURES)}"
+                f"{self.path}: the architecture is {value!r:.80}, must be one of {', '.join(ARCHITECTURES)}"
             )
-        return found
+        return value
 
     def one(self, key: str, default: Any = None) -> Any:
         """A number or a text of the metadata; a ValueError where a list stands instead."""
-        found = self.metadata.get(key, default)
-        if isinstance(found, list | np.ndarray):
-            raise ValueError(f"{self.path}: {key:.80} must be one value, got a list of {len(found)}")
-        return found
+        value = self.metadata.get(key, default)
+        if isinstance(value, list | np.ndarray):
+            raise ValueError(f"{self.path}: {key:.80} must be one value, got a list of {len(value)}")
+        return value
 
     def get(self, key: str, default: Any = None) -> Any:
         """`one`, under the architecture's name."""
@@ -88,51 +88,35 @@ def find(path: Path) -> Path | None:
             return path if path.suffix.lower() == ".gguf" or file.read(4) == _MAGIC else None
     if not os.path.isdir(path) or any(".safetensors" in p.suffixes for p in path.iterdir()):
         return None
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf" and p.is_file())
-    if len(found) > 1:
-        names = ", ".join(p.name for p in found)
-        raise ValueError(f"{path} holds {len(found)} GGUF files, give the path of one: {names}")
-    return found[0] if found else None
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() == ".gguf" and p.is_file())
+    if len(files) > 1:
+        names = ", ".join(p.name for p in files)
+        raise ValueError(f"{path} holds {len(files)} GGUF files, give the path of one: {names}")
+    return files[0] if files else None
 
 
 def read(path: Path) -> Gguf:
-    """Reads a file's header, every number in which is checked against the file's size before it is believed.
+    """Reads a file's header and checks every number in it against the file's size before using it.
 
     Raises:
       ValueError: no GGUF file of version 2 or 3, a damaged or truncated one, or one of several parts.
       ImportError: `gguf` is not installed.
     """
-    kinds = _kinds()
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(path, data)
     metadata, count = _read_metadata(cursor)
-    infos = [_read_tensor(cursor) for _ in range(count)]
-    base = _data_start(cursor, metadata)
-    tensors: dict[str, Tensor] = {}
-    for name, shape, kind, offset in infos:
-        if name in tensors:
-            cursor.fail(f"two tensors are called {name!r:.80}")
-        tensors[name] = _checked(cursor, name, shape, kinds.get(kind, (f"type {kind}", 0, 0)), base + offset)
+    tensors = _read_tensors(cursor, count, metadata.get("general.alignment", 32))
     file = Gguf(path, metadata, tensors, data)
     if (parts := file.one("split.count", 1)) not in (0, 1):
         raise ValueError(f"{path} is one of {parts} parts; join them: llama-gguf-split --merge FIRST OUT")
     return file
 
 
-def _kinds() -> dict[int, tuple[str, int, int]]:
-    """Number of a type: its name, values in a block, bytes of a block."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("reading GGUF files needs gguf: pip install 'loraplus_jax[train]'") from error
-    return {kind.value: (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
-
-
 class _Cursor:
-    """A place in the file, from which nothing is taken that is not there."""
+    """A read position in the file; every read is checked against the file's end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at = path, data, 0
@@ -148,22 +132,22 @@ class _Cursor:
         if size > len(self.data) - self.at:
             self.fail(f"{size} bytes are announced at byte {self.at}")
         # A copy: an array that looks into the file would keep it open.
-        found = np.frombuffer(self.data[self.at : self.at + size], dtype)
+        values = np.frombuffer(self.data[self.at : self.at + size], dtype)
         self.at += size
-        return found
+        return values
 
     def number(self, dtype: str) -> Any:
-        found = self.numbers("u1" if dtype == "?" else dtype, 1)
+        values = self.numbers("u1" if dtype == "?" else dtype, 1)
         if dtype == "<f4":
-            return float(str(found[0]))  # the shortest number that means it: 1e-05, not 9.99999974e-06
-        return bool(found[0]) if dtype == "?" else found[0].item()
+            return float(str(values[0]))  # the shortest number that means it: 1e-05, not 9.99999974e-06
+        return bool(values[0]) if dtype == "?" else values[0].item()
 
     def count(self, what: str, least: int) -> int:
-        """How many come next, `least` bytes each at the least."""
-        found = self.number("<u8")
-        if found > (len(self.data) - self.at) // least:
-            self.fail(f"{found} {what} are announced")
-        return found
+        """How many items follow, each of at least `least` bytes."""
+        count = self.number("<u8")
+        if count > (len(self.data) - self.at) // least:
+            self.fail(f"{count} {what} are announced")
+        return count
 
     def text(self) -> str:
         size, start = self.count("bytes of text", 1), self.at
@@ -207,28 +191,33 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
     return metadata, tensors
 
 
-def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name, dimensions = cursor.text(), cursor.number("<u4")
-    if not 1 <= dimensions <= _MOST_DIMENSIONS:
-        cursor.fail(f"{name!r:.80} has {dimensions} dimensions")
-    shape = tuple(reversed(cursor.numbers("<u8", dimensions).tolist()))
-    return name, shape, cursor.number("<u4"), cursor.number("<u8")
-
-
-def _data_start(cursor: _Cursor, metadata: Mapping[str, Any]) -> int:
-    alignment = metadata.get("general.alignment", 32)
+def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tensor]:
+    """The table of tensors, which ends the header, with each tensor's position in the file."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError("reading GGUF files needs gguf: pip install 'loraplus_jax[train]'") from error
+    # By the number of a type: its name, values in a block, bytes of a block.
+    types = {kind.value: (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+    infos = []
+    for _ in range(count):
+        name, dimensions = cursor.text(), cursor.number("<u4")
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            cursor.fail(f"{name!r:.80} has {dimensions} dimensions")
+        shape = tuple(reversed(cursor.numbers("<u8", dimensions).tolist()))
+        infos.append((name, shape, cursor.number("<u4"), cursor.number("<u8")))
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         cursor.fail(f"its alignment is {alignment!r:.80}")
-    return -(-cursor.at // alignment) * alignment
-
-
-def _checked(
-    cursor: _Cursor, name: str, shape: tuple[int, ...], kind: tuple[str, int, int], start: int
-) -> Tensor:
-    dtype, block, block_bytes = kind
-    if min(shape) < 1 or (block and shape[-1] % block):
-        cursor.fail(f"{name!r:.80} has the shape {list(shape)}, and {dtype} comes in blocks of {block}")
-    size = math.prod(shape) // block * block_bytes if block else 0
-    if start + size > len(cursor.data):
-        cursor.fail(f"{name!r:.80} ends at byte {start + size}")
-    return Tensor(shape, dtype, start, size)
+    base = -(-cursor.at // alignment) * alignment
+    tensors: dict[str, Tensor] = {}
+    for name, shape, kind, offset in infos:
+        if name in tensors:
+            cursor.fail(f"two tensors are called {name!r:.80}")
+        dtype, block, block_bytes = types.get(kind, (f"type {kind}", 0, 0))
+        if min(shape) < 1 or (block and shape[-1] % block):
+            cursor.fail(f"{name!r:.80} has the shape {list(shape)}, and {dtype} comes in blocks of {block}")
+        size = math.prod(shape) // block * block_bytes if block else 0
+        if base + offset + size > len(cursor.data):
+            cursor.fail(f"{name!r:.80} ends at byte {base + offset + size}")
+        tensors[name] = Tensor(shape, dtype, base + offset, size)
+    return tensors

@@ -1,8 +1,7 @@
-"""GGUF files as Hugging Face's: a `config.json` from the metadata, and tensors under its names, dequantised."""
+"""GGUF files as Hugging Face checkpoints: metadata as a `config.json`, dequantised tensors under its names."""
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -53,14 +52,19 @@ def config(file: Gguf) -> dict[str, Any]:
     arch = file.architecture
     sizes = {ours: file.get(key) for ours, key in _SIZES.items()}
     sizes["num_key_value_heads"] = file.get("attention.head_count_kv", sizes["num_attention_heads"])
-    _raise(
-        file, [f"{ours} must be a whole number, got {n!r:.80}" for ours, n in sizes.items() if not _whole(n)]
+    _raise_if_any(
+        file,
+        [
+            f"{ours} must be a whole number, got {n!r:.80}"
+            for ours, n in sizes.items()
+            if type(n) is not int or n < 1
+        ],
     )
     head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
     scaling, problems = _rope_scaling(file)
-    _raise(file, [*_unsupported(file, head), *problems])
+    _raise_if_any(file, [*_unsupported(file, head), *problems])
     window = file.get("attention.sliding_window")
-    found = {
+    values = {
         # A Mistral is a Llama with a window, and its files have that architecture.
         "model_type": "mistral" if arch == "llama" and window else arch,
         "vocab_size": embedding_rows(file),
@@ -77,16 +81,12 @@ def config(file: Gguf) -> dict[str, Any]:
         "bos_token_id": file.one("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.one("tokenizer.ggml.eos_token_id"),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _raise(file: Gguf, problems: list[str]) -> None:
+def _raise_if_any(file: Gguf, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"{file.path}: " + "; ".join(problems))
-
-
-def _whole(size: Any) -> bool:
-    return type(size) is int and size > 0
 
 
 def embedding_rows(file: Gguf) -> int | None:
@@ -97,7 +97,7 @@ def embedding_rows(file: Gguf) -> int | None:
 
 
 def _unsupported(file: Gguf, head: Any) -> list[str]:
-    """A line for each option that changes what is computed, and that no model here knows."""
+    """A line for each option that changes the computation and that no model here supports."""
     only = {
         "attention.value_length": head,
         "rope.dimension_count": head,
@@ -117,13 +117,13 @@ def _unsupported(file: Gguf, head: Any) -> list[str]:
 
 
 def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
-    """`rope_scaling`, and what is wrong with it."""
+    """`rope_scaling`, and a line for each problem in it."""
     prefix = f"{file.architecture}.rope.scaling."
-    given = {key.removeprefix(prefix): file.one(key) for key in file.metadata if key.startswith(prefix)}
-    if (old := file.get("rope.scale_linear", 1)) != 1:
-        given = {"type": "linear", "factor": old} | given
-    kind = given.pop("type", "none")
-    given.pop("finetuned", None)
+    options = {key.removeprefix(prefix): file.one(key) for key in file.metadata if key.startswith(prefix)}
+    if (linear := file.get("rope.scale_linear", 1)) != 1:
+        options = {"type": "linear", "factor": linear} | options
+    kind = options.pop("type", "none")
+    options.pop("finetuned", None)
     factors = _rope_factors(file)
     if kind == "none" and factors is None:
         return None, []
@@ -135,31 +135,31 @@ def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
         return None, [
             f"{prefix}type is {kind!r:.80}{also}; none, linear and yarn are supported, or the tensor alone"
         ]
-    odd = sorted(
-        set(given) - set(allowed[kind]) - ({"original_context_length"} if kind == "linear" else set())
+    unknown = sorted(
+        set(options) - set(allowed[kind]) - ({"original_context_length"} if kind == "linear" else set())
     )
-    problems = [f"{prefix}{key:.80} is not supported with {kind}" for key in odd]
+    problems = [f"{prefix}{key:.80} is not supported with {kind}" for key in unknown]
     problems += [
         f"{prefix}{key} must be a positive number, got {v!r:.80}"
-        for key, v in given.items()
+        for key, v in options.items()
         if not _positive(v)
     ]
-    if not _positive(given.get("factor")):
+    if not _positive(options.get("factor")):
         return None, [*problems, f"{prefix}factor must be a positive number"]
-    return {"rope_type": kind, "factor": given["factor"]} | (_yarn(given) if kind == "yarn" else {}), problems
+    scaling = {"rope_type": kind, "factor": options["factor"]}
+    if kind == "yarn":
+        scaling |= {ours: options[key] for key, ours in _YARN.items() if key in options}
+        if "original_context_length" in options:
+            scaling["original_max_position_embeddings"] = options["original_context_length"]
+        if options.get("attn_factor", 1) != 1:  # on top of YaRN's own temperature
+            scaling["attention_factor"] = options["attn_factor"] * (
+                0.1 * math.log(max(options["factor"], 1)) + 1
+            )
+    return scaling, problems
 
 
 def _positive(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
-
-
-def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:
-    found = {ours: given[key] for key, ours in _YARN.items() if key in given}
-    if "original_context_length" in given:
-        found["original_max_position_embeddings"] = given["original_context_length"]
-    if given.get("attn_factor", 1) != 1:  # on top of YaRN's own temperature
-        found["attention_factor"] = given["attn_factor"] * (0.1 * math.log(max(given["factor"], 1)) + 1)
-    return found
 
 
 def _rope_factors(file: Gguf) -> list[float] | None:
@@ -208,14 +208,14 @@ class View:
         if len(self.tensor.shape) == 1:
             values = gguf.quants.dequantize(stored, kind)
             return values[self._order[rows]] if self.heads else values[rows]
-        picked = stored[self._order[rows]] if self.heads else stored[rows]
+        selected = stored[self._order[rows]] if self.heads else stored[rows]
         if len(columns) != 1 or len(self.tensor.shape) != 2:
-            values = gguf.quants.dequantize(picked, kind).reshape(-1, *self.tensor.shape[1:])
+            values = gguf.quants.dequantize(selected, kind).reshape(-1, *self.tensor.shape[1:])
             return values[(slice(None), *columns)]
         start, stop, _ = columns[0].indices(self.tensor.shape[1])
         block, size = gguf.GGML_QUANT_SIZES[kind]
         first = start // block
-        values = gguf.quants.dequantize(picked[:, first * size : -(-stop // block) * size], kind)
+        values = gguf.quants.dequantize(selected[:, first * size : -(-stop // block) * size], kind)
         return values[:, start - first * block : stop - first * block]
 
     def restored(self, values: np.ndarray) -> np.ndarray:
@@ -255,7 +255,11 @@ class Weights:
             if (ours := renamed(name)) in self._views:
                 raise ValueError(f"{file.path} has two tensors that mean {ours:.80}")
             if name != ROPE:
-                self._views[ours] = View(file, tensor, _interleaved(name, sizes))
+                attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+                heads = 0
+                if attention and sizes["model_type"] == "llama":  # only this converter interleaves the halves
+                    heads = sizes["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
+                self._views[ours] = View(file, tensor, heads)
 
     def keys(self) -> list[str]:
         """The names; what we do not know keeps its own."""
@@ -270,19 +274,10 @@ class Weights:
         return self._views[name][:]
 
 
-def _interleaved(name: str, sizes: Mapping[str, Any]) -> int:
-    """How many heads a tensor's rows are interleaved in; 0 where they are not."""
-    part = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
-    # Only this architecture's converter does it.
-    if part is None or sizes["model_type"] != "llama":
-        return 0
-    return sizes["num_attention_heads" if part[1] == "q" else "num_key_value_heads"]
-
-
 def renamed(name: str) -> str:
     """A tensor's name in the file as Hugging Face has it; one that we do not know keeps its own."""
-    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if not found or found[2] not in _NAMES:
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in _NAMES:
         return name
-    layer = "" if found[1] is None else f"model.layers.{found[1]}."
-    return f"{layer}{_NAMES[found[2]]}.{found[3]}"
+    layer = "" if match[1] is None else f"model.layers.{match[1]}."
+    return f"{layer}{_NAMES[match[2]]}.{match[3]}"
