@@ -42,7 +42,7 @@ def test_yaml_of_the_largest_size_is_read(tmp_path, part):
     assert outcome(read_yaml, path) is None
 
 
-def test_what_is_larger_is_refused_unread(tmp_path):
+def test_larger_files_are_rejected_unread(tmp_path):
     for name, read in (("config.json", read_json), ("config.yaml", read_yaml)):
         path = tmp_path / name
         with path.open("wb") as file:

@@ -250,7 +250,7 @@ def test_of_several_templates_the_default_one_is_taken(directory):
     assert special_tokens(directory) == {}
 
 
-def test_what_is_wrong_with_a_directory_is_said(directory, tmp_path):
+def test_what_is_wrong_with_a_directory_is_named(directory, tmp_path):
     (directory / "config.json").write_text('{"vocab_size": 2}')
     with pytest.raises(ValueError, match=mentions("embedding", "2 rows")):
         tokenizer(directory)
