@@ -43,7 +43,9 @@ def test_the_split_depends_on_seed_and_text_only(tmp_path):
 
 
 def test_places_stay_with_their_rows(tmp_path):
-    for rows in _one_file(tmp_path, TEXTS).values():
+    splits = _one_file(tmp_path, TEXTS)
+    assert sum(map(len, splits.values())) == 100
+    for rows in splits.values():
         for text, place in zip(rows.texts, rows.places, strict=True):
             assert place == f"{tmp_path / 'a.csv'}:{int(text.split()[1]) + 2}"
 

@@ -32,6 +32,7 @@ def test_b_is_scaled_once_however_many_adapters_there_are(make):
     params = {"lora": {f"layer_{n}": one for n in range(24)}}
     tx = make()
     updates, _ = tx.update(params, tx.init(params), params)
+    assert len(updates["lora"]) == 24
     for pair in updates["lora"].values():
         np.testing.assert_allclose(pair["lora_a"], np.full((2, 1), -1e-3), rtol=1e-5)
         np.testing.assert_allclose(pair["lora_b"], np.full((1, 2), -16e-3), rtol=1e-5)

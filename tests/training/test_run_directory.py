@@ -257,17 +257,18 @@ def run_in(directory, settings=SETTINGS, *, finished=False):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_directories_where_a_run_may_start(tmp_path, fresh):
-    check_directory(tmp_path / "absent", SETTINGS, fresh=fresh)
+    assert check_directory(tmp_path / "absent", SETTINGS, fresh=fresh) == []
+    assert not (tmp_path / "absent").exists()
     (tmp_path / "empty").mkdir()
-    check_directory(tmp_path / "empty", SETTINGS, fresh=fresh)
+    assert check_directory(tmp_path / "empty", SETTINGS, fresh=fresh) == []
 
 
 def test_an_unfinished_run_of_the_same_settings_resumes_wherever_it_lies(tmp_path):
     directory = run_in(tmp_path / "run")
-    check_directory(directory, SETTINGS, fresh=False)
+    assert check_directory(directory, SETTINGS, fresh=False) == []
     moved = Settings.to_json(SETTINGS) | {"output_dir": "another"}
     (directory / "config.yaml").write_text(yaml.safe_dump(moved))
-    check_directory(directory, SETTINGS, fresh=False)
+    assert check_directory(directory, SETTINGS, fresh=False) == []
 
 
 def test_runs_that_are_rejected_and_pass_with_fresh(tmp_path):
