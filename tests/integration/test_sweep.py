@@ -72,7 +72,7 @@ def result_of(out):
     return {**report_of(out), "command": ""}, (out / "metrics.jsonl").read_text()
 
 
-def test_what_a_sweep_leaves(swept):
+def test_output_files_of_a_sweep(swept):
     report = report_of(swept)
     assert report["complete"]
     # 4 settings of each arm to step 4, then 2 of each to 16: 8 x 4 + 4 x 12. Three arms on 2 seeds for 16 steps.
@@ -199,7 +199,7 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
     }
 
 
-def test_a_setting_left_alone_is_chosen_without_being_trained_on(world, capsys, undrawn):
+def test_the_only_remaining_setting_is_selected_without_further_training(world, capsys, undrawn):
     """LoRA keeps one of its two at step 4; of LoRA+'s four one is kept there, too, or one of two at step 8."""
     rates = ("--sweep.lora_learning_rates", "[2e-3,5e-3]", "--sweep.control", "false")
     for keep, rungs, taken in (("0.25", "[0.25]", 6 * 4), ("0.5", "[0.25,0.5]", 6 * 4 + 2 * 4)):

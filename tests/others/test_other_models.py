@@ -266,7 +266,7 @@ def test_the_table_names_each_factor_with_its_role_and_rate(name):
 
 
 @every
-def test_training_moves_the_adapters_alone_and_merges(name):
+def test_training_moves_only_the_adapters_and_merges(name):
     it = adapted(name)
     kept = jax.tree.map(np.array, it.base)
     tx = lora_plus_adamw(RATE, lr_ratio=RATIO, specs=it.specs)

@@ -114,7 +114,7 @@ def test_only_adapters_and_single_numbers_are_reduced(plan):
     assert all(RANK in dims or not dims for dims in arrays)
 
 
-def test_the_head_is_gathered_once_for_all_pieces_of_the_loss(tmp_path):
+def test_the_head_is_all_gathered_once_for_all_pieces_of_the_loss(tmp_path):
     settings = settings_of(
         tmp_path,
         LLAMA | {"hidden_size": 128, "vocab_size": 512},

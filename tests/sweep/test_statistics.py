@@ -174,7 +174,7 @@ def test_a_target_that_neither_reaches_is_reported():
         (0.9, [0.69, 0.6, 0.5], [0.9]),
     ],
 )
-def test_a_target_that_the_first_values_meet_says_nothing(target, losses, what):
+def test_a_target_met_at_the_start_gives_no_verdict(target, losses, what):
     runs = [(arm, seed, losses, 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
     rows, comparison = found(*runs, target=target)
     assert all(run["at_start"] and run["steps_to_target"] is None for run in rows)

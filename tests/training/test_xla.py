@@ -46,6 +46,6 @@ def test_other_warnings_are_printed_and_nothing_is_removed(cache):
 @pytest.mark.parametrize(
     ("platform", "unrolled", "some"), [("cpu", False, False), ("tpu", True, False), ("tpu", False, True)]
 )
-def test_options_are_for_loops_on_tpus_alone(platform, unrolled, some):
+def test_options_are_only_for_loops_on_tpus(platform, unrolled, some):
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
     assert (compiler_options(mesh, unrolled=unrolled) is not None) == some  # pyright: ignore

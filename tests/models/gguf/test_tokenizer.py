@@ -140,7 +140,7 @@ def test_qwen2_composes_characters(tmp_path):
     assert tokenizer(path).encode("e\u0301").ids == tokenizer(path).encode("\u00e9").ids
 
 
-def test_control_and_user_tokens_stand_whole(tmp_path):
+def test_control_and_user_tokens_are_never_split(tmp_path):
     ours = tokenizer(write(tmp_path / "m.gguf", byte_level()))
     assert ours.encode("hello</s>hello<user>").tokens == ["hello", "</s>", "hello", "<user>"]
     assert ours.decode([1, 2]) == "<user>"
