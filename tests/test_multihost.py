@@ -20,7 +20,7 @@ from loraplus_jax.multihost import is_lost_process
         (1, JaxRuntimeError("UNAVAILABLE: Socket closed"), False),
     ],
 )
-def test_only_what_another_process_can_cause_is_called_its_loss(monkeypatch, processes, error, lost):
+def test_only_errors_that_another_process_can_cause_count_as_its_loss(monkeypatch, processes, error, lost):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     assert is_lost_process(error) == lost

@@ -112,7 +112,7 @@ def test_heads_that_tensor_does_not_divide_are_rejected():
         check_tensor(make_mesh(1, 1, 8), sizes)
 
 
-def test_rows_lie_where_data_and_fsdp_say():
+def test_rows_are_sharded_over_data_and_fsdp():
     assert local_rows(make_mesh(2, 2, 2), 8).tolist() == list(range(8))
     devices = np.array(jax.devices()).reshape(2, 4)
     by_tensor_first = Mesh(devices.T, ("fsdp", "data"))
@@ -186,7 +186,7 @@ def test_without_rules_the_longest_axis_is_split_and_never_the_layers():
         ("eio", (4, 8, 8), (), P("fsdp", None, "tensor"), P("fsdp", None, None), P("fsdp", None, "tensor")),
     ],
 )
-def test_a_factor_lies_as_its_side_of_the_base(axes, sizes, stacked, base, a, b):
+def test_a_factor_is_sharded_as_its_side_of_the_base(axes, sizes, stacked, base, a, b):
     spec = AdapterSpec(
         leaf="params/m/w", kind="einsum", axes=axes, shape=sizes, rank=2, scale=1.0, stacked=stacked
     )
@@ -359,7 +359,7 @@ def collectives(compiled):
             yield found[2], sum(BYTES[t] * math.prod(int(n) for n in s.split(",") if n) for t, s in shapes)
 
 
-def test_on_a_data_mesh_the_adapters_gradients_and_scalars_are_all_that_travels():
+def test_on_a_data_mesh_only_gradients_of_adapters_and_scalars_are_communicated():
     """The layers stand in a scan, so what is summed inside it is of one layer; written out, all are seen."""
     s = subject("llama")
     step, _, _ = s.on((8, 1, 1))
@@ -375,7 +375,7 @@ def test_on_a_data_mesh_the_adapters_gradients_and_scalars_are_all_that_travels(
 
 
 @pytest.mark.slow
-def test_fsdp_gathers_weights_and_no_rows():
+def test_fsdp_all_gathers_weights_and_no_rows():
     """What is gathered over fsdp has no batch axis, but for the ids of tokens."""
     s = subject("bert")
     step, _, _ = s.on((1, 8, 1))

@@ -232,7 +232,7 @@ def test_a_layer_that_is_used_again_gives_the_mean_over_its_uses():
     close(found, {name: np.sqrt(np.mean([turn[name] ** 2 for turn in turns])) for name in TERMS})
 
 
-def test_layers_of_our_own_and_other_scales_are_measured_too():
+def test_our_own_layers_and_other_scales_are_measured_too():
     x = inputs(7, 4)
     model, base, before, after, specs = adapted(LoRAPlusDense(5, rank=2, alpha=4.0), x)
     close(measured(model, base, before, after, specs, x)[""], explicit(x, before, after, 2.0))

@@ -219,7 +219,7 @@ def test_texts_are_learned_whole_and_as_they_stand(tmp_path):
     assert (whole, span.start, span.end) == ("one two three", 0, 13)
 
 
-def test_an_answer_that_stands_in_the_template_as_well_is_found_where_it_was_written():
+def test_an_answer_that_occurs_in_the_template_too_is_found_where_it_was_rendered():
     said = "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}|"
     source = "{% for m in messages %}{{ m.role }}: " + said + "{% endfor %}"
     source += "{% if add_generation_prompt %}assistant: {% endif %}"

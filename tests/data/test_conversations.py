@@ -93,7 +93,7 @@ U, A, S = ("user", "a"), ("assistant", "b"), ("system", "c")
         (["x"], ["JSON object"]),
     ],
 )
-def test_every_problem_is_named_with_its_place(tmp_path, row, named):
+def test_every_problem_is_named_with_its_location(tmp_path, row, named):
     rows = [_said(U, A), row, _said(U, A)]
     with pytest.raises(ValueError, match=mentions("a.jsonl:2", *named)):
         read_chats(write_json(tmp_path / "a.jsonl", rows))

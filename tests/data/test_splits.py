@@ -42,8 +42,10 @@ def test_the_split_depends_on_seed_and_text_only(tmp_path):
     assert sum(len(set(first[k].texts) - set(grown[k].texts)) for k in first) <= 3
 
 
-def test_places_stay_with_their_rows(tmp_path):
-    for rows in _one_file(tmp_path, TEXTS).values():
+def test_locations_stay_with_their_rows(tmp_path):
+    splits = _one_file(tmp_path, TEXTS)
+    assert sum(map(len, splits.values())) == 100
+    for rows in splits.values():
         for text, place in zip(rows.texts, rows.places, strict=True):
             assert place == f"{tmp_path / 'a.csv'}:{int(text.split()[1]) + 2}"
 

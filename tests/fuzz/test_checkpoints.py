@@ -102,7 +102,7 @@ def quiet_threads():
 
 
 @pytest.mark.usefixtures("quiet_threads")
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(saved, tmp_path):
+def test_a_damaged_checkpoint_is_rejected_and_the_one_before_it_used(saved, tmp_path):
     run = tmp_path / "run"
 
     def make(rng):

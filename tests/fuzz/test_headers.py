@@ -162,7 +162,7 @@ def adapter(tmp_path):
     return tmp_path / "adapter"
 
 
-def test_what_is_said_of_an_adapter(adapter):
+def test_the_notes_of_an_adapter(adapter):
     path = adapter / "adapter.json"
     make = json_writer(path, json.loads(path.read_text()), keys=(*JSON_KEYS, "q/x", "rank"))
 

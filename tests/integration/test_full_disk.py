@@ -312,7 +312,7 @@ def test_nothing_is_written_outside_the_output_directory_and_the_cache(home, tmp
 @pytest.mark.parametrize(
     ("at_the_end", "printed"), [("", ""), ("raise KeyError('ours')", "KeyError: 'ours'")]
 )
-def test_writes_that_outlive_a_failed_save_say_nothing(at_the_end, printed):
+def test_writes_that_outlive_a_failed_save_print_nothing(at_the_end, printed):
     """A write of tensorstore's that ends after its event loop raises where nobody can catch it."""
     script = f"""
 import asyncio, sys, time, loraplus_command, tensorstore

@@ -199,7 +199,7 @@ def test_a_run_does_not_resume_on_other_data(world, capsys):
     assert_mentions(capsys.readouterr().err, "step 8", "data")
 
 
-def test_a_run_that_diverges_says_what_and_keeps_the_last_good_state(world, capsys):
+def test_a_diverged_run_names_the_cause_and_keeps_the_last_good_state(world, capsys):
     assert world.train(*ODD, "--optimizer.learning_rate", "1e30", "--train.max_skipped", "3") == 1
     error = capsys.readouterr().err
     assert_mentions(error, "training failed", "optimizer.learning_rate", "lora.lr_ratio")

@@ -94,7 +94,7 @@ def test_bad_settings_are_rejected_before_anything_is_written(world, capsys, ove
     assert not world.out.exists()
 
 
-def test_adapters_of_embeddings_alone_cannot_be_measured(world, capsys):
+def test_adapters_of_only_embeddings_cannot_be_measured(world, capsys):
     assert world.train("--train.theory_every", "3", "--lora.target_modules", "[word]") == 2
     assert_mentions(capsys.readouterr().err, "embeddings", "encoder/embeddings/word")
     assert not world.out.exists()

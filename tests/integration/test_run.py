@@ -63,7 +63,7 @@ def short(first_world, tmp_path_factory, cache):
 # what a run leaves
 
 
-def test_a_run_leaves_every_file_and_nothing_else(finished):
+def test_output_files_of_a_run(finished):
     names = {path.name for path in finished.out.iterdir()}
     files = {"config.yaml", "loss.png", "metrics.jsonl", "summary.json"}
     assert names == files | {"adapter", "checkpoints", "tensorboard", ".lock"}

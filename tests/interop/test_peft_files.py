@@ -288,7 +288,7 @@ def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
         load_peft(tmp_path / "b", specs, tied)
 
 
-def test_everything_without_a_place_is_listed_and_nothing_written(tmp_path):
+def test_everything_without_a_rule_is_listed_and_nothing_written(tmp_path):
     config, lora, specs, params = net()
     with pytest.raises(ValueError, match=mentions("'embed'", "'head'", "params/other_head/bias")):
         save_peft(
@@ -338,7 +338,7 @@ def test_what_peft_cannot_hold_is_rejected(spec, rule, text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_of_ours_in_one_place_are_rejected(tmp_path):
+def test_two_modules_with_one_peft_name_are_rejected(tmp_path):
     config, lora, specs, _ = net(target_modules=["head", "other_head"])
     with pytest.raises(ValueError, match=mentions("'head'", "'other_head'", "out")):
         save_peft(

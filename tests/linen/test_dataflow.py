@@ -179,7 +179,7 @@ def test_a_weight_used_past_its_layer_is_rejected(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
-def test_it_works_as_the_message_says(name):
+def test_the_rule_in_the_message_works(name):
     net, x, target, _ = READ[name]
     rule = ast.literal_eval(re.findall(r"target_parameters.*?(\{.*\})", refusal(net, x, target))[0])
     model = apply_lora_plus(net, config((), target_parameters=rule))
@@ -204,7 +204,7 @@ class OwnTied(nn.Module):
         return emb.attend(x) if self.attend else x @ emb.embedding.T
 
 
-def test_layers_of_our_own_are_checked_too():
+def test_our_own_layers_are_checked_too():
     assert sorted(init_lora(OwnTied(attend=True), KEY, IDS)[1]) == ["d", "emb"]
     with pytest.raises(ValueError, match=mentions("'emb'", "params/emb/embedding")):
         init_lora(OwnTied(attend=False), KEY, IDS)
@@ -338,7 +338,7 @@ FINE = {
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_every_other_use_is_let_through(name):
+def test_every_other_use_is_accepted(name):
     net, args, target = FINE[name]
     _, specs = init_lora(apply_lora_plus(net, config(target)), KEY, *args)
     assert specs
@@ -389,6 +389,6 @@ def test_no_weight_of_the_base_is_made(monkeypatch):
         (lambda u, v, w: jax.grad(lambda u: (u.sum() + noted(v)) ** 2)(u) + 0 * squared(u, w), {0, 2}, set()),
     ],
 )
-def test_what_reaches_an_output(program, read, changed):
+def test_which_inputs_reach_an_output(program, read, changed):
     flow = follow(jax.make_jaxpr(program)(*[jnp.ones((2, 2))] * 3))
     assert (flow.read, flow.changed) == (read, changed)

@@ -172,7 +172,7 @@ def test_scan_equals_a_python_loop(axis, remat):
     np.testing.assert_allclose(scanned.apply(variables, X, None)[0], y, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_acts_on_the_adapter_alone_and_only_with_a_key():
+def test_dropout_acts_only_on_the_adapter_and_only_with_a_key():
     dense = layer(features=6, rank=6, alpha=6.0, dropout=0.5)
     eye = {"lora_a": jnp.eye(6), "lora_b": jnp.eye(6)}
     variables = {"params": {"kernel": 10 * jnp.eye(6), "bias": jnp.zeros(6)}, "lora": eye}

@@ -113,7 +113,7 @@ def test_the_delta_of_a_parameter_by_hand():
     np.testing.assert_allclose(merged["params"]["w"], expected, rtol=1e-6)
 
 
-def test_a_plain_list_means_input_then_output_and_layers_may_be_adapted_beside():
+def test_a_plain_list_means_input_then_output_and_combines_with_layers():
     _, _, lora, specs = prepared(Raw(), config("plain", target_parameters=["w"]))
     assert {path: spec.axes for path, spec in specs.items()} == {"w": "io", "plain": "io"}
     assert lora["w"]["lora_a"].shape == (6, 2)
@@ -170,7 +170,7 @@ def test_scales_of_parameters_can_be_replaced():
         (Stack(), config(target_modules="all-linear", layers_to_transform=[1]), ["layers/down", "layers/up"]),
     ],
 )
-def test_the_layers_that_rules_mean(net, rules, paths):
+def test_the_layers_that_rules_match(net, rules, paths):
     _, _, lora, specs = prepared(net, rules)
     assert sorted(specs) == paths
     trained, frozen = split_trainable({**net.init(KEY, X), "lora": lora}, rules.modules_to_save)

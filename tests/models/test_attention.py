@@ -192,7 +192,7 @@ def test_a_cache_is_seen_where_the_mask_says():
         ),
     ],
 )
-def test_what_does_not_fit_is_named(change, message):
+def test_shapes_that_do_not_fit_are_named(change, message):
     shapes = {"query": (2, 5, 4, 8), "key": (2, 5, 2, 8), "value": (2, 5, 2, 8)} | change
     options = {"implementation": shapes.pop("implementation", "blocked")}
     with pytest.raises(ValueError, match=message):

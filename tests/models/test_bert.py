@@ -184,7 +184,7 @@ def test_dropout_is_on_only_with_an_rng(tiny):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_dropout_stands_at_every_place_that_bert_has_it(tiny, given):
+def test_dropout_acts_everywhere_that_bert_has_it(tiny, given):
     seen = set()
 
     def record(call, args, kwargs, context):

@@ -110,7 +110,7 @@ def test_a_stop_token_ends_a_row(model, variables):
     assert ENDED in np.asarray(found)[0]
 
 
-def test_scores_that_are_not_finite_are_told_and_end_the_row(variables, generate):
+def test_scores_that_are_not_finite_are_marked_and_end_the_row(variables, generate):
     embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
     broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}
     found = np.asarray(generate(broken, *padded([[9], [9], [9]]), Sampling(), KEYS))

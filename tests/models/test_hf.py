@@ -85,7 +85,7 @@ PLACES = {
 }
 
 
-def test_every_part_is_read_once_and_lies_where_it_should(tmp_path, monkeypatch):
+def test_every_part_is_read_once_and_sharded_as_asked(tmp_path, monkeypatch):
     whole = load(write(tmp_path, tensors()))
     shardings = {path: NamedSharding(make_mesh(2, 4, 1), spec) for path, spec in PLACES.items()}
     read = counted(monkeypatch)
@@ -320,7 +320,7 @@ def test_a_tensor_that_repeats_another_must_have_its_values(tmp_path):
             load(tmp_path, table)
 
 
-def test_three_rows_of_every_tensor_tell_files_apart(tmp_path):
+def test_three_rows_of_every_tensor_distinguish_files(tmp_path):
     def digest(name, change=lambda content: None):
         content, folder = tensors(), tmp_path / name
         change(content)

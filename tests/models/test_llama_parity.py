@@ -193,7 +193,7 @@ def test_packed_sequences_equal_each_alone(name, attention, models, long_inputs)
         assert error(packed[i][mask], wanted[i, : mask.sum()]) <= 1e-5
 
 
-def test_what_stands_at_padding_and_how_much_of_it_changes_nothing(models):
+def test_values_and_amount_of_padding_change_nothing(models):
     model, params = models("dynamic")  # which goes by the longest sequence of the call
     golden = np.load(GOLDEN / "llama_dynamic.npz")
     tokens, wanted = golden["right"][:1], golden["float64/right"][:1]
@@ -224,7 +224,7 @@ def adapters(model, **fields):
     return adapted, *init_lora(adapted, jax.random.key(1), IDS)
 
 
-def test_adapters_lie_on_the_named_layers_stacked(models):
+def test_adapters_of_the_named_layers_are_stacked(models):
     _, lora, specs = adapters(models("llama3")[0], target_modules=["q_proj", "v_proj"])
     assert jax.tree.map(jnp.shape, lora) == {
         "layers": {

@@ -25,7 +25,7 @@ def test_rotations_turn_pairs_by_hand():
     np.testing.assert_allclose(found, [x, turned], rtol=1e-6)
 
 
-def test_inner_products_depend_on_distances_alone():
+def test_inner_products_depend_only_on_distances():
     rng = np.random.default_rng(0)
     query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
 
@@ -53,7 +53,7 @@ def test_linear_scaling_and_factors_divide_the_angles():
             np.testing.assert_allclose(ours, wanted, atol=1e-6)
 
 
-def test_bf16_is_turned_in_float32():
+def test_bf16_is_rotated_in_float32():
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
     rope = Rope(jnp.full((1, 1, 2), 0.6), jnp.full((1, 1, 2), 0.8))
     found = rotated(x, rope)

@@ -17,6 +17,8 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, describe, init_lora, lora_plus_adamw, merge
 
+from ..messages import mentions
+
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 RANK, ALPHA, RATE, RATIO, STEPS = 2, 4.0, 0.005, 4.0, 30
 
@@ -264,7 +266,7 @@ def test_the_table_names_each_factor_with_its_role_and_rate(name):
 
 
 @every
-def test_training_moves_the_adapters_alone_and_merges(name):
+def test_training_moves_only_the_adapters_and_merges(name):
     it = adapted(name)
     kept = jax.tree.map(np.array, it.base)
     tx = lora_plus_adamw(RATE, lr_ratio=RATIO, specs=it.specs)
@@ -324,14 +326,13 @@ def test_gemma_decodes_with_its_cache():
 
 
 @pytest.mark.parametrize("target", [r".*/(q|kv)_einsum", ["attn_vec_einsum"], r".*/mlp"])
-def test_an_einsum_of_gemmas_own_is_refused_with_what_to_name_instead(target):
-    message = r"target_modules: .* no layer that can be adapted; name its weights \[.*\] in target_parameters"
-    with pytest.raises(ValueError, match=message):
+def test_an_einsum_of_gemmas_own_is_rejected_with_what_to_name_instead(target):
+    with pytest.raises(ValueError, match=mentions("target_modules", "target_parameters")):
         Adapted(dataclasses.replace(gemma(), rules={"target_modules": target}))
 
 
 def test_all_linear_finds_nothing_to_adapt_in_gemma():
-    with pytest.raises(ValueError, match="target_modules: 'all-linear' matches no layer"):
+    with pytest.raises(ValueError, match=mentions("target_modules", "'all-linear'")):
         Adapted(dataclasses.replace(gemma(), rules={"target_modules": "all-linear"}))
 
 

@@ -80,7 +80,7 @@ def test_bytes_of_what_is_held_are_those_of_the_program(planned):
     assert (plan.devices, plan.layers, plan.mesh["data"]) == (jax.device_count(), 5, jax.device_count())
 
 
-def test_the_gradients_of_the_adapters_are_all_that_is_exchanged(planned):
+def test_only_gradients_of_adapters_are_communicated(planned):
     plan, _ = planned
     assert {c.kind for c in plan.collectives} == {"all-reduce"}
     total = sum(c.times * c.bytes for c in plan.collectives)

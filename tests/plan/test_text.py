@@ -168,7 +168,7 @@ def test_fewer_parts_are_advised_that_divide_the_devices(planned):
     assert "mesh.data 3 and mesh.fsdp 3" in text
 
 
-def test_the_largest_exchanges_are_shown_and_the_reductions_beside_them(planned):
+def test_the_largest_collectives_and_reductions_are_shown(planned):
     plan, settings = planned
     gathers = [Collective("all-gather", 1000 * n, 4, 2, f"f32[{n},250]", "here") for n in range(1, 8)]
     again = Collective("all-gather", 7000, 4, 3, "f32[7,250]", "there")

@@ -15,6 +15,7 @@ from loraplus_jax.plan.tpu import CHIPS, tpu_devices
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.xla import compiler_options
 
+from ..messages import assert_mentions
 from .tiny import LLAMA, RANK, parts_of, settings_of
 
 libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
@@ -113,7 +114,7 @@ def test_only_adapters_and_single_numbers_are_reduced(plan):
     assert all(RANK in dims or not dims for dims in arrays)
 
 
-def test_the_head_is_gathered_once_for_all_pieces_of_the_loss(tmp_path):
+def test_the_head_is_all_gathered_once_for_all_pieces_of_the_loss(tmp_path):
     settings = settings_of(
         tmp_path,
         LLAMA | {"hidden_size": 128, "vocab_size": 512},
@@ -136,6 +137,6 @@ def test_an_evaluation_that_is_too_large_for_the_compiler(tmp_path):
     plan = make_plan(settings, "v5e:1x1")
     assert plan.needed < plan.room < plan.evaluation
     assert not plan.fits
-    assert "does not fit, the compiler says: evaluation: RESOURCE_EXHAUSTED" in text_of(plan, settings)
+    assert_mentions(text_of(plan, settings), "does not fit", "evaluation", "RESOURCE_EXHAUSTED")
     (only,) = advice(plan, settings)
-    assert only.startswith("train.eval_batch_size below 400,000,000, a multiple of 1: evaluation needs ")
+    assert only.startswith("train.eval_batch_size below 400,000,000")

@@ -203,7 +203,7 @@ def test_layers_that_peft_made_give_the_same_here(name, tmp_path):
     assert off(model.apply({"params": params, "lora": adapter.lora}, given), run(adapted, theirs)) <= LIMIT
 
 
-def test_convolutions_in_groups_are_refused_by_their_shapes(tmp_path):
+def test_convolutions_in_groups_are_rejected_by_their_shapes(tmp_path):
     """PEFT's A sees all channels and ours those of a group: not the same layer."""
     net = nn.Sequential([nn.Conv(8, (3,), feature_group_count=2)])
     base = torch.nn.Sequential(torch.nn.Conv1d(4, 8, 3, groups=2, padding=1))
@@ -215,7 +215,7 @@ def test_convolutions_in_groups_are_refused_by_their_shapes(tmp_path):
         peft.PeftModel.from_pretrained(base, tmp_path / "a")
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=16, target_modules=["0"]))
     adapted.save_pretrained(tmp_path / "b")
-    with pytest.raises(ValueError, match="the factors are"):
+    with pytest.raises(ValueError, match="factors"):
         load_peft(tmp_path / "b", specs, rules)
 
 
@@ -292,7 +292,7 @@ def as_ours(value, path, like):
     return (value.T if value.ndim == 2 else value).reshape(shape)
 
 
-def test_a_damaged_file_is_refused_on_both_sides(tmp_path):
+def test_a_damaged_file_is_rejected_on_both_sides(tmp_path):
     _, net, _, given, _, targets, rules = both("Conv1D")
     config = LoRAPlusConfig(target_modules=targets, rank=2)
     lora, specs = init_lora(apply_lora_plus(net, config), jax.random.key(0), given)
@@ -301,5 +301,5 @@ def test_a_damaged_file_is_refused_on_both_sides(tmp_path):
     tensors = load_file(path)
     del tensors["base_model.model.c_attn.lora_A.weight"]
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"c_attn\.lora_A\.weight is missing"):
+    with pytest.raises(ValueError, match=r"c_attn\.lora_A\.weight"):
         load_peft(tmp_path / "a", specs, rules)

@@ -171,21 +171,21 @@ def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, 
     assert off(given, wanted) <= LIMIT
 
 
-def test_layers_of_a_stack_with_ranks_of_their_own_are_refused(pairs, tmp_path):
+def test_layers_of_a_stack_with_ranks_of_their_own_are_rejected(pairs, tmp_path):
     pair = pairs("mistral")
     config = peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"layers.0.*": 2}, task_type="CAUSAL_LM")
     peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="layers of one stack have different ranks and alphas"):
+    with pytest.raises(ValueError, match=r"ranks.*alphas"):
         peft_config(tmp_path / "a", pair.path_map, layers=2)
 
 
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"use_dora": True}, "use_dora is True"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
-        ({"lora_bias": True}, "lora_bias is True"),
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights.*'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights.*'olora'"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [(0, 1), (0, 2)]}, "layer_replication"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
     ],
@@ -198,11 +198,11 @@ def test_options_of_peft_that_we_lack_are_named(given, text, pairs, tmp_path):
         peft_config(tmp_path / "a", pair.path_map, layers=2)
 
 
-def test_an_embedding_that_peft_adapts_without_the_tied_head_is_refused(pairs, tmp_path):
+def test_an_embedding_that_peft_adapts_without_the_tied_head_is_rejected(pairs, tmp_path):
     pair = pairs("smollm2")
     config = peft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")
     peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
     ours = LoRAPlusConfig(target_modules=["embed_tokens"], rank=8, alpha=8.0)
     _, specs = init_lora(apply_lora_plus(pair.model, ours), jax.random.key(0), *pair.inputs)
-    with pytest.raises(ValueError, match="ensure_weight_tying is not set"):
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
         load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)

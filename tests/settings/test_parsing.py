@@ -73,7 +73,7 @@ def test_the_command_line_wins_and_the_last_word_on_it(tmp_path):
     assert settings.lora.target_modules == QUERIES_AND_VALUES
 
 
-def test_one_regular_expression_and_a_list_are_told_apart(tmp_path):
+def test_a_regular_expression_and_a_list_are_distinguished(tmp_path):
     assert parsed(tmp_path, "--lora.target_modules", ".*/query").lora.target_modules == ".*/query"
     assert parsed(tmp_path, "--lora.target_modules", "[query, up]").lora.target_modules == ("query", "up")
 

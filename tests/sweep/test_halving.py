@@ -97,7 +97,7 @@ def test_rungs_on_one_step_are_rejected():
     check_rungs(SweepSettings(method="grid"), 1, 0)
 
 
-def test_what_is_left_alone_is_decided():
+def test_the_only_remaining_setting_of_an_arm_is_selected():
     assert at_rung(SCORES, 0.5) == ({}, [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)])
     scores = {lora(4.0): 0.7, plus(1.0, 4.0): 0.60, plus(2.0, 2.0): 0.61, plus(2.0, 4.0): 0.62}
     assert at_rung(scores, 0.5) == ({"lora": lora(4.0)}, [plus(1.0, 4.0), plus(2.0, 2.0)])

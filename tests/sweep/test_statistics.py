@@ -160,7 +160,7 @@ def test_a_target_that_one_alone_reaches_counts_by_a_sign_test(seeds, sure):
     assert said.startswith("No verdict on steps") != sure
 
 
-def test_a_target_that_neither_reaches_is_said():
+def test_a_target_that_neither_reaches_is_reported():
     runs = [(arm, seed, [1.0, 0.8, 0.6], 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
     _, comparison = found(*runs, target=0.1)
     assert favoured(comparison)[0] == "lora"
@@ -174,7 +174,7 @@ def test_a_target_that_neither_reaches_is_said():
         (0.9, [0.69, 0.6, 0.5], [0.9]),
     ],
 )
-def test_a_target_that_the_first_values_meet_says_nothing(target, losses, what):
+def test_a_target_met_at_the_start_gives_no_verdict(target, losses, what):
     runs = [(arm, seed, losses, 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
     rows, comparison = found(*runs, target=target)
     assert all(run["at_start"] and run["steps_to_target"] is None for run in rows)
@@ -182,7 +182,7 @@ def test_a_target_that_the_first_values_meet_says_nothing(target, losses, what):
     assert_mentions(verdict(comparison, CHOSEN, target), "No verdict on steps", "2 of 2 seeds", *what)
 
 
-def test_a_run_that_diverged_is_left_out_and_said():
+def test_a_run_that_diverged_is_left_out_and_reported():
     _, comparison = found(
         ("lora", 1, [1.0, 0.8, 0.6], 0.6),
         ("lora_plus", 1, [1.0, None, None], None),

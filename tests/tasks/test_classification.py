@@ -89,7 +89,7 @@ def test_a_task_from_splits():
     assert task.labels(splits["train"]).dtype == np.int32
 
 
-def test_regression_is_standardised_by_the_train_split_alone():
+def test_regression_is_standardised_by_the_train_split_only():
     splits = {"train": rows(["1", "3"]), "test": rows(["100"])}
     task = Task.from_splits("regression", splits)
     assert task == Task(kind="regression", mean=2.0, std=1.0)

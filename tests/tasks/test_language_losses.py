@@ -117,7 +117,7 @@ def test_perplexity_of_no_number_is_none():
     assert math.isnan(TALK.derived({"loss": math.nan})["perplexity"])
 
 
-def test_which_metric_selects_and_what_is_noted():
+def test_which_metric_selects_and_what_the_notes_hold():
     assert (TALK.metric, TALK.mode, CHOICE.metric, CHOICE.mode) == ("perplexity", "min", "accuracy", "max")
     for task in (TALK, CHOICE):
         assert LanguageTask(**task.notes()) == task

@@ -6,7 +6,7 @@ from loraplus_jax.data.chat_template import ChatTemplate
 from loraplus_jax.tasks.sample_answers import end_of_turn
 
 
-def test_a_template_that_does_not_show_where_answers_lie_ends_none_by_itself():
+def test_a_template_that_hides_the_end_of_answers_has_no_end_of_turn():
     source = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     )

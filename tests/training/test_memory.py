@@ -40,7 +40,7 @@ def test_what_fits_passes_and_what_does_not_is_rejected_with_numbers(monkeypatch
         check_memory([small], device, 2)
 
 
-def test_the_greedier_program_counts(monkeypatch):
+def test_the_larger_program_counts(monkeypatch):
     host(monkeypatch, 5_000_000)
     check_memory([program(4_000_000, 0)], jax.devices()[0], 1)
     with pytest.raises(ValueError, match=mentions("GB", "cpu")):
@@ -59,7 +59,7 @@ def test_what_one_program_holds_stays_while_another_runs(monkeypatch):
         check_memory([program(4_000_000, 0), many], device, 1)
 
 
-def test_an_accelerator_says_itself_what_is_free():
+def test_free_memory_of_an_accelerator_comes_from_its_own_statistics():
     stats = {"bytes_limit": 100, "bytes_in_use": 30}
     assert free_bytes(types.SimpleNamespace(memory_stats=lambda: stats)) == 70
 

@@ -26,7 +26,7 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
     log.close()
 
 
-def test_rows_after_the_step_that_a_run_goes_on_from_are_dropped(tmp_path):
+def test_rows_after_the_step_that_a_run_resumes_from_are_dropped(tmp_path):
     log_of(tmp_path, [(0, {"x": 0}), (5, {"x": 5}), (10, {"x": 10}), (10, {"y": 1}), (11, {"x": 11})]).close()
     log = RunLog(tmp_path, keep=4)
     assert [row["step"] for row in log.rows] == [0, 5, 10, 10]

@@ -257,17 +257,18 @@ def run_in(directory, settings=SETTINGS, *, finished=False):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_directories_where_a_run_may_start(tmp_path, fresh):
-    check_directory(tmp_path / "absent", SETTINGS, fresh=fresh)
+    assert check_directory(tmp_path / "absent", SETTINGS, fresh=fresh) == []
+    assert not (tmp_path / "absent").exists()
     (tmp_path / "empty").mkdir()
-    check_directory(tmp_path / "empty", SETTINGS, fresh=fresh)
+    assert check_directory(tmp_path / "empty", SETTINGS, fresh=fresh) == []
 
 
-def test_an_unfinished_run_of_the_same_settings_resumes_wherever_it_lies(tmp_path):
+def test_an_unfinished_run_of_the_same_settings_resumes_in_any_directory(tmp_path):
     directory = run_in(tmp_path / "run")
-    check_directory(directory, SETTINGS, fresh=False)
+    assert check_directory(directory, SETTINGS, fresh=False) == []
     moved = Settings.to_json(SETTINGS) | {"output_dir": "another"}
     (directory / "config.yaml").write_text(yaml.safe_dump(moved))
-    check_directory(directory, SETTINGS, fresh=False)
+    assert check_directory(directory, SETTINGS, fresh=False) == []
 
 
 def test_runs_that_are_rejected_and_pass_with_fresh(tmp_path):
@@ -286,7 +287,7 @@ def test_runs_that_are_rejected_and_pass_with_fresh(tmp_path):
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_what_is_no_runs_is_never_touched(tmp_path, fresh):
+def test_files_that_are_not_a_runs_are_never_touched(tmp_path, fresh):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match=mentions(tmp_path / "file", "a file")):
         check_directory(tmp_path / "file", SETTINGS, fresh=fresh)

@@ -10,7 +10,7 @@ from loraplus_jax.training.signals import StopSignal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_leaves_a_note_and_the_second_acts(number):
+def test_the_first_signal_is_recorded_and_the_second_acts(number):
     class Acted(Exception):
         pass
 
@@ -42,6 +42,6 @@ signal.raise_signal(signal.SIGTERM)
 """
 
 
-def test_a_noted_signal_does_not_end_the_command_and_one_that_comes_later_does():
+def test_a_handled_signal_does_not_end_the_command_and_a_later_one_does():
     done = subprocess.run([sys.executable, "-c", NOTED], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (143, "15\n", "loraplus: stopped by SIGTERM\n")

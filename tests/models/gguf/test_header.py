@@ -47,7 +47,7 @@ START = b"GGUF" + struct.pack("<I", 3)
         (START + u64(1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 1, 0, 2**64 - 32), "byte"),
     ],
 )
-def test_what_a_header_says_is_checked_before_it_is_believed(tmp_path, content, fault):
+def test_a_header_is_checked_before_it_is_used(tmp_path, content, fault):
     (tmp_path / "m.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(fault)) as caught:
         load_config(tmp_path / "m.gguf")

@@ -140,7 +140,7 @@ def test_qwen2_composes_characters(tmp_path):
     assert tokenizer(path).encode("e\u0301").ids == tokenizer(path).encode("\u00e9").ids
 
 
-def test_control_and_user_tokens_stand_whole(tmp_path):
+def test_control_and_user_tokens_are_never_split(tmp_path):
     ours = tokenizer(write(tmp_path / "m.gguf", byte_level()))
     assert ours.encode("hello</s>hello<user>").tokens == ["hello", "</s>", "hello", "<user>"]
     assert ours.decode([1, 2]) == "<user>"
@@ -250,7 +250,7 @@ def test_of_several_templates_the_default_one_is_taken(directory):
     assert special_tokens(directory) == {}
 
 
-def test_what_is_wrong_with_a_directory_is_said(directory, tmp_path):
+def test_what_is_wrong_with_a_directory_is_named(directory, tmp_path):
     (directory / "config.json").write_text('{"vocab_size": 2}')
     with pytest.raises(ValueError, match=mentions("embedding", "2 rows")):
         tokenizer(directory)

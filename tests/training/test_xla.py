@@ -1,0 +1,51 @@
+"""Compiler options by platform, and the persistent cache of compiled programs."""
+
+import io
+import types
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from loraplus_jax.training.xla import compiler_options, kept_programs
+
+from ..messages import assert_mentions
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A cache directory with two entries; JAX's own setting is restored."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    for name in ("jit_step-0a-cache", "jit_evaluate-0b-cache"):
+        (tmp_path / name).write_text("program")
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_damaged_entry_is_reported_and_removed(cache):
+    text = io.StringIO()
+    with kept_programs(cache, Console(file=text, width=300)):
+        assert jax.config.values["jax_compilation_cache_dir"] == str(cache)
+        warnings.warn(
+            "Error reading persistent compilation cache entry for 'jit_step': cut short", stacklevel=1
+        )
+    assert [path.name for path in cache.iterdir()] == ["jit_evaluate-0b-cache"]
+    assert_mentions(text.getvalue(), cache, "jit_step", "cut short")
+
+
+def test_other_warnings_are_printed_and_nothing_is_removed(cache):
+    text = io.StringIO()
+    with kept_programs(cache, Console(file=text, width=300)):
+        warnings.warn("something else", stacklevel=1)
+    assert text.getvalue() == "something else\n"
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("platform", "unrolled", "some"), [("cpu", False, False), ("tpu", True, False), ("tpu", False, True)]
+)
+def test_options_are_only_for_loops_on_tpus(platform, unrolled, some):
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+    assert (compiler_options(mesh, unrolled=unrolled) is not None) == some  # pyright: ignore
