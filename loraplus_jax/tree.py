@@ -199,6 +199,7 @@ def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
       tree: gradients, updates or parameters.
       labels: `label_params` of a tree of that structure.
 
+    >>> import jax.numpy as jnp
     >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
     5.0
     """

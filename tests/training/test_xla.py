@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loraplus_jax.training.xla import compiler_options, kept_programs
+from loraplus_jax.training.xla import compiler_options, use_compilation_cache
 
 from ..messages import assert_mentions
 
@@ -26,7 +26,7 @@ def cache(tmp_path):
 
 def test_a_damaged_entry_is_reported_and_removed(cache):
     text = io.StringIO()
-    with kept_programs(cache, Console(file=text, width=300)):
+    with use_compilation_cache(cache, Console(file=text, width=300)):
         assert jax.config.values["jax_compilation_cache_dir"] == str(cache)
         warnings.warn(
             "Error reading persistent compilation cache entry for 'jit_step': cut short", stacklevel=1
@@ -37,7 +37,7 @@ def test_a_damaged_entry_is_reported_and_removed(cache):
 
 def test_other_warnings_are_printed_and_nothing_is_removed(cache):
     text = io.StringIO()
-    with kept_programs(cache, Console(file=text, width=300)):
+    with use_compilation_cache(cache, Console(file=text, width=300)):
         warnings.warn("something else", stacklevel=1)
     assert text.getvalue() == "something else\n"
     assert len(list(cache.iterdir())) == 2
