@@ -33,9 +33,9 @@ from loraplus_jax import TrainState, init_state, lora_plus_adamw, make_eval, mak
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.tasks.interface import Parts
-from loraplus_jax.train_step import make_step, means
-from loraplus_jax.training.setup import build, load, task_module
+from loraplus_jax.tasks.interface import AdaptedModel
+from loraplus_jax.train_step import make_step, weighted_means
+from loraplus_jax.training.setup import build_model, load_model, task_module
 from loraplus_jax.tree import combine
 
 ROWS = RESULTS / "convergence.jsonl"
@@ -81,10 +81,12 @@ class Programs:
     def __init__(self, bench: Bench, method: Method) -> None:
         self.bench, self.plan = bench, bench.plan
         settings = _with_init(bench.plan.settings, method.init)
-        parts = build(settings, bench.directory, bench.data.task, settings.applied)
+        parts = build_model(settings, bench.directory, bench.data.task, settings.applied)
         if bench.base is None:  # the same for every init but for its place in the two trees
-            bench.base = combine(*load(settings, bench.directory, parts, settings.applied)[3:])["params"]
-        self.parts: Parts = parts
+            bench.base = combine(*load_model(settings, bench.directory, parts, settings.applied)[3:])[
+                "params"
+            ]
+        self.parts: AdaptedModel = parts
         losses = task_module(settings).make_losses(settings, bench.data.task, parts)
         self.is_full = method.init is None
         self.step = jax.jit(self._step(losses.train, settings), donate_argnums=0)
@@ -121,7 +123,7 @@ class Programs:
         for batch in eval_batches(rows, self.plan.settings.train.eval_batch_size):
             pairs = self.evaluator(state.trainable, frozen, batch)
             totals = pairs if totals is None else jax.tree.map(jnp.add, totals, pairs)
-        return {name: float(value) for name, value in means(totals).items()}
+        return {name: float(value) for name, value in weighted_means(totals).items()}
 
     def _step(self, loss_fn: Any, settings: Settings) -> Any:
         def step(state: TrainState, frozen: Any, batch: Any, rate: Any, ratio: Any) -> Any:

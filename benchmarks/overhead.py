@@ -27,7 +27,7 @@ from loraplus_jax import (
 )
 from loraplus_jax.models.bert import BertForSequence
 from loraplus_jax.models.bert_config import BertConfig
-from loraplus_jax.tasks.classification import Task
+from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.tree import count, leaves_by_path
 
 MINILM = BertConfig(
@@ -42,7 +42,7 @@ MINILM = BertConfig(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
-TASK = Task(kind="classification", names=("no", "yes"))
+TASK = EncoderTask(kind="classification", names=("no", "yes"))
 
 
 def make(method: str, batch: dict, rank: int) -> tuple:

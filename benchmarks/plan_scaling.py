@@ -21,7 +21,7 @@ from common import RESULTS, machine, table
 
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import make_plan
-from loraplus_jax.plan.text import text_of
+from loraplus_jax.plan.text import format_plan
 from loraplus_jax.settings.parsing import parse_settings
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ def run(case: str, overrides: list[str]) -> dict[str, Any]:
     path = [f"--model.path={HERE / 'plan' / model}"]
     settings = parse_settings(HERE / "plan" / f"{model}.yaml", [*path, *rows, *overrides])
     plan = make_plan(settings, topology)
-    print(f"{text_of(plan, settings)}\n")
+    print(f"{format_plan(plan, settings)}\n")
     return plan.to_json() | {"model": model, "collectives": merged(plan.collectives), "machine": machine()}
 
 

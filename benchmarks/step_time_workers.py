@@ -40,13 +40,13 @@ def here(job: dict[str, Any]) -> Worker:
     import jax
 
     from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
-    from loraplus_jax.tree import flatten, replaced
+    from loraplus_jax.tree import flatten, replace_leaves
 
     base, params, batch = _llama(job)
     config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"])
     model = apply_lora_plus(base, config)
     lora, specs = init_lora(model, jax.random.key(0), jax.ShapeDtypeStruct(batch.shape, batch.dtype))
-    lora = replaced(lora, {path: _factor(job, path) for path in flatten(lora)})
+    lora = replace_leaves(lora, {path: _factor(job, path) for path in flatten(lora)})
 
     def loss_fn(variables: Any, ids: jax.Array, rng: jax.Array) -> tuple:
         hidden = model.apply(variables, ids, method="hidden")

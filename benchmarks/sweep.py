@@ -31,10 +31,16 @@ from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
-from loraplus_jax.sweep.halving import at_rung, best_of, curve_every, member_steps, stops_of
+from loraplus_jax.sweep.halving import (
+    best_trial,
+    comparison_steps,
+    curve_every,
+    member_steps,
+    split_at_rung,
+)
 from loraplus_jax.sweep.population import prepare_population
-from loraplus_jax.sweep.settings import METHODS, NAMES, SweepRun, SweepSettings, Trial
-from loraplus_jax.sweep.slots import Crew
+from loraplus_jax.sweep.settings import ARM_LABELS, METHODS, SweepRun, SweepSettings, Trial
+from loraplus_jax.sweep.slots import DeviceSlots
 from loraplus_jax.training.setup import prepare
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
@@ -64,7 +70,7 @@ def timing(rounds: int) -> None:
     compiled = count_compilations()
     start = time.perf_counter()
     population = prepare_population(run, len(run.trials))
-    crew = Crew(population, len(run.trials))
+    crew = DeviceSlots(population, len(run.trials))
     crew.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
     prepared = time.perf_counter() - start
     assert compiled == {"step": 1, "evaluate": 1}, compiled
@@ -142,13 +148,13 @@ def timing(rounds: int) -> None:
 def count_compilations() -> dict[str, int]:
     """How often each program of the population is compiled from now on."""
     counts = {"step": 0, "evaluate": 0}
-    original = populations.over_members
+    original = populations.map_members
 
     def counted(*arguments: Any, own_batch: bool, donate: bool) -> Any:
         counts["step" if own_batch else "evaluate"] += 1
         return original(*arguments, own_batch=own_batch, donate=donate)
 
-    populations.over_members = counted
+    populations.map_members = counted
     return counts
 
 
@@ -168,11 +174,11 @@ def answers(
     def searched(rungs: tuple[float, ...], keep: float) -> float:
         sweep = dataclasses.replace(run.sweep, rungs=rungs, keep=keep)
         left, counts = list(run.trials), []
-        for _ in stops_of(sweep, steps):
+        for _ in comparison_steps(sweep, steps):
             counts.append(len(left))
             # Which survive does not matter here, but how many do.
-            _, left = at_rung({trial: float(n) for n, trial in enumerate(left)}, keep)
-        taken = member_steps(counts, stops_of(sweep, steps)) * step * step_ratio
+            _, left = split_at_rung({trial: float(n) for n, trial in enumerate(left)}, keep)
+        taken = member_steps(counts, comparison_steps(sweep, steps)) * step * step_ratio
         return taken + sum(counts) * looks["validation"] * look * look_ratio + sweep_start
 
     def reported(members: int) -> float:
@@ -223,7 +229,7 @@ def trained(run: SweepRun) -> dict[int, dict[str, float]]:
     """The validation losses of all settings with all seeds at the rungs and at the end."""
     entries = [(trial, seed) for seed in run.seeds for trial in run.trials]
     population = prepare_population(run, len(entries))
-    crew, losses = Crew(population, len(entries)), {}
+    crew, losses = DeviceSlots(population, len(entries)), {}
     crew.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
     batches = {
         seed: train_batches(population.data.splits["train"], batch_size=run.train.batch_size, seed=seed)
@@ -249,28 +255,28 @@ def key(trial: Trial, seed: int) -> str:
 def compared(name: str, run: SweepRun, losses: dict[int, dict[str, float]], seed: int) -> dict[str, Any]:
     """One seed: the best setting of the grid, and the one that halving comes to."""
     left, counts, steps = list(run.trials), [], max(losses)
-    stops = stops_of(run.sweep, steps)
+    stops = comparison_steps(run.sweep, steps)
     selected: dict[str, Trial] = {}
     for stop in stops:
         counts.append(len(left))
         scores = {trial: losses[stop][key(trial, seed)] for trial in left}
         if stop == steps:
-            best = {arm: best_of(scores, arm) for arm in METHODS if arm not in selected}
+            best = {arm: best_trial(scores, arm) for arm in METHODS if arm not in selected}
             selected |= {arm: trial for arm, trial in best.items() if trial is not None}
         else:
-            alone, left = at_rung(scores, run.sweep.keep)
+            alone, left = split_at_rung(scores, run.sweep.keep)
             selected |= alone
     final = {trial: losses[steps][key(trial, seed)] for trial in run.trials}
     row: dict[str, Any] = {"task": name, "seed": seed}
     ours, theirs = [], []
     for arm in METHODS:
-        grid, found = best_of(final, arm), selected[arm]
+        grid, found = best_trial(final, arm), selected[arm]
         assert grid is not None
         ours.append(found)
         theirs.append(grid)
         row |= {
-            f"{NAMES[arm]}, grid": f"{final[grid]:.4f}",
-            f"{NAMES[arm]}, halving": f"{final[found]:.4f}",
+            f"{ARM_LABELS[arm]}, grid": f"{final[grid]:.4f}",
+            f"{ARM_LABELS[arm]}, halving": f"{final[found]:.4f}",
         }
     chosen, best = (min(pair, key=final.__getitem__) for pair in (ours, theirs))
     others = [other for other in run.seeds if other != seed]

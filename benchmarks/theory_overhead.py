@@ -27,7 +27,7 @@ from loraplus_jax import (
 )
 from loraplus_jax.models.bert import BertForSequence
 from loraplus_jax.theory import make_theory
-from loraplus_jax.training.theory_metrics import as_metrics, copy_adapters, first_rows
+from loraplus_jax.training.theory_metrics import copy_adapters, first_rows, to_metrics
 
 EVERY = 10
 
@@ -69,7 +69,7 @@ def main() -> None:
 
     def one_measurement() -> dict[str, float]:
         before = copy_adapters(states[0].trainable)
-        return as_metrics(measure(states[0].trainable, before, frozen, rows), specs)
+        return to_metrics(measure(states[0].trainable, before, frozen, rows), specs)
 
     seconds = interleaved({"step": one_step, "theory": one_measurement}, options.rounds)
     flops = {"step": step.cost_analysis()["flops"], "theory": measure.cost_analysis()["flops"]}

@@ -39,13 +39,13 @@ def in_float32(value: float) -> bool:
     >>> in_float32(1e-8), in_float32(1e-60), in_float32(1e300), in_float32(0.0)
     (True, False, False, True)
     """
-    return value == 0 or SMALLEST <= abs(value) <= LARGEST
+    return value == 0 or MIN_FLOAT32 <= abs(value) <= LARGEST
 
 
-SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+MIN_FLOAT32, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
-def check_whole(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
+def check_int(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
     """Raises ValueError unless `value` is an int within the bounds given that fits in 64 bits."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < at_least or (at_most is not None and value > at_most):
@@ -55,7 +55,7 @@ def check_whole(name: str, value: Any, *, at_least: int, at_most: int | None = N
         raise ValueError(f"{name} must be below 2**63, got {value!r}")
 
 
-def nearest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
+def suggest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
     """`"; did you mean 'x'?"` with the nearest of `known`, or the list of all when none is near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

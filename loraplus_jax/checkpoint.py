@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from ._validation import check_whole, nearest
+from ._validation import check_int, suggest
 from .config import LoRAPlusConfig
 from .multihost import allgather, is_lost_process
 from .spec import Specs, specs_to_json
@@ -30,7 +30,7 @@ from .train_step import TrainState
 from .tree import leaves_by_path
 
 FORMAT = 1
-HANDLERS = {
+ITEM_HANDLERS = {
     "state": ocp.StandardCheckpointHandler,
     **dict.fromkeys(("input_position", "metadata", "contents"), ocp.JsonCheckpointHandler),
 }
@@ -97,7 +97,7 @@ def open_manager(
     Raises:
       ValueError: `keep` below 1.
     """
-    check_whole("keep", keep, at_least=1)
+    check_int("keep", keep, at_least=1)
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
     metric = functools.partial(_metric, best) if best else None
     if metric is not None:
@@ -113,7 +113,7 @@ def open_manager(
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
     )
-    handlers = {name: make() for name, make in HANDLERS.items()}
+    handlers = {name: make() for name, make in ITEM_HANDLERS.items()}
     directory = Path(directory).absolute()
     if jax.process_index() == 0:
         _quarantine_damaged_dates(directory)
@@ -173,7 +173,7 @@ def save(
         raise ValueError(f"there is a checkpoint of step {int(state.step)} in {manager.directory} already")
     fields = _to_fields(state)
     notes = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
-    notes["contents"] = {"leaves": leaf_kinds(fields), "state": fingerprint(fields)}
+    notes["contents"] = {"leaves": leaf_dtypes_and_shapes(fields), "state": fingerprint(fields)}
     notes["contents"]["notes"] = _digest(notes)
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(fields),
@@ -220,9 +220,9 @@ def restore(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
         )
     notes = _read_notes(manager, step)
-    if differing := differences(notes["metadata"], metadata):
+    if differing := field_differences(notes["metadata"], metadata):
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
-    _check_leaves(step, notes["contents"]["leaves"], leaf_kinds(_to_fields(like)))
+    _check_leaves(step, notes["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like)))
     target = jax.tree.map(_shape_and_sharding, _to_fields(like))
     state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
     same = fingerprint(state) == notes["contents"]["state"]
@@ -230,7 +230,7 @@ def restore(
     return Restored(_from_fields(state, like), notes["input_position"]["position"], notes["metadata"])
 
 
-def differences(
+def field_differences(
     saved: Mapping[str, Any],
     given: Mapping[str, Any],
     places: tuple[str, str] = ("in the checkpoint", "here"),
@@ -238,7 +238,7 @@ def differences(
 ) -> list[str]:
     """Which fields differ, innermost names and both values, package versions left aside.
 
-    >>> differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
+    >>> field_differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
     ['config.rank is 8 in the checkpoint and 4 here']
     """
     lines = []
@@ -247,7 +247,7 @@ def differences(
             continue
         old, new = saved.get(name, "absent"), given.get(name, "absent")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += differences(old, new, places, f"{prefix}{name}.")
+            lines += field_differences(old, new, places, f"{prefix}{name}.")
         elif json.dumps(old) != json.dumps(new):
             values = (f"{json.dumps(value)} {place}" for value, place in zip((old, new), places, strict=True))
             lines.append(f"{prefix}{name} is {' and '.join(values)}")
@@ -308,7 +308,7 @@ def _hash_words(words: jax.Array, index: jax.Array, seed: int) -> jax.Array:
 def _metric(name: str, metrics: Mapping[str, float]) -> float:
     if name not in metrics:
         raise ValueError(
-            f"the manager keeps the best {name!r}, which is not in the metrics{nearest(name, metrics)}"
+            f"the manager keeps the best {name!r}, which is not in the metrics{suggest(name, metrics)}"
         )
     return float(metrics[name])
 
@@ -337,7 +337,9 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     values, reason = None, None
     try:
         directory = manager.directory / str(step)
-        values = {name: HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()}
+        values = {
+            name: ITEM_HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()
+        }
     except Exception as error:
         if is_lost_process(error):
             raise
@@ -391,7 +393,7 @@ def _check_leaves(step: int, old: Mapping[str, str], new: Mapping[str, str]) -> 
         raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing[:5])}{rest}")
 
 
-def leaf_kinds(tree: Any) -> dict[str, str]:
+def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:
     """Path to dtype and shape as text, such as `"float32 (2, 3)"`."""
     leaves = leaves_by_path(tree)
     return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if os.environ.get(TRACEBACK) or not _out_of_memory(error):
             raise
-        from .training.memory import ADVICE
+        from .training.memory import MEMORY_ADVICE
 
-        return _ended(f"error: out of memory; {ADVICE}", 2)
+        return _ended(f"error: out of memory; {MEMORY_ADVICE}", 2)
     except KeyboardInterrupt:
         return _ended("interrupted", 130)
     return options.code
@@ -189,14 +189,14 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     if _helped(options):
         return
     from .plan.plan import make_plan
-    from .plan.text import check_new, text_of, write_json
+    from .plan.text import check_new, format_plan, write_json
     from .settings.parsing import parse_settings
 
     if options.json is not None:
         check_new(options.json)
     settings = parse_settings(options.config, overrides)
     plan = make_plan(settings, options.topology)
-    print(text_of(plan, settings))
+    print(format_plan(plan, settings))
     if options.json is not None:
         write_json(options.json, plan, settings)
 
@@ -236,7 +236,7 @@ def _predict(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.generate import speak
+    from .inference.generate import generate_answers
     from .inference.predict import check_output, write_predictions
 
     if options.output is not None:
@@ -254,7 +254,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         "config",
     )
     given = {name: getattr(options, name) for name in names}
-    found = speak(options.place, prompts=options.prompt, **given)
+    found = generate_answers(options.place, prompts=options.prompt, **given)
     if options.output is not None:
         write_predictions(options.output, found)
     else:

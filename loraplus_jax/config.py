@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
-from ._validation import check_number, check_whole, nearest
+from ._validation import check_int, check_number, suggest
 
 Init = Literal["lora", "lora_b", "gaussian"]
 Bias = Literal["none", "all", "lora_only"]
@@ -91,7 +91,7 @@ class LoRAPlusConfig:
         object.__setattr__(self, "layers_to_transform", _layers(self.layers_to_transform))
         if not self.target_modules and not self.target_parameters:
             raise ValueError("target_modules is empty: name the layers to adapt, such as ['query', 'value']")
-        check_whole("rank", self.rank, at_least=1)
+        check_int("rank", self.rank, at_least=1)
         check_number("alpha", self.alpha, above=0.0)
         self._check_patterns()
         check_number("lr_ratio", self.lr_ratio, above=0.0)
@@ -121,7 +121,7 @@ class LoRAPlusConfig:
                 _check_regex(name, pattern)
                 where = f"{name}[{pattern!r}]"
                 if name == "rank_pattern":
-                    check_whole(where, value, at_least=1)
+                    check_int(where, value, at_least=1)
                 else:
                     check_number(where, value, above=0.0)
             object.__setattr__(self, name, Rules(patterns))
@@ -156,7 +156,7 @@ class LoRAPlusConfig:
             raise ValueError(f"a LoRAPlusConfig must be a mapping with target_modules, got {values!r:.40}")
         for name in values:
             if name not in fields:
-                raise ValueError(f"LoRAPlusConfig has no field {name!r}{nearest(name, fields)}")
+                raise ValueError(f"LoRAPlusConfig has no field {name!r}{suggest(name, fields)}")
         return cls(**values)
 
 
@@ -226,7 +226,7 @@ def _layers(value: Any) -> tuple[int, ...] | None:
         raise TypeError(f"layers_to_transform must be whole numbers, got {value!r}")
     layers = tuple(value)
     for number in layers:
-        check_whole("layers_to_transform", number, at_least=0)
+        check_int("layers_to_transform", number, at_least=0)
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(f"layers_to_transform must hold different layers, got {list(layers)}")
     return layers

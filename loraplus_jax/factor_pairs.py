@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from ._validation import nearest
+from ._validation import suggest
 from .spec import Specs
 
 Side = Literal["a", "b"]
@@ -178,9 +178,9 @@ def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, m
     if missing := [side for side in sides if side not in pair]:
         raise ValueError(f"{where} holds one factor only: lora_{missing[0]} is missing")
     a, b = (tuple(pair[side].shape) for side in sides)
-    spec = (specs or {}).get(spec_key(module))
+    spec = (specs or {}).get(spec_path(module))
     if specs is not None and spec is None:
-        raise ValueError(f"{where} is not in the specs{nearest(module, specs)}")
+        raise ValueError(f"{where} is not in the specs{suggest(module, specs)}")
     if spec is not None and (a, b) != spec.factor_shapes:
         raise ValueError(f"{where}: factors {a} and {b} do not fit the specs' {spec.factor_shapes}")
     if min(len(a), len(b)) < 2 or not (a[-1] in b[:-1] or (may_be_torch and a[0] == b[1])):
@@ -190,6 +190,6 @@ def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, m
         )
 
 
-def spec_key(module: str) -> str:
+def spec_path(module: str) -> str:
     """A module's path in the specs, given its path in a tree that may have the collection's name on top."""
     return "" if module == "lora" else module.removeprefix("lora/")

@@ -14,33 +14,33 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    if (size := path.stat().st_size) > LARGEST_JSON:
-        raise ValueError(f"{path} has {size} bytes, at most {LARGEST_JSON} are read")
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    if problem := tree_problem(content):
+    if problem := find_problem(content):
         raise ValueError(f"{path} {problem}")
     return content
 
 
-LARGEST_JSON, DEEPEST = 2**20, 100
+MAX_JSON_BYTES, MAX_DEPTH = 2**20, 100
 """Bytes and levels. Python needs up to 40 times the bytes of a JSON file."""
 
 
-def tree_problem(tree: Any) -> str | None:
+def find_problem(tree: Any) -> str | None:
     """What makes a value from JSON or YAML unsafe to walk through or to print, if anything does."""
     level = [tree]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         if any(isinstance(node, str) and re.search("[\ud800-\udfff]", node) for node in level):
             return "holds half a surrogate pair, which is no character"
         level = [part for node in level for part in _parts(node)]
         if not level:
             return None
-    return f"is nested more than {DEEPEST} deep"
+    return f"is nested more than {MAX_DEPTH} deep"
 
 
 def _parts(node: Any) -> list[Any]:

@@ -9,19 +9,19 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from .spec import AdapterSpec, Specs
-from .tree import flatten, replaced, unflatten
+from .tree import flatten, replace_leaves, unflatten
 
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
 TAP = "lora_tap"
 """Name of the optional leaf beside two factors whose gradient is what `update_squares` finds."""
-BEFORE = {"lora_a": "lora_a_before", "lora_b": "lora_b_before"}
+PREVIOUS_FACTORS = {"lora_a": "lora_a_before", "lora_b": "lora_b_before"}
 """Names of the leaves, beside a tap, with the factors of one step earlier."""
 TERMS = ("delta1", "delta2", "delta3", "z_a", "z_b")
 """What is measured of a step, in the order of `update_squares`."""
 
 
-def delta(
+def low_rank_output(
     x: jax.Array,
     a: jax.Array,
     b: jax.Array,
@@ -106,7 +106,7 @@ def update_squares(
 
 
 @jax.custom_vjp
-def tapped(y: jax.Array, tap: jax.Array, found: jax.Array) -> jax.Array:
+def inject_gradient(y: jax.Array, tap: jax.Array, found: jax.Array) -> jax.Array:
     """`y`; but the gradient of anything that depends on it, taken for `tap`, is `found`, of the shape of `tap`.
 
     So numbers leave a model by the one way that every transform keeps open, loops over layers, shared weights and
@@ -123,7 +123,7 @@ def _tapped_backward(found: jax.Array, gradient: jax.Array) -> tuple[jax.Array, 
     return gradient, found, jnp.zeros_like(found)
 
 
-tapped.defvjp(_tapped_forward, _tapped_backward)
+inject_gradient.defvjp(_tapped_forward, _tapped_backward)
 
 
 def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def merge(
         a, b = (factors[_factor(module, name)] for name in ("lora_a", "lora_b"))
         leaf = meta.unbox(flat[spec.leaf])
         merged = leaf + weight_delta(a, b, spec)
-        flat[spec.leaf] = in_box(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
-    return replaced(base, flat)
+        flat[spec.leaf] = rebox(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
+    return replace_leaves(base, flat)
 
 
 def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) ->
             shape = tuple(meta.unbox(tree[spec.leaf]).shape) if spec.leaf in tree else None
             if shape != spec.shape:
                 raise ValueError(f"{spec.leaf} has shape {shape} in {name}, the adapter is for {spec.shape}")
-    return replaced(merged, {spec.leaf: kept[spec.leaf] for spec in specs.values()})
+    return replace_leaves(merged, {spec.leaf: kept[spec.leaf] for spec in specs.values()})
 
 
 def disabled(lora: Any) -> Any:
@@ -203,7 +203,7 @@ def disabled(lora: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, lora)
 
 
-def in_box(box: Any, value: jax.Array) -> Any:
+def rebox(box: Any, value: jax.Array) -> Any:
     """The value in the metadata that the old one had, if any."""
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._validation import check_number, check_whole
+from ._validation import check_int, check_number
 
 
 def chunked_cross_entropy(
@@ -46,7 +46,7 @@ def chunked_cross_entropy(
       >>> chunked_cross_entropy(hidden, kernel, jnp.array([[1, 1, 0]]), chunk=2).round(4).tolist()
       [[0.12690000236034393, 0.12690000236034393, 2.1268999576568604]]
     """
-    check_whole("chunk", chunk, at_least=1)
+    check_int("chunk", chunk, at_least=1)
     check_number("z_loss", z_loss, at_least=0.0)
     if soft_cap is not None:
         check_number("soft_cap", soft_cap, above=0.0)

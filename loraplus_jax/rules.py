@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ._validation import nearest
+from ._validation import suggest
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
-from .spec import LEAVES, LINEAR
+from .spec import LEAVES, LINEAR_KINDS
 
 
-class Seen:
+class TracedModule:
     """What was met at a module's path while a model was traced.
 
     Attributes:
@@ -38,16 +38,16 @@ class Seen:
         self.kind, self.axes = kind, axes
 
 
-def named(config: LoRAPlusConfig, path: str) -> bool:
+def is_target(config: LoRAPlusConfig, path: str) -> bool:
     """Whether `target_modules` names a path; `"all-linear"` names all but what is trained in full."""
     if config.target_modules == ALL_LINEAR:
-        return saved_by(config, path) is None
+        return saved_module_of(config, path) is None
     return matches(config.target_modules, path)
 
 
-def meant(config: LoRAPlusConfig, path: str, kind: str) -> bool:
+def is_adapted(config: LoRAPlusConfig, path: str, kind: str) -> bool:
     """Whether a layer that `target_modules` names is to be adapted, whichever layer of the model it is in."""
-    if config.target_modules == ALL_LINEAR and kind not in LINEAR:
+    if config.target_modules == ALL_LINEAR and kind not in LINEAR_KINDS:
         return False
     return not (config.exclude_modules and matches(config.exclude_modules, path))
 
@@ -72,7 +72,7 @@ def layer_index(path: str) -> int | None:
     return numbers[0] if numbers else int(own[0]) if own else None
 
 
-def rule_of(config: LoRAPlusConfig, path: str) -> str:
+def matching_rule(config: LoRAPlusConfig, path: str) -> str:
     """The rule that names a path, for messages."""
     if isinstance(config.target_modules, str):
         return config.target_modules
@@ -92,7 +92,7 @@ def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
     return found[0] if found else None
 
 
-def saved_by(config: LoRAPlusConfig, path: str) -> str | None:
+def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:
     """The name in `modules_to_save` that covers a module's path or one above it."""
     segments = path.split("/")
     above = ["/".join(segments[:n]) for n in range(1, len(segments) + 1)]
@@ -100,7 +100,7 @@ def saved_by(config: LoRAPlusConfig, path: str) -> str | None:
 
 
 def check_coverage(
-    config: LoRAPlusConfig, seen: Mapping[str, Seen], leaves: Iterable[str], stacks: Mapping[str, int]
+    config: LoRAPlusConfig, seen: Mapping[str, TracedModule], leaves: Iterable[str], stacks: Mapping[str, int]
 ) -> None:
     """Raises ValueError for a rule that matched nothing, or for a weight that two rules cover.
 
@@ -121,27 +121,30 @@ def check_coverage(
         used = {pattern_of(patterns, path) for path in (*adapted, *parameters)}
         if idle := [pattern for pattern in patterns if pattern not in used]:
             raise ValueError(
-                f"{name}: {idle[0]!r} applies to no adapter{nearest(idle[0], (*adapted, *parameters))}"
+                f"{name}: {idle[0]!r} applies to no adapter{suggest(idle[0], (*adapted, *parameters))}"
             )
     modules = {leaf.rpartition("/")[0] for leaf in leaves}
     for name in config.modules_to_save:
         if not any(
-            saved_by(dataclasses.replace(config, modules_to_save=(name,)), module) for module in modules
+            saved_module_of(dataclasses.replace(config, modules_to_save=(name,)), module)
+            for module in modules
         ):
-            raise ValueError(f"modules_to_save: {name!r} matches no module{nearest(name, modules - {''})}")
+            raise ValueError(f"modules_to_save: {name!r} matches no module{suggest(name, modules - {''})}")
     for path in (*adapted, *parameters):
-        if (name := saved_by(config, path)) is not None:
+        if (name := saved_module_of(config, path)) is not None:
             raise ValueError(
                 f"{path!r} has an adapter, and modules_to_save: {name!r} trains it in full: choose one"
             )
 
 
-def _check_targets(config: LoRAPlusConfig, seen: Mapping[str, Seen]) -> None:
+def _check_targets(config: LoRAPlusConfig, seen: Mapping[str, TracedModule]) -> None:
     target = config.target_modules
     for rule in (target,) if isinstance(target, str) else target:
         one = rule if isinstance(target, str) else (rule,)
         hits = {
-            p: e for p, e in seen.items() if (named(config, p) if target == ALL_LINEAR else matches(one, p))
+            p: e
+            for p, e in seen.items()
+            if (is_target(config, p) if target == ALL_LINEAR else matches(one, p))
         }
         for path, entry in hits.items():
             if target != ALL_LINEAR and entry.weights and not entry.adaptable:
@@ -154,22 +157,24 @@ def _check_targets(config: LoRAPlusConfig, seen: Mapping[str, Seen]) -> None:
             why = (
                 f"matches only what exclude_modules or layers_to_transform leave out: {', '.join(left_out[:3])}"
                 if left_out
-                else f"matches no layer that can be adapted{nearest(rule, _names(seen, config))}"
+                else f"matches no layer that can be adapted{suggest(rule, _names(seen, config))}"
             )
             raise ValueError(f"target_modules: {rule!r} {why}")
 
 
-def _check_exclusions(config: LoRAPlusConfig, seen: Mapping[str, Seen]) -> None:
+def _check_exclusions(config: LoRAPlusConfig, seen: Mapping[str, TracedModule]) -> None:
     exclude = config.exclude_modules
     for rule in (exclude,) if isinstance(exclude, str) else exclude:
         one = rule if isinstance(exclude, str) else (rule,)
         kinds = {
-            e.kind for path, e in seen.items() if e.adaptable and matches(one, path) and named(config, path)
+            e.kind
+            for path, e in seen.items()
+            if e.adaptable and matches(one, path) and is_target(config, path)
         }
-        if not (kinds - {None} if config.target_modules != ALL_LINEAR else kinds & set(LINEAR)):
+        if not (kinds - {None} if config.target_modules != ALL_LINEAR else kinds & set(LINEAR_KINDS)):
             raise ValueError(
                 f"exclude_modules: {rule!r} excludes nothing that target_modules names"
-                f"{nearest(rule, _names(seen, config))}"
+                f"{suggest(rule, _names(seen, config))}"
             )
 
 
@@ -177,12 +182,12 @@ def _check_parameters(config: LoRAPlusConfig, adapted: list[str], leaves: list[s
     found = {path: rule for path in leaves if (rule := parameter_rule(config, path)) is not None}
     for rule in config.target_parameters:
         if rule not in found.values():
-            raise ValueError(f"target_parameters: {rule!r} matches no parameter{nearest(rule, leaves)}")
+            raise ValueError(f"target_parameters: {rule!r} matches no parameter{suggest(rule, leaves)}")
     for path, rule in found.items():
         if (module := path.rpartition("/")[0]) in adapted and path.rpartition("/")[2] in LEAVES:
             raise ValueError(
                 f"target_parameters: {rule!r} matches {path!r}, to which target_modules: "
-                f"{rule_of(config, module)!r} has given an adapter already"
+                f"{matching_rule(config, module)!r} has given an adapter already"
             )
     return list(found)
 
@@ -197,7 +202,7 @@ def _check_layers(config: LoRAPlusConfig, adapted: list[str], stacks: Mapping[st
         raise ValueError(f"layers_to_transform: there is no layer {idle[0]} to adapt; there are {known}")
 
 
-def _names(seen: Mapping[str, Seen], config: LoRAPlusConfig) -> list[str]:
+def _names(seen: Mapping[str, TracedModule], config: LoRAPlusConfig) -> list[str]:
     """What a rule could have named: last segments, or whole paths for a regular expression."""
     paths = [path for path, entry in seen.items() if path and entry.adaptable]
     return paths if isinstance(config.target_modules, str) else list({p.rpartition("/")[2] for p in paths})

@@ -31,7 +31,7 @@ Rules: TypeAlias = Sequence[tuple[str, Axes]]
 """(regular expression, axes): the first expression that is a leaf's whole path, without its collection, says which
 mesh axis each of its dimensions is split over. Fewer axes than dimensions: the rest is whole."""
 
-SMALL = 2**16
+MIN_SHARDED_SIZE = 2**16
 """Leaves of fewer values than this are not worth gathering: where no rule is given, every device has them whole."""
 
 
@@ -174,7 +174,7 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
 
 
 def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The function, with the mesh known to `split_rows` while it is traced."""
+    """The function, with the mesh known to `constrain_rows` while it is traced."""
 
     @functools.wraps(function)
     def inside(*args: Any) -> Any:
@@ -184,7 +184,7 @@ def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return inside
 
 
-def split_rows(x: jax.Array) -> jax.Array:
+def constrain_rows(x: jax.Array) -> jax.Array:
     """Keeps the leading axis split as a batch's is, and all others whole; without a mesh in use, does nothing.
 
     A model calls it where rows meet weights that are split over the same axis. GSPMD is free to gather either of
@@ -197,7 +197,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
-def whole_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
+def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
     """Gathers over `"fsdp"` what a rule splits over it; without a mesh in use, does nothing.
 
     For weights that a loop uses in every round: left alone, GSPMD gathers them in every round.
@@ -252,9 +252,9 @@ def base_shardings(
 ) -> dict[str, NamedSharding]:
     """Path in the variables to sharding, for arrays or shapes of a base `{"params": ...}`.
 
-    A dimension that its mesh axis does not divide is left whole. Without rules every leaf of at least `SMALL`
-    values is split over `"fsdp"` along its longest dimension that this divides, the last of equals, and never along
-    one that `nn.scan` stacked, as far as `specs` tell.
+    A dimension that its mesh axis does not divide is left whole. Without rules every leaf of at least
+    `MIN_SHARDED_SIZE` values is split over `"fsdp"` along its longest dimension that this divides, the last of
+    equals, and never along one that `nn.scan` stacked, as far as `specs` tell.
 
     Raises:
       ValueError: a leaf that no rule is for, or a rule with more axes than the leaf has.
@@ -305,7 +305,7 @@ def _by_rule(path: str, shape: tuple[int, ...], rules: Rules) -> Axes:
 def _longest(mesh: Mesh, shape: tuple[int, ...], stacked: Sequence[int]) -> Axes:
     parts = mesh.shape.get("fsdp", 1)
     fits = [axis for axis, size in enumerate(shape) if size % parts == 0 and axis not in stacked]
-    if math.prod(shape) < SMALL or not fits:
+    if math.prod(shape) < MIN_SHARDED_SIZE or not fits:
         return ()
     best = max(fits, key=lambda axis: (shape[axis], axis))
     return tuple("fsdp" if axis == best else None for axis in range(len(shape)))

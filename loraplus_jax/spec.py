@@ -10,10 +10,10 @@ import string
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ._validation import check_number, check_whole, nearest
+from ._validation import check_int, check_number, suggest
 
-KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
-LINEAR = ("dense", "dense_general", "einsum")
+LAYER_KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
+LINEAR_KINDS = ("dense", "dense_general", "einsum")
 """The kinds that `"all-linear"` adapts."""
 LEAVES = ("kernel", "embedding")
 """The names of a layer's weight."""
@@ -26,7 +26,7 @@ class AdapterSpec:
 
     Attributes:
       leaf: path of the base leaf in the variables, `"params/layers/query/kernel"`.
-      kind: the layer's kind, one of `KINDS`.
+      kind: the layer's kind, one of `LAYER_KINDS`.
       axes: a letter for each axis of the unstacked leaf: `i` input (contracted with A), `o` output (from B),
         any other letter a batch axis kept in both factors. A Dense kernel is `"io"`, one of a two-dimensional
         Conv `"iiio"`.
@@ -52,17 +52,17 @@ class AdapterSpec:
         object.__setattr__(self, "shape", tuple(self.shape))
         object.__setattr__(self, "stacked", tuple(self.stacked))
         object.__setattr__(self, "layers", None if self.layers is None else tuple(self.layers))
-        check_whole(f"{self.leaf}: rank", self.rank, at_least=1)
+        check_int(f"{self.leaf}: rank", self.rank, at_least=1)
         check_number(f"{self.leaf}: scale", self.scale)
         if not isinstance(self.leaf, str) or not isinstance(self.axes, str):
             raise ValueError(f"leaf and axes must be strings, got {self.leaf!r} and {self.axes!r}")
         for size in self.shape:
-            check_whole(f"{self.leaf}: shape", size, at_least=0)
+            check_int(f"{self.leaf}: shape", size, at_least=0)
         for axis in self.stacked:
             if not isinstance(axis, int) or not -len(self.shape) <= axis < len(self.shape):
                 raise ValueError(f"{self.leaf}: stacked must hold axes of shape {self.shape}, got {axis!r}")
-        if self.kind not in KINDS:
-            raise ValueError(f"{self.leaf}: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind not in LAYER_KINDS:
+            raise ValueError(f"{self.leaf}: kind must be one of {', '.join(LAYER_KINDS)}, got {self.kind!r}")
         if "i" not in self.axes or "o" not in self.axes:
             raise ValueError(f"{self.leaf}: axes must hold an i and an o, got {self.axes!r}")
         if not set(self.axes) <= set(string.ascii_lowercase) or len(self.axes) > len(_LETTERS):
@@ -125,7 +125,7 @@ class AdapterSpec:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise ValueError(f"AdapterSpec has no field {name!r}{nearest(name, fields)}")
+                raise ValueError(f"AdapterSpec has no field {name!r}{suggest(name, fields)}")
         needed = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
         if needed:
             raise ValueError(f"AdapterSpec lacks {', '.join(needed)}")

@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .lora import BEFORE, TAP, TERMS
+from .lora import PREVIOUS_FACTORS, TAP, TERMS
 from .spec import AdapterSpec, Specs
 from .train_step import LossFn
 from .tree import combine, flatten, unflatten
 
-Measure = Callable[[Any, Any, Any, Any], dict[str, dict[str, jax.Array]]]
+MeasureFn = Callable[[Any, Any, Any, Any], dict[str, dict[str, jax.Array]]]
 """`measure(trainable, before, frozen, batch) -> {module path: {term: value}}`."""
-BALANCED = 3.0
+BALANCED_RATIO = 3.0
 """Within this factor of each other delta1 and delta2 count as of the same order."""
-BASIS = "arXiv 2402.12354 asks for the same order; whether the loss gains by it, only a run can tell"
-LOWEST = 1.0
+CAVEAT = "arXiv 2402.12354 asks for the same order; whether the loss gains by it, only a run can tell"
+MIN_LR_RATIO = 1.0
 """No lr_ratio below it is advised: that is LoRA itself."""
-COURSE = {
+SHARE_TREND = {
     "B": "with B zero at the start the share follows A's rate and rises with the steps: "
     "a short run's is an early one",
     "A": "with A zero at the start the share follows B's rate and falls with the steps: "
@@ -34,7 +34,7 @@ COURSE = {
 """How the share goes with the rates and the steps, by the factor that is zero at the start."""
 
 
-def make_theory(loss_fn: LossFn, specs: Specs) -> Measure:
+def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
     """What a step did to every adapted layer's output, as a pure function to be compiled.
 
     Args:
@@ -71,14 +71,17 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> Measure:
             "no layer that is adapted can be measured: embeddings and target_parameters are left out, and the "
             f"specs hold {', '.join(specs) or 'nothing'}"
         )
-    names = {path: {leaf: f"{path}/{leaf}".removeprefix("/") for leaf in (*BEFORE, TAP)} for path in measured}
+    names = {
+        path: {leaf: f"{path}/{leaf}".removeprefix("/") for leaf in (*PREVIOUS_FACTORS, TAP)}
+        for path in measured
+    }
 
     def measure(trainable: Any, before: Any, frozen: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
         variables, old = combine(trainable, frozen), flatten(before)
         previous = {
-            names[path][leaf].removesuffix(leaf) + BEFORE[leaf]: old[names[path][leaf]]
+            names[path][leaf].removesuffix(leaf) + PREVIOUS_FACTORS[leaf]: old[names[path][leaf]]
             for path in measured
-            for leaf in BEFORE
+            for leaf in PREVIOUS_FACTORS
         }
 
         def total(taps: dict[str, jax.Array]) -> jax.Array:
@@ -91,7 +94,7 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> Measure:
     return measure
 
 
-def by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, dict[str, float]]:
+def terms_by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, dict[str, float]]:
     """What `measure` found as plain numbers, one entry a layer: stacked layers apart, their index last in the path.
 
     Left out is what has no features: layers of a stack without an adapter of their own, and what was not run.
@@ -116,7 +119,7 @@ def reading(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: st
     the factor that is named is the one that would even the two out if it went on as it began.
 
     Args:
-      layers: from `by_layer`.
+      layers: from `terms_by_layer`.
       lr_ratio: lambda of the run.
       init: of the run's factors (`LoRAPlusConfig.init`); None if it started from an adapter, neither factor zero.
 
@@ -129,17 +132,17 @@ def reading(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: st
     share = math.exp(sum(map(math.log, ratios)) / len(ratios))
     zero = None if init is None else "A" if init == "lora_b" else "B"
     conclusion = "of the same order, no reason in this to change a rate"
-    if not 1 / BALANCED <= share <= BALANCED:
+    if not 1 / BALANCED_RATIO <= share <= BALANCED_RATIO:
         conclusion = f"{'A' if share < 1 else 'B'} starves; {_advice(share, lr_ratio, zero)}"
-    return f"A moves the output {share:.2g} x as much as B: {conclusion} ({COURSE[zero]}; {BASIS})"
+    return f"A moves the output {share:.2g} x as much as B: {conclusion} ({SHARE_TREND[zero]}; {CAVEAT})"
 
 
 def _advice(share: float, lr_ratio: float, zero: str | None) -> str:
     """Which rate to move how far, the other kept: A's, unless A started at zero."""
-    if share < 1 and lr_ratio <= LOWEST:
+    if share < 1 and lr_ratio <= MIN_LR_RATIO:
         return "no lr_ratio below 1 is advised"
     even = lr_ratio * share
-    ratio = max(LOWEST, even)
+    ratio = max(MIN_LR_RATIO, even)
     move = f"lr_ratio {lr_ratio:g} -> {_short(ratio)}"
     if zero == "A":
         move = f"{move}, which keeps A's rate,"

@@ -14,12 +14,12 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ._validation import check_whole
+from ._validation import check_int
 from .sharding import DATA_AXIS, Shardings, batch_sharding, with_mesh
 from .tree import combine, label_params, role_norms
 
-Pair = tuple[jax.Array, jax.Array]
-LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[Pair, Mapping[str, Pair]]]
+SumAndWeight = tuple[jax.Array, jax.Array]
+LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[SumAndWeight, Mapping[str, SumAndWeight]]]
 """`loss_fn(variables, batch, rng) -> (sum, weight), {name: (sum, weight)}`."""
 StepFn = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, jax.Array]]]
 """`step(state, frozen, batch) -> state, metrics`."""
@@ -76,7 +76,7 @@ def make_step(
     Raises:
       ValueError: `accumulate` below 1, or, when traced, one that does not divide the batch.
     """
-    check_whole("accumulate", accumulate, at_least=1)
+    check_int("accumulate", accumulate, at_least=1)
 
     def sums(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
         (total, weight), metrics = loss_fn(combine(trainable, frozen), batch, rng)
@@ -96,7 +96,7 @@ def make_step(
         grads = jax.tree.map(lambda g: (g / _nonzero(weight)).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = means(totals) | _norms(grads, updates)
+        metrics = weighted_means(totals) | _norms(grads, updates)
         if skip_nonfinite:
             fine = _all_finite(metrics)
             metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
@@ -173,12 +173,12 @@ def make_eval(
     loss_fn: LossFn, *, mesh: Mesh | None = None, shardings: Shardings | None = None
 ) -> jax.stages.Wrapped:
     """Compiled `(trainable, frozen, batch) -> {name: (sum, weight)}`, without dropout if the loss function makes
-    none without a key: it is called with `rng=None`. Add the pairs of all batches and take `means`.
+    none without a key: it is called with `rng=None`. Add the pairs of all batches and take `weighted_means`.
 
     Mesh and shardings as for `jit_step`.
     """
 
-    def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, Pair]:
+    def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, SumAndWeight]:
         loss, metrics = loss_fn(combine(trainable, frozen), batch, None)  # pyright: ignore[reportArgumentType]
         return _with_loss(loss, metrics)
 
@@ -190,16 +190,16 @@ def make_eval(
     return jax.jit(with_mesh(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
 
 
-def means(totals: Mapping[str, Pair]) -> dict[str, jax.Array]:
+def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
     """Sum over weight for every pair; 0 where the weight is 0.
 
-    >>> means({"loss": (jnp.array(6.0), jnp.array(4.0))})["loss"].item()
+    >>> weighted_means({"loss": (jnp.array(6.0), jnp.array(4.0))})["loss"].item()
     1.5
     """
     return {name: jnp.asarray(total, jnp.float32) / _nonzero(w) for name, (total, w) in totals.items()}
 
 
-def _with_loss(loss: Pair, metrics: Mapping[str, Pair]) -> dict[str, Pair]:
+def _with_loss(loss: SumAndWeight, metrics: Mapping[str, SumAndWeight]) -> dict[str, SumAndWeight]:
     if "loss" in metrics:
         raise ValueError("a loss function's metrics must not be called 'loss': that is the loss itself")
     return {"loss": loss, **metrics}

@@ -8,9 +8,9 @@ import jax
 import optax
 from flax import traverse_util
 
-from ._validation import nearest
+from ._validation import suggest
 from .config import Bias, LoRAPlusConfig, matches
-from .factor_pairs import factor_pairs, spec_key
+from .factor_pairs import factor_pairs, spec_path
 from .spec import Specs
 
 Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]
@@ -38,10 +38,10 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     return dict(traverse_util.flatten_dict(dict(tree), sep="/"))
 
 
-def replaced(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of nested dicts with other leaves at some "/"-joined paths; names may hold a "/" themselves.
 
-    >>> replaced({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
+    >>> replace_leaves({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
     {'a': {'b': 1, 'c/d': 3}}
     """
     flat = traverse_util.flatten_dict(dict(tree))
@@ -118,7 +118,7 @@ def split_trainable(
     modules = {m: None for path in flat for m in _parents(path, "params")}
     for name in trained:
         if not any(matches((name,), module) for module in modules):
-            raise ValueError(f"modules_to_save: {name!r} matches no module{nearest(name, modules)}")
+            raise ValueError(f"modules_to_save: {name!r} matches no module{suggest(name, modules)}")
 
     biases = _biases(flat, "none" if bias is None else bias)
 
@@ -186,7 +186,7 @@ def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, R
     """The roles of all factors by path."""
     roles: dict[str, Role] = {}
     for module, pair in factor_pairs(leaves, specs).items():
-        spec = (specs or {}).get(spec_key(module))
+        spec = (specs or {}).get(spec_path(module))
         embedded = spec is not None and spec.kind == "embed"
         roles |= dict.fromkeys(pair, "embedding") if embedded else {pair.a: "a", pair.b: "b"}
     return roles

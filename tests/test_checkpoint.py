@@ -24,7 +24,7 @@ from loraplus_jax import (
     restore,
     save,
 )
-from loraplus_jax.checkpoint import DamagedCheckpoint, differences
+from loraplus_jax.checkpoint import DamagedCheckpoint, field_differences
 from loraplus_jax.sharding import distribute, make_shardings
 
 from .messages import mentions
@@ -257,12 +257,12 @@ def test_keep_must_be_positive(tmp_path):
 def test_differences_leave_versions_aside_and_reach_the_innermost_field():
     old = {"versions": {"jax": "1"}, "config": {"a": {"b": [1, 2], "c": 1}}, "gone": None}
     new = {"versions": {"jax": "2"}, "config": {"a": {"b": [1, 3], "c": 1}}, "new": 1.5}
-    assert differences(old, new) == [
+    assert field_differences(old, new) == [
         "config.a.b is [1, 2] in the checkpoint and [1, 3] here",
         'gone is null in the checkpoint and "absent" here',
         'new is "absent" in the checkpoint and 1.5 here',
     ]
-    assert differences(old, old | {"versions": {}}) == []
+    assert field_differences(old, old | {"versions": {}}) == []
 
 
 # Damage

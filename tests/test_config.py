@@ -7,9 +7,9 @@ import math
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax._validation import check_number, check_whole, nearest
+from loraplus_jax._validation import check_int, check_number, suggest
 from loraplus_jax.config import matches
-from loraplus_jax.json_files import DEEPEST, LARGEST_JSON, read_json
+from loraplus_jax.json_files import MAX_DEPTH, MAX_JSON_BYTES, read_json
 
 from .messages import mentions
 
@@ -122,9 +122,9 @@ def test_matches(rule, path, expected):
 
 
 def test_nearest_falls_back_to_the_whole_list():
-    assert nearest("qurey", ["value", "query"]) == "; did you mean 'query'?"
-    assert nearest("zzz", ["value", "query"]) == "; known: query, value"
-    assert nearest("zzz", ["value"], fallback=False) == ""
+    assert suggest("qurey", ["value", "query"]) == "; did you mean 'query'?"
+    assert suggest("zzz", ["value", "query"]) == "; known: query, value"
+    assert suggest("zzz", ["value"], fallback=False) == ""
 
 
 def test_an_int_that_no_float_or_no_64_bits_can_hold_is_rejected():
@@ -134,9 +134,9 @@ def test_an_int_that_no_float_or_no_64_bits_can_hold_is_rejected():
     for value in (10**39, 1e300, -1e-60):
         with pytest.raises(ValueError, match=mentions("alpha", repr(value), "float32")):
             check_number("alpha", value)
-    check_whole("rank", 2**63 - 1, at_least=1)
+    check_int("rank", 2**63 - 1, at_least=1)
     with pytest.raises(ValueError, match=mentions("rank", "2**63", 2**63)):
-        check_whole("rank", 2**63, at_least=1)
+        check_int("rank", 2**63, at_least=1)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_an_int_that_no_float_or_no_64_bits_can_hold_is_rejected():
             '{"a": ' + "[" * 3000 + "]" * 3000 + "}",
             "recursion|100|JSON object",
         ),
-        ('{"a": ' + "[" * DEEPEST + "]" * DEEPEST + "}", f"nested.* {DEEPEST}"),
+        ('{"a": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}", f"nested.* {MAX_DEPTH}"),
         (r'{"a": ["\ud800"]}', "surrogate"),
         (r'{"\udc00": 1}', "surrogate"),
-        (f'{{"a": "{"x" * LARGEST_JSON}"}}', "1048585.*1048576"),
+        (f'{{"a": "{"x" * MAX_JSON_BYTES}"}}', "1048585.*1048576"),
     ],
 )
 def test_json_that_is_too_large_or_invalid_is_rejected_by_name(tmp_path, content, message):
@@ -161,7 +161,7 @@ def test_json_that_is_too_large_or_invalid_is_rejected_by_name(tmp_path, content
 
 def test_json_just_within_the_limits_is_read(tmp_path):
     path = tmp_path / "some.json"
-    path.write_text(r'{"\ud83d\ude00": ' + "[" * (DEEPEST - 2) + "]" * (DEEPEST - 2) + "}")
+    path.write_text(r'{"\ud83d\ude00": ' + "[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2) + "}")
     assert list(read_json(path)) == ["😀"]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax import AdapterSpec, merge, scale_variables
-from loraplus_jax.lora import delta, weight_delta
+from loraplus_jax.lora import low_rank_output, weight_delta
 
 from .messages import mentions
 
@@ -21,7 +21,7 @@ LORA = {"q": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[10.0, 2
 
 def test_delta_by_hand():
     # x A = 1 * 1 + 3 * 2 = 7; times B times 0.5
-    y = delta(jnp.array([[1.0, 3.0]]), LORA["q"]["lora_a"], LORA["q"]["lora_b"], 0.5)
+    y = low_rank_output(jnp.array([[1.0, 3.0]]), LORA["q"]["lora_a"], LORA["q"]["lora_b"], 0.5)
     assert y.tolist() == [[35.0, 70.0]]
 
 

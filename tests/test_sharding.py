@@ -30,12 +30,12 @@ from loraplus_jax.sharding import (
     base_shardings,
     batch_sharding,
     check_tensor,
+    constrain_rows,
     distribute,
     local_rows,
     make_shardings,
-    split_rows,
 )
-from loraplus_jax.tasks.classification import Task
+from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.tree import leaves_by_path
 
@@ -122,7 +122,7 @@ def test_rows_are_sharded_over_data_and_fsdp():
 
 def test_rows_are_only_kept_split_where_a_mesh_is_in_use():
     x = jnp.ones((4, 2))
-    assert split_rows(x) is x
+    assert constrain_rows(x) is x
 
 
 # Rules
@@ -233,7 +233,7 @@ class Subject:
         self.loss = (
             LanguageTask(kind="instruction").loss_fn(model, chunk=64)
             if family == "llama"
-            else Task(kind="classification", names=("a", "b", "c")).loss_fn(model)
+            else EncoderTask(kind="classification", names=("a", "b", "c")).loss_fn(model)
         )
         self.tx = lora_plus_adamw(
             2.5e-4, lr_ratio=4.0, weight_decay=0.01, max_grad_norm=1.0, eps=1e-6, specs=self.specs

@@ -19,8 +19,8 @@ from loraplus_jax import (
     lora_plus_adamw,
     scale_variables,
 )
-from loraplus_jax.lora import TERMS, delta, update_squares
-from loraplus_jax.theory import BALANCED, by_layer, make_theory, reading
+from loraplus_jax.lora import TERMS, low_rank_output, update_squares
+from loraplus_jax.theory import BALANCED_RATIO, make_theory, reading, terms_by_layer
 
 from .messages import mentions
 
@@ -251,7 +251,7 @@ def test_layers_left_out_of_a_stack_are_left_out_of_the_metrics():
     lora, specs = init_lora(model, KEY, x)
     chosen = np.array([1, 0, 1], np.float32)[:, None, None]
     before, after = (jax.tree.map(lambda leaf: chosen * leaf, drawn(lora, seed)) for seed in (4, 5))
-    found = by_layer(measured(model, base, before, after, specs, x), specs)
+    found = terms_by_layer(measured(model, base, before, after, specs, x), specs)
     assert list(found) == ["layers/fc/0", "layers/fc/2"]
     for n in range(3):
         params, old, new = (
@@ -362,7 +362,7 @@ def shares(lora, rate, ratio, steps=40):
     tx = lora_plus_adamw(rate, lr_ratio=ratio)
 
     def loss(tree):
-        out = jnp.tanh(x @ w + delta(x, tree["lora"]["lora_a"], tree["lora"]["lora_b"], 2.0)) @ v
+        out = jnp.tanh(x @ w + low_rank_output(x, tree["lora"]["lora_a"], tree["lora"]["lora_b"], 2.0)) @ v
         return jnp.mean((out - jnp.tanh(x @ (w + change)) @ v) ** 2)
 
     def step(carry, _):
@@ -370,7 +370,7 @@ def shares(lora, rate, ratio, steps=40):
         updates, state = tx.update(jax.grad(loss)(old), state, old)
         new = optax.apply_updates(old, updates)
         before, after = ((t["lora"]["lora_a"], t["lora"]["lora_b"]) for t in (old, new))
-        squares = update_squares(delta, x, before, after, 2.0)
+        squares = update_squares(low_rank_output, x, before, after, 2.0)
         return (new, state), jnp.sqrt(squares[:2])
 
     (tree, _), terms = jax.lax.scan(step, ({"lora": lora}, tx.init({"lora": lora})), length=steps)
@@ -418,7 +418,7 @@ def test_where_neither_starts_at_zero_the_balance_follows_the_ratio():
 def test_rates_moved_as_the_reading_says_bring_the_two_closer(init, rate, ratio):
     lora = first_factors(init)
     share = later(lora, rate, ratio)
-    assert not 1 / BALANCED < share < BALANCED
+    assert not 1 / BALANCED_RATIO < share < BALANCED_RATIO
     factor, new = advised(reading({"q": {"delta1": share, "delta2": 1.0}}, ratio, init))
     moved = rate * (factor or 1.0)
     kept = (moved, rate) if factor is None else (moved * new, rate * ratio)

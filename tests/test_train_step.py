@@ -24,7 +24,7 @@ from loraplus_jax import (
     replicate,
 )
 from loraplus_jax.plan.hlo import collectives
-from loraplus_jax.train_step import make_step, means
+from loraplus_jax.train_step import make_step, weighted_means
 
 from .messages import mentions
 
@@ -250,7 +250,7 @@ def test_eval_gives_sums_and_weights(mesh):
     (loss, weight), metrics = squares({**trainable, **frozen}, batch, None)
     totals = make_eval(squares, mesh=mesh)(trainable, frozen, batch)
     assert_close(totals, {"loss": (loss, weight), "off": metrics["off"]})
-    np.testing.assert_allclose(means(totals)["loss"], loss / weight, rtol=1e-6)
+    np.testing.assert_allclose(weighted_means(totals)["loss"], loss / weight, rtol=1e-6)
 
 
 # What the base costs

@@ -18,7 +18,7 @@ import optax
 from shared import Check, figure, finish, numbers, save, slope
 
 from loraplus_jax import lora_plus_adamw
-from loraplus_jax.lora import delta
+from loraplus_jax.lora import low_rank_output
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 POWERS = {"1/n": (1.0, -0.5), "1/sqrt(n)": (0.5, -0.75)}
@@ -42,7 +42,7 @@ def final_losses(
     }
 
     def loss(lora: Any) -> jax.Array:
-        hidden = jax.nn.relu(base + delta(z, lora["lora_a"], lora["lora_b"], 1.0))
+        hidden = jax.nn.relu(base + low_rank_output(z, lora["lora_a"], lora["lora_b"], 1.0))
         return jnp.mean((hidden @ v / width**power - y) ** 2)
 
     def final(rate: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import optax
 from shared import Check, figure, finish, save, slope
 
 from loraplus_jax import lora_plus_adamw
-from loraplus_jax.lora import TERMS, delta, update_squares
+from loraplus_jax.lora import TERMS, low_rank_output, update_squares
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
 DIMENSIONS, POINTS, RANK, STEP = 5, 16, 4, 3
@@ -57,7 +57,9 @@ def terms(width: int, init: int, rate_a: float, rate_b: float, seed: int) -> np.
     lora = {"lora_a": a if init == 1 else jnp.zeros_like(a), "lora_b": b if init == 2 else jnp.zeros_like(b)}
 
     def loss(lora: Any) -> jax.Array:
-        return jnp.mean((jnp.tanh(delta(z, lora["lora_a"], lora["lora_b"], 1.0)) @ v / width - y) ** 2)
+        return jnp.mean(
+            (jnp.tanh(low_rank_output(z, lora["lora_a"], lora["lora_b"], 1.0)) @ v / width - y) ** 2
+        )
 
     tx = lora_plus_adamw(rate_a, lr_ratio=rate_b / rate_a, eps=1e-15)
     state, before = tx.init(lora), lora
@@ -65,7 +67,7 @@ def terms(width: int, init: int, rate_a: float, rate_b: float, seed: int) -> np.
         updates, state = tx.update(jax.grad(loss)(lora), state, lora)
         before, lora = lora, optax.apply_updates(lora, updates)
     old, new = ((tree["lora_a"], tree["lora_b"]) for tree in (before, lora))
-    return np.sqrt(np.asarray(update_squares(delta, z, old, new, 1.0))[: len(TERMS)])
+    return np.sqrt(np.asarray(update_squares(low_rank_output, z, old, new, 1.0))[: len(TERMS)])
 
 
 def measured(setting: Setting, widths: tuple[int, ...], seeds: int = 3) -> dict[str, list[float]]:

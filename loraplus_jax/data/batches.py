@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from .._validation import check_whole
+from .._validation import check_int
 
 Batch = dict[str, np.ndarray]
 
@@ -40,7 +40,7 @@ def train_batches(
     size = _row_count(arrays, batch_size)
     if batch_size > size:
         raise ValueError(f"batch_size must be at most {size}, the number of training rows, got {batch_size}")
-    check_whole("seed", seed, at_least=0)
+    check_int("seed", seed, at_least=0)
 
     def take(indices: np.ndarray) -> Batch:
         local = indices if rows is None else indices[rows]
@@ -73,7 +73,7 @@ def _take(arrays: Mapping[str, np.ndarray], indices: np.ndarray, weight: np.ndar
 
 
 def _row_count(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
-    check_whole("batch_size", batch_size, at_least=1)
+    check_int("batch_size", batch_size, at_least=1)
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) != 1 or "weight" in sizes:
         raise ValueError(f"columns must have the same number of rows, and none be called weight, got {sizes}")

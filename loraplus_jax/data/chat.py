@@ -7,17 +7,17 @@ from typing import Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from .._validation import check_whole
+from .._validation import check_int
 from .chat_template import ChatTemplate
 from .conversations import Chat
-from .packing import Arrays, Sequences, pad
+from .packing import ArrayDict, Sequences, pad
 
-Answers = Literal["all", "last"]
-SHOWN = 20
+AnswerChoice = Literal["all", "last"]
+MAX_PROBLEMS_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
+class AnswerSpan:
     """Character range of one answer in a rendered conversation.
 
     Attributes:
@@ -41,8 +41,8 @@ def encode_chat(
     template: ChatTemplate,
     max_length: int,
     *,
-    answers: Answers = "all",
-) -> tuple[Arrays, int]:
+    answers: AnswerChoice = "all",
+) -> tuple[ArrayDict, int]:
     """Conversations as arrays, one a row; `tokenize_chats` and `pad` in one, and how many were truncated."""
     sequences = tokenize_chats(chats, tokenizer, template, max_length, answers=answers)
     return pad(sequences, max_length), sequences.truncated
@@ -54,7 +54,7 @@ def tokenize_chats(
     template: ChatTemplate,
     max_length: int,
     *,
-    answers: Answers = "all",
+    answers: AnswerChoice = "all",
 ) -> Sequences:
     """The tokens of each conversation, and which of them the model is to learn to predict.
 
@@ -76,7 +76,7 @@ def tokenize_chats(
       ValueError: the template fails, does not write the answers as they stand, or does not say where they begin and
         end; or conversations have no answer token within `max_length`.
     """
-    check_whole("max_length", max_length, at_least=2)
+    check_int("max_length", max_length, at_least=2)
     if answers not in ("all", "last"):
         raise ValueError(f"answers must be all or last, got {answers!r}")
     special, bos = special_ids(tokenizer, template), tokenizer.token_to_id(template.bos_token or "\0")
@@ -98,7 +98,9 @@ def tokenize_chats(
     return Sequences(tuple(x[:max_length] for x in ids), tuple(x[:max_length] for x in masks), truncated)
 
 
-def find_answers(template: ChatTemplate, chat: Chat, answers: Answers = "all") -> tuple[str, list[Span]]:
+def find_answers(
+    template: ChatTemplate, chat: Chat, answers: AnswerChoice = "all"
+) -> tuple[str, list[AnswerSpan]]:
     """Renders a conversation and finds the assistant's answers in it; a plain text is one answer.
 
     An answer begins where the rendering of the turns before it, with the generation prompt, ends.
@@ -108,7 +110,7 @@ def find_answers(template: ChatTemplate, chat: Chat, answers: Answers = "all") -
     """
     if chat.turns[0].role == "text":
         text = chat.turns[0].text
-        return text, [Span(0, 0, len(text), len(text), marked=True)]
+        return text, [AnswerSpan(0, 0, len(text), len(text), marked=True)]
     rendered, blocks = template.render_marked(chat.turns, place=chat.place)
     turns = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
     if template.marks_answers:
@@ -119,7 +121,7 @@ def find_answers(template: ChatTemplate, chat: Chat, answers: Answers = "all") -
                 # Only `encode_choices` uses the bounds of the text, and its conversations have a single answer.
                 at = rendered.find(text, start, end)
                 bounds = (at, at + len(text)) if at >= 0 else (start, end)
-                spans.append(Span(start, *bounds, end, marked=True))
+                spans.append(AnswerSpan(start, *bounds, end, marked=True))
         if not spans:
             raise ValueError(f"{chat.place}: the generation blocks of {template.origin} write nothing")
         return rendered, spans[-1:] if answers == "last" else spans
@@ -146,7 +148,9 @@ def _answer_start(template: ChatTemplate, chat: Chat, turn: int, rendered: str) 
     )
 
 
-def _find_text(template: ChatTemplate, chat: Chat, turn: int, rendered: str, start: int, end: int) -> Span:
+def _find_text(
+    template: ChatTemplate, chat: Chat, turn: int, rendered: str, start: int, end: int
+) -> AnswerSpan:
     """The span of an answer whose text lies somewhere between `start` and `end`."""
     for text in (chat.turns[turn].text, chat.turns[turn].text.strip()):
         at = rendered.find(text, start, end)
@@ -158,7 +162,7 @@ def _find_text(template: ChatTemplate, chat: Chat, turn: int, rendered: str, sta
             turns[turn] = dataclasses.replace(turns[turn], text=mark)
             at = max(at, template.render(turns, place=chat.place).find(mark, start))
         if at >= 0 and rendered.startswith(text, at):
-            return Span(start, at, at + len(text), end)
+            return AnswerSpan(start, at, at + len(text), end)
     raise ValueError(
         f"{chat.place}: the chat template of {template.origin} does not write the answer in turn {turn + 1} as it "
         "stands"
@@ -206,7 +210,7 @@ def special_ids(tokenizer: Tokenizer, template: ChatTemplate) -> np.ndarray:
 
 
 def _answer_stop(
-    tokens: Tokens, span: Span, special: np.ndarray, bos: int | None, chat: Chat, template: ChatTemplate
+    tokens: Tokens, span: AnswerSpan, special: np.ndarray, bos: int | None, chat: Chat, template: ChatTemplate
 ) -> int:
     """One past the answer's last token, which is its end-of-turn token."""
     if span.marked:
@@ -237,7 +241,7 @@ def _check_answers(chats: Sequence[Chat], prompts: Sequence[int], max_length: in
             f"max_length {max_length} leaves no answer token in {len(too_long)} of {len(chats)} conversations, "
             f"with prompts of up to {longest} tokens: raise it or remove them"
         ]
-        lines += [f"{chat.place}: {n} tokens before the answer" for chat, n in too_long[:SHOWN]]
-        if len(too_long) > SHOWN:
-            lines.append(f"... and {len(too_long) - SHOWN} more")
+        lines += [f"{chat.place}: {n} tokens before the answer" for chat, n in too_long[:MAX_PROBLEMS_SHOWN]]
+        if len(too_long) > MAX_PROBLEMS_SHOWN:
+            lines.append(f"... and {len(too_long) - MAX_PROBLEMS_SHOWN} more")
         raise ValueError("\n  ".join(lines))

@@ -13,11 +13,11 @@ from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError, nod
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..models.tokenizer import chat_template, special_tokens
+from ..models.tokenizer import read_chat_template, special_tokens
 from .conversations import Turn
 
 MAX_CHARACTERS = 16 * 2**20
-MAX_STEPS, CALL = 1_000_000, 20
+MAX_STEPS, STEPS_PER_CALL = 1_000_000, 20
 """The most that a template may write for one conversation, the most loop passes, and how many a call counts for."""
 
 DATE = datetime.datetime(2024, 7, 26)
@@ -83,7 +83,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """As in every sandbox, and counted."""
-        self._step(CALL)
+        self._step(STEPS_PER_CALL)
         return super().call(*args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -97,7 +97,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _step(self, cost: int = 1) -> None:
         self.steps += cost
         if self.steps > MAX_STEPS:
-            raise TemplateRuntimeError(f"more than {MAX_STEPS:,} loop passes, or {MAX_STEPS // CALL:,} calls")
+            raise TemplateRuntimeError(
+                f"more than {MAX_STEPS:,} loop passes, or {MAX_STEPS // STEPS_PER_CALL:,} calls"
+            )
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -248,7 +250,7 @@ def load_template(choice: str, model: str | Path) -> ChatTemplate:
                 f"cannot read the chat template {str(Path(choice))!r} ({known}): {error}"
             ) from None
         return ChatTemplate(source, choice, bos, eos)
-    source = chat_template(model)
+    source = read_chat_template(model)
     if source is None or not source.strip():
         raise ValueError(
             f"{model} has no chat template: choose plain (### Instruction, ### Response) or the path of a "

@@ -7,15 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._validation import nearest
-from .readers import Problems, Record, place_of, read_records, surrogate_in
+from .._validation import suggest
+from .readers import Problems, Record, has_lone_surrogate, location_of, read_records
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 """Roles as files write them, to ours; the last two are ShareGPT's."""
 
-SHAPES = (("messages",), ("instruction", "output"), ("prompt", "completion"), ("text",))
+COLUMN_SETS = (("messages",), ("instruction", "output"), ("prompt", "completion"), ("text",))
 """The columns that each kind of file must have."""
-OPTIONAL = {"messages": ("system",), "instruction": ("input", "system"), "prompt": ("system",), "text": ()}
+OPTIONAL_COLUMNS = {
+    "messages": ("system",),
+    "instruction": ("input", "system"),
+    "prompt": ("system",),
+    "text": (),
+}
 """What else it may have, by its first column."""
 _ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion, or text"
 
@@ -66,7 +71,9 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     records = read_records(path, problems)
     if columns is None:
         columns = _infer_columns(path, records) if records else {}
-    elif not any(set(shape) <= set(columns) <= {*shape, *OPTIONAL[shape[0]]} for shape in SHAPES):
+    elif not any(
+        set(shape) <= set(columns) <= {*shape, *OPTIONAL_COLUMNS[shape[0]]} for shape in COLUMN_SETS
+    ):
         named = ", ".join(columns) or "nothing"
         raise ValueError(
             f"columns must name {_ALLOWED} (with input or system where there are any), got {named}"
@@ -79,7 +86,7 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
         for fault in faults:
             problems.add(number, fault)
         if not faults:
-            chats.append(Chat(tuple(turns), place_of(path, number)))
+            chats.append(Chat(tuple(turns), location_of(path, number)))
     problems.report(path)
     return chats
 
@@ -93,7 +100,7 @@ def take_text(values: Mapping[str, Any], column: str, faults: list[str], *, opti
     if optional and (value is None or value == ""):
         return ""
     if column not in values:
-        faults.append(f"no column {column!r}{nearest(column, values)}")
+        faults.append(f"no column {column!r}{suggest(column, values)}")
     elif value is None or isinstance(value, list | dict):
         faults.append(f"column {column!r} must hold a string or a number, got {json.dumps(value)[:40]}")
     else:
@@ -114,7 +121,7 @@ def take_list(values: Mapping[str, Any], column: str, faults: list[str]) -> list
         except (ValueError, RecursionError):
             value = values[column]
     if column not in values:
-        faults.append(f"no column {column!r}{nearest(column, values)}")
+        faults.append(f"no column {column!r}{suggest(column, values)}")
     elif not isinstance(value, list) or not value:
         faults.append(f"column {column!r} must hold a list, not empty, got {json.dumps(value)[:40]}")
     else:
@@ -125,7 +132,7 @@ def take_list(values: Mapping[str, Any], column: str, faults: list[str]) -> list
 def _infer_columns(path: Path, records: Sequence[Record]) -> dict[str, str]:
     """Picks the first of the shapes that most rows have."""
     counts = Counter(name for _, values in records for name in values)
-    forms = [{name: name for name in shape} for shape in SHAPES]
+    forms = [{name: name for name in shape} for shape in COLUMN_SETS]
     forms.insert(1, {"messages": "conversations"})
     fitting = [sum(all(c in values for c in form.values()) for _, values in records) for form in forms]
     if not max(fitting):
@@ -134,7 +141,7 @@ def _infer_columns(path: Path, records: Sequence[Record]) -> dict[str, str]:
             f"{path}: no conversations in {names}: a file needs {_ALLOWED}, or settings name them"
         )
     form = forms[fitting.index(max(fitting))]
-    return form | {name: name for name in OPTIONAL[next(iter(form))] if name in counts}
+    return form | {name: name for name in OPTIONAL_COLUMNS[next(iter(form))] if name in counts}
 
 
 def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> list[Turn]:
@@ -165,7 +172,7 @@ def _parse_message(number: int, message: Any, faults: list[str]) -> Turn:
         return Turn("", "")
     role, text = (message[name] for name in names)
     if not isinstance(role, str) or role not in ROLES:
-        hint = nearest(role, ROLES) if isinstance(role, str) else f"; known: {', '.join(sorted(ROLES))}"
+        hint = suggest(role, ROLES) if isinstance(role, str) else f"; known: {', '.join(sorted(ROLES))}"
         faults.append(f"turn {number} has the unknown role {json.dumps(role)[:40]}{hint}")
         role = ""
     if not isinstance(text, str):
@@ -178,7 +185,7 @@ def _parse_message(number: int, message: Any, faults: list[str]) -> Turn:
 def _text_faults(what: str, text: str) -> Iterator[str]:
     if not text.strip():
         yield f"{what} is empty"
-    elif surrogate_in(text):
+    elif has_lone_surrogate(text):
         yield f"{what} holds half a surrogate pair, which is no character"
 
 

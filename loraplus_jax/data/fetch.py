@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from .._validation import nearest
+from .._validation import suggest
 from .archives import extract
 
 Kind = Literal["model", "data"]
@@ -212,7 +212,7 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
       ValueError: no such name, or the download fails or is not what was pinned.
     """
     if name not in ASSETS:
-        raise ValueError(f"nothing to fetch is called {name!r}{nearest(name, ASSETS)}")
+        raise ValueError(f"nothing to fetch is called {name!r}{suggest(name, ASSETS)}")
     asset, root = ASSETS[name], cache or cache_dir()
     path = root / asset.directory / asset.path
     if path.exists():
@@ -346,7 +346,7 @@ _HUB_FORMS = {"model": "org/name", "data": "org/name/path/in/repository.csv"}
 def _allowed(kind: Kind, value: str) -> str:
     names = [a.name for a in ASSETS.values() if a.kind == kind]
     listed = f": give an existing path, a name ({', '.join(names)}) or a hub id {_HUB_FORMS[kind]}"
-    return listed + nearest(value, names, fallback=False)
+    return listed + suggest(value, names, fallback=False)
 
 
 def _from_hub(value: str, kind: Kind, repository: str, file: str = "", *, files: Sequence[str]) -> Path:

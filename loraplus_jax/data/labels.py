@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .._validation import nearest
+from .._validation import suggest
 from .readers import raise_problems
-from .splits import Rows
+from .splits import LabelledTexts
 
 
-def label_names(splits: Mapping[str, Rows]) -> list[str]:
+def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
     """The classes: the distinct labels of the train split, sorted; whole numbers by their value.
 
     Raises:
@@ -32,24 +32,24 @@ def label_names(splits: Mapping[str, Rows]) -> list[str]:
     return names
 
 
-def class_labels(rows: Rows, names: Sequence[str]) -> np.ndarray:
+def class_labels(rows: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     """Each row's index in `names`: int32 `(N,)`; another label is a ValueError with `file:line`."""
     raise_problems(_unknown_labels(rows, names))
     index = {name: i for i, name in enumerate(names)}
     return np.array([index[label] for label in rows.labels], np.int32)
 
 
-def _unknown_labels(rows: Rows, names: Sequence[str]) -> list[tuple[str, str]]:
+def _unknown_labels(rows: LabelledTexts, names: Sequence[str]) -> list[tuple[str, str]]:
     """A problem for each label that the train split does not have."""
     known = set(names)
     return [
-        (place, f"label {label!r} is not in the train split{nearest(label, names)}")
+        (place, f"label {label!r} is not in the train split{suggest(label, names)}")
         for label, place in zip(rows.labels, rows.places, strict=True)
         if label not in known
     ]
 
 
-def regression_labels(rows: Rows) -> np.ndarray:
+def regression_labels(rows: LabelledTexts) -> np.ndarray:
     """The labels as numbers: float32 `(N,)`; one that is no finite number is a ValueError with `file:line`."""
     values = [_number(label) for label in rows.labels]
     raise_problems(

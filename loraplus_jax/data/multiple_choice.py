@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .._validation import check_whole
+from .._validation import check_int
 from .chat import Tokens, find_answers, tokenize
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn, take_list, take_text
-from .packing import Arrays
-from .readers import Problems, place_of, raise_problems, read_records, surrogate_in
+from .packing import ArrayDict
+from .readers import Problems, has_lone_surrogate, location_of, raise_problems, read_records
 
-PROMPTS = ("prompt", "question", "instruction")
-LEAD = "the correct answer is "
+PROMPT_COLUMNS = ("prompt", "question", "instruction")
+ANSWER_PREFIX = "the correct answer is "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
     questions = []
     for number, values in records:
         faults: list[str] = []
-        question = parse(values, columns, place_of(path, number), faults)
+        question = parse(values, columns, location_of(path, number), faults)
         for fault in faults:
             problems.add(number, fault)
         if not faults:
@@ -75,7 +75,7 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
 
 def encode_choices(
     questions: Sequence[Question], tokenizer: Tokenizer, template: ChatTemplate, max_length: int
-) -> Arrays:
+) -> ArrayDict:
     """Every choice of N questions as the answer to its prompt, up to the last token of the choice.
 
     Only the tokens of the choice are scored. A choice's log-likelihood is the sum over `loss_mask` of the tokens'
@@ -98,7 +98,7 @@ def encode_choices(
       ValueError: the template fails or does not write a choice as it stands, or a question and its longest choice
         have more than `max_length` tokens: nothing is cut.
     """
-    check_whole("max_length", max_length, at_least=2)
+    check_int("max_length", max_length, at_least=2)
     width = max((len(q.choices) for q in questions), default=0)
     shape = (len(questions), width, max_length)
     arrays = {
@@ -147,7 +147,7 @@ def _check_or_infer_columns(
             return dict(columns)
         raise ValueError(f"columns must name {allowed}, got {', '.join(columns) or 'nothing'}")
     names = {name: None for _, values in records for name in values}
-    prompt = next((name for name in PROMPTS if name in names), None)
+    prompt = next((name for name in PROMPT_COLUMNS if name in names), None)
     if prompt and {"choices", "answer"} <= set(names):
         return {"prompt": prompt, "choices": "choices", "answer": "answer"}
     if {"instruction", "output"} <= set(names):
@@ -161,7 +161,7 @@ def _parse_choices(
     prompt = take_text(values, columns["prompt"], faults)
     choices = take_list(values, columns["choices"], faults)
     answer = values.get(columns["answer"])
-    if any(not isinstance(c, str) or not c.strip() or surrogate_in(c) for c in choices):
+    if any(not isinstance(c, str) or not c.strip() or has_lone_surrogate(c) for c in choices):
         faults.append(
             f"column {columns['choices']!r} must hold texts that are not empty, got {choices!r:.60}"
         )
@@ -200,7 +200,7 @@ def _parse_commonsense(
         faults.append(
             "the instruction must end in 'Answer format: ' and words apart by '/', as in true/false"
         )
-    choices = tuple(LEAD + word for word in words)
+    choices = tuple(ANSWER_PREFIX + word for word in words)
     if not faults and output not in choices:
         faults.append(f"the output must be one of {', '.join(map(repr, choices))}, got {output!r:.60}")
     index = choices.index(output) if output in choices else -1

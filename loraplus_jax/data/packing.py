@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .._validation import check_whole
+from .._validation import check_int
 
-Arrays = dict[str, np.ndarray]
+ArrayDict = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sequences:
         return [len(ids) for ids in self.ids]
 
 
-def pad(sequences: Sequences, length: int) -> Arrays:
+def pad(sequences: Sequences, length: int) -> ArrayDict:
     """One sequence a row, padded on the right.
 
     Returns:
@@ -44,7 +44,7 @@ def pad(sequences: Sequences, length: int) -> Arrays:
     return _fill(sequences, [[i] for i in range(len(sequences.ids))], length)
 
 
-def pack(sequences: Sequences, length: int) -> Arrays:
+def pack(sequences: Sequences, length: int) -> ArrayDict:
     """As many sequences a row as fit, none of them cut, by best fit decreasing.
 
     Which sequence goes where depends on the lengths alone: the longest are placed first, each into the fullest row
@@ -56,13 +56,13 @@ def pack(sequences: Sequences, length: int) -> Arrays:
     Raises:
       ValueError: a sequence is empty or longer than `length`.
     """
-    return _fill(sequences, plan(sequences.lengths, length), length)
+    return _fill(sequences, plan_packing(sequences.lengths, length), length)
 
 
-def plan(lengths: Sequence[int], length: int) -> list[list[int]]:
+def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
     """Which sequences make up each row when sequences of these lengths are packed; errors as in `pack`.
 
-    >>> plan([3, 5, 2, 4, 1], 6)
+    >>> plan_packing([3, 5, 2, 4, 1], 6)
     [[0], [1, 4], [2, 3]]
     """
     check_lengths(lengths, length)
@@ -85,14 +85,14 @@ def plan(lengths: Sequence[int], length: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def padding_share(arrays: Arrays) -> float:
+def padding_share(arrays: ArrayDict) -> float:
     """The share of tokens that are padding, from 0 to 1."""
     return float(np.mean(arrays["segment_ids"] == 0)) if arrays["segment_ids"].size else 0.0
 
 
 def check_lengths(lengths: Sequence[int], length: int) -> None:
     """Raises a ValueError unless every sequence has a token at least, and at most `length`."""
-    check_whole("length", length, at_least=1)
+    check_int("length", length, at_least=1)
     wrong = [i for i, n in enumerate(lengths) if not 1 <= n <= length]
     if wrong:
         i = wrong[0]
@@ -101,7 +101,7 @@ def check_lengths(lengths: Sequence[int], length: int) -> None:
         )
 
 
-def _fill(sequences: Sequences, rows: Sequence[Sequence[int]], length: int) -> Arrays:
+def _fill(sequences: Sequences, rows: Sequence[Sequence[int]], length: int) -> ArrayDict:
     shape = (len(rows), length)
     arrays = {
         "input_ids": np.zeros(shape, np.int32),

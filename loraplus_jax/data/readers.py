@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._validation import nearest
+from .._validation import suggest
 
 Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]
@@ -18,12 +18,12 @@ Problem = tuple[int, str]
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 RECORD_SUFFIXES = (*SUFFIXES, ".json")
 SHOWN_PROBLEMS = 20
-LONGEST = 2**22
+MAX_FIELD_CHARACTERS = 2**22
 """Characters of a field of CSV or TSV: a stray quote takes in what follows, at up to eight bytes a character."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class StringRow:
     """One row of a file: the line it begins at, counted from 1, and its values by column, all as strings."""
 
     line: int
@@ -45,19 +45,19 @@ class Problems:
 
     def report(self, path: Path) -> None:
         """Raises one ValueError for all problems, if there are any."""
-        raise_problems([(place_of(path, number), what) for number, what in self.first], self.count)
+        raise_problems([(location_of(path, number), what) for number, what in self.first], self.count)
 
 
-def place_of(path: Path, number: int) -> str:
+def location_of(path: Path, number: int) -> str:
     """Where a row lies: `file:line`, or in a JSON list `file: item n`; both are counted from 1.
 
-    >>> place_of(Path("a.csv"), 17), place_of(Path("a.json"), 17)
+    >>> location_of(Path("a.csv"), 17), location_of(Path("a.json"), 17)
     ('a.csv:17', 'a.json: item 17')
     """
     return f"{path}: item {number}" if path.suffix.lower() == ".json" else f"{path}:{number}"
 
 
-def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
+def read_rows(path: str | Path, columns: Sequence[str]) -> list[StringRow]:
     """The rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
 
     CSV and TSV have a header and may quote fields with `"`, doubled inside; JSON lines hold one object each, whose
@@ -81,7 +81,7 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
     if not records and not problems.count:
         problems.add(1, _no_rows(text))
     problems.report(path)
-    return [Row(line, {c: record[c] for c in columns}) for line, record in records]
+    return [StringRow(line, {c: record[c] for c in columns}) for line, record in records]
 
 
 def read_records(path: Path, problems: Problems) -> list[Record]:
@@ -94,7 +94,7 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
       problems: gets what is wrong with single rows, so that the caller can add to it before it reports.
 
     Returns:
-      Each row's number for `place_of`, and its values by column.
+      Each row's number for `location_of`, and its values by column.
 
     Raises:
       ValueError: the file cannot be read, is no JSON list, or holds no rows.
@@ -113,7 +113,7 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
     return records
 
 
-def surrogate_in(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """Whether a text holds half a surrogate pair, which is no character and has no UTF-8."""
     return re.search(r"[\ud800-\udfff]", text) is not None
 
@@ -167,7 +167,7 @@ def _table_records(path: Path, text: str, columns: Sequence[str], problems: Prob
     if header is None:
         return
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
-    faults += [f"no column {c!r}{nearest(c, header)}" for c in columns if c not in header]
+    faults += [f"no column {c!r}{suggest(c, header)}" for c in columns if c not in header]
     for fault in faults:
         problems.add(top, fault)
     for line, fields in rows if not faults else ():
@@ -180,14 +180,14 @@ def _table_records(path: Path, text: str, columns: Sequence[str], problems: Prob
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
     """Non-blank rows of a `csv.reader` with the line each begins at."""
     while True:
-        line, limit = reader.line_num + 1, csv.field_size_limit(LONGEST)
+        line, limit = reader.line_num + 1, csv.field_size_limit(MAX_FIELD_CHARACTERS)
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             too_long = "field larger" in str(error)
-            what = f"a text of more than {LONGEST:,} characters" if too_long else error
+            what = f"a text of more than {MAX_FIELD_CHARACTERS:,} characters" if too_long else error
             problems.add(line, f"malformed row, perhaps a stray quote: {what}")
             continue
         finally:
@@ -254,7 +254,7 @@ def _string_records(
 ) -> Iterator[Record]:
     """Records with the columns asked for, all there and as strings."""
     for number, record in records:
-        faults = [f"no column {c!r}{nearest(c, record)}" for c in columns if c not in record]
+        faults = [f"no column {c!r}{suggest(c, record)}" for c in columns if c not in record]
         selected = {c: record[c] for c in (*columns, "id") if c in record}
         faults += [
             f"column {c!r} must hold a string or a number, got {json.dumps(v)[:40]}"
@@ -273,7 +273,7 @@ def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterat
         for column in columns:
             if not record[column].strip():
                 yield line, f"column {column!r} is empty"
-            elif surrogate_in(record[column]):
+            elif has_lone_surrogate(record[column]):
                 yield line, f"column {column!r} holds half a surrogate pair, which is no character"
         name = record.get("id", "")
         if name.strip() and first_lines.setdefault(name, line) != line:

@@ -11,7 +11,7 @@ from .readers import read_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class LabelledTexts:
     """N labelled texts as columns of length N.
 
     Attributes:
@@ -29,7 +29,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, indices: Iterable[int]) -> "Rows":
+    def take(self, indices: Iterable[int]) -> "LabelledTexts":
         """The rows at `indices`, in their order."""
         indices = list(indices)
 
@@ -37,10 +37,10 @@ class Rows:
             return tuple(column[i] for i in indices)
 
         pairs = None if self.pairs is None else pick(self.pairs)
-        return Rows(pick(self.texts), pairs, pick(self.labels), pick(self.places))
+        return LabelledTexts(pick(self.texts), pairs, pick(self.labels), pick(self.places))
 
 
-def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[str, Rows]:
+def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[str, LabelledTexts]:
     """The rows of `train`, `validation` and, where there is one, `test`.
 
     One file is split by hashes of `split_seed` and text: neither the order of the file nor the labels matter, and
@@ -70,7 +70,7 @@ def split_files(
     return {key: splits[key] for key in files if key in splits}
 
 
-def load_rows(path: Path, settings: DataSettings) -> Rows:
+def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
     """The rows of one file, in the columns that the settings name; errors as `read_rows` has them."""
     rows = read_rows(path, settings.columns)
 
@@ -80,10 +80,10 @@ def load_rows(path: Path, settings: DataSettings) -> Rows:
     pairs = column(settings.text_pair) if settings.text_pair is not None else None
     places = tuple(f"{path}:{row.line}" for row in rows)
     labels = tuple(label.strip() for label in column(settings.label))
-    return Rows(column(settings.text), pairs, labels, places)
+    return LabelledTexts(column(settings.text), pairs, labels, places)
 
 
-def _split_rows(rows: Rows, shares: Mapping[str, float], seed: int) -> dict[str, Rows]:
+def _split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> dict[str, LabelledTexts]:
     indices_by_split = split_texts(rows.texts, shares, seed, where=rows.places[0].rpartition(":")[0])
     return {name: rows.take(indices) for name, indices in indices_by_split.items()}
 

@@ -7,7 +7,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..json_files import read_json
-from ..models.tokenizer import read_file
+from ..models.tokenizer import read_tokenizer_json
 from .batches import Batch
 
 
@@ -20,7 +20,7 @@ def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
     Raises:
       ValueError: the file is missing or broken, or no pad token is found.
     """
-    tokenizer = read_file(directory)
+    tokenizer = read_tokenizer_json(directory)
     token = _pad_token(tokenizer, directory / "tokenizer_config.json")
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id(token), pad_token=token, length=max_length)
@@ -37,7 +37,9 @@ def _pad_token(tokenizer: Tokenizer, config_path: Path) -> str:
     raise ValueError(f"no pad token found: name one as pad_token in {config_path}")
 
 
-def encode(texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Tokenizer) -> tuple[Batch, int]:
+def encode_texts(
+    texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Tokenizer
+) -> tuple[Batch, int]:
     """Token arrays of N texts or pairs, with a tokenizer from `load_tokenizer`.
 
     Returns:

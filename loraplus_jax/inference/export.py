@@ -9,22 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import nearest
+from .._validation import suggest
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
 from ..interop.adapter_files import Adapter, new_directory, tensor_bytes
-from ..interop.peft_files import NOTES, OWN, save_peft
+from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
 from ..models import export
 from ..models.gguf import export as gguf_export
 from ..models.gguf import load as gguf
 from ..models.hf import check_params, load_params
-from ..models.merged import Merge
+from ..models.merged import CheckpointMerge
 from ..settings.schema import Settings
-from ..tasks.interface import Parts
-from ..training.init_adapter import find_adapter, form_of, notes_of, own_config, read_adapter
-from ..training.setup import build, params_of
+from ..tasks.interface import AdaptedModel
+from ..training.init_adapter import (
+    find_adapter,
+    read_adapter,
+    read_notes,
+    saved_config,
+    transformers_class_of,
+)
+from ..training.setup import build_model, params_of
 from ..tree import flatten, unflatten
-from .predict import known_of
+from .predict import settings_and_task
 
 DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(gguf_export.DTYPES)}
 
@@ -44,7 +50,7 @@ class _Source(NamedTuple):
     settings: Settings
     task: Any
     adapter: Adapter
-    parts: Parts
+    parts: AdaptedModel
     notes: Mapping[str, Any]
     base: Path
     fingerprint: str | None
@@ -69,7 +75,7 @@ def export_run(
         raise ValueError("--format and --dtype go with --merged; an adapter for PEFT is float32")
     format = format or "hf"
     if format not in DTYPES:
-        raise ValueError(f"there is no format {format!r}{nearest(format, DTYPES)}")
+        raise ValueError(f"there is no format {format!r}{suggest(format, DTYPES)}")
     if dtype is not None and dtype not in DTYPES[format]:
         raise ValueError(f"--dtype of {format} must be one of {', '.join(DTYPES[format])}, got {dtype}")
     if to.exists():
@@ -86,13 +92,13 @@ def export_run(
 def _open_source(place: Path) -> _Source:
     if (directory := find_adapter(place)) is None:
         raise FileNotFoundError(f"{place} is no run that has ended and no adapter directory")
-    notes = notes_of(directory)
+    notes = read_notes(directory)
     if not {"settings", "task", "base"} <= notes.keys():
         raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
-    settings, task = known_of(directory, notes)
-    config = own_config(directory)
+    settings, task = settings_and_task(directory, notes)
+    config = saved_config(directory)
     base = resolve(settings.model.path, "model")
-    parts = build(settings, base, task, config)
+    parts = build_model(settings, base, task, config)
     adapter = read_adapter(directory, parts, params_of(parts))
     return _Source(settings, task, adapter, parts, notes, base, notes["base"])
 
@@ -100,7 +106,7 @@ def _open_source(place: Path) -> _Source:
 def _write_peft(source: _Source, to: Path) -> str:
     if source.adapter.config is None:
         raise ValueError("the model was trained in full and has no adapter: export it with --merged")
-    form, base = form_of(source.parts), source.settings.model.path
+    form, base = transformers_class_of(source.parts), source.settings.model.path
     if base in ASSETS or Path(base).expanduser().exists():  # else it is a hub id
         base = str(source.base.resolve())
     kept = _base_leaves(source, [ours for ours, _ in form.heads if ours not in source.parts.base.new])
@@ -127,9 +133,9 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
     parts, adapter = source.parts, source.adapter
     leaves, _ = check_params(source.base, parts.base.table, params_of(parts), new=parts.base.new)
     _base_leaves(source, [])
-    form = form_of(parts)
+    form = transformers_class_of(parts)
     extras, own = _split_extras(source, form)
-    merge = Merge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
+    merge = CheckpointMerge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
     notes = describe_run(
         adapter.config,
         adapter.specs,
@@ -148,13 +154,13 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
             export.write_hf(partial, source.base, merge, form, new=unflatten(new), config=config, dtype=kept)
             (partial / "README.md").write_text(_readme(source, form, _USE_MERGED, ""), encoding="utf-8")
         if own:
-            (partial / OWN).write_bytes(tensor_bytes(flatten(own)))
-        (partial / NOTES).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+            (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))
+        (partial / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in partial.iterdir())
     return f"{to}: a merged model, {size / 1e6:,.1f} MB"
 
 
-def _split_extras(source: _Source, form: export.Form) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_extras(source: _Source, form: export.TransformersClass) -> tuple[dict[str, Any], dict[str, Any]]:
     """Variables trained in full: those that transformers has too, and those that only we have."""
     shared, own = {}, {}
     for path, leaf in flatten(source.adapter.extras).items():
@@ -216,7 +222,7 @@ model = {cls}.from_pretrained("this directory")
 """
 
 
-def _readme(source: _Source, form: export.Form, use: str, base: str) -> str:
+def _readme(source: _Source, form: export.TransformersClass, use: str, base: str) -> str:
     """How to load the directory, and what of the model is not in it as transformers sees it."""
     config, task = source.adapter.config, source.task
     names = getattr(task, "names", ())
@@ -237,7 +243,8 @@ def _readme(source: _Source, form: export.Form, use: str, base: str) -> str:
         pooling = source.settings.model.pooling
         lines += [
             f"transformers has no class whose head stands on the pooling {pooling!r}: it loads the encoder alone. "
-            f"The head is in {OWN}: take the {_POOLED[pooling]}, times params/head/kernel, plus params/head/bias.",
+            f"The head is in {OWN_TENSORS_FILE}: take the {_POOLED[pooling]}, times params/head/kernel, plus "
+            "params/head/bias.",
         ]
     if names:
         lines.append(f"Outputs in this order: {', '.join(names)}.")

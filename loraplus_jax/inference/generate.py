@@ -6,25 +6,25 @@ from typing import Any
 
 import jax
 
-from .._validation import check_whole
+from .._validation import check_int
 from ..data.conversations import Turn, read_chats
 from ..data.fetch import resolve
-from ..interop.peft_files import NOTES, peft_options
+from ..interop.peft_files import NOTES_FILE, peft_options
 from ..models.generate import Sampling, check_sampling
 from ..models.hf import load_params
 from ..settings.schema import DataSettings, Dtype, ModelSettings, Settings
 from ..sharding import make_mesh, replicate
 from ..tasks.causal_lm import make_base
 from ..tasks.language_losses import LanguageTask
-from ..tasks.sample_answers import Speaker
-from ..training.init_adapter import find_adapter, is_peft, notes_of, read_adapter
+from ..tasks.sample_answers import ChatModel
+from ..training.init_adapter import find_adapter, is_peft, read_adapter, read_notes
 from ..training.run_directory import ADAPTER, CHECKPOINTS
-from ..training.setup import build, load, params_of
+from ..training.setup import build_model, load_model, params_of
 from ..tree import combine
-from .predict import load_tuned, with_adapter
+from .predict import load_tuned, settings_with_adapter
 
 
-def speak(
+def generate_answers(
     place: str,
     *,
     prompts: Sequence[str] = (),
@@ -63,17 +63,17 @@ def speak(
         raise ValueError("--system goes with --prompt; conversations of --data have their own")
     sampling = Sampling(temperature, top_p)
     check_sampling(sampling)
-    check_whole("max_tokens", max_tokens, at_least=1)
-    check_whole("batch_size", batch_size, at_least=1)
+    check_int("max_tokens", max_tokens, at_least=1)
+    check_int("batch_size", batch_size, at_least=1)
     if temperature == 0 and (top_p != 1 or seed is not None):
         raise ValueError("--top_p and --seed go with a --temperature above 0: at 0 nothing is drawn")
     seed = 0 if seed is None else seed
-    check_whole("seed", seed, at_least=0)
+    check_int("seed", seed, at_least=0)
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("a prompt or the system text is empty")
     settings, directory, task, model, variables = _open_model(place, template, dtype, config)
     chats = _chats(prompts, data, system, settings)
-    speaker = Speaker.from_settings(settings, directory, task, model, max_tokens)
+    speaker = ChatModel.from_settings(settings, directory, task, model, max_tokens)
     variables = replicate(make_mesh(1), variables)
     answers = speaker.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)
     return [{"prompt": turns[-1].text, "answer": text} for turns, text in zip(chats, answers, strict=True)]
@@ -97,9 +97,9 @@ def _open_model(
     """Settings, base, task, model and variables of a run, of an adapter, or of a model without adapters."""
     path = Path(place).expanduser()
     directory = find_adapter(path)
-    if directory is not None and config is None and not notes_of(directory).get("settings"):
+    if directory is not None and config is None and not read_notes(directory).get("settings"):
         return _open_peft_adapter(directory, template, dtype)
-    if directory is not None or (path / NOTES).is_file():
+    if directory is not None or (path / NOTES_FILE).is_file():
         if template is not None or dtype is not None:
             raise ValueError(
                 "--template and --dtype are for models; a run answers with those that it was trained with"
@@ -132,8 +132,8 @@ def _open_peft_adapter(
             "model.path does"
         )
     base = resolve(base_name, "model")
-    settings = with_adapter(directory, _plain_settings(base_name, template, dtype), base, None)
-    parts = load(settings, base, build(settings, base, None, settings.applied), settings.applied)
+    settings = settings_with_adapter(directory, _plain_settings(base_name, template, dtype), base, None)
+    parts = load_model(settings, base, build_model(settings, base, None, settings.applied), settings.applied)
     adapter = read_adapter(directory, parts, params_of(parts))
     variables = combine({"lora": adapter.lora}, adapter.extras, parts.frozen)
     return settings, base, None, parts.model, variables

@@ -10,44 +10,44 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._validation import nearest
+from .._validation import suggest
 from ..checkpoint import fingerprint
 from ..data.batches import eval_batches
 from ..data.fetch import resolve
 from ..data.readers import read_rows
-from ..data.tokenize import encode
+from ..data.tokenize import encode_texts
 from ..interop import adapter_files
 from ..interop.adapter_files import read_tensors
-from ..interop.peft_files import NOTES, OWN, peft_notes
+from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
 from ..models.hf import load_params
 from ..settings.parsing import parse_settings, settings_from_json
-from ..settings.schema import LANGUAGE, Settings
+from ..settings.schema import LANGUAGE_TASKS, Settings
 from ..sharding import make_mesh, replicate, shard_batch
-from ..tasks.classification import Task, outputs
+from ..tasks.classification import EncoderTask, apply_model
 from ..tasks.encoder import tokenizer_for
-from ..tasks.interface import Parts
+from ..tasks.interface import AdaptedModel
 from ..tasks.language_losses import LanguageTask
 from ..train_step import make_eval
 from ..training.evaluation import evaluate
 from ..training.init_adapter import (
+    adapter_config,
     check_base,
-    config_of,
     find_adapter,
     is_peft,
     merged_table,
-    notes_of,
     notes_path,
-    own_config,
     read_adapter,
+    read_notes,
+    saved_config,
 )
 from ..training.run_directory import ADAPTER
-from ..training.setup import base_parts, build, load, params_of, task_module
+from ..training.setup import base_parts, build_model, load_model, params_of, task_module
 from ..tree import combine, flatten, unflatten
 
 OUTPUT_SUFFIX = ".jsonl"
 
 
-class Tuned(NamedTuple):
+class TunedModel(NamedTuple):
     """A trained model, loaded.
 
     Attributes:
@@ -59,11 +59,11 @@ class Tuned(NamedTuple):
 
     settings: Settings
     task: Any
-    parts: Parts
+    parts: AdaptedModel
     base: Path
 
 
-def load_tuned(place: Path, config: str | None = None) -> Tuned:
+def load_tuned(place: Path, config: str | None = None) -> TunedModel:
     """Loads a run's output directory, an adapter of either format, or a merged model that was exported here.
 
     Args:
@@ -74,74 +74,78 @@ def load_tuned(place: Path, config: str | None = None) -> Tuned:
       ValueError, OSError: it is none, is damaged, or its base is another one now.
     """
     directory = find_adapter(place)
-    if directory is None and (place / NOTES).is_file():
+    if directory is None and (place / NOTES_FILE).is_file():
         return _load_merged(place, config)
     if directory is None:
         inner = place / ADAPTER if (place / ADAPTER).is_dir() else place
         missing = [
-            name for name in (adapter_files.TENSORS, adapter_files.NOTES) if not (inner / name).is_file()
+            name
+            for name in (adapter_files.TENSORS_FILE, adapter_files.DESCRIPTION_FILE)
+            if not (inner / name).is_file()
         ]
         raise FileNotFoundError(
             f"{inner} is no adapter directory: it lacks {' and '.join(missing)}; nor is it a run, PEFT's adapter "
             "or a model exported with --merged"
         )
-    notes = notes_of(directory)
+    notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
-        settings, task = known_of(directory, notes, config)
-        lora_config = own_config(directory)
+        settings, task = settings_and_task(directory, notes, config)
+        lora_config = saved_config(directory)
         base = resolve(settings.model.path, "model")
     elif is_peft(directory) and config is not None:
         settings = parse_settings(config)
         base = resolve(settings.model.path, "model")
         task = task_module(settings).load_data(settings, base).task
-        settings = with_adapter(directory, settings, base, task)
+        settings = settings_with_adapter(directory, settings, base, task)
         lora_config = settings.applied
     else:
         hint = ": give the config of a run with --config" if is_peft(directory) else ""
         raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it{hint}")
-    parts = load(settings, base, build(settings, base, task, lora_config), lora_config)
+    parts = load_model(settings, base, build_model(settings, base, task, lora_config), lora_config)
     check_base(directory, fingerprint(parts.frozen) if parts.frozen else None, base)
     adapter = read_adapter(directory, parts, params_of(parts))
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: the tensors do not fit the model that its settings describe")
-    return Tuned(settings, task, parts._replace(trainable=trainable), base)
+    return TunedModel(settings, task, parts._replace(trainable=trainable), base)
 
 
-def known_of(directory: Path, notes: Mapping[str, Any], config: str | None = None) -> tuple[Settings, Any]:
+def settings_and_task(
+    directory: Path, notes: Mapping[str, Any], config: str | None = None
+) -> tuple[Settings, Any]:
     """The settings and the task in the notes of an adapter or a merged model."""
     if config is not None:
         raise ValueError(f"--config is for adapters that PEFT made; {directory} has settings of its own")
     try:
         settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
         fields = notes["task"]
-        if fields["kind"] in LANGUAGE:
+        if fields["kind"] in LANGUAGE_TASKS:
             return settings, LanguageTask(**fields)
-        return settings, Task(**{**fields, "names": tuple(fields["names"])})
+        return settings, EncoderTask(**{**fields, "names": tuple(fields["names"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
 
 
-def with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
+def settings_with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
     """Settings whose section lora comes from a PEFT adapter."""
     bare = base_parts(settings, base, task)
-    return dataclasses.replace(settings, method="lora_plus", lora=config_of(directory, bare))
+    return dataclasses.replace(settings, method="lora_plus", lora=adapter_config(directory, bare))
 
 
-def _load_merged(place: Path, config: str | None) -> Tuned:
+def _load_merged(place: Path, config: str | None) -> TunedModel:
     """Loads a merged model, which has no adapters."""
     notes = peft_notes(place) or {}
     if not {"merged", "settings", "task"} <= notes.keys():
-        raise ValueError(f"{place / NOTES} does not say what the model was trained for")
-    settings, task = known_of(place, notes, config)
+        raise ValueError(f"{place / NOTES_FILE} does not say what the model was trained for")
+    settings, task = settings_and_task(place, notes, config)
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(place)))
     bare = base_parts(settings, place, task)
-    own = flatten(read_tensors(place / OWN)) if (place / OWN).is_file() else {}
+    own = flatten(read_tensors(place / OWN_TENSORS_FILE)) if (place / OWN_TENSORS_FILE).is_file() else {}
     table = bare.base.table if own else merged_table(bare)
     shapes = jax.eval_shape(bare.model.init, jax.random.key(0), *bare.base.inputs)["params"]
     params = load_params(place, table, shapes, new=bare.base.new if own else ())
     variables = combine({"params": params}, unflatten(own)) if own else {"params": params}
-    return Tuned(settings, task, bare._replace(frozen=variables), place)
+    return TunedModel(settings, task, bare._replace(frozen=variables), place)
 
 
 def evaluate_run(
@@ -158,12 +162,12 @@ def evaluate_run(
     settings, module = tuned.settings, task_module(tuned.settings)
     splits = ("train", "validation", "test")
     if split is not None and split not in splits:
-        raise ValueError(f"the run has no split {split!r}{nearest(split, splits)}")
+        raise ValueError(f"the run has no split {split!r}{suggest(split, splits)}")
     try:
         arrays, examples = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
-            f"the run has no split {error.args[0]!r}{nearest(error.args[0], splits[:2])}"
+            f"the run has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
         ) from None
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
@@ -215,11 +219,11 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
         raise ValueError(f"{path} exists already; choose another --output") from None
 
 
-def _compute_outputs(tuned: Tuned, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
-    arrays, _ = encode(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
+def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
+    arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
     mesh = make_mesh(1)
     variables = combine(tuned.parts.trainable, tuned.parts.frozen)
-    apply = jax.jit(functools.partial(outputs, tuned.parts.model))
+    apply = jax.jit(functools.partial(apply_model, tuned.parts.model))
     batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
     batch_outputs = [
         np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(arrays, batch_size)

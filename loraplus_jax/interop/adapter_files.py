@@ -23,7 +23,7 @@ from ..json_files import read_json
 from ..spec import AdapterSpec, Specs, specs_from_json
 from ..tree import flatten, unflatten
 
-TENSORS, NOTES = "adapter.safetensors", "adapter.json"
+TENSORS_FILE, DESCRIPTION_FILE = "adapter.safetensors", "adapter.json"
 
 
 class Adapter(NamedTuple):
@@ -68,7 +68,9 @@ def save_adapter(
     """
     directory = Path(directory).resolve()
     if directory.is_dir():
-        others = sorted(path.name for path in directory.iterdir() if path.name not in (TENSORS, NOTES))
+        others = sorted(
+            path.name for path in directory.iterdir() if path.name not in (TENSORS_FILE, DESCRIPTION_FILE)
+        )
         if others:
             raise ValueError(
                 f"{directory} holds more than an adapter ({', '.join(others[:3])}); choose another"
@@ -79,9 +81,9 @@ def save_adapter(
     # Written beside the target and renamed at the end, so that nobody ever sees half an adapter.
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        (partial / TENSORS).write_bytes(tensor_bytes(flatten(trainable)))
+        (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
         notes = json.dumps(describe_run(config, specs, base=base, **more), indent=1)
-        (partial / NOTES).write_text(notes + "\n", encoding="utf-8")
+        (partial / DESCRIPTION_FILE).write_text(notes + "\n", encoding="utf-8")
         partial.chmod(0o755)
         if directory.exists():
             # A directory cannot be renamed onto another, so the old adapter moves out of the way first.
@@ -102,29 +104,29 @@ def load_adapter(directory: str | Path) -> Adapter:
       FileNotFoundError: it holds no adapter.
       ValueError: a file is damaged, of a later format, or tensors and table differ; the message names it.
     """
-    notes, directory = adapter_notes(directory), Path(directory)
+    notes, directory = read_adapter_json(directory), Path(directory)
     try:
         config = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
         specs = specs_from_json(notes["specs"])
-        check_agreement(config, specs)
+        check_config_matches_specs(config, specs)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{directory / NOTES}: {error}") from None
-    variables = unflatten(read_tensors(directory / TENSORS))
+        raise ValueError(f"{directory / DESCRIPTION_FILE}: {error}") from None
+    variables = unflatten(read_tensors(directory / TENSORS_FILE))
     lora = variables.pop("lora", {})
     _check_factors(directory, lora, specs)
     return Adapter(config, specs, lora, variables)
 
 
-def adapter_notes(directory: str | Path) -> dict[str, Any]:
+def read_adapter_json(directory: str | Path) -> dict[str, Any]:
     """An adapter's complete JSON: base fingerprint, versions and the caller's own fields included.
 
     Raises:
       FileNotFoundError, ValueError: as `load_adapter`.
     """
-    for name in (TENSORS, NOTES):
+    for name in (TENSORS_FILE, DESCRIPTION_FILE):
         if not (Path(directory) / name).is_file():
             raise FileNotFoundError(f"{directory} is no adapter directory: it lacks {name}")
-    path = Path(directory) / NOTES
+    path = Path(directory) / DESCRIPTION_FILE
     notes = read_json(path)
     if not {"format", "config", "specs"} <= notes.keys():
         raise ValueError(f"{path} is no adapter description: it needs format, config and specs")
@@ -142,7 +144,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def check_agreement(config: LoRAPlusConfig | None, specs: Specs) -> None:
+def check_config_matches_specs(config: LoRAPlusConfig | None, specs: Specs) -> None:
     """Raises ValueError unless config and specs say the same: `apply` goes by the one and `merge` by the other."""
     if config is None:
         return
@@ -169,7 +171,8 @@ def _check_factors(directory: Path, lora: Mapping[str, Any], specs: Specs) -> No
         first = differing[0]
         raise ValueError(
             f"{directory}: tensors and adapter table differ at {', '.join(differing[:5])}: {first} is "
-            f"{shapes.get(first, 'absent')} in {TENSORS} and {expected.get(first, 'absent')} in {NOTES}"
+            f"{shapes.get(first, 'absent')} in {TENSORS_FILE} and {expected.get(first, 'absent')} in "
+            f"{DESCRIPTION_FILE}"
         )
 
 

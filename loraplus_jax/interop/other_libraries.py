@@ -15,7 +15,7 @@ _BEHIND = ("/lora", "/kernel", "/embedding", "/w")
 """What may stand between a module's path and its factors' names: gemma's own module, the weight for qwix."""
 
 
-def adapters_from(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> dict[str, Any]:
+def import_adapters(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> dict[str, Any]:
     """The factors in a tree of `flax.nnx.LoRA`, qwix, gemma or keras, or lorax's beside their weights, as our tree.
 
     Which factor is which follows from names where they tell it (`lora_a`, `kernel_lora_a`, `lora/a`), else from the
@@ -39,7 +39,7 @@ def adapters_from(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> dic
       >>> from loraplus_jax.spec import AdapterSpec
       >>> spec = AdapterSpec(leaf="params/fc/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=1.0)
       >>> theirs = {"fc": {"kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.zeros((2, 3))}}
-      >>> sorted(adapters_from(theirs, {"fc": spec}, scale=1.0)["fc"])
+      >>> sorted(import_adapters(theirs, {"fc": spec}, scale=1.0)["fc"])
       ['lora_a', 'lora_b']
     """
     check_number("scale", scale, above=0.0)

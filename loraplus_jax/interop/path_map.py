@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._validation import nearest
+from .._validation import suggest
 from ..spec import AdapterSpec, Specs
 
 KINDS = ("Linear", "Conv1D", "Conv", "Embedding", "TiedEmbedding", "TiedHead", "Parameter")
@@ -32,7 +32,7 @@ _SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
 _HOLE = re.compile(r"\{(\w+)\}")
 
 
-class Place(NamedTuple):
+class TorchModule(NamedTuple):
     """Where a module of ours is in the other model.
 
     Attributes:
@@ -64,13 +64,13 @@ def check_path_map(path_map: PathMap) -> None:
         if any(len(set(names)) < len(names) for names in (ours, theirs)):
             raise ValueError(f"path map: a placeholder stands twice on one side of {rule!r}")
         if len(rule) == 3 and rule[2] not in KINDS:
-            raise ValueError(f"path map: there is no kind {rule[2]!r}{nearest(rule[2], KINDS)}")
+            raise ValueError(f"path map: there is no kind {rule[2]!r}{suggest(rule[2], KINDS)}")
 
 
-def place_of(path_map: PathMap, module: str) -> Place | None:
+def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
     """Where a module of ours is, or None where no rule matches.
 
-    >>> place_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
+    >>> torch_module_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
     Place(name='model.layers.{layer}.up', holes=('layer',), kind=None)
     """
     for rule in path_map:
@@ -78,7 +78,7 @@ def place_of(path_map: PathMap, module: str) -> Place | None:
             name = rule[1]
             for shared, value in match.groupdict().items():
                 name = name.replace(f"{{{shared}}}", value)
-            return Place(name, tuple(_HOLE.findall(name)), _kind(rule))
+            return TorchModule(name, tuple(_HOLE.findall(name)), _kind(rule))
     return None
 
 
@@ -126,7 +126,7 @@ class Target(NamedTuple):
         return form.format(name, "A"), form.format(name, "B")
 
 
-def targets_of(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list[str]]:
+def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list[str]]:
     """Every entry of the specs on both sides, and a line for each that has no place there."""
     targets: dict[str, Target] = {}
     problems = []
@@ -135,7 +135,7 @@ def targets_of(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list
         owner, _, leaf = key.rpartition("/")
         # An adapted parameter is found by the module that owns it.
         module = owner if spec.kind == "parameter" and leaf in _OF_LEAF else key
-        if (place := place_of(path_map, module)) is None:
+        if (place := torch_module_of(path_map, module)) is None:
             problems.append(f"no rule of the path map matches {module!r}")
             continue
         try:
@@ -151,7 +151,7 @@ def targets_of(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list
     return targets, problems
 
 
-def _kind_of(spec: AdapterSpec, place: Place) -> str:
+def _kind_of(spec: AdapterSpec, place: TorchModule) -> str:
     """How PyTorch keeps the weight that is adapted.
 
     Raises:
@@ -175,7 +175,7 @@ def _kind_of(spec: AdapterSpec, place: Place) -> str:
     return kind
 
 
-def _indices(spec: AdapterSpec, place: Place, kind: str) -> list[Index]:
+def _indices(spec: AdapterSpec, place: TorchModule, kind: str) -> list[Index]:
     """Which slices of the factors there are in the other model, each a module of its own.
 
     Raises:
@@ -192,7 +192,7 @@ def _indices(spec: AdapterSpec, place: Place, kind: str) -> list[Index]:
     return indices if spec.layers is None else [index for index in indices if index[0] in spec.layers]
 
 
-def factors_out(
+def factors_to_peft(
     a: np.ndarray, b: np.ndarray, target: Target
 ) -> Iterator[tuple[Index, np.ndarray, np.ndarray]]:
     """Each slice of the factors as PEFT keeps it: A and B of `factor_shapes`."""
@@ -203,10 +203,10 @@ def factors_out(
         yield index, _a_to_peft(a[index], kind), _b_to_peft(b[index], shape, kind)
 
 
-def factors_in(
+def factors_from_peft(
     slices: Mapping[Index, tuple[np.ndarray, ...]], target: Target
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `factors_out`; missing slices become zeros."""
+    """The inverse of `factors_to_peft`; missing slices become zeros."""
     spec, kind, _ = target
     dtype = next(iter(slices.values()))[0].dtype
     whole_a, whole_b = (np.zeros(shape, dtype) for shape in spec.factor_shapes)
@@ -233,7 +233,7 @@ def factor_shapes(
     return (r, inner), (outer, r)
 
 
-def leaf_out(name: str, array: np.ndarray, kind: str | None) -> tuple[str, np.ndarray]:
+def leaf_to_torch(name: str, array: np.ndarray, kind: str | None) -> tuple[str, np.ndarray]:
     """A leaf that is trained in full, without stacked axes, under PyTorch's name and in its layout.
 
     Raises:
@@ -248,8 +248,8 @@ def leaf_out(name: str, array: np.ndarray, kind: str | None) -> tuple[str, np.nd
     return "weight", np.transpose(array, _kernel_axes(array.ndim, kind))
 
 
-def leaf_in(name: str, array: np.ndarray, shape: tuple[int, ...], kind: str | None) -> np.ndarray:
-    """The inverse of `leaf_out`, for a leaf of a known shape."""
+def leaf_from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], kind: str | None) -> np.ndarray:
+    """The inverse of `leaf_to_torch`, for a leaf of a known shape."""
     if name == "bias":
         return array.reshape(shape)
     if name != "kernel" or kind == "Conv1D":

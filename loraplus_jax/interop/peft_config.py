@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from .._validation import check_number, check_whole
+from .._validation import check_int, check_number
 from ..config import Bias, LoRAPlusConfig
 from ..json_files import read_json
 
@@ -40,7 +40,7 @@ _CLASSIFIERS = ("classifier", "score")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PeftOptions:
     """An adapter's options, checked.
 
     Attributes:
@@ -94,7 +94,7 @@ class Options:
         ]
 
 
-def read_options(path: Path) -> Options:
+def read_options(path: Path) -> PeftOptions:
     """Reads an `adapter_config.json`.
 
     Raises:
@@ -119,8 +119,8 @@ def read_options(path: Path) -> Options:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _parse_options(given: Mapping[str, Any]) -> Options:
-    check_whole("r", given.get("r"), at_least=1)
+def _parse_options(given: Mapping[str, Any]) -> PeftOptions:
+    check_int("r", given.get("r"), at_least=1)
     check_number("lora_alpha", given.get("lora_alpha"), above=0.0)
     check_number("lora_dropout", given.get("lora_dropout", 0.0), at_least=0.0, below=1.0)
     patterns = {name: given.get(name, {}) for name in ("rank_pattern", "alpha_pattern")}
@@ -130,7 +130,7 @@ def _parse_options(given: Mapping[str, Any]) -> Options:
         for key, value in values.items():
             _check_regex(name, key)
             if name == "rank_pattern":
-                check_whole(f"{name}[{key!r:.80}]", value, at_least=1)
+                check_int(f"{name}[{key!r:.80}]", value, at_least=1)
             else:
                 check_number(f"{name}[{key!r:.80}]", value, above=0.0)
     for name in ("use_rslora", "ensure_weight_tying"):
@@ -147,7 +147,7 @@ def _parse_options(given: Mapping[str, Any]) -> Options:
     for name in ("base_model_name_or_path", "task_type"):
         if not isinstance(given.get(name, ""), str):
             raise TypeError(f"{name} must be a text, got {given[name]!r:.80}")
-    return Options(
+    return PeftOptions(
         rank=given["r"],
         alpha=given["lora_alpha"],
         **patterns,
@@ -212,7 +212,7 @@ def make_options(
     )
 
 
-def raise_all(what: str, problems: Sequence[str]) -> None:
+def raise_problems(what: str, problems: Sequence[str]) -> None:
     """Raises one ValueError with all problems, if any; its first line can stand alone."""
     if problems:
         rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []

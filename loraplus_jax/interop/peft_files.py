@@ -18,24 +18,31 @@ from ..config import LoRAPlusConfig, pattern_of
 from ..json_files import read_json
 from ..spec import Specs
 from ..tree import flatten, unflatten
-from .adapter_files import Adapter, check_agreement, host_array, new_directory, read_tensors, tensor_bytes
+from .adapter_files import (
+    Adapter,
+    check_config_matches_specs,
+    host_array,
+    new_directory,
+    read_tensors,
+    tensor_bytes,
+)
 from .path_map import (
     Index,
     PathMap,
     Target,
+    adapted_leaves,
     check_path_map,
     factor_shapes,
-    factors_in,
-    factors_out,
+    factors_from_peft,
+    factors_to_peft,
     module_of,
-    place_of,
-    targets_of,
+    torch_module_of,
 )
-from .peft_config import Options, make_options, raise_all, read_options
-from .peft_modules_to_save import named_leaves, slices_of, sorted_leaves, whole_leaves, without_copies
+from .peft_config import PeftOptions, make_options, raise_problems, read_options
+from .peft_modules_to_save import assign_tensors, drop_copies, name_leaves, slice_leaves, stack_slices
 
 OPTIONS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-NOTES, OWN = "loraplus.json", "loraplus.safetensors"
+NOTES_FILE, OWN_TENSORS_FILE = "loraplus.json", "loraplus.safetensors"
 _PREFIX = "base_model.model."
 _ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -78,13 +85,13 @@ def save_peft(
         specs and tensors differ.
     """
     check_path_map(path_map)
-    check_agreement(config, specs)
-    targets, problems = targets_of(specs, path_map)
-    slots, more_problems = slices_of(flatten(extras or {}), path_map)
-    raise_all(f"{directory}: the adapter cannot be written for PEFT", problems + more_problems)
+    check_config_matches_specs(config, specs)
+    targets, problems = adapted_leaves(specs, path_map)
+    slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
+    raise_problems(f"{directory}: the adapter cannot be written for PEFT", problems + more_problems)
     tensors = _factor_tensors(flatten(lora), targets)
     adapted = {name for target in targets.values() for name in target.names.values()}
-    leaves, saved = named_leaves(slots, adapted, path_map)
+    leaves, saved = name_leaves(slots, adapted, path_map)
     options = make_options(
         config,
         {name: t.spec.rank for t in targets.values() for name in t.names.values()},
@@ -99,9 +106,9 @@ def save_peft(
     files = {
         WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
         OPTIONS: _to_json(options),
-        NOTES: _to_json(describe_run(config, specs, base=base, **more)),
+        NOTES_FILE: _to_json(describe_run(config, specs, base=base, **more)),
     }
-    files |= {OWN: tensor_bytes(flatten(own))} if own else {}
+    files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
     with new_directory(Path(directory).resolve()) as partial:
         for name, content in files.items():
@@ -133,22 +140,22 @@ def load_peft(
     check_path_map(path_map)
     directory = Path(directory)
     options, tensors = _read(directory, path_map)
-    targets, problems = targets_of(specs, path_map)
+    targets, problems = adapted_leaves(specs, path_map)
     factors = {name: tensor for name, tensor in tensors.items() if name.endswith(_ENDS)}
     problems += _check_factors(factors, options, targets)
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
-    slots, more_problems = sorted_leaves(others, path_map, flatten({"params": params or {}}))
-    raise_all(f"{directory} does not fit the model", problems + more_problems)
+    slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
+    raise_problems(f"{directory} does not fit the model", problems + more_problems)
     lora = {}
     for key, target in targets.items():
         pairs = {index: tuple(host_array(factors[k]) for k in target.keys(index)) for index in target.names}
-        for name, factor in zip(("lora_a", "lora_b"), factors_in(pairs, target), strict=True):
+        for name, factor in zip(("lora_a", "lora_b"), factors_from_peft(pairs, target), strict=True):
             lora[f"{key}/{name}".removeprefix("/")] = jnp.asarray(factor)
-    extras = whole_leaves(slots, flatten({"params": params or {}}))
-    extras |= read_tensors(directory / OWN) if (directory / OWN).is_file() else {}
+    extras = stack_slices(slots, flatten({"params": params or {}}))
+    extras |= read_tensors(directory / OWN_TENSORS_FILE) if (directory / OWN_TENSORS_FILE).is_file() else {}
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
     config = _saved_config(directory) or _config(directory, options, [*tensors], path_map, layers)
-    check_agreement(config, specs)
+    check_config_matches_specs(config, specs)
     return Adapter(config, dict(specs), unflatten(lora), unflatten(extras))
 
 
@@ -178,7 +185,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     return _config(Path(directory), options, [*tensors], path_map, adapted or None)
 
 
-def peft_options(directory: str | Path) -> Options:
+def peft_options(directory: str | Path) -> PeftOptions:
     """The options in `adapter_config.json`.
 
     Raises:
@@ -202,7 +209,7 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
     Raises:
       ValueError: it is damaged or of a later format.
     """
-    path = Path(directory) / NOTES
+    path = Path(directory) / NOTES_FILE
     if not path.is_file():
         return None
     notes = read_json(path)
@@ -218,11 +225,11 @@ def _saved_config(directory: Path) -> LoRAPlusConfig | None:
     try:
         return LoRAPlusConfig.from_json(notes["config"])
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory / NOTES}: {error}") from None
+        raise ValueError(f"{directory / NOTES_FILE}: {error}") from None
 
 
 def _config(
-    directory: Path, options: Options, names: list[str], path_map: PathMap, layers: tuple[int, ...] | None
+    directory: Path, options: PeftOptions, names: list[str], path_map: PathMap, layers: tuple[int, ...] | None
 ) -> LoRAPlusConfig:
     """PEFT's options and the names of its tensors in our terms."""
     modules: dict[str, dict[Index, str]] = {}
@@ -232,7 +239,7 @@ def _config(
         if module is None:
             problems.append(f"{name}: no rule of the path map matches")
         elif name.endswith(_ENDS):
-            place = place_of(path_map, module)
+            place = torch_module_of(path_map, module)
             assert place is not None
             modules.setdefault(module, {})[index] = place.at(index)
         elif name.endswith(".weight") and not name.endswith(".base_layer.weight"):
@@ -249,7 +256,7 @@ def _config(
                 f"{module} is not adapted in the layers {layers}, in which others of its stack are"
             )
         ranks[module], alphas[module] = settings.pop()
-    raise_all(f"{directory} does not fit the model", problems)
+    raise_problems(f"{directory} does not fit the model", problems)
     return LoRAPlusConfig(
         target_modules=tuple(sorted(modules)),
         layers_to_transform=layers,
@@ -280,7 +287,7 @@ def _alpha_of(config: LoRAPlusConfig, key: str) -> float:
     return config.alpha if pattern is None else config.alpha_pattern[pattern]
 
 
-def _read(directory: Path, path_map: PathMap = ()) -> tuple[Options, dict[str, Any]]:
+def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[str, Any]]:
     """Options, and tensors by their names in the base model, without copies."""
     if not (directory / OPTIONS).is_file():
         raise FileNotFoundError(f"{directory} is no adapter of PEFT: it lacks {OPTIONS}")
@@ -299,14 +306,16 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[Options, dict[str, A
         for name, tensor in tensors.items()
         if tensor.dtype.name not in _DTYPES
     ]
-    raise_all(f"{directory / WEIGHTS} is no adapter that is known here", problems)
+    raise_problems(f"{directory / WEIGHTS} is no adapter that is known here", problems)
     unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
-    kept, problems = without_copies(unprefixed, path_map)
-    raise_all(f"{directory / WEIGHTS} is at odds with itself", problems)
+    kept, problems = drop_copies(unprefixed, path_map)
+    raise_problems(f"{directory / WEIGHTS} is at odds with itself", problems)
     return options, kept
 
 
-def _check_factors(factors: Mapping[str, Any], options: Options, targets: Mapping[str, Target]) -> list[str]:
+def _check_factors(
+    factors: Mapping[str, Any], options: PeftOptions, targets: Mapping[str, Target]
+) -> list[str]:
     """A line for each factor that is missing, left over or misshapen, or at odds with options or specs."""
     problems, expected, names = [], set(), []
     for target in targets.values():
@@ -330,7 +339,7 @@ def _check_factors(factors: Mapping[str, Any], options: Options, targets: Mappin
     return problems
 
 
-def _check_pair(name: str, shapes: list[tuple[int, ...]], options: Options, target: Target) -> list[str]:
+def _check_pair(name: str, shapes: list[tuple[int, ...]], options: PeftOptions, target: Target) -> list[str]:
     rank, scale, spec = options.rank_of(name), options.scale_of(name), target.spec
     # What the tensors must be by the file's own options, then by the model.
     needed = factor_shapes(spec, target.kind, rank)
@@ -357,7 +366,7 @@ def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> d
         if shapes != target.spec.factor_shapes:
             raise ValueError(f"{key}: the factors are {shapes}, the specs say {target.spec.factor_shapes}")
         a, b = (host_array(lora[name]) for name in names)
-        for index, *pair in factors_out(a, b, target):
+        for index, *pair in factors_to_peft(a, b, target):
             tensors |= dict(zip(target.keys(index), pair, strict=True))
     known = {f"{key}/{name}".removeprefix("/") for key in targets for name in ("lora_a", "lora_b")}
     if unknown := sorted(lora.keys() - known):

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from .adapter_files import host_array
-from .path_map import Index, PathMap, leaf_in, leaf_out, module_of, place_of
-from .peft_config import raise_all
+from .path_map import Index, PathMap, leaf_from_torch, leaf_to_torch, module_of, torch_module_of
+from .peft_config import raise_problems
 
-Slots = dict[str, dict[Index, Any]]
+LeafSlices = dict[str, dict[Index, Any]]
 """Leaves by their paths here, `"params/..."`, in slices by index; `()` is a whole leaf."""
 
 
-def without_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str, Any], list[str]]:
+def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str, Any], list[str]]:
     """The tensors of PEFT's file without what stands there twice, and a line for each copy that is none.
 
     PEFT writes the biases of a module trained in full under its wrapper's names too, with those from before
@@ -30,7 +30,7 @@ def without_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[
         wrapped = re.fullmatch(r"(.+)\.modules_to_save\.(?:default\.)?(.+)", name)
         original, transposed = (f"{wrapped[1]}.{wrapped[2]}", False) if wrapped else (None, False)
         head = next((head for head in heads if name.startswith(f"{head}.")), None)
-        if head is not None and (place := place_of(path_map, heads[head])) is not None:
+        if head is not None and (place := torch_module_of(path_map, heads[head])) is not None:
             end = name.removeprefix(f"{head}.")
             original = f"{place.name}.{_OF_HEAD.get(end, end)}"
             transposed = end in _OF_HEAD
@@ -49,12 +49,12 @@ _OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embeddin
 """A tied head's factors, and those of the embedding that they are, turned."""
 
 
-def slices_of(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[Slots, list[str]]:
+def slice_leaves(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[LeafSlices, list[str]]:
     """Leaves trained in full, cut where their rule has an index; and a line for each that has no place."""
     slots, problems = {}, []
     for path, leaf in leaves.items():
         module = path.removeprefix("params/").rpartition("/")[0]
-        place = place_of(path_map, module) if path.startswith("params/") else None
+        place = torch_module_of(path_map, module) if path.startswith("params/") else None
         if place is None:
             problems.append(f"{path}: no rule of the path map matches {module!r}")
         elif len(place.holes) > 1:
@@ -67,34 +67,34 @@ def slices_of(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[Slots, list
     return slots, problems
 
 
-def named_leaves(
-    slots: Slots, adapted: set[str], path_map: PathMap
+def name_leaves(
+    slots: LeafSlices, adapted: set[str], path_map: PathMap
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """The leaves under their names there, and the modules that they are the whole of."""
     tensors, modules, problems = {}, {}, []
     for path, parts in slots.items():
         module, _, leaf = path.removeprefix("params/").rpartition("/")
-        place = place_of(path_map, module)
+        place = torch_module_of(path_map, module)
         assert place is not None
         for index, part in parts.items():
             name = place.at(index)
             try:
-                suffix, array = leaf_out(leaf, part, place.kind)
+                suffix, array = leaf_to_torch(leaf, part, place.kind)
             except ValueError as error:
                 problems.append(f"{path}: {error}")
                 break
             tensors[f"{name}.base_layer.{suffix}" if name in adapted else f"{name}.{suffix}"] = array
             if suffix == "weight":  # a bias alone is one of `bias=`, not of a saved module
                 modules[name] = None
-    raise_all("the adapter cannot be written for PEFT", problems)
+    raise_problems("the adapter cannot be written for PEFT", problems)
     return tensors, list(modules)
 
 
-def sorted_leaves(
+def assign_tensors(
     tensors: Mapping[str, Any], path_map: PathMap, params: Mapping[str, Any]
-) -> tuple[Slots, list[str]]:
+) -> tuple[LeafSlices, list[str]]:
     """Tensors that are no factors, as slices of our leaves; and a line for each that has no place or is no copy."""
-    slots: Slots = {}
+    slots: LeafSlices = {}
     problems = []
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -126,15 +126,15 @@ def sorted_leaves(
 def _to_leaf_layout(array: np.ndarray, path: str, index: Index, path_map: PathMap, leaf: Any) -> np.ndarray:
     """A tensor as a slice of our leaf."""
     module, _, name = path.removeprefix("params/").rpartition("/")
-    place = place_of(path_map, module)
+    place = torch_module_of(path_map, module)
     shape = tuple(leaf.shape)[len(index) :]
     if any(n >= size for n, size in zip(index, leaf.shape, strict=False)):
         raise ValueError(f"the model has {leaf.shape[0]} layers")
     kind = place.kind if place else None
-    expected = leaf_out(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)[1].shape
+    expected = leaf_to_torch(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)[1].shape
     if array.shape != expected:
         raise ValueError(f"it is {list(array.shape)}, the model needs {list(expected)}")
-    return leaf_in(name, array, shape, kind)
+    return leaf_from_torch(name, array, shape, kind)
 
 
 def _copy_problems(name: str, part: np.ndarray, leaf: Any, index: Index) -> list[str]:
@@ -145,7 +145,7 @@ def _copy_problems(name: str, part: np.ndarray, leaf: Any, index: Index) -> list
     return [] if same else [f"~ {name} is another weight than the base's"]
 
 
-def whole_leaves(slots: Slots, params: Mapping[str, Any]) -> dict[str, Any]:
+def stack_slices(slots: LeafSlices, params: Mapping[str, Any]) -> dict[str, Any]:
     """Slices put together; what a stack lacks is the base's, and stays a shape where only that is known."""
     leaves = {}
     for path, parts in slots.items():

@@ -11,16 +11,16 @@ from flax.core.scope import LazyRng
 
 from ..config import LoRAPlusConfig
 from ..inits import factor_inits
-from ..lora import BEFORE, SCALE, TAP, in_box, weight_delta
-from ..rules import Seen, layer_index, named, parameter_rule, rule_of
+from ..lora import PREVIOUS_FACTORS, SCALE, TAP, rebox, weight_delta
+from ..rules import TracedModule, is_target, layer_index, matching_rule, parameter_rule
 from ..spec import LEAVES, AdapterSpec, factor_letters, layer_axis
 from ..tree import FACTORS
-from .layers import Box, are_boxed, is_box
+from .layers import FactorBox, boxes_factors, is_box
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
 _NORMS = (nn.WeightNorm, nn.SpectralNorm)
-_NAMES = (*FACTORS, SCALE, TAP, *BEFORE.values())
+_NAMES = (*FACTORS, SCALE, TAP, *PREVIOUS_FACTORS.values())
 
 
 class Boundary:
@@ -41,8 +41,8 @@ class Boundary:
         assert wrapper.scope is not None
         self.config = config
         self.rng = wrapper.scope.rngs.get("params")
-        self.boxed = are_boxed()
-        self.seen: dict[str, Seen] = {}
+        self.boxed = boxes_factors()
+        self.seen: dict[str, TracedModule] = {}
         self.leaves: set[str] = set()
         self.stacks: dict[str, int] = {}
         self.own: set[str] = set()
@@ -75,7 +75,7 @@ class Boundary:
         groups: dict[str, dict[Path, Any]] = {name: {} for name in COLLECTIONS}
         for path, leaf in _flatten(collections.get("params", {})).items():
             # By where it came from, not by its name alone: a model may have a parameter called lora_a.
-            ours = path in self._given or isinstance(leaf, Box)
+            ours = path in self._given or isinstance(leaf, FactorBox)
             owner = "params" if not ours else SCALE if path[-1] == SCALE else "lora"
             groups[owner][path] = leaf
         groups["lora"] = dict(self._chosen(groups["lora"]))
@@ -107,8 +107,8 @@ class Boundary:
         if self._norms:
             raise ValueError(
                 f"{path!r} has its weight from nn.{self._norms[-1]}, which changes whatever the layer has, an "
-                f"adapter too (target_modules: {rule_of(self.config, path)!r}): name the weight that it starts "
-                "from in target_parameters, or leave the layer out by exclude_modules"
+                f"adapter too (target_modules: {matching_rule(self.config, path)!r}): name the weight that it "
+                "starts from in target_parameters, or leave the layer out by exclude_modules"
             )
 
     def check_used(self, *, whole: bool) -> None:
@@ -139,7 +139,7 @@ class Boundary:
         if (
             path in self._factors
             or path[-1] == SCALE
-            or (self.config.target_modules and named(self.config, module))
+            or (self.config.target_modules and is_target(self.config, module))
         ):
             return True
         return any(f"{module}/".startswith(f"{own}/") or not own for own in self.own)
@@ -152,7 +152,7 @@ class Boundary:
         chosen = self.config.layers_to_transform
         for path, box in lora.items():
             module = "/".join(path[:-1])
-            if chosen is None or not isinstance(box, Box):
+            if chosen is None or not isinstance(box, FactorBox):
                 yield path, box
             elif box.stacked:
                 letters = factor_letters(box.axes, box.stacked)[path[-1] == "lora_b"]
@@ -221,7 +221,7 @@ class Boundary:
                 )
         value = meta.unbox(leaf)
         s = None if scale is None else jnp.reshape(scale, ())
-        return in_box(
+        return rebox(
             leaf,
             (value + weight_delta(factors[0], factors[1], spec, s)).astype(value.dtype),
         )
@@ -237,7 +237,9 @@ class Boundary:
         assert self.rng is not None
         keys = [LazyRng.create(self.rng, *p).as_jax_rng() for p in paths]
         made = zip(paths, inits, keys, spec.factor_shapes, strict=True)
-        return {p: Box(init(key, shape, meta.unbox(leaf).dtype), **known) for p, init, key, shape in made}
+        return {
+            p: FactorBox(init(key, shape, meta.unbox(leaf).dtype), **known) for p, init, key, shape in made
+        }
 
 
 def _without(tree: Any, paths: Iterable[Path]) -> Any:

@@ -23,20 +23,20 @@ _MOVES = (
 )
 
 
-class Flow(NamedTuple):
+class Dataflow(NamedTuple):
     """What a program does with its inputs, by their numbers.
 
     Attributes:
       read: those that reach an output.
-      changed: those that are changed before they come to `noted`.
+      changed: those that are changed before they come to `mark_weight`.
     """
 
     read: frozenset[int]
     changed: frozenset[int]
 
 
-def noted(weight: jax.Array) -> jax.Array:
-    """A zero, which `follow` takes as the word that a layer uses this weight; none of it reaches the zero."""
+def mark_weight(weight: jax.Array) -> jax.Array:
+    """A zero that marks, for `trace_dataflow`, a layer's use of this weight; no value reaches it."""
     return _noted(weight)
 
 
@@ -48,7 +48,7 @@ _zero.__name__ = _MARK
 _noted = jax.jit(_zero)
 
 
-def follow(program: ClosedJaxpr) -> Flow:
+def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     """Follows the inputs of a program to its outputs, through loops, branches and calls.
 
     Everything that an operation is given reaches all that it gives; only what is never used for an output is seen
@@ -57,7 +57,7 @@ def follow(program: ClosedJaxpr) -> Flow:
     changed: set[int] = set()
     inputs = [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))]
     outputs = _through(program, inputs, changed)
-    return Flow(frozenset(n for tags in outputs for n, _ in tags), frozenset(changed))
+    return Dataflow(frozenset(n for tags in outputs for n, _ in tags), frozenset(changed))
 
 
 def _through(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], changed: set[int]) -> list[Tags]:

@@ -19,7 +19,7 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from opt_einsum.parser import parse_einsum_input
 
-from ..lora import delta
+from ..lora import low_rank_output
 from ..spec import factor_letters
 
 Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
@@ -119,7 +119,7 @@ def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> La
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
-        return delta(x, a, b, scale, equations, module.precision)
+        return low_rank_output(x, a, b, scale, equations, module.precision)
 
     return Layer(kind, "kernel", axes, _shape(module, "kernel"), inputs, term)
 
@@ -127,7 +127,7 @@ def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> La
 def _dense(module: nn.Dense, inputs: jax.Array) -> Layer:
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
-        return delta(x, a, b, scale, precision=module.precision)
+        return low_rank_output(x, a, b, scale, precision=module.precision)
 
     return Layer("dense", "kernel", "io", _shape(module, "kernel"), inputs, term)
 
@@ -206,7 +206,7 @@ def _embed(module: nn.Embed, inputs: jax.Array) -> Layer:
 def _attend(module: nn.Embed, query: jax.Array) -> Layer:
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
-        return delta(x, b, a, scale, ("...o,ro->...r", "...r,ir->...i"))
+        return low_rank_output(x, b, a, scale, ("...o,ro->...r", "...r,ir->...i"))
 
     return Layer("embed", "embedding", "io", _shape(module, "embedding"), query, term)
 

@@ -14,10 +14,10 @@ from flax.core.scope import LazyRng
 
 from ..config import Init, LoRAPlusConfig
 from ..inits import factor_inits
-from ..lora import BEFORE, SCALE, TAP, tapped, update_squares
+from ..lora import PREVIOUS_FACTORS, SCALE, TAP, inject_gradient, update_squares
 from ..spec import AdapterSpec
 from ..tree import FACTORS
-from .dataflow import noted
+from .dataflow import mark_weight
 from .layer_table import Layer, layer_of
 
 _BOXED: Any = jax.make_user_context(
@@ -26,7 +26,7 @@ _BOXED: Any = jax.make_user_context(
 _ALONE: Any = jax.make_user_context(False)
 
 
-class Box(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[reportIncompatibleMethodOverride]
+class FactorBox(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A new factor with what its layer knows of it; `nn.scan` and `nn.vmap` report the axes that they add.
 
     Flax's own metadata protocol: the only place where a stacked axis can be told from one of the layer's.
@@ -45,46 +45,46 @@ class Box(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[reportIncomp
         """The bare factor."""
         return self.value
 
-    def replace_boxed(self, val: Any) -> "Box":
+    def replace_boxed(self, val: Any) -> "FactorBox":
         """The same knowledge about another value."""
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "Box":
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "FactorBox":
         """Called by `nn.scan` and `nn.vmap` on the way out."""
         return self.replace(stacked=(*self.stacked, index))
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Box":
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "FactorBox":
         """Called by `nn.scan` and `nn.vmap` on the way in."""
         return self.replace(stacked=self.stacked[:-1])
 
 
 @contextlib.contextmanager
-def boxed_factors() -> Iterator[None]:
-    """Inside, new factors come as `Box`es, from which `init_lora` reads the specs."""
+def box_new_factors() -> Iterator[None]:
+    """Inside, new factors come as `FactorBox`es, from which `init_lora` reads the specs."""
     with _BOXED(True):
         yield
 
 
-def are_boxed() -> bool:
-    """Whether new factors come as `Box`es here."""
+def boxes_factors() -> bool:
+    """Whether new factors come as `FactorBox`es here."""
     return _BOXED.value
 
 
 @contextlib.contextmanager
-def terms_alone() -> Iterator[None]:
-    """Inside, adapted layers give their adapter's term alone, and say which weight they leave out by `noted`."""
+def low_rank_terms_only() -> Iterator[None]:
+    """Inside, adapted layers return only their low-rank term, and `mark_weight` the weight that they leave out."""
     with _ALONE(True):
         yield
 
 
-def are_alone() -> bool:
+def is_low_rank_only() -> bool:
     """Whether terms stand alone here."""
     return _ALONE.value
 
 
 def is_box(_: Any, value: Any) -> bool:
     """For `flax.traverse_util.flatten_dict`: a box is a leaf."""
-    return isinstance(value, Box)
+    return isinstance(value, FactorBox)
 
 
 class Adapter(NamedTuple):
@@ -96,15 +96,15 @@ class Adapter(NamedTuple):
     dropout: float = 0.0
 
 
-def with_term(
+def add_adapter_term(
     y: jax.Array, module: nn.Module, layer: Layer, adapter: Adapter, *, collection: str, where: str
 ) -> jax.Array:
     """A layer's output `y` plus its adapter's term, in the dtype of `y`; the rest is as in `adapter_term`."""
     term = adapter_term(module, layer, adapter, collection=collection, where=where).astype(y.dtype)
-    if not are_alone():
+    if not is_low_rank_only():
         return y + term
     assert module.scope is not None
-    return term + noted(meta.unbox(module.scope.get_variable("params", layer.leaf))).astype(y.dtype)
+    return term + mark_weight(meta.unbox(module.scope.get_variable("params", layer.leaf))).astype(y.dtype)
 
 
 def adapter_term(
@@ -118,17 +118,17 @@ def adapter_term(
     a, b = (_factor(module, layer, adapter, name, collection, where) for name in FACTORS)
     x = layer.inputs
     if jnp.issubdtype(x.dtype, jnp.floating):
-        x = dropped(module, x, adapter.dropout)
+        x = apply_dropout(module, x, adapter.dropout)
     scale = _scale(module, "params" if collection == "params" else SCALE, adapter.scale)
     y = layer.term(x, a, b, scale)
     assert module.scope is not None
     if not module.scope.has_variable(collection, TAP):
         return y
-    tap, *before = (module.scope.get_variable(collection, name) for name in (TAP, *BEFORE.values()))
+    tap, *before = (module.scope.get_variable(collection, name) for name in (TAP, *PREVIOUS_FACTORS.values()))
     inputs = jax.lax.stop_gradient(x)
     batch_axes = sum(role not in "io" for role in layer.axes)
     found = update_squares(layer.term, inputs, tuple(before), (a, b), scale, batch_axes)
-    return tapped(y, tap, found.reshape(tap.shape))
+    return inject_gradient(y, tap, found.reshape(tap.shape))
 
 
 def _factor(
@@ -152,7 +152,7 @@ def _factor(
         key = LazyRng.create(scope.rngs["params"], name).as_jax_rng()
         init: Any = factor_inits(adapter.init, rank, layer.axes)[side]
         value = init(key, shape, module.param_dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        return Box(value, **known) if are_boxed() else value
+        return FactorBox(value, **known) if boxes_factors() else value
 
     # Not scope.variable: that reserves the name, and an Embed's lookup and `attend` share their factors.
     if not scope.has_variable(collection, name):
@@ -167,7 +167,7 @@ def _factor(
     return value
 
 
-def dropped(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+def apply_dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
     """Dropout on an adapter's input when a `dropout` rng reaches the module, `x` itself otherwise."""
     if rate == 0.0 or not module.has_rng("dropout"):
         return x
@@ -217,7 +217,7 @@ def _with_term(adapter: Adapter, module: nn.Module, method: Any, y: jax.Array, *
     layer = layer_of(inspect.unwrap(method), module, args, {})
     assert layer is not None
     where = "/".join(module.path) or type(module).__name__
-    return with_term(y, module, layer, adapter, collection="lora", where=where)
+    return add_adapter_term(y, module, layer, adapter, collection="lora", where=where)
 
 
 class LoRAPlusDense(LoRAPlusLayer, nn.Dense):

@@ -16,15 +16,24 @@ from flax import traverse_util
 from flax.core import DenyList, freeze, meta
 from flax.linen.transforms import get_module_scopes
 
-from .._validation import nearest
+from .._validation import suggest
 from ..config import ALL_LINEAR, LoRAPlusConfig
-from ..rules import Seen, check_coverage, meant, named, rule_of
+from ..rules import TracedModule, check_coverage, is_adapted, is_target, matching_rule
 from ..spec import AdapterSpec
 from ..tree import flatten, leaves_by_path
 from .collections import COLLECTIONS, Boundary
-from .dataflow import follow
+from .dataflow import trace_dataflow
 from .layer_table import Layer, can_adapt, layer_of
-from .layers import Adapter, Box, LoRAPlusLayer, are_alone, boxed_factors, is_box, terms_alone, with_term
+from .layers import (
+    Adapter,
+    FactorBox,
+    LoRAPlusLayer,
+    add_adapter_term,
+    box_new_factors,
+    is_box,
+    is_low_rank_only,
+    low_rank_terms_only,
+)
 
 _OURS = "lora_plus"
 """A flag on the scopes of the wrapped model; a module run by its own `.apply` inside has other scopes."""
@@ -65,7 +74,7 @@ class LoRAPlusModel(nn.Module):
 
         def call(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
             inner_method = _resolve(outer.model, method)
-            with nn.intercept_methods(interceptor), boxed_factors():
+            with nn.intercept_methods(interceptor), box_new_factors():
                 return inner_method(outer.model, *args, **kwargs)
 
         # The scopes inside take over the flags of these, those of modules given from outside included.
@@ -80,7 +89,7 @@ class LoRAPlusModel(nn.Module):
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
-        if are_alone():
+        if is_low_rank_only():
             return result  # the model was initialized before, and the rules were looked at then
         if self.is_initializing():
             check_coverage(self.config, boundary.seen, boundary.leaves, boundary.stacks)
@@ -181,7 +190,7 @@ def init_lora(
     )
 
     def init(rngs: Any) -> Any:
-        with boxed_factors():
+        with box_new_factors():
             return model.init(rngs, *args, **kwargs)
 
     shapes = jax.eval_shape(init, rngs)
@@ -210,18 +219,18 @@ def _interceptor(
         if isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer):
             boundary.own.add(path)  # it has an adapter of its own, whatever the rules say
             return y
-        entry = boundary.seen.setdefault(path, Seen(type(module).__name__))
+        entry = boundary.seen.setdefault(path, TracedModule(type(module).__name__))
         if not can_adapt(method):
             entry.weights = entry.weights or _own_weights(module)
             return y
         entry.adaptable = True
-        if not named(config, path):
+        if not is_target(config, path):
             return y
         layer = _layer(config, method, module, path, args, kwargs)
         if layer is None:
             return y
         entry.note(layer.kind, layer.axes, path)
-        if not meant(config, path, layer.kind) or not _is_chosen(config, module, path, boundary):
+        if not is_adapted(config, path, layer.kind) or not _is_chosen(config, module, path, boundary):
             return y
         boundary.check_norm(path)
         if has_dropout and not module.has_rng("dropout"):
@@ -230,9 +239,9 @@ def _interceptor(
                 "'dropout' in split_rngs, or set dropout=0"
             )
         adapter = Adapter(config.rank_of(path), config.scale_of(path), config.init, config.dropout)
-        where = f"{path or 'the model'!r} (target_modules: {rule_of(config, path)!r})"
+        where = f"{path or 'the model'!r} (target_modules: {matching_rule(config, path)!r})"
         entry.adapted = True
-        return with_term(y, module, layer, adapter, collection="params", where=where)
+        return add_adapter_term(y, module, layer, adapter, collection="params", where=where)
 
     return intercept
 
@@ -253,7 +262,7 @@ def _elsewhere(config: LoRAPlusConfig, module: nn.Module, method: Any, y: Any, a
     layer = layer_of(method, module, args, kwargs)
     assert layer is not None
     adapter = Adapter(config.rank, config.scale, config.init, config.dropout)
-    return with_term(y, module, layer, adapter, collection="params", where=where)
+    return add_adapter_term(y, module, layer, adapter, collection="params", where=where)
 
 
 def _layer(
@@ -265,7 +274,9 @@ def _layer(
     except ValueError as error:
         if config.target_modules == ALL_LINEAR:
             return None
-        raise ValueError(f"target_modules: {rule_of(config, path)!r} matches {path!r}: {error}") from None
+        raise ValueError(
+            f"target_modules: {matching_rule(config, path)!r} matches {path!r}: {error}"
+        ) from None
 
 
 def _is_chosen(config: LoRAPlusConfig, module: nn.Module, path: str, boundary: Boundary) -> bool:
@@ -293,7 +304,7 @@ def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
     if isinstance(method, str):
         if not callable(getattr(type(model), method, None)):
             methods = [n for n in dir(type(model)) if not n.startswith("_")]
-            raise AttributeError(f"{type(model).__name__} has no method {method!r}{nearest(method, methods)}")
+            raise AttributeError(f"{type(model).__name__} has no method {method!r}{suggest(method, methods)}")
         return getattr(type(model), method)
     return getattr(method, "__func__", method)
 
@@ -303,7 +314,7 @@ def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
     boxes: dict[Any, Any] = dict(traverse_util.flatten_dict(dict(variables["lora"]), is_leaf=is_box))
     specs = {}
     for path, box in boxes.items():
-        if path[-1] != "lora_a" or not isinstance(box, Box):
+        if path[-1] != "lora_a" or not isinstance(box, FactorBox):
             continue
         leaf = "/".join((*path[:-1], box.leaf)).removesuffix("/")
         if (
@@ -347,7 +358,7 @@ def _check_reads(
     Merged into the weight, an adapter would act there too; beside the layer it does not.
     """
     given = meta.unbox({name: shapes[name] for name in COLLECTIONS if name in shapes})
-    flow = follow(
+    flow = trace_dataflow(
         jax.make_jaxpr(lambda given, rngs: _outputs(model, given, rngs, args, **kwargs))(given, rngs)
     )
     numbers = {leaf: n for n, leaf in enumerate(leaves_by_path(given))}
@@ -387,7 +398,7 @@ def _outputs(
     assert bound.scope is not None
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
     forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method
-    with boxed_factors(), terms_alone():
+    with box_new_factors(), low_rank_terms_only():
         y = _resolve(model, forward)(bound, *args, **kwargs)
     kept = {name: value for name, value in bound.variables.items() if name not in COLLECTIONS}
     return [leaf for leaf in jax.tree.leaves((y, kept)) if isinstance(leaf, jax.Array)]

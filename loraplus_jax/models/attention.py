@@ -14,11 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 Attention = Literal["auto", "xla", "blocked"]
 
 # Blocked is quicker and smaller on a CPU from here on (benchmarks/step_time.py), and smaller everywhere.
-LONG = 256
+MIN_BLOCKED_LENGTH = 256
 # Queries of a block: at least so many, and at most so many blocks, each of which is compiled for itself.
-LEAST_BLOCK, MOST_BLOCKS = 64, 8
+MIN_BLOCK, MAX_BLOCKS = 64, 8
 # A block's keys are taken all at once up to here, so that no loop is in the way; beyond, so many at a time.
-WHOLE, CHUNK = 2048, 512
+MAX_WHOLE_KEYS, KEY_CHUNK = 2048, 512
 ATTENTION_NAMES = ("attention", "attention_norm")
 """What a remat policy should keep by name, so that attention is not computed again for the gradient."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
@@ -55,13 +55,13 @@ def causal_attention(
     if key.shape != value.shape or query.shape[2] % key.shape[2] or query.shape[1] != key.shape[1]:
         raise ValueError(f"query {query.shape} does not go with key {key.shape} and value {value.shape}")
     length = query.shape[1]
-    if implementation == "xla" or (implementation == "auto" and length < LONG):
+    if implementation == "xla" or (implementation == "auto" and length < MIN_BLOCKED_LENGTH):
         y = jax.nn.dot_product_attention(
             query, key, value, mask=_full_mask(segment_ids, length, window), is_causal=True
         )
         return checkpoint_name(y, ATTENTION_NAMES[0])
-    block = max(LEAST_BLOCK, -(-length // MOST_BLOCKS))
-    chunk = length if length <= WHOLE else CHUNK
+    block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
+    chunk = length if length <= MAX_WHOLE_KEYS else KEY_CHUNK
     return _blocked(query, key, value, segment_ids, _Blocks(block, chunk, window))
 
 

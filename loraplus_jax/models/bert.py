@@ -12,9 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..sharding import Rules, split_rows
+from ..sharding import Rules, constrain_rows
 from .bert_config import ACTIVATIONS, BertConfig
-from .name_table import NameTable, embedding, linear, norm
+from .name_table import NameTable, embedding_rules, linear_rules, norm_rules
 
 Pooling = Literal["mean", "cls", "pooler"]
 _Map = Callable[[jax.Array], jax.Array]
@@ -124,7 +124,7 @@ class BertLayer(BertPart):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
         """Hidden states (B, T, D) to hidden states, and nothing to stack."""
-        x = split_rows(x)
+        x = constrain_rows(x)
         args = (self.config, self.dtype, self.param_dtype)
         y = self.drop(BertAttention(*args, name="attention")(x, mask))
         x = self.norm("attention_norm")(x + y)
@@ -174,7 +174,7 @@ class BertEncoder(BertPart):
             unroll=self.config.num_hidden_layers if self.unroll else 1,
         )
         mask = attention_mask.astype(bool)[:, None, None, :]
-        return split_rows(layers(*args, name="layers")(x, mask)[0])
+        return constrain_rows(layers(*args, name="layers")(x, mask)[0])
 
 
 def _check_inputs(
@@ -259,18 +259,18 @@ def _check_pooling(pooling: str) -> None:
 
 _LAYER, _LAYERS = "encoder.layer.{layer}", "encoder/layers"
 _RULES = (
-    *embedding("embeddings.word_embeddings", "encoder/embeddings/word"),
-    *embedding("embeddings.position_embeddings", "encoder/embeddings/position"),
-    *embedding("embeddings.token_type_embeddings", "encoder/embeddings/token_type"),
-    *norm("embeddings.LayerNorm", "encoder/embeddings/norm"),
-    *linear(f"{_LAYER}.attention.self.query", f"{_LAYERS}/attention/query"),
-    *linear(f"{_LAYER}.attention.self.key", f"{_LAYERS}/attention/key"),
-    *linear(f"{_LAYER}.attention.self.value", f"{_LAYERS}/attention/value"),
-    *linear(f"{_LAYER}.attention.output.dense", f"{_LAYERS}/attention/out"),
-    *norm(f"{_LAYER}.attention.output.LayerNorm", f"{_LAYERS}/attention_norm"),
-    *linear(f"{_LAYER}.intermediate.dense", f"{_LAYERS}/mlp/up"),
-    *linear(f"{_LAYER}.output.dense", f"{_LAYERS}/mlp/down"),
-    *norm(f"{_LAYER}.output.LayerNorm", f"{_LAYERS}/mlp_norm"),
+    *embedding_rules("embeddings.word_embeddings", "encoder/embeddings/word"),
+    *embedding_rules("embeddings.position_embeddings", "encoder/embeddings/position"),
+    *embedding_rules("embeddings.token_type_embeddings", "encoder/embeddings/token_type"),
+    *norm_rules("embeddings.LayerNorm", "encoder/embeddings/norm"),
+    *linear_rules(f"{_LAYER}.attention.self.query", f"{_LAYERS}/attention/query"),
+    *linear_rules(f"{_LAYER}.attention.self.key", f"{_LAYERS}/attention/key"),
+    *linear_rules(f"{_LAYER}.attention.self.value", f"{_LAYERS}/attention/value"),
+    *linear_rules(f"{_LAYER}.attention.output.dense", f"{_LAYERS}/attention/out"),
+    *norm_rules(f"{_LAYER}.attention.output.LayerNorm", f"{_LAYERS}/attention_norm"),
+    *linear_rules(f"{_LAYER}.intermediate.dense", f"{_LAYERS}/mlp/up"),
+    *linear_rules(f"{_LAYER}.output.dense", f"{_LAYERS}/mlp/down"),
+    *norm_rules(f"{_LAYER}.output.LayerNorm", f"{_LAYERS}/mlp_norm"),
 )
 # The base model has no prefix; the oldest BERT files spell the norms' weight and bias gamma and beta.
 _RENAMES = ((r"^(bert|roberta)\.", ""), (r"Norm\.gamma$", "Norm.weight"), (r"Norm\.beta$", "Norm.bias"))
@@ -284,7 +284,7 @@ def name_table(pooling: Pooling = "mean") -> NameTable:
     The file's pooler is used with `pooling="pooler"`, and ignored otherwise.
     """
     _check_pooling(pooling)
-    rules = (*_RULES, *linear("pooler.dense", "pooler")) if pooling == "pooler" else _RULES
+    rules = (*_RULES, *linear_rules("pooler.dense", "pooler")) if pooling == "pooler" else _RULES
     return NameTable(rules=rules, renames=_RENAMES, ignore=_IGNORE)
 
 

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from ..interop.path_map import PathMap, place_of
-from ..interop.peft_config import raise_all
-from ..interop.peft_modules_to_save import named_leaves, slices_of
+from ..interop.path_map import PathMap, torch_module_of
+from ..interop.peft_config import raise_problems
+from ..interop.peft_modules_to_save import name_leaves, slice_leaves
 from ..tree import flatten
 from . import tokenizer
 from .bert import Pooling
 from .bert_config import BertConfig
 from .gguf import load as gguf
-from .hf import INDEX, SINGLE, load_config
+from .hf import INDEX_FILE, SINGLE_FILE, load_config
 from .llama_config import LlamaConfig
-from .merged import TYPES, Merge, Tensor, merged_tensors
+from .merged import TYPES, CheckpointMerge, OutputTensor, merged_tensors
 from .name_table import NameTable
 
 SHARD_BYTES = 5 * 10**9
@@ -40,7 +40,7 @@ _CAUSAL = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Q
 _ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
 
-class Form(NamedTuple):
+class TransformersClass(NamedTuple):
     """The class of transformers that a model is one of.
 
     Attributes:
@@ -58,13 +58,13 @@ class Form(NamedTuple):
     tied: tuple[str, ...] = ()
 
 
-def causal_form(config: LlamaConfig) -> Form:
+def causal_lm_class(config: LlamaConfig) -> TransformersClass:
     """That of a language model."""
     tied = ("embed_tokens",) if config.tie_word_embeddings else ()
-    return Form(f"{_CAUSAL[config.model_type]}ForCausalLM", "model.", (), "CAUSAL_LM", tied)
+    return TransformersClass(f"{_CAUSAL[config.model_type]}ForCausalLM", "model.", (), "CAUSAL_LM", tied)
 
 
-def sequence_form(config: BertConfig, pooling: Pooling) -> Form:
+def encoder_class(config: BertConfig, pooling: Pooling) -> TransformersClass:
     """That of an encoder with a head: for sequences where transformers has the same head, else the bare encoder.
 
     BERT's head there stands on the pooler; RoBERTa's has a layer like a pooler in it. Neither takes a mean or the
@@ -72,14 +72,16 @@ def sequence_form(config: BertConfig, pooling: Pooling) -> Form:
     """
     name = _ENCODERS[config.model_type]
     if pooling != "pooler":
-        return Form(f"{name}Model", "", (), "FEATURE_EXTRACTION")
+        return TransformersClass(f"{name}Model", "", (), "FEATURE_EXTRACTION")
     if config.model_type == "bert":
-        return Form(f"{name}ForSequenceClassification", "bert.", (("head", "classifier"),), "SEQ_CLS")
+        return TransformersClass(
+            f"{name}ForSequenceClassification", "bert.", (("head", "classifier"),), "SEQ_CLS"
+        )
     heads = (("pooler", "classifier.dense"), ("head", "classifier.out_proj"))
-    return Form(f"{name}ForSequenceClassification", "roberta.", heads, "SEQ_CLS")
+    return TransformersClass(f"{name}ForSequenceClassification", "roberta.", heads, "SEQ_CLS")
 
 
-def path_map(table: NameTable, form: Form, *, prefix: str | None = None) -> PathMap:
+def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = None) -> PathMap:
     """Where the modules of a model are in transformers' class of it.
 
     Args:
@@ -106,8 +108,8 @@ def path_map(table: NameTable, form: Form, *, prefix: str | None = None) -> Path
 def write_hf(
     target: Path,
     source: Path,
-    merge: Merge,
-    form: Form,
+    merge: CheckpointMerge,
+    form: TransformersClass,
     *,
     new: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -142,14 +144,16 @@ def write_hf(
     shards = _shards(tensors, shard_bytes)
     count = len(shards)
     names = (
-        [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)] if count > 1 else [SINGLE]
+        [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+        if count > 1
+        else [SINGLE_FILE]
     )
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(target / name, shard)
     if len(shards) > 1:
         listed = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(map(_size, tensors))
-        _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": listed})
+        _write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": listed})
 
 
 def hf_config(source: Path) -> dict[str, Any]:
@@ -178,14 +182,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     converted.save(str(target / "tokenizer.json"))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= tokenizer.special_tokens(file)
-    if (template := tokenizer.chat_template(file)) is not None:
+    if (template := tokenizer.read_chat_template(file)) is not None:
         settings["chat_template"] = template
     _write_json(target / "tokenizer_config.json", settings)
     if ends := tokenizer.stop_ids(file):
         _write_json(target / "generation_config.json", {"eos_token_id": list(ends)})
 
 
-def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:
+def write_safetensors(path: Path, tensors: Iterable[OutputTensor]) -> None:
     """Writes a safetensors file tensor by tensor: the library's own writer needs all of them in memory.
 
     The format: https://github.com/huggingface/safetensors#format
@@ -210,7 +214,9 @@ def write_safetensors(path: Path, tensors: Iterable[Tensor]) -> None:
                 file.write(np.ascontiguousarray(rows, tensor.dtype).reshape(-1).view(np.uint8).data)
 
 
-def _named_tensors(source: Path, merge: Merge, form: Form, new: Mapping[str, Any]) -> Iterator[Tensor]:
+def _named_tensors(
+    source: Path, merge: CheckpointMerge, form: TransformersClass, new: Mapping[str, Any]
+) -> Iterator[OutputTensor]:
     """Yields all tensors under the names of transformers' class.
 
     A bare encoder and a language model keep their file's names and whatever else the file has, but for a second
@@ -223,14 +229,14 @@ def _named_tensors(source: Path, merge: Merge, form: Form, new: Mapping[str, Any
                 yield tensor
         elif canonical in merge.places:
             rule, layer = merge.places[canonical]
-            location = place_of(rules, rule.path.rpartition("/")[0])
+            location = torch_module_of(rules, rule.path.rpartition("/")[0])
             assert location is not None
             name = location.at(() if layer is None else (layer,))
             yield dataclasses.replace(tensor, name=f"{name}.{canonical.rpartition('.')[2]}")
-    slots, problems = slices_of(flatten(new), rules)
-    raise_all(f"the model has no place in {form.architecture} for what is new", problems)
-    for name, array in named_leaves(slots, set(), rules)[0].items():
-        yield Tensor(name, array.shape, array.dtype, lambda array=array: iter([array]))
+    slots, problems = slice_leaves(flatten(new), rules)
+    raise_problems(f"the model has no place in {form.architecture} for what is new", problems)
+    for name, array in name_leaves(slots, set(), rules)[0].items():
+        yield OutputTensor(name, array.shape, array.dtype, lambda array=array: iter([array]))
 
 
 def is_float(dtype: np.dtype) -> bool:
@@ -238,12 +244,12 @@ def is_float(dtype: np.dtype) -> bool:
     return jnp.issubdtype(dtype, jnp.floating)
 
 
-def _size(tensor: Tensor) -> int:
+def _size(tensor: OutputTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _shards(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
-    shards: list[list[Tensor]] = [[]]
+def _shards(tensors: Iterable[OutputTensor], most: int) -> list[list[OutputTensor]]:
+    shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + _size(tensor) > most:

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import check_number, check_whole
+from .._validation import check_int, check_number
 from .llama import init_cache
 from .llama_config import LlamaConfig
 
 Generate = Callable[..., jax.Array]
 """`generate(variables, input_ids, segment_ids, sampling, keys) -> tokens`, see `make_generate`."""
 
-ENDED, NOT_FINITE = -1, -2
+PAD_AFTER_END, NONFINITE_LOGITS = -1, -2
 """What stands in place of tokens after a sequence's end, and of the token where the scores are not finite."""
 
 
@@ -54,15 +54,15 @@ def make_generate(
 
     Returns:
       `generate(variables, input_ids, segment_ids, sampling, keys)`, for prompts int32 (B, T) padded on the left,
-      with `segment_ids` 1 on tokens and 0 on padding, as `left_padded` makes them, and a key for each (B,). It
-      gives int32 (B, new_tokens): tokens up to and including one of `stop`, or `NOT_FINITE`, then `ENDED`. A row's
-      tokens depend on its prompt and its key, and not on the other rows; but with rotary positions of the kind
-      `dynamic` also on the longest of them, as in transformers.
+      with `segment_ids` 1 on tokens and 0 on padding, as `pad_left` makes them, and a key for each (B,). It
+      gives int32 (B, new_tokens): tokens up to and including one of `stop`, or `NONFINITE_LOGITS`, then
+      `PAD_AFTER_END`. A row's tokens depend on its prompt and its key, and not on the other rows; but with rotary
+      positions of the kind `dynamic` also on the longest of them, as in transformers.
 
     Raises:
       ValueError: `new_tokens` below 1.
     """
-    check_whole("new_tokens", new_tokens, at_least=1)
+    check_int("new_tokens", new_tokens, at_least=1)
     stops = jnp.array(list(stop), jnp.int32)
 
     @jax.jit
@@ -78,8 +78,8 @@ def make_generate(
         def choose(logits: jax.Array, done: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
             token = _next(logits, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
             broken = ~jnp.all(jnp.isfinite(logits), axis=-1)
-            token = jnp.where(broken, NOT_FINITE, token)
-            return jnp.where(done, ENDED, token), done | broken | jnp.isin(token, stops)
+            token = jnp.where(broken, NONFINITE_LOGITS, token)
+            return jnp.where(done, PAD_AFTER_END, token), done | broken | jnp.isin(token, stops)
 
         def unfinished(carry: tuple) -> jax.Array:
             i, done = carry[0], carry[1]
@@ -93,7 +93,7 @@ def make_generate(
             tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
             return i + 1, done, tokens, cache
 
-        tokens = jnp.full((rows, new_tokens), ENDED, jnp.int32)
+        tokens = jnp.full((rows, new_tokens), PAD_AFTER_END, jnp.int32)
         token, done = choose(logits, jnp.zeros(rows, bool), 0)
         carry = (jnp.int32(1), done, tokens.at[:, 0].set(token), cache)
         return jax.lax.while_loop(unfinished, step, carry)[2]
@@ -101,10 +101,10 @@ def make_generate(
     return generate
 
 
-def left_padded(prompts: Sequence[Sequence[int]], *, multiple: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def pad_left(prompts: Sequence[Sequence[int]], *, multiple: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of B token lists as `input_ids` and `segment_ids` (B, T), T the next multiple that holds the longest.
 
-    >>> ids, segments = left_padded([[5, 6, 7], [8]], multiple=4)
+    >>> ids, segments = pad_left([[5, 6, 7], [8]], multiple=4)
     >>> ids.tolist(), segments.tolist()
     ([[0, 5, 6, 7], [0, 0, 0, 8]], [[0, 1, 1, 1], [0, 0, 0, 1]])
     """

@@ -23,8 +23,8 @@ from ..json_files import read_json
 from .gguf import load as gguf
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 20
 _PIECE = 2**22  # bytes, counted as float32, that are read at a time
@@ -193,13 +193,13 @@ def _find_tensors(
 def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
     """Each file with weights: its name, the file opened, the types that are read, the tensors an index promises."""
     if (file := gguf.find(path)) is not None:
-        yield file.name, gguf.Weights(gguf.read(file)), gguf.DTYPES, set()
+        yield file.name, gguf.GgufWeights(gguf.read(file)), gguf.DTYPES, set()
         return
     weight_map = _weight_map(_check_directory(path))
     missing = sorted({name for name in weight_map.values() if not os.path.isfile(path / name)})
     if len(missing) > 1:
         raise ValueError(f"{path}: missing, though the index names them: {', '.join(missing)}")
-    for name in sorted(set(weight_map.values())) or [SINGLE]:
+    for name in sorted(set(weight_map.values())) or [SINGLE_FILE]:
         promised = {tensor for tensor, owner in weight_map.items() if owner == name}
         yield name, _open(path / name), _FLOATS, promised
 
@@ -320,16 +320,17 @@ def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed:
 def _check_directory(directory: Path) -> Path:
     if not os.path.isdir(directory):
         raise ValueError(
-            f"{directory} is no directory and no GGUF file; give one, or a directory with config.json and {SINGLE}"
+            f"{directory} is no directory and no GGUF file; give one, or a directory with config.json and "
+            f"{SINGLE_FILE}"
         )
     return directory
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
     """Tensor name to shard as the index has it; empty where there is a single file."""
-    if (directory / SINGLE).exists():
+    if (directory / SINGLE_FILE).exists():
         return {}
-    if not (directory / INDEX).exists():
+    if not (directory / INDEX_FILE).exists():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise ValueError(
@@ -337,18 +338,18 @@ def _weight_map(directory: Path) -> dict[str, str]:
                 "and is not read here; convert it where you trust it: "
                 "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
             )
-        raise ValueError(f"{directory} has no weights: neither {SINGLE} nor {INDEX}")
-    weight_map = read_json(directory / INDEX).get("weight_map")
+        raise ValueError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{directory / INDEX} must hold a weight_map from tensor names to files, got {weight_map!r:.80}"
+            f"{directory / INDEX_FILE} must hold a weight_map from tensor names to files, got {weight_map!r:.80}"
         )
     for file_name in weight_map.values():
         # By the name alone: the hub's own cache is made of links that lead out of the directory.
         plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
         if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
             raise ValueError(
-                f"{directory / INDEX} names {file_name!r}; "
+                f"{directory / INDEX_FILE} names {file_name!r}; "
                 "only plain .safetensors names in the same directory are read"
             )
     return weight_map

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from ..sharding import Rules, split_rows
+from ..sharding import Rules, constrain_rows
 from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
 from .llama_config import LlamaConfig
-from .name_table import NameTable, Rule, embedding, linear, norm
-from .rope import Rope, rotated
+from .name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules
+from .rope import Rope, apply_rope
 
 Remat = Literal["none", "dots", "full"]
 
@@ -108,8 +108,8 @@ class LlamaAttention(LlamaPart):
         )
         if c.qk_norm:
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
-        query = checkpoint_name(rotated(query, shared.rope), "query")
-        key, value = checkpoint_name(rotated(key, shared.rope), "key"), checkpoint_name(value, "value")
+        query = checkpoint_name(apply_rope(query, shared.rope), "query")
+        key, value = checkpoint_name(apply_rope(key, shared.rope), "key"), checkpoint_name(value, "value")
         if cache is not None:
             cache = _update_cache(cache, key, value, layer, shared.start)
         if cache is not None and shared.mask is not None:
@@ -160,7 +160,7 @@ class LlamaLayer(LlamaPart):
         self, carry: tuple[jax.Array, Cache | None], shared: _Shared, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
         """Hidden states (B, T, D) and cache to the same, and nothing to stack."""
-        x, cache = split_rows(carry[0]), carry[1]
+        x, cache = constrain_rows(carry[0]), carry[1]
         args = (self.config, self.dtype, self.param_dtype)
         y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
             self.norm("input_layernorm")(x), shared, cache, layer
@@ -249,7 +249,7 @@ class Llama(nn.Module):
         """What the head is applied to, (B, T, D) in `dtype`; arguments as for a call."""
         _check_inputs(input_ids, segment_ids, positions)
         if positions is None:
-            positions = positions_of(segment_ids, input_ids.shape[1])
+            positions = segment_positions(segment_ids, input_ids.shape[1])
         shared = _Shared(self.config.rope(positions), segment_ids)
         return self._run(input_ids, shared, None)[0]
 
@@ -290,17 +290,17 @@ class Llama(nn.Module):
     def _run(self, input_ids: jax.Array, shared: _Shared, cache: Any) -> tuple[jax.Array, Any]:
         layers = jnp.arange(self.config.num_hidden_layers)
         (x, cache), _ = self.layers((self.embed_tokens(input_ids), cache), shared, layers)
-        return self.norm(split_rows(x)), cache
+        return self.norm(constrain_rows(x)), cache
 
     def _logits(self, x: jax.Array) -> jax.Array:
         logits = self.embed_tokens.attend(x) if self.config.tie_word_embeddings else self.lm_head(x)
         return logits.astype(jnp.float32)
 
 
-def positions_of(segment_ids: jax.Array | None, length: int) -> jax.Array:
+def segment_positions(segment_ids: jax.Array | None, length: int) -> jax.Array:
     """Each token's index in its segment, int32 (B or 1, T).
 
-    >>> positions_of(jnp.array([[0, 1, 1, 2, 2, 2]]), 6)
+    >>> segment_positions(jnp.array([[0, 1, 1, 2, 2, 2]]), 6)
     Array([[0, 0, 1, 0, 1, 2]], dtype=int32)
     """
     index = jnp.arange(length, dtype=jnp.int32)[None]
@@ -333,23 +333,26 @@ def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions
 def name_table(config: LlamaConfig) -> NameTable:
     """Where the tensors of a checkpoint in Hugging Face's names go in a `Llama`."""
     layer, layers = "layers.{layer}", "layers"
-    rules: list[Rule] = [*embedding("embed_tokens", "embed_tokens"), *norm("norm", "norm", bias=False)]
+    rules: list[Rule] = [
+        *embedding_rules("embed_tokens", "embed_tokens"),
+        *norm_rules("norm", "norm", bias=False),
+    ]
     for name in ("input_layernorm", "post_attention_layernorm"):
-        rules += norm(f"{layer}.{name}", f"{layers}/{name}", bias=False)
+        rules += norm_rules(f"{layer}.{name}", f"{layers}/{name}", bias=False)
     biased = {"o_proj": config.attention_bias} | dict.fromkeys(
         ("q_proj", "k_proj", "v_proj"), config.qkv_bias
     )
     for name, bias in biased.items():
-        rules += linear(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=bias)
+        rules += linear_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=bias)
     for name in ("q_norm", "k_norm") if config.qk_norm else ():
-        rules += norm(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
+        rules += norm_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
     for name in ("gate_proj", "up_proj", "down_proj"):
-        rules += linear(f"{layer}.mlp.{name}", f"{layers}/mlp/{name}", bias=config.mlp_bias)
+        rules += linear_rules(f"{layer}.mlp.{name}", f"{layers}/mlp/{name}", bias=config.mlp_bias)
     copies = ()
     if config.tie_word_embeddings:
         copies = (("lm_head.weight", "embed_tokens.weight"),)  # some files hold the embedding twice
     else:
-        rules += linear("lm_head", "lm_head", bias=False)
+        rules += linear_rules("lm_head", "lm_head", bias=False)
     ignore = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")
     return NameTable(rules=tuple(rules), renames=((r"^model\.", ""),), ignore=ignore, copies=copies)
 

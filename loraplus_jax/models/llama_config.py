@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import jax
 
-from .rope import Rope, Scaling, checked_scaling, make_rope
+from .rope import Rope, Scaling, make_rope, parse_rope_scaling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -171,7 +171,7 @@ def _rope_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(parameters, Mapping):
         raise ValueError(f"rope_scaling must be a mapping, got {parameters!r:.80}")
     theta = parameters.get("rope_theta", given.get("rope_theta", 10_000.0))
-    return {"rope_theta": theta, "rope_scaling": checked_scaling(parameters)}
+    return {"rope_theta": theta, "rope_scaling": parse_rope_scaling(parameters)}
 
 
 def _sliding_window(given: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:

@@ -22,7 +22,7 @@ _PIECE = 2**22  # bytes that are read at a time where a tensor is only copied
 
 
 @dataclass(frozen=True)
-class Tensor:
+class OutputTensor:
     """A tensor to be written.
 
     Attributes:
@@ -38,7 +38,7 @@ class Tensor:
     rows: Callable[[], Iterator[np.ndarray]]
 
 
-class Merge:
+class CheckpointMerge:
     """The merged value of each tensor of a checkpoint.
 
     Args:
@@ -92,7 +92,7 @@ class Merge:
         return result
 
 
-def merged_tensors(source: Path, merge: Merge) -> Iterator[tuple[Tensor, str]]:
+def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[OutputTensor, str]]:
     """Every tensor of a checkpoint as it becomes, and its canonical name.
 
     Names are the file's; those of GGUF files are Hugging Face's.
@@ -105,11 +105,11 @@ def merged_tensors(source: Path, merge: Merge) -> Iterator[tuple[Tensor, str]]:
                 rows = _merged_rows(merge, *location, file, name)
             else:
                 rows = _copied_rows(file, name, shape)
-            yield Tensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
+            yield OutputTensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
 
 
 def _merged_rows(
-    merge: Merge, rule: Rule, layer: int | None, file: Any, name: str
+    merge: CheckpointMerge, rule: Rule, layer: int | None, file: Any, name: str
 ) -> Callable[[], Iterator[np.ndarray]]:
     return lambda: iter([merge.value(rule, layer, lambda: file.get_slice(name)[:])])
 

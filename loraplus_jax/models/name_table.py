@@ -53,19 +53,19 @@ class NameTable:
         return any(re.fullmatch(pattern, name) for pattern in self.ignore)
 
 
-def linear(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
+def linear_rules(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
     """Rules for a torch Linear, which becomes an `nn.Dense`."""
     kernel = Rule(f"{name}.weight", f"{path}/kernel", transposed=True)
     return (kernel, Rule(f"{name}.bias", f"{path}/bias")) if bias else (kernel,)
 
 
-def norm(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
+def norm_rules(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
     """Rules for a torch LayerNorm, or with `bias=False` an RMSNorm."""
     scale = Rule(f"{name}.weight", f"{path}/scale")
     return (scale, Rule(f"{name}.bias", f"{path}/bias")) if bias else (scale,)
 
 
-def embedding(name: str, path: str) -> tuple[Rule, ...]:
+def embedding_rules(name: str, path: str) -> tuple[Rule, ...]:
     """The rule for a torch Embedding, which becomes an `nn.Embed`."""
     return (Rule(f"{name}.weight", f"{path}/embedding"),)
 

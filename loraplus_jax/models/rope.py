@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import nearest
+from .._validation import suggest
 
 Scaling = tuple[tuple[str, Any], ...]
 """A `rope_scaling` mapping as sorted pairs, so that a config can be hashed."""
@@ -37,14 +37,14 @@ class Rope(NamedTuple):
     sin: jax.Array
 
 
-def rotated(x: jax.Array, rope: Rope) -> jax.Array:
+def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
     """Queries or keys (B, T, N, H) turned by their positions, first half against second (arXiv 2104.09864)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def checked_scaling(options: Mapping[str, Any] | None) -> Scaling:
+def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
     """The pairs of a `rope_scaling` as `config.json` has it; none for the default.
 
     Raises:
@@ -57,7 +57,7 @@ def checked_scaling(options: Mapping[str, Any] | None) -> Scaling:
     if not isinstance(kind, str) or kind not in _NEEDED:
         raise ValueError(
             f"rope_scaling: the type must be one of {', '.join(_NEEDED)}, got {kind!r}"
-            f"{nearest(str(kind), _NEEDED, fallback=False)}"
+            f"{suggest(str(kind), _NEEDED, fallback=False)}"
         )
     allowed = (*_NEEDED[kind], *_OPTIONAL.get(kind, ()))
     if absent := [name for name in _NEEDED[kind] if name not in options]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._validation import nearest
+from .._validation import suggest
 from ..json_files import read_json
 from .gguf import load as gguf
 
@@ -54,7 +54,7 @@ def tokenizer(path: str | Path) -> "Tokenizer":
         result, rows = _from_gguf(file), gguf.embedding_rows(file)
     else:
         _check_directory(path)
-        result = read_file(path)
+        result = read_tokenizer_json(path)
         result.no_padding()
         result.no_truncation()
         config = path / "config.json"
@@ -67,7 +67,7 @@ def tokenizer(path: str | Path) -> "Tokenizer":
     return result
 
 
-def chat_template(path: str | Path) -> str | None:
+def read_chat_template(path: str | Path) -> str | None:
     """The Jinja template that makes a prompt of a conversation: the default one where there are several.
 
     Raises:
@@ -146,7 +146,7 @@ def _text(path: Path, template: Any) -> str | None:
     return template
 
 
-def read_file(directory: Path) -> "Tokenizer":
+def read_tokenizer_json(directory: Path) -> "Tokenizer":
     """The tokenizer of `tokenizer.json` as it stands, its padding and truncation included.
 
     Raises:
@@ -228,7 +228,7 @@ def _byte_level(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -
     if name not in _CUTS:
         raise ValueError(
             f"{file.path}: tokenizer.ggml.pre is {name!r:.80}, must be one of {', '.join(sorted(_CUTS))}"
-            f"{nearest(str(name), _CUTS, fallback=False)}"
+            f"{suggest(str(name), _CUTS, fallback=False)}"
         )
     cut, space = _CUTS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
     ignore_merges = cut == _LLAMA3  # a word that is a token is not split further

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..factor_pairs import spec_key
+from ..factor_pairs import spec_path
 from ..spec import Specs
 from ..tree import Role, count, label_params, leaves_by_path, leaves_by_role
 from .lora_plus import Group, LoRAPlusTransform
@@ -16,7 +16,7 @@ from .schedules import rate_at
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class LeafRow:
     """One trainable leaf: where it is, what it is, and what it is trained with at a step."""
 
     path: str
@@ -38,7 +38,7 @@ class Description:
       total: values in the whole model, or None when `frozen` was not given.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[LeafRow, ...]
     trainable: int
     total: int | None
 
@@ -83,15 +83,15 @@ def describe(
     groups, relative = _groups(tx_or_rates)
     labels = leaves_by_path(label_params(trainable, specs))
 
-    def row(path: str, leaf: Any) -> Row:
+    def row(path: str, leaf: Any) -> LeafRow:
         role = labels[path]
         if role not in groups:
             raise ValueError(f"no rate is given for role {role!r} of {path}")
         group = groups[role]
-        spec = (specs or {}).get(spec_key(path.rpartition("/")[0]))
+        spec = (specs or {}).get(spec_path(path.rpartition("/")[0]))
         rate = f"{float(rate_at(group.rate, step)):.3g}" + (" x base" if relative else "")
         decay = "own" if group.decay is None else f"{float(group.decay):.3g}"
-        return Row(path, tuple(leaf.shape), role, spec.rank if spec else None, rate, decay, leaf.size)
+        return LeafRow(path, tuple(leaf.shape), role, spec.rank if spec else None, rate, decay, leaf.size)
 
     rows = tuple(row(path, leaf) for path, leaf in leaves_by_path(trainable).items())
     trained = count(trainable)

@@ -14,7 +14,7 @@ import jax
 import optax
 from jax.core import Tracer
 
-from .._validation import check_number, in_float32, nearest
+from .._validation import check_number, in_float32, suggest
 from ..spec import Specs
 from ..tree import ROLES, Policy, Role, label_params
 from .schedules import Rate, scale_rate
@@ -22,7 +22,7 @@ from .schedules import Rate, scale_rate
 FAST: tuple[Role, ...] = ("b", "vector")
 """The roles that learn lr_ratio times faster; the second occurs under the policy `"peft"` only."""
 PEFT_EMBEDDING_RATE = 1e-6
-LEAST_EPS = 1e-30
+MIN_EPS = 1e-30
 """Adam's epsilon, times 1 - b1, must not count as 0 in float32: while B is 0, so are A's gradients, and A's step is
 0 / epsilon.
 """
@@ -77,7 +77,7 @@ def lora_plus_adamw(
     Args:
       learning_rate: eta_A, for A and every role but B; a number, a traced scalar or an optax schedule.
       lr_ratio: lambda = eta_B / eta_A, above 0; it may be traced.
-      b1, b2, eps: of Adam; eps at least `LEAST_EPS`.
+      b1, b2, eps: of Adam; eps at least `MIN_EPS`.
       weight_decay: w; a step shrinks a parameter by rate * w.
       decay: `"coupled"` shrinks B lambda times faster than A, as torch's and optax's AdamW do with such groups;
         `"equal"` shrinks both at A's pace.
@@ -93,7 +93,7 @@ def lora_plus_adamw(
         or decay of its own follows the common one; a schedule goes on to set its own rate.
 
     Raises:
-      ValueError: a ratio, rate or norm that is not a finite number above 0, an eps below `LEAST_EPS`, or an unknown
+      ValueError: a ratio, rate or norm that is not a finite number above 0, an eps below `MIN_EPS`, or an unknown
         role or policy.
 
     Example:
@@ -102,7 +102,7 @@ def lora_plus_adamw(
       0.004
     """
     check_positive("lr_ratio", lr_ratio)
-    check_number("eps", eps, at_least=LEAST_EPS)
+    check_number("eps", eps, at_least=MIN_EPS)
     check_number("b1", b1, at_least=0.0, below=1.0)
     check_number("b2", b2, at_least=0.0, below=1.0)
     rates, decays = dict(rates or {}), dict(decays or {})
@@ -222,7 +222,7 @@ def _number(value: Any) -> float | None:
 def _check_groups(learning_rate: Rate, weight_decay: float, rates: dict, decays: dict) -> None:
     for role in (*rates, *decays):
         if role not in ROLES:
-            raise ValueError(f"there is no group {role!r}{nearest(role, ROLES)}")
+            raise ValueError(f"there is no group {role!r}{suggest(role, ROLES)}")
     if fast := [role for role in FAST if role in rates]:
         raise ValueError(f"rates: the rate of {fast[0]!r} is lr_ratio times A's; set lr_ratio instead")
     for name, rate in {"learning_rate": learning_rate, **rates}.items():

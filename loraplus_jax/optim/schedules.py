@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from .._validation import check_number, check_whole
+from .._validation import check_int, check_number
 
 Rate = float | jax.Array | optax.Schedule
 """A learning rate: a number, a traced scalar, or a schedule from step to rate."""
@@ -46,11 +46,11 @@ def make_schedule(
         raise ValueError(f"decay_steps goes with the schedule wsd, not with {name}; got {decay_steps}")
     if name == "constant" and final_fraction:
         raise ValueError(f"final_fraction does not go with the schedule constant, got {final_fraction}")
-    check_whole("steps", steps, at_least=1)
-    check_whole("warmup_steps", warmup_steps, at_least=0)
+    check_int("steps", steps, at_least=1)
+    check_int("warmup_steps", warmup_steps, at_least=0)
     check_number("final_fraction", final_fraction, at_least=0.0, below=1.0)
     decay = max(1, steps // 5) if decay_steps is None else decay_steps
-    check_whole("decay_steps", decay, at_least=1)
+    check_int("decay_steps", decay, at_least=1)
     rest = steps - warmup_steps
     if rest < 1 or (name == "wsd" and rest < decay):
         parts = f"{warmup_steps} of warm-up" + (f" and {decay} of decay" if name == "wsd" else "")

@@ -73,8 +73,8 @@ def collectives(text: str) -> list[Collective]:
     Raises:
       ValueError: a loop runs a number of times that cannot be read.
     """
-    program = parse(text)
-    counts = times(program)
+    program = parse_hlo(text)
+    counts = execution_counts(program)
     by_key: dict[str, Collective] = {}
     devices = _number(r"num_partitions=(\d+)", text) or 1
     for computation, instructions in program.items():
@@ -90,7 +90,7 @@ def collectives(text: str) -> list[Collective]:
     return list(by_key.values())
 
 
-def parse(text: str) -> Program:
+def parse_hlo(text: str) -> Program:
     """The instructions of every computation."""
     program: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
@@ -104,7 +104,7 @@ def parse(text: str) -> Program:
     return program
 
 
-def times(program: Program) -> dict[str, int]:
+def execution_counts(program: Program) -> dict[str, int]:
     """How often each computation runs when the program runs once.
 
     Raises:
@@ -128,13 +128,13 @@ def times(program: Program) -> dict[str, int]:
     return {name: count(name) for name in program}
 
 
-def looped_products(text: str) -> int:
+def count_looped_matmuls(text: str) -> int:
     """How many loops of several rounds hold matrix products: XLA's cost analysis counts one round of each.
 
     Raises:
       ValueError: a loop's number of rounds cannot be read.
     """
-    program = parse(text)
+    program = parse_hlo(text)
 
     def has_product(name: str) -> bool:
         return any(
@@ -177,7 +177,7 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
         raise ValueError(f"how often the loop {loop.name} runs cannot be read from the program") from None
 
 
-def _parse_collective(kind: str, instruction: Instruction, times: int, devices: int) -> Collective:
+def _parse_collective(kind: str, instruction: Instruction, count: int, devices: int) -> Collective:
     shape = instruction.shape
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
         shape = _elements(shape)[1]  # it makes (what goes in, what comes out, ...)
@@ -185,7 +185,7 @@ def _parse_collective(kind: str, instruction: Instruction, times: int, devices: 
     size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
     where = re.search(r'op_name="([^"]*)"', instruction.rest)
     arrays = ", ".join(match[0] for match in _ARRAY.finditer(shape))
-    return Collective(kind, size, group, times, arrays, where[1] if where else "")
+    return Collective(kind, size, group, count, arrays, where[1] if where else "")
 
 
 def shape_bytes(shape: str) -> int:

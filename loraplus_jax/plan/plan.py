@@ -20,17 +20,25 @@ from ..models.llama import head_kernel
 from ..settings.schema import Settings
 from ..sharding import batch_parts, check_tensor, make_mesh
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import Base, Data, Parts
+from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
 from ..training.optimizer import check_rates
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
 from ..tree import count
-from .hlo import Collective, collectives, looped_products
-from .programs import Step, compiled, evaluation_bytes, local_bytes, plan_step, sizes, theory_bytes
+from .hlo import Collective, collectives, count_looped_matmuls
+from .programs import (
+    LoweredStep,
+    evaluation_bytes,
+    local_bytes,
+    memory_sizes,
+    plan_step,
+    theory_bytes,
+    try_compile,
+)
 from .tpu import Chip, tpu_devices
 
-TO_COUNT = {
+COUNTING_OPTIONS = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 10**6,
     "xla_tpu_enable_async_collective_fusion": False,
     "exec_time_optimization_effort": -1.0,
@@ -147,17 +155,17 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model", files=("config.json",))
-    data = task_module(settings).without_data(settings)
-    base: Base = task_module(settings).make_base(settings, directory, data.task)
+    data = task_module(settings).placeholder_data(settings)
+    base: BaseModel = task_module(settings).make_base(settings, directory, data.task)
     check_tensor(mesh, base.tensor_sizes)
     check_length(settings, base)
     step = plan_step(settings, base, data, mesh)
     check_rates(settings.optimizer, step.parts)
     start = time.perf_counter()
-    program, problem = compiled(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
+    program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
-    memory["temporaries"], needed, peak = sizes(program, problem, sum(memory.values()))
+    memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
     evaluation, evaluation_problem = evaluation_bytes(settings, data, step, mesh)
     theory, theory_problem = theory_bytes(settings, data, step, mesh)
     work = count_work(settings, base, data, mesh)
@@ -188,7 +196,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     )
 
 
-def check_length(settings: Settings, base: Base) -> None:
+def check_length(settings: Settings, base: BaseModel) -> None:
     """Raises ValueError if rows are longer than the model takes, as training does when it reads the data."""
     model: Any = base.model
     length, longest = settings.data.max_length, model.config.max_length
@@ -196,13 +204,13 @@ def check_length(settings: Settings, base: Base) -> None:
         raise ValueError(f"data.max_length is {length}, the model takes {longest} tokens at most")
 
 
-def layers_of(base: Base) -> int:
+def layers_of(base: BaseModel) -> int:
     """How many equal layers a model stacks."""
     model: Any = base.model
     return model.config.num_hidden_layers
 
 
-def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Work | None:
+def count_work(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> Work | None:
     """FLOPs and bytes of a step, from programs of one and of two unrolled layers.
 
     Micro-batches and pieces of the loss are loops too. So one micro-batch is compiled, with the loss in one piece,
@@ -218,41 +226,41 @@ def count_work(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Work |
     if settings.is_language:
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
-    steps = [plan_step(small, with_layers(base, min(n, layers)), data, mesh) for n in (1, 2)]
+    steps = [plan_step(small, replace_depth(base, min(n, layers)), data, mesh) for n in (1, 2)]
     first, second = (_compile_and_count(step, mesh) for step in steps)
     if first is None or second is None:
         return None
-    flops = extrapolated(first.flops, second.flops, layers)
-    size = extrapolated(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
+    flops = extrapolate_layers(first.flops, second.flops, layers)
+    size = extrapolate_layers(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
     return Work(parts * flops, parts * size, second.loops)
 
 
-def _compile_and_count(step: Step, mesh: Mesh) -> Work | None:
+def _compile_and_count(step: LoweredStep, mesh: Mesh) -> Work | None:
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    program, problem = compiled(step.lowered, TO_COUNT if on_tpu else None)
+    program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
     if problem is not None:
         return None
     cost = program.cost_analysis()
-    return Work(cost["flops"], cost["bytes accessed"], looped_products(program.as_text()))
+    return Work(cost["flops"], cost["bytes accessed"], count_looped_matmuls(program.as_text()))
 
 
-def extrapolated(first: float, second: float, layers: int) -> float:
+def extrapolate_layers(first: float, second: float, layers: int) -> float:
     """The cost of a model from those of its first layer, and of its first two.
 
-    >>> extrapolated(10.0, 13.0, 4)
+    >>> extrapolate_layers(10.0, 13.0, 4)
     19.0
     """
     return first + (layers - 1) * (second - first)
 
 
-def with_layers(base: Base, layers: int) -> Base:
+def replace_depth(base: BaseModel, layers: int) -> BaseModel:
     """The same model with another number of layers, as straight code."""
     model: Any = base.model
     config = dataclasses.replace(model.config, num_hidden_layers=layers)
     return base._replace(model=model.clone(config=config, unroll=True))
 
 
-def head_bytes(settings: Settings, parts: Parts, mesh: Mesh) -> float:
+def head_bytes(settings: Settings, parts: AdaptedModel, mesh: Mesh) -> float:
     """What a micro-batch's loss in pieces reads beyond one in one piece: all but the first read the head twice."""
     if not settings.is_language or not head_is_frozen(parts):
         return 0.0

@@ -12,7 +12,7 @@ from ..linen.wrap import init_lora
 from ..settings.schema import Settings
 from ..sharding import Shardings, batch_sharding
 from ..spec import Specs
-from ..tasks.interface import Base, Data, Losses, Parts
+from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData
 from ..train_step import TrainState, make_eval
 from ..training.optimizer import make_optimizer
 from ..training.setup import (
@@ -26,11 +26,11 @@ from ..training.setup import (
 )
 from ..training.theory_metrics import count_rows, lower_theory
 
-ENDLESS = 10**9
+ASSUMED_STEPS = 10**9
 """Steps that are assumed where the settings count in epochs: how many rows these have is in the data."""
 
 
-class Step(NamedTuple):
+class LoweredStep(NamedTuple):
     """A step before it is compiled.
 
     Attributes:
@@ -41,17 +41,17 @@ class Step(NamedTuple):
       places: where state and frozen variables lie.
     """
 
-    parts: Parts
+    parts: AdaptedModel
     state: TrainState
     lowered: jax.stages.Lowered
     held: dict[str, tuple[Any, Any]]
     places: Shardings
 
 
-def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
+def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> LoweredStep:
     """The step that `train` would compile, of a base whose weights need not be there."""
     parts = add_adapters(settings, base, settings.applied, _adapter_shapes)
-    train = dataclasses.replace(settings.train, steps=settings.train.steps or ENDLESS, epochs=None)
+    train = dataclasses.replace(settings.train, steps=settings.train.steps or ASSUMED_STEPS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
     places = state_shardings(parts, tx, mesh)
@@ -63,10 +63,12 @@ def plan_step(settings: Settings, base: Base, data: Data, mesh: Mesh) -> Step:
         "optimizer": (state.opt_state, places.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    return Step(parts, state, lower_step(settings, data, parts, tx, mesh, places), held, places)
+    return LoweredStep(parts, state, lower_step(settings, data, parts, tx, mesh, places), held, places)
 
 
-def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
+def evaluation_bytes(
+    settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh
+) -> tuple[int | None, str | None]:
     """What an evaluation needs beside the optimizer's state, in all, and what the compiler said if it gave up.
 
     None for multiple choice: how many choices a question has, each a row of its own, is in the data.
@@ -81,7 +83,9 @@ def evaluation_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> 
     )
 
 
-def theory_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tuple[int | None, str | None]:
+def theory_bytes(
+    settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh
+) -> tuple[int | None, str | None]:
     """The same of the program that `train.theory_every` measures with; None if that is not set."""
     if settings.train.theory_every is None:
         return None, None
@@ -93,13 +97,13 @@ def theory_bytes(settings: Settings, data: Data, step: Step, mesh: Mesh) -> tupl
     return _bytes_between_steps("theory", lowered, step)
 
 
-def _bytes_between_steps(name: str, lowered: jax.stages.Lowered, step: Step) -> tuple[int, str | None]:
+def _bytes_between_steps(name: str, lowered: jax.stages.Lowered, step: LoweredStep) -> tuple[int, str | None]:
     """Bytes of a program that runs between steps, beside the optimizer's state, and what the compiler said."""
-    program, problem = compiled(lowered)
+    program, problem = try_compile(lowered)
     weights, trained, optimizer = (
         local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
     )
-    return sizes(program, problem, weights + trained)[1] + optimizer, problem and f"{name}: {problem}"
+    return memory_sizes(program, problem, weights + trained)[1] + optimizer, problem and f"{name}: {problem}"
 
 
 def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
@@ -122,7 +126,7 @@ def local_bytes(tree: Any, shardings: Any) -> int:
     return sum(jax.tree.leaves(local))
 
 
-def compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> tuple[Any, str | None]:
+def try_compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> tuple[Any, str | None]:
     """The program, or what the compiler said when memory was too small for any."""
     try:
         return lowered.compile(compiler_options=options), None
@@ -132,7 +136,7 @@ def compiled(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None)
         return None, " ".join(str(error).split())
 
 
-def sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
+def memory_sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
     """Temporaries, the whole need, and the peak."""
     if program is None:
         # The TPU compiler names all that it used, or temporaries alone where these are too much already.

@@ -12,16 +12,16 @@ from ..settings.schema import Settings
 from .hlo import Collective
 from .plan import Plan
 
-LARGEST, REDUCTIONS = 5, 3
+LARGEST_SHOWN, REDUCTIONS = 5, 3
 """Groups of collectives that are shown one by one: of all, and of reductions that are not among these."""
-BINDS = {
+BOUND_NAMES = {
     "compute": "FLOPs",
     "memory": "bytes accessed",
     "network": "bytes received from others",
 }
 
 
-def text_of(plan: Plan, settings: Settings) -> str:
+def format_plan(plan: Plan, settings: Settings) -> str:
     """All of a plan, for the screen."""
     tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
     parts = [_heading(plan), _memory(plan), _verdict(plan), *tips, "", _work(plan)]
@@ -209,7 +209,7 @@ def _work(plan: Plan) -> str:
     }
     for name, amount in amounts.items():
         seconds = plan.roofline.get(name)
-        rows.append((BINDS[name], amount, "-" if seconds is None else f"{1e3 * seconds:.1f}"))
+        rows.append((BOUND_NAMES[name], amount, "-" if seconds is None else f"{1e3 * seconds:.1f}"))
     lines = [_table(rows)]
     if plan.work.loops:
         lines.append(
@@ -218,7 +218,7 @@ def _work(plan: Plan) -> str:
     if plan.roofline:
         name, seconds = max(plan.roofline.items(), key=lambda item: item[1])
         rate = plan.rows * plan.tokens / seconds
-        lines.append(f"roofline: {seconds:.3f} s a step, {rate:,.0f} tokens/s; {BINDS[name]} bind")
+        lines.append(f"roofline: {seconds:.3f} s a step, {rate:,.0f} tokens/s; {BOUND_NAMES[name]} bind")
     return "\n".join(lines)
 
 
@@ -248,10 +248,12 @@ def _largest(all_collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
         times[collective._replace(where="", times=1)] += collective.times
     groups = sorted(times, key=lambda collective: -times[collective] * collective.wire_bytes)
     reductions = [
-        collective for collective in groups[LARGEST:] if collective.kind in ("all-reduce", "reduce-scatter")
+        collective
+        for collective in groups[LARGEST_SHOWN:]
+        if collective.kind in ("all-reduce", "reduce-scatter")
     ]
     rows = [("largest of them", "arrays", "devices", "number", "whole, each", "received")]
-    for collective in [*groups[:LARGEST], *reductions[:REDUCTIONS]]:
+    for collective in [*groups[:LARGEST_SHOWN], *reductions[:REDUCTIONS]]:
         received = times[collective] * collective.wire_bytes
         cells = (f"{collective.group:,}", f"{times[collective]:,}", _size(collective.bytes), _size(received))
         rows.append((collective.kind, _arrays(collective.shape), *cells))

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from .._validation import nearest
+from .._validation import suggest
 
 PIP = "pip install 'loraplus_jax[tpu-plan]'"
 
@@ -99,7 +99,7 @@ def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
         known = [f"{name}:{'x'.join(['4'] * chip.dimensions)}" for name, chip in CHIPS.items()]
         raise ValueError(
             f"topology must be a chip and a shape such as {', '.join(known)}, got {topology!r}"
-            f"{nearest(topology.partition(':')[0], CHIPS, fallback=False)}"
+            f"{suggest(topology.partition(':')[0], CHIPS, fallback=False)}"
         )
     chip, shape = CHIPS[match[1]], tuple(int(n) for n in match[2].split("x"))
     if len(shape) != chip.dimensions or 0 in shape:
@@ -109,7 +109,7 @@ def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
         raise ValueError(
             f"a pod of {chip.name} has {chip.most:,} chips, {topology} would be {math.prod(shape):,}"
         )
-    known = shapes(chip)
+    known = topology_shapes(chip)
     if shape not in known:
         near = sorted(known, key=lambda candidate: _distance(candidate, shape))[:3]
         names = ", ".join(f"{chip.name}:{'x'.join(map(str, candidate))}" for candidate in near)
@@ -117,10 +117,10 @@ def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     return chip, shape
 
 
-def shapes(chip: Chip) -> list[tuple[int, ...]]:
+def topology_shapes(chip: Chip) -> list[tuple[int, ...]]:
     """The slices of a chip's pods that can be had, smallest first.
 
-    >>> shapes(CHIPS["v4"])[:6]
+    >>> topology_shapes(CHIPS["v4"])[:6]
     [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8)]
     """
     if chip.dimensions == 2:

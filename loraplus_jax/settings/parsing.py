@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from .._validation import nearest
+from .._validation import suggest
 from .schema import Settings
 from .yaml_files import read_yaml
 
@@ -45,7 +45,7 @@ def parse_settings(
     for argument in overrides:
         name = argument.removeprefix("--").partition("=")[0]
         if argument.startswith("--") and name not in known:
-            raise ValueError(f"there is no option --{name}{nearest(name, known, fallback=False)}")
+            raise ValueError(f"there is no option --{name}{suggest(name, known, fallback=False)}")
     parser = settings_parser(kind)
     try:
         return _instance(kind, parser.parse_args(["--config", str(config), *overrides]))
@@ -117,7 +117,7 @@ def _check_keys(values: Any, section: type, where: str) -> None:
     fields = [f.name for f in dataclasses.fields(section)]
     for key, value in values.items():
         if key not in fields:
-            raise ValueError(f"{where}: there is no key {key!r:.80}{nearest(str(key), fields)}")
+            raise ValueError(f"{where}: there is no key {key!r:.80}{suggest(str(key), fields)}")
         if key in sections:
             _check_keys(value, sections[key], f"{where}: {key}")
 
@@ -154,7 +154,7 @@ def _explained(message: str, kind: type[Settings] = Settings) -> str:
     wanted = next((f.type for f in dataclasses.fields(section) if f.name == last), None)
     choices = get_args(wanted) if get_origin(wanted) is Literal else ()
     allowed = f"one of {', '.join(choices)}" if choices else _WORDS.get(wanted, str(wanted))
-    hint = nearest(value, choices, fallback=False) if choices else ""
+    hint = suggest(value, choices, fallback=False) if choices else ""
     return f"{name} must be {allowed}, got {value!r:.80}{hint}"
 
 

@@ -5,11 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from .._validation import check_number, check_whole
+from .._validation import check_int, check_number
 from ..config import LoRAPlusConfig
 from ..models.attention import Attention
 from ..models.llama import Remat
-from ..optim.lora_plus import LEAST_EPS
+from ..optim.lora_plus import MIN_EPS
 from ..optim.schedules import Schedule
 from ..tree import Policy
 
@@ -19,9 +19,9 @@ Dtype = Literal["float32", "bfloat16"]
 
 QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
-LANGUAGE = ("instruction", "multiple_choice")
+LANGUAGE_TASKS = ("instruction", "multiple_choice")
 """The tasks of causal language models; the others are those of encoders."""
-MOST_STEPS = 2**31 - 1
+MAX_STEPS = 2**31 - 1
 """Steps are counted in int32."""
 AUTO = "auto"
 MOST_PORT = 65535
@@ -57,7 +57,7 @@ class ModelSettings:
     loss_chunk: int = 512
 
     def __post_init__(self) -> None:
-        check_whole("model.loss_chunk", self.loss_chunk, at_least=1)
+        check_int("model.loss_chunk", self.loss_chunk, at_least=1)
         for name in ("dropout", "head_dropout"):
             if getattr(self, name) is not None:
                 check_number(f"model.{name}", getattr(self, name), at_least=0.0, below=1.0)
@@ -116,8 +116,8 @@ class DataSettings:
         self._check_sources()
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
-        check_whole("max_length", self.max_length, at_least=2)
-        check_whole("split_seed", self.split_seed, at_least=0)
+        check_int("max_length", self.max_length, at_least=2)
+        check_int("split_seed", self.split_seed, at_least=0)
         check_number("validation_fraction", self.validation_fraction, above=0.0, below=1.0)
         check_number("test_fraction", self.test_fraction, at_least=0.0, below=1.0)
         if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
@@ -188,14 +188,14 @@ class OptimizerSettings:
         ):
             if getattr(self, name) is not None:
                 check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
-        check_number("optimizer.eps", self.eps, at_least=LEAST_EPS)
+        check_number("optimizer.eps", self.eps, at_least=MIN_EPS)
         for name in ("b1", "b2"):
             check_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
         check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
         check_number("optimizer.final_fraction", self.final_fraction, at_least=0.0, below=1.0)
-        check_whole("optimizer.warmup_steps", self.warmup_steps, at_least=0)
+        check_int("optimizer.warmup_steps", self.warmup_steps, at_least=0)
         if self.decay_steps is not None:
-            check_whole("optimizer.decay_steps", self.decay_steps, at_least=1)
+            check_int("optimizer.decay_steps", self.decay_steps, at_least=1)
             if self.schedule != "wsd":
                 raise ValueError(f"optimizer.decay_steps goes with wsd, and the schedule is {self.schedule}")
         if self.schedule == "constant" and self.final_fraction:
@@ -249,10 +249,10 @@ class TrainSettings:
         if self.epochs is not None:
             check_number("train.epochs", self.epochs, above=0.0)
         if self.steps is not None:
-            check_whole("train.steps", self.steps, at_least=1, at_most=MOST_STEPS)
+            check_int("train.steps", self.steps, at_least=1, at_most=MAX_STEPS)
         for name in ("early_stopping", "theory_every"):
             if getattr(self, name) is not None:
-                check_whole(f"train.{name}", getattr(self, name), at_least=1)
+                check_int(f"train.{name}", getattr(self, name), at_least=1)
         for name in (
             "batch_size",
             "accumulate",
@@ -263,7 +263,7 @@ class TrainSettings:
             "max_skipped",
             "prompt_tokens",
         ):
-            check_whole(f"train.{name}", getattr(self, name), at_least=1)
+            check_int(f"train.{name}", getattr(self, name), at_least=1)
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("train.prompt is empty; leave it out for none")
         if self.batch_size % self.accumulate:
@@ -307,8 +307,8 @@ class DistributedSettings:
     lost_timeout: int = 30
 
     def __post_init__(self) -> None:
-        check_whole("distributed.start_timeout", self.start_timeout, at_least=1)
-        check_whole("distributed.lost_timeout", self.lost_timeout, at_least=1)
+        check_int("distributed.start_timeout", self.start_timeout, at_least=1)
+        check_int("distributed.lost_timeout", self.lost_timeout, at_least=1)
         numbers = {"processes": self.processes, "process_id": self.process_id}
         if self.coordinator in (None, AUTO):
             for name, value in numbers.items():
@@ -324,8 +324,8 @@ class DistributedSettings:
         for name, value in numbers.items():
             if value is None:
                 raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
-        check_whole("distributed.processes", self.processes, at_least=1)
-        check_whole("distributed.process_id", self.process_id, at_least=0)
+        check_int("distributed.processes", self.processes, at_least=1)
+        check_int("distributed.process_id", self.process_id, at_least=0)
         if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
@@ -370,7 +370,7 @@ class Settings:
     output_dir: str
 
     def __post_init__(self) -> None:
-        check_whole("seed", self.seed, at_least=0)
+        check_int("seed", self.seed, at_least=0)
         if self.seed >= 2**32:
             raise ValueError(f"seed must be below 2**32, got {self.seed}")
         if not self.output_dir.strip():
@@ -387,7 +387,7 @@ class Settings:
     @property
     def is_language(self) -> bool:
         """Whether the model is a language model, not an encoder."""
-        return self.task in LANGUAGE
+        return self.task in LANGUAGE_TASKS
 
     @property
     def applied(self) -> LoRAPlusConfig | None:
@@ -418,7 +418,7 @@ _OF_LANGUAGE_MODELS = {
 def _check_kind(settings: Settings) -> None:
     """Nothing is set that the task's kind of model has no use for."""
     odd = _OF_ENCODERS if settings.is_language else _OF_LANGUAGE_MODELS
-    fits = [t for t in get_args(TaskName) if (t in LANGUAGE) != settings.is_language]
+    fits = [t for t in get_args(TaskName) if (t in LANGUAGE_TASKS) != settings.is_language]
     for section, names in odd.items():
         values = getattr(settings, section)
         defaults = {f.name: f.default for f in dataclasses.fields(values)}
@@ -435,18 +435,18 @@ def _check_kind(settings: Settings) -> None:
         raise ValueError("train.prompt_tokens goes with train.prompt, which is not set")
 
 
-MAY_CHANGE = (
+RESUMABLE_FIELDS = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
     *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
-ENDS = MAY_CHANGE[:4]
+STOP_FIELDS = RESUMABLE_FIELDS[:4]
 
 
 def split_settings(
-    values: Mapping[str, Any], prefix: str = "", may_change: Sequence[str] = MAY_CHANGE
+    values: Mapping[str, Any], prefix: str = "", may_change: Sequence[str] = RESUMABLE_FIELDS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Plain settings as two trees: what must stay as it was when a run goes on, and what may change.
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..json_files import tree_problem
+from ..json_files import find_problem
 
 
 def read_yaml(path: Path) -> Any:
@@ -22,7 +22,7 @@ def read_yaml(path: Path) -> Any:
         values = yaml.load(content.decode("utf-8"), _UniqueKeys)
     except Exception as error:  # for a tag or a date that is wrong, PyYAML raises whatever it runs into
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if problem := tree_problem(values):
+    if problem := find_problem(values):
         raise ValueError(f"{path} {problem}")
     return values
 

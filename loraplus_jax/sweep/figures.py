@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..training.metrics_log import partial_path, pyplot
-from .settings import NAMES
+from .settings import ARM_LABELS
 
 PICTURES = {
     "heat_map": "Validation loss over the two rates. The dashed line is plain LoRA, where both are the same; "
@@ -25,10 +25,10 @@ LINES: dict[str, Any] = {"lora": "--", "lora_plus": "-", "control": ":"}
 Report = Mapping[str, Any]
 
 
-def draw(directory: Path, report: Report, names: Iterable[str] = tuple(PICTURES)) -> None:
+def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(PICTURES)) -> None:
     """Pictures of a report, as PNG files in the directory; of one that is not complete, the heat map alone."""
     plt = pyplot()
-    drawings = {"heat_map": heat_map, "curves": curves, "steps": steps, "control": control}
+    drawings = {"heat_map": heat_map, "curves": draw_curves, "steps": steps, "control": control}
     for name in names:
         drawing = drawings[name]
         figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
@@ -45,7 +45,7 @@ def heat_map(axes: Any, report: Report) -> None:
     from matplotlib import ticker
 
     first = min(row["step"] for row in report["search"])
-    cells = cells_of([row for row in report["search"] if row["step"] == first])
+    cells = heat_map_cells([row for row in report["search"] if row["step"] == first])
     finite = {point: loss for point, loss in cells.items() if loss is not None}
     diverged = [point for point, loss in cells.items() if loss is None]
     points, losses = np.array(list(finite)), np.array(list(finite.values()))
@@ -74,7 +74,7 @@ def heat_map(axes: Any, report: Report) -> None:
     for arm, best in report["chosen"].items():
         point = best["learning_rate"], best["learning_rate"] * best["lr_ratio"]
         style = {"facecolors": "none", "edgecolors": COLOURS[arm], "linewidths": 3, "linestyle": LINES[arm]}
-        axes.scatter(*point, s=1.3 * size, marker="s", zorder=4, label=f"{NAMES[arm]}, chosen", **style)
+        axes.scatter(*point, s=1.3 * size, marker="s", zorder=4, label=f"{ARM_LABELS[arm]}, chosen", **style)
     if report["chosen"]:
         axes.legend(frameon=False, loc="upper left", fontsize=9, markerscale=0.5)
     axes.annotate(
@@ -91,10 +91,10 @@ def heat_map(axes: Any, report: Report) -> None:
     axes.figure.colorbar(shown, label="validation loss")
 
 
-def cells_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], float | None]:
+def heat_map_cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], float | None]:
     """(eta_A, eta_B) to the least loss over alphas and ranks; None if all have diverged.
 
-    >>> cells_of([{"learning_rate": 1.0, "lr_ratio": 2.0, "loss": None}])
+    >>> heat_map_cells([{"learning_rate": 1.0, "lr_ratio": 2.0, "loss": None}])
     {(1.0, 2.0): None}
     """
     cells: dict[tuple[float, float], float | None] = {}
@@ -105,7 +105,7 @@ def cells_of(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], flo
     return cells
 
 
-def curves(axes: Any, report: Report) -> None:
+def draw_curves(axes: Any, report: Report) -> None:
     """Means and bands over the seeds on which nothing diverged."""
     for arm in report_arms(report):
         runs = [run["curve"] for run in report["runs"] if run["arm"] == arm and not run["diverged"]]
@@ -114,7 +114,7 @@ def curves(axes: Any, report: Report) -> None:
         steps, losses = [step for step, _ in runs[0]], np.array([[loss for _, loss in run] for run in runs])
         axes.fill_between(steps, losses.min(0), losses.max(0), color=COLOURS[arm], alpha=0.18, linewidth=0)
         style = {"color": COLOURS[arm], "linestyle": LINES[arm], "marker": MARKERS[arm], "markersize": 4}
-        axes.plot(steps, losses.mean(0), label=name_of(arm, report), **style)
+        axes.plot(steps, losses.mean(0), label=arm_label(arm, report), **style)
     axes.set(xlabel="step", ylabel="test loss", title="Chosen settings, on the report's seeds")
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -127,7 +127,7 @@ def steps(axes: Any, report: Report) -> None:
     for arm in report_arms(report):
         runs = [run for run in report["runs"] if run["arm"] == arm and run["steps_to_target"] is not None]
         places = [run["steps_to_target"] for run in runs], [seeds.index(run["seed"]) for run in runs]
-        axes.plot(*places, MARKERS[arm], color=COLOURS[arm], markersize=9, label=name_of(arm, report))
+        axes.plot(*places, MARKERS[arm], color=COLOURS[arm], markersize=9, label=arm_label(arm, report))
     for row, seed in enumerate(seeds):
         reached = [r["steps_to_target"] for r in report["runs"] if r["seed"] == seed and r["steps_to_target"]]
         if reached:
@@ -153,7 +153,7 @@ def control(axes: Any, report: Report) -> None:
         axes.plot([column] * len(losses), losses, MARKERS[arm], color=COLOURS[arm], markersize=8)
         if losses:
             axes.hlines(np.mean(losses), column - 0.18, column + 0.18, color=COLOURS[arm], linewidth=2)
-    axes.set_xticks(range(len(arms)), [name_of(arm, report).replace(", ", "\n", 1) for arm in arms])
+    axes.set_xticks(range(len(arms)), [arm_label(arm, report).replace(", ", "\n", 1) for arm in arms])
     axes.set(ylabel="test loss", title="Test loss by seed; bars are means", xlim=(-0.5, len(arms) - 0.5))
     axes.grid(axis="y", alpha=0.3)
 
@@ -163,7 +163,7 @@ def report_arms(report: Report) -> list[str]:
     return list(dict.fromkeys(run["arm"] for run in report["runs"]))
 
 
-def name_of(arm: str, report: Report) -> str:
+def arm_label(arm: str, report: Report) -> str:
     """An arm with the setting that was chosen for it."""
     chosen = report["chosen"]["lora_plus" if arm == "control" else arm]
     rate = f"rate {chosen['learning_rate']:g}"
@@ -171,4 +171,4 @@ def name_of(arm: str, report: Report) -> str:
         return f"LoRA, {rate}"
     if arm == "lora_plus":
         return f"LoRA+, {rate}, lambda {chosen['lr_ratio']:g}"
-    return f"{NAMES[arm]}\n{rate}, alpha {chosen['alpha'] * chosen['lr_ratio']:g}"
+    return f"{ARM_LABELS[arm]}\n{rate}, alpha {chosen['alpha'] * chosen['lr_ratio']:g}"

@@ -13,10 +13,10 @@ from ..data.batches import Batch
 from .settings import SweepSettings, Trial
 
 
-def stops_of(settings: SweepSettings, steps: int) -> list[int]:
+def comparison_steps(settings: SweepSettings, steps: int) -> list[int]:
     """The steps at which the settings are compared: the rungs for halving, and the end.
 
-    >>> stops_of(SweepSettings(rungs=(0.125, 0.25)), 300)
+    >>> comparison_steps(SweepSettings(rungs=(0.125, 0.25)), 300)
     [38, 75, 300]
     """
     rungs = () if settings.method == "grid" else settings.rungs
@@ -59,7 +59,7 @@ def rung_step(share: float, steps: int) -> int:
     return max(1, math.ceil(share * steps))
 
 
-CURVE = 10
+MIN_CURVE_POINTS = 10
 """Points of a curve at least: steps to a target are counted on straight lines between them."""
 
 
@@ -69,7 +69,7 @@ def curve_every(eval_every: int, steps: int) -> int:
     >>> curve_every(50, 300), curve_every(20, 300)
     (30, 20)
     """
-    return min(eval_every, math.ceil(steps / CURVE))
+    return min(eval_every, math.ceil(steps / MIN_CURVE_POINTS))
 
 
 def spread_rows(split: Batch, other: Batch) -> Batch:
@@ -100,7 +100,7 @@ def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
     return [trial for trial in scores if trial in kept]
 
 
-def at_rung(scores: Mapping[Trial, float], keep: float) -> tuple[dict[str, Trial], list[Trial]]:
+def split_at_rung(scores: Mapping[Trial, float], keep: float) -> tuple[dict[str, Trial], list[Trial]]:
     """Arm to its setting where one alone survives, which is chosen, and the settings that go on, of the other arms.
 
     Of one that is alone nothing is to be learned by training it on.
@@ -112,17 +112,17 @@ def at_rung(scores: Mapping[Trial, float], keep: float) -> tuple[dict[str, Trial
     return alone, [trial for arm, trials in by_arm.items() if arm not in alone for trial in trials]
 
 
-def best_of(scores: Mapping[Trial, float], arm: str) -> Trial | None:
+def best_trial(scores: Mapping[Trial, float], arm: str) -> Trial | None:
     """The setting of an arm with the lowest score; None if all have diverged."""
     finite = [trial for trial, score in scores.items() if trial.arm == arm and math.isfinite(score)]
     return min(finite, key=scores.__getitem__, default=None)
 
 
-def means_of(losses: Mapping[tuple[Trial, int], float]) -> dict[Trial, float]:
+def mean_losses(losses: Mapping[tuple[Trial, int], float]) -> dict[Trial, float]:
     """Each setting's mean over its seeds; not finite if that of one seed is not.
 
     >>> one = Trial(1e-3, 1.0, 16.0, 8)
-    >>> means_of({(one, 0): 1.0, (one, 1): 2.0})[one]
+    >>> mean_losses({(one, 0): 1.0, (one, 1): 2.0})[one]
     1.5
     """
     by_trial: dict[Trial, list[float]] = {}

@@ -25,17 +25,17 @@ from ..models.hf import check_params, load_params
 from ..settings.schema import split_settings
 from ..sharding import make_mesh, replicate
 from ..spec import Specs
-from ..tasks.interface import Data, Losses, Parts, rows_of
+from ..tasks.interface import AdaptedModel, Losses, TaskData, row_count
 from ..train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.setup import build, count_steps, params_of, set_weights, task_module
+from ..training.setup import build_model, count_steps, params_of, set_weights, task_module
 from .halving import check_rungs
 from .settings import MAY_CHANGE, SweepRun, Trial
 
-MEMBERS = "members"
+MEMBER_AXIS = "members"
 """The mesh axis over which members are split."""
-WORTHWHILE = 0.95
+MIN_SPEEDUP_SHARE = 0.95
 """More members at once must take less than this share of the time a member."""
 
 
@@ -88,8 +88,8 @@ class Population(NamedTuple):
     """
 
     run: SweepRun
-    data: Data
-    parts: Parts
+    data: TaskData
+    parts: AdaptedModel
     steps: int
     mesh: Mesh
     at_once: int
@@ -111,18 +111,18 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
       ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
     """
     devices = make_mesh(run.mesh.data).devices.reshape(-1)
-    mesh = Mesh(devices, (MEMBERS,))
+    mesh = Mesh(devices, (MEMBER_AXIS,))
     directory = resolve(run.model.path, "model")
     data = task_module(run).load_data(run, directory)
     if "test" not in data.splits:
         raise ValueError(
             "a sweep chooses on the validation split and reports on the test split: give data.test"
         )
-    steps = count_steps(run, rows_of(data.splits["train"]))
+    steps = count_steps(run, row_count(data.splits["train"]))
     check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
     widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
     config = widest.applied
-    shapes = build(widest, directory, data.task, config)
+    shapes = build_model(widest, directory, data.task, config)
     check_rates(run.optimizer, shapes)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     at_once, chunk, programs = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
@@ -179,7 +179,7 @@ def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
     return pairs_if_alive
 
 
-def over_members(
+def map_members(
     one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch: bool, donate: bool
 ) -> jax.stages.Wrapped:
     """`(members, frozen, batch) -> results`: each device maps over its members, over one copy of the base.
@@ -198,7 +198,7 @@ def over_members(
             return jax.lax.map(lambda pair: one(pair[0], frozen, pair[1]), (members, batch), batch_size=size)
         return jax.lax.map(lambda member: one(member, frozen, batch), members, batch_size=size)
 
-    split, same = PartitionSpec(MEMBERS), PartitionSpec()
+    split, same = PartitionSpec(MEMBER_AXIS), PartitionSpec()
     specs = (split, same, split if own_batch else same)
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
@@ -210,18 +210,18 @@ def over_members(
     )
 
 
-def fastest(seconds: Callable[[int], float], most: int) -> int:
+def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
     """How many members at once take the least time each: 1, 2, 4 ... as long as it gets clearly shorter.
 
     Args:
       seconds: of one member's step when so many are computed at once; infinite where it does not fit.
       most: no more than this.
 
-    >>> fastest({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.39}.get, 16)
+    >>> fastest_batch_size({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.39}.get, 16)
     4
     """
     best, least = 1, seconds(1)
-    while 2 * best <= most and (seconds_each := seconds(2 * best)) < WORTHWHILE * least:
+    while 2 * best <= most and (seconds_each := seconds(2 * best)) < MIN_SPEEDUP_SHARE * least:
         best, least = 2 * best, seconds_each
     return best
 
@@ -245,8 +245,8 @@ def _initial_member(
 def _initial_values(
     run: SweepRun,
     directory: Path,
-    data: Data,
-    widest: Parts,
+    data: TaskData,
+    widest: AdaptedModel,
     weights: Mapping[str, Any],
     rank: int,
     seed: int,
@@ -256,7 +256,7 @@ def _initial_values(
     Zeros stay zero to the bit: the gradient of either factor is a product with the other one.
     """
     settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
-    shapes = build(settings, directory, data.task, settings.applied)
+    shapes = build_model(settings, directory, data.task, settings.applied)
     trainable = set_weights(settings, shapes, weights, settings.applied).trainable
     return jax.tree.map(_pad_to, trainable, widest.trainable)
 
@@ -279,8 +279,8 @@ def _pad_to(leaf: Any, like: Any) -> np.ndarray:
 
 def _compile_programs(
     run: SweepRun,
-    data: Data,
-    shapes: Parts,
+    data: TaskData,
+    shapes: AdaptedModel,
     steps: int,
     mesh: Mesh,
     places: int,
@@ -289,17 +289,17 @@ def _compile_programs(
     """Members at once, members a call, and the programs; memory is checked."""
     compile_for = functools.cache(functools.partial(_programs, run, data, shapes, steps, mesh, places))
     device, per_device = mesh.devices.flat[0], -(-places // mesh.size)
-    if at_once is None and needs_no_measuring(device):
+    if at_once is None and skips_measurement(device):
         at_once = 1
     if at_once is None:
-        at_once = fastest(lambda size: _measured(*compile_for(size), mesh, size), per_device)
+        at_once = fastest_batch_size(lambda size: _measured(*compile_for(size), mesh, size), per_device)
     chunk, programs = compile_for(at_once)
     check_memory(programs, device, len(mesh.local_devices))
     return at_once, chunk, programs
 
 
 def _programs(
-    run: SweepRun, data: Data, shapes: Parts, steps: int, mesh: Mesh, places: int, at_once: int
+    run: SweepRun, data: TaskData, shapes: AdaptedModel, steps: int, mesh: Mesh, places: int, at_once: int
 ) -> tuple[int, Programs]:
     """Compiled from shapes alone; nothing else is compiled later."""
     losses = task_module(run).make_losses(run, data.task, shapes)
@@ -313,8 +313,8 @@ def _programs(
         columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
         return {name: jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
 
-    train = over_members(step, mesh, at_once, own_batch=True, donate=True)
-    test = over_members(evaluate, mesh, at_once, own_batch=False, donate=False)
+    train = map_members(step, mesh, at_once, own_batch=True, donate=True)
+    test = map_members(evaluate, mesh, at_once, own_batch=False, donate=False)
     batches = batch((chunk, run.train.batch_size), "train")
     return chunk, Programs(
         train.lower(members, shapes.frozen, batches).compile(),
@@ -322,7 +322,7 @@ def _programs(
     )
 
 
-def _zero_member(run: SweepRun, shapes: Parts, steps: int) -> Members:
+def _zero_member(run: SweepRun, shapes: AdaptedModel, steps: int) -> Members:
     """A member of zeros, for its shapes."""
     trainable = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)
     tx = make_optimizer(run.shared_optimizer, run.applied, steps, shapes.specs)
@@ -330,7 +330,7 @@ def _zero_member(run: SweepRun, shapes: Parts, steps: int) -> Members:
     return jax.tree.map(jnp.asarray, _member(state, run.trials[0], dict.fromkeys(shapes.specs, 1.0)))
 
 
-def needs_no_measuring(device: Any) -> bool:
+def skips_measurement(device: Any) -> bool:
     """A CPU is busy with a single member, and takes more time and memory a member for several."""
     return device.platform == "cpu"
 

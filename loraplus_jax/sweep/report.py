@@ -13,17 +13,17 @@ import jinja2
 
 from ..training.metrics_log import write_text
 from .figures import PICTURES
-from .halving import means_of, member_steps, stops_of
-from .settings import METHODS, NAMES, SweepRun, Trial
-from .statistics import called, compare, favoured, runs_of, verdict
+from .halving import comparison_steps, mean_losses, member_steps
+from .settings import ARM_LABELS, METHODS, SweepRun, Trial
+from .statistics import compare_arms, lora_label, recommended_arm, report_runs, verdict
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
-Row = dict[str, Any]
+ReportRow = dict[str, Any]
 
 
 def make_report(
     run: SweepRun,
-    rows: Sequence[Row],
+    rows: Sequence[ReportRow],
     chosen: Mapping[str, Trial],
     steps: int,
     metric: str,
@@ -39,23 +39,23 @@ def make_report(
       metric: the task's.
       curve: `curve_every` and `curve_rows`: the steps between, and the rows of, evaluations in the report.
     """
-    runs = runs_of(rows, steps, run.sweep.target)
+    runs = report_runs(rows, steps, run.sweep.target)
     report: dict[str, Any] = {
         "complete": False,
         "protocol": _protocol(run, steps, metric) | dict(curve),
         "member_steps": _member_steps(run, rows, steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
-        "at_the_edge": at_the_edge(run.trials, chosen),
+        "at_the_edge": values_at_edge(run.trials, chosen),
         "runs": runs,
         "comparisons": [],
     }
     if not runs or any(run["test"] is None for run in runs):
         return report
     others = [arm for arm in run.arms if arm != "lora_plus"]
-    comparisons = [compare(runs, "lora_plus", other, metric) for other in others]
-    best, why = favoured(comparisons[0])
-    lora = called(report["protocol"]["settings"], report["at_the_edge"])
+    comparisons = [compare_arms(runs, "lora_plus", other, metric) for other in others]
+    best, why = recommended_arm(comparisons[0])
+    lora = lora_label(report["protocol"]["settings"], report["at_the_edge"])
     path = Path(run.output_dir).expanduser() / WINNER
     return {
         **report,
@@ -72,25 +72,25 @@ def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = Fal
     """`report.json`, and for a complete one `report.html` with the pictures that are in the directory."""
     write_text(directory / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if page:
-        write_text(directory / PAGE, page_of(directory, report))
+        write_text(directory / PAGE, render_page(directory, report))
 
 
-def page_of(directory: Path, report: Mapping[str, Any]) -> str:
+def render_page(directory: Path, report: Mapping[str, Any]) -> str:
     """The page: everything in one file, so that it can be sent and needs no network."""
     files = {name: directory / f"{name}.png" for name in PICTURES}
     images = {name: base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "steps": whole}
+    environment.filters |= {"number": format_number, "steps": format_steps}
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    return template.render(report=report, images=images, names=NAMES, captions=PICTURES)
+    return template.render(report=report, images=images, names=ARM_LABELS, captions=PICTURES)
 
 
-def number(value: float | None, sign: bool = False) -> str:
+def format_number(value: float | None, sign: bool = False) -> str:
     """For the page: four digits, and a dash for none.
 
-    >>> number(0.123456), number(None), number(12.0)
+    >>> format_number(0.123456), format_number(None), format_number(12.0)
     ('0.1235', '-', '12')
     """
     if value is None:
@@ -99,18 +99,18 @@ def number(value: float | None, sign: bool = False) -> str:
     return re.sub(r"e([+-])0", r"e\1", text)
 
 
-def whole(value: float | None) -> str:
+def format_steps(value: float | None) -> str:
     """Steps, rounded; what was never reached is said."""
     return "never" if value is None else f"{value:.0f}"
 
 
-def at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
+def values_at_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
     """Where the best setting of an arm has the least or largest value tried: a better one may lie beyond.
 
     A lambda alone was the user's choice; a rate alone was not tuned.
 
     >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
-    >>> at_the_edge(tried, {"lora": tried[2]})
+    >>> values_at_edge(tried, {"lora": tried[2]})
     ['LoRA: learning_rate 0.01 is the largest tried']
     """
     lines = []
@@ -119,14 +119,16 @@ def at_the_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[st
             values = {getattr(trial, name) for trial in trials if trial.arm == arm}
             value = getattr(best, name)
             if len(values) == 1:
-                lines += [f"{NAMES[arm]}: {name} {value:g} is the only one tried"] * (name == "learning_rate")
+                lines += [f"{ARM_LABELS[arm]}: {name} {value:g} is the only one tried"] * (
+                    name == "learning_rate"
+                )
             elif value in (min(values), max(values)):
                 end = "largest" if value == max(values) else "least"
-                lines.append(f"{NAMES[arm]}: {name} {value:g} is the {end} tried")
+                lines.append(f"{ARM_LABELS[arm]}: {name} {value:g} is the {end} tried")
     return lines
 
 
-def _protocol(run: SweepRun, steps: int, metric: str) -> Row:
+def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
     settings = {arm: sum(trial.arm == arm for trial in run.trials) for arm in METHODS}
     return {
         "model": run.model.path,
@@ -134,7 +136,7 @@ def _protocol(run: SweepRun, steps: int, metric: str) -> Row:
         "init": run.lora.init,
         "steps": steps,
         "method": run.sweep.method,
-        "stops": stops_of(run.sweep, steps),
+        "stops": comparison_steps(run.sweep, steps),
         "settings": settings,
         "equal_budgets": settings["lora"] == settings["lora_plus"],
         "seeds": list(run.seeds),
@@ -144,7 +146,7 @@ def _protocol(run: SweepRun, steps: int, metric: str) -> Row:
     }
 
 
-def _member_steps(run: SweepRun, rows: Sequence[Row], steps: int) -> Row:
+def _member_steps(run: SweepRun, rows: Sequence[ReportRow], steps: int) -> ReportRow:
     """Steps of all members: of the search, of the full grid it stands for, of the report, so far."""
     search = [row for row in rows if row["stage"] == "search"]
     stops = sorted({row["step"] for row in search})
@@ -160,7 +162,7 @@ def _member_steps(run: SweepRun, rows: Sequence[Row], steps: int) -> Row:
     }
 
 
-def _search(rows: Sequence[Row]) -> list[Row]:
+def _search(rows: Sequence[ReportRow]) -> list[ReportRow]:
     """Each setting at each stop that it came to: the mean loss over the seeds, null if one of them diverged."""
     results = []
     search = [row for row in rows if row["stage"] == "search"]
@@ -170,7 +172,7 @@ def _search(rows: Sequence[Row]) -> list[Row]:
             (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
             for row in at_stop
         }
-        for trial, loss in means_of(losses).items():
+        for trial, loss in mean_losses(losses).items():
             value = loss if math.isfinite(loss) else None
             results.append({"step": stop, "arm": trial.arm, **trial._asdict(), "loss": value})
     return results

@@ -37,20 +37,20 @@ from ..training.run_directory import (
 )
 from ..training.signals import Stopped, StopSignal
 from ..training.xla import use_compilation_cache
-from .figures import draw
-from .halving import at_rung, best_of, curve_every, means_of, spread_rows, stops_of
+from .figures import draw_figures
+from .halving import best_trial, comparison_steps, curve_every, mean_losses, split_at_rung, spread_rows
 from .population import Members, Population, prepare_population
 from .report import PAGE, REPORT, WINNER, make_report, write_report
-from .settings import MAY_CHANGE, METHODS, NAMES, SweepRun, Trial
-from .slots import Crew
+from .settings import ARM_LABELS, MAY_CHANGE, METHODS, SweepRun, Trial
+from .slots import DeviceSlots
 
-AT_ONCE = "members_at_once.json"
+MEMBERS_FILE = "members_at_once.json"
 """How many members a device computes side by side, kept for going on."""
-FOR_THE_WINNER = ("select", "early_stopping", "prompt", "log_every", "theory_every")
+WINNER_ONLY_FIELDS = ("select", "early_stopping", "prompt", "log_every", "theory_every")
 """Fields of the section train that a sweep leaves to the run with the winner."""
 
 
-class Entry(NamedTuple):
+class MemberSpec(NamedTuple):
     """A member's part: a setting of an arm with a seed."""
 
     arm: str
@@ -88,8 +88,8 @@ def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None)
 def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     at_once = run.sweep.members_at_once
-    if at_once is None and not fresh and (directory / AT_ONCE).exists():
-        at_once = json.loads((directory / AT_ONCE).read_text(encoding="utf-8"))
+    if at_once is None and not fresh and (directory / MEMBERS_FILE).exists():
+        at_once = json.loads((directory / MEMBERS_FILE).read_text(encoding="utf-8"))
     places = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
     population = prepare_population(run, places, at_once)
     if fresh:
@@ -98,7 +98,7 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
     with add_path_to_errors(directory), lock_directory(directory):
         if not (directory / CONFIG).exists():
             write_config(directory, run)
-        write_text(directory / AT_ONCE, f"{population.at_once}\n")
+        write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
         manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
         try:
             return Sweep(population, places, directory, manager, console, started).run_to_end()
@@ -118,7 +118,7 @@ class Sweep:
         console: Console,
         started: float,
     ) -> None:
-        self.population, self.run, self.crew = population, population.run, Crew(population, places)
+        self.population, self.run, self.crew = population, population.run, DeviceSlots(population, places)
         self.directory, self.manager, self.console = directory, manager, console
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ class Sweep:
     def start(self) -> None:
         """The search from its beginning, or where the newest checkpoint that can be read left off."""
         trials, seeds = self.run.trials, self.run.seeds
-        self.begin("search", [Entry(trial.arm, trial, seed) for trial in trials for seed in seeds])
+        self.begin("search", [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds])
         while (clock := self.manager.latest_step()) is not None:
             like = self.crew.as_state(self.clock)
             try:
@@ -171,7 +171,7 @@ class Sweep:
             self.resume(restored.state, restored.input_position)
             return
 
-    def begin(self, stage: str, entries: Sequence[Entry]) -> None:
+    def begin(self, stage: str, entries: Sequence[MemberSpec]) -> None:
         """All entries of a stage before their first step."""
         self.stage, self.step, self.entries = stage, 0, list(entries)
         self.crew.fill(dict(enumerate(self.first())))
@@ -211,10 +211,10 @@ class Sweep:
         by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
         return {number: by_seed[self.entries[number].seed] for number in self.crew.numbers}
 
-    def report_entries(self) -> list[Entry]:
+    def report_entries(self) -> list[MemberSpec]:
         """The chosen settings and the control on the report's seeds."""
         trials = {**self.chosen, "control": self.chosen["lora_plus"].control}
-        return [Entry(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds]
+        return [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds]
 
     def stops(self) -> list[int]:
         """The steps of the stage that are still ahead, at which its members are evaluated."""
@@ -223,7 +223,7 @@ class Sweep:
         steps = self.population.steps
         every = curve_every(self.run.train.eval_every, steps)
         stops = (
-            stops_of(self.run.sweep, steps)
+            comparison_steps(self.run.sweep, steps)
             if self.stage == "search"
             else [*range(every, steps, every), steps]
         )
@@ -263,14 +263,14 @@ class Sweep:
             for row in self.rows
             if row["step"] == self.step
         }
-        scores = means_of(losses)
-        best = {arm: best_of(scores, arm) for arm in METHODS if arm not in self.chosen}
+        scores = mean_losses(losses)
+        best = {arm: best_trial(scores, arm) for arm in METHODS if arm not in self.chosen}
         self.print_scores(scores, best)
-        if gone := [NAMES[arm] for arm, trial in best.items() if trial is None]:
+        if gone := [ARM_LABELS[arm] for arm, trial in best.items() if trial is None]:
             self.save()
             write_report(self.directory, report := self.report())
             if any(row["loss"] is not None for row in report["search"]):
-                draw(self.directory, report, ("heat_map",))
+                draw_figures(self.directory, report, ("heat_map",))
             raise TrainingFailed(
                 f"every setting of {' and of '.join(gone)} has diverged by step {self.step}; try lower rates; "
                 f"what was found is in {self.directory}"
@@ -278,7 +278,7 @@ class Sweep:
         if self.step == self.population.steps:
             self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
             return
-        alone, going = at_rung(scores, self.run.sweep.keep)
+        alone, going = split_at_rung(scores, self.run.sweep.keep)
         self.chosen |= alone
         if going:
             self.crew.gather([n for n in self.crew.numbers if self.entries[n].trial in going])
@@ -320,7 +320,7 @@ class Sweep:
     def finish(self) -> dict[str, Any]:
         """The report with its pictures, the winner's recipe and, last, the summary."""
         report = self.report()
-        draw(self.directory, report)
+        draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["winner"] is None:
             raise TrainingFailed(
@@ -343,7 +343,7 @@ class Sweep:
                 f"unequal budgets: {settings['lora']} settings of LoRA, {settings['lora_plus']} of LoRA+"
             )
         self.console.print(
-            f"{report['verdict']}\ntrain with {NAMES[best.arm]}, {report['why']}: {report['command']}"
+            f"{report['verdict']}\ntrain with {ARM_LABELS[best.arm]}, {report['why']}: {report['command']}"
         )
         self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
         return report
@@ -353,9 +353,9 @@ class Sweep:
     def print_head(self) -> None:
         """What is about to be tried."""
         counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in METHODS}
-        tried = " and ".join(f"{count} of {NAMES[arm]}" for arm, count in counts.items())
+        tried = " and ".join(f"{count} of {ARM_LABELS[arm]}" for arm, count in counts.items())
         steps, seeds = self.population.steps, self.run.report_seeds
-        stops = " and ".join(map(str, stops_of(self.run.sweep, steps)))
+        stops = " and ".join(map(str, comparison_steps(self.run.sweep, steps)))
         self.console.print(
             f"sweep: {tried}, on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of {steps} "
             f"steps; then the best of each on the seeds {', '.join(map(str, seeds))}"
@@ -363,7 +363,9 @@ class Sweep:
         sizes = self.population.data.examples
         self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
         unused = [
-            name for name in FOR_THE_WINNER if getattr(self.run.train, name) != getattr(TrainSettings, name)
+            name
+            for name in WINNER_ONLY_FIELDS
+            if getattr(self.run.train, name) != getattr(TrainSettings, name)
         ]
         if unused:
             names = ", ".join(f"train.{name}" for name in unused)
@@ -379,7 +381,7 @@ class Sweep:
             shown = "none" if trial is None else f"{trial}: loss {scores[trial]:.4f}"
             diverged = f", {gone} diverged" if gone else ""
             self.console.print(
-                f"step {self.step}: {NAMES[arm]}, best of {len(ours)}{diverged}: {shown} (validation)"
+                f"step {self.step}: {ARM_LABELS[arm]}, best of {len(ours)}{diverged}: {shown} (validation)"
             )
 
     def print_means(self) -> None:
@@ -390,7 +392,7 @@ class Sweep:
             for arm in self.run.arms
         }
         shown = ", ".join(
-            f"{NAMES[arm]} {sum(v) / len(v):.4f}" if v else f"{NAMES[arm]} diverged"
+            f"{ARM_LABELS[arm]} {sum(v) / len(v):.4f}" if v else f"{ARM_LABELS[arm]} diverged"
             for arm, v in losses.items()
         )
         self.console.print(

@@ -7,20 +7,20 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .._validation import check_number, check_whole
+from .._validation import check_int, check_number
 from ..settings.schema import OptimizerSettings, Settings
 
 MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
 """What may differ when a sweep goes on."""
 Arm = Literal["lora", "lora_plus", "control"]
 METHODS = ("lora", "lora_plus")
-NAMES: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
+ARM_LABELS: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
 """How the arms are called on paper."""
-RATES_AROUND = (0.25, 0.5, 1.0, 2.0)
+RATE_MULTIPLES = (0.25, 0.5, 1.0, 2.0)
 """The default learning rates, as multiples of the run's own."""
-MOST_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
+MAX_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
 """All members of a stage are held side by side."""
-DRAWS = 100
+MAX_DRAWS_PER_SAMPLE = 100
 """So many times the samples are drawn at most, until enough of them differ."""
 
 
@@ -94,18 +94,18 @@ class SweepSettings:
         for name in ("learning_rates", "lr_ratios", "lora_learning_rates", "alphas"):
             _check_list(name, getattr(self, name), lambda place, value: check_number(place, value, above=0.0))
             _check_distinct(name, getattr(self, name))
-        _check_list("ranks", self.ranks, lambda place, value: check_whole(place, value, at_least=1))
-        _check_list("seeds", self.seeds, lambda place, value: check_whole(place, value, at_least=0))
+        _check_list("ranks", self.ranks, lambda place, value: check_int(place, value, at_least=1))
+        _check_list("seeds", self.seeds, lambda place, value: check_int(place, value, at_least=0))
         if ones := [ratio for ratio in self.lr_ratios if _short(ratio) == 1.0]:
             digits = "" if ones[0] == 1.0 else " to three digits"
             raise ValueError(
                 f"lr_ratios holds {ones[0]:.9g}, which is plain LoRA{digits}: its rates are "
                 "sweep.lora_learning_rates"
             )
-        check_whole("report_seeds", self.report_seeds, at_least=2, at_most=MOST_REPORT_SEEDS)
-        for name, most in (("samples", MOST_SAMPLES), ("members_at_once", MOST_MEMBERS)):
+        check_int("report_seeds", self.report_seeds, at_least=2, at_most=MOST_REPORT_SEEDS)
+        for name, most in (("samples", MAX_SAMPLES), ("members_at_once", MOST_MEMBERS)):
             if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), at_least=1, at_most=most)
+                check_int(name, getattr(self, name), at_least=1, at_most=most)
         if self.target is not None:
             check_number("target", self.target)
         self._check_halving()
@@ -251,7 +251,7 @@ def _check_size(run: SweepRun) -> None:
     if sweep.samples is not None:
         count = 2 * sweep.samples
     else:
-        pairs = len(sweep.learning_rates or RATES_AROUND) * len(sweep.lr_ratios)
+        pairs = len(sweep.learning_rates or RATE_MULTIPLES) * len(sweep.lr_ratios)
         lora = len(sweep.lora_learning_rates or ()) or pairs
         count = (pairs + lora) * len(sweep.alphas or (run.lora.alpha,)) * len(run.ranks)
     if (members := count * len(run.seeds)) > MOST_MEMBERS:
@@ -265,7 +265,7 @@ def _rates(run: SweepRun) -> tuple[float, ...]:
     """eta_A of LoRA+; the recipe's own rate to all its digits."""
     base_rate = run.optimizer.learning_rate
     return run.sweep.learning_rates or tuple(
-        base_rate if f == 1.0 else _short(f * base_rate) for f in RATES_AROUND
+        base_rate if f == 1.0 else _short(f * base_rate) for f in RATE_MULTIPLES
     )
 
 
@@ -306,7 +306,7 @@ def _sample_trials(run: SweepRun) -> tuple[Trial, ...]:
 
     def different(arm: Arm, rates: tuple[float, ...], ratios: tuple[float, ...]) -> list[Trial]:
         trials: dict[Trial, None] = {}
-        for _ in range(DRAWS * count):
+        for _ in range(MAX_DRAWS_PER_SAMPLE * count):
             alpha_and_rank = alphas[rng.integers(len(alphas))], run.ranks[rng.integers(len(run.ranks))]
             trial = Trial(between(rates), between(ratios), *alpha_and_rank)
             if trial.arm == arm:  # a lambda that rounds to 1 is plain LoRA's
@@ -314,8 +314,9 @@ def _sample_trials(run: SweepRun) -> tuple[Trial, ...]:
             if len(trials) == count:
                 return list(trials)
         raise ValueError(
-            f"sweep.samples is {count}, and {DRAWS * count:,} draws found only {len(trials)} settings of "
-            f"{NAMES[arm]} that differ in three digits: give fewer samples, or lists whose ends are further apart"
+            f"sweep.samples is {count}, and {MAX_DRAWS_PER_SAMPLE * count:,} draws found only {len(trials)} "
+            f"settings of {ARM_LABELS[arm]} that differ in three digits: give fewer samples, or lists whose ends are "
+            "further apart"
         )
 
     return (

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from ..data.batches import Batch, eval_batches
-from ..train_step import TrainState, means
+from ..train_step import TrainState, weighted_means
 from .population import Members, Population
 
 
-class Crew:
+class DeviceSlots:
     """Numbered members in as many places as a population ever needs; a place is empty or holds one.
 
     The places make up whole calls of the program: however many members are left, nothing is compiled again. How
@@ -38,12 +38,12 @@ class Crew:
     def fill(self, members: Mapping[int, Members]) -> None:
         """Gives members places, all others being empty."""
         population = self.population
-        where = places_of(len(members), self.chunk, population.mesh.size, population.at_once)
+        where = assign_slots(len(members), self.chunk, population.mesh.size, population.at_once)
         self.places = [-1] * self.total
         for place, number in zip(where, members, strict=True):
             self.places[place] = number
         empty = jax.tree.map(np.zeros_like, next(iter(members.values())))
-        self.put(stack([members.get(number, empty) for number in self.places]))
+        self.put(stack_members([members.get(number, empty) for number in self.places]))
 
     def gather(self, kept: Sequence[int]) -> None:
         """Moves the members kept together, so that whole calls of the program are saved."""
@@ -88,7 +88,7 @@ class Crew:
                 )
         results = {}
         for chunk, total in totals.items():
-            values, alive = jax.device_get((means(total), self.chunks[chunk].alive))
+            values, alive = jax.device_get((weighted_means(total), self.chunks[chunk].alive))
             for place, number in enumerate(self.places_in(chunk)):
                 if number >= 0:
                     row = {name: float(column[place]) for name, column in values.items()}
@@ -149,12 +149,12 @@ class Crew:
         return [chunk for chunk in range(len(self.chunks)) if max(self.places_in(chunk)) >= 0]
 
 
-def places_of(count: int, chunk: int, devices: int, at_once: int) -> list[int]:
+def assign_slots(count: int, chunk: int, devices: int, at_once: int) -> list[int]:
     """Where `count` members go, so that all devices have as many of them.
 
     With several at once a call computes all its places, so that calls are filled one after the other.
 
-    >>> places_of(3, chunk=8, devices=4, at_once=1)
+    >>> assign_slots(3, chunk=8, devices=4, at_once=1)
     [0, 2, 4]
     """
     if at_once > 1:
@@ -163,6 +163,6 @@ def places_of(count: int, chunk: int, devices: int, at_once: int) -> list[int]:
     return [n // chunk * chunk + n % chunk % devices * each + n % chunk // devices for n in range(count)]
 
 
-def stack(members: Sequence[Members]) -> Members:
+def stack_members(members: Sequence[Members]) -> Members:
     """Single members side by side, in the host's memory."""
     return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *members)

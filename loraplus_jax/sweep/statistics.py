@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from .settings import NAMES, Trial
+from .settings import ARM_LABELS, Trial
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 Curve = Sequence[tuple[int, float | None]]
 """Steps and test losses; None where the loss was not finite."""
-Row = dict[str, Any]
+RunRow = dict[str, Any]
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
+def t_interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean and two-sided 95 % t-interval of independent values, `low` and `high` None for fewer than two.
 
-    >>> found = interval([1.0, 2.0, 3.0])
+    >>> found = t_interval([1.0, 2.0, 3.0])
     >>> round(found["low"], 4), found["mean"], round(found["high"], 4)
     (-0.4841, 2.0, 4.4841)
     """
@@ -32,7 +32,9 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     mean = float(np.mean(values))
     if count < 2:
         return {"mean": mean, "low": None, "high": None, "pairs": count}
-    half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    half = (
+        float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    )
     return {"mean": mean, "low": mean - half, "high": mean + half, "pairs": count}
 
 
@@ -42,7 +44,7 @@ def ratio_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, A
     >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
     2.0
     """
-    logs = interval([math.log(a / b) for a, b in zip(over, under, strict=True)])
+    logs = t_interval([math.log(a / b) for a, b in zip(over, under, strict=True)])
     return {k: v if k == "pairs" or v is None else math.exp(v) for k, v in logs.items()}
 
 
@@ -67,14 +69,14 @@ def steps_to(curve: Curve, target: float) -> float | None:
     return None
 
 
-def runs_of(rows: Sequence[Row], steps: int, target: float | None) -> list[Row]:
+def report_runs(rows: Sequence[RunRow], steps: int, target: float | None) -> list[RunRow]:
     """The report's runs, from its rows: curve, test result and steps to the target, one for each arm and seed.
 
     Without a target given it is, on each seed, the worse of the final losses of LoRA and LoRA+: both reach it, and
     which of the two is called which does not matter, as it would if it were LoRA's own. A target that the first
     values meet says nothing about training: there are no steps to it.
     """
-    runs: dict[tuple[str, int], Row] = {}
+    runs: dict[tuple[str, int], RunRow] = {}
     for row in rows:
         if row["stage"] != "report":
             continue
@@ -98,14 +100,14 @@ def runs_of(rows: Sequence[Row], steps: int, target: float | None) -> list[Row]:
 _KEYS = ("stage", "arm", "trial", "seed", "step", "split")
 
 
-def _shared_target(runs: Mapping[tuple[str, int], Row], seed: int, steps: int) -> float | None:
+def _shared_target(runs: Mapping[tuple[str, int], RunRow], seed: int, steps: int) -> float | None:
     """The worse of the two final losses; None where one of the two has none."""
     curves = [runs[arm, seed]["curve"] for arm in ("lora", "lora_plus") if (arm, seed) in runs]
     finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
     return max(finals) if len(finals) == 2 else None
 
 
-def compare(runs: Sequence[Row], first: str, second: str, metric: str) -> Row:
+def compare_arms(runs: Sequence[RunRow], first: str, second: str, metric: str) -> RunRow:
     """Two arms on the seeds that both have: differences in test loss and metric, first less second, and steps.
 
     `steps_ratio` is the second's steps to the target over the first's, where both reach it: above 1, the first
@@ -129,17 +131,17 @@ def compare(runs: Sequence[Row], first: str, second: str, metric: str) -> Row:
             second: sum(a is None and b is not None for a, b in steps),
         },
         "steps_ratio": ratio_interval([b for _, b in reached], [a for a, _ in reached]),
-        "test_loss": interval([a["loss"] - b["loss"] for a, b in ended]),
-        "test_metric": interval([a[metric] - b[metric] for a, b in ended]),
+        "test_loss": t_interval([a["loss"] - b["loss"] for a, b in ended]),
+        "test_metric": t_interval([a[metric] - b[metric] for a, b in ended]),
     }
 
 
-def _has_result(run: Row) -> bool:
+def _has_result(run: RunRow) -> bool:
     return run["test"] is not None and not run["diverged"]
 
 
 def verdict(
-    comparison: Row, chosen: Mapping[str, Trial], target: float | None, lora: str = "tuned LoRA"
+    comparison: RunRow, chosen: Mapping[str, Trial], target: float | None, lora: str = "tuned LoRA"
 ) -> str:
     """One sentence: which of LoRA+ and LoRA needs fewer steps and how surely, or that neither does.
 
@@ -147,17 +149,17 @@ def verdict(
       comparison: of LoRA+ with LoRA.
       chosen: the setting of each.
       target: as given, or None.
-      lora: what to call LoRA; tuned only if it was, see `called`.
+      lora: what to call LoRA; tuned only if it was, see `lora_label`.
     """
     text = f"{_steps_clause(comparison, chosen, target, lora)}; {_loss_clause(comparison)}."
     return text[0].upper() + text[1:]
 
 
-def _steps_clause(comparison: Row, chosen: Mapping[str, Trial], target: float | None, lora: str) -> str:
+def _steps_clause(comparison: RunRow, chosen: Mapping[str, Trial], target: float | None, lora: str) -> str:
     ours = f"LoRA+ with lambda={chosen['lora_plus'].lr_ratio:g}"
     names = {"lora_plus": ours, "lora": lora}
     goal = "the same test loss" if target is None else f"a test loss of {target:g}"
-    ratio, pairs, faster = comparison["steps_ratio"], comparison["pairs"], sooner(comparison)
+    ratio, pairs, faster = comparison["steps_ratio"], comparison["pairs"], faster_arm(comparison)
     evidence = f"95 % interval, {ratio['pairs']} paired seeds"
     if any(comparison["diverged"].values()):
         return f"no verdict on steps: {_counts_clause(comparison['diverged'], names, pairs, 'diverged on')}"
@@ -177,7 +179,7 @@ def _steps_clause(comparison: Row, chosen: Mapping[str, Trial], target: float | 
     if ratio["low"] is None or ratio["pairs"] < pairs:
         return f"no verdict on steps: {goal} was reached on {ratio['pairs']} of {pairs} seeds"
     if faster is None:
-        what = "difference" if lower(comparison) is None else "difference in steps"
+        what = "difference" if lower_loss_arm(comparison) is None else "difference in steps"
         return (
             f"no {what} found: {lora} takes {_range_text(ratio)} the steps of {ours} to {goal} ({evidence})"
         )
@@ -192,7 +194,7 @@ def _counts_clause(counts: Mapping[str, int], names: Mapping[str, str], pairs: i
     return f"{names[first]} {what} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
 
 
-def sooner(comparison: Row) -> str | None:
+def faster_arm(comparison: RunRow) -> str | None:
     """The arm that surely needs fewer steps to the target, if one does.
 
     Where some runs never reach it, the one that reaches it alone on so many seeds that a sign test is sure of it.
@@ -201,14 +203,14 @@ def sooner(comparison: Row) -> str | None:
     if any(comparison["diverged"].values()) or comparison["at_start"]:
         return None
     if any(alone.values()):
-        sure = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue < 1 - LEVEL
+        sure = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue < 1 - CONFIDENCE
         return max(alone, key=alone.__getitem__) if sure else None
     if ratio["low"] is None or ratio["pairs"] < comparison["pairs"]:
         return None
     return _favoured_side(1.0, ratio, above=comparison["first"], below=comparison["second"])
 
 
-def lower(comparison: Row) -> str | None:
+def lower_loss_arm(comparison: RunRow) -> str | None:
     """The arm whose test loss is surely lower, if one is."""
     difference = comparison["test_loss"]
     return (
@@ -222,7 +224,7 @@ def _favoured_side(even: float, estimate: Mapping[str, Any], above: str, below: 
     return above if estimate["low"] > even else below if estimate["high"] < even else None
 
 
-def favoured(comparison: Row) -> tuple[str | None, str]:
+def recommended_arm(comparison: RunRow) -> tuple[str | None, str]:
     """Which of LoRA+ and LoRA to train with, and why; None if both diverged on every seed.
 
     What diverged less; else what surely ends at a lower test loss; else what surely gets to the target sooner; else
@@ -234,31 +236,31 @@ def favoured(comparison: Row) -> tuple[str | None, str]:
     if len(set(diverged.values())) > 1:
         worse = max(diverged, key=diverged.__getitem__)
         best = min(diverged, key=diverged.__getitem__)
-        return best, f"{NAMES[worse]} diverged on {diverged[worse]} of {pairs} seeds"
-    if (arm := lower(comparison)) is not None:
-        against = sooner(comparison) not in (None, arm)
+        return best, f"{ARM_LABELS[worse]} diverged on {diverged[worse]} of {pairs} seeds"
+    if (arm := lower_loss_arm(comparison)) is not None:
+        against = faster_arm(comparison) not in (None, arm)
         return (
             arm,
             f"its test loss is surely lower{', though it needs more steps to the target' if against else ''}",
         )
-    if (arm := sooner(comparison)) is not None:
+    if (arm := faster_arm(comparison)) is not None:
         return arm, "it surely needs fewer steps"
     return "lora", "no sure difference, and plain LoRA has a setting less"
 
 
-def called(counts: Mapping[str, int], edges: Sequence[str]) -> str:
+def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:
     """What a verdict may call LoRA: tuned only after as many settings as LoRA+ had, and within its rates.
 
     Args:
       counts: how many settings of each were tried.
       edges: as `sweep_report.at_the_edge` finds them.
 
-    >>> called({"lora": 4, "lora_plus": 4}, []), called({"lora": 1, "lora_plus": 4}, [])
+    >>> lora_label({"lora": 4, "lora_plus": 4}, []), lora_label({"lora": 1, "lora_plus": 4}, [])
     ('tuned LoRA', 'LoRA (best of 1, LoRA+ of 4)')
     """
     if counts["lora"] < counts["lora_plus"]:
         return f"LoRA (best of {counts['lora']}, LoRA+ of {counts['lora_plus']})"
-    edge = next((e for e in edges if e.startswith(f"{NAMES['lora']}: learning_rate")), None)
+    edge = next((e for e in edges if e.startswith(f"{ARM_LABELS['lora']}: learning_rate")), None)
     return "tuned LoRA" if edge is None else "LoRA, whose best rate lies at the edge of those tried,"
 
 
@@ -266,7 +268,7 @@ def _range_text(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['mean']:.2f} x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
-def _loss_clause(comparison: Row) -> str:
+def _loss_clause(comparison: RunRow) -> str:
     difference = comparison["test_loss"]
     if difference["mean"] is None:
         return "no pair of runs has test results"

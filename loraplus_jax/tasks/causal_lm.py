@@ -27,16 +27,16 @@ from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..sharding import batch_parts
 from ..tree import leaves_by_path
-from .interface import Base, Data, Losses, Parts
+from .interface import AdaptedModel, BaseModel, Losses, TaskData
 from .language_losses import LanguageTask
 
 HEADS = {True: "embed_tokens", False: "lm_head"}
 """The part of the model that is its head: whether it is tied to the embedding, and its name."""
 
 
-def load_data(settings: Settings, directory: Path) -> Data:
+def load_data(settings: Settings, directory: Path) -> TaskData:
     """Reads, checks and tokenizes the splits with the tokenizer and chat template of a model."""
-    tools = text_tools(settings, directory, None)
+    tools = tokenizer_and_template(settings, directory, None)
     custom_template = None if settings.data.template in ("model", "plain") else tools[1].source
     task = LanguageTask(kind=settings.task, template=custom_template)  # pyright: ignore[reportArgumentType]
     rows = _load_splits(settings)
@@ -47,15 +47,15 @@ def load_data(settings: Settings, directory: Path) -> Data:
         else:
             splits[name], truncated[name] = _encode(settings, tools, examples)
     _pad_choices(splits)
-    return Data(task, splits, {name: len(examples) for name, examples in rows.items()}, truncated)
+    return TaskData(task, splits, {name: len(examples) for name, examples in rows.items()}, truncated)
 
 
-def without_data(settings: Settings) -> Data:
+def placeholder_data(settings: Settings) -> TaskData:
     """The task and one row of the columns that training takes, for settings whose data is not at hand."""
     ids = np.zeros((1, settings.data.max_length), np.int32)
     columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
     task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
-    return Data(task, {"train": columns}, {"train": 1}, {"train": 0})
+    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0})
 
 
 def load_split(
@@ -67,13 +67,13 @@ def load_split(
       KeyError: no such split.
     """
     examples = _load_splits(settings)[split or "test"] if data is None else _read(settings, data)
-    tools = text_tools(settings, directory, task)
+    tools = tokenizer_and_template(settings, directory, task)
     if task.kind == "multiple_choice":
         return encode_choices(examples, *tools, settings.data.max_length), len(examples)
     return _encode(settings, tools, examples)[0], len(examples)
 
 
-def text_tools(
+def tokenizer_and_template(
     settings: Settings, directory: Path, task: LanguageTask | None
 ) -> tuple[Tokenizer, ChatTemplate]:
     """The model's tokenizer, and the chat template that a task has kept or the settings choose."""
@@ -92,7 +92,7 @@ def model_config(directory: Path) -> LlamaConfig:
     return LlamaConfig.from_hf(load_config(directory))
 
 
-def make_base(settings: Settings, directory: Path, task: Any) -> Base:
+def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     """The language model; it takes `input_ids` and `segment_ids`."""
     config, model_settings = model_config(directory), settings.model
     model = Llama(
@@ -104,10 +104,12 @@ def make_base(settings: Settings, directory: Path, task: Any) -> Base:
         model_settings.attention,
     )
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    return Base(model, name_table(config), (), inputs, SHARDING, tensor_sizes(config))
+    return BaseModel(model, name_table(config), (), inputs, SHARDING, tensor_sizes(config))
 
 
-def make_losses(settings: Settings, task: LanguageTask, parts: Parts, mesh: Mesh | None = None) -> Losses:
+def make_losses(
+    settings: Settings, task: LanguageTask, parts: AdaptedModel, mesh: Mesh | None = None
+) -> Losses:
     """Without logits where the head is frozen; on a mesh `model.loss_chunk` is for each part of a batch."""
     chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
     chunk = chunk if head_is_frozen(parts) else None
@@ -117,7 +119,7 @@ def make_losses(settings: Settings, task: LanguageTask, parts: Parts, mesh: Mesh
     return Losses(train, train)
 
 
-def head_is_frozen(parts: Parts) -> bool:
+def head_is_frozen(parts: AdaptedModel) -> bool:
     """Whether neither the head's weights nor an adapter of it is trained."""
     model: Any = parts.base.model
     head = HEADS[model.config.tie_word_embeddings]

@@ -11,14 +11,14 @@ import numpy as np
 import optax
 
 from ..data.labels import class_labels, label_names, regression_labels
-from ..data.splits import Rows
+from ..data.splits import LabelledTexts
 from ..train_step import LossFn
 
 Kind = Literal["classification", "regression"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
+class EncoderTask:
     """A task, and what of the training data it needs to be used again.
 
     Attributes:
@@ -33,7 +33,7 @@ class Task:
     std: float = 1.0
 
     @classmethod
-    def from_splits(cls, kind: Kind, splits: Mapping[str, Rows]) -> "Task":
+    def from_splits(cls, kind: Kind, splits: Mapping[str, LabelledTexts]) -> "EncoderTask":
         """The task that the splits pose.
 
         Raises:
@@ -69,7 +69,7 @@ class Task:
         """As JSON."""
         return {**dataclasses.asdict(self), "names": list(self.names)}
 
-    def labels(self, rows: Rows) -> np.ndarray:
+    def labels(self, rows: LabelledTexts) -> np.ndarray:
         """Labels as the loss function takes them: int32 classes or standardised float32, `(N,)`."""
         if self.kind == "classification":
             return class_labels(rows, self.names)
@@ -84,7 +84,7 @@ class Task:
         pairs = self._class_pairs if self.kind == "classification" else self._number_pairs
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
-            values, metrics = pairs(outputs(model, variables, batch, rng), batch["label"])
+            values, metrics = pairs(apply_model(model, variables, batch, rng), batch["label"])
             weight = batch["weight"]
             total = jnp.sum(weight)
             sums = {name: (jnp.sum(v * weight), total) for name, v in metrics.items()}
@@ -114,7 +114,7 @@ class Task:
         ]
 
 
-def outputs(model: nn.Module, variables: Any, batch: Mapping[str, Any], rng: Any = None) -> Any:
+def apply_model(model: nn.Module, variables: Any, batch: Mapping[str, Any], rng: Any = None) -> Any:
     """The head's outputs `(B, num_outputs)` for a batch of token arrays; dropout acts when a key is given."""
     rngs = None if rng is None else {"dropout": rng}
     inputs = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])

@@ -13,28 +13,28 @@ from tokenizers import Tokenizer
 
 from ..data.batches import Batch
 from ..data.fetch import resolve
-from ..data.splits import Rows, load_rows, load_splits
-from ..data.tokenize import encode, load_tokenizer
+from ..data.splits import LabelledTexts, load_rows, load_splits
+from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
 from ..models.bert_config import BertConfig
 from ..models.hf import load_config
 from ..settings.schema import ModelSettings, Settings
-from .classification import Task
-from .interface import Base, Data, Losses, Parts
+from .classification import EncoderTask
+from .interface import AdaptedModel, BaseModel, Losses, TaskData
 
 
-def load_data(settings: Settings, directory: Path) -> Data:
+def load_data(settings: Settings, directory: Path) -> TaskData:
     """Reads, checks and tokenizes the splits with the tokenizer of a model directory."""
     tokenizer = tokenizer_for(settings, directory)
     rows = load_splits(settings.data, functools.partial(resolve, kind="data"))
-    task = Task.from_splits(settings.task, rows)  # pyright: ignore[reportArgumentType]
-    encoded = {name: encode(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
+    task = EncoderTask.from_splits(settings.task, rows)  # pyright: ignore[reportArgumentType]
+    encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
-    return Data(task, splits, sizes, {name: truncated for name, (_, truncated) in encoded.items()})
+    return TaskData(task, splits, sizes, {name: truncated for name, (_, truncated) in encoded.items()})
 
 
-def without_data(settings: Settings) -> Data:
+def placeholder_data(settings: Settings) -> TaskData:
     """The task and one row of the columns that training takes, for settings whose data is not at hand.
 
     How many classes there are is in the data: two are taken.
@@ -42,13 +42,13 @@ def without_data(settings: Settings) -> Data:
     ids = np.zeros((1, settings.data.max_length), np.int32)
     columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
     classes = settings.task == "classification"
-    task = Task(kind=settings.task, names=("0", "1") if classes else ())  # pyright: ignore[reportArgumentType]
+    task = EncoderTask(kind=settings.task, names=("0", "1") if classes else ())  # pyright: ignore[reportArgumentType]
     columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
-    return Data(task, {"train": columns}, {"train": 1}, {"train": 0})
+    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0})
 
 
 def load_split(
-    settings: Settings, directory: Path, task: Task, split: str | None, data: str | None
+    settings: Settings, directory: Path, task: EncoderTask, split: str | None, data: str | None
 ) -> tuple[Batch, int]:
     """One split of a run's own data, or another labelled file, as evaluation takes it; and how many texts it has.
 
@@ -79,9 +79,9 @@ def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def encode_rows(rows: Rows, task: Task, tokenizer: Tokenizer) -> Batch:
+def encode_rows(rows: LabelledTexts, task: EncoderTask, tokenizer: Tokenizer) -> Batch:
     """Token arrays and labels of rows."""
-    return encode(rows.texts, rows.pairs, tokenizer)[0] | {"label": task.labels(rows)}
+    return encode_texts(rows.texts, rows.pairs, tokenizer)[0] | {"label": task.labels(rows)}
 
 
 def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
@@ -94,7 +94,7 @@ def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
     )
 
 
-def make_base(settings: Settings, directory: Path, task: Task) -> Base:
+def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseModel:
     """The encoder with its new head; it takes `input_ids`, `attention_mask` and `token_type_ids`."""
     model_settings = settings.model
     config = model_config(model_settings, directory)
@@ -108,10 +108,12 @@ def make_base(settings: Settings, directory: Path, task: Task) -> Base:
         model_settings.head_dropout,
     )
     inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    return Base(model, name_table(model_settings.pooling), ("head",), inputs, SHARDING, tensor_sizes(config))
+    return BaseModel(
+        model, name_table(model_settings.pooling), ("head",), inputs, SHARDING, tensor_sizes(config)
+    )
 
 
-def make_losses(settings: Settings, task: Any, parts: Parts, mesh: Mesh | None = None) -> Losses:
+def make_losses(settings: Settings, task: Any, parts: AdaptedModel, mesh: Mesh | None = None) -> Losses:
     """The same loss for training and evaluation."""
     loss_fn = task.loss_fn(parts.model)
     return Losses(loss_fn, loss_fn)

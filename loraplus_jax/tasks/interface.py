@@ -13,7 +13,7 @@ from ..spec import Specs
 from ..train_step import LossFn
 
 
-class AnyTask(Protocol):
+class TaskProtocol(Protocol):
     """What is learned, and what of the training data is needed to use it again."""
 
     @property
@@ -40,7 +40,7 @@ class AnyTask(Protocol):
         ...
 
 
-class Data(NamedTuple):
+class TaskData(NamedTuple):
     """The task that the data poses, and its splits as arrays.
 
     Attributes:
@@ -56,7 +56,7 @@ class Data(NamedTuple):
     truncated: dict[str, int]
 
 
-class Base(NamedTuple):
+class BaseModel(NamedTuple):
     """A model before adapters.
 
     Attributes:
@@ -76,7 +76,7 @@ class Base(NamedTuple):
     tensor_sizes: Mapping[str, int]
 
 
-class Parts(NamedTuple):
+class AdaptedModel(NamedTuple):
     """A model ready to train or to use.
 
     Attributes:
@@ -86,7 +86,7 @@ class Parts(NamedTuple):
       trainable, frozen: its variables, apart.
     """
 
-    base: Base
+    base: BaseModel
     model: nn.Module
     specs: Specs
     trainable: dict[str, Any]
@@ -100,6 +100,6 @@ class Losses(NamedTuple):
     evaluate: LossFn
 
 
-def rows_of(columns: Mapping[str, Any]) -> int:
+def row_count(columns: Mapping[str, Any]) -> int:
     """How many rows columns of one length have."""
     return len(next(iter(columns.values())))

@@ -13,7 +13,7 @@ import optax
 
 from ..losses import chunked_cross_entropy
 from ..models.llama import head_kernel
-from ..sharding import whole_over_fsdp
+from ..sharding import gather_over_fsdp
 from ..train_step import LossFn
 
 Kind = Literal["instruction", "multiple_choice"]
@@ -124,5 +124,5 @@ def _token_losses(
     hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
     kernel, transposed = head_kernel(variables["params"])
     axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
-    kernel = whole_over_fsdp(kernel.astype(hidden.dtype), axes)
+    kernel = gather_over_fsdp(kernel.astype(hidden.dtype), axes)
     return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=chunk)

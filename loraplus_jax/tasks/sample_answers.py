@@ -14,18 +14,18 @@ from tokenizers import Tokenizer
 from ..data.chat import tokenize, tokenize_chats
 from ..data.chat_template import ChatTemplate
 from ..data.conversations import Chat, Turn
-from ..models.generate import ENDED, NOT_FINITE, Generate, Sampling, left_padded, make_generate
+from ..models.generate import NONFINITE_LOGITS, PAD_AFTER_END, Generate, Sampling, make_generate, pad_left
 from ..models.tokenizer import stop_ids
 from ..multihost import gather_to_host
 from ..settings.schema import Settings
-from .causal_lm import model_config, text_tools
+from .causal_lm import model_config, tokenizer_and_template
 from .language_losses import LanguageTask
 
 GREEDY = Sampling()
 
 
 @dataclasses.dataclass(frozen=True)
-class Speaker:
+class ChatModel:
     """A model that answers conversations.
 
     Attributes:
@@ -42,18 +42,21 @@ class Speaker:
     @classmethod
     def from_settings(
         cls, settings: Settings, directory: Path, task: LanguageTask | None, model: nn.Module, new_tokens: int
-    ) -> "Speaker":
+    ) -> "ChatModel":
         """For a language model of a directory or GGUF file, with adapters or without.
 
         Raises:
           ValueError: `new_tokens` leaves no room for a prompt, or nothing says where answers end.
         """
-        config, (tokenizer, template) = model_config(directory), text_tools(settings, directory, task)
+        config, (tokenizer, template) = (
+            model_config(directory),
+            tokenizer_and_template(settings, directory, task),
+        )
         if new_tokens >= config.max_length:
             raise ValueError(
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model takes {config.max_length}"
             )
-        stop = sorted({*stop_ids(directory), *end_of_turn(tokenizer, template)})
+        stop = sorted({*stop_ids(directory), *end_of_turn_ids(tokenizer, template)})
         if not stop:
             raise ValueError(f"{directory} names no token that ends a text, and the chat template shows none")
         dtype = jnp.dtype(settings.model.dtype)
@@ -96,32 +99,32 @@ class Speaker:
         """
         prompts = self.encode(chats)
         rows = min(batch_size, len(prompts))
-        ids, segments = left_padded([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
+        ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
         batches = [slice(at, at + rows) for at in range(0, len(ids), rows)]
         batch_tokens = [self.generate(variables, ids[at], segments[at], sampling, keys[at]) for at in batches]
         tokens = np.concatenate(gather_to_host(batch_tokens))[: len(prompts)]
-        if np.any(tokens == NOT_FINITE):
+        if np.any(tokens == NONFINITE_LOGITS):
             raise ValueError(
                 "the model's scores are not finite: look at the weights and the dtype, and at training"
             )
-        return [self.tokenizer.decode(row[row != ENDED].tolist()).strip() for row in tokens]
+        return [self.tokenizer.decode(row[row != PAD_AFTER_END].tolist()).strip() for row in tokens]
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class SamplePrompt:
     """One prompt, to be answered before and after training."""
 
     prompt: str
-    speaker: Speaker
+    speaker: ChatModel
 
     @classmethod
     def from_settings(
         cls, settings: Settings, directory: Path, task: LanguageTask, model: nn.Module
-    ) -> "Answer":
+    ) -> "SamplePrompt":
         """That of `train.prompt`; one that is too long is a ValueError."""
         prompt, train = settings.train.prompt or "", settings.train
-        speaker = Speaker.from_settings(settings, directory, task, model, train.prompt_tokens)
+        speaker = ChatModel.from_settings(settings, directory, task, model, train.prompt_tokens)
         speaker.encode([(Turn("user", prompt),)])
         return cls(prompt, speaker)
 
@@ -130,7 +133,7 @@ class Answer:
         return self.speaker.answer(variables, [(Turn("user", self.prompt),)])[0]
 
 
-def end_of_turn(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
+def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
     """The token that ends an answer, as the template writes it and training teaches the model to say it.
 
     None where the template does not show where answers lie: such a one can answer, but not train.

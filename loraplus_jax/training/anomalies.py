@@ -9,7 +9,7 @@ import jax
 
 from .setup import Run
 
-SPIKE, NOISE, RECENT = 2.0, 6.0, 20
+MIN_SPIKE_RATIO, NOISE, HISTORY_STEPS = 2.0, 6.0, 20
 """A step's loss is a spike when it is above SPIKE times the median of the RECENT steps before it, and above it by
 more than NOISE times their median distance from it: the losses of small batches jump about.
 """
@@ -19,11 +19,11 @@ class TrainingFailed(Exception):
     """Training went wrong and was ended; the last good checkpoint is kept."""
 
 
-class History(NamedTuple):
+class SpikeHistory(NamedTuple):
     """What is remembered of the steps before, kept in checkpoints: a run that goes on sees what it would have seen.
 
     Attributes:
-      losses: of the last `RECENT` steps that were not skipped.
+      losses: of the last `HISTORY_STEPS` steps that were not skipped.
       skipped: how many steps were skipped in a row.
     """
 
@@ -58,14 +58,14 @@ class LossSpike(NamedTuple):
         )
 
 
-def as_floats(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def metrics_to_host(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Steps' metrics on the host."""
     return [{name: float(value) for name, value in row.items()} for row in jax.device_get(list(metrics))]
 
 
 def find_spikes(
-    seen: History, first: int, rows: Sequence[Mapping[str, float]]
-) -> tuple[History, list[LossSpike]]:
+    seen: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]]
+) -> tuple[SpikeHistory, list[LossSpike]]:
     """The spikes among the steps from `first` on, and what to remember after them."""
     losses, skipped, jumps = list(seen.losses), seen.skipped, []
     for step, row in enumerate(rows, first):
@@ -75,8 +75,8 @@ def find_spikes(
         if is_spike(losses, row["loss"]):
             norms = {name: value for name, value in row.items() if "_norm/" in name}
             jumps.append(LossSpike(step, row["loss"], statistics.median(losses), norms))
-        losses = [*losses, row["loss"]][-RECENT:]
-    return History(tuple(losses), skipped), jumps
+        losses = [*losses, row["loss"]][-HISTORY_STEPS:]
+    return SpikeHistory(tuple(losses), skipped), jumps
 
 
 def is_spike(losses: Sequence[float], loss: float) -> bool:
@@ -89,16 +89,16 @@ def is_spike(losses: Sequence[float], loss: float) -> bool:
         return False
     median = statistics.median(losses)
     spread = statistics.median(abs(value - median) for value in losses)
-    return loss > SPIKE * median and loss > median + NOISE * spread
+    return loss > MIN_SPIKE_RATIO * median and loss > median + NOISE * spread
 
 
-def index_of_skip_limit(history: History, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
+def index_of_skip_limit(history: SpikeHistory, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
     """The place of the row by which `most` steps in a row were skipped, if they were.
 
     >>> skipped, done = {"skipped": 1.0}, {"skipped": 0.0}
-    >>> index_of_skip_limit(History(skipped=1), [skipped, skipped], 3)
+    >>> index_of_skip_limit(SpikeHistory(skipped=1), [skipped, skipped], 3)
     1
-    >>> index_of_skip_limit(History(skipped=2), [done, skipped, skipped], 3)
+    >>> index_of_skip_limit(SpikeHistory(skipped=2), [done, skipped, skipped], 3)
     """
     in_a_row = history.skipped
     for place, row in enumerate(rows):
@@ -109,7 +109,7 @@ def index_of_skip_limit(history: History, rows: Sequence[Mapping[str, float]], m
 
 
 def check_skipped(
-    run: Run, seen: History, first: int, rows: Sequence[Mapping[str, float]], kept: int
+    run: Run, seen: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]], kept: int
 ) -> None:
     """Ends the run when too many steps in a row were skipped, naming what was not finite.
 

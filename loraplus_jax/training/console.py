@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import rows_of
+from ..tasks.interface import row_count
 from ..tree import count
 from .setup import Run
 
@@ -28,7 +28,7 @@ def header(run: Run, step: int) -> Iterator[str]:
         yield f"method {settings.method} does not use {unused}"
     yield "data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items())
     length = settings.data.max_length
-    if (rows := rows_of(run.data.splits["train"])) != sizes["train"]:
+    if (rows := row_count(run.data.splits["train"])) != sizes["train"]:
         yield f"packed: {rows:,} rows of {length} tokens to train on"
     if cut := sum(run.data.truncated.values()):
         yield f"{cut:,} of {sum(sizes.values()):,} examples are longer than {length} tokens and are cut"

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from ..checkpoint import differences
+from ..checkpoint import field_differences
 from ..multihost import allgather, is_lost_process
 from ..settings.schema import AUTO, DistributedSettings
 from .signals import Stopped
@@ -165,7 +165,7 @@ def check_same_everywhere(values: Mapping[str, Any]) -> None:
     """Raises ValueError, in all processes, unless all of them have the same JSON values; names what differs."""
     first, *others = allgather(dict(values))
     for number, other in enumerate(others, 1):
-        if found := differences(first, other, ("in process 0", f"in process {number}")):
+        if found := field_differences(first, other, ("in process 0", f"in process {number}")):
             jax.distributed.shutdown()
             more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from ..data.batches import Batch, eval_batches
 from ..sharding import local_rows, shard_batch
-from ..train_step import means
+from ..train_step import weighted_means
 
 
 def evaluate(
@@ -30,4 +30,4 @@ def evaluate(
             totals
         )  # at most two batches are under way, so that `between` is never long ago
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
-    return {name: float(value) for name, value in means(totals).items()}
+    return {name: float(value) for name, value in weighted_means(totals).items()}

@@ -11,15 +11,15 @@ import numpy as np
 
 from ..config import LoRAPlusConfig
 from ..interop import adapter_files, peft_files
-from ..interop.adapter_files import Adapter, adapter_notes, load_adapter
+from ..interop.adapter_files import Adapter, load_adapter, read_adapter_json
 from ..interop.path_map import PathMap
 from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
 from ..models import export
-from ..models.name_table import NameTable, linear
+from ..models.name_table import NameTable, linear_rules
 from ..multihost import gather_to_host
 from ..settings.schema import Settings
 from ..spec import specs_from_json
-from ..tasks.interface import Parts
+from ..tasks.interface import AdaptedModel
 from ..tree import combine, flatten, unflatten
 from .run_directory import ADAPTER
 
@@ -31,70 +31,70 @@ _RATES = ("policy", "decay", "weight_decay")
 def find_adapter(path: Path) -> Path | None:
     """The adapter directory that a path means: a run's, or itself if it is one of either format; else None."""
     own = path / ADAPTER
-    names = (adapter_files.NOTES, peft_files.OPTIONS)
+    names = (adapter_files.DESCRIPTION_FILE, peft_files.OPTIONS)
     return next((place for place in (own, path) for name in names if (place / name).is_file()), None)
 
 
 def is_peft(directory: Path) -> bool:
     """Whether an adapter directory is of PEFT's format."""
-    return not (directory / adapter_files.NOTES).is_file()
+    return not (directory / adapter_files.DESCRIPTION_FILE).is_file()
 
 
-def notes_of(directory: Path) -> dict[str, Any]:
+def read_notes(directory: Path) -> dict[str, Any]:
     """What the adapter says of itself beside its tensors; empty for one that PEFT made."""
-    return peft_notes(directory) or {} if is_peft(directory) else adapter_notes(directory)
+    return peft_notes(directory) or {} if is_peft(directory) else read_adapter_json(directory)
 
 
 def notes_path(directory: Path) -> Path:
     """The file that holds them."""
-    return directory / (peft_files.NOTES if is_peft(directory) else adapter_files.NOTES)
+    return directory / (peft_files.NOTES_FILE if is_peft(directory) else adapter_files.DESCRIPTION_FILE)
 
 
-def own_config(directory: Path) -> LoRAPlusConfig | None:
+def saved_config(directory: Path) -> LoRAPlusConfig | None:
     """The config in the notes of an adapter; None for a model trained in full.
 
     Raises:
       ValueError: it is damaged.
     """
-    found = notes_of(directory)["config"]
+    found = read_notes(directory)["config"]
     try:
         return None if found is None else LoRAPlusConfig.from_json(found)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{notes_path(directory)}: {error}") from None
 
 
-def form_of(parts: Parts) -> export.Form:
+def transformers_class_of(parts: AdaptedModel) -> export.TransformersClass:
     """The class of transformers that a model is one of."""
     model: Any = parts.base.model
     return (
-        export.sequence_form(model.config, model.pooling)
+        export.encoder_class(model.config, model.pooling)
         if parts.base.new
-        else export.causal_form(model.config)
+        else export.causal_lm_class(model.config)
     )
 
 
-def map_of(directory: Path, parts: Parts) -> PathMap:
+def path_map_of(directory: Path, parts: AdaptedModel) -> PathMap:
     """The path map for an adapter in PEFT's files, which may be for the model with its head or without."""
     names = peft_names(directory)
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
-    return export.path_map(parts.base.table, form_of(parts), prefix=prefix)
+    return export.path_map(parts.base.table, transformers_class_of(parts), prefix=prefix)
 
 
-def config_of(directory: Path, parts: Parts) -> LoRAPlusConfig:
+def adapter_config(directory: Path, parts: AdaptedModel) -> LoRAPlusConfig:
     """What an adapter in PEFT's files says, in our terms."""
     model: Any = parts.base.model
-    return peft_config(directory, map_of(directory, parts), layers=model.config.num_hidden_layers)
+    return peft_config(directory, path_map_of(directory, parts), layers=model.config.num_hidden_layers)
 
 
-def merged_table(parts: Parts) -> NameTable:
+def merged_table(parts: AdaptedModel) -> NameTable:
     """Where the tensors of a merged model go, its head among them."""
-    form = form_of(parts)
+    form = transformers_class_of(parts)
     rules = [r for r in parts.base.table.rules if r.path.rpartition("/")[0] not in dict(form.heads)]
-    rules += [rule for ours, theirs in form.heads for rule in linear(theirs, ours)]
+    rules += [rule for ours, theirs in form.heads for rule in linear_rules(theirs, ours)]
     return dataclasses.replace(parts.base.table, rules=tuple(rules))
 
 
-def read_adapter(directory: Path, parts: Parts, params: Mapping[str, Any]) -> Adapter:
+def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]) -> Adapter:
     """An adapter of either format for a model, checked against it.
 
     Args:
@@ -106,7 +106,7 @@ def read_adapter(directory: Path, parts: Parts, params: Mapping[str, Any]) -> Ad
       ValueError, OSError: it does not fit, or cannot be read; the message says what differs.
     """
     if is_peft(directory):
-        adapter = load_peft(directory, parts.specs, map_of(directory, parts), params=params)
+        adapter = load_peft(directory, parts.specs, path_map_of(directory, parts), params=params)
     else:
         adapter = load_adapter(directory)
         if adapter.specs != dict(parts.specs):
@@ -116,7 +116,7 @@ def read_adapter(directory: Path, parts: Parts, params: Mapping[str, Any]) -> Ad
 
 
 def _trained(
-    directory: Path, extras: dict[str, Any], parts: Parts, base: Mapping[str, Any]
+    directory: Path, extras: dict[str, Any], parts: AdaptedModel, base: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The extras that the model trains; of any other the base must have the very same."""
     trainable, frozen, kept = flatten(parts.trainable), flatten(base), {}
@@ -139,12 +139,12 @@ def _trained(
 
 def check_base(directory: Path, found: str | None, base: str | Path) -> None:
     """Raises ValueError if the adapter knows the fingerprint of its base, and the one found is another."""
-    wanted = notes_of(directory).get("base")
+    wanted = read_notes(directory).get("base")
     if None not in (wanted, found) and found != wanted:
         raise ValueError(f"{directory} belongs to a base with fingerprint {wanted}, {base} has {found}")
 
 
-def check_start(settings: Settings, parts: Parts, params: Mapping[str, Any], task: Any) -> None:
+def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], task: Any) -> None:
     """Raises ValueError unless training may start from `init_adapter`: it must say what the settings say.
 
     Args:
@@ -154,7 +154,7 @@ def check_start(settings: Settings, parts: Parts, params: Mapping[str, Any], tas
       task: what is to be learned.
     """
     directory = _start(settings)
-    notes = notes_of(directory)
+    notes = read_notes(directory)
     differences = _differences(settings, directory, parts)
     saved = notes.get("task")
     if isinstance(saved, Mapping):
@@ -183,7 +183,9 @@ def adapter_digest(settings: Settings) -> str | None:
     return total.hexdigest()[:16]
 
 
-def load_start(settings: Settings, parts: Parts, params: Mapping[str, Any], base: str | None) -> Parts:
+def load_init_adapter(
+    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], base: str | None
+) -> AdaptedModel:
     """The model with the values of `init_adapter`; what it lacks of modules trained in full stays as it is.
 
     Args:
@@ -206,21 +208,21 @@ def _start(settings: Settings) -> Path:
     if (directory := find_adapter(place)) is None:
         raise ValueError(
             f"init_adapter: there is no adapter in {place}; it takes a run, or a directory with "
-            f"{adapter_files.NOTES} or PEFT's {peft_files.OPTIONS}"
+            f"{adapter_files.DESCRIPTION_FILE} or PEFT's {peft_files.OPTIONS}"
         )
     return directory
 
 
-def _differences(settings: Settings, directory: Path, parts: Parts) -> list[str]:
+def _differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:
     """What the adapter and the section lora say differently, with the flags that would set it right."""
     if settings.applied is None:
         return ["method full has no adapters; use lora_plus or lora"]
-    if notes_of(directory):
-        adapted = specs_from_json(notes_of(directory)["specs"])
-        config, held = own_config(directory), {path: (s.rank, s.scale) for path, s in adapted.items()}
+    if read_notes(directory):
+        adapted = specs_from_json(read_notes(directory)["specs"])
+        config, held = saved_config(directory), {path: (s.rank, s.scale) for path, s in adapted.items()}
         chosen = next((s.layers for s in adapted.values() if s.layers is not None), None)
     else:
-        config = config_of(directory, parts)
+        config = adapter_config(directory, parts)
         held = {path: (config.rank_of(path), config.scale_of(path)) for path in config.target_modules}
         chosen = config.layers_to_transform
     if config is None:

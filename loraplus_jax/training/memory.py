@@ -29,11 +29,11 @@ def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> No
         raise ValueError(
             f"the run needs about {_gb(held + passing)} of memory (weights, optimizer and batch {_gb(held)}, "
             f"activations and gradients {_gb(passing)}), and {_gb(free)} are free on {device.device_kind}; "
-            f"{ADVICE}"
+            f"{MEMORY_ADVICE}"
         )
 
 
-ADVICE = (
+MEMORY_ADVICE = (
     "what makes it smaller: more train.accumulate, a smaller train.batch_size, train.eval_batch_size or "
     "data.max_length, model.param_dtype bfloat16; for language models also model.remat, model.loss_chunk"
 )

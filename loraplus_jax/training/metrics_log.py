@@ -10,7 +10,7 @@ from typing import Any
 
 from ..data.fetch import cache_dir
 
-Row = dict[str, Any]
+LogRow = dict[str, Any]
 
 METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png", "tensorboard"
 
@@ -100,7 +100,7 @@ def _proto(name: str) -> Any:
     return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
 
 
-def read_rows(path: Path, most: int | None = None) -> list[Row]:
+def read_rows(path: Path, most: int | None = None) -> list[LogRow]:
     """The rows of a `metrics.jsonl`, all or the first; a last line cut short by a sudden end is left out.
 
     Raises:
@@ -149,7 +149,7 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     steps, loss = _columns(log.values("loss"))
     left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
-    left.plot(steps, smoothed(loss), color="tab:blue", linewidth=2, label="training (smoothed)")
+    left.plot(steps, smooth(loss), color="tab:blue", linewidth=2, label="training (smoothed)")
     left.plot(*_columns(log.values("validation/loss")), "o-", color="tab:orange", label="validation")
     left.set(xlabel="step", ylabel="loss", title="Loss", ylim=(0, None))
     right.plot(*_columns(log.values(f"validation/{metric}")), "o-", color="tab:orange")
@@ -165,10 +165,10 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
     os.replace(partial, path)
 
 
-def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     """A running mean in which each older value counts `weight` times the next, without bias at the start.
 
-    >>> smoothed([1.0, 1.0, 4.0], weight=0.5)
+    >>> smooth([1.0, 1.0, 4.0], weight=0.5)
     [1.0, 1.0, 2.7142857142857144]
     """
     total = norm = 0.0

@@ -10,7 +10,7 @@ from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw
 from ..optim.schedules import make_schedule
 from ..settings.schema import OptimizerSettings
 from ..spec import Specs
-from ..tasks.interface import Parts
+from ..tasks.interface import AdaptedModel
 from ..tree import label_params
 
 
@@ -57,7 +57,7 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Arra
     )
 
 
-def check_rates(settings: OptimizerSettings, parts: Parts) -> None:
+def check_rates(settings: OptimizerSettings, parts: AdaptedModel) -> None:
     """No rate is set for a group that has nothing in it."""
     roles = set(jax.tree.leaves(label_params(parts.trainable, parts.specs, policy=settings.policy)))
     for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):

@@ -15,19 +15,19 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
-from ..checkpoint import PACKAGES, differences
+from ..checkpoint import PACKAGES, field_differences
 from ..json_files import read_json
 from ..multihost import allgather, is_lead, is_lost_process
-from ..settings.schema import ENDS, MAY_CHANGE, Settings, split_settings
+from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import PICTURE, SUMMARY, partial_path, write_text
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
-OF_A_START = ("output_dir ", "distributed.")
+PER_PROCESS_PREFIXES = ("output_dir ", "distributed.")
 """Settings that say where a run is started, and not what it is."""
-PLACES = ("in that run", "here")
+DIFFERENCE_LABELS = ("in that run", "here")
 """Of the two values of a difference between an older run and this one."""
 
 
@@ -100,8 +100,8 @@ def check_directory(
     settings: Settings,
     *,
     fresh: bool,
-    may_change: Sequence[str] = MAY_CHANGE,
-    ends: tuple[str, ...] = ENDS,
+    may_change: Sequence[str] = RESUMABLE_FIELDS,
+    ends: tuple[str, ...] = STOP_FIELDS,
 ) -> list[str]:
     """Which settings have changed since the run that is in the directory was started, in words.
 
@@ -136,11 +136,15 @@ def check_directory(
     (old_same, old_free), (same, free) = (
         split_settings(v, "", may_change) for v in (old, settings.to_json())
     )
-    if found := differences(old_same, same, PLACES):
+    if found := field_differences(old_same, same, DIFFERENCE_LABELS):
         raise ValueError(
             f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
         )
-    changed = [text for text in differences(old_free, free, PLACES) if not text.startswith(OF_A_START)]
+    changed = [
+        text
+        for text in field_differences(old_free, free, DIFFERENCE_LABELS)
+        if not text.startswith(PER_PROCESS_PREFIXES)
+    ]
     if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
         more = "it goes on with more train.steps, or " if ends else ""
         raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")

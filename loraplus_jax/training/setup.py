@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..checkpoint import describe_run, fingerprint, leaf_kinds
+from ..checkpoint import describe_run, fingerprint, leaf_dtypes_and_shapes
 from ..config import LoRAPlusConfig
 from ..data.batches import Batch, digest
 from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.hf import check_params, load_params, rows_digest
 from ..optim.lora_plus import LoRAPlusTransform
-from ..settings.schema import MOST_STEPS, Settings, split_settings
+from ..settings.schema import MAX_STEPS, Settings, split_settings
 from ..sharding import (
     BATCH_AXES,
     Shardings,
@@ -30,12 +30,12 @@ from ..sharding import (
 )
 from ..spec import Specs
 from ..tasks import causal_lm, encoder
-from ..tasks.interface import Base, Data, Losses, Parts, rows_of
-from ..tasks.sample_answers import Answer
+from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_count
+from ..tasks.sample_answers import SamplePrompt
 from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, split_trainable
 from .distributed import check_same_everywhere, raise_together
-from .init_adapter import adapter_digest, check_start, load_start
+from .init_adapter import adapter_digest, check_init_adapter, load_init_adapter
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
 from .theory_metrics import count_rows, lower_theory
@@ -60,14 +60,14 @@ class Run(NamedTuple):
 
     settings: Settings
     config: LoRAPlusConfig | None
-    data: Data
-    parts: Parts
+    data: TaskData
+    parts: AdaptedModel
     steps: int
     tx: LoRAPlusTransform
     mesh: Mesh
     shardings: Shardings
     programs: "Programs"
-    answer: "Answer | None"
+    answer: "SamplePrompt | None"
     metadata: dict[str, Any]
 
 
@@ -98,18 +98,18 @@ def prepare(settings: Settings) -> Run:
         mesh, directory, data, steps, shapes, tx = abstract_run(settings)
         _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.init_adapter is not None:
-            check_start(settings, shapes, params_of(shapes), data.task)
+            check_init_adapter(settings, shapes, params_of(shapes), data.task)
         answer = None
         if settings.train.prompt is not None:
-            answer = Answer.from_settings(settings, directory, data.task, shapes.model)
+            answer = SamplePrompt.from_settings(settings, directory, data.task, shapes.model)
         shardings = state_shardings(shapes, tx, mesh)
         programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
         check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
-        parts = load(settings, directory, shapes, settings.applied, mesh)
+        parts = load_model(settings, directory, shapes, settings.applied, mesh)
         inputs = {
             "data": digest(data.splits),
             "task": data.task.notes(),
-            "weights": leaf_kinds(parts.frozen),
+            "weights": leaf_dtypes_and_shapes(parts.frozen),
             "rows of the weights": rows_digest(tensors) if several else None,
             "init_adapter": adapter_digest(settings) if several else None,
         }
@@ -126,7 +126,7 @@ def prepare(settings: Settings) -> Run:
     )
     if settings.init_adapter is not None:
         with raise_together():
-            parts = load_start(settings, parts, params_of(parts), base)
+            parts = load_init_adapter(settings, parts, params_of(parts), base)
         metadata["init_adapter"] = fingerprint(parts.trainable)
     if several:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
@@ -140,9 +140,9 @@ class AbstractRun(NamedTuple):
 
     mesh: Mesh
     directory: Path
-    data: Data
+    data: TaskData
     steps: int
-    shapes: Parts
+    shapes: AdaptedModel
     tx: LoRAPlusTransform
 
 
@@ -152,8 +152,8 @@ def abstract_run(settings: Settings) -> AbstractRun:
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
     data = task_module(settings).load_data(settings, directory)
-    steps = count_steps(settings, rows_of(data.splits["train"]))
-    shapes = build(settings, directory, data.task, settings.applied)
+    steps = count_steps(settings, row_count(data.splits["train"]))
+    shapes = build_model(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, shapes.specs)
     check_rates(settings.optimizer, shapes)
@@ -172,9 +172,9 @@ def count_steps(settings: Settings, examples: int) -> int:
         raise ValueError(f"train.batch_size is {batch}, the train split has only {examples} rows")
     epochs = 3.0 if settings.train.epochs is None else settings.train.epochs
     steps = settings.train.steps or max(1, math.ceil(epochs * (examples // batch)))
-    if steps > MOST_STEPS:
+    if steps > MAX_STEPS:
         raise ValueError(
-            f"train.epochs is {epochs:g}, which makes {steps:g} steps; at most {MOST_STEPS} are counted"
+            f"train.epochs is {epochs:g}, which makes {steps:g} steps; at most {MAX_STEPS} are counted"
         )
     if settings.optimizer.warmup_steps >= steps:
         raise ValueError(
@@ -187,7 +187,9 @@ def count_steps(settings: Settings, examples: int) -> int:
     return steps
 
 
-def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None) -> Parts:
+def build_model(
+    settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None
+) -> AdaptedModel:
     """The model with its adapters; shapes stand for all weights but the adapters."""
     return add_adapters(
         settings, task_module(settings).make_base(settings, directory, task), config, init_lora
@@ -195,8 +197,8 @@ def build(settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig
 
 
 def add_adapters(
-    settings: Settings, base: Base, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
-) -> Parts:
+    settings: Settings, base: BaseModel, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
+) -> AdaptedModel:
     """A base with its adapters, which `make_adapters` makes as `init_lora` does, or as shapes."""
     model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
@@ -206,18 +208,22 @@ def add_adapters(
         lora, specs = make_adapters(model, lora_key, *base.inputs)
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
-    return Parts(base, model, specs, _float32(trainable), frozen)
+    return AdaptedModel(base, model, specs, _float32(trainable), frozen)
 
 
-def base_parts(settings: Settings, directory: Path, task: Any) -> Parts:
+def base_parts(settings: Settings, directory: Path, task: Any) -> AdaptedModel:
     """The model without adapters and without variables."""
-    base: Base = task_module(settings).make_base(settings, directory, task)
-    return Parts(base, base.model, {}, {}, {})
+    base: BaseModel = task_module(settings).make_base(settings, directory, task)
+    return AdaptedModel(base, base.model, {}, {}, {})
 
 
-def load(
-    settings: Settings, directory: Path, parts: Parts, config: LoRAPlusConfig | None, mesh: Mesh | None = None
-) -> Parts:
+def load_model(
+    settings: Settings,
+    directory: Path,
+    parts: AdaptedModel,
+    config: LoRAPlusConfig | None,
+    mesh: Mesh | None = None,
+) -> AdaptedModel:
     """The same with weights from a directory, and first values of what that has not.
 
     With a mesh the weights go straight to where they lie on it, and a process reads its own parts alone.
@@ -234,8 +240,8 @@ def load(
 
 
 def set_weights(
-    settings: Settings, parts: Parts, params: Mapping[str, Any], config: LoRAPlusConfig | None
-) -> Parts:
+    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], config: LoRAPlusConfig | None
+) -> AdaptedModel:
     """The same with weights that are loaded already, which are not copied, and first values of what they lack."""
     base = parts.base
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
@@ -245,12 +251,12 @@ def set_weights(
     return parts._replace(trainable=_float32(trainable), frozen=frozen)
 
 
-def params_of(parts: Parts) -> dict[str, Any]:
+def params_of(parts: AdaptedModel) -> dict[str, Any]:
     """All parameters of the model without adapters."""
     return combine(parts.trainable, parts.frozen)["params"]
 
 
-def state_shardings(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
+def state_shardings(parts: AdaptedModel, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
     """Where state and frozen variables lie on a mesh."""
     return make_shardings(
         mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
@@ -258,7 +264,12 @@ def state_shardings(parts: Parts, tx: LoRAPlusTransform, mesh: Mesh) -> Sharding
 
 
 def compile_programs(
-    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
+    settings: Settings,
+    data: TaskData,
+    parts: AdaptedModel,
+    tx: LoRAPlusTransform,
+    mesh: Mesh,
+    shardings: Shardings,
 ) -> Programs:
     """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
     losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
@@ -278,7 +289,12 @@ def compile_programs(
 
 
 def lower_step(
-    settings: Settings, data: Data, parts: Parts, tx: LoRAPlusTransform, mesh: Mesh, shardings: Shardings
+    settings: Settings,
+    data: TaskData,
+    parts: AdaptedModel,
+    tx: LoRAPlusTransform,
+    mesh: Mesh,
+    shardings: Shardings,
 ) -> jax.stages.Lowered:
     """The step before it is compiled; of the data only the columns' shapes matter."""
     losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
@@ -300,7 +316,7 @@ def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighed.items()}
 
 
-def state_shapes(parts: Parts, tx: LoRAPlusTransform) -> TrainState:
+def state_shapes(parts: AdaptedModel, tx: LoRAPlusTransform) -> TrainState:
     """The shapes of a run's state."""
     return jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
 
@@ -326,7 +342,7 @@ def check_mesh(settings: Settings, mesh: Mesh) -> None:
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
 
 
-def _init_new(base: Base, name: str, key: jax.Array) -> Any:
+def _init_new(base: BaseModel, name: str, key: jax.Array) -> Any:
     """First values of a new part; XLA leaves the rest of the model out."""
     zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
     return jax.jit(lambda key: base.model.init(key, *zeros)["params"][name])(key)

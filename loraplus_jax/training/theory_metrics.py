@@ -14,19 +14,19 @@ from ..data.batches import Batch
 from ..lora import TERMS
 from ..sharding import Shardings, batch_parts, batch_sharding, local_rows, with_mesh
 from ..spec import Specs
-from ..theory import by_layer, make_theory, reading
+from ..theory import make_theory, reading, terms_by_layer
 from ..train_step import LossFn
-from .metrics_log import Row
+from .metrics_log import LogRow
 
-SHARE = 4
+BATCH_FRACTION = 4
 """One row in so many of a batch is measured."""
-GROUP = "theory"
+METRIC_PREFIX = "theory"
 
 
 def count_rows(batch_size: int, mesh: Mesh) -> int:
     """How many of a batch's rows are measured: a quarter, and a multiple of the parts that the mesh makes of it."""
     parts = batch_parts(mesh)
-    return parts * math.ceil(batch_size / SHARE / parts)
+    return parts * math.ceil(batch_size / BATCH_FRACTION / parts)
 
 
 def lower_theory(
@@ -66,17 +66,21 @@ def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
     return {name: column[:count] for name, column in batch.items()}
 
 
-def as_metrics(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, float]:
+def to_metrics(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, float]:
     """`theory/LAYER/TERM` for every layer, and `theory/mean/TERM` over them."""
-    layers = by_layer(jax.device_get(found), specs)
-    values = {f"{GROUP}/{path}/{name}": terms[name] for path, terms in layers.items() for name in TERMS}
+    layers = terms_by_layer(jax.device_get(found), specs)
+    values = {
+        f"{METRIC_PREFIX}/{path}/{name}": terms[name] for path, terms in layers.items() for name in TERMS
+    }
     means = {
-        f"{GROUP}/mean/{name}": float(np.mean([t[name] for t in layers.values()])) for name in TERMS if layers
+        f"{METRIC_PREFIX}/mean/{name}": float(np.mean([t[name] for t in layers.values()]))
+        for name in TERMS
+        if layers
     }
     return means | values
 
 
-def read_metrics(rows: Iterable[Row], config: LoRAPlusConfig | None, from_adapter: bool) -> str | None:
+def read_metrics(rows: Iterable[LogRow], config: LoRAPlusConfig | None, from_adapter: bool) -> str | None:
     """`theory.reading` of the second half of a run's measurements; None without any.
 
     Args:
@@ -84,14 +88,14 @@ def read_metrics(rows: Iterable[Row], config: LoRAPlusConfig | None, from_adapte
       config: what is applied; None where nothing is.
       from_adapter: whether the run's first factors came from an adapter, and not from the config's `init`.
     """
-    measured = [row for row in rows if any(name.startswith(f"{GROUP}/") for name in row)]
+    measured = [row for row in rows if any(name.startswith(f"{METRIC_PREFIX}/") for name in row)]
     if config is None or not measured:
         return None
     sums: dict[str, dict[str, float]] = {}
     for row in measured[len(measured) // 2 :]:
         for name, value in row.items():
-            path, _, term = name.removeprefix(f"{GROUP}/").rpartition("/")
-            if name.startswith(f"{GROUP}/") and path != "mean":
+            path, _, term = name.removeprefix(f"{METRIC_PREFIX}/").rpartition("/")
+            if name.startswith(f"{METRIC_PREFIX}/") and path != "mean":
                 layer = sums.setdefault(path, dict.fromkeys(TERMS, 0.0))
                 layer[term] += value
     return reading(sums, config.lr_ratio, None if from_adapter else config.init)

@@ -25,13 +25,13 @@ from ..sharding import distribute, local_rows, shard_batch
 from ..train_step import TrainState, init_state
 from ..tree import combine, count, label_params
 from .anomalies import (
-    History,
+    SpikeHistory,
     TrainingFailed,
     advice,
-    as_floats,
     check_skipped,
     find_spikes,
     index_of_skip_limit,
+    metrics_to_host,
 )
 from .console import format_metrics, header, progress
 from .distributed import join_processes, raise_together
@@ -51,7 +51,7 @@ from .run_directory import (
 )
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
-from .theory_metrics import as_metrics, copy_adapters, first_rows, is_due, read_metrics
+from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_metrics
 from .xla import use_compilation_cache
 
 
@@ -118,7 +118,7 @@ class Trainer:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
         self.stop = StopSignal()
-        self.history = History()
+        self.history = SpikeHistory()
         self.evaluation_pending = False  # whether the restored checkpoint still needs its evaluation
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
@@ -171,7 +171,7 @@ class Trainer:
             self.batches.set_state(position["batches"])
             self.pending, losses = position["pending"], position["losses"]
             self.history, self.evaluation_pending = (
-                History(tuple(losses), position["skipped"]),
+                SpikeHistory(tuple(losses), position["skipped"]),
                 position["due"],
             )
             return position["rows"]
@@ -242,11 +242,11 @@ class Trainer:
         """What the step just done did to the layers' outputs, given the adapters before it."""
         rows = shard_batch(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
         found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
-        return as_metrics(found, self.run.parts.specs)
+        return to_metrics(found, self.run.parts.specs)
 
     def log_row(self, step: int) -> tuple[str, str]:
         """Turns the pending metrics into a row; returns what the progress bar shows."""
-        host, first = as_floats(self.pending), step - len(self.pending) + 1
+        host, first = metrics_to_host(self.pending), step - len(self.pending) + 1
         seen, jumps = find_spikes(self.history, first, host)
         for jump in jumps:
             self.log.write(jump.step, jump.values())
@@ -270,7 +270,9 @@ class Trainer:
         before = self.pending[:-1]
         if not before or not before[-1]["skipped"]:
             return False
-        return index_of_skip_limit(self.history, as_floats(before), self.settings.max_skipped) is not None
+        return (
+            index_of_skip_limit(self.history, metrics_to_host(before), self.settings.max_skipped) is not None
+        )
 
     def evaluate_and_save(self, step: int) -> None:
         """The validation result goes to the log, to the screen and with a checkpoint.
@@ -312,7 +314,7 @@ class Trainer:
         The rows that it counts on are on the disk before.
         """
         self.log.sync()
-        position = {"batches": self.batches.get_state(), "pending": as_floats(self.pending)}
+        position = {"batches": self.batches.get_state(), "pending": metrics_to_host(self.pending)}
         position |= {"rows": len(self.log.rows), **self.history._asdict(), "due": due}
         save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.data.labels import class_labels, label_names, regression_labels
-from loraplus_jax.data.splits import Rows, load_rows
+from loraplus_jax.data.splits import LabelledTexts, load_rows
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
@@ -26,15 +26,17 @@ def test_white_space_around_a_label_makes_no_class_of_its_own(tmp_path, suffix):
 
 
 def test_the_same_number_as_two_labels_is_rejected():
-    rows = Rows(tuple("abcd"), None, ("1", "1.0", "2", "3.0"), tuple("abcd"))
+    rows = LabelledTexts(tuple("abcd"), None, ("1", "1.0", "2", "3.0"), tuple("abcd"))
     with pytest.raises(ValueError, match=mentions("'1'", "'1.0'")):
         label_names({"train": rows})
     assert label_names({"train": rows.take([1, 2, 3])}) == ["1.0", "2", "3.0"]
 
 
-def _rows(texts, labels=None) -> Rows:
+def _rows(texts, labels=None) -> LabelledTexts:
     labels = labels or ["a"] * len(texts)
-    return Rows(tuple(texts), None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(len(texts))))
+    return LabelledTexts(
+        tuple(texts), None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(len(texts)))
+    )
 
 
 def test_label_names_are_sorted_and_whole_numbers_by_value():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplus_jax.data.packing import Sequences, pack, pad, padding_share, plan
+from loraplus_jax.data.packing import Sequences, pack, pad, padding_share, plan_packing
 
 from ..messages import mentions
 
@@ -59,7 +59,7 @@ def test_packing_by_hand():
 
 def test_a_hundred_thousand_sequences_are_packed_almost_without_padding():
     lengths = np.random.default_rng(0).integers(1, 512, 100_000).tolist()
-    rows = plan(lengths, 512)
+    rows = plan_packing(lengths, 512)
     assert sorted(i for row in rows for i in row) == list(range(100_000))
     assert max(sum(lengths[i] for i in row) for row in rows) <= 512
     assert len(rows) < 1.01 * sum(lengths) / 512

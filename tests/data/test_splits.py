@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.data.splits import Rows, load_splits
+from loraplus_jax.data.splits import LabelledTexts, load_splits
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import mentions
 from .tables import write_table
 
 
-def _one_file(tmp_path, texts, **fields) -> dict[str, Rows]:
+def _one_file(tmp_path, texts, **fields) -> dict[str, LabelledTexts]:
     path = write_table(tmp_path / "a.csv", [(t, "x") for t in texts], header=("text", "label"))
     return load_splits(DataSettings(path=str(path), **fields), Path)
 

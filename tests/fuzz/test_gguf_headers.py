@@ -8,7 +8,7 @@ import pytest
 from loraplus_jax.models.gguf import load as gguf
 from loraplus_jax.models.hf import load_config, load_params
 from loraplus_jax.models.name_table import NameTable, Rule
-from loraplus_jax.models.tokenizer import chat_template, special_tokens, tokenizer
+from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, tokenizer
 
 from ..models.gguf.files import metadata, write
 from .damage import check, damaged, data_limit
@@ -69,6 +69,6 @@ def test_headers(tmp_path, tokens):
         load_params(path, table, expected, place=lambda path, array: array)
         tokenizer(path)
         special_tokens(path)
-        chat_template(path)
+        read_chat_template(path)
 
     check(1000, make, read, limit=data_limit, names=r"m\.gguf")

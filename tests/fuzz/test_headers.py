@@ -10,17 +10,18 @@ import pytest
 from safetensors.numpy import save, save_file
 
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
-from loraplus_jax.interop.adapter_files import adapter_notes
+from loraplus_jax.interop.adapter_files import read_adapter_json
 from loraplus_jax.models.bert_config import BertConfig
-from loraplus_jax.models.hf import INDEX, SINGLE, load_config, load_params
-from loraplus_jax.models.name_table import NameTable, embedding, linear
+from loraplus_jax.models.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
+from loraplus_jax.models.name_table import NameTable, embedding_rules, linear_rules
 
 from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, odd_json
 
 pytestmark = pytest.mark.slow
 
 TABLE = NameTable(
-    rules=(*embedding("tok", "embed"), *linear("h.{layer}.fc", "up", bias=False)), ignore=("h.0.mask",)
+    rules=(*embedding_rules("tok", "embed"), *linear_rules("h.{layer}.fc", "up", bias=False)),
+    ignore=("h.0.mask",),
 )
 LEAVES = {"embed": {"embedding": (5, 3)}, "up": {"kernel": (2, 3, 4)}}
 EXPECTED = jax.tree.map(
@@ -65,7 +66,7 @@ OUTSIDE = (
     '"/etc/passwd"',
     r'"C:\\x.safetensors"',
     '".safetensors"',
-    f'"{SINGLE}"',
+    f'"{SINGLE_FILE}"',
 )
 
 
@@ -108,7 +109,7 @@ def load(directory):
 
 def test_weights(tmp_path):
     data = save(FIRST | SECOND, {"format": "pt"})
-    make = writer(tmp_path / SINGLE, data, lambda rng: odd_header(rng, data))
+    make = writer(tmp_path / SINGLE_FILE, data, lambda rng: odd_header(rng, data))
     check(45_000, make, lambda: load(tmp_path), limit=data_limit, names=re.escape(str(tmp_path)))
 
 
@@ -129,11 +130,11 @@ def test_an_index_and_its_shards(tmp_path):
         places = dict.fromkeys(index["weight_map"], json.loads(rng.choice(OUTSIDE)))
         return json.dumps({"weight_map": places}).encode()
 
-    make = writer(folder / INDEX, json.dumps(index).encode(), odd)
+    make = writer(folder / INDEX_FILE, json.dumps(index).encode(), odd)
 
     def read():
         load(folder)
-        assert set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()) <= set(shards)
+        assert set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values()) <= set(shards)
 
     check(15_000, make, read, limit=data_limit, names=re.escape(str(folder)))
 
@@ -167,7 +168,7 @@ def test_the_notes_of_an_adapter(adapter):
     make = json_writer(path, json.loads(path.read_text()), keys=(*JSON_KEYS, "q/x", "rank"))
 
     def read():
-        adapter_notes(adapter)
+        read_adapter_json(adapter)
         load_adapter(adapter)
 
     check(10_000, make, read, limit=data_limit, names=re.escape(str(adapter)))

@@ -3,8 +3,8 @@
 import pytest
 
 from loraplus_jax.data.readers import read_rows
-from loraplus_jax.json_files import LARGEST_JSON, read_json
-from loraplus_jax.models.hf import SINGLE, load_params
+from loraplus_jax.json_files import MAX_JSON_BYTES, read_json
+from loraplus_jax.models.hf import SINGLE_FILE, load_params
 from loraplus_jax.models.name_table import NameTable
 from loraplus_jax.settings.yaml_files import LARGEST_YAML, read_yaml
 
@@ -34,7 +34,7 @@ def outcome(read, path):
 @pytest.mark.parametrize("part", [b"[],", b"{},", b'{"":{}},', b"[[[[[]]]]],", b"1.5,", b'"ab",'])
 def test_json_of_the_largest_size_is_read(tmp_path, part):
     first = '{"a": ["😀",'.encode()
-    assert outcome(read_json, filled(tmp_path / "config.json", LARGEST_JSON, first, part, b"0]}")) is None
+    assert outcome(read_json, filled(tmp_path / "config.json", MAX_JSON_BYTES, first, part, b"0]}")) is None
 
 
 @pytest.mark.parametrize("part", [b"a,", b"[],", b"1.5,", b"'a',", b"{a: b},"])
@@ -71,7 +71,7 @@ def test_a_data_file_that_is_wrong_throughout(tmp_path, suffix, first, part):
 def test_a_header_of_very_many_tensors(tmp_path):
     entry = '"{:07x}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
     header = ("{" + ",".join(entry.format(n) for n in range(60_000)) + "}").encode()
-    path = tmp_path / SINGLE
+    path = tmp_path / SINGLE_FILE
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     found = outcome(lambda path: load_params(path.parent, NameTable(rules=()), {}), path)
     assert_mentions(found, tmp_path, "60000 extra")

@@ -309,7 +309,7 @@ def test_round_trip_of_a_run_is_bitwise(finished, tmp_path, capsys, cache):
     printed(capsys, "export", finished.out, "--to", tmp_path / "peft")
     ours = load_adapter(finished.out / "adapter")
     config = bert.BertConfig.from_hf(load_config(finished.model))
-    path_map = export.path_map(bert.name_table("mean"), export.sequence_form(config, "mean"))
+    path_map = export.path_map(bert.name_table("mean"), export.encoder_class(config, "mean"))
     again = load_peft(tmp_path / "peft", ours.specs, path_map)
     assert again.config == ours.config
     for name in ("query", "value"):

@@ -227,7 +227,9 @@ def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsy
 
 @pytest.mark.slow
 def test_spikes_are_logged_at_their_steps_also_by_a_resumed_run(world, monkeypatch, capsys):
-    monkeypatch.setattr("loraplus_jax.training.anomalies.SPIKE", 0.9)  # so that a sound run has some
+    monkeypatch.setattr(
+        "loraplus_jax.training.anomalies.MIN_SPIKE_RATIO", 0.9
+    )  # so that a sound run has some
     monkeypatch.setattr("loraplus_jax.training.anomalies.NOISE", 0.0)
     straight = result_of(world.trained(*ODD, "--train.log_every", "7", out=world.directory / "straight"))
     spikes = [row for row in straight[1] if "spike/loss" in row]

@@ -9,7 +9,7 @@ import pytest
 from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sharding import make_mesh
-from loraplus_jax.training.theory_metrics import as_metrics, count_rows, read_metrics
+from loraplus_jax.training.theory_metrics import count_rows, read_metrics, to_metrics
 
 from ..messages import assert_mentions
 from .test_interrupt import rows_of, signal_at
@@ -118,7 +118,7 @@ def test_what_is_read_is_the_second_half_of_the_run():
 def test_a_quarter_of_the_rows_on_all_devices():
     sizes = ((32, 1), (30, 1), (32, 8), (4, 4), (1, 1))
     assert [count_rows(size, make_mesh(devices)) for size, devices in sizes] == [8, 8, 8, 4, 1]
-    assert as_metrics({}, {}) == {}
+    assert to_metrics({}, {}) == {}
 
 
 @pytest.mark.slow

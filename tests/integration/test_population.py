@@ -13,7 +13,7 @@ from loraplus_jax.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import SweepRun, Trial
-from loraplus_jax.sweep.slots import Crew
+from loraplus_jax.sweep.slots import DeviceSlots
 from loraplus_jax.training.setup import prepare
 from loraplus_jax.tree import leaves_by_path
 
@@ -50,7 +50,7 @@ def swept(world, *overrides):
 def taken(run, entries, steps, at_once=None):
     """A crew after some steps."""
     population = prepare_population(run, len(entries), at_once)
-    crew = Crew(population, len(entries))
+    crew = DeviceSlots(population, len(entries))
     crew.fill({n: population.first(*entry) for n, entry in entries.items()})
     split, size = population.data.splits["train"], run.train.batch_size
     streams = {seed: train_batches(split, batch_size=size, seed=seed) for _, seed in entries.values()}
@@ -142,7 +142,7 @@ def test_several_at_once_have_the_same_losses(home, crew):
 
 def test_survivors_are_compacted_and_continue_as_they_were(home, crew):
     before = {n: member(crew, n) for n in (0, 2)}
-    other = Crew(crew.population, len(ENTRIES))
+    other = DeviceSlots(crew.population, len(ENTRIES))
     other.places, other.chunks = list(crew.places), list(crew.chunks)
     other.gather([2, 0])
     assert other.numbers == [0, 2]
@@ -157,14 +157,14 @@ def test_members_continue_on_any_number_of_devices(home, crew):
     saved = crew.as_state(7)
     assert {len(leaf) for leaf in jax.tree.leaves((saved.trainable, saved.opt_state, saved.rng))} == {4}
     first = {n: crew.population.first(*entry) for n, entry in ENTRIES.items()}
-    other = Crew(prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES)), len(ENTRIES))
+    other = DeviceSlots(prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES)), len(ENTRIES))
     other.resume(saved, first, [-1, 3, 0, 2])
     assert (other.total, other.numbers) == (8, [0, 2, 3])
     for number in other.numbers:
         assert all((member(other, number)[path] == leaf).all() for path, leaf in member(crew, number).items())
     alive = {n: bool(other.host().alive[other.places.index(n)]) for n in other.numbers}
     assert alive == {0: True, 2: True, 3: False}
-    again = Crew(crew.population, len(ENTRIES))
+    again = DeviceSlots(crew.population, len(ENTRIES))
     again.resume(other.as_state(7), first, other.places)
     for path, leaf in leaves_by_path(again.as_state(7)).items():
         expected = np.array(leaves_by_path(saved)[path])
@@ -175,7 +175,7 @@ def test_members_continue_on_any_number_of_devices(home, crew):
 
 def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch):
     made = []
-    original = populations.over_members
+    original = populations.map_members
     monkeypatch.setattr(
         populations, "over_members", lambda *a, **k: made.append(k["own_batch"]) or original(*a, **k)
     )
@@ -190,7 +190,7 @@ def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch)
 
 
 def test_members_at_once_is_measured_where_there_is_no_cpu(home, monkeypatch):
-    monkeypatch.setattr(populations, "needs_no_measuring", lambda device: False)
+    monkeypatch.setattr(populations, "skips_measurement", lambda device: False)
     asked = []
 
     def measured(chunk, programs, mesh, at_once):

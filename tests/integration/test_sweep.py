@@ -14,8 +14,8 @@ import yaml
 from loraplus_jax.cli import main
 from loraplus_jax.sweep import run as sweeping
 from loraplus_jax.sweep.figures import PICTURES
-from loraplus_jax.sweep.report import number, whole
-from loraplus_jax.sweep.slots import Crew
+from loraplus_jax.sweep.report import format_number, format_steps
+from loraplus_jax.sweep.slots import DeviceSlots
 
 from ..messages import assert_mentions
 
@@ -125,7 +125,7 @@ def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):
     assert len(page.numbers) > 100
     for path, value, text in page.numbers:
         assert value == value_at(report, path), path
-        assert text in (number(value), number(value, sign=True), whole(value)), path
+        assert text in (format_number(value), format_number(value, sign=True), format_steps(value)), path
     shown = {path for path, *_ in page.numbers}
     assert {f"runs.{n}.test.loss" for n in range(6)} <= shown
     assert {f"comparisons.{n}.steps_ratio.{k}" for n in range(2) for k in ("mean", "low", "high")} <= shown
@@ -160,7 +160,7 @@ def test_a_finished_sweep_and_other_settings_are_rejected(swept, capsys):
 
 def stopping(monkeypatch, count, stop):
     """`stop()` is called at the population's `count`-th step."""
-    step, taken = Crew.step, []
+    step, taken = DeviceSlots.step, []
 
     def counted(self, batches):
         taken.append(1)
@@ -168,7 +168,7 @@ def stopping(monkeypatch, count, stop):
         if len(taken) == count:
             stop()
 
-    monkeypatch.setattr(Crew, "step", counted)
+    monkeypatch.setattr(DeviceSlots, "step", counted)
 
 
 class Killed(BaseException):

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
-from loraplus_jax.interop.adapter_files import adapter_notes
+from loraplus_jax.interop.adapter_files import read_adapter_json
 
 from ..messages import mentions
 
@@ -72,7 +72,7 @@ def test_the_files_say_what_they_are(adapter):
         "lora/layers/q/lora_b",
         "params/head/kernel",
     }
-    notes = adapter_notes(adapter)
+    notes = read_adapter_json(adapter)
     assert (notes["format"], notes["base"], notes["task"]) == (1, "0123", "cola")
     assert notes["config"]["lr_ratio"] == 16.0
 

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import AdapterSpec, LoRAPlusConfig, apply_lora_plus, init_lora
-from loraplus_jax.interop.other_libraries import adapters_from
+from loraplus_jax.interop.other_libraries import import_adapters
 
 from ..messages import mentions
 
@@ -31,7 +31,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_roles_go_by_side(form):
-    found = adapters_from(FORMS[form], {"net/fc": spec("net/fc")}, scale=1.0)
+    found = import_adapters(FORMS[form], {"net/fc": spec("net/fc")}, scale=1.0)
     np.testing.assert_array_equal(found["net"]["fc"]["lora_a"], A)
     np.testing.assert_array_equal(found["net"]["fc"]["lora_b"], B)
     assert jax.tree.structure(found).num_leaves == 2
@@ -46,7 +46,7 @@ def test_a_live_nnx_model():
     config = LoRAPlusConfig(target_modules=".*", rank=2, alpha=2.0)
     model = apply_lora_plus(nn.Dense(3), config)
     _, specs = init_lora(model, jax.random.key(0), jnp.ones((1, 4)))
-    found = adapters_from(tree, specs, scale=1.0)
+    found = import_adapters(tree, specs, scale=1.0)
     x = jax.random.normal(jax.random.key(1), (5, 4))
     params = {"kernel": layer.kernel[...], "bias": layer.bias[...]}
     np.testing.assert_allclose(
@@ -58,11 +58,11 @@ def test_whatever_does_not_fit_is_listed():
     specs = {"net/fc": spec("net/fc", scale=2.0), "other": spec("other")}
     tree = FORMS["qwix"] | {"strange": {"lora_a": A, "lora_b": B}}
     with pytest.raises(ValueError, match=r"(?s)\+ strange\b.*- other\b.*~ net/fc\b.*\b2\b"):
-        adapters_from(tree, specs, scale=1.0)
+        import_adapters(tree, specs, scale=1.0)
     turned = {"net": {"fc": {"lora_a": A.T @ jnp.ones((4, 2)), "lora_b": B}}}
     with pytest.raises(ValueError, match=r"~ net/fc\b.*\(2, 2\), \(2, 3\)"):
-        adapters_from(turned, {"net/fc": spec("net/fc")}, scale=1.0)
+        import_adapters(turned, {"net/fc": spec("net/fc")}, scale=1.0)
     with pytest.raises(ValueError, match=mentions("fc", "lora_b")):
-        adapters_from({"fc": {"lora_a": A}}, {"fc": spec("fc")}, scale=1.0)
+        import_adapters({"fc": {"lora_a": A}}, {"fc": spec("fc")}, scale=1.0)
     with pytest.raises(ValueError, match=mentions("scale", 0)):
-        adapters_from(FORMS["ours"], {"net/fc": spec("net/fc")}, scale=0)
+        import_adapters(FORMS["ours"], {"net/fc": spec("net/fc")}, scale=0)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraplus_jax.interop.path_map import check_path_map, module_of, place_of
+from loraplus_jax.interop.path_map import check_path_map, module_of, torch_module_of
 
 from ..messages import mentions
 
@@ -23,11 +23,11 @@ def test_invalid_rules_are_rejected(rule, text):
 
 def test_names_go_both_ways():
     rules = [("enc/{block}/{name}", "e.{block}.{layer}.{name}"), ("out", "out")]
-    place = place_of(rules, "enc/up/fc")
+    place = torch_module_of(rules, "enc/up/fc")
     assert place is not None
     assert place.at((7,)) == "e.up.7.fc"
     assert module_of(rules, "e.up.7.fc") == ("enc/up/fc", (7,))
     assert module_of(rules, "e.up.x.fc") is None
     assert module_of(rules, "e.up.07.fc") is None
-    assert place_of(rules, "enc/up") is None
+    assert torch_module_of(rules, "enc/up") is None
     assert module_of(rules, "outer") is None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, LoRAPlusEmbed, apply_lora_plus, init_lora, merge
-from loraplus_jax.linen.dataflow import follow, noted
+from loraplus_jax.linen.dataflow import mark_weight, trace_dataflow
 from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
 
@@ -373,8 +373,8 @@ def test_no_weight_of_the_base_is_made(monkeypatch):
     [
         (lambda u, v, w: (u + 1, v * 0), {0, 1}, set()),
         (lambda u, v, w: u + jnp.zeros_like(v) + w.shape[0], {0}, set()),
-        (lambda u, v, w: (noted(u), v), {1}, set()),
-        (lambda u, v, w: noted(u.T[:, 0]) + noted(2 * v) + noted(u + w), set(), {0, 1, 2}),
+        (lambda u, v, w: (mark_weight(u), v), {1}, set()),
+        (lambda u, v, w: mark_weight(u.T[:, 0]) + mark_weight(2 * v) + mark_weight(u + w), set(), {0, 1, 2}),
         (lambda u, v, w: jax.lax.cond(u[0, 0] > 0, lambda v, w: v, lambda v, w: v + 1, v, w), {0, 1}, set()),
         (lambda u, v, w: jax.lax.scan(lambda c, x: (x, c[0]), u, jnp.stack([v, v]))[1], {0, 1}, set()),
         (
@@ -384,11 +384,15 @@ def test_no_weight_of_the_base_is_made(monkeypatch):
         ),
         (lambda u, v, w: jax.lax.while_loop(lambda c: c[0, 0] < w[0, 0], lambda c: c + 1, u), {0, 2}, set()),
         (lambda u, v, w: jax.jit(lambda u, v: (v, u))(u, v)[1], {0}, set()),
-        (lambda u, v, w: jax.checkpoint(lambda u, v: jnp.sin(u) + noted(-v))(u, v), {0}, {1}),
-        (lambda u, v, w: jax.vmap(lambda u: u[0] + noted(u).astype(u.dtype))(u), {0}, set()),
-        (lambda u, v, w: jax.grad(lambda u: (u.sum() + noted(v)) ** 2)(u) + 0 * squared(u, w), {0, 2}, set()),
+        (lambda u, v, w: jax.checkpoint(lambda u, v: jnp.sin(u) + mark_weight(-v))(u, v), {0}, {1}),
+        (lambda u, v, w: jax.vmap(lambda u: u[0] + mark_weight(u).astype(u.dtype))(u), {0}, set()),
+        (
+            lambda u, v, w: jax.grad(lambda u: (u.sum() + mark_weight(v)) ** 2)(u) + 0 * squared(u, w),
+            {0, 2},
+            set(),
+        ),
     ],
 )
 def test_which_inputs_reach_an_output(program, read, changed):
-    flow = follow(jax.make_jaxpr(program)(*[jnp.ones((2, 2))] * 3))
+    flow = trace_dataflow(jax.make_jaxpr(program)(*[jnp.ones((2, 2))] * 3))
     assert (flow.read, flow.changed) == (read, changed)

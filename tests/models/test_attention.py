@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models import attention
-from loraplus_jax.models.attention import LONG, cached_attention, causal_attention
+from loraplus_jax.models.attention import MIN_BLOCKED_LENGTH, cached_attention, causal_attention
 
 from ..messages import mentions
 
@@ -103,8 +103,8 @@ def test_more_than_eight_blocks_worth_of_tokens():
 
 @pytest.mark.parametrize(("length", "window"), [(150, None), slow(150, 40), slow(129, None), slow(64, 1)])
 def test_keys_in_chunks_equal_float64(length, window, monkeypatch):
-    monkeypatch.setattr(attention, "WHOLE", 32)
-    monkeypatch.setattr(attention, "CHUNK", 48)
+    monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
+    monkeypatch.setattr(attention, "KEY_CHUNK", 48)
     data, segments = inputs(length), segments_of(length)
     found = value_and_gradients(*data, segments, window=window, implementation="blocked")
     check(found, reference(*data, segments, window))
@@ -156,7 +156,9 @@ def test_nothing_that_grows_with_the_square_of_the_length_is_kept():
     )
 
 
-@pytest.mark.parametrize(("length", "same"), [(LONG - 1, "xla"), (LONG, "blocked")])
+@pytest.mark.parametrize(
+    ("length", "same"), [(MIN_BLOCKED_LENGTH - 1, "xla"), (MIN_BLOCKED_LENGTH, "blocked")]
+)
 def test_auto_goes_by_the_length(length, same):
     def program(implementation):
         data = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs(length)[:3]]

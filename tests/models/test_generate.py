@@ -9,12 +9,12 @@ import pytest
 
 from loraplus_jax.models import generate as generation
 from loraplus_jax.models.generate import (
-    ENDED,
-    NOT_FINITE,
+    NONFINITE_LOGITS,
+    PAD_AFTER_END,
     Sampling,
     check_sampling,
-    left_padded,
     make_generate,
+    pad_left,
 )
 from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
@@ -53,7 +53,7 @@ def generate(model):
 
 
 def padded(prompts, multiple=8):
-    return left_padded(prompts, multiple=multiple)
+    return pad_left(prompts, multiple=multiple)
 
 
 def greedy_by_hand(model, variables, prompts, count):
@@ -106,15 +106,15 @@ def test_a_stop_token_ends_a_row(model, variables):
     )
     for ours, whole in zip(np.asarray(found).tolist(), rows, strict=True):
         end = whole.index(stop) + 1 if stop in whole else NEW
-        assert ours == whole[:end] + [ENDED] * (NEW - end)
-    assert ENDED in np.asarray(found)[0]
+        assert ours == whole[:end] + [PAD_AFTER_END] * (NEW - end)
+    assert PAD_AFTER_END in np.asarray(found)[0]
 
 
 def test_scores_that_are_not_finite_are_marked_and_end_the_row(variables, generate):
     embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
     broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}
     found = np.asarray(generate(broken, *padded([[9], [9], [9]]), Sampling(), KEYS))
-    assert found.tolist() == [[NOT_FINITE] + [ENDED] * (NEW - 1)] * 3
+    assert found.tolist() == [[NONFINITE_LOGITS] + [PAD_AFTER_END] * (NEW - 1)] * 3
 
 
 @pytest.mark.slow
@@ -170,17 +170,17 @@ def test_the_nucleus_is_the_fewest_likeliest_and_never_empty():
 
 
 def test_prompts_are_padded_on_the_left_to_a_multiple():
-    ids, segments = left_padded([[1, 2, 3], [4]])
+    ids, segments = pad_left([[1, 2, 3], [4]])
     assert ids.shape == segments.shape == (2, 64)
     assert ids[0, -3:].tolist() == [1, 2, 3]
     assert segments.sum(1).tolist() == [3, 1]
-    assert left_padded([[1] * 65])[0].shape == (1, 128)
+    assert pad_left([[1] * 65])[0].shape == (1, 128)
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])
 def test_there_must_be_a_prompt(prompts):
     with pytest.raises(ValueError, match="prompt"):
-        left_padded(prompts)
+        pad_left(prompts)
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,17 @@ from safetensors.numpy import save_file
 
 from loraplus_jax import make_mesh
 from loraplus_jax.models import hf
-from loraplus_jax.models.hf import INDEX, SINGLE, load_config, load_params
-from loraplus_jax.models.name_table import NameTable, embedding, linear, norm
+from loraplus_jax.models.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
+from loraplus_jax.models.name_table import NameTable, embedding_rules, linear_rules, norm_rules
 from loraplus_jax.tree import flatten
 
 from ..messages import assert_mentions, mentions
 
 TABLE = NameTable(
     rules=(
-        *embedding("tok", "embed"),
-        *linear("h.{layer}.fc", "layers/up"),
-        *norm("h.{layer}.ln", "layers/norm", bias=False),
+        *embedding_rules("tok", "embed"),
+        *linear_rules("h.{layer}.fc", "layers/up"),
+        *norm_rules("h.{layer}.ln", "layers/norm", bias=False),
     ),
     renames=((r"^model\.", ""),),
     ignore=(r"h\.\d+\.position_ids", r"lm_head\..*"),
@@ -49,7 +49,7 @@ def tensors(prefix=""):
 
 
 def write(folder, content):
-    save_file(content, folder / SINGLE)
+    save_file(content, folder / SINGLE_FILE)
     return folder
 
 
@@ -57,7 +57,7 @@ def write_shards(folder, shards, weight_map=None):
     listed = {name: file for file, content in shards.items() for name in content}
     for file, content in shards.items():
         save_file(content, folder / file)
-    (folder / INDEX).write_text(json.dumps({"weight_map": listed | (weight_map or {})}))
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": listed | (weight_map or {})}))
     return folder
 
 
@@ -152,7 +152,7 @@ def test_shards_may_be_links_out_of_the_directory_as_in_the_hub_cache(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "snapshot").mkdir()
     write(tmp_path / "blobs", tensors())
-    (tmp_path / "snapshot" / SINGLE).symlink_to(tmp_path / "blobs" / SINGLE)
+    (tmp_path / "snapshot" / SINGLE_FILE).symlink_to(tmp_path / "blobs" / SINGLE_FILE)
     assert set(load(tmp_path / "snapshot")) == {"embed", "layers"}
 
 
@@ -217,15 +217,15 @@ def test_two_spellings_of_one_tensor_are_extra(tmp_path):
 @pytest.mark.parametrize("cut", [-5, 40, 3, 0])
 def test_truncated_files_are_named(tmp_path, cut):
     write(tmp_path, tensors())
-    whole = (tmp_path / SINGLE).read_bytes()
-    (tmp_path / SINGLE).write_bytes(whole[:cut])
+    whole = (tmp_path / SINGLE_FILE).read_bytes()
+    (tmp_path / SINGLE_FILE).write_bytes(whole[:cut])
     message = error(tmp_path)
-    assert str(tmp_path / SINGLE) in message
+    assert str(tmp_path / SINGLE_FILE) in message
     assert "safetensors" in message
 
 
 def test_garbled_files_are_named(tmp_path):
-    (tmp_path / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / SINGLE_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     assert "Git LFS pointer" in error(tmp_path)
 
 
@@ -271,8 +271,8 @@ def test_index_must_tell_the_truth(tmp_path):
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
 def test_a_damaged_index_is_named(tmp_path, content):
-    (tmp_path / INDEX).write_text(content)
-    assert str(tmp_path / INDEX) in error(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(content)
+    assert str(tmp_path / INDEX_FILE) in error(tmp_path)
 
 
 def test_pickles_are_rejected_unopened(tmp_path):
@@ -282,7 +282,7 @@ def test_pickles_are_rejected_unopened(tmp_path):
 
 
 def test_absent_weights_and_directories_are_named(tmp_path):
-    assert_mentions(error(tmp_path), SINGLE, INDEX)
+    assert_mentions(error(tmp_path), SINGLE_FILE, INDEX_FILE)
     assert_mentions(error(tmp_path / "nowhere"), tmp_path / "nowhere", "directory")
 
 
@@ -347,7 +347,7 @@ def test_three_rows_of_every_tensor_distinguish_files(tmp_path):
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_short_tensors_are_read_whole(tmp_path, rows):
-    table = NameTable(rules=embedding("tok", "embed"))
+    table = NameTable(rules=embedding_rules("tok", "embed"))
     expected = {"embed": {"embedding": jax.ShapeDtypeStruct((rows, 2), jnp.float32)}}
     found = set()
     for change in range(-1, rows):

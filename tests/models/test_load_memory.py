@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loraplus_jax.models.hf import INDEX, SINGLE
+from loraplus_jax.models.hf import INDEX_FILE, SINGLE_FILE
 
 from .gguf.files import metadata, write
 
@@ -22,7 +22,7 @@ CHILD = (
 import gc, json, sys, threading, time
 import jax, jax.numpy as jnp, numpy as np
 from loraplus_jax.models.hf import check_params, load_params
-from loraplus_jax.models.name_table import NameTable, embedding, linear
+from loraplus_jax.models.name_table import NameTable, embedding_rules, linear_rules
 
 folder, dtype, wasteful = sys.argv[1], jnp.dtype(sys.argv[2]), sys.argv[3] == "True"
 table = NameTable(rules=(
@@ -72,11 +72,11 @@ def folders(tmp_path_factory):
     names["model.embed_tokens.weight"] = ROWS
     content = {name: rng.random((rows, WIDTH), np.float32) for name, rows in names.items()}
     low = {name: value.astype(ml_dtypes.bfloat16) for name, value in content.items()}
-    save_file(content, made["single"] / SINGLE)
+    save_file(content, made["single"] / SINGLE_FILE)
     shards = {name: f"model-{n % 3}.safetensors" for n, name in enumerate(names)}
     for file in set(shards.values()):
         save_file({n: v for n, v in low.items() if shards[n] == file}, made["sharded"] / file)
-    (made["sharded"] / INDEX).write_text(json.dumps({"weight_map": shards}))
+    (made["sharded"] / INDEX_FILE).write_text(json.dumps({"weight_map": shards}))
     stored = {
         n.replace("model.layers", "blk").replace("mlp.up_proj", "ffn_up"): v for n, v in content.items()
     }

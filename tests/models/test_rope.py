@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax.models.rope import Rope, checked_scaling, make_rope, rotated
+from loraplus_jax.models.rope import Rope, apply_rope, make_rope, parse_rope_scaling
 
 from ..messages import mentions
 
@@ -14,7 +14,7 @@ def test_rotations_turn_pairs_by_hand():
     """Head size 4, base 100: frequencies 1 and 1/10; the first half is turned against the second."""
     rope = make_rope(jnp.array([[0, 2]]), size=4, theta=100.0, scaling=(), max_positions=16)
     x = jnp.array([1.0, 2.0, 3.0, 4.0])
-    found = np.asarray(rotated(jnp.broadcast_to(x, (1, 2, 1, 4)), rope))[0, :, 0]
+    found = np.asarray(apply_rope(jnp.broadcast_to(x, (1, 2, 1, 4)), rope))[0, :, 0]
     a, b = 2.0, 0.2
     turned = [
         np.cos(a) - 3 * np.sin(a),
@@ -32,7 +32,7 @@ def test_inner_products_depend_only_on_distances():
     @jax.jit
     def product(at, other):
         turned = (
-            rotated(x, make_rope(n[None, None], size=8, theta=1e4, scaling=(), max_positions=64))
+            apply_rope(x, make_rope(n[None, None], size=8, theta=1e4, scaling=(), max_positions=64))
             for x, n in ((query, at), (key, other))
         )
         return jnp.sum(jnp.multiply(*turned))
@@ -46,8 +46,8 @@ def test_linear_scaling_and_factors_divide_the_angles():
     positions = jnp.array([[0, 8, 12]])
     options = {"size": 4, "theta": 100.0, "max_positions": 16}
     plain = make_rope(positions / 4, scaling=(), **options)
-    linear = make_rope(positions, scaling=checked_scaling({"type": "linear", "factor": 4.0}), **options)
-    factors = checked_scaling({"rope_type": "factors", "factors": [4.0, 4.0]})
+    linear = make_rope(positions, scaling=parse_rope_scaling({"type": "linear", "factor": 4.0}), **options)
+    factors = parse_rope_scaling({"rope_type": "factors", "factors": [4.0, 4.0]})
     for found in (linear, make_rope(positions, scaling=factors, **options)):
         for ours, wanted in zip(found, plain, strict=True):
             np.testing.assert_allclose(ours, wanted, atol=1e-6)
@@ -56,7 +56,7 @@ def test_linear_scaling_and_factors_divide_the_angles():
 def test_bf16_is_rotated_in_float32():
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
     rope = Rope(jnp.full((1, 1, 2), 0.6), jnp.full((1, 1, 2), 0.8))
-    found = rotated(x, rope)
+    found = apply_rope(x, rope)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found[0, 0, 0], jnp.array([-0.2, -0.2, 1.4, 1.4], jnp.bfloat16))
 
@@ -74,4 +74,4 @@ def test_bf16_is_rotated_in_float32():
 )
 def test_invalid_scalings_are_rejected(given, message):
     with pytest.raises(ValueError, match=message):
-        checked_scaling(given)
+        parse_rope_scaling(given)

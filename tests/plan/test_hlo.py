@@ -7,7 +7,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from loraplus_jax import make_mesh
-from loraplus_jax.plan.hlo import Collective, collectives, looped_products, parse, shape_bytes, times
+from loraplus_jax.plan.hlo import (
+    Collective,
+    collectives,
+    count_looped_matmuls,
+    execution_counts,
+    parse_hlo,
+    shape_bytes,
+)
 from loraplus_jax.sharding import batch_sharding
 
 CPU = """\
@@ -103,9 +110,9 @@ def test_a_cpu_program_with_a_loop_of_noted_length():
 
 def test_the_length_of_a_loop_from_its_condition_alone():
     unnoted = CPU.replace(', backend_config={"known_trip_count":{"n":"30"}}', "")
-    assert times(parse(unnoted)) == {"add": 0, "body": 30, "cond": 30, "main": 1} | {"add": 31}
-    assert times(parse(unnoted.replace("direction=LT", "direction=LE")))["body"] == 31
-    assert times(parse(unnoted.replace("constant(0)", "constant(10)")))["body"] == 20
+    assert execution_counts(parse_hlo(unnoted)) == {"add": 0, "body": 30, "cond": 30, "main": 1} | {"add": 31}
+    assert execution_counts(parse_hlo(unnoted.replace("direction=LT", "direction=LE")))["body"] == 31
+    assert execution_counts(parse_hlo(unnoted.replace("constant(0)", "constant(10)")))["body"] == 20
 
 
 def test_a_loop_whose_length_cannot_be_read_is_an_error():
@@ -175,8 +182,12 @@ def test_loops_that_hold_matrix_products():
     product = "  %y = f32[16,16]{1,0} dot(%x.1, %x.1), lhs_contracting_dims={1}, rhs_contracting_dims={1}\n"
     inside = CPU.replace("  %one = s32[]", product + "  %one = s32[]")
     outside = CPU.replace("  %zero = s32[]", product.replace("%x.1", "%a") + "  %zero = s32[]")
-    assert (looped_products(inside), looped_products(outside), looped_products(CPU)) == (1, 0, 0)
-    assert looped_products(inside.replace('"n":"30"', '"n":"1"')) == 0
+    assert (count_looped_matmuls(inside), count_looped_matmuls(outside), count_looped_matmuls(CPU)) == (
+        1,
+        0,
+        0,
+    )
+    assert count_looped_matmuls(inside.replace('"n":"30"', '"n":"1"')) == 0
 
 
 def test_a_real_program_reduces_the_gradient_and_nothing_else():

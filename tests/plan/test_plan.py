@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from loraplus_jax import make_mesh
-from loraplus_jax.plan.plan import count_work, head_bytes, make_plan, with_layers
+from loraplus_jax.plan.plan import count_work, head_bytes, make_plan, replace_depth
 from loraplus_jax.plan.programs import plan_step
-from loraplus_jax.tasks.interface import rows_of
+from loraplus_jax.tasks.interface import row_count
 from loraplus_jax.training.setup import task_module
 
 from ..messages import mentions
@@ -27,7 +27,7 @@ def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, de
     else:  # on one device: on a mesh XLA's CPU compiler repeats the embedding's lookup in more and more places
         settings = settings_of(tmp_path, BERT, task="classification", targets=("query", "value"))
     mesh, (base, data) = make_mesh(devices), parts_of(settings, tmp_path)
-    whole = cost(settings, with_layers(base, base.model.config.num_hidden_layers), data, mesh)
+    whole = cost(settings, replace_depth(base, base.model.config.num_hidden_layers), data, mesh)
     work = count_work(settings, base, data, mesh)
     assert work.flops == pytest.approx(whole["flops"], rel=0.01)
     assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
@@ -39,7 +39,7 @@ def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, de
 def test_costs_where_some_layers_are_adapted(tmp_path, layers):
     settings, mesh = llama(tmp_path, layers=layers, targets="all-linear"), make_mesh(1)  # and the head is not
     base, data = parts_of(settings, tmp_path)
-    whole = cost(settings, with_layers(base, 5), data, mesh)
+    whole = cost(settings, replace_depth(base, 5), data, mesh)
     work = count_work(settings, base, data, mesh)
     assert work.flops == pytest.approx(whole["flops"], rel=0.01)
     assert work.bytes == pytest.approx(whole["bytes accessed"], rel=0.02)
@@ -94,8 +94,8 @@ def test_columns_without_data_are_those_of_data(tmp_path, task):
         if task == "instruction"
         else settings_of(tmp_path, BERT, task=task, targets=("query",))
     )
-    data = task_module(settings).without_data(settings)
-    assert rows_of(data.splits["train"]) == 1
+    data = task_module(settings).placeholder_data(settings)
+    assert row_count(data.splits["train"]) == 1
     assert data.task.kind == task
 
 

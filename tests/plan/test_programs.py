@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from loraplus_jax import make_mesh
-from loraplus_jax.plan.programs import evaluation_bytes, plan_step, sizes, theory_bytes
-from loraplus_jax.plan.text import advice, text_of
+from loraplus_jax.plan.programs import evaluation_bytes, memory_sizes, plan_step, theory_bytes
+from loraplus_jax.plan.text import advice, format_plan
 
 from ..messages import assert_mentions
 from .tiny import fake, parts_of
@@ -26,7 +26,7 @@ def test_evaluation_is_compiled_and_has_to_fit(planned):
     assert large > plan.evaluation + 4095 * 3 * 32 * 4  # the batch alone
     tight = fake(plan, evaluation=large, room=2 * plan.needed)
     assert not tight.fits
-    assert_mentions(text_of(tight, settings), "does not fit", f"{(large - 2 * plan.needed) / 1e6:.2f} MB")
+    assert_mentions(format_plan(tight, settings), "does not fit", f"{(large - 2 * plan.needed) / 1e6:.2f} MB")
     (only,) = advice(tight, dataclasses.replace(settings, train=many))
     assert only.startswith("train.eval_batch_size below 32,768")
     assert_mentions(only, 8, "evaluation")
@@ -46,8 +46,8 @@ def test_measuring_the_theory_has_to_fit(planned):
     assert needed > sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     tight = fake(plan, theory=10 * plan.needed, room=2 * plan.needed)
     assert not tight.fits
-    assert "theory" in text_of(tight, often)
-    assert "theory" not in text_of(plan, settings)
+    assert "theory" in format_plan(tight, often)
+    assert "theory" not in format_plan(plan, settings)
     (only,) = advice(tight, often)
     assert only.startswith("train.theory_every null")
 
@@ -61,7 +61,7 @@ def test_measuring_the_theory_has_to_fit(planned):
     ],
 )
 def test_sizes_from_the_compilers_message(problem, needed):
-    assert sizes(None, problem, 1000) == (needed - 1000, needed, 0)
+    assert memory_sizes(None, problem, 1000) == (needed - 1000, needed, 0)
 
 
 def test_evaluation_of_choices_is_reported_as_not_counted(planned):
@@ -70,4 +70,4 @@ def test_evaluation_of_choices_is_reported_as_not_counted(planned):
     base, data = parts_of(choices, Path(settings.model.path))
     mesh = make_mesh()
     assert evaluation_bytes(choices, data, plan_step(choices, base, data, mesh), mesh) == (None, None)
-    assert "evaluation is not counted" in text_of(fake(plan, evaluation=None), settings)
+    assert "evaluation is not counted" in format_plan(fake(plan, evaluation=None), settings)

@@ -9,7 +9,7 @@ import pytest
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.hlo import Collective
 from loraplus_jax.plan.plan import Work, roofline
-from loraplus_jax.plan.text import advice, text_of
+from loraplus_jax.plan.text import advice, format_plan
 from loraplus_jax.plan.tpu import CHIPS
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.sharding import check_tensor
@@ -25,7 +25,7 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
     mesh = {"data": 8, "fsdp": 1, "tensor": 1}
     big = fake(plan, memory=large, needed=9_000_000_000, room=4_000_000_000, mesh=mesh)
     assert not big.fits
-    assert re.search(mentions("does not fit", "5.00 GB"), text_of(big, settings))
+    assert re.search(mentions("does not fit", "5.00 GB"), format_plan(big, settings))
     first, second, *_ = advice(big, settings)
     assert first.startswith("mesh.data 1 and mesh.fsdp 8")
     assert_mentions(first, "frozen weights", "8.00 GB", "1.00 GB")
@@ -38,7 +38,7 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
     assert_mentions(advice(hot, settings)[0], "1 row")
     assert advice(hot, settings)[1].startswith("model.remat full")
     rejected = fake(plan, problem="RESOURCE_EXHAUSTED: Used 20G of 15G", needed=20 * 2**30)
-    assert "RESOURCE_EXHAUSTED" in text_of(rejected, settings)
+    assert "RESOURCE_EXHAUSTED" in format_plan(rejected, settings)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_weights_in_all_reduces_are_reported(planned, mesh, times, said):
     gradients = 4 * plan.trained
     reduces = (Collective("all-reduce", gradients, 8, times, "f32[1]", ""),)
     mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
-    text = text_of(fake(plan, mesh=mesh, collectives=reduces), settings)
+    text = format_plan(fake(plan, mesh=mesh, collectives=reduces), settings)
     assert ("mesh.data 4 and mesh.fsdp 4" in text) == said
 
 
@@ -59,9 +59,9 @@ def test_how_often_split_weights_come_in_by_hand(planned):
     gathers = (Collective("all-gather", weights, 4, 6, "f32[1]", ""),)  # three quarters of it, six times
     mesh = {"data": 2, "fsdp": 4, "tensor": 1}
     split = fake(plan, mesh=mesh, collectives=gathers)
-    assert "4.50 x the frozen weights" in text_of(split, settings)
-    assert "2.25 x the frozen weights" in text_of(fake(split, accumulate=2), settings)
-    assert "x the frozen weights" not in text_of(plan, settings)
+    assert "4.50 x the frozen weights" in format_plan(split, settings)
+    assert "2.25 x the frozen weights" in format_plan(fake(split, accumulate=2), settings)
+    assert "x the frozen weights" not in format_plan(plan, settings)
 
 
 def test_a_roofline_by_hand(planned):
@@ -70,11 +70,11 @@ def test_a_roofline_by_hand(planned):
         CHIPS["v5e"], Work(394e12, 819e9), [Collective("all-gather", 100_000_000_000, 4, 4, "", "")]
     )
     assert found == {"compute": 2.0, "memory": 1.0, "network": 1.5}
-    text = text_of(fake(plan, roofline=found), settings)
+    text = format_plan(fake(plan, roofline=found), settings)
     assert_mentions(text, "roofline", "2.000 s", "128 tokens/s", "FLOPs")
     cut = plan.work._replace(loops=3)
-    assert "3 loops" in text_of(fake(plan, work=cut), settings)
-    assert "not counted" in text_of(fake(plan, work=None), settings)
+    assert "3 loops" in format_plan(fake(plan, work=cut), settings)
+    assert "not counted" in format_plan(fake(plan, work=None), settings)
 
 
 def meshes(lines):
@@ -136,7 +136,7 @@ def test_advice_where_most_is_trained(planned):
     full = dataclasses.replace(settings, method="full")
     all_trained = fake(large, memory={**held, "frozen weights": 0})
     assert advice(all_trained, full)[0].startswith("method lora_plus")
-    assert "frozen weights" not in text_of(all_trained, full).partition("too much")[2]
+    assert "frozen weights" not in format_plan(all_trained, full).partition("too much")[2]
     split = fake(all_trained, mesh={"data": 4, "fsdp": 2, "tensor": 1}, devices=8)
     (wider,) = [line for line in advice(split, full) if line.startswith("mesh.data 1 and mesh.fsdp 8")]
     assert_mentions(wider, "9.00 kB", "2.25 kB")
@@ -156,15 +156,15 @@ def test_reductions_do_not_count_as_weights_that_come_in(planned):
         Collective("all-reduce", 4 * plan.trained, 4, 9, "f32[1]", ""),
     )
     split = fake(plan, mesh={"data": 2, "fsdp": 4, "tensor": 1}, collectives=found)
-    assert "2.50 x the frozen weights" in text_of(split, settings)
+    assert "2.50 x the frozen weights" in format_plan(split, settings)
     slivers = (*found[:2], Collective("all-reduce", 20 * weights, 4, 1, "f32[1]", ""))
-    assert "32.50 x the frozen weights" in text_of(fake(split, collectives=slivers), settings)
+    assert "32.50 x the frozen weights" in format_plan(fake(split, collectives=slivers), settings)
 
 
 def test_fewer_parts_are_advised_that_divide_the_devices(planned):
     plan, settings = planned
     reduces = (Collective("all-reduce", 40 * plan.trained, 9, 1, "f32[1]", ""),)
-    text = text_of(fake(plan, mesh={"data": 1, "fsdp": 9, "tensor": 1}, collectives=reduces), settings)
+    text = format_plan(fake(plan, mesh={"data": 1, "fsdp": 9, "tensor": 1}, collectives=reduces), settings)
     assert "mesh.data 3 and mesh.fsdp 3" in text
 
 
@@ -173,7 +173,7 @@ def test_the_largest_collectives_and_reductions_are_shown(planned):
     gathers = [Collective("all-gather", 1000 * n, 4, 2, f"f32[{n},250]", "here") for n in range(1, 8)]
     again = Collective("all-gather", 7000, 4, 3, "f32[7,250]", "there")
     reduces = [Collective("all-reduce", n, 4, 1, f"f32[3,{n}], f32[3,{n}], f32[]", "") for n in range(1, 6)]
-    text = text_of(fake(plan, collectives=(*gathers, again, *reduces)), settings)
+    text = format_plan(fake(plan, collectives=(*gathers, again, *reduces)), settings)
     lines = [line.split() for line in text.partition("largest of them")[2].splitlines()[1:]]
     shown = [line[:2] for line in lines if line[0].startswith("all-")]
     assert shown[:5] == [["all-gather", f"f32[{n},250]"] for n in (7, 6, 5, 4, 3)]
@@ -186,7 +186,7 @@ def test_the_largest_collectives_and_reductions_are_shown(planned):
 
 def test_a_plan_that_fits(planned):
     plan, settings = planned
-    text = text_of(plan, settings)
+    text = format_plan(plan, settings)
     assert_mentions(text, "5 layers", f"{plan.trained:,} of {plan.total:,} parameters")
     assert plan.total == plan.trained + plan.memory["frozen weights"] // 4
     assert_mentions(text, "8 x 32 tokens", "1 x 32")

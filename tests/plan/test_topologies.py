@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraplus_jax.plan.tpu import CHIPS, shapes, tpu_devices
+from loraplus_jax.plan.tpu import CHIPS, topology_shapes, tpu_devices
 
 from ..messages import mentions
 
@@ -27,6 +27,6 @@ def test_an_unavailable_shape_names_the_nearest(topology, near):
 
 
 def test_the_shapes_of_large_slices():
-    assert (16, 16, 16) in shapes(CHIPS["v4"])
-    assert (8, 16, 16) in shapes(CHIPS["v5p"])
-    assert len(shapes(CHIPS["v6e"])) == 8
+    assert (16, 16, 16) in topology_shapes(CHIPS["v4"])
+    assert (8, 16, 16) in topology_shapes(CHIPS["v5p"])
+    assert len(topology_shapes(CHIPS["v6e"])) == 8

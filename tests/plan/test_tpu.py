@@ -9,8 +9,8 @@ import pytest
 from loraplus_jax import make_mesh
 from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.plan.plan import make_plan
-from loraplus_jax.plan.programs import compiled, plan_step
-from loraplus_jax.plan.text import advice, text_of
+from loraplus_jax.plan.programs import plan_step, try_compile
+from loraplus_jax.plan.text import advice, format_plan
 from loraplus_jax.plan.tpu import CHIPS, tpu_devices
 from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.xla import compiler_options
@@ -95,7 +95,7 @@ def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path)
     settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=2048))
     mesh = make_mesh(1, 4, devices=tpu_devices("v5e:2x2")[1])
     step = plan_step(settings, *parts_of(settings, tmp_path), mesh)
-    program, _ = compiled(step.lowered, compiler_options(mesh, unrolled=False))
+    program, _ = try_compile(step.lowered, compiler_options(mesh, unrolled=False))
     assert gathers_of_weights(collectives(program.as_text()), LLAMA["num_hidden_layers"]) == {
         128 * 128: 4,
         128 * 64: 4,
@@ -137,6 +137,6 @@ def test_an_evaluation_that_is_too_large_for_the_compiler(tmp_path):
     plan = make_plan(settings, "v5e:1x1")
     assert plan.needed < plan.room < plan.evaluation
     assert not plan.fits
-    assert_mentions(text_of(plan, settings), "does not fit", "evaluation", "RESOURCE_EXHAUSTED")
+    assert_mentions(format_plan(plan, settings), "does not fit", "evaluation", "RESOURCE_EXHAUSTED")
     (only,) = advice(plan, settings)
     assert only.startswith("train.eval_batch_size below 400,000,000")

@@ -58,7 +58,7 @@ def llama(directory, **kwargs):
 
 def parts_of(settings, directory):
     family = task_module(settings)
-    data = family.without_data(settings)
+    data = family.placeholder_data(settings)
     return family.make_base(settings, directory, data.task), data
 
 

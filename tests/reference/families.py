@@ -59,11 +59,11 @@ class Pair:
         if self.is_causal:
             config = LlamaConfig.from_hf(load_config(folder))
             self.model, self.table = llama.Llama(config), llama.name_table(config)
-            self.form, new = export.causal_form(config), ()
+            self.form, new = export.causal_lm_class(config), ()
         else:
             config = bert.BertConfig.from_hf(load_config(folder))
             self.model = bert.BertForSequence(config, 3, pooling)
-            self.table, self.form = bert.name_table(pooling), export.sequence_form(config, pooling)
+            self.table, self.form = bert.name_table(pooling), export.encoder_class(config, pooling)
             new = ("head",)
         self.inputs = inputs(self.is_causal)
         shapes = jax.eval_shape(self.model.init, jax.random.key(0), *self.inputs)["params"]

@@ -9,7 +9,7 @@ import transformers as tf
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, merge
 from loraplus_jax.models import export
 from loraplus_jax.models.hf import check_params
-from loraplus_jax.models.merged import Merge
+from loraplus_jax.models.merged import CheckpointMerge
 
 from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
 
@@ -29,7 +29,7 @@ def exported(pair, folder, *, embedding=False, **how):
     leaves, _ = check_params(pair.folder, pair.table, pair.params, new=new)
     head = {} if pair.is_causal else {"params": {"head": pair.params["head"]}}
     folder.mkdir()
-    made = Merge(pair.table, leaves, specs, lora, {})
+    made = CheckpointMerge(pair.table, leaves, specs, lora, {})
     labels = {} if pair.is_causal else {"num_labels": 3}
     export.write_hf(folder, pair.folder, made, pair.form, new=head, config=labels, **how)
     return model, {"params": pair.params, "lora": lora}, specs
@@ -79,7 +79,12 @@ def exported_bare(pair, folder):
     leaves, _ = check_params(pair.folder, pair.table, pair.params, new=("head",))
     folder.mkdir()
     export.write_hf(
-        folder, pair.folder, Merge(pair.table, leaves, specs, lora, {}), pair.form, new={}, config={}
+        folder,
+        pair.folder,
+        CheckpointMerge(pair.table, leaves, specs, lora, {}),
+        pair.form,
+        new={},
+        config={},
     )
     return model, combine({"params": pair.params}, {"lora": lora}), specs
 

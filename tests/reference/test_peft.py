@@ -8,7 +8,7 @@ import torch
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, split_trainable
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
-from loraplus_jax.tree import flatten, replaced
+from loraplus_jax.tree import flatten, replace_leaves
 
 from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
 
@@ -165,7 +165,7 @@ def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, 
     model = apply_lora_plus(pair.model, config)
     _, specs = init_lora(model, jax.random.key(0), *pair.inputs)
     adapter = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
-    variables = replaced({"params": pair.params, "lora": adapter.lora}, flatten(adapter.extras))
+    variables = replace_leaves({"params": pair.params, "lora": adapter.lora}, flatten(adapter.extras))
     given, wanted = pair.logits(model, variables), pair.torch_logits(theirs)
     assert off(pair.base_logits, wanted) > 1e-2, "the adapter does nothing"
     assert off(given, wanted) <= LIMIT

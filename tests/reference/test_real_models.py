@@ -15,9 +15,9 @@ from loraplus_jax import LoRAPlusConfig, combine, fingerprint, save_adapter
 from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.tasks.classification import Task
+from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.tasks.language_losses import LanguageTask
-from loraplus_jax.training.setup import build, load
+from loraplus_jax.training.setup import build_model, load_model
 
 from .families import off, random
 
@@ -42,9 +42,13 @@ def run_of(name, folder, targets, **model):
         task="instruction" if is_causal else "classification",
         output_dir="-",
     )
-    task = LanguageTask(kind="instruction") if is_causal else Task(kind="classification", names=("no", "yes"))
-    parts = load(
-        settings, PLACES[name], build(settings, PLACES[name], task, settings.applied), settings.applied
+    task = (
+        LanguageTask(kind="instruction")
+        if is_causal
+        else EncoderTask(kind="classification", names=("no", "yes"))
+    )
+    parts = load_model(
+        settings, PLACES[name], build_model(settings, PLACES[name], task, settings.applied), settings.applied
     )
     parts = parts._replace(trainable=random(parts.trainable, 0, 0.05))
     notes = {"settings": settings.to_json(), "task": task.notes(), "base": fingerprint(parts.frozen)}

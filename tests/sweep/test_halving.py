@@ -5,17 +5,17 @@ import math
 import pytest
 
 from loraplus_jax.sweep.halving import (
-    at_rung,
-    best_of,
+    best_trial,
     check_rungs,
-    means_of,
+    comparison_steps,
+    mean_losses,
     member_steps,
-    stops_of,
+    split_at_rung,
     survivors,
 )
-from loraplus_jax.sweep.population import fastest
+from loraplus_jax.sweep.population import fastest_batch_size
 from loraplus_jax.sweep.settings import SweepSettings, Trial
-from loraplus_jax.sweep.slots import places_of
+from loraplus_jax.sweep.slots import assign_slots
 
 from ..messages import mentions
 
@@ -54,13 +54,13 @@ def test_of_equals_the_first_is_kept_and_what_diverged_never_is():
 
 
 def test_the_best_of_an_arm():
-    assert best_of(SCORES, "lora") == lora(4.0)
-    assert best_of(SCORES, "lora_plus") == plus(1.0, 4.0)
-    assert best_of({lora(1.0): math.nan}, "lora") is None
+    assert best_trial(SCORES, "lora") == lora(4.0)
+    assert best_trial(SCORES, "lora_plus") == plus(1.0, 4.0)
+    assert best_trial({lora(1.0): math.nan}, "lora") is None
 
 
 def test_a_setting_is_judged_by_all_its_seeds():
-    means = means_of(
+    means = mean_losses(
         {(lora(1.0), 0): 1.0, (lora(1.0), 1): 0.0, (lora(2.0), 0): 0.2, (lora(2.0), 1): math.nan}
     )
     assert means[lora(1.0)] == 0.5
@@ -68,9 +68,9 @@ def test_a_setting_is_judged_by_all_its_seeds():
 
 
 def test_stops():
-    assert stops_of(SweepSettings(), 300) == [38, 300]
-    assert stops_of(SweepSettings(method="grid"), 300) == [300]
-    assert stops_of(SweepSettings(rungs=(0.001, 0.002)), 10) == [1, 10]
+    assert comparison_steps(SweepSettings(), 300) == [38, 300]
+    assert comparison_steps(SweepSettings(method="grid"), 300) == [300]
+    assert comparison_steps(SweepSettings(rungs=(0.001, 0.002)), 10) == [1, 10]
 
 
 def test_rungs_within_the_warm_up_are_rejected():
@@ -98,27 +98,27 @@ def test_rungs_on_one_step_are_rejected():
 
 
 def test_the_only_remaining_setting_of_an_arm_is_selected():
-    assert at_rung(SCORES, 0.5) == ({}, [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)])
+    assert split_at_rung(SCORES, 0.5) == ({}, [lora(2.0), lora(4.0), plus(1.0, 4.0), plus(2.0, 2.0)])
     scores = {lora(4.0): 0.7, plus(1.0, 4.0): 0.60, plus(2.0, 2.0): 0.61, plus(2.0, 4.0): 0.62}
-    assert at_rung(scores, 0.5) == ({"lora": lora(4.0)}, [plus(1.0, 4.0), plus(2.0, 2.0)])
-    assert at_rung(SCORES, 0.25) == ({"lora": lora(4.0), "lora_plus": plus(1.0, 4.0)}, [])
-    assert at_rung({}, 0.5) == ({}, [])
+    assert split_at_rung(scores, 0.5) == ({"lora": lora(4.0)}, [plus(1.0, 4.0), plus(2.0, 2.0)])
+    assert split_at_rung(SCORES, 0.25) == ({"lora": lora(4.0), "lora_plus": plus(1.0, 4.0)}, [])
+    assert split_at_rung({}, 0.5) == ({}, [])
 
 
 def test_the_defaults_take_less_than_a_quarter_of_the_grid():
     # 16 settings of each arm: all to 38, two of each to the end.
     settings = [make(n) for make in (lora, lambda n: plus(n, 4.0)) for n in range(1, 17)]
     left = survivors({trial: float(n) for n, trial in enumerate(settings)}, SweepSettings().keep)
-    taken = member_steps([len(settings), len(left)], stops_of(SweepSettings(), 300))
+    taken = member_steps([len(settings), len(left)], comparison_steps(SweepSettings(), 300))
     assert taken == 32 * 38 + 4 * 262 == 2264 <= 32 * 300 / 4
 
 
 def test_members_are_spread_over_the_devices():
-    assert places_of(5, chunk=8, devices=4, at_once=1) == [0, 2, 4, 6, 1]
-    assert places_of(9, chunk=8, devices=4, at_once=1)[8] == 8
-    assert places_of(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
+    assert assign_slots(5, chunk=8, devices=4, at_once=1) == [0, 2, 4, 6, 1]
+    assert assign_slots(9, chunk=8, devices=4, at_once=1)[8] == 8
+    assert assign_slots(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
     for count in range(1, 17):
-        assert len(set(places_of(count, chunk=8, devices=4, at_once=1))) == count
+        assert len(set(assign_slots(count, chunk=8, devices=4, at_once=1))) == count
 
 
 def test_more_members_at_once_only_while_it_pays():
@@ -128,7 +128,7 @@ def test_more_members_at_once_only_while_it_pays():
         asked.append(size)
         return {1: 1.0, 2: 0.5, 4: 0.49, 8: 0.1}[size]
 
-    assert fastest(seconds, 16) == 2
+    assert fastest_batch_size(seconds, 16) == 2
     assert asked == [1, 2, 4]
-    assert fastest(lambda size: 1 / size, 6) == 4
-    assert fastest(lambda size: math.inf if size > 1 else 1.0, 6) == 1
+    assert fastest_batch_size(lambda size: 1 / size, 6) == 4
+    assert fastest_batch_size(lambda size: math.inf if size > 1 else 1.0, 6) == 1

@@ -7,9 +7,9 @@ import yaml
 
 from loraplus_jax.cli import main
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sweep.halving import stops_of, survivors
+from loraplus_jax.sweep.halving import comparison_steps, survivors
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
-from loraplus_jax.sweep.statistics import runs_of
+from loraplus_jax.sweep.statistics import report_runs
 
 from ..messages import assert_mentions
 
@@ -38,7 +38,7 @@ def kept(run):
 
 
 def stops(run):
-    return stops_of(run.sweep, 100)
+    return comparison_steps(run.sweep, 100)
 
 
 def target(run):
@@ -46,7 +46,7 @@ def target(run):
         {"stage": "report", "arm": arm, "seed": 1, "split": "validation", "step": 9, "loss": loss}
         for arm, loss in (("lora", 0.5), ("lora_plus", 0.25))
     ]
-    return [found["target"] for found in runs_of(rows, 9, run.sweep.target)]
+    return [found["target"] for found in report_runs(rows, 9, run.sweep.target)]
 
 
 # Field, another value, what shows it, and what else must be set; members_at_once is in test_population.py.

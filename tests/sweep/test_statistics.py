@@ -7,14 +7,14 @@ import pytest
 
 from loraplus_jax.sweep.settings import Trial
 from loraplus_jax.sweep.statistics import (
-    called,
-    compare,
-    favoured,
-    interval,
+    compare_arms,
+    faster_arm,
+    lora_label,
     ratio_interval,
-    runs_of,
-    sooner,
+    recommended_arm,
+    report_runs,
     steps_to,
+    t_interval,
     verdict,
 )
 
@@ -31,7 +31,7 @@ def test_the_interval_is_students(count):
     mean = sum(values) / count
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1))
     half = T[count - 1] * deviation / math.sqrt(count)
-    found = interval(values)
+    found = t_interval(values)
     assert found["pairs"] == count
     assert found["mean"] == pytest.approx(mean)
     assert found["low"] == pytest.approx(mean - half, rel=2e-4)
@@ -39,8 +39,8 @@ def test_the_interval_is_students(count):
 
 
 def test_too_few_pairs_have_no_interval():
-    assert interval([]) == {"mean": None, "low": None, "high": None, "pairs": 0}
-    assert interval([2.0]) == {"mean": 2.0, "low": None, "high": None, "pairs": 1}
+    assert t_interval([]) == {"mean": None, "low": None, "high": None, "pairs": 0}
+    assert t_interval([2.0]) == {"mean": 2.0, "low": None, "high": None, "pairs": 1}
 
 
 def test_ratios_are_geometric_and_turn_round():
@@ -67,8 +67,8 @@ def rows(arm, seed, losses, test):
 
 
 def found(*runs, target=None):
-    runs = runs_of([row for run in runs for row in rows(*run)], 20, target)
-    return runs, compare(runs, "lora_plus", "lora", "accuracy")
+    runs = report_runs([row for run in runs for row in rows(*run)], 20, target)
+    return runs, compare_arms(runs, "lora_plus", "lora", "accuracy")
 
 
 def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
@@ -83,7 +83,7 @@ def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
     assert [run["steps_to_target"] for run in runs] == [20.0, 10.0, 15.0, 20.0, None]
     assert comparison["steps_ratio"]["mean"] == pytest.approx(math.sqrt(2.0 * 0.75))
     assert comparison["test_loss"]["mean"] == pytest.approx((-0.20 + 0.14) / 2)
-    assert sooner(comparison) is None
+    assert faster_arm(comparison) is None
     assert re.search(mentions("No difference", "tuned LoRA", 1.22), verdict(comparison, CHOSEN, None))
 
 
@@ -110,12 +110,12 @@ def one_sided(faster, slower, tests=(0.4, 0.4)):
 
 def test_a_significant_difference_has_its_ratio_and_interval_either_way():
     comparison = one_sided("lora_plus", "lora")
-    assert sooner(comparison) == "lora_plus"
+    assert faster_arm(comparison) == "lora_plus"
     said = verdict(comparison, CHOSEN, None)
     assert said.startswith("LoRA+ with lambda=4")
     assert_mentions(said, "2.00 x [2.00, 2.00]", "fewer steps", "tuned LoRA", "95 %", "3 paired seeds")
     comparison = one_sided("lora", "lora_plus")
-    assert sooner(comparison) == "lora"
+    assert faster_arm(comparison) == "lora"
     said = verdict(comparison, CHOSEN, None)
     assert said.startswith("Tuned LoRA")
     assert_mentions(said, "2.00 x [2.00, 2.00]", "fewer steps", "LoRA+")
@@ -130,7 +130,7 @@ def test_a_significant_difference_has_its_ratio_and_interval_either_way():
     ],
 )
 def test_the_winner_ends_lower_or_else_is_faster(tests, winner, why):
-    arm, reason = favoured(one_sided("lora_plus", "lora", tests))
+    arm, reason = recommended_arm(one_sided("lora_plus", "lora", tests))
     assert arm == winner
     assert_mentions(reason, *why)
 
@@ -142,7 +142,7 @@ def test_without_a_significant_difference_plain_lora_is_favoured():
         ("lora", 2, [1.0, 0.5, 0.3], 0.31),
         ("lora_plus", 2, [1.0, 0.6, 0.4], 0.45),
     )
-    assert favoured(comparison)[0] == "lora"
+    assert recommended_arm(comparison)[0] == "lora"
 
 
 @pytest.mark.parametrize(("seeds", "sure"), [(5, False), (6, True)])
@@ -154,7 +154,7 @@ def test_a_target_that_one_alone_reaches_counts_by_a_sign_test(seeds, sure):
         target=0.3,
     )
     assert comparison["alone"] == {"lora_plus": seeds, "lora": 0}
-    assert sooner(comparison) == ("lora_plus" if sure else None)
+    assert faster_arm(comparison) == ("lora_plus" if sure else None)
     said = verdict(comparison, CHOSEN, 0.3)
     assert_mentions(said, "LoRA+ with lambda=4", "tuned LoRA", 0.3, seeds, f"0 of {seeds} seeds")
     assert said.startswith("No verdict on steps") != sure
@@ -163,7 +163,7 @@ def test_a_target_that_one_alone_reaches_counts_by_a_sign_test(seeds, sure):
 def test_a_target_that_neither_reaches_is_reported():
     runs = [(arm, seed, [1.0, 0.8, 0.6], 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
     _, comparison = found(*runs, target=0.1)
-    assert favoured(comparison)[0] == "lora"
+    assert recommended_arm(comparison)[0] == "lora"
     assert_mentions(verdict(comparison, CHOSEN, 0.1), "No verdict on steps", 0.1, "none of 2 seeds")
 
 
@@ -178,7 +178,7 @@ def test_a_target_met_at_the_start_gives_no_verdict(target, losses, what):
     runs = [(arm, seed, losses, 0.6) for arm in ("lora", "lora_plus") for seed in (1, 2)]
     rows, comparison = found(*runs, target=target)
     assert all(run["at_start"] and run["steps_to_target"] is None for run in rows)
-    assert sooner(comparison) is None
+    assert faster_arm(comparison) is None
     assert_mentions(verdict(comparison, CHOSEN, target), "No verdict on steps", "2 of 2 seeds", *what)
 
 
@@ -195,14 +195,14 @@ def test_a_run_that_diverged_is_left_out_and_reported():
     assert_mentions(
         said, "No verdict on steps", "LoRA+ with lambda=4", "diverged", 1, "tuned LoRA", "0 of 2 seeds"
     )
-    arm, reason = favoured(comparison)
+    arm, reason = recommended_arm(comparison)
     assert arm == "lora"
     assert_mentions(reason, "LoRA+", "diverged", "1 of 2 seeds")
 
 
 def test_where_both_always_diverge_nothing_wins():
     _, comparison = found(*[(arm, 1, [1.0, None], None) for arm in ("lora", "lora_plus")])
-    arm, reason = favoured(comparison)
+    arm, reason = recommended_arm(comparison)
     assert arm is None
     assert "diverged" in reason
 
@@ -210,10 +210,10 @@ def test_where_both_always_diverge_nothing_wins():
 def test_lora_is_called_tuned_only_where_it_was():
     comparison = one_sided("lora_plus", "lora")
     even = {"lora": 4, "lora_plus": 4}
-    assert called(even, ["LoRA+: learning_rate 0.01 is the largest tried"]) == "tuned LoRA"
-    at_edge = called(even, ["LoRA: learning_rate 0.01 is the largest tried"])
+    assert lora_label(even, ["LoRA+: learning_rate 0.01 is the largest tried"]) == "tuned LoRA"
+    at_edge = lora_label(even, ["LoRA: learning_rate 0.01 is the largest tried"])
     assert_mentions(at_edge, "LoRA", "edge")
     assert at_edge in verdict(comparison, CHOSEN, None, at_edge)
-    few = called({"lora": 1, "lora_plus": 4}, [])
+    few = lora_label({"lora": 1, "lora_plus": 4}, [])
     assert_mentions(few, "LoRA", 1, "LoRA+", 4)
     assert few in verdict(comparison, CHOSEN, None, few)

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax.data.splits import Rows
-from loraplus_jax.tasks.classification import Task, outputs
+from loraplus_jax.data.splits import LabelledTexts
+from loraplus_jax.tasks.classification import EncoderTask, apply_model
 
 from ..messages import mentions
 
-CLASSES = Task(kind="classification", names=("no", "yes"))
-NUMBERS = Task(kind="regression", mean=10.0, std=2.0)
+CLASSES = EncoderTask(kind="classification", names=("no", "yes"))
+NUMBERS = EncoderTask(kind="regression", mean=10.0, std=2.0)
 
 
 class Echo(nn.Module):
@@ -25,7 +25,7 @@ class Echo(nn.Module):
 
 def rows(labels):
     count = len(labels)
-    return Rows(("t",) * count, None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(count)))
+    return LabelledTexts(("t",) * count, None, tuple(labels), tuple(f"f.csv:{i + 2}" for i in range(count)))
 
 
 def batch(ids, label, weight):
@@ -73,7 +73,7 @@ def test_weights_are_shares_of_an_example():
 def test_the_key_reaches_dropout():
     data = batch([[1, 2]], [0], [1.0])
     plain, noisy, other = (
-        outputs(Echo(2), {}, data, key) for key in (None, jax.random.key(0), jax.random.key(1))
+        apply_model(Echo(2), {}, data, key) for key in (None, jax.random.key(0), jax.random.key(1))
     )
     np.testing.assert_array_equal(plain, [[1, 2]])
     assert not np.array_equal(noisy, plain)
@@ -82,8 +82,8 @@ def test_the_key_reaches_dropout():
 
 def test_a_task_from_splits():
     splits = {"train": rows(["b", "a", "b"]), "test": rows(["a"])}
-    task = Task.from_splits("classification", splits)
-    assert task == Task(kind="classification", names=("a", "b"))
+    task = EncoderTask.from_splits("classification", splits)
+    assert task == EncoderTask(kind="classification", names=("a", "b"))
     assert (task.num_outputs, task.metric, task.mode) == (2, "accuracy", "max")
     np.testing.assert_array_equal(task.labels(splits["train"]), [1, 0, 1])
     assert task.labels(splits["train"]).dtype == np.int32
@@ -91,8 +91,8 @@ def test_a_task_from_splits():
 
 def test_regression_is_standardised_by_the_train_split_only():
     splits = {"train": rows(["1", "3"]), "test": rows(["100"])}
-    task = Task.from_splits("regression", splits)
-    assert task == Task(kind="regression", mean=2.0, std=1.0)
+    task = EncoderTask.from_splits("regression", splits)
+    assert task == EncoderTask(kind="regression", mean=2.0, std=1.0)
     assert (task.num_outputs, task.metric, task.mode) == (1, "mse", "min")
     assert task.labels(splits["test"]).dtype == np.float32
     np.testing.assert_array_equal(task.labels(splits["test"]), [98])
@@ -100,11 +100,11 @@ def test_regression_is_standardised_by_the_train_split_only():
 
 def test_labels_that_do_not_fit_the_task():
     with pytest.raises(ValueError, match=mentions("f.csv:2", "'c'", "train")):
-        Task.from_splits("classification", {"train": rows(["a", "b"]), "test": rows(["c"])})
+        EncoderTask.from_splits("classification", {"train": rows(["a", "b"]), "test": rows(["c"])})
     with pytest.raises(ValueError, match=mentions("f.csv:3", "regression", "'x'")):
-        Task.from_splits("regression", {"train": rows(["1", "2"]), "test": rows(["1", "x"])})
+        EncoderTask.from_splits("regression", {"train": rows(["1", "2"]), "test": rows(["1", "x"])})
     with pytest.raises(ValueError, match=mentions("train", 4)):
-        Task.from_splits("regression", {"train": rows(["4", "4"])})
+        EncoderTask.from_splits("regression", {"train": rows(["4", "4"])})
 
 
 def test_predictions_are_names_with_probabilities_or_numbers():

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import pytest
 
 from loraplus_jax.training.anomalies import (
+    HISTORY_STEPS,
     NOISE,
-    RECENT,
-    History,
+    SpikeHistory,
     advice,
-    as_floats,
     find_spikes,
     index_of_skip_limit,
+    metrics_to_host,
 )
 
 from ..messages import assert_mentions
@@ -25,7 +25,7 @@ def row(loss, norm=1.0, skipped=0.0):
 def test_one_step_of_eight_times_the_loss_in_a_window_of_ten_is_named_with_its_own_norms():
     rows = [row(1.0) for _ in range(10)]
     rows[6] = row(8.0, norm=30.0)
-    seen, (jump,) = find_spikes(History((1.0, 1.1, 0.9)), 11, rows)
+    seen, (jump,) = find_spikes(SpikeHistory((1.0, 1.1, 0.9)), 11, rows)
     assert (jump.step, jump.loss, jump.median) == (17, 8.0, 1.0)
     assert jump.norms == {"grad_norm/b": 30.0, "update_norm/a": 60.0}
     assert jump.values() == {
@@ -42,38 +42,38 @@ def test_one_step_of_eight_times_the_loss_in_a_window_of_ten_is_named_with_its_o
 def test_where_rows_are_cut_does_not_matter(cut):
     rows = [row(1.0 + 0.01 * (n % 7)) for n in range(40)]
     rows[10], rows[33], rows[34] = row(5.0), row(3.0), row(0.0, skipped=1.0)
-    whole, jumps = find_spikes(History(), 1, rows)
-    middle, first = find_spikes(History(), 1, rows[:cut])
+    whole, jumps = find_spikes(SpikeHistory(), 1, rows)
+    middle, first = find_spikes(SpikeHistory(), 1, rows[:cut])
     end, second = find_spikes(middle, cut + 1, rows[cut:])
     assert (end, first + second) == (whole, jumps)
     assert [jump.step for jump in jumps] == [11, 34]
-    assert len(whole.losses) == RECENT
+    assert len(whole.losses) == HISTORY_STEPS
 
 
 def test_losses_that_always_jump_about_are_no_spikes_and_skipped_ones_do_not_count():
     noisy = tuple(float(2 ** (n % 5)) for n in range(20))  # a median of 4, most of them 2 to 3 away from it
-    assert find_spikes(History(noisy), 1, [row(9.0), row(4 + 3 * NOISE)])[1] == []
-    assert len(find_spikes(History(noisy), 1, [row(5 + 3 * NOISE)])[1]) == 1
+    assert find_spikes(SpikeHistory(noisy), 1, [row(9.0), row(4 + 3 * NOISE)])[1] == []
+    assert len(find_spikes(SpikeHistory(noisy), 1, [row(5 + 3 * NOISE)])[1]) == 1
     nan = float("nan")
     seen, jumps = find_spikes(
-        History(noisy[:3], skipped=1), 1, [row(nan, skipped=1.0), row(nan, skipped=1.0)]
+        SpikeHistory(noisy[:3], skipped=1), 1, [row(nan, skipped=1.0), row(nan, skipped=1.0)]
     )
-    assert (seen, jumps) == (History(noisy[:3], skipped=3), [])
+    assert (seen, jumps) == (SpikeHistory(noisy[:3], skipped=3), [])
 
 
 def test_a_first_loss_is_nothing_to_compare_with():
-    assert find_spikes(History(), 1, [row(1.0), row(9.0), row(90.0)])[1] == []
+    assert find_spikes(SpikeHistory(), 1, [row(1.0), row(9.0), row(90.0)])[1] == []
 
 
 @pytest.mark.parametrize(("before", "most", "place"), [(0, 3, 4), (0, 4, None), (2, 3, 0), (1, 3, 4)])
 def test_skipped_steps_in_a_row(before, most, place):
     rows = [row(1.0, skipped=float(letter == "x")) for letter in "x.xxx."]
-    assert index_of_skip_limit(History(skipped=before), rows, most) == place
+    assert index_of_skip_limit(SpikeHistory(skipped=before), rows, most) == place
 
 
 def test_metrics_of_a_checkpoint_and_of_a_device_are_floats_alike():
-    assert as_floats([{"loss": jnp.float32(0.5)}, {"loss": 0.5}]) == [{"loss": 0.5}, {"loss": 0.5}]
-    assert as_floats([]) == []
+    assert metrics_to_host([{"loss": jnp.float32(0.5)}, {"loss": 0.5}]) == [{"loss": 0.5}, {"loss": 0.5}]
+    assert metrics_to_host([]) == []
 
 
 @pytest.mark.parametrize(

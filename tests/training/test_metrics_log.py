@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from loraplus_jax.training.metrics_log import METRICS, RunLog, draw_loss, read_rows, smoothed, write_text
+from loraplus_jax.training.metrics_log import METRICS, RunLog, draw_loss, read_rows, smooth, write_text
 
 
 def log_of(directory, rows, **kwargs):
@@ -98,7 +98,7 @@ def count(picture, colour):
 
 
 def test_smoothing_by_hand():
-    assert smoothed([]) == []
-    assert smoothed([3.0]) == [3.0]
-    assert smoothed([1.0, 0.0, 2.0], weight=0.5) == pytest.approx([1.0, 0.5 / 1.5, (0.25 + 2.0) / 1.75])
-    assert smoothed([2.0] * 50) == pytest.approx([2.0] * 50)
+    assert smooth([]) == []
+    assert smooth([3.0]) == [3.0]
+    assert smooth([1.0, 0.0, 2.0], weight=0.5) == pytest.approx([1.0, 0.5 / 1.5, (0.25 + 2.0) / 1.75])
+    assert smooth([2.0] * 50) == pytest.approx([2.0] * 50)

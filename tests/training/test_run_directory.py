@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from loraplus_jax.settings.parsing import settings_from_json
-from loraplus_jax.settings.schema import ENDS, MAY_CHANGE, DataSettings, ModelSettings, Settings
+from loraplus_jax.settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, DataSettings, ModelSettings, Settings
 from loraplus_jax.training.run_directory import archive_results, check_directory, lock_directory, rename_run
 
 from ..messages import assert_mentions, mentions
@@ -200,7 +200,7 @@ def with_change(name, value):
 
 def test_every_field_is_in_the_table():
     assert set(fields(settings_from_json(PLAIN).to_json())) == CHANGES.keys() | INSTEAD
-    assert set(ENDS) <= set(MAY_CHANGE) <= CHANGES.keys() | INSTEAD
+    assert set(STOP_FIELDS) <= set(RESUMABLE_FIELDS) <= CHANGES.keys() | INSTEAD
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -209,7 +209,7 @@ def test_what_may_change_when_a_run_resumes_and_what_not(tmp_path, name):
     settings = settings_from_json(with_change(name, CHANGES[name]))
     if name == "output_dir" or name.startswith("distributed."):
         assert check_directory(directory, settings, fresh=False) == []
-    elif name in MAY_CHANGE:
+    elif name in RESUMABLE_FIELDS:
         (change,) = check_directory(directory, settings, fresh=False)
         assert_mentions(change, name, json.dumps(CHANGES[name]))
     else:
@@ -217,12 +217,12 @@ def test_what_may_change_when_a_run_resumes_and_what_not(tmp_path, name):
             check_directory(directory, settings, fresh=False)
 
 
-@pytest.mark.parametrize("name", [n for n in MAY_CHANGE if n in CHANGES or n in ENDS])
+@pytest.mark.parametrize("name", [n for n in RESUMABLE_FIELDS if n in CHANGES or n in STOP_FIELDS])
 def test_a_finished_run_resumes_only_when_its_end_moves(tmp_path, name):
     directory = run_of(tmp_path / "run", PLAIN, finished=True)
     epochs = {**PLAIN, "train": {"epochs": 2.0, "batch_size": 32}}
     settings = settings_from_json(epochs if name == "train.epochs" else with_change(name, CHANGES[name]))
-    if name in ENDS:
+    if name in STOP_FIELDS:
         assert check_directory(directory, settings, fresh=False)
     else:
         with pytest.raises(ValueError, match=mentions(directory, "finished", "train.steps")):

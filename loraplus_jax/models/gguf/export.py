@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from ..merged import Merge
+from ..merged import CheckpointMerge
 from . import load as gguf
 
 DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
 """How the matrices may be stored; what has one axis is always float32, as llama.cpp wants it."""
 
 
-def write_gguf(target: Path, source: Path, merge: Merge, dtype: str) -> None:
+def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -> None:
     """Writes a merged model, one tensor after the other.
 
     Args:
@@ -24,7 +24,10 @@ def write_gguf(target: Path, source: Path, merge: Merge, dtype: str) -> None:
     import gguf as package
 
     file = gguf.read(source)
-    weights, kinds = gguf.Weights(file), {n: _storage_type(t.shape, dtype) for n, t in file.tensors.items()}
+    weights, kinds = (
+        gguf.GgufWeights(file),
+        {n: _storage_type(t.shape, dtype) for n, t in file.tensors.items()},
+    )
     writer = package.GGUFWriter(target, file.architecture)
     _copy_metadata(package.GGUFReader(source), writer, DTYPES[dtype])
     for name, tensor in file.tensors.items():
@@ -60,11 +63,11 @@ def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
     writer.data_alignment = reader.alignment
 
 
-def _read_merged(file: gguf.Gguf, weights: gguf.Weights, merge: Merge, name: str) -> np.ndarray:
+def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMerge, name: str) -> np.ndarray:
     """A tensor in the file's order of rows, float32."""
     if name == gguf.ROPE:  # rotary factors, which are part of our config
         return gguf.View(file, file.tensors[name])[:]
-    ours = gguf.renamed(name)
+    ours = gguf.to_hf_name(name)
     view, location = weights.get_slice(ours), merge.places.get(merge.table.canonical(ours))
     if location is None or not merge.changes(location[0]):
         return view.restored(view[:])

@@ -24,7 +24,7 @@ _MOST_DIMENSIONS = 4
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorInfo:
     """A tensor of the file.
 
     Attributes:
@@ -52,7 +52,7 @@ class Gguf:
 
     path: Path
     metadata: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorInfo]
     data: mmap.mmap
 
     @property
@@ -191,7 +191,7 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
     return metadata, tensors
 
 
-def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tensor]:
+def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, TensorInfo]:
     """The table of tensors, which ends the header, with each tensor's position in the file."""
     try:
         import gguf
@@ -209,7 +209,7 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tens
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         cursor.fail(f"its alignment is {alignment!r:.80}")
     base = -(-cursor.at // alignment) * alignment
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name, shape, kind, offset in infos:
         if name in tensors:
             cursor.fail(f"two tensors are called {name!r:.80}")
@@ -219,5 +219,5 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, Tens
         size = math.prod(shape) // block * block_bytes if block else 0
         if base + offset + size > len(cursor.data):
             cursor.fail(f"{name!r:.80} ends at byte {base + offset + size}")
-        tensors[name] = Tensor(shape, dtype, base + offset, size)
+        tensors[name] = TensorInfo(shape, dtype, base + offset, size)
     return tensors

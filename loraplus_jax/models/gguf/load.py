@@ -8,9 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from .header import Gguf, Tensor, find, read
+from .header import Gguf, TensorInfo, find, read
 
-__all__ = ["DTYPES", "Gguf", "View", "Weights", "config", "embedding_rows", "find", "read", "renamed", "ROPE"]
+__all__ = [
+    "DTYPES",
+    "Gguf",
+    "View",
+    "GgufWeights",
+    "config",
+    "embedding_rows",
+    "find",
+    "read",
+    "to_hf_name",
+    "ROPE",
+]
 
 DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 """The types of tensors that are read."""
@@ -188,7 +199,7 @@ class View:
     """
 
     file: Gguf
-    tensor: Tensor
+    tensor: TensorInfo
     heads: int = 0
 
     def get_shape(self) -> list[int]:
@@ -244,7 +255,7 @@ class View:
         return np.arange(rows).reshape(self.heads, rows // self.heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-class Weights:
+class GgufWeights:
     """The tensors of a file as an opened safetensors file has them, under Hugging Face's names."""
 
     def __init__(self, file: Gguf) -> None:
@@ -252,7 +263,7 @@ class Weights:
         sizes = config(file)
         self._views: dict[str, View] = {}
         for name, tensor in file.tensors.items():
-            if (ours := renamed(name)) in self._views:
+            if (ours := to_hf_name(name)) in self._views:
                 raise ValueError(f"{file.path} has two tensors that mean {ours:.80}")
             if name != ROPE:
                 attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
@@ -274,7 +285,7 @@ class Weights:
         return self._views[name][:]
 
 
-def renamed(name: str) -> str:
+def to_hf_name(name: str) -> str:
     """A tensor's name in the file as Hugging Face has it; one that we do not know keeps its own."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not match or match[2] not in _NAMES:

@@ -100,7 +100,7 @@ def test_every_type_means_what_its_format_says(tmp_path, dtype):
     if dtype in ("F32", "BF16"):  # no infinities
         blocks[..., -1] &= 0xBF
     path = write(tmp_path / "m.gguf", {"x": blocks.reshape(3, -1)}, dtypes={"x": dtype})
-    view = gguf.Weights(gguf.read(path)).get_slice("x")
+    view = gguf.GgufWeights(gguf.read(path)).get_slice("x")
     expected = np.array(
         [[x for block in row for x in meaning(block.tobytes())] for row in blocks], np.float64
     )
@@ -159,7 +159,7 @@ def test_biases_of_llamas_queries_and_keys_are_put_in_order_too(tmp_path):
     stored = content | {"blk.1.attn_q.bias": interleaved(content["blk.1.attn_q.bias"], HEADS)}
     file = gguf.read(write(tmp_path / "m.gguf", stored))
     assert gguf.config(file)["attention_bias"] is True
-    found = gguf.Weights(file).get_tensor("model.layers.1.self_attn.q_proj.bias")
+    found = gguf.GgufWeights(file).get_tensor("model.layers.1.self_attn.q_proj.bias")
     np.testing.assert_array_equal(found, content["blk.1.attn_q.bias"])
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from loraplus_jax.data.fetch import cache_dir
 from loraplus_jax.models.gguf import load as gguf
-from loraplus_jax.models.tokenizer import chat_template, special_tokens, tokenizer
+from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, tokenizer
 
 from ...messages import assert_mentions, mentions
 from . import files as gguf_files
@@ -65,12 +65,12 @@ def test_the_real_file_gives_the_ids_of_transformers():
         for text, ids in zip(GOLDEN["texts"], GOLDEN["smollm2"], strict=True)
     )
     assert special_tokens(real_file())["eos_token"] == "<|im_end|>"
-    assert "<|im_start|>system\n" in chat_template(real_file())
+    assert "<|im_start|>system\n" in read_chat_template(real_file())
 
 
 @pytest.mark.slow
 def test_the_real_file_gives_the_weights_of_transformers():
-    weights, digest = gguf.Weights(gguf.read(real_file())), hashlib.sha256()
+    weights, digest = gguf.GgufWeights(gguf.read(real_file())), hashlib.sha256()
     for name in sorted(weights.keys()):
         digest.update(name.encode() + weights.get_tensor(name).tobytes())
     assert digest.hexdigest() == GOLDEN["smollm2_weights"]
@@ -173,10 +173,10 @@ def test_bos_is_added_where_the_file_says_or_llama_cpp_would(tmp_path, metadata,
 
 def test_template_and_special_tokens_of_a_file(tmp_path):
     path = write(tmp_path / "m.gguf", byte_level(padding_token_id=2) | {"tokenizer.chat_template": "{{ x }}"})
-    assert chat_template(tmp_path) == chat_template(path) == "{{ x }}"
+    assert read_chat_template(tmp_path) == read_chat_template(path) == "{{ x }}"
     assert special_tokens(path) == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<user>"}
     bare = write(tmp_path / "bare.gguf", pieces(bos_token_id=None))
-    assert chat_template(bare) is None
+    assert read_chat_template(bare) is None
     assert special_tokens(bare) == {"eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -203,7 +203,7 @@ def test_what_is_wrong_with_a_files_tokenizer_is_named(tmp_path, changes, words)
 def test_special_tokens_and_templates_must_make_sense(tmp_path):
     assert_mentions(error(tmp_path, byte_level(eos_token_id=999), special_tokens), 999, "special")
     metadata = byte_level() | {"tokenizer.chat_template": 3}
-    assert_mentions(error(tmp_path, metadata, chat_template), "template", 3)
+    assert_mentions(error(tmp_path, metadata, read_chat_template), "template", 3)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_rejected(tmp_path):
@@ -234,19 +234,19 @@ def directory(tmp_path):
 def test_a_directory_gives_the_same_three_things(directory):
     assert tokenizer(directory).encode("a b a b").tokens == ["a", "b", "a", "b"]
     assert special_tokens(directory) == {"bos_token": "a", "eos_token": "b"}
-    assert chat_template(directory) == "{{ one }}"
+    assert read_chat_template(directory) == "{{ one }}"
     (directory / "chat_template.jinja").write_text("{{ two }}")
-    assert chat_template(directory) == "{{ two }}"
+    assert read_chat_template(directory) == "{{ two }}"
 
 
 def test_of_several_templates_the_default_one_is_taken(directory):
     named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert chat_template(directory) == "d"
+    assert read_chat_template(directory) == "d"
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
-    assert chat_template(directory) is None
+    assert read_chat_template(directory) is None
     (directory / "tokenizer_config.json").unlink()
-    assert chat_template(directory) is None
+    assert read_chat_template(directory) is None
     assert special_tokens(directory) == {}
 
 
@@ -256,13 +256,13 @@ def test_what_is_wrong_with_a_directory_is_named(directory, tmp_path):
         tokenizer(directory)
     (directory / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=mentions("chat_template.jinja", "UTF-8")):
-        chat_template(directory)
+        read_chat_template(directory)
     (directory / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json"):
         tokenizer(directory)
     (directory / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=mentions(directory, "tokenizer.json")):
         tokenizer(directory)
-    for read in (tokenizer, chat_template, special_tokens):
+    for read in (tokenizer, read_chat_template, special_tokens):
         with pytest.raises(ValueError, match=mentions("nowhere", "directory", "GGUF")):
             read(tmp_path / "nowhere")
