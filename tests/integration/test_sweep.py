@@ -48,7 +48,7 @@ def undrawn(monkeypatch):
         for name in PICTURES:
             (directory / f"{name}.png").write_bytes(one_pixel())
 
-    monkeypatch.setattr(sweeping, "draw", draw)
+    monkeypatch.setattr(sweeping, "draw_figures", draw)
 
 
 @pytest.fixture(scope="module")
