@@ -248,8 +248,16 @@ def is_quick(subject, lifting):
     return lifting == "plain" or (lifting == "scan" and subject in SCANNED)
 
 
+def marks(subject, lifting):
+    """Beyond the quick ones, `.ci/run` lifts every layer in one way, each way in turn."""
+    if is_quick(subject, lifting):
+        return []
+    in_turn = list(SUBJECTS).index(subject) % len(LIFTINGS) == list(LIFTINGS).index(lifting)
+    return [pytest.mark.slow] if in_turn else [pytest.mark.long]
+
+
 EVERY = [
-    pytest.param(subject, lifting, marks=[] if is_quick(subject, lifting) else pytest.mark.slow)
+    pytest.param(subject, lifting, marks=marks(subject, lifting))
     for subject in SUBJECTS
     for lifting in LIFTINGS
 ]

@@ -10,6 +10,7 @@ import pytest
 from loraplus_jax.models import attention
 from loraplus_jax.models.attention import MIN_BLOCKED_LENGTH, cached_attention, causal_attention
 
+from ..marks import long
 from ..messages import mentions
 
 BATCH, HEADS, KEY_HEADS, SIZE = 2, 4, 2, 8
@@ -79,7 +80,7 @@ LENGTHS = [1, slow(127), slow(128), 129, slow(300)]
 KINDS = [(False, None), slow(True, None), slow(False, 40), (True, 40), slow(True, 1), slow(False, 1000)]
 
 
-@pytest.mark.parametrize("implementation", ["blocked", slow("xla")])
+@pytest.mark.parametrize("implementation", ["blocked", long("xla")])
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("with_segments", "window"), KINDS)
 def test_values_and_gradients_equal_float64(implementation, length, with_segments, window):

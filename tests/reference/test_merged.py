@@ -11,6 +11,7 @@ from loraplus_jax.models import export
 from loraplus_jax.models.hf import check_params
 from loraplus_jax.models.merged import CheckpointMerge
 
+from ..marks import diagonal
 from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -35,8 +36,7 @@ def exported(pair, folder, *, embedding=False, **how):
     return model, {"params": pair.params, "lora": lora}, specs
 
 
-@pytest.mark.parametrize("embedding", [False, True])
-@pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS])
+@pytest.mark.parametrize(("name", "embedding"), diagonal((*CAUSAL, *ENCODERS), (False, True)))
 def test_a_merged_directory_in_transformers(name, embedding, tmp_path):
     pair = Pair(name, tmp_path / "base")
     model, variables, specs = exported(pair, tmp_path / "merged", embedding=embedding, shard_bytes=40_000)

@@ -10,6 +10,7 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, sp
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
 from loraplus_jax.tree import flatten, replace_leaves
 
+from ..marks import diagonal
 from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -77,23 +78,11 @@ def tuned(pair, seed=5, **fields):
     return config, model, specs, trainable, frozen
 
 
-CASES = [
-    (name, option)
-    for name in (*CAUSAL, *ENCODERS)
-    for option in (
-        "plain",
-        "all_linear",
-        "embedding",
-        "rslora",
-        "patterns",
-        "layers",
-        "modules_to_save",
-        "parameters",
-        "init_b",
-        "bias",
-        "all_biases",
-    )
-]
+OPTIONS = (
+    *("plain", "all_linear", "embedding", "rslora", "patterns", "layers", "modules_to_save", "parameters"),
+    *("init_b", "bias", "all_biases"),
+)
+CASES = diagonal((*CAUSAL, *ENCODERS), OPTIONS, also=(("qwen2", "bias"), ("bert", "all_biases")))
 
 
 @pytest.mark.parametrize(("name", "option"), CASES)
@@ -156,8 +145,7 @@ def made_by_peft(pair, option, folder):
     return model
 
 
-@pytest.mark.parametrize("option", THEIRS)
-@pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS])
+@pytest.mark.parametrize(("name", "option"), diagonal((*CAUSAL, *ENCODERS), THEIRS))
 def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, tmp_path):
     pair = pairs(name)
     theirs = made_by_peft(pair, option, tmp_path / "a")
