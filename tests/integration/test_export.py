@@ -198,8 +198,8 @@ def test_disagreement_with_the_settings_is_named_with_both_values(finished, tmp_
         return capsys.readouterr().err
 
     for start in (finished.out, peft):
-        assert_mentions(message(start, "--lora.rank", "2"), "lora.rank", 4, 2, "--lora.rank 4")
-        assert_mentions(message(start, "--lora.alpha", "8"), "lora.alpha", 16)
+        assert_mentions(message(start, "--lora.rank", "2"), "lora.rank", 4, 2)
+        assert_mentions(message(start, "--lora.alpha", "8"), "lora.alpha", 16.0, 8.0)
         assert_mentions(message(start, "--lora.use_rslora", "true"), "lora.use_rslora", False)
         found = message(start, "--lora.target_modules", "[query]")
         assert "--lora.target_modules '[encoder/layers/attention/query, " in found
@@ -207,7 +207,7 @@ def test_disagreement_with_the_settings_is_named_with_both_values(finished, tmp_
         assert_mentions(message(start, "--method", "full"), "method", "full", "adapters")
     found = message(finished.out, "--lora.lr_ratio", "8", "--optimizer.decay", "equal")
     assert_mentions(
-        found, "lora.lr_ratio", 4, "optimizer.decay", "coupled", "equal", "--init_adapter_rates new"
+        found, "lora.lr_ratio", 4.0, 8.0, "optimizer.decay", "coupled", "equal", "--init_adapter_rates new"
     )
     assert "task" in message(finished.out, "--task", "regression", "--data.label", "rating")
     assert_mentions(message(tmp_path), "adapter", tmp_path)
