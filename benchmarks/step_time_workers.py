@@ -188,7 +188,8 @@ def _llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
     import jax.numpy as jnp
 
     from loraplus_jax.models.hf import load_config, load_params
-    from loraplus_jax.models.llama import Llama, LlamaConfig, name_table
+    from loraplus_jax.models.llama import Llama, name_table
+    from loraplus_jax.models.llama_config import LlamaConfig
 
     config = LlamaConfig.from_hf(load_config(job["directory"]))
     dtype = jnp.dtype(job["dtype"])

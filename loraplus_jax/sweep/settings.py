@@ -315,8 +315,8 @@ def _sample_trials(run: SweepRun) -> tuple[Trial, ...]:
                 return list(trials)
         raise ValueError(
             f"sweep.samples is {count}, and {MAX_DRAWS_PER_SAMPLE * count:,} draws found only {len(trials)} "
-            f"settings of {ARM_LABELS[arm]} that differ in three digits: give fewer samples, or lists whose ends are "
-            "further apart"
+            f"settings of {ARM_LABELS[arm]} that differ in three digits: give fewer samples, or lists whose ends "
+            "are further apart"
         )
 
     return (
