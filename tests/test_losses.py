@@ -86,6 +86,7 @@ def test_a_tied_embedding_is_taken_as_it_is():
         np.testing.assert_allclose(ours, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape", [(2, 3, 7), *(pytest.param(s, marks=pytest.mark.slow) for s in ((7,), (1, 1), (0, 4)))]
 )

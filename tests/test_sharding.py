@@ -299,6 +299,7 @@ def check_steps(family, sizes):
             np.testing.assert_allclose(found[name], value, rtol=rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
 def test_a_step_is_the_same_on_a_mesh_of_all_three_axes(family, sizes):
@@ -361,6 +362,7 @@ def collectives(compiled):
             yield found[2], sum(BYTES[t] * math.prod(int(n) for n in s.split(",") if n) for t, s in shapes)
 
 
+@pytest.mark.slow
 def test_on_a_data_mesh_only_gradients_of_adapters_and_scalars_are_communicated():
     """The layers stand in a scan, so what is summed inside it is of one layer; written out, all are seen."""
     s = subject("llama")

@@ -156,6 +156,7 @@ def test_only_the_first_twenty_problems_are_shown(tmp_path):
     assert len(str(caught.value).splitlines()) == 22
 
 
+@pytest.mark.slow
 def test_the_problems_of_a_file_that_is_wrong_throughout_fit_in_memory(tmp_path):
     path = _write(tmp_path / "a.jsonl", "x\n" * 100_000)
     tracemalloc.start()

@@ -12,6 +12,7 @@ def _main(name):
     return runpy.run_path(str(EXAMPLES / name))["main"]()
 
 
+@pytest.mark.slow
 def test_own_loop_learns_and_merges():
     before, after, same = _main("01_own_loop.py")
     assert after < 0.01 * before
@@ -30,6 +31,7 @@ def test_raw_parameters_learn_and_merge():
     assert same < 1e-4
 
 
+@pytest.mark.slow
 def test_adapters_of_another_library_learn_at_two_rates():
     roles, ratio, before, after = _main("04_adapters_of_others.py")
     assert roles == ["a", "b", "a", "b"]

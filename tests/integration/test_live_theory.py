@@ -26,6 +26,7 @@ def apart(rows):
     return theory, [row for row in rows if row not in theory]
 
 
+@pytest.mark.slow
 def test_terms_are_logged_at_every_kth_step_and_read_at_the_end(world, capsys):
     out = world.trained(*SHORT, "--train.theory_every", "3")
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("theory: "))

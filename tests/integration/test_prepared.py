@@ -61,6 +61,7 @@ def test_the_head_is_the_only_extra_and_is_new(world):
     assert run.data.task.names == ("no", "yes")
 
 
+@pytest.mark.slow
 def test_full_trains_all_and_freezes_nothing(world):
     run = prepared(world, "--method", "full")
     assert run.config is None
@@ -71,6 +72,7 @@ def test_full_trains_all_and_freezes_nothing(world):
     assert run.metadata["base"] is None
 
 
+@pytest.mark.slow
 def test_the_pooler_is_loaded_where_it_is_asked_for(world):
     frozen = prepared(world, "--model.pooling", "pooler").parts.frozen["params"]
     weight = load_file(world.model / "model.safetensors")["pooler.dense.weight"]
@@ -95,6 +97,7 @@ def test_long_texts_are_counted(world):
     }
 
 
+@pytest.mark.slow
 def test_inspect_reads_no_weights_and_shows_what_would_be_trained(world, monkeypatch, capsys):
     run = prepared(world)
     (world.model / "model.safetensors").write_bytes(b"never read")

@@ -264,14 +264,6 @@ EVERY = [
 every = pytest.mark.parametrize(("subject", "lifting"), EVERY)
 
 
-@pytest.fixture(autouse=True)
-def compiled_in_a_hurry():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def expected_specs(subject, lifting):
     """The table as it must be, from literals."""
     stack = {"scan": 1, "vmap": 0}.get(lifting)

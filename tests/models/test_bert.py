@@ -161,6 +161,7 @@ def test_mask_may_be_bool(tiny):
     np.testing.assert_array_equal(outputs(tiny, mask=MASK.astype(bool)), outputs(tiny))
 
 
+@pytest.mark.slow
 def test_bf16_runs_near_float32_with_a_float32_head(tiny):
     model = BertForSequence(TINY, 3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)["params"]
@@ -173,6 +174,7 @@ def test_bf16_runs_near_float32_with_a_float32_head(tiny):
     np.testing.assert_allclose(result, outputs(tiny), atol=0.1)
 
 
+@pytest.mark.slow
 def test_dropout_is_on_only_with_an_rng(tiny):
     first, second = ({"dropout": jax.random.key(seed)} for seed in (0, 1))
     np.testing.assert_array_equal(outputs(tiny), outputs(tiny))

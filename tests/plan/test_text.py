@@ -19,6 +19,7 @@ from ..messages import assert_mentions, mentions
 from .tiny import fake
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_to_change(planned):
     plan, settings = planned
     large = {**plan.memory, "frozen weights": 8_000_000_000}
