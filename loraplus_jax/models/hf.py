@@ -79,10 +79,10 @@ def load_params(
     Example:
       >>> import tempfile
       >>> from safetensors.numpy import save_file
-      >>> from loraplus_jax.models.name_table import linear
+      >>> from loraplus_jax.models.name_table import linear_rules
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     save_file({"fc.weight": np.ones((2, 3), np.float32)}, f"{folder}/model.safetensors")
-      ...     params = load_params(folder, NameTable(rules=linear("fc", "up", bias=False)),
+      ...     params = load_params(folder, NameTable(rules=linear_rules("fc", "up", bias=False)),
       ...                          {"up": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)}})
       >>> params["up"]["kernel"].shape, params["up"]["kernel"].dtype.name
       ((3, 2), 'bfloat16')
