@@ -71,7 +71,7 @@ def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
     """Where a module of ours is, or None where no rule matches.
 
     >>> torch_module_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
-    Place(name='model.layers.{layer}.up', holes=('layer',), kind=None)
+    TorchModule(name='model.layers.{layer}.up', holes=('layer',), kind=None)
     """
     for rule in path_map:
         if (match := _pattern(rule[0], "[^/]+").fullmatch(module)) is not None:
