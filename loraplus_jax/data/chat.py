@@ -10,7 +10,7 @@ from tokenizers import Encoding, Tokenizer
 from .._validation import check_int
 from .chat_template import ChatTemplate
 from .conversations import Chat
-from .packing import ArrayDict, Sequences, pad
+from .packing import Sequences
 
 AnswerChoice = Literal["all", "last"]
 MAX_PROBLEMS_SHOWN = 20
@@ -33,19 +33,6 @@ class AnswerSpan:
     text_end: int
     end: int
     marked: bool = False
-
-
-def encode_chat(
-    chats: Sequence[Chat],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    max_length: int,
-    *,
-    answers: AnswerChoice = "all",
-) -> tuple[ArrayDict, int]:
-    """Conversations as arrays, one a row; `tokenize_chats` and `pad` in one, and how many were truncated."""
-    sequences = tokenize_chats(chats, tokenizer, template, max_length, answers=answers)
-    return pad(sequences, max_length), sequences.truncated
 
 
 def tokenize_chats(

@@ -10,10 +10,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .._validation import check_int
+from .batches import Batch
 from .chat import Tokens, find_answers, tokenize
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn, take_list, take_text
-from .packing import ArrayDict
 from .readers import Problems, has_lone_surrogate, location_of, raise_problems, read_records
 
 PROMPT_COLUMNS = ("prompt", "question", "instruction")
@@ -75,7 +75,7 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
 
 def encode_choices(
     questions: Sequence[Question], tokenizer: Tokenizer, template: ChatTemplate, max_length: int
-) -> ArrayDict:
+) -> Batch:
     """Every choice of N questions as the answer to its prompt, up to the last token of the choice.
 
     Only the tokens of the choice are scored. A choice's log-likelihood is the sum over `loss_mask` of the tokens'

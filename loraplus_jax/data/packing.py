@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .._validation import check_int
-
-ArrayDict = dict[str, np.ndarray]
+from .batches import Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Sequences:
         return [len(ids) for ids in self.ids]
 
 
-def pad(sequences: Sequences, length: int) -> ArrayDict:
+def pad(sequences: Sequences, length: int) -> Batch:
     """One sequence a row, padded on the right.
 
     Returns:
@@ -44,7 +43,7 @@ def pad(sequences: Sequences, length: int) -> ArrayDict:
     return _fill(sequences, [[i] for i in range(len(sequences.ids))], length)
 
 
-def pack(sequences: Sequences, length: int) -> ArrayDict:
+def pack(sequences: Sequences, length: int) -> Batch:
     """As many sequences a row as fit, none of them cut, by best fit decreasing.
 
     Which sequence goes where depends on the lengths alone: the longest are placed first, each into the fullest row
@@ -85,11 +84,6 @@ def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def padding_share(arrays: ArrayDict) -> float:
-    """The share of tokens that are padding, from 0 to 1."""
-    return float(np.mean(arrays["segment_ids"] == 0)) if arrays["segment_ids"].size else 0.0
-
-
 def check_lengths(lengths: Sequence[int], length: int) -> None:
     """Raises a ValueError unless every sequence has a token at least, and at most `length`."""
     check_int("length", length, at_least=1)
@@ -101,7 +95,7 @@ def check_lengths(lengths: Sequence[int], length: int) -> None:
         )
 
 
-def _fill(sequences: Sequences, rows: Sequence[Sequence[int]], length: int) -> ArrayDict:
+def _fill(sequences: Sequences, rows: Sequence[Sequence[int]], length: int) -> Batch:
     shape = (len(rows), length)
     arrays = {
         "input_ids": np.zeros(shape, np.int32),

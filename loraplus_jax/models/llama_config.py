@@ -36,7 +36,7 @@ class LlamaConfig:
       num_key_value_heads: key heads, each of which serves several query heads.
       head_dim: size of a head, not always `hidden_size / num_attention_heads`.
       max_position_embeddings: tokens of the longest sequence that the model is said to take.
-      rope_theta, rope_scaling: base of the rotary angles, and how they are stretched; see `rope.parse_rope_scaling`.
+      rope_theta, rope_scaling: base of the rotary angles, and their scaling as `rope.parse_rope_scaling` gives it.
       tie_word_embeddings: whether the head is the embedding.
       attention_bias: biases on the attention's output product, and for llama and qwen3 on its three inputs.
       mlp_bias: biases in the MLP.

@@ -50,7 +50,7 @@ class TaskData(NamedTuple):
       truncated: split name to how many of them were too long and cut.
     """
 
-    task: Any
+    task: TaskProtocol
     splits: dict[str, Batch]
     examples: dict[str, int]
     truncated: dict[str, int]

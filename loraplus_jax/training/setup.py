@@ -31,6 +31,7 @@ from ..sharding import (
 from ..spec import Specs
 from ..tasks import causal_lm, encoder
 from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_count
+from ..tasks.language_losses import LanguageTask
 from ..tasks.sample_answers import SamplePrompt
 from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, split_trainable
@@ -100,7 +101,7 @@ def prepare(settings: Settings) -> Run:
         if settings.init_adapter is not None:
             check_init_adapter(settings, shapes, params_of(shapes), data.task)
         answer = None
-        if settings.train.prompt is not None:
+        if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             answer = SamplePrompt.from_settings(settings, directory, data.task, shapes.model)
         shardings = state_shardings(shapes, tx, mesh)
         programs = compile_programs(settings, data, shapes, tx, mesh, shardings)

@@ -12,9 +12,10 @@ from tokenizers import (
     normalizers,
 )
 
-from loraplus_jax.data.chat import encode_chat, find_answers, tokenize_chats
+from loraplus_jax.data.chat import find_answers, tokenize_chats
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.conversations import Chat, Turn, read_chats
+from loraplus_jax.data.packing import pad
 
 from ..messages import assert_mentions, mentions
 from .chats import CHATML, EOS, INST, MARKED, THINKS, chat, learnt, specials, template
@@ -121,8 +122,9 @@ def test_sentencepiece_like_tokenizers(tokenizer):
 def test_arrays_are_padded_cut_and_counted(tokenizer):
     chats = [chat("a", "b"), chat("a", "b" * 40)]
     short = len(tokenize_chats(chats[:1], tokenizer, template(), 99).ids[0])
-    arrays, truncated = encode_chat(chats, tokenizer, template(), short + 3)
-    assert truncated == 1
+    sequences = tokenize_chats(chats, tokenizer, template(), short + 3)
+    arrays = pad(sequences, short + 3)
+    assert sequences.truncated == 1
     assert {k: (v.shape, v.dtype.name) for k, v in arrays.items()} == {
         "input_ids": ((2, short + 3), "int32"),
         "segment_ids": ((2, short + 3), "int32"),
@@ -133,7 +135,7 @@ def test_arrays_are_padded_cut_and_counted(tokenizer):
     assert arrays["loss_mask"][1].tolist() == [0] * (short - 3) + [1] * 6
     assert arrays["input_ids"][0, short:].tolist() == [0] * 3
     assert (tokenizer.truncation["max_length"], tokenizer.padding["length"]) == (5, 5)  # as they were
-    assert encode_chat([], tokenizer, template(), 8)[0]["input_ids"].shape == (0, 8)
+    assert pad(tokenize_chats([], tokenizer, template(), 8), 8)["input_ids"].shape == (0, 8)
 
 
 def test_a_conversation_without_an_answer_token_is_rejected(tokenizer):

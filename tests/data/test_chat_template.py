@@ -8,7 +8,7 @@ from tokenizers import (
     models,
 )
 
-from loraplus_jax.data.chat import encode_chat
+from loraplus_jax.data.chat import tokenize_chats
 from loraplus_jax.data.chat_template import DATE, load_template
 from loraplus_jax.data.conversations import Turn
 
@@ -63,7 +63,7 @@ def test_a_template_sees_what_transformers_gives_it():
 )
 def test_a_template_that_fails_is_named_with_the_row(source, named):
     with pytest.raises(ValueError, match=mentions("f.jsonl:7", "toy.json")) as caught:
-        encode_chat([chat("a", "b", place="f.jsonl:7")], Tokenizer(models.BPE()), template(source), 8)
+        tokenize_chats([chat("a", "b", place="f.jsonl:7")], Tokenizer(models.BPE()), template(source), 8)
     assert named in str(caught.value)
 
 

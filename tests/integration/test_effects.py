@@ -169,7 +169,7 @@ def most_skipped(settings):
     one = trainer(settings)
     skipped = [{"skipped": 1.0, "loss": float("nan")}] * 100
     with pytest.raises(TrainingFailed) as failure:
-        check_skipped(one.run, one.seen, 1, skipped, 0)
+        check_skipped(one.run, one.history, 1, skipped, 0)
     return str(failure.value)
 
 
