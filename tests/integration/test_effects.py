@@ -226,7 +226,7 @@ def goes_elsewhere(settings):
         raise Found
 
     with pytest.MonkeyPatch.context() as patch, without_compiling():
-        patch.setattr(Trainer, "run_all", ending)
+        patch.setattr(Trainer, "run_to_end", ending)
         with pytest.raises(Found):
             train(settings, console=QUIET)
     found = (elsewhere / "config.yaml").exists()
