@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ..marks import long
 from ..messages import assert_mentions
 
 pytestmark = pytest.mark.slow
@@ -118,7 +119,7 @@ def test_two_processes_learn_what_one_does(home, tmp_path):
     assert files == {path.name for path in (tmp_path / "one").iterdir()}
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [long(0), 1])
 def test_a_lost_process_ends_the_other_and_a_restart_resumes_to_bitwise_the_same(home, tmp_path, lost):
     out = tmp_path / "out"
     with two(home, out) as pair:
@@ -151,7 +152,7 @@ def test_sigterm_at_one_process_stops_both_at_the_same_step(home, tmp_path):
     assert (out / "checkpoints" / step).is_dir()
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [long(0), 1])
 def test_a_start_that_nobody_joins_is_given_up_with_one_line(first_world, tmp_path, number):
     address = free_address()
     flags = (*member(number, address), "--distributed.start_timeout", "3")
@@ -264,12 +265,12 @@ MORE_FLAGS = {
 @pytest.mark.parametrize(
     "change",
     [
-        unlike_settings,
+        long(unlike_settings),
         broken_data,
-        unlike_data,
+        long(unlike_data),
         unlike_weights,
-        unlike_split_weights,
-        unlike_trained,
+        long(unlike_split_weights),
+        long(unlike_trained),
         leftover,
     ],
 )
@@ -326,7 +327,7 @@ TALK = (
 )
 
 
-@pytest.mark.parametrize("when", ["preparing", "training"])
+@pytest.mark.parametrize("when", ["preparing", long("training")])
 def test_a_process_lost_at_any_time_is_called_lost(first_talk, tmp_path, when):
     out = tmp_path / "out"
     with two(first_talk, out, *TALK, "--train.steps", "5000") as pair:
@@ -394,6 +395,7 @@ def test_a_fault_of_one_process_ends_both_at_once(first_talk, tmp_path):
     assert ends[0][0] in (1, -signal.SIGABRT), ends[0]
 
 
+@pytest.mark.long
 def test_processes_with_unequal_devices_are_rejected(first_talk, tmp_path):
     address = free_address()
     pair = [start(first_talk, tmp_path / "out", 4 - 2 * n, *member(n, address)) for n in range(2)]
