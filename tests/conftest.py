@@ -12,3 +12,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first: a file stays on one worker, and the others go on meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
