@@ -11,6 +11,7 @@ from loraplus_jax.cli import main
 from loraplus_jax.interop.adapter_files import load_adapter
 from loraplus_jax.interop.peft_files import load_peft
 
+from ..marks import long
 from ..messages import assert_mentions
 from . import language_world as language
 
@@ -78,7 +79,7 @@ def test_a_merged_encoder_evaluates_the_same(finished, tmp_path, capsys, cache):
     assert new.keys() == old.keys()
 
 
-@pytest.mark.parametrize("pooling", ["pooler", "cls"])
+@pytest.mark.parametrize("pooling", ["pooler", long("cls")])
 def test_a_head_that_transformers_has_goes_with_the_model(pooling, world, tmp_path, capsys):
     world.trained("--model.pooling", pooling, "--train.steps", "4")
     for name, flags in (("peft", ()), ("merged", ("--merged",))):

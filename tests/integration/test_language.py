@@ -12,6 +12,7 @@ from loraplus_jax.cli import main
 from loraplus_jax.tasks import causal_lm as language
 from loraplus_jax.training import trainer
 
+from ..marks import long
 from ..messages import assert_mentions
 from . import language_world as tiny
 from .test_run import (
@@ -183,6 +184,7 @@ def test_an_interrupted_run_resumes_and_ends_bit_identical(talk, capsys):
     assert summary_of(talk.out) | {"seconds": 0} == summary_of(straight) | {"seconds": 0}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_resumed_run_has_both_answers(talk):
     args = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "2")
@@ -219,13 +221,13 @@ def assert_same(out, expected):
     [
         ("--mesh.data", "8"),
         ("--mesh.data", "8", "--train.accumulate", "2"),
-        ("--model.unroll", "true"),
-        ("--model.remat", "dots"),
+        long(("--model.unroll", "true")),
+        long(("--model.remat", "dots")),
         ("--model.remat", "full"),
-        ("--model.attention", "xla"),
+        long(("--model.attention", "xla")),
         ("--model.attention", "blocked"),
         ("--model.loss_chunk", "7"),
-        ("--model.loss_chunk", "1"),
+        long(("--model.loss_chunk", "1")),
     ],
     ids=" ".join,
 )
@@ -258,6 +260,7 @@ def test_packed_and_unpacked_evaluations_are_equal(talk):
     assert tensor_bytes(whole) != tensor_bytes(packed)  # other batches
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_bf16_runs_near_float32_with_float32_adapters(talk, short):
     out = talk.trained(*SHORT, "--model.dtype", "bfloat16", "--model.param_dtype", "bfloat16")
@@ -293,7 +296,7 @@ def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, long(False)], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("args", "frozen"),
     [
