@@ -70,8 +70,8 @@ def timing(rounds: int) -> None:
     compiled = count_compilations()
     start = time.perf_counter()
     population = prepare_population(run, len(run.trials))
-    crew = DeviceSlots(population, len(run.trials))
-    crew.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
+    members = DeviceSlots(population, len(run.trials))
+    members.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
     prepared = time.perf_counter() - start
     assert compiled == {"step": 1, "evaluate": 1}, compiled
     start = time.perf_counter()
@@ -85,8 +85,8 @@ def timing(rounds: int) -> None:
     frozen = replicate(single.mesh, single.parts.frozen)
 
     def population_step() -> Any:
-        crew.step(dict.fromkeys(range(len(run.trials)), batch))
-        return crew.chunks
+        members.step(dict.fromkeys(range(len(run.trials)), batch))
+        return members.chunks
 
     def single_steps() -> Any:
         for _ in range(4):
@@ -104,7 +104,7 @@ def timing(rounds: int) -> None:
         {
             "population": population_step,
             "single": single_steps,
-            "population evaluates": lambda: crew.evaluate(held, run.train.eval_batch_size),
+            "population evaluates": lambda: members.evaluate(held, run.train.eval_batch_size),
             "single evaluates": single_evaluation,
         },
         rounds,
@@ -229,8 +229,8 @@ def trained(run: SweepRun) -> dict[int, dict[str, float]]:
     """The validation losses of all settings with all seeds at the rungs and at the end."""
     entries = [(trial, seed) for seed in run.seeds for trial in run.trials]
     population = prepare_population(run, len(entries))
-    crew, losses = DeviceSlots(population, len(entries)), {}
-    crew.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
+    members, losses = DeviceSlots(population, len(entries)), {}
+    members.fill({n: population.first(*entry) for n, entry in enumerate(entries)})
     batches = {
         seed: train_batches(population.data.splits["train"], batch_size=run.train.batch_size, seed=seed)
         for seed in run.seeds
@@ -239,9 +239,9 @@ def trained(run: SweepRun) -> dict[int, dict[str, float]]:
     stops = {math.ceil(share * population.steps) for share in LOOKS}
     for step in range(1, population.steps + 1):
         by_seed = {seed: next(stream) for seed, stream in batches.items()}
-        crew.step({n: by_seed[seed] for n, (_, seed) in enumerate(entries)})
+        members.step({n: by_seed[seed] for n, (_, seed) in enumerate(entries)})
         if step in stops:
-            found = crew.evaluate(population.data.splits["validation"], run.train.eval_batch_size)
+            found = members.evaluate(population.data.splits["validation"], run.train.eval_batch_size)
             losses[step] = {key(*entries[n]): values["loss"] for n, values in found.items()}
             print(f"step {step}", flush=True)
     return losses

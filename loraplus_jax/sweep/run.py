@@ -118,7 +118,7 @@ class Sweep:
         console: Console,
         started: float,
     ) -> None:
-        self.population, self.run, self.crew = population, population.run, DeviceSlots(population, places)
+        self.population, self.run, self.slots = population, population.run, DeviceSlots(population, places)
         self.directory, self.manager, self.console = directory, manager, console
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
@@ -143,7 +143,7 @@ class Sweep:
         while stops := self.stops():
             stop = stops[0]
             while self.step < stop:
-                self.crew.step(self.next_batches())
+                self.slots.step(self.next_batches())
                 self.step, self.clock = self.step + 1, self.clock + 1
                 due = self.step % self.run.train.eval_every == 0 or signal.received is not None
                 if due and self.step < stop:
@@ -161,7 +161,7 @@ class Sweep:
         trials, seeds = self.run.trials, self.run.seeds
         self.begin("search", [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds])
         while (clock := self.manager.latest_step()) is not None:
-            like = self.crew.as_state(self.clock)
+            like = self.slots.as_state(self.clock)
             try:
                 restored = restore(self.manager, like, metadata=self.population.metadata)
             except DamagedCheckpoint as error:
@@ -174,7 +174,7 @@ class Sweep:
     def begin(self, stage: str, entries: Sequence[MemberSpec]) -> None:
         """All entries of a stage before their first step."""
         self.stage, self.step, self.entries = stage, 0, list(entries)
-        self.crew.fill(dict(enumerate(self.first())))
+        self.slots.fill(dict(enumerate(self.first())))
         self.batches = self.fresh_batches()
 
     def begin_report(self) -> None:
@@ -191,7 +191,7 @@ class Sweep:
         self.chosen = {arm: Trial(*values) for arm, values in position["chosen"].items()}
         if self.stage == "report":
             self.entries = self.report_entries()
-        self.crew.resume(state, dict(enumerate(self.first())), position["places"])
+        self.slots.resume(state, dict(enumerate(self.first())), position["places"])
         self.batches = self.fresh_batches()
         for seed, batches in self.batches.items():
             batches.set_state(position["batches"][str(seed)])
@@ -209,7 +209,7 @@ class Sweep:
     def next_batches(self) -> dict[int, Any]:
         """The next batch of every member."""
         by_seed = {seed: next(batches) for seed, batches in self.batches.items()}
-        return {number: by_seed[self.entries[number].seed] for number in self.crew.numbers}
+        return {number: by_seed[self.entries[number].seed] for number in self.slots.member_ids}
 
     def report_entries(self) -> list[MemberSpec]:
         """The chosen settings and the control on the report's seeds."""
@@ -247,14 +247,14 @@ class Sweep:
         A member whose loss is not finite is stopped.
         """
         rows = self.curve_split if split == "curve" else self.population.data.splits[split]
-        results = self.crew.evaluate(rows, self.run.train.eval_batch_size)
+        results = self.slots.evaluate(rows, self.run.train.eval_batch_size)
         for number, values in results.items():
             arm, trial, seed = self.entries[number]
             finite = math.isfinite(values["loss"])
             values = values | self.population.data.task.derived(values) if finite else dict.fromkeys(values)
             where = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
             self.rows.append({**where, "split": split, **values})
-        self.crew.stop(number for number, values in results.items() if not math.isfinite(values["loss"]))
+        self.slots.retire(number for number, values in results.items() if not math.isfinite(values["loss"]))
 
     def choose(self) -> None:
         """Keeps what goes on after a rung; chooses each arm's best at the end, or before what is left alone."""
@@ -281,7 +281,7 @@ class Sweep:
         alone, going = split_at_rung(scores, self.run.sweep.keep)
         self.chosen |= alone
         if going:
-            self.crew.gather([n for n in self.crew.numbers if self.entries[n].trial in going])
+            self.slots.compact([n for n in self.slots.member_ids if self.entries[n].trial in going])
 
     # What is left behind.
 
@@ -290,13 +290,13 @@ class Sweep:
         position = {
             "stage": self.stage,
             "step": self.step,
-            "places": self.crew.places,
+            "places": self.slots.slots,
             "chosen": {arm: list(trial) for arm, trial in self.chosen.items()},
             "batches": {str(seed): batches.get_state() for seed, batches in self.batches.items()},
             "rows": self.rows,
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
-        state = self.crew.as_state(self.clock)
+        state = self.slots.as_state(self.clock)
         save(self.manager, state, metadata=self.population.metadata, input_position=position)
         write_text(self.directory / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
 

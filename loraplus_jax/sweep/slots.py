@@ -1,4 +1,4 @@
-"""The members in training: their places in the calls of the program, moved together as others drop out."""
+"""Assigns population members to device slots, and compacts them as members are pruned."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,45 +13,45 @@ from .population import Members, Population
 
 
 class DeviceSlots:
-    """Numbered members in as many places as a population ever needs; a place is empty or holds one.
+    """Numbered members in as many slots as a population ever needs; a slot is empty or holds one.
 
-    The places make up whole calls of the program: however many members are left, nothing is compiled again. How
-    many places that takes depends on the devices, so checkpoints hold members by number and not by place.
+    The slots make up whole calls of the program: however many members are left, nothing is compiled again. How
+    many slots that takes depends on the devices, so checkpoints hold members by number and not by slot.
 
     Attributes:
       size: how many members there are at most.
-      places: the number of the member in each place, -1 for none.
+      slots: the number of the member in each slot, -1 for none.
       chunks: the arrays, one tree for each call.
     """
 
     def __init__(self, population: Population, size: int) -> None:
         self.population, self.chunk = population, population.chunk
         self.size, self.total = size, -(-size // self.chunk) * self.chunk
-        self.places: list[int] = []
+        self.slots: list[int] = []
         self.chunks: list[Members] = []
 
     @property
-    def numbers(self) -> list[int]:
+    def member_ids(self) -> list[int]:
         """The members, in order."""
-        return sorted(n for n in self.places if n >= 0)
+        return sorted(n for n in self.slots if n >= 0)
 
     def fill(self, members: Mapping[int, Members]) -> None:
-        """Gives members places, all others being empty."""
+        """Puts members into slots; all other slots are empty."""
         population = self.population
         where = assign_slots(len(members), self.chunk, population.mesh.size, population.at_once)
-        self.places = [-1] * self.total
-        for place, number in zip(where, members, strict=True):
-            self.places[place] = number
+        self.slots = [-1] * self.total
+        for slot, number in zip(where, members, strict=True):
+            self.slots[slot] = number
         empty = jax.tree.map(np.zeros_like, next(iter(members.values())))
-        self.put(stack_members([members.get(number, empty) for number in self.places]))
+        self.load(stack_members([members.get(number, empty) for number in self.slots]))
 
-    def gather(self, kept: Sequence[int]) -> None:
+    def compact(self, kept: Sequence[int]) -> None:
         """Moves the members kept together, so that whole calls of the program are saved."""
-        host, place = self.host(), {number: place for place, number in enumerate(self.places)}
+        host, place = self.to_host(), {number: place for place, number in enumerate(self.slots)}
         self.fill({n: jax.tree.map(lambda leaf, n=n: leaf[place[n]], host) for n in sorted(kept)})
 
-    def put(self, members: Members) -> None:
-        """The arrays of all places, each of the size `(total, ...)`, as the program takes them."""
+    def load(self, members: Members) -> None:
+        """The arrays of all slots, each of the size `(total, ...)`, as the program takes them."""
         shardings = self.population.programs.step.input_shardings[0][0]
         cuts = (
             jax.tree.map(lambda leaf, start=start: np.asarray(leaf)[start : start + self.chunk], members)
@@ -59,17 +59,17 @@ class DeviceSlots:
         )
         self.chunks = [jax.device_put(cut, shardings) for cut in cuts]
 
-    def host(self) -> Members:
-        """All places as one tree of arrays in the host's memory."""
+    def to_host(self) -> Members:
+        """All slots as one tree of arrays in the host's memory."""
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(self.chunks))
 
     def step(self, batches: Mapping[int, Batch]) -> None:
         """One step of every member, each on its own batch."""
         programs, frozen = self.population.programs, self.population.parts.frozen
         shardings = programs.step.input_shardings[0][2]
-        filler = next(iter(batches.values()))  # what an empty place gets does not matter
+        filler = next(iter(batches.values()))  # what an empty slot gets does not matter
         for chunk in self._busy():
-            parts = [batches.get(number, filler) for number in self.places_in(chunk)]
+            parts = [batches.get(number, filler) for number in self.slots_in(chunk)]
             batch = jax.tree.map(lambda *columns: np.stack(columns), *parts)
             batch = jax.device_put(batch, shardings)
             self.chunks[chunk] = programs.step(self.chunks[chunk], frozen, batch)
@@ -89,38 +89,38 @@ class DeviceSlots:
         results = {}
         for chunk, total in totals.items():
             values, alive = jax.device_get((weighted_means(total), self.chunks[chunk].alive))
-            for place, number in enumerate(self.places_in(chunk)):
+            for place, number in enumerate(self.slots_in(chunk)):
                 if number >= 0:
                     row = {name: float(column[place]) for name, column in values.items()}
                     results[number] = row if alive[place] else dict.fromkeys(row, math.nan)
         return dict(sorted(results.items()))
 
-    def stop(self, numbers: Iterable[int]) -> None:
+    def retire(self, numbers: Iterable[int]) -> None:
         """Members that take no more steps."""
         stopped = set(numbers)
         for chunk, members in enumerate(self.chunks):
-            stays = np.array([number not in stopped for number in self.places_in(chunk)])
+            stays = np.array([number not in stopped for number in self.slots_in(chunk)])
             alive = np.asarray(members.alive) & stays
             self.chunks[chunk] = members.replace(alive=jax.device_put(alive, members.alive.sharding))
 
-    def places_in(self, chunk: int) -> list[int]:
-        """The places of one call."""
-        return self.places[chunk * self.chunk :][: self.chunk]
+    def slots_in(self, chunk: int) -> list[int]:
+        """The slots of one call."""
+        return self.slots[chunk * self.chunk :][: self.chunk]
 
     def as_state(self, clock: int) -> TrainState:
         """What changes in training, as checkpoints hold it, under a number of its own.
 
         Along the first axis are the members by number, zeros for those that are gone: the same on any devices.
         """
-        numbers = self.numbers
-        where = [self.places.index(number) for number in numbers]
+        numbers = self.member_ids
+        where = [self.slots.index(number) for number in numbers]
 
         def by_number(leaf: np.ndarray) -> np.ndarray:
             rows = np.zeros((self.size, *leaf.shape[1:]), leaf.dtype)
             rows[numbers] = leaf[where]
             return rows
 
-        host = jax.tree.map(by_number, self.host())
+        host = jax.tree.map(by_number, self.to_host())
         values = {"trainable": host.state.trainable, "step": host.state.step}
         values |= {"skipped": host.skipped, "alive": host.alive}
         step: Any = np.int32(clock)
@@ -132,7 +132,7 @@ class DeviceSlots:
         Args:
           state: as a checkpoint held it.
           first: the members before their first step, for their rates and scales.
-          places: which members were left, in any order, -1 for none; they get the places that these devices have.
+          places: which members were left, in any order, -1 for none; they get the slots that these devices have.
         """
         values = jax.device_get(state.trainable)
         kept = TrainState(values["trainable"], state.opt_state, values["step"], state.rng)
@@ -146,13 +146,13 @@ class DeviceSlots:
 
     def _busy(self) -> list[int]:
         """The calls that have a member."""
-        return [chunk for chunk in range(len(self.chunks)) if max(self.places_in(chunk)) >= 0]
+        return [chunk for chunk in range(len(self.chunks)) if max(self.slots_in(chunk)) >= 0]
 
 
 def assign_slots(count: int, chunk: int, devices: int, at_once: int) -> list[int]:
     """Where `count` members go, so that all devices have as many of them.
 
-    With several at once a call computes all its places, so that calls are filled one after the other.
+    With several at once a call computes all its slots, so that calls are filled one after the other.
 
     >>> assign_slots(3, chunk=8, devices=4, at_once=1)
     [0, 2, 4]

@@ -48,22 +48,22 @@ def swept(world, *overrides):
 
 
 def taken(run, entries, steps, at_once=None):
-    """A crew after some steps."""
+    """A population after some steps."""
     population = prepare_population(run, len(entries), at_once)
-    crew = DeviceSlots(population, len(entries))
-    crew.fill({n: population.first(*entry) for n, entry in entries.items()})
+    members = DeviceSlots(population, len(entries))
+    members.fill({n: population.first(*entry) for n, entry in entries.items()})
     split, size = population.data.splits["train"], run.train.batch_size
     streams = {seed: train_batches(split, batch_size=size, seed=seed) for _, seed in entries.values()}
     for _ in range(steps):
         by_seed = {seed: next(stream) for seed, stream in streams.items()}
-        crew.step({n: by_seed[entries[n][1]] for n in crew.numbers})
-    return crew
+        members.step({n: by_seed[entries[n][1]] for n in members.member_ids})
+    return members
 
 
-def member(crew, number):
+def member(members, number):
     """What a member trains."""
-    where = crew.places.index(number)
-    return {path: leaf[where] for path, leaf in leaves_by_path(crew.host().state.trainable).items()}
+    where = members.slots.index(number)
+    return {path: leaf[where] for path, leaf in leaves_by_path(members.to_host().state.trainable).items()}
 
 
 def alone(run, trial, seed, steps):
@@ -83,21 +83,21 @@ def home(first_world, tmp_path_factory, cache):
 
 
 @pytest.fixture(scope="module")
-def crew(home):
+def members(home):
     return taken(swept(home), ENTRIES, 100)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_a_member_equals_its_single_run(home, crew, number):
-    ours, theirs = member(crew, number), alone(swept(home), *ENTRIES[number], 100)
+def test_a_member_equals_its_single_run(home, members, number):
+    ours, theirs = member(members, number), alone(swept(home), *ENTRIES[number], 100)
     assert ours.keys() == theirs.keys()
     for path, leaf in theirs.items():
         cut = ours[path][tuple(slice(size) for size in leaf.shape)]
         assert np.abs(cut - leaf).max() <= 1e-5, path
 
 
-def test_the_columns_above_a_members_rank_stay_exactly_zero(crew):
-    found = member(crew, 2)
+def test_the_columns_above_a_members_rank_stay_exactly_zero(members):
+    found = member(members, 2)
     a, b = (next(v for path, v in found.items() if path.endswith(name)) for name in ("lora_a", "lora_b"))
     assert a[..., :2].any()
     assert b[..., :2, :].any()
@@ -105,67 +105,69 @@ def test_the_columns_above_a_members_rank_stay_exactly_zero(crew):
     assert not b[..., 2:, :].any()
 
 
-def test_a_member_that_diverges_is_stopped_where_it_was_and_harms_nobody(crew):
-    alive = {n: bool(crew.host().alive[crew.places.index(n)]) for n in ENTRIES}
+def test_a_member_that_diverges_is_stopped_where_it_was_and_harms_nobody(members):
+    alive = {n: bool(members.to_host().alive[members.slots.index(n)]) for n in ENTRIES}
     assert alive == {0: True, 1: True, 2: True, 3: False}
-    steps = crew.host().state.step[[crew.places.index(n) for n in ENTRIES]]
+    steps = members.to_host().state.step[[members.slots.index(n) for n in ENTRIES]]
     assert steps.tolist()[:3] == [100, 100, 100]
     assert 5 <= steps[DIVERGES] <= 10  # train.max_skipped is 5, and a step or two are taken before
-    assert all(np.isfinite(leaf).all() for leaf in member(crew, DIVERGES).values())
-    found = crew.evaluate(crew.population.data.splits["validation"], 16)
+    assert all(np.isfinite(leaf).all() for leaf in member(members, DIVERGES).values())
+    found = members.evaluate(members.population.data.splits["validation"], 16)
     assert np.isnan(found[DIVERGES]["loss"])
     assert np.isfinite(found[0]["loss"])
 
 
-def test_several_devices_are_the_same(home, crew):
+def test_several_devices_are_the_same(home, members):
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
     other = taken(swept(home, "--mesh.data", "4"), ENTRIES, 100)
     assert (other.chunk, other.population.mesh.size) == (4, 4)
-    split = crew.population.data.splits["validation"]
-    ours, theirs = crew.evaluate(split, 16), other.evaluate(split, 16)
+    split = members.population.data.splits["validation"]
+    ours, theirs = members.evaluate(split, 16), other.evaluate(split, 16)
     for number in (0, 1, 2):
         assert abs(ours[number]["loss"] - theirs[number]["loss"]) <= 1e-5
         # A program for several devices is compiled otherwise, and rounds so: 1.4e-5 was seen after 100 steps.
-        for path, leaf in member(crew, number).items():
+        for path, leaf in member(members, number).items():
             assert np.abs(member(other, number)[path] - leaf).max() <= 5e-5, path
 
 
-def test_several_at_once_have_the_same_losses(home, crew):
+def test_several_at_once_have_the_same_losses(home, members):
     some = {n: entry for n, entry in ENTRIES.items() if n != DIVERGES}
     other = taken(swept(home), some, 100, at_once=2)
     assert (other.chunk, len(other.chunks)) == (2, 2)
-    split = crew.population.data.splits["validation"]
-    ours, theirs = crew.evaluate(split, 16), other.evaluate(split, 16)
+    split = members.population.data.splits["validation"]
+    ours, theirs = members.evaluate(split, 16), other.evaluate(split, 16)
     assert all(abs(ours[n]["loss"] - theirs[n]["loss"]) <= 1e-5 for n in some)
 
 
-def test_survivors_are_compacted_and_continue_as_they_were(home, crew):
-    before = {n: member(crew, n) for n in (0, 2)}
-    other = DeviceSlots(crew.population, len(ENTRIES))
-    other.places, other.chunks = list(crew.places), list(crew.chunks)
-    other.gather([2, 0])
-    assert other.numbers == [0, 2]
-    assert sorted(other.places) == [-1, -1, 0, 2]
+def test_survivors_are_compacted_and_continue_as_they_were(home, members):
+    before = {n: member(members, n) for n in (0, 2)}
+    other = DeviceSlots(members.population, len(ENTRIES))
+    other.slots, other.chunks = list(members.slots), list(members.chunks)
+    other.compact([2, 0])
+    assert other.member_ids == [0, 2]
+    assert sorted(other.slots) == [-1, -1, 0, 2]
     for number, leaves in before.items():
         assert all((member(other, number)[path] == leaf).all() for path, leaf in leaves.items())
 
 
-def test_members_continue_on_any_number_of_devices(home, crew):
+def test_members_continue_on_any_number_of_devices(home, members):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")
-    saved = crew.as_state(7)
+    saved = members.as_state(7)
     assert {len(leaf) for leaf in jax.tree.leaves((saved.trainable, saved.opt_state, saved.rng))} == {4}
-    first = {n: crew.population.first(*entry) for n, entry in ENTRIES.items()}
+    first = {n: members.population.first(*entry) for n, entry in ENTRIES.items()}
     other = DeviceSlots(prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES)), len(ENTRIES))
     other.resume(saved, first, [-1, 3, 0, 2])
-    assert (other.total, other.numbers) == (8, [0, 2, 3])
-    for number in other.numbers:
-        assert all((member(other, number)[path] == leaf).all() for path, leaf in member(crew, number).items())
-    alive = {n: bool(other.host().alive[other.places.index(n)]) for n in other.numbers}
+    assert (other.total, other.member_ids) == (8, [0, 2, 3])
+    for number in other.member_ids:
+        assert all(
+            (member(other, number)[path] == leaf).all() for path, leaf in member(members, number).items()
+        )
+    alive = {n: bool(other.to_host().alive[other.slots.index(n)]) for n in other.member_ids}
     assert alive == {0: True, 2: True, 3: False}
-    again = DeviceSlots(crew.population, len(ENTRIES))
-    again.resume(other.as_state(7), first, other.places)
+    again = DeviceSlots(members.population, len(ENTRIES))
+    again.resume(other.as_state(7), first, other.slots)
     for path, leaf in leaves_by_path(again.as_state(7)).items():
         expected = np.array(leaves_by_path(saved)[path])
         if path != "step":
@@ -177,16 +179,20 @@ def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch)
     made = []
     original = populations.map_members
     monkeypatch.setattr(
-        populations, "over_members", lambda *a, **k: made.append(k["own_batch"]) or original(*a, **k)
+        populations, "map_members", lambda *a, **k: made.append(k["own_batch"]) or original(*a, **k)
     )
     run = swept(home)
-    crew = taken(run, {n: (ENTRIES[n % 3][0], n) for n in range(6)}, 2)
+    members = taken(run, {n: (ENTRIES[n % 3][0], n) for n in range(6)}, 2)
     assert sorted(made) == [False, True]
-    base = sum(leaf.nbytes for leaf in jax.tree.leaves(crew.population.parts.frozen))
-    members = sum(leaf.nbytes for leaf in jax.tree.leaves(crew.host()))
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(members.population.parts.frozen))
+    member_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(members.to_host()))
     batches = 6 * run.train.batch_size * (3 * run.data.max_length + 2) * 4
-    arguments = crew.population.programs.step.memory_analysis().argument_size_in_bytes
-    assert base + members <= arguments <= base + members + batches + 64 * len(jax.tree.leaves(crew.host()))
+    arguments = members.population.programs.step.memory_analysis().argument_size_in_bytes
+    assert (
+        base + member_bytes
+        <= arguments
+        <= base + member_bytes + batches + 64 * len(jax.tree.leaves(members.to_host()))
+    )
 
 
 def test_members_at_once_is_measured_where_there_is_no_cpu(home, monkeypatch):
