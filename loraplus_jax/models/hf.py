@@ -31,7 +31,7 @@ _PIECE = 2**22  # bytes, counted as float32, that are read at a time
 
 
 def load_config(directory: str | Path) -> dict[str, Any]:
-    """Reads `config.json` of a Hugging Face directory, or what a GGUF file has instead, see `gguf.config`.
+    """Reads `config.json` of a Hugging Face directory, or what a GGUF file has instead, see `gguf.load.config`.
 
     Raises:
       ValueError: no directory, no such file in it, or it holds no JSON object; or a GGUF file that cannot be read.

@@ -1,4 +1,4 @@
-"""YAML files of strangers: plain values only, and nothing that means more than it says."""
+"""Untrusted YAML files: plain values only, and nothing that means more than it says."""
 
 from pathlib import Path
 from typing import Any

@@ -253,7 +253,7 @@ def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:
 
     Args:
       counts: how many settings of each were tried.
-      edges: as `sweep_report.at_the_edge` finds them.
+      edges: as `report.values_at_edge` finds them.
 
     >>> lora_label({"lora": 4, "lora_plus": 4}, []), lora_label({"lora": 1, "lora_plus": 4}, [])
     ('tuned LoRA', 'LoRA (best of 1, LoRA+ of 4)')

@@ -10,7 +10,7 @@ import jax
 from .setup import Run
 
 MIN_SPIKE_RATIO, NOISE, HISTORY_STEPS = 2.0, 6.0, 20
-"""A step's loss is a spike when it is above SPIKE times the median of the RECENT steps before it, and above it by
+"""A spike: a loss above MIN_SPIKE_RATIO times the median of the HISTORY_STEPS steps before it, and above it by
 more than NOISE times their median distance from it: the losses of small batches jump about.
 """
 
@@ -64,23 +64,23 @@ def metrics_to_host(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, floa
 
 
 def find_spikes(
-    seen: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]]
+    history: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]]
 ) -> tuple[SpikeHistory, list[LossSpike]]:
     """The spikes among the steps from `first` on, and what to remember after them."""
-    losses, skipped, jumps = list(seen.losses), seen.skipped, []
+    losses, skipped, spikes = list(history.losses), history.skipped, []
     for step, row in enumerate(rows, first):
         skipped = skipped + 1 if row["skipped"] else 0
         if skipped:
             continue
         if is_spike(losses, row["loss"]):
             norms = {name: value for name, value in row.items() if "_norm/" in name}
-            jumps.append(LossSpike(step, row["loss"], statistics.median(losses), norms))
+            spikes.append(LossSpike(step, row["loss"], statistics.median(losses), norms))
         losses = [*losses, row["loss"]][-HISTORY_STEPS:]
-    return SpikeHistory(tuple(losses), skipped), jumps
+    return SpikeHistory(tuple(losses), skipped), spikes
 
 
 def is_spike(losses: Sequence[float], loss: float) -> bool:
-    """Whether a loss jumps over those of the steps before it.
+    """Whether a loss spikes over those of the steps before it.
 
     >>> is_spike([1.0, 1.1, 0.9], 3.0), is_spike([1.0, 0.2, 3.0], 3.5)
     (True, False)
@@ -109,19 +109,19 @@ def index_of_skip_limit(history: SpikeHistory, rows: Sequence[Mapping[str, float
 
 
 def check_skipped(
-    run: Run, seen: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]], kept: int
+    run: Run, history: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]], kept: int
 ) -> None:
     """Ends the run when too many steps in a row were skipped, naming what was not finite.
 
     Args:
       run: says how many are too many.
-      seen: of the steps before.
+      history: of the steps before.
       first: the step of the first row.
       rows: steps' metrics.
       kept: the step of the newest checkpoint.
     """
     most = run.settings.train.max_skipped
-    place = index_of_skip_limit(seen, rows, most)
+    place = index_of_skip_limit(history, rows, most)
     if place is not None:
         odd = nonfinite_names(rows[place])
         raise TrainingFailed(

@@ -26,8 +26,7 @@ def evaluate(
     for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
         between()
         pairs = eval_fn(trainable, frozen, shard_batch(batch, mesh))
-        jax.block_until_ready(
-            totals
-        )  # at most two batches are under way, so that `between` is never long ago
+        # At most two batches are in flight, so that `between` was never called long ago.
+        jax.block_until_ready(totals)
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     return {name: float(value) for name, value in weighted_means(totals).items()}

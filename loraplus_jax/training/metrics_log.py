@@ -1,4 +1,4 @@
-"""What a run shows: rows of numbers, TensorBoard events, a picture of the loss, and a summary."""
+"""What a run shows: rows of numbers, TensorBoard events and a picture of the loss."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""A run among others and against interruptions: whose a directory is, and signals that stop a run cleanly."""
+"""The output directory of a run: who holds it, whether a run may start or resume there, and its files."""
 
 import contextlib
 import importlib.metadata

@@ -55,7 +55,7 @@ class Run(NamedTuple):
       mesh: the devices.
       shardings: where state and frozen variables lie.
       programs: the compiled step and evaluation.
-      answer: to the prompt that the settings ask, if any.
+      sample_prompt: the prompt of the settings, answered before and after training, if any.
       metadata: what checkpoints and adapters say of themselves.
     """
 
@@ -68,7 +68,7 @@ class Run(NamedTuple):
     mesh: Mesh
     shardings: Shardings
     programs: "Programs"
-    answer: "SamplePrompt | None"
+    sample_prompt: SamplePrompt | None
     metadata: dict[str, Any]
 
 
@@ -100,9 +100,9 @@ def prepare(settings: Settings) -> Run:
         _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.init_adapter is not None:
             check_init_adapter(settings, shapes, params_of(shapes), data.task)
-        answer = None
+        sample_prompt = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
-            answer = SamplePrompt.from_settings(settings, directory, data.task, shapes.model)
+            sample_prompt = SamplePrompt.from_settings(settings, directory, data.task, shapes.model)
         shardings = state_shardings(shapes, tx, mesh)
         programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
         check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
@@ -132,7 +132,7 @@ def prepare(settings: Settings) -> Run:
     if several:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
     return Run(
-        settings, settings.applied, data, parts, steps, tx, mesh, shardings, programs, answer, metadata
+        settings, settings.applied, data, parts, steps, tx, mesh, shardings, programs, sample_prompt, metadata
     )
 
 

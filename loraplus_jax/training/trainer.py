@@ -169,11 +169,9 @@ class Trainer:
                 continue
             self.state, position = restored.state, restored.input_position
             self.batches.set_state(position["batches"])
-            self.pending, losses = position["pending"], position["losses"]
-            self.history, self.evaluation_pending = (
-                SpikeHistory(tuple(losses), position["skipped"]),
-                position["due"],
-            )
+            self.pending = position["pending"]
+            self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
+            self.evaluation_pending = position["due"]
             return position["rows"]
         return 0
 
@@ -198,19 +196,18 @@ class Trainer:
             first = self.log.rows[-1]
         before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
         self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
-        if self.run.answer is not None:
-            self.answers = {"prompt": self.run.answer.prompt, "before": self.answer(self.initial)}
+        if self.run.sample_prompt is not None:
+            self.answers = {"prompt": self.run.sample_prompt.prompt, "before": self.answer(self.initial)}
             self.console.print(f"> {self.answers['prompt']}\nbefore: {self.answers['before']}", markup=False)
         return before
 
     def answer(self, trainable: Any) -> str:
         """What the model says to the prompt of the settings."""
-        assert self.run.answer is not None
-        return self.run.answer.ask(combine(trainable, self.frozen))
+        assert self.run.sample_prompt is not None
+        return self.run.sample_prompt.ask(combine(trainable, self.frozen))
 
     def loop(self, step: int) -> None:
         """The steps that are left, with evaluations, checkpoints and early stopping."""
-        every = self.settings
         with progress(self.console) as bar:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
             if self.evaluation_pending:
@@ -218,7 +215,11 @@ class Trainer:
             self.clock = time.perf_counter()
             while step < self.run.steps and not self.should_stop():
                 batch = next(self.batches)
-                before = copy_adapters(self.state.trainable) if is_due(every.theory_every, step + 1) else None
+                before = (
+                    copy_adapters(self.state.trainable)
+                    if is_due(self.settings.theory_every, step + 1)
+                    else None
+                )
                 rows = shard_batch(batch, self.run.mesh)
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, rows)
                 self.pending.append(metrics)
@@ -226,10 +227,10 @@ class Trainer:
                 stopping = self.stop.is_due(step)
                 if before is not None:
                     self.log.write(step, self.measure_theory(before, batch))
-                if step % every.log_every == 0 or step == self.run.steps or self.has_too_many_skips():
+                if step % self.settings.log_every == 0 or step == self.run.steps or self.has_too_many_skips():
                     loss, rate = self.log_row(step)
                     bar.update(task, completed=step, loss=loss, rate=rate)
-                if step % every.eval_every == 0 or step == self.run.steps:
+                if step % self.settings.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
                 elif stopping:
                     self.save(None)
@@ -247,10 +248,10 @@ class Trainer:
     def log_row(self, step: int) -> tuple[str, str]:
         """Turns the pending metrics into a row; returns what the progress bar shows."""
         host, first = metrics_to_host(self.pending), step - len(self.pending) + 1
-        seen, jumps = find_spikes(self.history, first, host)
-        for jump in jumps:
-            self.log.write(jump.step, jump.values())
-            self.console.print(str(jump), markup=False)
+        history, spikes = find_spikes(self.history, first, host)
+        for spike in spikes:
+            self.log.write(spike.step, spike.values())
+            self.console.print(str(spike), markup=False)
         now = time.perf_counter()
         speed, self.clock, self.pending = len(host) / (now - self.clock), now, []
         done = [row for row in host if not row["skipped"]]
@@ -259,7 +260,7 @@ class Trainer:
         rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
         self.log.write(step, values | rates | {"steps_per_second": speed})
         check_skipped(self.run, self.history, first, host, self.manager.latest_step() or 0)
-        self.history = seen
+        self.history = history
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
     def has_too_many_skips(self) -> bool:
@@ -334,7 +335,7 @@ class Trainer:
             self.manager.wait_until_finished()
             self.choose_best()
         after = self.evaluate(self.state.trainable, self.held_out)
-        if self.run.answer is not None:
+        if self.run.sample_prompt is not None:
             self.answers["after"] = self.answer(self.state.trainable)
         self.write_results()
         return after
@@ -410,6 +411,6 @@ class Trainer:
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
         # Of several processes none may leave an evaluation that the others are in.
         check = self.check_stop if jax.process_count() == 1 else lambda: None
-        given = (self.run.programs.evaluate, trainable, self.frozen, arrays, size, self.run.mesh)
-        values = evaluate(*given, between=check)
+        program = self.run.programs.evaluate
+        values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=check)
         return values | self.task.derived(values)

@@ -27,9 +27,8 @@ from loraplus_jax.data.fetch import resolve
 from loraplus_jax.optim.schedules import rate_at
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
-from loraplus_jax.tasks import sample_answers as answers
-from loraplus_jax.training import distributed as hosts
-from loraplus_jax.training import setup as preparing
+from loraplus_jax.tasks import sample_answers
+from loraplus_jax.training import distributed, setup
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
 from loraplus_jax.training.trainer import Trainer, train
@@ -59,8 +58,8 @@ def hashed(tree):
 def without_compiling():
     """Preparation without step and evaluation, which take most of its time, for proofs that do not look at them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "compile_programs", lambda *_: preparing.Programs(None, None))
-        patch.setattr(preparing, "check_memory", lambda *_: None)
+        patch.setattr(setup, "compile_programs", lambda *_: setup.Programs(None, None))
+        patch.setattr(setup, "check_memory", lambda *_: None)
         yield
 
 
@@ -69,7 +68,7 @@ def without_compiling():
 
 def arrays(settings):
     """The task, and every split as arrays."""
-    family = preparing.task_module(settings)
+    family = setup.task_module(settings)
     data = family.load_data(settings, resolve(settings.model.path, "model"))
     return data.task, {name: hashed(columns) for name, columns in data.splits.items()}
 
@@ -77,7 +76,7 @@ def arrays(settings):
 def variables(settings):
     """What is trained and what is frozen, before the first step."""
     with without_compiling():
-        parts = preparing.prepare(settings).parts
+        parts = setup.prepare(settings).parts
     return hashed(parts.trainable), hashed(parts.frozen)
 
 
@@ -85,7 +84,7 @@ def refusal(settings):
     """What preparation complains of, if anything."""
     with without_compiling():
         try:
-            preparing.prepare(settings)
+            setup.prepare(settings)
         except ValueError as error:
             return str(error)
     return None
@@ -101,20 +100,20 @@ def program(settings):
         return SimpleNamespace(lower=lower)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "jit_step", ending)
+        patch.setattr(setup, "jit_step", ending)
         with pytest.raises(Found) as found:
-            preparing.prepare(settings)
+            setup.prepare(settings)
     return str(found.value)
 
 
 def length(settings):
     """Optimizer steps in all."""
-    return preparing.count_steps(settings, examples=112)
+    return setup.count_steps(settings, examples=112)
 
 
 def updates(settings):
     """What the optimizer makes of given gradients at the first steps, and its rates at the last."""
-    tx = preparing.make_optimizer(settings.optimizer, settings.applied, length(settings), {"query": SPEC})
+    tx = setup.make_optimizer(settings.optimizer, settings.applied, length(settings), {"query": SPEC})
     params = {
         "lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}},
         "params": {"head": {"bias": jnp.ones(2)}},
@@ -130,7 +129,7 @@ def updates(settings):
 
 def trainer(settings):
     with without_compiling():
-        return Trainer(preparing.prepare(settings), Path("unused"), None, QUIET)
+        return Trainer(setup.prepare(settings), Path("unused"), None, QUIET)
 
 
 def first_batch(settings):
@@ -193,9 +192,9 @@ def cache_in_use(settings):
 def asked(settings):
     """What the run asks its model before and after, and for how many tokens of answer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "make_generate", lambda *_, **options: options["new_tokens"])
+        patch.setattr(sample_answers, "make_generate", lambda *_, **options: options["new_tokens"])
         with without_compiling():
-            answer = preparing.prepare(settings).answer
+            answer = setup.prepare(settings).sample_prompt
     return answer and (answer.prompt, answer.speaker.generate)
 
 
@@ -212,7 +211,7 @@ def joining(settings):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.distributed, "initialize", initialize)
-        patch.setattr(hosts.threading, "Timer", timer)
+        patch.setattr(distributed.threading, "Timer", timer)
         with pytest.raises(Found) as found:
             train(settings, console=QUIET)
     return found.value.args, waits
@@ -398,7 +397,7 @@ def home(first_world, tmp_path_factory, cache):
     language.write_model(world.directory / "talk", max_position_embeddings=128)
     world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
     with without_compiling():
-        run = preparing.prepare(parse_settings(world.config, ("--seed", "5")))
+        run = setup.prepare(parse_settings(world.config, ("--seed", "5")))
     notes = {name: run.metadata[name] for name in ("base", "task", "settings")}
     save_adapter(world.directory / "adapter", run.config, run.parts.specs, run.parts.trainable, **notes)
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")

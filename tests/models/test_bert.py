@@ -89,6 +89,7 @@ def test_pooler_equals_transformers(tmp_path):
     np.testing.assert_allclose(pooled, golden["pooled"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MINILM.is_dir(), reason="no MiniLM: loraplus fetch minilm")
 def test_minilm_equals_transformers():
     golden = np.load(GOLDEN / "minilm.npz")

@@ -1,6 +1,6 @@
 """Models that nobody here wrote, adapted, trained and merged; each at a small random size.
 
-`.ci/run` installs the packages for this suite alone; where one is missing its models are skipped.
+`.ci/run` installs the packages; where one is missing its models are skipped.
 """
 
 import dataclasses

@@ -1,142 +1,32 @@
-"""A plan for TPUs, by the TPU compiler on a machine that has none."""
-
-import collections
-import dataclasses
-import re
+"""The shapes of TPU slices."""
 
 import pytest
 
-from loraplus_jax import make_mesh
-from loraplus_jax.plan.hlo import collectives
-from loraplus_jax.plan.plan import make_plan
-from loraplus_jax.plan.programs import plan_step, try_compile
-from loraplus_jax.plan.text import advice, format_plan
-from loraplus_jax.plan.tpu import CHIPS, tpu_devices
-from loraplus_jax.settings.schema import MeshSettings
-from loraplus_jax.training.xla import compiler_options
+from loraplus_jax.plan.tpu import CHIPS, topology_shapes, tpu_devices
 
-from ..messages import assert_mentions
-from .tiny import LLAMA, RANK, parts_of, settings_of
-
-libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
-pytestmark = pytest.mark.slow
-
-PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from ..messages import mentions
 
 
 @pytest.mark.parametrize(
-    ("topology", "count"),
+    ("topology", "near"),
     [
-        ("v4:2x2x1", 4),
-        ("v4:4x4x8", 128),
-        ("v5e:1x1", 1),
-        ("v5e:16x16", 256),
-        ("v5p:8x8x8", 512),
-        ("v6e:2x4", 8),
+        ("v5e:3x3", "v5e:2x4, "),
+        ("v6e:2x3", "v6e:2x4, "),
+        ("v5e:6x6", "v5e:4x8, "),
+        ("v5e:4x2", "v5e:2x4, "),
+        ("v5e:2x128", "v5e:16x16, "),
+        ("v5p:2x2x3", "v5p:2x2x4, "),
+        ("v5p:8x4x4", "v5p:4x4x8, "),
+        ("v4:1x1x1", "v4:2x2x1, "),
     ],
 )
-def test_a_device_is_a_chip(topology, count):
-    chip, devices = tpu_devices(topology)
-    assert (chip, len(devices)) == (CHIPS[topology.partition(":")[0]], count)
-    assert {device.platform for device in devices} == {"tpu"}
+def test_an_unavailable_shape_names_the_nearest(topology, near):
+    with pytest.raises(ValueError, match=mentions(topology)) as caught:
+        tpu_devices(topology)
+    assert near in str(caught.value).partition(topology)[2]
 
 
-@pytest.fixture(scope="module")
-def plan(tmp_path_factory):
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512}
-    settings = settings_of(
-        tmp_path_factory.mktemp("model"),
-        LLAMA | sizes,
-        task="instruction",
-        model={"dtype": "bfloat16", "param_dtype": "bfloat16"},
-        targets=PRODUCTS,
-        mesh=MeshSettings(data=1, fsdp=4),
-    )
-    return make_plan(settings, "v5e:2x2")
-
-
-def test_weights_are_split_and_fit(plan):
-    assert (plan.device, plan.devices, plan.room) == ("TPU v5 lite", 4, 16_000_000_000)
-    layer = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256
-    norms = (2 * 5 + 1) * 128
-    assert plan.memory["frozen weights"] == 2 * ((5 * layer + 2 * 512 * 128) // 4 + norms)
-    assert plan.fits
-    assert set(plan.roofline) == {"compute", "memory", "network"}
-
-
-def gathers_of_weights(found, layers):
-    """By the size of a layer's matrix, of which there are two, two and three: how often a layer gathers any.
-
-    Whole, or as a ring of permutes over the four chips, each of a quarter.
-    """
-    times = collections.Counter()
-    for c in found:
-        size = {"all-gather": 1, "collective-permute": 4}.get(c.kind, 0) * c.bytes // 2
-        if size in (128 * 128, 128 * 64, 128 * 256):
-            times[size] += c.times * c.wire_bytes / (2 * size * 3 / 4) / layers
-    return times
-
-
-def test_a_layer_gathers_each_weight_once_forward_and_once_backward(plan):
-    assert gathers_of_weights(plan.collectives, plan.layers) == {128 * 128: 4, 128 * 64: 4, 128 * 256: 6}
-
-
-def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path):
-    """Though a long attention lies between the recompute of q, k and v and their gradients."""
-    settings = settings_of(
-        tmp_path,
-        LLAMA
-        | {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512, "max_position_embeddings": 2048},
-        task="instruction",
-        model={"dtype": "bfloat16", "param_dtype": "bfloat16", "remat": "full", "attention": "blocked"},
-        targets=PRODUCTS,
-        mesh=MeshSettings(data=1, fsdp=4),
-    )
-    settings = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=2048))
-    mesh = make_mesh(1, 4, devices=tpu_devices("v5e:2x2")[1])
-    step = plan_step(settings, *parts_of(settings, tmp_path), mesh)
-    program, _ = try_compile(step.lowered, compiler_options(mesh, unrolled=False))
-    assert gathers_of_weights(collectives(program.as_text()), LLAMA["num_hidden_layers"]) == {
-        128 * 128: 4,
-        128 * 64: 4,
-        128 * 256: 6,
-    }
-
-
-def test_only_adapters_and_single_numbers_are_reduced(plan):
-    reduced = [c for c in plan.collectives if c.kind in ("all-reduce", "reduce-scatter")]
-    arrays = [
-        [int(n) for n in dims.split(",") if n]
-        for c in reduced
-        for dims in re.findall(r"f\d+\[([\d,]*)\]", c.shape)
-    ]
-    assert any(RANK in dims for dims in arrays)
-    assert all(RANK in dims or not dims for dims in arrays)
-
-
-def test_the_head_is_all_gathered_once_for_all_pieces_of_the_loss(tmp_path):
-    settings = settings_of(
-        tmp_path,
-        LLAMA | {"hidden_size": 128, "vocab_size": 512},
-        task="instruction",
-        model={"dtype": "bfloat16", "param_dtype": "bfloat16", "loss_chunk": 16},
-        mesh=MeshSettings(data=1, fsdp=4),
-    )
-    plan = make_plan(settings, "v5e:2x2")
-    head = [c for c in plan.collectives if c.shape == "bf16[128,512]"]
-    assert [(c.kind, c.times) for c in head] == [("all-gather", 1)]
-
-
-def test_an_evaluation_that_is_too_large_for_the_compiler(tmp_path):
-    settings = settings_of(
-        tmp_path,
-        LLAMA | {"num_hidden_layers": 1},
-        task="instruction",
-        train={"eval_batch_size": 400_000_000},
-    )
-    plan = make_plan(settings, "v5e:1x1")
-    assert plan.needed < plan.room < plan.evaluation
-    assert not plan.fits
-    assert_mentions(format_plan(plan, settings), "does not fit", "evaluation", "RESOURCE_EXHAUSTED")
-    (only,) = advice(plan, settings)
-    assert only.startswith("train.eval_batch_size below 400,000,000")
+def test_the_shapes_of_large_slices():
+    assert (16, 16, 16) in topology_shapes(CHIPS["v4"])
+    assert (8, 16, 16) in topology_shapes(CHIPS["v5p"])
+    assert len(topology_shapes(CHIPS["v6e"])) == 8

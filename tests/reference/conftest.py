@@ -1,4 +1,4 @@
-"""What this suite compares with; `.ci/run` installs the extra `interop` and fails if nothing is collected then."""
+"""What these tests compare with, by the extra `interop`; `.ci/run` fails unless all three can be imported."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, checked; what it means is said in `gguf`.
+"""The header of a GGUF file, checked; what it means is said in `load`.
 
 It is read here and not by the `gguf` package's reader, which believes every count in it and takes seconds
 for a vocabulary; the package dequantises. The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
