@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Orbax logs what it raises, with tracebacks.
     logging.getLogger("absl").setLevel(logging.ERROR if os.environ.get(TRACEBACK) else logging.CRITICAL)
     # Optional packages are imported by the commands, so that --help is quick and a missing one is named.
-    options, overrides = _parsed(arguments)
+    options, overrides = _parse(arguments)
     try:
         if overrides and options.command not in WITH_SETTINGS:
             raise ValueError(f"{options.command} does not take {' '.join(overrides)}")
@@ -29,19 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        return _ended(f"error: {_explained(error)}", 2)
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = f"{error.name} is not installed: pip install 'loraplus_jax[train]'" if missing else error
+        return _report(f"error: {hint}", 2)
     except (MemoryError, RuntimeError) as error:
         if os.environ.get(TRACEBACK) or not _out_of_memory(error):
             raise
         from .training.memory import MEMORY_ADVICE
 
-        return _ended(f"error: out of memory; {MEMORY_ADVICE}", 2)
+        return _report(f"error: out of memory; {MEMORY_ADVICE}", 2)
     except KeyboardInterrupt:
-        return _ended("interrupted", 130)
+        return _report("interrupted", 130)
     return options.code
 
 
-def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Options, and for commands with settings the arguments that are settings, a config file before them."""
     if not arguments or arguments[0] not in WITH_SETTINGS:
         return _parser().parse_known_args(arguments)
@@ -58,7 +60,7 @@ def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return _parser().parse_args([command, *config, *own]), settings
 
 
-def _ended(message: str, code: int) -> int:
+def _report(message: str, code: int) -> int:
     print(f"loraplus: {message}", file=sys.stderr)
     return code
 
@@ -142,7 +144,7 @@ def _export_options(export: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
-    if _helped(options):
+    if _show_help(options):
         return
     from .settings.parsing import parse_settings
     from .training.trainer import train
@@ -153,7 +155,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from .sweep.settings import SweepRun
 
-    if _helped(options, SweepRun):
+    if _show_help(options, SweepRun):
         return
     from .settings.parsing import parse_settings
     from .sweep.run import sweep
@@ -170,23 +172,23 @@ def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
     try:
         training()
     except Stopped as stop:
-        options.code = _ended(str(stop), 128 + stop.signal_number)
+        options.code = _report(str(stop), 128 + stop.signal_number)
     except TrainingFailed as failure:
-        options.code = _ended(f"training failed: {failure}", 1)
+        options.code = _report(f"training failed: {failure}", 1)
     except LostProcess as lost:
-        options.code = _ended(str(lost), 1)
+        options.code = _report(str(lost), 1)
 
 
 def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from .settings.parsing import parse_settings
     from .training.inspect import inspect
 
-    if not _helped(options):
+    if not _show_help(options):
         print(inspect(parse_settings(options.config, overrides)))
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    if _helped(options):
+    if _show_help(options):
         return
     from .plan.plan import make_plan
     from .plan.text import check_new, format_plan, write_json
@@ -201,7 +203,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         write_json(options.json, plan, settings)
 
 
-def _helped(options: argparse.Namespace, kind: type | None = None) -> bool:
+def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:
     """Prints every setting, for --help; a missing config is an error."""
     from .settings.parsing import settings_parser
     from .settings.schema import Settings
@@ -282,9 +284,3 @@ def _fetch(options: argparse.Namespace, _: list[str]) -> None:
 def _out_of_memory(error: BaseException) -> bool:
     """XLA says so in the text of its error, a RuntimeError."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _explained(error: BaseException) -> str:
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install 'loraplus_jax[train]'"
-    return str(error)
