@@ -200,6 +200,7 @@ class Looped(nn.Module):
         return block(name="layers")(x, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axis", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(-1, marks=pytest.mark.slow)]
 )
@@ -388,6 +389,7 @@ def later(lora, rate, ratio):
     return float(shares(lora, rate, ratio)[0][1])
 
 
+@pytest.mark.slow
 def test_where_b_starts_at_zero_the_balance_follows_the_rate_of_a():
     lora = first_factors("lora")
     (early, late), _ = shares(lora, 2e-4, 4.0)

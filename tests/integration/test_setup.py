@@ -29,6 +29,7 @@ def dtypes(tree):
     return {leaf.dtype.name for leaf in jax.tree.leaves(tree)}
 
 
+@pytest.mark.slow
 def test_trained_leaves_are_float32_on_a_bf16_base(world):
     run = prepared(world, "--model.param_dtype", "bfloat16", "--lora.modules_to_save", "[attention_norm]")
     assert dtypes(run.parts.trainable) == {"float32"}

@@ -177,6 +177,7 @@ def test_the_layers_that_rules_match(net, rules, paths):
     assert combine(trained, frozen)["lora"] == lora
 
 
+@pytest.mark.slow
 def test_only_the_chosen_layers_of_a_stack_are_ever_moved():
     rules = config("up", layers_to_transform=[2, 0])
     model, base, lora, specs = prepared(Stack(), rules)

@@ -122,6 +122,7 @@ def test_unrolled_equals_scanned_on_the_same_tree(tiny):
     np.testing.assert_allclose(outputs(tiny, unroll=True), outputs(tiny), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cost_analysis_counts_every_layer_when_unrolled(tiny):
     def flops(layers, unroll):
         model = BertEncoder(dataclasses.replace(TINY, num_hidden_layers=layers), unroll=unroll)
