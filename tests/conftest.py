@@ -10,19 +10,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
-import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(autouse=True)
-def compile_without_optimizations(request):
-    """Compiling is most of what quick tests do. Slow ones see the programs that users run."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    if request.node.get_closest_marker("slow") is None:
+def pytest_configure(config):
+    """Compiling is most of what the quick suite does. Slow tests see the programs that users run."""
+    if "not slow" in config.option.markexpr:
         jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_collection_modifyitems(items):
