@@ -69,6 +69,7 @@ def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight,
     assert result_of(world.out) == straight
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(world, straight, capsys):
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, 15, signal.SIGTERM)
@@ -189,6 +190,7 @@ def test_a_moved_run_resumes(world, straight):
     assert result_of(world.trained(*ODD, out=moved)) == straight
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_on_other_data(world, capsys):
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, 8, signal.SIGTERM)
@@ -199,6 +201,7 @@ def test_a_run_does_not_resume_on_other_data(world, capsys):
     assert_mentions(capsys.readouterr().err, "step 8", "data")
 
 
+@pytest.mark.slow
 def test_a_diverged_run_names_the_cause_and_keeps_the_last_good_state(world, capsys):
     assert world.train(*ODD, "--optimizer.learning_rate", "1e30", "--train.max_skipped", "3") == 1
     error = capsys.readouterr().err
@@ -216,6 +219,7 @@ def test_an_update_that_is_not_finite_never_reaches_what_is_saved(world, capsys)
     assert "max_grad_norm" not in error
 
 
+@pytest.mark.slow
 def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsys):
     seldom = ("--train.log_every", "20", "--train.eval_every", "20", "--train.max_skipped", "2")
     assert world.train(*ODD, *seldom, "--optimizer.learning_rate", "5e37") == 1

@@ -58,6 +58,7 @@ def answers_of(capsys, *args):
 # what a run leaves
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
     summary, out = summary_of(finished_talk.out), finished_talk.out
     before, after = summary["before"], summary["after"]
@@ -83,6 +84,7 @@ def test_a_run_learns_and_leaves_its_numbers_and_answers(finished_talk):
     assert summary["total"] == summary["trainable"] + base
 
 
+@pytest.mark.slow
 def test_eval_repeats_the_summary(finished_talk, capsys):
     found = printed_json(capsys, "eval", str(finished_talk.out))
     assert (found.pop("data"), found.pop("examples")) == ("test", 24)

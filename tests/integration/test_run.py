@@ -208,6 +208,7 @@ def test_predict_a_file_into_a_file(finished, tmp_path, capsys):
 # methods
 
 
+@pytest.mark.slow
 def test_lora_is_bitwise_lora_plus_with_ratio_1(world, short):
     lora = world.trained(*SHORT, "--method", "lora", out=world.directory / "lora")
     plus = world.trained(*SHORT, "--lora.lr_ratio", "1", out=world.directory / "plus")

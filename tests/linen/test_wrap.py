@@ -167,7 +167,12 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("scan 1", "scan -1", "scan remat")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MODELS]
+)
 def test_any_model(name):
     inner, path, shape, stacked = MODELS[name]
     model = apply_lora_plus(inner, CONFIG)
@@ -567,6 +572,7 @@ def adapted(inner, **fields):
     )
 
 
+@pytest.mark.slow
 def test_each_config_has_traces_of_its_own_under_jit_inside_the_model():
     base = Jitted().init(KEY, X)
     for fields, shapes in (
@@ -595,6 +601,7 @@ def test_each_scale_counts_under_jit_inside_the_model(fields):
     np.testing.assert_allclose(model.apply(base | {"lora": lora}, X), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_that_jit_takes_for_one_have_their_own_adapters():
     lora, _ = init_lora(adapted(JittedBlocks(), layers_to_transform=[1]), KEY, X)
     assert list(lora) == ["layer_1"]

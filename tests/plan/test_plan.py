@@ -65,6 +65,7 @@ def test_the_head_is_read_twice_for_each_further_piece_of_the_loss(tmp_path):
     assert head_bytes(settings, step.parts, make_mesh(1, 1, 2)) == 3 * 2 * 256 * 32
 
 
+@pytest.mark.slow
 def test_bytes_of_what_is_held_are_those_of_the_program(planned):
     plan, _ = planned
     held = {name: size for name, size in plan.memory.items() if name != "temporaries"}
@@ -80,6 +81,7 @@ def test_bytes_of_what_is_held_are_those_of_the_program(planned):
     assert (plan.devices, plan.layers, plan.mesh["data"]) == (jax.device_count(), 5, jax.device_count())
 
 
+@pytest.mark.slow
 def test_only_gradients_of_adapters_are_communicated(planned):
     plan, _ = planned
     assert {c.kind for c in plan.collectives} == {"all-reduce"}

@@ -13,6 +13,7 @@ from ..messages import assert_mentions
 from .tiny import fake, parts_of
 
 
+@pytest.mark.slow
 def test_evaluation_is_compiled_and_has_to_fit(planned):
     plan, settings = planned
     base, data = parts_of(settings, Path(settings.model.path))
@@ -33,6 +34,7 @@ def test_evaluation_is_compiled_and_has_to_fit(planned):
     assert len(advice(fake(tight, room=plan.needed - 1), dataclasses.replace(settings, train=many))) > 1
 
 
+@pytest.mark.slow
 def test_measuring_the_theory_has_to_fit(planned):
     plan, settings = planned
     base, data = parts_of(settings, Path(settings.model.path))
@@ -64,6 +66,7 @@ def test_sizes_from_the_compilers_message(problem, needed):
     assert memory_sizes(None, problem, 1000) == (needed - 1000, needed, 0)
 
 
+@pytest.mark.slow
 def test_evaluation_of_choices_is_reported_as_not_counted(planned):
     plan, settings = planned
     choices = dataclasses.replace(settings, task="multiple_choice")
