@@ -199,6 +199,7 @@ def test_a_disk_that_is_full_from_the_first_file_on(home, disk):
     assert result(disk.seen / "out") == result(home.out)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_the_very_end(home, disk):
     """All steps are done; there is no room for the log, then for the adapter, then for the picture."""
@@ -272,6 +273,7 @@ def test_without_a_cache_that_can_be_written_the_run_is_the_same(home, disk, tmp
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_cache_that_was_full_once_is_of_use_again(home, disk, tmp_path):
     disk.resize(16)

@@ -117,6 +117,7 @@ def test_a_member_that_diverges_is_stopped_where_it_was_and_harms_nobody(members
     assert np.isfinite(found[0]["loss"])
 
 
+@pytest.mark.long
 def test_several_devices_are_the_same(home, members):
     if jax.device_count() < 4:
         pytest.skip("needs four devices")
@@ -131,6 +132,7 @@ def test_several_devices_are_the_same(home, members):
             assert np.abs(member(other, number)[path] - leaf).max() <= 5e-5, path
 
 
+@pytest.mark.long
 def test_several_at_once_have_the_same_losses(home, members):
     some = {n: entry for n, entry in ENTRIES.items() if n != DIVERGES}
     other = taken(swept(home), some, 100, at_once=2)
@@ -151,6 +153,7 @@ def test_survivors_are_compacted_and_continue_as_they_were(home, members):
         assert all((member(other, number)[path] == leaf).all() for path, leaf in leaves.items())
 
 
+@pytest.mark.long
 def test_members_continue_on_any_number_of_devices(home, members):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")

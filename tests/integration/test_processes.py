@@ -184,6 +184,7 @@ SLURM = {
 AUTO = ("--distributed.coordinator", "auto")
 
 
+@pytest.mark.long
 def test_slurm_tells_the_processes_who_they_are(home, tmp_path):
     # JAX takes the coordinator's port from the job's number.
     slurm = SLURM | {"SLURM_JOB_ID": free_address().rpartition(":")[2]}
@@ -294,6 +295,7 @@ def test_every_process_raises_the_error_of_one(first_world, tmp_path, change):
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_two_processes_share_a_language_model_and_start_from_an_adapter(first_talk, tmp_path):
     """Its weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
     more = ("--train.steps", "10", "--train.eval_every", "5", "--mesh.data", "1", "--mesh.tensor", "1")

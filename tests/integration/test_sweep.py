@@ -218,6 +218,7 @@ def test_the_only_remaining_setting_is_selected_without_further_training(world, 
             assert report["chosen"][arm] == {name: best[name] for name in report["chosen"][arm]}
 
 
+@pytest.mark.long
 def test_a_sweep_stopped_on_one_device_resumes_on_others(world, swept, undrawn):
     if jax.device_count() < 8:
         pytest.skip("needs eight devices")

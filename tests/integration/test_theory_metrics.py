@@ -44,6 +44,7 @@ def test_terms_are_logged_at_every_kth_step_and_read_at_the_end(world, capsys):
     assert line == f"theory: {summary['theory']}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_measurements_may_change_on_resume_and_the_adapter_is_that_without_any(world):
     straight = world.trained(*SHORT, out=world.directory / "straight")
