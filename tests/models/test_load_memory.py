@@ -26,7 +26,8 @@ from loraplus_jax.models.name_table import NameTable, embedding_rules, linear_ru
 
 folder, dtype, wasteful = sys.argv[1], jnp.dtype(sys.argv[2]), sys.argv[3] == "True"
 table = NameTable(rules=(
-    *linear_rules("model.layers.{layer}.mlp.up_proj", "up", bias=False), *embedding_rules("model.embed_tokens", "embed")
+    *linear_rules("model.layers.{layer}.mlp.up_proj", "up", bias=False),
+    *embedding_rules("model.embed_tokens", "embed"),
 ))
 expected = {"up": {"kernel": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), dtype)},
             "embed": {"embedding": jax.ShapeDtypeStruct((ROWS, WIDTH), dtype)}}
