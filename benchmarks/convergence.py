@@ -29,9 +29,16 @@ from common import PACKAGES, RESULTS, version
 from convergence_plan import STEPS, Experiment, Job, Method, experiment, reports, tuning
 from convergence_table import write_table
 
-from loraplus_jax import TrainState, init_state, lora_plus_adamw, make_eval, make_schedule, scale_variables
+from loraplus_jax import (
+    TrainState,
+    init_state,
+    lora_plus_adamw,
+    make_eval,
+    make_schedule,
+)
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.data.fetch import resolve
+from loraplus_jax.lora import scale_variables
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.tasks.interface import AdaptedModel
 from loraplus_jax.train_step import make_step, weighted_means
@@ -151,8 +158,8 @@ def _optimizer(plan: Experiment, rate: Any, ratio: Any, specs: Any = None, is_fu
         return make_schedule(given.schedule, peak, STEPS, warmup_steps=given.warmup_steps)
 
     head = plan.head_rate is not None and not is_full
-    rates = {"extra": schedule(plan.head_rate)} if head else {}
-    return lora_plus_adamw(schedule(rate), lr_ratio=ratio, rates=rates, specs=specs)
+    head_rate = schedule(plan.head_rate) if head else None
+    return lora_plus_adamw(schedule(rate), ratio, head_learning_rate=head_rate, specs=specs)
 
 
 def _with_init(settings: Settings, init: Any) -> Settings:

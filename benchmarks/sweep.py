@@ -26,10 +26,10 @@ import jax
 import numpy as np
 from common import RESULTS, interleaved, median_ratio, report
 
-from loraplus_jax import init_state, replicate
+from loraplus_jax import init_state
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sharding import shard_batch
+from loraplus_jax.sharding import replicate, shard_batch
 from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.halving import (
     best_trial,
@@ -182,9 +182,8 @@ def answers(
         return taken + sum(counts) * looks["validation"] * look * look_ratio + sweep_start
 
     def reported(members: int) -> float:
-        # A curve begins before the first step, and each point is of about as many rows as are held out.
-        points = 1 + math.ceil(steps / curve_every(run.train.eval_every, steps))
-        evaluations = points * looks["validation"] + looks["test"]
+        # A curve begins before the first step, and its last point is the result.
+        evaluations = (1 + math.ceil(steps / curve_every(run.train.eval_every, steps))) * looks["test"]
         return members * (steps * step * step_ratio + evaluations * look * look_ratio)
 
     whole = {

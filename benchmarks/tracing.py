@@ -43,7 +43,7 @@ def make(target: object, unroll: bool, batch: dict) -> Callable[[], float]:
         model = apply_lora_plus(plain, config)
         lora, specs = init_lora(model, jax.random.key(1), *tokens)
         trainable, frozen = split_trainable({**variables, "lora": lora}, config)
-        tx = lora_plus_adamw(1e-4, specs=specs)
+        tx = lora_plus_adamw(1e-4, 4.0, specs=specs)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), trainable)
     state = jax.eval_shape(lambda: init_state(zeros, tx, jax.random.key(0)))
 

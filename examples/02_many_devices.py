@@ -23,8 +23,8 @@ from loraplus_jax import (
     lora_plus_adamw,
     make_mesh,
     pmap_step,
-    replicate,
 )
+from loraplus_jax.sharding import replicate
 
 
 def main():

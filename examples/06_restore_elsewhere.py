@@ -32,14 +32,14 @@ def train(directory):
     from loraplus_jax import (
         LoRAPlusConfig,
         apply_lora_plus,
-        describe_run,
         init_lora,
         init_state,
         jit_step,
         lora_plus_adamw,
         open_manager,
-        save,
+        save_checkpoint,
     )
+    from loraplus_jax.checkpoint import describe_run
 
     net, key = Net(), jax.random.key(1)
     frozen = net.init(key, X)
@@ -57,7 +57,7 @@ def train(directory):
         state, metrics = step(state, frozen, X)
         losses.append(float(metrics["loss"]))
     with open_manager(directory / "checkpoints") as manager:
-        save(manager, state, metadata=describe_run(config, specs))
+        save_checkpoint(manager, state, metadata=describe_run(specs, config))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / "base", frozen)
     return model.apply({**frozen, **state.trainable}, X), losses[0], losses[-1]

@@ -2,10 +2,13 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def check_number(
@@ -16,21 +19,35 @@ def check_number(
     at_least: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raises ValueError unless `value` is a finite number within the bounds, which float32 can hold."""
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    holds = finite and in_float32(value)
+    """Checks a finite number within the bounds, which float32 can hold; a scalar array counts, a traced one passes.
+
+    Raises:
+      TypeError: it is not a number.
+      ValueError: it is out of range.
+    """
+    if isinstance(value, Tracer):
+        return
+    bounds = [("above", above), ("at least", at_least), ("below", below)]
+    allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+    expected = f"{name} must be a finite number {allowed}".rstrip()
+    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    # numpy registers its scalars as Real.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{expected}, got {value!r}")
+    number: Any = value
+    finite = abs(number) < math.inf
+    holds = finite and in_float32(number)
     inside = (
         finite
-        and (above is None or value > above)
-        and (at_least is None or value >= at_least)
+        and (above is None or number > above)
+        and (at_least is None or number >= at_least)
         # XLA computes in float32, for which 1 - 1e-9 is 1.
-        and (below is None or (value < below and (not holds or np.float32(value) < below)))
+        and (below is None or (number < below and (not holds or np.float32(number) < below)))
     )
     if not inside or not holds:
-        bounds = [("above", above), ("at least", at_least), ("below", below)]
-        allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
         why = ", which float32 cannot hold" if inside else ""
-        raise ValueError(f"{name} must be a finite number {allowed}".rstrip() + f", got {value!r}{why}")
+        raise ValueError(f"{expected}, got {value!r}{why}")
 
 
 def in_float32(value: float) -> bool:
@@ -46,13 +63,25 @@ MIN_FLOAT32, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float
 
 
 def check_int(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
-    """Raises ValueError unless `value` is an int within the bounds given that fits in 64 bits."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < at_least or (at_most is not None and value > at_most):
-        bounds = f"at least {at_least}" + (f" and at most {at_most}" if at_most is not None else "")
+    """Checks an int within the bounds that fits in 64 bits.
+
+    Raises:
+      TypeError: it is not an int.
+      ValueError: it is out of range.
+    """
+    bounds = f"at least {at_least}" + (f" and at most {at_most}" if at_most is not None else "")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number of {bounds}, got {value!r}")
+    if value < at_least or (at_most is not None and value > at_most):
         raise ValueError(f"{name} must be a whole number of {bounds}, got {value!r}")
     if value >= 2**63:
         raise ValueError(f"{name} must be below 2**63, got {value!r}")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raises ValueError unless the value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r:.80}")
 
 
 def suggest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:

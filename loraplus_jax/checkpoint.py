@@ -57,13 +57,13 @@ class Restored(NamedTuple):
 
 
 def describe_run(
-    config: LoRAPlusConfig | None, specs: Specs, *, base: str | None = None, **more: Any
+    specs: Specs, config: LoRAPlusConfig | None, *, base: str | None = None, **more: Any
 ) -> dict[str, Any]:
     """The metadata saved with a checkpoint or an adapter, as plain JSON values.
 
     Args:
-      config: what was applied; None when the whole model is trained.
       specs: the table from `init_lora`.
+      config: what was applied; None when the whole model is trained.
       base: `fingerprint` of the frozen variables.
       **more: the caller's own fields, JSON-able, compared on restore like the others.
     """
@@ -149,7 +149,7 @@ class _Manager(ocp.CheckpointManager):
             return None
 
 
-def save(
+def save_checkpoint(
     manager: ocp.CheckpointManager,
     state: TrainState,
     *,
@@ -194,7 +194,7 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
     manager.reload()
 
 
-def restore(
+def restore_checkpoint(
     manager: ocp.CheckpointManager,
     like: TrainState,
     *,

@@ -6,11 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
-from ._validation import check_int, check_number, suggest
+import numpy as np
+
+from ._validation import check_choice, check_int, check_number, suggest
 
 Init = Literal["lora", "lora_b", "gaussian"]
 Bias = Literal["none", "all", "lora_only"]
 
+DEFAULT_LR_RATIO: Mapping[Init, float] = {"lora": 4.0, "gaussian": 4.0, "lora_b": 16.0}
+"""Lambda by init, where none is given. The paper found 16 with B drawn and A zero (`"lora_b"`); with B zero it
+reports 4 to 8, and for Llama 2 to 4 (arXiv 2402.12354, section 5). A start for a sweep, not an optimum.
+"""
 ALL_LINEAR = "all-linear"
 
 
@@ -52,10 +58,10 @@ class LoRAPlusConfig:
       alpha_pattern: other alphas, likewise.
       use_rslora: s = alpha / sqrt(rank) instead (arXiv 2312.03732).
       dropout: rate on the adapter's input; acts when a `dropout` rng is given to `apply`, not on embeddings.
-      lr_ratio: lambda, the ratio of B's learning rate to A's (arXiv 2402.12354, section 4).
+      lr_ratio: lambda, the ratio of B's learning rate to A's (arXiv 2402.12354, section 4), for
+        `lora_plus_adamw(..., lr_ratio=config)`. By default that of `DEFAULT_LR_RATIO` for `init`.
       init: `"lora"` draws A He-uniform with B zero (Init[1] of the paper), `"lora_b"` draws B with A zero
         (Init[2], used by the paper's experiments), `"gaussian"` draws A from N(0, 1/r^2) with B zero.
-        The best `lr_ratio` depends on it.
       modules_to_save: modules trained in full beside the adapters (a new head), by names.
       bias: which biases are trained in full too: none, all, or those of the adapted layers (`"lora_only"`). Both
         take effect in `split_trainable(variables, config)`.
@@ -79,7 +85,7 @@ class LoRAPlusConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
     dropout: float = 0.0
-    lr_ratio: float = 16.0
+    lr_ratio: float = None  # pyright: ignore[reportAssignmentType] # a number once the config is made
     init: Init = "lora"
     modules_to_save: tuple[str, ...] = ()
     bias: Bias = "none"
@@ -94,23 +100,18 @@ class LoRAPlusConfig:
         check_int("rank", self.rank, at_least=1)
         check_number("alpha", self.alpha, above=0.0)
         self._check_patterns()
-        check_number("lr_ratio", self.lr_ratio, above=0.0)
         check_number("dropout", self.dropout, at_least=0.0, below=1.0)
         if self.dropout and not self.target_modules:
             raise ValueError(
                 f"dropout acts on the input of a layer; target_parameters have none, got {self.dropout}"
             )
         if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"use_rslora must be true or false, got {self.use_rslora!r}")
-        for name, choices in (
-            ("init", get_args(Init)),
-            ("bias", get_args(Bias)),
-            ("use_rslora", (True, False)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}"
-                )
+            raise TypeError(f"use_rslora must be true or false, got {self.use_rslora!r}")
+        check_choice("init", self.init, get_args(Init))
+        check_choice("bias", self.bias, get_args(Bias))
+        if self.lr_ratio is None:
+            object.__setattr__(self, "lr_ratio", DEFAULT_LR_RATIO[self.init])
+        check_number("lr_ratio", self.lr_ratio, above=0.0)
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -243,5 +244,7 @@ def _check_regex(field: str, pattern: Any) -> None:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return value.item() if isinstance(value, np.generic) else value

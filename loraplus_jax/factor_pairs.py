@@ -13,7 +13,7 @@ _BEHIND = r"(?:/(?:kernel|weight|w))?(?:/value)?"
 _FORMS = (
     r"(?:(?P<module>.*)/)?lora_(?P<side>[ab])",  # ours, nnx.LoRA, torchtune
     r"(?P<module>(?:.*/)?[^/]+)_lora_(?P<side>[ab])",  # qwix
-    r"(?:(?P<module>.*)/)?lora_[a-z]+_(?P<side>[ab])",  # keras
+    r"(?:(?P<module>.*)/)?lora_[a-z]+_(?P<side>[ab])",  # our embeddings, keras
     r"(?P<module>(?:.*/)?lora)/(?P<side>[ab])",  # gemma
     # PEFT, where an adapter's name may follow; kohya and diffusers.
     r"(?:(?P<module>.*)/)?lora_(?:embedding_)?(?P<side>[AB])(?:/(?!bias$|weight|kernel|value)(?P<adapter>[^/]+))?",
@@ -40,6 +40,11 @@ class Pair(NamedTuple):
 
     a: str
     b: str
+
+
+def is_embedding_factor(path: str) -> bool:
+    """Whether a factor's name says that its weight is an embedding, as ours, PEFT's and keras' do."""
+    return re.search(r"(?:^|[./])lora_embeddings?_[abAB]\b", path) is not None
 
 
 def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from .spec import AdapterSpec, Specs
-from .tree import flatten, replace_leaves, unflatten
+from .spec import FACTORS, AdapterSpec, Specs
+from .tree import flatten, replace_leaves, unflatten, with_collection
 
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
 TAP = "lora_tap"
 """Name of the optional leaf beside two factors whose gradient is what `update_squares` finds."""
-PREVIOUS_FACTORS = {"lora_a": "lora_a_before", "lora_b": "lora_b_before"}
+PREVIOUS_FACTORS = tuple(f"{name}_before" for name in FACTORS)
 """Names of the leaves, beside a tap, with the factors of one step earlier."""
 TERMS = ("delta1", "delta2", "delta3", "z_a", "z_b")
 """What is measured of a step, in the order of `update_squares`."""
@@ -141,7 +141,7 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
         size = dict(zip(spec.base_letters, spec.shape, strict=True))
         shape = tuple(size[c] if c.isupper() else 1 for c in spec.factor_letters[0])
         value = scale[module] if isinstance(scale, Mapping) else scale
-        flat[_factor(module, SCALE)] = jnp.broadcast_to(jnp.asarray(value), shape)
+        flat[f"{module}/{SCALE}".removeprefix("/")] = jnp.broadcast_to(jnp.asarray(value), shape)
     return unflatten(flat)
 
 
@@ -154,18 +154,22 @@ def merge(
 
     Args:
       base: variables without adapters, `{"params": ...}`.
-      lora: the tree of adapters, `lora_a` and `lora_b` under each path of `specs`.
+      lora: the tree of adapters, or `{"lora": ...}` with it.
       specs: the table from `init_lora` or `load_adapter`.
       dtype: what merged leaves are stored in; by default what each was stored in.
 
     Raises:
       ValueError: the three do not fit each other; the message names the path.
     """
+    if "params" not in base:
+        raise ValueError(
+            f'the base needs its collection: pass {{"params": ...}}, got the keys {list(base)[:5]}'
+        )
     flat = flatten(base)
-    factors = flatten(lora)
+    factors = flatten(with_collection(lora, specs).get("lora", lora))
     _check_fit(flat, factors, specs)
     for module, spec in specs.items():
-        a, b = (factors[_factor(module, name)] for name in ("lora_a", "lora_b"))
+        a, b = (factors[path] for path in spec.factor_paths(module))
         leaf = meta.unbox(flat[spec.leaf])
         merged = leaf + weight_delta(a, b, spec)
         flat[spec.leaf] = rebox(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
@@ -208,18 +212,14 @@ def rebox(box: Any, value: jax.Array) -> Any:
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 
 
-def _factor(module: str, name: str) -> str:
-    return f"{module}/{name}" if module else name
-
-
 def _check_fit(flat: Mapping[str, Any], factors: Mapping[str, Any], specs: Specs) -> None:
-    known = {_factor(module, name) for module in specs for name in ("lora_a", "lora_b")}
+    known = {path for module, spec in specs.items() for path in spec.factor_paths(module)}
     if odd := sorted(known ^ factors.keys()):
         raise ValueError(f"the adapters and the specs differ at {', '.join(odd)}")
     for module, spec in specs.items():
         shape = tuple(meta.unbox(flat[spec.leaf]).shape) if spec.leaf in flat else None
         if shape != spec.shape:
             raise ValueError(f"{spec.leaf}: the adapter is for shape {spec.shape}, the base has {shape}")
-        shapes = tuple(tuple(factors[_factor(module, name)].shape) for name in ("lora_a", "lora_b"))
+        shapes = tuple(tuple(factors[path].shape) for path in spec.factor_paths(module))
         if shapes != spec.factor_shapes:
             raise ValueError(f"{module}: factors {shapes} do not fit the specs' {spec.factor_shapes}")

@@ -238,7 +238,8 @@ def make_shardings(
       Base and extras as `base_shardings` says, adapters as `adapter_shardings` does. A leaf of the optimizer that
       has path and shape of a trainable one, such as a moment, lies where that does; all else is on every device.
     """
-    names = {path for module in specs or {} for path in _factors(module)}
+    factors = (spec.factor_paths(module) for module, spec in (specs or {}).items())
+    names = {f"lora/{path}" for pair in factors for path in pair}
     extras = {path: x for path, x in leaves_by_path(state.trainable).items() if path not in names}
     base = base_shardings(mesh, extras, rules, specs=specs)
     base |= base_shardings(mesh, frozen, rules, specs=specs)
@@ -280,14 +281,11 @@ def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[s
     for module, spec in specs.items():
         place = base[spec.leaf]
         axes = dict(zip(spec.base_letters, _padded(place.spec, len(spec.shape)), strict=True)) | {"r": None}
-        for path, letters in zip(_factors(module), spec.factor_letters, strict=True):
-            found[path] = NamedSharding(place.mesh, PartitionSpec(*(axes[letter] for letter in letters)))
+        for path, letters in zip(spec.factor_paths(module), spec.factor_letters, strict=True):
+            found[f"lora/{path}"] = NamedSharding(
+                place.mesh, PartitionSpec(*(axes[letter] for letter in letters))
+            )
     return found
-
-
-def _factors(module: str) -> tuple[str, ...]:
-    """The paths of a module's factors."""
-    return tuple("/".join(part for part in ("lora", module, name) if part) for name in ("lora_a", "lora_b"))
 
 
 def _by_rule(path: str, shape: tuple[int, ...], rules: Rules) -> Axes:

@@ -10,13 +10,17 @@ import string
 from collections.abc import Mapping
 from typing import Any, Self
 
-from ._validation import check_int, check_number, suggest
+from ._validation import check_choice, check_int, check_number, suggest
 
 LAYER_KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
 LINEAR_KINDS = ("dense", "dense_general", "einsum")
 """The kinds that `"all-linear"` adapts."""
 LEAVES = ("kernel", "embedding")
 """The names of a layer's weight."""
+FACTORS = ("lora_a", "lora_b")
+EMBEDDING_FACTORS = ("lora_embedding_a", "lora_embedding_b")
+"""An embedding's factors have names of their own, as in PEFT: they learn at a rate of their own, and the optimizer
+sees names and shapes only."""
 _LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, the rank's
 
 
@@ -61,8 +65,7 @@ class AdapterSpec:
         for axis in self.stacked:
             if not isinstance(axis, int) or not -len(self.shape) <= axis < len(self.shape):
                 raise ValueError(f"{self.leaf}: stacked must hold axes of shape {self.shape}, got {axis!r}")
-        if self.kind not in LAYER_KINDS:
-            raise ValueError(f"{self.leaf}: kind must be one of {', '.join(LAYER_KINDS)}, got {self.kind!r}")
+        check_choice(f"{self.leaf}: kind", self.kind, LAYER_KINDS)
         if "i" not in self.axes or "o" not in self.axes:
             raise ValueError(f"{self.leaf}: axes must hold an i and an o, got {self.axes!r}")
         if not set(self.axes) <= set(string.ascii_lowercase) or len(self.axes) > len(_LETTERS):
@@ -104,6 +107,16 @@ class AdapterSpec:
         size = dict(zip(self.base_letters, self.shape, strict=True)) | {"r": self.rank}
         a, b = self.factor_letters
         return tuple(size[c] for c in a), tuple(size[c] for c in b)
+
+    @property
+    def factors(self) -> tuple[str, str]:
+        """The names of A and of B."""
+        return EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
+
+    def factor_paths(self, module: str) -> tuple[str, str]:
+        """The paths of A and of B in the tree of adapters, given the module's."""
+        a, b = (f"{module}/{name}" if module else name for name in self.factors)
+        return a, b
 
     @property
     def sides(self) -> tuple[int, int]:

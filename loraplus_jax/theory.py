@@ -71,25 +71,22 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
             "no layer that is adapted can be measured: embeddings and target_parameters are left out, and the "
             f"specs hold {', '.join(specs) or 'nothing'}"
         )
-    names = {
-        path: {leaf: f"{path}/{leaf}".removeprefix("/") for leaf in (*PREVIOUS_FACTORS, TAP)}
-        for path in measured
-    }
+    taps = {path: f"{path}/{TAP}".removeprefix("/") for path in measured}
 
     def measure(trainable: Any, before: Any, frozen: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
         variables, old = combine(trainable, frozen), flatten(before)
         previous = {
-            names[path][leaf].removesuffix(leaf) + PREVIOUS_FACTORS[leaf]: old[names[path][leaf]]
-            for path in measured
-            for leaf in PREVIOUS_FACTORS
+            f"{path}/{name}".removeprefix("/"): old[factor]
+            for path, spec in measured.items()
+            for name, factor in zip(PREVIOUS_FACTORS, spec.factor_paths(path), strict=True)
         }
 
-        def total(taps: dict[str, jax.Array]) -> jax.Array:
-            lora = combine(variables["lora"], unflatten(previous | taps))
+        def total(zeros: dict[str, jax.Array]) -> jax.Array:
+            lora = combine(variables["lora"], unflatten(previous | zeros))
             return loss_fn({**variables, "lora": lora}, batch, None)[0][0]  # pyright: ignore[reportArgumentType]
 
-        gradients = jax.grad(total)({names[path][TAP]: _zero_tap(spec) for path, spec in measured.items()})
-        return {path: _rms_by_term(gradients[names[path][TAP]], spec) for path, spec in measured.items()}
+        gradients = jax.grad(total)({taps[path]: _zero_tap(spec) for path, spec in measured.items()})
+        return {path: _rms_by_term(gradients[taps[path]], spec) for path, spec in measured.items()}
 
     return measure
 

@@ -15,8 +15,9 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ._validation import check_int
+from .roles import find_states, labels_of, role_norms
 from .sharding import DATA_AXIS, Shardings, batch_sharding, with_mesh
-from .tree import combine, label_params, role_norms
+from .tree import combine
 
 SumAndWeight = tuple[jax.Array, jax.Array]
 LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[SumAndWeight, Mapping[str, SumAndWeight]]]
@@ -70,8 +71,9 @@ def make_step(
       axis_name: the pmap axis that sums go over, if any.
 
     Returns:
-      A step whose metrics are `loss`, the means of the loss function's own, and `grad_norm/ROLE` and
-      `update_norm/ROLE` for the roles that occur; float32 scalars. With `skip_nonfinite` also `skipped`, 1 or 0.
+      A step whose metrics are `loss`, the means of the loss function's own, and for the roles that occur
+      `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the learning rate
+      `rate/ROLE`; float32 scalars. With `skip_nonfinite` also `skipped`, 1 or 0.
 
     Raises:
       ValueError: `accumulate` below 1, or, when traced, one that does not divide the batch.
@@ -96,7 +98,7 @@ def make_step(
         grads = jax.tree.map(lambda g: (g / _nonzero(weight)).astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = weighted_means(totals) | _norms(grads, updates)
+        metrics = weighted_means(totals) | _optimizer_metrics(opt_state, grads, updates)
         if skip_nonfinite:
             fine = _all_finite(metrics)
             metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
@@ -238,7 +240,9 @@ def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.all(jnp.isfinite(jnp.stack(watched)))
 
 
-def _norms(grads: Any, updates: Any) -> dict[str, jax.Array]:
-    labels = label_params(grads)
+def _optimizer_metrics(opt_state: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:
+    labels, states = labels_of(opt_state, grads), find_states(opt_state)
     named = {"grad_norm": role_norms(grads, labels), "update_norm": role_norms(updates, labels)}
-    return {f"{name}/{role}": norm for name, norms in named.items() for role, norm in norms.items()}
+    if len(states) == 1 and not states[0].relative:
+        named["rate"] = dict(states[0].rates)
+    return {f"{name}/{role}": value for name, values in named.items() for role, value in values.items()}

@@ -10,28 +10,25 @@ import pytest
 from flax import jax_utils
 
 from loraplus_jax import (
-    AdapterSpec,
     LoRAPlusConfig,
-    describe_run,
-    fingerprint,
     init_state,
     jit_step,
     lora_plus_adamw,
     make_mesh,
     open_manager,
     pmap_step,
-    replicate,
-    restore,
-    save,
+    restore_checkpoint,
+    save_checkpoint,
 )
-from loraplus_jax.checkpoint import DamagedCheckpoint, field_differences
-from loraplus_jax.sharding import distribute, make_shardings
+from loraplus_jax.checkpoint import DamagedCheckpoint, describe_run, field_differences, fingerprint
+from loraplus_jax.sharding import distribute, make_shardings, replicate
+from loraplus_jax.spec import AdapterSpec
 
 from .messages import mentions
 
 CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
 SPEC = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)
-TX = lora_plus_adamw(optax.linear_schedule(0.1, 0.0, 10), weight_decay=0.1)
+TX = lora_plus_adamw(optax.linear_schedule(0.1, 0.0, 10), 16.0, weight_decay=0.1)
 FROZEN = {"params": {"q": {"kernel": jnp.arange(12.0).reshape(4, 3)}}}
 BATCH = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
 
@@ -75,7 +72,7 @@ def assert_same(got, expected):
 
 
 def metadata(config=CONFIG, specs=SPEC, base="0123", **more):
-    return describe_run(config, {"q": specs}, base=base, **more)
+    return describe_run({"q": specs}, config, base=base, **more)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +82,9 @@ def saved(tmp_path_factory):
     state = trained(fresh(), 3)
     expected = values(state)
     with open_manager(directory) as manager:
-        save(manager, state, metadata=metadata(seed=5), input_position={"epoch": 1, "next": [7, 8]})
+        save_checkpoint(
+            manager, state, metadata=metadata(seed=5), input_position={"epoch": 1, "next": [7, 8]}
+        )
         trained(state, 2)
     return directory, expected
 
@@ -93,7 +92,7 @@ def saved(tmp_path_factory):
 def test_a_saved_state_is_restored_though_training_continued(saved):
     directory, expected = saved
     with open_manager(directory) as manager:
-        restored = restore(manager, fresh(seed=1), metadata=metadata(seed=5))
+        restored = restore_checkpoint(manager, fresh(seed=1), metadata=metadata(seed=5))
     jax.tree.map(np.testing.assert_array_equal, values(restored.state), expected)
     assert restored.input_position == {"epoch": 1, "next": [7, 8]}
     assert restored.metadata["config"] == CONFIG.to_json()
@@ -103,14 +102,14 @@ def test_a_saved_state_is_restored_though_training_continued(saved):
 
 def test_a_resumed_run_is_bitwise_the_same(saved):
     with open_manager(saved[0]) as manager:
-        state = restore(manager, fresh(seed=1), metadata=metadata(seed=5)).state
+        state = restore_checkpoint(manager, fresh(seed=1), metadata=metadata(seed=5)).state
     assert_same(trained(state, 4), trained(fresh(), 7))
 
 
 def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
     mesh = make_mesh()
     with open_manager(saved[0]) as manager:
-        state = restore(manager, replicate(mesh, fresh()), metadata=metadata(seed=5)).state
+        state = restore_checkpoint(manager, replicate(mesh, fresh()), metadata=metadata(seed=5)).state
     assert all(
         leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state.trainable)
     )
@@ -121,7 +120,7 @@ def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
 def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bitwise(tmp_path, sizes):
     # Eight devices add a gradient up in another order than one, and Adam's step carries that noise times the rate:
     # at 1e-3 it stays far below 1e-6, which at TX's 0.1 it does not on every processor.
-    tx = lora_plus_adamw(optax.linear_schedule(1e-3, 0.0, 10), weight_decay=0.1)
+    tx = lora_plus_adamw(optax.linear_schedule(1e-3, 0.0, 10), 16.0, weight_decay=0.1)
     draw = functools.partial(jax.random.normal, jax.random.key(1))
     lora = {"q": {"lora_a": draw((8, 4)), "lora_b": draw((4, 16))}}
     spec = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(8, 16), rank=4, scale=1.0)
@@ -135,14 +134,14 @@ def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bitwise(tmp_path, si
         return make_shardings(make_mesh(*sizes), state, frozen, specs={"q": spec}, rules=rules).state
 
     with open_manager(tmp_path) as manager:
-        save(manager, distribute(state, on(2, 2, 2)), metadata={})
+        save_checkpoint(manager, distribute(state, on(2, 2, 2)), metadata={})
         manager.wait_until_finished()
         like = (
             state
             if sizes == "pmap"
             else distribute(init_state({"lora": lora}, tx, jax.random.key(0)), on(*sizes))
         )
-        found = restore(manager, like, metadata={}).state
+        found = restore_checkpoint(manager, like, metadata={}).state
     if sizes == "pmap":
         # It trains on there as on one device; the values are looked at before, as a step takes its state.
         copies, alone = jax_utils.replicate(found), jax.tree.map(jnp.array, found)
@@ -184,7 +183,7 @@ def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bitwise(tmp_path, si
 )
 def test_another_run_is_rejected_with_field_and_values(saved, change, message):
     with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=message) as caught:
-        restore(manager, fresh(), metadata=metadata(**({"seed": 5} | change)))
+        restore_checkpoint(manager, fresh(), metadata=metadata(**({"seed": 5} | change)))
     assert "step 3" in str(caught.value)
 
 
@@ -199,13 +198,13 @@ def test_other_shapes_are_rejected_with_path_and_shapes(saved, name, shape, mess
     state = fresh()
     state.trainable["lora"]["q"][name] = jnp.zeros(shape)
     with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=message):
-        restore(manager, state, metadata=metadata(seed=5))
+        restore_checkpoint(manager, state, metadata=metadata(seed=5))
 
 
 def test_another_optimizer_is_rejected(saved):
     tx = optax.sgd(0.1)
     with open_manager(saved[0]) as manager, pytest.raises(ValueError, match="opt_state"):
-        restore(manager, init_state(trainable(), tx, jax.random.key(0)), metadata=metadata(seed=5))
+        restore_checkpoint(manager, init_state(trainable(), tx, jax.random.key(0)), metadata=metadata(seed=5))
 
 
 def test_a_missing_checkpoint_is_named(saved, tmp_path):
@@ -213,12 +212,12 @@ def test_a_missing_checkpoint_is_named(saved, tmp_path):
         open_manager(saved[0]) as manager,
         pytest.raises(FileNotFoundError, match=mentions("step 2", saved[0])),
     ):
-        restore(manager, fresh(), metadata=metadata(), step=2)
+        restore_checkpoint(manager, fresh(), metadata=metadata(), step=2)
     with (
         open_manager(tmp_path) as manager,
         pytest.raises(FileNotFoundError, match=mentions("checkpoint", tmp_path)),
     ):
-        restore(manager, fresh(), metadata=metadata())
+        restore_checkpoint(manager, fresh(), metadata=metadata())
 
 
 def test_the_base_is_not_in_the_files(saved):
@@ -243,7 +242,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mode, losses, kept):
     state = init_state({"w": jnp.ones(2)}, optax.identity(), jax.random.key(0))
     with open_manager(tmp_path, keep=2, **how) as manager:
         for n, loss in enumerate(losses, 1):
-            save(manager, state.replace(step=jnp.array(n)), metadata={}, metrics={"loss": loss})
+            save_checkpoint(manager, state.replace(step=jnp.array(n)), metadata={}, metrics={"loss": loss})
         manager.wait_until_finished()
         assert sorted(manager.all_steps()) == kept
         assert mode is None or manager.best_step() == (2 if len(kept) == 3 else 5)
@@ -272,7 +271,9 @@ def save_two(directory):
     """Steps 1 and 2, of which the first is the best."""
     with open_manager(directory, best="loss") as manager:
         for n in (1, 2):
-            save(manager, trained(fresh(), n), metadata=metadata(), input_position=[n], metrics={"loss": n})
+            save_checkpoint(
+                manager, trained(fresh(), n), metadata=metadata(), input_position=[n], metrics={"loss": n}
+            )
 
 
 def flip(path):
@@ -291,20 +292,20 @@ def test_a_changed_note_is_damage(tmp_path, item):
         open_manager(tmp_path, best="loss") as manager,
         pytest.raises(DamagedCheckpoint, match="step 2"),
     ):
-        restore(manager, fresh(), metadata=metadata())
+        restore_checkpoint(manager, fresh(), metadata=metadata())
 
 
 def test_one_changed_bit_of_an_array_is_damage(tmp_path):
     """In the largest file of the arrays, where no checksum of tensorstore's own covers it."""
     state = fresh().replace(trainable={"w": jax.random.normal(jax.random.key(0), (100, 100))})
     with open_manager(tmp_path) as manager:
-        save(manager, state, metadata=metadata())
+        save_checkpoint(manager, state, metadata=metadata())
     flip(max((tmp_path / "0/state").rglob("*"), key=lambda path: path.stat().st_size))
     with (
         open_manager(tmp_path) as manager,
         pytest.raises(DamagedCheckpoint, match=r"step 0.*arrays"),
     ):
-        restore(manager, state, metadata=metadata())
+        restore_checkpoint(manager, state, metadata=metadata())
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"loss": "x"}', '{"other": 1}', '{"loss": NaN}'])
@@ -313,7 +314,7 @@ def test_a_checkpoint_with_damaged_metrics_is_not_the_best_and_no_more(tmp_path,
     (tmp_path / "1/metrics/metrics").write_text(content)
     with open_manager(tmp_path, best="loss") as manager:
         assert (manager.best_step(), list(manager.all_steps())) == (2, [1, 2])
-        assert restore(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
+        assert restore_checkpoint(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
 
 
 @pytest.mark.parametrize("content", ['{"metrics": 5}', '{"commit_timestamp_nsecs": 1' + "0" * 30 + "}"])
@@ -321,7 +322,7 @@ def test_a_damaged_date_does_not_keep_checkpoints_from_being_opened(tmp_path, co
     save_two(tmp_path)
     (tmp_path / "2/_CHECKPOINT_METADATA").write_text(content)
     with open_manager(tmp_path, best="loss") as manager:
-        assert restore(manager, fresh(), metadata=metadata()).input_position == [2]
+        assert restore_checkpoint(manager, fresh(), metadata=metadata()).input_position == [2]
 
 
 # Fingerprints

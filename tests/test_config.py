@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
@@ -26,7 +28,7 @@ def test_defaults_are_the_documented_ones():
         "alpha_pattern": {},
         "use_rslora": False,
         "dropout": 0.0,
-        "lr_ratio": 16.0,
+        "lr_ratio": 4.0,
         "init": "lora",
         "modules_to_save": [],
         "bias": "none",
@@ -55,27 +57,34 @@ def test_scale_is_alpha_over_rank(rank, alpha, scale):
 @pytest.mark.parametrize(
     ("field", "value", "error"),
     [
-        *[("rank", value, ValueError) for value in (0, -1, 2.0, True, "8", None)],
-        *[("alpha", value, ValueError) for value in (0.0, -1.0, math.nan, math.inf, True, "16", None)],
-        *[("lr_ratio", value, ValueError) for value in (0, -16.0, math.nan, math.inf, "16")],
-        *[("dropout", value, ValueError) for value in (-0.1, 1.0, math.nan, "0")],
+        *[("rank", value, ValueError) for value in (0, -1)],
+        *[("rank", value, TypeError) for value in (2.0, True, "8", None)],
+        *[("alpha", value, ValueError) for value in (0.0, -1.0, math.nan, math.inf)],
+        *[("alpha", value, TypeError) for value in (True, "16", None)],
+        *[("lr_ratio", value, ValueError) for value in (0, -16.0, math.nan, math.inf)],
+        *[("lr_ratio", value, TypeError) for value in ("16", True)],
+        *[("dropout", value, ValueError) for value in (-0.1, 1.0, math.nan)],
+        ("dropout", "0", TypeError),
         *[("init", value, ValueError) for value in ("he", "", None)],
         *[("target_modules", value, ValueError) for value in ((), "", "(", ["q", "q"])],
         *[("target_modules", value, TypeError) for value in (None, 3, [3], [""], ["q", "/"])],
         ("modules_to_save", "head", TypeError),
         ("exclude_modules", "(", ValueError),
         ("exclude_modules", [3], TypeError),
-        *[("layers_to_transform", value, ValueError) for value in ([], [-1], [1, 1], [1.5], [True])],
+        *[("layers_to_transform", value, ValueError) for value in ([], [-1], [1, 1])],
+        *[("layers_to_transform", value, TypeError) for value in ([1.5], [True])],
         ("layers_to_transform", "1", TypeError),
         *[("target_parameters", value, TypeError) for value in ("w", 3, [3], {"": "io"}, None)],
         *[
             ("target_parameters", value, ValueError)
             for value in (["("], {"w": "ii"}, {"w": "iO"}, {"w": 3}, ["w", "w"])
         ],
-        *[("rank_pattern", value, ValueError) for value in ({"q": 0}, {"q": 1.5}, {"(": 2})],
+        *[("rank_pattern", value, ValueError) for value in ({"q": 0}, {"(": 2})],
+        ("rank_pattern", {"q": 1.5}, TypeError),
         *[("rank_pattern", value, TypeError) for value in (["q"], 3, {3: 2})],
-        *[("alpha_pattern", value, ValueError) for value in ({"q": 0.0}, {"q": math.nan}, {"q": "2"})],
-        ("use_rslora", 1.5, ValueError),
+        *[("alpha_pattern", value, ValueError) for value in ({"q": 0.0}, {"q": math.nan})],
+        ("alpha_pattern", {"q": "2"}, TypeError),
+        ("use_rslora", 1.5, TypeError),
         ("bias", "some", ValueError),
         ("modules_to_save", ["head", "head"], ValueError),
     ],
@@ -90,6 +99,21 @@ def test_json_round_trip(target):
     config = LoRAPlusConfig(
         target_modules=target, rank=3, dropout=0.5, init="lora_b", modules_to_save=["head"]
     )
+    assert LoRAPlusConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(("init", "ratio"), [("lora", 4.0), ("gaussian", 4.0), ("lora_b", 16.0)])
+def test_the_default_ratio_follows_the_init(init, ratio):
+    config = LoRAPlusConfig(target_modules=["q"], init=init)
+    assert config.lr_ratio == ratio
+    assert LoRAPlusConfig(target_modules=["q"], init=init, lr_ratio=2.0).lr_ratio == 2.0
+    assert LoRAPlusConfig.from_json(config.to_json()) == config
+    docs = (Path(__file__).parents[1] / "docs" / "choosing_lambda.md").read_text()
+    assert f"| `{init}` | {ratio:g} |" in docs
+
+
+def test_numbers_of_numpy_are_saved_as_json():
+    config = LoRAPlusConfig(target_modules=["q"], alpha=np.float32(2.0), alpha_pattern={"q": np.float32(3.0)})
     assert LoRAPlusConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 

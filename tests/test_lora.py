@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax import AdapterSpec, merge, scale_variables
-from loraplus_jax.lora import low_rank_output, weight_delta
+from loraplus_jax import merge
+from loraplus_jax.lora import low_rank_output, scale_variables, weight_delta
+from loraplus_jax.spec import AdapterSpec
 
 from .messages import mentions
 

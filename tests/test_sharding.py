@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from loraplus_jax import (
-    AdapterSpec,
     LoRAPlusConfig,
     apply_lora_plus,
     init_lora,
@@ -35,6 +34,7 @@ from loraplus_jax.sharding import (
     local_rows,
     make_shardings,
 )
+from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.tree import leaves_by_path

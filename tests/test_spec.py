@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraplus_jax import AdapterSpec, specs_from_json, specs_to_json
+from loraplus_jax.spec import AdapterSpec, specs_from_json, specs_to_json
 
 from .messages import mentions
 

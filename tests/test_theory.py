@@ -17,9 +17,8 @@ from loraplus_jax import (
     apply_lora_plus,
     init_lora,
     lora_plus_adamw,
-    scale_variables,
 )
-from loraplus_jax.lora import TERMS, low_rank_output, update_squares
+from loraplus_jax.lora import TERMS, low_rank_output, scale_variables, update_squares
 from loraplus_jax.theory import BALANCED_RATIO, make_theory, reading, terms_by_layer
 
 from .messages import mentions

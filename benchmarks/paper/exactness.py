@@ -19,7 +19,6 @@ import optax
 from shared import Check, finish
 
 from loraplus_jax import LoRAPlusDense, lora_plus_adamw, make_schedule
-from loraplus_jax.optim.schedules import rate_at
 
 WIDTH, RANK, POINTS, LAMBDA, RATE = 24, 4, 32, 10.0, 1e-3
 
@@ -88,9 +87,9 @@ def ratio_error(steps: int = 50) -> float:
     """The largest relative error of eta_B / eta_A over all steps after the first of all schedules."""
     errors = []
     for _, schedule in schedules(steps):
-        groups = lora_plus_adamw(schedule, lr_ratio=LAMBDA).groups
+        rates = lora_plus_adamw(schedule, lr_ratio=LAMBDA).rates
         for step in range(1, steps + 5):
-            a, b = (float(rate_at(groups[role].rate, step)) for role in ("a", "b"))
+            a, b = (float(rates(step)[role][0]) for role in ("a", "b"))
             errors.append(abs(b / a / LAMBDA - 1))
     return max(errors)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import suggest
+from .._validation import check_choice, suggest
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
 from ..interop.adapter_files import Adapter, new_directory, tensor_bytes
@@ -76,8 +76,8 @@ def export_run(
     format = format or "hf"
     if format not in DTYPES:
         raise ValueError(f"there is no format {format!r}{suggest(format, DTYPES)}")
-    if dtype is not None and dtype not in DTYPES[format]:
-        raise ValueError(f"--dtype of {format} must be one of {', '.join(DTYPES[format])}, got {dtype}")
+    if dtype is not None:
+        check_choice(f"--dtype of {format}", dtype, DTYPES[format])
     if to.exists():
         raise ValueError(f"{to} exists already; nothing is overwritten: choose another directory for --to")
     source = _open_source(place)
@@ -137,8 +137,8 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
     extras, own = _split_extras(source, form)
     merge = CheckpointMerge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
     notes = describe_run(
-        adapter.config,
         adapter.specs,
+        adapter.config,
         base=source.fingerprint,
         merged=True,
         settings=source.notes["settings"],

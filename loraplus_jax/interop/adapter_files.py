@@ -21,7 +21,7 @@ from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
 from ..json_files import read_json
 from ..spec import AdapterSpec, Specs, specs_from_json
-from ..tree import flatten, unflatten
+from ..tree import flatten, unflatten, with_collection
 
 TENSORS_FILE, DESCRIPTION_FILE = "adapter.safetensors", "adapter.json"
 
@@ -30,23 +30,23 @@ class Adapter(NamedTuple):
     """Result of `load_adapter`.
 
     Attributes:
-      config: what was applied; None for a model trained in full, whose weights are all extras.
-      specs: the table of what is adapted.
       lora: the tree of factors.
+      specs: the table of what is adapted.
+      config: what was applied; None for a model trained in full, whose weights are all extras.
       extras: variables trained in full, `{"params": ...}`, empty if there are none.
     """
 
-    config: LoRAPlusConfig | None
-    specs: dict[str, AdapterSpec]
     lora: dict[str, Any]
+    specs: dict[str, AdapterSpec]
+    config: LoRAPlusConfig | None
     extras: dict[str, Any]
 
 
 def save_adapter(
     directory: str | Path,
-    config: LoRAPlusConfig | None,
+    lora: Mapping[str, Any],
     specs: Specs,
-    trainable: Mapping[str, Any],
+    config: LoRAPlusConfig | None,
     *,
     base: str | None = None,
     **more: Any,
@@ -57,16 +57,19 @@ def save_adapter(
 
     Args:
       directory: made if absent.
-      config: what was applied.
+      lora: the tree of factors, or the trainable variables `{"lora": factors, "params": extras}`.
       specs: the table from `init_lora`.
-      trainable: `{"lora": factors, "params": extras}`.
+      config: what was applied.
       base: `checkpoint.fingerprint` of the frozen variables.
       **more: the caller's own JSON-able fields.
 
     Raises:
-      ValueError: something else than an adapter is there.
+      ValueError: something else than an adapter is there; or factors, specs and config do not fit each other.
     """
     directory = Path(directory).resolve()
+    check_config_matches_specs(specs, config)
+    trainable = with_collection(lora, specs)
+    check_factors(f"{directory}", trainable.get("lora", {}), specs)
     if directory.is_dir():
         others = sorted(
             path.name for path in directory.iterdir() if path.name not in (TENSORS_FILE, DESCRIPTION_FILE)
@@ -82,7 +85,7 @@ def save_adapter(
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
-        notes = json.dumps(describe_run(config, specs, base=base, **more), indent=1)
+        notes = json.dumps(describe_run(specs, config, base=base, **more), indent=1)
         (partial / DESCRIPTION_FILE).write_text(notes + "\n", encoding="utf-8")
         partial.chmod(0o755)
         if directory.exists():
@@ -108,13 +111,13 @@ def load_adapter(directory: str | Path) -> Adapter:
     try:
         config = None if notes["config"] is None else LoRAPlusConfig.from_json(notes["config"])
         specs = specs_from_json(notes["specs"])
-        check_config_matches_specs(config, specs)
+        check_config_matches_specs(specs, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / DESCRIPTION_FILE}: {error}") from None
     variables = unflatten(read_tensors(directory / TENSORS_FILE))
     lora = variables.pop("lora", {})
-    _check_factors(directory, lora, specs)
-    return Adapter(config, specs, lora, variables)
+    check_factors(f"{directory}: {TENSORS_FILE} and the table in {DESCRIPTION_FILE}", lora, specs)
+    return Adapter(lora, specs, config, variables)
 
 
 def read_adapter_json(directory: str | Path) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def check_config_matches_specs(config: LoRAPlusConfig | None, specs: Specs) -> None:
+def check_config_matches_specs(specs: Specs, config: LoRAPlusConfig | None) -> None:
     """Raises ValueError unless config and specs say the same: `apply` goes by the one and `merge` by the other."""
     if config is None:
         return
@@ -157,12 +160,13 @@ def check_config_matches_specs(config: LoRAPlusConfig | None, specs: Specs) -> N
             )
 
 
-def _check_factors(directory: Path, lora: Mapping[str, Any], specs: Specs) -> None:
+def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
+    """Raises ValueError unless the factors are those of the specs, in number and shape."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(lora).items()}
     expected = {
-        f"{module}/{name}".removeprefix("/"): shape
+        name: shape
         for module, spec in specs.items()
-        for name, shape in zip(("lora_a", "lora_b"), spec.factor_shapes, strict=True)
+        for name, shape in zip(spec.factor_paths(module), spec.factor_shapes, strict=True)
     }
     differing = [
         path for path in sorted(shapes.keys() | expected.keys()) if shapes.get(path) != expected.get(path)
@@ -170,9 +174,8 @@ def _check_factors(directory: Path, lora: Mapping[str, Any], specs: Specs) -> No
     if differing:
         first = differing[0]
         raise ValueError(
-            f"{directory}: tensors and adapter table differ at {', '.join(differing[:5])}: {first} is "
-            f"{shapes.get(first, 'absent')} in {TENSORS_FILE} and {expected.get(first, 'absent')} in "
-            f"{DESCRIPTION_FILE}"
+            f"{where}: factors and specs differ at {', '.join(differing[:5])}: the factor {first} is "
+            f"{shapes.get(first, 'absent')}, the specs say {expected.get(first, 'absent')}"
         )
 
 

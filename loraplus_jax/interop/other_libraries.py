@@ -53,10 +53,10 @@ def import_adapters(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> d
         shapes = tuple(tuple(leaves[path].shape) for path in (a, b))
         if shapes != specs[key].factor_shapes:
             problems.append(f"~ {module}: the factors are {shapes}, the specs say {specs[key].factor_shapes}")
-        for name, path in (("lora_a", a), ("lora_b", b)):
-            factors[f"{key}/{name}".removeprefix("/")] = jnp.asarray(leaves[path])
+        for name, path in zip(specs[key].factor_paths(key), (a, b), strict=True):
+            factors[name] = jnp.asarray(leaves[path])
     problems += [
-        f"- {key} has no factors" for key in specs if f"{key}/lora_a".removeprefix("/") not in factors
+        f"- {key} has no factors" for key, spec in specs.items() if spec.factor_paths(key)[0] not in factors
     ]
     problems += [
         f"~ {key}: the scale is {spec.scale:g} in the specs, {scale:g} there"

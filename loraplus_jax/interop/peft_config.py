@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from .._validation import check_int, check_number
+from .._validation import check_choice, check_int, check_number
 from ..config import Bias, LoRAPlusConfig
 from ..json_files import read_json
 
@@ -24,13 +24,13 @@ _UNSUPPORTED = (
 # No effect on a trained adapter, or visible in its tensors.
 _IGNORED = (
     *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
-    *("peft_type", "exclude_modules", "layers_pattern", "layers_to_transform", "megatron_core", "eva_config"),
+    *("peft_type", "layers_pattern", "layers_to_transform", "megatron_core", "eva_config"),
     *("qalora_group_size", "runtime_config", "ephemeral_gpu_offload", "fan_in_fan_out", "target_parameters"),
     *("modules_to_tie", "target_modules_to_tie"),
 )
 _READ = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias"),
-    *("target_modules", "modules_to_save", "ensure_weight_tying", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying", "init_lora_weights"),
 )
 # Initializations that leave the base unchanged; the others subtract from it.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -46,7 +46,7 @@ class PeftOptions:
     Attributes:
       rank, alpha, rank_pattern, alpha_pattern, use_rslora: as PEFT has them, patterns of its names.
       dropout, bias: likewise.
-      target_modules: names or one regular expression, or None.
+      target_modules, exclude_modules: names or one regular expression, or None.
       modules_to_save: names of what is trained in full.
       ties_weights: whether an embedding's adapter is the tied head's too.
       base_model: what the adapter says it belongs to.
@@ -61,6 +61,7 @@ class PeftOptions:
     dropout: float
     bias: Bias
     target_modules: str | Sequence[str] | None
+    exclude_modules: str | Sequence[str] | None
     modules_to_save: Sequence[str]
     ties_weights: bool
     base_model: str | None
@@ -90,8 +91,14 @@ class PeftOptions:
         return [
             target
             for target in self.target_modules or ()
-            if not any(name == target or name.endswith(f".{target}") for name in names)
+            if not any(_ends_in(name, target) for name in names) and not self._may_be_excluded(target)
         ]
+
+    def _may_be_excluded(self, target: str) -> bool:
+        """Whether `exclude_modules` may leave out all that a name stands for; a regular expression always may."""
+        if isinstance(self.exclude_modules, str):
+            return True
+        return any(_ends_in(target, name) or _ends_in(name, target) for name in self.exclude_modules or ())
 
 
 def read_options(path: Path) -> PeftOptions:
@@ -136,13 +143,12 @@ def _parse_options(given: Mapping[str, Any]) -> PeftOptions:
     for name in ("use_rslora", "ensure_weight_tying"):
         if not isinstance(given.get(name, False), bool):
             raise TypeError(f"{name} must be true or false, got {given[name]!r:.80}")
-    if (bias := given.get("bias", "none")) not in get_args(Bias):
-        raise ValueError(f"bias must be one of {', '.join(get_args(Bias))}, got {bias!r:.80}")
-    targets = given.get("target_modules")
-    if isinstance(targets, str):
-        _check_regex("target_modules", targets)
-    elif targets is not None:
-        _check_names("target_modules", targets)
+    check_choice("bias", given.get("bias", "none"), get_args(Bias))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(given.get(name), str):
+            _check_regex(name, given[name])
+        else:
+            _check_names(name, given.get(name, []))
     _check_names("modules_to_save", given.get("modules_to_save", []))
     for name in ("base_model_name_or_path", "task_type"):
         if not isinstance(given.get(name, ""), str):
@@ -153,8 +159,9 @@ def _parse_options(given: Mapping[str, Any]) -> PeftOptions:
         **patterns,
         use_rslora=given.get("use_rslora", False),
         dropout=given.get("lora_dropout", 0.0),
-        bias=bias,
-        target_modules=targets,
+        bias=given.get("bias", "none"),
+        target_modules=given.get("target_modules"),
+        exclude_modules=given.get("exclude_modules"),
         modules_to_save=given.get("modules_to_save", []),
         ties_weights=given.get("ensure_weight_tying", False),
         base_model=given.get("base_model_name_or_path"),
@@ -237,6 +244,10 @@ def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
             if group[name] != default or ends or any(name.endswith(f".{other}") for other in group):
                 patterns[re.escape(name)] = group[name]
     return patterns
+
+
+def _ends_in(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 def _pattern_of(patterns: Mapping[str, Any], name: str) -> str | None:

@@ -17,7 +17,7 @@ from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig, pattern_of
 from ..json_files import read_json
 from ..spec import Specs
-from ..tree import flatten, unflatten
+from ..tree import flatten, unflatten, with_collection
 from .adapter_files import (
     Adapter,
     check_config_matches_specs,
@@ -85,11 +85,11 @@ def save_peft(
         specs and tensors differ.
     """
     check_path_map(path_map)
-    check_config_matches_specs(config, specs)
+    check_config_matches_specs(specs, config)
     targets, problems = adapted_leaves(specs, path_map)
     slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
     raise_problems(f"{directory}: the adapter cannot be written for PEFT", problems + more_problems)
-    tensors = _factor_tensors(flatten(lora), targets)
+    tensors = _factor_tensors(flatten(with_collection(lora, specs).get("lora", lora)), targets)
     adapted = {name for target in targets.values() for name in target.names.values()}
     leaves, saved = name_leaves(slots, adapted, path_map)
     options = make_options(
@@ -106,7 +106,7 @@ def save_peft(
     files = {
         WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
         OPTIONS: _to_json(options),
-        NOTES_FILE: _to_json(describe_run(config, specs, base=base, **more)),
+        NOTES_FILE: _to_json(describe_run(specs, config, base=base, **more)),
     }
     files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
@@ -149,14 +149,14 @@ def load_peft(
     lora = {}
     for key, target in targets.items():
         pairs = {index: tuple(host_array(factors[k]) for k in target.keys(index)) for index in target.names}
-        for name, factor in zip(("lora_a", "lora_b"), factors_from_peft(pairs, target), strict=True):
-            lora[f"{key}/{name}".removeprefix("/")] = jnp.asarray(factor)
+        paths = target.spec.factor_paths(key)
+        lora |= zip(paths, map(jnp.asarray, factors_from_peft(pairs, target)), strict=True)
     extras = stack_slices(slots, flatten({"params": params or {}}))
     extras |= read_tensors(directory / OWN_TENSORS_FILE) if (directory / OWN_TENSORS_FILE).is_file() else {}
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
     config = _saved_config(directory) or _config(directory, options, [*tensors], path_map, layers)
-    check_config_matches_specs(config, specs)
-    return Adapter(config, dict(specs), unflatten(lora), unflatten(extras))
+    check_config_matches_specs(specs, config)
+    return Adapter(unflatten(lora), dict(specs), config, unflatten(extras))
 
 
 def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None = None) -> LoRAPlusConfig:
@@ -361,14 +361,14 @@ def _check_pair(name: str, shapes: list[tuple[int, ...]], options: PeftOptions, 
 def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, np.ndarray]:
     tensors = {}
     for key, target in targets.items():
-        names = [f"{key}/{name}".removeprefix("/") for name in ("lora_a", "lora_b")]
+        names = target.spec.factor_paths(key)
         shapes = tuple(np.shape(lora[name]) if name in lora else None for name in names)
         if shapes != target.spec.factor_shapes:
             raise ValueError(f"{key}: the factors are {shapes}, the specs say {target.spec.factor_shapes}")
         a, b = (host_array(lora[name]) for name in names)
         for index, *pair in factors_to_peft(a, b, target):
             tensors |= dict(zip(target.keys(index), pair, strict=True))
-    known = {f"{key}/{name}".removeprefix("/") for key in targets for name in ("lora_a", "lora_b")}
+    known = {path for key, target in targets.items() for path in target.spec.factor_paths(key)}
     if unknown := sorted(lora.keys() - known):
         raise ValueError(f"the tree has factors that are not in the specs: {', '.join(unknown[:5])}")
     return tensors

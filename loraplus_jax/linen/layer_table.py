@@ -7,7 +7,6 @@ of a user's own may call `super()`.
 
 import dataclasses
 import inspect
-import math
 import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,13 +19,13 @@ from flax.linen.dtypes import promote_dtype
 from opt_einsum.parser import parse_einsum_input
 
 from ..lora import low_rank_output
-from ..spec import factor_letters
+from ..spec import AdapterSpec, factor_letters
 
 Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 """`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""
 
 
-class Layer(NamedTuple):
+class LayerCall(NamedTuple):
     """What one call of a layer says of its weight.
 
     Attributes:
@@ -46,15 +45,19 @@ class Layer(NamedTuple):
     term: Term
 
     @property
-    def sides(self) -> tuple[int, int]:
-        """The sizes of the input side and of the output side, in and out of one slice of the batch axes."""
-        sizes = list(zip(self.axes, self.shape, strict=True))
-        a, b = (math.prod(n for role, n in sizes if role == side) for side in "io")
-        return a, b
+    def factors(self) -> tuple[str, str]:
+        """The names of A and of B."""
+        return self.spec(1, 1.0).factors
+
+    def spec(self, rank: int, scale: float) -> AdapterSpec:
+        """The layer's spec, of which a stack completes shape and stacked axes, and the model the leaf's path."""
+        return AdapterSpec(
+            leaf=self.leaf, kind=self.kind, axes=self.axes, shape=self.shape, rank=rank, scale=scale
+        )
 
 
-def layer_of(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Layer | None:
-    """The layer that a method call is, or None if it is none that can be adapted.
+def layer_call(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
+    """What a call of one of the methods below says of its layer.
 
     Args:
       method: the bare function, as `inspect.unwrap` gives it.
@@ -64,8 +67,7 @@ def layer_of(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict
     Raises:
       ValueError: an Einsum's equation has no contracted or no output axis.
     """
-    make = _METHODS.get(method)
-    return None if make is None else make(module, *args, **kwargs)
+    return _METHODS[method](module, *args, **kwargs)
 
 
 def can_adapt(method: Any) -> bool:
@@ -114,25 +116,25 @@ def _roles(w: str, outputs: str, batch: str) -> str:
     return "".join("o" if c in outputs else next(spare) if c in batch else "i" for c in w)
 
 
-def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> Layer:
+def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> LayerCall:
     axes, equations = split_equation(equation)
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, a, b, scale, equations, module.precision)
 
-    return Layer(kind, "kernel", axes, _shape(module, "kernel"), inputs, term)
+    return LayerCall(kind, "kernel", axes, _shape(module, "kernel"), inputs, term)
 
 
-def _dense(module: nn.Dense, inputs: jax.Array) -> Layer:
+def _dense(module: nn.Dense, inputs: jax.Array) -> LayerCall:
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, a, b, scale, precision=module.precision)
 
-    return Layer("dense", "kernel", "io", _shape(module, "kernel"), inputs, term)
+    return LayerCall("dense", "kernel", "io", _shape(module, "kernel"), inputs, term)
 
 
-def _dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Layer:
+def _dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> LayerCall:
     letters = string.ascii_uppercase[: inputs.ndim]
     # Sorted, as Flax sorts them before it makes the kernel.
     axis, batch = (
@@ -146,22 +148,22 @@ def _dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> Layer:
     return _contraction("dense_general", module, inputs, equation)
 
 
-def _einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> Layer:
+def _einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> LayerCall:
     given: Any = einsum_str or module.einsum_str
     shapes = (inputs.shape, module.shape)
     operands, result, _ = parse_einsum_input((given.replace(" ", ""), *shapes), shapes=True)
     return _contraction("einsum", module, inputs, f"{operands}->{result}")
 
 
-def _conv(module: Any, inputs: jax.Array) -> Layer:
+def _conv(module: Any, inputs: jax.Array) -> LayerCall:
     kind = nn.Conv if module.shared_weights else nn.ConvLocal
     shape = _shape(module, "kernel")
     if not module.shared_weights:
         axes = "".join(c for c in string.ascii_lowercase if c not in "io")[: len(shape) - 2] + "io"
-        return Layer("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
+        return LayerCall("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
     axes = "i" * (len(shape) - 1) + "o"
     if module.mask is not None:
-        return Layer("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
+        return LayerCall("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         groups, rank = module.feature_group_count, a.shape[-1]
@@ -172,14 +174,14 @@ def _conv(module: Any, inputs: jax.Array) -> Layer:
         y = jnp.einsum("...gr,rgo->...go", h * jnp.asarray(scale, h.dtype), b, precision=module.precision)
         return y.reshape(*y.shape[:-2], -1)
 
-    return Layer("conv", "kernel", axes, shape, inputs, term)
+    return LayerCall("conv", "kernel", axes, shape, inputs, term)
 
 
-def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> Layer:
+def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> LayerCall:
     shape = _shape(module, "kernel")
     axes = "i" * (len(shape) - 2) + ("oi" if module.transpose_kernel else "io")
     if module.mask is not None:
-        return Layer(
+        return LayerCall(
             "conv_transpose", "kernel", axes, shape, inputs, _by_weight(nn.ConvTranspose, module, axes)
         )
 
@@ -190,25 +192,25 @@ def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> Layer:
         )
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, precision=module.precision)
 
-    return Layer("conv_transpose", "kernel", axes, shape, inputs, term)
+    return LayerCall("conv_transpose", "kernel", axes, shape, inputs, term)
 
 
-def _embed(module: nn.Embed, inputs: jax.Array) -> Layer:
+def _embed(module: nn.Embed, inputs: jax.Array) -> LayerCall:
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         a, b = promote_dtype(a, b, dtype=module.dtype, inexact=False)
         one = module.num_embeddings == 1  # then Embed does not look at the indices
         h = jnp.broadcast_to(a, (*x.shape, a.shape[-1])) if one else jnp.take(a, x, axis=0)
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
 
-    return Layer("embed", "embedding", "io", _shape(module, "embedding"), inputs, term)
+    return LayerCall("embed", "embedding", "io", _shape(module, "embedding"), inputs, term)
 
 
-def _attend(module: nn.Embed, query: jax.Array) -> Layer:
+def _attend(module: nn.Embed, query: jax.Array) -> LayerCall:
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, b, a, scale, ("...o,ro->...r", "...r,ir->...i"))
 
-    return Layer("embed", "embedding", "io", _shape(module, "embedding"), query, term)
+    return LayerCall("embed", "embedding", "io", _shape(module, "embedding"), query, term)
 
 
 def _by_weight(kind: type[nn.Module], module: nn.Module, axes: str) -> Term:
@@ -245,7 +247,7 @@ def _sequence(value: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, Iterable) else (value,)  # a whole number may be numpy's
 
 
-_METHODS: dict[Any, Callable[..., Layer]] = {
+_METHODS: dict[Any, Callable[..., LayerCall]] = {
     inspect.unwrap(method): make
     for method, make in (
         (nn.Dense.__call__, _dense),

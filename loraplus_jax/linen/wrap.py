@@ -5,6 +5,9 @@ they travel with `"params"`, so that `nn.scan`, `nn.remat`, `nn.vmap` and weight
 the kernels. An interceptor adds the low-rank term to each targeted layer's output.
 """
 
+import contextlib
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,28 +18,30 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import DenyList, freeze, meta
 from flax.linen.transforms import get_module_scopes
+from jax.extend.core import jaxpr_as_fun
 
 from .._validation import suggest
-from ..config import ALL_LINEAR, LoRAPlusConfig
-from ..rules import TracedModule, check_coverage, is_adapted, is_target, matching_rule
+from ..config import LoRAPlusConfig
 from ..spec import AdapterSpec
 from ..tree import flatten, leaves_by_path
-from .collections import COLLECTIONS, Boundary
-from .dataflow import trace_dataflow
-from .layer_table import Layer, can_adapt, layer_of
-from .layers import (
+from .adapter import (
+    OURS,
     Adapter,
     FactorBox,
-    LoRAPlusLayer,
-    add_adapter_term,
-    box_new_factors,
+    Mode,
+    adapter_at,
+    add_low_rank_term,
     is_box,
-    is_low_rank_only,
-    low_rank_terms_only,
+    is_own,
+    mode,
+    named_call,
+    place,
+    run_in,
 )
-
-_OURS = "lora_plus"
-"""A flag on the scopes of the wrapped model; a module run by its own `.apply` inside has other scopes."""
+from .collections import COLLECTIONS, CollectionMap
+from .dataflow import trace_dataflow
+from .discovery import Discovery
+from .layer_table import LayerCall, can_adapt
 
 
 class _Anew:
@@ -51,16 +56,21 @@ class _Anew:
 class LoRAPlusModel(nn.Module):
     """A Linen model with adapters on some of its layers; made by `apply_lora_plus`.
 
-    `init`, `apply` (with `method=` as a name or a function of the inner model) and the tree of base parameters
-    are those of the inner model. It is a module and may stand inside another one.
+    `init`, `apply` (with `method=` as a name or a function of the inner model) and the tree of base parameters are
+    those of the inner model, and so are its fields and methods: `model.encode(x)` inside `apply`, `model.config`.
+    It is a module and may stand inside another one.
+
+    Attributes:
+      wrapped: the inner model.
+      lora_config: what is adapted.
     """
 
-    model: nn.Module
-    config: LoRAPlusConfig
+    wrapped: nn.Module
+    lora_config: LoRAPlusConfig
 
     def setup(self) -> None:
         """The inner model's parameters keep their own paths."""
-        nn.share_scope(self, self.model)
+        nn.share_scope(self, self.wrapped)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's `__call__`."""
@@ -68,33 +78,31 @@ class LoRAPlusModel(nn.Module):
 
     def run(self, method: Callable[..., Any] | str | None, *args: Any, **kwargs: Any) -> Any:
         """Runs a method of the inner model, given by name or as a function of it, with the adapters on."""
-        boundary = Boundary(self.config, self)
-        has_dropout = self.has_rng("dropout") and self.config.dropout > 0.0
-        interceptor = _interceptor(self.config, self.path, has_dropout, boundary)
+        call = _Call(self)
 
-        def call(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
-            inner_method = _resolve(outer.model, method)
-            with nn.intercept_methods(interceptor), box_new_factors():
-                return inner_method(outer.model, *args, **kwargs)
+        def run_inner(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
+            inner_method = _resolve(outer.wrapped, method)
+            with contextlib.ExitStack() as context:
+                context.enter_context(nn.intercept_methods(call.adapt))
+                if call.is_new:  # inside the other one: a layer makes its kernel, gets factors, and uses them
+                    context.enter_context(nn.intercept_methods(call.discovery.intercept))
+                context.enter_context(run_in(Mode.BOXED if mode() is Mode.PLAIN else mode()))
+                return inner_method(outer.wrapped, *args, **kwargs)
 
         # The scopes inside take over the flags of these, those of modules given from outside included.
         for scope in get_module_scopes(self, args, kwargs)[0]:
-            scope.flags = freeze({**scope.flags, _OURS: self.trace_key()})
+            scope.flags = freeze({**scope.flags, OURS: self.trace_key()})
         # Without `init`, which would run the model twice: a mapping inside would act twice on what it made.
         mapped = nn.map_variables(
-            call,
+            run_inner,
             COLLECTIONS,
-            trans_in_fn=boundary.merge,
-            trans_out_fn=boundary.split,
+            trans_in_fn=call.variables.enter,
+            trans_out_fn=call.variables.leave,
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
-        if is_low_rank_only():
-            return result  # the model was initialized before, and the rules were looked at then
-        if self.is_initializing():
-            check_coverage(self.config, boundary.seen, boundary.leaves, boundary.stacks)
-        else:
-            boundary.check_used(whole=method is None)
+        if mode() is not Mode.LOW_RANK_ONLY:  # then the model was initialized before, and checked
+            call.check(whole=method is None)
         return result
 
     @nn.nowrap
@@ -104,8 +112,22 @@ class LoRAPlusModel(nn.Module):
         `nn.jit` inside the model takes an older trace where a module's fields, flags and variables are the same,
         whatever its name. New factors and `alpha_pattern` go by names; all else shows in the factors' shapes.
         """
-        by_name = self.is_mutable_collection("params") or self.config.alpha_pattern
-        return _Anew() if by_name else self.config
+        by_name = self.is_mutable_collection("params") or self.lora_config.alpha_pattern
+        return _Anew() if by_name else self.lora_config
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        """The inner model's methods, which run with the adapters on, its submodules likewise, and its fields."""
+        inner = self.__dict__.get("wrapped")
+        if inner is None or name.startswith("_"):
+            return super().__getattr__(name)
+        if callable(getattr(type(inner), name, None)):
+            return functools.partial(self.run, name)
+        if self.scope is not None and name not in inner.__dict__:  # it may be made by the inner model's setup
+            self._try_setup()
+            inner = self.__dict__["wrapped"]
+        value = getattr(inner, name)
+        return _Part(self, (name,)) if isinstance(value, nn.Module) else value
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -126,8 +148,97 @@ class LoRAPlusModel(nn.Module):
     def _forward(self, method: Any) -> Callable[..., Any] | None:
         if method is None:
             return None
-        _resolve(self.model, method)
-        return lambda outer, *args, **kwargs: outer.run(method, *args, **kwargs)
+        _resolve(self.wrapped, method)
+
+        def run_only(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
+            result = outer.run(method, *args, **kwargs)
+            if outer.is_initializing() and mode() is not Mode.LOW_RANK_ONLY:
+                outer.__dict__["_discovery"].check()  # no other method is called
+            return result
+
+        return run_only
+
+
+class _Part:
+    """A submodule of a wrapped model, met from outside: what is called on it runs with the adapters on."""
+
+    def __init__(self, model: LoRAPlusModel, names: tuple[str, ...]) -> None:
+        self._model, self._names = model, names
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def method(inner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return functools.reduce(getattr, self._names, inner)(*args, **kwargs)
+
+        return self._model.run(method, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        part = functools.reduce(getattr, self._names, self._model.wrapped)
+        value = getattr(part, name)
+        return _Part(self._model, (*self._names, name)) if callable(value) else value
+
+
+class _Call:
+    """One run of a wrapped model."""
+
+    def __init__(self, wrapper: LoRAPlusModel) -> None:
+        self.config, self.prefix = wrapper.lora_config, wrapper.path
+        self.has_dropout = wrapper.has_rng("dropout") and self.config.dropout > 0.0
+        self.is_new = wrapper.is_initializing()
+        # One for all calls of an initialization: a call of one method need not meet every layer.
+        found: Any = wrapper.__dict__.get("_discovery")
+        self.discovery = found or Discovery(self.config, self.prefix)
+        object.__setattr__(wrapper, "_discovery", self.discovery)
+        self.variables = CollectionMap(self.config, wrapper, self.discovery)
+        self.own: set[str] = set()
+        self.called: set[str] = set()
+
+    def adapt(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """A layer's output with the low-rank term of its adapter, if it has one."""
+        module, method, config = context.module, context.orig_method.func, self.config
+        y = next_fun(*args, **kwargs)
+        if module.scope is None:
+            return y
+        path = "/".join(module.path[len(self.prefix) :]) if module.scope.has_flag(OURS) else None
+        if is_own(module):  # it has an adapter of its own, whatever the rules say
+            self.own |= {path} if path is not None else set()
+            return y
+        if not can_adapt(method):
+            return y
+        self.called |= {path} if path is not None else set()
+        call = named_call(config, module, method, path, args, kwargs)
+        if call is None:
+            return y
+        has_factors = module.scope.has_variable("params", call.factors[0])
+        if path is None:
+            return self.adapt_elsewhere(y, module, call) if has_factors else y
+        if not has_factors and (self.is_new or (config.layers_to_transform and not self.variables.is_bare)):
+            return y
+        if self.has_dropout and not module.has_rng("dropout"):
+            raise ValueError(
+                f"a dropout rng is given but does not reach {path!r}: an nn.scan or nn.vmap above it must name "
+                "'dropout' in split_rngs, or set dropout=0"
+            )
+        return add_low_rank_term(y, module, call, adapter_at(config, path), "params", place(config, path))
+
+    def adapt_elsewhere(self, y: jax.Array, module: nn.Module, call: LayerCall) -> jax.Array:
+        """For a module that the model runs by its own `.apply`, under a path that says nothing.
+
+        It has an adapter if it was given variables with factors in them, which the model has from an adapted layer.
+        """
+        config, where = self.config, f"a {type(module).__name__} that the model runs by its own apply"
+        if config.rank_pattern or config.alpha_pattern:
+            raise ValueError(f"rank_pattern and alpha_pattern cannot be told for {where}: it has no path")
+        adapter = Adapter(config.rank, config.scale, config.init, config.dropout)
+        return add_low_rank_term(y, module, call, adapter, "params", where)
+
+    def check(self, *, whole: bool) -> None:
+        """After an initialization, whether all rules matched; else whether the adapters belong to the model."""
+        if not self.is_new:
+            self.variables.check_used(self.own, self.called, whole=whole)
+        elif whole:
+            self.discovery.check()
 
 
 def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
@@ -152,7 +263,7 @@ def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
         raise TypeError(f"apply_lora_plus takes a flax.linen.Module, got {type(model).__name__}")
     if isinstance(model, LoRAPlusModel):
         raise ValueError("the model has adapters already: name all its layers in one LoRAPlusConfig")
-    return LoRAPlusModel(model=model, config=config)
+    return LoRAPlusModel(wrapped=model, lora_config=config)
 
 
 def init_lora(
@@ -190,10 +301,11 @@ def init_lora(
     )
 
     def init(rngs: Any) -> Any:
-        with box_new_factors():
+        with run_in(Mode.BOXED):
             return model.init(rngs, *args, **kwargs)
 
-    shapes = jax.eval_shape(init, rngs)
+    # One trace for shapes, specs and values: the program of `init`, of which only the factors are computed.
+    program, shapes = jax.make_jaxpr(init, return_shape=True)(rngs)
     if not shapes.get("lora"):
         raise ValueError(
             "the model has no adapters: wrap it with apply_lora_plus or use LoRAPlusDense layers"
@@ -202,99 +314,14 @@ def init_lora(
     if base is not None:
         _check_base(base, specs)
     _check_reads(model, specs, shapes, rngs, args, kwargs)
-    return jax.jit(lambda rngs: meta.unbox(init(rngs)["lora"]))(rngs), specs
+    is_factor = [path[0].key == "lora" for path, _ in jax.tree_util.tree_leaves_with_path(dict(shapes))]
 
+    @jax.jit
+    def factors(*rngs: jax.Array) -> list[jax.Array]:
+        return list(itertools.compress(jaxpr_as_fun(program)(*rngs), is_factor))
 
-def _interceptor(
-    config: LoRAPlusConfig, prefix: tuple[str, ...], has_dropout: bool, boundary: Boundary
-) -> Callable[..., Any]:
-    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, method = context.module, context.orig_method.func
-        y = boundary.run_norm(module, next_fun, args, kwargs)
-        if module.scope is None:
-            return y
-        if not module.scope.has_flag(_OURS):
-            return _elsewhere(config, module, method, y, args, kwargs)
-        path = "/".join(module.path[len(prefix) :])
-        if isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer):
-            boundary.own.add(path)  # it has an adapter of its own, whatever the rules say
-            return y
-        entry = boundary.seen.setdefault(path, TracedModule(type(module).__name__))
-        if not can_adapt(method):
-            entry.weights = entry.weights or _own_weights(module)
-            return y
-        entry.adaptable = True
-        if not is_target(config, path):
-            return y
-        layer = _layer(config, method, module, path, args, kwargs)
-        if layer is None:
-            return y
-        entry.note(layer.kind, layer.axes, path)
-        if not is_adapted(config, path, layer.kind) or not _is_chosen(config, module, path, boundary):
-            return y
-        boundary.check_norm(path)
-        if has_dropout and not module.has_rng("dropout"):
-            raise ValueError(
-                f"a dropout rng is given but does not reach {path!r}: an nn.scan or nn.vmap above it must name "
-                "'dropout' in split_rngs, or set dropout=0"
-            )
-        adapter = Adapter(config.rank_of(path), config.scale_of(path), config.init, config.dropout)
-        where = f"{path or 'the model'!r} (target_modules: {matching_rule(config, path)!r})"
-        entry.adapted = True
-        return add_adapter_term(y, module, layer, adapter, collection="params", where=where)
-
-    return intercept
-
-
-def _elsewhere(config: LoRAPlusConfig, module: nn.Module, method: Any, y: Any, args: Any, kwargs: Any) -> Any:
-    """The output of a module that the model runs by its own `.apply`, under a path that says nothing.
-
-    It has an adapter if it was given variables with factors in them, which the model has from an adapted layer.
-    """
-    assert module.scope is not None
-    if isinstance(module, LoRAPlusLayer) or not can_adapt(method):
-        return y
-    if not module.scope.has_variable("params", "lora_a"):
-        return y
-    where = f"a {type(module).__name__} that the model runs by its own apply"
-    if config.rank_pattern or config.alpha_pattern:
-        raise ValueError(f"rank_pattern and alpha_pattern cannot be told for {where}: it has no path")
-    layer = layer_of(method, module, args, kwargs)
-    assert layer is not None
-    adapter = Adapter(config.rank, config.scale, config.init, config.dropout)
-    return add_adapter_term(y, module, layer, adapter, collection="params", where=where)
-
-
-def _layer(
-    config: LoRAPlusConfig, method: Any, module: nn.Module, path: str, args: Any, kwargs: Any
-) -> Layer | None:
-    """The layer that a call named by `target_modules` is; None if it cannot be adapted and no rule insists."""
-    try:
-        return layer_of(method, module, args, kwargs)
-    except ValueError as error:
-        if config.target_modules == ALL_LINEAR:
-            return None
-        raise ValueError(
-            f"target_modules: {matching_rule(config, path)!r} matches {path!r}: {error}"
-        ) from None
-
-
-def _is_chosen(config: LoRAPlusConfig, module: nn.Module, path: str, boundary: Boundary) -> bool:
-    """Whether a layer is among `layers_to_transform`.
-
-    The number in its path does not tell: it may be one that Flax gave (`"block/Dense_0"`) inside of stacked layers.
-    So when the model is initialized all get factors, of which `Boundary` keeps the right ones.
-    """
-    assert module.scope is not None
-    free = config.layers_to_transform is None or module.is_initializing() or boundary.is_bare
-    return free or module.scope.has_variable("params", "lora_a")
-
-
-def _own_weights(module: nn.Module) -> list[str]:
-    """The module's own leaves that an adapter could be asked for: those with two axes or more."""
-    assert module.scope is not None
-    own = module.scope.variables().get("params", {})
-    return [name for name, leaf in own.items() if getattr(meta.unbox(leaf), "ndim", 0) >= 2]
+    boxed = jax.tree.unflatten(jax.tree.structure(shapes["lora"]), factors(*jax.tree.leaves(rngs)))
+    return meta.unbox(boxed), specs
 
 
 def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
@@ -312,29 +339,26 @@ def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
 def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
     params = flatten(meta.unbox(dict(variables.get("params", {}))))
     boxes: dict[Any, Any] = dict(traverse_util.flatten_dict(dict(variables["lora"]), is_leaf=is_box))
-    specs = {}
+    specs: dict[str, AdapterSpec] = {}
+    owners: dict[str, str] = {}
     for path, box in boxes.items():
-        if path[-1] != "lora_a" or not isinstance(box, FactorBox):
+        if not isinstance(box, FactorBox) or path[-1] != box.spec.factors[0]:
             continue
-        leaf = "/".join((*path[:-1], box.leaf)).removesuffix("/")
-        if (
-            twice := next((p for p, spec in specs.items() if spec.leaf == f"params/{leaf}"), None)
-        ) is not None:
-            raise ValueError(f"params/{leaf} has two adapters, of {twice!r} and of {'/'.join(path[:-1])!r}")
-        specs["/".join(path[:-1])] = AdapterSpec(
-            leaf=f"params/{leaf}",
-            kind=box.kind,
-            axes=box.axes,
-            shape=params[leaf].shape,
-            rank=box.rank,
-            scale=box.scale,
-            stacked=box.stacked,
-            layers=box.layers,
+        module = "/".join(path[:-1])
+        leaf = "/".join(part for part in (module, box.spec.leaf) if part)
+        if (other := owners.setdefault(leaf, module)) != module:
+            raise ValueError(f"params/{leaf} has two adapters, of {other!r} and of {module!r}")
+        specs[module] = dataclasses.replace(
+            box.spec, leaf=f"params/{leaf}", shape=params[leaf].shape, stacked=box.stacked, layers=box.layers
         )
     return specs
 
 
 def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> None:
+    if "params" not in base:
+        raise ValueError(
+            f'the base needs its collection: pass {{"params": ...}}, got the keys {list(base)[:5]}'
+        )
     flat = flatten(base)
     for spec in specs.values():
         shape = getattr(meta.unbox(flat.get(spec.leaf)), "shape", None)
@@ -398,7 +422,7 @@ def _outputs(
     assert bound.scope is not None
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
     forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method
-    with box_new_factors(), low_rank_terms_only():
+    with run_in(Mode.LOW_RANK_ONLY):
         y = _resolve(model, forward)(bound, *args, **kwargs)
     kept = {name: value for name, value in bound.variables.items() if name not in COLLECTIONS}
     return [leaf for leaf in jax.tree.leaves((y, kept)) if isinstance(leaf, jax.Array)]

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from .._validation import check_choice
+
 Attention = Literal["auto", "xla", "blocked"]
 
 # Blocked is quicker and smaller on a CPU from here on (benchmarks/step_time.py), and smaller everywhere.
@@ -50,8 +52,7 @@ def causal_attention(
     Raises:
       ValueError: shapes do not fit, or an unknown implementation.
     """
-    if implementation not in get_args(Attention):
-        raise ValueError(f"attention must be one of {', '.join(get_args(Attention))}, got {implementation!r}")
+    check_choice("attention", implementation, get_args(Attention))
     if key.shape != value.shape or query.shape[2] % key.shape[2] or query.shape[1] != key.shape[1]:
         raise ValueError(f"query {query.shape} does not go with key {key.shape} and value {value.shape}")
     length = query.shape[1]

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .._validation import check_choice
 from ..sharding import Rules, constrain_rows
 from .bert_config import ACTIVATIONS, BertConfig
 from .name_table import NameTable, embedding_rules, linear_rules, norm_rules
@@ -211,7 +212,7 @@ class BertForSequence(nn.Module):
 
     def setup(self) -> None:
         """Encoder, pooler where asked for, and head: in float32, as bf16 would lose small steps of a new layer."""
-        _check_pooling(self.pooling)
+        check_choice("pooling", self.pooling, get_args(Pooling))
         init = nn.initializers.normal(self.config.initializer_range)
         self.encoder = BertEncoder(self.config, self.dtype, self.param_dtype, self.unroll)
         if self.pooling == "pooler":
@@ -252,11 +253,6 @@ def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(keep, axis=1), 1)
 
 
-def _check_pooling(pooling: str) -> None:
-    if pooling not in get_args(Pooling):
-        raise ValueError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
-
-
 _LAYER, _LAYERS = "encoder.layer.{layer}", "encoder/layers"
 _RULES = (
     *embedding_rules("embeddings.word_embeddings", "encoder/embeddings/word"),
@@ -283,7 +279,7 @@ def name_table(pooling: Pooling = "mean") -> NameTable:
 
     The file's pooler is used with `pooling="pooler"`, and ignored otherwise.
     """
-    _check_pooling(pooling)
+    check_choice("pooling", pooling, get_args(Pooling))
     rules = (*_RULES, *linear_rules("pooler.dense", "pooler")) if pooling == "pooler" else _RULES
     return NameTable(rules=rules, renames=_RENAMES, ignore=_IGNORE)
 

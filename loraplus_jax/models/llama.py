@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from .._validation import check_choice
 from ..sharding import Rules, constrain_rows
 from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
 from .llama_config import LlamaConfig
@@ -194,8 +195,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Embedding, layers, last norm, and a head of its own unless it is tied to the embedding."""
         c = self.config
-        if self.remat not in get_args(Remat):
-            raise ValueError(f"remat must be one of {', '.join(get_args(Remat))}, got {self.remat!r}")
+        check_choice("remat", self.remat, get_args(Remat))
         init = nn.initializers.normal(c.initializer_range)
         self.embed_tokens = nn.Embed(
             c.vocab_size, c.hidden_size, self.dtype, self.param_dtype, embedding_init=init

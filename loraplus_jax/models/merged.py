@@ -81,7 +81,7 @@ class CheckpointMerge:
             value = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
             return value.T if rule.transposed else value
         key, spec = self.specs[leaf]
-        a, b = (self.factors[f"{key}/{name}".removeprefix("/")] for name in ("lora_a", "lora_b"))
+        a, b = (self.factors[path] for path in spec.factor_paths(key))
         if layer is not None:
             a, b = a[layer], b[layer]
             spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)

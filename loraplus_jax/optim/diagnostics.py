@@ -1,31 +1,38 @@
 """What is trained at which rate, what one step really does, and the norms of each role."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ..factor_pairs import spec_path
+from ..roles import Role, find_states, labels_of, leaves_by_role
 from ..spec import Specs
-from ..tree import Role, count, label_params, leaves_by_path, leaves_by_role
-from .lora_plus import Group, LoRAPlusTransform
-from .schedules import rate_at
+from ..tree import count, leaves_by_path
+from .lora_plus import LoRAPlusTransform, check_floating
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafRow:
-    """One trainable leaf: where it is, what it is, and what it is trained with at a step."""
+    """One trainable leaf: where it is, what it is, and what it is trained with.
+
+    Attributes:
+      rate: the learning rate, or its multiple of a wrapped optimizer's.
+      decay: the weight decay; None where it is a wrapped optimizer's.
+      relative: whether the rate is a multiple.
+    """
 
     path: str
     shape: tuple[int, ...]
     role: Role
     rank: int | None
-    rate: str
-    decay: str
+    rate: float
+    decay: float | None
     count: int
+    relative: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +50,14 @@ class Description:
     total: int | None
 
     def __str__(self) -> str:
-        head = ("path", "shape", "role", "rank", "rate", "decay", "count")
-        lines = [head, *(tuple(_cell(v) for v in dataclasses.astuple(row)) for row in self.rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        lines = [("path", "shape", "role", "rank", "rate", "decay", "count")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            rate = f"{row.rate:.3g}" + (" x base" if row.relative else "")
+            decay = "own" if row.decay is None else f"{row.decay:.3g}"
+            rank = "-" if row.rank is None else str(row.rank)
+            lines.append((row.path, shape, row.role, rank, rate, decay, f"{row.count:,}"))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([*table, self.summary])
 
@@ -59,90 +71,74 @@ class Description:
 
 
 def describe(
-    trainable: Any,
-    tx_or_rates: LoRAPlusTransform | Mapping[str, Any],
-    specs: Specs | None = None,
-    *,
-    frozen: Any = None,
-    step: int = 0,
+    trainable: Any, optimizer: Any, specs: Specs | None = None, *, frozen: Any = None, step: int = 0
 ) -> Description:
-    """Every trainable leaf with its role, its group's rate and decay at a step, and its size.
+    """Every trainable leaf with its role, learning rate, weight decay and size, as the optimizer applies them.
 
     Args:
       trainable: trainable variables, arrays or shapes.
-      tx_or_rates: from `lora_plus_adamw` or `lora_plus`; for an optimizer of your own a dict from role to rate or
-        `Group`.
-      specs: the table from `init_lora`.
+      optimizer: a transform from `lora_plus_adamw` or `lora_plus`, whose schedules are read at `step`; or the state
+        of any optimizer with one in it (`optax.chain`, `optax.inject_hyperparams`, `nnx.Optimizer.opt_state`),
+        which holds the rates of its last update.
+      specs: the table from `init_lora`, for ranks.
       frozen: the frozen variables, to count the total.
-      step: where schedules are read.
+      step: where a transform's schedules are read.
 
     Raises:
-      TypeError: an optimizer that does not know its groups.
-      ValueError: a role without a rate.
+      TypeError: an optimizer without LoRA+ in it, or a leaf that cannot be trained (packed integers).
+      ValueError: a leaf that the optimizer was not made for.
     """
-    groups, relative = _groups(tx_or_rates)
-    labels = leaves_by_path(label_params(trainable, specs))
-
-    def row(path: str, leaf: Any) -> LeafRow:
-        role = labels[path]
-        if role not in groups:
-            raise ValueError(f"no rate is given for role {role!r} of {path}")
-        group = groups[role]
-        spec = (specs or {}).get(spec_path(path.rpartition("/")[0]))
-        rate = f"{float(rate_at(group.rate, step)):.3g}" + (" x base" if relative else "")
-        decay = "own" if group.decay is None else f"{float(group.decay):.3g}"
-        return LeafRow(path, tuple(leaf.shape), role, spec.rank if spec else None, rate, decay, leaf.size)
-
-    rows = tuple(row(path, leaf) for path, leaf in leaves_by_path(trainable).items())
+    check_floating(trainable)
+    if isinstance(optimizer, LoRAPlusTransform):
+        rates, relative = optimizer.rates(step), optimizer.relative
+        groups: dict[str, Any] = {
+            path: (role, *rates[role], relative)
+            for path, role in leaves_by_path(optimizer.labels(trainable)).items()
+        }
+    else:
+        groups = {
+            path: (role, state.rates[role], state.decays.get(role), state.relative)
+            for state in find_states(optimizer)
+            for path, role in state.roles
+        }
+    if not groups:
+        raise TypeError(
+            "describe needs a transform from lora_plus_adamw or lora_plus, or an optimizer state that holds one, "
+            f"got {type(optimizer).__name__}; for an optax.chain pass its state"
+        )
+    rows = []
+    for path, leaf in leaves_by_path(trainable).items():
+        if path not in groups:
+            raise ValueError(f"the optimizer does not train {path}: pass the tree that its init was given")
+        role, rate, decay, relative = groups[path]
+        rate, decay = float(np.asarray(rate)), None if decay is None else float(np.asarray(decay))
+        spec = (specs or {}).get(spec_path(path.removesuffix("/value").rpartition("/")[0]))
+        rank = spec.rank if spec and role in ("a", "b", "embedding") else None
+        rows.append(LeafRow(path, tuple(leaf.shape), role, rank, rate, decay, leaf.size, relative))
     trained = count(trainable)
-    return Description(rows, trained, None if frozen is None else trained + count(frozen))
+    return Description(tuple(rows), trained, None if frozen is None else trained + count(frozen))
 
 
 def probe(
-    tx: optax.GradientTransformation,
-    opt_state: Any,
-    params: Any,
-    grads: Any = None,
-    *,
-    specs: Specs | None = None,
+    tx: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any = None
 ) -> dict[str, jax.Array]:
     """The realised step: root mean square of each role's update, and their ratio `"b/a"`.
 
     Nothing is changed. With real gradients of a fresh adapter the ratio is infinite under `init="lora"`, since A's
     gradient is zero while B is; without `grads` every gradient is taken as one, and an Adam-type optimizer shows
-    the ratio of its rates.
+    the ratio of its rates. Roles are those by which the optimizer routes; see `labels_of`.
 
     Args:
       tx, opt_state: the optimizer and its state.
       params: trainable variables.
       grads: gradients, of the same structure.
-      specs: the table from `init_lora`.
     """
     grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
     updates, _ = tx.update(grads, opt_state, params)
-    labels = label_params(params, specs)
     result = {}
-    for role, leaves in leaves_by_role(updates, labels).items():
+    for role, leaves in leaves_by_role(updates, labels_of(opt_state, params)).items():
         squares = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)
         result[role] = jnp.sqrt(squares / sum(leaf.size for leaf in leaves))
     if "a" in result and "b" in result:
         result["b/a"] = result["b"] / result["a"]
     return result
-
-
-def _groups(tx_or_rates: Any) -> tuple[Mapping[Any, Group], bool]:
-    if isinstance(tx_or_rates, LoRAPlusTransform):
-        return tx_or_rates.groups, tx_or_rates.relative
-    if isinstance(tx_or_rates, Mapping):
-        as_group = lambda rate: rate if isinstance(rate, Group) else Group(rate, None)  # noqa: E731
-        return {role: as_group(rate) for role, rate in tx_or_rates.items()}, False
-    raise TypeError(
-        f"describe needs an optimizer from lora_plus_adamw or lora_plus, or a dict from role to rate, got "
-        f"{type(tx_or_rates).__name__}; an optax.chain around one hides its groups"
-    )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "x".join(map(str, value)) or "scalar"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

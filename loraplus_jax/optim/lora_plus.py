@@ -1,23 +1,23 @@
 """LoRA+ as an optimizer transform: B learns lambda times faster than A (arXiv 2402.12354, section 4).
 
-`lora_plus_adamw` builds the optimizer; `lora_plus` turns any optax optimizer into a LoRA+ one. Clipping belongs
-outside the groups: inside them it would act on each group's norm alone.
+`lora_plus_adamw` routes every role to an `optax.adamw` of its own; `lora_plus` turns any optax optimizer into a
+LoRA+ one. Clipping stands outside the groups: inside them it would see each group's norm alone.
 """
 
 import functools
-import inspect
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
-from .._validation import check_number, in_float32, suggest
+from .._validation import check_choice, check_number, suggest
+from ..config import LoRAPlusConfig
+from ..roles import ROLES, LoRAPlusState, Policy, Role, label_params
 from ..spec import Specs
-from ..tree import ROLES, Policy, Role, label_params
-from .schedules import Rate, scale_rate
+from ..tree import leaves_by_path
+from .schedules import Rate, rate_at, scale_rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
 """The roles that learn lr_ratio times faster; the second occurs under the policy `"peft"` only."""
@@ -28,221 +28,240 @@ MIN_EPS = 1e-30
 """
 
 
-class Group(NamedTuple):
-    """What one role is trained with.
+class AdamW(NamedTuple):
+    """The arguments of one role's `optax.adamw`."""
 
-    Attributes:
-      rate: its learning rate, or under `lora_plus` its multiple of the wrapped optimizer's.
-      decay: its weight decay, multiplied by the rate in each step as AdamW does; None when the wrapped
-        optimizer keeps its own.
-    """
+    learning_rate: Rate
+    b1: Any
+    b2: Any
+    eps: Any
+    weight_decay: Any
 
-    rate: Rate
-    decay: Any
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal settings. A traced number or a schedule equals only itself, so that the groups, and with
+        them the structure of the state, never depend on a value that is not known yet.
+        """
+        return tuple(value if isinstance(value, int | float) else id(value) for value in self)
 
 
 class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
-    """An optax transform that also knows its groups, for `describe`; otherwise as any other transform.
+    """An optax transform that says what it trains how.
 
     Attributes:
-      groups: role to `Group`.
-      relative: whether rates are multiples of a wrapped optimizer's.
+      labels: from a tree to the tree of its leaves' roles.
+      rates: from a step to role to `(learning rate, weight decay)`; the decay is None under `lora_plus`.
+      relative: whether these rates are multiples of a wrapped optimizer's.
     """
 
-    groups: Mapping[Role, Group]
+    labels: Callable[[Any], Any]
+    rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
     relative: bool
+
+    def __new__(
+        cls,
+        tx: optax.GradientTransformation,
+        labels: Callable[[Any], Any],
+        rates: Callable[[Any], dict[Role, tuple[Any, Any]]],
+        *,
+        relative: bool,
+    ) -> "LoRAPlusTransform":
+        """`tx` with its rates in its state."""
+        inner = optax.with_extra_args_support(tx)
+
+        def record(state: Any, count: Any, step: Any, roles: tuple) -> Any:
+            used = {role for _, role in roles}
+            now = {role: pair for role, pair in rates(step).items() if role in used}
+            as_float = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+            return LoRAPlusState(
+                inner_state=state,
+                count=count,
+                rates={role: as_float(rate) for role, (rate, _) in now.items()},
+                decays={role: as_float(decay) for role, (_, decay) in now.items() if decay is not None},
+                roles=roles,
+                relative=relative,
+            )
+
+        def init(params: Any) -> Any:
+            check_floating(params)
+            zero = jnp.zeros((), jnp.int32)
+            return record(inner.init(params), zero, zero, tuple(leaves_by_path(labels(params)).items()))
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+            updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
+            count = optax.safe_increment(state.count)
+            return updates, record(inner_state, count, state.count, state.roles)
+
+        self = super().__new__(cls, init, update)
+        self.labels, self.rates, self.relative = labels, rates, relative
+        return self
 
 
 def lora_plus_adamw(
     learning_rate: Rate,
+    lr_ratio: float | jax.Array | LoRAPlusConfig,
     *,
-    lr_ratio: float | jax.Array = 16.0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     decay: Literal["coupled", "equal"] = "coupled",
+    embedding_learning_rate: Rate | None = None,
+    head_learning_rate: Rate | None = None,
+    by_role: Mapping[Role, Mapping[str, float]] | None = None,
     max_grad_norm: float | None = None,
-    rates: Mapping[str, Rate] | None = None,
-    decays: Mapping[str, float] | None = None,
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
-    adjustable: bool = False,
 ) -> LoRAPlusTransform:
     """AdamW in which B's learning rate is `lr_ratio` times A's at every step, whatever the schedule.
 
-    `optax.multi_transform` over `label_params` routes every role to its decay and rate; with `lr_ratio=1` the steps
-    are those of `optax.adamw` over all parameters to the bit.
+    `optax.multi_transform` over the labels of `label_params` routes every role to an `optax.adamw` of its own.
+    Roles with equal settings share one, so that with `lr_ratio=1` the steps are bit-identical to those of
+    `optax.adamw` over all parameters.
+
+    Numbers may be traced, and `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=...)` keeps
+    them in the state, where `optax.tree.get(state, "lr_ratio")` reads and `optax.tree.set(state, lr_ratio=2.0)`
+    changes them in a run without compiling again.
 
     Args:
       learning_rate: eta_A, for A and every role but B; a number, a traced scalar or an optax schedule.
-      lr_ratio: lambda = eta_B / eta_A, above 0; it may be traced.
+      lr_ratio: lambda = eta_B / eta_A, above 0, or the config that holds it.
       b1, b2, eps: of Adam; eps at least `MIN_EPS`.
       weight_decay: w; a step shrinks a parameter by rate * w.
       decay: `"coupled"` shrinks B lambda times faster than A, as torch's and optax's AdamW do with such groups;
         `"equal"` shrinks both at A's pace.
+      embedding_learning_rate: of embeddings' adapters; eta_A by default, 1e-6 under the policy `"peft"`.
+      head_learning_rate: of what is trained in full (role `"extra"`); eta_A by default.
+      by_role: role to its own `b1`, `b2`, `eps` or `weight_decay`.
       max_grad_norm: clips the norm over all groups together, before them.
-      rates: other rates by role (`"embedding"`, `"magnitude"`, `"extra"`, or `"a"`); B's follows from lr_ratio.
-      decays: other weight decays by role.
-      specs: the table from `init_lora`, which tells embeddings apart and checks shapes.
+      specs: the table from `init_lora`, against which shapes are checked.
       policy: `"peft"` groups as `create_loraplus_optimizer` of PEFT does: what is trained in full and has one axis
-        learns at B's rate, biases and scales among it without decay; embeddings at 1e-6 if `rates` says no other.
-      adjustable: keeps `learning_rate`, `lr_ratio`, `weight_decay` in the state, and those of `rates` and `decays`
-        as `embedding_rate`, `extra_decay` and so on. There `optax.tree.get(state, "lr_ratio")` reads and
-        `optax.tree.set(state, lr_ratio=2.0)` changes them in a run, without compiling again. A group without a rate
-        or decay of its own follows the common one; a schedule goes on to set its own rate.
+        learns at B's rate; biases and the scales of LayerNorms do so without decay.
 
     Raises:
-      ValueError: a ratio, rate or norm that is not a finite number above 0, an eps below `MIN_EPS`, or an unknown
-        role or policy.
+      TypeError: a value that is not a number; by `init`, a leaf that is not of floating point.
+      ValueError: a number out of range, an eps below `MIN_EPS`, or an unknown role, setting or policy.
 
     Example:
       >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
-      >>> tx.groups["b"].rate
-      0.004
+      >>> tx.rates(0)["b"]
+      (0.004, 0.0)
     """
-    check_positive("lr_ratio", lr_ratio)
-    check_number("eps", eps, at_least=MIN_EPS)
-    check_number("b1", b1, at_least=0.0, below=1.0)
-    check_number("b2", b2, at_least=0.0, below=1.0)
-    rates, decays = dict(rates or {}), dict(decays or {})
-    if policy == "peft":
-        rates, decays = {"embedding": PEFT_EMBEDDING_RATE, **rates}, {"vector": 0.0, **decays}
-    _check_groups(learning_rate, weight_decay, rates, decays)
-    if decay not in ("coupled", "equal"):
-        raise ValueError(f"decay must be 'coupled' or 'equal', got {decay!r}")
-
-    def group(role: Role) -> Group:
-        fast = role in FAST
-        rate = rates.get("a" if fast else role, learning_rate)
-        equal = role == "b" and decay == "equal"
-        w = decays.get(role, decays.get("a", weight_decay) / lr_ratio if equal else weight_decay)
-        return Group(scale_rate(rate, lr_ratio) if fast else rate, w)
-
-    groups: dict[Role, Group] = {role: group(role) for role in ROLES}
-    clip = []
-    if max_grad_norm is not None:
-        check_positive("max_grad_norm", max_grad_norm)
-        clip = [optax.clip_by_global_norm(max_grad_norm)]
-    # AdamW is Adam's direction, then decay, then rate. The first is the same for every role and is taken over the
-    # whole tree: XLA rounds the bias correction of a part of a tree otherwise, and lambda = 1 would not be plain
-    # LoRA to the bit.
-    decay_and_rate: dict[Any, Any] = {
-        role: optax.chain(optax.add_decayed_weights(g.decay), optax.scale_by_learning_rate(g.rate))
-        for role, g in groups.items()
+    ratio = ratio_of(lr_ratio)
+    check_choice("decay", decay, ("coupled", "equal"))
+    if policy == "peft" and embedding_learning_rate is None:
+        embedding_learning_rate = PEFT_EMBEDDING_RATE
+    rates = {
+        "learning_rate": learning_rate,
+        "embedding_learning_rate": embedding_learning_rate,
+        "head_learning_rate": head_learning_rate,
     }
-    by_role = optax.multi_transform(decay_and_rate, _labels(specs, policy))
-    chain = optax.chain(*clip, optax.scale_by_adam(b1=b1, b2=b2, eps=eps), by_role)
-    if adjustable:
-        again = functools.partial(lora_plus_adamw, b1=b1, b2=b2, eps=eps, decay=decay)
-        again = functools.partial(again, max_grad_norm=max_grad_norm, specs=specs, policy=policy)
-        common = {"learning_rate": learning_rate, "lr_ratio": lr_ratio, "weight_decay": weight_decay}
-        chain = _adjustable(again, common, rates, decays)
-    return _transform(chain, groups, relative=False)
+    for name, rate in rates.items():
+        if not callable(rate) and (rate is not None or name == "learning_rate"):
+            check_number(name, rate, above=0.0)
+    own: dict[Role, Mapping[str, Any]] = {"vector": {"weight_decay": 0.0}} if policy == "peft" else {}
+    own |= _check_by_role(by_role or {})
+
+    fast_rate = scale_rate(learning_rate, ratio)
+
+    def group(role: Role) -> AdamW:
+        rate = {"embedding": embedding_learning_rate, "extra": head_learning_rate}.get(role)
+        rate = learning_rate if rate is None else rate
+        settings = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
+        if role == "b" and decay == "equal":
+            settings["weight_decay"] = own.get("a", {}).get("weight_decay", weight_decay) / ratio
+        return AdamW(fast_rate if role in FAST else rate, **settings | dict(own.get(role, {})))
+
+    groups: dict[Role, AdamW] = {role: group(role) for role in ROLES}
+    for adamw in groups.values():
+        check_number("b1", adamw.b1, at_least=0.0, below=1.0)
+        check_number("b2", adamw.b2, at_least=0.0, below=1.0)
+        check_number("eps", adamw.eps, at_least=MIN_EPS)
+        check_number("weight_decay", adamw.weight_decay, at_least=0.0)
+    first: dict[Any, Role] = {}
+    chain_of = {role: first.setdefault(adamw.key, role) for role, adamw in groups.items()}
+    chains: dict[Any, Any] = {role: optax.adamw(**groups[role]._asdict()) for role in first.values()}
+    labels = _labels(specs, policy)
+    tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.__getitem__, labels(tree)))
+    if max_grad_norm is not None:
+        check_number("max_grad_norm", max_grad_norm, above=0.0)
+        tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+    return LoRAPlusTransform(
+        tx,
+        labels,
+        lambda step: {r: (rate_at(g.learning_rate, step), g.weight_decay) for r, g in groups.items()},
+        relative=False,
+    )
 
 
 def lora_plus(
     tx: optax.GradientTransformation,
+    lr_ratio: float | jax.Array | LoRAPlusConfig,
     *,
-    lr_ratio: float | jax.Array = 16.0,
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
-    adjustable: bool = False,
 ) -> LoRAPlusTransform:
     """Makes any optax optimizer a LoRA+ one: its finished updates of B are multiplied by `lr_ratio`.
 
     For AdamW the steps equal `lora_plus_adamw`'s with coupled decay. The wrapped optimizer keeps its own schedule,
     decay and clipping, and B is scaled once however many adapters there are. Multiplying B's *gradient* instead
-    would do nothing under Adam.
+    would do nothing under Adam. `optax.inject_hyperparams(lora_plus)(tx, lr_ratio=...)` keeps the ratio in the
+    state.
 
     Args:
       tx: the whole optimizer, its learning rate included (AdamW, Lion, SGD with momentum, Adafactor, ...).
-      lr_ratio: lambda, above 0; it may be traced.
+      lr_ratio: lambda, above 0, or the config that holds it.
       specs: the table from `init_lora`.
       policy: as in `lora_plus_adamw`, rates only: decay and the embeddings' rate are the wrapped optimizer's.
-      adjustable: keeps `lr_ratio` in the state, as `lora_plus_adamw` does; whether the wrapped optimizer's own rate
-        can be changed is its affair (`optax.inject_hyperparams`).
 
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
     """
-    check_positive("lr_ratio", lr_ratio)
-
+    ratio = ratio_of(lr_ratio)
     labels = _labels(specs, policy)
 
-    def is_b(tree: Any) -> Any:
+    def is_fast(tree: Any) -> Any:
         return jax.tree.map(lambda role: role in FAST, labels(tree))
 
-    def scaled_by(lr_ratio: float | jax.Array) -> optax.GradientTransformation:
-        return optax.chain(tx, optax.masked(optax.scale(lr_ratio), is_b))  # pyright: ignore[reportArgumentType]
-
-    scaled = (optax.inject_hyperparams(scaled_by) if adjustable else scaled_by)(lr_ratio)
-    groups: dict[Role, Group] = {role: Group(lr_ratio if role in FAST else 1.0, None) for role in ROLES}
-    return _transform(scaled, groups, relative=True)
+    scaled = optax.chain(tx, optax.masked(optax.scale(ratio), is_fast))  # pyright: ignore[reportArgumentType]
+    rates: dict[Role, tuple[Any, Any]] = {role: (ratio if role in FAST else 1.0, None) for role in ROLES}
+    return LoRAPlusTransform(scaled, labels, lambda _: rates, relative=True)
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is traced, or a finite number above 0, and one of float32."""
-    number = _number(value)
-    if number is not None and not (math.isfinite(number) and number > 0 and in_float32(number)):
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+def check_floating(trainable: Any) -> None:
+    """Raises TypeError for a leaf that no gradient exists for, such as the packed integers of a quantised base."""
+    for path, leaf in leaves_by_path(trainable).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"{path} is {leaf.dtype} and cannot be trained: pass only what is trained, such as the adapters"
+            )
 
 
-def _adjustable(
-    make: Callable[..., optax.GradientTransformation], common: dict, rates: dict, decays: dict
-) -> optax.GradientTransformation:
-    """`make(**common, rates=rates, decays=decays)`, every value by a name of its own in the state."""
-    by_name = {f"{role}_rate": ("rates", role) for role in rates}
-    by_name |= {f"{role}_decay": ("decays", role) for role in decays}
+def ratio_of(lr_ratio: float | jax.Array | LoRAPlusConfig) -> Any:
+    """Lambda as a number, which may be traced.
 
-    def flat(**values: Any) -> optax.GradientTransformation:
-        groups: dict[str, dict] = {"rates": {}, "decays": {}}
-        for name in by_name:
-            kind, role = by_name[name]
-            groups[kind][role] = values.pop(name)
-        return make(**values, **groups)
+    Raises:
+      TypeError, ValueError: it is not a finite number above 0.
 
-    # Optax takes the names of what it keeps from the signature.
-    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in (*common, *by_name)]
-    flat.__signature__ = inspect.Signature(names)  # pyright: ignore[reportFunctionMemberAccess]
-    own = {name: {"rates": rates, "decays": decays}[kind][role] for name, (kind, role) in by_name.items()}
-    return optax.inject_hyperparams(flat)(**common, **own)
+    >>> ratio_of(LoRAPlusConfig(target_modules=["query"], lr_ratio=2.0))
+    2.0
+    """
+    ratio = lr_ratio.lr_ratio if isinstance(lr_ratio, LoRAPlusConfig) else lr_ratio
+    check_number("lr_ratio", ratio, above=0.0)
+    return ratio
 
 
-def _number(value: Any) -> float | None:
-    """The value as a float, NaN if it is no number; None while it is traced."""
-    if isinstance(value, Tracer):
-        return None
-    try:
-        return math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _check_groups(learning_rate: Rate, weight_decay: float, rates: dict, decays: dict) -> None:
-    for role in (*rates, *decays):
+def _check_by_role(by_role: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Mapping[str, Any]]:
+    known = [name for name in AdamW._fields if name != "learning_rate"]
+    for role, settings in by_role.items():
         if role not in ROLES:
-            raise ValueError(f"there is no group {role!r}{suggest(role, ROLES)}")
-    if fast := [role for role in FAST if role in rates]:
-        raise ValueError(f"rates: the rate of {fast[0]!r} is lr_ratio times A's; set lr_ratio instead")
-    for name, rate in {"learning_rate": learning_rate, **rates}.items():
-        if not callable(rate):
-            check_positive(name, rate)
-    for name, w in {"weight_decay": weight_decay, **decays}.items():
-        number = _number(w)
-        if number is not None and not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"weight decay {name!r} must be a finite number of at least 0, got {w!r}")
+            raise ValueError(f"by_role: unknown role {role!r}{suggest(role, ROLES)}")
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"by_role[{role!r}]: unknown setting {name!r}{suggest(name, known)}")
+    return dict(by_role)
 
 
 def _labels(specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:
-    if policy not in get_args(Policy):
-        raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}")
+    check_choice("policy", policy, get_args(Policy))
     return functools.partial(label_params, specs=specs, policy=policy)
-
-
-def _transform(
-    tx: optax.GradientTransformation, groups: Mapping[Role, Group], *, relative: bool
-) -> LoRAPlusTransform:
-    transform = LoRAPlusTransform(tx.init, optax.with_extra_args_support(tx).update)
-    transform.groups, transform.relative = groups, relative
-    return transform

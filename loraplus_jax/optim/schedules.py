@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from .._validation import check_int, check_number
+from .._validation import check_choice, check_int, check_number
 
 Rate = float | jax.Array | optax.Schedule
 """A learning rate: a number, a traced scalar, or a schedule from step to rate."""
@@ -40,8 +40,7 @@ def make_schedule(
     >>> [float(schedule(step)) for step in (0, 1, 2, 6, 8, 10, 11)]
     [0.0, 0.5, 1.0, 1.0, 0.75, 0.5, 0.5]
     """
-    if name not in get_args(Schedule):
-        raise ValueError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {name!r}")
+    check_choice("schedule", name, get_args(Schedule))
     if name != "wsd" and decay_steps is not None:
         raise ValueError(f"decay_steps goes with the schedule wsd, not with {name}; got {decay_steps}")
     if name == "constant" and final_fraction:
@@ -69,9 +68,13 @@ def make_schedule(
 def scale_rate(rate: Rate, factor: float | jax.Array) -> Rate:
     """`factor` times a rate at every step, a schedule's warm-up and floor included.
 
+    A factor of 1 gives the rate itself, which is recognised as the same.
+
     >>> scale_rate(optax.linear_schedule(1.0, 0.5, 10), 4.0)(10).item()
     2.0
     """
+    if isinstance(factor, int | float) and factor == 1:
+        return rate
     if callable(rate):
         return lambda step: factor * rate(step)
     return factor * rate

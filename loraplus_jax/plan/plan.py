@@ -22,7 +22,6 @@ from ..sharding import batch_parts, check_tensor, make_mesh
 from ..tasks.causal_lm import head_is_frozen
 from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
-from ..training.optimizer import check_rates
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
 from ..tree import count
@@ -160,7 +159,6 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     check_tensor(mesh, base.tensor_sizes)
     check_length(settings, base)
     step = plan_step(settings, base, data, mesh)
-    check_rates(settings.optimizer, step.parts)
     start = time.perf_counter()
     program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
     seconds = time.perf_counter() - start

@@ -14,7 +14,7 @@ from ..sharding import Shardings, batch_sharding
 from ..spec import Specs
 from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData
 from ..train_step import TrainState, make_eval
-from ..training.optimizer import make_optimizer
+from ..training.optimizer import check_rates, make_optimizer
 from ..training.setup import (
     add_adapters,
     batch_shapes,
@@ -54,6 +54,7 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ASSUMED_STEPS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
+    check_rates(settings.optimizer, tx, parts.trainable)
     places = state_shardings(parts, tx, mesh)
     state = state_shapes(parts, tx)
     batch = batch_shapes(data.splits["train"], train.batch_size)

@@ -82,6 +82,8 @@ def settings_parser(kind: type[Settings] = Settings, command: str = "train") -> 
         "--config", action="config", help="the YAML file; on the command line it stands first"
     )
     parser.add_class_arguments(kind, None)
+    # The default of the section is a config, whose own default lambda must not outlive another init.
+    parser.set_defaults({"lora.lr_ratio": None})
     return parser
 
 

@@ -11,7 +11,7 @@ from ..models.attention import Attention
 from ..models.llama import Remat
 from ..optim.lora_plus import MIN_EPS
 from ..optim.schedules import Schedule
-from ..tree import Policy
+from ..roles import Policy
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
 Method = Literal["lora", "lora_plus", "full"]

@@ -11,8 +11,9 @@ from ..training.metrics_log import partial_path, pyplot
 from .settings import ARM_LABELS
 
 PICTURES = {
-    "heat_map": "Validation loss over the two rates. The dashed line is plain LoRA, where both are the same; "
-    "a frame marks the settings that were chosen, a cross one that diverged.",
+    "heat_map": "Validation loss over the two rates at the last rung. The dashed line is plain LoRA, where both "
+    "are the same; a frame marks the settings that were chosen, a cross one that diverged; grey ones were dropped "
+    "at the step they name.",
     "curves": "Test loss of the chosen settings: the mean over the report's seeds, and the band between the "
     "least and the largest.",
     "steps": "Steps to the target loss, on each seed of the report. A run that never reached it has no mark.",
@@ -41,13 +42,13 @@ def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(P
 
 
 def heat_map(axes: Any, report: Report) -> None:
-    """Loss over (eta_A, eta_B) at the first stop, which all settings came to."""
+    """Loss over (eta_A, eta_B) at the last rung, and the step of their last rung for settings dropped before."""
     from matplotlib import ticker
 
-    first = min(row["step"] for row in report["search"])
-    cells = heat_map_cells([row for row in report["search"] if row["step"] == first])
-    finite = {point: loss for point, loss in cells.items() if loss is not None}
-    diverged = [point for point, loss in cells.items() if loss is None]
+    last = last_step(report["search"])
+    cells, dropped = heat_map_cells(report["search"])
+    finite = {point: loss for point, loss in cells.items() if loss is not None and point not in dropped}
+    diverged = [point for point, loss in cells.items() if loss is None and point not in dropped]
     points, losses = np.array(list(finite)), np.array(list(finite.values()))
     rates = np.array(list(cells))
     ends = np.array([rates.min() / 1.6, rates.max() * 1.6])
@@ -69,6 +70,9 @@ def heat_map(axes: Any, report: Report) -> None:
             color=colour,
             zorder=3,
         )
+    for (x, y), step in dropped.items():
+        axes.scatter(x, y, s=size, marker="s", color="0.85", edgecolors="white", zorder=2)
+        axes.annotate(f"{step}", (x, y), ha="center", va="center", fontsize=7, color="0.4", zorder=3)
     if diverged:
         axes.scatter(*np.array(diverged).T, s=90, marker="x", color="black", zorder=3)
     for arm, best in report["chosen"].items():
@@ -76,12 +80,13 @@ def heat_map(axes: Any, report: Report) -> None:
         style = {"facecolors": "none", "edgecolors": COLOURS[arm], "linewidths": 3, "linestyle": LINES[arm]}
         axes.scatter(*point, s=1.3 * size, marker="s", zorder=4, label=f"{ARM_LABELS[arm]}, chosen", **style)
     if report["chosen"]:
-        axes.legend(frameon=False, loc="upper left", fontsize=9, markerscale=0.5)
+        # Beside the axes, where it covers no cell.
+        axes.figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9, markerscale=0.5)
     axes.annotate(
         "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
     )
     axes.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=ends)
-    axes.set_title(f"Validation loss after {first} of {report['protocol']['steps']} steps")
+    axes.set_title(f"Validation loss after {last} of {report['protocol']['steps']} steps")
     axes.set_xlim(rates[:, 0].min() / 1.6, rates[:, 0].max() * 1.6)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -91,18 +96,33 @@ def heat_map(axes: Any, report: Report) -> None:
     axes.figure.colorbar(shown, label="validation loss")
 
 
-def heat_map_cells(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[float, float], float | None]:
-    """(eta_A, eta_B) to the least loss over alphas and ranks; None if all have diverged.
+Point = tuple[float, float]
 
-    >>> heat_map_cells([{"learning_rate": 1.0, "lr_ratio": 2.0, "loss": None}])
-    {(1.0, 2.0): None}
+
+def last_step(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The last step at which not all settings had diverged."""
+    return max(row["step"] for row in rows if row["loss"] is not None)
+
+
+def heat_map_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[Point, float | None], dict[Point, int]]:
+    """(eta_A, eta_B) to the least loss over alphas and ranks at the last step, None if there is none; and to the
+    last step of those dropped before.
+
+    >>> row = {"learning_rate": 1.0, "step": 5, "loss": 0.5}
+    >>> heat_map_cells([row | {"lr_ratio": 2.0}, row | {"lr_ratio": 1.0}, row | {"lr_ratio": 2.0, "step": 9}])
+    ({(1.0, 2.0): 0.5, (1.0, 1.0): None}, {(1.0, 1.0): 5})
     """
-    cells: dict[tuple[float, float], float | None] = {}
+    last = last_step(rows)
+    cells: dict[Point, float | None] = {}
+    reached: dict[Point, int] = {}
+    diverged: set[Point] = set()
     for row in rows:
         cell = (row["learning_rate"], row["learning_rate"] * row["lr_ratio"])
-        losses = [loss for loss in (cells.get(cell), row["loss"]) if loss is not None]
-        cells[cell] = min(losses, default=None)
-    return cells
+        losses = [cells.get(cell), row["loss"] if row["step"] == last else None]
+        cells[cell] = min((loss for loss in losses if loss is not None), default=None)
+        reached[cell] = max(row["step"], reached.get(cell, 0))
+        diverged |= {cell} if row["loss"] is None else set()
+    return cells, {cell: step for cell, step in reached.items() if step < last and cell not in diverged}
 
 
 def draw_curves(axes: Any, report: Report) -> None:

@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from ..data.batches import Batch
 from .settings import SweepSettings, Trial
 
 
@@ -70,17 +69,6 @@ def curve_every(eval_every: int, steps: int) -> int:
     (30, 20)
     """
     return min(eval_every, math.ceil(steps / MIN_CURVE_POINTS))
-
-
-def spread_rows(split: Batch, other: Batch) -> Batch:
-    """About as many rows of a split as another one has, at equal distances: a split may be sorted by label.
-
-    >>> import numpy as np
-    >>> spread_rows({"x": np.arange(6)}, {"x": np.arange(3)})["x"].tolist()
-    [0, 2, 4]
-    """
-    size, target_size = (len(next(iter(columns.values()))) for columns in (split, other))
-    return {name: column[:: math.ceil(size / target_size)] for name, column in split.items()}
 
 
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:

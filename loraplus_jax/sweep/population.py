@@ -22,6 +22,7 @@ from ..data.batches import digest
 from ..data.fetch import resolve
 from ..lora import SCALE, scale_variables
 from ..models.hf import check_params, load_params
+from ..optim.lora_plus import LoRAPlusTransform
 from ..settings.schema import split_settings
 from ..sharding import make_mesh, replicate
 from ..spec import Specs
@@ -123,7 +124,8 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
     config = widest.applied
     shapes = build_model(widest, directory, data.task, config)
-    check_rates(run.optimizer, shapes)
+    tx = make_optimizer(run.shared_optimizer, config, steps, shapes.specs)
+    check_rates(run.optimizer, tx, shapes.trainable)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     at_once, chunk, programs = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
@@ -132,8 +134,8 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     values = functools.cache(functools.partial(_initial_values, run, directory, data, parts, weights))
     first = functools.partial(_initial_member, values, run, parts.specs, steps)
     metadata = describe_run(
-        config,
         parts.specs,
+        config,
         base=fingerprint(parts.frozen) if parts.frozen else None,
         settings=split_settings(run.to_json(), "", MAY_CHANGE)[0],
         task=data.task.notes(),
@@ -149,8 +151,7 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
     """
 
     def step(member: Members, frozen: Any, batch: Any) -> Members:
-        rates = {"learning_rate": member.learning_rate, "lr_ratio": member.lr_ratio}
-        tx = make_optimizer(run.shared_optimizer, None, steps, specs, **rates)
+        tx = _optimizer(run, specs, steps, member.learning_rate, member.lr_ratio)
         single_step = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
         state, metrics = single_step(state, _with_scales(frozen, specs, member), batch)
@@ -226,6 +227,15 @@ def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
     return best
 
 
+def _optimizer(
+    run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array
+) -> LoRAPlusTransform:
+    """A member's. Its rates are arrays, so that groups that differ in some member are apart in all."""
+    return make_optimizer(
+        run.shared_optimizer, None, steps, specs, learning_rate=learning_rate, lr_ratio=lr_ratio
+    )
+
+
 def _with_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
     """The frozen variables with the member's scales."""
     return {**frozen, SCALE: scale_variables(specs, member.scales)}
@@ -236,7 +246,7 @@ def _initial_member(
 ) -> Members:
     """A member before its first step: that of its single run."""
     config = run.settings_of(trial, seed).lora
-    tx = make_optimizer(run.shared_optimizer, config, steps, specs)
+    tx = _optimizer(run, specs, steps, jnp.float32(trial.learning_rate), jnp.float32(trial.lr_ratio))
     key = jax.random.fold_in(jax.random.key(seed), 1)
     state = init_state(values(trial.rank, seed), tx, jax.random.key_data(key))
     return _member(state, trial, {module: config.scale_of(module) for module in specs})
@@ -325,7 +335,7 @@ def _programs(
 def _zero_member(run: SweepRun, shapes: AdaptedModel, steps: int) -> Members:
     """A member of zeros, for its shapes."""
     trainable = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)
-    tx = make_optimizer(run.shared_optimizer, run.applied, steps, shapes.specs)
+    tx = _optimizer(run, shapes.specs, steps, jnp.float32(1.0), jnp.float32(1.0))
     state = init_state(trainable, tx, jax.random.key_data(jax.random.key(0)))
     return jax.tree.map(jnp.asarray, _member(state, run.trials[0], dict.fromkeys(shapes.specs, 1.0)))
 

@@ -37,7 +37,7 @@ def make_report(
       chosen: arm to the setting that the search has found best, empty before its end.
       steps: of a whole run.
       metric: the task's.
-      curve: `curve_every` and `curve_rows`: the steps between, and the rows of, evaluations in the report.
+      curve: `curve_every` and `test_rows`: the steps between, and the rows of, evaluations in the report.
     """
     runs = report_runs(rows, steps, run.sweep.target)
     report: dict[str, Any] = {

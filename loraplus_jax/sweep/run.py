@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
-from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore, save
+from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
 from ..settings.schema import TrainSettings
@@ -38,7 +38,7 @@ from ..training.run_directory import (
 from ..training.signals import Stopped, StopSignal
 from ..training.xla import use_compilation_cache
 from .figures import draw_figures
-from .halving import best_trial, comparison_steps, curve_every, mean_losses, split_at_rung, spread_rows
+from .halving import best_trial, comparison_steps, curve_every, mean_losses, split_at_rung
 from .population import Members, Population, prepare_population
 from .report import PAGE, REPORT, WINNER, make_report, write_report
 from .settings import ARM_LABELS, MAY_CHANGE, METHODS, SweepRun, Trial
@@ -123,8 +123,6 @@ class Sweep:
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.clock, self.seconds, self.started = 0, 0.0, started
-        splits = population.data.splits
-        self.curve_split = spread_rows(splits["test"], splits["validation"])
 
     def run_to_end(self) -> dict[str, Any]:
         """Everything; returns the report."""
@@ -163,7 +161,7 @@ class Sweep:
         while (clock := self.manager.latest_step()) is not None:
             like = self.slots.as_state(self.clock)
             try:
-                restored = restore(self.manager, like, metadata=self.population.metadata)
+                restored = restore_checkpoint(self.manager, like, metadata=self.population.metadata)
             except DamagedCheckpoint as error:
                 place = quarantine_checkpoint(self.directory, self.manager, clock)
                 self.console.print(f"{error}; it is now {place}, and the one before is used")
@@ -181,7 +179,7 @@ class Sweep:
         """The chosen settings and the control, on the seeds of the report."""
         self.begin("report", self.report_entries())
         self.clock += 1
-        self.record("curve")
+        self.record("test")
         self.save()
 
     def resume(self, state: TrainState, position: dict[str, Any]) -> None:
@@ -232,21 +230,16 @@ class Sweep:
     def at_stop(self) -> None:
         """Evaluates, and in the search drops settings; what was found so far is written."""
         self.clock += 1
-        self.record("validation" if self.stage == "search" else "curve")
+        self.record("validation" if self.stage == "search" else "test")
         if self.stage == "search":
             self.choose()
         else:
             self.print_means()
-        if self.stage == "report" and self.step == self.population.steps:
-            self.record("test")
         write_report(self.directory, self.report())
 
     def record(self, split: str) -> None:
-        """Rows of an evaluation on a split, or on the curve's part of the test split.
-
-        A member whose loss is not finite is stopped.
-        """
-        rows = self.curve_split if split == "curve" else self.population.data.splits[split]
+        """Rows of an evaluation on a split; a member whose loss is not finite is stopped."""
+        rows = self.population.data.splits[split]
         results = self.slots.evaluate(rows, self.run.train.eval_batch_size)
         for number, values in results.items():
             arm, trial, seed = self.entries[number]
@@ -297,7 +290,7 @@ class Sweep:
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
         state = self.slots.as_state(self.clock)
-        save(self.manager, state, metadata=self.population.metadata, input_position=position)
+        save_checkpoint(self.manager, state, metadata=self.population.metadata, input_position=position)
         write_text(self.directory / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def end_if(self, signal: StopSignal) -> None:
@@ -310,10 +303,9 @@ class Sweep:
     def report(self) -> dict[str, Any]:
         """All that is known so far."""
         metric = self.population.data.task.metric
-        rows = len(next(iter(self.curve_split.values())))
         curve = {
             "curve_every": curve_every(self.run.train.eval_every, self.population.steps),
-            "curve_rows": rows,
+            "test_rows": len(next(iter(self.population.data.splits["test"].values()))),
         }
         return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
 

@@ -83,10 +83,9 @@ def report_runs(rows: Sequence[RunRow], steps: int, target: float | None) -> lis
         run = runs.setdefault(
             (row["arm"], row["seed"]), {"arm": row["arm"], "seed": row["seed"], "curve": [], "test": None}
         )
-        if row["split"] == "test":
+        run["curve"].append([row["step"], row["loss"]])
+        if row["step"] == steps:
             run["test"] = {name: row[name] for name in row if name not in _KEYS}
-        else:
-            run["curve"].append([row["step"], row["loss"]])
     for run in runs.values():
         curve, goal = run["curve"], _shared_target(runs, run["seed"], steps) if target is None else target
         start = curve[0][1] if curve else None

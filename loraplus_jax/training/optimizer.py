@@ -1,6 +1,7 @@
 """From the section `optimizer` to an optimizer."""
 
 import functools
+from typing import Any
 
 import jax
 import optax
@@ -10,8 +11,6 @@ from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw
 from ..optim.schedules import make_schedule
 from ..settings.schema import OptimizerSettings
 from ..spec import Specs
-from ..tasks.interface import AdaptedModel
-from ..tree import label_params
 
 
 def make_optimizer(
@@ -21,25 +20,27 @@ def make_optimizer(
     specs: Specs,
     *,
     learning_rate: jax.Array | None = None,
-    lr_ratio: jax.Array | None = None,
+    lr_ratio: float | jax.Array | LoRAPlusConfig | None = None,
 ) -> LoRAPlusTransform:
     """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate.
 
     A peak rate and a ratio given as arrays, which may be traced, stand for those of the settings.
     """
     schedule = functools.partial(schedule_for, settings, steps)
-    rates = {"extra": settings.head_learning_rate, "embedding": settings.embedding_learning_rate}
-    ratio = 1.0 if config is None else config.lr_ratio
+    if lr_ratio is None:
+        lr_ratio = 1.0 if config is None else config
+    embedding, head = settings.embedding_learning_rate, settings.head_learning_rate
     return lora_plus_adamw(
         schedule(settings.learning_rate if learning_rate is None else learning_rate),
-        lr_ratio=ratio if lr_ratio is None else lr_ratio,
+        lr_ratio,
+        embedding_learning_rate=None if embedding is None else schedule(embedding),
+        head_learning_rate=None if head is None else schedule(head),
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         decay=settings.decay,
         max_grad_norm=settings.max_grad_norm,
-        rates={role: schedule(rate) for role, rate in rates.items() if rate is not None},
         policy=settings.policy,
         specs=specs,
     )
@@ -57,9 +58,9 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Arra
     )
 
 
-def check_rates(settings: OptimizerSettings, parts: AdaptedModel) -> None:
+def check_rates(settings: OptimizerSettings, tx: LoRAPlusTransform, trainable: Any) -> None:
     """No rate is set for a group that has nothing in it."""
-    roles = set(jax.tree.leaves(label_params(parts.trainable, parts.specs, policy=settings.policy)))
+    roles = set(jax.tree.leaves(tx.labels(trainable)))
     for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):
         if getattr(settings, name) is not None and role not in roles:
             raise ValueError(f"optimizer.{name} is set, and nothing is trained that it is for")

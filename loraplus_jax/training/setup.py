@@ -118,8 +118,8 @@ def prepare(settings: Settings) -> Run:
     # From here on the processes compute together.
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
-        settings.applied,
         parts.specs,
+        settings.applied,
         base=base,
         settings=split_settings(settings.to_json())[0],
         task=inputs["task"],
@@ -157,7 +157,7 @@ def abstract_run(settings: Settings) -> AbstractRun:
     shapes = build_model(settings, directory, data.task, settings.applied)
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, shapes.specs)
-    check_rates(settings.optimizer, shapes)
+    check_rates(settings.optimizer, tx, shapes.trainable)
     return AbstractRun(mesh, directory, data, steps, shapes, tx)
 
 

@@ -14,16 +14,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from ..checkpoint import PACKAGES, DamagedCheckpoint, add_metrics, open_manager, restore, save
+from ..checkpoint import (
+    PACKAGES,
+    DamagedCheckpoint,
+    add_metrics,
+    open_manager,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from ..data.batches import Batch, train_batches
 from ..data.fetch import cache_dir
 from ..interop.adapter_files import save_adapter
 from ..multihost import allgather, gather_to_host, is_lead
-from ..optim.schedules import rate_at
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows, shard_batch
 from ..train_step import TrainState, init_state
-from ..tree import combine, count, label_params
+from ..tree import combine, count
 from .anomalies import (
     SpikeHistory,
     TrainingFailed,
@@ -131,7 +137,6 @@ class Trainer:
             rows=local_rows(run.mesh, self.settings.batch_size),
         )
         self.held_out = "test" if "test" in run.data.splits else "validation"
-        self.roles = sorted(set(jax.tree.leaves(label_params(run.parts.trainable, run.parts.specs))))
         self.answers: dict[str, str] = {}
         self.pending: list[Any] = []  # the metrics of steps that no row tells of yet
 
@@ -163,7 +168,7 @@ class Trainer:
         """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
         while (step := allgather(self.manager.latest_step())[0]) is not None:
             try:
-                restored = restore(self.manager, self.state, metadata=self.run.metadata, step=step)
+                restored = restore_checkpoint(self.manager, self.state, metadata=self.run.metadata, step=step)
             except DamagedCheckpoint as error:
                 self.quarantine(step, error)
                 continue
@@ -257,7 +262,7 @@ class Trainer:
         done = [row for row in host if not row["skipped"]]
         values = {name: float(np.mean([row[name] for row in done])) for name in (done[0] if done else ())}
         values["skipped"] = float(len(host) - len(done))
-        rates = {f"rate/{r}": float(rate_at(self.run.tx.groups[r].rate, step - 1)) for r in self.roles}
+        rates = {name: value for name, value in host[-1].items() if name.startswith("rate/")}
         self.log.write(step, values | rates | {"steps_per_second": speed})
         check_skipped(self.run, self.history, first, host, self.manager.latest_step() or 0)
         self.history = history
@@ -317,7 +322,9 @@ class Trainer:
         self.log.sync()
         position = {"batches": self.batches.get_state(), "pending": metrics_to_host(self.pending)}
         position |= {"rows": len(self.log.rows), **self.history._asdict(), "due": due}
-        save(self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics)
+        save_checkpoint(
+            self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics
+        )
 
     def should_stop(self) -> bool:
         """Whether the last evaluations were all worse than the best one before them."""
@@ -349,9 +356,9 @@ class Trainer:
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
         save_adapter(
             self.directory / ADAPTER,
-            self.run.config,
-            self.run.parts.specs,
             trained,
+            self.run.parts.specs,
+            self.run.config,
             settings=settings,
             **notes,
         )
@@ -364,7 +371,9 @@ class Trainer:
         """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
         while (best := allgather(self.manager.best_step())[0]) is not None:
             try:
-                self.state = restore(self.manager, self.state, metadata=self.run.metadata, step=best).state
+                self.state = restore_checkpoint(
+                    self.manager, self.state, metadata=self.run.metadata, step=best
+                ).state
                 return
             except DamagedCheckpoint as error:
                 self.quarantine(best, error)

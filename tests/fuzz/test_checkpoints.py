@@ -10,14 +10,20 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import LoRAPlusConfig, describe_run, init_state, open_manager, restore, save
-from loraplus_jax.checkpoint import DamagedCheckpoint
+from loraplus_jax import (
+    LoRAPlusConfig,
+    init_state,
+    open_manager,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from loraplus_jax.checkpoint import DamagedCheckpoint, describe_run
 
 from .damage import check, damaged, odd_json, peak_limit
 
 pytestmark = pytest.mark.slow
 
-METADATA = describe_run(LoRAPlusConfig(target_modules=["q"], rank=2), {}, base="0123")
+METADATA = describe_run({}, LoRAPlusConfig(target_modules=["q"], rank=2), base="0123")
 POSITION = {"batches": {"epoch": 1, "next": [7, 8]}, "rows": 12}
 OLDER, NEWER = 2, 3
 STRANGERS = ("7", "07", "x", "-1", "3.5", "metrics", "metadata", "²", "9" * 30, "7.orbax-checkpoint-tmp")
@@ -50,7 +56,9 @@ def saved(tmp_path):
     """Two checkpoints, of which the older one is the best."""
     with open_manager(tmp_path / "saved", best="loss") as manager:
         for step, loss in ((OLDER, 0.25), (NEWER, 0.5)):
-            save(manager, state_at(step), metadata=METADATA, input_position=POSITION, metrics={"loss": loss})
+            save_checkpoint(
+                manager, state_at(step), metadata=METADATA, input_position=POSITION, metrics={"loss": loss}
+            )
     return tmp_path / "saved"
 
 
@@ -123,7 +131,7 @@ def test_a_damaged_checkpoint_is_rejected_and_the_one_before_it_used(saved, tmp_
             while True:
                 step = manager.latest_step()
                 try:
-                    assert_whole(restore(manager, state_at(OLDER), metadata=METADATA))
+                    assert_whole(restore_checkpoint(manager, state_at(OLDER), metadata=METADATA))
                     break
                 except DamagedCheckpoint as error:
                     damage = error

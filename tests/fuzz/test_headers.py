@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
+from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
 from loraplus_jax.interop.adapter_files import read_adapter_json
 from loraplus_jax.models.bert_config import BertConfig
 from loraplus_jax.models.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
 from loraplus_jax.models.name_table import NameTable, embedding_rules, linear_rules
+from loraplus_jax.spec import AdapterSpec
 
 from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, odd_json
 
@@ -158,7 +159,7 @@ def adapter(tmp_path):
     factors = {"lora_a": jnp.ones((2, 4, 2)), "lora_b": jnp.zeros((2, 2, 3))}
     config = LoRAPlusConfig(target_modules=["q"], rank=2)
     trainable = {"lora": {"q": factors}, "params": {"head": {"bias": jnp.ones(3)}}}
-    save_adapter(tmp_path / "adapter", config, {"q": spec}, trainable, base="0123")
+    save_adapter(tmp_path / "adapter", trainable, {"q": spec}, config, base="0123")
     load_adapter(tmp_path / "adapter")
     return tmp_path / "adapter"
 

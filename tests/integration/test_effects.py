@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loraplus_jax import AdapterSpec, jit_step, load_adapter, save_adapter
+from loraplus_jax import jit_step, load_adapter, save_adapter
 from loraplus_jax.data.fetch import resolve
-from loraplus_jax.optim.schedules import rate_at
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import Settings
+from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tasks import sample_answers
 from loraplus_jax.training import distributed, setup
 from loraplus_jax.training import trainer as training
@@ -122,9 +122,7 @@ def updates(settings):
     for size in (1e-3, 2.0, 0.5):
         update, state = tx.update(jax.tree.map(lambda x: jnp.full_like(x, size), params), state, params)  # noqa: B023
         found.append(hashed(update))
-    return found, {
-        role: float(rate_at(group.rate, length(settings) - 1)) for role, group in tx.groups.items()
-    }
+    return found, {role: float(rate) for role, (rate, _) in tx.rates(length(settings) - 1).items()}
 
 
 def trainer(settings):
@@ -399,7 +397,7 @@ def home(first_world, tmp_path_factory, cache):
     with without_compiling():
         run = setup.prepare(parse_settings(world.config, ("--seed", "5")))
     notes = {name: run.metadata[name] for name in ("base", "task", "settings")}
-    save_adapter(world.directory / "adapter", run.config, run.parts.specs, run.parts.trainable, **notes)
+    save_adapter(world.directory / "adapter", run.parts.trainable, run.parts.specs, run.config, **notes)
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
     (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax import AdapterSpec, LoRAPlusConfig, load_adapter, save_adapter
+from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
 from loraplus_jax.interop.adapter_files import read_adapter_json
+from loraplus_jax.spec import AdapterSpec
 
 from ..messages import mentions
 
@@ -35,14 +36,14 @@ def trainable(dtype=jnp.float32):
 
 @pytest.fixture
 def adapter(tmp_path):
-    save_adapter(tmp_path / "adapter", CONFIG, SPECS, trainable(), base="0123", task="cola")
+    save_adapter(tmp_path / "adapter", trainable(), SPECS, CONFIG, base="0123", task="cola")
     return tmp_path / "adapter"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip_bit_for_bit(tmp_path, dtype):
-    save_adapter(tmp_path, CONFIG, SPECS, trainable(dtype))
-    config, specs, lora, extras = load_adapter(tmp_path)
+    save_adapter(tmp_path, trainable(dtype), SPECS, CONFIG)
+    lora, specs, config, extras = load_adapter(tmp_path)
     assert (config, specs) == (CONFIG, SPECS)
     got, expected = {"lora": lora, **extras}, trainable(dtype)
     assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, expected)
@@ -51,17 +52,20 @@ def test_round_trip_bit_for_bit(tmp_path, dtype):
 
 def test_round_trip_of_a_model_that_is_one_layer_and_of_no_adapters(tmp_path):
     root = {"": spec("params/kernel", (4, 3), ())}
-    save_adapter(tmp_path / "one", CONFIG, root, {"lora": {"lora_a": drawn(4, 2), "lora_b": drawn(2, 3)}})
-    assert load_adapter(tmp_path / "one").specs == root
-    save_adapter(tmp_path / "full", None, {}, {"params": trainable()["params"]})
-    config, specs, lora, extras = load_adapter(tmp_path / "full")
+    pair = {"lora_a": drawn(4, 2), "lora_b": drawn(2, 3)}
+    for name, tree in (("one", {"lora": pair}), ("bare", pair)):
+        save_adapter(tmp_path / name, tree, root, CONFIG)
+        assert load_adapter(tmp_path / name).specs == root
+        jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / name).lora, pair)
+    save_adapter(tmp_path / "full", {"params": trainable()["params"]}, {}, None)
+    lora, specs, config, extras = load_adapter(tmp_path / "full")
     assert (config, specs, lora) == (None, {}, {})
     jax.tree.map(np.testing.assert_array_equal, extras["params"], trainable()["params"])
 
 
 def test_a_transposed_array_keeps_its_values(tmp_path):
     tree = {"params": {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}}
-    save_adapter(tmp_path, None, {}, tree)
+    save_adapter(tmp_path, tree, {}, None)
     np.testing.assert_array_equal(load_adapter(tmp_path).extras["params"]["w"], tree["params"]["w"])
 
 
@@ -74,7 +78,7 @@ def test_the_files_say_what_they_are(adapter):
     }
     notes = read_adapter_json(adapter)
     assert (notes["format"], notes["base"], notes["task"]) == (1, "0123", "cola")
-    assert notes["config"]["lr_ratio"] == 16.0
+    assert notes["config"]["lr_ratio"] == 4.0
 
 
 def edit_notes(directory, change):
@@ -195,22 +199,31 @@ def test_damage_is_rejected(adapter, damage, error, message):
 
 def test_an_older_adapter_is_replaced_whole(adapter):
     other = jax.tree.map(lambda x: x + 1, trainable())
-    save_adapter(adapter, CONFIG, SPECS, {"lora": other["lora"]})
+    save_adapter(adapter, {"lora": other["lora"]}, SPECS, CONFIG)
     loaded = load_adapter(adapter)
     jax.tree.map(np.testing.assert_array_equal, loaded.lora, other["lora"])
     assert loaded.extras == {}
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize(
+    "lora", [{}, {"params": {}}, {"layers": {"q": {"lora_a": jnp.ones((6, 4, 2))}}}, {"lora": {"q": {}}}]
+)
+def test_what_would_not_load_is_not_saved(tmp_path, lora):
+    with pytest.raises(ValueError, match=mentions("layers/q/lora_b", "absent")):
+        save_adapter(tmp_path / "new", lora, SPECS, CONFIG)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_failed_save_leaves_the_older_adapter_and_nothing_else(adapter):
     with pytest.raises(TypeError, match="JSON"):
-        save_adapter(adapter, CONFIG, SPECS, {"params": {"x": jnp.ones(1)}}, task=object())
+        save_adapter(adapter, {"lora": trainable()["lora"]}, SPECS, CONFIG, task=object())
     jax.tree.map(np.testing.assert_array_equal, load_adapter(adapter).lora, trainable()["lora"])
     assert [path.name for path in adapter.parent.iterdir()] == ["adapter"]
 
 
 def test_parents_are_made(tmp_path):
-    save_adapter(tmp_path / "a" / "b", CONFIG, SPECS, trainable())
+    save_adapter(tmp_path / "a" / "b", trainable(), SPECS, CONFIG)
     assert load_adapter(str(tmp_path / "a" / "b")).config == CONFIG
 
 
@@ -218,8 +231,8 @@ def test_only_an_adapter_is_ever_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     for target in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(ValueError, match="thesis"):
-            save_adapter(target, None, {}, {"params": {"w": jnp.ones(1)}})
+            save_adapter(target, {"params": {"w": jnp.ones(1)}}, {}, None)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
     for value in (1.0, 2.0):
-        save_adapter(tmp_path / "adapter", None, {}, {"params": {"w": jnp.full(1, value)}})
+        save_adapter(tmp_path / "adapter", {"params": {"w": jnp.full(1, value)}}, {}, None)
     assert load_adapter(tmp_path / "adapter").extras["params"]["w"] == 2.0

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loraplus_jax import AdapterSpec, LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
 from loraplus_jax.interop.other_libraries import import_adapters
+from loraplus_jax.spec import AdapterSpec
 
 from ..messages import mentions
 

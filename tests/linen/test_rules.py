@@ -14,9 +14,9 @@ from loraplus_jax import (
     init_lora,
     lora_plus_adamw,
     merge,
-    scale_variables,
     split_trainable,
 )
+from loraplus_jax.lora import scale_variables
 
 from ..messages import mentions
 

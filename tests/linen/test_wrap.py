@@ -15,10 +15,9 @@ from loraplus_jax import (
     apply_lora_plus,
     init_lora,
     merge,
-    scale_variables,
-    specs_from_json,
-    specs_to_json,
 )
+from loraplus_jax.lora import scale_variables
+from loraplus_jax.spec import specs_from_json, specs_to_json
 
 from ..messages import mentions
 

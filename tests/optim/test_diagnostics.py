@@ -6,10 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import AdapterSpec, describe, label_params, lora_plus, lora_plus_adamw, probe
-from loraplus_jax.tree import role_norms
-
-from ..messages import mentions
+from loraplus_jax import (
+    describe,
+    label_params,
+    lora_plus,
+    lora_plus_adamw,
+    probe,
+)
+from loraplus_jax.roles import role_norms
+from loraplus_jax.spec import AdapterSpec
+from loraplus_jax.tree import leaves_by_path, unflatten
 
 TRAINABLE = {
     "lora": {"enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}}},
@@ -21,7 +27,7 @@ SPECS = {
 
 
 def test_describe_in_full():
-    tx = lora_plus_adamw(1e-3, lr_ratio=4.0, weight_decay=0.01, decays={"extra": 0.0})
+    tx = lora_plus_adamw(1e-3, lr_ratio=4.0, weight_decay=0.01, by_role={"extra": {"weight_decay": 0.0}})
     frozen = {"params": {"enc": {"q": {"kernel": jnp.ones((300, 5))}}}}
     assert str(describe(TRAINABLE, tx, SPECS, frozen=frozen)).splitlines() == [
         "path               shape  role   rank  rate   decay  count",
@@ -34,12 +40,12 @@ def test_describe_in_full():
 
 def test_describe_without_the_frozen_part_and_from_shapes():
     shapes = jax.eval_shape(lambda: TRAINABLE)
-    description = describe(shapes, lora_plus_adamw(1e-3))
+    description = describe(shapes, lora_plus_adamw(1e-3, 4.0))
     assert (description.trainable, description.total, description.summary) == (20, None, "trainable 20")
     assert [row.count for row in description.rows] == [6, 10, 4]
 
 
-@pytest.mark.parametrize(("step", "a", "b"), [(0, "0", "0"), (5, "0.5", "2"), (99, "1", "4")])
+@pytest.mark.parametrize(("step", "a", "b"), [(0, 0.0, 0.0), (5, 0.5, 2.0), (99, 1.0, 4.0)])
 def test_schedules_are_read_at_the_step(step, a, b):
     tx = lora_plus_adamw(optax.linear_schedule(0.0, 1.0, 10), lr_ratio=4.0)
     rows = describe(TRAINABLE, tx, step=step).rows
@@ -48,27 +54,96 @@ def test_schedules_are_read_at_the_step(step, a, b):
 
 def test_a_wrapped_optimizer_shows_multiples():
     rows = describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0)).rows
-    assert [(row.rate, row.decay) for row in rows] == [
-        ("1 x base", "own"),
-        ("4 x base", "own"),
-        ("1 x base", "own"),
+    assert [(row.rate, row.decay, row.relative) for row in rows] == [
+        (1.0, None, True),
+        (4.0, None, True),
+        (1.0, None, True),
     ]
+    assert "4 x base" in str(describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0)))
 
 
-def test_describe_of_an_optimizer_of_ones_own():
-    rows = describe(TRAINABLE, {"a": 0.1, "b": optax.constant_schedule(0.2), "extra": 0.3}).rows
-    assert [row.rate for row in rows] == ["0.1", "0.2", "0.3"]
-    with pytest.raises(ValueError, match=mentions("'b'", "lora/enc/q/lora_b")):
-        describe(TRAINABLE, {"a": 0.1, "extra": 0.1})
+def test_describe_of_what_it_does_not_know():
     with pytest.raises(TypeError, match=r"optax.chain"):
-        describe(TRAINABLE, optax.chain(lora_plus_adamw(1e-3)))
+        describe(TRAINABLE, optax.chain(lora_plus_adamw(1e-3, 4.0)))
+    with pytest.raises(TypeError, match="lora_plus_adamw"):
+        describe(TRAINABLE, optax.adam(1e-3).init(TRAINABLE))
+    state = lora_plus_adamw(1e-3, 4.0).init(TRAINABLE["lora"])
+    with pytest.raises(ValueError, match="lora/enc/q/lora_a"):
+        describe(TRAINABLE, state)
+
+
+# What is trained beside plain factors: an embedding's, a head, biases and norms.
+EVERYTHING = {
+    "lora": {
+        "enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}},
+        "emb": {"lora_embedding_a": jnp.ones((7, 2)), "lora_embedding_b": jnp.ones((2, 3))},
+    },
+    "params": {
+        "head": {"kernel": jnp.ones((5, 2)), "bias": jnp.ones(2)},
+        "norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
+        "rms": {"scale": jnp.ones(3)},
+    },
+}
+KINDS = {
+    "adapters": ("lora",),
+    "head": ("lora", "params/head"),
+    "biases": ("lora", "params/norm/bias"),
+    "all": ("lora", "params"),
+}
+RATES = {
+    "one rate": {},
+    "head": {"head_learning_rate": 0.02},
+    "embedding": {"embedding_learning_rate": 0.003},
+    "schedule": {"learning_rate": optax.linear_schedule(0.1, 0.0, 10), "head_learning_rate": 0.02},
+    "by role": {"by_role": {"b": {"weight_decay": 0.3}, "extra": {"weight_decay": 0.0}}},
+    "equal decay": {"decay": "equal"},
+    "clipped": {"max_grad_norm": 1e9},
+}
+METHODS = {
+    "plain": lambda **fields: lora_plus_adamw(**fields),
+    "chain": lambda **fields: optax.chain(optax.identity(), lora_plus_adamw(**fields)),
+    "inject": lambda **fields: optax.inject_hyperparams(lora_plus_adamw)(**fields),
+    "lora": lambda **fields: lora_plus_adamw(**fields | {"lr_ratio": 1.0}),
+}
+
+
+def part(tree, prefixes):
+    flat = {
+        p: x for p, x in leaves_by_path(tree).items() if any(f"{p}/".startswith(f"{q}/") for q in prefixes)
+    }
+    return unflatten(flat)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("policy", ["lora_plus", "peft"])
+@pytest.mark.parametrize("rates", RATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_describe_says_is_what_a_step_does(kind, rates, policy, method):
+    params = part(EVERYTHING, KINDS[kind])
+    fields = {"learning_rate": 0.1, "lr_ratio": 4.0, "weight_decay": 0.5, "eps": 1e-30, "policy": policy}
+    tx = METHODS[method](**fields | RATES[rates])
+    state, ones = tx.init(params), jax.tree.map(jnp.ones_like, params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(2):
+        # A step is -rate (Adam's direction + decay * parameter): parameters of 0 show the rate, of 1 the decay too.
+        moved, after = tx.update(ones, state, zeros)
+        decayed, state = tx.update(ones, state, ones)
+        rows = {row.path: row for row in describe(params, after).rows}
+        for path, step in leaves_by_path(moved).items():
+            rate = -np.unique(np.asarray(step))
+            np.testing.assert_allclose(rate, rows[path].rate, rtol=1e-4)
+            decay = -np.unique(np.asarray(leaves_by_path(decayed)[path])) / rate - 1
+            np.testing.assert_allclose(decay, rows[path].decay, rtol=1e-3, atol=1e-4)
+    realised = probe(tx, state, zeros)
+    by_role = {row.role: row.rate for row in describe(params, tx.update(ones, state, zeros)[1]).rows}
+    assert {role: float(realised[role]) for role in by_role} == pytest.approx(by_role, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("tx", "rates"),
     [
         (lora_plus_adamw(1e-3, lr_ratio=16.0), (1e-3, 16e-3, 1e-3)),
-        (lora_plus_adamw(1e-3, lr_ratio=16.0, rates={"extra": 0.5}), (1e-3, 16e-3, 0.5)),
+        (lora_plus_adamw(1e-3, lr_ratio=16.0, head_learning_rate=0.5), (1e-3, 16e-3, 0.5)),
         (lora_plus(optax.lion(1e-3, weight_decay=0.0), lr_ratio=4.0), (1e-3, 4e-3, 1e-3)),
         (optax.adam(1e-3), (1e-3, 1e-3, 1e-3)),
     ],
@@ -84,7 +159,7 @@ def test_probe_with_gradients_takes_root_mean_squares():
     grads["lora"]["enc"]["q"]["lora_a"] = jnp.array([[3.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
     grads["lora"]["enc"]["q"]["lora_b"] = jnp.full((2, 5), 2.0)
     tx = lora_plus(optax.sgd(1.0), lr_ratio=4.0)
-    found = probe(tx, tx.init(TRAINABLE), TRAINABLE, grads, specs=SPECS)
+    found = probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)
     np.testing.assert_allclose([found["a"], found["b"]], [(25 / 6) ** 0.5, 8.0], rtol=1e-6)
     assert found["extra"] == 0
 
@@ -92,7 +167,7 @@ def test_probe_with_gradients_takes_root_mean_squares():
 def test_probe_of_a_fresh_adapter_is_infinite_as_documented():
     grads = jax.tree.map(jnp.ones_like, TRAINABLE)
     grads["lora"]["enc"]["q"]["lora_a"] *= 0
-    tx = lora_plus_adamw(1e-3)
+    tx = lora_plus_adamw(1e-3, 4.0)
     assert jnp.isinf(probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)["b/a"])
 
 

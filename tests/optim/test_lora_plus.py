@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import AdapterSpec, lora_plus, lora_plus_adamw
+from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw
 from loraplus_jax.optim.diagnostics import describe
+from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tree import leaves_by_path
 
 from ..messages import mentions
@@ -49,7 +50,13 @@ def test_roles_do_not_depend_on_which_factor_is_zero(zero):
     assert (b == (0 if zero == "lora_b" else -3)).all()
 
 
-@pytest.mark.parametrize("make", [lora_plus_adamw, lambda rate, **k: lora_plus(optax.sgd(rate), **k)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate, **k: lora_plus_adamw(rate, 4.0, **k),
+        lambda rate, **k: lora_plus(optax.sgd(rate), 4.0, **k),
+    ],
+)
 def test_swapped_factors_are_rejected(make):
     q = PARAMS["lora"]["q"]
     swapped = {"lora": {"q": {"lora_a": jnp.ones((2, 4)), "lora_b": jnp.ones((3, 2))}}}
@@ -65,10 +72,46 @@ def test_swapped_factors_are_rejected(make):
 def test_lambda_one_is_bitwise_plain_adamw():
     rate = SCHEDULES["warm-up and cosine"]
     adamw = optax.adamw(rate, weight_decay=0.1)
-    built = run(lora_plus_adamw(rate, lr_ratio=1.0, weight_decay=0.1, max_grad_norm=1.0), 12)
-    plain = run(optax.chain(optax.clip_by_global_norm(1.0), adamw), 12)
-    jax.tree.map(np.testing.assert_array_equal, run(lora_plus(adamw, lr_ratio=1.0), 12), run(adamw, 12))
+    built = run(lora_plus_adamw(rate, lr_ratio=1.0, weight_decay=0.1, max_grad_norm=1.0), 30)
+    plain = run(optax.chain(optax.clip_by_global_norm(1.0), adamw), 30)
+    jax.tree.map(np.testing.assert_array_equal, run(lora_plus(adamw, lr_ratio=1.0), 30), run(adamw, 30))
     jax.tree.map(np.testing.assert_array_equal, built, plain)
+
+
+def chains_of(tx):
+    """The AdamW states in an optimizer's."""
+    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+    return [x for x in jax.tree.leaves(tx.init(PARAMS), is_leaf=is_adam) if is_adam(x)]
+
+
+def test_each_role_has_an_adamw_of_its_own_unless_settings_are_equal():
+    assert len(chains_of(lora_plus_adamw(0.1, 1.0))) == 1
+    assert len(chains_of(lora_plus_adamw(0.1, 4.0))) == 2
+    assert len(chains_of(lora_plus_adamw(0.1, 4.0, head_learning_rate=0.2))) == 3
+    assert len(chains_of(lora_plus_adamw(0.1, 1.0, by_role={"extra": {"b2": 0.5}}))) == 2
+    # One schedule is one rate; an array of the value 1 is a ratio that is not known.
+    assert len(chains_of(lora_plus_adamw(SCHEDULES["linear"], 1.0))) == 1
+    assert len(chains_of(lora_plus_adamw(0.1, jnp.float32(1.0)))) == 2
+
+
+def test_betas_by_role_are_those_of_an_adamw_of_ones_own():
+    settings = {"b1": 0.5, "b2": 0.6, "eps": 1e-3, "weight_decay": 0.2}
+    tx = lora_plus_adamw(0.1, 4.0, by_role={"b": settings})
+    history, whole = run(tx, 5), run(optax.adamw(0.4, **settings), 5)
+    # The moments see gradients alone, decay the parameters: the same for a leaf whatever becomes of the others.
+    for (_, got), (_, expected) in zip(history, whole, strict=True):
+        np.testing.assert_allclose(leaves(got)[1], leaves(expected)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda r: lora_plus_adamw(0.1, lr_ratio=r), lambda r: lora_plus(optax.sgd(0.1), lr_ratio=r)]
+)
+def test_the_config_brings_its_ratio(make):
+    config = LoRAPlusConfig(target_modules=["q"], lr_ratio=2.0)
+    state = make(config).init(PARAMS)
+    assert float(state.rates["b"] / state.rates["a"]) == pytest.approx(2.0)
+    with pytest.raises(TypeError, match="lr_ratio"):
+        lora_plus_adamw(0.1)
 
 
 def test_the_wrapper_equals_the_builder_with_decay_and_clipping():
@@ -175,11 +218,11 @@ ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
         # with no gradient a step is -rate * decay * parameter alone: parameters 1 (A), 3 (B), 5 (extra)
         ({"weight_decay": 0.5}, (-0.05, -4 * 0.15, -0.25)),
         ({"weight_decay": 0.5, "decay": "equal"}, (-0.05, -0.15, -0.25)),
-        ({"weight_decay": 0.5, "decays": {"extra": 0.0}}, (-0.05, -4 * 0.15, 0.0)),
-        ({"weight_decay": 0.5, "decays": {"b": 0.25}}, (-0.05, -2 * 0.15, -0.25)),
-        ({"decays": {"a": 0.5}}, (-0.05, 0.0, 0.0)),
-        ({"weight_decay": 0.5, "rates": {"extra": 0.2}}, (-0.05, -4 * 0.15, -0.5)),
-        ({"weight_decay": 0.5, "rates": {"a": 0.2}}, (-0.1, -4 * 0.3, -0.25)),
+        ({"weight_decay": 0.5, "by_role": {"extra": {"weight_decay": 0.0}}}, (-0.05, -4 * 0.15, 0.0)),
+        ({"weight_decay": 0.5, "by_role": {"b": {"weight_decay": 0.25}}}, (-0.05, -2 * 0.15, -0.25)),
+        ({"by_role": {"a": {"weight_decay": 0.5}}}, (-0.05, 0.0, 0.0)),
+        ({"by_role": {"a": {"weight_decay": 0.5}}, "decay": "equal"}, (-0.05, -0.15, 0.0)),
+        ({"weight_decay": 0.5, "head_learning_rate": 0.2}, (-0.05, -4 * 0.15, -0.5)),
         ({}, (0.0, 0.0, 0.0)),
     ],
 )
@@ -193,26 +236,22 @@ def test_decay_by_hand(fields, expected):
 def test_an_epsilon_that_counts_as_zero_is_rejected(eps):
     # B starts at zero, so A has no gradient in the first step, and 0 / (0 + 0) would be its direction.
     with pytest.raises(ValueError, match=mentions("eps", 1e-30, eps)):
-        lora_plus_adamw(0.1, eps=eps)
+        lora_plus_adamw(0.1, 4.0, eps=eps)
 
 
 def test_the_least_epsilon_leaves_parameters_without_gradient_unchanged():
-    tx = lora_plus_adamw(0.1, eps=1e-30, b1=1 - 1e-7)
+    tx = lora_plus_adamw(0.1, 4.0, eps=1e-30, b1=1 - 1e-7)
     updates = leaves(run(tx, 1, grads=lambda _: ZEROS)[0][1])
     assert all((x == 0).all() for x in updates)
 
 
 def test_rates_by_role_reach_the_updates_and_the_table():
-    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=1e-30, rates={"extra": 0.5}, decays={"extra": 0.25})
+    decay = {"extra": {"weight_decay": 0.25}}
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, eps=1e-30, head_learning_rate=0.5, by_role=decay)
     a, b, extra = leaves(tx.update(ONES, tx.init(ZEROS), ZEROS)[0])
     np.testing.assert_allclose([a[0, 0], b[0, 0], extra[0]], [-0.1, -0.4, -0.5], rtol=1e-5)
     rows = {row.role: (row.rate, row.decay) for row in describe(PARAMS, tx).rows}
-    assert rows == {"a": ("0.1", "0"), "b": ("0.4", "0"), "extra": ("0.5", "0.25")}
-
-
-def test_embeddings_have_a_rate_of_their_own():
-    tx = lora_plus_adamw(0.1, rates={"embedding": 1e-6})
-    assert (tx.groups["embedding"].rate, tx.groups["a"].rate, tx.groups["b"].rate) == (1e-6, 0.1, 1.6)
+    assert rows == {"a": (0.1, 0.0), "b": (0.4, 0.0), "extra": (0.5, 0.25)}
 
 
 @pytest.mark.parametrize("field", ["b1", "b2", "eps"])
@@ -244,15 +283,17 @@ def test_clipping_takes_the_norm_over_all_groups():
     [
         (lambda v: lora_plus_adamw(1e-3, lr_ratio=v), "lr_ratio"),
         (lambda v: lora_plus(optax.sgd(1.0), lr_ratio=v), "lr_ratio"),
-        (lambda v: lora_plus_adamw(v), "learning_rate"),
-        (lambda v: lora_plus_adamw(1e-3, max_grad_norm=v), "max_grad_norm"),
-        (lambda v: lora_plus_adamw(1e-3, rates={"extra": v}), "extra"),
+        (lambda v: lora_plus_adamw(v, 4.0), "learning_rate"),
+        (lambda v: lora_plus_adamw(1e-3, 4.0, max_grad_norm=v), "max_grad_norm"),
+        (lambda v: lora_plus_adamw(1e-3, 4.0, head_learning_rate=v), "head_learning_rate"),
+        (lambda v: lora_plus_adamw(1e-3, 4.0, embedding_learning_rate=v), "embedding_learning_rate"),
     ],
 )
 def test_bad_numbers_are_rejected(make, field, value):
-    if field == "max_grad_norm" and value is None:
+    if value is None and field not in ("lr_ratio", "learning_rate"):
         return
-    with pytest.raises(ValueError, match=mentions(field, 0, repr(value))):
+    error = ValueError if isinstance(value, float) else TypeError
+    with pytest.raises(error, match=mentions(field, 0, repr(value))):
         make(value)
 
 
@@ -261,16 +302,17 @@ def test_bad_numbers_are_rejected(make, field, value):
     [
         ({"weight_decay": -0.1}, mentions("weight_decay", 0, -0.1)),
         ({"weight_decay": math.nan}, mentions("weight_decay", 0, "nan")),
-        ({"decays": {"a": -1.0}}, mentions("'a'", 0, -1.0)),
-        ({"decays": {"extras": 0.0}}, mentions("'extras'", "'extra'")),
-        ({"rates": {"head": 0.1}}, mentions("'head'", "extra")),
-        ({"rates": {"b": 0.1}}, "lr_ratio"),
-        ({"decay": "none"}, mentions("decay", "'coupled'", "'equal'")),
+        ({"by_role": {"a": {"weight_decay": -1.0}}}, mentions("weight_decay", 0, -1.0)),
+        ({"by_role": {"extras": {"weight_decay": 0.0}}}, mentions("'extras'", "'extra'")),
+        ({"by_role": {"a": {"decay": 0.0}}}, mentions("'a'", "'decay'", "weight_decay")),
+        ({"by_role": {"b": {"learning_rate": 0.1}}}, mentions("'b'", "'learning_rate'")),
+        ({"by_role": {"b": {"b1": 1.0}}}, mentions("b1", 0, 1, 1.0)),
+        ({"decay": "none"}, mentions("decay", "coupled", "equal", "'none'")),
     ],
 )
 def test_bad_groups_are_rejected(fields, message):
     with pytest.raises(ValueError, match=message):
-        lora_plus_adamw(1e-3, **fields)
+        lora_plus_adamw(1e-3, 4.0, **fields)
 
 
 def test_it_works_inside_a_chain():
@@ -287,146 +329,153 @@ def test_extra_arguments_reach_the_wrapped_optimizer():
 
 EXTRAS = {
     "params": {
-        "head": {
-            "kernel": jnp.ones((3, 2)),
-            "bias": jnp.ones(2),
-            "scale": jnp.ones((4, 2)),
-            "gain": jnp.ones(3),
-        }
+        "head": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2), "gain": jnp.ones(3)},
+        "layer_norm": {"scale": jnp.ones(3), "bias": jnp.ones(3)},
+        "rms_norm": {"scale": jnp.ones(3)},
     }
 }
 
 
 def first_updates(tx, params):
-    """The first update of every leaf where all gradients are one, by its last segment."""
+    """The first update of every leaf where all gradients are one, by its last two segments."""
     found, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
     return {
-        path.rpartition("/")[2]: float(jnp.ravel(leaf)[0]) for path, leaf in leaves_by_path(found).items()
+        "/".join(path.split("/")[-2:]): float(jnp.ravel(leaf)[0])
+        for path, leaf in leaves_by_path(found).items()
     }
 
 
 def test_the_policy_of_peft_by_hand():
     params = {"lora": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}, **EXTRAS}
     tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, policy="peft", eps=1e-30)
-    # rate (1 + decay): A and matrices 0.1, B and vectors 0.4, biases and scales without decay.
-    expected = {"lora_a": -0.15, "lora_b": -0.6, "kernel": -0.15, "gain": -0.6, "bias": -0.4, "scale": -0.4}
+    # rate (1 + decay): A and matrices 0.1, B and vectors 0.4; no decay of biases and LayerNorms, RMSNorms have it.
+    slow, fast = ("q/lora_a", "head/kernel"), ("q/lora_b", "head/gain", "rms_norm/scale")
+    undecayed = ("head/bias", "layer_norm/scale", "layer_norm/bias")
+    expected = dict.fromkeys(slow, -0.15) | dict.fromkeys(fast, -0.6) | dict.fromkeys(undecayed, -0.4)
     assert first_updates(tx, params) == pytest.approx(expected, rel=1e-5)
     plain = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.5, eps=1e-30)
-    expected |= dict.fromkeys(("gain", "bias", "scale"), -0.15)
+    expected |= dict.fromkeys((*fast[1:], *undecayed), -0.15)
     assert first_updates(plain, params) == pytest.approx(expected, rel=1e-5)
     wrapped = lora_plus(optax.adamw(0.1, eps=0.0, weight_decay=0.0), lr_ratio=4.0, policy="peft")
-    slow = {"lora_a": -0.1, "kernel": -0.1}
-    fast = dict.fromkeys(("lora_b", "gain", "bias", "scale"), -0.4)
-    assert first_updates(wrapped, params) == pytest.approx(slow | fast, rel=1e-5)
+    expected = dict.fromkeys(slow, -0.1) | dict.fromkeys((*fast, *undecayed), -0.4)
+    assert first_updates(wrapped, params) == pytest.approx(expected, rel=1e-5)
 
 
-def test_adapters_of_embeddings_move_at_their_own_rate():
-    spec = AdapterSpec(leaf="params/e/embedding", kind="embed", axes="io", shape=(3, 3), rank=2, scale=1.0)
-    params = {"lora": {"e": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}}
-    for fields, rate in (
+EMBEDDED = {"lora": {"e": {"lora_embedding_a": jnp.ones((3, 2)), "lora_embedding_b": jnp.ones((2, 3))}}}
+EMBEDDING = AdapterSpec(leaf="params/e/embedding", kind="embed", axes="io", shape=(3, 3), rank=2, scale=1.0)
+
+
+@pytest.mark.parametrize("specs", [None, {"e": EMBEDDING}], ids=["by name", "by specs"])
+@pytest.mark.parametrize(
+    ("fields", "rate"),
+    [
         ({}, 0.1),
         ({"policy": "peft"}, 1e-6),
-        ({"rates": {"embedding": 0.3}, "policy": "peft"}, 0.3),
-    ):
-        tx = lora_plus_adamw(0.1, lr_ratio=4.0, specs={"e": spec}, eps=1e-30, **fields)
-        assert first_updates(tx, params) == pytest.approx({"lora_a": -rate, "lora_b": -rate}, rel=1e-4)
+        ({"embedding_learning_rate": 0.3, "policy": "peft"}, 0.3),
+        ({"embedding_learning_rate": 0.3}, 0.3),
+    ],
+)
+def test_adapters_of_embeddings_move_at_their_own_rate(specs, fields, rate):
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, specs=specs, eps=1e-30, **fields)
+    expected = {"e/lora_embedding_a": -rate, "e/lora_embedding_b": -rate}
+    assert first_updates(tx, EMBEDDED) == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_unknown_policy_is_rejected():
-    for make in (lambda p: lora_plus_adamw(0.1, policy=p), lambda p: lora_plus(optax.sgd(0.1), policy=p)):
+    for make in (
+        lambda p: lora_plus_adamw(0.1, 4.0, policy=p),
+        lambda p: lora_plus(optax.sgd(0.1), 4.0, policy=p),
+    ):
         with pytest.raises(ValueError, match=mentions("policy", "lora_plus", "peft", "'torch'")):
             make("torch")
 
 
+PAIR = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+inject = optax.inject_hyperparams
+
+
 def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
-    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
-    tx = lora_plus_adamw(0.1, lr_ratio=4.0, b1=0.5, b2=0.5, eps=1e-30, adjustable=True)
-    state, update = tx.init(params), jax.jit(tx.update)
-    assert (optax.tree.get(state, "learning_rate"), optax.tree.get(state, "lr_ratio")) == (
-        pytest.approx(0.1),
-        pytest.approx(4.0),
+    tx = inject(lora_plus_adamw, static_args=("b1", "b2", "eps"))(
+        learning_rate=0.1, lr_ratio=4.0, b1=0.5, b2=0.5, eps=1e-30
     )
-    seen = []
+    state, update = tx.init(PAIR), jax.jit(tx.update)
+    assert float(optax.tree.get(state, "learning_rate")) == pytest.approx(0.1)
+    assert float(optax.tree.get(state, "lr_ratio")) == pytest.approx(4.0)
+    seen, told = [], []
     for rate, ratio in ((0.1, 4.0), (0.1, 2.0), (0.3, 1.0)):
         state = optax.tree.set(state, learning_rate=jnp.float32(rate), lr_ratio=jnp.float32(ratio))
-        found, state = update(jax.tree.map(jnp.ones_like, params), state, params)
-        seen.append((float(found["q"]["lora_a"][0, 0]), float(found["q"]["lora_b"][0, 0])))
-    assert np.allclose(seen, [(-0.1, -0.4), (-0.1, -0.2), (-0.3, -0.3)], rtol=1e-5)
+        found, state = update(jax.tree.map(jnp.ones_like, PAIR), state, PAIR)
+        seen.append((-float(found["q"]["lora_a"][0, 0]), -float(found["q"]["lora_b"][0, 0])))
+        told.append(tuple(row.rate for row in describe(PAIR, state).rows))
+    expected = [(0.1, 0.4), (0.1, 0.2), (0.3, 0.3)]
+    np.testing.assert_allclose(seen, expected, rtol=1e-5)
+    np.testing.assert_allclose(told, expected, rtol=1e-5)
     assert update._cache_size() == 1
-    assert describe(params, tx).rows[1].rate == "0.4"
 
 
-def test_the_rate_and_decay_of_every_group_can_be_changed_in_a_run():
-    params = {
-        "q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))},
-        "head": {"kernel": jnp.ones((3, 1))},
-    }
-    params |= {"bias": jnp.ones(2)}
-    tx = lora_plus_adamw(
+def test_every_number_can_be_changed_in_a_run():
+    params = {**PAIR, **EMBEDDED["lora"], "head": {"kernel": jnp.ones((3, 1))}}
+    tx = inject(lora_plus_adamw)(
         optax.constant_schedule(0.1),
         lr_ratio=4.0,
         weight_decay=0.5,
-        rates={"extra": 0.2, "a": 0.1},
-        decays={"extra": 0.25, "b": 0.125},
-        policy="peft",
-        adjustable=True,
+        head_learning_rate=0.2,
+        embedding_learning_rate=0.01,
+        max_grad_norm=1.0,
     )
     state, update = tx.init(params), jax.jit(tx.update)
-    known = {"learning_rate", "lr_ratio", "weight_decay", "extra_rate", "a_rate", "embedding_rate"}
-    assert set(state.hyperparams) == known | {"extra_decay", "b_decay", "vector_decay"}
+    known = {"learning_rate", "lr_ratio", "weight_decay", "head_learning_rate", "embedding_learning_rate"}
+    assert set(state.hyperparams) == known | {"b1", "b2", "eps", "max_grad_norm"}
     zeros, seen = jax.tree.map(jnp.zeros_like, params), []
     # with no gradient a step is -rate * decay * parameter alone
-    for changes in (
-        {},
-        {"extra_rate": 0.4, "b_decay": 0.25},
-        {"extra_decay": 0.5, "vector_decay": 0.5},
-        {"weight_decay": 1.0, "a_rate": 0.2, "lr_ratio": 2.0},
-    ):
+    for changes in ({}, {"head_learning_rate": 0.4}, {"weight_decay": 1.0, "lr_ratio": 2.0}):
         state = optax.tree.set(state, **{name: jnp.float32(value) for name, value in changes.items()})
         found, state = update(zeros, state, params)
-        seen.append([float(x.ravel()[0]) for x in jax.tree.leaves(found)])
-    expected = [
-        # bias (a vector), head, A, B
-        [0.0, -0.2 * 0.25, -0.1 * 0.5, -0.4 * 0.125],
-        [0.0, -0.4 * 0.25, -0.1 * 0.5, -0.4 * 0.25],
-        [-0.4 * 0.5, -0.4 * 0.5, -0.1 * 0.5, -0.4 * 0.25],
-        [-0.4 * 0.5, -0.4 * 0.5, -0.2 * 1.0, -0.4 * 0.25],
+        seen.append([-float(x.ravel()[0]) for x in jax.tree.leaves(found)])
+    expected = [  # embedding A, B, head, A, B
+        [0.005, 0.005, 0.1, 0.05, 0.2],
+        [0.005, 0.005, 0.2, 0.05, 0.2],
+        [0.01, 0.01, 0.4, 0.1, 0.2],
     ]
     np.testing.assert_allclose(seen, expected, rtol=1e-6)
     assert update._cache_size() == 1
 
 
 def test_the_ratio_of_a_wrapped_optimizer_can_be_changed_in_a_run():
-    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
-    plain, tx = (
-        lora_plus(optax.sgd(0.1), lr_ratio=4.0),
-        lora_plus(optax.sgd(0.1), lr_ratio=4.0, adjustable=True),
-    )
-    state, update = tx.init(params), jax.jit(tx.update)
-    found, state = update(params, state, params)
-    expected = plain.update(params, plain.init(params), params)[0]
+    plain, tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0), inject(lora_plus)(optax.sgd(0.1), lr_ratio=4.0)
+    state, update = tx.init(PAIR), jax.jit(tx.update)
+    found, state = update(PAIR, state, PAIR)
+    expected = plain.update(PAIR, plain.init(PAIR), PAIR)[0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
     state = optax.tree.set(state, lr_ratio=jnp.float32(2.0))
-    found, state = update(params, state, params)
+    found, state = update(PAIR, state, PAIR)
     assert [float(x[0, 0]) for x in jax.tree.leaves(found)] == [pytest.approx(-0.1), pytest.approx(-0.2)]
     assert float(optax.tree.get(state, "lr_ratio")) == 2.0
     assert update._cache_size() == 1
 
 
-def test_adjustable_steps_are_those_of_the_plain_optimizer():
-    params = {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}}
+def test_injected_steps_are_those_of_the_plain_optimizer():
     schedule = optax.linear_schedule(0.1, 0.0, 5)
-    one, other = (
-        lora_plus_adamw(schedule, lr_ratio=4.0, weight_decay=0.1, adjustable=a) for a in (False, True)
-    )
-    states = [one.init(params), other.init(params)]
+    # Of betas in float32, optax computes 1 - b1 in float32.
+    injected = inject(lora_plus_adamw, static_args=("b1", "b2"))
+    one, other = (f(schedule, lr_ratio=4.0, weight_decay=0.1) for f in (lora_plus_adamw, injected))
+    states = [one.init(PAIR), other.init(PAIR)]
     for n in range(4):
-        grads = jax.tree.map(lambda x, n=n: x * (n - 1.5), params)
+        grads = jax.tree.map(lambda x, n=n: x * (n - 1.5), PAIR)
         (a, states[0]), (b, states[1]) = (
-            one.update(grads, states[0], params),
-            other.update(grads, states[1], params),
+            one.update(grads, states[0], PAIR),
+            other.update(grads, states[1], PAIR),
         )
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+@pytest.mark.parametrize("tx", [lora_plus_adamw(0.1, 4.0), lora_plus(optax.sgd(0.1), 4.0)])
+def test_packed_integers_are_rejected(tx):
+    packed = {**PAIR, "base": {"qvalue": jnp.zeros((4, 2), jnp.uint8)}}
+    with pytest.raises(TypeError, match=mentions("base/qvalue", "uint8")):
+        tx.init(packed)
+    with pytest.raises(TypeError, match=mentions("base/qvalue", "uint8")):
+        describe(packed, tx)
 
 
 def test_accumulation_wraps_the_groups():

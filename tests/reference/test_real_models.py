@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers as tf
 
-from loraplus_jax import LoRAPlusConfig, combine, fingerprint, save_adapter
+from loraplus_jax import LoRAPlusConfig, combine, save_adapter
+from loraplus_jax.checkpoint import fingerprint
 from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
@@ -52,7 +53,7 @@ def run_of(name, folder, targets, **model):
     )
     parts = parts._replace(trainable=random(parts.trainable, 0, 0.05))
     notes = {"settings": settings.to_json(), "task": task.notes(), "base": fingerprint(parts.frozen)}
-    save_adapter(folder / "adapter", settings.applied, parts.specs, parts.trainable, **notes)
+    save_adapter(folder / "adapter", parts.trainable, parts.specs, settings.applied, **notes)
     return parts
 
 
