@@ -34,7 +34,7 @@ def check_number(
         value = value.item()
     # numpy registers its scalars as Real.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{expected}, got {value!r}")
+        raise TypeError(f"{expected}, got {value!r:.80}")
     number: Any = value
     finite = abs(number) < math.inf
     holds = finite and in_float32(number)
@@ -47,7 +47,7 @@ def check_number(
     )
     if not inside or not holds:
         why = ", which float32 cannot hold" if inside else ""
-        raise ValueError(f"{expected}, got {value!r}{why}")
+        raise ValueError(f"{expected}, got {value!r:.80}{why}")
 
 
 def in_float32(value: float) -> bool:
@@ -71,11 +71,11 @@ def check_int(name: str, value: Any, *, at_least: int, at_most: int | None = Non
     """
     bounds = f"at least {at_least}" + (f" and at most {at_most}" if at_most is not None else "")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of {bounds}, got {value!r}")
+        raise TypeError(f"{name} must be a whole number of {bounds}, got {value!r:.80}")
     if value < at_least or (at_most is not None and value > at_most):
-        raise ValueError(f"{name} must be a whole number of {bounds}, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of {bounds}, got {value!r:.80}")
     if value >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, got {value!r}")
+        raise ValueError(f"{name} must be below 2**63, got {value!r:.80}")
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -205,11 +205,11 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:
     """Prints every setting, for --help; a missing config is an error."""
-    from .settings.parsing import settings_parser
+    from .settings.parsing import format_help
     from .settings.schema import Settings
 
     if options.help:
-        settings_parser(kind or Settings, options.command).print_help()
+        print(format_help(kind or Settings, options.command))
     elif options.config is None:
         raise ValueError(f"{options.command} needs a config file: loraplus {options.command} CONFIG")
     return options.help

@@ -18,7 +18,7 @@ DEPARTMENTS = (
 # `loraplus_jax/__init__.py` gathers the public names, and so stands outside the order.
 PUBLIC = DEPARTMENTS[: DEPARTMENTS.index("models")]
 EXTRAS = (
-    *("safetensors", "tokenizers", "grain", "jsonargparse", "rich", "matplotlib"),
+    *("safetensors", "tokenizers", "grain", "pydantic", "rich", "matplotlib"),
     *("huggingface_hub", "tensorboardX", "yaml", "jinja2", "gguf"),
 )
 

@@ -359,8 +359,9 @@ def test_a_step_whose_update_is_not_finite_is_skipped_too():
 
 
 def test_lambda_costs_nothing():
-    """The compiled steps of lambda 16 and 4 have the same operations, bytes and memory; that of lambda 1, where A and
-    B share an AdamW, has one bias correction and one counter less.
+    """The compiled steps of lambda 16 and 4 have the same operations, bytes and memory.
+
+    That of lambda 1, where A and B share an AdamW, has one bias correction and one counter less.
     """
     import flax.linen as nn
 

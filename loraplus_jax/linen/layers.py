@@ -120,8 +120,8 @@ class LoRAPlusConv(LoRAPlusLayer, nn.Conv):
 class LoRAPlusEmbed(LoRAPlusLayer, nn.Embed):
     """`nn.Embed` with a low-rank adapter, used by the lookup and by `attend`; otherwise as `LoRAPlusDense`.
 
-    The factors are `lora_embedding_a (num_embeddings, rank)` and `lora_embedding_b (rank, features)`, which learn at a
-    rate of their own. Dropout acts in `attend` only.
+    The factors are `lora_embedding_a (num_embeddings, rank)` and `lora_embedding_b (rank, features)`, which learn
+    at a rate of their own. Dropout acts in `attend` only.
 
     Example:
       >>> import jax.numpy as jnp

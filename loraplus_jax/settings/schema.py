@@ -3,15 +3,19 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from .._validation import check_int, check_number
+from pydantic import Field, PlainValidator
+from pydantic.dataclasses import dataclass
+
+from .._validation import check_number
 from ..config import LoRAPlusConfig
 from ..models.attention import Attention
 from ..models.llama import Remat
 from ..optim.lora_plus import MIN_EPS
 from ..optim.schedules import Schedule
 from ..roles import Policy
+from .types import SECTION, Count, Decay, Fraction, Index, Int, Number, Rate, Share, Switch, Text
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
 Method = Literal["lora", "lora_plus", "full"]
@@ -27,7 +31,7 @@ AUTO = "auto"
 MOST_PORT = 65535
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class ModelSettings:
     """The pretrained model: an encoder for classification and regression, else a language model.
 
@@ -45,25 +49,19 @@ class ModelSettings:
       loss_chunk: of a language model whose head is frozen, how many tokens' logits exist at once.
     """
 
-    path: str
+    path: Text
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
-    dropout: float | None = None
-    head_dropout: float = 0.1
-    unroll: bool = False
+    dropout: Share | None = None
+    head_dropout: Share = 0.1
+    unroll: Switch = False
     remat: Remat = "none"
     attention: Attention = "auto"
-    loss_chunk: int = 512
-
-    def __post_init__(self) -> None:
-        check_int("model.loss_chunk", self.loss_chunk, at_least=1)
-        for name in ("dropout", "head_dropout"):
-            if getattr(self, name) is not None:
-                check_number(f"model.{name}", getattr(self, name), at_least=0.0, below=1.0)
+    loss_chunk: Count = 512
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class DataSettings:
     """Where the texts lie, which columns hold what, and how they are split.
 
@@ -90,52 +88,38 @@ class DataSettings:
       ValueError: a field is out of range, or two do not go together; the message names them.
     """
 
-    path: str | None = None
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    max_length: int = 128
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.2
-    split_seed: int = 0
-    template: str = "model"
+    path: Text | None = None
+    train: Text | None = None
+    validation: Text | None = None
+    test: Text | None = None
+    text: Text = "text"
+    text_pair: Text | None = None
+    label: Text = "label"
+    max_length: Annotated[Int, Field(ge=2)] = 128
+    validation_fraction: Fraction = 0.1
+    test_fraction: Share = 0.2
+    split_seed: Index = 0
+    template: Text = "model"
     answers: Literal["all", "last"] = "all"
-    packing: bool = False
+    packing: Switch = False
     column_names: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("path", "train", "validation", "test", "text", "text_pair", "label", "template"):
-            value = getattr(self, name)
-            if value is None and name in ("text", "label"):
-                raise ValueError(f"{name} must name a column, got None")
-            if value is not None and (not isinstance(value, str) or not value.strip()):
-                raise ValueError(f"{name} must be a non-empty string, got {value!r}")
-        self._check_sources()
-        if len(set(self.columns)) < len(self.columns):
-            raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
-        check_int("max_length", self.max_length, at_least=2)
-        check_int("split_seed", self.split_seed, at_least=0)
-        check_number("validation_fraction", self.validation_fraction, above=0.0, below=1.0)
-        check_number("test_fraction", self.test_fraction, at_least=0.0, below=1.0)
-        if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                "validation_fraction and test_fraction must leave something for training, "
-                f"got {self.validation_fraction} + {self.test_fraction}"
-            )
-
-    def _check_sources(self) -> None:
         if (self.path is None) == (self.train is None):
             given = f"path={self.path!r} and train={self.train!r}"
             raise ValueError(
                 f"give either path (one file, split by seed) or train (separate files), got {given}"
             )
-        if self.path is not None:
-            for name in ("validation", "test"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} goes with train, not with path, got {getattr(self, name)!r}")
+        for name in ("validation", "test"):
+            if self.path is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} goes with train, not with path, got {getattr(self, name)!r}")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
+        if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                "validation_fraction and test_fraction must leave something for training, "
+                f"got {self.validation_fraction} + {self.test_fraction}"
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -143,7 +127,7 @@ class DataSettings:
         return tuple(c for c in (self.text, self.text_pair, self.label) if c is not None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class OptimizerSettings:
     """AdamW, its schedule and its groups.
 
@@ -164,47 +148,31 @@ class OptimizerSettings:
       max_grad_norm: clips the norm over all gradients together.
     """
 
-    learning_rate: float = 1e-4
-    head_learning_rate: float | None = None
-    embedding_learning_rate: float | None = None
+    learning_rate: Rate = 1e-4
+    head_learning_rate: Rate | None = None
+    embedding_learning_rate: Rate | None = None
     policy: Policy = "lora_plus"
     schedule: Schedule = "linear"
-    warmup_steps: int = 0
-    final_fraction: float = 0.0
-    decay_steps: int | None = None
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    warmup_steps: Index = 0
+    final_fraction: Share = 0.0
+    decay_steps: Count | None = None
+    b1: Share = 0.9
+    b2: Share = 0.999
+    eps: Annotated[Number, Field(ge=MIN_EPS)] = 1e-8
+    weight_decay: Decay = 0.0
     decay: Literal["coupled", "equal"] = "coupled"
-    max_grad_norm: float | None = None
+    max_grad_norm: Rate | None = None
 
     def __post_init__(self) -> None:
-        check_number("optimizer.learning_rate", self.learning_rate, above=0.0)
-        for name in (
-            "head_learning_rate",
-            "embedding_learning_rate",
-            "max_grad_norm",
-        ):
-            if getattr(self, name) is not None:
-                check_number(f"optimizer.{name}", getattr(self, name), above=0.0)
-        check_number("optimizer.eps", self.eps, at_least=MIN_EPS)
-        for name in ("b1", "b2"):
-            check_number(f"optimizer.{name}", getattr(self, name), at_least=0.0, below=1.0)
-        check_number("optimizer.weight_decay", self.weight_decay, at_least=0.0)
-        check_number("optimizer.final_fraction", self.final_fraction, at_least=0.0, below=1.0)
-        check_int("optimizer.warmup_steps", self.warmup_steps, at_least=0)
-        if self.decay_steps is not None:
-            check_int("optimizer.decay_steps", self.decay_steps, at_least=1)
-            if self.schedule != "wsd":
-                raise ValueError(f"optimizer.decay_steps goes with wsd, and the schedule is {self.schedule}")
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(f"optimizer.decay_steps goes with wsd, and the schedule is {self.schedule}")
         if self.schedule == "constant" and self.final_fraction:
             raise ValueError(
                 "optimizer.final_fraction goes with linear, cosine or wsd, and the schedule is constant"
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class TrainSettings:
     """How long, in which batches, and what is kept.
 
@@ -227,52 +195,32 @@ class TrainSettings:
       prompt_tokens: tokens of these answers at most.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 32
-    accumulate: int = 1
-    eval_batch_size: int = 64
-    eval_every: int = 100
-    log_every: int = 10
-    early_stopping: int | None = None
+    steps: Annotated[Count, Field(le=MAX_STEPS)] | None = None
+    epochs: Rate | None = None
+    batch_size: Count = 32
+    accumulate: Count = 1
+    eval_batch_size: Count = 64
+    eval_every: Count = 100
+    log_every: Count = 10
+    early_stopping: Count | None = None
     select: Literal["best", "last"] = "best"
-    keep: int = 2
-    max_skipped: int = 5
-    compilation_cache: bool = True
-    theory_every: int | None = None
-    prompt: str | None = None
-    prompt_tokens: int = 64
+    keep: Count = 2
+    max_skipped: Count = 5
+    compilation_cache: Switch = True
+    theory_every: Count | None = None
+    prompt: Text | None = None
+    prompt_tokens: Count = 64
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
-        if self.epochs is not None:
-            check_number("train.epochs", self.epochs, above=0.0)
-        if self.steps is not None:
-            check_int("train.steps", self.steps, at_least=1, at_most=MAX_STEPS)
-        for name in ("early_stopping", "theory_every"):
-            if getattr(self, name) is not None:
-                check_int(f"train.{name}", getattr(self, name), at_least=1)
-        for name in (
-            "batch_size",
-            "accumulate",
-            "eval_batch_size",
-            "eval_every",
-            "log_every",
-            "keep",
-            "max_skipped",
-            "prompt_tokens",
-        ):
-            check_int(f"train.{name}", getattr(self, name), at_least=1)
-        if self.prompt is not None and not self.prompt.strip():
-            raise ValueError("train.prompt is empty; leave it out for none")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class MeshSettings:
     """The devices, as data x fsdp x tensor; one of the three may be -1, for all devices that the others leave.
 
@@ -282,12 +230,12 @@ class MeshSettings:
       tensor: how many parts heads, inner widths and vocabulary are split into.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Int = -1
+    fsdp: Int = 1
+    tensor: Int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class DistributedSettings:
     """The processes, where there are several; each is started with the same command but for process_id.
 
@@ -301,14 +249,12 @@ class DistributedSettings:
     """
 
     coordinator: str | None = None
-    processes: int | None = None
-    process_id: int | None = None
-    start_timeout: int = 300
-    lost_timeout: int = 30
+    processes: Count | None = None
+    process_id: Index | None = None
+    start_timeout: Count = 300
+    lost_timeout: Count = 30
 
     def __post_init__(self) -> None:
-        check_int("distributed.start_timeout", self.start_timeout, at_least=1)
-        check_int("distributed.lost_timeout", self.lost_timeout, at_least=1)
         numbers = {"processes": self.processes, "process_id": self.process_id}
         if self.coordinator in (None, AUTO):
             for name, value in numbers.items():
@@ -324,15 +270,26 @@ class DistributedSettings:
         for name, value in numbers.items():
             if value is None:
                 raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
-        check_int("distributed.processes", self.processes, at_least=1)
-        check_int("distributed.process_id", self.process_id, at_least=0)
         if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
             )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+def _lora_config(value: Any) -> LoRAPlusConfig:
+    """The section lora, which checks itself: it is used without settings too."""
+    if isinstance(value, LoRAPlusConfig):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a mapping, got {value!r:.80}")
+    try:
+        # Not the default with changes, whose own lr_ratio would outlive another init.
+        return LoRAPlusConfig.from_json({"target_modules": DEFAULT_LORA.target_modules, **value})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class Settings:
     """A whole run.
 
@@ -357,26 +314,19 @@ class Settings:
 
     model: ModelSettings
     data: DataSettings
-    lora: LoRAPlusConfig = DEFAULT_LORA
+    lora: Annotated[LoRAPlusConfig, PlainValidator(_lora_config)] = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
     task: TaskName = "classification"
     method: Method = "lora_plus"
-    init_adapter: str | None = None
+    init_adapter: Text | None = None
     init_adapter_rates: Literal["same", "new"] = "same"
-    seed: int = 0
-    output_dir: str
+    seed: Annotated[Index, Field(lt=2**32)] = 0
+    output_dir: Text
 
     def __post_init__(self) -> None:
-        check_int("seed", self.seed, at_least=0)
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be below 2**32, got {self.seed}")
-        if not self.output_dir.strip():
-            raise ValueError("output_dir is empty")
-        if self.init_adapter is not None and not self.init_adapter.strip():
-            raise ValueError("init_adapter is empty; leave it out for none")
         if self.init_adapter is None and self.init_adapter_rates != "same":
             raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
         _check_kind(self)

@@ -1,5 +1,6 @@
 """Untrusted YAML files: plain values only, and nothing that means more than it says."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,17 @@ class _UniqueKeys(yaml.SafeLoader):
                 None, None, f"key {twice!r} stands twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML reads, takes 1e-4 for text.
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), [*"-+0123456789"]
+)
+
+
+def read_word(text: str) -> Any:
+    """A value on the command line, read as in a YAML file; text that is not YAML is text."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except Exception:  # whatever PyYAML runs into
+        return text

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 
-from .._validation import check_int, check_number
 from ..settings.schema import OptimizerSettings, Settings
+from ..settings.types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 
 MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
 """What may differ when a sweep goes on."""
@@ -29,26 +30,19 @@ def _short(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _check_list(name: str, values: tuple | None, check: Callable[[str, Any], None]) -> None:
-    if values is None:
-        return
-    if not values:
-        raise ValueError(f"{name} is empty: give at least one value, or leave it out")
-    for number, value in enumerate(values):
-        check(f"{name}[{number}]", value)
-    if len(set(values)) < len(values):
-        raise ValueError(f"{name} holds a value twice: {list(values)}")
-
-
-def _check_distinct(name: str, values: tuple[float, ...] | None) -> None:
+def _check_digits(values: tuple[float, ...]) -> tuple[float, ...]:
     """Values that differ in the fourth digit alone are the same setting, tried twice."""
     first: dict[float, float] = {}
-    for value in values or ():
+    for value in values:
         if (earlier := first.setdefault(_short(value), value)) != value:
-            raise ValueError(f"{name} holds {earlier!r} and {value!r}, which are the same to three digits")
+            raise ValueError(f"holds {earlier!r} and {value!r}, which are the same to three digits")
+    return values
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1), Distinct, AfterValidator(_check_digits)]
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class SweepSettings:
     """Which settings are tried, and how they are compared.
 
@@ -76,47 +70,31 @@ class SweepSettings:
     """
 
     method: Literal["halving", "grid"] = "halving"
-    learning_rates: tuple[float, ...] | None = None
-    lr_ratios: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
-    lora_learning_rates: tuple[float, ...] | None = None
-    alphas: tuple[float, ...] | None = None
-    ranks: tuple[int, ...] | None = None
-    samples: int | None = None
-    seeds: tuple[int, ...] | None = None
-    report_seeds: int = 3
-    control: bool = True
-    rungs: tuple[float, ...] = (0.125,)
-    keep: float = 0.125
-    target: float | None = None
-    members_at_once: int | None = None
+    learning_rates: Rates | None = None
+    lr_ratios: Rates = (2.0, 4.0, 8.0, 16.0)
+    lora_learning_rates: Rates | None = None
+    alphas: Rates | None = None
+    ranks: Annotated[tuple[Count, ...], Field(min_length=1), Distinct] | None = None
+    samples: Annotated[Count, Field(le=MAX_SAMPLES)] | None = None
+    seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
+    report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
+    control: Switch = True
+    rungs: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] = (0.125,)
+    keep: Fraction = 0.125
+    target: Number | None = None
+    members_at_once: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("learning_rates", "lr_ratios", "lora_learning_rates", "alphas"):
-            _check_list(name, getattr(self, name), lambda place, value: check_number(place, value, above=0.0))
-            _check_distinct(name, getattr(self, name))
-        _check_list("ranks", self.ranks, lambda place, value: check_int(place, value, at_least=1))
-        _check_list("seeds", self.seeds, lambda place, value: check_int(place, value, at_least=0))
         if ones := [ratio for ratio in self.lr_ratios if _short(ratio) == 1.0]:
             digits = "" if ones[0] == 1.0 else " to three digits"
             raise ValueError(
                 f"lr_ratios holds {ones[0]:.9g}, which is plain LoRA{digits}: its rates are "
                 "sweep.lora_learning_rates"
             )
-        check_int("report_seeds", self.report_seeds, at_least=2, at_most=MOST_REPORT_SEEDS)
-        for name, most in (("samples", MAX_SAMPLES), ("members_at_once", MOST_MEMBERS)):
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name), at_least=1, at_most=most)
-        if self.target is not None:
-            check_number("target", self.target)
-        self._check_halving()
-
-    def _check_halving(self) -> None:
         if self.method == "grid":
             for name in ("rungs", "keep"):
                 if getattr(self, name) != getattr(SweepSettings, name):
                     raise ValueError(f"{name} goes with the method halving, and the method is grid")
-        check_number("keep", self.keep, above=0.0, below=1.0)
-        _check_list("rungs", self.rungs, lambda place, v: check_number(place, v, above=0.0, below=1.0))
         if list(self.rungs) != sorted(self.rungs):
             raise ValueError(f"rungs must grow, got {list(self.rungs)}")
 
@@ -151,7 +129,7 @@ class Trial(NamedTuple):
         return f"eta_A {self.learning_rate:g}{ratio}, alpha {self.alpha:g}, rank {self.rank}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=SECTION)
 class SweepRun(Settings):
     """A sweep: a whole run, and which of its settings are varied.
 

@@ -254,7 +254,7 @@ CASES = [
     ),
     # what is adapted
     Case("lr_ratio 0", ("lora.lr_ratio", 0), ("--lora.lr_ratio", "0")),
-    Case("lr_ratio negative", ("lora.lr_ratio", -1.0), ("--lora.lr_ratio", "-1")),
+    Case("lr_ratio negative", ("lora.lr_ratio", -1), ("--lora.lr_ratio", "-1")),
     Case("lr_ratio nan", ("lora.lr_ratio", "nan"), ("--lora.lr_ratio", "nan")),
     Case("lr_ratio inf", ("lora.lr_ratio", "inf"), spoil=config("lora", lr_ratio=float("inf"))),
     Case("rank 0", ("lora.rank", 0), ("--lora.rank", "0")),
@@ -283,7 +283,7 @@ CASES = [
     Case("pattern for nothing", ("rank_pattern", "'key'"), ("--lora.rank_pattern", '{{"key": 2}}')),
     Case(
         "pattern with a word for a rank",
-        ("lora.rank_pattern", "whole numbers"),
+        ("lora.rank_pattern", "whole number"),
         ("--lora.rank_pattern", '{{"query": x}}'),
     ),
     Case(
