@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from loraplus_jax import LoRAPlusConfig, combine, label_params, split_trainable
+from loraplus_jax import LoRAPlusConfig, combine, label_params, merge, split_trainable
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tree import count, flatten, leaves_by_path, unflatten
 
@@ -286,3 +287,25 @@ def test_biases_that_do_not_exist_are_rejected():
         split_trainable({**BIASED, "lora": {"k": {"lora_a": 1, "lora_b": 2}}}, bias="lora_only")
     with pytest.raises(ValueError, match=mentions("bias", "none", "all", "lora_only", "'some'")):
         split_trainable(BIASED, bias="some")
+
+
+def test_lists_of_layers_have_integer_keys():
+    kernel, pair = jnp.ones((4, 6)), {"lora_a": A, "lora_b": B}
+    variables = {
+        "params": {"layers": {0: {"kernel": kernel, "bias": jnp.ones(6)}}},
+        "lora": {"layers": {0: pair}},
+    }
+    table = {
+        "layers/0": AdapterSpec(
+            leaf="params/layers/0/kernel", kind="dense", axes="io", shape=(4, 6), rank=2, scale=1.0
+        )
+    }
+    trainable, frozen = split_trainable(variables, ("layers/0",))
+    assert (trainable, frozen) == (variables, {})
+    trainable, frozen = split_trainable(variables)
+    assert leaves_by_path(combine(trainable, frozen)).keys() == leaves_by_path(variables).keys()
+    assert label_params(trainable) == {"lora": {"layers": {0: {"lora_a": "a", "lora_b": "b"}}}}
+    merged = merge({"params": variables["params"]}, variables["lora"], table)
+    np.testing.assert_allclose(merged["params"]["layers"][0]["kernel"], kernel + A @ B)
+    with pytest.raises(ValueError, match="params/layers/0/bias"):
+        combine(frozen, frozen)

@@ -122,7 +122,7 @@ class LoRAPlusModel(nn.Module):
         if inner is None or name.startswith("_"):
             return super().__getattr__(name)
         if callable(getattr(type(inner), name, None)):
-            return functools.partial(self.run, name)
+            return _Method(self.run, name)
         if self.scope is not None and name not in inner.__dict__:  # it may be made by the inner model's setup
             self._try_setup()
             inner = self.__dict__["wrapped"]
@@ -133,11 +133,6 @@ class LoRAPlusModel(nn.Module):
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
         """As `nn.Module.init_with_output`; `method` is one of the inner model's."""
         return super().init_with_output(rngs, *args, method=self._forward(method), **kwargs)
-
-    @nn.nowrap
-    def init(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As `nn.Module.init`; `method` is one of the inner model's."""
-        return super().init(rngs, *args, method=method, **kwargs)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -157,6 +152,10 @@ class LoRAPlusModel(nn.Module):
             return result
 
         return run_only
+
+
+class _Method(functools.partial):
+    """A method of a wrapped model, run with the adapters on; `apply(..., method=model.encode)` takes its name."""
 
 
 class _Part:
@@ -328,6 +327,8 @@ def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
     """A method of the inner model as a function of it."""
     if method is None:
         return type(model).__call__
+    if isinstance(method, _Method):
+        (method,) = method.args
     if isinstance(method, str):
         if not callable(getattr(type(model), method, None)):
             methods = [n for n in dir(type(model)) if not n.startswith("_")]

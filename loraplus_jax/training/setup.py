@@ -328,19 +328,32 @@ def _zeros(shapes: Any) -> Any:
 
 def check_mesh(settings: Settings, mesh: Mesh) -> None:
     """Raises ValueError if a batch cannot be split over a mesh, or the dtype does not go with the method."""
-    micro = settings.train.batch_size // settings.train.accumulate
-    for name, size in (
-        ("batch_size / accumulate", micro),
-        ("eval_batch_size", settings.train.eval_batch_size),
-    ):
-        if size % (parts := batch_parts(mesh)):
-            sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
-            raise ValueError(
-                f"train.{name} is {size}, which the {parts} parts of a batch ({sizes}) do not divide; "
-                f"give a multiple of {parts}"
-            )
+    train, parts = settings.train, batch_parts(mesh)
+    whole = batch_sizes_for(train.batch_size, train.accumulate, train.eval_batch_size, parts)
+    given = {name: getattr(train, name) for name in whole}
+    if changed := {name: size for name, size in whole.items() if size != given[name]}:
+        sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
+        raise ValueError(
+            f"{parts} parts of a batch ({sizes}) must divide train.batch_size / accumulate, got "
+            f"{train.batch_size} / {train.accumulate}, and train.eval_batch_size, got {train.eval_batch_size}; "
+            f"these would do: {' '.join(f'--train.{name} {size}' for name, size in changed.items())}"
+        )
     if settings.method == "full" and settings.model.param_dtype != "float32":
         raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
+
+
+def batch_sizes_for(batch_size: int, accumulate: int, eval_batch_size: int, parts: int) -> dict[str, int]:
+    """The nearest sizes, upwards, that a mesh can split into `parts`; a batch that it can split keeps its size.
+
+    >>> batch_sizes_for(16, 4, 4, 8)
+    {'batch_size': 16, 'accumulate': 2, 'eval_batch_size': 8}
+    >>> batch_sizes_for(16, 4, 4, 64)
+    {'batch_size': 64, 'accumulate': 1, 'eval_batch_size': 64}
+    """
+    whole = -(-batch_size // parts) * parts
+    fitting = [n for n in range(1, accumulate + 1) if whole % (n * parts) == 0]
+    evaluated = -(-eval_batch_size // parts) * parts
+    return {"batch_size": whole, "accumulate": fitting[-1], "eval_batch_size": evaluated}
 
 
 def _init_new(base: BaseModel, name: str, key: jax.Array) -> Any:

@@ -1,11 +1,13 @@
 """From the tiny world's settings to parts and optimizer, nothing trained."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 from safetensors.numpy import load_file
 
 from loraplus_jax.cli import main
@@ -16,7 +18,7 @@ from loraplus_jax.training.inspect import inspect
 from loraplus_jax.training.setup import prepare
 from loraplus_jax.tree import leaves_by_path
 
-from ..messages import assert_mentions
+from ..messages import assert_mentions, mentions
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -126,3 +128,23 @@ def test_inspect_shows_the_methods_own_rates(world, method):
     assert ("lora_b" in text) == (method == "lora")
     if method == "full":
         assert "5,346 of 5,346" in text
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8, 64, 256])
+@pytest.mark.parametrize(("batch", "accumulate", "evaluated"), [(16, 4, 4), (32, 1, 64), (12, 3, 10)])
+def test_proposed_batch_sizes_go_together(parts, batch, accumulate, evaluated):
+    sizes = module.batch_sizes_for(batch, accumulate, evaluated, parts)
+    assert sizes["batch_size"] % (sizes["accumulate"] * parts) == sizes["eval_batch_size"] % parts == 0
+    assert 0 <= sizes["batch_size"] - batch < parts
+    assert 1 <= sizes["accumulate"] <= accumulate
+    assert module.batch_sizes_for(*sizes.values(), parts) == sizes
+
+
+def test_a_batch_that_a_mesh_cannot_split_gets_one_line_with_all_sizes():
+    config = Path(__file__).parents[2] / "configs/llama_alpaca.yaml"
+    for data in (8, 64):
+        mesh = AbstractMesh((data, 1, 1), ("data", "fsdp", "tensor"))
+        with pytest.raises(ValueError, match=mentions("train.batch_size", "train.accumulate", 4)) as caught:
+            module.check_mesh(parse_settings(config), mesh)
+        proposed = str(caught.value).partition("these would do: ")[2].split()
+        module.check_mesh(parse_settings(config, proposed), mesh)

@@ -1,5 +1,6 @@
 """apply_lora_plus over models of many shapes: the base untouched, the adapters equal to merged weights."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -646,3 +647,93 @@ def test_the_specs_are_there_after_a_plain_init_under_jit(own):
     lora, specs = init_lora(Outer(), KEY, X)
     assert [spec.rank for spec in specs.values()] == [2]
     assert jax.tree.map(jnp.shape, lora) == jax.tree.map(jnp.shape, variables["lora"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    hidden: int = 6
+
+
+class Described(Setup):
+    """With fields of its own, a `config` among them, and a submodule as a field."""
+
+    config: Sizes = Sizes()
+    part: nn.Module | None = None
+
+    def width(self):
+        return self.config.hidden
+
+
+def test_fields_and_methods_of_the_model_are_those_of_the_wrapper():
+    model = apply_lora_plus(Described(), CONFIG)
+    assert model.config == Sizes()
+    assert model.config.hidden == 6
+    with pytest.raises(AttributeError, match="encod"):
+        _ = model.encod
+    variables = randomised(jax.eval_shape(model.init, KEY, X))
+    bound = model.bind(variables)
+    encoded = model.apply(variables, X, method="encode")
+    np.testing.assert_array_equal(bound.encode(X), encoded)
+    np.testing.assert_array_equal(model.apply(variables, X, method=model.encode), encoded)
+    # A submodule runs with its adapter too.
+    np.testing.assert_array_equal(jax.nn.relu(bound.up(X)), encoded)
+    plain = Described().apply({"params": variables["params"]}, X, method="encode")
+    assert abs(encoded - plain).max() > 0.1
+    assert bound.up.features == 6
+    assert bound.width() == 6
+
+
+class Head(nn.Module):
+    """Uses a part of a wrapped model before the whole of it."""
+
+    backbone: nn.Module
+
+    @nn.compact
+    def __call__(self, x, whole=True):
+        h = self.backbone.encode(x)
+        y = self.backbone(x) if whole else self.backbone.decode(h)
+        return nn.Dense(3, name="head")(jnp.concatenate([h, y], axis=-1))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_one_method_may_be_called_before_the_others(whole):
+    config = LoRAPlusConfig(target_modules=["up", "down"], rank=2)
+    model, plain = Head(apply_lora_plus(Setup(), config)), Head(Setup())
+    base = randomised(jax.eval_shape(plain.init, KEY, X))
+    lora, specs = init_lora(model, KEY, X, whole, base=base)
+    assert specs.keys() == {"backbone/up", "backbone/down"}
+    lora = randomised(lora)
+    found = model.apply({**base, "lora": lora}, X, whole)
+    np.testing.assert_allclose(found, plain.apply(merge(base, lora, specs), X, whole), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, "encode"])
+def test_a_rule_that_no_method_meets_is_rejected(method):
+    model = apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=["up", "middle"], rank=2))
+    with pytest.raises(ValueError, match=mentions("target_modules", "'middle'")):
+        init_lora(model, KEY, X, method=method)
+
+
+def test_init_lora_traces_a_model_twice():
+    calls = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            calls.append(1)
+            return nn.Dense(4, name="up")(x)
+
+    init_lora(apply_lora_plus(Counted(), CONFIG), KEY, X)
+    assert len(calls) == 2
+
+
+def test_trees_without_their_collection_are_named():
+    model = apply_lora_plus(Setup(), CONFIG)
+    base = jax.eval_shape(Setup().init, KEY, X)
+    with pytest.raises(ValueError, match=mentions("params", "'up'")):
+        init_lora(model, KEY, X, base=base["params"])
+    lora, specs = adapters_of(model)
+    base = randomised(base)
+    with pytest.raises(ValueError, match=mentions("params", "'up'")):
+        merge(base["params"], lora, specs)
+    assert_equal(merge(base, {"lora": lora}, specs), merge(base, lora, specs))

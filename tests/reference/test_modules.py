@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplus_jax import (
     LoRAPlusConfig,
     apply_lora_plus,
+    describe,
     init_lora,
     label_params,
     lora_plus_adamw,
@@ -277,8 +278,10 @@ def names_in_torch(ours, theirs):
     for path in flat_of(ours):
         _, module, leaf = path.split("/")
         end = {
-            "lora_a": ("lora_A.default.weight", "lora_embedding_A.default"),
-            "lora_b": ("lora_B.default.weight", "lora_embedding_B.default"),
+            "lora_a": ("lora_A.default.weight",),
+            "lora_b": ("lora_B.default.weight",),
+            "lora_embedding_a": ("lora_embedding_A.default",),
+            "lora_embedding_b": ("lora_embedding_B.default",),
             "bias": ("base_layer.bias", "modules_to_save.default.bias"),
             "scale": ("modules_to_save.default.weight",),
         }[leaf]
@@ -303,3 +306,54 @@ def test_a_damaged_file_is_rejected_on_both_sides(tmp_path):
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"c_attn\.lora_A\.weight"):
         load_peft(tmp_path / "a", specs, rules)
+
+
+class TorchKinds(torch.nn.Module):
+    """One of every kind of parameter that PEFT groups apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.fc = torch.nn.Embedding(10, 8), torch.nn.Linear(8, 8)
+        self.norm, self.rms = torch.nn.LayerNorm(8), torch.nn.RMSNorm(8)
+        self.head = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.rms(self.norm(self.fc(self.emb(x)))))
+
+
+class FlaxKinds(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="fc")(nn.Embed(10, 8, name="emb")(x))
+        return nn.Dense(4, name="head")(nn.RMSNorm(name="rms")(nn.LayerNorm(name="norm")(x)))
+
+
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+@pytest.mark.parametrize("saved", [[], ["norm"], ["rms", "head"], ["norm", "rms", "head"]])
+def test_groups_are_those_of_peft(saved, bias):
+    """Every trained parameter's rate and decay: `create_loraplus_optimizer`'s groups, and our description."""
+    made = peft.LoraConfig(r=2, target_modules=["emb", "fc"], modules_to_save=saved or None, bias=bias)
+    adapted = peft.get_peft_model(TorchKinds(), made)
+    optimizer = create_loraplus_optimizer(
+        adapted, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.1
+    )
+    groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    theirs = {}
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "original_module" not in name:
+            module, *_, leaf = name.removeprefix("base_model.model.").replace(".default", "").split(".")
+            kind = next((part for part in name.split(".") if part.startswith("lora_")), None)
+            leaf = "bias" if leaf == "bias" else "kernel" if module == "head" else "scale"
+            path = f"params/{module}/{leaf}" if kind is None else f"lora/{module}/{kind.lower()}"
+            theirs[path] = groups[id(parameter)]
+    config = LoRAPlusConfig(
+        target_modules=["emb", "fc"], rank=2, modules_to_save=saved, bias=bias, lr_ratio=8.0
+    )
+    ids, net = jnp.array([[1, 2]]), FlaxKinds()
+    lora, specs = init_lora(apply_lora_plus(net, config), jax.random.key(0), ids)
+    trainable, _ = split_trainable({**net.init(jax.random.key(1), ids), "lora": lora}, config)
+    tx = lora_plus_adamw(1e-3, config, weight_decay=0.1, policy="peft", specs=specs)
+    ours = {row.path: (row.rate, row.decay) for row in describe(trainable, tx, specs).rows}
+    assert ours.keys() == theirs.keys()
+    for path, group in theirs.items():
+        assert ours[path] == pytest.approx(group), path
