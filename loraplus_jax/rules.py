@@ -1,13 +1,12 @@
 """Which layers a config means, and whether every one of its rules found something."""
 
-import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ._validation import suggest
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
-from .spec import LEAVES, LINEAR_KINDS
+from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS
 
 
 class TracedModule:
@@ -110,99 +109,78 @@ def check_coverage(
       leaves: paths of the parameters.
       stacks: path of an adapted module to the number of its layers, where they are stacked.
     """
-    adapted, leaves = [path for path, entry in seen.items() if entry.adapted], list(leaves)
-    if config.target_modules:
-        _check_targets(config, seen)
-    _check_exclusions(config, seen)
-    parameters = _check_parameters(config, adapted, leaves)
-    _check_layers(config, adapted, stacks)
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns: Mapping[str, Any] = getattr(config, name)
-        used = {pattern_of(patterns, path) for path in (*adapted, *parameters)}
-        if idle := [pattern for pattern in patterns if pattern not in used]:
-            raise ValueError(
-                f"{name}: {idle[0]!r} applies to no adapter{suggest(idle[0], (*adapted, *parameters))}"
-            )
-    modules = {leaf.rpartition("/")[0] for leaf in leaves}
-    for name in config.modules_to_save:
-        if not any(
-            saved_module_of(dataclasses.replace(config, modules_to_save=(name,)), module)
-            for module in modules
-        ):
-            raise ValueError(f"modules_to_save: {name!r} matches no module{suggest(name, modules - {''})}")
+    leaves, is_all = list(leaves), config.target_modules == ALL_LINEAR
+    adaptable = {path: entry for path, entry in seen.items() if entry.adaptable}
+    adapted = [path for path, entry in seen.items() if entry.adapted]
+    kinds = LINEAR_KINDS if is_all else LAYER_KINDS
+    named = [path for path, e in adaptable.items() if is_target(config, path) and e.kind in kinds]
+    parameters = {path: rule for path in leaves if (rule := parameter_rule(config, path)) is not None}
+    modules = {"/".join(path.split("/")[:n]) for path in leaves for n in range(1, path.count("/") + 1)}
+    # What a rule could have named: last segments, or whole paths for a regular expression.
+    is_regex = isinstance(config.target_modules, str)
+    names = {path if is_regex else path.rpartition("/")[2] for path in adaptable if path}
+
+    def check(
+        field: str, rules: Iterable[Any], is_used: Callable[[Any], bool], complaint: str, known: Any
+    ) -> None:
+        for rule in rules:
+            if not is_used(rule):
+                raise ValueError(f"{field}: {rule!r} {complaint}{suggest(str(rule), map(str, known))}")
+
+    targets = _split_rules(config.target_modules)
+    for rule, one in targets.items():
+        _check_adaptable(rule, seen if is_all else {p: e for p, e in seen.items() if matches(one, p)}, named)
+    check("target_modules", targets, lambda r: _any(targets[r], adapted), "matches no layer to adapt", names)
+    excluded = _split_rules(config.exclude_modules)
+    complaint = "excludes nothing that target_modules names"
+    check("exclude_modules", excluded, lambda r: _any(excluded[r], named), complaint, names)
+    used = parameters.values()
+    check("target_parameters", config.target_parameters, lambda r: r in used, "matches no parameter", leaves)
+    if config.layers_to_transform is not None:
+        layers = {layer_index(path) for path in adapted if path not in stacks}
+        layers |= {n for size in stacks.values() for n in range(size)}
+        complaint = f"is no layer to adapt; there are {sorted(n for n in layers if n is not None)}"
+        check("layers_to_transform", config.layers_to_transform, lambda n: n in layers, complaint, ())
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns: Mapping[str, Any] = getattr(config, field)
+        first = {pattern_of(patterns, path) for path in (*adapted, *parameters)}
+        check(field, patterns, first.__contains__, "applies to no adapter", (*adapted, *parameters))
+    check(
+        "modules_to_save", config.modules_to_save, lambda r: _any((r,), modules), "matches no module", modules
+    )
     for path in (*adapted, *parameters):
         if (name := saved_module_of(config, path)) is not None:
             raise ValueError(
                 f"{path!r} has an adapter, and modules_to_save: {name!r} trains it in full: choose one"
             )
-
-
-def _check_targets(config: LoRAPlusConfig, seen: Mapping[str, TracedModule]) -> None:
-    target = config.target_modules
-    for rule in (target,) if isinstance(target, str) else target:
-        one = rule if isinstance(target, str) else (rule,)
-        hits = {
-            p: e
-            for p, e in seen.items()
-            if (is_target(config, p) if target == ALL_LINEAR else matches(one, p))
-        }
-        for path, entry in hits.items():
-            if target != ALL_LINEAR and entry.weights and not entry.adaptable:
-                raise ValueError(
-                    f"target_modules: {rule!r} matches {path!r} ({entry.type}), which is no layer that can be "
-                    f"adapted; name its weights {entry.weights} in target_parameters instead"
-                )
-        if not any(entry.adapted for entry in hits.values()):
-            left_out = [path for path, entry in hits.items() if entry.adaptable]
-            why = (
-                f"matches only what exclude_modules or layers_to_transform leave out: {', '.join(left_out[:3])}"
-                if left_out
-                else f"matches no layer that can be adapted{suggest(rule, _names(seen, config))}"
-            )
-            raise ValueError(f"target_modules: {rule!r} {why}")
-
-
-def _check_exclusions(config: LoRAPlusConfig, seen: Mapping[str, TracedModule]) -> None:
-    exclude = config.exclude_modules
-    for rule in (exclude,) if isinstance(exclude, str) else exclude:
-        one = rule if isinstance(exclude, str) else (rule,)
-        kinds = {
-            e.kind
-            for path, e in seen.items()
-            if e.adaptable and matches(one, path) and is_target(config, path)
-        }
-        if not (kinds - {None} if config.target_modules != ALL_LINEAR else kinds & set(LINEAR_KINDS)):
-            raise ValueError(
-                f"exclude_modules: {rule!r} excludes nothing that target_modules names"
-                f"{suggest(rule, _names(seen, config))}"
-            )
-
-
-def _check_parameters(config: LoRAPlusConfig, adapted: list[str], leaves: list[str]) -> list[str]:
-    found = {path: rule for path in leaves if (rule := parameter_rule(config, path)) is not None}
-    for rule in config.target_parameters:
-        if rule not in found.values():
-            raise ValueError(f"target_parameters: {rule!r} matches no parameter{suggest(rule, leaves)}")
-    for path, rule in found.items():
+    for path, rule in parameters.items():
         if (module := path.rpartition("/")[0]) in adapted and path.rpartition("/")[2] in LEAVES:
             raise ValueError(
                 f"target_parameters: {rule!r} matches {path!r}, to which target_modules: "
                 f"{matching_rule(config, module)!r} has given an adapter already"
             )
-    return list(found)
 
 
-def _check_layers(config: LoRAPlusConfig, adapted: list[str], stacks: Mapping[str, int]) -> None:
-    if config.layers_to_transform is None:
-        return
-    there = {layer_index(path) for path in adapted if path not in stacks}
-    there |= {n for size in stacks.values() for n in range(size)}
-    if idle := [n for n in config.layers_to_transform if n not in there]:
-        known = sorted(n for n in there if n is not None)
-        raise ValueError(f"layers_to_transform: there is no layer {idle[0]} to adapt; there are {known}")
+def _check_adaptable(rule: str, hits: Mapping[str, TracedModule], named: Sequence[str]) -> None:
+    """Raises ValueError where a target's modules cannot be adapted, or other rules leave all of them out."""
+    for path, entry in hits.items():
+        if rule != ALL_LINEAR and entry.weights and not entry.adaptable:
+            raise ValueError(
+                f"target_modules: {rule!r} matches {path!r} ({entry.type}), which is no layer that can be "
+                f"adapted; name its weights {entry.weights} in target_parameters instead"
+            )
+    left_out = [path for path in named if path in hits]
+    if left_out and not any(hits[path].adapted for path in left_out):
+        raise ValueError(
+            f"target_modules: {rule!r} matches only what exclude_modules or layers_to_transform leave out: "
+            f"{', '.join(left_out[:3])}"
+        )
 
 
-def _names(seen: Mapping[str, TracedModule], config: LoRAPlusConfig) -> list[str]:
-    """What a rule could have named: last segments, or whole paths for a regular expression."""
-    paths = [path for path, entry in seen.items() if path and entry.adaptable]
-    return paths if isinstance(config.target_modules, str) else list({p.rpartition("/")[2] for p in paths})
+def _split_rules(field: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
+    """Each rule of a field to a field with that rule alone."""
+    return {field: field} if isinstance(field, str) else {rule: (rule,) for rule in field}
+
+
+def _any(rule: str | tuple[str, ...], paths: Iterable[str]) -> bool:
+    return any(rule == ALL_LINEAR or matches(rule, path) for path in paths)

@@ -13,11 +13,11 @@ from flax.core import meta
 from flax.core.scope import LazyRng
 
 from ..config import ALL_LINEAR, Init, LoRAPlusConfig
+from ..dataflow import mark_weight
 from ..inits import factor_inits
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP, inject_gradient, update_squares
 from ..rules import is_adapted, is_target, matching_rule
 from ..spec import AdapterSpec
-from .dataflow import mark_weight
 from .layer_table import LayerCall, layer_call
 
 OURS = "lora_plus"

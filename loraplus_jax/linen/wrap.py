@@ -22,6 +22,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from .._validation import suggest
 from ..config import LoRAPlusConfig
+from ..dataflow import trace_dataflow
 from ..spec import AdapterSpec
 from ..tree import flatten, leaves_by_path
 from .adapter import (
@@ -39,7 +40,6 @@ from .adapter import (
     run_in,
 )
 from .collections import COLLECTIONS, CollectionMap
-from .dataflow import trace_dataflow
 from .discovery import Discovery
 from .layer_table import LayerCall, can_adapt
 

@@ -1,4 +1,4 @@
-"""Under `nnx.Optimizer`: labels see through Variables, rates can be changed in a run, and describe reads its state."""
+"""Under `nnx.Optimizer`: labels see through Variables, rates can be changed, and describe reads its state."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,6 +1,6 @@
 """Where weights go in a program: a walk over a jaxpr that follows inputs to outputs, and computes nothing.
 
-A model whose adapted layers return only their low-rank terms (`layers.low_rank_terms_only`) no longer needs an
+A model whose adapted layers return only their low-rank terms (`Mode.LOW_RANK_ONLY`) no longer needs an
 adapted weight. If it reaches an output all the same, the model reads it past the layer, where no adapter acts.
 """
 

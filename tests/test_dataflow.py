@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, LoRAPlusEmbed, apply_lora_plus, init_lora, merge
-from loraplus_jax.linen.dataflow import mark_weight, trace_dataflow
+from loraplus_jax.dataflow import mark_weight, trace_dataflow
 from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
 
-from ..messages import mentions
+from .messages import mentions
 
 KEY = jax.random.key(0, impl="rbg")
 X = jax.random.normal(jax.random.key(1), (3, 6))
