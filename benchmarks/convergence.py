@@ -176,7 +176,7 @@ def digest(plan: Experiment, phase: str) -> str:
     """By which rows of other settings are told apart: of what is set, so that new defaults do no harm."""
     given = plan.settings
     bare = Settings(
-        model=ModelSettings(path=""),
+        model=ModelSettings(path="-"),
         data=DataSettings(path="-"),
         output_dir=given.output_dir,
         task=given.task,

@@ -301,7 +301,7 @@ def check_steps(family, sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "bert"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.long)])
 def test_a_step_is_the_same_on_a_mesh_of_all_three_axes(family, sizes):
     check_steps(family, sizes)
 

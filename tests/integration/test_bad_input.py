@@ -277,7 +277,7 @@ CASES = [
     ),
     Case(
         "layer that does not exist",
-        ("layers_to_transform", "layer 7", "[0, 1]"),
+        ("layers_to_transform", "7", "[0, 1]"),
         ("--lora.layers_to_transform", "[7]"),
     ),
     Case("pattern for nothing", ("rank_pattern", "'key'"), ("--lora.rank_pattern", '{{"key": 2}}')),

@@ -9,6 +9,7 @@ import pytest
 from loraplus_jax.training import evaluation
 from loraplus_jax.training.trainer import Trainer
 
+from ..marks import long
 from ..messages import assert_mentions
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
@@ -153,9 +154,11 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_is_not_made_again(wo
     ("spoil", "words"),
     [
         (lambda path: path.unlink(), ["0 whole rows"]),
-        (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])), ["2 whole rows"]),
+        long(
+            lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])), ["2 whole rows"]
+        ),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"}\n", b"}", 1)), ["row", "numbers"]),
-        (lambda path: path.write_bytes(b"5\n" + path.read_bytes()), ["metrics.jsonl:1", "row"]),
+        long(lambda path: path.write_bytes(b"5\n" + path.read_bytes()), ["metrics.jsonl:1", "row"]),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 0', b'"step": 1')),
             ["row", "step 0"],

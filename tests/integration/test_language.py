@@ -217,6 +217,7 @@ def assert_same(out, expected):
         assert column(out, name) == pytest.approx(column(expected, name), abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "args",

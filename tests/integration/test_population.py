@@ -17,6 +17,8 @@ from loraplus_jax.sweep.slots import DeviceSlots
 from loraplus_jax.training.setup import prepare
 from loraplus_jax.tree import leaves_by_path
 
+from ..marks import long
+
 pytestmark = pytest.mark.slow
 
 # All that draws random numbers or cuts a batch is on.
@@ -87,7 +89,7 @@ def members(home):
     return taken(swept(home), ENTRIES, 100)
 
 
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, long(1), long(2)])
 def test_a_member_equals_its_single_run(home, members, number):
     ours, theirs = member(members, number), alone(swept(home), *ENTRIES[number], 100)
     assert ours.keys() == theirs.keys()
@@ -198,6 +200,7 @@ def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch)
     )
 
 
+@pytest.mark.long
 def test_members_at_once_is_measured_where_there_is_no_cpu(home, monkeypatch):
     monkeypatch.setattr(populations, "skips_measurement", lambda device: False)
     asked = []

@@ -329,6 +329,7 @@ TALK = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("when", ["preparing", long("training")])
 def test_a_process_lost_at_any_time_is_called_lost(first_talk, tmp_path, when):
     out = tmp_path / "out"

@@ -61,7 +61,10 @@ def test_measurements_may_change_on_resume_and_the_adapter_is_that_without_any(w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [("--mesh.data", "4"), ("--mesh.data", "2", "--mesh.fsdp", "2")])
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param(("--mesh.data", "4"), marks=pytest.mark.long), ("--mesh.data", "2", "--mesh.fsdp", "2")],
+)
 def test_a_batch_and_weights_split_over_devices_are_measured_alike(world, axes):
     one = world.trained(*SHORT, "--train.theory_every", "8", out=world.directory / "one")
     four = world.trained(*SHORT, "--train.theory_every", "8", *axes, out=world.directory / "four")

@@ -15,6 +15,8 @@ from loraplus_jax.tasks.language_losses import LanguageTask
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from step_time_model import ideal_flops
 
+from ..marks import long
+
 pytestmark = pytest.mark.slow
 
 SIZES = {
@@ -63,7 +65,7 @@ def test_the_program_does_not_grow_with_the_depth():
     assert straight > 1.5 * large
 
 
-@pytest.mark.parametrize(("less", "more"), [("dots", "none"), ("full", "dots")])
+@pytest.mark.parametrize(("less", "more"), [long("dots", "none"), ("full", "dots")])
 def test_remat_takes_less_memory(less, more):
     small, large = (lowered(6, remat=name).compile().memory_analysis() for name in (less, more))
     assert small.temp_size_in_bytes < 0.8 * large.temp_size_in_bytes

@@ -132,7 +132,7 @@ def test_gradients_equal_torch(name, tmp_path):
         assert maker.error(leaf.T if rules[name].transposed else leaf, expected) <= 1e-4, key
 
 
-@pytest.mark.parametrize("name", every(3, CASES, 2))
+@pytest.mark.parametrize("name", every(len(CASES), CASES, 2))
 def test_generated_continuations_equal_transformers(name, tmp_path):
     reference, model, params = both(CASES[name], tmp_path, seed=2)
     prompts, new_tokens = maker.inputs()["prompts"], 24

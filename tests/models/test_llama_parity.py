@@ -88,7 +88,7 @@ def test_logits_and_greedy_continuations_equal_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "mistral")]
+    "name", ["mistral", *(pytest.param(n, marks=pytest.mark.long) for n in CASES if n != "mistral")]
 )
 def test_generated_continuations_equal_transformers(name, tmp_path):
     golden, model, params = golden_model(name, tmp_path)
@@ -164,7 +164,7 @@ def test_a_variant_has_the_same_values_and_gradients(models):
     check_variants(*models("mistral"), inputs, [fields], QUICKLY)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_all_variants_have_the_same_values_and_gradients(name, models, long_inputs):
     choices = itertools.product((False, True), ("none", "dots", "full"), ("xla", "blocked"))

@@ -13,7 +13,7 @@ from .tiny import config
 
 def test_a_layer_to_adapt_that_does_not_exist(tmp_path, capsys):
     assert main(["plan", config(tmp_path), "--lora.layers_to_transform=[3,5]"]) == 2
-    assert_mentions(capsys.readouterr().err, "layer 5", "[0, 1, 2, 3, 4]")
+    assert_mentions(capsys.readouterr().err, "layers_to_transform", 5, "[0, 1, 2, 3, 4]")
 
 
 @pytest.mark.slow
@@ -80,9 +80,9 @@ def test_help_shows_the_options_of_its_command(capsys, command, options):
     text = capsys.readouterr().out
     usage = " ".join(text.partition("\n\n")[0].split())
     ours = ["--fresh", "--topology NAME", "--json FILE"]
-    assert usage.startswith(f"usage: loraplus {command} CONFIG [--section.field value ...]")
+    assert usage.startswith(f"usage: loraplus {command} CONFIG [--section.field VALUE ...]")
     assert [option for option in ours if f"[{option}]" in usage] == options
-    assert all(f"{option}: " in text for option in options)
+    assert all(f"  {option}\n" in text for option in options)
 
 
 def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch):

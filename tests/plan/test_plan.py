@@ -11,6 +11,7 @@ from loraplus_jax.plan.programs import plan_step
 from loraplus_jax.tasks.interface import row_count
 from loraplus_jax.training.setup import task_module
 
+from ..marks import long
 from ..messages import mentions
 from .tiny import BERT, RANK, llama, parts_of, settings_of
 
@@ -20,7 +21,7 @@ def cost(settings, base, data, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "devices"), [("llama", 2), ("bert", 1)])
+@pytest.mark.parametrize(("kind", "devices"), [long("llama", 2), ("bert", 1)])
 def test_costs_of_all_layers_follow_from_those_of_one_and_two(tmp_path, kind, devices):
     if kind == "llama":
         settings = llama(tmp_path, model={"remat": "full"})

@@ -142,6 +142,7 @@ print(json.dumps({"grown": peak - before, "written": sum(p.stat().st_size for p 
 """
 
 
+@pytest.mark.long
 @needs("smollm2-135m")
 @pytest.mark.parametrize("how", [{}, {"format": "gguf"}], ids=["hf", "gguf"])
 def test_a_merged_export_needs_little_memory(how, tmp_path):
