@@ -50,9 +50,10 @@ def main():
     params = net.init(key, x)["params"]
     params, pretrained = fit(optax.adam(3e-3), lambda p: mse(net, {"params": p}, x, old), params, 500)
 
-    model = apply_lora_plus(net, LoRAPlusConfig(target_modules=["hidden", "middle"], rank=4))
+    config = LoRAPlusConfig(target_modules=["hidden", "middle"], rank=4, lr_ratio=4.0)
+    model = apply_lora_plus(net, config)
     lora, specs = init_lora(model, key, x)
-    tx = lora_plus_adamw(3e-3, lr_ratio=4.0)
+    tx = lora_plus_adamw(3e-3, lr_ratio=config)
     before = float(mse(net, {"params": params}, x, new))
     lora, after = fit(tx, lambda lora: mse(model, {"params": params, "lora": lora}, x, new), lora, 500)
 

@@ -29,15 +29,14 @@ from loraplus_jax.sharding import replicate
 
 def main():
     net = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(4)])
-    model = apply_lora_plus(
-        net, LoRAPlusConfig(target_modules=["layers_0", "layers_2"], rank=2, init="gaussian")
-    )
+    config = LoRAPlusConfig(target_modules=["layers_0", "layers_2"], rank=2, init="gaussian", lr_ratio=4.0)
+    model = apply_lora_plus(net, config)
     key = jax.random.key(0)
     x = jax.random.normal(key, (64, 16))
     batch = {"x": x, "y": jnp.tanh(x[:, :4])}
     frozen = net.init(key, x)
     lora, specs = init_lora(model, key, x)
-    tx = lora_plus_adamw(3e-3, lr_ratio=4.0, max_grad_norm=1.0, specs=specs)
+    tx = lora_plus_adamw(3e-3, lr_ratio=config, max_grad_norm=1.0, specs=specs)
 
     def loss_fn(variables, batch, rng):
         """Sums and weights, so that the mean is over all devices."""

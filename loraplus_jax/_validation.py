@@ -18,19 +18,22 @@ def check_number(
     above: float | None = None,
     at_least: float | None = None,
     below: float | None = None,
+    allow_arrays: bool = False,
 ) -> None:
-    """Checks a finite number within the bounds, which float32 can hold; a scalar array counts, a traced one passes.
+    """Checks a finite number within the bounds, which float32 can hold.
+
+    With `allow_arrays` a scalar array counts as a number, and a traced one, whose value is not known, passes.
 
     Raises:
       TypeError: it is not a number.
       ValueError: it is out of range.
     """
-    if isinstance(value, Tracer):
+    if allow_arrays and isinstance(value, Tracer):
         return
     bounds = [("above", above), ("at least", at_least), ("below", below)]
     allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
     expected = f"{name} must be a finite number {allowed}".rstrip()
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
+    if allow_arrays and isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
         value = value.item()
     # numpy registers its scalars as Real.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

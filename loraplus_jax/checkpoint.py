@@ -43,7 +43,7 @@ class DamagedCheckpoint(Exception):
 
 
 class Restored(NamedTuple):
-    """Result of `restore`.
+    """Result of `restore_checkpoint`.
 
     Attributes:
       state: the `TrainState`, placed as the one it was restored like.
@@ -90,8 +90,8 @@ def open_manager(
     Args:
       directory: made if absent.
       keep: how many of the newest to keep.
-      best: the metric by which one more is kept, of those given to `save`; None keeps none for its metric. A
-        checkpoint whose metrics cannot be read is never the best.
+      best: the metric, of those given to `save_checkpoint`, by which one more is kept; None keeps none for its
+        metric. A checkpoint whose metrics cannot be read is never the best.
       mode: whether the best is the smallest or the largest.
 
     Raises:

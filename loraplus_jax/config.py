@@ -59,7 +59,8 @@ class LoRAPlusConfig:
       use_rslora: s = alpha / sqrt(rank) instead (arXiv 2312.03732).
       dropout: rate on the adapter's input; acts when a `dropout` rng is given to `apply`, not on embeddings.
       lr_ratio: lambda, the ratio of B's learning rate to A's (arXiv 2402.12354, section 4), for
-        `lora_plus_adamw(..., lr_ratio=config)`. By default that of `DEFAULT_LR_RATIO` for `init`.
+        `lora_plus_adamw(..., lr_ratio=config)`. By default 4, or 16 with the init `"lora_b"`; a config that
+        `dataclasses.replace` makes keeps the number that it had.
       init: `"lora"` draws A He-uniform with B zero (Init[1] of the paper), `"lora_b"` draws B with A zero
         (Init[2], used by the paper's experiments), `"gaussian"` draws A from N(0, 1/r^2) with B zero.
       modules_to_save: modules trained in full beside the adapters (a new head), by names.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from .spec import FACTORS, AdapterSpec, Specs
-from .tree import flatten, replace_leaves, unflatten, with_collection
+from .tree import flat_factors, flatten, replace_leaves, unflatten
 
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
@@ -154,7 +154,7 @@ def merge(
 
     Args:
       base: variables without adapters, `{"params": ...}`.
-      lora: the tree of adapters, or `{"lora": ...}` with it.
+      lora: the tree of adapters, or `{"lora": ...}` with it; what is trained in full belongs into `base`.
       specs: the table from `init_lora` or `load_adapter`.
       dtype: what merged leaves are stored in; by default what each was stored in.
 
@@ -166,7 +166,7 @@ def merge(
             f'the base needs its collection: pass {{"params": ...}}, got the keys {list(base)[:5]}'
         )
     flat = flatten(base)
-    factors = flatten(with_collection(lora, specs).get("lora", lora))
+    factors = flat_factors(lora, specs)
     _check_fit(flat, factors, specs)
     for module, spec in specs.items():
         a, b = (factors[path] for path in spec.factor_paths(module))

@@ -86,6 +86,18 @@ def find_states(opt_state: Any) -> list[LoRAPlusState]:
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
 
 
+def lr_ratio_of(opt_state: Any) -> float | None:
+    """Lambda of the last update; None where no LoRA+ transform moves both factors."""
+    ratios = {
+        float(state.rates["b"] / state.rates["a"])
+        for state in find_states(opt_state)
+        if {"a", "b"} <= state.rates.keys()
+    }
+    if len(ratios) > 1:
+        raise ValueError(f"the optimizer's LoRA+ transforms have different ratios: {sorted(ratios)}")
+    return float(f"{ratios.pop():.6g}") if ratios else None
+
+
 def labels_of(opt_state: Any, tree: Any) -> Any:
     """The role of every leaf as the optimizer routes it; for an optimizer without LoRA+ as `label_params` says.
 

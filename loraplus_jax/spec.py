@@ -59,7 +59,7 @@ class AdapterSpec:
         check_int(f"{self.leaf}: rank", self.rank, at_least=1)
         check_number(f"{self.leaf}: scale", self.scale)
         if not isinstance(self.leaf, str) or not isinstance(self.axes, str):
-            raise ValueError(f"leaf and axes must be strings, got {self.leaf!r} and {self.axes!r}")
+            raise TypeError(f"leaf and axes must be strings, got {self.leaf!r} and {self.axes!r}")
         for size in self.shape:
             check_int(f"{self.leaf}: shape", size, at_least=0)
         for axis in self.stacked:

@@ -101,6 +101,22 @@ def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
     return {"lora": lora} if is_bare or (specs and "lora" not in lora) else lora
 
 
+def flat_factors(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
+    """Path to factor, given the tree of factors or `{"lora": factors}`.
+
+    Raises:
+      ValueError: the tree also holds what is trained in full, which the caller would lose.
+    """
+    variables = with_collection(lora, specs)
+    if others := variables.keys() - {"lora"}:
+        if not specs:
+            return flatten(lora)
+        raise ValueError(
+            f"pass the adapters only, got {sorted(others)} beside them: parameters trained in full"
+        )
+    return flatten(variables["lora"])
+
+
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
     """The disjoint trees as one, the inverse of `split_trainable`; a leaf in two of them is a ValueError.
 

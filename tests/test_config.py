@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -110,6 +111,12 @@ def test_the_default_ratio_follows_the_init(init, ratio):
     assert LoRAPlusConfig.from_json(config.to_json()) == config
     docs = (Path(__file__).parents[1] / "docs" / "choosing_lambda.md").read_text()
     assert f"| `{init}` | {ratio:g} |" in docs
+
+
+def test_arrays_are_no_settings():
+    for value in (jnp.float32(4.0), np.ones(())):
+        with pytest.raises(TypeError, match="lr_ratio"):
+            LoRAPlusConfig(target_modules=["q"], lr_ratio=value)
 
 
 def test_numbers_of_numpy_are_saved_as_json():

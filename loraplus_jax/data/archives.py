@@ -1,4 +1,4 @@
-"""Single members of zip and tar archives, unpacked without ever writing outside the target directory."""
+"""Extracts single members of zip and tar archives; never writes outside the target directory."""
 
 import shutil
 import tarfile
@@ -12,12 +12,12 @@ def extract(archive: Path, members: Mapping[str, str], directory: Path) -> None:
     """Extracts members of a zip or tar archive to paths below `directory`.
 
     Args:
-      archive: the file; one whose name ends in `.whl` or `.zip` is a zip, any other a tar.
-      members: names in the archive to relative paths; a name that ends in "/" takes everything below it.
+      archive: a zip file if its name ends in `.whl` or `.zip`, otherwise a tar file.
+      members: maps names in the archive to relative target paths; a name ending in "/" selects everything below it.
       directory: an existing directory.
 
     Raises:
-      ValueError: a member is not in the archive, is not a regular file, or would lie outside `directory`.
+      ValueError: a member is missing, is not a regular file, or would be written outside `directory`.
     """
     extracted = set()
     for name, content in _files(archive):
@@ -25,12 +25,12 @@ def extract(archive: Path, members: Mapping[str, str], directory: Path) -> None:
             if name == source or (source.endswith("/") and name.startswith(source)):
                 extracted.add(source)
                 _write(content, directory, target + name.removeprefix(source), archive)
-    if absent := sorted(set(members) - extracted):
-        raise ValueError(f"{archive.name} has no plain file {', '.join(map(repr, absent))}")
+    if missing := sorted(set(members) - extracted):
+        raise ValueError(f"{archive.name} has no regular file at {', '.join(map(repr, missing))}")
 
 
 def _files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields the regular files of an archive with their contents, in order; skips links and devices."""
+    """Yields the name and contents of each regular file in an archive, in order; skips links and devices."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():
@@ -47,9 +47,7 @@ def _files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
 def _write(content: IO[bytes], directory: Path, target: str, archive: Path) -> None:
     parts = PurePosixPath(target).parts
     if PurePosixPath(target).is_absolute() or ".." in parts or "\\" in target or ":" in target:
-        raise ValueError(
-            f"{archive.name} holds {target!r}, which would lie outside the directory it is unpacked to"
-        )
+        raise ValueError(f"{archive.name}: {target!r} would be written outside the target directory")
     path = directory.joinpath(*parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     with content, path.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Token arrays to batches of one static shape."""
+"""Batches token arrays into one static shape."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,24 +18,24 @@ def train_batches(
     seed: int,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless batches, reshuffled every epoch by `seed`; the last incomplete batch of an epoch is dropped.
+    """Returns an endless iterator over batches, reshuffled every epoch; each epoch's incomplete batch is dropped.
 
-    Every process draws the same global batches and takes the rows that its own devices need, so training does not
-    depend on the number of processes. Nothing is prefetched (a batch takes less than a millisecond), so the
-    iterator's `get_state()`, a small JSON-serializable dictionary, is the position after the last batch taken, and
-    `set_state()` returns to exactly that position.
+    Every process draws the same global batches and keeps the rows for its own devices, so training does not depend
+    on the number of processes. There is no prefetch (a batch takes less than a millisecond). So the iterator's
+    `get_state()`, a small JSON-serializable dictionary, is exactly the position after the last batch, and
+    `set_state()` restores that position.
 
     Args:
-      arrays: columns, each of N rows.
-      batch_size: rows of the global batch.
-      seed: of the shuffles.
-      rows: which rows of a global batch to take, as `sharding.local_rows` gives them; all by default.
+      arrays: columns of N rows each.
+      batch_size: rows in a global batch.
+      seed: seed of the shuffles.
+      rows: rows of each global batch to keep, as `sharding.local_rows` returns them; all by default.
 
     Returns:
-      A grain iterator of the columns' rows, with float32 ones as `weight`.
+      A grain iterator over batches of these columns, plus a float32 `weight` column of ones.
 
     Raises:
-      ValueError: columns of different length, or a batch larger than the data.
+      ValueError: the columns differ in length, one is named `weight`, or the batch is larger than the data.
     """
     size = _row_count(arrays, batch_size)
     if batch_size > size:
@@ -55,12 +55,12 @@ def train_batches(
 def eval_batches(
     arrays: Mapping[str, np.ndarray], batch_size: int, rows: Sequence[int] | np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Yields every row once, in order, in batches of `batch_size` rows, or only the given `rows` of each batch.
+    """Yields every row once, in order, in batches of `batch_size` rows; with `rows`, only these rows of each batch.
 
-    The last batch is padded with copies of the last row at float32 `weight` 0; all other rows have weight 1.
+    Pads the last batch with copies of the last row at float32 `weight` 0; all other rows have weight 1.
 
     Raises:
-      ValueError: columns of different length, or a batch size below 1.
+      ValueError: the columns differ in length, one is named `weight`, or the batch size is below 1.
     """
     size = _row_count(arrays, batch_size)
     for start in range(0, size, batch_size):
@@ -76,12 +76,12 @@ def _row_count(arrays: Mapping[str, np.ndarray], batch_size: int) -> int:
     check_int("batch_size", batch_size, at_least=1)
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) != 1 or "weight" in sizes:
-        raise ValueError(f"columns must have the same number of rows, and none be called weight, got {sizes}")
+        raise ValueError(f"columns must have the same number of rows, none named weight, got {sizes}")
     return next(iter(sizes.values()))
 
 
 def digest(splits: Mapping[str, Batch]) -> str:
-    """A short hex digest of all arrays; a resumed run checks that its data is unchanged."""
+    """Returns a short hex digest of all arrays; a resumed run compares it to check that its data is unchanged."""
     total = hashlib.sha256()
     for split, arrays in splits.items():
         for name, array in arrays.items():

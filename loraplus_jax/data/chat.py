@@ -1,4 +1,4 @@
-"""Conversations to tokens with a loss mask that covers only the assistant's answers."""
+"""Tokenizes conversations with a loss mask that covers only the assistant's answers."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,14 @@ MAX_PROBLEMS_SHOWN = 20
 
 @dataclasses.dataclass(frozen=True)
 class AnswerSpan:
-    """Character range of one answer in a rendered conversation.
+    """Character range of an answer in a rendered conversation.
 
     Attributes:
-      start: first character; everything that the template writes after the generation prompt belongs to it.
+      start: first character after the generation prompt, or start of a `{% generation %}` block.
       text: first character of the assistant's text.
       text_end: end of that text.
       end: start of the next turn, or end of a `{% generation %}` block.
-      marked: whether it is a `{% generation %}` block.
+      marked: whether `start` and `end` are exact: a `{% generation %}` block or a plain text.
     """
 
     start: int
@@ -43,25 +43,25 @@ def tokenize_chats(
     *,
     answers: AnswerChoice = "all",
 ) -> Sequences:
-    """The tokens of each conversation, and which of them the model is to learn to predict.
+    """Tokenizes conversations and marks the answer tokens, on which the loss is computed.
 
-    These are the tokens of the assistant's texts and, after each, what the template writes up to and including
-    the first special token, the end of the turn. A token that holds the end of the prompt and the beginning of an
-    answer is the answer's. Where the template has `{% generation %}` blocks, the answers are what these write.
+    An answer is everything after the generation prompt, up to and including the first special token after the
+    assistant's text (the end of the turn). If the template has `{% generation %}` blocks, the answers are the
+    contents of the blocks. A token that spans the end of a prompt and the start of an answer belongs to the answer.
 
-    A conversation is tokenised once, as a whole, without the special tokens that the tokenizer adds to a plain
-    text: a template writes them itself. Text that reads like a special token becomes one.
+    Each conversation is tokenized as one string, without the special tokens that the tokenizer adds to plain text:
+    a template writes its own. Text that looks like a special token becomes one.
 
     Args:
       chats: N conversations.
-      tokenizer: the model's; its padding and truncation are not used and stay as they are.
+      tokenizer: the model's tokenizer; its padding and truncation are ignored and left unchanged.
       template: the chat template.
-      max_length: a conversation's tokens beyond it are cut off, and counted in `truncated`.
-      answers: all turns of the assistant, or only the last.
+      max_length: maximum tokens per conversation; longer ones are truncated and counted in `truncated`.
+      answers: whether all turns of the assistant count as answers, or only the last.
 
     Raises:
-      ValueError: the template fails, does not write the answers as they stand, or does not say where they begin and
-        end; or conversations have no answer token within `max_length`.
+      ValueError: the template fails, does not write the answers verbatim, or does not show where they start and
+        end; or a conversation has no answer token within `max_length`.
     """
     check_int("max_length", max_length, at_least=2)
     if answers not in ("all", "last"):
@@ -88,12 +88,12 @@ def tokenize_chats(
 def find_answers(
     template: ChatTemplate, chat: Chat, answers: AnswerChoice = "all"
 ) -> tuple[str, list[AnswerSpan]]:
-    """Renders a conversation and finds the assistant's answers in it; a plain text is one answer.
+    """Renders a conversation and locates the assistant's answers; a plain text is a single answer.
 
-    An answer begins where the rendering of the turns before it, with the generation prompt, ends.
+    An answer starts where the rendering of the turns before it, with the generation prompt, ends.
 
     Raises:
-      ValueError: that rendering is not how the whole begins, or the answer's text does not follow it.
+      ValueError: that rendering is not a prefix of the full one, or is not followed by the answer's text.
     """
     if chat.turns[0].role == "text":
         text = chat.turns[0].text
@@ -106,18 +106,21 @@ def find_answers(
             if end > start:
                 text = chat.turns[turns[-1]].text.strip()
                 # Only `encode_choices` uses the bounds of the text, and its conversations have a single answer.
-                at = rendered.find(text, start, end)
-                bounds = (at, at + len(text)) if at >= 0 else (start, end)
+                offset = rendered.find(text, start, end)
+                bounds = (offset, offset + len(text)) if offset >= 0 else (start, end)
                 spans.append(AnswerSpan(start, *bounds, end, marked=True))
         if not spans:
-            raise ValueError(f"{chat.place}: the generation blocks of {template.origin} write nothing")
+            raise ValueError(
+                f"{chat.place}: the {{% generation %}} blocks of the chat template of {template.origin} are empty: "
+                "put the assistant's text inside them"
+            )
         return rendered, spans[-1:] if answers == "last" else spans
     turns = turns[-1:] if answers == "last" else turns
     starts = [_answer_start(template, chat, i, rendered) for i in turns]
     spans = []
     for turn, start, end in zip(turns, starts, [*starts[1:], len(rendered)], strict=True):
         if end < len(rendered):
-            # The next turn is usually a user's and begins before the next answer.
+            # The next turn is usually the user's and starts before the next answer.
             with_turn = template.render(chat.turns[: turn + 1], place=chat.place)
             end = len(with_turn) if rendered.startswith(with_turn) else end
         spans.append(_find_text(template, chat, turn, rendered, start, end))
@@ -129,40 +132,39 @@ def _answer_start(template: ChatTemplate, chat: Chat, turn: int, rendered: str) 
     if rendered.startswith(prompt):
         return len(prompt)
     raise ValueError(
-        f"{chat.place}: cannot tell answers from prompts: the chat template of {template.origin} renders the turns "
-        f"before turn {turn + 1} otherwise than it begins the whole conversation; put {{% generation %}} and "
-        "{% endgeneration %} around what the assistant says in a copy of it, and name that copy"
+        f"{chat.place}: cannot locate the answer in turn {turn + 1}: without it, the chat template of "
+        f"{template.origin} renders the earlier turns differently; put {{% generation %}} and "
+        "{% endgeneration %} around the assistant's text in a copy and set data.template to that copy"
     )
 
 
 def _find_text(
     template: ChatTemplate, chat: Chat, turn: int, rendered: str, start: int, end: int
 ) -> AnswerSpan:
-    """The span of an answer whose text lies somewhere between `start` and `end`."""
+    """Locates the text of an answer between the characters `start` and `end`."""
     for text in (chat.turns[turn].text, chat.turns[turn].text.strip()):
-        at = rendered.find(text, start, end)
+        offset = rendered.find(text, start, end)
         if rendered.count(text, start, end) > 1:
-            # The template may repeat the text or write it in a header: render a private-use character instead,
-            # which occurs in no text, and look where it stands.
+            # The template may repeat the text or contain it elsewhere, such as in a header. Render a private-use
+            # character instead of the text, and take the position of that character.
             mark = "\ue000"
             turns = list(chat.turns)
             turns[turn] = dataclasses.replace(turns[turn], text=mark)
-            at = max(at, template.render(turns, place=chat.place).find(mark, start))
-        if at >= 0 and rendered.startswith(text, at):
-            return AnswerSpan(start, at, at + len(text), end)
+            offset = max(offset, template.render(turns, place=chat.place).find(mark, start))
+        if offset >= 0 and rendered.startswith(text, offset):
+            return AnswerSpan(start, offset, offset + len(text), end)
     raise ValueError(
-        f"{chat.place}: the chat template of {template.origin} does not write the answer in turn {turn + 1} as it "
-        "stands"
+        f"{chat.place}: the chat template of {template.origin} does not write the answer in turn {turn + 1} "
+        "verbatim: it may only strip surrounding whitespace"
     )
 
 
 class Tokens:
-    """A text's tokens with the characters they stand for.
+    """Tokens of a text with their character offsets.
 
     Attributes:
-      ids: int32 `(t,)`.
-      starts, ends: the characters that each token covers, int `(t,)`. Of tokens that share a character of several
-        bytes, each covers it.
+      ids: token ids, int32 `(t,)`.
+      starts, ends: character range of each token, int `(t,)`. Tokens that share a multi-byte character cover it.
     """
 
     def __init__(self, encoding: Encoding) -> None:
@@ -171,16 +173,16 @@ class Tokens:
         self.starts, self.ends = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
 
     def first_after(self, character: int) -> int:
-        """The first token that covers this character or a later one."""
+        """Index of the first token that covers this character or a later one."""
         return int(np.searchsorted(self.ends, character, side="right"))
 
     def first_from(self, character: int) -> int:
-        """The first token that begins at this character or later."""
+        """Index of the first token that starts at this character or later."""
         return int(np.searchsorted(self.starts, character, side="left"))
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
-    """Each text's encoding with exact offsets: no padding, truncation, added tokens or trimmed spaces."""
+    """Yields each text's encoding with exact offsets: no padding, truncation, added tokens or trimmed spaces."""
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()
@@ -190,7 +192,7 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
 
 
 def special_ids(tokenizer: Tokenizer, template: ChatTemplate) -> np.ndarray:
-    """The ids of special tokens, the template's `bos_token` and `eos_token` among them: int `(n,)`."""
+    """Ids of the special tokens, including the template's `bos_token` and `eos_token`: int `(n,)`."""
     named = (tokenizer.token_to_id(t) for t in (template.bos_token, template.eos_token) if t)
     added = (i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
     return np.array(sorted({*(i for i in named if i is not None), *added}), np.int64)
@@ -199,14 +201,14 @@ def special_ids(tokenizer: Tokenizer, template: ChatTemplate) -> np.ndarray:
 def _answer_stop(
     tokens: Tokens, span: AnswerSpan, special: np.ndarray, bos: int | None, chat: Chat, template: ChatTemplate
 ) -> int:
-    """One past the answer's last token, which is its end-of-turn token."""
+    """Index one past the answer's last token; unless the span is marked, that is the end-of-turn token."""
     if span.marked:
         return tokens.first_from(span.end)
     header = tokens.ids[tokens.first_from(span.start) : tokens.first_after(span.text)]
     if np.isin(header, special).any():
         raise ValueError(
             f"{chat.place}: the chat template of {template.origin} starts answers with special tokens that its "
-            "generation prompt lacks: it must honour add_generation_prompt, or have {% generation %} blocks"
+            "generation prompt lacks: support add_generation_prompt or add {% generation %} blocks"
         )
     first = tokens.first_from(span.text_end)
     after = tokens.ids[first : tokens.first_from(span.end)]
@@ -214,19 +216,19 @@ def _answer_stop(
     if not len(ends) or after[ends[0]] == bos:
         raise ValueError(
             f"{chat.place}: the chat template of {template.origin} writes no special token after an answer, so the "
-            "model would never learn to stop; or the tokenizer does not know the token that it writes"
+            "model would not learn to stop: end answers with a special token of the tokenizer"
         )
     return first + int(ends[0]) + 1
 
 
 def _check_answers(chats: Sequence[Chat], prompts: Sequence[int], max_length: int) -> None:
-    """Raises unless every conversation keeps an answer token; `prompts` counts the tokens before the first one."""
+    """Raises if a conversation has no answer token left; `prompts` counts the tokens before the first one."""
     too_long = [(chat, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
     if too_long:
         longest = max(n for _, n in too_long)
         lines = [
             f"max_length {max_length} leaves no answer token in {len(too_long)} of {len(chats)} conversations, "
-            f"with prompts of up to {longest} tokens: raise it or remove them"
+            f"with prompts of up to {longest} tokens: increase it or remove them"
         ]
         lines += [f"{chat.place}: {n} tokens before the answer" for chat, n in too_long[:MAX_PROBLEMS_SHOWN]]
         if len(too_long) > MAX_PROBLEMS_SHOWN:

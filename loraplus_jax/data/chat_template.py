@@ -1,4 +1,4 @@
-"""Chat templates: conversations to text, by the jinja program that a model brings or one that the user names."""
+"""Chat templates: render conversations to text with the Jinja template of a model or of the user."""
 
 import dataclasses
 import datetime
@@ -18,10 +18,10 @@ from .conversations import Turn
 
 MAX_CHARACTERS = 16 * 2**20
 MAX_STEPS, STEPS_PER_CALL = 1_000_000, 20
-"""The most that a template may write for one conversation, the most loop passes, and how many a call counts for."""
+"""Limits per conversation: characters written, loop iterations, and how many iterations a call counts as."""
 
 DATE = datetime.datetime(2024, 7, 26)
-"""What `strftime_now` tells a template: the day Llama 3's own falls back on, so that no token depends on today."""
+"""The date that `strftime_now` formats: the fallback of Llama 3's template, so tokens do not depend on today."""
 
 PLAIN = """\
 {{- bos_token }}
@@ -37,14 +37,14 @@ PLAIN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}
 """
-"""The template `"plain"`, for models without one of their own."""
+"""The template `"plain"`, for models without a chat template."""
 
-# Noncharacters, which no text in interchange holds, around what {% generation %} blocks write.
+# Unicode noncharacters, which are not meant for text interchange, around the contents of {% generation %} blocks.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`, as transformers has it: what lies inside is the assistant's."""
+    """`{% generation %}...{% endgeneration %}`, as in transformers: marks the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -56,7 +56,7 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """transformers' environment for chat templates, in which every loop and every call is counted as well."""
+    """transformers' Jinja environment for chat templates, with a limit on loop iterations and calls."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -82,23 +82,24 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             yield item
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """As in every sandbox, and counted."""
+        """Calls as the base sandbox does, and counts the call as `STEPS_PER_CALL` steps."""
         self._step(STEPS_PER_CALL)
         return super().call(*args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """No powers and no products of texts that would fill the memory."""
+        """Rejects powers, and products of strings or lists that would exhaust memory."""
         size = [len(x) if hasattr(x, "__len__") else abs(x) for x in (left, right)]
-        texts = any(hasattr(x, "__len__") for x in (left, right))
-        if operator == "**" or (texts and size[0] * size[1] > MAX_CHARACTERS):
-            raise TemplateRuntimeError(f"{operator} makes too large a value")
+        repeats = any(hasattr(x, "__len__") for x in (left, right))
+        if operator == "**" or (repeats and size[0] * size[1] > MAX_CHARACTERS):
+            reason = "is not allowed" if operator == "**" else f"makes a value longer than {MAX_CHARACTERS:,}"
+            raise TemplateRuntimeError(f"the operator {operator} {reason}")
         return super().call_binop(context, operator, left, right)
 
     def _step(self, cost: int = 1) -> None:
         self.steps += cost
         if self.steps > MAX_STEPS:
             raise TemplateRuntimeError(
-                f"more than {MAX_STEPS:,} loop passes, or {MAX_STEPS // STEPS_PER_CALL:,} calls"
+                f"more than {MAX_STEPS:,} loop iterations or {MAX_STEPS // STEPS_PER_CALL:,} calls"
             )
 
 
@@ -113,7 +114,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """transformers' filter: unlike jinja's it escapes nothing for HTML."""
+    """transformers' `tojson` filter: unlike Jinja's, it does not escape HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -121,20 +122,21 @@ def _to_json(
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, run in a sandbox that also bounds its loops, its calls, its products and what it writes.
+    """A chat template, rendered in a sandbox that limits its loops, calls, products and output.
 
-    Memory has no bound: a template can still join or pad texts until it is full.
+    Memory is not limited: a template can still exhaust it by joining or padding strings.
 
-    As in transformers it sees `messages` (each with `role` and `content`), `add_generation_prompt`, `bos_token`,
-    `eos_token`, `tools` and `documents` (both None), `raise_exception` and `strftime_now` (of the fixed `DATE`).
+    As in transformers, the template sees `messages` (each with `role` and `content`), `add_generation_prompt`,
+    `bos_token`, `eos_token`, `tools` and `documents` (both None), `raise_exception` and `strftime_now` (always of
+    `DATE`).
 
     Attributes:
-      source: the template.
-      origin: what it is called in messages, such as the file it came from.
-      bos_token, eos_token: the model's, as text; empty where it has none.
+      source: text of the template.
+      origin: its name in messages, such as its file.
+      bos_token, eos_token: the model's special tokens, as text; empty if it has none.
 
     Raises:
-      ValueError: it is no valid template.
+      ValueError: the template is invalid.
 
     >>> template = ChatTemplate(PLAIN, "plain", eos_token="</s>")
     >>> template.render([Turn("user", "Hi!")], add_generation_prompt=True)
@@ -151,7 +153,7 @@ class ChatTemplate:
             _ = self._compiled
         except (TemplateError, RecursionError) as error:
             line = f" in line {error.lineno}" if getattr(error, "lineno", None) else ""  # pyright: ignore
-            raise ValueError(f"the chat template of {self.origin} is not valid{line}: {error}") from None
+            raise ValueError(f"the chat template of {self.origin} is invalid{line}: {error}") from None
 
     @functools.cached_property
     def _compiled(self) -> Any:
@@ -159,28 +161,28 @@ class ChatTemplate:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether it has `{% generation %}` blocks."""
+        """Whether the template has `{% generation %}` blocks."""
         return re.search(r"\{%[-+]?\s*generation\b", self.source) is not None
 
     def render(
         self, turns: Sequence[Turn], *, add_generation_prompt: bool = False, place: str = "a conversation"
     ) -> str:
-        """The conversation as text.
+        """Renders a conversation to text.
 
         Args:
-          turns: what was said.
-          add_generation_prompt: end with what goes before an answer of the assistant.
-          place: where the conversation comes from, for the message.
+          turns: the messages.
+          add_generation_prompt: append the header that precedes an answer of the assistant.
+          place: location of the conversation, for error messages.
 
         Raises:
-          ValueError: the template fails, which names its origin and `place`.
+          ValueError: the template fails; the message names its origin and `place`.
         """
         return self.render_marked(turns, add_generation_prompt=add_generation_prompt, place=place)[0]
 
     def render_marked(
         self, turns: Sequence[Turn], *, add_generation_prompt: bool = False, place: str = "a conversation"
     ) -> tuple[str, list[tuple[int, int]]]:
-        """As `render`, and the first and last-plus-one character of what each `{% generation %}` block wrote."""
+        """Like `render`, but also returns the character range (start, end) of each `{% generation %}` block."""
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
         try:
             text = self._run(messages, add_generation_prompt)
@@ -192,7 +194,7 @@ class ChatTemplate:
 
     def _run(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if any(mark in m["content"] for m in messages for mark in (_OPEN, _CLOSE)):
-            raise ValueError("the text holds U+FDD0 or U+FDD1, which are no characters")
+            raise ValueError("the text contains U+FDD0 or U+FDD1, which are not characters: remove them")
         self._compiled.environment.steps = 0
         pieces, size = [], 0
         for piece in self._compiled.generate(
@@ -206,54 +208,56 @@ class ChatTemplate:
             pieces.append(piece)
             size += len(piece)
             if size > MAX_CHARACTERS:
-                raise ValueError(f"more than {MAX_CHARACTERS:,} characters")
+                raise ValueError(f"it writes more than {MAX_CHARACTERS:,} characters")
         return "".join(pieces)
 
 
 def _split_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without marks, and the character range between each pair of them."""
-    kept, size, spans, start = [], 0, [], 0
+    """Returns the text without marks, and the character range between each pair of marks."""
+    pieces, size, spans, start = [], 0, [], 0
     for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
         if piece == _OPEN:
             start = size
         elif piece == _CLOSE:
             spans.append((start, size))
         else:
-            kept.append(piece)
+            pieces.append(piece)
             size += len(piece)
-    return "".join(kept), spans
+    return "".join(pieces), spans
 
 
 def load_template(choice: str, model: str | Path) -> ChatTemplate:
-    """Loads the chat template that a setting names: `"model"`, `"plain"`, or the path of a template file.
+    """Loads a chat template: `"model"`, `"plain"`, or the path of a template file.
 
     Args:
-      choice: the setting's value: `"model"` is the model's own template, `"plain"` is `PLAIN`.
+      choice: `"model"` for the model's own template, `"plain"` for `PLAIN`, or a path.
       model: a Hugging Face directory or a GGUF file; every template uses its `bos_token` and `eos_token`.
 
     Raises:
-      ValueError: the model has no template, or for `plain` no `eos_token` to end answers with; a file cannot be
-        read; or the template is not valid.
+      ValueError: the model has no template; `"plain"` has no `eos_token` to end answers with; the file cannot be
+        read; or the template is invalid.
     """
     tokens = special_tokens(model)
     bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
     if choice == "plain":
         if not eos:
-            raise ValueError(f"the template plain ends answers with the eos_token, and {model} names none")
+            raise ValueError(
+                f"template plain needs an eos_token, but {model} has none: use model or a template file"
+            )
         return ChatTemplate(PLAIN, "plain", bos, eos)
     if choice != "model":
         try:
             source = Path(choice).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            known = "it is model, plain or the path of a file"
+            allowed = "use model, plain or the path of a file"
             raise ValueError(
-                f"cannot read the chat template {str(Path(choice))!r} ({known}): {error}"
+                f"cannot read the chat template {str(Path(choice))!r} ({allowed}): {error}"
             ) from None
         return ChatTemplate(source, choice, bos, eos)
     source = read_chat_template(model)
     if source is None or not source.strip():
         raise ValueError(
-            f"{model} has no chat template: choose plain (### Instruction, ### Response) or the path of a "
-            "template, with data.template or, for generate, --template"
+            f"{model} has no chat template: set data.template (for generate: --template) to plain "
+            "(### Instruction, ### Response) or to the path of a template"
         )
     return ChatTemplate(source, str(model), bos, eos)

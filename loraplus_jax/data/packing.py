@@ -1,4 +1,4 @@
-"""Token sequences to rows of one length: each padded by itself, or several packed into a row."""
+"""Arranges token sequences in rows of one length: one padded sequence per row, or several packed into one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ class Sequences:
     """N token sequences.
 
     Attributes:
-      ids: of each its tokens, int32 `(t,)`, t at least 1.
-      masks: of each which tokens are to be predicted, float32 `(t,)` of 0 and 1; the first token never is.
-      truncated: how many were cut to fit.
+      ids: tokens of each sequence, int32 `(t,)`, t at least 1.
+      masks: loss mask of each sequence, float32 `(t,)`: 1 for tokens to predict, 0 for others and the first token.
+      truncated: number of truncated sequences.
     """
 
     ids: tuple[np.ndarray, ...]
@@ -25,16 +25,16 @@ class Sequences:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each."""
+        """Number of tokens in each sequence."""
         return [len(ids) for ids in self.ids]
 
 
 def pad(sequences: Sequences, length: int) -> Batch:
-    """One sequence a row, padded on the right.
+    """Pads each sequence on the right to one row.
 
     Returns:
-      int32 `input_ids` `(N, length)`, int32 `segment_ids` `(N, length)`: 1, and 0 where there is padding (token 0);
-      float32 `loss_mask` `(N, length)`: 1 where `input_ids[:, t]` is to be predicted, from what stands before t.
+      int32 `input_ids` `(N, length)`; int32 `segment_ids` `(N, length)`: 1 for tokens, 0 for padding (token 0);
+      float32 `loss_mask` `(N, length)`: 1 where `input_ids[:, t]` is to be predicted from the tokens before t.
 
     Raises:
       ValueError: a sequence is empty or longer than `length`.
@@ -44,13 +44,13 @@ def pad(sequences: Sequences, length: int) -> Batch:
 
 
 def pack(sequences: Sequences, length: int) -> Batch:
-    """As many sequences a row as fit, none of them cut, by best fit decreasing.
+    """Packs several sequences into each row by best-fit decreasing, truncating none.
 
-    Which sequence goes where depends on the lengths alone: the longest are placed first, each into the fullest row
-    that has room. Rows are in the order of their first sequences, and sequences in a row in their own order.
+    The layout depends only on the lengths: the longest sequences go first, each into the fullest row with enough
+    room. Rows are ordered by their first sequence, and sequences in a row keep their order.
 
     Returns:
-      As `pad`, with M rows; `segment_ids` count a row's sequences from 1.
+      Arrays as from `pad`, with M rows; `segment_ids` number the sequences of a row from 1.
 
     Raises:
       ValueError: a sequence is empty or longer than `length`.
@@ -59,15 +59,15 @@ def pack(sequences: Sequences, length: int) -> Batch:
 
 
 def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
-    """Which sequences make up each row when sequences of these lengths are packed; errors as in `pack`.
+    """Returns the indices of the sequences in each row when `pack` packs these lengths; raises as `pack` does.
 
     >>> plan_packing([3, 5, 2, 4, 1], 6)
     [[0], [1, 4], [2, 3]]
     """
     check_lengths(lengths, length)
     rows: list[list[int]] = []
-    rooms: list[list[int]] = [[] for _ in range(length + 1)]  # rows by how many tokens they still take
-    open_rooms = 0  # bit r: there are rows that still take r tokens
+    rooms: list[list[int]] = [[] for _ in range(length + 1)]  # rows by number of free tokens
+    open_rooms = 0  # bit r is set if a row has r free tokens
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = open_rooms >> lengths[i]
         if fitting:
@@ -85,13 +85,13 @@ def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
 
 
 def check_lengths(lengths: Sequence[int], length: int) -> None:
-    """Raises a ValueError unless every sequence has a token at least, and at most `length`."""
+    """Raises a ValueError unless every sequence has 1 to `length` tokens."""
     check_int("length", length, at_least=1)
-    wrong = [i for i, n in enumerate(lengths) if not 1 <= n <= length]
-    if wrong:
-        i = wrong[0]
+    invalid = [i for i, n in enumerate(lengths) if not 1 <= n <= length]
+    if invalid:
+        i = invalid[0]
         raise ValueError(
-            f"sequences must have 1 to {length} tokens, got {lengths[i]} in number {i} ({len(wrong)} such)"
+            f"sequences must have 1 to {length} tokens, got {lengths[i]} in sequence {i} ({len(invalid)} invalid)"
         )
 
 

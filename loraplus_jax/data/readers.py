@@ -1,4 +1,4 @@
-"""Files to rows: CSV, TSV, JSON lines and JSON, every problem of a file reported with its line or item."""
+"""Reads rows from CSV, TSV, JSON lines and JSON files; reports all problems of a file, with line or item."""
 
 import bisect
 import csv
@@ -19,19 +19,22 @@ SUFFIXES = (".csv", ".tsv", ".jsonl")
 RECORD_SUFFIXES = (*SUFFIXES, ".json")
 SHOWN_PROBLEMS = 20
 MAX_FIELD_CHARACTERS = 2**22
-"""Characters of a field of CSV or TSV: a stray quote takes in what follows, at up to eight bytes a character."""
+"""Maximum characters in a CSV or TSV field: a stray quote swallows what follows, at up to 8 bytes a character."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StringRow:
-    """One row of a file: the line it begins at, counted from 1, and its values by column, all as strings."""
+    """A row of a file: its first line, counted from 1, and its values by column, as strings."""
 
     line: int
     values: Mapping[str, str]
 
 
 class Problems:
-    """The first `SHOWN_PROBLEMS` of a file, by line, and how many there are: all of them may not fit in memory."""
+    """Collects the problems of a file.
+
+    Keeps the first `SHOWN_PROBLEMS` by line and counts the rest: all of them may not fit in memory.
+    """
 
     def __init__(self) -> None:
         self.first: list[Problem] = []
@@ -44,12 +47,12 @@ class Problems:
         del self.first[SHOWN_PROBLEMS:]
 
     def report(self, path: Path) -> None:
-        """Raises one ValueError for all problems, if there are any."""
+        """Raises one ValueError for all problems, if any."""
         raise_problems([(location_of(path, number), what) for number, what in self.first], self.count)
 
 
 def location_of(path: Path, number: int) -> str:
-    """Where a row lies: `file:line`, or in a JSON list `file: item n`; both are counted from 1.
+    """Returns the location of a row: `file:line`, or `file: item n` in a .json file; both are counted from 1.
 
     >>> location_of(Path("a.csv"), 17), location_of(Path("a.json"), 17)
     ('a.csv:17', 'a.json: item 17')
@@ -58,15 +61,15 @@ def location_of(path: Path, number: int) -> str:
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> list[StringRow]:
-    """The rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
+    """Reads the rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
 
-    CSV and TSV have a header and may quote fields with `"`, doubled inside; JSON lines hold one object each, whose
-    strings, numbers and booleans become strings. Blank lines are skipped. Columns not asked for are left out, but
-    an `id` column, where there is one, is checked to name no row twice.
+    CSV and TSV have a header and may quote fields with `"`, doubled inside. JSON lines hold one object each, whose
+    strings, numbers and booleans become strings. Blank lines are skipped. Only `columns` are returned, but the
+    values of an `id` column, if there is one, must be unique.
 
     Raises:
-      ValueError: the file cannot be read or holds no rows, a column is missing, or rows are malformed, empty in a
-        column asked for, or have an id used before. All problems of the file are in one message, the first
+      ValueError: the file cannot be read or has no rows, a column is missing, or rows are malformed, empty in one
+        of `columns`, or repeat an id. One message counts all problems of the file and shows the first
         `SHOWN_PROBLEMS` with `file:line`.
     """
     path, problems = Path(path), Problems()
@@ -85,19 +88,19 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> list[StringRow]:
 
 
 def read_records(path: Path, problems: Problems) -> list[Record]:
-    """The rows of a .jsonl, .json, .csv or .tsv file with all their columns, JSON's values as they stand.
+    """Reads the rows of a .jsonl, .json, .csv or .tsv file with all columns; JSON values keep their types.
 
     A .json file holds a list of objects. Blank lines are skipped.
 
     Args:
       path: the file, in UTF-8.
-      problems: gets what is wrong with single rows, so that the caller can add to it before it reports.
+      problems: collects the problems of single rows; the caller may add more before it reports them.
 
     Returns:
       Each row's number for `location_of`, and its values by column.
 
     Raises:
-      ValueError: the file cannot be read, is no JSON list, or holds no rows.
+      ValueError: the file cannot be read, is a .json file that is not a UTF-8 JSON list, or has no rows.
     """
     _check_suffix(path, RECORD_SUFFIXES)
     text = _decode(path, problems)
@@ -114,14 +117,14 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """Whether a text holds half a surrogate pair, which is no character and has no UTF-8."""
+    """Whether a text contains a lone surrogate, which UTF-8 cannot encode."""
     return re.search(r"[\ud800-\udfff]", text) is not None
 
 
 def _check_suffix(path: Path, allowed: Sequence[str]) -> None:
     if path.suffix.lower() not in allowed:
         raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'}: use {', '.join(allowed)}"
+            f"{path}: unsupported file type {path.suffix or '(no suffix)'}: use {', '.join(allowed)}"
         )
 
 
@@ -132,14 +135,14 @@ def _no_rows(text: str) -> str:
 
 
 def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None) -> None:
-    """Raises one ValueError for problems and their locations, if any; its first line can stand alone.
+    """Raises one ValueError for all (location, problem) pairs, if any; its first line makes sense alone.
 
-    `count` is how many there are, where `problems` holds only the first of them.
+    `count` is the total number, if `problems` holds only the first of them.
     """
     if not problems:
         return
     count = len(problems) if count is None else count
-    lines = [f"{place}: {what}" for place, what in problems[:SHOWN_PROBLEMS]]
+    lines = [f"{location}: {problem}" for location, problem in problems[:SHOWN_PROBLEMS]]
     if count == 1:
         raise ValueError(lines[0])
     tail = [f"... and {count - len(lines)} more"] if count > len(lines) else []
@@ -147,11 +150,11 @@ def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None
 
 
 def _decode(path: Path, problems: Problems) -> str:
-    """The file's text; a line that is not UTF-8 is a problem and is read with the bad bytes replaced."""
+    """Decodes the file; reports lines that are not UTF-8 and replaces their invalid bytes."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: cannot read it: {error.strerror}") from None
+        raise ValueError(f"{path}: cannot read the file: {error.strerror}") from None
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
             line.decode("utf-8")
@@ -174,11 +177,11 @@ def _table_records(path: Path, text: str, columns: Sequence[str], problems: Prob
         if len(fields) == len(header):
             yield line, dict(zip(header, fields, strict=True))
         else:
-            problems.add(line, f"{len(fields)} fields, where the header has {len(header)}")
+            problems.add(line, f"{len(fields)} fields, but the header has {len(header)}")
 
 
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """Non-blank rows of a `csv.reader` with the line each begins at."""
+    """Yields the non-blank rows of a `csv.reader` with the first line of each."""
     while True:
         line, limit = reader.line_num + 1, csv.field_size_limit(MAX_FIELD_CHARACTERS)
         try:
@@ -187,8 +190,8 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
             return
         except csv.Error as error:
             too_long = "field larger" in str(error)
-            what = f"a text of more than {MAX_FIELD_CHARACTERS:,} characters" if too_long else error
-            problems.add(line, f"malformed row, perhaps a stray quote: {what}")
+            reason = f"a field of more than {MAX_FIELD_CHARACTERS:,} characters" if too_long else error
+            problems.add(line, f"malformed row, perhaps a stray quote: {reason}")
             continue
         finally:
             csv.field_size_limit(limit)  # the limit is global to the process
@@ -206,11 +209,11 @@ def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
         if isinstance(record, dict):
             yield number, record
         elif line.strip():
-            problems.add(number, f"each line must hold a JSON object, got {line.strip()[:40]}")
+            problems.add(number, f"each line must be a JSON object, got {line.strip()[:40]}")
 
 
 def _parse_json(text: str) -> Any:
-    """A JSON value; a key that occurs twice in an object is ambiguous and a ValueError."""
+    """Parses a JSON value; raises a ValueError if an object repeats a key, which would be ambiguous."""
     return json.loads(text, object_pairs_hook=_unique_keys)
 
 
@@ -219,12 +222,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
         duplicate = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {json.dumps(duplicate):.80} stands twice in an object")
+        raise ValueError(f"duplicate key {json.dumps(duplicate):.80} in an object")
     return values
 
 
 def _to_string(value: Any) -> str:
-    """A JSON value as a string; equal numbers give equal strings, so 1.0 is "1".
+    """Converts a JSON value to a string; equal numbers give equal strings, so 1.0 becomes "1".
 
     >>> _to_string("a"), _to_string(1), _to_string(1.0), _to_string(1.5), _to_string(True)
     ('a', '1', '1', '1.5', 'true')
@@ -241,7 +244,7 @@ def _json_items(path: Path, text: str, problems: Problems) -> Iterator[Record]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:{getattr(error, 'lineno', 1)}: invalid JSON: {error}") from None
     if not isinstance(items, list):
-        raise ValueError(f"{path}: must hold a JSON list of objects, got {text.strip()[:40]}")
+        raise ValueError(f"{path}: must be a JSON list of objects, got {text.strip()[:40]}")
     for number, item in enumerate(items, 1):
         if isinstance(item, dict):
             yield number, item
@@ -252,12 +255,12 @@ def _json_items(path: Path, text: str, problems: Problems) -> Iterator[Record]:
 def _string_records(
     records: Iterable[Record], columns: Sequence[str], problems: Problems
 ) -> Iterator[Record]:
-    """Records with the columns asked for, all there and as strings."""
+    """Yields the records that have all `columns`, with their values as strings."""
     for number, record in records:
         faults = [f"no column {c!r}{suggest(c, record)}" for c in columns if c not in record]
         selected = {c: record[c] for c in (*columns, "id") if c in record}
         faults += [
-            f"column {c!r} must hold a string or a number, got {json.dumps(v)[:40]}"
+            f"column {c!r} must be a string or a number, got {json.dumps(v)[:40]}"
             for c, v in selected.items()
             if v is None or isinstance(v, list | dict)
         ]
@@ -274,7 +277,7 @@ def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterat
             if not record[column].strip():
                 yield line, f"column {column!r} is empty"
             elif has_lone_surrogate(record[column]):
-                yield line, f"column {column!r} holds half a surrogate pair, which is no character"
+                yield line, f"column {column!r} contains a lone surrogate, which UTF-8 cannot encode"
         name = record.get("id", "")
         if name.strip() and first_lines.setdefault(name, line) != line:
-            yield line, f"id {name!r} was used at line {first_lines[name]} already"
+            yield line, f"id {name!r} is already used at line {first_lines[name]}"

@@ -1,4 +1,4 @@
-"""Labelled texts: reads files into rows and splits rows into train, validation and test."""
+"""Labelled texts: reads rows from files and splits them into train, validation and test."""
 
 import dataclasses
 import hashlib
@@ -16,8 +16,8 @@ class LabelledTexts:
 
     Attributes:
       texts: the texts.
-      pairs: the second texts, or None.
-      labels: the labels as written in the file, without white space around them.
+      pairs: the second texts of text pairs, or None.
+      labels: the labels as written in the file, without surrounding whitespace.
       places: `file:line` of each row, for error messages.
     """
 
@@ -30,7 +30,7 @@ class LabelledTexts:
         return len(self.texts)
 
     def take(self, indices: Iterable[int]) -> "LabelledTexts":
-        """The rows at `indices`, in their order."""
+        """Returns the rows at `indices`, in that order."""
         indices = list(indices)
 
         def pick(column: tuple[str, ...]) -> tuple[str, ...]:
@@ -41,17 +41,18 @@ class LabelledTexts:
 
 
 def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[str, LabelledTexts]:
-    """The rows of `train`, `validation` and, where there is one, `test`.
+    """Loads the rows of `train`, `validation` and, if there is one, `test`.
 
-    One file is split by hashes of `split_seed` and text: neither the order of the file nor the labels matter, and
-    more rows move only texts near a border. Texts that differ in case or spacing only stay together, as one.
+    A single file is split by a hash of `split_seed` and the text. The split depends neither on the order of the
+    rows nor on the labels, and adding rows moves only texts near a split boundary. Texts that differ only in case
+    or spacing count as one text and go to the same split.
 
     Args:
-      settings: says which files, columns and shares.
-      resolve: turns what the user named into a path, as `fetch.resolve` does.
+      settings: files, columns and split fractions.
+      resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
-      ValueError: a file is faulty (see `read_rows`), or holds too few distinct texts to split.
+      ValueError: a file is invalid (see `read_rows`), or has too few distinct texts to split.
     """
     return split_files(settings, lambda value: load_rows(resolve(value), settings), _split_rows)
 
@@ -59,7 +60,7 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
 def split_files(
     settings: DataSettings, load: Callable[[str], Any], split: Callable[[Any, Mapping[str, float], int], dict]
 ) -> dict[str, Any]:
-    """What `load` makes of each file that the settings name, by split; `split` cuts one file by shares and seed."""
+    """Loads each file in the settings with `load`, by split; `split` divides one file by fractions and seed."""
     if settings.path is not None:
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
         return split(load(settings.path), shares, settings.split_seed)
@@ -71,16 +72,16 @@ def split_files(
 
 
 def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
-    """The rows of one file, in the columns that the settings name; errors as `read_rows` has them."""
+    """Reads the rows of one file, with the columns in the settings; raises as `read_rows` does."""
     rows = read_rows(path, settings.columns)
 
     def column(name: str) -> tuple[str, ...]:
         return tuple(row.values[name] for row in rows)
 
     pairs = column(settings.text_pair) if settings.text_pair is not None else None
-    places = tuple(f"{path}:{row.line}" for row in rows)
+    locations = tuple(f"{path}:{row.line}" for row in rows)
     labels = tuple(label.strip() for label in column(settings.label))
-    return LabelledTexts(column(settings.text), pairs, labels, places)
+    return LabelledTexts(column(settings.text), pairs, labels, locations)
 
 
 def _split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> dict[str, LabelledTexts]:
@@ -91,12 +92,18 @@ def _split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> 
 def split_texts(
     texts: Sequence[str], shares: Mapping[str, float], seed: int, *, where: str
 ) -> dict[str, list[int]]:
-    """Indices of `train` and of the splits of `shares` (of the distinct texts; at least one each, or none at 0)."""
+    """Splits texts into `train` and the splits in `shares`; returns the indices of each.
+
+    A share is a fraction of the distinct texts. A split has at least one text, but is left out if its share is 0.
+    """
     keys = [" ".join(text.split()).casefold() for text in texts]
     order = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
     sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
     if sum(sizes.values()) >= len(order):
-        raise ValueError(f"{where}: {len(order)} distinct texts are too few to split")
+        raise ValueError(
+            f"{where}: {len(order)} distinct texts are too few to split into "
+            f"{', '.join(('train', *sizes))}: add rows"
+        )
     names = [name for name, size in sizes.items() for _ in range(size)]
     split_of = dict.fromkeys(order, "train") | dict(zip(order, names, strict=False))
     return {name: [i for i, key in enumerate(keys) if split_of[key] == name] for name in ("train", *sizes)}

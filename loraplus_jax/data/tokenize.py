@@ -1,4 +1,4 @@
-"""Texts to token arrays of one length."""
+"""Tokenizes texts into arrays of one length."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ from .batches import Batch
 
 
 def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
-    """The tokenizer of `tokenizer.json`, set to truncate and pad on the right to exactly `max_length` tokens.
+    """Loads `tokenizer.json`, set to truncate and pad on the right to exactly `max_length` tokens.
 
-    Padding and truncation baked into the file are replaced. The pad token is that of the file's own padding, or of
-    `tokenizer_config.json`, or a token called `[PAD]` or `<pad>`, or else the end-of-text token.
+    Padding and truncation in the file are replaced. The pad token is the first in the vocabulary of: that of the
+    file's padding, `pad_token` in `tokenizer_config.json`, `[PAD]`, `<pad>`, and the end-of-text token.
 
     Raises:
-      ValueError: the file is missing or broken, or no pad token is found.
+      ValueError: the file is missing or invalid, or no pad token is found.
     """
     tokenizer = read_tokenizer_json(directory)
     token = _pad_token(tokenizer, directory / "tokenizer_config.json")
@@ -29,28 +29,28 @@ def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
 
 def _pad_token(tokenizer: Tokenizer, config_path: Path) -> str:
     config = read_json(config_path) if config_path.is_file() else {}
-    declared = [config.get("pad_token"), "[PAD]", "<pad>", config.get("eos_token"), "</s>", "<|endoftext|>"]
-    for token in [(tokenizer.padding or {}).get("pad_token"), *declared]:
+    names = [config.get("pad_token"), "[PAD]", "<pad>", config.get("eos_token"), "</s>", "<|endoftext|>"]
+    for token in [(tokenizer.padding or {}).get("pad_token"), *names]:
         token = token.get("content") if isinstance(token, dict) else token
         if token is not None and tokenizer.token_to_id(token) is not None:
             return token
-    raise ValueError(f"no pad token found: name one as pad_token in {config_path}")
+    raise ValueError(f"no pad token found: set pad_token to a token of the vocabulary in {config_path}")
 
 
 def encode_texts(
     texts: Sequence[str], pairs: Sequence[str] | None, tokenizer: Tokenizer
 ) -> tuple[Batch, int]:
-    """Token arrays of N texts or pairs, with a tokenizer from `load_tokenizer`.
+    """Tokenizes N texts or text pairs with a tokenizer from `load_tokenizer`.
 
     Returns:
-      int32 `input_ids`, `attention_mask` and `token_type_ids`, each `(N, T)`, T being the tokenizer's `max_length`;
-      and how many of the N were truncated. Special tokens are never cut.
+      int32 `input_ids`, `attention_mask` and `token_type_ids`, each `(N, T)`, with T the tokenizer's `max_length`;
+      and the number of truncated texts. Special tokens are never truncated.
 
     Raises:
       ValueError: `max_length` leaves no room for the text.
     """
     if tokenizer.truncation is None:
-        raise ValueError("the tokenizer has no max_length: take it from load_tokenizer")
+        raise ValueError("the tokenizer has no max_length: load it with load_tokenizer")
     length = tokenizer.truncation["max_length"]
     special = tokenizer.num_special_tokens_to_add(pairs is not None)
     if length <= special:

@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ import numpy as np
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
 from ..json_files import read_json
+from ..roles import lr_ratio_of
 from ..spec import AdapterSpec, Specs, specs_from_json
 from ..tree import flatten, unflatten, with_collection
 
@@ -48,6 +50,7 @@ def save_adapter(
     specs: Specs,
     config: LoRAPlusConfig | None,
     *,
+    opt_state: Any = None,
     base: str | None = None,
     **more: Any,
 ) -> None:
@@ -60,6 +63,7 @@ def save_adapter(
       lora: the tree of factors, or the trainable variables `{"lora": factors, "params": extras}`.
       specs: the table from `init_lora`.
       config: what was applied.
+      opt_state: the optimizer's state, whose lambda is recorded in place of the config's.
       base: `checkpoint.fingerprint` of the frozen variables.
       **more: the caller's own JSON-able fields.
 
@@ -68,6 +72,8 @@ def save_adapter(
     """
     directory = Path(directory).resolve()
     check_config_matches_specs(specs, config)
+    if config is not None and (ratio := lr_ratio_of(opt_state)) is not None:
+        config = dataclasses.replace(config, lr_ratio=ratio)
     trainable = with_collection(lora, specs)
     check_factors(f"{directory}", trainable.get("lora", {}), specs)
     if directory.is_dir():

@@ -91,14 +91,15 @@ class PeftOptions:
         return [
             target
             for target in self.target_modules or ()
-            if not any(_ends_in(name, target) for name in names) and not self._may_be_excluded(target)
+            if not any(_ends_in(name, target) for name in names) and not self._is_excluded(target, names)
         ]
 
-    def _may_be_excluded(self, target: str) -> bool:
-        """Whether `exclude_modules` may leave out all that a name stands for; a regular expression always may."""
+    def _is_excluded(self, target: str, names: Collection[str]) -> bool:
+        """Whether `exclude_modules` leaves a target out; a regular expression, beside some adapted module."""
         if isinstance(self.exclude_modules, str):
-            return True
-        return any(_ends_in(target, name) or _ends_in(name, target) for name in self.exclude_modules or ())
+            beside = {f"{name.rpartition('.')[0]}.{target}" for name in names}
+            return any(re.fullmatch(self.exclude_modules, name) for name in (target, *beside))
+        return any(_ends_in(target, name) for name in self.exclude_modules or ())
 
 
 def read_options(path: Path) -> PeftOptions:

@@ -17,7 +17,7 @@ from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig, pattern_of
 from ..json_files import read_json
 from ..spec import Specs
-from ..tree import flatten, unflatten, with_collection
+from ..tree import flat_factors, flatten, unflatten
 from .adapter_files import (
     Adapter,
     check_config_matches_specs,
@@ -89,7 +89,7 @@ def save_peft(
     targets, problems = adapted_leaves(specs, path_map)
     slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
     raise_problems(f"{directory}: the adapter cannot be written for PEFT", problems + more_problems)
-    tensors = _factor_tensors(flatten(with_collection(lora, specs).get("lora", lora)), targets)
+    tensors = _factor_tensors(flat_factors(lora, specs), targets)
     adapted = {name for target in targets.values() for name in target.names.values()}
     leaves, saved = name_leaves(slots, adapted, path_map)
     options = make_options(

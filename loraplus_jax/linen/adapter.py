@@ -1,6 +1,7 @@
 """The adapter of one Linen layer: its factors, made and read, and its low-rank term in a call."""
 
 import contextlib
+import dataclasses
 import enum
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -38,20 +39,36 @@ class Mode(enum.Enum):
     LOW_RANK_ONLY = enum.auto()
 
 
+@dataclasses.dataclass(frozen=True)
+class Tracing:
+    """A mode, and what the initializations in it have met, for whoever began it."""
+
+    mode: Mode
+    discoveries: list[Any] = dataclasses.field(default_factory=list, compare=False)
+
+
 # A context that nn.jit and jax.jit heed: they keep no trace across it.
-_MODE: Any = jax.make_user_context(Mode.PLAIN)
+_TRACING: Any = jax.make_user_context(Tracing(Mode.PLAIN))
 
 
 def mode() -> Mode:
     """The mode here."""
-    return _MODE.value
+    return _TRACING.value.mode
 
 
 @contextlib.contextmanager
-def run_in(new: Mode) -> Iterator[None]:
-    """Runs what is inside in a mode."""
-    with _MODE(new):
-        yield
+def run_in(new: Mode) -> Iterator[list[Any]]:
+    """Runs what is inside in a mode; gives the list of `Discovery`, one a wrapped model, that fills there."""
+    outer = _TRACING.value
+    discoveries = [] if outer.mode is Mode.PLAIN else outer.discoveries
+    with _TRACING(Tracing(new, discoveries)):
+        yield discoveries
+
+
+def record_discovery(discovery: Any) -> None:
+    """Adds to the list of the outermost `run_in`."""
+    if discovery not in _TRACING.value.discoveries and mode() is not Mode.PLAIN:
+        _TRACING.value.discoveries.append(discovery)
 
 
 class FactorBox(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[reportIncompatibleMethodOverride]

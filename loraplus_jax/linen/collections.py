@@ -7,7 +7,7 @@ import flax.linen as nn
 from flax import traverse_util
 from flax.core import meta
 
-from ..config import LoRAPlusConfig
+from ..config import LoRAPlusConfig, matches
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP, rebox, weight_delta
 from ..rules import is_target, parameter_rule
 from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, AdapterSpec
@@ -94,6 +94,11 @@ class CollectionMap:
           called: paths of layers that were called.
           whole: the call was one that `init_lora` traced too, so that every layer of ours is in `own`.
         """
+        modules = {"/".join(path[:-1]) for path in self._given}
+        targets = self.config.target_modules
+        for rule in () if self.is_bare or isinstance(targets, str) else targets:
+            if not any(matches((rule,), module) for module in modules):
+                raise ValueError(f"target_modules: {rule!r} has no adapter in the variables")
         for path in sorted(self._given):
             name, module = "/".join(path), "/".join(path[:-1])
             if path[-1] not in _NAMES:

@@ -19,7 +19,7 @@ from flax.linen.dtypes import promote_dtype
 from opt_einsum.parser import parse_einsum_input
 
 from ..lora import low_rank_output
-from ..spec import AdapterSpec, factor_letters
+from ..spec import EMBEDDING_FACTORS, FACTORS, AdapterSpec, factor_letters
 
 Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 """`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""
@@ -47,7 +47,7 @@ class LayerCall(NamedTuple):
     @property
     def factors(self) -> tuple[str, str]:
         """The names of A and of B."""
-        return self.spec(1, 1.0).factors
+        return EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
 
     def spec(self, rank: int, scale: float) -> AdapterSpec:
         """The layer's spec, of which a stack completes shape and stacked axes, and the model the leaf's path."""

@@ -8,7 +8,9 @@ the kernels. An interceptor adds the low-rank term to each targeted layer's outp
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ from .adapter import (
     mode,
     named_call,
     place,
+    record_discovery,
     run_in,
 )
 from .collections import COLLECTIONS, CollectionMap
@@ -91,7 +94,7 @@ class LoRAPlusModel(nn.Module):
 
         # The scopes inside take over the flags of these, those of modules given from outside included.
         for scope in get_module_scopes(self, args, kwargs)[0]:
-            scope.flags = freeze({**scope.flags, OURS: self.trace_key()})
+            scope.flags = freeze({**scope.flags, OURS: self._trace_key()})
         # Without `init`, which would run the model twice: a mapping inside would act twice on what it made.
         mapped = nn.map_variables(
             run_inner,
@@ -106,7 +109,7 @@ class LoRAPlusModel(nn.Module):
         return result
 
     @nn.nowrap
-    def trace_key(self) -> Any:
+    def _trace_key(self) -> Any:
         """What a trace of a part of the inner model depends on beside its variables.
 
         `nn.jit` inside the model takes an older trace where a module's fields, flags and variables are the same,
@@ -121,13 +124,14 @@ class LoRAPlusModel(nn.Module):
         inner = self.__dict__.get("wrapped")
         if inner is None or name.startswith("_"):
             return super().__getattr__(name)
-        if callable(getattr(type(inner), name, None)):
+        defined = inspect.getattr_static(type(inner), name, None)
+        is_field = name in {field.name for field in dataclasses.fields(inner)}
+        if inspect.isfunction(defined) and not is_field and not hasattr(defined, "nowrap"):
             return _Method(self.run, name)
         if self.scope is not None and name not in inner.__dict__:  # it may be made by the inner model's setup
             self._try_setup()
             inner = self.__dict__["wrapped"]
-        value = getattr(inner, name)
-        return _Part(self, (name,)) if isinstance(value, nn.Module) else value
+        return _part(self, operator.attrgetter(name), getattr(inner, name))
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -159,23 +163,41 @@ class _Method(functools.partial):
 
 
 class _Part:
-    """A submodule of a wrapped model, met from outside: what is called on it runs with the adapters on."""
+    """A submodule of a wrapped model, or a container of some: what is called on it runs with the adapters on."""
 
-    def __init__(self, model: LoRAPlusModel, names: tuple[str, ...]) -> None:
-        self._model, self._names = model, names
+    def __init__(self, model: LoRAPlusModel, get: Callable[[nn.Module], Any]) -> None:
+        self._model, self._get = model, get
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        def method(inner: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return functools.reduce(getattr, self._names, inner)(*args, **kwargs)
-
-        return self._model.run(method, *args, **kwargs)
+        return self._model.run(
+            lambda inner, *args, **kwargs: self._get(inner)(*args, **kwargs), *args, **kwargs
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        part = functools.reduce(getattr, self._names, self._model.wrapped)
-        value = getattr(part, name)
-        return _Part(self._model, (*self._names, name)) if callable(value) else value
+        part = self._inner(operator.attrgetter(name))
+        # A method of the submodule; the submodule itself was told by _part.
+        return (
+            _Part(self._model, lambda inner: getattr(self._get(inner), name))
+            if inspect.ismethod(part)
+            else part
+        )
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._inner(lambda part: part[key])
+
+    def __len__(self) -> int:
+        return len(self._get(self._model.wrapped))
+
+    def _inner(self, get: Callable[[Any], Any]) -> Any:
+        return _part(self._model, lambda inner: get(self._get(inner)), get(self._get(self._model.wrapped)))
+
+
+def _part(model: LoRAPlusModel, get: Callable[[nn.Module], Any], value: Any) -> Any:
+    """What a wrapped model has, as seen from outside: modules run with the adapters on, all else is itself."""
+    parts = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module))
+    return _Part(model, get) if any(isinstance(part, nn.Module) for part in parts) else value
 
 
 class _Call:
@@ -189,6 +211,8 @@ class _Call:
         found: Any = wrapper.__dict__.get("_discovery")
         self.discovery = found or Discovery(self.config, self.prefix)
         object.__setattr__(wrapper, "_discovery", self.discovery)
+        if self.is_new:
+            record_discovery(self.discovery)
         self.variables = CollectionMap(self.config, wrapper, self.discovery)
         self.own: set[str] = set()
         self.called: set[str] = set()
@@ -277,7 +301,7 @@ def init_lora(
     Args:
       model: from `apply_lora_plus`, or any Linen model with layers such as `LoRAPlusDense` in it.
       rngs: a key or a dict of keys, as for `model.init`.
-      *args, **kwargs: as for `model.init`; arrays may be given as `jax.ShapeDtypeStruct`.
+      args, kwargs: as for `model.init`; arrays may be given as `jax.ShapeDtypeStruct`.
       base: variables without adapters, `{"params": ...}`, checked against what the model expects where adapted.
 
     Returns:
@@ -299,12 +323,17 @@ def init_lora(
         lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x, (args, kwargs), is_leaf=is_shape
     )
 
+    discoveries: list[list[Discovery]] = []
+
     def init(rngs: Any) -> Any:
-        with run_in(Mode.BOXED):
+        with run_in(Mode.BOXED) as found:
+            discoveries.append(found)
             return model.init(rngs, *args, **kwargs)
 
     # One trace for shapes, specs and values: the program of `init`, of which only the factors are computed.
     program, shapes = jax.make_jaxpr(init, return_shape=True)(rngs)
+    for discovery in itertools.chain(*discoveries):
+        discovery.check()  # of a model of which only some methods were called too
     if not shapes.get("lora"):
         raise ValueError(
             "the model has no adapters: wrap it with apply_lora_plus or use LoRAPlusDense layers"

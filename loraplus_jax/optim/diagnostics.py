@@ -20,7 +20,7 @@ class LeafRow:
     """One trainable leaf: where it is, what it is, and what it is trained with.
 
     Attributes:
-      rate: the learning rate, or its multiple of a wrapped optimizer's.
+      rate: the learning rate, or its multiple of a wrapped optimizer's; None where another one trains the leaf.
       decay: the weight decay; None where it is a wrapped optimizer's.
       relative: whether the rate is a multiple.
     """
@@ -29,7 +29,7 @@ class LeafRow:
     shape: tuple[int, ...]
     role: Role
     rank: int | None
-    rate: float
+    rate: float | None
     decay: float | None
     count: int
     relative: bool = False
@@ -53,8 +53,8 @@ class Description:
         lines = [("path", "shape", "role", "rank", "rate", "decay", "count")]
         for row in self.rows:
             shape = "x".join(map(str, row.shape)) or "scalar"
-            rate = f"{row.rate:.3g}" + (" x base" if row.relative else "")
-            decay = "own" if row.decay is None else f"{row.decay:.3g}"
+            rate = "-" if row.rate is None else f"{row.rate:.3g}" + (" x base" if row.relative else "")
+            decay = "-" if row.decay is None else f"{row.decay:.3g}"
             rank = "-" if row.rank is None else str(row.rank)
             lines.append((row.path, shape, row.role, rank, rate, decay, f"{row.count:,}"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -86,7 +86,6 @@ def describe(
 
     Raises:
       TypeError: an optimizer without LoRA+ in it, or a leaf that cannot be trained (packed integers).
-      ValueError: a leaf that the optimizer was not made for.
     """
     check_floating(trainable)
     if isinstance(optimizer, LoRAPlusTransform):
@@ -101,17 +100,15 @@ def describe(
             for state in find_states(optimizer)
             for path, role in state.roles
         }
-    if not groups:
+    if not groups.keys() & leaves_by_path(trainable).keys():
         raise TypeError(
             "describe needs a transform from lora_plus_adamw or lora_plus, or an optimizer state that holds one, "
-            f"got {type(optimizer).__name__}; for an optax.chain pass its state"
+            f"and the tree it was made for, got {type(optimizer).__name__}; for an optax.chain pass its state"
         )
     rows = []
     for path, leaf in leaves_by_path(trainable).items():
-        if path not in groups:
-            raise ValueError(f"the optimizer does not train {path}: pass the tree that its init was given")
-        role, rate, decay, relative = groups[path]
-        rate, decay = float(np.asarray(rate)), None if decay is None else float(np.asarray(decay))
+        role, rate, decay, relative = groups.get(path, ("extra", None, None, False))
+        rate, decay = (None if x is None else float(np.asarray(x)) for x in (rate, decay))
         spec = (specs or {}).get(spec_path(path.removesuffix("/value").rpartition("/")[0]))
         rank = spec.rank if spec and role in ("a", "b", "embedding") else None
         rows.append(LeafRow(path, tuple(leaf.shape), role, rank, rate, decay, leaf.size, relative))

@@ -46,7 +46,7 @@ class AdamW(NamedTuple):
 
 
 class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
-    """An optax transform that says what it trains how.
+    """An optax transform that says what it trains how; in a chain its state does, see `LoRAPlusState`.
 
     Attributes:
       labels: from a tree to the tree of its leaves' roles.
@@ -59,42 +59,47 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
     relative: bool
 
     def __new__(
-        cls,
-        tx: optax.GradientTransformation,
-        labels: Callable[[Any], Any],
-        rates: Callable[[Any], dict[Role, tuple[Any, Any]]],
-        *,
-        relative: bool,
+        cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
     ) -> "LoRAPlusTransform":
-        """`tx` with its rates in its state."""
-        inner = optax.with_extra_args_support(tx)
-
-        def record(state: Any, count: Any, step: Any, roles: tuple) -> Any:
-            used = {role for _, role in roles}
-            now = {role: pair for role, pair in rates(step).items() if role in used}
-            as_float = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
-            return LoRAPlusState(
-                inner_state=state,
-                count=count,
-                rates={role: as_float(rate) for role, (rate, _) in now.items()},
-                decays={role: as_float(decay) for role, (_, decay) in now.items() if decay is not None},
-                roles=roles,
-                relative=relative,
-            )
-
-        def init(params: Any) -> Any:
-            check_floating(params)
-            zero = jnp.zeros((), jnp.int32)
-            return record(inner.init(params), zero, zero, tuple(leaves_by_path(labels(params)).items()))
-
-        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-            updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
-            count = optax.safe_increment(state.count)
-            return updates, record(inner_state, count, state.count, state.roles)
-
+        """A transform of these functions."""
         self = super().__new__(cls, init, update)
         self.labels, self.rates, self.relative = labels, rates, relative
         return self
+
+
+def _with_record(
+    tx: optax.GradientTransformation,
+    labels: Callable[[Any], Any],
+    rates: Callable[[Any], dict[Role, tuple[Any, Any]]],
+    *,
+    relative: bool,
+) -> LoRAPlusTransform:
+    """`tx` with its roles and rates in its state."""
+    inner = optax.with_extra_args_support(tx)
+
+    def record(state: Any, count: Any, step: Any, roles: tuple) -> Any:
+        used = {role for _, role in roles}
+        now = {role: pair for role, pair in rates(step).items() if role in used}
+        as_float = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+        return LoRAPlusState(
+            inner_state=state,
+            count=count,
+            rates={role: as_float(rate) for role, (rate, _) in now.items()},
+            decays={role: as_float(decay) for role, (_, decay) in now.items() if decay is not None},
+            roles=roles,
+            relative=relative,
+        )
+
+    def init(params: Any) -> Any:
+        check_floating(params)
+        zero = jnp.zeros((), jnp.int32)
+        return record(inner.init(params), zero, zero, tuple(leaves_by_path(labels(params)).items()))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
+        return updates, record(inner_state, optax.safe_increment(state.count), state.count, state.roles)
+
+    return LoRAPlusTransform(init, update, labels, rates, relative)
 
 
 def lora_plus_adamw(
@@ -119,9 +124,10 @@ def lora_plus_adamw(
     Roles with equal settings share one, so that with `lr_ratio=1` the steps are bit-identical to those of
     `optax.adamw` over all parameters.
 
-    Numbers may be traced, and `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=...)` keeps
-    them in the state, where `optax.tree.get(state, "lr_ratio")` reads and `optax.tree.set(state, lr_ratio=2.0)`
-    changes them in a run without compiling again.
+    Numbers may be traced, and `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=4.0)` keeps
+    them in the state, where `optax.tree.get(state, "lr_ratio")` reads and
+    `optax.tree.set(state, lr_ratio=jnp.float32(2.0))` changes them in a run without compiling again. A ratio given
+    as a config is no number and stays fixed.
 
     Args:
       learning_rate: eta_A, for A and every role but B; a number, a traced scalar or an optax schedule.
@@ -136,7 +142,7 @@ def lora_plus_adamw(
       max_grad_norm: clips the norm over all groups together, before them.
       specs: the table from `init_lora`, against which shapes are checked.
       policy: `"peft"` groups as `create_loraplus_optimizer` of PEFT does: what is trained in full and has one axis
-        learns at B's rate; biases and the scales of LayerNorms do so without decay.
+        learns at B's rate; biases and the scales of LayerNorms (a `scale` beside a `bias`) do so without decay.
 
     Raises:
       TypeError: a value that is not a number; by `init`, a leaf that is not of floating point.
@@ -158,9 +164,10 @@ def lora_plus_adamw(
     }
     for name, rate in rates.items():
         if not callable(rate) and (rate is not None or name == "learning_rate"):
-            check_number(name, rate, above=0.0)
-    own: dict[Role, Mapping[str, Any]] = {"vector": {"weight_decay": 0.0}} if policy == "peft" else {}
-    own |= _check_by_role(by_role or {})
+            check_number(name, rate, above=0.0, allow_arrays=True)
+    own = _check_by_role(by_role or {})
+    if policy == "peft":
+        own["vector"] = {"weight_decay": 0.0, **own.get("vector", {})}
 
     fast_rate = scale_rate(learning_rate, ratio)
 
@@ -174,19 +181,19 @@ def lora_plus_adamw(
 
     groups: dict[Role, AdamW] = {role: group(role) for role in ROLES}
     for adamw in groups.values():
-        check_number("b1", adamw.b1, at_least=0.0, below=1.0)
-        check_number("b2", adamw.b2, at_least=0.0, below=1.0)
-        check_number("eps", adamw.eps, at_least=MIN_EPS)
-        check_number("weight_decay", adamw.weight_decay, at_least=0.0)
+        check_number("b1", adamw.b1, at_least=0.0, below=1.0, allow_arrays=True)
+        check_number("b2", adamw.b2, at_least=0.0, below=1.0, allow_arrays=True)
+        check_number("eps", adamw.eps, at_least=MIN_EPS, allow_arrays=True)
+        check_number("weight_decay", adamw.weight_decay, at_least=0.0, allow_arrays=True)
     first: dict[Any, Role] = {}
     chain_of = {role: first.setdefault(adamw.key, role) for role, adamw in groups.items()}
     chains: dict[Any, Any] = {role: optax.adamw(**groups[role]._asdict()) for role in first.values()}
     labels = _labels(specs, policy)
     tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.__getitem__, labels(tree)))
     if max_grad_norm is not None:
-        check_number("max_grad_norm", max_grad_norm, above=0.0)
+        check_number("max_grad_norm", max_grad_norm, above=0.0, allow_arrays=True)
         tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
-    return LoRAPlusTransform(
+    return _with_record(
         tx,
         labels,
         lambda step: {r: (rate_at(g.learning_rate, step), g.weight_decay) for r, g in groups.items()},
@@ -225,7 +232,7 @@ def lora_plus(
 
     scaled = optax.chain(tx, optax.masked(optax.scale(ratio), is_fast))  # pyright: ignore[reportArgumentType]
     rates: dict[Role, tuple[Any, Any]] = {role: (ratio if role in FAST else 1.0, None) for role in ROLES}
-    return LoRAPlusTransform(scaled, labels, lambda _: rates, relative=True)
+    return _with_record(scaled, labels, lambda _: rates, relative=True)
 
 
 def check_floating(trainable: Any) -> None:
@@ -247,7 +254,7 @@ def ratio_of(lr_ratio: float | jax.Array | LoRAPlusConfig) -> Any:
     2.0
     """
     ratio = lr_ratio.lr_ratio if isinstance(lr_ratio, LoRAPlusConfig) else lr_ratio
-    check_number("lr_ratio", ratio, above=0.0)
+    check_number("lr_ratio", ratio, above=0.0, allow_arrays=True)
     return ratio
 
 

@@ -31,7 +31,7 @@ from .interface import AdaptedModel, BaseModel, Losses, TaskData
 from .language_losses import LanguageTask
 
 HEADS = {True: "embed_tokens", False: "lm_head"}
-"""The part of the model that is its head: whether it is tied to the embedding, and its name."""
+"""Name of the output head, by whether it is tied to the embedding."""
 
 
 def load_data(settings: Settings, directory: Path) -> TaskData:
@@ -51,7 +51,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
 
 
 def placeholder_data(settings: Settings) -> TaskData:
-    """The task and one row of the columns that training takes, for settings whose data is not at hand."""
+    """Returns the task and one row of training columns, for settings whose data is not available."""
     ids = np.zeros((1, settings.data.max_length), np.int32)
     columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
     task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
@@ -61,10 +61,10 @@ def placeholder_data(settings: Settings) -> TaskData:
 def load_split(
     settings: Settings, directory: Path, task: LanguageTask, split: str | None, data: str | None
 ) -> tuple[Batch, int]:
-    """One split of a run's own data, or another file of the same kind, as evaluation takes it; and its size.
+    """Loads a split of the run's data, or another file of the same kind, for evaluation; also returns its size.
 
     Raises:
-      KeyError: no such split.
+      KeyError: there is no such split.
     """
     examples = _load_splits(settings)[split or "test"] if data is None else _read(settings, data)
     tools = tokenizer_and_template(settings, directory, task)
@@ -76,24 +76,26 @@ def load_split(
 def tokenizer_and_template(
     settings: Settings, directory: Path, task: LanguageTask | None
 ) -> tuple[Tokenizer, ChatTemplate]:
-    """The model's tokenizer, and the chat template that a task has kept or the settings choose."""
+    """Loads the model's tokenizer, and the chat template saved in the task, if any, or set in the settings."""
     config, longest = model_config(directory), settings.data.max_length
     if longest > config.max_length:
-        raise ValueError(f"data.max_length is {longest}, the model takes {config.max_length} tokens at most")
+        raise ValueError(
+            f"data.max_length must be at most {config.max_length} tokens for this model, got {longest}"
+        )
     tokenizer, choice = load_tokenizer(directory), settings.data.template
     if task is None or task.template is None:
         return tokenizer, load_template(choice, directory)
-    plain = load_template("plain", directory)  # for the model's own tokens
+    plain = load_template("plain", directory)  # for its bos_token and eos_token
     return tokenizer, dataclasses.replace(plain, source=task.template, origin=choice)
 
 
 def model_config(directory: Path) -> LlamaConfig:
-    """The sizes and options of a model directory or GGUF file."""
+    """Loads the config of a model directory or GGUF file."""
     return LlamaConfig.from_hf(load_config(directory))
 
 
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
-    """The language model; it takes `input_ids` and `segment_ids`."""
+    """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
     config, model_settings = model_config(directory), settings.model
     model = Llama(
         config,
@@ -110,7 +112,10 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
 def make_losses(
     settings: Settings, task: LanguageTask, parts: AdaptedModel, mesh: Mesh | None = None
 ) -> Losses:
-    """Without logits where the head is frozen; on a mesh `model.loss_chunk` is for each part of a batch."""
+    """Returns the loss functions; with a frozen head they never store the full logits.
+
+    On a mesh, `model.loss_chunk` applies to each data-parallel part of a batch.
+    """
     chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
     chunk = chunk if head_is_frozen(parts) else None
     train = task.loss_fn(parts.model, chunk=chunk)
@@ -120,7 +125,7 @@ def make_losses(
 
 
 def head_is_frozen(parts: AdaptedModel) -> bool:
-    """Whether neither the head's weights nor an adapter of it is trained."""
+    """Whether the head is frozen: neither its weights nor an adapter on it is trained."""
     model: Any = parts.base.model
     head = HEADS[model.config.tie_word_embeddings]
     return not any(head in path.split("/") for path in leaves_by_path(parts.trainable))
@@ -138,7 +143,7 @@ def _read(settings: Settings, value: str) -> list[Any]:
 def _split_by_question(
     examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int
 ) -> dict[str, list]:
-    """Splits by the first user message: the same question is never in two splits."""
+    """Splits by the first user message, so that a question is never in two splits."""
     texts = [
         e.prompt
         if isinstance(e, Question)
@@ -152,7 +157,7 @@ def _split_by_question(
 def _encode(
     settings: Settings, tools: tuple[Tokenizer, ChatTemplate], examples: Sequence[Chat | Question]
 ) -> tuple[Batch, int]:
-    """Rows of `max_length` tokens, and how many conversations were truncated."""
+    """Encodes examples in rows of `max_length` tokens; also returns how many were truncated."""
     chats = []
     for example in examples:
         if isinstance(example, Question):

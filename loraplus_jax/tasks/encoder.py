@@ -35,9 +35,9 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
 
 
 def placeholder_data(settings: Settings) -> TaskData:
-    """The task and one row of the columns that training takes, for settings whose data is not at hand.
+    """Returns the task and one row of training columns, for settings whose data is not available.
 
-    How many classes there are is in the data: two are taken.
+    The number of classes depends on the data, so two are assumed.
     """
     ids = np.zeros((1, settings.data.max_length), np.int32)
     columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
@@ -50,10 +50,10 @@ def placeholder_data(settings: Settings) -> TaskData:
 def load_split(
     settings: Settings, directory: Path, task: EncoderTask, split: str | None, data: str | None
 ) -> tuple[Batch, int]:
-    """One split of a run's own data, or another labelled file, as evaluation takes it; and how many texts it has.
+    """Loads a split of the run's data, or another labelled file, for evaluation; also returns its number of texts.
 
     Raises:
-      KeyError: no such split.
+      KeyError: there is no such split.
     """
     if data is None:
         rows = load_splits(settings.data, functools.partial(resolve, kind="data"))[split or "test"]
@@ -63,29 +63,30 @@ def load_split(
 
 
 def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
-    """The directory's tokenizer at `data.max_length`, which the model must be able to take."""
+    """Loads the directory's tokenizer for `data.max_length`; raises a ValueError if they do not fit the model."""
     config = model_config(settings.model, directory)
     if settings.data.max_length > config.max_length:
         raise ValueError(
-            f"data.max_length is {settings.data.max_length}, the model takes {config.max_length} tokens at most"
+            f"data.max_length must be at most {config.max_length} tokens for this model, "
+            f"got {settings.data.max_length}"
         )
     tokenizer = load_tokenizer(directory, settings.data.max_length)
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= config.vocab_size:
         raise ValueError(
-            f"{directory}: the tokenizer does not fit the model: {token!r} has the id {largest}, the model's "
-            f"vocab_size is {config.vocab_size}"
+            f"{directory}: the tokenizer does not fit the model: token {token!r} has id {largest}, but vocab_size "
+            f"is {config.vocab_size}"
         )
     return tokenizer
 
 
 def encode_rows(rows: LabelledTexts, task: EncoderTask, tokenizer: Tokenizer) -> Batch:
-    """Token arrays and labels of rows."""
+    """Tokenizes rows and adds their labels."""
     return encode_texts(rows.texts, rows.pairs, tokenizer)[0] | {"label": task.labels(rows)}
 
 
 def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
-    """The encoder's config, its dropout rates replaced where the settings give one."""
+    """Loads the encoder's config; `dropout`, if set, replaces its dropout rates."""
     config = BertConfig.from_hf(load_config(directory))
     if settings.dropout is None:
         return config
@@ -95,7 +96,7 @@ def model_config(settings: ModelSettings, directory: Path) -> BertConfig:
 
 
 def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseModel:
-    """The encoder with its new head; it takes `input_ids`, `attention_mask` and `token_type_ids`."""
+    """Creates the encoder with a new head; its inputs are `input_ids`, `attention_mask` and `token_type_ids`."""
     model_settings = settings.model
     config = model_config(model_settings, directory)
     model = BertForSequence(
@@ -114,6 +115,6 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
 
 
 def make_losses(settings: Settings, task: Any, parts: AdaptedModel, mesh: Mesh | None = None) -> Losses:
-    """The same loss for training and evaluation."""
+    """Returns the loss function, the same for training and evaluation."""
     loss_fn = task.loss_fn(parts.model)
     return Losses(loss_fn, loss_fn)

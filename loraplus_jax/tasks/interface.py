@@ -1,4 +1,4 @@
-"""What the application needs to know of a kind of model: an encoder with a head, or a language model."""
+"""What training needs to know about a kind of model: an encoder with a head, or a language model."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +14,7 @@ from ..train_step import LossFn
 
 
 class TaskProtocol(Protocol):
-    """What is learned, and what of the training data is needed to use it again."""
+    """A task, with what inference needs to know about the training data."""
 
     @property
     def kind(self) -> str:
@@ -28,26 +28,26 @@ class TaskProtocol(Protocol):
 
     @property
     def mode(self) -> Any:
-        """`"min"` or `"max"`: which of two values of the metric is better."""
+        """`"min"` if a lower metric is better, `"max"` if a higher one is."""
         ...
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Metrics that are no means themselves, from those that are."""
+        """Computes the metrics that are not means over the data, from those that are."""
         ...
 
     def notes(self) -> dict[str, Any]:
-        """The task as JSON."""
+        """Returns the task as JSON values."""
         ...
 
 
 class TaskData(NamedTuple):
-    """The task that the data poses, and its splits as arrays.
+    """A task and its data, split and tokenized.
 
     Attributes:
-      task: what is learned.
-      splits: split name to columns of one length; all but `train` have the columns that evaluation takes.
-      examples: split name to how many texts, conversations or questions it has.
-      truncated: split name to how many of them were too long and cut.
+      task: the task.
+      splits: columns of equal length, by split; all but `train` have the columns for evaluation.
+      examples: number of texts, conversations or questions, by split.
+      truncated: number of truncated examples, by split.
     """
 
     task: TaskProtocol
@@ -57,15 +57,15 @@ class TaskData(NamedTuple):
 
 
 class BaseModel(NamedTuple):
-    """A model before adapters.
+    """A model without adapters.
 
     Attributes:
       model: the module.
-      table: where the tensors of its files go.
-      new: prefixes of parameters that no file has.
-      inputs: shapes of what it is called with.
-      rules: where its parameters lie on a mesh.
-      tensor_sizes: what the mesh's tensor axis must divide, by name.
+      table: maps tensors in checkpoint files to parameters.
+      new: prefixes of parameters that no checkpoint has.
+      inputs: shapes and dtypes of the inputs.
+      rules: sharding rules of the parameters.
+      tensor_sizes: sizes that the mesh's tensor axis must divide, by name.
     """
 
     model: nn.Module
@@ -77,13 +77,13 @@ class BaseModel(NamedTuple):
 
 
 class AdaptedModel(NamedTuple):
-    """A model ready to train or to use.
+    """A model ready for training or inference.
 
     Attributes:
       base: the model without adapters.
-      model: with its adapters on.
-      specs: what is adapted.
-      trainable, frozen: its variables, apart.
+      model: the module, with adapters if any.
+      specs: adapter specs by path.
+      trainable, frozen: trainable and frozen variables.
     """
 
     base: BaseModel
@@ -94,12 +94,12 @@ class AdaptedModel(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Loss functions of training and of evaluation."""
+    """Loss functions for training and evaluation."""
 
     train: LossFn
     evaluate: LossFn
 
 
 def row_count(columns: Mapping[str, Any]) -> int:
-    """How many rows columns of one length have."""
+    """Returns the number of rows of columns of equal length."""
     return len(next(iter(columns.values())))

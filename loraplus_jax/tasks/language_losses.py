@@ -1,4 +1,4 @@
-"""What a language model learns: the answers in conversations, or which of several answers is right."""
+"""Tasks of language models and their losses: instruction tuning and multiple choice."""
 
 import dataclasses
 import functools
@@ -21,12 +21,12 @@ Kind = Literal["instruction", "multiple_choice"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageTask:
-    """A task of a causal language model; the loss is always the mean cross-entropy of the answers' tokens.
+    """A task of a causal language model; the loss is the mean cross-entropy of the answer tokens.
 
     Attributes:
-      kind: which of the two. Multiple choice learns the right answers as if they were the only ones, and is
-        evaluated by which answer the model holds for the likeliest.
-      template: the text of a chat template that the user named as a file, so that the adapter keeps it.
+      kind: `"instruction"` or `"multiple_choice"`. Multiple choice trains only on the correct choices, and is
+        evaluated by which choice the model finds most likely.
+      template: text of the chat template file that the user chose, saved with the adapter; None if they chose none.
     """
 
     kind: Kind
@@ -39,24 +39,24 @@ class LanguageTask:
 
     @property
     def mode(self) -> Literal["min", "max"]:
-        """Whether the metric is better when smaller or larger."""
+        """`"min"` for perplexity, `"max"` for accuracy."""
         return "min" if self.kind == "instruction" else "max"
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """The perplexity `exp(loss)`, infinite where that is more than a float holds."""
+        """Computes the perplexity `exp(loss)`; infinite if it would overflow."""
         loss = means["loss"]
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
 
     def notes(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the task as JSON values."""
         return dataclasses.asdict(self)
 
     def loss_fn(self, model: nn.Module, *, chunk: int | None) -> LossFn:
-        """The loss of a batch with `input_ids`, `segment_ids` and `loss_mask` (B, T), and `weight` (B,).
+        """Returns the loss on batches of `input_ids`, `segment_ids` and `loss_mask` (B, T), and `weight` (B,).
 
         Args:
-          model: a `Llama`, with adapters or without.
-          chunk: tokens whose logits exist at once, for a head that is frozen; None for one that is trained.
+          model: a `Llama`, with or without adapters.
+          chunk: tokens per chunk of the cross-entropy, for a frozen head; None to compute all logits at once.
         """
         token_losses = functools.partial(_token_losses, model, chunk)
 
@@ -68,10 +68,10 @@ class LanguageTask:
         return loss_fn
 
     def choice_fn(self, model: nn.Module, *, chunk: int | None) -> LossFn:
-        """Loss and metrics of a batch as `encode_choices` makes it, with `weight` (B,).
+        """Returns the loss and metrics on batches from `encode_choices`, with `weight` (B,).
 
-        The loss is that of the right choices' tokens. A question counts as right in `accuracy` where the right
-        choice has the largest log-likelihood, in `accuracy_per_byte` where it has the largest one a byte of text.
+        The loss is that of the correct choices' tokens. `accuracy` is the share of questions whose correct choice
+        has the largest log-likelihood; `accuracy_per_byte` compares the log-likelihood per byte of text.
         """
         token_losses = functools.partial(_token_losses, model, chunk)
 
@@ -83,17 +83,17 @@ class LanguageTask:
             losses = token_losses(variables, ids, segments, rng).reshape(mask.shape) * mask
             weight, answer = batch["weight"], batch["answer"]
             total = -jnp.sum(losses, axis=-1)
-            absent = jnp.arange(choices)[None] >= batch["n_choices"][:, None]
+            padded = jnp.arange(choices)[None] >= batch["n_choices"][:, None]
 
             def accuracy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-                best = jnp.argmax(jnp.where(absent, -jnp.inf, scores), axis=-1)
+                best = jnp.argmax(jnp.where(padded, -jnp.inf, scores), axis=-1)
                 return jnp.sum((best == answer) * weight), jnp.sum(weight)
 
-            def of_answer(values: jax.Array) -> jax.Array:
+            def sum_of_correct(values: jax.Array) -> jax.Array:
                 picked = jnp.take_along_axis(values, answer[:, None], axis=1)[:, 0]
                 return jnp.sum(picked * weight)
 
-            loss = (of_answer(-total), of_answer(jnp.sum(mask, axis=-1)))
+            loss = (sum_of_correct(-total), sum_of_correct(jnp.sum(mask, axis=-1)))
             return loss, {
                 "accuracy": accuracy(total),
                 "accuracy_per_byte": accuracy(total / batch["byte_lengths"]),
@@ -115,7 +115,7 @@ def _token_losses(
     segment_ids: jax.Array,
     rng: Any,
 ) -> jax.Array:
-    """The cross-entropy of each token's successor, float32 (B, T); at the last token it means nothing."""
+    """Returns the cross-entropy of the next token at each position, float32 (B, T); the last is meaningless."""
     rngs = None if rng is None else {"dropout": rng}
     labels = jnp.roll(input_ids, -1, axis=1)
     if chunk is None:

@@ -1,4 +1,4 @@
-"""Answers of a language model to what users ask, by its chat template."""
+"""Generates answers to prompts with a language model and its chat template."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ class ChatModel:
     """A model that answers conversations.
 
     Attributes:
-      tokenizer, template: the model's.
-      generate: see `make_generate`.
-      longest: tokens of a prompt at most, so that prompt and answer do not exceed what the model takes.
+      tokenizer, template: the model's tokenizer and chat template.
+      generate: the generation function, see `make_generate`.
+      longest: maximum prompt tokens, so that prompt and answer fit the model's context.
     """
 
     tokenizer: Tokenizer
@@ -43,10 +43,10 @@ class ChatModel:
     def from_settings(
         cls, settings: Settings, directory: Path, task: LanguageTask | None, model: nn.Module, new_tokens: int
     ) -> "ChatModel":
-        """For a language model of a directory or GGUF file, with adapters or without.
+        """Creates a chat model from `model` and the files of its directory or GGUF file, with or without adapters.
 
         Raises:
-          ValueError: `new_tokens` leaves no room for a prompt, or nothing says where answers end.
+          ValueError: `new_tokens` leaves no room for a prompt, or no end-of-turn token is known.
         """
         config, (tokenizer, template) = (
             model_config(directory),
@@ -54,33 +54,37 @@ class ChatModel:
         )
         if new_tokens >= config.max_length:
             raise ValueError(
-                f"answers of {new_tokens} tokens leave no room for a prompt: the model takes {config.max_length}"
+                f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
+                f"{config.max_length}"
             )
         stop = sorted({*stop_ids(directory), *end_of_turn_ids(tokenizer, template)})
         if not stop:
-            raise ValueError(f"{directory} names no token that ends a text, and the chat template shows none")
+            raise ValueError(
+                f"{directory} has no eos_token_id, and the chat template does not show how answers end: "
+                "set eos_token_id or use another template"
+            )
         dtype = jnp.dtype(settings.model.dtype)
         generate = make_generate(model, config, new_tokens=new_tokens, stop=stop, dtype=dtype)
         return cls(tokenizer, template, generate, config.max_length - new_tokens)
 
     def encode(self, chats: Sequence[Sequence[Turn]]) -> list[list[int]]:
-        """The tokens of conversations up to where an answer begins.
+        """Tokenizes conversations up to the start of the answer.
 
         Raises:
-          ValueError: one is too long, or the template makes nothing of one.
+          ValueError: a prompt is too long, or the template fails or renders it to no tokens.
         """
         texts = [self.template.render(turns, add_generation_prompt=True) for turns in chats]
         prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
         if empty := [n for n, ids in enumerate(prompts, 1) if not ids]:
             raise ValueError(
-                f"the chat template of {self.template.origin} makes no tokens of prompt {empty[0]} "
-                f"of {len(prompts)}"
+                f"prompt {empty[0]} of {len(prompts)} has no tokens after the chat template of "
+                f"{self.template.origin}"
             )
         if too_long := [len(ids) for ids in prompts if len(ids) > self.longest]:
             number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
             raise ValueError(
-                f"prompt {number} of {len(prompts)} has {too_long[0]} tokens; with the longest answer asked for "
-                f"the model takes {self.longest}: make it or the answer shorter"
+                f"prompt {number} of {len(prompts)} has {too_long[0]} tokens, but the answer leaves room for "
+                f"{self.longest}: shorten the prompt or the answer"
             )
         return prompts
 
@@ -93,27 +97,27 @@ class ChatModel:
         seed: int = 0,
         batch_size: int = 8,
     ) -> list[str]:
-        """The answers, without special tokens. All batches have one shape, so that one program makes them.
+        """Generates the answers, without special tokens; all batches have one shape and share a compiled program.
 
-        Draws of an answer depend on the seed and on which of the conversations it answers, not on the batches.
+        Sampling depends on the seed and the index of the conversation, not on the batches.
         """
         prompts = self.encode(chats)
         rows = min(batch_size, len(prompts))
         ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
-        batches = [slice(at, at + rows) for at in range(0, len(ids), rows)]
-        batch_tokens = [self.generate(variables, ids[at], segments[at], sampling, keys[at]) for at in batches]
+        batches = [slice(start, start + rows) for start in range(0, len(ids), rows)]
+        batch_tokens = [self.generate(variables, ids[b], segments[b], sampling, keys[b]) for b in batches]
         tokens = np.concatenate(gather_to_host(batch_tokens))[: len(prompts)]
         if np.any(tokens == NONFINITE_LOGITS):
             raise ValueError(
-                "the model's scores are not finite: look at the weights and the dtype, and at training"
+                "the model's logits are not finite: check the weights, the dtype and the training loss"
             )
         return [self.tokenizer.decode(row[row != PAD_AFTER_END].tolist()).strip() for row in tokens]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplePrompt:
-    """One prompt, to be answered before and after training."""
+    """A prompt to answer before and after training."""
 
     prompt: str
     speaker: ChatModel
@@ -122,21 +126,21 @@ class SamplePrompt:
     def from_settings(
         cls, settings: Settings, directory: Path, task: LanguageTask, model: nn.Module
     ) -> "SamplePrompt":
-        """That of `train.prompt`; one that is too long is a ValueError."""
+        """Creates the prompt of `train.prompt`; raises a ValueError if it is too long."""
         prompt, train = settings.train.prompt or "", settings.train
-        speaker = ChatModel.from_settings(settings, directory, task, model, train.prompt_tokens)
-        speaker.encode([(Turn("user", prompt),)])
-        return cls(prompt, speaker)
+        chat_model = ChatModel.from_settings(settings, directory, task, model, train.prompt_tokens)
+        chat_model.encode([(Turn("user", prompt),)])
+        return cls(prompt, chat_model)
 
     def ask(self, variables: Any) -> str:
-        """What the model says, always taking the likeliest token."""
+        """Returns the model's answer, decoded greedily."""
         return self.speaker.answer(variables, [(Turn("user", self.prompt),)])[0]
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
-    """The token that ends an answer, as the template writes it and training teaches the model to say it.
+    """Returns the id of the token that ends an answer in the template, which training teaches the model to emit.
 
-    None where the template does not show where answers lie: such a one can answer, but not train.
+    Empty if the template does not show where answers are: such a template can generate, but not train.
     """
     chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
     try:

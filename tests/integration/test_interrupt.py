@@ -153,9 +153,10 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_is_not_made_again(wo
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda path: path.unlink(), ["0 whole rows"]),
+        (lambda path: path.unlink(), ["0 complete rows"]),
         long(
-            lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])), ["2 whole rows"]
+            lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])),
+            ["2 complete rows"],
         ),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"}\n", b"}", 1)), ["row", "numbers"]),
         long(lambda path: path.write_bytes(b"5\n" + path.read_bytes()), ["metrics.jsonl:1", "row"]),

@@ -6,10 +6,11 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax import LoRAPlusConfig, load_adapter, save_adapter
+from loraplus_jax import LoRAPlusConfig, load_adapter, lora_plus_adamw, save_adapter
 from loraplus_jax.interop.adapter_files import read_adapter_json
 from loraplus_jax.spec import AdapterSpec
 
@@ -236,3 +237,17 @@ def test_only_an_adapter_is_ever_replaced(tmp_path):
     for value in (1.0, 2.0):
         save_adapter(tmp_path / "adapter", {"params": {"w": jnp.full(1, value)}}, {}, None)
     assert load_adapter(tmp_path / "adapter").extras["params"]["w"] == 2.0
+
+
+def test_the_ratio_that_was_trained_with_is_recorded(tmp_path):
+    lora = trainable()["lora"]
+    state = optax.chain(lora_plus_adamw(1e-3, 2.5)).init({"lora": lora})
+    save_adapter(tmp_path, lora, SPECS, CONFIG, opt_state=state)
+    assert load_adapter(tmp_path).config.lr_ratio == 2.5
+
+
+def test_lists_of_layers_are_saved(tmp_path):
+    pair = {"lora_a": drawn(4, 2), "lora_b": drawn(2, 3)}
+    table = {"layers/0": spec("params/layers/0/kernel", (4, 3), ())}
+    save_adapter(tmp_path, {"layers": {0: pair}}, table, CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path).lora["layers"]["0"], pair)

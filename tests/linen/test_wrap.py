@@ -737,3 +737,58 @@ def test_trees_without_their_collection_are_named():
     with pytest.raises(ValueError, match=mentions("params", "'up'")):
         merge(base["params"], lora, specs)
     assert_equal(merge(base, {"lora": lora}, specs), merge(base, lora, specs))
+
+
+class Many(nn.Module):
+    """Layers in a list, and names that are no methods: a function as a field, a static method."""
+
+    act: object = nn.relu
+    dtype: object = jnp.float32
+
+    def setup(self):
+        self.layers, self.named = [nn.Dense(4), nn.Dense(4)], {"up": nn.Dense(4)}
+
+    def __call__(self, x):
+        return self.named["up"](self.layers[1](self.layers[0](x)))
+
+    @staticmethod
+    def size(n):
+        return 2 * n
+
+    @nn.nowrap
+    def carry(self, n):
+        return jnp.zeros(n)
+
+
+def test_layers_in_containers_run_with_their_adapters_and_all_else_is_as_it_is():
+    inner = Many(act=nn.gelu, dtype=jnp.bfloat16)
+    model = apply_lora_plus(
+        inner, LoRAPlusConfig(target_modules=["layers_0", "layers_1", "named_up"], rank=2)
+    )
+    assert (model.act, model.dtype, model.size(3), model.carry(2).shape) == (nn.gelu, jnp.bfloat16, 6, (2,))
+    variables = randomised(jax.eval_shape(model.init, KEY, X))
+    bound = model.bind(variables)
+    assert len(bound.layers) == 2
+    y = bound.named["up"](bound.layers[1](bound.layers[0](X)))
+    np.testing.assert_allclose(y, model.apply(variables, X), rtol=1e-6)
+
+
+class OnlyEncodes(nn.Module):
+    backbone: nn.Module
+
+    def __call__(self, x):
+        return self.backbone.encode(x)
+
+
+@pytest.mark.parametrize("targets", [["up", "typo"], ["typo"]])
+def test_rules_are_checked_where_an_outer_model_calls_one_method_only(targets):
+    model = OnlyEncodes(apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=targets, rank=2)))
+    with pytest.raises(ValueError, match=mentions("target_modules", "'typo'")):
+        init_lora(model, KEY, X)
+
+
+def test_a_rule_without_an_adapter_in_the_variables_is_named():
+    inner, two = Setup(), LoRAPlusConfig(target_modules=["up", "down"], rank=2)
+    variables = variables_of(apply_lora_plus(inner, CONFIG))
+    with pytest.raises(ValueError, match=mentions("target_modules", "'down'")):
+        apply_lora_plus(inner, two).apply(variables, X, method="encode")

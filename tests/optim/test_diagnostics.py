@@ -68,8 +68,21 @@ def test_describe_of_what_it_does_not_know():
     with pytest.raises(TypeError, match="lora_plus_adamw"):
         describe(TRAINABLE, optax.adam(1e-3).init(TRAINABLE))
     state = lora_plus_adamw(1e-3, 4.0).init(TRAINABLE["lora"])
-    with pytest.raises(ValueError, match="lora/enc/q/lora_a"):
+    with pytest.raises(TypeError, match="the tree it was made for"):
         describe(TRAINABLE, state)
+
+
+def test_describe_beside_another_optimizer():
+    parts = {"plus": lora_plus_adamw(1e-3, 4.0), "other": optax.adam(0.5)}
+    labels = {"lora": "plus", "params": "other"}
+    tx = optax.multi_transform(parts, labels)
+    table = describe(TRAINABLE, tx.init(TRAINABLE))
+    assert [(row.role, row.rate) for row in table.rows] == [
+        ("a", pytest.approx(1e-3)),
+        ("b", pytest.approx(4e-3)),
+        ("extra", None),
+    ]
+    assert "params/head/bias   4      extra  -     -      -      4" in str(table)
 
 
 # What is trained beside plain factors: an embedding's, a head, biases and norms.

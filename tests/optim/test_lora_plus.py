@@ -1,5 +1,6 @@
 """B learns lambda times faster than A, exactly: at every step, under any optimizer, however many adapters."""
 
+import copy
 import math
 
 import jax
@@ -490,3 +491,17 @@ def test_accumulation_wraps_the_groups():
         mean = jax.tree.map(lambda a, b: (a + b) / 2, *parts)
         expected, whole = tx.update(mean, whole, params)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
+
+
+def test_groups_of_peft_keep_their_decay_beside_other_settings():
+    rates = lora_plus_adamw(
+        1e-4, 4.0, weight_decay=0.1, policy="peft", by_role={"vector": {"b2": 0.9}}
+    ).rates(0)
+    assert rates["vector"] == (4e-4, 0.0)
+
+
+def test_a_transform_may_be_copied():
+    tx = lora_plus_adamw(0.1, 4.0)
+    for other in (copy.copy(tx), copy.deepcopy(tx)):
+        assert other.rates(0) == tx.rates(0)
+        assert isinstance(other, optax.GradientTransformation)

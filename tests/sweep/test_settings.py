@@ -243,7 +243,7 @@ BAD = [
         ("--sweep.learning_rates", "1e-3"),
         ["sweep.learning_rates", "numbers", "null", 0.001],
     ),
-    (("--sweep.ranks", "[4,x]"), ["sweep.ranks[1]", "whole number", "'x'"]),
+    (("--sweep.ranks", "[4,x]"), ["sweep.ranks[1]", "integer", "'x'"]),
     (("--sweep.rungs", "0.5"), ["sweep.rungs", "numbers", 0.5]),
     (("--sweep.target", "low"), ["sweep.target", "number", "null", "low"]),
     (("--method", "lora"), ["method", "lora_plus", "lora"]),

@@ -32,7 +32,7 @@ START = b"GGUF" + struct.pack("<I", 3)
         (START + u64(2**40, 0), f"{2**40} tensors"),
         (START + u64(0, 2**64 - 1), f"{2**64 - 1} metadata entries"),
         (START + u64(0, 1, 2**63) + bytes(20), f"{2**63} bytes"),
-        (START + u64(0, 1, 1) + b"k" + struct.pack("<II", 9, 8) + u64(2**61), f"{2**61} texts"),
+        (START + u64(0, 1, 1) + b"k" + struct.pack("<II", 9, 8) + u64(2**61), f"{2**61} strings"),
         (
             START + u64(0, 1, 1) + b"k" + struct.pack("<II", 9, 6) + u64(2**62),
             f"{2**62} numbers",

@@ -1,0 +1,128 @@
+"""The site: the pages of this folder, and a reference that is generated from the package itself."""
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+project = "loraplus_jax"
+author = "the loraplus_jax authors"
+extensions = ["myst_nb", "sphinx_design", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "sphinx_book_theme"
+html_title = "LoRA+ for JAX and Flax"
+html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False}
+exclude_patterns = ["_build"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # tests/test_docs.py runs the blocks
+autosummary_generate = True
+autosummary_ignore_module_all = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+napoleon_numpy_docstring = False
+
+PUBLIC = ("", "optim", "linen", "interop")
+"""The departments whose modules are the public API; the rest is the application."""
+
+
+def public_modules() -> list[str]:
+    """Dotted names of the public modules, those of the core first."""
+    package = importlib.import_module("loraplus_jax")
+    names = []
+    for folder in PUBLIC:
+        path = Path(package.__file__).parent / folder
+        prefix = f"loraplus_jax.{folder}." if folder else "loraplus_jax."
+        modules = [m.name for m in pkgutil.iter_modules([str(path)]) if not m.ispkg and not m.name.startswith("_")]
+        names += [prefix + name for name in modules if prefix + name != "loraplus_jax.cli"]
+    return names
+
+
+def public_names(module: str) -> list[str]:
+    """Functions and classes that a module defines, in order."""
+    loaded = importlib.import_module(module)
+    own = [(n, x) for n, x in vars(loaded).items() if inspect.isclass(x) or inspect.isfunction(x)]
+    return [n for n, x in own if not n.startswith("_") and x.__module__ == module]
+
+
+def write_api(directory: Path) -> None:
+    """Every public symbol by autosummary, and the names at the package's root."""
+    import loraplus_jax
+
+    root = [n for n, x in vars(loraplus_jax).items() if not n.startswith("_") and not inspect.ismodule(x)]
+    lines = ["# API", "", "`from loraplus_jax import ...` gives:", ""]
+    lines += [", ".join(f"{{py:obj}}`~{getattr(loraplus_jax, n).__module__}.{n}`" for n in root), ""]
+    for module in public_modules():
+        summary = (importlib.import_module(module).__doc__ or "").strip().splitlines()[0]
+        names = public_names(module)
+        if not names:
+            continue
+        lines += [f"## {module}", "", summary, "", "```{eval-rst}", f".. currentmodule:: {module}", ""]
+        lines += [".. autosummary::", "   :toctree: generated", "", *(f"   {name}" for name in names), "```", ""]
+    (directory / "api.md").write_text("\n".join(lines) + "\n")
+
+
+def write_settings(directory: Path) -> None:
+    """Every setting of the command line, from the schema."""
+    from loraplus_jax.settings.parsing import describe_type, setting_fields
+    from loraplus_jax.sweep.settings import SweepRun
+
+    lines = ["# Settings", "", "Each is a key of the YAML file and an option `--section.field VALUE`.", ""]
+    section = None
+    for field in setting_fields(SweepRun):
+        first = field.name.partition(".")[0] if "." in field.name else "run"
+        if first != section:
+            section = first
+            lines += ["", f"## {section}", "", "| setting | takes | default | meaning |", "| --- | --- | --- | --- |"]
+        cells = (f"`{field.name}`", describe_type(field.type), "required" if field.required else f"`{json.dumps(field.default)}`", field.text)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    (directory / "settings.md").write_text("\n".join(lines) + "\n")
+
+
+def write_errors(directory: Path) -> None:
+    """The messages of all errors, by module, from the source."""
+    package = HERE.parent / "loraplus_jax"
+    lines = ["# Error index", "", "Every message that the package raises; `{...}` stands for a value.", ""]
+    for path in sorted(package.rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = [(node.lineno, *_message(node.exc)) for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        rows = [(kind, text) for _, kind, text in sorted(found) if text]
+        if rows:
+            name = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
+            lines += [f"## {name}", "", "| error | message |", "| --- | --- |"]
+            lines += [f"| {kind} | {text} |" for kind, text in rows] + [""]
+    (directory / "errors.md").write_text("\n".join(lines) + "\n")
+
+
+def _message(raised: ast.expr | None) -> tuple[str, str]:
+    """The class and the text of what is raised."""
+    if not isinstance(raised, ast.Call) or not isinstance(raised.func, ast.Name) or not raised.args:
+        return "", ""
+    parts = ast.walk(raised.args[0]) if not isinstance(raised.args[0], ast.JoinedStr) else raised.args[0].values
+    text = ""
+    for part in parts:
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            text += part.value
+        elif isinstance(part, ast.FormattedValue):
+            text += "{...}"
+    for sign in "\\`*_|<>[]{}$":
+        text = text.replace(sign, f"\\{sign}")
+    return raised.func.id, " ".join(text.split())
+
+
+def generate(directory: Path = HERE / "reference") -> None:
+    """Writes the generated pages."""
+    directory.mkdir(exist_ok=True)
+    for write in (write_api, write_settings, write_errors):
+        write(directory)
+    (directory / "changelog.md").write_text("```{include} ../../CHANGELOG.md\n```\n")
+
+
+def setup(app: object) -> None:
+    """Called by Sphinx."""
+    generate()
