@@ -1,4 +1,4 @@
-"""The `loraplus` command: one line on Ctrl-C and SIGTERM from its first moment, which is before JAX is imported."""
+"""The `loraplus` command; handles Ctrl-C and SIGTERM from the start, before JAX is imported."""
 
 import os
 import signal
@@ -13,50 +13,50 @@ ENDING = threading.Lock()
 def run() -> None:
     """Runs the command line and ends the process."""
     listen()
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook = _print_unraisable
     from loraplus_jax.cli import main
 
     try:
         code = main()
-    except Exception:  # a fault of ours: of several processes, Python's own exit would wait for the others
+    except Exception:  # a bug; a normal exit would wait for the other processes of the run
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
-        os._exit(code)  # at once: after a failed save, orbax's threads would keep the process for minutes
+        os._exit(code)  # after a failed save, orbax's threads would delay a normal exit by minutes
 
 
 def listen() -> None:
-    """Ends the process at a signal, unless training has put a handler of its own in the place of ours.
+    """Ends the process on SIGINT or SIGTERM, unless training has installed its own handler.
 
-    Python calls handlers between two of its instructions only, and one of them may be a compilation of minutes: so
-    a thread is told of signals too.
+    Python runs handlers only between bytecode instructions, and one of those may compile for minutes. So a thread
+    listens for signals too.
     """
     for number in WORDS:
-        signal.signal(number, _interrupted)
+        signal.signal(number, _exit_on_signal)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def wait() -> None:
-        while told := os.read(reader, 1):
-            if signal.getsignal(told[0]) is _interrupted:
-                _interrupted(told[0], None)
+        while received := os.read(reader, 1):
+            if signal.getsignal(received[0]) is _exit_on_signal:
+                _exit_on_signal(received[0], None)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _interrupted(number: int, frame: object) -> None:
-    """At once, and by no exception, which may get lost in a callback. Of two threads that come here one says so."""
+def _exit_on_signal(number: int, frame: object) -> None:
+    """Exits immediately; an exception could get lost in a callback. Only the first of two threads prints."""
     if not ENDING.acquire(blocking=False):
         return
     os.write(2, b"loraplus: %s\n" % WORDS[signal.Signals(number)])
     os._exit(128 + number)
 
 
-def _unraisable(problem: "sys.UnraisableHookArgs") -> None:
-    """Quiet about writes of a failed save that outlive their event loop: one line says what failed."""
+def _print_unraisable(problem: "sys.UnraisableHookArgs") -> None:
+    """Hides writes of a failed save that outlive their event loop; the save itself reports its error."""
     if str(problem.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(problem)
 

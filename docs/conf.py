@@ -13,7 +13,14 @@ sys.path.insert(0, str(HERE.parent))
 
 project = "loraplus_jax"
 author = "the loraplus_jax authors"
-extensions = ["myst_nb", "sphinx_design", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_nb",
+    "sphinx_design",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
 html_theme = "sphinx_book_theme"
 html_title = "LoRA+ for JAX and Flax"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False}
@@ -38,7 +45,9 @@ def public_modules() -> list[str]:
     for folder in PUBLIC:
         path = Path(package.__file__).parent / folder
         prefix = f"loraplus_jax.{folder}." if folder else "loraplus_jax."
-        modules = [m.name for m in pkgutil.iter_modules([str(path)]) if not m.ispkg and not m.name.startswith("_")]
+        modules = [
+            m.name for m in pkgutil.iter_modules([str(path)]) if not m.ispkg and not m.name.startswith("_")
+        ]
         names += [prefix + name for name in modules if prefix + name != "loraplus_jax.cli"]
     return names
 
@@ -63,7 +72,14 @@ def write_api(directory: Path) -> None:
         if not names:
             continue
         lines += [f"## {module}", "", summary, "", "```{eval-rst}", f".. currentmodule:: {module}", ""]
-        lines += [".. autosummary::", "   :toctree: generated", "", *(f"   {name}" for name in names), "```", ""]
+        lines += [
+            ".. autosummary::",
+            "   :toctree: generated",
+            "",
+            *(f"   {name}" for name in names),
+            "```",
+            "",
+        ]
     (directory / "api.md").write_text("\n".join(lines) + "\n")
 
 
@@ -78,8 +94,19 @@ def write_settings(directory: Path) -> None:
         first = field.name.partition(".")[0] if "." in field.name else "run"
         if first != section:
             section = first
-            lines += ["", f"## {section}", "", "| setting | takes | default | meaning |", "| --- | --- | --- | --- |"]
-        cells = (f"`{field.name}`", describe_type(field.type), "required" if field.required else f"`{json.dumps(field.default)}`", field.text)
+            lines += [
+                "",
+                f"## {section}",
+                "",
+                "| setting | takes | default | meaning |",
+                "| --- | --- | --- | --- |",
+            ]
+        cells = (
+            f"`{field.name}`",
+            describe_type(field.type),
+            "required" if field.required else f"`{json.dumps(field.default)}`",
+            field.text,
+        )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     (directory / "settings.md").write_text("\n".join(lines) + "\n")
 
@@ -103,7 +130,9 @@ def _message(raised: ast.expr | None) -> tuple[str, str]:
     """The class and the text of what is raised."""
     if not isinstance(raised, ast.Call) or not isinstance(raised.func, ast.Name) or not raised.args:
         return "", ""
-    parts = ast.walk(raised.args[0]) if not isinstance(raised.args[0], ast.JoinedStr) else raised.args[0].values
+    parts = (
+        ast.walk(raised.args[0]) if not isinstance(raised.args[0], ast.JoinedStr) else raised.args[0].values
+    )
     text = ""
     for part in parts:
         if isinstance(part, ast.Constant) and isinstance(part.value, str):

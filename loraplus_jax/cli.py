@@ -11,29 +11,36 @@ from pathlib import Path
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 TRACEBACK = "LORAPLUS_TRACEBACK"
 WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect", "plan"), ("--fresh", "--help", "-h")
+RUN_HELP = "finished run, adapter directory or merged model"
+PEFT_CONFIG_HELP = "for a PEFT adapter: a training config with the same data and task"
 OPTIONS = {"plan": ("--topology", "--json")}
-"""Options with a value that are no settings, by command."""
+"""Options that take a value and are not settings, by command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 after a clear message for input that cannot be used."""
+    """Runs one command, prints errors as one line, and returns the exit code.
+
+    The code is 0 on success, 1 if training fails, 2 for invalid input, and 128 plus the signal number if stopped.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Orbax logs what it raises, with tracebacks.
+    # Orbax logs tracebacks of the errors that it raises.
     logging.getLogger("absl").setLevel(logging.ERROR if os.environ.get(TRACEBACK) else logging.CRITICAL)
-    # Optional packages are imported by the commands, so that --help is quick and a missing one is named.
+    # The commands import optional packages, so that --help is fast and a missing package is named.
     options, overrides = _parse(arguments)
     try:
         if overrides and options.command not in WITH_SETTINGS:
-            raise ValueError(f"{options.command} does not take {' '.join(overrides)}")
+            raise ValueError(f"{options.command} does not accept {' '.join(overrides)}")
         options.run(options, overrides)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        missing = isinstance(error, ModuleNotFoundError)
-        hint = f"{error.name} is not installed: pip install 'loraplus_jax[train]'" if missing else error
-        return _report(f"error: {hint}", 2)
+        is_missing = isinstance(error, ModuleNotFoundError)
+        message = (
+            f"{error.name} is not installed; run pip install 'loraplus_jax[train]'" if is_missing else error
+        )
+        return _report(f"error: {message}", 2)
     except (MemoryError, RuntimeError) as error:
-        if os.environ.get(TRACEBACK) or not _out_of_memory(error):
+        if os.environ.get(TRACEBACK) or not _is_out_of_memory(error):
             raise
         from .training.memory import MEMORY_ADVICE
 
@@ -44,20 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and for commands with settings the arguments that are settings, a config file before them."""
+    """Splits the arguments into options and settings; only commands with a config file take settings."""
     if not arguments or arguments[0] not in WITH_SETTINGS:
         return _parser().parse_known_args(arguments)
     command, *rest = arguments
     config = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    own, settings = [], []
+    options, settings = [], []
     while rest:
         word = rest.pop(0)
-        is_option = word.partition("=")[0] in OPTIONS.get(command, ())
-        (own if is_option or word in FLAGS else settings).append(word)
-        if is_option and "=" not in word:
-            own += rest[:1]
+        takes_value = word.partition("=")[0] in OPTIONS.get(command, ())
+        (options if takes_value or word in FLAGS else settings).append(word)
+        if takes_value and "=" not in word:
+            options += rest[:1]
             del rest[:1]
-    return _parser().parse_args([command, *config, *own]), settings
+    return _parser().parse_args([command, *config, *options]), settings
 
 
 def _report(message: str, code: int) -> int:
@@ -68,8 +75,8 @@ def _report(message: str, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="loraplus",
-        description="Fine-tunes pretrained models with LoRA+.",
-        epilog=f"{TRACEBACK}=1 shows tracebacks",
+        description="Fine-tune pretrained models with LoRA+.",
+        epilog=f"Set {TRACEBACK}=1 to show tracebacks.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -78,69 +85,85 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, code=0)
         return command
 
-    train = add("train", _train, "train as a config file says", add_help=False)
-    inspect = add("inspect", _inspect, "show what would be trained, without training", add_help=False)
-    sweep = add("sweep", _sweep, "find out which lambda helps, and whether one does", add_help=False)
-    plan = add("plan", _plan, "say what a step needs, without weights or data", add_help=False)
+    train = add("train", _train, "fine-tune and evaluate a model", add_help=False)
+    inspect = add(
+        "inspect", _inspect, "show trainable parameters and learning rates, without training", add_help=False
+    )
+    sweep = add(
+        "sweep", _sweep, "tune lambda and the learning rates, and compare LoRA+ with LoRA", add_help=False
+    )
+    plan = add(
+        "plan", _plan, "estimate memory and time of a training step, without weights or data", add_help=False
+    )
     for command in (train, sweep, inspect, plan):
         command.add_argument("config", nargs="?")
         command.add_argument("-h", "--help", action="store_true")
     for command in (train, sweep):
         command.add_argument("--fresh", action="store_true")
-    plan.add_argument("--topology", metavar="NAME", help="TPUs to compile for, such as v5e:16x16")
-    plan.add_argument("--json", metavar="FILE", type=Path, help="a new file for all that was found")
-    evaluate = add("eval", _eval, "evaluate a finished run or an adapter directory")
-    evaluate.add_argument("run_directory", metavar="RUN", type=Path)
-    evaluate.add_argument("--split", help="train, validation or test (default)")
-    evaluate.add_argument("--data", help="another labelled file, instead of a split")
-    evaluate.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
-    predict = add("predict", _predict, "predict for texts, with a finished run or an adapter directory")
-    predict.add_argument("run_directory", metavar="RUN", type=Path)
-    predict.add_argument("--text", action="append", default=[], help="a text; may be given several times")
-    predict.add_argument("--data", help="a file with texts, instead of --text")
-    predict.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
-    predict.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
-    generate = add("generate", _generate, "answer prompts with a language model, tuned or as it is")
+    plan.add_argument("--topology", metavar="NAME", help="TPU topology to compile for, such as v5e:16x16")
+    plan.add_argument("--json", metavar="FILE", type=Path, help="also write the plan to FILE as JSON")
+    evaluate = add("eval", _eval, "evaluate a finished run or adapter")
+    evaluate.add_argument("run_directory", metavar="RUN", type=Path, help=RUN_HELP)
+    evaluate.add_argument("--split", help="split to evaluate: train, validation or test (default: test)")
+    evaluate.add_argument("--data", help="labelled file to evaluate instead of a split")
+    evaluate.add_argument("--config", help=PEFT_CONFIG_HELP)
+    predict = add(
+        "predict",
+        _predict,
+        "predict classes or numbers for texts",
+    )
+    predict.add_argument("run_directory", metavar="RUN", type=Path, help=RUN_HELP)
+    predict.add_argument("--text", action="append", default=[], help="text to predict for; repeatable")
+    predict.add_argument("--data", help="file of texts, instead of --text")
+    predict.add_argument("--config", help=PEFT_CONFIG_HELP)
+    predict.add_argument("--output", type=Path, help="new .jsonl file to write, instead of stdout")
+    generate = add("generate", _generate, "answer prompts with a language model, fine-tuned or not")
     _generate_options(generate)
-    export = add("export", _export, "write a run's adapter for PEFT, or with --merged a whole model")
+    export = add("export", _export, "export a run's adapter for PEFT, or the merged model")
     _export_options(export)
-    fetch = add("fetch", _fetch, "fetch a model or data set by name; without a name, list them")
-    fetch.add_argument("name", nargs="?", metavar="NAME")
+    fetch = add("fetch", _fetch, "download a model or dataset by name; without a name, list all")
+    fetch.add_argument("name", nargs="?", metavar="NAME", help="model or dataset to download")
     return parser
 
 
 def _generate_options(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("place", metavar="RUN|MODEL", help="a run, an adapter directory, or a model")
+    generate.add_argument("model", metavar="RUN|MODEL", help="finished run, adapter directory or model")
+    generate.add_argument("--prompt", action="append", default=[], help="prompt to answer; repeatable")
+    generate.add_argument("--data", help="file of conversations; regenerates the last answer of each")
+    generate.add_argument("--system", help="system message before every --prompt")
     generate.add_argument(
-        "--prompt", action="append", default=[], help="a prompt; may be given several times"
-    )
-    generate.add_argument("--data", help="a file of conversations, whose last answers are made anew")
-    generate.add_argument("--system", help="a text that stands before every --prompt")
-    generate.add_argument("--max_tokens", type=int, default=128, help="of an answer (default 128)")
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, help="0, the default, is the likeliest token"
+        "--max_tokens", type=int, default=128, help="maximum tokens of an answer (default: 128)"
     )
     generate.add_argument(
-        "--top_p", type=float, default=1.0, help="share of probability drawn from (default 1)"
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (default: 0)"
     )
-    generate.add_argument("--seed", type=int, help="of draws (default 0)")
-    generate.add_argument("--batch_size", type=int, default=8, help="prompts answered at once (default 8)")
-    generate.add_argument("--template", help="model, plain or a file; a run has its own")
     generate.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of a model's weights; a run has its own"
+        "--top_p", type=float, default=1.0, help="nucleus sampling probability (default: 1, all tokens)"
     )
-    generate.add_argument("--config", help="of a run like it, for an adapter that PEFT made")
-    generate.add_argument("--output", type=Path, help="a new .jsonl file, instead of the screen")
+    generate.add_argument("--seed", type=int, help="random seed for sampling (default: 0)")
+    generate.add_argument("--batch_size", type=int, default=8, help="prompts per batch (default: 8)")
+    generate.add_argument(
+        "--template", help="chat template of a model: model, plain or a file; a run uses its own"
+    )
+    generate.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="weight dtype of a model; a run uses its own"
+    )
+    generate.add_argument("--config", help=PEFT_CONFIG_HELP)
+    generate.add_argument("--output", type=Path, help="new .jsonl file to write, instead of stdout")
 
 
 def _export_options(export: argparse.ArgumentParser) -> None:
-    export.add_argument("place", metavar="RUN", type=Path, help="a run or an adapter directory")
-    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new directory")
+    export.add_argument("run_directory", metavar="RUN", type=Path, help="finished run or adapter directory")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="new directory to write")
     export.add_argument(
-        "--merged", action="store_true", help="the whole model with the adapter in its weights"
+        "--merged", action="store_true", help="write the full model, with the adapter merged into its weights"
     )
-    export.add_argument("--format", choices=("hf", "gguf"), help="of a merged model (default hf)")
-    export.add_argument("--dtype", choices=DTYPES, help="of a merged model's weights; by default the base's")
+    export.add_argument("--format", choices=("hf", "gguf"), help="format of a merged model (default: hf)")
+    export.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="weight dtype of a merged model (default: the base model's for hf, float16 for gguf)",
+    )
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -164,7 +187,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
-    """Runs what may be stopped or fail, and sets the exit code."""
+    """Runs training; sets the exit code if it is stopped or fails."""
     from .training.anomalies import TrainingFailed
     from .training.distributed import LostProcess
     from .training.signals import Stopped
@@ -204,22 +227,22 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:
-    """Prints every setting, for --help; a missing config is an error."""
+    """Prints every setting for --help; returns whether it did. Raises ValueError without a config file."""
     from .settings.parsing import format_help
     from .settings.schema import Settings
 
     if options.help:
         print(format_help(kind or Settings, options.command))
     elif options.config is None:
-        raise ValueError(f"{options.command} needs a config file: loraplus {options.command} CONFIG")
+        raise ValueError(f"{options.command} requires a config file: loraplus {options.command} CONFIG")
     return options.help
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.predict import evaluate_run
 
-    given = {name: getattr(options, name) for name in ("split", "data", "config")}
-    print(json.dumps(evaluate_run(options.run_directory, **given), indent=1))
+    keywords = {name: getattr(options, name) for name in ("split", "data", "config")}
+    print(json.dumps(evaluate_run(options.run_directory, **keywords), indent=1))
 
 
 def _predict(options: argparse.Namespace, _: list[str]) -> None:
@@ -228,12 +251,12 @@ def _predict(options: argparse.Namespace, _: list[str]) -> None:
     if options.output is not None:
         check_output(options.output)
     if bool(options.text) == bool(options.data):
-        raise ValueError("predict needs --text or --data, one of the two")
-    found = predict_run(options.run_directory, texts=options.text, data=options.data, config=options.config)
+        raise ValueError("predict requires exactly one of --text or --data")
+    rows = predict_run(options.run_directory, texts=options.text, data=options.data, config=options.config)
     if options.output is not None:
-        write_predictions(options.output, found)
+        write_predictions(options.output, rows)
     else:
-        for row in found:
+        for row in rows:
             print(json.dumps(row, ensure_ascii=False))
 
 
@@ -255,20 +278,20 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         "dtype",
         "config",
     )
-    given = {name: getattr(options, name) for name in names}
-    found = generate_answers(options.place, prompts=options.prompt, **given)
+    keywords = {name: getattr(options, name) for name in names}
+    rows = generate_answers(options.model, prompts=options.prompt, **keywords)
     if options.output is not None:
-        write_predictions(options.output, found)
+        write_predictions(options.output, rows)
     else:
-        for row in found:
+        for row in rows:
             print(f"> {row['prompt']}\n{row['answer']}\n")
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.export import export_run
 
-    given = {name: getattr(options, name) for name in ("merged", "format", "dtype")}
-    print(export_run(options.place, options.to, **given))
+    keywords = {name: getattr(options, name) for name in ("merged", "format", "dtype")}
+    print(export_run(options.run_directory, options.to, **keywords))
 
 
 def _fetch(options: argparse.Namespace, _: list[str]) -> None:
@@ -281,6 +304,6 @@ def _fetch(options: argparse.Namespace, _: list[str]) -> None:
         print(fetch(options.name))
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    """XLA says so in the text of its error, a RuntimeError."""
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; XLA raises a RuntimeError whose text says so."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

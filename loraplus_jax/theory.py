@@ -4,6 +4,7 @@ LoRA+ rests on one condition (arXiv 2402.12354, section 4): what A's step and wh
 output, delta1 and delta2, should be of the same order, and neither should vanish or explode.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,17 +22,8 @@ MeasureFn = Callable[[Any, Any, Any, Any], dict[str, dict[str, jax.Array]]]
 """`measure(trainable, before, frozen, batch) -> {module path: {term: value}}`."""
 BALANCED_RATIO = 3.0
 """Within this factor of each other delta1 and delta2 count as of the same order."""
-CAVEAT = "arXiv 2402.12354 asks for the same order; whether the loss gains by it, only a run can tell"
 MIN_LR_RATIO = 1.0
-"""No lr_ratio below it is advised: that is LoRA itself."""
-SHARE_TREND = {
-    "B": "with B zero at the start the share follows A's rate and rises with the steps: "
-    "a short run's is an early one",
-    "A": "with A zero at the start the share follows B's rate and falls with the steps: "
-    "a short run's is an early one",
-    None: "with neither factor zero at the start the share follows lr_ratio and the factors' sizes",
-}
-"""How the share goes with the rates and the steps, by the factor that is zero at the start."""
+"""No lr_ratio below it is suggested: that is LoRA itself."""
 
 
 def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
@@ -106,47 +98,64 @@ def terms_by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict
     return result
 
 
-def reading(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: str | None) -> str:
-    """One line on which factor moves the output less, and which rate to move; it states its basis.
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """Which factor's steps move the layers' outputs less, and the rates that would even them out; `str()` says it.
 
-    With Adam delta1 goes with eta_A and B's size, delta2 with eta_B and A's. A factor that starts at zero grows
-    with its own rate and with the steps. So its rate is in both, and delta1 / delta2 goes with eta_A * steps where
-    B was zero, with 1 / (eta_B * steps) where A was: the rate to move is that of the other factor, which was drawn.
-    That is to first order: once that factor has outgrown its first values too, the share hardly moves any more, so
-    the factor that is named is the one that would even the two out if it went on as it began.
+    arXiv 2402.12354 asks for delta1 and delta2 of the same order; whether the loss gains, only a run can tell.
+
+    Attributes:
+      ratio: the geometric mean of delta1 / delta2 over layers; None where a factor has not moved any output yet.
+      learning_rate_factor: what to multiply `learning_rate` by.
+      lr_ratio: the suggested ratio. Both are None where no change is suggested.
+    """
+
+    ratio: float | None
+    learning_rate_factor: float | None = None
+    lr_ratio: float | None = None
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return "δ1/δ2 unknown: one factor has not moved any output yet"
+        share = f"δ1/δ2 = {self.ratio:.2g}"
+        if 1 / BALANCED_RATIO <= self.ratio <= BALANCED_RATIO:
+            return f"{share}: A and B are balanced"
+        finding = f"{share}: {'A' if self.ratio < 1 else 'B'} is under-updated"
+        if self.lr_ratio is None:
+            return f"{finding}; no lr_ratio below {MIN_LR_RATIO:g} is suggested"
+        factor = self.learning_rate_factor
+        rate = "" if factor is None else f"learning_rate x {_short(factor)} and "
+        return f"{finding}. To balance, use {rate}lr_ratio {_short(self.lr_ratio)}"
+
+
+def balance(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: str | None) -> Balance:
+    """The balance of A's and B's steps, and which rate to change.
+
+    With Adam delta1 is proportional to eta_A and B's size, delta2 to eta_B and A's. A factor that starts at zero
+    grows with its own rate and the number of steps, so its rate is in both terms: delta1 / delta2 follows
+    eta_A * steps where B was zero, 1 / (eta_B * steps) where A was. The rate to change is that of the other factor.
+    This holds to first order, and the ratio of a short run is an early one.
 
     Args:
       layers: from `terms_by_layer`.
       lr_ratio: lambda of the run.
       init: of the run's factors (`LoRAPlusConfig.init`); None if it started from an adapter, neither factor zero.
 
-    >>> print(reading({"q": {"delta1": 0.9, "delta2": 0.1}}, 4.0, "lora_b").partition(": ")[2].partition(" (")[0])
-    B starves; lr_ratio 4 -> 36, which keeps A's rate, would bring them closer
+    >>> print(balance({"q": {"delta1": 0.9, "delta2": 0.1}}, 4.0, "lora_b"))
+    δ1/δ2 = 9: B is under-updated. To balance, use lr_ratio 36
+    >>> print(balance({"q": {"delta1": 0.25, "delta2": 1.0}}, 4.0, "lora"))
+    δ1/δ2 = 0.25: A is under-updated. To balance, use learning_rate x 4 and lr_ratio 1
     """
     ratios = [v["delta1"] / v["delta2"] for v in layers.values() if v["delta1"] > 0 and v["delta2"] > 0]
     if not ratios:
-        return "one of the factors has not moved any layer's output yet: nothing can be said of the rates"
-    share = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    zero = None if init is None else "A" if init == "lora_b" else "B"
-    conclusion = "of the same order, no reason in this to change a rate"
-    if not 1 / BALANCED_RATIO <= share <= BALANCED_RATIO:
-        conclusion = f"{'A' if share < 1 else 'B'} starves; {_advice(share, lr_ratio, zero)}"
-    return f"A moves the output {share:.2g} x as much as B: {conclusion} ({SHARE_TREND[zero]}; {CAVEAT})"
-
-
-def _advice(share: float, lr_ratio: float, zero: str | None) -> str:
-    """Which rate to move how far, the other kept: A's, unless A started at zero."""
-    if share < 1 and lr_ratio <= MIN_LR_RATIO:
-        return "no lr_ratio below 1 is advised"
-    even = lr_ratio * share
-    ratio = max(MIN_LR_RATIO, even)
-    move = f"lr_ratio {lr_ratio:g} -> {_short(ratio)}"
-    if zero == "A":
-        move = f"{move}, which keeps A's rate,"
-    else:
-        move = f"learning_rate x {_short(lr_ratio / ratio)} with {move}, which keeps B's rate,"
-    floor = "" if ratio == even else "; no lr_ratio below 1 is advised"
-    return f"{move} would bring them closer{floor}"
+        return Balance(None)
+    ratio = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    is_balanced = 1 / BALANCED_RATIO <= ratio <= BALANCED_RATIO
+    if is_balanced or (ratio < 1 and lr_ratio <= MIN_LR_RATIO):
+        return Balance(ratio)
+    suggested = max(MIN_LR_RATIO, lr_ratio * ratio)
+    # B's rate stays; with A zero at the start A's does.
+    return Balance(ratio, None if init == "lora_b" else lr_ratio / suggested, suggested)
 
 
 def _short(value: float) -> str:

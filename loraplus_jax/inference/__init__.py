@@ -1,1 +1,1 @@
-"""What a tuned adapter is for: predict, generate, export."""
+"""Uses tuned models: predict, generate, export."""

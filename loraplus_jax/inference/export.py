@@ -1,4 +1,4 @@
-"""`loraplus export`: a run's adapter for PEFT, or a whole model with the adapter in its weights."""
+"""`loraplus export`: writes a PEFT adapter, or a merged model with the adapter in its weights."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import check_choice, suggest
+from .._validation import check_choice
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
 from ..interop.adapter_files import Adapter, new_directory, tensor_bytes
@@ -36,15 +36,15 @@ DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(gguf_export.DT
 
 
 class _Source(NamedTuple):
-    """What is exported.
+    """The run to export, and its base model.
 
     Attributes:
-      settings, task: of its run.
-      adapter: its tensors.
-      parts: its model, of shapes.
-      notes: what the adapter says of itself.
-      base: where the base is.
-      fingerprint: of the base, as the adapter has it.
+      settings, task: settings and task of the run.
+      adapter: tensors of the adapter.
+      parts: the model, with shapes instead of weights.
+      notes: metadata of the adapter.
+      base: path of the base model.
+      fingerprint: fingerprint of the base that the adapter was trained on.
     """
 
     settings: Settings
@@ -59,42 +59,43 @@ class _Source(NamedTuple):
 def export_run(
     place: Path, to: Path, *, merged: bool = False, format: str | None = None, dtype: str | None = None
 ) -> str:
-    """Writes a new directory, whole or not at all, and returns what to say of it.
+    """Exports a run to a new directory, atomically, and returns a one-line summary.
 
     Args:
-      place: a run or an adapter directory, of this package's format or PEFT's.
-      to: the directory, which must not exist.
-      merged: a whole model instead of an adapter for PEFT.
-      format: of a merged model: `"hf"`, the default, or `"gguf"` where the base is a GGUF file.
-      dtype: of a merged model's weights, see `DTYPES`; by default what the base's are kept in, float16 for GGUF.
+      place: a run or an adapter directory, in this package's format or PEFT's.
+      to: the directory to create; must not exist.
+      merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
+      format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.
+      dtype: dtype of a merged model's weights, see `DTYPES`; by default the base's for hf, float16 for gguf.
 
     Raises:
-      ValueError, OSError: something does not fit, cannot be read, or is there already.
+      ValueError, OSError: options or files do not match, a file cannot be read, or `to` exists.
     """
     if not merged and (format is not None or dtype is not None):
-        raise ValueError("--format and --dtype go with --merged; an adapter for PEFT is float32")
+        raise ValueError("--format and --dtype require --merged; a PEFT adapter is always float32")
     format = format or "hf"
-    if format not in DTYPES:
-        raise ValueError(f"there is no format {format!r}{suggest(format, DTYPES)}")
+    check_choice("--format", format, tuple(DTYPES))
     if dtype is not None:
-        check_choice(f"--dtype of {format}", dtype, DTYPES[format])
+        check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
     if to.exists():
-        raise ValueError(f"{to} exists already; nothing is overwritten: choose another directory for --to")
+        raise ValueError(f"--to: {to} already exists; choose a new directory")
     source = _open_source(place)
     if format == "gguf" and gguf.find(source.base) is None:
         raise ValueError(
-            f"--format gguf is for models that came from a GGUF file, and {source.base} is none; export it as hf "
-            "and convert that with llama.cpp's convert_hf_to_gguf.py"
+            f"--format gguf requires a GGUF base model, got {source.base}; use --format hf and convert "
+            "the result with llama.cpp's convert_hf_to_gguf.py"
         )
     return _write_merged(source, to, format, dtype) if merged else _write_peft(source, to)
 
 
-def _open_source(place: Path) -> _Source:
-    if (directory := find_adapter(place)) is None:
-        raise FileNotFoundError(f"{place} is no run that has ended and no adapter directory")
+def _open_source(path: Path) -> _Source:
+    if (directory := find_adapter(path)) is None:
+        raise FileNotFoundError(
+            f"{path} is not a finished run or an adapter directory; repeat the train command to finish a run"
+        )
     notes = read_notes(directory)
     if not {"settings", "task", "base"} <= notes.keys():
-        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
+        raise ValueError(f"{directory} has no training settings; export a run or adapter from loraplus train")
     settings, task = settings_and_task(directory, notes)
     config = saved_config(directory)
     base = resolve(settings.model.path, "model")
@@ -105,11 +106,11 @@ def _open_source(place: Path) -> _Source:
 
 def _write_peft(source: _Source, to: Path) -> str:
     if source.adapter.config is None:
-        raise ValueError("the model was trained in full and has no adapter: export it with --merged")
+        raise ValueError("no adapter to export: the model was trained in full; add --merged")
     form, base = transformers_class_of(source.parts), source.settings.model.path
-    if base in ASSETS or Path(base).expanduser().exists():  # else it is a hub id
+    if base in ASSETS or Path(base).expanduser().exists():  # otherwise a hub id
         base = str(source.base.resolve())
-    kept = _base_leaves(source, [ours for ours, _ in form.heads if ours not in source.parts.base.new])
+    head_leaves = _base_leaves(source, [ours for ours, _ in form.heads if ours not in source.parts.base.new])
     extras, own = _split_extras(source, form)
     save_peft(
         to,
@@ -117,7 +118,7 @@ def _write_peft(source: _Source, to: Path) -> str:
         source.adapter.specs,
         source.adapter.config,
         export.path_map(source.parts.base.table, form),
-        extras=unflatten(kept | flatten(extras)),
+        extras=unflatten(head_leaves | flatten(extras)),
         own=own,
         base=source.fingerprint,
         base_model=base,
@@ -126,7 +127,8 @@ def _write_peft(source: _Source, to: Path) -> str:
         settings=source.notes["settings"],
         task=source.notes["task"],
     )
-    return f"{to}: an adapter for PEFT, {len(source.adapter.specs)} kinds of layers; README.md says how to load it"
+    count = len(source.adapter.specs)
+    return f"{to}: PEFT adapter for {count} kinds of layers; README.md shows how to load it"
 
 
 def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> str:
@@ -149,19 +151,21 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
             gguf_export.write_gguf(partial / "model.gguf", source.base, merge, dtype or "float16")
         else:
             new = {path: x for path, x in flatten(extras).items() if path.split("/")[1] in parts.base.new}
-            kept = None if dtype is None else jnp.dtype(dtype)
+            weights_dtype = None if dtype is None else jnp.dtype(dtype)
             config = _label_config(source) if form.heads else {}
-            export.write_hf(partial, source.base, merge, form, new=unflatten(new), config=config, dtype=kept)
+            export.write_hf(
+                partial, source.base, merge, form, new=unflatten(new), config=config, dtype=weights_dtype
+            )
             (partial / "README.md").write_text(_readme(source, form, _USE_MERGED, ""), encoding="utf-8")
         if own:
             (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))
         (partial / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in partial.iterdir())
-    return f"{to}: a merged model, {size / 1e6:,.1f} MB"
+    return f"{to}: merged model, {size / 1e6:,.1f} MB"
 
 
 def _split_extras(source: _Source, form: export.TransformersClass) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Variables trained in full: those that transformers has too, and those that only we have."""
+    """Splits fully trained variables into those that the transformers class has and those that only ours has."""
     shared, own = {}, {}
     for path, leaf in flatten(source.adapter.extras).items():
         is_new = path.split("/")[1] in source.parts.base.new
@@ -170,12 +174,12 @@ def _split_extras(source: _Source, form: export.TransformersClass) -> tuple[dict
 
 
 def _base_leaves(source: _Source, modules: list[str]) -> dict[str, np.ndarray]:
-    """The base's leaves of some modules; all of its leaves are read, one by one, for the fingerprint.
+    """Checks the base's fingerprint, reading one leaf at a time, and returns the base's leaves of `modules`.
 
     Raises:
-      ValueError: the adapter is for another base.
+      ValueError: the adapter was trained on another base.
     """
-    parts, lines, kept = source.parts, {}, {}
+    parts, lines, leaves = source.parts, {}, {}
     frozen, shapes = flatten(parts.frozen), params_of(parts)
 
     def visit(path: str, array: np.ndarray) -> None:
@@ -183,19 +187,20 @@ def _base_leaves(source: _Source, modules: list[str]) -> dict[str, np.ndarray]:
         if leaf in frozen:
             lines[leaf] = fingerprint_line(leaf, jax.device_put(array))
         if path.rpartition("/")[0] in modules:
-            kept[leaf] = array
+            leaves[leaf] = array
 
     if frozen:
         load_params(source.base, parts.base.table, shapes, new=parts.base.new, place=visit)
         if (digest := digest_of_lines(lines)) != source.fingerprint:
             raise ValueError(
-                f"the adapter belongs to a base with fingerprint {source.fingerprint}, {source.base} has {digest}"
+                f"{source.base} has fingerprint {digest}, but the adapter was trained on a base with "
+                f"{source.fingerprint}; restore that base"
             )
-    return kept
+    return leaves
 
 
 def _label_config(source: _Source) -> dict[str, Any]:
-    """The head's outputs for `config.json`."""
+    """The fields of `config.json` that describe the head's outputs."""
     names = getattr(source.task, "names", ())
     if not names:
         return {"num_labels": 1, "problem_type": "regression"}
@@ -223,11 +228,11 @@ model = {cls}.from_pretrained("this directory")
 
 
 def _readme(source: _Source, form: export.TransformersClass, use: str, base: str) -> str:
-    """How to load the directory, and what of the model is not in it as transformers sees it."""
+    """README.md: how to load the directory, and which parts of the model transformers does not load."""
     config, task = source.adapter.config, source.task
     names = getattr(task, "names", ())
     labels = f", num_labels={len(names) or 1}" if form.heads else ""
-    title = "An adapter for PEFT" if use is _USE_ADAPTER else "A model with its adapter merged in"
+    title = "PEFT adapter" if use is _USE_ADAPTER else "Merged model"
     lines = [f"# {title}", "", f"Base: {source.settings.model.path}. Task: {task.kind}."]
     if config is not None:
         lines.append(
@@ -242,18 +247,18 @@ def _readme(source: _Source, form: export.TransformersClass, use: str, base: str
     if source.parts.base.new and not form.heads:
         pooling = source.settings.model.pooling
         lines += [
-            f"transformers has no class whose head stands on the pooling {pooling!r}: it loads the encoder alone. "
-            f"The head is in {OWN_TENSORS_FILE}: take the {_POOLED[pooling]}, times params/head/kernel, plus "
+            f"transformers has no class with a head on {pooling!r} pooling, so it loads only the encoder. "
+            f"The head is in {OWN_TENSORS_FILE}: multiply the {_POOLED[pooling]} by params/head/kernel and add "
             "params/head/bias.",
         ]
     if names:
-        lines.append(f"Outputs in this order: {', '.join(names)}.")
+        lines.append(f"Classes, in the order of the outputs: {', '.join(names)}.")
     if getattr(task, "kind", "") == "regression":
-        lines.append(f"The head's output times {task.std:g} plus {task.mean:g} is the value.")
+        lines.append(f"Predicted value: the head's output * {task.std:g} + {task.mean:g}.")
     return "\n".join(lines).rstrip() + "\n"
 
 
 _POOLED = {
-    "mean": "mean of the hidden states of the tokens that the attention mask keeps",
+    "mean": "mean of the hidden states where the attention mask is 1",
     "cls": "hidden state of the first token",
 }

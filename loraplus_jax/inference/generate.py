@@ -1,4 +1,4 @@
-"""`loraplus generate`: answers to prompts, from a tuned model or from one as it is."""
+"""`loraplus generate`: answers prompts with a tuned model or a base model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,43 +39,44 @@ def generate_answers(
     dtype: Dtype | None = None,
     config: str | None = None,
 ) -> list[dict[str, str]]:
-    """Answers, each with its prompt.
+    """Generates an answer to each prompt, as `{"prompt": ..., "answer": ...}`.
 
     Args:
-      place: a run's output directory or an adapter directory of either format; or a model as `model.path` names it.
-      prompts: what the user says. Either this or `data`.
-      data: a file of conversations, whose last answers are left out and made anew.
-      system: what stands before each of `prompts`.
-      max_tokens: tokens of an answer at most.
+      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
+      prompts: user messages. Pass either these or `data`.
+      data: a file of conversations; the last answer of each is left out and generated anew.
+      system: system message for each of `prompts`.
+      max_tokens: maximum tokens per answer.
       temperature, top_p: see `Sampling`.
-      seed: of draws, 0 if not given.
-      batch_size: conversations answered at once.
-      template, dtype: for a model or an adapter that PEFT made, the chat template and what the base's weights are
-        kept in; a run has its own.
-      config: of a training run, for an adapter that PEFT made whose base is not where it says.
+      seed: seed for sampling; 0 by default.
+      batch_size: conversations per batch.
+      template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
+      config: a training config, for a PEFT adapter whose base model is not where the adapter says.
 
     Raises:
-      ValueError, OSError: something is missing, out of range, or cannot be read.
+      ValueError, OSError: an argument is missing or out of range, or a file cannot be read.
     """
     if bool(prompts) == (data is not None):
-        raise ValueError("generate needs --prompt or --data, one of the two")
+        raise ValueError("generate needs either --prompt or --data, not both")
     if system is not None and data is not None:
-        raise ValueError("--system goes with --prompt; conversations of --data have their own")
+        raise ValueError(
+            "--system requires --prompt; conversations in --data contain their own system messages"
+        )
     sampling = Sampling(temperature, top_p)
     check_sampling(sampling)
     check_int("max_tokens", max_tokens, at_least=1)
     check_int("batch_size", batch_size, at_least=1)
     if temperature == 0 and (top_p != 1 or seed is not None):
-        raise ValueError("--top_p and --seed go with a --temperature above 0: at 0 nothing is drawn")
+        raise ValueError("--top_p and --seed require a --temperature above 0; 0 is greedy decoding")
     seed = 0 if seed is None else seed
     check_int("seed", seed, at_least=0)
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
-        raise ValueError("a prompt or the system text is empty")
+        raise ValueError("--prompt and --system must not be empty")
     settings, directory, task, model, variables = _open_model(place, template, dtype, config)
     chats = _chats(prompts, data, system, settings)
-    speaker = ChatModel.from_settings(settings, directory, task, model, max_tokens)
+    chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens)
     variables = replicate(make_mesh(1), variables)
-    answers = speaker.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)
+    answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)
     return [{"prompt": turns[-1].text, "answer": text} for turns, text in zip(chats, answers, strict=True)]
 
 
@@ -84,36 +85,38 @@ def _chats(
 ) -> list[tuple[Turn, ...]]:
     if data is not None:
         chats = read_chats(resolve(data, "data"), settings.data.column_names)
-        if unanswered := [chat.place for chat in chats if not chat.turns[:-1]]:
-            raise ValueError(f"{unanswered[0]}: a text asks nothing; generate answers conversations")
+        if plain_texts := [chat.place for chat in chats if not chat.turns[:-1]]:
+            raise ValueError(
+                f"{plain_texts[0]}: plain text has no prompt to answer; pass --data with conversations"
+            )
         return [chat.turns[:-1] for chat in chats]
-    before = () if system is None else (Turn("system", system),)
-    return [(*before, Turn("user", text)) for text in prompts]
+    system_turns = () if system is None else (Turn("system", system),)
+    return [(*system_turns, Turn("user", text)) for text in prompts]
 
 
 def _open_model(
-    place: str, template: str | None, dtype: Dtype | None, config: str | None
+    source: str, template: str | None, dtype: Dtype | None, config: str | None
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
-    """Settings, base, task, model and variables of a run, of an adapter, or of a model without adapters."""
-    path = Path(place).expanduser()
+    """Settings, base, task, model and variables of a run, an adapter, or a model without adapters."""
+    path = Path(source).expanduser()
     directory = find_adapter(path)
     if directory is not None and config is None and not read_notes(directory).get("settings"):
         return _open_peft_adapter(directory, template, dtype)
     if directory is not None or (path / NOTES_FILE).is_file():
         if template is not None or dtype is not None:
-            raise ValueError(
-                "--template and --dtype are for models; a run answers with those that it was trained with"
-            )
+            raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
         tuned = load_tuned(path, config)
         if not tuned.settings.is_language:
-            raise ValueError(f"{place} holds an encoder for {tuned.settings.task}: use predict")
+            raise ValueError(f"{source} is an encoder for {tuned.settings.task}; use loraplus predict")
         variables = combine(tuned.parts.trainable, tuned.parts.frozen)
         return tuned.settings, tuned.base, tuned.task, tuned.parts.model, variables
     if config is not None:
-        raise ValueError(f"--config is for adapters that PEFT made; {place} is none")
+        raise ValueError(f"--config requires a PEFT adapter, got {source}")
     if (path / CHECKPOINTS).is_dir():
-        raise ValueError(f"the run in {place} is not finished: it has no {ADAPTER}/ yet")
-    directory, settings = resolve(place, "model"), _plain_settings(place, template, dtype)
+        raise ValueError(
+            f"the run in {source} has not finished (no {ADAPTER}/ yet); repeat the train command to resume"
+        )
+    directory, settings = resolve(source, "model"), _plain_settings(source, template, dtype)
     base = make_base(settings, directory, None)
     shapes = jax.eval_shape(base.model.init, jax.random.key(0), *base.inputs)["params"]
     return settings, directory, None, base.model, {"params": load_params(directory, base.table, shapes)}
@@ -122,14 +125,14 @@ def _open_model(
 def _open_peft_adapter(
     directory: Path, template: str | None, dtype: Dtype | None
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
-    """The same of an adapter that PEFT made, on the base that it names."""
+    """Same as `_open_model`, for a PEFT adapter on the base model that it names."""
     if not is_peft(directory):
-        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it")
+        raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
     base_name = peft_options(directory).base_model
     if base_name is None:
         raise ValueError(
-            f"{directory} does not name its base model: give the config of a run with --config, in which "
-            "model.path does"
+            f"{directory} does not name its base model; pass --config with a training config that sets "
+            "model.path"
         )
     base = resolve(base_name, "model")
     settings = settings_with_adapter(directory, _plain_settings(base_name, template, dtype), base, None)
@@ -140,7 +143,7 @@ def _open_peft_adapter(
 
 
 def _plain_settings(model: str, template: str | None, dtype: Dtype | None) -> Settings:
-    """Settings of a language model without a run; only the fields that build the model matter."""
+    """Settings of a language model without a run; only the fields that build the model are used."""
     weights_dtype = dtype or "float32"
     return Settings(
         model=ModelSettings(path=model, dtype=weights_dtype, param_dtype=weights_dtype),

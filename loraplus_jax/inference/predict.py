@@ -1,4 +1,4 @@
-"""Evaluation and predictions from a run, an adapter directory or a merged model."""
+"""Evaluates and predicts with a run, an adapter directory or a merged model."""
 
 import dataclasses
 import functools
@@ -48,13 +48,13 @@ OUTPUT_SUFFIX = ".jsonl"
 
 
 class TunedModel(NamedTuple):
-    """A trained model, loaded.
+    """A loaded run, adapter or merged model.
 
     Attributes:
-      settings: those of its run.
-      task: what it learned.
+      settings: settings of the run.
+      task: task that it was trained for.
       parts: model and variables.
-      base: the directory or file of its base.
+      base: directory or file of the base model.
     """
 
     settings: Settings
@@ -64,14 +64,14 @@ class TunedModel(NamedTuple):
 
 
 def load_tuned(place: Path, config: str | None = None) -> TunedModel:
-    """Loads a run's output directory, an adapter of either format, or a merged model that was exported here.
+    """Loads a run's output directory, an adapter of either format, or a merged model that `export_run` wrote.
 
     Args:
       place: the directory.
-      config: of a training run, for an adapter that PEFT made: the model, the data and the task are taken from it.
+      config: a training config, for a PEFT adapter; supplies the model, the data and the task.
 
     Raises:
-      ValueError, OSError: it is none, is damaged, or its base is another one now.
+      ValueError, OSError: the directory is none of these or is damaged, or the base model has changed.
     """
     directory = find_adapter(place)
     if directory is None and (place / NOTES_FILE).is_file():
@@ -84,8 +84,8 @@ def load_tuned(place: Path, config: str | None = None) -> TunedModel:
             if not (inner / name).is_file()
         ]
         raise FileNotFoundError(
-            f"{inner} is no adapter directory: it lacks {' and '.join(missing)}; nor is it a run, PEFT's adapter "
-            "or a model exported with --merged"
+            f"{inner} is not an adapter directory ({' and '.join(missing)} missing), a finished run, "
+            "a PEFT adapter or a merged model"
         )
     notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
@@ -99,23 +99,27 @@ def load_tuned(place: Path, config: str | None = None) -> TunedModel:
         settings = settings_with_adapter(directory, settings, base, task)
         lora_config = settings.applied
     else:
-        hint = ": give the config of a run with --config" if is_peft(directory) else ""
-        raise ValueError(f"{directory} was not written by loraplus train: its settings are not in it{hint}")
+        advice = (
+            "pass --config with a training config for the same data and task"
+            if is_peft(directory)
+            else "use a run or adapter from loraplus train"
+        )
+        raise ValueError(f"{directory} has no training settings; {advice}")
     parts = load_model(settings, base, build_model(settings, base, task, lora_config), lora_config)
     check_base(directory, fingerprint(parts.frozen) if parts.frozen else None, base)
     adapter = read_adapter(directory, parts, params_of(parts))
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
-        raise ValueError(f"{directory}: the tensors do not fit the model that its settings describe")
+        raise ValueError(f"{directory}: tensor shapes do not match the model that its settings describe")
     return TunedModel(settings, task, parts._replace(trainable=trainable), base)
 
 
 def settings_and_task(
     directory: Path, notes: Mapping[str, Any], config: str | None = None
 ) -> tuple[Settings, Any]:
-    """The settings and the task in the notes of an adapter or a merged model."""
+    """Settings and task from the metadata of an adapter or a merged model."""
     if config is not None:
-        raise ValueError(f"--config is for adapters that PEFT made; {directory} has settings of its own")
+        raise ValueError(f"--config requires a PEFT adapter; {directory} has its own training settings")
     try:
         settings = settings_from_json({**notes["settings"], "output_dir": str(directory)})
         fields = notes["task"]
@@ -127,47 +131,54 @@ def settings_and_task(
 
 
 def settings_with_adapter(directory: Path, settings: Settings, base: Path, task: Any) -> Settings:
-    """Settings whose section lora comes from a PEFT adapter."""
-    bare = base_parts(settings, base, task)
-    return dataclasses.replace(settings, method="lora_plus", lora=adapter_config(directory, bare))
+    """Settings with the lora section of a PEFT adapter."""
+    parts = base_parts(settings, base, task)
+    return dataclasses.replace(settings, method="lora_plus", lora=adapter_config(directory, parts))
 
 
-def _load_merged(place: Path, config: str | None) -> TunedModel:
+def _load_merged(directory: Path, config: str | None) -> TunedModel:
     """Loads a merged model, which has no adapters."""
-    notes = peft_notes(place) or {}
+    notes = peft_notes(directory) or {}
     if not {"merged", "settings", "task"} <= notes.keys():
-        raise ValueError(f"{place / NOTES_FILE} does not say what the model was trained for")
-    settings, task = settings_and_task(place, notes, config)
-    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(place)))
-    bare = base_parts(settings, place, task)
-    own = flatten(read_tensors(place / OWN_TENSORS_FILE)) if (place / OWN_TENSORS_FILE).is_file() else {}
-    table = bare.base.table if own else merged_table(bare)
-    shapes = jax.eval_shape(bare.model.init, jax.random.key(0), *bare.base.inputs)["params"]
-    params = load_params(place, table, shapes, new=bare.base.new if own else ())
-    variables = combine({"params": params}, unflatten(own)) if own else {"params": params}
-    return TunedModel(settings, task, bare._replace(frozen=variables), place)
+        raise ValueError(
+            f"{directory / NOTES_FILE} must have merged, settings and task; export the model again "
+            "with --merged"
+        )
+    settings, task = settings_and_task(directory, notes, config)
+    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(directory)))
+    parts = base_parts(settings, directory, task)
+    own_file = directory / OWN_TENSORS_FILE
+    own_tensors = flatten(read_tensors(own_file)) if own_file.is_file() else {}
+    table = parts.base.table if own_tensors else merged_table(parts)
+    shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
+    params = load_params(directory, table, shapes, new=parts.base.new if own_tensors else ())
+    variables = combine({"params": params}, unflatten(own_tensors)) if own_tensors else {"params": params}
+    return TunedModel(settings, task, parts._replace(frozen=variables), directory)
 
 
 def evaluate_run(
     directory: Path, *, split: str | None = None, data: str | None = None, config: str | None = None
 ) -> dict[str, Any]:
-    """Metrics on a split of the run's own data, or on another labelled file with the same columns.
+    """Metrics on a split of the run's data, or on another labelled file with the same columns.
 
     Raises:
-      ValueError, OSError: no such split or file, or labels that the run does not know.
+      ValueError, OSError: the split or file does not exist, or a label is unknown to the run.
     """
     if split is not None and data is not None:
-        raise ValueError(f"eval takes --split or --data, not both: {split} and {data}")
+        raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
     tuned = load_tuned(directory, config)
     settings, module = tuned.settings, task_module(tuned.settings)
     splits = ("train", "validation", "test")
     if split is not None and split not in splits:
-        raise ValueError(f"the run has no split {split!r}{suggest(split, splits)}")
+        raise ValueError(
+            f"--split must be one of {', '.join(splits)}, got {split!r}"
+            f"{suggest(split, splits, fallback=False)}"
+        )
     try:
         arrays, examples = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
-            f"the run has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
+            f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
         ) from None
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
@@ -179,14 +190,14 @@ def evaluate_run(
 def predict_run(
     directory: Path, *, texts: Sequence[str] = (), data: str | None = None, config: str | None = None
 ) -> list[dict[str, Any]]:
-    """Predictions for texts given one by one, or for a file with the run's text columns (labels not needed).
+    """Predictions for `texts`, or for a file with the run's text columns (labels not needed).
 
     Raises:
-      ValueError, OSError: nothing is given, or the file cannot be read.
+      ValueError, OSError: there is no text, the file cannot be read, or the run is a language model.
     """
     tuned = load_tuned(directory, config)
     if tuned.settings.is_language:
-        raise ValueError(f"{directory} holds a language model: use generate, or eval")
+        raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
     pairs: tuple[str, ...] | None = None
     if data is not None:
         columns = [c for c in (tuned.settings.data.text, tuned.settings.data.text_pair) if c is not None]
@@ -194,29 +205,31 @@ def predict_run(
         texts = tuple(row.values[columns[0]] for row in rows)
         pairs = tuple(row.values[columns[1]] for row in rows) if len(columns) == 2 else None
     elif tuned.settings.data.text_pair is not None:
-        raise ValueError("the run was trained on pairs of texts: give a file with --data")
-    if not texts or any(not text.strip() for text in texts):
-        raise ValueError("there is no text to predict for" if not texts else "a text to predict for is empty")
+        raise ValueError("the run was trained on text pairs; pass a file with --data")
+    if not texts:
+        raise ValueError("no text to predict for; pass --text or --data")
+    if any(not text.strip() for text in texts):
+        raise ValueError("every text to predict for must have content, got an empty text")
     predictions = tuned.task.predictions(_compute_outputs(tuned, texts, pairs))
     return [{"text": text, **prediction} for text, prediction in zip(texts, predictions, strict=True)]
 
 
 def check_output(path: Path) -> None:
-    """Raises ValueError unless predictions can be written to a path."""
+    """Raises ValueError unless the path is that of a new .jsonl file."""
     if path.suffix != OUTPUT_SUFFIX:
-        raise ValueError(f"predictions are written as {OUTPUT_SUFFIX}, got {path}")
+        raise ValueError(f"--output must be a {OUTPUT_SUFFIX} file, got {path}")
     if path.exists():
-        raise ValueError(f"{path} exists already; choose another --output")
+        raise ValueError(f"--output: {path} already exists; choose a new file")
 
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line. A file that is there already is not overwritten: that is a ValueError."""
+    """Writes one JSON object per line to a new file; raises ValueError if the file exists."""
     check_output(path)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
     except FileExistsError:
-        raise ValueError(f"{path} exists already; choose another --output") from None
+        raise ValueError(f"--output: {path} already exists; choose a new file") from None
 
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:

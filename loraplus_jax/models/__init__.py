@@ -1,1 +1,1 @@
-"""Reference models. They know nothing of LoRA: adapters arrive through `apply_lora_plus`."""
+"""Reference models, without LoRA code: `apply_lora_plus` adds the adapters."""

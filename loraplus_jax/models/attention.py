@@ -1,6 +1,6 @@
-"""Causal attention within segments, in one piece or in blocks of queries that skip later keys.
+"""Causal attention within segments: XLA's, or blocked over queries so that later keys are skipped.
 
-Axes in the comments: B sequences, T tokens, N query heads, K key heads, G = N / K, H head size, S keys of a block.
+Axes in the comments: B sequences, T tokens, N query heads, K key heads, G = N / K, H head size, S keys in a chunk.
 """
 
 import functools
@@ -15,14 +15,14 @@ from .._validation import check_choice
 
 Attention = Literal["auto", "xla", "blocked"]
 
-# Blocked is quicker and smaller on a CPU from here on (benchmarks/step_time.py), and smaller everywhere.
+# From here on blocked is faster on CPU (benchmarks/step_time.py); it needs less memory on every device.
 MIN_BLOCKED_LENGTH = 256
-# Queries of a block: at least so many, and at most so many blocks, each of which is compiled for itself.
+# Minimum queries per block, and maximum number of blocks: each block is compiled separately.
 MIN_BLOCK, MAX_BLOCKS = 64, 8
-# A block's keys are taken all at once up to here, so that no loop is in the way; beyond, so many at a time.
+# Up to MAX_WHOLE_KEYS tokens a block reads all its keys at once, without a loop; beyond, KEY_CHUNK at a time.
 MAX_WHOLE_KEYS, KEY_CHUNK = 2048, 512
 ATTENTION_NAMES = ("attention", "attention_norm")
-"""What a remat policy should keep by name, so that attention is not computed again for the gradient."""
+"""Checkpoint names for a remat policy to save, so that the backward pass does not recompute attention."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
 
 
@@ -39,22 +39,25 @@ def causal_attention(
 
     Args:
       query: (B, T, N, H).
-      key, value: (B, T, K, H), where K divides N: each serves N / K query heads.
-      segment_ids: int32 (B, T), or None where each row is one segment.
-      window: how many tokens are seen at most, the token itself included; None for all.
-      implementation: `"xla"` is `jax.nn.dot_product_attention`; `"blocked"` skips the keys that a block of queries
-        cannot see and keeps no probabilities for the gradient (arXiv 2205.14135), so that memory grows with T and
-        not with T²; `"auto"` takes blocked from 256 tokens on.
+      key, value: (B, T, K, H), where K divides N: each key head serves N / K query heads.
+      segment_ids: int32 (B, T), or None if each row is one segment.
+      window: sliding window in tokens, including the token itself; None attends to all.
+      implementation: `"xla"` is `jax.nn.dot_product_attention`; `"blocked"` skips keys that a block of queries
+        cannot attend to and saves no probabilities for the backward pass (arXiv 2205.14135), so memory grows with
+        T, not T²; `"auto"` uses blocked from 256 tokens on.
 
     Returns:
       (B, T, N, H) in the query's dtype; scores and softmax are float32.
 
     Raises:
-      ValueError: shapes do not fit, or an unknown implementation.
+      ValueError: shapes are incompatible, or the implementation is unknown.
     """
     check_choice("attention", implementation, get_args(Attention))
     if key.shape != value.shape or query.shape[2] % key.shape[2] or query.shape[1] != key.shape[1]:
-        raise ValueError(f"query {query.shape} does not go with key {key.shape} and value {value.shape}")
+        raise ValueError(
+            f"key {key.shape} and value {value.shape} do not fit query {query.shape}; "
+            "both must be (batch, tokens, key heads, head size), and key heads must divide query heads"
+        )
     length = query.shape[1]
     if implementation == "xla" or (implementation == "auto" and length < MIN_BLOCKED_LENGTH):
         y = jax.nn.dot_product_attention(
@@ -73,24 +76,26 @@ def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: j
 
 
 def _full_mask(segment_ids: jax.Array | None, length: int, window: int | None) -> jax.Array | None:
-    """The mask beside causality, from segments and window: boolean (B or 1, 1, T, T), or None."""
-    same = None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    """The mask for segments and window, without causality: boolean (B or 1, 1, T, T), or None."""
+    same_segment = (
+        None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    )
     if window is None or window >= length:
-        return same
+        return same_segment
     index = jnp.arange(length)
-    near = (index[:, None] - index[None, :] < window)[None, None]
-    return near if same is None else same & near
+    in_window = (index[:, None] - index[None, :] < window)[None, None]
+    return in_window if same_segment is None else same_segment & in_window
 
 
 class _Blocks(NamedTuple):
-    """Queries a block, keys a chunk, and the window."""
+    """Queries per block, keys per chunk, and the sliding window."""
 
     size: int
     chunk: int
     window: int | None
 
     def spans(self, length: int) -> list[tuple[int, int, int]]:
-        """First and last query of each block (the last exclusive), and the first key that any of them sees."""
+        """Start and stop query of each block, and the first key that any of its queries attends to."""
         starts = range(0, length, self.size)
         first = [0 if self.window is None else max(0, start - self.window + 1) for start in starts]
         return [
@@ -98,33 +103,33 @@ class _Blocks(NamedTuple):
         ]
 
     def chunks(self, span: tuple[int, int, int]) -> tuple[range, int]:
-        """Where the chunks of keys that a block sees begin, and how many keys each has."""
+        """Start of each chunk of keys that a block attends to, and keys per chunk."""
         _, stop, first = span
         size = min(self.chunk, stop - first)
         return range(first, stop, size), size
 
     def pad_keys(self, x: jax.Array) -> jax.Array:
-        """Pads (B, K, T, H) where a block's last chunk may reach beyond the end; those keys are masked."""
+        """Pads (B, K, T, H) so that a block's last chunk may reach past the end; padded keys are masked."""
         extra = self.chunk if x.shape[2] > self.chunk else 0
         return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) if extra else x
 
     def mask(
         self, segment_ids: jax.Array | None, span: tuple[int, int, int], at: Any, size: int, groups: int
     ) -> jax.Array:
-        """Boolean (B or 1, 1, t * G, S) for a block of t queries and the `size` keys from `at` on."""
+        """Boolean (B or 1, 1, t * G, S) for a block of t queries and `size` keys from `at`."""
         start, stop, _ = span
         rows = jnp.repeat(jnp.arange(start, stop), groups)[:, None]
         columns = at + jnp.arange(size)[None, :]
-        seen = columns <= rows
+        mask = columns <= rows
         if self.window is not None:
-            seen &= rows - columns < self.window
-        seen = seen[None, None]
+            mask &= rows - columns < self.window
+        mask = mask[None, None]
         if segment_ids is None:
-            return seen
-        of_rows = jnp.repeat(segment_ids[:, start:stop], groups, axis=1)
-        of_columns = self.pad_keys(segment_ids[:, None, :, None])[:, 0, :, 0]
-        of_columns = jax.lax.dynamic_slice_in_dim(of_columns, at, size, axis=1)
-        return seen & (of_rows[:, None, :, None] == of_columns[:, None, None, :])
+            return mask
+        query_segments = jnp.repeat(segment_ids[:, start:stop], groups, axis=1)
+        key_segments = self.pad_keys(segment_ids[:, None, :, None])[:, 0, :, 0]
+        key_segments = jax.lax.dynamic_slice_in_dim(key_segments, at, size, axis=1)
+        return mask & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -147,9 +152,9 @@ def _forward(
         def part(at: Any, span: Any = span, size: int = size) -> tuple[jax.Array, jax.Array, jax.Array]:
             scores = _scores(q, long_k, segment_ids, blocks, span, at, size, groups)
             top = jnp.max(scores, axis=-1, keepdims=True)
-            shares = jnp.exp(scores - top)
-            total = jnp.sum(shares, axis=-1, keepdims=True)
-            return top, total, _dot("bkrs,bksh->bkrh", shares.astype(v.dtype), _slice(long_v, at, size))
+            weights = jnp.exp(scores - top)
+            total = jnp.sum(weights, axis=-1, keepdims=True)
+            return top, total, _dot("bkrs,bksh->bkrh", weights.astype(v.dtype), _slice(long_v, at, size))
 
         state = part(starts[0])
         if len(starts) > 1:
@@ -164,7 +169,7 @@ def _forward(
 
 
 def _merge_chunks(left: tuple, right: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Largest score, sum and weighted values over the keys of both (arXiv 2205.14135, algorithm 1)."""
+    """Merges maximum score, sum and weighted values of two chunks of keys (arXiv 2205.14135, algorithm 1)."""
     top = jnp.maximum(left[0], right[0])
     total, out = (
         x * jnp.exp(left[0] - top) + y * jnp.exp(right[0] - top)
@@ -174,7 +179,7 @@ def _merge_chunks(left: tuple, right: tuple) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
-    """arXiv 2205.14135, section 3.1: the scores of a block are computed again, from the norm that was kept."""
+    """Backward pass: recomputes each block's scores and reuses the saved norm (arXiv 2205.14135, section 3.1)."""
     q, k, v, segment_ids, out, norm = saved
     groups, length = q.shape[2] // k.shape[2], k.shape[2]
     d_out = _rows(gradient, groups)
@@ -187,13 +192,13 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
 
         def add(sums: tuple, at: Any, span: Any = span, rows: slice = rows, size: int = size) -> tuple:
             scores = _scores(q, long_k, segment_ids, blocks, span, at, size, groups)
-            shares = jnp.exp(scores - norm[:, :, rows])
-            d_shares = _dot("bkrh,bksh->bkrs", d_out[:, :, rows], _slice(long_v, at, size))
-            d_scores = (shares * (d_shares - inner[:, :, rows]) * _scale(q)).astype(q.dtype)
+            probs = jnp.exp(scores - norm[:, :, rows])
+            d_probs = _dot("bkrh,bksh->bkrs", d_out[:, :, rows], _slice(long_v, at, size))
+            d_scores = (probs * (d_probs - inner[:, :, rows]) * _scale(q)).astype(q.dtype)
             of_q, of_k, of_v = sums
             of_q += _dot("bkrs,bksh->bkrh", d_scores, _slice(long_k, at, size))
             of_k = _add_at(of_k, at, _dot("bkrs,bkrh->bksh", d_scores, q[:, :, rows]))
-            of_v = _add_at(of_v, at, _dot("bkrs,bkrh->bksh", shares.astype(v.dtype), d_out[:, :, rows]))
+            of_v = _add_at(of_v, at, _dot("bkrs,bkrh->bksh", probs.astype(v.dtype), d_out[:, :, rows]))
             return of_q, of_k, of_v
 
         sums = add((jnp.zeros(q[:, :, rows].shape, jnp.float32), d_k, d_v), starts[0])
@@ -218,7 +223,7 @@ def _scores(
     size: int,
     groups: int,
 ) -> jax.Array:
-    """Float32 (B, K, t * G, S) of a block's queries and a chunk's keys, very negative where the mask is off."""
+    """Scores of a block's queries and a chunk's keys, float32 (B, K, t * G, S), very negative where masked."""
     start, stop, _ = span
     scores = _dot("bkrh,bksh->bkrs", q[:, :, start * groups : stop * groups], _slice(k, at, size))
     return jnp.where(blocks.mask(segment_ids, span, at, size, groups), scores * _scale(q), _MASKED)
@@ -242,7 +247,7 @@ def _scale(q: jax.Array) -> float:
 
 
 def _rows(x: jax.Array, groups: int) -> jax.Array:
-    """(B, T, K * G, H) to (B, K, T * G, H): a block of tokens is a block of rows, all heads of a key together."""
+    """(B, T, K * G, H) to (B, K, T * G, H), so that a block of tokens is a contiguous block of rows."""
     batch, length, heads, size = x.shape
     x = x.reshape(batch, length, heads // groups, groups, size)
     return x.transpose(0, 2, 1, 3, 4).reshape(batch, heads // groups, length * groups, size)

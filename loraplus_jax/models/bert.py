@@ -1,4 +1,4 @@
-"""BERT, MiniLM (a BERT) and RoBERTa encoders, with a head for sequences.
+"""BERT, MiniLM (a BERT) and RoBERTa encoders, with a sequence classification or regression head.
 
 Axes in the comments: B sequences, T tokens, D hidden, N heads, H = D / N.
 """
@@ -22,7 +22,7 @@ _Map = Callable[[jax.Array], jax.Array]
 
 
 class BertPart(nn.Module):
-    """What all parts below share: the config, the dtype computed in, and the dtype of parameters."""
+    """Base class of the modules below: config, compute dtype and parameter dtype."""
 
     config: BertConfig
     dtype: Any = jnp.float32
@@ -30,25 +30,25 @@ class BertPart(nn.Module):
 
     @nn.nowrap
     def dense(self, features: int, name: str) -> nn.Dense:
-        """A Dense layer with BERT's initial values."""
+        """A Dense layer with BERT's initialization."""
         init = nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
 
     @nn.nowrap
     def embed(self, rows: int, name: str) -> nn.Embed:
-        """An embedding table with BERT's initial values."""
+        """An embedding table with BERT's initialization."""
         init, width = nn.initializers.normal(self.config.initializer_range), self.config.hidden_size
         return nn.Embed(rows, width, self.dtype, self.param_dtype, embedding_init=init, name=name)
 
     @nn.nowrap
     def norm(self, name: str) -> nn.LayerNorm:
-        """A LayerNorm that computes in float32; the plain variance, since E[x²] - E[x]² cancels."""
+        """A LayerNorm that computes in float32, without the fast variance: E[x²] - E[x]² loses precision."""
         eps = self.config.layer_norm_eps
         return nn.LayerNorm(eps, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
 
     @nn.nowrap
     def drop(self, x: jax.Array) -> jax.Array:
-        """Hidden dropout, when a `dropout` rng is given."""
+        """Applies hidden dropout if a `dropout` rng is given."""
         return _dropout(self, x, self.config.hidden_dropout_prob)
 
 
@@ -57,7 +57,7 @@ def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
 
 
 class BertEmbeddings(BertPart):
-    """The sum of word, position and token type embeddings, normalised."""
+    """The normalized sum of word, position and token type embeddings."""
 
     @nn.compact
     def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array | None) -> jax.Array:
@@ -72,16 +72,16 @@ class BertEmbeddings(BertPart):
 def _positions(config: BertConfig, input_ids: jax.Array) -> jax.Array:
     """Position ids: (1, T) for BERT; (B, T) for RoBERTa, where all padding has the position `pad_token_id`.
 
-    RoBERTa goes by the ids and not by the attention mask, as `make_positions` in fairseq and transformers do.
+    RoBERTa's follow from the ids, not from the attention mask, as in transformers and fairseq's `make_positions`.
     """
     if config.model_type == "bert":
         return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
-    real = (input_ids != config.pad_token_id).astype(jnp.int32)
-    return jnp.cumsum(real, axis=1) * real + config.pad_token_id
+    is_token = (input_ids != config.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + config.pad_token_id
 
 
 class BertAttention(BertPart):
-    """Multi-head attention of every token to every token that the mask lets through."""
+    """Multi-head attention from every token to all unmasked tokens."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -100,10 +100,10 @@ class BertAttention(BertPart):
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
-    """As `jax.nn.dot_product_attention` on (B, T, N, H), with `drop` on the probabilities (B, N, T, T)."""
+    """`jax.nn.dot_product_attention` on (B, T, N, H), with `drop` applied to the probabilities (B, N, T, T)."""
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
-    # A finite bottom: a row of nothing but padding gets a mean instead of NaN.
+    # A finite minimum: a row of only padding gets a mean instead of NaN.
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
     return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
@@ -120,11 +120,11 @@ class BertMLP(BertPart):
 
 
 class BertLayer(BertPart):
-    """Attention and MLP, each with a residual sum that is normalised afterwards; a step of a scan."""
+    """Attention and MLP, each with a residual connection and post-norm; the body of an `nn.scan`."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        """Hidden states (B, T, D) to hidden states, and nothing to stack."""
+        """Hidden states (B, T, D) to hidden states; None is the scan's empty output."""
         x = constrain_rows(x)
         args = (self.config, self.dtype, self.param_dtype)
         y = self.drop(BertAttention(*args, name="attention")(x, mask))
@@ -138,10 +138,10 @@ class BertEncoder(BertPart):
 
     Attributes:
       config: sizes and options.
-      dtype: what is computed in; normalisation, softmax and attention scores are float32 at least.
-      param_dtype: what parameters are made in.
-      unroll: the layers as straight code instead of a loop, on the same stacked parameters, so that XLA's
-        cost analysis counts every layer and not only one.
+      dtype: compute dtype; normalization, softmax and attention scores use at least float32.
+      param_dtype: dtype of the parameters.
+      unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
+        layer, not just one.
     """
 
     unroll: bool = False
@@ -150,7 +150,7 @@ class BertEncoder(BertPart):
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
     ) -> jax.Array:
-        """The last hidden states.
+        """Last hidden states.
 
         Args:
           input_ids: int32 (B, T). An id outside the vocabulary gives NaN.
@@ -158,10 +158,10 @@ class BertEncoder(BertPart):
           token_type_ids: int32 (B, T), zeros by default.
 
         Returns:
-          (B, T, D) in `dtype`; values at padding are finite and mean nothing.
+          (B, T, D) in `dtype`; values at padding are finite but meaningless.
 
         Raises:
-          ValueError: T is above the number of positions, or shapes differ.
+          ValueError: T exceeds the model's maximum length, or shapes differ.
         """
         _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
         args = (self.config, self.dtype, self.param_dtype)
@@ -182,24 +182,26 @@ def _check_inputs(
     config: BertConfig, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None
 ) -> None:
     if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have the shape (batch, tokens), got {input_ids.shape}")
+        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
     for name, array in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
         if array is not None and array.shape != input_ids.shape:
-            raise ValueError(f"{name} has the shape {array.shape}, input_ids has {input_ids.shape}")
+            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")
     if input_ids.shape[1] > config.max_length:
         length, limit = input_ids.shape[1], config.max_length
-        raise ValueError(f"a sequence has {length} tokens, the model takes {limit} at most: truncate it")
+        raise ValueError(
+            f"input_ids has {length} tokens, the model takes at most {limit}; truncate the input"
+        )
 
 
 class BertForSequence(nn.Module):
-    """An encoder, a summary of its hidden states, and a linear head: classes or one regression value.
+    """An encoder with pooling and a linear head, for classification or regression.
 
     Attributes:
       config, dtype, param_dtype, unroll: as in `BertEncoder`.
-      num_outputs: the head's width.
-      pooling: `"mean"` over the tokens that the mask keeps, `"cls"` for the first token, `"pooler"` for
-        BERT's own tanh layer on the first token.
-      head_dropout: rate before the head, in force where a `dropout` rng is given.
+      num_outputs: number of outputs of the head.
+      pooling: `"mean"` over unmasked tokens, `"cls"` for the first token, `"pooler"` for BERT's own tanh layer
+        on the first token.
+      head_dropout: dropout rate before the head, active if a `dropout` rng is given.
     """
 
     config: BertConfig
@@ -211,7 +213,7 @@ class BertForSequence(nn.Module):
     head_dropout: float = 0.1
 
     def setup(self) -> None:
-        """Encoder, pooler where asked for, and head: in float32, as bf16 would lose small steps of a new layer."""
+        """Encoder, optional pooler, and head. The head is float32: bf16 would lose small updates of a new layer."""
         check_choice("pooling", self.pooling, get_args(Pooling))
         init = nn.initializers.normal(self.config.initializer_range)
         self.encoder = BertEncoder(self.config, self.dtype, self.param_dtype, self.unroll)
@@ -226,8 +228,8 @@ class BertForSequence(nn.Module):
         self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
     ) -> jax.Array:
         """The head's outputs, float32 (B, num_outputs); arguments as for `BertEncoder`."""
-        summary = self._summary(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)
-        return self.head(self.dropout(summary, deterministic=not self.has_rng("dropout")))
+        pooled = self._pool(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)
+        return self.head(self.dropout(pooled, deterministic=not self.has_rng("dropout")))
 
     def encode(
         self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
@@ -235,7 +237,7 @@ class BertForSequence(nn.Module):
         """The encoder's last hidden states, (B, T, D) in `dtype`."""
         return self.encoder(input_ids, attention_mask, token_type_ids)
 
-    def _summary(self, hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    def _pool(self, hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
         if self.pooling == "mean":
             return masked_mean(hidden, attention_mask)
         first = hidden[:, 0]
@@ -243,7 +245,7 @@ class BertForSequence(nn.Module):
 
 
 def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
-    """The mean over the tokens that the mask keeps: float32 (B, D), zeros for a row without any.
+    """Mean over unmasked tokens, float32 (B, D); zeros for a row without any.
 
     >>> masked_mean(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
     Array([[2.]], dtype=float32)
@@ -268,16 +270,16 @@ _RULES = (
     *linear_rules(f"{_LAYER}.output.dense", f"{_LAYERS}/mlp/down"),
     *norm_rules(f"{_LAYER}.output.LayerNorm", f"{_LAYERS}/mlp_norm"),
 )
-# The base model has no prefix; the oldest BERT files spell the norms' weight and bias gamma and beta.
+# The base model has no prefix; the oldest BERT files call the norms' weight and bias gamma and beta.
 _RENAMES = ((r"^(bert|roberta)\.", ""), (r"Norm\.gamma$", "Norm.weight"), (r"Norm\.beta$", "Norm.bias"))
 # A buffer of older files, and the heads of pretraining and of other tasks.
 _IGNORE = (r"embeddings\.position_ids", r"(pooler|cls|lm_head|classifier|qa_outputs)\..*")
 
 
 def name_table(pooling: Pooling = "mean") -> NameTable:
-    """Where the tensors of a BERT or RoBERTa file go in a `BertForSequence`, its `head` excepted.
+    """Maps the tensors of a BERT or RoBERTa checkpoint to a `BertForSequence`, except its `head`.
 
-    The file's pooler is used with `pooling="pooler"`, and ignored otherwise.
+    The checkpoint's pooler is loaded with `pooling="pooler"` and ignored otherwise.
     """
     check_choice("pooling", pooling, get_args(Pooling))
     rules = (*_RULES, *linear_rules("pooler.dense", "pooler")) if pooling == "pooler" else _RULES
@@ -290,12 +292,12 @@ SHARDING: Rules = (
     (r"encoder/layers/(attention/(query|key|value)|mlp/up)/kernel", (None, "fsdp", "tensor")),
     (r"encoder/layers/(attention/(query|key|value)|mlp/up)/bias", (None, "tensor")),
     (r"encoder/layers/(attention/out|mlp/down)/kernel", (None, "tensor", "fsdp")),
-    # Norms, token types, pooler and head, and biases that are added to what is whole on every device.
+    # Replicated: norms, token types, pooler, head, and biases added to unsharded features.
     (r".*", ()),
 )
-"""Heads, the MLP's inner width and the vocabulary over `"tensor"`, the hidden width over `"fsdp"`."""
+"""Shards heads, MLP width and vocabulary over `"tensor"`, and hidden size over `"fsdp"`."""
 
 
 def tensor_sizes(config: BertConfig) -> dict[str, int]:
-    """What a mesh's tensor axis must divide. The vocabulary is not among it: it stays whole where it must."""
+    """Sizes that the mesh's tensor axis must divide. The vocabulary is not one: it may stay replicated."""
     return {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size")}

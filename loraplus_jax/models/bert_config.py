@@ -17,7 +17,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "silu": nn.silu,
 }
-# Options that change what the model computes, each with the one value that this file knows.
+# Options that change what the model computes, each with its only supported value.
 _ONLY = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -29,18 +29,18 @@ _ONLY = {
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """An encoder's sizes and options, under the names that Hugging Face's `config.json` has for them.
+    """An encoder's sizes and options, named as in Hugging Face's `config.json`.
 
     Attributes:
       model_type: `"bert"`, or `"roberta"` or `"xlm-roberta"`, whose positions start at `pad_token_id + 1`.
-      max_position_embeddings: rows of the position table, those that RoBERTa does not use included.
-      hidden_act: `"gelu"` is the exact one, `"gelu_new"` and `"gelu_pytorch_tanh"` its tanh approximation.
-      hidden_dropout_prob, attention_probs_dropout_prob: rates, in force where a `dropout` rng is given.
-      initializer_range: standard deviation of fresh weights.
+      max_position_embeddings: rows of the position table, including those that RoBERTa does not use.
+      hidden_act: `"gelu"` is exact; `"gelu_new"` and `"gelu_pytorch_tanh"` are its tanh approximation.
+      hidden_dropout_prob, attention_probs_dropout_prob: dropout rates, active if a `dropout` rng is given.
+      initializer_range: standard deviation of initial weights.
 
     Raises:
       ValueError: a size is below 1, the heads do not divide the hidden size, a rate is outside [0, 1), or a
-        name is unknown; all are listed.
+        name is unknown; lists all problems.
     """
 
     model_type: str = "bert"
@@ -59,15 +59,15 @@ class BertConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        if problems := [*_bad_sizes(self), *_bad_options(self)]:
+        if problems := [*_size_problems(self), *_option_problems(self)]:
             raise ValueError("BertConfig: " + "; ".join(problems))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Takes what it needs from the contents of a `config.json`.
+        """Reads the fields that it needs from the contents of a `config.json`.
 
         Raises:
-          ValueError: another kind of model, a size missing, or an option that would change what is computed.
+          ValueError: the model type or an option is unsupported, or a size is missing or invalid.
 
         Example:
           >>> sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
@@ -78,19 +78,21 @@ class BertConfig:
         """
         kind = config.get("model_type")
         if kind not in _MODEL_TYPES:
-            raise ValueError(f"config.json: model_type is {kind!r}, must be one of {', '.join(_MODEL_TYPES)}")
-        given = {key: value for key, value in config.items() if value is not None}
-        unsupported = {key: only for key, only in _ONLY.items() if given.get(key, only) != only}
+            raise ValueError(
+                f"config.json: model_type must be one of {', '.join(_MODEL_TYPES)}, got {kind!r}"
+            )
+        entries = {key: value for key, value in config.items() if value is not None}
+        unsupported = {key: only for key, only in _ONLY.items() if entries.get(key, only) != only}
         problems = [
-            f"{key} is {given[key]!r}, only {only!r} is supported" for key, only in unsupported.items()
+            f"{key} is {entries[key]!r}, only {only!r} is supported" for key, only in unsupported.items()
         ]
         fields = dataclasses.fields(cls)
         required = [f.name for f in fields if f.default is dataclasses.MISSING]
-        problems += [f"{name} is missing" for name in required if name not in given]
+        problems += [f"{name} is missing" for name in required if name not in entries]
         if problems:
             raise ValueError("config.json: " + "; ".join(problems))
         try:
-            return cls(**{f.name: given[f.name] for f in fields if f.name in given})
+            return cls(**{f.name: entries[f.name] for f in fields if f.name in entries})
         except (ValueError, TypeError) as error:
             raise ValueError(f"config.json: {error}") from None
 
@@ -101,25 +103,25 @@ class BertConfig:
         return self.max_position_embeddings - unused
 
 
-def _bad_sizes(config: BertConfig) -> list[str]:
+def _size_problems(config: BertConfig) -> list[str]:
     sizes = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.type is int}
-    least = dict.fromkeys(sizes, 1) | {"pad_token_id": 0}
-    bad = [
-        f"{name} must be an int of {least[name]} or more, got {size!r}"
+    minimum = dict.fromkeys(sizes, 1) | {"pad_token_id": 0}
+    problems = [
+        f"{name} must be an int of at least {minimum[name]}, got {size!r}"
         for name, size in sizes.items()
-        if not isinstance(size, int) or size < least[name]
+        if not isinstance(size, int) or size < minimum[name]
     ]
-    if not bad and config.hidden_size % config.num_attention_heads:
+    if not problems and config.hidden_size % config.num_attention_heads:
         heads = config.num_attention_heads
-        bad.append(f"num_attention_heads must divide hidden_size, got {heads} and {config.hidden_size}")
-    return bad
+        problems.append(f"num_attention_heads must divide hidden_size, got {heads} and {config.hidden_size}")
+    return problems
 
 
-def _bad_options(config: BertConfig) -> list[str]:
-    bad = []
+def _option_problems(config: BertConfig) -> list[str]:
+    problems = []
     for name, allowed in (("model_type", _MODEL_TYPES), ("hidden_act", tuple(ACTIVATIONS))):
         if getattr(config, name) not in allowed:
-            bad.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+            problems.append(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
     for name in (
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
@@ -128,5 +130,5 @@ def _bad_options(config: BertConfig) -> list[str]:
     ):
         value = getattr(config, name)
         if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
-            bad.append(f"{name} must be a number in [0, 1), got {value!r}")
-    return bad
+            problems.append(f"{name} must be a number in [0, 1), got {value!r}")
+    return problems

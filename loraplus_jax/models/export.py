@@ -1,7 +1,7 @@
-"""A tuned model as a directory that transformers loads: shards of safetensors, `config.json`, tokenizer files.
+"""Writes a tuned model for transformers: safetensors shards, `config.json` and tokenizer files.
 
-It is written tensor by tensor; see `merged`. For PEFT the path map of a model is made here from its name table, so
-that names stand in one place.
+Writes one tensor at a time; see `merged`. Also derives a model's path map for PEFT from its name table, so that
+names are defined in one place.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from .merged import TYPES, CheckpointMerge, OutputTensor, merged_tensors
 from .name_table import NameTable
 
 SHARD_BYTES = 5 * 10**9
-"""A file's size, as transformers has it."""
+"""Maximum size of a shard (the default of transformers 4)."""
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt"),
     *("vocab.json", "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model"),
@@ -41,14 +41,14 @@ _ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
 
 class TransformersClass(NamedTuple):
-    """The class of transformers that a model is one of.
+    """The transformers class that loads a model.
 
     Attributes:
-      architecture: its name.
-      prefix: before the names of all modules but the heads.
-      heads: rules for parts that the name table does not know, or knows by another name.
-      task_type: PEFT's name of what it is for.
-      tied: the modules of ours whose embedding is the head too.
+      architecture: name of the class.
+      prefix: prefix of all module names except the heads'.
+      heads: (our path, its name) of modules that the name table lacks or names differently.
+      task_type: PEFT's task type.
+      tied: our modules whose embedding is also the output head.
     """
 
     architecture: str
@@ -59,16 +59,16 @@ class TransformersClass(NamedTuple):
 
 
 def causal_lm_class(config: LlamaConfig) -> TransformersClass:
-    """That of a language model."""
+    """The class of a language model."""
     tied = ("embed_tokens",) if config.tie_word_embeddings else ()
     return TransformersClass(f"{_CAUSAL[config.model_type]}ForCausalLM", "model.", (), "CAUSAL_LM", tied)
 
 
 def encoder_class(config: BertConfig, pooling: Pooling) -> TransformersClass:
-    """That of an encoder with a head: for sequences where transformers has the same head, else the bare encoder.
+    """The class of an encoder with a head: for sequences if transformers has the same head, else the bare encoder.
 
-    BERT's head there stands on the pooler; RoBERTa's has a layer like a pooler in it. Neither takes a mean or the
-    bare first token.
+    In transformers, BERT's head follows the pooler and RoBERTa's contains a layer like a pooler. Neither supports
+    mean pooling or the bare first token.
     """
     name = _ENCODERS[config.model_type]
     if pooling != "pooler":
@@ -82,12 +82,12 @@ def encoder_class(config: BertConfig, pooling: Pooling) -> TransformersClass:
 
 
 def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = None) -> PathMap:
-    """Where the modules of a model are in transformers' class of it.
+    """Maps a model's modules to those of its transformers class.
 
     Args:
       table: the model's name table.
       form: the class.
-      prefix: another one than the form's, for adapters of the same model without its head.
+      prefix: replaces the class's prefix, for adapters of the model without its head.
     """
     rules: dict[tuple[str, str], tuple[str, str] | tuple[str, str, str]] = {
         (ours, theirs): (ours, theirs) for ours, theirs in form.heads
@@ -121,24 +121,24 @@ def write_hf(
     Args:
       target: the directory.
       source: the base, a Hugging Face directory or a GGUF file.
-      merge: what becomes of its tensors.
-      form: the class that loads it.
-      new: what no file has, `{"params": {"head": ...}}`, and the form has a place for.
-      config: fields that `config.json` gets beside the base's.
-      dtype: what weights are kept in, merged in float32 whichever it is; by default what each was kept in, and
-        float32 for what was quantised.
-      shard_bytes: of a file, at most, unless one tensor has more.
+      merge: merged values of its tensors.
+      form: the class that loads the result.
+      new: parameters that the base lacks and the class has, such as `{"params": {"head": ...}}`.
+      config: fields to add to the base's `config.json`.
+      dtype: dtype of the weights; by default each tensor's in the base, float32 if quantized. Merging always uses
+        float32.
+      shard_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
-      ValueError: the base has something that transformers has no name for.
+      ValueError: transformers cannot represent part of the model.
     """
     tensors = list(_named_tensors(source, merge, form, new))
     if dtype is not None:
         tensors = [dataclasses.replace(t, dtype=np.dtype(dtype)) if is_float(t.dtype) else t for t in tensors]
-    kinds = {t.dtype.name for t in tensors if is_float(t.dtype)}
+    dtypes = {t.dtype.name for t in tensors if is_float(t.dtype)}
     content = {**hf_config(source), "architectures": [form.architecture], **config}
     content.pop("torch_dtype", None)
-    content["dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
+    content["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
     _write_json(target / "config.json", content)
     copy_tokenizer(source, target)
     shards = _shards(tensors, shard_bytes)
@@ -151,22 +151,22 @@ def write_hf(
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(target / name, shard)
     if len(shards) > 1:
-        listed = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
         total = sum(map(_size, tensors))
-        _write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": listed})
+        _write_json(target / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def hf_config(source: Path) -> dict[str, Any]:
-    """The base's `config.json`, or what a GGUF file has instead.
+    """The base's `config.json`, or its equivalent from a GGUF file's metadata.
 
     Raises:
-      ValueError: the file's rotary factors have no form that transformers reads.
+      ValueError: the GGUF file has rotary factors, which transformers cannot read.
     """
     config = dict(load_config(source))
     if (config.get("rope_scaling") or {}).get("rope_type") == "factors":
         raise ValueError(
-            f"{source} keeps its rotary frequencies as factors, of which transformers' config has no form; "
-            "export it with --format gguf"
+            f"{source} stores rotary frequency factors, which transformers' config.json cannot express; "
+            "use --format gguf"
         )
     return config
 
@@ -185,14 +185,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     if (template := tokenizer.read_chat_template(file)) is not None:
         settings["chat_template"] = template
     _write_json(target / "tokenizer_config.json", settings)
-    if ends := tokenizer.stop_ids(file):
-        _write_json(target / "generation_config.json", {"eos_token_id": list(ends)})
+    if stop_ids := tokenizer.stop_ids(file):
+        _write_json(target / "generation_config.json", {"eos_token_id": list(stop_ids)})
 
 
 def write_safetensors(path: Path, tensors: Iterable[OutputTensor]) -> None:
-    """Writes a safetensors file tensor by tensor: the library's own writer needs all of them in memory.
+    """Writes a safetensors file one tensor at a time; the library's own writer needs all of them in memory.
 
-    The format: https://github.com/huggingface/safetensors#format
+    Format: https://github.com/huggingface/safetensors#format
     """
     tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -210,17 +210,17 @@ def write_safetensors(path: Path, tensors: Iterable[OutputTensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
             for rows in tensor.rows():
-                # As bytes: bfloat16 is no type that a file takes.
+                # As bytes, because a file does not accept bfloat16.
                 file.write(np.ascontiguousarray(rows, tensor.dtype).reshape(-1).view(np.uint8).data)
 
 
 def _named_tensors(
     source: Path, merge: CheckpointMerge, form: TransformersClass, new: Mapping[str, Any]
 ) -> Iterator[OutputTensor]:
-    """Yields all tensors under the names of transformers' class.
+    """Yields all tensors under the names of the transformers class.
 
-    A bare encoder and a language model keep their file's names and whatever else the file has, but for a second
-    copy of a tied head. A model with a new head gets the class's names, and loses the file's old heads.
+    A bare encoder or a language model keeps the file's names and extra tensors, except the copy of a tied head. A
+    model with a new head gets the class's names and drops the file's old heads.
     """
     rules = path_map(merge.table, form)
     for tensor, canonical in merged_tensors(source, merge):
@@ -234,13 +234,13 @@ def _named_tensors(
             name = location.at(() if layer is None else (layer,))
             yield dataclasses.replace(tensor, name=f"{name}.{canonical.rpartition('.')[2]}")
     slots, problems = slice_leaves(flatten(new), rules)
-    raise_problems(f"the model has no place in {form.architecture} for what is new", problems)
+    raise_problems(f"{form.architecture} has no module for some new parameters", problems)
     for name, array in name_leaves(slots, set(), rules)[0].items():
         yield OutputTensor(name, array.shape, array.dtype, lambda array=array: iter([array]))
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether numbers of a type are floating-point ones, bfloat16 included."""
+    """Whether a dtype is floating-point, bfloat16 included."""
     return jnp.issubdtype(dtype, jnp.floating)
 
 
@@ -248,11 +248,11 @@ def _size(tensor: OutputTensor) -> int:
     return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
-def _shards(tensors: Iterable[OutputTensor], most: int) -> list[list[OutputTensor]]:
+def _shards(tensors: Iterable[OutputTensor], max_bytes: int) -> list[list[OutputTensor]]:
     shards: list[list[OutputTensor]] = [[]]
     size = 0
     for tensor in tensors:
-        if shards[-1] and size + _size(tensor) > most:
+        if shards[-1] and size + _size(tensor) > max_bytes:
             shards.append([])
             size = 0
         shards[-1].append(tensor)

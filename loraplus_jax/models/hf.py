@@ -1,7 +1,6 @@
 """Strict loading of weights from a Hugging Face directory or a GGUF file, by a model's `NameTable`.
 
-Nothing is guessed: every tensor that is missing, left over or misshapen is listed, all in one error, before the
-first weight is read.
+Nothing is guessed: before reading any weight, one error lists every missing, extra or misshapen tensor.
 """
 
 import functools
@@ -27,14 +26,14 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SHOWN = 20
-_PIECE = 2**22  # bytes, counted as float32, that are read at a time
+_PIECE = 2**22  # bytes per read, counted as float32
 
 
 def load_config(directory: str | Path) -> dict[str, Any]:
-    """Reads `config.json` of a Hugging Face directory, or what a GGUF file has instead, see `gguf.load.config`.
+    """Reads `config.json` of a Hugging Face directory, or converts a GGUF file's metadata with `gguf.load.config`.
 
     Raises:
-      ValueError: no directory, no such file in it, or it holds no JSON object; or a GGUF file that cannot be read.
+      ValueError: the directory or file is missing, is not a JSON object, or is a GGUF file that cannot be read.
     """
     if (file := gguf.find(Path(directory))) is not None:
         return gguf.config(gguf.read(file))
@@ -53,27 +52,27 @@ def load_params(
 ) -> dict[str, Any]:
     """Loads a model's parameters from `model.safetensors`, the shards that its index names, or a GGUF file.
 
-    The host holds one leaf at a time and a few MiB, beside the memory-mapped file. Names and shapes are all checked
-    first. Quantised tensors are dequantised.
+    Checks all names and shapes first. Host memory holds one leaf at a time and a few MiB, besides the memory-mapped
+    file. Dequantizes quantized tensors.
 
     Args:
-      directory: a Hugging Face directory, a GGUF file, or a directory with one of those and no safetensors.
+      directory: a Hugging Face directory, a GGUF file, or a directory with one GGUF file and no safetensors.
       table: the model's name table.
-      expected: the model's parameters as shapes, `jax.eval_shape(model.init, ...)["params"]`.
-      new: path prefixes of leaves that do not come from the file, such as a new `"head"`.
-      param_dtype: the dtype of all leaves; by default each has the one that `expected` gives it.
-      place: called with each leaf's path and host array, returns what to keep of it. By default an array on the
-        default device.
-      shardings: path to sharding, for leaves that go straight to where they lie: of these each process reads only
-        the parts that its own devices hold, and `place` is not called.
+      expected: shapes of the model's parameters, `jax.eval_shape(model.init, ...)["params"]`.
+      new: path prefixes of leaves that are not in the file, such as a new `"head"`.
+      param_dtype: dtype of all leaves; by default each leaf's dtype in `expected`.
+      place: called with each leaf's path and host array; returns what to store. By default an array on the default
+        device.
+      shardings: path to sharding, for leaves to load directly onto their devices: each process reads only the parts
+        that its own devices hold, and does not call `place`.
 
     Returns:
       Nested dicts like `expected`, without the `new` leaves.
 
     Raises:
-      ValueError: a tensor is missing, extra or misshapen (all are listed together: `-` missing, `+` extra,
-        `~` different); the table does not cover the model; a file is absent, damaged or a pickle; the index
-        names a file outside the directory; several GGUF files in the directory.
+      ValueError: a tensor is missing, extra or misshapen (lists all: `-` missing, `+` extra, `~` different); the
+        table does not cover the model; a file is missing, damaged or a pickle; the index names a file outside the
+        directory; the directory contains several GGUF files.
       ImportError: safetensors, or for a GGUF file gguf, is not installed.
 
     Example:
@@ -104,12 +103,12 @@ def load_params(
 def check_params(
     directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, "_Tensor"]]:
-    """The checks of `load_params`, which read no weight but copies; returns leaves by path and tensors by name."""
+    """Runs the checks of `load_params`, reading only tied weights; returns leaves by path, tensors by name."""
     directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)
-    wanted = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
-    tensors, problems = _find_tensors(directory, table, wanted | {name for name, _ in table.copies})
-    problems += _compare_shapes(table, leaves, tensors) or _differing_copies(table, tensors)
+    names = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
+    tensors, problems = _find_tensors(directory, table, names | {name for name, _ in table.copies})
+    problems += _compare_shapes(table, leaves, tensors) or _compare_copies(table, tensors)
     if problems:
         raise ValueError(_error_message(directory, problems))
     return leaves, tensors
@@ -118,7 +117,7 @@ def check_params(
 def rows_digest(tensors: Mapping[str, "_Tensor"]) -> str:
     """A short hex digest of the first, the middle and the last row of every tensor, as `check_params` returns them.
 
-    It tells the weights of another training apart and reads next to nothing of them.
+    Distinguishes differently trained weights, and reads almost nothing of them.
     """
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -133,7 +132,7 @@ def rows_digest(tensors: Mapping[str, "_Tensor"]) -> str:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor in a file: its own name there, its contents, and which types are read of such a file."""
+    """A tensor in a file: its name there, a lazy view, and the types supported in such a file."""
 
     file: Any
     name: str
@@ -148,84 +147,80 @@ class _Tensor:
 def _leaves_from_file(
     table: NameTable, expected: Mapping[str, Any], new: tuple[str, ...]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves to load by path, checked to be exactly those that the table has rules for."""
+    """The leaves to load, by path; raises unless they are exactly those that the table has rules for."""
     flat: dict[str, Any] = traverse_util.flatten_dict(dict(expected), sep="/")
     paths_under = {prefix: {p for p in flat if f"{p}/".startswith(f"{prefix}/")} for prefix in new}
     if unused := [prefix for prefix, paths in paths_under.items() if not paths]:
         raise ValueError(
-            f"new: the model has nothing under {unused}; it has {sorted({p.split('/')[0] for p in flat})}"
+            f"new: the model has no parameters under {unused}; "
+            f"it has {sorted({p.split('/')[0] for p in flat})}"
         )
     leaves = {
         path: leaf for path, leaf in flat.items() if not any(path in paths for paths in paths_under.values())
     }
-    ruled = {rule.path for rule in table.rules}
-    if ruled != set(leaves):
+    rule_paths = {rule.path for rule in table.rules}
+    if rule_paths != set(leaves):
         raise ValueError(
-            f"the name table does not cover the model: leaves without a rule {sorted(set(leaves) - ruled)}, "
-            f"rules without a leaf {sorted(ruled - set(leaves))}"
+            "the name table does not cover the model: "
+            f"leaves without a rule {sorted(set(leaves) - rule_paths)}, "
+            f"rules without a leaf {sorted(rule_paths - set(leaves))}"
         )
     return leaves
 
 
-def _find_tensors(
-    directory: Path, table: NameTable, wanted: set[str]
-) -> tuple[dict[str, _Tensor], list[str]]:
-    """The wanted tensors in the directory by renamed name, and a line for each that should not be there."""
+def _find_tensors(directory: Path, table: NameTable, names: set[str]) -> tuple[dict[str, _Tensor], list[str]]:
+    """The tensors with these canonical names, by name, and one line per missing or unexpected tensor."""
     tensors: dict[str, _Tensor] = {}
     problems = []
-    for file_name, file, dtypes, promised in weight_files(directory):
-        names = set(file.keys())
-        missing = sorted(promised - names)
-        problems += [
-            f"- {name} (the index puts it in {file_name}, which does not hold it)" for name in missing
-        ]
-        for name in sorted(names):
+    for file_name, file, dtypes, index_names in weight_files(directory):
+        file_names = set(file.keys())
+        missing = sorted(index_names - file_names)
+        problems += [f"- {name} (the index lists it in {file_name}, which lacks it)" for name in missing]
+        for name in sorted(file_names):
             key, tensor = table.canonical(name), _Tensor(file, name, file.get_slice(name), dtypes)
             if key in tensors:
                 problems.append(f"+ {name} (a second tensor for {tensors[key].name}, in {file_name})")
-            elif key in wanted:
+            elif key in names:
                 tensors[key] = tensor
             elif not table.ignores(key):
-                problems.append(f"+ {name} {list(tensor.shape)} (the model has no place for it)")
+                problems.append(f"+ {name} {list(tensor.shape)} (not in the model)")
     return tensors, problems
 
 
 def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
-    """Each file with weights: its name, the file opened, the types that are read, the tensors an index promises."""
+    """Yields each weight file: its name, the open file, the supported types, the tensors that an index lists."""
     if (file := gguf.find(path)) is not None:
         yield file.name, gguf.GgufWeights(gguf.read(file)), gguf.DTYPES, set()
         return
     weight_map = _weight_map(_check_directory(path))
     missing = sorted({name for name in weight_map.values() if not os.path.isfile(path / name)})
     if len(missing) > 1:
-        raise ValueError(f"{path}: missing, though the index names them: {', '.join(missing)}")
+        raise ValueError(f"{path}: files in the index are missing: {', '.join(missing)}")
     for name in sorted(set(weight_map.values())) or [SINGLE_FILE]:
-        promised = {tensor for tensor, owner in weight_map.items() if owner == name}
-        yield name, _open(path / name), _FLOATS, promised
+        index_names = {tensor for tensor, owner in weight_map.items() if owner == name}
+        yield name, _open(path / name), _FLOATS, index_names
 
 
 def _compare_shapes(
     table: NameTable, leaves: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, _Tensor]
 ) -> list[str]:
-    """A line for each wanted tensor that is absent, misshapen or not of a type that is read."""
+    """One line per required tensor that is missing, misshapen or of an unsupported type."""
     problems = []
     for rule in table.rules:
         shape = shape_in_file(rule, leaves[rule.path])
         for name in expand(rule, leaves[rule.path]):
             tensor = tensors.get(name)
             if tensor is None:
-                problems.append(f"- {name} {list(shape)} (the model needs it)")
+                problems.append(f"- {name} {list(shape)} (required by the model)")
             elif tensor.shape != shape:
                 problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
             elif (dtype := tensor.view.get_dtype()) not in tensor.dtypes:
-                problems.append(
-                    f"~ {tensor.name} is {dtype}, the model needs one of {', '.join(tensor.dtypes)}"
-                )
+                problems.append(f"~ {tensor.name} is {dtype}, must be one of {', '.join(tensor.dtypes)}")
     return problems
 
 
-def _differing_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[str]:
-    """A line for each tensor that should repeat another and does not: the checkpoint is of another model."""
+def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[str]:
+    """One line per tied tensor that differs from its original: the checkpoint belongs to another model."""
     problems = []
     for name, original_name in table.copies:
         if name not in tensors:
@@ -238,14 +233,14 @@ def _differing_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[
         )
         if not equal:
             problems.append(
-                f"~ {copy.name} differs from {original.name}, and the config says that they are one (are they "
-                "tied?)"
+                f"~ {copy.name} differs from {original.name}, but the config ties them; "
+                "check tie_word_embeddings"
             )
     return problems
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first axis that are small enough to be read at once."""
+    """Slices of the first axis, each small enough for one read."""
     rows = _PIECE // max(1, 4 * math.prod(shape[1:])) or 1
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
@@ -254,9 +249,9 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
 def _error_message(directory: Path, problems: list[str]) -> str:
     """The error message; its first line can stand alone."""
     counts = Counter(line[0] for line in problems)
-    words = {"-": "missing", "+": "extra", "~": "misshapen or of another type"}
+    words = {"-": "missing", "+": "extra", "~": "misshapen or of the wrong type"}
     summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
-    first = f"the weights in {directory} do not fit the model: {summary}; the first is {problems[0]}"
+    first = f"the weights in {directory} do not match the model: {summary}; first: {problems[0]}"
     shown = [f"  {line}" for line in problems[:_SHOWN]]
     rest = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return "\n".join([first, *shown, *rest])
@@ -265,7 +260,7 @@ def _error_message(directory: Path, problems: list[str]) -> str:
 def _read_parts_once(
     read: Callable[[list[slice]], np.ndarray], shape: tuple[int, ...]
 ) -> Callable[[Any], np.ndarray]:
-    """A callback for `make_array_from_callback` that reads a part held by several devices only once."""
+    """A callback for `make_array_from_callback` that reads a part only once for several devices."""
     parts: dict[tuple, np.ndarray] = {}
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -285,7 +280,7 @@ def _read(
     param_dtype: Any,
     window: list[slice],
 ) -> np.ndarray:
-    """Reads a part of one leaf piece by piece into its final array, so that no second copy is made."""
+    """Reads a window of one leaf in pieces into the final array, without a second copy."""
     shape = tuple(s.stop - s.start for s in window)
     out = _empty_aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
     names = expand(rule, leaf)
@@ -298,7 +293,7 @@ def _read(
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array on a boundary of 64 bytes: on the CPU `jax.device_put` takes it over without a copy."""
+    """An empty array aligned to 64 bytes, which `jax.device_put` uses on CPU without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     spare = np.empty(size + 63, np.uint8)
     start = -spare.ctypes.data % 64
@@ -320,37 +315,38 @@ def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed:
 def _check_directory(directory: Path) -> Path:
     if not os.path.isdir(directory):
         raise ValueError(
-            f"{directory} is no directory and no GGUF file; give one, or a directory with config.json and "
-            f"{SINGLE_FILE}"
+            f"{directory} is not a directory or GGUF file; pass a GGUF file, or a directory with "
+            f"config.json and {SINGLE_FILE}"
         )
     return directory
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor name to shard as the index has it; empty where there is a single file."""
+    """Tensor name to shard, from the index; empty for a single file."""
     if (directory / SINGLE_FILE).exists():
         return {}
     if not (directory / INDEX_FILE).exists():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise ValueError(
-                f"{directory} has its weights only as {pickles[0]}, a pickle, which can run any code when opened "
-                "and is not read here; convert it where you trust it: "
+                f"{directory} has its weights only in {pickles[0]}, a pickle, which can run arbitrary code; "
+                "convert it in a sandbox: "
                 "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
             )
         raise ValueError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
     weight_map = read_json(directory / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{directory / INDEX_FILE} must hold a weight_map from tensor names to files, got {weight_map!r:.80}"
+            f"{directory / INDEX_FILE} must have a weight_map from tensor names to files, "
+            f"got {weight_map!r:.80}"
         )
     for file_name in weight_map.values():
-        # By the name alone: the hub's own cache is made of links that lead out of the directory.
+        # Checks only the name: the hub's cache consists of links that point out of the directory.
         plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
         if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
             raise ValueError(
-                f"{directory / INDEX_FILE} names {file_name!r}; "
-                "only plain .safetensors names in the same directory are read"
+                f"{directory / INDEX_FILE}: files must be plain .safetensors names in the same directory, "
+                f"got {file_name!r}"
             )
     return weight_map
 
@@ -361,11 +357,11 @@ def _open(path: Path) -> Any:
     except ImportError as error:
         raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
-        raise ValueError(f"{path} is missing, though the index names it")
+        raise ValueError(f"{path} is missing, but the index lists it")
     try:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is no whole safetensors file ({error}); "
-            "an interrupted download or a Git LFS pointer looks like this: fetch it again"
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; "
+            "download it again (truncated, or a Git LFS pointer?)"
         ) from error

@@ -1,7 +1,7 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, by config. It knows nothing of adapters.
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, selected by config; without LoRA code.
 
-transformers 5 has no Flax models any more, and no other package keeps one of these in Linen: this file is checked
-against transformers' torch models instead (`tests/golden/make_llama.py`).
+transformers 5 has no Flax models any more, and no other package has these in Linen, so the tests compare this file
+with transformers' torch models (`tests/golden/make_llama.py`).
 
 Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
 """
@@ -23,22 +23,22 @@ from .rope import Rope, apply_rope
 
 Remat = Literal["none", "dots", "full"]
 
-# What a layer keeps for its gradient, beside its input; "none" is no remat at all. By name, not every product as
-# with `dots_saveable`: that would keep an adapted layer's sum and both of its terms.
-_KEPT = ("query", "key", "value", *ATTENTION_NAMES, "attended", "gate", "up")
+# What a layer saves for the backward pass besides its input; "none" means no remat. Saved by name, because
+# `dots_saveable` would save an adapted layer's sum and both of its terms.
+_SAVED_NAMES = ("query", "key", "value", *ATTENTION_NAMES, "attended", "gate", "up")
 _POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(*_KEPT),
+    "dots": jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, for generation; see `init_cache`.
+    """The KV cache for generation; see `init_cache`.
 
     Attributes:
       key, value: (L, B, S, K, H).
-      segment_ids: int32 (B, S), 0 where a slot holds padding or nothing yet.
-      length: int32 scalar, slots used.
+      segment_ids: int32 (B, S), 0 for padding and empty slots.
+      length: int32 scalar, number of used slots.
     """
 
     key: jax.Array
@@ -48,19 +48,19 @@ class Cache(NamedTuple):
 
 
 def init_cache(config: LlamaConfig, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `slots` tokens of each of `batch` sequences, their padding included."""
+    """An empty cache for `batch` sequences of `slots` tokens each, including padding."""
     shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
 
 
 class _Shared(NamedTuple):
-    """What every layer is given alike.
+    """Inputs that all layers share.
 
     Attributes:
       rope: cosines and sines of the tokens' positions.
-      segment_ids: (B, T), or None where each row is one sequence.
-      mask: (B, T, S) for a step on a cache that holds something, else None.
+      segment_ids: (B, T), or None if each row is one sequence.
+      mask: (B, T, S) for a step on a non-empty cache, else None.
       start: the cache's length before these tokens.
     """
 
@@ -71,7 +71,7 @@ class _Shared(NamedTuple):
 
 
 class LlamaPart(nn.Module):
-    """What all parts below share: the config, the dtype computed in, and the dtype of parameters."""
+    """Base class of the modules below: config, compute dtype and parameter dtype."""
 
     config: LlamaConfig
     dtype: Any = jnp.float32
@@ -79,7 +79,7 @@ class LlamaPart(nn.Module):
 
     @nn.nowrap
     def dense(self, features: int, name: str, *, bias: bool = False) -> nn.Dense:
-        """A Dense layer with the family's initial values."""
+        """A Dense layer with the family's initialization."""
         init = nn.initializers.normal(self.config.initializer_range)
         return nn.Dense(features, bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
 
@@ -98,7 +98,7 @@ class LlamaAttention(LlamaPart):
     def __call__(
         self, x: jax.Array, shared: _Shared, cache: Cache | None, layer: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
-        """(B, T, D) from (B, T, D), and the cache with this layer's keys and values in it."""
+        """(B, T, D) from (B, T, D), and the cache updated with this layer's keys and values."""
         c = self.config
         sizes = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
         query, key, value = (
@@ -128,7 +128,7 @@ class LlamaAttention(LlamaPart):
 
 
 def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
-    """The cache with new tokens' keys and values (B, T, K, H) in one layer's slots from `start` on."""
+    """Writes new tokens' keys and values (B, T, K, H) to one layer's slots from `start`."""
     at = (layer, 0, start, 0, 0)
     key, value = (
         jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at)
@@ -152,7 +152,7 @@ class LlamaMLP(LlamaPart):
 
 
 class LlamaLayer(LlamaPart):
-    """Attention and MLP, each on normalised input and added to its own; a step of a scan."""
+    """Attention and MLP, each with pre-norm and a residual connection; the body of an `nn.scan`."""
 
     attention: Attention = "auto"
 
@@ -160,7 +160,7 @@ class LlamaLayer(LlamaPart):
     def __call__(
         self, carry: tuple[jax.Array, Cache | None], shared: _Shared, layer: jax.Array
     ) -> tuple[tuple[jax.Array, Cache | None], None]:
-        """Hidden states (B, T, D) and cache to the same, and nothing to stack."""
+        """Hidden states (B, T, D) and cache to the same; None is the scan's empty output."""
         x, cache = constrain_rows(carry[0]), carry[1]
         args = (self.config, self.dtype, self.param_dtype)
         y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
@@ -176,12 +176,12 @@ class Llama(nn.Module):
 
     Attributes:
       config: sizes and options.
-      dtype: what is computed in; normalisation, softmax, attention scores and rotations are float32 at least.
-      param_dtype: what parameters are made in.
-      unroll: the layers as straight code instead of a loop, on the same stacked parameters: XLA's cost analysis
-        then counts every layer; slower to compile.
-      remat: what is computed again for the gradient instead of kept: `"none"`; `"dots"`, all but what large matrix
-        products made; or `"full"`, everything but each layer's input.
+      dtype: compute dtype; normalization, softmax, attention scores and rotations use at least float32.
+      param_dtype: dtype of the parameters.
+      unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
+        layer; slower to compile.
+      remat: what the backward pass recomputes: `"none"`; `"dots"`, all but the outputs of large matmuls; `"full"`,
+        everything but each layer's input.
       attention: see `causal_attention`.
     """
 
@@ -193,7 +193,7 @@ class Llama(nn.Module):
     attention: Attention = "auto"
 
     def setup(self) -> None:
-        """Embedding, layers, last norm, and a head of its own unless it is tied to the embedding."""
+        """Embedding, layers, final norm, and a head unless it is tied to the embedding."""
         c = self.config
         check_choice("remat", self.remat, get_args(Remat))
         init = nn.initializers.normal(c.initializer_range)
@@ -202,7 +202,7 @@ class Llama(nn.Module):
         )
         layer = LlamaLayer
         if self.remat != "none":
-            # Inside a loop nothing can be shared between forward and backward anyway.
+            # Inside a loop CSE cannot merge forward and backward computations anyway.
             layer = nn.remat(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll)
         self.layers = nn.scan(
             layer,
@@ -222,18 +222,17 @@ class Llama(nn.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits.
+        """Logits at every position.
 
         Args:
           input_ids: int32 (B, T). An id outside the vocabulary gives NaN.
-          segment_ids: int32 (B, T): 0 is padding, any other number a sequence, of which several may be packed in a
-            row one after the other. Tokens see earlier tokens of their own sequence only. An attention mask is one
-            such array. None: every row is one whole sequence.
-          positions: int32 (B, T); by default each token's index in its sequence, so padding may stand on either
-            side.
+          segment_ids: int32 (B, T): 0 for padding, any other number for a sequence; a row may pack several, one
+            after the other. Tokens attend only to earlier tokens of their own sequence. An attention mask works
+            too. None: every row is one sequence.
+          positions: int32 (B, T); by default each token's index in its sequence, so padding may be on either side.
 
         Returns:
-          float32 (B, T, vocabulary); values at padding are finite and mean nothing.
+          float32 (B, T, vocabulary); values at padding are finite but meaningless.
 
         Raises:
           ValueError: shapes differ.
@@ -246,7 +245,7 @@ class Llama(nn.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head is applied to, (B, T, D) in `dtype`; arguments as for a call."""
+        """Input of the head, (B, T, D) in `dtype`; arguments as for `__call__`."""
         _check_inputs(input_ids, segment_ids, positions)
         if positions is None:
             positions = segment_positions(segment_ids, input_ids.shape[1])
@@ -256,13 +255,13 @@ class Llama(nn.Module):
     def extend(
         self, input_ids: jax.Array, segment_ids: jax.Array, cache: Cache, *, first: bool
     ) -> tuple[jax.Array, Cache]:
-        """Takes tokens into a cache.
+        """Appends tokens to a cache.
 
         Args:
-          input_ids: int32 (B, T), for the slots from `cache.length` on; not checked to be free.
-          segment_ids: int32 (B, T): 1, or 0 for padding, which only stands before a sequence's first token.
-          cache: what was before.
-          first: whether it is empty; then nothing in it is looked at.
+          input_ids: int32 (B, T), for the slots from `cache.length`; does not check that they are free.
+          segment_ids: int32 (B, T): 1, or 0 for padding, which must precede a sequence's first token.
+          cache: keys and values of the earlier tokens.
+          first: whether the cache is empty; attention then ignores it.
 
         Returns:
           Logits of the last token, float32 (B, vocabulary), and the cache.
@@ -271,7 +270,7 @@ class Llama(nn.Module):
         positions = jnp.cumsum(segment_ids, axis=1) - 1
         if not first:
             positions += jnp.sum(cache.segment_ids, axis=1, keepdims=True)
-        # Of padding the position does not matter, but the largest one of all does to dynamic rotary scaling.
+        # Positions of padding matter only to dynamic rotary scaling, which uses the largest of all.
         rope = self.config.rope(jnp.maximum(positions, 0))
         mask = None if first else self._cache_mask(segments, cache.length, input_ids.shape[1])
         shared = _Shared(rope, segment_ids, mask, cache.length)
@@ -279,13 +278,13 @@ class Llama(nn.Module):
         return self._logits(x[:, -1:])[:, 0], cache._replace(length=cache.length + input_ids.shape[1])
 
     def _cache_mask(self, segments: jax.Array, start: jax.Array, length: int) -> jax.Array:
-        """What each new token sees of the cache: boolean (B, T, S)."""
+        """The cache slots that each new token attends to: boolean (B, T, S)."""
         slot = jnp.arange(segments.shape[1])[None, :]
         query = start + jnp.arange(length)[:, None]
-        seen = slot <= query
+        mask = slot <= query
         if self.config.sliding_window is not None:
-            seen &= query - slot < self.config.sliding_window
-        return seen[None] & (segments > 0)[:, None, :]
+            mask &= query - slot < self.config.sliding_window
+        return mask[None] & (segments > 0)[:, None, :]
 
     def _run(self, input_ids: jax.Array, shared: _Shared, cache: Any) -> tuple[jax.Array, Any]:
         layers = jnp.arange(self.config.num_hidden_layers)
@@ -308,14 +307,14 @@ def segment_positions(segment_ids: jax.Array | None, length: int) -> jax.Array:
         return index
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     starts = jnp.where(segment_ids != before, index, 0)
-    inside = index - jax.lax.cummax(starts, axis=1)
-    return jnp.where(segment_ids == 0, 0, inside)
+    offset = index - jax.lax.cummax(starts, axis=1)
+    return jnp.where(segment_ids == 0, 0, offset)
 
 
 def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:
     """The head in a `Llama`'s parameters, and whether it is transposed, for `chunked_cross_entropy`.
 
-    A kernel (D, V) of its own, or else the embedding (V, D).
+    The `lm_head` kernel (D, V), or the tied embedding (V, D).
     """
     if "lm_head" in params:
         return params["lm_head"]["kernel"], False
@@ -324,14 +323,14 @@ def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:
 
 def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:
     if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have the shape (batch, tokens), got {input_ids.shape}")
+        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
     for name, array in (("segment_ids", segment_ids), ("positions", positions)):
         if array is not None and array.shape != input_ids.shape:
-            raise ValueError(f"{name} has the shape {array.shape}, input_ids has {input_ids.shape}")
+            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")
 
 
 def name_table(config: LlamaConfig) -> NameTable:
-    """Where the tensors of a checkpoint in Hugging Face's names go in a `Llama`."""
+    """Maps the tensors of a Hugging Face checkpoint to a `Llama`."""
     layer, layers = "layers.{layer}", "layers"
     rules: list[Rule] = [
         *embedding_rules("embed_tokens", "embed_tokens"),
@@ -339,10 +338,10 @@ def name_table(config: LlamaConfig) -> NameTable:
     ]
     for name in ("input_layernorm", "post_attention_layernorm"):
         rules += norm_rules(f"{layer}.{name}", f"{layers}/{name}", bias=False)
-    biased = {"o_proj": config.attention_bias} | dict.fromkeys(
+    has_bias = {"o_proj": config.attention_bias} | dict.fromkeys(
         ("q_proj", "k_proj", "v_proj"), config.qkv_bias
     )
-    for name, bias in biased.items():
+    for name, bias in has_bias.items():
         rules += linear_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=bias)
     for name in ("q_norm", "k_norm") if config.qk_norm else ():
         rules += norm_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
@@ -363,12 +362,12 @@ SHARDING: Rules = (
     (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/kernel", (None, "fsdp", "tensor")),
     (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/bias", (None, "tensor")),
     (r"layers/(self_attn/o|mlp/down)_proj/kernel", (None, "tensor", "fsdp")),
-    (r".*", ()),  # norms, and biases that are added to what is whole on every device
+    (r".*", ()),  # replicated: norms, and biases added to unsharded features
 )
-"""Heads, the MLP's inner width and the vocabulary over `"tensor"`, the hidden width over `"fsdp"`."""
+"""Shards heads, MLP width and vocabulary over `"tensor"`, and hidden size over `"fsdp"`."""
 
 
 def tensor_sizes(config: LlamaConfig) -> dict[str, int]:
-    """What a mesh's tensor axis must divide. The vocabulary is not among it: it stays whole where it must."""
+    """Sizes that the mesh's tensor axis must divide. The vocabulary is not one: it may stay replicated."""
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     return {name: getattr(config, name) for name in names}

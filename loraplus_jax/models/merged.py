@@ -18,18 +18,18 @@ from ..tree import flatten
 from .hf import weight_files
 from .name_table import NameTable, Rule, expand
 
-_PIECE = 2**22  # bytes that are read at a time where a tensor is only copied
+_PIECE = 2**22  # bytes per read when a tensor is only copied
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor to be written.
+    """A tensor to write.
 
     Attributes:
       name: its name.
-      shape: as it is written.
-      dtype: in which it is kept now; whoever writes it may take another.
-      rows: its contents in pieces along the first axis, or a scalar in one.
+      shape: its shape in the output.
+      dtype: its current dtype; the writer may use another.
+      rows: yields its values in pieces along the first axis; a scalar in one piece.
     """
 
     name: str
@@ -39,14 +39,14 @@ class OutputTensor:
 
 
 class CheckpointMerge:
-    """The merged value of each tensor of a checkpoint.
+    """Computes the merged value of each tensor of a checkpoint.
 
     Args:
       table: the model's name table.
-      leaves: its leaves that come from the checkpoint, as `check_params` returns them.
-      specs: what is adapted; stacked layers lie on axis 0, as in all models here.
+      leaves: the model's leaves in the checkpoint, as `check_params` returns them.
+      specs: the adapted parameters; layers are stacked on axis 0, as in all models here.
       lora: the tree of factors.
-      extras: variables trained in full, `{"params": ...}`; they replace the base's.
+      extras: fully trained variables, `{"params": ...}`; they replace the base's.
     """
 
     def __init__(
@@ -59,10 +59,9 @@ class CheckpointMerge:
     ) -> None:
         self.table, self.factors, self.extras = table, flatten(lora), flatten(extras)
         self.specs = {spec.leaf: (key, spec) for key, spec in specs.items()}
-        if unsupported := [spec.leaf for spec in specs.values() if spec.stacked not in ((), (0,))]:
-            raise ValueError(
-                f"{unsupported[0]} is stacked on another axis than the first, as no checkpoint here is"
-            )
+        if unsupported := [spec for spec in specs.values() if spec.stacked not in ((), (0,))]:
+            leaf, axes = unsupported[0].leaf, unsupported[0].stacked
+            raise ValueError(f"{leaf} must be stacked on axis 0 or not at all, got axes {axes}")
         self.places: dict[str, tuple[Rule, int | None]] = {}
         for rule in table.rules:
             names = expand(rule, leaves[rule.path])
@@ -70,12 +69,12 @@ class CheckpointMerge:
         self.places |= {name: self.places[original] for name, original in table.copies}
 
     def changes(self, rule: Rule) -> bool:
-        """Whether a tensor differs from the base's."""
+        """Whether merging changes a rule's tensors."""
         leaf = f"params/{rule.path}"
         return leaf in self.specs or leaf in self.extras
 
     def value(self, rule: Rule, layer: int | None, base: Callable[[], np.ndarray]) -> np.ndarray:
-        """The merged tensor in the file's layout, float32; `base` reads the base's and is called only if needed."""
+        """The merged tensor in the file's layout, float32; calls `base` to read the base's only if needed."""
         leaf = f"params/{rule.path}"
         if leaf in self.extras:
             value = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
@@ -86,16 +85,16 @@ class CheckpointMerge:
             a, b = a[layer], b[layer]
             spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
         delta = np.asarray(weight_delta(a, b, spec))
-        # A copy of the base, which may be a view into the file.
+        # A copy of the base, which may be a view of the file.
         result = base().astype(np.float32)
         result += delta.T if rule.transposed else delta
         return result
 
 
 def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[OutputTensor, str]]:
-    """Every tensor of a checkpoint as it becomes, and its canonical name.
+    """Yields every tensor of a checkpoint, merged if adapted, and its canonical name.
 
-    Names are the file's; those of GGUF files are Hugging Face's.
+    Tensors keep the file's names; those of a GGUF file get Hugging Face's.
     """
     for _, file, _, _ in weight_files(source):
         for name in sorted(file.keys()):
@@ -128,7 +127,7 @@ def _copied_rows(file: Any, name: str, shape: tuple[int, ...]) -> Callable[[], I
 
 
 def dtype_of(name: str) -> np.dtype:
-    """Of a type of safetensors or GGUF; what is quantised counts as float32, into which it is read."""
+    """The dtype of a safetensors or GGUF type; float32 for quantized types, which are read as float32."""
     return np.dtype(TYPES.get(name, np.float32))
 
 
@@ -141,4 +140,4 @@ TYPES: Mapping[str, Any] = {
     **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
-"""Safetensors' names of types."""
+"""Safetensors' names of dtypes."""

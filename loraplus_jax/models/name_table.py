@@ -1,4 +1,4 @@
-"""What a checkpoint calls a model's weights: a table beside each model's code, by which `hf` reads."""
+"""Maps a checkpoint's tensor names to a model's parameters; each model has a table, and `hf` loads with it."""
 
 import re
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ _LAYER = "{layer}"
 
 @dataclass(frozen=True)
 class Rule:
-    """Where one tensor of the file goes.
+    """Maps one tensor of the file to a parameter.
 
     Attributes:
-      name: its name in the file, after the table's renames. With `{layer}` in it there is one tensor a layer,
-        and the leaf stacks them on axis 0.
-      path: the leaf in our parameters, `"encoder/layers/mlp/up/kernel"`.
-      transposed: torch keeps Linear weights as (out, in), ours are (in, out).
+      name: name in the file, after the table's renames. A name with `{layer}` stands for one tensor per layer;
+        the leaf stacks them on axis 0.
+      path: path of the leaf in our parameters, `"encoder/layers/mlp/up/kernel"`.
+      transposed: whether to transpose: torch stores Linear weights as (out, in), ours are (in, out).
     """
 
     name: str
@@ -26,15 +26,15 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class NameTable:
-    """All that is known of a checkpoint's names.
+    """All mappings of a checkpoint's names.
 
     Attributes:
-      rules: one for each leaf of the model.
+      rules: one per leaf of the model.
       renames: (regular expression, replacement), applied in order to every name in the file: prefixes and
         spellings that differ between checkpoints of the same model.
-      ignore: regular expressions, each for whole renamed names, of what a checkpoint may bring and the model
-        does not use. Rules come before them.
-      copies: (name, other) of a tensor that a checkpoint may hold beside another, with the same values.
+      ignore: regular expressions that match entire renamed names of tensors that the model does not use. Rules
+        take precedence.
+      copies: (name, original) of a tensor that a checkpoint may contain with the same values as the original.
     """
 
     rules: tuple[Rule, ...]
@@ -43,13 +43,13 @@ class NameTable:
     copies: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, name: str) -> str:
-        """The name in the file after the renames."""
+        """The name after all renames."""
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
 
     def ignores(self, name: str) -> bool:
-        """Whether a renamed name is on the list of what the model does not use."""
+        """Whether the model does not use the tensor with this renamed name."""
         return any(re.fullmatch(pattern, name) for pattern in self.ignore)
 
 
@@ -71,18 +71,18 @@ def embedding_rules(name: str, path: str) -> tuple[Rule, ...]:
 
 
 def is_stacked(rule: Rule) -> bool:
-    """Whether a rule stands for one tensor a layer."""
+    """Whether a rule stands for one tensor per layer."""
     return _LAYER in rule.name
 
 
 def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
-    """The names that a rule stands for, one a layer or just one."""
+    """The tensor names that a rule stands for: one per layer, or a single one."""
     if not is_stacked(rule):
         return [rule.name]
     return [rule.name.replace(_LAYER, str(layer)) for layer in range(leaf.shape[0])]
 
 
 def shape_in_file(rule: Rule, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The shape of each tensor that a rule stands for."""
+    """The shape in the file of each tensor that a rule stands for."""
     shape = leaf.shape[1:] if is_stacked(rule) else leaf.shape
     return tuple(reversed(shape)) if rule.transposed else tuple(shape)

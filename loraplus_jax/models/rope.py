@@ -1,4 +1,4 @@
-"""Rotary positions and the ways in which they are stretched beyond the context that a model was trained on."""
+"""Rotary position embeddings, and their scaling beyond the context that a model was trained on."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from .._validation import suggest
 Scaling = tuple[tuple[str, Any], ...]
 """A `rope_scaling` mapping as sorted pairs, so that a config can be hashed."""
 
-_NEEDED: Mapping[str, tuple[str, ...]] = {
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -38,39 +38,42 @@ class Rope(NamedTuple):
 
 
 def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
-    """Queries or keys (B, T, N, H) turned by their positions, first half against second (arXiv 2104.09864)."""
+    """Rotates queries or keys (B, T, N, H) by position, first half against second (arXiv 2104.09864)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
-    """The pairs of a `rope_scaling` as `config.json` has it; none for the default.
+    """Checks the `rope_scaling` of a `config.json` and returns its pairs; empty for the default.
 
     Raises:
-      ValueError: an unknown type, or a number missing, unknown or not positive.
+      ValueError: the type is unknown, or an option is missing, unknown or not positive.
     """
     options = {key: value for key, value in (options or {}).items() if value is not None}
     kind = options.pop("rope_type", options.pop("type", "default"))
     options.pop("type", None)  # older files have both
     options.pop("rope_theta", None)
-    if not isinstance(kind, str) or kind not in _NEEDED:
+    if not isinstance(kind, str) or kind not in _REQUIRED:
         raise ValueError(
-            f"rope_scaling: the type must be one of {', '.join(_NEEDED)}, got {kind!r}"
-            f"{suggest(str(kind), _NEEDED, fallback=False)}"
+            f"rope_scaling: the type must be one of {', '.join(_REQUIRED)}, got {kind!r}"
+            f"{suggest(str(kind), _REQUIRED, fallback=False)}"
         )
-    allowed = (*_NEEDED[kind], *_OPTIONAL.get(kind, ()))
-    if absent := [name for name in _NEEDED[kind] if name not in options]:
-        raise ValueError(f"rope_scaling: {kind} needs {', '.join(absent)}")
+    allowed = (*_REQUIRED[kind], *_OPTIONAL.get(kind, ()))
+    if missing := [name for name in _REQUIRED[kind] if name not in options]:
+        raise ValueError(f"rope_scaling: type {kind} requires {', '.join(missing)}")
     if unknown := [name for name in options if name not in allowed and kind != "default"]:
         raise ValueError(
-            f"rope_scaling: {kind} does not take {', '.join(unknown)}, only {', '.join(allowed)}"
+            f"rope_scaling: type {kind} does not support {', '.join(unknown)}; allowed: {', '.join(allowed)}"
         )
     if kind == "default":
         return ()
     values = {name: _check_value(name, value) for name, value in options.items()}
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
-        raise ValueError("rope_scaling: high_freq_factor must be above low_freq_factor")
+        raise ValueError(
+            "rope_scaling: high_freq_factor must be above low_freq_factor, "
+            f"got {values['high_freq_factor']} and {values['low_freq_factor']}"
+        )
     return (("rope_type", kind), *sorted(values.items()))
 
 
@@ -85,9 +88,9 @@ def _check_value(name: str, value: Any) -> Any:
 
 
 def make_rope(positions: jax.Array, *, size: int, theta: float, scaling: Scaling, max_positions: int) -> Rope:
-    """The rotations of positions (B or 1, T) for heads of `size`, as transformers' `modeling_rope_utils` has them.
+    """Rotary embeddings of positions (B or 1, T) for heads of `size`, as in transformers' `modeling_rope_utils`.
 
-    `dynamic` goes by the largest position of the call.
+    `dynamic` scales by the largest position of the call.
     """
     options = dict(scaling)
     kind = options.get("rope_type", "default")
@@ -110,7 +113,7 @@ def make_rope(positions: jax.Array, *, size: int, theta: float, scaling: Scaling
 
 
 def _llama3(plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
-    """Long waves are stretched, short ones are not, those between in part (arXiv 2407.21783, section 3.4.2)."""
+    """Scales long wavelengths, keeps short ones, and blends in between (arXiv 2407.21783, section 3.4.2)."""
     turns = options["original_max_position_embeddings"] * plain / (2 * math.pi)
     low, high = options["low_freq_factor"], options["high_freq_factor"]
     unscaled = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -129,12 +132,12 @@ def _dynamic(
 def _yarn(
     plain: np.ndarray, size: int, theta: float, options: Mapping[str, Any], max_positions: int
 ) -> tuple[np.ndarray, float]:
-    """NTK by parts and the attention's temperature (arXiv 2309.00071, sections 3.2 and 3.4)."""
+    """NTK-by-parts interpolation and attention temperature (arXiv 2309.00071, sections 3.2 and 3.4)."""
     factor = options["factor"]
     original = options.get("original_max_position_embeddings", max_positions)
 
     def dimension(turns: float) -> float:
-        """The index whose wave makes so many turns in the original context."""
+        """The dimension that makes this many turns in the original context."""
         return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(options.get("beta_fast", 32)), dimension(options.get("beta_slow", 1))

@@ -1,7 +1,7 @@
-"""Tokenizer, chat template and special tokens of a model: from a Hugging Face directory or a GGUF file.
+"""Tokenizer, chat template and special tokens of a model, from a Hugging Face directory or a GGUF file.
 
-A GGUF file has the vocabulary and only the name of how text is cut before merging; the expressions here are those
-of the models' own tokenizer.json.
+A GGUF file contains the vocabulary, but only the name of its pre-tokenizer; the regular expressions here come from
+the models' own tokenizer.json.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_DIGITS = "digits"  # each digit alone, then as GPT-2 does
-# What `tokenizer.ggml.pre` may be: an expression, digits, or None for GPT-2's own.
-_CUTS: Mapping[str, str | None] = {
+_DIGITS = "digits"  # splits digits, then as GPT-2
+# Supported values of `tokenizer.ggml.pre`: a regular expression, digits, or None for GPT-2's own.
+_PRE_TOKENIZERS: Mapping[str, str | None] = {
     **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), None),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
@@ -35,11 +35,11 @@ _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_t
 
 
 def tokenizer(path: str | Path) -> "Tokenizer":
-    """The tokenizer of `tokenizer.json` or of a GGUF file's metadata; it neither pads nor truncates.
+    """The tokenizer in `tokenizer.json` or a GGUF file's metadata, without padding and truncation.
 
     Raises:
-      ValueError: there is none, it is broken, of a kind that is not known, or has tokens for which the model's
-        embedding has no row.
+      ValueError: the tokenizer is missing, damaged or of an unknown kind, or has more tokens than the model's
+        embedding has rows.
       ImportError: tokenizers, or for a GGUF file gguf, is not installed.
     """
     try:
@@ -62,13 +62,13 @@ def tokenizer(path: str | Path) -> "Tokenizer":
     last = max(result.get_vocab(with_added_tokens=True).values(), default=-1)
     if type(rows) is int and last >= rows:
         raise ValueError(
-            f"the tokenizer in {path} has tokens up to number {last}, the model's embedding has {rows} rows"
+            f"the tokenizer in {path} has token ids up to {last}, but the model's embedding has {rows} rows"
         )
     return result
 
 
 def read_chat_template(path: str | Path) -> str | None:
-    """The Jinja template that makes a prompt of a conversation: the default one where there are several.
+    """The Jinja chat template, the default one if there are several; None if there is none.
 
     Raises:
       ValueError: a file cannot be read.
@@ -90,10 +90,10 @@ def read_chat_template(path: str | Path) -> str | None:
 
 
 def special_tokens(path: str | Path) -> dict[str, str]:
-    """The texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, of those that the model has.
+    """The texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, as far as the model defines them.
 
     Raises:
-      ValueError: a file cannot be read, or names a token that is none.
+      ValueError: a file cannot be read, or a special token is not in the vocabulary.
     """
     path = Path(path)
     if (gguf_path := gguf.find(path)) is not None:
@@ -108,10 +108,10 @@ def special_tokens(path: str | Path) -> dict[str, str]:
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
-    """The ids that end a text by the model's files: end-of-text and, where known, end-of-turn.
+    """Ids that end a text according to the model's files: end-of-text and, if known, end-of-turn.
 
     Raises:
-      ValueError: a file cannot be read, or names ids that are none.
+      ValueError: a file cannot be read, or an id is not a non-negative int.
     """
     path = Path(path)
     if (gguf_path := gguf.find(path)) is not None:
@@ -125,14 +125,14 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
     for source, value in values.items():
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if invalid := [token for token in listed if type(token) is not int or token < 0]:
-            raise ValueError(f"{source} must be ids of tokens, got {invalid[0]!r:.80}")
+            raise ValueError(f"{source} must be one or more token ids, got {invalid[0]!r:.80}")
         ids += listed
     return tuple(dict.fromkeys(ids))
 
 
 def _check_directory(path: Path) -> None:
     if not path.is_dir():
-        raise ValueError(f"{path} is no directory and no GGUF file")
+        raise ValueError(f"{path} is not a directory or GGUF file")
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -142,28 +142,28 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 def _text(path: Path, template: Any) -> str | None:
     if template is not None and not isinstance(template, str):
-        raise ValueError(f"{path}: the chat template must be a text, got {template!r:.80}")
+        raise ValueError(f"{path}: the chat template must be a string, got {template!r:.80}")
     return template
 
 
 def read_tokenizer_json(directory: Path) -> "Tokenizer":
-    """The tokenizer of `tokenizer.json` as it stands, its padding and truncation included.
+    """The tokenizer in `tokenizer.json`, with its padding and truncation.
 
     Raises:
-      ValueError: the file is missing or broken.
+      ValueError: the file is missing or damaged.
     """
     from tokenizers import Tokenizer
 
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
-            f"{directory} has no tokenizer.json (save the model with a fast tokenizer to get one)"
+            f"{directory} has no tokenizer.json; save the model with a fast tokenizer to create it"
         )
     try:
         return Tokenizer.from_file(str(path))
     # The library raises bare Exception.
     except Exception as error:
-        raise ValueError(f"{path} is not a tokenizer that can be read: {error}") from error
+        raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
 
 
 def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
@@ -171,7 +171,7 @@ def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in makers:
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.model is {kind!r:.80}, must be one of {', '.join(makers)}"
+            f"{file.path}: tokenizer.ggml.model must be one of {', '.join(makers)}, got {kind!r:.80}"
         )
     tokens = _tokens(file)
     has_kinds = "tokenizer.ggml.token_type" in file.metadata
@@ -179,7 +179,7 @@ def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         duplicate = next(t for n, t in enumerate(tokens) if vocabulary[t] != n)
-        raise ValueError(f"{file.path}: two tokens are {duplicate!r:.80}")
+        raise ValueError(f"{file.path}: tokenizer.ggml.tokens contains {duplicate!r:.80} twice")
     try:
         result = makers[kind](file, vocabulary, kinds)
         _add_tokens(result, tokens, kinds)
@@ -188,65 +188,69 @@ def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
         raise
     # The library raises bare Exception.
     except Exception as error:
-        raise ValueError(f"{file.path}: the tokenizer in its metadata cannot be built: {error}") from error
+        raise ValueError(f"{file.path}: invalid tokenizer metadata: {error}") from error
     return result
 
 
 def _tokens(file: gguf.Gguf) -> list[str]:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
-        raise ValueError(f"{file.path} has no tokenizer: tokenizer.ggml.tokens is no list of texts")
+        raise ValueError(
+            f"{file.path} has no tokenizer: tokenizer.ggml.tokens must be a non-empty list of strings"
+        )
     return tokens
 
 
 def _numbers(file: gguf.Gguf, key: str, count: int) -> list[Any]:
-    """One number for each token."""
+    """A metadata array with one number per token."""
     values = file.metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(values, np.ndarray) or len(values) != count or not np.all(np.isfinite(values)):
-        raise ValueError(f"{file.path}: tokenizer.ggml.{key} must hold {count} numbers, one for each token")
+        raise ValueError(f"{file.path}: tokenizer.ggml.{key} must be {count} numbers, one per token")
     return values.tolist()
 
 
 def _token(file: gguf.Gguf, tokens: Sequence[str], number: Any) -> str:
     if type(number) is not int or not 0 <= number < len(tokens):
-        raise ValueError(f"{file.path} names token {number!r:.80} as special, it has {len(tokens)}")
+        raise ValueError(
+            f"{file.path}: special token id {number!r:.80} is outside the vocabulary of {len(tokens)} tokens"
+        )
     return tokens[number]
 
 
 def _byte_level(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -> "Tokenizer":
-    """GPT-2's way: bytes as letters, merges in the file."""
+    """Byte-level BPE as in GPT-2, with the merges in the file."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges, name = file.metadata.get("tokenizer.ggml.merges"), file.one("tokenizer.ggml.pre", "default")
     if not isinstance(merges, list):
-        raise ValueError(f"{file.path}: tokenizer.ggml.merges must be a list of texts, got {merges!r:.80}")
+        raise ValueError(f"{file.path}: tokenizer.ggml.merges must be a list of strings, got {merges!r:.80}")
     pairs = [tuple(merge.split(" ")) for merge in merges]
     if invalid := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2]:
         raise ValueError(
-            f"{file.path}: a merge must be two texts with a space between, got {invalid[0]!r:.80}"
+            f"{file.path}: each merge must be two strings separated by a space, got {invalid[0]!r:.80}"
         )
-    if name not in _CUTS:
+    if name not in _PRE_TOKENIZERS:
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.pre is {name!r:.80}, must be one of {', '.join(sorted(_CUTS))}"
-            f"{suggest(str(name), _CUTS, fallback=False)}"
+            f"{file.path}: tokenizer.ggml.pre must be one of {', '.join(sorted(_PRE_TOKENIZERS))}, "
+            f"got {name!r:.80}{suggest(str(name), _PRE_TOKENIZERS, fallback=False)}"
         )
-    cut, space = _CUTS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
-    ignore_merges = cut == _LLAMA3  # a word that is a token is not split further
+    pattern, space = _PRE_TOKENIZERS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
+    ignore_merges = pattern == _LLAMA3  # a word that is a token is not split further
     result = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))  # pyright: ignore[reportArgumentType]
-    steps: list[Any] = [pre_tokenizers.ByteLevel(space, use_regex=cut in (None, _DIGITS))]
-    if cut == _DIGITS:
+    steps: list[Any] = [pre_tokenizers.ByteLevel(space, use_regex=pattern in (None, _DIGITS))]
+    if pattern == _DIGITS:
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    elif cut is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(cut), "isolated"))
+    elif pattern is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), "isolated"))
     result.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
-    if cut == _QWEN2:
+    if pattern == _QWEN2:
         result.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     result.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     return result
 
 
 def _sentencepiece(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -> "Tokenizer":
-    """SentencePiece's BPE: of all neighbours that make a piece, the ones with the best score are joined first."""
+    """SentencePiece BPE: of all adjacent pairs that form a piece, merges the one with the best score first."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = _numbers(file, "scores", len(vocabulary))
@@ -266,7 +270,7 @@ def _sentencepiece(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]
 def _merges(
     vocabulary: Mapping[str, int], kinds: Sequence[int], scores: Sequence[float]
 ) -> list[tuple[str, str]]:
-    """Every way to make a piece of two, the best pieces first."""
+    """All pairs of pieces that form a piece, the best-scored piece first."""
     pieces = {token for token, n in vocabulary.items() if kinds[n] not in (_UNKNOWN, _CONTROL, _USER, _BYTE)}
     candidates = [
         (
@@ -295,17 +299,17 @@ def _add_tokens(result: "Tokenizer", tokens: Sequence[str], kinds: Sequence[int]
 
 
 def _add_bos_eos(result: "Tokenizer", file: gguf.Gguf, tokens: Sequence[str]) -> None:
-    """Adds BOS and EOS to every text; where the file does not say, by llama.cpp's defaults."""
+    """Makes the tokenizer add BOS and EOS as the file says, or else by llama.cpp's defaults."""
     from tokenizers import processors
 
     by_default = file.one("tokenizer.ggml.model") == "llama" or (
-        _CUTS[file.one("tokenizer.ggml.pre", "default")] == _LLAMA3
+        _PRE_TOKENIZERS[file.one("tokenizer.ggml.pre", "default")] == _LLAMA3
     )
     add = {
         "bos": file.one("tokenizer.ggml.add_bos_token", by_default),
         "eos": file.one("tokenizer.ggml.add_eos_token", False),
     }
-    numbers = {end: file.one(f"tokenizer.ggml.{end}_token_id") for end, added in add.items() if added}
+    numbers = {end: file.one(f"tokenizer.ggml.{end}_token_id") for end, is_added in add.items() if is_added}
     special = {end: _token(file, tokens, n) for end, n in numbers.items() if n is not None}
     if not special:
         return

@@ -1,6 +1,6 @@
-"""The collectives of a compiled program: kinds, sizes, and how often each runs.
+"""Collectives of a compiled program: kinds, sizes and execution counts.
 
-Reads XLA's text of an optimised program, as `jax.stages.Compiled.as_text()` gives it for CPU, GPU and TPU.
+Parses XLA's text of an optimised program, from `jax.stages.Compiled.as_text()` on CPU, GPU or TPU.
 """
 
 import math
@@ -23,15 +23,15 @@ _BITS = {"pred": 8, "token": 0}
 
 
 class Collective(NamedTuple):
-    """One exchange between devices.
+    """One collective operation.
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: what it makes or takes whole: of a gather the result, of a reduce-scatter what is scattered.
-      group: how many devices take part together.
-      times: how often it runs in a step; loops are counted.
-      shape: of that array or arrays, as XLA writes it, `"bf16[4096,11008]"`.
-      where: the operation of the model that it was made for, as XLA's metadata has it; may be empty.
+      bytes: size of the full array or arrays: the output of an all-gather, the input of a reduce-scatter.
+      group: devices per group.
+      times: executions per step, loop iterations included.
+      shape: shape of the full array or arrays, as XLA writes it, `"bf16[4096,11008]"`.
+      where: the model's operation that it belongs to, from XLA's metadata; may be empty.
     """
 
     kind: str
@@ -43,14 +43,17 @@ class Collective(NamedTuple):
 
     @property
     def wire_bytes(self) -> float:
-        """What a device receives each time, by the ring algorithms: n - 1 of n parts, twice for an all-reduce."""
+        """Bytes that a device receives per execution.
+
+        Ring algorithms: (n - 1) / n of the full size, twice that for an all-reduce.
+        """
         if self.kind == "collective-permute":
             return float(self.bytes)
         return self.bytes * (self.group - 1) / self.group * (2 if self.kind == "all-reduce" else 1)
 
 
 class Instruction(NamedTuple):
-    """A line of a computation: its name, the type of what it makes, what it does, and the rest of the line."""
+    """One line of a computation: its name, its result's type, its opcode, and the rest of the line."""
 
     name: str
     shape: str
@@ -59,19 +62,19 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that it takes."""
-        return _OPERAND.findall(_parenthesized(self.rest))
+        """Names of its operands."""
+        return _OPERAND.findall(_take_parentheses(self.rest))
 
 
 Program = Mapping[str, list[Instruction]]
-"""Computation name to its instructions, the root last; the entry is the last computation."""
+"""Maps a computation's name to its instructions, root last; the entry computation comes last."""
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives of a program. One that is issued in pieces (it has one channel) counts once.
+    """All collectives of a program; pieces of one collective (same channel) count once.
 
     Raises:
-      ValueError: a loop runs a number of times that cannot be read.
+      ValueError: the trip count of a loop is unknown.
     """
     program = parse_hlo(text)
     counts = execution_counts(program)
@@ -91,7 +94,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def parse_hlo(text: str) -> Program:
-    """The instructions of every computation."""
+    """Parses the instructions of every computation."""
     program: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
     for line in text.splitlines():
@@ -108,37 +111,37 @@ def execution_counts(program: Program) -> dict[str, int]:
     """How often each computation runs when the program runs once.
 
     Raises:
-      ValueError: a loop's number of rounds cannot be read.
+      ValueError: the trip count of a loop is unknown.
     """
     callers: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for computation, instructions in program.items():
         for instruction in instructions:
-            rounds = 1
+            trips = 1
             if instruction.opcode == "while":
-                rounds = trip_count(program, computation, instruction)
+                trips = trip_count(program, computation, instruction)
             for callee in _called_computations(instruction):
-                callers[callee].append((computation, rounds))
+                callers[callee].append((computation, trips))
     counts: dict[str, int] = {list(program)[-1]: 1}
 
     def count(name: str) -> int:
         if name not in counts:
-            counts[name] = sum(count(caller) * rounds for caller, rounds in callers[name])
+            counts[name] = sum(count(caller) * trips for caller, trips in callers[name])
         return counts[name]
 
     return {name: count(name) for name in program}
 
 
 def count_looped_matmuls(text: str) -> int:
-    """How many loops of several rounds hold matrix products: XLA's cost analysis counts one round of each.
+    """Number of loops with matmuls and several iterations; XLA's cost analysis counts one iteration of each.
 
     Raises:
-      ValueError: a loop's number of rounds cannot be read.
+      ValueError: the trip count of a loop is unknown.
     """
     program = parse_hlo(text)
 
-    def has_product(name: str) -> bool:
+    def has_matmul(name: str) -> bool:
         return any(
-            i.opcode in ("dot", "convolution") or any(map(has_product, _called_computations(i)))
+            i.opcode in ("dot", "convolution") or any(map(has_matmul, _called_computations(i)))
             for i in program[name]
         )
 
@@ -146,15 +149,15 @@ def count_looped_matmuls(text: str) -> int:
         trip_count(program, computation, i) > 1
         for computation, instructions in program.items()
         for i in instructions
-        if i.opcode == "while" and has_product(_attribute(i.rest, "body"))
+        if i.opcode == "while" and has_matmul(_attribute(i.rest, "body"))
     )
 
 
 def trip_count(program: Program, computation: str, loop: Instruction) -> int:
-    """Rounds of a while loop: as XLA notes it, or else of a counter that goes in equal steps up to a constant.
+    """Iterations of a while loop, from XLA's annotation or from a counter that rises in equal steps to a constant.
 
     Raises:
-      ValueError: neither.
+      ValueError: the loop has neither.
     """
     known = _number(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
     if known is not None:
@@ -174,13 +177,13 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
             raise KeyError
         return max(0, -(-(last - start) // step))
     except (KeyError, IndexError, ValueError):
-        raise ValueError(f"how often the loop {loop.name} runs cannot be read from the program") from None
+        raise ValueError(f"unsupported program: the trip count of loop {loop.name} is unknown") from None
 
 
 def _parse_collective(kind: str, instruction: Instruction, count: int, devices: int) -> Collective:
     shape = instruction.shape
     if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        shape = _elements(shape)[1]  # it makes (what goes in, what comes out, ...)
+        shape = _elements(shape)[1]  # its result is (input, output, ...)
     group = _group(instruction.rest, devices)
     size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
     where = re.search(r'op_name="([^"]*)"', instruction.rest)
@@ -189,7 +192,7 @@ def _parse_collective(kind: str, instruction: Instruction, count: int, devices: 
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array or of all arrays in a tuple.
+    """Bytes of an array, or of all arrays in a tuple.
 
     >>> shape_bytes("(bf16[2,3]{1,0:T(8,128)}, /*index=1*/f32[])")
     16
@@ -205,15 +208,15 @@ def _bits(dtype: str) -> int:
         return _BITS[dtype]
     number = re.search(r"\d+", dtype)
     if number is None:
-        raise ValueError(f"an array of type {dtype!r} has no size that is known")
+        raise ValueError(f"unsupported program: the size of array type {dtype!r} is unknown")
     return int(number[0])
 
 
 def _group(rest: str, devices: int) -> int:
-    """Devices of a group, in XLA's three ways to write them: lists, an iota over [groups, size], mesh axes.
+    """Devices per group, from any of XLA's three notations: lists, an iota over [groups, size], mesh axes.
 
     Raises:
-      ValueError: it is written in another way.
+      ValueError: the notation is unknown.
     """
     if (
         axes := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=[^{]*)? ?\{([^}]*)\}", rest)
@@ -225,11 +228,9 @@ def _group(rest: str, devices: int) -> int:
         return int(iota[1])
     if (listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest)) is not None:
         return listed[1].count(",") + 1
-    # Permutes name pairs, not groups; no group, or an empty one, is everybody.
+    # Permutes name pairs, not groups; no group, or an empty one, means all devices.
     if (unknown := re.search(r"replica_groups=(?!\{\})[^ ]*", rest)) is not None:
-        raise ValueError(
-            f"the compiler wrote a group of devices in a way that is not known here: {unknown[0]:.100}"
-        )
+        raise ValueError(f"unsupported program: unknown notation for a group of devices: {unknown[0]:.100}")
     return devices
 
 
@@ -244,7 +245,7 @@ def _attribute(rest: str, attribute: str) -> str:
 
 
 def _constant_value(known: Mapping[str, Instruction], name: str) -> int:
-    """The value of a constant, also through a copy of it."""
+    """The value of a constant, followed through copies."""
     instruction = known[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = known[instruction.operands[0]]
@@ -254,7 +255,7 @@ def _constant_value(known: Mapping[str, Instruction], name: str) -> int:
 
 
 def _counter_step(known: Mapping[str, Instruction], name: str) -> int:
-    """What a loop adds to its counter in a round."""
+    """The increment of a loop's counter per iteration."""
     instruction, total = known[name], 0
     while instruction.opcode in ("copy", "bitcast", "add"):
         if instruction.opcode == "add":
@@ -275,8 +276,8 @@ def _number(pattern: str, text: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _parenthesized(text: str) -> str:
-    """From an opening parenthesis to the one that closes it."""
+def _take_parentheses(text: str) -> str:
+    """The text from an opening parenthesis to its closing one."""
     depth = 0
     for index, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
@@ -286,15 +287,15 @@ def _parenthesized(text: str) -> str:
 
 
 def _split_shape(text: str) -> tuple[str, str, str]:
-    """The type that a definition begins with, and what follows it."""
+    """Splits a definition into its type, a separator and the rest."""
     if not text.startswith("("):
         return text.partition(" ")
-    shape = _parenthesized(text)
+    shape = _take_parentheses(text)
     return shape, " ", text[len(shape) :].lstrip()
 
 
 def _elements(shape: str) -> list[str]:
-    """The elements of a tuple type; an array is its own only one."""
+    """Elements of a tuple type; an array counts as both input and output."""
     if not shape.startswith("("):
         return [shape, shape]
     elements, depth, start = [], 0, 1

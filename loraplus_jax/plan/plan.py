@@ -1,9 +1,8 @@
-"""What a training step will need, from the compiler alone: no weights, no data, and for TPUs no TPU.
+"""Predicts what a training step needs, from the compiler alone: no weights, no data, and for TPUs no TPU.
 
-The step is compiled as `train` would, for the devices here or for a TPU topology. Memory and communication are
-those of that program. XLA counts the body of a loop once, however often it runs; so FLOPs and bytes are those of
-the same step with its first layers as straight code: of one layer, and for each further one the difference that a
-second makes.
+The step is compiled as `train` would, for local devices or a TPU topology. Memory and communication come from that
+program. XLA's cost analysis counts the body of a loop once, however often it runs; so FLOPs and bytes come from the
+same step with one and with two unrolled layers: the cost of one, plus the increment of each further layer.
 """
 
 import dataclasses
@@ -42,18 +41,18 @@ COUNTING_OPTIONS = {
     "xla_tpu_enable_async_collective_fusion": False,
     "exec_time_optimization_effort": -1.0,
 }
-"""TPU compiler options of the programs that are only counted: no gather is cut into a loop beside its product,
-whose body would be counted once, and none is spread over several fusions, each of which would be counted. These
-programs never run, so little effort is spent on their speed: half the time to compile, the same FLOPs."""
+"""TPU compiler options for programs that are only counted, never run. No all-gather is split into a loop with its
+matmul (the loop body would count once) or spread over several fusions (each would count). Low optimization effort
+halves the compile time and leaves the FLOPs unchanged."""
 
 
 class Work(NamedTuple):
-    """What a device does in a step.
+    """Work of one device in a step.
 
     Attributes:
       flops: additions and multiplications.
-      bytes: read and written, by XLA's count, for which all memory is alike: what stays on the chip counts too.
-      loops: loops with matrix products that the compiler left, of which both numbers count one round alone.
+      bytes: bytes read and written, by XLA's count, which includes traffic that stays on the chip.
+      loops: remaining loops with matmuls, of which both numbers count only one iteration.
     """
 
     flops: float
@@ -63,29 +62,32 @@ class Work(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a step needs. Bytes, FLOPs and seconds are those of one device.
+    """What a step needs. Bytes, FLOPs and seconds are per device.
 
     Attributes:
-      model: the path in the settings.
-      device, devices: what they are, and how many.
-      mesh: axis to size.
-      rows, tokens: of a batch, over all devices; and of a row.
-      accumulate: micro-batches that a batch is cut into.
-      layers: of the model.
-      tensor_sizes: what the mesh's tensor axis must divide, by name.
-      trained, total: parameters.
-      memory: bytes by what they are for; temporaries are absent where the compiler gave up.
-      needed: bytes in all, as the compiler lays things out; where it gave up, what it says that it wanted.
-      peak: bytes in use at once at most, by the compiler's own account; 0 where it gives none.
-      evaluation: bytes that an evaluation needs in all, optimizer included; None where it is not counted.
-      theory: the same of what `train.theory_every` measures with; None where that is not set.
-      room: bytes that there are.
-      problem: what the compiler said when it gave up, in a line.
-      work: FLOPs and bytes of a step; None where the programs that would tell them need too much memory.
-      collectives: what devices exchange in a step; none where the compiler gave up.
-      roofline: seconds that a step takes at least: `"compute"`, `"memory"`, `"network"`; empty where the rates are
-        not known.
-      compile_seconds: of the step itself.
+      model: model path in the settings.
+      device: kind of device.
+      devices: number of devices.
+      mesh: maps a mesh axis to its size.
+      rows: rows of a batch, over all devices.
+      tokens: tokens per row.
+      accumulate: micro-batches per batch.
+      layers: layers of the model.
+      tensor_sizes: named sizes that the mesh's tensor axis must divide.
+      trained: number of trained parameters.
+      total: number of parameters.
+      memory: bytes by purpose; if compilation failed, temporaries are what the compiler's message implies.
+      needed: total bytes with the compiler's array layouts; if compilation failed, the total in its message.
+      peak: peak memory in bytes, as the compiler reports it; 0 if it does not.
+      evaluation: total bytes of an evaluation, optimizer state included; None if not counted.
+      theory: total bytes of the theory metrics (`train.theory_every`); None if not set.
+      room: available bytes.
+      problem: the compiler's message if it ran out of memory, on one line.
+      work: FLOPs and bytes of a step; None if the programs that count them need too much memory.
+      collectives: collectives of a step; empty if compilation failed.
+      roofline: lower bounds on the seconds of a step by `"compute"`, `"memory"` and `"network"`; empty if the
+        rates or the work are unknown.
+      compile_seconds: time to compile the step.
     """
 
     model: str
@@ -113,21 +115,21 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler made the programs, and there is room for the largest: they run in turn."""
+        """Whether all programs compiled and the largest fits; they run one at a time."""
         return self.problem is None and self.most <= self.room
 
     @property
     def most(self) -> int:
-        """Bytes that the largest of step, evaluation and theory needs."""
+        """Bytes of the largest of step, evaluation and theory metrics."""
         return max(self.needed, self.evaluation or 0, self.theory or 0)
 
     @property
     def received(self) -> float:
-        """Bytes that come from other devices in a step."""
+        """Bytes received from other devices in a step."""
         return sum(c.times * c.wire_bytes for c in self.collectives)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain values, and what follows from them."""
+        """All fields as plain values, plus `fits` and `received`."""
         plain = dataclasses.asdict(self) | {"fits": self.fits, "received": self.received}
         plain["work"] = None if self.work is None else self.work._asdict()
         plain["collectives"] = [c._asdict() for c in self.collectives]
@@ -135,20 +137,20 @@ class Plan:
 
 
 def make_plan(settings: Settings, topology: str | None = None) -> Plan:
-    """Compiles the training step and says what it needs.
+    """Compiles the training step and returns what it needs.
 
     Args:
-      settings: the run; of its model `config.json` is read, of its data nothing.
-      topology: TPUs to compile for, `"v5e:16x16"`; the devices here if not given.
+      settings: settings of the run; reads only the model's `config.json`, and no data.
+      topology: TPUs to compile for, such as `"v5e:16x16"`; None plans for local devices.
 
     Raises:
-      ValueError, OSError: something does not fit, as in training; an unknown topology.
-      ImportError: the compiler for TPUs is not installed.
+      ValueError, OSError: settings that training would reject too, or an unknown topology.
+      ImportError: libtpu, the TPU compiler, is not installed.
     """
     if topology is None and (address := settings.distributed.coordinator) is not None:
         raise ValueError(
-            f"distributed.coordinator is {address}, and a plan joins no other process: give --topology, or "
-            "--distributed.coordinator null to plan for the devices here"
+            f"plan runs in one process, got distributed.coordinator {address}; pass --topology, or "
+            "--distributed.coordinator null to plan for local devices"
         )
     chip, devices = (None, jax.devices()) if topology is None else tpu_devices(topology)
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
@@ -167,7 +169,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     evaluation, evaluation_problem = evaluation_bytes(settings, data, step, mesh)
     theory, theory_problem = theory_bytes(settings, data, step, mesh)
     work = count_work(settings, base, data, mesh)
-    exchanges = () if program is None else tuple(collectives(program.as_text()))
+    communication = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
         model=settings.model.path,
         device=mesh.devices.flat[0].device_kind,
@@ -188,36 +190,36 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         room=_available_bytes(chip, mesh),
         problem=problem or evaluation_problem or theory_problem,
         work=work,
-        collectives=exchanges,
-        roofline={} if chip is None or work is None else roofline(chip, work, exchanges),
+        collectives=communication,
+        roofline={} if chip is None or work is None else roofline(chip, work, communication),
         compile_seconds=round(seconds, 1),
     )
 
 
 def check_length(settings: Settings, base: BaseModel) -> None:
-    """Raises ValueError if rows are longer than the model takes, as training does when it reads the data."""
+    """Raises ValueError if data.max_length exceeds the model's limit, as training does when it reads the data."""
     model: Any = base.model
     length, longest = settings.data.max_length, model.config.max_length
     if length > longest:
-        raise ValueError(f"data.max_length is {length}, the model takes {longest} tokens at most")
+        raise ValueError(f"data.max_length must be at most {longest}, the model's limit, got {length}")
 
 
 def layers_of(base: BaseModel) -> int:
-    """How many equal layers a model stacks."""
+    """Number of identical layers that the model stacks."""
     model: Any = base.model
     return model.config.num_hidden_layers
 
 
 def count_work(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> Work | None:
-    """FLOPs and bytes of a step, from programs of one and of two unrolled layers.
+    """FLOPs and bytes of a step, from programs with one and with two unrolled layers.
 
-    Micro-batches and pieces of the loss are loops too. So one micro-batch is compiled, with the loss in one piece,
-    and multiplied; each further piece of the loss reads the head twice more.
+    Micro-batches and chunks of the loss are loops too. So one micro-batch is compiled with the loss in one chunk,
+    and multiplied; each further chunk of the loss reads the head twice more.
     """
     parts, layers = settings.train.accumulate, layers_of(base)
     train = dataclasses.replace(settings.train, batch_size=settings.train.batch_size // parts, accumulate=1)
-    # A stack computes adapters in all its layers as soon as one has them: those of the others are zero. Here it is
-    # the first, as the later ones are not there; None would adapt what lies outside of the layers too.
+    # If any layer of a stack has adapters, all compute them, with zeros in the others. The short programs have no
+    # later layers, so adapt the first; None would also adapt modules outside the layers.
     adapted_layers = None if settings.lora.layers_to_transform is None else (0,)
     lora = dataclasses.replace(settings.lora, layers_to_transform=adapted_layers)
     small = dataclasses.replace(settings, train=train, lora=lora)
@@ -243,7 +245,7 @@ def _compile_and_count(step: LoweredStep, mesh: Mesh) -> Work | None:
 
 
 def extrapolate_layers(first: float, second: float, layers: int) -> float:
-    """The cost of a model from those of its first layer, and of its first two.
+    """Cost of a model, from the costs with one layer and with two.
 
     >>> extrapolate_layers(10.0, 13.0, 4)
     19.0
@@ -252,27 +254,27 @@ def extrapolate_layers(first: float, second: float, layers: int) -> float:
 
 
 def replace_depth(base: BaseModel, layers: int) -> BaseModel:
-    """The same model with another number of layers, as straight code."""
+    """The same model with another number of layers, unrolled."""
     model: Any = base.model
     config = dataclasses.replace(model.config, num_hidden_layers=layers)
     return base._replace(model=model.clone(config=config, unroll=True))
 
 
 def head_bytes(settings: Settings, parts: AdaptedModel, mesh: Mesh) -> float:
-    """What a micro-batch's loss in pieces reads beyond one in one piece: all but the first read the head twice."""
+    """Extra bytes that a micro-batch's loss reads in chunks: each chunk after the first reads the head twice."""
     if not settings.is_language or not head_is_frozen(parts):
         return 0.0
     kernel, transposed = head_kernel(params_of(parts))
-    words = kernel.shape[0 if transposed else 1]
-    tensor = mesh.shape["tensor"] if words % mesh.shape["tensor"] == 0 else 1
+    vocabulary = kernel.shape[0 if transposed else 1]
+    tensor = mesh.shape["tensor"] if vocabulary % mesh.shape["tensor"] == 0 else 1
     rows = settings.train.batch_size // settings.train.accumulate
-    at_once = max(1, settings.model.loss_chunk * batch_parts(mesh) // rows)
-    pieces = -(-settings.data.max_length // at_once)
-    return (pieces - 1) * 2 * kernel.size * jnp.dtype(settings.model.dtype).itemsize / tensor
+    chunk = max(1, settings.model.loss_chunk * batch_parts(mesh) // rows)
+    chunks = -(-settings.data.max_length // chunk)
+    return (chunks - 1) * 2 * kernel.size * jnp.dtype(settings.model.dtype).itemsize / tensor
 
 
 def roofline(chip: Chip, work: Work, exchanges: Sequence[Collective]) -> dict[str, float]:
-    """Seconds that a step takes at least, were one thing alone in the way."""
+    """Lower bounds on the seconds of a step: compute, HBM and network, each as if it were the only limit."""
     received = sum(c.times * c.wire_bytes for c in exchanges)
     return {
         "compute": work.flops / chip.flops,
@@ -285,5 +287,5 @@ def _available_bytes(chip: Chip | None, mesh: Mesh) -> int:
     if chip is not None:
         return int(chip.hbm_bytes)
     device = mesh.devices.flat[0]
-    shares = len(mesh.local_devices) if device.platform == "cpu" else 1  # these share the host's memory
+    shares = len(mesh.local_devices) if device.platform == "cpu" else 1  # CPU devices share the host's memory
     return free_bytes(device) // shares

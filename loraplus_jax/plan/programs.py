@@ -1,4 +1,4 @@
-"""The programs that a plan compiles: step and evaluation as `train` would, of shapes alone, and their sizes."""
+"""Programs that a plan compiles from shapes alone (step and evaluation, as `train` would), and their memory."""
 
 import dataclasses
 import math
@@ -27,18 +27,18 @@ from ..training.setup import (
 from ..training.theory_metrics import count_rows, lower_theory
 
 ASSUMED_STEPS = 10**9
-"""Steps that are assumed where the settings count in epochs: how many rows these have is in the data."""
+"""Training steps assumed if the settings count in epochs, whose length depends on the data."""
 
 
 class LoweredStep(NamedTuple):
-    """A step before it is compiled.
+    """A training step before compilation.
 
     Attributes:
       parts: the model, with shapes for all values.
-      state: shapes of what it changes.
-      lowered: the step.
-      held: what it takes, by what it is for: trees of shapes and of shardings.
-      places: where state and frozen variables lie.
+      state: shapes of the training state.
+      lowered: the lowered step.
+      held: the step's inputs by purpose: trees of shapes and of shardings.
+      places: shardings of the state and the frozen variables.
     """
 
     parts: AdaptedModel
@@ -49,30 +49,31 @@ class LoweredStep(NamedTuple):
 
 
 def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> LoweredStep:
-    """The step that `train` would compile, of a base whose weights need not be there."""
+    """Lowers the step that `train` would compile, for a base without weights."""
     parts = add_adapters(settings, base, settings.applied, _adapter_shapes)
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ASSUMED_STEPS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, parts.specs)
     check_rates(settings.optimizer, tx, parts.trainable)
-    places = state_shardings(parts, tx, mesh)
+    shardings = state_shardings(parts, tx, mesh)
     state = state_shapes(parts, tx)
     batch = batch_shapes(data.splits["train"], train.batch_size)
     held = {
-        "frozen weights": (parts.frozen, places.frozen),
-        "trained": (state.trainable, places.state.trainable),
-        "optimizer": (state.opt_state, places.state.opt_state),
+        "frozen weights": (parts.frozen, shardings.frozen),
+        "trained": (state.trainable, shardings.state.trainable),
+        "optimizer": (state.opt_state, shardings.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    return LoweredStep(parts, state, lower_step(settings, data, parts, tx, mesh, places), held, places)
+    lowered = lower_step(settings, data, parts, tx, mesh, shardings)
+    return LoweredStep(parts, state, lowered, held, shardings)
 
 
 def evaluation_bytes(
     settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh
 ) -> tuple[int | None, str | None]:
-    """What an evaluation needs beside the optimizer's state, in all, and what the compiler said if it gave up.
+    """Total bytes of an evaluation, optimizer state included, and the compiler's message if it ran out of memory.
 
-    None for multiple choice: how many choices a question has, each a row of its own, is in the data.
+    None for multiple choice: the number of choices per question, each a row, depends on the data.
     """
     if settings.task == "multiple_choice":
         return None, None
@@ -87,7 +88,7 @@ def evaluation_bytes(
 def theory_bytes(
     settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh
 ) -> tuple[int | None, str | None]:
-    """The same of the program that `train.theory_every` measures with; None if that is not set."""
+    """The same for the theory metrics (`train.theory_every`); None if not set."""
     if settings.train.theory_every is None:
         return None, None
     losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
@@ -99,7 +100,7 @@ def theory_bytes(
 
 
 def _bytes_between_steps(name: str, lowered: jax.stages.Lowered, step: LoweredStep) -> tuple[int, str | None]:
-    """Bytes of a program that runs between steps, beside the optimizer's state, and what the compiler said."""
+    """Total bytes while a program runs between steps, optimizer state included, and the compiler's message."""
     program, problem = try_compile(lowered)
     weights, trained, optimizer = (
         local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
@@ -108,19 +109,19 @@ def _bytes_between_steps(name: str, lowered: jax.stages.Lowered, step: LoweredSt
 
 
 def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
-    """As `init_lora`, with shapes instead of factors."""
+    """Like `init_lora`, with shapes instead of factors."""
     specs: Specs = {}
 
-    def make(key: Any) -> Any:
+    def make_factors(key: Any) -> Any:
         factors, table = init_lora(model, key, *inputs)
         specs.update(table)
         return factors
 
-    return jax.eval_shape(make, key), specs
+    return jax.eval_shape(make_factors, key), specs
 
 
 def local_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of a tree's arrays or shapes that one device holds."""
+    """Bytes that one device holds of a tree of arrays or shapes."""
     local = jax.tree.map(
         lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings
     )
@@ -128,7 +129,7 @@ def local_bytes(tree: Any, shardings: Any) -> int:
 
 
 def try_compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None = None) -> tuple[Any, str | None]:
-    """The program, or what the compiler said when memory was too small for any."""
+    """The compiled program and None, or None and the compiler's message if it ran out of memory."""
     try:
         return lowered.compile(compiler_options=options), None
     except jax.errors.JaxRuntimeError as error:
@@ -138,9 +139,9 @@ def try_compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None = No
 
 
 def memory_sizes(program: Any, problem: str | None, held: int) -> tuple[int, int, int]:
-    """Temporaries, the whole need, and the peak."""
+    """Bytes of temporaries, in total, and at the peak."""
     if program is None:
-        # The TPU compiler names all that it used, or temporaries alone where these are too much already.
+        # The TPU compiler reports the total, or only the temporaries if these alone are too large.
         used = re.search(r"Used ([\d.]+)([KMGT]) of|temporaries \(([\d.]+)([KMGT])\)", problem or "")
         needed = held
         if used is not None:
@@ -149,6 +150,6 @@ def memory_sizes(program: Any, problem: str | None, held: int) -> tuple[int, int
         return max(0, needed - held), needed, 0
     stats = program.memory_analysis()
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    passing = stats.temp_size_in_bytes + fresh
-    needed = stats.argument_size_in_bytes + passing + stats.generated_code_size_in_bytes
-    return passing, needed, getattr(stats, "peak_memory_in_bytes", 0)
+    temporaries = stats.temp_size_in_bytes + fresh
+    needed = stats.argument_size_in_bytes + temporaries + stats.generated_code_size_in_bytes
+    return temporaries, needed, getattr(stats, "peak_memory_in_bytes", 0)

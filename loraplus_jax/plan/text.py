@@ -1,4 +1,4 @@
-"""A plan in words: tables, whether it fits, and what to change."""
+"""Renders a plan as text: tables, whether it fits, and what to change."""
 
 import json
 import math
@@ -13,16 +13,17 @@ from .hlo import Collective
 from .plan import Plan
 
 LARGEST_SHOWN, REDUCTIONS = 5, 3
-"""Groups of collectives that are shown one by one: of all, and of reductions that are not among these."""
+"""Number of collectives listed separately: the largest of all, and further reductions."""
 BOUND_NAMES = {
     "compute": "FLOPs",
     "memory": "bytes accessed",
-    "network": "bytes received from others",
+    "network": "bytes received",
 }
+_BOUNDS = {"compute": "compute-bound", "memory": "HBM-bound", "network": "network-bound"}
 
 
 def format_plan(plan: Plan, settings: Settings) -> str:
-    """All of a plan, for the screen."""
+    """The full text of a plan, for the console."""
     tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
     parts = [_heading(plan), _memory(plan), _verdict(plan), *tips, "", _work(plan)]
     return "\n".join(
@@ -31,20 +32,22 @@ def format_plan(plan: Plan, settings: Settings) -> str:
 
 
 def check_new(path: Path) -> None:
-    """Raises ValueError unless a new file can be made there, which is tried; nothing is left behind."""
+    """Raises ValueError unless a new file can be created there; creates and removes it to find out."""
     if path.exists():
-        raise ValueError(f"{path} exists already; choose another --json")
+        raise ValueError(f"--json {path} already exists; choose another file")
     if not path.parent.is_dir():
-        raise ValueError(f"there is no directory {path.parent} for --json {path.name}")
+        raise ValueError(
+            f"--json {path}: directory {path.parent} does not exist; create it or choose another file"
+        )
     try:
         path.open("x").close()
         path.unlink()
     except OSError as error:
-        raise ValueError(f"--json {path} cannot be written: {error.strerror}") from None
+        raise ValueError(f"--json {path} is not writable ({error.strerror}); choose another file") from None
 
 
 def write_json(path: Path, plan: Plan, settings: Settings) -> None:
-    """All that was found, as a JSON object. A file that is there is not overwritten: that is a ValueError."""
+    """Writes the plan and its advice as a JSON object; raises ValueError if the file exists."""
     check_new(path)
     content = plan.to_json() | {"advice": [] if plan.fits else advice(plan, settings)}
     with path.open("x", encoding="utf-8") as file:
@@ -59,129 +62,133 @@ def _heading(plan: Plan) -> str:
     return (
         f"{plan.model}: {plan.layers} layers, {plan.trained:,} of {plan.total:,} parameters trained\n"
         f"{plan.devices} x {plan.device}, mesh {mesh}\n"
-        f"a step: {plan.rows:,} x {plan.tokens:,} tokens{micro_batches}, {micro // shards:,} x {plan.tokens:,} at "
-        f"once on a device; compiled in {plan.compile_seconds:.0f} s\n"
+        f"step: {plan.rows:,} x {plan.tokens:,} tokens{micro_batches}, {micro // shards:,} x {plan.tokens:,} "
+        f"at a time per device; compiled in {plan.compile_seconds:.0f} s\n"
     )
 
 
 def _memory(plan: Plan) -> str:
-    rows = [("memory of a device", ""), *((name, _size(size)) for name, size in plan.memory.items())]
-    rows.append(("needed, as laid out", _size(plan.needed)))
+    rows = [("memory per device", ""), *((name, _size(size)) for name, size in plan.memory.items())]
+    rows.append(("total needed", _size(plan.needed)))
     if plan.peak:
-        rows.append(("at once, by the compiler", _size(plan.peak)))
-    rows.append(("evaluation, in its turn", "-" if plan.evaluation is None else _size(plan.evaluation)))
+        rows.append(("peak memory (compiler)", _size(plan.peak)))
+    rows.append(("evaluation (not concurrent)", "-" if plan.evaluation is None else _size(plan.evaluation)))
     if plan.theory is not None:
-        rows.append(("theory, in its turn", _size(plan.theory)))
-    rows.append(("there are", _size(plan.room)))
+        rows.append(("theory metrics (not concurrent)", _size(plan.theory)))
+    rows.append(("available", _size(plan.room)))
     return _table(rows)
 
 
 def _verdict(plan: Plan) -> str:
-    missing = "; evaluation is not counted: how many choices questions have is in the data"
+    missing = "; evaluation is not counted, as the number of choices per question depends on the data"
     if plan.fits:
         rest = missing if plan.evaluation is None else ""
-        return f"fits: {100 * plan.most / plan.room:.0f} % of the memory{rest}"
+        return f"fits: {100 * plan.most / plan.room:.0f} % of the available memory{rest}"
     if plan.problem is None:
-        return f"does not fit: {_size(plan.most - plan.room)} too much"
-    return f"does not fit, the compiler says: {plan.problem:.300}"
+        return f"does not fit: {_size(plan.most - plan.room)} more than available"
+    return f"does not fit; compiler message: {plan.problem:.300}"
 
 
 def advice(plan: Plan, settings: Settings) -> list[str]:
-    """What to change so that a plan fits, first where most of the memory goes.
+    """What to change so that a plan fits, largest part of the memory first.
 
-    Sizes follow from shapes and shardings where a number is given; what only a compilation could tell is said so.
+    Numbers follow from shapes and shardings; effects that only a compilation can confirm are marked "not compiled".
     """
-    between_steps = [*_for_evaluation(plan, settings), *_for_theory(plan, settings)]
+    between_steps = [*_advise_evaluation(plan, settings), *_advise_theory(plan, settings)]
     if between_steps and plan.needed <= plan.room:
         return between_steps
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
-    weights, activations = _for_weights(plan, settings), _for_activations(plan, settings)
+    weights, activations = _advise_weights(plan, settings), _advise_activations(plan, settings)
     return [
         *between_steps,
         *([*weights, *activations] if held > plan.memory["temporaries"] else [*activations, *weights]),
     ]
 
 
-def _for_evaluation(plan: Plan, settings: Settings) -> list[str]:
+def _advise_evaluation(plan: Plan, settings: Settings) -> list[str]:
     size, rows = plan.evaluation, settings.train.eval_batch_size
     parts = plan.mesh["data"] * plan.mesh["fsdp"]
     if size is None or size <= plan.room or rows == parts:
         return []
     return [
-        f"train.eval_batch_size below {rows:,}, a multiple of {parts}: evaluation needs {_size(size)}, the step "
-        f"{_size(plan.needed)}"
+        f"train.eval_batch_size below {rows:,}, a multiple of {parts}: evaluation needs {_size(size)}, the "
+        f"step {_size(plan.needed)}"
     ]
 
 
-def _for_theory(plan: Plan, settings: Settings) -> list[str]:
+def _advise_theory(plan: Plan, settings: Settings) -> list[str]:
     if plan.theory is None or plan.theory <= plan.room:
         return []
-    return [f"train.theory_every null: measuring needs {_size(plan.theory)}, the step {_size(plan.needed)}"]
+    return [
+        f"train.theory_every null: theory metrics need {_size(plan.theory)}, the step {_size(plan.needed)}"
+    ]
 
 
-def _for_weights(plan: Plan, settings: Settings) -> list[str]:
+def _advise_weights(plan: Plan, settings: Settings) -> list[str]:
     frozen, trained = plan.memory["frozen weights"], plan.memory["trained"] + plan.memory["optimizer"]
     data, fsdp, is_full = plan.mesh["data"], plan.mesh["fsdp"], settings.method == "full"
-    # Of adapters B is whole on every device, so that more parts split the base's weights alone.
+    # B is replicated on every device, so with adapters a larger fsdp axis shards only the base weights.
     name, split = ("weights and optimizer", frozen + trained) if is_full else ("frozen weights", frozen)
     tips = []
     if trained > frozen:
-        tips += _for_trained(plan, settings, trained)
+        tips += _advise_trained(plan, settings, trained)
     if data > 1 and split:
         tips.append(
-            f"mesh.data 1 and mesh.fsdp {data * fsdp}: of the {name}, {_size(split)} now, a device then "
-            f"holds about {_size(split / data)}"
+            f"mesh.data 1 and mesh.fsdp {data * fsdp}: a device holds about {_size(split / data)} of {name} "
+            f"instead of {_size(split)}"
         )
     if settings.model.param_dtype == "float32" and frozen:
         tips.append(
-            f"model.param_dtype bfloat16: the frozen weights then take {_size(frozen / 2)} instead of "
+            f"model.param_dtype bfloat16: the frozen weights take {_size(frozen / 2)} instead of "
             f"{_size(frozen)}"
         )
-    return tips or [f"more devices for mesh.fsdp, which splits the weights: there are {plan.devices:,} now"]
+    return tips or [f"more devices for mesh.fsdp, which shards the weights (devices now: {plan.devices:,})"]
 
 
-def _for_trained(plan: Plan, settings: Settings, size: int) -> list[str]:
-    """Where most of what is held is trained, or its moments."""
+def _advise_trained(plan: Plan, settings: Settings, size: int) -> list[str]:
+    """Advice if trained parameters and optimizer state take most of the memory."""
     if settings.method == "full":
         return [
-            "method lora_plus: only adapters are trained, and the optimizer, "
-            f"{_size(plan.memory['optimizer'])} now, holds moments of these alone (not compiled)"
+            f"method lora_plus: the optimizer state, {_size(plan.memory['optimizer'])} now, shrinks to the "
+            "moments of the adapters (not compiled)"
         ]
     tips = []
     if settings.lora.modules_to_save:
         tips.append(
-            f"fewer lora.modules_to_save: these are trained whole (of {_size(size)} with the optimizer)"
+            "fewer lora.modules_to_save: these modules train all their weights (trained weights and "
+            f"optimizer state take {_size(size)} now)"
         )
     if settings.lora.rank > 1:
         tips.append(
-            f"lora.rank below {settings.lora.rank}: adapters and their optimizer, {_size(size)} now, go in "
-            "proportion"
+            f"lora.rank below {settings.lora.rank}: adapters and optimizer state, {_size(size)} now, shrink "
+            "in proportion"
         )
     return tips
 
 
-def _for_activations(plan: Plan, settings: Settings) -> list[str]:
+def _advise_activations(plan: Plan, settings: Settings) -> list[str]:
     rows = plan.rows // plan.accumulate // (plan.mesh["data"] * plan.mesh["fsdp"])
     tips = []
     if rows > 1:
         tips.append(
-            f"train.accumulate {plan.accumulate * rows}: a device computes with 1 row at a time instead of {rows}; "
-            f"of the temporaries, {_size(plan.memory['temporaries'])} now, most goes in proportion (not compiled)"
+            f"train.accumulate {plan.accumulate * rows}: a device processes 1 row at a time instead of "
+            f"{rows}; most of the temporaries, {_size(plan.memory['temporaries'])} now, shrink in proportion "
+            "(not compiled)"
         )
     if settings.is_language and settings.model.remat != "full":
-        tips.append("model.remat full: of a layer only its input is kept for the gradient (not compiled)")
+        tips.append("model.remat full: keeps only each layer's input for the backward pass (not compiled)")
     if (mesh := more_tensor(plan.mesh, plan.tensor_sizes)) is not None:
         sizes = ", ".join(f"mesh.{name} {size}" for name, size in mesh.items())
         tips.append(
-            f"{sizes} and train.accumulate {plan.rows // (mesh['data'] * mesh['fsdp'])}: a device computes with "
-            "fewer heads and less of the MLP, 1 row at a time (not compiled)"
+            f"{sizes} and train.accumulate {plan.rows // (mesh['data'] * mesh['fsdp'])}: a device computes "
+            "fewer heads and a smaller part of the MLP, 1 row at a time (not compiled)"
         )
     fewer = ", or a smaller train.batch_size" if rows > 1 else ""
     return [*tips, f"data.max_length below {plan.tokens:,}{fewer}"]
 
 
 def more_tensor(mesh: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """The next mesh of as many devices with a larger tensor axis that divides a model's sizes, if there is one.
+    """The next mesh of as many devices with a larger tensor axis that divides the model's sizes, or None.
 
     >>> more_tensor({"data": 2, "fsdp": 3, "tensor": 1}, {"num_attention_heads": 12})
     {'data': 1, 'fsdp': 3, 'tensor': 2}
@@ -190,18 +197,18 @@ def more_tensor(mesh: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, 
     data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
     largest = math.gcd(*sizes.values())
     for size in range(2 * tensor, largest + 1, tensor):
-        of_data = math.gcd(data, size // tensor)
-        of_fsdp = size // tensor // of_data
-        if largest % size == 0 and fsdp % of_fsdp == 0:
-            return {"data": data // of_data, "fsdp": fsdp // of_fsdp, "tensor": size}
+        data_factor = math.gcd(data, size // tensor)
+        fsdp_factor = size // tensor // data_factor
+        if largest % size == 0 and fsdp % fsdp_factor == 0:
+            return {"data": data // data_factor, "fsdp": fsdp // fsdp_factor, "tensor": size}
     return None
 
 
 def _work(plan: Plan) -> str:
-    """FLOPs and bytes, the seconds that each would take alone, and the largest of these."""
+    """FLOPs and bytes, the time that each takes at the peak rate, and which of them is the bound."""
     if plan.work is None:
-        return "work was not counted: the programs for that need more memory than there is"
-    rows = [("work of a device in a step", "", "ms alone")]
+        return "work is not counted: the programs that count it need more memory than available"
+    rows = [("work per device and step", "", "ms at peak rate")]
     amounts = {
         "compute": f"{plan.work.flops / 1e9:,.2f} GFLOP",
         "memory": _size(plan.work.bytes),
@@ -213,17 +220,18 @@ def _work(plan: Plan) -> str:
     lines = [_table(rows)]
     if plan.work.loops:
         lines.append(
-            f"FLOPs and bytes are too low: of {plan.work.loops} loops that the compiler left, one round is counted"
+            f"FLOPs and bytes are too low: only one iteration is counted of {plan.work.loops} loops with "
+            "matmuls"
         )
     if plan.roofline:
         name, seconds = max(plan.roofline.items(), key=lambda item: item[1])
         rate = plan.rows * plan.tokens / seconds
-        lines.append(f"roofline: {seconds:.3f} s a step, {rate:,.0f} tokens/s; {BOUND_NAMES[name]} bind")
+        lines.append(f"roofline: {seconds:.3f} s per step, {rate:,.0f} tokens/s; {_BOUNDS[name]}")
     return "\n".join(lines)
 
 
 def _communication(plan: Plan) -> list[str]:
-    """The collectives by kind and size of group, and what a layer gathers."""
+    """Collectives by kind and group size, and the largest of them."""
     if not plan.collectives:
         return []
     counts: dict[tuple[str, int], int] = defaultdict(int)
@@ -234,15 +242,15 @@ def _communication(plan: Plan) -> list[str]:
         counts[key] += collective.times
         sizes[key] += collective.times * collective.bytes
         received[key] += collective.times * collective.wire_bytes
-    rows = [("exchange between devices in a step", "devices", "number", "whole", "received")]
+    rows = [("collectives per step", "devices", "count", "full size", "received")]
     for kind, group in sorted(counts, key=lambda key: -received[key]):
         key = (kind, group)
         rows.append((kind, f"{group:,}", f"{counts[key]:,}", _size(sizes[key]), _size(received[key])))
-    return ["", _table(rows), "", _table(_largest(plan.collectives))]
+    return ["", _table(rows), "", _table(_largest_rows(plan.collectives))]
 
 
-def _largest(all_collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
-    """The groups of equal collectives that receive most, and the largest reductions beside these."""
+def _largest_rows(all_collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
+    """The equal collectives that receive most, and the largest further reductions."""
     times: Counter[Collective] = Counter()
     for collective in all_collectives:
         times[collective._replace(where="", times=1)] += collective.times
@@ -252,7 +260,7 @@ def _largest(all_collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
         for collective in groups[LARGEST_SHOWN:]
         if collective.kind in ("all-reduce", "reduce-scatter")
     ]
-    rows = [("largest of them", "arrays", "devices", "number", "whole, each", "received")]
+    rows = [("largest collectives", "arrays", "devices", "count", "full size, each", "received")]
     for collective in [*groups[:LARGEST_SHOWN], *reductions[:REDUCTIONS]]:
         received = times[collective] * collective.wire_bytes
         cells = (f"{collective.group:,}", f"{times[collective]:,}", _size(collective.bytes), _size(received))
@@ -261,52 +269,52 @@ def _largest(all_collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
 
 
 def _arrays(shape: str) -> str:
-    """A tuple's arrays, the different ones with their number, as far as they fit on a line.
+    """The arrays of a tuple with their counts; at most two distinct ones, the rest as a number.
 
     >>> _arrays("f32[3,8], f32[8,3], f32[3,8]")
     '2 f32[3,8], f32[8,3]'
     """
-    kinds = Counter(shape.split(", ")).items()
-    texts = [array if number == 1 else f"{number} {array}" for array, number in kinds]
+    arrays = Counter(shape.split(", ")).items()
+    texts = [array if number == 1 else f"{number} {array}" for array, number in arrays]
     rest = f" and {len(texts) - 2} more" if len(texts) > 2 else ""
     return ", ".join(texts[:2]) + rest
 
 
 def _weight_traffic(plan: Plan, settings: Settings) -> list[str]:
-    """How often the frozen weights, split over `fsdp`, come in: forward and backward need them once each."""
+    """How often a step receives the weights sharded over `fsdp`; forward and backward need them once each."""
     frozen = (plan.total - plan.trained) * jnp.dtype(settings.model.param_dtype).itemsize
     if not frozen or plan.mesh["fsdp"] == 1 or plan.mesh["tensor"] > 1:
         return []
-    has_slivers = bool(_weight_reductions(plan))
-    kinds = ("all-gather", "collective-permute", *(["all-reduce"] if has_slivers else []))
+    by_reduction = bool(_weight_reductions(plan))
+    kinds = ("all-gather", "collective-permute", *(["all-reduce"] if by_reduction else []))
     received = sum(c.times * c.wire_bytes for c in plan.collectives if c.kind in kinds)
-    often = received / plan.accumulate / frozen
-    micro = " a micro-batch" if plan.accumulate > 1 else ""
-    by = "gathers, permutes and all-reduces" if has_slivers else "gathers and permutes"
+    times = received / plan.accumulate / frozen
+    micro = " per micro-batch" if plan.accumulate > 1 else ""
+    names = "all-gathers, permutes and all-reduces" if by_reduction else "all-gathers and permutes"
     return [
-        f"by {by} received: {often:.2f} x the frozen weights{micro}; 2 is once for the forward and once for the "
+        f"received by {names}: {times:.2f} x the frozen weights{micro}; 2 means once each in the forward and "
         "backward pass"
     ]
 
 
 def _weight_reductions(plan: Plan) -> list[str]:
-    """A line where all-reduces carry weights: XLA gathers by them what it has cut into very many parts."""
+    """A line if all-reduces carry weights: XLA gathers by all-reduce what is sharded into very many parts."""
     data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
     reduced = sum(c.times * c.bytes for c in plan.collectives if c.kind == "all-reduce")
-    gradients = 4 * plan.trained * plan.accumulate  # float32, and all of them once a micro-batch at most
-    # With a tensor axis activations are reduced too, and as many bytes are as they must be.
+    gradients = 4 * plan.trained * plan.accumulate  # float32, at most once per micro-batch
+    # A tensor axis also all-reduces activations, so there the bytes say nothing about weights.
     if plan.mesh["tensor"] > 1 or fsdp == 1 or reduced < 10 * gradients:
         return []
     factor = next(n for n in range(2, fsdp + 1) if fsdp % n == 0)
     return [
-        f"all-reduces carry {_size(reduced)}, and the gradients are {_size(gradients)} at most: XLA gathers "
-        "weights by them, which receives twice what gathers do; fewer parts may help: "
+        f"all-reduces carry {_size(reduced)}, but the gradients at most {_size(gradients)}: XLA gathers "
+        "weights by all-reduce, which receives twice as much as all-gather; fewer shards may help: "
         f"mesh.data {factor * data} and mesh.fsdp {fsdp // factor} (not compiled)"
     ]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, all others to the right."""
+    """Aligns the first column left and all others right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         [
@@ -319,7 +327,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _size(size: float) -> str:
-    """Bytes with the unit that leaves one to three digits before the point.
+    """Bytes in the unit that leaves one to three digits before the point.
 
     >>> _size(0), _size(1234.5), _size(16e9)
     ('0 B', '1.23 kB', '16.00 GB')

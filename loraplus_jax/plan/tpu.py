@@ -1,4 +1,4 @@
-"""What is known of TPU chips and their compiler, and topologies to compile for with no TPU there."""
+"""TPU chips, their topologies, and compiling for them on a machine without a TPU."""
 
 import dataclasses
 import importlib.util
@@ -18,16 +18,16 @@ PIP = "pip install 'loraplus_jax[tpu-plan]'"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip's published figures.
+    """Published figures of a chip.
 
     Attributes:
-      name: as in a topology's name.
-      hbm_bytes: of memory.
+      name: name in a topology.
+      hbm_bytes: HBM capacity, bytes.
       flops: peak bfloat16 FLOP/s.
-      hbm_rate: bytes/s from and to its memory.
-      ici_rate: bytes/s that it can receive from other chips, over all links together; it sends as much at once.
-      dimensions: of the torus.
-      most: chips of a pod.
+      hbm_rate: HBM bandwidth, bytes/s.
+      ici_rate: ICI bandwidth in one direction, all links together, bytes/s.
+      dimensions: dimensions of the torus.
+      most: chips per pod.
     """
 
     name: str
@@ -51,10 +51,10 @@ CHIPS: Mapping[str, Chip] = {
     )
 }
 """From cloud.google.com/tpu/docs (v4, v5e, v5p and v6e, November 2026). Its "bidirectional" ICI bandwidth counts
-both directions: half of it is here. That of v4 is 6 links of 50 GB/s (arXiv 2304.01433, table 4)."""
+both directions, so half of it is used here. v4 has 6 links of 50 GB/s (arXiv 2304.01433, table 4)."""
 
 _NAME = re.compile(r"(\w+):(\d+(?:x\d+)*)")
-# libtpu must not look for a TPU's metadata server and workers, nor for a lock that another process holds.
+# Keeps libtpu from querying a TPU's metadata server and workers, and from taking the lock of another process.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -64,23 +64,23 @@ _ENVIRONMENT = {
 
 
 def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
-    """The chip of a topology such as `"v5e:16x16"`, and its devices, one a chip, to compile for.
+    """The chip of a topology such as `"v5e:16x16"`, and its devices to compile for, one per chip.
 
-    Works on a machine without a TPU, and there only: JAX itself is told to stay on the CPU.
+    Only for machines without a TPU: switches JAX to the CPU platform.
 
     Raises:
-      ValueError: no such chip or shape.
-      ImportError: libtpu, the compiler, is not installed.
+      ValueError: the chip or shape is unknown.
+      ImportError: libtpu, the TPU compiler, is not installed.
     """
     chip, shape = _parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(f"compiling for {topology} needs libtpu, which is not installed: {PIP}")
+        raise ImportError(f"topology {topology} needs libtpu, the TPU compiler; install it with {PIP}")
     jax.config.update("jax_platforms", "cpu")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    # A host has four chips; of a smaller topology it has all. A v4 chip's two cores work as one, as they do in use.
+    # A host has four chips, or all chips of a smaller topology. A v4 chip's two cores act as one (megacore).
     bounds = (min(2, shape[0]), min(2, shape[1]), 1)
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     try:
@@ -89,7 +89,9 @@ def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
         )
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
-        raise ValueError(f"the installed libtpu cannot compile for {topology}: {reason:.200}") from None
+        raise ValueError(
+            f"the installed libtpu does not support topology {topology}: {reason:.200}"
+        ) from None
     return chip, list(description.devices)
 
 
@@ -98,27 +100,27 @@ def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
     if match is None or match[1] not in CHIPS:
         known = [f"{name}:{'x'.join(['4'] * chip.dimensions)}" for name, chip in CHIPS.items()]
         raise ValueError(
-            f"topology must be a chip and a shape such as {', '.join(known)}, got {topology!r}"
+            f"topology must be CHIP:SHAPE, such as {', '.join(known)}; got {topology!r}"
             f"{suggest(topology.partition(':')[0], CHIPS, fallback=False)}"
         )
     chip, shape = CHIPS[match[1]], tuple(int(n) for n in match[2].split("x"))
     if len(shape) != chip.dimensions or 0 in shape:
         form = "x".join("ABC"[: chip.dimensions])
-        raise ValueError(f"a topology of {chip.name} has the form {chip.name}:{form}, got {topology!r}")
+        raise ValueError(f"topology for {chip.name} must have the form {chip.name}:{form}, got {topology!r}")
     if math.prod(shape) > chip.most:
         raise ValueError(
-            f"a pod of {chip.name} has {chip.most:,} chips, {topology} would be {math.prod(shape):,}"
+            f"topology {topology} has {math.prod(shape):,} chips, a {chip.name} pod at most {chip.most:,}"
         )
     known = topology_shapes(chip)
     if shape not in known:
         near = sorted(known, key=lambda candidate: _distance(candidate, shape))[:3]
         names = ", ".join(f"{chip.name}:{'x'.join(map(str, candidate))}" for candidate in near)
-        raise ValueError(f"there is no topology {topology}; the nearest are {names}")
+        raise ValueError(f"unknown topology {topology}; the nearest available are {names}")
     return chip, shape
 
 
 def topology_shapes(chip: Chip) -> list[tuple[int, ...]]:
-    """The slices of a chip's pods that can be had, smallest first.
+    """Available slice shapes of a chip's pods, smallest first.
 
     >>> topology_shapes(CHIPS["v4"])[:6]
     [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4), (4, 4, 8)]
@@ -134,10 +136,10 @@ def topology_shapes(chip: Chip) -> list[tuple[int, ...]]:
 
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _BELOW_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-"""Of chips in a torus of three dimensions; from 4x4x4 on sides are multiples of four, in growing order."""
+"""Shapes of 3D tori below 4x4x4; from there on sides are multiples of four, in increasing order."""
 
 
 def _distance(left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """How far two shapes are apart, by the factors between their sides and that between their sizes."""
+    """Distance of two shapes: the log factors between their sides and between their sizes, summed."""
     pairs = [*zip(sorted(left), sorted(right), strict=True), (math.prod(left), math.prod(right))]
     return sum(abs(math.log2(a / b)) for a, b in pairs)

@@ -1,1 +1,1 @@
-"""The settings of a run: their schema and how they are parsed from YAML and the command line."""
+"""Settings of a run: the schema, and parsing from YAML files and the command line."""

@@ -1,4 +1,4 @@
-"""Settings from YAML files and the command line: unknown keys and wrong values are named, with what is allowed."""
+"""Parses settings from YAML files and the command line; errors name the key, the value and what is allowed."""
 
 import dataclasses
 import re
@@ -17,26 +17,27 @@ from .yaml_files import read_word, read_yaml
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
-_FRESH = {"--fresh": "start over; what an older run left is renamed, not deleted"}
-_OPTIONS: Mapping[str, Mapping[str, str]] = {
+_FRESH = {"--fresh": "start over; an existing run in output_dir is renamed, not deleted"}
+_COMMAND_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "train": _FRESH,
     "sweep": _FRESH,
     "plan": {
-        "--topology NAME": "TPUs to compile for, such as v5e:16x16",
-        "--json FILE": "a new file for all that was found",
+        "--topology NAME": "TPU topology to compile for, such as v5e:16x16",
+        "--json FILE": "also write the plan to FILE as JSON; FILE must not exist",
     },
 }
-"""What commands take beside settings, for their help; `cli.py` parses it."""
+"""Help texts of the options that are not settings, by command; `cli.py` parses these options."""
 
 
 class SettingField(NamedTuple):
-    """One value that can be set.
+    """One setting.
 
     Attributes:
       name: `section.field`.
-      type: the Python type, its bounds in annotations.
-      default: in YAML; None where there is none, and `required` says so.
-      text: what it means.
+      type: the Python type, with its bounds as annotations.
+      default: the default as in YAML; None if the setting is required.
+      required: whether there is no default.
+      text: the help text.
     """
 
     name: str
@@ -49,29 +50,29 @@ class SettingField(NamedTuple):
 def parse_settings(
     config: str | Path, overrides: Sequence[str] = (), kind: type[AnySettings] = Settings
 ) -> AnySettings:
-    """Reads settings from a YAML file and `--section.field value` arguments, which win.
+    """Reads settings from a YAML file and `--section.field value` arguments, which take precedence.
 
     Args:
-      config: the file.
+      config: the YAML file.
       overrides: the arguments.
-      kind: `Settings`, or a class with more sections than it has.
+      kind: `Settings` or a subclass with more sections.
 
     Raises:
-      ValueError: the file cannot be read, a key is unknown (the nearest one is named), or a value is of the wrong
-        type or out of range.
+      ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
+        the wrong type or is out of range.
     """
     if not Path(config).is_file():
-        raise ValueError(f"there is no config file {config}")
+        raise ValueError(f"config file not found: {config}")
     values = read_yaml(Path(config))
     if not isinstance(values, Mapping):
-        raise ValueError(f"{config} must hold a mapping of settings, got {values!r:.80}")
+        raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
     values, fields = dict(values), {field.name: field for field in setting_fields(kind)}
-    for name, word in _overrides(overrides, fields):
+    for name, value in _parse_overrides(overrides, fields):
         section, _, field = name.rpartition(".")
         if not section:
-            values[field] = word
+            values[field] = value
         elif isinstance(values.setdefault(section, {}), Mapping):
-            values[section] = {**values[section], field: word}
+            values[section] = {**values[section], field: value}
     return _validate(kind, values)
 
 
@@ -81,27 +82,29 @@ def settings_from_json(values: Mapping[str, Any]) -> Settings:
 
 
 def setting_fields(kind: type[Settings] = Settings) -> Iterator[SettingField]:
-    """Every value that can be set, in order; texts are those of the docstrings."""
-    yield from _fields_of(kind, "")
+    """Yields every setting in order, with its help text from the docstrings."""
+    yield from _section_fields(kind, "")
 
 
 def format_help(kind: type[Settings] = Settings, command: str = "train") -> str:
-    """Every field as `--section.field`, with type, default and meaning.
+    """Returns the `--help` text: every setting as `--section.field`, with type, meaning and default.
 
     Args:
-      kind: `Settings`, or a class with more sections than it has.
-      command: whose usage is shown, with its options that are no settings.
+      kind: `Settings` or a subclass with more sections.
+      command: the command whose usage and extra options to show.
     """
-    own = _OPTIONS.get(command, {})
-    usage = " ".join([f"loraplus {command} CONFIG [--section.field VALUE ...]", *(f"[{o}]" for o in own)])
-    lines = [f"usage: {usage}", "", "CONFIG is a YAML file; options on the command line win.", ""]
-    lines += [f"  {option}\n      {text}" for option, text in own.items()]
+    options = _COMMAND_OPTIONS.get(command, {})
+    usage = " ".join(
+        [f"loraplus {command} CONFIG [--section.field VALUE ...]", *(f"[{option}]" for option in options)]
+    )
+    lines = [f"usage: {usage}", "", "CONFIG is a YAML file; command-line settings override it.", ""]
+    lines += [f"  {option}\n      {text}" for option, text in options.items()]
     section = None
     for field in setting_fields(kind):
-        if (first := field.name.partition(".")[0] if "." in field.name else "") != section:
-            section = first
+        if (prefix := field.name.partition(".")[0] if "." in field.name else "") != section:
+            section = prefix
             lines += ["", f"{section or 'run'}:"]
-        default = "required" if field.required else f"default {_word(field.default)}"
+        default = "required" if field.required else f"default {_format_value(field.default)}"
         text = f"{field.text.rstrip('.')} ({default})"
         lines += [f"  --{field.name} {_metavar(field.type)}", *textwrap.wrap(text, **_INDENT)]
     return "\n".join(lines)
@@ -110,18 +113,18 @@ def format_help(kind: type[Settings] = Settings, command: str = "train") -> str:
 _INDENT: Any = {"width": 100, "initial_indent": " " * 6, "subsequent_indent": " " * 6}
 
 
-def _fields_of(section: Any, prefix: str) -> Iterator[SettingField]:
-    types, texts = typing.get_type_hints(section, include_extras=True), _texts(section)
+def _section_fields(section: Any, prefix: str) -> Iterator[SettingField]:
+    types, texts = typing.get_type_hints(section, include_extras=True), _attribute_texts(section)
     for field in dataclasses.fields(section):
-        wanted = types[field.name]
-        inner, _ = _split_annotated(wanted)
+        annotation = types[field.name]
+        inner, _ = _split_annotated(annotation)
         if dataclasses.is_dataclass(inner):
-            yield from _fields_of(inner, f"{field.name}.")
+            yield from _section_fields(inner, f"{field.name}.")
             continue
         default = _default(section, field)
         required = default is dataclasses.MISSING
         name = prefix + field.name
-        yield SettingField(name, wanted, None if required else default, required, texts[field.name])
+        yield SettingField(name, annotation, None if required else default, required, texts[field.name])
 
 
 def _default(section: Any, field: Any) -> Any:
@@ -130,164 +133,178 @@ def _default(section: Any, field: Any) -> Any:
     return field.default
 
 
-def _texts(section: Any) -> dict[str, str]:
-    """The section `Attributes:` of a class, one line a field; of base classes too."""
-    found: dict[str, str] = {}
+def _attribute_texts(section: Any) -> dict[str, str]:
+    """The texts of the `Attributes:` sections of a class and its bases, by field, each joined to one line."""
+    texts: dict[str, str] = {}
     for base in reversed(section.__mro__):
         body = (base.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-        for name, text in re.findall(r"(?m)^ {6}([\w, ]+): ((?:.*\n?)(?: {8}.*\n?)*)", body):
-            found |= dict.fromkeys(name.split(", "), " ".join(text.split()))
-    return found
+        for names, text in re.findall(r"(?m)^ {6}([\w, ]+): ((?:.*\n?)(?: {8}.*\n?)*)", body):
+            texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return texts
 
 
-def _overrides(words: Sequence[str], fields: Mapping[str, SettingField]) -> Iterator[tuple[str, Any]]:
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        name, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            raise ValueError(f"unexpected argument {word!r:.80}; settings are --section.field value")
+def _parse_overrides(
+    arguments: Sequence[str], fields: Mapping[str, SettingField]
+) -> Iterator[tuple[str, Any]]:
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--"):
+            raise ValueError(f"unexpected argument {argument!r:.80}; pass settings as --section.field VALUE")
         if name not in fields:
-            raise ValueError(f"there is no option --{name:.80}{suggest(name, fields, fallback=False)}")
+            raise ValueError(f"unknown option --{name:.80}{suggest(name, fields, fallback=False)}")
         if not equals:
-            if not left:
-                raise ValueError(f"--{name} needs a value, {describe_type(fields[name].type)}")
-            text = left.pop(0)
-        yield name, _read(fields[name].type, text)
+            if not remaining:
+                raise ValueError(f"--{name} requires a value: {describe_type(fields[name].type)}")
+            text = remaining.pop(0)
+        yield name, _parse_value(fields[name].type, text)
 
 
-def _read(wanted: Any, text: str) -> Any:
-    """A word for a field; where text is allowed it stays text, unless it is a list and one is allowed too."""
-    value, kinds = read_word(text), _bare_kinds(wanted)
-    takes_text = str in kinds or any(get_origin(kind) is Literal for kind in kinds)
-    if not takes_text or text == "null":
+def _parse_value(annotation: Any, text: str) -> Any:
+    """Parses a command-line value; text stays text unless it is null, or a list or mapping that fits."""
+    value, types = read_word(text), _bare_types(annotation)
+    accepts_text = str in types or any(get_origin(type_) is Literal for type_ in types)
+    if not accepts_text or text == "null":
         return value
-    is_container = isinstance(value, list | dict) and any(get_origin(kind) in (tuple, dict) for kind in kinds)
+    is_container = isinstance(value, list | dict) and any(
+        get_origin(type_) in (tuple, dict) for type_ in types
+    )
     return value if is_container else text
 
 
-def _kinds(wanted: Any) -> tuple[Any, ...]:
-    """The members of a union, without null, their limits included."""
-    is_union = get_origin(wanted) in (typing.Union, type(int | None))
-    return tuple(kind for kind in (get_args(wanted) if is_union else (wanted,)) if kind is not type(None))
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union with their bounds, without None."""
+    is_union = get_origin(annotation) in (typing.Union, type(int | None))
+    members = get_args(annotation) if is_union else (annotation,)
+    return tuple(member for member in members if member is not type(None))
 
 
-_WORDS: dict[Any, str] = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+_NOUNS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text"}
+_ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
 _METAVARS: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
 
 
-def describe_type(wanted: Any) -> str:
-    """What a field takes, in words, its bounds included.
+def describe_type(annotation: Any) -> str:
+    """Describes the values that a field accepts, with their bounds.
 
     >>> from loraplus_jax.settings.types import Count
     >>> describe_type(Count | None), describe_type(tuple[float, ...])
-    ('a whole number of at least 1 or null', 'a list of numbers')
+    ('an integer of at least 1 or null', 'a list of numbers')
     """
-    words = [_describe_kind(kind) for kind in _kinds(wanted)]
-    return " or ".join([*words, *(["null"] if type(None) in get_args(wanted) else [])])
+    texts = [_describe_member(member) for member in _union_members(annotation)]
+    return " or ".join([*texts, *(["null"] if type(None) in get_args(annotation) else [])])
 
 
-def _describe_kind(wanted: Any) -> str:
-    kind, limits = _split_annotated(wanted)
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    if get_origin(kind) is tuple:
-        inner, _ = _split_annotated(get_args(kind)[0])
-        of = " of names" if inner is str else f" of {_WORDS[inner]}s"
-        return f"a {'non-empty ' if 'min_length' in limits else ''}list{of}"
-    if get_origin(kind) is dict:
+def _describe_member(annotation: Any) -> str:
+    type_, limits = _split_annotated(annotation)
+    if get_origin(type_) is Literal:
+        return f"one of {', '.join(get_args(type_))}"
+    if get_origin(type_) is tuple:
+        inner, _ = _split_annotated(get_args(type_)[0])
+        items = "names" if inner is str else f"{_NOUNS[inner]}s"
+        return f"a {'non-empty ' if 'min_length' in limits else ''}list of {items}"
+    if get_origin(type_) is dict:
         return "a mapping"
-    if kind is str:
-        return "text that is not empty" if "pattern" in limits else "text"
-    article = "a " if kind in (int, float) else ""
+    if type_ is str:
+        return "non-empty text" if "pattern" in limits else "text"
     bounds = [
-        f"{word} {_word(limits[key])}"
-        for key, word in _BOUNDS.items()
-        if key in limits and limits[key] < 2**32
+        f"{text} {_format_value(limits[key])}"
+        for key, text in _BOUNDS.items()
+        if key in limits and limits[key] <= 2**32
     ]
-    of = " of " if kind is int and bounds else " "
-    return f"{article}{_WORDS[kind]}{of if bounds else ''}{' and '.join(bounds)}"
+    of = " of " if type_ is int and bounds else " "
+    return f"{_ARTICLES.get(type_, '')}{_NOUNS[type_]}{of if bounds else ''}{' and '.join(bounds)}"
 
 
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
-def _split_annotated(wanted: Any) -> tuple[Any, dict[str, Any]]:
-    """A type without its annotations, and the limits that they set."""
-    if get_origin(wanted) is not Annotated:
-        return wanted, {}
-    kind, *notes = get_args(wanted)
+def _split_annotated(annotation: Any) -> tuple[Any, dict[str, Any]]:
+    """Splits an annotation into its bare type and its limits."""
+    if get_origin(annotation) is not Annotated:
+        return annotation, {}
+    type_, *notes = get_args(annotation)
     limits = {}
     for note in notes:
         for limit in getattr(note, "metadata", [note]):
             limits |= {
                 key: getattr(limit, key) for key in (*_BOUNDS, "min_length", "pattern") if hasattr(limit, key)
             }
-    return kind, limits
+    return type_, limits
 
 
-def _metavar(wanted: Any) -> str:
+def _metavar(annotation: Any) -> str:
     words = []
-    for kind in _bare_kinds(wanted):
-        if get_origin(kind) is Literal:
-            words.append("|".join(get_args(kind)))
+    for type_ in _bare_types(annotation):
+        if get_origin(type_) is Literal:
+            words.append("|".join(get_args(type_)))
         else:
-            words.append(_METAVARS.get(kind) or ("{...}" if get_origin(kind) is dict else "[...]"))
+            words.append(_METAVARS.get(type_) or ("{...}" if get_origin(type_) is dict else "[...]"))
     return "|".join(words)
 
 
-def _bare_kinds(wanted: Any) -> list[Any]:
-    return [_split_annotated(kind)[0] for kind in _kinds(wanted)]
+def _bare_types(annotation: Any) -> list[Any]:
+    return [_split_annotated(member)[0] for member in _union_members(annotation)]
 
 
-def _word(value: Any) -> str:
+def _format_value(value: Any) -> str:
+    """Formats a value as YAML writes it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
+    for section, keys in (("config", values), *((k, v) for k, v in values.items() if isinstance(v, Mapping))):
+        for key in keys:
+            if not isinstance(key, str):
+                raise ValueError(f"{section}: unknown key {key!r:.80}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         fields = {field.name: field for field in setting_fields(kind)}
-        problems: dict[str, str] = {}  # one a field: pydantic also counts the values of a list that are left
+        problems: dict[str, str] = {}  # one per field; pydantic may report several
         for problem in error.errors(include_url=False):
             name = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
-            problems.setdefault(name, _explain(fields, name, problem))
+            problems.setdefault(name, _format_problem(fields, name, problem))
         raise ValueError("; ".join(problems.values())[:1000]) from None
 
 
-def _explain(fields: Mapping[str, SettingField], name: str, problem: Any) -> str:
-    """One of pydantic's errors as field, what is allowed, and what was given."""
-    cause, given = problem["type"], problem["input"]
-    section, _, last = name.rpartition(".")
+def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any) -> str:
+    """Formats a pydantic error as one line: the field, what is allowed, and the value."""
+    cause, value = problem["type"], problem["input"]
+    section, _, key = name.rpartition(".")
     if cause == "unexpected_keyword_argument":
         known = [n.removeprefix(f"{section}.") for n in fields if not section or n.startswith(f"{section}.")]
         known = list(dict.fromkeys(n.partition(".")[0] for n in known))
-        return f"{section or 'config'}: there is no key {last!r:.80}{suggest(last, known)}"
+        return f"{section or 'config'}: unknown key {key!r:.80}{suggest(key, known)}"
     if cause == "missing":
         return f"{next(n for n in fields if n == name or n.startswith(f'{name}.'))} is required"
     if cause == "dataclass_type":
-        return f"{name or 'config'} must be a mapping of settings, got {given!r:.80}"
-    if cause == "value_error" and name not in fields:  # several values of a section that do not go together
+        return f"{name or 'config'} must be a mapping of settings, got {value!r:.80}"
+    if cause == "value_error" and name not in fields:  # conflicting fields of a section
         message = str(problem["ctx"]["error"])
-        first = re.split(r"\W", message)[0]
-        if f"{name}.{first}" in fields:
+        first_word = re.split(r"\W", message)[0]
+        if f"{name}.{first_word}" in fields:
             return f"{name}.{message}"
         return message if not name or f"{name}." in message else f"{name}: {message}"
-    wanted = fields[name].type
-    places = "".join(f"[{part}]" for part in problem["loc"] if isinstance(part, int))
+    index = "".join(f"[{part}]" for part in problem["loc"] if isinstance(part, int))
+    while name not in fields:  # within a mapping that is one value
+        name, _, key = name.rpartition(".")
+        index = f"[{key}]{index}"
+    annotation = fields[name].type
     if cause == "distinct":
-        return f"{name} must be a list of different values, got {given!r:.80}"
+        return f"{name} must be a list of distinct values, got {value!r:.80}"
     if cause == "value_error":
         return f"{name} {problem['ctx']['error']}"
-    if places:
-        wanted = get_args(_bare_kinds(wanted)[0])[0]
+    if index:
+        container = _bare_types(annotation)[0]
+        annotation = get_args(container)[-1 if get_origin(container) is dict else 0]
     hint = (
-        suggest(str(given), get_args(_bare_kinds(wanted)[0]), fallback=False)
+        suggest(str(value), get_args(_bare_types(annotation)[0]), fallback=False)
         if cause == "literal_error"
         else ""
     )
-    hint = ", which float32 cannot hold" if cause == "float32" else hint
-    return f"{name}{places} must be {describe_type(wanted)}, got {given!r:.80}{hint}"
+    hint = ", which float32 cannot represent" if cause == "float32" else hint
+    return f"{name}{index} must be {describe_type(annotation)}, got {value!r:.80}{hint}"

@@ -1,4 +1,4 @@
-"""A run's settings: typed sections, all checked before any work; `parsing.py` reads them from files."""
+"""The settings of a run: typed sections, validated before any work starts. `parsing.py` reads them from files."""
 
 import dataclasses
 import re
@@ -24,29 +24,31 @@ Dtype = Literal["float32", "bfloat16"]
 QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
 LANGUAGE_TASKS = ("instruction", "multiple_choice")
-"""The tasks of causal language models; the others are those of encoders."""
+"""The tasks for causal language models; the other tasks are for encoders."""
 MAX_STEPS = 2**31 - 1
-"""Steps are counted in int32."""
+"""The step counter is int32."""
 AUTO = "auto"
 MOST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class ModelSettings:
-    """The pretrained model: an encoder for classification and regression, else a language model.
+    """The pretrained model: an encoder for classification and regression, a causal language model otherwise.
 
     Attributes:
-      path: a Hugging Face directory or a GGUF file, a fetchable name, or a hub id, tried in this order.
-      pooling: how an encoder's hidden states become one vector: their mean, the first token, or BERT's own pooler.
-      dtype: what is computed in.
-      param_dtype: what the frozen weights are kept in; adapters and whatever else is trained stay float32.
-      dropout: replaces an encoder's own hidden and attention dropout rates when given.
-      head_dropout: dropout before an encoder's new head.
-      unroll: compile the layers as straight code instead of a loop; slower to compile.
-      remat: of a language model, what is computed again for the gradient instead of kept: none; dots, all but what
-        large matrix products made; or full, all but each layer's input. It takes less memory, and full more time.
-      attention: of a language model: xla, blocked (less memory, and on a CPU faster from 256 tokens on), or auto.
-      loss_chunk: of a language model whose head is frozen, how many tokens' logits exist at once.
+      path: Hugging Face directory or GGUF file, name listed by `loraplus fetch`, or Hub id, tried in this order.
+      pooling: pooling of an encoder's hidden states: mean, cls (first token) or pooler (BERT's own).
+      dtype: compute dtype.
+      param_dtype: dtype of the frozen weights; trained parameters stay float32.
+      dropout: hidden and attention dropout rate of an encoder; null keeps the rates of its config.
+      head_dropout: dropout rate before an encoder's new head.
+      unroll: unroll the loop over the layers; slower to compile.
+      remat: activation checkpointing (language models): none; dots keeps only large matmul outputs; full keeps only
+        layer inputs. Both save memory; full costs more time.
+      attention: attention implementation (language models): xla; blocked, which uses less memory and is faster on a
+        CPU from 256 tokens; auto, which uses blocked from 256 tokens.
+      loss_chunk: compute the loss this many tokens at a time, so that full logits are never stored (language models
+        with a frozen head).
     """
 
     path: Text
@@ -63,29 +65,32 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class DataSettings:
-    """Where the texts lie, which columns hold what, and how they are split.
+    """Data files, their columns, and how they are split.
 
-    A value is a path, a fetchable name or a hub id; files are .csv, .tsv or .jsonl, for language models .json too.
+    A file is a path, a name listed by `loraplus fetch`, or a Hub id. Formats are .csv, .tsv and .jsonl; language
+    models also read .json.
 
     Attributes:
-      path: one file, split by `split_seed` into train, validation and test. Either this or `train` is required.
-      train: the training file, when the splits are separate files.
-      validation: the validation file; without it `validation_fraction` of the training file is taken.
-      test: the test file, optional; only beside `train`.
-      text: the column with the text.
-      text_pair: the column with a second text, for tasks on pairs.
-      label: the column with the label: a class name, a whole number, or a rating for regression.
-      max_length: T, tokens a text (or pair) is truncated and padded to, special tokens included.
-      validation_fraction: share of the distinct texts for validation, when no file is given for it.
-      test_fraction: share of the distinct texts of `path` for the test split; 0 makes none.
-      split_seed: decides which text goes to which split.
-      template: the chat template: the model's own, plain (a few headings), or a file.
-      answers: whether all turns of the assistant are learned, or the last.
-      packing: whether short conversations share a row of max_length tokens; batches are counted in rows.
-      column_names: for conversations and questions in columns of other names, ours to the file's.
+      path: single data file, split into train, validation and test by split_seed; set this or train.
+      train: training file, if each split has its own file.
+      validation: validation file; null splits off validation_fraction of the training file.
+      test: test file (optional); only with train.
+      text: column with the text (encoders).
+      text_pair: column with the second text, for tasks on text pairs (encoders).
+      label: column with the label (encoders): a class name or integer, or a number for regression.
+      max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
+        multiple-choice questions are rejected.
+      validation_fraction: fraction of the distinct texts held out for validation, if there is no validation file.
+      test_fraction: fraction of the distinct texts in path held out for testing; 0 makes no test split.
+      split_seed: random seed for the split.
+      template: chat template (language models): model (the model's own), plain (simple headings) or a file.
+      answers: assistant turns to train on (task instruction): all or only the last.
+      packing: pack short conversations into shared rows of max_length tokens (language models); batch sizes then
+        count packed rows.
+      column_names: column names of the file (language models), as a mapping from our names to the file's.
 
     Raises:
-      ValueError: a field is out of range, or two do not go together; the message names them.
+      ValueError: a field is out of range, or two fields conflict; the message names them.
     """
 
     path: Text | None = None
@@ -106,46 +111,47 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.train is None):
-            given = f"path={self.path!r} and train={self.train!r}"
             raise ValueError(
-                f"give either path (one file, split by seed) or train (separate files), got {given}"
+                "set either path (one file, split by split_seed) or train (separate files), "
+                f"got path={self.path!r} and train={self.train!r}"
             )
         for name in ("validation", "test"):
             if self.path is not None and getattr(self, name) is not None:
-                raise ValueError(f"{name} goes with train, not with path, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} requires train, not path; got {getattr(self, name)!r}")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
         if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
-                "validation_fraction and test_fraction must leave something for training, "
+                "validation_fraction + test_fraction must be below 1, to leave texts for training; "
                 f"got {self.validation_fraction} + {self.test_fraction}"
             )
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read."""
+        """The columns to read."""
         return tuple(c for c in (self.text, self.text_pair, self.label) if c is not None)
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class OptimizerSettings:
-    """AdamW, its schedule and its groups.
+    """AdamW, its learning rate schedule and its parameter groups.
 
     Attributes:
-      learning_rate: eta_A, the peak rate of A and of everything but B; B's is lora.lr_ratio times it.
-      head_learning_rate: the peak rate of the head and of other parameters trained in full; eta_A if not given.
-      embedding_learning_rate: the peak rate of adapters of embeddings; eta_A if not given, 1e-6 under policy peft.
-      policy: lora_plus scales B's rate alone; peft also that of biases and norms, without decay, as PEFT does.
-      schedule: shape of the rate after warm-up.
-      warmup_steps: steps of linear growth from 0 at the start.
-      final_fraction: the share of the peak rate at which linear, cosine and wsd end.
-      decay_steps: for wsd (warm-up, stable, decay), the steps of decay at the end; a fifth if not given.
-      b1: decay of Adam's first moment.
-      b2: decay of Adam's second moment.
+      learning_rate: eta_A, peak learning rate of A and all else except B; B's is lora.lr_ratio times it.
+      head_learning_rate: peak learning rate of the head and other fully trained parameters; null uses eta_A.
+      embedding_learning_rate: peak learning rate of embedding adapters; null uses eta_A, or 1e-6 with policy peft.
+      policy: parameter groups: lora_plus scales only B's learning rate by lora.lr_ratio; peft also scales that of
+        biases and norms, without weight decay, as PEFT does.
+      schedule: learning rate schedule after warmup.
+      warmup_steps: steps of linear warmup from 0.
+      final_fraction: final learning rate as a fraction of the peak (linear, cosine and wsd).
+      decay_steps: steps of decay at the end of wsd (warmup, stable, decay); null uses a fifth of all steps.
+      b1: decay rate of Adam's first moment.
+      b2: decay rate of Adam's second moment.
       eps: Adam's epsilon, at least 1e-30.
-      weight_decay: a step shrinks a parameter by rate times this.
-      decay: whether B's decay is lr_ratio times A's (coupled) or the same (equal).
-      max_grad_norm: clips the norm over all gradients together.
+      weight_decay: weight decay; a step shrinks a parameter by its learning rate times this.
+      decay: weight decay of B: coupled is lora.lr_ratio times A's; equal is the same as A's.
+      max_grad_norm: maximum global gradient norm; null disables clipping.
     """
 
     learning_rate: Rate = 1e-4
@@ -165,34 +171,35 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(f"optimizer.decay_steps goes with wsd, and the schedule is {self.schedule}")
+            raise ValueError(f"optimizer.decay_steps requires optimizer.schedule wsd, got {self.schedule}")
         if self.schedule == "constant" and self.final_fraction:
             raise ValueError(
-                "optimizer.final_fraction goes with linear, cosine or wsd, and the schedule is constant"
+                "optimizer.final_fraction requires optimizer.schedule linear, cosine or wsd, got constant"
             )
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class TrainSettings:
-    """How long, in which batches, and what is kept.
+    """Training length, batch sizes, evaluation, logging and checkpoints.
 
     Attributes:
-      steps: optimizer steps; either this or epochs.
-      epochs: passes over the training data, 3 if neither is given.
-      batch_size: examples a step, over all devices and micro-batches.
-      accumulate: micro-batches that a batch is cut into.
-      eval_batch_size: examples a batch in evaluation.
-      eval_every: steps between evaluations on the validation split; each one saves a checkpoint.
+      steps: optimizer steps; set this or epochs.
+      epochs: passes over the training data; 3 if steps is not set either.
+      batch_size: examples per optimizer step, over all devices and micro-batches.
+      accumulate: gradient accumulation, micro-batches per step; must divide batch_size.
+      eval_batch_size: examples per evaluation batch.
+      eval_every: steps between evaluations on the validation split; each evaluation saves a checkpoint.
       log_every: steps between rows of metrics.jsonl.
-      early_stopping: evaluations worse than the best after which training ends; never if not given.
-      select: whether the adapter written at the end is the best evaluated one or the last.
-      keep: how many of the newest checkpoints to keep, besides the best.
-      max_skipped: a step whose loss, gradient or update is not finite is skipped; so many in a row end the run.
-      compilation_cache: keep compiled programs in the cache directory, so that a second start is fast.
-      theory_every: steps between measurements of what A's and B's steps did to each layer's output (theory/... in
-        metrics.jsonl), on a quarter of a batch; none if not given.
-      prompt: a question that a language model answers before and after training, printed and kept in summary.json.
-      prompt_tokens: tokens of these answers at most.
+      early_stopping: stop after this many consecutive evaluations worse than the best; null never stops early.
+      select: state to write as the final adapter: best (by the validation metric) or last.
+      keep: number of newest checkpoints to keep, in addition to the best.
+      max_skipped: abort after this many consecutive non-finite steps; a step whose loss, gradient or update is not
+        finite is skipped.
+      compilation_cache: cache compiled programs on disk, so that later starts are faster.
+      theory_every: steps between measurements of how A's and B's updates change each layer's output (theory/... in
+        metrics.jsonl), on a quarter of a batch; null disables them.
+      prompt: prompt that a language model answers before and after training; printed and saved in summary.json.
+      prompt_tokens: maximum tokens of each of these answers.
     """
 
     steps: Annotated[Count, Field(le=MAX_STEPS)] | None = None
@@ -213,7 +220,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"give train.steps or train.epochs, not both: {self.steps} and {self.epochs}")
+            raise ValueError(f"set train.steps or train.epochs, not both; got {self.steps} and {self.epochs}")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
@@ -222,12 +229,13 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class MeshSettings:
-    """The devices, as data x fsdp x tensor; one of the three may be -1, for all devices that the others leave.
+    """The device mesh, data x fsdp x tensor; one of the three sizes may be -1, for the remaining devices.
 
     Attributes:
-      data: how many parts the batch alone is split into.
-      fsdp: how many parts batch and weights are split into; a layer's weights are gathered when it is computed.
-      tensor: how many parts heads, inner widths and vocabulary are split into.
+      data: data-parallel size, which splits only the batch; -1 uses the remaining devices.
+      fsdp: FSDP size, which splits batch and weights and all-gathers a layer's weights when it runs; -1 uses the
+        remaining devices.
+      tensor: tensor-parallel size, which splits heads, MLP widths and vocabulary; -1 uses the remaining devices.
     """
 
     data: Int = -1
@@ -237,15 +245,15 @@ class MeshSettings:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class DistributedSettings:
-    """The processes, where there are several; each is started with the same command but for process_id.
+    """Multi-process training; start every process with the same command except for process_id.
 
     Attributes:
-      coordinator: HOST:PORT where process 0 can be reached; or auto, which asks the environment (TPU pods, SLURM,
-        MPI, Kubernetes) for this and the next two; one process if not given.
-      processes: how many there are.
-      process_id: which of them this is, from 0.
-      start_timeout: seconds to wait for the others at the start.
-      lost_timeout: seconds of silence after which a process counts as lost and the others end.
+      coordinator: HOST:PORT of process 0; auto detects it, processes and process_id from the environment (TPU pods,
+        SLURM, MPI, Kubernetes); null runs a single process.
+      processes: number of processes.
+      process_id: index of this process, from 0.
+      start_timeout: seconds to wait for the other processes at startup.
+      lost_timeout: seconds without a heartbeat after which a process counts as lost and the others exit.
     """
 
     coordinator: str | None = None
@@ -259,17 +267,20 @@ class DistributedSettings:
         if self.coordinator in (None, AUTO):
             for name, value in numbers.items():
                 if value is not None:
-                    raise ValueError(f"distributed.{name} goes with distributed.coordinator HOST:PORT")
+                    coordinator = self.coordinator or "null"
+                    raise ValueError(
+                        f"distributed.{name} requires distributed.coordinator HOST:PORT, got {coordinator}"
+                    )
             return
         host, _, port = str(self.coordinator).rpartition(":")
         if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
             raise ValueError(
-                f"distributed.coordinator must be HOST:PORT, of a port from 1 to {MOST_PORT}, or {AUTO}, "
+                f"distributed.coordinator must be HOST:PORT (port 1 to {MOST_PORT}) or {AUTO}, "
                 f"got {self.coordinator!r}"
             )
         for name, value in numbers.items():
             if value is None:
-                raise ValueError(f"distributed.coordinator is set, and distributed.{name} is not")
+                raise ValueError(f"distributed.coordinator HOST:PORT requires distributed.{name}, got null")
         if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
@@ -277,13 +288,13 @@ class DistributedSettings:
 
 
 def _lora_config(value: Any) -> LoRAPlusConfig:
-    """The section lora, which checks itself: it is used without settings too."""
+    """Validates the section lora by `LoRAPlusConfig`, which is also used without settings."""
     if isinstance(value, LoRAPlusConfig):
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"must be a mapping, got {value!r:.80}")
     try:
-        # Not the default with changes, whose own lr_ratio would outlive another init.
+        # Not dataclasses.replace of the default: it would keep the lr_ratio of the default init.
         return LoRAPlusConfig.from_json({"target_modules": DEFAULT_LORA.target_modules, **value})
     except TypeError as error:
         raise ValueError(str(error)) from None
@@ -291,25 +302,24 @@ def _lora_config(value: Any) -> LoRAPlusConfig:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class Settings:
-    """A whole run.
+    """The settings of a run.
 
     Attributes:
       model: the pretrained model.
       data: the labelled texts, conversations or questions.
-      lora: what is adapted and how; an encoder's new head is always trained in full beside it.
-      optimizer: rates, schedule, decay, clipping.
-      train: length, batches, evaluation.
-      mesh: the devices.
-      distributed: the processes, where there are several.
-      task: classification, or regression, one number a text; instruction, the answers in conversations; or
-        multiple_choice, the right one of several answers, evaluated by which of them is the likeliest.
-      method: lora_plus; lora, the same with lr_ratio 1; or full, which trains every weight and has no adapters.
-      init_adapter: a run or an adapter directory, of this package or PEFT, that training starts from; what it says
-        of ranks, scales and layers must be what the section lora says.
-      init_adapter_rates: same if lr_ratio, policy and decay must be those that the adapter was trained with, where
-        it says so; new if other ones are meant.
-      seed: of initial values, shuffling and dropout.
-      output_dir: where everything the run makes is written.
+      lora: which layers are adapted and how; an encoder's new head is always fully trained as well.
+      optimizer: learning rates, schedule, weight decay and clipping.
+      train: training length, batch sizes and evaluation.
+      mesh: the device mesh.
+      distributed: multi-process training.
+      task: classification; regression (one number per text); instruction (trains on the assistant's answers);
+        multiple_choice (scored by the most likely choice).
+      method: lora_plus; lora (the same with lr_ratio 1); full (trains every weight, without adapters).
+      init_adapter: start from this run or adapter (ours or PEFT's); its rank, alpha and layers must match lora.*.
+      init_adapter_rates: same requires the lr_ratio, policy and weight decay that init_adapter was trained with, if
+        recorded; new allows different ones.
+      seed: random seed for initialization, shuffling and dropout.
+      output_dir: output directory for checkpoints, logs and results.
     """
 
     model: ModelSettings
@@ -328,20 +338,20 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.init_adapter is None and self.init_adapter_rates != "same":
-            raise ValueError("init_adapter_rates goes with init_adapter, which is not set")
-        _check_kind(self)
+            raise ValueError("init_adapter_rates requires init_adapter, which is not set")
+        _check_task_fields(self)
         if (config := self.applied) is not None:
             rate = self.optimizer.learning_rate * config.lr_ratio
-            check_number("lora.lr_ratio times optimizer.learning_rate, B's rate,", rate, above=0.0)
+            check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
 
     @property
     def is_language(self) -> bool:
-        """Whether the model is a language model, not an encoder."""
+        """Whether the model is a causal language model, not an encoder."""
         return self.task in LANGUAGE_TASKS
 
     @property
     def applied(self) -> LoRAPlusConfig | None:
-        """What is really applied: None for full, and lr_ratio 1 for lora; the new head among what is trained."""
+        """The effective config: None for full, lr_ratio 1 for lora; an encoder's head is in `modules_to_save`."""
         if self.method == "full":
             return None
         ratio = 1.0 if self.method == "lora" else self.lora.lr_ratio
@@ -350,39 +360,37 @@ class Settings:
         return dataclasses.replace(self.lora, lr_ratio=ratio, modules_to_save=saved)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as plain values, as written to `config.yaml`."""
-        return _plain(dataclasses.asdict(self))
+        """Returns all fields as plain values, as written to `config.yaml`."""
+        return _to_plain(dataclasses.asdict(self))
 
 
-_OF_ENCODERS = {
+_ENCODER_FIELDS = {
     "model": ("pooling", "dropout", "head_dropout"),
     "data": ("text", "text_pair", "label"),
 }
-_OF_LANGUAGE_MODELS = {
+_LANGUAGE_MODEL_FIELDS = {
     "model": ("remat", "attention", "loss_chunk"),
     "data": ("template", "answers", "packing", "column_names"),
     "train": ("prompt", "prompt_tokens"),
 }
 
 
-def _check_kind(settings: Settings) -> None:
-    """Nothing is set that the task's kind of model has no use for."""
-    odd = _OF_ENCODERS if settings.is_language else _OF_LANGUAGE_MODELS
-    fits = [t for t in get_args(TaskName) if (t in LANGUAGE_TASKS) != settings.is_language]
-    for section, names in odd.items():
+def _check_task_fields(settings: Settings) -> None:
+    """Raises ValueError if a field is set that the task or method does not use."""
+    unused = _ENCODER_FIELDS if settings.is_language else _LANGUAGE_MODEL_FIELDS
+    tasks = [task for task in get_args(TaskName) if (task in LANGUAGE_TASKS) != settings.is_language]
+    for section, names in unused.items():
         values = getattr(settings, section)
         defaults = {f.name: f.default for f in dataclasses.fields(values)}
         for name in names:
             if getattr(values, name) != defaults[name]:
-                raise ValueError(
-                    f"{section}.{name} goes with the tasks {' and '.join(fits)}, and the task is {settings.task}"
-                )
+                raise ValueError(f"{section}.{name} requires task {' or '.join(tasks)}, got {settings.task}")
     if settings.data.answers != "all" and settings.task != "instruction":
-        raise ValueError(f"data.answers goes with the task instruction, and the task is {settings.task}")
+        raise ValueError(f"data.answers requires task instruction, got {settings.task}")
     if settings.train.theory_every is not None and settings.method == "full":
-        raise ValueError("train.theory_every measures adapters, and method full has none")
+        raise ValueError("train.theory_every requires adapters; method full has none")
     if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:
-        raise ValueError("train.prompt_tokens goes with train.prompt, which is not set")
+        raise ValueError("train.prompt_tokens requires train.prompt, which is not set")
 
 
 RESUMABLE_FIELDS = (
@@ -391,32 +399,33 @@ RESUMABLE_FIELDS = (
     *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
-"""What may differ when a run goes on. The first line decides when it ends: by these a finished run goes on too."""
+"""Settings that may change when a run resumes."""
 STOP_FIELDS = RESUMABLE_FIELDS[:4]
+"""Settings that decide when a run ends; changing one also resumes a finished run."""
 
 
 def split_settings(
     values: Mapping[str, Any], prefix: str = "", may_change: Sequence[str] = RESUMABLE_FIELDS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Plain settings as two trees: what must stay as it was when a run goes on, and what may change.
+    """Splits plain settings into two trees: those that must not change when a run resumes, and those that may.
 
     >>> split_settings({"seed": 1, "train": {"steps": 5, "accumulate": 2}})
     ({'seed': 1, 'train': {'accumulate': 2}}, {'train': {'steps': 5}})
     """
-    same: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     free: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
             for tree, part in zip(
-                (same, free), split_settings(value, f"{prefix}{name}.", may_change), strict=True
+                (fixed, free), split_settings(value, f"{prefix}{name}.", may_change), strict=True
             ):
                 tree |= {name: part} if part else {}
         else:
-            (free if f"{prefix}{name}" in may_change else same)[name] = value
-    return same, free
+            (free if f"{prefix}{name}" in may_change else fixed)[name] = value
+    return fixed, free
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: _to_plain(v) for k, v in value.items()}
+    return [_to_plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""Types of settings' values: what pydantic accepts for them, strictly, and how an error says so."""
+"""Types of setting values: strict pydantic types with their bounds."""
 
 from typing import Annotated, Any
 
@@ -9,23 +9,23 @@ from pydantic_core import PydanticCustomError
 from .._validation import in_float32
 
 SECTION = ConfigDict(extra="forbid")
-"""How every section is validated."""
+"""The pydantic configuration of every section."""
 
 
 def _check_float32(value: float) -> float:
-    # XLA computes in float32, for which 1 - 1e-9 is 1 and 1e-60 is 0.
+    # XLA computes in float32, where 1 - 1e-9 rounds to 1 and 1e-60 to 0.
     if not in_float32(value) or (value < 1 <= np.float32(value)):
-        raise PydanticCustomError("float32", "float32 cannot hold it")
+        raise PydanticCustomError("float32", "float32 cannot represent it")
     return value
 
 
 def _check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
-        raise PydanticCustomError("distinct", "values must differ")
+        raise PydanticCustomError("distinct", "values must be distinct")
     return values
 
 
-# Strict, or pydantic would take true for 1 and "2" for 2.
+# Strict: otherwise pydantic accepts true as 1 and "2" as 2.
 Switch = Annotated[bool, Strict()]
 Int = Annotated[int, Strict()]
 Index = Annotated[Int, Field(ge=0, lt=2**63)]

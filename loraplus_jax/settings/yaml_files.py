@@ -1,4 +1,4 @@
-"""Untrusted YAML files: plain values only, and nothing that means more than it says."""
+"""Reads YAML files as untrusted input: plain values only, without aliases or duplicate keys."""
 
 import re
 from pathlib import Path
@@ -10,56 +10,56 @@ from ..json_files import find_problem
 
 
 def read_yaml(path: Path) -> Any:
-    """The contents of a YAML file, plain values only.
+    """Returns the contents of a YAML file as plain values.
 
     Raises:
-      ValueError: it is not YAML, a mapping has a key twice, there are aliases, or it is too large or too deep; the
-        file is named.
+      ValueError: the file is not valid YAML, has a duplicate key or an alias, or is too large or too deeply nested;
+        the message names the file.
     """
     if (size := path.stat().st_size) > LARGEST_YAML:
-        raise ValueError(f"{path} has {size} bytes, at most {LARGEST_YAML} are read")
+        raise ValueError(f"{path} is too large: {size} bytes, the limit is {LARGEST_YAML}")
     content = path.read_bytes()
     try:
-        values = yaml.load(content.decode("utf-8"), _UniqueKeys)
-    except Exception as error:  # for a tag or a date that is wrong, PyYAML raises whatever it runs into
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        values = yaml.load(content.decode("utf-8"), _StrictLoader)
+    except Exception as error:  # PyYAML raises many types, for example on an invalid tag or date
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if problem := find_problem(values):
         raise ValueError(f"{path} {problem}")
     return values
 
 
 LARGEST_YAML = 2**16
-"""Bytes. PyYAML needs up to a thousand times the bytes of a file."""
+"""Bytes. PyYAML can need a thousand times the size of the file in memory."""
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML takes the last of equal keys in silence; here that is an error."""
+class _StrictLoader(yaml.SafeLoader):
+    """A `SafeLoader` that rejects aliases and duplicate keys, of which YAML silently takes the last."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As SafeLoader's, without aliases: with them a few lines can stand for a billion values."""
+        """Rejects aliases: with them a few lines can expand to a billion values."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, "aliases are not read", self.peek_event().start_mark)
+            raise yaml.MarkedYAMLError(None, None, "aliases are not supported", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's."""
+        """Rejects duplicate keys."""
         keys = [key.value for key, _ in node.value]
-        if twice := next((key for key in keys if keys.count(key) > 1), None):
+        if duplicate := next((key for key in keys if keys.count(key) > 1), None):
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice!r} stands twice", node.start_mark
+                None, None, f"duplicate key {duplicate!r}", node.start_mark
             )
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML reads, takes 1e-4 for text.
-_UniqueKeys.add_implicit_resolver(
+# PyYAML reads YAML 1.1, in which 1e-4 is text.
+_StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), [*"-+0123456789"]
 )
 
 
 def read_word(text: str) -> Any:
-    """A value on the command line, read as in a YAML file; text that is not YAML is text."""
+    """Parses a command-line value as YAML; invalid YAML is returned as text."""
     try:
-        return yaml.load(text, _UniqueKeys)
-    except Exception:  # whatever PyYAML runs into
+        return yaml.load(text, _StrictLoader)
+    except Exception:  # PyYAML raises many types
         return text

@@ -1,1 +1,1 @@
-"""Sweeps: which method and which lambda help on the user's task, at equal budgets."""
+"""Sweeps: compare LoRA+ with LoRA on the user's task at equal budgets, and select lambda."""

@@ -1,4 +1,4 @@
-"""The pictures of a sweep's report, all drawn from the report alone, and told apart without colour."""
+"""Figures of a sweep's report, drawn from `report.json` alone; line styles and markers work without colour."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,15 +11,13 @@ from ..training.metrics_log import partial_path, pyplot
 from .settings import ARM_LABELS
 
 PICTURES = {
-    "heat_map": "Validation loss over the two rates at the last rung. The dashed line is plain LoRA, where both "
-    "are the same; a frame marks the settings that were chosen, a cross one that diverged; grey ones were dropped "
-    "at the step they name.",
-    "curves": "Test loss of the chosen settings: the mean over the report's seeds, and the band between the "
-    "least and the largest.",
-    "steps": "Steps to the target loss, on each seed of the report. A run that never reached it has no mark.",
-    "control": "Test loss on each seed; lines join the runs of a seed.",
+    "heat_map": "Validation loss over the learning rates of A and B at the last comparison. Dashed line: plain "
+    "LoRA (equal rates). Frame: selected setting. Cross: diverged. Grey: dropped at the step shown.",
+    "curves": "Test loss of the selected settings: mean over the report seeds; the band spans minimum to maximum.",
+    "steps": "Steps to the target loss, by report seed. A run that never reached the target has no mark.",
+    "control": "Test loss by seed; lines connect runs with the same seed.",
 }
-"""Name and caption of each picture."""
+"""Name and caption of each figure."""
 COLOURS = {"lora": "#b04a00", "lora_plus": "#0b5fa5", "control": "#3f3f3f"}
 MARKERS = {"lora": "s", "lora_plus": "o", "control": "^"}
 LINES: dict[str, Any] = {"lora": "--", "lora_plus": "-", "control": ":"}
@@ -27,7 +25,7 @@ Report = Mapping[str, Any]
 
 
 def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(PICTURES)) -> None:
-    """Pictures of a report, as PNG files in the directory; of one that is not complete, the heat map alone."""
+    """Draws figures of a report as PNG files in `directory`; an incomplete report has only `"heat_map"`."""
     plt = pyplot()
     drawings = {"heat_map": heat_map, "curves": draw_curves, "steps": steps, "control": control}
     for name in names:
@@ -42,7 +40,7 @@ def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(P
 
 
 def heat_map(axes: Any, report: Report) -> None:
-    """Loss over (eta_A, eta_B) at the last rung, and the step of their last rung for settings dropped before."""
+    """Loss over (eta_A, eta_B) at the last comparison; settings dropped earlier show the step of their last one."""
     from matplotlib import ticker
 
     last = last_step(report["search"])
@@ -51,16 +49,23 @@ def heat_map(axes: Any, report: Report) -> None:
     diverged = [point for point, loss in cells.items() if loss is None and point not in dropped]
     points, losses = np.array(list(finite)), np.array(list(finite.values()))
     rates = np.array(list(cells))
-    ends = np.array([rates.min() / 1.6, rates.max() * 1.6])
-    axes.plot(ends, ends, "--", color="black", linewidth=1, zorder=1)
+    limits = np.array([rates.min() / 1.6, rates.max() * 1.6])
+    axes.plot(limits, limits, "--", color="black", linewidth=1, zorder=1)
     size = 1400 / max(1.0, len(cells) / 8)
-    most = min(losses.max(), 2 * np.median(losses))  # one setting that is far off does not hide all others
-    shown = axes.scatter(
-        *points.T, c=losses, s=size, marker="s", cmap="viridis_r", vmax=most, edgecolors="white", zorder=2
+    color_max = min(losses.max(), 2 * np.median(losses))  # one outlier must not wash out all other colours
+    squares = axes.scatter(
+        *points.T,
+        c=losses,
+        s=size,
+        marker="s",
+        cmap="viridis_r",
+        vmax=color_max,
+        edgecolors="white",
+        zorder=2,
     )
-    middle = (losses.min() + most) / 2
+    midpoint = (losses.min() + color_max) / 2
     for (x, y), loss in zip(points, losses, strict=True):
-        colour = "black" if loss < middle else "white"
+        colour = "black" if loss < midpoint else "white"
         axes.annotate(
             f"{loss:.3f}" if loss < 100 else f"{loss:.0e}",
             (x, y),
@@ -78,14 +83,18 @@ def heat_map(axes: Any, report: Report) -> None:
     for arm, best in report["chosen"].items():
         point = best["learning_rate"], best["learning_rate"] * best["lr_ratio"]
         style = {"facecolors": "none", "edgecolors": COLOURS[arm], "linewidths": 3, "linestyle": LINES[arm]}
-        axes.scatter(*point, s=1.3 * size, marker="s", zorder=4, label=f"{ARM_LABELS[arm]}, chosen", **style)
+        axes.scatter(
+            *point, s=1.3 * size, marker="s", zorder=4, label=f"{ARM_LABELS[arm]}, selected", **style
+        )
     if report["chosen"]:
-        # Beside the axes, where it covers no cell.
+        # Outside the axes, where it covers no cell.
         axes.figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9, markerscale=0.5)
     axes.annotate(
         "dashed: plain LoRA, equal rates", (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=9
     )
-    axes.set(xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=ends)
+    axes.set(
+        xscale="log", yscale="log", xlabel="learning rate of A", ylabel="learning rate of B", ylim=limits
+    )
     axes.set_title(f"Validation loss after {last} of {report['protocol']['steps']} steps")
     axes.set_xlim(rates[:, 0].min() / 1.6, rates[:, 0].max() * 1.6)
     for axis in (axes.xaxis, axes.yaxis):
@@ -93,20 +102,21 @@ def heat_map(axes: Any, report: Report) -> None:
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_locator(ticker.NullLocator())
     axes.tick_params(axis="x", rotation=30)
-    axes.figure.colorbar(shown, label="validation loss")
+    axes.figure.colorbar(squares, label="validation loss")
 
 
 Point = tuple[float, float]
 
 
 def last_step(rows: Sequence[Mapping[str, Any]]) -> int:
-    """The last step at which not all settings had diverged."""
+    """The latest step with a finite loss."""
     return max(row["step"] for row in rows if row["loss"] is not None)
 
 
 def heat_map_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[Point, float | None], dict[Point, int]]:
-    """(eta_A, eta_B) to the least loss over alphas and ranks at the last step, None if there is none; and to the
-    last step of those dropped before.
+    """Maps (eta_A, eta_B) to the lowest loss over alphas and ranks at the last step, and dropped cells to steps.
+
+    The loss is None where a cell has no finite loss at the last step.
 
     >>> row = {"learning_rate": 1.0, "step": 5, "loss": 0.5}
     >>> heat_map_cells([row | {"lr_ratio": 2.0}, row | {"lr_ratio": 1.0}, row | {"lr_ratio": 2.0, "step": 9}])
@@ -126,7 +136,7 @@ def heat_map_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[Point, float
 
 
 def draw_curves(axes: Any, report: Report) -> None:
-    """Means and bands over the seeds on which nothing diverged."""
+    """Mean curve and min-max band of each arm, over its runs that did not diverge."""
     for arm in report_arms(report):
         runs = [run["curve"] for run in report["runs"] if run["arm"] == arm and not run["diverged"]]
         if not runs:
@@ -135,19 +145,19 @@ def draw_curves(axes: Any, report: Report) -> None:
         axes.fill_between(steps, losses.min(0), losses.max(0), color=COLOURS[arm], alpha=0.18, linewidth=0)
         style = {"color": COLOURS[arm], "linestyle": LINES[arm], "marker": MARKERS[arm], "markersize": 4}
         axes.plot(steps, losses.mean(0), label=arm_label(arm, report), **style)
-    axes.set(xlabel="step", ylabel="test loss", title="Chosen settings, on the report's seeds")
+    axes.set(xlabel="step", ylabel="test loss", title="Selected settings on the report seeds")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
 
 
 def steps(axes: Any, report: Report) -> None:
-    """A row for each seed, a mark for each arm."""
+    """One row per seed, one mark per arm."""
     seeds = list(report["protocol"]["report_seeds"])
     for arm in report_arms(report):
         runs = [run for run in report["runs"] if run["arm"] == arm and run["steps_to_target"] is not None]
-        places = [run["steps_to_target"] for run in runs], [seeds.index(run["seed"]) for run in runs]
-        axes.plot(*places, MARKERS[arm], color=COLOURS[arm], markersize=9, label=arm_label(arm, report))
+        points = [run["steps_to_target"] for run in runs], [seeds.index(run["seed"]) for run in runs]
+        axes.plot(*points, MARKERS[arm], color=COLOURS[arm], markersize=9, label=arm_label(arm, report))
     for row, seed in enumerate(seeds):
         reached = [r["steps_to_target"] for r in report["runs"] if r["seed"] == seed and r["steps_to_target"]]
         if reached:
@@ -160,7 +170,7 @@ def steps(axes: Any, report: Report) -> None:
 
 
 def control(axes: Any, report: Report) -> None:
-    """A column for each arm, a mark for each seed."""
+    """One column per arm, one mark per seed."""
     arms = report_arms(report)
     by_seed: dict[int, list[tuple[int, float]]] = {}
     for run in report["runs"]:
@@ -169,7 +179,7 @@ def control(axes: Any, report: Report) -> None:
     for points in by_seed.values():
         axes.plot(*zip(*sorted(points), strict=True), color="grey", linewidth=1, zorder=0)
     for column, arm in enumerate(arms):
-        losses = [loss for points in by_seed.values() for place, loss in points if place == column]
+        losses = [loss for points in by_seed.values() for index, loss in points if index == column]
         axes.plot([column] * len(losses), losses, MARKERS[arm], color=COLOURS[arm], markersize=8)
         if losses:
             axes.hlines(np.mean(losses), column - 0.18, column + 0.18, color=COLOURS[arm], linewidth=2)
@@ -179,14 +189,14 @@ def control(axes: Any, report: Report) -> None:
 
 
 def report_arms(report: Report) -> list[str]:
-    """The arms that the report compares, in order."""
+    """Arms in the report, in order of appearance."""
     return list(dict.fromkeys(run["arm"] for run in report["runs"]))
 
 
 def arm_label(arm: str, report: Report) -> str:
-    """An arm with the setting that was chosen for it."""
+    """Label of an arm with its selected setting."""
     chosen = report["chosen"]["lora_plus" if arm == "control" else arm]
-    rate = f"rate {chosen['learning_rate']:g}"
+    rate = f"lr {chosen['learning_rate']:g}"
     if arm == "lora":
         return f"LoRA, {rate}"
     if arm == "lora_plus":

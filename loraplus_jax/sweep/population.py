@@ -1,7 +1,7 @@
-"""Many runs as one program: members that differ in rates, lambda, scale, rank and seed, over one frozen base.
+"""Trains many runs as one program: members differ in rates, lambda, scale, rank and seed and share one frozen base.
 
-What the members differ in are values, inputs of the program, so that all share one compilation. A member's steps
-are those of its single run: the same step, the same first values, batches and dropout keys.
+All differences are inputs of the program, so one compilation serves every member. A member trains as its single run
+would: same step function, initial values, batches and dropout keys.
 """
 
 import dataclasses
@@ -35,21 +35,21 @@ from .halving import check_rungs
 from .settings import MAY_CHANGE, SweepRun, Trial
 
 MEMBER_AXIS = "members"
-"""The mesh axis over which members are split."""
+"""Mesh axis that splits the members."""
 MIN_SPEEDUP_SHARE = 0.95
-"""More members at once must take less than this share of the time a member."""
+"""Doubling the parallel members must cut the time per member to less than this share of the former time."""
 
 
 class Members(struct.PyTreeNode):
-    """Runs side by side; every leaf has them along its first axis.
+    """One run, or several stacked along the first axis of every leaf.
 
     Attributes:
-      state: of training; `rng` as the key's data, uint32.
-      learning_rate: eta_A, the peak, float32.
+      state: training state; `rng` holds the key's data, uint32.
+      learning_rate: peak eta_A, float32.
       lr_ratio: lambda, float32.
-      scales: path of an adapted module to its s, float32.
-      skipped: steps skipped in a row, int32.
-      alive: whether steps are still taken; false for an empty place and for a member that has diverged.
+      scales: adapted module's path to its scale s, float32.
+      skipped: consecutive skipped steps, int32.
+      alive: whether the member still trains; false for empty slots and diverged members.
     """
 
     state: TrainState
@@ -61,11 +61,11 @@ class Members(struct.PyTreeNode):
 
 
 class Programs(NamedTuple):
-    """What runs on the devices, compiled for a chunk of members.
+    """Compiled programs for one chunk of members.
 
     Attributes:
-      step: `(members, frozen, batches) -> members`, each member with a batch of its own.
-      evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, all with the same batch.
+      step: `(members, frozen, batches) -> members`, one batch per member.
+      evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, one batch for all members.
     """
 
     step: Any
@@ -73,19 +73,19 @@ class Programs(NamedTuple):
 
 
 class Population(NamedTuple):
-    """All that a sweep trains with.
+    """Everything a sweep trains with.
 
     Attributes:
-      run: the sweep.
-      data: its data.
+      run: settings of the sweep.
+      data: data of the sweep.
       parts: the model with adapters of the largest rank.
-      steps: optimizer steps of a whole run.
-      mesh: the devices, along `"members"`.
-      at_once: members that a device computes side by side.
-      chunk: members of one call of the programs.
-      programs: see there.
-      first: `(trial, seed)` to a member before its first step.
-      metadata: what checkpoints say of themselves.
+      steps: optimizer steps of a full run.
+      mesh: the devices, along the axis `"members"`.
+      at_once: members that a device computes in parallel.
+      chunk: members per program call.
+      programs: the compiled step and evaluation.
+      first: maps `(trial, seed)` to the initial member.
+      metadata: metadata of the checkpoints.
     """
 
     run: SweepRun
@@ -101,15 +101,15 @@ class Population(NamedTuple):
 
 
 def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
-    """Fetches, checks, compiles and loads everything, as `prepare` does for a single run.
+    """Downloads, checks, compiles and loads everything, as `prepare` does for a single run.
 
     Args:
-      run: the sweep.
-      places: how many members there are at most.
-      at_once: members that a device computes side by side; None lets a measurement choose.
+      run: settings of the sweep.
+      places: maximum number of members.
+      at_once: members that a device computes in parallel; None measures which number is fastest.
 
     Raises:
-      ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
+      ValueError, OSError: settings, model and data do not match, memory is too small, or a file cannot be read.
     """
     devices = make_mesh(run.mesh.data).devices.reshape(-1)
     mesh = Mesh(devices, (MEMBER_AXIS,))
@@ -117,7 +117,8 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     data = task_module(run).load_data(run, directory)
     if "test" not in data.splits:
         raise ValueError(
-            "a sweep chooses on the validation split and reports on the test split: give data.test"
+            "a sweep selects on the validation split and reports on the test split; set data.test with "
+            "data.train, or data.test_fraction with data.path"
         )
     steps = count_steps(run, row_count(data.splits["train"]))
     check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
@@ -145,16 +146,16 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
 
 
 def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) -> Callable[..., Members]:
-    """`(member, frozen, batch) -> member`: the step of a single run, with rates and scales that are values.
+    """Returns `(member, frozen, batch) -> member`: a single run's step, with rates and scales as traced values.
 
-    A member that has skipped `train.max_skipped` steps in a row (loss or gradient not finite) takes no more.
+    After `train.max_skipped` consecutive skipped steps (non-finite loss or gradient) a member stops training.
     """
 
     def step(member: Members, frozen: Any, batch: Any) -> Members:
         tx = _optimizer(run, specs, steps, member.learning_rate, member.lr_ratio)
         single_step = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
-        state, metrics = single_step(state, _with_scales(frozen, specs, member), batch)
+        state, metrics = single_step(state, _add_scales(frozen, specs, member), batch)
         skipped = jnp.where(metrics["skipped"] > 0, member.skipped + 1, 0)
         alive = skipped < run.train.max_skipped
         return member.replace(state=state.replace(rng=member.state.rng), skipped=skipped, alive=alive)
@@ -166,16 +167,16 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
 
 
 def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
-    """`(member, frozen, batch) -> {name: (sum, weight)}`; zeros for a member that is not alive."""
+    """Returns `(member, frozen, batch) -> {name: (sum, weight)}`, zeros for a member that is not alive."""
     single_eval = make_eval(evaluate)
 
     def pairs(member: Members, frozen: Any, batch: Any) -> Any:
-        return single_eval(member.state.trainable, _with_scales(frozen, specs, member), batch)
+        return single_eval(member.state.trainable, _add_scales(frozen, specs, member), batch)
 
     def pairs_if_alive(member: Members, frozen: Any, batch: Any) -> Any:
         shapes = jax.eval_shape(pairs, member, frozen, batch)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.cond(member.alive, pairs, lambda *_: nothing, member, frozen, batch)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(member.alive, pairs, lambda *_: zeros, member, frozen, batch)
 
     return pairs_if_alive
 
@@ -183,14 +184,14 @@ def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
 def map_members(
     one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch: bool, donate: bool
 ) -> jax.stages.Wrapped:
-    """`(members, frozen, batch) -> results`: each device maps over its members, over one copy of the base.
+    """Jits `(members, frozen, batch) -> results`: each device maps over its members, sharing one copy of the base.
 
     Args:
-      one: for one member, `(member, frozen, batch) -> result`.
-      mesh: its axis `"members"` splits them.
-      at_once: how many a device computes side by side.
-      own_batch: whether each member has a batch of its own, or all share one.
-      donate: whether the members' memory is given away.
+      one: the function of one member, `(member, frozen, batch) -> result`.
+      mesh: devices; the axis `"members"` splits the members.
+      at_once: members that a device computes in parallel.
+      own_batch: whether each member has its own batch, or all share one.
+      donate: whether to donate the members' buffers.
     """
     size = None if at_once == 1 else at_once
 
@@ -212,11 +213,11 @@ def map_members(
 
 
 def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
-    """How many members at once take the least time each: 1, 2, 4 ... as long as it gets clearly shorter.
+    """Number of parallel members with the least time per member: 1, 2, 4 ... while each doubling clearly helps.
 
     Args:
-      seconds: of one member's step when so many are computed at once; infinite where it does not fit.
-      most: no more than this.
+      seconds: maps a number of parallel members to the time of one member's step; infinite if it does not fit.
+      most: upper limit.
 
     >>> fastest_batch_size({1: 1.0, 2: 0.6, 4: 0.4, 8: 0.39}.get, 16)
     4
@@ -230,21 +231,24 @@ def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
 def _optimizer(
     run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array
 ) -> LoRAPlusTransform:
-    """A member's. Its rates are arrays, so that groups that differ in some member are apart in all."""
+    """A member's optimizer.
+
+    Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
+    """
     return make_optimizer(
         run.shared_optimizer, None, steps, specs, learning_rate=learning_rate, lr_ratio=lr_ratio
     )
 
 
-def _with_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
-    """The frozen variables with the member's scales."""
+def _add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
+    """Frozen variables plus the member's scales."""
     return {**frozen, SCALE: scale_variables(specs, member.scales)}
 
 
 def _initial_member(
     values: Callable[[int, int], Any], run: SweepRun, specs: Specs, steps: int, trial: Trial, seed: int
 ) -> Members:
-    """A member before its first step: that of its single run."""
+    """A member before its first step, in the initial state of its single run."""
     config = run.settings_of(trial, seed).lora
     tx = _optimizer(run, specs, steps, jnp.float32(trial.learning_rate), jnp.float32(trial.lr_ratio))
     key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -261,9 +265,9 @@ def _initial_values(
     rank: int,
     seed: int,
 ) -> Any:
-    """What a single run of the rank trains, before its first step, filled up with zeros to the largest rank.
+    """Initial trainable values of a single run of this rank, zero-padded to the largest rank.
 
-    Zeros stay zero to the bit: the gradient of either factor is a product with the other one.
+    The padding stays bitwise zero: the gradient of either factor is a product with the other factor.
     """
     settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
     shapes = build_model(settings, directory, data.task, settings.applied)
@@ -293,12 +297,12 @@ def _compile_programs(
     shapes: AdaptedModel,
     steps: int,
     mesh: Mesh,
-    places: int,
+    capacity: int,
     at_once: int | None,
 ) -> tuple[int, int, Programs]:
-    """Members at once, members a call, and the programs; memory is checked."""
-    compile_for = functools.cache(functools.partial(_programs, run, data, shapes, steps, mesh, places))
-    device, per_device = mesh.devices.flat[0], -(-places // mesh.size)
+    """Returns parallel members per device, members per call and the programs; checks that they fit in memory."""
+    compile_for = functools.cache(functools.partial(_compile_for, run, data, shapes, steps, mesh, capacity))
+    device, per_device = mesh.devices.flat[0], -(-capacity // mesh.size)
     if at_once is None and skips_measurement(device):
         at_once = 1
     if at_once is None:
@@ -308,14 +312,14 @@ def _compile_programs(
     return at_once, chunk, programs
 
 
-def _programs(
-    run: SweepRun, data: TaskData, shapes: AdaptedModel, steps: int, mesh: Mesh, places: int, at_once: int
+def _compile_for(
+    run: SweepRun, data: TaskData, shapes: AdaptedModel, steps: int, mesh: Mesh, capacity: int, at_once: int
 ) -> tuple[int, Programs]:
-    """Compiled from shapes alone; nothing else is compiled later."""
+    """Compiles step and evaluation from shapes; nothing else is compiled later."""
     losses = task_module(run).make_losses(run, data.task, shapes)
     step = make_member_step(run, losses, shapes.specs, steps)
     evaluate = make_member_eval(losses.evaluate, shapes.specs)
-    chunk = mesh.size * (at_once if at_once > 1 else -(-places // mesh.size))
+    chunk = mesh.size * (at_once if at_once > 1 else -(-capacity // mesh.size))
     members = jax.eval_shape(functools.partial(_zero_member, run, shapes, steps))
     members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk, *x.shape), x.dtype), members)
 
@@ -333,7 +337,7 @@ def _programs(
 
 
 def _zero_member(run: SweepRun, shapes: AdaptedModel, steps: int) -> Members:
-    """A member of zeros, for its shapes."""
+    """A member of zeros; only its shapes matter."""
     trainable = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)
     tx = _optimizer(run, shapes.specs, steps, jnp.float32(1.0), jnp.float32(1.0))
     state = init_state(trainable, tx, jax.random.key_data(jax.random.key(0)))
@@ -341,25 +345,25 @@ def _zero_member(run: SweepRun, shapes: AdaptedModel, steps: int) -> Members:
 
 
 def skips_measurement(device: Any) -> bool:
-    """A CPU is busy with a single member, and takes more time and memory a member for several."""
+    """True on a CPU: one member keeps it busy, and several in parallel cost more time and memory each."""
     return device.platform == "cpu"
 
 
 def _measured(chunk: int, programs: Programs, mesh: Mesh, at_once: int) -> float:
-    """Seconds of a member's step, the best of three calls on zeros; infinite if it does not fit in memory."""
+    """Seconds per member step, best of three calls on zeros; infinite if it does not fit in memory."""
     try:
         check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
     except ValueError:
         if at_once == 1:
             raise
         return float("inf")
-    kinds, _ = programs.step.args_info
-    members, frozen, batches = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), kinds)
+    shapes, _ = programs.step.args_info
+    members, frozen, batches = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     members = members.replace(alive=np.ones(chunk, bool))
     shardings, _ = programs.step.input_shardings
     members, frozen, batches = jax.device_put((members, frozen, batches), shardings)
     seconds = []
-    for _ in range(4):  # the first one is slower
+    for _ in range(4):  # the first call is slower and is dropped
         start = time.perf_counter()
         members = jax.block_until_ready(programs.step(members, frozen, batches))
         seconds.append(time.perf_counter() - start)

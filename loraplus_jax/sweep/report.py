@@ -1,4 +1,4 @@
-"""What a sweep leaves: `report.json` with all numbers, and `report.html`, one file with pictures, made from it."""
+"""Reports of a sweep: `report.json` with all numbers, and `report.html`, one self-contained page made from it."""
 
 import base64
 import json
@@ -18,6 +18,14 @@ from .settings import ARM_LABELS, METHODS, SweepRun, Trial
 from .statistics import compare_arms, lora_label, recommended_arm, report_runs, verdict
 
 REPORT, PAGE, WINNER = "report.json", "report.html", "winner.yaml"
+RATE_OPTIONS = {
+    ("lora", "learning_rate"): "lora_learning_rates",
+    ("lora_plus", "learning_rate"): "learning_rates",
+    ("lora_plus", "lr_ratio"): "lr_ratios",
+}
+"""Field of the section sweep that lists the values of an arm's rate or ratio."""
+MIN_WIDENING, MAX_WIDENING = 2.0, 10.0
+"""Limits of the factor between the best value and the one suggested beyond it."""
 ReportRow = dict[str, Any]
 
 
@@ -29,15 +37,15 @@ def make_report(
     metric: str,
     curve: Mapping[str, int],
 ) -> dict[str, Any]:
-    """All numbers of a sweep, as plain JSON values; a loss that was not finite is null.
+    """All numbers of a sweep as plain JSON values; a non-finite loss is null.
 
     Args:
-      run: the sweep.
-      rows: what was evaluated so far.
-      chosen: arm to the setting that the search has found best, empty before its end.
-      steps: of a whole run.
-      metric: the task's.
-      curve: `curve_every` and `test_rows`: the steps between, and the rows of, evaluations in the report.
+      run: settings of the sweep.
+      rows: evaluations so far.
+      chosen: maps an arm to its selected setting, once there is one.
+      steps: optimizer steps of a full run.
+      metric: name of the task's metric.
+      curve: `curve_every` and `test_rows`: steps between test evaluations in the report stage, and their rows.
     """
     runs = report_runs(rows, steps, run.sweep.target)
     report: dict[str, Any] = {
@@ -46,7 +54,7 @@ def make_report(
         "member_steps": _member_steps(run, rows, steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
-        "at_the_edge": values_at_edge(run.trials, chosen),
+        "at_the_edge": values_at_edge(run.trials, chosen, run.rate_lists),
         "runs": runs,
         "comparisons": [],
     }
@@ -69,14 +77,14 @@ def make_report(
 
 
 def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = False) -> None:
-    """`report.json`, and for a complete one `report.html` with the pictures that are in the directory."""
+    """Writes `report.json`, and with `page` also `report.html` with the figures in the directory."""
     write_text(directory / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
     if page:
         write_text(directory / PAGE, render_page(directory, report))
 
 
 def render_page(directory: Path, report: Mapping[str, Any]) -> str:
-    """The page: everything in one file, so that it can be sent and needs no network."""
+    """Renders the page with its figures embedded, so that one file can be sent and needs no network."""
     files = {name: directory / f"{name}.png" for name in PICTURES}
     images = {name: base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()}
     environment = jinja2.Environment(
@@ -88,7 +96,7 @@ def render_page(directory: Path, report: Mapping[str, Any]) -> str:
 
 
 def format_number(value: float | None, sign: bool = False) -> str:
-    """For the page: four digits, and a dash for none.
+    """Four significant digits for the page; a dash for None.
 
     >>> format_number(0.123456), format_number(None), format_number(12.0)
     ('0.1235', '-', '12')
@@ -100,32 +108,79 @@ def format_number(value: float | None, sign: bool = False) -> str:
 
 
 def format_steps(value: float | None) -> str:
-    """Steps, rounded; what was never reached is said."""
+    """Rounded steps; "never" for None."""
     return "never" if value is None else f"{value:.0f}"
 
 
-def values_at_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
-    """Where the best setting of an arm has the least or largest value tried: a better one may lie beyond.
+def values_at_edge(
+    trials: Sequence[Trial], chosen: Mapping[str, Trial], lists: Mapping[str, Sequence[float]] | None = None
+) -> list[str]:
+    """Best values at the edge of the search range, each with the option that widens it.
 
-    A lambda alone was the user's choice; a rate alone was not tuned.
+    A single learning rate counts as an edge, since it was not tuned; a single lambda is the user's choice.
+
+    Args:
+      trials: every setting of the search.
+      chosen: maps an arm to its selected setting.
+      lists: `SweepRun.rate_lists`, the values to extend; None extends those of the trials.
 
     >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
     >>> values_at_edge(tried, {"lora": tried[2]})
-    ['LoRA: learning_rate 0.01 is the largest tried']
+    ['LoRA: learning_rate 0.01 is the largest tried; widen: --sweep.lora_learning_rates [0.0001,0.001,0.01,0.1]']
     """
     lines = []
     for arm, best in chosen.items():
         for name in ("learning_rate", "lr_ratio"):
-            values = {getattr(trial, name) for trial in trials if trial.arm == arm}
+            tried = {getattr(trial, name) for trial in trials if trial.arm == arm}
             value = getattr(best, name)
-            if len(values) == 1:
-                lines += [f"{ARM_LABELS[arm]}: {name} {value:g} is the only one tried"] * (
-                    name == "learning_rate"
-                )
-            elif value in (min(values), max(values)):
-                end = "largest" if value == max(values) else "least"
-                lines.append(f"{ARM_LABELS[arm]}: {name} {value:g} is the {end} tried")
+            line = f"{ARM_LABELS[arm]}: {name} {value:g} is the"
+            if len(tried) == 1 and name == "learning_rate":
+                lines.append(f"{line} only one tried; {_advise_tuning(arm, value, lists)}")
+            elif len(tried) > 1 and value in (min(tried), max(tried)):
+                end = "largest" if value == max(tried) else "smallest"
+                option, values = _option_of(arm, name, tuple(tried), lists)
+                wider = _widen(option, values, end)
+                hint = f"; widen: {_format_option(option, wider)}" if wider else ""
+                lines.append(f"{line} {end} tried{hint}")
     return lines
+
+
+def _option_of(
+    arm: str, name: str, tried: Sequence[float], lists: Mapping[str, Sequence[float]] | None
+) -> tuple[str, Sequence[float]]:
+    """The option that lists an arm's values, and its values."""
+    option = RATE_OPTIONS[arm, name]
+    if lists is not None and option not in lists:
+        option = "learning_rates"  # the default rates of plain LoRA follow from those of LoRA+
+    return option, tried if lists is None else lists[option]
+
+
+def _advise_tuning(arm: str, value: float, lists: Mapping[str, Sequence[float]] | None) -> str:
+    """How to try more than one learning rate."""
+    option, values = _option_of(arm, "learning_rate", (value,), lists)
+    if len(values) > 1:
+        return "tune: a larger --sweep.samples"
+    return f"tune: {_format_option(option, (values[0] / 2, values[0], 2 * values[0]))}"
+
+
+def _widen(option: str, values: Sequence[float], end: str) -> list[float]:
+    """The values and one beyond the end, spaced like the two values there; empty if three digits cannot tell it.
+
+    >>> _widen("lr_ratios", (2.0, 4.0, 8.0), "largest"), _widen("lr_ratios", (2.0, 4.0), "smallest")
+    ([2.0, 4.0, 8.0, 16.0], [1.41, 2.0, 4.0])
+    """
+    edge, neighbour = sorted(values, reverse=end == "largest")[:2]
+    factor = min(max(edge / neighbour, neighbour / edge, MIN_WIDENING), MAX_WIDENING)
+    beyond = edge * factor if end == "largest" else edge / factor
+    if option == "lr_ratios" and (edge - 1) * (beyond - 1) <= 0:
+        beyond = math.sqrt(edge)  # lambda 1 is plain LoRA, so stop half way to it
+    beyond = float(f"{beyond:.3g}")
+    is_new = beyond != float(f"{edge:.3g}") and (option, beyond) != ("lr_ratios", 1.0)
+    return sorted((*values, beyond)) if is_new else []
+
+
+def _format_option(option: str, values: Sequence[float]) -> str:
+    return f"--sweep.{option} [{','.join(f'{value:g}' for value in values)}]"
 
 
 def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
@@ -147,7 +202,7 @@ def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
 
 
 def _member_steps(run: SweepRun, rows: Sequence[ReportRow], steps: int) -> ReportRow:
-    """Steps of all members: of the search, of the full grid it stands for, of the report, so far."""
+    """Training steps of all members so far: the search, the full grid that it replaces, and the report."""
     search = [row for row in rows if row["stage"] == "search"]
     stops = sorted({row["step"] for row in search})
     counts = [sum(row["step"] == stop for row in search) for stop in stops]
@@ -163,7 +218,7 @@ def _member_steps(run: SweepRun, rows: Sequence[ReportRow], steps: int) -> Repor
 
 
 def _search(rows: Sequence[ReportRow]) -> list[ReportRow]:
-    """Each setting at each stop that it came to: the mean loss over the seeds, null if one of them diverged."""
+    """Each setting at each comparison it reached: mean loss over the seeds, null if one of them diverged."""
     results = []
     search = [row for row in rows if row["stage"] == "search"]
     for stop in sorted({row["step"] for row in search}):

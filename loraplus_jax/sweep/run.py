@@ -1,7 +1,7 @@
-"""The sweep: search, then report, as one population that is trained step by step and can be interrupted.
+"""Runs a sweep: search, then report, as one population that trains step by step and can be interrupted.
 
-In the search all settings are trained side by side on the search's seeds, and dropped or kept by their validation
-loss. In the report the best setting of LoRA, that of LoRA+ and a control are trained on other seeds to the end.
+The search trains all settings in parallel on the search seeds and drops or keeps them by validation loss. The
+report trains the best setting of LoRA, the best of LoRA+ and a control to the end on new seeds.
 """
 
 import contextlib
@@ -40,18 +40,18 @@ from ..training.xla import use_compilation_cache
 from .figures import draw_figures
 from .halving import best_trial, comparison_steps, curve_every, mean_losses, split_at_rung
 from .population import Members, Population, prepare_population
-from .report import PAGE, REPORT, WINNER, make_report, write_report
+from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
 from .settings import ARM_LABELS, MAY_CHANGE, METHODS, SweepRun, Trial
 from .slots import DeviceSlots
 
 MEMBERS_FILE = "members_at_once.json"
-"""How many members a device computes side by side, kept for going on."""
+"""File with the number of members that a device computes in parallel, so that a resumed sweep uses it too."""
 WINNER_ONLY_FIELDS = ("select", "early_stopping", "prompt", "log_every", "theory_every")
-"""Fields of the section train that a sweep leaves to the run with the winner."""
+"""Fields of the section train that a sweep ignores; training the winner uses them."""
 
 
 class MemberSpec(NamedTuple):
-    """A member's part: a setting of an arm with a seed."""
+    """Arm, setting and seed of a member."""
 
     arm: str
     trial: Trial
@@ -59,25 +59,25 @@ class MemberSpec(NamedTuple):
 
 
 def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Searches and reports, writing everything to `run.output_dir`; an unfinished sweep there goes on.
+    """Runs search and report and writes all results to `run.output_dir`; resumes an unfinished sweep there.
 
     Args:
-      run: the sweep.
-      fresh: start over; an older one there is renamed, not deleted.
+      run: settings of the sweep.
+      fresh: start over; an older sweep there is renamed, not deleted.
       console: where to print.
 
     Returns:
-      What `report.json` holds.
+      The content of `report.json`.
 
     Raises:
-      ValueError, OSError: bad input, found before anything is written.
-      Stopped: SIGTERM or Ctrl-C; what was done is saved.
-      TrainingFailed: every setting of LoRA, or of LoRA+, diverged; what was found by then is in `report.json`.
+      ValueError, OSError: bad input, detected before anything is written.
+      Stopped: SIGTERM or Ctrl-C, after saving the progress.
+      TrainingFailed: every setting of LoRA, or of LoRA+, diverged; `report.json` has the results so far.
     """
     console = console or Console(soft_wrap=True)
     directory = Path(run.output_dir).expanduser()
     if jax.process_count() > 1:
-        raise ValueError(f"a sweep runs in one process, this is one of {jax.process_count()}")
+        raise ValueError(f"a sweep runs in one process, got {jax.process_count()} processes; start only one")
     check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
     with contextlib.ExitStack() as stack:
         if run.train.compilation_cache:
@@ -90,8 +90,8 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
     at_once = run.sweep.members_at_once
     if at_once is None and not fresh and (directory / MEMBERS_FILE).exists():
         at_once = json.loads((directory / MEMBERS_FILE).read_text(encoding="utf-8"))
-    places = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
-    population = prepare_population(run, places, at_once)
+    capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
+    population = prepare_population(run, capacity, at_once)
     if fresh:
         rename_run(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
@@ -101,31 +101,31 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
         write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
         manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
         try:
-            return Sweep(population, places, directory, manager, console, started).run_to_end()
+            return Sweep(population, capacity, directory, manager, console, started).run_to_end()
         finally:
             manager.close()
 
 
 class Sweep:
-    """One sweep from its start, or its newest checkpoint, to its report."""
+    """One sweep, from its start or newest checkpoint to its report."""
 
     def __init__(
         self,
         population: Population,
-        places: int,
+        capacity: int,
         directory: Path,
         manager: ocp.CheckpointManager,
         console: Console,
         started: float,
     ) -> None:
-        self.population, self.run, self.slots = population, population.run, DeviceSlots(population, places)
+        self.population, self.run, self.slots = population, population.run, DeviceSlots(population, capacity)
         self.directory, self.manager, self.console = directory, manager, console
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.clock, self.seconds, self.started = 0, 0.0, started
 
     def run_to_end(self) -> dict[str, Any]:
-        """Everything; returns the report."""
+        """Runs everything that is left and returns the report."""
         self.start()
         self.print_head()
         with StopSignal() as stop:
@@ -137,14 +137,14 @@ class Sweep:
         return self.finish()
 
     def run_stage(self, signal: StopSignal) -> None:
-        """From stop to stop to the stage's end; a signal ends it after the step or the evaluation at hand."""
+        """Trains and evaluates to the end of the stage; a signal ends it after the current step or evaluation."""
         while stops := self.stops():
             stop = stops[0]
             while self.step < stop:
                 self.slots.step(self.next_batches())
                 self.step, self.clock = self.step + 1, self.clock + 1
-                due = self.step % self.run.train.eval_every == 0 or signal.received is not None
-                if due and self.step < stop:
+                should_save = self.step % self.run.train.eval_every == 0 or signal.received is not None
+                if should_save and self.step < stop:
                     self.save()
                     self.end_if(signal)
             self.at_stop()
@@ -155,7 +155,7 @@ class Sweep:
     # Stages.
 
     def start(self) -> None:
-        """The search from its beginning, or where the newest checkpoint that can be read left off."""
+        """Begins the search, or resumes from the newest readable checkpoint."""
         trials, seeds = self.run.trials, self.run.seeds
         self.begin("search", [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds])
         while (clock := self.manager.latest_step()) is not None:
@@ -163,27 +163,27 @@ class Sweep:
             try:
                 restored = restore_checkpoint(self.manager, like, metadata=self.population.metadata)
             except DamagedCheckpoint as error:
-                place = quarantine_checkpoint(self.directory, self.manager, clock)
-                self.console.print(f"{error}; it is now {place}, and the one before is used")
+                renamed = quarantine_checkpoint(self.directory, self.manager, clock)
+                self.console.print(f"{error}; renamed it to {renamed}, trying the previous checkpoint")
                 continue
             self.resume(restored.state, restored.input_position)
             return
 
     def begin(self, stage: str, entries: Sequence[MemberSpec]) -> None:
-        """All entries of a stage before their first step."""
+        """Starts a stage: fills the slots with its entries, before their first step."""
         self.stage, self.step, self.entries = stage, 0, list(entries)
         self.slots.fill(dict(enumerate(self.first())))
         self.batches = self.fresh_batches()
 
     def begin_report(self) -> None:
-        """The chosen settings and the control, on the seeds of the report."""
+        """Starts the report stage and evaluates its members before their first step."""
         self.begin("report", self.report_entries())
         self.clock += 1
         self.record("test")
         self.save()
 
     def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Takes up what a checkpoint holds."""
+        """Restores the content of a checkpoint."""
         self.stage, self.step, self.clock = position["stage"], position["step"], int(state.step)
         self.rows, self.seconds = position["rows"], position["seconds"]
         self.chosen = {arm: Trial(*values) for arm, values in position["chosen"].items()}
@@ -195,11 +195,11 @@ class Sweep:
             batches.set_state(position["batches"][str(seed)])
 
     def first(self) -> list[Members]:
-        """The entries as members before their first step."""
+        """Initial members of the current entries."""
         return [self.population.first(entry.trial, entry.seed) for entry in self.entries]
 
     def fresh_batches(self) -> dict[int, Any]:
-        """For each seed the batches of a single run with it, from the first on."""
+        """Batches by seed, from the start; those of a single run with that seed."""
         split, size = self.population.data.splits["train"], self.run.train.batch_size
         seeds = dict.fromkeys(entry.seed for entry in self.entries)
         return {seed: train_batches(split, batch_size=size, seed=seed) for seed in seeds}
@@ -210,12 +210,12 @@ class Sweep:
         return {number: by_seed[self.entries[number].seed] for number in self.slots.member_ids}
 
     def report_entries(self) -> list[MemberSpec]:
-        """The chosen settings and the control on the report's seeds."""
+        """The selected settings and the control, each on every report seed."""
         trials = {**self.chosen, "control": self.chosen["lora_plus"].control}
         return [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds]
 
     def stops(self) -> list[int]:
-        """The steps of the stage that are still ahead, at which its members are evaluated."""
+        """Remaining steps of the stage at which its members are evaluated."""
         if self.stage == "search" and len(self.chosen) == len(METHODS):
             return []
         steps = self.population.steps
@@ -228,7 +228,7 @@ class Sweep:
         return [stop for stop in stops if stop > self.step]
 
     def at_stop(self) -> None:
-        """Evaluates, and in the search drops settings; what was found so far is written."""
+        """Evaluates all members, drops settings during the search, and writes the report so far."""
         self.clock += 1
         self.record("validation" if self.stage == "search" else "test")
         if self.stage == "search":
@@ -238,19 +238,19 @@ class Sweep:
         write_report(self.directory, self.report())
 
     def record(self, split: str) -> None:
-        """Rows of an evaluation on a split; a member whose loss is not finite is stopped."""
+        """Evaluates on a split and records the rows; stops members with a non-finite loss."""
         rows = self.population.data.splits[split]
         results = self.slots.evaluate(rows, self.run.train.eval_batch_size)
         for number, values in results.items():
             arm, trial, seed = self.entries[number]
             finite = math.isfinite(values["loss"])
             values = values | self.population.data.task.derived(values) if finite else dict.fromkeys(values)
-            where = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
-            self.rows.append({**where, "split": split, **values})
+            key = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
+            self.rows.append({**key, "split": split, **values})
         self.slots.retire(number for number, values in results.items() if not math.isfinite(values["loss"]))
 
     def choose(self) -> None:
-        """Keeps what goes on after a rung; chooses each arm's best at the end, or before what is left alone."""
+        """Drops settings at a rung; selects an arm's best at the end, or earlier if only one is left."""
         losses = {
             (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
             for row in self.rows
@@ -259,27 +259,29 @@ class Sweep:
         scores = mean_losses(losses)
         best = {arm: best_trial(scores, arm) for arm in METHODS if arm not in self.chosen}
         self.print_scores(scores, best)
-        if gone := [ARM_LABELS[arm] for arm, trial in best.items() if trial is None]:
+        if diverged := [arm for arm, trial in best.items() if trial is None]:
             self.save()
             write_report(self.directory, report := self.report())
             if any(row["loss"] is not None for row in report["search"]):
                 draw_figures(self.directory, report, ("heat_map",))
+            methods = " and of ".join(ARM_LABELS[arm] for arm in diverged)
+            options = " and ".join(f"sweep.{RATE_OPTIONS[arm, 'learning_rate']}" for arm in diverged)
             raise TrainingFailed(
-                f"every setting of {' and of '.join(gone)} has diverged by step {self.step}; try lower rates; "
-                f"what was found is in {self.directory}"
+                f"every setting of {methods} diverged by step {self.step}; set lower {options}; the results "
+                f"so far are in {self.directory}"
             )
         if self.step == self.population.steps:
             self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
             return
-        alone, going = split_at_rung(scores, self.run.sweep.keep)
-        self.chosen |= alone
-        if going:
-            self.slots.compact([n for n in self.slots.member_ids if self.entries[n].trial in going])
+        selected, remaining = split_at_rung(scores, self.run.sweep.keep)
+        self.chosen |= selected
+        if remaining:
+            self.slots.compact([n for n in self.slots.member_ids if self.entries[n].trial in remaining])
 
-    # What is left behind.
+    # Output files.
 
     def save(self) -> None:
-        """A checkpoint, with all that has been found so far."""
+        """Saves a checkpoint with all results so far."""
         position = {
             "stage": self.stage,
             "step": self.step,
@@ -294,14 +296,16 @@ class Sweep:
         write_text(self.directory / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def end_if(self, signal: StopSignal) -> None:
-        """Ends the sweep when a signal was received; what was done has just been saved."""
+        """Raises Stopped if a signal was received; the caller has just saved."""
         if signal.received is not None:
             self.manager.wait_until_finished()
-            where = f"step {self.step} of the {self.stage}"
-            raise Stopped(signal.received, f"stopped at {where}; the same command goes on from there")
+            raise Stopped(
+                signal.received,
+                f"stopped at step {self.step} of the {self.stage}; rerun the same command to resume",
+            )
 
     def report(self) -> dict[str, Any]:
-        """All that is known so far."""
+        """The report of all results so far."""
         metric = self.population.data.task.metric
         curve = {
             "curve_every": curve_every(self.run.train.eval_every, self.population.steps),
@@ -310,13 +314,13 @@ class Sweep:
         return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
 
     def finish(self) -> dict[str, Any]:
-        """The report with its pictures, the winner's recipe and, last, the summary."""
+        """Writes the report with its figures, the winner's recipe and, last, the summary."""
         report = self.report()
         draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["winner"] is None:
             raise TrainingFailed(
-                f"{report['verdict']} Try lower rates; {PAGE} and {REPORT} hold what was found"
+                f"{report['verdict']} Try lower learning rates; the results are in {PAGE} and {REPORT}"
             )
         best = self.chosen[report["winner"]["arm"]]
         winner = self.run.settings_of(best, self.run.seed, str(self.directory / "winner"))
@@ -328,29 +332,29 @@ class Sweep:
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
         for edge in report["at_the_edge"]:
-            self.console.print(f"at the edge: {edge}")
+            self.console.print(f"best value at the edge of the search range: {edge}")
         settings = report["protocol"]["settings"]
         if not report["protocol"]["equal_budgets"]:
             self.console.print(
                 f"unequal budgets: {settings['lora']} settings of LoRA, {settings['lora_plus']} of LoRA+"
             )
         self.console.print(
-            f"{report['verdict']}\ntrain with {ARM_LABELS[best.arm]}, {report['why']}: {report['command']}"
+            f"{report['verdict']}\ntrain with {ARM_LABELS[best.arm]} ({report['why']}): {report['command']}"
         )
         self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
         return report
 
-    # The screen.
+    # Console.
 
     def print_head(self) -> None:
-        """What is about to be tried."""
+        """Prints what the sweep will try."""
         counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in METHODS}
-        tried = " and ".join(f"{count} of {ARM_LABELS[arm]}" for arm, count in counts.items())
+        settings = " and ".join(f"{count} settings of {ARM_LABELS[arm]}" for arm, count in counts.items())
         steps, seeds = self.population.steps, self.run.report_seeds
         stops = " and ".join(map(str, comparison_steps(self.run.sweep, steps)))
         self.console.print(
-            f"sweep: {tried}, on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of {steps} "
-            f"steps; then the best of each on the seeds {', '.join(map(str, seeds))}"
+            f"sweep: {settings} on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of "
+            f"{steps} steps; then the best of each on seeds {', '.join(map(str, seeds))}"
         )
         sizes = self.population.data.examples
         self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
@@ -361,32 +365,32 @@ class Sweep:
         ]
         if unused:
             names = ", ".join(f"train.{name}" for name in unused)
-            self.console.print(f"not used by a sweep, but by a run with the winner: {names}")
+            self.console.print(f"ignored by the sweep, used when training the winner: {names}")
         if self.clock:
-            self.console.print(f"going on from step {self.step} of the {self.stage}")
+            self.console.print(f"resuming from step {self.step} of the {self.stage}")
 
     def print_scores(self, scores: Mapping[Trial, float], best: Mapping[str, Trial | None]) -> None:
-        """The best settings at a stop, and how many have diverged."""
+        """Prints the best setting of each arm and how many diverged."""
         for arm, trial in best.items():
-            ours = [score for t, score in scores.items() if t.arm == arm]
-            gone = sum(not math.isfinite(score) for score in ours)
-            shown = "none" if trial is None else f"{trial}: loss {scores[trial]:.4f}"
-            diverged = f", {gone} diverged" if gone else ""
+            arm_scores = [score for t, score in scores.items() if t.arm == arm]
+            count = sum(not math.isfinite(score) for score in arm_scores)
+            text = "none" if trial is None else f"{trial}: validation loss {scores[trial]:.4f}"
+            diverged = f", {count} diverged" if count else ""
             self.console.print(
-                f"step {self.step}: {ARM_LABELS[arm]}, best of {len(ours)}{diverged}: {shown} (validation)"
+                f"step {self.step}: {ARM_LABELS[arm]}, best of {len(arm_scores)} settings{diverged}: {text}"
             )
 
     def print_means(self) -> None:
-        """Each arm's mean over the seeds on which it has not diverged."""
-        here = [row for row in self.rows if (row["stage"], row["step"]) == ("report", self.step)]
+        """Prints each arm's mean test loss over the report seeds on which it did not diverge."""
+        rows = [row for row in self.rows if (row["stage"], row["step"]) == ("report", self.step)]
         losses = {
-            arm: [r["loss"] for r in here if r["arm"] == arm and r["loss"] is not None]
+            arm: [r["loss"] for r in rows if r["arm"] == arm and r["loss"] is not None]
             for arm in self.run.arms
         }
-        shown = ", ".join(
+        means = ", ".join(
             f"{ARM_LABELS[arm]} {sum(v) / len(v):.4f}" if v else f"{ARM_LABELS[arm]} diverged"
             for arm, v in losses.items()
         )
         self.console.print(
-            f"step {self.step}: mean loss of {shown} (test, {self.run.sweep.report_seeds} other seeds)"
+            f"step {self.step}: mean test loss over {self.run.sweep.report_seeds} report seeds: {means}"
         )

@@ -1,4 +1,4 @@
-"""What a sweep tries: the settings of its own, and the trials that follow from them."""
+"""Settings of a sweep, and the trials they expand to."""
 
 import dataclasses
 import itertools
@@ -12,30 +12,32 @@ from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 
 MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
-"""What may differ when a sweep goes on."""
+"""Settings that may change when a sweep resumes."""
 Arm = Literal["lora", "lora_plus", "control"]
 METHODS = ("lora", "lora_plus")
 ARM_LABELS: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
-"""How the arms are called on paper."""
+"""Display names of the arms."""
 RATE_MULTIPLES = (0.25, 0.5, 1.0, 2.0)
-"""The default learning rates, as multiples of the run's own."""
+"""Default learning rates of LoRA+, as multiples of optimizer.learning_rate."""
 MAX_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
-"""All members of a stage are held side by side."""
+"""Upper limits: all members of a stage are in memory at the same time."""
 MAX_DRAWS_PER_SAMPLE = 100
-"""So many times the samples are drawn at most, until enough of them differ."""
+"""Limit of random draws per requested sample, as repeated settings are drawn again."""
 
 
-def _short(value: float) -> float:
-    """To three digits: what is tried is what is written."""
+def _round_digits(value: float) -> float:
+    """Rounds to three significant digits, so that reports print exactly the value tried."""
     return float(f"{value:.3g}")
 
 
 def _check_digits(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Values that differ in the fourth digit alone are the same setting, tried twice."""
+    """Rejects values that agree in three significant digits: they would be the same setting, tried twice."""
     first: dict[float, float] = {}
     for value in values:
-        if (earlier := first.setdefault(_short(value), value)) != value:
-            raise ValueError(f"holds {earlier!r} and {value!r}, which are the same to three digits")
+        if (earlier := first.setdefault(_round_digits(value), value)) != value:
+            raise ValueError(
+                f"must differ in the first three digits, got {earlier!r} and {value!r}; remove one of them"
+            )
     return values
 
 
@@ -44,29 +46,31 @@ Rates = Annotated[tuple[Rate, ...], Field(min_length=1), Distinct, AfterValidato
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class SweepSettings:
-    """Which settings are tried, and how they are compared.
+    """Search space of a sweep, and how settings are compared.
 
-    LoRA+ is tried at every learning rate with every lr_ratio; plain LoRA, whose lr_ratio is 1, at rates of its own.
+    LoRA+ tries every combination of learning_rates and lr_ratios; plain LoRA (lr_ratio 1) has rates of its own.
 
     Attributes:
-      method: halving drops settings at the rungs and chooses among the others at the end; grid trains all to it.
-      learning_rates: eta_A of LoRA+, peak rates; 1/4, 1/2, 1 and 2 times optimizer.learning_rate if not given.
-      lr_ratios: lambda of LoRA+, other than 1.
-      lora_learning_rates: the peak rates of plain LoRA; if not given, as many as LoRA+ has pairs of rate and ratio,
-        evenly spaced on a log scale from the least eta_A to the largest eta_B of LoRA+.
-      alphas: the alphas that both are tried with; lora.alpha if not given.
-      ranks: the ranks that both are tried with; lora.rank if not given.
-      samples: draw so many settings for each of LoRA+ and LoRA instead of trying all: rates and ratios between the
-        least and the largest given, evenly on a log scale, alphas and ranks from the lists.
-      seeds: the seeds of the search; the run's own if not given.
-      report_seeds: how many other seeds, counted up from the largest of the search, the chosen settings are
-        compared on.
-      control: whether LoRA with alpha times lambda, at the rate of the LoRA+ that was chosen, is compared too.
-      rungs: for halving, the shares of the steps after which settings are dropped.
-      keep: for halving, the share of LoRA+'s and of LoRA's settings that goes on after a rung, at least one each;
-        one that is alone is chosen without being trained on.
-      target: the test loss to count steps to; if not given, on each seed the worse of LoRA's and LoRA+'s last ones.
-      members_at_once: how many runs a device computes side by side; 1 on a CPU, else measured if not given.
+      method: search method: halving drops settings at each rung; grid trains every setting to the end.
+      learning_rates: peak learning rates of A (eta_A) for LoRA+; null tries 1/4, 1/2, 1 and 2 times
+        optimizer.learning_rate.
+      lr_ratios: learning rate ratios lambda = eta_B / eta_A for LoRA+; 1 (plain LoRA) is not allowed.
+      lora_learning_rates: peak learning rates for plain LoRA; null tries one per LoRA+ pair of rate and ratio,
+        log-spaced from the smallest to the largest rate of LoRA+ (eta_A or eta_B).
+      alphas: alphas to try with both methods; null uses lora.alpha.
+      ranks: ranks to try with both methods; null uses lora.rank.
+      samples: number of random settings per method, instead of every combination; rates and ratios are log-uniform
+        between the smallest and largest listed, alphas and ranks come from their lists.
+      seeds: random seeds of the search; null uses the run's seed.
+      report_seeds: number of new seeds for the final comparison, counting up from the largest search seed + 1; use
+        8 for a publishable result.
+      control: also compare a control: plain LoRA with alpha x lambda at the selected LoRA+ learning rate.
+      rungs: fractions of the training steps after which halving drops settings, in increasing order.
+      keep: fraction of each method's settings that halving keeps at a rung, at least one; if only one remains, it
+        is selected without further training.
+      target: test loss for counting steps to target; null uses, for each seed, the worse of the final LoRA and
+        LoRA+ losses.
+      members_at_once: runs that a device trains in parallel; null uses 1 on a CPU and measures elsewhere.
     """
 
     method: Literal["halving", "grid"] = "halving"
@@ -85,28 +89,28 @@ class SweepSettings:
     members_at_once: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
 
     def __post_init__(self) -> None:
-        if ones := [ratio for ratio in self.lr_ratios if _short(ratio) == 1.0]:
-            digits = "" if ones[0] == 1.0 else " to three digits"
+        if ones := [ratio for ratio in self.lr_ratios if _round_digits(ratio) == 1.0]:
+            digits = "" if ones[0] == 1.0 else " (1 to three digits)"
             raise ValueError(
-                f"lr_ratios holds {ones[0]:.9g}, which is plain LoRA{digits}: its rates are "
-                "sweep.lora_learning_rates"
+                f"lr_ratios must not contain 1, got {ones[0]:.9g}{digits}; that is plain LoRA, set its rates "
+                "with sweep.lora_learning_rates"
             )
         if self.method == "grid":
             for name in ("rungs", "keep"):
                 if getattr(self, name) != getattr(SweepSettings, name):
-                    raise ValueError(f"{name} goes with the method halving, and the method is grid")
+                    raise ValueError(f"{name} applies only to method halving, got method grid; remove {name}")
         if list(self.rungs) != sorted(self.rungs):
-            raise ValueError(f"rungs must grow, got {list(self.rungs)}")
+            raise ValueError(f"rungs must be in increasing order, got {list(self.rungs)}")
 
 
 class Trial(NamedTuple):
-    """One setting.
+    """One setting of the search.
 
     Attributes:
-      learning_rate: eta_A, the peak.
+      learning_rate: peak eta_A.
       lr_ratio: lambda.
-      alpha: of the adapters.
-      rank: of the adapters.
+      alpha: LoRA alpha.
+      rank: LoRA rank.
     """
 
     learning_rate: float
@@ -116,12 +120,12 @@ class Trial(NamedTuple):
 
     @property
     def arm(self) -> Arm:
-        """What it is a setting of: with lr_ratio 1, of plain LoRA."""
+        """The method it belongs to: plain LoRA if lr_ratio is 1, else LoRA+."""
         return "lora" if self.lr_ratio == 1.0 else "lora_plus"
 
     @property
     def control(self) -> "Trial":
-        """Plain LoRA with alpha times lambda: by theory the same under Adam without decay and clipping."""
+        """Plain LoRA with alpha x lambda: in theory equivalent under Adam without weight decay and clipping."""
         return self._replace(lr_ratio=1.0, alpha=self.alpha * self.lr_ratio)
 
     def __str__(self) -> str:
@@ -131,10 +135,10 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class SweepRun(Settings):
-    """A sweep: a whole run, and which of its settings are varied.
+    """Settings of a sweep: those of a run, and the section `sweep`.
 
     Attributes:
-      sweep: which settings are tried, and how they are compared.
+      sweep: search space, and how settings are compared.
     """
 
     sweep: SweepSettings = SweepSettings()
@@ -142,16 +146,23 @@ class SweepRun(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.method != "lora_plus":
-            raise ValueError(f"a sweep compares LoRA+ with LoRA: method must be lora_plus, got {self.method}")
+            raise ValueError(f"method must be lora_plus for a sweep, got {self.method}")
         if self.init_adapter is not None:
-            raise ValueError("a sweep gives every setting first values of its own: leave init_adapter out")
+            raise ValueError(
+                f"init_adapter is unsupported in a sweep, got {self.init_adapter}; remove it, as each "
+                "setting initializes its own adapter"
+            )
         if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:
             raise ValueError(
-                "a sweep gives each device whole members, in one process: mesh.fsdp and mesh.tensor must be 1, and "
-                "distributed.coordinator not given"
+                f"a sweep runs in one process and shards no member: mesh.fsdp and mesh.tensor must be 1, got "
+                f"{self.mesh.fsdp} and {self.mesh.tensor}, and distributed.coordinator null, got "
+                f"{self.distributed.coordinator or 'null'}"
             )
         if max(self.seeds) + self.sweep.report_seeds >= 2**32:
-            raise ValueError(f"the seeds of the report follow {max(self.seeds)} and must be below 2**32")
+            raise ValueError(
+                f"sweep.report_seeds {self.sweep.report_seeds}: report seeds continue from search seed "
+                f"{max(self.seeds)} and must be below 2**32; use a smaller seed"
+            )
         self._check_patterns()
         _check_size(self)
         for trial in self.trials:
@@ -160,55 +171,62 @@ class SweepRun(Settings):
                 self.settings_of(trial.control, self.seed)
 
     def _check_patterns(self) -> None:
-        """What a list varies must not be fixed for some modules by a pattern."""
-        for tried, pattern in (("alphas", "alpha_pattern"), ("ranks", "rank_pattern")):
-            if getattr(self.sweep, tried) is not None and (fixed := getattr(self.lora, pattern)):
+        """Rejects a pattern that fixes for some modules what a list varies."""
+        for name, pattern in (("alphas", "alpha_pattern"), ("ranks", "rank_pattern")):
+            if getattr(self.sweep, name) is not None and (fixed := getattr(self.lora, pattern)):
                 raise ValueError(
-                    f"sweep.{tried} would not reach the modules of lora.{pattern}, which is {dict(fixed)}: give "
-                    "one of the two"
+                    f"sweep.{name} cannot vary modules that lora.{pattern} fixes, got {dict(fixed)}; remove "
+                    "one of the two settings"
                 )
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Those of the search."""
+        """Search seeds."""
         return (self.seed,) if self.sweep.seeds is None else self.sweep.seeds
 
     @property
     def report_seeds(self) -> tuple[int, ...]:
-        """Those of the report, none of which the search has."""
+        """Report seeds; none of them is a search seed."""
         first = max(self.seeds) + 1
         return tuple(range(first, first + self.sweep.report_seeds))
 
     @property
     def arms(self) -> tuple[Arm, ...]:
-        """What the report compares."""
+        """Arms that the report compares."""
         return ("lora", "lora_plus", "control") if self.sweep.control else METHODS
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks tried."""
+        """Ranks to try."""
         return self.sweep.ranks or (self.lora.rank,)
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """Every setting of the search, those of plain LoRA first."""
+        """Every setting of the search, plain LoRA first."""
         return _sample_trials(self) if self.sweep.samples is not None else _grid_trials(self)
 
     @property
-    def shared_optimizer(self) -> OptimizerSettings:
-        """What of the optimizer all members share.
+    def rate_lists(self) -> dict[str, tuple[float, ...]]:
+        """Values of the options that list rates and ratios; lora_learning_rates is absent if it is the default."""
+        lists = {"learning_rates": _rates(self), "lr_ratios": self.sweep.lr_ratios}
+        lora_rates = self.sweep.lora_learning_rates
+        return lists if lora_rates is None else lists | {"lora_learning_rates": lora_rates}
 
-        An encoder's new head learns at the recipe's own rate whatever eta_A is tried: at eta_A, which is larger for
-        LoRA than for LoRA+ of the same eta_B, the head's rate would be compared along with the method.
+    @property
+    def shared_optimizer(self) -> OptimizerSettings:
+        """Optimizer settings that all members share.
+
+        An encoder's new head trains at the recipe's learning rate, whatever eta_A a member tries. For the same
+        eta_B, eta_A is larger for LoRA than for LoRA+; a head at eta_A would confound its own rate with the method.
         """
         if self.is_language or self.optimizer.head_learning_rate is not None:
             return self.optimizer
         return dataclasses.replace(self.optimizer, head_learning_rate=self.optimizer.learning_rate)
 
     def settings_of(self, trial: Trial, seed: int, output_dir: str | None = None) -> Settings:
-        """The single run that a trial with a seed equals.
+        """Settings of the single run that equals a trial with a seed.
 
-        The alphas of patterns grow as the trial's does: a control has lambda times the scale of every module.
+        lora.alpha_pattern scales with the trial's alpha, so a control has lambda times the scale in every module.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
         growth = trial.alpha / self.lora.alpha
@@ -224,7 +242,7 @@ class SweepRun(Settings):
 
 
 def _check_size(run: SweepRun) -> None:
-    """Counted before any setting is made: the lists' product may be of any size."""
+    """Rejects a sweep with too many members, before expanding lists whose product may be of any size."""
     sweep = run.sweep
     if sweep.samples is not None:
         count = 2 * sweep.samples
@@ -234,35 +252,35 @@ def _check_size(run: SweepRun) -> None:
         count = (pairs + lora) * len(sweep.alphas or (run.lora.alpha,)) * len(run.ranks)
     if (members := count * len(run.seeds)) > MOST_MEMBERS:
         raise ValueError(
-            f"a sweep trains at most {MOST_MEMBERS:,} runs side by side, and {count:,} settings on "
-            f"{len(run.seeds):,} of sweep.seeds are {members:,}: give shorter lists, or sweep.samples"
+            f"a sweep trains at most {MOST_MEMBERS:,} runs, got {members:,} ({count:,} settings x "
+            f"{len(run.seeds):,} of sweep.seeds); shorten the lists or set a smaller sweep.samples"
         )
 
 
 def _rates(run: SweepRun) -> tuple[float, ...]:
-    """eta_A of LoRA+; the recipe's own rate to all its digits."""
+    """eta_A values of LoRA+; default ones are rounded, except optimizer.learning_rate itself."""
     base_rate = run.optimizer.learning_rate
     return run.sweep.learning_rates or tuple(
-        base_rate if f == 1.0 else _short(f * base_rate) for f in RATE_MULTIPLES
+        base_rate if f == 1.0 else _round_digits(f * base_rate) for f in RATE_MULTIPLES
     )
 
 
 def _lora_rates(run: SweepRun) -> tuple[float, ...]:
-    """The rates of plain LoRA; those that are not given may be equal to three digits."""
+    """Learning rates of plain LoRA; default ones may coincide in three digits."""
     if run.sweep.lora_learning_rates:
         return run.sweep.lora_learning_rates
     rates, ratios = _rates(run), run.sweep.lr_ratios
     low, high = min(rates) * min(1.0, *ratios), max(rates) * max(1.0, *ratios)
-    return tuple(map(_short, np.geomspace(low, high, len(rates) * len(ratios))))
+    return tuple(map(_round_digits, np.geomspace(low, high, len(rates) * len(ratios))))
 
 
 def _grid_trials(run: SweepRun) -> tuple[Trial, ...]:
     lora_rates = _lora_rates(run)
     if (distinct := len(set(lora_rates))) < len(lora_rates):
         raise ValueError(
-            f"sweep.lora_learning_rates is not given, and of {len(lora_rates)} rates from {lora_rates[0]:g} to "
-            f"{lora_rates[-1]:g}, as many as LoRA+ has settings, only {distinct} differ in three digits: give it, "
-            "or sweep.learning_rates and lr_ratios that are further apart"
+            f"sweep.lora_learning_rates null: only {distinct} of {len(lora_rates)} rates from "
+            f"{lora_rates[0]:g} to {lora_rates[-1]:g} differ in three digits; set it, or space "
+            "sweep.learning_rates and sweep.lr_ratios further apart"
         )
     shared = list(itertools.product(run.sweep.alphas or (run.lora.alpha,), run.ranks))
     pairs = [
@@ -273,31 +291,31 @@ def _grid_trials(run: SweepRun) -> tuple[Trial, ...]:
 
 
 def _sample_trials(run: SweepRun) -> tuple[Trial, ...]:
-    """Settings drawn by the run's seed, as many different ones of each arm."""
+    """Draws `sweep.samples` distinct settings per arm, with the run's seed."""
     rng, count = np.random.default_rng(run.seed), run.sweep.samples or 0
     alphas = run.sweep.alphas or (run.lora.alpha,)
 
-    def between(values: tuple[float, ...]) -> float:
-        """To three digits, and not beyond the ends."""
+    def draw(values: tuple[float, ...]) -> float:
+        """Log-uniform, rounded to three digits but kept within the range."""
         low, high = min(values), max(values)
-        return min(max(_short(np.exp(rng.uniform(np.log(low), np.log(high)))), low), high)
+        return min(max(_round_digits(np.exp(rng.uniform(np.log(low), np.log(high)))), low), high)
 
-    def different(arm: Arm, rates: tuple[float, ...], ratios: tuple[float, ...]) -> list[Trial]:
+    def draw_distinct(arm: Arm, rates: tuple[float, ...], ratios: tuple[float, ...]) -> list[Trial]:
         trials: dict[Trial, None] = {}
         for _ in range(MAX_DRAWS_PER_SAMPLE * count):
             alpha_and_rank = alphas[rng.integers(len(alphas))], run.ranks[rng.integers(len(run.ranks))]
-            trial = Trial(between(rates), between(ratios), *alpha_and_rank)
-            if trial.arm == arm:  # a lambda that rounds to 1 is plain LoRA's
+            trial = Trial(draw(rates), draw(ratios), *alpha_and_rank)
+            if trial.arm == arm:  # a lambda that rounds to 1 would be plain LoRA
                 trials[trial] = None
             if len(trials) == count:
                 return list(trials)
         raise ValueError(
-            f"sweep.samples is {count}, and {MAX_DRAWS_PER_SAMPLE * count:,} draws found only {len(trials)} "
-            f"settings of {ARM_LABELS[arm]} that differ in three digits: give fewer samples, or lists whose ends "
-            "are further apart"
+            f"sweep.samples is {count}, but {MAX_DRAWS_PER_SAMPLE * count:,} draws gave only {len(trials)} "
+            f"distinct settings of {ARM_LABELS[arm]} (to three digits); lower it or widen the range of the "
+            "lists"
         )
 
     return (
-        *different("lora", _lora_rates(run), (1.0,)),
-        *different("lora_plus", _rates(run), run.sweep.lr_ratios),
+        *draw_distinct("lora", _lora_rates(run), (1.0,)),
+        *draw_distinct("lora_plus", _rates(run), run.sweep.lr_ratios),
     )

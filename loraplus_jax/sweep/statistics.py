@@ -1,7 +1,7 @@
-"""What a sweep has found: pairs of runs with the same seed, steps to a target, intervals, and a sentence.
+"""Statistics of a sweep's report: paired runs, steps to a target, confidence intervals and the verdict.
 
-Settings were chosen on the validation split with other seeds; here they are compared on the test split and new
-ones. The runs of one seed share first values and batches, so that their difference says more than two means would.
+Settings are selected on the validation split with the search seeds and compared here on the test split with new
+seeds. Runs with the same seed share initial values and batches, so paired differences vary less than means do.
 """
 
 import math
@@ -15,15 +15,15 @@ from .settings import ARM_LABELS, Trial
 
 CONFIDENCE = 0.95
 Curve = Sequence[tuple[int, float | None]]
-"""Steps and test losses; None where the loss was not finite."""
+"""Pairs of step and test loss; None if the loss was not finite."""
 RunRow = dict[str, Any]
 
 
 def t_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and two-sided 95 % t-interval of independent values, `low` and `high` None for fewer than two.
+    """Mean and two-sided 95 % t-interval of independent values; `low` and `high` are None for fewer than two.
 
-    >>> found = t_interval([1.0, 2.0, 3.0])
-    >>> round(found["low"], 4), found["mean"], round(found["high"], 4)
+    >>> interval = t_interval([1.0, 2.0, 3.0])
+    >>> round(interval["low"], 4), interval["mean"], round(interval["high"], 4)
     (-0.4841, 2.0, 4.4841)
     """
     count = len(values)
@@ -39,7 +39,7 @@ def t_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
-    """The same of paired ratios, geometric: the interval of their logarithms.
+    """Geometric mean and 95 % interval of paired ratios: the t-interval of their logarithms.
 
     >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
     2.0
@@ -49,9 +49,9 @@ def ratio_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, A
 
 
 def steps_to(curve: Curve, target: float) -> float | None:
-    """When a loss first is at most the target, on straight lines between evaluations; None if never.
+    """Step at which the loss first reaches the target, interpolated linearly between evaluations; None if never.
 
-    At least 1, so that ratios exist.
+    Also None if the loss becomes non-finite first. At least 1, so that ratios exist.
 
     >>> steps_to([(0, 1.0), (10, 0.5), (20, 0.3)], 0.4), steps_to([(0, 1.0), (10, 0.5)], 0.2)
     (15.0, None)
@@ -70,11 +70,11 @@ def steps_to(curve: Curve, target: float) -> float | None:
 
 
 def report_runs(rows: Sequence[RunRow], steps: int, target: float | None) -> list[RunRow]:
-    """The report's runs, from its rows: curve, test result and steps to the target, one for each arm and seed.
+    """Groups the report's rows into runs, one per arm and seed: curve, test result and steps to the target.
 
-    Without a target given it is, on each seed, the worse of the final losses of LoRA and LoRA+: both reach it, and
-    which of the two is called which does not matter, as it would if it were LoRA's own. A target that the first
-    values meet says nothing about training: there are no steps to it.
+    If `target` is None, the target of a seed is the worse of the final losses of LoRA and LoRA+. Both reach it, and
+    swapping the two methods does not change it, as it would if it were LoRA's own final loss. A target that the
+    initial values already meet says nothing about training, so it has no steps to target.
     """
     runs: dict[tuple[str, int], RunRow] = {}
     for row in rows:
@@ -91,8 +91,8 @@ def report_runs(rows: Sequence[RunRow], steps: int, target: float | None) -> lis
         start = curve[0][1] if curve else None
         run["target"], run["diverged"] = goal, any(loss is None for _, loss in curve)
         run["at_start"] = goal is not None and start is not None and start <= goal
-        fair = not run["diverged"] and not run["at_start"]
-        run["steps_to_target"] = steps_to(curve, goal) if fair and goal is not None else None
+        comparable = not run["diverged"] and not run["at_start"]
+        run["steps_to_target"] = steps_to(curve, goal) if comparable and goal is not None else None
     return list(runs.values())
 
 
@@ -100,23 +100,23 @@ _KEYS = ("stage", "arm", "trial", "seed", "step", "split")
 
 
 def _shared_target(runs: Mapping[tuple[str, int], RunRow], seed: int, steps: int) -> float | None:
-    """The worse of the two final losses; None where one of the two has none."""
+    """The worse of the final losses of LoRA and LoRA+; None if either is missing."""
     curves = [runs[arm, seed]["curve"] for arm in ("lora", "lora_plus") if (arm, seed) in runs]
     finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
     return max(finals) if len(finals) == 2 else None
 
 
 def compare_arms(runs: Sequence[RunRow], first: str, second: str, metric: str) -> RunRow:
-    """Two arms on the seeds that both have: differences in test loss and metric, first less second, and steps.
+    """Compares two arms on their common seeds: test loss and metric (first minus second), and steps to the target.
 
-    `steps_ratio` is the second's steps to the target over the first's, where both reach it: above 1, the first
-    needs fewer. `alone` counts the seeds on which only one of them does, `at_start` those whose target the first
-    values meet.
+    `steps_ratio` is the second's steps over the first's, where both reach the target; above 1, the first needs
+    fewer. `alone` counts seeds on which only one arm reaches it, `at_start` seeds whose target the initial values
+    already meet.
     """
     by_seed = {arm: {run["seed"]: run for run in runs if run["arm"] == arm} for arm in (first, second)}
     seeds = [seed for seed in by_seed[first] if seed in by_seed[second]]
     pairs = [(by_seed[first][seed], by_seed[second][seed]) for seed in seeds]
-    ended = [(a["test"], b["test"]) for a, b in pairs if _has_result(a) and _has_result(b)]
+    tests = [(a["test"], b["test"]) for a, b in pairs if _has_result(a) and _has_result(b)]
     steps = [(a["steps_to_target"], b["steps_to_target"]) for a, b in pairs]
     reached = [(a, b) for a, b in steps if a is not None and b is not None]
     return {
@@ -130,8 +130,8 @@ def compare_arms(runs: Sequence[RunRow], first: str, second: str, metric: str) -
             second: sum(a is None and b is not None for a, b in steps),
         },
         "steps_ratio": ratio_interval([b for _, b in reached], [a for a, _ in reached]),
-        "test_loss": t_interval([a["loss"] - b["loss"] for a, b in ended]),
-        "test_metric": t_interval([a[metric] - b[metric] for a, b in ended]),
+        "test_loss": t_interval([a["loss"] - b["loss"] for a, b in tests]),
+        "test_metric": t_interval([a[metric] - b[metric] for a, b in tests]),
     }
 
 
@@ -142,13 +142,13 @@ def _has_result(run: RunRow) -> bool:
 def verdict(
     comparison: RunRow, chosen: Mapping[str, Trial], target: float | None, lora: str = "tuned LoRA"
 ) -> str:
-    """One sentence: which of LoRA+ and LoRA needs fewer steps and how surely, or that neither does.
+    """One sentence: which of LoRA+ and LoRA needs significantly fewer steps, if either; and their test losses.
 
     Args:
-      comparison: of LoRA+ with LoRA.
-      chosen: the setting of each.
-      target: as given, or None.
-      lora: what to call LoRA; tuned only if it was, see `lora_label`.
+      comparison: LoRA+ compared with LoRA.
+      chosen: the selected setting of each.
+      target: the configured target loss, or None.
+      lora: how to refer to LoRA, from `lora_label`.
     """
     text = f"{_steps_clause(comparison, chosen, target, lora)}; {_loss_clause(comparison)}."
     return text[0].upper() + text[1:]
@@ -163,54 +163,55 @@ def _steps_clause(comparison: RunRow, chosen: Mapping[str, Trial], target: float
     if any(comparison["diverged"].values()):
         return f"no verdict on steps: {_counts_clause(comparison['diverged'], names, pairs, 'diverged on')}"
     if comparison["at_start"]:
-        what = (
+        reason = (
             "LoRA or LoRA+ ended no lower than it started"
             if target is None
-            else f"{goal} is met before any step"
+            else f"the initial values already reach {goal}"
         )
-        return f"no verdict on steps: on {comparison['at_start']} of {pairs} seeds {what}"
+        return f"no verdict on steps: on {comparison['at_start']} of {pairs} seeds {reason}"
     if any(comparison["alone"].values()):
-        first = "" if faster else "no verdict on steps: "
+        prefix, test = ("", " (sign test, p < 0.05)") if faster else ("no verdict on steps: ", "")
         reached = {arm: count + ratio["pairs"] for arm, count in comparison["alone"].items()}
-        return f"{first}{_counts_clause(reached, names, pairs, f'reached {goal} on')}"
+        return f"{prefix}{_counts_clause(reached, names, pairs, f'reached {goal} on')}{test}"
     if not ratio["pairs"]:
         return f"no verdict on steps: {goal} was reached on none of {pairs} seeds"
     if ratio["low"] is None or ratio["pairs"] < pairs:
         return f"no verdict on steps: {goal} was reached on {ratio['pairs']} of {pairs} seeds"
     if faster is None:
-        what = "difference" if lower_loss_arm(comparison) is None else "difference in steps"
+        subject = "difference" if lower_loss_arm(comparison) is None else "difference in steps"
         return (
-            f"no {what} found: {lora} takes {_range_text(ratio)} the steps of {ours} to {goal} ({evidence})"
+            f"no significant {subject}: {lora} takes {_range_text(ratio)} the steps of {ours} to reach "
+            f"{goal} ({evidence})"
         )
     if faster == "lora":
         ratio = {k: 1 / ratio[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
     other = names["lora" if faster == "lora_plus" else "lora_plus"]
-    return f"{names[faster]} needs {_range_text(ratio)} fewer steps than {other} to {goal} ({evidence})"
+    return f"{names[faster]} needs {_range_text(ratio)} fewer steps than {other} to reach {goal} ({evidence})"
 
 
-def _counts_clause(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, what: str) -> str:
+def _counts_clause(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, event: str) -> str:
     (first, first_count), (second, second_count) = counts.items()
-    return f"{names[first]} {what} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
+    return f"{names[first]} {event} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
 
 
 def faster_arm(comparison: RunRow) -> str | None:
-    """The arm that surely needs fewer steps to the target, if one does.
+    """The arm that needs significantly fewer steps to the target; None if neither does.
 
-    Where some runs never reach it, the one that reaches it alone on so many seeds that a sign test is sure of it.
+    If some runs never reach it, a sign test decides over the seeds on which only one arm does.
     """
     ratio, alone = comparison["steps_ratio"], comparison["alone"]
     if any(comparison["diverged"].values()) or comparison["at_start"]:
         return None
     if any(alone.values()):
-        sure = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue < 1 - CONFIDENCE
-        return max(alone, key=alone.__getitem__) if sure else None
+        significant = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue < 1 - CONFIDENCE
+        return max(alone, key=alone.__getitem__) if significant else None
     if ratio["low"] is None or ratio["pairs"] < comparison["pairs"]:
         return None
     return _favoured_side(1.0, ratio, above=comparison["first"], below=comparison["second"])
 
 
 def lower_loss_arm(comparison: RunRow) -> str | None:
-    """The arm whose test loss is surely lower, if one is."""
+    """The arm with the significantly lower test loss; None if neither has."""
     difference = comparison["test_loss"]
     return (
         None
@@ -226,8 +227,8 @@ def _favoured_side(even: float, estimate: Mapping[str, Any], above: str, below: 
 def recommended_arm(comparison: RunRow) -> tuple[str | None, str]:
     """Which of LoRA+ and LoRA to train with, and why; None if both diverged on every seed.
 
-    What diverged less; else what surely ends at a lower test loss; else what surely gets to the target sooner; else
-    plain LoRA, which has a setting less.
+    In order: fewer diverged runs; a significantly lower test loss; significantly fewer steps to the target; else
+    plain LoRA, which has one fewer hyperparameter.
     """
     diverged, pairs = comparison["diverged"], comparison["pairs"]
     if all(count == pairs for count in diverged.values()):
@@ -237,30 +238,30 @@ def recommended_arm(comparison: RunRow) -> tuple[str | None, str]:
         best = min(diverged, key=diverged.__getitem__)
         return best, f"{ARM_LABELS[worse]} diverged on {diverged[worse]} of {pairs} seeds"
     if (arm := lower_loss_arm(comparison)) is not None:
-        against = faster_arm(comparison) not in (None, arm)
-        return (
-            arm,
-            f"its test loss is surely lower{', though it needs more steps to the target' if against else ''}",
-        )
+        is_slower = faster_arm(comparison) not in (None, arm)
+        return arm, f"significantly lower test loss{', but more steps to the target' if is_slower else ''}"
     if (arm := faster_arm(comparison)) is not None:
-        return arm, "it surely needs fewer steps"
-    return "lora", "no sure difference, and plain LoRA has a setting less"
+        return arm, "significantly fewer steps to the target"
+    return "lora", "no significant difference, and plain LoRA has one fewer hyperparameter"
 
 
 def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:
-    """What a verdict may call LoRA: tuned only after as many settings as LoRA+ had, and within its rates.
+    """How a verdict refers to LoRA.
+
+    It is "tuned" only with at least as many settings as LoRA+ and a best learning rate that is not at the edge.
 
     Args:
-      counts: how many settings of each were tried.
-      edges: as `report.values_at_edge` finds them.
+      counts: number of settings tried, by arm.
+      edges: lines from `report.values_at_edge`.
 
     >>> lora_label({"lora": 4, "lora_plus": 4}, []), lora_label({"lora": 1, "lora_plus": 4}, [])
-    ('tuned LoRA', 'LoRA (best of 1, LoRA+ of 4)')
+    ('tuned LoRA', 'LoRA (best of 1 setting, LoRA+ of 4)')
     """
     if counts["lora"] < counts["lora_plus"]:
-        return f"LoRA (best of {counts['lora']}, LoRA+ of {counts['lora_plus']})"
+        settings = "setting" if counts["lora"] == 1 else "settings"
+        return f"LoRA (best of {counts['lora']} {settings}, LoRA+ of {counts['lora_plus']})"
     edge = next((e for e in edges if e.startswith(f"{ARM_LABELS['lora']}: learning_rate")), None)
-    return "tuned LoRA" if edge is None else "LoRA, whose best rate lies at the edge of those tried,"
+    return "tuned LoRA" if edge is None else "LoRA (best learning rate at the edge of the search range)"
 
 
 def _range_text(ratio: Mapping[str, Any]) -> str:
@@ -270,8 +271,8 @@ def _range_text(ratio: Mapping[str, Any]) -> str:
 def _loss_clause(comparison: RunRow) -> str:
     difference = comparison["test_loss"]
     if difference["mean"] is None:
-        return "no pair of runs has test results"
-    text = f"test loss of LoRA+ minus LoRA's {difference['mean']:+.4f}"
+        return "no seed has a test loss for both methods"
+    text = f"difference in test loss (LoRA+ - LoRA) {difference['mean']:+.4f}"
     return (
         text if difference["low"] is None else f"{text} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
     )

@@ -1,1 +1,1 @@
-"""One training run: setup, trainer, evaluation, checkpoints on disk, logs."""
+"""A training run: setup, training loop, evaluation, output directory and logs."""

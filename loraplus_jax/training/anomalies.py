@@ -1,4 +1,4 @@
-"""What to say of training that goes wrong: loss spikes, and numbers that are not finite."""
+"""Detects loss spikes and non-finite steps, and advises which settings to change."""
 
 import math
 import statistics
@@ -10,21 +10,21 @@ import jax
 from .setup import Run
 
 MIN_SPIKE_RATIO, NOISE, HISTORY_STEPS = 2.0, 6.0, 20
-"""A spike: a loss above MIN_SPIKE_RATIO times the median of the HISTORY_STEPS steps before it, and above it by
-more than NOISE times their median distance from it: the losses of small batches jump about.
+"""A loss is a spike if it is above MIN_SPIKE_RATIO times the median of the previous HISTORY_STEPS losses, and above
+that median by more than NOISE times their median absolute deviation: losses of small batches are noisy.
 """
 
 
 class TrainingFailed(Exception):
-    """Training went wrong and was ended; the last good checkpoint is kept."""
+    """Training diverged and was aborted; earlier checkpoints are kept."""
 
 
 class SpikeHistory(NamedTuple):
-    """What is remembered of the steps before, kept in checkpoints: a run that goes on sees what it would have seen.
+    """Losses and skips of the previous steps; saved in checkpoints, so that a resumed run finds the same spikes.
 
     Attributes:
-      losses: of the last `HISTORY_STEPS` steps that were not skipped.
-      skipped: how many steps were skipped in a row.
+      losses: losses of the last `HISTORY_STEPS` steps that were not skipped.
+      skipped: the number of consecutive skipped steps so far.
     """
 
     losses: tuple[float, ...] = ()
@@ -35,10 +35,10 @@ class LossSpike(NamedTuple):
     """A loss spike.
 
     Attributes:
-      step: at which.
-      loss: that step's.
-      median: of the losses before.
-      norms: that step's, of gradients and updates by role.
+      step: the step of the spike.
+      loss: the loss at that step.
+      median: the median of the previous losses.
+      norms: gradient and update norms at that step, by role.
     """
 
     step: int
@@ -47,26 +47,24 @@ class LossSpike(NamedTuple):
     norms: Mapping[str, float]
 
     def values(self) -> dict[str, float]:
-        """As a row of `metrics.jsonl`; no name is one of an ordinary row's."""
+        """The spike as a row of `metrics.jsonl`; its names differ from those of an ordinary row."""
         values = {"loss": self.loss, "median": self.median, **self.norms}
         return {f"spike/{name}": value for name, value in values.items()}
 
     def __str__(self) -> str:
         norms = ", ".join(f"{name} {value:.3g}" for name, value in self.norms.items())
-        return (
-            f"step {self.step}: the loss jumped to {self.loss:.4f} (median before {self.median:.4f}); {norms}"
-        )
+        return f"step {self.step}: loss spike, {self.loss:.4f} (previous median {self.median:.4f}); {norms}"
 
 
 def metrics_to_host(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Steps' metrics on the host."""
+    """Copies the metrics of steps to the host as floats."""
     return [{name: float(value) for name, value in row.items()} for row in jax.device_get(list(metrics))]
 
 
 def find_spikes(
     history: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]]
 ) -> tuple[SpikeHistory, list[LossSpike]]:
-    """The spikes among the steps from `first` on, and what to remember after them."""
+    """Finds the spikes in the metrics of the steps from `first` on; returns the new history and the spikes."""
     losses, skipped, spikes = list(history.losses), history.skipped, []
     for step, row in enumerate(rows, first):
         skipped = skipped + 1 if row["skipped"] else 0
@@ -80,7 +78,7 @@ def find_spikes(
 
 
 def is_spike(losses: Sequence[float], loss: float) -> bool:
-    """Whether a loss spikes over those of the steps before it.
+    """Whether a loss is a spike, given the losses of the previous steps.
 
     >>> is_spike([1.0, 1.1, 0.9], 3.0), is_spike([1.0, 0.2, 3.0], 3.5)
     (True, False)
@@ -93,68 +91,70 @@ def is_spike(losses: Sequence[float], loss: float) -> bool:
 
 
 def index_of_skip_limit(history: SpikeHistory, rows: Sequence[Mapping[str, float]], most: int) -> int | None:
-    """The place of the row by which `most` steps in a row were skipped, if they were.
+    """The index of the row at which `most` consecutive steps have been skipped, or None.
 
     >>> skipped, done = {"skipped": 1.0}, {"skipped": 0.0}
     >>> index_of_skip_limit(SpikeHistory(skipped=1), [skipped, skipped], 3)
     1
     >>> index_of_skip_limit(SpikeHistory(skipped=2), [done, skipped, skipped], 3)
     """
-    in_a_row = history.skipped
-    for place, row in enumerate(rows):
-        in_a_row = in_a_row + 1 if row["skipped"] else 0
-        if in_a_row >= most:
-            return place
+    consecutive = history.skipped
+    for index, row in enumerate(rows):
+        consecutive = consecutive + 1 if row["skipped"] else 0
+        if consecutive >= most:
+            return index
     return None
 
 
 def check_skipped(
     run: Run, history: SpikeHistory, first: int, rows: Sequence[Mapping[str, float]], kept: int
 ) -> None:
-    """Ends the run when too many steps in a row were skipped, naming what was not finite.
+    """Raises TrainingFailed after `train.max_skipped` consecutive skipped steps; names the non-finite values.
 
     Args:
-      run: says how many are too many.
-      history: of the steps before.
+      run: the run, whose settings hold the limit.
+      history: the history before the first row.
       first: the step of the first row.
-      rows: steps' metrics.
+      rows: the metrics of the steps.
       kept: the step of the newest checkpoint.
     """
     most = run.settings.train.max_skipped
-    place = index_of_skip_limit(history, rows, most)
-    if place is not None:
-        odd = nonfinite_names(rows[place])
+    index = index_of_skip_limit(history, rows, most)
+    if index is not None:
+        names = nonfinite_names(rows[index])
         raise TrainingFailed(
-            f"{most} steps in a row up to step {first + place} were skipped: not finite were {', '.join(odd)}; "
-            f"{advice(run, odd)}; checkpoints up to step {kept} are kept"
+            f"skipped {most} steps in a row up to step {first + index} (train.max_skipped): non-finite "
+            f"{', '.join(names)}; {advice(run, names)}; checkpoints up to step {kept} are kept"
         )
 
 
 def nonfinite_names(row: Mapping[str, float]) -> list[str]:
-    """What in a step's metrics is not finite; updates, which follow from the rest, only where the rest is.
+    """The non-finite metrics of a step. Update norms count only if all else is finite, since they follow from it.
 
     >>> nonfinite_names({"loss": math.nan, "update_norm/a": math.nan})
     ['loss']
     >>> nonfinite_names({"loss": 1.0, "update_norm/a": math.inf})
     ['update_norm/a']
     """
-    odd = [name for name, value in row.items() if not math.isfinite(value)]
-    return [name for name in odd if not name.startswith("update_norm/")] or odd
+    names = [name for name, value in row.items() if not math.isfinite(value)]
+    return [name for name in names if not name.startswith("update_norm/")] or names
 
 
-def advice(run: Run, odd: Sequence[str]) -> str:
-    """What the evidence supports."""
+def advice(run: Run, nonfinite: Sequence[str]) -> str:
+    """Suggests settings to change, given the names of the non-finite metrics."""
     optimizer, config = run.settings.optimizer, run.config
-    updates = all(name.startswith("update_norm/") for name in odd)  # finite gradients: clipping is no help
+    only_updates = all(name.startswith("update_norm/") for name in nonfinite)
     tips = []
     if config is not None and config.lr_ratio > 1:
-        if "grad_norm/a" in odd:
-            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (A's gradient grows with B)")
-        elif "update_norm/b" in odd:
-            tips.append(f"a lower lora.lr_ratio than {config.lr_ratio:g} (B's rate is the product)")
-    tips.append(f"a lower optimizer.learning_rate than {optimizer.learning_rate:g}")
-    if optimizer.max_grad_norm is None and not updates:
-        tips.append("optimizer.max_grad_norm: 1.0")
+        if "grad_norm/a" in nonfinite:
+            tips.append(f"lora.lr_ratio below {config.lr_ratio:g} (A's gradient grows with B)")
+        elif "update_norm/b" in nonfinite:
+            tips.append(
+                f"lora.lr_ratio below {config.lr_ratio:g} (B's rate is its product with learning_rate)"
+            )
+    tips.append(f"optimizer.learning_rate below {optimizer.learning_rate:g}")
+    if optimizer.max_grad_norm is None and not only_updates:  # clipping does not help if gradients are finite
+        tips.append("optimizer.max_grad_norm 1.0")
     if not optimizer.warmup_steps:
-        tips.append("optimizer.warmup_steps")
+        tips.append("optimizer.warmup_steps above 0")
     return "try " + ", or ".join(tips)

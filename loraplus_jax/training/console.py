@@ -1,4 +1,4 @@
-"""What a run shows on the screen: what is about to be trained, and how far it is."""
+"""Console output of a run: the header, metrics and the progress bar."""
 
 from collections.abc import Iterator, Mapping
 
@@ -12,7 +12,7 @@ from .setup import Run
 
 
 def header(run: Run, step: int) -> Iterator[str]:
-    """The lines that say what is about to be trained, and from which step."""
+    """Yields the lines printed before training: model, method, data and starting step."""
     settings, sizes = run.settings, run.data.examples
     trained = count(run.parts.trainable)
     total = trained + count(run.parts.frozen)
@@ -22,22 +22,22 @@ def header(run: Run, step: int) -> Iterator[str]:
     share = f"{100 * trained / total:.2f} %"
     yield f"{method}: training {trained:,} of {total:,} parameters ({share}) for {run.steps} steps"
     if settings.is_language and not head_is_frozen(run.parts):
-        yield "the head is trained, so the loss needs all logits: model.loss_chunk is not used"
-    unused = {"lora": "lora.lr_ratio (it is 1)", "full": "the section lora"}.get(settings.method)
-    if unused:
-        yield f"method {settings.method} does not use {unused}"
+        yield "the LM head is trained, so the loss needs the full logits: model.loss_chunk is ignored"
+    ignored = {"lora": "lora.lr_ratio (it uses 1)", "full": "the lora section"}.get(settings.method)
+    if ignored:
+        yield f"method {settings.method} ignores {ignored}"
     yield "data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items())
     length = settings.data.max_length
     if (rows := row_count(run.data.splits["train"])) != sizes["train"]:
-        yield f"packed: {rows:,} rows of {length} tokens to train on"
-    if cut := sum(run.data.truncated.values()):
-        yield f"{cut:,} of {sum(sizes.values()):,} examples are longer than {length} tokens and are cut"
+        yield f"packed into {rows:,} training rows of {length} tokens"
+    if truncated := sum(run.data.truncated.values()):
+        yield f"truncated {truncated:,} of {sum(sizes.values()):,} examples to data.max_length {length}"
     if step:
-        yield f"going on from step {step} of {run.steps}"
+        yield f"resuming from step {step} of {run.steps}"
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
-    """Metrics in a line.
+    """Formats metrics as one line.
 
     >>> format_metrics({"accuracy": 0.75, "loss": 0.5})
     'accuracy 0.7500, loss 0.5000'
@@ -46,7 +46,7 @@ def format_metrics(metrics: Mapping[str, float]) -> str:
 
 
 def progress(console: Console) -> Progress:
-    """Steps done, loss, step/s and the time left."""
+    """A progress bar with steps done, loss, steps per second and remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

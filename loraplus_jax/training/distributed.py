@@ -1,7 +1,6 @@
-"""The devices and the processes of a run: what is set, how processes join, and what one does for all.
+"""Joins the processes of a run, raises errors on all of them, and checks that they agree.
 
-JAX's own runtime does the work: `jax.distributed` joins the processes and notices when one is lost, GSPMD and orbax
-do the rest.
+`jax.distributed` connects the processes and detects lost ones; GSPMD and orbax handle computation and checkpoints.
 """
 
 import contextlib
@@ -21,30 +20,30 @@ from ..settings.schema import AUTO, DistributedSettings
 from .signals import Stopped
 
 ENVIRONMENT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, OSError)
-"""What JAX raises where the environment tells of the processes wrongly or in part."""
+"""What JAX raises if the environment describes the processes wrongly or incompletely."""
 
 
 class LostProcess(Exception):
-    """Another process of the run has ended, or cannot be reached any more."""
+    """Another process of the run has exited or is unreachable."""
 
 
 @contextlib.contextmanager
 def join_processes(settings: DistributedSettings) -> Iterator[None]:
-    """One of the run's processes, if there are several.
+    """Connects this process to the others of the run while entered; does nothing for a single process.
 
     Raises:
-      ValueError: the others cannot be joined; the message says where they were sought and how long.
-      LostProcess: a computation failed because another process ended.
+      ValueError: the processes cannot connect; the message gives the coordinator and the timeout.
+      LostProcess: a computation failed because another process is gone.
     """
     if settings.coordinator is None:
         yield
         return
     if settings.process_id == 0:
         _check_port(settings)
-    # When its own time is over JAX aborts the process with a stack of native code.
-    watch = threading.Timer(settings.start_timeout, _abort, [_timeout_message(settings)])
-    watch.daemon = True
-    watch.start()
+    # On its own timeout, JAX aborts the process with a native stack trace.
+    timer = threading.Timer(settings.start_timeout, _abort, [_timeout_message(settings)])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             **_address(settings),
@@ -54,31 +53,30 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
     except ENVIRONMENT_ERRORS as error:
         raise ValueError(_join_error(settings, error)) from error
     finally:
-        watch.cancel()
+        timer.cancel()
     _check_devices()
     try:
         yield
-    except Stopped:  # by all of them, at the same step
+    except Stopped:  # all processes stop at the same step
         jax.distributed.shutdown()
         raise
     except Exception as error:
         if not is_lost_process(error):
             raise
         raise LostProcess(
-            f"process {jax.process_index()} of {jax.process_count()} ends, because it cannot reach another one "
-            f"any more ({_first_line(error)}); start all of them again, and the run goes on from its "
-            "newest checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} lost contact with another process "
+            f"({_first_line(error)}); restart all processes to resume from the newest checkpoint"
         ) from error
     jax.distributed.shutdown()
 
 
 def _check_devices() -> None:
-    """Raises ValueError, in all processes, unless all have as many devices, as JAX's exchange needs."""
+    """Raises ValueError on every process unless all have the same number of devices, as JAX's collectives need."""
     counts = Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         jax.distributed.shutdown()
-        found = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
-        raise ValueError(f"all processes must have as many devices; {found}")
+        listed = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
+        raise ValueError(f"all processes must have the same number of devices, but {listed}")
 
 
 def _address(settings: DistributedSettings) -> dict[str, Any]:
@@ -92,31 +90,33 @@ def _address(settings: DistributedSettings) -> dict[str, Any]:
 
 
 def _abort(message: str) -> None:
-    """Ends the process, which a native call may hold."""
+    """Exits the process, even while a native call blocks it."""
     sys.stdout.flush()
     os.write(2, f"loraplus: error: {message}\n".encode())
     os._exit(2)
 
 
 def _check_port(settings: DistributedSettings) -> None:
-    """Raises ValueError if process 0 cannot listen where the others seek it, of which JAX would die."""
+    """Raises ValueError if process 0 cannot listen on the coordinator's port; JAX itself would crash."""
     port = int(str(settings.coordinator).rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
         raise ValueError(
-            f"process 0 of {settings.processes} cannot listen at distributed.coordinator {settings.coordinator} "
-            f"({os.strerror(error.errno or 0)}); give a free port, the same to all"
+            f"process 0 of {settings.processes} cannot listen on distributed.coordinator {settings.coordinator} "
+            f"({os.strerror(error.errno or 0)}); choose a free port, the same for all processes"
         ) from None
 
 
 def _timeout_message(settings: DistributedSettings) -> str:
-    """What is said when nobody has come in time."""
-    who = f"process {settings.process_id} of {settings.processes}"
+    """The message if the processes do not connect in time."""
+    process = f"process {settings.process_id} of {settings.processes}"
     if settings.coordinator == AUTO:
-        who = "this process, which the environment has placed,"
-    where = f"distributed.coordinator {settings.coordinator}"
-    return f"{who} found no others at {where} in {settings.start_timeout} s (distributed.start_timeout)"
+        process = "this process, configured by the environment,"
+    return (
+        f"{process} could not connect to the others at distributed.coordinator {settings.coordinator} within "
+        f"{settings.start_timeout} s (distributed.start_timeout)"
+    )
 
 
 def _join_error(settings: DistributedSettings, error: Exception) -> str:
@@ -125,12 +125,12 @@ def _join_error(settings: DistributedSettings, error: Exception) -> str:
         return f"{_timeout_message(settings)}: {reason}"
     if "start RPC server" in reason:
         return (
-            f"distributed.coordinator is {AUTO}, and this process, which the environment makes the coordinator, "
-            f"cannot listen at its port ({reason}); set JAX_COORDINATOR_PORT to a free one, the same for all"
+            f"distributed.coordinator is {AUTO} and this process is the coordinator, but it cannot listen on its "
+            f"port ({reason}); set JAX_COORDINATOR_PORT to a free port, the same for all processes"
         )
     return (
-        f"distributed.coordinator is {AUTO}, and what the environment tells of the processes does not suffice "
-        f"({reason}); give distributed.coordinator, processes and process_id"
+        f"distributed.coordinator is {AUTO}, but the environment does not describe the processes completely "
+        f"({reason}); set distributed.coordinator, processes and process_id"
     )
 
 
@@ -141,34 +141,35 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """What every process does for itself and none may go on from alone: what one refuses, all refuse, in its words.
+    """Runs the block on every process; if it raises on one, every process raises the same error.
 
     Raises:
-      ValueError: another process has refused.
+      ValueError: the block raised on another process.
     """
     error = None
     try:
         yield
     except Exception as caught:
         error = caught
-    said = allgather(None if error is None else str(error) or type(error).__name__)
-    if any(words is not None for words in said) and len(said) > 1:
-        jax.distributed.shutdown()  # in order, for all are here
+    messages = allgather(None if error is None else str(error) or type(error).__name__)
+    if any(message is not None for message in messages) and len(messages) > 1:
+        jax.distributed.shutdown()  # a clean shutdown, since every process is here
     if error is not None:
         raise error
-    for number, words in enumerate(said):
-        if words is not None:
-            raise ValueError(f"process {number} of {len(said)} refuses the run: {words}")
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(f"process {number} of {len(messages)} failed: {message}")
 
 
 def check_same_everywhere(values: Mapping[str, Any]) -> None:
-    """Raises ValueError, in all processes, unless all of them have the same JSON values; names what differs."""
-    first, *others = allgather(dict(values))
-    for number, other in enumerate(others, 1):
-        if found := field_differences(first, other, ("in process 0", f"in process {number}")):
+    """Raises ValueError on every process unless all have the same JSON values; names the differences."""
+    lead_values, *others = allgather(dict(values))
+    for number, other_values in enumerate(others, 1):
+        differences = field_differences(lead_values, other_values, ("in process 0", f"in process {number}"))
+        if differences:
             jax.distributed.shutdown()
-            more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+            rest = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise ValueError(
-                f"the processes are not alike: {'; '.join(found[:5])}{more}; start each with the same "
-                "command (but for distributed.process_id), packages, data and weights"
+                f"the processes differ: {'; '.join(differences[:5])}{rest}; start all with the same command "
+                "(except distributed.process_id), packages, data and weights"
             )

@@ -21,12 +21,12 @@ def evaluate(
     *,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The means over all rows of a split, every row once; `between` is called before each batch, and may raise."""
+    """Averages the metrics over all rows of a split. `between` is called before each batch and may raise."""
     totals: Any = None
     for batch in eval_batches(arrays, batch_size, local_rows(mesh, batch_size)):
         between()
         pairs = eval_fn(trainable, frozen, shard_batch(batch, mesh))
-        # At most two batches are in flight, so that `between` was never called long ago.
+        # Keep at most two batches in flight, so that `between` is called regularly.
         jax.block_until_ready(totals)
         totals = pairs if totals is None else jax.tree.map(lambda a, b: a + b, totals, pairs)
     return {name: float(value) for name, value in weighted_means(totals).items()}

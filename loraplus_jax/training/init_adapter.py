@@ -1,4 +1,4 @@
-"""Adapters of either format for a model of the application, and training that starts from one."""
+"""Loads adapters in our format or PEFT's, to use them or to start training from them (`init_adapter`)."""
 
 import dataclasses
 import hashlib
@@ -24,47 +24,49 @@ from ..tree import combine, flatten, unflatten
 from .run_directory import ADAPTER
 
 PREFIXES = ("model.", "bert.", "roberta.")
-"""What transformers puts before the modules of a model that has a head, by family."""
+"""The prefixes that transformers puts before module names in models with a head, by model family."""
 _RATES = ("policy", "decay", "weight_decay")
 
 
 def find_adapter(path: Path) -> Path | None:
-    """The adapter directory that a path means: a run's, or itself if it is one of either format; else None."""
-    own = path / ADAPTER
+    """Finds the adapter directory in a run's directory, or the path itself if it is one; None if there is none."""
     names = (adapter_files.DESCRIPTION_FILE, peft_files.OPTIONS)
-    return next((place for place in (own, path) for name in names if (place / name).is_file()), None)
+    candidates = (path / ADAPTER, path)
+    return next(
+        (directory for directory in candidates for name in names if (directory / name).is_file()), None
+    )
 
 
 def is_peft(directory: Path) -> bool:
-    """Whether an adapter directory is of PEFT's format."""
+    """Whether an adapter directory is in PEFT's format."""
     return not (directory / adapter_files.DESCRIPTION_FILE).is_file()
 
 
 def read_notes(directory: Path) -> dict[str, Any]:
-    """What the adapter says of itself beside its tensors; empty for one that PEFT made."""
+    """The metadata saved with an adapter; empty for an adapter saved by PEFT itself."""
     return peft_notes(directory) or {} if is_peft(directory) else read_adapter_json(directory)
 
 
 def notes_path(directory: Path) -> Path:
-    """The file that holds them."""
+    """The file that holds the metadata."""
     return directory / (peft_files.NOTES_FILE if is_peft(directory) else adapter_files.DESCRIPTION_FILE)
 
 
 def saved_config(directory: Path) -> LoRAPlusConfig | None:
-    """The config in the notes of an adapter; None for a model trained in full.
+    """The config in an adapter's metadata; None for a fully trained model.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the config is damaged.
     """
-    found = read_notes(directory)["config"]
+    config = read_notes(directory)["config"]
     try:
-        return None if found is None else LoRAPlusConfig.from_json(found)
+        return None if config is None else LoRAPlusConfig.from_json(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{notes_path(directory)}: {error}") from None
 
 
 def transformers_class_of(parts: AdaptedModel) -> export.TransformersClass:
-    """The class of transformers that a model is one of."""
+    """The transformers class that corresponds to a model."""
     model: Any = parts.base.model
     return (
         export.encoder_class(model.config, model.pooling)
@@ -74,20 +76,20 @@ def transformers_class_of(parts: AdaptedModel) -> export.TransformersClass:
 
 
 def path_map_of(directory: Path, parts: AdaptedModel) -> PathMap:
-    """The path map for an adapter in PEFT's files, which may be for the model with its head or without."""
+    """The path map for a PEFT adapter, which may be for the model with or without a head."""
     names = peft_names(directory)
     prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
     return export.path_map(parts.base.table, transformers_class_of(parts), prefix=prefix)
 
 
 def adapter_config(directory: Path, parts: AdaptedModel) -> LoRAPlusConfig:
-    """What an adapter in PEFT's files says, in our terms."""
+    """The config of a PEFT adapter as a `LoRAPlusConfig`."""
     model: Any = parts.base.model
     return peft_config(directory, path_map_of(directory, parts), layers=model.config.num_hidden_layers)
 
 
 def merged_table(parts: AdaptedModel) -> NameTable:
-    """Where the tensors of a merged model go, its head among them."""
+    """The table of tensor names of a merged model, including its head."""
     form = transformers_class_of(parts)
     rules = [r for r in parts.base.table.rules if r.path.rpartition("/")[0] not in dict(form.heads)]
     rules += [rule for ours, theirs in form.heads for rule in linear_rules(theirs, ours)]
@@ -95,87 +97,91 @@ def merged_table(parts: AdaptedModel) -> NameTable:
 
 
 def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]) -> Adapter:
-    """An adapter of either format for a model, checked against it.
+    """Reads an adapter in our format or PEFT's and checks it against a model.
 
     Args:
-      directory: of the adapter.
-      parts: the model; shapes may stand for its variables.
-      params: all its parameters without adapters, or their shapes.
+      directory: the adapter directory.
+      parts: the model; its variables may be shapes.
+      params: all parameters of the model without adapters, or their shapes.
 
     Raises:
-      ValueError, OSError: it does not fit, or cannot be read; the message says what differs.
+      ValueError, OSError: the adapter does not fit the model (the message names the differences) or cannot be read.
     """
     if is_peft(directory):
         adapter = load_peft(directory, parts.specs, path_map_of(directory, parts), params=params)
     else:
         adapter = load_adapter(directory)
         if adapter.specs != dict(parts.specs):
-            odd = [p for p in {**adapter.specs, **parts.specs} if adapter.specs.get(p) != parts.specs.get(p)]
-            raise ValueError(f"{directory}: the adapter and the model differ at {', '.join(sorted(odd)[:5])}")
-    return adapter._replace(extras=_trained(directory, adapter.extras, parts, {"params": params}))
+            paths = {**adapter.specs, **parts.specs}
+            differing = sorted(path for path in paths if adapter.specs.get(path) != parts.specs.get(path))
+            raise ValueError(f"{directory}: adapter and model differ at {', '.join(differing[:5])}")
+    return adapter._replace(extras=_trainable_extras(directory, adapter.extras, parts, {"params": params}))
 
 
-def _trained(
+def _trainable_extras(
     directory: Path, extras: dict[str, Any], parts: AdaptedModel, base: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The extras that the model trains; of any other the base must have the very same."""
+    """The extras that the model trains; all others must equal the base's values."""
     trainable, frozen, kept = flatten(parts.trainable), flatten(base), {}
     for path, leaf in flatten(extras).items():
-        wanted = trainable.get(path, frozen.get(path))
-        if wanted is None or np.shape(wanted) != np.shape(leaf):
-            shape = "no such leaf" if wanted is None else np.shape(wanted)
-            raise ValueError(f"{directory}: {path} is {np.shape(leaf)} in the adapter, the model has {shape}")
+        expected = trainable.get(path, frozen.get(path))
+        if expected is None or np.shape(expected) != np.shape(leaf):
+            shape = "no such parameter" if expected is None else np.shape(expected)
+            raise ValueError(
+                f"{directory}: {path} has shape {np.shape(leaf)} in the adapter, but the model has {shape}"
+            )
         if path in trainable:
             kept[path] = leaf
-        elif not isinstance(wanted, jax.ShapeDtypeStruct) and not np.array_equal(
-            gather_to_host(wanted).astype(leaf.dtype), leaf
+        elif not isinstance(expected, jax.ShapeDtypeStruct) and not np.array_equal(
+            gather_to_host(expected).astype(leaf.dtype), leaf
         ):
             raise ValueError(
-                f"{directory}: {path} was trained in full, or is of another base; the settings leave it frozen: "
-                "name its module in lora.modules_to_save"
+                f"{directory}: {path} differs from the frozen base: it was fully trained, or the base is another "
+                "model; to train it, add its module to lora.modules_to_save"
             )
     return unflatten(kept)
 
 
-def check_base(directory: Path, found: str | None, base: str | Path) -> None:
-    """Raises ValueError if the adapter knows the fingerprint of its base, and the one found is another."""
-    wanted = read_notes(directory).get("base")
-    if None not in (wanted, found) and found != wanted:
-        raise ValueError(f"{directory} belongs to a base with fingerprint {wanted}, {base} has {found}")
+def check_base(directory: Path, fingerprint: str | None, base: str | Path) -> None:
+    """Raises ValueError if the adapter records a fingerprint of its base other than the given one."""
+    expected = read_notes(directory).get("base")
+    if None not in (expected, fingerprint) and fingerprint != expected:
+        raise ValueError(
+            f"{directory} was trained on a base model with fingerprint {expected}, but {base} has {fingerprint}; "
+            "use the original base model"
+        )
 
 
 def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], task: Any) -> None:
-    """Raises ValueError unless training may start from `init_adapter`: it must say what the settings say.
+    """Raises ValueError if `init_adapter` does not match the settings; the message names all differences.
 
     Args:
-      settings: with `init_adapter`.
-      parts: the model, of shapes.
-      params: shapes of all its parameters.
-      task: what is to be learned.
+      settings: the settings, with `init_adapter` set.
+      parts: the model, with shapes as variables.
+      params: the shapes of all parameters of the model.
+      task: the task of the run.
     """
-    directory = _start(settings)
+    directory = _init_adapter_directory(settings)
     notes = read_notes(directory)
-    differences = _differences(settings, directory, parts)
+    differences = _lora_differences(settings, directory, parts)
     saved = notes.get("task")
     if isinstance(saved, Mapping):
         for name in ("kind", "names"):
-            ours, theirs = (_plain(x.get(name)) for x in (task.notes(), saved))
+            ours, theirs = (_to_plain(x.get(name)) for x in (task.notes(), saved))
             if ours != theirs:
-                differences.append(f"the task's {name}: {theirs} in the adapter, {ours} here")
+                differences.append(f"task {name} is {theirs} in the adapter and {ours} here")
     if settings.init_adapter_rates == "same":
         differences += _rate_differences(settings, notes)
     if differences:
-        raise ValueError(
-            f"init_adapter {directory} does not agree with the settings: {'; '.join(differences)}"
-        )
+        raise ValueError(f"init_adapter {directory} does not match the settings: {'; '.join(differences)}")
     read_adapter(directory, parts, params)
 
 
 def adapter_digest(settings: Settings) -> str | None:
-    """A short hex digest of the files of `init_adapter`, by which processes know that they start from the same."""
+    """A short hex digest of the files of `init_adapter`, to check that all processes read the same adapter."""
     if settings.init_adapter is None:
         return None
-    files = sorted(path for path in _start(settings).iterdir() if path.is_file())
+    files = sorted(path for path in _init_adapter_directory(settings).iterdir() if path.is_file())
     total = hashlib.sha256()
     for path in files:
         total.update(f"{path.name} {path.stat().st_size}".encode())
@@ -186,83 +192,89 @@ def adapter_digest(settings: Settings) -> str | None:
 def load_init_adapter(
     settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], base: str | None
 ) -> AdaptedModel:
-    """The model with the values of `init_adapter`; what it lacks of modules trained in full stays as it is.
+    """Returns the model with the values of `init_adapter`; trainable values that it lacks stay unchanged.
 
     Args:
-      settings: with `init_adapter`.
+      settings: the settings, with `init_adapter` set.
       parts: the model.
-      params: all its parameters.
+      params: all parameters of the model.
       base: the fingerprint of its frozen variables.
     """
-    directory = _start(settings)
+    directory = _init_adapter_directory(settings)
     check_base(directory, base, settings.model.path)
     adapter = read_adapter(directory, parts, params)
     values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
     trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}
-    like = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}
-    return parts._replace(trainable=unflatten(like))
+    float32 = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}
+    return parts._replace(trainable=unflatten(float32))
 
 
-def _start(settings: Settings) -> Path:
-    place = Path(settings.init_adapter or "").expanduser()
-    if (directory := find_adapter(place)) is None:
+def _init_adapter_directory(settings: Settings) -> Path:
+    path = Path(settings.init_adapter or "").expanduser()
+    if (directory := find_adapter(path)) is None:
         raise ValueError(
-            f"init_adapter: there is no adapter in {place}; it takes a run, or a directory with "
+            f"init_adapter: no adapter found in {path}; expected a finished run, or a directory with "
             f"{adapter_files.DESCRIPTION_FILE} or PEFT's {peft_files.OPTIONS}"
         )
     return directory
 
 
-def _differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:
-    """What the adapter and the section lora say differently, with the flags that would set it right."""
+def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:
+    """Lists the differences between the adapter and the section lora, with the flags that resolve them."""
     if settings.applied is None:
-        return ["method full has no adapters; use lora_plus or lora"]
+        return ["method full has no adapters; use method lora_plus or lora"]
     if read_notes(directory):
         adapted = specs_from_json(read_notes(directory)["specs"])
-        config, held = saved_config(directory), {path: (s.rank, s.scale) for path, s in adapted.items()}
-        chosen = next((s.layers for s in adapted.values() if s.layers is not None), None)
+        config, theirs = saved_config(directory), {path: (s.rank, s.scale) for path, s in adapted.items()}
+        their_layers = next((s.layers for s in adapted.values() if s.layers is not None), None)
     else:
         config = adapter_config(directory, parts)
-        held = {path: (config.rank_of(path), config.scale_of(path)) for path in config.target_modules}
-        chosen = config.layers_to_transform
+        theirs = {path: (config.rank_of(path), config.scale_of(path)) for path in config.target_modules}
+        their_layers = config.layers_to_transform
     if config is None:
-        return ["it is a model trained in full, and has no adapters"]
-    here = {path: (spec.rank, spec.scale) for path, spec in parts.specs.items()}
-    there = {path.removesuffix("/kernel"): value for path, value in held.items()}
-    layers_here = next((s.layers for s in parts.specs.values() if s.layers is not None), None)
-    if (
-        there == {path.removesuffix("/kernel"): value for path, value in here.items()}
-        and chosen == layers_here
-    ):
+        return ["it is a fully trained model without adapters"]
+    ours = {path: (spec.rank, spec.scale) for path, spec in parts.specs.items()}
+    our_layers = next((s.layers for s in parts.specs.values() if s.layers is not None), None)
+    if their_layers == our_layers and _without_kernel(theirs) == _without_kernel(ours):
         return []
-    applied, found = settings.applied, []
-    if held.keys() != here.keys():
-        flag = f"--lora.target_modules '[{', '.join(sorted(held))}]'"
-        found.append(
-            f"it adapts {', '.join(sorted(held))}, the settings {', '.join(sorted(here))}: set {flag}"
+    applied, differences = settings.applied, []
+    if theirs.keys() != ours.keys():
+        flag = f"--lora.target_modules '[{', '.join(sorted(theirs))}]'"
+        differences.append(
+            f"it adapts {', '.join(sorted(theirs))}, the settings adapt {', '.join(sorted(ours))}: set {flag}"
         )
     for name in ("rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform"):
-        ours, theirs = _plain(getattr(applied, name)), _plain(getattr(config, name))
-        if ours != theirs:
-            found.append(f"lora.{name} is {theirs} in the adapter, {ours} here: set --lora.{name} {theirs}")
-    return found
+        value, saved = _to_plain(getattr(applied, name)), _to_plain(getattr(config, name))
+        if value != saved:
+            differences.append(
+                f"lora.{name} is {saved} in the adapter and {value} here: set --lora.{name} {saved}"
+            )
+    return differences
+
+
+def _without_kernel(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops the suffix /kernel from paths, so that a module and its kernel compare equal."""
+    return {path.removesuffix("/kernel"): value for path, value in values.items()}
 
 
 def _rate_differences(settings: Settings, notes: Mapping[str, Any]) -> list[str]:
-    """Lambda, groups and decay, where the adapter knows with which it was trained."""
+    """Lists the differences in lambda, parameter groups and weight decay that the adapter's metadata records."""
     config, saved = notes.get("config") or {}, notes.get("settings") or {}
     optimizer = saved.get("optimizer") or {}
     theirs = {f"optimizer.{name}": optimizer[name] for name in _RATES if name in optimizer}
     ours: dict[str, Any] = {f"optimizer.{name}": getattr(settings.optimizer, name) for name in _RATES}
     if settings.applied is not None and "lr_ratio" in config:
         theirs["lora.lr_ratio"], ours["lora.lr_ratio"] = config["lr_ratio"], settings.applied.lr_ratio
-    found = [
-        f"{name} was {theirs[name]} and is {ours[name]} here" for name in theirs if theirs[name] != ours[name]
+    differences = [
+        f"{name} is {value} in the adapter and {ours[name]} here"
+        for name, value in theirs.items()
+        if value != ours[name]
     ]
-    return [*found, "set them so, or --init_adapter_rates new if that is meant"] if found else []
+    hint = "set the same values, or --init_adapter_rates new to use different ones"
+    return [*differences, hint] if differences else []
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, list | tuple) else value

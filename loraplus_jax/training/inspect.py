@@ -1,4 +1,4 @@
-"""`loraplus inspect`: what a run would train, and at which rates, without training."""
+"""`loraplus inspect`: shows trainable parameters and learning rates without training."""
 
 from ..optim.diagnostics import describe
 from ..settings.schema import Settings
@@ -6,20 +6,20 @@ from .setup import abstract_run
 
 
 def inspect(settings: Settings) -> str:
-    """What would be trained, at which rate: role, group's peak rate, decay and size of every leaf, and the totals.
+    """Returns a table of all trainable parameters with role, peak learning rate, weight decay and size, and totals.
 
     Raises:
-      ValueError, OSError: as training would.
+      ValueError, OSError: as in training.
     """
     if (address := settings.distributed.coordinator) is not None:
         raise ValueError(
-            f"distributed.coordinator is {address}, and inspect joins no other process: give "
-            "--distributed.coordinator null to look at the run with the devices here"
+            f"distributed.coordinator is {address}, but inspect runs in a single process; set "
+            "--distributed.coordinator null to inspect the run with the local devices"
         )
     run = abstract_run(settings)
     peak = settings.optimizer.warmup_steps
     parts = run.shapes
     table = describe(parts.trainable, run.tx, parts.specs, frozen=parts.frozen, step=peak)
     sizes = ", ".join(f"{size:,} {name}" for name, size in run.data.examples.items())
-    steps = f"{run.steps} steps of {settings.train.batch_size}"
-    return f"{table}\n{steps}; rates are those of step {peak}; data: {sizes}"
+    steps = f"{run.steps} steps of batch size {settings.train.batch_size}"
+    return f"{table}\n{steps}; learning rates at step {peak}; data: {sizes}"

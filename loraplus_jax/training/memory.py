@@ -1,4 +1,4 @@
-"""Whether a run will fit: what its compiled programs need against what is free, before any weight is loaded."""
+"""Checks before loading any weights that the compiled programs of a run fit into free memory."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,45 +17,45 @@ def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> No
     """Raises ValueError if one of the programs needs more memory than is free.
 
     Args:
-      programs: compiled, `jax.stages.Compiled`; they run one at a time, and what one holds stays there meanwhile.
-      device: a `jax.Device`, one of those that they run on.
-      local_devices: how many of them this process has; on a CPU they share the host's memory.
+      programs: the `jax.stages.Compiled` programs. They run one at a time, but the arguments of all stay in memory.
+      device: one of the `jax.Device`s that they run on.
+      local_devices: the number of devices of this process; on a CPU they share the host's memory.
     """
     on_host = device.platform == "cpu"
-    held, passing = map(max, zip(*map(_needed, programs), strict=True))
-    times = local_devices if on_host else 1
-    held, passing, free = held * times, passing * times, free_bytes(device)
-    if held + passing > free:
+    resident, temporary = map(max, zip(*map(_program_bytes, programs), strict=True))
+    copies = local_devices if on_host else 1
+    resident, temporary, free = resident * copies, temporary * copies, free_bytes(device)
+    if resident + temporary > free:
         raise ValueError(
-            f"the run needs about {_gb(held + passing)} of memory (weights, optimizer and batch {_gb(held)}, "
-            f"activations and gradients {_gb(passing)}), and {_gb(free)} are free on {device.device_kind}; "
-            f"{MEMORY_ADVICE}"
+            f"not enough memory on {device.device_kind}: the run needs about {_format_gb(resident + temporary)} "
+            f"(weights, optimizer state and batch {_format_gb(resident)}, activations and gradients "
+            f"{_format_gb(temporary)}), {_format_gb(free)} are free; {MEMORY_ADVICE}"
         )
 
 
 MEMORY_ADVICE = (
-    "what makes it smaller: more train.accumulate, a smaller train.batch_size, train.eval_batch_size or "
-    "data.max_length, model.param_dtype bfloat16; for language models also model.remat, model.loss_chunk"
+    "to save memory, raise train.accumulate; lower train.batch_size, train.eval_batch_size or data.max_length; "
+    "set model.param_dtype bfloat16; for language models also set model.remat or lower model.loss_chunk"
 )
 
 
 def free_bytes(device: Any) -> int:
-    """What an accelerator says is free in its memory; for a CPU, what the machine and its control groups leave."""
+    """Free memory in bytes: as an accelerator reports it, or on a CPU within the machine and cgroup limits."""
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return min([psutil.virtual_memory().available, *_group_limits()])
+    return min([psutil.virtual_memory().available, *_cgroup_free_bytes()])
 
 
-def _needed(program: Any) -> tuple[int, int]:
-    """Bytes that a program holds from step to step, and those it takes for the length of one."""
+def _program_bytes(program: Any) -> tuple[int, int]:
+    """Bytes of a program's arguments, which stay in memory, and bytes that it needs only while it runs."""
     sizes = program.memory_analysis()
     fresh = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes, sizes.temp_size_in_bytes + fresh
 
 
-def _group_limits() -> Iterator[int]:
-    """What every control group that this process is in leaves, as containers and job schedulers set them."""
+def _cgroup_free_bytes() -> Iterator[int]:
+    """Yields the free bytes of every cgroup of this process; containers and job schedulers set their limits."""
     for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else ():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -67,19 +67,19 @@ def _group_limits() -> Iterator[int]:
         group = root / path.removeprefix("/")
         for directory in (group, *group.parents):
             if directory.is_relative_to(root):
-                yield from _left(directory, *names)
+                yield from _free_bytes_of_cgroup(directory, *names)
 
 
-def _left(directory: Path, limit: str, used: str, cached: str) -> Iterator[int]:
-    """Limit less use; file pages that can be dropped do not count as used."""
+def _free_bytes_of_cgroup(directory: Path, limit: str, used: str, cached: str) -> Iterator[int]:
+    """Yields limit minus usage, if there is a limit; reclaimable file pages do not count as used."""
     try:
-        most, now = ((directory / name).read_text().strip() for name in (limit, used))
+        limit_text, used_text = ((directory / name).read_text().strip() for name in (limit, used))
         stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
     except OSError:
-        return  # not in every group, and not where the path is another container's
-    if most != "max":
-        yield int(most) - int(now) + int(stat.get(cached, 0))
+        return  # some cgroups lack these files, and the path may belong to another container
+    if limit_text != "max":
+        yield int(limit_text) - int(used_text) + int(stat.get(cached, 0))
 
 
-def _gb(size: int) -> str:
+def _format_gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"

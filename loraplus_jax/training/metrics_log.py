@@ -1,4 +1,4 @@
-"""What a run shows: rows of numbers, TensorBoard events and a picture of the loss."""
+"""The log of a run: rows in `metrics.jsonl`, TensorBoard events, and a plot of the loss."""
 
 import importlib
 import json
@@ -18,9 +18,9 @@ METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png",
 class RunLog:
     """Appends rows of numbers to `metrics.jsonl` and to TensorBoard events.
 
-    Opened on a directory with older rows, it keeps the first `keep`: what was logged after the checkpoint that a
-    run goes on from will be logged again. If there are fewer, that is a ValueError and the file stays as it is.
-    With `writes=False` it only keeps them in memory: of several processes one writes for all.
+    In a directory with existing rows it keeps the first `keep`; a resumed run logs the rows after its checkpoint
+    again. With fewer rows than `keep` it raises ValueError and leaves the file unchanged. With `writes=False` rows
+    stay in memory; of several processes only the lead writes.
     """
 
     def __init__(self, directory: Path, *, keep: int = 0, writes: bool = True) -> None:
@@ -28,8 +28,8 @@ class RunLog:
         self.rows = read_rows(self.path, most=keep)
         if len(self.rows) < keep:
             raise ValueError(
-                f"{self.path} has {len(self.rows)} whole rows, and the checkpoint that the run goes on from was "
-                f"saved after {keep}: put the file back as the run left it, or start over with --fresh"
+                f"{self.path} has {len(self.rows)} complete rows, but the checkpoint to resume from was saved "
+                f"after {keep}: restore the original file, or start over with --fresh"
             )
         self._writes = writes
         if not writes:
@@ -40,7 +40,7 @@ class RunLog:
         self._events = _events_writer(directory / EVENTS, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One row."""
+        """Appends a row."""
         row = {"step": step, **{name: float(value) for name, value in values.items()}}
         self.rows.append(row)
         if not self._writes:
@@ -51,7 +51,7 @@ class RunLog:
         self._events.flush()
 
     def sync(self) -> None:
-        """Has all rows, and the file's name, on the disk, should the machine be switched off."""
+        """Flushes all rows and the directory entry to disk, so that they survive a power loss."""
         if not self._writes:
             return
         os.fsync(self._file.fileno())
@@ -62,11 +62,11 @@ class RunLog:
             os.close(directory)
 
     def values(self, name: str) -> list[tuple[int, float]]:
-        """`(step, value)` of every row that has the name."""
+        """The `(step, value)` pairs of all rows with this name."""
         return [(row["step"], row[name]) for row in self.rows if name in row]
 
     def close(self) -> None:
-        """Ends the files."""
+        """Closes the files."""
         if not self._writes:
             return
         self._file.close()
@@ -74,9 +74,9 @@ class RunLog:
 
 
 def _events_writer(directory: Path, step: int) -> Any:
-    """TensorBoard's file, written at once: SummaryWriter's thread dies of a full disk and then blocks for ever.
+    """Opens a TensorBoard event file with synchronous writes; on a full disk, SummaryWriter blocks forever.
 
-    A run that goes on from a step tells TensorBoard to forget what came after it.
+    A run that resumes from a step tells TensorBoard to drop all later events.
     """
     from tensorboardX.event_file_writer import EventsWriter
 
@@ -89,22 +89,22 @@ def _events_writer(directory: Path, step: int) -> Any:
 
 
 def _scalars(step: int, values: Mapping[str, float]) -> Any:
-    """One TensorBoard event; names with a slash are grouped by their first part, others under `train`."""
+    """Makes a TensorBoard event; names with a slash are grouped by their first part, others under `train`."""
     named = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
     summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in named.items()]}
     return _proto("event").Event(wall_time=time.time(), step=step, summary=summary)
 
 
 def _proto(name: str) -> Any:
-    """A module of generated classes, which type checkers cannot see into."""
+    """Imports a module of generated protobuf classes, which type checkers cannot analyze."""
     return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
 
 
 def read_rows(path: Path, most: int | None = None) -> list[LogRow]:
-    """The rows of a `metrics.jsonl`, all or the first; a last line cut short by a sudden end is left out.
+    """Reads the rows of a `metrics.jsonl`, at most the first `most`; an incomplete last line is ignored.
 
     Raises:
-      ValueError: a line is not JSON, or no row; it is named.
+      ValueError: a line is not JSON or not a row; the message names it.
     """
     if not path.exists():
         return []
@@ -113,27 +113,27 @@ def read_rows(path: Path, most: int | None = None) -> list[LogRow]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: no row of numbers: {error}") from None
+            raise ValueError(f"{path}:{number}: not a row of numbers: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}:{number}: no row of numbers with its step: {line[:40]!r}")
+            raise ValueError(f"{path}:{number}: expected a row of numbers with a step, got {line[:40]!r}")
         rows.append(row)
     return rows
 
 
 def partial_path(path: Path) -> Path:
-    """Where a file is written before it is renamed into its place."""
+    """The temporary path for writing a file before it is renamed to `path`."""
     return path.with_name(f".{path.name}.partial")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or, if interrupted, none of it."""
+    """Writes a file atomically."""
     partial = partial_path(path)
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def pyplot() -> Any:
-    """matplotlib's, for files alone; imported here since it takes long."""
+    """Imports matplotlib.pyplot with a file-only backend; a late import, because it is slow."""
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))
     import matplotlib
 
@@ -144,15 +144,15 @@ def pyplot() -> Any:
 
 
 def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
-    """A picture of the training loss, raw and smoothed, with the validation loss, and of the validation metric."""
+    """Plots the training loss (raw and smoothed), the validation loss and the validation metric."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    steps, loss = _columns(log.values("loss"))
+    steps, loss = _split_pairs(log.values("loss"))
     left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
     left.plot(steps, smooth(loss), color="tab:blue", linewidth=2, label="training (smoothed)")
-    left.plot(*_columns(log.values("validation/loss")), "o-", color="tab:orange", label="validation")
+    left.plot(*_split_pairs(log.values("validation/loss")), "o-", color="tab:orange", label="validation")
     left.set(xlabel="step", ylabel="loss", title="Loss", ylim=(0, None))
-    right.plot(*_columns(log.values(f"validation/{metric}")), "o-", color="tab:orange")
+    right.plot(*_split_pairs(log.values(f"validation/{metric}")), "o-", color="tab:orange")
     right.set(xlabel="step", ylabel=metric, title=f"Validation {metric}")
     left.legend(frameon=False)
     for axes in (left, right):
@@ -166,7 +166,7 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
-    """A running mean in which each older value counts `weight` times the next, without bias at the start.
+    """Exponential moving average with decay `weight` and bias correction.
 
     >>> smooth([1.0, 1.0, 4.0], weight=0.5)
     [1.0, 1.0, 2.7142857142857144]
@@ -179,5 +179,5 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     return result
 
 
-def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+def _split_pairs(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in pairs], [value for _, value in pairs]

@@ -1,4 +1,4 @@
-"""From the section `optimizer` to an optimizer."""
+"""Builds the optimizer from the section `optimizer` of the settings."""
 
 import functools
 from typing import Any
@@ -22,9 +22,9 @@ def make_optimizer(
     learning_rate: jax.Array | None = None,
     lr_ratio: float | jax.Array | LoRAPlusConfig | None = None,
 ) -> LoRAPlusTransform:
-    """AdamW with the scheduled rate of every group; without adapters every parameter has the base rate.
+    """Makes AdamW with a learning rate schedule per parameter group; without adapters all share the base rate.
 
-    A peak rate and a ratio given as arrays, which may be traced, stand for those of the settings.
+    `learning_rate` and `lr_ratio` replace the values of the settings; they may be traced arrays.
     """
     schedule = functools.partial(schedule_for, settings, steps)
     if lr_ratio is None:
@@ -47,7 +47,7 @@ def make_optimizer(
 
 
 def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:
-    """The named schedule with a peak rate."""
+    """Makes the learning rate schedule of the settings with a peak rate."""
     return make_schedule(
         settings.schedule,
         peak,
@@ -59,8 +59,11 @@ def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Arra
 
 
 def check_rates(settings: OptimizerSettings, tx: LoRAPlusTransform, trainable: Any) -> None:
-    """No rate is set for a group that has nothing in it."""
+    """Raises ValueError if a learning rate is set for a parameter group that is empty."""
     roles = set(jax.tree.leaves(tx.labels(trainable)))
-    for role, name in (("extra", "head_learning_rate"), ("embedding", "embedding_learning_rate")):
-        if getattr(settings, name) is not None and role not in roles:
-            raise ValueError(f"optimizer.{name} is set, and nothing is trained that it is for")
+    for role, name, group in (
+        ("extra", "head_learning_rate", "head or other fully trained parameter"),
+        ("embedding", "embedding_learning_rate", "embedding adapter"),
+    ):
+        if (rate := getattr(settings, name)) is not None and role not in roles:
+            raise ValueError(f"optimizer.{name} is {rate:g}, but the model trains no {group}; remove it")

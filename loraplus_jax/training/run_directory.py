@@ -1,4 +1,4 @@
-"""The output directory of a run: who holds it, whether a run may start or resume there, and its files."""
+"""The output directory of a run: its lock, its files, and whether a run may start or resume there."""
 
 import contextlib
 import importlib.metadata
@@ -26,17 +26,17 @@ from .metrics_log import PICTURE, SUMMARY, partial_path, write_text
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 PER_PROCESS_PREFIXES = ("output_dir ", "distributed.")
-"""Settings that say where a run is started, and not what it is."""
+"""Settings that depend on where a run is started; changes to them are not reported."""
 DIFFERENCE_LABELS = ("in that run", "here")
-"""Of the two values of a difference between an older run and this one."""
+"""Labels for the two values of a setting that differs between the existing run and this one."""
 
 
 @contextmanager
 def lock_directory(directory: Path) -> Iterator[None]:
-    """Holds the directory for this process; the operating system lets go of it when the process ends, however.
+    """Locks the directory for this process; the operating system releases the lock when the process exits.
 
     Raises:
-      ValueError: another process has a run in it; the message gives its pid.
+      ValueError: another process has locked it; the message gives its pid.
     """
     lock, owner = _acquire_lock(directory), directory / OWNER
     try:
@@ -55,38 +55,38 @@ def _acquire_lock(directory: Path) -> filelock.BaseFileLock:
     except filelock.Timeout:
         pid = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
         raise ValueError(
-            f"a run with pid {pid} is at work in {directory}; wait for it or choose another"
+            f"{directory} is in use by another run (pid {pid}); wait for it or choose another output_dir"
         ) from None
     return lock
 
 
-def _check_free(directory: Path) -> None:
-    """Raises ValueError if a run is at work in the directory: said now, not when the weights are loaded."""
+def _check_not_locked(directory: Path) -> None:
+    """Raises ValueError if another run uses the directory; checked early, before the weights are loaded."""
     if (directory / LOCK).exists():
         _acquire_lock(directory).release()
 
 
 def _check_writable(directory: Path) -> None:
-    """Raises ValueError unless files can be made in the directory: by trying, since rights do not tell all."""
-    made = []
+    """Raises ValueError if the directory is not writable. It tries, since permissions are not conclusive."""
+    created = []
     try:
         for path in (*reversed(directory.parents), directory):
             if not path.exists():
                 path.mkdir()
-                made.append(path)
+                created.append(path)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise ValueError(f"output_dir {directory} cannot be written: {error.strerror}") from None
+        raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
     finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # not empty: another run has come first
+        for path in reversed(created):
+            with contextlib.suppress(OSError):  # not empty: another run has started there
                 path.rmdir()
 
 
 @contextmanager
 def add_path_to_errors(directory: Path) -> Iterator[None]:
-    """Gives the directory's name to an error of the system that has none, as a full disk's."""
+    """Adds the directory to system errors without a file name, such as a full disk."""
     try:
         yield
     except OSError as error:
@@ -103,42 +103,42 @@ def check_directory(
     may_change: Sequence[str] = RESUMABLE_FIELDS,
     ends: tuple[str, ...] = STOP_FIELDS,
 ) -> list[str]:
-    """Which settings have changed since the run that is in the directory was started, in words.
+    """Checks that a run may start or resume in a directory; returns the changed settings as text.
 
-    Of several processes one asks: the files by which it tries the directory would confuse the others.
+    Call it on one process only: it creates and removes test files.
 
     Args:
       directory: `output_dir`.
-      settings: of the run that wants to go on there.
-      fresh: whether it starts over instead.
-      may_change: which settings may differ.
-      ends: which of them let a finished run go on.
+      settings: the settings of the run.
+      fresh: whether to start over instead of resuming.
+      may_change: the settings that may differ from the existing run.
+      ends: the settings that, if changed, resume a finished run.
 
     Raises:
-      ValueError: the run may not start or go on there.
+      ValueError: the run may not start or resume there.
     """
     for parent in (directory, *directory.parents):
         if parent.exists() and not parent.is_dir():
-            raise ValueError(f"output_dir {directory}: {parent} is a file")
+            raise ValueError(f"output_dir {directory}: {parent} is a file, not a directory")
     _check_writable(directory)
-    _check_free(directory)
+    _check_not_locked(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
     if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
         return []
     if not (directory / CONFIG).is_file():
-        raise ValueError(f"output_dir {directory} holds files that are not a run's; choose another directory")
+        raise ValueError(f"output_dir {directory} contains files that do not belong to a run; choose another")
     if fresh:
         return []
-    other = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
+    remedy = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
     old = read_yaml(directory / CONFIG)
     if not isinstance(old, dict):
-        raise ValueError(f"{directory / CONFIG} holds no settings; {other}")
-    (old_same, old_free), (same, free) = (
+        raise ValueError(f"{directory / CONFIG} contains no settings; {remedy}")
+    (old_fixed, old_free), (fixed, free) = (
         split_settings(v, "", may_change) for v in (old, settings.to_json())
     )
-    if found := field_differences(old_same, same, DIFFERENCE_LABELS):
+    if differences := field_differences(old_fixed, fixed, DIFFERENCE_LABELS):
         raise ValueError(
-            f"output_dir {directory} holds a run with other settings: {'; '.join(found)}; {other}"
+            f"output_dir {directory} contains a run with different settings: {'; '.join(differences)}; {remedy}"
         )
     changed = [
         text
@@ -146,13 +146,13 @@ def check_directory(
         if not text.startswith(PER_PROCESS_PREFIXES)
     ]
     if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
-        more = "it goes on with more train.steps, or " if ends else ""
-        raise ValueError(f"the run in {directory} is finished, its results are in {SUMMARY}; {more}{other}")
+        extend = "raise train.steps to continue it, " if ends else ""
+        raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
     return changed
 
 
 def check_shared_disk(directory: Path) -> None:
-    """Raises ValueError, in all processes, unless all of them see what the first one writes to the directory."""
+    """Raises ValueError on every process unless all see what the lead process writes to the directory."""
     if jax.process_count() == 1:
         return
     (name, *_) = allgather(f".seen-{secrets.token_hex(8)}")
@@ -162,20 +162,20 @@ def check_shared_disk(directory: Path) -> None:
     with raise_together():
         if not (directory / name).is_file():
             raise ValueError(
-                f"output_dir {directory} must lie on a file system that all processes see, and process "
-                f"{jax.process_index()} does not find there what process 0 has written"
+                f"output_dir {directory} must be on a file system shared by all processes, but process "
+                f"{jax.process_index()} cannot see the files of process 0 there"
             )
     if is_lead():
         (directory / name).unlink()
 
 
 def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[str]:
-    """`check_directory` by the first process, for all; they must have been started alike."""
-    started = settings.to_json()
+    """Runs `check_directory` on the lead process, after checking that all processes have the same settings."""
+    values = settings.to_json()
     for name in ("coordinator", "process_id"):  # each process has its own
-        del started["distributed"][name]
+        del values["distributed"][name]
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    check_same_everywhere({**started, "--fresh": fresh, "packages": versions})
+    check_same_everywhere({**values, "--fresh": fresh, "packages": versions})
     changed: list[str] = []
     with raise_together():
         if is_lead():
@@ -185,7 +185,7 @@ def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[s
 
 @contextmanager
 def close_manager(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
-    """Closes the manager at the end, except where it would wait for a lost process."""
+    """Closes the manager on exit, unless that would wait for a lost process."""
     try:
         yield manager
     except BaseException as error:
@@ -196,14 +196,14 @@ def close_manager(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointMana
 
 
 def write_config(directory: Path, settings: Settings) -> None:
-    """`config.yaml`, whole or not at all."""
+    """Writes `config.yaml` atomically."""
     write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
 
 
 def archive_results(directory: Path) -> None:
-    """Renames what a finished run made, with its last step in the name, before the run goes on.
+    """Renames the results of a finished run, adding its last step, before the run resumes.
 
-    The summary last: as long as it is there, the run counts as finished, and this is done again after a sudden end.
+    Renames the summary last: until then the run counts as finished, so after a crash this runs again.
     """
     if not (directory / SUMMARY).exists():
         return
@@ -214,39 +214,39 @@ def archive_results(directory: Path) -> None:
 
 
 def _first_free(path: Path) -> Path:
-    """The path, or with the first number behind its name that makes it new."""
+    """The path itself if it is free, else the first free path with a number added."""
     numbered = (path.with_stem(f"{path.stem}.{number}") for number in range(1, 10**6))
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
 def quarantine_checkpoint(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
-    """Moves a run's checkpoint that cannot be read out of the way; returns where to."""
-    place = _first_free(directory / DAMAGED / str(step))
+    """Moves an unreadable checkpoint of a run out of the way; returns its new path."""
+    destination = _first_free(directory / DAMAGED / str(step))
     if is_lead():
-        place.parent.mkdir(exist_ok=True)
-        (directory / CHECKPOINTS / str(step)).rename(place)
-    allgather(None)  # no process looks before it is out of the way
+        destination.parent.mkdir(exist_ok=True)
+        (directory / CHECKPOINTS / str(step)).rename(destination)
+    allgather(None)  # a barrier: no process reloads before the move
     manager.reload()
-    return place
+    return destination
 
 
 def rename_run(directory: Path, console: Console) -> None:
-    """Renames an older run, unless it is at work, to the first free `DIRECTORY.N`."""
+    """Renames an existing run to the first free `DIRECTORY.N`, unless it is in use."""
     if (directory / CONFIG).exists():
         number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}.{n}").exists())
         with lock_directory(directory):
             old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
-        console.print(f"the older run is now {old}")
+        console.print(f"renamed the old run to {old}")
 
 
 @contextmanager
 def claim_directory(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
-    """The output directory, made or taken over, and held."""
+    """Creates the output directory, or takes over an existing run's, and locks it."""
     if fresh:
         rename_run(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
     with lock_directory(directory):
         if not (directory / CONFIG).exists():
-            # The first file of a run: by it the directory is known as one, however early the run is killed.
+            # Written first: it marks the directory as a run, however early the run is killed.
             write_config(directory, settings)
         yield

@@ -1,4 +1,4 @@
-"""From settings to everything a run needs: data, model, adapters, optimizer. Nothing is written here."""
+"""Prepares a run from its settings: data, model, adapters, optimizer, compiled programs. Writes no files."""
 
 import dataclasses
 import math
@@ -44,19 +44,19 @@ from .xla import compiler_options
 
 
 class Run(NamedTuple):
-    """All that training needs.
+    """Everything that training needs.
 
     Attributes:
-      settings: what was asked for.
-      config: what is really applied, None for method full.
-      data, parts: see there.
-      steps: optimizer steps in all.
+      settings: the settings.
+      config: the effective config of the adapters; None for method full.
+      data, parts: see `TaskData` and `AdaptedModel`.
+      steps: the total number of optimizer steps.
       tx: the optimizer.
-      mesh: the devices.
-      shardings: where state and frozen variables lie.
-      programs: the compiled step and evaluation.
-      sample_prompt: the prompt of the settings, answered before and after training, if any.
-      metadata: what checkpoints and adapters say of themselves.
+      mesh: the device mesh.
+      shardings: the shardings of the state and the frozen variables.
+      programs: the compiled training step and evaluation.
+      sample_prompt: the prompt to answer before and after training, if any.
+      metadata: the metadata saved with checkpoints and adapters.
     """
 
     settings: Settings
@@ -73,12 +73,12 @@ class Run(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What runs on the devices, compiled for a run's shapes.
+    """The compiled programs of a run.
 
     Attributes:
       step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
       evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
-      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if it is not asked for.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if disabled.
     """
 
     step: Any
@@ -87,14 +87,14 @@ class Programs(NamedTuple):
 
 
 def prepare(settings: Settings) -> Run:
-    """Fetches, checks, compiles and loads everything, in this order.
+    """Downloads, checks, compiles and loads everything, in this order.
 
-    Of several processes each does so for itself; then they compare what they read.
+    With several processes each does all of it, then they compare what they read.
 
     Raises:
-      ValueError, OSError: something does not fit, in memory either, or cannot be read; the message says what.
+      ValueError, OSError: settings, data, weights or memory do not fit, or a file cannot be read.
     """
-    several = jax.process_count() > 1
+    is_distributed = jax.process_count() > 1
     with raise_together():
         mesh, directory, data, steps, shapes, tx = abstract_run(settings)
         _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
@@ -111,11 +111,11 @@ def prepare(settings: Settings) -> Run:
             "data": digest(data.splits),
             "task": data.task.notes(),
             "weights": leaf_dtypes_and_shapes(parts.frozen),
-            "rows of the weights": rows_digest(tensors) if several else None,
-            "init_adapter": adapter_digest(settings) if several else None,
+            "rows of the weights": rows_digest(tensors) if is_distributed else None,
+            "init_adapter": adapter_digest(settings) if is_distributed else None,
         }
     check_same_everywhere(inputs)
-    # From here on the processes compute together.
+    # From here on, computations run on all processes together.
     base = fingerprint(parts.frozen) if parts.frozen else None
     metadata = describe_run(
         parts.specs,
@@ -129,7 +129,7 @@ def prepare(settings: Settings) -> Run:
         with raise_together():
             parts = load_init_adapter(settings, parts, params_of(parts), base)
         metadata["init_adapter"] = fingerprint(parts.trainable)
-    if several:
+    if is_distributed:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
     return Run(
         settings, settings.applied, data, parts, steps, tx, mesh, shardings, programs, sample_prompt, metadata
@@ -137,7 +137,7 @@ def prepare(settings: Settings) -> Run:
 
 
 class AbstractRun(NamedTuple):
-    """A run before any weight is looked at; see `Run`. `shapes` is the model with shapes for all values."""
+    """A run before any weights are read; see `Run`. `shapes` is the model with shapes as variables."""
 
     mesh: Mesh
     directory: Path
@@ -148,7 +148,7 @@ class AbstractRun(NamedTuple):
 
 
 def abstract_run(settings: Settings) -> AbstractRun:
-    """Fetches model and data, and checks devices, data, steps, adapters and rates against each other."""
+    """Downloads model and data; checks that devices, data, steps, adapters and learning rates fit together."""
     mesh = make_mesh(**dataclasses.asdict(settings.mesh))
     check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model")
@@ -162,24 +162,23 @@ def abstract_run(settings: Settings) -> AbstractRun:
 
 
 def task_module(settings: Settings) -> Any:
-    """The module that knows the kind of model: it has `load_data`, `load_split`, `make_base` and `make_losses`."""
+    """The module for the kind of model, with `load_data`, `load_split`, `make_base` and `make_losses`."""
     return causal_lm if settings.is_language else encoder
 
 
 def count_steps(settings: Settings, examples: int) -> int:
-    """Optimizer steps in all, checked against the batch size and the warm-up."""
+    """The total number of optimizer steps; checks batch size, warmup and decay against it."""
     batch = settings.train.batch_size
     if batch > examples:
-        raise ValueError(f"train.batch_size is {batch}, the train split has only {examples} rows")
+        raise ValueError(f"train.batch_size is {batch}, but the train split has only {examples} rows")
     epochs = 3.0 if settings.train.epochs is None else settings.train.epochs
     steps = settings.train.steps or max(1, math.ceil(epochs * (examples // batch)))
     if steps > MAX_STEPS:
-        raise ValueError(
-            f"train.epochs is {epochs:g}, which makes {steps:g} steps; at most {MAX_STEPS} are counted"
-        )
+        raise ValueError(f"train.epochs {epochs:g} gives {steps:g} steps; the maximum is {MAX_STEPS}")
     if settings.optimizer.warmup_steps >= steps:
         raise ValueError(
-            f"optimizer.warmup_steps is {settings.optimizer.warmup_steps}, of {steps} steps in all"
+            f"optimizer.warmup_steps must be below the {steps} steps in total, "
+            f"got {settings.optimizer.warmup_steps}"
         )
     try:
         schedule_for(settings.optimizer, steps, 1.0)
@@ -191,7 +190,7 @@ def count_steps(settings: Settings, examples: int) -> int:
 def build_model(
     settings: Settings, directory: Path, task: Any, config: LoRAPlusConfig | None
 ) -> AdaptedModel:
-    """The model with its adapters; shapes stand for all weights but the adapters."""
+    """The model with adapters; all variables except the adapters are shapes."""
     return add_adapters(
         settings, task_module(settings).make_base(settings, directory, task), config, init_lora
     )
@@ -200,7 +199,7 @@ def build_model(
 def add_adapters(
     settings: Settings, base: BaseModel, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
 ) -> AdaptedModel:
-    """A base with its adapters, which `make_adapters` makes as `init_lora` does, or as shapes."""
+    """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead."""
     model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
@@ -213,7 +212,7 @@ def add_adapters(
 
 
 def base_parts(settings: Settings, directory: Path, task: Any) -> AdaptedModel:
-    """The model without adapters and without variables."""
+    """The model without adapters or variables."""
     base: BaseModel = task_module(settings).make_base(settings, directory, task)
     return AdaptedModel(base, base.model, {}, {}, {})
 
@@ -225,17 +224,17 @@ def load_model(
     config: LoRAPlusConfig | None,
     mesh: Mesh | None = None,
 ) -> AdaptedModel:
-    """The same with weights from a directory, and first values of what that has not.
+    """Loads the weights from a directory and initializes parameters that it lacks.
 
-    With a mesh the weights go straight to where they lie on it, and a process reads its own parts alone.
+    With a mesh, weights are loaded directly into their shardings, and each process reads only its own shards.
 
     Raises:
-      ValueError: the weights do not fit; the message lists all that is missing, extra or misshapen.
+      ValueError: the weights do not fit; the message lists all missing, extra and misshapen tensors.
     """
     base = parts.base
     params = params_of(parts)
-    places = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
-    shardings = {path.removeprefix("params/"): place for path, place in places.items()}
+    by_path = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)
+    shardings = {path.removeprefix("params/"): sharding for path, sharding in by_path.items()}
     params = load_params(directory, base.table, params, new=base.new, shardings=shardings)
     return set_weights(settings, parts, params, config)
 
@@ -243,7 +242,7 @@ def load_model(
 def set_weights(
     settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], config: LoRAPlusConfig | None
 ) -> AdaptedModel:
-    """The same with weights that are loaded already, which are not copied, and first values of what they lack."""
+    """Sets loaded weights, without a copy, and initializes parameters that they lack."""
     base = parts.base
     new_key, _ = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": combine(params, {name: _init_new(base, name, new_key) for name in base.new})}
@@ -253,12 +252,12 @@ def set_weights(
 
 
 def params_of(parts: AdaptedModel) -> dict[str, Any]:
-    """All parameters of the model without adapters."""
+    """All parameters of the model, without adapters."""
     return combine(parts.trainable, parts.frozen)["params"]
 
 
 def state_shardings(parts: AdaptedModel, tx: LoRAPlusTransform, mesh: Mesh) -> Shardings:
-    """Where state and frozen variables lie on a mesh."""
+    """The shardings of the state and the frozen variables on a mesh."""
     return make_shardings(
         mesh, state_shapes(parts, tx), parts.frozen, specs=parts.specs, rules=parts.base.rules
     )
@@ -272,15 +271,15 @@ def compile_programs(
     mesh: Mesh,
     shardings: Shardings,
 ) -> Programs:
-    """Step and evaluation, compiled from shapes alone; nothing else is compiled later."""
+    """Compiles step, evaluation and, if enabled, theory measurement from shapes; nothing is compiled later."""
     losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
-    placed = {"mesh": mesh, "shardings": shardings}
-    evaluate = make_eval(losses.evaluate, **placed)
+    layout = {"mesh": mesh, "shardings": shardings}
+    evaluate = make_eval(losses.evaluate, **layout)
     batch = batch_shapes(data.splits["validation"], settings.train.eval_batch_size)
     state, theory = state_shapes(parts, tx), None
     if settings.train.theory_every is not None:
         rows = batch_shapes(data.splits["train"], count_rows(settings.train.batch_size, mesh))
-        theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **placed).compile()
+        theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=settings.model.unroll)
     return Programs(
         lower_step(settings, data, parts, tx, mesh, shardings).compile(options),
@@ -297,7 +296,7 @@ def lower_step(
     mesh: Mesh,
     shardings: Shardings,
 ) -> jax.stages.Lowered:
-    """The step before it is compiled; of the data only the columns' shapes matter."""
+    """Lowers the training step; only the shapes of the data's columns matter."""
     losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
     step = jit_step(
         losses.train,
@@ -312,13 +311,13 @@ def lower_step(
 
 
 def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of some columns' rows, with a weight a row."""
-    weighed = columns | {"weight": np.ones(1, np.float32)}
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighed.items()}
+    """The shapes of a batch of these columns, with a weight per row."""
+    weighted = columns | {"weight": np.ones(1, np.float32)}
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in weighted.items()}
 
 
 def state_shapes(parts: AdaptedModel, tx: LoRAPlusTransform) -> TrainState:
-    """The shapes of a run's state."""
+    """The shapes of the training state."""
     return jax.eval_shape(lambda: init_state(_zeros(parts.trainable), tx, jax.random.key(0)))
 
 
@@ -327,37 +326,38 @@ def _zeros(shapes: Any) -> Any:
 
 
 def check_mesh(settings: Settings, mesh: Mesh) -> None:
-    """Raises ValueError if a batch cannot be split over a mesh, or the dtype does not go with the method."""
+    """Raises ValueError if a mesh cannot split a batch, or the method does not support the dtype."""
     train, parts = settings.train, batch_parts(mesh)
-    whole = batch_sizes_for(train.batch_size, train.accumulate, train.eval_batch_size, parts)
-    given = {name: getattr(train, name) for name in whole}
-    if changed := {name: size for name, size in whole.items() if size != given[name]}:
+    fitting = batch_sizes_for(train.batch_size, train.accumulate, train.eval_batch_size, parts)
+    if changed := {name: size for name, size in fitting.items() if size != getattr(train, name)}:
         sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)
         raise ValueError(
-            f"{parts} parts of a batch ({sizes}) must divide train.batch_size / accumulate, got "
-            f"{train.batch_size} / {train.accumulate}, and train.eval_batch_size, got {train.eval_batch_size}; "
-            f"these would do: {' '.join(f'--train.{name} {size}' for name, size in changed.items())}"
+            f"{sizes} = {parts} must divide train.batch_size / accumulate ({train.batch_size} / "
+            f"{train.accumulate}) and train.eval_batch_size ({train.eval_batch_size}); "
+            f"try {' '.join(f'--train.{name} {size}' for name, size in changed.items())}"
         )
-    if settings.method == "full" and settings.model.param_dtype != "float32":
-        raise ValueError("method full trains every weight, in float32: model.param_dtype must be float32")
+    if (dtype := settings.model.param_dtype) != "float32" and settings.method == "full":
+        raise ValueError(
+            f"method full trains all weights in float32: set model.param_dtype float32, got {dtype}"
+        )
 
 
 def batch_sizes_for(batch_size: int, accumulate: int, eval_batch_size: int, parts: int) -> dict[str, int]:
-    """The nearest sizes, upwards, that a mesh can split into `parts`; a batch that it can split keeps its size.
+    """Rounds batch sizes up until a mesh can split them into `parts`, and `accumulate` down to a size that fits.
 
     >>> batch_sizes_for(16, 4, 4, 8)
     {'batch_size': 16, 'accumulate': 2, 'eval_batch_size': 8}
     >>> batch_sizes_for(16, 4, 4, 64)
     {'batch_size': 64, 'accumulate': 1, 'eval_batch_size': 64}
     """
-    whole = -(-batch_size // parts) * parts
-    fitting = [n for n in range(1, accumulate + 1) if whole % (n * parts) == 0]
-    evaluated = -(-eval_batch_size // parts) * parts
-    return {"batch_size": whole, "accumulate": fitting[-1], "eval_batch_size": evaluated}
+    rounded = -(-batch_size // parts) * parts
+    fitting = [n for n in range(1, accumulate + 1) if rounded % (n * parts) == 0]
+    rounded_eval = -(-eval_batch_size // parts) * parts
+    return {"batch_size": rounded, "accumulate": fitting[-1], "eval_batch_size": rounded_eval}
 
 
 def _init_new(base: BaseModel, name: str, key: jax.Array) -> Any:
-    """First values of a new part; XLA leaves the rest of the model out."""
+    """Initializes a new part of the model; XLA removes the rest of the computation."""
     zeros = [jnp.zeros(x.shape, x.dtype) for x in base.inputs]
     return jax.jit(lambda key: base.model.init(key, *zeros)["params"][name])(key)
 
@@ -369,7 +369,7 @@ def _split(variables: Mapping[str, Any], config: LoRAPlusConfig | None) -> tuple
 
 
 def _float32(tree: Any) -> Any:
-    """Trained leaves in float32, whatever the frozen weights are kept in."""
+    """Casts trained leaves to float32, whatever the dtype of the frozen weights."""
 
     def cast(leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -9,10 +9,10 @@ from jax.experimental import multihost_utils
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and it has saved what it had.
+    """A signal stopped the run, after its state was saved.
 
     Attributes:
-      signal_number: which signal.
+      signal_number: the signal.
     """
 
     def __init__(self, signal_number: int, message: str) -> None:
@@ -21,10 +21,10 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """While entered, SIGTERM and SIGINT (Ctrl-C) only leave a note; a second one acts as it always does.
+    """While entered, records SIGTERM and SIGINT (Ctrl-C) instead of acting on them; a second one acts as usual.
 
-    Where several processes train, JAX's preemption service has SIGTERM, of whichever process, and chooses a step
-    that all of them reach; SIGINT is handed on to it.
+    With several processes, JAX's preemption service handles a SIGTERM to any of them and chooses a step that all
+    reach; SIGINT is forwarded to it as SIGTERM.
 
     Attributes:
       received: the signal's number, or None.
@@ -36,16 +36,16 @@ class StopSignal:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        # Nor is any other thread told: it would take a signal that is noted here for one that ends the process.
-        self._told = signal.set_wakeup_fd(-1)
-        ours = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
-        self._before = {number: signal.getsignal(number) for number in ours}
-        for number in ours:
-            signal.signal(number, self._note)
+        # Stop waking the listener thread of `loraplus_command`, which could end the process on a recorded signal.
+        self._wakeup_fd = signal.set_wakeup_fd(-1)
+        handled = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
+        self._previous_handlers = {number: signal.getsignal(number) for number in handled}
+        for number in handled:
+            signal.signal(number, self._record)
         return self
 
     def is_due(self, step: int) -> bool:
-        """Whether to stop after a step, which is to be asked after every one."""
+        """Whether to stop after this step; call it after every step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM if self.received is None else self.received
             return True
@@ -53,14 +53,14 @@ class StopSignal:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
-        signal.set_wakeup_fd(self._told, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The training run: batches, steps, evaluations, checkpoints, and what is left in the output directory."""
+"""The training loop: steps, evaluations, checkpoints, resuming, and the files in the output directory."""
 
 import contextlib
 import importlib.metadata
@@ -62,24 +62,24 @@ from .xla import use_compilation_cache
 
 
 def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
-    """Trains, evaluates before and after, and writes everything to `settings.output_dir`.
+    """Trains, evaluates before and after, and writes all results to `settings.output_dir`.
 
-    An unfinished run of the same settings there goes on from its newest checkpoint; `settings.MAY_CHANGE` lists
-    what may differ, and a finished run goes on when its end has moved.
+    An unfinished run there with the same settings resumes from its newest checkpoint. Only the settings in
+    `RESUMABLE_FIELDS` may differ; a finished run resumes if one of `STOP_FIELDS` changes.
 
     Args:
-      settings: the whole run.
-      fresh: start over; an older run there is renamed, not deleted.
+      settings: the settings of the run.
+      fresh: start over; an existing run is renamed, not deleted.
       console: where to print.
 
     Returns:
-      What `summary.json` holds.
+      The contents of `summary.json`.
 
     Raises:
-      ValueError, OSError: bad input, found before anything is written.
-      Stopped: SIGTERM or Ctrl-C; what was done is saved.
-      TrainingFailed: numbers that are not finite.
-      LostProcess: one of several processes has ended.
+      ValueError, OSError: invalid input, raised before any file is written; or a file cannot be written.
+      Stopped: SIGTERM or Ctrl-C stopped the run after its state was saved.
+      TrainingFailed: training produced non-finite values.
+      LostProcess: another process of the run is gone.
     """
     directory = Path(settings.output_dir).expanduser()
     with contextlib.ExitStack() as stack:
@@ -108,24 +108,25 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
             done = manager.latest_step() or 0
             if run.steps < done:
                 raise ValueError(
-                    f"train.steps or epochs ends the run at step {run.steps}, and it has done {done} already"
+                    f"train.steps or train.epochs ends the run at step {run.steps}, but it has already done {done} "
+                    "steps; raise it"
                 )
             if is_lead():
                 archive_results(directory)
                 write_config(directory, settings)
-            console.print(f"changed since the run was started: {'; '.join(changed)}")
+            console.print(f"settings changed since the run started: {'; '.join(changed)}")
         return Trainer(run, directory, manager, console).run_to_end()
 
 
 class Trainer:
-    """One run from its start, or its newest checkpoint, to its summary."""
+    """Runs training from the start, or from the newest checkpoint, to the summary."""
 
     def __init__(self, run: Run, directory: Path, manager: ocp.CheckpointManager, console: Console) -> None:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
         self.task, self.settings = run.data.task, run.settings.train
         self.stop = StopSignal()
         self.history = SpikeHistory()
-        self.evaluation_pending = False  # whether the restored checkpoint still needs its evaluation
+        self.evaluation_pending = False  # whether the newest checkpoint still lacks its evaluation
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)
@@ -138,10 +139,10 @@ class Trainer:
         )
         self.held_out = "test" if "test" in run.data.splits else "validation"
         self.answers: dict[str, str] = {}
-        self.pending: list[Any] = []  # the metrics of steps that no row tells of yet
+        self.pending: list[Any] = []  # metrics of steps that are not logged yet
 
     def run_to_end(self) -> dict[str, Any]:
-        """Everything; returns the summary."""
+        """Resumes if possible, trains, evaluates and writes the results; returns the summary."""
         started = time.perf_counter()
         rows = self.resume()
         self.step = step = int(self.state.step)
@@ -158,14 +159,14 @@ class Trainer:
             self.log.close()
 
     def check_stop(self) -> None:
-        """Ends the run, whose newest checkpoint is that of its last step, if a signal asked for it."""
+        """Raises Stopped if a signal was received, once running saves are done."""
         if self.stop.received is not None:
             self.manager.wait_until_finished()
-            message = f"stopped at step {self.step} of {self.run.steps}; the same command goes on from there"
+            message = f"stopped at step {self.step} of {self.run.steps}; rerun the same command to resume"
             raise Stopped(self.stop.received, message)
 
     def resume(self) -> int:
-        """Restores the newest checkpoint that can be read, if any; returns how many rows were logged by then."""
+        """Restores the newest readable checkpoint, if any; returns the number of rows logged before it."""
         while (step := allgather(self.manager.latest_step())[0]) is not None:
             try:
                 restored = restore_checkpoint(self.manager, self.state, metadata=self.run.metadata, step=step)
@@ -181,25 +182,27 @@ class Trainer:
         return 0
 
     def quarantine(self, step: int, error: DamagedCheckpoint) -> None:
-        """Moves a checkpoint that cannot be read out of the way."""
-        place = quarantine_checkpoint(self.directory, self.manager, step)
-        self.console.print(f"{error}; it is now {place}, and the one before is used")
+        """Moves an unreadable checkpoint out of the way and prints its new path."""
+        destination = quarantine_checkpoint(self.directory, self.manager, step)
+        self.console.print(f"{error}; moved it to {destination}, using another checkpoint if there is one")
 
     def evaluate_before(self) -> dict[str, float]:
-        """The held-out result before the first step, from the log when the run goes on."""
-        name = f"{self.held_out}/"
-        first = next((row for row in self.log.rows if row["step"] == 0), None)
-        if first is None and self.step:
-            raise ValueError(f"{self.log.path} has no row of step 0: put the file back as the run left it")
-        if first is None:
+        """Evaluates on held-out data before the first step; a resumed run reads the result from the log."""
+        prefix = f"{self.held_out}/"
+        row = next((row for row in self.log.rows if row["step"] == 0), None)
+        if row is None and self.step:
+            raise ValueError(
+                f"{self.log.path} has no row of step 0: restore the original file, or start over with --fresh"
+            )
+        if row is None:
             values = self.evaluate(self.state.trainable, self.held_out)
             if not math.isfinite(values["loss"]):
                 raise TrainingFailed(
-                    "the loss is not finite before any training: look at the weights and the dtype"
+                    "the loss is not finite before training: check the weights, model.dtype and model.param_dtype"
                 )
-            self.log.write(0, {name + key: value for key, value in values.items()})
-            first = self.log.rows[-1]
-        before = {key.removeprefix(name): value for key, value in first.items() if key.startswith(name)}
+            self.log.write(0, {prefix + key: value for key, value in values.items()})
+            row = self.log.rows[-1]
+        before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
         self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
         if self.run.sample_prompt is not None:
             self.answers = {"prompt": self.run.sample_prompt.prompt, "before": self.answer(self.initial)}
@@ -207,12 +210,12 @@ class Trainer:
         return before
 
     def answer(self, trainable: Any) -> str:
-        """What the model says to the prompt of the settings."""
+        """Returns the model's answer to `train.prompt`."""
         assert self.run.sample_prompt is not None
         return self.run.sample_prompt.ask(combine(trainable, self.frozen))
 
     def loop(self, step: int) -> None:
-        """The steps that are left, with evaluations, checkpoints and early stopping."""
+        """Runs the remaining steps, with evaluations, checkpoints and early stopping."""
         with progress(self.console) as bar:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
             if self.evaluation_pending:
@@ -245,13 +248,13 @@ class Trainer:
             self.log_row(step)
 
     def measure_theory(self, before: Any, batch: Batch) -> dict[str, float]:
-        """What the step just done did to the layers' outputs, given the adapters before it."""
+        """Measures how the last step changed the layers' outputs, given the adapters before it."""
         rows = shard_batch(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
-        found = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
-        return to_metrics(found, self.run.parts.specs)
+        terms = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
+        return to_metrics(terms, self.run.parts.specs)
 
     def log_row(self, step: int) -> tuple[str, str]:
-        """Turns the pending metrics into a row; returns what the progress bar shows."""
+        """Logs the pending metrics as one row; returns loss and speed for the progress bar."""
         host, first = metrics_to_host(self.pending), step - len(self.pending) + 1
         history, spikes = find_spikes(self.history, first, host)
         for spike in spikes:
@@ -269,9 +272,9 @@ class Trainer:
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
     def has_too_many_skips(self) -> bool:
-        """Whether too many steps in a row were skipped up to the one before the one under way.
+        """Whether too many consecutive steps were skipped, not counting the step in flight.
 
-        Only that one's number that says so is waited for; at most two steps are under way, then.
+        Waits only for the `skipped` flag of the step before it, so at most two steps are in flight.
         """
         before = self.pending[:-1]
         if not before or not before[-1]["skipped"]:
@@ -281,26 +284,26 @@ class Trainer:
         )
 
     def evaluate_and_save(self, step: int) -> None:
-        """The validation result goes to the log, to the screen and with a checkpoint.
+        """Evaluates on the validation split, logs and prints the result, and saves a checkpoint.
 
-        If a signal comes before it is there, the checkpoint is saved with a note that it is due, and the run that
-        goes on makes it up: evaluating a large split may take longer than the machine is left to us.
+        If a signal interrupts the evaluation, the checkpoint is saved with a pending evaluation, which the resumed
+        run catches up on: evaluating a large split may take longer than the grace period before a kill.
         """
         if jax.process_count() > 1 and not self.evaluation_pending:
-            # None may leave an evaluation that the others are in: so the state is saved before.
-            self.save(None, due=True)
+            # No process may leave an evaluation that the others are in, so save the state first.
+            self.save(None, evaluation_pending=True)
             self.evaluation_pending = True
         try:
             values = self.evaluate(self.state.trainable, "validation")
         except Stopped:
             if not self.evaluation_pending:
-                self.save(None, due=True)
+                self.save(None, evaluation_pending=True)
                 self.manager.wait_until_finished()
             raise
         if not math.isfinite(values["loss"]):
             tips = advice(self.run, ["grad_norm/a"])
             raise TrainingFailed(
-                f"the validation loss at step {step} is not finite; {tips}; checkpoints up to step "
+                f"the validation loss is not finite at step {step}; {tips}; checkpoints up to step "
                 f"{self.manager.latest_step() or 0} are kept"
             )
         metrics = {f"validation/{name}": value for name, value in values.items()}
@@ -314,30 +317,30 @@ class Trainer:
         self.clock = time.perf_counter()
         self.console.print(f"step {step}: {format_metrics(values)} (validation)")
 
-    def save(self, metrics: Mapping[str, float] | None, *, due: bool = False) -> None:
-        """A checkpoint with the position of the batch taken last and the metrics that no row tells of yet.
+    def save(self, metrics: Mapping[str, float] | None, *, evaluation_pending: bool = False) -> None:
+        """Saves a checkpoint with the input position and the metrics that are not logged yet.
 
-        The rows that it counts on are on the disk before.
+        Logged rows are flushed to disk first, since resuming needs them.
         """
         self.log.sync()
         position = {"batches": self.batches.get_state(), "pending": metrics_to_host(self.pending)}
-        position |= {"rows": len(self.log.rows), **self.history._asdict(), "due": due}
+        position |= {"rows": len(self.log.rows), **self.history._asdict(), "due": evaluation_pending}
         save_checkpoint(
             self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics
         )
 
     def should_stop(self) -> bool:
-        """Whether the last evaluations were all worse than the best one before them."""
+        """Whether the last `train.early_stopping` evaluations were all worse than the best."""
         patience = self.settings.early_stopping
         values = [value for _, value in self.log.values(f"validation/{self.task.metric}")]
         if patience is None or len(values) <= patience:
             return False
         best = max(values) if self.task.mode == "max" else min(values)
-        # Of equals the last counts, as it does for the manager that keeps the best.
+        # Among ties the latest counts, as in the checkpoint manager that keeps the best.
         return values[::-1].index(best) >= patience
 
     def finish(self) -> dict[str, float]:
-        """Chooses the state to keep, evaluates it on held-out data and writes the adapter and the picture."""
+        """Selects the final state, evaluates it on held-out data, and writes the adapter and the loss plot."""
         if self.settings.select == "best":
             self.manager.wait_until_finished()
             self.choose_best()
@@ -348,7 +351,7 @@ class Trainer:
         return after
 
     def write_results(self) -> None:
-        """The adapter, and the picture of how the loss fell."""
+        """Writes the adapter and the loss plot."""
         trained = gather_to_host(self.state.trainable)
         if not is_lead():
             return
@@ -368,7 +371,7 @@ class Trainer:
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
 
     def choose_best(self) -> None:
-        """The state of the best evaluation whose checkpoint can be read; the one of now if none can."""
+        """Restores the best readable checkpoint; keeps the current state if there is none."""
         while (best := allgather(self.manager.best_step())[0]) is not None:
             try:
                 self.state = restore_checkpoint(
@@ -379,7 +382,7 @@ class Trainer:
                 self.quarantine(best, error)
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
-        """`summary.json`, the last thing a run writes: with it the run is finished."""
+        """Writes `summary.json`, which marks the run as finished, and prints the results."""
         trained = count(self.run.parts.trainable)
         theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
         summary = {
@@ -412,13 +415,15 @@ class Trainer:
             self.console.print(f"theory: {theory}", markup=False)
         if self.answers:
             self.console.print(f"> {self.answers['prompt']}\nafter:  {self.answers['after']}", markup=False)
-        self.console.print(f"{self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/")
+        self.console.print(
+            f"results in {self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/"
+        )
         return summary
 
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
-        """The means over a split, and what follows from them."""
+        """Returns the metrics on a split: means, and the task's metrics derived from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
-        # Of several processes none may leave an evaluation that the others are in.
+        # With several processes, none may leave an evaluation that the others are in.
         check = self.check_stop if jax.process_count() == 1 else lambda: None
         program = self.run.programs.evaluate
         values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=check)

@@ -5,7 +5,6 @@ something comparable, and a base on which it has an effect.
 """
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -24,7 +23,7 @@ from rich.console import Console
 
 from loraplus_jax import jit_step, load_adapter, save_adapter
 from loraplus_jax.data.fetch import resolve
-from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.parsing import parse_settings, setting_fields
 from loraplus_jax.settings.schema import Settings
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tasks import sample_answers
@@ -363,15 +362,6 @@ CHANGES = [
 ]
 
 
-def fields_of(section, prefix=""):
-    """Every field that can be set, with dots."""
-    for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.type):
-            yield from fields_of(field.type, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name
-
-
 def two_turns(row):
     """A conversation with two answers, and another one in columns of other names."""
     said = [("user", row["instruction"]), ("assistant", row["output"]), ("user", "what"), ("assistant", "it")]
@@ -432,7 +422,7 @@ def found_on(settings_of):
 
 
 def test_every_field_has_its_proof():
-    assert {change.name for change in CHANGES} == set(fields_of(Settings))
+    assert {change.name for change in CHANGES} == {field.name for field in setting_fields()}
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: f"{change.name}-{change.proof.__name__}")

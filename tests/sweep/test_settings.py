@@ -229,7 +229,7 @@ BAD = [
         ),
         ["10,000", "10,125", 1, "sweep.seeds"],
     ),
-    (("--sweep.rungs", "[0.5,0.25]"), ["sweep.rungs", "grow"]),
+    (("--sweep.rungs", "[0.5,0.25]"), ["sweep.rungs", "increasing", "[0.5, 0.25]"]),
     (("--sweep.rungs", "[1.0]"), ["sweep.rungs[0]", 0, 1, 1.0]),
     (("--sweep.keep", "1"), ["sweep.keep", 0, 1]),
     (("--sweep.method", "grid", "--sweep.keep", "0.5"), ["sweep.keep", "halving"]),

@@ -83,7 +83,9 @@ def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
     assert comparison["steps_ratio"]["mean"] == pytest.approx(math.sqrt(2.0 * 0.75))
     assert comparison["test_loss"]["mean"] == pytest.approx((-0.20 + 0.10) / 2)
     assert faster_arm(comparison) is None
-    assert re.search(mentions("No difference", "tuned LoRA", 1.22), verdict(comparison, CHOSEN, None))
+    assert re.search(
+        mentions("No significant difference", "tuned LoRA", 1.22), verdict(comparison, CHOSEN, None)
+    )
 
 
 def test_no_difference_in_steps_is_reported_apart_from_a_significant_one_in_loss():
@@ -94,7 +96,9 @@ def test_no_difference_in_steps_is_reported_apart_from_a_significant_one_in_loss
         for seed, middle in zip(middles, [*middles.values()][::-1], strict=True)
     ]
     _, comparison = found(*runs)
-    assert re.search(mentions("No difference in steps", "tuned LoRA"), verdict(comparison, CHOSEN, None))
+    assert re.search(
+        mentions("No significant difference in steps", "tuned LoRA"), verdict(comparison, CHOSEN, None)
+    )
 
 
 def one_sided(faster, slower, tests=(0.4, 0.4)):

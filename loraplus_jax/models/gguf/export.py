@@ -9,17 +9,17 @@ from ..merged import CheckpointMerge
 from . import load as gguf
 
 DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
-"""How the matrices may be stored; what has one axis is always float32, as llama.cpp wants it."""
+"""Storage types of matrices; tensors with one axis are always float32, as llama.cpp requires."""
 
 
 def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -> None:
-    """Writes a merged model, one tensor after the other.
+    """Writes a merged model, one tensor at a time.
 
     Args:
       target: the new file.
-      source: the GGUF file that the base came from.
-      merge: what becomes of its tensors.
-      dtype: how matrices are stored, one of `DTYPES`; where rows do not divide into blocks, Q8_0 becomes F16.
+      source: the base's GGUF file.
+      merge: merged values of its tensors.
+      dtype: storage type of matrices, one of `DTYPES`; where rows do not divide into blocks, Q8_0 becomes F16.
     """
     import gguf as package
 
@@ -31,7 +31,7 @@ def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -
     writer = package.GGUFWriter(target, file.architecture)
     _copy_metadata(package.GGUFReader(source), writer, DTYPES[dtype])
     for name, tensor in file.tensors.items():
-        # The shape and size that a row takes when it is stored.
+        # One row of zeros shows the stored shape and size of a row.
         sample = _quantize(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
         shape = (*tensor.shape[:-1], sample.shape[-1])
         size = int(np.prod(shape)) * sample.itemsize
@@ -41,14 +41,14 @@ def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -
     writer.write_ti_data_to_file()
     try:
         for name in file.tensors:
-            # Passed on unbound, so that only one tensor is in memory.
+            # Not bound to a name, so that only one tensor is in memory.
             writer.write_tensor_data(_quantize(_read_merged(file, weights, merge, name), kinds[name]))
     finally:
         writer.close()
 
 
 def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
-    """Copies all metadata except what says how the weights are stored."""
+    """Copies all metadata, and sets the file type of the new weights."""
     import gguf as package
 
     for field in reader.fields.values():
@@ -64,7 +64,7 @@ def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
 
 
 def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMerge, name: str) -> np.ndarray:
-    """A tensor in the file's order of rows, float32."""
+    """A tensor, merged if adapted, in the file's order of rows, float32."""
     if name == gguf.ROPE:  # rotary factors, which are part of our config
         return gguf.View(file, file.tensors[name])[:]
     ours = gguf.to_hf_name(name)

@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face checkpoints: metadata as a `config.json`, dequantised tensors under its names."""
+"""Reads GGUF files as Hugging Face checkpoints: metadata as `config.json`, tensors dequantized and renamed."""
 
 import math
 import re
@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
-"""The types of tensors that are read."""
+"""Supported tensor types."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -39,7 +39,7 @@ _NAMES = {
     **{f"ffn_{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
 }
 _EMBEDDING, _HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
-# Hugging Face's name of each size, and the key, after the architecture's name, that holds it.
+# Hugging Face's name of each size, and its GGUF key without the architecture's prefix.
 _SIZES = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -52,13 +52,13 @@ _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
 def config(file: Gguf) -> dict[str, Any]:
-    """The metadata as Hugging Face's `config.json` would have it.
+    """The metadata in the form of Hugging Face's `config.json`.
 
-    `rope_scaling` may be of a type of our own, `"factors"`: the divisors of the frequencies, which Llama 3's files
-    have instead of the four numbers that they came from.
+    `rope_scaling` may have the type `"factors"`, which exists only here: divisors of the frequencies, which Llama 3
+    files store instead of the four numbers that define them.
 
     Raises:
-      ValueError: another architecture, or sizes missing or odd; all are listed.
+      ValueError: the architecture is unsupported, or sizes are missing or invalid; lists all problems.
     """
     arch = file.architecture
     sizes = {ours: file.get(key) for ours, key in _SIZES.items()}
@@ -66,17 +66,17 @@ def config(file: Gguf) -> dict[str, Any]:
     _raise_if_any(
         file,
         [
-            f"{ours} must be a whole number, got {n!r:.80}"
+            f"{ours} must be an int of at least 1, got {n!r:.80}"
             for ours, n in sizes.items()
             if type(n) is not int or n < 1
         ],
     )
     head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
     scaling, problems = _rope_scaling(file)
-    _raise_if_any(file, [*_unsupported(file, head), *problems])
+    _raise_if_any(file, [*_option_problems(file, head), *problems])
     window = file.get("attention.sliding_window")
     values = {
-        # A Mistral is a Llama with a window, and its files have that architecture.
+        # A Mistral is a Llama with a sliding window; its files use the llama architecture.
         "model_type": "mistral" if arch == "llama" and window else arch,
         "vocab_size": embedding_rows(file),
         **sizes,
@@ -101,14 +101,14 @@ def _raise_if_any(file: Gguf, problems: list[str]) -> None:
 
 
 def embedding_rows(file: Gguf) -> int | None:
-    """Rows of the embedding, where the file says."""
+    """Rows of the embedding, or None if the file does not say."""
     if _EMBEDDING in file.tensors:
         return file.tensors[_EMBEDDING].shape[0]
     return file.get("vocab_size")
 
 
-def _unsupported(file: Gguf, head: Any) -> list[str]:
-    """A line for each option that changes the computation and that no model here supports."""
+def _option_problems(file: Gguf, head: Any) -> list[str]:
+    """One line per option that changes the computation and is invalid or unsupported."""
     only = {
         "attention.value_length": head,
         "rope.dimension_count": head,
@@ -117,10 +117,10 @@ def _unsupported(file: Gguf, head: Any) -> list[str]:
     }
     if file.architecture != "llama":
         only["attention.sliding_window"] = 0
-    needed = (
+    problems = (
         [] if _positive(file.get(_EPSILON)) else [f"{file.architecture}.{_EPSILON} must be a positive number"]
     )
-    return needed + [
+    return problems + [
         f"{file.architecture}.{key} is {file.get(key)!r:.80}, only {value!r:.80} is supported"
         for key, value in only.items()
         if file.get(key, value) != value
@@ -128,7 +128,7 @@ def _unsupported(file: Gguf, head: Any) -> list[str]:
 
 
 def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
-    """`rope_scaling`, and a line for each problem in it."""
+    """`rope_scaling`, and one line per problem in it."""
     prefix = f"{file.architecture}.rope.scaling."
     options = {key.removeprefix(prefix): file.one(key) for key in file.metadata if key.startswith(prefix)}
     if (linear := file.get("rope.scale_linear", 1)) != 1:
@@ -142,21 +142,24 @@ def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
         return {"rope_type": "factors", "factors": factors}, []
     allowed = {"linear": ("factor",), "yarn": ("factor", "original_context_length", "attn_factor", *_YARN)}
     if kind not in allowed or factors is not None:
-        also = "" if factors is None else f", beside the tensor {ROPE}"
+        also = "" if factors is None else f" beside the tensor {ROPE}"
         return None, [
-            f"{prefix}type is {kind!r:.80}{also}; none, linear and yarn are supported, or the tensor alone"
+            f"{prefix}type is {kind!r:.80}{also}; supported: none, linear, yarn, or only the tensor {ROPE}"
         ]
     unknown = sorted(
         set(options) - set(allowed[kind]) - ({"original_context_length"} if kind == "linear" else set())
     )
-    problems = [f"{prefix}{key:.80} is not supported with {kind}" for key in unknown]
+    problems = [f"{prefix}{key:.80} is not supported with type {kind}" for key in unknown]
     problems += [
         f"{prefix}{key} must be a positive number, got {v!r:.80}"
         for key, v in options.items()
         if not _positive(v)
     ]
     if not _positive(options.get("factor")):
-        return None, [*problems, f"{prefix}factor must be a positive number"]
+        return None, [
+            *problems,
+            f"{prefix}factor must be a positive number, got {options.get('factor')!r:.80}",
+        ]
     scaling = {"rope_type": kind, "factor": options["factor"]}
     if kind == "yarn":
         scaling |= {ours: options[key] for key, ours in _YARN.items() if key in options}
@@ -174,13 +177,13 @@ def _positive(value: Any) -> bool:
 
 
 def _rope_factors(file: Gguf) -> list[float] | None:
-    """What each frequency is divided by; None where that is 1 everywhere."""
+    """Divisor of each rotary frequency; None if the file has none or all are 1."""
     if ROPE not in file.tensors:
         return None
     tensor = file.tensors[ROPE]
     if tensor.dtype != "F32" or len(tensor.shape) != 1:
         raise ValueError(
-            f"{file.path}: {ROPE} must be a row of F32, it is {list(tensor.shape)} of {tensor.dtype}"
+            f"{file.path}: {ROPE} must be 1-D and F32, got shape {list(tensor.shape)} of {tensor.dtype}"
         )
     factors = View(file, tensor)[:]
     if not np.all(np.isfinite(factors) & (factors > 0)):
@@ -190,12 +193,12 @@ def _rope_factors(file: Gguf) -> list[float] | None:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor seen as safetensors' slices are: `view[start:stop]` dequantises those rows, and no others.
+    """A lazy tensor with safetensors' slice interface: `view[start:stop]` dequantizes only those rows.
 
-    Of a matrix `view[start:stop, first:last]` reads the blocks that these columns are in.
+    For a matrix, `view[start:stop, first:last]` reads only the blocks that contain these columns.
 
     Attributes:
-      heads: how many heads the rows belong to whose halves the file has interleaved; 0 for none.
+      heads: number of heads in the rows, if the file interleaves the two halves of each; else 0.
     """
 
     file: Gguf
@@ -203,34 +206,34 @@ class View:
     heads: int = 0
 
     def get_shape(self) -> list[int]:
-        """Rows first."""
+        """The shape, rows first."""
         return list(self.tensor.shape)
 
     def get_dtype(self) -> str:
-        """Its name in the format: `"F16"`, `"Q4_K"`."""
+        """GGUF's name of the type: `"F16"`, `"Q4_K"`."""
         return self.tensor.dtype
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
-        """Float32, with the rows of each head in Hugging Face's order."""
+        """Float32 values, with the rows of each head in Hugging Face's order."""
         import gguf
 
         rows, *columns = index if isinstance(index, tuple) else (index,)
-        stored, kind = self._stored, gguf.GGMLQuantizationType[self.tensor.dtype]
+        raw, kind = self._raw, gguf.GGMLQuantizationType[self.tensor.dtype]
         if len(self.tensor.shape) == 1:
-            values = gguf.quants.dequantize(stored, kind)
+            values = gguf.quants.dequantize(raw, kind)
             return values[self._order[rows]] if self.heads else values[rows]
-        selected = stored[self._order[rows]] if self.heads else stored[rows]
+        raw_rows = raw[self._order[rows]] if self.heads else raw[rows]
         if len(columns) != 1 or len(self.tensor.shape) != 2:
-            values = gguf.quants.dequantize(selected, kind).reshape(-1, *self.tensor.shape[1:])
+            values = gguf.quants.dequantize(raw_rows, kind).reshape(-1, *self.tensor.shape[1:])
             return values[(slice(None), *columns)]
         start, stop, _ = columns[0].indices(self.tensor.shape[1])
         block, size = gguf.GGML_QUANT_SIZES[kind]
         first = start // block
-        values = gguf.quants.dequantize(selected[:, first * size : -(-stop // block) * size], kind)
+        values = gguf.quants.dequantize(raw_rows[:, first * size : -(-stop // block) * size], kind)
         return values[:, start - first * block : stop - first * block]
 
     def restored(self, values: np.ndarray) -> np.ndarray:
-        """Rows in Hugging Face's order put back into the file's."""
+        """Reorders rows from Hugging Face's order to the file's."""
         if not self.heads:
             return values
         rows = np.empty_like(values)
@@ -238,46 +241,48 @@ class View:
         return rows
 
     @cached_property
-    def _stored(self) -> np.ndarray:
-        """Its bytes, a row for each row; nothing is read yet."""
+    def _raw(self) -> np.ndarray:
+        """The tensor's bytes, one row of bytes per row; reads nothing yet."""
         t = self.tensor
-        stored = np.frombuffer(self.file.data, np.uint8, t.size, t.start)
-        return stored if len(t.shape) == 1 else stored.reshape(t.shape[0], -1)
+        raw = np.frombuffer(self.file.data, np.uint8, t.size, t.start)
+        return raw if len(t.shape) == 1 else raw.reshape(t.shape[0], -1)
 
     @cached_property
     def _order(self) -> np.ndarray:
-        """Which stored row each row is: rotated pairs stand together in the file, and half a head apart in ours."""
+        """Index of each row in the file, which keeps rotary pairs adjacent; ours are half a head apart."""
         rows = self.tensor.shape[0]
         if rows % (2 * self.heads):
             raise ValueError(
-                f"{self.file.path}: {rows} rows of queries or keys do not make {self.heads} heads"
+                f"{self.file.path}: {rows} rows of queries or keys do not divide into {self.heads} heads "
+                "of even size"
             )
         return np.arange(rows).reshape(self.heads, rows // self.heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 class GgufWeights:
-    """The tensors of a file as an opened safetensors file has them, under Hugging Face's names."""
+    """Tensors of a file with the interface of an open safetensors file, under Hugging Face's names."""
 
     def __init__(self, file: Gguf) -> None:
-        """Takes all of them but the rotary factors, which are part of the config."""
+        """Includes all tensors except the rotary factors, which are part of the config."""
         sizes = config(file)
         self._views: dict[str, View] = {}
         for name, tensor in file.tensors.items():
             if (ours := to_hf_name(name)) in self._views:
-                raise ValueError(f"{file.path} has two tensors that mean {ours:.80}")
+                raise ValueError(f"{file.path} has two tensors for {ours:.80}")
             if name != ROPE:
                 attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
                 heads = 0
-                if attention and sizes["model_type"] == "llama":  # only this converter interleaves the halves
+                # Only llama's converter interleaves the halves.
+                if attention and sizes["model_type"] == "llama":
                     heads = sizes["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
                 self._views[ours] = View(file, tensor, heads)
 
     def keys(self) -> list[str]:
-        """The names; what we do not know keeps its own."""
+        """Tensor names; an unknown tensor keeps its name."""
         return list(self._views)
 
     def get_slice(self, name: str) -> View:
-        """The tensor, of which nothing is read yet."""
+        """The tensor as a lazy view."""
         return self._views[name]
 
     def get_tensor(self, name: str) -> np.ndarray:
@@ -286,7 +291,7 @@ class GgufWeights:
 
 
 def to_hf_name(name: str) -> str:
-    """A tensor's name in the file as Hugging Face has it; one that we do not know keeps its own."""
+    """Hugging Face's name for a tensor of a GGUF file; an unknown tensor keeps its name."""
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not match or match[2] not in _NAMES:
         return name

@@ -1,0 +1,70 @@
+"""The documentation: python blocks run, pages and links exist, the reference names every public symbol."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+BLOCKS = {
+    page.stem: blocks
+    for page in PAGES
+    if (blocks := re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S))
+}
+
+
+@pytest.fixture(scope="module")
+def conf():
+    """Sphinx's configuration, which also writes the reference."""
+    spec = importlib.util.spec_from_file_location("conf", DOCS / "conf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_the_blocks_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, code in enumerate(BLOCKS[page]):
+        exec(compile(code, f"{page}.md, block {number}", "exec"), names)
+
+
+def test_every_page_is_in_the_table_of_contents():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = {
+        line for block in re.findall(r"```{toctree}(.*?)```", index, flags=re.S) for line in block.split()
+    }
+    assert {page.stem for page in PAGES} - {"index"} <= listed
+
+
+def test_links_between_pages_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (DOCS / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_reference_has_every_public_symbol_setting_and_error(conf, tmp_path):
+    conf.generate(tmp_path)
+    api = (tmp_path / "api.md").read_text()
+    import loraplus_jax
+
+    for name in vars(loraplus_jax):
+        if name[0].isupper() or callable(getattr(loraplus_jax, name)):
+            assert re.search(rf"\.{name}`", api), name
+    modules = conf.public_modules()
+    package = Path(loraplus_jax.__file__).parent
+    folders = [package, *(package / folder for folder in ("optim", "linen", "interop"))]
+    files = [
+        f for folder in folders for f in folder.glob("*.py") if not f.name.startswith("_") and f.stem != "cli"
+    ]
+    assert len(modules) == len(files)
+    for module in modules:
+        for name in conf.public_names(module):
+            assert f"   {name}\n" in api, f"{module}.{name}"
+    settings = (tmp_path / "settings.md").read_text()
+    assert "| `lora.lr_ratio` |" in settings
+    assert "| `sweep.lr_ratios` |" in settings
+    assert len((tmp_path / "errors.md").read_text().splitlines()) > 400
