@@ -164,6 +164,11 @@ def _export_options(export: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="weight dtype of a merged model (default: the base model's for hf, float16 for gguf)",
     )
+    export.add_argument(
+        "--base_model",
+        metavar="NAME",
+        help="Hub id or path of the base in adapter_config.json (default: the run's model, as a local path)",
+    )
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -290,7 +295,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.export import export_run
 
-    keywords = {name: getattr(options, name) for name in ("merged", "format", "dtype")}
+    keywords = {name: getattr(options, name) for name in ("merged", "format", "dtype", "base_model")}
     print(export_run(options.run_directory, options.to, **keywords))
 
 

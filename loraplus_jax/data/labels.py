@@ -1,5 +1,6 @@
 """Converts labels from text to class indices or numbers."""
 
+import collections
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,41 @@ def class_labels(rows: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     raise_problems(_unknown_labels(rows, names))
     index = {name: i for i, name in enumerate(names)}
     return np.array([index[label] for label in rows.labels], np.int32)
+
+
+def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> list[str]:
+    """Describes the classes of the train split, and warns of labels that look like mistakes.
+
+    >>> rows = LabelledTexts(("a", "b", "a"), None, ("bug", "Bug", "Bug"), ("f:1", "f:2", "f:3"))
+    >>> for line in label_summary({"train": rows}, ["Bug", "bug"]):
+    ...     print(line)
+    2 classes: Bug 2, bug 1
+    warning: classes that differ only in case: Bug, bug
+    warning: classes with one training text: bug
+    warning: 1 text with different labels
+    """
+    train = splits["train"]
+    counts = collections.Counter(train.labels)
+    shown = [f"{name} {counts[name]:,}" for name in names[:MAX_CLASSES_SHOWN]]
+    rest = [f"and {len(names) - len(shown)} more"] if len(names) > len(shown) else []
+    lines = [f"{len(names)} classes: {', '.join([*shown, *rest])}"]
+    by_case = collections.defaultdict(list)
+    for name in names:
+        by_case[name.casefold()].append(name)
+    if twins := [name for group in by_case.values() if len(group) > 1 for name in group]:
+        lines.append(f"warning: classes that differ only in case: {', '.join(twins[:MAX_CLASSES_SHOWN])}")
+    if single := [name for name in names if counts[name] == 1]:
+        lines.append(f"warning: classes with one training text: {', '.join(single[:MAX_CLASSES_SHOWN])}")
+    labels_of = collections.defaultdict(set)
+    for rows in splits.values():
+        for text, pair, label in zip(rows.texts, rows.pairs or rows.texts, rows.labels, strict=True):
+            labels_of[text, pair].add(label)
+    if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
+        lines.append(f"warning: {conflicts:,} text{'s' * (conflicts > 1)} with different labels")
+    return lines
+
+
+MAX_CLASSES_SHOWN = 20
 
 
 def _unknown_labels(rows: LabelledTexts, names: Sequence[str]) -> list[tuple[str, str]]:

@@ -60,12 +60,17 @@ def location_of(path: Path, number: int) -> str:
     return f"{path}: item {number}" if path.suffix.lower() == ".json" else f"{path}:{number}"
 
 
-def read_rows(path: str | Path, columns: Sequence[str]) -> list[StringRow]:
+def read_rows(path: str | Path, columns: Sequence[str], delimiter: str | None = None) -> list[StringRow]:
     """Reads the rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
 
     CSV and TSV have a header and may quote fields with `"`, doubled inside. JSON lines hold one object each, whose
     strings, numbers and booleans become strings. Blank lines are skipped. Only `columns` are returned, but the
     values of an `id` column, if there is one, must be unique.
+
+    Args:
+      path: the file.
+      columns: the columns to return.
+      delimiter: of a .csv or .tsv file; by default a comma or a tab.
 
     Raises:
       ValueError: the file cannot be read or has no rows, a column is missing, or rows are malformed, empty in one
@@ -78,7 +83,7 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> list[StringRow]:
     if path.suffix.lower() == ".jsonl":
         records = list(_string_records(_json_lines(text, problems), columns, problems))
     else:
-        records = list(_table_records(path, text, columns, problems))
+        records = list(_table_records(path, text, columns, problems, delimiter))
     for line, what in _value_problems(records, columns):
         problems.add(line, what)
     if not records and not problems.count:
@@ -163,14 +168,22 @@ def _decode(path: Path, problems: Problems) -> str:
     return content.decode("utf-8-sig", errors="replace")
 
 
-def _table_records(path: Path, text: str, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+def _table_records(
+    path: Path, text: str, columns: Sequence[str], problems: Problems, delimiter: str | None = None
+) -> Iterator[Record]:
+    delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
     rows = _table_rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), problems)
     top, header = next(rows, (1, None))
     if header is None:
         return
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
-    faults += [f"no column {c!r}{suggest(c, header)}" for c in columns if c not in header]
+    other = next((d for d in _DELIMITERS if d != delimiter and len(header) == 1 and d in header[0]), None)
+    hint = (
+        f"; {header[0]!r:.60} looks {_DELIMITERS[other]}-separated: set data.delimiter {other!r}"
+        if other
+        else None
+    )
+    faults += [f"no column {c!r}{hint or suggest(c, header)}" for c in columns if c not in header]
     for fault in faults:
         problems.add(top, fault)
     for line, fields in rows if not faults else ():
@@ -178,6 +191,9 @@ def _table_records(path: Path, text: str, columns: Sequence[str], problems: Prob
             yield line, dict(zip(header, fields, strict=True))
         else:
             problems.add(line, f"{len(fields)} fields, but the header has {len(header)}")
+
+
+_DELIMITERS = {";": "semicolon", "\t": "tab", "|": "pipe", ",": "comma"}
 
 
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:

@@ -73,7 +73,7 @@ def split_files(
 
 def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
     """Reads the rows of one file, with the columns in the settings; raises as `read_rows` does."""
-    rows = read_rows(path, settings.columns)
+    rows = read_rows(path, settings.columns, settings.delimiter)
 
     def column(name: str) -> tuple[str, ...]:
         return tuple(row.values[name] for row in rows)

@@ -28,6 +28,7 @@ from ..training.init_adapter import (
     saved_config,
     transformers_class_of,
 )
+from ..training.run_directory import describe_unfinished
 from ..training.setup import build_model, params_of
 from ..tree import flatten, unflatten
 from .predict import settings_and_task
@@ -57,7 +58,13 @@ class _Source(NamedTuple):
 
 
 def export_run(
-    place: Path, to: Path, *, merged: bool = False, format: str | None = None, dtype: str | None = None
+    place: Path,
+    to: Path,
+    *,
+    merged: bool = False,
+    format: str | None = None,
+    dtype: str | None = None,
+    base_model: str | None = None,
 ) -> str:
     """Exports a run to a new directory, atomically, and returns a one-line summary.
 
@@ -67,12 +74,15 @@ def export_run(
       merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
       format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.
       dtype: dtype of a merged model's weights, see `DTYPES`; by default the base's for hf, float16 for gguf.
+      base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path.
 
     Raises:
       ValueError, OSError: options or files do not match, a file cannot be read, or `to` exists.
     """
     if not merged and (format is not None or dtype is not None):
         raise ValueError("--format and --dtype require --merged; a PEFT adapter is always float32")
+    if merged and base_model is not None:
+        raise ValueError(f"--base_model applies to a PEFT adapter, not to --merged; got {base_model!r}")
     format = format or "hf"
     check_choice("--format", format, tuple(DTYPES))
     if dtype is not None:
@@ -85,13 +95,13 @@ def export_run(
             f"--format gguf requires a GGUF base model, got {source.base}; use --format hf and convert "
             "the result with llama.cpp's convert_hf_to_gguf.py"
         )
-    return _write_merged(source, to, format, dtype) if merged else _write_peft(source, to)
+    return _write_merged(source, to, format, dtype) if merged else _write_peft(source, to, base_model)
 
 
 def _open_source(path: Path) -> _Source:
     if (directory := find_adapter(path)) is None:
         raise FileNotFoundError(
-            f"{path} is not a finished run or an adapter directory; repeat the train command to finish a run"
+            describe_unfinished(path) or f"{path} is not a finished run or an adapter directory"
         )
     notes = read_notes(directory)
     if not {"settings", "task", "base"} <= notes.keys():
@@ -104,11 +114,13 @@ def _open_source(path: Path) -> _Source:
     return _Source(settings, task, adapter, parts, notes, base, notes["base"])
 
 
-def _write_peft(source: _Source, to: Path) -> str:
+def _write_peft(source: _Source, to: Path, base_model: str | None) -> str:
     if source.adapter.config is None:
         raise ValueError("no adapter to export: the model was trained in full; add --merged")
     form, base = transformers_class_of(source.parts), source.settings.model.path
-    if base in ASSETS or Path(base).expanduser().exists():  # otherwise a hub id
+    if base_model is not None:
+        base = base_model
+    elif base in ASSETS or Path(base).expanduser().exists():  # otherwise a hub id
         base = str(source.base.resolve())
     head_leaves = _base_leaves(source, [ours for ours, _ in form.heads if ours not in source.parts.base.new])
     extras, own = _split_extras(source, form)
@@ -156,7 +168,8 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
             export.write_hf(
                 partial, source.base, merge, form, new=unflatten(new), config=config, dtype=weights_dtype
             )
-            (partial / "README.md").write_text(_readme(source, form, _USE_MERGED, ""), encoding="utf-8")
+        use = _USE_GGUF if format == "gguf" else _USE_MERGED
+        (partial / "README.md").write_text(_readme(source, form, use, ""), encoding="utf-8")
         if own:
             (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))
         (partial / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
@@ -217,6 +230,11 @@ from transformers import {cls}
 
 model = {cls}.from_pretrained({base}{labels})
 model = PeftModel.from_pretrained(model, "this directory")
+```
+"""
+_USE_GGUF = """\
+```bash
+llama-cli -m model.gguf
 ```
 """
 _USE_MERGED = """```python

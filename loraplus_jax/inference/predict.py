@@ -40,7 +40,7 @@ from ..training.init_adapter import (
     read_notes,
     saved_config,
 )
-from ..training.run_directory import ADAPTER
+from ..training.run_directory import ADAPTER, describe_unfinished
 from ..training.setup import base_parts, build_model, load_model, params_of, task_module
 from ..tree import combine, flatten, unflatten
 
@@ -76,6 +76,8 @@ def load_tuned(place: Path, config: str | None = None) -> TunedModel:
     directory = find_adapter(place)
     if directory is None and (place / NOTES_FILE).is_file():
         return _load_merged(place, config)
+    if directory is None and (unfinished := describe_unfinished(place)) is not None:
+        raise FileNotFoundError(unfinished)
     if directory is None:
         inner = place / ADAPTER if (place / ADAPTER).is_dir() else place
         missing = [
@@ -201,7 +203,7 @@ def predict_run(
     pairs: tuple[str, ...] | None = None
     if data is not None:
         columns = [c for c in (tuned.settings.data.text, tuned.settings.data.text_pair) if c is not None]
-        rows = read_rows(resolve(data, "data"), columns)
+        rows = read_rows(resolve(data, "data"), columns, tuned.settings.data.delimiter)
         texts = tuple(row.values[columns[0]] for row in rows)
         pairs = tuple(row.values[columns[1]] for row in rows) if len(columns) == 2 else None
     elif tuned.settings.data.text_pair is not None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from .._validation import check_all
 from ..data.fetch import resolve
 from ..models.llama import head_kernel
 from ..settings.schema import Settings
@@ -154,12 +155,14 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
         )
     chip, devices = (None, jax.devices()) if topology is None else tpu_devices(topology)
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
-    check_mesh(settings, mesh)
     directory = resolve(settings.model.path, "model", files=("config.json",))
     data = task_module(settings).placeholder_data(settings)
     base: BaseModel = task_module(settings).make_base(settings, directory, data.task)
-    check_tensor(mesh, base.tensor_sizes)
-    check_length(settings, base)
+    check_all(
+        lambda: check_mesh(settings, mesh),
+        lambda: check_tensor(mesh, base.tensor_sizes),
+        lambda: check_length(settings, base),
+    )
     step = plan_step(settings, base, data, mesh)
     start = time.perf_counter()
     program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))

@@ -153,7 +153,7 @@ def _parse_overrides(
         if not argument.startswith("--"):
             raise ValueError(f"unexpected argument {argument!r:.80}; pass settings as --section.field VALUE")
         if name not in fields:
-            raise ValueError(f"unknown option --{name:.80}{suggest(name, fields, fallback=False)}")
+            raise ValueError(f"unknown option --{name:.80}{_suggest_option(name, fields)}")
         if not equals:
             if not remaining:
                 raise ValueError(f"--{name} requires a value: {describe_type(fields[name].type)}")
@@ -248,6 +248,31 @@ def _bare_types(annotation: Any) -> list[Any]:
     return [_split_annotated(member)[0] for member in _union_members(annotation)]
 
 
+# Names that users of other libraries try.
+_ALIASES = {
+    "lr": "optimizer.learning_rate",
+    "r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_r": "lora.rank",
+    "loraplus_lr_ratio": "lora.lr_ratio",
+    "lambda": "lora.lr_ratio",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "max_seq_length": "data.max_length",
+    "output": "output_dir",
+}
+
+
+def _suggest_option(name: str, fields: Mapping[str, Any]) -> str:
+    """`suggest`, also for other libraries' names and for a field without its section."""
+    last = name.rpartition(".")[2]
+    exact = [_ALIASES[last]] if last in _ALIASES else [f for f in fields if f.rpartition(".")[2] == last]
+    if exact:
+        return f"; did you mean {' or '.join(map(repr, exact))}?"
+    return suggest(name, fields, fallback=False)
+
+
 def _format_value(value: Any) -> str:
     """Formats a value as YAML writes it."""
     if value is None or isinstance(value, bool):
@@ -307,4 +332,5 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         else ""
     )
     hint = ", which float32 cannot represent" if cause == "float32" else hint
+    hint = f"; write [{_format_value(value)}]" if cause == "tuple_type" and value is not None else hint
     return f"{name}{index} must be {describe_type(annotation)}, got {value!r:.80}{hint}"

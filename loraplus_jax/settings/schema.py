@@ -71,12 +71,14 @@ class DataSettings:
     models also read .json.
 
     Attributes:
-      path: single data file, split into train, validation and test by split_seed; set this or train.
+      path: single data file, relative to the working directory, split into train, validation and test by
+        split_seed; set this or train.
       train: training file, if each split has its own file.
       validation: validation file; null splits off validation_fraction of the training file.
       test: test file (optional); only with train.
       text: column with the text (encoders).
       text_pair: column with the second text, for tasks on text pairs (encoders).
+      delimiter: field delimiter of .csv and .tsv files (encoders); comma or tab if not set.
       label: column with the label (encoders): a class name or integer, or a number for regression.
       max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
         multiple-choice questions are rejected.
@@ -100,6 +102,7 @@ class DataSettings:
     text: Text = "text"
     text_pair: Text | None = None
     label: Text = "label"
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     max_length: Annotated[Int, Field(ge=2)] = 128
     validation_fraction: Fraction = 0.1
     test_fraction: Share = 0.2
@@ -366,7 +369,7 @@ class Settings:
 
 _ENCODER_FIELDS = {
     "model": ("pooling", "dropout", "head_dropout"),
-    "data": ("text", "text_pair", "label"),
+    "data": ("text", "text_pair", "label", "delimiter"),
 }
 _LANGUAGE_MODEL_FIELDS = {
     "model": ("remat", "attention", "loss_chunk"),

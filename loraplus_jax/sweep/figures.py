@@ -124,15 +124,18 @@ def heat_map_cells(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[Point, float
     """
     last = last_step(rows)
     cells: dict[Point, float | None] = {}
-    reached: dict[Point, int] = {}
-    diverged: set[Point] = set()
+    latest: dict[tuple[Any, ...], Mapping[str, Any]] = {}  # the latest row of each setting
     for row in rows:
         cell = (row["learning_rate"], row["learning_rate"] * row["lr_ratio"])
         losses = [cells.get(cell), row["loss"] if row["step"] == last else None]
         cells[cell] = min((loss for loss in losses if loss is not None), default=None)
-        reached[cell] = max(row["step"], reached.get(cell, 0))
-        diverged |= {cell} if row["loss"] is None else set()
-    return cells, {cell: step for cell, step in reached.items() if step < last and cell not in diverged}
+        setting = (cell, row.get("alpha"), row.get("rank"))
+        latest[setting] = max(row, latest.get(setting, row), key=lambda row: row["step"])
+    dropped: dict[Point, int] = {}
+    for (cell, *_), row in latest.items():
+        if row["loss"] is not None and cells[cell] is None:
+            dropped[cell] = max(row["step"], dropped.get(cell, 0))
+    return cells, dropped
 
 
 def draw_curves(axes: Any, report: Report) -> None:

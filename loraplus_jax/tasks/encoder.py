@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from ..data.batches import Batch
 from ..data.fetch import resolve
+from ..data.labels import label_summary
 from ..data.splits import LabelledTexts, load_rows, load_splits
 from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
@@ -31,7 +32,10 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
-    return TaskData(task, splits, sizes, {name: truncated for name, (_, truncated) in encoded.items()})
+    truncated = {name: count for name, (_, count) in encoded.items()}
+    return TaskData(
+        task, splits, sizes, truncated, tuple(label_summary(rows, task.names) if task.names else ())
+    )
 
 
 def placeholder_data(settings: Settings) -> TaskData:

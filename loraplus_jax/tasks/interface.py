@@ -48,12 +48,14 @@ class TaskData(NamedTuple):
       splits: columns of equal length, by split; all but `train` have the columns for evaluation.
       examples: number of texts, conversations or questions, by split.
       truncated: number of truncated examples, by split.
+      summary: lines about the data to print before training.
     """
 
     task: TaskProtocol
     splits: dict[str, Batch]
     examples: dict[str, int]
     truncated: dict[str, int]
+    summary: tuple[str, ...] = ()
 
 
 class BaseModel(NamedTuple):

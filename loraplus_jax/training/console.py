@@ -27,6 +27,7 @@ def header(run: Run, step: int) -> Iterator[str]:
     if ignored:
         yield f"method {settings.method} ignores {ignored}"
     yield "data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items())
+    yield from run.data.summary
     length = settings.data.max_length
     if (rows := row_count(run.data.splits["train"])) != sizes["train"]:
         yield f"packed into {rows:,} training rows of {length} tokens"

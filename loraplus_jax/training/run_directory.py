@@ -133,6 +133,9 @@ def check_directory(
     old = read_yaml(directory / CONFIG)
     if not isinstance(old, dict):
         raise ValueError(f"{directory / CONFIG} contains no settings; {remedy}")
+    if ("sweep" in old) != ("sweep" in settings.to_json()):
+        kind = "sweep" if "sweep" in old else "single run"
+        raise ValueError(f"output_dir {directory} contains a {kind}; {remedy}")
     (old_fixed, old_free), (fixed, free) = (
         split_settings(v, "", may_change) for v in (old, settings.to_json())
     )
@@ -149,6 +152,19 @@ def check_directory(
         extend = "raise train.steps to continue it, " if ends else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
     return changed
+
+
+def describe_unfinished(directory: Path) -> str | None:
+    """How far an unfinished run in a directory got, or None if there is no such run.
+
+    The number of steps is known here only if the settings give it.
+    """
+    if not (directory / CONFIG).is_file() or (directory / SUMMARY).exists():
+        return None
+    saved = [int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    steps = (read_yaml(directory / CONFIG).get("train") or {}).get("steps")
+    progress = f"{max(saved, default=0)} of {steps} steps" if steps else f"step {max(saved, default=0)}"
+    return f"the run in {directory} has not finished ({progress}); rerun the train command to resume"
 
 
 def check_shared_disk(directory: Path) -> None:

@@ -188,3 +188,14 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, rows, suffix):
     )
     read = read_rows(path, ["text", "label"])
     assert [(r.values["text"], r.values["label"]) for r in read] == rows
+
+
+def test_another_delimiter(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('message;category\n"good, bad";1\n')
+    assert read_rows(path, ["message", "category"], ";")[0].values == {
+        "message": "good, bad",
+        "category": "1",
+    }
+    with pytest.raises(ValueError, match=mentions("'message'", "semicolon", "data.delimiter", "';'")):
+        read_rows(path, ["message"])

@@ -283,7 +283,7 @@ CASES = [
     Case("pattern for nothing", ("rank_pattern", "'key'"), ("--lora.rank_pattern", '{{"key": 2}}')),
     Case(
         "pattern with a word for a rank",
-        ("lora.rank_pattern", "whole number"),
+        ("lora.rank_pattern", "integer"),
         ("--lora.rank_pattern", '{{"query": x}}'),
     ),
     Case(

@@ -260,6 +260,7 @@ PROCESSES = (
     *("--distributed.process_id", "1"),
 )
 WIDE = ("--data.path", "{dir}/wide.csv")
+BOTH = ("--data.path", "{dir}/both.csv")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = (
     *("--task", "instruction", "--model.path", "{dir}/talk", "--data.path", "{dir}/chats.jsonl"),
@@ -290,6 +291,7 @@ CHANGES = [
     Change("data.text", "text2", arrays, WIDE),
     Change("data.text_pair", "second", arrays, WIDE),
     Change("data.label", "label2", arrays, WIDE),
+    Change("data.delimiter", ";", arrays, BOTH),
     Change("data.max_length", "8", arrays),
     Change("data.validation_fraction", "0.2", arrays),
     Change("data.test_fraction", "0.1", arrays),
@@ -379,6 +381,10 @@ def home(first_world, tmp_path_factory, cache):
     rows = world.rows()
     more = [{"second": "a film", "text2": f"so {row['text']}", "label2": row["label"][::-1]} for row in rows]
     world.write_rows("wide.csv", [row | extra for row, extra in zip(rows, more, strict=True)])
+    # A table with commas and, of other values, with semicolons.
+    texts = [row["text"].replace(",", "").replace(";", "") for row in rows]
+    lines = [f"{t},{row['label']},so;{t} so;{row['label']}" for t, row in zip(texts, rows, strict=True)]
+    (world.directory / "both.csv").write_text("\n".join(["text,label,x;text;label", *lines]) + "\n")
     for name, part in {"first": rows[:100], "last": rows[100:], "more": rows[60:]}.items():
         world.write_rows(f"{name}.csv", part)
     (world.directory / "talk").mkdir()

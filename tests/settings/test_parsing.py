@@ -165,3 +165,18 @@ def test_help_says_what_every_field_means():
         assert f"--{name}" in text
     assert "eta_A" in text
     assert "lambda" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--lr", "optimizer.learning_rate"),
+        ("--learning_rate", "optimizer.learning_rate"),
+        ("--lora.r", "lora.rank"),
+        ("--loraplus_lr_ratio", "lora.lr_ratio"),
+        ("--batch_size", "train.batch_size"),
+    ],
+)
+def test_names_of_other_libraries_are_recognized(tmp_path, option, name):
+    with pytest.raises(ValueError, match=mentions(option, f"'{name}'")):
+        parsed(tmp_path, option, "1")

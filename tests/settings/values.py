@@ -22,6 +22,7 @@ OTHER = {
     "data.text": "sentence",
     "data.text_pair": "second",
     "data.label": "class",
+    "data.delimiter": ";",
     "data.max_length": 32,
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.1,

@@ -170,7 +170,7 @@ def test_every_member_trains_a_new_head_at_the_recipes_own_rate(parsed):
 BAD = [
     (
         ("--sweep.alphas", "[2,4]", "--lora.alpha_pattern", '{"query": 2}'),
-        ["sweep.alphas", "lora.alpha_pattern", "{'query': 2}"],
+        ["sweep.alphas", "lora.alpha_pattern", "{'query': 2.0}"],
     ),
     (
         ("--sweep.ranks", "[2]", "--lora.rank_pattern", '{"query": 2}'),
@@ -192,7 +192,7 @@ BAD = [
     (("--sweep.learning_rates", "[.inf]"), ["sweep.learning_rates[0]", "inf"]),
     (("--sweep.lr_ratios", "[1,2]"), ["sweep.lr_ratios", 1, "LoRA"]),
     (("--sweep.lr_ratios", "[1.001,2]"), ["sweep.lr_ratios", 1.001, "LoRA"]),
-    (("--sweep.lr_ratios", "[2,2]"), ["sweep.lr_ratios", "different", "[2, 2]"]),
+    (("--sweep.lr_ratios", "[2,2]"), ["sweep.lr_ratios", "distinct", "[2, 2]"]),
     (
         ("--sweep.lr_ratios", "[2.001,2.002]"),
         ["sweep.lr_ratios", 2.001, 2.002],

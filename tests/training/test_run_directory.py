@@ -97,6 +97,7 @@ CHANGES = {
     "data.text": "t",
     "data.text_pair": "u",
     "data.label": "l",
+    "data.delimiter": ";",
     "data.max_length": 32,
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.1,
