@@ -5,6 +5,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +24,13 @@ extensions = [
 ]
 html_theme = "sphinx_book_theme"
 html_title = "LoRA+ for JAX and Flax"
-html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False}
+html_theme_options = {
+    "show_toc_level": 2,
+    "max_navbar_depth": 1,  # not every symbol of the API
+    "navbar_persistent": [],  # the sidebar has a search field
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
 exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -145,8 +152,9 @@ def _message(raised: ast.expr | None) -> tuple[str, str]:
 
 
 def generate(directory: Path = HERE / "reference") -> None:
-    """Writes the generated pages."""
-    directory.mkdir(exist_ok=True)
+    """Writes the generated pages anew: a page of a name that is gone would stay."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
     for write in (write_api, write_settings, write_errors):
         write(directory)
     (directory / "changelog.md").write_text("```{include} ../../CHANGELOG.md\n```\n")
