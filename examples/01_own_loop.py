@@ -1,8 +1,8 @@
-"""LoRA+ in a loop of your own: an existing Flax model, plain optax, ten lines.
+"""LoRA+ in your own training loop: an existing Flax model, plain optax, ten lines.
 
     python examples/01_own_loop.py
 
-A small network is pretrained on one function and then adapted to a related one with its weights frozen.
+Pretrains a small network on one function, then adapts it to a related function with frozen weights.
 """
 
 import flax.linen as nn
@@ -14,7 +14,7 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, describe, init_lora, l
 
 
 class Net(nn.Module):
-    """Somebody's model. It knows nothing of LoRA."""
+    """An existing model, without LoRA."""
 
     @nn.compact
     def __call__(self, x):
@@ -28,7 +28,7 @@ def mse(model, variables, x, y):
 
 
 def fit(tx, loss, params, steps):
-    """The loop: any optax optimizer, any loss of one tree of parameters."""
+    """A training loop for any optax optimizer and any loss of one tree of parameters."""
 
     @jax.jit
     def step(params, state):
@@ -59,11 +59,11 @@ def main():
 
     print(describe({"lora": lora}, tx, specs, frozen=params))
     merged = merge({"params": params}, lora, specs)
-    same = float(jnp.abs(net.apply(merged, x) - model.apply({"params": params, "lora": lora}, x)).max())
-    print(f"pretrained on the old function: {pretrained:.5f}")
-    print(f"on the new function: {before:.4f} before, {after:.5f} after")
-    print(f"merged and unmerged outputs differ by {same:.1e}")
-    return before, after, same
+    difference = float(jnp.abs(net.apply(merged, x) - model.apply({"params": params, "lora": lora}, x)).max())
+    print(f"loss on the old function after pretraining: {pretrained:.5f}")
+    print(f"loss on the new function: {before:.4f} before, {after:.5f} after")
+    print(f"merged and unmerged outputs differ by {difference:.1e}")
+    return before, after, difference
 
 
 if __name__ == "__main__":

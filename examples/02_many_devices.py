@@ -1,8 +1,8 @@
-"""The same step under pmap and under jit over a mesh, on eight virtual CPU devices.
+"""The same training step with pmap and with jit over a mesh, on eight virtual CPU devices.
 
     python examples/02_many_devices.py
 
-On a GPU or TPU machine drop the first two lines of code; nothing else changes.
+On a GPU or TPU machine, remove the first two lines of code; nothing else changes.
 """
 
 import os
@@ -39,7 +39,7 @@ def main():
     tx = lora_plus_adamw(3e-3, lr_ratio=config, max_grad_norm=1.0, specs=specs)
 
     def loss_fn(variables, batch, rng):
-        """Sums and weights, so that the mean is over all devices."""
+        """Returns a sum and its weight, so that the mean is over all devices."""
         error = jnp.sum((model.apply(variables, batch["x"]) - batch["y"]) ** 2, axis=-1)
         return (jnp.sum(error), jnp.float32(error.size)), {}
 
@@ -47,12 +47,12 @@ def main():
     by_jit = replicate(mesh, init_state({"lora": lora}, tx, key))
     by_pmap = jax_utils.replicate(init_state({"lora": lora}, tx, key))
     step, pstep = jit_step(loss_fn, tx, mesh=mesh), pmap_step(loss_fn, tx)
-    placed, copies = replicate(mesh, frozen), jax_utils.replicate(frozen)
+    jit_frozen, pmap_frozen = replicate(mesh, frozen), jax_utils.replicate(frozen)
     devices = jax.local_device_count()
-    parts = jax.tree.map(lambda a: a.reshape(devices, -1, *a.shape[1:]), batch)
+    pmap_batch = jax.tree.map(lambda a: a.reshape(devices, -1, *a.shape[1:]), batch)
     for _ in range(5):
-        by_jit, metrics = step(by_jit, placed, batch)
-        by_pmap, _ = pstep(by_pmap, copies, parts)
+        by_jit, metrics = step(by_jit, jit_frozen, batch)
+        by_pmap, _ = pstep(by_pmap, pmap_frozen, pmap_batch)
         print(f"step {int(by_jit.step)}: loss {float(metrics['loss']):.4f}")
     trained = jax.device_get((jax_utils.unreplicate(by_pmap).trainable, by_jit.trainable))
     difference = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), *trained)))

@@ -1,9 +1,9 @@
-"""Adapters on weights that no Flax layer owns: a mixture of experts with parameters of its own.
+"""Adapters for weights outside Flax layers: a mixture of experts with raw parameters.
 
     python examples/03_raw_parameters.py
 
-A regular expression names each weight and a letter each of its axes: i input, o output, any other a batch axis,
-which stands in both factors. Layers of Flax are adapted beside them as usual.
+A regular expression selects each weight, with one letter per axis: i input, o output, any other letter a batch axis
+kept in both factors. Flax layers are adapted in the same config, as usual.
 """
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, describe, init_lora, l
 
 
 class Experts(nn.Module):
-    """Somebody's model: einsums on raw parameters, one of them with its output axis first."""
+    """An existing model: einsums with raw parameters, one of which has its output axis first."""
 
     @nn.compact
     def __call__(self, x):
@@ -61,9 +61,10 @@ def main():
         lora, state, value = step(lora, state)
         losses.append(float(value))
     merged = merge(base, lora, specs)
-    same = float(jnp.abs(net.apply(merged, x) - model.apply({**base, "lora": lora}, x)).max())
-    print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after; merged and unmerged differ by {same:.1e}")
-    return losses[0], losses[-1], same
+    difference = float(jnp.abs(net.apply(merged, x) - model.apply({**base, "lora": lora}, x)).max())
+    print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after")
+    print(f"merged and unmerged outputs differ by {difference:.1e}")
+    return losses[0], losses[-1], difference
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The optimizer alone, on adapters that another library made: here those of `flax.nnx.LoRA`.
+"""The LoRA+ optimizer with adapters of another library, `flax.nnx.LoRA`.
 
     python examples/04_adapters_of_others.py
 
-`lora_plus` makes any optax optimizer a LoRA+ one; it labels the factors by their side. `probe` shows the step that
-B really takes against A's.
+`lora_plus` turns any optax optimizer into a LoRA+ one and labels factors by side. `probe` measures how much larger
+B's steps are than A's.
 """
 
 import jax
@@ -15,7 +15,7 @@ from loraplus_jax import describe, label_params, lora_plus, probe
 
 
 class Net(nnx.Module):
-    """Somebody's NNX model with adapters of NNX's own."""
+    """An existing NNX model with NNX's own adapters."""
 
     def __init__(self, rngs):
         self.hidden = nnx.LoRALinear(4, 64, lora_rank=4, rngs=rngs)
@@ -49,12 +49,12 @@ def main():
         adapters, state, value = step(adapters, state)
         losses.append(float(value))
     roles = jax.tree.leaves(label_params(adapters))
-    print(f"B's step is {ratio:.2f} times A's; loss {losses[0]:.4f} before, {losses[-1]:.4f} after")
+    print(f"B's steps are {ratio:.2f} times A's; loss {losses[0]:.4f} before, {losses[-1]:.4f} after")
     return roles, ratio, losses[0], losses[-1]
 
 
 def _as_state(graph, adapters, rest):
-    """The plain dict as the state that `nnx.merge` wants."""
+    """Converts the plain dict to the state that `nnx.merge` expects."""
     shapes = nnx.eval_shape(lambda: nnx.state(Net(nnx.Rngs(0)), nnx.LoRAParam))
     nnx.replace_by_pure_dict(shapes, adapters)
     return shapes

@@ -1,4 +1,4 @@
-"""A new head and all biases, trained in full beside the adapters, each group at a rate of its own.
+"""Adapters with a fully trained head and fully trained biases, which have a separate learning rate.
 
 python examples/05_trained_extras.py
 """
@@ -24,7 +24,7 @@ CLASSES, STEPS = 3, 300
 
 
 class Classifier(nn.Module):
-    """Somebody's body with a new head."""
+    """An existing model with a new head."""
 
     @nn.compact
     def __call__(self, x):
@@ -53,17 +53,17 @@ def main():
     def loss_fn(variables, batch, rng):
         logits = model.apply(variables, batch["x"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-        right = jnp.sum(jnp.argmax(logits, 1) == batch["labels"])
-        return (losses.sum(), losses.size), {"accuracy": (right, losses.size)}
+        correct = jnp.sum(jnp.argmax(logits, 1) == batch["labels"])
+        return (losses.sum(), losses.size), {"accuracy": (correct, losses.size)}
 
     step = jit_step(loss_fn, tx)
     state = init_state(trainable, tx, jax.random.key(3))
     for _ in range(STEPS):
         state, metrics = step(state, frozen, {"x": x, "labels": labels})
     heads = state.trainable["params"]["head"]["kernel"], trainable["params"]["head"]["kernel"]
-    moved = float(jnp.abs(heads[0] - heads[1]).max())
-    print(f"accuracy {float(metrics['accuracy']):.3f}; the head moved by up to {moved:.2f}")
-    return float(metrics["accuracy"]), moved
+    change = float(jnp.abs(heads[0] - heads[1]).max())
+    print(f"accuracy {float(metrics['accuracy']):.3f}; largest change of the head's kernel {change:.2f}")
+    return float(metrics["accuracy"]), change
 
 
 if __name__ == "__main__":

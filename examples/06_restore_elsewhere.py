@@ -1,9 +1,9 @@
-"""Adapters trained here go into someone's plain Flax model, with nothing but orbax and a few lines of einsum.
+"""Restores adapters into a plain Flax model with only orbax, without loraplus_jax.
 
     python examples/06_restore_elsewhere.py
 
-`train` saves a checkpoint and the weights. `restore_elsewhere` uses orbax and Flax alone, as a program would that
-has no loraplus_jax: it reads the adapters and the notes beside them, and adds scale * A B to each adapted kernel.
+`train` saves a checkpoint and the base weights. `restore_elsewhere` uses only orbax and Flax: it reads the adapters
+and their metadata, and adds scale * A B to each adapted kernel.
 """
 
 import json
@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 
 class Net(nn.Module):
-    """Someone's model: it knows nothing of adapters."""
+    """An existing model, without adapters."""
 
     @nn.compact
     def __call__(self, x):
@@ -64,12 +64,12 @@ def train(directory):
 
 
 def restore_elsewhere(directory):
-    """The tuned outputs of `Net`, by orbax and Flax alone."""
+    """Computes the fine-tuned outputs of `Net` with only orbax and Flax."""
     with ocp.StandardCheckpointer() as checkpointer:
         variables = checkpointer.restore(directory / "base")
     steps = [path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()]
     last = max(steps, key=lambda path: int(path.name))
-    # Without a target to restore like, arrays come as they were saved, and every leaf is named by its path.
+    # Without a target, orbax restores arrays as saved, in nested dicts.
     with ocp.StandardCheckpointer() as checkpointer:
         lora = checkpointer.restore(last / "state")["trainable"]["lora"]
     specs = json.loads((last / "metadata" / "metadata").read_text())["specs"]
@@ -78,22 +78,21 @@ def restore_elsewhere(directory):
         for name in module.split("/"):
             pair = pair[name]
         *parents, leaf = spec["leaf"].split("/")  # "params/hidden/kernel"
-        home = variables
+        params = variables
         for name in parents:
-            home = home[name]
+            params = params[name]
         assert spec["axes"] == "io"  # a Dense kernel (in, out): A is (in, rank), B is (rank, out)
-        home[leaf] = home[leaf] + spec["scale"] * pair["lora_a"] @ pair["lora_b"]
+        params[leaf] = params[leaf] + spec["scale"] * pair["lora_a"] @ pair["lora_b"]
     return Net().apply(variables, X)
 
 
 def main():
     with tempfile.TemporaryDirectory() as name:
-        there, before, after = train(Path(name))
-        here = restore_elsewhere(Path(name))
-    difference = float(jnp.max(jnp.abs(there - here)))
-    print(
-        f"loss {before:.4f} before, {after:.4f} after; outputs there and here differ by {difference:.1e} at most"
-    )
+        outputs, before, after = train(Path(name))
+        restored = restore_elsewhere(Path(name))
+    difference = float(jnp.max(jnp.abs(outputs - restored)))
+    print(f"loss {before:.4f} before, {after:.4f} after")
+    print(f"outputs before and after restoring differ by {difference:.1e}")
     return before, after, difference
 
 

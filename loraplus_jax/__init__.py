@@ -1,7 +1,7 @@
 """LoRA+ for JAX and Flax: low-rank adapters whose output factor B learns lambda times faster than A.
 
-The method is of Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024,
-arXiv 2402.12354. Five lines make a LoRA+ run of any Flax Linen model:
+The method is from Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024,
+arXiv 2402.12354. Five lines adapt any Flax Linen model with LoRA+:
 
     config = LoRAPlusConfig(target_modules=["query", "value"], lr_ratio=4.0)
     model = apply_lora_plus(model, config)

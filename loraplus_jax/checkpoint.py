@@ -1,9 +1,9 @@
-"""Checkpoints of a training run with orbax: everything that changes, and never the frozen base.
+"""Orbax checkpoints of a training run: everything that training changes, without the frozen base.
 
-A checkpoint holds the trainable variables, the optimizer's state, step and rng, the position in the input, and
-metadata that says what they belong to: format version, config, specs, package versions and a fingerprint of the
-base. Restoring compares it and refuses what does not fit. Checksums of all of it lie beside it, since neither orbax
-nor tensorstore would notice a changed byte of an array.
+A checkpoint contains the trainable variables, the optimizer state, step and rng, the input position, and metadata
+that identifies the run: format version, config, specs, package versions and a fingerprint of the base. Restoring
+rejects a checkpoint of another run. Checkpoints also contain checksums, since neither orbax nor tensorstore detects
+a changed byte in an array.
 """
 
 import functools
@@ -34,21 +34,21 @@ ITEM_HANDLERS = {
     "state": ocp.StandardCheckpointHandler,
     **dict.fromkeys(("input_position", "metadata", "contents"), ocp.JsonCheckpointHandler),
 }
-"""The items of a checkpoint, a directory each, and what reads and writes them."""
+"""The items of a checkpoint, one directory each, and their orbax handlers."""
 PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that cannot be read; an older one may do."""
+    """A checkpoint is damaged and cannot be read; an older one may be intact."""
 
 
 class Restored(NamedTuple):
     """Result of `restore_checkpoint`.
 
     Attributes:
-      state: the `TrainState`, placed as the one it was restored like.
-      input_position: as it was saved.
-      metadata: as it was saved.
+      state: the `TrainState`, with the shardings of the state passed as `like`.
+      input_position: the input position as saved.
+      metadata: the metadata as saved.
     """
 
     state: TrainState
@@ -59,13 +59,13 @@ class Restored(NamedTuple):
 def describe_run(
     specs: Specs, config: LoRAPlusConfig | None, *, base: str | None = None, **more: Any
 ) -> dict[str, Any]:
-    """The metadata saved with a checkpoint or an adapter, as plain JSON values.
+    """Makes the metadata of a checkpoint or adapter, as plain JSON values.
 
     Args:
       specs: the table from `init_lora`.
-      config: what was applied; None when the whole model is trained.
+      config: the config of the adapters; None if the whole model is trained.
       base: `fingerprint` of the frozen variables.
-      **more: the caller's own fields, JSON-able, compared on restore like the others.
+      **more: your own JSON-serializable fields; restoring a checkpoint compares them like the others.
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
@@ -85,17 +85,17 @@ def open_manager(
     best: str | None = None,
     mode: Literal["min", "max"] = "min",
 ) -> ocp.CheckpointManager:
-    """An orbax manager that saves in the background, atomically, and keeps the newest and the best.
+    """Opens an orbax manager that saves atomically in the background and keeps the newest and the best checkpoints.
 
     Args:
-      directory: made if absent.
-      keep: how many of the newest to keep.
-      best: the metric, of those given to `save_checkpoint`, by which one more is kept; None keeps none for its
-        metric. A checkpoint whose metrics cannot be read is never the best.
-      mode: whether the best is the smallest or the largest.
+      directory: directory of the checkpoints; created if missing.
+      keep: number of newest checkpoints to keep.
+      best: name of a metric passed to `save_checkpoint`; the checkpoint with the best value is kept as well. None
+        keeps only the newest. A checkpoint with unreadable metrics is never the best.
+      mode: `"min"` if the smallest value is the best, `"max"` if the largest is.
 
     Raises:
-      ValueError: `keep` below 1.
+      ValueError: `keep` is below 1.
     """
     check_int("keep", keep, at_least=1)
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
@@ -116,36 +116,36 @@ def open_manager(
     handlers = {name: make() for name, make in ITEM_HANDLERS.items()}
     directory = Path(directory).absolute()
     if jax.process_index() == 0:
-        _quarantine_damaged_dates(directory)
+        _quarantine_damaged_timestamps(directory)
     return _Manager(directory, metric, options=options, item_handlers=handlers)
 
 
-def _quarantine_damaged_dates(directory: Path) -> None:
-    """Renames orbax's file with a checkpoint's date where it is damaged.
+def _quarantine_damaged_timestamps(directory: Path) -> None:
+    """Renames damaged files in which orbax stores the timestamp of a checkpoint.
 
-    A single damaged one would keep all checkpoints from being opened; without it orbax uses the directory's date.
+    A single damaged file would prevent opening any checkpoint; without it orbax uses the directory's timestamp.
     """
     for step in ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ():
         try:
             _ = step.commit_timestamp
-        except Exception:  # whatever the bytes lead to
-            note = Path(step.path) / "_CHECKPOINT_METADATA"
-            note.rename(note.with_suffix(".damaged"))
+        except Exception:  # damaged bytes can raise anything
+            file = Path(step.path) / "_CHECKPOINT_METADATA"
+            file.rename(file.with_suffix(".damaged"))
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, except that one checkpoint with damaged metrics does not keep all others from being opened."""
+    """An orbax manager that opens even if the metrics of a checkpoint are damaged."""
 
-    def __init__(self, directory: Path, metric: Callable[[Any], float] | None, **how: Any) -> None:
-        self._number = metric or (lambda _: 0.0)
-        super().__init__(directory, **how)
+    def __init__(self, directory: Path, metric: Callable[[Any], float] | None, **kwargs: Any) -> None:
+        self._metric = metric or (lambda _: 0.0)
+        super().__init__(directory, **kwargs)
 
     def metrics(self, step: int) -> Any:
-        """As saved; None where they are absent or damaged."""
+        """The metrics as saved; None if they are missing or damaged."""
         try:
             metrics = super().metrics(step)
-            return metrics if metrics and math.isfinite(self._number(metrics)) else None
-        except Exception:  # bad JSON, bad UTF-8, another type: whatever the bytes lead to
+            return metrics if metrics and math.isfinite(self._metric(metrics)) else None
+        except Exception:  # damaged bytes can raise anything: invalid JSON, invalid UTF-8, a wrong type
             return None
 
 
@@ -157,40 +157,40 @@ def save_checkpoint(
     input_position: Any = None,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Starts saving under the state's step; the arrays are copied before it returns, so training may go on.
+    """Starts saving a state under its step. Copies the arrays before it returns, so training can continue.
 
     Args:
-      manager: from `open_manager`; its `wait_until_finished()` and `close()` end the writing.
-      state: what to save.
-      metadata: from `describe_run`.
-      input_position: JSON-able state of the input iterator, of the batch consumed last.
-      metrics: numbers by which `open_manager` may keep the best.
+      manager: manager from `open_manager`; its `wait_until_finished()` and `close()` wait for the writing.
+      state: state to save.
+      metadata: metadata from `describe_run`.
+      input_position: JSON-serializable state of the input iterator at the last consumed batch.
+      metrics: numbers by which the manager may select the best checkpoint.
 
     Raises:
-      ValueError: there is a checkpoint of that step already, or the metric to keep the best by is missing.
+      ValueError: the step already has a checkpoint, or the metric that selects the best one is missing.
     """
     if int(state.step) in manager.all_steps():
-        raise ValueError(f"there is a checkpoint of step {int(state.step)} in {manager.directory} already")
+        raise ValueError(f"{manager.directory} already has a checkpoint of step {int(state.step)}")
     fields = _to_fields(state)
-    notes = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
-    notes["contents"] = {"leaves": leaf_dtypes_and_shapes(fields), "state": fingerprint(fields)}
-    notes["contents"]["notes"] = _digest(notes)
+    json_items = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
+    json_items["contents"] = {"leaves": leaf_dtypes_and_shapes(fields), "state": fingerprint(fields)}
+    json_items["contents"]["notes"] = _digest(json_items)
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(fields),
-        **{name: ocp.args.JsonSave(values) for name, values in notes.items()},
+        **{name: ocp.args.JsonSave(values) for name, values in json_items.items()},
     )
     manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
 
 
 def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
-    """Gives a checkpoint that was saved without metrics those of an evaluation made up later, all or none."""
-    path = Path(manager.directory) / str(step) / "metrics" / "metrics"  # where orbax keeps its own
+    """Adds the metrics of a pending evaluation to a checkpoint that was saved without metrics, atomically."""
+    path = Path(manager.directory) / str(step) / "metrics" / "metrics"  # the file that orbax writes
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(".metrics.partial")
         partial.write_text(json.dumps(dict(metrics)), encoding="utf-8")
         os.replace(partial, path)
-    allgather(None)  # no process reads before they are there
+    allgather(None)  # a barrier: no process reads before the file exists
     manager.reload()
 
 
@@ -201,92 +201,93 @@ def restore_checkpoint(
     metadata: Mapping[str, Any],
     step: int | None = None,
 ) -> Restored:
-    """Restores a checkpoint made by the same run.
+    """Restores a checkpoint of the same run.
 
     Args:
-      manager: from `open_manager`.
-      like: a state of the same structure, shapes and shardings.
-      metadata: from `describe_run`; every field but `versions` must equal the checkpoint's.
-      step: which checkpoint, the newest by default.
+      manager: manager from `open_manager`.
+      like: a state with the structure, shapes and shardings of the result.
+      metadata: metadata from `describe_run`; every field except `versions` must equal the checkpoint's.
+      step: step of the checkpoint; by default the newest.
 
     Raises:
-      FileNotFoundError: there is none.
-      DamagedCheckpoint: it cannot be read, or is not what was saved.
-      ValueError: the checkpoint does not fit; the message names the fields that differ, with both values.
+      FileNotFoundError: the checkpoint does not exist.
+      DamagedCheckpoint: the checkpoint cannot be read or has changed since it was saved.
+      ValueError: the checkpoint belongs to another run; the message names the differing fields with both values.
     """
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
         raise FileNotFoundError(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
         )
-    notes = _read_notes(manager, step)
-    if differing := field_differences(notes["metadata"], metadata):
-        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
-    _check_leaves(step, notes["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like)))
+    json_items = _read_json_items(manager, step)
+    if differences := field_differences(json_items["metadata"], metadata):
+        raise ValueError(f"the checkpoint of step {step} does not match this run: {'; '.join(differences)}")
+    _check_leaves(step, json_items["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like)))
     target = jax.tree.map(_shape_and_sharding, _to_fields(like))
     state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
-    same = fingerprint(state) == notes["contents"]["state"]
-    _raise_if_damaged(manager, step, None if same else "the arrays are not those that were saved")
-    return Restored(_from_fields(state, like), notes["input_position"]["position"], notes["metadata"])
+    same = fingerprint(state) == json_items["contents"]["state"]
+    _raise_if_damaged(manager, step, None if same else "the arrays have changed since they were saved")
+    return Restored(
+        _from_fields(state, like), json_items["input_position"]["position"], json_items["metadata"]
+    )
 
 
 def field_differences(
     saved: Mapping[str, Any],
-    given: Mapping[str, Any],
-    places: tuple[str, str] = ("in the checkpoint", "here"),
+    current: Mapping[str, Any],
+    labels: tuple[str, str] = ("in the checkpoint", "here"),
     prefix: str = "",
 ) -> list[str]:
-    """Which fields differ, innermost names and both values, package versions left aside.
+    """Lists the fields that differ, by their innermost names and with both values; ignores package versions.
 
     >>> field_differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
     ['config.rank is 8 in the checkpoint and 4 here']
     """
     lines = []
-    for name in dict.fromkeys((*saved, *given)):
+    for name in dict.fromkeys((*saved, *current)):
         if not prefix and name == "versions":
             continue
-        old, new = saved.get(name, "absent"), given.get(name, "absent")
+        old, new = saved.get(name, "absent"), current.get(name, "absent")
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += field_differences(old, new, places, f"{prefix}{name}.")
+            lines += field_differences(old, new, labels, f"{prefix}{name}.")
         elif json.dumps(old) != json.dumps(new):
-            values = (f"{json.dumps(value)} {place}" for value, place in zip((old, new), places, strict=True))
+            values = (f"{json.dumps(value)} {label}" for value, label in zip((old, new), labels, strict=True))
             lines.append(f"{prefix}{name} is {' and '.join(values)}")
     return lines
 
 
 def fingerprint(tree: Any) -> str:
-    """A short hex digest of a tree's paths, shapes, dtypes and bits, the same on any device layout.
+    """A short hex digest of a tree's paths, shapes, dtypes and bits, independent of the sharding.
 
-    Every 32-bit word is hashed together with its index, and the hashes are summed on the device in integers: no
-    weight is copied to the host, and the order of summation does not matter.
+    Hashes every 32-bit word together with its index, and sums the hashes on the device as integers. No weight is
+    copied to the host, and the order of summation does not matter.
     """
-    # One leaf at a time: of programs that run at once each process may start another first, and two processes that
-    # wait for each other in different ones wait for ever.
+    # One leaf at a time: processes may start concurrent programs in different orders, and deadlock.
     return digest_of_lines(
         {path: fingerprint_line(path, leaf) for path, leaf in leaves_by_path(tree).items()}
     )
 
 
 def fingerprint_line(path: str, leaf: jax.Array) -> str:
-    """What one leaf adds to the `fingerprint` of its tree, so that leaves may come one by one."""
+    """The line of one leaf in the `fingerprint` of its tree, to compute the fingerprint leaf by leaf."""
     return f"{path} {leaf.shape} {leaf.dtype} {jax.device_get(_checksum(leaf)).tolist()}"
 
 
 def digest_of_lines(lines: Mapping[str, str]) -> str:
-    """The `fingerprint` of a tree from the lines of its leaves, by path."""
+    """The `fingerprint` of a tree, from the `fingerprint_line` of each path."""
     return hashlib.sha256("\n".join(lines[path] for path in sorted(lines)).encode()).hexdigest()[:16]
 
 
 @jax.jit
 def _checksum(leaf: jax.Array) -> jax.Array:
-    """Two sums, uint32 `(2,)`, of hashes of the leaf's 32-bit words."""
+    """Two sums of hashes of the leaf's 32-bit words, uint32 `(2,)`."""
     words = _to_uint32(leaf)
     index = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
     return jnp.stack([jnp.sum(_hash_words(words, index, seed), dtype=jnp.uint32) for seed in (1, 2)])
 
 
 def _to_uint32(leaf: jax.Array) -> jax.Array:
-    """The bits of a leaf as uint32; narrower values one a word, wider ones in several."""
+    """The bits of a leaf as uint32: one word per narrower value, several per wider value."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if jnp.iscomplexobj(leaf):
@@ -298,7 +299,7 @@ def _to_uint32(leaf: jax.Array) -> jax.Array:
 
 
 def _hash_words(words: jax.Array, index: jax.Array, seed: int) -> jax.Array:
-    """A hash of each word and its index: two rounds of multiply and shift, as in murmur3's finalizer."""
+    """Hashes each word with its index, by two rounds of multiply and shift as in murmur3's finalizer."""
     h = words ^ (index * jnp.uint32(0x9E3779B9) + jnp.uint32(seed))
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         h = (h ^ (h >> 16)) * jnp.uint32(factor)
@@ -308,13 +309,13 @@ def _hash_words(words: jax.Array, index: jax.Array, seed: int) -> jax.Array:
 def _metric(name: str, metrics: Mapping[str, float]) -> float:
     if name not in metrics:
         raise ValueError(
-            f"the manager keeps the best {name!r}, which is not in the metrics{suggest(name, metrics)}"
+            f"metrics must contain {name!r}, which selects the best checkpoint{suggest(name, metrics)}"
         )
     return float(metrics[name])
 
 
 def _to_fields(state: TrainState) -> dict[str, Any]:
-    """The state as orbax stores it: named fields, the key as its data."""
+    """The state as orbax stores it: named fields, with the rng key as its data."""
     fields = {name: getattr(state, name) for name in ("trainable", "opt_state", "step", "rng")}
     if jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
         fields["rng"] = jax.random.key_data(state.rng)
@@ -329,10 +330,10 @@ def _from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
 
 
 def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
-    """Reads items of a checkpoint; orbax and tensorstore raise many kinds of errors for a damaged one.
+    """Reads items of a checkpoint; raises DamagedCheckpoint on every process if one of them fails.
 
-    Each process reads its own parts, and a single one may fail. The manager would leave the others at its barrier;
-    its handlers, which are called here, have no barrier, and afterwards every process raises the same error.
+    Each process reads its own parts, so a single one may fail. The manager would leave the others waiting at its
+    barrier; this calls its handlers, which have no barrier. Orbax and tensorstore raise many types of errors.
     """
     values, reason = None, None
     try:
@@ -349,33 +350,31 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
 
 
 def _raise_if_damaged(manager: ocp.CheckpointManager, step: int, reason: str | None) -> None:
-    """Raises DamagedCheckpoint on every process if any of them gives a reason."""
-    for words in allgather(reason):
-        if words is not None:
+    """Raises DamagedCheckpoint on every process if any of them passes a reason."""
+    for text in allgather(reason):
+        if text is not None:
             raise DamagedCheckpoint(
                 f"the checkpoint of step {step} in {manager.directory} cannot be read: "
-                f"{words.splitlines()[0]:.200}"
+                f"{text.splitlines()[0]:.200}"
             )
 
 
-def _read_notes(manager: ocp.CheckpointManager, step: int) -> Any:
-    """All but the state, as they were saved."""
+def _read_json_items(manager: ocp.CheckpointManager, step: int) -> Any:
+    """Reads all items except the state, and checks their digest."""
     names = ("input_position", "metadata", "contents")
-    notes = _read(manager, step, **{name: ocp.args.JsonRestore() for name in names})
-    notes = {name: notes[name] for name in names}
+    items = _read(manager, step, **{name: ocp.args.JsonRestore() for name in names})
+    items = {name: items[name] for name in names}
     try:
-        fits = notes["contents"].pop("notes") == _digest(notes)
-    except (AttributeError, LookupError, TypeError, RecursionError):  # other JSON than we write
-        fits = False
-    _raise_if_damaged(
-        manager, step, None if fits else "what is noted beside the arrays is not what was saved"
-    )
-    return notes
+        same = items["contents"].pop("notes") == _digest(items)
+    except (AttributeError, LookupError, TypeError, RecursionError):  # JSON of another form
+        same = False
+    _raise_if_damaged(manager, step, None if same else "the metadata has changed since it was saved")
+    return items
 
 
-def _digest(notes: Any) -> str:
+def _digest(items: Any) -> str:
     """A short hex digest of JSON values, the same before writing and after reading."""
-    return hashlib.sha256(json.dumps(notes).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
 def _shape_and_sharding(leaf: Any) -> Any:
@@ -383,17 +382,19 @@ def _shape_and_sharding(leaf: Any) -> Any:
 
 
 def _check_leaves(step: int, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    differing = [
+    differences = [
         f"{path} is {old.get(path, 'absent')} in the checkpoint and {new.get(path, 'absent')} here"
         for path in sorted(old.keys() | new.keys())
         if old.get(path) != new.get(path)
     ]
-    if differing:
-        rest = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing[:5])}{rest}")
+    if differences:
+        rest = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise ValueError(
+            f"the checkpoint of step {step} does not match this run: {'; '.join(differences[:5])}{rest}"
+        )
 
 
 def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:
-    """Path to dtype and shape as text, such as `"float32 (2, 3)"`."""
+    """Maps each path to the leaf's dtype and shape as text, such as `"float32 (2, 3)"`."""
     leaves = leaves_by_path(tree)
     return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

@@ -1,4 +1,4 @@
-"""`LoRAPlusConfig`: what to adapt and how, validated when it is made."""
+"""`LoRAPlusConfig`: what to adapt and how, validated on construction."""
 
 import dataclasses
 import math
@@ -6,22 +6,20 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
-
 from ._validation import check_choice, check_int, check_number, suggest
 
 Init = Literal["lora", "lora_b", "gaussian"]
 Bias = Literal["none", "all", "lora_only"]
 
 DEFAULT_LR_RATIO: Mapping[Init, float] = {"lora": 4.0, "gaussian": 4.0, "lora_b": 16.0}
-"""Lambda by init, where none is given. The paper found 16 with B drawn and A zero (`"lora_b"`); with B zero it
-reports 4 to 8, and for Llama 2 to 4 (arXiv 2402.12354, section 5). A start for a sweep, not an optimum.
+"""The default lambda by init. The paper found 16 with random B and zero A (`"lora_b"`); with zero B it reports
+4 to 8, and 2 to 4 for Llama (arXiv 2402.12354, section 5). A starting point for a sweep, not an optimum.
 """
 ALL_LINEAR = "all-linear"
 
 
 class Rules(dict):
-    """A dict for a frozen config: it can be hashed, and its order counts, since the first rule that matches does.
+    """A hashable dict for a frozen config. Equality depends on order, since the first matching rule applies.
 
     >>> Rules(a=1, b=2) == Rules(b=2, a=1)
     False
@@ -36,36 +34,42 @@ class Rules(dict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRAPlusConfig:
-    """Which layers get adapters, of which rank and scale, and how much faster B learns.
+    """Selects the layers to adapt, and sets the adapters' rank and scale and the ratio of the learning rates.
 
-    Names of modules match a path that ends in them, whole segments only (`"query"` or `"attention/query"`); a
-    single string instead of a sequence is one regular expression for the whole path, segments joined by "/".
-    Every rule must match something, and no weight may be covered twice.
+    A module name matches every path that ends in it, whole segments only (`"query"` or `"attention/query"`). A
+    single string instead of a sequence is one regular expression for the whole path, with segments joined by "/".
+    Set `target_modules`, `target_parameters` or both. Every rule must match something, and no weight may be covered
+    twice.
+
+    `lora_plus_adamw(..., lr_ratio=config)` reads `lr_ratio`; `split_trainable(variables, config)` applies
+    `modules_to_save` and `bias`. `dataclasses.replace` keeps the current `lr_ratio`, even with another `init`.
 
     Attributes:
-      target_modules: the layers to adapt, by names or one regular expression; `"all-linear"` takes every Dense,
-        DenseGeneral and Einsum but those in `modules_to_save`. Either this or `target_parameters` is needed.
-      exclude_modules: layers that are not adapted although `target_modules` names them.
-      target_parameters: single weights to adapt as W + s A B, whatever module owns them: a regular expression for
-        the whole path of the leaf to a letter for each of its axes, `i` input, `o` output, any other a batch axis
-        kept in both factors; a plain sequence means `"io"`. Each costs the gradient of its whole weight in a step.
-      layers_to_transform: indices of the layers to adapt: the first number that ends a segment of a path
-        (`"layers_3/query"`), or the place in a stack of scanned layers. All by default. For `target_modules` only.
-      rank: r, the inner dimension of A `(in, r)` and B `(r, out)`.
-      alpha: the update is W + (alpha / rank) A B.
-      rank_pattern: other ranks by pattern. A key is a regular expression for the end of a path, whole segments; the
-        first that matches counts.
-      alpha_pattern: other alphas, likewise.
-      use_rslora: s = alpha / sqrt(rank) instead (arXiv 2312.03732).
-      dropout: rate on the adapter's input; acts when a `dropout` rng is given to `apply`, not on embeddings.
-      lr_ratio: lambda, the ratio of B's learning rate to A's (arXiv 2402.12354, section 4), for
-        `lora_plus_adamw(..., lr_ratio=config)`. By default 4, or 16 with the init `"lora_b"`; a config that
-        `dataclasses.replace` makes keeps the number that it had.
-      init: `"lora"` draws A He-uniform with B zero (Init[1] of the paper), `"lora_b"` draws B with A zero
-        (Init[2], used by the paper's experiments), `"gaussian"` draws A from N(0, 1/r^2) with B zero.
-      modules_to_save: modules trained in full beside the adapters (a new head), by names.
-      bias: which biases are trained in full too: none, all, or those of the adapted layers (`"lora_only"`). Both
-        take effect in `split_trainable(variables, config)`.
+      target_modules: layers to adapt: a list of names, each matching the end of a path (query or attention/query),
+        or one regular expression for the whole path; all-linear adapts every Dense, DenseGeneral and Einsum outside
+        modules_to_save.
+      exclude_modules: layers of target_modules to leave out, in the same form.
+      target_parameters: single weights to adapt as W + s A B, whatever module owns them: a mapping from a regular
+        expression for the weight's whole path to one letter per axis (i input, o output, any other letter a batch
+        axis kept in both factors), or a list, which means io for each. Each step computes the whole weight's
+        gradient.
+      layers_to_transform: indices of the layers of target_modules to adapt: the number that ends a path segment
+        (layers_3/query), or the index in a stack of scanned layers; null adapts all layers.
+      rank: rank r, the inner dimension of A (in, r) and B (r, out).
+      alpha: numerator of the scale s = alpha / rank in W + s A B.
+      rank_pattern: ranks of single layers: a mapping from a regular expression for the end of a path, in whole
+        segments, to a rank; the first match applies.
+      alpha_pattern: alphas of single layers, in the same form.
+      use_rslora: rank-stabilized scale, s = alpha / sqrt(rank) (arXiv 2312.03732).
+      dropout: dropout rate on the adapter's input, except for embedding lookups; active when apply gets a dropout
+        rng, as in training.
+      lr_ratio: lambda, the ratio of B's learning rate to A's (arXiv 2402.12354, section 4); defaults to 4, or to 16
+        with init lora_b.
+      init: initialization of the factors: lora has He-uniform A and zero B (Init[1] of the paper); lora_b has
+        zero A and He-uniform B (Init[2], used in the paper's experiments); gaussian has A from N(0, 1/r^2) and
+        zero B.
+      modules_to_save: names of modules to train fully, such as a new head.
+      bias: biases to train fully: none, all, or lora_only (those of the adapted layers).
 
     Raises:
       ValueError, TypeError: a field is out of range or of the wrong type; the message names it.
@@ -86,7 +90,7 @@ class LoRAPlusConfig:
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
     dropout: float = 0.0
-    lr_ratio: float = None  # pyright: ignore[reportAssignmentType] # a number once the config is made
+    lr_ratio: float = None  # pyright: ignore[reportAssignmentType] # __post_init__ sets a number
     init: Init = "lora"
     modules_to_save: tuple[str, ...] = ()
     bias: Bias = "none"
@@ -97,14 +101,17 @@ class LoRAPlusConfig:
         object.__setattr__(self, "target_parameters", _parameters(self.target_parameters))
         object.__setattr__(self, "layers_to_transform", _layers(self.layers_to_transform))
         if not self.target_modules and not self.target_parameters:
-            raise ValueError("target_modules is empty: name the layers to adapt, such as ['query', 'value']")
+            raise ValueError(
+                "target_modules must not be empty; name the layers to adapt, such as ['query', 'value'], "
+                "or set target_parameters"
+            )
         check_int("rank", self.rank, at_least=1)
         check_number("alpha", self.alpha, above=0.0)
         self._check_patterns()
         check_number("dropout", self.dropout, at_least=0.0, below=1.0)
         if self.dropout and not self.target_modules:
             raise ValueError(
-                f"dropout acts on the input of a layer; target_parameters have none, got {self.dropout}"
+                f"dropout requires target_modules, since target_parameters have no input; got {self.dropout}"
             )
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be true or false, got {self.use_rslora!r}")
@@ -113,6 +120,8 @@ class LoRAPlusConfig:
         if self.lr_ratio is None:
             object.__setattr__(self, "lr_ratio", DEFAULT_LR_RATIO[self.init])
         check_number("lr_ratio", self.lr_ratio, above=0.0)
+        for name in ("alpha", "lr_ratio", "dropout"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
@@ -126,20 +135,21 @@ class LoRAPlusConfig:
                     check_int(where, value, at_least=1)
                 else:
                     check_number(where, value, above=0.0)
-            object.__setattr__(self, name, Rules(patterns))
+            kind = int if name == "rank_pattern" else float
+            object.__setattr__(self, name, Rules((key, kind(value)) for key, value in patterns.items()))
 
     @property
     def scale(self) -> float:
-        """The factor s on A B where no pattern says otherwise."""
+        """The scale s of A B where no pattern applies."""
         return self._scale(self.rank, self.alpha)
 
     def rank_of(self, path: str) -> int:
-        """The rank of the adapter at a path, patterns considered."""
+        """The rank of the adapter at a path, according to `rank_pattern`."""
         key = pattern_of(self.rank_pattern, path)
         return self.rank if key is None else self.rank_pattern[key]
 
     def scale_of(self, path: str) -> float:
-        """The factor s on A B at a path, patterns considered."""
+        """The scale s of A B at a path, according to `rank_pattern` and `alpha_pattern`."""
         key = pattern_of(self.alpha_pattern, path)
         return self._scale(self.rank_of(path), self.alpha if key is None else self.alpha_pattern[key])
 
@@ -152,18 +162,22 @@ class LoRAPlusConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; an unknown field is a ValueError that names the nearest one."""
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError, TypeError: a key is unknown (the message suggests the closest one) or a value is invalid.
+        """
         fields = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(values, Mapping) or not values.keys() & {"target_modules", "target_parameters"}:
-            raise ValueError(f"a LoRAPlusConfig must be a mapping with target_modules, got {values!r:.40}")
+            raise ValueError(f"LoRAPlusConfig must be a mapping with target_modules, got {values!r:.40}")
         for name in values:
             if name not in fields:
-                raise ValueError(f"LoRAPlusConfig has no field {name!r}{suggest(name, fields)}")
+                raise ValueError(f"LoRAPlusConfig: unknown key {name!r}{suggest(name, fields)}")
         return cls(**values)
 
 
 def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
-    """The first pattern that matches the end of a path, whole segments, as PEFT's patterns do.
+    """The first pattern that matches the end of a path, whole segments only, as in PEFT.
 
     >>> pattern_of({"query": 4, "layers_1/.*": 2}, "layers_1/query"), pattern_of({"query": 4}, "my_query")
     ('query', None)
@@ -172,7 +186,7 @@ def pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
 
 
 def matches(rule: str | tuple[str, ...], path: str) -> bool:
-    """Whether a module path, segments joined by "/", is named by `rule` as `LoRAPlusConfig` defines it.
+    """Whether a rule of `LoRAPlusConfig` matches a module path, with segments joined by "/".
 
     >>> matches(("query",), "layers/attention/query"), matches(("query",), "layers/my_query")
     (True, False)
@@ -194,27 +208,28 @@ def _names(field: str, value: Any) -> str | tuple[str, ...]:
     names = tuple(value)
     for name in names:
         if not isinstance(name, str) or not name.strip("/"):
-            raise TypeError(f"{field} must hold non-empty module names, got {name!r}")
+            raise TypeError(f"{field} must contain non-empty module names, got {name!r}")
     if len(set(names)) < len(names):
-        raise ValueError(f"{field} names a module twice: {list(names)}")
+        raise ValueError(f"{field} must contain distinct module names, got {list(names)}")
     return names
 
 
 def _parameters(value: Any) -> Mapping[str, str]:
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(
-            f"target_parameters must be regular expressions, alone or with axis letters, got {value!r}"
+            "target_parameters must be a sequence of regular expressions, or a mapping from them to axes, "
+            f"got {value!r}"
         )
     patterns = list(value)
     rules = Rules(value if isinstance(value, Mapping) else dict.fromkeys(patterns, "io"))
     if len(rules) < len(patterns):
-        raise ValueError(f"target_parameters names a weight twice: {patterns}")
+        raise ValueError(f"target_parameters must contain distinct regular expressions, got {patterns}")
     for pattern, axes in rules.items():
         _check_regex("target_parameters", pattern)
         if not isinstance(axes, str) or not re.fullmatch("[a-z]+", axes) or not {"i", "o"} <= set(axes):
             raise ValueError(
-                f"target_parameters[{pattern!r}] must be lower-case letters, one an axis, with i for input and o "
-                f"for output among them, got {axes!r}"
+                f"target_parameters[{pattern!r}] must be one lower-case letter per axis, including i (input) "
+                f"and o (output), got {axes!r}"
             )
     return rules
 
@@ -225,27 +240,25 @@ def _layers(value: Any) -> tuple[int, ...] | None:
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"layers_to_transform must be whole numbers, got {value!r}")
+        raise TypeError(f"layers_to_transform must be a sequence of integers, got {value!r}")
     layers = tuple(value)
     for number in layers:
         check_int("layers_to_transform", number, at_least=0)
     if not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"layers_to_transform must hold different layers, got {list(layers)}")
+        raise ValueError(f"layers_to_transform must be one or more distinct layers, got {list(layers)}")
     return layers
 
 
 def _check_regex(field: str, pattern: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
-        raise TypeError(f"{field} must hold regular expressions, got {pattern!r}")
+        raise TypeError(f"{field} must contain non-empty regular expressions, got {pattern!r}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{field} is not a regular expression: {pattern!r} ({error})") from None
+        raise ValueError(f"{field}: invalid regular expression {pattern!r}: {error}") from None
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(v) for key, v in value.items()}
-    if isinstance(value, tuple):
-        return list(value)
-    return value.item() if isinstance(value, np.generic) else value
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -1,7 +1,7 @@
-"""Where weights go in a program: a walk over a jaxpr that follows inputs to outputs, and computes nothing.
+"""Follows weights through a program, from a jaxpr's inputs to its outputs, without computing anything.
 
-A model whose adapted layers return only their low-rank terms (`Mode.LOW_RANK_ONLY`) no longer needs an
-adapted weight. If it reaches an output all the same, the model reads it past the layer, where no adapter acts.
+A model whose adapted layers return only their low-rank terms (`Mode.LOW_RANK_ONLY`) does not need the adapted
+weights. If one still reaches an output, the model reads it outside its layer, where no adapter acts.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 Tags = frozenset[tuple[int, bool]]
-"""Which inputs a value depends on, by their number, and whether it is a part of each and nothing else."""
+"""The inputs that a value depends on, by number, each with whether the value is an unchanged part of it."""
 
 NOTHING: Tags = frozenset()
 _MARK = "loraplus_weight_of_a_layer"
-# What hands on parts of a weight as they are, in another order or precision at most.
+# Operations that return parts of a weight unchanged, except for their order or precision.
 _MOVES = (
     *("transpose", "squeeze", "slice", "dynamic_slice", "broadcast_in_dim", "convert_element_type", "copy"),
     *("stop_gradient", "sharding_constraint", "pvary", "pcast", "all_gather", "device_put"),
@@ -24,11 +24,11 @@ _MOVES = (
 
 
 class Dataflow(NamedTuple):
-    """What a program does with its inputs, by their numbers.
+    """How a program uses its inputs, by their numbers.
 
     Attributes:
-      read: those that reach an output.
-      changed: those that are changed before they come to `mark_weight`.
+      read: inputs that reach an output.
+      changed: inputs that are changed before they reach `mark_weight`.
     """
 
     read: frozenset[int]
@@ -36,8 +36,8 @@ class Dataflow(NamedTuple):
 
 
 def mark_weight(weight: jax.Array) -> jax.Array:
-    """A zero that marks, for `trace_dataflow`, a layer's use of this weight; no value reaches it."""
-    return _noted(weight)
+    """Returns a zero that marks a layer's use of a weight for `trace_dataflow`, without passing on its values."""
+    return _mark(weight)
 
 
 def _zero(weight: jax.Array) -> jax.Array:
@@ -45,54 +45,54 @@ def _zero(weight: jax.Array) -> jax.Array:
 
 
 _zero.__name__ = _MARK
-_noted = jax.jit(_zero)
+_mark = jax.jit(_zero)
 
 
 def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     """Follows the inputs of a program to its outputs, through loops, branches and calls.
 
-    Everything that an operation is given reaches all that it gives; only what is never used for an output is seen
-    to be so. Effects such as printing are no outputs.
+    Assumes that every input of an operation reaches all its outputs, so an input counts as unread only if no output
+    uses it. Effects such as printing do not count as outputs.
     """
     changed: set[int] = set()
     inputs = [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))]
-    outputs = _through(program, inputs, changed)
+    outputs = _propagate(program, inputs, changed)
     return Dataflow(frozenset(n for tags in outputs for n, _ in tags), frozenset(changed))
 
 
-def _through(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], changed: set[int]) -> list[Tags]:
-    """The outputs' tags, given those of the inputs; adds to `changed`."""
+def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], changed: set[int]) -> list[Tags]:
+    """Computes the tags of a program's outputs from those of its inputs; adds to `changed`."""
     jaxpr: Any = getattr(program, "jaxpr", program)
     tags = dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def of(atoms: Sequence[Any]) -> list[Tags]:
+    def tags_of(atoms: Sequence[Any]) -> list[Tags]:
         return [NOTHING if isinstance(atom, Literal) else tags.get(atom, NOTHING) for atom in atoms]
 
     for eqn in jaxpr.eqns:
-        if any(given := of(eqn.invars)):
-            tags |= zip(eqn.outvars, _step(eqn, given, changed), strict=True)
-    return of(jaxpr.outvars)
+        if any(eqn_inputs := tags_of(eqn.invars)):
+            tags |= zip(eqn.outvars, _propagate_eqn(eqn, eqn_inputs, changed), strict=True)
+    return tags_of(jaxpr.outvars)
 
 
-def _step(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
-    """One operation."""
+def _propagate_eqn(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
+    """Computes the tags of one operation's outputs."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
         return _scan(eqn, inputs, changed)
     if name == "while":
         return _while(params, inputs, changed)
     if name == "cond":
-        ways = [_through(branch, inputs[1:], changed) for branch in params["branches"]]
-        return [_changed(inputs[0]).union(*tags) for tags in zip(*ways, strict=True)]
+        branches = [_propagate(branch, inputs[1:], changed) for branch in params["branches"]]
+        return [_as_changed(inputs[0]).union(*tags) for tags in zip(*branches, strict=True)]
     if name == "optimization_barrier":
         return inputs
     if _MARK in str(params.get("name")):
-        changed |= {n for tags in inputs for n, whole in tags if not whole}
+        changed |= {n for tags in inputs for n, unchanged in tags if not unchanged}
     inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
     if len(inner) == 1 and _fits(inner[0], eqn):  # a call, whatever its name
-        return _through(inner[0], inputs, changed)
+        return _propagate(inner[0], inputs, changed)
     tags = NOTHING.union(*inputs)
-    return [tags if name in _MOVES else _changed(tags)] * len(eqn.outvars)
+    return [tags if name in _MOVES else _as_changed(tags)] * len(eqn.outvars)
 
 
 def _fits(program: ClosedJaxpr | Jaxpr, eqn: Any) -> bool:
@@ -103,37 +103,39 @@ def _fits(program: ClosedJaxpr | Jaxpr, eqn: Any) -> bool:
 def _scan(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
     program = eqn.params["jaxpr"]
     body: Any = getattr(program, "jaxpr", program)
-    # Counted by shapes, since the numbers have other names in other versions of jax: what is sliced or stacked has
-    # an axis more outside than inside. Constants come first, then the carry.
-    sliced, carried = _longer(eqn.invars, body.invars), len(body.outvars) - _longer(eqn.outvars, body.outvars)
+    # Count by shapes, since jax versions name the counts differently: sliced inputs and stacked outputs have one
+    # more axis outside than inside. Constants come first, then the carry.
+    sliced = _count_longer(eqn.invars, body.invars)
+    carried = len(body.outvars) - _count_longer(eqn.outvars, body.outvars)
     consts = len(body.invars) - sliced - carried
     carry = inputs[consts : consts + carried]
     while True:
-        outputs = _through(body, inputs[:consts] + carry + inputs[consts + carried :], changed)
-        if (more := _union(carry, outputs)) == carry:
+        outputs = _propagate(body, inputs[:consts] + carry + inputs[consts + carried :], changed)
+        if (new_carry := _union(carry, outputs)) == carry:
             return carry + outputs[carried:]
-        carry = more
+        carry = new_carry
 
 
-def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """How many have more axes outside."""
+def _count_longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """Counts the variables that have more axes outside than inside."""
     return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outside, inside, strict=True))
 
 
 def _while(params: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
-    of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
-    carry = inputs[of_cond + of_body :]
+    cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
+    carry = inputs[cond_consts + body_consts :]
     while True:
-        (goes_on,) = _through(params["cond_jaxpr"], inputs[:of_cond] + carry, changed)
-        outputs = _through(params["body_jaxpr"], inputs[of_cond : of_cond + of_body] + carry, changed)
-        if (more := _union(carry, [tags | _changed(goes_on) for tags in outputs])) == carry:
+        (condition,) = _propagate(params["cond_jaxpr"], inputs[:cond_consts] + carry, changed)
+        body_inputs = inputs[cond_consts : cond_consts + body_consts] + carry
+        outputs = _propagate(params["body_jaxpr"], body_inputs, changed)
+        if (new_carry := _union(carry, [tags | _as_changed(condition) for tags in outputs])) == carry:
             return carry
-        carry = more
+        carry = new_carry
 
 
-def _union(some: list[Tags], others: list[Tags]) -> list[Tags]:
-    return [one | other for one, other in zip(some, others, strict=False)]
+def _union(first: list[Tags], second: list[Tags]) -> list[Tags]:
+    return [a | b for a, b in zip(first, second, strict=False)]
 
 
-def _changed(tags: Tags) -> Tags:
+def _as_changed(tags: Tags) -> Tags:
     return frozenset((n, False) for n, _ in tags)

@@ -1,4 +1,4 @@
-"""Finds LoRA factors in the parameter tree of any library, and the side that each is on."""
+"""Finds pairs of LoRA factors in the parameter tree of any library, and which factor is A and which is B."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,33 +9,33 @@ from .spec import Specs
 
 Side = Literal["a", "b"]
 
-_BEHIND = r"(?:/(?:kernel|weight|w))?(?:/value)?"
+_SUFFIX = r"(?:/(?:kernel|weight|w))?(?:/value)?"
 _FORMS = (
     r"(?:(?P<module>.*)/)?lora_(?P<side>[ab])",  # ours, nnx.LoRA, torchtune
     r"(?P<module>(?:.*/)?[^/]+)_lora_(?P<side>[ab])",  # qwix
     r"(?:(?P<module>.*)/)?lora_[a-z]+_(?P<side>[ab])",  # our embeddings, keras
     r"(?P<module>(?:.*/)?lora)/(?P<side>[ab])",  # gemma
-    # PEFT, where an adapter's name may follow; kohya and diffusers.
+    # PEFT, optionally followed by the adapter's name; kohya and diffusers.
     r"(?:(?P<module>.*)/)?lora_(?:embedding_)?(?P<side>[AB])(?:/(?!bias$|weight|kernel|value)(?P<adapter>[^/]+))?",
     r"(?:(?P<module>.*)/)?lora_(?P<side>down|up)",
 )
-"""The names of factors where the side is known; dots separate as slashes do, and a layer or container that holds
-the factor may stand behind."""
+"""Names of factors that determine the side. Dots count as slashes; `_SUFFIX`, a layer or container that holds the
+factor, may follow."""
 
 _SIDES: Mapping[str, Side] = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
-_KNOWN = (
-    "lora_a and lora_b, kernel_lora_a, lora_kernel_a, lora/a, lora_A and lora_B (PEFT), lora_down and lora_up, or "
-    "a and b beside their weight w"
+_KNOWN_NAMES = (
+    "lora_a and lora_b, kernel_lora_a, lora_kernel_a, lora/a, lora_A and lora_B (PEFT), lora_down and "
+    "lora_up, or a and b next to their weight w"
 )
 _LOOKS_LIKE_LORA = re.compile(r"(?<![A-Za-z])(?i:lora)(?![a-z])|(?<=[a-z])Lo[rR][aA](?![a-z])")
-_NO_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
+_NOT_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
 
 
 class Pair(NamedTuple):
     """The two factors of one adapter.
 
     Attributes:
-      a, b: the path of the factor on the input side, and of that on the output side.
+      a, b: paths of the factors on the input side and on the output side.
     """
 
     a: str
@@ -43,39 +43,39 @@ class Pair(NamedTuple):
 
 
 def is_embedding_factor(path: str) -> bool:
-    """Whether a factor's name says that its weight is an embedding, as ours, PEFT's and keras' do."""
+    """Whether a factor's name marks its weight as an embedding, as our names and those of PEFT and keras do."""
     return re.search(r"(?:^|[./])lora_embeddings?_[abAB]\b", path) is not None
 
 
 def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
-    """Module to the paths of its factors, in a tree given as path to leaf.
+    """Maps each module to the paths of its factors, in a tree given as path to leaf.
 
-    Names tell the side where it is certain, whatever the layout of PEFT's and kohya's factors; else a weight `w`
-    beside them does.
+    An unambiguous name determines the side, in any layout of PEFT's and kohya's factors. Otherwise the weight `w`
+    next to the factors determines it.
 
     Raises:
-      ValueError: a factor without its partner, factors that do not fit each other, the table or a kernel beside
-        them, or names and shapes that leave the side or a leaf's part open.
+      ValueError: a factor has no partner; factors do not match each other, the specs or a kernel next to them; or
+        names and shapes do not determine a side, or whether a leaf is a factor.
     """
     by_name = _pairs_by_name(leaves)
     pairs = {}
     for module, sides in by_name.items():
-        # Names of torch, whose Linear is (out, in).
+        # PyTorch's names; its Linear is (out, in).
         torch = any(re.search(r"lora_(embedding_)?([AB]|down|up)\b|[./]weight$", p) for p in sides.values())
         _check_pair(module, {side: leaves[path] for side, path in sides.items()}, specs, may_be_torch=torch)
         pairs[module] = Pair(sides["a"], sides["b"])
         if specs is None:
             _check_kernel(module, leaves, pairs[module])
     ours = any(pair.a.startswith("lora/") for pair in pairs.values())
-    # Beside our own collection stand weights that are trained in full, whatever their names.
+    # Outside our own collection there are fully trained weights, which may have any name.
     leaves = {path: leaf for path, leaf in leaves.items() if not ours or path.startswith("lora/")}
-    for module, beside in _pairs_named_ab(leaves).items():
+    for module, paths in _pairs_named_ab(leaves).items():
         if module in pairs:
             continue
-        shapes = {name: tuple(leaves[path].shape) for name, path in beside.items()}
-        if "w" in beside:
+        shapes = {name: tuple(leaves[path].shape) for name, path in paths.items()}
+        if "w" in paths:
             a, b = _sides_by_weight(module, shapes)
-            pairs[module] = Pair(beside[a], beside[b])
+            pairs[module] = Pair(paths[a], paths[b])
         else:
             _check_not_factors(module, shapes)
     _check_names(leaves, pairs, ours)
@@ -83,11 +83,11 @@ def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
 
 
 def _pairs_by_name(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
-    """Module to the paths of its factors by side, where names say the side."""
+    """Maps each module to the paths of its factors by side, for names that determine the side."""
     pairs: dict[str, dict[Side, str]] = {}
     for path in leaves:
         name = path.replace(".", "/")
-        match = next((m for form in _FORMS if (m := re.fullmatch(form + _BEHIND, name))), None)
+        match = next((m for form in _FORMS if (m := re.fullmatch(form + _SUFFIX, name))), None)
         if match is None:
             continue
         parts = match.groupdict()
@@ -95,14 +95,14 @@ def _pairs_by_name(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
         sides, side = pairs.setdefault(module, {}), _SIDES[parts["side"]]
         if side in sides:
             raise ValueError(
-                f"{sides[side]} and {path} would both be the factor {side} of {module or 'the tree'}"
+                f"{sides[side]} and {path} are both factor {side} of {module or 'the tree'}; rename one"
             )
         sides[side] = path
     return pairs
 
 
 def _pairs_named_ab(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Module to the paths of its leaves `a` and `b` (or `A`, `B`) where both are there, and of `w` if it is."""
+    """Maps each module with leaves `a` and `b` (or `A` and `B`) to their paths, and to that of `w` if it exists."""
     pairs: dict[str, dict[str, str]] = {}
     for path in leaves:
         module, _, name = path.rpartition("/")
@@ -114,17 +114,17 @@ def _pairs_named_ab(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _check_not_factors(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Rejects a pair that may be an adapter: it meets in a rank below both sides, and the sides are unknown."""
+    """Rejects a pair that may be an adapter: they share a rank below both sizes, but the sides are unknown."""
     for left, right in ((shapes["a"], shapes["b"]), (shapes["b"], shapes["a"])):
         if len(left) >= 2 and len(right) >= 2 and left[-1] == right[-2] < min(left[-2], right[-1]):
             raise ValueError(
-                f"{module or 'the tree'}: a {shapes['a']} and b {shapes['b']} may be factors of an adapter, but "
-                f"which is on the input side cannot be told without their weight w; known are names as {_KNOWN}"
+                f"{module or 'the tree'}: a {shapes['a']} and b {shapes['b']} may be LoRA factors, but "
+                f"without their weight w the input side is ambiguous; supported names: {_KNOWN_NAMES}"
             )
 
 
 def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
-    """Rejects factors whose names and whose neighbouring kernel disagree about the sides."""
+    """Rejects factors whose names contradict the kernel next to them about the sides."""
     above = module.removesuffix("lora").rstrip("/") if module.rpartition("/")[2] == "lora" else module
     names = (above, *(f"{above}/{leaf}".removeprefix("/") for leaf in ("kernel", "embedding")))
     a, b = (tuple(leaves[path].shape) for path in pair)
@@ -135,16 +135,16 @@ def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
         swapped = (b[-1], a[-2]) == kernel[-2:] and a[-2] != b[-1]
         if swapped and a[:-2] == b[:-2] == kernel[:-2]:
             raise ValueError(
-                f"{module or 'the tree'}: by its name {pair.a} {a} is on the input side, but the kernel {kernel} "
-                f"beside it says that {pair.b} {b} is; name them by side"
+                f"{module or 'the tree'}: {pair.a} {a} is the input side by its name, but the kernel "
+                f"{kernel} needs {pair.b} {b} there; rename the factors by side"
             )
 
 
 def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: bool) -> None:
-    """Rejects a leaf that looks like a LoRA factor and would be trained as any other weight."""
+    """Rejects a leaf that looks like a LoRA factor but would be trained like any other weight."""
     factors = [path for pair in pairs.values() for path in pair]
     for path, leaf in leaves.items():
-        if path in factors or len(getattr(leaf, "shape", ())) < 2 or _NO_FACTOR.search(path):
+        if path in factors or len(getattr(leaf, "shape", ())) < 2 or _NOT_FACTOR.search(path):
             continue
         segments = path.split("/")
         above = ["/".join(segments[: n + 1]) for n in range(len(segments))]
@@ -154,13 +154,13 @@ def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: boo
         unpaired = any(not any(f"{factor}/".startswith(f"{p}/") for factor in factors) for p in lora_like)
         if unpaired or (ours and not set(above) & pairs.keys()):
             raise ValueError(
-                f"{path} {tuple(leaf.shape)} speaks of LoRA, but its name tells no side, as these do: {_KNOWN}; "
-                "rename it if it is no factor"
+                f"{path} {tuple(leaf.shape)} looks like a LoRA factor, but its name does not say whether it "
+                f"is A or B; supported names: {_KNOWN_NAMES}; if it is not a factor, rename it"
             )
 
 
 def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Side, Side]:
-    """Which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`, and which the output axis."""
+    """Returns which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`, then which the output."""
     size_in, size_out = shapes["w"][-2:] if len(shapes["w"]) >= 2 else (0, 0)
     orders_that_fit: list[tuple[Side, Side]] = []
     orders: tuple[tuple[Side, Side], ...] = (("a", "b"), ("b", "a"))
@@ -169,10 +169,10 @@ def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> tupl
         if len(a) >= 2 and len(b) >= 2 and a[-1] == b[-2] and (a[-2], b[-1]) == (size_in, size_out):
             orders_that_fit.append((first, second))
     if len(orders_that_fit) != 1:
-        why = "both orders fit" if orders_that_fit else "neither order fits"
+        reason = "both orders fit" if orders_that_fit else "neither order fits"
         raise ValueError(
-            f"{module}: a {shapes['a']} and b {shapes['b']} beside w {shapes['w']}: {why}, so the input side "
-            "cannot be told; give the leaves names such as lora_a (input side) and lora_b"
+            f"{module}: the input side of a {shapes['a']} and b {shapes['b']} with w {shapes['w']} is "
+            f"ambiguous, {reason}; use names such as lora_a (input side) and lora_b"
         )
     return orders_that_fit[0]
 
@@ -181,20 +181,23 @@ def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, m
     where = module or "the tree"
     sides: tuple[Side, Side] = ("a", "b")
     if missing := [side for side in sides if side not in pair]:
-        raise ValueError(f"{where} holds one factor only: lora_{missing[0]} is missing")
+        raise ValueError(f"{where} has only one factor: lora_{missing[0]} is missing")
     a, b = (tuple(pair[side].shape) for side in sides)
     spec = (specs or {}).get(spec_path(module))
     if specs is not None and spec is None:
         raise ValueError(f"{where} is not in the specs{suggest(module, specs)}")
     if spec is not None and (a, b) != spec.factor_shapes:
-        raise ValueError(f"{where}: factors {a} and {b} do not fit the specs' {spec.factor_shapes}")
+        raise ValueError(
+            f"{where}: factors must have the specs' shapes {spec.factor_shapes}, got {a} and {b}"
+        )
     if min(len(a), len(b)) < 2 or not (a[-1] in b[:-1] or (may_be_torch and a[0] == b[1])):
         raise ValueError(
-            f"{where}: lora_a {a} and lora_b {b} do not meet in a rank; lora_a is (in, r), lora_b is (r, out)"
+            f"{where}: lora_a and lora_b must be (in, r) and (r, out)"
             + (", or (r, in) and (out, r)" if may_be_torch else "")
+            + f", got {a} and {b}"
         )
 
 
 def spec_path(module: str) -> str:
-    """A module's path in the specs, given its path in a tree that may have the collection's name on top."""
+    """A module's path in the specs, from its path in a tree that may start with the collection's name."""
     return "" if module == "lora" else module.removeprefix("lora/")

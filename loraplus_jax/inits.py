@@ -1,4 +1,4 @@
-"""Initial values of the two factors. One of the two is always zero, so that an adapter starts as a no-op."""
+"""Initializers of the two factors. One factor is always zero, so that an adapter starts as a no-op."""
 
 import jax
 
@@ -9,16 +9,16 @@ Axes = list[int] | range
 
 
 def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, Initializer]:
-    """Initializers of A `(in, r)` and B `(r, out)`, or of factors with more axes.
+    """Returns the initializers of A `(in, r)` and B `(r, out)`, or of factors with more axes.
 
     `"lora"`: A ~ U(-sqrt(6/in), sqrt(6/in)), B = 0; Init[1] of arXiv 2402.12354, section 3.
     `"lora_b"`: A = 0, B ~ U(-sqrt(6/r), sqrt(6/r)); Init[2], with which the paper found lambda near 16.
     `"gaussian"`: A ~ N(0, 1/r^2), B = 0.
 
     Args:
-      init: which.
+      init: name of the initialization.
       rank: r.
-      axes: the weight's axes as in `AdapterSpec`; `in` is the product of its input axes.
+      axes: the weight's axes, as in `AdapterSpec`; `in` is the product of its input axes.
 
     >>> a, b = factor_inits("lora", rank=2)
     >>> float(abs(b(jax.random.key(0), (2, 5))).max())

@@ -1,4 +1,4 @@
-"""JSON from untrusted files, within bounds of size and depth."""
+"""Reads JSON from untrusted files, with limits on size and depth."""
 
 import json
 import re
@@ -7,40 +7,40 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from an untrusted file.
+    """Reads a JSON object from an untrusted file.
 
     Raises:
-      ValueError: the file is missing, oversized, no JSON object, nested too deeply, or holds unprintable text.
+      ValueError: the file is missing, too large, not a JSON object, too deeply nested, or contains invalid text.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size} bytes, at most {MAX_JSON_BYTES} are read")
+        raise ValueError(f"{path} is too large: {size} bytes, the limit is {MAX_JSON_BYTES}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad JSON and bad UTF-8 alike
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError for invalid JSON and for invalid UTF-8
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+        raise ValueError(f"{path} must contain a JSON object, got {type(content).__name__}")
     if problem := find_problem(content):
         raise ValueError(f"{path} {problem}")
     return content
 
 
 MAX_JSON_BYTES, MAX_DEPTH = 2**20, 100
-"""Bytes and levels. Python needs up to 40 times the bytes of a JSON file."""
+"""The limits in bytes and in levels. Python needs up to 40 times a JSON file's size in memory."""
 
 
 def find_problem(tree: Any) -> str | None:
-    """What makes a value from JSON or YAML unsafe to walk through or to print, if anything does."""
+    """Describes what makes a value from JSON or YAML unsafe to traverse or print; None if it is safe."""
     level = [tree]
     for _ in range(MAX_DEPTH):
         if any(isinstance(node, str) and re.search("[\ud800-\udfff]", node) for node in level):
-            return "holds half a surrogate pair, which is no character"
+            return "contains half a surrogate pair, which is not a character"
         level = [part for node in level for part in _parts(node)]
         if not level:
             return None
-    return f"is nested more than {MAX_DEPTH} deep"
+    return f"is nested more than {MAX_DEPTH} levels deep"
 
 
 def _parts(node: Any) -> list[Any]:

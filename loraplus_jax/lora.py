@@ -1,4 +1,4 @@
-"""The maths of an adapter as pure functions: its forward term, and merging it into plain weights."""
+"""The maths of an adapter as pure functions: its low-rank term, and merging it into the base weights."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ from .tree import flat_factors, flatten, replace_leaves, unflatten
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
 TAP = "lora_tap"
-"""Name of the optional leaf beside two factors whose gradient is what `update_squares` finds."""
+"""Name of an optional leaf next to two factors; its gradient is the result of `update_squares`."""
 PREVIOUS_FACTORS = tuple(f"{name}_before" for name in FACTORS)
-"""Names of the leaves, beside a tap, with the factors of one step earlier."""
+"""Names of the leaves next to a tap that hold the factors of the previous step."""
 TERMS = ("delta1", "delta2", "delta3", "z_a", "z_b")
-"""What is measured of a step, in the order of `update_squares`."""
+"""The quantities that `update_squares` measures, in order."""
 
 
 def low_rank_output(
@@ -29,18 +29,18 @@ def low_rank_output(
     equations: tuple[str, str] | None = None,
     precision: Any = None,
 ) -> jax.Array:
-    """The adapter's term s (x A) B, for a dense layer's x `(..., in)`, a `(in, r)`, b `(r, out)`, all of one dtype.
+    """The low-rank term s (x A) B of a dense layer, for x `(..., in)`, a `(in, r)`, b `(r, out)` of one dtype.
 
-    The scale acts on the r-wide product: the cheapest place, and it may be a traced array.
+    The scale multiplies the r-wide product, where it is cheapest; it may be a traced array.
 
     Args:
       x, a, b: input and factors.
       scale: s.
-      equations: for another layer, the two einsums that make the term: the first from x and A, the second from its
-        result and B.
-      precision: as `jnp.einsum` has it.
+      equations: for other layers, the two einsums of the term: the first of x and A, the second of its result and
+        B.
+      precision: as in `jnp.einsum`.
     """
-    if equations is None:  # as einsums too, but einsum takes ten times as long to trace
+    if equations is None:  # an einsum would give the same, but takes ten times as long to trace
         h = jnp.matmul(x, a, precision=precision)
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, precision=precision)
     h = jnp.einsum(equations[0], x, a, precision=precision)
@@ -50,9 +50,9 @@ def low_rank_output(
 def weight_delta(
     a: jax.Array, b: jax.Array, spec: AdapterSpec, scale: jax.Array | float | None = None
 ) -> jax.Array:
-    """s A B in the shape of the base leaf, in float32 or wider, stacked layers and batch axes included.
+    """s A B in the shape of the base leaf, with stacked and batch axes, in float32 or wider.
 
-    `scale` replaces the spec's s.
+    `scale` overrides the spec's scale.
     """
     left, right = spec.factor_letters
     highest = jax.lax.Precision.HIGHEST
@@ -73,28 +73,28 @@ def update_squares(
     scale: jax.Array | float,
     batch_axes: int = 0,
 ) -> jax.Array:
-    """What a step of an adapter did to its layer's output, and the size of its features, for the layer's inputs x.
+    """Measures how an adapter's last step changed its layer's output for inputs x, and the size of its features.
 
-    With A, B after the step, dA and dB the step: delta1 = s (x dA) (B - dB), delta2 = s (x (A - dA)) dB,
-    delta3 = s (x dA) dB, whose sum is the change of Z_B = s (x A) B; and Z_A = x A (arXiv 2402.12354, section 4,
-    there without s). x is held fixed: what earlier layers changed in it is theirs.
+    With A and B after the step, and the step dA and dB: delta1 = s (x dA) (B - dB), delta2 = s (x (A - dA)) dB,
+    delta3 = s (x dA) dB. Their sum is the change of Z_B = s (x A) B; Z_A = x A (arXiv 2402.12354, section 4,
+    without s there). x is held fixed: changes made by earlier layers are not counted.
 
     Args:
       term: `term(x, a, b, scale)`, the layer's low-rank term.
       x: the layer's inputs.
-      before, after: A and B one step apart.
+      before, after: A and B before and after the step.
       scale: s.
-      batch_axes: how many leading axes of B are batch axes.
+      batch_axes: number of leading batch axes of B.
 
     Returns:
-      float32 `(6,)`: the mean squares over all elements in the order of `TERMS`, and 1, so that sums over several
-      calls of a layer can be divided.
+      float32 `(6,)`: the mean squares over all elements in the order of `TERMS`, followed by 1, to average sums
+      over several calls of a layer.
     """
     (a0, b0), (a, b) = before, after
     da, db = a - a0, b - b0
     rank, *outputs = b.shape[batch_axes:]
     width = math.prod(outputs)
-    # With an identity for B, and zeros where the outputs are more than the rank, the term is Z_A itself.
+    # With B an identity, padded with zeros to the output width, the term equals Z_A.
     identity = jnp.broadcast_to(jnp.eye(rank, width, dtype=b.dtype).reshape(rank, *outputs), b.shape)
 
     def mean_square(a: jax.Array, b: jax.Array, scale: jax.Array | float = scale) -> jax.Array:
@@ -106,21 +106,21 @@ def update_squares(
 
 
 @jax.custom_vjp
-def inject_gradient(y: jax.Array, tap: jax.Array, found: jax.Array) -> jax.Array:
-    """`y`; but the gradient of anything that depends on it, taken for `tap`, is `found`, of the shape of `tap`.
+def inject_gradient(y: jax.Array, tap: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns `y`; in the backward pass the gradient of `tap` is `value`, which has the shape of `tap`.
 
-    So numbers leave a model by the one way that every transform keeps open, loops over layers, shared weights and
-    recomputation included: the gradient of a parameter, summed over the uses.
+    This passes numbers out of a model through the one channel that every transform preserves, including loops over
+    layers, shared weights and rematerialization: the gradient of a parameter, summed over its uses.
     """
     return y
 
 
-def _tapped_forward(y: jax.Array, tap: jax.Array, found: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return y, found
+def _tapped_forward(y: jax.Array, tap: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y, value
 
 
-def _tapped_backward(found: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return gradient, found, jnp.zeros_like(found)
+def _tapped_backward(value: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return gradient, value, jnp.zeros_like(value)
 
 
 inject_gradient.defvjp(_tapped_forward, _tapped_backward)
@@ -129,12 +129,13 @@ inject_gradient.defvjp(_tapped_forward, _tapped_backward)
 def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:
     """The optional read-only collection `"lora_scale"`, which overrides the scale s of every adapter at apply time.
 
-    `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)` with a traced `s`
-    runs a whole population of scales in one compiled program.
+    With a traced `s`, `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)`
+    runs many scales in one compiled program.
 
     Args:
       specs: the table from `init_lora`.
-      scale: s (alpha / rank, not alpha), a scalar or broadcastable to the stacked layers; or module path to s.
+      scale: s (alpha / rank, not alpha), a scalar or broadcastable to the stacked layers; or a mapping from module
+        path to s.
     """
     flat = {}
     for module, spec in specs.items():
@@ -148,23 +149,21 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
 def merge(
     base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs, *, dtype: Any = None
 ) -> dict[str, Any]:
-    """Base variables with every adapter added into its weight; no adapter is needed afterwards.
+    """Adds every adapter to its base weight; returns base variables that need no adapter.
 
-    The sum is made in float32. `base` itself is left as it was; `unmerge` gives its weights back to the bit.
+    Sums in float32. `base` stays unchanged; `unmerge` restores its weights bitwise.
 
     Args:
       base: variables without adapters, `{"params": ...}`.
-      lora: the tree of adapters, or `{"lora": ...}` with it; what is trained in full belongs into `base`.
+      lora: the tree of adapters, or `{"lora": tree}`; pass fully trained parameters in `base`.
       specs: the table from `init_lora` or `load_adapter`.
-      dtype: what merged leaves are stored in; by default what each was stored in.
+      dtype: dtype of the merged leaves; by default each keeps its dtype.
 
     Raises:
-      ValueError: the three do not fit each other; the message names the path.
+      ValueError: `base`, `lora` and `specs` do not match; the message names the path.
     """
     if "params" not in base:
-        raise ValueError(
-            f'the base needs its collection: pass {{"params": ...}}, got the keys {list(base)[:5]}'
-        )
+        raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
     flat = flatten(base)
     factors = flat_factors(lora, specs)
     _check_fit(flat, factors, specs)
@@ -177,29 +176,29 @@ def merge(
 
 
 def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
-    """Merged variables with the adapted weights of `base` back in place, to the bit.
+    """Replaces the adapted weights in merged variables with those of `base`, so they are bit-identical.
 
-    Subtracting s A B would leave rounding behind. All other leaves are those of `merged`, whatever became of them.
+    Subtracting s A B would leave rounding errors. All other leaves come from `merged`, even if they have changed.
 
     Args:
       merged: from `merge`.
-      base: what was merged into, or any part of it that holds the adapted leaves.
-      specs: the table that was merged.
+      base: the base variables that were merged, or any part of them with the adapted leaves.
+      specs: the specs that were merged.
 
     Raises:
-      ValueError: an adapted leaf is missing in one of them, or differs in shape.
+      ValueError: an adapted leaf is missing in `merged` or `base`, or has another shape.
     """
     flat, kept = flatten(merged), flatten(base)
     for spec in specs.values():
         for name, tree in (("merged", flat), ("base", kept)):
             shape = tuple(meta.unbox(tree[spec.leaf]).shape) if spec.leaf in tree else None
             if shape != spec.shape:
-                raise ValueError(f"{spec.leaf} has shape {shape} in {name}, the adapter is for {spec.shape}")
+                raise ValueError(f"{spec.leaf} in {name} must have shape {spec.shape}, got {shape}")
     return replace_leaves(merged, {spec.leaf: kept[spec.leaf] for spec in specs.values()})
 
 
 def disabled(lora: Any) -> Any:
-    """Adapters that do nothing: zeros of the same shapes, which a compiled model takes without compiling again.
+    """Returns adapters without effect: zeros of the same shapes, so a compiled model does not recompile.
 
     >>> disabled({"fc": {"lora_a": jnp.ones(2)}})["fc"]["lora_a"].tolist()
     [0.0, 0.0]
@@ -208,18 +207,20 @@ def disabled(lora: Any) -> Any:
 
 
 def rebox(box: Any, value: jax.Array) -> Any:
-    """The value in the metadata that the old one had, if any."""
+    """Puts a value into the metadata box of the old value, if it has one."""
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 
 
 def _check_fit(flat: Mapping[str, Any], factors: Mapping[str, Any], specs: Specs) -> None:
     known = {path for module, spec in specs.items() for path in spec.factor_paths(module)}
-    if odd := sorted(known ^ factors.keys()):
-        raise ValueError(f"the adapters and the specs differ at {', '.join(odd)}")
+    if differing := sorted(known ^ factors.keys()):
+        raise ValueError(f"the adapters and the specs differ at {', '.join(differing)}")
     for module, spec in specs.items():
         shape = tuple(meta.unbox(flat[spec.leaf]).shape) if spec.leaf in flat else None
         if shape != spec.shape:
-            raise ValueError(f"{spec.leaf}: the adapter is for shape {spec.shape}, the base has {shape}")
+            raise ValueError(f"{spec.leaf} in the base must have shape {spec.shape}, got {shape}")
         shapes = tuple(tuple(factors[path].shape) for path in spec.factor_paths(module))
         if shapes != spec.factor_shapes:
-            raise ValueError(f"{module}: factors {shapes} do not fit the specs' {spec.factor_shapes}")
+            raise ValueError(
+                f"{module}: factors must have the specs' shapes {spec.factor_shapes}, got {shapes}"
+            )

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary without the logits."""
+"""Cross-entropy over a vocabulary without storing the full logits."""
 
 import functools
 from collections.abc import Callable
@@ -20,26 +20,27 @@ def chunked_cross_entropy(
     soft_cap: float | None = None,
     z_loss: float = 0.0,
 ) -> jax.Array:
-    """The cross-entropy of every token, for a frozen LM head: the `(tokens, vocabulary)` logits are never whole.
+    """Computes every token's cross-entropy for a frozen LM head, without the full `(tokens, vocabulary)` logits.
 
-    Logits are computed for a chunk of tokens at a time, together with the gradient with respect to `hidden`. This
-    is the same work as a plain loss, without its memory: nothing is computed twice.
+    Computes the logits for one chunk of tokens at a time, and with them the gradient of `hidden`. This is the same
+    work as a plain loss, with less memory: nothing is computed twice.
 
     Args:
-      hidden: (..., T, D), the states that the head is applied to.
-      kernel: (D, V), the head. It gets no gradient: one that is trained needs `optax` on the logits.
+      hidden: (..., T, D), inputs of the head.
+      kernel: (D, V), weight of the head. It gets no gradient; to train the head, use a loss of `optax` on the
+        logits.
       labels: int (..., T), in [0, V).
-      transposed: the kernel is (V, D), as a tied embedding is kept: no copy of it is made then.
-      chunk: how many tokens' logits exist at once, over all leading axes together, but at least one of each row:
-        chunks are cut along T alone, so that leading axes that are split over devices stay split.
+      transposed: whether the kernel is (V, D), like a tied embedding; this avoids a copy.
+      chunk: number of tokens per chunk, over all leading axes together, but at least one per row. Only T is split
+        into chunks, so that leading axes that are sharded over devices stay sharded.
       soft_cap: c, for logits `c * tanh(x / c)` (arXiv 2408.00118, section 2).
       z_loss: weight of `log(Z)^2`, which keeps logits from drifting (arXiv 2204.02311, section 5).
 
     Returns:
-      float32 (..., T): `logsumexp(logits) - logits[label]`, the z-loss added.
+      float32 (..., T): `logsumexp(logits) - logits[label]`, plus the z-loss.
 
     Raises:
-      ValueError: shapes do not fit, or an option is out of range.
+      ValueError: shapes do not match, or an option is out of range.
 
     Example:
       >>> hidden, kernel = jnp.ones((1, 3, 2)), jnp.array([[0.0, 1.0], [0.0, 1.0]])
@@ -53,8 +54,8 @@ def chunked_cross_entropy(
     inner = kernel.shape[1:] if transposed else kernel.shape[:1]
     if hidden.shape[:-1] != labels.shape or not labels.ndim or kernel.ndim != 2 or inner != hidden.shape[-1:]:
         raise ValueError(
-            f"hidden (..., T, D), kernel {'(V, D)' if transposed else '(D, V)'} and labels (..., T) do not fit: "
-            f"{hidden.shape}, {kernel.shape} and {labels.shape}"
+            f"hidden, kernel and labels must be (..., T, D), {'(V, D)' if transposed else '(D, V)'} and "
+            f"(..., T), got {hidden.shape}, {kernel.shape} and {labels.shape}"
         )
     rows = labels.reshape(-1, labels.shape[-1])
     states = hidden.reshape(*rows.shape, hidden.shape[-1])
@@ -64,7 +65,7 @@ def chunked_cross_entropy(
 
 
 class _Options(NamedTuple):
-    """Positions a chunk, the kernel's axes, and what is done to logits and loss."""
+    """Positions per chunk, the kernel's axes, and the options of logits and loss."""
 
     width: int
     axes: str
@@ -81,23 +82,23 @@ def _forward(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
 ) -> tuple[jax.Array, tuple]:
     def loss_and_gradient(h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, shares, of_label = _losses(h, kernel, y, options)
+        losses, d_logits, d_label = _losses(h, kernel, y, options)
         d_hidden = jnp.einsum(
             f"btv,{options.axes}->btd",
-            shares.astype(h.dtype),
+            d_logits.astype(h.dtype),
             kernel.astype(h.dtype),
             preferred_element_type=jnp.float32,
         )
         axis = options.axes.index("v")
         label_rows = jnp.moveaxis(jnp.take(kernel, y, axis=axis), -1 if axis == 0 else 0, -1)
-        return losses, (d_hidden - of_label * label_rows).astype(h.dtype)
+        return losses, (d_hidden - d_label * label_rows).astype(h.dtype)
 
     losses, d_hidden = _in_chunks(loss_and_gradient, hidden, labels, options.width)
     return losses, (d_hidden, kernel)
 
 
 def _backward(options: _Options, saved: tuple, gradient: jax.Array) -> tuple:
-    """Tokens do not mix: the gradient of each is its own, times what comes down to its loss."""
+    """Multiplies each token's saved gradient by the incoming gradient of its loss; tokens are independent."""
     d_hidden, kernel = saved
     return (gradient[..., None] * d_hidden).astype(d_hidden.dtype), jnp.zeros_like(kernel), None
 
@@ -108,9 +109,9 @@ _token_losses.defvjp(_forward, _backward)
 def _losses(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """For a chunk, in float32, the losses (B, t) and their gradient by the logits in two parts.
+    """Computes the losses (B, t) of a chunk and their gradient with respect to the logits in two parts, in float32.
 
-    The gradient is the first part (B, t, V) less the second (B, t, 1) at the label: so no one-hot array is made.
+    The gradient is the first part (B, t, V), minus the second (B, t, 1) at the label. This avoids a one-hot array.
     """
     weights = kernel.astype(hidden.dtype)
     logits = jnp.einsum(f"btd,{options.axes}->btv", hidden, weights, preferred_element_type=jnp.float32)
@@ -119,24 +120,24 @@ def _losses(
         squashed = jnp.tanh(logits / options.soft_cap)
         logits, slope = options.soft_cap * squashed, 1.0 - squashed**2
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)
-    losses = (log_z - chosen + options.z_loss * log_z**2)[..., 0]
-    shares = jnp.exp(logits - log_z) * (1.0 + 2.0 * options.z_loss * log_z)
+    label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+    losses = (log_z - label_logits + options.z_loss * log_z**2)[..., 0]
+    d_logits = jnp.exp(logits - log_z) * (1.0 + 2.0 * options.z_loss * log_z)
     if slope is None:
-        return losses, shares, jnp.ones_like(chosen)
-    return losses, shares * slope, jnp.take_along_axis(slope, labels[..., None], axis=-1)
+        return losses, d_logits, jnp.ones_like(label_logits)
+    return losses, d_logits * slope, jnp.take_along_axis(slope, labels[..., None], axis=-1)
 
 
 def _in_chunks(
     function: Callable[[jax.Array, jax.Array], Any], hidden: jax.Array, labels: jax.Array, width: int
 ) -> Any:
-    """Applies a function of (B, t, D) and (B, t) to chunks of t = `width` positions and joins what it returns."""
+    """Applies a function of (B, t, D) and (B, t) to chunks of t = `width` positions and joins the results."""
     rows, length = labels.shape
     chunks = max(1, -(-length // width))
-    width = max(1, -(-length // chunks))  # as many chunks, all as full as can be
-    rest = -length % width
-    hidden = jnp.pad(hidden, ((0, 0), (0, rest), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, rest)))
+    width = max(1, -(-length // chunks))  # the same number of chunks, with the least padding
+    padding = -length % width
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, padding)))
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
@@ -144,7 +145,7 @@ def _in_chunks(
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(rows, -1, *x.shape[3:])[:, :length]
 
-    if rest + length == width:
+    if padding + length == width:
         return function(hidden, labels)
     results = jax.lax.map(lambda pair: function(*pair), (split(hidden), split(labels)))
     return jax.tree.map(join, results)

@@ -1,6 +1,8 @@
-"""Several processes that run one program: what each of them knows, told to all, and how a loss of one looks."""
+"""Communication between the processes of a run: gathering values, and detecting lost processes."""
 
+import errno
 import json
+import os
 import re
 from typing import Any
 
@@ -8,15 +10,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-_GONE = re.compile("(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ")
-_PERHAPS = re.compile("(UNKNOWN|INTERNAL): ")
-_SIGNS = re.compile(
-    "gloo|coordination service|heartbeat|connection (closed|reset|refused)|socket closed", re.I
+_LOST = re.compile("(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ")
+_POSSIBLY_LOST = re.compile("(UNKNOWN|INTERNAL): ")
+_NETWORK = re.compile(
+    "gloo|coordination service|heartbeat|connection (closed|reset)|socket closed|"
+    + re.escape(os.strerror(errno.ECONNREFUSED)),
+    re.I,
 )
 
 
 def allgather(value: Any) -> list[Any]:
-    """A JSON value of every process, in their order; returns when all have come here."""
+    """Gathers a JSON value from every process, in process order; waits until all processes call it."""
     if jax.process_count() == 1:
         return [value]
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -26,10 +30,10 @@ def allgather(value: Any) -> list[Any]:
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether a computation or a barrier failed because another process has left it.
+    """Whether a computation or barrier failed because another process is lost.
 
-    JAX raises its own errors for computations that run in the background, and ValueError with the same text, which
-    begins with a status, for those that it waits for; orbax raises TimeoutError.
+    JAX raises its own errors for background computations, and ValueError for those that it waits for; both messages
+    begin with a status. Orbax raises TimeoutError.
     """
     if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return False
@@ -38,20 +42,20 @@ def is_lost_process(error: BaseException) -> bool:
     if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
         return False
     text = str(error)
-    return bool(_GONE.match(text) or (_PERHAPS.match(text) and _SIGNS.search(text)))
+    return bool(_LOST.match(text) or (_POSSIBLY_LOST.match(text) and _NETWORK.search(text)))
 
 
 def is_lead() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Whether this is the lead process, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def gather_to_host(tree: Any) -> Any:
-    """Whole arrays in the memory of every process."""
+    """All-gathers arrays into the host memory of every process."""
 
-    def whole(leaf: Any) -> Any:
+    def gather(leaf: Any) -> Any:
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(gather, tree)

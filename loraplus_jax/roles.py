@@ -1,4 +1,4 @@
-"""The role of every trained leaf: which factor it is, or what else; and the optimizer's own record of it."""
+"""Labels trainable leaves by role (A, B, embedding factor, ...), and reads the roles from optimizer states."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -18,25 +18,26 @@ Policy = Literal["lora_plus", "peft"]
 
 
 def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lora_plus") -> Any:
-    """The role of every leaf, as a tree of the same structure.
+    """Labels every leaf with its role; returns a tree of the same structure.
 
-    `"a"` is the factor on the input side, `"b"` the one on the output side, whichever of them starts at zero.
-    Embeddings' factors, `lora_embedding_a` and `lora_embedding_b`, are `"embedding"`, everything else is `"extra"`.
-    Roles come from paths and shapes and never from values, so that the function also labels a tree of updates.
+    `"a"` is the factor on the input side, `"b"` the factor on the output side, whichever is initialized to zero.
+    Factors of embeddings, `lora_embedding_a` and `lora_embedding_b`, are `"embedding"`. All other leaves are
+    `"extra"`. Roles depend on paths and shapes, never on values, so the function also labels trees of updates.
 
-    Trees of adapters made by others are labelled by side too: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
-    gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, whatever the layout), kohya (`lora_down`), and lorax,
-    which calls the factor of the input side `b`.
+    It also labels adapter trees of other libraries by side: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
+    gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, in any layout), kohya (`lora_down`), and lorax, where
+    `b` is the factor on the input side.
 
     Args:
-      tree: trainable variables, `{"lora": ..., "params": ...}`, or the tree of adapters alone.
-      specs: the table from `init_lora`; with it shapes are checked against the table.
-      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, what else has one axis is `"b"`.
+      tree: trainable variables, `{"lora": ..., "params": ...}`, or only the tree of adapters.
+      specs: the table from `init_lora`, to check shapes; optional.
+      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, other leaves with one axis are
+        `"b"`.
 
     Raises:
-      ValueError: a factor without its partner, factors that do not fit each other or the table, sides that cannot
-        be told (a pair `a`, `b` alone or beside a square weight, a kernel that says otherwise than the names), or
-        another leaf with two axes or more and a name that speaks of LoRA.
+      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous (a
+        pair `a`, `b` without its weight or with a square one, or a kernel that contradicts the names), or another
+        leaf with two or more axes looks like a LoRA factor.
 
     Example:
       >>> import jax.numpy as jnp
@@ -57,16 +58,16 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
 
 
 class LoRAPlusState(struct.PyTreeNode):
-    """The optimizer's state with what its last update was made with, wherever the transform stands in a chain.
+    """An optimizer state with the roles and rates of its last update; `find_states` finds it in any chain.
 
     Attributes:
-      inner_state: of the optimizer itself.
-      count: updates made, int32.
-      rates: role to the learning rate of the last update (before it, of the first), float32; under `lora_plus` the
-        multiple of the wrapped optimizer's.
-      decays: role to the weight decay, likewise; empty under `lora_plus`, where decay is the wrapped optimizer's.
+      inner_state: state of the optimizer itself.
+      count: number of updates, int32.
+      rates: learning rate of the last update by role, float32 (initially that of the first update); with
+        `lora_plus`, the multiple of the wrapped optimizer's rate.
+      decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
       roles: `(path, role)` of every leaf.
-      relative: whether rates are multiples.
+      relative: whether rates are multiples of a wrapped optimizer's.
     """
 
     inner_state: Any
@@ -78,30 +79,32 @@ class LoRAPlusState(struct.PyTreeNode):
 
 
 def find_states(opt_state: Any) -> list[LoRAPlusState]:
-    """The states of the LoRA+ transforms in an optimizer's, through `optax.chain` and other wrappers.
+    """Finds the states of LoRA+ transforms in an optimizer state, inside `optax.chain` and other wrappers.
 
-    There are two where `optax.multi_transform` or `optax.masked` gives each a part of the tree.
+    There are several if `optax.multi_transform` or `optax.masked` gives each transform a part of the tree.
     """
     is_ours = lambda x: isinstance(x, LoRAPlusState)  # noqa: E731
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
 
 
 def lr_ratio_of(opt_state: Any) -> float | None:
-    """Lambda of the last update; None where no LoRA+ transform moves both factors."""
+    """Lambda of the last update; None if no LoRA+ transform updates both factors."""
     ratios = {
         float(state.rates["b"] / state.rates["a"])
         for state in find_states(opt_state)
         if {"a", "b"} <= state.rates.keys()
     }
     if len(ratios) > 1:
-        raise ValueError(f"the optimizer's LoRA+ transforms have different ratios: {sorted(ratios)}")
+        raise ValueError(
+            f"all LoRA+ transforms in an optimizer must have the same ratio, got {sorted(ratios)}"
+        )
     return float(f"{ratios.pop():.6g}") if ratios else None
 
 
 def labels_of(opt_state: Any, tree: Any) -> Any:
-    """The role of every leaf as the optimizer routes it; for an optimizer without LoRA+ as `label_params` says.
+    """The role that an optimizer gives to every leaf; for an optimizer without LoRA+, as by `label_params`.
 
-    A leaf that is hidden from the LoRA+ transform (by `optax.masked`) is `"extra"`.
+    Leaves hidden from the LoRA+ transform, as by `optax.masked`, are `"extra"`.
     """
     states = find_states(opt_state)
     if not states:
@@ -111,9 +114,9 @@ def labels_of(opt_state: Any, tree: Any) -> Any:
 
 
 def _peft_role(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Role:
-    """PEFT's groups: everything with one axis learns as fast as B; biases and LayerNorms do so without decay.
+    """PEFT's groups: all leaves with one axis use B's learning rate; biases and LayerNorms have no weight decay.
 
-    A LayerNorm is told from a RMSNorm, which PEFT decays, by its bias.
+    A norm with a bias is a LayerNorm; without one it is an RMSNorm, which PEFT decays.
     """
     value = "/value" if path.endswith("/value") else ""
     module, _, name = path.removesuffix(value).rpartition("/")
@@ -123,7 +126,7 @@ def _peft_role(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Role:
 
 
 def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:
-    """The roles of all factors by path."""
+    """The roles of all factors, by path."""
     roles: dict[str, Role] = {}
     for module, pair in factor_pairs(leaves, specs).items():
         spec = (specs or {}).get(spec_path(module))
@@ -133,11 +136,11 @@ def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, R
 
 
 def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
-    """The global norm over the leaves of each role that occurs.
+    """The global norm of the leaves of each role that occurs.
 
     Args:
       tree: gradients, updates or parameters.
-      labels: `label_params` of a tree of that structure.
+      labels: a tree of roles of the same structure, from `label_params`.
 
     >>> import jax.numpy as jnp
     >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
@@ -147,7 +150,7 @@ def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
 
 
 def leaves_by_role(tree: Any, labels: Any) -> dict[str, list[Any]]:
-    """The leaves of each role that occurs, in the order of `ROLES`."""
+    """Groups leaves by role, in the order of `ROLES`, without roles that do not occur."""
     roles, leaves = jax.tree.leaves(labels), jax.tree.leaves(tree)
-    found = {role: [leaf for leaf, r in zip(leaves, roles, strict=True) if r == role] for role in ROLES}
-    return {role: chosen for role, chosen in found.items() if chosen}
+    groups = {role: [leaf for leaf, r in zip(leaves, roles, strict=True) if r == role] for role in ROLES}
+    return {role: group for role, group in groups.items() if group}

@@ -1,7 +1,8 @@
-"""`AdapterSpec`: the one table that says what is adapted and how.
+"""`AdapterSpec`: which weight is adapted, the roles of its axes, and the adapter's rank and scale.
 
-Merging, describing, files and sharding all read it, because paths and shapes alone cannot tell a stacked layer
-from a wide one or an input axis from an output axis. It is static, JSON-able and saved with every adapter.
+Merging, describing, saving and sharding all read the table of specs, because paths and shapes alone do not
+distinguish a stacked layer from a wide one, or an input axis from an output axis. Specs are static,
+JSON-serializable and saved with every adapter.
 """
 
 import dataclasses
@@ -19,9 +20,9 @@ LEAVES = ("kernel", "embedding")
 """The names of a layer's weight."""
 FACTORS = ("lora_a", "lora_b")
 EMBEDDING_FACTORS = ("lora_embedding_a", "lora_embedding_b")
-"""An embedding's factors have names of their own, as in PEFT: they learn at a rate of their own, and the optimizer
-sees names and shapes only."""
-_LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, the rank's
+"""Factors of embeddings have separate names, as in PEFT: they have a separate learning rate, and the optimizer sees
+only names and shapes."""
+_LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, which stands for the rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,18 +30,17 @@ class AdapterSpec:
     """How one base leaf is adapted: leaf + scale * A B.
 
     Attributes:
-      leaf: path of the base leaf in the variables, `"params/layers/query/kernel"`.
-      kind: the layer's kind, one of `LAYER_KINDS`.
-      axes: a letter for each axis of the unstacked leaf: `i` input (contracted with A), `o` output (from B),
-        any other letter a batch axis kept in both factors. A Dense kernel is `"io"`, one of a two-dimensional
-        Conv `"iiio"`.
-      shape: the leaf's full shape, stacked axes included.
-      rank: the inner dimension r.
+      leaf: path of the base leaf in the variables, such as `"params/layers/query/kernel"`.
+      kind: layer kind, one of `LAYER_KINDS`.
+      axes: one letter per axis of the unstacked leaf: `i` input (contracted with A), `o` output (from B), any other
+        letter a batch axis kept in both factors. `"io"` for a Dense kernel, `"iiio"` for a two-dimensional Conv.
+      shape: full shape of the leaf, including stacked axes.
+      rank: inner dimension r.
       scale: s in W + s A B.
-      stacked: the axes that `nn.scan` or `nn.vmap` added, innermost first, each an index as `variable_axes`
-        gives it (it may be negative).
-      layers: which indices of the outermost stacked axis are adapted, where not all are; the factors of the others
-        are zero and stay so, since no gradient moves a pair of zero factors.
+      stacked: axes added by `nn.scan` or `nn.vmap`, innermost first, as indices that may be negative, as in
+        `variable_axes`.
+      layers: adapted indices of the outermost stacked axis, or None for all. The factors of the other layers are
+        zero and stay zero, since the gradients of a pair of zero factors are zero.
     """
 
     leaf: str
@@ -64,15 +64,17 @@ class AdapterSpec:
             check_int(f"{self.leaf}: shape", size, at_least=0)
         for axis in self.stacked:
             if not isinstance(axis, int) or not -len(self.shape) <= axis < len(self.shape):
-                raise ValueError(f"{self.leaf}: stacked must hold axes of shape {self.shape}, got {axis!r}")
+                raise ValueError(
+                    f"{self.leaf}: stacked must contain axes of shape {self.shape}, got {axis!r}"
+                )
         check_choice(f"{self.leaf}: kind", self.kind, LAYER_KINDS)
         if "i" not in self.axes or "o" not in self.axes:
-            raise ValueError(f"{self.leaf}: axes must hold an i and an o, got {self.axes!r}")
+            raise ValueError(f"{self.leaf}: axes must contain i (input) and o (output), got {self.axes!r}")
         if not set(self.axes) <= set(string.ascii_lowercase) or len(self.axes) > len(_LETTERS):
             raise ValueError(f"{self.leaf}: axes must be lower-case letters, got {self.axes!r}")
         if len(self.axes) + len(self.stacked) != len(self.shape):
             raise ValueError(
-                f"{self.leaf}: shape {self.shape} does not fit axes {self.axes!r} with stacked axes {self.stacked}"
+                f"{self.leaf}: shape must match axes {self.axes!r} and stacked {self.stacked}, got {self.shape}"
             )
         if self.layers is not None:
             self._check_layers()
@@ -82,22 +84,22 @@ class AdapterSpec:
         size = self.shape[layer_axis(self.base_letters, self.stacked)] if self.stacked else 0
         if not self.layers or any(not isinstance(n, int) or not 0 <= n < size for n in self.layers):
             raise ValueError(
-                f"{self.leaf}: layers must be some of the {size} stacked ones, got {self.layers}"
+                f"{self.leaf}: layers must be indices of the {size} stacked layers, got {self.layers}"
             )
 
     @property
     def base_letters(self) -> str:
-        """The einsum letters of the whole base leaf: one of its own for every axis, capitals for stacked ones."""
+        """The einsum letters of the base leaf, one per axis; stacked axes have capitals."""
         return _with_stacked(_LETTERS[: len(self.axes)], self.stacked)
 
     @property
     def factor_letters(self) -> tuple[str, str]:
-        """The einsum letters of A and of B, see `factor_letters`."""
+        """The einsum letters of A and B; see `factor_letters`."""
         return factor_letters(self.axes, self.stacked)
 
     @property
     def rule_letters(self) -> str:
-        """The letters of `target_parameters` for the whole leaf, a batch axis for each stacked one."""
+        """The axis letters of the whole leaf for `target_parameters`; stacked axes become batch axes."""
         spare = (c for c in "efgh" + _LETTERS if c not in self.axes + "io")
         return "".join(next(spare) if c.isupper() else c for c in _with_stacked(self.axes, self.stacked))
 
@@ -110,17 +112,17 @@ class AdapterSpec:
 
     @property
     def factors(self) -> tuple[str, str]:
-        """The names of A and of B."""
+        """The names of A and B."""
         return EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
 
     def factor_paths(self, module: str) -> tuple[str, str]:
-        """The paths of A and of B in the tree of adapters, given the module's."""
+        """The paths of A and B in the tree of adapters, for a module at the path `module`."""
         a, b = (f"{module}/{name}" if module else name for name in self.factors)
         return a, b
 
     @property
     def sides(self) -> tuple[int, int]:
-        """The sizes of the input side and of the output side of one slice of the batch and stacked axes."""
+        """The input size and output size of the weight, per index of the batch and stacked axes."""
         size = dict(zip(self.base_letters, self.shape, strict=True))
         roles = list(zip(_LETTERS, self.axes, strict=False))
         a, b = (math.prod(size[c] for c, role in roles if role == side) for side in "io")
@@ -132,21 +134,25 @@ class AdapterSpec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; an unknown or missing field is a ValueError."""
+        """The inverse of `to_json`.
+
+        Raises:
+          ValueError, TypeError: a key is unknown or missing, or a value is invalid.
+        """
         if not isinstance(values, Mapping):
-            raise ValueError(f"must be a mapping, got {values!r:.40}")
+            raise ValueError(f"AdapterSpec must be a mapping, got {values!r:.40}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise ValueError(f"AdapterSpec has no field {name!r}{suggest(name, fields)}")
-        needed = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
-        if needed:
-            raise ValueError(f"AdapterSpec lacks {', '.join(needed)}")
+                raise ValueError(f"AdapterSpec: unknown key {name!r}{suggest(name, fields)}")
+        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
+        if missing:
+            raise ValueError(f"AdapterSpec: missing {', '.join(missing)}")
         return cls(**values)
 
 
 def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:
-    """The einsum letters of A and of B: batch and input axes in A, batch and output axes in B, the rank as `r`.
+    """The einsum letters of A and B: A has the batch and input axes, B the batch and output axes; the rank is `r`.
 
     >>> factor_letters("io"), factor_letters("eio"), factor_letters("io", stacked=(1,))
     (('ar', 'rb'), ('abr', 'arc'), ('aAr', 'rAb'))
@@ -159,35 +165,35 @@ def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:
 
 
 def layer_axis(letters: str, stacked: tuple[int, ...]) -> int:
-    """Where the outermost stacked axis stands among einsum letters."""
+    """The position of the outermost stacked axis among einsum letters."""
     return letters.index(chr(ord("A") + len(stacked) - 1))
 
 
 def _with_stacked(letters: str, stacked: tuple[int, ...]) -> str:
-    """Capitals where `nn.scan` and `nn.vmap` put their axes, innermost first."""
-    found = list(letters)
+    """Inserts a capital for each axis stacked by `nn.scan` or `nn.vmap`, innermost first."""
+    result = list(letters)
     for n, axis in enumerate(stacked):
-        found.insert(axis if axis >= 0 else len(found) + 1 + axis, chr(ord("A") + n))
-    return "".join(found)
+        result.insert(axis if axis >= 0 else len(result) + 1 + axis, chr(ord("A") + n))
+    return "".join(result)
 
 
 Specs = Mapping[str, AdapterSpec]
-"""The path of a module, or of a parameter adapted by itself, segments joined by "/", to its `AdapterSpec`."""
+"""Maps the path of each adapted module or parameter, with segments joined by "/", to its `AdapterSpec`."""
 
 
 def specs_to_json(specs: Specs) -> dict[str, Any]:
-    """The whole table as plain JSON values."""
+    """The table as plain JSON values."""
     return {path: spec.to_json() for path, spec in specs.items()}
 
 
 def specs_from_json(values: Mapping[str, Any]) -> dict[str, AdapterSpec]:
-    """The inverse of `specs_to_json`; an error names the path it was met at."""
+    """The inverse of `specs_to_json`; an error names the path of the invalid entry."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"the adapter table must be a mapping, got {values!r:.40}")
+        raise ValueError(f"specs must be a mapping, got {values!r:.40}")
     table = {}
     for path, spec in values.items():
         try:
             table[path] = AdapterSpec.from_json(spec)
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"adapter table, entry {path!r}: {error}") from None
+            raise ValueError(f"specs[{path!r}]: {error}") from None
     return table

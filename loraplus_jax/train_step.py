@@ -1,7 +1,7 @@
-"""One pure training step, and the two ways to run it: `jit_step` over a mesh, `pmap_step` over local devices.
+"""A pure training step, and two ways to run it: `jit_step` over a mesh, `pmap_step` over local devices.
 
-Losses are pairs (sum, weight), and so are metrics: means are taken once, over all devices and micro-batches, so
-that the result does not depend on how a batch is cut.
+Losses and metrics are pairs (sum, weight). Means are taken once, over all devices and micro-batches, so the result
+does not depend on how a batch is split.
 """
 
 import functools
@@ -27,13 +27,13 @@ StepFn = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, jax.Ar
 
 
 class TrainState(struct.PyTreeNode):
-    """All that changes in training, as arrays only.
+    """Everything that training changes, as arrays.
 
     Attributes:
-      trainable: the variables trained: adapters, and extras under their own paths.
-      opt_state: the optimizer's.
-      step: int32, steps done.
-      rng: the key from which each step folds its own.
+      trainable: trainable variables: adapters, and fully trained parameters under their own paths.
+      opt_state: optimizer state.
+      step: number of completed steps, int32.
+      rng: base key; each step folds its number into it.
     """
 
     trainable: Any
@@ -43,7 +43,7 @@ class TrainState(struct.PyTreeNode):
 
 
 def init_state(trainable: Any, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
-    """The state before the first step. The arrays are copies: a step gives its state's memory away."""
+    """The state before the first step. Copies the arrays, since a step donates the memory of its state."""
     trainable = jax.tree.map(jnp.array, trainable)
     return TrainState(
         trainable=trainable, opt_state=tx.init(trainable), step=jnp.zeros((), jnp.int32), rng=jnp.array(rng)
@@ -58,25 +58,25 @@ def make_step(
     skip_nonfinite: bool = False,
     axis_name: str | None = None,
 ) -> StepFn:
-    """The pure step `(state, frozen, batch) -> (state, metrics)`, to be compiled by `jit_step` or `pmap_step`.
+    """Makes the pure step `(state, frozen, batch) -> (state, metrics)`, to compile with `jit_step` or `pmap_step`.
 
-    Only `state.trainable` is differentiated: no gradient, moment or copy of `frozen` is ever made.
+    Differentiates only `state.trainable`: there is no gradient, moment or copy of `frozen`.
 
     Args:
-      loss_fn: takes the combined variables, a batch and a key; see `LossFn`. Sums, never means.
-      tx: any optax transform; its update sees the mean gradient.
-      accumulate: how many micro-batches a batch is cut into, along the leading axis of every leaf.
-      skip_nonfinite: leave trainable and optimizer as they were when the loss, or the norm of a gradient or of an
-        update, is not finite.
-      axis_name: the pmap axis that sums go over, if any.
+      loss_fn: function of the combined variables, a batch and a key, see `LossFn`; returns sums, not means.
+      tx: any optax transform; it gets the mean gradient.
+      accumulate: number of micro-batches per batch, split along the leading axis of every leaf.
+      skip_nonfinite: whether to keep variables and optimizer state unchanged if the loss, or the norm of a gradient
+        or update, is not finite.
+      axis_name: pmap axis to sum over, if any.
 
     Returns:
-      A step whose metrics are `loss`, the means of the loss function's own, and for the roles that occur
-      `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the learning rate
-      `rate/ROLE`; float32 scalars. With `skip_nonfinite` also `skipped`, 1 or 0.
+      A step with float32 scalars as metrics: `loss`, the means of the loss function's metrics, and for each role
+      that occurs `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the learning
+      rate `rate/ROLE`. With `skip_nonfinite` also `skipped`, 1 or 0.
 
     Raises:
-      ValueError: `accumulate` below 1, or, when traced, one that does not divide the batch.
+      ValueError: `accumulate` is below 1 or, when traced, does not divide the batch size.
     """
     check_int("accumulate", accumulate, at_least=1)
 
@@ -91,7 +91,7 @@ def make_step(
         if axis_name is not None:
             rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
         compute = functools.partial(gradients, state.trainable, frozen)
-        grads, totals = _accumulated(compute, batch, rng, accumulate)
+        grads, totals = _accumulate_gradients(compute, batch, rng, accumulate)
         if axis_name is not None:
             grads, totals = jax.lax.psum((grads, totals), axis_name)
         weight = totals["loss"][1]
@@ -100,10 +100,10 @@ def make_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = weighted_means(totals) | _optimizer_metrics(opt_state, grads, updates)
         if skip_nonfinite:
-            fine = _all_finite(metrics)
-            metrics["skipped"] = 1.0 - fine.astype(jnp.float32)
+            finite = _all_finite(metrics)
+            metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
             old, new = (state.trainable, state.opt_state), (trainable, opt_state)
-            trainable, opt_state = jax.tree.map(lambda o, n: jnp.where(fine, n, o), old, new)
+            trainable, opt_state = jax.tree.map(lambda o, n: jnp.where(finite, n, o), old, new)
         return TrainState(trainable, opt_state, state.step + 1, state.rng), metrics
 
     return step
@@ -118,54 +118,54 @@ def jit_step(
     accumulate: int = 1,
     skip_nonfinite: bool = False,
 ) -> jax.stages.Wrapped:
-    """The compiled `StepFn`; its state is donated. With a mesh the batch is split over `"data"` and `"fsdp"`.
+    """Compiles the `StepFn`, which donates its state. With a mesh, the batch is split over `"data"` and `"fsdp"`.
 
-    State and frozen variables lie as `shardings` says, or are replicated over the mesh. Place them there once, by
-    `distribute(tree, shardings)` or `replicate(mesh, tree)`, or the first step, whose state lies elsewhere, is
-    compiled for itself.
+    State and frozen variables are sharded by `shardings`, or replicated over the mesh. Move them there before the
+    first step, with `distribute(tree, shardings)` or `replicate(mesh, tree)`; otherwise that step compiles a second
+    program for their current placement.
 
     Args:
       loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.
-      mesh: the devices; one device without.
-      shardings: from `make_shardings`, for the same mesh.
+      mesh: device mesh; by default a single device.
+      shardings: shardings from `make_shardings` for the same mesh.
 
     Raises:
-      ValueError: a mesh without a `"data"` axis, or shardings without a mesh.
+      ValueError: the mesh has no `"data"` axis, or shardings are passed without a mesh.
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite)
-    places = _places(mesh, shardings)
-    if mesh is None or places is None:
+    all_shardings = _all_shardings(mesh, shardings)
+    if mesh is None or all_shardings is None:
         return jax.jit(step, donate_argnums=0)
-    (state, frozen), split, whole = places
+    (state, frozen), rows, replicated = all_shardings
     return jax.jit(
         with_mesh(step, mesh),
         donate_argnums=0,
-        in_shardings=(state, frozen, split),
-        out_shardings=(state, whole),
+        in_shardings=(state, frozen, rows),
+        out_shardings=(state, replicated),
     )
 
 
-def _places(
+def _all_shardings(
     mesh: Mesh | None, shardings: Shardings | None
 ) -> tuple[Shardings, NamedSharding, NamedSharding] | None:
-    """Where state and frozen variables, a batch, and what is whole everywhere lie; None without a mesh."""
+    """The shardings of state and frozen variables, of a batch, and of replicated values; None without a mesh."""
     if mesh is None:
         if shardings is not None:
-            raise ValueError("shardings need the mesh that they were made for: give mesh=")
+            raise ValueError("shardings require mesh=, the mesh that they were made for")
         return None
     if DATA_AXIS not in mesh.axis_names:
-        raise ValueError(f"the mesh needs an axis {DATA_AXIS!r}, it has {mesh.axis_names}")
-    whole = NamedSharding(mesh, PartitionSpec())
-    return shardings or Shardings(whole, whole), batch_sharding(mesh), whole
+        raise ValueError(f"mesh must have an axis {DATA_AXIS!r}, got {mesh.axis_names}")
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return shardings or Shardings(replicated, replicated), batch_sharding(mesh), replicated
 
 
 def pmap_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, skip_nonfinite: bool = False
 ) -> StepFn:
-    """The data-parallel step over the local devices by `jax.pmap`; its state is donated.
+    """Compiles a data-parallel step over the local devices with `jax.pmap`; it donates its state.
 
-    State and frozen variables carry a leading device axis (`flax.jax_utils.replicate`), a batch the shape
-    `(devices, batch / devices, ...)`. Per step it equals `jit_step` when there is no dropout, whose masks differ.
+    State and frozen variables need a leading device axis (`flax.jax_utils.replicate`); a batch has the shape
+    `(devices, batch / devices, ...)`. Without dropout, whose masks differ, each step equals that of `jit_step`.
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite, axis_name=DATA_AXIS)
     return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
@@ -174,26 +174,28 @@ def pmap_step(
 def make_eval(
     loss_fn: LossFn, *, mesh: Mesh | None = None, shardings: Shardings | None = None
 ) -> jax.stages.Wrapped:
-    """Compiled `(trainable, frozen, batch) -> {name: (sum, weight)}`, without dropout if the loss function makes
-    none without a key: it is called with `rng=None`. Add the pairs of all batches and take `weighted_means`.
+    """Compiles an evaluation `(trainable, frozen, batch) -> {name: (sum, weight)}`.
 
-    Mesh and shardings as for `jit_step`.
+    It calls the loss function with `rng=None`, which must turn off dropout. Add the pairs of all batches, then call
+    `weighted_means`. `mesh` and `shardings` are as for `jit_step`.
     """
 
     def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, SumAndWeight]:
         loss, metrics = loss_fn(combine(trainable, frozen), batch, None)  # pyright: ignore[reportArgumentType]
         return _with_loss(loss, metrics)
 
-    places = _places(mesh, shardings)
-    if mesh is None or places is None:
+    all_shardings = _all_shardings(mesh, shardings)
+    if mesh is None or all_shardings is None:
         return jax.jit(evaluate)
-    (state, frozen), split, whole = places
+    (state, frozen), rows, replicated = all_shardings
     trainable = state if shardings is None else state.trainable
-    return jax.jit(with_mesh(evaluate, mesh), in_shardings=(trainable, frozen, split), out_shardings=whole)
+    return jax.jit(
+        with_mesh(evaluate, mesh), in_shardings=(trainable, frozen, rows), out_shardings=replicated
+    )
 
 
 def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
-    """Sum over weight for every pair; 0 where the weight is 0.
+    """Divides every sum by its weight; 0 where the weight is 0.
 
     >>> weighted_means({"loss": (jnp.array(6.0), jnp.array(4.0))})["loss"].item()
     1.5
@@ -203,7 +205,9 @@ def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
 
 def _with_loss(loss: SumAndWeight, metrics: Mapping[str, SumAndWeight]) -> dict[str, SumAndWeight]:
     if "loss" in metrics:
-        raise ValueError("a loss function's metrics must not be called 'loss': that is the loss itself")
+        raise ValueError(
+            "the loss function must not return a metric 'loss', the name of the loss itself; rename it"
+        )
     return {"loss": loss, **metrics}
 
 
@@ -211,17 +215,18 @@ def _nonzero(weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, 1, weight).astype(jnp.float32)
 
 
-def _accumulated(
+def _accumulate_gradients(
     compute: Callable[[Any, jax.Array], tuple[Any, Any]], batch: Any, rng: jax.Array, parts: int
 ) -> tuple[Any, Any]:
-    """Gradients and totals summed over micro-batches. Example i goes to part i mod parts: a batch split over
-    devices stays where it is.
+    """Sums gradients and totals over micro-batches.
+
+    Example i goes to micro-batch i mod parts, so the examples of a sharded batch stay on their devices.
     """
     if parts == 1:
         return compute(batch, rng)
     sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
     if any(size % parts for size in sizes):
-        raise ValueError(f"accumulate={parts} does not divide a batch of {sorted(sizes)}")
+        raise ValueError(f"accumulate must divide the batch size {sorted(sizes)}, got {parts}")
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def add(carry: Any, part: Any) -> tuple[Any, None]:
@@ -234,10 +239,10 @@ def _accumulated(
 
 
 def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether the loss is, and every gradient and update: a norm is finite only if all that it sums is."""
+    """Whether the loss and all gradients and updates are finite: a norm is finite only if all its terms are."""
     norms = ("grad_norm/", "update_norm/")
-    watched = [value for name, value in metrics.items() if name == "loss" or name.startswith(norms)]
-    return jnp.all(jnp.isfinite(jnp.stack(watched)))
+    checked = [value for name, value in metrics.items() if name == "loss" or name.startswith(norms)]
+    return jnp.all(jnp.isfinite(jnp.stack(checked)))
 
 
 def _optimizer_metrics(opt_state: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:

@@ -1,4 +1,4 @@
-"""Trees of variables: paths, and what is trained apart from what is frozen."""
+"""Trees of variables: paths, flattening, and splitting trainable from frozen variables."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -13,12 +13,12 @@ from .spec import Specs
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
-    """A key path of `jax.tree_util` as segments joined by "/"."""
+    """Formats a key path of `jax.tree_util` as segments joined by "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Path to leaf, in the tree's order.
+    """Maps each path to its leaf, in the tree's order.
 
     >>> leaves_by_path({"params": {"head": {"bias": 1.0}}})
     {'params/head/bias': 1.0}
@@ -27,7 +27,7 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts as one dict from "/"-joined path to leaf; `unflatten` is the inverse if no name holds a "/".
+    """Flattens nested dicts to "/"-joined paths; `unflatten` is the inverse if no key contains "/".
 
     >>> flatten({"layers": {0: {"kernel": 1.0}}})
     {'layers/0/kernel': 1.0}
@@ -36,12 +36,12 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def join_path(path: tuple[Any, ...]) -> str:
-    """The keys of nested dicts, which may be integers, joined by "/"."""
+    """Joins the keys of nested dicts, which may be integers, with "/"."""
     return "/".join(map(str, path))
 
 
 def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested dicts with other leaves at some "/"-joined paths; names may hold a "/" themselves.
+    """Copies nested dicts, replacing the leaves at some "/"-joined paths; keys may contain "/".
 
     >>> replace_leaves({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
     {'a': {'b': 1, 'c/d': 3}}
@@ -60,21 +60,23 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def split_trainable(
     variables: Mapping[str, Any], trained: LoRAPlusConfig | tuple[str, ...] = (), *, bias: Bias | None = None
 ) -> tuple[dict, dict]:
-    """Variables as `(trainable, frozen)`: the adapters and what is trained in full, and all the rest.
+    """Splits variables into `(trainable, frozen)`; trainable are adapters and fully trained parameters.
 
     Args:
       variables: `{"params": ..., "lora": ..., ...}`.
-      trained: the config, whose `modules_to_save` and `bias` say what is trained in full; or names of modules
-        alone, which match as those do.
-      bias: without a config, which leaves called `bias` are trained in full too: none (the default), all, or
-        (`"lora_only"`) those of modules with an adapter.
+      trained: the config, whose `modules_to_save` and `bias` select the fully trained parameters; or module names
+        like those in `modules_to_save`.
+      bias: without a config, which biases to train: `"none"` (the default), `"all"`, or `"lora_only"` (those of
+        modules with an adapter).
 
     Raises:
-      ValueError: a name that matches no module, biases are asked for and there is none, or `bias` beside a config.
+      ValueError: a name matches no module, `bias` matches no bias, or both `bias` and a config are passed.
     """
     if isinstance(trained, LoRAPlusConfig):
         if bias is not None:
-            raise ValueError(f"the config says bias={trained.bias!r} already, got bias={bias!r} beside it")
+            raise ValueError(
+                f"pass bias or a config, not both; the config has bias={trained.bias!r}, got {bias!r}"
+            )
         trained, bias = trained.modules_to_save, trained.bias
     flat = flatten(variables)
     modules = {m: None for path in flat for m in _parents(path, "params")}
@@ -95,65 +97,67 @@ def split_trainable(
 
 
 def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
-    """Variables `{"lora": factors, ...}`, given them or the tree of factors alone."""
+    """Returns variables `{"lora": factors, ...}`, from such variables or from the bare tree of factors."""
     flat = flatten(lora)
     is_bare = any(path in flat for module, spec in specs.items() for path in spec.factor_paths(module))
     return {"lora": lora} if is_bare or (specs and "lora" not in lora) else lora
 
 
 def flat_factors(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
-    """Path to factor, given the tree of factors or `{"lora": factors}`.
+    """Maps each path to its factor, from the tree of factors or `{"lora": factors}`.
 
     Raises:
-      ValueError: the tree also holds what is trained in full, which the caller would lose.
+      ValueError: the tree also contains fully trained parameters, which the caller would lose.
     """
     variables = with_collection(lora, specs)
     if others := variables.keys() - {"lora"}:
         if not specs:
             return flatten(lora)
         raise ValueError(
-            f"pass the adapters only, got {sorted(others)} beside them: parameters trained in full"
+            f"pass only the adapters, got also fully trained parameters in the collections {sorted(others)}"
         )
     return flatten(variables["lora"])
 
 
 def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """The disjoint trees as one, the inverse of `split_trainable`; a leaf in two of them is a ValueError.
+    """Combines disjoint trees, the inverse of `split_trainable`; raises ValueError if two share a leaf.
 
     >>> combine({"lora": {"q": 1}}, {"params": {"q": 2}})
     {'lora': {'q': 1}, 'params': {'q': 2}}
     """
     flat = [traverse_util.flatten_dict(dict(tree)) for tree in trees]
-    for one, other in itertools.combinations(flat, 2):
-        if both := one.keys() & other.keys():
-            raise ValueError(f"the trees to combine share {', '.join(sorted(map(join_path, both)))}")
+    for first, second in itertools.combinations(flat, 2):
+        if shared := first.keys() & second.keys():
+            raise ValueError(
+                f"trees to combine must be disjoint, but share {', '.join(sorted(map(join_path, shared)))}"
+            )
     return traverse_util.unflatten_dict(dict(itertools.chain.from_iterable(f.items() for f in flat)))
 
 
 def count(tree: Any) -> int:
-    """The number of values in a tree of arrays or shapes."""
+    """Counts the values in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _biases(flat: Mapping[str, Any], bias: Bias) -> set[str]:
-    """The paths of the biases to train."""
+    """The paths of the biases to train; raises ValueError if there are none."""
     check_choice("bias", bias, get_args(Bias))
     modules = {path.removeprefix("lora/").rpartition("/")[0] for path in flat if path.startswith("lora/")}
-    found = {
+    biases = {
         path
         for path in flat
         if path.startswith("params/") and path.rpartition("/")[2] == "bias"
         if bias == "all"
         or (bias == "lora_only" and path.removeprefix("params/").rpartition("/")[0] in modules)
     }
-    if bias != "none" and not found:
-        why = "the model has none" if bias == "all" else "no adapted layer has one"
-        raise ValueError(f"bias={bias!r} matches no bias: {why}")
-    return found
+    if bias != "none" and not biases:
+        reason = "the model has no biases" if bias == "all" else "no adapted layer has a bias"
+        raise ValueError(f"bias={bias!r} matches nothing: {reason}")
+    return biases
 
 
 def _parents(path: str, collection: str) -> Iterator[str]:
-    """The module paths above a leaf of `collection`, without the collection's own segment."""
+    """Yields the module paths above a leaf of `collection`, without the collection's segment."""
     first, *segments = path.split("/")
     if first == collection:
         yield from ("/".join(segments[:n]) for n in range(1, len(segments)))

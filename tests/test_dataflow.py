@@ -166,7 +166,7 @@ READ = {
 
 
 def refusal(net, x, target):
-    with pytest.raises(ValueError, match="past") as error:
+    with pytest.raises(ValueError, match="outside") as error:
         init_lora(apply_lora_plus(net, config(target)), KEY, x)
     return str(error.value)
 

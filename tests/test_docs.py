@@ -47,6 +47,7 @@ def test_links_between_pages_exist():
 
 
 def test_the_reference_has_every_public_symbol_setting_and_error(conf, tmp_path):
+    tmp_path = tmp_path / "reference"
     conf.generate(tmp_path)
     api = (tmp_path / "api.md").read_text()
     import loraplus_jax

@@ -37,7 +37,7 @@ def test_names_in_the_table_are_public():
 
 
 def test_files_that_are_named_exist():
-    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    links = re.findall(r"\]\((?!http|#)([^)]+)\)", README)
     files = re.findall(r"(configs/\w+\.yaml|benchmarks/\w+\.py)", README)
     assert links
     assert files

@@ -22,13 +22,12 @@ from ..models.merged import CheckpointMerge
 from ..settings.schema import Settings
 from ..tasks.interface import AdaptedModel
 from ..training.init_adapter import (
-    find_adapter,
     read_adapter,
     read_notes,
+    require_adapter,
     saved_config,
     transformers_class_of,
 )
-from ..training.run_directory import describe_unfinished
 from ..training.setup import build_model, params_of
 from ..tree import flatten, unflatten
 from .predict import settings_and_task
@@ -99,10 +98,7 @@ def export_run(
 
 
 def _open_source(path: Path) -> _Source:
-    if (directory := find_adapter(path)) is None:
-        raise FileNotFoundError(
-            describe_unfinished(path) or f"{path} is not a finished run or an adapter directory"
-        )
+    directory = require_adapter(path)
     notes = read_notes(directory)
     if not {"settings", "task", "base"} <= notes.keys():
         raise ValueError(f"{directory} has no training settings; export a run or adapter from loraplus train")

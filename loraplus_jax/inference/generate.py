@@ -18,7 +18,7 @@ from ..tasks.causal_lm import make_base
 from ..tasks.language_losses import LanguageTask
 from ..tasks.sample_answers import ChatModel
 from ..training.init_adapter import find_adapter, is_peft, read_adapter, read_notes
-from ..training.run_directory import ADAPTER, CHECKPOINTS
+from ..training.run_directory import describe_unfinished
 from ..training.setup import build_model, load_model, params_of
 from ..tree import combine
 from .predict import load_tuned, settings_with_adapter
@@ -56,8 +56,10 @@ def generate_answers(
     Raises:
       ValueError, OSError: an argument is missing or out of range, or a file cannot be read.
     """
-    if bool(prompts) == (data is not None):
-        raise ValueError("generate needs either --prompt or --data, not both")
+    if not prompts and data is None:
+        raise ValueError("generate requires --prompt TEXT or --data FILE")
+    if prompts and data is not None:
+        raise ValueError(f"generate accepts --prompt or --data, not both; got --data {data}")
     if system is not None and data is not None:
         raise ValueError(
             "--system requires --prompt; conversations in --data contain their own system messages"
@@ -112,10 +114,8 @@ def _open_model(
         return tuned.settings, tuned.base, tuned.task, tuned.parts.model, variables
     if config is not None:
         raise ValueError(f"--config requires a PEFT adapter, got {source}")
-    if (path / CHECKPOINTS).is_dir():
-        raise ValueError(
-            f"the run in {source} has not finished (no {ADAPTER}/ yet); repeat the train command to resume"
-        )
+    if (unfinished := describe_unfinished(path)) is not None:
+        raise FileNotFoundError(unfinished)
     directory, settings = resolve(source, "model"), _plain_settings(source, template, dtype)
     base = make_base(settings, directory, None)
     shapes = jax.eval_shape(base.model.init, jax.random.key(0), *base.inputs)["params"]

@@ -16,7 +16,6 @@ from ..data.batches import eval_batches
 from ..data.fetch import resolve
 from ..data.readers import read_rows
 from ..data.tokenize import encode_texts
-from ..interop import adapter_files
 from ..interop.adapter_files import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
 from ..models.hf import load_params
@@ -38,9 +37,9 @@ from ..training.init_adapter import (
     notes_path,
     read_adapter,
     read_notes,
+    require_adapter,
     saved_config,
 )
-from ..training.run_directory import ADAPTER, describe_unfinished
 from ..training.setup import base_parts, build_model, load_model, params_of, task_module
 from ..tree import combine, flatten, unflatten
 
@@ -76,19 +75,7 @@ def load_tuned(place: Path, config: str | None = None) -> TunedModel:
     directory = find_adapter(place)
     if directory is None and (place / NOTES_FILE).is_file():
         return _load_merged(place, config)
-    if directory is None and (unfinished := describe_unfinished(place)) is not None:
-        raise FileNotFoundError(unfinished)
-    if directory is None:
-        inner = place / ADAPTER if (place / ADAPTER).is_dir() else place
-        missing = [
-            name
-            for name in (adapter_files.TENSORS_FILE, adapter_files.DESCRIPTION_FILE)
-            if not (inner / name).is_file()
-        ]
-        raise FileNotFoundError(
-            f"{inner} is not an adapter directory ({' and '.join(missing)} missing), a finished run, "
-            "a PEFT adapter or a merged model"
-        )
+    directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
     notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
         settings, task = settings_and_task(directory, notes, config)

@@ -1,1 +1,1 @@
-"""Adapters from and for other libraries: our files, PEFT's files, path maps, other libraries' trees."""
+"""Adapter files, in our format and PEFT's, and adapters of other JAX libraries."""

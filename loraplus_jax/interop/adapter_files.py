@@ -1,7 +1,8 @@
-"""Adapters as directories: safetensors beside a JSON file that says what they are, for use without a run.
+"""Adapter directories: a safetensors file and a JSON file with its metadata, usable without the run.
 
-`adapter.safetensors` holds the factors as `lora/PATH/lora_a` and extras under their own paths;
-`adapter.json` is what `checkpoint.describe_run` makes: format, config, specs, base fingerprint, versions.
+`adapter.safetensors` contains the factors as `lora/PATH/lora_a`, and fully trained parameters under their own
+paths. `adapter.json` contains the metadata of `checkpoint.describe_run`: format, config, specs, base fingerprint,
+versions.
 """
 
 import contextlib
@@ -33,9 +34,9 @@ class Adapter(NamedTuple):
 
     Attributes:
       lora: the tree of factors.
-      specs: the table of what is adapted.
-      config: what was applied; None for a model trained in full, whose weights are all extras.
-      extras: variables trained in full, `{"params": ...}`, empty if there are none.
+      specs: the table of adapted weights.
+      config: config of the adapter; None for a fully trained model, whose weights are all extras.
+      extras: fully trained variables, `{"params": ...}`, empty if there are none.
     """
 
     lora: dict[str, Any]
@@ -54,21 +55,19 @@ def save_adapter(
     base: str | None = None,
     **more: Any,
 ) -> None:
-    """Writes an adapter directory; an older adapter there is replaced only when the new one is complete.
-
-    Nothing but an adapter is ever replaced.
+    """Writes an adapter directory. Replaces an older adapter once the new one is complete, and never other files.
 
     Args:
-      directory: made if absent.
+      directory: directory to write; created if missing.
       lora: the tree of factors, or the trainable variables `{"lora": factors, "params": extras}`.
       specs: the table from `init_lora`.
-      config: what was applied.
-      opt_state: the optimizer's state, whose lambda is recorded in place of the config's.
+      config: config of the adapter.
+      opt_state: optimizer state; its lambda is saved instead of the config's.
       base: `checkpoint.fingerprint` of the frozen variables.
-      **more: the caller's own JSON-able fields.
+      **more: your own JSON-serializable fields.
 
     Raises:
-      ValueError: something else than an adapter is there; or factors, specs and config do not fit each other.
+      ValueError: the directory contains other files, or factors, specs and config do not match.
     """
     directory = Path(directory).resolve()
     check_config_matches_specs(specs, config)
@@ -82,12 +81,12 @@ def save_adapter(
         )
         if others:
             raise ValueError(
-                f"{directory} holds more than an adapter ({', '.join(others[:3])}); choose another"
+                f"{directory} contains other files ({', '.join(others[:3])}); choose another directory"
             )
     elif directory.exists():
-        raise ValueError(f"{directory} is a file; an adapter is a directory")
+        raise ValueError(f"{directory} must be a directory, got a file")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed at the end, so that nobody ever sees half an adapter.
+    # Written next to the target and renamed at the end, so that no partial adapter is ever visible.
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
@@ -95,7 +94,7 @@ def save_adapter(
         (partial / DESCRIPTION_FILE).write_text(notes + "\n", encoding="utf-8")
         partial.chmod(0o755)
         if directory.exists():
-            # A directory cannot be renamed onto another, so the old adapter moves out of the way first.
+            # A directory cannot replace another one, so rename the old adapter first.
             old = partial.with_name(partial.name + ".old")
             os.rename(directory, old)
             os.rename(partial, directory)
@@ -110,8 +109,9 @@ def load_adapter(directory: str | Path) -> Adapter:
     """Reads an adapter directory.
 
     Raises:
-      FileNotFoundError: it holds no adapter.
-      ValueError: a file is damaged, of a later format, or tensors and table differ; the message names it.
+      FileNotFoundError: the directory contains no adapter.
+      ValueError: a file is damaged or has another format version, or tensors and specs differ; the message names
+        it.
     """
     notes, directory = read_adapter_json(directory), Path(directory)
     try:
@@ -122,52 +122,54 @@ def load_adapter(directory: str | Path) -> Adapter:
         raise ValueError(f"{directory / DESCRIPTION_FILE}: {error}") from None
     variables = unflatten(read_tensors(directory / TENSORS_FILE))
     lora = variables.pop("lora", {})
-    check_factors(f"{directory}: {TENSORS_FILE} and the table in {DESCRIPTION_FILE}", lora, specs)
+    check_factors(f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}", lora, specs)
     return Adapter(lora, specs, config, variables)
 
 
 def read_adapter_json(directory: str | Path) -> dict[str, Any]:
-    """An adapter's complete JSON: base fingerprint, versions and the caller's own fields included.
+    """Reads an adapter's complete JSON, including base fingerprint, versions and your own fields.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_adapter`.
+      FileNotFoundError, ValueError: as in `load_adapter`.
     """
     for name in (TENSORS_FILE, DESCRIPTION_FILE):
         if not (Path(directory) / name).is_file():
-            raise FileNotFoundError(f"{directory} is no adapter directory: it lacks {name}")
+            raise FileNotFoundError(f"{directory} is not an adapter directory: {name} is missing")
     path = Path(directory) / DESCRIPTION_FILE
     notes = read_json(path)
     if not {"format", "config", "specs"} <= notes.keys():
-        raise ValueError(f"{path} is no adapter description: it needs format, config and specs")
+        raise ValueError(f"{path} is not an adapter description: it must contain format, config and specs")
     if notes["format"] != FORMAT:
-        raise ValueError(f"{path} has format {notes['format']!r}, this version reads {FORMAT}")
+        raise ValueError(
+            f"{path}: format must be {FORMAT}, got {notes['format']!r}; use the version that wrote it"
+        )
     return notes
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """A safetensors file's tensors as JAX arrays, of their stored dtypes; a ValueError if it is damaged."""
+    """Reads a safetensors file as JAX arrays in their stored dtypes; raises ValueError if it is damaged."""
     flax = _safetensors("flax")
     try:
         return flax.load_file(path)
-    except Exception as error:  # the reader's own error class is not part of its interface
+    except Exception as error:  # the error class of safetensors is not public
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def check_config_matches_specs(specs: Specs, config: LoRAPlusConfig | None) -> None:
-    """Raises ValueError unless config and specs say the same: `apply` goes by the one and `merge` by the other."""
+    """Raises ValueError unless config and specs agree, since `apply` uses the config and `merge` the specs."""
     if config is None:
         return
     for path, spec in specs.items():
         rank, scale = config.rank_of(path), config.scale_of(path)
         if (spec.rank, spec.scale) != (rank, scale):
             raise ValueError(
-                f"config has rank {rank} and scale {scale:g} for {path or 'the model'}, the specs "
-                f"have rank {spec.rank} and scale {spec.scale:g}"
+                f"config and specs differ for {path or 'the model'}: the config has rank {rank} and scale "
+                f"{scale:g}, the specs have rank {spec.rank} and scale {spec.scale:g}"
             )
 
 
 def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
-    """Raises ValueError unless the factors are those of the specs, in number and shape."""
+    """Raises ValueError unless the factors have the paths and shapes in the specs."""
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(lora).items()}
     expected = {
         name: shape
@@ -180,34 +182,34 @@ def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
     if differing:
         first = differing[0]
         raise ValueError(
-            f"{where}: factors and specs differ at {', '.join(differing[:5])}: the factor {first} is "
-            f"{shapes.get(first, 'absent')}, the specs say {expected.get(first, 'absent')}"
+            f"{where}: factors and specs differ at {', '.join(differing[:5])}; the shape of {first} is "
+            f"{shapes.get(first, 'absent')} in the factors and {expected.get(first, 'absent')} in the specs"
         )
 
 
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into; it becomes `target` if the block succeeds and is removed otherwise.
+    """Yields a directory to write; it becomes `target` if the block succeeds, and is deleted otherwise.
 
     Raises:
-      ValueError: something is there already.
+      ValueError: `target` already exists.
     """
     if os.path.lexists(target):
-        raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
+        raise ValueError(f"{target} already exists and is not overwritten; choose another directory")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield partial
         partial.chmod(0o755)
-        if os.path.lexists(target):  # made by somebody else meanwhile
-            raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
+        if os.path.lexists(target):  # created by another program in the meantime
+            raise ValueError(f"{target} already exists and is not overwritten; choose another directory")
         os.rename(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
-    """A safetensors file: its bytes, not a file, since `save_file` makes files that only their owner can read."""
+    """The bytes of a safetensors file. `save_file` would write files that only their owner can read."""
     return _safetensors("numpy").save({name: host_array(leaf) for name, leaf in tensors.items()})
 
 
@@ -221,5 +223,5 @@ def _safetensors(module: str) -> Any:
         return importlib.import_module(f"safetensors.{module}")
     except ImportError:
         raise ImportError(
-            "adapter files need safetensors: pip install 'loraplus_jax[train]' or pip install safetensors"
+            "adapter files require safetensors: pip install 'loraplus_jax[train]' or pip install safetensors"
         ) from None

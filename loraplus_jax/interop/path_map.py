@@ -1,9 +1,9 @@
-"""Names and layouts of a Flax model's leaves in a PyTorch model, both ways, by one small table of patterns.
+"""Path maps: convert names and layouts between a Flax model and a PyTorch model, in both directions.
 
-A table is a sequence of rules `(ours, theirs)` or `(ours, theirs, kind)`: the path of a module here, segments
-joined by "/", its name there, joined by ".", and where that cannot be told how PyTorch keeps its weight (`KINDS`).
-`{name}` on both sides stands for one segment. `{name}` on their side alone is an index: of the stacked axes,
-outermost first, and then of batch axes. The first rule that matches counts.
+A path map is a sequence of rules `(ours, theirs)` or `(ours, theirs, kind)`: the path of our module, joined by
+"/", its name in PyTorch, joined by ".", and if it is ambiguous the layout of its weight in PyTorch (`KINDS`).
+`{name}` on both sides matches one segment. `{name}` only on their side is an index: first of the stacked axes,
+outermost first, then of the batch axes. The first matching rule applies.
 """
 
 import itertools
@@ -18,9 +18,9 @@ from .._validation import suggest
 from ..spec import AdapterSpec, Specs
 
 KINDS = ("Linear", "Conv1D", "Conv", "Embedding", "TiedEmbedding", "TiedHead", "Parameter")
-"""`Linear` keeps (out, in), transformers' `Conv1D` (in, out), `Conv` (out, in, window...), `Embedding` as here; a
-`TiedEmbedding` is the head too, and a later rule of kind `TiedHead` gives the name that it has as such; a
-`Parameter` is no module's weight: its own name stands last."""
+"""Layouts: `Linear` is (out, in), transformers' `Conv1D` (in, out), `Conv` (out, in, window...), `Embedding` like
+ours. A `TiedEmbedding` is also the head, whose name a later rule of kind `TiedHead` gives. A `Parameter` is not the
+weight of a module: its name ends in the parameter's own name."""
 
 PathMap = Sequence[tuple[str, str] | tuple[str, str, str]]
 Index = tuple[int, ...]
@@ -33,12 +33,12 @@ _HOLE = re.compile(r"\{(\w+)\}")
 
 
 class TorchModule(NamedTuple):
-    """Where a module of ours is in the other model.
+    """The PyTorch module that corresponds to a module of ours.
 
     Attributes:
-      name: its name; the indices are still `{placeholders}`.
-      holes: these, in order.
-      kind: as the rule has it, or None.
+      name: its name, with `{placeholders}` for indices.
+      holes: the placeholders, in order.
+      kind: kind given by the rule, or None.
     """
 
     name: str
@@ -46,7 +46,7 @@ class TorchModule(NamedTuple):
     kind: str | None
 
     def at(self, index: Index) -> str:
-        """The name with the indices in it."""
+        """The name with the indices filled in."""
         name = self.name
         for hole, number in zip(self.holes, index, strict=True):
             name = name.replace(f"{{{hole}}}", str(number))
@@ -54,21 +54,21 @@ class TorchModule(NamedTuple):
 
 
 def check_path_map(path_map: PathMap) -> None:
-    """Raises ValueError or TypeError for a rule that cannot be understood; the message names it."""
+    """Raises ValueError or TypeError for an invalid rule; the message names it."""
     for rule in path_map:
         if not isinstance(rule, tuple | list) or len(rule) not in (2, 3) or not all(rule):
-            raise TypeError(f"path map: a rule is (ours, theirs) or (ours, theirs, kind), got {rule!r}")
+            raise TypeError(f"path map: a rule must be (ours, theirs) or (ours, theirs, kind), got {rule!r}")
         ours, theirs = (_HOLE.findall(side) for side in rule[:2])
         if missing := [name for name in ours if name not in theirs]:
-            raise ValueError(f"path map: {{{missing[0]}}} of {rule[0]!r} is not in {rule[1]!r}")
+            raise ValueError(f"path map: {{{missing[0]}}} in {rule[0]!r} must also be in {rule[1]!r}")
         if any(len(set(names)) < len(names) for names in (ours, theirs)):
-            raise ValueError(f"path map: a placeholder stands twice on one side of {rule!r}")
+            raise ValueError(f"path map: placeholders must be distinct on each side, got {rule!r}")
         if len(rule) == 3 and rule[2] not in KINDS:
-            raise ValueError(f"path map: there is no kind {rule[2]!r}{suggest(rule[2], KINDS)}")
+            raise ValueError(f"path map: unknown kind {rule[2]!r}{suggest(rule[2], KINDS)}")
 
 
 def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
-    """Where a module of ours is, or None where no rule matches.
+    """Returns the PyTorch module for a module of ours, or None if no rule matches.
 
     >>> torch_module_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
     TorchModule(name='model.layers.{layer}.up', holes=('layer',), kind=None)
@@ -83,9 +83,9 @@ def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
 
 
 def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
-    """The module of ours that one of theirs means, and which of its slices; None where no rule matches.
+    """Returns our module for a PyTorch module, and the index of its slice; None if no rule matches.
 
-    A `Parameter` is found by the module that owns it, under whose name PEFT has its factors.
+    A `Parameter` is looked up by the module that owns it, since PEFT stores its factors under that name.
 
     >>> module_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
     ('layers/up', (3,))
@@ -105,12 +105,12 @@ def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
 
 
 class Target(NamedTuple):
-    """An adapted leaf on both sides.
+    """An adapted leaf in both models.
 
     Attributes:
-      spec: its entry in the specs.
-      kind: how PyTorch keeps it, one of `KINDS`.
-      names: slice of the factors to the module, or for a `Parameter` the parameter, that it is there.
+      spec: its spec.
+      kind: its layout in PyTorch, one of `KINDS`.
+      names: maps each slice of the factors to a PyTorch module, or for a `Parameter` to the parameter.
     """
 
     spec: AdapterSpec
@@ -118,84 +118,87 @@ class Target(NamedTuple):
     names: dict[Index, str]
 
     def keys(self, index: Index) -> tuple[str, str]:
-        """The names of A and of B in PEFT's file."""
+        """The names of A and B in PEFT's file."""
         name = self.names[index]
-        if self.kind == "Parameter":  # its owner has the factors
+        if self.kind == "Parameter":  # the factors belong to its owner
             name = name.rpartition(".")[0]
         form = "{}.lora_embedding_{}" if self.kind.endswith("Embedding") else "{}.lora_{}.weight"
         return form.format(name, "A"), form.format(name, "B")
 
 
 def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list[str]]:
-    """Every entry of the specs on both sides, and a line for each that has no place there."""
+    """Finds the PyTorch modules for all specs; also returns one line per spec without a counterpart."""
     targets: dict[str, Target] = {}
     problems = []
     owners: dict[str, str] = {}
     for key, spec in specs.items():
         owner, _, leaf = key.rpartition("/")
-        # An adapted parameter is found by the module that owns it.
+        # An adapted parameter is looked up by the module that owns it.
         module = owner if spec.kind == "parameter" and leaf in _OF_LEAF else key
-        if (place := torch_module_of(path_map, module)) is None:
+        if (torch_module := torch_module_of(path_map, module)) is None:
             problems.append(f"no rule of the path map matches {module!r}")
             continue
         try:
-            kind = _kind_of(spec, place)
-            target = Target(spec, kind, {index: place.at(index) for index in _indices(spec, place, kind)})
+            kind = _kind_of(spec, torch_module)
+            indices = _indices(spec, torch_module, kind)
+            target = Target(spec, kind, {index: torch_module.at(index) for index in indices})
         except ValueError as error:
             problems.append(str(error))
             continue
         for index in target.names:
             if (owner := owners.setdefault(target.keys(index)[0], key)) != key:
-                problems.append(f"{owner!r} and {key!r} both have their factors in {target.names[index]!r}")
+                problems.append(f"{owner!r} and {key!r} both map their factors to {target.names[index]!r}")
         targets[key] = target
     return targets, problems
 
 
-def _kind_of(spec: AdapterSpec, place: TorchModule) -> str:
-    """How PyTorch keeps the weight that is adapted.
+def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
+    """The layout of the adapted weight in PyTorch.
 
     Raises:
-      ValueError: PEFT has no adapter for it, or the rule is at odds with the table.
+      ValueError: PEFT does not support the weight, or the rule contradicts the spec.
     """
     default = _OF_SPEC.get(spec.kind, "Linear")
     if spec.kind == "parameter":
         default = _OF_LEAF.get(spec.leaf.rpartition("/")[2], "Parameter")
     if spec.kind == "conv_transpose":
-        raise ValueError(f"{spec.leaf} is a transposed convolution, for which PEFT has no adapter")
-    kind = place.kind or default
+        raise ValueError(f"{spec.leaf} is a transposed convolution, which PEFT does not support")
+    kind = torch_module.kind or default
     if kind == "Parameter" and (spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3):
         raise ValueError(
-            f"{spec.leaf} has the axes {spec.axes!r}; PEFT adapts parameters with one input and one output axis, "
-            "and one more at most"
+            f"{spec.leaf} must have one input axis, one output axis and at most one more for PEFT, "
+            f"got {spec.axes!r}"
         )
     if spec.kind != "parameter" and kind != "Parameter" and _SAME_LAYOUT.get(kind, kind) != default:
         raise ValueError(
-            f"{spec.leaf} is of kind {spec.kind}, the path map says {kind} of {place.name}, not {default}"
+            f"{spec.leaf} of kind {spec.kind} must be {default} in the path map, got {kind} for "
+            f"{torch_module.name}"
         )
     return kind
 
 
-def _indices(spec: AdapterSpec, place: TorchModule, kind: str) -> list[Index]:
-    """Which slices of the factors there are in the other model, each a module of its own.
+def _indices(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> list[Index]:
+    """The indices of the slices of the factors; each slice is a separate PyTorch module.
 
     Raises:
-      ValueError: the rule has more or fewer indices than the leaf has stacked and batch axes.
+      ValueError: the number of indices in the rule differs from that of the leaf's stacked and batch axes.
     """
     letters = _index_letters(spec, kind)
-    if len(letters) != len(place.holes):
+    if len(letters) != len(torch_module.holes):
         raise ValueError(
-            f"{spec.leaf} has {len(letters)} stacked and batch axes, {place.name} has {len(place.holes)} indices"
+            f"{spec.leaf} has {len(letters)} stacked and batch axes, but {torch_module.name} has "
+            f"{len(torch_module.holes)} indices"
         )
     size = dict(zip(spec.base_letters, spec.shape, strict=True))
     indices = list(itertools.product(*(range(size[c]) for c in letters)))
-    # `layers` are those of the outermost stacked axis, which is the first index.
+    # `layers` selects indices of the outermost stacked axis, which comes first.
     return indices if spec.layers is None else [index for index in indices if index[0] in spec.layers]
 
 
 def factors_to_peft(
     a: np.ndarray, b: np.ndarray, target: Target
 ) -> Iterator[tuple[Index, np.ndarray, np.ndarray]]:
-    """Each slice of the factors as PEFT keeps it: A and B of `factor_shapes`."""
+    """Yields each slice's index, and its A and B in PEFT's layout, with the shapes of `factor_shapes`."""
     spec, kind, _ = target
     shape = factor_shapes(spec, kind)[1]
     a, b = _index_views(a, b, spec, kind)
@@ -209,22 +212,22 @@ def factors_from_peft(
     """The inverse of `factors_to_peft`; missing slices become zeros."""
     spec, kind, _ = target
     dtype = next(iter(slices.values()))[0].dtype
-    whole_a, whole_b = (np.zeros(shape, dtype) for shape in spec.factor_shapes)
-    a, b = _index_views(whole_a, whole_b, spec, kind)
+    full_a, full_b = (np.zeros(shape, dtype) for shape in spec.factor_shapes)
+    a, b = _index_views(full_a, full_b, spec, kind)
     for index, (array_a, array_b) in slices.items():
         a[index] = _a_from_peft(array_a, a[index].shape, kind)
         b[index] = _b_from_peft(array_b, b[index].shape, kind)
-    return whole_a, whole_b
+    return full_a, full_b
 
 
 def factor_shapes(
     spec: AdapterSpec, kind: str, rank: int | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes that PEFT keeps one slice of A and of B in, of the spec's rank or another."""
+    """The shapes of one slice of A and B in PEFT's layout, for the spec's rank or another."""
     (inner, outer), r = spec.sides, rank or spec.rank
     unstacked = [n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower()]
     sizes = list(zip(unstacked, spec.axes, strict=True))
-    if kind == "Conv":  # A's window stays apart from its channels
+    if kind == "Conv":  # PEFT keeps A's window and channels as separate axes
         *window, channels = (n for n, axis in sizes if axis == "i")
         return (r, channels, *window), (outer, r, *(1 for _ in window))
     if kind == "Parameter":
@@ -234,22 +237,22 @@ def factor_shapes(
 
 
 def leaf_to_torch(name: str, array: np.ndarray, kind: str | None) -> tuple[str, np.ndarray]:
-    """A leaf that is trained in full, without stacked axes, under PyTorch's name and in its layout.
+    """Converts a fully trained leaf without stacked axes to PyTorch's name and layout.
 
     Raises:
-      ValueError: the leaf is of another name, or the layout of its kernel is not known.
+      ValueError: the leaf's name is unsupported, or the layout of its kernel is ambiguous.
     """
     if name == "bias":
         return "bias", array.reshape(-1)
     if name not in _WEIGHTS:
-        raise ValueError(f"the leaf {name!r} has no counterpart; known: bias, {', '.join(_WEIGHTS)}")
+        raise ValueError(f"unsupported leaf {name!r}; must be one of bias, {', '.join(_WEIGHTS)}")
     if name != "kernel" or kind == "Conv1D":
         return "weight", array
     return "weight", np.transpose(array, _kernel_axes(array.ndim, kind))
 
 
 def leaf_from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], kind: str | None) -> np.ndarray:
-    """The inverse of `leaf_to_torch`, for a leaf of a known shape."""
+    """The inverse of `leaf_to_torch`, for a leaf with this shape."""
     if name == "bias":
         return array.reshape(shape)
     if name != "kernel" or kind == "Conv1D":
@@ -264,8 +267,8 @@ def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
     if kind in (None, "Linear") and ndim == 2:
         return (1, 0)
     raise ValueError(
-        f"a kernel with {ndim} axes, of the kind {kind}: which are its inputs is not known; the path map's rules "
-        "may say Linear (2 axes), Conv1D or Conv as their third part"
+        f"the input axes of a kernel with {ndim} axes and kind {kind} are ambiguous; set the rule's kind in "
+        "the path map to Linear (2 axes), Conv1D or Conv"
     )
 
 
@@ -281,7 +284,7 @@ def _kind(rule: Any) -> str | None:
 
 
 def _index_letters(spec: AdapterSpec, kind: str) -> str:
-    """Einsum letters of the axes that number modules: stacked ones, outermost first, then batch axes."""
+    """Einsum letters of the axes that index modules: stacked axes, outermost first, then batch axes."""
     stacked = "".join(sorted((c for c in spec.base_letters if c.isupper()), reverse=True))
     unstacked = [c for c in spec.base_letters if c.islower()]
     batch = "".join(c for c, axis in zip(unstacked, spec.axes, strict=True) if axis not in "io")
@@ -289,7 +292,7 @@ def _index_letters(spec: AdapterSpec, kind: str) -> str:
 
 
 def _index_views(a: np.ndarray, b: np.ndarray, spec: AdapterSpec, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Views of the factors with the numbering axes in front, then A (batch, in..., r) and B (batch, r, out...)."""
+    """Views of the factors with the index axes first, then A (batch, in..., r) and B (batch, r, out...)."""
     first = _index_letters(spec, kind)
     views = []
     for array, letters in zip((a, b), spec.factor_letters, strict=True):

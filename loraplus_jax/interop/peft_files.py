@@ -1,8 +1,8 @@
-"""Adapters in PEFT's files, written and read: `adapter_config.json` and `adapter_model.safetensors`.
+"""Reads and writes adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What PEFT has no place for lies beside them: `loraplus.json` holds what `checkpoint.describe_run` makes, lambda and
-the caller's own fields included, and `loraplus.safetensors` variables that have no name in the other model. Names
-and layouts come from a path map, see `path_map`.
+Two more files hold what PEFT cannot store: `loraplus.json` the metadata of `checkpoint.describe_run`, including
+lambda and your own fields, and `loraplus.safetensors` variables without a name in the PyTorch model. A path map
+converts names and layouts, see `path_map`.
 """
 
 import json
@@ -63,32 +63,32 @@ def save_peft(
     readme: str | None = None,
     **more: Any,
 ) -> None:
-    """Writes an adapter as PEFT keeps it, whole or not at all; `PeftModel.from_pretrained` loads it as it is.
+    """Writes an adapter in PEFT's format, atomically; `PeftModel.from_pretrained` loads it without changes.
 
     Args:
-      directory: a new one; nothing is ever overwritten.
-      lora: the tree of factors; stacked layers become modules of their own.
+      directory: a new directory; existing files are never overwritten.
+      lora: the tree of factors; stacked layers become separate modules.
       specs: the table from `init_lora`.
-      config: what was applied.
-      path_map: where each adapted module, and each one in `extras`, is in the PyTorch model.
-      extras: variables trained in full that the PyTorch model has too, `{"params": ...}`. A leaf whose rule has an
+      config: config of the adapter.
+      path_map: PyTorch names of all adapted modules and all modules in `extras`.
+      extras: fully trained variables that the PyTorch model also has, `{"params": ...}`. A leaf whose rule has an
         index is stacked on its first axis.
-      own: variables that it has not; they are kept for us, and PEFT does not see them.
+      own: fully trained variables that the PyTorch model lacks; stored for loraplus_jax only.
       base: `checkpoint.fingerprint` of the frozen variables.
-      base_model: the name or path that PEFT is to find the base by.
-      task_type: such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
-      readme: the text of a `README.md`.
-      **more: the caller's own JSON-able fields for `loraplus.json`: rates, groups, decay.
+      base_model: name or path under which PEFT finds the base model.
+      task_type: task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
+      readme: text of a `README.md`.
+      **more: your own JSON-serializable fields for `loraplus.json`, such as rates, groups and decay.
 
     Raises:
-      ValueError: the directory exists; a module has no rule, or PEFT nothing like it (all are listed); config,
-        specs and tensors differ.
+      ValueError: the directory exists; a module has no rule or no counterpart in PEFT (the message lists all); or
+        config, specs and tensors differ.
     """
     check_path_map(path_map)
     check_config_matches_specs(specs, config)
     targets, problems = adapted_leaves(specs, path_map)
     slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
-    raise_problems(f"{directory}: the adapter cannot be written for PEFT", problems + more_problems)
+    raise_problems(f"{directory}: cannot convert the adapter to PEFT", problems + more_problems)
     tensors = _factor_tensors(flat_factors(lora, specs), targets)
     adapted = {name for target in targets.values() for name in target.names.values()}
     leaves, saved = name_leaves(slots, adapted, path_map)
@@ -118,24 +118,24 @@ def save_peft(
 def load_peft(
     directory: str | Path, specs: Specs, path_map: PathMap, *, params: Mapping[str, Any] | None = None
 ) -> Adapter:
-    """Reads an adapter in PEFT's files for a model that has adapters already.
+    """Reads an adapter in PEFT's format for a model with matching adapters.
 
     Args:
-      directory: with `adapter_config.json` and `adapter_model.safetensors`.
-      specs: the table of the model, from `init_lora` of a model made with `peft_config(directory, ...)`, or with
-        another config that says the same.
+      directory: directory with `adapter_config.json` and `adapter_model.safetensors`.
+      specs: the table from `init_lora`, for a model with the config `peft_config(directory, ...)` or an equivalent
+        one.
       path_map: as for `save_peft`.
-      params: the base's parameters or their shapes, needed where the file has more than factors. With shapes, what
-        needs values is left out: a copy of a base weight in the file is not compared with it, and a leaf of which
-        the file has some layers only stays a shape.
+      params: the base's parameters or their shapes; required if the file contains more than factors. With shapes,
+        copies of base weights in the file are not compared with the base, and a leaf for which the file has only
+        some layers stays a shape.
 
     Returns:
-      Factors and extras, in their stored dtypes, and the config that `peft_config` gives.
+      Factors and extras in their stored dtypes, and the config from `peft_config`.
 
     Raises:
-      FileNotFoundError: no such files.
-      ValueError: a file is damaged or a pickle, an option is on that we lack, or file, options, specs and path map
-        do not fit each other; all problems are listed.
+      FileNotFoundError: a file is missing.
+      ValueError: a file is damaged or a pickle, an option is unsupported, or file, options, specs and path map do
+        not match; the message lists all problems.
     """
     check_path_map(path_map)
     directory = Path(directory)
@@ -145,7 +145,7 @@ def load_peft(
     problems += _check_factors(factors, options, targets)
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
     slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
-    raise_problems(f"{directory} does not fit the model", problems + more_problems)
+    raise_problems(f"{directory} does not match the model", problems + more_problems)
     lora = {}
     for key, target in targets.items():
         pairs = {index: tuple(host_array(factors[k]) for k in target.keys(index)) for index in target.names}
@@ -160,17 +160,17 @@ def load_peft(
 
 
 def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None = None) -> LoRAPlusConfig:
-    """The config of a model for an adapter in PEFT's files; that of `loraplus.json` where there is one.
+    """Reads the config of an adapter in PEFT's format, from `loraplus.json` if it exists.
 
-    PEFT has no lambda: without that file `lr_ratio` is the default.
+    PEFT does not store lambda: without that file, `lr_ratio` is the default.
 
     Args:
-      directory: with `adapter_config.json` and `adapter_model.safetensors`.
+      directory: directory with `adapter_config.json` and `adapter_model.safetensors`.
       path_map: as for `save_peft`.
-      layers: how many layers a stack has; without it all of them are taken to be in the file.
+      layers: number of layers in a stack; by default the file is assumed to contain all of them.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_peft`; or layers of one stack differ in rank or alpha.
+      FileNotFoundError, ValueError: as in `load_peft`; or layers of one stack differ in rank or alpha.
     """
     check_path_map(path_map)
     options, tensors = _read(Path(directory), path_map)
@@ -179,42 +179,44 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     numbers = {index[0] for name in tensors if (index := _find_module(name, path_map)[1])}
     if layers is not None and (extra := sorted(n for n in numbers if n >= layers)):
         raise ValueError(
-            f"{directory} does not fit the model: it has layers {extra}, the model only {layers}"
+            f"{directory} does not match the model: it adapts layers {extra} of a model with {layers} layers"
         )
     adapted = tuple(sorted(numbers)) if layers is not None and numbers != {*range(layers)} else None
     return _config(Path(directory), options, [*tensors], path_map, adapted or None)
 
 
 def peft_options(directory: str | Path) -> PeftOptions:
-    """The options in `adapter_config.json`.
+    """Reads the options in `adapter_config.json`.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_peft`.
+      FileNotFoundError, ValueError: as in `load_peft`.
     """
     return _read(Path(directory))[0]
 
 
 def peft_names(directory: str | Path) -> list[str]:
-    """The names of an adapter's tensors, as the base model has them.
+    """Reads the names of an adapter's tensors, in the naming of the base model.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_peft`.
+      FileNotFoundError, ValueError: as in `load_peft`.
     """
     return list(_read(Path(directory))[1])
 
 
 def peft_notes(directory: str | Path) -> dict[str, Any] | None:
-    """The contents of `loraplus.json`, or None where there is none.
+    """Reads `loraplus.json`; returns None if it does not exist.
 
     Raises:
-      ValueError: it is damaged or of a later format.
+      ValueError: the file is damaged or has another format version.
     """
     path = Path(directory) / NOTES_FILE
     if not path.is_file():
         return None
     notes = read_json(path)
     if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
-        raise ValueError(f"{path} has format {notes.get('format')!r:.80}, this version reads {FORMAT}")
+        raise ValueError(
+            f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}"
+        )
     return notes
 
 
@@ -231,7 +233,7 @@ def _saved_config(directory: Path) -> LoRAPlusConfig | None:
 def _config(
     directory: Path, options: PeftOptions, names: list[str], path_map: PathMap, layers: tuple[int, ...] | None
 ) -> LoRAPlusConfig:
-    """PEFT's options and the names of its tensors in our terms."""
+    """Converts PEFT's options and tensor names to our config."""
     modules: dict[str, dict[Index, str]] = {}
     saved, problems = {}, []
     for name in names:
@@ -239,24 +241,24 @@ def _config(
         if module is None:
             problems.append(f"{name}: no rule of the path map matches")
         elif name.endswith(_ENDS):
-            place = torch_module_of(path_map, module)
-            assert place is not None
-            modules.setdefault(module, {})[index] = place.at(index)
+            torch_module = torch_module_of(path_map, module)
+            assert torch_module is not None
+            modules.setdefault(module, {})[index] = torch_module.at(index)
         elif name.endswith(".weight") and not name.endswith(".base_layer.weight"):
             saved[module] = None
     ranks, alphas = {}, {}
-    for module, there in modules.items():
-        settings = {(options.rank_of(name), options.alpha_of(name)) for name in there.values()}
+    for module, torch_names in modules.items():
+        settings = {(options.rank_of(name), options.alpha_of(name)) for name in torch_names.values()}
         if len(settings) > 1:
             problems.append(
-                f"{module}: layers of one stack have different ranks and alphas: {sorted(settings)}"
+                f"{module}: all layers of a stack must have equal ranks and alphas, got {sorted(settings)}"
             )
-        if () not in there and layers is not None and {index[0] for index in there} != {*layers}:
+        if () not in torch_names and layers is not None and {index[0] for index in torch_names} != {*layers}:
             problems.append(
-                f"{module} is not adapted in the layers {layers}, in which others of its stack are"
+                f"{module} must be adapted in the layers {layers}, like other modules of its stack"
             )
         ranks[module], alphas[module] = settings.pop()
-    raise_problems(f"{directory} does not fit the model", problems)
+    raise_problems(f"{directory} does not match the model", problems)
     return LoRAPlusConfig(
         target_modules=tuple(sorted(modules)),
         layers_to_transform=layers,
@@ -272,7 +274,7 @@ def _config(
 
 
 def _find_module(name: str, path_map: PathMap) -> tuple[str | None, Index]:
-    """The module of ours that a tensor of PEFT's file belongs to, and its index; None where no rule matches."""
+    """Returns our module for a tensor in PEFT's file, and its index; None if no rule matches."""
     end = next((end for end in _ENDS if name.endswith(end)), None)
     module = name.removesuffix(end) if end else name.rpartition(".")[0].removesuffix(".base_layer")
     return module_of(path_map, module) or (None, ())
@@ -288,35 +290,35 @@ def _alpha_of(config: LoRAPlusConfig, key: str) -> float:
 
 
 def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[str, Any]]:
-    """Options, and tensors by their names in the base model, without copies."""
+    """Reads the options, and the tensors by their names in the base model, without duplicates."""
     if not (directory / OPTIONS).is_file():
-        raise FileNotFoundError(f"{directory} is no adapter of PEFT: it lacks {OPTIONS}")
+        raise FileNotFoundError(f"{directory} is not a PEFT adapter: {OPTIONS} is missing")
     if not (directory / WEIGHTS).is_file():
         pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             raise ValueError(
-                f"{directory} has its weights only as {pickles[0]}, a pickle, which can run any code when "
-                "opened and is not read here; convert it where you trust it, with PEFT: model.save_pretrained(d)"
+                f"{directory} has its weights only in {pickles[0]}, a pickle, which can run arbitrary code; "
+                "convert it in a sandbox with PEFT: model.save_pretrained(d)"
             )
-        raise FileNotFoundError(f"{directory} is no adapter of PEFT: it lacks {WEIGHTS}")
+        raise FileNotFoundError(f"{directory} is not a PEFT adapter: {WEIGHTS} is missing")
     options, tensors = read_options(directory / OPTIONS), read_tensors(directory / WEIGHTS)
-    problems = [f"{name} does not begin with {_PREFIX}" for name in tensors if not name.startswith(_PREFIX)]
+    problems = [f"{name} must start with {_PREFIX}" for name in tensors if not name.startswith(_PREFIX)]
     problems += [
-        f"{name} is {tensor.dtype}, only {', '.join(_DTYPES)} are read"
+        f"{name} must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, got {tensor.dtype}"
         for name, tensor in tensors.items()
         if tensor.dtype.name not in _DTYPES
     ]
-    raise_problems(f"{directory / WEIGHTS} is no adapter that is known here", problems)
+    raise_problems(f"{directory / WEIGHTS} is unsupported", problems)
     unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     kept, problems = drop_copies(unprefixed, path_map)
-    raise_problems(f"{directory / WEIGHTS} is at odds with itself", problems)
+    raise_problems(f"{directory / WEIGHTS} is inconsistent", problems)
     return options, kept
 
 
 def _check_factors(
     factors: Mapping[str, Any], options: PeftOptions, targets: Mapping[str, Target]
 ) -> list[str]:
-    """A line for each factor that is missing, left over or misshapen, or at odds with options or specs."""
+    """One line per factor that is missing, extra or misshapen, or that contradicts options or specs."""
     problems, expected, names = [], set(), []
     for target in targets.values():
         for index, name in target.names.items():
@@ -327,34 +329,31 @@ def _check_factors(
                 problems += [f"- {key} is missing" for key in missing]
                 continue
             problems += _check_pair(name, [tuple(factors[key].shape) for key in keys], options, target)
-    problems += [
-        f"+ {name} has no adapter in the model to go to" for name in sorted(factors.keys() - expected)
-    ]
-    problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.idle_targets(names)]
+    problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
+    problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets(names)]
     tied = any(t.kind == "TiedEmbedding" for t in targets.values())
     if not problems and tied and not options.ties_weights:
         problems.append(
-            "ensure_weight_tying is not set: the adapter is for the embedding alone, and here that is the head too"
+            "ensure_weight_tying must be true, since the model's embedding is also its head; the adapter is "
+            "for the embedding only"
         )
     return problems
 
 
 def _check_pair(name: str, shapes: list[tuple[int, ...]], options: PeftOptions, target: Target) -> list[str]:
     rank, scale, spec = options.rank_of(name), options.scale_of(name), target.spec
-    # What the tensors must be by the file's own options, then by the model.
-    needed = factor_shapes(spec, target.kind, rank)
+    # Check the tensors against the file's own options, then against the model.
+    expected = factor_shapes(spec, target.kind, rank)
     ranks = (shapes[0][:1], shapes[1][1:2])
-    if ranks != (needed[0][:1], needed[1][1:2]):
-        return [f"~ {name}: r is {rank} in {OPTIONS}, the factors are {shapes[0]} and {shapes[1]}"]
+    if ranks != (expected[0][:1], expected[1][1:2]):
+        return [f"~ {name}: factors must have rank {rank} as in {OPTIONS}, got {shapes[0]} and {shapes[1]}"]
     if rank != spec.rank:
-        return [f"~ {name} has rank {rank}, the model's adapter {spec.rank}"]
+        return [f"~ {name} must have the model's rank {spec.rank}, got {rank}"]
     if scale != spec.scale:
         alpha = options.alpha_of(name)
-        return [f"~ {name} has the scale {scale:g} (alpha {alpha:g}), the model's adapter {spec.scale:g}"]
-    if tuple(shapes) != needed:
-        return [
-            f"~ {name}: the factors are {shapes[0]} and {shapes[1]}, the model needs {needed[0]} and {needed[1]}"
-        ]
+        return [f"~ {name} must have the model's scale {spec.scale:g}, got {scale:g} (alpha {alpha:g})"]
+    if tuple(shapes) != expected:
+        return [f"~ {name}: factors must be {expected[0]} and {expected[1]}, got {shapes[0]} and {shapes[1]}"]
     return []
 
 
@@ -364,13 +363,13 @@ def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> d
         names = target.spec.factor_paths(key)
         shapes = tuple(np.shape(lora[name]) if name in lora else None for name in names)
         if shapes != target.spec.factor_shapes:
-            raise ValueError(f"{key}: the factors are {shapes}, the specs say {target.spec.factor_shapes}")
+            raise ValueError(f"{key}: factors must have shapes {target.spec.factor_shapes}, got {shapes}")
         a, b = (host_array(lora[name]) for name in names)
         for index, *pair in factors_to_peft(a, b, target):
             tensors |= dict(zip(target.keys(index), pair, strict=True))
     known = {path for key, target in targets.items() for path in target.spec.factor_paths(key)}
     if unknown := sorted(lora.keys() - known):
-        raise ValueError(f"the tree has factors that are not in the specs: {', '.join(unknown[:5])}")
+        raise ValueError(f"factors are not in the specs: {', '.join(unknown[:5])}")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Leaves trained in full (`modules_to_save`, biases) under PEFT's names, and back."""
+"""Converts fully trained leaves (`modules_to_save`, biases) to PEFT's names and layouts, and back."""
 
 import re
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from .path_map import Index, PathMap, leaf_from_torch, leaf_to_torch, module_of,
 from .peft_config import raise_problems
 
 LeafSlices = dict[str, dict[Index, Any]]
-"""Leaves by their paths here, `"params/..."`, in slices by index; `()` is a whole leaf."""
+"""Slices of our leaves, by path (`"params/..."`) and index; the index `()` is a whole leaf."""
 
 
 def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str, Any], list[str]]:
-    """The tensors of PEFT's file without what stands there twice, and a line for each copy that is none.
+    """Drops duplicate tensors of PEFT's file; also returns one line per invalid duplicate.
 
-    PEFT writes the biases of a module trained in full under its wrapper's names too, with those from before
-    training, and the factors of a tied embedding once more as the head's.
+    PEFT also writes the biases of a fully trained module under its wrapper's names, along with the biases from
+    before training, and repeats the factors of a tied embedding as the head's.
     """
     kept, problems = {}, []
     heads = {rule[1]: rule[0] for rule in path_map if rule[2:] == ("TiedHead",)}
@@ -30,70 +30,71 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
         wrapped = re.fullmatch(r"(.+)\.modules_to_save\.(?:default\.)?(.+)", name)
         original, transposed = (f"{wrapped[1]}.{wrapped[2]}", False) if wrapped else (None, False)
         head = next((head for head in heads if name.startswith(f"{head}.")), None)
-        if head is not None and (place := torch_module_of(path_map, heads[head])) is not None:
+        if head is not None and (module := torch_module_of(path_map, heads[head])) is not None:
             end = name.removeprefix(f"{head}.")
-            original = f"{place.name}.{_OF_HEAD.get(end, end)}"
+            original = f"{module.name}.{_OF_HEAD.get(end, end)}"
             transposed = end in _OF_HEAD
         if original is None:
             kept[name] = tensor
         elif original not in tensors:
-            problems.append(f"{name} is there without {original}, of which it is a copy")
+            problems.append(f"{name} is a copy of {original}, which is missing")
         elif not np.array_equal(
             host_array(tensor), host_array(tensors[original]).T if transposed else tensors[original]
         ):
-            problems.append(f"{name} differs from {original}, of which it is to be a copy")
+            problems.append(f"{name} must be a copy of {original}, but differs")
     return kept, problems
 
 
 _OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
-"""A tied head's factors, and those of the embedding that they are, turned."""
+"""Maps the factors of a tied head to the factors of the embedding, which are their transposes."""
 
 
 def slice_leaves(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[LeafSlices, list[str]]:
-    """Leaves trained in full, cut where their rule has an index; and a line for each that has no place."""
+    """Slices fully trained leaves whose rule has an index; also returns one line per leaf without a valid rule."""
     slots, problems = {}, []
     for path, leaf in leaves.items():
         module = path.removeprefix("params/").rpartition("/")[0]
-        place = torch_module_of(path_map, module) if path.startswith("params/") else None
-        if place is None:
+        torch_module = torch_module_of(path_map, module) if path.startswith("params/") else None
+        if torch_module is None:
             problems.append(f"{path}: no rule of the path map matches {module!r}")
-        elif len(place.holes) > 1:
+        elif len(torch_module.holes) > 1:
             problems.append(
-                f"{path}: {place.name} has {len(place.holes)} indices, a leaf trained in full takes one"
+                f"{path}: a fully trained leaf must have at most one index, got {len(torch_module.holes)} in "
+                f"{torch_module.name}"
             )
         else:
             array = host_array(leaf)
-            slots[path] = {(n,): part for n, part in enumerate(array)} if place.holes else {(): array}
+            slots[path] = {(n,): part for n, part in enumerate(array)} if torch_module.holes else {(): array}
     return slots, problems
 
 
 def name_leaves(
     slots: LeafSlices, adapted: set[str], path_map: PathMap
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The leaves under their names there, and the modules that they are the whole of."""
+    """Converts leaves to tensors with PyTorch's names; also returns the names of the fully trained modules."""
     tensors, modules, problems = {}, {}, []
     for path, parts in slots.items():
         module, _, leaf = path.removeprefix("params/").rpartition("/")
-        place = torch_module_of(path_map, module)
-        assert place is not None
+        torch_module = torch_module_of(path_map, module)
+        assert torch_module is not None
         for index, part in parts.items():
-            name = place.at(index)
+            name = torch_module.at(index)
             try:
-                suffix, array = leaf_to_torch(leaf, part, place.kind)
+                suffix, array = leaf_to_torch(leaf, part, torch_module.kind)
             except ValueError as error:
                 problems.append(f"{path}: {error}")
                 break
             tensors[f"{name}.base_layer.{suffix}" if name in adapted else f"{name}.{suffix}"] = array
-            if suffix == "weight":  # a bias alone is one of `bias=`, not of a saved module
+            if suffix == "weight":  # a bias without a weight belongs to `bias=`, not to a saved module
                 modules[name] = None
-    raise_problems("the adapter cannot be written for PEFT", problems)
+    raise_problems("cannot convert the adapter to PEFT", problems)
     return tensors, list(modules)
 
 
 def assign_tensors(
     tensors: Mapping[str, Any], path_map: PathMap, params: Mapping[str, Any]
 ) -> tuple[LeafSlices, list[str]]:
-    """Tensors that are no factors, as slices of our leaves; and a line for each that has no place or is no copy."""
+    """Converts tensors other than factors to slices of our leaves; also returns one line per invalid tensor."""
     slots: LeafSlices = {}
     problems = []
     for name, tensor in tensors.items():
@@ -106,9 +107,9 @@ def assign_tensors(
         path = next((p for leaf in leaves if (p := f"params/{location[0]}/{leaf}") in params), None)
         if path is None:
             problems.append(
-                f"+ {name}: the parameters have none of {', '.join(leaves)} in {location[0]!r}"
+                f"+ {name}: {location[0]!r} has none of the parameters {', '.join(leaves)}"
                 if params
-                else f"+ {name}: to read what was trained in full, give the base's params or their shapes"
+                else f"+ {name}: fully trained tensors require params, the base's parameters or their shapes"
             )
             continue
         try:
@@ -124,29 +125,29 @@ def assign_tensors(
 
 
 def _to_leaf_layout(array: np.ndarray, path: str, index: Index, path_map: PathMap, leaf: Any) -> np.ndarray:
-    """A tensor as a slice of our leaf."""
+    """Converts a tensor to a slice of our leaf."""
     module, _, name = path.removeprefix("params/").rpartition("/")
-    place = torch_module_of(path_map, module)
+    torch_module = torch_module_of(path_map, module)
     shape = tuple(leaf.shape)[len(index) :]
     if any(n >= size for n, size in zip(index, leaf.shape, strict=False)):
-        raise ValueError(f"the model has {leaf.shape[0]} layers")
-    kind = place.kind if place else None
+        raise ValueError(f"the model has only {leaf.shape[0]} layers")
+    kind = torch_module.kind if torch_module else None
     expected = leaf_to_torch(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)[1].shape
     if array.shape != expected:
-        raise ValueError(f"it is {list(array.shape)}, the model needs {list(expected)}")
+        raise ValueError(f"must have shape {list(expected)}, got {list(array.shape)}")
     return leaf_from_torch(name, array, shape, kind)
 
 
 def _copy_problems(name: str, part: np.ndarray, leaf: Any, index: Index) -> list[str]:
-    """PEFT puts the base's embedding into the file where it is adapted."""
+    """Compares a base weight in the file with our base; PEFT saves the base's embedding if it is adapted."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return []
     same = np.array_equal(host_array(leaf)[index].astype(part.dtype), part)
-    return [] if same else [f"~ {name} is another weight than the base's"]
+    return [] if same else [f"~ {name} differs from the base's weight"]
 
 
 def stack_slices(slots: LeafSlices, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Slices put together; what a stack lacks is the base's, and stays a shape where only that is known."""
+    """Combines slices into leaves; layers missing in a stack come from `params`, or the leaf stays a shape."""
     leaves = {}
     for path, parts in slots.items():
         leaf = params[path]

@@ -1,1 +1,1 @@
-"""LoRA+ for Flax Linen: layers with an adapter of their own, and adapters on models as they are."""
+"""LoRA+ for Flax Linen: adapters for existing models, and layers with built-in adapters."""

@@ -1,4 +1,4 @@
-"""The adapter of one Linen layer: its factors, made and read, and its low-rank term in a call."""
+"""The adapter of one Linen layer: makes and reads its factors, and adds its low-rank term to a call."""
 
 import contextlib
 import dataclasses
@@ -22,16 +22,16 @@ from ..spec import AdapterSpec
 from .layer_table import LayerCall, layer_call
 
 OURS = "lora_plus"
-"""A flag on the scopes of a wrapped model, which a module that it runs by its own `.apply` or `.init` lacks."""
+"""A flag on a wrapped model's scopes; modules that the model runs with their own `.apply` or `.init` lack it."""
 
 
 class Mode(enum.Enum):
-    """What a model is run for.
+    """How a model runs.
 
     Attributes:
-      PLAIN: its outputs; new factors are bare arrays.
-      BOXED: the same, and new factors come as `FactorBox`, from which `init_lora` reads the specs.
-      LOW_RANK_ONLY: adapted layers return their low-rank term only, and `mark_weight` of the weight left out.
+      PLAIN: normally; new factors are bare arrays.
+      BOXED: normally, but new factors are `FactorBox` objects, from which `init_lora` reads the specs.
+      LOW_RANK_ONLY: adapted layers return only their low-rank term, and `mark_weight` of the omitted weight.
     """
 
     PLAIN = enum.auto()
@@ -41,24 +41,24 @@ class Mode(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Tracing:
-    """A mode, and what the initializations in it have met, for whoever began it."""
+    """A mode, and the discoveries of the initializations in it."""
 
     mode: Mode
     discoveries: list[Any] = dataclasses.field(default_factory=list, compare=False)
 
 
-# A context that nn.jit and jax.jit heed: they keep no trace across it.
+# A context that nn.jit and jax.jit respect: they do not reuse a trace from another context.
 _TRACING: Any = jax.make_user_context(Tracing(Mode.PLAIN))
 
 
 def mode() -> Mode:
-    """The mode here."""
+    """The current mode."""
     return _TRACING.value.mode
 
 
 @contextlib.contextmanager
 def run_in(new: Mode) -> Iterator[list[Any]]:
-    """Runs what is inside in a mode; gives the list of `Discovery`, one a wrapped model, that fills there."""
+    """Runs the block in a mode; yields a list that collects the `Discovery` of each wrapped model."""
     outer = _TRACING.value
     discoveries = [] if outer.mode is Mode.PLAIN else outer.discoveries
     with _TRACING(Tracing(new, discoveries)):
@@ -66,19 +66,19 @@ def run_in(new: Mode) -> Iterator[list[Any]]:
 
 
 def record_discovery(discovery: Any) -> None:
-    """Adds to the list of the outermost `run_in`."""
+    """Adds a discovery to the list of the outermost `run_in`."""
     if discovery not in _TRACING.value.discoveries and mode() is not Mode.PLAIN:
         _TRACING.value.discoveries.append(discovery)
 
 
 class FactorBox(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """A new factor with its layer's spec; `nn.scan` and `nn.vmap` report the axes that they add.
+    """A new factor with its layer's spec; records the axes that `nn.scan` and `nn.vmap` add.
 
-    Flax's own metadata protocol: the only place where a stacked axis can be told from one of the layer's.
+    This uses Flax's metadata protocol, the only way to distinguish stacked axes from those of the layer.
 
     Attributes:
       value: the factor.
-      spec: of one layer of the stack, its leaf's path relative to the module's.
+      spec: spec of one layer of the stack, with the leaf's path relative to the module.
       stacked, layers: as in `AdapterSpec`.
     """
 
@@ -92,25 +92,25 @@ class FactorBox(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[report
         return self.value
 
     def replace_boxed(self, val: Any) -> "FactorBox":
-        """The same knowledge about another value."""
+        """The box with another value."""
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "FactorBox":
-        """Called by `nn.scan` and `nn.vmap` on the way out."""
+        """Records an axis that `nn.scan` or `nn.vmap` adds on the way out."""
         return self.replace(stacked=(*self.stacked, index))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "FactorBox":
-        """Called by `nn.scan` and `nn.vmap` on the way in."""
+        """Drops an axis that `nn.scan` or `nn.vmap` removes on the way in."""
         return self.replace(stacked=self.stacked[:-1])
 
 
 def is_box(_: Any, value: Any) -> bool:
-    """For `flax.traverse_util.flatten_dict`: a box is a leaf."""
+    """Whether a value is a box; an `is_leaf` for `flax.traverse_util.flatten_dict`."""
     return isinstance(value, FactorBox)
 
 
 class Adapter(NamedTuple):
-    """What one adapter is made with: rank r, scale s, initial values and dropout, as in `LoRAPlusConfig`."""
+    """The settings of one adapter: rank r, scale s, initialization and dropout rate, as in `LoRAPlusConfig`."""
 
     rank: int
     scale: float
@@ -119,11 +119,11 @@ class Adapter(NamedTuple):
 
 
 class LoRAPlusLayer(nn.Module):
-    """What the layers of `layers.py` share: the fields of their adapter, and that they bring it themselves.
+    """Base class of the layers with built-in adapters in `layers.py`.
 
     Attributes:
       rank, alpha, dropout, use_rslora: as in `LoRAPlusConfig`.
-      init_factors: its `init`.
+      init_factors: `init` in `LoRAPlusConfig`.
     """
 
     rank: int = 8
@@ -133,22 +133,22 @@ class LoRAPlusLayer(nn.Module):
     use_rslora: bool = False
 
 
-def is_own(module: nn.Module) -> bool:
-    """Whether a module brings an adapter of its own, or is a part of one that does."""
+def has_own_adapter(module: nn.Module) -> bool:
+    """Whether a module has a built-in adapter, or is a submodule of one that does."""
     return isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer)
 
 
 def adapter_at(config: LoRAPlusConfig, path: str) -> Adapter:
-    """The adapter that a config gives a layer."""
+    """The adapter settings of a config for a layer."""
     return Adapter(config.rank_of(path), config.scale_of(path), config.init, config.dropout)
 
 
 def place(config: LoRAPlusConfig, path: str) -> str:
-    """A layer and the rule that names it, for messages."""
+    """Formats a layer and the rule that matches it, for messages."""
     return f"{path or 'the model'!r} (target_modules: {matching_rule(config, path)!r})"
 
 
-def named_call(
+def targeted_call(
     config: LoRAPlusConfig,
     module: nn.Module,
     method: Any,
@@ -158,16 +158,16 @@ def named_call(
     *,
     excluded: bool = False,
 ) -> LayerCall | None:
-    """What a call of a layer says of it, if the config names the layer; a path of None is named by any.
+    """Describes a call of a layer if the config adapts the layer; otherwise returns None.
 
     Args:
       config: the rules.
-      module, method, args, kwargs: the call of a layer that can be adapted.
-      path: the module's.
-      excluded: whether a layer that `exclude_modules` leaves out counts as named.
+      module, method, args, kwargs: the call of a supported layer.
+      path: path of the module; None matches every rule.
+      excluded: whether to include layers in `exclude_modules`.
 
     Raises:
-      ValueError: a rule other than `"all-linear"` names an Einsum that no adapter can follow.
+      ValueError: a rule other than `"all-linear"` matches an Einsum that cannot be adapted.
     """
     if path is not None and not is_target(config, path):
         return None
@@ -184,24 +184,24 @@ def named_call(
 def new_factors(
     spec: AdapterSpec, init: Init, rng: LazyRng, names: tuple[str, ...], dtype: Any, where: str
 ) -> dict[str, FactorBox]:
-    """Initial factors by name.
+    """Makes initial factors, by name.
 
     Args:
-      spec: of a layer without stacked axes, or of a parameter.
+      spec: spec of a layer without stacked axes, or of a parameter.
       init: as in `LoRAPlusConfig`.
-      rng: the key of the scope, and `names` the path within it. The key goes by the factor's name: `make_rng` would
-        advance the counter that the layer's own parameters draw from, and under `nn.scan`, which traces twice, the
-        base would start elsewhere than without adapters.
-      dtype: of the factors.
-      where: the layer, for messages.
+      rng: key of the scope; `names` is the path within it. Each factor's key is derived from its name. `make_rng`
+        would advance the counter for the layer's own parameters, and under `nn.scan`, which traces twice, the base
+        would be initialized differently than without adapters.
+      dtype: dtype of the factors.
+      where: description of the layer, for messages.
 
     Raises:
-      ValueError: the rank is above one of the sides.
+      ValueError: the rank is above the input size or the output size.
     """
     if spec.rank > min(spec.sides):
         raise ValueError(
-            f"rank {spec.rank} is above min(in, out) = {min(spec.sides)} of {where}, a weight of shape "
-            f"{spec.shape} with the sides {spec.sides}"
+            f"rank must be at most {min(spec.sides)}, the smaller of the sides {spec.sides} of {where}, "
+            f"got {spec.rank}"
         )
     inits: Any = factor_inits(init, spec.rank, spec.axes)
     return {
@@ -211,7 +211,7 @@ def new_factors(
 
 
 def read_factors(spec: AdapterSpec, get: Callable[[str], Any], where: str) -> tuple[jax.Array, jax.Array]:
-    """A and B, checked against the spec; `get` gives a factor by its name, or None.
+    """Reads A and B and checks them against the spec; `get` returns a factor by name, or None.
 
     Raises:
       ValueError: a factor is missing or has another shape.
@@ -221,38 +221,38 @@ def read_factors(spec: AdapterSpec, get: Callable[[str], Any], where: str) -> tu
         value = meta.unbox(get(name))
         if value is None:
             raise ValueError(
-                f"the variables hold no adapter for {where}: pass 'lora' from init_lora beside 'params'"
+                f"the variables contain no adapter for {where}; pass 'lora' from init_lora with 'params'"
             )
         if value.shape != shape:
-            raise ValueError(f"{name} of {where} has shape {value.shape}, the config asks for {shape}")
+            raise ValueError(f"{name} of {where} must have shape {shape} for this config, got {value.shape}")
         factors.append(value)
     return factors[0], factors[1]
 
 
 def make_factors(module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, where: str) -> None:
-    """Puts a layer's initial factors into its scope, in the layer's `param_dtype`, unless they are there."""
+    """Adds a layer's initial factors to its scope, in the layer's `param_dtype`, unless they exist."""
     scope: Any = module.scope
     spec = call.spec(adapter.rank, adapter.scale)
-    # An Embed's lookup and its attend share their factors, and so do all uses of a shared layer.
+    # The factors exist if an Embed's lookup and attend share them, or if the layer is called again.
     if scope.has_variable(collection, spec.factors[0]):
         return
     dtype = module.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
     for name, box in new_factors(spec, adapter.init, scope.rngs["params"], (), dtype, where).items():
-        # Not scope.variable: it reserves the name.
+        # Not scope.variable, which reserves the name.
         scope.put_variable(collection, name, box if mode() is not Mode.PLAIN else box.value)
 
 
 def add_low_rank_term(
     y: jax.Array, module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, where: str
 ) -> jax.Array:
-    """A layer's output `y` plus s (dropout(x) A) B in the dtype of `y`, computed in the layer's `dtype`.
+    """Adds s (dropout(x) A) B, computed in the layer's `dtype`, to a layer's output `y` and keeps its dtype.
 
     Args:
-      y: what the layer gave.
-      module, call: the layer, and what this call says of it.
-      adapter: its adapter.
-      collection: where its factors are.
-      where: the layer, for messages.
+      y: output of the layer.
+      module, call: the layer and the description of this call.
+      adapter: settings of its adapter.
+      collection: collection of its factors.
+      where: description of the layer, for messages.
     """
     scope: Any = module.scope
     get = lambda name: scope.get_variable(collection, name)  # noqa: E731

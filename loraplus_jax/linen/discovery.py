@@ -1,4 +1,4 @@
-"""Which layers of a model get an adapter: found while the model is initialized, and checked against the rules."""
+"""Finds the layers of a model that get adapters, while the model is initialized, and checks the rules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +10,19 @@ from flax.core import meta
 from ..config import LoRAPlusConfig
 from ..rules import TracedModule, check_coverage, is_adapted, is_target, layer_index, matching_rule
 from ..spec import factor_letters, layer_axis
-from .adapter import OURS, FactorBox, adapter_at, is_own, make_factors, named_call, place
+from .adapter import OURS, FactorBox, adapter_at, has_own_adapter, make_factors, place, targeted_call
 from .layer_table import can_adapt
 
 _NORMS = (nn.WeightNorm, nn.SpectralNorm)
 
 
 class Discovery:
-    """What is met in the calls of one initialization.
+    """The modules and parameters found in the calls of one initialization.
 
     Attributes:
-      seen: module path to what was met there.
+      seen: the traced modules by path.
       leaves: paths of the parameters.
-      stacks: path of an adapted module to the number of its layers, where they are stacked and only some are meant.
+      stacks: number of layers in a stack, by the path of the adapted module; only with `layers_to_transform`.
     """
 
     def __init__(self, config: LoRAPlusConfig, prefix: tuple[str, ...]) -> None:
@@ -30,10 +30,10 @@ class Discovery:
         self.seen: dict[str, TracedModule] = {}
         self.leaves: set[str] = set()
         self.stacks: dict[str, int] = {}
-        self._norms: list[str] = []  # those that are running
+        self._norms: list[str] = []  # the norms that are currently running
 
     def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """Runs a method of the model, and makes the factors of a layer that a rule names."""
+        """Runs a method of the model, and makes the layer's factors if a rule matches it."""
         module = context.module
         if isinstance(module, _NORMS):
             self._norms.append(type(module).__name__)
@@ -42,45 +42,46 @@ class Discovery:
         finally:
             if isinstance(module, _NORMS):
                 self._norms.pop()
-        if module.scope is not None and module.scope.has_flag(OURS) and not is_own(module):
-            self._note(module, context.orig_method.func, args, kwargs)
+        if module.scope is not None and module.scope.has_flag(OURS) and not has_own_adapter(module):
+            self._inspect(module, context.orig_method.func, args, kwargs)
         return y
 
-    def _note(self, module: nn.Module, method: Any, args: Any, kwargs: Any) -> None:
+    def _inspect(self, module: nn.Module, method: Any, args: Any, kwargs: Any) -> None:
         path = "/".join(module.path[len(self.prefix) :])
         entry = self.seen.setdefault(path, TracedModule(type(module).__name__))
         if not can_adapt(method):
-            own: Mapping[str, Any] = module.scope.variables().get("params", {})  # pyright: ignore
-            matrices = [name for name, leaf in own.items() if getattr(meta.unbox(leaf), "ndim", 0) >= 2]
+            params: Mapping[str, Any] = module.scope.variables().get("params", {})  # pyright: ignore
+            matrices = [name for name, leaf in params.items() if getattr(meta.unbox(leaf), "ndim", 0) >= 2]
             entry.weights = entry.weights or matrices
             return
         entry.adaptable = True
         if not is_target(self.config, path):
             return
-        call = named_call(self.config, module, method, path, args, kwargs, excluded=True)
+        call = targeted_call(self.config, module, method, path, args, kwargs, excluded=True)
         if call is None:
             return
-        entry.note(call.kind, call.axes, path)
+        entry.record(call.kind, call.axes, path)
         if not is_adapted(self.config, path, call.kind):
             return
         if self._norms:
+            rule = matching_rule(self.config, path)
             raise ValueError(
-                f"{path!r} has its weight from nn.{self._norms[-1]}, which changes whatever the layer has, an "
-                f"adapter too (target_modules: {matching_rule(self.config, path)!r}): name the weight that it "
-                "starts from in target_parameters, or leave the layer out by exclude_modules"
+                f"target_modules: {rule!r} matches {path!r} inside nn.{self._norms[-1]}, which would also "
+                "change the adapter; name the original weight in target_parameters, or the layer in "
+                "exclude_modules"
             )
         entry.adapted = True
         make_factors(module, call, adapter_at(self.config, path), "params", place(self.config, path))
 
     def choose_layers(self, lora: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
-        """New factors without those of layers that are not among `layers_to_transform`.
+        """Drops new factors of layers outside `layers_to_transform`.
 
-        The number in a module's path does not tell while it is called: it may be one that Flax gave
-        (`"block/Dense_0"`) inside of stacked layers. In a stack the factors of the others are zero, and no gradient
-        moves a pair of zero factors.
+        The number in a module's path is ambiguous during the call: inside stacked layers Flax may have added it
+        (`"block/Dense_0"`). In a stack, the factors of the other layers become zero and stay zero, since the
+        gradients of a pair of zero factors are zero.
         """
-        chosen = self.config.layers_to_transform
-        if chosen is None:
+        layers = self.config.layers_to_transform
+        if layers is None:
             return dict(lora)
         kept = {}
         for path, box in lora.items():
@@ -91,16 +92,16 @@ class Discovery:
                 letters = factor_letters(box.spec.axes, box.stacked)[path[-1].endswith("_b")]
                 axis = layer_axis(letters, box.stacked)
                 self.stacks[module] = size = box.value.shape[axis]
-                here = tuple(n for n in chosen if n < size)
-                mask = jnp.zeros(size, bool).at[jnp.array(here, int)].set(True)
+                in_stack = tuple(n for n in layers if n < size)
+                mask = jnp.zeros(size, bool).at[jnp.array(in_stack, int)].set(True)
                 mask = jnp.expand_dims(mask, [n for n in range(len(letters)) if n != axis])
-                kept[path] = box.replace(value=jnp.where(mask, box.value, 0), layers=here)
-            elif layer_index(module) in chosen:
+                kept[path] = box.replace(value=jnp.where(mask, box.value, 0), layers=in_stack)
+            elif layer_index(module) in layers:
                 kept[path] = box
             elif module in self.seen:
-                self.seen[module].adapted = False  # it is in another layer, or in none
+                self.seen[module].adapted = False  # in another layer, or in none
         return kept
 
     def check(self) -> None:
-        """Raises ValueError for a rule that matched nothing, or for a weight that two rules cover."""
+        """Raises ValueError if a rule matches nothing, or two rules cover one weight."""
         check_coverage(self.config, self.seen, self.leaves, self.stacks)

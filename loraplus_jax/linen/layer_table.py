@@ -1,8 +1,8 @@
-"""The Flax layers that can be adapted: which leaf is their weight, what its axes mean, and their low-rank term.
+"""The supported Flax layers: which leaf is the weight, the roles of its axes, and the low-rank term.
 
-A table from a layer's method, as Flax defines it, to a function that looks at one call. Methods are compared by
-their function and not by class: `nn.vmap(nn.Dense)` is a subclass that calls a plain Dense inside, and a subclass
-of a user's own may call `super()`.
+A table maps each layer's method, as Flax defines it, to a function that describes one call. It compares functions
+instead of classes: `nn.vmap(nn.Dense)` is a subclass that calls a plain Dense inside, and a user's subclass may
+call `super()`.
 """
 
 import dataclasses
@@ -26,15 +26,15 @@ Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 
 
 class LayerCall(NamedTuple):
-    """What one call of a layer says of its weight.
+    """The description of one call of a layer, and of its weight.
 
     Attributes:
-      kind: as in `AdapterSpec`.
-      leaf: the weight's name in `"params"`.
-      axes: a letter for each of its axes, as in `AdapterSpec`.
-      shape: its shape in this call, stacked axes left out.
-      inputs: what the call was given.
-      term: the adapter's term for inputs and factors.
+      kind: layer kind, as in `AdapterSpec`.
+      leaf: name of the weight in `"params"`.
+      axes: one letter per axis of the weight, as in `AdapterSpec`.
+      shape: shape of the weight in this call, without stacked axes.
+      inputs: inputs of the call.
+      term: function that computes the low-rank term from inputs and factors.
     """
 
     kind: str
@@ -46,43 +46,43 @@ class LayerCall(NamedTuple):
 
     @property
     def factors(self) -> tuple[str, str]:
-        """The names of A and of B."""
+        """The names of A and B."""
         return EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
 
     def spec(self, rank: int, scale: float) -> AdapterSpec:
-        """The layer's spec, of which a stack completes shape and stacked axes, and the model the leaf's path."""
+        """The layer's spec, before a stack adds its axes and the model completes the leaf's path."""
         return AdapterSpec(
             leaf=self.leaf, kind=self.kind, axes=self.axes, shape=self.shape, rank=rank, scale=scale
         )
 
 
 def layer_call(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-    """What a call of one of the methods below says of its layer.
+    """Describes a call of a supported layer.
 
     Args:
-      method: the bare function, as `inspect.unwrap` gives it.
-      module: what it is called on; its own parameters exist already.
-      args, kwargs: of the call.
+      method: the bare function, as returned by `inspect.unwrap`.
+      module: the layer; its parameters must exist.
+      args, kwargs: arguments of the call.
 
     Raises:
-      ValueError: an Einsum's equation has no contracted or no output axis.
+      ValueError: an Einsum's equation cannot be adapted, see `split_equation`.
     """
     return _METHODS[method](module, *args, **kwargs)
 
 
 def can_adapt(method: Any) -> bool:
-    """Whether a bare method is one of a layer that can be adapted."""
+    """Whether a bare method belongs to a supported layer."""
     return method in _METHODS
 
 
 def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
-    """The axes of an einsum's second operand by role, and the two einsums of a low-rank term.
+    """Returns the roles of the axes of an einsum's second operand, and the two einsums of its low-rank term.
 
-    An axis of the weight that also stands in the result comes from the input side too (a batch axis, kept in both
-    factors) or not (output); all others are contracted (input).
+    An axis of the weight that is in the result is a batch axis, kept in both factors, if the input has it, and an
+    output axis otherwise. All other axes are contracted (input axes).
 
     Raises:
-      ValueError: no axis is contracted with the input, none is new in the result, or a letter stands twice.
+      ValueError: there is no contracted axis or no output axis, or an operand has a letter twice.
 
     >>> split_equation("BTD,NDH->BTNH")
     ('oio', ('BTD,Dr->BTr', 'BTr,rNH->BTNH'))
@@ -93,15 +93,15 @@ def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
     x, w = operands.split(",")
     if any(len(set(part)) < len(part) for part in (x, w, result)):
         raise ValueError(
-            f"the equation {equation!r} has a letter twice in one operand, which no adapter can follow"
+            f"einsum {equation!r} cannot be adapted: a letter must not occur twice in one operand"
         )
     outputs = "".join(c for c in w if c in result and c not in x)
     batch = "".join(c for c in w if c in result and c in x)
     if not any(c in x and c not in result for c in w):
-        raise ValueError(f"the equation {equation!r} has no contracted axis, so there is no input side for A")
+        raise ValueError(f"einsum {equation!r} cannot be adapted: A needs a contracted axis")
     if not outputs:
         raise ValueError(
-            f"the equation {equation!r} has no output axis of the weight's own, so there is none for B"
+            f"einsum {equation!r} cannot be adapted: B needs an output axis that only the weight has"
         )
     rank = next(c for c in "r" + string.ascii_letters if c not in equation)
     middle = "".join(c for c in result if c not in outputs) + rank
@@ -111,7 +111,7 @@ def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
 
 
 def _roles(w: str, outputs: str, batch: str) -> str:
-    """`i`, `o`, or for a batch axis a letter of its own."""
+    """The role of each axis: `i`, `o`, or a separate letter for each batch axis."""
     spare = iter(c for c in string.ascii_lowercase[4:] + "abcd" if c not in "io")
     return "".join("o" if c in outputs else next(spare) if c in batch else "i" for c in w)
 
@@ -136,7 +136,7 @@ def _dense(module: nn.Dense, inputs: jax.Array) -> LayerCall:
 
 def _dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> LayerCall:
     letters = string.ascii_uppercase[: inputs.ndim]
-    # Sorted, as Flax sorts them before it makes the kernel.
+    # Flax also sorts them before it makes the kernel.
     axis, batch = (
         [letters[n] for n in sorted(n % inputs.ndim for n in _sequence(dims))]
         for dims in (module.axis, module.batch_dims)
@@ -149,9 +149,9 @@ def _dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> LayerCall:
 
 
 def _einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None) -> LayerCall:
-    given: Any = einsum_str or module.einsum_str
+    equation: Any = einsum_str or module.einsum_str
     shapes = (inputs.shape, module.shape)
-    operands, result, _ = parse_einsum_input((given.replace(" ", ""), *shapes), shapes=True)
+    operands, result, _ = parse_einsum_input((equation.replace(" ", ""), *shapes), shapes=True)
     return _contraction("einsum", module, inputs, f"{operands}->{result}")
 
 
@@ -167,7 +167,7 @@ def _conv(module: Any, inputs: jax.Array) -> LayerCall:
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         groups, rank = module.feature_group_count, a.shape[-1]
-        # Every group has the same A and its own part of B's outputs.
+        # All groups share A; each has its own part of B's outputs.
         h = _bare(kind, module, jnp.tile(a, groups), x, features=groups * rank)
         h, b = promote_dtype(h.reshape(*h.shape[:-1], groups, rank), b, dtype=module.dtype)
         b = b.reshape(rank, groups, -1)
@@ -198,8 +198,8 @@ def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> LayerCall:
 def _embed(module: nn.Embed, inputs: jax.Array) -> LayerCall:
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         a, b = promote_dtype(a, b, dtype=module.dtype, inexact=False)
-        one = module.num_embeddings == 1  # then Embed does not look at the indices
-        h = jnp.broadcast_to(a, (*x.shape, a.shape[-1])) if one else jnp.take(a, x, axis=0)
+        is_single = module.num_embeddings == 1  # then Embed ignores the indices
+        h = jnp.broadcast_to(a, (*x.shape, a.shape[-1])) if is_single else jnp.take(a, x, axis=0)
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
 
     return LayerCall("embed", "embedding", "io", _shape(module, "embedding"), inputs, term)
@@ -214,15 +214,16 @@ def _attend(module: nn.Embed, query: jax.Array) -> LayerCall:
 
 
 def _by_weight(kind: type[nn.Module], module: nn.Module, axes: str) -> Term:
-    """The term through the layer itself, with s A B for a kernel: where a mask or each pixel's own kernel forbids
-    to pass by the rank.
+    """The term computed by the layer itself with the kernel s A B.
+
+    With a mask, or with a separate kernel per pixel, A and B cannot be applied one after the other.
     """
     left, right = factor_letters(axes)
-    whole = string.ascii_lowercase[: len(axes)]
+    result = string.ascii_lowercase[: len(axes)]
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         return _bare(
-            kind, module, jnp.einsum(f"{left},{right}->{whole}", a * jnp.asarray(scale, a.dtype), b), x
+            kind, module, jnp.einsum(f"{left},{right}->{result}", a * jnp.asarray(scale, a.dtype), b), x
         )
 
     return term
@@ -231,7 +232,7 @@ def _by_weight(kind: type[nn.Module], module: nn.Module, axes: str) -> Term:
 def _bare(
     kind: type[nn.Module], module: nn.Module, kernel: jax.Array, x: jax.Array, **changes: Any
 ) -> jax.Array:
-    """A layer of Flax's own class with the fields of `module` but for `changes`, no bias, on a kernel of ours."""
+    """Applies a plain Flax layer with a kernel, without bias, and with `module`'s fields except `changes`."""
     names = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("parent", "name")]
     fields = {name: getattr(module, name) for name in names} | {"use_bias": False} | changes
     result: Any = kind(**fields, parent=None).apply({"params": {"kernel": kernel}}, x)
@@ -244,7 +245,7 @@ def _shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
 
 
 def _sequence(value: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Iterable) else (value,)  # a whole number may be numpy's
+    return tuple(value) if isinstance(value, Iterable) else (value,)  # an int may be a NumPy integer
 
 
 _METHODS: dict[Any, Callable[..., LayerCall]] = {

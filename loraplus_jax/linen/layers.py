@@ -1,4 +1,4 @@
-"""Linen layers with an adapter of their own."""
+"""Linen layers with built-in adapters."""
 
 import inspect
 from typing import Any
@@ -12,7 +12,7 @@ from .layer_table import layer_call
 
 
 def _adapter_of(module: LoRAPlusLayer) -> Adapter:
-    """The module's adapter, its fields checked as those of a config are."""
+    """The settings of a module's adapter, validated like those of a config."""
     config = LoRAPlusConfig(
         target_modules=".*",
         rank=module.rank,
@@ -24,8 +24,8 @@ def _adapter_of(module: LoRAPlusLayer) -> Adapter:
     return Adapter(config.rank, config.scale, config.init, config.dropout)
 
 
-def _with_term(adapter: Adapter, module: nn.Module, method: Any, y: jax.Array, *args: Any) -> jax.Array:
-    """What a Flax layer's method gave, plus the adapter's term."""
+def _add_term(adapter: Adapter, module: nn.Module, method: Any, y: jax.Array, *args: Any) -> jax.Array:
+    """Adds the adapter's term to `y`, the output of a Flax layer's method."""
     scope: Any = module.scope
     call = layer_call(inspect.unwrap(method), module, args, {})
     where = "/".join(module.path) or type(module).__name__
@@ -37,10 +37,10 @@ def _with_term(adapter: Adapter, module: nn.Module, method: Any, y: jax.Array, *
 class LoRAPlusDense(LoRAPlusLayer, nn.Dense):
     """`nn.Dense` with a low-rank adapter: y = x W + bias + s (dropout(x) A) B, s = alpha / rank.
 
-    A drop-in for `nn.Dense`: the same arguments, and the same `kernel` and `bias` in `"params"`. The factors
-    `lora_a (in, rank)` and `lora_b (rank, features)` stand in the collection `"lora"`, are of `param_dtype` and
-    computed in `dtype`. At the start it equals the base layer exactly. Under `nn.scan` or `nn.vmap` map
-    `"lora"` as you map `"params"`.
+    A drop-in replacement for `nn.Dense`, with the same arguments and the same `kernel` and `bias` in `"params"`.
+    The factors `lora_a (in, rank)` and `lora_b (rank, features)` are in the collection `"lora"`; they have
+    `param_dtype` and are computed in `dtype`. Initially the output equals the base layer's exactly. Under
+    `nn.scan` or `nn.vmap`, map `"lora"` like `"params"`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,12 +52,12 @@ class LoRAPlusDense(LoRAPlusLayer, nn.Dense):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """The layer's output `(..., features)` for inputs `(..., in)`."""
-        return _with_term(_adapter_of(self), self, nn.Dense.__call__, super().__call__(inputs), inputs)
+        """Returns the output `(..., features)` for inputs `(..., in)`."""
+        return _add_term(_adapter_of(self), self, nn.Dense.__call__, super().__call__(inputs), inputs)
 
 
 class LoRAPlusDenseGeneral(LoRAPlusLayer, nn.DenseGeneral):
-    """`nn.DenseGeneral` with a low-rank adapter, otherwise as `LoRAPlusDense`.
+    """`nn.DenseGeneral` with a low-rank adapter, otherwise like `LoRAPlusDense`.
 
     The factors are `lora_a (batch..., in..., rank)` and `lora_b (batch..., rank, features...)`.
 
@@ -71,17 +71,17 @@ class LoRAPlusDenseGeneral(LoRAPlusLayer, nn.DenseGeneral):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """As `nn.DenseGeneral`."""
-        return _with_term(_adapter_of(self), self, nn.DenseGeneral.__call__, super().__call__(inputs), inputs)
+        """Like `nn.DenseGeneral`."""
+        return _add_term(_adapter_of(self), self, nn.DenseGeneral.__call__, super().__call__(inputs), inputs)
 
 
 class LoRAPlusEinsum(LoRAPlusLayer, nn.Einsum):
-    """`nn.Einsum` with a low-rank adapter, otherwise as `LoRAPlusDense`.
+    """`nn.Einsum` with a low-rank adapter, otherwise like `LoRAPlusDense`.
 
-    An axis of the kernel that stands in the input and in the result is a batch axis and stands in both factors.
+    A kernel axis that is in both the input and the result is a batch axis, kept in both factors.
 
     Raises:
-      ValueError: the equation has no contracted axis, or no output axis of the kernel's own.
+      ValueError: the kernel has no contracted axis or no output axis, or an operand has a letter twice.
 
     Example:
       >>> import jax.numpy as jnp
@@ -93,16 +93,17 @@ class LoRAPlusEinsum(LoRAPlusLayer, nn.Einsum):
 
     @nn.compact
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
-        """As `nn.Einsum`."""
+        """Like `nn.Einsum`."""
         y = super().__call__(inputs, einsum_str)
-        return _with_term(_adapter_of(self), self, nn.Einsum.__call__, y, inputs, einsum_str)
+        return _add_term(_adapter_of(self), self, nn.Einsum.__call__, y, inputs, einsum_str)
 
 
 class LoRAPlusConv(LoRAPlusLayer, nn.Conv):
-    """`nn.Conv` with a low-rank adapter, otherwise as `LoRAPlusDense`.
+    """`nn.Conv` with a low-rank adapter, otherwise like `LoRAPlusDense`.
 
-    A convolution of the same window, strides, padding and dilation to `rank` channels with `lora_a (window...,
-    in / groups, rank)`, then `lora_b (rank, features)` at every place. With groups all share A's window.
+    The adapter is a convolution to `rank` channels with the same window, strides, padding and dilation, by
+    `lora_a (window..., in / groups, rank)`, followed by `lora_b (rank, features)` at every position. All groups
+    share `lora_a`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -113,15 +114,15 @@ class LoRAPlusConv(LoRAPlusLayer, nn.Conv):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """As `nn.Conv`."""
-        return _with_term(_adapter_of(self), self, nn.Conv.__call__, super().__call__(inputs), inputs)
+        """Like `nn.Conv`."""
+        return _add_term(_adapter_of(self), self, nn.Conv.__call__, super().__call__(inputs), inputs)
 
 
 class LoRAPlusEmbed(LoRAPlusLayer, nn.Embed):
-    """`nn.Embed` with a low-rank adapter, used by the lookup and by `attend`; otherwise as `LoRAPlusDense`.
+    """`nn.Embed` with a low-rank adapter, used by the lookup and by `attend`; otherwise like `LoRAPlusDense`.
 
-    The factors are `lora_embedding_a (num_embeddings, rank)` and `lora_embedding_b (rank, features)`, which learn
-    at a rate of their own. Dropout acts in `attend` only.
+    The factors are `lora_embedding_a (num_embeddings, rank)` and `lora_embedding_b (rank, features)`, which have a
+    separate learning rate. Dropout applies only to `attend`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -131,19 +132,19 @@ class LoRAPlusEmbed(LoRAPlusLayer, nn.Embed):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """As `nn.Embed`."""
-        return _with_term(_adapter_of(self), self, nn.Embed.__call__, super().__call__(inputs), inputs)
+        """Like `nn.Embed`."""
+        return _add_term(_adapter_of(self), self, nn.Embed.__call__, super().__call__(inputs), inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
-        """As `nn.Embed.attend`."""
-        return _with_term(_adapter_of(self), self, nn.Embed.attend, super().attend(query), query)
+        """Like `nn.Embed.attend`."""
+        return _add_term(_adapter_of(self), self, nn.Embed.attend, super().attend(query), query)
 
 
 class LoRAPlusMultiHeadDotProductAttention(LoRAPlusLayer, nn.MultiHeadDotProductAttention):
-    """`nn.MultiHeadDotProductAttention` with adapters on its projections, otherwise as `LoRAPlusDense`.
+    """`nn.MultiHeadDotProductAttention` with adapters on its projections, otherwise like `LoRAPlusDense`.
 
     Attributes:
-      projections: which of `query`, `key`, `value` and `out` have one.
+      projections: the projections to adapt, among `query`, `key`, `value` and `out`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -157,17 +158,17 @@ class LoRAPlusMultiHeadDotProductAttention(LoRAPlusLayer, nn.MultiHeadDotProduct
 
     @nn.compact
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
-        """As `nn.MultiHeadDotProductAttention`."""
+        """Like `nn.MultiHeadDotProductAttention`."""
         known = ("query", "key", "value", "out")
-        if odd := [name for name in self.projections if name not in known]:
-            raise ValueError(f"projections must be among {', '.join(known)}, got {odd[0]!r}")
+        if unknown := [name for name in self.projections if name not in known]:
+            raise ValueError(f"projections must be among {', '.join(known)}, got {unknown[0]!r}")
         adapter = _adapter_of(self)
 
         def project(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module, y = context.module, next_fun(*args, **kwargs)
             if module.parent is not self or module.name not in self.projections:
                 return y
-            return _with_term(adapter, module, nn.DenseGeneral.__call__, y, *args)
+            return _add_term(adapter, module, nn.DenseGeneral.__call__, y, *args)
 
         with nn.intercept_methods(project):
             return super().__call__(*args, **kwargs)

@@ -1,8 +1,8 @@
 """Adapters for any existing Linen model: `apply_lora_plus` wraps it, `init_lora` makes the factors and the specs.
 
-The model's author does nothing. Outside, the factors are a collection of their own, `"lora"`; inside the model
-they travel with `"params"`, so that `nn.scan`, `nn.remat`, `nn.vmap` and weight sharing treat them as they treat
-the kernels. An interceptor adds the low-rank term to each targeted layer's output.
+The model needs no changes. Outside the model, the factors are in the collection `"lora"`. Inside, they are part of
+`"params"`, so that `nn.scan`, `nn.remat`, `nn.vmap` and weight sharing treat them like the kernels. An interceptor
+adds the low-rank term to each targeted layer's output.
 """
 
 import contextlib
@@ -34,21 +34,21 @@ from .adapter import (
     Mode,
     adapter_at,
     add_low_rank_term,
+    has_own_adapter,
     is_box,
-    is_own,
     mode,
-    named_call,
     place,
     record_discovery,
     run_in,
+    targeted_call,
 )
 from .collections import COLLECTIONS, CollectionMap
 from .discovery import Discovery
 from .layer_table import LayerCall, can_adapt
 
 
-class _Anew:
-    """Equal to nothing, itself included: as a flag it makes `nn.jit` trace again each time."""
+class _UniqueHash:
+    """An object with a new hash every time; as a flag it makes `nn.jit` trace again on every call."""
 
     _hashes = itertools.count()
 
@@ -59,43 +59,44 @@ class _Anew:
 class LoRAPlusModel(nn.Module):
     """A Linen model with adapters on some of its layers; made by `apply_lora_plus`.
 
-    `init`, `apply` (with `method=` as a name or a function of the inner model) and the tree of base parameters are
-    those of the inner model, and so are its fields and methods: `model.encode(x)` inside `apply`, `model.config`.
-    It is a module and may stand inside another one.
+    It has the inner model's `init`, `apply` (where `method=` is a name or function of the inner model) and base
+    parameters, and also its fields and methods, such as `model.config`, or `model.encode(x)` inside `apply`. It
+    is a module and can be used inside another one.
 
     Attributes:
       wrapped: the inner model.
-      lora_config: what is adapted.
+      lora_config: the config of its adapters.
     """
 
     wrapped: nn.Module
     lora_config: LoRAPlusConfig
 
     def setup(self) -> None:
-        """The inner model's parameters keep their own paths."""
+        """Keeps the paths of the inner model's parameters."""
         nn.share_scope(self, self.wrapped)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The inner model's `__call__`."""
+        """Runs the inner model's `__call__` with its adapters."""
         return self.run(None, *args, **kwargs)
 
     def run(self, method: Callable[..., Any] | str | None, *args: Any, **kwargs: Any) -> Any:
-        """Runs a method of the inner model, given by name or as a function of it, with the adapters on."""
+        """Runs a method of the inner model, a name or a function of the model, with its adapters."""
         call = _Call(self)
 
         def run_inner(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
             inner_method = _resolve(outer.wrapped, method)
             with contextlib.ExitStack() as context:
                 context.enter_context(nn.intercept_methods(call.adapt))
-                if call.is_new:  # inside the other one: a layer makes its kernel, gets factors, and uses them
+                # The inner interceptor: a layer makes its kernel, gets factors, then uses them.
+                if call.is_new:
                     context.enter_context(nn.intercept_methods(call.discovery.intercept))
                 context.enter_context(run_in(Mode.BOXED if mode() is Mode.PLAIN else mode()))
                 return inner_method(outer.wrapped, *args, **kwargs)
 
-        # The scopes inside take over the flags of these, those of modules given from outside included.
+        # Inner scopes inherit these flags, including those of modules passed in from outside.
         for scope in get_module_scopes(self, args, kwargs)[0]:
             scope.flags = freeze({**scope.flags, OURS: self._trace_key()})
-        # Without `init`, which would run the model twice: a mapping inside would act twice on what it made.
+        # Not with init=True, which would run the model twice and apply mappings inside it twice.
         mapped = nn.map_variables(
             run_inner,
             COLLECTIONS,
@@ -104,23 +105,24 @@ class LoRAPlusModel(nn.Module):
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
-        if mode() is not Mode.LOW_RANK_ONLY:  # then the model was initialized before, and checked
-            call.check(whole=method is None)
+        if mode() is not Mode.LOW_RANK_ONLY:  # in that mode, the model was initialized and checked before
+            call.check(complete=method is None)
         return result
 
     @nn.nowrap
     def _trace_key(self) -> Any:
-        """What a trace of a part of the inner model depends on beside its variables.
+        """What the trace of a submodule depends on besides its variables.
 
-        `nn.jit` inside the model takes an older trace where a module's fields, flags and variables are the same,
-        whatever its name. New factors and `alpha_pattern` go by names; all else shows in the factors' shapes.
+        `nn.jit` inside the model reuses a trace if a module's fields, flags and variables are the same, even if
+        its name is not. New factors and `alpha_pattern` depend on names; all other settings show in the factors'
+        shapes.
         """
         by_name = self.is_mutable_collection("params") or self.lora_config.alpha_pattern
-        return _Anew() if by_name else self.lora_config
+        return _UniqueHash() if by_name else self.lora_config
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        """The inner model's methods, which run with the adapters on, its submodules likewise, and its fields."""
+        """The inner model's methods and submodules, which run with the adapters, and its fields."""
         inner = self.__dict__.get("wrapped")
         if inner is None or name.startswith("_"):
             return super().__getattr__(name)
@@ -128,19 +130,19 @@ class LoRAPlusModel(nn.Module):
         is_field = name in {field.name for field in dataclasses.fields(inner)}
         if inspect.isfunction(defined) and not is_field and not hasattr(defined, "nowrap"):
             return _Method(self.run, name)
-        if self.scope is not None and name not in inner.__dict__:  # it may be made by the inner model's setup
+        if self.scope is not None and name not in inner.__dict__:  # the inner model's setup may create it
             self._try_setup()
             inner = self.__dict__["wrapped"]
         return _part(self, operator.attrgetter(name), getattr(inner, name))
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As `nn.Module.init_with_output`; `method` is one of the inner model's."""
+        """Like `nn.Module.init_with_output`; `method` is a method of the inner model."""
         return super().init_with_output(rngs, *args, method=self._forward(method), **kwargs)
 
     @nn.nowrap
     def apply(self, variables: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
-        """As `nn.Module.apply`; `method` is one of the inner model's."""
+        """Like `nn.Module.apply`; `method` is a method of the inner model."""
         return super().apply(variables, *args, method=self._forward(method), **kwargs)
 
     @nn.nowrap
@@ -152,18 +154,18 @@ class LoRAPlusModel(nn.Module):
         def run_only(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
             result = outer.run(method, *args, **kwargs)
             if outer.is_initializing() and mode() is not Mode.LOW_RANK_ONLY:
-                outer.__dict__["_discovery"].check()  # no other method is called
+                outer.__dict__["_discovery"].check()  # no other method will be called
             return result
 
         return run_only
 
 
 class _Method(functools.partial):
-    """A method of a wrapped model, run with the adapters on; `apply(..., method=model.encode)` takes its name."""
+    """A method of a wrapped model that runs with the adapters; `apply(..., method=model.encode)` reads its name."""
 
 
 class _Part:
-    """A submodule of a wrapped model, or a container of some: what is called on it runs with the adapters on."""
+    """A submodule of a wrapped model, or a container of submodules; its calls run with the adapters."""
 
     def __init__(self, model: LoRAPlusModel, get: Callable[[nn.Module], Any]) -> None:
         self._model, self._get = model, get
@@ -177,7 +179,7 @@ class _Part:
         if name.startswith("_"):
             raise AttributeError(name)
         part = self._inner(operator.attrgetter(name))
-        # A method of the submodule; the submodule itself was told by _part.
+        # Methods need a wrapper as well; _part only wraps modules.
         return (
             _Part(self._model, lambda inner: getattr(self._get(inner), name))
             if inspect.ismethod(part)
@@ -195,7 +197,7 @@ class _Part:
 
 
 def _part(model: LoRAPlusModel, get: Callable[[nn.Module], Any], value: Any) -> Any:
-    """What a wrapped model has, as seen from outside: modules run with the adapters on, all else is itself."""
+    """Wraps an attribute of a wrapped model if it contains modules, so that their calls run with the adapters."""
     parts = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module))
     return _Part(model, get) if any(isinstance(part, nn.Module) for part in parts) else value
 
@@ -207,9 +209,9 @@ class _Call:
         self.config, self.prefix = wrapper.lora_config, wrapper.path
         self.has_dropout = wrapper.has_rng("dropout") and self.config.dropout > 0.0
         self.is_new = wrapper.is_initializing()
-        # One for all calls of an initialization: a call of one method need not meet every layer.
-        found: Any = wrapper.__dict__.get("_discovery")
-        self.discovery = found or Discovery(self.config, self.prefix)
+        # Shared by all calls of an initialization, since a call of one method may skip layers.
+        discovery: Any = wrapper.__dict__.get("_discovery")
+        self.discovery = discovery or Discovery(self.config, self.prefix)
         object.__setattr__(wrapper, "_discovery", self.discovery)
         if self.is_new:
             record_discovery(self.discovery)
@@ -218,19 +220,19 @@ class _Call:
         self.called: set[str] = set()
 
     def adapt(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        """A layer's output with the low-rank term of its adapter, if it has one."""
+        """Runs a layer and adds the low-rank term of its adapter, if it has one."""
         module, method, config = context.module, context.orig_method.func, self.config
         y = next_fun(*args, **kwargs)
         if module.scope is None:
             return y
         path = "/".join(module.path[len(self.prefix) :]) if module.scope.has_flag(OURS) else None
-        if is_own(module):  # it has an adapter of its own, whatever the rules say
+        if has_own_adapter(module):  # the rules do not apply to built-in adapters
             self.own |= {path} if path is not None else set()
             return y
         if not can_adapt(method):
             return y
         self.called |= {path} if path is not None else set()
-        call = named_call(config, module, method, path, args, kwargs)
+        call = targeted_call(config, module, method, path, args, kwargs)
         if call is None:
             return y
         has_factors = module.scope.has_variable("params", call.factors[0])
@@ -240,40 +242,42 @@ class _Call:
             return y
         if self.has_dropout and not module.has_rng("dropout"):
             raise ValueError(
-                f"a dropout rng is given but does not reach {path!r}: an nn.scan or nn.vmap above it must name "
-                "'dropout' in split_rngs, or set dropout=0"
+                f"the dropout rng does not reach {path!r}; add 'dropout' to split_rngs of the nn.scan or "
+                "nn.vmap around it, or set dropout=0"
             )
         return add_low_rank_term(y, module, call, adapter_at(config, path), "params", place(config, path))
 
     def adapt_elsewhere(self, y: jax.Array, module: nn.Module, call: LayerCall) -> jax.Array:
-        """For a module that the model runs by its own `.apply`, under a path that says nothing.
+        """Adds the low-rank term to a module that the model runs with its own `.apply`, so its path is unknown.
 
-        It has an adapter if it was given variables with factors in them, which the model has from an adapted layer.
+        It has an adapter if its variables contain factors, which the model took from an adapted layer.
         """
-        config, where = self.config, f"a {type(module).__name__} that the model runs by its own apply"
+        config, where = self.config, f"a {type(module).__name__} that the model runs with its own apply"
         if config.rank_pattern or config.alpha_pattern:
-            raise ValueError(f"rank_pattern and alpha_pattern cannot be told for {where}: it has no path")
+            raise ValueError(
+                f"rank_pattern and alpha_pattern do not support {where}, since its path is unknown"
+            )
         adapter = Adapter(config.rank, config.scale, config.init, config.dropout)
         return add_low_rank_term(y, module, call, adapter, "params", where)
 
-    def check(self, *, whole: bool) -> None:
-        """After an initialization, whether all rules matched; else whether the adapters belong to the model."""
+    def check(self, *, complete: bool) -> None:
+        """Checks that all rules match after an initialization, or else that the adapters belong to the model."""
         if not self.is_new:
-            self.variables.check_used(self.own, self.called, whole=whole)
-        elif whole:
+            self.variables.check_used(self.own, self.called, complete=complete)
+        elif complete:
             self.discovery.check()
 
 
 def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
-    """Puts adapters on the layers of an existing Linen model that `config.target_modules` names.
+    """Adds adapters to the layers of an existing Linen model that the config selects.
 
-    The result has the same `init` and `apply` and the same base parameters; the factors are in the collection
-    `"lora"`. Whether the rules match shows when the model is first traced (`init` or `init_lora`): a name that
-    matches nothing is a ValueError there.
+    The result has the same `init`, `apply` and base parameters; the factors are in the collection `"lora"`. The
+    rules are checked when the model is first traced by `init` or `init_lora`, which raise ValueError for a rule
+    that matches nothing.
 
     Raises:
-      TypeError: `model` is no Linen module.
-      ValueError: it has adapters already.
+      TypeError: `model` is not a Linen module.
+      ValueError: `model` already has adapters.
 
     Example:
       >>> model = apply_lora_plus(nn.Sequential([nn.Dense(4), nn.Dense(2)]),
@@ -283,9 +287,9 @@ def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
       {'layers_0': {'lora_a': (3, 2), 'lora_b': (2, 4)}}
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"apply_lora_plus takes a flax.linen.Module, got {type(model).__name__}")
+        raise TypeError(f"model must be a flax.linen.Module, got {type(model).__name__}")
     if isinstance(model, LoRAPlusModel):
-        raise ValueError("the model has adapters already: name all its layers in one LoRAPlusConfig")
+        raise ValueError("model already has adapters; name all layers in one LoRAPlusConfig")
     return LoRAPlusModel(wrapped=model, lora_config=config)
 
 
@@ -296,20 +300,20 @@ def init_lora(
     base: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], dict[str, AdapterSpec]]:
-    """Makes the adapters of a model, and the table of what is adapted, without making base weights.
+    """Initializes the adapters of a model and returns them with their specs, without computing base weights.
 
     Args:
-      model: from `apply_lora_plus`, or any Linen model with layers such as `LoRAPlusDense` in it.
+      model: model from `apply_lora_plus`, or any Linen model with layers such as `LoRAPlusDense`.
       rngs: a key or a dict of keys, as for `model.init`.
-      args, kwargs: as for `model.init`; arrays may be given as `jax.ShapeDtypeStruct`.
-      base: variables without adapters, `{"params": ...}`, checked against what the model expects where adapted.
+      args, kwargs: arguments as for `model.init`; arrays may be `jax.ShapeDtypeStruct`.
+      base: variables without adapters, `{"params": ...}`, to check the shapes of adapted weights; optional.
 
     Returns:
-      The tree of factors for the collection `"lora"`, and module path to `AdapterSpec`.
+      The tree of factors for the collection `"lora"`, and the table of specs, from path to `AdapterSpec`.
 
     Raises:
       ValueError: the model has no adapters, a rule matches nothing, a rank is above min(in, out), `base` does not
-        fit, or the model uses the weight of an adapted layer past the layer, where no adapter acts.
+        match, or the model uses the weight of an adapted layer outside the layer, where the adapter has no effect.
 
     Example:
       >>> model = apply_lora_plus(nn.Dense(4), LoRAPlusConfig(target_modules=".*", rank=2))
@@ -317,7 +321,7 @@ def init_lora(
       >>> specs[""].leaf, specs[""].shape
       ('params/kernel', (3, 4))
     """
-    # Shapes become zeros, which nothing that is kept depends on: XLA removes them and the whole forward pass.
+    # Shapes become zeros. The factors do not depend on them, so XLA removes them and the whole forward pass.
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)  # noqa: E731
     args, kwargs = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x, (args, kwargs), is_leaf=is_shape
@@ -326,17 +330,17 @@ def init_lora(
     discoveries: list[list[Discovery]] = []
 
     def init(rngs: Any) -> Any:
-        with run_in(Mode.BOXED) as found:
-            discoveries.append(found)
+        with run_in(Mode.BOXED) as new_discoveries:
+            discoveries.append(new_discoveries)
             return model.init(rngs, *args, **kwargs)
 
-    # One trace for shapes, specs and values: the program of `init`, of which only the factors are computed.
+    # A single trace of `init` gives shapes, specs and values; only the factors are computed.
     program, shapes = jax.make_jaxpr(init, return_shape=True)(rngs)
     for discovery in itertools.chain(*discoveries):
-        discovery.check()  # of a model of which only some methods were called too
+        discovery.check()  # also if only some methods of a model were called
     if not shapes.get("lora"):
         raise ValueError(
-            "the model has no adapters: wrap it with apply_lora_plus or use LoRAPlusDense layers"
+            "the model has no adapters; wrap it with apply_lora_plus or use layers such as LoRAPlusDense"
         )
     specs = _specs(shapes)
     if base is not None:
@@ -353,7 +357,7 @@ def init_lora(
 
 
 def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
-    """A method of the inner model as a function of it."""
+    """Returns a method of the inner model as a function of the model."""
     if method is None:
         return type(model).__call__
     if isinstance(method, _Method):
@@ -376,8 +380,8 @@ def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
             continue
         module = "/".join(path[:-1])
         leaf = "/".join(part for part in (module, box.spec.leaf) if part)
-        if (other := owners.setdefault(leaf, module)) != module:
-            raise ValueError(f"params/{leaf} has two adapters, of {other!r} and of {module!r}")
+        if (owner := owners.setdefault(leaf, module)) != module:
+            raise ValueError(f"params/{leaf} has two adapters, of {owner!r} and of {module!r}")
         specs[module] = dataclasses.replace(
             box.spec, leaf=f"params/{leaf}", shape=params[leaf].shape, stacked=box.stacked, layers=box.layers
         )
@@ -386,16 +390,14 @@ def _specs(variables: Mapping[str, Any]) -> dict[str, AdapterSpec]:
 
 def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> None:
     if "params" not in base:
-        raise ValueError(
-            f'the base needs its collection: pass {{"params": ...}}, got the keys {list(base)[:5]}'
-        )
+        raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
     flat = flatten(base)
     for spec in specs.values():
         shape = getattr(meta.unbox(flat.get(spec.leaf)), "shape", None)
         if shape != spec.shape:
             raise ValueError(
-                f"the base does not fit the model: {spec.leaf} must have shape {spec.shape}, "
-                + ("is missing" if shape is None else f"has {shape}")
+                f"base does not match the model: {spec.leaf} must have shape {spec.shape}, "
+                + ("but is missing" if shape is None else f"got {shape}")
             )
 
 
@@ -407,33 +409,35 @@ def _check_reads(
     args: Any,
     kwargs: Any,
 ) -> None:
-    """Raises ValueError where an adapted weight reaches the outputs past its layer, or is changed before it.
+    """Raises ValueError if an adapted weight reaches the outputs outside its layer, or is changed before it.
 
-    Merged into the weight, an adapter would act there too; beside the layer it does not.
+    After merging, the adapter would take effect there too; during training it does not.
     """
-    given = meta.unbox({name: shapes[name] for name in COLLECTIONS if name in shapes})
+    variables = meta.unbox({name: shapes[name] for name in COLLECTIONS if name in shapes})
     flow = trace_dataflow(
-        jax.make_jaxpr(lambda given, rngs: _outputs(model, given, rngs, args, **kwargs))(given, rngs)
+        jax.make_jaxpr(lambda variables, rngs: _low_rank_outputs(model, variables, rngs, args, **kwargs))(
+            variables, rngs
+        )
     )
-    numbers = {leaf: n for n, leaf in enumerate(leaves_by_path(given))}
+    numbers = {leaf: n for n, leaf in enumerate(leaves_by_path(variables))}
     for path, spec in specs.items():
         if spec.kind == "parameter" or numbers[spec.leaf] not in flow.changed | flow.read:
             continue
-        does = (
-            f"changes its weight {spec.leaf} before the layer has it (as by nn.map_variables)"
+        problem = (
+            f"changes its weight {spec.leaf} before the layer uses it (by nn.map_variables)"
             if numbers[spec.leaf] in flow.changed
-            else f"also uses its weight {spec.leaf} past the layer (as by .embedding, .variables, get_variable)"
+            else f"also uses its weight {spec.leaf} outside the layer (by .embedding, .variables, get_variable)"
         )
         rule = {spec.leaf.removeprefix("params/"): spec.rule_letters}
         raise ValueError(
-            f"{path or 'the model'!r} has an adapter, but the model {does}, where the adapter does not act; name "
-            f"the weight in target_parameters instead: {rule}"
+            f"{path or 'the model'!r} has an adapter, but the model {problem}, where the adapter has no "
+            f"effect; name the weight in target_parameters instead: {rule}"
         )
 
 
-def _outputs(
+def _low_rank_outputs(
     model: nn.Module,
-    given: Any,
+    variables: Any,
     rngs: Any,
     args: Any,
     method: Any = None,
@@ -441,13 +445,12 @@ def _outputs(
     capture_intermediates: Any = False,
     **kwargs: Any,
 ) -> list[jax.Array]:
-    """What `model.init` computes and gives or keeps beside parameters, from parameters that are there already, with
-    adapters' terms alone.
+    """Outputs and non-parameter state of a forward pass in which adapted layers return only their low-rank term.
 
-    In the state of initialization, since a model may not be able to take the same inputs twice: a cache is full.
+    It runs as an initialization, since a model may not accept the same inputs twice, for example with a full cache.
     """
     bound = model.bind(
-        given, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
+        variables, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
     )
     assert bound.scope is not None
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})

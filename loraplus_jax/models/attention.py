@@ -223,7 +223,7 @@ def _scores(
     size: int,
     groups: int,
 ) -> jax.Array:
-    """Scores of a block's queries and a chunk's keys, float32 (B, K, t * G, S), very negative where masked."""
+    """Scores of a block's queries and a chunk's keys, float32 (B, K, t * G, S), large and negative where masked."""
     start, stop, _ = span
     scores = _dot("bkrh,bksh->bkrs", q[:, :, start * groups : stop * groups], _slice(k, at, size))
     return jnp.where(blocks.mask(segment_ids, span, at, size, groups), scores * _scale(q), _MASKED)

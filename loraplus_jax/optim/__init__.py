@@ -1,1 +1,1 @@
-"""Optimizers: LoRA+ as an optax transform, schedules, and what an optimizer does to each parameter."""
+"""Optimizers: LoRA+ as an optax transform, schedules, and diagnostics of each parameter's learning rate."""

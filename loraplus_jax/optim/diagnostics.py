@@ -1,4 +1,4 @@
-"""What is trained at which rate, what one step really does, and the norms of each role."""
+"""Inspects learning rates per parameter (`describe`), and the updates that a step makes (`probe`)."""
 
 import dataclasses
 from typing import Any
@@ -17,12 +17,12 @@ from .lora_plus import LoRAPlusTransform, check_floating
 
 @dataclasses.dataclass(frozen=True)
 class LeafRow:
-    """One trainable leaf: where it is, what it is, and what it is trained with.
+    """One trainable leaf: its path, role, size and learning rate.
 
     Attributes:
-      rate: the learning rate, or its multiple of a wrapped optimizer's; None where another one trains the leaf.
-      decay: the weight decay; None where it is a wrapped optimizer's.
-      relative: whether the rate is a multiple.
+      rate: learning rate, or the multiple of a wrapped optimizer's; None if another optimizer trains the leaf.
+      decay: weight decay; None if a wrapped optimizer sets it.
+      relative: whether `rate` is a multiple.
     """
 
     path: str
@@ -37,12 +37,12 @@ class LeafRow:
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """The audit table of a set of trainable leaves; `str()` lays it out.
+    """A table of all trainable leaves; `str()` formats it.
 
     Attributes:
-      rows: one a leaf.
-      trainable: values trained.
-      total: values in the whole model, or None when `frozen` was not given.
+      rows: one row per leaf.
+      trainable: number of trainable values.
+      total: number of values in the whole model; None if `frozen` was not passed.
     """
 
     rows: tuple[LeafRow, ...]
@@ -63,7 +63,7 @@ class Description:
 
     @property
     def summary(self) -> str:
-        """`trainable 1,234 of 56,789 (2.17 %)`."""
+        """The number of trainable values, such as `trainable 1,234 of 56,789 (2.17 %)`."""
         if self.total is None:
             return f"trainable {self.trainable:,}"
         share = 100 * self.trainable / self.total
@@ -73,19 +73,19 @@ class Description:
 def describe(
     trainable: Any, optimizer: Any, specs: Specs | None = None, *, frozen: Any = None, step: int = 0
 ) -> Description:
-    """Every trainable leaf with its role, learning rate, weight decay and size, as the optimizer applies them.
+    """Lists every trainable leaf with its role and size, and the learning rate and weight decay it gets.
 
     Args:
       trainable: trainable variables, arrays or shapes.
-      optimizer: a transform from `lora_plus_adamw` or `lora_plus`, whose schedules are read at `step`; or the state
-        of any optimizer with one in it (`optax.chain`, `optax.inject_hyperparams`, `nnx.Optimizer.opt_state`),
-        which holds the rates of its last update.
+      optimizer: a transform from `lora_plus_adamw` or `lora_plus`, for the rates at `step`; or the state of any
+        optimizer that contains one (`optax.chain`, `optax.inject_hyperparams`, `nnx.Optimizer.opt_state`), for the
+        rates of its last update.
       specs: the table from `init_lora`, for ranks.
-      frozen: the frozen variables, to count the total.
-      step: where a transform's schedules are read.
+      frozen: frozen variables, to count the total.
+      step: step at which to evaluate a transform's schedules.
 
     Raises:
-      TypeError: an optimizer without LoRA+ in it, or a leaf that cannot be trained (packed integers).
+      TypeError: the optimizer contains no LoRA+ transform, or a leaf is not trainable (packed integers).
     """
     check_floating(trainable)
     if isinstance(optimizer, LoRAPlusTransform):
@@ -102,8 +102,8 @@ def describe(
         }
     if not groups.keys() & leaves_by_path(trainable).keys():
         raise TypeError(
-            "describe needs a transform from lora_plus_adamw or lora_plus, or an optimizer state that holds one, "
-            f"and the tree it was made for, got {type(optimizer).__name__}; for an optax.chain pass its state"
+            "optimizer must be a transform from lora_plus_adamw or lora_plus, or an optimizer state with "
+            f"one for these trainable variables, got {type(optimizer).__name__}; pass the state of an optax.chain"
         )
     rows = []
     for path, leaf in leaves_by_path(trainable).items():
@@ -119,16 +119,16 @@ def describe(
 def probe(
     tx: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any = None
 ) -> dict[str, jax.Array]:
-    """The realised step: root mean square of each role's update, and their ratio `"b/a"`.
+    """Computes the root mean square of each role's next update, and the ratio `"b/a"`, without changing anything.
 
-    Nothing is changed. With real gradients of a fresh adapter the ratio is infinite under `init="lora"`, since A's
-    gradient is zero while B is; without `grads` every gradient is taken as one, and an Adam-type optimizer shows
-    the ratio of its rates. Roles are those by which the optimizer routes; see `labels_of`.
+    For a new adapter with `init="lora"` and its real gradients the ratio is infinite, since A's gradient is zero
+    while B is zero. Without `grads` all gradients are one, so that an Adam-type optimizer shows the ratio of its
+    learning rates. Roles are those that the optimizer uses; see `labels_of`.
 
     Args:
-      tx, opt_state: the optimizer and its state.
+      tx, opt_state: optimizer and its state.
       params: trainable variables.
-      grads: gradients, of the same structure.
+      grads: gradients, with the structure of `params`; by default all ones.
     """
     grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
     updates, _ = tx.update(grads, opt_state, params)

@@ -1,7 +1,7 @@
 """LoRA+ as an optimizer transform: B learns lambda times faster than A (arXiv 2402.12354, section 4).
 
-`lora_plus_adamw` routes every role to an `optax.adamw` of its own; `lora_plus` turns any optax optimizer into a
-LoRA+ one. Clipping stands outside the groups: inside them it would see each group's norm alone.
+`lora_plus_adamw` gives every role a separate `optax.adamw`; `lora_plus` turns any optax optimizer into a LoRA+ one.
+Clipping is applied before the groups; within a group it would see only that group's norm.
 """
 
 import functools
@@ -20,10 +20,10 @@ from ..tree import leaves_by_path
 from .schedules import Rate, rate_at, scale_rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
-"""The roles that learn lr_ratio times faster; the second occurs under the policy `"peft"` only."""
+"""The roles that learn lr_ratio times faster; `"vector"` occurs only with policy `"peft"`."""
 PEFT_EMBEDDING_RATE = 1e-6
 MIN_EPS = 1e-30
-"""Adam's epsilon, times 1 - b1, must not count as 0 in float32: while B is 0, so are A's gradients, and A's step is
+"""Adam's epsilon times 1 - b1 must not underflow to 0 in float32: while B is 0, A's gradients are 0 and A's step is
 0 / epsilon.
 """
 
@@ -39,19 +39,21 @@ class AdamW(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for equal settings. A traced number or a schedule equals only itself, so that the groups, and with
-        them the structure of the state, never depend on a value that is not known yet.
+        """A key that is equal for equal settings.
+
+        A traced number or a schedule equals only itself, so that the groups, and with them the structure of the
+        state, never depend on unknown values.
         """
         return tuple(value if isinstance(value, int | float) else id(value) for value in self)
 
 
 class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
-    """An optax transform that says what it trains how; in a chain its state does, see `LoRAPlusState`.
+    """An optax transform that exposes its roles and rates; inside a chain, its `LoRAPlusState` does.
 
     Attributes:
-      labels: from a tree to the tree of its leaves' roles.
-      rates: from a step to role to `(learning rate, weight decay)`; the decay is None under `lora_plus`.
-      relative: whether these rates are multiples of a wrapped optimizer's.
+      labels: function from a tree to a tree of roles.
+      rates: function from a step to `(learning rate, weight decay)` by role; the decay is None with `lora_plus`.
+      relative: whether the rates are multiples of a wrapped optimizer's.
     """
 
     labels: Callable[[Any], Any]
@@ -61,7 +63,7 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
     def __new__(
         cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
     ) -> "LoRAPlusTransform":
-        """A transform of these functions."""
+        """Makes a transform from its functions."""
         self = super().__new__(cls, init, update)
         self.labels, self.rates, self.relative = labels, rates, relative
         return self
@@ -74,18 +76,18 @@ def _with_record(
     *,
     relative: bool,
 ) -> LoRAPlusTransform:
-    """`tx` with its roles and rates in its state."""
+    """Wraps `tx` to store its roles and rates in its state."""
     inner = optax.with_extra_args_support(tx)
 
     def record(state: Any, count: Any, step: Any, roles: tuple) -> Any:
         used = {role for _, role in roles}
-        now = {role: pair for role, pair in rates(step).items() if role in used}
+        used_rates = {role: pair for role, pair in rates(step).items() if role in used}
         as_float = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
         return LoRAPlusState(
             inner_state=state,
             count=count,
-            rates={role: as_float(rate) for role, (rate, _) in now.items()},
-            decays={role: as_float(decay) for role, (_, decay) in now.items() if decay is not None},
+            rates={role: as_float(rate) for role, (rate, _) in used_rates.items()},
+            decays={role: as_float(decay) for role, (_, decay) in used_rates.items() if decay is not None},
             roles=roles,
             relative=relative,
         )
@@ -118,35 +120,35 @@ def lora_plus_adamw(
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
 ) -> LoRAPlusTransform:
-    """AdamW in which B's learning rate is `lr_ratio` times A's at every step, whatever the schedule.
+    """AdamW with a learning rate for B that is `lr_ratio` times A's at every step of the schedule.
 
-    `optax.multi_transform` over the labels of `label_params` routes every role to an `optax.adamw` of its own.
-    Roles with equal settings share one, so that with `lr_ratio=1` the steps are bit-identical to those of
-    `optax.adamw` over all parameters.
+    `optax.multi_transform` gives every role of `label_params` a separate `optax.adamw`. Roles with equal settings
+    share one, so with `lr_ratio=1` the steps are bit-identical to those of `optax.adamw` over all parameters.
 
-    Numbers may be traced, and `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=4.0)` keeps
-    them in the state, where `optax.tree.get(state, "lr_ratio")` reads and
-    `optax.tree.set(state, lr_ratio=jnp.float32(2.0))` changes them in a run without compiling again. A ratio given
-    as a config is no number and stays fixed.
+    Numbers may be traced. `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=4.0)` stores them
+    in the state: `optax.tree.get(state, "lr_ratio")` reads a value, and
+    `optax.tree.set(state, lr_ratio=jnp.float32(2.0))` changes it without recompiling. A ratio passed as a config is
+    not a number and stays fixed.
 
     Args:
-      learning_rate: eta_A, for A and every role but B; a number, a traced scalar or an optax schedule.
-      lr_ratio: lambda = eta_B / eta_A, above 0, or the config that holds it.
-      b1, b2, eps: of Adam; eps at least `MIN_EPS`.
+      learning_rate: eta_A, for A and every role except B; a number, a traced scalar or an optax schedule.
+      lr_ratio: lambda = eta_B / eta_A, above 0; a number, or a config with this field.
+      b1, b2, eps: Adam's parameters; eps is at least `MIN_EPS`.
       weight_decay: w; a step shrinks a parameter by rate * w.
-      decay: `"coupled"` shrinks B lambda times faster than A, as torch's and optax's AdamW do with such groups;
-        `"equal"` shrinks both at A's pace.
-      embedding_learning_rate: of embeddings' adapters; eta_A by default, 1e-6 under the policy `"peft"`.
-      head_learning_rate: of what is trained in full (role `"extra"`); eta_A by default.
-      by_role: role to its own `b1`, `b2`, `eps` or `weight_decay`.
-      max_grad_norm: clips the norm over all groups together, before them.
-      specs: the table from `init_lora`, against which shapes are checked.
-      policy: `"peft"` groups as `create_loraplus_optimizer` of PEFT does: what is trained in full and has one axis
-        learns at B's rate; biases and the scales of LayerNorms (a `scale` beside a `bias`) do so without decay.
+      decay: `"coupled"` shrinks B lambda times faster than A, as AdamW in PyTorch and optax does with such groups;
+        `"equal"` shrinks both as fast as A.
+      embedding_learning_rate: learning rate of embedding adapters; defaults to eta_A, or to 1e-6 with policy
+        `"peft"`.
+      head_learning_rate: learning rate of fully trained parameters (role `"extra"`); defaults to eta_A.
+      by_role: maps a role to its own `b1`, `b2`, `eps` or `weight_decay`.
+      max_grad_norm: maximum global gradient norm, over all groups; None disables clipping.
+      specs: the table from `init_lora`, to check shapes.
+      policy: `"peft"` groups like `create_loraplus_optimizer` of PEFT: fully trained parameters with one axis use
+        B's learning rate; biases and the scales of LayerNorms (a `scale` next to a `bias`) have no weight decay.
 
     Raises:
-      TypeError: a value that is not a number; by `init`, a leaf that is not of floating point.
-      ValueError: a number out of range, an eps below `MIN_EPS`, or an unknown role, setting or policy.
+      TypeError: a value is not a number; on `init`, a leaf is not floating point.
+      ValueError: a number is out of range, eps is below `MIN_EPS`, or a role, setting or policy is unknown.
 
     Example:
       >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
@@ -165,9 +167,9 @@ def lora_plus_adamw(
     for name, rate in rates.items():
         if not callable(rate) and (rate is not None or name == "learning_rate"):
             check_number(name, rate, above=0.0, allow_arrays=True)
-    own = _check_by_role(by_role or {})
+    overrides = _check_by_role(by_role or {})
     if policy == "peft":
-        own["vector"] = {"weight_decay": 0.0, **own.get("vector", {})}
+        overrides["vector"] = {"weight_decay": 0.0, **overrides.get("vector", {})}
 
     fast_rate = scale_rate(learning_rate, ratio)
 
@@ -176,8 +178,8 @@ def lora_plus_adamw(
         rate = learning_rate if rate is None else rate
         settings = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
         if role == "b" and decay == "equal":
-            settings["weight_decay"] = own.get("a", {}).get("weight_decay", weight_decay) / ratio
-        return AdamW(fast_rate if role in FAST else rate, **settings | dict(own.get(role, {})))
+            settings["weight_decay"] = overrides.get("a", {}).get("weight_decay", weight_decay) / ratio
+        return AdamW(fast_rate if role in FAST else rate, **settings | dict(overrides.get(role, {})))
 
     groups: dict[Role, AdamW] = {role: group(role) for role in ROLES}
     for adamw in groups.values():
@@ -208,18 +210,19 @@ def lora_plus(
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
 ) -> LoRAPlusTransform:
-    """Makes any optax optimizer a LoRA+ one: its finished updates of B are multiplied by `lr_ratio`.
+    """Turns any optax optimizer into a LoRA+ one, by multiplying its final updates of B by `lr_ratio`.
 
-    For AdamW the steps equal `lora_plus_adamw`'s with coupled decay. The wrapped optimizer keeps its own schedule,
-    decay and clipping, and B is scaled once however many adapters there are. Multiplying B's *gradient* instead
-    would do nothing under Adam. `optax.inject_hyperparams(lora_plus)(tx, lr_ratio=...)` keeps the ratio in the
-    state.
+    For AdamW the steps equal those of `lora_plus_adamw` with coupled decay. The wrapped optimizer keeps its
+    schedule, decay and clipping. B is scaled once, whatever the number of adapters. Multiplying B's *gradient*
+    instead would have no effect with Adam. `optax.inject_hyperparams(lora_plus)(tx, lr_ratio=...)` stores the ratio
+    in the state.
 
     Args:
-      tx: the whole optimizer, its learning rate included (AdamW, Lion, SGD with momentum, Adafactor, ...).
-      lr_ratio: lambda, above 0, or the config that holds it.
+      tx: the complete optimizer, including its learning rate (AdamW, Lion, SGD with momentum, Adafactor, ...).
+      lr_ratio: lambda, above 0; a number, or a config with this field.
       specs: the table from `init_lora`.
-      policy: as in `lora_plus_adamw`, rates only: decay and the embeddings' rate are the wrapped optimizer's.
+      policy: as in `lora_plus_adamw`, but only for learning rates: the wrapped optimizer sets decay and the rate of
+        embeddings.
 
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
@@ -236,19 +239,20 @@ def lora_plus(
 
 
 def check_floating(trainable: Any) -> None:
-    """Raises TypeError for a leaf that no gradient exists for, such as the packed integers of a quantised base."""
+    """Raises TypeError for a leaf that has no gradient, such as the packed integers of a quantized base."""
     for path, leaf in leaves_by_path(trainable).items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             raise TypeError(
-                f"{path} is {leaf.dtype} and cannot be trained: pass only what is trained, such as the adapters"
+                f"{path} must be floating point to be trained, got {leaf.dtype}; pass only the trainable "
+                "variables, such as the adapters"
             )
 
 
 def ratio_of(lr_ratio: float | jax.Array | LoRAPlusConfig) -> Any:
-    """Lambda as a number, which may be traced.
+    """Returns lambda as a number, which may be traced.
 
     Raises:
-      TypeError, ValueError: it is not a finite number above 0.
+      TypeError, ValueError: lambda is not a finite number above 0.
 
     >>> ratio_of(LoRAPlusConfig(target_modules=["query"], lr_ratio=2.0))
     2.0
@@ -265,7 +269,7 @@ def _check_by_role(by_role: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Mapp
             raise ValueError(f"by_role: unknown role {role!r}{suggest(role, ROLES)}")
         for name in settings:
             if name not in known:
-                raise ValueError(f"by_role[{role!r}]: unknown setting {name!r}{suggest(name, known)}")
+                raise ValueError(f"by_role[{role!r}]: unknown key {name!r}{suggest(name, known)}")
     return dict(by_role)
 
 

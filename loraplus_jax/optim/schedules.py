@@ -1,4 +1,4 @@
-"""Learning rate schedules, and the rates that they give at a step."""
+"""Learning rate schedules, and their values at a step."""
 
 from typing import Any, Literal, get_args
 
@@ -23,18 +23,18 @@ def make_schedule(
     final_fraction: float = 0.0,
     decay_steps: int | None = None,
 ) -> optax.Schedule:
-    """A schedule by name, for `learning_rate`; B's is `lr_ratio` times it at every step, its floor included.
+    """Makes a schedule for `learning_rate`; B's rate is `lr_ratio` times it at every step, including the last.
 
     Args:
-      name: `"constant"`, `"linear"`, `"cosine"`, or `"wsd"` (warm-up, stable, decay: linear at the end).
-      peak: the rate after warm-up.
-      steps: optimizer steps in all.
-      warmup_steps: steps of linear growth from 0 at the start.
-      final_fraction: the share of the peak reached at the last step; not for constant.
-      decay_steps: how long wsd decays at the end, a fifth of the steps by default; for wsd only.
+      name: `"constant"`, `"linear"`, `"cosine"`, or `"wsd"` (warmup, stable, then linear decay).
+      peak: learning rate after warmup.
+      steps: total number of optimizer steps.
+      warmup_steps: steps of linear warmup from 0.
+      final_fraction: final learning rate as a fraction of the peak; not for constant.
+      decay_steps: steps of decay at the end, a fifth of all steps by default; only for wsd.
 
     Raises:
-      ValueError: an unknown name, or steps that do not fit into each other.
+      ValueError: the name is unknown, or warmup and decay do not fit into the steps.
 
     >>> schedule = make_schedule("wsd", 1.0, 10, warmup_steps=2, decay_steps=4, final_fraction=0.5)
     >>> [float(schedule(step)) for step in (0, 1, 2, 6, 8, 10, 11)]
@@ -42,9 +42,13 @@ def make_schedule(
     """
     check_choice("schedule", name, get_args(Schedule))
     if name != "wsd" and decay_steps is not None:
-        raise ValueError(f"decay_steps goes with the schedule wsd, not with {name}; got {decay_steps}")
+        raise ValueError(
+            f"decay_steps requires schedule wsd, got schedule {name} and decay_steps {decay_steps}"
+        )
     if name == "constant" and final_fraction:
-        raise ValueError(f"final_fraction does not go with the schedule constant, got {final_fraction}")
+        raise ValueError(
+            f"final_fraction requires schedule linear, cosine or wsd, got constant and {final_fraction}"
+        )
     check_int("steps", steps, at_least=1)
     check_int("warmup_steps", warmup_steps, at_least=0)
     check_number("final_fraction", final_fraction, at_least=0.0, below=1.0)
@@ -52,8 +56,10 @@ def make_schedule(
     check_int("decay_steps", decay, at_least=1)
     rest = steps - warmup_steps
     if rest < 1 or (name == "wsd" and rest < decay):
-        parts = f"{warmup_steps} of warm-up" + (f" and {decay} of decay" if name == "wsd" else "")
-        raise ValueError(f"{parts} do not fit into {steps} steps")
+        minimum = f"above warmup_steps {warmup_steps}"
+        if name == "wsd":
+            minimum = f"at least warmup_steps {warmup_steps} + decay_steps {decay}"
+        raise ValueError(f"steps must be {minimum}, got {steps}")
     main = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
@@ -66,9 +72,9 @@ def make_schedule(
 
 
 def scale_rate(rate: Rate, factor: float | jax.Array) -> Rate:
-    """`factor` times a rate at every step, a schedule's warm-up and floor included.
+    """Multiplies a rate by `factor` at every step, including a schedule's warmup and final rate.
 
-    A factor of 1 gives the rate itself, which is recognised as the same.
+    With a factor of 1 it returns the same object, so that equal groups share an optimizer.
 
     >>> scale_rate(optax.linear_schedule(1.0, 0.5, 10), 4.0)(10).item()
     2.0

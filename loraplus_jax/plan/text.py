@@ -298,7 +298,7 @@ def _weight_traffic(plan: Plan, settings: Settings) -> list[str]:
 
 
 def _weight_reductions(plan: Plan) -> list[str]:
-    """A line if all-reduces carry weights: XLA gathers by all-reduce what is sharded into very many parts."""
+    """A line if all-reduces carry weights: XLA gathers by all-reduce what is sharded into many parts."""
     data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
     reduced = sum(c.times * c.bytes for c in plan.collectives if c.kind == "all-reduce")
     gradients = 4 * plan.trained * plan.accumulate  # float32, at most once per micro-batch

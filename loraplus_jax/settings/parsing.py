@@ -309,7 +309,7 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
     if cause == "dataclass_type":
         return f"{name or 'config'} must be a mapping of settings, got {value!r:.80}"
     if cause == "value_error" and name not in fields:  # conflicting fields of a section
-        message = str(problem["ctx"]["error"])
+        message = str(problem["ctx"]["error"]).removeprefix(f"{LoRAPlusConfig.__name__}: ")
         first_word = re.split(r"\W", message)[0]
         if f"{name}.{first_word}" in fields:
             return f"{name}.{message}"

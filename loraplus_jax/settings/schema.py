@@ -89,7 +89,8 @@ class DataSettings:
       answers: assistant turns to train on (task instruction): all or only the last.
       packing: pack short conversations into shared rows of max_length tokens (language models); batch sizes then
         count packed rows.
-      column_names: column names of the file (language models), as a mapping from our names to the file's.
+      column_names: column names of the file (language models): expected name to name in the file, such as
+        {instruction: question}.
 
     Raises:
       ValueError: a field is out of range, or two fields conflict; the message names them.
@@ -143,8 +144,8 @@ class OptimizerSettings:
       learning_rate: eta_A, peak learning rate of A and all else except B; B's is lora.lr_ratio times it.
       head_learning_rate: peak learning rate of the head and other fully trained parameters; null uses eta_A.
       embedding_learning_rate: peak learning rate of embedding adapters; null uses eta_A, or 1e-6 with policy peft.
-      policy: parameter groups: lora_plus scales only B's learning rate by lora.lr_ratio; peft also scales that of
-        biases and norms, without weight decay, as PEFT does.
+      policy: parameter groups: lora_plus gives only B lora.lr_ratio x learning_rate; peft, as PEFT does, also
+        biases and norms, which then get no weight decay.
       schedule: learning rate schedule after warmup.
       warmup_steps: steps of linear warmup from 0.
       final_fraction: final learning rate as a fraction of the peak (linear, cosine and wsd).
@@ -318,7 +319,8 @@ class Settings:
       task: classification; regression (one number per text); instruction (trains on the assistant's answers);
         multiple_choice (scored by the most likely choice).
       method: lora_plus; lora (the same with lr_ratio 1); full (trains every weight, without adapters).
-      init_adapter: start from this run or adapter (ours or PEFT's); its rank, alpha and layers must match lora.*.
+      init_adapter: start from this run, or adapter saved by loraplus or PEFT; its rank, alpha and layers must match
+        lora.*.
       init_adapter_rates: same requires the lr_ratio, policy and weight decay that init_adapter was trained with, if
         recorded; new allows different ones.
       seed: random seed for initialization, shuffling and dropout.
@@ -387,9 +389,11 @@ def _check_task_fields(settings: Settings) -> None:
         defaults = {f.name: f.default for f in dataclasses.fields(values)}
         for name in names:
             if getattr(values, name) != defaults[name]:
-                raise ValueError(f"{section}.{name} requires task {' or '.join(tasks)}, got {settings.task}")
+                raise ValueError(
+                    f"{section}.{name} applies to task {' or '.join(tasks)}, not to {settings.task}; remove it"
+                )
     if settings.data.answers != "all" and settings.task != "instruction":
-        raise ValueError(f"data.answers requires task instruction, got {settings.task}")
+        raise ValueError(f"data.answers applies to task instruction, not to {settings.task}; remove it")
     if settings.train.theory_every is not None and settings.method == "full":
         raise ValueError("train.theory_every requires adapters; method full has none")
     if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:

@@ -21,6 +21,10 @@ def read_yaml(path: Path) -> Any:
     content = path.read_bytes()
     try:
         values = yaml.load(content.decode("utf-8"), _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}{position}: invalid YAML: {error.problem}; check the indentation") from None
     except Exception as error:  # PyYAML raises many types, for example on an invalid tag or date
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if problem := find_problem(values):

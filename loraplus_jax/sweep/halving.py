@@ -127,3 +127,23 @@ def member_steps(counts: Sequence[int], stops: Sequence[int]) -> int:
     """
     lengths = [stop - before for before, stop in zip([0, *stops], stops, strict=False)]
     return sum(count * length for count, length in zip(counts, lengths, strict=True))
+
+
+def planned_member_steps(
+    trials: Sequence[Trial], seeds: int, stops: Sequence[int], keep: float, report_steps: int
+) -> int:
+    """Training steps of a whole sweep if nothing diverges.
+
+    Args:
+      trials: settings of the search.
+      seeds: seeds of the search.
+      stops: steps after which settings are compared.
+      keep: share of each method's settings that is kept.
+      report_steps: steps of all members of the report.
+    """
+    remaining, counts = list(trials), []
+    for _ in stops:
+        counts.append(len(remaining) * seeds)
+        # Which of them go on does not matter here, only how many.
+        _, remaining = split_at_rung({trial: float(n) for n, trial in enumerate(remaining)}, keep)
+    return member_steps(counts, stops) + report_steps

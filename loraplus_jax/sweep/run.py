@@ -38,7 +38,14 @@ from ..training.run_directory import (
 from ..training.signals import Stopped, StopSignal
 from ..training.xla import use_compilation_cache
 from .figures import draw_figures
-from .halving import best_trial, comparison_steps, curve_every, mean_losses, split_at_rung
+from .halving import (
+    best_trial,
+    comparison_steps,
+    curve_every,
+    mean_losses,
+    planned_member_steps,
+    split_at_rung,
+)
 from .population import Members, Population, prepare_population
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
 from .settings import ARM_LABELS, MAY_CHANGE, METHODS, SweepRun, Trial
@@ -106,6 +113,10 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
             manager.close()
 
 
+TIMED_STEP = 3
+"""The step that is timed for the estimate of minutes; the first ones are slower."""
+
+
 class Sweep:
     """One sweep, from its start or newest checkpoint to its report."""
 
@@ -141,8 +152,11 @@ class Sweep:
         while stops := self.stops():
             stop = stops[0]
             while self.step < stop:
+                began = time.perf_counter()
                 self.slots.step(self.next_batches())
                 self.step, self.clock = self.step + 1, self.clock + 1
+                if self.stage == "search" and self.step == TIMED_STEP:
+                    self.print_estimate(time.perf_counter() - began)
                 should_save = self.step % self.run.train.eval_every == 0 or signal.received is not None
                 if should_save and self.step < stop:
                     self.save()
@@ -151,6 +165,19 @@ class Sweep:
             if self.stage == "report" or self.stops():
                 self.save()
                 self.end_if(signal)
+
+    def print_estimate(self, seconds: float) -> None:
+        """Prints how long training will take, from the seconds of one step of all members of the search."""
+        run, steps = self.run, self.population.steps
+        total = planned_member_steps(
+            run.trials,
+            len(run.seeds),
+            comparison_steps(run.sweep, steps),
+            run.sweep.keep,
+            len(run.arms) * len(run.report_seeds) * steps,
+        )
+        minutes = total * seconds / len(self.entries) / 60
+        self.console.print(f"about {minutes:.0f} minutes for {total:,} training steps, plus evaluations")
 
     # Stages.
 

@@ -216,7 +216,7 @@ class SweepRun(Settings):
     def shared_optimizer(self) -> OptimizerSettings:
         """Optimizer settings that all members share.
 
-        An encoder's new head trains at the recipe's learning rate, whatever eta_A a member tries. For the same
+        An encoder's new head trains at the recipe's learning rate, for every eta_A that members try. For the same
         eta_B, eta_A is larger for LoRA than for LoRA+; a head at eta_A would confound its own rate with the method.
         """
         if self.is_language or self.optimizer.head_learning_rate is not None:

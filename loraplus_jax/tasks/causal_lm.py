@@ -22,7 +22,7 @@ from ..data.packing import pack, pad
 from ..data.splits import split_files, split_texts
 from ..models.hf import load_config
 from ..models.llama import SHARDING, Llama, name_table, tensor_sizes
-from ..models.llama_config import LlamaConfig
+from ..models.llama_config import MODEL_TYPES, LlamaConfig
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..sharding import batch_parts
@@ -90,8 +90,14 @@ def tokenizer_and_template(
 
 
 def model_config(directory: Path) -> LlamaConfig:
-    """Loads the config of a model directory or GGUF file."""
-    return LlamaConfig.from_hf(load_config(directory))
+    """Loads the config of a model directory or GGUF file; raises ValueError unless it is a language model."""
+    config = load_config(directory)
+    if (kind := config.get("model_type")) not in MODEL_TYPES:
+        raise ValueError(
+            f"{directory} is of model_type {kind!r:.80}, not a language model ({', '.join(MODEL_TYPES)}); "
+            "an encoder takes task classification or regression, and loraplus predict"
+        )
+    return LlamaConfig.from_hf(config)
 
 
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:

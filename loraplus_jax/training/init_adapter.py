@@ -21,7 +21,7 @@ from ..settings.schema import Settings
 from ..spec import specs_from_json
 from ..tasks.interface import AdaptedModel
 from ..tree import combine, flatten, unflatten
-from .run_directory import ADAPTER
+from .run_directory import ADAPTER, describe_unfinished
 
 PREFIXES = ("model.", "bert.", "roberta.")
 """The prefixes that transformers puts before module names in models with a head, by model family."""
@@ -34,6 +34,19 @@ def find_adapter(path: Path) -> Path | None:
     candidates = (path / ADAPTER, path)
     return next(
         (directory for directory in candidates for name in names if (directory / name).is_file()), None
+    )
+
+
+def require_adapter(path: Path, also: str = "") -> Path:
+    """Like `find_adapter`, but raises FileNotFoundError if there is none; `also` names other accepted contents."""
+    if (directory := find_adapter(path)) is not None:
+        return directory
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    raise FileNotFoundError(
+        describe_unfinished(path)
+        or f"{path} contains no finished run, no adapter ({adapter_files.DESCRIPTION_FILE}) and no PEFT adapter "
+        f"({peft_files.OPTIONS}){also}"
     )
 
 
@@ -210,13 +223,10 @@ def load_init_adapter(
 
 
 def _init_adapter_directory(settings: Settings) -> Path:
-    path = Path(settings.init_adapter or "").expanduser()
-    if (directory := find_adapter(path)) is None:
-        raise ValueError(
-            f"init_adapter: no adapter found in {path}; expected a finished run, or a directory with "
-            f"{adapter_files.DESCRIPTION_FILE} or PEFT's {peft_files.OPTIONS}"
-        )
-    return directory
+    try:
+        return require_adapter(Path(settings.init_adapter or "").expanduser())
+    except FileNotFoundError as error:
+        raise ValueError(f"init_adapter: {error}") from None
 
 
 def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:

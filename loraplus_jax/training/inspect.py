@@ -2,7 +2,8 @@
 
 from ..optim.diagnostics import describe
 from ..settings.schema import Settings
-from .setup import abstract_run
+from .init_adapter import check_init_adapter
+from .setup import abstract_run, params_of
 
 
 def inspect(settings: Settings) -> str:
@@ -17,9 +18,15 @@ def inspect(settings: Settings) -> str:
             "--distributed.coordinator null to inspect the run with the local devices"
         )
     run = abstract_run(settings)
+    if settings.init_adapter is not None:
+        check_init_adapter(settings, run.shapes, params_of(run.shapes), run.data.task)
     peak = settings.optimizer.warmup_steps
     parts = run.shapes
     table = describe(parts.trainable, run.tx, parts.specs, frozen=parts.frozen, step=peak)
+    adapted = next((spec.layers for spec in parts.specs.values() if spec.layers is not None), None)
+    if adapted is not None:
+        layers = ", ".join(map(str, adapted))
+        table += f"\nlora.layers_to_transform: only layers {layers} are adapted, the others stay zero"
     sizes = ", ".join(f"{size:,} {name}" for name, size in run.data.examples.items())
     steps = f"{run.steps} steps of batch size {settings.train.batch_size}"
     return f"{table}\n{steps}; learning rates at step {peak}; data: {sizes}"

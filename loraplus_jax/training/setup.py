@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -205,7 +206,13 @@ def add_adapters(
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
     specs: Specs = {}
     if config is not None:
-        lora, specs = make_adapters(model, lora_key, *base.inputs)
+        try:
+            lora, specs = make_adapters(model, lora_key, *base.inputs)
+        except ValueError as error:
+            # The library names a field of its config; in the settings it is one of a section.
+            if re.split(r"\W", str(error))[0] in config.to_json():
+                raise ValueError(f"lora.{error}") from None
+            raise
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
     return AdaptedModel(base, model, specs, _float32(trainable), frozen)

@@ -126,7 +126,7 @@ class Trainer:
         self.task, self.settings = run.data.task, run.settings.train
         self.stop = StopSignal()
         self.history = SpikeHistory()
-        self.evaluation_pending = False  # whether the newest checkpoint still lacks its evaluation
+        self.evaluation_pending = False  # of the newest checkpoint
         key = jax.random.fold_in(jax.random.key(run.settings.seed), 1)
         self.frozen = distribute(run.parts.frozen, run.shardings.frozen)
         self.initial = distribute(run.parts.trainable, run.shardings.state.trainable)

@@ -341,7 +341,7 @@ CASES = [
     Case("batch_size 0", ("batch_size", 0), (*ASK, "--batch_size", "0")),
     Case("seed negative", ("seed", -1), (*ASK, "--temperature", "1", "--seed", "-1")),
     Case("a seed without a temperature", ("--seed", "--temperature"), (*ASK, "--seed", "1")),
-    Case("generate from nothing", ("--prompt or --data",), ("generate", "{dir}/model")),
+    Case("generate from nothing", ("--prompt", "--data"), ("generate", "{dir}/model")),
     Case("generate from both", ("--prompt or --data",), (*ASK, "--data", "{dir}/chats.jsonl")),
     Case("generate for an empty prompt", ("prompt", "empty"), ("generate", "{dir}/model", "--prompt", " ")),
     Case(

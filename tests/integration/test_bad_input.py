@@ -569,8 +569,12 @@ CASES = [
         ("'minilmm'", "'minilm'"),
         ("fetch", "minilmm"),
     ),
-    Case("eval of no run", ("model", "adapter", "adapter.safetensors"), ("eval", "{dir}/model")),
-    Case("eval of nothing", ("nowhere",), ("eval", "nowhere")),
+    Case(
+        "eval of no run",
+        ("model", "adapter.json", "adapter_config.json", "loraplus.json"),
+        ("eval", "{dir}/model"),
+    ),
+    Case("eval of nothing", ("nowhere", "does not exist"), ("eval", "nowhere")),
     Case(
         "eval with an unknown option",
         ("eval", "--lora.rank 3"),

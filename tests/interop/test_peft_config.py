@@ -61,3 +61,23 @@ def test_options_that_are_off_or_without_effect_are_accepted(tmp_path):
     options = read_options(path)
     assert [options.rank_of(n) for n in ("x.layers.0.q", "y.q", "my_q")] == [2, 3, 4]
     assert options.scale_of("x.layers.0.q") == 4.0
+
+
+@pytest.mark.parametrize(
+    ("targets", "excluded", "idle"),
+    [
+        (["q", "k"], None, ["k"]),
+        (["q", "k"], ["k"], []),
+        (["q", "attn.k"], ["k"], []),
+        (["q", "k"], r".*\.attn\.k", []),
+        (["q", "k", "v"], ["k"], ["v"]),
+        ("all-linear", ["k"], []),
+        (r".*\.(q|k)", r".*\.k", []),
+        (r".*\.k", None, [r".*\.k"]),
+    ],
+)
+def test_targets_without_factors_are_those_that_exclude_modules_does_not_name(
+    targets, excluded, idle, tmp_path
+):
+    options = read_options(options_file(tmp_path, target_modules=targets, exclude_modules=excluded))
+    assert options.missing_targets(["layers.0.attn.q", "layers.1.attn.q"]) == idle

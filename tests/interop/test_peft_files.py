@@ -366,6 +366,20 @@ def test_kernels_of_unknown_axes_are_never_transposed_by_guess(tmp_path):
     )
 
 
+def test_a_target_that_exclude_modules_names_needs_no_factors(tmp_path):
+    config, lora, specs, params = net(target_modules=["fc"])
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    (tmp_path / "a/loraplus.json").unlink()
+    path = tmp_path / "a/adapter_config.json"
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps(options | {"target_modules": ["fc", "k_proj"]}))
+    with pytest.raises(ValueError, match=mentions("target_modules", "'k_proj'")):
+        load_peft(tmp_path / "a", specs, PATHS, params=params)
+    path.write_text(json.dumps(options | {"target_modules": ["fc", "k_proj"], "exclude_modules": ["k_proj"]}))
+    again = load_peft(tmp_path / "a", specs, PATHS, params=params).lora
+    jax.tree.map(np.testing.assert_array_equal, again, lora)
+
+
 def test_missing_and_left_over_factors_are_all_listed(tmp_path):
     config, lora, specs, _ = net()
     save_peft(tmp_path / "a", lora, specs, config, PATHS)

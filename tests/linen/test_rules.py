@@ -230,6 +230,8 @@ def test_patterns_give_ranks_and_scales_by_path():
             mentions("exclude_modules", "'downn'", "'down'"),
         ),
         (Stack(), config("up", exclude_modules=["down"]), mentions("exclude_modules", "'down'")),
+        (Stack(), config(target_modules="up"), mentions("target_modules", "'up'", "[up]", "regular")),
+        (Stack(), config("up", exclude_modules="up"), mentions("exclude_modules", "'up'", "[up]", "regular")),
         (
             Stack(),
             config("up", exclude_modules=["up"]),

@@ -65,11 +65,11 @@ def test_both_factors_follow_every_schedule(name):
         ("step", {}, mentions("schedule", "constant", "linear", "cosine", "wsd", "'step'")),
         ("linear", {"decay_steps": 3}, mentions("decay_steps", "wsd", "linear", 3)),
         ("constant", {"final_fraction": 0.1}, mentions("final_fraction", "constant", 0.1)),
-        ("linear", {"warmup_steps": 10}, mentions("warm-up", "10 steps")),
+        ("linear", {"warmup_steps": 10}, mentions("steps", "warmup_steps", 10)),
         (
             "wsd",
             {"warmup_steps": 4, "decay_steps": 7},
-            mentions(4, "warm-up", 7, "decay", "10 steps"),
+            mentions("steps", "warmup_steps", 4, "decay_steps", 7, 10),
         ),
         ("linear", {"final_fraction": 1.0}, mentions("final_fraction", 1, 1.0)),
     ],

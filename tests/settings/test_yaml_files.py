@@ -25,7 +25,7 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
         ("a: " + "[" * 3000 + "]" * 3000, ["config.yaml", "YAML", "recursion"]),
         ("a: " + "[" * 150 + "]" * 150, ["config.yaml", 100]),
         ('a: "\\ud800"\n', ["config.yaml", "surrogate"]),
-        ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml", "YAML", "aliases", "line 2"]),
+        ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml:2:5", "YAML", "aliases"]),
         ("a: 1" + " " * 2**16, ["config.yaml", 65540, 65536]),
     ],
 )

@@ -10,6 +10,7 @@ from loraplus_jax.sweep.halving import (
     comparison_steps,
     mean_losses,
     member_steps,
+    planned_member_steps,
     split_at_rung,
     survivors,
 )
@@ -132,3 +133,10 @@ def test_more_members_at_once_only_while_it_pays():
     assert asked == [1, 2, 4]
     assert fastest_batch_size(lambda size: 1 / size, 6) == 4
     assert fastest_batch_size(lambda size: math.inf if size > 1 else 1.0, 6) == 1
+
+
+def test_the_plan_of_a_sweep_counts_as_it_trains():
+    # 8 settings of two methods to step 4, 2 of each to 16, and 6 members of the report for 16 steps.
+    trials = [Trial(10.0**-n, ratio, 16.0, 8) for ratio in (1.0, 4.0) for n in range(4)]
+    assert planned_member_steps(trials, 1, [4, 16], 0.5, 6 * 16) == 8 * 4 + 4 * 12 + 96
+    assert planned_member_steps(trials, 2, [16], 0.5, 0) == 2 * 8 * 16

@@ -272,8 +272,8 @@ class GgufWeights:
             if name != ROPE:
                 attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
                 heads = 0
-                # Only llama's converter interleaves the halves.
-                if attention and sizes["model_type"] == "llama":
+                # llama.cpp interleaves the halves only for its llama architecture, which Mistral shares.
+                if attention and file.architecture == "llama":
                     heads = sizes["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
                 self._views[ours] = View(file, tensor, heads)
 

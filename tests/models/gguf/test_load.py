@@ -120,14 +120,18 @@ def interleaved(rows, heads):
     )
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
-def test_tensors_arrive_under_hugging_faces_names_and_in_its_order(tmp_path, arch):
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("llama", {}), ("llama", {"attention__sliding_window": 32}), ("qwen2", {}), ("qwen3", {})],
+    ids=["llama", "mistral", "qwen2", "qwen3"],
+)
+def test_tensors_arrive_under_hugging_faces_names_and_in_its_order(tmp_path, arch, options):
     content = tensors(head=True, bias=arch == "qwen2", qk_norm=arch == "qwen3")
     stored = dict(content)
     for name in content:
         if arch == "llama" and re.search(r"attn_[qk]\.", name):
             stored[name] = interleaved(content[name], HEADS if "attn_q" in name else KEY_HEADS)
-    path = write(tmp_path / "m.gguf", stored, metadata(arch), arch)
+    path = write(tmp_path / "m.gguf", stored, metadata(arch, **options), arch)
     params = load_params(tmp_path, *model(path))
     layers = params["layers"]
     for layer in range(2):
