@@ -576,6 +576,11 @@ CASES = [
     ),
     Case("eval of nothing", ("nowhere", "does not exist"), ("eval", "nowhere")),
     Case(
+        "inspect with an adapter that is not there",
+        ("init_adapter", "nowhere", "does not exist"),
+        ("inspect", "{dir}/config.yaml", "--init_adapter", "nowhere"),
+    ),
+    Case(
         "eval with an unknown option",
         ("eval", "--lora.rank 3"),
         (*EVAL, "--lora.rank", "3"),

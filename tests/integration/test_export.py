@@ -109,6 +109,12 @@ def test_a_language_model_exported_answers_the_same(finished_talk, tmp_path, cap
     assert config["task_type"] == "CAUSAL_LM"
     assert config["base_model_name_or_path"] == str(finished_talk.model)
     assert config["r"] == 4
+    printed(
+        capsys, "export", finished_talk.out, "--to", tmp_path / "named", "--base_model", "someone/tiny-llama"
+    )
+    config = json.loads((tmp_path / "named/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "someone/tiny-llama"
+    assert "'someone/tiny-llama'" in (tmp_path / "named/README.md").read_text()
 
 
 def test_a_model_from_gguf_goes_out_as_both_formats(talk, tmp_path, capsys):

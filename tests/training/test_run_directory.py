@@ -13,6 +13,7 @@ from rich.console import Console
 
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, DataSettings, ModelSettings, Settings
+from loraplus_jax.training.init_adapter import require_adapter
 from loraplus_jax.training.run_directory import archive_results, check_directory, lock_directory, rename_run
 
 from ..messages import assert_mentions, mentions
@@ -311,3 +312,18 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
         assert not directory.exists()
         assert (tmp_path / f"run.v2.{number}" / "mark").read_text() == str(number)
         assert f"{directory}.{number}" in text.getvalue()
+
+
+def test_an_unfinished_run_says_how_far_it_got(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints/110").mkdir(parents=True)
+    (run / "checkpoints/50").mkdir()
+    (run / "config.yaml").write_text("train: {steps: 400}\n")
+    with pytest.raises(FileNotFoundError, match=mentions("run", 110, 400, "train")):
+        require_adapter(run)
+    (run / "config.yaml").write_text("train: {epochs: 2.0}\n")
+    with pytest.raises(FileNotFoundError, match=mentions("step", 110)):
+        require_adapter(run)
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=mentions("adapter.json", "adapter_config.json")):
+        require_adapter(run)
