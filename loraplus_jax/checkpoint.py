@@ -182,6 +182,11 @@ def save_checkpoint(
     manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
 
 
+def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
+    return _read_json_items(manager, step)["metadata"]
+
+
 def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
     """Adds the metrics of a pending evaluation to a checkpoint that was saved without metrics, atomically."""
     path = Path(manager.directory) / str(step) / "metrics" / "metrics"  # the file that orbax writes

@@ -13,7 +13,12 @@ TRACEBACK = "LORAPLUS_TRACEBACK"
 WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect", "plan"), ("--fresh", "--help", "-h")
 RUN_HELP = "finished run, adapter directory or merged model"
 PEFT_CONFIG_HELP = "for a PEFT adapter: a training config with the same data and task"
-OPTIONS = {"plan": ("--topology", "--json")}
+ALLOW = "--allow_different"
+ALLOW_HELP = (
+    "part that may differ from what the run was made with, such as base.config or tokenizer; repeatable (an error "
+    "names the part)"
+)
+OPTIONS = {"plan": ("--topology", "--json"), "train": (ALLOW,), "sweep": (ALLOW,)}
 """Options that take a value and are not settings, by command."""
 
 
@@ -100,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("-h", "--help", action="store_true")
     for command in (train, sweep):
         command.add_argument("--fresh", action="store_true")
+        command.add_argument(ALLOW, action="append", default=[])
     plan.add_argument("--topology", metavar="NAME", help="TPU topology to compile for, such as v5e:16x16")
     plan.add_argument("--json", metavar="FILE", type=Path, help="also write the plan to FILE as JSON")
     evaluate = add("eval", _eval, "evaluate a finished run or adapter")
@@ -121,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     _generate_options(generate)
     export = add("export", _export, "export a run's adapter for PEFT, or the merged model")
     _export_options(export)
+    for command in (evaluate, predict, generate, export):
+        command.add_argument(ALLOW, action="append", default=[], metavar="PART", help=ALLOW_HELP)
     fetch = add("fetch", _fetch, "download a model or dataset by name; without a name, list all")
     fetch.add_argument("name", nargs="?", metavar="NAME", help="model or dataset to download")
     return parser
@@ -177,7 +185,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> None:
     from .settings.parsing import parse_settings
     from .training.trainer import train
 
-    _run(options, lambda: train(parse_settings(options.config, overrides), fresh=options.fresh))
+    _run(options, train, lambda: parse_settings(options.config, overrides))
 
 
 def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -188,17 +196,19 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     from .settings.parsing import parse_settings
     from .sweep.run import sweep
 
-    _run(options, lambda: sweep(parse_settings(options.config, overrides, SweepRun), fresh=options.fresh))
+    _run(options, sweep, lambda: parse_settings(options.config, overrides, SweepRun))
 
 
-def _run(options: argparse.Namespace, training: Callable[[], object]) -> None:
+def _run(
+    options: argparse.Namespace, training: Callable[..., object], settings: Callable[[], object]
+) -> None:
     """Runs training; sets the exit code if it is stopped or fails."""
     from .training.anomalies import TrainingFailed
     from .training.distributed import LostProcess
     from .training.signals import Stopped
 
     try:
-        training()
+        training(settings(), fresh=options.fresh, allow_different=options.allow_different)
     except Stopped as stop:
         options.code = _report(str(stop), 128 + stop.signal_number)
     except TrainingFailed as failure:
@@ -246,7 +256,7 @@ def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:
 def _eval(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.predict import evaluate_run
 
-    keywords = {name: getattr(options, name) for name in ("split", "data", "config")}
+    keywords = {name: getattr(options, name) for name in ("split", "data", "config", "allow_different")}
     print(json.dumps(evaluate_run(options.run_directory, **keywords), indent=1))
 
 
@@ -257,7 +267,13 @@ def _predict(options: argparse.Namespace, _: list[str]) -> None:
         check_output(options.output)
     if bool(options.text) == bool(options.data):
         raise ValueError("predict requires exactly one of --text or --data")
-    rows = predict_run(options.run_directory, texts=options.text, data=options.data, config=options.config)
+    rows = predict_run(
+        options.run_directory,
+        texts=options.text,
+        data=options.data,
+        config=options.config,
+        allow_different=options.allow_different,
+    )
     if options.output is not None:
         write_predictions(options.output, rows)
     else:
@@ -282,6 +298,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         "template",
         "dtype",
         "config",
+        "allow_different",
     )
     keywords = {name: getattr(options, name) for name in names}
     rows = generate_answers(options.model, prompts=options.prompt, **keywords)
@@ -295,7 +312,8 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.export import export_run
 
-    keywords = {name: getattr(options, name) for name in ("merged", "format", "dtype", "base_model")}
+    names = ("merged", "format", "dtype", "base_model", "allow_different")
+    keywords = {name: getattr(options, name) for name in names}
     print(export_run(options.run_directory, options.to, **keywords))
 
 

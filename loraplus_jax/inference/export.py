@@ -1,7 +1,7 @@
 """`loraplus export`: writes a PEFT adapter, or a merged model with the adapter in its weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from ..models.hf import check_params, load_params
 from ..models.merged import CheckpointMerge
 from ..settings.schema import Settings
 from ..tasks.interface import AdaptedModel
+from ..training.identity import Identity, check_allowed, check_identity, model_identity
 from ..training.init_adapter import (
     read_adapter,
     read_notes,
@@ -44,7 +45,8 @@ class _Source(NamedTuple):
       parts: the model, with shapes instead of weights.
       notes: metadata of the adapter.
       base: path of the base model.
-      fingerprint: fingerprint of the base that the adapter was trained on.
+      identity: identity of the base model and of the training data.
+      allow: parts of the identity that may differ from the adapter's.
     """
 
     settings: Settings
@@ -53,7 +55,8 @@ class _Source(NamedTuple):
     parts: AdaptedModel
     notes: Mapping[str, Any]
     base: Path
-    fingerprint: str | None
+    identity: Identity
+    allow: Sequence[str]
 
 
 def export_run(
@@ -64,6 +67,7 @@ def export_run(
     format: str | None = None,
     dtype: str | None = None,
     base_model: str | None = None,
+    allow_different: Sequence[str] = (),
 ) -> str:
     """Exports a run to a new directory, atomically, and returns a one-line summary.
 
@@ -74,6 +78,7 @@ def export_run(
       format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.
       dtype: dtype of a merged model's weights, see `DTYPES`; by default the base's for hf, float16 for gguf.
       base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path.
+      allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
 
     Raises:
       ValueError, OSError: options or files do not match, a file cannot be read, or `to` exists.
@@ -88,7 +93,7 @@ def export_run(
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
     if to.exists():
         raise ValueError(f"--to: {to} already exists; choose a new directory")
-    source = _open_source(place)
+    source = _open_source(place, allow_different)
     if format == "gguf" and gguf.find(source.base) is None:
         raise ValueError(
             f"--format gguf requires a GGUF base model, got {source.base}; use --format hf and convert "
@@ -97,7 +102,8 @@ def export_run(
     return _write_merged(source, to, format, dtype) if merged else _write_peft(source, to, base_model)
 
 
-def _open_source(path: Path) -> _Source:
+def _open_source(path: Path, allow: Sequence[str]) -> _Source:
+    check_allowed(allow)
     directory = require_adapter(path)
     notes = read_notes(directory)
     if not {"settings", "task", "base"} <= notes.keys():
@@ -105,9 +111,12 @@ def _open_source(path: Path) -> _Source:
     settings, task = settings_and_task(directory, notes)
     config = saved_config(directory)
     base = resolve(settings.model.path, "model")
+    identity = model_identity(settings, base, task)
+    check_identity(directory, notes, identity, allow=allow)
     parts = build_model(settings, base, task, config)
     adapter = read_adapter(directory, parts, params_of(parts))
-    return _Source(settings, task, adapter, parts, notes, base, notes["base"])
+    identity = {**notes.get("identity", {}), **identity}  # with the data's
+    return _Source(settings, task, adapter, parts, notes, base, identity, allow)
 
 
 def _write_peft(source: _Source, to: Path, base_model: str | None) -> str:
@@ -128,12 +137,13 @@ def _write_peft(source: _Source, to: Path, base_model: str | None) -> str:
         export.path_map(source.parts.base.table, form),
         extras=unflatten(head_leaves | flatten(extras)),
         own=own,
-        base=source.fingerprint,
+        base=source.notes["base"],
         base_model=base,
         task_type=form.task_type,
         readme=_readme(source, form, _USE_ADAPTER, base),
         settings=source.notes["settings"],
         task=source.notes["task"],
+        identity=source.identity,
     )
     count = len(source.adapter.specs)
     return f"{to}: PEFT adapter for {count} kinds of layers; README.md shows how to load it"
@@ -146,14 +156,6 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
     form = transformers_class_of(parts)
     extras, own = _split_extras(source, form)
     merge = CheckpointMerge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
-    notes = describe_run(
-        adapter.specs,
-        adapter.config,
-        base=source.fingerprint,
-        merged=True,
-        settings=source.notes["settings"],
-        task=source.notes["task"],
-    )
     with new_directory(to.resolve()) as partial:
         if format == "gguf":
             gguf_export.write_gguf(partial / "model.gguf", source.base, merge, dtype or "float16")
@@ -168,6 +170,16 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
         (partial / "README.md").write_text(_readme(source, form, use, ""), encoding="utf-8")
         if own:
             (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))
+        # The merged model is a base model of its own.
+        identity = {**source.identity, **model_identity(source.settings, partial, source.task)}
+        notes = describe_run(
+            adapter.specs,
+            adapter.config,
+            merged=True,
+            settings=source.notes["settings"],
+            task=source.notes["task"],
+            identity=identity,
+        )
         (partial / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in partial.iterdir())
     return f"{to}: merged model, {size / 1e6:,.1f} MB"
@@ -200,11 +212,8 @@ def _base_leaves(source: _Source, modules: list[str]) -> dict[str, np.ndarray]:
 
     if frozen:
         load_params(source.base, parts.base.table, shapes, new=parts.base.new, place=visit)
-        if (digest := digest_of_lines(lines)) != source.fingerprint:
-            raise ValueError(
-                f"{source.base} has fingerprint {digest}, but the adapter was trained on a base with "
-                f"{source.fingerprint}; restore that base"
-            )
+        weights = digest_of_lines(lines)
+        check_identity(source.base, source.notes, {}, weights=weights, allow=source.allow)
     return leaves
 
 

@@ -38,6 +38,7 @@ def generate_answers(
     template: str | None = None,
     dtype: Dtype | None = None,
     config: str | None = None,
+    allow_different: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """Generates an answer to each prompt, as `{"prompt": ..., "answer": ...}`.
 
@@ -52,6 +53,7 @@ def generate_answers(
       batch_size: conversations per batch.
       template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
       config: a training config, for a PEFT adapter whose base model is not where the adapter says.
+      allow_different: parts of the base model that may differ from what a run was trained on, see `PARTS`.
 
     Raises:
       ValueError, OSError: an argument is missing or out of range, or a file cannot be read.
@@ -74,7 +76,7 @@ def generate_answers(
     check_int("seed", seed, at_least=0)
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("--prompt and --system must not be empty")
-    settings, directory, task, model, variables = _open_model(place, template, dtype, config)
+    settings, directory, task, model, variables = _open_model(place, template, dtype, config, allow_different)
     chats = _chats(prompts, data, system, settings)
     chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens)
     variables = replicate(make_mesh(1), variables)
@@ -97,7 +99,7 @@ def _chats(
 
 
 def _open_model(
-    source: str, template: str | None, dtype: Dtype | None, config: str | None
+    source: str, template: str | None, dtype: Dtype | None, config: str | None, allow_different: Sequence[str]
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
     """Settings, base, task, model and variables of a run, an adapter, or a model without adapters."""
     path = Path(source).expanduser()
@@ -107,7 +109,7 @@ def _open_model(
     if directory is not None or (path / NOTES_FILE).is_file():
         if template is not None or dtype is not None:
             raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
-        tuned = load_tuned(path, config)
+        tuned = load_tuned(path, config, allow_different)
         if not tuned.settings.is_language:
             raise ValueError(f"{source} is an encoder for {tuned.settings.task}; use loraplus predict")
         variables = combine(tuned.parts.trainable, tuned.parts.frozen)

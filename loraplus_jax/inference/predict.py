@@ -28,9 +28,9 @@ from ..tasks.interface import AdaptedModel
 from ..tasks.language_losses import LanguageTask
 from ..train_step import make_eval
 from ..training.evaluation import evaluate
+from ..training.identity import check_allowed, check_identity, model_identity
 from ..training.init_adapter import (
     adapter_config,
-    check_base,
     find_adapter,
     is_peft,
     merged_table,
@@ -54,27 +54,31 @@ class TunedModel(NamedTuple):
       task: task that it was trained for.
       parts: model and variables.
       base: directory or file of the base model.
+      notes: metadata of the adapter or the merged model.
     """
 
     settings: Settings
     task: Any
     parts: AdaptedModel
     base: Path
+    notes: Mapping[str, Any]
 
 
-def load_tuned(place: Path, config: str | None = None) -> TunedModel:
+def load_tuned(place: Path, config: str | None = None, allow_different: Sequence[str] = ()) -> TunedModel:
     """Loads a run's output directory, an adapter of either format, or a merged model that `export_run` wrote.
 
     Args:
       place: the directory.
       config: a training config, for a PEFT adapter; supplies the model, the data and the task.
+      allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
 
     Raises:
       ValueError, OSError: the directory is none of these or is damaged, or the base model has changed.
     """
+    check_allowed(allow_different)
     directory = find_adapter(place)
     if directory is None and (place / NOTES_FILE).is_file():
-        return _load_merged(place, config)
+        return _load_merged(place, config, allow_different)
     directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
     notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
@@ -94,13 +98,15 @@ def load_tuned(place: Path, config: str | None = None) -> TunedModel:
             else "use a run or adapter from loraplus train"
         )
         raise ValueError(f"{directory} has no training settings; {advice}")
+    check_identity(directory, notes, model_identity(settings, base, task), allow=allow_different)
     parts = load_model(settings, base, build_model(settings, base, task, lora_config), lora_config)
-    check_base(directory, fingerprint(parts.frozen) if parts.frozen else None, base)
+    weights = fingerprint(parts.frozen) if parts.frozen else None
+    check_identity(directory, notes, {}, weights=weights, allow=allow_different)
     adapter = read_adapter(directory, parts, params_of(parts))
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: tensor shapes do not match the model that its settings describe")
-    return TunedModel(settings, task, parts._replace(trainable=trainable), base)
+    return TunedModel(settings, task, parts._replace(trainable=trainable), base, notes)
 
 
 def settings_and_task(
@@ -125,7 +131,7 @@ def settings_with_adapter(directory: Path, settings: Settings, base: Path, task:
     return dataclasses.replace(settings, method="lora_plus", lora=adapter_config(directory, parts))
 
 
-def _load_merged(directory: Path, config: str | None) -> TunedModel:
+def _load_merged(directory: Path, config: str | None, allow_different: Sequence[str]) -> TunedModel:
     """Loads a merged model, which has no adapters."""
     notes = peft_notes(directory) or {}
     if not {"merged", "settings", "task"} <= notes.keys():
@@ -135,6 +141,7 @@ def _load_merged(directory: Path, config: str | None) -> TunedModel:
         )
     settings, task = settings_and_task(directory, notes, config)
     settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(directory)))
+    check_identity(directory, notes, model_identity(settings, directory, task), allow=allow_different)
     parts = base_parts(settings, directory, task)
     own_file = directory / OWN_TENSORS_FILE
     own_tensors = flatten(read_tensors(own_file)) if own_file.is_file() else {}
@@ -142,11 +149,16 @@ def _load_merged(directory: Path, config: str | None) -> TunedModel:
     shapes = jax.eval_shape(parts.model.init, jax.random.key(0), *parts.base.inputs)["params"]
     params = load_params(directory, table, shapes, new=parts.base.new if own_tensors else ())
     variables = combine({"params": params}, unflatten(own_tensors)) if own_tensors else {"params": params}
-    return TunedModel(settings, task, parts._replace(frozen=variables), directory)
+    return TunedModel(settings, task, parts._replace(frozen=variables), directory, notes)
 
 
 def evaluate_run(
-    directory: Path, *, split: str | None = None, data: str | None = None, config: str | None = None
+    directory: Path,
+    *,
+    split: str | None = None,
+    data: str | None = None,
+    config: str | None = None,
+    allow_different: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Metrics on a split of the run's data, or on another labelled file with the same columns.
 
@@ -155,7 +167,7 @@ def evaluate_run(
     """
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
-    tuned = load_tuned(directory, config)
+    tuned = load_tuned(directory, config, allow_different)
     settings, module = tuned.settings, task_module(tuned.settings)
     splits = ("train", "validation", "test")
     if split is not None and split not in splits:
@@ -164,11 +176,13 @@ def evaluate_run(
             f"{suggest(split, splits, fallback=False)}"
         )
     try:
-        arrays, examples = module.load_split(settings, tuned.base, tuned.task, split, data)
+        arrays, examples, digest = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
             f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
         ) from None
+    if data is None:
+        check_identity(directory, tuned.notes, {"data": {split or "test": digest}}, allow=allow_different)
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
     eval_fn = make_eval(module.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
@@ -177,14 +191,19 @@ def evaluate_run(
 
 
 def predict_run(
-    directory: Path, *, texts: Sequence[str] = (), data: str | None = None, config: str | None = None
+    directory: Path,
+    *,
+    texts: Sequence[str] = (),
+    data: str | None = None,
+    config: str | None = None,
+    allow_different: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Predictions for `texts`, or for a file with the run's text columns (labels not needed).
 
     Raises:
       ValueError, OSError: there is no text, the file cannot be read, or the run is a language model.
     """
-    tuned = load_tuned(directory, config)
+    tuned = load_tuned(directory, config, allow_different)
     if tuned.settings.is_language:
         raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
     pairs: tuple[str, ...] | None = None

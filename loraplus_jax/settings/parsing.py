@@ -17,10 +17,14 @@ from .yaml_files import read_word, read_yaml
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
-_FRESH = {"--fresh": "start over; an existing run in output_dir is renamed, not deleted"}
+_RUN_OPTIONS = {
+    "--fresh": "start over; an existing run in output_dir is renamed, not deleted",
+    "--allow_different PART": "part of the base model or data that may differ from the run to resume, or from "
+    "init_adapter; repeatable",
+}
 _COMMAND_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "train": _FRESH,
-    "sweep": _FRESH,
+    "train": _RUN_OPTIONS,
+    "sweep": _RUN_OPTIONS,
     "plan": {
         "--topology NAME": "TPU topology to compile for, such as v5e:16x16",
         "--json FILE": "also write the plan to FILE as JSON; FILE must not exist",

@@ -18,7 +18,6 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..checkpoint import describe_run, fingerprint
-from ..data.batches import digest
 from ..data.fetch import resolve
 from ..lora import SCALE, scale_variables
 from ..models.hf import check_params, load_params
@@ -28,6 +27,7 @@ from ..sharding import make_mesh, replicate
 from ..spec import Specs
 from ..tasks.interface import AdaptedModel, Losses, TaskData, row_count
 from ..train_step import LossFn, TrainState, init_state, make_eval, make_step
+from ..training.identity import model_identity
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.setup import build_model, count_steps, params_of, set_weights, task_module
@@ -140,7 +140,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         base=fingerprint(parts.frozen) if parts.frozen else None,
         settings=split_settings(run.to_json(), "", MAY_CHANGE)[0],
         task=data.task.notes(),
-        data=digest(data.splits),
+        identity=model_identity(run, directory, data.task) | {"data": data.digests},
     )
     return Population(run, data, parts, steps, mesh, at_once, chunk, programs, first, metadata)
 

@@ -24,6 +24,7 @@ from ..data.fetch import cache_dir
 from ..settings.schema import TrainSettings
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
+from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY, write_text
 from ..training.run_directory import (
     CHECKPOINTS,
@@ -65,12 +66,19 @@ class MemberSpec(NamedTuple):
     seed: int
 
 
-def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
+def sweep(
+    run: SweepRun,
+    *,
+    fresh: bool = False,
+    allow_different: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Runs search and report and writes all results to `run.output_dir`; resumes an unfinished sweep there.
 
     Args:
       run: settings of the sweep.
       fresh: start over; an older sweep there is renamed, not deleted.
+      allow_different: parts of the base model or data that may differ from those of the sweep to resume.
       console: where to print.
 
     Returns:
@@ -81,6 +89,7 @@ def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None)
       Stopped: SIGTERM or Ctrl-C, after saving the progress.
       TrainingFailed: every setting of LoRA, or of LoRA+, diverged; `report.json` has the results so far.
     """
+    check_allowed(allow_different)
     console = console or Console(soft_wrap=True)
     directory = Path(run.output_dir).expanduser()
     if jax.process_count() > 1:
@@ -89,10 +98,12 @@ def sweep(run: SweepRun, *, fresh: bool = False, console: Console | None = None)
     with contextlib.ExitStack() as stack:
         if run.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
-        return _sweep(run, directory, fresh, console)
+        return _sweep(run, directory, fresh, allow_different, console)
 
 
-def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dict[str, Any]:
+def _sweep(
+    run: SweepRun, directory: Path, fresh: bool, allow_different: Sequence[str], console: Console
+) -> dict[str, Any]:
     started = time.perf_counter()
     at_once = run.sweep.members_at_once
     if at_once is None and not fresh and (directory / MEMBERS_FILE).exists():
@@ -108,7 +119,8 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
         write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
         manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
         try:
-            return Sweep(population, capacity, directory, manager, console, started).run_to_end()
+            sweep = Sweep(population, capacity, directory, manager, console, started, allow_different)
+            return sweep.run_to_end()
         finally:
             manager.close()
 
@@ -128,9 +140,11 @@ class Sweep:
         manager: ocp.CheckpointManager,
         console: Console,
         started: float,
+        allow_different: Sequence[str] = (),
     ) -> None:
         self.population, self.run, self.slots = population, population.run, DeviceSlots(population, capacity)
         self.directory, self.manager, self.console = directory, manager, console
+        self.allow_different = allow_different
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.clock, self.seconds, self.started = 0, 0.0, started
@@ -188,7 +202,10 @@ class Sweep:
         while (clock := self.manager.latest_step()) is not None:
             like = self.slots.as_state(self.clock)
             try:
-                restored = restore_checkpoint(self.manager, like, metadata=self.population.metadata)
+                metadata = checked_metadata(
+                    self.manager, clock, self.population.metadata, self.allow_different
+                )
+                restored = restore_checkpoint(self.manager, like, metadata=metadata, step=clock)
             except DamagedCheckpoint as error:
                 renamed = quarantine_checkpoint(self.directory, self.manager, clock)
                 self.console.print(f"{error}; renamed it to {renamed}, trying the previous checkpoint")

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from ..data.batches import Batch
+from ..data.batches import Batch, digest
 from ..data.chat import tokenize_chats
 from ..data.chat_template import ChatTemplate, load_template
 from ..data.conversations import Chat, Turn, read_chats
@@ -47,7 +47,9 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
         else:
             splits[name], truncated[name] = _encode(settings, tools, examples)
     _pad_choices(splits)
-    return TaskData(task, splits, {name: len(examples) for name, examples in rows.items()}, truncated)
+    sizes = {name: len(examples) for name, examples in rows.items()}
+    digests = {name: _digest(examples) for name, examples in rows.items()}
+    return TaskData(task, splits, sizes, truncated, digests)
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -55,13 +57,20 @@ def placeholder_data(settings: Settings) -> TaskData:
     ids = np.zeros((1, settings.data.max_length), np.int32)
     columns = {"input_ids": ids, "segment_ids": ids, "loss_mask": ids.astype(np.float32)}
     task = LanguageTask(kind=settings.task)  # pyright: ignore[reportArgumentType]
-    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0})
+    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
+
+
+def _digest(examples: Sequence[Chat | Question]) -> str:
+    return digest(dataclasses.astuple(dataclasses.replace(example, place="")) for example in examples)
 
 
 def load_split(
     settings: Settings, directory: Path, task: LanguageTask, split: str | None, data: str | None
-) -> tuple[Batch, int]:
-    """Loads a split of the run's data, or another file of the same kind, for evaluation; also returns its size.
+) -> tuple[Batch, int, str]:
+    """Loads a split of the run's data, or another file of the same kind, for evaluation.
+
+    Returns:
+      The columns, the number of examples and the digest of the split.
 
     Raises:
       KeyError: there is no such split.
@@ -69,8 +78,10 @@ def load_split(
     examples = _load_splits(settings)[split or "test"] if data is None else _read(settings, data)
     tools = tokenizer_and_template(settings, directory, task)
     if task.kind == "multiple_choice":
-        return encode_choices(examples, *tools, settings.data.max_length), len(examples)
-    return _encode(settings, tools, examples)[0], len(examples)
+        columns = encode_choices(examples, *tools, settings.data.max_length)
+    else:
+        columns, _ = _encode(settings, tools, examples)
+    return columns, len(examples), _digest(examples)
 
 
 def tokenizer_and_template(

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from ..data.batches import Batch
+from ..data.batches import Batch, digest
 from ..data.fetch import resolve
 from ..data.labels import label_summary
 from ..data.splits import LabelledTexts, load_rows, load_splits
@@ -33,9 +33,9 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
     truncated = {name: count for name, (_, count) in encoded.items()}
-    return TaskData(
-        task, splits, sizes, truncated, tuple(label_summary(rows, task.names) if task.names else ())
-    )
+    digests = {name: _digest(split) for name, split in rows.items()}
+    summary = tuple(label_summary(rows, task.names) if task.names else ())
+    return TaskData(task, splits, sizes, truncated, digests, summary)
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -48,13 +48,20 @@ def placeholder_data(settings: Settings) -> TaskData:
     classes = settings.task == "classification"
     task = EncoderTask(kind=settings.task, names=("0", "1") if classes else ())  # pyright: ignore[reportArgumentType]
     columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
-    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0})
+    return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
+
+
+def _digest(rows: LabelledTexts) -> str:
+    return digest(zip(rows.texts, rows.pairs or rows.texts, rows.labels, strict=True))
 
 
 def load_split(
     settings: Settings, directory: Path, task: EncoderTask, split: str | None, data: str | None
-) -> tuple[Batch, int]:
-    """Loads a split of the run's data, or another labelled file, for evaluation; also returns its number of texts.
+) -> tuple[Batch, int, str]:
+    """Loads a split of the run's data, or another labelled file, for evaluation.
+
+    Returns:
+      The columns, the number of texts and the digest of the split.
 
     Raises:
       KeyError: there is no such split.
@@ -63,7 +70,7 @@ def load_split(
         rows = load_splits(settings.data, functools.partial(resolve, kind="data"))[split or "test"]
     else:
         rows = load_rows(resolve(data, "data"), settings.data)
-    return encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows)
+    return encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows), _digest(rows)
 
 
 def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:

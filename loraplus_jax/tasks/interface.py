@@ -48,6 +48,7 @@ class TaskData(NamedTuple):
       splits: columns of equal length, by split; all but `train` have the columns for evaluation.
       examples: number of texts, conversations or questions, by split.
       truncated: number of truncated examples, by split.
+      digests: digest of the texts and labels, by split.
       summary: lines about the data to print before training.
     """
 
@@ -55,6 +56,7 @@ class TaskData(NamedTuple):
     splits: dict[str, Batch]
     examples: dict[str, int]
     truncated: dict[str, int]
+    digests: dict[str, str]
     summary: tuple[str, ...] = ()
 
 

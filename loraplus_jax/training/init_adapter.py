@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..settings.schema import Settings
 from ..spec import specs_from_json
 from ..tasks.interface import AdaptedModel
 from ..tree import combine, flatten, unflatten
+from .identity import Identity, check_identity
 from .run_directory import ADAPTER, describe_unfinished
 
 PREFIXES = ("model.", "bert.", "roberta.")
@@ -155,16 +156,6 @@ def _trainable_extras(
     return unflatten(kept)
 
 
-def check_base(directory: Path, fingerprint: str | None, base: str | Path) -> None:
-    """Raises ValueError if the adapter records a fingerprint of its base other than the given one."""
-    expected = read_notes(directory).get("base")
-    if None not in (expected, fingerprint) and fingerprint != expected:
-        raise ValueError(
-            f"{directory} was trained on a base model with fingerprint {expected}, but {base} has {fingerprint}; "
-            "use the original base model"
-        )
-
-
 def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], task: Any) -> None:
     """Raises ValueError if `init_adapter` does not match the settings; the message names all differences.
 
@@ -202,20 +193,24 @@ def adapter_digest(settings: Settings) -> str | None:
     return total.hexdigest()[:16]
 
 
-def load_init_adapter(
-    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], base: str | None
-) -> AdaptedModel:
+def check_init_identity(
+    settings: Settings, identity: Identity, weights: str | None, allow: Sequence[str]
+) -> None:
+    """Raises ValueError if `init_adapter` was trained on another base model; its data may differ."""
+    directory = _init_adapter_directory(settings)
+    model = {name: value for name, value in identity.items() if name != "data"}
+    check_identity(directory, read_notes(directory), model, weights=weights, allow=allow)
+
+
+def load_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:
     """Returns the model with the values of `init_adapter`; trainable values that it lacks stay unchanged.
 
     Args:
       settings: the settings, with `init_adapter` set.
       parts: the model.
       params: all parameters of the model.
-      base: the fingerprint of its frozen variables.
     """
-    directory = _init_adapter_directory(settings)
-    check_base(directory, base, settings.model.path)
-    adapter = read_adapter(directory, parts, params)
+    adapter = read_adapter(_init_adapter_directory(settings), parts, params)
     values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
     trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}
     float32 = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}

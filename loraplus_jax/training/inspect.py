@@ -23,10 +23,11 @@ def inspect(settings: Settings) -> str:
     peak = settings.optimizer.warmup_steps
     parts = run.shapes
     table = describe(parts.trainable, run.tx, parts.specs, frozen=parts.frozen, step=peak)
-    adapted = next((spec.layers for spec in parts.specs.values() if spec.layers is not None), None)
-    if adapted is not None:
-        layers = ", ".join(map(str, adapted))
-        table += f"\nlora.layers_to_transform: only layers {layers} are adapted, the others stay zero"
+    lines = [f"{table}"]
+    layers = next((spec.layers for spec in parts.specs.values() if spec.layers is not None), None)
+    if layers is not None:
+        names = ", ".join(map(str, layers))
+        lines.append(f"lora.layers_to_transform: only layers {names} are adapted, the others stay zero")
     sizes = ", ".join(f"{size:,} {name}" for name, size in run.data.examples.items())
     steps = f"{run.steps} steps of batch size {settings.train.batch_size}"
-    return f"{table}\n{steps}; learning rates at step {peak}; data: {sizes}"
+    return "\n".join([*lines, f"{steps}; learning rates at step {peak}; data: {sizes}"])

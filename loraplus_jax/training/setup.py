@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from ..checkpoint import describe_run, fingerprint, leaf_dtypes_and_shapes
 from ..config import LoRAPlusConfig
-from ..data.batches import Batch, digest
+from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.hf import check_params, load_params, rows_digest
@@ -37,7 +37,8 @@ from ..tasks.sample_answers import SamplePrompt
 from ..train_step import TrainState, init_state, jit_step, make_eval
 from ..tree import combine, split_trainable
 from .distributed import check_same_everywhere, raise_together
-from .init_adapter import adapter_digest, check_init_adapter, load_init_adapter
+from .identity import model_identity
+from .init_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
 from .theory_metrics import count_rows, lower_theory
@@ -87,10 +88,11 @@ class Programs(NamedTuple):
     theory: Any = None
 
 
-def prepare(settings: Settings) -> Run:
+def prepare(settings: Settings, allow_different: Sequence[str] = ()) -> Run:
     """Downloads, checks, compiles and loads everything, in this order.
 
-    With several processes each does all of it, then they compare what they read.
+    With several processes each does all of it, then they compare what they read. `allow_different` names the parts
+    of the identity in which `init_adapter` may differ.
 
     Raises:
       ValueError, OSError: settings, data, weights or memory do not fit, or a file cannot be read.
@@ -98,6 +100,9 @@ def prepare(settings: Settings) -> Run:
     is_distributed = jax.process_count() > 1
     with raise_together():
         mesh, directory, data, steps, shapes, tx = abstract_run(settings)
+        identity = model_identity(settings, directory, data.task) | {"data": data.digests}
+        if settings.init_adapter is not None:
+            check_init_identity(settings, identity, None, allow_different)
         _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.init_adapter is not None:
             check_init_adapter(settings, shapes, params_of(shapes), data.task)
@@ -109,7 +114,7 @@ def prepare(settings: Settings) -> Run:
         check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
         parts = load_model(settings, directory, shapes, settings.applied, mesh)
         inputs = {
-            "data": digest(data.splits),
+            **identity,
             "task": data.task.notes(),
             "weights": leaf_dtypes_and_shapes(parts.frozen),
             "rows of the weights": rows_digest(tensors) if is_distributed else None,
@@ -124,11 +129,12 @@ def prepare(settings: Settings) -> Run:
         base=base,
         settings=split_settings(settings.to_json())[0],
         task=inputs["task"],
-        data=inputs["data"],
+        identity=identity,
     )
     if settings.init_adapter is not None:
         with raise_together():
-            parts = load_init_adapter(settings, parts, params_of(parts), base)
+            check_init_identity(settings, {}, base, allow_different)
+            parts = load_init_adapter(settings, parts, params_of(parts))
         metadata["init_adapter"] = fingerprint(parts.trainable)
     if is_distributed:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})

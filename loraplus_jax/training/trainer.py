@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from ..checkpoint import (
     PACKAGES,
     DamagedCheckpoint,
+    Restored,
     add_metrics,
     open_manager,
     restore_checkpoint,
@@ -42,6 +43,7 @@ from .anomalies import (
 from .console import format_metrics, header, progress
 from .distributed import join_processes, raise_together
 from .evaluation import evaluate
+from .identity import check_allowed, checked_metadata
 from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss, write_text
 from .run_directory import (
     ADAPTER,
@@ -61,7 +63,13 @@ from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_
 from .xla import use_compilation_cache
 
 
-def train(settings: Settings, *, fresh: bool = False, console: Console | None = None) -> dict[str, Any]:
+def train(
+    settings: Settings,
+    *,
+    fresh: bool = False,
+    allow_different: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Trains, evaluates before and after, and writes all results to `settings.output_dir`.
 
     An unfinished run there with the same settings resumes from its newest checkpoint. Only the settings in
@@ -70,6 +78,8 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
     Args:
       settings: the settings of the run.
       fresh: start over; an existing run is renamed, not deleted.
+      allow_different: parts of the base model or data that may differ from those of the run to resume, or of
+        `init_adapter`; see `PARTS`.
       console: where to print.
 
     Returns:
@@ -81,6 +91,7 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
       TrainingFailed: training produced non-finite values.
       LostProcess: another process of the run is gone.
     """
+    check_allowed(allow_different)
     directory = Path(settings.output_dir).expanduser()
     with contextlib.ExitStack() as stack:
         stack.enter_context(join_processes(settings.distributed))
@@ -88,7 +99,7 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
         changed = changed_settings(directory, settings, fresh)
         if settings.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
-        run = prepare(settings)
+        run = prepare(settings, allow_different)
         stack.enter_context(add_path_to_errors(directory))
         with raise_together():
             if is_lead():
@@ -104,25 +115,22 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
                 )
             )
         )
-        if changed:
-            done = manager.latest_step() or 0
-            if run.steps < done:
-                raise ValueError(
-                    f"train.steps or train.epochs ends the run at step {run.steps}, but it has already done {done} "
-                    "steps; raise it"
-                )
-            if is_lead():
-                archive_results(directory)
-                write_config(directory, settings)
-            console.print(f"settings changed since the run started: {'; '.join(changed)}")
-        return Trainer(run, directory, manager, console).run_to_end()
+        return Trainer(run, directory, manager, console, allow_different).run_to_end(changed)
 
 
 class Trainer:
     """Runs training from the start, or from the newest checkpoint, to the summary."""
 
-    def __init__(self, run: Run, directory: Path, manager: ocp.CheckpointManager, console: Console) -> None:
+    def __init__(
+        self,
+        run: Run,
+        directory: Path,
+        manager: ocp.CheckpointManager,
+        console: Console,
+        allow_different: Sequence[str] = (),
+    ) -> None:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
+        self.allow_different = allow_different
         self.task, self.settings = run.data.task, run.settings.train
         self.stop = StopSignal()
         self.history = SpikeHistory()
@@ -141,11 +149,17 @@ class Trainer:
         self.answers: dict[str, str] = {}
         self.pending: list[Any] = []  # metrics of steps that are not logged yet
 
-    def run_to_end(self) -> dict[str, Any]:
-        """Resumes if possible, trains, evaluates and writes the results; returns the summary."""
+    def run_to_end(self, changed: Sequence[str] = ()) -> dict[str, Any]:
+        """Resumes if possible, trains, evaluates and writes the results; returns the summary.
+
+        Args:
+          changed: the settings that changed since the run started, as text.
+        """
         started = time.perf_counter()
         rows = self.resume()
         self.step = step = int(self.state.step)
+        if changed:  # only now is it known that the run can resume
+            self.accept(changed)
         self.log = RunLog(self.directory, keep=rows, writes=is_lead())
         try:
             with self.stop:
@@ -158,6 +172,18 @@ class Trainer:
         finally:
             self.log.close()
 
+    def accept(self, changed: Sequence[str]) -> None:
+        """Writes changed settings; renames the results of a finished run that continues."""
+        if self.run.steps < self.step:
+            raise ValueError(
+                f"train.steps or train.epochs ends the run at step {self.run.steps}, but it has already done "
+                f"{self.step} steps; raise it"
+            )
+        if is_lead():
+            archive_results(self.directory)
+            write_config(self.directory, self.run.settings)
+        self.console.print(f"settings changed since the run started: {'; '.join(changed)}")
+
     def check_stop(self) -> None:
         """Raises Stopped if a signal was received, once running saves are done."""
         if self.stop.received is not None:
@@ -169,7 +195,7 @@ class Trainer:
         """Restores the newest readable checkpoint, if any; returns the number of rows logged before it."""
         while (step := allgather(self.manager.latest_step())[0]) is not None:
             try:
-                restored = restore_checkpoint(self.manager, self.state, metadata=self.run.metadata, step=step)
+                restored = self.restore(step)
             except DamagedCheckpoint as error:
                 self.quarantine(step, error)
                 continue
@@ -180,6 +206,11 @@ class Trainer:
             self.evaluation_pending = position["due"]
             return position["rows"]
         return 0
+
+    def restore(self, step: int) -> Restored:
+        """Restores a checkpoint after checking that it is of the same run, base model and data."""
+        metadata = checked_metadata(self.manager, step, self.run.metadata, self.allow_different)
+        return restore_checkpoint(self.manager, self.state, metadata=metadata, step=step)
 
     def quarantine(self, step: int, error: DamagedCheckpoint) -> None:
         """Moves an unreadable checkpoint out of the way and prints its new path."""
@@ -355,7 +386,7 @@ class Trainer:
         trained = gather_to_host(self.state.trainable)
         if not is_lead():
             return
-        notes = {name: self.run.metadata[name] for name in ("base", "task")}
+        notes = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
         save_adapter(
             self.directory / ADAPTER,
@@ -374,9 +405,7 @@ class Trainer:
         """Restores the best readable checkpoint; keeps the current state if there is none."""
         while (best := allgather(self.manager.best_step())[0]) is not None:
             try:
-                self.state = restore_checkpoint(
-                    self.manager, self.state, metadata=self.run.metadata, step=best
-                ).state
+                self.state = self.restore(best).state
                 return
             except DamagedCheckpoint as error:
                 self.quarantine(best, error)
