@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import TypeAdapter, ValidationError
 
-from .._validation import suggest
+from .._validation import expand_path, suggest
 from ..config import LoRAPlusConfig
 from .schema import DEFAULT_LORA, Settings
 from .yaml_files import read_word, read_yaml
@@ -61,9 +61,10 @@ def parse_settings(
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
         the wrong type or is out of range.
     """
-    if not Path(config).is_file():
+    config = expand_path("config", config)
+    if not config.is_file():
         raise ValueError(f"config file not found: {config}")
-    values = read_yaml(Path(config))
+    values = read_yaml(config)
     if not isinstance(values, Mapping):
         raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
     values, fields = dict(values), {field.name: field for field in setting_fields(kind)}

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._validation import expand_path
 from ..config import LoRAPlusConfig
 from ..interop import adapter_files, peft_files
 from ..interop.adapter_files import Adapter, load_adapter, read_adapter_json
@@ -210,7 +211,7 @@ def load_init_adapter(
 
 
 def _init_adapter_directory(settings: Settings) -> Path:
-    path = Path(settings.init_adapter or "").expanduser()
+    path = expand_path("init_adapter", settings.init_adapter or "")
     if (directory := find_adapter(path)) is None:
         raise ValueError(
             f"init_adapter: no adapter found in {path}; expected a finished run, or a directory with "
