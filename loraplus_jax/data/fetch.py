@@ -329,7 +329,7 @@ def resolve(
       ValueError: `value` is none of these, names the other kind, or cannot be downloaded; or data is a directory.
     """
     path = expand_path(kind, value)
-    if path.exists():
+    if value and os.path.exists(path):  # which, other than Path.exists, is false for a name that is too long
         if kind == "data" and not path.is_file():
             raise ValueError(f"data must be one file, got the directory {str(path)!r}")
         return path
