@@ -234,15 +234,15 @@ def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
 
 def _parse_json(text: str) -> Any:
     """Parses a JSON value; raises a ValueError for NaN, numbers that overflow, and keys that an object repeats."""
-    return json.loads(
-        text, object_pairs_hook=_unique_keys, parse_constant=_finite_float, parse_float=_finite_float
-    )
 
+    def finite(word: str) -> float:
+        if math.isfinite(value := float(word)):
+            return value
+        tokens = re.finditer(r'"(?:[^"\\]|\\.)*"|[^\s,:\[\]{}"]+', text)
+        position = next(token.start() for token in tokens if token[0] == word)
+        raise json.JSONDecodeError(f"{word} is not a finite number, or text without quotes", text, position)
 
-def _finite_float(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is not a finite number; write text in quotes")
-    return value
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=finite, parse_float=finite)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

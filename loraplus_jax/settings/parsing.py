@@ -320,6 +320,8 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         name, _, key = name.rpartition(".")
         index = f"[{key}]{index}"
     annotation = fields[name].type
+    if cause == "string_unicode":
+        return f"{name} must be text in UTF-8, got {value!r:.80}"
     if cause == "distinct":
         return f"{name} must be a list of distinct values, got {value!r:.80}"
     if cause == "value_error":
