@@ -125,7 +125,7 @@ AWKWARD = "a*[b] [/red][bold]\x1b[2J\n?"
 @pytest.mark.slow
 def test_a_run_in_a_directory_with_an_awkward_name_resumes_evaluates_and_exports(world, capsys):
     rows = [row | {"label": f"[/{row['label']}]\x1b[1m"} for row in world.rows()]
-    data = world.write_rows("[/x]*.csv", rows)
+    data = world.write_rows("[x]*.csv", rows)
     args = ("--data.path", str(data), "--train.steps", "6", "--train.eval_every", "2")
     straight = world.trained(*args, out=world.directory / "plain")
     out = world.directory / AWKWARD
@@ -174,7 +174,16 @@ def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, cap
 @pytest.mark.slow
 def test_a_sweep_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
     args = ["sweep", str(world.config), "--train.steps", "4", "--train.eval_every", "2"]
-    args += ["--sweep.lr_ratios", "[4]", "--sweep.learning_rates", "[0.001]", "--sweep.report_seeds", "2"]
+    args += [
+        "--sweep.lr_ratios",
+        "[4]",
+        "--sweep.learning_rates",
+        "[0.001]",
+        "--sweep.report_seeds",
+        "2",
+        "--sweep.rungs",
+        "[0.75]",
+    ]
     assert main(args) == 0
     (world.out / "summary.json").unlink()
     damage(world.out / "checkpoints")
