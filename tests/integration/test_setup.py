@@ -153,23 +153,20 @@ def test_a_batch_that_a_mesh_cannot_split_gets_one_line_with_all_sizes():
 
 @pytest.mark.parametrize("task", ["classification", "regression", "instruction", "multiple_choice"])
 @pytest.mark.parametrize("duplicates", ["warn", "drop", "error"])
-def test_every_task_tells_duplicates_before_training(world, talk, task, duplicates):
-    source = world if task in ("classification", "regression") else talk
-    data = talk.directory / "questions.jsonl" if task == "multiple_choice" else source.data
-    label = ("--data.label", "rating") if task == "regression" else ()
-    settings = parse_settings(
-        source.config,
-        (
-            *("--task", task, "--data.path", "null", "--data.train", str(data), "--data.test", str(data)),
-            *("--train.prompt", "null", "--train.prompt_tokens", "64") if source is talk else (),
-            *("--data.duplicates", duplicates, "--data.max_length", "12" if source is world else "64", *label),
-        ),
-    )
+def test_every_task_tells_duplicates_before_training(first_world, first_talk, task, duplicates):
+    source = first_world if task in ("classification", "regression") else first_talk
+    data = source.directory / "questions.jsonl" if task == "multiple_choice" else source.data
+    args = ["--task", task, "--data.path", "null", "--data.train", str(data), "--data.test", str(data)]
+    args += ["--data.duplicates", duplicates]
+    args += ["--data.label", "rating"] if task == "regression" else []
+    settings = parse_settings(source.config, args)
     load = module.task_module(settings).load_data
     if duplicates == "warn":
         loaded = load(settings, source.model)
         (line,) = [line for line in loaded.summary if "data.train" in line]
         assert_mentions(line, "warning", "data.test", "same", loaded.examples["test"], data.name)
     else:
-        with pytest.raises(ValueError, match=mentions("train", "test" if duplicates == "error" else "drop")):
+        with pytest.raises(
+            ValueError, match=mentions("train", {"error": "test", "drop": "left"}[duplicates])
+        ):
             load(settings, source.model)
