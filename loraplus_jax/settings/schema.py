@@ -71,7 +71,7 @@ def check_requirements(values: Any, section: str = "") -> None:
             if getattr(owner, field) != owner.__dataclass_fields__[field].default:
                 wanted = " or ".join("null" if x is None else x for x in allowed) or "to be set"
                 given = "null" if value is None else value
-                raise ValueError(f"{name} requires {needed} {wanted}, got {given}")
+                raise ValueError(f"{name} requires {needed} {wanted}; it has no effect with {needed} {given}")
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
