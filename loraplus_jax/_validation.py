@@ -1,9 +1,13 @@
-"""Checks numbers and names from users; errors give the field, the value and what is allowed."""
+"""Checks and shows what users pass; errors give the field, the value and what is allowed."""
 
 import difflib
+import json
 import math
 import numbers
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -94,6 +98,37 @@ def suggest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; known: {', '.join(known)}" if known and fallback else ""
+
+
+def expand_path(name: str, path: str | Path) -> Path:
+    """Returns a path with `~` or `~user` replaced by the home directory; raises ValueError for an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{name} {str(path)!r}: {Path(path).parts[0]} has no home directory; to use a file or directory of "
+            "this name, write its absolute path"
+        ) from None
+
+
+def check_new_path(name: str, path: Path) -> None:
+    """Raises ValueError if the path exists, also as a symlink to nothing."""
+    if os.path.lexists(path):
+        raise ValueError(f"{name} {path} already exists; choose another path")
+
+
+def escape_controls(text: str) -> str:
+    r"""Escapes what would steer a terminal or break its line: control characters, text direction, lone surrogates.
+
+    Printable Unicode stays as it is.
+
+    >>> print(escape_controls("für [red]\x1b[2J\n"))
+    für [red]\u001b[2J\n
+    """
+    return _UNPRINTABLE.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def check_all(*checks: Callable[[], Any]) -> None:

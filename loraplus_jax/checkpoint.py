@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -95,9 +96,10 @@ def open_manager(
       mode: `"min"` if the smallest value is the best, `"max"` if the largest is.
 
     Raises:
-      ValueError: `keep` is below 1.
+      ValueError: `keep` is below 1, or checkpoints cannot be written to a directory of this name.
     """
     check_int("keep", keep, at_least=1)
+    check_directory_name("directory", Path(directory))
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
     metric = functools.partial(_metric, best) if best else None
     if metric is not None:
@@ -113,11 +115,23 @@ def open_manager(
         cleanup_tmp_directories=True,
         enable_async_checkpointing=True,
     )
-    handlers = {name: make() for name, make in ITEM_HANDLERS.items()}
+    handlers: dict[str, Any] = {name: make() for name, make in ITEM_HANDLERS.items()}
+    # Orbax globs in `finalize`. Its own path type would read [ * ? in the directory's name as part of the pattern.
+    finalize = handlers["state"].finalize
+    handlers["state"].finalize = lambda path: finalize(Path(path))
     directory = Path(directory).absolute()
     if jax.process_index() == 0:
         _quarantine_damaged_timestamps(directory)
     return _Manager(directory, metric, options=options, item_handlers=handlers)
+
+
+def check_directory_name(name: str, directory: Path) -> None:
+    """Raises ValueError for a path that tensorstore cannot write to: not UTF-8, or with a backslash, its slash."""
+    if wrong := re.search(r"[\\\ud800-\udfff]", directory.absolute().as_posix()):
+        raise ValueError(
+            f"{name} {str(directory.absolute())!r} contains {wrong[0]!r}, which checkpoints do not support; "
+            "choose another directory"
+        )
 
 
 def _quarantine_damaged_timestamps(directory: Path) -> None:
@@ -342,7 +356,7 @@ def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     """
     values, reason = None, None
     try:
-        directory = manager.directory / str(step)
+        directory = Path(manager.directory, str(step))
         values = {
             name: ITEM_HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()
         }

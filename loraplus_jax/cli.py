@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ._validation import escape_controls, expand_path
+
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 TRACEBACK = "LORAPLUS_TRACEBACK"
 WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect", "plan"), ("--fresh", "--help", "-h")
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if overrides and options.command not in WITH_SETTINGS:
             raise ValueError(f"{options.command} does not accept {' '.join(overrides)}")
+        for name, value in vars(options).items():
+            if isinstance(value, Path):
+                setattr(options, name, expand_path(f"--{name}", value))
         options.run(options, overrides)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK):
@@ -73,8 +78,14 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _report(message: str, code: int) -> int:
-    print(f"loraplus: {message}", file=sys.stderr)
+    # Our messages indent the lines after the first; any other line break comes from the user's text.
+    print("\n  ".join(map(escape_controls, f"loraplus: {message}".split("\n  "))), file=sys.stderr)
     return code
+
+
+def _print(text: str) -> None:
+    """Prints a result of several lines."""
+    print("\n".join(map(escape_controls, text.split("\n"))))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,7 +233,7 @@ def _inspect(options: argparse.Namespace, overrides: list[str]) -> None:
     from .training.inspect import inspect
 
     if not _show_help(options):
-        print(inspect(parse_settings(options.config, overrides)))
+        _print(inspect(parse_settings(options.config, overrides)))
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -236,7 +247,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         check_new(options.json)
     settings = parse_settings(options.config, overrides)
     plan = make_plan(settings, options.topology)
-    print(format_plan(plan, settings))
+    _print(format_plan(plan, settings))
     if options.json is not None:
         write_json(options.json, plan, settings)
 
@@ -257,7 +268,7 @@ def _eval(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.predict import evaluate_run
 
     keywords = {name: getattr(options, name) for name in ("split", "data", "config", "allow_different")}
-    print(json.dumps(evaluate_run(options.run_directory, **keywords), indent=1))
+    _print(json.dumps(evaluate_run(options.run_directory, **keywords), indent=1))
 
 
 def _predict(options: argparse.Namespace, _: list[str]) -> None:
@@ -278,7 +289,7 @@ def _predict(options: argparse.Namespace, _: list[str]) -> None:
         write_predictions(options.output, rows)
     else:
         for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+            _print(json.dumps(row, ensure_ascii=False))
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
@@ -306,7 +317,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         write_predictions(options.output, rows)
     else:
         for row in rows:
-            print(f"> {row['prompt']}\n{row['answer']}\n")
+            _print(f"> {row['prompt']}\n{row['answer']}\n")
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
@@ -314,7 +325,7 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
 
     names = ("merged", "format", "dtype", "base_model", "allow_different")
     keywords = {name: getattr(options, name) for name in names}
-    print(export_run(options.run_directory, options.to, **keywords))
+    _print(export_run(options.run_directory, options.to, **keywords))
 
 
 def _fetch(options: argparse.Namespace, _: list[str]) -> None:

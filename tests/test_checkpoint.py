@@ -248,6 +248,26 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mode, losses, kept):
         assert mode is None or manager.best_step() == (2 if len(kept) == 3 else 5)
 
 
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "**", "[!a]", "~a", "a\nb", "[/red]", "a%20{b}'\"$"])
+def test_any_name_of_a_directory_that_is_legal_works(tmp_path, name):
+    state = fresh()
+    # Their siblings would match these names as patterns.
+    for directory, offset in ((tmp_path / "ab", 1.0), (tmp_path / name, 0.0)):
+        with open_manager(directory / "checkpoints") as manager:
+            leaves = jax.tree.map(lambda x, offset=offset: x + offset, state.trainable)
+            save_checkpoint(manager, state.replace(trainable=leaves), metadata=metadata())
+    with open_manager(tmp_path / name / "checkpoints") as manager:
+        assert_same(restore_checkpoint(manager, fresh(seed=1), metadata=metadata()).state, state)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\udcffb"])
+def test_a_name_that_orbax_cannot_write_to_is_rejected_before_it_does(tmp_path, name):
+    with pytest.raises(ValueError, match=mentions("directory")) as caught:
+        open_manager(tmp_path / name / "checkpoints")
+    assert repr(name)[1:-1] in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match=mentions("keep", 1, 0)):
         open_manager(tmp_path, keep=0)

@@ -13,6 +13,7 @@ from jinja2 import TemplateError, TemplateRuntimeError, TemplateSyntaxError, nod
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .._validation import expand_path
 from ..models.tokenizer import read_chat_template, special_tokens
 from .conversations import Turn
 
@@ -247,7 +248,7 @@ def load_template(choice: str, model: str | Path) -> ChatTemplate:
         return ChatTemplate(PLAIN, "plain", bos, eos)
     if choice != "model":
         try:
-            source = Path(choice).read_text("utf-8-sig")
+            source = expand_path("template", choice).read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             allowed = "use model, plain or the path of a file"
             raise ValueError(

@@ -43,6 +43,11 @@ class Chat:
     turns: tuple[Turn, ...]
     place: str = "a conversation"
 
+    @property
+    def question(self) -> str:
+        """The first user message, or the plain text."""
+        return next(turn.text for turn in self.turns if turn.role in ("user", "text"))
+
 
 def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Chat]:
     """Reads conversations from a .jsonl, .json (a list of objects), .csv or .tsv file in UTF-8.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from .._validation import suggest
+from .._validation import expand_path, suggest
 from .archives import extract
 
 Kind = Literal["model", "data"]
@@ -188,7 +188,7 @@ ASSETS: Mapping[str, Asset] = {
 
 def cache_dir() -> Path:
     """Returns the directory for downloads: `$LORAPLUS_CACHE`, by default `~/.cache/loraplus_jax`."""
-    return Path(os.environ.get("LORAPLUS_CACHE") or "~/.cache/loraplus_jax").expanduser()
+    return expand_path("LORAPLUS_CACHE", os.environ.get("LORAPLUS_CACHE") or "~/.cache/loraplus_jax")
 
 
 def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
@@ -328,11 +328,11 @@ def resolve(
     Raises:
       ValueError: `value` is none of these, names the other kind, or cannot be downloaded; or data is a directory.
     """
-    path = os.path.expanduser(value)
-    if os.path.exists(path):
-        if kind == "data" and not os.path.isfile(path):
-            raise ValueError(f"data must be one file, got the directory {str(Path(path))!r}")
-        return Path(path)
+    path = expand_path(kind, value)
+    if value and os.path.exists(path):  # which, other than Path.exists, is false for a name that is too long
+        if kind == "data" and not path.is_file():
+            raise ValueError(f"data must be one file, got the directory {str(path)!r}")
+        return path
     if value in ASSETS and ASSETS[value].kind == kind:
         return fetch(value, cache=cache, log=log)
     if value in ASSETS:

@@ -4,11 +4,13 @@ import collections
 import math
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
 
 import numpy as np
 
 from .._validation import suggest
-from .readers import raise_problems
+from .readers import NUMBER, raise_problems
 from .splits import LabelledTexts
 
 
@@ -16,23 +18,27 @@ def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
     """Returns the classes: the distinct labels of the train split, sorted (by value if all are integers).
 
     Raises:
-      ValueError: there is only one class, two are the same integer (1 and 1.0), or another split has labels that
+      ValueError: there is only one class, two are the same number (1 and 01), or another split has labels that
         are not in train (with `file:line`).
     """
     known = set(splits["train"].labels)
     integers = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in known)
     names = sorted(known, key=lambda label: (int(label) if integers else 0, label))
     raise_problems([problem for rows in splits.values() for problem in _unknown_labels(rows, names)])
+    spellings: dict[Any, str] = {}
     for name in names:
-        if (number := re.fullmatch(r"([+-]?[0-9]+)\.0+", name)) and number[1] in known:
-            raise ValueError(
-                f"labels {number[1]!r} and {name!r} are the same number: write both the same way"
-            )
+        if (earlier := spellings.setdefault(class_key(name), name)) != name:
+            raise ValueError(f"labels {earlier!r} and {name!r} are the same number: write both the same way")
     if len(names) < 2:
         raise ValueError(
             f"classification needs at least two labels, but the train split has only {names[0]!r}"
         )
     return names
+
+
+def class_key(label: str) -> Any:
+    """Returns what equal labels have in common: the exact number, or else the text."""
+    return Decimal(label) if NUMBER.fullmatch(label) else label
 
 
 def class_labels(rows: LabelledTexts, names: Sequence[str]) -> np.ndarray:
@@ -51,7 +57,6 @@ def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> 
     2 classes: Bug 2, bug 1
     warning: classes that differ only in case: Bug, bug
     warning: classes with one training text: bug
-    warning: 1 text with different labels
     """
     train = splits["train"]
     counts = collections.Counter(train.labels)
@@ -65,12 +70,6 @@ def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> 
         lines.append(f"warning: classes that differ only in case: {', '.join(twins[:MAX_CLASSES_SHOWN])}")
     if single := [name for name in names if counts[name] == 1]:
         lines.append(f"warning: classes with one training text: {', '.join(single[:MAX_CLASSES_SHOWN])}")
-    labels_of = collections.defaultdict(set)
-    for rows in splits.values():
-        for text, pair, label in zip(rows.texts, rows.pairs or rows.texts, rows.labels, strict=True):
-            labels_of[text, pair].add(label)
-    if conflicts := sum(len(labels) > 1 for labels in labels_of.values()):
-        lines.append(f"warning: {conflicts:,} text{'s' * (conflicts > 1)} with different labels")
     return lines
 
 
@@ -89,19 +88,15 @@ def _unknown_labels(rows: LabelledTexts, names: Sequence[str]) -> list[tuple[str
 
 def regression_labels(rows: LabelledTexts) -> np.ndarray:
     """Parses labels as finite numbers, float32 `(N,)`; raises a ValueError with `file:line` for other labels."""
-    values = [_number(label) for label in rows.labels]
+    values = [float(label) if NUMBER.fullmatch(label) else math.nan for label in rows.labels]
     raise_problems(
         [
-            (location, f"regression labels must be finite float32 numbers, got {label!r}")
+            (
+                location,
+                f"regression labels must be finite float32 numbers, such as -1.5 or 2e3, got {label!r}",
+            )
             for label, location, value in zip(rows.labels, rows.places, values, strict=True)
             if not abs(value) <= float(np.finfo(np.float32).max)
         ]
     )
     return np.array(values, np.float32)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan

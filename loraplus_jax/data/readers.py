@@ -5,12 +5,16 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._validation import suggest
+
+NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,6})?")
+"""A number as programs write it: float() would also accept 1_0, the digits of other scripts, nan and inf."""
 
 Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]
@@ -229,8 +233,16 @@ def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
 
 
 def _parse_json(text: str) -> Any:
-    """Parses a JSON value; raises a ValueError if an object repeats a key, which would be ambiguous."""
-    return json.loads(text, object_pairs_hook=_unique_keys)
+    """Parses a JSON value; raises a ValueError for NaN, numbers that overflow, and keys that an object repeats."""
+
+    def finite(word: str) -> float:
+        if math.isfinite(value := float(word)):
+            return value
+        tokens = re.finditer(r'"(?:[^"\\]|\\.)*"|[^\s,:\[\]{}"]+', text)
+        position = next(token.start() for token in tokens if token[0] == word)
+        raise json.JSONDecodeError(f"{word} is not a finite number, or text without quotes", text, position)
+
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=finite, parse_float=finite)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,8 +52,12 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
       resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
-      ValueError: a file is invalid (see `read_rows`), or has too few distinct texts to split.
+      ValueError: a file is invalid (see `read_rows`) or has too few distinct texts to split, or `delimiter` is set
+        but no file has delimiters.
     """
+    files = [f for f in (settings.path, settings.train, settings.validation, settings.test) if f is not None]
+    if settings.delimiter and all(resolve(file).suffix.lower() == ".jsonl" for file in files):
+        raise ValueError(f"data.delimiter requires a .csv or .tsv file, got {', '.join(files)}")
     return split_files(settings, lambda value: load_rows(resolve(value), settings), _split_rows)
 
 
@@ -89,6 +93,11 @@ def _split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> 
     return {name: rows.take(indices) for name, indices in indices_by_split.items()}
 
 
+def normalize(text: str) -> str:
+    """Returns what texts have in common that count as one: case and spacing are ignored."""
+    return " ".join(text.split()).casefold()
+
+
 def split_texts(
     texts: Sequence[str], shares: Mapping[str, float], seed: int, *, where: str
 ) -> dict[str, list[int]]:
@@ -96,7 +105,7 @@ def split_texts(
 
     A share is a fraction of the distinct texts. A split has at least one text, but is left out if its share is 0.
     """
-    keys = [" ".join(text.split()).casefold() for text in texts]
+    keys = [normalize(text) for text in texts]
     order = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
     sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
     if sum(sizes.values()) >= len(order):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import check_choice
+from .._validation import check_choice, check_new_path, expand_path
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
 from ..interop.adapter_files import Adapter, new_directory, tensor_bytes
@@ -91,8 +91,7 @@ def export_run(
     check_choice("--format", format, tuple(DTYPES))
     if dtype is not None:
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
-    if to.exists():
-        raise ValueError(f"--to: {to} already exists; choose a new directory")
+    check_new_path("--to", to)
     source = _open_source(place, allow_different)
     if format == "gguf" and gguf.find(source.base) is None:
         raise ValueError(
@@ -125,7 +124,7 @@ def _write_peft(source: _Source, to: Path, base_model: str | None) -> str:
     form, base = transformers_class_of(source.parts), source.settings.model.path
     if base_model is not None:
         base = base_model
-    elif base in ASSETS or Path(base).expanduser().exists():  # otherwise a hub id
+    elif base in ASSETS or expand_path("model.path", base).exists():  # otherwise a hub id
         base = str(source.base.resolve())
     head_leaves = _base_leaves(source, [ours for ours, _ in form.heads if ours not in source.parts.base.new])
     extras, own = _split_extras(source, form)

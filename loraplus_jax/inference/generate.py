@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from .._validation import check_int
+from .._validation import check_int, expand_path
 from ..data.conversations import Turn, read_chats
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_options
@@ -102,7 +102,7 @@ def _open_model(
     source: str, template: str | None, dtype: Dtype | None, config: str | None, allow_different: Sequence[str]
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
     """Settings, base, task, model and variables of a run, an adapter, or a model without adapters."""
-    path = Path(source).expanduser()
+    path = expand_path("model", source)
     directory = find_adapter(path)
     if directory is not None and config is None and not read_notes(directory).get("settings"):
         return _open_peft_adapter(directory, template, dtype)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._validation import suggest
+from .._validation import check_new_path, suggest
 from ..checkpoint import fingerprint
 from ..data.batches import eval_batches
 from ..data.fetch import resolve
@@ -226,18 +226,14 @@ def check_output(path: Path) -> None:
     """Raises ValueError unless the path is that of a new .jsonl file."""
     if path.suffix != OUTPUT_SUFFIX:
         raise ValueError(f"--output must be a {OUTPUT_SUFFIX} file, got {path}")
-    if path.exists():
-        raise ValueError(f"--output: {path} already exists; choose a new file")
+    check_new_path("--output", path)
 
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """Writes one JSON object per line to a new file; raises ValueError if the file exists."""
     check_output(path)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    except FileExistsError:
-        raise ValueError(f"--output: {path} already exists; choose a new file") from None
+    with path.open("x", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
 
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from .._validation import check_new_path
 from ..settings.schema import Settings
 from .hlo import Collective
 from .plan import Plan
@@ -33,8 +34,7 @@ def format_plan(plan: Plan, settings: Settings) -> str:
 
 def check_new(path: Path) -> None:
     """Raises ValueError unless a new file can be created there; creates and removes it to find out."""
-    if path.exists():
-        raise ValueError(f"--json {path} already exists; choose another file")
+    check_new_path("--json", path)
     if not path.parent.is_dir():
         raise ValueError(
             f"--json {path}: directory {path.parent} does not exist; create it or choose another file"

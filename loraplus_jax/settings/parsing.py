@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import TypeAdapter, ValidationError
 
-from .._validation import suggest
+from .._validation import expand_path, suggest
 from ..config import LoRAPlusConfig
 from .schema import DEFAULT_LORA, Settings
 from .yaml_files import read_word, read_yaml
@@ -65,9 +65,10 @@ def parse_settings(
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
         the wrong type or is out of range.
     """
-    if not Path(config).is_file():
+    config = expand_path("config", config)
+    if not config.is_file():
         raise ValueError(f"config file not found: {config}")
-    values = read_yaml(Path(config))
+    values = read_yaml(config)
     if not isinstance(values, Mapping):
         raise ValueError(f"{config} must contain a mapping of settings, got {values!r:.80}")
     values, fields = dict(values), {field.name: field for field in setting_fields(kind)}
@@ -323,6 +324,8 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         name, _, key = name.rpartition(".")
         index = f"[{key}]{index}"
     annotation = fields[name].type
+    if cause == "string_unicode":
+        return f"{name} must be text in UTF-8, got {value!r:.80}"
     if cause == "distinct":
         return f"{name} must be a list of distinct values, got {value!r:.80}"
     if cause == "value_error":

@@ -1,9 +1,11 @@
 """The settings of a run: typed sections, validated before any work starts. `parsing.py` reads them from files."""
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
@@ -25,10 +27,51 @@ QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
 LANGUAGE_TASKS = ("instruction", "multiple_choice")
 """The tasks for causal language models; the other tasks are for encoders."""
+ENCODER_TASKS = ("classification", "regression")
 MAX_STEPS = 2**31 - 1
 """The step counter is int32."""
 AUTO = "auto"
 MOST_PORT = 65535
+REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
+    (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
+    (("data.text", "data.text_pair", "data.label", "data.delimiter"), "task", ENCODER_TASKS),
+    (("model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
+    (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
+    (("train.prompt", "train.prompt_tokens"), "task", LANGUAGE_TASKS),
+    (("data.answers",), "task", ("instruction",)),
+    (("data.validation", "data.test"), "data.train", ()),
+    (("data.test_fraction",), "data.path", ()),
+    (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
+    (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
+    (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
+    (("optimizer.decay",), "optimizer.weight_decay", ()),
+    (("train.prompt_tokens",), "train.prompt", ()),
+    (("train.theory_every",), "method", ("lora_plus", "lora")),
+    (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
+    (("init_adapter_rates",), "init_adapter", ()),
+)
+"""Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
+value but null and 0."""
+
+
+def check_requirements(values: Any, section: str = "") -> None:
+    """Raises ValueError if a field is set that has no effect.
+
+    Args:
+      values: the settings, or one of their sections.
+      section: the prefix of the section's fields; only requirements within the section are checked.
+    """
+    for names, needed, allowed in REQUIREMENTS:
+        if not needed.startswith(section):
+            continue
+        value = operator.attrgetter(needed.removeprefix(section))(values)
+        for name in () if (value in allowed if allowed else value) else names:
+            *owners, field = name.removeprefix(section).split(".")
+            owner = functools.reduce(getattr, owners, values)
+            if getattr(owner, field) != owner.__dataclass_fields__[field].default:
+                wanted = " or ".join("null" if x is None else x for x in allowed) or "to be set"
+                given = "null" if value is None else value
+                raise ValueError(f"{name} requires {needed} {wanted}; it has no effect with {needed} {given}")
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -82,6 +125,8 @@ class DataSettings:
       label: column with the label (encoders): a class name or integer, or a number for regression.
       max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
         multiple-choice questions are rejected.
+      duplicates: if a text is in both train and another split, or equal texts have different labels: warn; error;
+        drop, which removes these texts from train.
       validation_fraction: fraction of the distinct texts held out for validation, if there is no validation file.
       test_fraction: fraction of the distinct texts in path held out for testing; 0 makes no test split.
       split_seed: random seed for the split.
@@ -108,6 +153,7 @@ class DataSettings:
     validation_fraction: Fraction = 0.1
     test_fraction: Share = 0.2
     split_seed: Index = 0
+    duplicates: Literal["error", "warn", "drop"] = "warn"
     template: Text = "model"
     answers: Literal["all", "last"] = "all"
     packing: Switch = False
@@ -119,9 +165,7 @@ class DataSettings:
                 "set either path (one file, split by split_seed) or train (separate files), "
                 f"got path={self.path!r} and train={self.train!r}"
             )
-        for name in ("validation", "test"):
-            if self.path is not None and getattr(self, name) is not None:
-                raise ValueError(f"{name} requires train, not path; got {getattr(self, name)!r}")
+        check_requirements(self, "data.")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
         if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
@@ -174,12 +218,7 @@ class OptimizerSettings:
     max_grad_norm: Rate | None = None
 
     def __post_init__(self) -> None:
-        if self.decay_steps is not None and self.schedule != "wsd":
-            raise ValueError(f"optimizer.decay_steps requires optimizer.schedule wsd, got {self.schedule}")
-        if self.schedule == "constant" and self.final_fraction:
-            raise ValueError(
-                "optimizer.final_fraction requires optimizer.schedule linear, cosine or wsd, got constant"
-            )
+        check_requirements(self, "optimizer.")
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -342,9 +381,7 @@ class Settings:
     output_dir: Text
 
     def __post_init__(self) -> None:
-        if self.init_adapter is None and self.init_adapter_rates != "same":
-            raise ValueError("init_adapter_rates requires init_adapter, which is not set")
-        _check_task_fields(self)
+        check_requirements(self)
         if (config := self.applied) is not None:
             rate = self.optimizer.learning_rate * config.lr_ratio
             check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
@@ -367,37 +404,6 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Returns all fields as plain values, as written to `config.yaml`."""
         return _to_plain(dataclasses.asdict(self))
-
-
-_ENCODER_FIELDS = {
-    "model": ("pooling", "dropout", "head_dropout"),
-    "data": ("text", "text_pair", "label", "delimiter"),
-}
-_LANGUAGE_MODEL_FIELDS = {
-    "model": ("remat", "attention", "loss_chunk"),
-    "data": ("template", "answers", "packing", "column_names"),
-    "train": ("prompt", "prompt_tokens"),
-}
-
-
-def _check_task_fields(settings: Settings) -> None:
-    """Raises ValueError if a field is set that the task or method does not use."""
-    unused = _ENCODER_FIELDS if settings.is_language else _LANGUAGE_MODEL_FIELDS
-    tasks = [task for task in get_args(TaskName) if (task in LANGUAGE_TASKS) != settings.is_language]
-    for section, names in unused.items():
-        values = getattr(settings, section)
-        defaults = {f.name: f.default for f in dataclasses.fields(values)}
-        for name in names:
-            if getattr(values, name) != defaults[name]:
-                raise ValueError(
-                    f"{section}.{name} applies to task {' or '.join(tasks)}, not to {settings.task}; remove it"
-                )
-    if settings.data.answers != "all" and settings.task != "instruction":
-        raise ValueError(f"data.answers applies to task instruction, not to {settings.task}; remove it")
-    if settings.train.theory_every is not None and settings.method == "full":
-        raise ValueError("train.theory_every requires adapters; method full has none")
-    if settings.train.prompt is None and settings.train.prompt_tokens != TrainSettings.prompt_tokens:
-        raise ValueError("train.prompt_tokens requires train.prompt, which is not set")
 
 
 RESUMABLE_FIELDS = (

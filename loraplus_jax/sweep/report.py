@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from .._validation import expand_path
 from ..training.metrics_log import write_text
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
@@ -64,7 +65,7 @@ def make_report(
     comparisons = [compare_arms(runs, "lora_plus", other, metric) for other in others]
     best, why = recommended_arm(comparisons[0])
     lora = lora_label(report["protocol"]["settings"], report["at_the_edge"])
-    path = Path(run.output_dir).expanduser() / WINNER
+    path = expand_path("output_dir", run.output_dir) / WINNER
     return {
         **report,
         "complete": True,

@@ -18,12 +18,14 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
+from .._validation import expand_path
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
 from ..settings.schema import TrainSettings
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
+from ..training.console import LineConsole, data_lines
 from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY, write_text
 from ..training.run_directory import (
@@ -79,7 +81,7 @@ def sweep(
       run: settings of the sweep.
       fresh: start over; an older sweep there is renamed, not deleted.
       allow_different: parts of the base model or data that may differ from those of the sweep to resume.
-      console: where to print.
+      console: where to print, by default a `LineConsole`.
 
     Returns:
       The content of `report.json`.
@@ -90,8 +92,8 @@ def sweep(
       TrainingFailed: every setting of LoRA, or of LoRA+, diverged; `report.json` has the results so far.
     """
     check_allowed(allow_different)
-    console = console or Console(soft_wrap=True)
-    directory = Path(run.output_dir).expanduser()
+    console = console or LineConsole()
+    directory = expand_path("output_dir", run.output_dir)
     if jax.process_count() > 1:
         raise ValueError(f"a sweep runs in one process, got {jax.process_count()} processes; start only one")
     check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
@@ -207,7 +209,7 @@ class Sweep:
                 )
                 restored = restore_checkpoint(self.manager, like, metadata=metadata, step=clock)
             except DamagedCheckpoint as error:
-                renamed = quarantine_checkpoint(self.directory, self.manager, clock)
+                renamed = quarantine_checkpoint(self.directory, self.manager, clock, error)
                 self.console.print(f"{error}; renamed it to {renamed}, trying the previous checkpoint")
                 continue
             self.resume(restored.state, restored.input_position)
@@ -383,7 +385,9 @@ class Sweep:
                 f"unequal budgets: {settings['lora']} settings of LoRA, {settings['lora_plus']} of LoRA+"
             )
         self.console.print(
-            f"{report['verdict']}\ntrain with {ARM_LABELS[best.arm]} ({report['why']}): {report['command']}"
+            report["verdict"],
+            f"train with {ARM_LABELS[best.arm]} ({report['why']}): {report['command']}",
+            sep="\n",
         )
         self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
         return report
@@ -400,8 +404,8 @@ class Sweep:
             f"sweep: {settings} on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of "
             f"{steps} steps; then the best of each on seeds {', '.join(map(str, seeds))}"
         )
-        sizes = self.population.data.examples
-        self.console.print("data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
+        for line in data_lines(self.population.data):
+            self.console.print(line)
         unused = [
             name
             for name in WINNER_ONLY_FIELDS

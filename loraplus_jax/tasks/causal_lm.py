@@ -16,6 +16,7 @@ from ..data.batches import Batch, digest
 from ..data.chat import tokenize_chats
 from ..data.chat_template import ChatTemplate, load_template
 from ..data.conversations import Chat, Turn, read_chats
+from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packing import pack, pad
@@ -39,7 +40,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     tools = tokenizer_and_template(settings, directory, None)
     custom_template = None if settings.data.template in ("model", "plain") else tools[1].source
     task = LanguageTask(kind=settings.task, template=custom_template)  # pyright: ignore[reportArgumentType]
-    rows = _load_splits(settings)
+    rows, duplicates = _load_splits(settings)
     splits, truncated = {}, {}
     for name, examples in rows.items():
         if task.kind == "multiple_choice" and name != "train":
@@ -49,7 +50,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     _pad_choices(splits)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}
-    return TaskData(task, splits, sizes, truncated, digests)
+    return TaskData(task, splits, sizes, truncated, digests, tuple(duplicates))
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -75,7 +76,7 @@ def load_split(
     Raises:
       KeyError: there is no such split.
     """
-    examples = _load_splits(settings)[split or "test"] if data is None else _read(settings, data)
+    examples = _load_splits(settings)[0][split or "test"] if data is None else _read(settings, data)
     tools = tokenizer_and_template(settings, directory, task)
     if task.kind == "multiple_choice":
         columns = encode_choices(examples, *tools, settings.data.max_length)
@@ -148,8 +149,9 @@ def head_is_frozen(parts: AdaptedModel) -> bool:
     return not any(head in path.split("/") for path in leaves_by_path(parts.trainable))
 
 
-def _load_splits(settings: Settings) -> dict[str, list[Any]]:
-    return split_files(settings.data, functools.partial(_read, settings), _split_by_question)
+def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
+    splits = split_files(settings.data, functools.partial(_read, settings), _split_by_question)
+    return handle_duplicates(splits, settings.data)
 
 
 def _read(settings: Settings, value: str) -> list[Any]:
@@ -161,12 +163,7 @@ def _split_by_question(
     examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int
 ) -> dict[str, list]:
     """Splits by the first user message, so that a question is never in two splits."""
-    texts = [
-        e.prompt
-        if isinstance(e, Question)
-        else next(turn.text for turn in e.turns if turn.role in ("user", "text"))
-        for e in examples
-    ]
+    texts = [e.prompt if isinstance(e, Question) else e.question for e in examples]
     splits = split_texts(texts, shares, seed, where=examples[0].place.rpartition(":")[0])
     return {name: [examples[i] for i in indices] for name, indices in splits.items()}
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from ..data.batches import Batch, digest
+from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.labels import label_summary
 from ..data.splits import LabelledTexts, load_rows, load_splits
@@ -19,7 +20,7 @@ from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
 from ..models.bert_config import BertConfig
 from ..models.hf import load_config
-from ..settings.schema import ModelSettings, Settings
+from ..settings.schema import DataSettings, ModelSettings, Settings
 from .classification import EncoderTask
 from .interface import AdaptedModel, BaseModel, Losses, TaskData
 
@@ -27,15 +28,15 @@ from .interface import AdaptedModel, BaseModel, Losses, TaskData
 def load_data(settings: Settings, directory: Path) -> TaskData:
     """Reads, checks and tokenizes the splits with the tokenizer of a model directory."""
     tokenizer = tokenizer_for(settings, directory)
-    rows = load_splits(settings.data, functools.partial(resolve, kind="data"))
+    rows, duplicates = _load_splits(settings.data)
     task = EncoderTask.from_splits(settings.task, rows)  # pyright: ignore[reportArgumentType]
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
     truncated = {name: count for name, (_, count) in encoded.items()}
     digests = {name: _digest(split) for name, split in rows.items()}
-    summary = tuple(label_summary(rows, task.names) if task.names else ())
-    return TaskData(task, splits, sizes, truncated, digests, summary)
+    classes = label_summary(rows, task.names) if task.names else ()
+    return TaskData(task, splits, sizes, truncated, digests, (*classes, *duplicates))
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -67,10 +68,14 @@ def load_split(
       KeyError: there is no such split.
     """
     if data is None:
-        rows = load_splits(settings.data, functools.partial(resolve, kind="data"))[split or "test"]
+        rows = _load_splits(settings.data)[0][split or "test"]
     else:
         rows = load_rows(resolve(data, "data"), settings.data)
     return encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows), _digest(rows)
+
+
+def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:
+    return handle_duplicates(load_splits(settings, functools.partial(resolve, kind="data")), settings)
 
 
 def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:

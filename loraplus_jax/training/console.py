@@ -1,14 +1,27 @@
 """Console output of a run: the header, metrics and the progress bar."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .._validation import escape_controls
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import row_count
+from ..tasks.interface import TaskData, row_count
 from ..tree import count
 from .setup import Run
+
+
+class LineConsole(Console):
+    """A rich console that prints strings as they are: no markup or emoji codes, control characters escaped."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"soft_wrap": True, "markup": False, "emoji": False, **options})
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Prints strings and other objects; several lines are several strings, with a line break as `sep`."""
+        super().print(*(escape_controls(x) if isinstance(x, str) else x for x in objects), **options)
 
 
 def header(run: Run, step: int) -> Iterator[str]:
@@ -26,8 +39,7 @@ def header(run: Run, step: int) -> Iterator[str]:
     ignored = {"lora": "lora.lr_ratio (it uses 1)", "full": "the lora section"}.get(settings.method)
     if ignored:
         yield f"method {settings.method} ignores {ignored}"
-    yield "data: " + ", ".join(f"{size:,} {name}" for name, size in sizes.items())
-    yield from run.data.summary
+    yield from data_lines(run.data)
     length = settings.data.max_length
     if (rows := row_count(run.data.splits["train"])) != sizes["train"]:
         yield f"packed into {rows:,} training rows of {length} tokens"
@@ -35,6 +47,12 @@ def header(run: Run, step: int) -> Iterator[str]:
         yield f"truncated {truncated:,} of {sum(sizes.values()):,} examples to data.max_length {length}"
     if step:
         yield f"resuming from step {step} of {run.steps}"
+
+
+def data_lines(data: TaskData) -> Iterator[str]:
+    """Yields the sizes of the splits, and what else to know about the data before training."""
+    yield "data: " + ", ".join(f"{size:,} {name}" for name, size in data.examples.items())
+    yield from data.summary
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .._validation import expand_path
 from ..config import LoRAPlusConfig
 from ..interop import adapter_files, peft_files
 from ..interop.adapter_files import Adapter, load_adapter, read_adapter_json
@@ -219,7 +220,7 @@ def load_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[s
 
 def _init_adapter_directory(settings: Settings) -> Path:
     try:
-        return require_adapter(Path(settings.init_adapter or "").expanduser())
+        return require_adapter(expand_path("init_adapter", settings.init_adapter or ""))
     except FileNotFoundError as error:
         raise ValueError(f"init_adapter: {error}") from None
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
-from ..checkpoint import PACKAGES, field_differences
+from ..checkpoint import PACKAGES, DamagedCheckpoint, check_directory_name, field_differences
 from ..json_files import read_json
 from ..multihost import allgather, is_lead, is_lost_process
 from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
@@ -118,8 +118,9 @@ def check_directory(
       ValueError: the run may not start or resume there.
     """
     for parent in (directory, *directory.parents):
-        if parent.exists() and not parent.is_dir():
-            raise ValueError(f"output_dir {directory}: {parent} is a file, not a directory")
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise ValueError(f"output_dir {directory}: {parent} is a file or a broken link, not a directory")
+    check_directory_name("output_dir", directory)
     _check_writable(directory)
     _check_not_locked(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
@@ -235,8 +236,19 @@ def _first_free(path: Path) -> Path:
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
-def quarantine_checkpoint(directory: Path, manager: ocp.CheckpointManager, step: int) -> Path:
-    """Moves an unreadable checkpoint of a run out of the way; returns its new path."""
+def quarantine_checkpoint(
+    directory: Path, manager: ocp.CheckpointManager, step: int, error: DamagedCheckpoint
+) -> Path:
+    """Moves an unreadable checkpoint of a run out of the way; returns its new path.
+
+    Raises:
+      ValueError: it is the last one; it stays where it is, so that the run never starts over unasked.
+    """
+    if list(manager.all_steps()) == [step]:
+        raise ValueError(
+            f"{error}; the run has no other checkpoint: restore the original files (those of other checkpoints "
+            f"are in {DAMAGED}/), or start over with --fresh"
+        )
     destination = _first_free(directory / DAMAGED / str(step))
     if is_lead():
         destination.parent.mkdir(exist_ok=True)

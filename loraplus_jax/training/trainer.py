@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
+from .._validation import expand_path
 from ..checkpoint import (
     PACKAGES,
     DamagedCheckpoint,
@@ -40,7 +41,7 @@ from .anomalies import (
     index_of_skip_limit,
     metrics_to_host,
 )
-from .console import format_metrics, header, progress
+from .console import LineConsole, format_metrics, header, progress
 from .distributed import join_processes, raise_together
 from .evaluation import evaluate
 from .identity import check_allowed, checked_metadata
@@ -80,7 +81,7 @@ def train(
       fresh: start over; an existing run is renamed, not deleted.
       allow_different: parts of the base model or data that may differ from those of the run to resume, or of
         `init_adapter`; see `PARTS`.
-      console: where to print.
+      console: where to print, by default a `LineConsole`.
 
     Returns:
       The contents of `summary.json`.
@@ -92,10 +93,10 @@ def train(
       LostProcess: another process of the run is gone.
     """
     check_allowed(allow_different)
-    directory = Path(settings.output_dir).expanduser()
+    directory = expand_path("output_dir", settings.output_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(join_processes(settings.distributed))
-        console = (console or Console(soft_wrap=True)) if is_lead() else Console(quiet=True)
+        console = (console or LineConsole()) if is_lead() else Console(quiet=True)
         changed = changed_settings(directory, settings, fresh)
         if settings.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
@@ -214,8 +215,8 @@ class Trainer:
 
     def quarantine(self, step: int, error: DamagedCheckpoint) -> None:
         """Moves an unreadable checkpoint out of the way and prints its new path."""
-        destination = quarantine_checkpoint(self.directory, self.manager, step)
-        self.console.print(f"{error}; moved it to {destination}, using another checkpoint if there is one")
+        destination = quarantine_checkpoint(self.directory, self.manager, step, error)
+        self.console.print(f"{error}; moved it to {destination}, using another checkpoint")
 
     def evaluate_before(self) -> dict[str, float]:
         """Evaluates on held-out data before the first step; a resumed run reads the result from the log."""
@@ -237,8 +238,13 @@ class Trainer:
         self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
         if self.run.sample_prompt is not None:
             self.answers = {"prompt": self.run.sample_prompt.prompt, "before": self.answer(self.initial)}
-            self.console.print(f"> {self.answers['prompt']}\nbefore: {self.answers['before']}", markup=False)
+            self.print_answer("before")
         return before
+
+    def print_answer(self, when: str) -> None:
+        """Prints `train.prompt` and the model's answer, which may have several lines."""
+        text = f"> {self.answers['prompt']}\n{when + ':':7} {self.answers[when]}"
+        self.console.print(*text.split("\n"), sep="\n")
 
     def answer(self, trainable: Any) -> str:
         """Returns the model's answer to `train.prompt`."""
@@ -290,7 +296,7 @@ class Trainer:
         history, spikes = find_spikes(self.history, first, host)
         for spike in spikes:
             self.log.write(spike.step, spike.values())
-            self.console.print(str(spike), markup=False)
+            self.console.print(str(spike))
         now = time.perf_counter()
         speed, self.clock, self.pending = len(host) / (now - self.clock), now, []
         done = [row for row in host if not row["skipped"]]
@@ -441,9 +447,9 @@ class Trainer:
             f"({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
         )
         if theory:
-            self.console.print(f"theory: {theory}", markup=False)
+            self.console.print(f"theory: {theory}")
         if self.answers:
-            self.console.print(f"> {self.answers['prompt']}\nafter:  {self.answers['after']}", markup=False)
+            self.print_answer("after")
         self.console.print(
             f"results in {self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/"
         )

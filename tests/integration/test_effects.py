@@ -296,6 +296,7 @@ CHANGES = [
     Change("data.validation_fraction", "0.2", arrays),
     Change("data.test_fraction", "0.1", arrays),
     Change("data.split_seed", "3", arrays),
+    Change("data.duplicates", "drop", arrays, (*FILES, "--data.test", "{dir}/more.csv")),
     Change("data.template", "plain", arrays, TALK),
     Change("data.template", "{dir}/template.jinja", arrays, TALK),
     Change("data.answers", "last", arrays, TALK),

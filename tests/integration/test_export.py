@@ -212,7 +212,9 @@ def test_disagreement_with_the_settings_is_named_with_both_values(finished, tmp_
         assert "--lora.target_modules '[encoder/layers/attention/query, " in found
         assert "layers_to_transform" in message(start, "--lora.layers_to_transform", "[0]")
         assert_mentions(message(start, "--method", "full"), "method", "full", "adapters")
-    found = message(finished.out, "--lora.lr_ratio", "8", "--optimizer.decay", "equal")
+    found = message(
+        finished.out, "--lora.lr_ratio", "8", "--optimizer.decay", "equal", "--optimizer.weight_decay", "0.1"
+    )
     assert_mentions(
         found, "lora.lr_ratio", 4.0, 8.0, "optimizer.decay", "coupled", "equal", "--init_adapter_rates new"
     )

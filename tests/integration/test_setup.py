@@ -149,3 +149,24 @@ def test_a_batch_that_a_mesh_cannot_split_gets_one_line_with_all_sizes():
         message = str(caught.value)
         proposed = message[message.index("--train") :].split()
         module.check_mesh(parse_settings(config, proposed), mesh)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "instruction", "multiple_choice"])
+@pytest.mark.parametrize("duplicates", ["warn", "drop", "error"])
+def test_every_task_tells_duplicates_before_training(first_world, first_talk, task, duplicates):
+    source = first_world if task in ("classification", "regression") else first_talk
+    data = source.directory / "questions.jsonl" if task == "multiple_choice" else source.data
+    args = ["--task", task, "--data.path", "null", "--data.train", str(data), "--data.test", str(data)]
+    args += ["--data.duplicates", duplicates]
+    args += ["--data.label", "rating"] if task == "regression" else []
+    settings = parse_settings(source.config, args)
+    load = module.task_module(settings).load_data
+    if duplicates == "warn":
+        loaded = load(settings, source.model)
+        (line,) = [line for line in loaded.summary if "data.train" in line]
+        assert_mentions(line, "warning", "data.test", "same", loaded.examples["test"], data.name)
+    else:
+        with pytest.raises(
+            ValueError, match=mentions("train", {"error": "test", "drop": "left"}[duplicates])
+        ):
+            load(settings, source.model)

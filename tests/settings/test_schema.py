@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.settings.parsing import parse_settings, setting_fields
 from loraplus_jax.settings.schema import (
     DataSettings,
     MeshSettings,
@@ -14,7 +14,7 @@ from loraplus_jax.settings.schema import (
 )
 
 from ..messages import mentions
-from .values import OTHER, PROCESSES, nested, parsed
+from .values import OTHER, PROCESSES, nested, parsed, value
 
 
 @pytest.mark.parametrize("name", ["model.pooling", "model.dropout", "model.head_dropout", "data.text_pair"])
@@ -35,6 +35,49 @@ def test_answers_and_their_length_go_with_what_they_need(tmp_path):
     assert settings.train.prompt_tokens == 9
     with pytest.raises(ValueError, match=mentions("train.prompt", "empty")):
         parsed(tmp_path, "--train.prompt", " ", "--task", "instruction")
+
+
+TALK = ("--task", "instruction")
+WORLD = tuple(f"--{name}={given}" for name, given in PROCESSES.items())
+FILES = ("--data.path", "null", "--data.train", "a.csv")
+FILES_OF_EACH = (*FILES, "--data.validation", "b.csv")
+
+
+# A field and a value, with what it has no effect, with what it has one, and what the message names of it.
+@pytest.mark.parametrize(
+    ("name", "given", "without", "needed", "words"),
+    [
+        ("model.dropout", "0.3", TALK, (), ("task", "classification", "regression", "instruction")),
+        ("data.delimiter", ";", TALK, (), ("task", "classification", "regression", "instruction")),
+        ("model.remat", "dots", (), TALK, ("task", "instruction", "multiple_choice", "classification")),
+        ("train.prompt", "Why?", (), TALK, ("task", "instruction", "multiple_choice", "classification")),
+        ("train.prompt_tokens", "9", TALK, (*TALK, "--train.prompt", "Why?"), ("train.prompt", "null")),
+        ("data.answers", "last", ("--task", "multiple_choice"), TALK, ("task", "multiple_choice")),
+        ("data.validation", "b.csv", (), FILES, ("data.train", "null")),
+        ("data.test", "b.csv", (), FILES, ("data.train", "null")),
+        ("data.test_fraction", "0.3", FILES, (), ("data.path", "null")),
+        ("data.validation_fraction", "0.3", FILES_OF_EACH, FILES, ("data.validation", "null", "b.csv")),
+        ("data.split_seed", "3", FILES_OF_EACH, FILES, ("data.validation", "null", "b.csv")),
+        ("optimizer.decay_steps", "5", (), ("--optimizer.schedule", "wsd"), ("optimizer.schedule", "wsd")),
+        (
+            *("optimizer.final_fraction", "0.1", ("--optimizer.schedule", "constant"), ()),
+            ("optimizer.schedule", "linear", "cosine", "wsd", "constant"),
+        ),
+        ("optimizer.decay", "equal", (), ("--optimizer.weight_decay", "0.1"), ("optimizer.weight_decay",)),
+        ("train.theory_every", "5", ("--method", "full"), (), ("method", "lora_plus", "lora", "full")),
+        ("distributed.start_timeout", "20", (), WORLD, ("distributed.coordinator", "null")),
+        ("distributed.lost_timeout", "20", (), WORLD, ("distributed.coordinator", "null")),
+        ("distributed.processes", "4", (), WORLD[::2], ("distributed.coordinator", "null")),
+        ("distributed.process_id", "1", (), WORLD[:2], ("distributed.coordinator", "null")),
+        ("init_adapter_rates", "new", (), ("--init_adapter", "old"), ("init_adapter", "null")),
+    ],
+)
+def test_a_field_without_effect_is_rejected(tmp_path, name, given, without, needed, words):
+    default = next(field.default for field in setting_fields() if field.name == name)
+    assert value(parsed(tmp_path, f"--{name}", given, *needed), name) != default
+    with pytest.raises(ValueError, match=mentions(name, *words)) as caught:
+        parsed(tmp_path, f"--{name}", given, *without)
+    assert "\n" not in str(caught.value)
 
 
 def test_steps_of_decay_go_with_their_schedule(tmp_path):

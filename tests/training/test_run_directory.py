@@ -103,6 +103,7 @@ CHANGES = {
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.1,
     "data.split_seed": 3,
+    "data.duplicates": "drop",
     "data.template": "plain",
     "data.answers": "last",
     "data.packing": True,
@@ -191,7 +192,11 @@ def run_of(directory, values, *, finished=False):
 
 
 def base_of(name):
-    return {**PLAIN, "task": "instruction"} if name in TALK else PLAIN
+    needed = {name: {"task": "instruction"} for name in TALK}
+    needed["optimizer.decay"] = {"optimizer": {"schedule": "linear", "weight_decay": 0.1}}
+    world = {"coordinator": "host:1", "processes": 2, "process_id": 0}
+    needed |= {f"distributed.{name}": {"distributed": world} for name in ("start_timeout", "lost_timeout")}
+    return PLAIN | needed.get(name, {})
 
 
 def with_change(name, value):
@@ -221,7 +226,7 @@ def test_what_may_change_when_a_run_resumes_and_what_not(tmp_path, name):
 
 @pytest.mark.parametrize("name", [n for n in RESUMABLE_FIELDS if n in CHANGES or n in STOP_FIELDS])
 def test_a_finished_run_resumes_only_when_its_end_moves(tmp_path, name):
-    directory = run_of(tmp_path / "run", PLAIN, finished=True)
+    directory = run_of(tmp_path / "run", base_of(name), finished=True)
     epochs = {**PLAIN, "train": {"epochs": 2.0, "batch_size": 32}}
     settings = settings_from_json(epochs if name == "train.epochs" else with_change(name, CHANGES[name]))
     if name in STOP_FIELDS:

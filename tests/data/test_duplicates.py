@@ -1,0 +1,224 @@
+"""Data that makes a result meaningless is told, dropped or an error: duplicates, and one value in two spellings."""
+
+import json
+
+import numpy as np
+import pytest
+
+from loraplus_jax.data.conversations import read_chats
+from loraplus_jax.data.duplicates import handle_duplicates
+from loraplus_jax.data.labels import label_names, regression_labels
+from loraplus_jax.data.multiple_choice import read_questions
+from loraplus_jax.data.readers import read_rows
+from loraplus_jax.data.splits import LabelledTexts, load_splits
+from loraplus_jax.settings.schema import DataSettings
+
+from ..messages import assert_mentions, mentions
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    ("name", "read"), [("a.jsonl", lambda path: read_rows(path, ["text", "label"])), ("a.json", read_chats)]
+)
+def test_a_number_that_is_none_is_an_error_with_its_line(tmp_path, name, read, value):
+    rows = ['{"text": "NaN, 1e999", "label": "Infinity"}', f'{{"text": "b \\" {value}", "label": {value}}}']
+    path = tmp_path / name
+    path.write_text("\n".join(rows) if name == "a.jsonl" else f"[{rows[0]},\n{rows[1]}]")
+    with pytest.raises(ValueError, match=mentions(f"{name}:2", "JSON", value)):
+        read(path)
+    path.write_text(rows[0] if name == "a.jsonl" else f"[{rows[0]}]")
+    assert len(read(path)) == 1
+
+
+def rows_of(texts, labels, name="f.csv", pairs=None) -> LabelledTexts:
+    return LabelledTexts(
+        tuple(texts), pairs, tuple(labels), tuple(f"{name}:{i + 2}" for i in range(len(texts)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [
+        *(
+            (word, None)
+            for word in ("1_0", "٣", "\uff11", "1,5", "inf", "-Infinity", "nan", "1e39", "0x1", "1 0", "")
+        ),
+        *((word, None) for word in (".", "e5", "+", "--1", "1e", "true")),
+        *(
+            ("-2.5", -2.5),
+            ("+3", 3.0),
+            ("1e-3", 1e-3),
+            ("1E+2", 100.0),
+            (".5", 0.5),
+            ("5.", 5.0),
+            ("007", 7.0),
+        ),
+    ],
+)
+def test_a_regression_label_is_a_number_as_programs_write_it(label, number):
+    rows = rows_of("ab", ["1", label])
+    if number is None:
+        with pytest.raises(ValueError, match=mentions("f.csv:3", "regression")) as caught:
+            regression_labels(rows)
+        assert repr(label) in str(caught.value)
+    else:
+        np.testing.assert_array_equal(regression_labels(rows), np.array([1, number], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("-0", "0"), ("01", "1"), ("1", "1.0"), ("+1", "1"), ("1e1", "10"), ("0.5", "0.50"), ("-0.0", "00")],
+)
+def test_one_number_in_two_spellings_is_not_two_classes(first, second):
+    with pytest.raises(ValueError, match=mentions("number")) as caught:
+        label_names({"train": rows_of("abc", [first, second, "x"])})
+    assert repr(first) in str(caught.value)
+    assert repr(second) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "labels", [("1", "10"), ("9007199254740993", "9007199254740992"), ("1_0", "10"), ("٣", "3")]
+)
+def test_labels_that_are_not_the_same_number_are_classes(labels):
+    assert set(label_names({"train": rows_of("ab", labels)})) == set(labels)
+
+
+def chat(user, answer):
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+
+
+def question(prompt, answer, choices=("red", "blue")):
+    return {"prompt": prompt, "choices": list(choices), "answer": answer}
+
+
+def read_texts(path):
+    return load_splits(DataSettings(train=str(path), validation=str(path)), type(path))["train"]
+
+
+def read_pairs(path):
+    settings = DataSettings(train=str(path), validation=str(path), text_pair="pair")
+    return load_splits(settings, type(path))["train"]
+
+
+def text(text, label, **more):
+    return {"text": text, "label": label, **more}
+
+
+CASES = {
+    # Reader, rows of train, rows of test; test rows that are in train, conflicts, train rows that drop keeps.
+    "texts": (
+        *(read_texts, [text("a", "x"), text("b", "x"), text("c", "y")], [text(" A ", "y"), text("d", "x")]),
+        *(1, 1, [1, 2]),
+    ),
+    "other labels in train": (
+        *(read_texts, [text("a", "x"), text("b", "x"), text("A", "y")], [text("d", "x")]),
+        *(0, 1, [1]),
+    ),
+    "one spelling of a number": (
+        *(read_texts, [text("a", "1"), text("b", "2"), text("a", "1.0")], [text("d", "1")]),
+        *(0, 0, [0, 1, 2]),
+    ),
+    "pairs": (
+        *(read_pairs, [text("a", "x", pair="p"), text("a", "y", pair="q")]),
+        *([text("a", "x", pair="P"), text("b", "x", pair="q")], 1, 0, [1]),
+    ),
+    "conversations": (
+        *(read_chats, [chat("hi", "yes"), chat("hi", "no"), chat("ho", "yes")]),
+        *([chat("Hi", " yes"), chat("ho", "no")], 1, 0, [1, 2]),
+    ),
+    "plain texts": (read_chats, [{"text": "a"}, {"text": "b"}], [{"text": "A"}], 1, 0, [1]),
+    "questions": (
+        *(read_questions, [question("q", "red"), question("r", "red"), question("r", "blue")]),
+        *([question("Q", "red", ("blue", "red")), question("q", "red", ("red", "green"))], 1, 1, []),
+    ),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request, tmp_path):
+    read, train, test, *expected = CASES[request.param]
+    splits = {}
+    for name, rows in {"train": train, "test": test}.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        splits[name] = read(path)
+    return splits, expected
+
+
+def settings(duplicates, **files):
+    return DataSettings(train="train.jsonl", validation="v.jsonl", duplicates=duplicates, **files)
+
+
+def test_duplicates_are_counted(case):
+    splits, (shared, conflicts, _) = case
+    same, lines = handle_duplicates(splits, settings("warn"))
+    assert same is splits
+    assert len(lines) == bool(shared) + bool(conflicts)
+    for line, words in zip(
+        lines, [(shared, len(splits["test"]), "test", "train")] * bool(shared) + [(conflicts,)], strict=False
+    ):
+        assert line.startswith("warning: ")
+        assert_mentions(line, *words)
+        assert line.count(".jsonl:") == 2
+
+
+def test_duplicates_are_an_error_with_counts_and_lines(case):
+    splits, (shared, conflicts, _) = case
+    if not shared and not conflicts:
+        assert handle_duplicates(splits, settings("error")) == (splits, [])
+        return
+    with pytest.raises(ValueError, match=mentions("data.duplicates", "drop", "warn")) as caught:
+        handle_duplicates(splits, settings("error"))
+    first, *pairs = str(caught.value).splitlines()
+    assert_mentions(first, *([f"{shared} of {len(splits['test'])}"] if shared else []))
+    assert_mentions(first, *([f"{conflicts} text"] if conflicts else []))
+    assert len(pairs) == shared + conflicts
+    assert all(pair.count(".jsonl:") == 2 for pair in pairs)
+
+
+def test_duplicates_are_dropped_from_train(case):
+    splits, (shared, conflicts, kept) = case
+    if not kept:
+        with pytest.raises(ValueError, match=mentions("drop", "train", len(splits["train"]))):
+            handle_duplicates(splits, settings("drop"))
+        return
+    rows, lines = handle_duplicates(splits, settings("drop"))
+    train = splits["train"]
+    expected = train.take(kept) if isinstance(train, LabelledTexts) else [train[i] for i in kept]
+    assert rows == {**splits, "train": expected}
+    assert len(lines) == bool(shared or conflicts)
+    for line in lines:
+        assert_mentions(line, f"{len(train) - len(kept)} of {len(train)}", "train")
+
+
+@pytest.mark.parametrize("kind", ["path", "bytes"])
+@pytest.mark.parametrize("validation", [True, False])
+def test_one_file_given_twice_is_told(tmp_path, kind, validation):
+    content = "text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(40))
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "v.csv").write_text("text,label\nelse,1\n")
+    files = {"train": "a.csv", "test": "a.csv" if kind == "path" else "b.csv"}
+    files |= {"validation": "v.csv"} if validation else {}
+    data = DataSettings(**files)
+    splits = load_splits(data, lambda value: tmp_path / value)
+    (line,) = handle_duplicates(splits, data)[1]
+    assert_mentions(line, "data.test", "data.train", "same", 40, "a.csv:2")
+
+
+def test_a_split_file_has_no_duplicates_and_its_result_does_not_depend_on_the_setting(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"text {i},x\nText  {i},x\n" for i in range(50)))
+    found = []
+    for duplicates in ("warn", "error", "drop"):
+        data = DataSettings(path=str(path), duplicates=duplicates)
+        splits, lines = handle_duplicates(load_splits(data, type(path)), data)
+        assert lines == []
+        found.append(splits)
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_delimiter_needs_a_file_with_delimiters(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(text(str(i), "x")) + "\n" for i in range(20)))
+    with pytest.raises(ValueError, match=mentions("data.delimiter", ".csv", ".tsv", "a.jsonl")):
+        load_splits(DataSettings(path="a.jsonl", delimiter=";"), lambda value: tmp_path / value)

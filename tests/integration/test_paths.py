@@ -1,0 +1,193 @@
+"""Any legal path works or is rejected before anything is written; a user's strings reach the terminal escaped."""
+
+import json
+
+import pytest
+import yaml
+
+from loraplus_jax.cli import main
+from loraplus_jax.training.console import LineConsole
+
+from ..messages import assert_mentions
+from .test_bad_input import contents
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+STRANGER = "~nosuchuser/x"
+TEXT = ("--text", "a good film")
+
+
+@pytest.mark.parametrize(
+    ("args", "field"),
+    [
+        *((("train", "{config}", f"--{name}", STRANGER), name) for name in ("output_dir", "init_adapter")),
+        *((("sweep", "{config}", f"--{name}", STRANGER), name) for name in ("output_dir",)),
+        (("train", "{config}", "--model.path", STRANGER), "model"),
+        (("train", "{config}", "--data.path", STRANGER), "data"),
+        (("plan", "{config}", "--model.path", STRANGER), "model"),
+        (("plan", "{config}", "--json", STRANGER), "--json"),
+        (("inspect", "{config}", "--model.path", STRANGER), "model"),
+        *(((command, STRANGER), "config") for command in ("train", "sweep", "plan", "inspect")),
+        (("eval", STRANGER), "run_directory"),
+        (("eval", "{out}", "--data", STRANGER), "data"),
+        (("predict", STRANGER, *TEXT), "run_directory"),
+        (("predict", "{out}", *TEXT, "--output", f"{STRANGER}.jsonl"), "--output"),
+        (("generate", STRANGER, "--prompt", "hi"), "model"),
+        (("export", STRANGER, "--to", "to"), "run_directory"),
+        (("export", "{out}", "--to", STRANGER), "--to"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
+def test_an_unknown_user_is_named_and_nothing_is_written(
+    finished, tmp_path, monkeypatch, capsys, args, field
+):
+    monkeypatch.chdir(tmp_path)
+    places = {"config": finished.config, "out": finished.out}
+    assert main([word.format(**places) for word in args]) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, field, STRANGER, "~nosuchuser")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_and_templates_of_an_unknown_user_are_named(talk, capsys, monkeypatch):
+    before = contents(talk.directory)
+    assert talk.train("--data.template", STRANGER) == 2
+    assert_mentions(capsys.readouterr().err, "template", STRANGER)
+    monkeypatch.setenv("LORAPLUS_CACHE", STRANGER)
+    assert talk.train() == 2
+    assert_mentions(capsys.readouterr().err, "LORAPLUS_CACHE", STRANGER)
+    assert contents(talk.directory) == before
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("export", "{out}", "--to", "{link}"),
+        ("export", "{out}", "--merged", "--to", "{link}"),
+        ("predict", "{out}", *TEXT, "--output", "{link}.jsonl"),
+        ("plan", "{config}", "--json", "{link}"),
+        ("train", "{config}", "--output_dir", "{link}"),
+        ("train", "{config}", "--output_dir", "{link}/below"),
+        ("sweep", "{config}", "--output_dir", "{link}"),
+    ],
+    ids=" ".join,
+)
+def test_a_link_to_nothing_is_not_written_to(finished, tmp_path, capsys, args):
+    for name in ("link", "link.jsonl"):
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    places = {"config": finished.config, "out": finished.out, "link": tmp_path / "link"}
+    assert main([word.format(**places) for word in args]) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, tmp_path / "link")
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "link.jsonl"}
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+@pytest.mark.parametrize(("name", "word"), [("a\\b", "checkpoints"), ("a\udcffb", "UTF-8")])
+def test_a_directory_in_which_nothing_can_be_saved_is_rejected(
+    first_world, tmp_path, monkeypatch, capsys, command, name, word
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([command, str(first_world.config), "--output_dir", name]) == 2
+    assert_mentions(capsys.readouterr().err, "output_dir", word)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a [/red] [bold]b[/bold] :smile:", "a [/red] [bold]b[/bold] :smile:"),
+        ("a\x1b[2J\x07\r\x7f\x9b1mb", r"a\u001b[2J\u0007\r\u007f\u009b1mb"),
+        ("two\nlines\u2028more", r"two\nlines\u2028more"),
+        ("\u202eevil\u2066", r"\u202eevil\u2066"),
+        ("caf\udce9", r"caf\udce9"),
+        ("für 日本 👩‍💻 می‌خواهم \\n", "für 日本 👩‍💻 می‌خواهم \\n"),
+    ],
+)
+def test_a_string_of_the_user_is_shown_as_it_is_but_for_what_steers_the_terminal(
+    tmp_path, capsys, text, shown
+):
+    console = LineConsole()
+    console.print(text)
+    console.print(text, text, sep="\n")
+    assert capsys.readouterr().out == f"{shown}\n" * 3
+    assert main(["train", f"{text}.yaml"]) == 2
+    assert capsys.readouterr().err == f"loraplus: error: config file not found: {shown}.yaml\n"
+    assert main(["eval", str(tmp_path), f"--{text}"]) == 2
+    assert capsys.readouterr().err == f"loraplus: error: eval does not accept --{shown}\n"
+
+
+AWKWARD = "a*[b] [/red][bold]\x1b[2J\n?"
+
+
+@pytest.mark.slow
+def test_a_run_in_a_directory_with_an_awkward_name_resumes_evaluates_and_exports(world, capsys):
+    rows = [row | {"label": f"[/{row['label']}]\x1b[1m"} for row in world.rows()]
+    data = world.write_rows("[x]*.csv", rows)
+    args = ("--data.path", str(data), "--train.steps", "6", "--train.eval_every", "2")
+    straight = world.trained(*args, out=world.directory / "plain")
+    out = world.directory / AWKWARD
+    shown = str(out).replace("\x1b", r"\u001b").replace("\n", r"\n")
+    capsys.readouterr()
+    assert world.train(*args[:2], "--train.steps", "4", "--train.eval_every", "2", out=out) == 0
+    printed = capsys.readouterr().out
+    assert world.train(*args, out=out) == 0
+    printed += capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert f"results in {shown}:" in printed
+    assert r"[/yes]\u001b[1m" in printed
+    assert "step 4 of 6" in printed
+    tensors = "adapter/adapter.safetensors"
+    assert (out / tensors).read_bytes() == (straight / tensors).read_bytes()
+    assert main(["eval", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] > 0
+    to = world.directory / "[/red]*"
+    assert main(["export", str(out), "--to", str(to)]) == 0
+    assert (to / "adapter_model.safetensors").exists()
+
+
+def damage(checkpoints):
+    for path in checkpoints.rglob("*"):
+        if path.is_file() and "state" in path.parts and path.stat().st_size:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.slow
+def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
+    args = ("--train.steps", "6", "--train.eval_every", "2", "--train.select", "last")
+    world.trained(*args[2:], "--train.steps", "4")
+    damage(world.out / "checkpoints")
+    kept = (world.out / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        capsys.readouterr()
+        assert world.train(*args) == 2
+        error = capsys.readouterr().err
+        assert_mentions(error, "no other checkpoint", "damaged_checkpoints", "--fresh")
+        assert error.count("\n") == 1
+        assert (world.out / "metrics.jsonl").read_bytes() == kept
+    assert world.train(*args, "--fresh") == 0
+    assert yaml.safe_load((world.out / "config.yaml").read_text())["train"]["steps"] == 6
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
+    args = ["sweep", str(world.config), "--train.steps", "4", "--train.eval_every", "2"]
+    args += [
+        "--sweep.lr_ratios",
+        "[4]",
+        "--sweep.learning_rates",
+        "[0.001]",
+        "--sweep.report_seeds",
+        "2",
+        "--sweep.rungs",
+        "[0.75]",
+    ]
+    assert main(args) == 0
+    (world.out / "summary.json").unlink()
+    damage(world.out / "checkpoints")
+    capsys.readouterr()
+    assert main(args) == 2
+    assert_mentions(capsys.readouterr().err, "no other checkpoint", "damaged_checkpoints", "--fresh")
+    assert not (world.out / "summary.json").exists()
