@@ -1,12 +1,14 @@
 """Which layers a config means, and whether every one of its rules found something."""
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._validation import suggest
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
 from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS
+from .untrusted import run_job
 
 
 class TracedModule:
@@ -98,6 +100,43 @@ def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:
     return next((name for name in config.modules_to_save if any(matches((name,), p) for p in above)), None)
 
 
+def try_rules(where: str, config: Any, paths: Iterable[str]) -> None:
+    """Matches a config's regular expressions in the child process of `untrusted`: if they end there, they end here.
+
+    Args:
+      where: names the config, for error messages.
+      config: the config as JSON, not checked yet.
+      paths: what its rules will be matched with.
+
+    Raises:
+      ValueError: one is invalid or takes too long.
+    """
+    patterns = tuple(_regular_expressions(config)) if isinstance(config, Mapping) else ()
+    if patterns:
+        _try_match(f"{where}: the rule {patterns[0]!r:.80} or a later one", patterns, tuple(paths))
+
+
+@functools.lru_cache(maxsize=16)
+def _try_match(what: str, patterns: tuple[str, ...], paths: tuple[str, ...]) -> None:
+    run_job(what, "match", patterns=patterns, names=paths)
+
+
+def _regular_expressions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every regular expression of a config, as it is matched with whole paths."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(rule := config.get(field), str) and rule != ALL_LINEAR:
+            yield rule
+    for field, form in (
+        ("target_parameters", "%s"),
+        ("rank_pattern", "(.*/)?(%s)"),
+        ("alpha_pattern", "(.*/)?(%s)"),
+    ):
+        rules = config.get(field)
+        yield from (
+            (form % rule for rule in rules if isinstance(rule, str)) if isinstance(rules, Iterable) else ()
+        )
+
+
 def check_coverage(
     config: LoRAPlusConfig, seen: Mapping[str, TracedModule], leaves: Iterable[str], stacks: Mapping[str, int]
 ) -> None:
@@ -129,7 +168,9 @@ def check_coverage(
 
     targets = _split_rules(config.target_modules)
     for rule, one in targets.items():
-        _check_adaptable(rule, seen if is_all else {p: e for p, e in seen.items() if matches(one, p)}, named)
+        relevant = {path: entry for path, entry in seen.items() if entry.adaptable or entry.weights}
+        hits = relevant if is_all else {p: e for p, e in relevant.items() if matches(one, p)}
+        _check_adaptable(rule, hits, named)
     check("target_modules", targets, lambda r: _any(targets[r], adapted), "matches no layer to adapt", names)
     excluded = _split_rules(config.exclude_modules)
     complaint = "excludes nothing that target_modules names"

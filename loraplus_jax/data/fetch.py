@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from .._validation import suggest
+from ..json_files import check_file
 from .archives import extract
 
 Kind = Literal["model", "data"]
@@ -326,12 +327,12 @@ def resolve(
     code from the hub is run.
 
     Raises:
-      ValueError: `value` is none of these, names the other kind, or cannot be downloaded; or data is a directory.
+      ValueError: `value` is none of these, names the other kind, cannot be downloaded, or is no regular file.
     """
     path = os.path.expanduser(value)
     if os.path.exists(path):
-        if kind == "data" and not os.path.isfile(path):
-            raise ValueError(f"data must be one file, got the directory {str(Path(path))!r}")
+        if kind == "data":
+            check_file(Path(path))
         return Path(path)
     if value in ASSETS and ASSETS[value].kind == kind:
         return fetch(value, cache=cache, log=log)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._validation import suggest
+from ..json_files import check_file
 
 Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]
@@ -156,6 +157,7 @@ def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None
 
 def _decode(path: Path, problems: Problems) -> str:
     """Decodes the file; reports lines that are not UTF-8 and replaces their invalid bytes."""
+    check_file(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -20,8 +20,9 @@ import numpy as np
 
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
-from ..json_files import read_json
+from ..json_files import check_file, read_json
 from ..roles import lr_ratio_of
+from ..rules import try_rules
 from ..spec import AdapterSpec, Specs, specs_from_json
 from ..tree import flatten, unflatten, with_collection
 
@@ -140,13 +141,22 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
     if not {"format", "config", "specs"} <= notes.keys():
         raise ValueError(f"{path} is no adapter description: it needs format, config and specs")
     if notes["format"] != FORMAT:
-        raise ValueError(f"{path} has format {notes['format']!r}, this version reads {FORMAT}")
+        raise ValueError(f"{path} has format {notes['format']!r:.80}, this version reads {FORMAT}")
+    try_saved_rules(path, notes)
     return notes
+
+
+def try_saved_rules(path: Path, notes: Mapping[str, Any]) -> None:
+    """Raises ValueError if a regular expression in an adapter's description is invalid or takes too long."""
+    specs, settings = notes["specs"], notes.get("settings")
+    for config in (notes["config"], settings.get("lora") if isinstance(settings, Mapping) else None):
+        try_rules(str(path), config, specs if isinstance(specs, Mapping) else ())
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """A safetensors file's tensors as JAX arrays, of their stored dtypes; a ValueError if it is damaged."""
     flax = _safetensors("flax")
+    check_file(path)
     try:
         return flax.load_file(path)
     except Exception as error:  # the reader's own error class is not part of its interface

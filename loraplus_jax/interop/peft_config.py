@@ -14,6 +14,7 @@ from typing import Any, get_args
 from .._validation import check_choice, check_int, check_number
 from ..config import Bias, LoRAPlusConfig
 from ..json_files import read_json
+from ..untrusted import run_job
 
 # What changes the model beyond W + s A B; each is off where it is null, false or empty.
 _UNSUPPORTED = (
@@ -67,39 +68,34 @@ class PeftOptions:
     base_model: str | None
     task_type: str | None
 
-    def rank_of(self, name: str) -> int:
-        """The rank that the adapter of a module must have."""
-        key = _pattern_of(self.rank_pattern, name)
-        return self.rank if key is None else self.rank_pattern[key]
+    def ranks_and_alphas(self, names: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """The rank that the adapter of each module must have, and its alpha."""
+        ranks = _first_matches("rank_pattern", self.rank_pattern, names)
+        alphas = _first_matches("alpha_pattern", self.alpha_pattern, names)
+        return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in names}
 
-    def alpha_of(self, name: str) -> float:
-        """The alpha of a module."""
-        key = _pattern_of(self.alpha_pattern, name)
-        return self.alpha if key is None else self.alpha_pattern[key]
-
-    def scale_of(self, name: str) -> float:
+    def scale(self, rank: int, alpha: float) -> float:
         """The factor s on A B of a module."""
-        rank = self.rank_of(name)
-        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def idle_targets(self, names: Collection[str]) -> list[str]:
         """What `target_modules` names and the adapter has no factors of: it is not whole then."""
         if isinstance(self.target_modules, str):
             matches_all = self.target_modules == "all-linear"
-            matches = matches_all or any(re.fullmatch(self.target_modules, name) for name in names)
+            matches = matches_all or any(_match("target_modules", [self.target_modules], names))
             return [] if matches else [self.target_modules]
-        return [
-            target
-            for target in self.target_modules or ()
-            if not any(_ends_in(name, target) for name in names) and not self._is_excluded(target, names)
-        ]
+        idle = [t for t in self.target_modules or () if not any(_ends_in(name, t) for name in names)]
+        excluded = self._excluded(idle, names)
+        return [target for target in idle if target not in excluded]
 
-    def _is_excluded(self, target: str, names: Collection[str]) -> bool:
-        """Whether `exclude_modules` leaves a target out; a regular expression, beside some adapted module."""
+    def _excluded(self, targets: Sequence[str], names: Collection[str]) -> set[str]:
+        """The targets that `exclude_modules` leaves out; a regular expression, beside some adapted module."""
         if isinstance(self.exclude_modules, str):
-            beside = {f"{name.rpartition('.')[0]}.{target}" for name in names}
-            return any(re.fullmatch(self.exclude_modules, name) for name in (target, *beside))
-        return any(_ends_in(target, name) for name in self.exclude_modules or ())
+            parents = {name.rpartition(".")[0] for name in names}
+            pairs = [(t, path) for t in targets for path in (t, *(f"{parent}.{t}" for parent in parents))]
+            matched = _match("exclude_modules", [self.exclude_modules], [path for _, path in pairs])
+            return {t for (t, _), indices in zip(pairs, matched, strict=True) if indices}
+        return {t for t in targets if any(_ends_in(t, name) for name in self.exclude_modules or ())}
 
 
 def read_options(path: Path) -> PeftOptions:
@@ -135,8 +131,8 @@ def _parse_options(given: Mapping[str, Any]) -> PeftOptions:
     for name, values in patterns.items():
         if not isinstance(values, Mapping):
             raise TypeError(f"{name} must be a mapping, got {values!r:.80}")
+        _match(name, [*values], [])
         for key, value in values.items():
-            _check_regex(name, key)
             if name == "rank_pattern":
                 check_int(f"{name}[{key!r:.80}]", value, at_least=1)
             else:
@@ -147,7 +143,7 @@ def _parse_options(given: Mapping[str, Any]) -> PeftOptions:
     check_choice("bias", given.get("bias", "none"), get_args(Bias))
     for name in ("target_modules", "exclude_modules"):
         if isinstance(given.get(name), str):
-            _check_regex(name, given[name])
+            _match(name, [given[name]], [])
         else:
             _check_names(name, given.get(name, []))
     _check_names("modules_to_save", given.get("modules_to_save", []))
@@ -251,17 +247,21 @@ def _ends_in(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _pattern_of(patterns: Mapping[str, Any], name: str) -> str | None:
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+def _first_matches(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The value of the first pattern that matches the end of each name, whole segments."""
+    matched = _match(field, [rf"(.*\.)?({key})" for key in patterns], names)
+    values = list(patterns.values())
+    return {name: values[indices[0]] for name, indices in zip(names, matched, strict=True) if indices}
 
 
-def _check_regex(field: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise TypeError(f"{field} must hold regular expressions, got {pattern!r:.80}")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{field} is not a regular expression: {pattern!r:.80} ({error})") from None
+def _match(field: str, patterns: Sequence[str], names: Collection[str]) -> list[list[int]]:
+    """For each name the indices of the patterns that match it. In the child process, where they cannot hang."""
+    if not patterns:
+        return [[] for _ in names]
+    what = (
+        f"{field}: the regular expression {patterns[0]!r:.80}{' or a later one' if len(patterns) > 1 else ''}"
+    )
+    return run_job(what, "match", patterns=patterns, names=list(names))
 
 
 def _check_names(field: str, names: Any) -> None:

@@ -25,6 +25,7 @@ from .adapter_files import (
     new_directory,
     read_tensors,
     tensor_bytes,
+    try_saved_rules,
 )
 from .path_map import (
     Index,
@@ -215,6 +216,7 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
     notes = read_json(path)
     if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
         raise ValueError(f"{path} has format {notes.get('format')!r:.80}, this version reads {FORMAT}")
+    try_saved_rules(path, notes)
     return notes
 
 
@@ -245,8 +247,9 @@ def _config(
         elif name.endswith(".weight") and not name.endswith(".base_layer.weight"):
             saved[module] = None
     ranks, alphas = {}, {}
+    by_name = options.ranks_and_alphas([name for there in modules.values() for name in there.values()])
     for module, there in modules.items():
-        settings = {(options.rank_of(name), options.alpha_of(name)) for name in there.values()}
+        settings = {by_name[name] for name in there.values()}
         if len(settings) > 1:
             problems.append(
                 f"{module}: layers of one stack have different ranks and alphas: {sorted(settings)}"
@@ -317,16 +320,18 @@ def _check_factors(
     factors: Mapping[str, Any], options: PeftOptions, targets: Mapping[str, Target]
 ) -> list[str]:
     """A line for each factor that is missing, left over or misshapen, or at odds with options or specs."""
-    problems, expected, names = [], set(), []
+    problems, expected = [], set()
+    names = [name for target in targets.values() for name in target.names.values()]
+    by_name = options.ranks_and_alphas(names)
     for target in targets.values():
         for index, name in target.names.items():
             keys = target.keys(index)
-            names.append(name)
             expected |= {*keys}
             if missing := [key for key in keys if key not in factors]:
                 problems += [f"- {key} is missing" for key in missing]
                 continue
-            problems += _check_pair(name, [tuple(factors[key].shape) for key in keys], options, target)
+            shapes = [tuple(factors[key].shape) for key in keys]
+            problems += _check_pair(name, shapes, *by_name[name], options, target)
     problems += [
         f"+ {name} has no adapter in the model to go to" for name in sorted(factors.keys() - expected)
     ]
@@ -339,8 +344,15 @@ def _check_factors(
     return problems
 
 
-def _check_pair(name: str, shapes: list[tuple[int, ...]], options: PeftOptions, target: Target) -> list[str]:
-    rank, scale, spec = options.rank_of(name), options.scale_of(name), target.spec
+def _check_pair(
+    name: str,
+    shapes: list[tuple[int, ...]],
+    rank: int,
+    alpha: float,
+    options: PeftOptions,
+    target: Target,
+) -> list[str]:
+    scale, spec = options.scale(rank, alpha), target.spec
     # What the tensors must be by the file's own options, then by the model.
     needed = factor_shapes(spec, target.kind, rank)
     ranks = (shapes[0][:1], shapes[1][1:2])
@@ -349,7 +361,6 @@ def _check_pair(name: str, shapes: list[tuple[int, ...]], options: PeftOptions, 
     if rank != spec.rank:
         return [f"~ {name} has rank {rank}, the model's adapter {spec.rank}"]
     if scale != spec.scale:
-        alpha = options.alpha_of(name)
         return [f"~ {name} has the scale {scale:g} (alpha {alpha:g}), the model's adapter {spec.scale:g}"]
     if tuple(shapes) != needed:
         return [

@@ -61,7 +61,7 @@ def parse_settings(
       ValueError: the file cannot be read, a key is unknown (the message suggests the closest one), or a value has
         the wrong type or is out of range.
     """
-    if not Path(config).is_file():
+    if not Path(config).exists():
         raise ValueError(f"config file not found: {config}")
     values = read_yaml(Path(config))
     if not isinstance(values, Mapping):

@@ -9,8 +9,9 @@ from tokenizers import (
 )
 
 from loraplus_jax.data.chat import tokenize_chats
-from loraplus_jax.data.chat_template import DATE, load_template
+from loraplus_jax.data.chat_template import load_template
 from loraplus_jax.data.conversations import Turn
+from loraplus_jax.untrusted_child import DATE
 
 from ..messages import mentions
 from .chats import BOS, EOS, chat, template
