@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import functools
 import json
+import math
 import re
 import signal
 import sys
@@ -102,7 +103,7 @@ def _limit(seconds: int, memory: int) -> None:
     if resource is None:
         return
     signal.alarm(2 * seconds)
-    cpu = int(time.process_time()) + 1 + seconds
+    cpu = math.ceil(time.process_time()) + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     with contextlib.suppress(OSError), open("/proc/self/statm") as pages:  # only Linux has it
         size = int(pages.read().split()[0]) * resource.getpagesize() + memory

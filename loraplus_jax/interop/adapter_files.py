@@ -121,7 +121,10 @@ def load_adapter(directory: str | Path) -> Adapter:
         check_config_matches_specs(specs, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / DESCRIPTION_FILE}: {error}") from None
-    variables = unflatten(read_tensors(directory / TENSORS_FILE))
+    tensors = read_tensors(directory / TENSORS_FILE)
+    if config is not None:
+        check_ranks(f"{directory / DESCRIPTION_FILE}", config, tensors)
+    variables = unflatten(tensors)
     lora = variables.pop("lora", {})
     check_factors(f"{directory}: {TENSORS_FILE} and the table in {DESCRIPTION_FILE}", lora, specs)
     return Adapter(lora, specs, config, variables)
@@ -174,6 +177,13 @@ def check_config_matches_specs(specs: Specs, config: LoRAPlusConfig | None) -> N
                 f"config has rank {rank} and scale {scale:g} for {path or 'the model'}, the specs "
                 f"have rank {spec.rank} and scale {spec.scale:g}"
             )
+
+
+def check_ranks(where: str, config: Any, tensors: Mapping[str, Any]) -> None:
+    """Raises ValueError if no tensor is as wide as a rank: a model is built with it before they are compared."""
+    widest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
+    if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > widest:
+        raise ValueError(f"{where}: rank {rank} is above {widest}, the widest axis of the adapter's tensors")
 
 
 def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:

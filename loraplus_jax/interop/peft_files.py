@@ -21,6 +21,7 @@ from ..tree import flat_factors, flatten, unflatten
 from .adapter_files import (
     Adapter,
     check_config_matches_specs,
+    check_ranks,
     host_array,
     new_directory,
     read_tensors,
@@ -176,6 +177,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     check_path_map(path_map)
     options, tensors = _read(Path(directory), path_map)
     if (config := _saved_config(Path(directory))) is not None:
+        check_ranks(f"{Path(directory) / NOTES_FILE}", config, tensors)
         return config
     numbers = {index[0] for name in tensors if (index := _find_module(name, path_map)[1])}
     if layers is not None and (extra := sorted(n for n in numbers if n >= layers)):
@@ -310,6 +312,7 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[st
         if tensor.dtype.name not in _DTYPES
     ]
     raise_problems(f"{directory / WEIGHTS} is no adapter that is known here", problems)
+    check_ranks(f"{directory / OPTIONS}", options, tensors)
     unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     kept, problems = drop_copies(unprefixed, path_map)
     raise_problems(f"{directory / WEIGHTS} is at odds with itself", problems)
