@@ -57,20 +57,22 @@ def run_job(what: str, job: str, **arguments: Any) -> Any:
 
 def _running_child() -> subprocess.Popen[bytes]:
     global _child
-    if _child is None or _child.poll() is not None:
-        _stop_child()
-        # Without site: the parent's path is passed instead, which is faster and leaves out its environment.
-        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("untrusted_child.py"))]
-        needed = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-        environment = {name: os.environ[name] for name in needed if name in os.environ}
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        # In a session of its own: Ctrl-C in a terminal is for the parent, whose end closes the pipe.
-        _child = subprocess.Popen(
-            command, **pipes, env=environment | {"TOKENIZERS_PARALLELISM": "false"}, start_new_session=True
-        )
-        assert _child.stdin is not None
-        _child.stdin.write(json.dumps([path for path in sys.path if path]).encode() + b"\n")
-    return _child
+    if _child is not None and _child.poll() is None:
+        return _child
+    _stop_child()
+    needed = ("SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+    _child = child = subprocess.Popen[bytes](
+        # Without site, which takes time: the parent's path is passed below.
+        [sys.executable, "-I", "-S", str(Path(__file__).with_name("untrusted_child.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: os.environ[name] for name in needed if name in os.environ} | {"RAYON_NUM_THREADS": "1"},
+        start_new_session=True,  # Ctrl-C in a terminal is for the parent, whose end closes the pipe
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps([path for path in sys.path if path]).encode() + b"\n")
+    return child
 
 
 @atexit.register

@@ -27,6 +27,7 @@ from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.json_files import read_json
 from loraplus_jax.models import tokenizer as tokenizers
 from loraplus_jax.models.hf import load_config, load_params
+from loraplus_jax.models.llama_config import LlamaConfig
 from loraplus_jax.models.name_table import NameTable
 from loraplus_jax.rules import try_rules
 from loraplus_jax.settings.parsing import parse_settings
@@ -123,7 +124,7 @@ def test_the_child_has_no_environment():
     untrusted.run_job("x", "match", patterns=[], names=[])
     content = Path(f"/proc/{untrusted._child.pid}/environ").read_bytes()
     names = {line.partition(b"=")[0].decode() for line in content.split(b"\0") if line}
-    assert names <= {"SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TOKENIZERS_PARALLELISM"}
+    assert names <= {"SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "RAYON_NUM_THREADS"}
 
 
 def replace(pattern, content):
@@ -184,7 +185,7 @@ def write_peft(directory, **options):
 )
 def test_a_regular_expression_of_a_peft_adapter_cannot_hang(tmp_path, options, word):
     directory = write_peft(tmp_path / "a", **options)
-    reject(lambda: peft_config(directory, [("{name}", "{name}")]), word)
+    reject(lambda: peft_config(directory, [("{name}", "{name}")]), directory / "adapter_config.json", word)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_a_regular_expression_of_a_peft_adapter_cannot_hang(tmp_path, options, w
 )
 def test_a_rule_of_a_peft_adapter_cannot_hang(tmp_path, options):
     found = read_options(write_peft(tmp_path / "a", **options) / "adapter_config.json")
-    reject(lambda: found.idle_targets([f"x{NAME}.c"[1:]]), *options.keys() & {"exclude_modules"})
+    reject(lambda: found.idle_targets([f"{NAME}.c"]), tmp_path / "a/adapter_config.json", next(iter(options)))
 
 
 @pytest.fixture
@@ -307,6 +308,27 @@ def test_sizes_are_checked_against_the_files(tmp_path, write, field, value, held
     config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
     reject(lambda: load_config(tmp_path), "config.json", field, value, *([held] if held else []))
+
+
+LLAMA = {
+    "model_type": "llama",
+    **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), 4),
+    **dict.fromkeys(("intermediate_size", "head_dim", "max_position_embeddings"), 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 1e300}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor"),
+        ({"rope_theta": 1.0}, "rope_theta"),
+        ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "head_dim"),
+    ],
+    ids=["yarn", "linear", "theta", "dynamic"],
+)
+def test_rotary_numbers_that_cannot_be_computed_with_are_rejected(changes, word):
+    reject(lambda: LlamaConfig.from_hf(LLAMA | changes), "config.json", word)
 
 
 def test_heads_times_their_size_are_checked_too(tmp_path):

@@ -45,6 +45,7 @@ class PeftOptions:
     """An adapter's options, checked.
 
     Attributes:
+      file: where they come from, for error messages.
       rank, alpha, rank_pattern, alpha_pattern, use_rslora: as PEFT has them, patterns of its names.
       dropout, bias: likewise.
       target_modules, exclude_modules: names or one regular expression, or None.
@@ -54,6 +55,7 @@ class PeftOptions:
       task_type: such as `"CAUSAL_LM"`, or None.
     """
 
+    file: Path
     rank: int
     alpha: float
     rank_pattern: Mapping[str, int]
@@ -70,8 +72,8 @@ class PeftOptions:
 
     def ranks_and_alphas(self, names: Sequence[str]) -> dict[str, tuple[int, float]]:
         """The rank that the adapter of each module must have, and its alpha."""
-        ranks = _first_matches("rank_pattern", self.rank_pattern, names)
-        alphas = _first_matches("alpha_pattern", self.alpha_pattern, names)
+        ranks = _first_matches(f"{self.file}: rank_pattern", self.rank_pattern, names)
+        alphas = _first_matches(f"{self.file}: alpha_pattern", self.alpha_pattern, names)
         return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in names}
 
     def scale(self, rank: int, alpha: float) -> float:
@@ -82,7 +84,7 @@ class PeftOptions:
         """What `target_modules` names and the adapter has no factors of: it is not whole then."""
         if isinstance(self.target_modules, str):
             matches_all = self.target_modules == "all-linear"
-            matches = matches_all or any(_match("target_modules", [self.target_modules], names))
+            matches = matches_all or any(_match(f"{self.file}: target_modules", [self.target_modules], names))
             return [] if matches else [self.target_modules]
         idle = [t for t in self.target_modules or () if not any(_ends_in(name, t) for name in names)]
         excluded = self._excluded(idle, names)
@@ -93,7 +95,9 @@ class PeftOptions:
         if isinstance(self.exclude_modules, str):
             parents = {name.rpartition(".")[0] for name in names}
             pairs = [(t, path) for t in targets for path in (t, *(f"{parent}.{t}" for parent in parents))]
-            matched = _match("exclude_modules", [self.exclude_modules], [path for _, path in pairs])
+            matched = _match(
+                f"{self.file}: exclude_modules", [self.exclude_modules], [path for _, path in pairs]
+            )
             return {t for (t, _), indices in zip(pairs, matched, strict=True) if indices}
         return {t for t in targets if any(_ends_in(t, name) for name in self.exclude_modules or ())}
 
@@ -118,12 +122,12 @@ def read_options(path: Path) -> PeftOptions:
             "merged (merge_and_unload), or converted where PEFT offers it"
         )
     try:
-        return _parse_options(given)
+        return _parse_options(path, given)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _parse_options(given: Mapping[str, Any]) -> PeftOptions:
+def _parse_options(path: Path, given: Mapping[str, Any]) -> PeftOptions:
     check_int("r", given.get("r"), at_least=1)
     check_number("lora_alpha", given.get("lora_alpha"), above=0.0)
     check_number("lora_dropout", given.get("lora_dropout", 0.0), at_least=0.0, below=1.0)
@@ -151,6 +155,7 @@ def _parse_options(given: Mapping[str, Any]) -> PeftOptions:
         if not isinstance(given.get(name, ""), str):
             raise TypeError(f"{name} must be a text, got {given[name]!r:.80}")
     return PeftOptions(
+        file=path,
         rank=given["r"],
         alpha=given["lora_alpha"],
         **patterns,
@@ -247,20 +252,19 @@ def _ends_in(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _first_matches(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _first_matches(where: str, patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The value of the first pattern that matches the end of each name, whole segments."""
-    matched = _match(field, [rf"(.*\.)?({key})" for key in patterns], names)
+    matched = _match(where, [rf"(.*\.)?({key})" for key in patterns], names)
     values = list(patterns.values())
     return {name: values[indices[0]] for name, indices in zip(names, matched, strict=True) if indices}
 
 
-def _match(field: str, patterns: Sequence[str], names: Collection[str]) -> list[list[int]]:
+def _match(where: str, patterns: Sequence[str], names: Collection[str]) -> list[list[int]]:
     """For each name the indices of the patterns that match it. In the child process, where they cannot hang."""
     if not patterns:
         return [[] for _ in names]
-    what = (
-        f"{field}: the regular expression {patterns[0]!r:.80}{' or a later one' if len(patterns) > 1 else ''}"
-    )
+    later = " or a later one" if len(patterns) > 1 else ""
+    what = f"{where}: the regular expression {patterns[0]!r:.80}{later}"
     return run_job(what, "match", patterns=patterns, names=list(names))
 
 

@@ -70,12 +70,17 @@ def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
     limits = dict.fromkeys(_SIZES, (widest, in_files)) | {"num_hidden_layers": (layers, layers_in_files)}
     if not any("position_embeddings" in name for name in shapes):  # rotary positions have no table
         limits["max_position_embeddings"] = (MAX_POSITIONS, f"at most {MAX_POSITIONS} is supported")
-    heads = config.get("num_attention_heads"), config.get("head_dim", 128)
-    product = {"num_attention_heads x head_dim": math.prod(heads)} if {*map(type, heads)} == {int} else {}
-    if "head_dim" in config or config.get("model_type") == "qwen3":  # whose default is 128
-        limits |= dict.fromkeys(product, (widest, in_files))
+    values = {name: config.get(name) for name in limits}
+    heads, size = (
+        values["num_attention_heads"],
+        config.get("head_dim", 128),
+    )  # as Qwen3, if the file does not say
+    has_size = "head_dim" in config or config.get("model_type") == "qwen3"
+    if has_size and isinstance(heads, int) and isinstance(size, int):
+        values[product := "num_attention_heads x head_dim"] = heads * size
+        limits[product] = widest, in_files
     for name, (limit, reason) in limits.items():
-        if isinstance(value := {**config, **product}.get(name), int) and value > limit:
+        if isinstance(value := values[name], int) and value > limit:
             raise ValueError(f"{where}: {name} is {value!r:.80}, but {reason}: use the model's own config")
 
 
