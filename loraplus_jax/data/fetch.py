@@ -332,7 +332,10 @@ def resolve(
     path = os.path.expanduser(value)
     if os.path.exists(path):
         if kind == "data":
-            check_file(Path(path))
+            try:
+                check_file(Path(path))
+            except ValueError as error:
+                raise ValueError(f"data must be one file: {error}") from None
         return Path(path)
     if value in ASSETS and ASSETS[value].kind == kind:
         return fetch(value, cache=cache, log=log)
