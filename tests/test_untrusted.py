@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,14 +392,6 @@ def test_a_template_path_of_an_adapter_is_not_opened(tmp_path):
     reject(
         lambda: tokenizer_and_template(settings, tmp_path, without), "data.template", "task.template", "plain"
     )
-
-
-def test_ordinary_rendering_is_fast_enough_to_be_unbatched():
-    template = ChatTemplate(PLAIN, "plain", eos_token="</s>")
-    start = time.process_time()
-    for _ in range(200):
-        template.render(TURNS)
-    assert time.process_time() - start < 1  # of this process; 0.03 s on a quiet machine
 
 
 def test_memory_of_a_large_conversation_is_enough():
