@@ -1,9 +1,33 @@
-"""Reads JSON from untrusted files, with limits on size and depth."""
+"""Reads untrusted files: only regular files, and JSON with limits on size and depth."""
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError unless a path is a regular file: opening a FIFO can block forever, a device may not end."""
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except OSError as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise ValueError(f"{path} {reason}") from None
+    if kind != stat.S_IFREG:
+        kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+        raise ValueError(f"{path} is a {kinds.get(kind, 'device')}: use a regular file")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """The text of an untrusted file; a ValueError if it is no regular file or not UTF-8."""
+    check_file(path)
+    try:
+        return path.read_text(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -12,8 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: the file is missing, too large, not a JSON object, too deeply nested, or contains invalid text.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
+    check_file(path)
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
         raise ValueError(f"{path} is too large: {size} bytes, the limit is {MAX_JSON_BYTES}")
     try:

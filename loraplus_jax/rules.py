@@ -1,12 +1,14 @@
 """Matches a config's rules with a model's layers, and reports rules that match nothing."""
 
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ._validation import suggest
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
 from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS
+from .untrusted import run_job
 
 
 class TracedModule:
@@ -99,6 +101,43 @@ def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:
     return next((name for name in config.modules_to_save if any(matches((name,), p) for p in above)), None)
 
 
+def try_rules(where: str, config: Any, paths: Iterable[str]) -> None:
+    """Matches a config's regular expressions in the child process of `untrusted`: if they end there, they end here.
+
+    Args:
+      where: names the config, for error messages.
+      config: the config as JSON, not checked yet.
+      paths: what its rules will be matched with.
+
+    Raises:
+      ValueError: one is invalid or takes too long.
+    """
+    patterns = tuple(_regular_expressions(config)) if isinstance(config, Mapping) else ()
+    if patterns:
+        _try_match(f"{where}: the rule {patterns[0]!r:.80} or a later one", patterns, tuple(paths))
+
+
+@functools.lru_cache(maxsize=16)
+def _try_match(what: str, patterns: tuple[str, ...], paths: tuple[str, ...]) -> None:
+    run_job(what, "match", patterns=patterns, names=paths)
+
+
+def _regular_expressions(config: Mapping[str, Any]) -> Iterator[str]:
+    """Every regular expression of a config, as it is matched with whole paths."""
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(rule := config.get(field), str) and rule != ALL_LINEAR:
+            yield rule
+    for field, form in (
+        ("target_parameters", "%s"),
+        ("rank_pattern", "(.*/)?(%s)"),
+        ("alpha_pattern", "(.*/)?(%s)"),
+    ):
+        rules = config.get(field)
+        yield from (
+            (form % rule for rule in rules if isinstance(rule, str)) if isinstance(rules, Iterable) else ()
+        )
+
+
 def check_coverage(
     config: LoRAPlusConfig, seen: Mapping[str, TracedModule], leaves: Iterable[str], stacks: Mapping[str, int]
 ) -> None:
@@ -130,7 +169,8 @@ def check_coverage(
 
     targets = _split_rules(config.target_modules)
     for rule, pattern in targets.items():
-        hits = seen if is_all else {p: e for p, e in seen.items() if matches(pattern, p)}
+        relevant = {path: entry for path, entry in seen.items() if entry.adaptable or entry.weights}
+        hits = relevant if is_all else {p: e for p, e in relevant.items() if matches(pattern, p)}
         _check_adaptable(rule, hits, targeted)
     problem = "matches no adaptable layer" + _name_hint(config.target_modules, adaptable)
     check("target_modules", targets, lambda r: _any(targets[r], adapted), problem, names)

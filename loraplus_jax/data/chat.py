@@ -98,9 +98,9 @@ def find_answers(
     if chat.turns[0].role == "text":
         text = chat.turns[0].text
         return text, [AnswerSpan(0, 0, len(text), len(text), marked=True)]
-    rendered, blocks = template.render_marked(chat.turns, place=chat.place)
     turns = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
     if template.marks_answers:
+        ((rendered, blocks),) = template.render_marked([(chat.turns, False)], place=chat.place)
         spans = []
         for start, end in blocks:
             if end > start:
@@ -116,19 +116,26 @@ def find_answers(
             )
         return rendered, spans[-1:] if answers == "last" else spans
     turns = turns[-1:] if answers == "last" else turns
-    starts = [_answer_start(template, chat, i, rendered) for i in turns]
-    spans = []
-    for turn, start, end in zip(turns, starts, [*starts[1:], len(rendered)], strict=True):
-        if end < len(rendered):
-            # The next turn is usually the user's and starts before the next answer.
-            with_turn = template.render(chat.turns[: turn + 1], place=chat.place)
-            end = len(with_turn) if rendered.startswith(with_turn) else end
+    # The whole, what precedes each answer, and what ends with it, except for an answer that ends the whole.
+    last = len(chat.turns) - 1
+    prompts = [(chat.turns[:turn], True) for turn in turns]
+    calls = [
+        (chat.turns, False),
+        *prompts,
+        *((chat.turns[: turn + 1], False) for turn in turns if turn < last),
+    ]
+    rendered, *parts = (text for text, _ in template.render_marked(calls, place=chat.place))
+    starts = [_answer_start(template, chat, *pair, rendered) for pair in zip(turns, parts, strict=False)]
+    ends, spans = [*parts[len(turns) :], rendered], []
+    for turn, start, end, with_turn in zip(turns, starts, [*starts[1:], len(rendered)], ends, strict=False):
+        # The next turn is usually the user's and starts before the next answer.
+        if end < len(rendered) and rendered.startswith(with_turn):
+            end = len(with_turn)
         spans.append(_find_text(template, chat, turn, rendered, start, end))
     return rendered, spans
 
 
-def _answer_start(template: ChatTemplate, chat: Chat, turn: int, rendered: str) -> int:
-    prompt = template.render(chat.turns[:turn], add_generation_prompt=True, place=chat.place)
+def _answer_start(template: ChatTemplate, chat: Chat, turn: int, prompt: str, rendered: str) -> int:
     if rendered.startswith(prompt):
         return len(prompt)
     raise ValueError(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from .._validation import expand_path, suggest
+from ..json_files import check_file
 from .archives import extract
 
 Kind = Literal["model", "data"]
@@ -326,12 +327,15 @@ def resolve(
     code from the hub is run.
 
     Raises:
-      ValueError: `value` is none of these, names the other kind, or cannot be downloaded; or data is a directory.
+      ValueError: `value` is none of these, names the other kind, cannot be downloaded, or is no regular file.
     """
     path = expand_path(kind, value)
     if value and os.path.exists(path):  # which, other than Path.exists, is false for a name that is too long
-        if kind == "data" and not path.is_file():
-            raise ValueError(f"data must be one file, got the directory {str(path)!r}")
+        if kind == "data":
+            try:
+                check_file(path)
+            except ValueError as error:
+                raise ValueError(f"data must be one file: {error}") from None
         return path
     if value in ASSETS and ASSETS[value].kind == kind:
         return fetch(value, cache=cache, log=log)

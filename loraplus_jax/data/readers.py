@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._validation import suggest
+from ..json_files import check_file
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,6})?")
 """A number as programs write it: float() would also accept 1_0, the digits of other scripts, nan and inf."""
@@ -160,6 +161,7 @@ def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None
 
 def _decode(path: Path, problems: Problems) -> str:
     """Decodes the file; reports lines that are not UTF-8 and replaces their invalid bytes."""
+    check_file(path)
     try:
         content = path.read_bytes()
     except OSError as error:

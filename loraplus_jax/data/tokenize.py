@@ -28,7 +28,7 @@ def load_tokenizer(directory: Path, max_length: int) -> Tokenizer:
 
 
 def _pad_token(tokenizer: Tokenizer, config_path: Path) -> str:
-    config = read_json(config_path) if config_path.is_file() else {}
+    config = read_json(config_path) if config_path.exists() else {}
     names = [config.get("pad_token"), "[PAD]", "<pad>", config.get("eos_token"), "</s>", "<|endoftext|>"]
     for token in [(tokenizer.padding or {}).get("pad_token"), *names]:
         token = token.get("content") if isinstance(token, dict) else token

@@ -21,8 +21,9 @@ import numpy as np
 
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
-from ..json_files import read_json
+from ..json_files import check_file, read_json
 from ..roles import lr_ratio_of
+from ..rules import try_rules
 from ..spec import AdapterSpec, Specs, specs_from_json
 from ..tree import flatten, unflatten, with_collection
 
@@ -120,7 +121,10 @@ def load_adapter(directory: str | Path) -> Adapter:
         check_config_matches_specs(specs, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / DESCRIPTION_FILE}: {error}") from None
-    variables = unflatten(read_tensors(directory / TENSORS_FILE))
+    tensors = read_tensors(directory / TENSORS_FILE)
+    if config is not None:
+        check_ranks(f"{directory / DESCRIPTION_FILE}", config, tensors)
+    variables = unflatten(tensors)
     lora = variables.pop("lora", {})
     check_factors(f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}", lora, specs)
     return Adapter(lora, specs, config, variables)
@@ -143,12 +147,21 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: format must be {FORMAT}, got {notes['format']!r}; use the version that wrote it"
         )
+    try_saved_rules(path, notes)
     return notes
+
+
+def try_saved_rules(path: Path, notes: Mapping[str, Any]) -> None:
+    """Raises ValueError if a regular expression in an adapter's description is invalid or takes too long."""
+    specs, settings = notes["specs"], notes.get("settings")
+    for config in (notes["config"], settings.get("lora") if isinstance(settings, Mapping) else None):
+        try_rules(str(path), config, specs if isinstance(specs, Mapping) else ())
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
     """Reads a safetensors file as JAX arrays in their stored dtypes; raises ValueError if it is damaged."""
     flax = _safetensors("flax")
+    check_file(path)
     try:
         return flax.load_file(path)
     except Exception as error:  # the error class of safetensors is not public
@@ -166,6 +179,13 @@ def check_config_matches_specs(specs: Specs, config: LoRAPlusConfig | None) -> N
                 f"config and specs differ for {path or 'the model'}: the config has rank {rank} and scale "
                 f"{scale:g}, the specs have rank {spec.rank} and scale {spec.scale:g}"
             )
+
+
+def check_ranks(where: str, config: Any, tensors: Mapping[str, Any]) -> None:
+    """Raises ValueError if no tensor is as wide as a rank: a model is built with it before they are compared."""
+    widest = max((axis for tensor in tensors.values() for axis in tensor.shape), default=0)
+    if (rank := max(config.rank, *config.rank_pattern.values(), 0)) > widest:
+        raise ValueError(f"{where}: rank {rank} is above {widest}, the widest axis of the adapter's tensors")
 
 
 def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:

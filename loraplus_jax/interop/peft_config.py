@@ -14,6 +14,7 @@ from typing import Any, get_args
 from .._validation import check_choice, check_int, check_number
 from ..config import Bias, LoRAPlusConfig
 from ..json_files import read_json
+from ..untrusted import run_job
 
 # Options that change the model beyond W + s A B; null, false and empty turn them off.
 _UNSUPPORTED = (
@@ -44,6 +45,7 @@ class PeftOptions:
     """The validated options of a PEFT adapter.
 
     Attributes:
+      file: their file, for error messages.
       rank, alpha, rank_pattern, alpha_pattern, use_rslora: as in PEFT, with patterns for PyTorch's names.
       dropout, bias: as in PEFT.
       target_modules, exclude_modules: names, one regular expression, or None.
@@ -53,6 +55,7 @@ class PeftOptions:
       task_type: task, such as `"CAUSAL_LM"`, or None.
     """
 
+    file: Path
     rank: int
     alpha: float
     rank_pattern: Mapping[str, int]
@@ -67,39 +70,36 @@ class PeftOptions:
     base_model: str | None
     task_type: str | None
 
-    def rank_of(self, name: str) -> int:
-        """The rank of a module's adapter."""
-        key = _pattern_of(self.rank_pattern, name)
-        return self.rank if key is None else self.rank_pattern[key]
+    def ranks_and_alphas(self, names: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """The rank and alpha of each module's adapter."""
+        ranks = _first_matches(f"{self.file}: rank_pattern", self.rank_pattern, names)
+        alphas = _first_matches(f"{self.file}: alpha_pattern", self.alpha_pattern, names)
+        return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in names}
 
-    def alpha_of(self, name: str) -> float:
-        """The alpha of a module's adapter."""
-        key = _pattern_of(self.alpha_pattern, name)
-        return self.alpha if key is None else self.alpha_pattern[key]
-
-    def scale_of(self, name: str) -> float:
-        """The scale s of A B for a module."""
-        rank = self.rank_of(name)
-        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+    def scale(self, rank: int, alpha: float) -> float:
+        """The scale s of A B for a rank and alpha."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def missing_targets(self, names: Collection[str]) -> list[str]:
         """Entries of `target_modules` that match none of the adapted modules' names: the adapter is incomplete."""
         if isinstance(self.target_modules, str):
             matches_all = self.target_modules == "all-linear"
-            matches = matches_all or any(re.fullmatch(self.target_modules, name) for name in names)
+            matches = matches_all or any(_match(f"{self.file}: target_modules", [self.target_modules], names))
             return [] if matches else [self.target_modules]
-        return [
-            target
-            for target in self.target_modules or ()
-            if not any(_ends_in(name, target) for name in names) and not self._is_excluded(target, names)
-        ]
+        idle = [t for t in self.target_modules or () if not any(_ends_in(name, t) for name in names)]
+        excluded = self._excluded(idle, names)
+        return [target for target in idle if target not in excluded]
 
-    def _is_excluded(self, target: str, names: Collection[str]) -> bool:
-        """Whether `exclude_modules` excludes a target, by its name or as a sibling of an adapted module."""
+    def _excluded(self, targets: Sequence[str], names: Collection[str]) -> set[str]:
+        """The targets that `exclude_modules` excludes, by name or as siblings of an adapted module."""
         if isinstance(self.exclude_modules, str):
-            siblings = {f"{name.rpartition('.')[0]}.{target}" for name in names}
-            return any(re.fullmatch(self.exclude_modules, name) for name in (target, *siblings))
-        return any(_ends_in(target, name) for name in self.exclude_modules or ())
+            parents = {name.rpartition(".")[0] for name in names}
+            pairs = [(t, path) for t in targets for path in (t, *(f"{parent}.{t}" for parent in parents))]
+            matched = _match(
+                f"{self.file}: exclude_modules", [self.exclude_modules], [path for _, path in pairs]
+            )
+            return {t for (t, _), indices in zip(pairs, matched, strict=True) if indices}
+        return {t for t in targets if any(_ends_in(t, name) for name in self.exclude_modules or ())}
 
 
 def read_options(path: Path) -> PeftOptions:
@@ -125,12 +125,12 @@ def read_options(path: Path) -> PeftOptions:
             "(merge_and_unload), or convert it there if possible"
         )
     try:
-        return _parse_options(values)
+        return _parse_options(path, values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _parse_options(values: Mapping[str, Any]) -> PeftOptions:
+def _parse_options(path: Path, values: Mapping[str, Any]) -> PeftOptions:
     check_int("r", values.get("r"), at_least=1)
     check_number("lora_alpha", values.get("lora_alpha"), above=0.0)
     check_number("lora_dropout", values.get("lora_dropout", 0.0), at_least=0.0, below=1.0)
@@ -138,8 +138,8 @@ def _parse_options(values: Mapping[str, Any]) -> PeftOptions:
     for name, pattern in patterns.items():
         if not isinstance(pattern, Mapping):
             raise TypeError(f"{name} must be a mapping, got {pattern!r:.80}")
+        _match(name, [*pattern], [])
         for key, value in pattern.items():
-            _check_regex(name, key)
             if name == "rank_pattern":
                 check_int(f"{name}[{key!r:.80}]", value, at_least=1)
             else:
@@ -150,7 +150,7 @@ def _parse_options(values: Mapping[str, Any]) -> PeftOptions:
     check_choice("bias", values.get("bias", "none"), get_args(Bias))
     for name in ("target_modules", "exclude_modules"):
         if isinstance(values.get(name), str):
-            _check_regex(name, values[name])
+            _match(name, [values[name]], [])
         else:
             _check_names(name, values.get(name, []))
     _check_names("modules_to_save", values.get("modules_to_save", []))
@@ -158,6 +158,7 @@ def _parse_options(values: Mapping[str, Any]) -> PeftOptions:
         if not isinstance(values.get(name, ""), str):
             raise TypeError(f"{name} must be text, got {values[name]!r:.80}")
     return PeftOptions(
+        file=path,
         rank=values["r"],
         alpha=values["lora_alpha"],
         **patterns,
@@ -254,17 +255,20 @@ def _ends_in(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _pattern_of(patterns: Mapping[str, Any], name: str) -> str | None:
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
+def _first_matches(where: str, patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The value of the first pattern that matches the end of each name, whole segments."""
+    matched = _match(where, [rf"(.*\.)?({key})" for key in patterns], names)
+    values = list(patterns.values())
+    return {name: values[indices[0]] for name, indices in zip(names, matched, strict=True) if indices}
 
 
-def _check_regex(field: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):
-        raise TypeError(f"{field} must contain regular expressions, got {pattern!r:.80}")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{field}: invalid regular expression {pattern!r:.80}: {error}") from None
+def _match(where: str, patterns: Sequence[str], names: Collection[str]) -> list[list[int]]:
+    """For each name the indices of the patterns that match it, found in a child process, where they cannot hang."""
+    if not patterns:
+        return [[] for _ in names]
+    later = " or a later one" if len(patterns) > 1 else ""
+    what = f"{where}: the regular expression {patterns[0]!r:.80}{later}"
+    return run_job(what, "match", patterns=patterns, names=list(names))
 
 
 def _check_names(field: str, names: Any) -> None:

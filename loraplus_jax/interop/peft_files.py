@@ -21,10 +21,12 @@ from ..tree import flat_factors, flatten, unflatten
 from .adapter_files import (
     Adapter,
     check_config_matches_specs,
+    check_ranks,
     host_array,
     new_directory,
     read_tensors,
     tensor_bytes,
+    try_saved_rules,
 )
 from .path_map import (
     Index,
@@ -175,6 +177,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     check_path_map(path_map)
     options, tensors = _read(Path(directory), path_map)
     if (config := _saved_config(Path(directory))) is not None:
+        check_ranks(f"{Path(directory) / NOTES_FILE}", config, tensors)
         return config
     numbers = {index[0] for name in tensors if (index := _find_module(name, path_map)[1])}
     if layers is not None and (extra := sorted(n for n in numbers if n >= layers)):
@@ -217,6 +220,7 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}"
         )
+    try_saved_rules(path, notes)
     return notes
 
 
@@ -247,8 +251,10 @@ def _config(
         elif name.endswith(".weight") and not name.endswith(".base_layer.weight"):
             saved[module] = None
     ranks, alphas = {}, {}
+    all_names = [name for torch_names in modules.values() for name in torch_names.values()]
+    by_name = options.ranks_and_alphas(all_names)
     for module, torch_names in modules.items():
-        settings = {(options.rank_of(name), options.alpha_of(name)) for name in torch_names.values()}
+        settings = {by_name[name] for name in torch_names.values()}
         if len(settings) > 1:
             problems.append(
                 f"{module}: all layers of a stack must have equal ranks and alphas, got {sorted(settings)}"
@@ -309,6 +315,7 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[st
         if tensor.dtype.name not in _DTYPES
     ]
     raise_problems(f"{directory / WEIGHTS} is unsupported", problems)
+    check_ranks(f"{directory / OPTIONS}", options, tensors)
     unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     kept, problems = drop_copies(unprefixed, path_map)
     raise_problems(f"{directory / WEIGHTS} is inconsistent", problems)
@@ -319,16 +326,18 @@ def _check_factors(
     factors: Mapping[str, Any], options: PeftOptions, targets: Mapping[str, Target]
 ) -> list[str]:
     """One line per factor that is missing, extra or misshapen, or that contradicts options or specs."""
-    problems, expected, names = [], set(), []
+    problems, expected = [], set()
+    names = [name for target in targets.values() for name in target.names.values()]
+    by_name = options.ranks_and_alphas(names)
     for target in targets.values():
         for index, name in target.names.items():
             keys = target.keys(index)
-            names.append(name)
             expected |= {*keys}
             if missing := [key for key in keys if key not in factors]:
                 problems += [f"- {key} is missing" for key in missing]
                 continue
-            problems += _check_pair(name, [tuple(factors[key].shape) for key in keys], options, target)
+            shapes = [tuple(factors[key].shape) for key in keys]
+            problems += _check_pair(name, shapes, *by_name[name], options, target)
     problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
     problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets(names)]
     tied = any(t.kind == "TiedEmbedding" for t in targets.values())
@@ -340,8 +349,15 @@ def _check_factors(
     return problems
 
 
-def _check_pair(name: str, shapes: list[tuple[int, ...]], options: PeftOptions, target: Target) -> list[str]:
-    rank, scale, spec = options.rank_of(name), options.scale_of(name), target.spec
+def _check_pair(
+    name: str,
+    shapes: list[tuple[int, ...]],
+    rank: int,
+    alpha: float,
+    options: PeftOptions,
+    target: Target,
+) -> list[str]:
+    scale, spec = options.scale(rank, alpha), target.spec
     # Check the tensors against the file's own options, then against the model.
     expected = factor_shapes(spec, target.kind, rank)
     ranks = (shapes[0][:1], shapes[1][1:2])
@@ -350,7 +366,6 @@ def _check_pair(name: str, shapes: list[tuple[int, ...]], options: PeftOptions, 
     if rank != spec.rank:
         return [f"~ {name} must have the model's rank {spec.rank}, got {rank}"]
     if scale != spec.scale:
-        alpha = options.alpha_of(name)
         return [f"~ {name} must have the model's scale {spec.scale:g}, got {scale:g} (alpha {alpha:g})"]
     if tuple(shapes) != expected:
         return [f"~ {name}: factors must be {expected[0]} and {expected[1]}, got {shapes[0]} and {shapes[1]}"]

@@ -3,12 +3,14 @@
 Nothing is guessed: before reading any weight, one error lists every missing, extra or misshapen tensor.
 """
 
+import contextlib
 import functools
 import hashlib
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ..json_files import read_json
+from ..json_files import check_file, read_json
 from .gguf import load as gguf
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 
@@ -29,15 +31,63 @@ _SHOWN = 20
 _PIECE = 2**22  # bytes per read, counted as float32
 
 
+MAX_LAYERS, MAX_SIZE = 1_000, 2**24
+"""Limits of a config's sizes where there are no weights to compare them with, as for `plan`."""
+MAX_POSITIONS = 2**27
+"""Limit of `max_position_embeddings` where positions are rotary and have no table."""
+
+
 def load_config(directory: str | Path) -> dict[str, Any]:
     """Reads `config.json` of a Hugging Face directory, or converts a GGUF file's metadata with `gguf.load.config`.
 
+    Checks the sizes, so that nothing is built that the weights cannot fill.
+
     Raises:
-      ValueError: the directory or file is missing, is not a JSON object, or is a GGUF file that cannot be read.
+      ValueError: the directory or file is missing, is not a JSON object, or is a GGUF file that cannot be read; or
+        a size is above what the weights hold, or above `MAX_LAYERS` or `MAX_SIZE`.
     """
-    if (file := gguf.find(Path(directory))) is not None:
-        return gguf.config(gguf.read(file))
-    return read_json(_check_directory(Path(directory)) / "config.json")
+    if (path := gguf.find(Path(directory))) is not None:
+        file = gguf.read(path)
+        config, where = gguf.config(file), path
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+    else:
+        where = _check_directory(Path(directory)) / "config.json"
+        config, shapes = read_json(where), {}
+        with contextlib.suppress(ValueError):  # loading the weights will say what is wrong with them
+            files = [file for _, file, _, _ in weight_files(where.parent)]
+            shapes = {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}  # noqa: SIM118
+    _check_sizes(where, config, shapes)
+    return config
+
+
+def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError for a size above the largest axis in the files, or for more layers than they number."""
+    numbers = [int(found[1]) for name in shapes if (found := re.search(r"\.([0-9]{1,9})\.", name))]
+    widest = max((axis for shape in shapes.values() for axis in shape), default=MAX_SIZE)
+    in_files = f"the widest tensor in the files has {widest}" if shapes else f"at most {widest} is supported"
+    layers = max(numbers) + 1 if numbers else MAX_LAYERS
+    layers_in_files = f"the files hold {layers}" if numbers else f"at most {layers} are supported"
+    limits = dict.fromkeys(_SIZES, (widest, in_files)) | {"num_hidden_layers": (layers, layers_in_files)}
+    if not any("position_embeddings" in name for name in shapes):  # rotary positions have no table
+        limits["max_position_embeddings"] = (MAX_POSITIONS, f"at most {MAX_POSITIONS} is supported")
+    values = {name: config.get(name) for name in limits}
+    heads, size = (
+        values["num_attention_heads"],
+        config.get("head_dim", 128),
+    )  # as Qwen3, if the file does not say
+    has_size = "head_dim" in config or config.get("model_type") == "qwen3"
+    if has_size and isinstance(heads, int) and isinstance(size, int):
+        values[product := "num_attention_heads x head_dim"] = heads * size
+        limits[product] = widest, in_files
+    for name, (limit, reason) in limits.items():
+        if isinstance(value := values[name], int) and value > limit:
+            raise ValueError(f"{where}: {name} is {value!r:.80}, but {reason}: use the model's own config")
+
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "max_position_embeddings", "type_vocab_size", "pad_token_id"),
+)
 
 
 def load_params(
@@ -356,8 +406,9 @@ def _open(path: Path) -> Any:
         import safetensors
     except ImportError as error:
         raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
-    if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
+    if not os.path.exists(path):  # unlike Path.exists, False for a name too long for the file system
         raise ValueError(f"{path} is missing, but the index lists it")
+    check_file(path)
     try:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:

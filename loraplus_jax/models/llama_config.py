@@ -208,6 +208,8 @@ def _size_problems(config: LlamaConfig) -> list[str]:
         problems.append(f"num_key_value_heads must divide num_attention_heads, got {keys} and {heads}")
     if config.head_dim % 2:
         problems.append(f"head_dim must be even, got {config.head_dim}")
+    if config.head_dim == 2 and dict(config.rope_scaling).get("rope_type") == "dynamic":
+        problems.append("head_dim must be above 2 with dynamic rope_scaling, got 2")
     factors = dict(config.rope_scaling).get("factors")
     if factors is not None and len(factors) != config.head_dim // 2:
         problems.append(f"rope_scaling: factors must be {config.head_dim // 2} numbers, got {len(factors)}")
@@ -221,8 +223,9 @@ def _option_problems(config: LlamaConfig) -> list[str]:
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(getattr(config, name), bool):
             problems.append(f"{name} must be true or false, got {getattr(config, name)!r}")
-    for name, limit in (("rms_norm_eps", 1.0), ("initializer_range", 1e3), ("rope_theta", 1e15)):
+    bounds = {"rms_norm_eps": (0.0, 1.0), "initializer_range": (0.0, 1e3), "rope_theta": (1.0, 1e15)}
+    for name, (low, high) in bounds.items():
         value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < limit:
-            problems.append(f"{name} must be a positive number below {limit:g}, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+            problems.append(f"{name} must be a number above {low:g} and below {high:g}, got {value!r:.80}")
     return problems

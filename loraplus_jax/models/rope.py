@@ -82,8 +82,8 @@ def _check_value(name: str, value: Any) -> Any:
         return value
     if name == "factors" and isinstance(value, list | tuple):
         return tuple(_check_value("factors", factor) for factor in value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"rope_scaling: {name} must be a positive number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ValueError(f"rope_scaling: {name} must be a positive number below 1e9, got {value!r:.80}")
     return value
 
 

@@ -4,6 +4,7 @@ A GGUF file contains the vocabulary, but only the name of its pre-tokenizer; the
 the models' own tokenizer.json.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._validation import suggest
-from ..json_files import read_json
+from ..json_files import read_json, read_text
+from ..untrusted import run_job
 from .gguf import load as gguf
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ _PRE_TOKENIZERS: Mapping[str, str | None] = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
 }
+_TRIED: set[bytes] = (
+    set()
+)  # digests of the files that this process has tried: a run loads its tokenizer several times
+_MAX_PIECE = 2**12  # characters of a token in a GGUF file, whose every split is tried
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
@@ -58,7 +64,7 @@ def tokenizer(path: str | Path) -> "Tokenizer":
         result.no_padding()
         result.no_truncation()
         config = path / "config.json"
-        rows = read_json(config).get("vocab_size") if config.is_file() else None
+        rows = read_json(config).get("vocab_size") if config.exists() else None
     last = max(result.get_vocab(with_added_tokens=True).values(), default=-1)
     if type(rows) is int and last >= rows:
         raise ValueError(
@@ -77,11 +83,8 @@ def read_chat_template(path: str | Path) -> str | None:
     if (gguf_path := gguf.find(path)) is not None:
         return _text(gguf_path, gguf.read(gguf_path).one("tokenizer.chat_template"))
     _check_directory(path)
-    if (jinja := path / "chat_template.jinja").is_file():
-        try:
-            return jinja.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{jinja} is not UTF-8: {error}") from None
+    if (jinja := path / "chat_template.jinja").exists():
+        return read_text(jinja)
     template = _settings(path).get("chat_template")
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
@@ -120,7 +123,7 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
         values = {f"{gguf_path}: {key}": file.one(key) for key in keys}
     else:
         files = [path / name for name in ("generation_config.json", "config.json")]
-        values = {f"{f}: eos_token_id": read_json(f).get("eos_token_id") for f in files if f.is_file()}
+        values = {f"{f}: eos_token_id": read_json(f).get("eos_token_id") for f in files if f.exists()}
     ids: list[int] = []
     for source, value in values.items():
         listed = value if isinstance(value, list) else [] if value is None else [value]
@@ -137,7 +140,7 @@ def _check_directory(path: Path) -> None:
 
 def _settings(directory: Path) -> dict[str, Any]:
     path = directory / "tokenizer_config.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _text(path: Path, template: Any) -> str | None:
@@ -149,21 +152,23 @@ def _text(path: Path, template: Any) -> str | None:
 def read_tokenizer_json(directory: Path) -> "Tokenizer":
     """The tokenizer in `tokenizer.json`, with its padding and truncation.
 
+    The child process of `untrusted` loads and tries it first: the library can panic, abort or exhaust memory.
+
     Raises:
-      ValueError: the file is missing or damaged.
+      ValueError: the file is missing or damaged, or its tokenizer fails on a short text.
     """
     from tokenizers import Tokenizer
 
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{directory} has no tokenizer.json; save the model with a fast tokenizer to create it"
         )
-    try:
-        return Tokenizer.from_file(str(path))
-    # The library raises bare Exception.
-    except Exception as error:
-        raise ValueError(f"{path} is not a valid tokenizer: {error}") from error
+    source = read_text(path)
+    if (digest := hashlib.sha256(source.encode()).digest()) not in _TRIED:
+        run_job(f"{path} is not a valid tokenizer", "try_tokenizer", source=source)
+        _TRIED.add(digest)
+    return Tokenizer.from_str(source)
 
 
 def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
@@ -197,6 +202,10 @@ def _tokens(file: gguf.Gguf) -> list[str]:
     if not isinstance(tokens, list) or not tokens:
         raise ValueError(
             f"{file.path} has no tokenizer: tokenizer.ggml.tokens must be a non-empty list of strings"
+        )
+    if (longest := max(map(len, tokens))) > _MAX_PIECE:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.tokens has one of {longest} characters, at most {_MAX_PIECE}"
         )
     return tokens
 

@@ -66,7 +66,7 @@ def parse_settings(
         the wrong type or is out of range.
     """
     config = expand_path("config", config)
-    if not config.is_file():
+    if not config.exists():
         raise ValueError(f"config file not found: {config}")
     values = read_yaml(config)
     if not isinstance(values, Mapping):

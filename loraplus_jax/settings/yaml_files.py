@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..json_files import find_problem
+from ..json_files import check_file, find_problem
 
 
 def read_yaml(path: Path) -> Any:
@@ -16,6 +16,7 @@ def read_yaml(path: Path) -> Any:
       ValueError: the file is not valid YAML, has a duplicate key or an alias, or is too large or too deeply nested;
         the message names the file.
     """
+    check_file(path)
     if (size := path.stat().st_size) > LARGEST_YAML:
         raise ValueError(f"{path} is too large: {size} bytes, the limit is {LARGEST_YAML}")
     content = path.read_bytes()

@@ -95,6 +95,12 @@ def tokenizer_and_template(
             f"data.max_length must be at most {config.max_length} tokens for this model, got {longest}"
         )
     tokenizer, choice = load_tokenizer(directory), settings.data.template
+    if task is not None and task.template is None and choice not in ("model", "plain"):
+        # The settings come with an adapter, and with it the text of a template that its training read from a file.
+        raise ValueError(
+            f"data.template {choice!r:.80} is a file, which is not opened for an adapter, and its text is not in "
+            "task.template of the adapter's JSON: put it there, or set data.template there to model or plain"
+        )
     if task is None or task.template is None:
         return tokenizer, load_template(choice, directory)
     plain = load_template("plain", directory)  # for its bos_token and eos_token

@@ -71,13 +71,19 @@ def saved_config(directory: Path) -> LoRAPlusConfig | None:
     """The config in an adapter's metadata; None for a fully trained model.
 
     Raises:
-      ValueError: the config is damaged.
+      ValueError: the config is damaged, or does not fit the adapter's tensors.
     """
-    config = read_notes(directory)["config"]
+    if (values := read_notes(directory)["config"]) is None:
+        return None
     try:
-        return None if config is None else LoRAPlusConfig.from_json(config)
+        config = LoRAPlusConfig.from_json(values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{notes_path(directory)}: {error}") from None
+    file = peft_files.WEIGHTS if is_peft(directory) else adapter_files.TENSORS_FILE
+    adapter_files.check_ranks(
+        f"{notes_path(directory)}", config, adapter_files.read_tensors(directory / file)
+    )
+    return config
 
 
 def transformers_class_of(parts: AdaptedModel) -> export.TransformersClass:

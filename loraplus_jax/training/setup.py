@@ -19,6 +19,7 @@ from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.hf import check_params, load_params, rows_digest
 from ..optim.lora_plus import LoRAPlusTransform
+from ..rules import try_rules
 from ..settings.schema import MAX_STEPS, Settings, split_settings
 from ..sharding import (
     BATCH_AXES,
@@ -35,7 +36,7 @@ from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_cou
 from ..tasks.language_losses import LanguageTask
 from ..tasks.sample_answers import SamplePrompt
 from ..train_step import TrainState, init_state, jit_step, make_eval
-from ..tree import combine, split_trainable
+from ..tree import combine, flatten, split_trainable
 from .distributed import check_same_everywhere, raise_together
 from .identity import model_identity
 from .init_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
@@ -210,6 +211,10 @@ def add_adapters(
     model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}
+    if config is not None:  # it may come from an adapter of others
+        leaves = [path.split("/") for path in flatten(variables["params"])]
+        paths = {"/".join(path[:n]) for path in leaves for n in range(1, len(path) + 1)}
+        try_rules("lora", config.to_json(), sorted(paths))
     specs: Specs = {}
     if config is not None:
         try:

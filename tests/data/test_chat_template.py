@@ -9,8 +9,9 @@ from tokenizers import (
 )
 
 from loraplus_jax.data.chat import tokenize_chats
-from loraplus_jax.data.chat_template import DATE, load_template
+from loraplus_jax.data.chat_template import load_template
 from loraplus_jax.data.conversations import Turn
+from loraplus_jax.untrusted_child import DATE
 
 from ..messages import mentions
 from .chats import BOS, EOS, chat, template
@@ -42,22 +43,6 @@ def test_a_template_sees_what_transformers_gives_it():
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
-        (
-            "{% for x in range(9999) %}{% for y in range(9999) %}{% endfor %}{% endfor %}",
-            "1,000,000",
-        ),
-        (
-            "{% set r = range(9999) %}{% for x in r %}{% for y in r %}{% endfor %}{% endfor %}",
-            "1,000,000",
-        ),
-        ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}",
-            "1,000",
-        ),
-        ("{{ 'x' * 10**9 }}", "**"),
-        ("{{ 'x' * 999999999 }}", "*"),
-        ("{% for x in range(300) %}{{ 'x' * 99999 }}{% endfor %}", "16,777,216"),
         ("{% for x in 3 %}{% endfor %}", "not iterable"),
     ],
 )
@@ -73,10 +58,6 @@ def test_a_template_that_fails_is_named_with_the_row(source, named):
         ("a\n{% if %}", "line 2"),
         ("{% generation %}", "line 1"),
         ("{{ x | nope }}", "'nope'"),
-        (
-            "{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}",
-            "recursive",
-        ),
         ("{{ " + "(" * 20_000, "toy.json"),
     ],
 )

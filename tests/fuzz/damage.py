@@ -1,7 +1,7 @@
 """Damage to files, drawn from a seed, and the loop that holds a reader to its word about damaged files.
 
 A reader may succeed, or raise one of the errors it documents, with a message that names the file. It may not raise
-anything else, nor need more memory than 4 x the file's size + 64 MiB.
+anything else, nor need more memory than 4 x the file's size + 64 MiB, nor more than ten seconds.
 """
 
 import collections
@@ -11,6 +11,7 @@ import os
 import random
 import re
 import resource
+import time
 from pathlib import Path
 
 MIB = 2**20
@@ -138,6 +139,7 @@ def check(cases, make, read, *, limit, names="", ours=(ValueError,)):
     for case in range(cases):
         # Also what reproduces a case alone: Random(case). A reader that kills the process leaves the file behind.
         data = make(random.Random(case))
+        start = time.monotonic()
         try:
             with limit(len(data)):
                 read()
@@ -146,6 +148,8 @@ def check(cases, make, read, *, limit, names="", ours=(ValueError,)):
             counts["refused"] += 1
             if fault := _fault(error, names, ours):
                 failures.setdefault(fault[:60], f"case {case}: {fault}\n  {_short(data)}")
+        if (seconds := time.monotonic() - start) > 10:
+            failures.setdefault("slow", f"case {case}: takes {seconds:.0f} s\n  {_short(data)}")
     print(dict(counts))
     assert not failures, "\n".join([f"{len(failures)} kinds of failure", *failures.values()])
     assert counts["read"] > cases / 1000, counts

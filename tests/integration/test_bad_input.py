@@ -181,7 +181,7 @@ CASES = [
     ),
     Case(
         "a layer fewer than config.json says",
-        ("missing", "encoder.layer.2"),
+        ("num_hidden_layers", 3, 2),
         spoil=json_fields("model/config.json", num_hidden_layers=3),
     ),
     # the model's other files

@@ -59,8 +59,9 @@ def test_options_that_are_off_or_without_effect_are_accepted(tmp_path):
         rank_pattern={"layers.0.*": 2, "q": 3},
     )
     options = read_options(path)
-    assert [options.rank_of(n) for n in ("x.layers.0.q", "y.q", "my_q")] == [2, 3, 4]
-    assert options.scale_of("x.layers.0.q") == 4.0
+    names = ("x.layers.0.q", "y.q", "my_q")
+    assert options.ranks_and_alphas(names) == {"x.layers.0.q": (2, 8), "y.q": (3, 8), "my_q": (4, 8)}
+    assert options.scale(2, 8) == 4.0
 
 
 @pytest.mark.parametrize(

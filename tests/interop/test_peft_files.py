@@ -246,7 +246,7 @@ def test_patterns_that_would_match_another_module_are_made_exact(tmp_path):
     lora = {"fc": factors(specs["fc"])["m"], "b": {"fc": factors(specs["b/fc"])["m"]}}
     save_peft(tmp_path / "a", lora, specs, config, [("fc", "fc"), ("b/fc", "block.fc")])
     options = read_options(tmp_path / "a/adapter_config.json")
-    assert (options.rank_of("fc"), options.rank_of("block.fc")) == (1, 2)
+    assert options.ranks_and_alphas(["fc", "block.fc"]) == {"fc": (1, 2), "block.fc": (2, 2)}
 
 
 def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):

@@ -203,7 +203,8 @@ def test_config_is_hugging_faces(tmp_path):
 def test_options_that_some_files_have(tmp_path):
     values = metadata("qwen3", attention__key_length=32, attention__value_length=32, rope__freq_base=None)
     values |= {"qwen3.attention.head_count_kv": 4, "tokenizer.ggml.bos_token_id": 3}
-    config = load_config(write(tmp_path / "m.gguf", tensors(head=True), values, "qwen3"))
+    wider = tensors(head=True) | {"blk.0.attn_q.weight": np.ones((128, 64), np.float32)}
+    config = load_config(write(tmp_path / "m.gguf", wider, values, "qwen3"))
     assert (config["model_type"], config["head_dim"], config["num_key_value_heads"]) == ("qwen3", 32, 4)
     assert (config["rope_theta"], config["bos_token_id"], config["tie_word_embeddings"]) == (
         10_000.0,

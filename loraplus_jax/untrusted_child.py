@@ -1,0 +1,130 @@
+"""The child process of `untrusted`: runs one job a line and answers with one line; imports nothing of this package.
+
+The parent starts this file by its path. A job limits itself before it begins: memory by `RLIMIT_AS`, CPU time by
+`RLIMIT_CPU` and wall-clock time by an alarm, which end the process.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+try:
+    import resource
+except ImportError:  # Windows has no limits
+    resource = None
+
+MARKS = "\ufdd0", "\ufdd1"
+"""Unicode noncharacters, not meant for text interchange, around the contents of {% generation %} blocks."""
+
+DATE = datetime.datetime(2024, 7, 26)
+"""The date that `strftime_now` formats: the fallback of Llama 3's template, so tokens do not depend on today."""
+
+GROWTH = 32
+"""How many characters or tokens a tokenizer may make of one: NFKC's longest decomposition has 18."""
+
+PROBE = "".join(
+    map(chr, [*range(9, 127), *range(127, 0x3000, 5), *range(0x3000, 0xD800, 97), 0xFDFA, 0x1F600])
+)
+PROBE = f"{PROBE} {'a' * 64} {' ' * 64} {'0' * 64} a b c https://a.b/c?d=e"
+
+
+def render(source: str, calls: Sequence[dict[str, Any]] = ()) -> list[str]:
+    """Renders a chat template with the variables of each call; without calls only compiles it."""
+    template = _compile(source)
+    return [template.render(variables) for variables in calls]
+
+
+@functools.lru_cache(maxsize=2)
+def _compile(source: str) -> Any:
+    """The template in transformers' Jinja environment."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}...{% endgeneration %}`, as in transformers: marks the assistant's text."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            marks = [nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in MARKS]
+            return [marks[0], *body, marks[1]]
+
+    def raise_exception(message: str) -> NoReturn:
+        raise TemplateError(message)
+
+    def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+        """Unlike Jinja's filter, does not escape HTML."""
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": DATE.strftime}
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise ValueError(f"line {getattr(error, 'lineno', None) or 1}: {error}") from None
+
+
+def try_tokenizer(source: str) -> None:
+    """Loads a `tokenizer.json` and tries it on a text of many scripts."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(source)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    normalized = tokenizer.normalizer.normalize_str(PROBE) if tokenizer.normalizer else PROBE
+    ids = tokenizer.encode(PROBE).ids
+    if max(len(normalized), len(ids)) > GROWTH * len(PROBE):
+        raise ValueError(f"it makes more than {GROWTH} times as much of a text")
+    tokenizer.decode(ids)
+
+
+def match(patterns: Sequence[str], names: Sequence[str]) -> list[list[int]]:
+    """For each name the indices of the patterns that match all of it."""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return [[n for n, pattern in enumerate(compiled) if pattern.fullmatch(name)] for name in names]
+
+
+def _limit(seconds: int, memory: int) -> None:
+    """Limits what follows: `seconds` of CPU time, twice that by the clock, `memory` bytes beside those in use."""
+    if resource is None:
+        return
+    signal.alarm(2 * seconds)
+    cpu = math.ceil(time.process_time()) + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    with contextlib.suppress(OSError), open("/proc/self/statm") as pages:  # only Linux has it
+        size = int(pages.read().split()[0]) * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def _answer(line: bytes) -> bytes:
+    request = json.loads(line)
+    _limit(request["seconds"], request["memory"])
+    try:
+        job = {"render": render, "try_tokenizer": try_tokenizer, "match": match}[request["job"]]
+        return json.dumps({"result": job(**request["arguments"])}).encode()
+    except MemoryError:
+        sys.exit(1)
+    except BaseException as error:  # a panic of Rust is no Exception
+        text = " ".join(f"{error}".split()) or type(error).__name__
+        return json.dumps({"error": text[:300]}).encode()
+
+
+if __name__ == "__main__":
+    sys.path[:] = json.loads(sys.stdin.buffer.readline())
+    for request_line in sys.stdin.buffer:
+        sys.stdout.buffer.write(_answer(request_line) + b"\n")
+        sys.stdout.buffer.flush()
