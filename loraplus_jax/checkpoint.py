@@ -2,17 +2,17 @@
 
 A checkpoint holds the trainable variables, the optimizer's state, step and rng, the position in the input, and
 metadata that says what they belong to: format version, config, specs, package versions and a fingerprint of the
-base. Restoring compares it and refuses what does not fit. Checksums of all of it lie beside it, since neither orbax
-nor tensorstore would notice a changed byte of an array.
+base. Restoring compares it and refuses what does not fit. Checksums of all of it, the metrics included, lie beside
+it, since neither orbax nor tensorstore would notice a changed byte of an array.
 """
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from ._validation import check_int, suggest
+from .atomic import to_json, write_text
 from .config import LoRAPlusConfig
 from .multihost import allgather, is_lost_process
 from .spec import Specs, specs_to_json
@@ -91,7 +92,7 @@ def open_manager(
       directory: made if absent.
       keep: how many of the newest to keep.
       best: the metric, of those given to `save_checkpoint`, by which one more is kept; None keeps none for its
-        metric. A checkpoint whose metrics cannot be read is never the best.
+        metric. A checkpoint whose metrics are damaged is never the best.
       mode: whether the best is the smallest or the largest.
 
     Raises:
@@ -99,7 +100,7 @@ def open_manager(
     """
     check_int("keep", keep, at_least=1)
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-    metric = functools.partial(_metric, best) if best else None
+    metric = functools.partial(_metric, best, mode) if best else None
     if metric is not None:
         policies.append(
             checkpoint_managers.BestN(
@@ -114,39 +115,29 @@ def open_manager(
         enable_async_checkpointing=True,
     )
     handlers = {name: make() for name, make in ITEM_HANDLERS.items()}
-    directory = Path(directory).absolute()
-    if jax.process_index() == 0:
-        _quarantine_damaged_dates(directory)
-    return _Manager(directory, metric, options=options, item_handlers=handlers)
-
-
-def _quarantine_damaged_dates(directory: Path) -> None:
-    """Renames orbax's file with a checkpoint's date where it is damaged.
-
-    A single damaged one would keep all checkpoints from being opened; without it orbax uses the directory's date.
-    """
-    for step in ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ():
-        try:
-            _ = step.commit_timestamp
-        except Exception:  # whatever the bytes lead to
-            note = Path(step.path) / "_CHECKPOINT_METADATA"
-            note.rename(note.with_suffix(".damaged"))
+    return _Manager(Path(directory).absolute(), options=options, item_handlers=handlers)
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, except that one checkpoint with damaged metrics does not keep all others from being opened."""
+    """Orbax's, except that all checkpoints can be opened though the date or the metrics of one are damaged."""
 
-    def __init__(self, directory: Path, metric: Callable[[Any], float] | None, **how: Any) -> None:
-        self._number = metric or (lambda _: 0.0)
-        super().__init__(directory, **how)
+    def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
+        infos = super()._load_checkpoint_infos(skip_metadata_read=True)  # no dates: no policy here needs them
+        return [dataclasses.replace(info, metrics=self.metrics(info.step)) for info in infos]
 
     def metrics(self, step: int) -> Any:
         """As saved; None where they are absent or damaged."""
         try:
-            metrics = super().metrics(step)
-            return metrics if metrics and math.isfinite(self._number(metrics)) else None
-        except Exception:  # bad JSON, bad UTF-8, another type: whatever the bytes lead to
+            metrics = dict(super().metrics(step) or {})
+            return metrics if metrics.pop("digest") == _digest([step, metrics]) else None
+        except Exception:  # absent, bad JSON, bad UTF-8, another type: whatever the bytes lead to
             return None
+
+
+def _add_digest(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics as orbax stores them; a value that is not finite is null."""
+    values = json.loads(to_json(metrics))
+    return {**values, "digest": _digest([step, values])}
 
 
 def save_checkpoint(
@@ -169,9 +160,7 @@ def save_checkpoint(
     Raises:
       ValueError: there is a checkpoint of that step already, or the metric to keep the best by is missing.
     """
-    if int(state.step) in manager.all_steps():
-        raise ValueError(f"there is a checkpoint of step {int(state.step)} in {manager.directory} already")
-    fields = _to_fields(state)
+    step, fields = int(state.step), _to_fields(state)
     notes = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
     notes["contents"] = {"leaves": leaf_dtypes_and_shapes(fields), "state": fingerprint(fields)}
     notes["contents"]["notes"] = _digest(notes)
@@ -179,7 +168,7 @@ def save_checkpoint(
         state=ocp.args.StandardSave(fields),
         **{name: ocp.args.JsonSave(values) for name, values in notes.items()},
     )
-    manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
+    manager.save(step, args=items, metrics=_add_digest(step, metrics) if metrics else None, force=True)
 
 
 def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
@@ -187,9 +176,7 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
     path = Path(manager.directory) / str(step) / "metrics" / "metrics"  # where orbax keeps its own
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(".metrics.partial")
-        partial.write_text(json.dumps(dict(metrics)), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(_add_digest(step, metrics)))
     allgather(None)  # no process reads before they are there
     manager.reload()
 
@@ -220,9 +207,9 @@ def restore_checkpoint(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
         )
     notes = _read_notes(manager, step)
-    if differing := field_differences(notes["metadata"], metadata):
-        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing)}")
-    _check_leaves(step, notes["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like)))
+    leaves = notes["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like))
+    if differing := field_differences(notes["metadata"], metadata) or field_differences(*leaves):
+        raise ValueError(f"the checkpoint of step {step} does not fit: {join_first(differing)}")
     target = jax.tree.map(_shape_and_sharding, _to_fields(like))
     state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
     same = fingerprint(state) == notes["contents"]["state"]
@@ -252,6 +239,12 @@ def field_differences(
             values = (f"{json.dumps(value)} {place}" for value, place in zip((old, new), places, strict=True))
             lines.append(f"{prefix}{name} is {' and '.join(values)}")
     return lines
+
+
+def join_first(problems: Sequence[str]) -> str:
+    """The first five problems and how many more there are."""
+    rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+    return "; ".join([*problems[:5], *rest])
 
 
 def fingerprint(tree: Any) -> str:
@@ -305,12 +298,14 @@ def _hash_words(words: jax.Array, index: jax.Array, seed: int) -> jax.Array:
     return h ^ (h >> 15)
 
 
-def _metric(name: str, metrics: Mapping[str, float]) -> float:
+def _metric(name: str, mode: str, metrics: Mapping[str, float | None]) -> float:
+    """The metric to keep the best by; one that was not finite is the worst."""
     if name not in metrics:
         raise ValueError(
             f"the manager keeps the best {name!r}, which is not in the metrics{suggest(name, metrics)}"
         )
-    return float(metrics[name])
+    value = metrics[name]
+    return (math.inf if mode == "min" else -math.inf) if value is None else value
 
 
 def _to_fields(state: TrainState) -> dict[str, Any]:
@@ -380,17 +375,6 @@ def _digest(notes: Any) -> str:
 
 def _shape_and_sharding(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
-
-
-def _check_leaves(step: int, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    differing = [
-        f"{path} is {old.get(path, 'absent')} in the checkpoint and {new.get(path, 'absent')} here"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path)
-    ]
-    if differing:
-        rest = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
-        raise ValueError(f"the checkpoint of step {step} does not fit: {'; '.join(differing[:5])}{rest}")
 
 
 def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:

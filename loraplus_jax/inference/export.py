@@ -1,6 +1,5 @@
 """`loraplus export`: writes a PEFT adapter, or a merged model with the adapter in its weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._validation import check_choice
+from ..atomic import replacing, to_json
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
-from ..interop.adapter_files import Adapter, new_directory, tensor_bytes
+from ..interop.adapter_files import Adapter, tensor_bytes
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
 from ..models import export
 from ..models.gguf import export as gguf_export
@@ -158,7 +158,10 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
         settings=source.notes["settings"],
         task=source.notes["task"],
     )
-    with new_directory(to.resolve()) as partial:
+    target = to.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, new=True) as partial:
+        partial.mkdir()
         if format == "gguf":
             gguf_export.write_gguf(partial / "model.gguf", source.base, merge, dtype or "float16")
         else:
@@ -172,7 +175,7 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
         (partial / "README.md").write_text(_readme(source, form, use, ""), encoding="utf-8")
         if own:
             (partial / OWN_TENSORS_FILE).write_bytes(tensor_bytes(flatten(own)))
-        (partial / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+        (partial / NOTES_FILE).write_text(to_json(notes, indent=1) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in partial.iterdir())
     return f"{to}: merged model, {size / 1e6:,.1f} MB"
 

@@ -4,20 +4,16 @@
 `adapter.json` is what `checkpoint.describe_run` makes: format, config, specs, base fingerprint, versions.
 """
 
-import contextlib
 import dataclasses
 import importlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from ..atomic import replacing, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
 from ..json_files import read_json
@@ -87,23 +83,11 @@ def save_adapter(
     elif directory.exists():
         raise ValueError(f"{directory} is a file; an adapter is a directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed at the end, so that nobody ever sees half an adapter.
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with replacing(directory) as partial:
+        partial.mkdir()
         (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
-        notes = json.dumps(describe_run(specs, config, base=base, **more), indent=1)
+        notes = to_json(describe_run(specs, config, base=base, **more), indent=1)
         (partial / DESCRIPTION_FILE).write_text(notes + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        if directory.exists():
-            # A directory cannot be renamed onto another, so the old adapter moves out of the way first.
-            old = partial.with_name(partial.name + ".old")
-            os.rename(directory, old)
-            os.rename(partial, directory)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_adapter(directory: str | Path) -> Adapter:
@@ -183,27 +167,6 @@ def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
             f"{where}: factors and specs differ at {', '.join(differing[:5])}: the factor {first} is "
             f"{shapes.get(first, 'absent')}, the specs say {expected.get(first, 'absent')}"
         )
-
-
-@contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """A directory to write into; it becomes `target` if the block succeeds and is removed otherwise.
-
-    Raises:
-      ValueError: something is there already.
-    """
-    if os.path.lexists(target):
-        raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if os.path.lexists(target):  # made by somebody else meanwhile
-            raise ValueError(f"{target} exists already; nothing is overwritten: choose another directory")
-        os.rename(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:

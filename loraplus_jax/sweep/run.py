@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,22 +18,20 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
+from ..atomic import to_json, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
 from ..settings.schema import TrainSettings
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
-from ..training.metrics_log import METRICS, SUMMARY, write_text
+from ..training.metrics_log import METRICS, SUMMARY
 from ..training.run_directory import (
     CHECKPOINTS,
-    CONFIG,
     add_path_to_errors,
     check_directory,
-    lock_directory,
+    claim_directory,
     quarantine_checkpoint,
-    rename_run,
-    write_config,
 )
 from ..training.signals import Stopped, StopSignal
 from ..training.xla import use_compilation_cache
@@ -92,16 +90,11 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
         at_once = json.loads((directory / MEMBERS_FILE).read_text(encoding="utf-8"))
     capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
     population = prepare_population(run, capacity, at_once)
-    if fresh:
-        rename_run(directory, console)
-    directory.mkdir(parents=True, exist_ok=True)
-    with add_path_to_errors(directory), lock_directory(directory):
-        if not (directory / CONFIG).exists():
-            write_config(directory, run)
+    with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
         write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
         manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
         try:
-            return Sweep(population, capacity, directory, manager, console, started).run_to_end()
+            return Sweep(population, capacity, directory, manager, console, started, check).run_to_end()
         finally:
             manager.close()
 
@@ -117,12 +110,14 @@ class Sweep:
         manager: ocp.CheckpointManager,
         console: Console,
         started: float,
+        check: Callable[[], None],
     ) -> None:
         self.population, self.run, self.slots = population, population.run, DeviceSlots(population, capacity)
         self.directory, self.manager, self.console = directory, manager, console
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.clock, self.seconds, self.started = 0, 0.0, started
+        self.check = check
 
     def run_to_end(self) -> dict[str, Any]:
         """Runs everything that is left and returns the report."""
@@ -292,8 +287,9 @@ class Sweep:
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
         state = self.slots.as_state(self.clock)
+        self.check()
         save_checkpoint(self.manager, state, metadata=self.population.metadata, input_position=position)
-        write_text(self.directory / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows))
 
     def end_if(self, signal: StopSignal) -> None:
         """Raises Stopped if a signal was received; the caller has just saved."""
@@ -316,6 +312,7 @@ class Sweep:
     def finish(self) -> dict[str, Any]:
         """Writes the report with its figures, the winner's recipe and, last, the summary."""
         report = self.report()
+        self.check()
         draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["winner"] is None:
@@ -330,7 +327,7 @@ class Sweep:
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
-        write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         for edge in report["at_the_edge"]:
             self.console.print(f"best value at the edge of the search range: {edge}")
         settings = report["protocol"]["settings"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ..checkpoint import field_differences
+from ..checkpoint import field_differences, join_first
 from ..multihost import allgather, is_lost_process
 from ..settings.schema import AUTO, DistributedSettings
 from .signals import Stopped
@@ -168,8 +168,7 @@ def check_same_everywhere(values: Mapping[str, Any]) -> None:
         differences = field_differences(lead_values, other_values, ("in process 0", f"in process {number}"))
         if differences:
             jax.distributed.shutdown()
-            rest = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise ValueError(
-                f"the processes differ: {'; '.join(differences[:5])}{rest}; start all with the same command "
+                f"the processes differ: {join_first(differences)}; start all with the same command "
                 "(except distributed.process_id), packages, data and weights"
             )
