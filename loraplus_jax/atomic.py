@@ -31,17 +31,19 @@ def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
     _check_new(path, new)
     # In a directory of its own: another process that writes to the same path cannot interfere.
     staging = Path(tempfile.mkdtemp(prefix=".", suffix=STAGING, dir=path.parent))
+    written, old = staging / "new", staging / "old"
     try:
-        written = staging / "new"
         yield written
         for part in (written, *written.rglob("*")):
             sync(part)
         _check_new(path, new)
         if path.is_dir():
-            os.rename(path, staging / "old")  # a directory cannot be renamed onto another
+            os.rename(path, old)  # a directory cannot be renamed onto another
         os.replace(written, path)
         sync(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
         shutil.rmtree(staging, ignore_errors=True)
 
 

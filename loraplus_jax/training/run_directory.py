@@ -197,12 +197,13 @@ def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[s
 
 @contextmanager
 def close_manager(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
-    """Closes the manager on exit, unless that would wait for a lost process."""
+    """Closes the manager on exit, unless that would wait for a lost process; the first error is raised."""
     try:
         yield manager
     except BaseException as error:
         if not is_lost_process(error):
-            manager.close()
+            with contextlib.suppress(Exception):
+                manager.close()
         raise
     manager.close()
 
