@@ -6,13 +6,14 @@ base. Restoring compares it and refuses what does not fit. Checksums of all of i
 it, since neither orbax nor tensorstore would notice a changed byte of an array.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -125,6 +126,17 @@ class _Manager(ocp.CheckpointManager):
         infos = super()._load_checkpoint_infos(skip_metadata_read=True)  # no dates: no policy here needs them
         return [dataclasses.replace(info, metrics=self.metrics(info.step)) for info in infos]
 
+    def __contextmanager__(self) -> Iterator["_Manager"]:
+        # Closing would wait for a lost process, and its errors would hide the first one.
+        try:
+            yield self
+        except BaseException as error:
+            if not is_lost_process(error):
+                with contextlib.suppress(Exception):
+                    self.close()
+            raise
+        self.close()
+
     def metrics(self, step: int) -> Any:
         """As saved; None where they are absent or damaged."""
         try:
@@ -206,15 +218,24 @@ def restore_checkpoint(
         raise FileNotFoundError(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
         )
-    notes = _read_notes(manager, step)
+    names = ("input_position", "metadata", "contents")
+    notes = _read(
+        manager,
+        step,
+        lambda notes: notes["contents"].pop("notes") == _digest({name: notes[name] for name in names}),
+        **{name: ocp.args.JsonRestore() for name in names},
+    )
     leaves = notes["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like))
     if differing := field_differences(notes["metadata"], metadata) or field_differences(*leaves):
         raise ValueError(f"the checkpoint of step {step} does not fit: {join_first(differing)}")
     target = jax.tree.map(_shape_and_sharding, _to_fields(like))
-    state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
-    same = fingerprint(state) == notes["contents"]["state"]
-    _raise_if_damaged(manager, step, None if same else "the arrays are not those that were saved")
-    return Restored(_from_fields(state, like), notes["input_position"]["position"], notes["metadata"])
+    read = _read(
+        manager,
+        step,
+        lambda read: fingerprint(read["state"]) == notes["contents"]["state"],
+        state=ocp.args.StandardRestore(target),
+    )
+    return Restored(_from_fields(read["state"], like), notes["input_position"]["position"], notes["metadata"])
 
 
 def field_differences(
@@ -323,49 +344,34 @@ def _from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
     return state
 
 
-def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+def _read(
+    manager: ocp.CheckpointManager, step: int, is_saved: Callable[[Any], bool], **items: Any
+) -> dict[str, Any]:
     """Reads items of a checkpoint; orbax and tensorstore raise many kinds of errors for a damaged one.
 
     Each process reads its own parts, and a single one may fail. The manager would leave the others at its barrier;
     its handlers, which are called here, have no barrier, and afterwards every process raises the same error.
     """
-    values, reason = None, None
+    values, reason = {}, None
     try:
         directory = manager.directory / str(step)
         values = {
             name: ITEM_HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()
         }
+        if not is_saved(values):
+            reason = "the arrays, or what is noted beside them, are not those that were saved"
     except Exception as error:
-        if is_lost_process(error):
+        # Out of memory, or a lost process: the checkpoint is not to blame.
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or is_lost_process(error):
             raise
         reason = str(error).strip() or type(error).__name__
-    _raise_if_damaged(manager, step, reason)
-    return values
-
-
-def _raise_if_damaged(manager: ocp.CheckpointManager, step: int, reason: str | None) -> None:
-    """Raises DamagedCheckpoint on every process if any of them gives a reason."""
     for words in allgather(reason):
         if words is not None:
             raise DamagedCheckpoint(
                 f"the checkpoint of step {step} in {manager.directory} cannot be read: "
                 f"{words.splitlines()[0]:.200}"
             )
-
-
-def _read_notes(manager: ocp.CheckpointManager, step: int) -> Any:
-    """All but the state, as they were saved."""
-    names = ("input_position", "metadata", "contents")
-    notes = _read(manager, step, **{name: ocp.args.JsonRestore() for name in names})
-    notes = {name: notes[name] for name in names}
-    try:
-        fits = notes["contents"].pop("notes") == _digest(notes)
-    except (AttributeError, LookupError, TypeError, RecursionError):  # other JSON than we write
-        fits = False
-    _raise_if_damaged(
-        manager, step, None if fits else "what is noted beside the arrays is not what was saved"
-    )
-    return notes
+    return values
 
 
 def _digest(notes: Any) -> str:

@@ -92,11 +92,8 @@ def _sweep(run: SweepRun, directory: Path, fresh: bool, console: Console) -> dic
     population = prepare_population(run, capacity, at_once)
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
         write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
-        manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
-        try:
+        with open_manager(directory / CHECKPOINTS, keep=run.train.keep) as manager:
             return Sweep(population, capacity, directory, manager, console, started, check).run_to_end()
-        finally:
-            manager.close()
 
 
 class Sweep:

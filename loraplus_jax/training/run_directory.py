@@ -18,7 +18,7 @@ from rich.console import Console
 from ..atomic import STAGING, write_text
 from ..checkpoint import PACKAGES, field_differences
 from ..json_files import read_json
-from ..multihost import allgather, is_lead, is_lost_process
+from ..multihost import allgather, is_lead
 from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
 from .distributed import check_same_everywhere, raise_together
@@ -193,19 +193,6 @@ def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[s
         if is_lead():
             changed = check_directory(directory, settings, fresh=fresh)
     return allgather(changed)[0]
-
-
-@contextmanager
-def close_manager(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
-    """Closes the manager on exit, unless that would wait for a lost process; the first error is raised."""
-    try:
-        yield manager
-    except BaseException as error:
-        if not is_lost_process(error):
-            with contextlib.suppress(Exception):
-                manager.close()
-        raise
-    manager.close()
 
 
 def write_config(directory: Path, settings: Settings) -> None:

@@ -51,7 +51,6 @@ from .run_directory import (
     changed_settings,
     check_shared_disk,
     claim_directory,
-    close_manager,
     quarantine_checkpoint,
     write_config,
 )
@@ -96,13 +95,11 @@ def train(settings: Settings, *, fresh: bool = False, console: Console | None = 
                 check = stack.enter_context(claim_directory(directory, settings, fresh, console))
         check_shared_disk(directory)
         manager = stack.enter_context(
-            close_manager(
-                open_manager(
-                    directory / CHECKPOINTS,
-                    keep=settings.train.keep,
-                    best=f"validation/{run.data.task.metric}",
-                    mode=run.data.task.mode,
-                )
+            open_manager(
+                directory / CHECKPOINTS,
+                keep=settings.train.keep,
+                best=f"validation/{run.data.task.metric}",
+                mode=run.data.task.mode,
             )
         )
         if changed:
