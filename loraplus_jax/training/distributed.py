@@ -44,9 +44,14 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
     timer = threading.Timer(settings.start_timeout, _abort, [_timeout_message(settings)])
     timer.daemon = True
     timer.start()
+    address = {
+        "coordinator_address": settings.coordinator,
+        "num_processes": settings.processes,
+        "process_id": settings.process_id,
+    }
     try:
         jax.distributed.initialize(
-            **_address(settings),
+            **({} if settings.coordinator == AUTO else address),
             initialization_timeout=settings.start_timeout + 60,
             heartbeat_timeout_seconds=settings.lost_timeout,
         )
@@ -77,16 +82,6 @@ def _check_devices() -> None:
         jax.distributed.shutdown()
         listed = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
         raise ValueError(f"all processes must have the same number of devices, but {listed}")
-
-
-def _address(settings: DistributedSettings) -> dict[str, Any]:
-    if settings.coordinator == AUTO:
-        return {}
-    return {
-        "coordinator_address": settings.coordinator,
-        "num_processes": settings.processes,
-        "process_id": settings.process_id,
-    }
 
 
 def _abort(message: str) -> None:

@@ -25,7 +25,7 @@ SETTINGS = [
     *("--model.dropout", "0.1", "--lora.dropout", "0.1", "--train.keep", "3", "--train.early_stopping", "9"),
 ]
 STEP = 15
-"""The step at which runs are disturbed; checkpoints of steps 6 and 12 are there, and the second is the better one."""
+"""The step at which runs are disturbed; there are checkpoints of steps 6 and 12, of which the second is better."""
 
 
 def result_of(out):
