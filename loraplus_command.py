@@ -1,5 +1,6 @@
 """The `loraplus` command; handles Ctrl-C and SIGTERM from the start, before JAX is imported."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,17 +13,25 @@ ENDING = threading.Lock()
 
 def run() -> None:
     """Runs the command line and ends the process."""
+    # Otherwise the first files of a run would take the place of a closed stdin, stdout or stderr.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     listen()
-    sys.unraisablehook = _print_unraisable
-    from loraplus_jax.cli import main
+    from loraplus_jax.cli import TRACEBACK, main
 
+    show = bool(os.environ.get(TRACEBACK))
+    if not show:
+        # What fails in a thread or a destructor of a library, the library raises again where it matters.
+        sys.unraisablehook = threading.excepthook = lambda problem: None
     try:
         code = main()
-    except Exception:  # a bug; a normal exit would wait for the other processes of the run
-        traceback.print_exc()
+    except Exception as error:  # a bug; a normal exit would wait for the other processes of the run
+        line = f"{type(error).__name__}: {error}".partition("\n")[0]
+        text = traceback.format_exc() if show else f"loraplus: {line}; set {TRACEBACK}=1 to see where\n"
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode(errors="replace"))
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
     if code:
         os._exit(code)  # after a failed save, orbax's threads would delay a normal exit by minutes
 
@@ -51,14 +60,9 @@ def _exit_on_signal(number: int, frame: object) -> None:
     """Exits immediately; an exception could get lost in a callback. Only the first of two threads prints."""
     if not ENDING.acquire(blocking=False):
         return
-    os.write(2, b"loraplus: %s\n" % WORDS[signal.Signals(number)])
+    with contextlib.suppress(OSError):  # a closed stderr
+        os.write(2, b"loraplus: %s\n" % WORDS[signal.Signals(number)])
     os._exit(128 + number)
-
-
-def _print_unraisable(problem: "sys.UnraisableHookArgs") -> None:
-    """Hides writes of a failed save that outlive their event loop; the save itself reports its error."""
-    if str(problem.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(problem)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,19 @@
 
 A checkpoint contains the trainable variables, the optimizer state, step and rng, the input position, and metadata
 that identifies the run: format version, config, specs, package versions and a fingerprint of the base. Restoring
-rejects a checkpoint of another run. Checkpoints also contain checksums, since neither orbax nor tensorstore detects
-a changed byte in an array.
+rejects a checkpoint of another run. Checksums cover all of it, the metrics included, since neither orbax nor
+tensorstore detects a changed byte in an array.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from ._validation import check_int, suggest
+from .atomic import to_json, write_text
 from .config import LoRAPlusConfig
 from .multihost import allgather, is_lost_process
 from .spec import Specs, specs_to_json
@@ -92,7 +94,7 @@ def open_manager(
       directory: directory of the checkpoints; created if missing.
       keep: number of newest checkpoints to keep.
       best: name of a metric passed to `save_checkpoint`; the checkpoint with the best value is kept as well. None
-        keeps only the newest. A checkpoint with unreadable metrics is never the best.
+        keeps only the newest. A checkpoint with damaged metrics is never the best.
       mode: `"min"` if the smallest value is the best, `"max"` if the largest is.
 
     Raises:
@@ -101,7 +103,7 @@ def open_manager(
     check_int("keep", keep, at_least=1)
     check_directory_name("directory", Path(directory))
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-    metric = functools.partial(_metric, best) if best else None
+    metric = functools.partial(_metric, best, mode) if best else None
     if metric is not None:
         policies.append(
             checkpoint_managers.BestN(
@@ -119,10 +121,7 @@ def open_manager(
     # Orbax globs in `finalize`. Its own path type would read [ * ? in the directory's name as part of the pattern.
     finalize = handlers["state"].finalize
     handlers["state"].finalize = lambda path: finalize(Path(path))
-    directory = Path(directory).absolute()
-    if jax.process_index() == 0:
-        _quarantine_damaged_timestamps(directory)
-    return _Manager(directory, metric, options=options, item_handlers=handlers)
+    return _Manager(Path(directory).absolute(), options=options, item_handlers=handlers)
 
 
 def check_directory_name(name: str, directory: Path) -> None:
@@ -134,33 +133,39 @@ def check_directory_name(name: str, directory: Path) -> None:
         )
 
 
-def _quarantine_damaged_timestamps(directory: Path) -> None:
-    """Renames damaged files in which orbax stores the timestamp of a checkpoint.
-
-    A single damaged file would prevent opening any checkpoint; without it orbax uses the directory's timestamp.
-    """
-    for step in ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ():
-        try:
-            _ = step.commit_timestamp
-        except Exception:  # damaged bytes can raise anything
-            file = Path(step.path) / "_CHECKPOINT_METADATA"
-            file.rename(file.with_suffix(".damaged"))
-
-
 class _Manager(ocp.CheckpointManager):
-    """An orbax manager that opens even if the metrics of a checkpoint are damaged."""
+    """An orbax manager that opens even if the timestamp or the metrics of a checkpoint are damaged."""
 
-    def __init__(self, directory: Path, metric: Callable[[Any], float] | None, **kwargs: Any) -> None:
-        self._metric = metric or (lambda _: 0.0)
-        super().__init__(directory, **kwargs)
+    def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
+        infos = super()._load_checkpoint_infos(
+            skip_metadata_read=True
+        )  # no timestamps: no policy here needs them
+        return [dataclasses.replace(info, metrics=self.metrics(info.step)) for info in infos]
+
+    def __contextmanager__(self) -> Iterator["_Manager"]:
+        # Closing would wait for a lost process, and its errors would hide the first one.
+        try:
+            yield self
+        except BaseException as error:
+            if not is_lost_process(error):
+                with contextlib.suppress(Exception):
+                    self.close()
+            raise
+        self.close()
 
     def metrics(self, step: int) -> Any:
         """The metrics as saved; None if they are missing or damaged."""
         try:
-            metrics = super().metrics(step)
-            return metrics if metrics and math.isfinite(self._metric(metrics)) else None
+            metrics = dict(super().metrics(step) or {})
+            return metrics if metrics.pop("digest") == _digest([step, metrics]) else None
         except Exception:  # damaged bytes can raise anything: invalid JSON, invalid UTF-8, a wrong type
             return None
+
+
+def _add_digest(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics as orbax stores them; a value that is not finite is null."""
+    values = json.loads(to_json(metrics))
+    return {**values, "digest": _digest([step, values])}
 
 
 def save_checkpoint(
@@ -183,9 +188,7 @@ def save_checkpoint(
     Raises:
       ValueError: the step already has a checkpoint, or the metric that selects the best one is missing.
     """
-    if int(state.step) in manager.all_steps():
-        raise ValueError(f"{manager.directory} already has a checkpoint of step {int(state.step)}")
-    fields = _to_fields(state)
+    step, fields = int(state.step), _to_fields(state)
     json_items = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
     json_items["contents"] = {"leaves": leaf_dtypes_and_shapes(fields), "state": fingerprint(fields)}
     json_items["contents"]["notes"] = _digest(json_items)
@@ -193,7 +196,7 @@ def save_checkpoint(
         state=ocp.args.StandardSave(fields),
         **{name: ocp.args.JsonSave(values) for name, values in json_items.items()},
     )
-    manager.save(int(state.step), args=items, metrics=dict(metrics) if metrics else None, force=True)
+    manager.save(step, args=items, metrics=_add_digest(step, metrics) if metrics else None, force=True)
 
 
 def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -206,9 +209,7 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
     path = Path(manager.directory) / str(step) / "metrics" / "metrics"  # the file that orbax writes
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(".metrics.partial")
-        partial.write_text(json.dumps(dict(metrics)), encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(_add_digest(step, metrics)))
     allgather(None)  # a barrier: no process reads before the file exists
     manager.reload()
 
@@ -239,15 +240,18 @@ def restore_checkpoint(
             f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
         )
     json_items = _read_json_items(manager, step)
-    if differences := field_differences(json_items["metadata"], metadata):
-        raise ValueError(f"the checkpoint of step {step} does not match this run: {'; '.join(differences)}")
-    _check_leaves(step, json_items["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like)))
+    leaves = json_items["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like))
+    if differences := field_differences(json_items["metadata"], metadata) or field_differences(*leaves):
+        raise ValueError(f"the checkpoint of step {step} does not match this run: {join_first(differences)}")
     target = jax.tree.map(_shape_and_sharding, _to_fields(like))
-    state = _read(manager, step, state=ocp.args.StandardRestore(target))["state"]
-    same = fingerprint(state) == json_items["contents"]["state"]
-    _raise_if_damaged(manager, step, None if same else "the arrays have changed since they were saved")
+    read = _read(
+        manager,
+        step,
+        lambda read: fingerprint(read["state"]) == json_items["contents"]["state"],
+        state=ocp.args.StandardRestore(target),
+    )
     return Restored(
-        _from_fields(state, like), json_items["input_position"]["position"], json_items["metadata"]
+        _from_fields(read["state"], like), json_items["input_position"]["position"], json_items["metadata"]
     )
 
 
@@ -273,6 +277,12 @@ def field_differences(
             values = (f"{json.dumps(value)} {label}" for value, label in zip((old, new), labels, strict=True))
             lines.append(f"{prefix}{name} is {' and '.join(values)}")
     return lines
+
+
+def join_first(problems: Sequence[str]) -> str:
+    """The first five problems and how many more there are."""
+    rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+    return "; ".join([*problems[:5], *rest])
 
 
 def fingerprint(tree: Any) -> str:
@@ -325,12 +335,14 @@ def _hash_words(words: jax.Array, index: jax.Array, seed: int) -> jax.Array:
     return h ^ (h >> 15)
 
 
-def _metric(name: str, metrics: Mapping[str, float]) -> float:
+def _metric(name: str, mode: str, metrics: Mapping[str, float | None]) -> float:
+    """The metric to keep the best by; one that was not finite is the worst."""
     if name not in metrics:
         raise ValueError(
             f"metrics must contain {name!r}, which selects the best checkpoint{suggest(name, metrics)}"
         )
-    return float(metrics[name])
+    value = metrics[name]
+    return (math.inf if mode == "min" else -math.inf) if value is None else value
 
 
 def _to_fields(state: TrainState) -> dict[str, Any]:
@@ -348,47 +360,44 @@ def _from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
     return state
 
 
-def _read(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+def _read_json_items(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    names = ("input_position", "metadata", "contents")
+    return _read(
+        manager,
+        step,
+        lambda items: items["contents"].pop("notes") == _digest({name: items[name] for name in names}),
+        **{name: ocp.args.JsonRestore() for name in names},
+    )
+
+
+def _read(
+    manager: ocp.CheckpointManager, step: int, is_saved: Callable[[Any], bool], **items: Any
+) -> dict[str, Any]:
     """Reads items of a checkpoint; raises DamagedCheckpoint on every process if one of them fails.
 
     Each process reads its own parts, so a single one may fail. The manager would leave the others waiting at its
     barrier; this calls its handlers, which have no barrier. Orbax and tensorstore raise many types of errors.
     """
-    values, reason = None, None
+    values, reason = {}, None
     try:
         directory = Path(manager.directory, str(step))
         values = {
             name: ITEM_HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()
         }
+        if not is_saved(values):
+            reason = "the arrays or the metadata have changed since they were saved"
     except Exception as error:
-        if is_lost_process(error):
+        # Out of memory, or a lost process: the checkpoint is not to blame.
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or is_lost_process(error):
             raise
         reason = str(error).strip() or type(error).__name__
-    _raise_if_damaged(manager, step, reason)
-    return values
-
-
-def _raise_if_damaged(manager: ocp.CheckpointManager, step: int, reason: str | None) -> None:
-    """Raises DamagedCheckpoint on every process if any of them passes a reason."""
     for text in allgather(reason):
         if text is not None:
             raise DamagedCheckpoint(
                 f"the checkpoint of step {step} in {manager.directory} cannot be read: "
                 f"{text.splitlines()[0]:.200}"
             )
-
-
-def _read_json_items(manager: ocp.CheckpointManager, step: int) -> Any:
-    """Reads all items except the state, and checks their digest."""
-    names = ("input_position", "metadata", "contents")
-    items = _read(manager, step, **{name: ocp.args.JsonRestore() for name in names})
-    items = {name: items[name] for name in names}
-    try:
-        same = items["contents"].pop("notes") == _digest(items)
-    except (AttributeError, LookupError, TypeError, RecursionError):  # JSON of another form
-        same = False
-    _raise_if_damaged(manager, step, None if same else "the metadata has changed since it was saved")
-    return items
+    return values
 
 
 def _digest(items: Any) -> str:
@@ -398,19 +407,6 @@ def _digest(items: Any) -> str:
 
 def _shape_and_sharding(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
-
-
-def _check_leaves(step: int, old: Mapping[str, str], new: Mapping[str, str]) -> None:
-    differences = [
-        f"{path} is {old.get(path, 'absent')} in the checkpoint and {new.get(path, 'absent')} here"
-        for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path)
-    ]
-    if differences:
-        rest = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise ValueError(
-            f"the checkpoint of step {step} does not match this run: {'; '.join(differences[:5])}{rest}"
-        )
 
 
 def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:

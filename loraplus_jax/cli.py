@@ -1,14 +1,18 @@
 """The command line: `loraplus train | sweep | inspect | plan | eval | predict | generate | export | fetch`."""
 
 import argparse
-import json
+import contextlib
+import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from ._validation import escape_controls, expand_path
+from .atomic import to_json
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 TRACEBACK = "LORAPLUS_TRACEBACK"
@@ -27,11 +31,65 @@ OPTIONS = {"plan": ("--topology", "--json"), "train": (ALLOW,), "sweep": (ALLOW,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command, prints errors as one line, and returns the exit code.
 
-    The code is 0 on success, 1 if training fails, 2 for invalid input, and 128 plus the signal number if stopped.
+    The code is 0 on success, 1 if training fails, 2 for invalid input, and 128 plus the signal number if stopped. A
+    stdout that cannot be written stops a command as SIGPIPE does.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # Orbax logs tracebacks of the errors that it raises.
-    logging.getLogger("absl").setLevel(logging.ERROR if os.environ.get(TRACEBACK) else logging.CRITICAL)
+    if not os.environ.get(TRACEBACK):
+        # Orbax logs tracebacks of the errors that it raises, asyncio those of the reads that orbax abandons then.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    stdout, code = Output(sys.stdout), 0
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(Output(sys.stderr)):  # pyright: ignore
+        try:
+            if stdout.error is None:
+                code = _run_command(arguments)
+        except SystemExit as end:  # argparse has printed help or an error
+            if end.code:
+                raise
+        finally:
+            stdout.flush()
+        if stdout.error is not None and not code:
+            code = _report(stdout.problem, 128 + signal.SIGPIPE)
+    return code
+
+
+class Output:
+    """A text stream that keeps the first error of a write in `error` and drops all output after it.
+
+    Training checks `error` after every step, so that a broken pipe or a full disk stops it as a signal does.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.error = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    @property
+    def problem(self) -> str:
+        """The error as a phrase."""
+        return f"cannot write to stdout ({self.error and self.error.strerror})"
+
+    def write(self, text: str) -> int:
+        """Writes text, unless an earlier write has failed."""
+        self._attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream, unless an earlier write has failed."""
+        self._attempt("flush")
+
+    def _attempt(self, method: str, *arguments: str) -> None:
+        if self.error is None:
+            try:
+                getattr(self._stream, method)(*arguments)
+            except OSError as error:
+                self.error = error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run_command(arguments: list[str]) -> int:
     # The commands import optional packages, so that --help is fast and a missing package is named.
     options, overrides = _parse(arguments)
     try:
@@ -221,7 +279,8 @@ def _run(
     try:
         training(settings(), fresh=options.fresh, allow_different=options.allow_different)
     except Stopped as stop:
-        options.code = _report(str(stop), 128 + stop.signal_number)
+        problem = f"{sys.stdout.problem}; " if stop.signal_number == signal.SIGPIPE else ""  # pyright: ignore
+        options.code = _report(f"{problem}{stop}", 128 + stop.signal_number)
     except TrainingFailed as failure:
         options.code = _report(f"training failed: {failure}", 1)
     except LostProcess as lost:
@@ -268,7 +327,7 @@ def _eval(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.predict import evaluate_run
 
     keywords = {name: getattr(options, name) for name in ("split", "data", "config", "allow_different")}
-    _print(json.dumps(evaluate_run(options.run_directory, **keywords), indent=1))
+    _print(to_json(evaluate_run(options.run_directory, **keywords), indent=1))
 
 
 def _predict(options: argparse.Namespace, _: list[str]) -> None:
@@ -289,7 +348,7 @@ def _predict(options: argparse.Namespace, _: list[str]) -> None:
         write_predictions(options.output, rows)
     else:
         for row in rows:
-            _print(json.dumps(row, ensure_ascii=False))
+            _print(to_json(row, ensure_ascii=False))
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:

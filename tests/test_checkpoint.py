@@ -1,6 +1,7 @@
 """Checkpoints: what was saved comes back though training continued, and what does not fit is rejected by name."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,13 @@ from loraplus_jax import (
     restore_checkpoint,
     save_checkpoint,
 )
-from loraplus_jax.checkpoint import DamagedCheckpoint, describe_run, field_differences, fingerprint
+from loraplus_jax.checkpoint import (
+    DamagedCheckpoint,
+    add_metrics,
+    describe_run,
+    field_differences,
+    fingerprint,
+)
 from loraplus_jax.sharding import distribute, make_shardings, replicate
 from loraplus_jax.spec import AdapterSpec
 
@@ -335,6 +342,49 @@ def test_a_checkpoint_with_damaged_metrics_is_not_the_best_and_no_more(tmp_path,
     with open_manager(tmp_path, best="loss") as manager:
         assert (manager.best_step(), list(manager.all_steps())) == (2, [1, 2])
         assert restore_checkpoint(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
+
+
+CHANGES = {
+    "value": lambda text: text.replace("1", "0", 1),
+    "value made worse": lambda text: text.replace('"loss": 1', '"loss": 9'),
+    "digest": lambda text: text.replace('"digest": "', '"digest": "0'),
+    "without digest": lambda text: '{"loss": 1}',
+    "of another checkpoint": None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_metrics_do_not_decide_the_best(tmp_path, change):
+    save_two(tmp_path)
+    path, other = (tmp_path / f"{n}/metrics/metrics" for n in (1, 2))
+    if change == "of another checkpoint":
+        other.write_bytes(path.read_bytes())
+        path.unlink()
+    else:
+        path.write_text(CHANGES[change](path.read_text()))
+    damaged = {1, 2} if change == "of another checkpoint" else {1}
+    with open_manager(tmp_path, best="loss") as manager:
+        assert {step for step in manager.all_steps() if manager.metrics(step) is None} == damaged
+        assert manager.best_step() == (None if len(damaged) == 2 else 2)
+        add_metrics(manager, 1, {"loss": 1})
+        assert manager.best_step() == 1
+        assert manager.metrics(1) == {"loss": 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_metric_that_is_not_finite_is_never_the_best_and_null_in_the_file(tmp_path, mode, value):
+    how = {"best": "m", "mode": mode, "keep": 3}
+    with open_manager(tmp_path, **how) as manager:
+        for n, metric in enumerate((value, 0.5, value), 1):
+            save_checkpoint(
+                manager, fresh().replace(step=jnp.array(n)), metadata=metadata(), metrics={"m": metric}
+            )
+        manager.wait_until_finished()
+        assert manager.best_step() == 2
+    assert json.loads((tmp_path / "1/metrics/metrics").read_text())["m"] is None
+    with open_manager(tmp_path, **how) as manager:
+        assert manager.best_step() == 2
 
 
 @pytest.mark.parametrize("content", ['{"metrics": 5}', '{"commit_timestamp_nsecs": 1' + "0" * 30 + "}"])

@@ -192,7 +192,9 @@ def test_a_regular_expression_of_a_peft_adapter_cannot_hang(tmp_path, options, w
 )
 def test_a_rule_of_a_peft_adapter_cannot_hang(tmp_path, options):
     found = read_options(write_peft(tmp_path / "a", **options) / "adapter_config.json")
-    reject(lambda: found.missing_targets([f"{NAME}.c"]), tmp_path / "a/adapter_config.json", next(iter(options)))
+    reject(
+        lambda: found.missing_targets([f"{NAME}.c"]), tmp_path / "a/adapter_config.json", next(iter(options))
+    )
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`loraplus export`: writes a PEFT adapter, or a merged model with the adapter in its weights."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._validation import check_choice, check_new_path, expand_path
+from ..atomic import replacing, to_json
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
-from ..interop.adapter_files import Adapter, new_directory, tensor_bytes
+from ..interop.adapter_files import Adapter, tensor_bytes
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
 from ..models import export
 from ..models.gguf import export as gguf_export
@@ -155,7 +155,10 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
     form = transformers_class_of(parts)
     extras, own = _split_extras(source, form)
     merge = CheckpointMerge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
-    with new_directory(to.resolve()) as partial:
+    target = to.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, new=True) as partial:
+        partial.mkdir()
         if format == "gguf":
             gguf_export.write_gguf(partial / "model.gguf", source.base, merge, dtype or "float16")
         else:
@@ -179,7 +182,7 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
             task=source.notes["task"],
             identity=identity,
         )
-        (partial / NOTES_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+        (partial / NOTES_FILE).write_text(to_json(notes, indent=1) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in partial.iterdir())
     return f"{to}: merged model, {size / 1e6:,.1f} MB"
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from .._validation import check_new_path, suggest
+from ..atomic import to_json, write_text
 from ..checkpoint import fingerprint
 from ..data.batches import eval_batches
 from ..data.fetch import resolve
@@ -232,8 +232,7 @@ def check_output(path: Path) -> None:
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """Writes one JSON object per line to a new file; raises ValueError if the file exists."""
     check_output(path)
-    with path.open("x", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    write_text(path, "".join(to_json(row, ensure_ascii=False) + "\n" for row in predictions), new=True)
 
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:

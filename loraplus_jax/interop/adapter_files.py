@@ -5,20 +5,16 @@ paths. `adapter.json` contains the metadata of `checkpoint.describe_run`: format
 versions.
 """
 
-import contextlib
 import dataclasses
 import importlib
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from ..atomic import replacing, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
 from ..json_files import check_file, read_json
@@ -87,23 +83,11 @@ def save_adapter(
     elif directory.exists():
         raise ValueError(f"{directory} must be a directory, got a file")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Written next to the target and renamed at the end, so that no partial adapter is ever visible.
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with replacing(directory) as partial:
+        partial.mkdir()
         (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
-        notes = json.dumps(describe_run(specs, config, base=base, **more), indent=1)
+        notes = to_json(describe_run(specs, config, base=base, **more), indent=1)
         (partial / DESCRIPTION_FILE).write_text(notes + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        if directory.exists():
-            # A directory cannot replace another one, so rename the old adapter first.
-            old = partial.with_name(partial.name + ".old")
-            os.rename(directory, old)
-            os.rename(partial, directory)
-            shutil.rmtree(old)
-        else:
-            os.rename(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_adapter(directory: str | Path) -> Adapter:
@@ -205,27 +189,6 @@ def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
             f"{where}: factors and specs differ at {', '.join(differing[:5])}; the shape of {first} is "
             f"{shapes.get(first, 'absent')} in the factors and {expected.get(first, 'absent')} in the specs"
         )
-
-
-@contextlib.contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """Yields a directory to write; it becomes `target` if the block succeeds, and is deleted otherwise.
-
-    Raises:
-      ValueError: `target` already exists.
-    """
-    if os.path.lexists(target):
-        raise ValueError(f"{target} already exists and is not overwritten; choose another directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if os.path.lexists(target):  # created by another program in the meantime
-            raise ValueError(f"{target} already exists and is not overwritten; choose another directory")
-        os.rename(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:

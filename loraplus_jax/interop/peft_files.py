@@ -5,7 +5,6 @@ lambda and your own fields, and `loraplus.safetensors` variables without a name 
 converts names and layouts, see `path_map`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ..atomic import replacing, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig, pattern_of
 from ..json_files import read_json
@@ -23,7 +23,6 @@ from .adapter_files import (
     check_config_matches_specs,
     check_ranks,
     host_array,
-    new_directory,
     read_tensors,
     tensor_bytes,
     try_saved_rules,
@@ -112,7 +111,10 @@ def save_peft(
     }
     files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
-    with new_directory(Path(directory).resolve()) as partial:
+    directory = Path(directory).resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(directory, new=True) as partial:
+        partial.mkdir()
         for name, content in files.items():
             (partial / name).write_bytes(content)
 
@@ -389,4 +391,4 @@ def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> d
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
+    return (to_json(content, indent=1) + "\n").encode()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from ..atomic import to_json
 from ..interop.path_map import PathMap, torch_module_of
 from ..interop.peft_config import raise_problems
 from ..interop.peft_modules_to_save import name_leaves, slice_leaves
@@ -261,4 +262,4 @@ def _shards(tensors: Iterable[OutputTensor], max_bytes: int) -> list[list[Output
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
 """Renders a plan as text: tables, whether it fits, and what to change."""
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from .._validation import check_new_path
+from ..atomic import to_json, write_text
 from ..settings.schema import Settings
 from .hlo import Collective
 from .plan import Plan
@@ -50,8 +50,7 @@ def write_json(path: Path, plan: Plan, settings: Settings) -> None:
     """Writes the plan and its advice as a JSON object; raises ValueError if the file exists."""
     check_new(path)
     content = plan.to_json() | {"advice": [] if plan.fits else advice(plan, settings)}
-    with path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
+    write_text(path, to_json(content, indent=1) + "\n", new=True)
 
 
 def _heading(plan: Plan) -> str:

@@ -1,13 +1,12 @@
 """Figures of a sweep's report, drawn from `report.json` alone; line styles and markers work without colour."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..training.metrics_log import partial_path, pyplot
+from ..training.metrics_log import pyplot, save_figure
 from .settings import ARM_LABELS
 
 PICTURES = {
@@ -33,10 +32,7 @@ def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(P
         figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
         drawing(axes, report)
         axes.spines[["top", "right"]].set_visible(False)
-        partial = partial_path(directory / f"{name}.png")
-        figure.savefig(partial, dpi=120, format="png")
-        plt.close(figure)
-        os.replace(partial, directory / f"{name}.png")
+        save_figure(figure, directory / f"{name}.png")
 
 
 def heat_map(axes: Any, report: Report) -> None:

@@ -1,7 +1,6 @@
 """Reports of a sweep: `report.json` with all numbers, and `report.html`, one self-contained page made from it."""
 
 import base64
-import json
 import math
 import re
 import shlex
@@ -12,7 +11,7 @@ from typing import Any
 import jinja2
 
 from .._validation import expand_path
-from ..training.metrics_log import write_text
+from ..atomic import to_json, write_text
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
 from .settings import ARM_LABELS, METHODS, SweepRun, Trial
@@ -79,7 +78,7 @@ def make_report(
 
 def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = False) -> None:
     """Writes `report.json`, and with `page` also `report.html` with the figures in the directory."""
-    write_text(directory / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(directory / REPORT, to_json(report, indent=1) + "\n")
     if page:
         write_text(directory / PAGE, render_page(directory, report))
 

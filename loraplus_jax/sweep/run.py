@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from .._validation import expand_path
+from ..atomic import to_json, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
@@ -27,16 +28,13 @@ from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, data_lines
 from ..training.identity import check_allowed, checked_metadata
-from ..training.metrics_log import METRICS, SUMMARY, write_text
+from ..training.metrics_log import METRICS, SUMMARY
 from ..training.run_directory import (
     CHECKPOINTS,
-    CONFIG,
     add_path_to_errors,
     check_directory,
-    lock_directory,
+    claim_directory,
     quarantine_checkpoint,
-    rename_run,
-    write_config,
 )
 from ..training.signals import Stopped, StopSignal
 from ..training.xla import use_compilation_cache
@@ -112,19 +110,11 @@ def _sweep(
         at_once = json.loads((directory / MEMBERS_FILE).read_text(encoding="utf-8"))
     capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
     population = prepare_population(run, capacity, at_once)
-    if fresh:
-        rename_run(directory, console)
-    directory.mkdir(parents=True, exist_ok=True)
-    with add_path_to_errors(directory), lock_directory(directory):
-        if not (directory / CONFIG).exists():
-            write_config(directory, run)
+    with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
         write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
-        manager = open_manager(directory / CHECKPOINTS, keep=run.train.keep)
-        try:
-            sweep = Sweep(population, capacity, directory, manager, console, started, allow_different)
+        with open_manager(directory / CHECKPOINTS, keep=run.train.keep) as manager:
+            sweep = Sweep(population, capacity, directory, manager, console, started, check, allow_different)
             return sweep.run_to_end()
-        finally:
-            manager.close()
 
 
 TIMED_STEP = 3
@@ -142,6 +132,7 @@ class Sweep:
         manager: ocp.CheckpointManager,
         console: Console,
         started: float,
+        check: Callable[[], None],
         allow_different: Sequence[str] = (),
     ) -> None:
         self.population, self.run, self.slots = population, population.run, DeviceSlots(population, capacity)
@@ -150,6 +141,7 @@ class Sweep:
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.clock, self.seconds, self.started = 0, 0.0, started
+        self.check = check
 
     def run_to_end(self) -> dict[str, Any]:
         """Runs everything that is left and returns the report."""
@@ -338,8 +330,9 @@ class Sweep:
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
         state = self.slots.as_state(self.clock)
+        self.check()
         save_checkpoint(self.manager, state, metadata=self.population.metadata, input_position=position)
-        write_text(self.directory / METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows))
 
     def end_if(self, signal: StopSignal) -> None:
         """Raises Stopped if a signal was received; the caller has just saved."""
@@ -362,6 +355,7 @@ class Sweep:
     def finish(self) -> dict[str, Any]:
         """Writes the report with its figures, the winner's recipe and, last, the summary."""
         report = self.report()
+        self.check()
         draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["winner"] is None:
@@ -376,7 +370,7 @@ class Sweep:
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
-        write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         for edge in report["at_the_edge"]:
             self.console.print(f"best value at the edge of the search range: {edge}")
         settings = report["protocol"]["settings"]

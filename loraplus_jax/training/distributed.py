@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from ..checkpoint import field_differences
+from ..checkpoint import field_differences, join_first
 from ..multihost import allgather, is_lost_process
 from ..settings.schema import AUTO, DistributedSettings
 from .signals import Stopped
@@ -44,9 +44,14 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
     timer = threading.Timer(settings.start_timeout, _abort, [_timeout_message(settings)])
     timer.daemon = True
     timer.start()
+    address = {
+        "coordinator_address": settings.coordinator,
+        "num_processes": settings.processes,
+        "process_id": settings.process_id,
+    }
     try:
         jax.distributed.initialize(
-            **_address(settings),
+            **({} if settings.coordinator == AUTO else address),
             initialization_timeout=settings.start_timeout + 60,
             heartbeat_timeout_seconds=settings.lost_timeout,
         )
@@ -77,16 +82,6 @@ def _check_devices() -> None:
         jax.distributed.shutdown()
         listed = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
         raise ValueError(f"all processes must have the same number of devices, but {listed}")
-
-
-def _address(settings: DistributedSettings) -> dict[str, Any]:
-    if settings.coordinator == AUTO:
-        return {}
-    return {
-        "coordinator_address": settings.coordinator,
-        "num_processes": settings.processes,
-        "process_id": settings.process_id,
-    }
 
 
 def _abort(message: str) -> None:
@@ -168,8 +163,7 @@ def check_same_everywhere(values: Mapping[str, Any]) -> None:
         differences = field_differences(lead_values, other_values, ("in process 0", f"in process {number}"))
         if differences:
             jax.distributed.shutdown()
-            rest = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
             raise ValueError(
-                f"the processes differ: {'; '.join(differences[:5])}{rest}; start all with the same command "
+                f"the processes differ: {join_first(differences)}; start all with the same command "
                 "(except distributed.process_id), packages, data and weights"
             )

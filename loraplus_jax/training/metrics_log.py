@@ -1,13 +1,16 @@
 """The log of a run: rows in `metrics.jsonl`, TensorBoard events, and a plot of the loss."""
 
+import hashlib
 import importlib
 import json
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replacing, sync, to_json, write_text
 from ..data.fetch import cache_dir
 
 LogRow = dict[str, Any]
@@ -18,48 +21,74 @@ METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png",
 class RunLog:
     """Appends rows of numbers to `metrics.jsonl` and to TensorBoard events.
 
-    In a directory with existing rows it keeps the first `keep`; a resumed run logs the rows after its checkpoint
-    again. With fewer rows than `keep` it raises ValueError and leaves the file unchanged. With `writes=False` rows
-    stay in memory; of several processes only the lead writes.
+    A number that is not finite is null in the file and NaN in `rows`. Of existing rows it keeps the first `keep`: a
+    resumed run logs the rows after its checkpoint again.
+
+    Attributes:
+      path: the file.
+      rows: the rows.
+
+    Args:
+      directory: where the file is.
+      keep: how many existing rows to keep.
+      digest: `digest()` of these rows when the checkpoint was saved.
+      writes: whether to write files; of several processes only the lead does.
+      check: called before every write; raises if the directory is not there any more.
+
+    Raises:
+      ValueError: the existing rows are not those of `digest`; the file is left as it is.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 0, writes: bool = True) -> None:
-        self.path = directory / METRICS
-        self.rows = read_rows(self.path, most=keep)
-        if len(self.rows) < keep:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 0,
+        digest: str | None = None,
+        writes: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self.path, self._writes, self._check = directory / METRICS, writes, check or (lambda: None)
+        lines = self.path.read_bytes().split(b"\n")[:-1][:keep] if keep and self.path.exists() else []
+        kept = b"".join(line + b"\n" for line in lines)
+        self._digest = hashlib.sha256(kept)
+        if digest not in (None, self.digest()):
             raise ValueError(
-                f"{self.path} has {len(self.rows)} complete rows, but the checkpoint to resume from was saved "
-                f"after {keep}: restore the original file, or start over with --fresh"
+                f"{self.path} was changed: of {len(lines)} complete rows the first {keep} must be those that the "
+                "checkpoint was saved with; restore the original file, or start over with --fresh"
             )
-        self._writes = writes
+        self.rows = [_parse_row(line) for line in lines]
         if not writes:
             return
         step = self.rows[-1]["step"] if self.rows else 0
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_text(self.path, kept.decode())
         self._file = self.path.open("a", encoding="utf-8")
         self._events = _events_writer(directory / EVENTS, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""
-        row = {"step": step, **{name: float(value) for name, value in values.items()}}
-        self.rows.append(row)
+        line = to_json({"step": step, **{name: float(value) for name, value in values.items()}}) + "\n"
+        self._digest.update(line.encode())
+        self.rows.append(_parse_row(line))
         if not self._writes:
             return
-        self._file.write(json.dumps(row) + "\n")
+        self._check()
+        self._file.write(line)
         self._file.flush()
         self._events.write_event(_scalars(step, values))
         self._events.flush()
+
+    def digest(self) -> str:
+        """A short hex digest of the bytes of all rows."""
+        return self._digest.hexdigest()[:16]
 
     def sync(self) -> None:
         """Flushes all rows and the directory entry to disk, so that they survive a power loss."""
         if not self._writes:
             return
+        self._check()
         os.fsync(self._file.fileno())
-        directory = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(self.path.parent)
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """The `(step, value)` pairs of all rows with this name."""
@@ -100,36 +129,8 @@ def _proto(name: str) -> Any:
     return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
 
 
-def read_rows(path: Path, most: int | None = None) -> list[LogRow]:
-    """Reads the rows of a `metrics.jsonl`, at most the first `most`; an incomplete last line is ignored.
-
-    Raises:
-      ValueError: a line is not JSON or not a row; the message names it.
-    """
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1][:most], 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not a row of numbers: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}:{number}: expected a row of numbers with a step, got {line[:40]!r}")
-        rows.append(row)
-    return rows
-
-
-def partial_path(path: Path) -> Path:
-    """The temporary path for writing a file before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically."""
-    partial = partial_path(path)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _parse_row(line: str | bytes) -> LogRow:
+    return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
 
 
 def pyplot() -> Any:
@@ -141,6 +142,13 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG, atomically, and closes it."""
+    with replacing(path) as written:
+        figure.savefig(written, dpi=120, format="png")
+    pyplot().close(figure)
 
 
 def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
@@ -159,10 +167,7 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
-    partial = partial_path(path)
-    figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-    os.replace(partial, path)
+    save_figure(figure, path)
 
 
 def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:

@@ -3,11 +3,11 @@
 import contextlib
 import importlib.metadata
 import os
-import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
@@ -15,13 +15,14 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
+from ..atomic import STAGING, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, check_directory_name, field_differences
 from ..json_files import read_json
-from ..multihost import allgather, is_lead, is_lost_process
+from ..multihost import allgather, is_lead
 from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
 from .distributed import check_same_everywhere, raise_together
-from .metrics_log import PICTURE, SUMMARY, partial_path, write_text
+from .metrics_log import PICTURE, SUMMARY
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
@@ -32,23 +33,14 @@ DIFFERENCE_LABELS = ("in that run", "here")
 
 
 @contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path) -> Iterator[Callable[[], None]]:
     """Locks the directory for this process; the operating system releases the lock when the process exits.
+
+    Yields a check to call before writing: it raises ValueError if the directory is no longer at its path.
 
     Raises:
       ValueError: another process has locked it; the message gives its pid.
     """
-    lock, owner = _acquire_lock(directory), directory / OWNER
-    try:
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            owner.unlink()
-        lock.release()
-
-
-def _acquire_lock(directory: Path) -> filelock.BaseFileLock:
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     try:
         lock.acquire(timeout=0)
@@ -57,31 +49,33 @@ def _acquire_lock(directory: Path) -> filelock.BaseFileLock:
         raise ValueError(
             f"{directory} is in use by another run (pid {pid}); wait for it or choose another output_dir"
         ) from None
-    return lock
+    locked = directory.stat()
 
+    def check() -> None:
+        if not directory.exists() or not os.path.samestat(locked, directory.stat()):
+            raise ValueError(
+                f"output_dir {directory} was renamed, deleted or replaced during the run; move it back, and rerun "
+                "the same command to resume"
+            )
 
-def _check_not_locked(directory: Path) -> None:
-    """Raises ValueError if another run uses the directory; checked early, before the weights are loaded."""
-    if (directory / LOCK).exists():
-        _acquire_lock(directory).release()
+    try:
+        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        yield check
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
+        lock.release()
 
 
 def _check_writable(directory: Path) -> None:
-    """Raises ValueError if the directory is not writable. It tries, since permissions are not conclusive."""
-    created = []
+    """Raises ValueError if the directory cannot be created or written; permissions alone do not tell."""
     try:
-        for path in (*reversed(directory.parents), directory):
-            if not path.exists():
-                path.mkdir()
-                created.append(path)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        existing = next(path for path in (directory, *directory.parents) if path.exists())
+        if not existing.is_dir():
+            raise ValueError(f"output_dir {directory}: {existing} is a file, not a directory")
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
-    finally:
-        for path in reversed(created):
-            with contextlib.suppress(OSError):  # not empty: another run has started there
-                path.rmdir()
 
 
 @contextmanager
@@ -122,9 +116,11 @@ def check_directory(
             raise ValueError(f"output_dir {directory}: {parent} is a file or a broken link, not a directory")
     check_directory_name("output_dir", directory)
     _check_writable(directory)
-    _check_not_locked(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
-    if names <= {LOCK, OWNER, partial_path(directory / CONFIG).name}:
+    if LOCK in names:
+        with lock_directory(directory):  # in use? Known before the weights are loaded
+            pass
+    if all(name in (LOCK, OWNER) or name.endswith(STAGING) for name in names):
         return []
     if not (directory / CONFIG).is_file():
         raise ValueError(f"output_dir {directory} contains files that do not belong to a run; choose another")
@@ -149,10 +145,18 @@ def check_directory(
         for text in field_differences(old_free, free, DIFFERENCE_LABELS)
         if not text.startswith(PER_PROCESS_PREFIXES)
     ]
-    if (directory / SUMMARY).exists() and not any(text.startswith(ends) for text in changed):
+    if read_summary(directory) is not None and not any(text.startswith(ends) for text in changed):
         extend = "raise train.steps to continue it, " if ends else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
     return changed
+
+
+def read_summary(directory: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, or None: an empty or damaged file does not mark a run as finished."""
+    try:
+        return read_json(directory / SUMMARY)
+    except ValueError:
+        return None
 
 
 def describe_unfinished(directory: Path) -> str | None:
@@ -160,7 +164,7 @@ def describe_unfinished(directory: Path) -> str | None:
 
     The number of steps is known here only if the settings give it.
     """
-    if not (directory / CONFIG).is_file() or (directory / SUMMARY).exists():
+    if not (directory / CONFIG).is_file() or read_summary(directory) is not None:
         return None
     saved = [int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
     steps = (read_yaml(directory / CONFIG).get("train") or {}).get("steps")
@@ -172,18 +176,13 @@ def check_shared_disk(directory: Path) -> None:
     """Raises ValueError on every process unless all see what the lead process writes to the directory."""
     if jax.process_count() == 1:
         return
-    (name, *_) = allgather(f".seen-{secrets.token_hex(8)}")
+    (lead, *_) = allgather(os.getpid())
     with raise_together():
-        if is_lead():
-            (directory / name).touch()
-    with raise_together():
-        if not (directory / name).is_file():
+        if not (directory / OWNER).is_file() or (directory / OWNER).read_text() != f"{lead}\n":
             raise ValueError(
                 f"output_dir {directory} must be on a file system shared by all processes, but process "
                 f"{jax.process_index()} cannot see the files of process 0 there"
             )
-    if is_lead():
-        (directory / name).unlink()
 
 
 def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[str]:
@@ -200,18 +199,6 @@ def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[s
     return allgather(changed)[0]
 
 
-@contextmanager
-def close_manager(manager: ocp.CheckpointManager) -> Iterator[ocp.CheckpointManager]:
-    """Closes the manager on exit, unless that would wait for a lost process."""
-    try:
-        yield manager
-    except BaseException as error:
-        if not is_lost_process(error):
-            manager.close()
-        raise
-    manager.close()
-
-
 def write_config(directory: Path, settings: Settings) -> None:
     """Writes `config.yaml` atomically."""
     write_text(directory / CONFIG, yaml.safe_dump(settings.to_json(), sort_keys=False))
@@ -222,9 +209,9 @@ def archive_results(directory: Path) -> None:
 
     Renames the summary last: until then the run counts as finished, so after a crash this runs again.
     """
-    if not (directory / SUMMARY).exists():
+    if (summary := read_summary(directory)) is None:
         return
-    step = read_json(directory / SUMMARY).get("steps")
+    step = summary.get("steps")
     for path in (directory / ADAPTER, directory / PICTURE, directory / SUMMARY):
         if path.exists():
             path.rename(_first_free(path.with_stem(f"{path.stem}_step_{step}")))
@@ -268,13 +255,18 @@ def rename_run(directory: Path, console: Console) -> None:
 
 
 @contextmanager
-def claim_directory(directory: Path, settings: Settings, fresh: bool, console: Console) -> Iterator[None]:
-    """Creates the output directory, or takes over an existing run's, and locks it."""
+def claim_directory(
+    directory: Path, settings: Settings, fresh: bool, console: Console
+) -> Iterator[Callable[[], None]]:
+    """Creates the output directory, or takes over an existing run's, and locks it; yields as `lock_directory`."""
     if fresh:
         rename_run(directory, console)
     directory.mkdir(parents=True, exist_ok=True)
-    with lock_directory(directory):
+    with lock_directory(directory) as check:
         if not (directory / CONFIG).exists():
             # Written first: it marks the directory as a run, however early the run is killed.
             write_config(directory, settings)
-        yield
+        if (directory / SUMMARY).exists() and read_summary(directory) is None:
+            line = f"{directory / SUMMARY} is empty or damaged: the run resumes and writes it again"
+            console.print(line, markup=False)
+        yield check

@@ -2,10 +2,15 @@
 
 import os
 import signal
+import sys
+import time
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
+
+GRACE_SECONDS = 5
+"""How long after the first signal further ones are ignored: they must not interrupt the save that it began."""
 
 
 class Stopped(Exception):
@@ -21,19 +26,19 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """While entered, records SIGTERM and SIGINT (Ctrl-C) instead of acting on them; a second one acts as usual.
+    """While entered, records SIGTERM and SIGINT (Ctrl-C) instead of acting on them.
+
+    Schedulers and impatient users send more than one: within `GRACE_SECONDS` of the first, further signals change
+    nothing; a later one acts as usual. A stdout that can no longer be written counts as SIGPIPE.
 
     With several processes, JAX's preemption service handles a SIGTERM to any of them and chooses a step that all
-    reach; SIGINT is forwarded to it as SIGTERM.
-
-    Attributes:
-      received: the signal's number, or None.
+    reach, and a second SIGTERM changes nothing; the other signals are forwarded to it as SIGTERM.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self._received: int | None = None
 
     def __enter__(self) -> "StopSignal":
         # Stop waking the listener thread of `loraplus_command`, which could end the process on a recorded signal.
@@ -44,22 +49,33 @@ class StopSignal:
             signal.signal(number, self._record)
         return self
 
+    @property
+    def received(self) -> int | None:
+        """The first signal's number, or None."""
+        if self._received is None and getattr(sys.stdout, "error", None) is not None:
+            self._record(signal.SIGPIPE, None)
+        return self._received
+
     def is_due(self, step: int) -> bool:
         """Whether to stop after this step; call it after every step."""
+        received = self.received
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.received = signal.SIGTERM if self.received is None else self.received
+            self._received = signal.SIGTERM if received is None else received
             return True
-        return jax.process_count() == 1 and self.received is not None
+        return jax.process_count() == 1 and received is not None
 
     def __exit__(self, *_: object) -> None:
         self._restore()
         signal.set_wakeup_fd(self._wakeup_fd, warn_on_full_buffer=False)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self._received is None:
+            self._received, self._time = number, time.monotonic()
+            if jax.process_count() > 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        elif time.monotonic() - self._time > GRACE_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous_handlers.items():

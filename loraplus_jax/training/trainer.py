@@ -2,10 +2,9 @@
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 
 from .._validation import expand_path
+from ..atomic import to_json, write_text
 from ..checkpoint import (
     PACKAGES,
     DamagedCheckpoint,
@@ -45,7 +45,7 @@ from .console import LineConsole, format_metrics, header, progress
 from .distributed import join_processes, raise_together
 from .evaluation import evaluate
 from .identity import check_allowed, checked_metadata
-from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss, write_text
+from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
@@ -54,7 +54,6 @@ from .run_directory import (
     changed_settings,
     check_shared_disk,
     claim_directory,
-    close_manager,
     quarantine_checkpoint,
     write_config,
 )
@@ -102,21 +101,20 @@ def train(
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
         run = prepare(settings, allow_different)
         stack.enter_context(add_path_to_errors(directory))
+        check = None
         with raise_together():
             if is_lead():
-                stack.enter_context(claim_directory(directory, settings, fresh, console))
+                check = stack.enter_context(claim_directory(directory, settings, fresh, console))
         check_shared_disk(directory)
         manager = stack.enter_context(
-            close_manager(
-                open_manager(
-                    directory / CHECKPOINTS,
-                    keep=settings.train.keep,
-                    best=f"validation/{run.data.task.metric}",
-                    mode=run.data.task.mode,
-                )
+            open_manager(
+                directory / CHECKPOINTS,
+                keep=settings.train.keep,
+                best=f"validation/{run.data.task.metric}",
+                mode=run.data.task.mode,
             )
         )
-        return Trainer(run, directory, manager, console, allow_different).run_to_end(changed)
+        return Trainer(run, directory, manager, console, check, allow_different).run_to_end(changed)
 
 
 class Trainer:
@@ -128,10 +126,11 @@ class Trainer:
         directory: Path,
         manager: ocp.CheckpointManager,
         console: Console,
+        check: Callable[[], None] | None = None,
         allow_different: Sequence[str] = (),
     ) -> None:
         self.run, self.directory, self.manager, self.console = run, directory, manager, console
-        self.allow_different = allow_different
+        self.check, self.allow_different = check, allow_different
         self.task, self.settings = run.data.task, run.settings.train
         self.stop = StopSignal()
         self.history = SpikeHistory()
@@ -157,12 +156,13 @@ class Trainer:
           changed: the settings that changed since the run started, as text.
         """
         started = time.perf_counter()
-        rows = self.resume()
+        rows, digest = self.resume()
         self.step = step = int(self.state.step)
         if changed:  # only now is it known that the run can resume
             self.accept(changed)
-        self.log = RunLog(self.directory, keep=rows, writes=is_lead())
+        self.log = RunLog(self.directory, keep=rows, digest=digest, writes=is_lead(), check=self.check)
         try:
+            self.restore_metrics()
             with self.stop:
                 for line in header(self.run, step):
                     self.console.print(line)
@@ -192,8 +192,8 @@ class Trainer:
             message = f"stopped at step {self.step} of {self.run.steps}; rerun the same command to resume"
             raise Stopped(self.stop.received, message)
 
-    def resume(self) -> int:
-        """Restores the newest readable checkpoint, if any; returns the number of rows logged before it."""
+    def resume(self) -> tuple[int, str | None]:
+        """Restores the newest readable checkpoint, if any; returns the number and digest of the rows before it."""
         while (step := allgather(self.manager.latest_step())[0]) is not None:
             try:
                 restored = self.restore(step)
@@ -205,8 +205,20 @@ class Trainer:
             self.pending = position["pending"]
             self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
             self.evaluation_pending = position["due"]
-            return position["rows"]
-        return 0
+            return position["rows"], position["digest"]
+        return 0, None
+
+    def restore_metrics(self) -> None:
+        """Writes metrics of checkpoints that are missing or damaged again, from the log: they decide the best."""
+        decisive = f"validation/{self.task.metric}"
+        rows = {row["step"]: row for row in self.log.rows if math.isfinite(row.get(decisive, math.nan))}
+        steps = [step for step in self.manager.all_steps() if step in rows and not self.manager.metrics(step)]
+        for step in allgather(steps)[0]:
+            self.console.print(
+                f"the metrics of checkpoint {step} are damaged or missing; restored from the log"
+            )
+            metrics = {name: value for name, value in rows[step].items() if name != "step"}
+            add_metrics(self.manager, step, metrics)
 
     def restore(self, step: int) -> Restored:
         """Restores a checkpoint after checking that it is of the same run, base model and data."""
@@ -222,10 +234,6 @@ class Trainer:
         """Evaluates on held-out data before the first step; a resumed run reads the result from the log."""
         prefix = f"{self.held_out}/"
         row = next((row for row in self.log.rows if row["step"] == 0), None)
-        if row is None and self.step:
-            raise ValueError(
-                f"{self.log.path} has no row of step 0: restore the original file, or start over with --fresh"
-            )
         if row is None:
             values = self.evaluate(self.state.trainable, self.held_out)
             if not math.isfinite(values["loss"]):
@@ -361,7 +369,8 @@ class Trainer:
         """
         self.log.sync()
         position = {"batches": self.batches.get_state(), "pending": metrics_to_host(self.pending)}
-        position |= {"rows": len(self.log.rows), **self.history._asdict(), "due": evaluation_pending}
+        position |= {"rows": len(self.log.rows), "digest": self.log.digest()}
+        position |= {**self.history._asdict(), "due": evaluation_pending}
         save_checkpoint(
             self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics
         )
@@ -369,10 +378,12 @@ class Trainer:
     def should_stop(self) -> bool:
         """Whether the last `train.early_stopping` evaluations were all worse than the best."""
         patience = self.settings.early_stopping
-        values = [value for _, value in self.log.values(f"validation/{self.task.metric}")]
+        sign = 1 if self.task.mode == "max" else -1
+        values = [sign * value for _, value in self.log.values(f"validation/{self.task.metric}")]
         if patience is None or len(values) <= patience:
             return False
-        best = max(values) if self.task.mode == "max" else min(values)
+        values = [-math.inf if math.isnan(value) else value for value in values]
+        best = max(values)
         # Among ties the latest counts, as in the checkpoint manager that keeps the best.
         return values[::-1].index(best) >= patience
 
@@ -388,8 +399,9 @@ class Trainer:
         return after
 
     def write_results(self) -> None:
-        """Writes the adapter and the loss plot."""
+        """Writes the adapter and the loss plot, after all rows are on disk."""
         trained = gather_to_host(self.state.trainable)
+        self.log.sync()
         if not is_lead():
             return
         notes = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
@@ -440,7 +452,7 @@ class Trainer:
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
         if is_lead():
-            write_text(self.directory / SUMMARY, json.dumps(summary, indent=1) + "\n")
+            write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
             f"after:  {format_metrics(after)} "

@@ -312,18 +312,11 @@ def test_nothing_is_written_outside_the_output_directory_and_the_cache(home, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("at_the_end", "printed"), [("", ""), ("raise KeyError('ours')", "KeyError: 'ours'")]
-)
-def test_writes_that_outlive_a_failed_save_print_nothing(at_the_end, printed):
+def test_writes_that_outlive_a_failed_save_print_nothing():
     """A write of tensorstore's that ends after its event loop raises where nobody can catch it."""
-    script = f"""
+    script = """
 import asyncio, sys, time, loraplus_command, tensorstore
 import loraplus_jax.cli as cli
-
-class Late:
-    def __del__(self):
-        {at_the_end or "pass"}
 
 def main():
     loop, (promise, future) = asyncio.new_event_loop(), tensorstore.Promise.new()
@@ -335,13 +328,10 @@ def main():
     loop.close()
     promise.set_result(3)
     time.sleep(0.2)
-    Late()
     return 2
 
 cli.main = main
 loraplus_command.run()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "Event loop" not in done.stderr
-    assert done.stderr.splitlines()[-1:] == ([printed] if printed else [])
+    assert (done.returncode, done.stderr) == (2, "")

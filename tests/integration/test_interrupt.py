@@ -158,11 +158,11 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_is_not_made_again(wo
             lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])),
             ["2 complete rows"],
         ),
-        (lambda path: path.write_bytes(path.read_bytes().replace(b"}\n", b"}", 1)), ["row", "numbers"]),
-        long(lambda path: path.write_bytes(b"5\n" + path.read_bytes()), ["metrics.jsonl:1", "row"]),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b"}\n", b"}", 1)), ["rows", "changed"]),
+        long(lambda path: path.write_bytes(b"5\n" + path.read_bytes()), ["rows", "changed"]),
         (
             lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 0', b'"step": 1')),
-            ["row", "step 0"],
+            ["rows", "changed"],
         ),
     ],
 )

@@ -138,17 +138,40 @@ def test_a_lost_process_ends_the_other_and_a_restart_resumes_to_bitwise_the_same
     assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
 
 
-def test_sigterm_at_one_process_stops_both_at_the_same_step(home, tmp_path):
+def lose_stdout(process):
+    process.stdout.close()
+    process.stdout = open(os.devnull)  # noqa: SIM115
+
+
+def send_twice(number):
+    """The second signal comes while the first one's save is agreed on or written."""
+
+    def act(process):
+        for _ in range(2):
+            process.send_signal(number)
+            time.sleep(0.05)
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("at", "act", "codes"),
+    [
+        (1, send_twice(signal.SIGTERM), [143, 143]),
+        (1, send_twice(signal.SIGINT), [143, 130]),
+        (0, lose_stdout, [141, 143]),
+    ],
+)
+def test_what_stops_one_process_stops_both_at_the_same_step(home, tmp_path, at, act, codes):
     out = tmp_path / "out"
     with two(home, out, "--train.steps", "5000") as pair:
         log = out / "metrics.jsonl"
         wait_until(lambda: log.exists() and '"loss"' in log.read_text(), pair)
-        pair[1].send_signal(signal.SIGTERM)
+        act(pair[at])
         ends = [ended(process) for process in pair]
-    assert [end[0] for end in ends] == [143, 143], ends
+    assert [end[0] for end in ends] == codes, ends
     lines = [next(x for x in end[2].splitlines() if x.startswith("loraplus:")) for end in ends]
-    assert lines[0] == lines[1]
-    step = re.search(r"step (\d+) of 5000", lines[0])[1]
+    (step,) = {re.search(r"step (\d+) of 5000", line)[1] for line in lines}
     assert (out / "checkpoints" / step).is_dir()
 
 

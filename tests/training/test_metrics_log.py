@@ -1,9 +1,12 @@
 import json
+import math
 
 import numpy as np
 import pytest
 
-from loraplus_jax.training.metrics_log import METRICS, RunLog, draw_loss, read_rows, smooth, write_text
+from loraplus_jax.training.metrics_log import METRICS, RunLog, draw_loss, smooth
+
+from ..messages import mentions
 
 
 def log_of(directory, rows, **kwargs):
@@ -11,6 +14,10 @@ def log_of(directory, rows, **kwargs):
     for step, values in rows:
         log.write(step, values)
     return log
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
@@ -45,27 +52,87 @@ def test_rows_after_the_step_that_a_run_resumes_from_are_dropped(tmp_path):
 def test_a_last_line_without_its_end_is_left_out(tmp_path, tail):
     path = tmp_path / METRICS
     path.write_text('{"step": 1, "x": 1.0}\n{"step": 2, "x": 2.0}\n' + tail)
-    assert [row["step"] for row in read_rows(path)] == [1, 2]
     log = log_of(tmp_path, [(3, {"x": 3})], keep=2)
     log.close()
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
 
 
-def test_no_file_has_no_rows(tmp_path):
+def change_value(data):
+    return data.replace(b"2.0", b"2.5")
+
+
+def swap_rows(data):
+    first, second, *rest = data.splitlines(keepends=True)
+    return b"".join([second, first, *rest])
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        change_value,
+        swap_rows,
+        lambda data: data.replace(b"\n", b"", 1),
+        lambda data: data.splitlines(keepends=True)[0],
+        lambda data: b"5\n" + data,
+        lambda data: data.replace(b": 1.0", b":  1.0"),
+        lambda data: b"",
+        None,
+    ],
+)
+def test_rows_that_are_not_those_of_the_checkpoint_are_rejected_and_left_alone(tmp_path, spoil):
+    path = tmp_path / METRICS
+    log = log_of(tmp_path, [(1, {"x": 1.0}), (2, {"x": 2.0})])
+    digest = log.digest()
+    log.write(3, {"x": 3.0})
+    log.close()
+    log = RunLog(tmp_path, keep=2, digest=digest)
+    assert (log.digest(), [row["step"] for row in log.rows]) == (digest, [1, 2])
+    log.close()
+    if spoil is None:
+        path.unlink()
+    else:
+        path.write_bytes(spoil(path.read_bytes()))
+    spoilt = path.read_bytes() if path.exists() else None
+    for writes in (True, False):  # the other processes of a run read the rows too
+        with pytest.raises(ValueError, match=mentions(path, 2, "--fresh")):
+            RunLog(tmp_path, keep=2, digest=digest, writes=writes)
+    assert (path.read_bytes() if path.exists() else None) == spoilt
+
+
+def test_a_digest_covers_rows_from_before_and_after_a_resume(tmp_path):
+    rows = [(1, {"x": 1.0}), (2, {"x": math.nan}), (3, {"x": 0.1})]
+    straight = log_of(tmp_path, rows)
+    straight.close()
+    before = log_of(tmp_path, rows[:2])
+    before.close()
+    resumed = log_of(tmp_path, rows[2:], keep=2, digest=before.digest())
+    resumed.close()
+    reader = log_of(tmp_path, rows[2:], keep=2, digest=before.digest(), writes=False)
+    assert straight.digest() == resumed.digest() == reader.digest() != before.digest()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, np.float32("nan")])
+def test_a_number_that_is_not_finite_is_null_in_the_file_and_nan_in_memory(tmp_path, value):
+    log = log_of(tmp_path, [(1, {"loss": value, "x": 0.5}), (2, {"loss": 1.0})])
+    log.close()
+    assert read_rows(tmp_path / METRICS) == [{"step": 1, "loss": None, "x": 0.5}, {"step": 2, "loss": 1.0}]
+    again = RunLog(tmp_path, keep=2)
+    again.close()
+    for rows in (log, again):
+        assert str(rows.values("loss")) == "[(1, nan), (2, 1.0)]"
+    draw_loss(tmp_path / "loss.png", again, "accuracy", "a title")
+
+
+def test_no_row_is_written_where_the_directory_is_gone(tmp_path):
+    def check():
+        raise ValueError("gone")
+
+    log = log_of(tmp_path, [], check=check)
+    for write in (lambda: log.write(1, {"x": 1.0}), log.sync):
+        with pytest.raises(ValueError, match="gone"):
+            write()
+    log.close()
     assert read_rows(tmp_path / METRICS) == []
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    write_text(path, "old")
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_text(path, "new")
-    assert path.read_text() == "old"
-    monkeypatch.undo()
-    write_text(path, "n\N{SNOWMAN}w")
-    assert path.read_text(encoding="utf-8") == "n\N{SNOWMAN}w"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_the_picture_shows_its_curves(tmp_path):

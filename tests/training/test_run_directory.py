@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,14 @@ from rich.console import Console
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, DataSettings, ModelSettings, Settings
 from loraplus_jax.training.init_adapter import require_adapter
-from loraplus_jax.training.run_directory import archive_results, check_directory, lock_directory, rename_run
+from loraplus_jax.training.run_directory import (
+    archive_results,
+    check_directory,
+    claim_directory,
+    describe_unfinished,
+    lock_directory,
+    rename_run,
+)
 
 from ..messages import assert_mentions, mentions
 
@@ -291,6 +299,36 @@ def test_runs_that_are_rejected_and_pass_with_fresh(tmp_path):
     assert_mentions(str(caught.value), "model.pooling", '"cls"', '"mean"', "seed", 4, 3)
     for directory in (finished, unlike):
         check_directory(directory, SETTINGS, fresh=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"\0" * 4096])
+def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_path, content):
+    directory = run_in(tmp_path / "run")
+    (directory / "summary.json").write_bytes(content)
+    assert check_directory(directory, SETTINGS, fresh=False) == []
+    assert_mentions(describe_unfinished(directory), directory, "resume")
+    archive_results(directory)
+    text = io.StringIO()
+    with claim_directory(directory, SETTINGS, False, Console(file=text, width=300)):
+        assert_mentions(text.getvalue(), directory / "summary.json", "resumes")
+    assert (directory / "summary.json").read_bytes() == content
+
+
+@pytest.mark.parametrize("replacement", [None, "empty", "copy"])
+def test_a_directory_that_is_renamed_or_deleted_is_named_by_the_next_check(tmp_path, replacement):
+    directory = run_in(tmp_path / "run")
+    with lock_directory(directory) as check:
+        check()
+        moved = directory.rename(tmp_path / "moved")
+        if replacement == "empty":
+            directory.mkdir()
+        elif replacement == "copy":
+            shutil.copytree(moved, directory)
+        with pytest.raises(ValueError, match=mentions(directory, "renamed")):
+            check()
+        shutil.rmtree(directory, ignore_errors=True)
+        moved.rename(directory)
+        check()
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -1,33 +1,58 @@
-"""The first signal is noted, the second acts."""
+"""The first signal is recorded; further ones act only after a grace period; a lost stdout counts as one."""
 
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
-from loraplus_jax.training.signals import StopSignal
+from loraplus_jax.training import signals
+from loraplus_jax.training.signals import GRACE_SECONDS, StopSignal
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_recorded_and_the_second_acts(number):
-    class Acted(Exception):
-        pass
+class Acted(Exception):
+    pass
+
+
+@pytest.fixture(params=[signal.SIGTERM, signal.SIGINT])
+def number(request):
+    """A signal that raises where nothing else handles it."""
 
     def act(*_):
         raise Acted
 
-    before = signal.signal(number, act)
-    try:
-        with StopSignal() as stop:
-            assert stop.received is None
+    before = signal.signal(request.param, act)
+    yield request.param
+    assert signal.getsignal(request.param) is act
+    signal.signal(request.param, before)
+
+
+def test_signals_within_the_grace_period_are_recorded_and_a_later_one_acts(number, monkeypatch):
+    clock = types.SimpleNamespace(monotonic=lambda: clock.now, now=100.0)
+    monkeypatch.setattr(signals, "time", clock)
+    with StopSignal() as stop:
+        assert stop.received is None
+        assert not stop.is_due(1)
+        for seconds in (0, 0.1, 1, GRACE_SECONDS):
+            clock.now = 100 + seconds
             signal.raise_signal(number)
             assert stop.received == number
-            with pytest.raises(Acted):
-                signal.raise_signal(number)
-        assert signal.getsignal(number) is act
-    finally:
-        signal.signal(number, before)
+            assert stop.is_due(1)
+        clock.now += 0.1
+        with pytest.raises(Acted):
+            signal.raise_signal(number)
+
+
+def test_a_stdout_that_cannot_be_written_counts_as_a_broken_pipe(monkeypatch):
+    stdout = types.SimpleNamespace(error=None)
+    with StopSignal() as stop:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert not stop.is_due(1)
+        stdout.error = OSError(28, "No space left on device")
+        assert stop.is_due(1)
+        monkeypatch.undo()
+        assert stop.received == signal.SIGPIPE
 
 
 NOTED = """
@@ -37,6 +62,7 @@ loraplus_command.listen()
 with StopSignal() as stop:
     signal.raise_signal(signal.SIGTERM)
     time.sleep(1)  # so that a thread that was told of it would have acted
+    signal.raise_signal(signal.SIGTERM)
     print(stop.received, flush=True)
 signal.raise_signal(signal.SIGTERM)
 """

@@ -1,5 +1,6 @@
 """Evaluation over all rows once, batches over a mesh, early stopping."""
 
+import math
 import types
 
 import jax.numpy as jnp
@@ -54,6 +55,9 @@ def trainer(values, patience, mode="max"):
         ([0.5, 0.6, 0.55, 0.6], 2, False),
         ([0.5, 0.4, 0.6], 2, False),
         ([0.9, 0.1, 0.1, 0.1], None, False),
+        ([math.nan, 0.5, math.nan], 1, True),  # an evaluation without a number is the worst
+        ([0.5, math.nan, 0.6], 1, False),
+        ([math.nan, math.nan], 1, False),
     ],
 )
 def test_early_stopping_counts_evaluations_without_a_better_one(values, patience, stops):
