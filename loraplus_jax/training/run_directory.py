@@ -71,8 +71,6 @@ def _check_writable(directory: Path) -> None:
     """Raises ValueError if the directory cannot be created or written; permissions alone do not tell."""
     try:
         existing = next(path for path in (directory, *directory.parents) if path.exists())
-        if not existing.is_dir():
-            raise ValueError(f"output_dir {directory}: {existing} is a file, not a directory")
         tempfile.TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None

@@ -243,6 +243,18 @@ def unlike_data(directories):
     return ["processes", "data"], None
 
 
+def unlike_config(directories):
+    path = directories[1] / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_eps": 1e-3}))
+    return ["processes", "base.config.layer_norm_eps", "1e-12", "0.001"], None
+
+
+def unlike_tokenizer(directories):
+    path = directories[1] / "model/tokenizer.json"
+    path.write_text(path.read_text().replace('"good"', '"fine"'))
+    return ["processes", "tokenizer"], None
+
+
 def unlike_weights(directories):
     """In one row, which only who reads the whole matrix meets."""
     path = directories[1] / "model/model.safetensors"
@@ -292,6 +304,8 @@ MORE_FLAGS = {
         long(unlike_settings),
         broken_data,
         long(unlike_data),
+        unlike_config,
+        long(unlike_tokenizer),
         unlike_weights,
         long(unlike_split_weights),
         long(unlike_trained),
