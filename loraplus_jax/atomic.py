@@ -30,7 +30,10 @@ def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
     """
     _check_new(path, new)
     # In a directory of its own: another process that writes to the same path cannot interfere.
-    staging = Path(tempfile.mkdtemp(prefix=".", suffix=STAGING, dir=path.parent))
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".", suffix=STAGING, dir=path.parent))
+    except OSError as error:  # with the name that the caller knows
+        raise OSError(error.errno, error.strerror, str(path)) from None
     written, old = staging / "new", staging / "old"
     try:
         yield written

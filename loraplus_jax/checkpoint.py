@@ -8,6 +8,7 @@ tensorstore detects a changed byte in an array.
 
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -137,10 +138,9 @@ class _Manager(ocp.CheckpointManager):
     """An orbax manager that opens even if the timestamp or the metrics of a checkpoint are damaged."""
 
     def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
-        infos = super()._load_checkpoint_infos(
-            skip_metadata_read=True
-        )  # no timestamps: no policy here needs them
-        return [dataclasses.replace(info, metrics=self.metrics(info.step)) for info in infos]
+        infos = super()._load_checkpoint_infos(skip_metadata_read=True)
+        date = datetime.datetime.now(datetime.UTC)  # for orbax's statistics; no policy here needs it
+        return [dataclasses.replace(info, time=date, metrics=self.metrics(info.step)) for info in infos]
 
     def __contextmanager__(self) -> Iterator["_Manager"]:
         # Closing would wait for a lost process, and its errors would hide the first one.
