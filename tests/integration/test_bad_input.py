@@ -602,7 +602,7 @@ CASES = [
     Case("eval without the data", ("data", "texts.csv"), EVAL, remove("texts.csv"), True),
     Case(
         "base changed",
-        ("fingerprint", "model"),
+        ("base.weights", "--allow_different"),
         EVAL,
         tensors(lambda t: t[QUERY].__setitem__((0, 0), 1.0)),
         True,

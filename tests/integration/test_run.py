@@ -412,7 +412,7 @@ def test_a_run_does_not_resume_with_a_damaged_base_or_other_settings(world, caps
     rows = rows_of(world.out)
     assert world.train(*SHORT) == 2
     error = capsys.readouterr().err
-    assert_mentions(error, "step 4", "base")
+    assert_mentions(error, "checkpoints/4", "base.weights")
     assert rows_of(world.out) == rows
 
 
