@@ -15,8 +15,8 @@ STAGING = ".partial"
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
-    """Yields where to write a file or directory, which replaces `path` if the block succeeds.
+def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
+    """Yields a path to write a file or directory to, which replaces `path` if the block succeeds.
 
     All of it is flushed to disk before it is renamed, and the directory that holds it afterwards: a power loss
     leaves the old content or the new, never an empty file.
@@ -65,8 +65,8 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, new: bool = False) -> None:
-    """Writes a file as `replacing` does."""
-    with replacing(path, new=new) as written:
+    """Writes a file as `atomic_write` does."""
+    with atomic_write(path, new=new) as written:
         written.write_text(text, encoding="utf-8")
 
 

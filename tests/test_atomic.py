@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from loraplus_jax.atomic import replacing, to_json, write_text
+from loraplus_jax.atomic import atomic_write, to_json, write_text
 
 from .messages import mentions
 
@@ -29,7 +29,7 @@ def content_of(path):
 def test_what_is_written_appears_completely_or_not_at_all(tmp_path, monkeypatch, write, failure):
     path = tmp_path / "target"
     for content in ("old", "newer"):
-        with replacing(path) as written:
+        with atomic_write(path) as written:
             write(written, content)
             assert not path.exists() or content_of(path) == "old"
     assert content_of(path) == "newer"
@@ -39,7 +39,7 @@ def test_what_is_written_appears_completely_or_not_at_all(tmp_path, monkeypatch,
 
     if failure != "block":
         monkeypatch.setattr(f"os.{failure}", interrupt)
-    with pytest.raises(KeyboardInterrupt), replacing(path) as written:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as written:  # noqa: PT012
         write(written, "half")
         if failure == "block":
             interrupt()
@@ -61,7 +61,7 @@ def test_all_of_it_is_on_disk_before_it_is_renamed(tmp_path, monkeypatch, write)
 
     monkeypatch.setattr("os.fsync", noted_fsync)
     monkeypatch.setattr("os.replace", lambda *paths: (done.append("renamed"), replace(*paths)))
-    with replacing(tmp_path / "target") as written:
+    with atomic_write(tmp_path / "target") as written:
         write(written, "x")
     files = [tmp_path / "target", *(tmp_path / "target").rglob("*")]
     assert {path.stat().st_ino for path in files} == set(done[: done.index("renamed")])
@@ -78,7 +78,7 @@ def test_what_must_be_new_replaces_nothing(tmp_path, existing):
     }.get(existing)
     if make is not None:
         make()
-    with pytest.raises(ValueError, match=mentions(path, "exists")), replacing(path, new=True) as written:  # noqa: PT012
+    with pytest.raises(ValueError, match=mentions(path, "exists")), atomic_write(path, new=True) as written:  # noqa: PT012
         path.write_text("mine")
         written.write_text("x")
     assert os.path.lexists(path)

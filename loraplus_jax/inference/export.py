@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._validation import check_choice, check_new_path, expand_path
-from ..atomic import replacing, to_json
+from ..atomic import atomic_write, to_json
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
 from ..interop.adapter_files import Adapter, tensor_bytes
@@ -157,7 +157,7 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
     merge = CheckpointMerge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
     target = to.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target, new=True) as partial:
+    with atomic_write(target, new=True) as partial:
         partial.mkdir()
         if format == "gguf":
             gguf_export.write_gguf(partial / "model.gguf", source.base, merge, dtype or "float16")

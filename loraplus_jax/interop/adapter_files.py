@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..atomic import replacing, to_json
+from ..atomic import atomic_write, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
 from ..json_files import check_file, read_json
@@ -83,7 +83,7 @@ def save_adapter(
     elif directory.exists():
         raise ValueError(f"{directory} must be a directory, got a file")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(directory) as partial:
+    with atomic_write(directory) as partial:
         partial.mkdir()
         (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
         notes = to_json(describe_run(specs, config, base=base, **more), indent=1)

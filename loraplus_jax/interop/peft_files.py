@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..atomic import replacing, to_json
+from ..atomic import atomic_write, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig, pattern_of
 from ..json_files import read_json
@@ -113,7 +113,7 @@ def save_peft(
     files |= {"README.md": readme.encode()} if readme is not None else {}
     directory = Path(directory).resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(directory, new=True) as partial:
+    with atomic_write(directory, new=True) as partial:
         partial.mkdir()
         for name, content in files.items():
             (partial / name).write_bytes(content)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..atomic import replacing, sync, to_json, write_text
+from ..atomic import atomic_write, sync, to_json, write_text
 from ..data.fetch import cache_dir
 
 LogRow = dict[str, Any]
@@ -146,7 +146,7 @@ def pyplot() -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a figure as PNG, atomically, and closes it."""
-    with replacing(path) as written:
+    with atomic_write(path) as written:
         figure.savefig(written, dpi=120, format="png")
     pyplot().close(figure)
 
