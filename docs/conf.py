@@ -42,7 +42,7 @@ autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 
 PUBLIC = ("", "optim", "linen", "interop")
-"""The departments whose modules are the public API; the rest is the application."""
+"""The folders whose modules are the public API; the rest is the application."""
 
 
 def public_modules() -> list[str]:

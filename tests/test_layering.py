@@ -1,4 +1,4 @@
-"""The order of the departments: a folder imports only from folders above it, and the core loads no extra."""
+"""The order of the folders: a folder imports only from folders above it, and the core loads no extra."""
 
 import ast
 import subprocess
@@ -10,13 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "loraplus_jax"
 
 # A folder imports from itself and from folders above it; the core is the files at the root of the package.
-DEPARTMENTS = (
+FOLDERS = (
     *("core", "optim", "linen", "interop"),  # a loop of one's own needs no more
     "models",
     *("settings", "data", "tasks", "training", "sweep", "plan", "inference", "cli"),
 )
 # `loraplus_jax/__init__.py` gathers the public names, and so stands outside the order.
-PUBLIC = DEPARTMENTS[: DEPARTMENTS.index("models")]
+PUBLIC = FOLDERS[: FOLDERS.index("models")]
 EXTRAS = (
     *("safetensors", "tokenizers", "grain", "pydantic", "rich", "matplotlib"),
     *("huggingface_hub", "tensorboardX", "yaml", "jinja2", "gguf"),
@@ -30,9 +30,9 @@ def module_of(path):
 FILES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
 
 
-def department_of(module):
+def folder_of(module):
     top, _, inside = module.partition(".")
-    return top if inside or top in DEPARTMENTS else "core"
+    return top if inside or top in FOLDERS else "core"
 
 
 def imports_of(module):
@@ -50,22 +50,22 @@ def imports_of(module):
             yield from (a.name.removeprefix("loraplus_jax.") for a in node.names if "loraplus_jax" in a.name)
 
 
-@pytest.mark.parametrize("department", DEPARTMENTS)
-def test_a_department_imports_only_from_those_above_it(department):
-    allowed = DEPARTMENTS[: DEPARTMENTS.index(department) + 1]
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_imports_only_from_those_above_it(folder):
+    allowed = FOLDERS[: FOLDERS.index(folder) + 1]
     wrong = [
         f"{module} imports {target}"
         for module in FILES
-        if department_of(module) == department and module != "__init__"
+        if folder_of(module) == folder and module != "__init__"
         for target in imports_of(module)
-        if department_of(target) not in allowed or target == "__init__"
+        if folder_of(target) not in allowed or target == "__init__"
     ]
     assert not wrong
 
 
-def test_every_folder_is_a_department():
+def test_every_folder_is_in_the_table():
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders == set(DEPARTMENTS) - {"core", "cli"}
+    assert folders == set(FOLDERS) - {"core", "cli"}
 
 
 def test_no_two_files_import_each_other():
@@ -85,7 +85,7 @@ def test_the_public_names_are_the_core_s_and_few():
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     names = [alias.name for node in nodes for alias in node.names]
-    assert {department_of(str(node.module)) for node in nodes} <= set(PUBLIC)
+    assert {folder_of(str(node.module)) for node in nodes} <= set(PUBLIC)
     assert all(alias.asname == alias.name for node in nodes for alias in node.names)
     assert 20 < len(names) <= 40
     assert len(set(names)) == len(names)

@@ -380,7 +380,7 @@ CASES = [
     Case("generate with an unknown option", ("generate", "--topp 1"), (*ASK, "--topp", "1")),
     Case(
         "generate with a base that changed",
-        ("fingerprint",),
+        ("base.weights", "--allow_different base.weights"),
         SPEAK,
         tensors(lambda t: t[QUERY].__setitem__((0, 0), 1.0)),
         True,

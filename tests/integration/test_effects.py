@@ -172,7 +172,7 @@ def most_skipped(settings):
 def cache_in_use(settings):
     """Where compiled programs are kept when a run has come to its preparation."""
 
-    def ending(settings):
+    def ending(*_):
         raise Found
 
     before = jax.config.values["jax_compilation_cache_dir"]
@@ -218,7 +218,7 @@ def goes_elsewhere(settings):
     """Whether a run is started in a directory of this name beside the data."""
     elsewhere = Path(settings.data.path).parent / "elsewhere"
 
-    def ending(self):
+    def ending(*_):
         raise Found
 
     with pytest.MonkeyPatch.context() as patch, without_compiling():

@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 # A changed value of every field of a model's config, as in config.json: {our field: entries of the file}.
 ENCODER = {
     "model_type": None,  # another architecture has other tensors
-    "vocab_size": {"vocab_size": 999},
+    "vocab_size": {"vocab_size": 30},
     "hidden_size": {"hidden_size": 32},
     "num_hidden_layers": {"num_hidden_layers": 1},
     "num_attention_heads": {"num_attention_heads": 8},
-    "intermediate_size": {"intermediate_size": 48},
+    "intermediate_size": {"intermediate_size": 24},
     "max_position_embeddings": {"max_position_embeddings": 20},
     "type_vocab_size": {"type_vocab_size": 3},
     "pad_token_id": {"pad_token_id": 1},
@@ -34,7 +34,7 @@ ENCODER = {
 }
 LANGUAGE = {
     "model_type": {"model_type": "mistral"},
-    "vocab_size": {"vocab_size": 999},
+    "vocab_size": None,  # below: the tokenizer and the tensors allow one value
     "hidden_size": {"hidden_size": 64},
     "num_hidden_layers": {"num_hidden_layers": 1},
     "num_attention_heads": {"num_attention_heads": 8},
@@ -135,6 +135,17 @@ def test_a_changed_language_model(talk_model, tmp_path, capsys, field):
     world = talk_model
     predict = ("generate", world.out, "--prompt", "what colour is snow")
     check(world, tmp_path, capsys, predict, field, LANGUAGE[field])
+
+
+@pytest.mark.parametrize("size", [400, 999])
+def test_a_changed_vocabulary_size_of_a_language_model(talk_model, tmp_path, capsys, size):
+    world = talk_model
+    change_json(world.model / "config.json", {"vocab_size": size})
+    predict = ("generate", world.out, "--prompt", "what colour is snow")
+    for arguments in commands(world, tmp_path, predict).values():
+        assert_mentions(error(capsys, *arguments), size, 415 if size == 999 else 414)
+    assert not (tmp_path / "exported").exists()
+    assert not (tmp_path / "new").exists()
 
 
 def edit_tokenizer(world):

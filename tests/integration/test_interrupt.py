@@ -202,7 +202,7 @@ def test_a_run_does_not_resume_on_other_data(world, capsys):
     capsys.readouterr()
     world.write_rows("texts.csv", world.rows()[:-10])
     assert world.train(*ODD) == 2
-    assert_mentions(capsys.readouterr().err, "step 8", "data")
+    assert_mentions(capsys.readouterr().err, "checkpoints/8", "data")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 DEADLINE, STEPS = 300, 60
 SETTINGS = (
     *("--train.steps", str(STEPS), "--train.eval_every", "20", "--train.log_every", "5"),
-    *("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--distributed.lost_timeout", "10"),
+    *("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"),
 )
 # Its threads write into each other's lines.
 GLOO = re.compile(r"^\[Gloo\]|connected peer ranks")
@@ -47,7 +47,7 @@ def free_address():
 
 def member(number, address):
     """The flags of one of two processes."""
-    flags = {"coordinator": address, "processes": 2, "process_id": number}
+    flags = {"coordinator": address, "processes": 2, "process_id": number, "lost_timeout": 10}
     return [word for name, value in flags.items() for word in (f"--distributed.{name}", str(value))]
 
 
@@ -107,8 +107,8 @@ def home(first_world, tmp_path_factory, cache):
 
 
 def test_two_processes_learn_what_one_does(home, tmp_path):
-    alone = start(home, tmp_path / "one", 8)
-    assert ended(alone)[0] == 0
+    code, _, stderr = ended(start(home, tmp_path / "one", 8))
+    assert code == 0, stderr
     (adapter, rows), (expected, expected_rows) = result(home.out), result(tmp_path / "one")
     assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
     losses = [[row["loss"] for row in found if "loss" in row] for found in (rows, expected_rows)]
@@ -204,7 +204,7 @@ SLURM = {
     "SLURM_NTASKS": "2",
     "SLURM_LOCALID": "0",
 }
-AUTO = ("--distributed.coordinator", "auto")
+AUTO = ("--distributed.coordinator", "auto", "--distributed.lost_timeout", "10")
 
 
 @pytest.mark.long

@@ -319,7 +319,7 @@ def test_pairs_of_texts(world, capsys):
     assert main(["predict", str(out), "--data", str(pairs)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 160
     assert main(["predict", str(out), "--text", "alone"]) == 2
-    assert "pairs of texts" in capsys.readouterr().err
+    assert "text pairs" in capsys.readouterr().err
 
 
 # how long, and which state is kept
