@@ -101,7 +101,9 @@ def suggest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
 
 
 def expand_path(name: str, path: str | Path) -> Path:
-    """Returns a path with `~` or `~user` replaced by the home directory; raises ValueError for an unknown user."""
+    """Returns a path with `~` or `~user` replaced by the home directory; raises ValueError if it is none."""
+    if "\0" in str(path):
+        raise ValueError(f"{name} {str(path)!r} contains a null character, which no path may have")
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -112,9 +114,26 @@ def expand_path(name: str, path: str | Path) -> Path:
 
 
 def check_new_path(name: str, path: Path) -> None:
-    """Raises ValueError if the path exists, also as a symlink to nothing."""
+    """Raises ValueError if the path exists, also as a symlink to nothing, or if a parent is not a directory."""
+    for parent in path.parents:
+        if os.path.lexists(parent) and not parent.is_dir():
+            raise ValueError(f"{name} {path}: {parent} is not a directory; choose another path")
     if os.path.lexists(path):
         raise ValueError(f"{name} {path} already exists; choose another path")
+
+
+def check_new_file(name: str, path: Path) -> None:
+    """Raises ValueError unless a new file can be created at a path; creates and removes it to find out."""
+    check_new_path(name, path)
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{name} {path}: directory {path.parent} does not exist; create it or choose another file"
+        )
+    try:
+        path.open("x").close()
+        path.unlink()
+    except OSError as error:
+        raise ValueError(f"{name} {path} is not writable ({error.strerror}); choose another file") from None
 
 
 def escape_controls(text: str) -> str:

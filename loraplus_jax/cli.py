@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ._validation import escape_controls, expand_path
+from ._validation import check_new_file, escape_controls, expand_path
 from .atomic import to_json
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
@@ -62,6 +62,8 @@ class Output:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
+        with contextlib.suppress(AttributeError):  # characters that the terminal lacks are escaped
+            stream.reconfigure(errors="backslashreplace")  # pyright: ignore
         self.error = None if stream else OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     @property
@@ -299,11 +301,11 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     if _show_help(options):
         return
     from .plan.plan import make_plan
-    from .plan.text import check_new, format_plan, write_json
+    from .plan.text import format_plan, write_json
     from .settings.parsing import parse_settings
 
     if options.json is not None:
-        check_new(options.json)
+        check_new_file("--json", options.json)
     settings = parse_settings(options.config, overrides)
     plan = make_plan(settings, options.topology)
     _print(format_plan(plan, settings))

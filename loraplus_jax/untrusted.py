@@ -36,11 +36,12 @@ def run_job(what: str, job: str, **arguments: Any) -> Any:
     request = f'{{"job": "{job}", "seconds": {SECONDS}, "memory": {memory}, "arguments": {content}}}\n'
     with _lock:
         child = _running_child()
-        assert child.stdin is not None
-        assert child.stdout is not None
         try:
-            child.stdin.write(request.encode())
-            child.stdin.flush()
+            try:
+                _send(child, request)
+            except BrokenPipeError:  # something else has killed it since its last job
+                _send(child := _running_child(), request)
+            assert child.stdout is not None
             answer = child.stdout.readline()
         except BaseException:  # an answer that nobody reads would be taken for that of the next job
             child.kill()
@@ -53,6 +54,16 @@ def run_job(what: str, job: str, **arguments: Any) -> Any:
     if "error" in values:
         raise ValueError(f"{what}: {values['error']}")
     return values["result"]
+
+
+def _send(child: subprocess.Popen[bytes], request: str) -> None:
+    assert child.stdin is not None
+    try:
+        child.stdin.write(request.encode())
+        child.stdin.flush()
+    except BrokenPipeError:
+        child.wait()
+        raise
 
 
 def _running_child() -> subprocess.Popen[bytes]:

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 try:
@@ -39,7 +39,20 @@ PROBE = f"{PROBE} {'a' * 64} {' ' * 64} {'0' * 64} a b c https://a.b/c?d=e"
 def render(source: str, calls: Sequence[dict[str, Any]] = ()) -> list[str]:
     """Renders a chat template with the variables of each call; without calls only compiles it."""
     template = _compile(source)
-    return [template.render(variables) for variables in calls]
+    return [_render(template, source, variables) for variables in calls]
+
+
+def _render(template: Any, source: str, variables: dict[str, Any]) -> str:
+    """A rendering; a conversation's may repeat its text and the template's own, but not without end."""
+    text = template.render(variables)
+    text.encode()  # raises ValueError for half a surrogate pair
+    messages = variables.get("messages", ())
+    given = sum(len(message["content"]) for message in messages)
+    if len(text) > (limit := 4_096 + 4 * given + (len(messages) + 2) * len(source)):
+        raise ValueError(
+            f"it makes {len(text):,} characters of a conversation of {given:,}; the limit is {limit:,}"
+        )
+    return text
 
 
 @functools.lru_cache(maxsize=2)
@@ -98,24 +111,33 @@ def match(patterns: Sequence[str], names: Sequence[str]) -> list[list[int]]:
     return [[n for n, pattern in enumerate(compiled) if pattern.fullmatch(name)] for name in names]
 
 
-def _limit(seconds: int, memory: int) -> None:
-    """Limits what follows: `seconds` of CPU time, twice that by the clock, `memory` bytes beside those in use."""
+@contextlib.contextmanager
+def _limits(seconds: int, memory: int) -> Iterator[None]:
+    """Limits a job: `seconds` of CPU time, twice that by the clock, `memory` bytes beside those in use."""
     if resource is None:
+        yield
         return
     signal.alarm(2 * seconds)
-    cpu = math.ceil(time.process_time()) + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    limits = {resource.RLIMIT_CPU: math.ceil(time.process_time()) + seconds}
     with contextlib.suppress(OSError), open("/proc/self/statm") as pages:  # only Linux has it
-        size = int(pages.read().split()[0]) * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (size, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        limits[resource.RLIMIT_AS] = int(pages.read().split()[0]) * resource.getpagesize() + memory
+    hard = {kind: resource.getrlimit(kind)[1] for kind in limits}
+    for kind, limit in limits.items():
+        resource.setrlimit(kind, (limit, hard[kind]))
+    try:
+        yield
+    finally:  # waiting for the next job, and reading it, are not limited
+        signal.alarm(0)
+        for kind in limits:
+            resource.setrlimit(kind, (hard[kind], hard[kind]))
 
 
 def _answer(line: bytes) -> bytes:
     request = json.loads(line)
-    _limit(request["seconds"], request["memory"])
+    job = {"render": render, "try_tokenizer": try_tokenizer, "match": match}[request["job"]]
     try:
-        job = {"render": render, "try_tokenizer": try_tokenizer, "match": match}[request["job"]]
-        return json.dumps({"result": job(**request["arguments"])}).encode()
+        with _limits(request["seconds"], request["memory"]):
+            return json.dumps({"result": job(**request["arguments"])}).encode()
     except MemoryError:
         sys.exit(1)
     except BaseException as error:  # a panic of Rust is no Exception

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,9 @@ def test_minimum_versions_exclude_known_holes():
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "recursion"),
         ("{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}", "recursion"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ ' x' * 5000000 }}", "10,000,000"),
+        ("{{ ' x' * 3000 }}", "6,000"),
+        ("{{ '\\ud800' }}", "surrogates"),
         ("{{ raise_exception('a\n\x07' * 500) }}", "a"),
     ],
 )
@@ -117,6 +121,21 @@ def test_a_template_that_escaped_is_stopped(source, word):
     reject(lambda: ChatTemplate(source, "toy.json").render(TURNS, place="f.jsonl:7"), "toy.json", word)
     # A new child process answers the next one.
     assert ChatTemplate(PLAIN, "plain", eos_token="</s>").render(TURNS[1:]) == "### Response:\nyes</s>"
+
+
+@pytest.mark.parametrize("pause", [0, 2.5])
+def test_a_child_that_waited_or_was_killed_answers_the_next_job(monkeypatch, pause):
+    """The limits of a job end with it: after 2 s by the clock its alarm would have killed the child."""
+    untrusted.run_job("x", "match", patterns=[], names=[])
+    child = untrusted._child
+    time.sleep(pause)
+    if not pause:
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        answers = iter([None])  # as if it died just after it was looked at
+        monkeypatch.setattr(child, "poll", lambda: next(answers, -9))
+    assert untrusted.run_job("x", "match", patterns=["a"], names=["a", "b"]) == [[0], []]
+    assert (untrusted._child is child) == bool(pause)
 
 
 def test_the_child_has_no_environment():
@@ -280,6 +299,20 @@ def write_bert(directory, **changes):
     (directory / "config.json").write_text(json.dumps(BERT | changes))
 
 
+def write_far_layer(directory, **changes):
+    """One tensor whose name claims a billion layers."""
+    name = "encoder.layer.999999999.output.dense.weight"
+    save_file({name: np.ones((4, 4), np.float32)}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(BERT | {"num_hidden_layers": 1} | changes))
+
+
+def write_empty_tensor(directory, **changes):
+    """A tensor that claims a width and has no values."""
+    tensors = {"a.0.weight": np.ones((4, 4), np.float32), "b.1.weight": np.ones((10**12, 0), np.float32)}
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(BERT | changes))
+
+
 def write_alone(directory, **changes):
     (directory / "config.json").write_text(json.dumps(BERT | changes))
 
@@ -289,6 +322,8 @@ def write_alone(directory, **changes):
     [
         (write_bert, "num_hidden_layers", 10**9, 2),
         (write_bert, "num_hidden_layers", 3, 2),
+        (write_far_layer, "num_hidden_layers", 10**9, 1),
+        (write_empty_tensor, "vocab_size", 10**12, 4),
         *[
             (write_bert, field, 31, 30)
             for field in ("hidden_size", "intermediate_size", "num_attention_heads")

@@ -1,5 +1,6 @@
-"""Finds examples that are in train and in another split, and equal texts with different labels."""
+"""Finds examples that are in two splits, and equal texts with different labels."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -32,24 +33,28 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
 
     Returns:
       The splits and lines to print before training. With drop, train lacks the examples that are also in another
-      split, and those with the same text as another in train but a different label.
+      split, and those with the same text as another in train but a different label; validation lacks those that
+      are also in test.
 
     Raises:
-      ValueError: there are duplicates and `data.duplicates` is error, or drop leaves nothing to train on.
+      ValueError: there are duplicates and `data.duplicates` is error, or drop leaves a split empty.
     """
-    entries = {name: _entries(rows) for name, rows in splits.items()}
+    entries = {name: _entries(splits[name]) for name in ("train", "validation", "test") if name in splits}
     train = entries["train"]
-    in_train = {entry.texts: entry for entry in reversed(train)}
     whole_file = train if settings.validation else [*train, *entries["validation"]]
     problems: dict[str, list[tuple[_Entry, _Entry]]] = {}
-    for name, rows in entries.items():
-        pairs = [(entry, in_train[entry.texts]) for entry in rows if entry.texts in in_train]
-        if name == "train" or not pairs:
+    given_twice: set[str] = set()
+    for first, second in itertools.combinations(entries, 2):
+        if second in given_twice and not settings.validation:
+            continue  # validation is a part of that file
+        in_first, rows = {entry.texts: entry for entry in reversed(entries[first])}, entries[second]
+        if not (pairs := [(entry, in_first[entry.texts]) for entry in rows if entry.texts in in_first]):
             continue
-        if _contents(rows) == _contents(whole_file):
-            problems[f"data.{name} has the same {len(rows):,} examples as data.train"] = pairs
+        if _contents(rows) == _contents(whole_file if first == "train" else entries[first]):
+            problems[f"data.{second} has the same {len(rows):,} examples as data.{first}"] = pairs
+            given_twice.add(second)
         else:
-            problems[f"{len(pairs):,} of {len(rows):,} {name} examples are also in train"] = pairs
+            problems[f"{len(pairs):,} of {len(rows):,} {second} examples are also in {first}"] = pairs
     if conflicts := _conflicts(entry for rows in entries.values() for entry in rows):
         count = f"{len(conflicts):,} text{'s' * (len(conflicts) > 1)}"
         problems[f"{count} with different labels"] = conflicts
@@ -70,19 +75,29 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
         )
     if settings.duplicates == "error" or not problems:
         return splits, []
-    held_out = {entry.texts for name, rows in entries.items() if name != "train" for entry in rows}
-    unclear = {first.texts for first, _ in _conflicts(train)} - held_out
-    kept = [i for i, entry in enumerate(train) if entry.texts not in held_out | unclear]
-    line = (
-        f"data.duplicates drop: removed {len(train) - len(kept):,} of {len(train):,} train examples, "
-        f"{sum(entry.texts in held_out for entry in train):,} also in another split and "
-        f"{sum(entry.texts in unclear for entry in train):,} with different labels"
-    )
-    if not kept:
-        raise ValueError(f"{line}: none is left to train on")
-    rows = splits["train"]
-    rows = rows.take(kept) if isinstance(rows, LabelledTexts) else [rows[i] for i in kept]
-    return {**splits, "train": rows}, [line]
+    kept, lines = dict(splits), []
+    unclear = {first.texts for first, _ in _conflicts(train)}
+    for number, (name, rows) in enumerate(entries.items()):
+        later = {entry.texts for others in list(entries.values())[number + 1 :] for entry in others}
+        dropped = later | (unclear if name == "train" else set())
+        indices = [i for i, entry in enumerate(rows) if entry.texts not in dropped]
+        if len(indices) == len(rows):
+            continue
+        shared = sum(entry.texts in later for entry in rows)
+        line = (
+            f"data.duplicates drop: removed {len(rows) - len(indices):,} of {len(rows):,} {name} examples, "
+            f"{shared:,} also in another split"
+        )
+        if name == "train":
+            line += f" and {len(rows) - len(indices) - shared:,} with different labels"
+        if not indices:
+            raise ValueError(f"{line}: none is left in {name}")
+        values = splits[name]
+        kept[name] = (
+            values.take(indices) if isinstance(values, LabelledTexts) else [values[i] for i in indices]
+        )
+        lines.append(line)
+    return kept, lines
 
 
 def _contents(entries: Sequence[_Entry]) -> Counter:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._validation import suggest
 from .readers import NUMBER, raise_problems
-from .splits import LabelledTexts
+from .splits import LabelledTexts, normalize
 
 
 def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
@@ -55,7 +55,7 @@ def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> 
     >>> for line in label_summary({"train": rows}, ["Bug", "bug"]):
     ...     print(line)
     2 classes: Bug 2, bug 1
-    warning: classes that differ only in case: Bug, bug
+    warning: classes that differ only in case, spacing or Unicode spelling: Bug, bug
     warning: classes with one training text: bug
     """
     train = splits["train"]
@@ -63,11 +63,12 @@ def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> 
     shown = [f"{name} {counts[name]:,}" for name in names[:MAX_CLASSES_SHOWN]]
     rest = [f"and {len(names) - len(shown)} more"] if len(names) > len(shown) else []
     lines = [f"{len(names)} classes: {', '.join([*shown, *rest])}"]
-    by_case = collections.defaultdict(list)
+    alike = collections.defaultdict(list)
     for name in names:
-        by_case[name.casefold()].append(name)
-    if twins := [name for group in by_case.values() if len(group) > 1 for name in group]:
-        lines.append(f"warning: classes that differ only in case: {', '.join(twins[:MAX_CLASSES_SHOWN])}")
+        alike[normalize(name)].append(name)
+    if twins := [name for group in alike.values() if len(group) > 1 for name in group]:
+        listed = ", ".join(twins[:MAX_CLASSES_SHOWN])
+        lines.append(f"warning: classes that differ only in case, spacing or Unicode spelling: {listed}")
     if single := [name for name in names if counts[name] == 1]:
         lines.append(f"warning: classes with one training text: {', '.join(single[:MAX_CLASSES_SHOWN])}")
     return lines

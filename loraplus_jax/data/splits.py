@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,8 @@ def _split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> 
 
 
 def normalize(text: str) -> str:
-    """Returns what texts have in common that count as one: case and spacing are ignored."""
-    return " ".join(text.split()).casefold()
+    """Returns what texts have in common that count as one: case, spacing and Unicode's spellings are ignored."""
+    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
 
 
 def split_texts(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._validation import check_new_path, suggest
+from .._validation import check_new_file, suggest
 from ..atomic import to_json, write_text
 from ..checkpoint import fingerprint
 from ..data.batches import eval_batches
@@ -120,6 +120,8 @@ def settings_and_task(
         fields = notes["task"]
         if fields["kind"] in LANGUAGE_TASKS:
             return settings, LanguageTask(**fields)
+        if not all(isinstance(name, str) for name in fields["names"]):
+            raise ValueError(f"task.names must be a list of texts, got {fields['names']!r:.80}")
         return settings, EncoderTask(**{**fields, "names": tuple(fields["names"])})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
@@ -226,7 +228,7 @@ def check_output(path: Path) -> None:
     """Raises ValueError unless the path is that of a new .jsonl file."""
     if path.suffix != OUTPUT_SUFFIX:
         raise ValueError(f"--output must be a {OUTPUT_SUFFIX} file, got {path}")
-    check_new_path("--output", path)
+    check_new_file("--output", path)
 
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ versions.
 """
 
 import dataclasses
+import hashlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ from ..spec import AdapterSpec, Specs, specs_from_json
 from ..tree import flatten, unflatten, with_collection
 
 TENSORS_FILE, DESCRIPTION_FILE = "adapter.safetensors", "adapter.json"
+DIGEST = "digest"
+"""The entry of `adapter.json` that tells whether the files are as they were saved."""
 
 
 class Adapter(NamedTuple):
@@ -85,9 +88,11 @@ def save_adapter(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory) as partial:
         partial.mkdir()
-        (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
-        notes = to_json(describe_run(specs, config, base=base, **more), indent=1)
-        (partial / DESCRIPTION_FILE).write_text(notes + "\n", encoding="utf-8")
+        tensors = tensor_bytes(flatten(trainable))
+        (partial / TENSORS_FILE).write_bytes(tensors)
+        notes = describe_run(specs, config, base=base, **more)
+        notes = {**notes, DIGEST: _digest(tensors, notes)}
+        (partial / DESCRIPTION_FILE).write_text(to_json(notes, indent=1) + "\n", encoding="utf-8")
 
 
 def load_adapter(directory: str | Path) -> Adapter:
@@ -111,6 +116,12 @@ def load_adapter(directory: str | Path) -> Adapter:
     variables = unflatten(tensors)
     lora = variables.pop("lora", {})
     check_factors(f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}", lora, specs)
+    # Last, since the other messages say more.
+    if notes.get(DIGEST, found := _digest((directory / TENSORS_FILE).read_bytes(), notes)) != found:
+        raise ValueError(
+            f"{directory}: {TENSORS_FILE} or {DESCRIPTION_FILE} has changed since it was saved; restore it, or "
+            f"remove {DIGEST} from {DESCRIPTION_FILE} to accept the change"
+        )
     return Adapter(lora, specs, config, variables)
 
 
@@ -133,6 +144,12 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
         )
     try_saved_rules(path, notes)
     return notes
+
+
+def _digest(tensors: bytes, notes: Mapping[str, Any]) -> str:
+    """A digest of both files of an adapter, apart from the order of keys."""
+    text = to_json({name: value for name, value in notes.items() if name != DIGEST}, sort_keys=True)
+    return hashlib.sha256(tensors + text.encode()).hexdigest()
 
 
 def try_saved_rules(path: Path, notes: Mapping[str, Any]) -> None:

@@ -62,10 +62,10 @@ def load_config(directory: str | Path) -> dict[str, Any]:
 
 def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
     """Raises ValueError for a size above the largest axis in the files, or for more layers than they number."""
-    numbers = [int(found[1]) for name in shapes if (found := re.search(r"\.([0-9]{1,9})\.", name))]
-    widest = max((axis for shape in shapes.values() for axis in shape), default=MAX_SIZE)
+    numbers = {found[1] for name in shapes if (found := re.search(r"\.([0-9]+)\.", name))}
+    widest = max((axis for shape in shapes.values() if all(shape) for axis in shape), default=MAX_SIZE)
     in_files = f"the widest tensor in the files has {widest}" if shapes else f"at most {widest} is supported"
-    layers = max(numbers) + 1 if numbers else MAX_LAYERS
+    layers = len(numbers) or MAX_LAYERS
     layers_in_files = f"the files hold {layers}" if numbers else f"at most {layers} are supported"
     limits = dict.fromkeys(_SIZES, (widest, in_files)) | {"num_hidden_layers": (layers, layers_in_files)}
     if not any("position_embeddings" in name for name in shapes):  # rotary positions have no table

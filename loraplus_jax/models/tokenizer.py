@@ -127,7 +127,7 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
     ids: list[int] = []
     for source, value in values.items():
         listed = value if isinstance(value, list) else [] if value is None else [value]
-        if invalid := [token for token in listed if type(token) is not int or token < 0]:
+        if invalid := [token for token in listed if type(token) is not int or not 0 <= token < 2**31]:
             raise ValueError(f"{source} must be one or more token ids, got {invalid[0]!r:.80}")
         ids += listed
     return tuple(dict.fromkeys(ids))

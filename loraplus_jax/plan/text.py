@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from .._validation import check_new_path
 from ..atomic import to_json, write_text
 from ..settings.schema import Settings
 from .hlo import Collective
@@ -32,23 +31,8 @@ def format_plan(plan: Plan, settings: Settings) -> str:
     )
 
 
-def check_new(path: Path) -> None:
-    """Raises ValueError unless a new file can be created there; creates and removes it to find out."""
-    check_new_path("--json", path)
-    if not path.parent.is_dir():
-        raise ValueError(
-            f"--json {path}: directory {path.parent} does not exist; create it or choose another file"
-        )
-    try:
-        path.open("x").close()
-        path.unlink()
-    except OSError as error:
-        raise ValueError(f"--json {path} is not writable ({error.strerror}); choose another file") from None
-
-
 def write_json(path: Path, plan: Plan, settings: Settings) -> None:
     """Writes the plan and its advice as a JSON object; raises ValueError if the file exists."""
-    check_new(path)
     content = plan.to_json() | {"advice": [] if plan.fits else advice(plan, settings)}
     write_text(path, to_json(content, indent=1) + "\n", new=True)
 

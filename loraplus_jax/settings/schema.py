@@ -125,7 +125,7 @@ class DataSettings:
       label: column with the label (encoders): a class name or integer, or a number for regression.
       max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
         multiple-choice questions are rejected.
-      duplicates: if a text is in both train and another split, or equal texts have different labels: warn; error;
+      duplicates: if a text is in two splits, or equal texts have different labels: warn; error;
         drop, which removes these texts from train.
       validation_fraction: fraction of the distinct texts held out for validation, if there is no validation file.
       test_fraction: fraction of the distinct texts in path held out for testing; 0 makes no test split.

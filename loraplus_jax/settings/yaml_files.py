@@ -24,8 +24,9 @@ def read_yaml(path: Path) -> Any:
         values = yaml.load(content.decode("utf-8"), _StrictLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        advice = "" if isinstance(error, yaml.constructor.ConstructorError) else "; check the indentation"
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ValueError(f"{path}{position}: invalid YAML: {error.problem}; check the indentation") from None
+        raise ValueError(f"{path}{position}: invalid YAML: {error.problem}{advice}") from None
     except Exception as error:  # PyYAML raises many types, for example on an invalid tag or date
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if problem := find_problem(values):
@@ -56,6 +57,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _construct_number(loader: Any, node: Any) -> int | float:
+    """Rejects numbers that YAML 1.1 reads in another base or with separators: 010 as 8, 1:30 as 90."""
+    if re.search("[_:xb]|^[-+]?0[0-9]", node.value):
+        problem = f"{node.value} is not a decimal number; write its decimal digits, or quotes around a text"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    make = loader.construct_yaml_int if node.tag.endswith("int") else loader.construct_yaml_float
+    return make(node)
+
+
+for _tag in ("int", "float"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _construct_number)
 # PyYAML reads YAML 1.1, in which 1e-4 is text.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+"), [*"-+0123456789"]

@@ -26,12 +26,13 @@ from ..data.fetch import cache_dir
 from ..settings.schema import TrainSettings
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
-from ..training.console import LineConsole, data_lines
+from ..training.console import LineConsole, data_lines, lines_only
 from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.run_directory import (
     CHECKPOINTS,
     add_path_to_errors,
+    check_compared,
     check_directory,
     claim_directory,
     quarantine_checkpoint,
@@ -71,7 +72,7 @@ def sweep(
     *,
     fresh: bool = False,
     allow_different: Sequence[str] = (),
-    console: Console | None = None,
+    console: LineConsole | None = None,
 ) -> dict[str, Any]:
     """Runs search and report and writes all results to `run.output_dir`; resumes an unfinished sweep there.
 
@@ -90,11 +91,12 @@ def sweep(
       TrainingFailed: every setting of LoRA, or of LoRA+, diverged; `report.json` has the results so far.
     """
     check_allowed(allow_different)
-    console = console or LineConsole()
+    console = lines_only(console)
     directory = expand_path("output_dir", run.output_dir)
     if jax.process_count() > 1:
         raise ValueError(f"a sweep runs in one process, got {jax.process_count()} processes; start only one")
     check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
+    check_compared(allow_different, directory, run, fresh)
     with contextlib.ExitStack() as stack:
         if run.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))

@@ -24,6 +24,13 @@ class LineConsole(Console):
         super().print(*(escape_controls(x) if isinstance(x, str) else x for x in objects), **options)
 
 
+def lines_only(console: Console | None) -> LineConsole:
+    """The console of a run, by default a new one; raises TypeError for one that interprets a user's strings."""
+    if console is not None and not isinstance(console, LineConsole):
+        raise TypeError(f"console must be a LineConsole, got {type(console).__name__}")
+    return console or LineConsole()
+
+
 def header(run: Run, step: int) -> Iterator[str]:
     """Yields the lines printed before training: model, method, data and starting step."""
     settings, sizes = run.settings, run.data.examples

@@ -14,7 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from .._validation import check_choice
-from ..checkpoint import field_differences, read_metadata
+from ..checkpoint import field_differences, join_first, read_metadata
 from ..models.bert_config import BertConfig
 from ..models.hf import load_config
 from ..models.llama_config import LlamaConfig
@@ -25,6 +25,7 @@ from ..tasks import causal_lm, encoder
 Identity = dict[str, Any]
 """JSON values by part, without the weights: their fingerprint is the metadata's `base`."""
 
+SPLITS = ("train", "validation", "test")
 PARTS = ("base.weights", "base.config", "tokenizer", "special_tokens", "chat_template", "data")
 """The parts that `--allow_different` accepts, as well as their fields, such as base.config.rope_theta."""
 
@@ -55,9 +56,12 @@ def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
 
 
 def check_allowed(allow: Sequence[str]) -> None:
-    """Raises ValueError if a name is not a part of an identity."""
+    """Raises ValueError if a name is not a part of an identity, or a field of one."""
+    configs = {field.name for kind in (BertConfig, LlamaConfig) for field in dataclasses.fields(kind)}
+    fields = {"base.config": configs, "special_tokens": {"bos", "eos", "stop"}, "data": set(SPLITS)}
     for name in allow:
-        if not any(name.startswith(f"{part}.") for part in PARTS):
+        part, _, field = name.rpartition(".")
+        if field not in fields.get(part, ()):
             check_choice("--allow_different", name, PARTS)
 
 
@@ -78,10 +82,10 @@ def check_identity(
       weights: `fingerprint` of the current frozen variables, if they are loaded.
       allow: parts that may differ, as in `--allow_different`.
     """
-    saved, current = (
-        _with_weights(metadata.get("identity", {}), metadata.get("base")),
-        _with_weights(identity, weights),
-    )
+    saved = metadata.get("identity", {})
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("base", {}), Mapping):
+        raise ValueError(f"{source}: identity must be a mapping from parts to values, got {saved!r:.80}")
+    saved, current = _with_weights(saved, metadata.get("base")), _with_weights(identity, weights)
     saved, current = _restrict(saved, current), _restrict(current, saved)
     differences = [
         line
@@ -89,10 +93,13 @@ def check_identity(
         if not _is_allowed(line.partition(" ")[0], allow)
     ]
     if differences:
-        part = next(p for p in PARTS if differences[0].startswith(p))
+        parts = [
+            part for part in PARTS if any(line.startswith((f"{part} ", f"{part}.")) for line in differences)
+        ]
+        flags = " ".join(f"--allow_different {part}" for part in parts)
         raise ValueError(
-            f"{source} was made with another {part}: {'; '.join(differences[:5])}; restore it, or accept the "
-            f"difference with --allow_different {part}"
+            f"{source} was made with another {join_first(parts)}: {join_first(differences)}; restore it, or accept "
+            f"the difference with {flags}"
         )
 
 

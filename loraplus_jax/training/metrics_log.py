@@ -166,7 +166,7 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     save_figure(figure, path)
 
 

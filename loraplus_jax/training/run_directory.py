@@ -22,7 +22,7 @@ from ..multihost import allgather, is_lead
 from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
 from .distributed import check_same_everywhere, raise_together
-from .metrics_log import PICTURE, SUMMARY
+from .metrics_log import METRICS, PICTURE, SUMMARY
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
@@ -125,9 +125,7 @@ def check_directory(
     if fresh:
         return []
     remedy = "choose another --output_dir, or start over with --fresh (the old run is renamed, not deleted)"
-    old = read_yaml(directory / CONFIG)
-    if not isinstance(old, dict):
-        raise ValueError(f"{directory / CONFIG} contains no settings; {remedy}")
+    old = _saved_settings(directory, remedy)
     if ("sweep" in old) != ("sweep" in settings.to_json()):
         kind = "sweep" if "sweep" in old else "single run"
         raise ValueError(f"output_dir {directory} contains a {kind}; {remedy}")
@@ -146,6 +144,10 @@ def check_directory(
     if read_summary(directory) is not None and not any(text.startswith(ends) for text in changed):
         extend = "raise train.steps to continue it, " if ends else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
+    if METRICS in names and CHECKPOINTS not in names:
+        raise ValueError(
+            f"output_dir {directory} contains a run without its {CHECKPOINTS} directory; restore it, or {remedy}"
+        )
     return changed
 
 
@@ -164,10 +166,32 @@ def describe_unfinished(directory: Path) -> str | None:
     """
     if not (directory / CONFIG).is_file() or read_summary(directory) is not None:
         return None
-    saved = [int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
-    steps = (read_yaml(directory / CONFIG).get("train") or {}).get("steps")
+    saved = saved_steps(directory)
+    steps = _saved_settings(directory, "restore it").get("train", {}).get("steps")
     progress = f"{max(saved, default=0)} of {steps} steps" if steps else f"step {max(saved, default=0)}"
     return f"the run in {directory} has not finished ({progress}); rerun the train command to resume"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """The steps of the checkpoints in a run's directory."""
+    return [int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
+
+
+def check_compared(allow_different: Sequence[str], directory: Path, settings: Settings, fresh: bool) -> None:
+    """Raises ValueError if parts may differ, but there is nothing that they are compared with."""
+    if allow_different and settings.init_adapter is None and (fresh or not saved_steps(directory)):
+        raise ValueError(
+            f"--allow_different {allow_different[0]} has no effect: {directory} has no checkpoint to resume from, "
+            "and init_adapter is not set; leave it out"
+        )
+
+
+def _saved_settings(directory: Path, remedy: str) -> dict[str, Any]:
+    """The settings in a run's `config.yaml`; raises ValueError with a remedy if there are none."""
+    values = read_yaml(directory / CONFIG)
+    if not isinstance(values, dict) or not isinstance(values.get("train", {}), dict):
+        raise ValueError(f"{directory / CONFIG} contains no settings of a run; {remedy}")
+    return values
 
 
 def check_shared_disk(directory: Path) -> None:
@@ -265,6 +289,5 @@ def claim_directory(
             # Written first: it marks the directory as a run, however early the run is killed.
             write_config(directory, settings)
         if (directory / SUMMARY).exists() and read_summary(directory) is None:
-            line = f"{directory / SUMMARY} is empty or damaged: the run resumes and writes it again"
-            console.print(line, markup=False)
+            console.print(f"{directory / SUMMARY} is empty or damaged: the run resumes and writes it again")
         yield check

@@ -41,7 +41,7 @@ from .anomalies import (
     index_of_skip_limit,
     metrics_to_host,
 )
-from .console import LineConsole, format_metrics, header, progress
+from .console import LineConsole, format_metrics, header, lines_only, progress
 from .distributed import join_processes, raise_together
 from .evaluation import evaluate
 from .identity import check_allowed, checked_metadata
@@ -52,6 +52,7 @@ from .run_directory import (
     add_path_to_errors,
     archive_results,
     changed_settings,
+    check_compared,
     check_shared_disk,
     claim_directory,
     quarantine_checkpoint,
@@ -68,7 +69,7 @@ def train(
     *,
     fresh: bool = False,
     allow_different: Sequence[str] = (),
-    console: Console | None = None,
+    console: LineConsole | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates before and after, and writes all results to `settings.output_dir`.
 
@@ -95,8 +96,9 @@ def train(
     directory = expand_path("output_dir", settings.output_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(join_processes(settings.distributed))
-        console = (console or LineConsole()) if is_lead() else Console(quiet=True)
+        console = lines_only(console) if is_lead() else LineConsole(quiet=True)
         changed = changed_settings(directory, settings, fresh)
+        check_compared(allow_different, directory, settings, fresh)
         if settings.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
         run = prepare(settings, allow_different)

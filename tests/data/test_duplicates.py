@@ -1,5 +1,6 @@
 """Data that makes a result meaningless is told, dropped or an error: duplicates, and one value in two spellings."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from loraplus_jax.data.duplicates import handle_duplicates
 from loraplus_jax.data.labels import label_names, regression_labels
 from loraplus_jax.data.multiple_choice import read_questions
 from loraplus_jax.data.readers import read_rows
-from loraplus_jax.data.splits import LabelledTexts, load_splits
+from loraplus_jax.data.splits import LabelledTexts, load_splits, normalize
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
@@ -204,6 +205,34 @@ def test_one_file_given_twice_is_told(tmp_path, kind, validation):
     splits = load_splits(data, lambda value: tmp_path / value)
     (line,) = handle_duplicates(splits, data)[1]
     assert_mentions(line, "data.test", "data.train", "same", 40, "a.csv:2")
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_validation_and_test_are_compared_too(tmp_path, both):
+    for name, start in (("a.csv", 0), ("v.csv", 50), ("t.csv", 50 if both else 58)):
+        rows = "".join(f"text {i},{i % 2}\n" for i in range(start, start + 10))
+        (tmp_path / name).write_text("text,label\n" + rows)
+    data = DataSettings(train="a.csv", validation="v.csv", test="t.csv")
+    splits = load_splits(data, lambda value: tmp_path / value)
+    (line,) = handle_duplicates(splits, data)[1]
+    assert_mentions(
+        line, *(("data.test", "data.validation", "same", 10) if both else ("2 of 10", "validation"))
+    )
+    drop = dataclasses.replace(data, duplicates="drop")
+    if both:
+        with pytest.raises(ValueError, match=mentions("validation", "10 of 10")):
+            handle_duplicates(splits, drop)
+        return
+    rows, (line,) = handle_duplicates(splits, drop)
+    assert_mentions(line, "2 of 10", "validation")
+    assert (rows["train"], rows["test"]) == (splits["train"], splits["test"])
+    assert rows["validation"].texts == splits["validation"].texts[:8]
+
+
+@pytest.mark.parametrize(("text", "other"), [("caf\u00e9", "cafe\u0301"), ("\uff11 A", "1  a")])
+def test_spellings_of_unicode_are_one_text(text, other):
+    assert text != other
+    assert normalize(text) == normalize(other)
 
 
 def test_a_split_file_has_no_duplicates_and_its_result_does_not_depend_on_the_setting(tmp_path):

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 
 from loraplus_jax import jit_step, load_adapter, save_adapter
 from loraplus_jax.data.fetch import resolve
@@ -30,6 +29,7 @@ from loraplus_jax.tasks import sample_answers
 from loraplus_jax.training import distributed, setup
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
+from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import Trainer, train
 from loraplus_jax.tree import leaves_by_path
 
@@ -37,7 +37,7 @@ from . import language_world as language
 
 pytestmark = pytest.mark.slow
 
-QUIET = Console(quiet=True)
+QUIET = LineConsole(quiet=True)
 SPEC = AdapterSpec(leaf="params/query/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=8.0)
 
 

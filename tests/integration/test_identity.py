@@ -233,10 +233,49 @@ def test_a_resumed_run_may_differ_in_what_it_is_allowed(encoder, capsys):
     assert main([*map(str, longer[:-1]), "80"]) == 0
 
 
-def test_an_unknown_part_is_named(finished, capsys):
-    assert_mentions(
-        error(capsys, "eval", finished.out, "--allow_different", "weights"), "base.weights", "'weights'"
-    )
+@pytest.mark.parametrize("part", ["weights", "base", "base.config.nosuch", "data.bogus"])
+def test_an_unknown_part_is_named(finished, capsys, part):
+    message = error(capsys, "eval", finished.out, "--allow_different", part)
+    assert_mentions(message, "base.weights", f"'{part}'")
+
+
+def test_all_parts_that_differ_are_named_at_once(encoder, capsys):
+    edit_tokenizer(encoder)
+    change_json(encoder.model / "config.json", {"layer_norm_eps": 1e-3, "hidden_act": "gelu_new"})
+    message = error(capsys, "eval", encoder.out)
+    parts = "--allow_different base.config --allow_different tokenizer"
+    assert_mentions(message, "base.config.layer_norm_eps", "base.config.hidden_act", parts)
+
+
+def test_a_part_that_is_compared_with_nothing_has_no_effect(first_world, tmp_path, capsys):
+    command = ("train", first_world.config, "--output_dir", tmp_path / "out", "--allow_different", "data")
+    assert_mentions(error(capsys, *command), "--allow_different data", "checkpoint", "init_adapter")
+    assert not (tmp_path / "out").exists()
+
+
+def edit_label_names(notes):
+    notes["task"]["names"].reverse()
+
+
+def edit_identity(value):
+    return lambda notes: notes.update(identity=value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "word"),
+    [
+        (edit_label_names, "digest"),
+        *((edit_identity(value), "identity") for value in ([], 5, "abc", {"base": None})),
+        (lambda notes: notes["task"].update(names=[1, 2]), "task.names"),
+        (lambda notes: notes["task"].update(names=[["a"], "b"]), "task.names"),
+    ],
+)
+def test_an_adapter_whose_description_was_changed_is_rejected(encoder, capsys, edit, word):
+    path = encoder.out / "adapter/adapter.json"
+    notes = json.loads(path.read_text())
+    edit(notes)
+    path.write_text(json.dumps(notes))
+    assert_mentions(error(capsys, "eval", encoder.out), word)
 
 
 def test_an_adapter_of_peft_has_no_identity(talk_model, tmp_path):

@@ -1,14 +1,20 @@
 """Any legal path works or is rejected before anything is written; a user's strings reach the terminal escaped."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import yaml
+from rich.console import Console
 
 from loraplus_jax.cli import main
+from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.console import LineConsole
+from loraplus_jax.training.trainer import train
 
-from ..messages import assert_mentions
+from ..messages import assert_mentions, mentions
 from .test_bad_input import contents
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -117,6 +123,41 @@ def test_a_string_of_the_user_is_shown_as_it_is_but_for_what_steers_the_terminal
     assert capsys.readouterr().err == f"loraplus: error: config file not found: {shown}.yaml\n"
     assert main(["eval", str(tmp_path), f"--{text}"]) == 2
     assert capsys.readouterr().err == f"loraplus: error: eval does not accept --{shown}\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("train", "{config}", "--output_dir", "a\0b"), ("output_dir", "null")),
+        (("export", "{out}", "--to", "file/x"), ("--to", "file")),
+        (("predict", "{out}", *TEXT, "--output", "absent/x.jsonl"), ("--output", "absent")),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_named_first(finished, tmp_path, monkeypatch, capsys, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    places = {"config": finished.config, "out": finished.out}
+    assert main([word.format(**places) for word in args]) == 2
+    error = capsys.readouterr().err
+    assert_mentions(error, *words)
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_console_that_would_interpret_strings_is_rejected(first_world):
+    settings = parse_settings(first_world.config)
+    with pytest.raises(TypeError, match=mentions("console", "LineConsole")):
+        train(settings, console=Console())
+    assert not first_world.out.exists()
+
+
+def test_characters_that_stdout_lacks_are_escaped(first_world):
+    command = [sys.executable, "-m", "loraplus_command", "eval", "pfad-jä"]
+    run = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
+    )
+    assert run.returncode == 2
+    assert rb"pfad-j\xe4" in run.stderr
 
 
 AWKWARD = "a*[b] [/red][bold]\x1b[2J\n?"

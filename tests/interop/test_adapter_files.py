@@ -176,6 +176,16 @@ A = "lora/layers/q/lora_a"
             mentions("layers/q/lora_a", "absent"),
         ),
         (
+            lambda d: edit_tensors(d, lambda t: t.update({A: -t[A]})),
+            ValueError,
+            mentions("adapter.safetensors", "adapter.json", "changed", "digest"),
+        ),
+        (
+            lambda d: edit_notes(d, lambda n: n.update(task="another")),
+            ValueError,
+            mentions("adapter.safetensors", "adapter.json", "changed", "digest"),
+        ),
+        (
             lambda d: edit_tensors(d, lambda t: t.pop(A)),
             ValueError,
             mentions("layers/q/lora_a", "absent", "adapter.safetensors"),

@@ -26,6 +26,10 @@ def test_exponents_without_a_point_are_numbers(tmp_path):
         ("a: " + "[" * 150 + "]" * 150, ["config.yaml", 100]),
         ('a: "\\ud800"\n', ["config.yaml", "surrogate"]),
         ("a: &x [1, 1]\nb: [*x, *x]\n", ["config.yaml:2:5", "YAML", "aliases"]),
+        *(
+            (f"seed: {number}\n", ["config.yaml:1:7", number, "decimal"])
+            for number in ("010", "1_0", "0x3", "0b11", "1:30", "-007", "1_0.5")
+        ),
         ("a: 1" + " " * 2**16, ["config.yaml", 65540, 65536]),
     ],
 )

@@ -144,7 +144,7 @@ def test_the_picture_shows_its_curves(tmp_path):
         (20, {"validation/loss": 0.2, "validation/accuracy": 0.8}),
     ]
     log = log_of(tmp_path, rows)
-    draw_loss(tmp_path / "full.png", log, "accuracy", "a title")
+    draw_loss(tmp_path / "full.png", log, "accuracy", r"$\frac$ a title")
     log.close()
     (tmp_path / "empty").mkdir()
     empty = log_of(tmp_path / "empty", [])

@@ -357,6 +357,26 @@ def test_an_older_run_gets_the_first_free_number(tmp_path):
         assert f"{directory}.{number}" in text.getvalue()
 
 
+def test_a_run_whose_checkpoints_are_gone_is_rejected(tmp_path):
+    directory = run_in(tmp_path / "run")
+    (directory / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=mentions(directory, "checkpoints", "--fresh")):
+        check_directory(directory, SETTINGS, fresh=False)
+    assert check_directory(directory, SETTINGS, fresh=True) == []
+    (directory / "checkpoints").mkdir()
+    assert check_directory(directory, SETTINGS, fresh=False) == []
+
+
+@pytest.mark.parametrize("content", ["[1]", "5", "", "train: 5", "train: [1]"])
+def test_settings_of_a_run_that_are_none_are_named(tmp_path, content):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(content)
+    for act in (lambda: require_adapter(run), lambda: check_directory(run, SETTINGS, fresh=False)):
+        with pytest.raises(ValueError, match=mentions("config.yaml", "settings")):
+            act()
+
+
 def test_an_unfinished_run_says_how_far_it_got(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints/110").mkdir(parents=True)
