@@ -147,8 +147,11 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
 
 
 def _digest(tensors: bytes, notes: Mapping[str, Any]) -> str:
-    """A digest of both files of an adapter, apart from the order of keys."""
-    text = to_json({name: value for name, value in notes.items() if name != DIGEST}, sort_keys=True)
+    """A digest of both files of an adapter, whatever the order of keys.
+
+    Without `settings`: a base model may move, and its identity is compared.
+    """
+    text = to_json({n: value for n, value in notes.items() if n not in (DIGEST, "settings")}, sort_keys=True)
     return hashlib.sha256(tensors + text.encode()).hexdigest()
 
 
