@@ -316,7 +316,7 @@ def test_a_step_is_the_same_on_every_mesh(sizes, family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", every(4, MESHES), ids=str)
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.long)])
 def test_curves_are_the_same_on_every_mesh(family, sizes):
     s, (_, losses) = subject(family), curve(family, 100)
     step, shardings, placed = s.on(sizes)

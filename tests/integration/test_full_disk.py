@@ -262,7 +262,7 @@ def test_a_directory_that_becomes_unwritable_ends_the_run_with_what_it_had(home,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("options", "problem"), [("ro", "Read-only file system"), long("size=16k", "No space left")]
+    ("options", "problem"), [long("ro", "Read-only file system"), long("size=16k", "No space left")]
 )
 def test_without_a_cache_that_can_be_written_the_run_is_the_same(home, disk, tmp_path, options, problem):
     disk.mount("-o", f"remount,{options}", disk.place)

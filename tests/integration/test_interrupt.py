@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from loraplus_jax.training import evaluation
+from loraplus_jax.training import evaluation, trainer
 from loraplus_jax.training.trainer import Trainer
 
 from ..marks import long
@@ -51,13 +51,17 @@ def signal_at(monkeypatch, step, number):
     monkeypatch.setattr(Trainer, "loop", with_signal)
 
 
-@pytest.fixture
-def straight(world):
-    return result_of(world.trained(*ODD, out=world.directory / "straight"))
+@pytest.fixture(scope="module")
+def straight(first_world, tmp_path_factory, cache):
+    """The result of a run that nothing disturbs."""
+    world = first_world.copy(tmp_path_factory.mktemp("straight"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_loss", lambda *_: None)
+        return result_of(world.trained(*ODD))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), long(signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_ends_bit_identical(world, straight, capsys, number, code):
     for step in (7, 12, 15):
         with pytest.MonkeyPatch.context() as patch:
@@ -160,7 +164,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_is_not_made_again(wo
         ),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"}\n", b"}", 1)), ["rows", "changed"]),
         long(lambda path: path.write_bytes(b"5\n" + path.read_bytes()), ["rows", "changed"]),
-        (
+        long(
             lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 0', b'"step": 1')),
             ["rows", "changed"],
         ),
@@ -254,7 +258,7 @@ def test_spikes_are_logged_at_their_steps_also_by_a_resumed_run(world, monkeypat
     assert result_of(world.trained(*ODD, "--train.log_every", "7")) == straight
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_that_is_damaged_twice_is_quarantined_twice(world, straight):
     for _ in range(2):
         with pytest.MonkeyPatch.context() as patch:

@@ -305,10 +305,10 @@ def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
     [
         (("--method", "full"), (False, False)),
         (("--lora.modules_to_save", "[lm_head]"), (None, False)),
-        (("--lora.modules_to_save", "[embed_tokens]"), (False, True)),
+        long(("--lora.modules_to_save", "[embed_tokens]"), (False, True)),
         (("--lora.target_modules", "[q_proj,embed_tokens]"), (False, True)),
-        (("--lora.target_modules", "[q_proj,lm_head]"), (None, False)),
-        (("--lora.target_modules", "[q_proj]", "--lora.modules_to_save", "[norm]"), (True, True)),
+        long(("--lora.target_modules", "[q_proj,lm_head]"), (None, False)),
+        long(("--lora.target_modules", "[q_proj]", "--lora.modules_to_save", "[norm]"), (True, True)),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )

@@ -158,7 +158,7 @@ def send_twice(number):
     ("at", "act", "codes"),
     [
         (1, send_twice(signal.SIGTERM), [143, 143]),
-        (1, send_twice(signal.SIGINT), [143, 130]),
+        long(1, send_twice(signal.SIGINT), [143, 130]),
         (0, lose_stdout, [141, 143]),
     ],
 )
@@ -302,11 +302,11 @@ MORE_FLAGS = {
     "change",
     [
         long(unlike_settings),
-        broken_data,
+        long(broken_data),
         long(unlike_data),
         unlike_config,
         long(unlike_tokenizer),
-        unlike_weights,
+        long(unlike_weights),
         long(unlike_split_weights),
         long(unlike_trained),
         leftover,
@@ -381,6 +381,7 @@ def test_a_process_lost_at_any_time_is_called_lost(first_talk, tmp_path, when):
     assert re.search("another (one|task|process)", stderr), stderr
 
 
+@pytest.mark.long
 def test_a_part_that_one_process_cannot_read_sets_the_checkpoint_aside_in_both(first_talk, tmp_path):
     import tensorstore
 

@@ -17,6 +17,7 @@ from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.training import trainer
 from loraplus_jax.training.trainer import Trainer
 
+from ..marks import every, long
 from ..messages import assert_mentions
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
@@ -125,7 +126,7 @@ DAMAGE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", every(2, DAMAGE))
 def test_damage_between_two_starts_ends_in_an_error_or_in_the_same_result(world, straight, capsys, damage):
     spoil, code, words = DAMAGE[damage]
     out = stop(world)
@@ -222,7 +223,7 @@ def test_a_run_whose_stdout_is_lost_saves_and_resumes(world, straight, capsys, h
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, long(signal.SIGINT)])
 def test_a_second_signal_does_not_lose_the_save_of_the_first(world, straight, capsys, number):
     """It comes while the first one's save is being written."""
 

@@ -247,7 +247,7 @@ def test_full_trains_every_weight_and_is_used_like_an_adapter(world, capsys):
         ("--mesh.data", "8", "--train.accumulate", "4"),
         pytest.param(("--mesh.data", "8"), marks=pytest.mark.long),
         pytest.param(("--train.accumulate", "4"), marks=pytest.mark.long),
-        pytest.param(("--model.unroll", "true"), marks=pytest.mark.slow),
+        pytest.param(("--model.unroll", "true"), marks=pytest.mark.long),
     ],
     ids=" ".join,
 )

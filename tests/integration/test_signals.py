@@ -167,6 +167,7 @@ def test_a_signal_does_not_wait_for_a_compilation(number, code):
     assert re.fullmatch(r"loraplus: .*(interrupted|SIGTERM)\n", stderr)
 
 
+@pytest.mark.long
 def test_a_second_run_in_the_same_directory_is_rejected_and_the_first_undisturbed(home, tmp_path):
     out = tmp_path / "out"
     with started(home, out) as first:

@@ -199,6 +199,7 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
     }
 
 
+@pytest.mark.long
 def test_the_only_remaining_setting_is_selected_without_further_training(world, capsys, undrawn):
     """LoRA keeps one of its two at step 4; of LoRA+'s four one is kept there, too, or one of two at step 8."""
     rates = ("--sweep.lora_learning_rates", "[2e-3,5e-3]", "--sweep.control", "false")

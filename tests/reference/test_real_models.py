@@ -83,6 +83,7 @@ def test_minilm(tmp_path):
     assert len(tf.AutoTokenizer.from_pretrained(tmp_path / "merged")("A film.").input_ids) == 5
 
 
+@pytest.mark.long
 @needs("smollm2-135m")
 def test_smollm2(tmp_path):
     file = PLACES["smollm2-135m"]
