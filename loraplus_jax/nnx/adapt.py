@@ -372,40 +372,57 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     adapters: dict[str, LayerAdapter] = {adapter.leaf: adapter for adapter in vars(self)[ADAPTERS]}
     key = _dropout_key(self)
     inputs = self, args, kwargs
-    is_weight = lambda path, _: len(path) == 2 and path[0] == 0 and path[1] in adapters  # noqa: E731
-    graph, weights, rest = nnx.split(inputs, is_weight, ...)
-    outputs: list[Any] = []
-
-    def program(weights: nnx.State, rest: nnx.State) -> tuple[list[Any], nnx.State]:
-        merged = nnx.merge(graph, weights, rest)
-        module, args, kwargs = merged
-        _set_class(module, base)
-        y = method(module, *args, **kwargs)
-        leaves, structure = jax.tree.flatten(y)
-        is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
-        outputs[:] = structure, [None if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
-        return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a], nnx.state(
-            merged, nnx.Not(is_weight)
-        )
-
-    closed, (arrays, state) = jax.make_jaxpr(program, return_shape=True)(weights, rest)
-    paths = [path[1] for path, _ in nnx.to_flat_state(weights)]
+    graph, weights, rest = nnx.split(inputs, _is_weight(tuple(adapters)), ...)
+    # One trace for all layers that are alike; jit knows what else a trace depends on.
+    static = base, method, tuple(adapters), graph
+    try:
+        traced = _jit_program.trace(static, weights, rest)
+    except TypeError:
+        raise
     values = [
-        _low_rank(self, adapters[leaf], value, key)
-        for leaf, value in zip(paths, jax.tree.leaves(weights), strict=True)
+        _low_rank(self, adapters[path[1]], value, key)
+        for (path, _), value in zip(nnx.to_flat_state(weights), jax.tree.leaves(weights), strict=True)
     ]
-    results = evaluate(closed, [*values, *jax.tree.leaves(rest)])
-    before = dict(
-        nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(rest), closed.jaxpr.invars[len(values) :]))
-    )
-    after = jax.tree.unflatten(jax.tree.structure(state), closed.jaxpr.outvars[len(arrays) :])
-    new = jax.tree.unflatten(jax.tree.structure(state), results[len(arrays) :])
+    program = traced.jaxpr
+    results = evaluate(program, [*values, *jax.tree.leaves(rest)])
+    y, new = jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
+    _, after = jax.tree.unflatten(jax.tree.structure(traced.out_info), program.jaxpr.outvars)
+    before = jax.tree.unflatten(jax.tree.structure(rest), program.jaxpr.invars[len(values) :])
+    before = dict(nnx.to_flat_state(before))
     for (path, variable), (_, atoms) in zip(nnx.to_flat_state(new), nnx.to_flat_state(after), strict=True):
         if isinstance(variable, nnx.Variable) and jax.tree.leaves(before.get(path)) != jax.tree.leaves(atoms):
             _write_back(inputs, path, variable)
-    structure, leaves = outputs
-    found = iter(results[: len(arrays)])
-    return jax.tree.unflatten(structure, [next(found) if leaf is None else leaf for leaf in leaves])
+    return jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, _Static) else leaf, y, is_leaf=_is_static)
+
+
+def _is_weight(leaves: tuple[str, ...]) -> Callable[[Any, Any], bool]:
+    """Selects the adapted weights of the module among (module, args, kwargs)."""
+    return lambda path, _: len(path) == 2 and path[0] == 0 and path[1] in leaves
+
+
+def _program(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, nnx.State]:
+    """A call as a function of arrays: its result, and the state of module and arguments after it."""
+    base, method, leaves, graph = static
+    merged = nnx.merge(graph, weights, rest)
+    module, args, kwargs = merged
+    _set_class(module, base)
+    y = method(module, *args, **kwargs)
+    is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)  # noqa: E731
+    return (
+        jax.tree.map(lambda x: x if is_array(x) else _Static(x), y),
+        nnx.state(merged, nnx.Not(_is_weight(leaves))),
+    )
+
+
+_jit_program = jax.jit(_program, static_argnums=0)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A result of a call that is no array."""
+
+    value: Any
 
 
 def _low_rank(module: nnx.Module, adapter: LayerAdapter, value: Any, key: Any) -> LowRankWeight:
