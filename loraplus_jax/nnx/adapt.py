@@ -35,14 +35,29 @@ class LayerAdapter:
     """One adapted weight of a module; static, so it is part of the module's graph definition.
 
     Attributes:
-      leaf: the weight's attribute.
-      prefix: what precedes `lora_a` and `lora_b` in the factors' attributes.
-      spec: the spec in the model's table.
+      spec: the spec in the model's table, but with the weight's attribute as `leaf`: like layers have equal
+        adapters, and share compiled programs.
     """
 
-    leaf: str
-    prefix: str
     spec: AdapterSpec
+
+    @property
+    def leaf(self) -> str:
+        """The weight's attribute."""
+        return self.spec.leaf
+
+    @property
+    def prefix(self) -> str:
+        """What precedes `lora_a` and `lora_b` in the factors' attributes: a module may have several parameters."""
+        return f"{self.leaf}_" if self.spec.kind == "parameter" else ""
+
+    def path(self, module: str) -> str:
+        """The path in the table of specs, for a module at the path `module`."""
+        return join(module, self.leaf) if self.spec.kind == "parameter" else module
+
+    def spec_at(self, module: str) -> AdapterSpec:
+        """The spec in the model's table."""
+        return dataclasses.replace(self.spec, leaf=f"params/{join(module, self.leaf)}")
 
     def attribute(self, name: str) -> str:
         """The attribute of a factor, scale or tap on the module."""
@@ -94,29 +109,35 @@ def apply_lora_plus(
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
-    found = list(_find(model, config, stacked or {}))
-    specs: dict[str, AdapterSpec] = {}
-    for module, adapters in found:
-        for path, adapter in adapters.items():
-            specs[path] = adapter.spec
+    for module, adapters in _find(model, config, stacked or {}):
+        for adapter in adapters:
             _make_factors(module, adapter, config, rngs, dtype)
-        setattr(module, ADAPTERS, tuple(adapters.values()))
+        setattr(module, ADAPTERS, adapters)
         if config.dropout:
-            setattr(module, DROPOUT, _make_dropout(config.dropout, rngs, next(iter(adapters.values())).spec))
+            setattr(module, DROPOUT, _make_dropout(config.dropout, rngs, adapters[0].spec))
         _set_class(module, _adapted_class(type(module)))
-    return specs
+    return {
+        adapter.path(path): adapter.spec_at(path)
+        for path, _, adapters in adapted_modules(model)
+        for adapter in adapters
+    }
 
 
-def adapted_modules(model: nnx.Module) -> Iterator[tuple[nnx.Module, tuple[LayerAdapter, ...]]]:
-    """The modules of a model with adapters."""
-    for _, module in nnx.iter_modules(model):
+def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, tuple[LayerAdapter, ...]]]:
+    """The modules of a model with adapters, and their paths."""
+    for parts, module in nnx.iter_modules(model):
         if (adapters := vars(module).get(ADAPTERS)) is not None:
-            yield module, adapters
+            yield "/".join(map(str, parts)), module, adapters
+
+
+def join(module: str, name: str) -> str:
+    """The path of an attribute of a module."""
+    return f"{module}/{name}" if module else name
 
 
 def remove_adapters(model: nnx.Module) -> None:
     """Removes all adapters in place; the model is then as before `apply_lora_plus`."""
-    for module, adapters in list(adapted_modules(model)):
+    for _, module, adapters in list(adapted_modules(model)):
         for adapter in adapters:
             for name in adapter.factors:
                 delattr(module, name)
@@ -128,8 +149,8 @@ def remove_adapters(model: nnx.Module) -> None:
 
 def _find(
     model: nnx.Module, config: LoRAPlusConfig, stacked: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[nnx.Module, dict[str, LayerAdapter]]]:
-    """The modules to adapt, with their adapters by path in the specs; checks all rules first."""
+) -> list[tuple[nnx.Module, tuple[LayerAdapter, ...]]]:
+    """The modules to adapt, with their adapters; checks all rules."""
     seen: dict[str, TracedModule] = {}
     leaves: set[str] = set()
     stacks: dict[str, int] = {}
@@ -140,26 +161,23 @@ def _find(
             raise ValueError(f"{path or 'the model'!r} already has an adapter; name all layers in one config")
         entry = seen.setdefault(path, TracedModule(type(module).__name__))
         own = {n for n, v in vars(module).items() if isinstance(v, nnx.Param)}
-        leaves |= {f"{path}/{name}".removeprefix("/") for name in own}
-        adapters = {}
+        leaves |= {join(path, name) for name in own}
+        specs = []
         if (weight := _target(module, path, config, entry)) is not None:
             spec = _layer_spec(module, path, weight, config, stacked, stacks)
             if spec is not None:
                 entry.adapted = True
-                adapters[path] = LayerAdapter(weight.leaf, "", spec)
+                specs.append(spec)
         for leaf in matrices(module):
-            name = f"{path}/{leaf}".removeprefix("/")
-            if config.target_parameters and (rule := parameter_rule(config, name)) is not None:
-                adapters[name] = LayerAdapter(
-                    leaf, f"{leaf}_", _parameter_spec(module, leaf, name, rule, config)
-                )
-        if adapters:
-            found.append((module, adapters))
+            if config.target_parameters and (rule := parameter_rule(config, join(path, leaf))) is not None:
+                specs.append(_parameter_spec(module, leaf, join(path, leaf), rule, config))
+        if specs:
+            found.append((path, module, tuple(map(LayerAdapter, specs))))
     check_coverage(config, seen, leaves, stacks)
-    if unused := [name for name in stacked if not any(matches((name,), p) for _, a in found for p in a)]:
+    if unused := [name for name in stacked if not any(matches((name,), path) for path, _, _ in found)]:
         raise ValueError(f"stacked: {unused[0]!r} matches no adapted module")
     _check_not_shared(model, found)
-    return iter(found)
+    return [(module, adapters) for _, module, adapters in found]
 
 
 def _target(module: nnx.Module, path: str, config: LoRAPlusConfig, entry: TracedModule) -> LayerWeight | None:
@@ -193,7 +211,7 @@ def _layer_spec(
     if axes is None:
         axes = _stacked_axes(shape, weight, path)
     spec = AdapterSpec(
-        leaf=f"params/{path}/{weight.leaf}".replace("//", "/"),
+        leaf=weight.leaf,
         kind=weight.kind,
         axes=weight.axes,
         shape=shape,
@@ -239,7 +257,7 @@ def _parameter_spec(
             f"{len(shape)} axis letters, got {axes!r}"
         )
     spec = AdapterSpec(
-        leaf=f"params/{name}",
+        leaf=leaf,
         kind="parameter",
         axes=axes,
         shape=shape,
@@ -269,12 +287,13 @@ def _check_not_shared(model: nnx.Module, found: list[Any]) -> None:
         for name, value in vars(module).items():
             if isinstance(value, nnx.Variable):
                 owners.setdefault(id(value), []).append("/".join((*map(str, parts), name)))
-    for module, adapters in found:
-        for path, adapter in adapters.items():
+    for path, module, adapters in found:
+        for adapter in adapters:
             if len(places := owners[id(vars(module)[adapter.leaf])]) > 1:
                 raise ValueError(
-                    f"{path!r} has an adapter, but its weight is one variable in {' and '.join(places)}, and "
-                    "only one of them would use the adapter; share the module instead of the variable"
+                    f"{adapter.path(path)!r} has an adapter, but its weight is one variable in "
+                    f"{' and '.join(places)}, and only one of them would use the adapter; share the module "
+                    "instead of the variable"
                 )
 
 
@@ -373,26 +392,24 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     key = _dropout_key(self)
     inputs = self, args, kwargs
     graph, weights, rest = nnx.split(inputs, _is_weight(tuple(adapters)), ...)
-    # One trace for all layers that are alike; jit knows what else a trace depends on.
-    static = base, method, tuple(adapters), graph
-    try:
-        traced = _jit_program.trace(static, weights, rest)
-    except TypeError:
-        raise
+    # One trace for all calls that are alike; jit knows what else a trace depends on.
+    traced = _program.trace((base, method, tuple(adapters), graph), weights, rest)
+    program, structure = traced.jaxpr, jax.tree.structure(traced.out_info)
     values = [
         _low_rank(self, adapters[path[1]], value, key)
         for (path, _), value in zip(nnx.to_flat_state(weights), jax.tree.leaves(weights), strict=True)
     ]
-    program = traced.jaxpr
     results = evaluate(program, [*values, *jax.tree.leaves(rest)])
-    y, new = jax.tree.unflatten(jax.tree.structure(traced.out_info), results)
-    _, after = jax.tree.unflatten(jax.tree.structure(traced.out_info), program.jaxpr.outvars)
-    before = jax.tree.unflatten(jax.tree.structure(rest), program.jaxpr.invars[len(values) :])
-    before = dict(nnx.to_flat_state(before))
-    for (path, variable), (_, atoms) in zip(nnx.to_flat_state(new), nnx.to_flat_state(after), strict=True):
-        if isinstance(variable, nnx.Variable) and jax.tree.leaves(before.get(path)) != jax.tree.leaves(atoms):
+    y, state = jax.tree.unflatten(structure, results)
+    _, new = jax.tree.unflatten(structure, program.jaxpr.outvars)
+    old = dict(
+        nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(rest), program.jaxpr.invars[len(values) :]))
+    )
+    for (path, variable), (_, atoms) in zip(nnx.to_flat_state(state), nnx.to_flat_state(new), strict=True):
+        if isinstance(variable, nnx.Variable) and jax.tree.leaves(old.get(path)) != jax.tree.leaves(atoms):
             _write_back(inputs, path, variable)
-    return jax.tree.map(lambda leaf: leaf.value if isinstance(leaf, _Static) else leaf, y, is_leaf=_is_static)
+    is_static = lambda x: isinstance(x, _Static)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_static(x) else x, y, is_leaf=is_static)
 
 
 def _is_weight(leaves: tuple[str, ...]) -> Callable[[Any, Any], bool]:
@@ -400,6 +417,7 @@ def _is_weight(leaves: tuple[str, ...]) -> Callable[[Any, Any], bool]:
     return lambda path, _: len(path) == 2 and path[0] == 0 and path[1] in leaves
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _program(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, nnx.State]:
     """A call as a function of arrays: its result, and the state of module and arguments after it."""
     base, method, leaves, graph = static
@@ -408,13 +426,8 @@ def _program(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tu
     _set_class(module, base)
     y = method(module, *args, **kwargs)
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)  # noqa: E731
-    return (
-        jax.tree.map(lambda x: x if is_array(x) else _Static(x), y),
-        nnx.state(merged, nnx.Not(_is_weight(leaves))),
-    )
-
-
-_jit_program = jax.jit(_program, static_argnums=0)
+    y = jax.tree.map(lambda x: x if is_array(x) else _Static(x), y)
+    return y, nnx.state(merged, nnx.Not(_is_weight(leaves)))
 
 
 @jax.tree_util.register_static
@@ -433,8 +446,8 @@ def _low_rank(module: nnx.Module, adapter: LayerAdapter, value: Any, key: Any) -
         key = None
     if len(spec.axes) != value.ndim:
         raise ValueError(
-            f"the weight {spec.leaf} has {value.ndim} axes in a call, but its layer has {len(spec.axes)} "
-            f"({spec.axes!r}); run stacked layers by nnx.scan or nnx.vmap"
+            f"the {spec.leaf} of a {type(module).__name__} has {value.ndim} axes in a call, but its letters "
+            f"are {spec.axes!r}; run stacked layers by nnx.scan or nnx.vmap"
         )
     letters = dataclasses.replace(spec, stacked=(), shape=value.shape, layers=None).base_letters
     scale, tap, *before = (vars(module).get(adapter.attribute(name)) for name in OPTIONAL)

@@ -22,7 +22,7 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
       method: the model's method to check.
     """
     adapters = adapters_by_path(model)
-    leaves = {adapter.spec.leaf.removeprefix("params/"): path for path, (_, adapter) in adapters.items()}
+    leaves = {adapted.spec.leaf.removeprefix("params/"): path for path, adapted in adapters.items()}
     is_adapted = lambda path, _: "/".join(map(str, path)) in leaves  # noqa: E731
     graph, weights, rest = nnx.split(model, is_adapted, ...)
 

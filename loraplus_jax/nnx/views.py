@@ -1,23 +1,16 @@
 """An adapted NNX model as the trees that the rest of the package takes, and as a pure function of them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
-from ..lora import PREVIOUS_FACTORS, SCALE, TAP, weight_delta
+from ..lora import SCALE, weight_delta
 from ..lora import disabled as disabled_tree
 from ..spec import AdapterSpec
 from ..tree import flatten, join_path, unflatten
-from .adapt import LayerAdapter, adapted_modules, remove_adapters
-
-_BESIDE = {SCALE: SCALE, TAP: TAP} | {name: name for name in PREVIOUS_FACTORS}
-
-
-def specs_of_model(model: nnx.Module) -> dict[str, AdapterSpec]:
-    """The table of specs of an adapted model, as `apply_lora_plus` returned it."""
-    return {path: adapter.spec for path, (_, adapter) in adapters_by_path(model).items()}
+from .adapt import OPTIONAL, LayerAdapter, adapted_modules, remove_adapters
 
 
 def lora_tree(model: nnx.Module) -> dict[str, Any]:
@@ -102,11 +95,11 @@ def merge(model: nnx.Module) -> nnx.Module:
     All other variables share their arrays with `model`.
     """
     merged = nnx.clone(model)
-    for module, adapter in adapters_by_path(merged).values():
+    for module, _, adapter, spec in adapters_by_path(merged).values():
         weight = getattr(module, adapter.leaf)
         a, b = (getattr(module, name)[...] for name in adapter.factors)
         value = weight.get_value()
-        weight.set_value((value + weight_delta(a, b, adapter.spec)).astype(value.dtype))
+        weight.set_value((value + weight_delta(a, b, spec)).astype(value.dtype))
     remove_adapters(merged)
     return merged
 
@@ -118,12 +111,10 @@ def unmerge(merged: nnx.Module, model: nnx.Module) -> None:
       ValueError: `merged` lacks one of the weights.
     """
     modules = {join_path(path): module for path, module in nnx.iter_modules(merged)}
-    for path, (module, adapter) in adapters_by_path(model).items():
-        owner = path.removesuffix(f"/{adapter.leaf}") if adapter.prefix else path
-        owner = "" if adapter.prefix and path == adapter.leaf else owner
-        if owner not in modules or adapter.leaf not in vars(modules[owner]):
-            raise ValueError(f"{adapter.spec.leaf} is missing in the merged model")
-        getattr(modules[owner], adapter.leaf).set_value(getattr(module, adapter.leaf).get_value())
+    for module, path, adapter, spec in adapters_by_path(model).values():
+        if path not in modules or adapter.leaf not in vars(modules[path]):
+            raise ValueError(f"{spec.leaf} is missing in the merged model")
+        getattr(modules[path], adapter.leaf).set_value(getattr(module, adapter.leaf).get_value())
 
 
 def disabled(model: nnx.Module) -> nnx.Module:
@@ -136,15 +127,22 @@ def disabled(model: nnx.Module) -> nnx.Module:
     return copy
 
 
-def adapters_by_path(model: nnx.Module) -> dict[str, tuple[nnx.Module, LayerAdapter]]:
-    """The module and adapter of each path in the specs; raises ValueError without adapters."""
-    found = {}
-    for module, adapters in adapted_modules(model):
-        for adapter in adapters:
-            path = adapter.spec.leaf.removeprefix("params/")
-            if adapter.spec.kind != "parameter":
-                path = path.removesuffix(adapter.leaf).rstrip("/")
-            found[path] = (module, adapter)
+class Adapted(NamedTuple):
+    """An adapted weight: its module, the module's path, the adapter and its spec in the model's table."""
+
+    module: nnx.Module
+    path: str
+    adapter: LayerAdapter
+    spec: AdapterSpec
+
+
+def adapters_by_path(model: nnx.Module) -> dict[str, Adapted]:
+    """The adapted weights by their path in the specs; raises ValueError if there are none."""
+    found = {
+        adapter.path(path): Adapted(module, path, adapter, adapter.spec_at(path))
+        for path, module, adapters in adapted_modules(model)
+        for adapter in adapters
+    }
     if not found:
         raise ValueError("the model has no adapters; call apply_lora_plus first")
     return found
@@ -154,8 +152,8 @@ def _factors(model: nnx.Module) -> dict[str, nnx.Variable]:
     """The variables of the factors by their path in the tree of adapters."""
     return {
         name: getattr(module, attribute)
-        for path, (module, adapter) in adapters_by_path(model).items()
-        for name, attribute in zip(adapter.spec.factor_paths(path), adapter.factors, strict=True)
+        for path, (module, _, adapter, spec) in adapters_by_path(model).items()
+        for name, attribute in zip(spec.factor_paths(path), adapter.factors, strict=True)
     }
 
 
@@ -163,8 +161,8 @@ def _set_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     """Sets the variables of a model within one call of `functional`, with scales and taps beside the factors."""
     lora = flatten(variables.get("lora", {})) | flatten(variables.get(SCALE, {}))
     factors = _factors(model)
-    for path, (module, adapter) in adapters_by_path(model).items():
-        for name in _BESIDE:
+    for path, (module, _, adapter, _) in adapters_by_path(model).items():
+        for name in OPTIONAL:
             if (value := lora.pop(f"{path}/{name}".removeprefix("/"), None)) is not None:
                 setattr(module, adapter.attribute(name), nnx.LoRAParam(value))
     for name, value in lora.items():
