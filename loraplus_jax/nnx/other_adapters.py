@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._validation import check_number
+from ..config import LoRAPlusConfig
 from ..factor_pairs import factor_pairs
 from ..spec import LEAVES, AdapterSpec
 from ..tree import leaves_by_path, unflatten
@@ -26,10 +28,12 @@ class OtherAdapters(NamedTuple):
     Attributes:
       lora: the tree of factors, as in the collection `"lora"`.
       specs: the table of specs, from path to `AdapterSpec`.
+      config: a config that gives these specs, for `save_peft` and `save_adapter`.
     """
 
     lora: dict[str, Any]
     specs: dict[str, AdapterSpec]
+    config: LoRAPlusConfig
 
 
 def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None) -> OtherAdapters:
@@ -76,7 +80,21 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
         specs[path] = spec
     if not specs:
         raise ValueError("the model contains no adapters of a known library")
-    return OtherAdapters(unflatten(lora), specs)
+    return OtherAdapters(unflatten(lora), specs, _config(specs, scale))
+
+
+def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
+    """A config with the specs' modules, ranks and scale."""
+    ranks = {path: spec.rank for path, spec in specs.items()}
+    rank, _ = Counter(ranks.values()).most_common(1)[0]
+    others = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    return LoRAPlusConfig(
+        target_modules=tuple(specs),
+        rank=rank,
+        alpha=rank * scale,
+        rank_pattern=others,
+        alpha_pattern={path: own * scale for path, own in others.items()},
+    )
 
 
 def _leaves(source: Any) -> dict[str, Any]:
@@ -125,6 +143,6 @@ def _axes(path: str, weight: Any, a: Any, rules: Mapping[str, str], letters: Map
         and len(set(axes)) == 2
     ]
     raise ValueError(
-        f"{path}: the axes of its weight {tuple(weight.shape)} are unknown; pass axes={{{path!r}: LETTERS}} with i for "
-        f"input and o for output axes, such as {' or '.join(map(repr, proposals)) or 'io'}"
+        f"{path}: the axes of its weight {tuple(weight.shape)} are unknown; pass axes={{{path!r}: LETTERS}} with i "
+        f"for input and o for output axes, such as {' or '.join(map(repr, proposals)) or 'io'}"
     )
