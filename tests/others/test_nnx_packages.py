@@ -10,10 +10,10 @@ import optax
 import pytest
 from flax import nnx
 
-from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, merge, save_peft
+from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, save_peft
 from loraplus_jax.interop.name_maps import TUNIX_LLAMA
 from loraplus_jax.interop.peft_files import load_peft
-from loraplus_jax.nnx import apply_lora_plus, check_reads, functional, lora_tree, set_lora, specs_of
+from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, set_lora, specs_of
 from loraplus_jax.nnx import merge as merge_model
 
 IDS = jnp.arange(16).reshape(2, 8)
@@ -43,8 +43,7 @@ def train(model, tx, steps, directory=None, **options):
 
     def loss_fn(model, input_tokens, positions, attention_mask):
         rows, _ = model(input_tokens, positions, None, attention_mask)
-        loss = optax.softmax_cross_entropy_with_integer_labels(rows[:, :-1], input_tokens[:, 1:]).mean()
-        return loss
+        return optax.softmax_cross_entropy_with_integer_labels(rows[:, :-1], input_tokens[:, 1:]).mean()
 
     def inputs(batch):
         return {"input_tokens": batch.input_tokens, "positions": POSITIONS, "attention_mask": MASK}
@@ -113,7 +112,7 @@ def test_tunix_accumulates_and_resumes(tmp_path):
         apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
         for steps in runs:
             root = str(tmp_path / f"{len(runs)}")
-            trainer, _ = train(model, adamw(), steps, root, gradient_accumulation_steps=2)
+            _trainer, _ = train(model, adamw(), steps, root, gradient_accumulation_steps=2)
         ends.append(lora_tree(model))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *ends)
 
@@ -123,7 +122,7 @@ def test_the_adapters_of_qwix_in_tunix(tmp_path):
     model = tunix_model("qwen3")
     provider = qwix.LoraProvider(module_path=".*(q_proj|v_proj|o_proj|gate_proj)", rank=2, alpha=4.0)
     model = qwix.apply_lora_to_model(model, provider, IDS, POSITIONS, None, MASK, rngs=nnx.Rngs(1))
-    for path, variable in nnx.iter_graph(model):
+    for _path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.LoRAParam):
             variable[...] = drawn({"x": variable[...]})["x"]
     before = specs_of(model, scale=2.0)
