@@ -16,6 +16,8 @@ from loraplus_jax.interop.peft_files import load_peft
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, set_lora, specs_of
 from loraplus_jax.nnx import merge as merge_model
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
 IDS = jnp.arange(16).reshape(2, 8)
 POSITIONS = jnp.broadcast_to(jnp.arange(8), (2, 8))
 MASK = jnp.broadcast_to(jnp.tril(jnp.ones((8, 8), bool)), (2, 8, 8))
@@ -28,7 +30,9 @@ def tunix_model(family, **options):
     models = pytest.importorskip(f"tunix.models.{family}.model")
     config = models.ModelConfig(**SIZES | options)
     model = {"qwen3": "Qwen3", "llama3": "Llama3", "qwen2": "Qwen2"}[family]
-    return getattr(models, model)(config, rngs=nnx.Rngs(0))
+    made = getattr(models, model)(config, rngs=nnx.Rngs(0))
+    nnx.update(made, drawn(nnx.state(made, nnx.Param)))  # tunix starts some weights at zero
+    return made
 
 
 def logits(model):
