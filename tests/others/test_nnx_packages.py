@@ -3,6 +3,9 @@
 `.ci/run` installs the packages; where one is missing its tests are skipped.
 """
 
+import runpy
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,3 +145,9 @@ def test_the_adapters_of_qwix_in_tunix(tmp_path):
     np.testing.assert_allclose(
         logits(ours), logits(model), rtol=0, atol=1e-4 * float(jnp.abs(logits(model)).max())
     )
+
+
+def test_the_example_of_tunix_learns():
+    pytest.importorskip("tunix")
+    before, after = runpy.run_path(str(Path(__file__).parents[2] / "examples/08_tunix.py"))["main"]()
+    assert after < 0.9 * before
