@@ -396,7 +396,7 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     traced = _program.trace((base, method, tuple(adapters), graph), weights, rest)
     program, structure = traced.jaxpr, jax.tree.structure(traced.out_info)
     values = [
-        _low_rank(self, adapters[path[1]], value, key)
+        _low_rank(self, adapters[str(path[1])], value, key)
         for (path, _), value in zip(nnx.to_flat_state(weights), jax.tree.leaves(weights), strict=True)
     ]
     results = evaluate(program, [*values, *jax.tree.leaves(rest)])
@@ -450,7 +450,8 @@ def _low_rank(module: nnx.Module, adapter: LayerAdapter, value: Any, key: Any) -
             f"are {spec.axes!r}; run stacked layers by nnx.scan or nnx.vmap"
         )
     letters = dataclasses.replace(spec, stacked=(), shape=value.shape, layers=None).base_letters
-    scale, tap, *before = (vars(module).get(adapter.attribute(name)) for name in OPTIONAL)
+    beside: Any = [vars(module).get(adapter.attribute(name)) for name in OPTIONAL]
+    scale, tap, *before = beside
     return LowRankWeight(
         w=value,
         a=a,
