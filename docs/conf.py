@@ -41,7 +41,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 
-PUBLIC = ("", "optim", "linen", "interop")
+PUBLIC = ("", "optim", "linen", "nnx", "interop")
 """The folders whose modules are the public API; the rest is the application."""
 
 

@@ -57,7 +57,7 @@ def test_the_reference_has_every_public_symbol_setting_and_error(conf, tmp_path)
             assert re.search(rf"\.{name}`", api), name
     modules = conf.public_modules()
     package = Path(loraplus_jax.__file__).parent
-    folders = [package, *(package / folder for folder in ("optim", "linen", "interop"))]
+    folders = [package, *(package / folder for folder in ("optim", "linen", "nnx", "interop"))]
     files = [
         f for folder in folders for f in folder.glob("*.py") if not f.name.startswith("_") and f.stem != "cli"
     ]

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "loraplus_jax"
 
 # A folder imports from itself and from folders above it; the core is the files at the root of the package.
 FOLDERS = (
-    *("core", "optim", "linen", "interop"),  # a loop of one's own needs no more
+    *("core", "optim", "linen", "nnx", "interop"),  # a loop of one's own needs no more
     "models",
     *("settings", "data", "tasks", "training", "sweep", "plan", "inference", "cli"),
 )
@@ -91,14 +91,19 @@ def test_the_public_names_are_the_core_s_and_few():
     assert len(set(names)) == len(names)
 
 
-def loaded_by(modules):
-    code = f"import {modules}, sys; print(*{{name.split('.')[0] for name in sys.modules}})"
+def modules_after(imports):
+    code = f"import {imports}, sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(run.stdout.split())
+    return run.stdout.split()
+
+
+def loaded_by(imports):
+    return {name.split(".")[0] for name in modules_after(imports)}
 
 
 def test_importing_the_package_loads_no_extra():
     core = loaded_by("loraplus_jax")
+    assert "loraplus_jax.nnx" not in modules_after("loraplus_jax")  # nor NNX
     assert {"jax", "flax", "optax", "orbax"} <= core
     # Flax itself loads rich and yaml.
     assert not core & set(EXTRAS) - loaded_by("jax, flax.linen, optax, orbax.checkpoint")

@@ -16,7 +16,7 @@ from flax.core.scope import LazyRng
 from ..config import ALL_LINEAR, Init, LoRAPlusConfig
 from ..dataflow import mark_weight
 from ..inits import factor_inits
-from ..lora import PREVIOUS_FACTORS, SCALE, TAP, inject_gradient, update_squares
+from ..lora import PREVIOUS_FACTORS, SCALE, TAP, measured_term
 from ..rules import is_adapted, is_target, matching_rule
 from ..spec import AdapterSpec
 from .layer_table import LayerCall, layer_call
@@ -263,13 +263,11 @@ def add_low_rank_term(
         x = dropout.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
     scale = scope.get_variable("params" if collection == "params" else SCALE, SCALE, adapter.scale)
     scale = jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale
-    term = call.term(x, a, b, scale)
-    if scope.has_variable(collection, TAP):  # a step is being measured, see theory.py
-        tap, *before = map(get, (TAP, *PREVIOUS_FACTORS))
-        batch_axes = sum(role not in "io" for role in call.axes)
-        inputs = jax.lax.stop_gradient(x)
-        squares = update_squares(call.term, inputs, (before[0], before[1]), (a, b), scale, batch_axes)
-        term = inject_gradient(term, tap, squares.reshape(tap.shape))
+    tap, *before = (
+        get(name) if scope.has_variable(collection, TAP) else None for name in (TAP, *PREVIOUS_FACTORS)
+    )
+    batch_axes = sum(role not in "io" for role in call.axes)
+    term = measured_term(call.term, x, (a, b), scale, tap, tuple(before), batch_axes)  # pyright: ignore
     term = term.astype(y.dtype)
     if mode() is Mode.LOW_RANK_ONLY:
         return term + mark_weight(meta.unbox(scope.get_variable("params", call.leaf))).astype(y.dtype)

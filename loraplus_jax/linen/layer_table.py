@@ -19,7 +19,7 @@ from flax.linen.dtypes import promote_dtype
 from opt_einsum.parser import parse_einsum_input
 
 from ..lora import low_rank_output
-from ..spec import EMBEDDING_FACTORS, FACTORS, AdapterSpec, factor_letters
+from ..spec import EMBEDDING_FACTORS, FACTORS, AdapterSpec, factor_letters, split_equation
 
 Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 """`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""
@@ -73,47 +73,6 @@ def layer_call(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: di
 def can_adapt(method: Any) -> bool:
     """Whether a bare method belongs to a supported layer."""
     return method in _METHODS
-
-
-def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
-    """Returns the roles of the axes of an einsum's second operand, and the two einsums of its low-rank term.
-
-    An axis of the weight that is in the result is a batch axis, kept in both factors, if the input has it, and an
-    output axis otherwise. All other axes are contracted (input axes).
-
-    Raises:
-      ValueError: there is no contracted axis or no output axis, or an operand has a letter twice.
-
-    >>> split_equation("BTD,NDH->BTNH")
-    ('oio', ('BTD,Dr->BTr', 'BTr,rNH->BTNH'))
-    >>> split_equation("ebi,eio->ebo")
-    ('eio', ('ebi,eir->ebr', 'ebr,ero->ebo'))
-    """
-    operands, result = equation.split("->")
-    x, w = operands.split(",")
-    if any(len(set(part)) < len(part) for part in (x, w, result)):
-        raise ValueError(
-            f"einsum {equation!r} cannot be adapted: a letter must not occur twice in one operand"
-        )
-    outputs = "".join(c for c in w if c in result and c not in x)
-    batch = "".join(c for c in w if c in result and c in x)
-    if not any(c in x and c not in result for c in w):
-        raise ValueError(f"einsum {equation!r} cannot be adapted: A needs a contracted axis")
-    if not outputs:
-        raise ValueError(
-            f"einsum {equation!r} cannot be adapted: B needs an output axis that only the weight has"
-        )
-    rank = next(c for c in "r" + string.ascii_letters if c not in equation)
-    middle = "".join(c for c in result if c not in outputs) + rank
-    a = "".join(c for c in w if c not in outputs) + rank
-    first, second = f"{x},{a}->{middle}", f"{middle},{batch}{rank}{outputs}->{result}"
-    return _roles(w, outputs, batch), (first, second)
-
-
-def _roles(w: str, outputs: str, batch: str) -> str:
-    """The role of each axis: `i`, `o`, or a separate letter for each batch axis."""
-    spare = iter(c for c in string.ascii_lowercase[4:] + "abcd" if c not in "io")
-    return "".join("o" if c in outputs else next(spare) if c in batch else "i" for c in w)
 
 
 def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> LayerCall:

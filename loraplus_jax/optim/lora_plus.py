@@ -82,7 +82,8 @@ def _with_record(
     def record(state: Any, count: Any, step: Any, roles: tuple) -> Any:
         used = {role for _, role in roles}
         used_rates = {role: pair for role, pair in rates(step).items() if role in used}
-        as_float = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
+        # Copies, since a step that donates its state must not donate a hyperparameter's buffer twice.
+        as_float = lambda x: jnp.array(x, jnp.float32)  # noqa: E731
         return LoRAPlusState(
             inner_state=state,
             count=count,

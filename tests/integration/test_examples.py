@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+# 08_tunix.py needs tunix: tests/others/test_nnx_packages.py.
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -29,6 +30,13 @@ def test_raw_parameters_learn_and_merge():
     before, after, same = _main("03_raw_parameters.py")
     assert after < 0.3 * before
     assert same < 1e-4
+
+
+@pytest.mark.slow
+def test_an_nnx_loop_learns_and_merges():
+    before, after, difference = _main("07_nnx_loop.py")
+    assert after < 0.6 * before
+    assert difference < 1e-5
 
 
 @pytest.mark.slow

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
-from loraplus_jax.linen.layer_table import split_equation
-from loraplus_jax.spec import AdapterSpec
+from loraplus_jax.spec import AdapterSpec, split_equation
 
 KEY = jax.random.key(0, impl="rbg")
 FEW = settings(max_examples=12, deadline=None)

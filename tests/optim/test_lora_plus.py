@@ -414,6 +414,14 @@ def test_rates_can_be_read_and_changed_in_a_run_without_compiling_again():
     assert update._cache_size() == 1
 
 
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
+def test_a_step_may_donate_the_first_state(wrap):
+    """No buffer is in it twice: tunix donates it, and a buffer can be donated once."""
+    tx = wrap(inject(lora_plus_adamw)(learning_rate=0.1, lr_ratio=4.0))
+    arrays = [x for x in jax.tree.leaves(tx.init(PAIR)) if isinstance(x, jax.Array)]
+    assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
+
+
 def test_every_number_can_be_changed_in_a_run():
     params = {**PAIR, **EMBEDDED["lora"], "head": {"kernel": jnp.ones((3, 1))}}
     tx = inject(lora_plus_adamw)(

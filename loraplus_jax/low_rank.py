@@ -1,0 +1,231 @@
+"""Evaluates a program with some inputs kept as W + s A B, without adding the parts up where it can.
+
+A contraction of all input axes (or all output axes) of such a weight, a lookup of its rows and a convolution with
+it cost the base operation and two thin ones. Every other operation gets the sum: correct for any program, but as
+dear as the whole weight.
+"""
+
+import dataclasses
+import functools
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+from .dataflow import mark_weight
+from .lora import low_rank_output, measured_term
+
+_TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "stop_gradient", "optimization_barrier")
+"""Operations that the factors pass unchanged. A layer that stops its weight's gradient freezes W, not A and B."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["w", "a", "b", "scale", "key", "tap", "before"],
+    meta_fields=["letters", "factor_letters", "dropout", "omit"],
+)
+@dataclasses.dataclass(frozen=True)
+class LowRankWeight:
+    """A weight W + s A B.
+
+    Attributes:
+      w: W, in any order of axes.
+      a, b: the factors; they may have another dtype than W.
+      letters: the einsum letters of W's axes.
+      factor_letters: those of A and B, with `r` for the rank.
+      scale: s.
+      dropout: rate of dropout on the input of a contraction; 0 for none.
+      key: its key.
+      tap, before: for `make_theory`, the leaf whose gradient is the measurement, and A and B of the previous step.
+      omit: whether to leave W out and mark it for `trace_dataflow` instead.
+    """
+
+    w: Any
+    a: Any
+    b: Any
+    letters: str
+    factor_letters: tuple[str, str]
+    scale: Any
+    dropout: float = 0.0
+    key: Any = None
+    tap: Any = None
+    before: Any = None
+    omit: bool = False
+
+    def sum(self) -> jax.Array:
+        """W + s A B in W's dtype, added in float32 or wider."""
+        a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (self.a, self.b))
+        left, right = self.factor_letters
+        delta = jnp.einsum(
+            f"{left},{right}->{self.letters}", a, b, precision=jax.lax.Precision.HIGHEST
+        ) * jnp.asarray(self.scale, a.dtype)
+        return (self.base() + delta).astype(self.w.dtype)
+
+    def base(self) -> jax.Array:
+        """W, or with `omit` zeros in its place."""
+        return jnp.zeros_like(self.w) + mark_weight(self.w).astype(self.w.dtype) if self.omit else self.w
+
+
+def evaluate(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[jax.Array]:
+    """Runs a program on inputs of which some are `LowRankWeight`; returns its outputs as arrays."""
+    return [_array(value) for value in _evaluate(program, inputs)]
+
+
+def _array(value: Any) -> Any:
+    return value.sum() if isinstance(value, LowRankWeight) else value
+
+
+def _evaluate(program: Any, inputs: Sequence[Any]) -> list[Any]:
+    jaxpr, consts = getattr(program, "jaxpr", program), getattr(program, "consts", ())
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
+    for eqn in jaxpr.eqns:
+        values |= zip(
+            eqn.outvars, _evaluate_eqn(eqn, [read(atom) for atom in eqn.invars], jaxpr), strict=True
+        )
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
+    name, weights = eqn.primitive.name, [x for x in inputs if isinstance(x, LowRankWeight)]
+    if name in ("jit", "pjit", "closed_call", "core_call"):
+        return _evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), inputs)
+    if not weights:
+        return _bind(eqn, inputs, jaxpr)
+    if name in ("checkpoint", "remat", "remat2"):
+        inner = functools.partial(_evaluate, eqn.params["jaxpr"])
+        options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
+        return jax.checkpoint(lambda *values: inner(values), **options)(*inputs)
+    if len(weights) == 1:
+        (weight,) = weights
+        of = lambda w: _bind(eqn, [w if x is weight else x for x in inputs], jaxpr)[0]  # noqa: E731
+        if name in (*_TRANSPARENT, "convert_element_type") and len(eqn.outvars) == 1:
+            return [dataclasses.replace(weight, w=of(weight.w))]
+        if name == "transpose":
+            letters = "".join(weight.letters[n] for n in eqn.params["permutation"])
+            return [dataclasses.replace(weight, w=of(weight.w), letters=letters)]
+        if name in _RULES and (term := _RULES[name](eqn, inputs, weight)) is not None:
+            y = of(weight.base())
+            return [y + term.astype(y.dtype)]
+    return _bind(eqn, [_array(value) for value in inputs], jaxpr)
+
+
+def _bind(eqn: Any, inputs: Sequence[Any], jaxpr: Any) -> Sequence[Any]:
+    """Runs one operation of a program on arrays.
+
+    As a program of its own: only jax's interpreter knows the context and nested functions of any operation.
+    """
+    values = {a: x for a, x in zip(eqn.invars, inputs, strict=True) if not isinstance(a, Literal)}
+    one = jaxpr.replace(constvars=[], invars=list(values), outvars=eqn.outvars, eqns=[eqn])
+    return jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values())
+
+
+def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:
+    """The term of a `dot_general` over all input axes or over all output axes, batch axes being those of both."""
+    position = 0 if inputs[0] is weight else 1
+    x, dimensions = inputs[1 - position], eqn.params["dimension_numbers"]
+    (contracted, x_contracted), (batch, x_batch) = (
+        pair if position == 0 else pair[::-1] for pair in dimensions
+    )
+    left, right = map(set, weight.factor_letters)
+    used = {weight.letters[n] for n in contracted}
+    if {weight.letters[n] for n in batch} != left & right - {"r"} or used not in (left - right, right - left):
+        return None
+    letters = list(string.ascii_uppercase[: x.ndim])  # the weight's are lower case
+    for n, m in (*zip(x_contracted, contracted, strict=True), *zip(x_batch, batch, strict=True)):
+        letters[n] = weight.letters[m]
+    shared = [weight.letters[n] for n in batch]
+    free = [c for c in letters if c.isupper()]
+    outputs = [c for n, c in enumerate(weight.letters) if n not in (*contracted, *batch)]
+    result = "".join((*shared, *outputs, *free) if position == 0 else (*shared, *free, *outputs))
+    middle = "".join((*shared, *free, "r"))
+    order = weight.factor_letters if used == left - right else weight.factor_letters[::-1]
+    equations = f"{''.join(letters)},{order[0]}->{middle}", f"{middle},{order[1]}->{result}"
+    if (
+        position == 1
+        and not shared
+        and x_contracted == (x.ndim - 1,)
+        and order[0][0] in used
+        and len(weight.letters) == 2
+    ):
+        equations = None  # a plain product, which is quicker to trace
+    precision = eqn.params["precision"]
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        first, second = (a, b) if used == left - right else (b, a)
+        if equations is None and used != left - right:
+            first, second = first.T, second.T
+        return low_rank_output(x, first.astype(x.dtype), second.astype(x.dtype), scale, equations, precision)
+
+    return _measured(term, _dropped(x, weight), weight)
+
+
+def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:
+    """The term of a `gather` of whole rows of a matrix whose rows are its input axis."""
+    numbers, rank = eqn.params["dimension_numbers"], weight.a.shape[-1]
+    if (
+        inputs[0] is not weight
+        or weight.factor_letters != ("ar", "rb")
+        or weight.letters != "ab"
+        or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
+        or eqn.params["slice_sizes"] != (1, weight.w.shape[1])
+        or numbers.offset_dims != (eqn.outvars[0].aval.ndim - 1,)
+    ):
+        return None
+    options = {
+        name: eqn.params[name] for name in ("mode", "fill_value", "unique_indices", "indices_are_sorted")
+    }
+
+    def term(rows: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        h = jax.lax.gather(a, rows, numbers, slice_sizes=(1, rank), **options)
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
+
+    return _measured(term, inputs[1], weight)
+
+
+def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:
+    """The term of a convolution with a kernel `(window..., in / groups, out)`: to the rank, then to the outputs."""
+    params, last = eqn.params, weight.w.ndim - 1
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    if (
+        inputs[1] is not weight
+        or weight.letters != "".join(sorted(weight.letters))
+        or weight.factor_letters[1] != f"r{weight.letters[-1]}"
+        or (numbers.rhs_spec[0], numbers.out_spec[1]) != (last, last)
+        or params["batch_group_count"] != 1
+    ):
+        return None
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
+    options = {name: params[name] for name in names}
+
+    def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
+        # All groups share A; each has its own part of B's outputs.
+        kernel = jnp.tile(a, groups).astype(x.dtype)
+        h = jax.lax.conv_general_dilated(x, kernel, feature_group_count=groups, **options)
+        h = h.reshape(*h.shape[:-1], groups, -1) * jnp.asarray(scale, h.dtype)
+        b = b.astype(h.dtype).reshape(b.shape[0], groups, -1)
+        y = jnp.einsum("...gr,rgo->...go", h, b, precision=params["precision"])
+        return y.reshape(*y.shape[:-2], -1)
+
+    return _measured(term, _dropped(inputs[0], weight), weight)
+
+
+_RULES = {"dot_general": _contraction, "gather": _lookup, "conv_general_dilated": _convolution}
+
+
+def _dropped(x: jax.Array, weight: LowRankWeight) -> jax.Array:
+    """Applies the adapter's dropout to its input."""
+    if weight.key is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    keep = 1.0 - weight.dropout
+    kept = jax.random.bernoulli(weight.key, keep, x.shape)
+    return jnp.where(kept, x / keep, jnp.zeros_like(x))
+
+
+def _measured(term: Callable[..., jax.Array], x: jax.Array, weight: LowRankWeight) -> jax.Array:
+    batch_axes = len(set(weight.factor_letters[0]) & set(weight.factor_letters[1])) - 1
+    factors = weight.a, weight.b
+    return measured_term(term, x, factors, weight.scale, weight.tap, weight.before, batch_axes)

@@ -1,0 +1,20 @@
+"""LoRA+ for existing Flax NNX models, imported by name: `from loraplus_jax.nnx import apply_lora_plus`."""
+
+from .adapt import apply_lora_plus, remove_adapters
+from .other_adapters import specs_of
+from .reads import check_reads
+from .views import base_variables, disabled, functional, lora_tree, merge, set_lora, unmerge
+
+__all__ = [
+    "apply_lora_plus",
+    "base_variables",
+    "check_reads",
+    "disabled",
+    "functional",
+    "lora_tree",
+    "merge",
+    "remove_adapters",
+    "set_lora",
+    "specs_of",
+    "unmerge",
+]

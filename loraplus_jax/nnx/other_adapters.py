@@ -1,0 +1,148 @@
+"""Adapters that other libraries put into a model: their factors in our form, and their specs."""
+
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from .._validation import check_number
+from ..config import LoRAPlusConfig
+from ..factor_pairs import factor_pairs
+from ..spec import LEAVES, AdapterSpec
+from ..tree import leaves_by_path, unflatten
+from .adapt import join
+from .layers import layer_weight
+
+_BELOW = ("", "/base_module")
+"""Where a weight may be below its module: `nnx.LoRA` holds the layer in a field."""
+
+
+class OtherAdapters(NamedTuple):
+    """Adapters of another library.
+
+    Attributes:
+      lora: the tree of factors, as in the collection `"lora"`.
+      specs: the table of specs, from path to `AdapterSpec`.
+      config: a config that gives these specs, for `save_peft` and `save_adapter`.
+    """
+
+    lora: dict[str, Any]
+    specs: dict[str, AdapterSpec]
+    config: LoRAPlusConfig
+
+
+def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None) -> OtherAdapters:
+    """Reads the adapters of qwix (so of tunix), `nnx.LoRA`, `nnx.LoRALinear` or gemma.
+
+    With the result `save_peft` writes a PEFT directory from their runs, `merge` merges them, and `describe` shows
+    them. Factors that the library flattens, such as (in, heads · size), get the axes of their weight.
+
+    Args:
+      source: an NNX model, or a tree of parameters with factors and weights, such as `nnx.state` of a model or the
+        `"params"` of a Linen model.
+      scale: the library's scale of A B: alpha / rank for qwix, 1 for `nnx.LoRA` and gemma.
+      axes: one letter per axis of weights whose layer does not tell, by a regular expression for the weight's
+        path, as in `target_parameters`: `{".*/q_einsum/w": "oio"}`.
+
+    Raises:
+      ValueError: there are no adapters, a weight's axes are unknown (the message proposes letters), or factors do
+        not fit their weight.
+    """
+    check_number("scale", scale, above=0.0)
+    leaves, letters = _leaves(source), _letters(source)
+    lora, specs = {}, {}
+    for key, pair in factor_pairs(leaves).items():
+        module, name = _weight(key, leaves)
+        weight, (a, b) = leaves[join(module, name)], (leaves[path] for path in pair)
+        found = _axes(join(module, name), weight, a, axes or {}, letters)
+        path = module.removesuffix("/base_module")
+        kind = "embed" if name == "embedding" else "dense" if found == "io" else "einsum"
+        spec = AdapterSpec(
+            leaf=f"params/{join(module, name)}",
+            kind=kind,
+            axes=found,
+            shape=tuple(weight.shape),
+            rank=a.shape[-1],
+            scale=scale,
+            stacked=(0,) * (len(weight.shape) - len(found)),
+        )
+        for factor, value, shape in zip(spec.factor_paths(path), (a, b), spec.factor_shapes, strict=True):
+            if math.prod(shape) != value.size:
+                raise ValueError(
+                    f"{factor}: {tuple(value.shape)} does not fit {shape}, the shape for axes {found!r}"
+                )
+            lora[factor] = jnp.reshape(value, shape)
+        specs[path] = spec
+    if not specs:
+        raise ValueError("the model contains no adapters of a known library")
+    return OtherAdapters(unflatten(lora), specs, _config(specs, scale))
+
+
+def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
+    """A config with the specs' modules, ranks and scale."""
+    ranks = {path: spec.rank for path, spec in specs.items()}
+    rank, _ = Counter(ranks.values()).most_common(1)[0]
+    others = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    return LoRAPlusConfig(
+        target_modules=tuple(specs),
+        rank=rank,
+        alpha=rank * scale,
+        rank_pattern=others,
+        alpha_pattern={path: own * scale for path, own in others.items()},
+    )
+
+
+def _leaves(source: Any) -> dict[str, Any]:
+    """The arrays of a model or tree by path, without the level `value` of variables."""
+    tree = nnx.state(source, nnx.Param) if isinstance(source, nnx.Module) else source
+    leaves = leaves_by_path(tree)
+    return {path.removesuffix("/value").removeprefix("params/"): leaf for path, leaf in leaves.items()}
+
+
+def _letters(source: Any) -> dict[str, str]:
+    """The axes of the weights of an NNX model's layers, by the weight's path."""
+    found = {}
+    for parts, module in nnx.iter_modules(source) if isinstance(source, nnx.Module) else ():
+        if (weight := layer_weight(module)) is not None:
+            found[join("/".join(map(str, parts)), weight.leaf)] = weight.axes
+    return found
+
+
+def _weight(key: str, leaves: Mapping[str, Any]) -> tuple[str, str]:
+    """The path of the module of a pair of factors, and the name of its weight."""
+    if key in leaves:  # qwix: kernel_lora_a beside kernel
+        module, _, name = key.rpartition("/")
+        return module, name
+    owner = re.sub(r"(^|/)(_LoRA\w+_\d+/)?lora$", "", key)
+    for below in _BELOW:
+        module = f"{owner}{below}".removeprefix("/")
+        for name in (*LEAVES, "w"):
+            if join(module, name) in leaves:
+                return module, name
+    raise ValueError(f"{key}: there are factors, but the weight that they adapt is not in the model")
+
+
+def _axes(path: str, weight: Any, a: Any, rules: Mapping[str, str], letters: Mapping[str, str]) -> str:
+    for rule, axes in rules.items():
+        if re.fullmatch(rule, path):
+            return axes
+    if path in letters:
+        return letters[path]
+    if len(weight.shape) == 2 and a.shape[0] == weight.shape[0]:
+        return "io"
+    proposals = [
+        "".join(axes)
+        for axes in itertools.product("io", repeat=len(weight.shape))
+        if math.prod(n for n, role in zip(weight.shape, axes, strict=True) if role == "i") * a.shape[-1]
+        == a.size
+        and len(set(axes)) == 2
+    ]
+    raise ValueError(
+        f"{path}: the axes of its weight {tuple(weight.shape)} are unknown; pass axes={{{path!r}: LETTERS}} with i "
+        f"for input and o for output axes, such as {' or '.join(map(repr, proposals)) or 'io'}"
+    )

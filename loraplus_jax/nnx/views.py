@@ -1,0 +1,187 @@
+"""An adapted NNX model as the trees that the rest of the package takes, and as a pure function of them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+
+from ..lora import SCALE, weight_delta
+from ..lora import disabled as disabled_tree
+from ..spec import AdapterSpec
+from ..tree import flatten, join_path, unflatten
+from .adapt import OPTIONAL, LayerAdapter, adapted_modules, remove_adapters
+
+
+def lora_tree(model: nnx.Module) -> dict[str, Any]:
+    """The adapters as a tree of arrays with string keys, like the collection `"lora"` of a Linen model.
+
+    Args:
+      model: a model with adapters.
+
+    Returns:
+      The tree that `save_adapter`, `save_peft` and `merge` take, with the paths of the specs.
+
+    Raises:
+      ValueError: the model has no adapters.
+    """
+    return unflatten({name: variable[...] for name, variable in _factors(model).items()})
+
+
+def set_lora(model: nnx.Module, lora: Mapping[str, Any]) -> None:
+    """Sets all factors of a model, from a tree like that of `lora_tree`, such as one from `load_adapter`.
+
+    Raises:
+      ValueError: the tree does not have the factors of the model, or their shapes. The model is unchanged then.
+    """
+    factors, new = _factors(model), flatten(lora)
+    if differing := sorted(factors.keys() ^ new.keys()):
+        raise ValueError(f"the adapters and the model differ at {', '.join(differing[:5])}")
+    for name, value in new.items():
+        if tuple(value.shape) != (shape := tuple(factors[name].get_value().shape)):
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    for name, value in new.items():
+        factors[name].set_value(jnp.asarray(value, factors[name].get_value().dtype))
+
+
+def base_variables(model: nnx.Module) -> dict[str, Any]:
+    """The parameters without adapters as `{"params": tree}` with string keys."""
+    params = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
+    return {"params": unflatten({join_path(path): _value(variable) for path, variable in params})}
+
+
+def functional(model: nnx.Module) -> Callable[..., Any]:
+    """The model as a pure function of its variables, for `jit_step`, `make_theory`, sweeps and `jax.vmap`.
+
+    Args:
+      model: a model with adapters; it stays unchanged. Other state (batch statistics, caches) keeps its values.
+
+    Returns:
+      `apply(variables, *args, method=None, rngs=None, **kwargs)`, like `apply` of a Linen model. `variables` is
+      `{"params": base, "lora": lora}`, and may hold `"lora_scale"` from `scale_variables`; what it leaves out
+      keeps the model's values. `rngs` reseeds the model's streams: a key for `dropout`, or a dict of keys;
+      without it dropout is off.
+
+    Example:
+      >>> from loraplus_jax import LoRAPlusConfig
+      >>> from loraplus_jax.nnx import apply_lora_plus
+      >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+      >>> _ = apply_lora_plus(model, LoRAPlusConfig(target_modules=".*", rank=1), rngs=nnx.Rngs(1))
+      >>> variables = base_variables(model) | {"lora": lora_tree(model)}
+      >>> functional(model)(variables, jnp.ones((3, 2))).shape
+      (3, 1)
+    """
+    _factors(model)  # raises without adapters
+    graph, state = nnx.split(model)
+
+    def apply(
+        variables: Mapping[str, Any], *args: Any, method: str | None = None, rngs: Any = None, **kwargs: Any
+    ) -> Any:
+        module = nnx.merge(graph, state, copy=True)
+        _set_variables(module, variables)
+        if rngs is None:
+            module.eval()
+        else:
+            module.train()
+            nnx.reseed(module, **(dict(rngs) if isinstance(rngs, Mapping) else {"dropout": rngs}))
+        return getattr(module, method or "__call__")(*args, **kwargs)
+
+    return apply
+
+
+def merge(model: nnx.Module) -> nnx.Module:
+    """A model of the original class with W + s A B as its weights and no adapters; `model` stays unchanged.
+
+    All other variables share their arrays with `model`.
+    """
+    merged = nnx.clone(model)
+    for module, _, adapter, spec in adapters_by_path(merged).values():
+        weight = getattr(module, adapter.leaf)
+        a, b = (getattr(module, name)[...] for name in adapter.factors)
+        value = weight.get_value()
+        weight.set_value((value + weight_delta(a, b, spec)).astype(value.dtype))
+    remove_adapters(merged)
+    return merged
+
+
+def unmerge(merged: nnx.Module, model: nnx.Module) -> None:
+    """Gives a model from `merge` the adapted weights of `model` again, bit by bit, in place.
+
+    Raises:
+      ValueError: `merged` lacks one of the weights.
+    """
+    modules = {join_path(path): module for path, module in nnx.iter_modules(merged)}
+    for module, path, adapter, spec in adapters_by_path(model).values():
+        if path not in modules or adapter.leaf not in vars(modules[path]):
+            raise ValueError(f"{spec.leaf} is missing in the merged model")
+        getattr(modules[path], adapter.leaf).set_value(getattr(module, adapter.leaf).get_value())
+
+
+def disabled(model: nnx.Module) -> nnx.Module:
+    """A copy of a model whose adapters have no effect, with the same graph definition, so nothing is recompiled.
+
+    All other variables share their arrays with `model`.
+    """
+    copy = nnx.clone(model)
+    set_lora(copy, disabled_tree(lora_tree(copy)))
+    return copy
+
+
+class Adapted(NamedTuple):
+    """An adapted weight: its module, the module's path, the adapter and its spec in the model's table."""
+
+    module: nnx.Module
+    path: str
+    adapter: LayerAdapter
+    spec: AdapterSpec
+
+
+def adapters_by_path(model: nnx.Module) -> dict[str, Adapted]:
+    """The adapted weights by their path in the specs; raises ValueError if there are none."""
+    found = {
+        adapter.path(path): Adapted(module, path, adapter, adapter.spec_at(path))
+        for path, module, adapters in adapted_modules(model)
+        for adapter in adapters
+    }
+    if not found:
+        raise ValueError("the model has no adapters; call apply_lora_plus first")
+    return found
+
+
+def _factors(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of the factors by their path in the tree of adapters."""
+    return {
+        name: getattr(module, attribute)
+        for path, (module, _, adapter, spec) in adapters_by_path(model).items()
+        for name, attribute in zip(spec.factor_paths(path), adapter.factors, strict=True)
+    }
+
+
+def _set_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
+    """Sets the variables of a model within one call of `functional`, with scales and taps beside the factors."""
+    lora = flatten(variables.get("lora", {})) | flatten(variables.get(SCALE, {}))
+    factors = _factors(model)
+    for path, (module, _, adapter, _) in adapters_by_path(model).items():
+        for name in OPTIONAL:
+            if (value := lora.pop(f"{path}/{name}".removeprefix("/"), None)) is not None:
+                setattr(module, adapter.attribute(name), nnx.LoRAParam(value))
+    for name, value in lora.items():
+        if name not in factors:
+            raise ValueError(f"the variables contain {name!r}, which is no factor of the model")
+        factors[name].set_value(value)
+    params = flatten(variables.get("params", {}))
+    for path, _ in nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))):
+        if (value := params.pop(join_path(path), None)) is not None:
+            _variable_at(model, path).set_value(value)
+    if params:
+        raise ValueError(f"the model has no parameter {next(iter(params))!r}")
+
+
+def _variable_at(model: Any, path: tuple[Any, ...]) -> nnx.Variable:
+    for part in path:
+        model = model[part] if isinstance(part, int) else getattr(model, part)
+    return model
+
+
+def _value(variable: Any) -> Any:
+    return variable.get_value() if isinstance(variable, nnx.Variable) else variable

@@ -1,0 +1,122 @@
+"""Adapters that other libraries put into a model, read into our trees and specs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from loraplus_jax import describe, lora_plus_adamw, merge, save_peft
+from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.nnx import specs_of
+
+from ..messages import mentions
+
+X = jax.random.normal(jax.random.key(1), (2, 8))
+
+
+def drawn(*shape):
+    return jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)
+
+
+class LinearModel(nnx.Module):
+    """`nnx.LoRALinear`, and `nnx.LoRA` around a layer."""
+
+    def __init__(self, rngs):
+        self.up = nnx.LoRALinear(8, 6, lora_rank=2, rngs=rngs)
+        self.down = nnx.LoRA(6, 2, 3, base_module=nnx.Linear(6, 3, rngs=rngs), rngs=rngs)
+        self.up.lora.lora_b[...] = drawn(2, 6)
+        self.down.lora_b[...] = drawn(2, 3)
+
+    def __call__(self, x):
+        return self.down(self.up(x))
+
+
+def merged_kernels(model, scale):
+    """The kernels of the merged model, by our `merge`, and the specs."""
+    lora, specs, _ = specs_of(model, scale=scale)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return merge({"params": params}, lora, specs)["params"], specs
+
+
+def test_lora_of_flax():
+    model = LinearModel(nnx.Rngs(0))
+    kernels, specs = merged_kernels(model, 1.0)
+    assert {path: (spec.leaf, spec.shape, spec.rank) for path, spec in specs.items()} == {
+        "down": ("params/down/base_module/kernel", (6, 3), 2),
+        "up": ("params/up/kernel", (8, 6), 2),
+    }
+    y = X @ kernels["up"]["kernel"] @ kernels["down"]["base_module"]["kernel"]
+    np.testing.assert_allclose(y, model(X), rtol=0, atol=1e-5)
+
+
+class Projection(nnx.Module):
+    """As tunix has it, with the factors that qwix adds."""
+
+    def __init__(self, rngs):
+        self.einsum_str = "BTD,DNH->BTNH"
+        self.w = nnx.Param(drawn(8, 2, 3))
+        self.w_lora_a, self.w_lora_b = nnx.LoRAParam(drawn(8, 2)), nnx.LoRAParam(drawn(2, 2, 3))
+
+
+class Attention(nnx.Module):
+    def __init__(self, rngs):
+        self.q_proj = Projection(rngs)
+        self.out = nnx.LinearGeneral((2, 3), 8, axis=(-2, -1), rngs=rngs)
+        # qwix flattens the axes of each side
+        self.out.kernel_lora_a, self.out.kernel_lora_b = (
+            nnx.LoRAParam(drawn(6, 2)),
+            nnx.LoRAParam(drawn(2, 8)),
+        )
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([Attention(rngs) for _ in range(2)])
+
+
+def test_factors_of_qwix_get_the_axes_of_their_weight(tmp_path):
+    lora, specs, config = specs_of(Model(nnx.Rngs(0)), scale=2.0)
+    assert list(specs) == [f"layers/{n}/{name}" for n in range(2) for name in ("out", "q_proj")]
+    assert (specs["layers/0/q_proj"].axes, specs["layers/0/out"].axes) == ("ioo", "iio")
+    assert lora["layers"]["0"]["out"]["lora_a"].shape == (2, 3, 2)
+    rows = describe(lora, lora_plus_adamw(1e-3, lr_ratio=8.0), specs)
+    assert "0.008" in str(rows)
+    names = [("layers/{n}/{p}", "model.layers.{n}.self_attn.{p}")]
+    save_peft(tmp_path / "peft", lora, specs, config, names)
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "peft", specs, names).lora, lora)
+
+
+def test_a_tree_needs_letters_where_shapes_do_not_tell():
+    state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    with pytest.raises(ValueError, match=mentions("layers/0/out/kernel", "(2, 3, 8)", "'iio'", "axes")):
+        specs_of(state, scale=2.0)
+    axes = {".*/out/kernel": "iio", ".*/q_proj/w": "ioo"}
+    assert specs_of(state, scale=2.0, axes=axes).specs == specs_of(Model(nnx.Rngs(0)), scale=2.0).specs
+
+
+def test_gemma_s_factors_beside_a_raw_weight():
+    tree = {"layer_0": {"q_einsum": {"w": drawn(2, 8, 3), "lora": {"a": drawn(8, 2), "b": drawn(2, 2, 3)}}}}
+    lora, specs, _ = specs_of({"params": tree}, scale=1.0, axes={".*q_einsum/w": "oio"})
+    assert list(specs) == ["layer_0/q_einsum"]
+    merged = merge({"params": tree}, lora, specs)["params"]["layer_0"]["q_einsum"]["w"]
+    expected = tree["layer_0"]["q_einsum"]["w"] + jnp.einsum(
+        "dr,rnh->ndh", *tree["layer_0"]["q_einsum"]["lora"].values()
+    )
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"fc": {"kernel": drawn(8, 6)}}, ("adapters",)),
+        ({"fc": {"lora_a": drawn(8, 2), "lora_b": drawn(2, 6)}}, ("fc", "weight")),
+        (
+            {"fc": {"kernel": drawn(8, 6), "kernel_lora_a": drawn(8, 2), "kernel_lora_b": drawn(2, 5)}},
+            ("fc", "(2, 5)"),
+        ),
+    ],
+)
+def test_trees_that_cannot_be_read_are_named(tree, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
+        specs_of(tree, scale=1.0)

@@ -1,0 +1,153 @@
+"""NNX models and trainers of other packages: tunix with our adapters and with qwix's.
+
+`.ci/run` installs the packages; where one is missing its tests are skipped.
+"""
+
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, save_peft
+from loraplus_jax.interop.name_maps import TUNIX_LLAMA
+from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, set_lora, specs_of
+from loraplus_jax.nnx import merge as merge_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+IDS = jnp.arange(16).reshape(2, 8)
+POSITIONS = jnp.broadcast_to(jnp.arange(8), (2, 8))
+MASK = jnp.broadcast_to(jnp.tril(jnp.ones((8, 8), bool)), (2, 8, 8))
+RATE, RATIO = 1e-3, 8.0
+SIZES = {"num_layers": 2, "vocab_size": 64, "embed_dim": 16, "hidden_dim": 32, "num_heads": 2, "head_dim": 8}
+SIZES |= {"num_kv_heads": 1, "rope_theta": 10_000, "norm_eps": 1e-6}
+
+
+def tunix_model(family, **options):
+    models = pytest.importorskip(f"tunix.models.{family}.model")
+    config = models.ModelConfig(**SIZES | options)
+    model = {"qwen3": "Qwen3", "llama3": "Llama3", "qwen2": "Qwen2"}[family]
+    made = getattr(models, model)(config, rngs=nnx.Rngs(0))
+    nnx.update(made, drawn(nnx.state(made, nnx.Param)))  # tunix starts some weights at zero
+    return made
+
+
+def logits(model):
+    return model(IDS, POSITIONS, None, MASK)[0]
+
+
+def train(model, tx, steps, directory=None, **options):
+    """tunix's own trainer over the same batch; returns it and the losses."""
+    from tunix.sft import peft_trainer
+
+    losses = []
+
+    def loss_fn(model, input_tokens, positions, attention_mask):
+        rows, _ = model(input_tokens, positions, None, attention_mask)
+        return optax.softmax_cross_entropy_with_integer_labels(rows[:, :-1], input_tokens[:, 1:]).mean()
+
+    def inputs(batch):
+        return {"input_tokens": batch.input_tokens, "positions": POSITIONS, "attention_mask": MASK}
+
+    config = peft_trainer.TrainingConfig(
+        eval_every_n_steps=100,
+        max_steps=steps,
+        checkpoint_root_directory=directory,
+        **options,
+    )
+    trainer = (
+        peft_trainer.PeftTrainer(model, tx, config).with_loss_fn(loss_fn).with_gen_model_input_fn(inputs)
+    )
+    batch = peft_trainer.TrainingInput(input_tokens=IDS, input_mask=jnp.ones_like(IDS, bool))
+    trainer.train([batch] * steps * options.get("gradient_accumulation_steps", 1), None)
+    trainer.close()
+    return trainer, losses
+
+
+def adamw(**options):
+    """Injected, as tunix reads the rate for its log from `hyperparams`."""
+    return optax.inject_hyperparams(lora_plus_adamw)(learning_rate=RATE, lr_ratio=RATIO, **options)
+
+
+def ratios(before, after):
+    """How far B moved over how far A moved, by module."""
+    moved = jax.tree.map(lambda a, b: float(jnp.sqrt(jnp.mean((a - b) ** 2))), before, after)
+    flat = {
+        jax.tree_util.keystr(k, simple=True, separator="/"): v
+        for k, v in jax.tree_util.tree_leaves_with_path(moved)
+    }
+    return [flat[path.replace("lora_a", "lora_b")] / a for path, a in flat.items() if path.endswith("lora_a")]
+
+
+def drawn(tree):
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) / 3, x.dtype), tree)
+
+
+CONFIG = LoRAPlusConfig(target_modules=["q_proj", "v_proj", "o_proj", "gate_proj"], rank=2, lr_ratio=RATIO)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "qwen2"])
+def test_tunix_trains_our_adapters_and_a_peft_directory_comes_out(family, tmp_path):
+    model = tunix_model(family)
+    plain = logits(model)
+    specs = apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
+    np.testing.assert_array_equal(logits(model), plain)
+    check_reads(model, IDS, POSITIONS, None, MASK)
+    set_lora(model, drawn(lora_tree(model)))
+    before = lora_tree(model)
+    train(model, adamw(), 1)
+    assert ratios(before, lora_tree(model)) == pytest.approx([RATIO] * len(specs), rel=0.01)
+    np.testing.assert_allclose(
+        logits(model), logits(merge_model(model)), rtol=0, atol=2e-5 * np.abs(plain).max()
+    )
+    save_peft(tmp_path / "peft", lora_tree(model), specs, CONFIG, TUNIX_LLAMA)
+    loaded = load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora
+    jax.tree.map(np.testing.assert_array_equal, loaded, lora_tree(model))
+
+
+def test_tunix_accumulates_and_resumes(tmp_path):
+    ends = []
+    for runs in ((4,), (2, 4)):
+        model = tunix_model("qwen3")
+        apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
+        for steps in runs:
+            root = str(tmp_path / f"{len(runs)}")
+            _trainer, _ = train(model, adamw(), steps, root, gradient_accumulation_steps=2)
+        ends.append(lora_tree(model))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *ends)
+
+
+def test_the_adapters_of_qwix_in_tunix(tmp_path):
+    qwix = pytest.importorskip("qwix")
+    model = tunix_model("qwen3")
+    provider = qwix.LoraProvider(module_path=".*(q_proj|v_proj|o_proj|gate_proj)", rank=2, alpha=4.0)
+    model = qwix.apply_lora_to_model(model, provider, IDS, POSITIONS, None, MASK, rngs=nnx.Rngs(1))
+    for _path, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.LoRAParam):
+            variable[...] = drawn({"x": variable[...]})["x"]
+    before = specs_of(model, scale=2.0)
+    train(model, adamw(), 1)
+    lora, specs, config = specs_of(model, scale=2.0)
+    assert ratios(before.lora, lora) == pytest.approx([RATIO] * len(specs), rel=0.01)
+    save_peft(tmp_path / "peft", lora, specs, config, TUNIX_LLAMA)
+    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora, lora)
+    # Our adapters with the same factors give the same logits.
+    ours = tunix_model("qwen3")
+    apply_lora_plus(ours, config, rngs=nnx.Rngs(2))
+    set_lora(ours, lora)
+    np.testing.assert_allclose(
+        logits(ours), logits(model), rtol=0, atol=1e-4 * float(jnp.abs(logits(model)).max())
+    )
+
+
+def test_the_example_of_tunix_learns():
+    pytest.importorskip("tunix")
+    before, after = runpy.run_path(str(Path(__file__).parents[2] / "examples/08_tunix.py"))["main"]()
+    assert after < 0.9 * before
