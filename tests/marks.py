@@ -1,10 +1,14 @@
-"""Which cases of a large table `.ci/run` leaves to `.ci/run --all`: they are marked `long`."""
+"""Marks cases of a large table: `slow` ones run in `.ci/run`, `long` ones in `.ci/run --all`."""
 
 import pytest
 
 
 def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def diagonal(first, second, *, also=()):

@@ -382,6 +382,7 @@ def test_where_b_starts_at_zero_the_balance_follows_the_rate_of_a():
     assert later(lora, 8e-4, 1.0) > 2 * later(lora, 2e-4, 4.0)
 
 
+@pytest.mark.slow
 def test_where_a_starts_at_zero_the_balance_follows_the_rate_of_b():
     lora = first_factors("lora_b")
     (early, late), _ = shares(lora, 1e-4, 4.0)

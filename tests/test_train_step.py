@@ -26,6 +26,7 @@ from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.sharding import replicate
 from loraplus_jax.train_step import make_step, weighted_means
 
+from .marks import slow
 from .messages import mentions
 
 KEY = jax.random.key(0)
@@ -94,7 +95,7 @@ def assert_close(got, expected):
 TX = lora_plus_adamw(1e-2, lr_ratio=4.0, weight_decay=0.01, max_grad_norm=1.0)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [slow(1), 2])
 def test_jit_pmap_and_mesh_agree_at_every_step(accumulate):
     trainable, frozen, batch = problem(32)
     mesh = make_mesh()

@@ -41,7 +41,7 @@ from loraplus_jax.training.setup import add_adapters
 
 from .fuzz.damage import MIB, peak_limit
 from .integration.language_world import write_model
-from .marks import long
+from .marks import long, slow
 from .messages import assert_mentions
 from .models.gguf.files import metadata
 from .models.gguf.files import write as write_gguf
@@ -124,7 +124,7 @@ def test_a_template_that_escaped_is_stopped(source, word):
     assert ChatTemplate(PLAIN, "plain", eos_token="</s>").render(TURNS[1:]) == "### Response:\nyes</s>"
 
 
-@pytest.mark.parametrize("pause", [0, 2.5])
+@pytest.mark.parametrize("pause", [0, slow(2.5)])
 def test_a_child_that_waited_or_was_killed_answers_the_next_job(monkeypatch, pause):
     """The limits of a job end with it: after 2 s by the clock its alarm would have killed the child."""
     untrusted.run_job("x", "match", patterns=[], names=[])
@@ -255,7 +255,7 @@ RULES = {
     ("section", "rule"),
     [
         ("config", "rank"),
-        ("settings", "target"),
+        slow("settings", "target"),
         *(long(s, r) for r in list(RULES)[2:] for s in ("config", "settings")),
         *(long(*pair) for pair in (("settings", "rank"), ("config", "target"))),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from .._validation import check_choice
 from ..atomic import atomic_write, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig, pattern_of
@@ -41,6 +42,7 @@ from .path_map import (
 )
 from .peft_config import PeftOptions, make_options, raise_problems, read_options
 from .peft_modules_to_save import assign_tensors, drop_copies, name_leaves, slice_leaves, stack_slices
+from .servers import SERVERS, Server, find_problems
 
 OPTIONS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOTES_FILE, OWN_TENSORS_FILE = "loraplus.json", "loraplus.safetensors"
@@ -62,6 +64,7 @@ def save_peft(
     base_model: str | None = None,
     task_type: str | None = None,
     readme: str | None = None,
+    check_for: Server | None = None,
     **more: Any,
 ) -> None:
     """Writes an adapter in PEFT's format, atomically; `PeftModel.from_pretrained` loads it without changes.
@@ -79,12 +82,15 @@ def save_peft(
       base_model: name or path under which PEFT finds the base model.
       task_type: task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
       readme: text of a `README.md`.
+      check_for: a server, `"vllm"` or `"sglang"`, that must serve the adapter as PEFT would.
       **more: your own JSON-serializable fields for `loraplus.json`, such as rates, groups and decay.
 
     Raises:
       ValueError: the directory exists; a module has no rule or no counterpart in PEFT (the message lists all); or
-        config, specs and tensors differ.
+        config, specs and tensors differ; or `check_for` would reject or ignore something (the message lists all).
     """
+    if check_for is not None:
+        check_choice("check_for", check_for, tuple(SERVERS))
     check_path_map(path_map)
     check_config_matches_specs(specs, config)
     targets, problems = adapted_leaves(specs, path_map)
@@ -104,6 +110,9 @@ def save_peft(
         base_model=base_model,
         task_type=task_type,
     )
+    if check_for is not None:
+        what = f"{check_for} would not serve the adapter as PEFT does; merge it into the model instead"
+        raise_problems(what, find_problems(check_for, options))
     files = {
         WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
         OPTIONS: _to_json(options),

@@ -389,7 +389,10 @@ CASES = [
 
 
 # A finished run takes longer to make than all else here.
-PARAMS = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.run else []) for c in CASES]
+SLOW = ("template that loops for ever",)
+PARAMS = [
+    pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.run or c.name in SLOW else []) for c in CASES
+]
 
 
 @pytest.mark.parametrize("case", PARAMS)

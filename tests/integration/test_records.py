@@ -17,7 +17,7 @@ from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.training import trainer
 from loraplus_jax.training.trainer import Trainer
 
-from ..marks import every, long
+from ..marks import every, long, slow
 from ..messages import assert_mentions
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
@@ -339,7 +339,7 @@ loraplus_command.run()
 """
 
 
-@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("shown", [False, slow(True)])
 def test_no_traceback_of_a_library_is_shown_unless_asked_for(shown):
     environment = os.environ | ({"LORAPLUS_TRACEBACK": "1"} if shown else {})
     command = [sys.executable, "-c", NOISE]

@@ -402,6 +402,7 @@ def test_a_run_that_lacks_only_its_end_trains_no_more(world, monkeypatch):
     assert list(column(world.out, "loss")) == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_a_damaged_base_or_other_settings(world, capsys):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, 6)

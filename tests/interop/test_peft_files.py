@@ -227,6 +227,35 @@ def test_ranks_and_alphas_by_pattern_come_back(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("server", "fields", "words"),
+    [
+        ("vllm", {}, ()),
+        ("sglang", {}, ()),
+        ("vllm", {"use_rslora": True}, ()),
+        ("sglang", {"use_rslora": True}, ("use_rslora",)),
+        ("vllm", {"alpha_pattern": {"m": 8.0}}, ("alpha_pattern", "8")),
+        ("vllm", {"rank": 600}, ("rank 600", 512)),
+        ("sglang", {"rank": 600}, ()),
+        ("triton", {}, ("check_for", "'triton'", "vllm", "sglang")),
+    ],
+)
+def test_what_a_server_would_ignore_is_named_before_anything_is_written(tmp_path, server, fields, words):
+    config = LoRAPlusConfig(**{"target_modules": ["m"], "rank": 2} | fields)
+    rank = config.rank_of("m")
+    spec = spec_of("dense", "io", (700, 700), rank=rank, scale=config.scale_of("m"))
+    save = lambda: save_peft(  # noqa: E731
+        tmp_path / "a", factors(spec), {"m": spec}, config, [("m", "t")], check_for=server
+    )
+    if not words:
+        save()
+        assert (tmp_path / "a/adapter_config.json").exists()
+        return
+    with pytest.raises(ValueError, match=mentions(*words)):
+        save()
+    assert not (tmp_path / "a").exists()
+
+
 def test_some_layers_of_a_stack_come_back(tmp_path):
     config, lora, specs, _ = net(target_modules=["fc"], layers_to_transform=[0, 2])
     lora = jax.tree.map(lambda x: x.at[1].set(0), lora)

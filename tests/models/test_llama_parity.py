@@ -88,7 +88,11 @@ def test_logits_and_greedy_continuations_equal_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral", *(pytest.param(n, marks=pytest.mark.long) for n in CASES if n != "mistral")]
+    "name",
+    [
+        pytest.param("mistral", marks=pytest.mark.slow),
+        *(pytest.param(n, marks=pytest.mark.long) for n in CASES if n != "mistral"),
+    ],
 )
 def test_generated_continuations_equal_transformers(name, tmp_path):
     golden, model, params = golden_model(name, tmp_path)

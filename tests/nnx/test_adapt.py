@@ -159,6 +159,7 @@ def test_a_layer_starts_as_the_plain_one_and_then_equals_the_merged_one(name, mo
     assert float(jnp.abs(y - before).max()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_gradients_are_those_of_the_merged_model(name):
     row = ROWS[name]

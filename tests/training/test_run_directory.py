@@ -24,6 +24,7 @@ from loraplus_jax.training.run_directory import (
     rename_run,
 )
 
+from ..marks import slow
 from ..messages import assert_mentions, mentions
 
 HOLD = """
@@ -47,7 +48,7 @@ def test_a_second_process_is_rejected_with_the_pid_of_the_first(tmp_path):
     assert not (tmp_path / ".pid").exists()
 
 
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("fresh", [False, slow(True)])
 def test_a_directory_in_use_is_seen_before_any_preparation(tmp_path, fresh):
     directory = run_of(tmp_path / "out", PLAIN)
     command = [sys.executable, "-c", HOLD, str(directory)]

@@ -1,0 +1,57 @@
+"""What a server that loads PEFT directories would reject or ignore, found before a directory is written.
+
+From the documentation and sources of vLLM and SGLang; see docs/serving.md.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+Server = Literal["vllm", "sglang"]
+
+Rule = tuple[Callable[[Mapping[str, Any]], Any], str]
+"""Returns the value of an option that the server does not support, or nothing; and what the server does with it."""
+
+
+def _largest_rank(options: Mapping[str, Any]) -> int:
+    return max(options["r"], *options["rank_pattern"].values(), 0)
+
+
+_PATTERNS: tuple[Rule, ...] = tuple(
+    (
+        (lambda options, name=name: options[name]),
+        f"{name} {{}} is ignored: every layer gets the scale of r and lora_alpha",
+    )
+    for name in ("rank_pattern", "alpha_pattern")
+)
+_COMMON: tuple[Rule, ...] = (
+    *_PATTERNS,
+    (lambda options: options.get("target_parameters"), "target_parameters {} is ignored"),
+    (lambda options: options["bias"] != "none" and options["bias"], "bias {!r} is not loaded"),
+    (lambda options: options["fan_in_fan_out"], "fan_in_fan_out {} is ignored"),
+)
+SERVERS: Mapping[Server, Sequence[Rule]] = {
+    "vllm": (
+        *_COMMON,
+        (lambda options: options["modules_to_save"], "modules_to_save {} is rejected"),
+        (
+            lambda o: rank if (rank := _largest_rank(o)) > 512 else None,
+            "rank {} is above 512, the largest allowed",
+        ),
+    ),
+    "sglang": (
+        *_COMMON,
+        (lambda options: options["modules_to_save"], "modules_to_save {} is not loaded"),
+        (lambda options: options["use_rslora"], "use_rslora {} is ignored: the scale is wrong"),
+    ),
+}
+
+
+def find_problems(server: Server, options: Mapping[str, Any]) -> list[str]:
+    """What a server would not do as PEFT does, for the content of an `adapter_config.json`.
+
+    >>> options = {"r": 8, "rank_pattern": {}, "alpha_pattern": {"q_proj": 4}, "bias": "none",
+    ...            "fan_in_fan_out": False, "modules_to_save": None, "use_rslora": False}
+    >>> find_problems("vllm", options)
+    ["alpha_pattern {'q_proj': 4} is ignored: every layer gets the scale of r and lora_alpha"]
+    """
+    return [text.format(value) for rule, text in SERVERS[server] if (value := rule(options))]
