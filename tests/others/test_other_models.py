@@ -259,9 +259,9 @@ def test_the_table_names_each_factor_with_its_role_and_rate(name):
     tx = lora_plus_adamw(RATE, lr_ratio=RATIO, specs=it.specs)
     table = describe(it.lora, tx, it.specs, frozen=it.base["params"])
     rank = it.case.rules.get("rank", RANK)
-    expected = {f"{path}/lora_a": ("a", rank, f"{RATE}") for path in it.case.specs}
-    expected |= {f"{path}/lora_b": ("b", rank, f"{RATE * RATIO}") for path in it.case.specs}
-    assert {row.path: (row.role, row.rank, row.rate) for row in table.rows} == expected
+    expected = {f"{path}/lora_a": ("a", rank, RATE) for path in it.case.specs}
+    expected |= {f"{path}/lora_b": ("b", rank, RATE * RATIO) for path in it.case.specs}
+    assert {row.path: (row.role, row.rank, round(row.rate, 9)) for row in table.rows} == expected
     assert table.total == sum(leaf.size for leaf in jax.tree.leaves((it.base["params"], it.lora)))
 
 
