@@ -1,6 +1,7 @@
 """Parses settings from YAML files and the command line; errors name the key, the value and what is allowed."""
 
 import dataclasses
+import inspect
 import re
 import textwrap
 import typing
@@ -142,8 +143,9 @@ def _attribute_texts(section: Any) -> dict[str, str]:
     """The texts of the `Attributes:` sections of a class and its bases, by field, each joined to one line."""
     texts: dict[str, str] = {}
     for base in reversed(section.__mro__):
-        body = (base.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
-        for names, text in re.findall(r"(?m)^ {6}([\w, ]+): ((?:.*\n?)(?: {8}.*\n?)*)", body):
+        # From Python 3.13 on the compiler removes the indentation.
+        body = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+        for names, text in re.findall(r"(?m)^ {2}([\w, ]+): ((?:.*\n?)(?: {4}.*\n?)*)", body):
             texts |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return texts
 
