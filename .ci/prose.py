@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-# One word per piece of code: a repeated placeholder would count as a repeated word. Without digits, or the possessive
-# "code560's" would count as a decade.
+# One word per piece of code: a repeated placeholder would count as a repeated word. Without digits, or "code560's"
+# would count as a decade.
 words = ("code" + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
 
 

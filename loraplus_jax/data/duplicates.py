@@ -10,7 +10,7 @@ from .conversations import Chat
 from .labels import class_key
 from .multiple_choice import Question
 from .readers import SHOWN_PROBLEMS
-from .splits import LabelledTexts, normalize
+from .splits import LabelledTexts, comparable
 
 
 class _Entry(NamedTuple):
@@ -119,15 +119,15 @@ def _entries(rows: LabelledTexts | Sequence[Chat | Question]) -> list[_Entry]:
     if isinstance(rows, LabelledTexts):
         columns = zip(rows.texts, rows.pairs or rows.texts, rows.labels, rows.places, strict=True)
         return [
-            _Entry((normalize(text), normalize(pair)), class_key(label), place)
+            _Entry((comparable(text), comparable(pair)), class_key(label), place)
             for text, pair, label, place in columns
         ]
     entries = []
     for row in rows:
         if isinstance(row, Question):
-            texts, label = (row.prompt, *sorted(row.choices)), normalize(row.choices[row.answer])
+            texts, label = (row.prompt, *sorted(row.choices)), comparable(row.choices[row.answer])
         else:
             answers = (turn.text for turn in row.turns if turn.role == "assistant")
             texts, label = (row.question, *answers), None
-        entries.append(_Entry(tuple(map(normalize, texts)), label, row.place))
+        entries.append(_Entry(tuple(map(comparable, texts)), label, row.place))
     return entries

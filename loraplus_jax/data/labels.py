@@ -11,7 +11,7 @@ import numpy as np
 
 from .._validation import suggest
 from .readers import NUMBER, raise_problems
-from .splits import LabelledTexts, normalize
+from .splits import LabelledTexts, comparable
 
 
 def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
@@ -65,7 +65,7 @@ def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> 
     lines = [f"{len(names)} classes: {', '.join([*shown, *rest])}"]
     alike = collections.defaultdict(list)
     for name in names:
-        alike[normalize(name)].append(name)
+        alike[comparable(name)].append(name)
     if twins := [name for group in alike.values() if len(group) > 1 for name in group]:
         listed = ", ".join(twins[:MAX_CLASSES_SHOWN])
         lines.append(f"warning: classes that differ only in case, spacing or Unicode spelling: {listed}")

@@ -95,8 +95,16 @@ def _split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> 
 
 
 def normalize(text: str) -> str:
-    """Returns what texts have in common that count as one: case, spacing and Unicode's spellings are ignored."""
-    return " ".join(unicodedata.normalize("NFKC", text).split()).casefold()
+    """Returns what texts have in common that land in one split: case and spacing are ignored.
+
+    A change here would move examples between the splits of existing runs.
+    """
+    return " ".join(text.split()).casefold()
+
+
+def comparable(text: str) -> str:
+    """Returns what duplicates have in common: as in `normalize`, and Unicode's spellings are ignored."""
+    return normalize(unicodedata.normalize("NFKC", text))
 
 
 def split_texts(

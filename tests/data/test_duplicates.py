@@ -11,7 +11,7 @@ from loraplus_jax.data.duplicates import handle_duplicates
 from loraplus_jax.data.labels import label_names, regression_labels
 from loraplus_jax.data.multiple_choice import read_questions
 from loraplus_jax.data.readers import read_rows
-from loraplus_jax.data.splits import LabelledTexts, load_splits, normalize
+from loraplus_jax.data.splits import LabelledTexts, comparable, load_splits
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
@@ -232,7 +232,7 @@ def test_validation_and_test_are_compared_too(tmp_path, both):
 @pytest.mark.parametrize(("text", "other"), [("caf\u00e9", "cafe\u0301"), ("\uff11 A", "1  a")])
 def test_spellings_of_unicode_are_one_text(text, other):
     assert text != other
-    assert normalize(text) == normalize(other)
+    assert comparable(text) == comparable(other)
 
 
 def test_a_split_file_has_no_duplicates_and_its_result_does_not_depend_on_the_setting(tmp_path):
