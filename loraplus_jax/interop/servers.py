@@ -16,18 +16,12 @@ def _largest_rank(options: Mapping[str, Any]) -> int:
     return max(options["r"], *options["rank_pattern"].values(), 0)
 
 
-_PATTERNS: tuple[Rule, ...] = tuple(
-    (
-        (lambda options, name=name: options[name]),
-        f"{name} {{}} is ignored: every layer gets the scale of r and lora_alpha",
-    )
-    for name in ("rank_pattern", "alpha_pattern")
-)
+_SAME_SCALE = "{} is ignored: every layer gets the scale of r and lora_alpha"
 _COMMON: tuple[Rule, ...] = (
-    *_PATTERNS,
+    (lambda options: options["rank_pattern"], f"rank_pattern {_SAME_SCALE}"),
+    (lambda options: options["alpha_pattern"], f"alpha_pattern {_SAME_SCALE}"),
     (lambda options: options.get("target_parameters"), "target_parameters {} is ignored"),
-    (lambda options: options["bias"] != "none" and options["bias"], "bias {!r} is not loaded"),
-    (lambda options: options["fan_in_fan_out"], "fan_in_fan_out {} is ignored"),
+    (lambda options: options["bias"] != "none" and options["bias"], "bias {!r} is not supported"),
 )
 SERVERS: Mapping[Server, Sequence[Rule]] = {
     "vllm": (
@@ -50,7 +44,7 @@ def find_problems(server: Server, options: Mapping[str, Any]) -> list[str]:
     """What a server would not do as PEFT does, for the content of an `adapter_config.json`.
 
     >>> options = {"r": 8, "rank_pattern": {}, "alpha_pattern": {"q_proj": 4}, "bias": "none",
-    ...            "fan_in_fan_out": False, "modules_to_save": None, "use_rslora": False}
+    ...            "modules_to_save": None, "use_rslora": False}
     >>> find_problems("vllm", options)
     ["alpha_pattern {'q_proj': 4} is ignored: every layer gets the scale of r and lora_alpha"]
     """

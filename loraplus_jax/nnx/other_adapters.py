@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from .._validation import check_number
+from .._validation import check_number, suggest
 from ..config import LoRAPlusConfig
 from ..factor_pairs import factor_pairs
 from ..spec import LEAVES, AdapterSpec
@@ -50,8 +50,8 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
         path, as in `target_parameters`: `{".*/q_einsum/w": "oio"}`.
 
     Raises:
-      ValueError: there are no adapters, a weight's axes are unknown (the message proposes letters), or factors do
-        not fit their weight.
+      ValueError: there are no adapters, a weight's axes are unknown (the message proposes letters), a rule of
+        `axes` matches no adapted weight, or factors do not fit their weight.
     """
     check_number("scale", scale, above=0.0)
     leaves, letters = _leaves(source), _letters(source)
@@ -71,8 +71,9 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
             scale=scale,
             stacked=(0,) * (len(weight.shape) - len(found)),
         )
+        lead = len(spec.stacked) + sum(role not in "io" for role in found)
         for factor, value, shape in zip(spec.factor_paths(path), (a, b), spec.factor_shapes, strict=True):
-            if math.prod(shape) != value.size:
+            if tuple(value.shape) not in (shape, _flat(shape, lead, factor.endswith("a"))):
                 raise ValueError(
                     f"{factor}: {tuple(value.shape)} does not fit {shape}, the shape for axes {found!r}"
                 )
@@ -80,7 +81,16 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
         specs[path] = spec
     if not specs:
         raise ValueError("the model contains no adapters of a known library")
+    weights = [spec.leaf.removeprefix("params/") for spec in specs.values()]
+    if unused := [rule for rule in axes or {} if not any(re.fullmatch(rule, path) for path in weights)]:
+        raise ValueError(f"axes: {unused[0]!r} matches no adapted weight{suggest(unused[0], weights)}")
     return OtherAdapters(unflatten(lora), specs, _config(specs, scale))
+
+
+def _flat(shape: tuple[int, ...], lead: int, is_a: bool) -> tuple[int, ...]:
+    """A factor's shape if all input axes, or all output axes, are one; the stacked and batch axes lead."""
+    head, rest = shape[:lead], shape[lead:]
+    return (*head, math.prod(rest[:-1]), rest[-1]) if is_a else (*head, rest[0], math.prod(rest[1:]))
 
 
 def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:

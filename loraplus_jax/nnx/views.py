@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .._validation import check_choice
 from ..lora import SCALE, weight_delta
 from ..lora import disabled as disabled_tree
 from ..spec import AdapterSpec
@@ -59,8 +61,11 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
     Returns:
       `apply(variables, *args, method=None, rngs=None, **kwargs)`, like `apply` of a Linen model. `variables` is
       `{"params": base, "lora": lora}`, and may hold `"lora_scale"` from `scale_variables`; what it leaves out
-      keeps the model's values. `rngs` reseeds the model's streams: a key for `dropout`, or a dict of keys;
-      without it dropout is off.
+      keeps the model's values. `rngs` reseeds the model's streams: a key for all of them, or a dict of keys by
+      stream name; without it the model is in eval mode.
+
+    Raises:
+      ValueError: the model has no adapters. A call raises it for a variable or stream that the model does not have.
 
     Example:
       >>> from loraplus_jax import LoRAPlusConfig
@@ -83,7 +88,7 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
             module.eval()
         else:
             module.train()
-            nnx.reseed(module, **(dict(rngs) if isinstance(rngs, Mapping) else {"dropout": rngs}))
+            _reseed(module, rngs)
         return getattr(module, method or "__call__")(*args, **kwargs)
 
     return apply
@@ -167,7 +172,7 @@ def _set_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
                 setattr(module, adapter.attribute(name), nnx.LoRAParam(value))
     for name, value in lora.items():
         if name not in factors:
-            raise ValueError(f"the variables contain {name!r}, which is no factor of the model")
+            raise ValueError(f"the variables contain {name!r}, which is not a factor of the model")
         factors[name].set_value(value)
     params = flatten(variables.get("params", {}))
     for path, _ in nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))):
@@ -175,6 +180,16 @@ def _set_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
             _variable_at(model, path).set_value(value)
     if params:
         raise ValueError(f"the model has no parameter {next(iter(params))!r}")
+
+
+def _reseed(model: nnx.Module, rngs: Any) -> None:
+    # With nnx.Rngs(0) all streams are called default, so a key for "dropout" alone would change nothing.
+    names = {node.key.tag for _, node in nnx.iter_graph(model) if isinstance(node, nnx.RngStream)}
+    if not isinstance(rngs, Mapping):
+        rngs = {name: jax.random.fold_in(rngs, n) for n, name in enumerate(sorted(names))}
+    for name in rngs:
+        check_choice("rngs", name, sorted(names))
+    nnx.reseed(model, policy="match_shape", **rngs)
 
 
 def _variable_at(model: Any, path: tuple[Any, ...]) -> nnx.Variable:

@@ -92,6 +92,10 @@ def test_a_tree_needs_letters_where_shapes_do_not_tell():
     with pytest.raises(ValueError, match=mentions("layers/0/out/kernel", "(2, 3, 8)", "'iio'", "axes")):
         specs_of(state, scale=2.0)
     axes = {".*/out/kernel": "iio", ".*/q_proj/w": "ioo"}
+    with pytest.raises(ValueError, match=mentions("axes", "'.*/k_proj/w'")):
+        specs_of(state, scale=2.0, axes=axes | {".*/k_proj/w": "ioo"})
+    with pytest.raises(ValueError, match=mentions("layers/0/out/lora_a", "(6, 2)")):
+        specs_of(state, scale=2.0, axes=axes | {".*/out/kernel": "ioi"})
     assert specs_of(state, scale=2.0, axes=axes).specs == specs_of(Model(nnx.Rngs(0)), scale=2.0).specs
 
 

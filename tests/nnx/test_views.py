@@ -159,6 +159,33 @@ def test_a_step_of_nnx_optimizer_has_the_described_rates(wraps):
         assert node["lora_b"] / node["lora_a"] == pytest.approx(8.0, rel=0.01)
 
 
+class Drops(nnx.Module):
+    def __init__(self, rngs):
+        self.up, self.drop = nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.up(x))
+
+
+@pytest.mark.parametrize("rngs", [lambda: nnx.Rngs(0), lambda: nnx.Rngs(params=0, dropout=1)])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_key_draws_all_dropout_of_a_functional_model(rngs, rate):
+    model = Drops(rngs())
+    config = LoRAPlusConfig(target_modules=["up"], rank=2, dropout=rate)
+    loraplus_nnx.apply_lora_plus(model, config, rngs=rngs())
+    if rate:  # only the adapter's
+        model.drop.rate = 0.0
+    variables = loraplus_nnx.base_variables(model)
+    variables["lora"] = randomised(loraplus_nnx.lora_tree(model))
+    apply, x = loraplus_nnx.functional(model), jnp.ones((4, 8))
+    first, again, other = (apply(variables, x, rngs=jax.random.key(n)) for n in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    np.testing.assert_array_equal(apply(variables, x), apply(variables, x))
+    with pytest.raises(ValueError, match=mentions("rngs", "'noise'")):
+        apply(variables, x, rngs={"noise": jax.random.key(0)})
+
+
 class Reads(nnx.Module):
     def __init__(self, rngs, method=False):
         self.emb, self.method = nnx.Embed(13, 8, rngs=rngs), method
