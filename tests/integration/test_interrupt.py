@@ -6,11 +6,12 @@ import signal
 
 import pytest
 
-from loraplus_jax.training import evaluation, trainer
+from loraplus_jax.training import evaluation
 from loraplus_jax.training.trainer import Trainer
 
 from ..marks import long
 from ..messages import assert_mentions
+from .disturbed import at_step, result_of, rows_of, undisturbed
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
 ODD = [
@@ -19,45 +20,14 @@ ODD = [
 ]
 
 
-def rows_of(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "steps_per_second"} for row in rows]
-
-
-def result_of(out):
-    summary = json.loads((out / "summary.json").read_text())
-    return (out / "adapter/adapter.safetensors").read_bytes(), rows_of(out), {**summary, "seconds": 0}
-
-
-def signal_at(monkeypatch, step, number):
+def signal_at(patch, step, number):
     """The signal comes while that step's batch is being fetched."""
-    loop, fetched = Trainer.loop, []
-
-    def with_signal(self, first):
-        batches = self.batches
-
-        class Batches:
-            get_state = batches.get_state
-
-            def __next__(self):
-                fetched.append(1)
-                if first + len(fetched) == step:
-                    signal.raise_signal(number)
-                return next(batches)
-
-        self.batches = Batches()
-        return loop(self, first)
-
-    monkeypatch.setattr(Trainer, "loop", with_signal)
+    at_step(patch, step, lambda: signal.raise_signal(number))
 
 
 @pytest.fixture(scope="module")
 def straight(first_world, tmp_path_factory, cache):
-    """The result of a run that nothing disturbs."""
-    world = first_world.copy(tmp_path_factory.mktemp("straight"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_loss", lambda *_: None)
-        return result_of(world.trained(*ODD))
+    return undisturbed(first_world, tmp_path_factory, ODD)
 
 
 @pytest.mark.slow

@@ -15,10 +15,10 @@ import pytest
 from loraplus_jax.cli import main
 from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.training import trainer
-from loraplus_jax.training.trainer import Trainer
 
 from ..marks import every, long, slow
 from ..messages import assert_mentions
+from .disturbed import at_step, result_of, undisturbed
 
 # Rows, evaluations and stops fall on different steps; dropout, shuffling and accumulation are on.
 SETTINGS = [
@@ -29,49 +29,15 @@ STEP = 15
 """The step at which runs are disturbed; there are checkpoints of steps 6 and 12, of which the second is better."""
 
 
-def result_of(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    rows = [{name: value for name, value in row.items() if name != "steps_per_second"} for row in rows]
-    summary = json.loads((out / "summary.json").read_text())
-    return (out / "adapter/adapter.safetensors").read_bytes(), rows, {**summary, "seconds": 0}
-
-
-def at_step(patch, act, step=STEP):
-    """Calls `act` while that step's batch is being fetched."""
-    loop = Trainer.loop
-
-    def with_act(self, first):
-        batches, fetched, manager = self.batches, [], self.manager
-
-        class Batches:
-            get_state = batches.get_state
-
-            def __next__(self):
-                fetched.append(1)
-                if first + len(fetched) == step:
-                    manager.wait_until_finished()
-                    act()
-                return next(batches)
-
-        self.batches = Batches()
-        return loop(self, first)
-
-    patch.setattr(Trainer, "loop", with_act)
-
-
 @pytest.fixture(scope="module")
 def straight(first_world, tmp_path_factory, cache):
-    """The result of a run that nothing disturbs."""
-    world = first_world.copy(tmp_path_factory.mktemp("straight"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "draw_loss", lambda *_: None)
-        return result_of(world.trained(*SETTINGS))
+    return undisturbed(first_world, tmp_path_factory, SETTINGS)
 
 
 def stop(world):
     """A run that was stopped after `STEP` steps."""
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, STEP, lambda: signal.raise_signal(signal.SIGTERM), saved=True)
         assert world.train(*SETTINGS) == 143
     return world.out
 
@@ -212,7 +178,7 @@ def test_a_run_whose_stdout_is_lost_saves_and_resumes(world, straight, capsys, h
             print("a line")
             sys.stdout.flush()
 
-        at_step(patch, lose)
+        at_step(patch, STEP, lose, saved=True)
         assert world.train(*SETTINGS) == 141
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -242,8 +208,9 @@ def test_a_second_signal_does_not_lose_the_save_of_the_first(world, straight, ca
                 save(*arguments, **keywords)
                 signal.raise_signal(number)
 
-            at_step(patch, lambda: signal.raise_signal(number), STEP - 1)
-            at_step(patch, lambda: patch.setattr(trainer, "save_checkpoint", save_and_signal), STEP - 2)
+            at_step(patch, STEP - 1, lambda: signal.raise_signal(number), saved=True)
+            begin = lambda: patch.setattr(trainer, "save_checkpoint", save_and_signal)  # noqa: E731
+            at_step(patch, STEP - 2, begin, saved=True)
             assert world.train(*SETTINGS) == 128 + number
     finally:
         signal.signal(number, before)
@@ -268,7 +235,7 @@ def test_a_directory_that_is_lost_under_a_run_ends_it_with_its_name(world, strai
             shutil.rmtree(moved)
 
     with pytest.MonkeyPatch.context() as patch:
-        at_step(patch, act)
+        at_step(patch, STEP, act, saved=True)
         assert world.train(*SETTINGS) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -12,7 +12,8 @@ from loraplus_jax.sharding import make_mesh
 from loraplus_jax.training.theory_metrics import count_rows, read_metrics, to_metrics
 
 from ..messages import assert_mentions
-from .test_interrupt import rows_of, signal_at
+from .disturbed import rows_of
+from .test_interrupt import signal_at
 
 SHORT = ("--train.steps", "8", "--train.eval_every", "4", "--train.log_every", "4")
 LAYERS = [
