@@ -7,7 +7,7 @@ from typing import Any
 
 from ._validation import suggest
 from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
-from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS
+from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS, AdapterSpec
 from .untrusted import run_job
 
 
@@ -92,6 +92,32 @@ def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
     if len(matching) > 1:
         raise ValueError(f"target_parameters: {matching[0]!r} and {matching[1]!r} both match {path!r}")
     return matching[0] if matching else None
+
+
+def parameter_spec(
+    config: LoRAPlusConfig, path: str, rule: str, shape: tuple[int, ...], leaf: str
+) -> AdapterSpec:
+    """The spec of a parameter that a rule of `target_parameters` matches.
+
+    Args:
+      config: the rules, rank and scale.
+      path: path of the parameter.
+      rule: the rule.
+      shape: shape of the parameter.
+      leaf: `leaf` of the spec.
+
+    Raises:
+      ValueError: the rule has another number of letters than the parameter has axes.
+    """
+    rules: Any = config.target_parameters
+    axes = rules[rule]
+    if len(axes) != len(shape):
+        raise ValueError(
+            f"target_parameters: {rule!r} matches {path!r} with shape {shape}, so it must have "
+            f"{len(shape)} axis letters, got {axes!r}"
+        )
+    rank, scale = config.rank_of(path), config.scale_of(path)
+    return AdapterSpec(leaf=leaf, kind="parameter", axes=axes, shape=shape, rank=rank, scale=scale)
 
 
 def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:

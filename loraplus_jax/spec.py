@@ -151,6 +151,15 @@ class AdapterSpec:
         return cls(**values)
 
 
+def check_rank(spec: AdapterSpec, where: str) -> None:
+    """Raises ValueError if the rank is above the input size or the output size; `where` describes the weight."""
+    if spec.rank > min(spec.sides):
+        raise ValueError(
+            f"rank must be at most {min(spec.sides)}, the smaller of the sides {spec.sides} of {where}, "
+            f"got {spec.rank}"
+        )
+
+
 def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:
     """The einsum letters of A and B: A has the batch and input axes, B the batch and output axes; the rank is `r`.
 

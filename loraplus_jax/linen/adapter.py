@@ -18,7 +18,7 @@ from ..dataflow import mark_weight
 from ..inits import factor_inits
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP, measured_term
 from ..rules import is_adapted, is_target, matching_rule
-from ..spec import AdapterSpec
+from ..spec import AdapterSpec, check_rank
 from .layer_table import LayerCall, layer_call
 
 OURS = "lora_plus"
@@ -198,11 +198,7 @@ def new_factors(
     Raises:
       ValueError: the rank is above the input size or the output size.
     """
-    if spec.rank > min(spec.sides):
-        raise ValueError(
-            f"rank must be at most {min(spec.sides)}, the smaller of the sides {spec.sides} of {where}, "
-            f"got {spec.rank}"
-        )
+    check_rank(spec, where)
     inits: Any = factor_inits(init, spec.rank, spec.axes)
     return {
         name: FactorBox(make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, dtype), spec)

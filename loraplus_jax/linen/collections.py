@@ -9,7 +9,7 @@ from flax.core import meta
 
 from ..config import LoRAPlusConfig, matches
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP, rebox, weight_delta
-from ..rules import is_target, parameter_rule
+from ..rules import is_target, parameter_rule, parameter_spec
 from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, AdapterSpec
 from .adapter import FactorBox, Mode, is_box, mode, new_factors, read_factors
 from .discovery import Discovery
@@ -134,15 +134,7 @@ class CollectionMap:
                 f"target_parameters: {rule!r} matches {name!r}, which must be a single array, got a "
                 f"{type(value).__name__} of arrays; let the model store each under its own name"
             )
-        rules: Any = self.config.target_parameters
-        axes, shape = rules[rule], tuple(value.shape)
-        if len(axes) != len(shape):
-            raise ValueError(
-                f"target_parameters: {rule!r} matches {name!r} with shape {shape}, so it must have "
-                f"{len(shape)} axis letters, got {axes!r}"
-            )
-        rank, scale = self.config.rank_of(name), self.config.scale_of(name)
-        spec = AdapterSpec(leaf="", kind="parameter", axes=axes, shape=shape, rank=rank, scale=scale)
+        spec = parameter_spec(self.config, name, str(rule), tuple(value.shape), "")
         return spec, f"{name!r} (target_parameters: {rule!r})"
 
     def _factors_of(self, path: Path, leaf: Any) -> dict[Path, Any]:

@@ -16,8 +16,16 @@ from ..config import ALL_LINEAR, LoRAPlusConfig, matches
 from ..inits import factor_inits
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP
 from ..low_rank import LowRankWeight, evaluate
-from ..rules import TracedModule, check_coverage, is_adapted, is_target, layer_index, parameter_rule
-from ..spec import AdapterSpec, factor_letters, layer_axis
+from ..rules import (
+    TracedModule,
+    check_coverage,
+    is_adapted,
+    is_target,
+    layer_index,
+    parameter_rule,
+    parameter_spec,
+)
+from ..spec import AdapterSpec, check_rank, factor_letters, layer_axis
 from .layers import LayerWeight, layer_weight, matrices
 
 ADAPTERS, DROPOUT = "lora_plus_adapters", "lora_plus_dropout"
@@ -170,7 +178,9 @@ def _find(
                 specs.append(spec)
         for leaf in matrices(module):
             if config.target_parameters and (rule := parameter_rule(config, join(path, leaf))) is not None:
-                specs.append(_parameter_spec(module, leaf, join(path, leaf), rule, config))
+                spec = parameter_spec(config, join(path, leaf), rule, _shape(module, leaf), leaf)
+                check_rank(spec, repr(join(path, leaf)))
+                specs.append(spec)
         if specs:
             found.append((path, module, tuple(map(LayerAdapter, specs))))
     check_coverage(config, seen, leaves, stacks)
@@ -219,7 +229,7 @@ def _layer_spec(
         scale=config.scale_of(path),
         stacked=axes,
     )
-    _check_rank(spec, path)
+    check_rank(spec, repr(path or "the model"))
     if (layers := config.layers_to_transform) is None:
         return spec
     if not axes:
@@ -243,37 +253,6 @@ def _stacked_axes(shape: tuple[int, ...], weight: LayerWeight, path: str) -> tup
             f"{weight.shape or weight.axes}; pass stacked={{{path!r}: axes}} for the axes that nnx.vmap added"
         )
     return (fitting[0],)
-
-
-def _parameter_spec(
-    module: nnx.Module, leaf: str, name: str, rule: str, config: LoRAPlusConfig
-) -> AdapterSpec:
-    """The spec of a parameter in `target_parameters`."""
-    rules: Any = config.target_parameters
-    axes, shape = rules[rule], _shape(module, leaf)
-    if len(axes) != len(shape):
-        raise ValueError(
-            f"target_parameters: {rule!r} matches {name!r} with shape {shape}, so it must have "
-            f"{len(shape)} axis letters, got {axes!r}"
-        )
-    spec = AdapterSpec(
-        leaf=leaf,
-        kind="parameter",
-        axes=axes,
-        shape=shape,
-        rank=config.rank_of(name),
-        scale=config.scale_of(name),
-    )
-    _check_rank(spec, name)
-    return spec
-
-
-def _check_rank(spec: AdapterSpec, path: str) -> None:
-    if spec.rank > min(spec.sides):
-        raise ValueError(
-            f"rank must be at most {min(spec.sides)}, the smaller of the sides {spec.sides} of "
-            f"{path or 'the model'!r}, got {spec.rank}"
-        )
 
 
 def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:
