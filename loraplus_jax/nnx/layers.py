@@ -46,9 +46,9 @@ def layer_weight(module: nnx.Module) -> LayerWeight | None:
         return LayerWeight("conv_transpose", "kernel", "i" * len(_sequence(module.kernel_size)) + sides)
     if isinstance(module, nnx.Embed):
         return LayerWeight("embed", "embedding", "io", (module.num_embeddings, module.features))
-    weights = matrices(module)
     if isinstance(module, nnx.Einsum):
         return LayerWeight("einsum", "kernel", _equation_axes(module.einsum_str), tuple(module.kernel_shape))
+    weights = matrices(module)
     if "einsum_str" in fields and len(weights) == 1:
         return LayerWeight("einsum", weights[0], _equation_axes(fields["einsum_str"]))
     if {"in_features_shape", "out_features_shape"} <= fields.keys() and len(weights) == 1:
@@ -60,16 +60,14 @@ def layer_weight(module: nnx.Module) -> LayerWeight | None:
 
 
 def matrices(module: nnx.Module) -> list[str]:
-    """The attributes of a module that hold a parameter with two or more axes."""
+    """The attributes of a module that hold a parameter with two or more axes, be it quantized by qwix."""
     return [
         name
         for name, value in vars(module).items()
-        if isinstance(value, nnx.Param) and not isinstance(value, nnx.LoRAParam) and _ndim(value) >= 2
+        if (isinstance(value, nnx.Param) and not isinstance(value, nnx.LoRAParam))
+        or hasattr(getattr(value, "array", None), "qvalue")
+        if len(getattr(value, "shape", ())) >= 2
     ]
-
-
-def _ndim(variable: nnx.Variable) -> int:
-    return len(getattr(variable.get_value(), "shape", ()))  # a quantized weight is no single array
 
 
 def _linear_general(module: nnx.LinearGeneral) -> LayerWeight:

@@ -108,10 +108,15 @@ def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
 
 
 def _leaves(source: Any) -> dict[str, Any]:
-    """The arrays of a model or tree by path, without the level `value` of variables."""
+    """The arrays of a model or tree by path, without the levels that variables and qwix add.
+
+    A weight that qwix quantized counts with its `qvalue`, which has the weight's axes.
+    """
     tree = nnx.state(source, nnx.Param) if isinstance(source, nnx.Module) else source
-    leaves = leaves_by_path(tree)
-    return {path.removesuffix("/value").removeprefix("params/"): leaf for path, leaf in leaves.items()}
+    return {
+        re.sub(r"^params/|(/array/qvalue)?(/value)?$", "", path): leaf
+        for path, leaf in leaves_by_path(tree).items()
+    }
 
 
 def _letters(source: Any) -> dict[str, str]:

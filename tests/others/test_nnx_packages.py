@@ -3,6 +3,7 @@
 `.ci/run` installs the packages; where one is missing its tests are skipped.
 """
 
+import functools
 import runpy
 from pathlib import Path
 
@@ -124,10 +125,32 @@ def test_tunix_accumulates_and_resumes(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *ends)
 
 
-def test_the_adapters_of_qwix_in_tunix(tmp_path):
+def dequantized(model):
+    """The weights that qwix quantized, by path."""
+    qarray = pytest.importorskip("qwix._src.core.qarray")
+    leaves = {path: value[...] for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    found = {path[:-2]: value for path, value in leaves.items() if path[-2:] == ("array", "qvalue")}
+    scales = {path: leaves[(*path, "array", "scale")] for path in found}
+    kind = lambda value: "nf4" if value.dtype == jnp.uint4 else "int8"  # noqa: E731
+    return {
+        path: qarray.dequantize(qarray.QArray(value, scales[path], qtype=kind(value)))
+        for path, value in found.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", {}),
+        ("llama3", {"weight_qtype": "nf4", "tile_size": 8}),
+        ("llama3", {"weight_qtype": "int8"}),
+    ],
+)
+def test_the_adapters_of_qwix_in_tunix(family, options, tmp_path):
     qwix = pytest.importorskip("qwix")
-    model = tunix_model("qwen3")
-    provider = qwix.LoraProvider(module_path=".*(q_proj|v_proj|o_proj|gate_proj)", rank=2, alpha=4.0)
+    model = tunix_model(family)
+    rule = {"module_path": ".*(q_proj|v_proj|o_proj|gate_proj)", "rank": 2, "alpha": 4.0}
+    provider = qwix.LoraProvider(**rule | options)
     model = qwix.apply_lora_to_model(model, provider, IDS, POSITIONS, None, MASK, rngs=nnx.Rngs(1))
     for _path, variable in nnx.iter_graph(model):
         if isinstance(variable, nnx.LoRAParam):
@@ -138,8 +161,13 @@ def test_the_adapters_of_qwix_in_tunix(tmp_path):
     assert ratios(before.lora, lora) == pytest.approx([RATIO] * len(specs), rel=0.01)
     save_peft(tmp_path / "peft", lora, specs, config, TUNIX_LLAMA)
     jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora, lora)
-    # Our adapters with the same factors give the same logits.
-    ours = tunix_model("qwen3")
+    # Our adapters with the same factors and weights give the same logits.
+    ours = tunix_model(family)
+    for path, value in dequantized(model).items():
+        weight = functools.reduce(
+            lambda m, part: m[part] if isinstance(part, int) else getattr(m, part), path, ours
+        )
+        weight[...] = value
     apply_lora_plus(ours, config, rngs=nnx.Rngs(2))
     set_lora(ours, lora)
     np.testing.assert_allclose(
