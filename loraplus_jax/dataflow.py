@@ -16,6 +16,7 @@ Tags = frozenset[tuple[int, bool]]
 
 NOTHING: Tags = frozenset()
 _MARK = "loraplus_weight_of_a_layer"
+_MARK_WHOLE = f"{_MARK}_as_one_array"
 # Operations that return parts of a weight unchanged, except for their order or precision.
 _MOVES = (
     *("transpose", "squeeze", "slice", "dynamic_slice", "broadcast_in_dim", "convert_element_type", "copy"),
@@ -29,23 +30,28 @@ class Dataflow(NamedTuple):
     Attributes:
       read: inputs that reach an output.
       changed: inputs that are changed before they reach `mark_weight`.
+      whole: inputs that reach `mark_weight` where a layer needs W + s A B as one array.
     """
 
     read: frozenset[int]
     changed: frozenset[int]
+    whole: frozenset[int]
 
 
-def mark_weight(weight: jax.Array) -> jax.Array:
+def mark_weight(weight: jax.Array, *, whole: bool = False) -> jax.Array:
     """Returns a zero that marks a layer's use of a weight for `trace_dataflow`, without passing on its values."""
-    return _mark(weight)
+    return _mark_whole(weight) if whole else _mark(weight)
 
 
-def _zero(weight: jax.Array) -> jax.Array:
-    return jnp.zeros(())
+def _marker(name: str) -> Any:
+    def zero(weight: jax.Array) -> jax.Array:
+        return jnp.zeros(())
+
+    zero.__name__ = name
+    return jax.jit(zero)
 
 
-_zero.__name__ = _MARK
-_mark = jax.jit(_zero)
+_mark, _mark_whole = _marker(_MARK), _marker(_MARK_WHOLE)
 
 
 def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
@@ -54,14 +60,22 @@ def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     Assumes that every input of an operation reaches all its outputs, so an input counts as unread only if no output
     uses it. Effects such as printing do not count as outputs.
     """
-    changed: set[int] = set()
+    marks = _Marks(set(), set())
     inputs = [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))]
-    outputs = _propagate(program, inputs, changed)
-    return Dataflow(frozenset(n for tags in outputs for n, _ in tags), frozenset(changed))
+    outputs = _propagate(program, inputs, marks)
+    read = frozenset(n for tags in outputs for n, _ in tags)
+    return Dataflow(read, frozenset(marks.changed), frozenset(marks.whole))
 
 
-def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], changed: set[int]) -> list[Tags]:
-    """Computes the tags of a program's outputs from those of its inputs; adds to `changed`."""
+class _Marks(NamedTuple):
+    """The inputs that reach a mark, changed or where a whole weight is needed."""
+
+    changed: set[int]
+    whole: set[int]
+
+
+def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], marks: _Marks) -> list[Tags]:
+    """Computes the tags of a program's outputs from those of its inputs; adds to `marks`."""
     jaxpr: Any = getattr(program, "jaxpr", program)
     tags = dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -70,27 +84,29 @@ def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], changed: se
 
     for eqn in jaxpr.eqns:
         if any(eqn_inputs := tags_of(eqn.invars)):
-            tags |= zip(eqn.outvars, _propagate_eqn(eqn, eqn_inputs, changed), strict=True)
+            tags |= zip(eqn.outvars, _propagate_eqn(eqn, eqn_inputs, marks), strict=True)
     return tags_of(jaxpr.outvars)
 
 
-def _propagate_eqn(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
+def _propagate_eqn(eqn: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
     """Computes the tags of one operation's outputs."""
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _scan(eqn, inputs, changed)
+        return _scan(eqn, inputs, marks)
     if name == "while":
-        return _while(params, inputs, changed)
+        return _while(params, inputs, marks)
     if name == "cond":
-        branches = [_propagate(branch, inputs[1:], changed) for branch in params["branches"]]
+        branches = [_propagate(branch, inputs[1:], marks) for branch in params["branches"]]
         return [_as_changed(inputs[0]).union(*tags) for tags in zip(*branches, strict=True)]
     if name == "optimization_barrier":
         return inputs
-    if _MARK in str(params.get("name")):
-        changed |= {n for tags in inputs for n, unchanged in tags if not unchanged}
+    if _MARK in (called := str(params.get("name"))):
+        marks.changed.update(n for tags in inputs for n, unchanged in tags if not unchanged)
+        if _MARK_WHOLE in called:
+            marks.whole.update(n for tags in inputs for n, _ in tags)
     inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
     if len(inner) == 1 and _fits(inner[0], eqn):  # a call, whatever its name
-        return _propagate(inner[0], inputs, changed)
+        return _propagate(inner[0], inputs, marks)
     tags = NOTHING.union(*inputs)
     return [tags if name in _MOVES else _as_changed(tags)] * len(eqn.outvars)
 
@@ -100,7 +116,7 @@ def _fits(program: ClosedJaxpr | Jaxpr, eqn: Any) -> bool:
     return len(jaxpr.invars) == len(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
 
 
-def _scan(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
+def _scan(eqn: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
     program = eqn.params["jaxpr"]
     body: Any = getattr(program, "jaxpr", program)
     # Count by shapes, since jax versions name the counts differently: sliced inputs and stacked outputs have one
@@ -110,7 +126,7 @@ def _scan(eqn: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
     consts = len(body.invars) - sliced - carried
     carry = inputs[consts : consts + carried]
     while True:
-        outputs = _propagate(body, inputs[:consts] + carry + inputs[consts + carried :], changed)
+        outputs = _propagate(body, inputs[:consts] + carry + inputs[consts + carried :], marks)
         if (new_carry := _union(carry, outputs)) == carry:
             return carry + outputs[carried:]
         carry = new_carry
@@ -121,13 +137,13 @@ def _count_longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
     return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outside, inside, strict=True))
 
 
-def _while(params: Any, inputs: list[Tags], changed: set[int]) -> list[Tags]:
+def _while(params: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
     cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
     carry = inputs[cond_consts + body_consts :]
     while True:
-        (condition,) = _propagate(params["cond_jaxpr"], inputs[:cond_consts] + carry, changed)
+        (condition,) = _propagate(params["cond_jaxpr"], inputs[:cond_consts] + carry, marks)
         body_inputs = inputs[cond_consts : cond_consts + body_consts] + carry
-        outputs = _propagate(params["body_jaxpr"], body_inputs, changed)
+        outputs = _propagate(params["body_jaxpr"], body_inputs, marks)
         if (new_carry := _union(carry, [tags | _as_changed(condition) for tags in outputs])) == carry:
             return carry
         carry = new_carry

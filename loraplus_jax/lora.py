@@ -28,6 +28,7 @@ def low_rank_output(
     scale: jax.Array | float,
     equations: tuple[str, str] | None = None,
     precision: Any = None,
+    out_shardings: tuple[Any, Any] = (None, None),
 ) -> jax.Array:
     """The low-rank term s (x A) B of a dense layer, for x `(..., in)`, a `(in, r)`, b `(r, out)` of one dtype.
 
@@ -39,12 +40,14 @@ def low_rank_output(
       equations: for other layers, the two einsums of the term: the first of x and A, the second of its result and
         B.
       precision: as in `jnp.einsum`.
+      out_shardings: those of the two products, for a mesh with explicit axis types.
     """
+    first, second = ({"precision": precision, "out_sharding": sharding} for sharding in out_shardings)
     if equations is None:  # an einsum would give the same, but takes ten times as long to trace
-        h = jnp.matmul(x, a, precision=precision)
-        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, precision=precision)
-    h = jnp.einsum(equations[0], x, a, precision=precision)
-    return jnp.einsum(equations[1], h * jnp.asarray(scale, h.dtype), b, precision=precision)
+        h = jnp.matmul(x, a, **first)
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, **second)
+    h = jnp.einsum(equations[0], x, a, **first)
+    return jnp.einsum(equations[1], h * jnp.asarray(scale, h.dtype), b, **second)
 
 
 def weight_delta(

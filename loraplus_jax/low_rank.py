@@ -60,13 +60,18 @@ class LowRankWeight:
         a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (self.a, self.b))
         left, right = self.factor_letters
         delta = jnp.einsum(
-            f"{left},{right}->{self.letters}", a, b, precision=jax.lax.Precision.HIGHEST
+            f"{left},{right}->{self.letters}",
+            *(a, b),
+            precision=jax.lax.Precision.HIGHEST,
+            out_sharding=jax.typeof(self.w).sharding if _explicit(self.w, a, b) else None,
         ) * jnp.asarray(self.scale, a.dtype)
-        return (self.base() + delta).astype(self.w.dtype)
+        return (self.base(whole=True) + delta).astype(self.w.dtype)
 
-    def base(self) -> jax.Array:
-        """W, or with `omit` zeros in its place."""
-        return jnp.zeros_like(self.w) + mark_weight(self.w).astype(self.w.dtype) if self.omit else self.w
+    def base(self, *, whole: bool = False) -> jax.Array:
+        """W, or with `omit` zeros in its place; `whole` tells `trace_dataflow` that the sum is needed."""
+        if not self.omit:
+            return self.w
+        return jnp.zeros_like(self.w) + mark_weight(self.w, whole=whole).astype(self.w.dtype)
 
 
 def evaluate(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[jax.Array]:
@@ -152,15 +157,25 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
         and len(weight.letters) == 2
     ):
         equations = None  # a plain product, which is quicker to trace
-    precision = eqn.params["precision"]
+    precision, shardings = eqn.params["precision"], (None, None)
+    if _explicit(x, weight.w, weight.a, weight.b):
+        of_x = jax.typeof(x).sharding
+        axes = dict(zip(letters, of_x.spec, strict=True))
+        shardings = of_x.update(spec=jax.P(*(axes.get(c) for c in middle))), eqn.outvars[0].aval.sharding
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         first, second = (a, b) if used == left - right else (b, a)
         if equations is None and used != left - right:
             first, second = first.T, second.T
-        return low_rank_output(x, first.astype(x.dtype), second.astype(x.dtype), scale, equations, precision)
+        first, second = first.astype(x.dtype), second.astype(x.dtype)
+        return low_rank_output(x, first, second, scale, equations, precision, shardings)
 
     return _measured(term, _dropped(x, weight), weight)
+
+
+def _explicit(*arrays: Any) -> bool:
+    """Whether arrays are sharded over a mesh with explicit axis types, where a product must tell its sharding."""
+    return any(any(jax.typeof(x).sharding.spec) for x in arrays)
 
 
 def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:
@@ -168,6 +183,7 @@ def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | N
     numbers, rank = eqn.params["dimension_numbers"], weight.a.shape[-1]
     if (
         inputs[0] is not weight
+        or _explicit(weight.w, weight.a, weight.b)
         or weight.factor_letters != ("ar", "rb")
         or weight.letters != "ab"
         or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
@@ -192,6 +208,7 @@ def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     if (
         inputs[1] is not weight
+        or _explicit(inputs[0], weight.a, weight.b)
         or weight.letters != "".join(sorted(weight.letters))
         or weight.factor_letters[1] != f"r{weight.letters[-1]}"
         or (numbers.rhs_spec[0], numbers.out_spec[1]) != (last, last)

@@ -1,6 +1,7 @@
 """LoRA+ for existing Flax NNX models, imported by name: `from loraplus_jax.nnx import apply_lora_plus`."""
 
-from .adapt import apply_lora_plus, remove_adapters
+from .adapt import apply_lora_plus
+from .adapted import remove_adapters
 from .other_adapters import specs_of
 from .reads import check_reads
 from .views import base_variables, disabled, functional, lora_tree, merge, set_lora, unmerge

@@ -15,7 +15,7 @@ from ..config import LoRAPlusConfig
 from ..factor_pairs import factor_pairs
 from ..spec import LEAVES, AdapterSpec
 from ..tree import leaves_by_path, unflatten
-from .adapt import join
+from .adapted import join
 from .layers import layer_weight
 
 _BELOW = ("", "/base_module")

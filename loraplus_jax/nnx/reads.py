@@ -6,12 +6,11 @@ import jax
 from flax import nnx
 
 from ..dataflow import trace_dataflow
-from .adapt import OMIT_WEIGHTS
-from .views import adapters_by_path
+from .adapted import OMIT_WEIGHTS, adapters_by_path
 
 
-def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any) -> None:
-    """Raises ValueError if a model uses an adapted weight outside the methods of its module.
+def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[str, ...]:
+    """Checks how a model uses its adapted weights in a call.
 
     An adapter acts in its module's public methods. A model that reads `self.embedder.embedding[...]` itself sees
     the bare weight in training, and the adapted one after `merge`. Nothing is computed.
@@ -20,6 +19,13 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
       model: a model with adapters.
       args, kwargs: arguments of the call; arrays may be `jax.ShapeDtypeStruct`.
       method: the model's method to check.
+
+    Returns:
+      The paths, as in the specs, of adapters for which a call adds up W + s A B, for `describe(merged=...)`. All
+      others cost a product by rank.
+
+    Raises:
+      ValueError: the model uses an adapted weight outside its module's methods.
     """
     adapters = adapters_by_path(model)
     leaves = {adapted.spec.leaf.removeprefix("params/"): path for path, adapted in adapters.items()}
@@ -52,3 +58,5 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
                 "outside the module's methods, where the adapter has no effect; call a method of the module there, "
                 "or leave it out by exclude_modules"
             )
+    paths = ["/".join(map(str, parts)) for parts, _ in nnx.to_flat_state(weights)]
+    return tuple(leaves[path] for n, path in enumerate(paths) if n in flow.whole)

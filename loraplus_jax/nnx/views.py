@@ -1,7 +1,7 @@
 """An adapted NNX model as the trees that the rest of the package takes, and as a pure function of them."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,8 @@ from flax import nnx
 from .._validation import check_choice
 from ..lora import SCALE, weight_delta
 from ..lora import disabled as disabled_tree
-from ..spec import AdapterSpec
 from ..tree import flatten, join_path, unflatten
-from .adapt import OPTIONAL, LayerAdapter, adapted_modules, remove_adapters
+from .adapted import OPTIONAL, adapters_by_path, remove_adapters
 
 
 def lora_tree(model: nnx.Module) -> dict[str, Any]:
@@ -130,27 +129,6 @@ def disabled(model: nnx.Module) -> nnx.Module:
     copy = nnx.clone(model)
     set_lora(copy, disabled_tree(lora_tree(copy)))
     return copy
-
-
-class Adapted(NamedTuple):
-    """An adapted weight: its module, the module's path, the adapter and its spec in the model's table."""
-
-    module: nnx.Module
-    path: str
-    adapter: LayerAdapter
-    spec: AdapterSpec
-
-
-def adapters_by_path(model: nnx.Module) -> dict[str, Adapted]:
-    """The adapted weights by their path in the specs; raises ValueError if there are none."""
-    found = {
-        adapter.path(path): Adapted(module, path, adapter, adapter.spec_at(path))
-        for path, module, adapters in adapted_modules(model)
-        for adapter in adapters
-    }
-    if not found:
-        raise ValueError("the model has no adapters; call apply_lora_plus first")
-    return found
 
 
 def _factors(model: nnx.Module) -> dict[str, nnx.Variable]:

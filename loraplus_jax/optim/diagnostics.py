@@ -1,6 +1,7 @@
 """Inspects learning rates per parameter (`describe`), and the updates that a step makes (`probe`)."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._validation import check_choice
 from ..factor_pairs import spec_path
 from ..roles import Role, find_states, labels_of, leaves_by_role
 from ..spec import Specs
 from ..tree import count, leaves_by_path
 from .lora_plus import LoRAPlusTransform, check_floating
+
+_PRODUCTS = {None: "-", False: "by rank", True: "merged"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,8 @@ class LeafRow:
       rate: learning rate, or the multiple of a wrapped optimizer's; None if another optimizer trains the leaf.
       decay: weight decay; None if a wrapped optimizer sets it.
       relative: whether `rate` is a multiple.
+      merged: whether each call adds up W + s A B for the leaf's layer, instead of a product by rank; None if
+        `describe` was not told.
     """
 
     path: str
@@ -33,6 +39,7 @@ class LeafRow:
     decay: float | None
     count: int
     relative: bool = False
+    merged: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,9 @@ class Description:
             decay = "-" if row.decay is None else f"{row.decay:.3g}"
             rank = "-" if row.rank is None else str(row.rank)
             lines.append((row.path, shape, row.role, rank, rate, decay, f"{row.count:,}"))
+        if any(row.merged is not None for row in self.rows):
+            products = ("product", *(_PRODUCTS[row.merged] for row in self.rows))
+            lines = [(*line, product) for line, product in zip(lines, products, strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([*table, self.summary])
@@ -71,7 +81,13 @@ class Description:
 
 
 def describe(
-    trainable: Any, optimizer: Any, specs: Specs | None = None, *, frozen: Any = None, step: int = 0
+    trainable: Any,
+    optimizer: Any,
+    specs: Specs | None = None,
+    *,
+    frozen: Any = None,
+    step: int = 0,
+    merged: Collection[str] | None = None,
 ) -> Description:
     """Lists every trainable leaf with its role and size, and the learning rate and weight decay it gets.
 
@@ -83,8 +99,11 @@ def describe(
       specs: the table from `init_lora`, for ranks.
       frozen: frozen variables, to count the total.
       step: step at which to evaluate a transform's schedules.
+      merged: the paths of adapters whose weight each call adds up, from `loraplus_jax.nnx.check_reads`; the table
+        then says how each layer's product is computed.
 
     Raises:
+      ValueError: `merged` names a path that the specs lack.
       TypeError: the optimizer contains no LoRA+ transform, or a leaf is not trainable (packed integers).
     """
     check_floating(trainable)
@@ -105,13 +124,16 @@ def describe(
             "optimizer must be a transform from lora_plus_adamw or lora_plus, or an optimizer state with "
             f"one for these trainable variables, got {type(optimizer).__name__}; pass the state of an optax.chain"
         )
+    for name in merged or ():
+        check_choice("merged", name, sorted(specs or {}))
     rows = []
     for path, leaf in leaves_by_path(trainable).items():
         role, rate, decay, relative = groups.get(path, ("extra", None, None, False))
         rate, decay = (None if x is None else float(np.asarray(x)) for x in (rate, decay))
-        spec = (specs or {}).get(spec_path(path.removesuffix("/value").rpartition("/")[0]))
-        rank = spec.rank if spec and role in ("a", "b", "embedding") else None
-        rows.append(LeafRow(path, tuple(leaf.shape), role, rank, rate, decay, leaf.size, relative))
+        key = spec_path(path.removesuffix("/value").rpartition("/")[0])
+        rank = specs[key].rank if specs and key in specs and role in ("a", "b", "embedding") else None
+        whole = None if merged is None or rank is None else key in merged
+        rows.append(LeafRow(path, tuple(leaf.shape), role, rank, rate, decay, leaf.size, relative, whole))
     trained = count(trainable)
     return Description(tuple(rows), trained, None if frozen is None else trained + count(frozen))
 

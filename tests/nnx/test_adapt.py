@@ -266,6 +266,33 @@ def test_stacked_layers(axis):
     assert_close(model(X), merge(model)(X))
 
 
+class BareStack(nnx.Module):
+    """Stacked modules with parameters of their own."""
+
+    def __init__(self, rngs, axis=0):
+        self.axis = axis
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Bare, in_axes=(0,), out_axes=axis))(rngs)
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, self.axis), out_axes=nnx.Carry)
+        return run(x / 9, self.blocks)
+
+
+@pytest.mark.parametrize(
+    ("axis", "axes", "stacked"),
+    [(0, "bio", {}), (0, "io", {"wq": (0,), "wo": (0,)}), (1, "io", {"wq": (1,), "wo": (1,)})],
+)
+def test_parameters_of_stacked_modules(axis, axes, stacked):
+    """The stack is a batch axis of the parameter, or named."""
+    model, plain = BareStack(nnx.Rngs(0), axis), BareStack(nnx.Rngs(0), axis)
+    config = LoRAPlusConfig(target_parameters={"blocks/w[qo]": axes}, rank=2)
+    specs = apply_lora_plus(model, config, rngs=nnx.Rngs(1), stacked=stacked)
+    assert (specs["blocks/wq"].axes, specs["blocks/wq"].stacked) == (axes, stacked.get("wq", ()))
+    np.testing.assert_array_equal(model(X), plain(X))
+    randomise(model)
+    assert_close(model(X), merge(model)(X))
+
+
 def test_layers_to_transform_within_a_stack():
     model = Stack(nnx.Rngs(0))
     config = LoRAPlusConfig(target_modules=["up"], rank=2, layers_to_transform=[1])
@@ -322,6 +349,45 @@ def test_what_a_call_changes_is_written_back_and_static_arguments_stay_static():
     assert not np.array_equal(found[0]["y"], found[1]["y"])
     np.testing.assert_array_equal(model.last[...], X)
     assert len(nnx.pop(model, nnx.Intermediate)["hidden"].get_value()) == 2
+
+
+def test_attention_decodes_with_its_cache():
+    make = lambda: nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))  # noqa: E731
+    model = make()
+    apply_lora_plus(model, LoRAPlusConfig(target_modules=["query", "value", "out"], rank=2), rngs=nnx.Rngs(1))
+    randomise(model)
+    results = []
+    for net in (model, merge(model)):
+        net.init_cache(X.shape)
+        results.append([net(X[:, n : n + 1]) for n in range(5)])
+        assert int(net.cache_index[...]) == 5
+    assert_close(jnp.stack(results[0]), jnp.stack(results[1]))
+    assert_close(model.cached_value[...], merge(model).cached_value[...])
+    whole = make()
+    whole.decode = False
+    nnx.update(whole, nnx.state(merge(model), nnx.Param))
+    causal = nnx.make_causal_mask(jnp.ones(X.shape[:2]))
+    assert_close(jnp.concatenate(results[0], axis=1), whole(X, mask=causal, decode=False))
+
+
+class Norms(nnx.Module):
+    """An adapted parameter beside batch statistics, in one module."""
+
+    def __init__(self, rngs):
+        self.w, self.norm = nnx.Param(jnp.eye(8)), nnx.BatchNorm(8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x @ self.w[...])
+
+
+def test_batch_statistics_move_as_in_the_plain_model():
+    model, plain = Norms(nnx.Rngs(0)), Norms(nnx.Rngs(0))
+    apply_lora_plus(model, LoRAPlusConfig(target_parameters={"w": "io"}, rank=2), rngs=nnx.Rngs(1))
+    start = plain.norm.mean[...]
+    for net in (model, plain):
+        nnx.jit(lambda net, x: net(x))(net, X)
+    np.testing.assert_array_equal(model.norm.mean[...], plain.norm.mean[...])
+    assert np.any(plain.norm.mean[...] != start)
 
 
 @jax.custom_vjp

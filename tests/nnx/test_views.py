@@ -13,6 +13,7 @@ from flax import nnx
 from loraplus_jax import (
     LoRAPlusConfig,
     apply_lora_plus,
+    describe,
     init_lora,
     init_state,
     jit_step,
@@ -204,6 +205,50 @@ def test_a_weight_that_is_read_past_its_layer_is_found():
     loraplus_nnx.apply_lora_plus(model, config, rngs=nnx.Rngs(1))
     with pytest.raises(ValueError, match=mentions("emb", "emb/embedding", "exclude_modules")):
         loraplus_nnx.check_reads(model, jax.ShapeDtypeStruct(IDS.shape, IDS.dtype))
+    plain = Reads(nnx.Rngs(0))
+    graph = nnx.graphdef(plain)
+    with pytest.raises(ValueError, match=mentions("emb/embedding")):
+        loraplus_nnx.apply_lora_plus(plain, config, rngs=nnx.Rngs(1), check=(IDS,))
+    assert nnx.graphdef(plain) == graph
+
+
+class Masked(nnx.Module):
+    """A layer whose weight is used by rank, and two whose weight is changed before it is used."""
+
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(8, 8, rngs=rngs)
+        self.conv = nnx.Conv(8, 8, (3,), mask=jnp.ones((3, 8, 8)).at[0].set(0), rngs=rngs)
+        self.stack = nnx.split_rngs(splits=2)(nnx.vmap(Squared, in_axes=(0,), out_axes=0))(rngs)
+
+    def __call__(self, x):
+        run = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return run(self.conv(self.fc(x)), self.stack)
+
+
+class Squared(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    def __call__(self, x):
+        return x @ jnp.square(self.w[...])
+
+
+def test_describe_says_which_products_are_not_by_rank():
+    model, x = Masked(nnx.Rngs(0)), jnp.ones((2, 5, 8))
+    config = LoRAPlusConfig(target_modules=["fc", "conv"], target_parameters={"stack/w": "bio"}, rank=2)
+    specs = loraplus_nnx.apply_lora_plus(model, config, rngs=nnx.Rngs(1))
+    merged = loraplus_nnx.check_reads(model, x)
+    assert set(merged) == {"conv", "stack/w"}
+    table = describe(loraplus_nnx.lora_tree(model), lora_plus_adamw(1e-3, lr_ratio=2.0), specs, merged=merged)
+    rows = {row.path: row.merged for row in table.rows if row.path.endswith("a")}
+    assert rows == {"fc/lora_a": False, "conv/lora_a": True, "stack/w/lora_a": True}
+    assert [line.rsplit("  ", 1)[1] for line in str(table).splitlines()[:3]] == [
+        "product",
+        "merged",
+        "merged",
+    ]
+    with pytest.raises(ValueError, match=mentions("merged", "'cnv'")):
+        describe(loraplus_nnx.lora_tree(model), lora_plus_adamw(1e-3, lr_ratio=2.0), specs, merged=["cnv"])
 
 
 def flops(f, *args):
