@@ -36,6 +36,8 @@ OPTIONAL = (SCALE, TAP, *PREVIOUS_FACTORS)
 """What may stand beside a module's factors while `functional` runs the model."""
 _SHARDING = ("out_sharding", "sharding", "sharding_names", "shd")
 """Names under which Flax versions and libraries keep the mesh axes of a weight."""
+_SCAN_AXIS = "param_scan_axis"
+"""The name under which maxtext keeps the axis of a weight along which its layers lie."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,7 @@ def apply_lora_plus(
       config: the rules; paths are the attributes from the model to a module, joined by "/".
       rngs: the stream `params` initializes the factors; `dropout` is for the adapters' dropout.
       stacked: the axes that `nnx.vmap` added to a module's weights, by name or path, innermost first; by default
-        the leading ones, if the layer's fields do not tell otherwise.
+        those that the weight's metadata or the layer's fields tell, or the leading ones.
       dtype: dtype of the factors.
 
     Returns:
@@ -219,7 +221,7 @@ def _layer_spec(
     shape = _shape(module, weight.leaf)
     axes = next((axes for name, axes in stacked.items() if matches((name,), path)), None)
     if axes is None:
-        axes = _stacked_axes(shape, weight, path)
+        axes = _stacked_axes(module, weight, path)
     spec = AdapterSpec(
         leaf=weight.leaf,
         kind=weight.kind,
@@ -238,21 +240,25 @@ def _layer_spec(
     return dataclasses.replace(spec, layers=tuple(n for n in layers if n < size))
 
 
-def _stacked_axes(shape: tuple[int, ...], weight: LayerWeight, path: str) -> tuple[int, ...]:
-    """The axes of a stack, as in `AdapterSpec`: the leading ones if they fit the layer's fields."""
+def _stacked_axes(module: nnx.Module, weight: LayerWeight, path: str) -> tuple[int, ...]:
+    """The axes of a stack, as in `AdapterSpec`: by the weight's metadata, or else by the layer's fields."""
+    shape, axis = _shape(module, weight.leaf), getattr(module, weight.leaf).get_metadata().get(_SCAN_AXIS)
     extra = len(shape) - len(weight.axes)
-    leading = (0,) * max(extra, 0)
-    if extra >= 0 and weight.shape in (None, shape[extra:]):
-        return leading
-    fitting = (
-        [n for n in range(len(shape)) if shape[:n] + shape[n + 1 :] == weight.shape] if extra == 1 else []
+    if extra == 1 and isinstance(axis, int):
+        return (axis,)
+    if extra >= 0 and weight.shape is None:
+        return (0,) * extra
+    # Several axes are sought in front only.
+    starts = range(len(shape)) if extra == 1 else range(int(extra >= 0))
+    fitting = [n for n in starts if shape[:n] + shape[n + extra :] == weight.shape]
+    if len(fitting) == 1:
+        return (fitting[0],) * extra
+    raise ValueError(
+        f"{path or 'the model'!r}: the weight has shape {shape}, and the layer's fields say "
+        f"{weight.shape or weight.axes}"
+        + (f", so its layers may lie along any axis of {fitting}" if fitting else "")
+        + f"; pass stacked={{{path!r}: axes}} for the axes that nnx.vmap added"
     )
-    if not fitting:
-        raise ValueError(
-            f"{path or 'the model'!r}: the weight has shape {shape}, and the layer's fields say "
-            f"{weight.shape or weight.axes}; pass stacked={{{path!r}: axes}} for the axes that nnx.vmap added"
-        )
-    return (fitting[0],)
 
 
 def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:
