@@ -30,10 +30,10 @@ TARGETS = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
 
 
 def net():
-    """An embedding, a dropout with a seed among its variables, a contraction and a head."""
+    """Layers whose names are out of order, and a dropout with a seed among its variables."""
     keras.utils.set_random_seed(0)
     layers = [
-        keras.layers.Embedding(11, 8, name="embed"),
+        keras.layers.Embedding(11, 8, name="words"),
         keras.layers.Dropout(0.1),
         keras.layers.EinsumDense("abc,cd->abd", (None, 7), activation="tanh", name="hidden"),
         keras.layers.GlobalAveragePooling1D(),
@@ -48,7 +48,7 @@ def recipe():
     """The names of the recipe's first block, with factors that are not zero."""
     assert keras.backend.backend() == "jax"
     model = net()
-    names = {"model": model, "layers": [model.get_layer(name) for name in ("embed", "hidden", "out")]}
+    names = {"model": model, "layers": [model.get_layer(name) for name in ("words", "hidden", "out")]}
     names |= {"jax": jax, "jnp": jnp, "optax": optax, "lora_plus_adamw": lora_plus_adamw}
     exec(RECIPE[0], names)
     names["lora"] = drawn(names["lora"])
@@ -91,7 +91,7 @@ def test_a_peft_directory_comes_out_and_equals_the_merged_model(recipe, tmp_path
     exec(RECIPE[1], recipe | {"specs_of": specs_of, "save_peft": save_peft}, results := {})
     tree, specs = results["tree"], results["specs"]
     assert {path: (spec.kind, spec.shape, spec.scale) for path, spec in specs.items()} == {
-        "net/embed": ("embed", (11, 8), 2.0),
+        "net/words": ("embed", (11, 8), 2.0),
         "net/hidden": ("dense", (8, 7), 2.0),
         "net/out": ("dense", (7, 6), 2.0),
     }
@@ -100,8 +100,8 @@ def test_a_peft_directory_comes_out_and_equals_the_merged_model(recipe, tmp_path
     params = unflatten({v.path: v.value for v in model.variables if v.path.startswith("net/")})
     ours = merge({"params": params}, tree, specs)["params"]["net"]
     plain, tensors = net(), load_file("adapter/adapter_model.safetensors")
-    for name, leaf in (("embed", "embeddings"), ("hidden", "kernel"), ("out", "kernel")):
-        form = "lora_embedding_{}" if name == "embed" else "lora_{}.weight"
+    for name, leaf in (("words", "embeddings"), ("hidden", "kernel"), ("out", "kernel")):
+        form = "lora_embedding_{}" if name == "words" else "lora_{}.weight"
         a, b = (tensors[f"base_model.model.{name}.{form.format(side)}"] for side in "AB")
         variable = getattr(plain.get_layer(name), leaf)
         variable.assign(variable + 2.0 * (b @ a).T)
