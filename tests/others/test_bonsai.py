@@ -179,7 +179,7 @@ def gemma3():
         files=gemma3_params._get_key_and_transform_mapping(),
         renamed=(
             ("model.language_model.", "language_model.model."),
-            ("model.vision_tower.", "vision_tower."),
+            ("model.vision_tower.", "vision_tower.vision_model."),
         ),
     )
 
@@ -210,6 +210,15 @@ def vit():
         | {"classifier/kernel"},
         names=name_maps.BONSAI_VIT,
         files=vit_params._get_key_and_transform_mapping(config),
+        renamed=(
+            ("vit.layers", "vit.encoder.layer"),
+            ("attention.q_proj", "attention.attention.query"),
+            ("attention.k_proj", "attention.attention.key"),
+            ("attention.v_proj", "attention.attention.value"),
+            ("attention.o_proj", "attention.output.dense"),
+            ("mlp.fc1", "intermediate.dense"),
+            ("mlp.fc2", "output.dense"),
+        ),
     )
 
 
