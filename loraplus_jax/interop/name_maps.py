@@ -16,3 +16,28 @@ TUNIX_GEMMA: PathMap = (
     ("layers/{layer}/mlp/{name}", "model.layers.{layer}.mlp.{name}"),
 )
 """tunix's Gemma. Its `kv_einsum` holds keys and values in one weight, of which PEFT has no adapter."""
+
+BONSAI_QWEN3: PathMap = TUNIX_LLAMA[:3]
+"""bonsai's Qwen 3. An adapter on its `embedder` would have no effect."""
+
+BONSAI_GEMMA3: PathMap = (
+    ("language_model/layers/{layer}/{block}/{name}", "model.language_model.layers.{layer}.{block}.{name}"),
+    (
+        "vision_tower/encoder/layers/{layer}/{block}/{name}",
+        "model.vision_tower.encoder.layers.{layer}.{block}.{name}",
+    ),
+    ("embed_tokens/weight", "model.language_model.embed_tokens", "TiedEmbedding"),
+)
+"""bonsai's Gemma 3, text and images, with the names of transformers 5."""
+
+BONSAI_VIT: PathMap = (
+    ("layers/{layer}/attention/query", "vit.layers.{layer}.attention.q_proj"),
+    ("layers/{layer}/attention/key", "vit.layers.{layer}.attention.k_proj"),
+    ("layers/{layer}/attention/value", "vit.layers.{layer}.attention.v_proj"),
+    ("layers/{layer}/attention/out", "vit.layers.{layer}.attention.o_proj"),
+    ("layers/{layer}/linear1", "vit.layers.{layer}.mlp.fc1"),
+    ("layers/{layer}/linear2", "vit.layers.{layer}.mlp.fc2"),
+    ("pos_embeddings/projection", "vit.embeddings.patch_embeddings.projection"),
+    ("classifier", "classifier"),
+)
+"""bonsai's ViT, with the names of transformers 5."""

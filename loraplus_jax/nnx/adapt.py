@@ -37,6 +37,8 @@ from .reads import check_reads
 
 _SHARDING = ("out_sharding", "sharding", "sharding_names", "shd")
 """Names under which Flax versions and libraries keep the mesh axes of a weight."""
+_SCAN_AXIS = "param_scan_axis"
+"""The name under which maxtext keeps the axis of a weight along which its layers lie."""
 
 
 def apply_lora_plus(
@@ -59,8 +61,8 @@ def apply_lora_plus(
       config: the rules; paths are the attributes from the model to a module, joined by "/".
       rngs: the stream `params` initializes the factors; `dropout` is for the adapters' dropout.
       stacked: the axes that `nnx.vmap` added to the weights, by name or path of a layer or of a parameter in
-        `target_parameters`, innermost first. By default the leading ones of a layer, if its fields do not tell
-        otherwise; a parameter has them as batch axes among its letters.
+        `target_parameters`, innermost first. By default those that the weight's metadata or the layer's fields
+        tell, or the leading ones; a parameter has them as batch axes among its letters.
       dtype: dtype of the factors.
       check: arguments of a call of the model, for `check_reads`; arrays may be `jax.ShapeDtypeStruct`.
 
@@ -163,7 +165,7 @@ def _layer_spec(
     shape = _shape(module, weight.leaf)
     axes = _given_axes(stacked, path)
     if axes is None:
-        axes = _stacked_axes(shape, weight, path)
+        axes = _stacked_axes(module, weight, path)
     spec = AdapterSpec(
         leaf=weight.leaf,
         kind=weight.kind,
@@ -205,21 +207,25 @@ def _given_axes(stacked: Mapping[str, tuple[int, ...]], path: str) -> tuple[int,
     return next((axes for name, axes in stacked.items() if matches((name,), path)), None)
 
 
-def _stacked_axes(shape: tuple[int, ...], weight: LayerWeight, path: str) -> tuple[int, ...]:
-    """The axes of a stack, as in `AdapterSpec`: the leading ones if they fit the layer's fields."""
+def _stacked_axes(module: nnx.Module, weight: LayerWeight, path: str) -> tuple[int, ...]:
+    """The axes of a stack, as in `AdapterSpec`: by the weight's metadata, or else by the layer's fields."""
+    shape, axis = _shape(module, weight.leaf), getattr(module, weight.leaf).get_metadata().get(_SCAN_AXIS)
     extra = len(shape) - len(weight.axes)
-    leading = (0,) * max(extra, 0)
-    if extra >= 0 and weight.shape in (None, shape[extra:]):
-        return leading
-    fitting = (
-        [n for n in range(len(shape)) if shape[:n] + shape[n + 1 :] == weight.shape] if extra == 1 else []
+    if extra == 1 and isinstance(axis, int):
+        return (axis,)
+    if extra >= 0 and weight.shape is None:
+        return (0,) * extra
+    # Several axes are sought in front only.
+    starts = range(len(shape)) if extra == 1 else range(int(extra >= 0))
+    fitting = [n for n in starts if shape[:n] + shape[n + extra :] == weight.shape]
+    if len(fitting) == 1:
+        return (fitting[0],) * extra
+    raise ValueError(
+        f"{path or 'the model'!r}: the weight has shape {shape}, and the layer's fields say "
+        f"{weight.shape or weight.axes}"
+        + (f", so its layers may lie along any axis of {fitting}" if fitting else "")
+        + f"; pass stacked={{{path!r}: axes}} for the axes that nnx.vmap added"
     )
-    if not fitting:
-        raise ValueError(
-            f"{path or 'the model'!r}: the weight has shape {shape}, and the layer's fields say "
-            f"{weight.shape or weight.axes}; pass stacked={{{path!r}: axes}} for the axes that nnx.vmap added"
-        )
-    return (fitting[0],)
 
 
 def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:

@@ -37,15 +37,15 @@ class OtherAdapters(NamedTuple):
 
 
 def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None) -> OtherAdapters:
-    """Reads the adapters of qwix (so of tunix), `nnx.LoRA`, `nnx.LoRALinear` or gemma.
+    """Reads the adapters of qwix (so of tunix), `nnx.LoRA`, `nnx.LoRALinear`, gemma or keras.
 
     With the result `save_peft` writes a PEFT directory from their runs, `merge` merges them, and `describe` shows
     them. Factors that the library flattens, such as (in, heads · size), get the axes of their weight.
 
     Args:
-      source: an NNX model, or a tree of parameters with factors and weights, such as `nnx.state` of a model or the
-        `"params"` of a Linen model.
-      scale: the library's scale of A B: alpha / rank for qwix, 1 for `nnx.LoRA` and gemma.
+      source: an NNX model, or a tree of parameters with factors and weights, such as `nnx.state` of a model, the
+        `"params"` of a Linen model or `{v.path: v.value for v in model.variables}` of a keras model.
+      scale: the library's scale of A B: alpha / rank for qwix and keras, 1 for `nnx.LoRA` and gemma.
       axes: one letter per axis of weights whose layer does not tell, by a regular expression for the weight's
         path, as in `target_parameters`: `{".*/q_einsum/w": "oio"}`.
 
@@ -61,7 +61,7 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
         weight, (a, b) = leaves[join(module, name)], (leaves[path] for path in pair)
         found = _axes(join(module, name), weight, a, axes or {}, letters)
         path = module.removesuffix("/base_module")
-        kind = "embed" if name == "embedding" else "dense" if found == "io" else "einsum"
+        kind = "embed" if name.startswith("embedding") else "dense" if found == "io" else "einsum"
         spec = AdapterSpec(
             leaf=f"params/{join(module, name)}",
             kind=kind,
@@ -136,7 +136,7 @@ def _weight(key: str, leaves: Mapping[str, Any]) -> tuple[str, str]:
     owner = re.sub(r"(^|/)(_LoRA\w+_\d+/)?lora$", "", key)
     for below in _BELOW:
         module = f"{owner}{below}".removeprefix("/")
-        for name in (*LEAVES, "w"):
+        for name in (*LEAVES, "w", "embeddings"):  # gemma's, keras's
             if join(module, name) in leaves:
                 return module, name
     raise ValueError(f"{key}: there are factors, but the weight that they adapt is not in the model")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# 08_tunix.py needs tunix: tests/others/test_nnx_packages.py.
+# 08_tunix.py and 10_bonsai.py need those packages: tests/others.
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -124,3 +124,25 @@ def test_gemma_s_factors_beside_a_raw_weight():
 def test_trees_that_cannot_be_read_are_named(tree, words):
     with pytest.raises(ValueError, match=mentions(*words)):
         specs_of(tree, scale=1.0)
+
+
+def test_variables_of_keras_by_path(tmp_path):
+    variables = {
+        "net/embed/embeddings": drawn(7, 4),
+        "net/embed/lora_embeddings_a": drawn(7, 2),
+        "net/embed/lora_embeddings_b": drawn(2, 4),
+        "net/out/kernel": drawn(4, 3),
+        "net/out/bias": drawn(3),
+        "net/out/lora_kernel_a": drawn(4, 2),
+        "net/out/lora_kernel_b": drawn(2, 3),
+    }
+    lora, specs, config = specs_of(variables, scale=2.0)
+    assert {path: (spec.kind, spec.leaf) for path, spec in specs.items()} == {
+        "net/embed": ("embed", "params/net/embed/embeddings"),
+        "net/out": ("dense", "params/net/out/kernel"),
+    }
+    names = [("net/{name}", "{name}")]
+    save_peft(tmp_path / "adapter", lora, specs, config, names)
+    loaded = load_peft(tmp_path / "adapter", specs, names).lora
+    np.testing.assert_array_equal(loaded["net"]["embed"]["lora_embedding_b"], drawn(2, 4))
+    np.testing.assert_array_equal(loaded["net"]["out"]["lora_a"], drawn(4, 2))
