@@ -117,19 +117,23 @@ def _fits(program: ClosedJaxpr | Jaxpr, eqn: Any) -> bool:
 
 
 def _scan(eqn: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
-    program = eqn.params["jaxpr"]
-    body: Any = getattr(program, "jaxpr", program)
-    # Count by shapes, since jax versions name the counts differently: sliced inputs and stacked outputs have one
-    # more axis outside than inside. Constants come first, then the carry.
-    sliced = _count_longer(eqn.invars, body.invars)
-    carried = len(body.outvars) - _count_longer(eqn.outvars, body.outvars)
-    consts = len(body.invars) - sliced - carried
+    body, (consts, carried) = eqn.params["jaxpr"], scan_counts(eqn)
     carry = inputs[consts : consts + carried]
     while True:
         outputs = _propagate(body, inputs[:consts] + carry + inputs[consts + carried :], marks)
         if (new_carry := _union(carry, outputs)) == carry:
             return carry + outputs[carried:]
         carry = new_carry
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """The numbers of a `scan`'s constants and of its carried values, its first inputs; the others are sliced."""
+    body: Any = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+    # Count by shapes, since jax versions name the counts differently: sliced inputs and stacked outputs have one
+    # more axis outside than inside.
+    sliced = _count_longer(eqn.invars, body.invars)
+    carried = len(body.outvars) - _count_longer(eqn.outvars, body.outvars)
+    return len(body.invars) - sliced - carried, carried
 
 
 def _count_longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:

@@ -234,7 +234,7 @@ def disabled(lora: Any) -> Any:
     return jax.tree.map(jnp.zeros_like, lora)
 
 
-def rebox(box: Any, value: jax.Array) -> Any:
+def rebox(box: Any, value: Any) -> Any:
     """Puts a value into the metadata box of the old value, if it has one."""
     return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 

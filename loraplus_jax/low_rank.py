@@ -1,8 +1,8 @@
 """Evaluates a program with some inputs kept as W + s A B, without adding the parts up where it can.
 
 A contraction of all input axes (or all output axes) of such a weight, a lookup of its rows and a convolution with
-it cost the base operation and two thin ones. Every other operation gets the sum: correct for any program, but as
-dear as the whole weight.
+it cost the base operation and two thin ones, in loops too. Every other operation gets the sum: correct for any
+program, but as dear as the whole weight.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from .dataflow import mark_weight
+from .dataflow import mark_weight, scan_counts
 from .lora import low_rank_output, measured_term
 
-_TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "stop_gradient", "optimization_barrier")
-"""Operations that the factors pass unchanged. A layer that stops its weight's gradient freezes W, not A and B."""
+_TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimization_barrier")
+"""Operations that the factors pass unchanged."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["w", "a", "b", "scale", "key", "tap", "before"],
-    meta_fields=["letters", "factor_letters", "dropout", "omit"],
+    meta_fields=["letters", "factor_letters", "dropout", "omit", "stops"],
 )
 @dataclasses.dataclass(frozen=True)
 class LowRankWeight:
@@ -41,6 +41,8 @@ class LowRankWeight:
       key: its key.
       tap, before: for `make_theory`, the leaf whose gradient is the measurement, and A and B of the previous step.
       omit: whether to leave W out and mark it for `trace_dataflow` instead.
+      stops: whether the program's `stop_gradient` of the weight stops the gradients of A and B too; otherwise it
+        freezes W alone, as a layer does that is made to be adapted.
     """
 
     w: Any
@@ -54,6 +56,7 @@ class LowRankWeight:
     tap: Any = None
     before: Any = None
     omit: bool = False
+    stops: bool = False
 
     def sum(self) -> jax.Array:
         """W + s A B in W's dtype, added in float32 or wider."""
@@ -96,10 +99,12 @@ def _evaluate(program: Any, inputs: Sequence[Any]) -> list[Any]:
 
 def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
     name, weights = eqn.primitive.name, [x for x in inputs if isinstance(x, LowRankWeight)]
-    if name in ("jit", "pjit", "closed_call", "core_call"):
-        return _evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), inputs)
     if not weights:
         return _bind(eqn, inputs, jaxpr)
+    if name in ("jit", "pjit", "closed_call", "core_call"):
+        return _evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), inputs)
+    if name == "scan":
+        return _scan(eqn, inputs)
     if name in ("checkpoint", "remat", "remat2"):
         inner = functools.partial(_evaluate, eqn.params["jaxpr"])
         options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
@@ -107,7 +112,7 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
     if len(weights) == 1:
         (weight,) = weights
         of = lambda w: _bind(eqn, [w if x is weight else x for x in inputs], jaxpr)[0]  # noqa: E731
-        if name in (*_TRANSPARENT, "convert_element_type") and len(eqn.outvars) == 1:
+        if _is_passed(eqn, weight):
             return [dataclasses.replace(weight, w=of(weight.w))]
         if name == "transpose":
             letters = "".join(weight.letters[n] for n in eqn.params["permutation"])
@@ -116,6 +121,45 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
             y = of(weight.base())
             return [y + term.astype(y.dtype)]
     return _bind(eqn, [_array(value) for value in inputs], jaxpr)
+
+
+def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
+    """Whether the factors pass an operation unchanged."""
+    name, (output, *rest) = eqn.primitive.name, (x.aval for x in eqn.outvars)
+    if name == "convert_element_type":
+        return jnp.issubdtype(output.dtype, jnp.inexact)  # an integer is not a sum of its parts
+    return not rest and (name in _TRANSPARENT or (name == "stop_gradient" and not weight.stops))
+
+
+def _scan(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
+    """Runs a loop. The weights that it reads stay as they are, whole or one index of a batch axis per step."""
+    consts, carried = scan_counts(eqn)
+    before, carry, after = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
+    slices = [_slices(value) for value in after]
+
+    def step(carry: list[Any], arrays: list[Any]) -> tuple[list[Any], list[Any]]:
+        values = [make(*slice) for (make, _), slice in zip(slices, arrays, strict=True)]
+        results = evaluate(eqn.params["jaxpr"], [*before, *carry, *values])
+        return results[:carried], results[carried:]
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    last, outputs = jax.lax.scan(
+        step, [_array(value) for value in carry], [arrays for _, arrays in slices], **options
+    )
+    return [*last, *outputs]
+
+
+def _slices(value: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What a loop takes slices of, along the first axis, and how it makes its value of one slice of each."""
+    if not isinstance(value, LowRankWeight):
+        return lambda x: x, (value,)
+    axis, sides = value.letters[0], value.factor_letters
+    if value.key is not None or value.tap is not None or not all(axis in side for side in sides):
+        return lambda x: x, (value.sum(),)
+    a, b = (jnp.moveaxis(x, side.index(axis), 0) for x, side in zip((value.a, value.b), sides, strict=True))
+    left, right = (side.replace(axis, "") for side in sides)
+    rest = dataclasses.replace(value, letters=value.letters[1:], factor_letters=(left, right))
+    return lambda w, a, b: dataclasses.replace(rest, w=w, a=a, b=b), (value.w, a, b)
 
 
 def _bind(eqn: Any, inputs: Sequence[Any], jaxpr: Any) -> Sequence[Any]:
@@ -136,8 +180,9 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
         pair if position == 0 else pair[::-1] for pair in dimensions
     )
     left, right = map(set, weight.factor_letters)
-    used = {weight.letters[n] for n in contracted}
-    if {weight.letters[n] for n in batch} != left & right - {"r"} or used not in (left - right, right - left):
+    common = left & right - {"r"}
+    used = {weight.letters[n] for n in contracted} - common
+    if not {weight.letters[n] for n in batch} <= common or used not in (left - right, right - left):
         return None
     letters = list(string.ascii_uppercase[: x.ndim])  # the weight's are lower case
     for n, m in (*zip(x_contracted, contracted, strict=True), *zip(x_batch, batch, strict=True)):
@@ -146,7 +191,7 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
     free = [c for c in letters if c.isupper()]
     outputs = [c for n, c in enumerate(weight.letters) if n not in (*contracted, *batch)]
     result = "".join((*shared, *outputs, *free) if position == 0 else (*shared, *free, *outputs))
-    middle = "".join((*shared, *free, "r"))
+    middle = "".join((*shared, *sorted(common.difference(shared)), *free, "r"))
     order = weight.factor_letters if used == left - right else weight.factor_letters[::-1]
     equations = f"{''.join(letters)},{order[0]}->{middle}", f"{middle},{order[1]}->{result}"
     if (
@@ -184,8 +229,8 @@ def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | N
     if (
         inputs[0] is not weight
         or _explicit(weight.w, weight.a, weight.b)
-        or weight.factor_letters != ("ar", "rb")
-        or weight.letters != "ab"
+        or weight.factor_letters != (f"{weight.letters[0]}r", f"r{weight.letters[1:]}")
+        or len(weight.letters) != 2
         or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
         or eqn.params["slice_sizes"] != (1, weight.w.shape[1])
         or numbers.offset_dims != (eqn.outvars[0].aval.ndim - 1,)

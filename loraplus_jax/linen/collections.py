@@ -1,14 +1,16 @@
 """Moves adapters into a wrapped model's parameters before a call, and out of them after it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 from flax import traverse_util
-from flax.core import meta
+from flax.core import lift, meta
 
 from ..config import LoRAPlusConfig, matches
-from ..lora import PREVIOUS_FACTORS, SCALE, TAP, rebox, weight_delta
+from ..lora import PREVIOUS_FACTORS, SCALE, TAP, rebox
+from ..low_rank import LowRankWeight, evaluate
 from ..rules import is_target, parameter_rule, parameter_spec
 from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, AdapterSpec
 from .adapter import FactorBox, Mode, is_box, mode, new_factors, read_factors
@@ -23,7 +25,7 @@ class CollectionMap:
     """Maps the variables of one call into the wrapped model and back.
 
     Factors of layers join the parameters at the same paths. `"lora"` itself stays, for layers with built-in
-    adapters. Parameters in `target_parameters` enter as W + s A B and leave unchanged.
+    adapters. Parameters in `target_parameters` enter as `LowRankWeight`, for `keep_low_rank`, and leave unchanged.
 
     Attributes:
       is_bare: whether the variables contain no adapters.
@@ -50,9 +52,17 @@ class CollectionMap:
             a, b = read_factors(spec, lambda name, path=path: lora.get((*path, name)), where)
             self._factors |= {(*path, name): lora.pop((*path, name)) for name in spec.factors}
             self._targets[path] = leaf = params[path]
-            value, scale = meta.unbox(leaf), scales.pop((*path, SCALE), None)
-            scale = None if scale is None else scale.reshape(())
-            params[path] = rebox(leaf, (value + weight_delta(a, b, spec, scale)).astype(value.dtype))
+            scale = scales.pop((*path, SCALE), None)
+            weight = LowRankWeight(
+                w=meta.unbox(leaf),
+                a=a,
+                b=b,
+                letters=spec.base_letters,
+                factor_letters=spec.factor_letters,
+                scale=spec.scale if scale is None else scale.reshape(()),
+                stops=True,
+            )
+            params[path] = rebox(leaf, weight)
         inner = {"params": traverse_util.unflatten_dict(params | lora | scales)}
         # nn.WeightNorm and nn.SpectralNorm walk over all collections and must not see factors that were
         # merged here.
@@ -149,3 +159,37 @@ class CollectionMap:
 
 def _flatten(tree: Any) -> dict[Path, Any]:
     return dict(traverse_util.flatten_dict(dict(tree), is_leaf=is_box))
+
+
+def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A lifted transform, like that of `nn.jit`: runs `fn` as a program that keeps `LowRankWeight` variables apart.
+
+    Inside, `fn` sees plain arrays, which it may change and pass on as it likes.
+    """
+
+    def run(scope_fn: Any, repack: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten(variables, is_leaf=_is_low_rank)
+        weights = [leaf for leaf in leaves if _is_low_rank(leaf)]
+        results: list[Any] = []
+
+        def program(*values: jax.Array) -> list[jax.Array]:
+            given = iter(values)
+            filled = [next(given) if _is_low_rank(leaf) else leaf for leaf in leaves]
+            scope = scope_fn(structure.unflatten(filled), rngs)
+            y = fn(scope, *args, **kwargs)
+            results.extend(jax.tree.flatten((y, repack(scope))))
+            return [leaf for leaf in results[0] if isinstance(leaf, jax.Array)]
+
+        if not weights:  # as in an initialization
+            program()
+            return results[1].unflatten(results[0])
+        arrays = iter(evaluate(jax.make_jaxpr(program)(*(weight.w for weight in weights)), weights))
+        return results[1].unflatten(
+            next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in results[0]
+        )
+
+    return lift.pack(run, (True,), (True,), (True,), name="low_rank", enable_kwargs=True)
+
+
+def _is_low_rank(value: Any) -> bool:
+    return isinstance(value, LowRankWeight)

@@ -3,6 +3,9 @@
 A table maps each layer's method, as Flax defines it, to a function that describes one call. It compares functions
 instead of classes: `nn.vmap(nn.Dense)` is a subclass that calls a plain Dense inside, and a user's subclass may
 call `super()`.
+
+The terms are written out and not left to `low_rank.evaluate`, which sees only the layer's program: it would
+compute W + s A B for a layer's own `dot_general`, which may round, and for a transposed kernel of `ConvTranspose`.
 """
 
 import dataclasses

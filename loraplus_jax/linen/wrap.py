@@ -2,7 +2,8 @@
 
 The model needs no changes. Outside the model, the factors are in the collection `"lora"`. Inside, they are part of
 `"params"`, so that `nn.scan`, `nn.remat`, `nn.vmap` and weight sharing treat them like the kernels. An interceptor
-adds the low-rank term to each targeted layer's output.
+adds the low-rank term to each targeted layer's output. Parameters in `target_parameters` are W + s A B for the
+whole model, which then runs as a program that keeps them as W, A and B where it can.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import DenyList, freeze, meta
-from flax.linen.transforms import get_module_scopes
+from flax.linen.transforms import decorator_lift_transform, get_module_scopes
 from jax.extend.core import jaxpr_as_fun
 
 from .._validation import suggest
@@ -42,7 +43,7 @@ from .adapter import (
     run_in,
     targeted_call,
 )
-from .collections import COLLECTIONS, CollectionMap
+from .collections import COLLECTIONS, CollectionMap, keep_low_rank
 from .discovery import Discovery
 from .layer_table import LayerCall, can_adapt
 
@@ -96,9 +97,10 @@ class LoRAPlusModel(nn.Module):
         # Inner scopes inherit these flags, including those of modules passed in from outside.
         for scope in get_module_scopes(self, args, kwargs)[0]:
             scope.flags = freeze({**scope.flags, OURS: self._trace_key()})
+        keeps = self.lora_config.target_parameters
         # Not with init=True, which would run the model twice and apply mappings inside it twice.
         mapped = nn.map_variables(
-            run_inner,
+            decorator_lift_transform(keep_low_rank, run_inner) if keeps else run_inner,
             COLLECTIONS,
             trans_in_fn=call.variables.enter,
             trans_out_fn=call.variables.leave,

@@ -121,11 +121,12 @@ def test_a_plain_list_means_input_then_output_and_combines_with_layers():
 
 def test_gradients_of_parameter_factors_are_those_of_the_merged_form():
     model, base, lora, specs = prepared(Raw(), config(target_parameters={"w": "oi", "experts": "eio"}))
-    lora = drawn(lora, 5)
     mean = lambda y: jnp.mean(jnp.sin(y))  # noqa: E731
-    found = jax.grad(lambda lora: mean(model.apply({**base, "lora": lora}, X)))(lora)
-    expected = jax.grad(lambda lora: mean(Raw().apply(merge(base, lora, specs), X)))(lora)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    with jax.enable_x64(True):
+        base, lora, x = jax.tree.map(lambda v: v.astype(jnp.float64), (base, drawn(lora, 5), X))
+        found = jax.grad(lambda lora: mean(model.apply({**base, "lora": lora}, x)))(lora)
+        expected = jax.grad(lambda lora: mean(Raw().apply(merge(base, lora, specs), x)))(lora)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)
 
 
 def test_the_base_comes_back_as_it_was_when_parameters_are_mutable():
