@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# 08_tunix.py needs tunix: tests/others/test_nnx_packages.py.
+# tests/others runs the two that need other packages: 08_tunix.py and 09_gemma.py.
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
