@@ -1,7 +1,4 @@
-"""LoRA+ on a Flax NNX model, in place, with `nnx.Optimizer`: trained, saved and merged.
-
-python examples/07_nnx_loop.py
-"""
+"""LoRA+ on a Flax NNX model, in place: trained, saved and merged: python examples/07_nnx_loop.py"""
 
 import tempfile
 
@@ -13,13 +10,12 @@ from loraplus_jax import LoRAPlusConfig, describe, lora_plus_adamw, save_adapter
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, merge
 
 
-def mse(model, x, y):
-    return jnp.mean((model(x) - y) ** 2)
-
-
 @nnx.jit
 def step(model, optimizer, x, y):
-    loss, grads = nnx.value_and_grad(mse, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, x, y)
+    def mse(model):
+        return jnp.mean((model(x) - y) ** 2)
+
+    loss, grads = nnx.value_and_grad(mse, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
     optimizer.update(model, grads)
     return loss
 

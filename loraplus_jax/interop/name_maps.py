@@ -12,10 +12,28 @@ TUNIX_LLAMA: PathMap = (
 
 TUNIX_GEMMA: PathMap = (
     ("layers/{layer}/attn/q_einsum", "model.layers.{layer}.self_attn.q_proj"),
+    ("layers/{layer}/attn/kv_einsum", "model.layers.{layer}.self_attn.{k_proj|v_proj}"),
+    ("layers/{layer}/attn/qkv_einsum", "model.layers.{layer}.self_attn.{q_proj|k_proj|v_proj}"),
     ("layers/{layer}/attn/attn_vec_einsum", "model.layers.{layer}.self_attn.o_proj"),
     ("layers/{layer}/mlp/{name}", "model.layers.{layer}.mlp.{name}"),
+    ("embedder/input_embedding", "model.embed_tokens", "TiedEmbedding"),
+    ("embedder/input_embedding", "lm_head", "TiedHead"),
 )
-"""tunix's Gemma. Its `kv_einsum` holds keys and values in one weight, of which PEFT has no adapter."""
+"""tunix's Gemma 1, 2 and 3, as transformers' `GemmaForCausalLM`, `Gemma2ForCausalLM` and `Gemma3ForCausalLM`.
+Keys and values are one weight, and with as many heads for keys as for queries the queries too."""
+
+GEMMA: PathMap = (
+    ("layer_{layer}/attn/q_einsum/w", "model.layers.{layer}.self_attn.q_proj", "Linear"),
+    ("layer_{layer}/attn/kv_einsum/w", "model.layers.{layer}.self_attn.{k_proj|v_proj}", "Linear"),
+    ("layer_{layer}/attn/qkv_einsum/w", "model.layers.{layer}.self_attn.{q_proj|k_proj|v_proj}", "Linear"),
+    ("layer_{layer}/attn/attn_vec_einsum/w", "model.layers.{layer}.self_attn.o_proj", "Linear"),
+    ("layer_{layer}/mlp/gating_einsum", "model.layers.{layer}.mlp.{gate_proj|up_proj}", "Linear"),
+    ("layer_{layer}/mlp/linear", "model.layers.{layer}.mlp.down_proj", "Linear"),
+    ("embedder/input_embedding", "model.embed_tokens", "TiedEmbedding"),
+    ("embedder/input_embedding", "lm_head", "TiedHead"),
+)
+"""The Linen models of the package gemma, with adapters of `gm.nn.LoRA` read by `specs_of`, or with ours from
+`target_parameters`. The same classes of transformers as for `TUNIX_GEMMA`."""
 
 BONSAI_QWEN3: PathMap = TUNIX_LLAMA[:3]
 """bonsai's Qwen 3. An adapter on its `embedder` would have no effect."""

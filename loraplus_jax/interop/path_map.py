@@ -3,7 +3,8 @@
 A path map is a sequence of rules `(ours, theirs)` or `(ours, theirs, kind)`: the path of our module, joined by
 "/", its name in PyTorch, joined by ".", and if it is ambiguous the layout of its weight in PyTorch (`KINDS`).
 `{name}` on both sides matches one segment. `{name}` only on their side is an index: first of the stacked axes,
-outermost first, then of the batch axes. The first matching rule applies.
+outermost first, then of the batch axes. `{k_proj|v_proj}` on their side names the parts of a weight that holds
+several modules: its first unstacked axis selects the part. The first matching rule applies.
 """
 
 import itertools
@@ -29,7 +30,7 @@ _WEIGHTS = ("kernel", "scale", "embedding")
 _OF_SPEC = {"embed": "Embedding", "conv": "Conv"}
 _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
 _SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
-_HOLE = re.compile(r"\{(\w+)\}")
+_HOLE = re.compile(r"\{(\w+(?:\|\w+)*)\}")
 
 
 class TorchModule(NamedTuple):
@@ -37,7 +38,7 @@ class TorchModule(NamedTuple):
 
     Attributes:
       name: its name, with `{placeholders}` for indices.
-      holes: the placeholders, in order.
+      holes: the placeholders, in order; one with `|` lists the names of parts.
       kind: kind given by the rule, or None.
     """
 
@@ -45,11 +46,16 @@ class TorchModule(NamedTuple):
     holes: tuple[str, ...]
     kind: str | None
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts of a weight that holds several modules; empty if it holds one."""
+        return next((_parts(hole) for hole in self.holes if "|" in hole), ())
+
     def at(self, index: Index) -> str:
         """The name with the indices filled in."""
         name = self.name
         for hole, number in zip(self.holes, index, strict=True):
-            name = name.replace(f"{{{hole}}}", str(number))
+            name = name.replace(f"{{{hole}}}", _parts(hole)[number] if "|" in hole else str(number))
         return name
 
 
@@ -61,8 +67,12 @@ def check_path_map(path_map: PathMap) -> None:
         ours, theirs = (_HOLE.findall(side) for side in rule[:2])
         if missing := [name for name in ours if name not in theirs]:
             raise ValueError(f"path map: {{{missing[0]}}} in {rule[0]!r} must also be in {rule[1]!r}")
-        if any(len(set(names)) < len(names) for names in (ours, theirs)):
+        if any(len(set(names)) < len(names) for names in (ours, theirs, *map(_parts, ours + theirs))):
             raise ValueError(f"path map: placeholders must be distinct on each side, got {rule!r}")
+        if any("|" in name for name in ours) or sum("|" in name for name in theirs) > 1:
+            raise ValueError(
+                f"path map: parts such as {{a|b}} must be in theirs only, and once, got {rule!r}"
+            )
         if len(rule) == 3 and rule[2] not in KINDS:
             raise ValueError(f"path map: unknown kind {rule[2]!r}{suggest(rule[2], KINDS)}")
 
@@ -74,9 +84,9 @@ def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
     TorchModule(name='model.layers.{layer}.up', holes=('layer',), kind=None)
     """
     for rule in path_map:
-        if (match := _pattern(rule[0], "[^/]+").fullmatch(module)) is not None:
+        if (values := _match(rule[0], "[^/]+", module)) is not None:
             name = rule[1]
-            for shared, value in match.groupdict().items():
+            for shared, value in values.items():
                 name = name.replace(f"{{{shared}}}", value)
             return TorchModule(name, tuple(_HOLE.findall(name)), _kind(rule))
     return None
@@ -92,15 +102,16 @@ def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
     """
     for rule in path_map:
         theirs = rule[1].rpartition(".")[0] if _kind(rule) == "Parameter" else rule[1]
-        shared, match = _HOLE.findall(rule[0]), _pattern(theirs, "[^.]+").fullmatch(name)
-        values = {} if match is None else match.groupdict()
-        holes = [value for key, value in values.items() if key not in shared]
-        if match is None or not all(re.fullmatch("0|[1-9][0-9]{0,8}", value) for value in holes):
+        shared, values = _HOLE.findall(rule[0]), _match(theirs, "[^.]+", name)
+        if values is None:
+            continue
+        index = [_number(hole, value) for hole, value in values.items() if hole not in shared]
+        if None in index:
             continue
         module = rule[0]
         for key in shared:
             module = module.replace(f"{{{key}}}", values[key])
-        return module, tuple(int(value) for value in holes)
+        return module, tuple(n for n in index if n is not None)
     return None
 
 
@@ -111,11 +122,14 @@ class Target(NamedTuple):
       spec: its spec.
       kind: its layout in PyTorch, one of `KINDS`.
       names: maps each slice of the factors to a PyTorch module, or for a `Parameter` to the parameter.
+      letters: einsum letters of the axes that index slices. A factor without one of them is shared by the slices
+        along it.
     """
 
     spec: AdapterSpec
     kind: str
     names: dict[Index, str]
+    letters: str
 
     def keys(self, index: Index) -> tuple[str, str]:
         """The names of A and B in PEFT's file."""
@@ -124,6 +138,15 @@ class Target(NamedTuple):
             name = name.rpartition(".")[0]
         form = "{}.lora_embedding_{}" if self.kind.endswith("Embedding") else "{}.lora_{}.weight"
         return form.format(name, "A"), form.format(name, "B")
+
+    def shared_a(self) -> list[list[str]]:
+        """The names of A in PEFT's file, grouped by the A of ours that they are copies of."""
+        groups: dict[Index, list[str]] = {}
+        for index in self.names:
+            groups.setdefault(_own_index(self, index, self.spec.factor_letters[0]), []).append(
+                self.keys(index)[0]
+            )
+        return [*groups.values()]
 
 
 def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], list[str]]:
@@ -140,8 +163,9 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
             continue
         try:
             kind = _kind_of(spec, torch_module)
-            indices = _indices(spec, torch_module, kind)
-            target = Target(spec, kind, {index: torch_module.at(index) for index in indices})
+            letters = _index_letters(spec, torch_module, kind)
+            names = {index: torch_module.at(index) for index in _indices(spec, letters)}
+            target = Target(spec, kind, names, letters)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -177,18 +201,43 @@ def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
     return kind
 
 
-def _indices(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> list[Index]:
-    """The indices of the slices of the factors; each slice is a separate PyTorch module.
+def _index_letters(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> str:
+    """Einsum letters of the axes that index modules: stacked axes, outermost first, then parts, then batch axes.
 
     Raises:
-      ValueError: the number of indices in the rule differs from that of the leaf's stacked and batch axes.
+      ValueError: the indices and parts in the rule do not fit the leaf's axes.
     """
-    letters = _index_letters(spec, kind)
+    stacked = "".join(sorted((c for c in spec.base_letters if c.isupper()), reverse=True))
+    unstacked = "".join(c for c in spec.base_letters if c.islower())
+    batch = "".join(c for c, axis in zip(unstacked, spec.axes, strict=True) if axis not in "io")
+    letters = stacked if kind == "Parameter" else stacked + batch
+    if torch_module.parts:
+        _check_parts(spec, torch_module, kind)
+        letters = stacked + unstacked[0] + batch.removeprefix(unstacked[0])
     if len(letters) != len(torch_module.holes):
         raise ValueError(
             f"{spec.leaf} has {len(letters)} stacked and batch axes, but {torch_module.name} has "
             f"{len(torch_module.holes)} indices"
         )
+    return letters
+
+
+def _check_parts(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> None:
+    """Raises ValueError unless the first unstacked axis of the weight can select the part."""
+    size = next(n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower())
+    # Of a single output axis each part would have one feature, and the parts of an input axis are added.
+    selects = spec.axes[0] not in "io" or (spec.axes[0] == "o" and spec.axes.count("o") > 1)
+    position = ["|" in hole for hole in torch_module.holes].index(True)
+    if kind == "Parameter" or not selects or size != len(torch_module.parts) or position != len(spec.stacked):
+        raise ValueError(
+            f"{spec.leaf} with axes {spec.axes!r} and shape {spec.shape} has no parts for {torch_module.name}: "
+            f"its first unstacked axis must be a batch axis, or one of several output axes, of size "
+            f"{len(torch_module.parts)}; other indices than those of stacked axes must follow the parts"
+        )
+
+
+def _indices(spec: AdapterSpec, letters: str) -> list[Index]:
+    """The indices of the slices of the factors; each slice is a separate PyTorch module."""
     size = dict(zip(spec.base_letters, spec.shape, strict=True))
     indices = list(itertools.product(*(range(size[c]) for c in letters)))
     # `layers` selects indices of the outermost stacked axis, which comes first.
@@ -199,34 +248,33 @@ def factors_to_peft(
     a: np.ndarray, b: np.ndarray, target: Target
 ) -> Iterator[tuple[Index, np.ndarray, np.ndarray]]:
     """Yields each slice's index, and its A and B in PEFT's layout, with the shapes of `factor_shapes`."""
-    spec, kind, _ = target
-    shape = factor_shapes(spec, kind)[1]
-    a, b = _index_views(a, b, spec, kind)
+    shape = factor_shapes(target)[1]
     for index in target.names:
-        yield index, _a_to_peft(a[index], kind), _b_to_peft(b[index], shape, kind)
+        part_a, part_b = _slices(a, b, index, target)
+        yield index, _a_to_peft(part_a, target.kind), _b_to_peft(part_b, shape, target.kind)
 
 
 def factors_from_peft(
     slices: Mapping[Index, tuple[np.ndarray, ...]], target: Target
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `factors_to_peft`; missing slices become zeros."""
-    spec, kind, _ = target
+    """The inverse of `factors_to_peft`; missing slices become zeros. Copies of a shared A must be equal."""
     dtype = next(iter(slices.values()))[0].dtype
-    full_a, full_b = (np.zeros(shape, dtype) for shape in spec.factor_shapes)
-    a, b = _index_views(full_a, full_b, spec, kind)
+    a, b = (np.zeros(shape, dtype) for shape in target.spec.factor_shapes)
     for index, (array_a, array_b) in slices.items():
-        a[index] = _a_from_peft(array_a, a[index].shape, kind)
-        b[index] = _b_from_peft(array_b, b[index].shape, kind)
-    return full_a, full_b
+        part_a, part_b = _slices(a, b, index, target)
+        part_a[...] = _a_from_peft(array_a, part_a.shape, target.kind)
+        part_b[...] = _b_from_peft(array_b, part_b.shape, target.kind)
+    return a, b
 
 
-def factor_shapes(
-    spec: AdapterSpec, kind: str, rank: int | None = None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of one slice of A and B in PEFT's layout, for the spec's rank or another."""
-    (inner, outer), r = spec.sides, rank or spec.rank
-    unstacked = [n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower()]
-    sizes = list(zip(unstacked, spec.axes, strict=True))
+    spec, kind, r = target.spec, target.kind, rank or target.spec.rank
+    size = dict(zip(spec.base_letters, spec.shape, strict=True))
+    unstacked = [c for c in spec.base_letters if c.islower()]
+    roles = zip(unstacked, spec.axes, strict=True)
+    sizes = [(size[c], axis) for c, axis in roles if c not in target.letters]
+    inner, outer = (math.prod(n for n, axis in sizes if axis == side) for side in "io")
     if kind == "Conv":  # PEFT keeps A's window and channels as separate axes
         *window, channels = (n for n, axis in sizes if axis == "i")
         return (r, channels, *window), (outer, r, *(1 for _ in window))
@@ -272,32 +320,44 @@ def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
     )
 
 
-def _pattern(side: str, segment: str) -> re.Pattern[str]:
-    parts = _HOLE.split(side)
-    return re.compile(
-        "".join(f"(?P<{p}>{segment})" if n % 2 else re.escape(p) for n, p in enumerate(parts)), re.DOTALL
+def _match(side: str, segment: str, name: str) -> dict[str, str] | None:
+    """The values of the placeholders on one side of a rule; None if the name does not match."""
+    literals_and_holes = _HOLE.split(side)
+    pattern = "".join(
+        re.escape(part) if n % 2 == 0 else f"({part})" if "|" in part else f"({segment})"
+        for n, part in enumerate(literals_and_holes)
     )
+    match = re.fullmatch(pattern, name, re.DOTALL)
+    return None if match is None else dict(zip(literals_and_holes[1::2], match.groups(), strict=True))
+
+
+def _parts(hole: str) -> tuple[str, ...]:
+    return tuple(hole.split("|"))
+
+
+def _number(hole: str, value: str) -> int | None:
+    """The index that a placeholder's value stands for; None if it is not one."""
+    if "|" in hole:
+        return _parts(hole).index(value)
+    return int(value) if re.fullmatch("0|[1-9][0-9]{0,8}", value) else None
 
 
 def _kind(rule: Any) -> str | None:
     return rule[2] if len(rule) == 3 else None
 
 
-def _index_letters(spec: AdapterSpec, kind: str) -> str:
-    """Einsum letters of the axes that index modules: stacked axes, outermost first, then batch axes."""
-    stacked = "".join(sorted((c for c in spec.base_letters if c.isupper()), reverse=True))
-    unstacked = [c for c in spec.base_letters if c.islower()]
-    batch = "".join(c for c, axis in zip(unstacked, spec.axes, strict=True) if axis not in "io")
-    return stacked if kind == "Parameter" else stacked + batch
+def _own_index(target: Target, index: Index, letters: str) -> Index:
+    """The index of a slice, of the axes that a factor with these letters has."""
+    return tuple(n for c, n in zip(target.letters, index, strict=True) if c in letters)
 
 
-def _index_views(a: np.ndarray, b: np.ndarray, spec: AdapterSpec, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Views of the factors with the index axes first, then A (batch, in..., r) and B (batch, r, out...)."""
-    first = _index_letters(spec, kind)
+def _slices(a: np.ndarray, b: np.ndarray, index: Index, target: Target) -> tuple[np.ndarray, np.ndarray]:
+    """Views of one slice of the factors: A (batch, in..., r) and B (batch, r, out...)."""
     views = []
-    for array, letters in zip((a, b), spec.factor_letters, strict=True):
-        order = first + "".join(c for c in letters if c not in first)
-        views.append(np.transpose(array, [letters.index(c) for c in order]))
+    for array, letters in zip((a, b), target.spec.factor_letters, strict=True):
+        order = [c for c in target.letters if c in letters] + [c for c in letters if c not in target.letters]
+        view = np.transpose(array, [letters.index(c) for c in order])
+        views.append(view[(*_own_index(target, index, letters), ...)])
     return views[0], views[1]
 
 

@@ -349,6 +349,7 @@ def _check_factors(
                 continue
             shapes = [tuple(factors[key].shape) for key in keys]
             problems += _check_pair(name, shapes, *by_name[name], options, target)
+        problems += _check_shared(factors, target)
     problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
     problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets(names)]
     tied = any(t.kind == "TiedEmbedding" for t in targets.values())
@@ -370,7 +371,7 @@ def _check_pair(
 ) -> list[str]:
     scale, spec = options.scale(rank, alpha), target.spec
     # Check the tensors against the file's own options, then against the model.
-    expected = factor_shapes(spec, target.kind, rank)
+    expected = factor_shapes(target, rank)
     ranks = (shapes[0][:1], shapes[1][1:2])
     if ranks != (expected[0][:1], expected[1][1:2]):
         return [f"~ {name}: factors must have rank {rank} as in {OPTIONS}, got {shapes[0]} and {shapes[1]}"]
@@ -381,6 +382,17 @@ def _check_pair(
     if tuple(shapes) != expected:
         return [f"~ {name}: factors must be {expected[0]} and {expected[1]}, got {shapes[0]} and {shapes[1]}"]
     return []
+
+
+def _check_shared(factors: Mapping[str, Any], target: Target) -> list[str]:
+    """One line per A in the file that differs from another, though the model has one A for both."""
+    return [
+        f"~ {key} must equal {first}, since {target.spec.leaf} has one A for both; give its first axis a batch "
+        "letter in target_parameters, for one A each"
+        for first, *others in target.shared_a()
+        for key in others
+        if {first, key} <= factors.keys() and not np.array_equal(factors[first], factors[key])
+    ]
 
 
 def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, np.ndarray]:

@@ -62,6 +62,11 @@ def slice_leaves(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[LeafSlic
                 f"{path}: a fully trained leaf must have at most one index, got {len(torch_module.holes)} in "
                 f"{torch_module.name}"
             )
+        elif torch_module.parts and len(leaf) != len(torch_module.parts):
+            problems.append(
+                f"{path}: its first axis must have size {len(torch_module.parts)} for {torch_module.name}, got "
+                f"shape {tuple(leaf.shape)}"
+            )
         else:
             array = host_array(leaf)
             slots[path] = {(n,): part for n, part in enumerate(array)} if torch_module.holes else {(): array}

@@ -18,9 +18,6 @@ from ..tree import leaves_by_path, unflatten
 from .adapted import join
 from .layers import layer_weight
 
-_BELOW = ("", "/base_module")
-"""Where a weight may be below its module: `nnx.LoRA` holds the layer in a field."""
-
 
 class OtherAdapters(NamedTuple):
     """Adapters of another library.
@@ -46,8 +43,8 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
       source: an NNX model, or a tree of parameters with factors and weights, such as `nnx.state` of a model, the
         `"params"` of a Linen model or `{v.path: v.value for v in model.variables}` of a keras model.
       scale: the library's scale of A B: alpha / rank for qwix and keras, 1 for `nnx.LoRA` and gemma.
-      axes: one letter per axis of weights whose layer does not tell, by a regular expression for the weight's
-        path, as in `target_parameters`: `{".*/q_einsum/w": "oio"}`.
+      axes: one letter per axis of weights of which neither layer nor shapes tell, by a regular expression for the
+        weight's path, as in `target_parameters`: `{".*/q_einsum/w": "oio"}`.
 
     Raises:
       ValueError: there are no adapters, a weight's axes are unknown (the message proposes letters), a rule of
@@ -57,14 +54,12 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
     leaves, letters = _leaves(source), _letters(source)
     lora, specs = {}, {}
     for key, pair in factor_pairs(leaves).items():
-        module, name = _weight(key, leaves)
-        weight, (a, b) = leaves[join(module, name)], (leaves[path] for path in pair)
-        found = _axes(join(module, name), weight, a, axes or {}, letters)
-        path = module.removesuffix("/base_module")
-        kind = "embed" if name.startswith("embedding") else "dense" if found == "io" else "einsum"
+        leaf, path = _weight(key, leaves)
+        weight, (a, b) = leaves[leaf], (leaves[path] for path in pair)
+        found = _axes(leaf, weight, (a, b), axes or {}, letters)
         spec = AdapterSpec(
-            leaf=f"params/{join(module, name)}",
-            kind=kind,
+            leaf=f"params/{leaf}",
+            kind=_kind(leaf, path, found),
             axes=found,
             shape=tuple(weight.shape),
             rank=a.shape[-1],
@@ -98,8 +93,10 @@ def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
     ranks = {path: spec.rank for path, spec in specs.items()}
     rank, _ = Counter(ranks.values()).most_common(1)[0]
     others = {re.escape(path): own for path, own in ranks.items() if own != rank}
+    parameters = {path: spec.rule_letters for path, spec in specs.items() if spec.kind == "parameter"}
     return LoRAPlusConfig(
-        target_modules=tuple(specs),
+        target_modules=tuple(path for path in specs if path not in parameters),
+        target_parameters={re.escape(path): letters for path, letters in parameters.items()},
         rank=rank,
         alpha=rank * scale,
         rank_pattern=others,
@@ -129,35 +126,53 @@ def _letters(source: Any) -> dict[str, str]:
 
 
 def _weight(key: str, leaves: Mapping[str, Any]) -> tuple[str, str]:
-    """The path of the module of a pair of factors, and the name of its weight."""
+    """The path of the weight that a pair of factors adapts, and its path in the specs.
+
+    The latter is the module's, or for a raw weight of a Linen module the weight's own.
+    """
     if key in leaves:  # qwix: kernel_lora_a beside kernel
-        module, _, name = key.rpartition("/")
-        return module, name
-    owner = re.sub(r"(^|/)(_LoRA\w+_\d+/)?lora$", "", key)
-    for below in _BELOW:
-        module = f"{owner}{below}".removeprefix("/")
-        for name in (*LEAVES, "w", "embeddings"):  # gemma's, keras's
-            if join(module, name) in leaves:
-                return module, name
+        return key, key.rpartition("/")[0]
+    # gemma's Einsum has its factors in _LoRAEinsum_0/lora, or _LoRAEinsum_NAME/lora if the weight's name is not w.
+    match = re.fullmatch(r"(?:(?P<owner>.*?)/)??(?:_LoRA[A-Za-z]+_(?P<name>\w+)/)?lora", key)
+    owner, name = (match["owner"] or "", match["name"] or "0") if match else (key, "0")
+    for module in (owner, join(owner, "base_module")):  # `nnx.LoRA` holds the layer in a field
+        for weight in (*LEAVES, "embeddings", "w") if name.isdigit() else (name,):
+            if (leaf := join(module, weight)) in leaves:
+                return leaf, owner if weight in (*LEAVES, "embeddings") else leaf
     raise ValueError(f"{key}: there are factors, but the weight that they adapt is not in the model")
 
 
-def _axes(path: str, weight: Any, a: Any, rules: Mapping[str, str], letters: Mapping[str, str]) -> str:
+def _kind(leaf: str, path: str, axes: str) -> str:
+    if leaf == path:
+        return "parameter"
+    return "embed" if leaf.endswith(("embedding", "embeddings")) else "dense" if axes == "io" else "einsum"
+
+
+def _axes(
+    path: str, weight: Any, factors: tuple[Any, Any], rules: Mapping[str, str], letters: Mapping[str, str]
+) -> str:
     for rule, axes in rules.items():
         if re.fullmatch(rule, path):
             return axes
     if path in letters:
         return letters[path]
+    a, b = factors
     if len(weight.shape) == 2 and a.shape[0] == weight.shape[0]:
         return "io"
-    proposals = [
-        "".join(axes)
-        for axes in itertools.product("io", repeat=len(weight.shape))
-        if math.prod(n for n, role in zip(weight.shape, axes, strict=True) if role == "i") * a.shape[-1]
-        == a.size
-        and len(set(axes)) == 2
-    ]
+    every = map("".join, itertools.product("io", repeat=len(weight.shape)))
+    sides = {axes: _sides(weight.shape, axes) for axes in every if len(set(axes)) == 2}
+    exact = [axes for axes, shapes in sides.items() if shapes == (tuple(a.shape[:-1]), tuple(b.shape[1:]))]
+    if len(exact) == 1:
+        return exact[0]
+    flat = [axes for axes, (inner, _) in sides.items() if math.prod(inner) * a.shape[-1] == a.size]
+    proposals = exact or flat
     raise ValueError(
         f"{path}: the axes of its weight {tuple(weight.shape)} are unknown; pass axes={{{path!r}: LETTERS}} with i "
         f"for input and o for output axes, such as {' or '.join(map(repr, proposals)) or 'io'}"
     )
+
+
+def _sides(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sizes of the input axes and of the output axes."""
+    inner, outer = (tuple(n for n, role in zip(shape, axes, strict=True) if role == side) for side in "io")
+    return inner, outer

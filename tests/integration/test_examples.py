@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# 08_tunix.py and 10_bonsai.py need those packages: tests/others.
+# tests/others runs those that need other packages: 08_tunix.py, 09_gemma.py and 10_bonsai.py.
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

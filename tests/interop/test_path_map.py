@@ -14,6 +14,9 @@ from ..messages import mentions
         (("a/{x}", "b"), mentions("{x}", "'a/{x}'", "'b'")),
         (("a/{x}/{x}", "b.{x}"), mentions("'a/{x}/{x}'")),
         (("a", "b", "Lineer"), mentions("'Lineer'", "'Linear'")),
+        (("a/{x|y}", "b.{x|y}"), mentions("{a|b}", "'a/{x|y}'")),
+        (("a", "b.{x|y}.{z|w}"), mentions("{a|b}", "'b.{x|y}.{z|w}'")),
+        (("a", "b.{x|x}"), mentions("distinct", "'b.{x|x}'")),
     ],
 )
 def test_invalid_rules_are_rejected(rule, text):
@@ -31,3 +34,13 @@ def test_names_go_both_ways():
     assert module_of(rules, "e.up.07.fc") is None
     assert torch_module_of(rules, "enc/up") is None
     assert module_of(rules, "outer") is None
+
+
+def test_parts_go_both_ways():
+    rules = [("{layer}/kv", "h.{layer}.{k_proj|v_proj}"), ("h/{name}", "h.{layer}.{name}")]
+    module = torch_module_of(rules, "7/kv")
+    assert module is not None
+    assert [module.at((n,)) for n in range(2)] == ["h.7.k_proj", "h.7.v_proj"]
+    assert module_of(rules, "h.7.v_proj") == ("7/kv", (1,))
+    assert module_of(rules, "h.7.q_proj") == ("h/q_proj", (7,))
+    assert module_of(rules, "h.7.k_proj|v_proj") == ("h/k_proj|v_proj", (7,))

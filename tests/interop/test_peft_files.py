@@ -107,6 +107,26 @@ CASES = {
         ("m", "h.{layer}.{e}.t"),
         {f"h.{n}.{e}.t": lambda w, n=n, e=e: w[n, e].T for n in range(2) for e in range(4)},
     ),
+    "parts_with_one_a": (
+        spec_of("einsum", "ooio", (2, 4, 3, 5)),
+        ("m", "t.{k|v}"),
+        {f"t.{p}": lambda w, n=n: w[n].swapaxes(1, 2).reshape(20, 3) for n, p in enumerate("kv")},
+    ),
+    "parts_with_an_a_each": (
+        spec_of("einsum", "boio", (2, 4, 3, 5)),
+        ("m", "t.{k|v}"),
+        {f"t.{p}": lambda w, n=n: w[n].swapaxes(1, 2).reshape(20, 3) for n, p in enumerate("kv")},
+    ),
+    "stacked_parts": (
+        spec_of("einsum", "ooi", (2, 3, 5, 4), stacked=(1,)),
+        ("m", "h.{layer}.{gate|up}"),
+        {f"h.{k}.{p}": lambda w, n=n, k=k: w[n, k] for n, p in enumerate(("gate", "up")) for k in range(3)},
+    ),
+    "parts_and_experts": (
+        spec_of("einsum", "oeio", (2, 4, 3, 5)),
+        ("m", "{gate|up}.{e}"),
+        {f"{p}.{e}": lambda w, n=n, e=e: w[n, e].T for n, p in enumerate(("gate", "up")) for e in range(4)},
+    ),
 }
 
 
@@ -360,12 +380,57 @@ def test_everything_without_a_rule_is_listed_and_nothing_written(tmp_path):
             ("m", "t", "Parameter"),
             mentions("params/m/kernel", "'eiio'"),
         ),
+        *(
+            (spec_of("einsum", axes, (2, 3, 4)), ("m", *rule), mentions("params/m/kernel", repr(axes), size))
+            for axes, size, *rule in (
+                ("ooi", 3, "{a|b|c}"),
+                ("oii", 2, "{a|b}"),
+                ("iio", 2, "{a|b}"),
+                ("bio", 2, "{a|b}.t", "Parameter"),
+            )
+        ),
+        (
+            spec_of("einsum", "beio", (2, 2, 3, 4)),
+            ("m", "{e}.{a|b}"),
+            mentions("params/m/kernel", "'beio'", "follow"),
+        ),
     ],
 )
 def test_what_peft_cannot_hold_is_rejected(spec, rule, text, tmp_path):
     with pytest.raises(ValueError, match=text):
         saved(tmp_path, spec, rule)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_with_one_a_need_equal_copies_of_it(tmp_path):
+    spec, rule = spec_of("einsum", "ooio", (2, 4, 3, 5)), ("m", "t.{k|v}")
+    tensors = {f"base_model.model.{name}": x for name, x in saved(tmp_path, spec, rule).items()}
+    tensors["base_model.model.t.v.lora_A.weight"] = tensors["base_model.model.t.v.lora_A.weight"] + 1
+    save_file(tensors, tmp_path / "a/adapter_model.safetensors")
+    text = mentions("t.v.lora_A.weight", "t.k.lora_A.weight", "params/m/kernel", "target_parameters")
+    with pytest.raises(ValueError, match=text):
+        load_peft(tmp_path / "a", {"m": spec}, [rule])
+    # With a batch axis each part has its own A.
+    spec = spec_of("einsum", "boio", (2, 4, 3, 5))
+    (tmp_path / "a/loraplus.json").unlink()
+    config = peft_config(tmp_path / "a", [rule])
+    assert config.target_modules == ("m",)
+    lora = load_peft(tmp_path / "a", {"m": spec}, [rule]).lora
+    assert (lora["m"]["lora_a"][1] == lora["m"]["lora_a"][0] + 1).all()
+
+
+def test_a_fully_trained_leaf_of_parts_is_split_too(tmp_path):
+    spec, rules = spec_of("dense", "io", (3, 5)), [("m", "t"), ("norms", "{q|k}_norm")]
+    config = LoRAPlusConfig(target_modules=["m"], rank=2, alpha=3.0)
+    extras = {"params": {"norms": {"scale": jnp.arange(6.0).reshape(2, 3)}}}
+    save_peft(tmp_path / "a", factors(spec), {"m": spec}, config, rules, extras=extras)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert tensors["base_model.model.k_norm.weight"].tolist() == [3.0, 4.0, 5.0]
+    again = load_peft(tmp_path / "a", {"m": spec}, rules, params=extras["params"]).extras
+    np.testing.assert_array_equal(again["params"]["norms"]["scale"], extras["params"]["norms"]["scale"])
+    rules = [("m", "t"), ("norms", "{q|k|v}_norm")]
+    with pytest.raises(ValueError, match=mentions("params/norms/scale", 3, "(2, 3)")):
+        save_peft(tmp_path / "b", factors(spec), {"m": spec}, config, rules, extras=extras)
 
 
 def test_two_modules_with_one_peft_name_are_rejected(tmp_path):

@@ -99,15 +99,48 @@ def test_a_tree_needs_letters_where_shapes_do_not_tell():
     assert specs_of(state, scale=2.0, axes=axes).specs == specs_of(Model(nnx.Rngs(0)), scale=2.0).specs
 
 
-def test_gemma_s_factors_beside_a_raw_weight():
-    tree = {"layer_0": {"q_einsum": {"w": drawn(2, 8, 3), "lora": {"a": drawn(8, 2), "b": drawn(2, 2, 3)}}}}
-    lora, specs, _ = specs_of({"params": tree}, scale=1.0, axes={".*q_einsum/w": "oio"})
-    assert list(specs) == ["layer_0/q_einsum"]
-    merged = merge({"params": tree}, lora, specs)["params"]["layer_0"]["q_einsum"]["w"]
-    expected = tree["layer_0"]["q_einsum"]["w"] + jnp.einsum(
-        "dr,rnh->ndh", *tree["layer_0"]["q_einsum"]["lora"].values()
-    )
-    np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-5)
+def gemma_layer():
+    """The raw weights of gemma's Linen modules with its adapters; keys and values share A."""
+    return {
+        "attn": {
+            "kv_einsum": {
+                "w": drawn(2, 4, 8, 3),
+                "_LoRAEinsum_0": {"lora": {"a": drawn(8, 2), "b": drawn(2, 2, 4, 3)}},
+            }
+        },
+        "mlp": {
+            "gating_einsum": drawn(2, 8, 5),
+            "_LoRAEinsum_gating_einsum": {"lora": {"a": drawn(8, 2), "b": drawn(2, 2, 5)}},
+            "linear": drawn(5, 8),
+            "_LoRAEinsum_linear": {"lora": {"a": drawn(5, 2), "b": drawn(2, 8)}},
+        },
+    }
+
+
+def test_gemma_s_factors_of_raw_weights():
+    params = {"layer_0": gemma_layer()}
+    lora, specs, config = specs_of({"params": params}, scale=1.0)
+    assert {path: (spec.leaf, spec.kind, spec.axes) for path, spec in specs.items()} == {
+        f"layer_0/{path}": (f"params/layer_0/{path}", "parameter", axes)
+        for path, axes in (("attn/kv_einsum/w", "ooio"), ("mlp/gating_einsum", "oio"), ("mlp/linear", "io"))
+    }
+    assert config.target_modules == ()
+    assert config.target_parameters == {path: spec.axes for path, spec in specs.items()}
+    merged = merge({"params": params}, lora, specs)["params"]["layer_0"]
+    attn, mlp = gemma_layer()["attn"]["kv_einsum"], gemma_layer()["mlp"]
+    expected = attn["w"] + jnp.einsum("dr,rcnh->cndh", *attn["_LoRAEinsum_0"]["lora"].values())
+    np.testing.assert_allclose(merged["attn"]["kv_einsum"]["w"], expected, rtol=0, atol=1e-5)
+    for name, equation in (("gating_einsum", "dr,rch->cdh"), ("linear", "hr,rd->hd")):
+        expected = mlp[name] + jnp.einsum(equation, *mlp[f"_LoRAEinsum_{name}"]["lora"].values())
+        np.testing.assert_allclose(merged["mlp"][name], expected, rtol=0, atol=1e-5)
+
+
+def test_axes_of_equal_size_must_be_told():
+    factors = {"a": drawn(8, 2), "b": drawn(2, 8, 3)}
+    tree = {"q": {"w": drawn(8, 8, 3), "_LoRAEinsum_0": {"lora": factors}}}
+    with pytest.raises(ValueError, match=mentions("q/w", "(8, 8, 3)", "'ioo'", "'oio'")):
+        specs_of(tree, scale=1.0)
+    assert specs_of(tree, scale=1.0, axes={"q/w": "oio"}).specs["q/w"].axes == "oio"
 
 
 @pytest.mark.parametrize(
