@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from loraplus_jax import (
     LoRAPlusConfig,
@@ -22,8 +23,10 @@ from loraplus_jax import (
     init_lora,
     label_params,
     merge,
+    save_adapter,
     unmerge,
 )
+from loraplus_jax import nnx as loraplus_nnx
 
 RANK, ALPHA, DEPTH = 2, 3.0, 3
 
@@ -37,6 +40,7 @@ class Subject:
       ours: the same with an adapter of its own, or None.
       shape: of the input; a layer under scan gives back what has this shape.
       weights: path below the layer to the weight's leaf, kind, axes and shape.
+      nnx: the layer in NNX, of an `nnx.Rngs`; None where NNX has no such layer.
       ids: whether the input holds indices.
       attend: whether the layer is used by its `attend` too.
     """
@@ -45,6 +49,7 @@ class Subject:
     ours: Callable[..., nn.Module] | None
     shape: tuple[int, ...]
     weights: dict[str, tuple[str, str, str, tuple[int, ...]]]
+    nnx: Callable[[nnx.Rngs], nnx.Module] | None
     ids: bool = False
     attend: bool = False
 
@@ -53,103 +58,133 @@ def layer(cls, *args, **fields):
     return lambda **more: cls(*args, **fields, **more)
 
 
+def twin(cls, *args, **fields):
+    return lambda rngs: cls(*args, **fields, rngs=rngs)
+
+
 def kernel(kind, axes, *shape):
     return {"": ("kernel", kind, axes, shape)}
 
 
 HEADS = dict.fromkeys(("query", "key", "value"), ("kernel", "dense_general", "ioo", (6, 2, 3)))
 SUBJECTS = {
-    "dense": Subject(layer(nn.Dense, 5), layer(LoRAPlusDense, 5), (2, 3, 5), kernel("dense", "io", 5, 5)),
+    "dense": Subject(
+        layer(nn.Dense, 5),
+        layer(LoRAPlusDense, 5),
+        (2, 3, 5),
+        kernel("dense", "io", 5, 5),
+        twin(nnx.Linear, 5, 5),
+    ),
     "dense of a vector": Subject(
-        layer(nn.Dense, 5), layer(LoRAPlusDense, 5), (5,), kernel("dense", "io", 5, 5)
+        layer(nn.Dense, 5), layer(LoRAPlusDense, 5), (5,), kernel("dense", "io", 5, 5), twin(nnx.Linear, 5, 5)
     ),
     "general": Subject(
         layer(nn.DenseGeneral, (4, 5), axis=(-2, -1)),
         layer(LoRAPlusDenseGeneral, (4, 5), axis=(-2, -1)),
         (2, 4, 5),
         kernel("dense_general", "iioo", 4, 5, 4, 5),
+        twin(nnx.LinearGeneral, (4, 5), (4, 5), axis=(-2, -1)),
     ),
     "general, outer axis": Subject(
         layer(nn.DenseGeneral, 4, axis=1),
         layer(LoRAPlusDenseGeneral, 4, axis=1),
         (2, 4, 4),
         kernel("dense_general", "io", 4, 4),
+        twin(nnx.LinearGeneral, 4, 4, axis=1),
     ),
     "general, batch": Subject(
         layer(nn.DenseGeneral, 5, batch_dims=(0,)),
         layer(LoRAPlusDenseGeneral, 5, batch_dims=(0,)),
         (3, 2, 5),
         kernel("dense_general", "eio", 3, 5, 5),
+        twin(nnx.LinearGeneral, 5, 5, batch_axis={0: 3}),
     ),
     "einsum": Subject(
         layer(nn.Einsum, (6, 2, 3), "btd,dnh->btnh"),
         layer(LoRAPlusEinsum, (6, 2, 3), "btd,dnh->btnh"),
         (2, 4, 6),
         kernel("einsum", "ioo", 6, 2, 3),
+        twin(nnx.Einsum, "btd,dnh->btnh", (6, 2, 3), (2, 3)),
     ),
     "einsum, outputs first": Subject(
         layer(nn.Einsum, (5, 4), "...d,kd->...k", use_bias=False),
         layer(LoRAPlusEinsum, (5, 4), "...d,kd->...k", use_bias=False),
         (2, 3, 4),
         kernel("einsum", "oi", 5, 4),
+        twin(nnx.Einsum, "...d,kd->...k", (5, 4)),
     ),
     "einsum, batch": Subject(
         layer(nn.Einsum, (3, 5, 5), "ebi,eio->ebo", use_bias=False),
         layer(LoRAPlusEinsum, (3, 5, 5), "ebi,eio->ebo", use_bias=False),
         (3, 2, 5),
         kernel("einsum", "eio", 3, 5, 5),
+        twin(nnx.Einsum, "ebi,eio->ebo", (3, 5, 5)),
     ),
     "einsum, batch last": Subject(
         layer(nn.Einsum, (5, 5, 3), "bie,ioe->boe", use_bias=False),
         layer(LoRAPlusEinsum, (5, 5, 3), "bie,ioe->boe", use_bias=False),
         (2, 5, 3),
         kernel("einsum", "ioe", 5, 5, 3),
+        twin(nnx.Einsum, "bie,ioe->boe", (5, 5, 3)),
     ),
     "conv": Subject(
         layer(nn.Conv, 4, (3, 3)),
         layer(LoRAPlusConv, 4, (3, 3)),
         (2, 5, 5, 4),
         kernel("conv", "iiio", 3, 3, 4, 4),
+        twin(nnx.Conv, 4, 4, (3, 3)),
     ),
     "conv, one dimension": Subject(
         layer(nn.Conv, 4, (3,), padding="CAUSAL", kernel_dilation=2),
         layer(LoRAPlusConv, 4, (3,), padding="CAUSAL", kernel_dilation=2),
         (2, 7, 4),
         kernel("conv", "iio", 3, 4, 4),
+        twin(nnx.Conv, 4, 4, (3,), padding="CAUSAL", kernel_dilation=2),
     ),
     "conv, strides and groups": Subject(
         layer(nn.Conv, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
         layer(LoRAPlusConv, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
         (2, 7, 6, 4),
         kernel("conv", "iiio", 3, 2, 2, 6),
+        twin(nnx.Conv, 4, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
     ),
     "conv, masked": Subject(
         layer(nn.Conv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
         layer(LoRAPlusConv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
         (2, 5, 4),
         kernel("conv", "iio", 3, 4, 4),
+        twin(nnx.Conv, 4, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
     ),
     "conv, circular": Subject(
-        layer(nn.Conv, 4, (3,), padding="CIRCULAR"), None, (5, 4), kernel("conv", "iio", 3, 4, 4)
+        layer(nn.Conv, 4, (3,), padding="CIRCULAR"),
+        None,
+        (5, 4),
+        kernel("conv", "iio", 3, 4, 4),
+        twin(nnx.Conv, 4, 4, (3,), padding="CIRCULAR"),
     ),
-    "conv, local": Subject(layer(nn.ConvLocal, 4, (3,)), None, (2, 5, 4), kernel("conv", "aio", 5, 12, 4)),
+    "conv, local": Subject(
+        layer(nn.ConvLocal, 4, (3,)), None, (2, 5, 4), kernel("conv", "aio", 5, 12, 4), None
+    ),
     "conv, transposed": Subject(
         layer(nn.ConvTranspose, 4, (3, 3), strides=(2, 2)),
         None,
         (2, 3, 3, 4),
         kernel("conv_transpose", "iiio", 3, 3, 4, 4),
+        twin(nnx.ConvTranspose, 4, 4, (3, 3), strides=(2, 2)),
     ),
     "conv, transposed kernel": Subject(
         layer(nn.ConvTranspose, 5, (3,), transpose_kernel=True),
         None,
         (2, 4, 3),
         kernel("conv_transpose", "ioi", 3, 5, 3),
+        twin(nnx.ConvTranspose, 3, 5, (3,), transpose_kernel=True),
     ),
     "embed": Subject(
         layer(nn.Embed, 7, 5),
         layer(LoRAPlusEmbed, 7, 5),
         (2, 3),
         {"": ("embedding", "embed", "io", (7, 5))},
+        twin(nnx.Embed, 7, 5),
         ids=True,
     ),
     "embed and attend": Subject(
@@ -157,6 +192,7 @@ SUBJECTS = {
         layer(LoRAPlusEmbed, 7, 5),
         (2, 3),
         {"": ("embedding", "embed", "io", (7, 5))},
+        twin(nnx.Embed, 7, 5),
         ids=True,
         attend=True,
     ),
@@ -165,6 +201,7 @@ SUBJECTS = {
         layer(LoRAPlusMultiHeadDotProductAttention, 2),
         (2, 4, 6),
         HEADS | {"out": ("kernel", "dense_general", "iio", (2, 3, 6))},
+        twin(nnx.MultiHeadAttention, 2, 6, decode=False),
     ),
 }
 
@@ -407,3 +444,59 @@ def gradient_of(model):
     return jax.jit(
         jax.grad(lambda lora, params, x: jnp.sin(model.apply({"params": params, "lora": lora}, x)).sum())
     )
+
+
+class Twin(nnx.Module):
+    """The subject in NNX, at the path that `Whole` has it at."""
+
+    def __init__(self, subject):
+        self.body = nnx.Module()
+        self.body.layer = SUBJECTS[subject].nnx(nnx.Rngs(0))
+        self.attend = SUBJECTS[subject].attend
+
+    def __call__(self, x):
+        y = self.body.layer(x)
+        return self.body.layer.attend(y) if self.attend else y
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        pytest.param(name, marks=[] if name in ("general", "conv", "embed and attend") else pytest.mark.slow)
+        for name, subject in SUBJECTS.items()
+        if subject.nnx
+    ],
+)
+def test_linen_and_nnx_are_the_same(subject, tmp_path):
+    """Specs, files, outputs and gradients, for the same weights and factors."""
+    plain, adapted = models(subject, "plain")
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    lora, specs = init_lora(adapted, key, x)
+    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
+    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+    model = Twin(subject)
+    assert loraplus_nnx.apply_lora_plus(model, adapted.lora_config, rngs=nnx.Rngs(1)) == specs
+    apply = loraplus_nnx.functional(model)
+    assert jax.tree.map(jnp.shape, loraplus_nnx.lora_tree(model)) == jax.tree.map(jnp.shape, lora)
+    step = lambda net: jax.jit(  # noqa: E731
+        jax.value_and_grad(lambda lora: jnp.sin(net(base | {"lora": lora}, x)).sum())
+    )
+    np.testing.assert_allclose(
+        apply(base | {"lora": lora}, x), adapted.apply(base | {"lora": lora}, x), atol=1e-5
+    )
+    for found, expected in zip(
+        *map(jax.tree.leaves, (step(apply)(lora), step(adapted.apply)(lora))), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    loraplus_nnx.set_lora(model, lora)
+    np.testing.assert_allclose(
+        loraplus_nnx.merge(model)(x),
+        plain.apply(merge({"params": loraplus_nnx.base_variables(model)["params"]}, lora, specs), x),
+        atol=1e-5,
+    )
+    for name, tree in (("linen", lora), ("nnx", loraplus_nnx.lora_tree(model))):
+        save_adapter(tmp_path / name, tree, specs, adapted.lora_config)
+    files = sorted(path.name for path in (tmp_path / "linen").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "nnx").iterdir())
+    for name in files:
+        assert (tmp_path / "linen" / name).read_bytes() == (tmp_path / "nnx" / name).read_bytes()
