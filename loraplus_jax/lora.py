@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from .quantization import is_packed
 from .spec import FACTORS, AdapterSpec, Specs
-from .tree import flat_factors, flatten, replace_leaves, unflatten
+from .tree import flat_factors, flatten, rebox, replace_leaves, unflatten
 
 SCALE = "lora_scale"
 """Name of the optional collection, and of its leaves, that overrides scales."""
@@ -175,7 +176,12 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
 
 
 def merge(
-    base: Mapping[str, Any], lora: Mapping[str, Any], specs: Specs, *, dtype: Any = None
+    base: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    specs: Specs,
+    *,
+    dtype: Any = None,
+    dequantize: bool = False,
 ) -> dict[str, Any]:
     """Adds every adapter to its base weight; returns base variables that need no adapter.
 
@@ -186,9 +192,11 @@ def merge(
       lora: the tree of adapters, or `{"lora": tree}`; pass fully trained parameters in `base`.
       specs: the table from `init_lora` or `load_adapter`.
       dtype: dtype of the merged leaves; by default each keeps its dtype.
+      dequantize: whether to merge into the values that a packed weight stands for, which differ from the original
+        ones by the rounding. By default pass the original weights.
 
     Raises:
-      ValueError: `base`, `lora` and `specs` do not match; the message names the path.
+      ValueError: `base`, `lora` and `specs` do not match, or a weight is packed; the message names the path.
     """
     if "params" not in base:
         raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
@@ -198,9 +206,21 @@ def merge(
     for module, spec in specs.items():
         a, b = (factors[path] for path in spec.factor_paths(module))
         leaf = meta.unbox(flat[spec.leaf])
+        if is_packed(leaf):
+            leaf = check_dequantize(leaf, spec.leaf, allowed=dequantize)
         merged = leaf + weight_delta(a, b, spec)
         flat[spec.leaf] = rebox(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
     return replace_leaves(base, flat)
+
+
+def check_dequantize(weight: Any, path: str, *, allowed: bool) -> jax.Array:
+    """The values of a packed weight for a merge; raises ValueError unless they were asked for."""
+    if not allowed:
+        raise ValueError(
+            f"{path} is packed in {weight.kind}: merge into the original weights, which differ from it by the "
+            "rounding, or pass dequantize=True to merge into the packed ones"
+        )
+    return weight.dequantize()
 
 
 def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
@@ -232,11 +252,6 @@ def disabled(lora: Any) -> Any:
     [0.0, 0.0]
     """
     return jax.tree.map(jnp.zeros_like, lora)
-
-
-def rebox(box: Any, value: Any) -> Any:
-    """Puts a value into the metadata box of the old value, if it has one."""
-    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value
 
 
 def _check_fit(flat: Mapping[str, Any], factors: Mapping[str, Any], specs: Specs) -> None:

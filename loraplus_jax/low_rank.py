@@ -3,6 +3,9 @@
 A contraction of all input axes (or all output axes) of such a weight, a lookup of its rows and a convolution with
 it cost the base operation and two thin ones, in loops too. Every other operation gets the sum: correct for any
 program, but as dear as the whole weight.
+
+W may be packed. Each of these operations then makes its values, and its backward pass makes them again, so that at
+most one weight's values exist at a time.
 """
 
 import dataclasses
@@ -17,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from .dataflow import mark_weight, scan_counts
 from .lora import low_rank_output, measured_term
+from .quantization import PackedArray
 
 _TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimization_barrier")
 """Operations that the factors pass unchanged."""
@@ -29,11 +33,11 @@ _TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimizatio
 )
 @dataclasses.dataclass(frozen=True)
 class LowRankWeight:
-    """A weight W + s A B.
+    """A weight W + s A B, or a packed W alone.
 
     Attributes:
-      w: W, in any order of axes.
-      a, b: the factors; they may have another dtype than W.
+      w: W, in any order of axes; an array or a `PackedArray`.
+      a, b: the factors; they may have another dtype than W. Both None for a packed W alone.
       letters: the einsum letters of W's axes.
       factor_letters: those of A and B, with `r` for the rank.
       scale: s.
@@ -46,11 +50,11 @@ class LowRankWeight:
     """
 
     w: Any
-    a: Any
-    b: Any
-    letters: str
-    factor_letters: tuple[str, str]
-    scale: Any
+    a: Any = None
+    b: Any = None
+    letters: str = ""
+    factor_letters: tuple[str, str] = ("", "")
+    scale: Any = 1.0
     dropout: float = 0.0
     key: Any = None
     tap: Any = None
@@ -60,21 +64,25 @@ class LowRankWeight:
 
     def sum(self) -> jax.Array:
         """W + s A B in W's dtype, added in float32 or wider."""
+        base = self.base(whole=True)
+        if self.a is None:
+            return base
         a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (self.a, self.b))
         left, right = self.factor_letters
         delta = jnp.einsum(
             f"{left},{right}->{self.letters}",
             *(a, b),
             precision=jax.lax.Precision.HIGHEST,
-            out_sharding=jax.typeof(self.w).sharding if _explicit(self.w, a, b) else None,
+            out_sharding=jax.typeof(base).sharding if _explicit(base, a, b) else None,
         ) * jnp.asarray(self.scale, a.dtype)
-        return (self.base(whole=True) + delta).astype(self.w.dtype)
+        return (base + delta).astype(base.dtype)
 
     def base(self, *, whole: bool = False) -> jax.Array:
         """W, or with `omit` zeros in its place; `whole` tells `trace_dataflow` that the sum is needed."""
+        w = self.w.dequantize() if isinstance(self.w, PackedArray) else self.w
         if not self.omit:
-            return self.w
-        return jnp.zeros_like(self.w) + mark_weight(self.w, whole=whole).astype(self.w.dtype)
+            return w
+        return jnp.zeros_like(w) + mark_weight(w, whole=whole).astype(w.dtype)
 
 
 def evaluate(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[jax.Array]:
@@ -113,13 +121,15 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
         (weight,) = weights
         of = lambda w: _bind(eqn, [w if x is weight else x for x in inputs], jaxpr)[0]  # noqa: E731
         if _is_passed(eqn, weight):
-            return [dataclasses.replace(weight, w=of(weight.w))]
+            return [dataclasses.replace(weight, w=_passed(eqn, weight.w, of))]
         if name == "transpose":
-            letters = "".join(weight.letters[n] for n in eqn.params["permutation"])
-            return [dataclasses.replace(weight, w=of(weight.w), letters=letters)]
-        if name in _RULES and (term := _RULES[name](eqn, inputs, weight)) is not None:
-            y = of(weight.base())
-            return [y + term.astype(y.dtype)]
+            order = eqn.params["permutation"]
+            w = weight.w.transpose(order) if isinstance(weight.w, PackedArray) else of(weight.w)
+            return [dataclasses.replace(weight, w=w, letters="".join(weight.letters[n] for n in order))]
+        term = _RULES[name](eqn, inputs, weight) if name in _RULES and weight.a is not None else None
+        if term is not None or weight.a is None:
+            y = _base_product(eqn, inputs, weight, jaxpr)
+            return y if term is None else [y[0] + term.astype(y[0].dtype)]
     return _bind(eqn, [_array(value) for value in inputs], jaxpr)
 
 
@@ -129,6 +139,23 @@ def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
     if name == "convert_element_type":
         return jnp.issubdtype(output.dtype, jnp.inexact)  # an integer is not a sum of its parts
     return not rest and (name in _TRANSPARENT or (name == "stop_gradient" and not weight.stops))
+
+
+def _passed(eqn: Any, w: Any, of: Callable[[Any], Any]) -> Any:
+    if not isinstance(w, PackedArray):
+        return of(w)
+    return w.astype(eqn.params["new_dtype"]) if eqn.primitive.name == "convert_element_type" else w
+
+
+def _base_product(eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any) -> Sequence[Any]:
+    """The operation with W. The backward pass unpacks a packed W again, instead of keeping its values till then."""
+    others = [None if x is weight else x for x in inputs]
+
+    def run(w: Any, others: list[Any]) -> Sequence[Any]:
+        values = dataclasses.replace(weight, w=w).base()
+        return _bind(eqn, [values if x is None else x for x in others], jaxpr)
+
+    return (jax.checkpoint(run) if isinstance(weight.w, PackedArray) else run)(weight.w, others)
 
 
 def _scan(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
@@ -154,9 +181,13 @@ def _slices(value: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     if not isinstance(value, LowRankWeight):
         return lambda x: x, (value,)
     axis, sides = value.letters[0], value.factor_letters
+    factors: Any = value.a, value.b
+    if isinstance(value.w, PackedArray) and value.a is None and value.w.stack:
+        rest = dataclasses.replace(value, letters=value.letters[1:])
+        return lambda w: dataclasses.replace(rest, w=w), (value.w,)
     if value.key is not None or value.tap is not None or not all(axis in side for side in sides):
         return lambda x: x, (value.sum(),)
-    a, b = (jnp.moveaxis(x, side.index(axis), 0) for x, side in zip((value.a, value.b), sides, strict=True))
+    a, b = (jnp.moveaxis(x, side.index(axis), 0) for x, side in zip(factors, sides, strict=True))
     left, right = (side.replace(axis, "") for side in sides)
     rest = dataclasses.replace(value, letters=value.letters[1:], factor_letters=(left, right))
     return lambda w, a, b: dataclasses.replace(rest, w=w, a=a, b=b), (value.w, a, b)
@@ -220,7 +251,7 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
 
 def _explicit(*arrays: Any) -> bool:
     """Whether arrays are sharded over a mesh with explicit axis types, where a product must tell its sharding."""
-    return any(any(jax.typeof(x).sharding.spec) for x in arrays)
+    return any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
 
 
 def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:

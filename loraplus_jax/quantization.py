@@ -74,6 +74,24 @@ class PackedArray:
         """The number of its values."""
         return math.prod(self.shape)
 
+    def part_axes(self, axes: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+        """How the parts are split over a mesh if the weight is: its rows and blocks with the first axis of each.
+
+        Args:
+          axes: mesh axis or None for each axis of `shape`; the last ones may be left out.
+        """
+        lead, own = len(self.stack), [*axes, *(None,) * self.ndim]
+        stored = [own[lead + axis] for axis in self.order]
+        rows, columns = stored[0] if self.inner < len(stored) else None, stored[len(stored) - self.inner]
+        is_row = FORMATS[self.kind].block is None  # one block, whose values are split
+        split = (rows, None, columns) if is_row else (rows, columns, None)
+        return {
+            name: (*own[:lead], *split[: part.ndim - lead])
+            if part.ndim - lead > 1
+            else (*own[:lead], *(None,) * (part.ndim - lead))
+            for name, part in self.parts.items()
+        }
+
     @property
     def nbytes(self) -> int:
         """The size of all parts in bytes."""
@@ -82,6 +100,12 @@ class PackedArray:
     def astype(self, dtype: Any) -> "PackedArray":
         """The same weight, with another dtype of `dequantize`."""
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def transpose(self, axes: Sequence[int]) -> "PackedArray":
+        """The weight of one layer with its axes in another order; no value moves."""
+        place = {axis: n for n, axis in enumerate(axes)}
+        sizes, order = tuple(self.sizes[axis] for axis in axes), tuple(place[axis] for axis in self.order)
+        return dataclasses.replace(self, sizes=sizes, order=order)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array, with stacked axes first; computed in float32, or float16 and bfloat16 of it.
@@ -95,6 +119,11 @@ class PackedArray:
         lead = len(self.stack)
         back = (*range(lead), *(lead + int(axis) for axis in np.argsort(self.order)))
         return rows.reshape(*self.stack, *stored).transpose(back)
+
+
+def is_packed(value: Any) -> bool:
+    """Whether a value is a `PackedArray`; an `is_leaf` for `jax.tree.map`."""
+    return isinstance(value, PackedArray)
 
 
 class Format(NamedTuple):
@@ -146,10 +175,74 @@ def quantize(
     rows = math.prod(sizes[axis] for axis in order[: len(order) - inner])
     permuted = np.asarray(weight).transpose((*range(stacked), *(stacked + axis for axis in order)))
     matrices = permuted.reshape(-1, rows, math.prod(sizes) // rows)
-    packed = [_QUANTIZE[kind](matrix) for matrix in matrices]
+    packed = [pack_matrix(kind, matrix) for matrix in matrices]
     parts = {name: np.stack([p[name] for p in packed]) for name in packed[0]}
     parts = {name: jnp.asarray(x.reshape((*shape[:stacked], *x.shape[1:]))) for name, x in parts.items()}
     return PackedArray(parts, kind, sizes, order, inner, jnp.dtype(weight.dtype if dtype is None else dtype))
+
+
+def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """The parts of one matrix: from floating values (rows, columns), or for a format of GGUF from its bytes.
+
+    Args:
+      kind: the format.
+      matrix: the values, or uint8 (rows, bytes of a row); those are only sorted into parts, and keep their bits.
+    """
+    if kind in _QUANTIZE:
+        return _QUANTIZE[kind](matrix)
+    widths = {name: np.dtype(d).itemsize * max(count, 1) for name, (d, count) in FORMATS[kind].split.items()}
+    blocks, parts, start = matrix.reshape(matrix.shape[0], -1, sum(widths.values())), {}, 0
+    for name, width in widths.items():
+        dtype, count = FORMATS[kind].split[name]
+        part = np.ascontiguousarray(blocks[..., start : start + width]).view(dtype)
+        parts[name], start = part if count else part[..., 0], start + width
+    return parts
+
+
+def packed_shape(
+    kind: Kind, shape: Sequence[int], *, transposed: bool, stacked: int = 0, dtype: Any = jnp.float32
+) -> PackedArray:
+    """A `PackedArray` of shapes instead of arrays.
+
+    Args:
+      kind: the format.
+      shape: of the weight, with stacked axes first and then two.
+      transposed: whether it is a kernel (columns, rows), or an embedding (rows, columns).
+      stacked: number of stacked axes.
+      dtype: of `dequantize`.
+    """
+    lead, sizes = tuple(shape[:stacked]), tuple(shape[stacked:])
+    rows, columns = sizes[::-1] if transposed else sizes
+    parts = {
+        name: jax.ShapeDtypeStruct((*lead, *part), jnp.dtype(kind_of))
+        for name, (part, kind_of) in _part_shapes(kind, rows, columns).items()
+    }
+    return PackedArray(parts, kind, sizes, (1, 0) if transposed else (0, 1), 1, jnp.dtype(dtype))
+
+
+def _part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    block, split = FORMATS[kind].block, FORMATS[kind].split
+    if block is None:
+        return {"codes": ((rows, 1, columns), "i1"), "scales": ((rows, 1), "f4")}
+    if split:
+        if columns % block:
+            raise ValueError(f"{kind} has blocks of {block} values, which do not divide rows of {columns}")
+        blocks = (rows, columns // block)
+        return {
+            name: ((*blocks, count) if count else blocks, dtype) for name, (dtype, count) in split.items()
+        }
+    block = _nf4_block(columns)
+    blocks = (rows, -(-columns // block))
+    return {
+        "codes": ((*blocks, block // 2), "u1"),
+        "scales": (blocks, "i1"),
+        "steps": ((-(-math.prod(blocks) // _GROUP),), "f4"),
+        "mean": ((), "f4"),
+    }
+
+
+def _nf4_block(columns: int) -> int:
+    return min(_NF4_BLOCK, 2 * -(-columns // 2))
 
 
 def storage_order(axes: str, *, embedding: bool = False) -> tuple[tuple[int, ...], int]:
@@ -163,35 +256,8 @@ def storage_order(axes: str, *, embedding: bool = False) -> tuple[tuple[int, ...
     return (*(n for n, role in enumerate(axes) if role != row_roles), *inner), len(inner)
 
 
-def from_gguf(
-    kind: Kind, data: np.ndarray, *, transposed: bool = True, dtype: Any = jnp.float32
-) -> PackedArray:
-    """A matrix of a GGUF file as it is: its bytes are only sorted into parts.
-
-    Args:
-      kind: the file's type, in lower case.
-      data: uint8 (rows, bytes of a row).
-      transposed: whether the weight is (columns, rows), as a kernel is, or (rows, columns), as an embedding is.
-      dtype: of `dequantize`.
-    """
-    form = FORMATS[kind]
-    assert form.block is not None
-    widths = {
-        name: np.dtype(kind_of).itemsize * max(count, 1) for name, (kind_of, count) in form.split.items()
-    }
-    blocks = data.reshape(data.shape[0], -1, sum(widths.values()))
-    parts, start = {}, 0
-    for name, width in widths.items():
-        kind_of, count = form.split[name]
-        part = np.ascontiguousarray(blocks[..., start : start + width]).view(kind_of)
-        parts[name], start = part if count else part[..., 0], start + width
-    rows, columns = data.shape[0], blocks.shape[1] * form.block
-    sizes, order = ((columns, rows), (1, 0)) if transposed else ((rows, columns), (0, 1))
-    return PackedArray({n: jnp.asarray(p) for n, p in parts.items()}, kind, sizes, order, 1, jnp.dtype(dtype))
-
-
 def _quantize_nf4(rows: np.ndarray) -> dict[str, np.ndarray]:
-    block = min(_NF4_BLOCK, 2 * -(-rows.shape[1] // 2))
+    block = _nf4_block(rows.shape[1])
     count = -(-rows.shape[1] // block)
     absmax = np.concatenate(
         [np.abs(part).max(-1) for part in _in_blocks(rows, block)] or [np.zeros((0, count), np.float32)]

@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .quantization import is_packed
 from .spec import AdapterSpec, Specs
 from .tree import leaves_by_path
 
@@ -271,12 +272,14 @@ def base_shardings(
     """
     stacked = {spec.leaf: _stacked_axes(spec) for spec in (specs or {}).values()}
     shardings = {}
-    for path, leaf in leaves_by_path(variables).items():
+    for path, leaf in leaves_by_path(variables, is_leaf=is_packed).items():
         if rules is None:
             axes = _split_longest(mesh, leaf.shape, stacked.get(path, ()))
         else:
             axes = _apply_rule(path, leaf.shape, rules)
         shardings[path] = _sharding(mesh, leaf.shape, axes)
+        for name, part_axes in leaf.part_axes(axes).items() if is_packed(leaf) else ():
+            shardings[f"{path}/parts/{name}"] = _sharding(mesh, leaf.parts[name].shape, part_axes)
     return shardings
 
 

@@ -1,14 +1,16 @@
 """Trees of variables: paths, flattening, and splitting trainable from frozen variables."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_args
 
 import jax
 from flax import traverse_util
+from flax.core import meta
 
 from ._validation import check_choice, suggest
 from .config import Bias, LoRAPlusConfig, matches
+from .quantization import is_packed
 from .spec import Specs
 
 
@@ -17,13 +19,13 @@ def leaf_path(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """Maps each path to its leaf, in the tree's order.
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Maps each path to its leaf, in the tree's order; `is_leaf` as in `jax.tree.leaves`.
 
     >>> leaves_by_path({"params": {"head": {"bias": 1.0}}})
     {'params/head/bias': 1.0}
     """
-    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
 
 def count(tree: Any) -> int:
     """Counts the values in a tree of arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_packed))
 
 
 def _biases(flat: Mapping[str, Any], bias: Bias) -> set[str]:
@@ -161,3 +163,8 @@ def _parents(path: str, collection: str) -> Iterator[str]:
     first, *segments = path.split("/")
     if first == collection:
         yield from ("/".join(segments[:n]) for n in range(1, len(segments)))
+
+
+def rebox(box: Any, value: Any) -> Any:
+    """Puts a value into the metadata box of the old value, if it has one."""
+    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value

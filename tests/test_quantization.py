@@ -1,11 +1,21 @@
 """Packed weights against values by hand, an independent float64 implementation, and the gguf package."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax.quantization import FORMATS, NF4, PackedArray, from_gguf, quantize, storage_order
+from loraplus_jax.quantization import (
+    FORMATS,
+    NF4,
+    PackedArray,
+    pack_matrix,
+    packed_shape,
+    quantize,
+    storage_order,
+)
 
 from .messages import mentions
 
@@ -121,6 +131,14 @@ def test_axes_keep_their_place(kind, axes, shape, stacked, embedding):
     assert error.mean() < (0.1 if kind == "nf4" else 0.01)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("shape", [(64, 6), (3, 100, 7), (2, 33, 300)])
+def test_shapes_without_values(kind, shape):
+    packed = quantize(draw(*shape), kind, stacked=len(shape) - 2)
+    expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed)
+    assert packed_shape(kind, shape, transposed=True, stacked=len(shape) - 2) == expected
+
+
 def test_scan_vmap_and_jit_take_the_layers_of_a_stack():
     weight = draw(3, 64, 6)
     packed = quantize(weight, "nf4", stacked=1)
@@ -153,9 +171,16 @@ def test_gguf_blocks_are_bit_identical(kind):
         start += width
     data = data.reshape(6, -1)
     expected = gguf.quants.dequantize(data, number)
-    packed = from_gguf(kind, data)
-    np.testing.assert_array_equal(jax.jit(PackedArray.dequantize)(packed).T, expected)
-    np.testing.assert_array_equal(from_gguf(kind, data, transposed=False).dequantize(), expected)
+    for transposed in (True, False):
+        shape = expected.shape[::-1] if transposed else expected.shape
+        parts = {name: jnp.asarray(part) for name, part in pack_matrix(kind, data).items()}
+        shapes = packed_shape(kind, shape, transposed=transposed)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), parts) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), shapes.parts
+        )
+        packed = dataclasses.replace(shapes, parts=parts)
+        found = jax.jit(PackedArray.dequantize)(packed)
+        np.testing.assert_array_equal(found.T if transposed else found, expected)
     assert packed.nbytes == data.nbytes
     assert sum(dict(packed.parts)[name].nbytes for name in FORMATS[kind].split) == data.nbytes
 

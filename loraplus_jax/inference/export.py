@@ -30,7 +30,7 @@ from ..training.init_adapter import (
     transformers_class_of,
 )
 from ..training.setup import build_model, params_of
-from ..tree import flatten, unflatten
+from ..tree import flatten, leaves_by_path, unflatten
 from .predict import settings_and_task
 
 DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(gguf_export.DTYPES)}
@@ -205,10 +205,11 @@ def _base_leaves(source: _Source, modules: list[str]) -> dict[str, np.ndarray]:
     parts, lines, leaves = source.parts, {}, {}
     frozen, shapes = flatten(parts.frozen), params_of(parts)
 
-    def visit(path: str, array: np.ndarray) -> None:
+    def visit(path: str, array: Any) -> None:
         leaf = f"params/{path}"
         if leaf in frozen:
-            lines[leaf] = fingerprint_line(leaf, jax.device_put(array))
+            arrays = leaves_by_path({"params": {path: array}})  # a packed weight has several
+            lines.update((name, fingerprint_line(name, jax.device_put(x))) for name, x in arrays.items())
         if path.rpartition("/")[0] in modules:
             leaves[leaf] = array
 

@@ -1,5 +1,6 @@
 """Moves adapters into a wrapped model's parameters before a call, and out of them after it."""
 
+import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,10 +10,12 @@ from flax import traverse_util
 from flax.core import lift, meta
 
 from ..config import LoRAPlusConfig, matches
-from ..lora import PREVIOUS_FACTORS, SCALE, TAP, rebox
+from ..lora import PREVIOUS_FACTORS, SCALE, TAP
 from ..low_rank import LowRankWeight, evaluate
+from ..quantization import is_packed
 from ..rules import is_target, parameter_rule, parameter_spec
 from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, AdapterSpec
+from ..tree import rebox
 from .adapter import FactorBox, Mode, is_box, mode, new_factors, read_factors
 from .discovery import Discovery
 
@@ -39,7 +42,7 @@ class CollectionMap:
         self.is_bare = True
         self._adapter_paths: set[Path] = set()  # factors and scales passed to the call
         self._param_paths: set[Path] = set()  # parameters passed to the call
-        self._targets: dict[Path, Any] = {}  # original values of the parameters in target_parameters
+        self._targets: dict[Path, Any] = {}  # original values of packed ones and those in target_parameters
         self._factors: dict[Path, Any] = {}  # factors of these parameters
 
     def enter(self, collections: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,6 +66,10 @@ class CollectionMap:
                 stops=True,
             )
             params[path] = rebox(leaf, weight)
+        for path, leaf in params.items():
+            if is_packed(leaf):
+                self._targets[path] = leaf
+                params[path] = LowRankWeight(leaf, letters=string.ascii_lowercase[: leaf.ndim])
         inner = {"params": traverse_util.unflatten_dict(params | lora | scales)}
         # nn.WeightNorm and nn.SpectralNorm walk over all collections and must not see factors that were
         # merged here.
@@ -83,8 +90,8 @@ class CollectionMap:
             groups[collection][path] = leaf
         groups["lora"] = self.discovery.choose_layers(groups["lora"])
         for path, leaf in groups["params"].items():
+            groups["params"][path] = leaf = self._targets.get(path, leaf)
             if self._rule(path) is not None:
-                groups["params"][path] = leaf = self._targets.get(path, leaf)
                 groups["lora"] |= self._factors_of(path, leaf)
         self.discovery.leaves |= {"/".join(path) for path in groups["params"]}
         for name in COLLECTIONS[1:]:
@@ -183,12 +190,18 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not weights:  # as in an initialization
             program()
             return results[1].unflatten(results[0])
-        arrays = iter(evaluate(jax.make_jaxpr(program)(*(weight.w for weight in weights)), weights))
+        arrays = iter(evaluate(jax.make_jaxpr(program)(*map(_as_array, weights)), weights))
         return results[1].unflatten(
             next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in results[0]
         )
 
     return lift.pack(run, (True,), (True,), (True,), name="low_rank", enable_kwargs=True)
+
+
+def _as_array(weight: LowRankWeight) -> Any:
+    """What a program sees of a weight."""
+    w = weight.w
+    return jax.ShapeDtypeStruct(w.shape, w.dtype) if is_packed(w) else w
 
 
 def _is_low_rank(value: Any) -> bool:

@@ -26,6 +26,7 @@ from jax.extend.core import jaxpr_as_fun
 from .._validation import suggest
 from ..config import LoRAPlusConfig
 from ..dataflow import trace_dataflow
+from ..quantization import is_packed
 from ..spec import AdapterSpec
 from ..tree import flatten, leaves_by_path
 from .adapter import (
@@ -97,7 +98,8 @@ class LoRAPlusModel(nn.Module):
         # Inner scopes inherit these flags, including those of modules passed in from outside.
         for scope in get_module_scopes(self, args, kwargs)[0]:
             scope.flags = freeze({**scope.flags, OURS: self._trace_key()})
-        keeps = self.lora_config.target_parameters
+        leaves = jax.tree.leaves(self.variables.get("params", {}), is_leaf=is_packed)
+        keeps = self.lora_config.target_parameters or any(map(is_packed, leaves))
         # Not with init=True, which would run the model twice and apply mappings inside it twice.
         mapped = nn.map_variables(
             decorator_lift_transform(keep_low_rank, run_inner) if keeps else run_inner,

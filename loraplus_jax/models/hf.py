@@ -21,8 +21,10 @@ import numpy as np
 from flax import traverse_util
 
 from ..json_files import check_file, read_json
+from ..quantization import PackedArray, is_packed
 from .gguf import load as gguf
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
+from .packing import read_packed
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -97,22 +99,24 @@ def load_params(
     *,
     new: tuple[str, ...] = (),
     param_dtype: Any = None,
-    place: Callable[[str, np.ndarray], Any] | None = None,
+    place: Callable[[str, Any], Any] | None = None,
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, Any]:
     """Loads a model's parameters from `model.safetensors`, the shards that its index names, or a GGUF file.
 
     Checks all names and shapes first. Host memory holds one leaf at a time and a few MiB, besides the memory-mapped
-    file. Dequantizes quantized tensors.
+    file. Dequantizes quantized tensors, unless `expected` has a `PackedArray` in their place; packs the values of
+    other tensors for one.
 
     Args:
       directory: a Hugging Face directory, a GGUF file, or a directory with one GGUF file and no safetensors.
       table: the model's name table.
-      expected: shapes of the model's parameters, `jax.eval_shape(model.init, ...)["params"]`.
+      expected: shapes of the model's parameters, `jax.eval_shape(model.init, ...)["params"]`; with a `PackedArray`
+        of shapes for each weight to load packed.
       new: path prefixes of leaves that are not in the file, such as a new `"head"`.
       param_dtype: dtype of all leaves; by default each leaf's dtype in `expected`.
-      place: called with each leaf's path and host array; returns what to store. By default an array on the default
-        device.
+      place: called with each leaf's path and host array, or `PackedArray`; returns what to store. By default an
+        array on the default device.
       shardings: path to sharding, for leaves to load directly onto their devices: each process reads only the parts
         that its own devices hold, and does not call `place`.
 
@@ -141,6 +145,9 @@ def load_params(
 
     def load(rule: Rule) -> Any:
         leaf, sharding = leaves[rule.path], (shardings or {}).get(rule.path)
+        if is_packed(leaf):
+            packed = _load_packed(rule, leaf, tensors, shardings)
+            return packed if place is None else place(rule.path, packed)
         read = functools.partial(_read, rule, leaf, tensors, param_dtype)
         if sharding is None:
             return store(rule.path, read([slice(0, size) for size in leaf.shape]))
@@ -150,9 +157,21 @@ def load_params(
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def _load_packed(
+    rule: Rule, leaf: Any, tensors: Mapping[str, "_Tensor"], shardings: Mapping[str, Any] | None
+) -> PackedArray:
+    def place(name: str, part: np.ndarray) -> jax.Array:
+        sharding = (shardings or {}).get(f"{rule.path}/parts/{name}")
+        if sharding is None:
+            return jax.device_put(part)
+        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+
+    return read_packed(rule, leaf, [tensors[name].view for name in expand(rule, leaf)], place)
+
+
 def check_params(
     directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
-) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, "_Tensor"]]:
+) -> tuple[dict[str, Any], dict[str, "_Tensor"]]:
     """Runs the checks of `load_params`, reading only tied weights; returns leaves by path, tensors by name."""
     directory = Path(directory)
     leaves = _leaves_from_file(table, expected, new)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from .._validation import check_choice
+from ..quantization import is_packed
 from ..sharding import Rules, constrain_rows
 from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
 from .llama_config import LlamaConfig
@@ -316,9 +317,11 @@ def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:
 
     The `lm_head` kernel (D, V), or the tied embedding (V, D).
     """
-    if "lm_head" in params:
-        return params["lm_head"]["kernel"], False
-    return params["embed_tokens"]["embedding"], True
+    name, leaf, transposed = (
+        ("lm_head", "kernel", False) if "lm_head" in params else ("embed_tokens", "embedding", True)
+    )
+    head = params[name][leaf]
+    return head.dequantize() if is_packed(head) else head, transposed
 
 
 def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:

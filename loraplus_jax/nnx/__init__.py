@@ -3,6 +3,7 @@
 from .adapt import apply_lora_plus
 from .adapted import remove_adapters
 from .other_adapters import specs_of
+from .quantize import quantize_base
 from .reads import check_reads
 from .views import base_variables, disabled, functional, lora_tree, merge, set_lora, unmerge
 
@@ -14,6 +15,7 @@ __all__ = [
     "functional",
     "lora_tree",
     "merge",
+    "quantize_base",
     "remove_adapters",
     "set_lora",
     "specs_of",

@@ -26,11 +26,10 @@ from .adapted import (
     ADAPTERS,
     DROPOUT,
     LayerAdapter,
-    adapted_class,
     adapters_by_path,
     join,
     remove_adapters,
-    set_class,
+    set_adapters,
 )
 from .layers import LayerWeight, layer_weight, matrices
 from .reads import check_reads
@@ -87,10 +86,9 @@ def apply_lora_plus(
     for module, adapters in _find(model, config, stacked or {}):
         for adapter in adapters:
             _make_factors(module, adapter, config, rngs, dtype)
-        setattr(module, ADAPTERS, adapters)
         if config.dropout:
             setattr(module, DROPOUT, _make_dropout(config.dropout, rngs, adapters[0].spec))
-        set_class(module, adapted_class(type(module)))
+        set_adapters(module, adapters)
     if check is not None:
         try:
             check_reads(model, *check)
@@ -110,7 +108,7 @@ def _find(
     found = []
     for parts, module in nnx.iter_modules(model):
         path = "/".join(map(str, parts))
-        if ADAPTERS in vars(module):
+        if vars(module).get(ADAPTERS):
             raise ValueError(f"{path or 'the model'!r} already has an adapter; name all layers in one config")
         entry = seen.setdefault(path, TracedModule(type(module).__name__))
         own = {n for n, v in vars(module).items() if isinstance(v, nnx.Param)}

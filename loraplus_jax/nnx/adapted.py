@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import string
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from flax import nnx
 
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP
 from ..low_rank import LowRankWeight, evaluate
+from ..quantization import is_packed
 from ..spec import AdapterSpec, factor_letters
 
 ADAPTERS, DROPOUT = "lora_plus_adapters", "lora_plus_dropout"
@@ -101,10 +103,26 @@ def remove_adapters(model: nnx.Module) -> None:
         for adapter in adapters:
             for name in adapter.factors:
                 delattr(module, name)
-        delattr(module, ADAPTERS)
         if DROPOUT in vars(module):
             delattr(module, DROPOUT)
-        set_class(module, type(module).__bases__[0])
+        if packed_leaves(module):  # which only the subclass can use
+            setattr(module, ADAPTERS, ())
+        else:
+            delattr(module, ADAPTERS)
+            set_class(module, type(module).__bases__[0])
+
+
+def set_adapters(module: nnx.Module, adapters: tuple[LayerAdapter, ...]) -> None:
+    """Gives a module its adapters, none if its weights are only packed, and the subclass whose calls use them."""
+    if ADAPTERS not in vars(module):
+        set_class(module, adapted_class(type(module)))
+    setattr(module, ADAPTERS, adapters)
+
+
+def packed_leaves(module: nnx.Module) -> list[str]:
+    """The attributes of a module that hold packed weights."""
+    variables = {name: value for name, value in vars(module).items() if isinstance(value, nnx.Param)}
+    return [name for name, variable in variables.items() if is_packed(variable.get_value())]
 
 
 @functools.cache
@@ -151,13 +169,16 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     adapters: dict[str, LayerAdapter] = {adapter.leaf: adapter for adapter in vars(self)[ADAPTERS]}
     key = _dropout_key(self)
     inputs = self, args, kwargs
-    graph, weights, rest = nnx.split(inputs, _is_weight(tuple(adapters)), ...)
+    leaves = (*adapters, *(name for name in packed_leaves(self) if name not in adapters))
+    graph, weights, rest = nnx.split(inputs, _is_weight(leaves), ...)
+    is_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x  # noqa: E731
     # One trace for all calls that are alike; jit knows what else a trace depends on.
-    traced = _program.trace((base, method, tuple(adapters), graph), weights, rest)
+    dense = jax.tree.map(is_shape, weights, is_leaf=is_packed)
+    traced = _program.trace((base, method, leaves, graph), dense, rest)
     program, structure = traced.jaxpr, jax.tree.structure(traced.out_info)
     values = [
-        _low_rank(self, adapters[str(path[1])], value, key)
-        for (path, _), value in zip(nnx.to_flat_state(weights), jax.tree.leaves(weights), strict=True)
+        _low_rank(self, adapters.get(str(path[1])), variable.get_value(), key)
+        for path, variable in nnx.to_flat_state(weights)
     ]
     results = evaluate(program, [*values, *jax.tree.leaves(rest)])
     y, state = jax.tree.unflatten(structure, results)
@@ -198,8 +219,10 @@ class _Static:
     value: Any
 
 
-def _low_rank(module: nnx.Module, adapter: LayerAdapter, value: Any, key: Any) -> LowRankWeight:
-    """A weight of a module with its factors, and what `functional` may have added to them."""
+def _low_rank(module: nnx.Module, adapter: LayerAdapter | None, value: Any, key: Any) -> LowRankWeight:
+    """A weight of a module with its factors, if any, and what `functional` may have added to them."""
+    if adapter is None:
+        return LowRankWeight(value, letters=string.ascii_lowercase[: value.ndim], omit=OMIT_WEIGHTS.value)
     spec = adapter.spec
     a, b = (getattr(module, name)[...] for name in adapter.factors)
     if spec.kind == "parameter":  # has no input of its own

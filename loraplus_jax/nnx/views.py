@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._validation import check_choice
-from ..lora import SCALE, weight_delta
+from ..lora import SCALE, check_dequantize, weight_delta
 from ..lora import disabled as disabled_tree
+from ..quantization import is_packed
 from ..tree import flatten, join_path, unflatten
 from .adapted import OPTIONAL, adapters_by_path, remove_adapters
 
@@ -93,16 +94,26 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
     return apply
 
 
-def merge(model: nnx.Module) -> nnx.Module:
+def merge(model: nnx.Module, *, dequantize: bool = False) -> nnx.Module:
     """A model of the original class with W + s A B as its weights and no adapters; `model` stays unchanged.
 
     All other variables share their arrays with `model`.
+
+    Args:
+      model: a model with adapters.
+      dequantize: whether to merge into the values that a packed weight stands for, which differ from the original
+        ones by the rounding.
+
+    Raises:
+      ValueError: the model has no adapters, or a weight is packed.
     """
     merged = nnx.clone(model)
     for module, _, adapter, spec in adapters_by_path(merged).values():
         weight = getattr(module, adapter.leaf)
         a, b = (getattr(module, name)[...] for name in adapter.factors)
         value = weight.get_value()
+        if is_packed(value):
+            value = check_dequantize(value, spec.leaf, allowed=dequantize)
         weight.set_value((value + weight_delta(a, b, spec)).astype(value.dtype))
     remove_adapters(merged)
     return merged

@@ -14,6 +14,7 @@ from .._validation import check_number
 from ..config import LoRAPlusConfig
 from ..models.attention import Attention
 from ..models.llama import Remat
+from ..models.packing import Quantize
 from ..optim.lora_plus import MIN_EPS
 from ..optim.schedules import Schedule
 from ..roles import Policy
@@ -35,6 +36,8 @@ MOST_PORT = 65535
 REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
     (("data.text", "data.text_pair", "data.label", "data.delimiter"), "task", ENCODER_TASKS),
+    (("model.quantize",), "method", ("lora_plus", "lora")),
+    (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
     (("model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
     (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
     (("train.prompt", "train.prompt_tokens"), "task", LANGUAGE_TASKS),
@@ -83,6 +86,10 @@ class ModelSettings:
       pooling: pooling of an encoder's hidden states: mean, cls (first token) or pooler (BERT's own).
       dtype: compute dtype.
       param_dtype: dtype of the frozen weights; trained parameters stay float32.
+      quantize: format in which the frozen weights stay packed: none; nf4, 4.13 bits; int8, 8 bits; file, the blocks
+        of a GGUF file as they are. Layers see them in param_dtype.
+      quantize_exclude: names of modules whose weights stay as they are; null stands for embeddings, heads and
+        poolers.
       dropout: hidden and attention dropout rate of an encoder; null keeps the rates of its config.
       head_dropout: dropout rate before an encoder's new head.
       unroll: unroll the loop over the layers; slower to compile.
@@ -98,6 +105,8 @@ class ModelSettings:
     pooling: Literal["mean", "cls", "pooler"] = "mean"
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+    quantize: Quantize = "none"
+    quantize_exclude: tuple[Text, ...] | None = None
     dropout: Share | None = None
     head_dropout: Share = 0.1
     unroll: Switch = False

@@ -24,6 +24,7 @@ from ..data.splits import split_files, split_texts
 from ..models.hf import load_config
 from ..models.llama import SHARDING, Llama, name_table, tensor_sizes
 from ..models.llama_config import MODEL_TYPES, LlamaConfig
+from ..models.packing import choose_formats
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..sharding import batch_parts
@@ -130,7 +131,9 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
         model_settings.attention,
     )
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    return BaseModel(model, name_table(config), (), inputs, SHARDING, tensor_sizes(config))
+    table = name_table(config)
+    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
+    return BaseModel(model, table, (), inputs, SHARDING, tensor_sizes(config), formats)
 
 
 def make_losses(

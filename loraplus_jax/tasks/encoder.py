@@ -20,6 +20,7 @@ from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
 from ..models.bert_config import BertConfig
 from ..models.hf import load_config
+from ..models.packing import choose_formats
 from ..settings.schema import DataSettings, ModelSettings, Settings
 from .classification import EncoderTask
 from .interface import AdaptedModel, BaseModel, Losses, TaskData
@@ -125,9 +126,9 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
         model_settings.head_dropout,
     )
     inputs = 3 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    return BaseModel(
-        model, name_table(model_settings.pooling), ("head",), inputs, SHARDING, tensor_sizes(config)
-    )
+    table = name_table(model_settings.pooling)
+    formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
+    return BaseModel(model, table, ("head",), inputs, SHARDING, tensor_sizes(config), formats)
 
 
 def make_losses(settings: Settings, task: Any, parts: AdaptedModel, mesh: Mesh | None = None) -> Losses:

@@ -8,6 +8,7 @@ import jax
 
 from ..data.batches import Batch
 from ..models.name_table import NameTable
+from ..quantization import Kind
 from ..sharding import Rules
 from ..spec import Specs
 from ..train_step import LossFn
@@ -70,6 +71,7 @@ class BaseModel(NamedTuple):
       inputs: shapes and dtypes of the inputs.
       rules: sharding rules of the parameters.
       tensor_sizes: sizes that the mesh's tensor axis must divide, by name.
+      formats: format of each packed weight, by path.
     """
 
     model: nn.Module
@@ -78,6 +80,7 @@ class BaseModel(NamedTuple):
     inputs: tuple[jax.ShapeDtypeStruct, ...]
     rules: Rules
     tensor_sizes: Mapping[str, int]
+    formats: Mapping[str, Kind] = {}
 
 
 class AdaptedModel(NamedTuple):

@@ -18,6 +18,7 @@ from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.hf import check_params, load_params, rows_digest
+from ..models.packing import pack_shapes
 from ..optim.lora_plus import LoRAPlusTransform
 from ..rules import try_rules
 from ..settings.schema import MAX_STEPS, Settings, split_settings
@@ -36,7 +37,7 @@ from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_cou
 from ..tasks.language_losses import LanguageTask
 from ..tasks.sample_answers import SamplePrompt
 from ..train_step import TrainState, init_state, jit_step, make_eval
-from ..tree import combine, flatten, split_trainable
+from ..tree import combine, flatten, split_trainable, unflatten
 from .distributed import check_same_everywhere, raise_together
 from .identity import model_identity
 from .init_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
@@ -226,6 +227,9 @@ def add_adapters(
             raise
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)
+    if "params" in frozen:  # what is trained in full is not packed
+        packed = pack_shapes(flatten(frozen["params"]), base.formats, base.table)
+        frozen = frozen | {"params": unflatten(packed)}
     return AdaptedModel(base, model, specs, _float32(trainable), frozen)
 
 

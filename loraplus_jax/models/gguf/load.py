@@ -232,6 +232,10 @@ class View:
         values = gguf.quants.dequantize(raw_rows[:, first * size : -(-stop // block) * size], kind)
         return values[:, start - first * block : stop - first * block]
 
+    def packed_rows(self) -> np.ndarray:
+        """The bytes of the whole matrix, uint8 (rows, bytes of a row), with the rows in Hugging Face's order."""
+        return self._raw[self._order] if self.heads else self._raw
+
     def restored(self, values: np.ndarray) -> np.ndarray:
         """Reorders rows from Hugging Face's order to the file's."""
         if not self.heads:

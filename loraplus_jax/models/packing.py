@@ -1,0 +1,117 @@
+"""Which weights of a model are packed, in which format, and how they are read from its files leaf by leaf."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .._validation import suggest
+from ..config import matches
+from ..quantization import FORMATS, Kind, PackedArray, pack_matrix, packed_shape
+from .gguf import load as gguf_load
+from .name_table import NameTable, Rule, is_stacked
+
+Quantize = Literal["none", "int8", "nf4", "file"]
+HEADS = ("lm_head", "pooler", "head")
+"""Modules whose kernels stay as they are unless the user says otherwise; so do embeddings."""
+
+
+def choose_formats(
+    table: NameTable, quantize: Quantize, exclude: Sequence[str] | None, source: Path
+) -> dict[str, Kind]:
+    """The format of each weight to pack, by path.
+
+    Args:
+      table: the model's name table.
+      quantize: `"nf4"` or `"int8"`; or `"file"`, for the blocks of a GGUF file as they are.
+      exclude: names of modules whose weights stay as they are; None for embeddings and `HEADS`.
+      source: the model's directory or GGUF file.
+
+    Raises:
+      ValueError: a name matches no weight, or with `"file"` the source is no GGUF file, or stores the layers of a
+        weight in several formats, or no weight in blocks.
+    """
+    if quantize == "none":
+        return {}
+    weights = [r for r in table.rules if r.path.rpartition("/")[2] in ("kernel", "embedding")]
+    modules = {rule.path: rule.path.rpartition("/")[0] for rule in weights}
+    for name in exclude or ():
+        if not any(matches((name,), module) for module in modules.values()):
+            raise ValueError(
+                f"model.quantize_exclude: {name!r} matches no weight{suggest(name, modules.values())}"
+            )
+    if exclude is None:
+        weights = [r for r in weights if r.transposed and not matches(HEADS, modules[r.path])]
+    else:
+        weights = [r for r in weights if not matches(tuple(exclude), modules[r.path])]
+    if quantize != "file":
+        return dict.fromkeys((rule.path for rule in weights), quantize)
+    return _formats_in_file(table, weights, source)
+
+
+def _formats_in_file(table: NameTable, weights: Sequence[Rule], source: Path) -> dict[str, Kind]:
+    file = gguf_load.find(source)
+    if file is None:
+        raise ValueError(
+            f"model.quantize file needs a GGUF file, got {source}; nf4 and int8 pack the weights of any model"
+        )
+    kinds: dict[str, set[str]] = {}
+    for name, tensor in gguf_load.read(file).tensors.items():
+        kinds.setdefault(_general(table.canonical(gguf_load.to_hf_name(name))), set()).add(tensor.dtype)
+    found = {}
+    for rule in weights:
+        types = sorted(kinds.get(_general(rule.name), ()))
+        if len(types) > 1:
+            raise ValueError(
+                f"{file}: the layers of {rule.name} are stored as {' and '.join(types)}, but layers that run in a "
+                "loop need one format: add its name to model.quantize_exclude, or set model.quantize nf4"
+            )
+        if types and types[0].lower() in FORMATS:
+            found[rule.path] = types[0].lower()
+    if not found:
+        raise ValueError(f"{file} stores no weight in blocks; set model.quantize nf4 or int8")
+    return found
+
+
+def _general(name: str) -> str:
+    """A tensor's name with `{layer}` for the number of its layer."""
+    return ".".join("{layer}" if part.isdigit() else part for part in name.split("."))
+
+
+def pack_shapes(params: Mapping[str, Any], formats: Mapping[str, Kind], table: NameTable) -> dict[str, Any]:
+    """Replaces shapes by those of packed weights, by path; paths that `params` lacks are left out."""
+    rules = {rule.path: rule for rule in table.rules}
+    return {
+        path: packed_shape(
+            formats[path],
+            leaf.shape,
+            transposed=rules[path].transposed,
+            stacked=int(is_stacked(rules[path])),
+            dtype=leaf.dtype,
+        )
+        if path in formats
+        else leaf
+        for path, leaf in params.items()
+    }
+
+
+def read_packed(
+    rule: Rule, leaf: PackedArray, tensors: Sequence[Any], place: Callable[[str, np.ndarray], Any]
+) -> PackedArray:
+    """Reads a weight layer by layer; the host holds one layer's values and the packed weight.
+
+    Args:
+      rule: the weight's rule.
+      leaf: its shapes.
+      tensors: lazy views of its tensors, rows first: one per layer, or a single one.
+      place: makes an array on the devices, of a part's name and its values on the host.
+    """
+    parts = {name: np.empty(part.shape, part.dtype) for name, part in leaf.parts.items()}
+    slots = {name: part if is_stacked(rule) else part[None] for name, part in parts.items()}
+    for n, tensor in enumerate(tensors):
+        values = tensor.packed_rows() if FORMATS[leaf.kind].split else tensor[:]
+        for name, part in pack_matrix(leaf.kind, values).items():
+            slots[name][n] = part
+    return dataclasses.replace(leaf, parts={name: place(name, parts.pop(name)) for name in list(parts)})
