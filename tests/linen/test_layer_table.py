@@ -27,6 +27,8 @@ from loraplus_jax import (
     unmerge,
 )
 from loraplus_jax import nnx as loraplus_nnx
+from loraplus_jax.quantization import is_packed
+from loraplus_jax.quantize_base import quantize_base
 
 RANK, ALPHA, DEPTH = 2, 3.0, 3
 
@@ -443,6 +445,53 @@ def gradient_of(model):
     """What a step costs but for the optimizer, which sees the same tree."""
     return jax.jit(
         jax.grad(lambda lora, params, x: jnp.sin(model.apply({"params": params, "lora": lora}, x)).sum())
+    )
+
+
+def packed_cases():
+    for n, (name, subject) in enumerate(SUBJECTS.items()):
+        for kind in ("nf4", "int8"):
+            quick = name in ("general", "conv, strides and groups", "embed and attend") and kind == "nf4"
+            in_turn = ("nf4", "int8")[n % 2] == kind
+            marks = [] if quick else [pytest.mark.slow] if in_turn else [pytest.mark.long]
+            yield pytest.param(name, kind, "plain", marks=marks)
+            if not subject.attend and "local" not in name:
+                yield pytest.param(
+                    name, kind, "vmap", marks=pytest.mark.slow if in_turn else pytest.mark.long
+                )
+
+
+@pytest.mark.parametrize(("subject", "kind", "lifting"), [*packed_cases()])
+def test_a_packed_base_is_its_values(subject, kind, lifting):
+    """Outputs and gradients, Linen and NNX, against the dense base that the packed one stands for."""
+    plain, adapted = models(subject, lifting)
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    lora, specs = init_lora(adapted, key, x)
+    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
+    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+    packed = quantize_base(base, kind, specs)
+    dense = jax.tree.map(lambda w: w.dequantize() if is_packed(w) else w, packed, is_leaf=is_packed)
+    leaves = jax.tree.leaves(packed, is_leaf=is_packed)
+    assert sum(map(is_packed, leaves)) == len(specs)
+    step = lambda net: jax.jit(  # noqa: E731
+        jax.value_and_grad(lambda lora, base: jnp.sin(net(base | {"lora": lora}, x)).mean())
+    )
+    expected = step(adapted.apply)(lora, dense)
+    nets = [(adapted.apply, packed)]
+    if SUBJECTS[subject].nnx and lifting == "plain":
+        model = Twin(subject)
+        loraplus_nnx.apply_lora_plus(model, adapted.lora_config, rngs=nnx.Rngs(1))
+        nets.append((loraplus_nnx.functional(model), dense))
+        loraplus_nnx.quantize_base(model, kind, specs)
+        nets.append((loraplus_nnx.functional(model), packed))
+    for net, variables in nets:
+        found = step(net)(lora, variables)
+        for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=kind):
+        merge(packed, lora, specs)
+    jax.tree.map(
+        np.testing.assert_array_equal, merge(packed, lora, specs, dequantize=True), merge(dense, lora, specs)
     )
 
 
