@@ -62,14 +62,37 @@ def qwix(job: dict[str, Any]) -> Worker:
     import jax
     import optax
     from flax import traverse_util
-    from qwix import LoraProvider, apply_lora_to_model  # pyright: ignore[reportMissingImports]
-
-    base, params, batch = _llama(job)
-    provider = LoraProvider(
-        module_path=f".*({'|'.join(TARGETS)})", rank=job["rank"], alpha=float(job["alpha"])
+    from qwix import (  # pyright: ignore[reportMissingImports]
+        LoraProvider,
+        LoraRule,
+        QuantizationRule,
+        apply_lora_to_model,
     )
+    from qwix._src.core.qarray import quantize  # pyright: ignore[reportMissingImports]
+
+    kind = job.get("quantize", "none")
+    base, params, batch = _llama(job | {"quantize": "none"})
+    packed: dict[str, Any] = {} if kind == "none" else {"weight_qtype": kind}
+    packed |= {"tile_size": 64} if kind == "nf4" else {}
+    adapted = {"module_path": f".*({'|'.join(TARGETS)})", "rank": job["rank"], "alpha": float(job["alpha"])}
+    rules = [LoraRule(**adapted, **packed)]
+    if packed:  # all products of the layers, as here
+        rules.append(QuantizationRule(module_path=".*_proj", **packed))
+    provider = LoraProvider(rules)
     model = apply_lora_to_model(base, provider, methods=("hidden",))
     shapes = jax.eval_shape(lambda key: model.init(key, batch, method="hidden"), jax.random.key(0))["params"]
+    if packed:
+        # Layer by layer: its `quantize_params` takes the scan's axis for one of the weight.
+        pack = lambda leaf, how: jax.vmap(lambda w: quantize(w, how))(leaf)  # noqa: E731
+        flat, kinds = traverse_util.flatten_dict(params), traverse_util.flatten_dict(shapes)
+        params = traverse_util.unflatten_dict(
+            {
+                path: kinds[path].replace(array=pack(leaf, kinds[path].how))
+                if hasattr(kinds[path], "how")
+                else leaf
+                for path, leaf in flat.items()
+            }
+        )
     paths = [p for p in traverse_util.flatten_dict(shapes, sep="/") if re.search("_lora_[ab]$", p)]
     if not paths:
         raise ValueError("qwix found no layer to adapt")
@@ -190,6 +213,8 @@ def _llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
     from loraplus_jax.models.hf import load_config, load_params
     from loraplus_jax.models.llama import Llama, name_table
     from loraplus_jax.models.llama_config import LlamaConfig
+    from loraplus_jax.models.packing import choose_formats, pack_shapes
+    from loraplus_jax.tree import flatten, unflatten
 
     config = LlamaConfig.from_hf(load_config(job["directory"]))
     dtype = jnp.dtype(job["dtype"])
@@ -203,7 +228,10 @@ def _llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
     )
     batch = jnp.asarray(job["ids"], jnp.int32)
     expected = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    return model, load_params(job["directory"], name_table(config), expected), batch
+    table = name_table(config)
+    formats = choose_formats(table, job.get("quantize", "none"), None, Path(job["directory"]))
+    expected = unflatten(pack_shapes(flatten(expected), formats, table))
+    return model, load_params(job["directory"], table, expected), batch
 
 
 def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple[Any, int]:
@@ -247,6 +275,7 @@ def _jax_worker(step: Any, state: Any, frozen: Any, batch: Any) -> Worker:
     compiled = lowered.compile()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     about = {
+        "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(frozen)),
         "trace_s": between - start,
         "compile_s": time.perf_counter() - between,
         "temp_bytes": memory.temp_size_in_bytes,

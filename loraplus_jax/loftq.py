@@ -1,0 +1,95 @@
+"""LoftQ: packs weights and starts their adapters from what the packing lost (arXiv 2310.08659, algorithm 1)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+
+from ._validation import check_number
+from .quantization import PackedArray, QuantizeTo, quantize
+from .spec import AdapterSpec, Specs
+from .tree import flatten, rebox, replace_leaves, unflatten
+
+
+def loftq(
+    base: Mapping[str, Any], kind: QuantizeTo, specs: Specs, *, steps: int = 5
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Packs the adapted weights so that Q + s A B is near W, instead of Q alone.
+
+    Alternates `steps` times between Q, the packed W - s A B, and s A B, the best approximation of W - Q of the
+    adapter's rank. At the start of training the model is then nearer to the one with W than a packed one is, but
+    not equal to it; the adapter belongs to the packed base.
+
+    Args:
+      base: variables without adapters, `{"params": ...}`.
+      kind: the format, as in `quantize`.
+      specs: the table from `init_lora`.
+      steps: number of alternations.
+
+    Returns:
+      The variables with packed weights, as from `quantize_base`, and the tree of factors, float32, for `"lora"`.
+
+    Raises:
+      ValueError: `steps` is below 1, or a weight's layers are stacked along another axis than the first.
+    """
+    check_number("steps", steps, at_least=1)
+    flat, packed, lora = flatten(base), {}, {}
+    for module, spec in specs.items():
+        if spec.stacked != (0,) * len(spec.stacked):
+            raise ValueError(
+                f"{spec.leaf}: its layers are stacked along axes {spec.stacked}; packed ones must lead"
+            )
+        weight = meta.unbox(flat[spec.leaf])
+        lead = len(spec.stacked)
+        one = dataclasses.replace(spec, shape=spec.shape[lead:], stacked=(), layers=None)
+        layers = np.asarray(weight, np.float32).reshape(-1, *one.shape)
+        residuals, *factors = zip(*(_alternate(layer, kind, one, steps) for layer in layers), strict=True)
+        residual = np.stack(residuals).reshape(spec.shape)
+        packed[spec.leaf] = rebox(flat[spec.leaf], _packed(residual, kind, spec, weight.dtype))
+        for side, path in enumerate(spec.factor_paths(module)):
+            lora[path] = jnp.asarray(np.stack(factors[side]).reshape(spec.factor_shapes[side]))
+    return replace_leaves(base, packed), unflatten(lora)
+
+
+def _packed(weight: np.ndarray, kind: QuantizeTo, spec: AdapterSpec, dtype: Any) -> PackedArray:
+    stacked = len(spec.stacked)
+    return quantize(
+        weight, kind, axes=spec.axes, embedding=spec.kind == "embed", stacked=stacked, dtype=dtype
+    )
+
+
+def _alternate(
+    weight: np.ndarray, kind: QuantizeTo, spec: AdapterSpec, steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What to pack of one layer's weight, and A and B."""
+    a, b = (np.zeros(shape, np.float32) for shape in spec.factor_shapes)
+    residual = weight
+    for _ in range(steps):
+        residual = weight - _delta(a, b, spec)
+        values = np.asarray(_packed(residual, kind, spec, np.float32).dequantize())
+        a, b = _low_rank(weight - values, spec)
+    return residual, a, b
+
+
+def _delta(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> np.ndarray:
+    left, right = spec.factor_letters
+    return spec.scale * np.einsum(f"{left},{right}->{spec.base_letters}", a, b)
+
+
+def _low_rank(difference: np.ndarray, spec: AdapterSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The factors for which s A B is nearest to a difference, in the sense of squares."""
+    letters, (left, right) = spec.base_letters, spec.factor_letters
+    batch = "".join(c for c in letters if c in left and c in right)
+    inputs, outputs = ("".join(c for c in side if c not in (*batch, "r")) for side in (left, right))
+    sizes = dict(zip(letters, difference.shape, strict=True)) | {"r": spec.rank}
+    matrix = np.einsum(f"{letters}->{batch}{inputs}{outputs}", difference / spec.scale)
+    shape = [sizes[c] for c in batch]
+    matrix = matrix.reshape(*shape, int(np.prod([sizes[c] for c in inputs])), -1)
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    root = np.sqrt(s[..., : spec.rank])
+    a = (u[..., : spec.rank] * root[..., None, :]).reshape([sizes[c] for c in f"{batch}{inputs}r"])
+    b = (root[..., None] * v[..., : spec.rank, :]).reshape([sizes[c] for c in f"{batch}r{outputs}"])
+    return np.einsum(f"{batch}{inputs}r->{left}", a), np.einsum(f"{batch}r{outputs}->{right}", b)
