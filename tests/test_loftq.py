@@ -52,6 +52,7 @@ def errors(base, packed, lora, specs):
     return {module: rms(*(tree[spec.leaf] for tree in flat)) for module, spec in specs.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_start_is_nearer_to_the_weights(parts, kind):
     base, model, specs = parts

@@ -43,6 +43,7 @@ def packed_paths(parts):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves if is_packed(x)}
 
 
+@pytest.mark.slow
 def test_a_run_learns_resumes_and_exports(talk, tmp_path, capsys):
     straight = talk.trained(*SHORT, out=tmp_path / "straight")
     summary = summary_of(straight)
@@ -115,6 +116,7 @@ def gguf_of(talk, kinds):
 BLOCKS = {("self_attn.v_proj", "attn_v"): ("Q4_1", "Q4_1"), ("mlp.up_proj", "ffn_up"): ("Q8_0", "Q8_0")}
 
 
+@pytest.mark.slow
 def test_the_blocks_of_a_gguf_file_are_trained_on_as_they_are(talk, tmp_path):
     path = gguf_of(talk, BLOCKS)
     options = (*SHORT, "--model.path", str(path))
