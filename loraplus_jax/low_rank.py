@@ -152,6 +152,9 @@ def _base_product(eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any
     others = [None if x is weight else x for x in inputs]
 
     def run(w: Any, others: list[Any]) -> Sequence[Any]:
+        if isinstance(w, PackedArray):
+            # Without it, XLA may unpack the weights of all layers before the first one runs.
+            w, others = jax.lax.optimization_barrier((w, others))
         values = dataclasses.replace(weight, w=w).base()
         return _bind(eqn, [values if x is None else x for x in others], jaxpr)
 
@@ -239,11 +242,14 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
         axes = dict(zip(letters, of_x.spec, strict=True))
         shardings = of_x.update(spec=jax.P(*(axes.get(c) for c in middle))), eqn.outvars[0].aval.sharding
 
+    # Integer inputs would round the factors to zero.
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else eqn.outvars[0].aval.dtype
+
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         first, second = (a, b) if used == left - right else (b, a)
         if equations is None and used != left - right:
             first, second = first.T, second.T
-        first, second = first.astype(x.dtype), second.astype(x.dtype)
+        x, first, second = (value.astype(dtype) for value in (x, first, second))
         return low_rank_output(x, first, second, scale, equations, precision, shardings)
 
     return _measured(term, _dropped(x, weight), weight)

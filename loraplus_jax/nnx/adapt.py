@@ -26,6 +26,7 @@ from .adapted import (
     ADAPTERS,
     DROPOUT,
     LayerAdapter,
+    adapted_class,
     adapters_by_path,
     join,
     remove_adapters,
@@ -69,8 +70,9 @@ def apply_lora_plus(
       The table of specs, from path to `AdapterSpec`, as `init_lora` returns for Linen.
 
     Raises:
-      TypeError: `model` is not an NNX module.
-      ValueError: the model already has adapters, a rule matches nothing, the axes of a weight are unknown, a rank
+      TypeError: `model`, `config` or `rngs` is of another type.
+      ValueError: the model already has adapters, of ours or of another library, or a module has attributes of their
+        names; `rngs` lacks a stream; a rule matches nothing, the axes of a weight are unknown, a rank
         is above min(in, out), modules share the variable of an adapted weight, or `check` shows that the model uses
         one outside its module. The model is unchanged then.
 
@@ -81,13 +83,37 @@ def apply_lora_plus(
       >>> specs[""].leaf, model.lora_a.shape, model.lora_b.shape
       ('params/kernel', (3, 2), (2, 4))
     """
-    if not isinstance(model, nnx.Module):
-        raise TypeError(f"model must be a flax.nnx.Module, got {type(model).__name__}")
+    for name, value, kind in (
+        ("model", model, nnx.Module),
+        ("config", config, LoRAPlusConfig),
+        ("rngs", rngs, nnx.Rngs),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {kind.__module__}.{kind.__name__}, got {type(value).__name__}")
+    for name in ("params", *(("dropout",) if config.dropout else ())):
+        if name not in rngs and "default" not in rngs:
+            raise ValueError(
+                f"rngs must have the stream {name!r}, as nnx.Rngs(0) does, got {', '.join(rngs)}"
+            )
+    # All that may fail comes before the first change.
+    made = []
     for module, adapters in _find(model, config, stacked or {}):
+        new = {}
         for adapter in adapters:
-            _make_factors(module, adapter, config, rngs, dtype)
-        if config.dropout:
-            setattr(module, DROPOUT, _make_dropout(config.dropout, rngs, adapters[0].spec))
+            new |= _make_factors(module, adapter, config, rngs, dtype)
+        layers = [adapter.spec for adapter in adapters if adapter.spec.kind != "parameter"]
+        if config.dropout and layers:  # a parameter has no input of its own
+            new[DROPOUT] = _make_dropout(config.dropout, rngs, layers[0])
+        if taken := sorted(new.keys() & vars(module).keys()):
+            raise ValueError(
+                f"a {type(module).__name__} of the model already has the attribute {taken[0]!r}, which its adapter "
+                "needs; rename it, or leave the module out by exclude_modules"
+            )
+        adapted_class(type(module))
+        made.append((module, adapters, new))
+    for module, adapters, new in made:
+        for name, value in new.items():
+            setattr(module, name, value)
         set_adapters(module, adapters)
     if check is not None:
         try:
@@ -110,6 +136,11 @@ def _find(
         path = "/".join(map(str, parts))
         if vars(module).get(ADAPTERS):
             raise ValueError(f"{path or 'the model'!r} already has an adapter; name all layers in one config")
+        if others := [name for name, value in vars(module).items() if isinstance(value, nnx.LoRAParam)]:
+            raise ValueError(
+                f"{join(path, others[0])!r} is a factor of another library's adapter, which an optimizer takes for "
+                "ours; specs_of reads it for save_peft and merge"
+            )
         entry = seen.setdefault(path, TracedModule(type(module).__name__))
         own = {n for n, v in vars(module).items() if isinstance(v, nnx.Param)}
         leaves |= {join(path, name) for name in own}
@@ -164,6 +195,11 @@ def _layer_spec(
     axes = _given_axes(stacked, path)
     if axes is None:
         axes = _stacked_axes(module, weight, path)
+    elif weight.shape not in (None, _without(shape, axes)):
+        raise ValueError(
+            f"stacked[{path!r}] {axes}: without these axes of {shape} the weight is {_without(shape, axes)}, "
+            f"but the layer's fields say {weight.shape}"
+        )
     spec = AdapterSpec(
         leaf=weight.leaf,
         kind=weight.kind,
@@ -192,17 +228,24 @@ def _parameter_spec(
 ) -> AdapterSpec:
     """The spec of a raw parameter; the rule has no letters for the axes that `stacked` names."""
     axes = _given_axes(stacked, path) or ()
-    one = list(shape)
-    for axis in reversed(axes):
-        del one[axis]
-    spec = parameter_spec(config, path, rule, tuple(one), leaf)
+    spec = parameter_spec(config, path, rule, _without(shape, axes), leaf)
     spec = dataclasses.replace(spec, shape=shape, stacked=axes)
     check_rank(spec, repr(path))
     return spec
 
 
+def _without(shape: tuple[int, ...], stacked: tuple[int, ...]) -> tuple[int, ...]:
+    one = list(shape)
+    for axis in reversed(stacked):
+        one[axis : axis + 1] = []
+    return tuple(one)
+
+
 def _given_axes(stacked: Mapping[str, tuple[int, ...]], path: str) -> tuple[int, ...] | None:
-    return next((axes for name, axes in stacked.items() if matches((name,), path)), None)
+    axes = next((axes for name, axes in stacked.items() if matches((name,), path)), None)
+    if axes is not None and (not isinstance(axes, tuple) or not all(type(axis) is int for axis in axes)):
+        raise ValueError(f"stacked[{path!r}] must be a tuple of axes such as (0,), got {axes!r:.80}")
+    return axes
 
 
 def _stacked_axes(module: nnx.Module, weight: LayerWeight, path: str) -> tuple[int, ...]:
@@ -249,9 +292,9 @@ def _check_not_shared(model: nnx.Module, found: list[Any]) -> None:
 
 def _make_factors(
     module: nnx.Module, adapter: LayerAdapter, config: LoRAPlusConfig, rngs: nnx.Rngs, dtype: Any
-) -> None:
-    """Sets the initial factors of one weight, an independent draw for every stacked layer."""
-    spec, weight = adapter.spec, getattr(module, adapter.leaf)
+) -> dict[str, nnx.LoRAParam]:
+    """The initial factors of one weight by attribute, an independent draw for every stacked layer."""
+    spec, weight, factors = adapter.spec, getattr(module, adapter.leaf), {}
     inits: Any = factor_inits(config.init, spec.rank, spec.axes)
     for side, name in enumerate(adapter.factors):
         letters, shape = spec.factor_letters[side], spec.factor_shapes[side]
@@ -271,7 +314,8 @@ def _make_factors(
         factor = nnx.LoRAParam(_beside(weight.get_value(), value, spec, side), **metadata if in_mesh else {})
         for key, value in metadata.items():
             factor.set_metadata(key, value)
-        setattr(module, name, factor)
+        factors[name] = factor
+    return factors
 
 
 def _sharding_of_factor(weight: nnx.Variable, spec: AdapterSpec, side: int) -> dict[str, Any]:

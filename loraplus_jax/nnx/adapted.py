@@ -128,11 +128,7 @@ def packed_leaves(module: nnx.Module) -> list[str]:
 @functools.cache
 def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
     """The subclass whose methods use the factors: one for each class, so that graph definitions compare equal."""
-    methods = {
-        name: _adapted_method(base, method)
-        for name, method in inspect.getmembers(base, inspect.isfunction)
-        if name == "__call__" or not (name.startswith("_") or hasattr(nnx.Module, name))
-    }
+    methods = {name: _adapted_method(base, method) for name, method in _public_methods(base)}
 
     def reduce(self: Any, protocol: Any) -> Any:
         # pickle looks a class up by its name, which finds the base.
@@ -141,6 +137,16 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), names | methods | {"__reduce_ex__": reduce})
+
+
+def _public_methods(base: type[nnx.Module]) -> Iterator[tuple[str, Any]]:
+    """`__call__` and the public methods of a class, also those that are no functions, as under `nnx.jit`."""
+    others = (type, staticmethod, classmethod, property)
+    for name, value in inspect.getmembers_static(base):
+        if name != "__call__" and (name.startswith("_") or hasattr(nnx.Module, name)):
+            continue
+        if callable(value) and hasattr(value, "__get__") and not isinstance(value, others):
+            yield name, value
 
 
 def set_class(module: nnx.Module, new: type[nnx.Module]) -> None:
@@ -172,10 +178,8 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     leaves = (*adapters, *(name for name in packed_leaves(self) if name not in adapters))
     graph, weights, rest = nnx.split(inputs, _is_weight(leaves), ...)
     is_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x  # noqa: E731
-    # One trace for all calls that are alike; jit knows what else a trace depends on.
     dense = jax.tree.map(is_shape, weights, is_leaf=is_packed)
-    traced = _program.trace((base, method, leaves, graph), dense, rest)
-    program, structure = traced.jaxpr, jax.tree.structure(traced.out_info)
+    program, structure = _trace((base, method, leaves, graph), dense, rest)
     values = [
         _low_rank(self, adapters.get(str(path[1])), variable.get_value(), key)
         for path, variable in nnx.to_flat_state(weights)
@@ -198,8 +202,23 @@ def _is_weight(leaves: tuple[str, ...]) -> Callable[[Any, Any], bool]:
     return lambda path, _: len(path) == 2 and path[0] == 0 and path[1] in leaves
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _program(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, nnx.State]:
+def _trace(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, Any]:
+    """The program of a call, one for all calls that are alike, and the structure of its results."""
+    try:
+        hash(static)
+    except TypeError:  # a field or an argument that nothing can be looked up by
+        traced = None
+    else:
+        traced = _program.trace(static, weights, rest)
+    if traced is not None and len(traced.jaxpr.jaxpr.invars) == len(jax.tree.leaves((weights, rest))):
+        return traced.jaxpr, jax.tree.structure(traced.out_info)
+    # An argument also closes over values of an outer trace, which differ from call to call.
+    run = functools.partial(_run, static)
+    program, shapes = jax.make_jaxpr(run, return_shape=True)(weights, rest)
+    return program, jax.tree.structure(shapes)
+
+
+def _run(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, nnx.State]:
     """A call as a function of arrays: its result, and the state of module and arguments after it."""
     base, method, leaves, graph = static
     merged = nnx.merge(graph, weights, rest)
@@ -209,6 +228,9 @@ def _program(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tu
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)  # noqa: E731
     y = jax.tree.map(lambda x: x if is_array(x) else _Static(x), y)
     return y, nnx.state(merged, nnx.Not(_is_weight(leaves)))
+
+
+_program = jax.jit(_run, static_argnums=0)
 
 
 @jax.tree_util.register_static
@@ -276,13 +298,18 @@ def _write_back(inputs: Any, path: tuple[Any, ...], variable: nnx.Variable) -> N
     """Writes a variable that a call changed or made into the module and its arguments."""
     owner = inputs
     for part in path[:-1]:
-        owner = _part(owner, part)
-    old = _part(owner, path[-1])
+        if (owner := part_of(owner, part)) is None:
+            made = "/".join(map(str, path[1:]))
+            raise ValueError(
+                f"a call of an adapted {type(inputs[0]).__name__} made {made!r}; make it in __init__"
+            )
+    old = part_of(owner, path[-1])
     if isinstance(old, nnx.Variable):
         old.set_value(variable.get_value())
     else:
         setattr(owner, path[-1], variable)
 
 
-def _part(owner: Any, name: Any) -> Any:
+def part_of(owner: Any, name: Any) -> Any:
+    """An attribute of a module, or an item of a container; None if a module lacks it."""
     return owner[name] if isinstance(owner, tuple | list | Mapping | nnx.List) else vars(owner).get(name)

@@ -95,7 +95,8 @@ def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
     others = {re.escape(path): own for path, own in ranks.items() if own != rank}
     parameters = {path: spec.rule_letters for path, spec in specs.items() if spec.kind == "parameter"}
     return LoRAPlusConfig(
-        target_modules=tuple(path for path in specs if path not in parameters),
+        # The model itself, if it is a layer, has no name.
+        target_modules=".*" if "" in specs else tuple(path for path in specs if path not in parameters),
         target_parameters={re.escape(path): letters for path, letters in parameters.items()},
         rank=rank,
         alpha=rank * scale,

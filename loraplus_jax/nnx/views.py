@@ -1,5 +1,6 @@
 """An adapted NNX model as the trees that the rest of the package takes, and as a pure function of them."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..lora import SCALE, check_dequantize, weight_delta
 from ..lora import disabled as disabled_tree
 from ..quantization import is_packed
 from ..tree import flatten, join_path, unflatten
-from .adapted import OPTIONAL, adapters_by_path, remove_adapters
+from .adapted import OPTIONAL, adapters_by_path, part_of, remove_adapters
 
 
 def lora_tree(model: nnx.Module) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def lora_tree(model: nnx.Module) -> dict[str, Any]:
     Raises:
       ValueError: the model has no adapters.
     """
-    return unflatten({name: variable[...] for name, variable in _factors(model).items()})
+    return unflatten({name: variable.get_value() for name, variable in _factors(model).items()})
 
 
 def set_lora(model: nnx.Module, lora: Mapping[str, Any]) -> None:
@@ -166,7 +167,7 @@ def _set_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     params = flatten(variables.get("params", {}))
     for path, _ in nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))):
         if (value := params.pop(join_path(path), None)) is not None:
-            _variable_at(model, path).set_value(value)
+            functools.reduce(part_of, path, model).set_value(value)
     if params:
         raise ValueError(f"the model has no parameter {next(iter(params))!r}")
 
@@ -179,12 +180,6 @@ def _reseed(model: nnx.Module, rngs: Any) -> None:
     for name in rngs:
         check_choice("rngs", name, sorted(names))
     nnx.reseed(model, policy="match_shape", **rngs)
-
-
-def _variable_at(model: Any, path: tuple[Any, ...]) -> nnx.Variable:
-    for part in path:
-        model = model[part] if isinstance(part, int) else getattr(model, part)
-    return model
 
 
 def _value(variable: Any) -> Any:

@@ -1,6 +1,8 @@
 """apply_lora_plus on NNX models: the base untouched, the adapters equal to merged weights."""
 
 import copy
+import dataclasses
+import functools
 import pickle
 from typing import NamedTuple
 
@@ -460,7 +462,7 @@ def test_an_abstract_model_gets_adapters():
     model = nnx.eval_shape(lambda: One(nnx.Linear(8, 6, rngs=nnx.Rngs(0))))
     specs = apply_lora_plus(model, LoRAPlusConfig(target_modules=["layer"], rank=2), rngs=nnx.Rngs(1))
     assert specs["layer"].shape == (8, 6)
-    assert model.layer.lora_a.get_value().shape == (8, 2)
+    assert lora_tree(model)["layer"]["lora_a"].shape == (8, 2)
 
 
 class Tied(nnx.Module):
@@ -493,6 +495,168 @@ def test_a_model_that_cannot_be_adapted_is_named_and_stays_as_it_is(model, confi
     before = nnx.graphdef(model)
     with pytest.raises(ValueError, match=mentions(*words)):
         apply_lora_plus(model, LoRAPlusConfig(**{"rank": 2} | config), rngs=nnx.Rngs(1))
+    assert nnx.graphdef(model) == before
+
+
+class Jitted(nnx.Linear):
+    @nnx.jit
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class JaxJitted(nnx.Linear):
+    @jax.jit
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class PartlyJitted(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    @functools.partial(nnx.jit, static_argnums=2)
+    def __call__(self, x, twice=True):
+        return x @ self.w[...] * (2 if twice else 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (lambda r: Jitted(8, 6, rngs=r), {}),
+        (lambda r: JaxJitted(8, 6, rngs=r), {}),
+        (PartlyJitted, {"layer/w": "io"}),
+    ],
+)
+def test_methods_under_jit_use_their_adapters(make, parameters):
+    model, _ = build(Row(make, rule=() if parameters else ("layer",), parameters=parameters))
+    randomise(model)
+    assert_close(model(X), merge(model)(X))
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    grads = nnx.grad(lambda m: jnp.sum(jnp.square(m(X))), argnums=wrt)(model)
+    assert all(np.any(g) for g in jax.tree.leaves(grads))
+
+
+class Applies(nnx.Linear):
+    def __call__(self, x, act):
+        return act(super().__call__(x))
+
+
+def test_an_argument_may_close_over_a_traced_value():
+    model, _ = build(Row(lambda r: Applies(8, 6, rngs=r)))
+    randomise(model)
+    run = nnx.jit(lambda net, t: net(X, lambda y: y * t))
+    for t in (2.0, 3.0):
+        assert_close(run(model, t), merge(model)(X, lambda y, t=t: y * t))
+
+
+@dataclasses.dataclass
+class Settings:
+    """Not hashable."""
+
+    factor: float = 2.0
+
+
+class Configured(nnx.Module):
+    def __init__(self, rngs):
+        self.settings = Settings()
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    def __call__(self, x, options):
+        return x @ self.w[...] * self.settings.factor * options["scale"]
+
+
+def test_fields_and_arguments_need_not_be_hashable():
+    model, _ = build(Row(Configured, rule=(), parameters={"layer/w": "io"}))
+    randomise(model)
+    assert_close(model(X, {"scale": 0.5}), merge(model)(X, {"scale": 0.5}))
+    assert_close(nnx.jit(lambda m: m(X, {"scale": 0.5}))(model), merge(model)(X, {"scale": 0.5}))
+
+
+def test_integer_inputs_do_not_round_the_factors():
+    class Counts(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+        def __call__(self, x):
+            numbers = (((2,), (0,)), ((), ()))
+            return jax.lax.dot_general(x, self.w[...], numbers, preferred_element_type=jnp.float32)
+
+    model, _ = build(Row(Counts, rule=(), parameters={"layer/w": "io"}))
+    randomise(model)
+    x = jnp.arange(80, dtype=jnp.int8).reshape(2, 5, 8)
+    assert_close(model(x), merge(model)(x))
+
+
+class Mixed(nnx.Module):
+    """A layer and a parameter in each of three stacked modules."""
+
+    def __init__(self, rngs):
+        self.fc, self.w = nnx.Linear(8, 8, rngs=rngs), nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    def __call__(self, x):
+        return jnp.tanh(self.fc(x) @ self.w[...])
+
+
+def test_dropout_is_made_for_layers_alone():
+    stack = nnx.split_rngs(splits=3)(nnx.vmap(Mixed, in_axes=(0,), out_axes=0))(nnx.Rngs(0))
+    config = LoRAPlusConfig(target_modules=["fc"], target_parameters={"w": "bio"}, rank=1, dropout=0.5)
+    apply_lora_plus(stack, config, rngs=nnx.Rngs(1))
+    run = nnx.scan(lambda block, x: block(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    assert run(stack, X).shape == X.shape
+
+
+class Homemade(nnx.Linear):
+    """A user's own LoRA layer."""
+
+    def __init__(self, *sizes, rngs):
+        super().__init__(*sizes, rngs=rngs)
+        self.lora_a, self.lora_b = nnx.Param(jnp.ones((8, 1))), nnx.Param(jnp.ones((1, 6)))
+
+
+class Lazy(nnx.Linear):
+    def __call__(self, x):
+        self.made = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+        return self.made(super().__call__(x))
+
+
+def test_a_module_that_a_call_makes_is_named():
+    model, _ = build(Row(lambda r: Lazy(8, 6, rngs=r)))
+    with pytest.raises(ValueError, match=mentions("Lazy", "__init__")):
+        model(X)
+
+
+@pytest.mark.parametrize(
+    ("make", "rngs", "options", "words"),
+    [
+        (lambda r: Homemade(8, 6, rngs=r), nnx.Rngs(1), {}, ("Homemade", "'lora_a'", "exclude_modules")),
+        (
+            lambda r: nnx.LoRALinear(8, 6, lora_rank=2, rngs=r),
+            nnx.Rngs(1),
+            {},
+            ("'layer/lora/lora_a'", "specs_of"),
+        ),
+        (lambda r: nnx.Linear(8, 6, rngs=r), nnx.Rngs(params=1), {}, ("rngs", "'dropout'", "params")),
+        (
+            lambda r: nnx.Linear(8, 6, rngs=r),
+            nnx.Rngs(1),
+            {"stacked": {"layer": 0}},
+            ("stacked", "(0,)", "layer"),
+        ),
+        (
+            lambda r: nnx.Linear(8, 6, rngs=r),
+            nnx.Rngs(1),
+            {"stacked": {"layer": (0,)}},
+            ("stacked", "(8, 6)", "(6,)"),
+        ),
+        (lambda r: nnx.Linear(8, 6, rngs=r), jax.random.key(0), {}, ("rngs", "Rngs")),
+    ],
+)
+def test_what_cannot_be_adapted_leaves_the_model_as_it_is(make, rngs, options, words):
+    model = One(make(nnx.Rngs(0)))
+    before = nnx.graphdef(model)
+    config = LoRAPlusConfig(target_modules=["layer"], rank=1, dropout=0.1)
+    with pytest.raises((ValueError, TypeError), match=mentions(*words)):
+        apply_lora_plus(model, config, rngs=rngs, **options)
     assert nnx.graphdef(model) == before
 
 

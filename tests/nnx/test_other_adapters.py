@@ -8,7 +8,7 @@ from flax import nnx
 
 from loraplus_jax import describe, lora_plus_adamw, merge, save_peft
 from loraplus_jax.interop.peft_files import load_peft
-from loraplus_jax.nnx import specs_of
+from loraplus_jax.nnx import apply_lora_plus, specs_of
 
 from ..messages import mentions
 
@@ -48,6 +48,14 @@ def test_lora_of_flax():
     }
     y = X @ kernels["up"]["kernel"] @ kernels["down"]["base_module"]["kernel"]
     np.testing.assert_allclose(y, model(X), rtol=0, atol=1e-5)
+
+
+def test_a_model_of_one_layer():
+    layer = nnx.LoRALinear(8, 6, lora_rank=2, rngs=nnx.Rngs(0))
+    _, specs, config = specs_of(layer, scale=1.0)
+    assert (list(specs), specs[""].leaf) == ([""], "params/kernel")
+    plain = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    assert apply_lora_plus(plain, config, rngs=nnx.Rngs(1)) == specs
 
 
 class Projection(nnx.Module):

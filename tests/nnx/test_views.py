@@ -187,6 +187,22 @@ def test_a_key_draws_all_dropout_of_a_functional_model(rngs, rate):
         apply(variables, x, rngs={"noise": jax.random.key(0)})
 
 
+class InDict(nnx.Module):
+    def __init__(self, rngs):
+        self.parts = nnx.data({"up": nnx.Linear(8, 8, rngs=rngs)})
+
+    def __call__(self, x):
+        return self.parts["up"](x)
+
+
+def test_modules_in_a_dict():
+    model, x = InDict(nnx.Rngs(0)), jnp.ones((2, 8))
+    loraplus_nnx.apply_lora_plus(model, LoRAPlusConfig(target_modules=["up"], rank=2), rngs=nnx.Rngs(1))
+    loraplus_nnx.set_lora(model, randomised(loraplus_nnx.lora_tree(model)))
+    variables = loraplus_nnx.base_variables(model) | {"lora": loraplus_nnx.lora_tree(model)}
+    np.testing.assert_allclose(loraplus_nnx.functional(model)(variables, x), model(x), rtol=1e-6)
+
+
 class Reads(nnx.Module):
     def __init__(self, rngs, method=False):
         self.emb, self.method = nnx.Embed(13, 8, rngs=rngs), method
