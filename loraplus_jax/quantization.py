@@ -26,7 +26,7 @@ NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 _NF4_BLOCK, _GROUP = 64, 256
-_BYTES = np.arange(256)
+_BYTES, _TINY = np.arange(256), np.finfo(np.float32).tiny
 
 
 @jax.tree_util.register_dataclass
@@ -34,12 +34,13 @@ _BYTES = np.arange(256)
 class PackedArray:
     """A weight in a packed format; `dequantize` gives the array that it stands for.
 
-    The values lie in rows of blocks: one row for each output, and blocks along the inputs, so that blocks of a
-    checkpoint's `(out, in)` matrix keep their bits. Axes that `nn.scan` or `vmap` stack come first in every part,
-    and are not in `sizes`.
+    The values lie in rows, one for each output, and blocks that share a scale lie along the inputs, as in the
+    `(out, in)` matrices of checkpoints. Two values of 4 bits share a byte: those at the same place in the two
+    halves of a row, so that a half is unpacked as it lies. Axes that `nn.scan` or `vmap` stack come first in every
+    part, and are not in `sizes`.
 
     Attributes:
-      parts: arrays by name; `codes` is (..., rows, blocks, bytes of a block), the scales depend on the format.
+      parts: arrays by name; `codes` is (..., rows, columns or bytes), the scales depend on the format.
       kind: the format.
       sizes: shape of one layer's weight.
       order: the axes of one layer's weight in the order in which the values lie.
@@ -57,7 +58,7 @@ class PackedArray:
     @property
     def stack(self) -> tuple[int, ...]:
         """The sizes of the stacked axes."""
-        return tuple(self.parts["codes"].shape[:-3])
+        return tuple(self.parts["codes"].shape[:-2])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,28 +75,22 @@ class PackedArray:
         """The number of its values."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """The size of all parts in bytes."""
+        return sum(part.size * part.dtype.itemsize for part in self.parts.values())
+
     def part_axes(self, axes: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
-        """How the parts are split over a mesh if the weight is: its rows and blocks with the first axis of each.
+        """How the parts are split over a mesh if the weight is: rows and columns as the first axis of each.
 
         Args:
           axes: mesh axis or None for each axis of `shape`; the last ones may be left out.
         """
         lead, own = len(self.stack), [*axes, *(None,) * self.ndim]
         stored = [own[lead + axis] for axis in self.order]
-        rows, columns = stored[0] if self.inner < len(stored) else None, stored[len(stored) - self.inner]
-        is_row = FORMATS[self.kind].block is None  # one block, whose values are split
-        split = (rows, None, columns) if is_row else (rows, columns, None)
-        return {
-            name: (*own[:lead], *split[: part.ndim - lead])
-            if part.ndim - lead > 1
-            else (*own[:lead], *(None,) * (part.ndim - lead))
-            for name, part in self.parts.items()
-        }
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all parts in bytes."""
-        return sum(part.size * part.dtype.itemsize for part in self.parts.values())
+        rows = stored[0] if self.inner < len(stored) else None
+        split = {2: (rows, stored[len(stored) - self.inner]), 1: (None,), 0: ()}
+        return {name: (*own[:lead], *split[part.ndim - lead]) for name, part in self.parts.items()}
 
     def astype(self, dtype: Any) -> "PackedArray":
         """The same weight, with another dtype of `dequantize`."""
@@ -108,17 +103,17 @@ class PackedArray:
         return dataclasses.replace(self, sizes=sizes, order=order)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The array, with stacked axes first; computed in float32, or float16 and bfloat16 of it.
+        """The array, with stacked axes first; computed in float32.
 
         Args:
           dtype: of the result; by default `self.dtype`.
         """
-        blocks = FORMATS[self.kind].values(self.parts).astype(self.dtype if dtype is None else dtype)
-        stored = [self.sizes[axis] for axis in self.order]
-        rows = blocks.reshape(*blocks.shape[:-2], -1)[..., : math.prod(stored[len(stored) - self.inner :])]
-        lead = len(self.stack)
+        stored, lead = [self.sizes[axis] for axis in self.order], len(self.stack)
+        rows = FORMATS[self.kind].values(self.parts, math.prod(stored[len(stored) - self.inner :]))
         back = (*range(lead), *(lead + int(axis) for axis in np.argsort(self.order)))
-        return rows.reshape(*self.stack, *stored).transpose(back)
+        return (
+            rows.astype(self.dtype if dtype is None else dtype).reshape(*self.stack, *stored).transpose(back)
+        )
 
 
 def is_packed(value: Any) -> bool:
@@ -130,14 +125,16 @@ class Format(NamedTuple):
     """A packed format.
 
     Attributes:
-      block: number of values in a block; None if a row is one block.
-      values: computes the values (..., rows, blocks, block), float32, from the parts.
-      split: for GGUF, the parts in a block's bytes: name to dtype and count, in order; a count of 0 is one scalar.
+      block: number of values that a row's length must divide into.
+      pack: the parts of a matrix (rows, columns) of values; for a format of GGUF, of uint8 (rows, blocks, bytes).
+      values: the values (..., rows, columns), float32, of parts and the number of columns.
+      shapes: shape and dtype of the parts, for rows and columns.
     """
 
-    block: int | None
-    values: Callable[[Mapping[str, Any]], jax.Array]
-    split: Mapping[str, tuple[str, int]] = {}
+    block: int
+    pack: Callable[[np.ndarray], dict[str, np.ndarray]]
+    values: Callable[[Mapping[str, Any], int], jax.Array]
+    shapes: Callable[[int, int], dict[str, tuple[tuple[int, ...], str]]]
 
 
 def quantize(
@@ -188,15 +185,9 @@ def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
       kind: the format.
       matrix: the values, or uint8 (rows, bytes of a row); those are only sorted into parts, and keep their bits.
     """
-    if kind in _QUANTIZE:
-        return _QUANTIZE[kind](matrix)
-    widths = {name: np.dtype(d).itemsize * max(count, 1) for name, (d, count) in FORMATS[kind].split.items()}
-    blocks, parts, start = matrix.reshape(matrix.shape[0], -1, sum(widths.values())), {}, 0
-    for name, width in widths.items():
-        dtype, count = FORMATS[kind].split[name]
-        part = np.ascontiguousarray(blocks[..., start : start + width]).view(dtype)
-        parts[name], start = part if count else part[..., 0], start + width
-    return parts
+    if kind in get_args(QuantizeTo):
+        return FORMATS[kind].pack(matrix)
+    return FORMATS[kind].pack(matrix.reshape(len(matrix), -1, BLOCK_BYTES[kind]))
 
 
 def packed_shape(
@@ -213,36 +204,15 @@ def packed_shape(
     """
     lead, sizes = tuple(shape[:stacked]), tuple(shape[stacked:])
     rows, columns = sizes[::-1] if transposed else sizes
+    if columns % FORMATS[kind].block:
+        raise ValueError(
+            f"{kind} has blocks of {FORMATS[kind].block} values, which do not divide rows of {columns}"
+        )
     parts = {
         name: jax.ShapeDtypeStruct((*lead, *part), jnp.dtype(kind_of))
-        for name, (part, kind_of) in _part_shapes(kind, rows, columns).items()
+        for name, (part, kind_of) in FORMATS[kind].shapes(rows, columns).items()
     }
     return PackedArray(parts, kind, sizes, (1, 0) if transposed else (0, 1), 1, jnp.dtype(dtype))
-
-
-def _part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    block, split = FORMATS[kind].block, FORMATS[kind].split
-    if block is None:
-        return {"codes": ((rows, 1, columns), "i1"), "scales": ((rows, 1), "f4")}
-    if split:
-        if columns % block:
-            raise ValueError(f"{kind} has blocks of {block} values, which do not divide rows of {columns}")
-        blocks = (rows, columns // block)
-        return {
-            name: ((*blocks, count) if count else blocks, dtype) for name, (dtype, count) in split.items()
-        }
-    block = _nf4_block(columns)
-    blocks = (rows, -(-columns // block))
-    return {
-        "codes": ((*blocks, block // 2), "u1"),
-        "scales": (blocks, "i1"),
-        "steps": ((-(-math.prod(blocks) // _GROUP),), "f4"),
-        "mean": ((), "f4"),
-    }
-
-
-def _nf4_block(columns: int) -> int:
-    return min(_NF4_BLOCK, 2 * -(-columns // 2))
 
 
 def storage_order(axes: str, *, embedding: bool = False) -> tuple[tuple[int, ...], int]:
@@ -256,131 +226,231 @@ def storage_order(axes: str, *, embedding: bool = False) -> tuple[tuple[int, ...
     return (*(n for n, role in enumerate(axes) if role != row_roles), *inner), len(inner)
 
 
-def _quantize_nf4(rows: np.ndarray) -> dict[str, np.ndarray]:
-    block = _nf4_block(rows.shape[1])
-    count = -(-rows.shape[1] // block)
-    absmax = np.concatenate(
-        [np.abs(part).max(-1) for part in _in_blocks(rows, block)] or [np.zeros((0, count), np.float32)]
-    )
+def _in_bytes(codes: np.ndarray) -> np.ndarray:
+    """Two codes of 4 bits a byte, of the two halves of each row; an odd row gets one more code."""
+    codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    half = codes.shape[1] // 2
+    return codes[:, :half] | codes[:, half:] << 4
+
+
+def _of_bytes(codes: Any, levels: Sequence[float], columns: int) -> jax.Array:
+    """The levels of the codes in bytes (..., rows, columns / 2)."""
+
+    def by_table(codes: Any) -> jax.Array:  # one lookup a byte and half is the quickest on CPU
+        index = codes.astype(jnp.int32)
+        tables = (jnp.asarray(np.array(levels, np.float32)[half]) for half in (_BYTES & 15, _BYTES >> 4))
+        return jnp.concatenate([table.at[index].get(mode="promise_in_bounds") for table in tables], -1)
+
+    def by_bits(codes: Any) -> jax.Array:  # accelerators look nothing up without memory traffic
+        codes = codes.astype(jnp.int32)
+        return jnp.concatenate([_select(half, levels) for half in (codes & 15, codes >> 4)], -1)
+
+    return jax.lax.platform_dependent(codes, cpu=by_table, default=by_bits)[..., :columns]
+
+
+def _select(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """The levels of integer codes below 16, by four selections of half of what is left."""
+    if isinstance(levels, range):
+        return codes.astype(jnp.float32) + levels.start
+    values: list[Any] = [jnp.float32(level) for level in levels]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _spread(scales: Any, block: int, columns: int) -> jax.Array:
+    """Scales (..., rows, blocks) for every column, float32."""
+    return jnp.repeat(scales.astype(jnp.float32), block, axis=-1)[..., :columns]
+
+
+def _nf4_block(columns: int) -> int:
+    return min(_NF4_BLOCK, columns)
+
+
+def _pack_nf4(rows: np.ndarray) -> dict[str, np.ndarray]:
+    columns = rows.shape[1]
+    block = _nf4_block(columns)
+    starts = np.arange(0, columns, block)
+    absmax = np.concatenate([np.maximum.reduceat(np.abs(part), starts, axis=1) for part in _pieces(rows)])
     if not np.isfinite(absmax).all():
         raise ValueError("the weight has values that are not finite")
     mean = absmax.mean(dtype=np.float64).astype(np.float32)
     offset = absmax.reshape(-1) - mean
     groups = np.pad(offset, (0, -offset.size % _GROUP)).reshape(-1, _GROUP)
-    steps = np.maximum(np.abs(groups).max(-1) / 127, np.finfo(np.float32).tiny).astype(np.float32)
+    steps = np.maximum(np.abs(groups).max(-1) / 127, _TINY).astype(np.float32)
     scales = np.rint(groups / steps[:, None]).astype(np.int8).reshape(-1)[: offset.size].reshape(absmax.shape)
     parts = {"scales": scales, "steps": steps, "mean": mean}
-    stored = np.maximum(np.asarray(_nf4_scales(parts, np)), np.finfo(np.float32).tiny)
+    stored = np.maximum(np.asarray(_nf4_scales(parts, np)), _TINY)
     edges = np.convolve(np.array(NF4, np.float32), [0.5, 0.5], "valid").astype(np.float32)
-    codes, start = np.empty((*absmax.shape, block // 2), np.uint8), 0
-    for part in _in_blocks(rows, block):
-        stop = start + len(part)
-        levels = np.searchsorted(edges, part / stored[start:stop, :, None]).astype(np.uint8)
-        codes[start:stop] = levels[..., : block // 2] | levels[..., block // 2 :] << 4
-        start = stop
-    return {"codes": codes, **parts}
+    codes, start = [], 0
+    for part in _pieces(rows):
+        scale = np.repeat(stored[start : start + len(part)], block, axis=1)[:, :columns]
+        codes.append(_in_bytes(np.searchsorted(edges, part / scale).astype(np.uint8)))
+        start += len(part)
+    return {"codes": np.concatenate(codes), **parts}
 
 
-def _in_blocks(rows: np.ndarray, block: int) -> Any:
-    """Yields float32 blocks (some rows, blocks, block), zeros after a row's end; a few MiB at a time."""
-    count = -(-rows.shape[1] // block)
-    step = max(1, (1 << 20) // (count * block))
+def _pieces(rows: np.ndarray) -> Any:
+    """Yields some rows at a time in float32, a few MiB."""
+    step = max(1, (1 << 20) // rows.shape[1])
     for start in range(0, len(rows), step):
-        part = rows[start : start + step].astype(np.float32)
-        yield np.pad(part, ((0, 0), (0, count * block - part.shape[1]))).reshape(len(part), count, block)
+        yield rows[start : start + step].astype(np.float32)
 
 
 def _nf4_scales(parts: Mapping[str, Any], xp: Any) -> Any:
     """The largest magnitude of every block, (..., rows, blocks), from its 8 bits; at least 0."""
-    scales, steps = parts["scales"], parts["steps"]
-    group = np.arange(math.prod(scales.shape[-2:])).reshape(scales.shape[-2:]) // _GROUP
-    mean = parts["mean"][..., None, None]
-    return xp.maximum(scales.astype(np.float32) * xp.take(steps, group, axis=-1) + mean, 0)
+    scales, mean = parts["scales"], parts["mean"][..., None, None]
+    steps = xp.repeat(parts["steps"], _GROUP, axis=-1)[..., : math.prod(scales.shape[-2:])]
+    return xp.maximum(scales.astype(np.float32) * steps.reshape(scales.shape) + mean, 0)
 
 
-def _quantize_int8(rows: np.ndarray) -> dict[str, np.ndarray]:
-    absmax = np.abs(rows).max(-1).astype(np.float32)
+def _nf4_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return _of_bytes(p["codes"], NF4, columns) * _spread(_nf4_scales(p, jnp), _nf4_block(columns), columns)
+
+
+def _nf4_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    blocks = (rows, -(-columns // _nf4_block(columns)))
+    return {
+        "codes": ((rows, -(-columns // 2)), "u1"),
+        "scales": (blocks, "i1"),
+        "steps": ((-(-math.prod(blocks) // _GROUP),), "f4"),
+        "mean": ((), "f4"),
+    }
+
+
+def _pack_int8(rows: np.ndarray) -> dict[str, np.ndarray]:
+    absmax = np.concatenate([np.abs(part).max(1, keepdims=True) for part in _pieces(rows)])
     if not np.isfinite(absmax).all():
         raise ValueError("the weight has values that are not finite")
-    scales = np.maximum(absmax / 127, np.finfo(np.float32).tiny).astype(np.float32)
-    codes = np.empty(rows.shape, np.int8)
-    for start in range(len(rows)):
-        codes[start] = np.rint(rows[start].astype(np.float32) / scales[start])
-    return {"codes": codes[:, None], "scales": scales[:, None]}
+    scales, start, codes = np.maximum(absmax / 127, _TINY).astype(np.float32), 0, []
+    for part in _pieces(rows):
+        codes.append(np.rint(part / scales[start : start + len(part)]).astype(np.int8))
+        start += len(part)
+    return {"codes": np.concatenate(codes), "scales": scales}
 
 
-_QUANTIZE = {"nf4": _quantize_nf4, "int8": _quantize_int8}
+def _int8_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return p["codes"].astype(jnp.float32) * p["scales"]
 
 
-def _nibbles(codes: Any, levels: Sequence[float]) -> jax.Array:
-    """Values (..., n) of bytes (..., n / 2): the low halves, then the high ones.
-
-    One lookup by the byte for each half is the quickest of the ways that XLA compiles on CPU.
-    """
-    table = np.array(levels, np.float32)
-    halves = (jnp.asarray(table[half]) for half in (_BYTES & 15, _BYTES >> 4))
-    index = codes.astype(jnp.int32)
-    return jnp.concatenate([half.at[index].get(mode="promise_in_bounds") for half in halves], -1)
+def _int8_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {"codes": ((rows, columns), "i1"), "scales": ((rows, 1), "f4")}
 
 
-def _f32(part: Any) -> jax.Array:
-    return part.astype(jnp.float32)[..., None]
+# GGUF's blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 
 
-def _nf4(p: Mapping[str, Any]) -> jax.Array:
-    return _nibbles(p["codes"], NF4) * _nf4_scales(p, jnp)[..., None]
+def _halves(data: np.ndarray, count: int) -> np.ndarray:
+    """Codes (rows, columns) of blocks in which a byte holds values `count` apart: first the low 4 bits."""
+    data = data.reshape(*data.shape[:-1], -1, 1, count)
+    return np.concatenate([data & 15, data >> 4], -2).reshape(len(data), -1)
 
 
-def _int8(p: Mapping[str, Any]) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * p["scales"][..., None]
+def _half_floats(data: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(data).view("<f2")[..., 0]
 
 
-def _q4_0(p: Mapping[str, Any]) -> jax.Array:
-    return _nibbles(p["codes"], range(-8, 8)) * _f32(p["d"])
+def _pack_q4_0(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": _in_bytes(_halves(blocks[..., 2:], 16)), "d": _half_floats(blocks[..., :2])}
 
 
-def _q4_1(p: Mapping[str, Any]) -> jax.Array:
-    return _nibbles(p["codes"], range(16)) * _f32(p["d"]) + _f32(p["m"])
+def _pack_q4_1(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    codes = _in_bytes(_halves(blocks[..., 4:], 16))
+    return {"codes": codes, "d": _half_floats(blocks[..., :2]), "m": _half_floats(blocks[..., 2:4])}
 
 
-def _q8_0(p: Mapping[str, Any]) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * _f32(p["d"])
+def _pack_q8_0(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(len(blocks), -1)
+    return {"codes": codes, "d": _half_floats(blocks[..., :2])}
 
 
-def _q4_k(p: Mapping[str, Any]) -> jax.Array:
+def _pack_q4_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
     # Twelve bytes hold the 6 bits of eight scales and eight minima.
-    first, second, rest = jnp.split(p["scales"], 3, axis=-1)
-    scale = jnp.concatenate([first & 63, (rest & 15) | (first >> 6 << 4)], -1)
-    low = jnp.concatenate([second & 63, (rest >> 4) | (second >> 6 << 4)], -1)
-    codes = p["codes"].reshape(*p["codes"].shape[:-1], 4, 32)
-    values = _nibbles(codes, range(16))
-    values = values.reshape(*values.shape[:-2], 8, 32)
-    scale, low = (_f32(p[d]) * part.astype(jnp.float32) for d, part in (("d", scale), ("dmin", low)))
-    return (scale[..., None] * values - low[..., None]).reshape(*p["codes"].shape[:-1], 256)
+    first, second, rest = np.split(blocks[..., 4:16], 3, axis=-1)
+    scales = np.concatenate([first & 63, (rest & 15) | (first >> 6 << 4)], -1)
+    mins = np.concatenate([second & 63, (rest >> 4) | (second >> 6 << 4)], -1)
+    return {
+        "codes": _in_bytes(_halves(blocks[..., 16:], 32)),
+        "d": _half_floats(blocks[..., :2]),
+        "dmin": _half_floats(blocks[..., 2:4]),
+        "scales": scales.reshape(len(blocks), -1),
+        "mins": mins.reshape(len(blocks), -1),
+    }
 
 
-def _q6_k(p: Mapping[str, Any]) -> jax.Array:
-    lead = p["codes"].shape[:-1]
-    low = p["codes"].reshape(*lead, 2, 1, 64)
-    low = jnp.concatenate([low & 15, low >> 4], -2).reshape(*lead, 2, 4, 32)
-    high = p["high"].reshape(*lead, 2, 1, 32)
-    high = jnp.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], -2) << 4
-    values = (low | high).astype(jnp.float32) - 32
-    scale = _f32(p["d"]) * p["scales"].astype(jnp.float32)
-    return (values.reshape(*lead, 16, 16) * scale[..., None]).reshape(*lead, 256)
+def _pack_q6_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    low, high = blocks[..., :128], blocks[..., 128:192].reshape(*blocks.shape[:-1], 2, 1, 32)
+    pairs = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], -2).reshape(len(blocks), -1)
+    quarter = pairs.shape[1] // 4
+    parts = [pairs[:, n * quarter : (n + 1) * quarter] << 2 * n for n in range(4)]
+    return {
+        "codes": _in_bytes(_halves(low, 64)),
+        "high": parts[0] | parts[1] | parts[2] | parts[3],
+        "scales": np.ascontiguousarray(blocks[..., 192:208]).view(np.int8).reshape(len(blocks), -1),
+        "d": _half_floats(blocks[..., 208:]),
+    }
 
 
+def _q4_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return _of_bytes(p["codes"], range(-8, 8), columns) * _spread(p["d"], 32, columns)
+
+
+def _q4_1_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return _of_bytes(p["codes"], range(16), columns) * _spread(p["d"], 32, columns) + _spread(
+        p["m"], 32, columns
+    )
+
+
+def _q8_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return p["codes"].astype(jnp.float32) * _spread(p["d"], 32, columns)
+
+
+def _q4_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    scale, low = (
+        _spread(p[d], 8, columns // 32) * p[sixes].astype(jnp.float32)
+        for d, sixes in (("d", "scales"), ("dmin", "mins"))
+    )
+    return _of_bytes(p["codes"], range(16), columns) * _spread(scale, 32, columns) - _spread(low, 32, columns)
+
+
+def _q6_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    high = jnp.concatenate([p["high"] >> shift & 3 for shift in (0, 2, 4, 6)], -1).astype(jnp.float32)
+    codes = _of_bytes(p["codes"], range(16), columns) + (16 * high - 32)
+    scale = _spread(p["d"], 16, columns // 16) * p["scales"].astype(jnp.float32)
+    return codes * _spread(scale, 16, columns)
+
+
+def _gguf_shapes(codes: str, bits: int, **parts: tuple[int, str]) -> Any:
+    """The shapes of a format with `bits` a code and, by name, parts with one value for so many columns."""
+
+    def shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {"codes": ((rows, columns * bits // 8), codes)} | {
+            name: ((rows, columns // each), dtype) for name, (each, dtype) in parts.items()
+        }
+
+    return shapes
+
+
+BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34, "q4_k": 144, "q6_k": 210}
+"""Bytes of a block in a GGUF file."""
 FORMATS: Mapping[str, Format] = {
-    "nf4": Format(_NF4_BLOCK, _nf4),
-    "int8": Format(None, _int8),
-    "q4_0": Format(32, _q4_0, {"d": ("<f2", 0), "codes": ("u1", 16)}),
-    "q4_1": Format(32, _q4_1, {"d": ("<f2", 0), "m": ("<f2", 0), "codes": ("u1", 16)}),
-    "q8_0": Format(32, _q8_0, {"d": ("<f2", 0), "codes": ("i1", 32)}),
+    "nf4": Format(1, _pack_nf4, _nf4_values, _nf4_shapes),
+    "int8": Format(1, _pack_int8, _int8_values, _int8_shapes),
+    "q4_0": Format(32, _pack_q4_0, _q4_0_values, _gguf_shapes("u1", 4, d=(32, "f2"))),
+    "q4_1": Format(32, _pack_q4_1, _q4_1_values, _gguf_shapes("u1", 4, d=(32, "f2"), m=(32, "f2"))),
+    "q8_0": Format(32, _pack_q8_0, _q8_0_values, _gguf_shapes("i1", 8, d=(32, "f2"))),
     "q4_k": Format(
-        256, _q4_k, {"d": ("<f2", 0), "dmin": ("<f2", 0), "scales": ("u1", 12), "codes": ("u1", 128)}
+        256,
+        _pack_q4_k,
+        _q4_k_values,
+        _gguf_shapes("u1", 4, d=(256, "f2"), dmin=(256, "f2"), scales=(32, "u1"), mins=(32, "u1")),
     ),
     "q6_k": Format(
-        256, _q6_k, {"codes": ("u1", 128), "high": ("u1", 64), "scales": ("i1", 16), "d": ("<f2", 0)}
+        256,
+        _pack_q6_k,
+        _q6_k_values,
+        _gguf_shapes("u1", 4, high=(4, "u1"), scales=(16, "i1"), d=(256, "f2")),
     ),
 }
 """The formats by name."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._validation import suggest
 from ..config import matches
-from ..quantization import FORMATS, Kind, PackedArray, pack_matrix, packed_shape
+from ..quantization import BLOCK_BYTES, Kind, PackedArray, pack_matrix, packed_shape
 from .gguf import load as gguf_load
 from .name_table import NameTable, Rule, is_stacked
 
@@ -68,7 +68,7 @@ def _formats_in_file(table: NameTable, weights: Sequence[Rule], source: Path) ->
                 f"{file}: the layers of {rule.name} are stored as {' and '.join(types)}, but layers that run in a "
                 "loop need one format: add its name to model.quantize_exclude, or set model.quantize nf4"
             )
-        if types and types[0].lower() in FORMATS:
+        if types and types[0].lower() in BLOCK_BYTES:
             found[rule.path] = types[0].lower()
     if not found:
         raise ValueError(f"{file} stores no weight in blocks; set model.quantize nf4 or int8")
@@ -111,7 +111,7 @@ def read_packed(
     parts = {name: np.empty(part.shape, part.dtype) for name, part in leaf.parts.items()}
     slots = {name: part if is_stacked(rule) else part[None] for name, part in parts.items()}
     for n, tensor in enumerate(tensors):
-        values = tensor.packed_rows() if FORMATS[leaf.kind].split else tensor[:]
+        values = tensor.packed_rows() if leaf.kind in BLOCK_BYTES else tensor[:]
         for name, part in pack_matrix(leaf.kind, values).items():
             slots[name][n] = part
     return dataclasses.replace(leaf, parts={name: place(name, parts.pop(name)) for name in list(parts)})
