@@ -15,6 +15,7 @@ OTHER = {
     "model.pooling": "cls",
     "model.dtype": "bfloat16",
     "model.param_dtype": "bfloat16",
+    "model.quantize": "nf4",
     "model.dropout": 0.2,
     "model.head_dropout": 0.3,
     "model.unroll": True,

@@ -97,6 +97,7 @@ CHANGES = {
     "model.pooling": "cls",
     "model.dtype": "bfloat16",
     "model.param_dtype": "bfloat16",
+    "model.quantize": "nf4",
     "model.dropout": 0.2,
     "model.head_dropout": 0.3,
     "model.unroll": True,
@@ -174,7 +175,7 @@ CHANGES = {
 INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
 
 
-INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates"}
+INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates", "model.quantize_exclude"}
 
 
 INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
