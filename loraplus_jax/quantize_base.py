@@ -36,7 +36,7 @@ def quantize_base(
       >>> base = {"params": {"up": {"kernel": jnp.ones((64, 4)), "bias": jnp.zeros(4)}}}
       >>> packed = quantize_base(base, "nf4", {".*/kernel": "io"})["params"]["up"]["kernel"]
       >>> packed.kind, packed.shape, packed.parts["codes"].shape
-      ('nf4', (64, 4), (4, 1, 32))
+      ('nf4', (64, 4), (4, 32))
     """
     flat, new = flatten(base), {}
     for path, rule in _targets(flat, targets).items():
