@@ -166,7 +166,7 @@ HALF_FLOATS = {"q4_0": (0,), "q4_1": (0, 2), "q8_0": (0,), "q4_k": (0, 2), "q6_k
 """Where a block of GGUF has them."""
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["q4_0", "q4_1", "q8_0", "q4_k", "q6_k"])
 def test_gguf_blocks_are_bit_identical(kind, platform, monkeypatch):
     if platform == "tpu":  # its way of unpacking, here

@@ -160,7 +160,12 @@ def sums(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("name", ROWS)
+QUICK = ("product", "experts, last", "rows", "convolution", "vmap", "scan of remat", "reshaped", "changed")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ROWS]
+)
 def test_values_and_gradients_are_those_of_the_merged_model(name, sums):
     row = ROWS[name]
     with jax.enable_x64(True):
@@ -197,7 +202,10 @@ COSTLY = {
 }
 
 
-@pytest.mark.parametrize("name", COSTLY)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("product", "scan") else pytest.mark.slow) for name in COSTLY],
+)
 def test_the_gradient_of_the_whole_weight_is_not_computed(name):
     row = COSTLY[name]
     model, base, lora, specs = prepared(row.net, row.inputs, target_parameters=row.rules)
