@@ -83,13 +83,10 @@ def apply_lora_plus(
       >>> specs[""].leaf, model.lora_a.shape, model.lora_b.shape
       ('params/kernel', (3, 2), (2, 4))
     """
-    for name, value, kind in (
-        ("model", model, nnx.Module),
-        ("config", config, LoRAPlusConfig),
-        ("rngs", rngs, nnx.Rngs),
-    ):
+    kinds = {"model": (model, nnx.Module), "config": (config, LoRAPlusConfig), "rngs": (rngs, nnx.Rngs)}
+    for name, (value, kind) in kinds.items():
         if not isinstance(value, kind):
-            raise TypeError(f"{name} must be {kind.__module__}.{kind.__name__}, got {type(value).__name__}")
+            raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     for name in ("params", *(("dropout",) if config.dropout else ())):
         if name not in rngs and "default" not in rngs:
             raise ValueError(
@@ -270,7 +267,13 @@ def _stacked_axes(module: nnx.Module, weight: LayerWeight, path: str) -> tuple[i
 
 
 def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:
-    return tuple(getattr(module, leaf).get_value().shape)
+    variable = getattr(module, leaf)
+    if not isinstance(variable, nnx.Variable):
+        raise ValueError(
+            f"the {leaf} of a {type(module).__name__} is a {type(variable).__name__}, as of a model that qwix "
+            "quantized; adapt the plain model, and pack it by quantize_base"
+        )
+    return tuple(variable.get_value().shape)
 
 
 def _check_not_shared(model: nnx.Module, found: list[Any]) -> None:
@@ -309,11 +312,13 @@ def _make_factors(
             kept = np.isin(np.arange(shape[axis]), spec.layers)
             value = jnp.where(np.expand_dims(kept, [n for n in range(len(shape)) if n != axis]), value, 0)
         metadata = _sharding_of_factor(weight, spec, side)
-        # The constructor lays the value out over the mesh in context, and raises where there is none.
-        in_mesh = not jax.sharding.get_abstract_mesh().empty
-        factor = nnx.LoRAParam(_beside(weight.get_value(), value, spec, side), **metadata if in_mesh else {})
-        for key, value in metadata.items():
-            factor.set_metadata(key, value)
+        value = _beside(weight.get_value(), value, spec, side)
+        if jax.sharding.get_abstract_mesh().empty:  # with metadata, the constructor would ask for a mesh
+            factor = nnx.LoRAParam(value)
+            for key, names in metadata.items():
+                factor.set_metadata(key, names)
+        else:
+            factor = nnx.LoRAParam(value, **metadata)
         factors[name] = factor
     return factors
 

@@ -279,6 +279,14 @@ def models(subject, lifting, dtype="float32"):
     return plain, apply_lora_plus(plain, config)
 
 
+def parts_of(subject, plain, adapted):
+    """An input, drawn weights and factors, and the specs."""
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    lora, specs = init_lora(adapted, key, x)
+    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
+    return x, base, drawn(jax.eval_shape(lambda: lora), seed=5), specs
+
+
 # Compiling takes nearly all the time, so the quick suite scans one layer only.
 SCANNED = ("embed and attend",)
 
@@ -357,10 +365,7 @@ def test_the_table_the_roles_and_nothing_changed_at_init(subject, lifting, dtype
 @precise
 def test_merged_equals_unmerged_compiled_once(subject, lifting, dtype):
     plain, adapted = models(subject, lifting, dtype)
-    x, key = inputs(subject), jax.random.key(0, impl="rbg")
-    lora, specs = init_lora(adapted, key, x)
-    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
-    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+    x, base, lora, specs = parts_of(subject, plain, adapted)
     apply = jax.jit(adapted.apply)
     found = apply(base | {"lora": lora}, x)
     apply(base | {"lora": jax.tree.map(jnp.zeros_like, lora)}, x + 0)
@@ -465,10 +470,7 @@ def packed_cases():
 def test_a_packed_base_is_its_values(subject, kind, lifting):
     """Outputs and gradients, Linen and NNX, against the dense base that the packed one stands for."""
     plain, adapted = models(subject, lifting)
-    x, key = inputs(subject), jax.random.key(0, impl="rbg")
-    lora, specs = init_lora(adapted, key, x)
-    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
-    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+    x, base, lora, specs = parts_of(subject, plain, adapted)
     packed = quantize_base(base, kind, specs)
     dense = jax.tree.map(lambda w: w.dequantize() if is_packed(w) else w, packed, is_leaf=is_packed)
     leaves = jax.tree.leaves(packed, is_leaf=is_packed)
@@ -519,10 +521,7 @@ class Twin(nnx.Module):
 def test_linen_and_nnx_are_the_same(subject, tmp_path):
     """Specs, files, outputs and gradients, for the same weights and factors."""
     plain, adapted = models(subject, "plain")
-    x, key = inputs(subject), jax.random.key(0, impl="rbg")
-    lora, specs = init_lora(adapted, key, x)
-    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
-    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+    x, base, lora, specs = parts_of(subject, plain, adapted)
     model = Twin(subject)
     assert loraplus_nnx.apply_lora_plus(model, adapted.lora_config, rngs=nnx.Rngs(1)) == specs
     apply = loraplus_nnx.functional(model)

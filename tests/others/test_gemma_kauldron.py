@@ -16,6 +16,8 @@ from loraplus_jax.interop.peft_files import load_peft
 from loraplus_jax.nnx import specs_of
 from loraplus_jax.tree import flatten
 
+from .tiny_gemma import config_of
+
 gm = pytest.importorskip("gemma.gm")
 kd = pytest.importorskip("kauldron.kd")
 for name in ("mediapy", "tensorboard", "tensorflow_datasets"):  # kauldron's trainer imports them
@@ -28,21 +30,9 @@ ROWS = np.arange(8)[:, None] + np.arange(9)
 
 
 def transformer(kv_heads=2, transposed=True, layers=1):
-    config = gm.nn.config.TransformerConfig(
-        num_embed=16,
-        embed_dim=256,
-        hidden_dim=24,
-        num_heads=4,
-        head_dim=6,
-        num_kv_heads=kv_heads,
-        final_logit_softcap=None,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        use_qk_norm=True,
-        attention_types=(gm.nn.AttentionType.LOCAL_SLIDING,) * layers,
-        sliding_window_size=3,
-        transpose_gating_einsum=transposed,
-    )
+    sizes = {"num_embed": 16, "embed_dim": 256, "num_kv_heads": kv_heads}
+    kinds = ("LOCAL_SLIDING",) * layers
+    config = config_of(gm, kinds, **sizes, transpose_gating_einsum=transposed)
     return gm.nn.Transformer(config=config, dtype=jnp.float32, tokens="batch.tokens")
 
 

@@ -17,6 +17,8 @@ from loraplus_jax.interop.peft_files import load_peft
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, set_lora, specs_of
 from loraplus_jax.tree import flatten, unflatten
 
+from .tiny_gemma import config_of
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = np.array([[2, 5, 7, 11, 9, 4], [2, 8, 3, 3, 6, 1]])
@@ -190,27 +192,10 @@ def gemma_params(theirs, kv_heads, transposed):
 def test_gemma_with_its_own_adapters(kv_heads, transposed, tmp_path):
     gm = pytest.importorskip("gemma.gm")
 
-    kinds = gm.nn.AttentionType
-    net = gm.nn.Transformer(
-        config=gm.nn.config.TransformerConfig(
-            num_embed=64,
-            embed_dim=16,
-            hidden_dim=24,
-            num_heads=HEADS,
-            head_dim=SIZE,
-            num_kv_heads=kv_heads,
-            final_logit_softcap=None,
-            use_post_attn_norm=True,
-            use_post_ffw_norm=True,
-            use_qk_norm=True,
-            attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL),
-            sliding_window_size=WINDOW,
-            local_base_frequency=10_000,
-            global_base_frequency=1_000_000,
-            transpose_gating_einsum=transposed,
-        ),
-        dtype=jnp.float32,
-    )
+    sizes = {"num_embed": 64, "num_heads": HEADS, "head_dim": SIZE, "num_kv_heads": kv_heads}
+    rope = {"local_base_frequency": 10_000, "global_base_frequency": 1_000_000}
+    config = config_of(gm, **sizes, **rope, sliding_window_size=WINDOW, transpose_gating_einsum=transposed)
+    net = gm.nn.Transformer(config=config, dtype=jnp.float32)
     model = gm.nn.LoRA(rank=2, model=net, dtype=jnp.float32)
     theirs = torch_model(3, kv_heads, ("sliding", "full"))
     base = gemma_params(theirs, kv_heads, transposed)

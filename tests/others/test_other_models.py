@@ -18,6 +18,7 @@ import pytest
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, describe, init_lora, lora_plus_adamw, merge
 
 from ..messages import mentions
+from .tiny_gemma import config_of
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 RANK, ALPHA, RATE, RATIO, STEPS = 2, 4.0, 0.005, 4.0, 30
@@ -49,23 +50,8 @@ def gemma():
     """Raw weights in an Einsum and an Embedder of its own, all under `nn.jit`."""
     pytest.importorskip("gemma")
     from gemma import gm
-    from gemma.gm.nn import _config
 
-    kinds = gm.nn.AttentionType
-    config = _config.TransformerConfig(
-        num_embed=32,
-        embed_dim=16,
-        hidden_dim=24,
-        num_heads=4,
-        head_dim=6,
-        num_kv_heads=2,
-        final_logit_softcap=30.0,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        use_qk_norm=True,
-        attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL),
-        sliding_window_size=3,
-    )
+    config = config_of(gm, final_logit_softcap=30.0)
     weights = {
         "attn/q_einsum/w": ("oio", (4, 16, 6)),
         "attn/kv_einsum/w": ("boio", (2, 2, 16, 6)),

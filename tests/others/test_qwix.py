@@ -9,10 +9,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from loraplus_jax import lora_plus_adamw, merge, save_peft
+from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, merge, save_peft
 from loraplus_jax.interop.peft_files import load_peft
-from loraplus_jax.nnx import specs_of
+from loraplus_jax.nnx import apply_lora_plus, specs_of
 from loraplus_jax.tree import leaf_path, leaves_by_path
+
+from ..messages import mentions
 
 qwix = pytest.importorskip("qwix")
 qarray = pytest.importorskip("qwix._src.core.qarray")
@@ -122,3 +124,11 @@ def test_train_resume_and_export(make, kind, tmp_path):
     }
     merged = merge({"params": plain}, loaded, specs)
     np.testing.assert_allclose(LinenModel().apply(merged, X), run(trained), rtol=0, atol=2e-5)
+
+
+def test_a_model_that_qwix_quantized_is_named():
+    provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=".*", **TYPES["int8"])])
+    model = qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider, X)
+    config = LoRAPlusConfig(target_modules=["up"], rank=2)
+    with pytest.raises(ValueError, match=mentions("Linear", "kernel", "qwix", "quantize_base")):
+        apply_lora_plus(model, config, rngs=nnx.Rngs(1))
