@@ -121,6 +121,12 @@ def is_packed(value: Any) -> bool:
     return isinstance(value, PackedArray)
 
 
+def dense_shapes(tree: Any) -> Any:
+    """A tree with the shape of the array that it stands for in place of each packed weight."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x  # noqa: E731
+    return jax.tree.map(shape, tree, is_leaf=is_packed)
+
+
 class Format(NamedTuple):
     """A packed format.
 

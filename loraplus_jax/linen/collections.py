@@ -12,7 +12,7 @@ from flax.core import lift, meta
 from ..config import LoRAPlusConfig, matches
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP
 from ..low_rank import LowRankWeight, evaluate
-from ..quantization import is_packed
+from ..quantization import dense_shapes, is_packed
 from ..rules import is_target, parameter_rule, parameter_spec
 from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, AdapterSpec
 from ..tree import rebox
@@ -190,18 +190,13 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
         if not weights:  # as in an initialization
             program()
             return results[1].unflatten(results[0])
-        arrays = iter(evaluate(jax.make_jaxpr(program)(*map(_as_array, weights)), weights))
+        shapes = dense_shapes([weight.w for weight in weights])
+        arrays = iter(evaluate(jax.make_jaxpr(program)(*shapes), weights))
         return results[1].unflatten(
             next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in results[0]
         )
 
     return lift.pack(run, (True,), (True,), (True,), name="low_rank", enable_kwargs=True)
-
-
-def _as_array(weight: LowRankWeight) -> Any:
-    """What a program sees of a weight."""
-    w = weight.w
-    return jax.ShapeDtypeStruct(w.shape, w.dtype) if is_packed(w) else w
 
 
 def _is_low_rank(value: Any) -> bool:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP
 from ..low_rank import LowRankWeight, evaluate
-from ..quantization import is_packed
+from ..quantization import dense_shapes, is_packed
 from ..spec import AdapterSpec, factor_letters
 
 ADAPTERS, DROPOUT = "lora_plus_adapters", "lora_plus_dropout"
@@ -177,9 +177,7 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     inputs = self, args, kwargs
     leaves = (*adapters, *(name for name in packed_leaves(self) if name not in adapters))
     graph, weights, rest = nnx.split(inputs, _is_weight(leaves), ...)
-    is_shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x  # noqa: E731
-    dense = jax.tree.map(is_shape, weights, is_leaf=is_packed)
-    program, structure = _trace((base, method, leaves, graph), dense, rest)
+    program, structure = _trace((base, method, leaves, graph), dense_shapes(weights), rest)
     values = [
         _low_rank(self, adapters.get(str(path[1])), variable.get_value(), key)
         for path, variable in nnx.to_flat_state(weights)

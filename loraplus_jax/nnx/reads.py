@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 from ..dataflow import trace_dataflow
+from ..quantization import dense_shapes
 from .adapted import OMIT_WEIGHTS, adapters_by_path
 
 
@@ -49,7 +50,7 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
             weights, *jax.tree.unflatten(structure, [next(given) if is_array(x) else x for x in inputs])
         )
 
-    flow = trace_dataflow(jax.make_jaxpr(run_arrays)(weights, arrays))
+    flow = trace_dataflow(jax.make_jaxpr(run_arrays)(dense_shapes(weights), arrays))
     for n, (parts, _) in enumerate(nnx.to_flat_state(weights)):
         if n in flow.read | flow.changed:
             leaf = "/".join(map(str, parts))

@@ -228,6 +228,20 @@ def test_a_weight_that_is_read_past_its_layer_is_found():
     assert nnx.graphdef(plain) == graph
 
 
+@pytest.mark.parametrize("method", [True, False])
+def test_reads_of_packed_weights_are_found_too(method):
+    model = Reads(nnx.Rngs(0), method)
+    specs = loraplus_nnx.apply_lora_plus(
+        model, LoRAPlusConfig(target_modules=["emb"], rank=2), rngs=nnx.Rngs(1)
+    )
+    loraplus_nnx.quantize_base(model, "int8", specs)
+    if method:
+        assert loraplus_nnx.check_reads(model, IDS) == ()
+    else:
+        with pytest.raises(ValueError, match=mentions("emb/embedding")):
+            loraplus_nnx.check_reads(model, IDS)
+
+
 class Masked(nnx.Module):
     """A layer whose weight is used by rank, and two whose weight is changed before it is used."""
 
