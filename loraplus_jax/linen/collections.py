@@ -67,9 +67,10 @@ class CollectionMap:
             )
             params[path] = rebox(leaf, weight)
         for path, leaf in params.items():
-            if is_packed(leaf):
+            if is_packed(value := meta.unbox(leaf)):
                 self._targets[path] = leaf
-                params[path] = LowRankWeight(leaf, letters=string.ascii_lowercase[: leaf.ndim])
+                weight = LowRankWeight(value, letters=string.ascii_lowercase[: value.ndim])
+                params[path] = rebox(leaf, weight)
         inner = {"params": traverse_util.unflatten_dict(params | lora | scales)}
         # nn.WeightNorm and nn.SpectralNorm walk over all collections and must not see factors that were
         # merged here.

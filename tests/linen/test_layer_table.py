@@ -548,3 +548,25 @@ def test_linen_and_nnx_are_the_same(subject, tmp_path):
     assert files == sorted(path.name for path in (tmp_path / "nnx").iterdir())
     for name in files:
         assert (tmp_path / "linen" / name).read_bytes() == (tmp_path / "nnx" / name).read_bytes()
+
+
+class Boxed(nn.Module):
+    """A kernel with mesh axes in its metadata, and one that is a target for itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+        return nn.Dense(5, name="other")(nn.Dense(5, kernel_init=init, name="layer")(x))
+
+
+def test_a_packed_weight_may_be_boxed_or_a_target():
+    x, key = jnp.ones((2, 6)), jax.random.key(0)
+    base = {"params": Boxed().init(key, x)["params"]}
+    config = LoRAPlusConfig(target_modules=["layer"], target_parameters={"other/kernel": "io"}, rank=2)
+    model = apply_lora_plus(Boxed(), config)
+    lora, specs = init_lora(model, key, x)
+    lora = drawn(lora)
+    packed = quantize_base(base, "int8", specs)
+    assert isinstance(packed["params"]["layer"]["kernel"], nn.Partitioned)
+    merged = merge(packed, lora, specs, dequantize=True)
+    np.testing.assert_allclose(model.apply(packed | {"lora": lora}, x), Boxed().apply(merged, x), rtol=1e-5)
