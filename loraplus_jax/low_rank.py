@@ -152,9 +152,6 @@ def _base_product(eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any
     others = [None if x is weight else x for x in inputs]
 
     def run(w: Any, others: list[Any]) -> Sequence[Any]:
-        if isinstance(w, PackedArray):
-            # Without it, XLA may unpack the weights of all layers before the first one runs.
-            w, others = jax.lax.optimization_barrier((w, others))
         values = dataclasses.replace(weight, w=w).base()
         return _bind(eqn, [values if x is None else x for x in others], jaxpr)
 
