@@ -278,6 +278,8 @@ CHANGES = [
     Change("model.pooling", "cls", program),
     Change("model.dtype", "bfloat16", program),
     Change("model.param_dtype", "bfloat16", variables),
+    Change("model.quantize", "int8", variables),
+    Change("model.quantize_exclude", "[query]", variables, ("--model.quantize", "int8")),
     Change("model.dropout", "0.2", program),
     Change("model.head_dropout", "0.3", program),
     Change("model.unroll", "true", program),
