@@ -196,6 +196,20 @@ def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
     return FORMATS[kind].pack(matrix.reshape(len(matrix), -1, BLOCK_BYTES[kind]))
 
 
+def pack_codes(kind: Kind, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+    """The parts of a weight in the codes and float scales of another library, every value the same.
+
+    Args:
+      kind: `nf4`, or `q4_0` and `int8` for integers.
+      codes: (..., rows, columns), integers.
+      scales: (..., rows, blocks), floating.
+    """
+    if kind == "int8":
+        return {"codes": codes.astype(np.int8), "scales": scales}
+    bytes_ = (codes + 8 if kind == "q4_0" else codes).astype(np.uint8)
+    return {"codes": _in_bytes(bytes_), "d" if kind == "q4_0" else "scales": scales}
+
+
 def packed_shape(
     kind: Kind, shape: Sequence[int], *, transposed: bool, stacked: int = 0, dtype: Any = jnp.float32
 ) -> PackedArray:
@@ -234,9 +248,9 @@ def storage_order(axes: str, *, embedding: bool = False) -> tuple[tuple[int, ...
 
 def _in_bytes(codes: np.ndarray) -> np.ndarray:
     """Two codes of 4 bits a byte, of the two halves of each row; an odd row gets one more code."""
-    codes = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-    half = codes.shape[1] // 2
-    return codes[:, :half] | codes[:, half:] << 4
+    codes = np.pad(codes, (*((0, 0),) * (codes.ndim - 1), (0, codes.shape[-1] % 2)))
+    low, high = np.split(codes, 2, axis=-1)
+    return low | high << 4
 
 
 def _of_bytes(codes: Any, levels: Sequence[float], columns: int) -> jax.Array:
@@ -265,8 +279,9 @@ def _select(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
     return values[0]
 
 
-def _spread(scales: Any, block: int, columns: int) -> jax.Array:
-    """Scales (..., rows, blocks) for every column, float32."""
+def _spread(scales: Any, columns: int, block: int | None = None) -> jax.Array:
+    """Scales (..., rows, blocks) for every column, float32; `block` where the last one may be shorter."""
+    block = columns // scales.shape[-1] if block is None else block
     return jnp.repeat(scales.astype(jnp.float32), block, axis=-1)[..., :columns]
 
 
@@ -312,7 +327,13 @@ def _nf4_scales(parts: Mapping[str, Any], xp: Any) -> Any:
 
 
 def _nf4_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return _of_bytes(p["codes"], NF4, columns) * _spread(_nf4_scales(p, jnp), _nf4_block(columns), columns)
+    # Another library's scales are not quantized once more.
+    scales = (
+        _spread(_nf4_scales(p, jnp), columns, _nf4_block(columns))
+        if "steps" in p
+        else _spread(p["scales"], columns)
+    )
+    return _of_bytes(p["codes"], NF4, columns) * scales
 
 
 def _nf4_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -337,7 +358,7 @@ def _pack_int8(rows: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _int8_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * p["scales"]
+    return p["codes"].astype(jnp.float32) * _spread(p["scales"], columns)
 
 
 def _int8_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -399,32 +420,31 @@ def _pack_q6_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _q4_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return _of_bytes(p["codes"], range(-8, 8), columns) * _spread(p["d"], 32, columns)
+    return _of_bytes(p["codes"], range(-8, 8), columns) * _spread(p["d"], columns)
 
 
 def _q4_1_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return _of_bytes(p["codes"], range(16), columns) * _spread(p["d"], 32, columns) + _spread(
-        p["m"], 32, columns
-    )
+    d, m = (_spread(p[name], columns) for name in "dm")
+    return _of_bytes(p["codes"], range(16), columns) * d + m
 
 
 def _q8_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * _spread(p["d"], 32, columns)
+    return p["codes"].astype(jnp.float32) * _spread(p["d"], columns)
 
 
 def _q4_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
     scale, low = (
-        _spread(p[d], 8, columns // 32) * p[sixes].astype(jnp.float32)
+        _spread(p[d], columns // 32) * p[sixes].astype(jnp.float32)
         for d, sixes in (("d", "scales"), ("dmin", "mins"))
     )
-    return _of_bytes(p["codes"], range(16), columns) * _spread(scale, 32, columns) - _spread(low, 32, columns)
+    return _of_bytes(p["codes"], range(16), columns) * _spread(scale, columns) - _spread(low, columns)
 
 
 def _q6_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
     high = jnp.concatenate([p["high"] >> shift & 3 for shift in (0, 2, 4, 6)], -1).astype(jnp.float32)
     codes = _of_bytes(p["codes"], range(16), columns) + (16 * high - 32)
-    scale = _spread(p["d"], 16, columns // 16) * p["scales"].astype(jnp.float32)
-    return codes * _spread(scale, 16, columns)
+    scale = _spread(p["d"], columns // 16) * p["scales"].astype(jnp.float32)
+    return codes * _spread(scale, columns)
 
 
 def _gguf_shapes(codes: str, bits: int, **parts: tuple[int, str]) -> Any:

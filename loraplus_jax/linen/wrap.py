@@ -26,6 +26,7 @@ from jax.extend.core import jaxpr_as_fun
 from .._validation import suggest
 from ..config import LoRAPlusConfig
 from ..dataflow import trace_dataflow
+from ..from_qwix import is_from_qwix
 from ..quantization import is_packed
 from ..spec import AdapterSpec
 from ..tree import flatten, leaves_by_path
@@ -281,7 +282,7 @@ def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
 
     Raises:
       TypeError: `model` is not a Linen module.
-      ValueError: `model` already has adapters.
+      ValueError: `model` already has adapters, or comes from `qwix.quantize_model`; see `from_qwix`.
 
     Example:
       >>> model = apply_lora_plus(nn.Sequential([nn.Dense(4), nn.Dense(2)]),
@@ -294,6 +295,11 @@ def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
         raise TypeError(f"model must be a flax.linen.Module, got {type(model).__name__}")
     if isinstance(model, LoRAPlusModel):
         raise ValueError("model already has adapters; name all layers in one LoRAPlusConfig")
+    if hasattr(model, "_unquantized_type"):
+        raise ValueError(
+            "model comes from qwix, which would quantize the factors too; pass the model that qwix got, and the "
+            "variables that from_qwix makes of qwix's"
+        )
     return LoRAPlusModel(wrapped=model, lora_config=config)
 
 
@@ -397,7 +403,9 @@ def _check_base(base: Mapping[str, Any], specs: Mapping[str, AdapterSpec]) -> No
         raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
     flat = flatten(base)
     for spec in specs.values():
-        shape = getattr(meta.unbox(flat.get(spec.leaf)), "shape", None)
+        if is_from_qwix(weight := flat.get(spec.leaf)):
+            raise ValueError(f"base: {spec.leaf} was quantized by qwix; pass what from_qwix makes of base")
+        shape = getattr(meta.unbox(weight), "shape", None)
         if shape != spec.shape:
             raise ValueError(
                 f"base does not match the model: {spec.leaf} must have shape {spec.shape}, "

@@ -3,7 +3,7 @@
 from .adapt import apply_lora_plus
 from .adapted import remove_adapters
 from .other_adapters import specs_of
-from .quantize import quantize_base
+from .quantize import from_qwix, quantize_base
 from .reads import check_reads
 from .views import base_variables, disabled, functional, lora_tree, merge, set_lora, unmerge
 
@@ -12,6 +12,7 @@ __all__ = [
     "base_variables",
     "check_reads",
     "disabled",
+    "from_qwix",
     "functional",
     "lora_tree",
     "merge",

@@ -1,15 +1,17 @@
-"""Packs the weights of an NNX model in place."""
+"""Packs the weights of an NNX model in place, or takes over what qwix packed."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
+from ..from_qwix import is_from_qwix, packed, stack_counts
 from ..quantization import QuantizeTo
 from ..quantize_base import quantize_base as quantize_tree
 from ..spec import Specs
 from ..tree import flatten
-from .adapted import ADAPTERS, set_adapters
+from .adapted import ADAPTERS, join, set_adapters, set_class
 from .views import base_variables
 
 
@@ -40,3 +42,62 @@ def quantize_base(
             vars(module)[name].set_value(value)
         if packed:
             set_adapters(module, vars(module).get(ADAPTERS, ()))
+
+
+def from_qwix(model: nnx.Module, *, stacked: Mapping[str, int] | None = None) -> None:
+    """Packs what `qwix.quantize_model` quantized in place, one weight after the other; every value stays the same.
+
+    The model then runs without qwix, and `apply_lora_plus` takes it like any other.
+
+    Args:
+      model: the model from `qwix.quantize_model` with a `PtqProvider`.
+      stacked: as in `loraplus_jax.from_qwix`.
+
+    Raises:
+      ValueError: as `loraplus_jax.from_qwix`, or qwix quantizes activations too. The model is unchanged then.
+    """
+    modules = list(nnx.iter_modules(model))
+    for _, module in modules:
+        if rules := [rule for rule in _qwix_rules(type(module)) if rule.act_qtype is not None]:
+            raise ValueError(
+                f"qwix quantizes the activations of the model to {rules[0].act_qtype}, which adapters do not; "
+                "quantize it with weight_qtype alone"
+            )
+    found = {
+        (n, name): (join("/".join(map(str, parts)), name), value)
+        for n, (parts, module) in enumerate(modules)
+        for name, value in vars(module).items()
+        if is_from_qwix(value)
+    }
+    counts = stack_counts(stacked, [path for path, _ in found.values()])
+    new = {place: packed(value, path, counts[path]) for place, (path, value) in found.items()}
+    for _, module in modules:
+        if plain := vars(type(module)).get("_unquantized_type"):
+            set_class(module, plain)
+        for name in vars(module).keys() & _QWIX_ATTRIBUTES:
+            delattr(module, name)
+    for (n, name), value in new.items():
+        module = modules[n][1]
+        setattr(module, name, vars(module)[name].array.qvalue.replace(value))
+        set_adapters(module, vars(module).get(ADAPTERS, ()))
+
+
+_QWIX_ATTRIBUTES = {"qwix_path", "qwix_rngs", "disable_quant_stats_update"}
+
+
+def _qwix_rules(cls: type[nnx.Module]) -> list[Any]:
+    """The rules of the provider that intercepts a class's calls; qwix keeps it only in their closures."""
+    if "_unquantized_type" not in vars(cls):
+        return []
+    cells = [
+        cell.cell_contents
+        for method in vars(cls).values()
+        for cell in getattr(method, "__closure__", None) or ()
+    ]
+    bound = [arg for value in cells if isinstance(value, functools.partial) for arg in value.args]
+    providers = [arg for arg in bound if hasattr(arg, "_rules")]
+    if not providers:
+        raise ValueError(
+            "cannot tell whether qwix quantizes activations: this version keeps its rules elsewhere"
+        )
+    return [rule for provider in providers for rule in provider._rules]

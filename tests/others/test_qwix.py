@@ -1,4 +1,4 @@
-"""qwix's adapters on models that it quantized: trained by our optimizer, read into our specs, exported to PEFT."""
+"""qwix's adapters, trained by our optimizer and exported to PEFT; and our adapters on models that it quantized."""
 
 import flax.linen as nn
 import jax
@@ -9,9 +9,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, merge, save_peft
+from loraplus_jax import LoRAPlusConfig, init_lora, lora_plus_adamw, merge, save_peft
+from loraplus_jax import apply_lora_plus as adapt_linen
+from loraplus_jax.from_qwix import from_qwix
 from loraplus_jax.interop.peft_files import load_peft
-from loraplus_jax.nnx import apply_lora_plus, specs_of
+from loraplus_jax.nnx import apply_lora_plus, base_variables, functional, lora_tree, specs_of
+from loraplus_jax.nnx import from_qwix as nnx_from_qwix
 from loraplus_jax.tree import leaf_path, leaves_by_path
 
 from ..messages import mentions
@@ -126,9 +129,124 @@ def test_train_resume_and_export(make, kind, tmp_path):
     np.testing.assert_allclose(LinenModel().apply(merged, X), run(trained), rtol=0, atol=2e-5)
 
 
-def test_a_model_that_qwix_quantized_is_named():
-    provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=".*", **TYPES["int8"])])
-    model = qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider, X)
-    config = LoRAPlusConfig(target_modules=["up"], rank=2)
-    with pytest.raises(ValueError, match=mentions("Linear", "kernel", "qwix", "quantize_base")):
-        apply_lora_plus(model, config, rngs=nnx.Rngs(1))
+# Models that qwix quantized, with our adapters.
+
+QUANTIZED = TYPES | {"int4": {"weight_qtype": "int4", "tile_size": 4}, "int3": {"weight_qtype": "int3"}}
+CONFIG = LoRAPlusConfig(target_modules=["up", "down"], rank=2)
+
+
+def provider_of(**rule):
+    return qwix.PtqProvider([qwix.QuantizationRule(module_path=".*", **rule)])
+
+
+def step_and_merge(run, lora, specs, base):
+    """A step moves B by RATIO times as much as A, and the merged plain model is the adapted one."""
+    tx = lora_plus_adamw(1e-3, lr_ratio=RATIO)
+    random = np.random.default_rng(0)
+    lora = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) / 4, x.dtype), lora)
+    grads = jax.grad(lambda lora: jnp.mean((run(lora) - 1) ** 2))(lora)
+    updates, _ = tx.update(grads, tx.init(lora), lora)
+    size = {side: float(jnp.abs(updates["up"][f"lora_{side}"]).mean()) for side in "ab"}
+    assert size["b"] / size["a"] == pytest.approx(RATIO, rel=0.01)
+    merged = merge(base, lora, specs, dequantize=True)
+    np.testing.assert_allclose(LinenModel().apply(merged, X), run(lora), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_linen_model_is_adapted_with_the_same_weights(kind):
+    model = qwix.quantize_model(LinenModel(), provider_of(**QUANTIZED[kind]))
+    variables = model.init(jax.random.key(0), X)
+    base = from_qwix(variables)
+    for name in ("up", "down"):
+        theirs = qarray.dequantize(variables["params"][name]["kernel"].array)
+        np.testing.assert_array_equal(base["params"][name]["kernel"].dequantize(), theirs)
+    adapted = adapt_linen(LinenModel(), CONFIG)
+    lora, specs = init_lora(adapted, jax.random.key(1), X, base=base)
+    run = lambda lora: adapted.apply(base | {"lora": lora}, X)  # noqa: E731
+    np.testing.assert_allclose(run(lora), model.apply(variables, X), rtol=0, atol=2e-6)
+    step_and_merge(run, lora, specs, base)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_nnx_model_is_adapted_with_the_same_weights(kind):
+    model = qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider_of(**QUANTIZED[kind]), X)
+    before = model(X)
+    nnx_from_qwix(model)
+    assert not [name for _, module in nnx.iter_modules(model) for name in vars(module) if "qwix" in name]
+    np.testing.assert_allclose(model(X), before, rtol=0, atol=2e-6)
+    specs = apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
+    np.testing.assert_allclose(model(X), before, rtol=0, atol=2e-6)
+    run = functional(model)
+    lora = lora_tree(model)
+    step_and_merge(
+        lambda lora: run(base_variables(model) | {"lora": lora}, X), lora, specs, base_variables(model)
+    )
+
+
+def test_layers_that_a_scan_stacks():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return jnp.tanh(nn.Dense(16, name="up")(x)), None
+
+    class Scanned(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+            return layers(name="layers")(x, None)[0]
+
+    quantized = qwix.quantize_model(Scanned(), provider_of(**TYPES["int8"]))
+    variables = quantized.init(jax.random.key(0), X)
+    base = from_qwix(variables, stacked={"up/kernel": 1})
+    assert base["params"]["layers"]["up"]["kernel"].stack == (3,)
+    model = adapt_linen(Scanned(), LoRAPlusConfig(target_modules=["up"], rank=2))
+    lora, _ = init_lora(model, jax.random.key(1), X, base=base)
+    want = quantized.apply(variables, X)
+    np.testing.assert_allclose(model.apply(base | {"lora": lora}, X), want, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"weight_qtype": "int8", "weight_calibration_method": "minmax"}, ["zero point", "int8", "kernel"]),
+        ({"weight_qtype": "float8_e4m3fn"}, ["float8_e4m3fn", "nf4", "kernel"]),
+    ],
+)
+def test_types_without_a_packed_form_are_errors(rule, words):
+    variables = qwix.quantize_model(LinenModel(), provider_of(**rule)).init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match=mentions(*words)):
+        from_qwix(variables)
+    model = qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider_of(**rule), X)
+    before = nnx.graphdef(model)
+    with pytest.raises(ValueError, match=mentions(*words)):
+        nnx_from_qwix(model)
+    assert nnx.graphdef(model) == before
+
+
+def test_what_is_not_ready_for_adapters_is_named():
+    provider = provider_of(**TYPES["int8"])
+    linen_model, nnx_model = (
+        qwix.quantize_model(LinenModel(), provider),
+        qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider, X),
+    )
+    variables = linen_model.init(jax.random.key(0), X)
+    both = provider_of(**TYPES["int8"], act_qtype="int8")
+    with_activations = qwix.quantize_model(NnxModel(nnx.Rngs(0)), both, X)
+    plain = LinenModel().init(jax.random.key(0), X)
+    cases = [
+        (
+            lambda: apply_lora_plus(nnx_model, CONFIG, rngs=nnx.Rngs(1)),
+            ["LinearGeneral", "kernel", "from_qwix"],
+        ),
+        (lambda: adapt_linen(linen_model, CONFIG), ["qwix", "from_qwix"]),
+        (
+            lambda: init_lora(adapt_linen(LinenModel(), CONFIG), jax.random.key(1), X, base=variables),
+            ["kernel", "from_qwix"],
+        ),
+        (lambda: nnx_from_qwix(with_activations), ["activations", "int8", "weight_qtype"]),
+        (lambda: from_qwix(plain), ["no weight", "qwix"]),
+        (lambda: from_qwix(variables, stacked={"layers": 1}), ["stacked", "layers"]),
+    ]
+    for call, words in cases:
+        with pytest.raises(ValueError, match=mentions(*words)):
+            call()
