@@ -237,6 +237,11 @@ def _export_options(export: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--merged", action="store_true", help="write the full model, with the adapter merged into its weights"
     )
+    export.add_argument(
+        "--dequantized",
+        action="store_true",
+        help="merge into the weights as model.quantize packed them, instead of the original ones",
+    )
     export.add_argument("--format", choices=("hf", "gguf"), help="format of a merged model (default: hf)")
     export.add_argument(
         "--dtype",
@@ -384,7 +389,7 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 def _export(options: argparse.Namespace, _: list[str]) -> None:
     from .inference.export import export_run
 
-    names = ("merged", "format", "dtype", "base_model", "allow_different")
+    names = ("merged", "dequantized", "format", "dtype", "base_model", "allow_different")
     keywords = {name: getattr(options, name) for name in names}
     _print(export_run(options.run_directory, options.to, **keywords))
 

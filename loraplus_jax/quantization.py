@@ -196,6 +196,16 @@ def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
     return FORMATS[kind].pack(matrix.reshape(len(matrix), -1, BLOCK_BYTES[kind]))
 
 
+def packed_values(kind: Kind, matrix: np.ndarray) -> np.ndarray:
+    """The values (rows, columns) that a matrix of them has once it is packed, float32.
+
+    Those of a GGUF file are as packed already.
+    """
+    if kind in BLOCK_BYTES:
+        return matrix
+    return np.array(FORMATS[kind].values(pack_matrix(kind, matrix), matrix.shape[1]))
+
+
 def pack_codes(kind: Kind, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
     """The parts of a weight in the codes and float scales of another library, every value the same.
 

@@ -64,6 +64,7 @@ def export_run(
     to: Path,
     *,
     merged: bool = False,
+    dequantized: bool = False,
     format: str | None = None,
     dtype: str | None = None,
     base_model: str | None = None,
@@ -75,6 +76,7 @@ def export_run(
       place: a run or an adapter directory, in this package's format or PEFT's.
       to: the directory to create; must not exist.
       merged: write the whole model with the adapter merged in, instead of a PEFT adapter.
+      dequantized: merge into the values of the base as `model.quantize` packed them, instead of the checkpoint's.
       format: file format of a merged model: `"hf"` (default), or `"gguf"` if the base is a GGUF file.
       dtype: dtype of a merged model's weights, see `DTYPES`; by default the base's for hf, float16 for gguf.
       base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path.
@@ -85,6 +87,8 @@ def export_run(
     """
     if not merged and (format is not None or dtype is not None):
         raise ValueError("--format and --dtype require --merged; a PEFT adapter is always float32")
+    if dequantized and not merged:
+        raise ValueError("--dequantized requires --merged; a PEFT adapter holds no weight of the base")
     if merged and base_model is not None:
         raise ValueError(f"--base_model applies to a PEFT adapter, not to --merged; got {base_model!r}")
     format = format or "hf"
@@ -93,12 +97,20 @@ def export_run(
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
     check_new_path("--to", to)
     source = _open_source(place, allow_different)
+    if dequantized and source.settings.model.quantize == "none":
+        raise ValueError(
+            "--dequantized requires a run with model.quantize nf4, int8 or file; this one has none"
+        )
     if format == "gguf" and gguf.find(source.base) is None:
         raise ValueError(
             f"--format gguf requires a GGUF base model, got {source.base}; use --format hf and convert "
             "the result with llama.cpp's convert_hf_to_gguf.py"
         )
-    return _write_merged(source, to, format, dtype) if merged else _write_peft(source, to, base_model)
+    return (
+        _write_merged(source, to, format, dtype, dequantized)
+        if merged
+        else _write_peft(source, to, base_model)
+    )
 
 
 def _open_source(path: Path, allow: Sequence[str]) -> _Source:
@@ -148,13 +160,15 @@ def _write_peft(source: _Source, to: Path, base_model: str | None) -> str:
     return f"{to}: PEFT adapter for {count} kinds of layers; README.md shows how to load it"
 
 
-def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> str:
+def _write_merged(source: _Source, to: Path, format: str, dtype: str | None, dequantized: bool) -> str:
     parts, adapter = source.parts, source.adapter
     leaves, _ = check_params(source.base, parts.base.table, params_of(parts), new=parts.base.new)
     _base_leaves(source, [])
     form = transformers_class_of(parts)
     extras, own = _split_extras(source, form)
-    merge = CheckpointMerge(parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras)
+    merge = CheckpointMerge(
+        parts.base.table, leaves, adapter.specs, adapter.lora, adapter.extras, dequantize=dequantized
+    )
     target = to.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target, new=True) as partial:
@@ -184,7 +198,12 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None) -> 
         )
         (partial / NOTES_FILE).write_text(to_json(notes, indent=1) + "\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in partial.iterdir())
-    return f"{to}: merged model, {size / 1e6:,.1f} MB"
+    into = ""
+    if dequantized:
+        into = (
+            f", in the weights as the run packed them; these differ by {merge.rounding:.2%} from the base's"
+        )
+    return f"{to}: merged model, {size / 1e6:,.1f} MB{into}"
 
 
 def _split_extras(source: _Source, form: export.TransformersClass) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -142,7 +142,9 @@ def _load_merged(directory: Path, config: str | None, allow_different: Sequence[
             "with --merged"
         )
     settings, task = settings_and_task(directory, notes, config)
-    settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, path=str(directory)))
+    # A merged model is used as it is, also one of a run on a packed base.
+    model = dataclasses.replace(settings.model, path=str(directory), quantize="none", quantize_exclude=None)
+    settings = dataclasses.replace(settings, model=model)
     check_identity(directory, notes, model_identity(settings, directory, task), allow=allow_different)
     parts = base_parts(settings, directory, task)
     own_file = directory / OWN_TENSORS_FILE

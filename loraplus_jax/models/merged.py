@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ..lora import weight_delta
+from ..quantization import PackedArray, is_packed, packed_values
 from ..spec import Specs
 from ..tree import flatten
 from .hf import weight_files
@@ -47,6 +48,8 @@ class CheckpointMerge:
       specs: the adapted parameters; layers are stacked on axis 0, as in all models here.
       lora: the tree of factors.
       extras: fully trained variables, `{"params": ...}`; they replace the base's.
+      dequantize: whether to merge into the values of the base as packed, where `leaves` has a `PackedArray`.
+        `rounding` then tells how far they are from the checkpoint's, once the tensors are written.
     """
 
     def __init__(
@@ -56,7 +59,11 @@ class CheckpointMerge:
         specs: Specs,
         lora: Mapping[str, Any],
         extras: Mapping[str, Any],
+        *,
+        dequantize: bool = False,
     ) -> None:
+        self.packed = {path: leaf for path, leaf in leaves.items() if dequantize and is_packed(leaf)}
+        self._squares = np.zeros(2)  # of the rounding, and of the checkpoint's values
         self.table, self.factors, self.extras = table, flatten(lora), flatten(extras)
         self.specs = {spec.leaf: (key, spec) for key, spec in specs.items()}
         if unsupported := [spec for spec in specs.values() if spec.stacked not in ((), (0,))]:
@@ -68,10 +75,15 @@ class CheckpointMerge:
             self.places |= {n: (rule, None if n == rule.name else i) for i, n in enumerate(names)}
         self.places |= {name: self.places[original] for name, original in table.copies}
 
+    @property
+    def rounding(self) -> float:
+        """The norm of the difference between packed values and the checkpoint's, relative to theirs."""
+        return float(np.sqrt(self._squares[0] / max(self._squares[1], np.finfo(float).tiny)))
+
     def changes(self, rule: Rule) -> bool:
         """Whether merging changes a rule's tensors."""
         leaf = f"params/{rule.path}"
-        return leaf in self.specs or leaf in self.extras
+        return leaf in self.specs or leaf in self.extras or rule.path in self.packed
 
     def value(self, rule: Rule, layer: int | None, base: Callable[[], np.ndarray]) -> np.ndarray:
         """The merged tensor in the file's layout, float32; calls `base` to read the base's only if needed."""
@@ -79,16 +91,23 @@ class CheckpointMerge:
         if leaf in self.extras:
             value = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
             return value.T if rule.transposed else value
-        key, spec = self.specs[leaf]
-        a, b = (self.factors[path] for path in spec.factor_paths(key))
-        if layer is not None:
-            a, b = a[layer], b[layer]
-            spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
-        delta = np.asarray(weight_delta(a, b, spec))
-        # A copy of the base, which may be a view of the file.
-        result = base().astype(np.float32)
-        result += delta.T if rule.transposed else delta
+        result = base().astype(np.float32)  # a copy of the base, which may be a view of the file
+        if rule.path in self.packed:
+            result = self._packed(result, self.packed[rule.path])
+        if leaf in self.specs:
+            key, spec = self.specs[leaf]
+            a, b = (self.factors[path] for path in spec.factor_paths(key))
+            if layer is not None:
+                a, b = a[layer], b[layer]
+                spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
+            delta = np.asarray(weight_delta(a, b, spec))
+            result += delta.T if rule.transposed else delta
         return result
+
+    def _packed(self, values: np.ndarray, leaf: PackedArray) -> np.ndarray:
+        rounded = packed_values(leaf.kind, values).astype(leaf.dtype).astype(np.float32)
+        self._squares += np.square(rounded - values).sum(), np.square(values).sum()
+        return rounded
 
 
 def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[OutputTensor, str]]:

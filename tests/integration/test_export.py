@@ -232,6 +232,8 @@ def test_bad_exports_are_one_line_and_leave_nothing(finished, tmp_path, capsys, 
     to.rmdir()
     for flags, words in (
         (("--format", "gguf"), ["--format", "--merged"]),
+        (("--dequantized",), ["--dequantized", "--merged"]),
+        (("--merged", "--dequantized"), ["--dequantized", "model.quantize", "nf4"]),
         (("--dtype", "float16"), ["--dtype", "--merged"]),
         (("--merged", "--format", "gguf"), ["GGUF"]),
         (("--merged", "--dtype", "q8_0"), ["--dtype", "hf", "float32", "bfloat16", "float16", "q8_0"]),

@@ -67,6 +67,25 @@ def test_a_run_learns_resumes_and_exports(talk, tmp_path, capsys):
     key = f"base_model.model.{name.removesuffix('.weight')}"
     delta = 4.0 * peft[f"{key}.lora_B.weight"] @ peft[f"{key}.lora_A.weight"]
     np.testing.assert_allclose(merged[name], original[name] + delta, rtol=0, atol=1e-5)
+    # Merged into the packed weights, it is the model that was trained.
+    capsys.readouterr()
+    assert main(["export", str(talk.out), "--merged", "--dequantized", "--to", str(tmp_path / "same")]) == 0
+    same = load_file(tmp_path / "same/model.safetensors")
+    lost, of = zip(
+        *(
+            (np.square(same[n] - merged[n]).sum(), np.square(x).sum())
+            for n, x in original.items()
+            if "proj" in n
+        ),
+        strict=True,
+    )
+    assert_mentions(capsys.readouterr().out, f"{np.sqrt(sum(lost) / sum(of)):.2%}", "packed")
+    assert printed_json(capsys, "eval", str(tmp_path / "same"))["loss"] == pytest.approx(
+        found["loss"], rel=1e-5
+    )
+    assert printed_json(capsys, "eval", str(tmp_path / "merged"))["loss"] != pytest.approx(
+        found["loss"], rel=1e-4
+    )
 
 
 def test_what_is_packed(talk):
