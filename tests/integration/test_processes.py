@@ -334,8 +334,9 @@ def test_every_process_raises_the_error_of_one(first_world, tmp_path, change):
 
 @pytest.mark.long
 def test_two_processes_share_a_language_model_and_start_from_an_adapter(first_talk, tmp_path):
-    """Its weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
+    """Packed weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
     more = ("--train.steps", "10", "--train.eval_every", "5", "--mesh.data", "1", "--mesh.tensor", "1")
+    more += ("--model.quantize", "nf4")
     found = {}
     for name, mesh in (("first", ()), ("second", ("--init_adapter", str(tmp_path / "first/adapter")))):
         flags = (*more, "--mesh.fsdp", "8", *mesh)

@@ -14,6 +14,7 @@ from loraplus_jax.training.setup import abstract_run, load_model
 from ..messages import assert_mentions
 from . import language_world as tiny
 from .test_run import column, interrupt_at, printed_json, summary_of, tensor_bytes
+from .test_sweep import report_of
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -115,6 +116,28 @@ def test_eight_devices_and_one_agree(talk, tmp_path, mesh):
     many = talk.trained(*SHORT, *mesh)
     for step, loss in column(one, "loss").items():
         assert column(many, "loss")[step] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_sweep_over_one_packed_base(talk, tmp_path):
+    """A member of its population is the run with the same settings."""
+    search = (
+        "--sweep.learning_rates",
+        "[2e-3,5e-3]",
+        "--sweep.lr_ratios",
+        "[4]",
+        "--sweep.report_seeds",
+        "2",
+    )
+    flags = (*SHORT, *search, "--sweep.rungs", "[0.5]", "--sweep.keep", "0.5")
+    assert main(["sweep", str(talk.config), "--output_dir", str(tmp_path / "sweep"), *flags]) == 0
+    report = report_of(tmp_path / "sweep")
+    run, _ = [run for run in report["runs"] if run["arm"] == "lora_plus"]
+    rate = report["chosen"]["lora_plus"]["learning_rate"]
+    one = talk.trained(
+        *SHORT, "--seed", str(run["seed"]), "--optimizer.learning_rate", str(rate), "--lora.lr_ratio", "4"
+    )
+    assert summary_of(one)["after"]["loss"] == pytest.approx(run["curve"][-1][1], rel=1e-5)
 
 
 def quantized(value, kind):
