@@ -336,14 +336,15 @@ def test_every_process_raises_the_error_of_one(first_world, tmp_path, change):
 def test_two_processes_share_a_language_model_and_start_from_an_adapter(first_talk, tmp_path):
     """Packed weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
     more = ("--train.steps", "10", "--train.eval_every", "5", "--mesh.data", "1", "--mesh.tensor", "1")
+    # XLA's program for several virtual devices in each of several CPU processes hangs when it unpacks weights.
     more += ("--model.quantize", "nf4")
     found = {}
     for name, mesh in (("first", ()), ("second", ("--init_adapter", str(tmp_path / "first/adapter")))):
-        flags = (*more, "--mesh.fsdp", "8", *mesh)
-        with two(first_talk, tmp_path / name, *flags) as pair:
+        flags = (*more, "--mesh.fsdp", "2", *mesh)
+        with two(first_talk, tmp_path / name, *flags, devices=1) as pair:
             ends = [ended(process) for process in pair]
         assert [end[0] for end in ends] == [0, 0], ends
-        assert ended(start(first_talk, tmp_path / f"{name} alone", 8, *flags))[0] == 0
+        assert ended(start(first_talk, tmp_path / f"{name} alone", 2, *flags))[0] == 0
         found[name] = result(tmp_path / name), result(tmp_path / f"{name} alone")
     for (adapter, rows), (expected, expected_rows) in found.values():
         losses = [[row["loss"] for row in r if "loss" in row] for r in (rows, expected_rows)]
