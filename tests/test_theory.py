@@ -20,6 +20,7 @@ from loraplus_jax import (
 from loraplus_jax.lora import TERMS, low_rank_output, scale_variables, update_squares
 from loraplus_jax.theory import BALANCED_RATIO, Balance, balance, make_theory, terms_by_layer
 
+from .marks import every
 from .messages import mentions
 
 KEY = jax.random.key(0)
@@ -134,7 +135,7 @@ LAYERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", every(3, LAYERS))
 def test_the_terms_are_what_the_model_itself_makes_of_other_factors(name):
     """The low-rank term is bilinear: each delta is a difference of outputs, taken from the model from outside."""
     net, shape = LAYERS[name]

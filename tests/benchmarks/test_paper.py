@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ..marks import every
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -23,7 +25,7 @@ def passes(check, low, high):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", every(2, range(6)))
 def test_coordinate_check(number):
     import coordinate_check as experiment
     from shared import slope
@@ -34,6 +36,7 @@ def test_coordinate_check(number):
         assert slope(widths, values[name]) == pytest.approx(expected, abs=0.2), name
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("power", "expected"), [(1.0, -0.5), (0.5, -0.75)])
 def test_best_single_rate_against_width(power, expected):
@@ -75,6 +78,7 @@ def test_an_optimum_off_the_diagonal_by_hand():
     }
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_exactness():
     import exactness as experiment

@@ -79,6 +79,7 @@ def test_a_merged_encoder_evaluates_the_same(finished, tmp_path, capsys, cache):
     assert new.keys() == old.keys()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pooling", ["pooler", long("cls")])
 def test_a_head_that_transformers_has_goes_with_the_model(pooling, world, tmp_path, capsys):
     world.trained("--model.pooling", pooling, "--train.steps", "4")
@@ -152,6 +153,7 @@ def test_shards_have_an_index(finished_talk, tmp_path, capsys, cache, monkeypatc
     )
 
 
+@pytest.mark.long
 def test_a_model_trained_in_full_goes_out_merged(world, tmp_path, capsys):
     world.trained("--method", "full", "--train.steps", "4", "--optimizer.learning_rate", "1e-3")
     assert "trained in full" in rejected(capsys, "export", world.out, "--to", tmp_path / "a")
@@ -195,6 +197,7 @@ def test_adapters_of_peft_are_used_with_their_base_or_a_config(finished_talk, tm
     assert printed(capsys, "generate", peft, "--config", config, *ASKED) == run
 
 
+@pytest.mark.long
 def test_disagreement_with_the_settings_is_named_with_both_values(finished, tmp_path, capsys, cache):
     peft = foreign(finished, tmp_path / "peft")
 

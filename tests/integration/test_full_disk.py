@@ -188,6 +188,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_more_room_finishes_it(home, disk)
     assert result(out) == result(home.out)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_disk_that_is_full_from_the_first_file_on(home, disk):
     """Room for no file, then for the config and the first rows, then for a part of the first checkpoint."""
@@ -235,6 +236,7 @@ def test_a_directory_that_cannot_be_written_is_rejected_and_left_alone(home, dis
     assert list(disk.seen.rglob("*")) == [disk.seen / "mine"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_directory_that_becomes_unwritable_ends_the_run_with_what_it_had(home, disk):
     """A read-only mount laid over the directory: files that are open stay writable, new ones cannot be made."""

@@ -11,6 +11,7 @@ from loraplus_jax.cli import main
 from loraplus_jax.models.bert_config import BertConfig
 from loraplus_jax.models.llama_config import LlamaConfig
 
+from ..marks import every, long
 from ..messages import assert_mentions
 
 pytestmark = pytest.mark.slow
@@ -123,14 +124,14 @@ def talk_model(finished_talk, tmp_path):
         yield world
 
 
-@pytest.mark.parametrize("field", [name for name, entries in ENCODER.items() if entries])
+@pytest.mark.parametrize("field", every(3, [name for name, entries in ENCODER.items() if entries]))
 def test_a_changed_encoder(encoder, tmp_path, capsys, field):
     world = encoder
     predict = ("predict", world.out, "--text", "the film was good")
     check(world, tmp_path, capsys, predict, field, ENCODER[field])
 
 
-@pytest.mark.parametrize("field", [name for name, entries in LANGUAGE.items() if entries])
+@pytest.mark.parametrize("field", every(3, [name for name, entries in LANGUAGE.items() if entries]))
 def test_a_changed_language_model(talk_model, tmp_path, capsys, field):
     world = talk_model
     predict = ("generate", world.out, "--prompt", "what colour is snow")
@@ -177,7 +178,7 @@ def edit_weights(world):
     ("part", "change", "names"),
     [
         ("base.weights", edit_weights, None),
-        ("tokenizer", edit_tokenizer, None),
+        long("tokenizer", edit_tokenizer, None),
         ("data.test", swap_labels, ("eval", "resume")),
     ],
 )
@@ -195,7 +196,7 @@ def test_other_parts_of_an_encoder(encoder, tmp_path, capsys, part, change, name
     ("part", "change"),
     [
         ("chat_template", edit_template),
-        (
+        long(
             "special_tokens.eos",
             lambda w: change_json(w.model / "tokenizer_config.json", {"eos_token": "<|endoftext|>"}),
         ),

@@ -78,6 +78,7 @@ def signal_in(monkeypatch, split_size, place, number=signal.SIGTERM):
 SMALL = ("--train.eval_batch_size", "4")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation_breaks_it_off_and_the_resumed_run_makes_it_up(world, capsys):
     straight = result_of(world.trained(*ODD, *SMALL, out=world.directory / "straight"))
@@ -127,7 +128,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_that_is_not_made_again(wo
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda path: path.unlink(), ["0 complete rows"]),
+        long(lambda path: path.unlink(), ["0 complete rows"]),
         long(
             lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:2])),
             ["2 complete rows"],
@@ -207,6 +208,7 @@ def test_a_run_ends_at_the_step_that_it_says_however_seldom_it_logs(world, capsy
     assert (last["step"], last["skipped"]) == (4, 3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_spikes_are_logged_at_their_steps_also_by_a_resumed_run(world, monkeypatch, capsys):
     monkeypatch.setattr(
@@ -274,6 +276,7 @@ def test_a_finished_run_resumes_with_more_steps_as_if_never_ended(world, capsys)
     assert "steps: 30" in (world.out / "config.yaml").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_logging_and_evaluation_may_change_half_way_and_training_does_not(world, straight, capsys):
     last = ("--train.select", "last")

@@ -144,6 +144,7 @@ def test_generate_a_file_in_batches_of_any_size(finished_talk, tmp_path, capsys)
     assert [json.loads(line) for line in output.read_text().splitlines()] == found[7]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_generate_draws_by_the_seed_and_heeds_the_system(finished_talk, capsys):
     prompts = [word for n in range(4) for word in ("--prompt", f"{PROMPT} {n}")]
@@ -171,6 +172,7 @@ NOISY = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_interrupted_run_resumes_and_ends_bit_identical(talk, capsys):
     straight = talk.trained(*NOISY, out=talk.directory / "straight")
@@ -200,6 +202,7 @@ def test_a_resumed_run_has_both_answers(talk):
 # the same numbers, however they are computed
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_lora_is_bitwise_lora_plus_with_ratio_1(talk, short):
     lora = talk.trained(*SHORT, "--method", "lora", out=talk.directory / "lora")
@@ -239,6 +242,7 @@ def test_the_same_run_computed_otherwise(talk, short, args):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_with_the_logits_it_is_the_same_run(talk, short, monkeypatch):
     monkeypatch.setattr(language, "head_is_frozen", lambda parts: False)
     assert_same(talk.trained(*SHORT), short)
@@ -304,7 +308,7 @@ def test_nothing_is_compiled_after_the_first_steps(talk, monkeypatch):
     ("args", "frozen"),
     [
         (("--method", "full"), (False, False)),
-        (("--lora.modules_to_save", "[lm_head]"), (None, False)),
+        long(("--lora.modules_to_save", "[lm_head]"), (None, False)),
         long(("--lora.modules_to_save", "[embed_tokens]"), (False, True)),
         (("--lora.target_modules", "[q_proj,embed_tokens]"), (False, True)),
         long(("--lora.target_modules", "[q_proj,lm_head]"), (None, False)),

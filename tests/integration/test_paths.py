@@ -195,6 +195,7 @@ def damage(checkpoints):
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
     args = ("--train.steps", "6", "--train.eval_every", "2", "--train.select", "last")
@@ -212,6 +213,7 @@ def test_a_run_whose_checkpoints_are_all_unreadable_never_starts_over(world, cap
     assert yaml.safe_load((world.out / "config.yaml").read_text())["train"]["steps"] == 6
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_whose_checkpoints_are_all_unreadable_never_starts_over(world, capsys):
     args = ["sweep", str(world.config), "--train.steps", "4", "--train.eval_every", "2"]

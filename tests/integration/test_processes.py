@@ -159,7 +159,7 @@ def send_twice(number):
     [
         (1, send_twice(signal.SIGTERM), [143, 143]),
         long(1, send_twice(signal.SIGINT), [143, 130]),
-        (0, lose_stdout, [141, 143]),
+        long(0, lose_stdout, [141, 143]),
     ],
 )
 def test_what_stops_one_process_stops_both_at_the_same_step(home, tmp_path, at, act, codes):
@@ -309,7 +309,7 @@ MORE_FLAGS = {
         long(unlike_weights),
         long(unlike_split_weights),
         long(unlike_trained),
-        leftover,
+        long(leftover),
     ],
 )
 def test_every_process_raises_the_error_of_one(first_world, tmp_path, change):
@@ -406,6 +406,7 @@ def test_a_part_that_one_process_cannot_read_sets_the_checkpoint_aside_in_both(f
     assert_mentions(ends[0][1], "step 5 of 12")
 
 
+@pytest.mark.long
 def test_a_fault_of_one_process_ends_both_at_once(first_talk, tmp_path):
     out = tmp_path / "out"
     broken = tmp_path / "broken.py"

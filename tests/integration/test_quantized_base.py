@@ -108,7 +108,7 @@ def test_what_is_packed(talk):
     "mesh",
     [
         ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"),
-        ("--mesh.data", "1", "--mesh.fsdp", "4"),
+        pytest.param(("--mesh.data", "1", "--mesh.fsdp", "4"), marks=pytest.mark.long),
     ],
 )
 def test_eight_devices_and_one_agree(talk, tmp_path, mesh):
@@ -118,6 +118,7 @@ def test_eight_devices_and_one_agree(talk, tmp_path, mesh):
         assert column(many, "loss")[step] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_over_one_packed_base(talk, tmp_path):
     """A member of its population is the run with the same settings."""

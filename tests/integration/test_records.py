@@ -92,7 +92,7 @@ DAMAGE = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", every(2, DAMAGE))
+@pytest.mark.parametrize("damage", every(6, DAMAGE))
 def test_damage_between_two_starts_ends_in_an_error_or_in_the_same_result(world, straight, capsys, damage):
     spoil, code, words = DAMAGE[damage]
     out = stop(world)
@@ -167,7 +167,7 @@ def test_results_that_cannot_be_printed_are_one_line(finished, finished_talk, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["broken pipe", "full"])
+@pytest.mark.parametrize("how", ["broken pipe", long("full")])
 def test_a_run_whose_stdout_is_lost_saves_and_resumes(world, straight, capsys, how):
     with lost(how) as words, contextlib.ExitStack() as stack:
         broken, sys.stdout = sys.stdout, io.StringIO()
@@ -188,6 +188,7 @@ def test_a_run_whose_stdout_is_lost_saves_and_resumes(world, straight, capsys, h
     assert result_of(world.out) == straight
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, long(signal.SIGINT)])
 def test_a_second_signal_does_not_lose_the_save_of_the_first(world, straight, capsys, number):
@@ -221,7 +222,7 @@ def test_a_second_signal_does_not_lose_the_save_of_the_first(world, straight, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["renamed", "deleted", "replaced", "replaced by a copy"])
+@pytest.mark.parametrize("how", ["renamed", long("deleted"), long("replaced"), long("replaced by a copy")])
 def test_a_directory_that_is_lost_under_a_run_ends_it_with_its_name(world, straight, capsys, how):
     moved = world.directory / "moved"
 

@@ -125,6 +125,7 @@ def test_a_stopped_run_resumes_and_ends_as_if_never_stopped(home, tmp_path, numb
     assert result(out) == result(home.out)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [long(*CODES[0]), CODES[1]])
 @pytest.mark.parametrize("moment", every(2, ["jaxlib", "config.yaml", "metrics.jsonl"], 1))
 def test_a_signal_before_the_first_step_leaves_no_traceback_and_nothing_in_the_way(

@@ -235,6 +235,7 @@ def test_a_sweep_stopped_on_one_device_resumes_on_others(world, swept, undrawn):
         assert one["test"]["loss"] == pytest.approx(other["test"]["loss"], abs=1e-4)
 
 
+@pytest.mark.long
 def test_several_devices_and_members_at_once_find_the_same(world, swept, undrawn):
     assert run_sweep(world, "--mesh.data", "2", "--sweep.members_at_once", "2") == 0
     ours, theirs = report_of(world.out), report_of(swept)
@@ -267,6 +268,7 @@ def test_when_all_diverge_it_says_so_and_keeps_what_there_is(world, capsys):
     assert len((world.out / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.long
 def test_what_diverges_in_the_report_is_no_winner(world, capsys, undrawn):
     # Chosen after one step, before anything went wrong.
     rates = ("--sweep.learning_rates", "[1e30]", "--sweep.lora_learning_rates", "[1e30]")
@@ -287,6 +289,7 @@ def test_what_diverges_in_the_report_is_no_winner(world, capsys, undrawn):
     assert not (world.out / "winner.yaml").exists()
 
 
+@pytest.mark.long
 def test_a_language_model(talk, undrawn):
     options = ("--sweep.learning_rates", "[5e-3]", "--sweep.lr_ratios", "[4]", "--train.steps", "8")
     assert (

@@ -66,6 +66,7 @@ def test_measurements_may_change_on_resume_and_the_adapter_is_that_without_any(w
     "axes",
     [pytest.param(("--mesh.data", "4"), marks=pytest.mark.long), ("--mesh.data", "2", "--mesh.fsdp", "2")],
 )
+@pytest.mark.long
 def test_a_batch_and_weights_split_over_devices_are_measured_alike(world, axes):
     one = world.trained(*SHORT, "--train.theory_every", "8", out=world.directory / "one")
     four = world.trained(*SHORT, "--train.theory_every", "8", *axes, out=world.directory / "four")
@@ -128,6 +129,7 @@ def test_a_quarter_of_the_rows_on_all_devices():
     assert to_metrics({}, {}) == {}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_at_every_tenth_step_it_takes_less_than_a_twentieth_of_the_training(world):
     """By the FLOPs of the compiled programs, all layers counted."""

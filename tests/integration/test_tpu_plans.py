@@ -81,6 +81,7 @@ def test_a_layer_gathers_each_weight_once_forward_and_once_backward(plan):
     assert gathers_of_weights(plan.collectives, plan.layers) == {128 * 128: 4, 128 * 64: 4, 128 * 256: 6}
 
 
+@pytest.mark.long
 def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path):
     """Though a long attention lies between the recompute of q, k and v and their gradients."""
     settings = settings_of(
@@ -114,6 +115,7 @@ def test_only_adapters_and_single_numbers_are_reduced(plan):
     assert all(RANK in dims or not dims for dims in arrays)
 
 
+@pytest.mark.long
 def test_the_head_is_all_gathered_once_for_all_pieces_of_the_loss(tmp_path):
     settings = settings_of(
         tmp_path,
@@ -127,6 +129,7 @@ def test_the_head_is_all_gathered_once_for_all_pieces_of_the_loss(tmp_path):
     assert [(c.kind, c.times) for c in head] == [("all-gather", 1)]
 
 
+@pytest.mark.long
 def test_an_evaluation_that_is_too_large_for_the_compiler(tmp_path):
     settings = settings_of(
         tmp_path,

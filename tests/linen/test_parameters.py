@@ -164,7 +164,15 @@ QUICK = ("product", "experts, last", "rows", "convolution", "vmap", "scan of rem
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ROWS]
+    "name",
+    [
+        *QUICK,
+        *(
+            pytest.param(name, marks=pytest.mark.long if n % 2 else pytest.mark.slow)
+            for n, name in enumerate(ROWS)
+            if name not in QUICK
+        ),
+    ],
 )
 def test_values_and_gradients_are_those_of_the_merged_model(name, sums):
     row = ROWS[name]

@@ -85,6 +85,7 @@ def test_the_two_einsums_are_the_one(parts):
     np.testing.assert_allclose(np.einsum(second, np.einsum(first, inputs, a), b), whole, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @FEW
 @given(st.data())
@@ -101,6 +102,7 @@ def test_dense_general_of_any_axes(data):
     assert_merged_is_unmerged(layer, drawn(jax.ShapeDtypeStruct(shape, jnp.float32), 2), rank)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @FEW
 @given(st.data())

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from loraplus_jax.models.hf import INDEX_FILE, SINGLE_FILE
 
+from ..marks import long
 from .gguf.files import metadata, write
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def load(folder, dtype, *, wasteful=False):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["single", "sharded", "gguf", "gguf_f32"])
+@pytest.mark.parametrize("kind", ["single", long("sharded"), "gguf", long("gguf_f32")])
 def test_growth(folders, kind, dtype):
     grown, allowed = load(folders[kind], dtype)
     assert grown <= allowed
