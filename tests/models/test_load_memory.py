@@ -24,14 +24,18 @@ import gc, json, sys, threading, time
 import jax, jax.numpy as jnp, numpy as np
 from loraplus_jax.models.hf import check_params, load_params
 from loraplus_jax.models.name_table import NameTable, embedding_rules, linear_rules
+from loraplus_jax.quantization import is_packed, packed_shape
 
-folder, dtype, wasteful = sys.argv[1], jnp.dtype(sys.argv[2]), sys.argv[3] == "True"
+folder, dtype, kind, wasteful = sys.argv[1], jnp.dtype(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
 table = NameTable(rules=(
     *linear_rules("model.layers.{layer}.mlp.up_proj", "up", bias=False),
     *embedding_rules("model.embed_tokens", "embed"),
 ))
 expected = {"up": {"kernel": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), dtype)},
             "embed": {"embedding": jax.ShapeDtypeStruct((ROWS, WIDTH), dtype)}}
+if kind:
+    shape = packed_shape(kind, (LAYERS, WIDTH, WIDTH), transposed=True, stacked=1, dtype=dtype)
+    expected["up"]["kernel"] = shape
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -54,7 +58,8 @@ place = (lambda path, array: (array, jnp.array(array))) if wasteful else None
 params = jax.block_until_ready(load_params(folder, table, expected, place=place))
 done = True
 thread.join()
-sizes = [leaf.size * dtype.itemsize for leaf in jax.tree.leaves(expected)]
+sizes = [leaf.nbytes if is_packed(leaf) else leaf.size * dtype.itemsize
+         for leaf in jax.tree.leaves(expected, is_leaf=is_packed)]
 print(json.dumps({"grown": max(peak, anonymous()) - before, "weights": sum(sizes), "largest": max(sizes),
                   "samples": samples}))
 """.replace("LAYERS", str(LAYERS))
@@ -89,8 +94,8 @@ def folders(tmp_path_factory):
     return made
 
 
-def load(folder, dtype, *, wasteful=False):
-    command = [sys.executable, "-c", CHILD, str(folder), dtype, str(wasteful)]
+def load(folder, dtype, *, kind="", wasteful=False):
+    command = [sys.executable, "-c", CHILD, str(folder), dtype, kind, str(wasteful)]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
     print(folder.name, dtype, {key: round(value / 2**20, 1) for key, value in found.items()})
@@ -102,6 +107,13 @@ def load(folder, dtype, *, wasteful=False):
 @pytest.mark.parametrize("kind", ["single", long("sharded"), "gguf", long("gguf_f32")])
 def test_growth(folders, kind, dtype):
     grown, allowed = load(folders[kind], dtype)
+    assert grown <= allowed
+
+
+@pytest.mark.parametrize(("folder", "kind"), [("single", "nf4"), long("single", "int8"), ("gguf", "q8_0")])
+def test_packing_holds_no_wide_copy(folders, folder, kind):
+    """No more than the packed weights and the largest leaf, which is a table half as large as the wide kernels."""
+    grown, allowed = load(folders[folder], "float32", kind=kind)
     assert grown <= allowed
 
 
