@@ -1,0 +1,172 @@
+"""Transforms that see the factors A and B of a pair together, and float32 copies of factors in bfloat16."""
+
+import string
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .._validation import check_number
+from ..factor_pairs import Pair, factor_pairs, spec_path
+from ..spec import Specs
+from ..tree import leaf_path, leaves_by_path
+
+
+def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> optax.GradientTransformation:
+    """Preconditions the gradients of a pair by its other factor (arXiv 2402.02347, section 4).
+
+    g_A becomes g_A (B Bᵀ + reg I)⁻¹, and g_B becomes (Aᵀ A + reg I)⁻¹ g_B, in our layout, A (in, r) and B (r, out);
+    the paper writes the transpose. Other leaves pass unchanged. Put it before an optimizer, which keeps its rates:
+    `optax.chain(scale_by_riemannian(), lora_plus_adamw(1e-4, 4.0))`. It has no state, and costs two products and a
+    solution of r equations a pair, in float32 or wider.
+
+    Args:
+      reg: added to the diagonal of both; PEFT's default.
+      specs: the table from `init_lora`; needed where shapes do not tell which axes of a factor are a batch.
+
+    Raises:
+      ValueError: `reg` is not above 0, the tree has no pair, or a pair's axes are ambiguous.
+    """
+    check_number("reg", reg, above=0)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("scale_by_riemannian needs the factors: pass params to update")
+        leaves, grads = leaves_by_path(params), leaves_by_path(updates)
+        new = {}
+        for pair, layouts in pair_layouts(leaves, specs).items():
+            rows = [layout.rows(_wide(leaves[path])) for layout, path in zip(layouts, pair, strict=True)]
+            for layout, path, other in zip(layouts, pair, rows[::-1], strict=True):
+                gram = other @ other.mT
+                gram += jnp.broadcast_to(reg * jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
+                grad = layout.rows(grads[path].astype(gram.dtype))
+                solved = jnp.linalg.solve(gram, grad)
+                new[path] = layout.restore(solved, grads[path].shape).astype(grads[path].dtype)
+        return _replaced(updates, new), state
+
+    return optax.GradientTransformation(lambda params: _stateless(params, specs), update)
+
+
+class Layout(NamedTuple):
+    """How a factor becomes rows: (batch..., r, all other axes as one).
+
+    Attributes:
+      order: its axes in that order.
+      batch: how many of them are batch axes, such as those of stacked layers.
+    """
+
+    order: tuple[int, ...]
+    batch: int
+
+    def rows(self, x: Any) -> Any:
+        """A factor (or its gradient) as rows, one for each rank component."""
+        x = x.transpose(self.order)
+        return x.reshape(*x.shape[: self.batch + 1], -1)
+
+    def restore(self, rows: Any, shape: tuple[int, ...]) -> Any:
+        """The inverse of `rows`, for a factor of a shape."""
+        return rows.reshape([shape[axis] for axis in self.order]).transpose(np.argsort(self.order))
+
+
+def pair_layouts(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[Pair, tuple[Layout, Layout]]:
+    """The pairs of a tree, given as path to leaf, with the layouts of A and B.
+
+    Raises:
+      ValueError: there is no pair, or shapes leave open which axes are a batch.
+    """
+    found = factor_pairs(leaves, specs)
+    if not found:
+        raise ValueError(
+            f"found no pair of factors among {', '.join(list(leaves)[:3]) or 'no leaves'}; this transform needs A "
+            "and B in one tree: put it outside optax.multi_transform and optax.masked"
+        )
+    layouts = {}
+    for module, pair in found.items():
+        spec = (specs or {}).get(spec_path(module))
+        a, b = (tuple(leaves[path].shape) for path in pair)
+        letters = spec.factor_letters if spec is not None else _letters(module, a, b)
+        batch = [c for c in letters[0] if c in letters[1] and c != "r"]
+        layouts[pair] = tuple(
+            Layout(
+                tuple(side.index(c) for c in (*batch, "r", *(c for c in side if c not in (*batch, "r")))),
+                len(batch),
+            )
+            for side in letters
+        )
+    return layouts
+
+
+def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, str]:
+    """One letter per axis of A and B, `r` for the rank, the same letter for a batch axis of both."""
+    names = [c for c in string.ascii_letters if c != "r"]
+    found = []
+    for batch in range(min(len(a), len(b)) - 1):
+        if a[:batch] != b[:batch]:
+            break
+        shared, rest_a, rest_b = (
+            "".join(names[:batch]),
+            names[batch : len(a) - 1],
+            names[len(a) : len(a) + len(b) - batch - 1],
+        )
+        if a[-1] == b[batch]:  # A (batch..., in..., r), B (batch..., r, out...)
+            found.append((f"{shared}{''.join(rest_a)}r", f"{shared}r{''.join(rest_b)}"))
+        elif a[batch] == b[batch + 1]:  # PyTorch's: A (r, in...), B (out, r, ...)
+            found.append((f"{shared}r{''.join(rest_a)}", f"{shared}{rest_b[0]}r{''.join(rest_b[1:])}"))
+    if len(found) != 1:
+        raise ValueError(
+            f"{module or 'the tree'}: factors {a} and {b} may have several batch axes; pass specs from init_lora"
+        )
+    return found[0]
+
+
+class KeepFloat32State(NamedTuple):
+    """The state of `keep_float32`: float32 copies of the parameters, and the state of the wrapped optimizer."""
+
+    masters: Any
+    inner_state: Any
+
+
+def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Lets an optimizer keep parameters and moments in float32 while the model holds them in bfloat16.
+
+    bfloat16 has 8 bits of precision, so an update below 1/512 of a parameter is lost when it is added. Here it is
+    added to a float32 copy, and the parameters are that copy rounded. Libraries that make factors in the base's
+    dtype, such as qwix and tunix, train so. Costs 4 bytes a parameter, and as many more for each moment in float32.
+
+    Args:
+      tx: any optimizer; it sees float32 parameters and gradients.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> KeepFloat32State:
+        masters = jax.tree.map(_wide, params)
+        return KeepFloat32State(masters, inner.init(masters))
+
+    def update(updates: Any, state: KeepFloat32State, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("keep_float32 needs the parameters: pass params to update")
+        updates, inner_state = inner.update(
+            jax.tree.map(_wide, updates), state.inner_state, state.masters, **extra
+        )
+        masters = optax.apply_updates(state.masters, updates)
+        # In float32: optax adds them in that dtype before it rounds.
+        moved = jax.tree.map(lambda new, p: new - _wide(p), masters, params)
+        return moved, KeepFloat32State(masters, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _stateless(params: Any, specs: Specs | None) -> optax.EmptyState:
+    pair_layouts(leaves_by_path(params), specs)
+    return optax.EmptyState()
+
+
+def _replaced(tree: Any, new: Mapping[str, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(leaf_path(path), leaf), tree)
