@@ -54,6 +54,15 @@ def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[s
     )
 
 
+def replace_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """Replaces the leaves at some paths of any tree, such as a module's state.
+
+    >>> replace_paths({"a": (1, 2)}, {"a/1": 3})
+    {'a': (1, 3)}
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(leaf_path(path), leaf), tree)
+
+
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -12,7 +12,7 @@ import optax
 from .._validation import check_number
 from ..factor_pairs import Pair, factor_pairs, spec_path
 from ..spec import Specs
-from ..tree import leaf_path, leaves_by_path
+from ..tree import leaves_by_path, replace_paths
 
 
 def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> optax.GradientTransformation:
@@ -38,14 +38,14 @@ def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> opt
         leaves, grads = leaves_by_path(params), leaves_by_path(updates)
         new = {}
         for pair, layouts in pair_layouts(leaves, specs).items():
-            rows = [layout.rows(_wide(leaves[path])) for layout, path in zip(layouts, pair, strict=True)]
+            rows = [layout.wide_rows(leaves[path]) for layout, path in zip(layouts, pair, strict=True)]
             for layout, path, other in zip(layouts, pair, rows[::-1], strict=True):
                 gram = other @ other.mT
                 gram += jnp.broadcast_to(reg * jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
                 grad = layout.rows(grads[path].astype(gram.dtype))
                 solved = jnp.linalg.solve(gram, grad)
                 new[path] = layout.restore(solved, grads[path].shape).astype(grads[path].dtype)
-        return _replaced(updates, new), state
+        return replace_paths(updates, new), state
 
     return optax.GradientTransformation(lambda params: _stateless(params, specs), update)
 
@@ -65,6 +65,10 @@ class Layout(NamedTuple):
         """A factor (or its gradient) as rows, one for each rank component."""
         x = x.transpose(self.order)
         return x.reshape(*x.shape[: self.batch + 1], -1)
+
+    def wide_rows(self, x: Any) -> Any:
+        """The same in float32 or wider."""
+        return self.rows(_wide(x))
 
     def restore(self, rows: Any, shape: tuple[int, ...]) -> Any:
         """The inverse of `rows`, for a factor of a shape."""
@@ -166,7 +170,3 @@ def _wide(x: Any) -> Any:
 def _stateless(params: Any, specs: Specs | None) -> optax.EmptyState:
     pair_layouts(leaves_by_path(params), specs)
     return optax.EmptyState()
-
-
-def _replaced(tree: Any, new: Mapping[str, Any]) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: new.get(leaf_path(path), leaf), tree)
