@@ -12,7 +12,7 @@ import json
 import math
 from typing import Any
 
-from common import RESULTS, table
+from common import RESULTS, machine, table
 from plan_scaling import HERE
 
 from loraplus_jax.plan.plan import make_plan
@@ -23,6 +23,7 @@ TOPOLOGIES = {
     "v5e": ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"),
     "v5p": ("v5p:1x1x1", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4"),
 }
+KEPT = ("device", "mesh", "rows", "tokens", "memory", "needed", "fits", "work", "roofline", "compile_seconds")
 CASES = [
     f"{model}/{chip}/{weights}"
     for model in ("llama2_7b", "llama3_70b")
@@ -40,9 +41,8 @@ def plan_of(model: str, topology: str, weights: str) -> dict[str, Any]:
         f"--train.eval_batch_size={chips}",
         "--mesh.data=1",
     ]
-    plan = make_plan(parse_settings(HERE / "plan" / f"{model}.yaml", overrides), topology).to_json() | {
-        "topology": topology
-    }
+    found = make_plan(parse_settings(HERE / "plan" / f"{model}.yaml", overrides), topology).to_json()
+    plan = {name: found[name] for name in KEPT} | {"topology": topology, "machine": machine()}
     print(
         f"{model} {weights} {topology}: needs {plan['needed'] / 1e9:.1f} GB, fits: {plan['fits']}", flush=True
     )
