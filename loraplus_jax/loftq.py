@@ -9,8 +9,10 @@ import numpy as np
 from flax.core import meta
 
 from ._validation import check_number
+from .lora import weight_delta
 from .quantization import PackedArray, QuantizeTo, quantize
 from .spec import AdapterSpec, Specs
+from .starts import to_factors, to_matrix
 from .tree import flatten, rebox, replace_leaves, unflatten
 
 
@@ -68,28 +70,15 @@ def _alternate(
     a, b = (np.zeros(shape, np.float32) for shape in spec.factor_shapes)
     residual = weight
     for _ in range(steps):
-        residual = weight - _delta(a, b, spec)
+        residual = weight - np.asarray(weight_delta(a, b, spec))
         values = np.asarray(_packed(residual, kind, spec, np.float32).dequantize())
         a, b = _low_rank(weight - values, spec)
     return residual, a, b
 
 
-def _delta(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> np.ndarray:
-    left, right = spec.factor_letters
-    return spec.scale * np.einsum(f"{left},{right}->{spec.base_letters}", a, b)
-
-
 def _low_rank(difference: np.ndarray, spec: AdapterSpec) -> tuple[np.ndarray, np.ndarray]:
     """The factors for which s A B is nearest to a difference, in the sense of squares."""
-    letters, (left, right) = spec.base_letters, spec.factor_letters
-    batch = "".join(c for c in letters if c in left and c in right)
-    inputs, outputs = ("".join(c for c in side if c not in (*batch, "r")) for side in (left, right))
-    sizes = dict(zip(letters, difference.shape, strict=True)) | {"r": spec.rank}
-    matrix = np.einsum(f"{letters}->{batch}{inputs}{outputs}", difference / spec.scale)
-    shape = [sizes[c] for c in batch]
-    matrix = matrix.reshape(*shape, int(np.prod([sizes[c] for c in inputs])), -1)
-    u, s, v = np.linalg.svd(matrix, full_matrices=False)
-    root = np.sqrt(s[..., : spec.rank])
-    a = (u[..., : spec.rank] * root[..., None, :]).reshape([sizes[c] for c in f"{batch}{inputs}r"])
-    b = (root[..., None] * v[..., : spec.rank, :]).reshape([sizes[c] for c in f"{batch}r{outputs}"])
-    return np.einsum(f"{batch}{inputs}r->{left}", a), np.einsum(f"{batch}r{outputs}->{right}", b)
+    u, s, v = np.linalg.svd(to_matrix(difference / spec.scale, spec), full_matrices=False)
+    root, rank = np.sqrt(s[..., : spec.rank]), spec.rank
+    a, b = to_factors(u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :], spec)
+    return np.asarray(a), np.asarray(b)
