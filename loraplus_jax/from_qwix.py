@@ -8,7 +8,7 @@ import numpy as np
 from flax.core import meta
 
 from .config import matches
-from .quantization import PackedArray, pack_codes
+from .quantization import Kind, PackedArray, pack_codes
 from .tree import flatten, rebox, replace_leaves
 
 
@@ -61,8 +61,8 @@ def packed(weight: Any, name: str, stacked: int = 0) -> PackedArray:
     """A quantized weight of qwix with the same values; `name` is for errors."""
     array = weight.array
     codes, scale = (np.asarray(meta.unbox(x)) for x in (array.qvalue, array.scale))
-    kinds = {"nf4": "nf4", "int8": "int8"} | {f"int{bits}": "int8" for bits in (5, 6, 7)}
-    kinds |= {f"int{bits}": "q4_0" for bits in (2, 3, 4)}
+    kinds: dict[str, Kind] = {"nf4": "nf4"}
+    kinds |= {f"int{bits}": "q4_0" if bits < 5 else "int8" for bits in range(2, 9)}
     kind = kinds.get(str(array.qtype))
     if kind is None or array.zero_point is not None:
         form = str(array.qtype) if array.zero_point is None else f"{array.qtype} with a zero point"

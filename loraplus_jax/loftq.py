@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
@@ -65,9 +66,9 @@ def _packed(weight: np.ndarray, kind: QuantizeTo, spec: AdapterSpec, dtype: Any)
 
 def _alternate(
     weight: np.ndarray, kind: QuantizeTo, spec: AdapterSpec, steps: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, jax.Array, jax.Array]:
     """What to pack of one layer's weight, and A and B."""
-    a, b = (np.zeros(shape, np.float32) for shape in spec.factor_shapes)
+    a, b = (jnp.zeros(shape) for shape in spec.factor_shapes)
     residual = weight
     for _ in range(steps):
         residual = weight - np.asarray(weight_delta(a, b, spec))
@@ -76,9 +77,8 @@ def _alternate(
     return residual, a, b
 
 
-def _low_rank(difference: np.ndarray, spec: AdapterSpec) -> tuple[np.ndarray, np.ndarray]:
+def _low_rank(difference: np.ndarray, spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
     """The factors for which s A B is nearest to a difference, in the sense of squares."""
     u, s, v = np.linalg.svd(to_matrix(difference / spec.scale, spec), full_matrices=False)
     root, rank = np.sqrt(s[..., : spec.rank]), spec.rank
-    a, b = to_factors(u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :], spec)
-    return np.asarray(a), np.asarray(b)
+    return to_factors(u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :], spec)

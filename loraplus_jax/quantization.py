@@ -291,8 +291,8 @@ def _select(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
 
 def _spread(scales: Any, columns: int, block: int | None = None) -> jax.Array:
     """Scales (..., rows, blocks) for every column, float32; `block` where the last one may be shorter."""
-    block = columns // scales.shape[-1] if block is None else block
-    return jnp.repeat(scales.astype(jnp.float32), block, axis=-1)[..., :columns]
+    each = columns // scales.shape[-1] if block is None else block
+    return jnp.repeat(scales.astype(jnp.float32), each, axis=-1)[..., :columns]
 
 
 def _nf4_block(columns: int) -> int:

@@ -160,7 +160,7 @@ def as_difference(
 ) -> tuple[dict[str, Any], dict[str, AdapterSpec], LoRAPlusConfig]:
     """The adapter of twice the rank that does on the untouched base what A and B do on the rest of it.
 
-    s A B - s A₀ B₀ = s [A A₀] [B; -B₀], for `save_peft`, `save_adapter` and `merge`.
+    s A B - s A₀ B₀ = s [A, A₀] [B; -B₀], for `save_peft`, `save_adapter` and `merge`.
 
     Args:
       lora: the trained factors.
@@ -210,9 +210,9 @@ def to_factors(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> tuple[jax.Arr
 
 def _sides(spec: AdapterSpec) -> tuple[str, str, str]:
     """The letters of a weight's batch axes, inputs and outputs."""
-    left, right = spec.factor_letters
-    batch = "".join(c for c in spec.base_letters if c in left and c in right)
-    return batch, *("".join(c for c in side if c not in (*batch, "r")) for side in (left, right))
+    batch = "".join(c for c in spec.base_letters if all(c in side for side in spec.factor_letters))
+    inputs, outputs = ("".join(c for c in side if c not in (*batch, "r")) for side in spec.factor_letters)
+    return batch, inputs, outputs
 
 
 def _start(

@@ -4,7 +4,7 @@ Replacing A by A R and B by R⁻¹ B leaves A B as it is, and with these optimiz
 the rates of B and A has no meaning for them.
 
 In the equations here a factor is (batch..., r, n): its rows are rank components. The other factor's Gram matrix
-S = Y Yᵀ, (r, r), gives R = S^(-1/2) and the orthonormal basis R Y of its rows; a gradient in that basis is R g.
+S, (r, r), gives R = S^(-1/2), and with it an orthonormal basis of its rows; a gradient in that basis is R g.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class RiteFactor(NamedTuple):
 class PairState(NamedTuple):
     """The state of an optimizer of pairs: number of updates, a state by factor's path, and that of other leaves."""
 
-    count: jax.Array
+    step: jax.Array
     factors: dict[str, Any]
     others: Any
 
@@ -195,17 +195,19 @@ def _of_pairs(
         }
         return PairState(jnp.zeros((), jnp.int32), states, others.init(rest(leaves, layouts)))
 
-    def update(updates: Any, state: PairState, params: Any = None) -> tuple[Any, PairState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("an optimizer of pairs needs the factors: pass params to update")
         leaves, grads = leaves_by_path(params), leaves_by_path(updates)
         layouts = pair_layouts(leaves, specs)
         rows, slopes = rows_of(leaves, layouts), rows_of(grads, layouts)
-        count, new, states = optax.safe_increment(state.count), {}, {}
+        count: Any = optax.safe_increment(state.step)
+        new, states = {}, {}
         for pair, both in layouts.items():
             for layout, path, other in zip(both, pair, pair[::-1], strict=True):
                 step, states[path] = update_factor(slopes[path], rows[other], state.factors[path], count)
                 new[path] = layout.restore(step, grads[path].shape).astype(grads[path].dtype)
+        moved: Any
         moved, kept = others.update(rest(grads, layouts), state.others, rest(leaves, layouts))
         return replace_paths(updates, new | moved), PairState(count, states, kept)
 

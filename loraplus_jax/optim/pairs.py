@@ -18,7 +18,7 @@ from ..tree import leaves_by_path, replace_paths
 def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> optax.GradientTransformation:
     """Preconditions the gradients of a pair by its other factor (arXiv 2402.02347, section 4).
 
-    g_A becomes g_A (B Bᵀ + reg I)⁻¹, and g_B becomes (Aᵀ A + reg I)⁻¹ g_B, in our layout, A (in, r) and B (r, out);
+    g_A becomes g_A (B·Bᵀ + reg I)⁻¹, and g_B becomes (Aᵀ·A + reg I)⁻¹ g_B, in our layout, A (in, r) and B (r, out);
     the paper writes the transpose. Other leaves pass unchanged. Put it before an optimizer, which keeps its rates:
     `optax.chain(scale_by_riemannian(), lora_plus_adamw(1e-4, 4.0))`. It has no state, and costs two products and a
     solution of r equations a pair, in float32 or wider.
@@ -149,7 +149,7 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
         masters = jax.tree.map(_wide, params)
         return KeepFloat32State(masters, inner.init(masters))
 
-    def update(updates: Any, state: KeepFloat32State, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("keep_float32 needs the parameters: pass params to update")
         updates, inner_state = inner.update(
