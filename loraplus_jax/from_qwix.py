@@ -16,7 +16,7 @@ def from_qwix(variables: Mapping[str, Any], *, stacked: Mapping[str, int] | None
     """Packs what qwix quantized, one weight after the other; every value stays the same.
 
     The result belongs to the model before `qwix.quantize_model`: pass that to `apply_lora_plus`. Activations are
-    not quantized.
+    not quantized there; only where qwix keeps scales for them do the variables tell that it quantized them.
 
     Args:
       variables: variables with the parameters from `qwix.quantize_params`, or from the `init` of a quantized model;
@@ -29,9 +29,15 @@ def from_qwix(variables: Mapping[str, Any], *, stacked: Mapping[str, int] | None
 
     Raises:
       ValueError: a weight is of a type other than nf4 and symmetric integers of up to 8 bits, or has scales along
-        two input axes, or `stacked` matches no quantized weight.
+        two input axes, or `stacked` matches no quantized weight, or qwix kept scales of activations.
     """
-    found = {path: weight for path, weight in flatten(variables).items() if is_from_qwix(weight)}
+    flat = flatten(variables)
+    found = {path: leaf for path, leaf in flat.items() if is_from_qwix(leaf)}
+    if scales := [path for path, leaf in flat.items() if hasattr(leaf, "how") and path not in found]:
+        raise ValueError(
+            f"{scales[0]}: qwix quantizes activations of the model, which adapters do not; quantize it with "
+            "weight_qtype alone"
+        )
     counts = stack_counts(stacked, found)
     new = {
         path: rebox(weight.array.qvalue, packed(weight, path, counts[path])) for path, weight in found.items()
@@ -63,11 +69,12 @@ def packed(weight: Any, name: str, stacked: int = 0) -> PackedArray:
     codes, scale = (np.asarray(meta.unbox(x)) for x in (array.qvalue, array.scale))
     kinds: dict[str, Kind] = {"nf4": "nf4"}
     kinds |= {f"int{bits}": "q4_0" if bits < 5 else "int8" for bits in range(2, 9)}
-    kind = kinds.get(str(array.qtype))
+    form = array.qtype if isinstance(array.qtype, str) else jnp.dtype(array.qtype).name
+    kind = kinds.get(form)
     if kind is None or array.zero_point is not None:
-        form = str(array.qtype) if array.zero_point is None else f"{array.qtype} with a zero point"
         raise ValueError(
-            f"{name}: qwix quantized it to {form}; allowed are nf4 and symmetric integers of 2 to 8 bits"
+            f"{name}: qwix quantized it to {form}{'' if array.zero_point is None else ' with a zero point'}; "
+            "allowed are nf4 and symmetric integers of 2 to 8 bits"
         )
     lead, sizes, steps = codes.shape[:stacked], codes.shape[stacked:], scale.shape[stacked:]
     # Blocks lie along the axes with fewer scales than values; one that has several blocks comes first.

@@ -82,7 +82,7 @@ def lora_ga(
     """Starts from the singular vectors of one batch's gradient (LoRA-GA, arXiv 2407.05000, section 3).
 
     With G = U S Vᵀ and c = out^(1/4) / √gamma: A = c U[:, :r] and B = c Vᵀ[r:2r]; the first steps of A and B then
-    go in the directions of G's first 2 r singular values. `lora_one` (arXiv 2502.01235, algorithm 1) starts with a
+    go in the directions of G's first 2 r singular values. `lora_one` (after arXiv 2502.01235) starts with a
     step against the gradient: A = -U √(S / gamma) and B = √(S / gamma) Vᵀ, of the first r values, S divided by its
     largest; the base stays whole.
 

@@ -32,6 +32,10 @@ def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> opt
     """
     check_number("reg", reg, above=0)
 
+    def init(params: Any) -> optax.EmptyState:
+        pair_layouts(leaves_by_path(params), specs)  # for its errors
+        return optax.EmptyState()
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("scale_by_riemannian needs the factors: pass params to update")
@@ -47,7 +51,7 @@ def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> opt
                 new[path] = layout.restore(solved, grads[path].shape).astype(grads[path].dtype)
         return replace_paths(updates, new), state
 
-    return optax.GradientTransformation(lambda params: _stateless(params, specs), update)
+    return optax.GradientTransformation(init, update)
 
 
 class Layout(NamedTuple):
@@ -146,7 +150,8 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> KeepFloat32State:
-        masters = jax.tree.map(_wide, params)
+        # Copies, since a step that donates parameters and state must not donate a buffer twice.
+        masters = jax.tree.map(lambda p: jnp.array(_wide(p)), params)
         return KeepFloat32State(masters, inner.init(masters))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -165,8 +170,3 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
 def _wide(x: Any) -> Any:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _stateless(params: Any, specs: Specs | None) -> optax.EmptyState:
-    pair_layouts(leaves_by_path(params), specs)
-    return optax.EmptyState()

@@ -120,7 +120,7 @@ def test_bad_input_of_riemannian():
 
 
 def train(tx, params, steps=200):
-    """Moves one parameter towards 1.002 times its start, by steps of half the distance between two bfloat16."""
+    """Moves one parameter from 1 towards 1.02, which is less than three steps of bfloat16 away."""
     state = tx.init(params)
     for _ in range(steps):
         grads = jax.tree.map(lambda p: (p.astype(jnp.float32) - 1.02).astype(p.dtype), params)
@@ -149,6 +149,9 @@ def test_float32_copies_change_nothing_in_float32_and_moments_are_float32():
             p = optax.apply_updates(p, updates)
         results.append(p)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *results)
+    masters = keep_float32(optax.sgd(1.0)).init(params).masters
+    pairs = zip(jax.tree.leaves(masters), jax.tree.leaves(params), strict=True)
+    assert not any(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in pairs)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     moments = [x for x in jax.tree.leaves(keep_float32(lora_plus_adamw(1e-2, 4.0)).init(half)) if x.ndim]
     assert {x.dtype for x in moments} == {jnp.dtype("float32")}

@@ -131,7 +131,7 @@ def test_train_resume_and_export(make, kind, tmp_path):
 
 # Models that qwix quantized, with our adapters.
 
-QUANTIZED = TYPES | {"int4": {"weight_qtype": "int4", "tile_size": 4}, "int3": {"weight_qtype": "int3"}}
+QUANTIZED = TYPES | {"int4": {"weight_qtype": jnp.int4, "tile_size": 4}, "int3": {"weight_qtype": "int3"}}
 CONFIG = LoRAPlusConfig(target_modules=["up", "down"], rank=2)
 
 
@@ -232,6 +232,8 @@ def test_what_is_not_ready_for_adapters_is_named():
     variables = linen_model.init(jax.random.key(0), X)
     both = provider_of(**TYPES["int8"], act_qtype="int8")
     with_activations = qwix.quantize_model(NnxModel(nnx.Rngs(0)), both, X)
+    static = provider_of(**TYPES["int8"], act_qtype="int8", act_static_scale=True)
+    static = qwix.quantize_model(LinenModel(), static).init(jax.random.key(0), X)
     plain = LinenModel().init(jax.random.key(0), X)
     cases = [
         (
@@ -244,6 +246,7 @@ def test_what_is_not_ready_for_adapters_is_named():
             ["kernel", "from_qwix"],
         ),
         (lambda: nnx_from_qwix(with_activations), ["activations", "int8", "weight_qtype"]),
+        (lambda: from_qwix(static), ["activations", "dot_general0_lhs_scale", "weight_qtype"]),
         (lambda: from_qwix(plain), ["no weight", "qwix"]),
         (lambda: from_qwix(variables, stacked={"layers": 1}), ["stacked", "layers"]),
     ]
