@@ -21,7 +21,7 @@ from loraplus_jax.settings.parsing import parse_settings
 FILE = RESULTS / "plan_packed.json"
 TOPOLOGIES = {
     "v5e": ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"),
-    "v5p": ("v5p:1x1x1", "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4"),
+    "v5p": ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4"),
 }
 KEPT = ("device", "mesh", "rows", "tokens", "memory", "needed", "fits", "work", "roofline", "compile_seconds")
 CASES = [

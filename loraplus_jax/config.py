@@ -8,12 +8,15 @@ from typing import Any, Literal, Self, get_args
 
 from ._validation import check_choice, check_int, check_number, suggest
 
-Init = Literal["lora", "lora_b", "gaussian"]
+Init = Literal["lora", "lora_b", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "lora_one", "loftq"]
+BASE_INITS: tuple[Init, ...] = ("pissa", "olora", "lora_ga", "lora_one", "loftq")
+"""The inits that start from the base's weights or gradients, by the functions of `starts` and `loftq`."""
 Bias = Literal["none", "all", "lora_only"]
 
-DEFAULT_LR_RATIO: Mapping[Init, float] = {"lora": 4.0, "gaussian": 4.0, "lora_b": 16.0}
+DEFAULT_LR_RATIO: Mapping[str, float] = dict.fromkeys(get_args(Init), 4.0) | {"lora_b": 16.0}
 """The default lambda by init. The paper found 16 with random B and zero A (`"lora_b"`); with zero B it reports
-4 to 8, and 2 to 4 for Llama (arXiv 2402.12354, section 5). A starting point for a sweep, not an optimum.
+4 to 8, and 2 to 4 for Llama (arXiv 2402.12354, section 5). Of the other inits nothing is known. A starting point
+for a sweep, not an optimum.
 """
 ALL_LINEAR = "all-linear"
 
@@ -67,7 +70,10 @@ class LoRAPlusConfig:
         with init lora_b.
       init: initialization of the factors: lora has He-uniform A and zero B (Init[1] of the paper); lora_b has
         zero A and He-uniform B (Init[2], used in the paper's experiments); gaussian has A from N(0, 1/r^2) and
-        zero B.
+        zero B; orthogonal has random A and B with A B = 0; pissa and olora start from the weight, lora_ga and
+        lora_one from a gradient, loftq from what packing the weight lost.
+      init_iterations: power iterations of a randomized SVD for inits that need one; null computes it exactly, which
+        takes minutes for each weight of a large model.
       modules_to_save: names of modules to train fully, such as a new head.
       bias: biases to train fully: none, all, or lora_only (those of the adapted layers).
 
@@ -92,6 +98,7 @@ class LoRAPlusConfig:
     dropout: float = 0.0
     lr_ratio: float = None  # pyright: ignore[reportAssignmentType] # __post_init__ sets a number
     init: Init = "lora"
+    init_iterations: int | None = None
     modules_to_save: tuple[str, ...] = ()
     bias: Bias = "none"
 
@@ -116,6 +123,12 @@ class LoRAPlusConfig:
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be true or false, got {self.use_rslora!r}")
         check_choice("init", self.init, get_args(Init))
+        if self.init_iterations is not None:
+            if self.init not in BASE_INITS or self.init == "olora":
+                raise ValueError(
+                    f"init_iterations applies to an init with an SVD, got init {self.init}; remove it"
+                )
+            check_int("init_iterations", self.init_iterations, at_least=0)
         check_choice("bias", self.bias, get_args(Bias))
         if self.lr_ratio is None:
             object.__setattr__(self, "lr_ratio", DEFAULT_LR_RATIO[self.init])

@@ -13,7 +13,7 @@ from ._validation import check_number
 from .lora import weight_delta
 from .quantization import PackedArray, QuantizeTo, quantize
 from .spec import AdapterSpec, Specs
-from .starts import to_factors, to_matrix
+from .starts import MatrixPair, largest, to_factors, to_matrix
 from .tree import flatten, rebox, replace_leaves, unflatten
 
 
@@ -73,12 +73,12 @@ def _alternate(
     for _ in range(steps):
         residual = weight - np.asarray(weight_delta(a, b, spec))
         values = np.asarray(_packed(residual, kind, spec, np.float32).dequantize())
-        a, b = _low_rank(weight - values, spec)
+        a, b = to_factors(*loftq_pair(to_matrix(weight - values, spec), spec), spec)
     return residual, a, b
 
 
-def _low_rank(difference: np.ndarray, spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
-    """The factors for which s A B is nearest to a difference, in the sense of squares."""
-    u, s, v = np.linalg.svd(to_matrix(difference / spec.scale, spec), full_matrices=False)
-    root, rank = np.sqrt(s[..., : spec.rank]), spec.rank
-    return to_factors(u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :], spec)
+def loftq_pair(lost: np.ndarray, spec: AdapterSpec, iterations: int | None = None) -> MatrixPair:
+    """The factors for which s A B is nearest, in the sense of squares, to W - Q, given as from `to_matrix`."""
+    u, s, v = largest(lost / spec.scale, spec.rank, iterations)
+    root = np.sqrt(s)
+    return u * root[..., None, :], root[..., None] * v

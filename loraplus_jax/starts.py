@@ -1,4 +1,4 @@
-"""Adapters that start from the base's weights or gradients: PiSSA, OLoRA, LoRA-GA, LoRA-One, orthogonal factors.
+"""Adapters that start from the base's weights or gradients: PiSSA, OLoRA, LoRA-GA and LoRA-One.
 
 Where the first s A B is not zero, it is taken off the base, so that the model starts as the base. Only the adapted
 leaves are new; with the old ones dropped, there is no second copy. `as_difference` makes of what is trained an
@@ -22,6 +22,10 @@ from .quantization import is_packed
 from .spec import AdapterSpec, Specs
 from .tree import flat_factors, flatten, rebox, replace_leaves, unflatten
 
+GAMMA = 16.0
+"""The default of LoRA-GA's gamma."""
+MatrixPair = tuple[np.ndarray, np.ndarray]
+"""A and B as matrices, (batch..., inputs, r) and (batch..., r, outputs)."""
 Start = tuple[dict[str, Any], dict[str, Any]]
 """The variables with the rest of the adapted weights, and the tree of factors, float32, for `"lora"`."""
 
@@ -44,12 +48,14 @@ def pissa(base: Mapping[str, Any], specs: Specs, *, iterations: int | None = Non
     if iterations is not None:
         check_int("iterations", iterations, at_least=0)
 
-    def start(weight: np.ndarray, spec: AdapterSpec) -> tuple[np.ndarray, np.ndarray]:
-        u, s, v = _largest(weight, spec.rank, iterations, seed)
-        root = np.sqrt(s / spec.scale)
-        return u * root[..., None, :], root[..., None] * v
+    return _start(base, specs, lambda weight, spec: pissa_pair(weight, spec, iterations, seed))
 
-    return _start(base, specs, start)
+
+def pissa_pair(weight: np.ndarray, spec: AdapterSpec, iterations: int | None, seed: int = 0) -> MatrixPair:
+    """A and B of `pissa` for a weight as from `to_matrix`."""
+    u, s, v = largest(weight, spec.rank, iterations, seed)
+    root = np.sqrt(s / spec.scale)
+    return u * root[..., None, :], root[..., None] * v
 
 
 def olora(base: Mapping[str, Any], specs: Specs) -> Start:
@@ -64,11 +70,13 @@ def olora(base: Mapping[str, Any], specs: Specs) -> Start:
       ValueError: as `pissa`.
     """
 
-    def start(weight: np.ndarray, spec: AdapterSpec) -> tuple[np.ndarray, np.ndarray]:
-        q, r = np.linalg.qr(weight.swapaxes(-1, -2))
-        return r[..., : spec.rank, :].swapaxes(-1, -2), q[..., : spec.rank].swapaxes(-1, -2)
+    return _start(base, specs, olora_pair)
 
-    return _start(base, specs, start)
+
+def olora_pair(weight: np.ndarray, spec: AdapterSpec) -> MatrixPair:
+    """A and B of `olora` for a weight as from `to_matrix`."""
+    q, r = np.linalg.qr(weight.swapaxes(-1, -2))
+    return r[..., : spec.rank, :].swapaxes(-1, -2), q[..., : spec.rank].swapaxes(-1, -2)
 
 
 def lora_ga(
@@ -77,7 +85,8 @@ def lora_ga(
     specs: Specs,
     *,
     variant: Literal["lora_ga", "lora_one"] = "lora_ga",
-    gamma: float = 16.0,
+    gamma: float = GAMMA,
+    iterations: int | None = None,
 ) -> Start:
     """Starts from the singular vectors of one batch's gradient (LoRA-GA, arXiv 2407.05000, section 3).
 
@@ -91,6 +100,7 @@ def lora_ga(
       gradients: the loss's gradient by the adapted weights, a tree like `base`; other leaves may be missing.
       variant: which of the two.
       gamma: how small the factors start.
+      iterations: as for `pissa`.
 
     Raises:
       ValueError: as `pissa`; or a gradient is missing, of another shape or not finite, or a weight has fewer than
@@ -99,60 +109,35 @@ def lora_ga(
     check_choice("variant", variant, ("lora_ga", "lora_one"))
     check_number("gamma", gamma, above=0)
     slopes = flatten(gradients)
-    for spec in specs.values():
-        shape = getattr(slopes.get(spec.leaf), "shape", None)
-        if shape != spec.shape or not np.isfinite(np.asarray(slopes[spec.leaf])).all():
-            what = (
-                "none"
-                if shape is None
-                else f"{shape}"
-                if shape != spec.shape
-                else "values that are not finite"
-            )
-            raise ValueError(f"gradients: {spec.leaf} must be finite and have shape {spec.shape}, got {what}")
 
-    def start(weight: np.ndarray, spec: AdapterSpec) -> tuple[np.ndarray, np.ndarray]:
-        slope, rank = to_matrix(slopes[spec.leaf], spec), spec.rank
-        u, s, v = np.linalg.svd(slope, full_matrices=False)
-        if variant == "lora_one":
-            root = np.sqrt(s[..., :rank] / s[..., :1] / gamma)
-            return -u[..., :rank] * root[..., None, :], root[..., None] * v[..., :rank, :]
-        if s.shape[-1] < 2 * rank:
-            raise ValueError(
-                f"{spec.leaf}: lora_ga needs {2 * rank} singular values, got {s.shape[-1]}; lower the rank"
-            )
-        size = weight.shape[-1] ** 0.25 / math.sqrt(gamma)
-        return size * u[..., :rank], size * v[..., rank : 2 * rank, :]
+    def start(_: np.ndarray, spec: AdapterSpec) -> MatrixPair:
+        return gradient_pair(slopes.get(spec.leaf), spec, variant, iterations, gamma)
 
     return _start(base, specs, start, keep=variant == "lora_one")
 
 
-def orthogonal(key: jax.Array, specs: Specs) -> dict[str, Any]:
-    """Starts from random A and B with A B = 0, through orthogonal halves of the rank; the base stays whole.
-
-    Args:
-      key: a key.
-      specs: the table from `init_lora`.
-
-    Returns:
-      The tree of factors, float32.
-
-    Raises:
-      ValueError: a rank is not even.
-    """
-    lora = {}
-    for number, (module, spec) in enumerate(specs.items()):
-        if spec.rank % 2:
-            raise ValueError(f"{spec.leaf}: orthogonal factors need an even rank, got {spec.rank}")
-        *batch, inputs, outputs = to_matrix(np.empty(spec.shape, np.int8), spec).shape
-        keys = jax.random.split(jax.random.fold_in(key, number), 3)
-        turn, _ = np.linalg.qr(jax.random.normal(keys[0], (*batch, spec.rank, spec.rank)))
-        half = spec.rank // 2
-        a = jax.random.normal(keys[1], (*batch, inputs, half)) / 10  # the size that PEFT gives them
-        b = jax.random.normal(keys[2], (*batch, half, outputs)) / 10
-        pair = np.asarray(a) @ turn[..., :half, :], turn[..., half:, :].swapaxes(-1, -2) @ np.asarray(b)
-        lora |= dict(zip(spec.factor_paths(module), to_factors(*pair, spec), strict=True))
-    return unflatten(lora)
+def gradient_pair(
+    slope: Any, spec: AdapterSpec, variant: str, iterations: int | None, gamma: float = GAMMA
+) -> MatrixPair:
+    """A and B of `lora_ga` for a weight's gradient, an array of the weight's shape."""
+    if getattr(slope, "shape", None) != spec.shape or not np.isfinite(np.asarray(slope)).all():
+        shape = getattr(slope, "shape", None)
+        what = (
+            "none" if shape is None else f"{shape}" if shape != spec.shape else "values that are not finite"
+        )
+        raise ValueError(f"gradients: {spec.leaf} must be finite and have shape {spec.shape}, got {what}")
+    matrix, rank = to_matrix(slope, spec), spec.rank
+    if variant == "lora_one":
+        u, s, v = largest(matrix, rank, iterations)
+        root = np.sqrt(s / s[..., :1] / gamma)
+        return -u * root[..., None, :], root[..., None] * v
+    if min(matrix.shape[-2:]) < 2 * rank:
+        raise ValueError(
+            f"{spec.leaf}: lora_ga needs {2 * rank} singular values, got {min(matrix.shape[-2:])}; lower the rank"
+        )
+    u, _, v = largest(matrix, 2 * rank, iterations)
+    size = matrix.shape[-1] ** 0.25 / math.sqrt(gamma)
+    return size * u[..., :rank], size * v[..., rank:, :]
 
 
 def as_difference(
@@ -176,13 +161,23 @@ def as_difference(
         for path, letters, sign in zip(spec.factor_paths(module), spec.factor_letters, (1, -1), strict=True):
             axis = letters.index("r")
             new[path] = jnp.concatenate([now[path], sign * jnp.asarray(then[path], now[path].dtype)], axis)
-        doubled[module] = dataclasses.replace(spec, rank=2 * spec.rank)
     grown = math.sqrt(2) if config.use_rslora else 2
     patterns = {
         "rank_pattern": {name: 2 * rank for name, rank in config.rank_pattern.items()},
         "alpha_pattern": {name: grown * alpha for name, alpha in config.alpha_pattern.items()},
     }
-    config = dataclasses.replace(config, rank=2 * config.rank, alpha=grown * config.alpha, **patterns)
+    # init lora, since the start of what is saved no longer depends on the base.
+    config = dataclasses.replace(
+        config,
+        rank=2 * config.rank,
+        alpha=grown * config.alpha,
+        init="lora",
+        init_iterations=None,
+        **patterns,
+    )
+    for module, spec in specs.items():
+        scale = config.scale_of(module)
+        doubled[module] = dataclasses.replace(spec, rank=2 * spec.rank, scale=scale)
     return unflatten(new), doubled, config
 
 
@@ -218,7 +213,7 @@ def _sides(spec: AdapterSpec) -> tuple[str, str, str]:
 def _start(
     base: Mapping[str, Any],
     specs: Specs,
-    start: Callable[[np.ndarray, AdapterSpec], tuple[np.ndarray, np.ndarray]],
+    start: Callable[[np.ndarray, AdapterSpec], MatrixPair],
     *,
     keep: bool = False,
 ) -> Start:
@@ -241,10 +236,10 @@ def _start(
     return replace_leaves(base, rest), unflatten(lora)
 
 
-def _largest(
-    matrix: np.ndarray, rank: int, iterations: int | None, seed: int
+def largest(
+    matrix: np.ndarray, rank: int, iterations: int | None, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first singular vectors and values, exact or from a random range."""
+    """The first singular vectors and values of matrices, exact or from a random range (arXiv 0909.4061)."""
     if iterations is not None:
         columns = min(2 * rank, *matrix.shape[-2:])
         probe = np.random.default_rng(seed).normal(size=(*matrix.shape[:-2], matrix.shape[-1], columns))

@@ -28,6 +28,7 @@ def test_defaults_are_the_documented_ones():
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
+        "init_iterations": None,
         "dropout": 0.0,
         "lr_ratio": 4.0,
         "init": "lora",

@@ -1,5 +1,7 @@
 """Starts from weights and gradients: the model starts as the base, and the equations hold in float64."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_peft, merge, save_peft
 from loraplus_jax.quantize_base import quantize_base
-from loraplus_jax.starts import as_difference, lora_ga, olora, orthogonal, pissa, to_factors, to_matrix
+from loraplus_jax.starts import as_difference, lora_ga, olora, pissa, to_factors, to_matrix
 from loraplus_jax.tree import flatten
 
 from .messages import mentions
@@ -51,12 +53,17 @@ def parts():
     return base, model, specs, {"params": grads}
 
 
+def drawn(init):
+    model = apply_lora_plus(Net(), dataclasses.replace(CONFIG, init=init))
+    return init_lora(model, jax.random.key(2), IDS)[0]
+
+
 STARTS = {
     "pissa": lambda base, grads, specs: pissa(base, specs),
     "pissa, random": lambda base, grads, specs: pissa(base, specs, iterations=2),
     "olora": lambda base, grads, specs: olora(base, specs),
     "lora_ga": lambda base, grads, specs: lora_ga(base, grads, specs),
-    "orthogonal": lambda base, grads, specs: (base, orthogonal(jax.random.key(2), specs)),
+    "orthogonal": lambda base, grads, specs: (base, drawn("orthogonal")),
 }
 
 
@@ -85,7 +92,7 @@ def test_the_difference_is_an_adapter_for_the_untouched_base(parts, name, tmp_pa
     lora, doubled, config = as_difference(trained, start, specs, CONFIG)
     assert {spec.rank for spec in doubled.values()} == {4, 8}
     assert all(config.rank_of(path) == spec.rank for path, spec in doubled.items())
-    assert all(config.scale_of(path) == pytest.approx(spec.scale) for path, spec in doubled.items())
+    assert all(config.scale_of(path) == spec.scale for path, spec in doubled.items())
     expected = model.apply(rest | {"lora": trained}, IDS)
     np.testing.assert_allclose(Net().apply(merge(base, lora, doubled), IDS), expected, atol=2e-5)
     # As PEFT's files, read back.
@@ -144,8 +151,8 @@ def test_bad_input(parts):
     _, partial = init_lora(apply_lora_plus(Net(), some), jax.random.key(1), IDS)
     wide = LoRAPlusConfig(target_modules=["heads"], rank=8)
     _, large = init_lora(apply_lora_plus(Net(), wide), jax.random.key(1), IDS)
-    odd = LoRAPlusConfig(target_modules=["heads"], rank=3)
-    _, uneven = init_lora(apply_lora_plus(Net(), odd), jax.random.key(1), IDS)
+    odd = LoRAPlusConfig(target_modules=["heads"], rank=3, init="orthogonal")
+    late = LoRAPlusConfig(target_modules=["heads"], init="pissa")
     for call, words in (
         (lambda: pissa(quantize_base(base, "nf4", one), one), ["heads", "nf4", "original"]),
         (lambda: olora({"params": {}}, one), ["heads", "missing"]),
@@ -156,7 +163,10 @@ def test_bad_input(parts):
         (lambda: lora_ga(base, grads, large), ["heads", "16", "12", "rank"]),
         (lambda: lora_ga(base, grads, one, gamma=0), ["gamma"]),
         (lambda: lora_ga(base, grads, one, variant="ga"), ["variant", "lora_one"]),
-        (lambda: orthogonal(jax.random.key(0), uneven), ["heads", "even", "3"]),
+        (lambda: init_lora(apply_lora_plus(Net(), odd), jax.random.key(1), IDS), ["rank", "even", "3"]),
+        (lambda: init_lora(apply_lora_plus(Net(), late), jax.random.key(1), IDS), ["pissa", "starts"]),
+        (lambda: dataclasses.replace(odd, init_iterations=2), ["init_iterations", "orthogonal"]),
+        (lambda: dataclasses.replace(late, init_iterations=-1), ["init_iterations", "-1"]),
     ):
         with pytest.raises(ValueError, match=mentions(*words)):
             call()

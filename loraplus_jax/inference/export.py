@@ -20,6 +20,7 @@ from ..models.gguf import load as gguf
 from ..models.hf import check_params, load_params
 from ..models.merged import CheckpointMerge
 from ..settings.schema import Settings
+from ..starts import as_difference
 from ..tasks.interface import AdaptedModel
 from ..training.identity import Identity, check_allowed, check_identity, model_identity
 from ..training.init_adapter import (
@@ -96,7 +97,7 @@ def export_run(
     if dtype is not None:
         check_choice(f"--dtype with --format {format}", dtype, DTYPES[format])
     check_new_path("--to", to)
-    source = _open_source(place, allow_different)
+    source = _open_source(place, allow_different, dequantized=dequantized)
     if dequantized and source.settings.model.quantize == "none":
         raise ValueError(
             "--dequantized requires a run with model.quantize nf4, int8 or file; this one has none"
@@ -113,7 +114,7 @@ def export_run(
     )
 
 
-def _open_source(path: Path, allow: Sequence[str]) -> _Source:
+def _open_source(path: Path, allow: Sequence[str], *, dequantized: bool) -> _Source:
     check_allowed(allow)
     directory = require_adapter(path)
     notes = read_notes(directory)
@@ -127,6 +128,10 @@ def _open_source(path: Path, allow: Sequence[str]) -> _Source:
     parts = build_model(settings, base, task, config)
     adapter = read_adapter(directory, parts, params_of(parts))
     identity = {**notes.get("identity", {}), **identity}  # with the data's
+    if adapter.start and not dequantized:  # for the original base, which the start made a packed one resemble
+        assert adapter.config is not None
+        difference = as_difference(adapter.lora, adapter.start, adapter.specs, adapter.config)
+        adapter = Adapter(*difference, adapter.extras)
     return _Source(settings, task, adapter, parts, notes, base, identity, allow)
 
 

@@ -20,7 +20,7 @@ from ..interop.adapter_files import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
 from ..models.hf import load_params
 from ..settings.parsing import parse_settings, settings_from_json
-from ..settings.schema import LANGUAGE_TASKS, Settings
+from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..sharding import make_mesh, replicate, shard_batch
 from ..tasks.classification import EncoderTask, apply_model
 from ..tasks.encoder import tokenizer_for
@@ -142,9 +142,9 @@ def _load_merged(directory: Path, config: str | None, allow_different: Sequence[
             "with --merged"
         )
     settings, task = settings_and_task(directory, notes, config)
-    # A merged model is used as it is, also one of a run on a packed base.
+    # A merged model is used as it is, without an adapter, also one of a run on a packed base.
     model = dataclasses.replace(settings.model, path=str(directory), quantize="none", quantize_exclude=None)
-    settings = dataclasses.replace(settings, model=model)
+    settings = dataclasses.replace(settings, model=model, lora=DEFAULT_LORA)
     check_identity(directory, notes, model_identity(settings, directory, task), allow=allow_different)
     parts = base_parts(settings, directory, task)
     own_file = directory / OWN_TENSORS_FILE

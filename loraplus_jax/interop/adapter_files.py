@@ -1,8 +1,8 @@
 """Adapter directories: a safetensors file and a JSON file with its metadata, usable without the run.
 
-`adapter.safetensors` contains the factors as `lora/PATH/lora_a`, and fully trained parameters under their own
-paths. `adapter.json` contains the metadata of `checkpoint.describe_run`: format, config, specs, base fingerprint,
-versions.
+`adapter.safetensors` contains the factors as `lora/PATH/lora_a`, fully trained parameters under their own paths,
+and with init loftq the factors before the first step under `start`. `adapter.json` contains the metadata of
+`checkpoint.describe_run`: format, config, specs, base fingerprint, versions.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import hashlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -37,12 +38,15 @@ class Adapter(NamedTuple):
       specs: the table of adapted weights.
       config: config of the adapter; None for a fully trained model, whose weights are all extras.
       extras: fully trained variables, `{"params": ...}`, empty if there are none.
+      start: the tree of factors whose s A B made a packed base resemble the original, empty if there are none. On
+        the original, the adapter is the difference to it: `starts.as_difference`.
     """
 
     lora: dict[str, Any]
     specs: dict[str, AdapterSpec]
     config: LoRAPlusConfig | None
     extras: dict[str, Any]
+    start: Mapping[str, Any] = MappingProxyType({})
 
 
 def save_adapter(
@@ -53,6 +57,7 @@ def save_adapter(
     *,
     opt_state: Any = None,
     base: str | None = None,
+    start: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> None:
     """Writes an adapter directory. Replaces an older adapter once the new one is complete, and never other files.
@@ -64,6 +69,7 @@ def save_adapter(
       config: config of the adapter.
       opt_state: optimizer state; its lambda is saved instead of the config's.
       base: `checkpoint.fingerprint` of the frozen variables.
+      start: the factors from `loftq`, see `Adapter`.
       **more: your own JSON-serializable fields.
 
     Raises:
@@ -75,6 +81,9 @@ def save_adapter(
         config = dataclasses.replace(config, lr_ratio=ratio)
     trainable = with_collection(lora, specs)
     check_factors(f"{directory}", trainable.get("lora", {}), specs)
+    if start is not None:
+        check_factors(f"{directory}: start", start, specs)
+        trainable = {**trainable, "start": start}
     if directory.is_dir():
         others = sorted(
             path.name for path in directory.iterdir() if path.name not in (TENSORS_FILE, DESCRIPTION_FILE)
@@ -114,15 +123,16 @@ def load_adapter(directory: str | Path) -> Adapter:
     if config is not None:
         check_ranks(f"{directory / DESCRIPTION_FILE}", config, tensors)
     variables = unflatten(tensors)
-    lora = variables.pop("lora", {})
-    check_factors(f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}", lora, specs)
+    lora, start = variables.pop("lora", {}), variables.pop("start", {})
+    for factors in (lora, start) if start else (lora,):
+        check_factors(f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}", factors, specs)
     # Last, since the other messages say more.
     if notes.get(DIGEST, found := _digest((directory / TENSORS_FILE).read_bytes(), notes)) != found:
         raise ValueError(
             f"{directory}: {TENSORS_FILE} or {DESCRIPTION_FILE} has changed since it was saved; restore it, or "
             f"remove {DIGEST} from {DESCRIPTION_FILE} to accept the change"
         )
-    return Adapter(lora, specs, config, variables)
+    return Adapter(lora, specs, config, variables, start)
 
 
 def read_adapter_json(directory: str | Path) -> dict[str, Any]:

@@ -157,6 +157,11 @@ def load_params(
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def read_leaf(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, "_Tensor"]) -> np.ndarray:
+    """Reads a leaf, dequantized, as a host array of a shape and dtype; `tensors` are those of `check_params`."""
+    return _read(rule, leaf, tensors, None, [slice(0, size) for size in leaf.shape])
+
+
 def _load_packed(
     rule: Rule, leaf: Any, tensors: Mapping[str, "_Tensor"], shardings: Mapping[str, Any] | None
 ) -> PackedArray:

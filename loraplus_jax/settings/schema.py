@@ -11,7 +11,7 @@ from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
 from .._validation import check_number
-from ..config import LoRAPlusConfig
+from ..config import BASE_INITS, LoRAPlusConfig
 from ..models.attention import Attention
 from ..models.llama import Remat
 from ..models.packing import Quantize
@@ -392,8 +392,26 @@ class Settings:
     def __post_init__(self) -> None:
         check_requirements(self)
         if (config := self.applied) is not None:
+            self._check_init(config)
             rate = self.optimizer.learning_rate * config.lr_ratio
             check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
+
+    def _check_init(self, config: LoRAPlusConfig) -> None:
+        """Rejects a start from the base that the packing of the base or another start contradicts."""
+        if config.init not in BASE_INITS:
+            return
+        if self.init_adapter is not None:
+            raise ValueError(
+                f"lora.init {config.init} and init_adapter both set the start; remove init_adapter, or set "
+                "lora.init lora"
+            )
+        allowed = ("nf4", "int8") if config.init == "loftq" else ("none",)
+        if self.model.quantize not in allowed:
+            other = "" if config.init == "loftq" else "; for a packed base use lora.init loftq"
+            raise ValueError(
+                f"lora.init {config.init} requires model.quantize {' or '.join(allowed)}, got "
+                f"{self.model.quantize}{other}"
+            )
 
     @property
     def is_language(self) -> bool:

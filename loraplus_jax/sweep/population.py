@@ -18,6 +18,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..checkpoint import describe_run, fingerprint
+from ..config import BASE_INITS
 from ..data.fetch import resolve
 from ..lora import SCALE, scale_variables
 from ..models.hf import check_params, load_params
@@ -31,6 +32,7 @@ from ..training.identity import model_identity
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.setup import build_model, count_steps, params_of, set_weights, task_module
+from ..training.start import begin_from, make_start
 from .halving import check_rungs
 from .settings import MAY_CHANGE, SweepRun, Trial
 
@@ -132,15 +134,21 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     parts = set_weights(widest, shapes, weights, config)
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
-    values = functools.cache(functools.partial(_initial_values, run, directory, data, parts, weights))
+    base = fingerprint(parts.frozen) if parts.frozen else None
+    start = None
+    if config is not None and config.init in BASE_INITS:
+        start = make_start(widest, parts, directory, {})
+        parts = begin_from(parts, start, config)
+    values = functools.cache(functools.partial(_initial_values, run, directory, data, parts, weights, start))
     first = functools.partial(_initial_member, values, run, parts.specs, steps)
     metadata = describe_run(
         parts.specs,
         config,
-        base=fingerprint(parts.frozen) if parts.frozen else None,
+        base=base,
         settings=split_settings(run.to_json(), "", MAY_CHANGE)[0],
         task=data.task.notes(),
         identity=model_identity(run, directory, data.task) | {"data": data.digests},
+        **({} if start is None else {"start": fingerprint(start)}),
     )
     return Population(run, data, parts, steps, mesh, at_once, chunk, programs, first, metadata)
 
@@ -262,6 +270,7 @@ def _initial_values(
     data: TaskData,
     widest: AdaptedModel,
     weights: Mapping[str, Any],
+    start: Mapping[str, Any] | None,
     rank: int,
     seed: int,
 ) -> Any:
@@ -272,6 +281,8 @@ def _initial_values(
     settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
     shapes = build_model(settings, directory, data.task, settings.applied)
     trainable = set_weights(settings, shapes, weights, settings.applied).trainable
+    if start is not None:
+        trainable = trainable | {"lora": start}
     return jax.tree.map(_pad_to, trainable, widest.trainable)
 
 

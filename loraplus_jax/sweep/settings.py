@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from ..config import BASE_INITS
 from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 
@@ -164,6 +165,7 @@ class SweepRun(Settings):
                 f"{max(self.seeds)} and must be below 2**32; use a smaller seed"
             )
         self._check_patterns()
+        self._check_start()
         _check_size(self)
         for trial in self.trials:
             self.settings_of(trial, self.seed)
@@ -178,6 +180,25 @@ class SweepRun(Settings):
                     f"sweep.{name} cannot vary modules that lora.{pattern} fixes, got {dict(fixed)}; remove "
                     "one of the two settings"
                 )
+
+    def _check_start(self) -> None:
+        """Rejects what would give members different bases, when the start is taken from the base."""
+        if (init := self.lora.init) not in BASE_INITS:
+            return
+        if init in ("lora_ga", "lora_one"):
+            raise ValueError(
+                f"lora.init {init} is unsupported in a sweep, since its start depends on the seed; got {init}"
+            )
+        for name, value in (("alphas", self.sweep.alphas), ("ranks", self.sweep.ranks)):
+            if value is not None:
+                raise ValueError(
+                    f"sweep.{name} must be null with lora.init {init}, since all members share one start; got "
+                    f"{list(value)}"
+                )
+        if self.sweep.control:
+            raise ValueError(
+                f"sweep.control must be false with lora.init {init}: it has another scale, got true"
+            )
 
     @property
     def seeds(self) -> tuple[int, ...]:

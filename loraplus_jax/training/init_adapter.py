@@ -209,8 +209,12 @@ def check_init_identity(
     check_identity(directory, read_notes(directory), model, weights=weights, allow=allow)
 
 
-def load_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:
-    """Returns the model with the values of `init_adapter`; trainable values that it lacks stay unchanged.
+def load_init_adapter(
+    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]
+) -> tuple[AdaptedModel, dict[str, Any] | None]:
+    """Returns the model with the values of `init_adapter`, and the start that the adapter itself had, if saved.
+
+    Trainable values that it lacks stay unchanged.
 
     Args:
       settings: the settings, with `init_adapter` set.
@@ -221,7 +225,7 @@ def load_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[s
     values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
     trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}
     float32 = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}
-    return parts._replace(trainable=unflatten(float32))
+    return parts._replace(trainable=unflatten(float32)), dict(adapter.start) or None
 
 
 def _init_adapter_directory(settings: Settings) -> Path:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from .._validation import expand_path
 from ..checkpoint import describe_run, fingerprint, leaf_dtypes_and_shapes
-from ..config import LoRAPlusConfig
+from ..config import BASE_INITS, LoRAPlusConfig
 from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..linen.wrap import apply_lora_plus, init_lora
@@ -43,6 +44,7 @@ from .identity import model_identity
 from .init_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
+from .start import begin_from, first_gradients, make_start, read_start
 from .theory_metrics import count_rows, lower_theory
 from .xla import compiler_options
 
@@ -61,6 +63,7 @@ class Run(NamedTuple):
       programs: the compiled training step and evaluation.
       sample_prompt: the prompt to answer before and after training, if any.
       metadata: the metadata saved with checkpoints and adapters.
+      start: the tree of factors that the adapters started from, if they took it from the base.
     """
 
     settings: Settings
@@ -74,6 +77,7 @@ class Run(NamedTuple):
     programs: "Programs"
     sample_prompt: SamplePrompt | None
     metadata: dict[str, Any]
+    start: dict[str, Any] | None
 
 
 class Programs(NamedTuple):
@@ -90,11 +94,11 @@ class Programs(NamedTuple):
     theory: Any = None
 
 
-def prepare(settings: Settings, allow_different: Sequence[str] = ()) -> Run:
+def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: bool = False) -> Run:
     """Downloads, checks, compiles and loads everything, in this order.
 
     With several processes each does all of it, then they compare what they read. `allow_different` names the parts
-    of the identity in which `init_adapter` may differ.
+    of the identity in which `init_adapter` may differ; `fresh` disregards the start of an older run.
 
     Raises:
       ValueError, OSError: settings, data, weights or memory do not fit, or a file cannot be read.
@@ -133,15 +137,36 @@ def prepare(settings: Settings, allow_different: Sequence[str] = ()) -> Run:
         task=inputs["task"],
         identity=identity,
     )
+    start = None
     if settings.init_adapter is not None:
         with raise_together():
             check_init_identity(settings, {}, base, allow_different)
-            parts = load_init_adapter(settings, parts, params_of(parts))
+            parts, start = load_init_adapter(settings, parts, params_of(parts))
         metadata["init_adapter"] = fingerprint(parts.trainable)
+    elif settings.applied is not None and settings.applied.init in BASE_INITS:
+        if not fresh:
+            start = read_start(expand_path("output_dir", settings.output_dir), parts.specs)
+        if start is None:
+            losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
+            gradients = first_gradients(settings, data, parts, losses.train, mesh, shardings)
+            start = make_start(settings, parts, directory, gradients)
+        parts = begin_from(parts, start, settings.applied)
+        metadata["start"] = fingerprint(start)
     if is_distributed:
         check_same_everywhere({"base": base, "trained": fingerprint(parts.trainable)})
     return Run(
-        settings, settings.applied, data, parts, steps, tx, mesh, shardings, programs, sample_prompt, metadata
+        settings,
+        settings.applied,
+        data,
+        parts,
+        steps,
+        tx,
+        mesh,
+        shardings,
+        programs,
+        sample_prompt,
+        metadata,
+        start,
     )
 
 
@@ -209,6 +234,8 @@ def add_adapters(
     settings: Settings, base: BaseModel, config: LoRAPlusConfig | None, make_adapters: Callable[..., Any]
 ) -> AdaptedModel:
     """Adds adapters to a base model; `make_adapters` is `init_lora`, or a function that returns shapes instead."""
+    if config is not None and config.init in BASE_INITS:  # whose values come with the weights
+        config = dataclasses.replace(config, init="lora", init_iterations=None)
     model = base.model if config is None else apply_lora_plus(base.model, config)
     new_key, lora_key = jax.random.split(jax.random.key(settings.seed))
     variables = {"params": jax.eval_shape(base.model.init, new_key, *base.inputs)["params"]}

@@ -100,4 +100,7 @@ def read_metrics(rows: Iterable[LogRow], config: LoRAPlusConfig | None, from_ada
             if name.startswith(f"{METRIC_PREFIX}/") and path != "mean":
                 layer = sums.setdefault(path, dict.fromkeys(TERMS, 0.0))
                 layer[term] += value
-    return str(balance(sums, config.lr_ratio, None if from_adapter else config.init))
+    known = (
+        config.init in ("lora", "lora_b", "gaussian") and not from_adapter
+    )  # which factor is zero at first
+    return str(balance(sums, config.lr_ratio, config.init if known else None))

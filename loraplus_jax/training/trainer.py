@@ -30,6 +30,7 @@ from ..interop.adapter_files import save_adapter
 from ..multihost import allgather, gather_to_host, is_lead
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows, shard_batch
+from ..starts import as_difference
 from ..train_step import TrainState, init_state
 from ..tree import combine, count
 from .anomalies import (
@@ -60,6 +61,7 @@ from .run_directory import (
 )
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
+from .start import TAKEN_OFF, write_start
 from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_metrics
 from .xla import use_compilation_cache
 
@@ -101,12 +103,14 @@ def train(
         check_compared(allow_different, directory, settings, fresh)
         if settings.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
-        run = prepare(settings, allow_different)
+        run = prepare(settings, allow_different, fresh=fresh)
         stack.enter_context(add_path_to_errors(directory))
         check = None
         with raise_together():
             if is_lead():
                 check = stack.enter_context(claim_directory(directory, settings, fresh, console))
+                if run.start is not None:
+                    write_start(directory, run.start)
         check_shared_disk(directory)
         manager = stack.enter_context(
             open_manager(
@@ -408,13 +412,14 @@ class Trainer:
             return
         notes = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
+        specs, config, start = self.run.parts.specs, self.run.config, self.run.start
+        if config is not None and start is not None and config.init in TAKEN_OFF:
+            lora, specs, config = as_difference(trained["lora"], start, specs, config)
+            trained, start = trained | {"lora": lora}, None
+        elif config is not None and config.init == "lora_one":  # is a step of training; the base stays whole
+            start = None
         save_adapter(
-            self.directory / ADAPTER,
-            trained,
-            self.run.parts.specs,
-            self.run.config,
-            settings=settings,
-            **notes,
+            self.directory / ADAPTER, trained, specs, config, start=start, settings=settings, **notes
         )
         data = self.run.settings.data
         source = Path(data.path or data.train or "").name

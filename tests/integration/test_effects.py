@@ -310,6 +310,8 @@ CHANGES = [
     Change("lora.dropout", "0.1", program),
     Change("lora.lr_ratio", "2.0", updates),
     Change("lora.init", "lora_b", variables),
+    Change("lora.init", "pissa", variables),
+    Change("lora.init_iterations", "1", variables, ("--lora.init", "pissa")),
     Change("lora.modules_to_save", "[attention_norm]", variables),
     Change("lora.exclude_modules", "[up]", variables, ("--lora.target_modules", "all-linear")),
     Change("lora.target_parameters", '{{".*word/embedding": "io"}}', variables),

@@ -176,6 +176,7 @@ INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
 
 
 INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates", "model.quantize_exclude"}
+INSTEAD |= {"lora.init_iterations"}
 
 
 INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
