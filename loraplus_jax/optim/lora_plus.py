@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._validation import check_choice, check_number, suggest
@@ -17,6 +18,7 @@ from ..config import LoRAPlusConfig
 from ..roles import ROLES, LoRAPlusState, Policy, Role, label_params
 from ..spec import Specs
 from ..tree import leaves_by_path
+from .invariant import PairState
 from .schedules import Rate, rate_at, scale_rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
@@ -45,6 +47,16 @@ class AdamW(NamedTuple):
         state, never depend on unknown values.
         """
         return tuple(value if isinstance(value, int | float) else id(value) for value in self)
+
+    def make(self) -> optax.GradientTransformation:
+        """The optimizer."""
+        return optax.adamw(**self._asdict())
+
+    def make_rate_and_decay(self) -> optax.GradientTransformation:
+        """What follows Adam's direction: the weight decay and the rate."""
+        return optax.chain(
+            optax.add_decayed_weights(self.weight_decay), optax.scale_by_learning_rate(self.learning_rate)
+        )
 
 
 class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
@@ -95,8 +107,9 @@ def _with_record(
 
     def init(params: Any) -> Any:
         check_floating(params)
-        zero = jnp.zeros((), jnp.int32)
-        return record(inner.init(params), zero, zero, tuple(leaves_by_path(labels(params)).items()))
+        zero, state = jnp.zeros((), jnp.int32), inner.init(params)
+        _check_invariant(state, rates(0))
+        return record(state, zero, zero, tuple(leaves_by_path(labels(params)).items()))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
@@ -118,6 +131,8 @@ def lora_plus_adamw(
     head_learning_rate: Rate | None = None,
     by_role: Mapping[Role, Mapping[str, float]] | None = None,
     max_grad_norm: float | None = None,
+    precondition: optax.GradientTransformation | None = None,
+    direction: optax.GradientTransformation | None = None,
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
 ) -> LoRAPlusTransform:
@@ -143,13 +158,17 @@ def lora_plus_adamw(
       head_learning_rate: learning rate of fully trained parameters (role `"extra"`); defaults to eta_A.
       by_role: maps a role to its own `b1`, `b2`, `eps` or `weight_decay`.
       max_grad_norm: maximum global gradient norm, over all groups; None disables clipping.
+      precondition: a transform of the clipped gradients of all roles together, such as `scale_by_riemannian()`.
+      direction: computes the steps of all roles together in Adam's place, such as `scale_by_lora_rite()`; `b1`,
+        `b2` and `eps` then have no effect. Rates, decay and clipping stay as they are.
       specs: the table from `init_lora`, to check shapes.
       policy: `"peft"` groups like `create_loraplus_optimizer` of PEFT: fully trained parameters with one axis use
         B's learning rate; biases and the scales of LayerNorms (a `scale` next to a `bias`) have no weight decay.
 
     Raises:
       TypeError: a value is not a number; on `init`, a leaf is not floating point.
-      ValueError: a number is out of range, eps is below `MIN_EPS`, or a role, setting or policy is unknown.
+      ValueError: a number is out of range, eps is below `MIN_EPS`, or a role, setting or policy is unknown; on
+        `init`, lambda is not 1 with a direction for which it has no meaning.
 
     Example:
       >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
@@ -190,12 +209,16 @@ def lora_plus_adamw(
         check_number("weight_decay", adamw.weight_decay, at_least=0.0, allow_arrays=True)
     first: dict[Any, Role] = {}
     chain_of = {role: first.setdefault(adamw.key, role) for role, adamw in groups.items()}
-    chains: dict[Any, Any] = {role: optax.adamw(**groups[role]._asdict()) for role in first.values()}
+    last = AdamW.make if direction is None else AdamW.make_rate_and_decay
+    chains: dict[Any, Any] = {role: last(groups[role]) for role in first.values()}
     labels = _labels(specs, policy)
     tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.__getitem__, labels(tree)))
+    before = [transform for transform in (precondition, direction) if transform is not None]
     if max_grad_norm is not None:
         check_number("max_grad_norm", max_grad_norm, above=0.0, allow_arrays=True)
-        tx = optax.chain(optax.clip_by_global_norm(max_grad_norm), tx)
+        before.insert(0, optax.clip_by_global_norm(max_grad_norm))
+    if before:
+        tx = optax.chain(*before, tx)
     return _with_record(
         tx,
         labels,
@@ -237,6 +260,18 @@ def lora_plus(
     scaled = optax.chain(tx, optax.masked(optax.scale(ratio), is_fast))  # pyright: ignore[reportArgumentType]
     rates: dict[Role, tuple[Any, Any]] = {role: (ratio if role in FAST else 1.0, None) for role in ROLES}
     return _with_record(scaled, labels, lambda _: rates, relative=True)
+
+
+def _check_invariant(state: Any, rates: Mapping[Role, tuple[Any, Any]]) -> None:
+    """Raises ValueError if A and B have different rates with an optimizer that does not see how A B is split."""
+    ratio = rates["b"][0] / rates["a"][0]
+    is_ours = lambda x: isinstance(x, PairState)  # noqa: E731
+    found = any(is_ours(x) for x in jax.tree.leaves(state, is_leaf=is_ours))
+    if found and not isinstance(ratio, jax.core.Tracer) and not np.isclose(ratio, 1, rtol=1e-5):
+        raise ValueError(
+            f"lr_ratio must be 1 with LoRA-RITE and LoRA-Muon, got {float(ratio):g}: their steps of A B do not "
+            "depend on how it is split into A and B, so a faster B has no meaning"
+        )
 
 
 def check_floating(trainable: Any) -> None:

@@ -23,6 +23,9 @@ from .types import SECTION, Count, Decay, Fraction, Index, Int, Number, Rate, Sh
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
 Method = Literal["lora", "lora_plus", "full"]
 Dtype = Literal["float32", "bfloat16"]
+OptimizerName = Literal["adamw", "riemannian", "lora_rite", "lora_muon"]
+INVARIANT = ("lora_rite", "lora_muon")
+"""The optimizers for which lambda has no meaning."""
 
 QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
@@ -48,6 +51,9 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
     (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
     (("optimizer.decay",), "optimizer.weight_decay", ()),
+    (("optimizer.name",), "method", ("lora_plus", "lora")),
+    (("optimizer.reg",), "optimizer.name", ("riemannian",)),
+    (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
     (("train.prompt_tokens",), "train.prompt", ()),
     (("train.theory_every",), "method", ("lora_plus", "lora")),
     (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
@@ -191,9 +197,13 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class OptimizerSettings:
-    """AdamW, its learning rate schedule and its parameter groups.
+    """The optimizer, its learning rate schedule and its parameter groups.
 
     Attributes:
+      name: adamw; riemannian, AdamW on gradients that each factor preconditions for the other (arXiv 2402.02347);
+        lora_rite (arXiv 2410.20625) and lora_muon (arXiv 2606.12921), whose steps do not depend on how A B is split
+        and which need lora.lr_ratio 1, as method lora has.
+      reg: what riemannian adds to the diagonal of A'A and BB'.
       learning_rate: eta_A, peak learning rate of A and all else except B; B's is lora.lr_ratio times it.
       head_learning_rate: peak learning rate of the head and other fully trained parameters; null uses eta_A.
       embedding_learning_rate: peak learning rate of embedding adapters; null uses eta_A, or 1e-6 with policy peft.
@@ -203,7 +213,7 @@ class OptimizerSettings:
       warmup_steps: steps of linear warmup from 0.
       final_fraction: final learning rate as a fraction of the peak (linear, cosine and wsd).
       decay_steps: steps of decay at the end of wsd (warmup, stable, decay); null uses a fifth of all steps.
-      b1: decay rate of Adam's first moment.
+      b1: decay rate of Adam's first moment, and of the momentum of lora_rite and lora_muon.
       b2: decay rate of Adam's second moment.
       eps: Adam's epsilon, at least 1e-30.
       weight_decay: weight decay; a step shrinks a parameter by its learning rate times this.
@@ -211,6 +221,8 @@ class OptimizerSettings:
       max_grad_norm: maximum global gradient norm; null disables clipping.
     """
 
+    name: OptimizerName = "adamw"
+    reg: Rate = 1e-2
     learning_rate: Rate = 1e-4
     head_learning_rate: Rate | None = None
     embedding_learning_rate: Rate | None = None
@@ -393,6 +405,11 @@ class Settings:
         check_requirements(self)
         if (config := self.applied) is not None:
             self._check_init(config)
+            if self.optimizer.name in INVARIANT and config.lr_ratio != 1:
+                raise ValueError(
+                    f"lora.lr_ratio must be 1 with optimizer.name {self.optimizer.name}, got {config.lr_ratio:g}: "
+                    "its steps do not depend on how A B is split, so a faster B has no meaning; set method lora"
+                )
             rate = self.optimizer.learning_rate * config.lr_ratio
             check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from ..config import BASE_INITS
-from ..settings.schema import OptimizerSettings, Settings
+from ..settings.schema import INVARIANT, OptimizerSettings, Settings
 from ..settings.types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 
 MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
@@ -145,6 +145,11 @@ class SweepRun(Settings):
     sweep: SweepSettings = SweepSettings()
 
     def __post_init__(self) -> None:
+        if self.optimizer.name in INVARIANT:
+            raise ValueError(
+                f"optimizer.name {self.optimizer.name} is unsupported in a sweep over lambda, which has no meaning "
+                "for it; use adamw or riemannian"
+            )
         super().__post_init__()
         if self.method != "lora_plus":
             raise ValueError(f"method must be lora_plus for a sweep, got {self.method}")

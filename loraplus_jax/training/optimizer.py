@@ -7,7 +7,9 @@ import jax
 import optax
 
 from ..config import LoRAPlusConfig
+from ..optim.invariant import scale_by_lora_muon, scale_by_lora_rite
 from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw
+from ..optim.pairs import scale_by_riemannian
 from ..optim.schedules import make_schedule
 from ..settings.schema import OptimizerSettings
 from ..spec import Specs
@@ -22,7 +24,7 @@ def make_optimizer(
     learning_rate: jax.Array | None = None,
     lr_ratio: float | jax.Array | LoRAPlusConfig | None = None,
 ) -> LoRAPlusTransform:
-    """Makes AdamW with a learning rate schedule per parameter group; without adapters all share the base rate.
+    """Makes the optimizer with a rate schedule per parameter group; without adapters all share the base rate.
 
     `learning_rate` and `lr_ratio` replace the values of the settings; they may be traced arrays.
     """
@@ -41,9 +43,22 @@ def make_optimizer(
         weight_decay=settings.weight_decay,
         decay=settings.decay,
         max_grad_norm=settings.max_grad_norm,
+        precondition=scale_by_riemannian(settings.reg, specs=specs)
+        if settings.name == "riemannian"
+        else None,
+        direction=_direction(settings, specs),
         policy=settings.policy,
         specs=specs,
     )
+
+
+def _direction(settings: OptimizerSettings, specs: Specs) -> optax.GradientTransformation | None:
+    """What computes the steps in Adam's place, if anything."""
+    if settings.name == "lora_rite":
+        return scale_by_lora_rite(settings.b1, settings.b2, settings.eps, specs=specs)
+    if settings.name == "lora_muon":
+        return scale_by_lora_muon(settings.b1, specs=specs)
+    return None
 
 
 def schedule_for(settings: OptimizerSettings, steps: int, peak: float | jax.Array) -> optax.Schedule:

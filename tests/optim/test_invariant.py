@@ -13,6 +13,7 @@ from loraplus_jax.optim.invariant import (
     scale_by_lora_muon,
     scale_by_lora_rite,
 )
+from loraplus_jax.optim.lora_plus import lora_plus, lora_plus_adamw
 
 from ..messages import mentions
 
@@ -159,3 +160,27 @@ def test_roots_and_bad_input():
     ):
         with pytest.raises(ValueError, match=mentions(*words)):
             call()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_as_the_direction_of_grouped_rates(name):
+    """Rates, decay and clipping by role, around the same steps; a head keeps its own rate."""
+    direction = {"rite": scale_by_lora_rite, "muon": scale_by_lora_muon}[name]
+    plain = MAKERS[name](0.05)
+    products = train(plain, A, B)
+    grouped = lora_plus_adamw(0.05, 1.0, direction=direction(), head_learning_rate=0.5)
+    np.testing.assert_allclose(train(grouped, A, B), products, rtol=1e-5)
+    params = {"q": {"lora_a": jnp.asarray(A), "lora_b": jnp.asarray(B)}, "head": {"bias": jnp.ones(2)}}
+    grads = jax.tree.map(jnp.ones_like, params)
+    update, _ = grouped.update(grads, grouped.init(params), params)
+    np.testing.assert_allclose(update["head"]["bias"], [-0.5, -0.5], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_ratio_of_rates_is_rejected(name):
+    params = {"q": {"lora_a": jnp.asarray(A), "lora_b": jnp.asarray(B)}}
+    direction = {"rite": scale_by_lora_rite, "muon": scale_by_lora_muon}[name]
+    for tx in (lora_plus(MAKERS[name](0.1), 4.0), lora_plus_adamw(0.1, 4.0, direction=direction())):
+        with pytest.raises(ValueError, match=mentions("lr_ratio", "4", "split")):
+            tx.init(params)
+    lora_plus(MAKERS[name](0.1), 1.0).init(params)

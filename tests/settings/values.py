@@ -45,6 +45,7 @@ OTHER = {
     "lora.bias": "all",
     "optimizer.embedding_learning_rate": 1e-3,
     "optimizer.policy": "peft",
+    "optimizer.name": "riemannian",
     "optimizer.learning_rate": 2e-3,
     "optimizer.head_learning_rate": 1e-2,
     "optimizer.schedule": "cosine",

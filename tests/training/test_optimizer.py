@@ -6,12 +6,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.settings.schema import (
-    OptimizerSettings,
-)
+from loraplus_jax.optim.invariant import lora_muon, lora_rite
+from loraplus_jax.optim.lora_plus import lora_plus_adamw
+from loraplus_jax.optim.pairs import scale_by_riemannian
+from loraplus_jax.settings.schema import OptimizerSettings
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.training.optimizer import make_optimizer, schedule_for
 
@@ -110,3 +112,32 @@ def test_every_group_follows_the_schedule():
     for step, share in ((0, 0.0), (1, 0.5), (2, 1.0), (7, 0.75), (12, 0.5)):
         rates = {role: float(tx.rates(step)[role][0]) for role in ("a", "b", "extra")}
         assert rates == pytest.approx({"a": 0.1 * share, "b": 0.3 * share, "extra": 0.2 * share}, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["riemannian", "lora_rite", "lora_muon"])
+def test_named_optimizers(name):
+    """Clipping, then the transform of the name, then rates and decay by role."""
+    fields = {
+        "name": name,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.5,
+        "weight_decay": 0.1,
+        "schedule": "constant",
+    }
+    config = dataclasses.replace(CONFIG, lr_ratio=4.0 if name == "riemannian" else 1.0)
+    tx = make_optimizer(OptimizerSettings(**fields), config, 10, SPECS)
+    clip = optax.clip_by_global_norm(0.5)
+    by_hand = {
+        "riemannian": [scale_by_riemannian(specs=SPECS), lora_plus_adamw(1e-2, 4.0, weight_decay=0.1)],
+        "lora_rite": [lora_rite(1e-2, eps=1e-8, weight_decay=0.1, specs=SPECS)],
+        "lora_muon": [lora_muon(1e-2, 0.9, weight_decay=0.2, specs=SPECS)],  # of A B
+    }[name]
+    wanted = optax.chain(clip, *by_hand)
+    params, state, wanted_state = PARAMS, tx.init(PARAMS), wanted.init(PARAMS)
+    for size in (2.0, 0.5):
+        grads = jax.tree.map(lambda x: size * jnp.cos(jnp.arange(x.size) + 1.0).reshape(x.shape), params)  # noqa: B023
+        update, state = tx.update(grads, state, params)
+        expected, wanted_state = wanted.update(grads, wanted_state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), update, expected)
+        params = optax.apply_updates(params, update)
+    assert tx.rates(0)["a"] == (pytest.approx(1e-2), 0.1)

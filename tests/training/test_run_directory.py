@@ -134,6 +134,7 @@ CHANGES = {
     "lora.bias": "all",
     "optimizer.embedding_learning_rate": 1e-3,
     "optimizer.policy": "peft",
+    "optimizer.name": "riemannian",
     "optimizer.learning_rate": 2e-3,
     "optimizer.head_learning_rate": 1e-2,
     "optimizer.schedule": "cosine",
@@ -176,7 +177,7 @@ INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
 
 
 INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates", "model.quantize_exclude"}
-INSTEAD |= {"lora.init_iterations"}
+INSTEAD |= {"lora.init_iterations", "optimizer.reg"}
 
 
 INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}
