@@ -270,9 +270,9 @@ def _sweep(options: argparse.Namespace, overrides: list[str]) -> None:
     if _show_help(options, SweepRun):
         return
     from .settings.parsing import parse_settings
-    from .sweep.run import sweep
+    from .sweep.methods import sweep_or_compare
 
-    _run(options, sweep, lambda: parse_settings(options.config, overrides, SweepRun))
+    _run(options, sweep_or_compare, lambda: parse_settings(options.config, overrides, SweepRun))
 
 
 def _run(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from .._validation import check_choice, check_number, suggest
 from ..config import LoRAPlusConfig
@@ -86,6 +87,7 @@ def _with_record(
     labels: Callable[[Any], Any],
     rates: Callable[[Any], dict[Role, tuple[Any, Any]]],
     *,
+    ratio: Any,
     relative: bool,
 ) -> LoRAPlusTransform:
     """Wraps `tx` to store its roles and rates in its state."""
@@ -108,7 +110,7 @@ def _with_record(
     def init(params: Any) -> Any:
         check_floating(params)
         zero, state = jnp.zeros((), jnp.int32), inner.init(params)
-        _check_invariant(state, rates(0))
+        _check_invariant(state, ratio)
         return record(state, zero, zero, tuple(leaves_by_path(labels(params)).items()))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -223,6 +225,7 @@ def lora_plus_adamw(
         tx,
         labels,
         lambda step: {r: (rate_at(g.learning_rate, step), g.weight_decay) for r, g in groups.items()},
+        ratio=ratio,
         relative=False,
     )
 
@@ -259,15 +262,14 @@ def lora_plus(
 
     scaled = optax.chain(tx, optax.masked(optax.scale(ratio), is_fast))  # pyright: ignore[reportArgumentType]
     rates: dict[Role, tuple[Any, Any]] = {role: (ratio if role in FAST else 1.0, None) for role in ROLES}
-    return _with_record(scaled, labels, lambda _: rates, relative=True)
+    return _with_record(scaled, labels, lambda _: rates, ratio=ratio, relative=True)
 
 
-def _check_invariant(state: Any, rates: Mapping[Role, tuple[Any, Any]]) -> None:
+def _check_invariant(state: Any, ratio: Any) -> None:
     """Raises ValueError if A and B have different rates with an optimizer that does not see how A B is split."""
-    ratio = rates["b"][0] / rates["a"][0]
     is_ours = lambda x: isinstance(x, PairState)  # noqa: E731
     found = any(is_ours(x) for x in jax.tree.leaves(state, is_leaf=is_ours))
-    if found and not isinstance(ratio, jax.core.Tracer) and not np.isclose(ratio, 1, rtol=1e-5):
+    if found and not isinstance(ratio, Tracer) and not np.isclose(ratio, 1, rtol=1e-5):
         raise ValueError(
             f"lr_ratio must be 1 with LoRA-RITE and LoRA-Muon, got {float(ratio):g}: their steps of A B do not "
             "depend on how it is split into A and B, so a faster B has no meaning"

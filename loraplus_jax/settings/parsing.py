@@ -209,7 +209,8 @@ def _describe_member(annotation: Any) -> str:
         return f"one of {', '.join(get_args(type_))}"
     if get_origin(type_) is tuple:
         inner, _ = _split_annotated(get_args(type_)[0])
-        items = "names" if inner is str else f"{_NOUNS[inner]}s"
+        of_names = inner is str or get_origin(inner) is Literal
+        items = "names" if of_names else f"{_NOUNS[inner]}s"
         return f"a {'non-empty ' if 'min_length' in limits else ''}list of {items}"
     if get_origin(type_) is dict:
         return "a mapping"
@@ -287,6 +288,10 @@ def _format_value(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
+KEY = "[key]"
+"""What pydantic adds to the path of a mapping's key that is not allowed."""
+
+
 def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
     for section, keys in (("config", values), *((k, v) for k, v in values.items() if isinstance(v, Mapping))):
         for key in keys:
@@ -298,7 +303,8 @@ def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
         fields = {field.name: field for field in setting_fields(kind)}
         problems: dict[str, str] = {}  # one per field; pydantic may report several
         for problem in error.errors(include_url=False):
-            name = ".".join(str(part) for part in problem["loc"] if not isinstance(part, int))
+            parts = [part for part in problem["loc"] if part != KEY]
+            name = ".".join(part for part in parts if isinstance(part, str))
             problems.setdefault(name, _format_problem(fields, name, problem))
         raise ValueError("; ".join(problems.values())[:1000]) from None
 
@@ -334,7 +340,8 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         return f"{name} {problem['ctx']['error']}"
     if index:
         container = _bare_types(annotation)[0]
-        annotation = get_args(container)[-1 if get_origin(container) is dict else 0]
+        of_value = get_origin(container) is dict and problem["loc"][-1] != KEY
+        annotation = get_args(container)[-1 if of_value else 0]
     hint = (
         suggest(str(value), get_args(_bare_types(annotation)[0]), fallback=False)
         if cause == "literal_error"

@@ -50,7 +50,7 @@ from .halving import (
 )
 from .population import Members, Population, prepare_population
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
-from .settings import ARM_LABELS, MAY_CHANGE, METHODS, SweepRun, Trial
+from .settings import ARM_LABELS, MAY_CHANGE, SweepRun, Trial
 from .slots import DeviceSlots
 
 MEMBERS_FILE = "members_at_once.json"
@@ -73,6 +73,7 @@ def sweep(
     fresh: bool = False,
     allow_different: Sequence[str] = (),
     console: LineConsole | None = None,
+    kind: "type[Sweep] | None" = None,
 ) -> dict[str, Any]:
     """Runs search and report and writes all results to `run.output_dir`; resumes an unfinished sweep there.
 
@@ -81,6 +82,7 @@ def sweep(
       fresh: start over; an older sweep there is renamed, not deleted.
       allow_different: parts of the base model or data that may differ from those of the sweep to resume.
       console: where to print, by default a `LineConsole`.
+      kind: the class that runs it, by default `Sweep`.
 
     Returns:
       The content of `report.json`.
@@ -100,11 +102,16 @@ def sweep(
     with contextlib.ExitStack() as stack:
         if run.train.compilation_cache:
             stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
-        return _sweep(run, directory, fresh, allow_different, console)
+        return _sweep(run, directory, fresh, allow_different, console, kind or Sweep)
 
 
 def _sweep(
-    run: SweepRun, directory: Path, fresh: bool, allow_different: Sequence[str], console: Console
+    run: SweepRun,
+    directory: Path,
+    fresh: bool,
+    allow_different: Sequence[str],
+    console: Console,
+    kind: "type[Sweep]",
 ) -> dict[str, Any]:
     started = time.perf_counter()
     at_once = run.sweep.members_at_once
@@ -115,7 +122,7 @@ def _sweep(
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
         write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
         with open_manager(directory / CHECKPOINTS, keep=run.train.keep) as manager:
-            sweep = Sweep(population, capacity, directory, manager, console, started, check, allow_different)
+            sweep = kind(population, capacity, directory, manager, console, started, check, allow_different)
             return sweep.run_to_end()
 
 
@@ -144,6 +151,7 @@ class Sweep:
         self.rows: list[dict[str, Any]] = []
         self.clock, self.seconds, self.started = 0, 0.0, started
         self.check = check
+        self.labels = ARM_LABELS
 
     def run_to_end(self) -> dict[str, Any]:
         """Runs everything that is left and returns the report."""
@@ -251,12 +259,14 @@ class Sweep:
 
     def report_entries(self) -> list[MemberSpec]:
         """The selected settings and the control, each on every report seed."""
-        trials = {**self.chosen, "control": self.chosen["lora_plus"].control}
+        trials = dict(self.chosen)
+        if "control" in self.run.arms:
+            trials["control"] = self.chosen["lora_plus"].control
         return [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds]
 
     def stops(self) -> list[int]:
         """Remaining steps of the stage at which its members are evaluated."""
-        if self.stage == "search" and len(self.chosen) == len(METHODS):
+        if self.stage == "search" and len(self.chosen) == len(self.run.searched):
             return []
         steps = self.population.steps
         every = curve_every(self.run.train.eval_every, steps)
@@ -297,19 +307,11 @@ class Sweep:
             if row["step"] == self.step
         }
         scores = mean_losses(losses)
-        best = {arm: best_trial(scores, arm) for arm in METHODS if arm not in self.chosen}
+        best = {arm: best_trial(scores, arm) for arm in self.run.searched if arm not in self.chosen}
         self.print_scores(scores, best)
         if diverged := [arm for arm, trial in best.items() if trial is None]:
             self.save()
-            write_report(self.directory, report := self.report())
-            if any(row["loss"] is not None for row in report["search"]):
-                draw_figures(self.directory, report, ("heat_map",))
-            methods = " and of ".join(ARM_LABELS[arm] for arm in diverged)
-            options = " and ".join(f"sweep.{RATE_OPTIONS[arm, 'learning_rate']}" for arm in diverged)
-            raise TrainingFailed(
-                f"every setting of {methods} diverged by step {self.step}; set lower {options}; the results "
-                f"so far are in {self.directory}"
-            )
+            self.fail(diverged)
         if self.step == self.population.steps:
             self.chosen |= {arm: trial for arm, trial in best.items() if trial is not None}
             return
@@ -317,6 +319,18 @@ class Sweep:
         self.chosen |= selected
         if remaining:
             self.slots.compact([n for n in self.slots.member_ids if self.entries[n].trial in remaining])
+
+    def fail(self, diverged: Sequence[str]) -> None:
+        """Writes what there is and raises TrainingFailed: every setting of these arms diverged."""
+        write_report(self.directory, report := self.report())
+        if any(row["loss"] is not None for row in report["search"]):
+            draw_figures(self.directory, report, ("heat_map",))
+        methods = " and of ".join(self.labels[arm] for arm in diverged)
+        options = " and ".join(f"sweep.{RATE_OPTIONS[arm, 'learning_rate']}" for arm in diverged)
+        raise TrainingFailed(
+            f"every setting of {methods} diverged by step {self.step}; set lower {options}; the results "
+            f"so far are in {self.directory}"
+        )
 
     # Output files.
 
@@ -382,7 +396,7 @@ class Sweep:
             )
         self.console.print(
             report["verdict"],
-            f"train with {ARM_LABELS[best.arm]} ({report['why']}): {report['command']}",
+            f"train with {self.labels[best.arm]} ({report['why']}): {report['command']}",
             sep="\n",
         )
         self.console.print(f"{self.directory}: {PAGE}, {REPORT}, {WINNER}, {SUMMARY}, {METRICS}")
@@ -392,8 +406,8 @@ class Sweep:
 
     def print_head(self) -> None:
         """Prints what the sweep will try."""
-        counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in METHODS}
-        settings = " and ".join(f"{count} settings of {ARM_LABELS[arm]}" for arm, count in counts.items())
+        counts = {arm: sum(trial.arm == arm for trial in self.run.trials) for arm in self.run.searched}
+        settings = " and ".join(f"{count} settings of {self.labels[arm]}" for arm, count in counts.items())
         steps, seeds = self.population.steps, self.run.report_seeds
         stops = " and ".join(map(str, comparison_steps(self.run.sweep, steps)))
         self.console.print(
@@ -421,7 +435,7 @@ class Sweep:
             text = "none" if trial is None else f"{trial}: validation loss {scores[trial]:.4f}"
             diverged = f", {count} diverged" if count else ""
             self.console.print(
-                f"step {self.step}: {ARM_LABELS[arm]}, best of {len(arm_scores)} settings{diverged}: {text}"
+                f"step {self.step}: {self.labels[arm]}, best of {len(arm_scores)} settings{diverged}: {text}"
             )
 
     def print_means(self) -> None:
@@ -432,7 +446,7 @@ class Sweep:
             for arm in self.run.arms
         }
         means = ", ".join(
-            f"{ARM_LABELS[arm]} {sum(v) / len(v):.4f}" if v else f"{ARM_LABELS[arm]} diverged"
+            f"{self.labels[arm]} {sum(v) / len(v):.4f}" if v else f"{self.labels[arm]} diverged"
             for arm, v in losses.items()
         )
         self.console.print(

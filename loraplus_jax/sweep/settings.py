@@ -18,6 +18,19 @@ Arm = Literal["lora", "lora_plus", "control"]
 METHODS = ("lora", "lora_plus")
 ARM_LABELS: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
 """Display names of the arms."""
+MethodName = Literal[
+    "lora",
+    "lora_plus",
+    "lora_b",
+    "rslora",
+    "orthogonal",
+    "pissa",
+    "olora",
+    "riemannian",
+    "lora_rite",
+    "lora_muon",
+    "full",
+]
 RATE_MULTIPLES = (0.25, 0.5, 1.0, 2.0)
 """Default learning rates of LoRA+, as multiples of optimizer.learning_rate."""
 MAX_SAMPLES, MOST_REPORT_SEEDS, MOST_MEMBERS = 1000, 1000, 10_000
@@ -72,6 +85,11 @@ class SweepSettings:
       target: test loss for counting steps to target; null uses, for each seed, the worse of the final LoRA and
         LoRA+ losses.
       members_at_once: runs that a device trains in parallel; null uses 1 on a CPU and measures elsewhere.
+      methods: compare these methods, each tuned on as many settings as LoRA+ has, instead of LoRA and LoRA+ alone:
+        lora (always among them), lora_plus, lora_b, rslora, orthogonal, pissa, olora, riemannian, lora_rite,
+        lora_muon, full.
+      method_learning_rates: learning rates of single methods, with methods: a mapping from a method to a list as
+        long as the settings of LoRA+; by default those of plain LoRA, a tenth of them for pissa, olora and full.
     """
 
     method: Literal["halving", "grid"] = "halving"
@@ -88,6 +106,8 @@ class SweepSettings:
     keep: Fraction = 0.125
     target: Number | None = None
     members_at_once: Annotated[Count, Field(le=MOST_MEMBERS)] | None = None
+    methods: Annotated[tuple[MethodName, ...], Field(min_length=1), Distinct] | None = None
+    method_learning_rates: dict[MethodName, Rates] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if ones := [ratio for ratio in self.lr_ratios if _round_digits(ratio) == 1.0]:
@@ -100,6 +120,13 @@ class SweepSettings:
             for name in ("rungs", "keep"):
                 if getattr(self, name) != getattr(SweepSettings, name):
                     raise ValueError(f"{name} applies only to method halving, got method grid; remove {name}")
+        for name in self.method_learning_rates:
+            if name not in (self.methods or ()):
+                raise ValueError(f"method_learning_rates must be of sweep.methods, got {name}; add it there")
+        for name in ("alphas", "ranks", "samples", "lora_learning_rates") if self.methods else ():
+            if getattr(self, name) is not None:
+                where = "; use method_learning_rates" if name == "lora_learning_rates" else ""
+                raise ValueError(f"{name} must be null with methods, got {getattr(self, name)}{where}")
         if list(self.rungs) != sorted(self.rungs):
             raise ValueError(f"rungs must be in increasing order, got {list(self.rungs)}")
 
@@ -158,12 +185,7 @@ class SweepRun(Settings):
                 f"init_adapter is unsupported in a sweep, got {self.init_adapter}; remove it, as each "
                 "setting initializes its own adapter"
             )
-        if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:
-            raise ValueError(
-                f"a sweep runs in one process and shards no member: mesh.fsdp and mesh.tensor must be 1, got "
-                f"{self.mesh.fsdp} and {self.mesh.tensor}, and distributed.coordinator null, got "
-                f"{self.distributed.coordinator or 'null'}"
-            )
+        self._check_one_process()
         if max(self.seeds) + self.sweep.report_seeds >= 2**32:
             raise ValueError(
                 f"sweep.report_seeds {self.sweep.report_seeds}: report seeds continue from search seed "
@@ -176,6 +198,14 @@ class SweepRun(Settings):
             self.settings_of(trial, self.seed)
             if self.sweep.control:
                 self.settings_of(trial.control, self.seed)
+
+    def _check_one_process(self) -> None:
+        if (self.mesh.fsdp, self.mesh.tensor) != (1, 1) or self.distributed.coordinator is not None:
+            raise ValueError(
+                f"a sweep runs in one process and shards no member: mesh.fsdp and mesh.tensor must be 1, got "
+                f"{self.mesh.fsdp} and {self.mesh.tensor}, and distributed.coordinator null, got "
+                f"{self.distributed.coordinator or 'null'}"
+            )
 
     def _check_patterns(self) -> None:
         """Rejects a pattern that fixes for some modules what a list varies."""
@@ -220,6 +250,11 @@ class SweepRun(Settings):
     def arms(self) -> tuple[Arm, ...]:
         """Arms that the report compares."""
         return ("lora", "lora_plus", "control") if self.sweep.control else METHODS
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Arms that the search tunes."""
+        return METHODS
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -298,6 +333,12 @@ def _lora_rates(run: SweepRun) -> tuple[float, ...]:
     rates, ratios = _rates(run), run.sweep.lr_ratios
     low, high = min(rates) * min(1.0, *ratios), max(rates) * max(1.0, *ratios)
     return tuple(map(_round_digits, np.geomspace(low, high, len(rates) * len(ratios))))
+
+
+def grid_rates(run: SweepRun) -> tuple[list[tuple[float, float]], tuple[float, ...]]:
+    """The pairs of rate and ratio that LoRA+ tries, and as many log-spaced rates for a method without a ratio."""
+    pairs = list(itertools.product(_rates(run), run.sweep.lr_ratios))
+    return pairs, _lora_rates(run)
 
 
 def _grid_trials(run: SweepRun) -> tuple[Trial, ...]:

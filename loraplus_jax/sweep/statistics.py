@@ -19,8 +19,8 @@ Curve = Sequence[tuple[int, float | None]]
 RunRow = dict[str, Any]
 
 
-def t_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and two-sided 95 % t-interval of independent values; `low` and `high` are None for fewer than two.
+def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> dict[str, Any]:
+    """Mean and two-sided t-interval of independent values; `low` and `high` are None for fewer than two.
 
     >>> interval = t_interval([1.0, 2.0, 3.0])
     >>> round(interval["low"], 4), interval["mean"], round(interval["high"], 4)
@@ -33,18 +33,20 @@ def t_interval(values: Sequence[float]) -> dict[str, Any]:
     if count < 2:
         return {"mean": mean, "low": None, "high": None, "pairs": count}
     half = (
-        float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+        float(stats.t.ppf((1 + confidence) / 2, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
     )
     return {"mean": mean, "low": mean - half, "high": mean + half, "pairs": count}
 
 
-def ratio_interval(over: Sequence[float], under: Sequence[float]) -> dict[str, Any]:
-    """Geometric mean and 95 % interval of paired ratios: the t-interval of their logarithms.
+def ratio_interval(
+    over: Sequence[float], under: Sequence[float], confidence: float = CONFIDENCE
+) -> dict[str, Any]:
+    """Geometric mean and interval, by default of 95 %, of paired ratios: the t-interval of their logarithms.
 
     >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
     2.0
     """
-    logs = t_interval([math.log(a / b) for a, b in zip(over, under, strict=True)])
+    logs = t_interval([math.log(a / b) for a, b in zip(over, under, strict=True)], confidence)
     return {k: v if k == "pairs" or v is None else math.exp(v) for k, v in logs.items()}
 
 
@@ -69,12 +71,17 @@ def steps_to(curve: Curve, target: float) -> float | None:
     return None
 
 
-def report_runs(rows: Sequence[RunRow], steps: int, target: float | None) -> list[RunRow]:
+def report_runs(
+    rows: Sequence[RunRow],
+    steps: int,
+    target: float | None,
+    pair: tuple[str, str] = ("lora", "lora_plus"),
+) -> list[RunRow]:
     """Groups the report's rows into runs, one per arm and seed: curve, test result and steps to the target.
 
-    If `target` is None, the target of a seed is the worse of the final losses of LoRA and LoRA+. Both reach it, and
-    swapping the two methods does not change it, as it would if it were LoRA's own final loss. A target that the
-    initial values already meet says nothing about training, so it has no steps to target.
+    If `target` is None, the target of a seed is the worse of the final losses of the two arms of `pair`. Both reach
+    it, and swapping the two methods does not change it, as it would if it were LoRA's own final loss. A target that
+    the initial values already meet says nothing about training, so it has no steps to target.
     """
     runs: dict[tuple[str, int], RunRow] = {}
     for row in rows:
@@ -87,7 +94,10 @@ def report_runs(rows: Sequence[RunRow], steps: int, target: float | None) -> lis
         if row["step"] == steps:
             run["test"] = {name: row[name] for name in row if name not in _KEYS}
     for run in runs.values():
-        curve, goal = run["curve"], _shared_target(runs, run["seed"], steps) if target is None else target
+        curve, goal = (
+            run["curve"],
+            _shared_target(runs, pair, run["seed"], steps) if target is None else target,
+        )
         start = curve[0][1] if curve else None
         run["target"], run["diverged"] = goal, any(loss is None for _, loss in curve)
         run["at_start"] = goal is not None and start is not None and start <= goal
@@ -99,14 +109,18 @@ def report_runs(rows: Sequence[RunRow], steps: int, target: float | None) -> lis
 _KEYS = ("stage", "arm", "trial", "seed", "step", "split")
 
 
-def _shared_target(runs: Mapping[tuple[str, int], RunRow], seed: int, steps: int) -> float | None:
-    """The worse of the final losses of LoRA and LoRA+; None if either is missing."""
-    curves = [runs[arm, seed]["curve"] for arm in ("lora", "lora_plus") if (arm, seed) in runs]
+def _shared_target(
+    runs: Mapping[tuple[str, int], RunRow], pair: tuple[str, str], seed: int, steps: int
+) -> float | None:
+    """The worse of the final losses of a pair of arms; None if either is missing."""
+    curves = [runs[arm, seed]["curve"] for arm in pair if (arm, seed) in runs]
     finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
     return max(finals) if len(finals) == 2 else None
 
 
-def compare_arms(runs: Sequence[RunRow], first: str, second: str, metric: str) -> RunRow:
+def compare_arms(
+    runs: Sequence[RunRow], first: str, second: str, metric: str, confidence: float = CONFIDENCE
+) -> RunRow:
     """Compares two arms on their common seeds: test loss and metric (first minus second), and steps to the target.
 
     `steps_ratio` is the second's steps over the first's, where both reach the target; above 1, the first needs
@@ -129,9 +143,9 @@ def compare_arms(runs: Sequence[RunRow], first: str, second: str, metric: str) -
             first: sum(a is not None and b is None for a, b in steps),
             second: sum(a is None and b is not None for a, b in steps),
         },
-        "steps_ratio": ratio_interval([b for _, b in reached], [a for a, _ in reached]),
-        "test_loss": t_interval([a["loss"] - b["loss"] for a, b in tests]),
-        "test_metric": t_interval([a[metric] - b[metric] for a, b in tests]),
+        "steps_ratio": ratio_interval([b for _, b in reached], [a for a, _ in reached], confidence),
+        "test_loss": t_interval([a["loss"] - b["loss"] for a, b in tests], confidence),
+        "test_metric": t_interval([a[metric] - b[metric] for a, b in tests], confidence),
     }
 
 

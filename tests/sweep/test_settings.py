@@ -8,6 +8,7 @@ import yaml
 from loraplus_jax.cli import main
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.halving import comparison_steps, survivors
+from loraplus_jax.sweep.methods import method_run
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
 
@@ -50,6 +51,11 @@ def target(run):
 
 
 # Field, another value, what shows it, and what else must be set; members_at_once is in test_population.py.
+def pissa(run):
+    return method_run(run, "pissa").trials
+
+
+RATES = [1e-5 * n for n in range(1, 17)]
 EFFECTS = [
     ("method", "grid", stops, ()),
     ("learning_rates", "[1e-3]", trials, ()),
@@ -64,6 +70,13 @@ EFFECTS = [
     ("rungs", "[0.5]", stops, ()),
     ("keep", "0.5", kept, ()),
     ("target", "0.4", target, ()),
+    ("methods", "[pissa]", lambda run: run.sweep.methods, ()),
+    (
+        "method_learning_rates",
+        f"{{pissa: {[1e-5 * n for n in range(1, 17)]}}}",
+        pissa,
+        ("--sweep.methods", "[pissa]"),
+    ),
 ]
 
 

@@ -125,6 +125,7 @@ def test_named_optimizers(name):
         "schedule": "constant",
     }
     config = dataclasses.replace(CONFIG, lr_ratio=4.0 if name == "riemannian" else 1.0)
+    make_optimizer(OptimizerSettings(**fields, warmup_steps=2), config, 10, SPECS).init(PARAMS)  # from rate 0
     tx = make_optimizer(OptimizerSettings(**fields), config, 10, SPECS)
     clip = optax.clip_by_global_norm(0.5)
     by_hand = {

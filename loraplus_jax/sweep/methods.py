@@ -1,0 +1,280 @@
+"""`sweep.methods`: tunes each method on equally many settings and compares all with plain LoRA on new seeds.
+
+Every method is a search and a report of its own, one program each, in a directory of its own; a finished one is
+read back when the comparison resumes.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from pydantic.dataclasses import dataclass
+
+from .._validation import expand_path
+from ..atomic import to_json, write_text
+from ..checkpoint import PACKAGES
+from ..json_files import read_json
+from ..settings.schema import INVARIANT, OptimizerSettings, Settings
+from ..settings.types import SECTION
+from ..training.anomalies import TrainingFailed
+from ..training.console import LineConsole, lines_only
+from ..training.metrics_log import SUMMARY
+from ..training.run_directory import add_path_to_errors, check_directory, claim_directory
+from ..tree import count
+from .methods_report import compare, draw, render
+from .population import Population
+from .report import PAGE, REPORT, write_report
+from .run import Sweep, sweep
+from .settings import MAY_CHANGE, Arm, SweepRun, Trial, grid_rates
+
+TIMED_STEPS = 5
+"""Steps that are timed once a method has finished; the median counts."""
+
+
+class Method(NamedTuple):
+    """A method of the comparison.
+
+    Attributes:
+      label: display name.
+      changes: settings that differ from plain LoRA's, by dotted name.
+      rate: its default learning rates, as a multiple of plain LoRA's.
+    """
+
+    label: str
+    changes: Mapping[str, Any] = {}
+    rate: float = 1.0
+
+
+TABLE: dict[str, Method] = {
+    "lora": Method("LoRA"),
+    "lora_plus": Method("LoRA+"),
+    "lora_b": Method("LoRA, A = 0", {"lora.init": "lora_b"}),
+    "rslora": Method("rsLoRA", {"lora.use_rslora": True}),
+    "orthogonal": Method("LoRA, orthogonal", {"lora.init": "orthogonal"}),
+    "pissa": Method("PiSSA", {"lora.init": "pissa"}, 0.1),
+    "olora": Method("OLoRA", {"lora.init": "olora"}, 0.1),
+    "riemannian": Method("Riemannian", {"optimizer.name": "riemannian"}),
+    "lora_rite": Method("LoRA-RITE", {"optimizer.name": "lora_rite"}),
+    "lora_muon": Method(
+        "LoRA-Muon", {"optimizer.name": "lora_muon", "optimizer.b2": None, "optimizer.eps": None}
+    ),
+    "full": Method("full", {"method": "full", "optimizer.name": None}, 0.1),
+}
+
+
+def sweep_or_compare(
+    run: SweepRun,
+    *,
+    fresh: bool = False,
+    allow_different: Sequence[str] = (),
+    console: LineConsole | None = None,
+) -> dict[str, Any]:
+    """Runs `sweep`, or with `sweep.methods` `compare_methods`."""
+    command = sweep if run.sweep.methods is None else compare_methods
+    return command(run, fresh=fresh, allow_different=allow_different, console=console)
+
+
+def compare_methods(
+    run: SweepRun,
+    *,
+    fresh: bool = False,
+    allow_different: Sequence[str] = (),
+    console: LineConsole | None = None,
+) -> dict[str, Any]:
+    """Tunes and compares `sweep.methods`, writes the results to `run.output_dir`, and resumes what is there.
+
+    Args, errors: as for `sweep`; a method of which every setting diverges is reported as such.
+
+    Returns:
+      The content of `report.json`.
+    """
+    console, directory = lines_only(console), expand_path("output_dir", run.output_dir)
+    names = tuple(dict.fromkeys(("lora", *(run.sweep.methods or ()))))
+    runs = {name: method_run(run, name) for name in names}
+    check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
+    began = time.perf_counter()
+    with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
+        results = {}
+        for name, one in runs.items():
+            console.print(f"{TABLE[name].label}: {len(one.trials)} settings")
+            results[name] = _result(one, allow_different, console)
+        check()
+        report = compare(run, {name: TABLE[name].label for name in names}, results)
+        draw(directory, report)
+        write_report(directory, report)
+        write_text(directory / PAGE, render(directory, report))
+        summary = {"verdict": report["verdict"], "seconds": round(time.perf_counter() - began, 1)}
+        summary["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+        write_text(directory / SUMMARY, to_json(summary, indent=1) + "\n")
+    console.print(report["verdict"], f"{directory}: {PAGE}, {REPORT}, {SUMMARY}", sep="\n")
+    return report
+
+
+def _result(run: "MethodRun", allow_different: Sequence[str], console: LineConsole) -> dict[str, Any]:
+    """The rows, the chosen setting and the costs of a method, read back if it has finished."""
+    directory = expand_path("output_dir", run.output_dir)
+    if (directory / SUMMARY).is_file():
+        check_directory_matches(directory, run)
+        return read_json(directory / REPORT)
+    try:
+        return sweep(run, allow_different=allow_different, console=console, kind=MethodSweep)
+    except TrainingFailed:
+        return read_json(directory / REPORT)
+
+
+def check_directory_matches(directory: Path, run: "MethodRun") -> None:
+    """Raises ValueError if a finished method was run with other settings."""
+    saved = read_json(directory / SUMMARY).get("trials")
+    if saved != [list(trial) for trial in run.trials]:
+        raise ValueError(
+            f"{directory} has other settings of {run.name}; choose another output_dir, or use --fresh"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class MethodRun(SweepRun):
+    """The search and report of one method.
+
+    Attributes:
+      name: the method, one of `TABLE`.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        self._check_one_process()
+        _ = self.trials
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """The one arm."""
+        return ("lora_plus",) if self.name == "lora_plus" else ("lora",)
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The one arm."""
+        return self.arms
+
+    @property
+    def shared_optimizer(self) -> OptimizerSettings:
+        """As for a sweep; full fine-tuning has one rate for all weights, the head too."""
+        return self.optimizer if self.name == "full" else super().shared_optimizer
+
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """The settings to try: as many for every method."""
+        rest = self.lora.alpha, self.lora.rank
+        pairs, even = grid_rates(self)
+        if self.name == "lora_plus":
+            return tuple(Trial(*pair, *rest) for pair in pairs)
+        rates = self.sweep.method_learning_rates.get(self.name)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if rates is None:
+            rates = tuple(float(f"{TABLE[self.name].rate * rate:.3g}") for rate in even)
+        if len(rates) != len(pairs):
+            raise ValueError(
+                f"sweep.method_learning_rates of {self.name} must be {len(pairs)} rates, as many as LoRA+ has "
+                f"settings, got {len(rates)}"
+            )
+        return tuple(Trial(rate, 1.0, *rest) for rate in rates)
+
+
+def method_run(run: SweepRun, name: str) -> MethodRun:
+    """The search and report of a method, from the settings of the comparison.
+
+    Raises:
+      ValueError: the method and the settings contradict each other; the message names the method.
+    """
+    values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    values["output_dir"] = str(Path(run.output_dir) / name)
+    values["sweep"] = dataclasses.replace(run.sweep, control=False)
+    changes = dict(TABLE[name].changes)
+    try:
+        for dotted, value in changes.items():
+            section, _, field = dotted.rpartition(".")
+            if not section:
+                values[field] = value
+                continue
+            if value is None:  # back to the default: it has no effect with this method
+                value = type(values[section]).__dataclass_fields__[field].default
+            values[section] = dataclasses.replace(values[section], **{field: value})
+        if name != "lora_plus":
+            values["lora"] = dataclasses.replace(values["lora"], lr_ratio=1.0)
+        return MethodRun(**values, name=name)
+    except ValueError as error:
+        raise ValueError(f"sweep.methods {name}: {error}") from None
+
+
+class MethodSweep(Sweep):
+    """The search and report of one method; its report holds the rows for the comparison, and what a step costs."""
+
+    run: MethodRun
+
+    def start(self) -> None:
+        """Begins or resumes, under the method's name."""
+        self.labels = dict.fromkeys(self.run.arms, TABLE[self.run.name].label)
+        super().start()
+
+    def report(self) -> dict[str, Any]:
+        """The rows so far and the chosen setting."""
+        return {
+            "rows": self.rows,
+            "chosen": {arm: trial._asdict() for arm, trial in self.chosen.items()},
+            "steps": self.population.steps,
+            "metric": self.population.data.task.metric,
+        }
+
+    def fail(self, diverged: Sequence[str]) -> None:
+        """Writes what there is and ends the method."""
+        write_report(self.directory, self.report() | {"diverged": True})
+        self.write_end()
+        raise TrainingFailed(f"every setting diverged by step {self.step}")
+
+    def finish(self) -> dict[str, Any]:
+        """Writes the rows, the costs and, last, the summary."""
+        report = self.report() | {"cost": cost(self.population, self.slots, self.next_batches())}
+        self.check()
+        write_report(self.directory, report)
+        self.write_end()
+        return report
+
+    def write_end(self) -> None:
+        """Marks the method as finished."""
+        trials = [list(trial) for trial in self.run.trials]
+        write_text(self.directory / SUMMARY, to_json({"trials": trials}, indent=1) + "\n")
+
+    def print_head(self) -> None:
+        """Prints where it resumes."""
+        if self.clock:
+            self.console.print(f"resuming from step {self.step} of the {self.stage}")
+
+
+def cost(population: Population, slots: Any, batches: Mapping[int, Any]) -> dict[str, Any]:
+    """Trainable parameters, seconds of a member's step (median), and bytes that a member takes beside the base."""
+    members = len(slots.member_ids)
+    seconds = []
+    for _ in range(TIMED_STEPS):
+        began = time.perf_counter()
+        slots.step(batches)
+        jax.block_until_ready(slots.chunks)
+        seconds.append((time.perf_counter() - began) / members)
+    memory = population.programs.step.memory_analysis()
+    per_member = memory and (
+        memory.temp_size_in_bytes / max(1, population.at_once)
+        + sum(x.nbytes for x in jax.tree.leaves(slots.chunks[0])) / population.chunk
+    )
+    return {
+        "trainable": count(population.parts.trainable),
+        "step_seconds": float(np.median(seconds)),
+        "bytes": None if not per_member or not math.isfinite(per_member) else int(per_member),
+    }
+
+
+assert set(INVARIANT) <= set(TABLE)

@@ -1,0 +1,153 @@
+"""The comparison of methods: paired differences to plain LoRA, a first line that answers, a page and a picture."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from ..training.metrics_log import pyplot, save_figure
+from .report import format_number, format_steps
+from .settings import SweepRun
+from .statistics import CONFIDENCE, compare_arms, report_runs
+
+PICTURES = {
+    "differences": "Test loss minus tuned LoRA's, paired by seed: mean and interval. Left of the line is better.",
+    "curves": "Mean test loss of the selected settings over the report seeds.",
+}
+"""Name and caption of each picture."""
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[str, Any]:
+    """All numbers of a comparison as plain JSON values.
+
+    Every method is compared with LoRA on the same seeds. With k comparisons each interval has the confidence
+    1 - 0.05 / k (Bonferroni), so that all hold together with 95 %.
+
+    Args:
+      run: settings of the comparison.
+      labels: display name of each method; "lora" is among them.
+      results: what `MethodSweep` reported of each.
+    """
+    others = [name for name in labels if name != "lora"]
+    confidence = 1 - (1 - CONFIDENCE) / max(1, len(others))
+    metric, steps = results["lora"]["metric"], results["lora"]["steps"]
+    rows = {name: _report_rows(result["rows"], name) for name, result in results.items()}
+    methods = {}
+    for name, label in labels.items():
+        result, pair = results[name], ("lora", name)
+        runs = report_runs(
+            rows["lora"] + (rows[name] if name != "lora" else []), steps, run.sweep.target, pair
+        )
+        own = [one for one in runs if one["arm"] == name]
+        ends = [one["test"] for one in own if one["test"] is not None and not one["diverged"]]
+        methods[name] = {
+            "label": label,
+            "chosen": next(iter(result["chosen"].values()), None),
+            "settings": len({tuple(row["trial"]) for row in result["rows"] if row["stage"] == "search"}),
+            "runs": own,
+            "loss": float(np.mean([end["loss"] for end in ends])) if ends else None,
+            "metric": float(np.mean([end[metric] for end in ends])) if ends else None,
+            "diverged": sum(one["diverged"] for one in own),
+            "cost": result.get("cost"),
+            "against_lora": None if name == "lora" else compare_arms(runs, name, "lora", metric, confidence),
+        }
+    return {
+        "verdict": verdict(methods, confidence),
+        "protocol": {
+            "model": run.model.path,
+            "data": run.data.path or run.data.train,
+            "steps": steps,
+            "settings": methods["lora"]["settings"],
+            "seeds": list(run.seeds),
+            "report_seeds": list(run.report_seeds),
+            "metric": metric,
+            "confidence": confidence,
+        },
+        "methods": methods,
+    }
+
+
+def _report_rows(rows: Any, name: str) -> list[dict[str, Any]]:
+    return [row | {"arm": name} for row in rows if row["stage"] == "report"]
+
+
+def verdict(methods: Mapping[str, Any], confidence: float) -> str:
+    """One sentence: which methods have a significantly lower, or higher, test loss than tuned LoRA."""
+    others = {name: method for name, method in methods.items() if name != "lora"}
+    known = {n: m["against_lora"]["test_loss"] for n, m in others.items()}
+    known = {name: interval for name, interval in known.items() if interval["low"] is not None}
+    better = {name: interval for name, interval in known.items() if interval["high"] < 0}
+    worse = [others[name]["label"] for name, interval in known.items() if interval["low"] > 0]
+    pairs = max((interval["pairs"] for interval in known.values()), default=0)
+    evidence = f"{pairs} paired seeds, {len(others)} comparisons, intervals of {confidence:.1%} each"
+    if better:
+        found = ", ".join(
+            f"{others[n]['label']} {_range(i)}"
+            for n, i in sorted(better.items(), key=lambda item: item[1]["mean"])
+        )
+        text = f"Lower test loss than tuned LoRA: {found} ({evidence})"
+    else:
+        best = min(known, key=lambda name: known[name]["mean"], default=None)
+        nearest = ""
+        if best is not None:
+            nearest = f"; the best is {others[best]['label']}, {_range(known[best])}"
+        text = f"No method has a significantly lower test loss than tuned LoRA{nearest} ({evidence})"
+    failed = [method["label"] for name, method in others.items() if name not in known]
+    text += f"; significantly higher: {', '.join(worse)}" if worse else ""
+    text += f"; no result: {', '.join(failed)}" if failed else ""
+    return f"{text}."
+
+
+def _range(interval: Mapping[str, float]) -> str:
+    return f"{interval['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+
+
+def draw(directory: Path, report: Mapping[str, Any]) -> None:
+    """Draws the pictures as PNG files in a directory."""
+    plt, methods = pyplot(), report["methods"]
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    compared = [
+        m for m in methods.values() if m["against_lora"] and m["against_lora"]["test_loss"]["low"] is not None
+    ]
+    compared.sort(key=lambda method: -method["against_lora"]["test_loss"]["mean"])
+    for row, method in enumerate(compared):
+        interval = method["against_lora"]["test_loss"]
+        axes.hlines(row, interval["low"], interval["high"], color="#0b5fa5", linewidth=2)
+        axes.plot(interval["mean"], row, "o", color="#0b5fa5", markersize=7)
+    axes.axvline(0, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(compared)), [method["label"] for method in compared])
+    axes.set(xlabel="test loss minus tuned LoRA's", title="Difference to tuned LoRA, paired by seed")
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(figure, directory / "differences.png")
+    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    styles = ["-", "--", "-.", ":"]
+    for number, method in enumerate(methods.values()):
+        curves = [run["curve"] for run in method["runs"] if not run["diverged"]]
+        if curves:
+            steps, losses = (
+                [step for step, _ in curves[0]],
+                np.mean([[loss for _, loss in c] for c in curves], 0),
+            )
+            axes.plot(steps, losses, styles[number // 10 % 4], color=f"C{number % 10}", label=method["label"])
+    axes.set(xlabel="step", ylabel="test loss", title="Selected settings on the report seeds")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, directory / "curves.png")
+
+
+def render(directory: Path, report: Mapping[str, Any]) -> str:
+    """The page, with its pictures embedded, so that one file can be sent and needs no network."""
+    images = {
+        name: base64.b64encode((directory / f"{name}.png").read_bytes()).decode("ascii") for name in PICTURES
+    }
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": format_number, "steps": format_steps}
+    template = environment.from_string((Path(__file__).parent / "methods.html").read_text(encoding="utf-8"))
+    return template.render(report=report, images=images, captions=PICTURES)

@@ -1,0 +1,93 @@
+"""`sweep.methods` on the tiny world: equal budgets, resuming, a report whose first line answers."""
+
+import json
+
+import pytest
+import yaml
+
+from loraplus_jax.cli import main
+from loraplus_jax.sweep import methods as comparing
+from loraplus_jax.sweep.methods import TABLE
+from loraplus_jax.sweep.settings import MethodName
+
+from ..messages import assert_mentions
+from .test_run import summary_of
+
+FLAGS = [
+    *("--sweep.learning_rates", "[2e-3,5e-3]", "--sweep.lr_ratios", "[4]", "--sweep.report_seeds", "2"),
+    *("--train.steps", "8", "--train.eval_every", "4", "--sweep.rungs", "[0.5]", "--sweep.keep", "0.5"),
+]
+SOME = "[lora_plus,pissa,lora_rite,full]"
+
+
+def compare(world, *flags, methods=SOME):
+    command = ["sweep", str(world.config), "--output_dir", str(world.out), "--sweep.methods", methods]
+    return main([*command, *FLAGS, *flags])
+
+
+def test_every_method_of_the_settings_is_in_the_table():
+    assert set(MethodName.__args__) == set(TABLE)
+
+
+@pytest.mark.slow
+def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
+    finished, stop = [], comparing._result
+
+    def interrupted(run, *rest):
+        if run.name == "lora_rite" and len(finished) == 3:
+            raise KeyboardInterrupt
+        finished.append(run.name)
+        return stop(run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "_result", interrupted)
+        assert compare(world) == 130
+    before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
+    assert compare(world) == 0
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert len(before) == 3
+    report = json.loads((world.out / "report.json").read_text())
+    assert list(report["methods"]) == ["lora", "lora_plus", "pissa", "lora_rite", "full"]
+    assert {m["settings"] for m in report["methods"].values()} == {2}
+    full, lora = (report["methods"][name] for name in ("full", "lora"))
+    assert full["cost"]["trainable"] > 5 * lora["cost"]["trainable"] > 0
+    assert lora["cost"]["step_seconds"] > 0
+    assert report["protocol"]["confidence"] == pytest.approx(1 - 0.05 / 4)
+    for name, method in report["methods"].items():
+        losses = {run["seed"]: run["test"]["loss"] for run in method["runs"]}
+        assert method["loss"] == pytest.approx(sum(losses.values()) / 2)
+        if name != "lora":
+            paired = [losses[run["seed"]] - run["test"]["loss"] for run in lora["runs"]]
+            assert method["against_lora"]["test_loss"]["mean"] == pytest.approx(sum(paired) / 2)
+    out = capsys.readouterr().out
+    assert report["verdict"] in out
+    page = (world.out / "report.html").read_text()
+    assert page.index("tuned LoRA") < page.index("<h1>")
+    # The chosen setting of a method is the single run with its settings.
+    seed = report["protocol"]["report_seeds"][0]
+    rate = report["methods"]["lora_rite"]["chosen"]["learning_rate"]
+    head = str(yaml.safe_load((world.out / "config.yaml").read_text())["optimizer"]["learning_rate"])
+    flags = ("--method", "lora", "--optimizer.name", "lora_rite", "--optimizer.learning_rate", str(rate))
+    run = world.trained(
+        *(*flags, "--optimizer.head_learning_rate", head, "--seed", str(seed), "--train.select", "last"),
+        *("--train.steps", "8", "--train.eval_every", "4"),
+        out=world.directory / "one",
+    )
+    member = next(run for run in report["methods"]["lora_rite"]["runs"] if run["seed"] == seed)
+    assert summary_of(run)["after"]["loss"] == pytest.approx(member["test"]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("methods", "flags", "words"),
+    [
+        ("[lora_pluss]", (), ("sweep.methods", "lora_pluss")),
+        (SOME, ("--sweep.ranks", "[2,4]"), ("ranks", "null", "methods")),
+        (SOME, ("--sweep.method_learning_rates", "{dora: [1e-3,2e-3]}"), ("method_learning_rates", "dora")),
+        (SOME, ("--sweep.method_learning_rates", "{pissa: [1e-3]}"), ("sweep.methods pissa", "2", "1")),
+        (SOME, ("--model.quantize", "nf4"), ("sweep.methods pissa", "model.quantize", "nf4")),
+    ],
+)
+def test_bad_input(world, capsys, methods, flags, words):
+    assert compare(world, *flags, methods=methods) == 2
+    assert_mentions(capsys.readouterr().err, *words)
+    assert not world.out.exists()
