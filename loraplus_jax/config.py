@@ -10,6 +10,7 @@ from ._validation import check_choice, check_int, check_number, suggest
 
 Init = Literal["lora", "lora_b", "gaussian"]
 Bias = Literal["none", "all", "lora_only"]
+Variant = Literal["lora", "dora"]
 
 DEFAULT_LR_RATIO: Mapping[Init, float] = {"lora": 4.0, "gaussian": 4.0, "lora_b": 16.0}
 """The default lambda by init. The paper found 16 with random B and zero A (`"lora_b"`); with zero B it reports
@@ -68,6 +69,8 @@ class LoRAPlusConfig:
       init: initialization of the factors: lora has He-uniform A and zero B (Init[1] of the paper); lora_b has
         zero A and He-uniform B (Init[2], used in the paper's experiments); gaussian has A from N(0, 1/r^2) and
         zero B.
+      variant: lora, or dora (arXiv 2402.09353), which also trains the norm of each output's weights and makes A and
+        B change only their direction.
       modules_to_save: names of modules to train fully, such as a new head.
       bias: biases to train fully: none, all, or lora_only (those of the adapted layers).
 
@@ -92,6 +95,7 @@ class LoRAPlusConfig:
     dropout: float = 0.0
     lr_ratio: float = None  # pyright: ignore[reportAssignmentType] # __post_init__ sets a number
     init: Init = "lora"
+    variant: Variant = "lora"
     modules_to_save: tuple[str, ...] = ()
     bias: Bias = "none"
 
@@ -116,6 +120,7 @@ class LoRAPlusConfig:
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be true or false, got {self.use_rslora!r}")
         check_choice("init", self.init, get_args(Init))
+        check_choice("variant", self.variant, get_args(Variant))
         check_choice("bias", self.bias, get_args(Bias))
         if self.lr_ratio is None:
             object.__setattr__(self, "lr_ratio", DEFAULT_LR_RATIO[self.init])

@@ -19,7 +19,7 @@ from ._validation import check_choice, check_int, check_number
 from .config import LoRAPlusConfig
 from .lora import weight_delta
 from .quantization import is_packed
-from .spec import AdapterSpec, Specs
+from .spec import AdapterSpec, Specs, reject_magnitude
 from .tree import flat_factors, flatten, rebox, replace_leaves, unflatten
 
 Start = tuple[dict[str, Any], dict[str, Any]]
@@ -39,7 +39,8 @@ def pissa(base: Mapping[str, Any], specs: Specs, *, iterations: int | None = Non
       seed: of its random start.
 
     Raises:
-      ValueError: a weight is missing, packed, or has layers without adapters; or `iterations` is below 0.
+      ValueError: a weight is missing, packed, or has layers without adapters; an adapter is of variant dora; or
+        `iterations` is below 0.
     """
     if iterations is not None:
         check_int("iterations", iterations, at_least=0)
@@ -138,8 +139,9 @@ def orthogonal(key: jax.Array, specs: Specs) -> dict[str, Any]:
       The tree of factors, float32.
 
     Raises:
-      ValueError: a rank is not even.
+      ValueError: a rank is not even, or an adapter is of variant dora.
     """
+    reject_magnitude("a start from orthogonal factors", specs)
     lora = {}
     for number, (module, spec) in enumerate(specs.items()):
         if spec.rank % 2:
@@ -223,6 +225,7 @@ def _start(
     keep: bool = False,
 ) -> Start:
     """Makes the factors of each weight, one after the other, and the rest of the weight unless it is kept."""
+    reject_magnitude("a start from weights", specs)
     flat, rest, lora = flatten(base), {}, {}
     for module, spec in specs.items():
         weight = meta.unbox(flat.get(spec.leaf))

@@ -48,6 +48,8 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
     (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
     (("optimizer.decay",), "optimizer.weight_decay", ()),
+    (("optimizer.magnitude_learning_rate",), "optimizer.policy", ("lora_plus",)),
+    (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
     (("train.prompt_tokens",), "train.prompt", ()),
     (("train.theory_every",), "method", ("lora_plus", "lora")),
     (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
@@ -197,8 +199,9 @@ class OptimizerSettings:
       learning_rate: eta_A, peak learning rate of A and all else except B; B's is lora.lr_ratio times it.
       head_learning_rate: peak learning rate of the head and other fully trained parameters; null uses eta_A.
       embedding_learning_rate: peak learning rate of embedding adapters; null uses eta_A, or 1e-6 with policy peft.
+      magnitude_learning_rate: peak learning rate of the magnitudes of lora.variant dora; null uses eta_A.
       policy: parameter groups: lora_plus gives only B lora.lr_ratio x learning_rate; peft, as PEFT does, also
-        biases and norms, which then get no weight decay.
+        biases and norms, which then get no weight decay, and magnitudes.
       schedule: learning rate schedule after warmup.
       warmup_steps: steps of linear warmup from 0.
       final_fraction: final learning rate as a fraction of the peak (linear, cosine and wsd).
@@ -214,6 +217,7 @@ class OptimizerSettings:
     learning_rate: Rate = 1e-4
     head_learning_rate: Rate | None = None
     embedding_learning_rate: Rate | None = None
+    magnitude_learning_rate: Rate | None = None
     policy: Policy = "lora_plus"
     schedule: Schedule = "linear"
     warmup_steps: Index = 0
