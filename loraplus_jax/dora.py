@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.core import Tracer
 
 from .multihost import gather_to_host
 from .quantization import is_packed
@@ -105,7 +106,7 @@ def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Spec
             raise ValueError(f"{spec.leaf} in the base must have shape {spec.shape}, got {shape}")
         norms = _jit_norms(weight, spec.base_letters, spec.factor_letters)
         # On the host they are the same on every process, as all that is trained is at first.
-        is_traced = isinstance(norms, jax.core.Tracer)
+        is_traced = isinstance(norms, Tracer)
         new[spec.factor_paths(module)[2]] = norms if is_traced else jnp.asarray(gather_to_host(norms))
     return replace_leaves(lora, new)
 

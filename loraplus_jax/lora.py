@@ -84,7 +84,7 @@ def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec)
     if not magnitude:
         return total
     letters, outputs = spec.base_letters, spec.factor_letters[1].replace("r", "")
-    c = output_scale(weight, a, b, *magnitude, spec.scale, letters, spec.factor_letters)
+    c = output_scale(weight, a, b, magnitude[0], spec.scale, letters, spec.factor_letters)
     return jnp.einsum(f"{letters},{outputs}->{letters}", total, c)
 
 

@@ -270,7 +270,7 @@ def add_low_rank_term(
     scale = jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale
     if magnitude and mode() is not Mode.LOW_RANK_ONLY:
         weight = meta.unbox(scope.get_variable("params", call.leaf))
-        c = output_scale(weight, a, b, *magnitude, scale, spec.base_letters, spec.factor_letters)
+        c = output_scale(weight, a, b, magnitude[0], scale, spec.base_letters, spec.factor_letters)
         if call.product is not None:  # its outputs are the inputs of the weight
             x = call.scale_outputs(x, c, None)
             y, c = call.product(x), None

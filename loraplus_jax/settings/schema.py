@@ -52,6 +52,7 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
     (("train.prompt_tokens",), "train.prompt", ()),
     (("train.theory_every",), "method", ("lora_plus", "lora")),
+    (("train.theory_every",), "lora.variant", ("lora",)),
     (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
     (("init_adapter_rates",), "init_adapter", ()),
 )

@@ -29,15 +29,14 @@ def make_optimizer(
     schedule = functools.partial(schedule_for, settings, steps)
     if lr_ratio is None:
         lr_ratio = 1.0 if config is None else config
-    own_rates = {
-        name: schedule(rate)
-        for name in ("embedding_learning_rate", "head_learning_rate", "magnitude_learning_rate")
-        if (rate := getattr(settings, name)) is not None
-    }
+    embedding, head = settings.embedding_learning_rate, settings.head_learning_rate
+    magnitude = settings.magnitude_learning_rate
     return lora_plus_adamw(
         schedule(settings.learning_rate if learning_rate is None else learning_rate),
         lr_ratio,
-        **own_rates,
+        embedding_learning_rate=None if embedding is None else schedule(embedding),
+        head_learning_rate=None if head is None else schedule(head),
+        magnitude_learning_rate=None if magnitude is None else schedule(magnitude),
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
