@@ -48,7 +48,6 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
     (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
     (("optimizer.decay",), "optimizer.weight_decay", ()),
-    (("optimizer.magnitude_learning_rate",), "optimizer.policy", ("lora_plus",)),
     (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
     (("train.prompt_tokens",), "train.prompt", ()),
     (("train.theory_every",), "method", ("lora_plus", "lora")),
