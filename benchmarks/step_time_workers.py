@@ -43,16 +43,21 @@ def here(job: dict[str, Any]) -> Worker:
     from loraplus_jax.tree import flatten, replace_leaves
 
     base, params, batch = _llama(job)
-    config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"])
+    variant = job.get("variant", "lora")
+    config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"], variant=variant)
     model = apply_lora_plus(base, config)
-    lora, specs = init_lora(model, jax.random.key(0), jax.ShapeDtypeStruct(batch.shape, batch.dtype))
-    lora = replace_leaves(lora, {path: _factor(job, path) for path in flatten(lora)})
+    shape = jax.ShapeDtypeStruct(batch.shape, batch.dtype)
+    lora, specs = init_lora(model, jax.random.key(0), shape, base={"params": params})
+    paths = [path for path in flatten(lora) if not path.endswith("magnitude")]
+    lora = replace_leaves(lora, {path: _factor(job, path) for path in paths})
 
     def loss_fn(variables: Any, ids: jax.Array, rng: jax.Array) -> tuple:
         hidden = model.apply(variables, ids, method="hidden")
         return _loss_sum(job, hidden, variables["params"], ids), {}
 
-    tx = lora_plus_adamw(job["lr"], lr_ratio=job["lr_ratio"], specs=specs)
+    # PEFT's optimizer gives magnitudes B's rate.
+    rates = {"lr_ratio": job["lr_ratio"], "magnitude_learning_rate": job["lr"] * job["lr_ratio"]}
+    tx = lora_plus_adamw(job["lr"], **rates, specs=specs)
     state, frozen = init_state({"lora": lora}, tx, jax.random.key(0)), {"params": params}
     return _jax_worker(jit_step(loss_fn, tx), state, frozen, batch)
 
@@ -134,7 +139,11 @@ def peft(job: dict[str, Any]) -> Worker:
     base = LlamaForCausalLM.from_pretrained(job["directory"], dtype=dtype).to(device)
     base.config.use_cache = False
     config = LoraConfig(
-        r=job["rank"], lora_alpha=job["alpha"], target_modules=list(TARGETS), lora_dropout=0.0
+        r=job["rank"],
+        lora_alpha=job["alpha"],
+        target_modules=list(TARGETS),
+        lora_dropout=0.0,
+        use_dora=job.get("variant") == "dora",
     )
     model = get_peft_model(base, config)
     set_peft_model_state_dict(model, load_file(Path(job["directory"]) / "adapter.safetensors"))

@@ -12,6 +12,7 @@ Init = Literal["lora", "lora_b", "gaussian", "orthogonal", "pissa", "olora", "lo
 BASE_INITS: tuple[Init, ...] = ("pissa", "olora", "lora_ga", "lora_one", "loftq")
 """The inits that start from the base's weights or gradients, by the functions of `starts` and `loftq`."""
 Bias = Literal["none", "all", "lora_only"]
+Variant = Literal["lora", "dora"]
 
 DEFAULT_LR_RATIO: Mapping[str, float] = dict.fromkeys(get_args(Init), 4.0) | {"lora_b": 16.0}
 """The default lambda by init. The paper found 16 with random B and zero A (`"lora_b"`); with zero B it reports
@@ -74,6 +75,8 @@ class LoRAPlusConfig:
         lora_one from a gradient, loftq from what packing the weight lost.
       init_iterations: power iterations of a randomized SVD for inits that need one; null computes it exactly, which
         takes minutes for each weight of a large model.
+      variant: lora, or dora (arXiv 2402.09353), which also trains the norm of each output's weights and makes A and
+        B change only their direction.
       modules_to_save: names of modules to train fully, such as a new head.
       bias: biases to train fully: none, all, or lora_only (those of the adapted layers).
 
@@ -99,6 +102,7 @@ class LoRAPlusConfig:
     lr_ratio: float = None  # pyright: ignore[reportAssignmentType] # __post_init__ sets a number
     init: Init = "lora"
     init_iterations: int | None = None
+    variant: Variant = "lora"
     modules_to_save: tuple[str, ...] = ()
     bias: Bias = "none"
 
@@ -129,6 +133,7 @@ class LoRAPlusConfig:
                     f"init_iterations applies to an init with an SVD, got init {self.init}; remove it"
                 )
             check_int("init_iterations", self.init_iterations, at_least=0)
+        check_choice("variant", self.variant, get_args(Variant))
         check_choice("bias", self.bias, get_args(Bias))
         if self.lr_ratio is None:
             object.__setattr__(self, "lr_ratio", DEFAULT_LR_RATIO[self.init])

@@ -47,6 +47,11 @@ def is_embedding_factor(path: str) -> bool:
     return re.search(r"(?:^|[./])lora_embeddings?_[abAB]\b", path) is not None
 
 
+def is_magnitude(path: str) -> bool:
+    """Whether a name is that of DoRA's magnitudes, ours or PEFT's."""
+    return re.search(r"(?:^|[/._])lora_magnitude(?:_vector)?(?:[/.]|$)", path) is not None
+
+
 def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
     """Maps each module to the paths of its factors, in a tree given as path to leaf.
 
@@ -186,9 +191,9 @@ def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, m
     spec = (specs or {}).get(spec_path(module))
     if specs is not None and spec is None:
         raise ValueError(f"{where} is not in the specs{suggest(module, specs)}")
-    if spec is not None and (a, b) != spec.factor_shapes:
+    if spec is not None and (a, b) != spec.factor_shapes[:2]:
         raise ValueError(
-            f"{where}: factors must have the specs' shapes {spec.factor_shapes}, got {a} and {b}"
+            f"{where}: factors must have the specs' shapes {spec.factor_shapes[:2]}, got {a} and {b}"
         )
     if min(len(a), len(b)) < 2 or not (a[-1] in b[:-1] or (may_be_torch and a[0] == b[1])):
         raise ValueError(

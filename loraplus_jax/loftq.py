@@ -12,7 +12,7 @@ from flax.core import meta
 from ._validation import check_number
 from .lora import weight_delta
 from .quantization import PackedArray, QuantizeTo, quantize
-from .spec import AdapterSpec, Specs
+from .spec import AdapterSpec, Specs, reject_magnitude
 from .starts import MatrixPair, largest, to_factors, to_matrix
 from .tree import flatten, rebox, replace_leaves, unflatten
 
@@ -36,9 +36,11 @@ def loftq(
       The variables with packed weights, as from `quantize_base`, and the tree of factors, float32, for `"lora"`.
 
     Raises:
-      ValueError: `steps` is below 1, or a weight's layers are stacked along another axis than the first.
+      ValueError: `steps` is below 1, an adapter is of variant dora, or a weight's layers are stacked along another
+        axis than the first.
     """
     check_number("steps", steps, at_least=1)
+    reject_magnitude("loftq", specs)
     flat, packed, lora = flatten(base), {}, {}
     for module, spec in specs.items():
         if spec.stacked != (0,) * len(spec.stacked):

@@ -1,13 +1,14 @@
 """The maths of an adapter as pure functions: its low-rank term, and merging it into the base weights."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from .dora import output_scale
 from .quantization import is_packed
 from .spec import FACTORS, AdapterSpec, Specs
 from .tree import flat_factors, flatten, rebox, replace_leaves, unflatten
@@ -56,6 +57,7 @@ def weight_delta(
 ) -> jax.Array:
     """s A B in the shape of the base leaf, with stacked and batch axes, in float32 or wider.
 
+    With magnitudes this is not all that the adapter changes; see `adapted_weight`.
     `scale` overrides the spec's scale.
     """
     left, right = spec.factor_letters
@@ -67,6 +69,23 @@ def weight_delta(
         precision=highest,
     )
     return product * (spec.scale if scale is None else scale)
+
+
+def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec) -> jax.Array:
+    """W + s A B, or with magnitudes c (W + s A B), in the shape of the base leaf, in float32 or wider.
+
+    Args:
+      weight: W, with stacked and batch axes.
+      factors: A, B and with `spec.magnitude` m.
+      spec: the spec.
+    """
+    a, b, *magnitude = factors
+    total = weight + weight_delta(a, b, spec)
+    if not magnitude:
+        return total
+    letters, outputs = spec.base_letters, spec.factor_letters[1].replace("r", "")
+    c = output_scale(weight, a, b, magnitude[0], spec.scale, letters, spec.factor_letters)
+    return jnp.einsum(f"{letters},{outputs}->{letters}", total, c)
 
 
 def update_squares(
@@ -183,7 +202,7 @@ def merge(
     dtype: Any = None,
     dequantize: bool = False,
 ) -> dict[str, Any]:
-    """Adds every adapter to its base weight; returns base variables that need no adapter.
+    """Puts every adapter into its base weight; returns base variables that need no adapter.
 
     Sums in float32. `base` stays unchanged; `unmerge` restores its weights bitwise.
 
@@ -204,11 +223,10 @@ def merge(
     factors = flat_factors(lora, specs)
     _check_fit(flat, factors, specs)
     for module, spec in specs.items():
-        a, b = (factors[path] for path in spec.factor_paths(module))
         leaf = meta.unbox(flat[spec.leaf])
         if is_packed(leaf):
             leaf = check_dequantize(leaf, spec.leaf, allowed=dequantize)
-        merged = leaf + weight_delta(a, b, spec)
+        merged = adapted_weight(leaf, [factors[path] for path in spec.factor_paths(module)], spec)
         flat[spec.leaf] = rebox(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
     return replace_leaves(base, flat)
 

@@ -12,13 +12,14 @@ import dataclasses
 import functools
 import string
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from .dataflow import mark_weight, scan_counts
+from .dora import output_scale
 from .lora import low_rank_output, measured_term
 from .quantization import PackedArray
 
@@ -28,7 +29,7 @@ _TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimizatio
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["w", "a", "b", "scale", "key", "tap", "before"],
+    data_fields=["w", "a", "b", "scale", "c", "key", "tap", "before"],
     meta_fields=["letters", "factor_letters", "dropout", "omit", "stops"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LowRankWeight:
       letters: the einsum letters of W's axes.
       factor_letters: those of A and B, with `r` for the rank.
       scale: s.
+      c: DoRA's factor for each output, with B's axes without the rank's; the weight is then c (W + s A B).
       dropout: rate of dropout on the input of a contraction; 0 for none.
       key: its key.
       tap, before: for `make_theory`, the leaf whose gradient is the measurement, and A and B of the previous step.
@@ -55,6 +57,7 @@ class LowRankWeight:
     letters: str = ""
     factor_letters: tuple[str, str] = ("", "")
     scale: Any = 1.0
+    c: Any = None
     dropout: float = 0.0
     key: Any = None
     tap: Any = None
@@ -62,8 +65,20 @@ class LowRankWeight:
     omit: bool = False
     stops: bool = False
 
+    @property
+    def outputs(self) -> str:
+        """The letters of the batch and output axes, in B's order."""
+        return self.factor_letters[1].replace("r", "")
+
+    def with_magnitude(self, magnitude: Any = None) -> "LowRankWeight":
+        """The weight with DoRA's magnitudes, or itself if they are None."""
+        if magnitude is None or self.omit:  # which omits W, and with it its norms
+            return self
+        arguments = (self.w, self.a, self.b, magnitude, self.scale, self.letters, self.factor_letters)
+        return dataclasses.replace(self, c=output_scale(*arguments))
+
     def sum(self) -> jax.Array:
-        """W + s A B in W's dtype, added in float32 or wider."""
+        """W + s A B, times c if there is one, in W's dtype, computed in float32 or wider."""
         base = self.base(whole=True)
         if self.a is None:
             return base
@@ -75,7 +90,10 @@ class LowRankWeight:
             precision=jax.lax.Precision.HIGHEST,
             out_sharding=jax.typeof(base).sharding if _explicit(base, a, b) else None,
         ) * jnp.asarray(self.scale, a.dtype)
-        return (base + delta).astype(base.dtype)
+        total = base + delta
+        if self.c is not None:
+            total *= _spread(self.c, self.outputs, self.letters)
+        return total.astype(base.dtype)
 
     def base(self, *, whole: bool = False) -> jax.Array:
         """W, or with `omit` zeros in its place; `whole` tells `trace_dataflow` that the sum is needed."""
@@ -83,6 +101,13 @@ class LowRankWeight:
         if not self.omit:
             return w
         return jnp.zeros_like(w) + mark_weight(w, whole=whole).astype(w.dtype)
+
+
+def _spread(c: jax.Array, own: str, letters: str) -> jax.Array:
+    """An array with axes `own`, in the order of `letters`, with 1 for those that it lacks."""
+    sizes = dict(zip(own, c.shape, strict=True))
+    ordered = c.transpose([own.index(letter) for letter in letters if letter in own])
+    return ordered.reshape([sizes.get(letter, 1) for letter in letters])
 
 
 def evaluate(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[jax.Array]:
@@ -126,11 +151,41 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
             order = eqn.params["permutation"]
             w = weight.w.transpose(order) if isinstance(weight.w, PackedArray) else of(weight.w)
             return [dataclasses.replace(weight, w=w, letters="".join(weight.letters[n] for n in order))]
-        term = _RULES[name](eqn, inputs, weight) if name in _RULES and weight.a is not None else None
-        if term is not None or weight.a is None:
-            y = _base_product(eqn, inputs, weight, jaxpr)
-            return y if term is None else [y[0] + term.astype(y[0].dtype)]
+        if weight.a is None:
+            return _base_product(eqn, inputs, weight, jaxpr)
+        use = _RULES[name](eqn, inputs, weight) if name in _RULES else None
+        if use is not None:
+            return [_use(use, eqn, inputs, weight, jaxpr)]
     return _bind(eqn, [_array(value) for value in inputs], jaxpr)
+
+
+class _Use(NamedTuple):
+    """How an operation uses a weight.
+
+    Attributes:
+      term: `term(x)`, the low-rank term for the other input.
+      position: the other input's.
+      letters: the letters of the axes of the other input if the operation contracts the weight's outputs, and of
+        the result otherwise.
+      contracts_outputs: whether it does.
+    """
+
+    term: Callable[[jax.Array], jax.Array]
+    position: int
+    letters: str
+    contracts_outputs: bool = False
+
+
+def _use(use: _Use, eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any) -> jax.Array:
+    """The operation with W plus its low-rank term, times c, or of c x where it contracts the weight's outputs."""
+    x = inputs[use.position]
+    c = None if weight.c is None else _spread(weight.c, weight.outputs, use.letters)
+    if c is not None and use.contracts_outputs:
+        x = (c * x).astype(x.dtype)
+        inputs = [x if n == use.position else value for n, value in enumerate(inputs)]
+    (y,) = _base_product(eqn, inputs, weight, jaxpr)
+    y += use.term(x).astype(y.dtype)
+    return y if c is None or use.contracts_outputs else (c * y).astype(y.dtype)
 
 
 def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
@@ -182,15 +237,17 @@ def _slices(value: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return lambda x: x, (value,)
     axis, sides = value.letters[0], value.factor_letters
     factors: Any = value.a, value.b
+    c_sides = () if value.c is None else (value.outputs,)
     if isinstance(value.w, PackedArray) and value.a is None and value.w.stack:
         rest = dataclasses.replace(value, letters=value.letters[1:])
         return lambda w: dataclasses.replace(rest, w=w), (value.w,)
     if value.key is not None or value.tap is not None or not all(axis in side for side in sides):
         return lambda x: x, (value.sum(),)
-    a, b = (jnp.moveaxis(x, side.index(axis), 0) for x, side in zip(factors, sides, strict=True))
+    arrays = (*factors, *(() if value.c is None else (value.c,)))
+    parts = [jnp.moveaxis(x, side.index(axis), 0) for x, side in zip(arrays, (*sides, *c_sides), strict=True)]
     left, right = (side.replace(axis, "") for side in sides)
     rest = dataclasses.replace(value, letters=value.letters[1:], factor_letters=(left, right))
-    return lambda w, a, b: dataclasses.replace(rest, w=w, a=a, b=b), (value.w, a, b)
+    return lambda w, a, b, c=None: dataclasses.replace(rest, w=w, a=a, b=b, c=c), (value.w, *parts)
 
 
 def _bind(eqn: Any, inputs: Sequence[Any], jaxpr: Any) -> Sequence[Any]:
@@ -203,8 +260,8 @@ def _bind(eqn: Any, inputs: Sequence[Any], jaxpr: Any) -> Sequence[Any]:
     return jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values())
 
 
-def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:
-    """The term of a `dot_general` over all input axes or over all output axes, batch axes being those of both."""
+def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:
+    """The use by a `dot_general` over all input axes or over all output axes, batch axes being those of both."""
     position = 0 if inputs[0] is weight else 1
     x, dimensions = inputs[1 - position], eqn.params["dimension_numbers"]
     (contracted, x_contracted), (batch, x_batch) = (
@@ -249,7 +306,13 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
         x, first, second = (value.astype(dtype) for value in (x, first, second))
         return low_rank_output(x, first, second, scale, equations, precision, shardings)
 
-    return _measured(term, _dropped(x, weight), weight)
+    contracts_outputs = used != left - right
+    if weight.c is not None and contracts_outputs and not common <= set(shared):
+        return None  # c has an axis that x lacks
+    axes_scaled = "".join(letters) if contracts_outputs else result
+    return _Use(
+        lambda x: _measured(term, _dropped(x, weight), weight), 1 - position, axes_scaled, contracts_outputs
+    )
 
 
 def _explicit(*arrays: Any) -> bool:
@@ -257,8 +320,8 @@ def _explicit(*arrays: Any) -> bool:
     return any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
 
 
-def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:
-    """The term of a `gather` of whole rows of a matrix whose rows are its input axis."""
+def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:
+    """The use by a `gather` of whole rows of a matrix whose rows are its input axis."""
     numbers, rank = eqn.params["dimension_numbers"], weight.a.shape[-1]
     if (
         inputs[0] is not weight
@@ -278,11 +341,12 @@ def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | N
         h = jax.lax.gather(a, rows, numbers, slice_sizes=(1, rank), **options)
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
 
-    return _measured(term, inputs[1], weight)
+    free = string.ascii_uppercase[: eqn.outvars[0].aval.ndim - 1]
+    return _Use(lambda rows: _measured(term, rows, weight), 1, free + weight.letters[1])
 
 
-def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Array | None:
-    """The term of a convolution with a kernel `(window..., in / groups, out)`: to the rank, then to the outputs."""
+def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:
+    """The use by a convolution with a kernel `(window..., in / groups, out)`: to the rank, then to the outputs."""
     params, last = eqn.params, weight.w.ndim - 1
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     if (
@@ -306,7 +370,8 @@ def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> jax.Arra
         y = jnp.einsum("...gr,rgo->...go", h, b, precision=params["precision"])
         return y.reshape(*y.shape[:-2], -1)
 
-    return _measured(term, _dropped(inputs[0], weight), weight)
+    free = string.ascii_uppercase[:last]
+    return _Use(lambda x: _measured(term, _dropped(x, weight), weight), 0, free + weight.letters[-1])
 
 
 _RULES = {"dot_general": _contraction, "gather": _lookup, "conv_general_dilated": _convolution}

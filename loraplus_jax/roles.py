@@ -8,7 +8,7 @@ import optax
 from flax import struct
 
 from ._validation import check_choice
-from .factor_pairs import factor_pairs, is_embedding_factor, spec_path
+from .factor_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_path
 from .spec import Specs
 from .tree import leaf_path, leaves_by_path
 
@@ -21,8 +21,9 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     """Labels every leaf with its role; returns a tree of the same structure.
 
     `"a"` is the factor on the input side, `"b"` the factor on the output side, whichever is initialized to zero.
-    Factors of embeddings, `lora_embedding_a` and `lora_embedding_b`, are `"embedding"`. All other leaves are
-    `"extra"`. Roles depend on paths and shapes, never on values, so the function also labels trees of updates.
+    Factors of embeddings, `lora_embedding_a` and `lora_embedding_b`, are `"embedding"`; DoRA's `lora_magnitude` is
+    `"magnitude"`. All other leaves are `"extra"`. Roles depend on paths and shapes, never on values, so it also
+    labels trees of updates.
 
     It also labels adapter trees of other libraries by side: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
     gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, in any layout), kohya (`lora_down`), and lorax, where
@@ -31,8 +32,8 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     Args:
       tree: trainable variables, `{"lora": ..., "params": ...}`, or only the tree of adapters.
       specs: the table from `init_lora`, to check shapes; optional.
-      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, other leaves with one axis are
-        `"b"`.
+      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, other leaves with one axis and
+        magnitudes, which have one axis there, are `"b"`.
 
     Raises:
       ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous (a
@@ -52,6 +53,8 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     def label(path: tuple[Any, ...], leaf: Any) -> Role:
         name = leaf_path(path)
         role = roles.get(name, "extra")
+        if policy == "peft" and role == "magnitude":
+            return "b"
         return _peft_role(name, leaf, leaves) if policy == "peft" and role == "extra" else role
 
     return jax.tree_util.tree_map_with_path(label, tree)
@@ -127,7 +130,7 @@ def _peft_role(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Role:
 
 def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:
     """The roles of all factors, by path."""
-    roles: dict[str, Role] = {}
+    roles: dict[str, Role] = {path: "magnitude" for path in leaves if is_magnitude(path)}
     for module, pair in factor_pairs(leaves, specs).items():
         spec = (specs or {}).get(spec_path(module))
         embedded = is_embedding_factor(pair.a) if spec is None else spec.kind == "embed"

@@ -117,7 +117,15 @@ def parameter_spec(
             f"{len(shape)} axis letters, got {axes!r}"
         )
     rank, scale = config.rank_of(path), config.scale_of(path)
-    return AdapterSpec(leaf=leaf, kind="parameter", axes=axes, shape=shape, rank=rank, scale=scale)
+    return AdapterSpec(
+        leaf=leaf,
+        kind="parameter",
+        axes=axes,
+        shape=shape,
+        rank=rank,
+        scale=scale,
+        magnitude=config.variant == "dora",
+    )
 
 
 def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:

@@ -286,15 +286,16 @@ def base_shardings(
 def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
     """Shardings by path for the factors of every adapter.
 
-    A is split like the input side of its base weight, B like the output side. Batch and stacked dimensions are
-    split as in the base; the rank is not split. So the product A B has the base's sharding, and no factor has to
-    move.
+    A is split like the input side of its base weight, B and magnitudes like the output side. Batch and stacked
+    dimensions are split as in the base; the rank is not split. So the product A B has the base's sharding, and no
+    factor has to move.
     """
     shardings = {}
     for module, spec in specs.items():
         sharding = base[spec.leaf]
         axes = dict(zip(spec.base_letters, _pad(sharding.spec, len(spec.shape)), strict=True)) | {"r": None}
-        for path, letters in zip(spec.factor_paths(module), spec.factor_letters, strict=True):
+        a, b = spec.factor_letters
+        for path, letters in zip(spec.factor_paths(module), (a, b, b), strict=False):
             shardings[f"lora/{path}"] = NamedSharding(
                 sharding.mesh, PartitionSpec(*(axes[letter] for letter in letters))
             )

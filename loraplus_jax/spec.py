@@ -22,6 +22,8 @@ FACTORS = ("lora_a", "lora_b")
 EMBEDDING_FACTORS = ("lora_embedding_a", "lora_embedding_b")
 """Factors of embeddings have separate names, as in PEFT: they have a separate learning rate, and the optimizer sees
 only names and shapes."""
+MAGNITUDE = "lora_magnitude"
+"""The name of the magnitudes of DoRA, beside the factors."""
 _LETTERS = "abcdefghijklmnopqstuvwxyz"  # without r, which stands for the rank
 
 
@@ -41,6 +43,8 @@ class AdapterSpec:
         `variable_axes`.
       layers: adapted indices of the outermost stacked axis, or None for all. The factors of the other layers are
         zero and stay zero, since the gradients of a pair of zero factors are zero.
+      magnitude: whether the tree also has the magnitudes m of DoRA (arXiv 2402.09353): the weight is then
+        m (leaf + scale * A B) / norm, with the norms over the input axes.
     """
 
     leaf: str
@@ -51,6 +55,7 @@ class AdapterSpec:
     scale: float
     stacked: tuple[int, ...] = ()
     layers: tuple[int, ...] | None = None
+    magnitude: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -76,11 +81,14 @@ class AdapterSpec:
             raise ValueError(
                 f"{self.leaf}: shape must match axes {self.axes!r} and stacked {self.stacked}, got {self.shape}"
             )
+        if not isinstance(self.magnitude, bool):
+            raise TypeError(f"{self.leaf}: magnitude must be true or false, got {self.magnitude!r}")
         if self.layers is not None:
             self._check_layers()
 
     def _check_layers(self) -> None:
         assert self.layers is not None
+        check_layers_of(self.leaf, self)
         size = self.shape[layer_axis(self.base_letters, self.stacked)] if self.stacked else 0
         if not self.layers or any(not isinstance(n, int) or not 0 <= n < size for n in self.layers):
             raise ValueError(
@@ -104,21 +112,22 @@ class AdapterSpec:
         return "".join(next(spare) if c.isupper() else c for c in _with_stacked(self.axes, self.stacked))
 
     @property
-    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The full shapes of A and B."""
+    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The full shapes of A and B, and of the magnitudes if there are any: B's, with 1 for the rank."""
         size = dict(zip(self.base_letters, self.shape, strict=True)) | {"r": self.rank}
-        a, b = self.factor_letters
-        return tuple(size[c] for c in a), tuple(size[c] for c in b)
+        a, b = (tuple(size[c] for c in side) for side in self.factor_letters)
+        magnitude = tuple(1 if c == "r" else size[c] for c in self.factor_letters[1])
+        return (a, b, magnitude) if self.magnitude else (a, b)
 
     @property
-    def factors(self) -> tuple[str, str]:
-        """The names of A and B."""
-        return EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
+    def factors(self) -> tuple[str, ...]:
+        """The names of A and B, and of the magnitudes if there are any."""
+        pair = EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
+        return (*pair, MAGNITUDE) if self.magnitude else pair
 
-    def factor_paths(self, module: str) -> tuple[str, str]:
-        """The paths of A and B in the tree of adapters, for a module at the path `module`."""
-        a, b = (f"{module}/{name}" if module else name for name in self.factors)
-        return a, b
+    def factor_paths(self, module: str) -> tuple[str, ...]:
+        """The paths of `factors` in the tree of adapters, for a module at the path `module`."""
+        return tuple(f"{module}/{name}" if module else name for name in self.factors)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -158,6 +167,21 @@ def check_rank(spec: AdapterSpec, where: str) -> None:
             f"rank must be at most {min(spec.sides)}, the smaller of the sides {spec.sides} of {where}, "
             f"got {spec.rank}"
         )
+
+
+def check_layers_of(where: str, spec: AdapterSpec) -> None:
+    """Raises ValueError if an adapter of some layers of a stack has magnitudes; `where` names the weight."""
+    if spec.magnitude:
+        raise ValueError(
+            f"layers_to_transform selects layers of the stack {where}, which variant dora does not support: the "
+            "magnitudes of the other layers would train too; adapt all layers, or use variant lora"
+        )
+
+
+def reject_magnitude(what: str, specs: "Specs") -> None:
+    """Raises ValueError if an adapter has magnitudes; `what` begins the message."""
+    if found := [spec.leaf for spec in specs.values() if spec.magnitude]:
+        raise ValueError(f"{what} supports variant lora only, but {found[0]} has an adapter of variant dora")
 
 
 def factor_letters(axes: str, stacked: tuple[int, ...] = ()) -> tuple[str, str]:

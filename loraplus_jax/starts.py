@@ -19,7 +19,7 @@ from ._validation import check_choice, check_int, check_number
 from .config import LoRAPlusConfig
 from .lora import weight_delta
 from .quantization import is_packed
-from .spec import AdapterSpec, Specs
+from .spec import AdapterSpec, Specs, reject_magnitude
 from .tree import flat_factors, flatten, rebox, replace_leaves, unflatten
 
 GAMMA = 16.0
@@ -43,7 +43,8 @@ def pissa(base: Mapping[str, Any], specs: Specs, *, iterations: int | None = Non
       seed: of its random start.
 
     Raises:
-      ValueError: a weight is missing, packed, or has layers without adapters; or `iterations` is below 0.
+      ValueError: a weight is missing, packed, or has layers without adapters; an adapter is of variant dora; or
+        `iterations` is below 0.
     """
     if iterations is not None:
         check_int("iterations", iterations, at_least=0)
@@ -218,6 +219,7 @@ def _start(
     keep: bool = False,
 ) -> Start:
     """Makes the factors of each weight, one after the other, and the rest of the weight unless it is kept."""
+    reject_magnitude("a start from weights", specs)
     flat, rest, lora = flatten(base), {}, {}
     for module, spec in specs.items():
         weight = meta.unbox(flat.get(spec.leaf))

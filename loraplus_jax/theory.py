@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .lora import PREVIOUS_FACTORS, TAP, TERMS
-from .spec import AdapterSpec, Specs
+from .spec import AdapterSpec, Specs, reject_magnitude
 from .train_step import LossFn
 from .tree import combine, flatten, unflatten
 
@@ -43,7 +43,8 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
       scalars, or `(layers,)` where layers are stacked. NaN where a layer was not run.
 
     Raises:
-      ValueError: nothing that is adapted can be measured.
+      ValueError: nothing that is adapted can be measured, or an adapter is of variant dora, whose magnitudes change
+        the outputs too.
 
     Example:
       >>> import flax.linen as nn
@@ -57,6 +58,7 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
       >>> {name: float(value) for name, value in found[""].items()}
       {'delta1': 4.0, 'delta2': 6.0, 'delta3': 12.0, 'z_a': 6.0, 'z_b': 24.0}
     """
+    reject_magnitude("the theory measurement", specs)
     measured = {path: s for path, s in specs.items() if s.kind not in ("embed", "parameter")}
     if not measured:
         raise ValueError(

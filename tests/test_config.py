@@ -32,6 +32,7 @@ def test_defaults_are_the_documented_ones():
         "dropout": 0.0,
         "lr_ratio": 4.0,
         "init": "lora",
+        "variant": "lora",
         "modules_to_save": [],
         "bias": "none",
     }

@@ -44,8 +44,16 @@ def test_stacked_letters_are_innermost_first():
     assert spec(shape=(4, 6, 3, 5), stacked=(0, 1)).base_letters == "ABab"
 
 
+def test_magnitudes_have_the_axes_of_b_without_the_rank():
+    one = spec(axes="eioo", shape=(2, 4, 3, 5), magnitude=True)
+    assert one.factor_shapes[2] == (2, 1, 3, 5)
+    assert one.factor_paths("q") == ("q/lora_a", "q/lora_b", "q/lora_magnitude")
+    with pytest.raises(ValueError, match=mentions("layers_to_transform", "dora", "lora")):
+        spec(shape=(4, 3, 5), stacked=(0,), layers=(1,), magnitude=True)
+
+
 def test_table_round_trip():
-    table = {"": spec(), "layers/q": spec(shape=(4, 3, 5), stacked=(0,), rank=1, scale=0.5)}
+    table = {"": spec(), "layers/q": spec(shape=(4, 3, 5), stacked=(0,), rank=1, scale=0.5, magnitude=True)}
     values = specs_to_json(table)
     assert values[""] == {
         "leaf": "params/q/kernel",
@@ -56,6 +64,7 @@ def test_table_round_trip():
         "scale": 2.0,
         "stacked": [],
         "layers": None,
+        "magnitude": False,
     }
     assert specs_from_json(json.loads(json.dumps(values))) == table
 

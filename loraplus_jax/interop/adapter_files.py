@@ -193,6 +193,11 @@ def check_config_matches_specs(specs: Specs, config: LoRAPlusConfig | None) -> N
                 f"config and specs differ for {path or 'the model'}: the config has rank {rank} and scale "
                 f"{scale:g}, the specs have rank {spec.rank} and scale {spec.scale:g}"
             )
+        if spec.magnitude != (config.variant == "dora"):
+            raise ValueError(
+                f"config and specs differ for {path or 'the model'}: the config has variant {config.variant}, the "
+                f"specs are of variant {'dora' if spec.magnitude else 'lora'}"
+            )
 
 
 def check_ranks(where: str, config: Any, tensors: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .._validation import check_number
 from ..factor_pairs import factor_pairs
-from ..spec import Specs
+from ..spec import Specs, reject_magnitude
 from ..tree import leaves_by_path, unflatten
 
 _SUFFIXES = ("/lora", "/kernel", "/embedding", "/w")
@@ -43,6 +43,7 @@ def import_adapters(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> d
       ['lora_a', 'lora_b']
     """
     check_number("scale", scale, above=0.0)
+    reject_magnitude("import_adapters", specs)
     leaves = leaves_by_path(tree)
     factors, problems = {}, []
     for module, (a, b) in factor_pairs(leaves).items():

@@ -26,6 +26,8 @@ weight of a module: its name ends in the parameter's own name."""
 PathMap = Sequence[tuple[str, str] | tuple[str, str, str]]
 Index = tuple[int, ...]
 
+MAGNITUDE_END = ".lora_magnitude_vector"
+"""How the names of DoRA's magnitudes end in PEFT's file."""
 _WEIGHTS = ("kernel", "scale", "embedding")
 _OF_SPEC = {"embed": "Embedding", "conv": "Conv"}
 _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
@@ -131,13 +133,14 @@ class Target(NamedTuple):
     names: dict[Index, str]
     letters: str
 
-    def keys(self, index: Index) -> tuple[str, str]:
-        """The names of A and B in PEFT's file."""
+    def keys(self, index: Index) -> tuple[str, ...]:
+        """The names of A and B, and of the magnitudes if there are any, in PEFT's file."""
         name = self.names[index]
         if self.kind == "Parameter":  # the factors belong to its owner
             name = name.rpartition(".")[0]
         form = "{}.lora_embedding_{}" if self.kind.endswith("Embedding") else "{}.lora_{}.weight"
-        return form.format(name, "A"), form.format(name, "B")
+        pair = form.format(name, "A"), form.format(name, "B")
+        return (*pair, f"{name}{MAGNITUDE_END}") if self.spec.magnitude else pair
 
     def shared_a(self) -> list[list[str]]:
         """The names of A in PEFT's file, grouped by the A of ours that they are copies of."""
@@ -188,6 +191,11 @@ def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
     if spec.kind == "conv_transpose":
         raise ValueError(f"{spec.leaf} is a transposed convolution, which PEFT does not support")
     kind = torch_module.kind or default
+    if spec.magnitude and kind in ("Parameter", "TiedEmbedding"):
+        what = "a parameter" if kind == "Parameter" else "an embedding that is also the head"
+        raise ValueError(
+            f"{spec.leaf} is {what}, for which PEFT does not support DoRA; merge the adapter instead"
+        )
     if kind == "Parameter" and (spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3):
         raise ValueError(
             f"{spec.leaf} must have one input axis, one output axis and at most one more for PEFT, "
@@ -245,30 +253,36 @@ def _indices(spec: AdapterSpec, letters: str) -> list[Index]:
 
 
 def factors_to_peft(
-    a: np.ndarray, b: np.ndarray, target: Target
-) -> Iterator[tuple[Index, np.ndarray, np.ndarray]]:
-    """Yields each slice's index, and its A and B in PEFT's layout, with the shapes of `factor_shapes`."""
-    shape = factor_shapes(target)[1]
+    factors: Sequence[np.ndarray], target: Target
+) -> Iterator[tuple[Index, tuple[np.ndarray, ...]]]:
+    """Yields each slice's index and its factors in PEFT's layout, with the shapes of `factor_shapes`.
+
+    `factors` are A, B and, if the spec has them, the magnitudes.
+    """
+    _, shape, *magnitude_shape = factor_shapes(target)
     for index in target.names:
-        part_a, part_b = _slices(a, b, index, target)
-        yield index, _a_to_peft(part_a, target.kind), _b_to_peft(part_b, shape, target.kind)
+        a, b, *magnitude = _slices(factors, index, target)
+        rest = (m.reshape(shape) for m, shape in zip(magnitude, magnitude_shape, strict=True))
+        yield index, (_a_to_peft(a, target.kind), _b_to_peft(b, shape, target.kind), *rest)
 
 
 def factors_from_peft(
     slices: Mapping[Index, tuple[np.ndarray, ...]], target: Target
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, ...]:
     """The inverse of `factors_to_peft`; missing slices become zeros. Copies of a shared A must be equal."""
     dtype = next(iter(slices.values()))[0].dtype
-    a, b = (np.zeros(shape, dtype) for shape in target.spec.factor_shapes)
-    for index, (array_a, array_b) in slices.items():
-        part_a, part_b = _slices(a, b, index, target)
+    factors = tuple(np.zeros(shape, dtype) for shape in target.spec.factor_shapes)
+    for index, (array_a, array_b, *magnitude) in slices.items():
+        part_a, part_b, *rest = _slices(factors, index, target)
         part_a[...] = _a_from_peft(array_a, part_a.shape, target.kind)
         part_b[...] = _b_from_peft(array_b, part_b.shape, target.kind)
-    return a, b
+        for part, array in zip(rest, magnitude, strict=True):
+            part[...] = array.reshape(part.shape)
+    return factors
 
 
-def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of one slice of A and B in PEFT's layout, for the spec's rank or another."""
+def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, ...], ...]:
+    """The shapes of one slice of each factor in PEFT's layout, for the spec's rank or another."""
     spec, kind, r = target.spec, target.kind, rank or target.spec.rank
     size = dict(zip(spec.base_letters, spec.shape, strict=True))
     unstacked = [c for c in spec.base_letters if c.islower()]
@@ -277,11 +291,13 @@ def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, .
     inner, outer = (math.prod(n for n, axis in sizes if axis == side) for side in "io")
     if kind == "Conv":  # PEFT keeps A's window and channels as separate axes
         *window, channels = (n for n, axis in sizes if axis == "i")
-        return (r, channels, *window), (outer, r, *(1 for _ in window))
+        ones = tuple(1 for _ in window)
+        pair = (r, channels, *window), (outer, r, *ones)
+        return (*pair, (1, outer, *ones)) if spec.magnitude else pair
     if kind == "Parameter":
         experts = math.prod(n for n, axis in sizes if axis not in "io")
         return (r * experts, inner), (outer, r * experts)
-    return (r, inner), (outer, r)
+    return ((r, inner), (outer, r), (outer,)) if spec.magnitude else ((r, inner), (outer, r))
 
 
 def leaf_to_torch(name: str, array: np.ndarray, kind: str | None) -> tuple[str, np.ndarray]:
@@ -351,14 +367,15 @@ def _own_index(target: Target, index: Index, letters: str) -> Index:
     return tuple(n for c, n in zip(target.letters, index, strict=True) if c in letters)
 
 
-def _slices(a: np.ndarray, b: np.ndarray, index: Index, target: Target) -> tuple[np.ndarray, np.ndarray]:
-    """Views of one slice of the factors: A (batch, in..., r) and B (batch, r, out...)."""
+def _slices(factors: Sequence[np.ndarray], index: Index, target: Target) -> list[np.ndarray]:
+    """Views of one slice of the factors: A (batch, in..., r), B and magnitudes (batch, r or 1, out...)."""
+    a, b = target.spec.factor_letters
     views = []
-    for array, letters in zip((a, b), target.spec.factor_letters, strict=True):
+    for array, letters in zip(factors, (a, b, b), strict=False):
         order = [c for c in target.letters if c in letters] + [c for c in letters if c not in target.letters]
         view = np.transpose(array, [letters.index(c) for c in order])
         views.append(view[(*_own_index(target, index, letters), ...)])
-    return views[0], views[1]
+    return views
 
 
 def _a_to_peft(a: np.ndarray, kind: str) -> np.ndarray:

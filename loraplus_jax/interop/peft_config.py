@@ -18,7 +18,7 @@ from ..untrusted import run_job
 
 # Options that change the model beyond W + s A B; null, false and empty turn them off.
 _UNSUPPORTED = (
-    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "megatron_config", "layer_replication"),
+    *("lora_bias", "use_qalora", "use_bdlora", "megatron_config", "layer_replication"),
     *("trainable_token_indices", "alora_invocation_tokens", "loftq_config", "corda_config", "lora_ga_config"),
     *("velora_config", "kasa_config", "monteclora_config", "arrow_config"),
 )
@@ -30,7 +30,7 @@ _IGNORED = (
     *("modules_to_tie", "target_modules_to_tie"),
 )
 _READ = (
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "bias"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "bias"),
     *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying", "init_lora_weights"),
 )
 # Initializations that leave the base unchanged; others subtract from it.
@@ -46,7 +46,7 @@ class PeftOptions:
 
     Attributes:
       file: their file, for error messages.
-      rank, alpha, rank_pattern, alpha_pattern, use_rslora: as in PEFT, with patterns for PyTorch's names.
+      rank, alpha, rank_pattern, alpha_pattern, use_rslora, use_dora: as in PEFT, with patterns for PyTorch's names.
       dropout, bias: as in PEFT.
       target_modules, exclude_modules: names, one regular expression, or None.
       modules_to_save: names of fully trained modules.
@@ -61,6 +61,7 @@ class PeftOptions:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
+    use_dora: bool
     dropout: float
     bias: Bias
     target_modules: str | Sequence[str] | None
@@ -144,7 +145,7 @@ def _parse_options(path: Path, values: Mapping[str, Any]) -> PeftOptions:
                 check_int(f"{name}[{key!r:.80}]", value, at_least=1)
             else:
                 check_number(f"{name}[{key!r:.80}]", value, above=0.0)
-    for name in ("use_rslora", "ensure_weight_tying"):
+    for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
         if not isinstance(values.get(name, False), bool):
             raise TypeError(f"{name} must be true or false, got {values[name]!r:.80}")
     check_choice("bias", values.get("bias", "none"), get_args(Bias))
@@ -163,6 +164,7 @@ def _parse_options(path: Path, values: Mapping[str, Any]) -> PeftOptions:
         alpha=values["lora_alpha"],
         **patterns,
         use_rslora=values.get("use_rslora", False),
+        use_dora=values.get("use_dora", False),
         dropout=values.get("lora_dropout", 0.0),
         bias=values.get("bias", "none"),
         target_modules=values.get("target_modules"),
@@ -221,6 +223,7 @@ def make_options(
         options
         | ({"target_parameters": list(parameters)} if parameters else {})
         | ({"ensure_weight_tying": True} if tied else {})
+        | ({"use_dora": True} if config.variant == "dora" else {})
     )
 
 

@@ -29,6 +29,7 @@ from .adapter_files import (
     try_saved_rules,
 )
 from .path_map import (
+    MAGNITUDE_END,
     Index,
     PathMap,
     Target,
@@ -47,7 +48,7 @@ from .servers import SERVERS, Server, find_problems
 OPTIONS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOTES_FILE, OWN_TENSORS_FILE = "loraplus.json", "loraplus.safetensors"
 _PREFIX = "base_model.model."
-_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+_ENDS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B", MAGNITUDE_END)
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -285,6 +286,7 @@ def _config(
         alpha_pattern={_escape(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
         use_rslora=options.use_rslora,
         dropout=options.dropout,
+        variant="dora" if options.use_dora else "lora",
         modules_to_save=tuple(sorted(saved)),
         bias=options.bias,
     )
@@ -379,8 +381,12 @@ def _check_pair(
         return [f"~ {name} must have the model's rank {spec.rank}, got {rank}"]
     if scale != spec.scale:
         return [f"~ {name} must have the model's scale {spec.scale:g}, got {scale:g} (alpha {alpha:g})"]
+    if options.use_dora != spec.magnitude:
+        ours, theirs = ("dora" if is_dora else "lora" for is_dora in (spec.magnitude, options.use_dora))
+        return [f"~ {name} must have the model's variant {ours}, got {theirs}"]
     if tuple(shapes) != expected:
-        return [f"~ {name}: factors must be {expected[0]} and {expected[1]}, got {shapes[0]} and {shapes[1]}"]
+        lists = (" and ".join(map(str, each)) for each in (expected, shapes))
+        return [f"~ {name}: factors must be {next(lists)}, got {next(lists)}"]
     return []
 
 
@@ -402,9 +408,8 @@ def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> d
         shapes = tuple(np.shape(lora[name]) if name in lora else None for name in names)
         if shapes != target.spec.factor_shapes:
             raise ValueError(f"{key}: factors must have shapes {target.spec.factor_shapes}, got {shapes}")
-        a, b = (host_array(lora[name]) for name in names)
-        for index, *pair in factors_to_peft(a, b, target):
-            tensors |= dict(zip(target.keys(index), pair, strict=True))
+        for index, factors in factors_to_peft([host_array(lora[name]) for name in names], target):
+            tensors |= dict(zip(target.keys(index), map(np.ascontiguousarray, factors), strict=True))
     known = {path for key, target in targets.items() for path in target.spec.factor_paths(key)}
     if unknown := sorted(lora.keys() - known):
         raise ValueError(f"factors are not in the specs: {', '.join(unknown[:5])}")

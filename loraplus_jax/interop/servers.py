@@ -21,6 +21,7 @@ _COMMON: tuple[Rule, ...] = (
     (lambda options: options["rank_pattern"], f"rank_pattern {_SAME_SCALE}"),
     (lambda options: options["alpha_pattern"], f"alpha_pattern {_SAME_SCALE}"),
     (lambda options: options.get("target_parameters"), "target_parameters {} is ignored"),
+    (lambda options: options.get("use_dora"), "use_dora {} is not supported"),
     (lambda options: options["bias"] != "none" and options["bias"], "bias {!r} is not supported"),
 )
 SERVERS: Mapping[Server, Sequence[Rule]] = {

@@ -13,12 +13,13 @@ from flax import struct
 from flax.core import meta
 from flax.core.scope import LazyRng
 
-from ..config import ALL_LINEAR, Init, LoRAPlusConfig
+from ..config import ALL_LINEAR, Init, LoRAPlusConfig, Variant
 from ..dataflow import mark_weight
+from ..dora import output_norms, output_scale
 from ..inits import factor_inits
 from ..lora import PREVIOUS_FACTORS, SCALE, TAP, measured_term
 from ..rules import is_adapted, is_target, matching_rule
-from ..spec import AdapterSpec, check_rank
+from ..spec import MAGNITUDE, AdapterSpec, check_rank
 from .layer_table import LayerCall, layer_call
 
 OURS = "lora_plus"
@@ -110,19 +111,20 @@ def is_box(_: Any, value: Any) -> bool:
 
 
 class Adapter(NamedTuple):
-    """The settings of one adapter: rank r, scale s, initialization and dropout rate, as in `LoRAPlusConfig`."""
+    """The settings of one adapter: rank, scale, initialization, dropout rate, and whether it is of variant dora."""
 
     rank: int
     scale: float
     init: Init = "lora"
     dropout: float = 0.0
+    magnitude: bool = False
 
 
 class LoRAPlusLayer(nn.Module):
     """Base class of the layers with built-in adapters in `layers.py`.
 
     Attributes:
-      rank, alpha, dropout, use_rslora: as in `LoRAPlusConfig`.
+      rank, alpha, dropout, use_rslora, variant: as in `LoRAPlusConfig`.
       init_factors: `init` in `LoRAPlusConfig`.
     """
 
@@ -131,6 +133,7 @@ class LoRAPlusLayer(nn.Module):
     dropout: float = 0.0
     init_factors: Init = "lora"
     use_rslora: bool = False
+    variant: Variant = "lora"
 
 
 def has_own_adapter(module: nn.Module) -> bool:
@@ -140,7 +143,8 @@ def has_own_adapter(module: nn.Module) -> bool:
 
 def adapter_at(config: LoRAPlusConfig, path: str) -> Adapter:
     """The adapter settings of a config for a layer."""
-    return Adapter(config.rank_of(path), config.scale_of(path), config.init, config.dropout)
+    rank, scale = config.rank_of(path), config.scale_of(path)
+    return Adapter(rank, scale, config.init, config.dropout, config.variant == "dora")
 
 
 def place(config: LoRAPlusConfig, path: str) -> str:
@@ -182,7 +186,7 @@ def targeted_call(
 
 
 def new_factors(
-    spec: AdapterSpec, init: Init, rng: LazyRng, names: tuple[str, ...], dtype: Any, where: str
+    spec: AdapterSpec, init: Init, rng: LazyRng, names: tuple[str, ...], weight: jax.Array, where: str
 ) -> dict[str, FactorBox]:
     """Makes initial factors, by name.
 
@@ -192,7 +196,7 @@ def new_factors(
       rng: key of the scope; `names` is the path within it. Each factor's key is derived from its name. `make_rng`
         would advance the counter for the layer's own parameters, and under `nn.scan`, which traces twice, the base
         would be initialized differently than without adapters.
-      dtype: dtype of the factors.
+      weight: the weight, whose dtype the factors get, and whose norms the magnitudes.
       where: description of the layer, for messages.
 
     Raises:
@@ -200,14 +204,19 @@ def new_factors(
     """
     check_rank(spec, where)
     inits: Any = factor_inits(init, spec.rank, spec.axes)
-    return {
-        name: FactorBox(make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, dtype), spec)
-        for name, make, shape in zip(spec.factors, inits, spec.factor_shapes, strict=True)
+    factors = {
+        name: make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, weight.dtype)
+        for name, make, shape in zip(spec.factors, inits, spec.factor_shapes, strict=False)
     }
+    if spec.magnitude:
+        factors[MAGNITUDE] = output_norms(weight, spec.base_letters, spec.factor_letters)
+    return {name: FactorBox(value, spec) for name, value in factors.items()}
 
 
-def read_factors(spec: AdapterSpec, get: Callable[[str], Any], where: str) -> tuple[jax.Array, jax.Array]:
-    """Reads A and B and checks them against the spec; `get` returns a factor by name, or None.
+def read_factors(spec: AdapterSpec, get: Callable[[str], Any], where: str) -> list[jax.Array]:
+    """Reads A, B and, if the spec has them, magnitudes, and checks their shapes.
+
+    `get` returns a factor by name, or None.
 
     Raises:
       ValueError: a factor is missing or has another shape.
@@ -222,18 +231,18 @@ def read_factors(spec: AdapterSpec, get: Callable[[str], Any], where: str) -> tu
         if value.shape != shape:
             raise ValueError(f"{name} of {where} must have shape {shape} for this config, got {value.shape}")
         factors.append(value)
-    return factors[0], factors[1]
+    return factors
 
 
 def make_factors(module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, where: str) -> None:
-    """Adds a layer's initial factors to its scope, in the layer's `param_dtype`, unless they exist."""
+    """Adds a layer's initial factors to its scope, in the weight's dtype, unless they exist."""
     scope: Any = module.scope
-    spec = call.spec(adapter.rank, adapter.scale)
+    spec = call.spec(adapter.rank, adapter.scale, magnitude=adapter.magnitude)
     # The factors exist if an Embed's lookup and attend share them, or if the layer is called again.
     if scope.has_variable(collection, spec.factors[0]):
         return
-    dtype = module.param_dtype  # pyright: ignore[reportAttributeAccessIssue]
-    for name, box in new_factors(spec, adapter.init, scope.rngs["params"], (), dtype, where).items():
+    weight = meta.unbox(scope.get_variable("params", call.leaf))
+    for name, box in new_factors(spec, adapter.init, scope.rngs["params"], (), weight, where).items():
         # Not scope.variable, which reserves the name.
         scope.put_variable(collection, name, box if mode() is not Mode.PLAIN else box.value)
 
@@ -242,6 +251,8 @@ def add_low_rank_term(
     y: jax.Array, module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, where: str
 ) -> jax.Array:
     """Adds s (dropout(x) A) B, computed in the layer's `dtype`, to a layer's output `y` and keeps its dtype.
+
+    With magnitudes, multiplies all but the bias by `output_scale`.
 
     Args:
       y: output of the layer.
@@ -252,13 +263,20 @@ def add_low_rank_term(
     """
     scope: Any = module.scope
     get = lambda name: scope.get_variable(collection, name)  # noqa: E731
-    a, b = read_factors(call.spec(adapter.rank, adapter.scale), get, where)
-    x = call.inputs
+    spec = call.spec(adapter.rank, adapter.scale, magnitude=adapter.magnitude)
+    a, b, *magnitude = read_factors(spec, get, where)
+    x, c = call.inputs, None
+    scale = scope.get_variable("params" if collection == "params" else SCALE, SCALE, adapter.scale)
+    scale = jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale
+    if magnitude and mode() is not Mode.LOW_RANK_ONLY:
+        weight = meta.unbox(scope.get_variable("params", call.leaf))
+        c = output_scale(weight, a, b, magnitude[0], scale, spec.base_letters, spec.factor_letters)
+        if call.product is not None:  # its outputs are the inputs of the weight
+            x = call.scale_outputs(x, c, None)
+            y, c = call.product(x), None
     if adapter.dropout and jnp.issubdtype(x.dtype, jnp.floating) and module.has_rng("dropout"):
         dropout: Any = nn.Dropout(adapter.dropout, deterministic=False, parent=None)
         x = dropout.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
-    scale = scope.get_variable("params" if collection == "params" else SCALE, SCALE, adapter.scale)
-    scale = jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale
     tap, *before = (
         get(name) if scope.has_variable(collection, TAP) else None for name in (TAP, *PREVIOUS_FACTORS)
     )
@@ -267,4 +285,8 @@ def add_low_rank_term(
     term = term.astype(y.dtype)
     if mode() is Mode.LOW_RANK_ONLY:
         return term + mark_weight(meta.unbox(scope.get_variable("params", call.leaf))).astype(y.dtype)
-    return y + term
+    if c is None:
+        return y + term
+    has_bias = getattr(module, "use_bias", False)
+    bias = meta.unbox(scope.get_variable("params", "bias")) if has_bias else None
+    return call.scale_outputs(y + term, c, bias)

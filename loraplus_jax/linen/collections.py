@@ -14,14 +14,14 @@ from ..lora import PREVIOUS_FACTORS, SCALE, TAP
 from ..low_rank import LowRankWeight, evaluate
 from ..quantization import dense_shapes, is_packed
 from ..rules import is_target, parameter_rule, parameter_spec
-from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, AdapterSpec
+from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE, AdapterSpec
 from ..tree import rebox
 from .adapter import FactorBox, Mode, is_box, mode, new_factors, read_factors
 from .discovery import Discovery
 
 COLLECTIONS = ["params", "lora", SCALE]
 Path = tuple[str, ...]
-_NAMES = (*FACTORS, *EMBEDDING_FACTORS, SCALE, TAP, *PREVIOUS_FACTORS)
+_NAMES = (*FACTORS, *EMBEDDING_FACTORS, MAGNITUDE, SCALE, TAP, *PREVIOUS_FACTORS)
 
 
 class CollectionMap:
@@ -52,7 +52,7 @@ class CollectionMap:
         self._param_paths = set(params)
         for path in [p for p in params if self._rule(p) is not None]:
             spec, where = self._spec(path, params[path])
-            a, b = read_factors(spec, lambda name, path=path: lora.get((*path, name)), where)
+            a, b, *magnitude = read_factors(spec, lambda name, path=path: lora.get((*path, name)), where)
             self._factors |= {(*path, name): lora.pop((*path, name)) for name in spec.factors}
             self._targets[path] = leaf = params[path]
             scale = scales.pop((*path, SCALE), None)
@@ -64,7 +64,7 @@ class CollectionMap:
                 factor_letters=spec.factor_letters,
                 scale=spec.scale if scale is None else scale.reshape(()),
                 stops=True,
-            )
+            ).with_magnitude(*magnitude)
             params[path] = rebox(leaf, weight)
         for path, leaf in params.items():
             if is_packed(value := meta.unbox(leaf)):
@@ -157,11 +157,11 @@ class CollectionMap:
 
     def _factors_of(self, path: Path, leaf: Any) -> dict[Path, Any]:
         """A parameter's factors as passed to the call, or new ones."""
-        factors = {(*path, name): self._factors.get((*path, name)) for name in FACTORS}
+        spec, where = self._spec(path, leaf)
+        factors = {(*path, name): self._factors.get((*path, name)) for name in spec.factors}
         if all(factor is not None for factor in factors.values()):
             return factors
-        spec, where = self._spec(path, leaf)
-        boxes = new_factors(spec, self.config.init, self.rng, path, meta.unbox(leaf).dtype, where)
+        boxes = new_factors(spec, self.config.init, self.rng, path, meta.unbox(leaf), where)
         return {(*path, name): box for name, box in boxes.items()}
 
 

@@ -9,7 +9,7 @@ from flax.core import meta
 
 from ..config import LoRAPlusConfig
 from ..rules import TracedModule, check_coverage, is_adapted, is_target, layer_index, matching_rule
-from ..spec import factor_letters, layer_axis
+from ..spec import check_layers_of, factor_letters, layer_axis
 from .adapter import OURS, FactorBox, adapter_at, has_own_adapter, make_factors, place, targeted_call
 from .layer_table import can_adapt
 
@@ -89,6 +89,7 @@ class Discovery:
             if not isinstance(box, FactorBox):
                 kept[path] = box
             elif box.stacked:
+                check_layers_of(module, box.spec)
                 letters = factor_letters(box.spec.axes, box.stacked)[path[-1].endswith("_b")]
                 axis = layer_axis(letters, box.stacked)
                 self.stacks[module] = size = box.value.shape[axis]

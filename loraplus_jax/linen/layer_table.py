@@ -10,6 +10,7 @@ compute W + s A B for a layer's own `dot_general`, which may round, and for a tr
 
 import dataclasses
 import inspect
+import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,9 @@ class LayerCall(NamedTuple):
       shape: shape of the weight in this call, without stacked axes.
       inputs: inputs of the call.
       term: function that computes the low-rank term from inputs and factors.
+      layout: the letters of the weight's batch and output axes, in B's order, and those of the result's axes; None
+        if the former are the last axes of the result.
+      product: for a call that contracts the outputs instead (`Embed.attend`), the layer's result for other inputs.
     """
 
     kind: str
@@ -46,17 +50,38 @@ class LayerCall(NamedTuple):
     shape: tuple[int, ...]
     inputs: jax.Array
     term: Term
+    layout: tuple[str, str] | None = None
+    product: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def factors(self) -> tuple[str, str]:
         """The names of A and B."""
         return EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
 
-    def spec(self, rank: int, scale: float) -> AdapterSpec:
+    def spec(self, rank: int, scale: float, *, magnitude: bool = False) -> AdapterSpec:
         """The layer's spec, before a stack adds its axes and the model completes the leaf's path."""
         return AdapterSpec(
-            leaf=self.leaf, kind=self.kind, axes=self.axes, shape=self.shape, rank=rank, scale=scale
+            leaf=self.leaf,
+            kind=self.kind,
+            axes=self.axes,
+            shape=self.shape,
+            rank=rank,
+            scale=scale,
+            magnitude=magnitude,
         )
+
+    def scale_outputs(self, y: jax.Array, c: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """Multiplies a result by c, which has the weight's batch and output axes; the bias stays as it is."""
+        shape = [1] * (y.ndim - c.ndim) + [*c.shape]
+        if self.layout is not None:
+            outputs, result = self.layout
+            sizes = dict(zip(outputs, c.shape, strict=True))
+            shape = [sizes.get(letter, 1) for letter in result]
+            c = c.transpose([outputs.index(letter) for letter in result if letter in outputs])
+        c = c.reshape(shape)
+        wide = y.astype(jnp.promote_types(y.dtype, c.dtype))
+        fixed = 0 if bias is None else (1 - c) * bias.reshape(shape)
+        return (c * wide + fixed).astype(y.dtype)
 
 
 def layer_call(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
@@ -80,12 +105,16 @@ def can_adapt(method: Any) -> bool:
 
 def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> LayerCall:
     axes, equations = split_equation(equation)
+    _, weight, result = re.split(",|->", equation)
+    outputs = "".join(c for c, role in zip(weight, axes, strict=True) if role != "i")
+    # DoRA's factor has the batch axes first, as B has.
+    outputs = "".join(sorted(outputs, key=lambda c: axes[weight.index(c)] == "o"))
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, a, b, scale, equations, module.precision)
 
-    return LayerCall(kind, "kernel", axes, _shape(module, "kernel"), inputs, term)
+    return LayerCall(kind, "kernel", axes, _shape(module, "kernel"), inputs, term, (outputs, result))
 
 
 def _dense(module: nn.Dense, inputs: jax.Array) -> LayerCall:
@@ -172,7 +201,12 @@ def _attend(module: nn.Embed, query: jax.Array) -> LayerCall:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, b, a, scale, ("...o,ro->...r", "...r,ir->...i"))
 
-    return LayerCall("embed", "embedding", "io", _shape(module, "embedding"), query, term)
+    def product(x: jax.Array) -> jax.Array:
+        embedding = meta.unbox(module.scope.get_variable("params", "embedding"))  # pyright: ignore
+        return _bare(nn.Embed, module, embedding, x, leaf="embedding", method="attend")
+
+    shape = _shape(module, "embedding")
+    return LayerCall("embed", "embedding", "io", shape, query, term, product=product)
 
 
 def _by_weight(kind: type[nn.Module], module: nn.Module, axes: str) -> Term:
@@ -192,12 +226,20 @@ def _by_weight(kind: type[nn.Module], module: nn.Module, axes: str) -> Term:
 
 
 def _bare(
-    kind: type[nn.Module], module: nn.Module, kernel: jax.Array, x: jax.Array, **changes: Any
+    kind: type[nn.Module],
+    module: nn.Module,
+    weight: jax.Array,
+    x: jax.Array,
+    *,
+    leaf: str = "kernel",
+    method: str | None = None,
+    **changes: Any,
 ) -> jax.Array:
-    """Applies a plain Flax layer with a kernel, without bias, and with `module`'s fields except `changes`."""
+    """Applies a plain Flax layer with a weight, without bias, and with `module`'s fields except `changes`."""
     names = [f.name for f in dataclasses.fields(kind) if f.init and f.name not in ("parent", "name")]
-    fields = {name: getattr(module, name) for name in names} | {"use_bias": False} | changes
-    result: Any = kind(**fields, parent=None).apply({"params": {"kernel": kernel}}, x)
+    fields = {name: getattr(module, name) for name in names} | changes
+    fields |= {"use_bias": False} if "use_bias" in fields else {}
+    result: Any = kind(**fields, parent=None).apply({"params": {leaf: weight}}, x, method=method)
     return result
 
 

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from ..config import LoRAPlusConfig
-from .adapter import Adapter, LoRAPlusLayer, add_low_rank_term, make_factors
+from .adapter import Adapter, LoRAPlusLayer, adapter_at, add_low_rank_term, make_factors
 from .layer_table import layer_call
 
 
@@ -20,8 +20,9 @@ def _adapter_of(module: LoRAPlusLayer) -> Adapter:
         use_rslora=module.use_rslora,
         dropout=module.dropout,
         init=module.init_factors,
+        variant=module.variant,
     )
-    return Adapter(config.rank, config.scale, config.init, config.dropout)
+    return adapter_at(config, "")
 
 
 def _add_term(adapter: Adapter, module: nn.Module, method: Any, y: jax.Array, *args: Any) -> jax.Array:

@@ -22,13 +22,15 @@ from flax import traverse_util
 from flax.core import DenyList, freeze, meta
 from flax.linen.transforms import decorator_lift_transform, get_module_scopes
 from jax.extend.core import jaxpr_as_fun
+from jax.tree_util import tree_leaves_with_path
 
 from .._validation import suggest
 from ..config import LoRAPlusConfig
 from ..dataflow import trace_dataflow
+from ..dora import set_magnitudes
 from ..from_qwix import is_from_qwix
 from ..quantization import is_packed
-from ..spec import AdapterSpec
+from ..spec import MAGNITUDE, AdapterSpec
 from ..tree import flatten, leaves_by_path
 from .adapter import (
     OURS,
@@ -262,7 +264,8 @@ class _Call:
             raise ValueError(
                 f"rank_pattern and alpha_pattern do not support {where}, since its path is unknown"
             )
-        adapter = Adapter(config.rank, config.scale, config.init, config.dropout)
+        magnitude = config.variant == "dora"
+        adapter = Adapter(config.rank, config.scale, config.init, config.dropout, magnitude)
         return add_low_rank_term(y, module, call, adapter, "params", where)
 
     def check(self, *, complete: bool) -> None:
@@ -316,14 +319,16 @@ def init_lora(
       model: model from `apply_lora_plus`, or any Linen model with layers such as `LoRAPlusDense`.
       rngs: a key or a dict of keys, as for `model.init`.
       args, kwargs: arguments as for `model.init`; arrays may be `jax.ShapeDtypeStruct`.
-      base: variables without adapters, `{"params": ...}`, to check the shapes of adapted weights; optional.
+      base: variables without adapters, `{"params": ...}`, to check the shapes of adapted weights; optional, but
+        variant dora needs their norms. Where they are shapes its magnitudes are 0, for `set_magnitudes`.
 
     Returns:
       The tree of factors for the collection `"lora"`, and the table of specs, from path to `AdapterSpec`.
 
     Raises:
       ValueError: the model has no adapters, a rule matches nothing, a rank is above min(in, out), `base` does not
-        match, or the model uses the weight of an adapted layer outside the layer, where the adapter has no effect.
+        match or is missing for variant dora, or the model uses the weight of an adapted layer outside the layer,
+        where the adapter has no effect.
 
     Example:
       >>> model = apply_lora_plus(nn.Dense(4), LoRAPlusConfig(target_modules=".*", rank=2))
@@ -355,15 +360,32 @@ def init_lora(
     specs = _specs(shapes)
     if base is not None:
         _check_base(base, specs)
+    elif any(spec.magnitude for spec in specs.values()):
+        raise ValueError(
+            "variant dora starts from the norms of the weights: pass init_lora(..., base=variables), with the "
+            "variables of the model without adapters"
+        )
     _check_reads(model, specs, shapes, rngs, args, kwargs)
-    is_factor = [path[0].key == "lora" for path, _ in jax.tree_util.tree_leaves_with_path(dict(shapes))]
+    # The magnitudes would be those of random weights, which nothing else computes here.
+    names = [[getattr(key, "key", "") for key in path] for path, _ in tree_leaves_with_path(dict(shapes))]
+    is_factor = [name[0] == "lora" and MAGNITUDE not in name for name in names]
 
     @jax.jit
     def factors(*rngs: jax.Array) -> list[jax.Array]:
         return list(itertools.compress(jaxpr_as_fun(program)(*rngs), is_factor))
 
-    boxed = jax.tree.unflatten(jax.tree.structure(shapes["lora"]), factors(*jax.tree.leaves(rngs)))
-    return meta.unbox(boxed), specs
+    values = iter(factors(*jax.tree.leaves(rngs)))
+    boxed = jax.tree_util.tree_map_with_path(
+        lambda path, x: (
+            jnp.zeros(x.shape, x.dtype)
+            if any(getattr(key, "key", "") == MAGNITUDE for key in path)
+            else next(values)
+        ),
+        shapes["lora"],
+    )
+    lora = meta.unbox(boxed)
+    is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
+    return lora if is_abstract else set_magnitudes(lora, base or {}, specs), specs
 
 
 def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..lora import weight_delta
+from ..lora import adapted_weight
 from ..quantization import PackedArray, is_packed, packed_values
 from ..spec import Specs
 from ..tree import flatten
@@ -96,12 +96,12 @@ class CheckpointMerge:
             result = self._packed(result, self.packed[rule.path])
         if leaf in self.specs:
             key, spec = self.specs[leaf]
-            a, b = (self.factors[path] for path in spec.factor_paths(key))
+            factors = [self.factors[path] for path in spec.factor_paths(key)]
             if layer is not None:
-                a, b = a[layer], b[layer]
+                factors = [factor[layer] for factor in factors]
                 spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
-            delta = np.asarray(weight_delta(a, b, spec))
-            result += delta.T if rule.transposed else delta
+            merged = np.asarray(adapted_weight(result.T if rule.transposed else result, factors, spec))
+            result = merged.T if rule.transposed else merged
         return result
 
     def _packed(self, values: np.ndarray, leaf: PackedArray) -> np.ndarray:

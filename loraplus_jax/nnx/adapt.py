@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from ..config import ALL_LINEAR, LoRAPlusConfig, matches
+from ..dora import output_norms
 from ..inits import factor_inits
 from ..rules import (
     TracedModule,
@@ -74,7 +75,7 @@ def apply_lora_plus(
       ValueError: the model already has adapters, of ours or of another library, or a module has attributes of their
         names; `rngs` lacks a stream; a rule matches nothing, the axes of a weight are unknown, a rank
         is above min(in, out), modules share the variable of an adapted weight, or `check` shows that the model uses
-        one outside its module. The model is unchanged then.
+        one outside its module, or variant dora meets an abstract model. The model is unchanged then.
 
     Example:
       >>> model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
@@ -205,6 +206,7 @@ def _layer_spec(
         rank=config.rank_of(path),
         scale=config.scale_of(path),
         stacked=axes,
+        magnitude=config.variant == "dora",
     )
     check_rank(spec, repr(path or "the model"))
     if (layers := config.layers_to_transform) is None:
@@ -297,20 +299,32 @@ def _make_factors(
     module: nnx.Module, adapter: LayerAdapter, config: LoRAPlusConfig, rngs: nnx.Rngs, dtype: Any
 ) -> dict[str, nnx.LoRAParam]:
     """The initial factors of one weight by attribute, an independent draw for every stacked layer."""
-    spec, weight, factors = adapter.spec, getattr(module, adapter.leaf), {}
+    spec, weight = adapter.spec, getattr(module, adapter.leaf)
     inits: Any = factor_inits(config.init, spec.rank, spec.axes)
-    for side, name in enumerate(adapter.factors):
+    values = []
+    for side in range(2):
         letters, shape = spec.factor_letters[side], spec.factor_shapes[side]
         stack = [n for n, letter in enumerate(letters) if letter.isupper()]
         sizes = [shape[n] for n in stack]
         one = tuple(size for n, size in enumerate(shape) if n not in stack)
         keys = jax.random.split(rngs.params(), math.prod(sizes))
-        values = jax.vmap(lambda key, make=inits[side], one=one: make(key, one, dtype))(keys)
-        value = jnp.moveaxis(values.reshape(*sizes, *one), range(len(stack)), stack)
+        drawn = jax.vmap(lambda key, make=inits[side], one=one: make(key, one, dtype))(keys)
+        value = jnp.moveaxis(drawn.reshape(*sizes, *one), range(len(stack)), stack)
         if spec.layers is not None:
             axis = layer_axis(letters, spec.stacked)
             kept = np.isin(np.arange(shape[axis]), spec.layers)
             value = jnp.where(np.expand_dims(kept, [n for n in range(len(shape)) if n != axis]), value, 0)
+        values.append(value)
+    if spec.magnitude:
+        if isinstance(weight.get_value(), jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"variant dora starts from the norms of the weights, but the model is abstract at {spec.leaf}: "
+                "load the weights before apply_lora_plus"
+            )
+        values.append(output_norms(weight.get_value(), spec.base_letters, spec.factor_letters))
+    factors = {}
+    for side, (name, value) in enumerate(zip(adapter.factors, values, strict=True)):
+        side = min(side, 1)  # the magnitudes lie as B does
         metadata = _sharding_of_factor(weight, spec, side)
         value = _beside(weight.get_value(), value, spec, side)
         if jax.sharding.get_abstract_mesh().empty:  # with metadata, the constructor would ask for a mesh

@@ -58,10 +58,9 @@ class LayerAdapter:
         return f"{self.prefix}{name}"
 
     @property
-    def factors(self) -> tuple[str, str]:
-        """The attributes of A and B."""
-        a, b = (self.attribute(name) for name in self.spec.factors)
-        return a, b
+    def factors(self) -> tuple[str, ...]:
+        """The attributes of A and B, and of the magnitudes if there are any."""
+        return tuple(self.attribute(name) for name in self.spec.factors)
 
 
 class Adapted(NamedTuple):
@@ -244,7 +243,7 @@ def _low_rank(module: nnx.Module, adapter: LayerAdapter | None, value: Any, key:
     if adapter is None:
         return LowRankWeight(value, letters=string.ascii_lowercase[: value.ndim], omit=OMIT_WEIGHTS.value)
     spec = adapter.spec
-    a, b = (getattr(module, name)[...] for name in adapter.factors)
+    a, b, *magnitude = (getattr(module, name)[...] for name in adapter.factors)
     if spec.kind == "parameter":  # has no input of its own
         key = None
     axes = _axes_in_call(module, spec, value)
@@ -263,7 +262,7 @@ def _low_rank(module: nnx.Module, adapter: LayerAdapter | None, value: Any, key:
         tap=None if tap is None else tap[...],
         before=None if tap is None else tuple(factor[...] for factor in before),
         omit=OMIT_WEIGHTS.value,
-    )
+    ).with_magnitude(*magnitude)
 
 
 def _axes_in_call(module: nnx.Module, spec: AdapterSpec, value: Any) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from .._validation import check_choice
-from ..lora import SCALE, check_dequantize, weight_delta
+from ..lora import SCALE, adapted_weight, check_dequantize
 from ..lora import disabled as disabled_tree
 from ..quantization import is_packed
 from ..tree import flatten, join_path, unflatten
@@ -96,7 +96,7 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
 
 
 def merge(model: nnx.Module, *, dequantize: bool = False) -> nnx.Module:
-    """A model of the original class with W + s A B as its weights and no adapters; `model` stays unchanged.
+    """A model of the original class with its adapters in its weights and no adapters; `model` stays unchanged.
 
     All other variables share their arrays with `model`.
 
@@ -111,11 +111,11 @@ def merge(model: nnx.Module, *, dequantize: bool = False) -> nnx.Module:
     merged = nnx.clone(model)
     for module, _, adapter, spec in adapters_by_path(merged).values():
         weight = getattr(module, adapter.leaf)
-        a, b = (getattr(module, name)[...] for name in adapter.factors)
+        factors = [getattr(module, name)[...] for name in adapter.factors]
         value = weight.get_value()
         if is_packed(value):
             value = check_dequantize(value, spec.leaf, allowed=dequantize)
-        weight.set_value((value + weight_delta(a, b, spec)).astype(value.dtype))
+        weight.set_value(adapted_weight(value, factors, spec).astype(value.dtype))
     remove_adapters(merged)
     return merged
 

@@ -131,6 +131,7 @@ def lora_plus_adamw(
     decay: Literal["coupled", "equal"] = "coupled",
     embedding_learning_rate: Rate | None = None,
     head_learning_rate: Rate | None = None,
+    magnitude_learning_rate: Rate | None = None,
     by_role: Mapping[Role, Mapping[str, float]] | None = None,
     max_grad_norm: float | None = None,
     precondition: optax.GradientTransformation | None = None,
@@ -158,6 +159,8 @@ def lora_plus_adamw(
       embedding_learning_rate: learning rate of embedding adapters; defaults to eta_A, or to 1e-6 with policy
         `"peft"`.
       head_learning_rate: learning rate of fully trained parameters (role `"extra"`); defaults to eta_A.
+      magnitude_learning_rate: learning rate of DoRA's magnitudes; defaults to eta_A. With policy `"peft"` they
+        always have B's.
       by_role: maps a role to its own `b1`, `b2`, `eps` or `weight_decay`.
       max_grad_norm: maximum global gradient norm, over all groups; None disables clipping.
       precondition: a transform of the clipped gradients of all roles together, such as `scale_by_riemannian()`.
@@ -185,10 +188,15 @@ def lora_plus_adamw(
         "learning_rate": learning_rate,
         "embedding_learning_rate": embedding_learning_rate,
         "head_learning_rate": head_learning_rate,
+        "magnitude_learning_rate": magnitude_learning_rate,
     }
     for name, rate in rates.items():
         if not callable(rate) and (rate is not None or name == "learning_rate"):
             check_number(name, rate, above=0.0, allow_arrays=True)
+    if policy == "peft" and magnitude_learning_rate is not None:
+        raise ValueError(
+            "magnitude_learning_rate requires policy lora_plus: with policy peft magnitudes have B's learning rate"
+        )
     overrides = _check_by_role(by_role or {})
     if policy == "peft":
         overrides["vector"] = {"weight_decay": 0.0, **overrides.get("vector", {})}
@@ -196,7 +204,12 @@ def lora_plus_adamw(
     fast_rate = scale_rate(learning_rate, ratio)
 
     def group(role: Role) -> AdamW:
-        rate = {"embedding": embedding_learning_rate, "extra": head_learning_rate}.get(role)
+        own = {
+            "embedding": embedding_learning_rate,
+            "extra": head_learning_rate,
+            "magnitude": magnitude_learning_rate,
+        }
+        rate = own.get(role)
         rate = learning_rate if rate is None else rate
         settings = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
         if role == "b" and decay == "equal":

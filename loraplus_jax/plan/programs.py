@@ -108,12 +108,12 @@ def _bytes_between_steps(name: str, lowered: jax.stages.Lowered, step: LoweredSt
     return memory_sizes(program, problem, weights + trained)[1] + optimizer, problem and f"{name}: {problem}"
 
 
-def _adapter_shapes(model: Any, key: Any, *inputs: Any) -> tuple[Any, Specs]:
+def _adapter_shapes(model: Any, key: Any, *inputs: Any, base: Any) -> tuple[Any, Specs]:
     """Like `init_lora`, with shapes instead of factors."""
     specs: Specs = {}
 
     def make_factors(key: Any) -> Any:
-        factors, table = init_lora(model, key, *inputs)
+        factors, table = init_lora(model, key, *inputs, base=base)
         specs.update(table)
         return factors
 

@@ -54,8 +54,10 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("optimizer.name",), "method", ("lora_plus", "lora")),
     (("optimizer.reg",), "optimizer.name", ("riemannian",)),
     (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
+    (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
     (("train.prompt_tokens",), "train.prompt", ()),
     (("train.theory_every",), "method", ("lora_plus", "lora")),
+    (("train.theory_every",), "lora.variant", ("lora",)),
     (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
     (("init_adapter_rates",), "init_adapter", ()),
 )
@@ -207,8 +209,9 @@ class OptimizerSettings:
       learning_rate: eta_A, peak learning rate of A and all else except B; B's is lora.lr_ratio times it.
       head_learning_rate: peak learning rate of the head and other fully trained parameters; null uses eta_A.
       embedding_learning_rate: peak learning rate of embedding adapters; null uses eta_A, or 1e-6 with policy peft.
+      magnitude_learning_rate: peak learning rate of the magnitudes of lora.variant dora; null uses eta_A.
       policy: parameter groups: lora_plus gives only B lora.lr_ratio x learning_rate; peft, as PEFT does, also
-        biases and norms, which then get no weight decay.
+        biases and norms, which then get no weight decay, and magnitudes.
       schedule: learning rate schedule after warmup.
       warmup_steps: steps of linear warmup from 0.
       final_fraction: final learning rate as a fraction of the peak (linear, cosine and wsd).
@@ -226,6 +229,7 @@ class OptimizerSettings:
     learning_rate: Rate = 1e-4
     head_learning_rate: Rate | None = None
     embedding_learning_rate: Rate | None = None
+    magnitude_learning_rate: Rate | None = None
     policy: Policy = "lora_plus"
     schedule: Schedule = "linear"
     warmup_steps: Index = 0
@@ -417,6 +421,10 @@ class Settings:
         """Rejects a start from the base that the packing of the base or another start contradicts."""
         if config.init not in BASE_INITS:
             return
+        if config.variant != "lora":
+            raise ValueError(
+                f"lora.init {config.init} requires lora.variant lora, got {config.variant}; set lora.init lora"
+            )
         if self.init_adapter is not None:
             raise ValueError(
                 f"lora.init {config.init} and init_adapter both set the start; remove init_adapter, or set "

@@ -56,6 +56,7 @@ TABLE: dict[str, Method] = {
     "lora_plus": Method("LoRA+"),
     "lora_b": Method("LoRA, A = 0", {"lora.init": "lora_b"}),
     "rslora": Method("rsLoRA", {"lora.use_rslora": True}),
+    "dora": Method("DoRA", {"lora.variant": "dora"}),
     "orthogonal": Method("LoRA, orthogonal", {"lora.init": "orthogonal"}),
     "pissa": Method("PiSSA", {"lora.init": "pissa"}, 0.1),
     "olora": Method("OLoRA", {"lora.init": "olora"}, 0.1),

@@ -31,7 +31,14 @@ from ..train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..training.identity import model_identity
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.setup import build_model, count_steps, params_of, set_weights, task_module
+from ..training.setup import (
+    build_model,
+    count_steps,
+    params_of,
+    set_weights,
+    start_magnitudes,
+    task_module,
+)
 from ..training.start import begin_from, make_start
 from .halving import check_rungs
 from .settings import MAY_CHANGE, SweepRun, Trial
@@ -280,7 +287,7 @@ def _initial_values(
     """
     settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
     shapes = build_model(settings, directory, data.task, settings.applied)
-    trainable = set_weights(settings, shapes, weights, settings.applied).trainable
+    trainable = start_magnitudes(set_weights(settings, shapes, weights, settings.applied)).trainable
     if start is not None:
         trainable = trainable | {"lora": start}
     return jax.tree.map(_pad_to, trainable, widest.trainable)

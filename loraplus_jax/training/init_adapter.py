@@ -241,15 +241,17 @@ def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) 
         return ["method full has no adapters; use method lora_plus or lora"]
     if read_notes(directory):
         adapted = specs_from_json(read_notes(directory)["specs"])
-        config, theirs = saved_config(directory), {path: (s.rank, s.scale) for path, s in adapted.items()}
+        config = saved_config(directory)
+        theirs = {path: (s.rank, s.scale, s.magnitude) for path, s in adapted.items()}
         their_layers = next((s.layers for s in adapted.values() if s.layers is not None), None)
     else:
         config = adapter_config(directory, parts)
-        theirs = {path: (config.rank_of(path), config.scale_of(path)) for path in config.target_modules}
+        is_dora = config.variant == "dora"
+        theirs = {p: (config.rank_of(p), config.scale_of(p), is_dora) for p in config.target_modules}
         their_layers = config.layers_to_transform
     if config is None:
         return ["it is a fully trained model without adapters"]
-    ours = {path: (spec.rank, spec.scale) for path, spec in parts.specs.items()}
+    ours = {path: (spec.rank, spec.scale, spec.magnitude) for path, spec in parts.specs.items()}
     our_layers = next((s.layers for s in parts.specs.values() if s.layers is not None), None)
     if their_layers == our_layers and _without_kernel(theirs) == _without_kernel(ours):
         return []
@@ -259,7 +261,8 @@ def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) 
         differences.append(
             f"it adapts {', '.join(sorted(theirs))}, the settings adapt {', '.join(sorted(ours))}: set {flag}"
         )
-    for name in ("rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform"):
+    names = ("rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "variant", "layers_to_transform")
+    for name in names:
         value, saved = _to_plain(getattr(applied, name)), _to_plain(getattr(config, name))
         if value != saved:
             differences.append(

@@ -32,11 +32,13 @@ def make_optimizer(
     if lr_ratio is None:
         lr_ratio = 1.0 if config is None else config
     embedding, head = settings.embedding_learning_rate, settings.head_learning_rate
+    magnitude = settings.magnitude_learning_rate
     return lora_plus_adamw(
         schedule(settings.learning_rate if learning_rate is None else learning_rate),
         lr_ratio,
         embedding_learning_rate=None if embedding is None else schedule(embedding),
         head_learning_rate=None if head is None else schedule(head),
+        magnitude_learning_rate=None if magnitude is None else schedule(magnitude),
         b1=settings.b1,
         b2=settings.b2,
         eps=settings.eps,
@@ -79,6 +81,7 @@ def check_rates(settings: OptimizerSettings, tx: LoRAPlusTransform, trainable: A
     for role, name, group in (
         ("extra", "head_learning_rate", "head or other fully trained parameter"),
         ("embedding", "embedding_learning_rate", "embedding adapter"),
+        ("magnitude", "magnitude_learning_rate", "magnitude"),
     ):
         if (rate := getattr(settings, name)) is not None and role not in roles:
             raise ValueError(f"optimizer.{name} is {rate:g}, but the model trains no {group}; remove it")

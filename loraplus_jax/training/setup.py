@@ -17,6 +17,7 @@ from ..checkpoint import describe_run, fingerprint, leaf_dtypes_and_shapes
 from ..config import BASE_INITS, LoRAPlusConfig
 from ..data.batches import Batch
 from ..data.fetch import resolve
+from ..dora import set_magnitudes
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.hf import check_params, load_params, rows_digest
 from ..models.packing import pack_shapes
@@ -137,7 +138,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         task=inputs["task"],
         identity=identity,
     )
-    start = None
+    parts, start = start_magnitudes(parts), None
     if settings.init_adapter is not None:
         with raise_together():
             check_init_identity(settings, {}, base, allow_different)
@@ -246,7 +247,8 @@ def add_adapters(
     specs: Specs = {}
     if config is not None:
         try:
-            lora, specs = make_adapters(model, lora_key, *base.inputs)
+            # Of shapes there are no norms: variant dora gets its magnitudes with the weights.
+            lora, specs = make_adapters(model, lora_key, *base.inputs, base=variables)
         except ValueError as error:
             # The library names a field of its config; in the settings it is one of a section.
             if re.split(r"\W", str(error))[0] in config.to_json():
@@ -298,6 +300,14 @@ def set_weights(
     variables |= {"lora": parts.trainable["lora"]} if "lora" in parts.trainable else {}
     trainable, frozen = _split(variables, config)
     return parts._replace(trainable=_float32(trainable), frozen=frozen)
+
+
+def start_magnitudes(parts: AdaptedModel) -> AdaptedModel:
+    """Sets the magnitudes of variant dora from the weights; on several processes, all of them must call it."""
+    if not any(spec.magnitude for spec in parts.specs.values()):
+        return parts
+    lora = set_magnitudes(parts.trainable["lora"], {"params": params_of(parts)}, parts.specs)
+    return parts._replace(trainable={**parts.trainable, "lora": lora})
 
 
 def params_of(parts: AdaptedModel) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from . import language_world as language
 pytestmark = pytest.mark.slow
 
 QUIET = LineConsole(quiet=True)
+ONES = jnp.ones((1, 3))
 SPEC = AdapterSpec(leaf="params/query/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=8.0)
 
 
@@ -114,7 +115,7 @@ def updates(settings):
     """What the optimizer makes of given gradients at the first steps, and its rates at the last."""
     tx = setup.make_optimizer(settings.optimizer, settings.applied, length(settings), {"query": SPEC})
     params = {
-        "lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3))}},
+        "lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3)), "lora_magnitude": ONES}},
         "params": {"head": {"bias": jnp.ones(2)}},
     }
     state, found = tx.init(params), []
@@ -319,8 +320,10 @@ CHANGES = [
     Change("lora.rank_pattern", '{{"query": 2}}', variables),
     Change("lora.alpha_pattern", '{{"query": 2.0}}', program),
     Change("lora.use_rslora", "true", program),
+    Change("lora.variant", "dora", variables),
     Change("lora.bias", "all", variables),
     Change("optimizer.embedding_learning_rate", "1e-3", updates),
+    Change("optimizer.magnitude_learning_rate", "1e-3", updates, ("--lora.variant", "dora")),
     Change("optimizer.policy", "peft", updates),
     Change("optimizer.name", "riemannian", updates),
     Change("optimizer.name", "lora_rite", updates, ("--method", "lora")),

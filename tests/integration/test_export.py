@@ -269,8 +269,10 @@ def damaged(peft, what):
         path.rename(peft / "adapter_model.bin")
     elif what == "rank":
         options["r"] = 2
+    elif what == "qalora":
+        options |= {"use_qalora": True, "megatron_config": {"a": 1}}
     elif what == "dora":
-        options |= {"use_dora": True, "megatron_config": {"a": 1}}
+        options |= {"use_dora": True}
     elif what == "unknown option":
         options["frobnicate"] = 3
     elif what == "init":
@@ -297,7 +299,8 @@ def damaged(peft, what):
         ("truncated", ["adapter_model.safetensors"]),
         ("pickle", ["adapter_model.bin", "pickle"]),
         ("rank", ["lora.rank", 2, 4]),
-        ("dora", ["use_dora", True, "megatron_config"]),
+        ("qalora", ["use_qalora", True, "megatron_config"]),
+        ("dora", ["lora.variant", "dora"]),
         ("unknown option", ["frobnicate", 3]),
         ("init", ["init_lora_weights", "pissa_niter_4"]),
         ("unmapped", ["encoder.layer.0.strange.lora_A.weight"]),

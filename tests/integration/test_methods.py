@@ -82,7 +82,7 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     [
         ("[lora_pluss]", (), ("sweep.methods", "lora_pluss")),
         (SOME, ("--sweep.ranks", "[2,4]"), ("ranks", "null", "methods")),
-        (SOME, ("--sweep.method_learning_rates", "{dora: [1e-3,2e-3]}"), ("method_learning_rates", "dora")),
+        (SOME, ("--sweep.method_learning_rates", "{olora: [1e-3,2e-3]}"), ("method_learning_rates", "olora")),
         (SOME, ("--sweep.method_learning_rates", "{pissa: [1e-3]}"), ("sweep.methods pissa", "2", "1")),
         (SOME, ("--model.quantize", "nf4"), ("sweep.methods pissa", "model.quantize", "nf4")),
     ],

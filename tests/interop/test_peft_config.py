@@ -19,7 +19,7 @@ def options_file(tmp_path, **changes):
     ("changes", "text"),
     [
         ({"peft_type": "LOHA"}, mentions("peft_type", "LORA", "'LOHA'")),
-        ({"use_dora": True, "lora_bias": True}, mentions("use_dora", "lora_bias", True)),
+        ({"use_qalora": True, "lora_bias": True}, mentions("use_qalora", "lora_bias", True)),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
         ({"corda_config": {"verbose": False}}, "corda_config"),
@@ -37,6 +37,7 @@ def options_file(tmp_path, **changes):
         ({"target_modules": 3}, mentions("target_modules", 3)),
         ({"modules_to_save": "head"}, mentions("modules_to_save", "'head'")),
         ({"use_rslora": "yes"}, mentions("use_rslora", "true", "false", "'yes'")),
+        ({"use_dora": 1}, mentions("use_dora", "true", "false", 1)),
         ({"base_model_name_or_path": 1}, mentions("base_model_name_or_path", 1)),
     ],
 )

@@ -20,6 +20,7 @@ from loraplus_jax import (
     LoRAPlusEmbed,
     LoRAPlusMultiHeadDotProductAttention,
     apply_lora_plus,
+    disabled,
     init_lora,
     label_params,
     merge,
@@ -213,6 +214,7 @@ class Body(nn.Module):
 
     subject: str
     ours: bool = False
+    variant: str = "lora"
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -222,7 +224,7 @@ class Body(nn.Module):
         fields = {"name": "layer", "dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.ours:
             assert subject.ours is not None
-            fields |= {"rank": RANK, "alpha": ALPHA}
+            fields |= {"rank": RANK, "alpha": ALPHA, "variant": self.variant}
             module = subject.ours(**fields)
         else:
             module = subject.make(**fields)
@@ -270,12 +272,12 @@ def drawn(shapes, seed=3):
     return jax.tree.map(lambda x: jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), shapes)
 
 
-def models(subject, lifting, dtype="float32"):
+def models(subject, lifting, dtype="float32", **more):
     """The plain model and the adapted one."""
     fields = {"subject": subject} | dict(zip(("dtype", "param_dtype"), DTYPES[dtype], strict=True))
     plain = Whole(lifting, fields)
     names = [("layer/" + name).removesuffix("/") for name in SUBJECTS[subject].weights]
-    config = LoRAPlusConfig(target_modules=names, rank=RANK, alpha=ALPHA)
+    config = LoRAPlusConfig(target_modules=names, rank=RANK, alpha=ALPHA, **more)
     return plain, apply_lora_plus(plain, config)
 
 
@@ -382,6 +384,29 @@ def test_merged_equals_unmerged_compiled_once(subject, lifting, dtype):
         found.astype(jnp.float32), expected.astype(jnp.float32), rtol=0, atol=tolerance * max(1.0, 4 * size)
     )
     jax.tree.map(np.testing.assert_array_equal, unmerge(merged, base, specs), base)
+
+
+@every
+def test_dora_changes_nothing_at_first_and_then_equals_its_merged_form(subject, lifting):
+    plain, adapted = models(subject, lifting, variant="dora")
+    x, key = inputs(subject), jax.random.key(0, impl="rbg")
+    base = {"params": drawn(jax.eval_shape(plain.init, key, x)["params"])}
+    lora, specs = init_lora(adapted, key, x, base=base)
+    apply, apply_plain = jax.jit(adapted.apply), jax.jit(plain.apply)
+    expected = apply_plain(base, x)
+    close = 1e-6 * float(jnp.abs(expected).max())
+    np.testing.assert_allclose(apply(base | {"lora": lora}, x), expected, rtol=0, atol=close)
+    lora = drawn(jax.eval_shape(lambda: lora), seed=5)
+    found = apply(base | {"lora": lora}, x)
+    assert float(jnp.abs(found - expected).max()) > 0.1 * float(jnp.std(expected))
+    merged = apply_plain(merge(base, lora, specs), x)
+    np.testing.assert_allclose(found, merged, rtol=0, atol=1e-5 * max(1.0, float(jnp.abs(merged).max())))
+    np.testing.assert_allclose(apply(base | {"lora": disabled(lora)}, x), expected, rtol=0, atol=close)
+    assert apply._cache_size() == 1
+    if lifting == "plain" and SUBJECTS[subject].ours is not None:
+        fields = {"subject": subject, "ours": True, "variant": "dora"}
+        ours = jax.jit(Whole(lifting, fields).apply)(base | {"lora": lora}, x)
+        np.testing.assert_allclose(ours, found, rtol=0, atol=close)
 
 
 @every

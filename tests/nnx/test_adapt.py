@@ -140,12 +140,15 @@ def assert_close(got, expected, tolerance=1e-5):
     np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("name", ROWS)
-def test_a_layer_starts_as_the_plain_one_and_then_equals_the_merged_one(name, monkeypatch):
+def test_a_layer_starts_as_the_plain_one_and_then_equals_the_merged_one(name, variant, monkeypatch):
     row, sums = ROWS[name], []
     plain = row.wrap(row.make(nnx.Rngs(0)))
-    model, specs = build(row)
+    model, specs = build(row, {"variant": variant})
     before = plain(row.x)
+    half = any("bfloat16" in str(v.dtype) for v in jax.tree.leaves((before, nnx.state(plain))))
+    assert_close(model(row.x), before, 0 if variant == "lora" else 2e-2 if half else 1e-6)
     assert isinstance(model.layer, type(plain.layer))
     np.testing.assert_array_equal(model(row.x), before)
     assert {v.shape for v in jax.tree.leaves(lora_tree(model))} == {
@@ -157,7 +160,6 @@ def test_a_layer_starts_as_the_plain_one_and_then_equals_the_merged_one(name, mo
     y = model(row.x)
     assert not sums if row.by_rank else sums
     assert y.dtype == before.dtype
-    half = any("bfloat16" in str(v.dtype) for v in jax.tree.leaves((before, nnx.state(plain))))
     assert_close(y, merge(model)(row.x), 2e-2 if half else 1e-5)
     assert float(jnp.abs(y - before).max()) > 0.1
 

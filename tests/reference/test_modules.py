@@ -204,6 +204,42 @@ def test_layers_that_peft_made_give_the_same_here(name, tmp_path):
     assert off(model.apply({"params": params, "lora": adapter.lora}, given), run(adapted, theirs)) <= LIMIT
 
 
+@pytest.mark.parametrize("name", ["Conv1D", "Conv2d", "heads"])
+def test_dora_has_the_values_and_gradients_of_peft_and_its_files(name, tmp_path):
+    base, net, params, given, theirs, targets, rules = both(name)
+    made = peft.LoraConfig(r=3, lora_alpha=5, use_dora=True, target_modules=targets)
+    adapted = peft.get_peft_model(base, made).eval()
+    trained = {path: p for path, p in adapted.named_parameters() if "lora_" in path}
+    with torch.no_grad():
+        for path, parameter in trained.items():
+            new = torch.randn(parameter.shape) * 0.3
+            parameter.copy_(parameter + new if "magnitude" in path else new)
+    adapted.save_pretrained(tmp_path / "a")
+    result = adapted(theirs)
+    torch.sin(result).sum().backward()
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.copy_(parameter.grad)  # pyright: ignore[reportArgumentType]
+    adapted.save_pretrained(tmp_path / "g")
+    config = peft_config(tmp_path / "a", rules)
+    assert config.variant == "dora"
+    model = apply_lora_plus(net, config)
+    _, specs = init_lora(model, jax.random.key(0), given, base={"params": params})
+    lora, wanted = (load_peft(tmp_path / name, specs, rules, params=params).lora for name in "ag")
+    apply = lambda lora: model.apply({"params": params, "lora": lora}, given)  # noqa: E731
+    assert off(apply(lora), result.detach().numpy()) <= LIMIT
+    found = jax.grad(lambda lora: jnp.sin(apply(lora)).sum())(lora)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for gradient, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert off(gradient, expected) <= LIMIT
+    save_peft(tmp_path / "b", lora, specs, config, rules)
+    ours, files = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ba")
+    # PEFT also writes the base's embedding.
+    assert ours.keys() == {key for key in files if "base_layer" not in key}
+    for key, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, files[key])
+
+
 def test_convolutions_in_groups_are_rejected_by_their_shapes(tmp_path):
     """PEFT's A sees all channels and ours those of a group: not the same layer."""
     net = nn.Sequential([nn.Conv(8, (3,), feature_group_count=2)])

@@ -48,6 +48,7 @@ def options(pair):
         "modules_to_save": {"target_modules": some, "modules_to_save": (names[4],)},
         "parameters": {"target_parameters": {rf".*/{names[1]}/kernel": "lio"}},
         "init_b": {"target_modules": some, "init": "lora_b"},
+        "dora": {"target_modules": names, "variant": "dora"},
     }
     if pair.name in ("qwen2", "biases", *ENCODERS):
         found |= {
@@ -63,7 +64,7 @@ def tuned(pair, seed=5, **fields):
     fields["modules_to_save"] = (*fields.get("modules_to_save", ()), *head)
     config = LoRAPlusConfig(rank=4, **fields)
     model = apply_lora_plus(pair.model, config)
-    lora, specs = init_lora(model, jax.random.key(0), *pair.inputs)
+    lora, specs = init_lora(model, jax.random.key(0), *pair.inputs, base={"params": pair.params})
     trainable, frozen = split_trainable(
         {"params": pair.params, "lora": lora}, config.modules_to_save, bias=config.bias
     )
@@ -80,7 +81,7 @@ def tuned(pair, seed=5, **fields):
 
 OPTIONS = (
     *("plain", "all_linear", "embedding", "rslora", "patterns", "layers", "modules_to_save", "parameters"),
-    *("init_b", "bias", "all_biases"),
+    *("init_b", "bias", "all_biases", "dora"),
 )
 CASES = diagonal((*CAUSAL, *ENCODERS), OPTIONS, also=(("qwen2", "bias"), ("bert", "all_biases")))
 
@@ -124,6 +125,7 @@ THEIRS = {
     "layers": {"layers_to_transform": [1]},
     "embedding": {"embedding": True, "ensure_weight_tying": True},
     "bias": {"bias": "all"},
+    "dora": {"use_dora": True},
 }
 
 
@@ -151,7 +153,7 @@ def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, 
     theirs = made_by_peft(pair, option, tmp_path / "a")
     config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)
     model = apply_lora_plus(pair.model, config)
-    _, specs = init_lora(model, jax.random.key(0), *pair.inputs)
+    _, specs = init_lora(model, jax.random.key(0), *pair.inputs, base={"params": pair.params})
     adapter = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
     variables = replace_leaves({"params": pair.params, "lora": adapter.lora}, flatten(adapter.extras))
     given, wanted = pair.logits(model, variables), pair.torch_logits(theirs)
@@ -170,7 +172,6 @@ def test_layers_of_a_stack_with_ranks_of_their_own_are_rejected(pairs, tmp_path)
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights.*'pissa'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights.*'olora'"),
         ({"lora_bias": True}, "lora_bias"),

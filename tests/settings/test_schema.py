@@ -65,6 +65,14 @@ FILES_OF_EACH = (*FILES, "--data.validation", "b.csv")
         ),
         ("optimizer.decay", "equal", (), ("--optimizer.weight_decay", "0.1"), ("optimizer.weight_decay",)),
         ("train.theory_every", "5", ("--method", "full"), (), ("method", "lora_plus", "lora", "full")),
+        (
+            *("train.theory_every", "5", ("--lora.variant", "dora"), ()),
+            ("lora.variant", "lora", "dora"),
+        ),
+        (
+            *("optimizer.magnitude_learning_rate", "1e-3", (), ("--lora.variant", "dora")),
+            ("lora.variant", "dora", "lora"),
+        ),
         ("distributed.start_timeout", "20", (), WORLD, ("distributed.coordinator", "null")),
         ("distributed.lost_timeout", "20", (), WORLD, ("distributed.coordinator", "null")),
         ("distributed.processes", "4", (), WORLD[::2], ("distributed.coordinator", "null")),

@@ -42,6 +42,7 @@ OTHER = {
     "lora.rank_pattern": {"query": 2},
     "lora.alpha_pattern": {"query": 2.0},
     "lora.use_rslora": True,
+    "lora.variant": "dora",
     "lora.bias": "all",
     "optimizer.embedding_learning_rate": 1e-3,
     "optimizer.policy": "peft",

@@ -131,8 +131,10 @@ CHANGES = {
     "lora.rank_pattern": {"query": 2},
     "lora.alpha_pattern": {"query": 2.0},
     "lora.use_rslora": True,
+    "lora.variant": "dora",
     "lora.bias": "all",
     "optimizer.embedding_learning_rate": 1e-3,
+    "optimizer.magnitude_learning_rate": 1e-3,
     "optimizer.policy": "peft",
     "optimizer.name": "riemannian",
     "optimizer.learning_rate": 2e-3,
@@ -206,6 +208,7 @@ def run_of(directory, values, *, finished=False):
 def base_of(name):
     needed = {name: {"task": "instruction"} for name in TALK}
     needed["optimizer.decay"] = {"optimizer": {"schedule": "linear", "weight_decay": 0.1}}
+    needed["optimizer.magnitude_learning_rate"] = {"lora": {**PLAIN.get("lora", {}), "variant": "dora"}}
     world = {"coordinator": "host:1", "processes": 2, "process_id": 0}
     needed |= {f"distributed.{name}": {"distributed": world} for name in ("start_timeout", "lost_timeout")}
     return PLAIN | needed.get(name, {})
