@@ -245,23 +245,34 @@ def _indices(spec: AdapterSpec, letters: str) -> list[Index]:
 
 
 def factors_to_peft(
-    a: np.ndarray, b: np.ndarray, target: Target
+    a: np.ndarray, b: np.ndarray, target: Target, *, prune: bool = False
 ) -> Iterator[tuple[Index, np.ndarray, np.ndarray]]:
-    """Yields each slice's index, and its A and B in PEFT's layout, with the shapes of `factor_shapes`."""
-    shape = factor_shapes(target)[1]
+    """Yields each slice's index, and its A and B in PEFT's layout, with the shapes of `factor_shapes`.
+
+    With `prune`, without the components that are 0 in B, unless all are: then one is kept. Slices with one A keep
+    the same components.
+    """
     for index in target.names:
-        part_a, part_b = _slices(a, b, index, target)
+        kept = _components_in_use(b, index, target) if prune else np.arange(target.spec.rank)
+        part_a, part_b = _select(*_slices(a, b, index, target), kept, target)
+        shape = factor_shapes(target, len(kept))[1]
         yield index, _a_to_peft(part_a, target.kind), _b_to_peft(part_b, shape, target.kind)
+
+
+def rank_of_slice(a: np.ndarray, target: Target) -> int:
+    """The rank of a slice, from its A in PEFT's layout."""
+    return a.shape[0] * target.spec.rank // factor_shapes(target)[0][0]
 
 
 def factors_from_peft(
     slices: Mapping[Index, tuple[np.ndarray, ...]], target: Target
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of `factors_to_peft`; missing slices become zeros. Copies of a shared A must be equal."""
+    """The inverse of `factors_to_peft`; what is missing becomes zeros. Copies of a shared A must be equal."""
     dtype = next(iter(slices.values()))[0].dtype
     a, b = (np.zeros(shape, dtype) for shape in target.spec.factor_shapes)
     for index, (array_a, array_b) in slices.items():
-        part_a, part_b = _slices(a, b, index, target)
+        kept = slice(rank_of_slice(array_a, target))
+        part_a, part_b = _select(*_slices(a, b, index, target), kept, target)
         part_a[...] = _a_from_peft(array_a, part_a.shape, target.kind)
         part_b[...] = _b_from_peft(array_b, part_b.shape, target.kind)
     return a, b
@@ -359,6 +370,24 @@ def _slices(a: np.ndarray, b: np.ndarray, index: Index, target: Target) -> tuple
         view = np.transpose(array, [letters.index(c) for c in order])
         views.append(view[(*_own_index(target, index, letters), ...)])
     return views[0], views[1]
+
+
+def _select(
+    a: np.ndarray, b: np.ndarray, components: np.ndarray | slice, target: Target
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some components of a slice's A (batch, in..., r) and B (batch, r, out...); views for a `slice`."""
+    axis = [c for c in target.spec.factor_letters[1] if c not in target.letters].index("r")
+    return a[..., components], b[(slice(None),) * axis + (components,)]
+
+
+def _components_in_use(b: np.ndarray, index: Index, target: Target) -> np.ndarray:
+    """The components that are not 0 in B in a slice, or in another with the same A; the first if there are none."""
+    letters_a, letters_b = target.spec.factor_letters
+    fixed = {c: n for c, n in zip(target.letters, index, strict=True) if c in letters_a}
+    rows = b[tuple(fixed.get(c, slice(None)) for c in letters_b)]
+    axis = [c for c in letters_b if c not in fixed].index("r")
+    in_use = (np.moveaxis(rows, axis, 0).reshape(target.spec.rank, -1) != 0).any(1)
+    return np.flatnonzero(in_use) if in_use.any() else np.arange(1)
 
 
 def _a_to_peft(a: np.ndarray, kind: str) -> np.ndarray:
