@@ -285,6 +285,21 @@ def test_experts_in_one_parameter_are_pruned_together(tmp_path):
         assert not np.any(np.take(np.asarray(again[name]), 2, axis))
 
 
+def test_parts_with_one_a_keep_the_same_components(tmp_path):
+    spec = spec_of("einsum", "ooio", (2, 4, 3, 5), rank=3)
+    lora = factors(spec)
+    b = lora["m"]["lora_b"]
+    assert spec.factor_letters[1].startswith("r")
+    lora["m"]["lora_b"] = b.at[0, 0].set(0).at[1].set(0)  # the first only in the first part
+    config = LoRAPlusConfig(target_modules=["m"], rank=3, alpha=4.5)
+    save_peft(tmp_path / "a", lora, {"m": spec}, config, [("m", "t.{k|v}")], prune=True)
+    found = load_file(tmp_path / "a/adapter_model.safetensors")
+    a = np.asarray(lora["m"]["lora_a"])[..., [0, 2]]
+    for part in "kv":
+        np.testing.assert_array_equal(found[f"base_model.model.t.{part}.lora_A.weight"], a.reshape(-1, 2).T)
+    load_peft(tmp_path / "a", {"m": spec}, [("m", "t.{k|v}")])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_can_be_pruned_and_comes_back_with_zeros(name, tmp_path):
     """Of three components the slices of the first index lose the second, and all slices lose the third."""

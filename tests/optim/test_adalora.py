@@ -81,7 +81,14 @@ def test_a_step_by_hand():
     """
     params = {"q": {"lora_a": jnp.diag(jnp.array([1.0, 2.0])), "lora_b": jnp.array([[3.0, 4.0], [0.0, 2.0]])}}
     grads = jax.tree.map(jnp.ones_like, params)
-    settings = {"steps": 2, "initial_steps": 0, "final_steps": 0, "beta1": 0.5, "beta2": 0.5}
+    settings = {
+        "steps": 2,
+        "initial_steps": 0,
+        "final_steps": 0,
+        "beta1": 0.5,
+        "beta2": 0.5,
+        "orthogonality": 0.5,
+    }
     for target, kept in ((2, 1.0), (1, 0.0)):
         tx = adalora(optax.sgd(0.1), optax.sgd(0.1), target_rank=target, **settings)
         updates, state = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
@@ -223,13 +230,48 @@ def test_with_the_full_budget_it_is_autodiff_through_the_triplets():
 
 def test_the_budget_and_its_choice():
     assert [int(budget_at(left, 12, 4)) for left in (1, 0.75, 0.5, 0.25, 0)] == [12, 7, 5, 4, 4]
-    for total, phase in ((864, 1000), (27, 9), (14336, 777)):
+    for total, phase in ((864, 1000), (27, 9), (432, 6), (14336, 777)):
         found = budget_at(jnp.arange(phase, -1, -1) / phase, total, total // 2)
         exact = [total // 2 + (total - total // 2) * n**3 // phase**3 for n in range(phase, -1, -1)]
         np.testing.assert_array_equal(found, exact)
     kept = most_important({"b": jnp.array([[2.0, 1.0], [1.0, 5.0]]), "a": jnp.array([1.0, 3.0])}, 4)
     assert kept["b"].tolist() == [[True, True], [False, True]]  # of equal ones the first
     assert kept["a"].tolist() == [False, True]
+
+
+def test_the_rank_goes_to_the_modules_that_need_it():
+    """What is to be learned has rank 3 in the first module, 1 in the second and 0 in the third."""
+    size, ranks = 16, (3, 1, 0)
+    x = draw(256, size)
+    weights = [draw(size, size, seed=n + 1) / 4 for n in range(3)]
+    missing = [draw(size, r, seed=n + 5) @ draw(r, size, seed=n + 9) / 8 for n, r in enumerate(ranks)]
+    names = [f"m{n}" for n in range(3)]
+
+    def outputs(deltas):
+        y = x
+        for w, delta in zip(weights, deltas, strict=True):
+            y = y + jnp.tanh(y @ (w + delta))
+        return y
+
+    goal = outputs(missing)
+
+    def loss(params):
+        return jnp.mean((outputs([2 * params[m]["lora_a"] @ params[m]["lora_b"] for m in names]) - goal) ** 2)
+
+    a = {m: draw(size, 4, seed=n + 20) / 4 for n, m in enumerate(names)}
+    params = {m: {"lora_a": jnp.asarray(a[m]), "lora_b": jnp.zeros((4, size))} for m in names}
+    settings = {"steps": 600, "target_rank": 4 / 3, "initial_steps": 100, "final_steps": 200, "every": 10}
+    tx = adalora(lora_plus_adamw(1e-2, 4.0), optax.adam(1e-2), **settings)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    train_all = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), length=600)[0][0])
+    found = train_all(params)
+    assert tuple(int(np.any(found[m]["lora_b"], -1).sum()) for m in names) == ranks
+    assert loss(found) < 1e-3 * loss(params)
 
 
 def test_the_choice_is_final_and_components_return_before():

@@ -18,17 +18,17 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Three stacked layers, a layer with two output axes, and one whose path is the end of another's."""
+    """Three stacked layers, a layer with two output axes, and one whose path ends and precedes the first's."""
 
     @nn.compact
     def __call__(self, x):
         stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        x, _ = stack(name="blocks")(x, None)
+        x, _ = stack(name="layers")(x, None)
         return nn.Dense(5, name="fc")(nn.DenseGeneral((2, 3), name="heads")(x).reshape(-1, 6))
 
 
 X = np.random.default_rng(0).normal(size=(7, 6)).astype(np.float32)
-ZEROS = {"blocks/fc": [[0], [0, 1, 2, 3], [1, 2]], "fc": [1], "heads": [0, 1, 2, 3]}
+ZEROS = {"layers/fc": [[0], [0, 1, 2, 3], [1, 2]], "fc": [1], "heads": [0, 1, 2, 3]}
 """The components that are 0, by module and layer."""
 
 
@@ -39,8 +39,8 @@ def net(**fields):
     lora, specs = init_lora(model, jax.random.key(0), X)
     random = np.random.default_rng(1)
     lora = jax.tree.map(lambda x: random.normal(size=x.shape, scale=0.3).astype(np.float32), lora)
-    for layer, zeros in enumerate(ZEROS["blocks/fc"]):
-        lora["blocks"]["fc"]["lora_b"][layer, zeros] = 0
+    for layer, zeros in enumerate(ZEROS["layers/fc"]):
+        lora["layers"]["fc"]["lora_b"][layer, zeros] = 0
     lora["fc"]["lora_b"][ZEROS["fc"]] = 0
     lora["heads"]["lora_b"][ZEROS["heads"]] = 0
     return model, lora, specs, config
@@ -48,7 +48,7 @@ def net(**fields):
 
 def test_ranks_are_counted_by_layer():
     _, lora, specs, _ = net()
-    assert final_ranks(lora, specs) == {"blocks/fc": [3, 0, 2], "fc": 3, "heads": 0}
+    assert final_ranks(lora, specs) == {"layers/fc": [3, 0, 2], "fc": 3, "heads": 0}
     assert final_ranks({"lora": lora}, specs)["fc"] == 3
 
 
@@ -56,7 +56,7 @@ def test_a_pruned_adapter_is_plain_lora_with_the_same_outputs(tmp_path):
     model, lora, specs, config = net(alpha_pattern={"heads": 3.0})
     params = Net().init(jax.random.key(2), X)["params"]
     small, table, found = prune(lora, specs, config)
-    assert {module: spec.rank for module, spec in table.items()} == {"blocks/fc": 3, "fc": 3, "heads": 1}
+    assert {module: spec.rank for module, spec in table.items()} == {"layers/fc": 3, "fc": 3, "heads": 1}
     for module, spec in specs.items():
         assert found.rank_of(module) == table[module].rank
         assert found.scale_of(module) == table[module].scale == pytest.approx(spec.scale, rel=1e-15)
