@@ -83,9 +83,9 @@ def adalora(
     return. In the last `final_steps` the choice is fixed (section 3.3). The budget is PEFT's; the paper's formula
     subtracts `final_steps` in one place more, and so does not start at the full rank.
 
-    PEFT's names are in parentheses; its `init_r` is the rank of the factors. Its regularizer is the mean over factors
-    of norms that are not squared, so its default 0.5 pulls, with 144 factors, about as strongly as 1e-3 does here. A
-    much larger weight decides on the importance in place of the loss.
+    PEFT's names are in parentheses; its `init_r` is the rank of the factors. Its regularizer is the mean over
+    factors of norms that are not squared, so its default 0.5 pulls, with 144 factors, about as strongly as 1e-3 does
+    here. A much larger weight decides on the importance in place of the loss.
 
     A component whose row of B is 0 starts with 0 in Λ and a random row of Q; another with its norm, so the start
     need not be 0. A component that is 0 in A and B, as in layers without adapter, does not count and stays 0.

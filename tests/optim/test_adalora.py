@@ -230,7 +230,7 @@ def test_with_the_full_budget_it_is_autodiff_through_the_triplets():
 
 def test_the_budget_and_its_choice():
     assert [int(budget_at(left, 12, 4)) for left in (1, 0.75, 0.5, 0.25, 0)] == [12, 7, 5, 4, 4]
-    for total, phase in ((864, 1000), (27, 9), (432, 6), (14336, 777)):
+    for total, phase in ((864, 1000), (250, 25), (14336, 777)):
         found = budget_at(jnp.arange(phase, -1, -1) / phase, total, total // 2)
         exact = [total // 2 + (total - total // 2) * n**3 // phase**3 for n in range(phase, -1, -1)]
         np.testing.assert_array_equal(found, exact)
