@@ -84,7 +84,7 @@ def adalora(
     subtracts `final_steps` in one place more, and so does not start at the full rank.
 
     PEFT's names are in parentheses; its `init_r` is the rank of the factors. Its regularizer is the mean over
-    factors of norms that are not squared, so its default 0.5 pulls, with 144 factors, about as strongly as 1e-3 does
+    factors of norms that are not squared, so its default 0.5 pulls about as strongly, with 144 factors, as 1e-3
     here. A much larger weight decides on the importance in place of the loss.
 
     A component whose row of B is 0 starts with 0 in Λ and a random row of Q; another with its norm, so the start
