@@ -253,27 +253,38 @@ def _indices(spec: AdapterSpec, letters: str) -> list[Index]:
 
 
 def factors_to_peft(
-    factors: Sequence[np.ndarray], target: Target
+    factors: Sequence[np.ndarray], target: Target, *, prune: bool = False
 ) -> Iterator[tuple[Index, tuple[np.ndarray, ...]]]:
     """Yields each slice's index and its factors in PEFT's layout, with the shapes of `factor_shapes`.
 
-    `factors` are A, B and, if the spec has them, the magnitudes.
+    `factors` are A, B and, if the spec has them, the magnitudes. With `prune`, without the components that are 0 in
+    B, unless all are: then one is kept. Slices with one A keep the same components.
     """
-    _, shape, *magnitude_shape = factor_shapes(target)
+    _, _, *magnitude_shape = factor_shapes(target)
     for index in target.names:
+        kept = _components_in_use(factors[1], index, target) if prune else np.arange(target.spec.rank)
         a, b, *magnitude = _slices(factors, index, target)
+        a, b = _select(a, b, kept, target)
+        shape = factor_shapes(target, len(kept))[1]
         rest = (m.reshape(shape) for m, shape in zip(magnitude, magnitude_shape, strict=True))
         yield index, (_a_to_peft(a, target.kind), _b_to_peft(b, shape, target.kind), *rest)
+
+
+def rank_of_slice(a: np.ndarray, target: Target) -> int:
+    """The rank of a slice, from its A in PEFT's layout."""
+    return a.shape[0] * target.spec.rank // factor_shapes(target)[0][0]
 
 
 def factors_from_peft(
     slices: Mapping[Index, tuple[np.ndarray, ...]], target: Target
 ) -> tuple[np.ndarray, ...]:
-    """The inverse of `factors_to_peft`; missing slices become zeros. Copies of a shared A must be equal."""
+    """The inverse of `factors_to_peft`; what is missing becomes zeros. Copies of a shared A must be equal."""
     dtype = next(iter(slices.values()))[0].dtype
     factors = tuple(np.zeros(shape, dtype) for shape in target.spec.factor_shapes)
     for index, (array_a, array_b, *magnitude) in slices.items():
+        kept = slice(rank_of_slice(array_a, target))
         part_a, part_b, *rest = _slices(factors, index, target)
+        part_a, part_b = _select(part_a, part_b, kept, target)
         part_a[...] = _a_from_peft(array_a, part_a.shape, target.kind)
         part_b[...] = _b_from_peft(array_b, part_b.shape, target.kind)
         for part, array in zip(rest, magnitude, strict=True):
@@ -376,6 +387,24 @@ def _slices(factors: Sequence[np.ndarray], index: Index, target: Target) -> list
         view = np.transpose(array, [letters.index(c) for c in order])
         views.append(view[(*_own_index(target, index, letters), ...)])
     return views
+
+
+def _select(
+    a: np.ndarray, b: np.ndarray, components: np.ndarray | slice, target: Target
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some components of a slice's A (batch, in..., r) and B (batch, r, out...); views for a `slice`."""
+    axis = [c for c in target.spec.factor_letters[1] if c not in target.letters].index("r")
+    return a[..., components], b[(slice(None),) * axis + (components,)]
+
+
+def _components_in_use(b: np.ndarray, index: Index, target: Target) -> np.ndarray:
+    """The components that are not 0 in B in a slice, or in another with the same A; the first if there are none."""
+    letters_a, letters_b = target.spec.factor_letters
+    fixed = {c: n for c, n in zip(target.letters, index, strict=True) if c in letters_a}
+    rows = b[tuple(fixed.get(c, slice(None)) for c in letters_b)]
+    axis = [c for c in letters_b if c not in fixed].index("r")
+    in_use = (np.moveaxis(rows, axis, 0).reshape(target.spec.rank, -1) != 0).any(1)
+    return np.flatnonzero(in_use) if in_use.any() else np.arange(1)
 
 
 def _a_to_peft(a: np.ndarray, kind: str) -> np.ndarray:

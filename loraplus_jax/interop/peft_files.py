@@ -5,6 +5,7 @@ lambda and your own fields, and `loraplus.safetensors` variables without a name 
 converts names and layouts, see `path_map`.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ..atomic import atomic_write, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig, pattern_of
 from ..json_files import read_json
+from ..optim.ranks import alpha_for
 from ..spec import Specs
 from ..tree import flat_factors, flatten, unflatten
 from .adapter_files import (
@@ -39,6 +41,7 @@ from .path_map import (
     factors_from_peft,
     factors_to_peft,
     module_of,
+    rank_of_slice,
     torch_module_of,
 )
 from .peft_config import PeftOptions, make_options, raise_problems, read_options
@@ -66,6 +69,7 @@ def save_peft(
     task_type: str | None = None,
     readme: str | None = None,
     check_for: Server | None = None,
+    prune: bool = False,
     **more: Any,
 ) -> None:
     """Writes an adapter in PEFT's format, atomically; `PeftModel.from_pretrained` loads it without changes.
@@ -84,6 +88,8 @@ def save_peft(
       task_type: task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
       readme: text of a `README.md`.
       check_for: a server, `"vllm"` or `"sglang"`, that must serve the adapter as PEFT would.
+      prune: whether to leave out components that are 0 in B, which gives every layer a rank of its own, as after
+        AdaLoRA; a layer without other components keeps one. The scales s stay as they are.
       **more: your own JSON-serializable fields for `loraplus.json`, such as rates, groups and decay.
 
     Raises:
@@ -97,13 +103,19 @@ def save_peft(
     targets, problems = adapted_leaves(specs, path_map)
     slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
     raise_problems(f"{directory}: cannot convert the adapter to PEFT", problems + more_problems)
-    tensors = _factor_tensors(flat_factors(lora, specs), targets)
+    tensors, ranks = _factor_tensors(flat_factors(lora, specs), targets, prune=prune)
     adapted = {name for target in targets.values() for name in target.names.values()}
     leaves, saved = name_leaves(slots, adapted, path_map)
     options = make_options(
         config,
-        {name: t.spec.rank for t in targets.values() for name in t.names.values()},
-        {name: _alpha_of(config, key) for key, t in targets.items() for name in t.names.values()},
+        ranks,
+        {
+            name: _alpha_of(config, key)
+            if ranks[name] == t.spec.rank
+            else alpha_for(t.spec.scale, ranks[name], config)
+            for key, t in targets.items()
+            for name in t.names.values()
+        },
         saved=saved,
         parameters=[n for t in targets.values() if t.kind == "Parameter" for n in t.names.values()],
         transposed=any(t.kind == "Conv1D" for t in targets.values()),
@@ -156,7 +168,9 @@ def load_peft(
     options, tensors = _read(directory, path_map)
     targets, problems = adapted_leaves(specs, path_map)
     factors = {name: tensor for name, tensor in tensors.items() if name.endswith(_ENDS)}
-    problems += _check_factors(factors, options, targets)
+    # Our own export may be pruned: its notes have the specs' ranks, and its layers have lower ones.
+    saved_config = _saved_config(directory)
+    problems += _check_factors(factors, options, targets, may_be_pruned=saved_config is not None)
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
     slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
     raise_problems(f"{directory} does not match the model", problems + more_problems)
@@ -168,7 +182,7 @@ def load_peft(
     extras = stack_slices(slots, flatten({"params": params or {}}))
     extras |= read_tensors(directory / OWN_TENSORS_FILE) if (directory / OWN_TENSORS_FILE).is_file() else {}
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
-    config = _saved_config(directory) or _config(directory, options, [*tensors], path_map, layers)
+    config = saved_config or _config(directory, options, [*tensors], path_map, layers)
     check_config_matches_specs(specs, config)
     return Adapter(unflatten(lora), dict(specs), config, unflatten(extras))
 
@@ -336,7 +350,11 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[st
 
 
 def _check_factors(
-    factors: Mapping[str, Any], options: PeftOptions, targets: Mapping[str, Target]
+    factors: Mapping[str, Any],
+    options: PeftOptions,
+    targets: Mapping[str, Target],
+    *,
+    may_be_pruned: bool,
 ) -> list[str]:
     """One line per factor that is missing, extra or misshapen, or that contradicts options or specs."""
     problems, expected = [], set()
@@ -350,7 +368,7 @@ def _check_factors(
                 problems += [f"- {key} is missing" for key in missing]
                 continue
             shapes = [tuple(factors[key].shape) for key in keys]
-            problems += _check_pair(name, shapes, *by_name[name], options, target)
+            problems += _check_pair(name, shapes, *by_name[name], options, target, may_be_pruned)
         problems += _check_shared(factors, target)
     problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
     problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets(names)]
@@ -370,6 +388,7 @@ def _check_pair(
     alpha: float,
     options: PeftOptions,
     target: Target,
+    may_be_pruned: bool,
 ) -> list[str]:
     scale, spec = options.scale(rank, alpha), target.spec
     # Check the tensors against the file's own options, then against the model.
@@ -377,9 +396,9 @@ def _check_pair(
     ranks = (shapes[0][:1], shapes[1][1:2])
     if ranks != (expected[0][:1], expected[1][1:2]):
         return [f"~ {name}: factors must have rank {rank} as in {OPTIONS}, got {shapes[0]} and {shapes[1]}"]
-    if rank != spec.rank:
+    if rank > spec.rank or (rank < spec.rank and not may_be_pruned):
         return [f"~ {name} must have the model's rank {spec.rank}, got {rank}"]
-    if scale != spec.scale:
+    if not math.isclose(scale, spec.scale):
         return [f"~ {name} must have the model's scale {spec.scale:g}, got {scale:g} (alpha {alpha:g})"]
     if options.use_dora != spec.magnitude:
         ours, theirs = ("dora" if is_dora else "lora" for is_dora in (spec.magnitude, options.use_dora))
@@ -401,19 +420,24 @@ def _check_shared(factors: Mapping[str, Any], target: Target) -> list[str]:
     ]
 
 
-def _factor_tensors(lora: Mapping[str, Any], targets: Mapping[str, Target]) -> dict[str, np.ndarray]:
-    tensors = {}
+def _factor_tensors(
+    lora: Mapping[str, Any], targets: Mapping[str, Target], *, prune: bool
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The tensors of PEFT's file, and the ranks by name in PyTorch."""
+    tensors, ranks = {}, {}
     for key, target in targets.items():
         names = target.spec.factor_paths(key)
         shapes = tuple(np.shape(lora[name]) if name in lora else None for name in names)
         if shapes != target.spec.factor_shapes:
             raise ValueError(f"{key}: factors must have shapes {target.spec.factor_shapes}, got {shapes}")
-        for index, factors in factors_to_peft([host_array(lora[name]) for name in names], target):
+        values = [host_array(lora[name]) for name in names]
+        for index, factors in factors_to_peft(values, target, prune=prune):
             tensors |= dict(zip(target.keys(index), map(np.ascontiguousarray, factors), strict=True))
+            ranks[target.names[index]] = rank_of_slice(factors[0], target)
     known = {path for key, target in targets.items() for path in target.spec.factor_paths(key)}
     if unknown := sorted(lora.keys() - known):
         raise ValueError(f"factors are not in the specs: {', '.join(unknown[:5])}")
-    return tensors
+    return tensors, ranks
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:

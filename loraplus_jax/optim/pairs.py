@@ -72,7 +72,7 @@ class Layout(NamedTuple):
 
     def wide_rows(self, x: Any) -> Any:
         """The same in float32 or wider."""
-        return self.rows(_wide(x))
+        return self.rows(widen(x))
 
     def restore(self, rows: Any, shape: tuple[int, ...]) -> Any:
         """The inverse of `rows`, for a factor of a shape."""
@@ -96,15 +96,22 @@ def pair_layouts(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
         spec = (specs or {}).get(spec_path(module))
         a, b = (tuple(leaves[path].shape) for path in pair)
         letters = spec.factor_letters if spec is not None else _letters(module, a, b)
-        batch = [c for c in letters[0] if c in letters[1] and c != "r"]
-        layouts[pair] = tuple(
-            Layout(
-                tuple(side.index(c) for c in (*batch, "r", *(c for c in side if c not in (*batch, "r")))),
-                len(batch),
-            )
-            for side in letters
-        )
+        layouts[pair] = layouts_of(letters)
     return layouts
+
+
+def layouts_of(letters: tuple[str, str]) -> tuple[Layout, Layout]:
+    """The layouts of A and B from their einsum letters, such as those of a spec.
+
+    >>> layouts_of(("lir", "lro"))
+    (Layout(order=(0, 2, 1), batch=1), Layout(order=(0, 1, 2), batch=1))
+    """
+    batch = [c for c in letters[0] if c in letters[1] and c != "r"]
+    orders = ((*batch, "r", *(c for c in side if c not in (*batch, "r"))) for side in letters)
+    a, b = (
+        Layout(tuple(map(side.index, order)), len(batch)) for side, order in zip(letters, orders, strict=True)
+    )
+    return a, b
 
 
 def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, str]:
@@ -151,22 +158,23 @@ def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
     def init(params: Any) -> KeepFloat32State:
         # Copies, since a step that donates parameters and state must not donate a buffer twice.
-        masters = jax.tree.map(lambda p: jnp.array(_wide(p)), params)
+        masters = jax.tree.map(lambda p: jnp.array(widen(p)), params)
         return KeepFloat32State(masters, inner.init(masters))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("keep_float32 needs the parameters: pass params to update")
         updates, inner_state = inner.update(
-            jax.tree.map(_wide, updates), state.inner_state, state.masters, **extra
+            jax.tree.map(widen, updates), state.inner_state, state.masters, **extra
         )
         masters = optax.apply_updates(state.masters, updates)
         # In float32: optax adds them in that dtype before it rounds.
-        moved = jax.tree.map(lambda new, p: new - _wide(p), masters, params)
+        moved = jax.tree.map(lambda new, p: new - widen(p), masters, params)
         return moved, KeepFloat32State(masters, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _wide(x: Any) -> Any:
+def widen(x: Any) -> Any:
+    """An array in float32 or wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -44,7 +44,8 @@ def adapter(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_round_trip_bit_for_bit(tmp_path, dtype):
     save_adapter(tmp_path, trainable(dtype), SPECS, CONFIG)
-    lora, specs, config, extras = load_adapter(tmp_path)
+    lora, specs, config, extras, start = load_adapter(tmp_path)
+    assert not start
     assert (config, specs) == (CONFIG, SPECS)
     got, expected = {"lora": lora, **extras}, trainable(dtype)
     assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, expected)
@@ -58,8 +59,12 @@ def test_round_trip_of_a_model_that_is_one_layer_and_of_no_adapters(tmp_path):
         save_adapter(tmp_path / name, tree, root, CONFIG)
         assert load_adapter(tmp_path / name).specs == root
         jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / name).lora, pair)
+    save_adapter(tmp_path / "begun", pair, root, CONFIG, start=(begun := {n: x + 1 for n, x in pair.items()}))
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "begun").start, begun)
+    with pytest.raises(ValueError, match=mentions("start", "lora_a")):
+        save_adapter(tmp_path / "short", pair, root, CONFIG, start={"lora_b": pair["lora_b"]})
     save_adapter(tmp_path / "full", {"params": trainable()["params"]}, {}, None)
-    lora, specs, config, extras = load_adapter(tmp_path / "full")
+    lora, specs, config, extras, _ = load_adapter(tmp_path / "full")
     assert (config, specs, lora) == (None, {}, {})
     jax.tree.map(np.testing.assert_array_equal, extras["params"], trainable()["params"])
 

@@ -1,5 +1,6 @@
 """PEFT's files without PEFT: layouts by literals and by their product, and what is rejected."""
 
+import dataclasses
 import json
 import re
 
@@ -245,6 +246,102 @@ def test_ranks_and_alphas_by_pattern_come_back(tmp_path):
     assert {key: (found.rank_of(key), found.scale_of(key)) for key in specs} == {
         key: (spec.rank, spec.scale) for key, spec in specs.items()
     }
+
+
+def test_a_pruned_stack_has_ranks_by_layer_by_literals(tmp_path):
+    """The second of three layers has no component left, and keeps one."""
+    spec = spec_of("dense", "io", (3, 2, 3), rank=3, stacked=(0,))
+    lora = factors(spec)
+    lora["m"]["lora_b"] = lora["m"]["lora_b"].at[0, 1].set(0).at[1].set(0)
+    config = LoRAPlusConfig(target_modules=["m"], rank=3, alpha=4.5)
+    save_peft(tmp_path / "a", lora, {"m": spec}, config, [("m", "h.{layer}.t")], prune=True)
+    found = load_file(tmp_path / "a/adapter_model.safetensors")
+    a, b = (np.asarray(lora["m"][name]) for name in ("lora_a", "lora_b"))
+    name = "base_model.model.h.{}.t.lora_{}.weight"
+    np.testing.assert_array_equal(found[name.format(0, "A")], a[0][:, [0, 2]].T)
+    np.testing.assert_array_equal(found[name.format(0, "B")], b[0][[0, 2]].T)
+    np.testing.assert_array_equal(found[name.format(1, "A")], a[1][:, :1].T)
+    np.testing.assert_array_equal(found[name.format(1, "B")], np.zeros((3, 1)))
+    np.testing.assert_array_equal(found[name.format(2, "B")], b[2].T)
+    options = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert (options["r"], options["lora_alpha"]) == (3, 4.5)
+    assert options["rank_pattern"] == {r"h\.0\.t": 2, r"h\.1\.t": 1}
+    assert options["alpha_pattern"] == {r"h\.0\.t": 3, r"h\.1\.t": 1.5}
+
+
+def test_experts_in_one_parameter_are_pruned_together(tmp_path):
+    spec, rule = spec_of("einsum", "eio", (4, 3, 5), rank=3), ("m", "experts.down_proj", "Parameter")
+    lora = factors(spec)
+    lora["m"]["lora_b"] = lora["m"]["lora_b"].at[:, 1].set(0).at[0].set(0)
+    config = LoRAPlusConfig(target_modules=["m"], rank=3, alpha=4.5)
+    save_peft(tmp_path / "a", lora, {"m": spec}, config, [rule], prune=True)
+    found = load_file(tmp_path / "a/adapter_model.safetensors")
+    a, b = (found[f"base_model.model.experts.lora_{side}.weight"] for side in "AB")
+    assert (a.shape, b.shape) == ((2 * 4, 3), (5, 2 * 4))
+    again = load_peft(tmp_path / "a", {"m": spec}, [rule]).lora["m"]
+    for name, axis in (("lora_a", 2), ("lora_b", 1)):
+        kept = np.take(np.asarray(lora["m"][name]), [0, 2], axis)
+        np.testing.assert_array_equal(np.take(np.asarray(again[name]), [0, 1], axis), kept)
+        assert not np.any(np.take(np.asarray(again[name]), 2, axis))
+
+
+def test_parts_with_one_a_keep_the_same_components(tmp_path):
+    spec = spec_of("einsum", "ooio", (2, 4, 3, 5), rank=3)
+    lora = factors(spec)
+    b = lora["m"]["lora_b"]
+    assert spec.factor_letters[1].startswith("r")
+    lora["m"]["lora_b"] = b.at[0, 0].set(0).at[1].set(0)  # the first only in the first part
+    config = LoRAPlusConfig(target_modules=["m"], rank=3, alpha=4.5)
+    save_peft(tmp_path / "a", lora, {"m": spec}, config, [("m", "t.{k|v}")], prune=True)
+    found = load_file(tmp_path / "a/adapter_model.safetensors")
+    a = np.asarray(lora["m"]["lora_a"])[..., [0, 2]]
+    for part in "kv":
+        np.testing.assert_array_equal(found[f"base_model.model.t.{part}.lora_A.weight"], a.reshape(-1, 2).T)
+    load_peft(tmp_path / "a", {"m": spec}, [("m", "t.{k|v}")])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_can_be_pruned_and_comes_back_with_zeros(name, tmp_path):
+    """Of three components the slices of the first index lose the second, and all slices lose the third."""
+    spec, rule, slices = CASES[name]
+    spec = dataclasses.replace(spec, rank=3, scale=0.7)
+    lora = factors(spec)
+    letters_a, letters_b = spec.factor_letters
+    axis, batch = (
+        letters_b.index("r"),
+        next((n for n, c in enumerate(letters_b) if c in letters_a and c != "r"), None),
+    )
+    b = np.moveaxis(np.array(lora["m"]["lora_b"]), axis, 0)
+    b[2] = 0
+    if batch is not None:
+        b[1].swapaxes(0, batch - (batch > axis))[0] = 0
+    b = np.moveaxis(b, 0, axis)
+    lora["m"]["lora_b"] = jnp.asarray(b)
+    if spec.layers is not None:
+        lora = jax.tree.map(lambda x: x * np.isin(np.arange(4), spec.layers)[:, None, None], lora)
+    key = "m/kernel" if spec.kind == "parameter" else "m"
+    given = {"m": {"kernel": lora["m"]}} if spec.kind == "parameter" else lora
+    config = LoRAPlusConfig(target_modules=["m"], rank=3, alpha=0.7 * 3)
+    spec = dataclasses.replace(spec, scale=config.scale)
+    save_peft(tmp_path / "a", given, {key: spec}, config, [rule], prune=True)
+    found = load_file(tmp_path / "a/adapter_model.safetensors")
+    options = read_options(tmp_path / "a/adapter_config.json")
+    whole = np.asarray(weight_delta(lora["m"]["lora_a"], lora["m"]["lora_b"], spec))
+    by_name, ranks = options.ranks_and_alphas([*slices]), set()
+    for module, view in slices.items():
+        rank, alpha = by_name[module]
+        a, b = (found[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+        assert (a.shape[0], b.shape[1]) == (rank, rank)
+        ranks.add(rank)
+        np.testing.assert_allclose(alpha / rank * b @ a, view(whole), rtol=1e-5, atol=1e-6)
+    assert ranks == ({1, 2} if batch is not None and spec.layers is None else {2})
+    again = load_peft(tmp_path / "a", {key: spec}, [rule]).lora
+    pair = again["m"]["kernel"] if spec.kind == "parameter" else again["m"]
+    np.testing.assert_allclose(weight_delta(*pair.values(), spec), whole, rtol=1e-5, atol=1e-6)
+    # Without our notes it may be another adapter, of a lower rank than the model's.
+    (tmp_path / "a/loraplus.json").unlink()
+    with pytest.raises(ValueError, match="rank"):
+        load_peft(tmp_path / "a", {key: spec}, [rule])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,309 @@
+"""AdaLoRA: trains A B as P Λ Q and gives the rank to the modules that need it (arXiv 2303.10512).
+
+The model stays plain LoRA, with A = P and B = Λ Q. P, the singular values Λ and Q are in the optimizer's state, and
+the chain rule gives their gradients: those of P are A's, those of Q are Λ times B's, and those of Λ the sums over
+outputs of B's times Q. One column of P, its value in Λ and the row of Q are a triplet, a component of the rank.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._validation import check_int, check_number
+from ..spec import Specs
+from ..tree import leaves_by_path, replace_paths
+from .lora_plus import LoRAPlusTransform
+from .pairs import Layout, pair_layouts, widen
+
+_Q_STD = 0.02
+"""PEFT's standard deviation of new rows of Q."""
+
+
+class Triplets(NamedTuple):
+    """Numbers of all triplets by factor's path, float32 or wider: the weights, their gradients or an average.
+
+    Attributes:
+      p: by A's path, in A's shape.
+      values: Λ by B's path, (batch..., r).
+      q: by B's path, in B's shape.
+    """
+
+    p: dict[str, jax.Array]
+    values: dict[str, jax.Array]
+    q: dict[str, jax.Array]
+
+
+class AdaLoRAState(NamedTuple):
+    """The state of `adalora`.
+
+    Attributes:
+      step: number of updates, int32.
+      triplets: P, Λ and Q.
+      sensitivity, uncertainty: the averages whose product is a weight's importance.
+      initial_budget, target_budget: numbers of triplets that train at first and in the end, int32.
+      inner_state, singular_state: states of the wrapped optimizer and of Λ's.
+    """
+
+    step: jax.Array
+    triplets: Triplets
+    sensitivity: Triplets
+    uncertainty: Triplets
+    initial_budget: jax.Array
+    target_budget: jax.Array
+    inner_state: Any
+    singular_state: Any
+
+
+def adalora(
+    tx: optax.GradientTransformation,
+    singular_tx: optax.GradientTransformation,
+    *,
+    steps: int,
+    target_rank: float,
+    initial_steps: int,
+    final_steps: int,
+    every: int = 1,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    orthogonality: float = 1e-3,
+    seed: int = 0,
+    specs: Specs | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains P, Λ and Q of all pairs, and keeps only the most important triplets (arXiv 2303.10512, algorithm 1).
+
+    A weight's importance is the product of two moving averages: of its sensitivity |w g|, and of how far that is
+    from its average. A triplet's is that of its value in Λ plus the means over its column of P and its row of Q
+    (section 3.2). For `initial_steps` all triplets train. Then the budget falls, at first quickly and later slowly
+    (a cubic), to `target_rank` a module. Every `every` steps Λ becomes 0 in all triplets except the most important
+    ones of all modules, layers and batch indices. Until the next such step they all train, so that a triplet can
+    return. In the last `final_steps` the choice is fixed (section 3.3). The budget is PEFT's; the paper's formula
+    subtracts `final_steps` in one place more, and so does not start at the full rank.
+
+    PEFT's names are in parentheses; its `init_r` is the rank of the factors. Its regularizer is the mean over
+    factors of norms that are not squared, so its default 0.5 pulls about as strongly, with 144 factors, as 1e-3
+    here. A much larger weight decides on the importance in place of the loss.
+
+    A component whose row of B is 0 starts with 0 in Λ and a random row of Q; another with its norm, so the start
+    need not be 0. A component that is 0 in A and B, as in layers without adapter, does not count and stays 0.
+
+    The updates are in float32, since optax adds them in that dtype before it rounds: A becomes P and B becomes Λ Q,
+    in the factors' dtype. Besides the moments the state holds three float32 numbers for each number in a factor:
+    that of P or Q, and two averages.
+
+    Args:
+      tx: optimizer of P (with A's role), of Q (with B's) and of all other leaves, such as
+        `lora_plus_adamw(1e-4, 4.0)`.
+      singular_tx: optimizer of Λ, such as `optax.adamw(1e-4)`.
+      steps: all steps of the training (`total_step`).
+      target_rank: mean rank of a module in the end (`target_r`); the paper starts with 1.5 times as much.
+      initial_steps: steps before the budget falls (`tinit`).
+      final_steps: steps with the target budget (`tfinal`).
+      every: steps between two choices of triplets (`deltaT`).
+      beta1, beta2: decay of the average sensitivity and of the average uncertainty.
+      orthogonality: weight of ‖PᵀP - I‖² + ‖QQᵀ - I‖², summed over pairs (`orth_reg_weight`).
+      seed: seed of the rows of Q.
+      specs: the table from `init_lora`, as for `scale_by_riemannian`.
+
+    Returns:
+      A transform with the roles and rates of `tx`, if that has them.
+
+    Raises:
+      ValueError, TypeError: a number is out of range, `initial_steps` and `final_steps` leave no step between them,
+        `target_rank` is above the mean rank, the tree has no pair, or a pair's axes are ambiguous.
+
+    Example:
+      >>> from loraplus_jax import lora_plus_adamw
+      >>> tx = adalora(lora_plus_adamw(1e-4, 4.0), optax.adamw(1e-4), steps=1000, target_rank=8,
+      ...              initial_steps=100, final_steps=300, every=10)
+    """
+    check_int("steps", steps, at_least=1)
+    check_number("target_rank", target_rank, above=0)
+    check_int("initial_steps", initial_steps, at_least=0)
+    check_int("final_steps", final_steps, at_least=0)
+    check_int("every", every, at_least=1)
+    check_number("beta1", beta1, at_least=0, below=1)
+    check_number("beta2", beta2, at_least=0, below=1)
+    check_number("orthogonality", orthogonality, at_least=0)
+    check_int("seed", seed, at_least=0)
+    if initial_steps + final_steps >= steps:
+        raise ValueError(
+            f"initial_steps {initial_steps} and final_steps {final_steps} must add up to less than the {steps} "
+            "steps of the training, so that the budget can fall between them; lower one"
+        )
+    inner = optax.with_extra_args_support(tx)
+    last = steps - final_steps
+
+    def init(params: Any) -> AdaLoRAState:
+        leaves = leaves_by_path(params)
+        layouts = pair_layouts(leaves, specs)
+        triplets = _split(leaves, layouts, jax.random.key(seed))
+        modules = sum(math.prod(x.shape[:-1]) for x in triplets.values.values())
+        if target_rank > (mean := sum(x.size for x in triplets.values.values()) / modules):
+            raise ValueError(
+                f"target_rank must be at most {mean:g}, the mean rank of the adapters, got {target_rank:g}; the "
+                "usual rank is 1.5 times target_rank"
+            )
+        can_learn = [jnp.any(layout.rows(triplets.q[pair.b]), -1) for pair, (_, layout) in layouts.items()]
+        total = sum(jnp.sum(x) for x in can_learn)
+        target = jnp.round(target_rank * sum(jnp.sum(jnp.any(x, -1)) for x in can_learn))
+        return AdaLoRAState(
+            step=jnp.zeros((), jnp.int32),
+            triplets=triplets,
+            sensitivity=jax.tree.map(jnp.zeros_like, triplets),
+            uncertainty=jax.tree.map(jnp.zeros_like, triplets),
+            initial_budget=jnp.asarray(total, jnp.int32),
+            target_budget=jnp.minimum(target, total).astype(jnp.int32),
+            inner_state=inner.init(replace_paths(params, triplets.p | triplets.q)),
+            singular_state=singular_tx.init(triplets.values),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("adalora needs the factors: pass params to update")
+        leaves, old = leaves_by_path(params), state.triplets
+        layouts = pair_layouts(leaves, specs)
+        grads = _gradients(old, leaves_by_path(updates), layouts, orthogonality)
+        step: Any = optax.safe_increment(state.step)
+
+        # Importances are final when the choice is: then it is the same at every step.
+        learns = step < last
+        now = jax.tree.map(lambda w, g: jnp.abs(w * g), old, grads)
+        average = lambda decay, x, new: jnp.where(learns, decay * x + (1 - decay) * new, x)  # noqa: E731
+        sensitivity = jax.tree.map(lambda x, new: average(beta1, x, new), state.sensitivity, now)
+        uncertainty = jax.tree.map(
+            lambda x, new, mean: average(beta2, x, jnp.abs(new - mean)), state.uncertainty, now, sensitivity
+        )
+
+        moved, inner_state = inner.update(
+            replace_paths(updates, grads.p | grads.q),
+            state.inner_state,
+            replace_paths(params, old.p | old.q),
+            **extra,
+        )
+        shifts: Any
+        shifts, singular_state = singular_tx.update(grads.values, state.singular_state, old.values)
+        flat: Any = leaves_by_path(moved)
+        new = jax.tree.map(
+            lambda w, shift: w + shift,
+            old,
+            Triplets(
+                {path: flat[path] for path in old.p}, dict(shifts), {path: flat[path] for path in old.q}
+            ),
+        )
+        importance = _importance(jax.tree.map(jnp.multiply, sensitivity, uncertainty), layouts)
+        left = jnp.clip((last - step) / (last - initial_steps), 0, 1)
+        budget = budget_at(left, state.initial_budget, state.target_budget)
+        chooses = ~learns | ((step > initial_steps) & (step % every == 0))
+        kept = most_important(importance, budget)
+        new = new._replace(
+            values={path: jnp.where(kept[path] | ~chooses, x, 0) for path, x in new.values.items()}
+        )
+        factors = new.p | _b_of(new, layouts)
+        moved = replace_paths(moved, {path: x - widen(leaves[path]) for path, x in factors.items()})
+        return moved, state._replace(
+            step=step,
+            triplets=new,
+            sensitivity=sensitivity,
+            uncertainty=uncertainty,
+            inner_state=inner_state,
+            singular_state=singular_state,
+        )
+
+    if isinstance(tx, LoRAPlusTransform):
+        return LoRAPlusTransform(init, update, tx.labels, tx.rates, tx.relative)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def budget_at(left: Any, initial: Any, target: Any) -> jax.Array:
+    """The number of triplets to keep, int32, when a share `left` of the steps that lower the budget is left.
+
+    >>> [int(budget_at(left, 16, 8)) for left in (1.0, 0.5, 0.0)]
+    [16, 9, 8]
+    """
+    # The addend keeps float32 from rounding a whole number down.
+    return target + jnp.floor((initial - target) * left**3 + 1e-4).astype(jnp.int32)
+
+
+def most_important(importance: Mapping[str, jax.Array], budget: Any) -> dict[str, jax.Array]:
+    """Which triplets are among the `budget` most important of all; of equal ones the first.
+
+    >>> kept = most_important({"q": jnp.array([3.0, 1.0]), "v": jnp.array([2.0, 0.5])}, 2)
+    >>> kept["q"].tolist(), kept["v"].tolist()
+    ([True, False], [True, False])
+    """
+    flat = jnp.concatenate([x.reshape(-1) for x in importance.values()])
+    order = jnp.argsort(flat, descending=True)
+    kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < budget)
+    ends = [0]
+    for x in importance.values():
+        ends.append(ends[-1] + x.size)
+    return {
+        path: kept[start:end].reshape(x.shape)
+        for (path, x), start, end in zip(importance.items(), ends[:-1], ends[1:], strict=True)
+    }
+
+
+Layouts = Mapping[Any, tuple[Layout, Layout]]
+
+
+def _split(leaves: Mapping[str, Any], layouts: Layouts, key: jax.Array) -> Triplets:
+    """P, Λ and Q with P = A and Λ Q = B."""
+    triplets = Triplets({}, {}, {})
+    for number, (pair, (layout_a, layout_b)) in enumerate(layouts.items()):
+        a, b = layout_a.wide_rows(leaves[pair.a]), layout_b.wide_rows(leaves[pair.b])
+        values = jnp.linalg.norm(b, axis=-1)
+        is_zero = values == 0
+        drawn = _Q_STD * jax.random.normal(jax.random.fold_in(key, number), b.shape, b.dtype)
+        drawn = jnp.where(jnp.any(a, -1, keepdims=True), drawn, 0)
+        q = jnp.where(is_zero[..., None], drawn, b / jnp.where(is_zero, 1, values)[..., None])
+        # A copy, since a step that donates parameters and state must not donate a buffer twice.
+        triplets.p[pair.a] = jnp.array(widen(leaves[pair.a]))
+        triplets.values[pair.b] = values
+        triplets.q[pair.b] = layout_b.restore(q, leaves[pair.b].shape)
+    return triplets
+
+
+def _b_of(triplets: Triplets, layouts: Layouts) -> dict[str, jax.Array]:
+    """Λ Q by B's path."""
+    return {
+        pair.b: layout.restore(
+            triplets.values[pair.b][..., None] * layout.rows(triplets.q[pair.b]), triplets.q[pair.b].shape
+        )
+        for pair, (_, layout) in layouts.items()
+    }
+
+
+def _gradients(
+    triplets: Triplets, grads: Mapping[str, Any], layouts: Layouts, orthogonality: float
+) -> Triplets:
+    """The gradients of P, Λ and Q from those of A and B, with the regularizer's."""
+    result = Triplets({}, {}, {})
+    for pair, (layout_a, layout_b) in layouts.items():
+        p, q = layout_a.rows(triplets.p[pair.a]), layout_b.rows(triplets.q[pair.b])
+        g_a, g_b = layout_a.wide_rows(grads[pair.a]), layout_b.wide_rows(grads[pair.b])
+        g_p = g_a + orthogonality * _orthogonality_gradient(p)
+        g_q = triplets.values[pair.b][..., None] * g_b + orthogonality * _orthogonality_gradient(q)
+        result.p[pair.a] = layout_a.restore(g_p, triplets.p[pair.a].shape)
+        result.values[pair.b] = jnp.sum(g_b * q, -1)
+        result.q[pair.b] = layout_b.restore(g_q, triplets.q[pair.b].shape)
+    return result
+
+
+def _orthogonality_gradient(rows: jax.Array) -> jax.Array:
+    """The gradient of ‖X Xᵀ - I‖² by the rows X, (batch..., r, n)."""
+    gram = rows @ rows.mT
+    return 4 * ((gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)) @ rows)
+
+
+def _importance(scores: Triplets, layouts: Layouts) -> dict[str, jax.Array]:
+    """The importance of every triplet by B's path, (batch..., r), from that of every weight."""
+    return {
+        pair.b: scores.values[pair.b]
+        + layout_a.rows(scores.p[pair.a]).mean(-1)
+        + layout_b.rows(scores.q[pair.b]).mean(-1)
+        for pair, (layout_a, layout_b) in layouts.items()
+    }
