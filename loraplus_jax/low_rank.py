@@ -181,11 +181,19 @@ def _use(use: _Use, eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: A
     x = inputs[use.position]
     c = None if weight.c is None else _spread(weight.c, weight.outputs, use.letters)
     if c is not None and use.contracts_outputs:
-        x = (c * x).astype(x.dtype)
+        x = _times(c, x)
         inputs = [x if n == use.position else value for n, value in enumerate(inputs)]
     (y,) = _base_product(eqn, inputs, weight, jaxpr)
     y += use.term(x).astype(y.dtype)
-    return y if c is None or use.contracts_outputs else (c * y).astype(y.dtype)
+    return y if c is None or use.contracts_outputs else _times(c, y)
+
+
+def _times(c: jax.Array, x: jax.Array) -> jax.Array:
+    """c x in x's dtype; on a mesh with explicit axis types laid out as x is."""
+    if _explicit(c, x):
+        axes = zip(c.shape, (*jax.typeof(x).sharding.spec, *(None,) * x.ndim), strict=False)
+        c = jax.sharding.reshard(c, jax.P(*(axis if size > 1 else None for size, axis in axes)))
+    return (c * x).astype(x.dtype)
 
 
 def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:

@@ -1,5 +1,7 @@
 """Adapters lie on a mesh as their weights do, and train there as on one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from loraplus_jax.nnx import apply_lora_plus, lora_tree, merge
 
 X = jax.random.normal(jax.random.key(3), (8, 8))
 CONFIG = LoRAPlusConfig(target_modules=["up", "down"], rank=2, lr_ratio=4.0)
+DORA = dataclasses.replace(CONFIG, variant="dora")
 SPECS = {
     ("up", "lora_a"): ("fsdp", None),
     ("up", "lora_b"): (None, "tensor"),
@@ -33,9 +36,9 @@ class Net(nnx.Module):
         return self.down(jnp.tanh(self.up(x, out_sharding=layouts[0])), out_sharding=layouts[1])
 
 
-def make(named=True):
+def make(named=True, config=CONFIG):
     model = Net(nnx.Rngs(0), named)
-    apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
+    apply_lora_plus(model, config, rngs=nnx.Rngs(1))
     return model
 
 
@@ -58,16 +61,21 @@ def mesh(request):
 
 
 def layout(model):
-    """The mesh axes of each factor, with those that a spec leaves out at its end."""
+    """The mesh axes of each factor, with those that a spec leaves out at its end; magnitudes lie as B."""
     specs = {key: getattr(getattr(model, key[0]), key[1])[...].sharding.spec for key in SPECS}
+    if hasattr(model.up, "lora_magnitude"):
+        for module in ("up", "down"):
+            magnitude = getattr(model, module).lora_magnitude[...].sharding.spec
+            assert (*magnitude, None)[1] == SPECS[module, "lora_b"][1]
     return {key: (*spec, *(None,) * (2 - len(spec))) for key, spec in specs.items()}
 
 
-def test_one_device_and_a_mesh_agree(mesh):
+@pytest.mark.parametrize("config", [CONFIG, DORA], ids=lambda config: config.variant)
+def test_one_device_and_a_mesh_agree(mesh, config):
     explicit = AxisType.Explicit in mesh.axis_types
-    expected = train(one := make(named=False), X)
+    expected = train(one := make(named=False, config=config), X)
     with jax.set_mesh(mesh):
-        model = nnx.jit(make)()
+        model = nnx.jit(lambda: make(config=config))()
         assert layout(model) == SPECS
         x = jax.device_put(X, PartitionSpec("fsdp", None))
         np.testing.assert_allclose(train(model, x, explicit), expected, rtol=1e-5)
@@ -82,5 +90,5 @@ def test_one_device_and_a_mesh_agree(mesh):
 def test_a_model_on_a_mesh_is_adapted_outside_its_context(mesh):
     with jax.set_mesh(mesh):
         model = Net(nnx.Rngs(0))
-    apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
+    apply_lora_plus(model, DORA, rngs=nnx.Rngs(1))
     assert layout(model) == SPECS
