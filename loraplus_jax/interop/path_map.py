@@ -30,6 +30,7 @@ _WEIGHTS = ("kernel", "scale", "embedding")
 _OF_SPEC = {"embed": "Embedding", "conv": "Conv"}
 _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
 _SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
+_TIED_NAME = "embed_tokens"
 _HOLE = re.compile(r"\{(\w+(?:\|\w+)*)\}")
 
 
@@ -188,6 +189,11 @@ def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
     if spec.kind == "conv_transpose":
         raise ValueError(f"{spec.leaf} is a transposed convolution, which PEFT does not support")
     kind = torch_module.kind or default
+    if kind == "TiedEmbedding" and not torch_module.name.endswith(_TIED_NAME):
+        raise ValueError(
+            f"{spec.leaf} is also the head; PEFT extends an embedding's adapter to a tied head only if it is named "
+            f"{_TIED_NAME}, got {torch_module.name}: merge the adapter into the weights instead"
+        )
     if kind == "Parameter" and (spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3):
         raise ValueError(
             f"{spec.leaf} must have one input axis, one output axis and at most one more for PEFT, "
