@@ -141,10 +141,11 @@ def gguf_of(folder, path, **changes):
     names |= {"attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     content = {}
     for name, value in load_file(folder / "model.safetensors").items():
+        name = name.removeprefix("transformer.")
+        is_conv1d = name.startswith("h.") and value.ndim == 2
         for old, new in names.items():
             name = name.replace(f"{old}.", f"{new}.")
-        is_conv1d = ".c_" not in name and name.startswith("transformer.h.") and value.ndim == 2
-        name = name.replace("transformer.h.", "blk.").removeprefix("transformer.")
+        name = f"blk.{name.removeprefix('h.')}" if name.startswith("h.") else name
         content[name] = np.ascontiguousarray(value.T if is_conv1d else value)
     config = json.loads((folder / "config.json").read_text())
     values = {
