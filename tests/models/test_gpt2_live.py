@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,8 @@ def test_gradients_equal_torch(name, tmp_path):
     reference(given, labels=given, use_cache=False).loss.backward()
 
     def loss(params):
-        scores = jax.nn.log_softmax(model.apply({"params": params}, ids)[:, :-1])
+        logits: Any = model.apply({"params": params}, ids)
+        scores = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.mean(jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1))
 
     gradient = jax.jit(jax.grad(loss))(params)
