@@ -189,7 +189,7 @@ def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
     if spec.kind == "conv_transpose":
         raise ValueError(f"{spec.leaf} is a transposed convolution, which PEFT does not support")
     kind = torch_module.kind or default
-    if kind == "TiedEmbedding" and not torch_module.name.endswith(_TIED_NAME):
+    if kind == "TiedEmbedding" and torch_module.name.rpartition(".")[2] != _TIED_NAME:
         raise ValueError(
             f"{spec.leaf} is also the head; PEFT extends an embedding's adapter to a tied head only if it is named "
             f"{_TIED_NAME}, got {torch_module.name}: merge the adapter into the weights instead"
