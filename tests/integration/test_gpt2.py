@@ -84,8 +84,9 @@ def test_the_same_run_computed_otherwise(gpt2, tmp_path, args):
         assert column(other, "loss")[step] == pytest.approx(loss, rel=1e-4)
 
 
-def test_a_packed_base_trains_and_merges_as_the_run_saw_it(gpt2, tmp_path, capsys):
-    gpt2.trained(*SHORT, "--model.quantize", "nf4")
+@pytest.mark.parametrize("args", [(), long(("--model.quantize_exclude", "[]"))], ids=["default", "all"])
+def test_a_packed_base_trains_and_merges_as_the_run_saw_it(gpt2, tmp_path, capsys, args):
+    gpt2.trained(*SHORT, "--model.quantize", "nf4", *args)
     summary = summary_of(gpt2.out)
     assert summary["after"]["loss"] < 0.9 * summary["before"]["loss"]
     exact = evaluated(capsys, gpt2.out)

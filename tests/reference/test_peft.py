@@ -203,7 +203,7 @@ def test_an_embedding_that_peft_adapts_without_the_tied_head_is_rejected(pairs, 
 
 def test_an_embedding_whose_tied_head_peft_does_not_find_is_rejected(pairs, tmp_path):
     pair = pairs("gpt2")
-    config, _, specs, trainable, _ = tuned(pair, target_modules=["embed_tokens"])
+    config, _, specs, trainable, _ = tuned(pair, target_modules=("embed_tokens",))
     with pytest.raises(ValueError, match=r"params/embed_tokens/embedding.*transformer\.wte.*merge"):
         save_peft(tmp_path / "ours", trainable["lora"], specs, config, pair.path_map)
     made_by_peft(pair, "embedding", tmp_path / "theirs")
