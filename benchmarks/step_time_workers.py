@@ -249,7 +249,7 @@ def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple
     import optax
 
     from loraplus_jax.losses import chunked_cross_entropy
-    from loraplus_jax.models.llama import head_kernel
+    from loraplus_jax.models.decoder import head_kernel
 
     (kernel, transposed), labels = head_kernel(params), jnp.roll(ids, -1, axis=1)
     if job["loss"] == "chunked":

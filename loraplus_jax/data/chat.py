@@ -66,7 +66,10 @@ def tokenize_chats(
     check_int("max_length", max_length, at_least=2)
     if answers not in ("all", "last"):
         raise ValueError(f"answers must be all or last, got {answers!r}")
-    special, bos = special_ids(tokenizer, template), tokenizer.token_to_id(template.bos_token or "\0")
+    special = special_ids(tokenizer, template)
+    # GPT-2 has one token for both, which ends an answer.
+    bos_token = "" if template.bos_token == template.eos_token else template.bos_token
+    bos = tokenizer.token_to_id(bos_token or "\0")
     ids, masks, prompts = [], [], []
     rendered = [find_answers(template, chat, answers) for chat in chats]
     encodings = tokenize([text for text, _ in rendered], tokenizer)

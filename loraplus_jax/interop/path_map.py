@@ -32,6 +32,7 @@ _WEIGHTS = ("kernel", "scale", "embedding")
 _OF_SPEC = {"embed": "Embedding", "conv": "Conv"}
 _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
 _SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
+_TIED_NAME = "embed_tokens"
 _HOLE = re.compile(r"\{(\w+(?:\|\w+)*)\}")
 
 
@@ -195,6 +196,11 @@ def _kind_of(spec: AdapterSpec, torch_module: TorchModule) -> str:
         what = "a parameter" if kind == "Parameter" else "an embedding that is also the head"
         raise ValueError(
             f"{spec.leaf} is {what}, for which PEFT does not support DoRA; merge the adapter instead"
+        )
+    if kind == "TiedEmbedding" and torch_module.name.rpartition(".")[2] != _TIED_NAME:
+        raise ValueError(
+            f"{spec.leaf} is also the head; PEFT extends an embedding's adapter to a tied head only if it is named "
+            f"{_TIED_NAME}, got {torch_module.name}: merge the adapter into the weights instead"
         )
     if kind == "Parameter" and (spec.axes.count("i") > 1 or spec.axes.count("o") > 1 or len(spec.axes) > 3):
         raise ValueError(

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from .._validation import check_choice
 from ..sharding import Rules, constrain_rows
-from .bert_config import ACTIVATIONS, BertConfig
+from .activations import ACTIVATIONS
+from .bert_config import BertConfig
 from .name_table import NameTable, embedding_rules, linear_rules, norm_rules
 
 Pooling = Literal["mean", "cls", "pooler"]

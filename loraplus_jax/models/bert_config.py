@@ -1,22 +1,13 @@
 """An encoder's sizes and options, read from Hugging Face's `config.json`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
-import flax.linen as nn
-import jax
+from .activations import ACTIVATIONS
 
 _MODEL_TYPES = ("bert", "roberta", "xlm-roberta")
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_new": partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-    "silu": nn.silu,
-}
 # Options that change what the model computes, each with its only supported value.
 _ONLY = {
     "position_embedding_type": "absolute",

@@ -23,9 +23,10 @@ from ..tree import flatten
 from . import tokenizer
 from .bert import Pooling
 from .bert_config import BertConfig
+from .decoder import Config
+from .families import family_of
 from .gguf import load as gguf
 from .hf import INDEX_FILE, SINGLE_FILE, load_config
-from .llama_config import LlamaConfig
 from .merged import TYPES, CheckpointMerge, OutputTensor, merged_tensors
 from .name_table import NameTable
 
@@ -37,7 +38,6 @@ _TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
 _HEADS = ("lm_head", "classifier")
-_CAUSAL = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 _ENCODERS = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 
 
@@ -59,10 +59,11 @@ class TransformersClass(NamedTuple):
     tied: tuple[str, ...] = ()
 
 
-def causal_lm_class(config: LlamaConfig) -> TransformersClass:
+def causal_lm_class(config: Config) -> TransformersClass:
     """The class of a language model."""
     tied = ("embed_tokens",) if config.tie_word_embeddings else ()
-    return TransformersClass(f"{_CAUSAL[config.model_type]}ForCausalLM", "model.", (), "CAUSAL_LM", tied)
+    family = family_of(config.model_type)
+    return TransformersClass(family.architectures[config.model_type], family.prefix, (), "CAUSAL_LM", tied)
 
 
 def encoder_class(config: BertConfig, pooling: Pooling) -> TransformersClass:
@@ -95,13 +96,14 @@ def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = 
     }
     head_modules = {ours for ours, _ in form.heads}
     prefix = form.prefix if prefix is None else prefix
+    conv1d = {rule.path.rpartition("/")[0] for rule in table.rules if rule.is_conv1d}
     for rule in table.rules:
         (ours, _, leaf), name = rule.path.rpartition("/"), rule.name.rpartition(".")[0]
         theirs = name if name.split(".")[0] in _HEADS else prefix + name
         if leaf == "embedding":
             rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
         elif ours not in head_modules:
-            rules[ours, theirs] = (ours, theirs)
+            rules[ours, theirs] = (ours, theirs, "Conv1D") if ours in conv1d else (ours, theirs)
     rules |= {(ours, "lm_head"): (ours, "lm_head", "TiedHead") for ours in form.tied}
     return tuple(rules.values())
 

@@ -1,4 +1,4 @@
-"""Generates text from a `Llama` with a KV cache: greedy, or with temperature and nucleus sampling."""
+"""Generates text from a causal language model with a KV cache: greedy, or with temperature and nucleus sampling."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._validation import check_int, check_number
-from .llama import init_cache
-from .llama_config import LlamaConfig
+from .decoder import Config, init_cache
 
 Generate = Callable[..., jax.Array]
 """`generate(variables, input_ids, segment_ids, sampling, keys) -> tokens`, see `make_generate`."""
@@ -41,12 +40,12 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def make_generate(
-    model: nn.Module, config: LlamaConfig, *, new_tokens: int, stop: Sequence[int], dtype: Any = jnp.float32
+    model: nn.Module, config: Config, *, new_tokens: int, stop: Sequence[int], dtype: Any = jnp.float32
 ) -> Generate:
     """A jitted generate function; compiles once per prompt shape.
 
     Args:
-      model: a `Llama`, with or without adapters.
+      model: a `CausalLM`, with or without adapters.
       config: its config.
       new_tokens: maximum number of tokens; generation stops earlier when all sequences have ended.
       stop: ids that end a sequence.

@@ -23,6 +23,7 @@ from flax import traverse_util
 from ..json_files import check_file, read_json
 from ..quantization import PackedArray, is_packed
 from .gguf import load as gguf
+from .gpt2_config import NAMES as GPT2_NAMES
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 from .packing import read_packed
 
@@ -69,8 +70,11 @@ def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
     in_files = f"the widest tensor in the files has {widest}" if shapes else f"at most {widest} is supported"
     layers = len(numbers) or MAX_LAYERS
     layers_in_files = f"the files hold {layers}" if numbers else f"at most {layers} are supported"
-    limits = dict.fromkeys(_SIZES, (widest, in_files)) | {"num_hidden_layers": (layers, layers_in_files)}
-    if not any("position_embeddings" in name for name in shapes):  # rotary positions have no table
+    limits = dict.fromkeys(_SIZES, (widest, in_files))
+    limits |= dict.fromkeys(("num_hidden_layers", GPT2_NAMES["num_hidden_layers"]), (layers, layers_in_files))
+    if not any(
+        re.search(r"position_embeddings|\bwpe\b", name) for name in shapes
+    ):  # rotary positions have no table
         limits["max_position_embeddings"] = (MAX_POSITIONS, f"at most {MAX_POSITIONS} is supported")
     values = {name: config.get(name) for name in limits}
     heads, size = (
@@ -89,6 +93,7 @@ def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "max_position_embeddings", "type_vocab_size", "pad_token_id"),
+    *(name for name in GPT2_NAMES.values() if name != GPT2_NAMES["num_hidden_layers"]),
 )
 
 

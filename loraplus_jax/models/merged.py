@@ -18,6 +18,7 @@ from ..spec import Specs
 from ..tree import flatten
 from .hf import weight_files
 from .name_table import NameTable, Rule, expand
+from .packing import in_rows
 
 _PIECE = 2**22  # bytes per read when a tensor is only copied
 
@@ -93,7 +94,7 @@ class CheckpointMerge:
             return value.T if rule.transposed else value
         result = base().astype(np.float32)  # a copy of the base, which may be a view of the file
         if rule.path in self.packed:
-            result = self._packed(result, self.packed[rule.path])
+            result = in_rows(rule, self._packed(in_rows(rule, result), self.packed[rule.path]))
         if leaf in self.specs:
             key, spec = self.specs[leaf]
             factors = [self.factors[path] for path in spec.factor_paths(key)]

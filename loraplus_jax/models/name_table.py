@@ -23,6 +23,11 @@ class Rule:
     path: str
     transposed: bool = False
 
+    @property
+    def is_conv1d(self) -> bool:
+        """Whether the tensor is the weight of transformers' Conv1D: a kernel that the file stores as ours."""
+        return self.path.endswith("/kernel") and not self.transposed
+
 
 @dataclass(frozen=True, kw_only=True)
 class NameTable:
@@ -57,6 +62,11 @@ def linear_rules(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]
     """Rules for a torch Linear, which becomes an `nn.Dense`."""
     kernel = Rule(f"{name}.weight", f"{path}/kernel", transposed=True)
     return (kernel, Rule(f"{name}.bias", f"{path}/bias")) if bias else (kernel,)
+
+
+def conv1d_rules(name: str, path: str) -> tuple[Rule, ...]:
+    """Rules for transformers' Conv1D, a linear layer with its weight as (in, out), which becomes an `nn.Dense`."""
+    return (Rule(f"{name}.weight", f"{path}/kernel"), Rule(f"{name}.bias", f"{path}/bias"))
 
 
 def norm_rules(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:

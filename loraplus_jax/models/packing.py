@@ -43,7 +43,7 @@ def choose_formats(
                 f"model.quantize_exclude: {name!r} matches no weight{suggest(name, modules.values())}"
             )
     if exclude is None:
-        weights = [r for r in weights if r.transposed and not matches(HEADS, modules[r.path])]
+        weights = [r for r in weights if r.path.endswith("/kernel") and not matches(HEADS, modules[r.path])]
     else:
         weights = [r for r in weights if not matches(tuple(exclude), modules[r.path])]
     if quantize != "file":
@@ -58,8 +58,10 @@ def _formats_in_file(table: NameTable, weights: Sequence[Rule], source: Path) ->
             f"model.quantize file needs a GGUF file, got {source}; nf4 and int8 pack the weights of any model"
         )
     kinds: dict[str, set[str]] = {}
-    for name, tensor in gguf_load.read(file).tensors.items():
-        kinds.setdefault(_general(table.canonical(gguf_load.to_hf_name(name))), set()).add(tensor.dtype)
+    weights_file = gguf_load.read(file)
+    for name, tensor in weights_file.tensors.items():
+        canonical = table.canonical(gguf_load.to_hf_name(name, weights_file.architecture))
+        kinds.setdefault(_general(canonical), set()).add(tensor.dtype)
     found = {}
     for rule in weights:
         types = sorted(kinds.get(_general(rule.name), ()))
@@ -87,7 +89,7 @@ def pack_shapes(params: Mapping[str, Any], formats: Mapping[str, Kind], table: N
         path: packed_shape(
             formats[path],
             leaf.shape,
-            transposed=rules[path].transposed,
+            transposed=path.endswith("/kernel"),
             stacked=int(is_stacked(rules[path])),
             dtype=leaf.dtype,
         )
@@ -111,7 +113,12 @@ def read_packed(
     parts = {name: np.empty(part.shape, part.dtype) for name, part in leaf.parts.items()}
     slots = {name: part if is_stacked(rule) else part[None] for name, part in parts.items()}
     for n, tensor in enumerate(tensors):
-        values = tensor.packed_rows() if leaf.kind in BLOCK_BYTES else tensor[:]
+        values = tensor.packed_rows() if leaf.kind in BLOCK_BYTES else in_rows(rule, tensor[:])
         for name, part in pack_matrix(leaf.kind, values).items():
             slots[name][n] = part
     return dataclasses.replace(leaf, parts={name: place(name, parts.pop(name)) for name in list(parts)})
+
+
+def in_rows(rule: Rule, values: np.ndarray) -> np.ndarray:
+    """A tensor of the file, or a packed weight's values, in the other's layout: rows are a kernel's outputs."""
+    return values.T if rule.is_conv1d else values

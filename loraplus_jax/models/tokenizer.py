@@ -95,6 +95,9 @@ def read_chat_template(path: str | Path) -> str | None:
 def special_tokens(path: str | Path) -> dict[str, str]:
     """The texts of `bos_token`, `eos_token`, `pad_token` and `unk_token`, as far as the model defines them.
 
+    A directory defines them in `tokenizer_config.json`. If that does not mention `bos_token` or `eos_token`, as in
+    GPT-2's, its id in `config.json` decides.
+
     Raises:
       ValueError: a file cannot be read, or a special token is not in the vocabulary.
     """
@@ -105,9 +108,23 @@ def special_tokens(path: str | Path) -> dict[str, str]:
         numbers = {role: file.one(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
         return {role: _token(file, tokens, n) for role, n in numbers.items() if n is not None}
     _check_directory(path)
-    values = {role: _settings(path).get(role) for role in _ROLES}
+    settings = _settings(path)
+    values = {role: settings.get(role) for role in _ROLES}
+    values |= _tokens_of_config(path, [role for role in ("bos_token", "eos_token") if role not in settings])
     texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in values.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
+
+
+def _tokens_of_config(directory: Path, roles: Sequence[str]) -> dict[str, str | None]:
+    """The texts of special tokens by their ids in `config.json`."""
+    path = directory / "config.json"
+    config = read_json(path) if roles and path.exists() else {}
+    numbers = {role: config.get(f"{role}_id") for role in roles}
+    known = {role: n for role, n in numbers.items() if type(n) is int and 0 <= n < 2**31}
+    if not known or not (directory / "tokenizer.json").exists():
+        return {}
+    tokenizer = read_tokenizer_json(directory)
+    return {role: tokenizer.id_to_token(n) for role, n in known.items()}
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from .._validation import check_all
 from ..data.fetch import resolve
-from ..models.llama import head_kernel
+from ..models.decoder import head_kernel
 from ..settings.schema import Settings
 from ..sharding import batch_parts, check_tensor, make_mesh
 from ..tasks.causal_lm import head_is_frozen

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from .._validation import check_number
 from ..config import BASE_INITS, LoRAPlusConfig
 from ..models.attention import Attention
-from ..models.llama import Remat
+from ..models.decoder import Remat
 from ..models.packing import Quantize
 from ..optim.lora_plus import MIN_EPS
 from ..optim.schedules import Schedule

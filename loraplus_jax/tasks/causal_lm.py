@@ -21,9 +21,9 @@ from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packing import pack, pad
 from ..data.splits import split_files, split_texts
+from ..models.decoder import Config
+from ..models.families import MODEL_TYPES, family_of
 from ..models.hf import load_config
-from ..models.llama import SHARDING, Llama, name_table, tensor_sizes
-from ..models.llama_config import MODEL_TYPES, LlamaConfig
 from ..models.packing import choose_formats
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
@@ -108,7 +108,7 @@ def tokenizer_and_template(
     return tokenizer, dataclasses.replace(plain, source=task.template, origin=choice)
 
 
-def model_config(directory: Path) -> LlamaConfig:
+def model_config(directory: Path) -> Config:
     """Loads the config of a model directory or GGUF file; raises ValueError unless it is a language model."""
     config = load_config(directory)
     if (kind := config.get("model_type")) not in MODEL_TYPES:
@@ -116,13 +116,14 @@ def model_config(directory: Path) -> LlamaConfig:
             f"{directory} is of model_type {kind!r:.80}, not a language model ({', '.join(MODEL_TYPES)}); "
             "an encoder takes task classification or regression, and loraplus predict"
         )
-    return LlamaConfig.from_hf(config)
+    return family_of(kind).config.from_hf(config)
 
 
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
     config, model_settings = model_config(directory), settings.model
-    model = Llama(
+    family = family_of(config.model_type)
+    model = family.model(
         config,
         jnp.dtype(model_settings.dtype),
         jnp.dtype(model_settings.param_dtype),
@@ -131,9 +132,9 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
         model_settings.attention,
     )
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
-    table = name_table(config)
+    table = family.name_table(config)
     formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
-    return BaseModel(model, table, (), inputs, SHARDING, tensor_sizes(config), formats)
+    return BaseModel(model, table, (), inputs, family.sharding, family.tensor_sizes(config), formats)
 
 
 def make_losses(

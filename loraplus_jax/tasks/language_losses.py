@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from ..losses import chunked_cross_entropy
-from ..models.llama import head_kernel
+from ..models.decoder import head_kernel
 from ..sharding import gather_over_fsdp
 from ..train_step import LossFn
 
@@ -55,7 +55,7 @@ class LanguageTask:
         """Returns the loss on batches of `input_ids`, `segment_ids` and `loss_mask` (B, T), and `weight` (B,).
 
         Args:
-          model: a `Llama`, with or without adapters.
+          model: a `CausalLM`, with or without adapters.
           chunk: tokens per chunk of the cross-entropy, for a frozen head; None to compute all logits at once.
         """
         token_losses = functools.partial(_token_losses, model, chunk)

@@ -16,8 +16,8 @@ import orbax.checkpoint as ocp
 from .._validation import check_choice
 from ..checkpoint import field_differences, join_first, read_metadata
 from ..models.bert_config import BertConfig
+from ..models.families import FAMILIES
 from ..models.hf import load_config
-from ..models.llama_config import LlamaConfig
 from ..models.tokenizer import stop_ids
 from ..settings.schema import Settings
 from ..tasks import causal_lm, encoder
@@ -38,8 +38,12 @@ def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
       directory: the base model's directory or GGUF file.
       task: the task of the run; it holds a chat template of the user's own.
     """
-    kind = LlamaConfig if settings.is_language else BertConfig
-    config = json.loads(json.dumps(dataclasses.asdict(kind.from_hf(load_config(directory)))))
+    config = (
+        causal_lm.model_config(directory)
+        if settings.is_language
+        else BertConfig.from_hf(load_config(directory))
+    )
+    config = json.loads(json.dumps(dataclasses.asdict(config)))
     identity: Identity = {"base": {"config": config}}
     if not settings.is_language:
         return identity | {"tokenizer": _digest(encoder.tokenizer_for(settings, directory).to_str())}
@@ -57,7 +61,8 @@ def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
 
 def check_allowed(allow: Sequence[str]) -> None:
     """Raises ValueError if a name is not a part of an identity, or a field of one."""
-    configs = {field.name for kind in (BertConfig, LlamaConfig) for field in dataclasses.fields(kind)}
+    kinds = (BertConfig, *(family.config for family in FAMILIES))
+    configs = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     fields = {"base.config": configs, "special_tokens": {"bos", "eos", "stop"}, "data": set(SPLITS)}
     for name in allow:
         part, _, field = name.rpartition(".")

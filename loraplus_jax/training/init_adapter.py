@@ -25,7 +25,7 @@ from ..tree import combine, flatten, unflatten
 from .identity import Identity, check_identity
 from .run_directory import ADAPTER, describe_unfinished
 
-PREFIXES = ("model.", "bert.", "roberta.")
+PREFIXES = ("model.", "transformer.", "bert.", "roberta.")
 """The prefixes that transformers puts before module names in models with a head, by model family."""
 _RATES = ("policy", "decay", "weight_decay")
 

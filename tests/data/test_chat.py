@@ -38,6 +38,10 @@ def test_the_loss_is_on_the_answer_and_its_end(tokenizer, source, answer):
     assert learnt(one, tokenizer, template(source)) == answer + EOS
 
 
+def test_one_token_for_beginning_and_end_ends_an_answer(tokenizer):
+    assert learnt(chat("a", "no"), tokenizer, template(PLAIN, bos_token=EOS)) == f"no{EOS}"
+
+
 @pytest.mark.parametrize("source", [CHATML, PLAIN, MARKED], ids=["chatml", "plain", "marked"])
 def test_of_several_answers_all_or_the_last(tokenizer, source):
     many = chat("a", "no", "b", "no", "no", " yes", system="no")

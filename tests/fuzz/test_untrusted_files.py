@@ -14,6 +14,7 @@ from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.inference.predict import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
 from loraplus_jax.models.bert_config import BertConfig
+from loraplus_jax.models.gpt2_config import GPT2Config
 from loraplus_jax.models.hf import load_config
 from loraplus_jax.models.llama_config import LlamaConfig
 from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, stop_ids, tokenizer
@@ -53,6 +54,17 @@ LLAMA = {
     "eos_token_id": 2,
     "max_window_layers": 4,
 }
+GPT2 = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    **dict.fromkeys(("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"), 4),
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "hidden_size": None,
+    "eos_token_id": 2,
+}
 KINDS = (
     '"linear"',
     '"dynamic"',
@@ -66,7 +78,9 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize(("family", "content"), [(BertConfig, CONFIG), (LlamaConfig, LLAMA)])
+@pytest.mark.parametrize(
+    ("family", "content"), [(BertConfig, CONFIG), (LlamaConfig, LLAMA), (GPT2Config, GPT2)]
+)
 def test_model_configs(tmp_path, family, content):
     """Beside weights of four layers, none of which is wider than 16."""
     save_file(

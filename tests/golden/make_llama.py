@@ -75,16 +75,18 @@ SHORT = {"dynamic": ORIGINAL - max(PROMPTS)}
 
 def main() -> None:
     for name in sys.argv[1:] or CASES:
-        model = make(*CASES[name])
-        config, weights = saved(model)
-        weights = {f"weights/{key}": value for key, value in weights.items()}
-        outputs = reference(model, greedy_tokens=SHORT.get(name, NEW_TOKENS))
-        for key in ("right", "left", "long"):
-            off = error(outputs[f"float32/{key}"], outputs[f"float64/{key}"])
-            print(f"{name} {key}: float32 is off by {off:.1e}")
-        np.savez_compressed(
-            HERE / f"llama_{name}.npz", config=json.dumps(config), **inputs(), **outputs, **weights
-        )
+        write(f"llama_{name}", make(*CASES[name]), greedy_tokens=SHORT.get(name, NEW_TOKENS))
+
+
+def write(name, model, *, greedy_tokens=NEW_TOKENS):
+    """The golden file of a model."""
+    config, weights = saved(model)
+    weights = {f"weights/{key}": value for key, value in weights.items()}
+    outputs = reference(model, greedy_tokens=greedy_tokens)
+    for key in ("right", "left", "long"):
+        off = error(outputs[f"float32/{key}"], outputs[f"float64/{key}"])
+        print(f"{name} {key}: float32 is off by {off:.1e}")
+    np.savez_compressed(HERE / f"{name}.npz", config=json.dumps(config), **inputs(), **outputs, **weights)
 
 
 def reference(model, *, greedy_tokens):
@@ -101,13 +103,21 @@ def reference(model, *, greedy_tokens):
 
 def make(model_type, changes, seed=0):
     """A model with random weights, in which biases and norms show in the outputs too."""
+    import transformers as tf
+
+    changes = dict(changes)
+    rope = {"rope_type": "default", "rope_theta": 10000.0} | changes.pop("rope", {})
+    return randomized(
+        tf.AutoConfig.for_model(model_type, **(TINY | {"rope_parameters": rope} | changes)), seed
+    )
+
+
+def randomized(config, seed):
+    """A model in bfloat16 values, with noise on its biases and norms."""
     import torch
     import transformers as tf
 
     torch.manual_seed(seed)
-    changes = dict(changes)
-    rope = {"rope_type": "default", "rope_theta": 10000.0} | changes.pop("rope", {})
-    config = tf.AutoConfig.for_model(model_type, **(TINY | {"rope_parameters": rope} | changes))
     model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():

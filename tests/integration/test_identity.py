@@ -9,6 +9,7 @@ import pytest
 
 from loraplus_jax.cli import main
 from loraplus_jax.models.bert_config import BertConfig
+from loraplus_jax.models.gpt2_config import GPT2Config
 from loraplus_jax.models.llama_config import LlamaConfig
 
 from ..marks import every, long
@@ -54,7 +55,26 @@ LANGUAGE = {
 }
 
 
-@pytest.mark.parametrize(("config", "changes"), [(BertConfig, ENCODER), (LlamaConfig, LANGUAGE)])
+GPT2 = {
+    "model_type": None,  # the only one
+    "vocab_size": None,
+    "hidden_size": {"n_embd": 64},
+    "num_hidden_layers": {"n_layer": 1},
+    "num_attention_heads": {"n_head": 8},
+    "intermediate_size": {"n_inner": 64},
+    "max_position_embeddings": {"n_positions": 60},
+    "activation_function": {"activation_function": "relu"},
+    "layer_norm_epsilon": {"layer_norm_epsilon": 1e-2},
+    "scale_attn_weights": {"scale_attn_weights": False},
+    "scale_attn_by_inverse_layer_idx": {"scale_attn_by_inverse_layer_idx": True},
+    "tie_word_embeddings": None,
+    "initializer_range": {"initializer_range": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"), [(BertConfig, ENCODER), (LlamaConfig, LANGUAGE), (GPT2Config, GPT2)]
+)
 def test_every_field_of_a_model_config_is_in_the_table(config, changes):
     assert {field.name for field in dataclasses.fields(config)} == changes.keys()
 

@@ -16,7 +16,7 @@ from loraplus_jax.settings.schema import MeshSettings
 from loraplus_jax.training.xla import compiler_options
 
 from ..messages import assert_mentions
-from ..plan.tiny import LLAMA, RANK, parts_of, settings_of
+from ..plan.tiny import GPT2, LLAMA, RANK, parts_of, settings_of
 
 libtpu = pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
 pytestmark = pytest.mark.slow
@@ -143,3 +143,22 @@ def test_an_evaluation_that_is_too_large_for_the_compiler(tmp_path):
     assert_mentions(format_plan(plan, settings), "does not fit", "evaluation", "RESOURCE_EXHAUSTED")
     (only,) = advice(plan, settings)
     assert only.startswith("train.eval_batch_size below 400,000,000")
+
+
+def test_a_gpt2_compiles_on_a_mesh_of_all_axes(tmp_path):
+    settings = settings_of(
+        tmp_path,
+        GPT2 | {"n_embd": 128, "n_inner": 256, "vocab_size": 512},
+        task="instruction",
+        model={"dtype": "bfloat16", "param_dtype": "bfloat16"},
+        targets=("c_attn", "c_proj", "c_fc"),
+        mesh=MeshSettings(data=1, fsdp=2, tensor=2),
+    )
+    plan = make_plan(settings, "v5e:2x2")
+    assert plan.fits
+    layer = 3 * 128 * 128 + 128 * 128 + 2 * 128 * 256
+    adapters = 5 * RANK * (128 + 384 + 128 + 128 + 2 * (128 + 256))
+    assert plan.trained == adapters
+    # Matrices are split four ways; norms, positions and most biases are not.
+    split = 2 * (5 * layer + 512 * 128) // 4
+    assert split < plan.memory["frozen weights"] < 1.1 * split

@@ -426,13 +426,17 @@ def test_a_copy_of_the_base_must_be_one(tmp_path):
 
 def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
     config, lora, specs, _ = net(target_modules=["embed"])
-    tied = (("embed", "emb", "TiedEmbedding"),)
+    tied, plain = (("embed", "m.embed_tokens", "TiedEmbedding"),), (("embed", "m.embed_tokens"),)
     save_peft(tmp_path / "a", lora, specs, config, tied)
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
     load_peft(tmp_path / "a", specs, tied)
-    save_peft(tmp_path / "b", lora, specs, config, PATHS)
+    save_peft(tmp_path / "b", lora, specs, config, plain)
     with pytest.raises(ValueError, match="ensure_weight_tying"):
         load_peft(tmp_path / "b", specs, tied)
+    # PEFT finds a tied embedding by its name.
+    renamed = (("embed", "m.wte", "TiedEmbedding"),)
+    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "head", "embed_tokens", "m.wte")):
+        save_peft(tmp_path / "c", lora, specs, config, renamed)
 
 
 def test_everything_without_a_rule_is_listed_and_nothing_written(tmp_path):

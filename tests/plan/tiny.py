@@ -24,6 +24,17 @@ LLAMA = {
 }
 
 
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 256,
+    "n_embd": 32,
+    "n_layer": 5,
+    "n_head": 4,
+    "n_inner": 64,
+    "n_positions": 64,
+}
+
+
 BERT = {
     "model_type": "bert",
     "vocab_size": 128,

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 import transformers as tf
 
-from loraplus_jax.models import bert, export, llama
+from loraplus_jax.models import bert, export
+from loraplus_jax.models.families import family_of
 from loraplus_jax.models.hf import load_config, load_params
-from loraplus_jax.models.llama_config import LlamaConfig
 
 
-def golden_maker():
-    path = Path(__file__).parents[1] / "golden" / "make_llama.py"
-    spec = importlib.util.spec_from_file_location("make_llama", path)
+def golden_maker(name):
+    path = Path(__file__).parents[1] / "golden" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -25,12 +25,19 @@ def golden_maker():
     return module
 
 
-maker = golden_maker()
-CAUSAL = ("llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "biases")
+maker, gpt2_maker = golden_maker("make_llama"), golden_maker("make_gpt2")
+CAUSAL = ("llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "biases", "gpt2")
 ENCODERS = ("bert", "roberta")
 LINEAR = {
     "causal": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     "encoder": ("query", "key", "value", "out", "up", "down"),
+    "gpt2": ("c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"),
+}
+# Three kinds of modules and the embedding, in PyTorch's names.
+THEIRS = {
+    "causal": ("q_proj", "v_proj", "down_proj", "embed_tokens"),
+    "encoder": ("query", "value", "intermediate.dense", "word_embeddings"),
+    "gpt2": ("c_attn", "attn.c_proj", "c_fc", "wte"),
 }
 SIZES = {
     "vocab_size": 90,
@@ -49,16 +56,27 @@ class Pair:
       folder: its directory.
       model, params, table, form: here.
       inputs: what ours is called with.
+      linear, theirs: names of modules here and there, see `LINEAR` and `THEIRS`.
     """
 
     def __init__(self, name, folder, pooling="pooler"):
         self.name, self.folder, self.is_causal = name, folder, name in CAUSAL
+        kind = "gpt2" if name == "gpt2" else "causal" if self.is_causal else "encoder"
+        self.linear, self.theirs = LINEAR[kind], THEIRS[kind]
         torch.manual_seed(0)
-        reference = maker.make(*maker.CASES[name]) if self.is_causal else encoder(name)
+        reference = (
+            gpt2_maker.make(gpt2_maker.CASES["tied"])
+            if name == "gpt2"
+            else maker.make(*maker.CASES[name])
+            if self.is_causal
+            else encoder(name)
+        )
         reference.save_pretrained(folder)
         if self.is_causal:
-            config = LlamaConfig.from_hf(load_config(folder))
-            self.model, self.table = llama.Llama(config), llama.name_table(config)
+            entries = load_config(folder)
+            family = family_of(entries["model_type"])
+            config = family.config.from_hf(entries)
+            self.model, self.table = family.model(config), family.name_table(config)
             self.form, new = export.causal_lm_class(config), ()
         else:
             config = bert.BertConfig.from_hf(load_config(folder))

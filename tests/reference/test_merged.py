@@ -20,7 +20,7 @@ LIMIT = 1e-4
 
 def exported(pair, folder, *, embedding=False, **how):
     """The pair's model with random adapters, merged into a directory; its variables here."""
-    names = LINEAR["causal" if pair.is_causal else "encoder"]
+    names = pair.linear
     names += (("embed_tokens" if pair.is_causal else "embeddings/word"),) * embedding
     config = LoRAPlusConfig(target_modules=names, rank=3)
     model = apply_lora_plus(pair.model, config)

@@ -67,7 +67,7 @@ def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMe
     """A tensor, merged if adapted, in the file's order of rows, float32."""
     if name == gguf.ROPE:  # rotary factors, which are part of our config
         return gguf.View(file, file.tensors[name])[:]
-    ours = gguf.to_hf_name(name)
+    ours = gguf.to_hf_name(name, file.architecture)
     view, location = weights.get_slice(ours), merge.places.get(merge.table.canonical(ours))
     if location is None or not merge.changes(location[0]):
         return view.restored(view[:])

@@ -1,13 +1,16 @@
 """Reads GGUF files as Hugging Face checkpoints: metadata as `config.json`, tensors dequantized and renamed."""
 
+import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ..gpt2_config import NAMES as GPT2_NAMES
 from .header import Gguf, TensorInfo, find, read
 
 __all__ = [
@@ -26,7 +29,8 @@ __all__ = [
 DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
 """Supported tensor types."""
 
-_NAMES = {
+# Hugging Face's names, of tensors in a layer without its prefix.
+_LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -38,6 +42,20 @@ _NAMES = {
     "attn_k_norm": "self_attn.k_norm",
     **{f"ffn_{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
 }
+_GPT2_NAMES = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+# Weights that llama.cpp's converter transposes, because Hugging Face has them as (in, out).
+_CONV1D = re.compile(r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight")
 _EMBEDDING, _HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 # Hugging Face's name of each size, and its GGUF key without the architecture's prefix.
 _SIZES = {
@@ -47,7 +65,7 @@ _SIZES = {
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
 }
-_EPSILON = "attention.layer_norm_rms_epsilon"
+_EPSILON, _LAYER_EPSILON = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
@@ -60,7 +78,12 @@ def config(file: Gguf) -> dict[str, Any]:
     Raises:
       ValueError: the architecture is unsupported, or sizes are missing or invalid; lists all problems.
     """
-    arch = file.architecture
+    values = (_gpt2_config if file.architecture == "gpt2" else _llama_config)(file)
+    values |= {f"{end}_token_id": file.one(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos")}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _sizes(file: Gguf) -> dict[str, Any]:
     sizes = {ours: file.get(key) for ours, key in _SIZES.items()}
     sizes["num_key_value_heads"] = file.get("attention.head_count_kv", sizes["num_attention_heads"])
     _raise_if_any(
@@ -71,11 +94,31 @@ def config(file: Gguf) -> dict[str, Any]:
             if type(n) is not int or n < 1
         ],
     )
+    return sizes
+
+
+def _gpt2_config(file: Gguf) -> dict[str, Any]:
+    sizes, epsilon = _sizes(file), file.get(_LAYER_EPSILON)
+    only = {"attention.head_count_kv": sizes["num_attention_heads"], "attention.causal": True}
+    problems = _epsilon_problems(file, _LAYER_EPSILON) + _only_problems(file, only)
+    _raise_if_any(file, problems)
+    return {
+        "model_type": "gpt2",
+        "vocab_size": embedding_rows(file),
+        **{theirs: sizes[ours] for ours, theirs in GPT2_NAMES.items()},
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": epsilon,
+        "tie_word_embeddings": _HEAD not in file.tensors,
+    }
+
+
+def _llama_config(file: Gguf) -> dict[str, Any]:
+    arch, sizes = file.architecture, _sizes(file)
     head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
     scaling, problems = _rope_scaling(file)
     _raise_if_any(file, [*_option_problems(file, head), *problems])
     window = file.get("attention.sliding_window")
-    values = {
+    return {
         # A Mistral is a Llama with a sliding window; its files use the llama architecture.
         "model_type": "mistral" if arch == "llama" and window else arch,
         "vocab_size": embedding_rows(file),
@@ -89,10 +132,7 @@ def config(file: Gguf) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
         "sliding_window": window,
-        "bos_token_id": file.one("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.one("tokenizer.ggml.eos_token_id"),
     }
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _raise_if_any(file: Gguf, problems: list[str]) -> None:
@@ -117,10 +157,16 @@ def _option_problems(file: Gguf, head: Any) -> list[str]:
     }
     if file.architecture != "llama":
         only["attention.sliding_window"] = 0
-    problems = (
-        [] if _positive(file.get(_EPSILON)) else [f"{file.architecture}.{_EPSILON} must be a positive number"]
-    )
-    return problems + [
+    return _epsilon_problems(file, _EPSILON) + _only_problems(file, only)
+
+
+def _epsilon_problems(file: Gguf, key: str) -> list[str]:
+    return [] if _positive(file.get(key)) else [f"{file.architecture}.{key} must be a positive number"]
+
+
+def _only_problems(file: Gguf, only: Mapping[str, Any]) -> list[str]:
+    """One line per option with another than its only supported value."""
+    return [
         f"{file.architecture}.{key} is {file.get(key)!r:.80}, only {value!r:.80} is supported"
         for key, value in only.items()
         if file.get(key, value) != value
@@ -199,15 +245,17 @@ class View:
 
     Attributes:
       heads: number of heads in the rows, if the file interleaves the two halves of each; else 0.
+      transposed: whether Hugging Face has the matrix transposed; rows are then its own, the file's columns.
     """
 
     file: Gguf
     tensor: TensorInfo
     heads: int = 0
+    transposed: bool = False
 
     def get_shape(self) -> list[int]:
         """The shape, rows first."""
-        return list(self.tensor.shape)
+        return list(reversed(self.tensor.shape) if self.transposed else self.tensor.shape)
 
     def get_dtype(self) -> str:
         """GGUF's name of the type: `"F16"`, `"Q4_K"`."""
@@ -218,6 +266,9 @@ class View:
         import gguf
 
         rows, *columns = index if isinstance(index, tuple) else (index,)
+        if self.transposed:
+            turned = dataclasses.replace(self, transposed=False)
+            return turned[(*(columns or [slice(None)]), rows)].T
         raw, kind = self._raw, gguf.GGMLQuantizationType[self.tensor.dtype]
         if len(self.tensor.shape) == 1:
             values = gguf.quants.dequantize(raw, kind)
@@ -233,11 +284,16 @@ class View:
         return values[:, start - first * block : stop - first * block]
 
     def packed_rows(self) -> np.ndarray:
-        """The bytes of the whole matrix, uint8 (rows, bytes of a row), with the rows in Hugging Face's order."""
+        """The bytes of the whole matrix, uint8 (rows, bytes of a row), with the rows in Hugging Face's order.
+
+        Rows are those of the file, also of a `transposed` matrix.
+        """
         return self._raw[self._order] if self.heads else self._raw
 
     def restored(self, values: np.ndarray) -> np.ndarray:
-        """Reorders rows from Hugging Face's order to the file's."""
+        """Turns a tensor from Hugging Face's layout to the file's."""
+        if self.transposed:
+            return values.T
         if not self.heads:
             return values
         rows = np.empty_like(values)
@@ -268,10 +324,10 @@ class GgufWeights:
 
     def __init__(self, file: Gguf) -> None:
         """Includes all tensors except the rotary factors, which are part of the config."""
-        sizes = config(file)
+        sizes, is_gpt2 = config(file), file.architecture == "gpt2"
         self._views: dict[str, View] = {}
         for name, tensor in file.tensors.items():
-            if (ours := to_hf_name(name)) in self._views:
+            if (ours := to_hf_name(name, file.architecture)) in self._views:
                 raise ValueError(f"{file.path} has two tensors for {ours:.80}")
             if name != ROPE:
                 attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
@@ -279,7 +335,8 @@ class GgufWeights:
                 # llama.cpp interleaves the halves only for its llama architecture, which Mistral shares.
                 if attention and file.architecture == "llama":
                     heads = sizes["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
-                self._views[ours] = View(file, tensor, heads)
+                transposed = is_gpt2 and _CONV1D.fullmatch(name) is not None
+                self._views[ours] = View(file, tensor, heads, transposed)
 
     def keys(self) -> list[str]:
         """Tensor names; an unknown tensor keeps its name."""
@@ -294,10 +351,13 @@ class GgufWeights:
         return self._views[name][:]
 
 
-def to_hf_name(name: str) -> str:
+def to_hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name for a tensor of a GGUF file; an unknown tensor keeps its name."""
+    names, layers = (
+        (_GPT2_NAMES, "transformer.h") if architecture == "gpt2" else (_LLAMA_NAMES, "model.layers")
+    )
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-    if not match or match[2] not in _NAMES:
+    if not match or match[2] not in names:
         return name
-    layer = "" if match[1] is None else f"model.layers.{match[1]}."
-    return f"{layer}{_NAMES[match[2]]}.{match[3]}"
+    layer = "" if match[1] is None else f"{layers}.{match[1]}."
+    return f"{layer}{names[match[2]]}.{match[3]}"

@@ -1,0 +1,271 @@
+"""What the families of causal language models share: inputs, the loop over layers, KV cache and head.
+
+Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .._validation import check_choice
+from ..quantization import is_packed
+from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
+from .gpt2_config import GPT2Config
+from .llama_config import LlamaConfig
+
+Config = LlamaConfig | GPT2Config
+Remat = Literal["none", "dots", "full"]
+
+# What a layer saves for the backward pass besides its input; "none" means no remat. Saved by name, because
+# `dots_saveable` would save an adapted layer's sum and both of its terms.
+_SAVED_NAMES = ("query", "key", "value", *ATTENTION_NAMES, "attended", "gate", "up")
+_POLICIES = {
+    "dots": jax.checkpoint_policies.save_only_these_names(*_SAVED_NAMES),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """The KV cache for generation; see `init_cache`.
+
+    Attributes:
+      key, value: (L, B, S, K, H).
+      segment_ids: int32 (B, S), 0 for padding and empty slots.
+      length: int32 scalar, number of used slots.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    segment_ids: jax.Array
+    length: jax.Array
+
+
+def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+    """An empty cache for `batch` sequences of `slots` tokens each, including padding."""
+    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    empty = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
+
+
+class Shared(NamedTuple):
+    """Inputs that all layers share.
+
+    Attributes:
+      segment_ids: (B, T), or None if each row is one sequence.
+      mask: (B, T, S) for a step on a non-empty cache, else None.
+      start: the cache's length before these tokens.
+      rope: cosines and sines of the tokens' positions, in a family with rotary positions.
+    """
+
+    segment_ids: jax.Array | None
+    mask: jax.Array | None = None
+    start: jax.Array | None = None
+    rope: Any = None
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    shared: Shared,
+    cache: Cache | None,
+    layer: jax.Array,
+    *,
+    window: int | None = None,
+    implementation: Attention = "auto",
+) -> tuple[jax.Array, Cache | None]:
+    """Attention of new tokens to themselves and to a cache: (B, T, N, H), and the cache with their keys and values.
+
+    Args:
+      query: (B, T, N, H).
+      key, value: (B, T, K, H).
+      shared: segments and mask.
+      cache: the cache, or None without one.
+      layer: this layer's index in the cache.
+      window: sliding window, see `causal_attention`.
+      implementation: see `causal_attention`.
+    """
+    if cache is not None:
+        cache = _update_cache(cache, key, value, layer, shared.start)
+    if cache is not None and shared.mask is not None:
+        return cached_attention(query, cache.key[layer], cache.value[layer], shared.mask), cache
+    y = causal_attention(query, key, value, shared.segment_ids, window=window, implementation=implementation)
+    return y, cache
+
+
+def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
+    """Writes new tokens' keys and values (B, T, K, H) to one layer's slots from `start`."""
+    at = (layer, 0, start, 0, 0)
+    key, value = (
+        jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at)
+        for old, x in ((cache.key, key), (cache.value, value))
+    )
+    return cache._replace(key=key, value=value)
+
+
+class CausalLM(nn.Module):
+    """Base class of the causal language models. A family makes its modules in `setup` and implements `run`.
+
+    Attributes:
+      config: sizes and options.
+      dtype: compute dtype; normalization, softmax, attention scores and rotations use at least float32.
+      param_dtype: dtype of the parameters.
+      unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
+        layer; slower to compile.
+      remat: what the backward pass recomputes: `"none"`; `"dots"`, all but the outputs of large matmuls; `"full"`,
+        everything but each layer's input.
+      attention: see `causal_attention`.
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: bool = False
+    remat: Remat = "none"
+    attention: Attention = "auto"
+
+    @nn.nowrap
+    def make_embedding(self, rows: int) -> nn.Embed:
+        """An embedding table with the family's initialization."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Embed(rows, self.config.hidden_size, self.dtype, self.param_dtype, embedding_init=init)
+
+    @nn.nowrap
+    def make_layers(self, layer: type[nn.Module]) -> nn.Module:
+        """The loop over layers with stacked parameters; a layer's fields are config, dtypes and `attention`."""
+        check_choice("remat", self.remat, get_args(Remat))
+        c = self.config
+        if self.remat != "none":
+            # Inside a loop CSE cannot merge forward and backward computations anyway.
+            layer = nn.remat(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll)
+        stack: Any = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+            length=c.num_hidden_layers,
+            unroll=c.num_hidden_layers if self.unroll else 1,
+        )
+        return stack(c, self.dtype, self.param_dtype, attention=self.attention)
+
+    @nn.nowrap
+    def make_head(self) -> nn.Dense:
+        """A head that is not tied to the embedding."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(self.config.vocab_size, False, self.dtype, self.param_dtype, kernel_init=init)
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits at every position.
+
+        Args:
+          input_ids: int32 (B, T). An id outside the vocabulary gives NaN.
+          segment_ids: int32 (B, T): 0 for padding, any other number for a sequence; a row may pack several, one
+            after the other. Tokens attend only to earlier tokens of their own sequence. An attention mask works
+            too. None: every row is one sequence.
+          positions: int32 (B, T); by default each token's index in its sequence, so padding may be on either side.
+
+        Returns:
+          float32 (B, T, vocabulary); values at padding are finite but meaningless.
+
+        Raises:
+          ValueError: shapes differ.
+        """
+        return self._logits(self.hidden(input_ids, segment_ids, positions))
+
+    def hidden(
+        self,
+        input_ids: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Input of the head, (B, T, D) in `dtype`; arguments as for `__call__`."""
+        _check_inputs(input_ids, segment_ids, positions)
+        if positions is None:
+            positions = segment_positions(segment_ids, input_ids.shape[1])
+        return self.run(input_ids, positions, Shared(segment_ids), None)[0]
+
+    def extend(
+        self, input_ids: jax.Array, segment_ids: jax.Array, cache: Cache, *, first: bool
+    ) -> tuple[jax.Array, Cache]:
+        """Appends tokens to a cache.
+
+        Args:
+          input_ids: int32 (B, T), for the slots from `cache.length`; does not check that they are free.
+          segment_ids: int32 (B, T): 1, or 0 for padding, which must precede a sequence's first token.
+          cache: keys and values of the earlier tokens.
+          first: whether the cache is empty; attention then ignores it.
+
+        Returns:
+          Logits of the last token, float32 (B, vocabulary), and the cache.
+        """
+        segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, cache.length))
+        positions = jnp.cumsum(segment_ids, axis=1) - 1
+        if not first:
+            positions += jnp.sum(cache.segment_ids, axis=1, keepdims=True)
+        mask = None if first else self._cache_mask(segments, cache.length, input_ids.shape[1])
+        shared = Shared(segment_ids, mask, cache.length)
+        # Positions of padding matter only to dynamic rotary scaling, which uses the largest of all.
+        positions, cache = jnp.maximum(positions, 0), cache._replace(segment_ids=segments)
+        x, cache = self.run(input_ids, positions, shared, cache)
+        return self._logits(x[:, -1:])[:, 0], cache._replace(length=cache.length + input_ids.shape[1])
+
+    def run(self, input_ids: jax.Array, positions: jax.Array, shared: Shared, cache: Any) -> tuple[Any, Any]:
+        """The input of the head (B, T, D), and the updated cache, from ids (B, T) and positions (B or 1, T)."""
+        raise NotImplementedError
+
+    def _cache_mask(self, segments: jax.Array, start: jax.Array, length: int) -> jax.Array:
+        """The cache slots that each new token attends to: boolean (B, T, S)."""
+        slot = jnp.arange(segments.shape[1])[None, :]
+        query = start + jnp.arange(length)[:, None]
+        mask = slot <= query
+        if self.config.sliding_window is not None:
+            mask &= query - slot < self.config.sliding_window
+        return mask[None] & (segments > 0)[:, None, :]
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        me: Any = self  # its modules are made by the family's `setup`
+        logits = me.embed_tokens.attend(x) if self.config.tie_word_embeddings else me.lm_head(x)
+        return logits.astype(jnp.float32)
+
+
+def segment_positions(segment_ids: jax.Array | None, length: int) -> jax.Array:
+    """Each token's index in its segment, int32 (B or 1, T).
+
+    >>> segment_positions(jnp.array([[0, 1, 1, 2, 2, 2]]), 6)
+    Array([[0, 0, 1, 0, 1, 2]], dtype=int32)
+    """
+    index = jnp.arange(length, dtype=jnp.int32)[None]
+    if segment_ids is None:
+        return index
+    before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    starts = jnp.where(segment_ids != before, index, 0)
+    offset = index - jax.lax.cummax(starts, axis=1)
+    return jnp.where(segment_ids == 0, 0, offset)
+
+
+def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:
+    """The head in a model's parameters, and whether it is transposed, for `chunked_cross_entropy`.
+
+    The `lm_head` kernel (D, V), or the tied embedding (V, D).
+    """
+    name, leaf, transposed = (
+        ("lm_head", "kernel", False) if "lm_head" in params else ("embed_tokens", "embedding", True)
+    )
+    head = params[name][leaf]
+    return head.dequantize() if is_packed(head) else head, transposed
+
+
+def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
+    for name, array in (("segment_ids", segment_ids), ("positions", positions)):
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")

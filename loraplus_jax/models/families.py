@@ -1,0 +1,66 @@
+"""The families of causal language models, by the `model_type` in `config.json`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ..sharding import Rules
+from . import gpt2, llama
+from .decoder import CausalLM, Config
+from .gpt2_config import GPT2Config
+from .llama_config import LlamaConfig
+from .name_table import NameTable
+
+
+class Family(NamedTuple):
+    """What belongs to a family.
+
+    Attributes:
+      config: class of its configs, with `from_hf`.
+      model: class of its models.
+      name_table: makes the name table for a config.
+      sharding: sharding rules of the parameters.
+      tensor_sizes: sizes that the mesh's tensor axis must divide, by name, for a config.
+      architectures: transformers' class for each model type.
+      prefix: prefix of all module names there except the head's.
+    """
+
+    config: type[Config]
+    model: type[CausalLM]
+    name_table: Callable[[Any], NameTable]
+    sharding: Rules
+    tensor_sizes: Callable[[Any], dict[str, int]]
+    architectures: Mapping[str, str]
+    prefix: str
+
+
+FAMILIES = (
+    Family(
+        LlamaConfig,
+        llama.Llama,
+        llama.name_table,
+        llama.SHARDING,
+        llama.tensor_sizes,
+        {
+            "llama": "LlamaForCausalLM",
+            "mistral": "MistralForCausalLM",
+            "qwen2": "Qwen2ForCausalLM",
+            "qwen3": "Qwen3ForCausalLM",
+        },
+        "model.",
+    ),
+    Family(
+        GPT2Config,
+        gpt2.GPT2,
+        gpt2.name_table,
+        gpt2.SHARDING,
+        gpt2.tensor_sizes,
+        {"gpt2": "GPT2LMHeadModel"},
+        "transformer.",
+    ),
+)
+MODEL_TYPES = tuple(kind for family in FAMILIES for kind in family.architectures)
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model type, which must be one of `MODEL_TYPES`."""
+    return next(family for family in FAMILIES if model_type in family.architectures)
