@@ -218,8 +218,8 @@ def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
       ValueError: the file is invalid, or a label is not one of the task's, with `file:line`.
     """
     short = Problems()
-    texts, label = (task.texts, task.label) if path.suffix == ".tsv" else (task.hub_texts, "label")
-    options: Any = {"quoting": "none", "header": task.header if path.suffix == ".tsv" else ()}
+    texts, label = (task.texts, task.label) if path.suffix.lower() == ".tsv" else (task.hub_texts, "label")
+    options: Any = {"quoting": "none", "header": task.header if path.suffix.lower() == ".tsv" else ()}
     rows = labelled_texts(
         path, read_rows(path, (*texts, label), **options, may_be_empty=texts, short_rows=short)
     )
@@ -246,7 +246,7 @@ def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
 
 def read_glue_texts(path: Path, task: GlueTask) -> list[tuple[str, ...]]:
     """Reads the texts of each row of a test split, which has a header and no labels."""
-    texts = task.texts if path.suffix == ".tsv" else task.hub_texts
+    texts = task.texts if path.suffix.lower() == ".tsv" else task.hub_texts
     rows = read_rows(path, texts, quoting="none", may_be_empty=texts)
     return [tuple(row.values.values()) for row in rows]
 
