@@ -8,9 +8,11 @@ import scipy.stats
 
 from loraplus_jax.cli import main
 from loraplus_jax.inference import predict
+from loraplus_jax.sweep import run as sweeping
 
 from ..messages import assert_mentions
 from .test_run import SHORT, column, printed_json, summary_of
+from .test_sweep import TINY
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -80,6 +82,20 @@ def test_classification_selects_by_its_own_metric_and_is_submitted(world, capsys
     assert_mentions(capsys.readouterr().err, "--glue", "CoLA.tsv")
 
 
+@pytest.mark.slow
+def test_a_sweep_reports_the_tasks_metric(world, monkeypatch):
+    write_cola(world)
+    monkeypatch.setattr(sweeping, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(sweeping, "write_report", lambda directory, report, page=False: None)
+    args = [*TINY, *glue(world, "cola")]
+    assert main(["sweep", str(world.config), "--output_dir", str(world.out), *args]) == 0
+    rows = [json.loads(line) for line in (world.out / "metrics.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(-1 <= row["matthews"] <= 1 for row in rows)
+    assert len({row["matthews"] for row in rows}) > 1
+
+
+@pytest.mark.slow
 def test_regression_on_pairs_by_correlation(world, capsys):
     write_stsb(world)
     out = world.trained(*glue(world, "stsb"), *SHORT, "--task", "regression", "--data.max_length", "16")
