@@ -75,6 +75,18 @@ def numbered(trainable, frozen, batch):
     return {"x": (jnp.sum(values * weight), jnp.sum(weight)), "rows": Rows(values, weight)}
 
 
+class Program:
+    """A function with shardings, as a compiled program has."""
+
+    input_shardings = ((None, None, None),)
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
 class Summed:
     """A task with a metric from a mean and rows."""
 
@@ -97,9 +109,8 @@ def test_rows_of_the_members_of_a_sweep():
             lambda *x: jnp.stack(x), *(numbered(scale, frozen, batch) for scale in (1.0, 3.0))
         )
 
-    both.input_shardings = ((None, None, None),)
     population = types.SimpleNamespace(
-        programs=types.SimpleNamespace(evaluate=both), parts=types.SimpleNamespace(frozen=None)
+        programs=types.SimpleNamespace(evaluate=Program(both)), parts=types.SimpleNamespace(frozen=None)
     )
     slots = types.SimpleNamespace(
         population=population,
