@@ -5,15 +5,16 @@ test split, and a part of train as the validation split.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from .._validation import expand_path, suggest
 from ..atomic import atomic_write
+from ..json_files import check_file
 from ..settings.schema import DataSettings
 from .fetch import cache_dir
-from .readers import Problems, location_of, raise_problems, read_rows
+from .readers import Problems, StringRow, location_of, raise_problems, read_rows
 from .splits import LabelledTexts, labelled_texts, split_files, split_rows
 
 HUB_ID = "nyu-mll/glue"
@@ -30,7 +31,7 @@ class GlueTask:
       names: classes as GLUE writes them, in the order of the Hub's integers; empty for regression.
       metrics: GLUE's metrics; the first selects the best evaluation.
       hub_texts: columns of the texts on the Hub, where the label is `label`.
-      header: columns of train and dev, if these have no header line.
+      header: columns of files without a header line.
       dev: name of the file that serves as the test split.
       submissions: file to submit, to the test split that it has predictions for.
       span: lowest and highest prediction of regression.
@@ -218,13 +219,11 @@ def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
       ValueError: the file is invalid, or a label is not one of the task's, with `file:line`.
     """
     short = Problems()
-    texts, label = (task.texts, task.label) if path.suffix.lower() == ".tsv" else (task.hub_texts, "label")
-    options: Any = {"quoting": "none", "header": task.header if path.suffix.lower() == ".tsv" else ()}
-    rows = labelled_texts(
-        path, read_rows(path, (*texts, label), **options, may_be_empty=texts, short_rows=short)
-    )
+    own = path.suffix.lower() == ".tsv"
+    columns = (*task.texts, task.label) if own else (*task.hub_texts, "label")
+    rows = labelled_texts(path, _read(path, task, columns, short))
     by_label = {name: name for name in task.names} | {str(i): name for i, name in enumerate(task.names)}
-    kept = [i for i, label in enumerate(rows.labels) if label not in UNLABELLED or not task.names]
+    kept = [i for i, label in enumerate(rows.labels) if label not in UNLABELLED]
     rows, missing = rows.take(kept), len(rows) - len(kept)
     if task.names:
         raise_problems(
@@ -245,10 +244,23 @@ def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
 
 
 def read_glue_texts(path: Path, task: GlueTask) -> list[tuple[str, ...]]:
-    """Reads the texts of each row of a test split, which has a header and no labels."""
+    """Reads the texts of each row; labels are not needed, and no row is left out."""
     texts = task.texts if path.suffix.lower() == ".tsv" else task.hub_texts
-    rows = read_rows(path, texts, quoting="none", may_be_empty=texts)
-    return [tuple(row.values.values()) for row in rows]
+    return [tuple(row.values.values()) for row in _read(path, task, texts)]
+
+
+def _read(
+    path: Path, task: GlueTask, columns: Sequence[str], short_rows: Problems | None = None
+) -> list[StringRow]:
+    header = task.header if path.suffix.lower() == ".tsv" else ()
+    if header:  # which CoLA's test split does have
+        check_file(path)
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            first = file.readline().rstrip("\n").split("\t")
+        header = () if {*columns} <= {*first} else header
+    texts = {*task.texts, *task.hub_texts}
+    options: Any = {"header": header, "may_be_empty": texts, "short_rows": short_rows}
+    return read_rows(path, columns, quoting="none", **options)
 
 
 def submission(task: GlueTask, predictions: list[Any]) -> str:

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ def read_rows(
     *,
     quoting: Quoting = "minimal",
     header: Sequence[str] = (),
-    may_be_empty: Sequence[str] = (),
+    may_be_empty: Collection[str] = (),
     short_rows: Problems | None = None,
 ) -> list[StringRow]:
     """Reads the rows of a .csv, .tsv, .jsonl or .parquet file.
@@ -356,7 +356,7 @@ def _string_records(
 
 
 def _value_problems(
-    records: Sequence[Record], columns: Sequence[str], may_be_empty: Sequence[str]
+    records: Sequence[Record], columns: Sequence[str], may_be_empty: Collection[str]
 ) -> Iterator[Problem]:
     first_lines: dict[str, int] = {}
     for line, record in records:

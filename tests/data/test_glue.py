@@ -133,6 +133,16 @@ def test_mismatched_is_another_test_split_of_the_same_task(tmp_path):
     assert matched["train"] == mismatched["train"]
 
 
+def test_texts_with_and_without_a_header_and_labels(tmp_path):
+    write(tmp_path, "cola", "dev", 3)
+    (tmp_path / "CoLA/test.tsv").write_text('\ufeffindex\tsentence\r\n0\tA "book.\r\n1\t\r\n')
+    texts = [read_glue_texts(tmp_path / f"CoLA/{split}.tsv", GLUE["cola"]) for split in ("dev", "test")]
+    assert texts == [[(f'The {n} book "fell.',) for n in range(3)], [('A "book.',), ("",)]]
+    (tmp_path / "CoLA/test.tsv").write_text("index\tsentence\n0\tA book.\n1\n")
+    with pytest.raises(ValueError, match=mentions("test.tsv:3", "1 fields")):
+        read_glue_texts(tmp_path / "CoLA/test.tsv", GLUE["cola"])
+
+
 def test_rows_that_glues_loaders_leave_out_are_counted(tmp_path):
     _, line = LINES["qqp"]
     full = [line.format(n=n, label=n % 2) for n in range(20)]
@@ -262,9 +272,13 @@ def test_directories_and_files_that_do_not_fit(tmp_path):
 
 
 def test_files_of_another_task_where_no_header_tells(tmp_path):
-    write(tmp_path, "sst2", "train", 5)
-    with pytest.raises(ValueError, match=mentions("SST-2/train.tsv:1", "2 fields", 4)):
-        read_glue(tmp_path / "SST-2/train.tsv", GLUE["cola"])
+    path = tmp_path / "train.tsv"
+    path.write_text("a good film\t1\n")
+    with pytest.raises(ValueError, match=mentions("train.tsv:1", "2 fields", 4)):
+        read_glue(path, GLUE["cola"])
+    write(tmp_path, "rte", "train", 5)
+    with pytest.raises(ValueError, match=mentions("RTE/train.tsv:2", "'It 0.'", 0, 1)):
+        read_glue(tmp_path / "RTE/train.tsv", GLUE["cola"])
 
 
 def test_a_label_outside_the_task(tmp_path):
