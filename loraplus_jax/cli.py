@@ -192,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("run_directory", metavar="RUN", type=Path, help=RUN_HELP)
     predict.add_argument("--text", action="append", default=[], help="text to predict for; repeatable")
     predict.add_argument("--data", help="file of texts, instead of --text")
+    predict.add_argument(
+        "--glue",
+        type=Path,
+        metavar="DIR",
+        help="write the predictions for the test split of the run's GLUE task to DIR, as GLUE's server takes them",
+    )
     predict.add_argument("--config", help=PEFT_CONFIG_HELP)
     predict.add_argument("--output", type=Path, help="new .jsonl file to write, instead of stdout")
     generate = add("generate", _generate, "answer prompts with a language model, fine-tuned or not")
@@ -338,12 +344,19 @@ def _eval(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _predict(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.predict import check_output, predict_run, write_predictions
+    from .inference.predict import check_output, predict_run, write_predictions, write_submissions
 
+    if sum(map(bool, (options.text, options.data, options.glue))) != 1:
+        raise ValueError("predict requires exactly one of --text, --data or --glue")
+    if options.glue is not None:
+        if options.output is not None:
+            raise ValueError("predict --glue DIR names its files itself; remove --output")
+        keywords = {name: getattr(options, name) for name in ("config", "allow_different")}
+        for path in write_submissions(options.run_directory, options.glue, **keywords):
+            _print(str(path))
+        return
     if options.output is not None:
         check_output(options.output)
-    if bool(options.text) == bool(options.data):
-        raise ValueError("predict requires exactly one of --text or --data")
     rows = predict_run(
         options.run_directory,
         texts=options.text,

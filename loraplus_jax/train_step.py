@@ -6,7 +6,7 @@ does not depend on how a batch is split.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,15 @@ from .sharding import DATA_AXIS, Shardings, batch_sharding, with_mesh
 from .tree import combine
 
 SumAndWeight = tuple[jax.Array, jax.Array]
+
+
+class Rows(NamedTuple):
+    """Values of each row of a batch, `(B,)`, and the rows' weights: an evaluation keeps them, without a sum."""
+
+    values: jax.Array
+    weights: jax.Array
+
+
 LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[SumAndWeight, Mapping[str, SumAndWeight]]]
 """`loss_fn(variables, batch, rng) -> (sum, weight), {name: (sum, weight)}`."""
 StepFn = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, jax.Array]]]
@@ -177,7 +186,7 @@ def make_eval(
     """Compiles an evaluation `(trainable, frozen, batch) -> {name: (sum, weight)}`.
 
     It calls the loss function with `rng=None`, which must turn off dropout. Add the pairs of all batches, then call
-    `weighted_means`. `mesh` and `shardings` are as for `jit_step`.
+    `weighted_means`; `Rows` among them are concatenated instead. `mesh` and `shardings` are as for `jit_step`.
     """
 
     def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, SumAndWeight]:

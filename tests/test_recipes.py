@@ -22,6 +22,11 @@ def test_a_recipe(path):
 
 
 def test_the_recipes_are_seen():
-    assert {"quickstart", "quickstart_sweep", "smollm2_chat", "llama_alpaca", "llama_commonsense"} <= {
-        p.stem for p in CONFIGS
-    }
+    assert {
+        "quickstart",
+        "quickstart_sweep",
+        "smollm2_chat",
+        "llama_alpaca",
+        "llama_commonsense",
+        "roberta_glue",
+    } <= {p.stem for p in CONFIGS}

@@ -398,6 +398,7 @@ READERS = {
     "run.yaml": lambda p: read_yaml(p),
     "train.yaml": lambda p: parse_settings(p),
     "data.csv": lambda p: read_rows(p, ["text"]),
+    "data.parquet": lambda p: read_rows(p, ["text"]),
     "data.tsv": lambda p: resolve(str(p), "data"),
     "data.jsonl": lambda p: read_chats(p),
     "own.jinja": lambda p: load_template(str(p), p.parent),

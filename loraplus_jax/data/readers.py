@@ -1,4 +1,4 @@
-"""Reads rows from CSV, TSV, JSON lines and JSON files; reports all problems of a file, with line or item."""
+"""Reads rows from CSV, TSV, JSON and Parquet files; reports all problems of a file, with line or item."""
 
 import bisect
 import csv
@@ -7,9 +7,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .._validation import suggest
 from ..json_files import check_file
@@ -19,9 +19,11 @@ NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:
 
 Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]
+Quoting = Literal["minimal", "none"]
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
-RECORD_SUFFIXES = (*SUFFIXES, ".json")
+TABLE_SUFFIXES = (".csv", ".tsv")
+SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".parquet")
+RECORD_SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".json")
 SHOWN_PROBLEMS = 20
 MAX_FIELD_CHARACTERS = 2**22
 """Maximum characters in a CSV or TSV field: a stray quote swallows what follows, at up to 8 bytes a character."""
@@ -57,25 +59,40 @@ class Problems:
 
 
 def location_of(path: Path, number: int) -> str:
-    """Returns the location of a row: `file:line`, or `file: item n` in a .json file; both are counted from 1.
+    """Returns the location of a row: `file:line`, or `file: item n` in a .json or .parquet file, counted from 1.
 
     >>> location_of(Path("a.csv"), 17), location_of(Path("a.json"), 17)
     ('a.csv:17', 'a.json: item 17')
     """
-    return f"{path}: item {number}" if path.suffix.lower() == ".json" else f"{path}:{number}"
+    return f"{path}: item {number}" if path.suffix.lower() in (".json", ".parquet") else f"{path}:{number}"
 
 
-def read_rows(path: str | Path, columns: Sequence[str], delimiter: str | None = None) -> list[StringRow]:
-    """Reads the rows of a .csv, .tsv or .jsonl file in UTF-8, with or without a byte order mark, LF or CRLF.
+def read_rows(
+    path: str | Path,
+    columns: Sequence[str],
+    delimiter: str | None = None,
+    *,
+    quoting: Quoting = "minimal",
+    header: Sequence[str] = (),
+    may_be_empty: Collection[str] = (),
+    short_rows: Problems | None = None,
+) -> list[StringRow]:
+    """Reads the rows of a .csv, .tsv, .jsonl or .parquet file.
 
-    CSV and TSV have a header and may quote fields with `"`, doubled inside. JSON lines hold one object each, whose
-    strings, numbers and booleans become strings. Blank lines are skipped. Only `columns` are returned, but the
-    values of an `id` column, if there is one, must be unique.
+    Text files are UTF-8, with or without a byte order mark, LF or CRLF. CSV and TSV have a header and may quote
+    fields with `"`, doubled inside. JSON lines hold one object each. Strings, numbers and booleans in JSON and
+    Parquet become strings. Blank lines are skipped. Only `columns` are returned, but the values of an `id` column,
+    if there is one, must be unique.
 
     Args:
       path: the file.
       columns: the columns to return.
       delimiter: of a .csv or .tsv file; by default a comma or a tab.
+      quoting: of a .csv or .tsv file: minimal, or none, where `"` is a character like any other.
+      header: names of the columns of a .csv or .tsv file that has no header line.
+      may_be_empty: the columns whose values may be empty.
+      short_rows: collects the rows of a .csv or .tsv file with too few fields, which are left out; by default they
+        are problems.
 
     Raises:
       ValueError: the file cannot be read or has no rows, a column is missing, or rows are malformed, empty in one
@@ -84,15 +101,20 @@ def read_rows(path: str | Path, columns: Sequence[str], delimiter: str | None = 
     """
     path, problems = Path(path), Problems()
     _check_suffix(path, SUFFIXES)
-    text = _decode(path, problems)
-    if path.suffix.lower() == ".jsonl":
+    suffix, text = path.suffix.lower(), ""
+    if suffix == ".parquet":
+        records = list(_string_records(_parquet_records(path, columns, problems), columns, problems))
+    elif suffix == ".jsonl":
+        text = _decode(path, problems)
         records = list(_string_records(_json_lines(text, problems), columns, problems))
     else:
-        records = list(_table_records(path, text, columns, problems, delimiter))
-    for line, what in _value_problems(records, columns):
+        text = _decode(path, problems)
+        records = list(_table_records(path, text, columns, problems, delimiter, quoting, header, short_rows))
+    for line, what in _value_problems(records, columns, may_be_empty):
         problems.add(line, what)
     if not records and not problems.count:
-        problems.add(1, _no_rows(text))
+        for line, what in short_rows.first if short_rows and short_rows.count else [(1, _no_rows(text))]:
+            problems.add(line, what)
     problems.report(path)
     return [StringRow(line, {c: record[c] for c in columns}) for line, record in records]
 
@@ -175,12 +197,21 @@ def _decode(path: Path, problems: Problems) -> str:
 
 
 def _table_records(
-    path: Path, text: str, columns: Sequence[str], problems: Problems, delimiter: str | None = None
+    path: Path,
+    text: str,
+    columns: Sequence[str],
+    problems: Problems,
+    delimiter: str | None = None,
+    quoting: Quoting = "minimal",
+    header: Sequence[str] = (),
+    short_rows: Problems | None = None,
 ) -> Iterator[Record]:
     delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    rows = _table_rows(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), problems)
-    top, header = next(rows, (1, None))
-    if header is None:
+    style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+    lines = io.StringIO(text, newline="")
+    rows = _table_rows(csv.reader(lines, delimiter=delimiter, strict=True, quoting=style), problems)
+    top, header = (1, header) if header else next(rows, (1, ()))
+    if not header:
         return
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
     other = next((d for d in _DELIMITERS if d != delimiter and len(header) == 1 and d in header[0]), None)
@@ -196,9 +227,12 @@ def _table_records(
         if len(fields) == len(header):
             yield line, dict(zip(header, fields, strict=True))
         else:
-            problems.add(line, f"{len(fields)} fields, but the header has {len(header)}")
+            hint = f"; {QUOTING_HINT}" if any("\n" in field for field in fields) else ""
+            collector = short_rows if short_rows is not None and len(fields) < len(header) else problems
+            collector.add(line, f"{len(fields)} fields, but the header has {len(header)}{hint}")
 
 
+QUOTING_HINT = "if quotes are part of the text, set data.quoting none"
 _DELIMITERS = {";": "semicolon", "\t": "tab", "|": "pipe", ",": "comma"}
 
 
@@ -213,7 +247,7 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
         except csv.Error as error:
             too_long = "field larger" in str(error)
             reason = f"a field of more than {MAX_FIELD_CHARACTERS:,} characters" if too_long else error
-            problems.add(line, f"malformed row, perhaps a stray quote: {reason}")
+            problems.add(line, f"malformed row, perhaps a stray quote: {reason}; {QUOTING_HINT}")
             continue
         finally:
             csv.field_size_limit(limit)  # the limit is global to the process
@@ -282,6 +316,27 @@ def _json_items(path: Path, text: str, problems: Problems) -> Iterator[Record]:
             problems.add(number, f"each item must be a JSON object, got {json.dumps(item)[:40]}")
 
 
+def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> Iterator[Record]:
+    check_file(path)
+    try:
+        import pyarrow  # pyright: ignore[reportMissingImports]
+        import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"{path}: .parquet files require pyarrow; run pip install 'loraplus_jax[hub]'"
+        ) from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            for fault in [f"no column {c!r}{suggest(c, names)}" for c in columns if c not in names]:
+                problems.add(1, fault)
+            selected = [c for c in (*columns, "id") if c in names]
+            records = [] if problems.count else file.read(selected).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot read the Parquet file: {error}") from None
+    yield from enumerate(records, 1)
+
+
 def _string_records(
     records: Iterable[Record], columns: Sequence[str], problems: Problems
 ) -> Iterator[Record]:
@@ -300,11 +355,13 @@ def _string_records(
             yield number, {c: _to_string(v) for c, v in selected.items()}
 
 
-def _value_problems(records: Sequence[Record], columns: Sequence[str]) -> Iterator[Problem]:
+def _value_problems(
+    records: Sequence[Record], columns: Sequence[str], may_be_empty: Collection[str]
+) -> Iterator[Problem]:
     first_lines: dict[str, int] = {}
     for line, record in records:
         for column in columns:
-            if not record[column].strip():
+            if not record[column].strip() and column not in may_be_empty:
                 yield line, f"column {column!r} is empty"
             elif has_lone_surrogate(record[column]):
                 yield line, f"column {column!r} contains a lone surrogate, which UTF-8 cannot encode"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings.schema import DataSettings
-from .readers import read_rows
+from .readers import TABLE_SUFFIXES, StringRow, location_of, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,15 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
       resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
-      ValueError: a file is invalid (see `read_rows`) or has too few distinct texts to split, or `delimiter` is set
-        but no file has delimiters.
+      ValueError: a file is invalid (see `read_rows`) or has too few distinct texts to split, or `delimiter` or
+        `quoting` is set but no file is a table.
     """
     files = [f for f in (settings.path, settings.train, settings.validation, settings.test) if f is not None]
-    if settings.delimiter and all(resolve(file).suffix.lower() == ".jsonl" for file in files):
-        raise ValueError(f"data.delimiter requires a .csv or .tsv file, got {', '.join(files)}")
-    return split_files(settings, lambda value: load_rows(resolve(value), settings), _split_rows)
+    written = {"delimiter": settings.delimiter, "quoting": settings.quoting != "minimal"}
+    for name in [name for name, value in written.items() if value]:
+        if not any(resolve(file).suffix.lower() in TABLE_SUFFIXES for file in files):
+            raise ValueError(f"data.{name} requires a .csv or .tsv file, got {', '.join(files)}")
+    return split_files(settings, lambda value: load_rows(resolve(value), settings), split_rows)
 
 
 def split_files(
@@ -78,18 +80,20 @@ def split_files(
 
 def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
     """Reads the rows of one file, with the columns in the settings; raises as `read_rows` does."""
-    rows = read_rows(path, settings.columns, settings.delimiter)
-
-    def column(name: str) -> tuple[str, ...]:
-        return tuple(row.values[name] for row in rows)
-
-    pairs = column(settings.text_pair) if settings.text_pair is not None else None
-    locations = tuple(f"{path}:{row.line}" for row in rows)
-    labels = tuple(label.strip() for label in column(settings.label))
-    return LabelledTexts(column(settings.text), pairs, labels, locations)
+    rows = read_rows(path, settings.columns, settings.delimiter, quoting=settings.quoting)
+    return labelled_texts(path, rows)
 
 
-def _split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> dict[str, LabelledTexts]:
+def labelled_texts(path: Path, rows: Sequence[StringRow]) -> LabelledTexts:
+    """Returns the rows of a file, whose columns are text, second text if any, and label."""
+    columns = list(zip(*(row.values.values() for row in rows), strict=True))
+    labels = tuple(label.strip() for label in columns[-1])
+    places = tuple(location_of(path, row.line) for row in rows)
+    return LabelledTexts(columns[0], columns[1] if len(columns) == 3 else None, labels, places)
+
+
+def split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> dict[str, LabelledTexts]:
+    """Splits rows as `split_texts` does."""
     indices_by_split = split_texts(rows.texts, shares, seed, where=rows.places[0].rpartition(":")[0])
     return {name: rows.take(indices) for name, indices in indices_by_split.items()}
 

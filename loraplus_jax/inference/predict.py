@@ -14,7 +14,7 @@ from ..atomic import to_json, write_text
 from ..checkpoint import fingerprint
 from ..data.batches import eval_batches
 from ..data.fetch import resolve
-from ..data.readers import read_rows
+from ..data.glue import find_file, find_task, submission
 from ..data.tokenize import encode_texts
 from ..interop.adapter_files import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
@@ -23,11 +23,11 @@ from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..sharding import make_mesh, replicate, shard_batch
 from ..tasks.classification import EncoderTask, apply_model
-from ..tasks.encoder import tokenizer_for
+from ..tasks.encoder import has_pairs, read_texts, tokenizer_for
 from ..tasks.interface import AdaptedModel
 from ..tasks.language_losses import LanguageTask
 from ..train_step import make_eval
-from ..training.evaluation import evaluate
+from ..training.evaluation import evaluate, finish_metrics
 from ..training.identity import check_allowed, check_identity, model_identity
 from ..training.init_adapter import (
     adapter_config,
@@ -122,7 +122,8 @@ def settings_and_task(
             return settings, LanguageTask(**fields)
         if not all(isinstance(name, str) for name in fields["names"]):
             raise ValueError(f"task.names must be a list of texts, got {fields['names']!r:.80}")
-        return settings, EncoderTask(**{**fields, "names": tuple(fields["names"])})
+        metrics = tuple(fields.get("metrics", ()))
+        return settings, EncoderTask(**{**fields, "names": tuple(fields["names"]), "metrics": metrics})
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{notes_path(directory)} is damaged: {error}") from None
 
@@ -191,7 +192,7 @@ def evaluate_run(
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
     eval_fn = make_eval(module.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
     values = evaluate(eval_fn, trainable, frozen, arrays, settings.train.eval_batch_size, mesh)
-    return {"data": data or split or "test", "examples": examples, **values, **tuned.task.derived(values)}
+    return {"data": data or split or "test", "examples": examples, **finish_metrics(tuned.task, values)}
 
 
 def predict_run(
@@ -212,11 +213,8 @@ def predict_run(
         raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
     pairs: tuple[str, ...] | None = None
     if data is not None:
-        columns = [c for c in (tuned.settings.data.text, tuned.settings.data.text_pair) if c is not None]
-        rows = read_rows(resolve(data, "data"), columns, tuned.settings.data.delimiter)
-        texts = tuple(row.values[columns[0]] for row in rows)
-        pairs = tuple(row.values[columns[1]] for row in rows) if len(columns) == 2 else None
-    elif tuned.settings.data.text_pair is not None:
+        texts, pairs = read_texts(resolve(data, "data"), tuned.settings.data)
+    elif has_pairs(tuned.settings.data):
         raise ValueError("the run was trained on text pairs; pass a file with --data")
     if not texts:
         raise ValueError("no text to predict for; pass --text or --data")
@@ -224,6 +222,39 @@ def predict_run(
         raise ValueError("every text to predict for must have content, got an empty text")
     predictions = tuned.task.predictions(_compute_outputs(tuned, texts, pairs))
     return [{"text": text, **prediction} for text, prediction in zip(texts, predictions, strict=True)]
+
+
+def write_submissions(
+    directory: Path, to: Path, *, config: str | None = None, allow_different: Sequence[str] = ()
+) -> list[Path]:
+    """Writes the predictions of a run for the test split of its GLUE task, as GLUE's server takes them.
+
+    Args:
+      directory: the run.
+      to: directory for the new files, such as CoLA.tsv; MNLI has two. Created if it does not exist.
+      config, allow_different: as for `load_tuned`.
+
+    Returns:
+      The files.
+
+    Raises:
+      ValueError, OSError: the run is not of a GLUE task, the test split is missing, or a file exists.
+    """
+    tuned = load_tuned(directory, config, allow_different)
+    data = tuned.settings.data
+    if (task := find_task(data)) is None:
+        raise ValueError(
+            f"--glue requires a run with data.path glue/TASK, such as glue/sst2; {directory} has "
+            f"{data.path or data.train}"
+        )
+    sources = {to / name: find_file(data, split) for name, split in task.submissions.items()}
+    to.mkdir(parents=True, exist_ok=True)
+    for file in sources:
+        check_new_file("--glue", file)
+    for file, source in sources.items():
+        rows = tuned.task.predictions(_compute_outputs(tuned, *read_texts(source, data)))
+        write_text(file, submission(task, [row["prediction"] for row in rows]), new=True)
+    return list(sources)
 
 
 def check_output(path: Path) -> None:

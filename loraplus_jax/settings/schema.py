@@ -38,7 +38,8 @@ AUTO = "auto"
 MOST_PORT = 65535
 REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
-    (("data.text", "data.text_pair", "data.label", "data.delimiter"), "task", ENCODER_TASKS),
+    (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
+    (("data.delimiter", "data.quoting", "data.root"), "task", ENCODER_TASKS),
     (("model.quantize",), "method", ("lora_plus", "lora")),
     (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
     (("model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
@@ -123,22 +124,30 @@ class ModelSettings:
     loss_chunk: Count = 512
 
 
+GLUE_SETS = ("text", "text_pair", "label", "delimiter", "quoting", "test_fraction")
+"""Fields of `DataSettings` that a GLUE task brings itself."""
+
+
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class DataSettings:
     """Data files, their columns, and how they are split.
 
-    A file is a path, a name listed by `loraplus fetch`, or a Hub id. Formats are .csv, .tsv and .jsonl; language
-    models also read .json.
+    A file is a path, a name listed by `loraplus fetch`, or a Hub id. Formats are .csv, .tsv, .jsonl and .parquet;
+    language models read .json in place of .parquet.
 
     Attributes:
       path: single data file, relative to the working directory, split into train, validation and test by
-        split_seed; set this or train.
+        split_seed; or a GLUE task such as glue/sst2, with its own splits and columns; set this or train.
+      root: directory with the files of GLUE, for a path such as glue/sst2; null downloads the task from the Hugging
+        Face Hub (requires the package datasets).
       train: training file, if each split has its own file.
       validation: validation file; null splits off validation_fraction of the training file.
       test: test file (optional); only with train.
       text: column with the text (encoders).
       text_pair: column with the second text, for tasks on text pairs (encoders).
       delimiter: field delimiter of .csv and .tsv files (encoders); comma or tab if not set.
+      quoting: quoting of .csv and .tsv files (encoders): minimal ("..." where a field needs it) or none (a quote is
+        part of the text).
       label: column with the label (encoders): a class name or integer, or a number for regression.
       max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
         multiple-choice questions are rejected.
@@ -159,6 +168,7 @@ class DataSettings:
     """
 
     path: Text | None = None
+    root: Text | None = None
     train: Text | None = None
     validation: Text | None = None
     test: Text | None = None
@@ -166,6 +176,7 @@ class DataSettings:
     text_pair: Text | None = None
     label: Text = "label"
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    quoting: Literal["minimal", "none"] = "minimal"
     max_length: Annotated[Int, Field(ge=2)] = 128
     validation_fraction: Fraction = 0.1
     test_fraction: Share = 0.2
@@ -183,6 +194,11 @@ class DataSettings:
                 f"got path={self.path!r} and train={self.train!r}"
             )
         check_requirements(self, "data.")
+        if self.glue is None and self.root is not None:
+            raise ValueError(f"data.root requires data.path glue/TASK, such as glue/sst2, got {self.path}")
+        for name in GLUE_SETS if self.glue else ():
+            if getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(f"data.{name} has no effect with data.path {self.path}: remove it")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
         if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
@@ -190,6 +206,12 @@ class DataSettings:
                 "validation_fraction + test_fraction must be below 1, to leave texts for training; "
                 f"got {self.validation_fraction} + {self.test_fraction}"
             )
+
+    @property
+    def glue(self) -> str | None:
+        """The task that `path` names, as in glue/sst2, if any; the name is not checked."""
+        match = re.fullmatch(r"glue/([^/.]*)", self.path or "")
+        return match[1] if match else None
 
     @property
     def columns(self) -> tuple[str, ...]:

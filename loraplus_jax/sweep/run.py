@@ -27,6 +27,7 @@ from ..settings.schema import TrainSettings
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, data_lines, lines_only
+from ..training.evaluation import finish_metrics
 from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.run_directory import (
@@ -294,7 +295,8 @@ class Sweep:
         for number, values in results.items():
             arm, trial, seed = self.entries[number]
             finite = math.isfinite(values["loss"])
-            values = values | self.population.data.task.derived(values) if finite else dict.fromkeys(values)
+            values = finish_metrics(self.population.data.task, values)
+            values = values if finite else dict.fromkeys(values)
             key = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
             self.rows.append({**key, "split": split, **values})
         self.slots.retire(number for number, values in results.items() if not math.isfinite(values["loss"]))

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from ..data.batches import Batch, eval_batches
-from ..train_step import TrainState, weighted_means
+from ..train_step import Rows, TrainState, weighted_means
+from ..training.evaluation import join_rows, separate_rows
 from .population import Members, Population
 
 
@@ -74,25 +75,30 @@ class DeviceSlots:
             batch = jax.device_put(batch, shardings)
             self.chunks[chunk] = programs.step(self.chunks[chunk], frozen, batch)
 
-    def evaluate(self, split: Batch, batch_size: int) -> dict[int, dict[str, float]]:
-        """Mean loss and metrics of each member over all rows of a split; NaN if it is not alive."""
+    def evaluate(self, split: Batch, batch_size: int) -> dict[int, dict[str, Any]]:
+        """Mean loss and metrics of each member over all rows of a split, NaN if it is not alive, and its `Rows`."""
         programs, frozen = self.population.programs, self.population.parts.frozen
         shardings = programs.evaluate.input_shardings[0][2]
         totals: dict[int, Any] = {}
+        kept: dict[int, list[dict[str, Rows]]] = {}
         for batch in eval_batches(split, batch_size):
             batch = jax.device_put(batch, shardings)
             for chunk in self._active_chunks():
-                pairs = programs.evaluate(self.chunks[chunk], frozen, batch)
+                pairs, rows = separate_rows(programs.evaluate(self.chunks[chunk], frozen, batch))
+                kept.setdefault(chunk, []).append(rows)
                 totals[chunk] = (
                     jax.tree.map(lambda a, b: a + b, totals[chunk], pairs) if chunk in totals else pairs
                 )
         results = {}
         for chunk, total in totals.items():
-            values, alive = jax.device_get((weighted_means(total), self.chunks[chunk].alive))
+            values, alive, rows = jax.device_get(
+                (weighted_means(total), self.chunks[chunk].alive, kept[chunk])
+            )
             for slot, number in enumerate(self.slots_in(chunk)):
                 if number >= 0:
                     row = {name: float(column[slot]) for name, column in values.items()}
                     results[number] = row if alive[slot] else dict.fromkeys(row, math.nan)
+                    results[number] |= join_rows(jax.tree.map(lambda x, slot=slot: x[slot], rows))
         return dict(sorted(results.items()))
 
     def retire(self, numbers: Iterable[int]) -> None:

@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .._validation import check_choice
 from ..data.labels import class_labels, label_names, regression_labels
 from ..data.splits import LabelledTexts
-from ..train_step import LossFn
+from ..train_step import LossFn, Rows
+from .metrics import SPLIT_METRICS
 
 Kind = Literal["classification", "regression"]
+METRICS = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("mse", "mae", "pearson", "spearman"),
+}
+"""The metrics of each kind of task; the first is the default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,28 +32,42 @@ class EncoderTask:
       kind: `"classification"` or `"regression"`.
       names: class names, in the order of the head's outputs; empty for regression.
       mean, std: statistics of the training labels, by which regression standardizes labels.
+      metrics: names of the metrics that matter; the first selects the best evaluation. By default accuracy for
+        classification and mse for regression, which are computed in any case.
+
+    Raises:
+      ValueError: a metric does not exist or does not fit the task.
     """
 
     kind: Kind
     names: tuple[str, ...] = ()
     mean: float = 0.0
     std: float = 1.0
+    metrics: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            check_choice(f"a metric of task {self.kind}", name, METRICS[self.kind])
+        if {"f1", "matthews"} & {*self.metrics} and len(self.names) != 2:
+            raise ValueError(f"f1 and matthews require two classes, got {', '.join(self.names)}")
 
     @classmethod
-    def from_splits(cls, kind: Kind, splits: Mapping[str, LabelledTexts]) -> "EncoderTask":
+    def from_splits(
+        cls, kind: Kind, splits: Mapping[str, LabelledTexts], metrics: tuple[str, ...] = ()
+    ) -> "EncoderTask":
         """Creates the task from the labels in the splits.
 
         Raises:
           ValueError: labels do not fit the task (with `file:line`), or are all equal.
         """
         if kind == "classification":
-            return cls(kind=kind, names=tuple(label_names(splits)))
+            return cls(kind=kind, names=tuple(label_names(splits)), metrics=metrics)
         values = {name: regression_labels(rows) for name, rows in splits.items()}["train"].astype(np.float64)
         if values.std() == 0:
             raise ValueError(
                 f"regression needs different labels, but all labels of the train split are {values[0]:g}"
             )
-        return cls(kind=kind, mean=float(values.mean()), std=float(values.std()))
+        return cls(kind=kind, mean=float(values.mean()), std=float(values.std()), metrics=metrics)
 
     @property
     def num_outputs(self) -> int:
@@ -56,20 +77,21 @@ class EncoderTask:
     @property
     def metric(self) -> str:
         """The metric that selects the best evaluation."""
-        return "accuracy" if self.kind == "classification" else "mse"
+        return self.metrics[0] if self.metrics else METRICS[self.kind][0]
 
     @property
     def mode(self) -> Literal["min", "max"]:
-        """`"max"` for accuracy, `"min"` for mse."""
-        return "max" if self.kind == "classification" else "min"
+        """`"min"` for the errors mse and mae, otherwise `"max"`."""
+        return "min" if self.metric in ("mse", "mae") else "max"
 
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Computes no metrics: all are means over the data."""
-        return {}
+    def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Computes the metrics that need all predictions."""
+        names = [name for name in self.metrics if name in SPLIT_METRICS]
+        return {name: SPLIT_METRICS[name](values["predicted"], values["label"]) for name in names}
 
     def notes(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
-        return {**dataclasses.asdict(self), "names": list(self.names)}
+        return {**dataclasses.asdict(self), "names": list(self.names), "metrics": list(self.metrics)}
 
     def labels(self, rows: LabelledTexts) -> np.ndarray:
         """Returns the labels for the loss function: int32 class indices or standardized float32, `(N,)`."""
@@ -77,19 +99,28 @@ class EncoderTask:
             return class_labels(rows, self.names)
         return ((regression_labels(rows) - self.mean) / self.std).astype(np.float32)
 
-    def loss_fn(self, model: nn.Module) -> LossFn:
+    def loss_fn(self, model: nn.Module, *, keep_rows: bool = False) -> LossFn:
         """Returns the loss on batches of `input_ids`, `attention_mask`, `token_type_ids`, `label` and `weight`.
 
         For classification: cross-entropy, with the metric accuracy. For regression: squared error of standardized
         labels, with the metrics mse and mae in the labels' own units.
+
+        Args:
+          model: the encoder with a head.
+          keep_rows: whether the metrics also hold `Rows` of predictions and labels, for evaluation: indices of
+            classes, or standardized numbers.
         """
         row_losses = self._class_losses if self.kind == "classification" else self._number_losses
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
-            values, metrics = row_losses(apply_model(model, variables, batch, rng), batch["label"])
+            outputs = apply_model(model, variables, batch, rng)
+            values, metrics = row_losses(outputs, batch["label"])
             weight = batch["weight"]
             total = jnp.sum(weight)
             sums = {name: (jnp.sum(v * weight), total) for name, v in metrics.items()}
+            if keep_rows:
+                predicted = jnp.argmax(outputs, axis=-1) if self.names else outputs[:, 0]
+                sums |= {"predicted": Rows(predicted, weight), "label": Rows(batch["label"], weight)}
             return (jnp.sum(values * weight), total), sums
 
         return loss_fn

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer
 from ..data.batches import Batch, digest
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
+from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
 from ..data.labels import label_summary
+from ..data.readers import read_rows
 from ..data.splits import LabelledTexts, load_rows, load_splits
 from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
@@ -29,8 +31,9 @@ from .interface import AdaptedModel, BaseModel, Losses, TaskData
 def load_data(settings: Settings, directory: Path) -> TaskData:
     """Reads, checks and tokenizes the splits with the tokenizer of a model directory."""
     tokenizer = tokenizer_for(settings, directory)
+    glue = find_task(settings.data, settings.task)
     rows, duplicates = _load_splits(settings.data)
-    task = EncoderTask.from_splits(settings.task, rows)  # pyright: ignore[reportArgumentType]
+    task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
@@ -43,12 +46,13 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
 def placeholder_data(settings: Settings) -> TaskData:
     """Returns the task and one row of training columns, for settings whose data is not available.
 
-    The number of classes depends on the data, so two are assumed.
+    The number of classes depends on the data, so two are assumed, except for GLUE.
     """
     ids = np.zeros((1, settings.data.max_length), np.int32)
     columns: Batch = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
-    classes = settings.task == "classification"
-    task = EncoderTask(kind=settings.task, names=("0", "1") if classes else ())  # pyright: ignore[reportArgumentType]
+    classes, glue = settings.task == "classification", find_task(settings.data, settings.task)
+    names = glue.names if glue else ("0", "1") if classes else ()
+    task = EncoderTask(kind=settings.task, names=names)  # pyright: ignore[reportArgumentType]
     columns["label"] = np.zeros(1, np.int32 if classes else np.float32)
     return TaskData(task, {"train": columns}, {"train": 1}, {"train": 0}, {})
 
@@ -71,12 +75,36 @@ def load_split(
     if data is None:
         rows = _load_splits(settings.data)[0][split or "test"]
     else:
-        rows = load_rows(resolve(data, "data"), settings.data)
+        glue, path = find_task(settings.data), resolve(data, "data")
+        rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
     return encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows), _digest(rows)
 
 
 def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:
-    return handle_duplicates(load_splits(settings, functools.partial(resolve, kind="data")), settings)
+    if settings.glue is not None:
+        splits, left_out = load_glue(settings)
+    else:
+        splits, left_out = load_splits(settings, functools.partial(resolve, kind="data")), []
+    splits, duplicates = handle_duplicates(splits, settings)
+    return splits, [*left_out, *duplicates]
+
+
+def has_pairs(settings: DataSettings) -> bool:
+    """Whether the texts are pairs."""
+    glue = find_task(settings)
+    return len(glue.texts) == 2 if glue else settings.text_pair is not None
+
+
+def read_texts(path: Path, settings: DataSettings) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Reads the texts and, for pairs, the second texts of a file with the run's columns; labels are not needed."""
+    if (glue := find_task(settings)) is not None:
+        texts = read_glue_texts(path, glue)
+    else:
+        names = [name for name in (settings.text, settings.text_pair) if name is not None]
+        rows = read_rows(path, names, settings.delimiter, quoting=settings.quoting)
+        texts = [tuple(row.values.values()) for row in rows]
+    first, *second = zip(*texts, strict=True)
+    return first, second[0] if second else None
 
 
 def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
@@ -132,6 +160,5 @@ def make_base(settings: Settings, directory: Path, task: EncoderTask) -> BaseMod
 
 
 def make_losses(settings: Settings, task: Any, parts: AdaptedModel, mesh: Mesh | None = None) -> Losses:
-    """Returns the loss function, the same for training and evaluation."""
-    loss_fn = task.loss_fn(parts.model)
-    return Losses(loss_fn, loss_fn)
+    """Returns the loss functions; the one for evaluation keeps the predictions if the task's metrics need them."""
+    return Losses(task.loss_fn(parts.model), task.loss_fn(parts.model, keep_rows=bool(task.metrics)))

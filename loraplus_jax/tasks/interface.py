@@ -32,8 +32,8 @@ class TaskProtocol(Protocol):
         """`"min"` if a lower metric is better, `"max"` if a higher one is."""
         ...
 
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Computes the metrics that are not means over the data, from those that are."""
+    def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Computes the metrics that are not means over the data, from the means and rows of an evaluation."""
         ...
 
     def notes(self) -> dict[str, Any]:

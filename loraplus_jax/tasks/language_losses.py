@@ -42,9 +42,9 @@ class LanguageTask:
         """`"min"` for perplexity, `"max"` for accuracy."""
         return "min" if self.kind == "instruction" else "max"
 
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+    def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Computes the perplexity `exp(loss)`; infinite if it would overflow."""
-        loss = means["loss"]
+        loss = values["loss"]
         return {"perplexity": math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan}
 
     def notes(self) -> dict[str, Any]:

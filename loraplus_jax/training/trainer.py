@@ -44,7 +44,7 @@ from .anomalies import (
 )
 from .console import LineConsole, format_metrics, header, lines_only, progress
 from .distributed import join_processes, raise_together
-from .evaluation import evaluate
+from .evaluation import evaluate, finish_metrics
 from .identity import check_allowed, checked_metadata
 from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss
 from .run_directory import (
@@ -481,4 +481,4 @@ class Trainer:
         check = self.check_stop if jax.process_count() == 1 else lambda: None
         program = self.run.programs.evaluate
         values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=check)
-        return values | self.task.derived(values)
+        return finish_metrics(self.task, values)

@@ -135,6 +135,7 @@ def ghost_shard(world):
 
 
 EVAL, PREDICT = ("eval", "{out}"), ("predict", "{out}")
+GLUE = ("--data.root", "{dir}", "--data.path")
 SEPARATE = ("--data.path", "null", "--data.train", "{dir}/first.csv", "--data.validation", "{dir}/second.csv")
 RATING = ("--task", "regression", "--data.label", "rating")
 CASES = [
@@ -251,6 +252,31 @@ CASES = [
             "model",
         ),
         ("--model.path", "movie-reviews"),
+    ),
+    # GLUE
+    Case("GLUE task unknown", ("glue/mrcp", "'mrpc'"), (*GLUE, "glue/mrcp")),
+    Case(
+        "GLUE task of another kind",
+        ("glue/stsb", "task", "regression", "classification"),
+        (*GLUE, "glue/stsb"),
+    ),
+    Case("GLUE directory of no task", ("data.root", "RTE", "glue/rte", "model"), (*GLUE, "glue/rte")),
+    Case(
+        "GLUE directory absent",
+        ("data.root", "nowhere", "RTE"),
+        ("--data.path", "glue/rte", "--data.root", "nowhere"),
+    ),
+    Case("root without a GLUE task", ("data.root", "data.path", "texts.csv"), ("--data.root", "{dir}")),
+    Case("column of a GLUE task", ("data.text", "glue/rte"), (*GLUE, "glue/rte", "--data.text", "x")),
+    Case("quotes not closed", ("data.quoting", "none", "texts.csv:2"), spoil=line(2, '"a" b,yes,1')),
+    Case(
+        "submission of a run without a task",
+        ("--glue", "glue/sst2"),
+        (*PREDICT, "--glue", "{dir}/x"),
+        run=True,
+    ),
+    Case(
+        "submission and texts", ("--glue", "--text"), (*PREDICT, "--glue", "{dir}/x", "--text", "a"), run=True
     ),
     # what is adapted
     Case("lr_ratio 0", ("lora.lr_ratio", 0), ("--lora.lr_ratio", "0")),

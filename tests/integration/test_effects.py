@@ -295,6 +295,8 @@ CHANGES = [
     Change("data.text_pair", "second", arrays, WIDE),
     Change("data.label", "label2", arrays, WIDE),
     Change("data.delimiter", ";", arrays, BOTH),
+    Change("data.quoting", "none", arrays, ("--data.path", "{dir}/quoted.csv")),
+    Change("data.root", "{dir}", arrays, ("--data.path", "glue/sst2", "--data.root", "{dir}/glue")),
     Change("data.max_length", "8", arrays),
     Change("data.validation_fraction", "0.2", arrays),
     Change("data.test_fraction", "0.1", arrays),
@@ -397,6 +399,13 @@ def home(first_world, tmp_path_factory, cache):
     texts = [row["text"].replace(",", "").replace(";", "") for row in rows]
     lines = [f"{t},{row['label']},so;{t} so;{row['label']}" for t, row in zip(texts, rows, strict=True)]
     (world.directory / "both.csv").write_text("\n".join(["text,label,x;text;label", *lines]) + "\n")
+    lines = [f'"{text}",{row["label"]}' for text, row in zip(texts, rows, strict=True)]
+    (world.directory / "quoted.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    for root, part in {"glue": rows[:100], ".": rows[60:]}.items():
+        (world.directory / root / "SST-2").mkdir(parents=True)
+        signs = [{"sentence": row["text"], "label": i % 2} for i, row in enumerate(part)]
+        world.write_rows(f"{root}/SST-2/train.tsv", signs)
+        world.write_rows(f"{root}/SST-2/dev.tsv", signs[:20])
     for name, part in {"first": rows[:100], "last": rows[100:], "more": rows[60:]}.items():
         world.write_rows(f"{name}.csv", part)
     (world.directory / "talk").mkdir()

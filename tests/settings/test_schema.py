@@ -43,12 +43,29 @@ FILES = ("--data.path", "null", "--data.train", "a.csv")
 FILES_OF_EACH = (*FILES, "--data.validation", "b.csv")
 
 
+# Fields that a GLUE task brings itself.
+GLUE_FIELDS = {
+    "text": "sentence",
+    "text_pair": "second",
+    "label": "class",
+    "delimiter": ";",
+    "quoting": "none",
+    "test_fraction": "0.3",
+}
+
+
 # A field and a value, with what it has no effect, with what it has one, and what the message names of it.
 @pytest.mark.parametrize(
     ("name", "given", "without", "needed", "words"),
     [
         ("model.dropout", "0.3", TALK, (), ("task", "classification", "regression", "instruction")),
         ("data.delimiter", ";", TALK, (), ("task", "classification", "regression", "instruction")),
+        ("data.quoting", "none", TALK, (), ("task", "classification", "regression", "instruction")),
+        ("data.root", "glue", (), ("--data.path", "glue/rte"), ("data.path", "glue/sst2", "d")),
+        *(
+            (f"data.{name}", given, ("--data.path", "glue/rte"), (), ("data.path glue/rte",))
+            for name, given in GLUE_FIELDS.items()
+        ),
         ("model.remat", "dots", (), TALK, ("task", "instruction", "multiple_choice", "classification")),
         ("train.prompt", "Why?", (), TALK, ("task", "instruction", "multiple_choice", "classification")),
         ("train.prompt_tokens", "9", TALK, (*TALK, "--train.prompt", "Why?"), ("train.prompt", "null")),

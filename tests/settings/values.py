@@ -24,6 +24,7 @@ OTHER = {
     "data.text_pair": "second",
     "data.label": "class",
     "data.delimiter": ";",
+    "data.quoting": "none",
     "data.max_length": 32,
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.1,

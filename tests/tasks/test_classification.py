@@ -62,6 +62,24 @@ def test_squared_error_is_standardised_and_metrics_are_in_units_of_the_labels():
     }
 
 
+@pytest.mark.parametrize(
+    ("task", "ids", "label", "predicted"),
+    [
+        (CLASSES, [[3, 0], [0, 2], [9, 9]], [0, 0, 1], [0, 1, 0]),
+        (NUMBERS, [[1], [4], [7]], [0, 2, -2], [1, 4, 7]),
+    ],
+)
+def test_evaluation_keeps_predictions_and_labels(task, ids, label, predicted):
+    data = batch(ids, label, [1.0, 1.0, 0.0])
+    loss, metrics = task.loss_fn(Echo(2 if task is CLASSES else 1), keep_rows=True)({}, data, None)
+    np.testing.assert_array_equal(metrics["predicted"].values, predicted)
+    np.testing.assert_array_equal(metrics["label"].values, label)
+    np.testing.assert_array_equal(metrics["label"].weights, [1, 1, 0])
+    assert metrics["predicted"].weights is metrics["label"].weights
+    plain, others = task.loss_fn(Echo(2 if task is CLASSES else 1))({}, data, None)
+    assert (plain, others.keys()) == (loss, metrics.keys() - {"predicted", "label"})
+
+
 def test_weights_are_shares_of_an_example():
     data = batch([[0, 0], [0, 2]], [0, 0], [0.5, 2.0])
     (total, weight), metrics = CLASSES.loss_fn(Echo(2))({}, data, None)

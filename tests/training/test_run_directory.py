@@ -109,6 +109,8 @@ CHANGES = {
     "data.text_pair": "u",
     "data.label": "l",
     "data.delimiter": ";",
+    "data.quoting": "none",
+    "data.root": "r",
     "data.max_length": 32,
     "data.validation_fraction": 0.2,
     "data.test_fraction": 0.1,
@@ -207,6 +209,7 @@ def run_of(directory, values, *, finished=False):
 
 def base_of(name):
     needed = {name: {"task": "instruction"} for name in TALK}
+    needed["data.root"] = {"data": {"path": "glue/rte"}}
     needed["optimizer.decay"] = {"optimizer": {"schedule": "linear", "weight_decay": 0.1}}
     needed["optimizer.magnitude_learning_rate"] = {"lora": {**PLAIN.get("lora", {}), "variant": "dora"}}
     world = {"coordinator": "host:1", "processes": 2, "process_id": 0}

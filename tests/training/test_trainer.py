@@ -3,13 +3,16 @@
 import math
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from loraplus_jax.settings.schema import TrainSettings
 from loraplus_jax.sharding import make_mesh, shard_batch
-from loraplus_jax.training.evaluation import evaluate
+from loraplus_jax.sweep.slots import DeviceSlots
+from loraplus_jax.train_step import Rows
+from loraplus_jax.training.evaluation import evaluate, finish_metrics
 from loraplus_jax.training.trainer import Trainer
 
 
@@ -64,6 +67,63 @@ def test_early_stopping_counts_evaluations_without_a_better_one(values, patience
     assert Trainer.should_stop(trainer(values, patience)) is stops  # pyright: ignore
     down = trainer([-value for value in values], patience, "min")
     assert Trainer.should_stop(down) is stops  # pyright: ignore
+
+
+def numbered(trainable, frozen, batch):
+    """A mean, and the rows of a batch."""
+    values, weight = batch["x"] * trainable, batch["weight"]
+    return {"x": (jnp.sum(values * weight), jnp.sum(weight)), "rows": Rows(values, weight)}
+
+
+class Program:
+    """A function with shardings, as a compiled program has."""
+
+    input_shardings = ((None, None, None),)
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+class Summed:
+    """A task with a metric from a mean and rows."""
+
+    def derived(self, values):
+        return {"both": values["x"] + float(values["rows"].sum())}
+
+
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_rows_are_kept_in_order_without_padding(size):
+    arrays = {"x": np.arange(1, size + 1, dtype=np.float32)}
+    found = evaluate(jax.jit(numbered), 2.0, None, arrays, 4, make_mesh(4))
+    np.testing.assert_array_equal(found["rows"], 2 * arrays["x"])
+    mean = size + 1  # of 2, 4, ... 2 size
+    assert finish_metrics(Summed(), found) == {"x": mean, "both": mean + mean * size}  # pyright: ignore
+
+
+def test_rows_of_the_members_of_a_sweep():
+    def both(members, frozen, batch):
+        return jax.tree.map(
+            lambda *x: jnp.stack(x), *(numbered(scale, frozen, batch) for scale in (1.0, 3.0))
+        )
+
+    population = types.SimpleNamespace(
+        programs=types.SimpleNamespace(evaluate=Program(both)), parts=types.SimpleNamespace(frozen=None)
+    )
+    slots = types.SimpleNamespace(
+        population=population,
+        chunks=[types.SimpleNamespace(alive=np.array([True, True]))],
+        _active_chunks=lambda: [0],
+        slots_in=lambda chunk: [5, 2],
+    )
+    arrays = {"x": np.arange(7, dtype=np.float32)}
+    found = DeviceSlots.evaluate(slots, arrays, 4)  # pyright: ignore
+    assert list(found) == [2, 5]
+    for number, scale in {5: 1.0, 2: 3.0}.items():
+        assert found[number]["x"] == 3 * scale
+        np.testing.assert_array_equal(found[number]["rows"], scale * arrays["x"])
 
 
 def test_sums_and_not_means_of_batches_are_averaged():

@@ -1,0 +1,274 @@
+"""GLUE by name: the files, columns, labels and metrics of its tasks, and its submission files.
+
+Source: Wang et al., GLUE, arXiv 1804.07461. The test splits of GLUE have no labels, so the dev split serves as the
+test split, and a part of train as the validation split.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from .._validation import expand_path, suggest
+from ..atomic import atomic_write
+from ..json_files import check_file
+from ..settings.schema import DataSettings
+from .fetch import cache_dir
+from .readers import Problems, StringRow, location_of, raise_problems, read_rows
+from .splits import LabelledTexts, labelled_texts, split_files, split_rows
+
+HUB_ID = "nyu-mll/glue"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GlueTask:
+    """A task of GLUE.
+
+    Attributes:
+      folder: directory of the task in GLUE's download; the Hub's name is its name in `GLUE`.
+      texts: columns of the texts in GLUE's .tsv files.
+      label: column of the label in GLUE's .tsv files.
+      names: classes as GLUE writes them, in the order of the Hub's integers; empty for regression.
+      metrics: GLUE's metrics; the first selects the best evaluation.
+      hub_texts: columns of the texts on the Hub, where the label is `label`.
+      header: columns of files without a header line.
+      dev: name of the file that serves as the test split.
+      submissions: file to submit, to the test split that it has predictions for.
+      span: lowest and highest prediction of regression.
+    """
+
+    folder: str
+    texts: tuple[str, ...]
+    label: str = "label"
+    names: tuple[str, ...] = ("0", "1")
+    metrics: tuple[str, ...] = ("accuracy",)
+    hub_texts: tuple[str, ...] = ("sentence1", "sentence2")
+    header: tuple[str, ...] = ()
+    dev: str = "dev"
+    submissions: Mapping[str, str]
+    span: tuple[float, float] = (0.0, 5.0)
+
+    @property
+    def kind(self) -> Literal["classification", "regression"]:
+        """The task's name in the settings."""
+        return "classification" if self.names else "regression"
+
+
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+MNLI = GlueTask(
+    folder="MNLI",
+    texts=PAIR,
+    label="gold_label",
+    names=("entailment", "neutral", "contradiction"),
+    hub_texts=("premise", "hypothesis"),
+    dev="dev_matched",
+    submissions={"MNLI-m.tsv": "test_matched", "MNLI-mm.tsv": "test_mismatched"},
+)
+GLUE: dict[str, GlueTask] = {
+    "cola": GlueTask(
+        folder="CoLA",
+        texts=("sentence",),
+        metrics=("matthews", "accuracy"),
+        hub_texts=("sentence",),
+        header=("source", "label", "mark", "sentence"),
+        submissions={"CoLA.tsv": "test"},
+    ),
+    "sst2": GlueTask(
+        folder="SST-2", texts=("sentence",), hub_texts=("sentence",), submissions={"SST-2.tsv": "test"}
+    ),
+    "mrpc": GlueTask(
+        folder="MRPC",
+        texts=("#1 String", "#2 String"),
+        label="Quality",
+        metrics=("f1", "accuracy"),
+        submissions={"MRPC.tsv": "test"},
+    ),
+    "qqp": GlueTask(
+        folder="QQP",
+        texts=("question1", "question2"),
+        label="is_duplicate",
+        metrics=("f1", "accuracy"),
+        hub_texts=("question1", "question2"),
+        submissions={"QQP.tsv": "test"},
+    ),
+    "stsb": GlueTask(
+        folder="STS-B",
+        texts=PAIR,
+        label="score",
+        names=(),
+        metrics=("pearson", "spearman"),
+        submissions={"STS-B.tsv": "test"},
+    ),
+    "mnli": MNLI,
+    "mnli_mismatched": dataclasses.replace(MNLI, dev="dev_mismatched"),
+    "qnli": GlueTask(
+        folder="QNLI",
+        texts=("question", "sentence"),
+        names=ENTAILMENT,
+        hub_texts=("question", "sentence"),
+        submissions={"QNLI.tsv": "test"},
+    ),
+    "rte": GlueTask(folder="RTE", texts=PAIR, names=ENTAILMENT, submissions={"RTE.tsv": "test"}),
+    "wnli": GlueTask(folder="WNLI", texts=PAIR, submissions={"WNLI.tsv": "test"}),
+}
+UNLABELLED = ("-", "-1")
+"""Labels of examples whose annotators did not agree, and of the Hub's test splits; these examples are left out."""
+
+
+def find_task(settings: DataSettings, kind: str | None = None) -> GlueTask | None:
+    """Returns the GLUE task that `data.path` names, or None if it names a file.
+
+    Args:
+      settings: the data settings.
+      kind: the setting `task`; None does not check it.
+
+    Raises:
+      ValueError: there is no such task, or it is of another kind.
+    """
+    if (name := settings.glue) is None:
+        return None
+    if name not in GLUE:
+        raise ValueError(f"data.path {settings.path}: GLUE has no task {name!r}{suggest(name, GLUE)}")
+    if kind not in (None, GLUE[name].kind):
+        raise ValueError(
+            f"data.path {settings.path} is a {GLUE[name].kind} task: set task {GLUE[name].kind}, got {kind}"
+        )
+    return GLUE[name]
+
+
+def load_glue(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:
+    """Loads the splits of the task that `data.path` names, and lines to print about examples that are left out.
+
+    Raises:
+      ValueError: a file is missing or invalid (see `read_rows`), or a label is not one of the task's.
+    """
+    task, lines = find_task(settings), []
+    assert task is not None
+
+    def load(split: str) -> LabelledTexts:
+        rows, left_out = read_glue(find_file(settings, split), task)
+        lines.extend(left_out)
+        return rows
+
+    files = dataclasses.replace(settings, path=None, root=None, train="train", test=task.dev)
+    return split_files(files, load, split_rows), lines
+
+
+def find_file(settings: DataSettings, split: str) -> Path:
+    """Returns the file of a split, such as dev_matched: GLUE's own .tsv, or the Hub's .parquet or .jsonl.
+
+    Raises:
+      ValueError: `data.root` is not a directory, or has no such file; or the download fails.
+    """
+    name, task = settings.glue or "", find_task(settings)
+    assert task is not None
+    # Only `dev` differs from mnli, which the Hub's mnli holds as well.
+    name, hub_split = name.removesuffix("_mismatched"), split.replace("dev", "validation")
+    if settings.root is None:
+        return _download(name, hub_split)
+    root = expand_path("data.root", settings.root)
+    if not root.is_dir():
+        raise ValueError(f"data.root {root} is not a directory: set it to one that has GLUE's {task.folder}/")
+    directory = next((root / x for x in (task.folder, name) if (root / x).is_dir()), None)
+    if directory is None:
+        listed = ", ".join(sorted(x.name for x in root.iterdir() if x.is_dir())[:20]) or "no directories"
+        raise ValueError(
+            f"data.root {root} has no directory {task.folder} for {settings.path}, only {listed}: set it to the "
+            "directory that holds the tasks' directories"
+        )
+    endings = (".tsv", ".parquet", "-00000-of-00001.parquet", ".jsonl")
+    files = [directory / f"{stem}{end}" for stem in dict.fromkeys((split, hub_split)) for end in endings]
+    if found := next((file for file in files if file.is_file()), None):
+        return found
+    raise ValueError(f"{directory} has no {split}.tsv or {hub_split}.parquet: {settings.path} needs it")
+
+
+def _download(name: str, split: str) -> Path:
+    """Downloads a split from the Hub into the cache, unless it is there."""
+    path = cache_dir() / "glue" / name / f"{split}.jsonl"
+    if path.is_file():
+        return path
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"data.path glue/{name}: set data.root to a directory with GLUE's files, or download them with the "
+            "package datasets: run pip install 'loraplus_jax[hub]'"
+        ) from None
+    try:
+        loaded: Any = datasets.load_dataset(HUB_ID, name, split=split)
+    except Exception as error:  # those of the HTTP library, which share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"data.path glue/{name}: the download of {HUB_ID} failed ({reason}); set data.root to a directory with "
+            "GLUE's files"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        loaded.to_json(str(partial))
+    return path
+
+
+def read_glue(path: Path, task: GlueTask) -> tuple[LabelledTexts, list[str]]:
+    """Reads labelled texts, and returns lines to print about examples that are left out.
+
+    GLUE's own loaders leave out rows with too few fields and keep empty texts; so does this one.
+
+    Raises:
+      ValueError: the file is invalid, or a label is not one of the task's, with `file:line`.
+    """
+    short = Problems()
+    own = path.suffix.lower() == ".tsv"
+    columns = (*task.texts, task.label) if own else (*task.hub_texts, "label")
+    rows = labelled_texts(path, _read(path, task, columns, short))
+    by_label = {name: name for name in task.names} | {str(i): name for i, name in enumerate(task.names)}
+    kept = [i for i, label in enumerate(rows.labels) if label not in UNLABELLED]
+    rows, missing = rows.take(kept), len(rows) - len(kept)
+    if task.names:
+        raise_problems(
+            [
+                (where, f"label {label!r} is not one of {', '.join(task.names)}")
+                for label, where in zip(rows.labels, rows.places, strict=True)
+                if label not in by_label
+            ]
+        )
+        rows = dataclasses.replace(rows, labels=tuple(by_label[label] for label in rows.labels))
+    lines = []
+    if short.count:
+        where = location_of(path, short.first[0][0])
+        lines.append(f"warning: left out {short.count:,} rows with too few fields, such as {where}")
+    if missing:
+        lines.append(f"left out {missing:,} examples without a label in {path}")
+    return rows, lines
+
+
+def read_glue_texts(path: Path, task: GlueTask) -> list[tuple[str, ...]]:
+    """Reads the texts of each row; labels are not needed, and no row is left out."""
+    texts = task.texts if path.suffix.lower() == ".tsv" else task.hub_texts
+    return [tuple(row.values.values()) for row in _read(path, task, texts)]
+
+
+def _read(
+    path: Path, task: GlueTask, columns: Sequence[str], short_rows: Problems | None = None
+) -> list[StringRow]:
+    header = task.header if path.suffix.lower() == ".tsv" else ()
+    if header:  # which CoLA's test split does have
+        check_file(path)
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            first = file.readline().rstrip("\n").split("\t")
+        header = () if {*columns} <= {*first} else header
+    texts = {*task.texts, *task.hub_texts}
+    options: Any = {"header": header, "may_be_empty": texts, "short_rows": short_rows}
+    return read_rows(path, columns, quoting="none", **options)
+
+
+def submission(task: GlueTask, predictions: list[Any]) -> str:
+    """Returns a file for GLUE's server: `index`, `prediction`, tab-separated, in the order of the test split.
+
+    >>> submission(GLUE["stsb"], [5.25, 1 / 3]).splitlines()
+    ['index\\tprediction', '0\\t5.000', '1\\t0.333']
+    """
+    low, high = task.span
+    shown = predictions if task.names else [f"{min(max(x, low), high):.3f}" for x in predictions]
+    return "".join(f"{a}\t{b}\n" for a, b in [("index", "prediction"), *enumerate(shown)])

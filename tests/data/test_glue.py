@@ -1,0 +1,299 @@
+"""GLUE's tasks in files of GLUE's layout, quirks included: no header, a byte order mark, quotes, index columns."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from loraplus_jax.data.glue import (
+    GLUE,
+    UNLABELLED,
+    find_file,
+    find_task,
+    load_glue,
+    read_glue,
+    read_glue_texts,
+    submission,
+)
+from loraplus_jax.settings.schema import DataSettings
+
+from ..messages import mentions
+
+SHARED = Path(__file__).parents[3] / "shared/data/glue"
+
+# The header of train and dev in GLUE's download, and a row of it; {n} is the row's number, {label} its label.
+LINES = {
+    "cola": (None, 'gj04\t{label}\t*\tThe {n} book "fell.'),
+    "sst2": ("sentence\tlabel", 'a "{n} film \t{label}'),
+    "mrpc": (
+        "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+        '{label}\t7\t7\t" He said {n} .\tHe {n} " .',
+    ),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "{n}\t3\t4\tWhy {n}?\tWhat {n}?\t{label}"),
+    "stsb": (
+        "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+        'i\tg\tf\ty\to\tnone\tnone\tA "man {n}.\tA boy {n}.\t{label}',
+    ),
+    "mnli": (
+        "index\tpromptID\tpairID\tgenre\tsentence1\tsentence2\tlabel1\tgold_label",
+        "{n}\t1\t1n\tfiction\tHe {n}.\tShe {n}.\tneutral\t{label}",
+    ),
+    "qnli": ("index\tquestion\tsentence\tlabel", '{n}\tWho {n}?\t"Anne {n}.\t{label}'),
+    "rte": ("index\tsentence1\tsentence2\tlabel", "{n}\tIt {n}.\tNot {n}.\t{label}"),
+    "wnli": ("index\tsentence1\tsentence2\tlabel", "{n}\tIt {n}.\tNot {n}.\t{label}"),
+}
+# First text, second text and label of row 0, by hand.
+FIRST = {
+    "cola": ('The 0 book "fell.', None, "0"),
+    "sst2": ('a "0 film ', None, "0"),
+    "mrpc": ('" He said 0 .', 'He 0 " .', "0"),
+    "qqp": ("Why 0?", "What 0?", "0"),
+    "stsb": ('A "man 0.', "A boy 0.", "0.000"),
+    "mnli": ("He 0.", "She 0.", "entailment"),
+    "qnli": ("Who 0?", '"Anne 0.', "entailment"),
+    "rte": ("It 0.", "Not 0.", "entailment"),
+    "wnli": ("It 0.", "Not 0.", "0"),
+}
+
+
+def label(name, number):
+    names = GLUE[name].names
+    return names[number % len(names)] if names else f"{number % 6}.000"
+
+
+def write(root, name, split, rows):
+    """Writes a split of 'rows' rows, or of these lines."""
+    header, line = LINES[name]
+    lines = [line.format(n=n, label=label(name, n)) for n in range(rows)] if isinstance(rows, int) else rows
+    directory = root / GLUE[name].folder
+    directory.mkdir(exist_ok=True, parents=True)
+    (directory / f"{split}.tsv").write_text(
+        "\n".join([*([header] if header else []), *lines]) + "\n", "utf-8"
+    )
+
+
+def settings(root, name, **others):
+    return DataSettings(path=f"glue/{name}", root=None if root is None else str(root), **others)
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_splits_of_every_task(tmp_path, name):
+    write(tmp_path, name, "train", 40)
+    write(tmp_path, name, GLUE[name].dev, 7)
+    splits, lines = load_glue(settings(tmp_path, name))
+    assert {split: len(rows) for split, rows in splits.items()} == {"train": 36, "validation": 4, "test": 7}
+    test = splits["test"]
+    assert (test.texts[0], test.pairs and test.pairs[0], test.labels[0]) == FIRST[name]
+    assert test.places[0].endswith("tsv:1" if name == "cola" else "tsv:2")
+    assert lines == []
+    again, _ = load_glue(settings(tmp_path, name))
+    assert again["validation"] == splits["validation"]
+
+
+# Rows in the files of `../shared/data`.
+ROWS = {
+    "CoLA/train": 8551,
+    "CoLA/dev": 1043,
+    "SST-2/train": 67349,
+    "SST-2/dev": 872,
+    "MRPC/train": 3667,
+    "MRPC/dev": 408,
+    "RTE/train": 2490,
+    "RTE/dev": 277,
+    "STS-B/train": 5749,
+    "STS-B/dev": 1500,
+    "QNLI/dev": 5463,
+}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GLUE's files in ../shared/data")
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_real_files_is_read(name):
+    task = next(task for task in GLUE.values() if task.folder == name.partition("/")[0])
+    rows, lines = read_glue(SHARED / f"{name}.tsv", task)
+    assert (len(rows), lines) == (ROWS[name], [])
+    assert all(text.strip() for text in rows.texts)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GLUE's files in ../shared/data")
+@pytest.mark.parametrize(("name", "rows"), [("cola", 1063), ("rte", 3000)])
+def test_every_row_of_a_real_test_split_is_read(name, rows):
+    assert len(read_glue_texts(find_file(settings(SHARED, name), "test"), GLUE[name])) == rows
+
+
+def test_mismatched_is_another_test_split_of_the_same_task(tmp_path):
+    write(tmp_path, "mnli", "train", 40)
+    write(tmp_path, "mnli", "dev_matched", 7)
+    write(tmp_path, "mnli", "dev_mismatched", 9)
+    matched, _ = load_glue(settings(tmp_path, "mnli"))
+    mismatched, _ = load_glue(settings(tmp_path, "mnli_mismatched"))
+    assert (len(matched["test"]), len(mismatched["test"])) == (7, 9)
+    assert matched["train"] == mismatched["train"]
+
+
+def test_texts_with_and_without_a_header_and_labels(tmp_path):
+    write(tmp_path, "cola", "dev", 3)
+    (tmp_path / "CoLA/test.tsv").write_text('\ufeffindex\tsentence\r\n0\tA "book.\r\n1\t\r\n')
+    texts = [read_glue_texts(tmp_path / f"CoLA/{split}.tsv", GLUE["cola"]) for split in ("dev", "test")]
+    assert texts == [[(f'The {n} book "fell.',) for n in range(3)], [('A "book.',), ("",)]]
+    (tmp_path / "CoLA/test.tsv").write_text("index\tsentence\n0\tA book.\n1\n")
+    with pytest.raises(ValueError, match=mentions("test.tsv:3", "1 fields")):
+        read_glue_texts(tmp_path / "CoLA/test.tsv", GLUE["cola"])
+
+
+def test_rows_that_glues_loaders_leave_out_are_counted(tmp_path):
+    _, line = LINES["qqp"]
+    full = [line.format(n=n, label=n % 2) for n in range(20)]
+    write(tmp_path, "qqp", "train", [*full, "21\t3\t4\tbroken in", "two?\tWhat?\t1", "22\t3\t4\t\tempty?\t1"])
+    write(tmp_path, "qqp", "dev", 4)
+    splits, lines = load_glue(settings(tmp_path, "qqp"))
+    assert len(splits["train"]) + len(splits["validation"]) == 21
+    assert "" in splits["train"].texts + splits["validation"].texts
+    (line,) = lines
+    assert all(word in line for word in ("warning", "2 rows", "train.tsv:22"))
+
+
+def test_examples_without_a_label_are_left_out(tmp_path):
+    _, line = LINES["mnli"]
+    labels = ["-", "neutral", "entailment", "-", "contradiction"]
+    lines = [line.format(n=n, label=label) for n, label in enumerate(labels)]
+    write(tmp_path, "mnli", "dev_matched", lines)
+    rows, (said,) = read_glue(tmp_path / "MNLI/dev_matched.tsv", GLUE["mnli"])
+    assert rows.labels == ("neutral", "entailment", "contradiction")
+    assert "2 examples" in said
+    assert "-" in UNLABELLED
+
+
+def hub_rows(name, count):
+    """Rows as the Hub has them: classes as integers."""
+    task = GLUE[name]
+    texts = [{column: f"{column} {n}" for column in task.hub_texts} for n in range(count)]
+    classes = max(len(task.names), 1)
+    return [row | {"label": n % classes if task.names else n / 2, "idx": n} for n, row in enumerate(texts)]
+
+
+@pytest.mark.parametrize("name", ["mnli", "mrpc", "stsb"])
+def test_parquet_files_of_the_hub(tmp_path, name):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / name).mkdir()
+    hub_dev = GLUE[name].dev.replace("dev", "validation")
+    for split, count in {"train": 20, hub_dev: 5}.items():
+        table = pyarrow.Table.from_pylist(hub_rows(name, count))
+        parquet.write_table(table, tmp_path / name / f"{split}-00000-of-00001.parquet")
+    splits, _ = load_glue(settings(tmp_path, name))
+    test = splits["test"]
+    assert (
+        test.labels[:3]
+        == {
+            "mnli": ("entailment", "neutral", "contradiction"),
+            "mrpc": ("0", "1", "0"),
+            "stsb": ("0", "0.5", "1"),
+        }[name]
+    )
+    assert test.texts[1] == f"{GLUE[name].hub_texts[0]} 1"
+    assert test.places[1].endswith("parquet: item 2")
+
+
+def test_a_parquet_file_without_a_column(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"sentence": "a", "labels": 1}]), path)
+    with pytest.raises(ValueError, match=mentions("a.parquet", "'label'", "'labels'")):
+        read_glue(path, GLUE["sst2"])
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A stub of the package datasets, and what it was asked for."""
+    asked = []
+
+    def load_dataset(path, name, *, split):
+        asked.append((path, name, split))
+        text = "".join(json.dumps(row) + "\n" for row in hub_rows(name, 20))
+        return SimpleNamespace(to_json=lambda path: Path(path).write_text(text))
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+    return asked
+
+
+def test_the_hub_is_asked_once_for_each_split(hub):
+    splits, _ = load_glue(settings(None, "mnli_mismatched"))
+    assert hub == [("nyu-mll/glue", "mnli", "train"), ("nyu-mll/glue", "mnli", "validation_mismatched")]
+    assert splits["test"].labels[:3] == ("entailment", "neutral", "contradiction")
+    assert splits["test"].take([3]).pairs == ("hypothesis 3",)
+    load_glue(settings(None, "mnli_mismatched"))
+    assert len(hub) == 2
+
+
+def test_without_files_or_the_package_the_error_says_how_to_get_either(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+    with pytest.raises(
+        ValueError, match=mentions("glue/rte", "data.root", "pip install 'loraplus_jax[hub]'")
+    ):
+        load_glue(settings(None, "rte"))
+
+
+def test_a_failed_download_says_why(monkeypatch, tmp_path):
+    def load_dataset(*_, **__):
+        raise OSError("no\nnetwork")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setenv("LORAPLUS_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=mentions("glue/rte", "nyu-mll/glue", "no network", "data.root")):
+        load_glue(settings(None, "rte"))
+
+
+def test_a_task_that_does_not_exist_or_is_of_another_kind():
+    with pytest.raises(ValueError, match=mentions("glue/sst3", "'sst2'")):
+        find_task(settings(None, "sst3"))
+    with pytest.raises(ValueError, match=mentions("glue/stsb", "task regression", "classification")):
+        find_task(settings(None, "stsb"), "classification")
+    assert find_task(settings(None, "stsb"), "regression") is GLUE["stsb"]
+    assert find_task(DataSettings(path="glue/own.csv")) is None
+
+
+def test_directories_and_files_that_do_not_fit(tmp_path):
+    write(tmp_path, "cola", "train", 40)
+    with pytest.raises(ValueError, match=mentions("data.root", tmp_path / "x")):
+        load_glue(settings(tmp_path / "x", "cola"))
+    with pytest.raises(ValueError, match=mentions("data.root", tmp_path, "RTE", "glue/rte", "CoLA")):
+        load_glue(settings(tmp_path, "rte"))
+    with pytest.raises(ValueError, match=mentions(tmp_path / "CoLA", "dev.tsv", "validation.parquet")):
+        load_glue(settings(tmp_path, "cola"))
+    (tmp_path / "CoLA").rename(tmp_path / "RTE")
+    with pytest.raises(ValueError, match=mentions("RTE/train.tsv:1", "'sentence1'")):
+        load_glue(settings(tmp_path, "rte"))
+
+
+def test_files_of_another_task_where_no_header_tells(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text("a good film\t1\n")
+    with pytest.raises(ValueError, match=mentions("train.tsv:1", "2 fields", 4)):
+        read_glue(path, GLUE["cola"])
+    write(tmp_path, "rte", "train", 5)
+    with pytest.raises(ValueError, match=mentions("RTE/train.tsv:2", "'It 0.'", 0, 1)):
+        read_glue(tmp_path / "RTE/train.tsv", GLUE["cola"])
+
+
+def test_a_label_outside_the_task(tmp_path):
+    write(tmp_path, "cola", "train", ["a\t1\t\tGood.", "a\t2\t*\tBad."])
+    with pytest.raises(ValueError, match=mentions("CoLA/train.tsv:2", "'2'", 0, 1)):
+        read_glue(tmp_path / "CoLA/train.tsv", GLUE["cola"])
+
+
+def test_submission_files():
+    assert submission(GLUE["rte"], ["entailment", "not_entailment"]) == (
+        "index\tprediction\n0\tentailment\n1\tnot_entailment\n"
+    )
+    assert submission(GLUE["stsb"], [-0.2, 2.5, 7.0]) == "index\tprediction\n0\t0.000\n1\t2.500\n2\t5.000\n"
+    files = [name for task in GLUE.values() for name in task.submissions]
+    assert sorted(set(files)) == sorted(
+        f"{name}.tsv"
+        for name in ("CoLA", "SST-2", "MRPC", "QQP", "STS-B", "MNLI-m", "MNLI-mm", "QNLI", "RTE", "WNLI")
+    )

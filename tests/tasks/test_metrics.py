@@ -1,0 +1,82 @@
+"""Metrics of all predictions against literals, formulas of their own and, where installed, scikit-learn."""
+
+import math
+
+import numpy as np
+import pytest
+
+from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.metrics import SPLIT_METRICS
+
+from ..messages import mentions
+
+
+def counts(tp, fp, fn, tn):
+    """Predictions and labels with these counts."""
+    predicted = np.repeat([1, 1, 0, 0], [tp, fp, fn, tn])
+    return predicted, np.repeat([1, 0, 1, 0], [tp, fp, fn, tn])
+
+
+def test_f1_and_matthews_by_hand():
+    predicted, labels = counts(6, 1, 2, 3)
+    assert SPLIT_METRICS["f1"](predicted, labels) == pytest.approx(12 / 15)
+    # (TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))
+    assert SPLIT_METRICS["matthews"](predicted, labels) == pytest.approx(16 / math.sqrt(7 * 8 * 4 * 5))
+
+
+def test_correlations_by_hand():
+    labels, predicted = np.array([0.0, 1.0, 2.0, 5.0]), np.array([1.0, 3.0, 2.0, 10.0], np.float32)
+    # Deviations from the means 2 and 4: (-2, -1, 0, 3) and (-3, -1, -2, 6).
+    assert SPLIT_METRICS["pearson"](predicted, labels) == pytest.approx(25 / math.sqrt(14 * 50))
+    # Ranks 1 3 2 4 against 1 2 3 4: 1 - 6 * (0 + 1 + 1 + 0) / (4 * 15).
+    assert SPLIT_METRICS["spearman"](predicted, labels) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("name", SPLIT_METRICS)
+def test_what_is_undefined_is_0_and_what_is_not_finite_no_number(name):
+    zeros, labels = np.zeros(4), np.array([0.0, 1.0, 0.0, 1.0])
+    assert SPLIT_METRICS[name](zeros, labels) == 0
+    assert SPLIT_METRICS[name](zeros[:0], labels[:0]) == 0
+    if name != "f1":  # of indices
+        assert math.isnan(SPLIT_METRICS[name](np.array([0, 1, math.inf, math.nan]), labels))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scikit_learn_agrees(seed):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(2, size=200)
+    predicted = np.where(rng.random(200) < 0.7, labels, 1 - labels)
+    assert SPLIT_METRICS["f1"](predicted, labels) == pytest.approx(metrics.f1_score(labels, predicted))
+    expected = metrics.matthews_corrcoef(labels, predicted)
+    assert SPLIT_METRICS["matthews"](predicted, labels) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_with_ties(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(6, size=100) / 2
+    predicted = (labels + rng.normal(size=100)).round(1)
+
+    def ranks(values):
+        return np.array([np.mean(np.flatnonzero(np.sort(values) == value)) for value in values])
+
+    expected = np.corrcoef(ranks(predicted), ranks(labels))[0, 1]
+    assert SPLIT_METRICS["spearman"](predicted, labels) == pytest.approx(expected)
+    expected = np.corrcoef(predicted, labels)[0, 1]
+    assert SPLIT_METRICS["pearson"](predicted, labels) == pytest.approx(expected)
+
+
+def test_metrics_that_do_not_fit_the_task():
+    with pytest.raises(ValueError, match=mentions("classification", "f1", "matthews", "pearson")):
+        EncoderTask(kind="classification", names=("a", "b"), metrics=("pearson",))
+    with pytest.raises(ValueError, match=mentions("f1", "two classes", "a", "b", "c")):
+        EncoderTask(kind="classification", names=("a", "b", "c"), metrics=("f1",))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "mode"), [(("pearson", "spearman"), "max"), (("mae",), "min"), ((), "min")]
+)
+def test_the_first_metric_selects(metrics, mode):
+    task = EncoderTask(kind="regression", metrics=metrics)
+    assert (task.metric, task.mode) == ((*metrics, "mse")[0], mode)
