@@ -21,7 +21,7 @@ from loraplus_jax.sweep.methods import compare_methods
 from loraplus_jax.sweep.settings import SweepRun
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHODS = "[lora_plus,lora_b,rslora,dora,orthogonal,pissa,olora,riemannian,lora_rite,lora_muon,full]"
+METHODS = "[lora_plus,lora_b,rslora,dora,adalora,orthogonal,pissa,olora,riemannian,lora_rite,lora_muon,full]"
 SEARCH = [
     *("--sweep.lr_ratios", "[4,16]", "--sweep.report_seeds", "5", "--sweep.methods", METHODS),
     *("--sweep.method_learning_rates", "{lora_muon: [1e-3,3e-3,1e-2,3e-2,0.1,0.3,1,3]}"),

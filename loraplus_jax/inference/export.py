@@ -157,6 +157,7 @@ def _write_peft(source: _Source, to: Path, base_model: str | None) -> str:
         base_model=base,
         task_type=form.task_type,
         readme=_readme(source, form, _USE_ADAPTER, base),
+        prune=source.settings.optimizer.target_rank is not None,
         settings=source.notes["settings"],
         task=source.notes["task"],
         identity=source.identity,

@@ -8,8 +8,9 @@ import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from .._validation import expand_path
 from ..atomic import to_json, write_text
 from ..checkpoint import PACKAGES
 from ..json_files import read_json
+from ..optim.ranks import alpha_for
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
 from ..settings.types import SECTION
 from ..training.anomalies import TrainingFailed
@@ -42,13 +44,21 @@ class Method(NamedTuple):
 
     Attributes:
       label: display name.
-      changes: settings that differ from plain LoRA's, by dotted name.
+      changes: settings that differ from plain LoRA's, by dotted name, or a function that makes them of a sweep's.
       rate: its default learning rates, as a multiple of plain LoRA's.
     """
 
     label: str
-    changes: Mapping[str, Any] = {}
+    changes: Mapping[str, Any] | Callable[[SweepRun], Mapping[str, Any]] = MappingProxyType({})
     rate: float = 1.0
+
+
+def _adalora(run: SweepRun) -> dict[str, Any]:
+    """AdaLoRA that ends with the rank of the others, on average, from 1.5 times as much and at the same scale."""
+    rank = math.ceil(1.5 * run.lora.rank)
+    alpha = alpha_for(run.lora.scale, rank, run.lora)
+    last = {"train.select": "last", "train.early_stopping": None}
+    return {"lora.rank": rank, "lora.alpha": alpha, "optimizer.target_rank": run.lora.rank} | last
 
 
 TABLE: dict[str, Method] = {
@@ -57,6 +67,7 @@ TABLE: dict[str, Method] = {
     "lora_b": Method("LoRA, A = 0", {"lora.init": "lora_b"}),
     "rslora": Method("rsLoRA", {"lora.use_rslora": True}),
     "dora": Method("DoRA", {"lora.variant": "dora"}),
+    "adalora": Method("AdaLoRA", _adalora),
     "orthogonal": Method("LoRA, orthogonal", {"lora.init": "orthogonal"}),
     "pissa": Method("PiSSA", {"lora.init": "pissa"}, 0.1),
     "olora": Method("OLoRA", {"lora.init": "olora"}, 0.1),
@@ -196,9 +207,9 @@ def method_run(run: SweepRun, name: str) -> MethodRun:
     values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     values["output_dir"] = str(Path(run.output_dir) / name)
     values["sweep"] = dataclasses.replace(run.sweep, control=False)
-    changes = dict(TABLE[name].changes)
+    changes = TABLE[name].changes
     try:
-        for dotted, value in changes.items():
+        for dotted, value in (changes(run) if callable(changes) else changes).items():
             section, _, field = dotted.rpartition(".")
             if not section:
                 values[field] = value

@@ -24,6 +24,7 @@ MethodName = Literal[
     "lora_b",
     "rslora",
     "dora",
+    "adalora",
     "orthogonal",
     "pissa",
     "olora",
@@ -87,8 +88,8 @@ class SweepSettings:
         LoRA+ losses.
       members_at_once: runs that a device trains in parallel; null uses 1 on a CPU and measures elsewhere.
       methods: compare these methods, each tuned on as many settings as LoRA+ has, instead of LoRA and LoRA+ alone:
-        lora (always among them), lora_plus, lora_b, rslora, dora, orthogonal, pissa, olora, riemannian, lora_rite,
-        lora_muon, full.
+        lora (always among them), lora_plus, lora_b, rslora, dora, adalora, orthogonal, pissa, olora, riemannian,
+        lora_rite, lora_muon, full.
       method_learning_rates: learning rates of single methods, with methods: a mapping from a method to a list as
         long as the settings of LoRA+; by default those of plain LoRA, a tenth of them for pissa, olora and full.
     """

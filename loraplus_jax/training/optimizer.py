@@ -7,6 +7,7 @@ import jax
 import optax
 
 from ..config import LoRAPlusConfig
+from ..optim.adalora import adalora
 from ..optim.invariant import scale_by_lora_muon, scale_by_lora_rite
 from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw
 from ..optim.pairs import scale_by_riemannian
@@ -33,8 +34,9 @@ def make_optimizer(
         lr_ratio = 1.0 if config is None else config
     embedding, head = settings.embedding_learning_rate, settings.head_learning_rate
     magnitude = settings.magnitude_learning_rate
-    return lora_plus_adamw(
-        schedule(settings.learning_rate if learning_rate is None else learning_rate),
+    rate = schedule(settings.learning_rate if learning_rate is None else learning_rate)
+    tx = lora_plus_adamw(
+        rate,
         lr_ratio,
         embedding_learning_rate=None if embedding is None else schedule(embedding),
         head_learning_rate=None if head is None else schedule(head),
@@ -52,6 +54,46 @@ def make_optimizer(
         policy=settings.policy,
         specs=specs,
     )
+    return tx if settings.target_rank is None else _adalora(settings, tx, rate, steps, specs)
+
+
+def _adalora(
+    settings: OptimizerSettings, tx: LoRAPlusTransform, rate: Any, steps: int, specs: Specs
+) -> LoRAPlusTransform:
+    """AdaLoRA around an optimizer.
+
+    Raises:
+      ValueError: the steps before and after the ranks fall leave none between them; the message names the fields.
+    """
+    initial, final = settings.initial_rank_steps, settings.final_rank_steps
+    initial, final = (
+        steps // 10 if initial is None else initial,
+        3 * steps // 10 if final is None else final,
+    )
+    if initial + final >= steps:
+        raise ValueError(
+            f"optimizer.initial_rank_steps {initial} and optimizer.final_rank_steps {final} must add up to less "
+            f"than the {steps} steps in total, since the ranks fall between them; lower one"
+        )
+    singular = settings.singular_learning_rate
+    transform = adalora(
+        tx,
+        optax.adam(
+            rate if singular is None else schedule_for(settings, steps, singular),
+            settings.b1,
+            settings.b2,
+            settings.eps,
+        ),
+        steps=steps,
+        target_rank=settings.target_rank or 0,
+        initial_steps=initial,
+        final_steps=final,
+        every=settings.rank_every,
+        orthogonality=settings.orthogonality,
+        specs=specs,
+    )
+    assert isinstance(transform, LoRAPlusTransform)
+    return transform
 
 
 def _direction(settings: OptimizerSettings, specs: Specs) -> optax.GradientTransformation | None:

@@ -138,6 +138,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         task=inputs["task"],
         identity=identity,
     )
+    if settings.optimizer.target_rank is not None:
+        metadata["steps"] = steps  # by which AdaLoRA's ranks fall
     parts, start = start_magnitudes(parts), None
     if settings.init_adapter is not None:
         with raise_together():
@@ -193,6 +195,12 @@ def abstract_run(settings: Settings) -> AbstractRun:
     check_tensor(mesh, shapes.base.tensor_sizes)
     tx = make_optimizer(settings.optimizer, settings.applied, steps, shapes.specs)
     check_rates(settings.optimizer, tx, shapes.trainable)
+    try:
+        jax.eval_shape(tx.init, shapes.trainable)
+    except ValueError as error:
+        raise ValueError(
+            f"optimizer.{error}" if str(error).startswith("target_rank") else str(error)
+        ) from None
     return AbstractRun(mesh, directory, data, steps, shapes, tx)
 
 

@@ -28,6 +28,7 @@ from ..data.batches import Batch, train_batches
 from ..data.fetch import cache_dir
 from ..interop.adapter_files import save_adapter
 from ..multihost import allgather, gather_to_host, is_lead
+from ..optim.ranks import final_ranks
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows, shard_batch
 from ..starts import as_difference
@@ -46,7 +47,7 @@ from .console import LineConsole, format_metrics, header, lines_only, progress
 from .distributed import join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
 from .identity import check_allowed, checked_metadata
-from .metrics_log import PICTURE, SUMMARY, RunLog, draw_loss
+from .metrics_log import PICTURE, RANKS, SUMMARY, RunLog, draw_loss, draw_ranks
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
@@ -421,6 +422,8 @@ class Trainer:
         save_adapter(
             self.directory / ADAPTER, trained, specs, config, start=start, settings=settings, **notes
         )
+        if self.run.settings.optimizer.target_rank is not None:
+            draw_ranks(self.directory / RANKS, final_ranks(trained["lora"], specs))
         data = self.run.settings.data
         source = Path(data.path or data.train or "").name
         title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
@@ -439,6 +442,9 @@ class Trainer:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
         trained = count(self.run.parts.trainable)
         theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
+        ranks = {}
+        if self.run.settings.optimizer.target_rank is not None:
+            ranks = final_ranks(gather_to_host(self.state.trainable["lora"]), self.run.parts.specs)
         summary = {
             "before": dict(before),
             "after": dict(after),
@@ -448,6 +454,7 @@ class Trainer:
             },
             **({"answers": self.answers} if self.answers else {}),
             **({"theory": theory} if theory else {}),
+            **({"ranks": ranks} if ranks else {}),
             "method": self.run.settings.method,
             "steps": self.log.rows[-1]["step"],
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from loraplus_jax import jit_step, load_adapter, save_adapter
@@ -123,6 +125,20 @@ def updates(settings):
         update, state = tx.update(jax.tree.map(lambda x: jnp.full_like(x, size), params), state, params)  # noqa: B023
         found.append(hashed(update))
     return found, {role: float(rate) for role, (rate, _) in tx.rates(length(settings) - 1).items()}
+
+
+def ranks_over_time(settings):
+    """How many components train after each step."""
+    tx = setup.make_optimizer(settings.optimizer, settings.applied, length(settings), {"query": SPEC})
+    wave = lambda shape, turn: 0.1 * jnp.sin(turn + jnp.arange(math.prod(shape)).reshape(shape) ** 2)  # noqa: E731
+    params = {"lora": {"query": {"lora_a": wave((3, 2), 0.3), "lora_b": jnp.zeros((2, 3))}}}
+    state, update, found = tx.init(params), jax.jit(tx.update), []
+    for step in range(length(settings)):
+        grads = jax.tree.map(lambda x: wave(x.shape, step), params)  # noqa: B023
+        moved, state = update(grads, state, params)
+        params = optax.apply_updates(params, moved)
+        found.append(int((params["lora"]["query"]["lora_b"] != 0).any(-1).sum()))
+    return found
 
 
 def trainer(settings):
@@ -262,6 +278,8 @@ PROCESSES = (
 )
 WIDE = ("--data.path", "{dir}/wide.csv")
 BOTH = ("--data.path", "{dir}/both.csv")
+LAST = ("--train.select", "last")
+RANKED = (*LAST, "--optimizer.target_rank", "1")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = (
     *("--task", "instruction", "--model.path", "{dir}/talk", "--data.path", "{dir}/chats.jsonl"),
@@ -330,6 +348,12 @@ CHANGES = [
     Change("optimizer.name", "riemannian", updates),
     Change("optimizer.name", "lora_rite", updates, ("--method", "lora")),
     Change("optimizer.name", "lora_muon", updates, ("--method", "lora")),
+    Change("optimizer.target_rank", "1", updates, LAST),
+    Change("optimizer.initial_rank_steps", "1", ranks_over_time, RANKED),
+    Change("optimizer.final_rank_steps", "1", ranks_over_time, RANKED),
+    Change("optimizer.rank_every", "1", ranks_over_time, RANKED),
+    Change("optimizer.orthogonality", "0.5", updates, RANKED),
+    Change("optimizer.singular_learning_rate", "0.1", updates, RANKED),
     Change("optimizer.reg", "0.5", updates, ("--optimizer.name", "riemannian")),
     Change("optimizer.decay_steps", "3", updates, ("--optimizer.schedule", "wsd")),
     Change("optimizer.learning_rate", "2e-3", updates),

@@ -7,6 +7,7 @@ import pytest
 
 from loraplus_jax.settings.parsing import format_help, setting_fields, settings_from_json
 from loraplus_jax.settings.schema import (
+    ADALORA,
     QUERIES_AND_VALUES,
     Settings,
 )
@@ -28,7 +29,7 @@ def base(tmp_path_factory):
 def test_the_tables_here_name_every_field():
     alone = {"optimizer.decay_steps", "optimizer.decay", "train.prompt_tokens", "init_adapter_rates"}
     alone |= {"model.quantize_exclude", "lora.init_iterations", "data.root"}
-    alone |= {"optimizer.reg", "optimizer.magnitude_learning_rate"}
+    alone |= {"optimizer.reg", "optimizer.magnitude_learning_rate", "optimizer.target_rank", *ADALORA}
     alone |= {"distributed.start_timeout", "distributed.lost_timeout", *PROCESSES}
     assert OTHER.keys() | LANGUAGE.keys() | FILES.keys() | alone == set(dotted())
 

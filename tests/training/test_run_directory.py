@@ -13,7 +13,14 @@ import yaml
 from rich.console import Console
 
 from loraplus_jax.settings.parsing import settings_from_json
-from loraplus_jax.settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, DataSettings, ModelSettings, Settings
+from loraplus_jax.settings.schema import (
+    ADALORA,
+    RESUMABLE_FIELDS,
+    STOP_FIELDS,
+    DataSettings,
+    ModelSettings,
+    Settings,
+)
 from loraplus_jax.training.init_adapter import require_adapter
 from loraplus_jax.training.run_directory import (
     archive_results,
@@ -181,6 +188,7 @@ INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
 
 
 INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates", "model.quantize_exclude"}
+INSTEAD |= {"optimizer.target_rank", *ADALORA}
 INSTEAD |= {"lora.init_iterations", "optimizer.reg"}
 
 
