@@ -349,7 +349,7 @@ CHANGES = [
     Change("optimizer.name", "lora_rite", updates, ("--method", "lora")),
     Change("optimizer.name", "lora_muon", updates, ("--method", "lora")),
     Change("optimizer.target_rank", "1", updates, LAST),
-    Change("optimizer.initial_rank_steps", "1", ranks_over_time, RANKED),
+    Change("optimizer.initial_rank_steps", "25", ranks_over_time, RANKED),
     Change("optimizer.final_rank_steps", "1", ranks_over_time, RANKED),
     Change("optimizer.rank_every", "1", ranks_over_time, RANKED),
     Change("optimizer.orthogonality", "0.5", updates, RANKED),
