@@ -668,10 +668,10 @@ CASES = [
         remove("out/adapter/adapter.json"),
         True,
     ),
-    Case("predict without text", ("--text or --data",), PREDICT, run=True),
+    Case("predict without text", ("--text, --data or --glue",), PREDICT, run=True),
     Case(
         "predict with text and data",
-        ("--text or --data",),
+        ("--text, --data or --glue",),
         (*PREDICT, "--text", "a", "--data", "{dir}/texts.csv"),
         run=True,
     ),
