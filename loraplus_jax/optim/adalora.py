@@ -75,13 +75,14 @@ def adalora(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains P, Λ and Q of all pairs, and keeps only the most important triplets (arXiv 2303.10512, algorithm 1).
 
-    A weight's importance is the product of two moving averages: of its sensitivity, the absolute value of w g, and
-    of how far that is from its average. A triplet's is that of its value in Λ plus the means over its column of P
-    and its row of Q (section 3.2). For `initial_steps` all triplets train. Then the budget falls, at first quickly
-    and later slowly (a cubic), to `target_rank` a module. Every `every` steps Λ becomes 0 in all triplets except the
-    most important ones of all modules, layers and batch indices. Until the next such step they all train, so that a
-    triplet can return. In the last `final_steps` the choice is fixed (section 3.3). The budget is PEFT's; the paper's
-    formula subtracts `final_steps` in one place more, and so does not start at the full rank.
+    A weight's importance is the product of two moving averages: of its sensitivity, the absolute value of w g,
+    and of how far that is from its average. A triplet's is that of its value in Λ plus the means over its
+    column of P and its row of Q (section 3.2). For `initial_steps` all triplets train. Then the budget falls,
+    at first quickly and later slowly (a cubic), to `target_rank` a module. Every `every` steps Λ becomes 0 in
+    all triplets except the most important ones of all modules, layers and batch indices. Until the next such
+    step they all train, so that a triplet can return. In the last `final_steps` the choice is fixed (section
+    3.3). The budget is PEFT's; the paper's formula subtracts `final_steps` in one place more, and so does not
+    start at the full rank.
 
     PEFT's names are in parentheses; its `init_r` is the rank of the factors. Its regularizer is the mean over
     factors of norms that are not squared, so its default 0.5 pulls about as strongly, with 144 factors, as 1e-3
