@@ -1,6 +1,7 @@
 """GLUE's tasks in files of GLUE's layout, quirks included: no header, a byte order mark, quotes, index columns."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import mentions
 
-SHARED = Path(__file__).parents[3] / "shared/data/glue"
+REAL = Path(os.environ.get("LORAPLUS_GLUE", "glue"))  # GLUE's own files, which may not be passed on
 
 # The header of train and dev in GLUE's download, and a row of it; {n} is the row's number, {label} its label.
 LINES = {
@@ -108,19 +109,19 @@ ROWS = {
 }
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GLUE's files in ../shared/data")
+@pytest.mark.skipif(not REAL.is_dir(), reason="set LORAPLUS_GLUE to a directory of GLUE's files")
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_real_files_is_read(name):
     task = next(task for task in GLUE.values() if task.folder == name.partition("/")[0])
-    rows, lines = read_glue(SHARED / f"{name}.tsv", task)
+    rows, lines = read_glue(REAL / f"{name}.tsv", task)
     assert (len(rows), lines) == (ROWS[name], [])
     assert all(text.strip() for text in rows.texts)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs GLUE's files in ../shared/data")
+@pytest.mark.skipif(not REAL.is_dir(), reason="set LORAPLUS_GLUE to a directory of GLUE's files")
 @pytest.mark.parametrize(("name", "rows"), [("cola", 1063), ("rte", 3000)])
 def test_every_row_of_a_real_test_split_is_read(name, rows):
-    assert len(read_glue_texts(find_file(settings(SHARED, name), "test"), GLUE[name])) == rows
+    assert len(read_glue_texts(find_file(settings(REAL, name), "test"), GLUE[name])) == rows
 
 
 def test_mismatched_is_another_test_split_of_the_same_task(tmp_path):

@@ -41,6 +41,7 @@ def test_what_is_undefined_is_0_and_what_is_not_finite_no_number(name):
         assert math.isnan(SPLIT_METRICS[name](np.array([0, 1, math.inf, math.nan]), labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_scikit_learn_agrees(seed):
     metrics = pytest.importorskip("sklearn.metrics")
