@@ -189,7 +189,7 @@ def most_skipped(settings):
 def cache_in_use(settings):
     """Where compiled programs are kept when a run has come to its preparation."""
 
-    def ending(*_):
+    def ending(*_, **options):
         raise Found
 
     before = jax.config.values["jax_compilation_cache_dir"]

@@ -16,7 +16,7 @@ from loraplus_jax.optim.ranks import final_ranks
 
 from .families import Pair, off, random
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 RANK, STEPS = 6, 24
 SIZES = {"0": (7, 5), "1": (5, 9)}
