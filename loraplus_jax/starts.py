@@ -130,6 +130,8 @@ def gradient_pair(
     matrix, rank = to_matrix(slope, spec), spec.rank
     if variant == "lora_one":
         u, s, v = largest(matrix, rank, iterations)
+        if not s[..., 0].all():
+            raise ValueError(f"gradients: {spec.leaf} must not be zero, from which lora_one has no start")
         root = np.sqrt(s / s[..., :1] / gamma)
         return -u * root[..., None, :], root[..., None] * v
     if min(matrix.shape[-2:]) < 2 * rank:

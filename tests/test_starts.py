@@ -147,6 +147,7 @@ def test_bad_input(parts):
     base, _, specs, grads = parts
     one = {"heads": specs["heads"]}
     nan = {"params": grads["params"] | {"heads": {"kernel": jnp.full((12, 4, 4), jnp.nan)}}}
+    zero = jax.tree.map(jnp.zeros_like, grads)
     some = LoRAPlusConfig(target_modules=["fc"], rank=2, layers_to_transform=[1])
     _, partial = init_lora(apply_lora_plus(Net(), some), jax.random.key(1), IDS)
     wide = LoRAPlusConfig(target_modules=["heads"], rank=8)
@@ -161,6 +162,7 @@ def test_bad_input(parts):
         (lambda: lora_ga(base, {"params": {}}, one), ["gradients", "heads", "none"]),
         (lambda: lora_ga(base, nan, one), ["gradients", "heads", "finite"]),
         (lambda: lora_ga(base, grads, large), ["heads", "16", "12", "rank"]),
+        (lambda: lora_ga(base, zero, one, variant="lora_one"), ["gradients", "heads", "zero"]),
         (lambda: lora_ga(base, grads, one, gamma=0), ["gamma"]),
         (lambda: lora_ga(base, grads, one, variant="ga"), ["variant", "lora_one"]),
         (lambda: init_lora(apply_lora_plus(Net(), odd), jax.random.key(1), IDS), ["rank", "even", "3"]),

@@ -4,11 +4,12 @@ Every method is a search and a report of its own, one program each, in a directo
 read back when the comparison resumes.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,16 +23,22 @@ from ..atomic import to_json, write_text
 from ..checkpoint import PACKAGES
 from ..json_files import read_json
 from ..optim.ranks import alpha_for
-from ..settings.schema import INVARIANT, OptimizerSettings, Settings
+from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, lines_only
 from ..training.metrics_log import SUMMARY
-from ..training.run_directory import add_path_to_errors, check_directory, claim_directory
+from ..training.run_directory import (
+    add_path_to_errors,
+    check_compared,
+    check_directory,
+    claim_directory,
+    read_summary,
+)
 from ..tree import count
-from .methods_report import compare, draw, render
-from .population import Population
-from .report import PAGE, REPORT, write_report
+from .methods_report import PICTURES, compare, draw
+from .population import Population, abstract_population
+from .report import PAGE, REPORT, render_page, write_report
 from .run import Sweep, sweep
 from .settings import MAY_CHANGE, Arm, SweepRun, Trial, grid_rates
 
@@ -110,17 +117,25 @@ def compare_methods(
     names = tuple(dict.fromkeys(("lora", *(run.sweep.methods or ()))))
     runs = {name: method_run(run, name) for name in names}
     check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
+    unfinished = next((one for one in runs.values() if read_summary(_place(one)) is None), None)
+    if unfinished is not None:
+        check_compared(allow_different, _place(unfinished), unfinished, fresh)
+    data = None
+    for name, one in runs.items():
+        with _named(name):
+            data = abstract_population(one, data).data
     began = time.perf_counter()
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
         results = {}
         for name, one in runs.items():
             console.print(f"{TABLE[name].label}: {len(one.trials)} settings")
-            results[name] = _result(one, allow_different, console)
+            with _named(name):
+                results[name] = _result(one, allow_different if one is unfinished else (), console)
         check()
         report = compare(run, {name: TABLE[name].label for name in names}, results)
         draw(directory, report)
         write_report(directory, report)
-        write_text(directory / PAGE, render(directory, report))
+        write_text(directory / PAGE, render_page(directory, report, "methods.html", PICTURES))
         summary = {"verdict": report["verdict"], "seconds": round(time.perf_counter() - began, 1)}
         summary["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -131,23 +146,23 @@ def compare_methods(
 
 def _result(run: "MethodRun", allow_different: Sequence[str], console: LineConsole) -> dict[str, Any]:
     """The rows, the chosen setting and the costs of a method, read back if it has finished."""
-    directory = expand_path("output_dir", run.output_dir)
-    if (directory / SUMMARY).is_file():
-        check_directory_matches(directory, run)
-        return read_json(directory / REPORT)
+    if read_summary(_place(run)) is None:
+        with contextlib.suppress(TrainingFailed):  # which the report says
+            return sweep(run, allow_different=allow_different, console=console, kind=MethodSweep)
+    return read_json(_place(run) / REPORT)
+
+
+def _place(run: "MethodRun") -> Path:
+    return expand_path("output_dir", run.output_dir)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says in an error of which method it is."""
     try:
-        return sweep(run, allow_different=allow_different, console=console, kind=MethodSweep)
-    except TrainingFailed:
-        return read_json(directory / REPORT)
-
-
-def check_directory_matches(directory: Path, run: "MethodRun") -> None:
-    """Raises ValueError if a finished method was run with other settings."""
-    saved = read_json(directory / SUMMARY).get("trials")
-    if saved != [list(trial) for trial in run.trials]:
-        raise ValueError(
-            f"{directory} has other settings of {run.name}; choose another output_dir, or use --fresh"
-        )
+        yield
+    except ValueError as error:
+        raise ValueError(f"sweep.methods {name}: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -208,7 +223,7 @@ def method_run(run: SweepRun, name: str) -> MethodRun:
     values["output_dir"] = str(Path(run.output_dir) / name)
     values["sweep"] = dataclasses.replace(run.sweep, control=False)
     changes = TABLE[name].changes
-    try:
+    with _named(name):
         for dotted, value in (changes(run) if callable(changes) else changes).items():
             section, _, field = dotted.rpartition(".")
             if not section:
@@ -220,8 +235,6 @@ def method_run(run: SweepRun, name: str) -> MethodRun:
         if name != "lora_plus":
             values["lora"] = dataclasses.replace(values["lora"], lr_ratio=1.0)
         return MethodRun(**values, name=name)
-    except ValueError as error:
-        raise ValueError(f"sweep.methods {name}: {error}") from None
 
 
 class MethodSweep(Sweep):
@@ -259,8 +272,7 @@ class MethodSweep(Sweep):
 
     def write_end(self) -> None:
         """Marks the method as finished."""
-        trials = [list(trial) for trial in self.run.trials]
-        write_text(self.directory / SUMMARY, to_json({"trials": trials}, indent=1) + "\n")
+        write_text(self.directory / SUMMARY, to_json({"method": self.run.name}, indent=1) + "\n")
 
     def print_head(self) -> None:
         """Prints where it resumes."""
@@ -287,6 +299,3 @@ def cost(population: Population, slots: Any, batches: Mapping[int, Any]) -> dict
         "step_seconds": float(np.median(seconds)),
         "bytes": None if not per_member or not math.isfinite(per_member) else int(per_member),
     }
-
-
-assert set(INVARIANT) <= set(TABLE)

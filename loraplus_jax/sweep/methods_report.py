@@ -1,15 +1,12 @@
 """The comparison of methods: paired differences to plain LoRA, a first line that answers, a page and a picture."""
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from ..training.metrics_log import pyplot, save_figure
-from .report import format_number, format_steps
 from .settings import SweepRun
 from .statistics import CONFIDENCE, compare_arms, report_runs
 
@@ -138,16 +135,3 @@ def draw(directory: Path, report: Mapping[str, Any]) -> None:
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
     save_figure(figure, directory / "curves.png")
-
-
-def render(directory: Path, report: Mapping[str, Any]) -> str:
-    """The page, with its pictures embedded, so that one file can be sent and needs no network."""
-    images = {
-        name: base64.b64encode((directory / f"{name}.png").read_bytes()).decode("ascii") for name in PICTURES
-    }
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": format_number, "steps": format_steps}
-    template = environment.from_string((Path(__file__).parent / "methods.html").read_text(encoding="utf-8"))
-    return template.render(report=report, images=images, captions=PICTURES)

@@ -109,6 +109,40 @@ class Population(NamedTuple):
     metadata: dict[str, Any]
 
 
+class AbstractPopulation(NamedTuple):
+    """A population before weights are read; `shapes` is the model of the largest rank with shapes as variables."""
+
+    directory: Path
+    data: TaskData
+    steps: int
+    widest: SweepRun
+    shapes: AdaptedModel
+
+
+def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> AbstractPopulation:
+    """Downloads model and data, and checks that they, the steps, the adapters and the rates fit together.
+
+    Args:
+      run: settings of the sweep.
+      loaded: its data, if already loaded.
+    """
+    directory = resolve(run.model.path, "model")
+    data = task_module(run).load_data(run, directory) if loaded is None else loaded
+    if "test" not in data.splits:
+        raise ValueError(
+            "a sweep selects on the validation split and reports on the test split; set data.test with "
+            "data.train, or data.test_fraction with data.path"
+        )
+    steps = count_steps(run, row_count(data.splits["train"]))
+    check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
+    widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
+    shapes = build_model(widest, directory, data.task, widest.applied)
+    tx = make_optimizer(run.shared_optimizer, widest.applied, steps, shapes.specs)
+    check_rates(run.optimizer, tx, shapes.trainable)
+    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    return AbstractPopulation(directory, data, steps, widest, shapes)
+
+
 def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -> Population:
     """Downloads, checks, compiles and loads everything, as `prepare` does for a single run.
 
@@ -122,21 +156,8 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     """
     devices = make_mesh(run.mesh.data).devices.reshape(-1)
     mesh = Mesh(devices, (MEMBER_AXIS,))
-    directory = resolve(run.model.path, "model")
-    data = task_module(run).load_data(run, directory)
-    if "test" not in data.splits:
-        raise ValueError(
-            "a sweep selects on the validation split and reports on the test split; set data.test with "
-            "data.train, or data.test_fraction with data.path"
-        )
-    steps = count_steps(run, row_count(data.splits["train"]))
-    check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
-    widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
+    directory, data, steps, widest, shapes = abstract_population(run)
     config = widest.applied
-    shapes = build_model(widest, directory, data.task, config)
-    tx = make_optimizer(run.shared_optimizer, config, steps, shapes.specs)
-    check_rates(run.optimizer, tx, shapes.trainable)
-    check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     at_once, chunk, programs = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     parts = set_weights(widest, shapes, weights, config)

@@ -83,16 +83,32 @@ def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = Fal
         write_text(directory / PAGE, render_page(directory, report))
 
 
-def render_page(directory: Path, report: Mapping[str, Any]) -> str:
-    """Renders the page with its figures embedded, so that one file can be sent and needs no network."""
-    files = {name: directory / f"{name}.png" for name in PICTURES}
+def render_page(
+    directory: Path,
+    report: Mapping[str, Any],
+    template: str = "report.html",
+    pictures: Mapping[str, str] = PICTURES,
+) -> str:
+    """Renders a page with its figures embedded, so that one file can be sent and needs no network.
+
+    Args:
+      directory: where the figures are.
+      report: the numbers.
+      template: name of the template beside this module.
+      pictures: name and caption of each figure.
+    """
+    files = {name: directory / f"{name}.png" for name in pictures}
     images = {name: base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": format_number, "steps": format_steps}
-    template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
-    return template.render(report=report, images=images, names=ARM_LABELS, captions=PICTURES)
+    text, style = (
+        (Path(__file__).parent / name).read_text(encoding="utf-8") for name in (template, "page.css")
+    )
+    return environment.from_string(text).render(
+        report=report, images=images, names=ARM_LABELS, captions=pictures, style=style
+    )
 
 
 def format_number(value: float | None, sign: bool = False) -> str:

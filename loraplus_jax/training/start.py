@@ -77,6 +77,11 @@ def make_start(
     by_leaf = {spec.leaf: (module, spec) for module, spec in parts.specs.items()}
     for leaf, weight in _weights(parts, directory, config, flat, by_leaf):
         module, spec = by_leaf[leaf]
+        if config.init == "loftq" and not is_packed(meta.unbox(flat[leaf])):
+            raise ValueError(
+                f"lora.init loftq requires packed weights, but {leaf} is not: take it out of "
+                "model.quantize_exclude, or set lora.init lora"
+            )
         if spec.layers is not None:
             raise ValueError(
                 f"lora.init {config.init} requires lora.layers_to_transform null, got {spec.layers}"

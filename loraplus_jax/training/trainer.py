@@ -154,6 +154,7 @@ class Trainer:
         )
         self.held_out = "test" if "test" in run.data.splits else "validation"
         self.answers: dict[str, str] = {}
+        self.ranks: dict[str, Any] = {}
         self.pending: list[Any] = []  # metrics of steps that are not logged yet
 
     def run_to_end(self, changed: Sequence[str] = ()) -> dict[str, Any]:
@@ -402,6 +403,8 @@ class Trainer:
         after = self.evaluate(self.state.trainable, self.held_out)
         if self.run.sample_prompt is not None:
             self.answers["after"] = self.answer(self.state.trainable)
+        if self.run.settings.optimizer.target_rank is not None:
+            self.ranks = final_ranks(gather_to_host(self.state.trainable["lora"]), self.run.parts.specs)
         self.write_results()
         return after
 
@@ -422,8 +425,8 @@ class Trainer:
         save_adapter(
             self.directory / ADAPTER, trained, specs, config, start=start, settings=settings, **notes
         )
-        if self.run.settings.optimizer.target_rank is not None:
-            draw_ranks(self.directory / RANKS, final_ranks(trained["lora"], specs))
+        if self.ranks:
+            draw_ranks(self.directory / RANKS, self.ranks)
         data = self.run.settings.data
         source = Path(data.path or data.train or "").name
         title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
@@ -442,9 +445,6 @@ class Trainer:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
         trained = count(self.run.parts.trainable)
         theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
-        ranks = {}
-        if self.run.settings.optimizer.target_rank is not None:
-            ranks = final_ranks(gather_to_host(self.state.trainable["lora"]), self.run.parts.specs)
         summary = {
             "before": dict(before),
             "after": dict(after),
@@ -454,7 +454,7 @@ class Trainer:
             },
             **({"answers": self.answers} if self.answers else {}),
             **({"theory": theory} if theory else {}),
-            **({"ranks": ranks} if ranks else {}),
+            **({"ranks": self.ranks} if self.ranks else {}),
             "method": self.run.settings.method,
             "steps": self.log.rows[-1]["step"],
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),

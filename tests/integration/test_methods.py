@@ -85,6 +85,9 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
         (SOME, ("--sweep.method_learning_rates", "{olora: [1e-3,2e-3]}"), ("method_learning_rates", "olora")),
         (SOME, ("--sweep.method_learning_rates", "{pissa: [1e-3]}"), ("sweep.methods pissa", "2", "1")),
         (SOME, ("--model.quantize", "nf4"), ("sweep.methods pissa", "model.quantize", "nf4")),
+        (SOME, ("--data.path", "missing.csv"), ("missing.csv",)),
+        (SOME, ("--lora.rank", "14"), ("sweep.methods adalora", "lora.rank", "21")),
+        (SOME, ("--allow_different", "data"), ("--allow_different", "no effect")),
     ],
 )
 def test_bad_input(world, capsys, methods, flags, words):

@@ -71,6 +71,16 @@ def test_the_start_is_the_base_and_the_saved_adapter_what_was_trained(talk, tmp_
 
 
 @pytest.mark.slow
+def test_lora_one_starts_with_a_step(talk, capsys, before):
+    run = talk.trained(*SHORT, "--lora.init", "lora_one")
+    summary = summary_of(run)
+    assert summary["before"]["loss"] < 0.999 * before
+    assert {spec.rank for spec in load_adapter(run / "adapter").specs.values()} == {4}
+    capsys.readouterr()
+    assert printed_json(capsys, "eval", str(run))["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [PISSA, pytest.param(LOFTQ, marks=pytest.mark.long)])
 def test_a_run_resumes_from_its_saved_start(talk, tmp_path, flags, capsys):
     straight = talk.trained(*flags, out=tmp_path / "straight")
@@ -90,8 +100,9 @@ def test_a_run_resumes_from_its_saved_start(talk, tmp_path, flags, capsys):
 
 @pytest.mark.slow
 def test_eight_devices_and_one_agree(talk, tmp_path):
-    one = talk.trained(*PISSA, out=tmp_path / "one")
-    many = talk.trained(*PISSA, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    flags = (*SHORT, "--lora.init", "lora_ga")  # whose gradient is of all devices
+    one = talk.trained(*flags, out=tmp_path / "one")
+    many = talk.trained(*flags, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
     for step, loss in column(one, "loss").items():
         assert column(many, "loss")[step] == pytest.approx(loss, rel=1e-4)
 
@@ -151,6 +162,10 @@ def weights_at_the_start(talk, *flags):
             ("lora.init", "pissa", "model.quantize", "loftq"),
         ),
         (("--lora.init", "loftq"), ("lora.init", "loftq", "model.quantize", "nf4", "int8")),
+        (
+            ("--lora.init", "loftq", "--model.quantize", "nf4", "--model.quantize_exclude", "[q_proj]"),
+            ("lora.init", "loftq", "q_proj", "quantize_exclude"),
+        ),
         (("--lora.init", "olora", "--init_adapter", "{dir}"), ("lora.init", "olora", "init_adapter")),
         (("--lora.init", "lora", "--lora.init_iterations", "2"), ("init_iterations", "lora")),
         (("--lora.init", "pissa", "--lora.rank", "12"), ("lora.rank", "8", "pissa", "12", "twice")),
