@@ -1,13 +1,13 @@
 """The comparison of methods: paired differences to plain LoRA, a first line that answers, a page and a picture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..training.metrics_log import pyplot, save_figure
-from .settings import SweepRun
+from .settings import SweepRun, Trial
 from .statistics import CONFIDENCE, compare_arms, report_runs
 
 PICTURES = {
@@ -41,10 +41,13 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
         )
         own = [one for one in runs if one["arm"] == name]
         ends = [one["test"] for one in own if one["test"] is not None and not one["diverged"]]
+        trials = {Trial(*row["trial"]) for row in result["rows"] if row["stage"] == "search"}
+        chosen = next(iter(result["chosen"].values()), None)
         methods[name] = {
             "label": label,
-            "chosen": next(iter(result["chosen"].values()), None),
-            "settings": len({tuple(row["trial"]) for row in result["rows"] if row["stage"] == "search"}),
+            "chosen": chosen,
+            "settings": len(trials),
+            "at_the_edge": [] if chosen is None else _at_edge(trials, chosen),
             "runs": own,
             "loss": float(np.mean([end["loss"] for end in ends])) if ends else None,
             "metric": float(np.mean([end[metric] for end in ends])) if ends else None,
@@ -68,19 +71,32 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
     }
 
 
+def _at_edge(trials: Iterable[Trial], chosen: Mapping[str, Any]) -> list[str]:
+    """The names of chosen values at an end of what was tried: a better one may lie beyond."""
+    found = []
+    for name in ("learning_rate", "lr_ratio"):
+        tried = {getattr(trial, name) for trial in trials}
+        if len(tried) > 1 and chosen[name] in (min(tried), max(tried)):
+            found.append(name)
+    return found
+
+
 def _report_rows(rows: Any, name: str) -> list[dict[str, Any]]:
     return [row | {"arm": name} for row in rows if row["stage"] == "report"]
 
 
 def verdict(methods: Mapping[str, Any], confidence: float) -> str:
-    """One sentence: which methods have a significantly lower, or higher, test loss than tuned LoRA."""
+    """Which methods have a significantly lower, or higher, test loss than tuned LoRA, and what limits the answer.
+
+    A method that diverged on a seed has no result: those on which it did not are no fair sample.
+    """
     others = {name: method for name, method in methods.items() if name != "lora"}
     known = {n: m["against_lora"]["test_loss"] for n, m in others.items()}
-    known = {name: interval for name, interval in known.items() if interval["low"] is not None}
+    seeds = max(m["against_lora"]["pairs"] for m in others.values()) if others else 0
+    known = {n: i for n, i in known.items() if i["low"] is not None and i["pairs"] == seeds}
     better = {name: interval for name, interval in known.items() if interval["high"] < 0}
     worse = [others[name]["label"] for name, interval in known.items() if interval["low"] > 0]
-    pairs = max((interval["pairs"] for interval in known.values()), default=0)
-    evidence = f"{pairs} paired seeds, {len(others)} comparisons, intervals of {confidence:.1%} each"
+    evidence = f"{seeds} paired seeds, {len(others)} comparisons, intervals of {100 * confidence:.1f} % each"
     if better:
         found = ", ".join(
             f"{others[n]['label']} {_range(i)}"
@@ -96,6 +112,10 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
     failed = [method["label"] for name, method in others.items() if name not in known]
     text += f"; significantly higher: {', '.join(worse)}" if worse else ""
     text += f"; no result: {', '.join(failed)}" if failed else ""
+    edges = [f"{m['label']} ({', '.join(m['at_the_edge'])})" for m in methods.values() if m["at_the_edge"]]
+    text += (
+        f"; not tuned to the end, best value at an end of those tried: {', '.join(edges)}" if edges else ""
+    )
     return f"{text}."
 
 

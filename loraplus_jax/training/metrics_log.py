@@ -190,6 +190,7 @@ def draw_ranks(path: Path, ranks: Mapping[str, Any]) -> None:
                 column, row, f"{rank:.0f}", ha="center", va="center", color="white" if dark else "black"
             )
     axes.set_yticks(range(len(rows)), list(ranks))
+    axes.set_xticks(range(table.shape[1]))
     axes.set(xlabel="layer", title="Ranks after training")
     save_figure(figure, path)
 

@@ -1,0 +1,68 @@
+"""The comparison of methods, from rows by hand."""
+
+import pytest
+
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sweep.methods_report import compare
+from loraplus_jax.sweep.settings import SweepRun
+
+from ..messages import assert_mentions
+
+LABELS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
+
+
+def result(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3)):
+    """What a method's sweep reports: a search of three rates, and final losses on seeds 1 to 3 from 1.0 at first."""
+    rows = [
+        {"stage": "search", "trial": [rate, 1.0, 16.0, 8], "step": 4, "loss": 0.5, "seed": 0}
+        for rate in rates
+    ]
+    for seed, loss in enumerate(losses, 1):
+        for step, value in ((0, 1.0), (10, loss)):
+            rows.append({"stage": "report", "trial": [chosen, 1.0, 16.0, 8], "seed": seed, "step": step})
+            rows[-1] |= {"split": "test", "loss": value, "accuracy": 0.5}
+    trial = {"learning_rate": chosen, "lr_ratio": 1.0, "alpha": 16.0, "rank": 8}
+    return {"rows": rows, "chosen": {"lora": trial}, "steps": 10, "metric": "accuracy"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {path: d.csv}\noutput_dir: o\n")
+    return parse_settings(tmp_path / "c.yaml", ["--sweep.methods", "[dora,pissa]"], SweepRun)
+
+
+def test_intervals_edges_and_the_first_line(run):
+    report = compare(
+        run,
+        LABELS,
+        {
+            "lora": result([0.5, 0.6, 0.7]),
+            "dora": result([0.4, 0.49, 0.61]),
+            "pissa": result([0.5, 0.5, 0.9], chosen=4e-3),
+        },
+    )
+    # Differences -0.10, -0.11, -0.09: mean -0.1, error 0.01 / sqrt(3), t of 0.9875 with two degrees 6.2053.
+    interval = report["methods"]["dora"]["against_lora"]["test_loss"]
+    half = 6.2053 * 0.01 / 3**0.5
+    found = [interval[name] for name in ("low", "mean", "high")]
+    assert found == pytest.approx([-0.1 - half, -0.1, -0.1 + half], abs=1e-5)
+    assert report["methods"]["dora"]["against_lora"]["steps_ratio"]["mean"] > 1
+    assert_mentions(
+        report["verdict"], "Lower test loss than tuned LoRA: DoRA -0.1000", "3 paired seeds", "97.5 %"
+    )
+    assert_mentions(report["verdict"], "an end of those tried", "PiSSA (learning_rate)")
+    assert [m["at_the_edge"] for m in report["methods"].values()] == [[], [], ["learning_rate"]]
+
+
+def test_a_method_that_diverged_on_a_seed_has_no_result(run):
+    report = compare(
+        run,
+        LABELS,
+        {
+            "lora": result([0.5, 0.6, 0.7]),
+            "dora": result([0.4, 0.49, None]),
+            "pissa": result([0.5, 0.6, 0.9]),
+        },
+    )
+    assert report["methods"]["dora"]["diverged"] == 1
+    assert_mentions(report["verdict"], "No method has a significantly lower test loss", "no result: DoRA")
