@@ -332,15 +332,31 @@ def test_every_process_raises_the_error_of_one(first_world, tmp_path, change):
     assert not out.exists()
 
 
+PACKED, DORA = ("--model.quantize", "nf4"), ("--lora.variant", "dora")
+TWICE = ("--lora.rank", "8", "--lora.alpha", "32")
+"""The adapter that a run with rank 4 saves if its start was taken off the base."""
+
+
+# XLA's program for several virtual devices in each of several CPU processes hangs when it unpacks weights.
 @pytest.mark.long
-def test_two_processes_share_a_language_model_and_start_from_an_adapter(first_talk, tmp_path):
-    """Packed weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
+@pytest.mark.parametrize(
+    ("kind", "then"),
+    [
+        (PACKED, PACKED),
+        (DORA, DORA),
+        (("--lora.init", "pissa", "--lora.rank", "4"), TWICE),
+        (("--lora.init", "lora_ga", "--lora.rank", "4"), TWICE),
+    ],
+)
+def test_two_processes_share_a_language_model_and_start_from_an_adapter(first_talk, tmp_path, kind, then):
+    """Weights, adapters and their fingerprints lie over both; so do those of a second run from the first."""
     more = ("--train.steps", "10", "--train.eval_every", "5", "--mesh.data", "1", "--mesh.tensor", "1")
-    # XLA's program for several virtual devices in each of several CPU processes hangs when it unpacks weights.
-    more += ("--model.quantize", "nf4")
     found = {}
-    for name, mesh in (("first", ()), ("second", ("--init_adapter", str(tmp_path / "first/adapter")))):
-        flags = (*more, "--mesh.fsdp", "2", *mesh)
+    for name, own in (
+        ("first", kind),
+        ("second", (*then, "--init_adapter", str(tmp_path / "first/adapter"))),
+    ):
+        flags = (*more, "--mesh.fsdp", "2", *own)
         with two(first_talk, tmp_path / name, *flags, devices=1) as pair:
             ends = [ended(process) for process in pair]
         assert [end[0] for end in ends] == [0, 0], ends

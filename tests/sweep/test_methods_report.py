@@ -12,7 +12,7 @@ LABELS = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA"}
 
 
 def result(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3)):
-    """What a method's sweep reports: a search of three rates, and final losses on seeds 1 to 3 from 1.0 at first."""
+    """What a method's sweep reports: a search of three rates, and losses on seeds 1 to 3, from 1.0 at first."""
     rows = [
         {"stage": "search", "trial": [rate, 1.0, 16.0, 8], "step": 4, "loss": 0.5, "seed": 0}
         for rate in rates
