@@ -174,7 +174,7 @@ def find_file(settings: DataSettings, split: str) -> Path:
     if directory is None:
         listed = ", ".join(sorted(x.name for x in root.iterdir() if x.is_dir())[:20]) or "no directories"
         raise ValueError(
-            f"data.root {root} has no directory {task.folder} for {settings.path}, only {listed}: set it to the "
+            f"data.root {root} has no directory {task.folder} for {settings.path} (it has {listed}): set it to the "
             "directory that holds the tasks' directories"
         )
     endings = (".tsv", ".parquet", "-00000-of-00001.parquet", ".jsonl")
