@@ -1,8 +1,8 @@
 """Which method helps: each tuned on equal budgets and compared with tuned LoRA on other seeds, by `loraplus sweep`.
 
     python benchmarks/methods.py reviews                  # film reviews, MiniLM
+    python benchmarks/methods.py stsb --root GLUE         # similarity of sentences, MiniLM; GLUE has its files
     python benchmarks/methods.py instructions             # Alpaca instructions, SmolLM2-135M, short
-    python benchmarks/methods.py rte --root GLUE          # textual entailment, MiniLM; GLUE has its files
     python benchmarks/methods.py table
 
 Eight settings a method, halving, five report seeds. A run is in --output_dir and resumes there; its report is
@@ -21,22 +21,32 @@ from loraplus_jax.sweep.methods import compare_methods
 from loraplus_jax.sweep.settings import SweepRun
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHODS = "[lora_plus,lora_b,rslora,dora,adalora,orthogonal,pissa,olora,riemannian,lora_rite,lora_muon,full]"
+METHODS = "[lora_plus,dora,adalora,pissa,riemannian,lora_rite,lora_muon,full]"
 SEARCH = [
     *("--sweep.lr_ratios", "[4,16]", "--sweep.report_seeds", "5", "--sweep.methods", METHODS),
     *("--sweep.method_learning_rates", "{lora_muon: [1e-3,3e-3,1e-2,3e-2,0.1,0.3,1,3]}"),
 ]
 """Two ratios at four rates of LoRA+; LoRA-Muon's rate is the norm of a step of A B and has another scale."""
+SHORT = [
+    *("--train.steps", "60", "--train.batch_size", "16", "--train.eval_every", "10"),
+    *("--optimizer.warmup_steps", "6"),
+]
 TASKS: dict[str, tuple[str, list[str]]] = {
-    "reviews": ("quickstart_sweep.yaml", ["--train.steps", "120", "--data.test_fraction", "0.1"]),
+    "reviews": (
+        "quickstart_sweep.yaml",
+        [*SHORT, "--data.max_length", "32", "--data.test_fraction", "0.1"],
+    ),
     "instructions": (
         "smollm2_chat.yaml",
-        [*("--train.steps", "24", "--train.prompt", "null", "--train.prompt_tokens", "64")],
+        [
+            *("--train.steps", "20", "--train.batch_size", "1", "--train.eval_every", "10"),
+            *("--train.prompt", "null", "--train.prompt_tokens", "64", "--optimizer.warmup_steps", "2"),
+        ],
     ),
-    "rte": (
+    "stsb": (
         "quickstart_sweep.yaml",
         [
-            *("--data.path", "glue/rte", "--data.max_length", "96", "--train.steps", "120"),
+            *(*SHORT, "--task", "regression", "--data.path", "glue/stsb", "--data.max_length", "48"),
             *("--train.eval_batch_size", "32"),
         ],
     ),
@@ -93,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("task", choices=[*TASKS, "table"])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--root", help="directory of GLUE's files, for rte")
+    parser.add_argument("--root", help="directory of GLUE's files, for stsb")
     options = parser.parse_args()
     if options.task != "table":
         run(options.task, options.output_dir, options.root)

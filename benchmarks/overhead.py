@@ -1,10 +1,10 @@
-"""Does lambda cost anything? LoRA+ against LoRA and against training every weight.
+"""What lambda and optimizers that see A with B cost: against LoRA, beside training every weight.
 
     python benchmarks/overhead.py
 
 The step of a MiniLM-sized BERT (random weights: values do not matter here), compiled with straight layers so that
-XLA counts them all. One process, steps interleaved; the ratio is the median over rounds of LoRA+'s time over LoRA's
-in the same round.
+XLA counts them all, save solutions and eigendecompositions, which are calls of LAPACK. One process, steps
+interleaved; the ratio is the median over rounds of a method's time over LoRA's in the same round.
 """
 
 import argparse
@@ -27,6 +27,9 @@ from loraplus_jax import (
 )
 from loraplus_jax.models.bert import BertForSequence
 from loraplus_jax.models.bert_config import BertConfig
+from loraplus_jax.optim.adalora import adalora
+from loraplus_jax.optim.invariant import scale_by_lora_muon, scale_by_lora_rite
+from loraplus_jax.optim.pairs import scale_by_riemannian
 from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.tree import count, leaves_by_path
 
@@ -42,6 +45,12 @@ MINILM = BertConfig(
     hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
 )
+SEEING_PAIRS = {
+    "riemannian": {"precondition": scale_by_riemannian},
+    "lora_rite": {"direction": scale_by_lora_rite},
+    "lora_muon": {"direction": scale_by_lora_muon},
+}
+"""What each of these optimizers passes to `lora_plus_adamw`."""
 TASK = EncoderTask(kind="classification", names=("no", "yes"))
 
 
@@ -58,7 +67,11 @@ def make(method: str, batch: dict, rank: int) -> tuple:
         model = apply_lora_plus(plain, config)
         lora, specs = init_lora(model, jax.random.key(1), *tokens)
         trainable, frozen = split_trainable({**variables, "lora": lora}, config)
-        tx = lora_plus_adamw(1e-4, lr_ratio=16.0 if method == "lora_plus" else 1.0, specs=specs)
+        parts = {name: make(specs=specs) for name, make in SEEING_PAIRS.get(method, {}).items()}
+        tx = lora_plus_adamw(1e-4, lr_ratio=16.0 if method == "lora_plus" else 1.0, specs=specs, **parts)
+        if method == "adalora":
+            steps = {"steps": 1000, "initial_steps": 100, "final_steps": 300, "every": 10}
+            tx = adalora(tx, optax.adam(1e-4), target_rank=rank / 2, specs=specs, **steps)
     state = init_state(trainable, tx, jax.random.key(2))
     compiled = jit_step(TASK.loss_fn(model), tx).lower(state, frozen, batch).compile()
     return compiled, state, frozen
@@ -93,10 +106,14 @@ def main() -> None:
         "input_ids": jnp.asarray(np.random.default_rng(0).integers(1, MINILM.vocab_size, shape), jnp.int32),
         "attention_mask": jnp.ones(shape, jnp.int32),
         "token_type_ids": jnp.zeros(shape, jnp.int32),
-        "label": jnp.zeros(options.batch, jnp.int32),
+        # Both labels: a batch of one label is soon learned, and gradients too small for normal floats cost time.
+        "label": jnp.arange(options.batch, dtype=jnp.int32) % 2,
         "weight": jnp.ones(options.batch),
     }
-    made = {method: make(method, batch, options.rank) for method in ("lora_plus", "lora", "full")}
+    made = {
+        method: make(method, batch, options.rank)
+        for method in ("lora_plus", "lora", *SEEING_PAIRS, "adalora", "full")
+    }
     states: dict[str, TrainState] = {method: state for method, (_, state, _) in made.items()}
 
     def one_step(method: str) -> TrainState:
