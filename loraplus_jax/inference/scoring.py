@@ -111,9 +111,9 @@ class Scorer:
             stop = len(row.prefix)
             columns["input_ids"][n, :stop] = row.prefix
             columns["segment_ids"][n, :stop] = 1
-            columns["positions"][n, : row.count] = np.arange(row.first - 1, stop)
-            columns["labels"][n, : row.count - 1] = row.prefix[row.first :, None]
-            columns["labels"][n, row.count - 1, : len(row.last)] = row.last
+            columns["positions"][n, : row.scored] = np.arange(row.first - 1, stop)
+            columns["labels"][n, : row.scored - 1] = row.prefix[row.first :, None]
+            columns["labels"][n, row.scored - 1, : len(row.last)] = row.last
         results = []
         for batch in eval_batches(columns, self._batch_size, local_rows(self._mesh, self._batch_size)):
             del batch["weight"]
@@ -121,8 +121,8 @@ class Scorer:
         log_probs, best = (np.concatenate(parts) for parts in zip(*results, strict=True))
         scores = {}
         for n, row in enumerate(rows):
-            sums = log_probs[n, : row.count].astype(np.float64).sum(axis=0)
-            greedy = np.all(best[n, : row.count, None] == columns["labels"][n, : row.count], axis=0)
+            sums = log_probs[n, : row.scored].astype(np.float64).sum(axis=0)
+            greedy = np.all(best[n, : row.scored, None] == columns["labels"][n, : row.scored], axis=0)
             for k, member in enumerate(row.members):
                 scores[member] = Score(float(sums[k]), bool(greedy[k]))
         return scores
@@ -137,7 +137,7 @@ class _Row(NamedTuple):
     last: list[int]
 
     @property
-    def count(self) -> int:
+    def scored(self) -> int:
         """The number of scored tokens."""
         return len(self.prefix) + 1 - self.first
 
