@@ -24,7 +24,7 @@ from ..settings.schema import Dtype
 from ..sharding import make_mesh, replicate
 from ..tasks.causal_lm import model_config, tokenizer_and_template
 from ..training.init_adapter import find_adapter
-from ..training.run_directory import first_free, read_summary
+from ..training.run_directory import describe_unfinished, first_free, read_summary
 from .generate import open_model
 from .scoring import Continuation, Score, Scorer
 
@@ -77,6 +77,7 @@ class TaskResults:
 
     Attributes:
       model: the run or model.
+      data_root: directory of the tasks' files.
       steps: training steps of a run; None for a model.
       shots: solved examples before each question of MMLU; None without it.
       limit: the number of questions of each task and subject that were scored, at most; None for all.
@@ -84,6 +85,7 @@ class TaskResults:
     """
 
     model: str
+    data_root: str
     steps: int | None
     shots: int | None
     limit: int | None
@@ -176,15 +178,14 @@ def evaluate_tasks(
         shots = DEFAULT_SHOTS
     path = expand_path("model", place)
     output = _output_file(path, output)
-    parts = list(_read_parts(tasks, expand_path("--data_root", root), shots or 0, limit))
+    root = expand_path("--data_root", root)
+    parts = list(_read_parts(tasks, root, shots or 0, limit))
     settings, base, task, model, variables = open_model(place, template, dtype, config, allow_different)
     longest, mesh = model_config(base).max_length, make_mesh(1)
-    items = []
-    for part in parts:
-        if part.subject is None:
-            items.append(_encode_commonsense(part, *tokenizer_and_template(settings, base, task)))
-        else:  # without a chat template, which not every model has
-            items.append(_encode_mmlu(part, part.subject, shots or 0, load_tokenizer(base), longest))
+    tokenizer, chat_template = load_tokenizer(base), None
+    if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
+        _, chat_template = tokenizer_and_template(settings, base, task)
+    items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
     _check_lengths(parts, items, longest)
     variables = replicate(mesh, variables)
     scorer = Scorer(model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
@@ -195,7 +196,7 @@ def evaluate_tasks(
     ]
     summary = read_summary(path) or {}
     accuracies = _accuracies(parts, items, correct)
-    results = TaskResults(place, summary.get("steps"), shots, limit, accuracies)
+    results = TaskResults(place, str(root), summary.get("steps"), shots, limit, accuracies)
     write_text(output, to_json(results.to_json(), indent=1) + "\n", new=True)
     return results, output
 
@@ -220,6 +221,8 @@ def _output_file(path: Path, output: Path | None) -> Path:
     """The new file for the results; checks that it can be written before anything is computed."""
     if output is None:
         if find_adapter(path) is None and not (path / NOTES_FILE).is_file():
+            if (unfinished := describe_unfinished(path)) is not None:
+                raise FileNotFoundError(unfinished)
             raise ValueError(
                 f"--output FILE.json is required for {path}, which is not a run, adapter or merged model"
             )
@@ -242,13 +245,18 @@ def _read_parts(tasks: Sequence[str], root: Path, shots: int, limit: int | None)
             yield _Part(name, None, questions[:limit], len(questions))
 
 
-def _encode_commonsense(part: _Part, tokenizer: Tokenizer, template: ChatTemplate) -> list[_Item]:
+def _encode(
+    part: _Part, shots: int, tokenizer: Tokenizer, template: ChatTemplate | None, longest: int
+) -> list[_Item]:
+    if part.subject is not None:
+        return _encode_mmlu(part.subject, part.questions, shots, tokenizer, longest)
+    assert template is not None
     rows = tokenize_choices(part.questions, tokenizer, template)
     return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
 
 
 def _encode_mmlu(
-    part: _Part, subject: Subject, shots: int, tokenizer: Tokenizer, longest: int
+    subject: Subject, questions: Sequence[Question], shots: int, tokenizer: Tokenizer, longest: int
 ) -> list[_Item]:
     """Encodes a subject's questions, each with as many solved examples as fit the model's context."""
     # The tokens that the tokenizer puts before a text, such as BOS.
@@ -256,23 +264,23 @@ def _encode_mmlu(
     start = np.array(special.ids[: special.special_tokens_mask.index(0)], np.int32)
     items: dict[int, _Item] = {}
     for k in range(shots, -1, -1):
-        missing = [n for n in range(len(part.questions)) if n not in items]
-        prompts = [subject.prompt(part.questions[n], k) for n in missing]
+        missing = [n for n in range(len(questions)) if n not in items]
+        prompts = [subject.prompt(questions[n], k) for n in missing]
         texts = [
             prompt + choice
             for n, prompt in zip(missing, prompts, strict=True)
-            for choice in part.questions[n].choices
+            for choice in questions[n].choices
         ]
         encodings = tokenize(texts, tokenizer)
         for n, prompt in zip(missing, prompts, strict=True):
-            tokens = [Tokens(x) for x in itertools.islice(encodings, len(part.questions[n].choices))]
+            tokens = [Tokens(x) for x in itertools.islice(encodings, len(questions[n].choices))]
             choices = [
                 Continuation(np.concatenate([start, x.ids]), len(start) + x.first_after(len(prompt)))
                 for x in tokens
             ]
             if k == 0 or max(len(choice.ids) for choice in choices) <= longest:
                 items[n] = _Item(choices, k < shots)
-    return [items[n] for n in range(len(part.questions))]
+    return [items[n] for n in range(len(questions))]
 
 
 def _check_lengths(parts: Sequence[_Part], items: Sequence[Sequence[_Item]], longest: int) -> None:

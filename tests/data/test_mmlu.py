@@ -47,8 +47,8 @@ def test_a_subject_and_its_prompt(tmp_path, location):
 
 
 def test_files_of_mmlu_that_are_rejected(tmp_path):
+    (tmp_path / "boolq").mkdir()
     with pytest.raises(ValueError, match=mentions("mmlu", "SUBJECT_test.csv", "boolq")):
-        (tmp_path / "boolq").mkdir()
         read_mmlu(tmp_path, 5)
     write_mmlu(tmp_path)
     with pytest.raises(ValueError, match=mentions("--shots 3", 2, "abstract_algebra_dev.csv")):
