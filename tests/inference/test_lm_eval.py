@@ -190,9 +190,13 @@ def compare(monkeypatch, model, task, root, output, ours, *others, limit=None, *
     monkeypatch.setattr(eval_tasks, "Scorer", Recorder)
     name = task["task"].removeprefix("local_")
     results, _ = eval_tasks.evaluate_tasks(str(model), [name], root, output=output, limit=limit, **options)
+    from lm_eval.tasks import TaskManager
+
+    # Without reading the files of all of lm-eval's own tasks.
+    manager = TaskManager(include_defaults=False)
     for lm in (ours, *others):
         theirs = lm_eval.simple_evaluate(
-            model=lm, tasks=[task], limit=limit, log_samples=True, bootstrap_iters=0
+            model=lm, tasks=[task], limit=limit, log_samples=True, bootstrap_iters=0, task_manager=manager
         )
         samples = sorted(theirs["samples"][task["task"]], key=lambda sample: sample["doc_id"])
         found = np.array([float(x) for sample in samples for x, _ in sample["filtered_resps"]])

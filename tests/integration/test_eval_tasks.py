@@ -17,7 +17,7 @@ CHOICES = (
     *("--task", "multiple_choice", "--data.path", "{dir}/questions.jsonl", "--data.max_length", "128"),
     *("--train.prompt", "null", "--train.prompt_tokens", "64", "--train.steps", "4"),
 )
-CONTEXT = 384
+CONTEXT = 256
 
 
 def write_tasks(root):
@@ -35,7 +35,7 @@ def write_tasks(root):
     for subject in ("astronomy", "world_religions"):
         rows = [[f"what is {n} ?", *map(str, range(4)), "ABCD"[rng.integers(4)]] for n in range(12)]
         # Too long for all three examples.
-        rows[5][0] *= 25
+        rows[5][0] *= 18
         write_mmlu(root / "mmlu", subject, rows[:3], rows[3:])
     return root
 
