@@ -5,14 +5,16 @@ import numpy as np
 import pytest
 
 from loraplus_jax.inference.scoring import Continuation, Scorer
+from loraplus_jax.models.families import family_of
 from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
-from loraplus_jax.sharding import make_mesh, replicate
+from loraplus_jax.sharding import base_shardings, distribute, make_mesh
+from loraplus_jax.tree import flatten, unflatten
 
 from ..messages import mentions
 
 LONGEST = 72
-SIZES = {"vocab_size": 19, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
 CONFIG = LlamaConfig.from_hf(
     {**SIZES, "model_type": "llama", "num_attention_heads": 2, "max_position_embeddings": LONGEST}
 )
@@ -26,21 +28,24 @@ def model():
 
 
 def random_continuations():
-    """Of many lengths, up to the longest; with groups of four that differ in their last token, and duplicates."""
+    """Of several lengths, up to the longest; with duplicates, and groups that differ in their last token."""
     rng = np.random.default_rng(0)
     result = []
-    for length in (2, 5, 9, 40, 64, 65, 66, LONGEST + 1):
+    for length in (2, 9, 66, LONGEST + 1):
         ids = rng.integers(0, CONFIG.vocab_size, length)
-        result += [Continuation(ids, 1), Continuation(ids, length - 1), Continuation(ids.tolist(), 1)]
-        result += [Continuation([*ids[:-1], last], max(1, length // 2)) for last in range(4)]
+        result += [Continuation(ids, 1), Continuation(ids.tolist(), 1)]
+        result += [Continuation([*ids[:-1], last], length - 1) for last in range(CONFIG.vocab_size)]
+        result += [Continuation([*ids[:-1], last], max(1, length // 2)) for last in range(2)]
     return [result[n] for n in rng.permutation(len(result))]
 
 
-@pytest.mark.parametrize("data", [1, 4])
-def test_scores_are_those_of_full_logits(model, data):
+@pytest.mark.parametrize("axes", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_scores_are_those_of_full_logits(model, axes):
     module, variables = model
-    mesh = make_mesh(data)
-    placed = replicate(mesh, variables)
+    mesh = make_mesh(*axes)
+    by_path = flatten(variables)
+    shardings = base_shardings(mesh, variables, family_of("llama").sharding)
+    placed = distribute(variables, unflatten({path: shardings[path] for path in by_path}))
     scorer = Scorer(module, placed, mesh=mesh, batch_size=3, max_length=LONGEST)
     continuations = random_continuations()
     scores = scorer(continuations)
