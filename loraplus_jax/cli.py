@@ -180,9 +180,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--topology", metavar="NAME", help="TPU topology to compile for, such as v5e:16x16")
     plan.add_argument("--json", metavar="FILE", type=Path, help="also write the plan to FILE as JSON")
     evaluate = add("eval", _eval, "evaluate a finished run or adapter")
-    evaluate.add_argument("run_directory", metavar="RUN", type=Path, help=RUN_HELP)
+    evaluate.add_argument(
+        "run_directory",
+        metavar="RUN",
+        type=Path,
+        help=f"{RUN_HELP}; with --tasks also a model without adapters",
+    )
     evaluate.add_argument("--split", help="split to evaluate: train, validation or test (default: test)")
     evaluate.add_argument("--data", help="labelled file to evaluate instead of a split")
+    _task_options(evaluate)
     evaluate.add_argument("--config", help=PEFT_CONFIG_HELP)
     predict = add(
         "predict",
@@ -209,6 +215,32 @@ def _parser() -> argparse.ArgumentParser:
     fetch = add("fetch", _fetch, "download a model or dataset by name; without a name, list all")
     fetch.add_argument("name", nargs="?", metavar="NAME", help="model or dataset to download")
     return parser
+
+
+def _task_options(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="instead of a split: boolq, piqa, social_iqa, hellaswag, winogrande, arc_easy, arc_challenge, "
+        "openbookqa (files of LLM-Adapters) or mmlu; separated by commas",
+    )
+    evaluate.add_argument("--data_root", type=Path, metavar="DIR", help="directory with the files of --tasks")
+    evaluate.add_argument(
+        "--shots", type=int, help="solved examples before each question of mmlu (default: 5)"
+    )
+    evaluate.add_argument(
+        "--limit", type=int, help="evaluate only so many questions of each task and subject"
+    )
+    evaluate.add_argument("--batch_size", type=int, help="sequences per batch of --tasks (default: 8)")
+    evaluate.add_argument(
+        "--template", help="chat template of a model: model, plain or a file; a run uses its own"
+    )
+    evaluate.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="weight dtype of a model; a run uses its own"
+    )
+    evaluate.add_argument(
+        "--output", type=Path, help="new .json file for the results of --tasks (default: RUN/tasks.json)"
+    )
 
 
 def _generate_options(generate: argparse.ArgumentParser) -> None:
@@ -337,10 +369,29 @@ def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.predict import evaluate_run
+    shared = {name: getattr(options, name) for name in ("config", "allow_different")}
+    splits = {name: getattr(options, name) for name in ("split", "data")}
+    names = ("data_root", "shots", "limit", "batch_size", "template", "dtype", "output")
+    only_tasks = {name: getattr(options, name) for name in names}
+    excluded = only_tasks if options.tasks is None else splits
+    if given := [f"--{name}" for name, value in excluded.items() if value is not None]:
+        relation = "requires" if options.tasks is None else "cannot be combined with"
+        raise ValueError(f"eval {given[0]} {relation} --tasks")
+    if options.tasks is None:
+        from .inference.predict import evaluate_run
 
-    keywords = {name: getattr(options, name) for name in ("split", "data", "config", "allow_different")}
-    _print(to_json(evaluate_run(options.run_directory, **keywords), indent=1))
+        _print(to_json(evaluate_run(options.run_directory, **splits, **shared), indent=1))
+        return
+    from .inference.eval_tasks import evaluate_tasks
+
+    root = only_tasks.pop("data_root")
+    if root is None:
+        raise ValueError("eval --tasks requires --data_root, the directory with the tasks' files")
+    keywords = {name: value for name, value in only_tasks.items() if value is not None}
+    results, file = evaluate_tasks(
+        str(options.run_directory), options.tasks.split(","), root, **keywords, **shared
+    )
+    _print(f"{results}\nwritten to {file}")
 
 
 def _predict(options: argparse.Namespace, _: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Multiple choice: reads questions from files and encodes each choice as a continuation to score."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,32 +110,50 @@ def encode_choices(
         "n_choices": np.array([len(q.choices) for q in questions], np.int32),
         "byte_lengths": np.ones(shape[:2], np.int32),
     }
-    indices, texts, spans = [], [], []
-    for n, question in enumerate(questions):
-        for c, choice in enumerate(question.choices):
+    problems = []
+    for n, rows in enumerate(tokenize_choices(questions, tokenizer, template)):
+        for c, (ids, first) in enumerate(rows):
+            if len(ids) > max_length:
+                problem = (
+                    f"{len(ids)} tokens up to the end of choice {c + 1}, above max_length {max_length}: "
+                    "increase it or remove the row"
+                )
+                problems.append((questions[n].place, problem))
+                continue
+            arrays["input_ids"][n, c, : len(ids)] = ids
+            arrays["segment_ids"][n, c, : len(ids)] = 1
+            arrays["loss_mask"][n, c, first : len(ids)] = 1
+            arrays["byte_lengths"][n, c] = len(questions[n].choices[c].encode())
+    raise_problems(problems)
+    return arrays
+
+
+def tokenize_choices(
+    questions: Sequence[Question], tokenizer: Tokenizer, template: ChatTemplate
+) -> list[list[tuple[np.ndarray, int]]]:
+    """Tokenizes every choice of N questions as the answer to its prompt, up to the last token of the choice.
+
+    Returns:
+      For each question and choice its tokens, int32 `(t,)`, and the index of the choice's first token, at least 1.
+
+    Raises:
+      ValueError: the template fails or does not write a choice verbatim.
+    """
+    texts, spans = [], []
+    for question in questions:
+        for choice in question.choices:
             turns = (Turn("user", question.prompt), Turn("assistant", choice))
             text, (span, *_) = find_answers(template, Chat(turns, question.place))
-            indices.append((n, c))
             texts.append(text)
             spans.append(span)
-    problems = []
-    for (n, c), span, encoding in zip(indices, spans, tokenize(texts, tokenizer), strict=True):
+    rows = []
+    for span, encoding in zip(spans, tokenize(texts, tokenizer), strict=True):
         tokens = Tokens(encoding)
         # The first token has no context to be predicted from.
         first, stop = max(1, tokens.first_after(span.text)), tokens.first_from(span.text_end)
-        if stop > max_length:
-            problem = (
-                f"{stop} tokens up to the end of choice {c + 1}, above max_length {max_length}: "
-                "increase it or remove the row"
-            )
-            problems.append((questions[n].place, problem))
-            continue
-        arrays["input_ids"][n, c, :stop] = tokens.ids[:stop]
-        arrays["segment_ids"][n, c, :stop] = 1
-        arrays["loss_mask"][n, c, first:stop] = 1
-        arrays["byte_lengths"][n, c] = len(questions[n].choices[c].encode())
-    raise_problems(problems)
-    return arrays
+        rows.append((tokens.ids[:stop], first))
+    remaining = iter(rows)
+    return [list(itertools.islice(remaining, len(question.choices))) for question in questions]
 
 
 def _check_or_infer_columns(

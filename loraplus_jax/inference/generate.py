@@ -76,7 +76,7 @@ def generate_answers(
     check_int("seed", seed, at_least=0)
     if any(not text.strip() for text in (*prompts, *([] if system is None else [system]))):
         raise ValueError("--prompt and --system must not be empty")
-    settings, directory, task, model, variables = _open_model(place, template, dtype, config, allow_different)
+    settings, directory, task, model, variables = open_model(place, template, dtype, config, allow_different)
     chats = _chats(prompts, data, system, settings)
     chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens)
     variables = replicate(make_mesh(1), variables)
@@ -98,10 +98,17 @@ def _chats(
     return [(*system_turns, Turn("user", text)) for text in prompts]
 
 
-def _open_model(
+def open_model(
     source: str, template: str | None, dtype: Dtype | None, config: str | None, allow_different: Sequence[str]
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
-    """Settings, base, task, model and variables of a run, an adapter, or a model without adapters."""
+    """Opens a language model: a run, an adapter, an exported merged model, or a model without adapters.
+
+    Returns:
+      Settings, directory or file of the base, task if any, model and variables.
+
+    Raises:
+      ValueError, OSError: it is none of these, or not a language model, or `template` or `dtype` is set for a run.
+    """
     path = expand_path("model", source)
     directory = find_adapter(path)
     if directory is not None and config is None and not read_notes(directory).get("settings"):
@@ -111,7 +118,9 @@ def _open_model(
             raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
         tuned = load_tuned(path, config, allow_different)
         if not tuned.settings.is_language:
-            raise ValueError(f"{source} is an encoder for {tuned.settings.task}; use loraplus predict")
+            raise ValueError(
+                f"{source} is an encoder for {tuned.settings.task}, not a language model; use loraplus predict"
+            )
         variables = combine(tuned.parts.trainable, tuned.parts.frozen)
         return tuned.settings, tuned.base, tuned.task, tuned.parts.model, variables
     if config is not None:
@@ -127,7 +136,7 @@ def _open_model(
 def _open_peft_adapter(
     directory: Path, template: str | None, dtype: Dtype | None
 ) -> tuple[Settings, Path, LanguageTask | None, Any, Any]:
-    """Same as `_open_model`, for a PEFT adapter on the base model that it names."""
+    """Same as `open_model`, for a PEFT adapter on the base model that it names."""
     if not is_peft(directory):
         raise ValueError(f"{directory} has no training settings; use a run or adapter from loraplus train")
     base_name = peft_options(directory).base_model

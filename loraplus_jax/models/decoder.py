@@ -192,6 +192,16 @@ class CausalLM(nn.Module):
             positions = segment_positions(segment_ids, input_ids.shape[1])
         return self.run(input_ids, positions, Shared(segment_ids), None)[0]
 
+    def logits_at(self, input_ids: jax.Array, segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        """Logits at S positions of each row only, float32 (B, S, vocabulary).
+
+        Args:
+          input_ids, segment_ids: int32 (B, T), as for `__call__`.
+          positions: int32 (B, S), indices into T.
+        """
+        hidden = self.hidden(input_ids, segment_ids)
+        return self._logits(jnp.take_along_axis(hidden, positions[..., None], axis=1))
+
     def extend(
         self, input_ids: jax.Array, segment_ids: jax.Array, cache: Cache, *, first: bool
     ) -> tuple[jax.Array, Cache]:

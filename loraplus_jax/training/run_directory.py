@@ -236,10 +236,10 @@ def archive_results(directory: Path) -> None:
     step = summary.get("steps")
     for path in (directory / ADAPTER, directory / PICTURE, directory / RANKS, directory / SUMMARY):
         if path.exists():
-            path.rename(_first_free(path.with_stem(f"{path.stem}_step_{step}")))
+            path.rename(first_free(path.with_stem(f"{path.stem}_step_{step}")))
 
 
-def _first_free(path: Path) -> Path:
+def first_free(path: Path) -> Path:
     """The path itself if it is free, else the first free path with a number added."""
     numbered = (path.with_stem(f"{path.stem}.{number}") for number in range(1, 10**6))
     return path if not path.exists() else next(p for p in numbered if not p.exists())
@@ -258,7 +258,7 @@ def quarantine_checkpoint(
             f"{error}; the run has no other checkpoint: restore the original files (those of other checkpoints "
             f"are in {DAMAGED}/), or start over with --fresh"
         )
-    destination = _first_free(directory / DAMAGED / str(step))
+    destination = first_free(directory / DAMAGED / str(step))
     if is_lead():
         destination.parent.mkdir(exist_ok=True)
         (directory / CHECKPOINTS / str(step)).rename(destination)

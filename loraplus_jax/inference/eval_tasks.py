@@ -1,0 +1,325 @@
+"""`loraplus eval --tasks`: commonsense tasks and MMLU by the most likely choice."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .._validation import check_int, check_new_file, expand_path, suggest
+from ..atomic import to_json, write_text
+from ..data.chat import Tokens, tokenize
+from ..data.chat_template import ChatTemplate
+from ..data.commonsense import COMMONSENSE, read_commonsense
+from ..data.mmlu import Subject, read_mmlu
+from ..data.multiple_choice import Question, tokenize_choices
+from ..data.readers import raise_problems
+from ..interop.peft_files import NOTES_FILE
+from ..models.tokenizer import tokenizer as load_tokenizer
+from ..settings.schema import Dtype
+from ..sharding import make_mesh, replicate
+from ..tasks.causal_lm import model_config, tokenizer_and_template
+from ..training.init_adapter import find_adapter
+from ..training.run_directory import describe_unfinished, first_free, read_summary
+from .generate import open_model
+from .scoring import Continuation, Score, Scorer
+
+MMLU, DEFAULT_SHOTS = "mmlu", 5
+TASKS = (*COMMONSENSE, MMLU)
+RESULTS = "tasks.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """The share of questions whose correct choice is the most likely one.
+
+    Attributes:
+      accuracy: the share, from 0 to 1.
+      stderr: its standard error, `sqrt(p (1 - p) / (n - 1))`; NaN for a single question.
+      examples: n, the number of questions scored.
+      available: the number of questions in the files.
+      fewer_shots: the number of questions with fewer solved examples than asked for, to fit the model's context.
+      subjects: the same for each subject of MMLU.
+    """
+
+    accuracy: float
+    stderr: float
+    examples: int
+    available: int
+    fewer_shots: int = 0
+    subjects: "dict[str, Accuracy]" = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        correct: Sequence[bool],
+        available: int,
+        fewer_shots: int = 0,
+        subjects: "dict[str, Accuracy] | None" = None,
+    ) -> "Accuracy":
+        """Computes the accuracy and its error from single answers.
+
+        >>> Accuracy.of([True, True, False, False], 9)
+        Accuracy(accuracy=0.5, stderr=0.28867513459481287, examples=4, available=9, fewer_shots=0, subjects={})
+        """
+        n, p = len(correct), sum(correct) / len(correct)
+        error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
+        return cls(p, error, n, available, fewer_shots, subjects or {})
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskResults:
+    """The accuracies of a model on tasks.
+
+    Attributes:
+      model: the run or model.
+      data_root: directory of the tasks' files.
+      steps: training steps of a run; None for a model.
+      shots: solved examples before each question of MMLU; None without it.
+      limit: the number of questions of each task and subject that were scored, at most; None for all.
+      tasks: accuracy by task.
+    """
+
+    model: str
+    data_root: str
+    steps: int | None
+    shots: int | None
+    limit: int | None
+    tasks: dict[str, Accuracy]
+
+    @property
+    def mean(self) -> tuple[float, float]:
+        """The mean over tasks, each with the same weight, and its standard error."""
+        results = self.tasks.values()
+        error = math.sqrt(sum(result.stderr**2 for result in results))
+        return sum(result.accuracy for result in results) / len(results), error / len(results)
+
+    def to_json(self) -> dict[str, Any]:
+        """The results as JSON values."""
+        accuracy, error = self.mean
+        return {**dataclasses.asdict(self), "mean": {"accuracy": accuracy, "stderr": error}}
+
+    def __str__(self) -> str:
+        """A table, and what was left out."""
+        lines = [f"{'task':36} accuracy  ± error  examples"]
+        for task, result in self.tasks.items():
+            for name, part in [(task, result), *((f"  {n}", x) for n, x in result.subjects.items())]:
+                lines.append(f"{name:36} {_percent(part.accuracy, part.stderr)}  {part.examples:,}")
+        if len(self.tasks) > 1:
+            lines.append(f"{'mean of the tasks':36} {_percent(*self.mean)}")
+        if left_out := sum(x.available - x.examples for x in self.tasks.values()):
+            each = "task and subject" if MMLU in self.tasks else "task"
+            lines.append(
+                f"--limit {self.limit}: only the first questions of each {each}; {left_out:,} left out"
+            )
+        if fewer := sum(x.fewer_shots for x in self.tasks.values()):
+            lines.append(
+                f"{fewer:,} questions of {MMLU} have fewer than {self.shots} examples, to fit the model's context"
+            )
+        return "\n".join(lines)
+
+
+def evaluate_tasks(
+    place: str,
+    tasks: Sequence[str],
+    root: Path,
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    output: Path | None = None,
+    template: str | None = None,
+    dtype: Dtype | None = None,
+    config: str | None = None,
+    allow_different: Sequence[str] = (),
+) -> tuple[TaskResults, Path]:
+    """Evaluates a language model on commonsense tasks and MMLU, and writes the results to a JSON file.
+
+    The prediction is the choice with the highest log-likelihood. A commonsense question is the user's message in
+    the chat template, and its choices are answers such as "the correct answer is answer1". MMLU has its own format
+    without a chat template, and its choices are the letters, see `Subject.prompt`.
+
+    Args:
+      place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
+      tasks: names of `TASKS`.
+      root: directory with the files, see `read_commonsense` and `read_mmlu`.
+      shots: solved examples before each question of MMLU; 5 by default. A question gets fewer if it does not fit
+        the model's context otherwise.
+      limit: score only so many questions of each task and subject, the first ones.
+      batch_size: sequences per batch.
+      output: new .json file; by default `tasks.json` in the directory of a run, an adapter or a merged model,
+        with a number added if the name is taken.
+      template, dtype, config, allow_different: see `generate_answers`.
+
+    Returns:
+      The results, and the file that they were written to.
+
+    Raises:
+      ValueError, OSError: an argument is out of range, a file is missing or invalid, a question does not fit the
+        model's context, or it is not a language model.
+    """
+    for name in tasks:
+        if name not in TASKS:
+            raise ValueError(f"--tasks: unknown task {name!r}{suggest(name, TASKS)}")
+        if tasks.count(name) > 1:
+            raise ValueError(f"--tasks names {name} twice")
+    check_int("--batch_size", batch_size, at_least=1)
+    if limit is not None:
+        check_int("--limit", limit, at_least=1)
+    if shots is not None:
+        check_int("--shots", shots, at_least=0)
+        if MMLU not in tasks:
+            raise ValueError(f"--shots {shots} applies to {MMLU}, which --tasks does not name; remove it")
+    elif MMLU in tasks:
+        shots = DEFAULT_SHOTS
+    path = expand_path("model", place)
+    output = _output_file(path, output)
+    root = expand_path("--data_root", root)
+    parts = list(_read_parts(tasks, root, shots or 0, limit))
+    settings, base, task, model, variables = open_model(place, template, dtype, config, allow_different)
+    longest, mesh = model_config(base).max_length, make_mesh(1)
+    tokenizer, chat_template = load_tokenizer(base), None
+    if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
+        _, chat_template = tokenizer_and_template(settings, base, task)
+    items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
+    _check_lengths(parts, items, longest)
+    variables = replicate(mesh, variables)
+    scorer = Scorer(model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
+    scores = iter(scorer([choice for some in items for item in some for choice in item.choices]))
+    correct = [
+        [_is_correct(question, item, scores) for question, item in zip(part.questions, some, strict=True)]
+        for part, some in zip(parts, items, strict=True)
+    ]
+    summary = read_summary(path) or {}
+    accuracies = _accuracies(parts, items, correct)
+    results = TaskResults(place, str(root), summary.get("steps"), shots, limit, accuracies)
+    write_text(output, to_json(results.to_json(), indent=1) + "\n", new=True)
+    return results, output
+
+
+class _Part(NamedTuple):
+    """The questions of a task or of a subject of MMLU, up to the limit, and their number without it."""
+
+    task: str
+    subject: Subject | None
+    questions: Sequence[Question]
+    available: int
+
+
+class _Item(NamedTuple):
+    """The choices of a question as tokens, and whether it has fewer solved examples than asked for."""
+
+    choices: list[Continuation]
+    fewer_shots: bool = False
+
+
+def _output_file(path: Path, output: Path | None) -> Path:
+    """The new file for the results; checks that it can be written before anything is computed."""
+    if output is None:
+        if find_adapter(path) is None and not (path / NOTES_FILE).is_file():
+            if (unfinished := describe_unfinished(path)) is not None:
+                raise FileNotFoundError(unfinished)
+            raise ValueError(
+                f"--output FILE.json is required for {path}, which is not a run, adapter or merged model"
+            )
+        output = first_free(path / RESULTS)
+    elif output.suffix != ".json":
+        raise ValueError(f"--output must be a .json file with --tasks, got {output}")
+    check_new_file("--output", output)
+    return output
+
+
+def _read_parts(tasks: Sequence[str], root: Path, shots: int, limit: int | None) -> Iterator[_Part]:
+    if not root.is_dir():
+        raise ValueError(f"--data_root {root} is not a directory: set it to one that has the tasks' folders")
+    for name in tasks:
+        if name == MMLU:
+            for subject in read_mmlu(root, shots):
+                yield _Part(name, subject, subject.questions[:limit], len(subject.questions))
+        else:
+            questions = read_commonsense(root, name)
+            yield _Part(name, None, questions[:limit], len(questions))
+
+
+def _encode(
+    part: _Part, shots: int, tokenizer: Tokenizer, template: ChatTemplate | None, longest: int
+) -> list[_Item]:
+    if part.subject is not None:
+        return _encode_mmlu(part.subject, part.questions, shots, tokenizer, longest)
+    assert template is not None
+    rows = tokenize_choices(part.questions, tokenizer, template)
+    return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
+
+
+def _encode_mmlu(
+    subject: Subject, questions: Sequence[Question], shots: int, tokenizer: Tokenizer, longest: int
+) -> list[_Item]:
+    """Encodes a subject's questions, each with as many solved examples as fit the model's context."""
+    # The tokens that the tokenizer puts before a text, such as BOS.
+    special = tokenizer.encode("a")
+    start = np.array(special.ids[: special.special_tokens_mask.index(0)], np.int32)
+    items: dict[int, _Item] = {}
+    for k in range(shots, -1, -1):
+        missing = [n for n in range(len(questions)) if n not in items]
+        prompts = [subject.prompt(questions[n], k) for n in missing]
+        texts = [
+            prompt + choice
+            for n, prompt in zip(missing, prompts, strict=True)
+            for choice in questions[n].choices
+        ]
+        encodings = tokenize(texts, tokenizer)
+        for n, prompt in zip(missing, prompts, strict=True):
+            tokens = [Tokens(x) for x in itertools.islice(encodings, len(questions[n].choices))]
+            choices = [
+                Continuation(np.concatenate([start, x.ids]), len(start) + x.first_after(len(prompt)))
+                for x in tokens
+            ]
+            if k == 0 or max(len(choice.ids) for choice in choices) <= longest:
+                items[n] = _Item(choices, k < shots)
+    return [items[n] for n in range(len(questions))]
+
+
+def _check_lengths(parts: Sequence[_Part], items: Sequence[Sequence[_Item]], longest: int) -> None:
+    """Raises ValueError with the questions that do not fit the model's context."""
+    problems = []
+    for part, some in zip(parts, items, strict=True):
+        for question, item in zip(part.questions, some, strict=True):
+            if (length := max(len(choice.ids) for choice in item.choices)) > longest:
+                problem = f"{length} tokens with a choice, above the model's context of {longest}: remove it"
+                problems.append((question.place, problem))
+    raise_problems(problems)
+
+
+def _is_correct(question: Question, item: _Item, scores: Iterator[Score]) -> bool:
+    """Whether the correct choice is the first of the most likely ones; takes the item's scores."""
+    likelihoods = [score.log_likelihood for score in itertools.islice(scores, len(item.choices))]
+    return likelihoods.index(max(likelihoods)) == question.answer
+
+
+def _accuracies(
+    parts: Sequence[_Part], items: Sequence[Sequence[_Item]], correct: Sequence[Sequence[bool]]
+) -> dict[str, Accuracy]:
+    """Accuracy by task; that of MMLU is over all questions, as its own script computes it."""
+    results: dict[str, Accuracy] = {}
+    for name in dict.fromkeys(part.task for part in parts):
+        mine = [n for n, part in enumerate(parts) if part.task == name]
+        single = {
+            n: Accuracy.of(correct[n], parts[n].available, sum(item.fewer_shots for item in items[n]))
+            for n in mine
+        }
+        subjects = {subject.name: single[n] for n in mine if (subject := parts[n].subject)}
+        results[name] = Accuracy.of(
+            [answer for n in mine for answer in correct[n]],
+            sum(result.available for result in single.values()),
+            sum(result.fewer_shots for result in single.values()),
+            subjects,
+        )
+    return results
+
+
+def _percent(accuracy: float, error: float) -> str:
+    return f"{100 * accuracy:6.1f} % {100 * error:6.1f} %"

@@ -1,0 +1,180 @@
+"""`loraplus eval --tasks` on runs, models and invalid input."""
+
+import json
+
+import numpy as np
+import pytest
+
+from loraplus_jax.cli import main
+from loraplus_jax.training import trainer
+
+from ..data.test_mmlu import write_mmlu
+from ..messages import assert_mentions
+from .test_run import printed_json
+
+pytestmark = pytest.mark.usefixtures("cache")
+CHOICES = (
+    *("--task", "multiple_choice", "--data.path", "{dir}/questions.jsonl", "--data.max_length", "128"),
+    *("--train.prompt", "null", "--train.prompt_tokens", "64", "--train.steps", "4"),
+)
+CONTEXT = 256
+
+
+def write_tasks(root):
+    """Files of boolq, arc_easy and two subjects of MMLU, small enough for the tiny model's context."""
+    rng = np.random.default_rng(0)
+    for folder, words in {"boolq": ["true", "false"], "ARC-Easy": ["answer1", "answer2", "answer3"]}.items():
+        (root / folder).mkdir(parents=True)
+        rows = []
+        for n in range(30):
+            text = f"what is {n} ?\n\nAnswer format: {'/'.join(words)}"
+            word = str(rng.choice(words))
+            rows.append({"instruction": text, "input": "", "output": f"the correct answer is {word}"})
+            rows[-1]["answer"] = word
+        (root / folder / "test.json").write_text(json.dumps(rows))
+    for subject in ("astronomy", "world_religions"):
+        rows = [[f"what is {n} ?", *map(str, range(4)), "ABCD"[rng.integers(4)]] for n in range(12)]
+        # Too long for all three examples.
+        rows[5][0] *= 18
+        write_mmlu(root / "mmlu", subject, rows[:3], rows[3:])
+    return root
+
+
+@pytest.fixture(scope="module")
+def long_talk(first_talk, tmp_path_factory):
+    """A world with a longer context, the files of tasks, and a run on questions; to be read only."""
+    world = first_talk.copy(tmp_path_factory.mktemp("long_talk"))
+    config = world.model / "config.json"
+    values = json.loads(config.read_text()) | {"max_position_embeddings": CONTEXT}
+    config.write_text(json.dumps(values))
+    write_tasks(world.directory / "tasks")
+    return world
+
+
+@pytest.fixture(scope="module")
+def run(long_talk, cache):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "draw_loss", lambda *_: None)
+        long_talk.trained(*[word.format(dir=long_talk.directory) for word in CHOICES])
+    return long_talk
+
+
+def evaluate(world, place, tasks, *options):
+    return main(
+        ["eval", str(place), "--tasks", tasks, "--data_root", str(world.directory / "tasks"), *options]
+    )
+
+
+@pytest.mark.slow
+def test_a_run_on_tasks(run, capsys):
+    assert evaluate(run, run.out, "arc_easy,mmlu,boolq", "--shots", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["task", "arc_easy", "mmlu", "astronomy", "world_religions", "boolq", "mean"]
+    assert [line.split()[0] for line in lines[:7]] == names
+    assert_mentions(lines[7], 2, "mmlu", "fewer than 3")
+    file = run.out / "tasks.json"
+    assert_mentions(lines[8], "written", str(file))
+    assert len(lines) == 9
+    results = json.loads(file.read_text())
+    assert results["steps"] == 4
+    assert results["shots"] == 3
+    tasks = results["tasks"]
+    assert {name: task["examples"] for name, task in tasks.items()} == {
+        "arc_easy": 30,
+        "mmlu": 18,
+        "boolq": 30,
+    }
+    # The same answers as an evaluation of the file, whose batches hold all choices of a question.
+    for name, folder in {"arc_easy": "ARC-Easy", "boolq": "boolq"}.items():
+        data = run.directory / "tasks" / folder / "test.json"
+        found = printed_json(capsys, "eval", str(run.out), "--data", str(data))
+        assert tasks[name]["accuracy"] == pytest.approx(found["accuracy"])
+    subjects = tasks["mmlu"]["subjects"]
+    assert {name: subject["fewer_shots"] for name, subject in subjects.items()} == dict.fromkeys(subjects, 1)
+    mean = np.mean([subject["accuracy"] for subject in subjects.values()])
+    assert tasks["mmlu"]["accuracy"] == pytest.approx(mean)
+    for task in tasks.values():
+        p, n = task["accuracy"], task["examples"]
+        answers = [1.0] * round(p * n) + [0.0] * round((1 - p) * n)
+        assert task["stderr"] == pytest.approx(np.std(answers, ddof=1) / np.sqrt(n))
+    assert results["mean"]["accuracy"] == pytest.approx(np.mean([t["accuracy"] for t in tasks.values()]))
+    errors = [task["stderr"] for task in tasks.values()]
+    assert results["mean"]["stderr"] == pytest.approx(np.linalg.norm(errors) / 3)
+    # Nothing is overwritten, and a limit is told.
+    before = file.read_bytes()
+    assert evaluate(run, run.out, "boolq,mmlu", "--limit", "4", "--shots", "0") == 0
+    printed = capsys.readouterr().out
+    assert_mentions(printed, "--limit 4", 26 + 2 * 5, "tasks.1.json")
+    assert file.read_bytes() == before
+    limited = json.loads((run.out / "tasks.1.json").read_text())
+    assert limited["limit"] == 4
+    assert limited["tasks"]["mmlu"]["examples"] == 8
+    assert limited["tasks"]["mmlu"]["available"] == 18
+    assert limited["tasks"]["mmlu"]["fewer_shots"] == 0
+
+
+@pytest.mark.slow
+def test_a_packed_run_a_merged_model_and_a_base(run, tmp_path, capsys):
+    args = [word.format(dir=run.directory) for word in CHOICES]
+    packed = run.trained(*args, "--model.quantize", "nf4", out=tmp_path / "packed")
+    merged, base = tmp_path / "merged", tmp_path / "base.json"
+    assert main(["export", str(run.out), "--to", str(merged), "--merged"]) == 0
+    data = run.directory / "tasks/ARC-Easy/test.json"
+    for place in (packed, merged):
+        assert evaluate(run, place, "arc_easy,boolq") == 0
+        capsys.readouterr()
+        found = printed_json(capsys, "eval", str(place), "--data", str(data))
+        results = json.loads((place / "tasks.json").read_text())
+        assert results["tasks"]["arc_easy"]["accuracy"] == pytest.approx(found["accuracy"])
+    assert evaluate(run, run.model, "mmlu", "--shots", "1", "--output", str(base)) == 0
+    results = json.loads(base.read_text())
+    assert results["steps"] is None
+    assert results["tasks"]["mmlu"]["fewer_shots"] == 0
+    capsys.readouterr()
+    assert evaluate(run, run.model, "mmlu", "--output", str(base)) == 2
+    assert_mentions(capsys.readouterr().err, "--output", "exists")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--tasks", "bolq,mmlu"), ["--tasks", "'bolq'", "'boolq'"]),
+        (("--tasks", "boolq,boolq"), ["--tasks", "boolq", "twice"]),
+        (("--tasks", ""), ["--tasks", "arc_easy"]),
+        (("--tasks", "piqa"), ["piqa/test.json", "boolq", "mmlu"]),
+        (("--tasks", "mmlu"), ["--shots 5", 3, "astronomy_dev.csv"]),
+        (("--tasks", "mmlu", "--shots", "-1"), ["--shots", -1, 0]),
+        (("--tasks", "boolq", "--shots", "2"), ["--shots 2", "mmlu"]),
+        (("--tasks", "boolq", "--limit", "0"), ["--limit", 0, 1]),
+        (("--tasks", "boolq", "--batch_size", "0"), ["--batch_size", 0, 1]),
+        (("--tasks", "boolq", "--split", "test"), ["--split", "--tasks"]),
+        (("--limit", "3"), ["--limit", "--tasks"]),
+        (("--tasks", "boolq", "--output", "{dir}/a.txt"), ["--output", ".json", "a.txt"]),
+        (("--tasks", "boolq", "--output", ""), ["--output", "run, adapter or merged model"]),
+        (("--tasks", "boolq", "--data_root", "{dir}/nowhere"), ["--data_root", "nowhere", "directory"]),
+        (("--tasks", "boolq", "--data_root", ""), ["--tasks", "--data_root"]),
+        (("--tasks", "mmlu", "--shots", "3"), ["astronomy_test.csv:1", "context", 64]),
+    ],
+)
+def test_invalid_options(first_talk, tmp_path, capsys, options, named):
+    words = {"--data_root": str(tmp_path / "tasks"), "--output": str(tmp_path / "a.json")}
+    write_tasks(tmp_path / "tasks")
+    words |= {a: b.format(dir=tmp_path) for a, b in zip(options[::2], options[1::2], strict=True)}
+    given = [word for name, value in words.items() if value or name == "--tasks" for word in (name, value)]
+    if "--tasks" not in words:
+        given = list(options)
+    assert main(["eval", str(first_talk.model), *given]) == 2
+    message = capsys.readouterr().err
+    assert_mentions(message, *named)
+    assert message.count("loraplus:") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks"]
+
+
+@pytest.mark.slow
+def test_an_encoder_is_rejected(finished, tmp_path, capsys):
+    write_tasks(finished.directory / "tasks")
+    assert evaluate(finished, finished.out, "boolq") == 2
+    assert_mentions(capsys.readouterr().err, "encoder", "not a language model")
+    assert not (finished.out / "tasks.json").exists()
+    assert evaluate(finished, finished.model, "boolq", "--output", str(tmp_path / "a.json")) == 2
+    assert_mentions(capsys.readouterr().err, "bert", "not a language model")
