@@ -184,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", help="split to evaluate: train, validation or test (default: test)")
     evaluate.add_argument("--data", help="labelled file to evaluate instead of a split")
     evaluate.add_argument("--config", help=PEFT_CONFIG_HELP)
+    evaluate.add_argument(
+        "--output", type=Path, help="new .jsonl file for the generated texts (task generation)"
+    )
     predict = add(
         "predict",
         _predict,
@@ -217,7 +220,22 @@ def _generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--data", help="file of conversations; regenerates the last answer of each")
     generate.add_argument("--system", help="system message before every --prompt")
     generate.add_argument(
-        "--max_tokens", type=int, default=128, help="maximum tokens of an answer (default: 128)"
+        "--max_tokens",
+        type=int,
+        help="maximum tokens of an answer (default: 128; a run of task generation uses its own)",
+    )
+    generate.add_argument(
+        "--beams",
+        type=int,
+        help="answer by beam search with this many beams; a run of task generation uses its own",
+    )
+    generate.add_argument(
+        "--length_penalty", type=float, help="power of the length that divides log-probabilities (default: 1)"
+    )
+    generate.add_argument(
+        "--no_repeat_ngram",
+        type=int,
+        help="no sequence of this many tokens appears twice (default: 0, all may)",
     )
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (default: 0)"
@@ -337,9 +355,12 @@ def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> None:
-    from .inference.predict import evaluate_run
+    from .inference.predict import check_output, evaluate_run
 
-    keywords = {name: getattr(options, name) for name in ("split", "data", "config", "allow_different")}
+    if options.output is not None:
+        check_output(options.output)
+    names = ("split", "data", "config", "output", "allow_different")
+    keywords = {name: getattr(options, name) for name in names}
     _print(to_json(evaluate_run(options.run_directory, **keywords), indent=1))
 
 
@@ -381,6 +402,9 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         "data",
         "system",
         "max_tokens",
+        "beams",
+        "length_penalty",
+        "no_repeat_ngram",
         "temperature",
         "top_p",
         "seed",
