@@ -87,9 +87,8 @@ def read_inputs(path: str | Path, columns: Mapping[str, str] | None = None) -> l
     rows = read_rows(path, (name,))
     mrs = [row.values[name] for row in rows]
     turns = _user_turns(mrs, [location_of(path, row.line) for row in rows], name)
-    return list(
-        {turn: Input(mr, turn, ()) for mr, turn in reversed([*zip(mrs, turns, strict=True)])}.values()
-    )[::-1]
+    first = dict(zip(reversed(turns), reversed(mrs), strict=True))
+    return [Input(first[turn], turn, ()) for turn in dict.fromkeys(turns)]
 
 
 def group_references(descriptions: Iterable[Description]) -> list[Input]:

@@ -17,6 +17,7 @@ from .decoder import Cache, Config, init_cache
 from .generate import NONFINITE_LOGITS, PAD_AFTER_END
 
 EarlyStopping = Literal["heuristic", "complete", "never"]
+NoRepeatIn = Literal["all", "new"]
 BeamSearch = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
 """`search(variables, input_ids, segment_ids) -> (tokens, scores)`, see `make_beam_search`."""
 
@@ -57,6 +58,7 @@ def make_beam_search(
     beams: int,
     length_penalty: float = 1.0,
     no_repeat_ngram: int = 0,
+    no_repeat_in: NoRepeatIn = "all",
     early_stopping: EarlyStopping = "heuristic",
     dtype: Any = jnp.float32,
 ) -> BeamSearch:
@@ -72,7 +74,9 @@ def make_beam_search(
       stop: ids that end a sequence.
       beams: K, at most the size of the vocabulary.
       length_penalty: above 0 favours longer sequences; 0 compares log-probabilities.
-      no_repeat_ngram: no n-gram of this size appears twice in prompt and new tokens; 0 allows all.
+      no_repeat_ngram: no n-gram of this size appears twice; 0 allows all.
+      no_repeat_in: where n-grams are counted: `"all"`, in prompt and new tokens, as in transformers; `"new"`, in
+        new tokens alone, which may then copy from the prompt, as in the code of LoRA's paper (arXiv 2106.09685).
       early_stopping: when the search for a prompt ends: `"complete"`, once K sequences have ended; `"heuristic"`,
         once no open sequence would beat the worst of K that have ended if it ended now; `"never"`, once none can
         beat it at any length. In transformers these are True, False and `"never"`.
@@ -90,6 +94,7 @@ def make_beam_search(
     check_int("no_repeat_ngram", no_repeat_ngram, at_least=0)
     check_number("length_penalty", length_penalty)
     check_choice("early_stopping", early_stopping, get_args(EarlyStopping))
+    check_choice("no_repeat_in", no_repeat_in, get_args(NoRepeatIn))
     if beams > config.vocab_size:
         raise ValueError(
             f"beams must be at most {config.vocab_size}, the size of the vocabulary, got {beams}"
@@ -105,11 +110,12 @@ def make_beam_search(
         i, rows = state.length, len(prompts)
         log_probs = jax.nn.log_softmax(logits)
         if no_repeat_ngram:
-            history = jnp.concatenate(
-                [jnp.repeat(prompts, beams, 0), state.tokens.reshape(-1, new_tokens)], 1
-            )
-            first = jnp.repeat(jnp.argmax(segments, axis=1), beams)
-            log_probs = _ban_repeats(log_probs, history, first, prompts.shape[1] + i, no_repeat_ngram)
+            history, end = state.tokens.reshape(-1, new_tokens), i
+            first = jnp.zeros(len(history), jnp.int32)
+            if no_repeat_in == "all":
+                history = jnp.concatenate([jnp.repeat(prompts, beams, axis=0), history], axis=1)
+                first, end = jnp.repeat(jnp.argmax(segments, axis=1), beams), prompts.shape[1] + i
+            log_probs = _ban_repeats(log_probs, history, first, end, no_repeat_ngram)
         total = log_probs.reshape(rows, beams, -1) + state.scores[:, :, None]
         # As many candidates as leave K open sequences, whichever of them end here.
         scores, index = jax.lax.top_k(total.reshape(rows, -1), max(2, 1 + len(stops)) * beams)
@@ -209,7 +215,7 @@ def _ban_repeats(
 
     Args:
       log_probs: (R, V).
-      history: int32 (R, T + N), tokens from index `first` (R,) up to `end`.
+      history: int32 (R, H), tokens from index `first` (R,) up to `end`.
       first: (R,), end of the padding.
       end: scalar.
       size: n.

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from .._validation import check_number
 from ..config import BASE_INITS, LoRAPlusConfig
 from ..models.attention import Attention
-from ..models.beam_search import EarlyStopping
+from ..models.beam_search import EarlyStopping, NoRepeatIn
 from ..models.decoder import Remat
 from ..models.packing import Quantize
 from ..optim.lora_plus import MIN_EPS
@@ -45,7 +45,12 @@ ADALORA = (
     "optimizer.singular_learning_rate",
 )
 GENERATION = (
-    *("generation.beams", "generation.length_penalty", "generation.no_repeat_ngram"),
+    *(
+        "generation.beams",
+        "generation.length_penalty",
+        "generation.no_repeat_ngram",
+        "generation.no_repeat_in",
+    ),
     *("generation.early_stopping", "generation.max_new_tokens", "generation.inputs", "generation.batch_size"),
 )
 REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
@@ -360,7 +365,9 @@ class GenerationSettings:
       beams: beams of the beam search; 1 is greedy decoding.
       length_penalty: power of the length by which a text's log-probability is divided to compare texts; above 0
         favours longer ones.
-      no_repeat_ngram: no sequence of this many tokens appears twice in input and text; 0 allows all.
+      no_repeat_ngram: no sequence of this many tokens appears twice; 0 allows all.
+      no_repeat_in: where these sequences are counted: new, in the text alone, which may then copy from its input;
+        all, in input and text, as transformers does.
       early_stopping: when the search for a text ends: complete, once as many texts as beams have ended; heuristic,
         once no open one would beat these if it ended now; never, once none can beat them at any length.
       max_new_tokens: maximum tokens of a text.
@@ -372,6 +379,7 @@ class GenerationSettings:
     beams: Count = 4
     length_penalty: Number = 1.0
     no_repeat_ngram: Index = 0
+    no_repeat_in: NoRepeatIn = "new"
     early_stopping: EarlyStopping = "heuristic"
     max_new_tokens: Count = 64
     inputs: Count | None = None

@@ -84,6 +84,7 @@ class ChatModel:
                 beams=search.beams,
                 length_penalty=search.length_penalty,
                 no_repeat_ngram=search.no_repeat_ngram,
+                no_repeat_in=search.no_repeat_in,
                 early_stopping=search.early_stopping,
                 **options,
             )

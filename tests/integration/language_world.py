@@ -1,5 +1,6 @@
 """What the tiny world of language models is made of: a random Llama with a tokenizer, conversations, questions."""
 
+import itertools
 import json
 
 import numpy as np
@@ -39,6 +40,17 @@ def questions(count=120):
         choices = rng.permutation([row["output"], *rng.permutation(wrong)[: 1 + n % 3]])
         rows.append({"prompt": row["instruction"], "choices": choices.tolist(), "answer": row["output"]})
     return rows
+
+
+def descriptions(count=120):
+    """Structured inputs with two texts each."""
+    rng = np.random.default_rng(3)
+    rows = {}
+    for subject, colour in itertools.islice(itertools.cycle(COLOURS.items()), count // 2):
+        fillers = " ".join(rng.choice(FILLERS, 3))
+        mr = f"what[{subject}], colour[{colour}], say[{fillers}]"
+        rows[mr] = [{"mr": mr, "ref": f"{subject} is {colour}"}, {"mr": mr, "ref": f"it is {colour}"}]
+    return [row for pair in rows.values() for row in pair]
 
 
 def vocabulary():
