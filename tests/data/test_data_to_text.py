@@ -18,7 +18,7 @@ LINE = "name : The Rice Boat | food : French, Italian | customer rating : 5 out 
 TABLE = f'''mr,ref
 "{MR}",The Rice Boat is good.
 "name[Zizzi]","Zizzi, a place."
-"{MR.replace(", ", ",")}","It is ""good""."
+"{MR.replace("], ", "] ,")}","It is ""good""."
 near : Zizzi,Near Zizzi.
 '''
 

@@ -49,7 +49,8 @@ def descriptions(count=120):
     for subject, colour in itertools.islice(itertools.cycle(COLOURS.items()), count // 2):
         fillers = " ".join(rng.choice(FILLERS, 3))
         mr = f"what[{subject}], colour[{colour}], say[{fillers}]"
-        rows[mr] = [{"mr": mr, "ref": f"{subject} is {colour}"}, {"mr": mr, "ref": f"it is {colour}"}]
+        texts = (f"the {subject} is {colour} now", f"say it is {colour} now")
+        rows[mr] = [{"mr": mr, "ref": text} for text in texts]
     return [row for pair in rows.values() for row in pair]
 
 

@@ -95,7 +95,7 @@ def test_without_a_test_file_the_validation_split_is_described(e2e):
     ("flags", "words"),
     [
         (("--generation.beams", "1000"), ("generation.beams", 1000, "vocabulary")),
-        (("--generation.inputs", "7"), ("generation.inputs", 6, 7)),
+        (("--generation.inputs", "13"), ("generation.inputs", 12, 13)),
         (("--generation.max_new_tokens", "64"), (64,)),
         (("--generation.beams", "0"), ("generation.beams", 0)),
         (("--generation.early_stopping", "soon"), ("generation.early_stopping", "soon", "never")),
