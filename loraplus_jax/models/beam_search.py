@@ -148,7 +148,7 @@ def make_beam_search(
     @jax.jit
     def search(variables: Any, input_ids: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows, length = input_ids.shape
-        extend = functools.partial(model.apply, variables, method="extend")
+        extend: Any = functools.partial(model.apply, variables, method="extend")
         empty = init_cache(config, rows, length + new_tokens, dtype)
         # Beams share their prompt: it is read once, and its part of the cache is never reordered.
         logits, cache = extend(input_ids, segment_ids, empty, first=True)

@@ -54,7 +54,7 @@ def test_a_run_learns_to_describe_and_its_texts_are_beside_its_scores(e2e, capsy
     assert len(shown) == 2 * 5
     assert f"after:     {after[0]['text']}\nreference: {after[0]['references'][0]}" in output
     # The same scores and texts by the other commands.
-    found = printed_json(capsys, "eval", e2e.out, "--output", e2e.directory / "texts.jsonl")
+    found = printed_json(capsys, "eval", str(e2e.out), "--output", str(e2e.directory / "texts.jsonl"))
     assert {name: found[name] for name in SCORES} == pytest.approx({n: summary["after"][n] for n in SCORES})
     assert rows_of(e2e.directory / "texts.jsonl") == after
     answers = printed(capsys, "generate", e2e.out, "--prompt", after[0]["mr"])
