@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 
-from .._validation import check_int, expand_path
+from .._validation import check_int, check_number, expand_path
 from ..data.conversations import Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_options
 from ..models.generate import Sampling, check_sampling
 from ..models.hf import load_params
-from ..settings.schema import DataSettings, Dtype, ModelSettings, Settings
+from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
 from ..sharding import make_mesh, replicate
 from ..tasks.causal_lm import make_base
 from ..tasks.language_losses import LanguageTask
@@ -58,7 +58,7 @@ def generate_answers(
       max_tokens: maximum tokens per answer; by default 128, or for a run of task generation its
         `generation.max_new_tokens`.
       beams, length_penalty, no_repeat_ngram: see `make_beam_search`; by default those of a run of task generation,
-        and otherwise no beam search. Not with a temperature above 0, which samples.
+        and otherwise greedy decoding. Not with a temperature above 0, which samples.
       temperature, top_p: see `Sampling`.
       seed: seed for sampling; 0 by default.
       batch_size: conversations per batch.
@@ -81,8 +81,16 @@ def generate_answers(
     check_sampling(sampling)
     if max_tokens is not None:
         check_int("max_tokens", max_tokens, at_least=1)
-    options = {"beams": beams, "length_penalty": length_penalty, "no_repeat_ngram": no_repeat_ngram}
-    options = {name: value for name, value in options.items() if value is not None}
+    options: dict[str, Any] = {}
+    if beams is not None:
+        check_int("beams", beams, at_least=1)
+        options["beams"] = beams
+    if length_penalty is not None:
+        check_number("length_penalty", length_penalty)
+        options["length_penalty"] = length_penalty
+    if no_repeat_ngram is not None:
+        check_int("no_repeat_ngram", no_repeat_ngram, at_least=0)
+        options["no_repeat_ngram"] = no_repeat_ngram
     if options and temperature > 0:
         raise ValueError(f"--{next(iter(options))} requires --temperature 0, got {temperature}")
     check_int("batch_size", batch_size, at_least=1)
@@ -97,8 +105,10 @@ def generate_answers(
     is_generation = settings.task == "generation"
     default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS
     search = None
-    if temperature == 0 and (is_generation or options):
+    if temperature == 0 and is_generation:
         search = dataclasses.replace(settings.generation, **options)
+    elif options:
+        search = GenerationSettings(**{"beams": 1, **options})
     chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens or default, search)
     variables = replicate(make_mesh(1), variables)
     answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)

@@ -246,11 +246,11 @@ class Trainer:
         row = next((row for row in self.log.rows if row["step"] == 0), None)
         if row is None:
             values = self.evaluate(self.state.trainable, self.held_out)
-            values |= self.score_texts(self.state.trainable, "before")
             if not math.isfinite(values["loss"]):
                 raise TrainingFailed(
                     "the loss is not finite before training: check the weights, model.dtype and model.param_dtype"
                 )
+            values |= self.score_texts(self.state.trainable, "before")
             self.log.write(0, {prefix + key: value for key, value in values.items()})
             row = self.log.rows[-1]
         before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}

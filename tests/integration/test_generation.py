@@ -84,10 +84,10 @@ def test_an_interrupted_run_resumes_bit_identical_and_does_not_describe_again(e2
     assert (e2e.out / "generated_step_8.jsonl").exists()
 
 
-def test_without_a_test_file_the_validation_split_is_described(e2e):
-    e2e.trained(
-        *SHORT, "--data.test", "null", "--generation.inputs", "null", "--data.validation_fraction", "0.2"
-    )
+def test_without_a_test_file_the_validation_split_is_described_also_on_a_mesh(e2e):
+    flags = ("--data.test", "null", "--generation.inputs", "null", "--data.validation_fraction", "0.2")
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    e2e.trained(*SHORT, *flags, *mesh)
     assert summary_of(e2e.out)["held_out"] == {"split": "validation", "examples": 20, "inputs": 10}
 
 
@@ -125,3 +125,5 @@ def test_generate_searches_with_beams_where_it_is_asked_to(e2e, capsys, monkeypa
     assert widths == [1, 3]
     assert main([*map(str, asked), "--beams", "2", "--temperature", "1"]) == 2
     assert_mentions(capsys.readouterr().err, "--beams", "--temperature")
+    assert main([*map(str, asked), "--beams", "0"]) == 2
+    assert_mentions(capsys.readouterr().err, "beams", 0)
