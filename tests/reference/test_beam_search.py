@@ -28,12 +28,22 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["llama2", "gpt2", "qwen3"])
+@pytest.fixture(scope="module")
 def pair(request, tmp_path_factory):
     return families.Pair(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("case", [*CASES, *(long(case) for case in GRID[::7])], ids=str)
+@pytest.mark.parametrize(
+    ("pair", "case"),
+    [
+        pair if n < len(CASES) and n % 3 != f else long(*pair)
+        for f, family in enumerate(("llama2", "gpt2", "qwen3"))
+        for n, case in enumerate([*CASES, *GRID[f::21]])
+        for pair in [(family, case)]
+    ],
+    indirect=["pair"],
+    ids=str,
+)
 def test_tokens_and_scores_are_those_of_transformers(pair, case):
     beams, penalty, ngram, early, stop = case
     search = make_beam_search(
