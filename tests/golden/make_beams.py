@@ -42,7 +42,7 @@ def search(model, prompt, stop, new_tokens, beams, penalty, ngram, early):
             do_sample=False,
             num_beams=beams,
             no_repeat_ngram_size=ngram,
-            eos_token_id=list(stop),
+            eos_token_id=list(stop) or None,
             pad_token_id=0,
             return_dict_in_generate=True,
             output_scores=True,

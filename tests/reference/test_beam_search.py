@@ -8,24 +8,25 @@ import pytest
 from loraplus_jax.models.beam_search import make_beam_search
 from loraplus_jax.models.generate import PAD_AFTER_END, pad_left
 
-from ..marks import long
+from ..marks import diagonal, long
 from . import families
 
 pytestmark = pytest.mark.slow
 
 maker = families.golden_maker("make_beams")
-# Beams, length penalty, no-repeat size, early stopping, and which tokens end a sequence: all, rare and common ends.
-GRID = list(
-    itertools.product((1, 2, 3, 6), (0.0, 0.9, 2.0, -1.0), (0, 1, 2, 3), maker.EARLY, ((7, 11), maker.STOP))
-)
+FAMILIES = ("llama2", "gpt2", "qwen3")
+STOPS = {"common": maker.STOP, "rare": (7, 11), "none": ()}
+# Beams, length penalty, no-repeat size, early stopping, tokens that end a sequence.
 CASES = [
-    (2, 0.0, 2, "never", maker.STOP),
-    (3, 0.9, 0, "heuristic", maker.STOP),
-    (6, 2.0, 3, "complete", maker.STOP),
-    (3, -1.0, 1, "never", maker.STOP),
-    (2, 2.0, 2, "never", (7, 11)),
-    (1, 0.9, 2, "heuristic", maker.STOP),
+    (2, 0.0, 2, "never", "common"),
+    (3, 0.9, 0, "heuristic", "common"),
+    (6, 2.0, 3, "complete", "common"),
+    (3, -1.0, 1, "never", "common"),
+    (2, 2.0, 2, "never", "rare"),
+    (1, 0.9, 2, "heuristic", "common"),
 ]
+GRID = itertools.product((1, 2, 3, 6), (0.0, 0.9, 2.0, -1.0), (0, 1, 2, 3), maker.EARLY, STOPS)
+MORE = list(zip(itertools.cycle(FAMILIES), list(GRID)[::11]))
 
 
 @pytest.fixture(scope="module")
@@ -35,22 +36,17 @@ def pair(request, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("pair", "case"),
-    [
-        pair if n < len(CASES) and n % 3 != f else long(*pair)
-        for f, family in enumerate(("llama2", "gpt2", "qwen3"))
-        for n, case in enumerate([*CASES, *GRID[f::21]])
-        for pair in [(family, case)]
-    ],
+    [*diagonal(FAMILIES, CASES), *(long(*values) for values in MORE)],
     indirect=["pair"],
     ids=str,
 )
 def test_tokens_and_scores_are_those_of_transformers(pair, case):
-    beams, penalty, ngram, early, stop = case
+    beams, penalty, ngram, early, ends = case
     search = make_beam_search(
         pair.model,
         pair.model.config,
         new_tokens=maker.NEW,
-        stop=stop,
+        stop=STOPS[ends],
         beams=beams,
         length_penalty=penalty,
         no_repeat_ngram=ngram,
@@ -59,7 +55,7 @@ def test_tokens_and_scores_are_those_of_transformers(pair, case):
     tokens, scores = search({"params": pair.params}, *pad_left(maker.PROMPTS, multiple=4))
     for row, score, prompt in zip(np.asarray(tokens), scores, maker.PROMPTS, strict=True):
         wanted, wanted_score = maker.search(
-            pair.reference(), prompt, stop, maker.NEW, beams, penalty, ngram, early
+            pair.reference(), prompt, STOPS[ends], maker.NEW, beams, penalty, ngram, early
         )
         assert row[row != PAD_AFTER_END].tolist() == wanted
         if wanted_score is not None:
