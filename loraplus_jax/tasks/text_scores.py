@@ -35,9 +35,9 @@ def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     # The k-th list has every text's k-th reference, None for those with fewer.
     most = max(map(len, references))
     streams = [[r[k] if k < len(r) else None for r in references] for k in range(most)]
-    rouge = rouge_scorer.RougeScorer(["rougeL"])
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
     rouge_l = [
-        rouge.score_multi(r, text)["rougeL"].fmeasure for text, r in zip(texts, references, strict=True)
+        scorer.score_multi(r, text)["rougeL"].fmeasure for text, r in zip(texts, references, strict=True)
     ]
     tokenize = sacrebleu.BLEU(tokenize="13a").tokenizer
     tokens = [tokenize(text).split() for text in texts]
