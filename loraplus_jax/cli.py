@@ -239,7 +239,10 @@ def _task_options(evaluate: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="weight dtype of a model; a run uses its own"
     )
     evaluate.add_argument(
-        "--output", type=Path, help="new .json file for the results of --tasks (default: RUN/tasks.json)"
+        "--output",
+        type=Path,
+        help="new file: .json for the results of --tasks (default: RUN/tasks.json), or .jsonl for the texts of a "
+        "run of task generation",
     )
 
 
@@ -249,7 +252,22 @@ def _generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--data", help="file of conversations; regenerates the last answer of each")
     generate.add_argument("--system", help="system message before every --prompt")
     generate.add_argument(
-        "--max_tokens", type=int, default=128, help="maximum tokens of an answer (default: 128)"
+        "--max_tokens",
+        type=int,
+        help="maximum tokens of an answer (default: 128; a run of task generation uses its own)",
+    )
+    generate.add_argument(
+        "--beams",
+        type=int,
+        help="answer by beam search with this many beams; a run of task generation uses its own",
+    )
+    generate.add_argument(
+        "--length_penalty", type=float, help="power of the length that divides log-probabilities (default: 1)"
+    )
+    generate.add_argument(
+        "--no_repeat_ngram",
+        type=int,
+        help="no sequence of this many tokens appears twice (default: 0, all may)",
     )
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (default: 0)"
@@ -369,17 +387,19 @@ def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:
 
 
 def _eval(options: argparse.Namespace, _: list[str]) -> None:
-    shared = {name: getattr(options, name) for name in ("config", "allow_different")}
+    shared = {name: getattr(options, name) for name in ("output", "config", "allow_different")}
     splits = {name: getattr(options, name) for name in ("split", "data")}
-    names = ("data_root", "shots", "limit", "batch_size", "template", "dtype", "output")
+    names = ("data_root", "shots", "limit", "batch_size", "template", "dtype")
     only_tasks = {name: getattr(options, name) for name in names}
     excluded = only_tasks if options.tasks is None else splits
     if given := [f"--{name}" for name, value in excluded.items() if value is not None]:
         relation = "requires" if options.tasks is None else "cannot be combined with"
         raise ValueError(f"eval {given[0]} {relation} --tasks")
     if options.tasks is None:
-        from .inference.predict import evaluate_run
+        from .inference.predict import check_output, evaluate_run
 
+        if options.output is not None:
+            check_output(options.output)
         _print(to_json(evaluate_run(options.run_directory, **splits, **shared), indent=1))
         return
     from .inference.eval_tasks import evaluate_tasks
@@ -432,6 +452,9 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         "data",
         "system",
         "max_tokens",
+        "beams",
+        "length_penalty",
+        "no_repeat_ngram",
         "temperature",
         "top_p",
         "seed",

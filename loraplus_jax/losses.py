@@ -19,6 +19,7 @@ def chunked_cross_entropy(
     chunk: int = 512,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> jax.Array:
     """Computes every token's cross-entropy for a frozen LM head, without the full `(tokens, vocabulary)` logits.
 
@@ -35,9 +36,11 @@ def chunked_cross_entropy(
         into chunks, so that leading axes that are sharded over devices stay sharded.
       soft_cap: c, for logits `c * tanh(x / c)` (arXiv 2408.00118, section 2).
       z_loss: weight of `log(Z)^2`, which keeps logits from drifting (arXiv 2204.02311, section 5).
+      label_smoothing: e, for targets of 1 - e at the label plus e / V everywhere (arXiv 1512.00567, section 7).
 
     Returns:
-      float32 (..., T): `logsumexp(logits) - logits[label]`, plus the z-loss.
+      float32 (..., T): `logsumexp(logits) - logits[label]`, with smoothing less the logits' mean over the targets,
+      plus the z-loss.
 
     Raises:
       ValueError: shapes do not match, or an option is out of range.
@@ -49,6 +52,7 @@ def chunked_cross_entropy(
     """
     check_int("chunk", chunk, at_least=1)
     check_number("z_loss", z_loss, at_least=0.0)
+    check_number("label_smoothing", label_smoothing, at_least=0.0, below=1.0)
     if soft_cap is not None:
         check_number("soft_cap", soft_cap, above=0.0)
     inner = kernel.shape[1:] if transposed else kernel.shape[:1]
@@ -59,18 +63,21 @@ def chunked_cross_entropy(
         )
     rows = labels.reshape(-1, labels.shape[-1])
     states = hidden.reshape(*rows.shape, hidden.shape[-1])
-    options = _Options(max(1, chunk // max(1, len(rows))), "vd" if transposed else "dv", soft_cap, z_loss)
+    options = _Options(
+        max(1, chunk // max(1, len(rows))), "vd" if transposed else "dv", soft_cap, z_loss, label_smoothing
+    )
     losses: Any = _token_losses(states, jax.lax.stop_gradient(kernel), rows, options)
     return losses.reshape(labels.shape)
 
 
 class _Options(NamedTuple):
-    """Positions per chunk, the kernel's axes, and the options of logits and loss."""
+    """Positions per chunk, the kernel's axes, and the options of logits, loss and targets."""
 
     width: int
     axes: str
     soft_cap: float | None
     z_loss: float
+    smoothing: float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -121,11 +128,15 @@ def _losses(
         logits, slope = options.soft_cap * squashed, 1.0 - squashed**2
     log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)
-    losses = (log_z - label_logits + options.z_loss * log_z**2)[..., 0]
-    d_logits = jnp.exp(logits - log_z) * (1.0 + 2.0 * options.z_loss * log_z)
+    at_label, elsewhere = 1.0 - options.smoothing, options.smoothing / logits.shape[-1]
+    mean = at_label * label_logits
+    if elsewhere:
+        mean += elsewhere * jnp.sum(logits, axis=-1, keepdims=True)
+    losses = (log_z - mean + options.z_loss * log_z**2)[..., 0]
+    d_logits = jnp.exp(logits - log_z) * (1.0 + 2.0 * options.z_loss * log_z) - elsewhere
     if slope is None:
-        return losses, d_logits, jnp.ones_like(label_logits)
-    return losses, d_logits * slope, jnp.take_along_axis(slope, labels[..., None], axis=-1)
+        return losses, d_logits, jnp.full_like(label_logits, at_label)
+    return losses, d_logits * slope, at_label * jnp.take_along_axis(slope, labels[..., None], axis=-1)
 
 
 def _in_chunks(

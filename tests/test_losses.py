@@ -24,14 +24,14 @@ def inputs(dtype=jnp.float32, scale=1.0):
     return hidden, kernel, labels, weights
 
 
-def reference(hidden, kernel, labels, weights, cap=None, z_loss=0.0):
+def reference(hidden, kernel, labels, weights, cap=None, z_loss=0.0, smoothing=0.0):
     """Losses, and the gradient of their weighted sum by the hidden states, written out in float64."""
     hidden, kernel, weights = (np.asarray(x, np.float64) for x in (hidden, kernel, weights))
     raw = hidden @ kernel
     logits = raw if cap is None else cap * np.tanh(raw / cap)
     slope = 1.0 if cap is None else 1 - np.tanh(raw / cap) ** 2
     log_z = np.log(np.exp(logits).sum(-1))
-    right = np.eye(WORDS)[labels]
+    right = (1 - smoothing) * np.eye(WORDS)[labels] + smoothing / WORDS
     losses = log_z - (logits * right).sum(-1) + z_loss * log_z**2
     shares = np.exp(logits - log_z[..., None])
     d_logits = shares * (1 + 2 * z_loss * log_z)[..., None] - right
@@ -57,11 +57,12 @@ def test_every_chunk_size_gives_the_float64_values_and_gradients(chunk):
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
-@pytest.mark.parametrize(("cap", "z_loss"), [(2.0, 0.0), (None, 0.1), (5.0, 0.3)])
-def test_soft_cap_and_z_loss_give_the_float64_values_and_gradients(chunk, cap, z_loss):
+@pytest.mark.parametrize(("cap", "z_loss", "smoothing"), [(2.0, 0.0, 0.0), (None, 0.1, 0.1), (5.0, 0.3, 0.2)])
+def test_every_option_gives_the_float64_values_and_gradients(chunk, cap, z_loss, smoothing):
     data = inputs(scale=3.0)
-    found = value_and_gradient(*data, chunk=chunk, soft_cap=cap, z_loss=z_loss)
-    for ours, wanted in zip(found, reference(*data, cap, z_loss), strict=True):
+    options = {"soft_cap": cap, "z_loss": z_loss, "label_smoothing": smoothing}
+    found = value_and_gradient(*data, chunk=chunk, **options)
+    for ours, wanted in zip(found, reference(*data, cap, z_loss, smoothing), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=2e-5)
 
 
@@ -180,6 +181,7 @@ def test_the_memory_of_the_compiled_gradient_does_not_grow_with_the_vocabulary_t
         ({"soft_cap": -1.0}, "soft_cap .* -1"),
         ({"z_loss": -0.1}, "z_loss .* -0.1"),
         ({"z_loss": float("nan")}, "z_loss .* nan"),
+        ({"label_smoothing": 1.0}, "label_smoothing .* 1"),
         ({"transposed": True}, mentions("(V, D)", "(3, 10, 8)", "(8, 23)", "(3, 10)")),
     ],
 )

@@ -28,6 +28,23 @@ PLAIN = """\
 """
 """The template `"plain"`, for models without a chat template."""
 
+COMPLETION = """\
+{%- if bos_token != eos_token %}{{ bos_token }}{% endif %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}
+        {{- message.content + '\n\n' }}
+    {%- elif message.role == 'user' %}
+        {{- message.content + eos_token }}
+    {%- else %}
+        {{- ' ' + message.content + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+"""The template `"completion"`: input, end token, space, answer, end token; as the code of LoRA's paper has it for
+GPT-2 (arXiv 2106.09685)."""
+
+BUILT_IN = {"plain": PLAIN, "completion": COMPLETION}
+
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
@@ -115,29 +132,29 @@ def _split_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def load_template(choice: str, model: str | Path) -> ChatTemplate:
-    """Loads a chat template: `"model"`, `"plain"`, or the path of a template file.
+    """Loads a chat template: `"model"`, `"plain"`, `"completion"`, or the path of a template file.
 
     Args:
-      choice: `"model"` for the model's own template, `"plain"` for `PLAIN`, or a path.
+      choice: `"model"` for the model's own template, a name in `BUILT_IN`, or a path.
       model: a Hugging Face directory or a GGUF file; every template uses its `bos_token` and `eos_token`.
 
     Raises:
-      ValueError: the model has no template; `"plain"` has no `eos_token` to end answers with; the file cannot be
-        read; or the template is invalid.
+      ValueError: the model has no template; a built-in one has no `eos_token` to end answers with; the file cannot
+        be read; or the template is invalid.
     """
     tokens = special_tokens(model)
     bos, eos = tokens.get("bos_token", ""), tokens.get("eos_token", "")
-    if choice == "plain":
+    if choice in BUILT_IN:
         if not eos:
             raise ValueError(
-                f"template plain needs an eos_token, but {model} has none: use model or a template file"
+                f"template {choice} needs an eos_token, but {model} has none: use model or a template file"
             )
-        return ChatTemplate(PLAIN, "plain", bos, eos)
+        return ChatTemplate(BUILT_IN[choice], choice, bos, eos)
     if choice != "model":
         try:
             source = read_text(expand_path("template", choice), "utf-8-sig")
         except ValueError as error:
-            allowed = "use model, plain or the path of a file"
+            allowed = f"use model, {', '.join(BUILT_IN)} or the path of a file"
             raise ValueError(
                 f"cannot read the chat template {str(Path(choice))!r} ({allowed}): {error}"
             ) from None
@@ -146,6 +163,6 @@ def load_template(choice: str, model: str | Path) -> ChatTemplate:
     if source is None or not source.strip():
         raise ValueError(
             f"{model} has no chat template: set data.template (for generate: --template) to plain "
-            "(### Instruction, ### Response) or to the path of a template"
+            "(### Instruction, ### Response), completion (input and answer) or to the path of a template"
         )
     return ChatTemplate(source, str(model), bos, eos)

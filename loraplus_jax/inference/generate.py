@@ -1,18 +1,20 @@
 """`loraplus generate`: answers prompts with a tuned model or a base model."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from .._validation import check_int, expand_path
+from .._validation import check_int, check_number, expand_path
 from ..data.conversations import Turn, read_chats
+from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_options
 from ..models.generate import Sampling, check_sampling
 from ..models.hf import load_params
-from ..settings.schema import DataSettings, Dtype, ModelSettings, Settings
+from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
 from ..sharding import make_mesh, replicate
 from ..tasks.causal_lm import make_base
 from ..tasks.language_losses import LanguageTask
@@ -23,6 +25,8 @@ from ..training.setup import build_model, load_model, params_of
 from ..tree import combine
 from .predict import load_tuned, settings_with_adapter
 
+MAX_TOKENS = 128
+
 
 def generate_answers(
     place: str,
@@ -30,7 +34,10 @@ def generate_answers(
     prompts: Sequence[str] = (),
     data: str | None = None,
     system: str | None = None,
-    max_tokens: int = 128,
+    max_tokens: int | None = None,
+    beams: int | None = None,
+    length_penalty: float | None = None,
+    no_repeat_ngram: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
@@ -44,10 +51,14 @@ def generate_answers(
 
     Args:
       place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
-      prompts: user messages. Pass either these or `data`.
-      data: a file of conversations; the last answer of each is left out and generated anew.
+      prompts: user messages, or meaning representations for a run of task generation. Pass either these or `data`.
+      data: a file of conversations; the last answer of each is left out and generated anew. For a run of task
+        generation, a file with its column `mr`, of which equal ones are answered once.
       system: system message for each of `prompts`.
-      max_tokens: maximum tokens per answer.
+      max_tokens: maximum tokens per answer; by default 128, or for a run of task generation its
+        `generation.max_new_tokens`.
+      beams, length_penalty, no_repeat_ngram: see `make_beam_search`; by default those of a run of task generation,
+        and otherwise greedy decoding. Not with a temperature above 0, which samples.
       temperature, top_p: see `Sampling`.
       seed: seed for sampling; 0 by default.
       batch_size: conversations per batch.
@@ -68,7 +79,20 @@ def generate_answers(
         )
     sampling = Sampling(temperature, top_p)
     check_sampling(sampling)
-    check_int("max_tokens", max_tokens, at_least=1)
+    if max_tokens is not None:
+        check_int("max_tokens", max_tokens, at_least=1)
+    options: dict[str, Any] = {}
+    if beams is not None:
+        check_int("beams", beams, at_least=1)
+        options["beams"] = beams
+    if length_penalty is not None:
+        check_number("length_penalty", length_penalty)
+        options["length_penalty"] = length_penalty
+    if no_repeat_ngram is not None:
+        check_int("no_repeat_ngram", no_repeat_ngram, at_least=0)
+        options["no_repeat_ngram"] = no_repeat_ngram
+    if options and temperature > 0:
+        raise ValueError(f"--{next(iter(options))} requires --temperature 0, got {temperature}")
     check_int("batch_size", batch_size, at_least=1)
     if temperature == 0 and (top_p != 1 or seed is not None):
         raise ValueError("--top_p and --seed require a --temperature above 0; 0 is greedy decoding")
@@ -78,7 +102,14 @@ def generate_answers(
         raise ValueError("--prompt and --system must not be empty")
     settings, directory, task, model, variables = open_model(place, template, dtype, config, allow_different)
     chats = _chats(prompts, data, system, settings)
-    chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens)
+    is_generation = settings.task == "generation"
+    default = settings.generation.max_new_tokens if is_generation else MAX_TOKENS
+    search = None
+    if temperature == 0 and is_generation:
+        search = dataclasses.replace(settings.generation, **options)
+    elif options:
+        search = GenerationSettings(**{"beams": 1, **options})
+    chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens or default, search)
     variables = replicate(make_mesh(1), variables)
     answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)
     return [{"prompt": turns[-1].text, "answer": text} for turns, text in zip(chats, answers, strict=True)]
@@ -87,6 +118,10 @@ def generate_answers(
 def _chats(
     prompts: Sequence[str], data: str | None, system: str | None, settings: Settings
 ) -> list[tuple[Turn, ...]]:
+    if settings.task == "generation":
+        if data is not None:
+            return [(x.turn,) for x in read_inputs(resolve(data, "data"), settings.data.column_names)]
+        prompts = [linearize(text) for text in prompts]
     if data is not None:
         chats = read_chats(resolve(data, "data"), settings.data.column_names)
         if plain_texts := [chat.place for chat in chats if not chat.turns[:-1]]:

@@ -24,7 +24,8 @@ from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..sharding import make_mesh, replicate, shard_batch
 from ..tasks.classification import EncoderTask, apply_model
 from ..tasks.encoder import has_pairs, read_texts, tokenizer_for
-from ..tasks.interface import AdaptedModel
+from ..tasks.held_out_texts import HeldOutTexts
+from ..tasks.interface import AdaptedModel, Split
 from ..tasks.language_losses import LanguageTask
 from ..train_step import make_eval
 from ..training.evaluation import evaluate, finish_metrics
@@ -163,9 +164,16 @@ def evaluate_run(
     split: str | None = None,
     data: str | None = None,
     config: str | None = None,
+    output: Path | None = None,
     allow_different: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Metrics on a split of the run's data, or on another labelled file with the same columns.
+
+    Args:
+      directory: the run.
+      split, data: what to evaluate, the test split by default.
+      config, allow_different: as for `load_tuned`.
+      output: new .jsonl file for the texts that a run of task generation generates.
 
     Raises:
       ValueError, OSError: the split or file does not exist, or a label is unknown to the run.
@@ -181,18 +189,32 @@ def evaluate_run(
             f"{suggest(split, splits, fallback=False)}"
         )
     try:
-        arrays, examples, digest = module.load_split(settings, tuned.base, tuned.task, split, data)
+        found: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
             f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
         ) from None
     if data is None:
-        check_identity(directory, tuned.notes, {"data": {split or "test": digest}}, allow=allow_different)
+        check_identity(
+            directory, tuned.notes, {"data": {split or "test": found.digest}}, allow=allow_different
+        )
+    texts = None
+    if settings.task == "generation":
+        texts = HeldOutTexts.from_settings(settings, tuned.base, tuned.task, tuned.parts.model, found.inputs)
+    elif output is not None:
+        raise ValueError(f"--output requires a run of task generation, got one of task {settings.task}")
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
     eval_fn = make_eval(module.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
-    values = evaluate(eval_fn, trainable, frozen, arrays, settings.train.eval_batch_size, mesh)
-    return {"data": data or split or "test", "examples": examples, **finish_metrics(tuned.task, values)}
+    values = evaluate(eval_fn, trainable, frozen, found.columns, settings.train.eval_batch_size, mesh)
+    results = {"data": data or split or "test", "examples": found.examples}
+    results |= finish_metrics(tuned.task, values)
+    if texts is not None:
+        rows, scores = texts.generate(combine(trainable, frozen))
+        results |= {"inputs": len(rows), **scores}
+        if output is not None:
+            write_predictions(output, rows)
+    return results
 
 
 def predict_run(

@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from .._validation import check_number
 from ..config import BASE_INITS, LoRAPlusConfig
 from ..models.attention import Attention
+from ..models.beam_search import EarlyStopping, NoRepeatIn
 from ..models.decoder import Remat
 from ..models.packing import Quantize
 from ..optim.lora_plus import MIN_EPS
@@ -20,7 +21,7 @@ from ..optim.schedules import Schedule
 from ..roles import Policy
 from .types import SECTION, Count, Decay, Fraction, Index, Int, Number, Rate, Share, Switch, Text
 
-TaskName = Literal["classification", "regression", "instruction", "multiple_choice"]
+TaskName = Literal["classification", "regression", "instruction", "multiple_choice", "generation"]
 Method = Literal["lora", "lora_plus", "full"]
 Dtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "riemannian", "lora_rite", "lora_muon"]
@@ -29,7 +30,7 @@ INVARIANT = ("lora_rite", "lora_muon")
 
 QUERIES_AND_VALUES = r"(.*/)?(query|value|q_proj|v_proj)"
 DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
-LANGUAGE_TASKS = ("instruction", "multiple_choice")
+LANGUAGE_TASKS = ("instruction", "multiple_choice", "generation")
 """The tasks for causal language models; the other tasks are for encoders."""
 ENCODER_TASKS = ("classification", "regression")
 MAX_STEPS = 2**31 - 1
@@ -43,6 +44,15 @@ ADALORA = (
     "optimizer.orthogonality",
     "optimizer.singular_learning_rate",
 )
+GENERATION = (
+    *(
+        "generation.beams",
+        "generation.length_penalty",
+        "generation.no_repeat_ngram",
+        "generation.no_repeat_in",
+    ),
+    *("generation.early_stopping", "generation.max_new_tokens", "generation.inputs", "generation.batch_size"),
+)
 REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
     (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
@@ -51,8 +61,9 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
     (("model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
     (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
-    (("train.prompt", "train.prompt_tokens"), "task", LANGUAGE_TASKS),
+    (("train.prompt", "train.prompt_tokens", "train.label_smoothing"), "task", LANGUAGE_TASKS),
     (("data.answers",), "task", ("instruction",)),
+    (GENERATION, "task", ("generation",)),
     (("data.validation", "data.test"), "data.train", ()),
     (("data.test_fraction",), "data.path", ()),
     (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
@@ -168,7 +179,8 @@ class DataSettings:
       validation_fraction: fraction of the distinct texts held out for validation, if there is no validation file.
       test_fraction: fraction of the distinct texts in path held out for testing; 0 makes no test split.
       split_seed: random seed for the split.
-      template: chat template (language models): model (the model's own), plain (simple headings) or a file.
+      template: chat template (language models): model (the model's own), plain (simple headings), completion (input
+        and answer, each ended by the end token; for base models) or a file.
       answers: assistant turns to train on (task instruction): all or only the last.
       packing: pack short conversations into shared rows of max_length tokens (language models); batch sizes then
         count packed rows.
@@ -315,6 +327,8 @@ class TrainSettings:
         metrics.jsonl), on a quarter of a batch; null disables them.
       prompt: prompt that a language model answers before and after training; printed and saved in summary.json.
       prompt_tokens: maximum tokens of each of these answers.
+      label_smoothing: share of every training target that is spread evenly over the vocabulary (language models);
+        evaluations are without it.
     """
 
     steps: Annotated[Count, Field(le=MAX_STEPS)] | None = None
@@ -332,6 +346,7 @@ class TrainSettings:
     theory_every: Count | None = None
     prompt: Text | None = None
     prompt_tokens: Count = 64
+    label_smoothing: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -340,6 +355,35 @@ class TrainSettings:
             raise ValueError(
                 f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
             )
+
+
+@dataclass(frozen=True, kw_only=True, config=SECTION)
+class GenerationSettings:
+    """How texts are generated and scored before and after training, and by eval and generate (task generation).
+
+    Attributes:
+      beams: beams of the beam search; 1 is greedy decoding.
+      length_penalty: power of the length by which a text's log-probability is divided to compare texts; above 0
+        favours longer ones.
+      no_repeat_ngram: no sequence of this many tokens appears twice; 0 allows all.
+      no_repeat_in: where these sequences are counted: new, in the text alone, which may then copy from its input;
+        all, in input and text, as transformers does.
+      early_stopping: when the search for a text ends: complete, once as many texts as beams have ended; heuristic,
+        once no open one would beat these if it ended now; never, once none can beat them at any length.
+      max_new_tokens: maximum tokens of a text.
+      inputs: distinct inputs to keep of the held-out split (test, or validation if there is none), evenly spaced,
+        with all their texts; null keeps all.
+      batch_size: inputs per batch, each with all its beams.
+    """
+
+    beams: Count = 4
+    length_penalty: Number = 1.0
+    no_repeat_ngram: Index = 0
+    no_repeat_in: NoRepeatIn = "new"
+    early_stopping: EarlyStopping = "heuristic"
+    max_new_tokens: Count = 64
+    inputs: Count | None = None
+    batch_size: Count = 8
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -425,10 +469,12 @@ class Settings:
       lora: which layers are adapted and how; an encoder's new head is always fully trained as well.
       optimizer: learning rates, schedule, weight decay and clipping.
       train: training length, batch sizes and evaluation.
+      generation: how texts are generated and scored (task generation).
       mesh: the device mesh.
       distributed: multi-process training.
       task: classification; regression (one number per text); instruction (trains on the assistant's answers);
-        multiple_choice (scored by the most likely choice).
+        multiple_choice (scored by the most likely choice); generation (texts for structured inputs, scored against
+        references).
       method: lora_plus; lora (the same with lr_ratio 1); full (trains every weight, without adapters).
       init_adapter: start from this run, or adapter saved by loraplus or PEFT; its rank, alpha and layers must match
         lora.*.
@@ -443,6 +489,7 @@ class Settings:
     lora: Annotated[LoRAPlusConfig, PlainValidator(_lora_config)] = DEFAULT_LORA
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
+    generation: GenerationSettings = GenerationSettings()
     mesh: MeshSettings = MeshSettings()
     distributed: DistributedSettings = DistributedSettings()
     task: TaskName = "classification"
@@ -508,7 +555,15 @@ class Settings:
 RESUMABLE_FIELDS = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "train.theory_every", "mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
+    *(
+        "train.compilation_cache",
+        "train.theory_every",
+        "generation.batch_size",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "output_dir",
+    ),
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """Settings that may change when a run resumes."""

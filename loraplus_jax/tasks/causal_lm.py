@@ -1,4 +1,4 @@
-"""Instruction tuning and multiple choice with a causal language model."""
+"""Instruction tuning, multiple choice and data-to-text with a causal language model."""
 
 import dataclasses
 import functools
@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from ..data.batches import Batch, digest
 from ..data.chat import tokenize_chats
-from ..data.chat_template import ChatTemplate, load_template
+from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
 from ..data.conversations import Chat, Turn, read_chats
+from ..data.data_to_text import group_references, read_descriptions, select_inputs
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
@@ -29,17 +30,20 @@ from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..sharding import batch_parts
 from ..tree import leaves_by_path
-from .interface import AdaptedModel, BaseModel, Losses, TaskData
+from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData
 from .language_losses import LanguageTask
 
 HEADS = {True: "embed_tokens", False: "lm_head"}
 """Name of the output head, by whether it is tied to the embedding."""
+TEMPLATES = ("model", *BUILT_IN)
+"""Values of `data.template` that are not files."""
+READERS = {"instruction": read_chats, "multiple_choice": read_questions, "generation": read_descriptions}
 
 
 def load_data(settings: Settings, directory: Path) -> TaskData:
     """Reads, checks and tokenizes the splits with the tokenizer and chat template of a model."""
     tools = tokenizer_and_template(settings, directory, None)
-    custom_template = None if settings.data.template in ("model", "plain") else tools[1].source
+    custom_template = None if settings.data.template in TEMPLATES else tools[1].source
     task = LanguageTask(kind=settings.task, template=custom_template)  # pyright: ignore[reportArgumentType]
     rows, duplicates = _load_splits(settings)
     splits, truncated = {}, {}
@@ -51,7 +55,8 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     _pad_choices(splits)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}
-    return TaskData(task, splits, sizes, truncated, digests, tuple(duplicates))
+    inputs = group_references(rows[_held_out(rows)]) if task.kind == "generation" else ()
+    return TaskData(task, splits, sizes, truncated, digests, tuple(duplicates), tuple(inputs))
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -68,11 +73,8 @@ def _digest(examples: Sequence[Chat | Question]) -> str:
 
 def load_split(
     settings: Settings, directory: Path, task: LanguageTask, split: str | None, data: str | None
-) -> tuple[Batch, int, str]:
+) -> Split:
     """Loads a split of the run's data, or another file of the same kind, for evaluation.
-
-    Returns:
-      The columns, the number of examples and the digest of the split.
 
     Raises:
       KeyError: there is no such split.
@@ -83,7 +85,8 @@ def load_split(
         columns = encode_choices(examples, *tools, settings.data.max_length)
     else:
         columns, _ = _encode(settings, tools, examples)
-    return columns, len(examples), _digest(examples)
+    inputs = group_references(examples) if task.kind == "generation" else ()
+    return Split(columns, len(examples), _digest(examples), tuple(inputs))
 
 
 def tokenizer_and_template(
@@ -96,11 +99,12 @@ def tokenizer_and_template(
             f"data.max_length must be at most {config.max_length} tokens for this model, got {longest}"
         )
     tokenizer, choice = load_tokenizer(directory), settings.data.template
-    if task is not None and task.template is None and choice not in ("model", "plain"):
+    if task is not None and task.template is None and choice not in TEMPLATES:
         # The settings come with an adapter, and with it the text of a template that its training read from a file.
         raise ValueError(
             f"data.template {choice!r:.80} is a file, which is not opened for an adapter, and its text is not in "
-            "task.template of the adapter's JSON: put it there, or set data.template there to model or plain"
+            "task.template of the adapter's JSON: put it there, or set data.template there to one of "
+            f"{', '.join(TEMPLATES)}"
         )
     if task is None or task.template is None:
         return tokenizer, load_template(choice, directory)
@@ -146,10 +150,9 @@ def make_losses(
     """
     chunk = settings.model.loss_chunk * (1 if mesh is None else batch_parts(mesh))
     chunk = chunk if head_is_frozen(parts) else None
-    train = task.loss_fn(parts.model, chunk=chunk)
-    if task.kind == "multiple_choice":
-        return Losses(train, task.choice_fn(parts.model, chunk=chunk))
-    return Losses(train, train)
+    train = task.loss_fn(parts.model, chunk=chunk, label_smoothing=settings.train.label_smoothing)
+    evaluate = task.choice_fn if task.kind == "multiple_choice" else task.loss_fn
+    return Losses(train, evaluate(parts.model, chunk=chunk))
 
 
 def head_is_frozen(parts: AdaptedModel) -> bool:
@@ -161,12 +164,20 @@ def head_is_frozen(parts: AdaptedModel) -> bool:
 
 def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
     splits = split_files(settings.data, functools.partial(_read, settings), _split_by_question)
-    return handle_duplicates(splits, settings.data)
+    splits, lines = handle_duplicates(splits, settings.data)
+    if settings.generation.inputs is not None:
+        held_out = _held_out(splits)
+        splits[held_out] = select_inputs(splits[held_out], settings.generation.inputs)
+    return splits, lines
+
+
+def _held_out(splits: Mapping[str, Any]) -> str:
+    """The split on which a run is evaluated before and after training."""
+    return "test" if "test" in splits else "validation"
 
 
 def _read(settings: Settings, value: str) -> list[Any]:
-    read = read_questions if settings.task == "multiple_choice" else read_chats
-    return read(resolve(value, "data"), settings.data.column_names)
+    return READERS[settings.task](resolve(value, "data"), settings.data.column_names)
 
 
 def _split_by_question(

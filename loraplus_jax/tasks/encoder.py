@@ -25,7 +25,7 @@ from ..models.hf import load_config
 from ..models.packing import choose_formats
 from ..settings.schema import DataSettings, ModelSettings, Settings
 from .classification import EncoderTask
-from .interface import AdaptedModel, BaseModel, Losses, TaskData
+from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData
 
 
 def load_data(settings: Settings, directory: Path) -> TaskData:
@@ -63,11 +63,8 @@ def _digest(rows: LabelledTexts) -> str:
 
 def load_split(
     settings: Settings, directory: Path, task: EncoderTask, split: str | None, data: str | None
-) -> tuple[Batch, int, str]:
+) -> Split:
     """Loads a split of the run's data, or another labelled file, for evaluation.
-
-    Returns:
-      The columns, the number of texts and the digest of the split.
 
     Raises:
       KeyError: there is no such split.
@@ -77,7 +74,7 @@ def load_split(
     else:
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
-    return encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows), _digest(rows)
+    return Split(encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows), _digest(rows))
 
 
 def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 
 from ..data.batches import Batch
+from ..data.data_to_text import Input
 from ..models.name_table import NameTable
 from ..quantization import Kind
 from ..sharding import Rules
@@ -51,6 +52,7 @@ class TaskData(NamedTuple):
       truncated: number of truncated examples, by split.
       digests: digest of the texts and labels, by split.
       summary: lines about the data to print before training.
+      inputs: the distinct inputs of the held-out split with their references (task generation).
     """
 
     task: TaskProtocol
@@ -59,6 +61,23 @@ class TaskData(NamedTuple):
     truncated: dict[str, int]
     digests: dict[str, str]
     summary: tuple[str, ...] = ()
+    inputs: tuple[Input, ...] = ()
+
+
+class Split(NamedTuple):
+    """A split to evaluate.
+
+    Attributes:
+      columns: the columns for evaluation, of equal length.
+      examples: number of texts, conversations or questions.
+      digest: digest of the texts and labels.
+      inputs: the distinct inputs with their references (task generation).
+    """
+
+    columns: Batch
+    examples: int
+    digest: str
+    inputs: tuple[Input, ...] = ()
 
 
 class BaseModel(NamedTuple):

@@ -1,4 +1,4 @@
-"""Tasks of language models and their losses: instruction tuning and multiple choice."""
+"""Tasks of language models and their losses: instruction tuning, multiple choice and data-to-text."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from ..models.decoder import head_kernel
 from ..sharding import gather_over_fsdp
 from ..train_step import LossFn
 
-Kind = Literal["instruction", "multiple_choice"]
+Kind = Literal["instruction", "multiple_choice", "generation"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class LanguageTask:
     """A task of a causal language model; the loss is the mean cross-entropy of the answer tokens.
 
     Attributes:
-      kind: `"instruction"` or `"multiple_choice"`. Multiple choice trains only on the correct choices, and is
-        evaluated by which choice the model finds most likely.
+      kind: `"instruction"`, `"multiple_choice"` or `"generation"`. Multiple choice trains only on the correct
+        choices, and is evaluated by which choice the model finds most likely. Generation is data-to-text: its
+        texts are also scored against references, see `text_scores`.
       template: text of the chat template file that the user chose, saved with the adapter; None if they chose none.
     """
 
@@ -35,12 +36,12 @@ class LanguageTask:
     @property
     def metric(self) -> str:
         """The metric that selects the best evaluation."""
-        return "perplexity" if self.kind == "instruction" else "accuracy"
+        return "accuracy" if self.kind == "multiple_choice" else "perplexity"
 
     @property
     def mode(self) -> Literal["min", "max"]:
         """`"min"` for perplexity, `"max"` for accuracy."""
-        return "min" if self.kind == "instruction" else "max"
+        return "max" if self.kind == "multiple_choice" else "min"
 
     def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Computes the perplexity `exp(loss)`; infinite if it would overflow."""
@@ -51,14 +52,15 @@ class LanguageTask:
         """Returns the task as JSON values."""
         return dataclasses.asdict(self)
 
-    def loss_fn(self, model: nn.Module, *, chunk: int | None) -> LossFn:
+    def loss_fn(self, model: nn.Module, *, chunk: int | None, label_smoothing: float = 0.0) -> LossFn:
         """Returns the loss on batches of `input_ids`, `segment_ids` and `loss_mask` (B, T), and `weight` (B,).
 
         Args:
           model: a `CausalLM`, with or without adapters.
           chunk: tokens per chunk of the cross-entropy, for a frozen head; None to compute all logits at once.
+          label_smoothing: share of each target that is spread evenly over the vocabulary.
         """
-        token_losses = functools.partial(_token_losses, model, chunk)
+        token_losses = functools.partial(_token_losses, model, chunk, label_smoothing)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
             mask = _shift_mask(batch["loss_mask"]) * batch["weight"][:, None]
@@ -73,7 +75,7 @@ class LanguageTask:
         The loss is that of the correct choices' tokens. `accuracy` is the share of questions whose correct choice
         has the largest log-likelihood; `accuracy_per_byte` compares the log-likelihood per byte of text.
         """
-        token_losses = functools.partial(_token_losses, model, chunk)
+        token_losses = functools.partial(_token_losses, model, chunk, 0.0)
 
         def loss_fn(variables: Any, batch: Any, rng: Any) -> Any:
             ids = batch["input_ids"]
@@ -110,6 +112,7 @@ def _shift_mask(mask: jax.Array) -> jax.Array:
 def _token_losses(
     model: nn.Module,
     chunk: int | None,
+    label_smoothing: float,
     variables: Any,
     input_ids: jax.Array,
     segment_ids: jax.Array,
@@ -120,9 +123,15 @@ def _token_losses(
     labels = jnp.roll(input_ids, -1, axis=1)
     if chunk is None:
         logits: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if not label_smoothing:
+            return losses
+        uniform = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        return (1 - label_smoothing) * losses + label_smoothing * uniform
     hidden: Any = model.apply(variables, input_ids, segment_ids, rngs=rngs, method="hidden")
     kernel, transposed = head_kernel(variables["params"])
     axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
     kernel = gather_over_fsdp(kernel.astype(hidden.dtype), axes)
-    return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=chunk)
+    return chunked_cross_entropy(
+        hidden, kernel, labels, transposed=transposed, chunk=chunk, label_smoothing=label_smoothing
+    )

@@ -1,7 +1,7 @@
 """Generates answers to prompts with a language model and its chat template."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 from ..data.chat import tokenize, tokenize_chats
 from ..data.chat_template import ChatTemplate
 from ..data.conversations import Chat, Turn
+from ..models.beam_search import make_beam_search
 from ..models.generate import NONFINITE_LOGITS, PAD_AFTER_END, Generate, Sampling, make_generate, pad_left
 from ..models.tokenizer import stop_ids
 from ..multihost import gather_to_host
-from ..settings.schema import Settings
+from ..settings.schema import GenerationSettings, Settings
 from .causal_lm import model_config, tokenizer_and_template
 from .language_losses import LanguageTask
 
@@ -30,7 +31,7 @@ class ChatModel:
 
     Attributes:
       tokenizer, template: the model's tokenizer and chat template.
-      generate: the generation function, see `make_generate`.
+      generate: the generation function, see `make_generate`; a beam search ignores sampling and keys.
       longest: maximum prompt tokens, so that prompt and answer fit the model's context.
     """
 
@@ -41,12 +42,21 @@ class ChatModel:
 
     @classmethod
     def from_settings(
-        cls, settings: Settings, directory: Path, task: LanguageTask | None, model: nn.Module, new_tokens: int
+        cls,
+        settings: Settings,
+        directory: Path,
+        task: LanguageTask | None,
+        model: nn.Module,
+        new_tokens: int,
+        search: GenerationSettings | None = None,
     ) -> "ChatModel":
         """Creates a chat model from `model` and the files of its directory or GGUF file, with or without adapters.
 
+        With `search` it answers by beam search.
+
         Raises:
-          ValueError: `new_tokens` leaves no room for a prompt, or no end-of-turn token is known.
+          ValueError: `new_tokens` leaves no room for a prompt, no end-of-turn token is known, or there are more
+            beams than tokens in the vocabulary.
         """
         config, (tokenizer, template) = (
             model_config(directory),
@@ -63,9 +73,24 @@ class ChatModel:
                 f"{directory} has no eos_token_id, and the chat template does not show how answers end: "
                 "set eos_token_id or use another template"
             )
-        dtype = jnp.dtype(settings.model.dtype)
-        generate = make_generate(model, config, new_tokens=new_tokens, stop=stop, dtype=dtype)
-        return cls(tokenizer, template, generate, config.max_length - new_tokens)
+        options: Any = {"new_tokens": new_tokens, "stop": stop, "dtype": jnp.dtype(settings.model.dtype)}
+        longest = config.max_length - new_tokens
+        if search is None:
+            return cls(tokenizer, template, make_generate(model, config, **options), longest)
+        try:
+            beam_search = make_beam_search(
+                model,
+                config,
+                beams=search.beams,
+                length_penalty=search.length_penalty,
+                no_repeat_ngram=search.no_repeat_ngram,
+                no_repeat_in=search.no_repeat_in,
+                early_stopping=search.early_stopping,
+                **options,
+            )
+        except ValueError as error:
+            raise ValueError(f"generation.{error}") from None
+        return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
 
     def encode(self, chats: Sequence[Sequence[Turn]]) -> list[list[int]]:
         """Tokenizes conversations up to the start of the answer.
@@ -96,18 +121,24 @@ class ChatModel:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         batch_size: int = 8,
+        between: Callable[[], None] = lambda: None,
     ) -> list[str]:
         """Generates the answers, without special tokens; all batches have one shape and share a compiled program.
 
-        Sampling depends on the seed and the index of the conversation, not on the batches.
+        Sampling depends on the seed and the index of the conversation, not on the batches. `between` is called
+        before each batch and may raise.
         """
         prompts = self.encode(chats)
         rows = min(batch_size, len(prompts))
         ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
-        batches = [slice(start, start + rows) for start in range(0, len(ids), rows)]
-        batch_tokens = [self.generate(variables, ids[b], segments[b], sampling, keys[b]) for b in batches]
-        tokens = np.concatenate(gather_to_host(batch_tokens))[: len(prompts)]
+        batch_tokens = []
+        for start in range(0, len(ids), rows):
+            between()
+            batch = slice(start, start + rows)
+            tokens = self.generate(variables, ids[batch], segments[batch], sampling, keys[batch])
+            batch_tokens.append(gather_to_host(tokens))
+        tokens = np.concatenate(batch_tokens)[: len(prompts)]
         if np.any(tokens == NONFINITE_LOGITS):
             raise ValueError(
                 "the model's logits are not finite: check the weights, the dtype and the training loss"

@@ -19,6 +19,7 @@ LogRow = dict[str, Any]
 
 METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png", "tensorboard"
 RANKS = "ranks.png"
+TEXTS = {"before": "generated_before.jsonl", "after": "generated.jsonl"}
 
 
 class RunLog:

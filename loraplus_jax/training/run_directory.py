@@ -22,7 +22,7 @@ from ..multihost import allgather, is_lead
 from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
 from .distributed import check_same_everywhere, raise_together
-from .metrics_log import METRICS, PICTURE, RANKS, SUMMARY
+from .metrics_log import METRICS, PICTURE, RANKS, SUMMARY, TEXTS
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
@@ -234,7 +234,7 @@ def archive_results(directory: Path) -> None:
     if (summary := read_summary(directory)) is None:
         return
     step = summary.get("steps")
-    for path in (directory / ADAPTER, directory / PICTURE, directory / RANKS, directory / SUMMARY):
+    for path in (directory / name for name in (ADAPTER, PICTURE, RANKS, TEXTS["after"], SUMMARY)):
         if path.exists():
             path.rename(first_free(path.with_stem(f"{path.stem}_step_{step}")))
 

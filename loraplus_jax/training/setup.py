@@ -35,6 +35,7 @@ from ..sharding import (
 )
 from ..spec import Specs
 from ..tasks import causal_lm, encoder
+from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_count
 from ..tasks.language_losses import LanguageTask
 from ..tasks.sample_answers import SamplePrompt
@@ -63,6 +64,7 @@ class Run(NamedTuple):
       shardings: the shardings of the state and the frozen variables.
       programs: the compiled training step and evaluation.
       sample_prompt: the prompt to answer before and after training, if any.
+      held_out_texts: the inputs for which to generate texts before and after training (task generation).
       metadata: the metadata saved with checkpoints and adapters.
       start: the tree of factors that the adapters started from, if they took it from the base.
     """
@@ -77,6 +79,7 @@ class Run(NamedTuple):
     shardings: Shardings
     programs: "Programs"
     sample_prompt: SamplePrompt | None
+    held_out_texts: HeldOutTexts | None
     metadata: dict[str, Any]
     start: dict[str, Any] | None
 
@@ -113,9 +116,13 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
         if settings.init_adapter is not None:
             check_init_adapter(settings, shapes, params_of(shapes), data.task)
-        sample_prompt = None
+        sample_prompt = held_out_texts = None
         if isinstance(data.task, LanguageTask) and settings.train.prompt is not None:
             sample_prompt = SamplePrompt.from_settings(settings, directory, data.task, shapes.model)
+        if isinstance(data.task, LanguageTask) and data.task.kind == "generation":
+            held_out_texts = HeldOutTexts.from_settings(
+                settings, directory, data.task, shapes.model, data.inputs
+            )
         shardings = state_shardings(shapes, tx, mesh)
         programs = compile_programs(settings, data, shapes, tx, mesh, shardings)
         check_memory([p for p in programs if p is not None], mesh.local_devices[0], len(mesh.local_devices))
@@ -168,6 +175,7 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         shardings,
         programs,
         sample_prompt,
+        held_out_texts,
         metadata,
         start,
     )

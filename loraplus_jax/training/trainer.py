@@ -47,7 +47,7 @@ from .console import LineConsole, format_metrics, header, lines_only, progress
 from .distributed import join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
 from .identity import check_allowed, checked_metadata
-from .metrics_log import PICTURE, RANKS, SUMMARY, RunLog, draw_loss, draw_ranks
+from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw_ranks
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
@@ -65,6 +65,8 @@ from .signals import Stopped, StopSignal
 from .start import TAKEN_OFF, write_start
 from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_metrics
 from .xla import use_compilation_cache
+
+SHOWN_TEXTS = 5
 
 
 def train(
@@ -248,6 +250,7 @@ class Trainer:
                 raise TrainingFailed(
                     "the loss is not finite before training: check the weights, model.dtype and model.param_dtype"
                 )
+            values |= self.score_texts(self.state.trainable, "before")
             self.log.write(0, {prefix + key: value for key, value in values.items()})
             row = self.log.rows[-1]
         before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
@@ -261,6 +264,25 @@ class Trainer:
         """Prints `train.prompt` and the model's answer, which may have several lines."""
         text = f"> {self.answers['prompt']}\n{when + ':':7} {self.answers[when]}"
         self.console.print(*text.split("\n"), sep="\n")
+
+    def score_texts(self, trainable: Any, when: str) -> dict[str, float]:
+        """Generates texts for held-out inputs, writes them to a file and prints a few; returns their scores."""
+        if self.run.held_out_texts is None:
+            return {}
+        rows, scores = self.run.held_out_texts.generate(combine(trainable, self.frozen), self.between)
+        if is_lead():
+            lines = (to_json(row, ensure_ascii=False) + "\n" for row in rows)
+            write_text(self.directory / TEXTS[when], "".join(lines))
+        for i in np.unique(np.linspace(0, len(rows) - 1, SHOWN_TEXTS).astype(int)):
+            row = rows[i]
+            lines = [f"> {row['mr']}", f"{when + ':':10} {row['text']}", f"reference: {row['references'][0]}"]
+            self.console.print(*lines, sep="\n")
+        return scores
+
+    def between(self) -> None:
+        """Raises Stopped between two batches; with several processes none may leave the others alone there."""
+        if jax.process_count() == 1:
+            self.check_stop()
 
     def answer(self, trainable: Any) -> str:
         """Returns the model's answer to `train.prompt`."""
@@ -401,6 +423,7 @@ class Trainer:
             self.manager.wait_until_finished()
             self.choose_best()
         after = self.evaluate(self.state.trainable, self.held_out)
+        after |= self.score_texts(self.state.trainable, "after")
         if self.run.sample_prompt is not None:
             self.answers["after"] = self.answer(self.state.trainable)
         if self.run.settings.optimizer.target_rank is not None:
@@ -443,7 +466,7 @@ class Trainer:
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
-        trained = count(self.run.parts.trainable)
+        trained, texts = count(self.run.parts.trainable), self.run.held_out_texts
         theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
         summary = {
             "before": dict(before),
@@ -451,6 +474,7 @@ class Trainer:
             "held_out": {
                 "split": self.held_out,
                 "examples": self.run.data.examples[self.held_out],
+                **({} if texts is None else {"inputs": len(texts.inputs)}),
             },
             **({"answers": self.answers} if self.answers else {}),
             **({"theory": theory} if theory else {}),
@@ -478,14 +502,13 @@ class Trainer:
             self.print_answer("after")
         self.console.print(
             f"results in {self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/"
+            + (f", {TEXTS['after']}" if texts else "")
         )
         return summary
 
     def evaluate(self, trainable: Any, split: str) -> dict[str, float]:
         """Returns the metrics on a split: means, and the task's metrics derived from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
-        # With several processes, none may leave an evaluation that the others are in.
-        check = self.check_stop if jax.process_count() == 1 else lambda: None
         program = self.run.programs.evaluate
-        values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=check)
+        values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=self.between)
         return finish_metrics(self.task, values)

@@ -1,5 +1,6 @@
 """What the tiny world of language models is made of: a random Llama with a tokenizer, conversations, questions."""
 
+import itertools
 import json
 
 import numpy as np
@@ -39,6 +40,18 @@ def questions(count=120):
         choices = rng.permutation([row["output"], *rng.permutation(wrong)[: 1 + n % 3]])
         rows.append({"prompt": row["instruction"], "choices": choices.tolist(), "answer": row["output"]})
     return rows
+
+
+def descriptions(count=120):
+    """Structured inputs with two texts each."""
+    rng = np.random.default_rng(3)
+    rows = {}
+    for subject, colour in itertools.islice(itertools.cycle(COLOURS.items()), count // 2):
+        fillers = " ".join(rng.choice(FILLERS, 3))
+        mr = f"what[{subject}], colour[{colour}], say[{fillers}]"
+        texts = (f"the {subject} is {colour} now", f"say it is {colour} now")
+        rows[mr] = [{"mr": mr, "ref": text} for text in texts]
+    return [row for pair in rows.values() for row in pair]
 
 
 def vocabulary():

@@ -212,6 +212,15 @@ def asked(settings):
     return answer and (answer.prompt, answer.speaker.generate)
 
 
+def searched(settings):
+    """How the run searches for texts, and for how many inputs, a batch and in all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_answers, "make_beam_search", lambda *_, **options: lambda *_: [options])
+        with without_compiling():
+            texts = setup.prepare(settings).held_out_texts
+    return texts.model.generate(), texts.batch_size, len(texts.inputs)
+
+
 def joining(settings):
     """What JAX is asked for to join the processes, and after how many seconds the start is given up."""
     waits = []
@@ -286,6 +295,7 @@ TALK = (
     *("--model.dropout", "null", "--model.head_dropout", "0.1", "--data.max_length", "128"),
     *("--lora.target_modules", "[q_proj,v_proj]"),
 )
+DESCRIBE = (*TALK, "--task", "generation", "--data.path", "{dir}/descriptions.csv")
 RENAMED = '{{"instruction": "asked", "output": "said"}}'
 # With such a rate the last of the three evaluations is worse than the one before.
 RESTLESS = (
@@ -382,6 +392,15 @@ CHANGES = [
     Change("train.theory_every", "2", left, RESTLESS),
     Change("train.prompt", "what colour is coal", asked, TALK),
     Change("train.prompt_tokens", "9", asked, (*TALK, "--train.prompt", "what colour is coal")),
+    Change("train.label_smoothing", "0.1", program, TALK),
+    Change("generation.beams", "2", searched, DESCRIBE),
+    Change("generation.length_penalty", "0.5", searched, DESCRIBE),
+    Change("generation.no_repeat_ngram", "3", searched, DESCRIBE),
+    Change("generation.no_repeat_in", "all", searched, DESCRIBE),
+    Change("generation.early_stopping", "never", searched, DESCRIBE),
+    Change("generation.max_new_tokens", "9", searched, DESCRIBE),
+    Change("generation.inputs", "2", searched, DESCRIBE),
+    Change("generation.batch_size", "3", searched, DESCRIBE),
     Change("mesh.data", "2", program),
     Change("mesh.fsdp", "2", program),
     Change("mesh.tensor", "2", program),
@@ -435,6 +454,7 @@ def home(first_world, tmp_path_factory, cache):
     (world.directory / "talk").mkdir()
     language.write_model(world.directory / "talk", max_position_embeddings=128)
     world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
+    world.write_rows("descriptions.csv", language.descriptions())
     with without_compiling():
         run = setup.prepare(parse_settings(world.config, ("--seed", "5")))
     notes = {name: run.metadata[name] for name in ("base", "task", "settings")}

@@ -13,7 +13,7 @@ from loraplus_jax.settings.schema import (
 )
 
 from ..messages import mentions
-from .values import FILES, LANGUAGE, LEAST, OTHER, PROCESSES, nested, parsed, value
+from .values import FILES, GENERATION, LANGUAGE, LEAST, OTHER, PROCESSES, nested, parsed, value
 
 
 def dotted():
@@ -31,7 +31,7 @@ def test_the_tables_here_name_every_field():
     alone |= {"model.quantize_exclude", "lora.init_iterations", "data.root"}
     alone |= {"optimizer.reg", "optimizer.magnitude_learning_rate", "optimizer.target_rank", *ADALORA}
     alone |= {"distributed.start_timeout", "distributed.lost_timeout", *PROCESSES}
-    assert OTHER.keys() | LANGUAGE.keys() | FILES.keys() | alone == set(dotted())
+    assert OTHER.keys() | LANGUAGE.keys() | GENERATION.keys() | FILES.keys() | alone == set(dotted())
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -49,16 +49,17 @@ def test_every_field_is_read_from_the_file_and_from_the_command_line(tmp_path, b
     assert changed == (["lora.lr_ratio", "lora.init"] if name == "lora.init" else [name])
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("name", [*LANGUAGE, *GENERATION])
 def test_every_field_of_language_models_is_read_and_rejected_for_encoders(tmp_path, name):
-    given = LANGUAGE[name]
-    language = parsed(tmp_path, content=LEAST | {"task": "instruction"})
-    from_file = parsed(tmp_path, content=nested(name, given) | {"task": "instruction"})
+    task, table = ("instruction", LANGUAGE) if name in LANGUAGE else ("generation", GENERATION)
+    given = table[name]
+    language = parsed(tmp_path, content=LEAST | {"task": task})
+    from_file = parsed(tmp_path, content=nested(name, given) | {"task": task})
     word = json.dumps(given) if isinstance(given, bool | dict) else str(given)
-    from_line = parsed(tmp_path, f"--{name}", word, "--task", "instruction")
+    from_line = parsed(tmp_path, f"--{name}", word, "--task", task)
     assert value(language, name) != value(from_file, name) == value(from_line, name) == given
-    assert [n for n in LANGUAGE if value(from_file, n) != value(language, n)] == [name]
-    with pytest.raises(ValueError, match=mentions(name, "instruction")):
+    assert [n for n in table if value(from_file, n) != value(language, n)] == [name]
+    with pytest.raises(ValueError, match=mentions(name, task)):
         parsed(tmp_path, f"--{name}", word)
 
 

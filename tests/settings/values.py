@@ -92,6 +92,20 @@ LANGUAGE = {
     "data.packing": True,
     "data.column_names": {"prompt": "question"},
     "train.prompt": "Why?",
+    "train.label_smoothing": 0.1,
+}
+
+
+# Fields of task generation.
+GENERATION = {
+    "generation.beams": 7,
+    "generation.length_penalty": 0.5,
+    "generation.no_repeat_ngram": 3,
+    "generation.no_repeat_in": "all",
+    "generation.early_stopping": "never",
+    "generation.max_new_tokens": 9,
+    "generation.inputs": 5,
+    "generation.batch_size": 2,
 }
 
 

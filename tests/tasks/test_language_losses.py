@@ -58,6 +58,14 @@ def test_a_token_is_predicted_from_the_one_before(mask, total, tokens):
     assert metrics == {}
 
 
+def test_label_smoothing_moves_a_share_of_the_target_to_every_token():
+    found, _ = TALK.loss_fn(Counter(), chunk=None, label_smoothing=0.2)(
+        {}, talk([[0, 1]], [[0, 1]], [1]), None
+    )
+    # Counter finds 1 likely after 0, and the other three tokens equally unlikely.
+    assert both(found) == pytest.approx((0.85 * RIGHT + 0.15 * WRONG, 1), rel=1e-6)
+
+
 def test_the_mean_is_over_tokens_and_rows_without_weight_are_left_out():
     batch = talk([[0, 1, 2], [0, 0, 0], [3, 3, 3]], [[0, 1, 1], [0, 0, 1], [0, 1, 1]], [1, 1, 0])
     found, _ = TALK.loss_fn(Counter(), chunk=None)({}, batch, None)
@@ -136,8 +144,8 @@ SIZES = LlamaConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_without_logits_loss_and_gradient_are_the_same(tied):
+@pytest.mark.parametrize(("tied", "smoothing"), [(True, 0.1), (False, 0.0)])
+def test_without_logits_loss_and_gradient_are_the_same(tied, smoothing):
     model = Llama(dataclasses.replace(SIZES, tie_word_embeddings=tied))
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 11, (3, 6))
@@ -146,14 +154,15 @@ def test_without_logits_loss_and_gradient_are_the_same(tied):
     )
     variables = jax.jit(model.init)(jax.random.key(0), jnp.array(ids))
 
-    def value_and_gradient(chunk):
+    def value_and_gradient(chunk, smoothing):
         def mean(layers):
             given = {"params": variables["params"] | {"layers": layers}}
-            (total, weight), _ = TALK.loss_fn(model, chunk=chunk)(given, batch, None)
+            loss_fn = TALK.loss_fn(model, chunk=chunk, label_smoothing=smoothing)
+            (total, weight), _ = loss_fn(given, batch, None)
             return total / weight
 
         return jax.jit(jax.value_and_grad(mean))(variables["params"]["layers"])
 
-    expected = value_and_gradient(None)
+    expected, found = value_and_gradient(None, smoothing), value_and_gradient(4, smoothing)
     assert expected[0] > 1
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), value_and_gradient(4), expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)

@@ -15,6 +15,7 @@ from rich.console import Console
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import (
     ADALORA,
+    GENERATION,
     RESUMABLE_FIELDS,
     STOP_FIELDS,
     DataSettings,
@@ -169,6 +170,7 @@ CHANGES = {
     "train.max_skipped": 2,
     "train.compilation_cache": False,
     "train.prompt": "Why?",
+    "train.label_smoothing": 0.1,
     "train.theory_every": 5,
     "mesh.data": 1,
     "init_adapter": "old",
@@ -176,6 +178,14 @@ CHANGES = {
     "mesh.tensor": 2,
     "distributed.start_timeout": 20,
     "distributed.lost_timeout": 20,
+    "generation.beams": 7,
+    "generation.length_penalty": 0.5,
+    "generation.no_repeat_ngram": 3,
+    "generation.no_repeat_in": "all",
+    "generation.early_stopping": "never",
+    "generation.max_new_tokens": 9,
+    "generation.inputs": 5,
+    "generation.batch_size": 2,
     "task": "regression",
     "method": "lora",
     "seed": 1,
@@ -196,7 +206,7 @@ INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.pro
 
 
 # These go with language models.
-TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt"}
+TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt", "train.label_smoothing"}
 
 
 TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}
@@ -217,6 +227,7 @@ def run_of(directory, values, *, finished=False):
 
 def base_of(name):
     needed = {name: {"task": "instruction"} for name in TALK}
+    needed |= {name: {"task": "generation"} for name in GENERATION}
     needed["data.root"] = {"data": {"path": "glue/rte"}}
     needed["optimizer.decay"] = {"optimizer": {"schedule": "linear", "weight_decay": 0.1}}
     needed["optimizer.magnitude_learning_rate"] = {"lora": {**PLAIN.get("lora", {}), "variant": "dora"}}

@@ -1,0 +1,65 @@
+"""Generates texts for held-out inputs and scores them against their references."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from ..data.data_to_text import Input
+from ..settings.schema import Settings
+from .language_losses import LanguageTask
+from .sample_answers import ChatModel
+from .text_scores import load_scorers, score_texts
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOutTexts:
+    """Inputs with references, and how to generate texts for them.
+
+    Attributes:
+      inputs: the inputs.
+      model: generates by beam search.
+      batch_size: inputs per batch.
+    """
+
+    inputs: tuple[Input, ...]
+    model: ChatModel
+    batch_size: int
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Settings,
+        directory: Path,
+        task: LanguageTask,
+        model: nn.Module,
+        inputs: Sequence[Input],
+    ) -> "HeldOutTexts":
+        """Creates the beam search that `generation` describes.
+
+        Raises:
+          ValueError: an input is too long for the model, the beam is wider than the vocabulary, or a package for
+            the scores is missing.
+        """
+        search = settings.generation
+        load_scorers()
+        chat_model = ChatModel.from_settings(settings, directory, task, model, search.max_new_tokens, search)
+        chat_model.encode([(x.turn,) for x in inputs])
+        return cls(tuple(inputs), chat_model, search.batch_size)
+
+    def generate(
+        self, variables: Any, between: Callable[[], None] = lambda: None
+    ) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        """Returns a row `{"mr", "text", "references"}` for every input, and the scores of all texts.
+
+        `between` is called before each batch and may raise.
+        """
+        chats = [(x.turn,) for x in self.inputs]
+        texts = self.model.answer(variables, chats, batch_size=self.batch_size, between=between)
+        rows = [
+            {"mr": x.mr, "text": text, "references": list(x.references)}
+            for x, text in zip(self.inputs, texts, strict=True)
+        ]
+        return rows, score_texts(texts, [x.references for x in self.inputs])
