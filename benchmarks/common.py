@@ -16,10 +16,10 @@ PACKAGES = ("loraplus_jax", "jax", "jaxlib", "flax", "optax")
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleaved(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each run in each round. Runs alternate, in turning order, so that drift meets all alike."""
     names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Any, list[float]] = {name: [] for name in names}
     for name in names:
         jax.block_until_ready(runs[name]())
     for number in range(rounds):

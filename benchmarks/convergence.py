@@ -1,33 +1,40 @@
 """Does LoRA+ converge faster or further than LoRA, when both are tuned on equal budgets?
 
-    python benchmarks/convergence.py sentences
-    python benchmarks/convergence.py language
-    python benchmarks/convergence.py table
+    python benchmarks/tables.py convergence
 
-The first two train. Every finished run appends a row to `results/convergence.jsonl`, and the same command goes on
-with the runs that are not there yet; `--minutes` bounds the time, `--methods` what is run. Each method gets six
-points and two tuning seeds, chooses by the mean loss on validation data, and reports on test data with eight other
-seeds. Batches, head and first values of A or B depend on the seed alone, so methods are compared seed by seed. The
-third prints the table and writes it to `results/convergence.json` and `.md`.
+Every finished run appends a row to `results/convergence.jsonl`, and the same command trains the runs that are not
+there yet. Each method gets six points and two tuning seeds, chooses by the mean loss on validation data, and
+reports on test data with eight other seeds. Batches, head and first values of A or B depend on the seed alone, so
+methods are compared seed by seed.
 
 One process, the base loaded once, one compilation for each init: rates, ratio and scale are values.
 """
 
-import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from common import PACKAGES, RESULTS, version
-from convergence_plan import STEPS, Experiment, Job, Method, experiment, reports, tuning
-from convergence_table import write_table
+from convergence_plan import (
+    CONTROL,
+    REPORT_SEEDS,
+    STEPS,
+    TUNING_SEEDS,
+    Experiment,
+    Job,
+    Method,
+    experiment,
+    reports,
+    tuning,
+)
+from convergence_table import summarize
 
 from loraplus_jax import (
     TrainState,
@@ -46,6 +53,8 @@ from loraplus_jax.training.setup import build_model, load_model, task_module
 from loraplus_jax.tree import combine
 
 ROWS = RESULTS / "convergence.jsonl"
+METHODS = {"sentences": tuple(experiment("sentences").methods), "language": ("lora", "lora+", CONTROL)}
+"""What is run of each task; the language task leaves out what would take longest."""
 
 
 class Bench:
@@ -202,7 +211,7 @@ def read(task: str, plan: Experiment) -> list[dict[str, Any]]:
 def run_missing(task: str, minutes: float, wanted: Sequence[str]) -> None:
     """The runs that have no row yet, full last, which takes the longest."""
     plan, end = experiment(task), time.monotonic() + 60 * minutes
-    bench = Bench(plan)
+    make_bench = functools.cache(lambda: Bench(plan))  # which loads data and base
     versions = {name: version(name) for name in PACKAGES}
     chosen = [name for name in plan.methods if name in wanted]
     for names in ([name for name in chosen if name != "full"], [name for name in chosen if name == "full"]):
@@ -217,7 +226,12 @@ def run_missing(task: str, minutes: float, wanted: Sequence[str]) -> None:
                     continue
                 if time.monotonic() > end:
                     return
-                row = {"task": task, "setup": digest(plan, job.phase), **bench.run(job), "versions": versions}
+                row = {
+                    "task": task,
+                    "setup": digest(plan, job.phase),
+                    **make_bench().run(job),
+                    "versions": versions,
+                }
                 with ROWS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 shown = {
@@ -226,22 +240,21 @@ def run_missing(task: str, minutes: float, wanted: Sequence[str]) -> None:
                 print(json.dumps(shown), flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("what", choices=("sentences", "language", "table"))
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no further run after these")
-    names = list(experiment("sentences").methods)
-    parser.add_argument(
-        "--methods", nargs="+", choices=names, default=names, metavar="METHOD", help="; ".join(names)
-    )
-    options = parser.parse_args()
-    Path(RESULTS).mkdir(exist_ok=True)
-    if options.what != "table":
-        run_missing(options.what, options.minutes, options.methods)
-    write_table({task: (plan := experiment(task), read(task, plan)) for task in ("sentences", "language")})
-
-
-if __name__ == "__main__":
-    main()
+def summary() -> dict[str, Any]:
+    """The methods of every task, with the budget."""
+    found = {}
+    for task in METHODS:
+        plan = experiment(task)
+        settings, points = plan.settings, max(len(method.points) for method in plan.methods.values())
+        found[task] = {
+            "model": settings.model.path,
+            "data": settings.data.path,
+            "batch": [settings.train.batch_size, settings.data.max_length],
+            "steps": STEPS,
+            "points": points,
+            "tuning_seeds": len(TUNING_SEEDS),
+            "report_seeds": len(REPORT_SEEDS),
+            "metrics": plan.metrics,
+            "methods": summarize(plan, read(task, plan)),
+        }
+    return found

@@ -1,35 +1,18 @@
-"""The table of `convergence.py`: means over the report seeds, and paired differences with their intervals."""
+"""What `convergence.py` found: means over the report seeds, paired differences with their intervals, and curves."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from common import RESULTS, machine, table
-from convergence_plan import CONTROL, REPORT_SEEDS, TUNING_SEEDS, Experiment, choose, point_of
-from scipy import stats
+from convergence_plan import TUNING_SEEDS, Experiment, choose, point_of
 
-from loraplus_jax.sweep.statistics import ratio_interval
+from loraplus_jax.sweep.statistics import ratio_interval, t_interval
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = Sequence[float | None]
 """The training loss of every step; None where it was not finite."""
 WINDOW = 10
 """Steps over which a training loss is averaged before it is called reached."""
-
-
-def paired(values: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t interval of the differences `values - others`.
-
-    >>> [round(x, 3) for x in paired([1.0, 2.0, 3.0], [0.0, 1.5, 1.5])]
-    [1.0, -0.242, 2.242]
-    """
-    differences = np.subtract(values, others)
-    mean, error = float(differences.mean()), float(stats.sem(differences))
-    if len(differences) < 2 or error == 0:
-        return mean, mean, mean
-    low, high = stats.t.interval(0.95, len(differences) - 1, mean, error)
-    return mean, float(low), float(high)
 
 
 def steps_to(curve: Curve, target: float) -> int | None:
@@ -72,25 +55,22 @@ def _row(
         "rate of A": point.rate,
         "lambda": point.ratio,
         "alpha factor": point.alpha,
-        "tuned over": f"{len(method.points)} x {len(TUNING_SEEDS)}"
-        if method.points
-        else f"as {_source(name)}",
-        "at the grid's edge": _is_edge(point.rate, [p.rate for p in method.points]),
+        "tuned over": f"{len(method.points)} x {len(TUNING_SEEDS)}" if method.points else "as lora+",
+        "rate at the edge": _is_edge(point.rate, [p.rate for p in method.points]),
         "lambda at the edge": _is_edge(point.ratio, [p.ratio for p in method.points]),
         "seeds": len(runs),
+        "curve": _band([run["curve"] for run in runs.values()]),
     }
     for metric in plan.metrics:
-        values = [run[metric] for run in runs.values()]
-        row[metric] = [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0]
+        row[metric] = t_interval([run[metric] for run in runs.values()])
     rival = reported.get(method.rival or "", {})
     seeds = sorted(runs.keys() & rival.keys())
     row["against"], row["pairs"] = method.rival, len(seeds)
-    for metric in plan.metrics if len(seeds) > 1 else ():
-        row[f"{metric} difference"] = paired(
-            [runs[s][metric] for s in seeds], [rival[s][metric] for s in seeds]
-        )
-    if len(seeds) > 1:
-        row["steps saved"] = steps_saved([(runs[s]["curve"], rival[s]["curve"]) for s in seeds])
+    if rival:
+        for metric in plan.metrics:
+            row[f"{metric} difference"] = t_interval([runs[s][metric] - rival[s][metric] for s in seeds])
+        curves = [(runs[s]["curve"], rival[s]["curve"]) for s in seeds]
+        row["steps saved"], row["share"] = steps_saved(curves), share_of_steps(curves)
     return row
 
 
@@ -99,8 +79,12 @@ def _is_edge(value: float, tried: Sequence[float]) -> bool:
     return len(set(tried)) > 1 and value in (min(tried), max(tried))
 
 
-def _source(name: str) -> str:
-    return "lora+" if name == CONTROL else name
+def _band(curves: Sequence[Curve]) -> list[list[float]]:
+    """Step, mean, least and largest smoothed training loss over the seeds."""
+    smooth = np.array([_means(curve) for curve in curves])
+    steps = range(WINDOW, WINDOW + smooth.shape[1])
+    columns = (smooth.mean(0), smooth.min(0), smooth.max(0))
+    return [[step, *(round(float(c[n]), 4) for c in columns)] for n, step in enumerate(steps)]
 
 
 def steps_saved(curves: Sequence[tuple[Curve, Curve]]) -> dict[str, Any]:
@@ -108,8 +92,7 @@ def steps_saved(curves: Sequence[tuple[Curve, Curve]]) -> dict[str, Any]:
 
     On each seed both must come to the worse of their two final losses, so both do, and which of the two is called
     the rival does not matter: a target of the rival's alone would drop the seeds in which the other ends worse. A
-    pair in which a run's last losses are not finite does not count. `ratio` and its interval are those of the mean
-    logarithm over the `pairs`; None for fewer than two.
+    pair in which a run's last losses are not finite does not count.
     """
     own, its = [], []
     for pair in curves:
@@ -118,60 +101,19 @@ def steps_saved(curves: Sequence[tuple[Curve, Curve]]) -> dict[str, Any]:
             steps = [steps_to(curve, target) for curve in pair]
             own.append(steps[0])
             its.append(steps[1])
-    found = ratio_interval(its, own)
-    ratio = None if found["low"] is None else [found[name] for name in ("mean", "low", "high")]
-    return {"ratio": ratio, "pairs": found["pairs"]}
+    return ratio_interval(its, own)
 
 
-def write_table(results: Mapping[str, tuple[Experiment, Rows]]) -> None:
-    """Prints the tables and writes them to `convergence.json` and `convergence.md`."""
-    found, text = {}, []
-    for task, (plan, rows) in results.items():
-        methods = summarize(plan, rows)
-        count = {phase: sum(r["phase"] == phase for r in rows) for phase in ("tune", "report")}
-        # Runs are not kept by machine, so no times: the budget is counted in runs and steps.
-        found[task] = {
-            "budget": _budget(plan, count),
-            "settings": plan.settings.to_json(),
-            "methods": methods,
-        }
-        text += [f"## {task}", "", found[task]["budget"], ""]
-        text += [table([_shown(plan, row) for row in methods]) if methods else "No report run yet.", ""]
-    print("\n".join(text))
-    path = RESULTS / "convergence.json"
-    path.write_text(json.dumps({"machine": machine(), **found}, indent=1) + "\n")
-    command = "Written by `python benchmarks/convergence.py table`; runs are rows of `convergence.jsonl`."
-    (RESULTS / "convergence.md").write_text("\n".join(["# LoRA against LoRA+", "", command, "", *text]))
+def share_of_steps(curves: Sequence[tuple[Curve, Curve]]) -> dict[str, Any]:
+    """The share of the rival's steps after which the first method is at the rival's final loss, one pair a seed.
 
-
-def _budget(plan: Experiment, count: Mapping[str, int]) -> str:
-    points = max(len(m.points) for m in plan.methods.values())
-    train, data = plan.settings.train, plan.settings.data
-    share = "the validation split" if plan.stride == 1 else f"1 in {plan.stride} validation rows"
-    return (
-        f"{plan.settings.model.path} on {data.path}: {train.steps} steps of {train.batch_size} x {data.max_length} "
-        f"tokens a run. Each method: {points} points x {len(TUNING_SEEDS)} tuning seeds, chosen by mean loss on "
-        f"{share}; reported on the test split with {len(REPORT_SEEDS)} other seeds. "
-        f"Runs so far: {count['tune']} of tuning, {count['report']} of report."
-    )
-
-
-def _shown(plan: Experiment, row: Mapping[str, Any]) -> dict[str, str]:
-    """A row with its numbers laid out: mean ± standard deviation, and difference [95 % interval]."""
-    shown = {name: row[name] for name in ("method", "rate of A", "lambda", "alpha factor", "tuned over")}
-    shown = {name: f"{value:g}" if isinstance(value, float) else value for name, value in shown.items()}
-    shown["rate of A"] += " (edge)" if row["at the grid's edge"] else ""
-    shown["lambda"] += " (lambda at the edge)" if row["lambda at the edge"] else ""
-    for metric in plan.metrics:
-        mean, deviation = row[metric]
-        shown[f"test {metric}"] = f"{mean:.4f} ± {deviation:.4f}"
-    shown["seeds"] = f"{row['seeds']}" + (f", {row['diverged']} diverged" if row["diverged"] else "")
-    shown["against"] = row["against"] or "-"
-    for metric in plan.metrics:
-        found = row.get(f"{metric} difference")
-        shown[f"{metric} difference"] = "-" if found is None else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*found)
-    saved = row.get("steps saved")
-    shown["fewer steps"] = "-"
-    if saved is not None and saved["ratio"] is not None:
-        shown["fewer steps"] = "{:.2f} x [{:.2f}, {:.2f}], {} pairs".format(*saved["ratio"], saved["pairs"])
-    return shown
+    This favors the first method, which may stop where it is lucky, and leaves out the seeds on which it never gets
+    there: `median` is over the `reached` of the `pairs`; None for none.
+    """
+    shares = [(steps_to(own, float(_means(its)[-1])), len(its)) for own, its in curves]
+    reached = [steps / of for steps, of in shares if steps is not None]
+    return {
+        "median": float(np.median(reached)) if reached else None,
+        "reached": len(reached),
+        "pairs": len(shares),
+    }

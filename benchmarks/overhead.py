@@ -1,19 +1,21 @@
 """What lambda and optimizers that see A with B cost: against LoRA, beside training every weight.
 
-    python benchmarks/overhead.py
+    python benchmarks/tables.py overhead
 
 The step of a MiniLM-sized BERT (random weights: values do not matter here), compiled with straight layers so that
 XLA counts them all, save solutions and eigendecompositions, which are calls of LAPACK. One process, steps
-interleaved; the ratio is the median over rounds of a method's time over LoRA's in the same round.
+interleaved; the ratio is the median over rounds of a method's time over LoRA's in the same round. Forward pass,
+gradient and optimizer step are also compiled apart; backward is the gradient less the forward pass.
 """
 
-import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import interleaved, median_ratio, report
+from common import interleaved, median_ratio
 
 from loraplus_jax import (
     LoRAPlusConfig,
@@ -31,7 +33,7 @@ from loraplus_jax.optim.adalora import adalora
 from loraplus_jax.optim.invariant import scale_by_lora_muon, scale_by_lora_rite
 from loraplus_jax.optim.pairs import scale_by_riemannian
 from loraplus_jax.tasks.classification import EncoderTask
-from loraplus_jax.tree import count, leaves_by_path
+from loraplus_jax.tree import combine, count, leaves_by_path
 
 MINILM = BertConfig(
     vocab_size=30522,
@@ -52,10 +54,21 @@ SEEING_PAIRS = {
 }
 """What each of these optimizers passes to `lora_plus_adamw`."""
 TASK = EncoderTask(kind="classification", names=("no", "yes"))
+ROUNDS, BATCH, TOKENS, RANK = 21, 32, 48, 8
+PARTS = ("forward", "gradient", "optimizer")
 
 
-def make(method: str, batch: dict, rank: int) -> tuple:
-    """The compiled step of a method, its first state and its frozen variables."""
+class Made(NamedTuple):
+    """A method: the compiled step, its first state, its frozen variables, and calls of the step's parts."""
+
+    step: Any
+    state: TrainState
+    frozen: dict[str, Any]
+    parts: dict[str, Callable[[], Any]]
+
+
+def make(method: str, batch: dict, rank: int) -> Made:
+    """A method with its first state."""
     plain = BertForSequence(MINILM, TASK.num_outputs, unroll=True, head_dropout=0.0)
     tokens = [batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")]
     variables = jax.jit(plain.init)(jax.random.key(0), *tokens)
@@ -73,8 +86,30 @@ def make(method: str, batch: dict, rank: int) -> tuple:
             steps = {"steps": 1000, "initial_steps": 100, "final_steps": 300, "every": 10}
             tx = adalora(tx, optax.adam(1e-4), target_rank=rank / 2, specs=specs, **steps)
     state = init_state(trainable, tx, jax.random.key(2))
-    compiled = jit_step(TASK.loss_fn(model), tx).lower(state, frozen, batch).compile()
-    return compiled, state, frozen
+    loss_fn = TASK.loss_fn(model)
+    compiled = jit_step(loss_fn, tx).lower(state, frozen, batch).compile()
+
+    def loss(trainable: Any, key: jax.Array | None) -> jax.Array:
+        (total, weight), _ = loss_fn(combine(trainable, frozen), batch, key)  # pyright: ignore[reportArgumentType]
+        return total / weight
+
+    # Copies: the step donates its state.
+    own = jax.tree.map(jnp.copy, (state.trainable, state.opt_state))
+    forward, gradient = jax.jit(loss), jax.jit(jax.grad(loss))
+    key = jax.random.key(3)
+    grads = gradient(own[0], key)
+
+    def update(grads: Any, opt_state: Any, trainable: Any) -> Any:
+        updates, opt_state = tx.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state
+
+    optimizer = jax.jit(update)
+    parts = (
+        lambda: forward(own[0], key),
+        lambda: gradient(own[0], key),
+        lambda: optimizer(grads, own[1], own[0]),
+    )
+    return Made(compiled, state, frozen, dict(zip(PARTS, parts, strict=True)))
 
 
 def ideal_flops(trainable: dict, frozen: dict, batch: dict, rank: int) -> float:
@@ -92,54 +127,49 @@ def ideal_flops(trainable: dict, frozen: dict, batch: dict, rank: int) -> float:
     return dense + attention + adapters + head
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rank", type=int, default=8)
-    options = parser.parse_args()
-    shape = (options.batch, options.tokens)
+def measure(rounds: int = ROUNDS) -> dict[str, Any]:
+    """Times and counts of every method; seconds are medians over the rounds."""
+    shape = (BATCH, TOKENS)
     batch = {
         "input_ids": jnp.asarray(np.random.default_rng(0).integers(1, MINILM.vocab_size, shape), jnp.int32),
         "attention_mask": jnp.ones(shape, jnp.int32),
         "token_type_ids": jnp.zeros(shape, jnp.int32),
         # Both labels: a batch of one label is soon learned, and gradients too small for normal floats cost time.
-        "label": jnp.arange(options.batch, dtype=jnp.int32) % 2,
-        "weight": jnp.ones(options.batch),
+        "label": jnp.arange(BATCH, dtype=jnp.int32) % 2,
+        "weight": jnp.ones(BATCH),
     }
-    made = {
-        method: make(method, batch, options.rank)
-        for method in ("lora_plus", "lora", *SEEING_PAIRS, "adalora", "full")
-    }
-    states: dict[str, TrainState] = {method: state for method, (_, state, _) in made.items()}
+    made = {name: make(name, batch, RANK) for name in ("lora", "lora_plus", *SEEING_PAIRS, "adalora", "full")}
+    states = {name: one.state for name, one in made.items()}
 
     def one_step(method: str) -> TrainState:
-        states[method], _ = made[method][0](states[method], made[method][2], batch)
+        states[method], _ = made[method].step(states[method], made[method].frozen, batch)
         return states[method]
 
-    seconds = interleaved({m: lambda m=m: one_step(m) for m in made}, options.rounds)
+    steps = {(name, "step"): lambda name=name: one_step(name) for name in made}
+    parts = {(name, part): call for name in made for part, call in made[name].parts.items()}
+    seconds = interleaved(steps | parts, rounds)
     rows = []
-    for method, (compiled, _, frozen) in made.items():
-        opt_bytes = sum(x.nbytes for x in jax.tree.leaves(states[method].opt_state))
-        memory, flops = compiled.memory_analysis(), compiled.cost_analysis()["flops"]
-        ideal = ideal_flops(states[method].trainable, frozen, batch, options.rank)
+    for name, one in made.items():
+        opt_bytes = sum(x.nbytes for x in jax.tree.leaves(states[name].opt_state))
+        memory, flops = one.step.memory_analysis(), one.step.cost_analysis()["flops"]
+        backward = np.subtract(seconds[name, "gradient"], seconds[name, "forward"])
         rows.append(
             {
-                "method": method,
-                "trainable": f"{count(states[method].trainable):,}",
-                "optimizer state, MB": f"{opt_bytes / 1e6:.2f}",
-                "GFLOP": f"{flops / 1e9:.4f}",
-                "over ideal": "-" if method == "full" else f"{flops / ideal:.4f}",
-                "temporaries, MB": f"{memory.temp_size_in_bytes / 1e6:.2f}",
-                "step, s": f"{np.median(seconds[method]):.3f}",
-                "time / lora": f"{median_ratio(seconds[method], seconds['lora']):.3f}",
+                "method": name,
+                "trainable": count(states[name].trainable),
+                "optimizer_bytes": opt_bytes,
+                "temporary_bytes": memory.temp_size_in_bytes,
+                "peak_bytes": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+                "flops": flops,
+                "over_ideal": None
+                if name == "full"
+                else flops / ideal_flops(states[name].trainable, one.frozen, batch, RANK),
+                "forward": float(np.median(seconds[name, "forward"])),
+                "backward": float(np.median(backward)),
+                "optimizer": float(np.median(seconds[name, "optimizer"])),
+                "step": float(np.median(seconds[name, "step"])),
+                "step_over_lora": median_ratio(seconds[name, "step"], seconds["lora", "step"]),
+                "optimizer_over_lora": median_ratio(seconds[name, "optimizer"], seconds["lora", "optimizer"]),
             }
         )
-    report("overhead", rows, batch=f"{options.batch} x {options.tokens} tokens", rounds=options.rounds)
-
-
-if __name__ == "__main__":
-    main()
+    return {"rows": rows, "batch": [BATCH, TOKENS], "rank": RANK, "rounds": rounds}

@@ -183,7 +183,9 @@ def answers(
 
     def reported(members: int) -> float:
         # A curve begins before the first step, and its last point is the result.
-        evaluations = (1 + math.ceil(steps / curve_every(run.train.eval_every, steps))) * looks["test"]
+        evaluations = (
+            1 + math.ceil(steps / curve_every(run.train.eval_every, steps, run.sweep.curve_points))
+        ) * looks["test"]
         return members * (steps * step * step_ratio + evaluations * look * look_ratio)
 
     whole = {

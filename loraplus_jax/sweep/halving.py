@@ -58,17 +58,13 @@ def rung_step(share: float, steps: int) -> int:
     return max(1, math.ceil(share * steps))
 
 
-MIN_CURVE_POINTS = 10
-"""Minimum points on a test-loss curve; steps to a target are interpolated linearly between them."""
+def curve_every(eval_every: int, steps: int, points: int) -> int:
+    """Steps between evaluations on the test split in the report stage; there are at least `points`.
 
-
-def curve_every(eval_every: int, steps: int) -> int:
-    """Steps between evaluations on the test split in the report stage.
-
-    >>> curve_every(50, 300), curve_every(20, 300)
+    >>> curve_every(50, 300, 10), curve_every(20, 300, 10)
     (30, 20)
     """
-    return min(eval_every, math.ceil(steps / MIN_CURVE_POINTS))
+    return min(eval_every, math.ceil(steps / points))
 
 
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:

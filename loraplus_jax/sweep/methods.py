@@ -113,26 +113,47 @@ def compare_methods(
     Returns:
       The content of `report.json`.
     """
-    console, directory = lines_only(console), expand_path("output_dir", run.output_dir)
     names = tuple(dict.fromkeys(("lora", *(run.sweep.methods or ()))))
     runs = {name: method_run(run, name) for name in names}
+    labels = {name: TABLE[name].label for name in names}
+    return compare_runs(run, runs, labels, fresh=fresh, allow_different=allow_different, console=console)
+
+
+def compare_runs(
+    run: SweepRun,
+    runs: "Mapping[str, MethodRun]",
+    labels: Mapping[str, str],
+    *,
+    fresh: bool = False,
+    allow_different: Sequence[str] = (),
+    console: LineConsole | None = None,
+) -> dict[str, Any]:
+    """Compares searches of any settings with that of the name `"lora"`, otherwise as `compare_methods`.
+
+    Args:
+      run: settings that all share, and the directory of the results.
+      runs: the search and report of each name, in a directory of its own.
+      labels: display name of each.
+    """
+    console, directory = lines_only(console), expand_path("output_dir", run.output_dir)
     check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
     unfinished = next((one for one in runs.values() if read_summary(_place(one)) is None), None)
     if unfinished is not None:
         check_compared(allow_different, _place(unfinished), unfinished, fresh)
-    data = None
+    data = abstract_population(runs["lora"]).data
     for name, one in runs.items():
         with _named(name):
-            data = abstract_population(one, data).data
+            abstract_population(one, data)
     began = time.perf_counter()
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
         results = {}
         for name, one in runs.items():
-            console.print(f"{TABLE[name].label}: {len(one.trials)} settings")
+            console.print(f"{labels[name]}: {len(one.trials)} settings")
             with _named(name):
                 results[name] = _result(one, allow_different if one is unfinished else (), console)
         check()
-        report = compare(run, {name: TABLE[name].label for name in names}, results)
+        report = compare(run, labels, results)
+        report["protocol"]["test_rows"] = data.examples["test"]
         draw(directory, report)
         write_report(directory, report)
         write_text(directory / PAGE, render_page(directory, report, "methods.html", PICTURES))

@@ -1,6 +1,6 @@
 """The comparison of methods: paired differences to plain LoRA, a first line that answers, a page and a picture."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             "label": label,
             "chosen": chosen,
             "settings": len(trials),
+            "search": _search_rows(result["rows"]),
             "at_the_edge": [] if chosen is None else _at_edge(trials, chosen),
             "runs": own,
             "loss": float(np.mean([end["loss"] for end in ends])) if ends else None,
@@ -79,6 +80,15 @@ def _at_edge(trials: Iterable[Trial], chosen: Mapping[str, Any]) -> list[str]:
         if len(tried) > 1 and chosen[name] in (min(tried), max(tried)):
             found.append(name)
     return found
+
+
+def _search_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The validation loss of each setting and seed of the search at its last comparison; null if it diverged."""
+    last = {(*row["trial"], row["seed"]): row for row in rows if row["stage"] == "search"}
+    return [
+        Trial(*row["trial"])._asdict() | {name: row[name] for name in ("seed", "step", "loss")}
+        for row in last.values()
+    ]
 
 
 def _report_rows(rows: Any, name: str) -> list[dict[str, Any]]:

@@ -270,7 +270,7 @@ class Sweep:
         if self.stage == "search" and len(self.chosen) == len(self.run.searched):
             return []
         steps = self.population.steps
-        every = curve_every(self.run.train.eval_every, steps)
+        every = curve_every(self.run.train.eval_every, steps, self.run.sweep.curve_points)
         stops = (
             comparison_steps(self.run.sweep, steps)
             if self.stage == "search"
@@ -365,7 +365,9 @@ class Sweep:
         """The report of all results so far."""
         metric = self.population.data.task.metric
         curve = {
-            "curve_every": curve_every(self.run.train.eval_every, self.population.steps),
+            "curve_every": curve_every(
+                self.run.train.eval_every, self.population.steps, self.run.sweep.curve_points
+            ),
             "test_rows": len(next(iter(self.population.data.splits["test"].values()))),
         }
         return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)

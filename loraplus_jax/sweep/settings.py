@@ -80,6 +80,8 @@ class SweepSettings:
       seeds: random seeds of the search; null uses the run's seed.
       report_seeds: number of new seeds for the final comparison, counting up from the largest search seed + 1; use
         8 for a publishable result.
+      curve_points: minimum number of test evaluations of each report run after the one before its first step; steps
+        to the target are interpolated linearly between them.
       control: also compare a control: plain LoRA with alpha x lambda at the selected LoRA+ learning rate.
       rungs: fractions of the training steps after which halving drops settings, in increasing order.
       keep: fraction of each method's settings that halving keeps at a rung, at least one; if only one remains, it
@@ -103,6 +105,7 @@ class SweepSettings:
     samples: Annotated[Count, Field(le=MAX_SAMPLES)] | None = None
     seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
     report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
+    curve_points: Count = 10
     control: Switch = True
     rungs: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] = (0.125,)
     keep: Fraction = 0.125

@@ -178,7 +178,7 @@ def test_differences_are_paired_by_seed_and_their_interval_is_students(plan):
     found += rows(plan, "lora", [0.5, 0.6, 0.9], (0, 1, 2), point=both["lora"])
     found += rows(plan, "lora+", [0.4, 0.3, 0.8, 0.1], (0, 1, 2, 5), point=both["lora+"])
     table = {row["method"]: row for row in summarize(plan, found)}
-    mean, low, high = table["lora+"]["loss difference"]
+    mean, low, high = (table["lora+"]["loss difference"][name] for name in ("mean", "low", "high"))
     # Differences -0.1, -0.3, -0.1: mean -1/6, standard error 1/15; t(0.975, 2) = 4.3027.
     assert (mean, low, high) == pytest.approx(
         (-1 / 6, -1 / 6 - 4.30265 / 15, -1 / 6 + 4.30265 / 15), abs=1e-5
@@ -218,9 +218,8 @@ def test_the_other_way_round_fewer_steps_are_more():
     curves = [(noisy(2 * n), noisy(2 * n + 1)) for n in range(8)]
     found, back = steps_saved(curves), steps_saved([(b, a) for a, b in curves])
     assert found["pairs"] == back["pairs"] == 8
-    mean, low, high = found["ratio"]
-    assert back["ratio"] == pytest.approx([1 / mean, 1 / high, 1 / low])
-    assert mean != pytest.approx(1)
+    assert ends(back) == pytest.approx([1 / found["mean"], 1 / found["high"], 1 / found["low"]])
+    assert found["mean"] != pytest.approx(1)
 
 
 def test_two_methods_that_are_the_same_are_called_faster_as_rarely_as_slower():
@@ -228,14 +227,14 @@ def test_two_methods_that_are_the_same_are_called_faster_as_rarely_as_slower():
 
     found = [steps_saved([(noisy(m + n), noisy(m + n + 8)) for n in range(8)]) for m in range(0, 6400, 16)]
     assert all(one["pairs"] == 8 for one in found)
-    faster, slower = (sum(said) for said in zip(*((r[1] > 1, r[2] < 1) for r in ratios(found)), strict=True))
+    faster, slower = (sum(one["low"] > 1 for one in found), sum(one["high"] < 1 for one in found))
     assert faster + slower < 0.08 * len(found)
     # A t interval of 5 %: ten of 400 each way, with a standard deviation of three.
     assert min(faster, slower) >= 2
 
 
-def ratios(found):
-    return [one["ratio"] for one in found]
+def ends(interval):
+    return [interval[name] for name in ("mean", "low", "high")]
 
 
 def test_the_goal_is_the_worse_final_loss_and_only_runs_that_diverged_are_left_out():
@@ -243,15 +242,35 @@ def test_the_goal_is_the_worse_final_loss_and_only_runs_that_diverged_are_left_o
     from convergence_table import steps_saved
 
     early, late = [1.0] * 10 + [0.5] * 50, [1.0] * 20 + [0.5] * 20 + [0.0] * 20
-    assert steps_saved([(early, late)] * 2) == {"ratio": pytest.approx([1.5] * 3), "pairs": 2}
+    found = steps_saved([(early, late)] * 2)
+    assert (ends(found), found["pairs"]) == (pytest.approx([1.5] * 3), 2)
     lost = [1.0] * 59 + [None]
     assert steps_saved([(early, late)] * 2 + [(early, lost), (lost, late)])["pairs"] == 2
-    assert steps_saved([(early, late), (early, lost)]) == {"ratio": None, "pairs": 1}
+    one = steps_saved([(early, late), (early, lost)])
+    assert (one["low"], one["pairs"]) == (None, 1)
+
+
+def test_the_share_of_the_rivals_steps_leaves_out_seeds_that_never_get_there():
+    from convergence_table import share_of_steps
+
+    early, late = [1.0] * 10 + [0.5] * 50, [1.0] * 20 + [0.5] * 20 + [0.0] * 20
+    # Mean of ten losses: 0.5 at step 20 of 60 for the one; the other, at 30, is at 0.5 too; the first never at 0.
+    assert share_of_steps([(early, [1.0] * 50 + [0.5] * 10)]) == {
+        "median": pytest.approx(1 / 3),
+        "reached": 1,
+        "pairs": 1,
+    }
+    assert share_of_steps([(late, early), (early, late)]) == {
+        "median": pytest.approx(0.5),
+        "reached": 1,
+        "pairs": 2,
+    }
+    assert share_of_steps([(early, late)])["median"] is None
 
 
 def test_a_best_rate_or_lambda_at_the_edge_and_diverged_seeds_are_shown(plan):
     from convergence_plan import CONTROL, choose
-    from convergence_table import _shown, summarize
+    from convergence_table import summarize
 
     found = tuned(plan, **{"lora": 5, "lora+": 2})
     best = {name: choose(plan, name, found) for name in ("lora", "lora+", CONTROL)}
@@ -260,12 +279,13 @@ def test_a_best_rate_or_lambda_at_the_edge_and_diverged_seeds_are_shown(plan):
         found += rows(
             plan, name, [0.5, 0.6, None] if name == "lora" else [0.4, 0.6, 0.7], (0, 1, 2), point=point
         )
-    shown = {row["method"]: _shown(plan, row) for row in summarize(plan, found)}
-    assert [shown["lora"][name] for name in ("rate of A", "lambda")] == ["0.008 (edge)", "1"]
-    assert [shown["lora+"][name] for name in ("rate of A", "lambda")] == ["0.001", "4 (lambda at the edge)"]
-    assert [shown[CONTROL][name] for name in ("rate of A", "lambda")] == ["0.001", "1"]
-    assert [shown[name]["seeds"] for name in ("lora", "lora+")] == ["2, 1 diverged", "3"]
-    assert shown["lora+"]["fewer steps"] == "1.00 x [1.00, 1.00], 2 pairs"
+    shown = {row["method"]: row for row in summarize(plan, found)}
+    columns = ("rate of A", "rate at the edge", "lambda", "lambda at the edge")
+    assert [shown["lora"][name] for name in columns] == [0.008, True, 1, False]
+    assert [shown["lora+"][name] for name in columns] == [0.001, False, 4, True]
+    assert [shown[CONTROL][name] for name in columns] == [0.001, False, 1, False]
+    assert [(shown[name]["seeds"], shown[name]["diverged"]) for name in ("lora", "lora+")] == [(2, 1), (3, 0)]
+    assert (ends(shown["lora+"]["steps saved"]), shown["lora+"]["steps saved"]["pairs"]) == ([1.0] * 3, 2)
 
 
 def test_other_settings_are_another_set_of_rows(plan):

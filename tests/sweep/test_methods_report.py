@@ -52,6 +52,10 @@ def test_intervals_edges_and_the_first_line(run):
     )
     assert_mentions(report["verdict"], "an end of those tried", "PiSSA (learning_rate)")
     assert [m["at_the_edge"] for m in report["methods"].values()] == [[], [], ["learning_rate"]]
+    search = report["methods"]["dora"]["search"]
+    assert [(row["learning_rate"], row["seed"], row["step"], row["loss"]) for row in search] == [
+        (rate, 0, 4, 0.5) for rate in (1e-3, 2e-3, 4e-3)
+    ]
 
 
 def test_a_method_that_diverged_on_a_seed_has_no_result(run):

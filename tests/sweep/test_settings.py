@@ -7,7 +7,7 @@ import yaml
 
 from loraplus_jax.cli import main
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sweep.halving import comparison_steps, survivors
+from loraplus_jax.sweep.halving import comparison_steps, curve_every, survivors
 from loraplus_jax.sweep.methods import method_run
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
@@ -66,6 +66,7 @@ EFFECTS = [
     ("samples", "3", trials, ()),
     ("seeds", "[3,4]", lambda run: run.seeds, ()),
     ("report_seeds", "4", lambda run: run.report_seeds, ()),
+    ("curve_points", "5", lambda run: curve_every(100, 300, run.sweep.curve_points), ()),
     ("control", "false", lambda run: run.arms, ()),
     ("rungs", "[0.5]", stops, ()),
     ("keep", "0.5", kept, ()),

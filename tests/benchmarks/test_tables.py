@@ -1,0 +1,137 @@
+"""`benchmarks/tables.py`: the committed page is what the JSON files give; verdicts by hand; a whole table, tiny."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+
+
+def test_the_committed_page_is_what_the_json_files_give():
+    from tables_page import page, read
+
+    tables = read(REPOSITORY / "benchmarks/results/tables")
+    docs = REPOSITORY / "docs"
+    assert (docs / "results.md").read_text(encoding="utf-8") == page(tables)
+    assert {path.stem for path in (docs / "results").glob("*.png")} == set(tables)
+
+
+def test_every_table_has_its_place_on_the_page():
+    from tables import MAKE, STUDIES
+    from tables_page import SECTIONS
+
+    assert set(MAKE) == set(SECTIONS)
+    assert set(STUDIES) == {"glue", "commonsense", "e2e", "lambda", "methods"}
+
+
+def estimate(low, mean, high):
+    return {"low": low, "mean": mean, "high": high, "pairs": 3}
+
+
+@pytest.mark.parametrize(
+    ("found", "better", "words"),
+    [
+        (
+            estimate(0.1, 0.2, 0.3),
+            1,
+            ("+0.2 [+0.1, +0.3]", "significantly better", "claimed +0.5 is outside"),
+        ),
+        (estimate(-0.1, 0.2, 0.5), 1, ("no significant difference", "inside")),
+        (estimate(0.1, 0.2, 0.3), -1, ("significantly worse",)),
+        (estimate(-0.3, -0.2, -0.1), 1, ("[−0.3, −0.1]", "significantly worse")),
+        (estimate(None, 0.2, None), 1, ("no result",)),
+    ],
+)
+def test_a_verdict_is_what_the_interval_says(found, better, words):
+    from tables_page import judge
+
+    text = judge("gain", found, "+.1f", 0.5, 0.0, better)
+    assert all(word in text for word in words), text
+
+
+def run(seed, metric, curve, target=None, steps=None, diverged=False):
+    test = None if diverged else {"loss": curve[-1][1], "accuracy": metric}
+    return {"seed": seed, "curve": curve, "test": test, "target": target, "steps_to_target": steps} | {
+        "diverged": diverged
+    }
+
+
+def report(gains, speeds):
+    """LoRA falls from 1 to 0 in 100 steps; LoRA+ gets there `speed` times faster."""
+    own = [
+        run(s, 0.5 + gain, [[0, 1.0], [100 / speed, 0.0]], 0.0, 100 / speed)
+        for s, (gain, speed) in enumerate(zip(gains, speeds, strict=True))
+    ]
+    lora = [run(s, 0.5, [[0, 1.0], [100, 0.0]]) for s in range(len(gains))]
+    return {
+        "protocol": {"metric": "accuracy"},
+        "methods": {"lora": {"runs": lora}, "lora_plus": {"runs": own}},
+    }
+
+
+def test_the_mean_over_data_sets_is_paired_by_seed():
+    from tables_page import overall
+
+    first, second = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0]), report([0.03, 0.03, 0.0], [2.0, 8.0, 2.0])
+    gain, ratio = overall([first, second], "lora_plus")
+    # Means of the seeds 0.02, 0.03, 0.01: mean 0.02, error 0.01 / sqrt(3), t of 0.975 with two degrees 4.30265.
+    half = 4.30265 * 0.01 / math.sqrt(3)
+    assert [gain[n] for n in ("low", "mean", "high")] == pytest.approx(
+        [0.02 - half, 0.02, 0.02 + half], abs=1e-6
+    )
+    # Geometric means of the seeds 2, 4, 4: their logarithms' mean is 5/3 of log 2.
+    assert ratio["mean"] == pytest.approx(2 ** (5 / 3))
+    second["methods"]["lora_plus"]["runs"][0] = run(0, None, [[0, None]], diverged=True)
+    assert overall([first, second], "lora_plus")[0]["pairs"] == 2
+
+
+def test_a_run_is_unstable_if_it_diverged_or_ended_where_training_began():
+    from tables_page import unstable_runs
+
+    found = report([0.0], [1.0])
+    method = {"search": [{"loss": loss} for loss in (0.2, 0.999, 1.0, 3.0, None)]}
+    assert unstable_runs(found, method) == (3, 5)
+
+
+def test_a_sample_is_the_same_each_time_and_keeps_to_its_limits(tmp_path):
+    from tables import Sample, sample
+
+    rows = [{"instruction": "a" * n, "output": "ü"} for n in range(40)]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    path = sample(tmp_path / "q.json", Sample("q.json", 5, 20), tmp_path / "out")
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(found) == 5
+    assert all(len(row["instruction"]) <= 20 for row in found)
+    first = path.read_bytes()
+    assert sample(tmp_path / "q.json", Sample("q.json", 5, 20), tmp_path / "out").read_bytes() == first
+    (tmp_path / "t.csv").write_text('\ufeffmr,ref\nname[A],"Two\nlines, ""A""."\n', encoding="utf-8")
+    (row,) = sample(tmp_path / "t.csv", Sample("t.csv"), tmp_path / "out").read_text().splitlines()
+    assert json.loads(row) == {"mr": "name[A]", "ref": 'Two\nlines, "A".'}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["lambda", "--only", "sentences"], ("--only", "reviews", "sentences")),
+        (["commonsense", "--data", "nowhere"], ("nowhere/commonsense/boolq/train.json",)),
+        (["lambda", "--sweep.curve_points", "0"], ("sweep.curve_points", "0")),
+        (["lambda", "--recipe", "none.yaml"], ("none.yaml",)),
+        (["overhead", "--train.steps", "3"], ("overhead", "--train.steps 3")),
+    ],
+)
+def test_invalid_input_is_one_error(command, words, tmp_path, capsys, monkeypatch):
+    import tables
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        tables.main([*command, "--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.glob("results/*.json"))

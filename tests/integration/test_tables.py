@@ -1,0 +1,49 @@
+"""A table of `benchmarks/tables.py` from a recipe to its page, on the tiny world."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.usefixtures("cache"), pytest.mark.slow]
+SMALL = [
+    *(
+        "--data.max_length",
+        "12",
+        "--train.steps",
+        "8",
+        "--train.batch_size",
+        "8",
+        "--train.eval_batch_size",
+        "32",
+    ),
+    *("--optimizer.warmup_steps", "1", "--sweep.report_seeds", "2", "--sweep.learning_rates", "[2e-3,5e-3]"),
+    *("--sweep.method_learning_rates", "{lora: [2e-3,5e-3]}", "--sweep.curve_points", "2"),
+]
+
+
+def test_a_table_from_a_recipe_to_its_page_and_resumed(world, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import tables
+
+    monkeypatch.setattr(tables, "LAMBDAS", (4.0,))
+    out = world.directory / "tables"
+    command = ["lambda", "--recipe", str(world.config), "--output_dir", str(out), *SMALL]
+    places = ["--results", str(world.directory / "results"), "--docs", str(world.directory / "docs")]
+    tables.main([*command, *places])
+    (report,) = json.loads((world.directory / "results/lambda.json").read_text())["studies"].values()
+    assert [method["label"] for method in report["methods"].values()] == ["λ = 1 (LoRA)", "λ = 4"]
+    for method in report["methods"].values():
+        assert {row["learning_rate"] for row in method["search"]} == {2e-3, 5e-3}
+        assert len(method["search"]) == 4
+        assert len(method["runs"]) == 2
+    assert {row["lr_ratio"] for row in report["methods"]["lambda_4"]["search"]} == {4.0}
+    page = (world.directory / "docs/results.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| λ = 4 |")]
+    assert f"{report['methods']['lambda_4']['metric']:.4f}" in row
+    assert (world.directory / "docs/results/lambda.png").stat().st_size > 1000
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("**/checkpoints/*")}
+    capsys.readouterr()
+    tables.main([*command, *places])
+    assert finished == {path: path.stat().st_mtime_ns for path in out.glob("**/checkpoints/*")}
+    assert (world.directory / "docs/results.md").read_text() == page
