@@ -161,6 +161,7 @@ STUDIES: dict[str, dict[str, Study]] = {
                 "sweep.methods": ["lora", "lora_plus"],
                 "sweep.method_learning_rates": {"lora": LAMBDA_RATES},
                 "sweep.report_seeds": 5,
+                "sweep.curve_points": 6,
             },
         )
     },

@@ -116,6 +116,8 @@ def judge(what: str, estimate: Found, form: str, claimed: float | None, even: fl
     """
     if estimate["low"] is None:
         return f"{what}: no result."
+    if estimate["low"] == estimate["high"] == even:  # as where all runs predict the majority
+        return f"{what}: {format(even, form)}, the same on every seed."
     side = better * ((estimate["low"] > even) - (estimate["high"] < even))
     verdict = {
         1: "LoRA+ is significantly better",

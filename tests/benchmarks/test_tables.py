@@ -47,6 +47,7 @@ def estimate(low, mean, high):
         (estimate(0.1, 0.2, 0.3), -1, ("significantly worse",)),
         (estimate(-0.3, -0.2, -0.1), 1, ("[−0.3, −0.1]", "significantly worse")),
         (estimate(None, 0.2, None), 1, ("no result",)),
+        (estimate(0.0, 0.0, 0.0), 1, ("the same on every seed",)),
     ],
 )
 def test_a_verdict_is_what_the_interval_says(found, better, words):
