@@ -125,4 +125,6 @@ def _token_losses(
     kernel, transposed = head_kernel(variables["params"])
     axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
     kernel = gather_over_fsdp(kernel.astype(hidden.dtype), axes)
-    return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=chunk)
+    net: Any = model
+    cap = net.config.final_logit_softcapping
+    return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=chunk, soft_cap=cap)

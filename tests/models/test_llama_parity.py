@@ -23,6 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = (
     *("llama2", "llama3", "linear", "dynamic", "yarn", "biases", "smollm2"),
     *("mistral", "mistral_full", "qwen2", "qwen2_tied", "qwen3"),
+    *("gemma2", "gemma3", "phi3", "phi3_long"),
 )
 BF16 = 0.05
 VALUES, GRADIENTS = 5e-6, 2e-5
@@ -109,8 +110,13 @@ def test_old_and_new_config_files_mean_the_same(name):
     new = json.loads(str(np.load(GOLDEN / f"llama_{name}.npz")["config"]))
     rope = new["rope_parameters"]
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types")}
+    if "full_attention" in rope:
+        old["rope_local_base_freq"], rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]
     old["rope_theta"] = rope["rope_theta"]
-    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
+    old["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    left_out = ("rope_theta", "rope_type", "partial_rotary_factor", "original_max_position_embeddings")
+    is_phi3 = new["model_type"] == "phi3"  # its old files have the original length outside
+    rest = {key: value for key, value in rope.items() if key not in left_out[: 4 if is_phi3 else 3]}
     old["rope_scaling"] = {"type": rope["rope_type"], **rest} if rest else None
     assert LlamaConfig.from_hf(old) == LlamaConfig.from_hf(new)
 
