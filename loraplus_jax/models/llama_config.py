@@ -133,6 +133,8 @@ _OPTIONAL = (
     *("attention_bias", "mlp_bias", "query_pre_attn_scalar", "attn_logit_softcapping"),
     *("final_logit_softcapping", "partial_rotary_factor"),
 )
+# Options that a null switches off; elsewhere it stands for the default.
+_NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _INT_FIELDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "max_position_embeddings"),
@@ -212,23 +214,17 @@ class LlamaConfig:
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:
             raise ValueError(f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}")
-        given = {**KINDS[kind].defaults, **config}  # null is a value: no window, no bound
-        entries = {key: value for key, value in given.items() if value is not None}
+        given = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
+        entries = {key: v for key, v in {**KINDS[kind].defaults, **given}.items() if v is not None}
         problems = [
             f"{key} is {entries[key]!r}, only {known[0]!r} is supported"
             for key, known in _ONLY.items()
             if key not in KINDS[kind].reads and entries.get(key, known[0]) not in known
         ]
         ignored = {name for name in _OPTIONAL if name not in KINDS[kind].reads}
-        derive = (
-            "rope_theta",
-            "rope_scaling",
-            "rope_local_theta",
-            "sliding_window",
-            "full_layers",
-            "hidden_act",
-        )
-        fields = [f for f in dataclasses.fields(cls) if f.name not in {*ignored, *derive}]
+        ignored |= {"rope_theta", "rope_scaling", "rope_local_theta"}  # see `_rope_fields`
+        ignored |= {"sliding_window", "full_layers", "hidden_act"}
+        fields = [f for f in dataclasses.fields(cls) if f.name not in ignored]
         derived = ("num_key_value_heads", "head_dim")
         required = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in derived]
         problems += [f"{name} is missing" for name in required if name not in entries]
@@ -401,11 +397,12 @@ def _size_problems(config: LlamaConfig) -> list[str]:
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     if heads % keys:
         problems.append(f"num_key_value_heads must divide num_attention_heads, got {keys} and {heads}")
-    size = config.rotary_size if 0 < config.partial_rotary_factor <= 1 else 0
+    factor = config.partial_rotary_factor
+    size = config.rotary_size if isinstance(factor, int | float) and 0 < factor <= 1 else 0
     if not size or size % 2:
         problems.append(
-            f"head_dim and partial_rotary_factor must give an even size, got {config.head_dim} and "
-            f"{config.partial_rotary_factor!r:.80}"
+            "head_dim and partial_rotary_factor, above 0 and at most 1, must give an even size, "
+            f"got {config.head_dim} and {factor!r:.80}"
         )
     if size == 2 and dict(config.rope_scaling).get("rope_type") == "dynamic":
         problems.append("head_dim must be above 2 with dynamic rope_scaling, got 2")
