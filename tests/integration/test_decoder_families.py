@@ -69,9 +69,8 @@ def test_a_run_on_eight_devices_and_its_exports(tiny, tmp_path, capsys):
         assert near(evaluated(capsys, tmp_path / name), exact)
         assert printed(capsys, "generate", tmp_path / name, *asked) == run
     options = json.loads((tmp_path / "peft/adapter_config.json").read_text())
-    assert sorted(options["target_modules"]) == sorted(
-        yaml.safe_load(tiny.config.read_text())["lora"]["target_modules"]
-    )
+    names = {name.rpartition(".")[2] for name in options["target_modules"]}
+    assert names == set(yaml.safe_load(tiny.config.read_text())["lora"]["target_modules"])
     # The adapter starts a new run, also without our own notes, as PEFT would have written it.
     (tmp_path / "peft/loraplus.json").unlink()
     more = tiny.trained(*SHORT, "--init_adapter", str(tmp_path / "peft"), out=tmp_path / "more")

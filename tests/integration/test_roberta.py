@@ -75,17 +75,17 @@ def test_a_step_of_the_recipe_and_its_export_equal_transformers(tmp_path):
     assert tf.RobertaTokenizer.from_pretrained(model)(TEXTS).input_ids == tokenizer(TEXTS).input_ids
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    auto = tf.AutoModelForSequenceClassification
-    theirs = auto.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
+    theirs = tf.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged", attn_implementation="eager"
+    )
     with torch.no_grad():
-        wanted = theirs(**inputs).logits.numpy()
-        untrained = auto.from_pretrained(model, attn_implementation="eager").eval().roberta(**inputs)
-        assert not np.allclose(theirs.roberta(**inputs)[0], untrained[0], atol=1e-3), (
-            "the adapter does nothing"
-        )
+        wanted = theirs.eval()(**inputs).logits.numpy()
     parts = load_tuned(tmp_path / "run").parts
     ids, mask = (jnp.asarray(value.numpy(), jnp.int32) for value in inputs.values())
-    given = jax.jit(parts.model.apply)(combine(parts.trainable, parts.frozen), ids, mask)
+    run, variables = jax.jit(parts.model.apply), combine(parts.trainable, parts.frozen)
+    given = run(variables, ids, mask)
+    base = run({**variables, "lora": jax.tree.map(jnp.zeros_like, variables["lora"])}, ids, mask)
+    assert np.abs(given - base).max() > 1e-3, "the adapter does nothing"
     off = np.abs(given - wanted).max()
     print(f"logits up to {np.abs(wanted).max():.2f}, off by {off:.1e}")
     assert off <= 1e-4
