@@ -62,7 +62,7 @@ class Shared(NamedTuple):
 
     segment_ids: jax.Array | None
     mask: jax.Array | None = None
-    start: jax.Array | None = None
+    start: Any = None
     rope: Any = None
 
 

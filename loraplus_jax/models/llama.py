@@ -131,7 +131,7 @@ class LlamaMLP(LlamaPart):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) from (B, T, D)."""
         c = self.config
-        sizes = dict.fromkeys(("gate_proj", "up_proj"), c.intermediate_size)
+        sizes = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
         gate, up = self.parts(x, "gate_up_proj", sizes, bias=c.mlp_bias)
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(ACTIVATIONS[c.hidden_act](gate) * up)

@@ -318,7 +318,7 @@ class LlamaConfig:
 
     def layer_window(self, layer: jax.Array) -> int | jax.Array | None:
         """A layer's sliding window; an array if not all layers have the same."""
-        if not self.full_layers:
+        if not self.full_layers or self.sliding_window is None:
             return self.sliding_window
         return jnp.where(self._is_local(layer), self.sliding_window, np.iinfo(np.int32).max)
 
