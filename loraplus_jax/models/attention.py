@@ -32,7 +32,9 @@ def causal_attention(
     value: jax.Array,
     segment_ids: jax.Array | None = None,
     *,
-    window: int | None = None,
+    window: int | jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     implementation: Attention = "auto",
 ) -> jax.Array:
     """Softmax attention of every token to itself and to earlier tokens of its segment.
@@ -41,10 +43,14 @@ def causal_attention(
       query: (B, T, N, H).
       key, value: (B, T, K, H), where K divides N: each key head serves N / K query heads.
       segment_ids: int32 (B, T), or None if each row is one segment.
-      window: sliding window in tokens, including the token itself; None attends to all.
-      implementation: `"xla"` is `jax.nn.dot_product_attention`; `"blocked"` skips keys that a block of queries
-        cannot attend to and saves no probabilities for the backward pass (arXiv 2205.14135), so memory grows with
-        T, not T²; `"auto"` uses blocked from 256 tokens on.
+      window: sliding window in tokens, including the token itself; None attends to all. An int32 scalar where it
+        differs between the layers of a loop.
+      scale: factor of the scores q·k; by default 1 / sqrt(H).
+      softcap: c, for scores `c * tanh(x / c)` (arXiv 2408.00118, section 2).
+      implementation: `"xla"` computes all T² scores at once; `"blocked"` skips keys that a block of queries cannot
+        attend to and saves no probabilities for the backward pass (arXiv 2205.14135), so memory grows with T, not
+        T²; `"auto"` uses blocked from 256 tokens on. Keys outside a window that is an array are masked, not
+        skipped.
 
     Returns:
       (B, T, N, H) in the query's dtype; scores and softmax are float32.
@@ -60,44 +66,61 @@ def causal_attention(
         )
     length = query.shape[1]
     if implementation == "xla" or (implementation == "auto" and length < MIN_BLOCKED_LENGTH):
-        y = jax.nn.dot_product_attention(
-            query, key, value, mask=_full_mask(segment_ids, length, window), is_causal=True
-        )
+        mask = window_mask(jnp.arange(length), length, window)[None]
+        if segment_ids is not None:
+            mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        y = masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
         return checkpoint_name(y, ATTENTION_NAMES[0])
     block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     chunk = length if length <= MAX_WHOLE_KEYS else KEY_CHUNK
-    return _blocked(query, key, value, segment_ids, _Blocks(block, chunk, window))
+    reach = window if isinstance(window, int) else None
+    blocks = _Blocks(block, chunk, reach, _default_scale(query) if scale is None else scale, softcap)
+    return _blocked(query, key, value, segment_ids, window, blocks)
 
 
-def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention of new tokens (B, T, N, H) to a cache of keys and values (B, S, K, H); the mask is (B, T, S)."""
+def masked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Attention of tokens (B, T, N, H) to keys and values (B, S, K, H) where a mask (B or 1, T, S) is true.
+
+    `scale` and `softcap` as for `causal_attention`.
+    """
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+    if softcap is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
+    groups = query.shape[2] // key.shape[2]
+    q, k, v = _rows(query, groups), _rows(key, 1), _rows(value, 1)
+    scores = _dot("bkrh,bksh->bkrs", q, k) * (_default_scale(query) if scale is None else scale)
+    rows = jnp.repeat(mask, groups, axis=1)[:, None]
+    weights = jax.nn.softmax(jnp.where(rows, softcap * jnp.tanh(scores / softcap), _MASKED), axis=-1)
+    return _heads(_dot("bkrs,bksh->bkrh", weights.astype(v.dtype), v).astype(query.dtype), groups)
 
 
-def _full_mask(segment_ids: jax.Array | None, length: int, window: int | None) -> jax.Array | None:
-    """The mask for segments and window, without causality: boolean (B or 1, 1, T, T), or None."""
-    same_segment = (
-        None if segment_ids is None else segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-    )
-    if window is None or window >= length:
-        return same_segment
-    index = jnp.arange(length)
-    in_window = (index[:, None] - index[None, :] < window)[None, None]
-    return in_window if same_segment is None else same_segment & in_window
+def window_mask(queries: jax.Array, keys: int, window: int | jax.Array | None) -> jax.Array:
+    """Boolean (T, S): whether the key at each index below `keys` is at most a query's index, and in its window."""
+    distance = queries[:, None] - jnp.arange(keys)[None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 class _Blocks(NamedTuple):
-    """Queries per block, keys per chunk, and the sliding window."""
+    """Queries per block, keys per chunk, the furthest that any query reaches back, and the form of the scores."""
 
     size: int
     chunk: int
-    window: int | None
+    reach: int | None
+    scale: float
+    softcap: float | None
 
     def spans(self, length: int) -> list[tuple[int, int, int]]:
         """Start and stop query of each block, and the first key that any of its queries attends to."""
         starts = range(0, length, self.size)
-        first = [0 if self.window is None else max(0, start - self.window + 1) for start in starts]
+        first = [0 if self.reach is None else max(0, start - self.reach + 1) for start in starts]
         return [
             (start, min(start + self.size, length), key) for start, key in zip(starts, first, strict=True)
         ]
@@ -114,15 +137,21 @@ class _Blocks(NamedTuple):
         return jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) if extra else x
 
     def mask(
-        self, segment_ids: jax.Array | None, span: tuple[int, int, int], at: Any, size: int, groups: int
+        self,
+        segment_ids: jax.Array | None,
+        window: Any,
+        span: tuple[int, int, int],
+        at: Any,
+        size: int,
+        groups: int,
     ) -> jax.Array:
         """Boolean (B or 1, 1, t * G, S) for a block of t queries and `size` keys from `at`."""
         start, stop, _ = span
         rows = jnp.repeat(jnp.arange(start, stop), groups)[:, None]
         columns = at + jnp.arange(size)[None, :]
         mask = columns <= rows
-        if self.window is not None:
-            mask &= rows - columns < self.window
+        if window is not None:
+            mask &= rows - columns < window
         mask = mask[None, None]
         if segment_ids is None:
             return mask
@@ -132,15 +161,25 @@ class _Blocks(NamedTuple):
         return mask & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocked(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, blocks: _Blocks
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    window: Any,
+    blocks: _Blocks,
 ) -> jax.Array:
-    return _forward(query, key, value, segment_ids, blocks)[0]
+    return _forward(query, key, value, segment_ids, window, blocks)[0]
 
 
 def _forward(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, blocks: _Blocks
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    window: Any,
+    blocks: _Blocks,
 ) -> tuple[jax.Array, tuple]:
     groups = query.shape[2] // key.shape[2]
     q, k, v = _rows(query, groups), _rows(key, 1), _rows(value, 1)
@@ -150,7 +189,7 @@ def _forward(
         starts, size = blocks.chunks(span)
 
         def part(at: Any, span: Any = span, size: int = size) -> tuple[jax.Array, jax.Array, jax.Array]:
-            scores = _scores(q, long_k, segment_ids, blocks, span, at, size, groups)
+            scores = _scores(q, long_k, segment_ids, window, blocks, span, at, size, groups)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -165,7 +204,7 @@ def _forward(
         norms.append(top + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outs, axis=2), ATTENTION_NAMES[0])
     norm = checkpoint_name(jnp.concatenate(norms, axis=2), ATTENTION_NAMES[1])
-    return _heads(out, groups), (q, k, v, segment_ids, out, norm)
+    return _heads(out, groups), (q, k, v, segment_ids, window, out, norm)
 
 
 def _merge_chunks(left: tuple, right: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -180,7 +219,7 @@ def _merge_chunks(left: tuple, right: tuple) -> tuple[jax.Array, jax.Array, jax.
 
 def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
     """Backward pass: recomputes each block's scores and reuses the saved norm (arXiv 2205.14135, section 3.1)."""
-    q, k, v, segment_ids, out, norm = saved
+    q, k, v, segment_ids, window, out, norm = saved
     groups, length = q.shape[2] // k.shape[2], k.shape[2]
     d_out = _rows(gradient, groups)
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
@@ -191,10 +230,13 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
         starts, size = blocks.chunks(span)
 
         def add(sums: tuple, at: Any, span: Any = span, rows: slice = rows, size: int = size) -> tuple:
-            scores = _scores(q, long_k, segment_ids, blocks, span, at, size, groups)
+            scores = _scores(q, long_k, segment_ids, window, blocks, span, at, size, groups)
             probs = jnp.exp(scores - norm[:, :, rows])
             d_probs = _dot("bkrh,bksh->bkrs", d_out[:, :, rows], _slice(long_v, at, size))
-            d_scores = (probs * (d_probs - inner[:, :, rows]) * _scale(q)).astype(q.dtype)
+            d_scores = probs * (d_probs - inner[:, :, rows])
+            if blocks.softcap is not None:  # the slope of c tanh(x / c); masked scores are below -c
+                d_scores *= 1 - jnp.square(jnp.maximum(scores / blocks.softcap, -1))
+            d_scores = (d_scores * blocks.scale).astype(q.dtype)
             of_q, of_k, of_v = sums
             of_q += _dot("bkrs,bksh->bkrh", d_scores, _slice(long_k, at, size))
             of_k = _add_at(of_k, at, _dot("bkrs,bkrh->bksh", d_scores, q[:, :, rows]))
@@ -207,7 +249,7 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
         of_q, d_k, d_v = sums
         d_q.append(of_q.astype(q.dtype))
     d_key, d_value = (_heads(x[:, :, :length].astype(k.dtype), 1) for x in (d_k, d_v))
-    return _heads(jnp.concatenate(d_q, axis=2), groups), d_key, d_value, None
+    return _heads(jnp.concatenate(d_q, axis=2), groups), d_key, d_value, None, None
 
 
 _blocked.defvjp(_forward, _backward)
@@ -217,6 +259,7 @@ def _scores(
     q: jax.Array,
     k: jax.Array,
     segment_ids: jax.Array | None,
+    window: Any,
     blocks: _Blocks,
     span: tuple[int, int, int],
     at: Any,
@@ -226,7 +269,10 @@ def _scores(
     """Scores of a block's queries and a chunk's keys, float32 (B, K, t * G, S), large and negative where masked."""
     start, stop, _ = span
     scores = _dot("bkrh,bksh->bkrs", q[:, :, start * groups : stop * groups], _slice(k, at, size))
-    return jnp.where(blocks.mask(segment_ids, span, at, size, groups), scores * _scale(q), _MASKED)
+    scores *= blocks.scale
+    if blocks.softcap is not None:
+        scores = blocks.softcap * jnp.tanh(scores / blocks.softcap)
+    return jnp.where(blocks.mask(segment_ids, window, span, at, size, groups), scores, _MASKED)
 
 
 def _slice(x: jax.Array, at: Any, size: int) -> jax.Array:
@@ -242,8 +288,8 @@ def _dot(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
 
 
-def _scale(q: jax.Array) -> float:
-    return 1.0 / math.sqrt(q.shape[-1])
+def _default_scale(query: jax.Array) -> float:
+    return 1.0 / math.sqrt(query.shape[-1])
 
 
 def _rows(x: jax.Array, groups: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from .._validation import check_choice
 from ..quantization import is_packed
-from .attention import ATTENTION_NAMES, Attention, cached_attention, causal_attention
+from .attention import ATTENTION_NAMES, Attention, causal_attention, masked_attention, window_mask
 from .gpt2_config import GPT2Config
 from .llama_config import LlamaConfig
 
@@ -55,14 +55,14 @@ class Shared(NamedTuple):
 
     Attributes:
       segment_ids: (B, T), or None if each row is one sequence.
-      mask: (B, T, S) for a step on a non-empty cache, else None.
+      mask: the cache slots that hold tokens of each sequence, (B, S), for a step on a non-empty cache; else None.
       start: the cache's length before these tokens.
       rope: cosines and sines of the tokens' positions, in a family with rotary positions.
     """
 
     segment_ids: jax.Array | None
     mask: jax.Array | None = None
-    start: jax.Array | None = None
+    start: Any = None
     rope: Any = None
 
 
@@ -74,7 +74,9 @@ def attend(
     cache: Cache | None,
     layer: jax.Array,
     *,
-    window: int | None = None,
+    window: int | jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
     implementation: Attention = "auto",
 ) -> tuple[jax.Array, Cache | None]:
     """Attention of new tokens to themselves and to a cache: (B, T, N, H), and the cache with their keys and values.
@@ -85,15 +87,17 @@ def attend(
       shared: segments and mask.
       cache: the cache, or None without one.
       layer: this layer's index in the cache.
-      window: sliding window, see `causal_attention`.
-      implementation: see `causal_attention`.
+      window, scale, softcap, implementation: see `causal_attention`.
     """
+    scores: Any = {"scale": scale, "softcap": softcap}
     if cache is not None:
         cache = _update_cache(cache, key, value, layer, shared.start)
     if cache is not None and shared.mask is not None:
-        return cached_attention(query, cache.key[layer], cache.value[layer], shared.mask), cache
-    y = causal_attention(query, key, value, shared.segment_ids, window=window, implementation=implementation)
-    return y, cache
+        slots = shared.start + jnp.arange(query.shape[1])
+        mask = shared.mask[:, None] & window_mask(slots, shared.mask.shape[1], window)[None]
+        return masked_attention(query, cache.key[layer], cache.value[layer], mask, **scores), cache
+    options: Any = {"window": window, "implementation": implementation} | scores
+    return causal_attention(query, key, value, shared.segment_ids, **options), cache
 
 
 def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
@@ -220,8 +224,7 @@ class CausalLM(nn.Module):
         positions = jnp.cumsum(segment_ids, axis=1) - 1
         if not first:
             positions += jnp.sum(cache.segment_ids, axis=1, keepdims=True)
-        mask = None if first else self._cache_mask(segments, cache.length, input_ids.shape[1])
-        shared = Shared(segment_ids, mask, cache.length)
+        shared = Shared(segment_ids, None if first else segments > 0, cache.length)
         # Positions of padding matter only to dynamic rotary scaling, which uses the largest of all.
         positions, cache = jnp.maximum(positions, 0), cache._replace(segment_ids=segments)
         x, cache = self.run(input_ids, positions, shared, cache)
@@ -231,19 +234,11 @@ class CausalLM(nn.Module):
         """The input of the head (B, T, D), and the updated cache, from ids (B, T) and positions (B or 1, T)."""
         raise NotImplementedError
 
-    def _cache_mask(self, segments: jax.Array, start: jax.Array, length: int) -> jax.Array:
-        """The cache slots that each new token attends to: boolean (B, T, S)."""
-        slot = jnp.arange(segments.shape[1])[None, :]
-        query = start + jnp.arange(length)[:, None]
-        mask = slot <= query
-        if self.config.sliding_window is not None:
-            mask &= query - slot < self.config.sliding_window
-        return mask[None] & (segments > 0)[:, None, :]
-
     def _logits(self, x: jax.Array) -> jax.Array:
         me: Any = self  # its modules are made by the family's `setup`
         logits = me.embed_tokens.attend(x) if self.config.tie_word_embeddings else me.lm_head(x)
-        return logits.astype(jnp.float32)
+        logits, cap = logits.astype(jnp.float32), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def segment_positions(segment_ids: jax.Array | None, length: int) -> jax.Array:

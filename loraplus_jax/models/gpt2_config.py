@@ -111,8 +111,8 @@ class GPT2Config:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def sliding_window(self) -> None:
-        """The attention window: none."""
+    def final_logit_softcapping(self) -> None:
+        """The bound of the logits: none."""
         return
 
     @property

@@ -24,6 +24,7 @@ from ..json_files import check_file, read_json
 from ..quantization import PackedArray, is_packed
 from .gguf import load as gguf
 from .gpt2_config import NAMES as GPT2_NAMES
+from .llama_config import KINDS
 from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
 from .packing import read_packed
 
@@ -77,12 +78,9 @@ def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Se
     ):  # rotary positions have no table
         limits["max_position_embeddings"] = (MAX_POSITIONS, f"at most {MAX_POSITIONS} is supported")
     values = {name: config.get(name) for name in limits}
-    heads, size = (
-        values["num_attention_heads"],
-        config.get("head_dim", 128),
-    )  # as Qwen3, if the file does not say
-    has_size = "head_dim" in config or config.get("model_type") == "qwen3"
-    if has_size and isinstance(heads, int) and isinstance(size, int):
+    kind = KINDS.get(str(config.get("model_type")))
+    size = config.get("head_dim", kind and kind.defaults.get("head_dim"))
+    if isinstance(heads := values["num_attention_heads"], int) and isinstance(size, int):
         values[product := "num_attention_heads x head_dim"] = heads * size
         limits[product] = widest, in_files
     for name, (limit, reason) in limits.items():

@@ -1,4 +1,6 @@
-"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, selected by config; without LoRA code.
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, Gemma 2 and 3, Phi-3; without LoRA code.
+
+The config selects the model; what it varies by layer is an array or a value for each layer, not code.
 
 transformers 5 has no Flax models any more, and no other package has these in Linen, so the tests compare this file
 with transformers' torch models (`tests/golden/make_llama.py`).
@@ -6,19 +8,47 @@ with transformers' torch models (`tests/golden/make_llama.py`).
 Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ..sharding import Rules, constrain_rows
+from .activations import ACTIVATIONS
 from .attention import Attention
 from .decoder import Cache, CausalLM, Shared, attend
 from .llama_config import LlamaConfig
 from .name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules
 from .rope import apply_rope
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square of the last axis (arXiv 1910.07467); computes in at least float32.
+
+    Attributes:
+      epsilon: added to the mean square.
+      offset: what is added to the parameter `scale`; 1 in Gemma, whose scales are stored as their distance from 1.
+      dtype, param_dtype: dtype of the result and of the parameter.
+    """
+
+    epsilon: float
+    offset: float = 0.0
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) from (..., D)."""
+        init = nn.initializers.constant(1 - self.offset)
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        scale = jnp.expand_dims(self.offset + scale.astype(jnp.float32), range(x.ndim - 1))
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * (inverse * scale)).astype(self.dtype)
 
 
 class LlamaPart(nn.Module):
@@ -35,9 +65,22 @@ class LlamaPart(nn.Module):
         return nn.Dense(features, bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
 
     @nn.nowrap
-    def norm(self, name: str) -> nn.RMSNorm:
-        """An RMSNorm that computes in float32."""
-        return nn.RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+    def parts(
+        self, x: jax.Array, fused: str, sizes: Mapping[str, int], *, bias: bool = False
+    ) -> list[jax.Array]:
+        """Dense layers of one input, by name and size; or the parts of the fused layer's output."""
+        if not self.config.kind.fused:
+            return [self.dense(size, name, bias=bias)(x) for name, size in sizes.items()]
+        ends = np.cumsum(list(sizes.values()))
+        return jnp.split(self.dense(int(ends[-1]), fused, bias=bias)(x), ends[:-1], axis=-1)
+
+    @nn.nowrap
+    def norm(self, name: str | None) -> Callable[[jax.Array], jax.Array]:
+        """An RMSNorm, or the identity where the family has none."""
+        if name is None:
+            return lambda x: x
+        c = self.config
+        return RMSNorm(c.rms_norm_eps, c.kind.norm_offset, self.dtype, self.param_dtype, name=name)
 
 
 class LlamaAttention(LlamaPart):
@@ -51,17 +94,21 @@ class LlamaAttention(LlamaPart):
     ) -> tuple[jax.Array, Cache | None]:
         """(B, T, D) from (B, T, D), and the cache updated with this layer's keys and values."""
         c = self.config
-        sizes = {"q": c.num_attention_heads, "k": c.num_key_value_heads, "v": c.num_key_value_heads}
+        heads = {
+            "q_proj": c.num_attention_heads,
+            "k_proj": c.num_key_value_heads,
+            "v_proj": c.num_key_value_heads,
+        }
+        sizes = {name: count * c.head_dim for name, count in heads.items()}
         query, key, value = (
-            self.dense(heads * c.head_dim, f"{name}_proj", bias=c.qkv_bias)(x).reshape(
-                *x.shape[:2], heads, c.head_dim
-            )
-            for name, heads in sizes.items()
+            part.reshape(*x.shape[:2], -1, c.head_dim)
+            for part in self.parts(x, "qkv_proj", sizes, bias=c.qkv_bias)
         )
-        if c.qk_norm:
+        if c.kind.qk_norm:
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
-        query = checkpoint_name(apply_rope(query, shared.rope), "query")
-        key, value = checkpoint_name(apply_rope(key, shared.rope), "key"), checkpoint_name(value, "value")
+        rope = c.layer_rope(shared.rope, layer)
+        query = checkpoint_name(apply_rope(query, rope), "query")
+        key, value = checkpoint_name(apply_rope(key, rope), "key"), checkpoint_name(value, "value")
         y, cache = attend(
             query,
             key,
@@ -69,28 +116,29 @@ class LlamaAttention(LlamaPart):
             shared,
             cache,
             layer,
-            window=c.sliding_window,
+            window=c.layer_window(layer),
+            scale=c.attention_scale,
+            softcap=c.attn_logit_softcapping,
             implementation=self.attention,
         )
         return self.dense(c.hidden_size, "o_proj", bias=c.attention_bias)(y.reshape(*x.shape[:2], -1)), cache
 
 
 class LlamaMLP(LlamaPart):
-    """SwiGLU (arXiv 2002.05202)."""
+    """A gated MLP, such as SwiGLU or GEGLU (arXiv 2002.05202)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) from (B, T, D)."""
         c = self.config
-        gate, up = (
-            checkpoint_name(self.dense(c.intermediate_size, f"{name}_proj", bias=c.mlp_bias)(x), name)
-            for name in ("gate", "up")
-        )
-        return self.dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(nn.silu(gate) * up)
+        sizes = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
+        gate, up = self.parts(x, "gate_up_proj", sizes, bias=c.mlp_bias)
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        return self.dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(ACTIVATIONS[c.hidden_act](gate) * up)
 
 
 class LlamaLayer(LlamaPart):
-    """Attention and MLP, each with pre-norm and a residual connection; the body of an `nn.scan`."""
+    """Attention and MLP, each with norms and a residual connection; the body of an `nn.scan`."""
 
     attention: Attention = "auto"
 
@@ -101,16 +149,18 @@ class LlamaLayer(LlamaPart):
         """Hidden states (B, T, D) and cache to the same; None is the scan's empty output."""
         x, cache = constrain_rows(carry[0]), carry[1]
         args = (self.config, self.dtype, self.param_dtype)
+        before, after, before_mlp, after_mlp = map(self.norm, self.config.norms)
         y, cache = LlamaAttention(*args, attention=self.attention, name="self_attn")(
-            self.norm("input_layernorm")(x), shared, cache, layer
+            before(x), shared, cache, layer
         )
-        x = checkpoint_name(x + y, "attended")
-        x = x + LlamaMLP(*args, name="mlp")(self.norm("post_attention_layernorm")(x))
+        x = checkpoint_name(x + after(y), "attended")
+        x = x + after_mlp(LlamaMLP(*args, name="mlp")(before_mlp(x)))
         return (x, cache), None
 
 
 class Llama(CausalLM):
-    """A causal language model (arXiv 2302.13971, 2407.21783; 2310.06825; 2407.10671, 2505.09388).
+    """A causal language model (arXiv 2302.13971, 2407.21783; 2310.06825; 2407.10671, 2505.09388; 2408.00118,
+    2503.19786; 2404.14219).
 
     Attributes:
       config: sizes and options; the other fields are those of `CausalLM`.
@@ -123,7 +173,7 @@ class Llama(CausalLM):
         c = self.config
         self.embed_tokens = self.make_embedding(c.vocab_size)
         self.layers: Any = self.make_layers(LlamaLayer)
-        self.norm = nn.RMSNorm(c.rms_norm_eps, self.dtype, self.param_dtype)
+        self.norm = RMSNorm(c.rms_norm_eps, c.kind.norm_offset, self.dtype, self.param_dtype)
         if not c.tie_word_embeddings:
             self.lm_head = self.make_head()
 
@@ -131,9 +181,10 @@ class Llama(CausalLM):
         self, input_ids: jax.Array, positions: jax.Array, shared: Shared, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """The input of the head (B, T, D), and the updated cache; see `CausalLM.run`."""
-        shared = shared._replace(rope=self.config.rope(positions))
-        layers = jnp.arange(self.config.num_hidden_layers)
-        (x, cache), _ = self.layers((self.embed_tokens(input_ids), cache), shared, layers)
+        c, slots = self.config, None if cache is None else cache.key.shape[2]
+        shared = shared._replace(rope=c.rope(positions, slots))
+        x = self.embed_tokens(input_ids) * jnp.asarray(c.embedding_scale, self.dtype)
+        (x, cache), _ = self.layers((x, cache), shared, jnp.arange(c.num_hidden_layers))
         return self.norm(constrain_rows(x)), cache
 
 
@@ -144,16 +195,16 @@ def name_table(config: LlamaConfig) -> NameTable:
         *embedding_rules("embed_tokens", "embed_tokens"),
         *norm_rules("norm", "norm", bias=False),
     ]
-    for name in ("input_layernorm", "post_attention_layernorm"):
+    for name in filter(None, config.norms):
         rules += norm_rules(f"{layer}.{name}", f"{layers}/{name}", bias=False)
-    has_bias = {"o_proj": config.attention_bias} | dict.fromkeys(
-        ("q_proj", "k_proj", "v_proj"), config.qkv_bias
-    )
-    for name, bias in has_bias.items():
+    qkv, mlp = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+    if config.kind.fused:
+        qkv, mlp = ("qkv_proj",), ("gate_up_proj",)
+    for name, bias in ({"o_proj": config.attention_bias} | dict.fromkeys(qkv, config.qkv_bias)).items():
         rules += linear_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=bias)
-    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+    for name in ("q_norm", "k_norm") if config.kind.qk_norm else ():
         rules += norm_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in (*mlp, "down_proj"):
         rules += linear_rules(f"{layer}.mlp.{name}", f"{layers}/mlp/{name}", bias=config.mlp_bias)
     copies = ()
     if config.tie_word_embeddings:
@@ -167,8 +218,8 @@ def name_table(config: LlamaConfig) -> NameTable:
 SHARDING: Rules = (
     (r"embed_tokens/embedding", ("tensor", "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/kernel", (None, "fsdp", "tensor")),
-    (r"layers/(self_attn/[qkv]|mlp/(gate|up))_proj/bias", (None, "tensor")),
+    (r"layers/(self_attn/([qkv]|qkv)|mlp/(gate|up|gate_up))_proj/kernel", (None, "fsdp", "tensor")),
+    (r"layers/(self_attn/([qkv]|qkv)|mlp/(gate|up|gate_up))_proj/bias", (None, "tensor")),
     (r"layers/(self_attn/o|mlp/down)_proj/kernel", (None, "tensor", "fsdp")),
     (r".*", ()),  # replicated: norms, and biases added to unsharded features
 )

@@ -19,6 +19,7 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "factors": ("factors",),
 }
 _OPTIONAL: Mapping[str, tuple[str, ...]] = {
@@ -27,21 +28,28 @@ _OPTIONAL: Mapping[str, tuple[str, ...]] = {
         *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
         *("mscale", "mscale_all_dim", "truncate"),
     ),
+    "longrope": ("factor", "attention_factor"),
 }
+_LISTS = ("factors", "short_factor", "long_factor")
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of every token's angles, float32 (B or 1, T, H / 2)."""
+    """Cosines and sines of every token's angles, float32 (B or 1, T, R / 2), for the first R entries of a head."""
 
     cos: jax.Array
     sin: jax.Array
 
 
 def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates queries or keys (B, T, N, H) by position, first half against second (arXiv 2104.09864)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Rotates queries or keys (B, T, N, H) by position, first half against second (arXiv 2104.09864).
+
+    Of the H entries of a head it rotates the first R, as many as `rope` has angles for, and keeps the others.
+    """
+    half = rope.cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    parts = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(parts, axis=-1).astype(x.dtype)
 
 
 def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
@@ -52,8 +60,9 @@ def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
     """
     options = {key: value for key, value in (options or {}).items() if value is not None}
     kind = options.pop("rope_type", options.pop("type", "default"))
-    options.pop("type", None)  # older files have both
-    options.pop("rope_theta", None)
+    kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
+    for name in ("type", "rope_theta", "partial_rotary_factor"):  # older files have the type twice
+        options.pop(name, None)
     if not isinstance(kind, str) or kind not in _REQUIRED:
         raise ValueError(
             f"rope_scaling: the type must be one of {', '.join(_REQUIRED)}, got {kind!r}"
@@ -80,17 +89,28 @@ def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
 def _check_value(name: str, value: Any) -> Any:
     if name == "truncate" and isinstance(value, bool):
         return value
-    if name == "factors" and isinstance(value, list | tuple):
-        return tuple(_check_value("factors", factor) for factor in value)
+    if name in _LISTS and isinstance(value, list | tuple):
+        return tuple(_check_value(f"{name}[{i}]", factor) for i, factor in enumerate(value))
+    if name in _LISTS:
+        raise ValueError(f"rope_scaling: {name} must be a list of numbers, got {value!r:.80}")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise ValueError(f"rope_scaling: {name} must be a positive number below 1e9, got {value!r:.80}")
     return value
 
 
-def make_rope(positions: jax.Array, *, size: int, theta: float, scaling: Scaling, max_positions: int) -> Rope:
+def make_rope(
+    positions: jax.Array,
+    *,
+    size: int,
+    theta: float,
+    scaling: Scaling,
+    max_positions: int,
+    slots: int | None = None,
+) -> Rope:
     """Rotary embeddings of positions (B or 1, T) for heads of `size`, as in transformers' `modeling_rope_utils`.
 
-    `dynamic` scales by the largest position of the call.
+    `dynamic` scales by the largest position of the call. So does `longrope`, but with a cache by its number of
+    `slots`: all its keys must be rotated alike.
     """
     options = dict(scaling)
     kind = options.get("rope_type", "default")
@@ -100,6 +120,8 @@ def make_rope(positions: jax.Array, *, size: int, theta: float, scaling: Scaling
         inverse = _dynamic(positions, size, theta, options, max_positions)
     elif kind == "yarn":
         inverse, attention = _yarn(plain, size, theta, options, max_positions)
+    elif kind == "longrope":
+        inverse, attention = _longrope(positions, plain, options, max_positions, slots)
     elif kind == "llama3":
         inverse = _llama3(plain, options)
     elif kind == "linear":
@@ -127,6 +149,22 @@ def _dynamic(
     stretch = options["factor"] * longest / max_positions - (options["factor"] - 1)
     base = theta * stretch ** (size / (size - 2))
     return base ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+
+
+def _longrope(
+    positions: jax.Array,
+    plain: np.ndarray,
+    options: Mapping[str, Any],
+    max_positions: int,
+    slots: int | None,
+) -> tuple[jax.Array, float]:
+    """A divisor for each frequency, others beyond the original context (arXiv 2402.13753, section 3.2)."""
+    original = options["original_max_position_embeddings"]
+    factor = options.get("factor", max_positions / original)
+    default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    longest = jnp.max(positions) + 1 if slots is None else slots
+    short, long = (plain / np.array(options[name]) for name in ("short_factor", "long_factor"))
+    return jnp.where(longest > original, long, short), options.get("attention_factor", default)
 
 
 def _yarn(

@@ -132,6 +132,10 @@ def _token_losses(
     kernel, transposed = head_kernel(variables["params"])
     axes = ("tensor", "fsdp") if transposed else ("fsdp", "tensor")
     kernel = gather_over_fsdp(kernel.astype(hidden.dtype), axes)
-    return chunked_cross_entropy(
-        hidden, kernel, labels, transposed=transposed, chunk=chunk, label_smoothing=label_smoothing
-    )
+    net: Any = model
+    options = {
+        "chunk": chunk,
+        "soft_cap": net.config.final_logit_softcapping,
+        "label_smoothing": label_smoothing,
+    }
+    return chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, **options)

@@ -40,6 +40,15 @@ TINY = {
 # theta is small where rope is scaled, so that the few frequencies of a small head fall on all sides of each bound.
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 2.0, "beta_slow": 0.1}
+_LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [2.0, 5.0, 9.0],
+    "original_max_position_embeddings": ORIGINAL,
+}
+# Bounds so low that scores and logits reach them.
+_GEMMA = {"head_dim": 12, "sliding_window": 5, "tie_word_embeddings": True, "query_pre_attn_scalar": 9}
 CASES = {
     "llama2": ("llama", {"num_key_value_heads": 4, "max_position_embeddings": ORIGINAL}),
     "llama3": (
@@ -68,9 +77,34 @@ CASES = {
     "qwen2": ("qwen2", {"rope": {"rope_theta": 1e6}}),
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 4}),
     "qwen3": ("qwen3", {"head_dim": 12, "rope": {"rope_theta": 1e6}}),
+    "gemma2": (
+        "gemma2",
+        _GEMMA | {"num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        _GEMMA
+        | {
+            "num_hidden_layers": 4,
+            "sliding_window_pattern": 3,
+            "rope": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e3},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 7}),
+    "phi3_long": (
+        "phi3",
+        {
+            "rope": _LONG | {"partial_rotary_factor": 0.75},
+            "max_position_embeddings": 4 * ORIGINAL,
+            "original_max_position_embeddings": ORIGINAL,
+        },
+    ),
 }
 # transformers keeps cached keys as an earlier, shorter context rotated them; within the context all agree.
-SHORT = {"dynamic": ORIGINAL - max(PROMPTS)}
+SHORT = {"dynamic": ORIGINAL - max(PROMPTS), "phi3_long": ORIGINAL - max(PROMPTS)}
 
 
 def main() -> None:
@@ -106,7 +140,9 @@ def make(model_type, changes, seed=0):
     import transformers as tf
 
     changes = dict(changes)
-    rope = {"rope_type": "default", "rope_theta": 10000.0} | changes.pop("rope", {})
+    rope = changes.pop("rope", {})
+    if "full_attention" not in rope:
+        rope = {"rope_type": "default", "rope_theta": 10000.0} | rope
     return randomized(
         tf.AutoConfig.for_model(model_type, **(TINY | {"rope_parameters": rope} | changes)), seed
     )

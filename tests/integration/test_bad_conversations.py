@@ -79,7 +79,7 @@ CASES = [
     # GGUF files
     Case(
         "GGUF of another architecture",
-        ("tiny.gguf", "'gptneox'", "llama, qwen2, qwen3"),
+        ("tiny.gguf", "'gptneox'", "llama, qwen2, qwen3, gemma2, gemma3"),
         GGUF,
         gguf(arch="gptneox"),
     ),

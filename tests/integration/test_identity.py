@@ -50,7 +50,10 @@ LANGUAGE = {
     "tie_word_embeddings": None,  # decides which tensors there are
     "attention_bias": {"attention_bias": True},
     "mlp_bias": {"mlp_bias": True},
-    "sliding_window": None,  # no Llama has one
+    "hidden_act": {"hidden_act": "gelu"},
+    # No Llama has one of these.
+    **dict.fromkeys(("sliding_window", "full_layers", "partial_rotary_factor", "rope_local_theta")),
+    **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")),
     "initializer_range": {"initializer_range": 0.5},
 }
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.models import attention
-from loraplus_jax.models.attention import MIN_BLOCKED_LENGTH, cached_attention, causal_attention
+from loraplus_jax.models.attention import MIN_BLOCKED_LENGTH, causal_attention, masked_attention
 
 from ..marks import long
 from ..messages import mentions
@@ -30,7 +30,7 @@ def segments_of(length):
     return jnp.asarray(np.stack([first, second]), jnp.int32)
 
 
-def reference(query, key, value, upstream, segments=None, window=None):
+def reference(query, key, value, upstream, segments=None, window=None, scale=SIZE**-0.5, cap=1e9):
     """Output, and the gradients of its inner product with `upstream`, head by head in float64."""
     query, key, value, upstream = (np.asarray(x, np.float64) for x in (query, key, value, upstream))
     length, groups = query.shape[1], query.shape[2] // key.shape[2]
@@ -43,12 +43,14 @@ def reference(query, key, value, upstream, segments=None, window=None):
         mask = seen if segments is None else seen & (segments[b][:, None] == segments[b][None])
         for n in range(query.shape[2]):
             q, k, v, g = query[b, :, n], key[b, :, n // groups], value[b, :, n // groups], upstream[b, :, n]
-            scores = np.where(mask, q @ k.T / np.sqrt(q.shape[-1]), -np.inf)
+            bounded = cap * np.tanh(scale * q @ k.T / cap)
+            scores = np.where(mask, bounded, -np.inf)
             shares = np.exp(scores - scores.max(-1, keepdims=True))
             shares /= shares.sum(-1, keepdims=True)
             out[b, :, n] = shares @ v
             d_shares = g @ v.T
-            d_scores = shares * (d_shares - (shares * d_shares).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
+            d_scores = shares * (d_shares - (shares * d_shares).sum(-1, keepdims=True))
+            d_scores *= scale * (1 - (bounded / cap) ** 2)
             d_query[b, :, n] = d_scores @ k
             d_key[b, :, n // groups] += d_scores.T @ q
             d_value[b, :, n // groups] += shares.T @ g
@@ -109,6 +111,16 @@ def test_keys_in_chunks_equal_float64(length, window, monkeypatch):
     data, segments = inputs(length), segments_of(length)
     found = value_and_gradients(*data, segments, window=window, implementation="blocked")
     check(found, reference(*data, segments, window))
+
+
+@pytest.mark.parametrize("implementation", ["blocked", slow("xla")])
+def test_bounded_scores_of_another_scale_in_a_window_that_is_an_array(implementation, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_WHOLE_KEYS", 32)
+    monkeypatch.setattr(attention, "KEY_CHUNK", 48)
+    data, segments = inputs(150), segments_of(150)
+    options = {"window": jnp.array(40), "scale": 0.8, "softcap": 0.7, "implementation": implementation}
+    found = value_and_gradients(*data, segments, **options)
+    check(found, reference(*data, segments, 40, 0.8, 0.7))
 
 
 @pytest.mark.slow
@@ -173,8 +185,12 @@ def test_auto_goes_by_the_length(length, same):
 def test_a_cache_is_seen_where_the_mask_says():
     query, key, value, upstream = inputs(6)
     mask = np.tril(np.ones((6, 6), bool))[4:]
-    found = cached_attention(query[:, 4:], key, value, jnp.asarray(np.broadcast_to(mask, (BATCH, 2, 6))))
+    found = masked_attention(query[:, 4:], key, value, jnp.asarray(np.broadcast_to(mask, (BATCH, 2, 6))))
     np.testing.assert_allclose(found, reference(query, key, value, upstream)[0][:, 4:], atol=1e-5)
+    found = masked_attention(query, key, value, np.tri(6, dtype=bool)[None], scale=0.8, softcap=0.7)
+    np.testing.assert_allclose(
+        found, reference(query, key, value, upstream, scale=0.8, cap=0.7)[0], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

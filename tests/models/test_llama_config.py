@@ -25,6 +25,16 @@ LLAMA3 = {
 }
 
 
+LOCAL = {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+SU = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+SU_PAIRS = (
+    ("rope_type", "longrope"),
+    ("long_factor", (2.0,) * 4),
+    ("original_max_position_embeddings", 4096),
+    ("short_factor", (1.0,) * 4),
+)
+
+
 def config(kind="llama", **more):
     return LlamaConfig.from_hf({"model_type": kind, **SIZES, **more})
 
@@ -59,10 +69,29 @@ def test_old_and_new_ways_to_say_the_same():
             "sliding_window",
             None,
         ),
+        (
+            "qwen2",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
+            "full_layers",
+            (0,),
+        ),
         ("qwen2", {}, "qkv_bias", True),
         ("mistral", {"attention_bias": True}, "qkv_bias", False),
         ("llama", {"attention_bias": True}, "qkv_bias", True),
-        ("qwen3", {}, "qk_norm", True),
+        ("gemma2", {"num_hidden_layers": 5}, "full_layers", (1, 3)),
+        ("gemma2", {}, "attn_logit_softcapping", 50.0),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping", None),
+        ("gemma2", {}, "tie_word_embeddings", True),
+        ("gemma2", {"query_pre_attn_scalar": 144}, "attention_scale", 1 / 12),
+        ("gemma3_text", {"num_hidden_layers": 13}, "full_layers", (5, 11)),
+        ("gemma3_text", {}, "full_layers", ()),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping", None),
+        ("gemma3_text", {"rope_local_base_freq": None, "head_dim": None}, "rope_local_theta", 1e4),
+        ("gemma3_text", {"rope_local_base_freq": 500.0}, "rope_local_theta", 500.0),
+        ("gemma3_text", {}, "rope_theta", 1e6),
+        ("phi3", {"partial_rotary_factor": 0.5}, "rotary_size", 4),
+        ("phi3", {"rope_scaling": SU}, "max_length", 128),
+        ("phi3", {"rope_scaling": SU}, "rope_scaling", SU_PAIRS),
         ("llama", {}, "max_length", 128),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "max_length", 512),
         ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}}, "max_length", 128),
@@ -88,7 +117,18 @@ def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expect
         ("llama", {"vocab_size": None}, mentions("vocab_size", "missing")),
         ("llama", {"num_key_value_heads": 3}, mentions("num_key_value_heads", "num_attention_heads", 3, 4)),
         ("llama", {"head_dim": 7}, mentions("head_dim", "even", 7)),
-        ("llama", {"hidden_act": "gelu"}, mentions("hidden_act", "'gelu'", "'silu'")),
+        ("llama", {"hidden_act": "mish"}, mentions("hidden_act", "'mish'", "silu", "gelu_pytorch_tanh")),
+        ("llama", {"partial_rotary_factor": 0.5}, mentions("partial_rotary_factor", 0.5)),
+        ("phi3", {"partial_rotary_factor": 0.4}, mentions("partial_rotary_factor", 0.4, "even")),
+        ("phi3", {"partial_rotary_factor": "half"}, mentions("partial_rotary_factor", "'half'")),
+        ("phi3", {"rope_scaling": SU | {"short_factor": [1.0]}}, mentions("short_factor", 4, 1)),
+        ("phi3", {"rope_scaling": SU | {"long_factor": 2}}, mentions("long_factor", "list", 2)),
+        ("gemma3_text", {"sliding_window": None}, mentions("sliding_window", "sliding_attention")),
+        ("gemma3_text", {"sliding_window_pattern": 0}, mentions("sliding_window_pattern", 0)),
+        ("gemma3_text", {"use_bidirectional_attention": True}, mentions("use_bidirectional_attention")),
+        ("gemma3_text", {"rope_parameters": LOCAL}, mentions("sliding_attention", "linear")),
+        ("gemma2", {"final_logit_softcapping": -1}, mentions("final_logit_softcapping", -1)),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, mentions("layer_types", "full_attention")),
         ("llama", {"quantization_config": {"bits": 4}}, mentions("quantization_config", "bits")),
         ("llama", {"rope_scaling": {"type": "linaer", "factor": 2.0}}, mentions("'linaer'", "linear")),
         ("llama", {"rope_scaling": {"type": ["linear"]}}, mentions("['linear']", "linear", "llama3", "yarn")),
@@ -103,11 +143,6 @@ def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expect
             "llama",
             {"rope_scaling": {"type": "linear", "factor": 2.0, "betta": 1}},
             mentions("linear", "betta"),
-        ),
-        (
-            "qwen2",
-            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
-            mentions("attention", "full_attention", "sliding_attention"),
         ),
         ("qwen2", {"max_window_layers": "x"}, mentions("max_window_layers", "'x'")),
         ("qwen2", {"layer_types": 5}, mentions("layer_types", 5)),

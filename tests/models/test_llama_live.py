@@ -28,6 +28,13 @@ LLAMA31 = {
     "rope_theta": 500000.0,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+GEMMA = {
+    "head_dim": 24,
+    "num_hidden_layers": 5,
+    "sliding_window": 40,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 16,
+}
 CASES = {
     "as_llama_3.1": ("llama", {"head_dim": 64, "rope": LLAMA31, "max_position_embeddings": 131072}),
     "one_key_head": ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 5}),
@@ -56,6 +63,49 @@ CASES = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     ),
     "qwen3_windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+    "qwen3_windows_in_some_layers": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "num_hidden_layers": 3},
+    ),
+    "gemma2_one_key_head": (
+        "gemma2",
+        GEMMA | {"num_key_value_heads": 1, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    ),
+    "gemma2_without_bounds": (
+        "gemma2",
+        GEMMA | {"attention_bias": True, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3": ("gemma3_text", GEMMA | {"rope": {"full_attention": {"rope_theta": 1e6}}}),
+    "gemma3_untied": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 5.0,
+            "num_key_value_heads": 4,
+            "sliding_window_pattern": 2,
+            "rope": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}},
+        },
+    ),
+    "phi3_partial": (
+        "phi3",
+        {"num_key_value_heads": 1, "rope": {"partial_rotary_factor": 0.5}, "sliding_window": 70},
+    ),
+    "phi3_beyond_its_context": (
+        "phi3",
+        {
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.5],
+                "long_factor": [1.5, 3.0, 7.0, 11.0],
+                "original_max_position_embeddings": 64,
+            },
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "qwen3_biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
 }
 

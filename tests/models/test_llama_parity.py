@@ -1,5 +1,6 @@
 """The Llama family against golden files that transformers made, see tests/golden/make_llama.py."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -15,14 +16,19 @@ from safetensors.numpy import save_file
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
 from loraplus_jax.data.fetch import cache_dir
 from loraplus_jax.models.generate import Sampling, make_generate
+from loraplus_jax.models.gguf.header import read as read_gguf
+from loraplus_jax.models.gguf.load import GgufWeights, to_hf_name
 from loraplus_jax.models.hf import load_config, load_params
 from loraplus_jax.models.llama import Llama, name_table
 from loraplus_jax.models.llama_config import LlamaConfig
+
+from .gguf.files import write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = (
     *("llama2", "llama3", "linear", "dynamic", "yarn", "biases", "smollm2"),
     *("mistral", "mistral_full", "qwen2", "qwen2_tied", "qwen3"),
+    *("gemma2", "gemma3", "phi3", "phi3_long"),
 )
 BF16 = 0.05
 VALUES, GRADIENTS = 5e-6, 2e-5
@@ -109,8 +115,13 @@ def test_old_and_new_config_files_mean_the_same(name):
     new = json.loads(str(np.load(GOLDEN / f"llama_{name}.npz")["config"]))
     rope = new["rope_parameters"]
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "layer_types")}
+    if "full_attention" in rope:
+        old["rope_local_base_freq"], rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]
     old["rope_theta"] = rope["rope_theta"]
-    rest = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
+    old["partial_rotary_factor"] = rope.get("partial_rotary_factor")
+    left_out = ("rope_theta", "rope_type", "partial_rotary_factor", "original_max_position_embeddings")
+    is_phi3 = new["model_type"] == "phi3"  # its old files have the original length outside
+    rest = {key: value for key, value in rope.items() if key not in left_out[: 4 if is_phi3 else 3]}
     old["rope_scaling"] = {"type": rope["rope_type"], **rest} if rest else None
     assert LlamaConfig.from_hf(old) == LlamaConfig.from_hf(new)
 
@@ -274,6 +285,73 @@ def test_new_adapters_change_nothing_and_trained_ones_equal_merged_weights(targe
         given = np.asarray(call(adapted, {"params": params, "lora": moved}, golden["long"]))
         assert error(given, plain) > 0.1
         assert error(given, np.asarray(call(model, merged, golden["long"]))) <= 1e-5
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"},
+    **{f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"},
+    **{f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_a_gemma_in_gguf_equals_its_directory(arch, tmp_path):
+    """As llama.cpp's converter writes it: 1 is added to the norms' scales, and the rotary halves are not mixed."""
+    golden, model, params = golden_model(arch, tmp_path)
+    content = {}
+    for key in golden:
+        if key.startswith("weights/"):
+            name, value = key.removeprefix("weights/"), golden[key]
+            for theirs, short in GGUF_NAMES.items():
+                name = name.replace(f"{theirs}.", f"{short}.")
+            content[name] = value + 1 if value.ndim == 1 else value
+    c = model.config
+    values = {
+        "embedding_length": c.hidden_size,
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "attention.sliding_window": c.sliding_window,
+        "rope.freq_base": c.rope_theta,
+    }
+    if arch == "gemma2":
+        values |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    else:
+        values |= {"attention.sliding_window_pattern": 3, "rope.freq_base_swa": c.rope_local_theta}
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    file = write(
+        tmp_path / "m.gguf", content, {f"{arch}.{key}": value for key, value in values.items()}, arch
+    )
+    config = LlamaConfig.from_hf(load_config(file))
+    # The file does not say what divides the scores: llama.cpp knows that it is the size of a head, but in 27B.
+    assert config.query_pre_attn_scalar == c.head_dim
+    read = {"rms_norm_eps": c.rms_norm_eps, "initializer_range": 0.3, "query_pre_attn_scalar": 9}
+    assert config.rms_norm_eps == pytest.approx(c.rms_norm_eps)
+    assert dataclasses.replace(config, **read) == c
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), IDS)["params"]
+    found = load_params(file, name_table(config), shapes)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-7), found, params)
+    weights = GgufWeights(read_gguf(file))
+    for name in weights.keys():  # noqa: SIM118
+        view = weights.get_slice(name)
+        np.testing.assert_allclose(
+            view.restored(view[:]),
+            content[next(k for k in content if to_hf_name(k, arch) == name)],
+            atol=2e-7,
+        )
 
 
 @pytest.mark.slow

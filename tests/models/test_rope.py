@@ -53,6 +53,24 @@ def test_linear_scaling_and_factors_divide_the_angles():
             np.testing.assert_allclose(ours, wanted, atol=1e-6)
 
 
+def test_longrope_divides_by_other_factors_beyond_its_context_by_hand():
+    scaling = {"type": "su", "short_factor": [1, 2], "long_factor": [4, 5]}
+    scaling = parse_rope_scaling(scaling | {"original_max_position_embeddings": 8})
+    options = {"size": 4, "theta": 100.0, "scaling": scaling, "max_positions": 64}
+    attention = np.sqrt(1 + np.log(8) / np.log(8))  # eight times as long
+    for last, slots, divisors in ((7, None, [1, 2]), (8, None, [4, 5]), (3, 8, [1, 2]), (3, 9, [4, 5])):
+        rope = make_rope(jnp.array([[last]]), slots=slots, **options)
+        angles = last * np.array([1, 0.1]) / divisors
+        np.testing.assert_allclose(rope.cos[0, 0], attention * np.cos(angles), rtol=1e-5)
+        np.testing.assert_allclose(rope.sin[0, 0], attention * np.sin(angles), rtol=1e-5)
+
+
+def test_the_rest_of_a_head_stays_as_it_is():
+    rope = Rope(jnp.full((1, 1, 1), 0.6), jnp.full((1, 1, 1), 0.8))
+    found = apply_rope(jnp.array([1.0, 2, 3, 4]).reshape(1, 1, 1, 4), rope)[0, 0, 0]
+    np.testing.assert_allclose(found, [0.6 - 1.6, 1.2 + 0.8, 3, 4], rtol=1e-6)
+
+
 def test_bf16_is_rotated_in_float32():
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
     rope = Rope(jnp.full((1, 1, 2), 0.6), jnp.full((1, 1, 2), 0.8))

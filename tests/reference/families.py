@@ -26,16 +26,21 @@ def golden_maker(name):
 
 
 maker, gpt2_maker = golden_maker("make_llama"), golden_maker("make_gpt2")
-CAUSAL = ("llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "biases", "gpt2")
+CAUSAL = (
+    *("llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "biases", "gemma2", "gemma3", "phi3"),
+    "gpt2",
+)
 ENCODERS = ("bert", "roberta")
 LINEAR = {
     "causal": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "encoder": ("query", "key", "value", "out", "up", "down"),
     "gpt2": ("c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"),
 }
 # Three kinds of modules and the embedding, in PyTorch's names.
 THEIRS = {
     "causal": ("q_proj", "v_proj", "down_proj", "embed_tokens"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "embed_tokens"),
     "encoder": ("query", "value", "intermediate.dense", "word_embeddings"),
     "gpt2": ("c_attn", "attn.c_proj", "c_fc", "wte"),
 }
@@ -61,7 +66,7 @@ class Pair:
 
     def __init__(self, name, folder, pooling="pooler"):
         self.name, self.folder, self.is_causal = name, folder, name in CAUSAL
-        kind = "gpt2" if name == "gpt2" else "causal" if self.is_causal else "encoder"
+        kind = name if name in LINEAR else "causal" if self.is_causal else "encoder"
         self.linear, self.theirs = LINEAR[kind], THEIRS[kind]
         torch.manual_seed(0)
         reference = (

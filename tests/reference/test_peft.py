@@ -125,7 +125,10 @@ def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp
 THEIRS = {
     "plain": {},
     "rslora": {"use_rslora": True, "lora_alpha": 7},
-    "patterns": {"rank_pattern": {"q_proj|query|c_attn": 2}, "alpha_pattern": {"v_proj|value|c_fc": 5}},
+    "patterns": {
+        "rank_pattern": {"q_proj|query|c_attn|qkv_proj": 2},
+        "alpha_pattern": {"v_proj|value|c_fc|gate_up_proj": 5},
+    },
     "layers": {"layers_to_transform": [1]},
     "embedding": {"embedding": True, "ensure_weight_tying": True},
     "bias": {"bias": "all"},

@@ -42,6 +42,12 @@ _LLAMA_NAMES = {
     "attn_k_norm": "self_attn.k_norm",
     **{f"ffn_{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
 }
+_GEMMA_NAMES = {
+    **_LLAMA_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _GPT2_NAMES = {
     "token_embd": "transformer.wte",
     "position_embd": "transformer.wpe",
@@ -54,6 +60,9 @@ _GPT2_NAMES = {
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }
+_NAMES = {"gpt2": _GPT2_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES}
+# Layers of the 27B models, the only ones whose scores llama.cpp does not divide by the root of a head's size.
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
 # Weights that llama.cpp's converter transposes, because Hugging Face has them as (in, out).
 _CONV1D = re.compile(r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight")
 _EMBEDDING, _HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
@@ -78,7 +87,8 @@ def config(file: Gguf) -> dict[str, Any]:
     Raises:
       ValueError: the architecture is unsupported, or sizes are missing or invalid; lists all problems.
     """
-    values = (_gpt2_config if file.architecture == "gpt2" else _llama_config)(file)
+    make = {"gpt2": _gpt2_config, "gemma2": _gemma_config, "gemma3": _gemma_config}
+    values = make.get(file.architecture, _llama_config)(file)
     values |= {f"{end}_token_id": file.one(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos")}
     return {key: value for key, value in values.items() if value is not None}
 
@@ -135,6 +145,22 @@ def _llama_config(file: Gguf) -> dict[str, Any]:
     }
 
 
+def _gemma_config(file: Gguf) -> dict[str, Any]:
+    values, layers = _llama_config(file), file.get("block_count")
+    heads, head = values["num_attention_heads"], values["head_dim"]
+    is_27b = layers == _GEMMA_27B[file.architecture]
+    return values | {
+        "model_type": {"gemma3": "gemma3_text"}.get(file.architecture, file.architecture),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": values["hidden_size"] // heads if is_27b else head,
+        "sliding_window_pattern": file.get("attention.sliding_window_pattern"),
+        "rope_theta": file.get("rope.freq_base"),
+        "rope_local_base_freq": file.get("rope.freq_base_swa"),
+        "attn_logit_softcapping": file.get("attn_logit_softcapping"),
+        "final_logit_softcapping": file.get("final_logit_softcapping"),
+    }
+
+
 def _raise_if_any(file: Gguf, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"{file.path}: " + "; ".join(problems))
@@ -155,7 +181,7 @@ def _option_problems(file: Gguf, head: Any) -> list[str]:
         "expert_count": 0,
         "attention.causal": True,
     }
-    if file.architecture != "llama":
+    if file.architecture in ("qwen2", "qwen3"):
         only["attention.sliding_window"] = 0
     return _epsilon_problems(file, _EPSILON) + _only_problems(file, only)
 
@@ -246,12 +272,14 @@ class View:
     Attributes:
       heads: number of heads in the rows, if the file interleaves the two halves of each; else 0.
       transposed: whether Hugging Face has the matrix transposed; rows are then its own, the file's columns.
+      offset: what the file's values have more than Hugging Face's: 1 in the norms of Gemma.
     """
 
     file: Gguf
     tensor: TensorInfo
     heads: int = 0
     transposed: bool = False
+    offset: float = 0.0
 
     def get_shape(self) -> list[int]:
         """The shape, rows first."""
@@ -271,7 +299,7 @@ class View:
             return turned[(*(columns or [slice(None)]), rows)].T
         raw, kind = self._raw, gguf.GGMLQuantizationType[self.tensor.dtype]
         if len(self.tensor.shape) == 1:
-            values = gguf.quants.dequantize(raw, kind)
+            values = gguf.quants.dequantize(raw, kind) - np.float32(self.offset)
             return values[self._order[rows]] if self.heads else values[rows]
         raw_rows = raw[self._order[rows]] if self.heads else raw[rows]
         if len(columns) != 1 or len(self.tensor.shape) != 2:
@@ -295,7 +323,7 @@ class View:
         if self.transposed:
             return values.T
         if not self.heads:
-            return values
+            return values + np.float32(self.offset)
         rows = np.empty_like(values)
         rows[self._order] = values
         return rows
@@ -325,6 +353,7 @@ class GgufWeights:
     def __init__(self, file: Gguf) -> None:
         """Includes all tensors except the rotary factors, which are part of the config."""
         sizes, is_gpt2 = config(file), file.architecture == "gpt2"
+        is_gemma = file.architecture in ("gemma2", "gemma3")
         self._views: dict[str, View] = {}
         for name, tensor in file.tensors.items():
             if (ours := to_hf_name(name, file.architecture)) in self._views:
@@ -336,7 +365,8 @@ class GgufWeights:
                 if attention and file.architecture == "llama":
                     heads = sizes["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
                 transposed = is_gpt2 and _CONV1D.fullmatch(name) is not None
-                self._views[ours] = View(file, tensor, heads, transposed)
+                offset = float(is_gemma and len(tensor.shape) == 1)
+                self._views[ours] = View(file, tensor, heads, transposed, offset)
 
     def keys(self) -> list[str]:
         """Tensor names; an unknown tensor keeps its name."""
@@ -353,9 +383,8 @@ class GgufWeights:
 
 def to_hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name for a tensor of a GGUF file; an unknown tensor keeps its name."""
-    names, layers = (
-        (_GPT2_NAMES, "transformer.h") if architecture == "gpt2" else (_LLAMA_NAMES, "model.layers")
-    )
+    names = _NAMES.get(architecture, _LLAMA_NAMES)
+    layers = "transformer.h" if architecture == "gpt2" else "model.layers"
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if not match or match[2] not in names:
         return name

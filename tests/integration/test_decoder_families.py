@@ -1,0 +1,85 @@
+"""Whole runs with tiny Gemmas and Phi-3s: several devices, evaluation, generation, export, a packed base."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from loraplus_jax.models.families import family_of
+from loraplus_jax.models.name_table import expand, shape_in_file
+
+from ..marks import long
+from .test_export import evaluated, near, printed
+from .test_language import PROMPT, SHORT
+from .test_run import column, summary_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cache")]
+
+SPLIT = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+GEMMA = {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
+FAMILIES = {
+    "gemma2": (GEMMA | {"attn_logit_softcapping": 4.0, "final_logit_softcapping": 9.0}, SPLIT),
+    "gemma3_text": (GEMMA, SPLIT),
+    "phi3": ({"partial_rotary_factor": 0.5}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
+}
+
+
+def write_family(directory, kind):
+    """The tiny language world's directory with another family's config and random weights."""
+    config = json.loads((directory / "config.json").read_text()) | {"model_type": kind} | FAMILIES[kind][0]
+    (directory / "config.json").write_text(json.dumps(config))
+    family, rng = family_of(kind), np.random.default_rng(2)
+    ours = family.config.from_hf(config)
+    ids = jax.ShapeDtypeStruct((1, 2), np.int32)
+    shapes = jax.eval_shape(family.model(ours).init, jax.random.key(0), ids)["params"]
+    content = {}
+    for rule in family.name_table(ours).rules:
+        leaf = shapes
+        for part in rule.path.split("/"):
+            leaf = leaf[part]
+        shape = shape_in_file(rule, leaf)
+        for name in expand(rule, leaf):
+            values = rng.normal(size=shape) / np.sqrt(shape[-1]) * (1 + rule.path.startswith("lm_head"))
+            name = name if name.startswith("lm_head") else f"model.{name}"
+            content[name] = (values if len(shape) > 1 else 0 * values + (kind == "phi3")).astype(np.float32)
+    save_file(content, directory / "model.safetensors")
+
+
+@pytest.fixture(params=["gemma3_text", "phi3", long("gemma2")])
+def tiny(request, talk):
+    write_family(talk.model, request.param)
+    talk.change_config("lora", target_modules=FAMILIES[request.param][1])
+    return talk
+
+
+def test_a_run_on_eight_devices_and_its_exports(tiny, tmp_path, capsys):
+    one = tiny.trained(*SHORT, out=tmp_path / "one")
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    other = tiny.trained(*SHORT, *mesh, "--model.remat", "dots", "--model.loss_chunk", "7")
+    for step, loss in column(one, "loss").items():
+        assert column(other, "loss")[step] == pytest.approx(loss, rel=1e-4)
+    asked = ("--prompt", PROMPT, "--max_tokens", "8")
+    run, exact = printed(capsys, "generate", one, *asked), evaluated(capsys, one)
+    assert exact["loss"] < summary_of(one)["before"]["loss"]
+    for name, flags in (("peft", ()), ("merged", ("--merged",))):
+        printed(capsys, "export", one, "--to", tmp_path / name, *flags)
+        assert near(evaluated(capsys, tmp_path / name), exact)
+        assert printed(capsys, "generate", tmp_path / name, *asked) == run
+    options = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    names = {name.rpartition(".")[2] for name in options["target_modules"]}
+    assert names == set(yaml.safe_load(tiny.config.read_text())["lora"]["target_modules"])
+    # The adapter starts a new run, also without our own notes, as PEFT would have written it.
+    (tmp_path / "peft/loraplus.json").unlink()
+    more = tiny.trained(*SHORT, "--init_adapter", str(tmp_path / "peft"), out=tmp_path / "more")
+    assert summary_of(more)["before"]["loss"] == pytest.approx(exact["loss"], rel=1e-4)
+
+
+def test_a_packed_base_trains_and_merges_as_the_run_saw_it(tiny, tmp_path, capsys):
+    tiny.trained(*SHORT, "--model.quantize", "nf4")
+    assert summary_of(tiny.out)["after"]["loss"] < summary_of(tiny.out)["before"]["loss"]
+    exact = evaluated(capsys, tiny.out)
+    printed(capsys, "export", tiny.out, "--merged", "--dequantized", "--to", tmp_path / "same")
+    assert evaluated(capsys, tmp_path / "same")["loss"] == pytest.approx(exact["loss"], rel=1e-5)
