@@ -139,8 +139,17 @@ STUDIES: dict[str, dict[str, Study]] = {
     "e2e": {
         "E2E": Study(
             "smollm2_e2e.yaml",
-            SMOLLM2,
-            {"data.train": Sample("e2e/devset.csv"), "data.test": Sample("e2e/testset_w_refs.csv", 128)},
+            SMOLLM2
+            | {
+                "data.template": "plain",
+                "data.packing": False,
+                "data.max_length": 112,
+                "data.validation_fraction": 0.01,
+                "optimizer.schedule": "linear",
+                "generation.inputs": 24,
+                "sweep.curve_points": 1,
+            },
+            {"data.train": "e2e/devset.csv", "data.test": "e2e/testset_w_refs.csv"},
         )
     },
     "lambda": {

@@ -21,10 +21,13 @@ from pydantic.dataclasses import dataclass
 from .._validation import expand_path
 from ..atomic import to_json, write_text
 from ..checkpoint import PACKAGES
+from ..data.fetch import resolve
 from ..json_files import read_json
 from ..optim.ranks import alpha_for
 from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION
+from ..tasks.held_out_texts import HeldOutTexts
+from ..tasks.language_losses import LanguageTask
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, lines_only
 from ..training.metrics_log import SUMMARY
@@ -35,9 +38,9 @@ from ..training.run_directory import (
     claim_directory,
     read_summary,
 )
-from ..tree import count
+from ..tree import combine, count
 from .methods_report import PICTURES, compare, draw
-from .population import Population, abstract_population
+from .population import Population, abstract_population, add_scales
 from .report import PAGE, REPORT, render_page, write_report
 from .run import Sweep, sweep
 from .settings import MAY_CHANGE, Arm, SweepRun, Trial, grid_rates
@@ -285,11 +288,28 @@ class MethodSweep(Sweep):
 
     def finish(self) -> dict[str, Any]:
         """Writes the rows, the costs and, last, the summary."""
-        report = self.report() | {"cost": cost(self.population, self.slots, self.next_batches())}
+        report = self.report() | {"text_scores": self.score_texts()}
+        report |= {"cost": cost(self.population, self.slots, self.next_batches())}
         self.check()
         write_report(self.directory, report)
         self.write_end()
         return report
+
+    def score_texts(self) -> list[dict[str, Any]]:
+        """The seed and the scores of the texts of each run of the report (task generation); else empty."""
+        run, parts, data = self.run, self.population.parts, self.population.data
+        if not isinstance(data.task, LanguageTask) or data.task.kind != "generation":
+            return []
+        directory = resolve(run.model.path, "model")
+        texts = HeldOutTexts.from_settings(run, directory, data.task, parts.model, data.inputs)
+        rows, members = [], self.slots.to_host()
+        for slot, number in enumerate(self.slots.slots):
+            member = jax.tree.map(lambda leaf, slot=slot: leaf[slot], members)
+            if number >= 0 and member.alive:
+                frozen = add_scales(parts.frozen, parts.specs, member)
+                _, scores = texts.generate(combine(member.state.trainable, frozen))
+                rows.append({"seed": self.entries[number].seed, **scores})
+        return rows
 
     def write_end(self) -> None:
         """Marks the method as finished."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..training.metrics_log import pyplot, save_figure
 from .settings import SweepRun, Trial
-from .statistics import CONFIDENCE, compare_arms, report_runs
+from .statistics import CONFIDENCE, compare_arms, report_runs, t_interval
 
 PICTURES = {
     "differences": "Test loss minus tuned LoRA's, paired by seed: mean and interval. Left of the line is better.",
@@ -54,6 +54,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             "metric": float(np.mean([end[metric] for end in ends])) if ends else None,
             "diverged": sum(one["diverged"] for one in own),
             "cost": result.get("cost"),
+            "text_scores": _text_scores(result, results["lora"], confidence),
             "against_lora": None if name == "lora" else compare_arms(runs, name, "lora", metric, confidence),
         }
     return {
@@ -80,6 +81,21 @@ def _at_edge(trials: Iterable[Trial], chosen: Mapping[str, Any]) -> list[str]:
         if len(tried) > 1 and chosen[name] in (min(tried), max(tried)):
             found.append(name)
     return found
+
+
+def _text_scores(
+    own: Mapping[str, Any], lora: Mapping[str, Any], confidence: float
+) -> dict[str, dict[str, Any]]:
+    """The mean of each score of generated texts over the report seeds, and its difference to LoRA's by seed."""
+    by_seed, its = ({row["seed"]: row for row in r.get("text_scores", ())} for r in (own, lora))
+    names = [name for name in next(iter(by_seed.values()), {}) if name != "seed"]
+    return {
+        name: {
+            "mean": float(np.mean([row[name] for row in by_seed.values()])),
+            "gain": t_interval([by_seed[s][name] - its[s][name] for s in by_seed if s in its], confidence),
+        }
+        for name in names
+    }
 
 
 def _search_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

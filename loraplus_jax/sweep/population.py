@@ -191,7 +191,7 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
         tx = _optimizer(run, specs, steps, member.learning_rate, member.lr_ratio)
         single_step = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
-        state, metrics = single_step(state, _add_scales(frozen, specs, member), batch)
+        state, metrics = single_step(state, add_scales(frozen, specs, member), batch)
         skipped = jnp.where(metrics["skipped"] > 0, member.skipped + 1, 0)
         alive = skipped < run.train.max_skipped
         return member.replace(state=state.replace(rng=member.state.rng), skipped=skipped, alive=alive)
@@ -207,7 +207,7 @@ def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
     single_eval = make_eval(evaluate)
 
     def pairs(member: Members, frozen: Any, batch: Any) -> Any:
-        return single_eval(member.state.trainable, _add_scales(frozen, specs, member), batch)
+        return single_eval(member.state.trainable, add_scales(frozen, specs, member), batch)
 
     def pairs_if_alive(member: Members, frozen: Any, batch: Any) -> Any:
         shapes = jax.eval_shape(pairs, member, frozen, batch)
@@ -276,7 +276,7 @@ def _optimizer(
     )
 
 
-def _add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
+def add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:
     """Frozen variables plus the member's scales."""
     return {**frozen, SCALE: scale_variables(specs, member.scales)}
 

@@ -11,6 +11,7 @@ from loraplus_jax.sweep.methods import TABLE
 from loraplus_jax.sweep.settings import MethodName
 
 from ..messages import assert_mentions
+from . import language_world as tiny
 from .test_run import summary_of
 
 FLAGS = [
@@ -27,6 +28,40 @@ def compare(world, *flags, methods=SOME):
 
 def test_every_method_of_the_settings_is_in_the_table():
     assert set(MethodName.__args__) == set(TABLE)
+
+
+@pytest.mark.slow
+def test_texts_of_each_method_are_those_of_its_single_runs(talk):
+    rows = tiny.descriptions()
+    files = {
+        name: str(talk.write_rows(f"{name}.csv", part))
+        for name, part in (("train", rows[:96]), ("test", rows[96:]))
+    }
+    talk.change_config("data", path=None, template="completion", max_length=48, **files)
+    talk.change_config("train", prompt=None, prompt_tokens=None)
+    talk.change_config("generation", beams=2, max_new_tokens=8, inputs=6, batch_size=4)
+    talk.change_config(task="generation")
+    assert compare(talk, "--sweep.curve_points", "1", methods="[lora_plus]") == 0
+    methods = json.loads((talk.out / "report.json").read_text())["methods"]
+    seed, chosen = methods["lora_plus"]["runs"][0]["seed"], methods["lora_plus"]["chosen"]
+    flags = (
+        "--seed",
+        seed,
+        "--lora.lr_ratio",
+        chosen["lr_ratio"],
+        "--optimizer.learning_rate",
+        chosen["learning_rate"],
+    )
+    single = summary_of(talk.trained("--train.steps", "8", *map(str, flags), out=talk.directory / "single"))[
+        "after"
+    ]
+    own = {m: json.loads((talk.out / m / "report.json").read_text())["text_scores"] for m in methods}
+    assert own["lora_plus"][0] == {"seed": seed} | {
+        n: pytest.approx(single[n]) for n in ("bleu", "chrf", "rouge_l", "nist")
+    }
+    for name, score in methods["lora_plus"]["text_scores"].items():
+        gains = [a[name] - b[name] for a, b in zip(own["lora_plus"], own["lora"], strict=True)]
+        assert score["gain"]["mean"] == pytest.approx(sum(gains) / 2)
 
 
 @pytest.mark.slow
