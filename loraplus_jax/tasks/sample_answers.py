@@ -89,7 +89,8 @@ class ChatModel:
                 **options,
             )
         except ValueError as error:
-            raise ValueError(f"generation.{error}") from None
+            prefix = "generation." if search is settings.generation else "--"
+            raise ValueError(f"{prefix}{error}") from None
         return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
 
     def encode(self, chats: Sequence[Sequence[Turn]]) -> list[list[int]]:
