@@ -411,7 +411,11 @@ def _eval(options: argparse.Namespace, _: list[str]) -> None:
         raise ValueError("eval --tasks requires --data_root, the directory with the tasks' files")
     keywords = {name: value for name, value in only_tasks.items() if value is not None}
     results, file = evaluate_tasks(
-        str(options.run_directory), options.tasks.split(","), root, **keywords, **shared
+        str(options.run_directory),
+        [name.strip() for name in options.tasks.split(",")],
+        root,
+        **keywords,
+        **shared,
     )
     _print(f"{results}\nwritten to {file}")
 

@@ -138,7 +138,7 @@ def test_a_packed_run_a_merged_model_and_a_base(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--tasks", "bolq,mmlu"), ["--tasks", "'bolq'", "'boolq'"]),
+        (("--tasks", "mmlu, bolq"), ["--tasks", "'bolq'", "'boolq'"]),
         (("--tasks", "boolq,boolq"), ["--tasks", "boolq", "twice"]),
         (("--tasks", ""), ["--tasks", "arc_easy"]),
         (("--tasks", "piqa"), ["piqa/test.json", "boolq", "mmlu"]),

@@ -96,7 +96,7 @@ def test_without_a_test_file_the_validation_split_is_described_also_on_a_mesh(e2
     [
         (("--generation.beams", "1000"), ("generation.beams", 1000, "vocabulary")),
         (("--generation.inputs", "13"), ("generation.inputs", 12, 13)),
-        (("--generation.max_new_tokens", "64"), (64,)),
+        (("--generation.max_new_tokens", "64"), ("generation.max_new_tokens", 64)),
         (("--generation.beams", "0"), ("generation.beams", 0)),
         (("--generation.early_stopping", "soon"), ("generation.early_stopping", "soon", "never")),
         (("--data.answers", "last"), ("data.answers", "generation")),
