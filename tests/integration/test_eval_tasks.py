@@ -146,6 +146,7 @@ def test_a_packed_run_a_merged_model_and_a_base(run, tmp_path, capsys):
         (("--tasks", "mmlu", "--shots", "-1"), ["--shots", -1, 0]),
         (("--tasks", "boolq", "--shots", "2"), ["--shots 2", "mmlu"]),
         (("--tasks", "mmlu", "--template", "plain"), ["--template plain", "mmlu"]),
+        (("--tasks", "boolq", "--allow_different", "data"), ["--allow_different data", "run or merged"]),
         (("--tasks", "boolq", "--limit", "0"), ["--limit", 0, 1]),
         (("--tasks", "boolq", "--batch_size", "0"), ["--batch_size", 0, 1]),
         (("--tasks", "boolq", "--split", "test"), ["--split", "--tasks"]),
