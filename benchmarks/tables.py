@@ -21,6 +21,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -200,13 +201,15 @@ STUDIES: dict[str, dict[str, Study]] = {
     },
 }
 """The studies of the tables that compare tuned methods, cheapest first."""
+STUDY_OPTIONS = ("data", "recipe", "only")
+"""Options of the tables with studies."""
 
 
 def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> SweepRun:
     """The settings of a study; what it samples of a file lies in the directory."""
     values = dict(study.settings)
     for name, file in study.files.items():
-        source = options.data / (file.path if isinstance(file, Sample) else file)
+        source = (options.data or Path("data")) / (file.path if isinstance(file, Sample) else file)
         values[name] = source if isinstance(file, str) else sample(source, file, directory / "data")
     given = [part for name, value in values.items() for part in (f"--{name}", option(value))]
     recipe = options.recipe or REPOSITORY / "configs" / study.recipe
@@ -276,8 +279,9 @@ def compare_lambdas(run: SweepRun) -> dict[str, Any]:
 
 def converge(_: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Runs what is missing of `convergence.py`."""
+    minutes = math.inf if options.minutes is None else options.minutes
     for task in only(options, convergence.METHODS):
-        convergence.run_missing(task, options.minutes, convergence.METHODS[task])
+        convergence.run_missing(task, minutes, convergence.METHODS[task])
     yield {"machine": machine(), "studies": convergence.summary()}
 
 
@@ -298,19 +302,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("name", choices=[*MAKE, "page"])
-    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DATA")
+    parser.add_argument("--data", type=Path, metavar="DATA", help="default: data")
     parser.add_argument("--recipe", type=Path, metavar="CONFIG")
     parser.add_argument("--only", nargs="+", metavar="STUDY")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="convergence: start no run after")
+    parser.add_argument("--minutes", type=float, help="convergence: start no run after these")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/tables"))
     parser.add_argument("--results", type=Path, default=RESULTS / "tables", metavar="DIR")
     parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs", metavar="DIR")
     options, options.settings = parser.parse_known_args(arguments)
-    if options.name not in STUDIES and options.settings:
-        parser.error(f"{options.name} takes no settings, got {' '.join(options.settings)}")
+    takes = {"convergence": ("only", "minutes"), "overhead": (), "page": ()}.get(options.name, STUDY_OPTIONS)
+    unused = [
+        f"--{name}"
+        for name in (*STUDY_OPTIONS, "minutes")
+        if name not in takes and getattr(options, name) is not None
+    ]
+    unused += options.settings if options.name not in STUDIES else []
+    if unused:
+        parser.error(f"{options.name} does not take {' '.join(unused)}")
     try:
-        options.results.mkdir(parents=True, exist_ok=True)
         for found in MAKE[options.name](options.name, options) if options.name != "page" else ():
+            options.results.mkdir(parents=True, exist_ok=True)
             write_text(options.results / f"{options.name}.json", to_json(found, indent=1) + "\n")
             write_page(options.results, options.docs)
         write_page(options.results, options.docs)

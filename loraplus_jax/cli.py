@@ -233,7 +233,7 @@ def _task_options(evaluate: argparse.ArgumentParser) -> None:
     )
     evaluate.add_argument("--batch_size", type=int, help="sequences per batch of --tasks (default: 8)")
     evaluate.add_argument(
-        "--template", help="chat template of a model: model, plain or a file; a run uses its own"
+        "--template", help="chat template of a model: model, plain, completion or a file; a run uses its own"
     )
     evaluate.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="weight dtype of a model; a run uses its own"
@@ -262,12 +262,14 @@ def _generate_options(generate: argparse.ArgumentParser) -> None:
         help="answer by beam search with this many beams; a run of task generation uses its own",
     )
     generate.add_argument(
-        "--length_penalty", type=float, help="power of the length that divides log-probabilities (default: 1)"
+        "--length_penalty",
+        type=float,
+        help="power of the length that divides log-probabilities; needs several beams (default: 1)",
     )
     generate.add_argument(
         "--no_repeat_ngram",
         type=int,
-        help="no sequence of this many tokens appears twice (default: 0, all may)",
+        help="no sequence of this many tokens appears twice in an answer (default: 0, all may)",
     )
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature; 0 is greedy (default: 0)"
@@ -278,7 +280,7 @@ def _generate_options(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--seed", type=int, help="random seed for sampling (default: 0)")
     generate.add_argument("--batch_size", type=int, default=8, help="prompts per batch (default: 8)")
     generate.add_argument(
-        "--template", help="chat template of a model: model, plain or a file; a run uses its own"
+        "--template", help="chat template of a model: model, plain, completion or a file; a run uses its own"
     )
     generate.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="weight dtype of a model; a run uses its own"
@@ -409,7 +411,11 @@ def _eval(options: argparse.Namespace, _: list[str]) -> None:
         raise ValueError("eval --tasks requires --data_root, the directory with the tasks' files")
     keywords = {name: value for name, value in only_tasks.items() if value is not None}
     results, file = evaluate_tasks(
-        str(options.run_directory), options.tasks.split(","), root, **keywords, **shared
+        str(options.run_directory),
+        [name.strip() for name in options.tasks.split(",")],
+        root,
+        **keywords,
+        **shared,
     )
     _print(f"{results}\nwritten to {file}")
 

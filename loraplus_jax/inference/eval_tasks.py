@@ -176,6 +176,8 @@ def evaluate_tasks(
             raise ValueError(f"--shots {shots} applies to {MMLU}, which --tasks does not name; remove it")
     elif MMLU in tasks:
         shots = DEFAULT_SHOTS
+    if template is not None and set(tasks) == {MMLU}:
+        raise ValueError(f"--template {template} has no effect: {MMLU} has a format of its own; remove it")
     path = expand_path("model", place)
     output = _output_file(path, output)
     root = expand_path("--data_root", root)

@@ -58,7 +58,8 @@ def generate_answers(
       max_tokens: maximum tokens per answer; by default 128, or for a run of task generation its
         `generation.max_new_tokens`.
       beams, length_penalty, no_repeat_ngram: see `make_beam_search`; by default those of a run of task generation,
-        and otherwise greedy decoding. Not with a temperature above 0, which samples.
+        and otherwise one beam, which is greedy decoding, and n-grams of the answer alone. Not with a temperature
+        above 0, which samples; `length_penalty` only with several beams.
       temperature, top_p: see `Sampling`.
       seed: seed for sampling; 0 by default.
       batch_size: conversations per batch.
@@ -67,7 +68,7 @@ def generate_answers(
       allow_different: parts of the base model that may differ from what a run was trained on, see `PARTS`.
 
     Raises:
-      ValueError, OSError: an argument is missing or out of range, or a file cannot be read.
+      ValueError, OSError: an argument is missing, out of range or without effect, or a file cannot be read.
     """
     if not prompts and data is None:
         raise ValueError("generate requires --prompt TEXT or --data FILE")
@@ -109,6 +110,8 @@ def generate_answers(
         search = dataclasses.replace(settings.generation, **options)
     elif options:
         search = GenerationSettings(**{"beams": 1, **options})
+    if length_penalty is not None and search is not None and search.beams == 1:
+        raise ValueError(f"--length_penalty {length_penalty:g} requires --beams above 1, which it compares")
     chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens or default, search)
     variables = replicate(make_mesh(1), variables)
     answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)
@@ -146,9 +149,15 @@ def open_model(
     """
     path = expand_path("model", source)
     directory = find_adapter(path)
-    if directory is not None and config is None and not read_notes(directory).get("settings"):
+    is_theirs = directory is not None and config is None and not read_notes(directory).get("settings")
+    is_ours = not is_theirs and (directory is not None or (path / NOTES_FILE).is_file())
+    if allow_different and not is_ours:
+        raise ValueError(
+            f"--allow_different {allow_different[0]} requires a run or merged model, got {source}"
+        )
+    if directory is not None and is_theirs:
         return _open_peft_adapter(directory, template, dtype)
-    if directory is not None or (path / NOTES_FILE).is_file():
+    if is_ours:
         if template is not None or dtype is not None:
             raise ValueError("--template and --dtype apply to models and PEFT adapters; a run has its own")
         tuned = load_tuned(path, config, allow_different)

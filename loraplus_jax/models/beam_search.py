@@ -23,6 +23,8 @@ BeamSearch = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
 
 # As in transformers: a score that no sequence reaches, but finite, so that sums and differences stay finite.
 LOWEST = -1e9
+# The largest length penalty, of either sign: a long sequence's score stays within float32.
+MOST_PENALTY = 5
 
 
 class _State(NamedTuple):
@@ -73,7 +75,7 @@ def make_beam_search(
       new_tokens: N, maximum number of new tokens.
       stop: ids that end a sequence.
       beams: K, at most the size of the vocabulary.
-      length_penalty: above 0 favours longer sequences; 0 compares log-probabilities.
+      length_penalty: from -5 to 5; above 0 favours longer sequences, 0 compares log-probabilities.
       no_repeat_ngram: no n-gram of this size appears twice; 0 allows all.
       no_repeat_in: where n-grams are counted: `"all"`, in prompt and new tokens, as in transformers; `"new"`, in
         new tokens alone, which may then copy from the prompt, as in the code of LoRA's paper (arXiv 2106.09685).
@@ -93,6 +95,10 @@ def make_beam_search(
     check_int("beams", beams, at_least=1)
     check_int("no_repeat_ngram", no_repeat_ngram, at_least=0)
     check_number("length_penalty", length_penalty)
+    if abs(length_penalty) > MOST_PENALTY:
+        raise ValueError(
+            f"length_penalty must be from {-MOST_PENALTY} to {MOST_PENALTY}, got {length_penalty:g}"
+        )
     check_choice("early_stopping", early_stopping, get_args(EarlyStopping))
     check_choice("no_repeat_in", no_repeat_in, get_args(NoRepeatIn))
     if beams > config.vocab_size:

@@ -64,6 +64,7 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("train.prompt", "train.prompt_tokens", "train.label_smoothing"), "task", LANGUAGE_TASKS),
     (("data.answers",), "task", ("instruction",)),
     (GENERATION, "task", ("generation",)),
+    (("generation.no_repeat_in",), "generation.no_repeat_ngram", ()),
     (("data.validation", "data.test"), "data.train", ()),
     (("data.test_fraction",), "data.path", ()),
     (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
@@ -501,6 +502,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_requirements(self)
+        self._check_search()
         if (config := self.applied) is not None:
             self._check_init(config)
             if self.optimizer.name in INVARIANT and config.lr_ratio != 1:
@@ -510,6 +512,15 @@ class Settings:
                 )
             rate = self.optimizer.learning_rate * config.lr_ratio
             check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
+
+    def _check_search(self) -> None:
+        """Rejects options that compare beams if there is only one."""
+        search, default = self.generation, GenerationSettings()
+        for name in ("length_penalty", "early_stopping"):
+            if search.beams == 1 and getattr(search, name) != getattr(default, name):
+                raise ValueError(
+                    f"generation.{name} requires generation.beams above 1; it has no effect with 1"
+                )
 
     def _check_init(self, config: LoRAPlusConfig) -> None:
         """Rejects a start from the base that the packing of the base or another start contradicts."""
@@ -555,15 +566,8 @@ class Settings:
 RESUMABLE_FIELDS = (
     *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
     *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *(
-        "train.compilation_cache",
-        "train.theory_every",
-        "generation.batch_size",
-        "mesh.data",
-        "mesh.fsdp",
-        "mesh.tensor",
-        "output_dir",
-    ),
+    *("train.compilation_cache", "train.theory_every", "generation.batch_size"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
     *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
 )
 """Settings that may change when a run resumes."""

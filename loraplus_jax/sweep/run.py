@@ -23,7 +23,7 @@ from ..atomic import to_json, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
-from ..settings.schema import TrainSettings
+from ..settings.schema import GENERATION
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, data_lines, lines_only
@@ -56,8 +56,22 @@ from .slots import DeviceSlots
 
 MEMBERS_FILE = "members_at_once.json"
 """File with the number of members that a device computes in parallel, so that a resumed sweep uses it too."""
-WINNER_ONLY_FIELDS = ("select", "early_stopping", "prompt", "log_every", "theory_every")
-"""Fields of the section train that a sweep ignores; training the winner uses them."""
+WINNER_ONLY_FIELDS = (
+    *("train.select", "train.early_stopping", "train.prompt", "train.log_every", "train.theory_every"),
+    *(name for name in GENERATION if name != "generation.inputs"),
+)
+"""Fields that a sweep ignores; training the winner uses them."""
+
+
+def ignored_fields(run: SweepRun) -> list[str]:
+    """Names of the fields of `WINNER_ONLY_FIELDS` that are set."""
+    found = []
+    for name in WINNER_ONLY_FIELDS:
+        section, field = name.split(".")
+        settings = getattr(run, section)
+        if getattr(settings, field) != getattr(type(settings), field):
+            found.append(name)
+    return found
 
 
 class MemberSpec(NamedTuple):
@@ -420,14 +434,8 @@ class Sweep:
         )
         for line in data_lines(self.population.data):
             self.console.print(line)
-        unused = [
-            name
-            for name in WINNER_ONLY_FIELDS
-            if getattr(self.run.train, name) != getattr(TrainSettings, name)
-        ]
-        if unused:
-            names = ", ".join(f"train.{name}" for name in unused)
-            self.console.print(f"ignored by the sweep, used when training the winner: {names}")
+        if names := ignored_fields(self.run):
+            self.console.print(f"ignored by the sweep, used when training the winner: {', '.join(names)}")
         if self.clock:
             self.console.print(f"resuming from step {self.step} of the {self.stage}")
 

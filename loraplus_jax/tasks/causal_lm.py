@@ -30,7 +30,7 @@ from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
 from ..sharding import batch_parts
 from ..tree import leaves_by_path
-from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData
+from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData, held_out_split
 from .language_losses import LanguageTask
 
 HEADS = {True: "embed_tokens", False: "lm_head"}
@@ -55,7 +55,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     _pad_choices(splits)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}
-    inputs = group_references(rows[_held_out(rows)]) if task.kind == "generation" else ()
+    inputs = group_references(rows[held_out_split(rows)]) if task.kind == "generation" else ()
     return TaskData(task, splits, sizes, truncated, digests, tuple(duplicates), tuple(inputs))
 
 
@@ -166,14 +166,9 @@ def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
     splits = split_files(settings.data, functools.partial(_read, settings), _split_by_question)
     splits, lines = handle_duplicates(splits, settings.data)
     if settings.generation.inputs is not None:
-        held_out = _held_out(splits)
-        splits[held_out] = select_inputs(splits[held_out], settings.generation.inputs)
+        name = held_out_split(splits)
+        splits[name] = select_inputs(splits[name], settings.generation.inputs)
     return splits, lines
-
-
-def _held_out(splits: Mapping[str, Any]) -> str:
-    """The split on which a run is evaluated before and after training."""
-    return "test" if "test" in splits else "validation"
 
 
 def _read(settings: Settings, value: str) -> list[Any]:

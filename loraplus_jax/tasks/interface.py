@@ -64,6 +64,11 @@ class TaskData(NamedTuple):
     inputs: tuple[Input, ...] = ()
 
 
+def held_out_split(splits: Mapping[str, Any]) -> str:
+    """Name of the split on which a run is evaluated before and after training."""
+    return "test" if "test" in splits else "validation"
+
+
 class Split(NamedTuple):
     """A split to evaluate.
 

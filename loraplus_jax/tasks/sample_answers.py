@@ -23,6 +23,8 @@ from .causal_lm import model_config, tokenizer_and_template
 from .language_losses import LanguageTask
 
 GREEDY = Sampling()
+LIMITS = "generation.max_new_tokens, train.prompt_tokens or --max_tokens"
+"""What sets the maximum tokens of an answer: for held-out texts, for the sample prompt, and in `generate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,7 @@ class ChatModel:
         if new_tokens >= config.max_length:
             raise ValueError(
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
-                f"{config.max_length}"
+                f"{config.max_length}; lower {LIMITS}"
             )
         stop = sorted({*stop_ids(directory), *end_of_turn_ids(tokenizer, template)})
         if not stop:
@@ -89,7 +91,8 @@ class ChatModel:
                 **options,
             )
         except ValueError as error:
-            raise ValueError(f"generation.{error}") from None
+            prefix = "generation." if search is settings.generation else "--"
+            raise ValueError(f"{prefix}{error}") from None
         return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
 
     def encode(self, chats: Sequence[Sequence[Turn]]) -> list[list[int]]:
@@ -109,7 +112,7 @@ class ChatModel:
             number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
             raise ValueError(
                 f"prompt {number} of {len(prompts)} has {too_long[0]} tokens, but the answer leaves room for "
-                f"{self.longest}: shorten the prompt or the answer"
+                f"{self.longest}: shorten the prompt, or lower {LIMITS}"
             )
         return prompts
 

@@ -32,6 +32,7 @@ from ..optim.ranks import final_ranks
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows, shard_batch
 from ..starts import as_difference
+from ..tasks.interface import held_out_split
 from ..train_step import TrainState, init_state
 from ..tree import combine, count
 from .anomalies import (
@@ -154,7 +155,7 @@ class Trainer:
             seed=run.settings.seed,
             rows=local_rows(run.mesh, self.settings.batch_size),
         )
-        self.held_out = "test" if "test" in run.data.splits else "validation"
+        self.held_out = held_out_split(run.data.splits)
         self.answers: dict[str, str] = {}
         self.ranks: dict[str, Any] = {}
         self.pending: list[Any] = []  # metrics of steps that are not logged yet

@@ -125,6 +125,7 @@ def test_a_sample_is_the_same_each_time_and_keeps_to_its_limits(tmp_path):
         (["lambda", "--sweep.curve_points", "0"], ("sweep.curve_points", "0")),
         (["lambda", "--recipe", "none.yaml"], ("none.yaml",)),
         (["overhead", "--train.steps", "3"], ("overhead", "--train.steps 3")),
+        (["convergence", "--data", "data"], ("convergence", "--data")),
     ],
 )
 def test_invalid_input_is_one_error(command, words, tmp_path, capsys, monkeypatch):
@@ -135,4 +136,5 @@ def test_invalid_input_is_one_error(command, words, tmp_path, capsys, monkeypatc
         tables.main([*command, "--results", str(tmp_path / "results"), "--docs", str(tmp_path / "docs")])
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
+    assert not (tmp_path / "results").exists()
     assert not list(tmp_path.glob("results/*.json"))

@@ -396,7 +396,7 @@ CHANGES = [
     Change("generation.beams", "2", searched, DESCRIBE),
     Change("generation.length_penalty", "0.5", searched, DESCRIBE),
     Change("generation.no_repeat_ngram", "3", searched, DESCRIBE),
-    Change("generation.no_repeat_in", "all", searched, DESCRIBE),
+    Change("generation.no_repeat_in", "all", searched, (*DESCRIBE, "--generation.no_repeat_ngram", "3")),
     Change("generation.early_stopping", "never", searched, DESCRIBE),
     Change("generation.max_new_tokens", "9", searched, DESCRIBE),
     Change("generation.inputs", "2", searched, DESCRIBE),

@@ -100,7 +100,7 @@ def test_a_run_on_tasks(run, capsys):
     assert results["mean"]["accuracy"] == pytest.approx(np.mean([t["accuracy"] for t in tasks.values()]))
     errors = [task["stderr"] for task in tasks.values()]
     assert results["mean"]["stderr"] == pytest.approx(np.linalg.norm(errors) / 3)
-    # Nothing is overwritten, and a limit is told.
+    # Nothing is overwritten, and the output names a limit.
     before = file.read_bytes()
     assert evaluate(run, run.out, "boolq,mmlu", "--limit", "4", "--shots", "0") == 0
     printed = capsys.readouterr().out
@@ -138,13 +138,15 @@ def test_a_packed_run_a_merged_model_and_a_base(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--tasks", "bolq,mmlu"), ["--tasks", "'bolq'", "'boolq'"]),
+        (("--tasks", "mmlu, bolq"), ["--tasks", "'bolq'", "'boolq'"]),
         (("--tasks", "boolq,boolq"), ["--tasks", "boolq", "twice"]),
         (("--tasks", ""), ["--tasks", "arc_easy"]),
         (("--tasks", "piqa"), ["piqa/test.json", "boolq", "mmlu"]),
         (("--tasks", "mmlu"), ["--shots 5", 3, "astronomy_dev.csv"]),
         (("--tasks", "mmlu", "--shots", "-1"), ["--shots", -1, 0]),
         (("--tasks", "boolq", "--shots", "2"), ["--shots 2", "mmlu"]),
+        (("--tasks", "mmlu", "--template", "plain"), ["--template plain", "mmlu"]),
+        (("--tasks", "boolq", "--allow_different", "data"), ["--allow_different data", "run or merged"]),
         (("--tasks", "boolq", "--limit", "0"), ["--limit", 0, 1]),
         (("--tasks", "boolq", "--batch_size", "0"), ["--batch_size", 0, 1]),
         (("--tasks", "boolq", "--split", "test"), ["--split", "--tasks"]),

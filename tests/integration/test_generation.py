@@ -96,7 +96,7 @@ def test_without_a_test_file_the_validation_split_is_described_also_on_a_mesh(e2
     [
         (("--generation.beams", "1000"), ("generation.beams", 1000, "vocabulary")),
         (("--generation.inputs", "13"), ("generation.inputs", 12, 13)),
-        (("--generation.max_new_tokens", "64"), (64,)),
+        (("--generation.max_new_tokens", "64"), ("generation.max_new_tokens", 64)),
         (("--generation.beams", "0"), ("generation.beams", 0)),
         (("--generation.early_stopping", "soon"), ("generation.early_stopping", "soon", "never")),
         (("--data.answers", "last"), ("data.answers", "generation")),
@@ -125,5 +125,10 @@ def test_generate_searches_with_beams_where_it_is_asked_to(e2e, capsys, monkeypa
     assert widths == [1, 3]
     assert main([*map(str, asked), "--beams", "2", "--temperature", "1"]) == 2
     assert_mentions(capsys.readouterr().err, "--beams", "--temperature")
-    assert main([*map(str, asked), "--beams", "0"]) == 2
-    assert_mentions(capsys.readouterr().err, "beams", 0)
+    for flags, words in {
+        ("--beams", "0"): ("beams", 0),
+        ("--beams", "1000"): ("--beams", 1000, "vocabulary"),
+        ("--length_penalty", "2"): ("--length_penalty 2", "--beams"),
+    }.items():
+        assert main([*map(str, asked), *flags]) == 2
+        assert_mentions(capsys.readouterr().err, *words)

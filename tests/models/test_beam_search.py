@@ -86,6 +86,7 @@ def test_logits_that_are_not_finite_are_marked(model, variables):  # noqa: F811
         ({"new_tokens": 0}, ("new_tokens", 0)),
         ({"no_repeat_ngram": -1}, ("no_repeat_ngram", "-1")),
         ({"length_penalty": float("nan")}, ("length_penalty", "nan")),
+        ({"length_penalty": -6.0}, ("length_penalty", "-5", 5, "-6")),
         ({"early_stopping": "soon"}, ("early_stopping", "soon", "never")),
         ({"no_repeat_in": "old"}, ("no_repeat_in", "old", "new")),
     ],

@@ -28,6 +28,7 @@ def base(tmp_path_factory):
 
 def test_the_tables_here_name_every_field():
     alone = {"optimizer.decay_steps", "optimizer.decay", "train.prompt_tokens", "init_adapter_rates"}
+    alone |= {"generation.no_repeat_in"}
     alone |= {"model.quantize_exclude", "lora.init_iterations", "data.root"}
     alone |= {"optimizer.reg", "optimizer.magnitude_learning_rate", "optimizer.target_rank", *ADALORA}
     alone |= {"distributed.start_timeout", "distributed.lost_timeout", *PROCESSES}

@@ -38,6 +38,8 @@ def test_answers_and_their_length_go_with_what_they_need(tmp_path):
 
 
 TALK = ("--task", "instruction")
+TEXTS = ("--task", "generation")
+NGRAM, ONE_BEAM = ("--generation.no_repeat_ngram", "3"), ("--generation.beams", "1")
 WORLD = tuple(f"--{name}={given}" for name, given in PROCESSES.items())
 FILES = ("--data.path", "null", "--data.train", "a.csv")
 FILES_OF_EACH = (*FILES, "--data.validation", "b.csv")
@@ -70,6 +72,9 @@ GLUE_FIELDS = {
         ("train.prompt", "Why?", (), TALK, ("task", "instruction", "multiple_choice", "classification")),
         ("train.prompt_tokens", "9", TALK, (*TALK, "--train.prompt", "Why?"), ("train.prompt", "null")),
         ("data.answers", "last", ("--task", "multiple_choice"), TALK, ("task", "multiple_choice")),
+        ("generation.no_repeat_in", "all", TEXTS, (*TEXTS, *NGRAM), ("generation.no_repeat_ngram", 0)),
+        ("generation.length_penalty", "2", (*TEXTS, *ONE_BEAM), TEXTS, ("generation.beams", 1)),
+        ("generation.early_stopping", "never", (*TEXTS, *ONE_BEAM), TEXTS, ("generation.beams", 1)),
         ("data.validation", "b.csv", (), FILES, ("data.train", "null")),
         ("data.test", "b.csv", (), FILES, ("data.train", "null")),
         ("data.test_fraction", "0.3", FILES, (), ("data.path", "null")),

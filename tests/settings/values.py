@@ -101,7 +101,6 @@ GENERATION = {
     "generation.beams": 7,
     "generation.length_penalty": 0.5,
     "generation.no_repeat_ngram": 3,
-    "generation.no_repeat_in": "all",
     "generation.early_stopping": "never",
     "generation.max_new_tokens": 9,
     "generation.inputs": 5,

@@ -9,6 +9,7 @@ from loraplus_jax.cli import main
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.halving import comparison_steps, curve_every, survivors
 from loraplus_jax.sweep.methods import method_run
+from loraplus_jax.sweep.run import ignored_fields
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
 
@@ -293,3 +294,18 @@ def test_help_names_every_field(capsys):
     printed = capsys.readouterr().out
     assert "loraplus sweep CONFIG" in printed
     assert all(f"--sweep.{field.name}" in printed for field in dataclasses.fields(SweepSettings))
+
+
+def test_fields_of_the_winner_alone_are_named(parsed):
+    assert ignored_fields(parsed()) == []
+    words = (
+        "--generation.beams",
+        "2",
+        "--generation.inputs",
+        "3",
+        "--train.prompt",
+        "Why?",
+        "--train.steps",
+        "5",
+    )
+    assert ignored_fields(parsed("--task", "generation", *words)) == ["train.prompt", "generation.beams"]

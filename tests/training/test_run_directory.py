@@ -228,6 +228,7 @@ def run_of(directory, values, *, finished=False):
 def base_of(name):
     needed = {name: {"task": "instruction"} for name in TALK}
     needed |= {name: {"task": "generation"} for name in GENERATION}
+    needed["generation.no_repeat_in"] = {"task": "generation", "generation": {"no_repeat_ngram": 3}}
     needed["data.root"] = {"data": {"path": "glue/rte"}}
     needed["optimizer.decay"] = {"optimizer": {"schedule": "linear", "weight_decay": 0.1}}
     needed["optimizer.magnitude_learning_rate"] = {"lora": {**PLAIN.get("lora", {}), "variant": "dora"}}
