@@ -281,7 +281,11 @@ def cost_lines(found: Found, section: Section) -> list[str]:
         for method in report["methods"].values()
         if (cost := method["cost"])
     ]
-    return [*text, "### Cost of a step", table(rows)]
+    note = (
+        "Seconds are the median of five steps at the end of a method, on a machine that did other work too; the "
+        "overhead table compares them interleaved."
+    )
+    return [*text, "### Cost of a step", table(rows), note]
 
 
 def lambda_lines(found: Found, _: Section) -> list[str]:
