@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packing import pack, pad
 from ..data.splits import split_files, split_texts
 from ..models.decoder import Config
-from ..models.families import MODEL_TYPES, family_of
+from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
 from ..models.hf import load_config
 from ..models.packing import choose_formats
 from ..models.tokenizer import tokenizer as load_tokenizer
@@ -112,20 +112,49 @@ def tokenizer_and_template(
     return tokenizer, dataclasses.replace(plain, source=task.template, origin=choice)
 
 
-def model_config(directory: Path) -> Config:
-    """Loads the config of a model directory or GGUF file; raises ValueError unless it is a language model."""
+def model_config(directory: Path, *, split_fused: bool = False) -> Config:
+    """Loads the config of a model directory or GGUF file.
+
+    Raises:
+      ValueError: it is not a language model, or with `split_fused` it has no fused projections.
+    """
     config = load_config(directory)
     if (kind := config.get("model_type")) not in MODEL_TYPES:
         raise ValueError(
             f"{directory} is of model_type {kind!r:.80}, not a language model ({', '.join(MODEL_TYPES)}); "
             "an encoder takes task classification or regression, and loraplus predict"
         )
-    return family_of(kind).config.from_hf(config)
+    if split_fused and kind not in FUSED_TYPES:
+        raise ValueError(
+            f"model.split_fused: a model of model_type {kind!r} has no fused projections to split, unlike "
+            f"{' and '.join(FUSED_TYPES)}; set it to false"
+        )
+    config = family_of(kind).config.from_hf(config)
+    return dataclasses.replace(config, split_fused=True) if split_fused else config
+
+
+def _check_targets(config: Config, targets: Iterable[str]) -> None:
+    """Raises ValueError for a target that the model has only with the other value of `model.split_fused`."""
+    if not config.fused and not config.split_fused:
+        return
+    for fused, parts in config.projections.items():
+        absent = parts if config.fused else (fused,)
+        for name in (name for name in targets if name.rpartition("/")[2] in absent):
+            raise ValueError(
+                f"lora.target_modules: the model has no {name!r}: it computes {', '.join(parts)} as one, {fused}; "
+                "to adapt parts set model.split_fused to true"
+                if config.fused
+                else f"lora.target_modules: the model has no {name!r}: with model.split_fused it has "
+                f"{', '.join(parts)}; name these, or set model.split_fused to false"
+            )
 
 
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
-    config, model_settings = model_config(directory), settings.model
+    model_settings = settings.model
+    config = model_config(directory, split_fused=model_settings.split_fused)
+    if settings.applied is not None and not isinstance(settings.applied.target_modules, str):
+        _check_targets(config, settings.applied.target_modules)
     family = family_of(config.model_type)
     model = family.model(
         config,
