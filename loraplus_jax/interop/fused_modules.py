@@ -1,8 +1,8 @@
 """Adapters on parts of a PyTorch module: one adapter on the module, and back.
 
-With factors A_i (r_i, in) and B_i (out_i, r_i) for some of a module's outputs each, the module has the factors A, the
-A_i below each other, and B, with each B_i in the rows of its outputs and the columns of its components, 0 elsewhere.
-The function is the same.
+Let A_i (r_i, in) and B_i (out_i, r_i) be the factors of some of a module's outputs each. In the module's A all A_i
+lie one below the other. In its B each B_i lies in the rows of its outputs and the columns of its components; the rest
+of B is 0. The function is the same.
 """
 
 from collections.abc import Sequence
