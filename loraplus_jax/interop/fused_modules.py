@@ -1,8 +1,9 @@
 """Adapters on parts of a PyTorch module: one adapter on the module, and back.
 
-Let A_i (r_i, in) and B_i (out_i, r_i) be the factors of some of a module's outputs each. In the module's A all A_i
-lie one below the other. In its B each B_i lies in the rows of its outputs and the columns of its components; the rest
-of B is 0. The function is the same.
+Let A_i (r_i, in) and B_i (out_i, r_i) be the factors of some of a module's outputs each.
+In the module's A all A_i lie one below the other.
+In its B each B_i lies in the rows of its outputs and the columns of its components; the rest of B is 0.
+The function is the same.
 """
 
 from collections.abc import Sequence

@@ -5,6 +5,7 @@ lambda and your own fields, and `loraplus.safetensors` variables without a name 
 converts names and layouts, see `path_map`.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,8 +109,14 @@ def save_peft(
     tensors, ranks, alphas = _factor_tensors(flat_factors(lora, specs), targets, config, prune=prune)
     adapted = {name for target in targets.values() for name in target.names.values()}
     leaves, saved = name_leaves(slots, adapted, path_map)
+    settings = {(ranks[name], alphas[name]) for name in ranks}
+    if len(settings) == 1:  # no patterns, which servers ignore
+        rank, alpha = settings.pop()
+        defaults = dataclasses.replace(config, rank=rank, alpha=alpha)
+    else:
+        defaults = config
     options = make_options(
-        config,
+        defaults,
         ranks,
         alphas,
         saved=saved,

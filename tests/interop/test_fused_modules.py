@@ -85,9 +85,10 @@ def trained(parts, **fields):
 )
 def test_files_of_parts_come_back(parts, fields, rank, tmp_path):
     lora, specs, config = trained(parts, **fields)
-    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    servable = {} if fields else {"check_for": "vllm"}
+    save_peft(tmp_path / "a", lora, specs, config, PATHS, **servable)
     options = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert (options["target_modules"], options["rank_pattern"].get("qkv", 2)) == (["net.qkv"], rank)
+    assert (options["target_modules"], options["r"], options["rank_pattern"]) == (["net.qkv"], rank, {})
     again = load_peft(tmp_path / "a", specs, PATHS)
     assert again.config == config
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again.lora, lora)

@@ -259,6 +259,7 @@ def test_transformers_other_names_of_sizes_mean_the_same():
     assert config == GPT2Config.from_hf(FILE)
     assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (32, 4, 2)
     assert GPT2Config.from_hf(FILE | {"n_inner": 24}).intermediate_size == 24
+    assert GPT2Config.from_hf(FILE | {"split_fused": True}) == config  # no option of a file
 
 
 @pytest.mark.parametrize(
