@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,28 +133,18 @@ def model_config(directory: Path, *, split_fused: bool = False) -> Config:
     return dataclasses.replace(config, split_fused=True) if split_fused else config
 
 
-def _check_targets(config: Config, targets: Iterable[str]) -> None:
-    """Raises ValueError for a target that the model has only with the other value of `model.split_fused`."""
+def _layout_hint(config: Config) -> str:
+    """What `model.split_fused` does to the names of layers; empty for a model without fused projections."""
     if not config.fused and not config.split_fused:
-        return
-    for fused, parts in config.projections.items():
-        absent = parts if config.fused else (fused,)
-        for name in (name for name in targets if name.rpartition("/")[2] in absent):
-            raise ValueError(
-                f"lora.target_modules: the model has no {name!r}: it computes {', '.join(parts)} as one, {fused}; "
-                "to adapt parts set model.split_fused to true"
-                if config.fused
-                else f"lora.target_modules: the model has no {name!r}: with model.split_fused it has "
-                f"{', '.join(parts)}; name these, or set model.split_fused to false"
-            )
+        return ""
+    names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
+    return f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}"
 
 
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
     model_settings = settings.model
     config = model_config(directory, split_fused=model_settings.split_fused)
-    if settings.applied is not None and not isinstance(settings.applied.target_modules, str):
-        _check_targets(config, settings.applied.target_modules)
     family = family_of(config.model_type)
     model = family.model(
         config,
@@ -167,7 +157,8 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = family.name_table(config)
     formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
-    return BaseModel(model, table, (), inputs, family.sharding, family.tensor_sizes(config), formats)
+    sizes, hint = family.tensor_sizes(config), _layout_hint(config)
+    return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
 
 
 def make_losses(
