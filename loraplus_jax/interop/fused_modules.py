@@ -53,7 +53,7 @@ def fuse(parts: Sequence[Part], scale: float) -> Factors:
     b, first = np.zeros((size, len(a)), a.dtype), 0
     for part in parts:
         last = first + len(part.factors[0])
-        b[part.outputs.slice, first:last] = part.factors[1] * (part.scale / scale)
+        b[part.outputs.rows, first:last] = part.factors[1] * (part.scale / scale)
         first = last
     magnitudes = [part.factors[2] for part in parts if len(part.factors) > 2]
     if not magnitudes:
@@ -83,7 +83,7 @@ def split(factors: Factors, parts: Sequence[tuple[Outputs, int]]) -> list[Factor
             raise ValueError(f"B and magnitudes must be for {size} outputs, {shape}, got {factor.shape}")
     first, unused, result = 0, b != 0, {}
     for outputs, rank in sorted(parts):
-        rows = b[outputs.slice]
+        rows = b[outputs.rows]
         components = np.arange(len(a))
         if sum(rank for _, rank in parts) == len(a):
             components = components[first : first + rank]
@@ -91,8 +91,8 @@ def split(factors: Factors, parts: Sequence[tuple[Outputs, int]]) -> list[Factor
             components = np.flatnonzero(rows.any(0))[:rank]
             components = components if len(components) else np.arange(1)
         first += rank
-        unused[outputs.slice, components] = False
-        result[outputs] = a[components], rows[:, components], *(m[outputs.slice] for m in magnitudes)
+        unused[outputs.rows, components] = False
+        result[outputs] = a[components], rows[:, components], *(m[outputs.rows] for m in magnitudes)
     if unused.any():
         ranges = ", ".join(
             f"{outputs.start}:{outputs.stop} with rank {rank}" for outputs, rank in sorted(parts)

@@ -46,8 +46,8 @@ class Outputs(NamedTuple):
     size: int
 
     @property
-    def slice(self) -> slice:
-        """The index of these outputs."""
+    def rows(self) -> slice:
+        """The index of these outputs, such as in the rows of B."""
         return slice(self.start, self.stop)
 
 

@@ -169,7 +169,7 @@ def _to_leaf_layout(array: np.ndarray, path: str, index: Index, path_map: PathMa
     if list(array.shape) != expected:
         raise ValueError(f"must have shape {expected}, got {list(array.shape)}")
     if outputs is not None:
-        array = array[(slice(None),) * axis + (outputs.slice,)]
+        array = array[(slice(None),) * axis + (outputs.rows,)]
     return leaf_from_torch(name, array, shape, kind)
 
 

@@ -35,7 +35,7 @@ def test_parts_of_different_ranks_and_scales_are_one_product():
     assert (a.shape, b.shape) == ((3, 5), (9, 3))
     expected = np.zeros((9, 5))
     for part in (q, v):
-        expected[part.outputs.slice] = part.scale * part.factors[1] @ part.factors[0]
+        expected[part.outputs.rows] = part.scale * part.factors[1] @ part.factors[0]
     np.testing.assert_allclose(2.0 * b @ a, expected, rtol=1e-12)
     again_v, again_q = split((a, b), [(V, 1), (Q, 2)])
     for given, part in ((again_q, q), (again_v, v)):
