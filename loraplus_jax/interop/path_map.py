@@ -4,7 +4,8 @@ A path map is a sequence of rules `(ours, theirs)` or `(ours, theirs, kind)`: th
 "/", its name in PyTorch, joined by ".", and if it is ambiguous the layout of its weight in PyTorch (`KINDS`).
 `{name}` on both sides matches one segment. `{name}` only on their side is an index: first of the stacked axes,
 outermost first, then of the batch axes. `{k_proj|v_proj}` on their side names the parts of a weight that holds
-several modules: its first unstacked axis selects the part. The first matching rule applies.
+several modules: its first unstacked axis selects the part. `c_attn[0:8 of 24]` on their side says that our module
+is the first 8 of 24 outputs of theirs. The first matching rule applies.
 """
 
 import itertools
@@ -34,6 +35,20 @@ _OF_LEAF = {"kernel": "Linear", "embedding": "Embedding"}
 _SAME_LAYOUT = {"Conv1D": "Linear", "TiedEmbedding": "Embedding"}
 _TIED_NAME = "embed_tokens"
 _HOLE = re.compile(r"\{(\w+(?:\|\w+)*)\}")
+_OUTPUTS = re.compile(r"(.*)\[([0-9]{1,9}):([0-9]{1,9}) of ([0-9]{1,9})\]", re.DOTALL)
+
+
+class Outputs(NamedTuple):
+    """Some outputs of a PyTorch module: from `start` up to `stop`, of `size` in all."""
+
+    start: int
+    stop: int
+    size: int
+
+    @property
+    def rows(self) -> slice:
+        """The index of these outputs, such as in the rows of B."""
+        return slice(self.start, self.stop)
 
 
 class TorchModule(NamedTuple):
@@ -43,11 +58,13 @@ class TorchModule(NamedTuple):
       name: its name, with `{placeholders}` for indices.
       holes: the placeholders, in order; one with `|` lists the names of parts.
       kind: kind given by the rule, or None.
+      outputs: the outputs that our module has; None for all.
     """
 
     name: str
     holes: tuple[str, ...]
     kind: str | None
+    outputs: Outputs | None = None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -78,35 +95,46 @@ def check_path_map(path_map: PathMap) -> None:
             )
         if len(rule) == 3 and rule[2] not in KINDS:
             raise ValueError(f"path map: unknown kind {rule[2]!r}{suggest(rule[2], KINDS)}")
+        outputs = _split_name(rule[1])[1]
+        if "[" in rule[1] and (outputs is None or not outputs.start < outputs.stop <= outputs.size):
+            raise ValueError(
+                f"path map: outputs must be like [0:8 of 24], not empty and within the size, got {rule[1]!r}"
+            )
+        if outputs is not None and (_kind(rule) not in (None, "Linear", "Conv1D") or "|" in rule[1]):
+            raise ValueError(f"path map: only a Linear or Conv1D without {{a|b}} has outputs, got {rule!r}")
 
 
 def torch_module_of(path_map: PathMap, module: str) -> TorchModule | None:
     """Returns the PyTorch module for a module of ours, or None if no rule matches.
 
     >>> torch_module_of([("layers/{name}", "model.layers.{layer}.{name}")], "layers/up")
-    TorchModule(name='model.layers.{layer}.up', holes=('layer',), kind=None)
+    TorchModule(name='model.layers.{layer}.up', holes=('layer',), kind=None, outputs=None)
     """
     for rule in path_map:
         if (values := _match(rule[0], "[^/]+", module)) is not None:
-            name = rule[1]
+            name, outputs = _split_name(rule[1])
             for shared, value in values.items():
                 name = name.replace(f"{{{shared}}}", value)
-            return TorchModule(name, tuple(_HOLE.findall(name)), _kind(rule))
+            return TorchModule(name, tuple(_HOLE.findall(name)), _kind(rule), outputs)
     return None
 
 
-def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
-    """Returns our module for a PyTorch module, and the index of its slice; None if no rule matches.
+def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
+    """Returns our module for a PyTorch module, and the index of its slice; or all of ours that have its outputs.
 
     A `Parameter` is looked up by the module that owns it, since PEFT stores its factors under that name.
 
-    >>> module_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
-    ('layers/up', (3,))
+    >>> modules_of([("layers/{name}", "model.layers.{layer}.{name}")], "model.layers.3.up")
+    [('layers/up', (3,))]
+    >>> modules_of([("q", "qkv[0:8 of 24]"), ("k", "qkv[8:16 of 24]"), ("v", "qkv[16:24 of 24]")], "qkv")
+    [('q', ()), ('k', ()), ('v', ())]
     """
+    modules: list[tuple[str, Index]] = []
     for rule in path_map:
-        theirs = rule[1].rpartition(".")[0] if _kind(rule) == "Parameter" else rule[1]
+        theirs, outputs = _split_name(rule[1])
+        theirs = theirs.rpartition(".")[0] if _kind(rule) == "Parameter" else theirs
         shared, values = _HOLE.findall(rule[0]), _match(theirs, "[^.]+", name)
-        if values is None:
+        if values is None or (modules and outputs is None):
             continue
         index = [_number(hole, value) for hole, value in values.items() if hole not in shared]
         if None in index:
@@ -114,8 +142,10 @@ def module_of(path_map: PathMap, name: str) -> tuple[str, Index] | None:
         module = rule[0]
         for key in shared:
             module = module.replace(f"{{{key}}}", values[key])
-        return module, tuple(n for n in index if n is not None)
-    return None
+        modules.append((module, tuple(n for n in index if n is not None)))
+        if outputs is None:
+            break
+    return modules
 
 
 class Target(NamedTuple):
@@ -127,12 +157,14 @@ class Target(NamedTuple):
       names: maps each slice of the factors to a PyTorch module, or for a `Parameter` to the parameter.
       letters: einsum letters of the axes that index slices. A factor without one of them is shared by the slices
         along it.
+      outputs: the outputs of the PyTorch modules that the leaf has; None for all.
     """
 
     spec: AdapterSpec
     kind: str
     names: dict[Index, str]
     letters: str
+    outputs: Outputs | None = None
 
     def keys(self, index: Index) -> tuple[str, ...]:
         """The names of A and B, and of the magnitudes if there are any, in PEFT's file."""
@@ -157,7 +189,7 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
     """Finds the PyTorch modules for all specs; also returns one line per spec without a counterpart."""
     targets: dict[str, Target] = {}
     problems = []
-    owners: dict[str, str] = {}
+    owners: dict[tuple[str, Outputs | None], str] = {}
     for key, spec in specs.items():
         owner, _, leaf = key.rpartition("/")
         # An adapted parameter is looked up by the module that owns it.
@@ -169,12 +201,12 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
             kind = _kind_of(spec, torch_module)
             letters = _index_letters(spec, torch_module, kind)
             names = {index: torch_module.at(index) for index in _indices(spec, letters)}
-            target = Target(spec, kind, names, letters)
+            target = Target(spec, kind, names, letters, torch_module.outputs)
         except ValueError as error:
             problems.append(str(error))
             continue
         for index in target.names:
-            if (owner := owners.setdefault(target.keys(index)[0], key)) != key:
+            if (owner := owners.setdefault((target.keys(index)[0], target.outputs), key)) != key:
                 problems.append(f"{owner!r} and {key!r} both map their factors to {target.names[index]!r}")
         targets[key] = target
     return targets, problems
@@ -351,6 +383,17 @@ def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
         f"the input axes of a kernel with {ndim} axes and kind {kind} are ambiguous; set the rule's kind in "
         "the path map to Linear (2 axes), Conv1D or Conv"
     )
+
+
+def output_axis(suffix: str, kind: str | None) -> int:
+    """The axis of outputs in PyTorch's layout, of a weight or bias."""
+    return int(suffix == "weight" and kind == "Conv1D")
+
+
+def _split_name(theirs: str) -> tuple[str, Outputs | None]:
+    """The name in PyTorch, and the outputs that follow it."""
+    match = _OUTPUTS.fullmatch(theirs)
+    return (match[1], Outputs(*map(int, match.groups()[1:]))) if match else (theirs, None)
 
 
 def _match(side: str, segment: str, name: str) -> dict[str, str] | None:

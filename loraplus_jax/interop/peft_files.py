@@ -5,6 +5,7 @@ lambda and your own fields, and `loraplus.safetensors` variables without a name 
 converts names and layouts, see `path_map`.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from .adapter_files import (
     tensor_bytes,
     try_saved_rules,
 )
+from .fused_modules import Factors, Part, fuse, split
 from .path_map import (
     MAGNITUDE_END,
     Index,
@@ -40,7 +42,7 @@ from .path_map import (
     factor_shapes,
     factors_from_peft,
     factors_to_peft,
-    module_of,
+    modules_of,
     rank_of_slice,
     torch_module_of,
 )
@@ -79,7 +81,8 @@ def save_peft(
       lora: the tree of factors; stacked layers become separate modules.
       specs: the table from `init_lora`.
       config: config of the adapter.
-      path_map: PyTorch names of all adapted modules and all modules in `extras`.
+      path_map: PyTorch names of all adapted modules and all modules in `extras`. Adapters on parts of a PyTorch
+        module become one, whose rank is the sum of theirs.
       extras: fully trained variables that the PyTorch model also has, `{"params": ...}`. A leaf whose rule has an
         index is stacked on its first axis.
       own: fully trained variables that the PyTorch model lacks; stored for loraplus_jax only.
@@ -103,19 +106,19 @@ def save_peft(
     targets, problems = adapted_leaves(specs, path_map)
     slots, more_problems = slice_leaves(flatten(extras or {}), path_map)
     raise_problems(f"{directory}: cannot convert the adapter to PEFT", problems + more_problems)
-    tensors, ranks = _factor_tensors(flat_factors(lora, specs), targets, prune=prune)
+    tensors, ranks, alphas = _factor_tensors(flat_factors(lora, specs), targets, config, prune=prune)
     adapted = {name for target in targets.values() for name in target.names.values()}
     leaves, saved = name_leaves(slots, adapted, path_map)
+    settings = {(ranks[name], alphas[name]) for name in ranks}
+    if len(settings) == 1:  # no patterns, which servers ignore
+        rank, alpha = settings.pop()
+        defaults = dataclasses.replace(config, rank=rank, alpha=alpha)
+    else:
+        defaults = config
     options = make_options(
-        config,
+        defaults,
         ranks,
-        {
-            name: _alpha_of(config, key)
-            if ranks[name] == t.spec.rank
-            else alpha_for(t.spec.scale, ranks[name], config)
-            for key, t in targets.items()
-            for name in t.names.values()
-        },
+        alphas,
         saved=saved,
         parameters=[n for t in targets.values() if t.kind == "Parameter" for n in t.names.values()],
         transposed=any(t.kind == "Conv1D" for t in targets.values()),
@@ -170,15 +173,15 @@ def load_peft(
     factors = {name: tensor for name, tensor in tensors.items() if name.endswith(_ENDS)}
     # Our own export may be pruned: its notes have the specs' ranks, and its layers have lower ones.
     saved_config = _saved_config(directory)
-    problems += _check_factors(factors, options, targets, may_be_pruned=saved_config is not None)
+    slices, more_problems = _slice_factors(factors, options, targets, is_ours=saved_config is not None)
+    problems += more_problems
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
     slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
     raise_problems(f"{directory} does not match the model", problems + more_problems)
     lora = {}
     for key, target in targets.items():
-        pairs = {index: tuple(host_array(factors[k]) for k in target.keys(index)) for index in target.names}
         paths = target.spec.factor_paths(key)
-        lora |= zip(paths, map(jnp.asarray, factors_from_peft(pairs, target)), strict=True)
+        lora |= zip(paths, map(jnp.asarray, factors_from_peft(slices[key], target)), strict=True)
     extras = stack_slices(slots, flatten({"params": params or {}}))
     extras |= read_tensors(directory / OWN_TENSORS_FILE) if (directory / OWN_TENSORS_FILE).is_file() else {}
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
@@ -205,7 +208,7 @@ def peft_config(directory: str | Path, path_map: PathMap, *, layers: int | None 
     if (config := _saved_config(Path(directory))) is not None:
         check_ranks(f"{Path(directory) / NOTES_FILE}", config, tensors)
         return config
-    numbers = {index[0] for name in tensors if (index := _find_module(name, path_map)[1])}
+    numbers = {index[0] for name in tensors for _, index in _find_modules(name, path_map) if index}
     if layers is not None and (extra := sorted(n for n in numbers if n >= layers)):
         raise ValueError(
             f"{directory} does not match the model: it adapts layers {extra} of a model with {layers} layers"
@@ -267,15 +270,16 @@ def _config(
     modules: dict[str, dict[Index, str]] = {}
     saved, problems = {}, []
     for name in names:
-        module, index = _find_module(name, path_map)
-        if module is None:
+        locations = _find_modules(name, path_map)
+        if not locations:
             problems.append(f"{name}: no rule of the path map matches")
-        elif name.endswith(_ENDS):
-            torch_module = torch_module_of(path_map, module)
-            assert torch_module is not None
-            modules.setdefault(module, {})[index] = torch_module.at(index)
-        elif name.endswith(".weight") and not name.endswith(".base_layer.weight"):
-            saved[module] = None
+        for module, index in locations:
+            if name.endswith(_ENDS):
+                torch_module = torch_module_of(path_map, module)
+                assert torch_module is not None
+                modules.setdefault(module, {})[index] = torch_module.at(index)
+            elif name.endswith(".weight") and not name.endswith(".base_layer.weight"):
+                saved[module] = None
     ranks, alphas = {}, {}
     all_names = [name for torch_names in modules.values() for name in torch_names.values()]
     by_name = options.ranks_and_alphas(all_names)
@@ -306,11 +310,11 @@ def _config(
     )
 
 
-def _find_module(name: str, path_map: PathMap) -> tuple[str | None, Index]:
-    """Returns our module for a tensor in PEFT's file, and its index; None if no rule matches."""
+def _find_modules(name: str, path_map: PathMap) -> list[tuple[str, Index]]:
+    """Returns our modules for a tensor in PEFT's file, and their indices, as `modules_of`."""
     end = next((end for end in _ENDS if name.endswith(end)), None)
     module = name.removesuffix(end) if end else name.rpartition(".")[0].removesuffix(".base_layer")
-    return module_of(path_map, module) or (None, ())
+    return modules_of(path_map, module)
 
 
 def _escape(module: str) -> str:
@@ -349,27 +353,50 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[st
     return options, kept
 
 
-def _check_factors(
-    factors: Mapping[str, Any],
-    options: PeftOptions,
-    targets: Mapping[str, Target],
-    *,
-    may_be_pruned: bool,
-) -> list[str]:
-    """One line per factor that is missing, extra or misshapen, or that contradicts options or specs."""
+def _slice_factors(
+    factors: Mapping[str, Any], options: PeftOptions, targets: Mapping[str, Target], *, is_ours: bool
+) -> tuple[dict[str, dict[Index, Factors]], list[str]]:
+    """The factors of each adapted leaf by index, and one line per factor that is missing, extra or misshapen, or
+    that contradicts options or specs. Ours may be pruned, and parts of a module may have had different scales.
+    """
+    slices: dict[str, dict[Index, Factors]] = {key: {} for key in targets}
     problems, expected = [], set()
     names = [name for target in targets.values() for name in target.names.values()]
     by_name = options.ranks_and_alphas(names)
-    for target in targets.values():
+    owners: dict[str, list[tuple[str, Index]]] = {}  # several if they are parts of a module
+    for key, target in targets.items():
         for index, name in target.names.items():
-            keys = target.keys(index)
-            expected |= {*keys}
-            if missing := [key for key in keys if key not in factors]:
-                problems += [f"- {key} is missing" for key in missing]
-                continue
-            shapes = [tuple(factors[key].shape) for key in keys]
-            problems += _check_pair(name, shapes, *by_name[name], options, target, may_be_pruned)
+            owners.setdefault(name, []).append((key, index))
         problems += _check_shared(factors, target)
+    for name, leaves in owners.items():
+        target, (rank, alpha) = targets[leaves[0][0]], by_name[name]
+        keys = target.keys(leaves[0][1])
+        expected |= {*keys}
+        if missing := [key for key in keys if key not in factors]:
+            problems += [f"- {key} is missing" for key in missing]
+            continue
+        pair = tuple(host_array(factors[key]) for key in keys)
+        # Check the tensors against the file's own options, then against the model.
+        (length, *_), (_, width, *_) = factor_shapes(target, rank)[:2]
+        if (pair[0].shape[:1], pair[1].shape[1:2]) != ((length,), (width,)):
+            shapes = f"{pair[0].shape} and {pair[1].shape}"
+            problems.append(f"~ {name}: factors must have rank {rank} as in {OPTIONS}, got {shapes}")
+            continue
+        pairs, scale = [pair], options.scale(rank, alpha)
+        if target.outputs is not None:
+            parts = [targets[key] for key, _ in leaves]
+            try:
+                pairs = split(pair, [(part.outputs, part.spec.rank) for part in parts if part.outputs])
+            except ValueError as error:
+                problems.append(f"~ {name}: {error}")
+                continue
+        for (key, index), pair in zip(leaves, pairs, strict=True):
+            target, to_scale = targets[key], scale
+            if is_ours and target.outputs is not None and not math.isclose(scale, target.spec.scale):
+                a, b, *rest = pair
+                pair, to_scale = (a, b * (scale / target.spec.scale), *rest), target.spec.scale
+            problems += _check_pair(name, pair, to_scale, options, target, may_be_pruned=is_ours)
+            slices[key][index] = pair
     problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
     problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets(names)]
     tied = any(t.kind == "TiedEmbedding" for t in targets.values())
@@ -378,28 +405,18 @@ def _check_factors(
             "ensure_weight_tying must be true, since the model's embedding is also its head; the adapter is "
             "for the embedding only"
         )
-    return problems
+    return slices, problems
 
 
 def _check_pair(
-    name: str,
-    shapes: list[tuple[int, ...]],
-    rank: int,
-    alpha: float,
-    options: PeftOptions,
-    target: Target,
-    may_be_pruned: bool,
+    name: str, pair: Factors, scale: float, options: PeftOptions, target: Target, *, may_be_pruned: bool
 ) -> list[str]:
-    scale, spec = options.scale(rank, alpha), target.spec
-    # Check the tensors against the file's own options, then against the model.
+    spec, rank, shapes = target.spec, rank_of_slice(pair[0], target), [factor.shape for factor in pair]
     expected = factor_shapes(target, rank)
-    ranks = (shapes[0][:1], shapes[1][1:2])
-    if ranks != (expected[0][:1], expected[1][1:2]):
-        return [f"~ {name}: factors must have rank {rank} as in {OPTIONS}, got {shapes[0]} and {shapes[1]}"]
     if rank > spec.rank or (rank < spec.rank and not may_be_pruned):
         return [f"~ {name} must have the model's rank {spec.rank}, got {rank}"]
     if not math.isclose(scale, spec.scale):
-        return [f"~ {name} must have the model's scale {spec.scale:g}, got {scale:g} (alpha {alpha:g})"]
+        return [f"~ {name} must have the model's scale {spec.scale:g}, got {scale:g}"]
     if options.use_dora != spec.magnitude:
         ours, theirs = ("dora" if is_dora else "lora" for is_dora in (spec.magnitude, options.use_dora))
         return [f"~ {name} must have the model's variant {ours}, got {theirs}"]
@@ -421,10 +438,10 @@ def _check_shared(factors: Mapping[str, Any], target: Target) -> list[str]:
 
 
 def _factor_tensors(
-    lora: Mapping[str, Any], targets: Mapping[str, Target], *, prune: bool
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The tensors of PEFT's file, and the ranks by name in PyTorch."""
-    tensors, ranks = {}, {}
+    lora: Mapping[str, Any], targets: Mapping[str, Target], config: LoRAPlusConfig, *, prune: bool
+) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, float]]:
+    """The tensors of PEFT's file, and ranks and alphas by name in PyTorch."""
+    modules: dict[str, list[tuple[str, Index, Factors]]] = {}  # several if they are parts of a module
     for key, target in targets.items():
         names = target.spec.factor_paths(key)
         shapes = tuple(np.shape(lora[name]) if name in lora else None for name in names)
@@ -432,12 +449,26 @@ def _factor_tensors(
             raise ValueError(f"{key}: factors must have shapes {target.spec.factor_shapes}, got {shapes}")
         values = [host_array(lora[name]) for name in names]
         for index, factors in factors_to_peft(values, target, prune=prune):
-            tensors |= dict(zip(target.keys(index), map(np.ascontiguousarray, factors), strict=True))
-            ranks[target.names[index]] = rank_of_slice(factors[0], target)
+            modules.setdefault(target.names[index], []).append((key, index, factors))
     known = {path for key, target in targets.items() for path in target.spec.factor_paths(key)}
     if unknown := sorted(lora.keys() - known):
         raise ValueError(f"factors are not in the specs: {', '.join(unknown[:5])}")
-    return tensors, ranks
+    tensors, ranks, alphas = {}, {}, {}
+    for name, leaves in modules.items():
+        key, index, factors = leaves[0]
+        target, spec = targets[key], targets[key].spec
+        if target.outputs is not None:
+            parts = [(targets[each], pair) for each, _, pair in leaves]
+            try:
+                factors = fuse(
+                    [Part(t.outputs, pair, t.spec.scale) for t, pair in parts if t.outputs], spec.scale
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        tensors |= dict(zip(target.keys(index), map(np.ascontiguousarray, factors), strict=True))
+        rank = ranks[name] = rank_of_slice(factors[0], target)
+        alphas[name] = _alpha_of(config, key) if rank == spec.rank else alpha_for(spec.scale, rank, config)
+    return tensors, ranks, alphas
 
 
 def _to_json(content: Mapping[str, Any]) -> bytes:

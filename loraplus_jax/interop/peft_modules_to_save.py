@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from .adapter_files import host_array
-from .path_map import Index, PathMap, leaf_from_torch, leaf_to_torch, module_of, torch_module_of
+from .path_map import (
+    Index,
+    Outputs,
+    PathMap,
+    leaf_from_torch,
+    leaf_to_torch,
+    modules_of,
+    output_axis,
+    torch_module_of,
+)
 from .peft_config import raise_problems
 
 LeafSlices = dict[str, dict[Index, Any]]
@@ -78,6 +87,7 @@ def name_leaves(
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Converts leaves to tensors with PyTorch's names; also returns the names of the fully trained modules."""
     tensors, modules, problems = {}, {}, []
+    split: dict[str, list[tuple[Outputs, int, np.ndarray]]] = {}
     for path, parts in slots.items():
         module, _, leaf = path.removeprefix("params/").rpartition("/")
         torch_module = torch_module_of(path_map, module)
@@ -89,9 +99,24 @@ def name_leaves(
             except ValueError as error:
                 problems.append(f"{path}: {error}")
                 break
-            tensors[f"{name}.base_layer.{suffix}" if name in adapted else f"{name}.{suffix}"] = array
+            full_name = f"{name}.base_layer.{suffix}" if name in adapted else f"{name}.{suffix}"
+            if torch_module.outputs is None:
+                tensors[full_name] = array
+            else:
+                axis = output_axis(suffix, torch_module.kind)
+                split.setdefault(full_name, []).append((torch_module.outputs, axis, array))
             if suffix == "weight":  # a bias without a weight belongs to `bias=`, not to a saved module
                 modules[name] = None
+    for name, parts in split.items():
+        parts.sort(key=lambda part: part[0])
+        size, axis = parts[0][0].size, parts[0][1]
+        if sum(outputs.stop - outputs.start for outputs, _, _ in parts) != size:
+            trained = ", ".join(f"{outputs.start}:{outputs.stop}" for outputs, _, _ in parts)
+            problems.append(
+                f"{name}: of its {size} outputs only {trained} are fully trained, but PEFT trains all or none: "
+                "train all its parts, or merge the adapter instead"
+            )
+        tensors[name] = np.concatenate([array for _, _, array in parts], axis)
     raise_problems("cannot convert the adapter to PEFT", problems)
     return tensors, list(modules)
 
@@ -104,42 +129,47 @@ def assign_tensors(
     problems = []
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
-        location = module_of(path_map, module.removesuffix(".base_layer"))
-        if location is None or suffix not in ("weight", "bias"):
+        locations = modules_of(path_map, module.removesuffix(".base_layer"))
+        if not locations or suffix not in ("weight", "bias"):
             problems.append(f"+ {name}: no rule of the path map matches")
-            continue
-        leaves = ("bias",) if suffix == "bias" else ("kernel", "scale", "embedding")
-        path = next((p for leaf in leaves if (p := f"params/{location[0]}/{leaf}") in params), None)
-        if path is None:
-            problems.append(
-                f"+ {name}: {location[0]!r} has none of the parameters {', '.join(leaves)}"
-                if params
-                else f"+ {name}: fully trained tensors require params, the base's parameters or their shapes"
-            )
-            continue
-        try:
-            part = _to_leaf_layout(host_array(tensor), path, location[1], path_map, params[path])
-        except ValueError as error:
-            problems.append(f"~ {name}: {error}")
-            continue
-        if suffix == "weight" and module.endswith(".base_layer"):
-            problems += _copy_problems(name, part, params[path], location[1])
-        else:
-            slots.setdefault(path, {})[location[1]] = part
+        for ours, index in locations if suffix in ("weight", "bias") else ():
+            leaves = ("bias",) if suffix == "bias" else ("kernel", "scale", "embedding")
+            path = next((p for leaf in leaves if (p := f"params/{ours}/{leaf}") in params), None)
+            if path is None:
+                problems.append(
+                    f"+ {name}: {ours!r} has none of the parameters {', '.join(leaves)}"
+                    if params
+                    else f"+ {name}: fully trained tensors require params, the base's parameters or their shapes"
+                )
+                continue
+            try:
+                part = _to_leaf_layout(host_array(tensor), path, index, path_map, params[path])
+            except ValueError as error:
+                problems.append(f"~ {name}: {error}")
+                continue
+            if suffix == "weight" and module.endswith(".base_layer"):
+                problems += _copy_problems(name, part, params[path], index)
+            else:
+                slots.setdefault(path, {})[index] = part
     return slots, problems
 
 
 def _to_leaf_layout(array: np.ndarray, path: str, index: Index, path_map: PathMap, leaf: Any) -> np.ndarray:
-    """Converts a tensor to a slice of our leaf."""
+    """Converts a tensor, or the outputs of it that our leaf has, to a slice of our leaf."""
     module, _, name = path.removeprefix("params/").rpartition("/")
     torch_module = torch_module_of(path_map, module)
     shape = tuple(leaf.shape)[len(index) :]
     if any(n >= size for n, size in zip(index, leaf.shape, strict=False)):
         raise ValueError(f"the model has only {leaf.shape[0]} layers")
-    kind = torch_module.kind if torch_module else None
-    expected = leaf_to_torch(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)[1].shape
-    if array.shape != expected:
-        raise ValueError(f"must have shape {list(expected)}, got {list(array.shape)}")
+    kind, outputs = (torch_module.kind, torch_module.outputs) if torch_module else (None, None)
+    suffix, sample = leaf_to_torch(name, np.broadcast_to(np.zeros((), np.int8), shape), kind)
+    expected, axis = list(sample.shape), output_axis(suffix, kind)
+    if outputs is not None:
+        expected[axis] = outputs.size
+    if list(array.shape) != expected:
+        raise ValueError(f"must have shape {expected}, got {list(array.shape)}")
+    if outputs is not None:
+        array = array[(slice(None),) * axis + (outputs.rows,)]
     return leaf_from_torch(name, array, shape, kind)
 
 

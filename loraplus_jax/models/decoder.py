@@ -3,12 +3,13 @@
 Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .._validation import check_choice
 from ..quantization import is_packed
@@ -41,6 +42,20 @@ class Cache(NamedTuple):
     value: jax.Array
     segment_ids: jax.Array
     length: jax.Array
+
+
+def project(
+    x: jax.Array, config: Config, fused: str, dense: Callable[[int, str], nn.Dense]
+) -> list[jax.Array]:
+    """The parts (..., size) of one of the config's `projections` of x (..., D), from one layer or from one each.
+
+    `dense` makes a layer of an output size and a name.
+    """
+    sizes = config.projections[fused]
+    if not config.fused:
+        return [dense(size, name)(x) for name, size in sizes.items()]
+    *ends, total = np.cumsum(list(sizes.values())).tolist()
+    return jnp.split(dense(total, fused)(x), ends, axis=-1)
 
 
 def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:

@@ -103,6 +103,8 @@ def path_map(table: NameTable, form: TransformersClass, *, prefix: str | None = 
         if leaf == "embedding":
             rules[ours, theirs] = (ours, theirs, "TiedEmbedding" if ours in form.tied else "Embedding")
         elif ours not in head_modules:
+            if rule.part is not None:
+                theirs += "[{}:{} of {}]".format(*rule.part)
             rules[ours, theirs] = (ours, theirs, "Conv1D") if ours in conv1d else (ours, theirs)
     rules |= {(ours, "lm_head"): (ours, "lm_head", "TiedHead") for ours in form.tied}
     return tuple(rules.values())
@@ -230,8 +232,8 @@ def _named_tensors(
         if not form.heads:
             if canonical not in dict(merge.table.copies):
                 yield tensor
-        elif canonical in merge.places:
-            rule, layer = merge.places[canonical]
+        elif canonical in merge.locations:
+            (rule, layer), *_ = merge.locations[canonical]
             location = torch_module_of(rules, rule.path.rpartition("/")[0])
             assert location is not None
             name = location.at(() if layer is None else (layer,))

@@ -7,7 +7,7 @@ from ..sharding import Rules
 from . import gpt2, llama
 from .decoder import CausalLM, Config
 from .gpt2_config import GPT2Config
-from .llama_config import LlamaConfig
+from .llama_config import KINDS, LlamaConfig
 from .name_table import NameTable
 
 
@@ -62,6 +62,8 @@ FAMILIES = (
     ),
 )
 MODEL_TYPES = tuple(kind for family in FAMILIES for kind in family.architectures)
+FUSED_TYPES = ("gpt2", *(name for name, kind in KINDS.items() if kind.fused))
+"""The model types with fused projections, which `split_fused` splits."""
 
 
 def family_of(model_type: str) -> Family:

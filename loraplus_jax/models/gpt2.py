@@ -17,9 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from ..sharding import Rules, constrain_rows
 from .activations import ACTIVATIONS
 from .attention import Attention
-from .decoder import Cache, CausalLM, Shared, attend
+from .decoder import Cache, CausalLM, Shared, attend, project
 from .gpt2_config import GPT2Config
-from .name_table import NameTable, conv1d_rules, embedding_rules, linear_rules, norm_rules
+from .name_table import NameTable, conv1d_rules, embedding_rules, linear_rules, norm_rules, split_rules
 
 
 class GPT2Part(nn.Module):
@@ -43,7 +43,7 @@ class GPT2Part(nn.Module):
 
 
 class GPT2Attention(GPT2Part):
-    """Multi-head attention; one matrix, `c_attn`, computes queries, keys and values."""
+    """Multi-head attention; one matrix, `c_attn`, computes queries, keys and values, unless it is split."""
 
     attention: Attention = "auto"
 
@@ -54,8 +54,7 @@ class GPT2Attention(GPT2Part):
         """(B, T, D) from (B, T, D), and the cache updated with this layer's keys and values."""
         c = self.config
         heads = (*x.shape[:2], c.num_attention_heads, c.head_dim)
-        parts = jnp.split(self.dense(3 * c.hidden_size, "c_attn")(x), 3, axis=-1)
-        query, key, value = (part.reshape(heads) for part in parts)
+        query, key, value = (part.reshape(heads) for part in project(x, c, "c_attn", self.dense))
         query = checkpoint_name(self._scaled(query, layer), "query")
         key, value = checkpoint_name(key, "key"), checkpoint_name(value, "value")
         y, cache = attend(query, key, value, shared, cache, layer, implementation=self.attention)
@@ -144,7 +143,9 @@ def name_table(config: GPT2Config) -> NameTable:
     for name in ("ln_1", "ln_2"):
         rules += norm_rules(f"{layer}.{name}", f"{layers}/{name}")
     for part, name in (("attn", "c_attn"), ("attn", "c_proj"), ("mlp", "c_fc"), ("mlp", "c_proj")):
-        rules += conv1d_rules(f"{layer}.{part}.{name}", f"{layers}/{part}/{name}")
+        made = conv1d_rules(f"{layer}.{part}.{name}", f"{layers}/{part}/{name}")
+        is_split = name in config.projections and not config.fused
+        rules += split_rules(made, config.projections[name]) if is_split else made
     copies = ()
     if config.tie_word_embeddings:
         copies = (("lm_head.weight", "wte.weight"),)  # some files hold the embedding twice
@@ -158,8 +159,8 @@ SHARDING: Rules = (
     (r"embed_tokens/embedding", ("tensor", "fsdp")),
     (r"embed_positions/embedding", (None, "fsdp")),
     (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"layers/(attn/c_attn|mlp/c_fc)/kernel", (None, "fsdp", "tensor")),
-    (r"layers/(attn/c_attn|mlp/c_fc)/bias", (None, "tensor")),
+    (r"layers/(attn/[cqkv]_attn|mlp/c_fc)/kernel", (None, "fsdp", "tensor")),
+    (r"layers/(attn/[cqkv]_attn|mlp/c_fc)/bias", (None, "tensor")),
     (r"layers/(attn|mlp)/c_proj/kernel", (None, "tensor", "fsdp")),
     (r".*", ()),  # replicated: norms, and biases added to unsharded features
 )

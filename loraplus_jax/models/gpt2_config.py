@@ -37,6 +37,7 @@ class GPT2Config:
       scale_attn_weights: whether attention scores are divided by the square root of a head's size.
       scale_attn_by_inverse_layer_idx: whether they are also divided by the layer's number, from 1.
       tie_word_embeddings: whether the head shares the embedding's weights.
+      split_fused: whether the layers of `projections` are split into their parts; not an option of a file.
       initializer_range: standard deviation of initial weights.
 
     Raises:
@@ -56,6 +57,7 @@ class GPT2Config:
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
+    split_fused: bool = False
 
     def __post_init__(self) -> None:
         if problems := _problems(self):
@@ -83,7 +85,7 @@ class GPT2Config:
             for key, only in _ONLY.items()
             if entries.get(key, only) != only
         ]
-        fields = dataclasses.fields(cls)
+        fields = [f for f in dataclasses.fields(cls) if f.name != "split_fused"]
         required = [f.name for f in fields if f.default is dataclasses.MISSING]
         problems += [
             f"{NAMES.get(name, name)} is missing"
@@ -99,6 +101,16 @@ class GPT2Config:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f"config.json: {error}") from None
+
+    @property
+    def fused(self) -> bool:
+        """Whether one layer computes all parts of a projection."""
+        return not self.split_fused
+
+    @property
+    def projections(self) -> dict[str, dict[str, int]]:
+        """The parts of each fused layer, with their sizes."""
+        return {"c_attn": dict.fromkeys(("q_attn", "k_attn", "v_attn"), self.hidden_size)}
 
     @property
     def num_key_value_heads(self) -> int:

@@ -293,7 +293,7 @@ def _compare_shapes(
                 problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
             elif (dtype := tensor.view.get_dtype()) not in tensor.dtypes:
                 problems.append(f"~ {tensor.name} is {dtype}, must be one of {', '.join(tensor.dtypes)}")
-    return problems
+    return list(dict.fromkeys(problems))  # parts of one tensor have the same
 
 
 def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[str]:
@@ -364,6 +364,9 @@ def _read(
     slots, names, window = (
         (out, names[window[0]], window[1:]) if is_stacked(rule) else (out[None], names, window)
     )
+    if rule.part is not None:
+        *inputs, outputs = window
+        window = [*inputs, slice(rule.part.start + outputs.start, rule.part.start + outputs.stop)]
     for index, name in enumerate(names):
         _fill(slots[index : index + 1], tensors[name], window, transposed=rule.transposed)
     return out

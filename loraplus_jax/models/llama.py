@@ -8,21 +8,21 @@ with transformers' torch models (`tests/golden/make_llama.py`).
 Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H head size, L layers, S cache slots.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from ..sharding import Rules, constrain_rows
 from .activations import ACTIVATIONS
 from .attention import Attention
-from .decoder import Cache, CausalLM, Shared, attend
+from .decoder import Cache, CausalLM, Shared, attend, project
 from .llama_config import LlamaConfig
-from .name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules
+from .name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules, split_rules
 from .rope import apply_rope
 
 
@@ -65,16 +65,6 @@ class LlamaPart(nn.Module):
         return nn.Dense(features, bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
 
     @nn.nowrap
-    def parts(
-        self, x: jax.Array, fused: str, sizes: Mapping[str, int], *, bias: bool = False
-    ) -> list[jax.Array]:
-        """Dense layers of one input, by name and size; or the parts of the fused layer's output."""
-        if not self.config.kind.fused:
-            return [self.dense(size, name, bias=bias)(x) for name, size in sizes.items()]
-        ends = np.cumsum(list(sizes.values()))
-        return jnp.split(self.dense(int(ends[-1]), fused, bias=bias)(x), ends[:-1], axis=-1)
-
-    @nn.nowrap
     def norm(self, name: str | None) -> Callable[[jax.Array], jax.Array]:
         """An RMSNorm, or the identity where the family has none."""
         if name is None:
@@ -94,15 +84,9 @@ class LlamaAttention(LlamaPart):
     ) -> tuple[jax.Array, Cache | None]:
         """(B, T, D) from (B, T, D), and the cache updated with this layer's keys and values."""
         c = self.config
-        heads = {
-            "q_proj": c.num_attention_heads,
-            "k_proj": c.num_key_value_heads,
-            "v_proj": c.num_key_value_heads,
-        }
-        sizes = {name: count * c.head_dim for name, count in heads.items()}
+        dense = functools.partial(self.dense, bias=c.qkv_bias)
         query, key, value = (
-            part.reshape(*x.shape[:2], -1, c.head_dim)
-            for part in self.parts(x, "qkv_proj", sizes, bias=c.qkv_bias)
+            part.reshape(*x.shape[:2], -1, c.head_dim) for part in project(x, c, "qkv_proj", dense)
         )
         if c.kind.qk_norm:
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
@@ -131,8 +115,7 @@ class LlamaMLP(LlamaPart):
     def __call__(self, x: jax.Array) -> jax.Array:
         """(B, T, D) from (B, T, D)."""
         c = self.config
-        sizes = {"gate_proj": c.intermediate_size, "up_proj": c.intermediate_size}
-        gate, up = self.parts(x, "gate_up_proj", sizes, bias=c.mlp_bias)
+        gate, up = project(x, c, "gate_up_proj", functools.partial(self.dense, bias=c.mlp_bias))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.dense(c.hidden_size, "down_proj", bias=c.mlp_bias)(ACTIVATIONS[c.hidden_act](gate) * up)
 
@@ -197,15 +180,22 @@ def name_table(config: LlamaConfig) -> NameTable:
     ]
     for name in filter(None, config.norms):
         rules += norm_rules(f"{layer}.{name}", f"{layers}/{name}", bias=False)
-    qkv, mlp = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-    if config.kind.fused:
-        qkv, mlp = ("qkv_proj",), ("gate_up_proj",)
-    for name, bias in ({"o_proj": config.attention_bias} | dict.fromkeys(qkv, config.qkv_bias)).items():
-        rules += linear_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=bias)
     for name in ("q_norm", "k_norm") if config.kind.qk_norm else ():
         rules += norm_rules(f"{layer}.self_attn.{name}", f"{layers}/self_attn/{name}", bias=False)
-    for name in (*mlp, "down_proj"):
-        rules += linear_rules(f"{layer}.mlp.{name}", f"{layers}/mlp/{name}", bias=config.mlp_bias)
+
+    def dense_rules(block: str, name: str, bias: bool) -> tuple[Rule, ...]:
+        return linear_rules(f"{layer}.{block}.{name}", f"{layers}/{block}/{name}", bias=bias)
+
+    rules += dense_rules("self_attn", "o_proj", config.attention_bias)
+    rules += dense_rules("mlp", "down_proj", config.mlp_bias)
+    for block, name, bias in (
+        ("self_attn", "qkv_proj", config.qkv_bias),
+        ("mlp", "gate_up_proj", config.mlp_bias),
+    ):
+        parts = config.projections[name]
+        for each in (name,) if config.kind.fused else parts:
+            made = dense_rules(block, each, bias)
+            rules += made if config.fused or each in parts else split_rules(made, parts)
     copies = ()
     if config.tie_word_embeddings:
         copies = (("lm_head.weight", "embed_tokens.weight"),)  # some files hold the embedding twice

@@ -163,6 +163,8 @@ class LlamaConfig:
       attn_logit_softcapping, final_logit_softcapping: bounds c of attention scores and of logits,
         `c * tanh(x / c)` (arXiv 2408.00118, section 2).
       initializer_range: standard deviation of initial weights.
+      split_fused: whether the layers of `projections` are split into their parts where the type has them fused; not
+        an option of a file.
 
     Raises:
       ValueError: a size is below 1 or does not divide another, or a name is unknown; lists all problems.
@@ -192,6 +194,7 @@ class LlamaConfig:
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
     initializer_range: float = 0.02
+    split_fused: bool = False
 
     def __post_init__(self) -> None:
         if problems := [*_size_problems(self), *_option_problems(self)]:
@@ -223,7 +226,7 @@ class LlamaConfig:
         ]
         ignored = {name for name in _OPTIONAL if name not in KINDS[kind].reads}
         ignored |= {"rope_theta", "rope_scaling", "rope_local_theta"}  # see `_rope_fields`
-        ignored |= {"sliding_window", "full_layers", "hidden_act"}
+        ignored |= {"sliding_window", "full_layers", "hidden_act", "split_fused"}
         fields = [f for f in dataclasses.fields(cls) if f.name not in ignored]
         derived = ("num_key_value_heads", "head_dim")
         required = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in derived]
@@ -253,6 +256,20 @@ class LlamaConfig:
     def kind(self) -> Kind:
         """What is the same in all models of this type."""
         return KINDS[self.model_type]
+
+    @property
+    def fused(self) -> bool:
+        """Whether one layer computes all parts of a projection."""
+        return self.kind.fused and not self.split_fused
+
+    @property
+    def projections(self) -> dict[str, dict[str, int]]:
+        """The parts of each layer that may be fused, with their sizes."""
+        keys = self.num_key_value_heads * self.head_dim
+        return {
+            "qkv_proj": {"q_proj": self.num_attention_heads * self.head_dim, "k_proj": keys, "v_proj": keys},
+            "gate_up_proj": dict.fromkeys(("gate_proj", "up_proj"), self.intermediate_size),
+        }
 
     @property
     def qkv_bias(self) -> bool:

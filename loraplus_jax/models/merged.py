@@ -70,29 +70,39 @@ class CheckpointMerge:
         if unsupported := [spec for spec in specs.values() if spec.stacked not in ((), (0,))]:
             leaf, axes = unsupported[0].leaf, unsupported[0].stacked
             raise ValueError(f"{leaf} must be stacked on axis 0 or not at all, got axes {axes}")
-        self.places: dict[str, tuple[Rule, int | None]] = {}
+        self.locations: dict[str, list[tuple[Rule, int | None]]] = {}
         for rule in table.rules:
-            names = expand(rule, leaves[rule.path])
-            self.places |= {n: (rule, None if n == rule.name else i) for i, n in enumerate(names)}
-        self.places |= {name: self.places[original] for name, original in table.copies}
+            for i, name in enumerate(expand(rule, leaves[rule.path])):
+                self.locations.setdefault(name, []).append((rule, None if name == rule.name else i))
+        self.locations |= {name: self.locations[original] for name, original in table.copies}
 
     @property
     def rounding(self) -> float:
         """The norm of the difference between packed values and the checkpoint's, relative to theirs."""
         return float(np.sqrt(self._squares[0] / max(self._squares[1], np.finfo(float).tiny)))
 
-    def changes(self, rule: Rule) -> bool:
-        """Whether merging changes a rule's tensors."""
-        leaf = f"params/{rule.path}"
-        return leaf in self.specs or leaf in self.extras or rule.path in self.packed
+    def changes(self, name: str) -> bool:
+        """Whether merging changes the tensor with this canonical name."""
+        paths = [rule.path for rule, _ in self.locations.get(name, ())]
+        leaves = (*self.specs, *self.extras)
+        return any(path in self.packed or f"params/{path}" in leaves for path in paths)
 
-    def value(self, rule: Rule, layer: int | None, base: Callable[[], np.ndarray]) -> np.ndarray:
+    def value(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
         """The merged tensor in the file's layout, float32; calls `base` to read the base's only if needed."""
+        first, *others = self.locations[name]
+        if first[0].part is None:
+            return self._value(*first, base)
+        result = base().astype(np.float32)  # a copy of the base, which may be a view of the file
+        for rule, layer in (first, *others):
+            result[rule.index] = self._value(rule, layer, lambda index=rule.index: result[index])
+        return result
+
+    def _value(self, rule: Rule, layer: int | None, base: Callable[[], np.ndarray]) -> np.ndarray:
         leaf = f"params/{rule.path}"
         if leaf in self.extras:
             value = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
             return value.T if rule.transposed else value
-        result = base().astype(np.float32)  # a copy of the base, which may be a view of the file
+        result = base().astype(np.float32)
         if rule.path in self.packed:
             result = in_rows(rule, self._packed(in_rows(rule, result), self.packed[rule.path]))
         if leaf in self.specs:
@@ -119,18 +129,18 @@ def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[Outpu
     for _, file, _, _ in weight_files(source):
         for name in sorted(file.keys()):
             canonical, view = merge.table.canonical(name), file.get_slice(name)
-            location, shape = merge.places.get(canonical), tuple(view.get_shape())
-            if location is not None and merge.changes(location[0]):
-                rows = _merged_rows(merge, *location, file, name)
+            shape = tuple(view.get_shape())
+            if merge.changes(canonical):
+                rows = _merged_rows(merge, canonical, file, name)
             else:
                 rows = _copied_rows(file, name, shape)
             yield OutputTensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
 
 
 def _merged_rows(
-    merge: CheckpointMerge, rule: Rule, layer: int | None, file: Any, name: str
+    merge: CheckpointMerge, canonical: str, file: Any, name: str
 ) -> Callable[[], Iterator[np.ndarray]]:
-    return lambda: iter([merge.value(rule, layer, lambda: file.get_slice(name)[:])])
+    return lambda: iter([merge.value(canonical, lambda: file.get_slice(name)[:])])
 
 
 def _copied_rows(file: Any, name: str, shape: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]]:

@@ -1,32 +1,56 @@
 """Maps a checkpoint's tensor names to a model's parameters; each model has a table, and `hf` loads with it."""
 
+import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
 _LAYER = "{layer}"
 
 
+class Part(NamedTuple):
+    """A part of a tensor's outputs: from `start` up to `stop`, of `size` in all."""
+
+    start: int
+    stop: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Rule:
-    """Maps one tensor of the file to a parameter.
+    """Maps one tensor of the file, or a part of it, to a parameter.
 
     Attributes:
       name: name in the file, after the table's renames. A name with `{layer}` stands for one tensor per layer;
         the leaf stacks them on axis 0.
       path: path of the leaf in our parameters, `"encoder/layers/mlp/up/kernel"`.
       transposed: whether to transpose: torch stores Linear weights as (out, in), ours are (in, out).
+      part: the outputs of the tensor that the leaf holds; None for all. Outputs are the leaf's last axis.
     """
 
     name: str
     path: str
     transposed: bool = False
+    part: Part | None = None
 
     @property
     def is_conv1d(self) -> bool:
         """Whether the tensor is the weight of transformers' Conv1D: a kernel that the file stores as ours."""
         return self.path.endswith("/kernel") and not self.transposed
+
+    @property
+    def outputs(self) -> slice:
+        """The outputs of the tensor that the leaf holds."""
+        return slice(None) if self.part is None else slice(self.part.start, self.part.stop)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The index of the leaf's values in the file's tensor."""
+        return (slice(None), self.outputs) if self.is_conv1d else (self.outputs,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +93,18 @@ def conv1d_rules(name: str, path: str) -> tuple[Rule, ...]:
     return (Rule(f"{name}.weight", f"{path}/kernel"), Rule(f"{name}.bias", f"{path}/bias"))
 
 
+def split_rules(rules: Iterable[Rule], sizes: Mapping[str, int]) -> tuple[Rule, ...]:
+    """Rules for a linear layer of the file whose outputs are, in order, those of layers with these sizes."""
+    *starts, total = np.cumsum([0, *sizes.values()]).tolist()
+    made = []
+    for rule in rules:
+        module, _, leaf = rule.path.rpartition("/")
+        for start, (name, size) in zip(starts, sizes.items(), strict=True):
+            path = f"{module.rpartition('/')[0]}/{name}/{leaf}"
+            made.append(dataclasses.replace(rule, path=path, part=Part(start, start + size, total)))
+    return tuple(made)
+
+
 def norm_rules(name: str, path: str, *, bias: bool = True) -> tuple[Rule, ...]:
     """Rules for a torch LayerNorm, or with `bias=False` an RMSNorm."""
     scale = Rule(f"{name}.weight", f"{path}/scale")
@@ -95,4 +131,6 @@ def expand(rule: Rule, leaf: jax.ShapeDtypeStruct) -> list[str]:
 def shape_in_file(rule: Rule, leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
     """The shape in the file of each tensor that a rule stands for."""
     shape = leaf.shape[1:] if is_stacked(rule) else leaf.shape
+    if rule.part is not None:
+        shape = (*shape[:-1], rule.part.size)
     return tuple(reversed(shape)) if rule.transposed else tuple(shape)

@@ -113,7 +113,10 @@ def read_packed(
     parts = {name: np.empty(part.shape, part.dtype) for name, part in leaf.parts.items()}
     slots = {name: part if is_stacked(rule) else part[None] for name, part in parts.items()}
     for n, tensor in enumerate(tensors):
-        values = tensor.packed_rows() if leaf.kind in BLOCK_BYTES else in_rows(rule, tensor[:])
+        if leaf.kind in BLOCK_BYTES:
+            values = tensor.packed_rows()[rule.outputs]
+        else:
+            values = in_rows(rule, tensor[rule.index])
         for name, part in pack_matrix(leaf.kind, values).items():
             slots[name][n] = part
     return dataclasses.replace(leaf, parts={name: place(name, parts.pop(name)) for name in list(parts)})

@@ -59,7 +59,7 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("data.delimiter", "data.quoting", "data.root"), "task", ENCODER_TASKS),
     (("model.quantize",), "method", ("lora_plus", "lora")),
     (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
-    (("model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
+    (("model.split_fused", "model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
     (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
     (("train.prompt", "train.prompt_tokens", "train.label_smoothing"), "task", LANGUAGE_TASKS),
     (("data.answers",), "task", ("instruction",)),
@@ -123,6 +123,8 @@ class ModelSettings:
         of a GGUF file as they are. Layers see them in param_dtype.
       quantize_exclude: names of modules whose weights stay as they are; null stands for embeddings, heads and
         poolers.
+      split_fused: load fused projections as their parts (language models): GPT-2's c_attn as q_attn, k_attn and
+        v_attn; Phi-3's qkv_proj as q_proj, k_proj and v_proj, and gate_up_proj as gate_proj and up_proj.
       dropout: hidden and attention dropout rate of an encoder; null keeps the rates of its config.
       head_dropout: dropout rate before an encoder's new head.
       unroll: unroll the loop over the layers; slower to compile.
@@ -140,6 +142,7 @@ class ModelSettings:
     param_dtype: Dtype = "float32"
     quantize: Quantize = "none"
     quantize_exclude: tuple[Text, ...] | None = None
+    split_fused: Switch = False
     dropout: Share | None = None
     head_dropout: Share = 0.1
     unroll: Switch = False

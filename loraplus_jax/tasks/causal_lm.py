@@ -23,7 +23,7 @@ from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packing import pack, pad
 from ..data.splits import split_files, split_texts
 from ..models.decoder import Config
-from ..models.families import MODEL_TYPES, family_of
+from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
 from ..models.hf import load_config
 from ..models.packing import choose_formats
 from ..models.tokenizer import tokenizer as load_tokenizer
@@ -112,20 +112,39 @@ def tokenizer_and_template(
     return tokenizer, dataclasses.replace(plain, source=task.template, origin=choice)
 
 
-def model_config(directory: Path) -> Config:
-    """Loads the config of a model directory or GGUF file; raises ValueError unless it is a language model."""
+def model_config(directory: Path, *, split_fused: bool = False) -> Config:
+    """Loads the config of a model directory or GGUF file.
+
+    Raises:
+      ValueError: it is not a language model, or with `split_fused` it has no fused projections.
+    """
     config = load_config(directory)
     if (kind := config.get("model_type")) not in MODEL_TYPES:
         raise ValueError(
             f"{directory} is of model_type {kind!r:.80}, not a language model ({', '.join(MODEL_TYPES)}); "
             "an encoder takes task classification or regression, and loraplus predict"
         )
-    return family_of(kind).config.from_hf(config)
+    if split_fused and kind not in FUSED_TYPES:
+        raise ValueError(
+            f"model.split_fused: a model of model_type {kind!r} has no fused projections to split, unlike "
+            f"{' and '.join(FUSED_TYPES)}; set it to false"
+        )
+    config = family_of(kind).config.from_hf(config)
+    return dataclasses.replace(config, split_fused=True) if split_fused else config
+
+
+def _layout_hint(config: Config) -> str:
+    """What `model.split_fused` does to the names of layers; empty for a model without fused projections."""
+    if not config.fused and not config.split_fused:
+        return ""
+    names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
+    return f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}"
 
 
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     """Creates the language model; its inputs are `input_ids` and `segment_ids`."""
-    config, model_settings = model_config(directory), settings.model
+    model_settings = settings.model
+    config = model_config(directory, split_fused=model_settings.split_fused)
     family = family_of(config.model_type)
     model = family.model(
         config,
@@ -138,7 +157,8 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = family.name_table(config)
     formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
-    return BaseModel(model, table, (), inputs, family.sharding, family.tensor_sizes(config), formats)
+    sizes, hint = family.tensor_sizes(config), _layout_hint(config)
+    return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
 
 
 def make_losses(

@@ -96,6 +96,7 @@ class BaseModel(NamedTuple):
       rules: sharding rules of the parameters.
       tensor_sizes: sizes that the mesh's tensor axis must divide, by name.
       formats: format of each packed weight, by path.
+      hint: what to know about the names of its layers if `lora` does not fit them.
     """
 
     model: nn.Module
@@ -105,6 +106,7 @@ class BaseModel(NamedTuple):
     rules: Rules
     tensor_sizes: Mapping[str, int]
     formats: Mapping[str, Kind] = {}
+    hint: str = ""
 
 
 class AdaptedModel(NamedTuple):

@@ -39,7 +39,7 @@ def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
       task: the task of the run; it holds a chat template of the user's own.
     """
     config = (
-        causal_lm.model_config(directory)
+        causal_lm.model_config(directory, split_fused=settings.model.split_fused)
         if settings.is_language
         else BertConfig.from_hf(load_config(directory))
     )

@@ -267,7 +267,7 @@ def add_adapters(
         except ValueError as error:
             # The library names a field of its config; in the settings it is one of a section.
             if re.split(r"\W", str(error))[0] in config.to_json():
-                raise ValueError(f"lora.{error}") from None
+                raise ValueError("; ".join(filter(None, (f"lora.{error}", base.hint)))) from None
             raise
         variables |= {"lora": lora} if lora else {}
     trainable, frozen = _split(variables, config)

@@ -36,6 +36,7 @@ from loraplus_jax.training.trainer import Trainer, train
 from loraplus_jax.tree import leaves_by_path
 
 from . import language_world as language
+from .test_decoder_families import write_family
 
 pytestmark = pytest.mark.slow
 
@@ -295,6 +296,7 @@ TALK = (
     *("--model.dropout", "null", "--model.head_dropout", "0.1", "--data.max_length", "128"),
     *("--lora.target_modules", "[q_proj,v_proj]"),
 )
+PHI = (*TALK, "--model.path", "{dir}/phi", "--lora.target_modules", "[o_proj]")
 DESCRIBE = (*TALK, "--task", "generation", "--data.path", "{dir}/descriptions.csv")
 RENAMED = '{{"instruction": "asked", "output": "said"}}'
 # With such a rate the last of the three evaluations is worse than the one before.
@@ -312,6 +314,7 @@ CHANGES = [
     Change("model.dropout", "0.2", program),
     Change("model.head_dropout", "0.3", program),
     Change("model.unroll", "true", program),
+    Change("model.split_fused", "true", variables, PHI),
     Change("model.remat", "full", program, TALK),
     Change("model.attention", "blocked", program, TALK),
     Change("model.loss_chunk", "64", program, TALK),
@@ -453,6 +456,9 @@ def home(first_world, tmp_path_factory, cache):
         world.write_rows(f"{name}.csv", part)
     (world.directory / "talk").mkdir()
     language.write_model(world.directory / "talk", max_position_embeddings=128)
+    (world.directory / "phi").mkdir()
+    language.write_model(world.directory / "phi", max_position_embeddings=128)
+    write_family(world.directory / "phi", "phi3")
     world.write_rows("chats.jsonl", list(map(two_turns, language.chats())))
     world.write_rows("descriptions.csv", language.descriptions())
     with without_compiling():

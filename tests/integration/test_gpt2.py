@@ -131,6 +131,56 @@ def test_a_gguf_file_gives_the_run_of_its_directory_and_goes_out_again(gpt2, tmp
             assert column(packed, "loss")[step] == pytest.approx(loss, rel=1e-4)
 
 
+SPLIT = ("--model.split_fused", "true", "--lora.target_modules", "[q_attn,v_attn]")
+
+
+def test_adapters_on_queries_and_values_alone(gpt2, tmp_path, capsys):
+    gpt2.trained(*SHORT, *SPLIT)
+    summary = summary_of(gpt2.out)
+    assert summary["trainable"] == 2 * 4 * 2 * (32 + 32)
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    run, exact = printed(capsys, "generate", gpt2.out, *ASKED), evaluated(capsys, gpt2.out)
+    for name, flags in (("peft", ()), ("merged", ("--merged",))):
+        printed(capsys, "export", gpt2.out, "--to", tmp_path / name, *flags)
+        assert near(evaluated(capsys, tmp_path / name), exact)
+        assert printed(capsys, "generate", tmp_path / name, *ASKED) == run
+    options = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert {name.rpartition(".")[2] for name in options["target_modules"]} == {"c_attn"}
+    assert (options["fan_in_fan_out"], options["r"], options["rank_pattern"]) == (True, 8, {})
+    # Keys, and all other weights, are the base's.
+    merged, base = (load_file(d / "model.safetensors") for d in (tmp_path / "merged", gpt2.model))
+    for name, weight in base.items():
+        columns = slice(32, 64) if name.endswith("c_attn.weight") else slice(None)
+        np.testing.assert_array_equal(merged[name][..., columns], weight[..., columns])
+        assert np.array_equal(merged[name], weight) != name.endswith("c_attn.weight")
+    # The exported adapter starts a new run.
+    out = gpt2.trained(*SHORT, *SPLIT, "--init_adapter", str(tmp_path / "peft"), out=tmp_path / "on")
+    assert summary_of(out)["before"]["loss"] == pytest.approx(exact["loss"], rel=1e-5)
+
+
+def test_split_layers_on_several_devices_and_a_packed_base(gpt2, tmp_path, capsys):
+    one = gpt2.trained(*SHORT, *SPLIT, out=tmp_path / "one")
+    mesh = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+    other = gpt2.trained(*SHORT, *SPLIT, *mesh, out=tmp_path / "other")
+    for step, loss in column(one, "loss").items():
+        assert column(other, "loss")[step] == pytest.approx(loss, rel=1e-4)
+    gpt2.trained(*SHORT, *SPLIT, "--model.quantize", "nf4", "--lora.init", "loftq")
+    assert summary_of(gpt2.out)["after"]["loss"] < summary_of(gpt2.out)["before"]["loss"]
+    exact = evaluated(capsys, gpt2.out)
+    printed(capsys, "export", gpt2.out, "--merged", "--dequantized", "--to", tmp_path / "same")
+    assert evaluated(capsys, tmp_path / "same")["loss"] == pytest.approx(exact["loss"], rel=1e-5)
+
+
+def test_targets_of_the_other_layout_name_the_setting(gpt2, capsys):
+    for layout, target in (("false", "[q_attn]"), ("false", ".*(q|v)_attn"), ("true", "[c_attn]")):
+        capsys.readouterr()
+        flags = ("--model.split_fused", layout, "--lora.target_modules", target)
+        assert gpt2.train(*SHORT, *flags) == 2
+        words = ("lora.target_modules", target.strip("[]"), "model.split_fused", "c_attn as q_attn", layout)
+        assert_mentions(capsys.readouterr().err, *words)
+    assert not gpt2.out.exists()
+
+
 def test_a_model_without_a_chat_template_says_what_to_set(gpt2, capsys):
     capsys.readouterr()
     assert gpt2.train(*SHORT, "--data.template", "model") == 2

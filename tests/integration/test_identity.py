@@ -55,6 +55,7 @@ LANGUAGE = {
     **dict.fromkeys(("sliding_window", "full_layers", "partial_rotary_factor", "rope_local_theta")),
     **dict.fromkeys(("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")),
     "initializer_range": {"initializer_range": 0.5},
+    "split_fused": None,  # a setting of the run, not an entry of the file
 }
 
 
@@ -72,6 +73,7 @@ GPT2 = {
     "scale_attn_by_inverse_layer_idx": {"scale_attn_by_inverse_layer_idx": True},
     "tie_word_embeddings": None,
     "initializer_range": {"initializer_range": 0.5},
+    "split_fused": None,  # a setting of the run, not an entry of the file
 }
 
 

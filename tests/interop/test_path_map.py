@@ -2,7 +2,7 @@
 
 import pytest
 
-from loraplus_jax.interop.path_map import check_path_map, module_of, torch_module_of
+from loraplus_jax.interop.path_map import check_path_map, modules_of, torch_module_of
 
 from ..messages import mentions
 
@@ -29,11 +29,11 @@ def test_names_go_both_ways():
     place = torch_module_of(rules, "enc/up/fc")
     assert place is not None
     assert place.at((7,)) == "e.up.7.fc"
-    assert module_of(rules, "e.up.7.fc") == ("enc/up/fc", (7,))
-    assert module_of(rules, "e.up.x.fc") is None
-    assert module_of(rules, "e.up.07.fc") is None
+    assert modules_of(rules, "e.up.7.fc") == [("enc/up/fc", (7,))]
+    assert modules_of(rules, "e.up.x.fc") == []
+    assert modules_of(rules, "e.up.07.fc") == []
     assert torch_module_of(rules, "enc/up") is None
-    assert module_of(rules, "outer") is None
+    assert modules_of(rules, "outer") == []
 
 
 def test_parts_go_both_ways():
@@ -41,6 +41,6 @@ def test_parts_go_both_ways():
     module = torch_module_of(rules, "7/kv")
     assert module is not None
     assert [module.at((n,)) for n in range(2)] == ["h.7.k_proj", "h.7.v_proj"]
-    assert module_of(rules, "h.7.v_proj") == ("7/kv", (1,))
-    assert module_of(rules, "h.7.q_proj") == ("h/q_proj", (7,))
-    assert module_of(rules, "h.7.k_proj|v_proj") == ("h/k_proj|v_proj", (7,))
+    assert modules_of(rules, "h.7.v_proj") == [("7/kv", (1,))]
+    assert modules_of(rules, "h.7.q_proj") == [("h/q_proj", (7,))]
+    assert modules_of(rules, "h.7.k_proj|v_proj") == [("h/k_proj|v_proj", (7,))]

@@ -358,12 +358,13 @@ def test_every_layout_can_be_pruned_and_comes_back_with_zeros(name, tmp_path):
     ],
 )
 def test_what_a_server_would_ignore_is_named_before_anything_is_written(tmp_path, server, fields, words):
-    config = LoRAPlusConfig(**{"target_modules": ["m"], "rank": 2} | fields)
-    rank = config.rank_of("m")
-    spec = spec_of("dense", "io", (700, 700), rank=rank, scale=config.scale_of("m"))
-    save = lambda: save_peft(  # noqa: E731
-        tmp_path / "a", factors(spec), {"m": spec}, config, [("m", "t")], check_for=server
-    )
+    config = LoRAPlusConfig(**{"target_modules": ["m", "n"], "rank": 2} | fields)
+    specs = {
+        n: spec_of("dense", "io", (700, 700), config.rank_of(n), f"params/{n}/kernel", config.scale_of(n))
+        for n in ("m", "n")
+    }
+    lora, paths = {n: factors(spec)["m"] for n, spec in specs.items()}, [("m", "t"), ("n", "u")]
+    save = lambda: save_peft(tmp_path / "a", lora, specs, config, paths, check_for=server)  # noqa: E731
     if not words:
         save()
         assert (tmp_path / "a/adapter_config.json").exists()

@@ -1,5 +1,6 @@
 """GPT-2 against golden files that transformers made (tests/golden/make_gpt2.py), its config, its files."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,18 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
+from loraplus_jax.models.export import causal_lm_class, write_hf
 from loraplus_jax.models.families import family_of
 from loraplus_jax.models.generate import Sampling, make_generate
+from loraplus_jax.models.gguf import load as gguf
+from loraplus_jax.models.gguf.export import write_gguf
 from loraplus_jax.models.gpt2 import GPT2, name_table
 from loraplus_jax.models.gpt2_config import GPT2Config
-from loraplus_jax.models.hf import load_config, load_params
+from loraplus_jax.models.hf import check_params, load_config, load_params
+from loraplus_jax.models.merged import CheckpointMerge
+from loraplus_jax.models.packing import choose_formats, pack_shapes
 from loraplus_jax.models.tokenizer import special_tokens
+from loraplus_jax.tree import flatten, unflatten
 
 from ..messages import mentions
 from .gguf.files import write
@@ -172,6 +179,55 @@ def test_a_gguf_file_gives_the_weights_of_its_directory(models, tmp_path, monkey
     jax.tree.map(np.testing.assert_array_equal, params, tensors)
 
 
+def test_split_layers_are_the_parts_of_the_fused_one_and_are_written_as_it(models, tmp_path, monkeypatch):
+    (tmp_path / "hf").mkdir()
+    golden, fused, params = write_golden("tied", tmp_path / "hf"), *models("tied")[1:]
+    model = GPT2(dataclasses.replace(fused.config, split_fused=True))
+    table, shapes = name_table(model.config), jax.eval_shape(model.init, jax.random.key(0), IDS)["params"]
+    monkeypatch.setattr("loraplus_jax.models.hf._PIECE", 4 * 32 * 7)
+    file = gguf_of(tmp_path / "hf", tmp_path / "m.gguf")
+    for path in (tmp_path / "hf", file):
+        loaded = load_params(path, table, shapes)
+        layers = loaded["layers"]["attn"]
+        for leaf, whole in params["layers"]["attn"]["c_attn"].items():
+            parts = [layers[f"{name}_attn"][leaf] for name in "qkv"]
+            np.testing.assert_array_equal(np.concatenate(parts, -1), whole)
+    given = np.asarray(run(model, {"params": loaded}, golden["long"]))
+    assert error(given, np.asarray(run(fused, {"params": params}, golden["long"]))) <= 1e-6
+    # As if all weights had been trained.
+    leaves, _ = check_params(tmp_path / "hf", table, shapes)
+    merge = CheckpointMerge(table, leaves, {}, {}, flatten({"params": loaded}))
+    (tmp_path / "out").mkdir()
+    write_hf(tmp_path / "out", tmp_path / "hf", merge, causal_lm_class(model.config), new={}, config={})
+    base, written = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out"))
+    jax.tree.map(np.testing.assert_array_equal, written, base)
+    assert "split_fused" not in json.loads((tmp_path / "out/config.json").read_text())
+    write_gguf(tmp_path / "out.gguf", file, merge, "float32")
+    for name, tensor in gguf.read(file).tensors.items():
+        same = gguf.View(gguf.read(tmp_path / "out.gguf"), gguf.read(tmp_path / "out.gguf").tensors[name])
+        np.testing.assert_array_equal(same[:], gguf.View(gguf.read(file), tensor)[:])
+    # A file's blocks stay as they are.
+    write_gguf(tmp_path / "q8.gguf", file, merge, "q8_0")
+    formats = choose_formats(table, "file", None, tmp_path / "q8.gguf")
+    assert {f"layers/attn/{name}_attn/kernel" for name in "qkv"} <= formats.keys()
+    packed = unflatten(pack_shapes(flatten(shapes), formats, table))
+    blocks, values = (load_params(tmp_path / "q8.gguf", table, tree) for tree in (packed, shapes))
+    for name in "qkv":
+        kernels = (tree["layers"]["attn"][f"{name}_attn"]["kernel"] for tree in (blocks, values))
+        np.testing.assert_array_equal(next(kernels).dequantize(), next(kernels))
+
+
+def test_a_missing_fused_tensor_is_listed_once(tmp_path):
+    write_golden("tied", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("h.0.attn.c_attn.weight"))
+    save_file({key: value for key, value in weights.items() if key != name}, tmp_path / "model.safetensors")
+    config = dataclasses.replace(GPT2Config.from_hf(load_config(tmp_path)), split_fused=True)
+    shapes = jax.eval_shape(GPT2(config).init, jax.random.key(0), IDS)["params"]
+    with pytest.raises(ValueError, match=mentions("1 missing", "h.0.attn.c_attn.weight", [32, 96])):
+        check_params(tmp_path, name_table(config), shapes)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -203,6 +259,7 @@ def test_transformers_other_names_of_sizes_mean_the_same():
     assert config == GPT2Config.from_hf(FILE)
     assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (32, 4, 2)
     assert GPT2Config.from_hf(FILE | {"n_inner": 24}).intermediate_size == 24
+    assert GPT2Config.from_hf(FILE | {"split_fused": True}) == config  # no option of a file
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Random models of every family, in transformers and here, with the same weights."""
 
 import copy
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def golden_maker(name):
 maker, gpt2_maker = golden_maker("make_llama"), golden_maker("make_gpt2")
 CAUSAL = (
     *("llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "biases", "gemma2", "gemma3", "phi3"),
-    "gpt2",
+    *("gpt2", "gpt2_split", "phi3_split"),
 )
 ENCODERS = ("bert", "roberta")
 LINEAR = {
@@ -36,6 +37,8 @@ LINEAR = {
     "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     "encoder": ("query", "key", "value", "out", "up", "down"),
     "gpt2": ("c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj"),
+    "gpt2_split": ("q_attn", "mlp/c_fc", "v_attn", "k_attn", "mlp/c_proj"),
+    "phi3_split": ("q_proj", "down_proj", "v_proj", "up_proj", "gate_proj", "k_proj"),
 }
 # Three kinds of modules and the embedding, in PyTorch's names.
 THEIRS = {
@@ -61,13 +64,15 @@ class Pair:
       folder: its directory.
       model, params, table, form: here.
       inputs: what ours is called with.
-      linear, theirs: names of modules here and there, see `LINEAR` and `THEIRS`.
+      linear, theirs: names of modules here and there, see `LINEAR` and `THEIRS`; with fused ones as their parts if
+        the name ends in `_split`.
     """
 
     def __init__(self, name, folder, pooling="pooler"):
         self.name, self.folder, self.is_causal = name, folder, name in CAUSAL
         kind = name if name in LINEAR else "causal" if self.is_causal else "encoder"
-        self.linear, self.theirs = LINEAR[kind], THEIRS[kind]
+        self.linear, self.theirs = LINEAR[kind], THEIRS[kind.removesuffix("_split")]
+        name, split_fused = name.removesuffix("_split"), name.endswith("_split")
         torch.manual_seed(0)
         reference = (
             gpt2_maker.make(gpt2_maker.CASES["tied"])
@@ -80,7 +85,7 @@ class Pair:
         if self.is_causal:
             entries = load_config(folder)
             family = family_of(entries["model_type"])
-            config = family.config.from_hf(entries)
+            config = dataclasses.replace(family.config.from_hf(entries), split_fused=split_fused)
             self.model, self.table = family.model(config), family.name_table(config)
             self.form, new = export.causal_lm_class(config), ()
         else:

@@ -50,12 +50,12 @@ def options(pair):
         "init_b": {"target_modules": some, "init": "lora_b"},
         "dora": {"target_modules": names, "variant": "dora"},
     }
-    if pair.name in ("qwen2", "biases", "gpt2", *ENCODERS):
+    if pair.name in ("qwen2", "biases", "gpt2", "gpt2_split", *ENCODERS):
         found |= {
-            "bias": {"target_modules": some, "bias": "lora_only"},
+            "bias": {"target_modules": names, "bias": "lora_only"},
             "all_biases": {"target_modules": some, "bias": "all"},
         }
-    if pair.name == "gpt2":  # see test_an_embedding_whose_tied_head_peft_does_not_find_is_rejected
+    if pair.name.startswith("gpt2"):  # see test_an_embedding_whose_tied_head_peft_does_not_find_is_rejected
         del found["embedding"]
     return found
 
@@ -114,10 +114,11 @@ def test_exported_adapters_give_the_same_logits_in_peft(name, option, pairs, tmp
     given = pair.logits(model, combine(trainable, frozen))
     assert off(pair.base_logits, wanted) > 1e-2, "the adapter does nothing"
     assert off(given, wanted) <= LIMIT
-    # And back, to the bit.
+    # And back, to the bit, unless parts of a module have different scales.
     again = load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
     assert again.config == config
-    jax.tree.map(np.testing.assert_array_equal, again.lora, trainable["lora"])
+    rel = 1e-6 if name.endswith("_split") and option == "patterns" else 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rel), again.lora, trainable["lora"])
     jax.tree.map(np.testing.assert_array_equal, again.extras, extras)
 
 
@@ -156,7 +157,7 @@ def made_by_peft(pair, option, folder):
 @pytest.mark.parametrize(("name", "option"), diagonal((*CAUSAL, *ENCODERS), THEIRS))
 def test_adapters_that_peft_made_give_the_same_logits_here(name, option, pairs, tmp_path):
     pair = pairs(name)
-    if (name, option) == ("gpt2", "embedding"):
+    if name.startswith("gpt2") and option == "embedding":
         pytest.skip("PEFT does not adapt the head with it")
     theirs = made_by_peft(pair, option, tmp_path / "a")
     config = peft_config(tmp_path / "a", pair.path_map, layers=pair.model.config.num_hidden_layers)

@@ -84,6 +84,7 @@ OTHER = {
 
 # Fields of language models, with task instruction.
 LANGUAGE = {
+    "model.split_fused": True,
     "model.remat": "dots",
     "model.attention": "xla",
     "model.loss_chunk": 64,

@@ -109,6 +109,7 @@ CHANGES = {
     "model.dropout": 0.2,
     "model.head_dropout": 0.3,
     "model.unroll": True,
+    "model.split_fused": True,
     "model.remat": "full",
     "model.attention": "blocked",
     "model.loss_chunk": 64,
@@ -207,6 +208,7 @@ INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.pro
 
 # These go with language models.
 TALK = {"model.remat", "model.attention", "model.loss_chunk", "train.prompt", "train.label_smoothing"}
+TALK |= {"model.split_fused"}
 
 
 TALK |= {"data.template", "data.answers", "data.packing", "data.column_names"}

@@ -68,10 +68,10 @@ def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMe
     if name == gguf.ROPE:  # rotary factors, which are part of our config
         return gguf.View(file, file.tensors[name])[:]
     ours = gguf.to_hf_name(name, file.architecture)
-    view, location = weights.get_slice(ours), merge.places.get(merge.table.canonical(ours))
-    if location is None or not merge.changes(location[0]):
+    view, canonical = weights.get_slice(ours), merge.table.canonical(ours)
+    if not merge.changes(canonical):
         return view.restored(view[:])
-    return view.restored(merge.value(*location, lambda: view[:]))
+    return view.restored(merge.value(canonical, lambda: view[:]))
 
 
 def _storage_type(shape: tuple[int, ...], dtype: str) -> Any:
