@@ -83,6 +83,8 @@ def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
             "rope_scaling: high_freq_factor must be above low_freq_factor, "
             f"got {values['high_freq_factor']} and {values['low_freq_factor']}"
         )
+    if kind == "longrope" and (original := values["original_max_position_embeddings"]) <= 1:
+        raise ValueError(f"rope_scaling: original_max_position_embeddings must be above 1, got {original}")
     return (("rope_type", kind), *sorted(values.items()))
 
 

@@ -54,6 +54,22 @@ LLAMA = {
     "eos_token_id": 2,
     "max_window_layers": 4,
 }
+GEMMA3 = LLAMA | {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window_pattern": 2,
+    "rope_local_base_freq": 1e4,
+    "rope_scaling": None,
+    "final_logit_softcapping": 30.0,
+}
+PHI3 = LLAMA | {
+    "model_type": "phi3",
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 8,
+    "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+}
 GPT2 = {
     "model_type": "gpt2",
     "activation_function": "gelu_new",
@@ -79,7 +95,14 @@ KINDS = (
 
 
 @pytest.mark.parametrize(
-    ("family", "content"), [(BertConfig, CONFIG), (LlamaConfig, LLAMA), (GPT2Config, GPT2)]
+    ("family", "content"),
+    [
+        (BertConfig, CONFIG),
+        (LlamaConfig, LLAMA),
+        (LlamaConfig, GEMMA3),
+        (LlamaConfig, PHI3),
+        (GPT2Config, GPT2),
+    ],
 )
 def test_model_configs(tmp_path, family, content):
     """Beside weights of four layers, none of which is wider than 16."""
@@ -96,7 +119,8 @@ def test_model_configs(tmp_path, family, content):
         assert config.vocab_size <= 16
         assert config.max_length <= 2**60
         if family is LlamaConfig:
-            assert config.rope(jnp.zeros((1, 2), jnp.int32)).cos.shape == (1, 2, config.head_dim // 2)
+            for rope in config.rope(jnp.zeros((1, 2), jnp.int32)):
+                assert rope.cos.shape == (1, 2, config.rotary_size // 2)
 
     (tmp_path / "config.json").write_text(json.dumps(content))
     read()  # compiles
