@@ -78,7 +78,8 @@ def test_a_run_on_eight_devices_and_its_exports(tiny, tmp_path, capsys):
     assert summary_of(more)["before"]["loss"] == pytest.approx(exact["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("tiny", ["gemma3_text", long("gemma2"), long("phi3")], indirect=True)
+@pytest.mark.long
+@pytest.mark.parametrize("tiny", ["gemma3_text", "gemma2", "phi3"], indirect=True)
 def test_a_packed_base_trains_and_merges_as_the_run_saw_it(tiny, tmp_path, capsys):
     tiny.trained(*SHORT, "--model.quantize", "nf4")
     assert summary_of(tiny.out)["after"]["loss"] < summary_of(tiny.out)["before"]["loss"]

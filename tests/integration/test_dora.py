@@ -47,6 +47,7 @@ def test_a_run_on_a_packed_base_learns_resumes_and_exports(talk, tmp_path, capsy
     assert_mentions(capsys.readouterr().err, "lora.variant", "dora")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", [("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")])
 def test_eight_devices_and_one_agree(talk, tmp_path, mesh):
     one = talk.trained(*DORA, out=tmp_path / "one")
@@ -55,6 +56,7 @@ def test_eight_devices_and_one_agree(talk, tmp_path, mesh):
         assert column(many, "loss")[step] == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_member_of_a_population_equals_its_single_run(first_world, tmp_path):
     home = first_world.copy(tmp_path)
     run = swept(home, "--lora.variant", "dora", "--optimizer.magnitude_learning_rate", "2e-3")
