@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each run in each round. Runs alternate, in turning order, so that drift meets all alike."""
-    names = list(runs)
+    """Seconds of each run in each round, in a new random order each: a run is slower after some than after others."""
+    names, order = list(runs), random.Random(0)
     seconds: dict[Any, list[float]] = {name: [] for name in names}
     for name in names:
         jax.block_until_ready(runs[name]())
-    for number in range(rounds):
-        shift = number % len(names)
-        for name in (*names[shift:], *names[:shift]):
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             jax.block_until_ready(runs[name]())
             seconds[name].append(time.perf_counter() - start)

@@ -191,10 +191,13 @@ def evaluate_tasks(
     _check_lengths(parts, items, longest)
     variables = replicate(mesh, variables)
     scorer = Scorer(model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
-    scores = iter(scorer([choice for some in items for item in some for choice in item.choices]))
+    scores = iter(scorer([choice for part_items in items for item in part_items for choice in item.choices]))
     correct = [
-        [_is_correct(question, item, scores) for question, item in zip(part.questions, some, strict=True)]
-        for part, some in zip(parts, items, strict=True)
+        [
+            _is_correct(question, item, scores)
+            for question, item in zip(part.questions, part_items, strict=True)
+        ]
+        for part, part_items in zip(parts, items, strict=True)
     ]
     summary = read_summary(path) or {}
     accuracies = _accuracies(parts, items, correct)
@@ -288,8 +291,8 @@ def _encode_mmlu(
 def _check_lengths(parts: Sequence[_Part], items: Sequence[Sequence[_Item]], longest: int) -> None:
     """Raises ValueError with the questions that do not fit the model's context."""
     problems = []
-    for part, some in zip(parts, items, strict=True):
-        for question, item in zip(part.questions, some, strict=True):
+    for part, part_items in zip(parts, items, strict=True):
+        for question, item in zip(part.questions, part_items, strict=True):
             if (length := max(len(choice.ids) for choice in item.choices)) > longest:
                 problem = f"{length} tokens with a choice, above the model's context of {longest}: remove it"
                 problems.append((question.place, problem))

@@ -52,8 +52,8 @@ def generate_answers(
     Args:
       place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
       prompts: user messages, or meaning representations for a run of task generation. Pass either these or `data`.
-      data: a file of conversations; the last answer of each is left out and generated anew. For a run of task
-        generation, a file with its column `mr`, of which equal ones are answered once.
+      data: a file of conversations; regenerates the last answer of each. For a run of task generation, a file with
+        the column `mr`; equal ones are answered once.
       system: system message for each of `prompts`.
       max_tokens: maximum tokens per answer; by default 128, or for a run of task generation its
         `generation.max_new_tokens`.

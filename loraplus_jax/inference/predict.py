@@ -189,25 +189,27 @@ def evaluate_run(
             f"{suggest(split, splits, fallback=False)}"
         )
     try:
-        found: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
+        evaluated: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
             f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
         ) from None
     if data is None:
         check_identity(
-            directory, tuned.notes, {"data": {split or "test": found.digest}}, allow=allow_different
+            directory, tuned.notes, {"data": {split or "test": evaluated.digest}}, allow=allow_different
         )
     texts = None
     if settings.task == "generation":
-        texts = HeldOutTexts.from_settings(settings, tuned.base, tuned.task, tuned.parts.model, found.inputs)
+        texts = HeldOutTexts.from_settings(
+            settings, tuned.base, tuned.task, tuned.parts.model, evaluated.inputs
+        )
     elif output is not None:
         raise ValueError(f"--output requires a run of task generation, got one of task {settings.task}")
     mesh = make_mesh(1)
     trainable, frozen = replicate(mesh, (tuned.parts.trainable, tuned.parts.frozen))
     eval_fn = make_eval(module.make_losses(settings, tuned.task, tuned.parts).evaluate, mesh=mesh)
-    values = evaluate(eval_fn, trainable, frozen, found.columns, settings.train.eval_batch_size, mesh)
-    results = {"data": data or split or "test", "examples": found.examples}
+    values = evaluate(eval_fn, trainable, frozen, evaluated.columns, settings.train.eval_batch_size, mesh)
+    results = {"data": data or split or "test", "examples": evaluated.examples}
     results |= finish_metrics(tuned.task, values)
     if texts is not None:
         rows, scores = texts.generate(combine(trainable, frozen))

@@ -4,20 +4,13 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from ..interop.path_map import Outputs
+
 _LAYER = "{layer}"
-
-
-class Part(NamedTuple):
-    """A part of a tensor's outputs: from `start` up to `stop`, of `size` in all."""
-
-    start: int
-    stop: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class Rule:
     name: str
     path: str
     transposed: bool = False
-    part: Part | None = None
+    part: Outputs | None = None
 
     @property
     def is_conv1d(self) -> bool:
@@ -45,7 +38,7 @@ class Rule:
     @property
     def outputs(self) -> slice:
         """The outputs of the tensor that the leaf holds."""
-        return slice(None) if self.part is None else slice(self.part.start, self.part.stop)
+        return slice(None) if self.part is None else self.part.rows
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -101,7 +94,7 @@ def split_rules(rules: Iterable[Rule], sizes: Mapping[str, int]) -> tuple[Rule, 
         module, _, leaf = rule.path.rpartition("/")
         for start, (name, size) in zip(starts, sizes.items(), strict=True):
             path = f"{module.rpartition('/')[0]}/{name}/{leaf}"
-            made.append(dataclasses.replace(rule, path=path, part=Part(start, start + size, total)))
+            made.append(dataclasses.replace(rule, path=path, part=Outputs(start, start + size, total)))
     return tuple(made)
 
 
