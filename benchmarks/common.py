@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each run in each round, in a new random order each: a run is slower after some than after others."""
+    """Seconds of each run in each round, in a random order: what ran before a run changes its time."""
     names, order = list(runs), random.Random(0)
     seconds: dict[Any, list[float]] = {name: [] for name in names}
     for name in names:

@@ -70,9 +70,9 @@ def write_api(directory: Path) -> None:
     """Every public symbol by autosummary, and the names at the package's root."""
     import loraplus_jax
 
-    root = [n for n, x in vars(loraplus_jax).items() if not n.startswith("_") and not inspect.ismodule(x)]
     lines = ["# API", "", "`from loraplus_jax import ...` gives:", ""]
-    lines += [", ".join(f"{{py:obj}}`~{getattr(loraplus_jax, n).__module__}.{n}`" for n in root), ""]
+    names = loraplus_jax.__all__
+    lines += [", ".join(f"{{py:obj}}`~{getattr(loraplus_jax, n).__module__}.{n}`" for n in names), ""]
     for module in public_modules():
         summary = (importlib.import_module(module).__doc__ or "").strip().splitlines()[0]
         names = public_names(module)

@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.core import Tracer
 
 
 def check_number(
@@ -32,13 +30,18 @@ def check_number(
       TypeError: the value is not a number.
       ValueError: the value is out of range.
     """
-    if allow_arrays and isinstance(value, Tracer):
-        return
+    if allow_arrays:
+        # Here, since the command line answers --help without JAX.
+        from jax import Array
+        from jax.core import Tracer
+
+        if isinstance(value, Tracer):
+            return
+        if isinstance(value, Array | np.ndarray) and value.ndim == 0:
+            value = value.item()
     bounds = [("above", above), ("at least", at_least), ("below", below)]
     allowed = " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
     expected = f"{name} must be a finite number {allowed}".rstrip()
-    if allow_arrays and isinstance(value, jax.Array | np.ndarray) and value.ndim == 0:
-        value = value.item()
     # NumPy registers its scalars as Real.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{expected}, got {value!r:.80}")

@@ -15,7 +15,7 @@ FOLDERS = (
     "models",
     *("settings", "data", "tasks", "training", "sweep", "plan", "inference", "cli"),
 )
-# `loraplus_jax/__init__.py` gathers the public names, and so stands outside the order.
+# `loraplus_jax/__init__.pyi` gathers the public names, and so stands outside the order.
 PUBLIC = FOLDERS[: FOLDERS.index("models")]
 EXTRAS = (
     *("safetensors", "tokenizers", "grain", "pydantic", "rich", "matplotlib"),
@@ -27,7 +27,7 @@ def module_of(path):
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-FILES = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+FILES = {module_of(path): path for path in PACKAGE.rglob("*.py")} | {"__init__": PACKAGE / "__init__.pyi"}
 
 
 def folder_of(module):
@@ -82,7 +82,7 @@ def test_imports_are_seen_at_all():
 
 
 def test_the_public_names_are_the_core_s_and_few():
-    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
     nodes = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     names = [alias.name for node in nodes for alias in node.names]
     assert {folder_of(str(node.module)) for node in nodes} <= set(PUBLIC)
@@ -91,19 +91,27 @@ def test_the_public_names_are_the_core_s_and_few():
     assert len(set(names)) == len(names)
 
 
-def modules_after(imports):
-    code = f"import {imports}, sys; print(*sys.modules)"
+def modules_after(code):
+    code = f"{code}; import sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return run.stdout.split()
+    return run.stdout.splitlines()[-1].split()
 
 
-def loaded_by(imports):
-    return {name.split(".")[0] for name in modules_after(imports)}
+def loaded_by(code):
+    return {name.split(".")[0] for name in modules_after(code)}
 
 
-def test_importing_the_package_loads_no_extra():
-    core = loaded_by("loraplus_jax")
-    assert "loraplus_jax.nnx" not in modules_after("loraplus_jax")  # nor NNX
+def test_the_public_names_load_no_extra():
+    code = "from loraplus_jax import *"
+    core = loaded_by(code)
+    assert "loraplus_jax.nnx" not in modules_after(code)  # nor NNX
     assert {"jax", "flax", "optax", "orbax"} <= core
     # Flax itself loads rich and yaml.
-    assert not core & set(EXTRAS) - loaded_by("jax, flax.linen, optax, orbax.checkpoint")
+    assert not core & set(EXTRAS) - loaded_by("import jax, flax.linen, optax, orbax.checkpoint")
+
+
+@pytest.mark.parametrize(
+    "code", ["import loraplus_jax", "from loraplus_jax.cli import main; main(['--help'])"]
+)
+def test_importing_the_package_and_the_command_line_s_help_load_no_jax(code):
+    assert "jax" not in loaded_by(code)
