@@ -247,12 +247,15 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         done = Path(run.output_dir)
         if read_summary(done) is not None and read_yaml(done / CONFIG) == run.to_json():
             report = read_json(done / REPORT)
+            # Where it ran, which need not be where its table is written.
+            ran_on = kept.get(title, {}).get("machine") or machine()
         else:
             report = compare_lambdas(run) if name == "lambda" else compare_methods(run)
+            ran_on = machine()
         batch = {"batch": [run.train.batch_size, run.data.max_length]}
         kept[title] = report | {
             "protocol": report["protocol"] | batch | {"data": title},
-            "machine": machine(),
+            "machine": ran_on,
         }
         yield {"studies": {title: kept[title] for title in STUDIES[name] if title in kept}}
 
