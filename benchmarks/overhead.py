@@ -54,7 +54,7 @@ SEEING_PAIRS = {
 }
 """What each of these optimizers passes to `lora_plus_adamw`."""
 TASK = EncoderTask(kind="classification", names=("no", "yes"))
-ROUNDS, BATCH, TOKENS, RANK = 21, 32, 48, 8
+ROUNDS, BATCH, TOKENS, RANK = 31, 32, 48, 8
 PARTS = ("forward", "gradient", "optimizer")
 
 

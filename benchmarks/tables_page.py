@@ -204,20 +204,26 @@ def studies(found: Found, section: Section) -> list[str]:
 
 
 def verdicts(reports: Mapping[str, Found], section: Section) -> list[str]:
-    """LoRA+ against LoRA over all studies."""
-    gain, ratio = overall(list(reports.values()), "lora_plus")
-    metrics = dict.fromkeys(report["protocol"]["metric"] for report in reports.values())
-    over = f"mean over {len(reports)} data sets" if len(reports) > 1 else next(iter(reports))
-    return [
-        judge(
-            f"LoRA+ − LoRA in {', '.join(metrics)} ({over}; positive is better)",
-            gain,
-            "+.4f",
-            section.gain,
-            0.0,
-        ),
-        judge(f"LoRA's steps over those of LoRA+ ({over})", ratio, ".2f", section.steps, 1.0),
+    """LoRA+ against LoRA over all studies; metrics that are no shares of 1 are not averaged with others."""
+    shares = [
+        title for title, report in reports.items() if report["protocol"]["metric"] not in LOWER_IS_BETTER
     ]
+    groups = [shares, *([title] for title in reports if title not in shares)]
+    text = []
+    for titles in filter(None, groups):
+        gain, _ = overall([reports[title] for title in titles], "lora_plus")
+        metrics = ", ".join(dict.fromkeys(reports[title]["protocol"]["metric"] for title in titles))
+        claimed = section.gain if titles is shares else None
+        text.append(
+            judge(f"Gain of LoRA+ over LoRA in {metrics} ({_over(titles)})", gain, "+.4f", claimed, 0.0)
+        )
+    _, ratio = overall(list(reports.values()), "lora_plus")
+    what = f"LoRA's steps over those of LoRA+ ({_over(list(reports))})"
+    return [*text, judge(what, ratio, ".2f", section.steps, 1.0)]
+
+
+def _over(titles: Sequence[str]) -> str:
+    return f"mean over {len(titles)} data sets" if len(titles) > 1 else titles[0]
 
 
 def glue_lines(found: Found, section: Section) -> list[str]:
@@ -270,14 +276,15 @@ def commonsense_lines(found: Found, section: Section) -> list[str]:
 def cost_lines(found: Found, section: Section) -> list[str]:
     """The studies, with what a step of each method costs."""
     text = studies(found, section)
-    report = next(iter(found["studies"].values()))
     rows = [
         {
+            "data": title,
             "method": method["label"],
             "trained": f"{cost['trainable']:,}",
             "step, s": f"{cost['step_seconds']:.3f}",
             "MB a run": number(cost["bytes"] and cost["bytes"] / 1e6, ".0f"),
         }
+        for title, report in found["studies"].items()
         for method in report["methods"].values()
         if (cost := method["cost"])
     ]
@@ -430,18 +437,20 @@ def overhead_lines(found: Found, _: Section) -> list[str]:
 def draw_differences(figure: Any, found: Found) -> None:
     """Test loss of every method minus LoRA's, a panel for each study."""
     reports = found["studies"]
-    names = [name for name in next(iter(reports.values()))["methods"] if name != "lora"]
+    methods = {n: m for report in reports.values() for n, m in report["methods"].items() if n != "lora"}
+    names, labels = list(methods), [method["label"] for method in methods.values()]
     figure.set_size_inches(2 + 2.4 * len(reports), 1.6 + 0.35 * len(names))
     panels = figure.subplots(1, len(reports), squeeze=False, sharey=True)[0]
     for axes, (title, report) in zip(panels, reports.items(), strict=True):
         for row, name in enumerate(names):
-            loss = report["methods"][name]["against_lora"]["test_loss"]
-            if loss["low"] is not None:
+            method = report["methods"].get(name)  # a study may be without `full`
+            loss = method and method["against_lora"]["test_loss"]
+            if loss and loss["low"] is not None:
                 axes.hlines(row, loss["low"], loss["high"], color="#0b5fa5", linewidth=2)
                 axes.plot(loss["mean"], row, "o", color="#0b5fa5")
         axes.axvline(0, color="black", linewidth=1, linestyle="--")
         axes.set(title=title, xlabel="test loss − LoRA's")
-        axes.set_yticks(range(len(names)), [report["methods"][name]["label"] for name in names])
+        axes.set_yticks(range(len(names)), labels)
         axes.grid(axis="x", alpha=0.3)
 
 
