@@ -1,4 +1,4 @@
-"""What attention and its gradient need on a TPU chip, whole (xla), in blocks and by kernel, by the TPU compiler alone.
+"""What attention and its gradient need on a TPU chip, by implementation and by the TPU compiler alone.
 
 python benchmarks/plan_attention.py    # one sequence, 32 heads of 128, bfloat16, on a v5e
 """

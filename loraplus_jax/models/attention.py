@@ -23,6 +23,8 @@ MIN_KERNEL_LENGTH = 128
 MIN_BLOCK, MAX_BLOCKS = 64, 8
 # Up to MAX_WHOLE_KEYS tokens a block reads all its keys at once, without a loop; beyond, KEY_CHUNK at a time.
 MAX_WHOLE_KEYS, KEY_CHUNK = 2048, 512
+KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+"""Maps each kernel to the platform that runs it."""
 ATTENTION_NAMES = ("attention", "attention_norm")
 """Checkpoint names for a remat policy to save, so that the backward pass does not recompute attention."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
@@ -87,7 +89,7 @@ def causal_attention(
             return default(query, key, value, segment_ids)
         # A program of a machine with accelerators may be for its CPU.
         return jax.lax.platform_dependent(query, key, value, segment_ids, default=default, **kernels)
-    if implementation in ("splash", "cudnn"):
+    if implementation in KERNEL_PLATFORMS:
         from .attention_kernels import KERNELS, map_over_mesh  # imports Pallas, which takes a while
 
         kernel = functools.partial(KERNELS[implementation], **options)

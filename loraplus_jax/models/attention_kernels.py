@@ -5,7 +5,6 @@ GSPMD cannot partition a kernel, so on a mesh each device runs it on its own row
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +17,14 @@ from ..sharding import BATCH_AXES
 from .attention import ATTENTION_NAMES, token_mask
 
 BLOCKS = (512, 384, 256, 128)
-"""Tokens in a block of splash attention, multiples of a TPU's 128 lanes. Smaller blocks skip more of what causality
-masks, but read keys and values more often: a block of 512 does 512 FLOPs per byte, of 256 about as many as a v5e can."""
+"""Tokens per block of splash attention, multiples of a TPU's 128 lanes; the largest that divides the length is used.
+Smaller blocks skip more of what causality masks, but read keys and values more often: blocks of 512 take 512 FLOPs
+per byte that they read, and a v5e can do 240 in the same time."""
 MAX_FUSED_BLOCKS = 8
 """Up to this many blocks, one kernel computes all gradients. It scores each block once, not twice, but keeps one
 partial gradient of the queries per block of keys, so its memory grows with the square of the length."""
 
 _ONE_WINDOW = "the same window in every layer, but this model's differ between layers"
-
-
-class Kernel(Protocol):
-    """Attention (B, T, N, H) of queries (B, T, N, H) to keys and values (B, T, K, H) and segments (B, T) or None."""
-
-    def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, /
-    ) -> jax.Array: ...
 
 
 def splash_attention(
@@ -161,9 +153,13 @@ def choose_kernel(
 
 
 def map_over_mesh(
-    kernel: Kernel, query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
+    kernel: Callable[..., jax.Array],
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
 ) -> jax.Array:
-    """Runs a kernel on every device's rows and heads; without a mesh, and where rows are split already, once.
+    """Runs a kernel (query, key, value, segment_ids) on each device's rows and heads, if there is a mesh.
 
     An axis that does not divide the rows or the key heads does not split them.
     """

@@ -24,7 +24,7 @@ class KernelWork(NamedTuple):
 def kernel_work(text: str) -> KernelWork:
     """The work of the kernels in a compiled program's text, loop iterations included.
 
-    Counts splash attention as `models.attention_kernels` sets it up: causal, or in a sliding window, in square blocks.
+    Counts splash attention as `models.attention_kernels` sets it up: causal or in a sliding window, square blocks.
     """
     program = parse_hlo(text)
     counts = execution_counts(program)
@@ -51,8 +51,8 @@ def _splash_work(call: Instruction) -> tuple[float, float]:
     *batch, length, size = query
     block = outputs[0][1][-2]  # the first output is a block's scratch
     backward = "_dkv_" in call.name
-    # The kernel visits the blocks that the mask leaves, at most as many per row as its schedule has columns; for the
-    # gradients of keys, per column as rows.
+    # The kernel visits the blocks that the mask leaves: in each row at most as many as its schedule has columns; for
+    # the gradients of keys and values, in each column as many as it has rows.
     blocks = length // block
     schedule = next(dims for dtype, dims in operands if dtype[0] == "s" and len(dims) == 3)
     visited = sum(min(n + 1, schedule[1 if backward else 2]) for n in range(blocks))
@@ -61,9 +61,11 @@ def _splash_work(call: Instruction) -> tuple[float, float]:
     elif not backward:
         matmuls = 3  # scores, gradient of the probabilities, of the queries
     else:
-        matmuls = 4 if len(outputs) == 4 else 5  # as before, of keys and values; fused, of queries too
+        matmuls = (
+            4 if len(outputs) == 4 else 5
+        )  # two as before, keys, values; in the fused kernel also queries
     heads = math.prod(batch)
-    # A pass over a row of blocks reads keys and values once per block; over a column, queries and upstream gradient.
+    # Each visit reads a block of keys and of values; for their gradients, of queries and of upstream gradients.
     itemsize = shape_bytes(f"{dtype}[1]")
     once = math.prod(query if backward else key)
     read_again = 2 * itemsize * (heads * visited * block * size - once)
