@@ -53,11 +53,11 @@ def causal_attention(
       softcap: c, for scores `c * tanh(x / c)` (arXiv 2408.00118, section 2).
       implementation: `"xla"` computes all T² scores at once; `"blocked"` skips keys that a block of queries cannot
         attend to and saves no probabilities for the backward pass (arXiv 2205.14135), so memory grows with T, not
-        T². Keys outside a window that is an array are masked, not skipped. `"splash"` is JAX's kernel for TPUs,
-        `"cudnn"` the one for NVIDIA GPUs; neither takes a window that is an array. `"auto"` uses xla below 256
-        tokens, then the platform's kernel where it supports the inputs, else blocked. It needs to know how the
-        computation is split, so it uses kernels only on an ambient mesh, as `jit_step` sets it, under `pmap`
-        or `shard_map`, or if there is only one device.
+        T²; keys outside a window that is an array are masked, not skipped. `"splash"` is JAX's Pallas kernel for
+        TPUs and `"cudnn"` the kernel for NVIDIA GPUs; neither takes a window that is an array. `"auto"` uses the
+        platform's kernel from 128 tokens on if it supports the inputs; otherwise blocked from 256 tokens on, and
+        xla below. Kernels run on each device's rows and heads, so with several devices auto uses them only on an
+        ambient mesh, as `jit_step` sets it, under `pmap` and in `shard_map`.
 
     Returns:
       (B, T, N, H) in the query's dtype; scores and softmax are float32.
@@ -108,10 +108,11 @@ def causal_attention(
 def _kernels(query: jax.Array, window: int | jax.Array | None, softcap: float | None) -> dict[str, Any]:
     """The kernel that `"auto"` uses, by its platform; empty without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    is_local = jax.device_count() == 1 or not mesh.empty
     # A plan compiles for the devices of the mesh, which this machine may not have.
     platform = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
-    if platform == "cpu" or not is_local or query.shape[1] < MIN_KERNEL_LENGTH:
+    # GSPMD cannot partition a kernel, and without a mesh, this program may be partitioned.
+    is_opaque = jax.device_count() > 1 if mesh.empty else jax.sharding.AxisType.Explicit in mesh.axis_types
+    if platform == "cpu" or is_opaque or query.shape[1] < MIN_KERNEL_LENGTH:
         return {}
     from .attention_kernels import choose_kernel
 

@@ -5,6 +5,7 @@ GSPMD cannot partition a kernel, so on a mesh each device runs it on its own row
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from ..sharding import BATCH_AXES
 from .attention import ATTENTION_NAMES, token_mask
 
 BLOCKS = (512, 384, 256, 128)
-"""Tokens per block of splash attention, multiples of a TPU's 128 lanes; the largest that divides the length is used.
+"""Tokens per block of splash attention, multiples of a TPU's 128 lanes: the largest that divides the length.
 Smaller blocks skip more of what causality masks, but read keys and values more often: blocks of 512 take 512 FLOPs
 per byte that they read, and a v5e can do 240 in the same time."""
 MAX_FUSED_BLOCKS = 8
@@ -52,10 +53,12 @@ def splash_attention(
     extra = -length % BLOCKS[-1]
     shape = (length + extra, length + extra)
     block = next(size for size in BLOCKS if shape[0] % size == 0)
-    near = window is not None and window < length
-    fused = not near and shape[0] <= MAX_FUSED_BLOCKS * block
-    mask = splash_mask.LocalMask(shape, (window - 1, 0), 0) if near else splash_mask.CausalMask(shape)
-    attend = splash.make_splash_mha(
+    fused = shape[0] <= MAX_FUSED_BLOCKS * block
+    mask = splash_mask.CausalMask(shape)
+    if window is not None and window < length:
+        mask = splash_mask.LocalMask(shape, (window - 1, 0), 0)
+        fused = False  # the fused kernel does not skip what is outside a window
+    attend: Any = splash.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block,
@@ -104,17 +107,9 @@ def cudnn_attention(
         raise ValueError(f"attention cudnn needs {problem}; use auto, xla or blocked")
     # A window beside a mask is part of the mask, as cuDNN takes no sliding window beside a bias.
     mask = None if segment_ids is None else token_mask(segment_ids, query.shape[1], window)[:, None]
-    near = (window - 1, 0) if mask is None and window is not None else None
-    y = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scale,
-        is_causal=True,
-        local_window_size=near,
-        implementation="cudnn",
-    )
+    near: Any = None if window is None or mask is not None else (window - 1, 0)
+    options: Any = {"scale": scale, "is_causal": True, "local_window_size": near, "implementation": "cudnn"}
+    y = jax.nn.dot_product_attention(query, key, value, mask=mask, **options)
     return checkpoint_name(y, ATTENTION_NAMES[0])
 
 

@@ -51,8 +51,8 @@ def _splash_work(call: Instruction) -> tuple[float, float]:
     *batch, length, size = query
     block = outputs[0][1][-2]  # the first output is a block's scratch
     backward = "_dkv_" in call.name
-    # The kernel visits the blocks that the mask leaves: in each row at most as many as its schedule has columns; for
-    # the gradients of keys and values, in each column as many as it has rows.
+    # The kernel visits the blocks that the mask leaves: in each row at most as many as its schedule has columns, or
+    # for the gradients of keys and values, in each column at most as many as it has rows.
     blocks = length // block
     schedule = next(dims for dtype, dims in operands if dtype[0] == "s" and len(dims) == 3)
     visited = sum(min(n + 1, schedule[1 if backward else 2]) for n in range(blocks))

@@ -15,10 +15,9 @@ from loraplus_jax.models.attention import MIN_KERNEL_LENGTH, causal_attention
 from loraplus_jax.models.attention_kernels import splash_attention
 from loraplus_jax.models.decoder import _POLICIES
 
+from ..marks import slow
 from ..messages import mentions
 from .test_attention import HEADS, KEY_HEADS, SIZE, check, inputs, reference, segments_of
-
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def value_and_gradients(query, key, value, upstream, segments=None, window=None, scale=SIZE**-0.5, cap=None):
