@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from .._validation import check_choice
+from .attention_common import ATTENTION_NAMES, token_mask
 
 Attention = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 
@@ -25,8 +26,6 @@ MIN_BLOCK, MAX_BLOCKS = 64, 8
 MAX_WHOLE_KEYS, KEY_CHUNK = 2048, 512
 KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 """Maps each kernel to the platform that runs it."""
-ATTENTION_NAMES = ("attention", "attention_norm")
-"""Checkpoint names for a remat policy to save, so that the backward pass does not recompute attention."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
 
 
@@ -141,18 +140,6 @@ def masked_attention(
     rows = jnp.repeat(mask, groups, axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(rows, softcap * jnp.tanh(scores / softcap), _MASKED), axis=-1)
     return _heads(_dot("bkrs,bksh->bkrh", weights.astype(v.dtype), v).astype(query.dtype), groups)
-
-
-def token_mask(segment_ids: jax.Array | None, length: int, window: int | jax.Array | None) -> jax.Array:
-    """Boolean (B or 1, T, T): whether each token attends to each other: earlier, in its segment and its window."""
-    mask = window_mask(jnp.arange(length), length, window)[None]
-    return mask if segment_ids is None else mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-
-
-def window_mask(queries: jax.Array, keys: int, window: int | jax.Array | None) -> jax.Array:
-    """Boolean (T, S): whether the key at each index below `keys` is at most a query's index, and in its window."""
-    distance = queries[:, None] - jnp.arange(keys)[None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 class _Blocks(NamedTuple):

@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import AxisType, PartitionSpec
 
 from ..sharding import BATCH_AXES
-from .attention import ATTENTION_NAMES, token_mask
+from .attention_common import ATTENTION_NAMES, token_mask
 
 BLOCKS = (512, 384, 256, 128)
 """Tokens per block of splash attention, multiples of a TPU's 128 lanes: the largest that divides the length.
