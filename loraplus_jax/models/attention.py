@@ -18,7 +18,7 @@ Attention = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 
 # From here on blocked is faster on CPU (benchmarks/step_time.py); it needs less memory on every device.
 MIN_BLOCKED_LENGTH = 256
-# From here on the kernels of TPUs and GPUs read and write less than either (benchmarks/plan_attention.py).
+# From here on splash accesses fewer bytes than either (benchmarks/plan_attention.py); not measured for cuDNN.
 MIN_KERNEL_LENGTH = 128
 # Minimum queries per block, and maximum number of blocks: each block is compiled separately.
 MIN_BLOCK, MAX_BLOCKS = 64, 8

@@ -21,7 +21,7 @@ BLOCKS = (512, 384, 256, 128)
 """Tokens per block of splash attention, multiples of a TPU's 128 lanes: the largest that divides the length.
 Smaller blocks skip more of what causality masks, but read keys and values more often: blocks of 512 take 512 FLOPs
 per byte that they read, and a v5e can do 240 in the same time."""
-MAX_FUSED_BLOCKS = 8
+MAX_FUSED_BLOCKS = 4
 """Up to this many blocks, one kernel computes all gradients. It scores each block once, not twice, but keeps one
 partial gradient of the queries per block of keys, so its memory grows with the square of the length."""
 

@@ -38,7 +38,7 @@ def value_and_gradients(query, key, value, upstream, segments=None, window=None,
         slow(128, False, {"window": 1}),
         slow(200, True, {}),
         slow(700, True, {"window": 300}),  # several blocks, two kernels for the gradients
-        slow(1025, True, {}),  # 9 blocks: two kernels without a window
+        slow(600, True, {}),  # five blocks: two kernels without a window
         slow(1024, False, {"window": 5000}),
     ],
 )
