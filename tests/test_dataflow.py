@@ -346,12 +346,18 @@ def test_every_other_use_is_accepted(name):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, *(pytest.param(fields, marks=pytest.mark.slow) for fields in ({"unroll": True}, {"remat": "dots"}))],
+    [
+        {},
+        *(
+            pytest.param(fields, marks=pytest.mark.slow)
+            for fields in ({"unroll": True}, {"remat": "dots"}, {"attention": "splash"})
+        ),
+    ],
 )
 def test_a_llama_whose_attention_has_its_own_gradient(options):
     sizes = {"vocab_size": 32, "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     sizes |= {"head_dim": 12, "intermediate_size": 16, "max_position_embeddings": 512, "num_hidden_layers": 2}
-    net = Llama(LlamaConfig(**sizes, tie_word_embeddings=True), attention="blocked", **options)
+    net = Llama(LlamaConfig(**sizes, tie_word_embeddings=True), **{"attention": "blocked"} | options)
     ids = jax.ShapeDtypeStruct((1, 300), jnp.int32)
     _, specs = init_lora(apply_lora_plus(net, config(rank=2)), KEY, ids)
     assert len(specs) == 7

@@ -1,4 +1,4 @@
-"""Causal attention within segments: XLA's, or blocked over queries so that later keys are skipped.
+"""Causal attention within segments: XLA's, blocked over queries so that later keys are skipped, or a kernel's.
 
 Axes in the comments: B sequences, T tokens, N query heads, K key heads, G = N / K, H head size, S keys in a chunk.
 """
@@ -12,17 +12,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from .._validation import check_choice
+from .attention_common import ATTENTION_NAMES, token_mask
 
-Attention = Literal["auto", "xla", "blocked"]
+Attention = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 
 # From here on blocked is faster on CPU (benchmarks/step_time.py); it needs less memory on every device.
 MIN_BLOCKED_LENGTH = 256
+# From here on splash accesses fewer bytes than either (benchmarks/plan_attention.py); not measured for cuDNN.
+MIN_KERNEL_LENGTH = 128
 # Minimum queries per block, and maximum number of blocks: each block is compiled separately.
 MIN_BLOCK, MAX_BLOCKS = 64, 8
 # Up to MAX_WHOLE_KEYS tokens a block reads all its keys at once, without a loop; beyond, KEY_CHUNK at a time.
 MAX_WHOLE_KEYS, KEY_CHUNK = 2048, 512
-ATTENTION_NAMES = ("attention", "attention_norm")
-"""Checkpoint names for a remat policy to save, so that the backward pass does not recompute attention."""
+KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
+"""Maps each kernel to the platform that runs it."""
 _MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
 
 
@@ -49,14 +52,17 @@ def causal_attention(
       softcap: c, for scores `c * tanh(x / c)` (arXiv 2408.00118, section 2).
       implementation: `"xla"` computes all T² scores at once; `"blocked"` skips keys that a block of queries cannot
         attend to and saves no probabilities for the backward pass (arXiv 2205.14135), so memory grows with T, not
-        T²; `"auto"` uses blocked from 256 tokens on. Keys outside a window that is an array are masked, not
-        skipped.
+        T²; keys outside a window that is an array are masked, not skipped. `"splash"` is JAX's Pallas kernel for
+        TPUs and `"cudnn"` the kernel for NVIDIA GPUs; neither takes a window that is an array. `"auto"` uses the
+        platform's kernel from 128 tokens on if it supports the inputs; otherwise blocked from 256 tokens on, and
+        xla below. Kernels run on each device's rows and heads, so with several devices auto uses them only on an
+        ambient mesh, as `jit_step` sets it, under `pmap` and in `shard_map`.
 
     Returns:
       (B, T, N, H) in the query's dtype; scores and softmax are float32.
 
     Raises:
-      ValueError: shapes are incompatible, or the implementation is unknown.
+      ValueError: shapes are incompatible, the implementation is unknown, or it does not support the inputs.
     """
     check_choice("attention", implementation, get_args(Attention))
     if key.shape != value.shape or query.shape[2] % key.shape[2] or query.shape[1] != key.shape[1]:
@@ -65,17 +71,51 @@ def causal_attention(
             "both must be (batch, tokens, key heads, head size), and key heads must divide query heads"
         )
     length = query.shape[1]
-    if implementation == "xla" or (implementation == "auto" and length < MIN_BLOCKED_LENGTH):
-        mask = window_mask(jnp.arange(length), length, window)[None]
-        if segment_ids is not None:
-            mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    options: Any = {
+        "window": window,
+        "scale": _default_scale(query) if scale is None else scale,
+        "softcap": softcap,
+    }
+    if implementation == "auto":
+        ours = "blocked" if length >= MIN_BLOCKED_LENGTH else "xla"
+        attend = functools.partial(causal_attention, **options)
+        kernels = {
+            platform: functools.partial(attend, implementation=kernel)
+            for platform, kernel in _kernels(query, window, softcap).items()
+        }
+        default = functools.partial(attend, implementation=ours)
+        if not kernels:
+            return default(query, key, value, segment_ids)
+        # A program of a machine with accelerators may be for its CPU.
+        return jax.lax.platform_dependent(query, key, value, segment_ids, default=default, **kernels)
+    if implementation in KERNEL_PLATFORMS:
+        from .attention_kernels import KERNELS, map_over_mesh  # imports Pallas, which takes a while
+
+        kernel = functools.partial(KERNELS[implementation], **options)
+        return map_over_mesh(kernel, query, key, value, segment_ids)
+    if implementation == "xla":
+        mask = token_mask(segment_ids, length, window)
         y = masked_attention(query, key, value, mask, scale=scale, softcap=softcap)
         return checkpoint_name(y, ATTENTION_NAMES[0])
     block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     chunk = length if length <= MAX_WHOLE_KEYS else KEY_CHUNK
     reach = window if isinstance(window, int) else None
-    blocks = _Blocks(block, chunk, reach, _default_scale(query) if scale is None else scale, softcap)
+    blocks = _Blocks(block, chunk, reach, options["scale"], softcap)
     return _blocked(query, key, value, segment_ids, window, blocks)
+
+
+def _kernels(query: jax.Array, window: int | jax.Array | None, softcap: float | None) -> dict[str, Any]:
+    """The kernel that `"auto"` uses, by its platform; empty without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # A plan compiles for the devices of the mesh, which this machine may not have.
+    platform = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
+    # GSPMD cannot partition a kernel, and without a mesh, this program may be partitioned.
+    is_opaque = jax.device_count() > 1 if mesh.empty else jax.sharding.AxisType.Explicit in mesh.axis_types
+    if platform == "cpu" or is_opaque or query.shape[1] < MIN_KERNEL_LENGTH:
+        return {}
+    from .attention_kernels import choose_kernel
+
+    return choose_kernel(platform, query, window, softcap)
 
 
 def masked_attention(
@@ -100,12 +140,6 @@ def masked_attention(
     rows = jnp.repeat(mask, groups, axis=1)[:, None]
     weights = jax.nn.softmax(jnp.where(rows, softcap * jnp.tanh(scores / softcap), _MASKED), axis=-1)
     return _heads(_dot("bkrs,bksh->bkrh", weights.astype(v.dtype), v).astype(query.dtype), groups)
-
-
-def window_mask(queries: jax.Array, keys: int, window: int | jax.Array | None) -> jax.Array:
-    """Boolean (T, S): whether the key at each index below `keys` is at most a query's index, and in its window."""
-    distance = queries[:, None] - jnp.arange(keys)[None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 class _Blocks(NamedTuple):

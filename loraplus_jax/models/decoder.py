@@ -13,7 +13,8 @@ import numpy as np
 
 from .._validation import check_choice
 from ..quantization import is_packed
-from .attention import ATTENTION_NAMES, Attention, causal_attention, masked_attention, window_mask
+from .attention import Attention, causal_attention, masked_attention
+from .attention_common import ATTENTION_NAMES, window_mask
 from .gpt2_config import GPT2Config
 from .llama_config import LlamaConfig
 

@@ -197,10 +197,16 @@ def shape_bytes(shape: str) -> int:
     >>> shape_bytes("(bf16[2,3]{1,0:T(8,128)}, /*index=1*/f32[])")
     16
     """
-    return sum(
-        math.prod(int(n) for n in dims.split(",") if n) * _bits(dtype) // 8
-        for dtype, dims in _ARRAY.findall(shape)
-    )
+    return sum(math.prod(dims) * _bits(dtype) // 8 for dtype, dims in array_shapes(shape))
+
+
+def array_shapes(shape: str) -> list[tuple[str, list[int]]]:
+    """Element type and dimensions of an array, or of each array in a tuple.
+
+    >>> array_shapes("(bf16[2,3]{1,0:T(8,128)}, /*index=1*/f32[])")
+    [('bf16', [2, 3]), ('f32', [])]
+    """
+    return [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in _ARRAY.findall(shape)]
 
 
 def _bits(dtype: str) -> int:

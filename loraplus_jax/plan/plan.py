@@ -26,6 +26,7 @@ from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
 from ..tree import count
 from .hlo import Collective, collectives, count_looped_matmuls
+from .kernels import kernel_work
 from .programs import (
     LoweredStep,
     evaluation_bytes,
@@ -54,11 +55,13 @@ class Work(NamedTuple):
       flops: additions and multiplications.
       bytes: bytes read and written, by XLA's count, which includes traffic that stays on the chip.
       loops: remaining loops with matmuls, of which both numbers count only one iteration.
+      kernels: kernels whose FLOPs are not counted.
     """
 
     flops: float
     bytes: float
     loops: int = 0
+    kernels: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +238,7 @@ def count_work(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) 
         return None
     flops = extrapolate_layers(first.flops, second.flops, layers)
     size = extrapolate_layers(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
-    return Work(parts * flops, parts * size, second.loops)
+    return Work(parts * flops, parts * size, second.loops, second.kernels)
 
 
 def _compile_and_count(step: LoweredStep, mesh: Mesh) -> Work | None:
@@ -243,8 +246,14 @@ def _compile_and_count(step: LoweredStep, mesh: Mesh) -> Work | None:
     program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
     if problem is not None:
         return None
-    cost = program.cost_analysis()
-    return Work(cost["flops"], cost["bytes accessed"], count_looped_matmuls(program.as_text()))
+    cost, text = program.cost_analysis(), program.as_text()
+    kernels = kernel_work(text)
+    return Work(
+        cost["flops"] + kernels.flops,
+        cost["bytes accessed"] + kernels.bytes,
+        count_looped_matmuls(text),
+        kernels.unknown,
+    )
 
 
 def extrapolate_layers(first: float, second: float, layers: int) -> float:

@@ -206,6 +206,8 @@ def _work(plan: Plan) -> str:
             f"FLOPs and bytes are too low: only one iteration is counted of {plan.work.loops} loops with "
             "matmuls"
         )
+    if plan.work.kernels:
+        lines.append(f"FLOPs are too low: those of {plan.work.kernels} kernels are not counted")
     if plan.roofline:
         name, seconds = max(plan.roofline.items(), key=lambda item: item[1])
         rate = plan.rows * plan.tokens / seconds

@@ -19,6 +19,7 @@ from ..data.batches import Batch
 from ..data.fetch import resolve
 from ..dora import set_magnitudes
 from ..linen.wrap import apply_lora_plus, init_lora
+from ..models.attention import KERNEL_PLATFORMS
 from ..models.hf import check_params, load_params, rows_digest
 from ..models.packing import pack_shapes
 from ..optim.lora_plus import LoRAPlusTransform
@@ -400,8 +401,14 @@ def _zeros(shapes: Any) -> Any:
 
 
 def check_mesh(settings: Settings, mesh: Mesh) -> None:
-    """Raises ValueError if a mesh cannot split a batch, or the method does not support the dtype."""
+    """Raises ValueError if a mesh cannot split a batch or run the attention, or the method excludes the dtype."""
     train, parts = settings.train, batch_parts(mesh)
+    attention, platform = settings.model.attention, mesh.devices.flat[0].platform
+    if (needed := KERNEL_PLATFORMS.get(attention, platform)) != platform:
+        raise ValueError(
+            f"model.attention {attention} runs on platform {needed}, but the devices are of platform {platform}; "
+            "use auto, xla or blocked"
+        )
     fitting = batch_sizes_for(train.batch_size, train.accumulate, train.eval_batch_size, parts)
     if changed := {name: size for name, size in fitting.items() if size != getattr(train, name)}:
         sizes = " x ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in BATCH_AXES)

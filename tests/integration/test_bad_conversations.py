@@ -297,6 +297,11 @@ CASES = [
     ),
     Case("remat unknown", ("model.remat", "'ful'", "full"), ("--model.remat", "ful")),
     Case("attention unknown", ("model.attention", "'flash'", "blocked"), ("--model.attention", "flash")),
+    Case(
+        "attention for a TPU",
+        ("model.attention", "splash", "tpu", "cpu", "blocked"),
+        ("--model.attention", "splash"),
+    ),
     Case("loss_chunk 0", ("model.loss_chunk", 0), ("--model.loss_chunk", "0")),
     Case("answers unknown", ("data.answers", "'first'", "last"), ("--data.answers", "first")),
     Case("answers for questions", ("data.answers", "instruction"), (*QUESTIONS, "--data.answers", "last")),

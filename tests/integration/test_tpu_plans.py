@@ -4,15 +4,20 @@ import collections
 import dataclasses
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from loraplus_jax import make_mesh
+from loraplus_jax.models.attention import causal_attention
 from loraplus_jax.plan.hlo import collectives
 from loraplus_jax.plan.plan import make_plan
 from loraplus_jax.plan.programs import plan_step, try_compile
 from loraplus_jax.plan.text import advice, format_plan
 from loraplus_jax.plan.tpu import CHIPS, tpu_devices
 from loraplus_jax.settings.schema import MeshSettings
+from loraplus_jax.sharding import with_mesh
 from loraplus_jax.training.xla import compiler_options
 
 from ..messages import assert_mentions
@@ -102,6 +107,23 @@ def test_a_layer_that_is_computed_again_gathers_no_weight_a_third_time(tmp_path)
         128 * 64: 4,
         128 * 256: 6,
     }
+
+
+def test_chips_run_the_attention_kernel_without_collectives():
+    mesh = make_mesh(1, 2, 2, devices=tpu_devices("v5e:2x2")[1])
+    rows, heads = PartitionSpec(("data", "fsdp")), PartitionSpec(("data", "fsdp"), None, "tensor")
+
+    def total(query, key, value, segments):
+        return jnp.sum(jnp.square(causal_attention(query, key, value, segments)))
+
+    shapes = [(4, 128, n, 64) for n in (4, 2, 2)]
+    states = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, heads)) for shape in shapes
+    ]
+    segments = jax.ShapeDtypeStruct((4, 128), jnp.int32, sharding=NamedSharding(mesh, rows))
+    program = jax.jit(with_mesh(jax.grad(total, (0, 1, 2)), mesh)).lower(*states, segments).compile()
+    assert "splash_mha_fwd" in program.as_text()
+    assert not collectives(program.as_text())
 
 
 def test_only_adapters_and_single_numbers_are_reduced(plan):

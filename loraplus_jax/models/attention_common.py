@@ -1,0 +1,19 @@
+"""What the implementations of attention share: masks, and the names of what the forward pass saves."""
+
+import jax
+import jax.numpy as jnp
+
+ATTENTION_NAMES = ("attention", "attention_norm")
+"""Checkpoint names for a remat policy to save, so that the backward pass does not recompute attention."""
+
+
+def token_mask(segment_ids: jax.Array | None, length: int, window: int | jax.Array | None) -> jax.Array:
+    """Boolean (B or 1, T, T): whether each token attends to each other: earlier, in its segment and its window."""
+    mask = window_mask(jnp.arange(length), length, window)[None]
+    return mask if segment_ids is None else mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def window_mask(queries: jax.Array, keys: int, window: int | jax.Array | None) -> jax.Array:
+    """Boolean (T, S): whether the key at each index below `keys` is at most a query's index, and in its window."""
+    distance = queries[:, None] - jnp.arange(keys)[None, :]
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -1,0 +1,75 @@
+# ruff: noqa: E501  XLA writes long lines
+"""FLOPs and bytes of kernels, from programs' text: by hand, and by the pairs of tokens that a mask leaves."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax.models.attention import causal_attention
+from loraplus_jax.plan.kernels import kernel_work
+from loraplus_jax.plan.tpu import tpu_devices
+
+TEXT = """\
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (q: bf16[2,4,1024,128], k: bf16[2,2,1024,128]) -> bf16[2,4,1024,128] {
+  %q = bf16[2,4,1024,128]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[2,2,1024,128]{3,2,1,0:T(8,128)(2,1)} parameter(1)
+  %splash_mha_fwd_residuals.1 = (f32[2,512,128]{2,1,0:T(8,128)}, f32[2,512,128]{2,1,0:T(8,128)}, f32[2,512,128]{2,1,0:T(8,128)}, bf16[2,4,1024,128]{3,2,1,0}, f32[2,4,1024,128]{3,2,1,0}) custom-call(%a, %b, %q, %k, %k, %i), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2,2]{2,1,0}, s8[1,2,2]{2,1,0}, bf16[2,4,1024,128]{3,2,1,0}, bf16[2,2,1024,128]{3,2,1,0}, bf16[2,2,1024,128]{3,2,1,0}, s32[1024,128]{1,0}}, frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="pallas_call"}
+  %other = bf16[8]{0} custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[8]{0}}
+  %fmha = (bf16[8]{0}, u8[0]{0}) custom-call(%q), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %sort = bf16[8]{0} custom-call(%q), custom_call_target="TopK"
+}
+"""
+
+
+def test_work_by_hand():
+    work = kernel_work(TEXT)
+    # Of four blocks of 512 x 512, causality leaves three; two matmuls, two rows of four heads.
+    assert work.flops == 2 * 2 * 512 * 512 * 128 * 3 * 2 * 4
+    # The first block of keys and of values is read by every query head for both its rows of blocks, the second by
+    # one; XLA counts both blocks of both key heads once.
+    assert work.bytes == 2 * 2 * 512 * 128 * (3 * 2 * 4 - 2 * 2 * 2)
+    assert work.unknown == 2
+
+
+def blocks_left(length, block, window):
+    """Blocks of the matrix of scores in which any pair of tokens is left."""
+    index = np.arange(length)
+    distance = index[:, None] - index[None]
+    left = (distance >= 0) & (distance < (window or length))
+    return left.reshape(length // block, block, -1, block).any((1, 3)).sum()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "window", "block", "matmuls"),
+    [
+        (1024, None, 512, 2 + 5),  # one kernel for all gradients
+        (1024, 513, 512, 2 + 3 + 4),
+        (1152, 300, 384, 2 + 3 + 4),
+        (1152, 386, 384, 2 + 3 + 4),
+        (1280, 100, 256, 2 + 3 + 4),
+        (1408, None, 128, 2 + 3 + 4),  # eleven blocks
+    ],
+)
+def test_flops_by_the_pairs_of_tokens_that_the_mask_leaves(length, window, block, matmuls):
+    pytest.importorskip("libtpu", reason="pip install 'loraplus_jax[tpu-plan]'")
+    _, (device,) = tpu_devices("v5e:1x1")
+    place = jax.sharding.SingleDeviceSharding(device)
+    attend = functools.partial(causal_attention, window=window, implementation="splash")
+
+    def total(*states):
+        return jnp.sum(jnp.square(attend(*states).astype(jnp.float32)))
+
+    states = [jax.ShapeDtypeStruct((2, length, n, 64), jnp.bfloat16, sharding=place) for n in (4, 2, 2)]
+    program = jax.jit(jax.grad(total, (0, 1, 2))).lower(*states).compile()
+    work = kernel_work(program.as_text())
+    assert work.flops == 2 * matmuls * blocks_left(length, block, window) * block**2 * 64 * 2 * 4
+    # What this test is for: the compiler counts next to none of it.
+    assert program.cost_analysis()["flops"] < 0.05 * work.flops
