@@ -1,0 +1,67 @@
+"""The suggested rate changes a layer's output alike at all widths and ranks, by simulation in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from loraplus_jax.optim.starting_rate import suggest_learning_rate
+
+from ..messages import mentions
+
+WIDTHS, RANKS = (256, 1024, 4096), (8, 32, 128)
+
+
+def output_change(init, alpha, rank, width, rate, steps=4):
+    """Root mean square of the change of s (A B)ᵀ x by steps of η in the signs of the gradients of a linear loss."""
+    rng = np.random.default_rng(0)
+    x, slope = rng.standard_normal(width), rng.standard_normal(width)
+    a, b = np.zeros((width, rank)), np.zeros((rank, width))
+    if init == "lora":
+        a = rng.uniform(-1, 1, a.shape) * np.sqrt(6 / width)
+    else:
+        b = rng.uniform(-1, 1, b.shape) * np.sqrt(6 / rank)
+    scale = alpha / rank
+    start = scale * x @ a @ b
+    for _ in range(steps):
+        da, db = np.outer(x, b @ slope), np.outer(x @ a, slope)
+        a, b = a - rate * np.sign(da), b - rate * np.sign(db)
+    return np.sqrt(np.mean((scale * x @ a @ b - start) ** 2))
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["alpha / rank fixed", "alpha fixed"])
+@pytest.mark.parametrize("init", ["lora", "lora_b"])
+def test_the_output_changes_alike_at_all_widths_and_ranks(init, scaled):
+    changes = {}
+    for width, rank in itertools.product(WIDTHS, RANKS):
+        alpha = 2.0 * rank if scaled else 16.0
+        rate = suggest_learning_rate(init, alpha, rank, width)
+        changes[width, rank] = output_change(init, alpha, rank, width, rate)
+    assert max(changes.values()) < 2.5 * min(changes.values()), changes
+
+
+def test_a_rate_that_ignores_the_width_does_not():
+    first, last = (output_change("lora", 16.0, 8, width, 1e-3) for width in (WIDTHS[0], WIDTHS[-1]))
+    assert last > 5 * first
+
+
+def test_by_hand():
+    assert suggest_learning_rate("lora", 16, 8, 1024) == pytest.approx(0.15 / 128)
+    assert suggest_learning_rate("lora", 16, 64, 1024) == pytest.approx(0.15 / 128)
+    assert suggest_learning_rate("lora", 256, 64, 256) == pytest.approx(0.06 / 256)
+    assert suggest_learning_rate("lora_b", 16, 8, 1024) == pytest.approx(0.75 * 8 / 16384)
+    assert suggest_learning_rate("lora_b", 16, 512, 1024) == pytest.approx(0.5 / 128)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pissa", 16, 8, 64), ("init", "lora, lora_b", "pissa")),
+        (("lora", 0, 8, 64), ("alpha", "above 0", "0")),
+        (("lora", 16, 0, 64), ("rank", "at least 1", "0")),
+        (("lora", 16, 8, 0), ("width", "at least 1", "0")),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=mentions(*words)):
+        suggest_learning_rate(*arguments)
