@@ -403,11 +403,14 @@ def _zeros(shapes: Any) -> Any:
 def check_mesh(settings: Settings, mesh: Mesh) -> None:
     """Raises ValueError if a mesh cannot split a batch or run the attention, or the method excludes the dtype."""
     train, parts = settings.train, batch_parts(mesh)
-    attention, platform = settings.model.attention, mesh.devices.flat[0].platform
-    if (needed := KERNEL_PLATFORMS.get(attention, platform)) != platform:
+    attention = settings.model.attention
+    if (
+        attention in KERNEL_PLATFORMS
+        and (platform := mesh.devices.flat[0].platform) != KERNEL_PLATFORMS[attention]
+    ):
         raise ValueError(
-            f"model.attention {attention} runs on platform {needed}, but the devices are of platform {platform}; "
-            "use auto, xla or blocked"
+            f"model.attention {attention} runs on platform {KERNEL_PLATFORMS[attention]}, but the devices are of "
+            f"platform {platform}; use auto, xla or blocked"
         )
     fitting = batch_sizes_for(train.batch_size, train.accumulate, train.eval_batch_size, parts)
     if changed := {name: size for name, size in fitting.items() if size != getattr(train, name)}:
