@@ -197,8 +197,9 @@ class Search:
         check_length(settings, self._base)
         model, train = settings.model, settings.train
         own = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
+        data, fsdp, tensor = own.devices.shape
         self.current = Layout(
-            *own.devices.shape, train.accumulate, model.remat, model.attention, model.loss_chunk
+            data, fsdp, tensor, train.accumulate, model.remat, model.attention, model.loss_chunk
         )
         self.rejected: str | None = None
         self.complete = False
@@ -297,7 +298,7 @@ class Search:
     def _layouts(self, fixed: Collection[str]) -> Iterator[Layout]:
         """The settings' own layout, and all others of the devices that keep the fixed fields."""
         settings, current, count = self._settings, self.current, len(self._devices)
-        steps = {
+        choices = {
             field: [getattr(current, field)] if field in fixed else values
             for field, values in {
                 "data": _divisors(count),
@@ -311,12 +312,12 @@ class Search:
         meshes = [current.mesh]
         meshes += [
             mesh
-            for mesh in itertools.product(steps["data"], steps["fsdp"], steps["tensor"])
+            for mesh in itertools.product(choices["data"], choices["fsdp"], choices["tensor"])
             if math.prod(mesh) == count and mesh != current.mesh
         ]
         for sizes in meshes:
             mesh = make_mesh(*sizes, devices=self._devices)
-            for accumulate in steps["accumulate"]:
+            for accumulate in choices["accumulate"]:
                 layout = current._replace(**dict(zip(AXES, sizes, strict=True)), accumulate=accumulate)
                 try:
                     check_layout(layout.apply(settings), self._base, mesh)
@@ -324,7 +325,7 @@ class Search:
                     if layout == current:
                         self.rejected = str(error)
                     continue
-                for remat, attention in itertools.product(steps["remat"], steps["attention"]):
+                for remat, attention in itertools.product(choices["remat"], choices["attention"]):
                     for chunk in self._chunks(layout) if "loss_chunk" not in fixed else [current.loss_chunk]:
                         yield layout._replace(remat=remat, attention=attention, loss_chunk=chunk)
 
@@ -349,7 +350,12 @@ class Search:
         remats = get_args(Remat) if self._settings.is_language else (self.current.remat,)
         for attention, remat in itertools.product(attentions, remats):
             applied = first._replace(remat=remat, attention=attention).apply(self._settings)
-            step = plan_step(applied, make_model(applied)[0], self._data, mesh)
+            try:
+                step = plan_step(applied, make_model(applied)[0], self._data, mesh)
+            except ValueError:  # an implementation that does not support the model
+                if attention == self.current.attention:
+                    raise
+                continue
             if (text := step.lowered.as_text()) not in texts:
                 texts.add(text)
                 shapes[remat, attention] = shape_of(step.jaxpr, layers_of(self._base))
@@ -420,13 +426,13 @@ def describe(trial: Trial) -> str:
     return f"{words}: {trial.problem or f'{trial.seconds:.3f} s'}"
 
 
-def shape_of(program: ClosedJaxpr, layers: int) -> Shape:
+def shape_of(program: Any, layers: int) -> Shape:
     """Reads sizes from a traced step: the first loop over the layers is their forward pass."""
     saved, carried = next(_loops(program.jaxpr, layers), (0, 0))
     return Shape(count_products(program.jaxpr), saved, carried)
 
 
-def count_products(program: Jaxpr) -> float:
+def count_products(program: Any) -> float:
     """FLOPs of the matrix products, loops included; of branches, those of the smallest."""
     flops = 0.0
     for equation in program.eqns:
@@ -442,7 +448,7 @@ def count_products(program: Jaxpr) -> float:
     return flops
 
 
-def _loops(program: Jaxpr, layers: int) -> Iterator[tuple[int, int]]:
+def _loops(program: Any, layers: int) -> Iterator[tuple[int, int]]:
     """Bytes that each loop of so many iterations stacks, and the largest array that an iteration passes on."""
     for equation in program.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] == layers:
@@ -454,7 +460,7 @@ def _loops(program: Jaxpr, layers: int) -> Iterator[tuple[int, int]]:
             yield from _loops(each, layers)
 
 
-def _inner(equation: Any) -> list[Jaxpr]:
+def _inner(equation: Any) -> list[Any]:
     values = jax.tree.leaves(
         list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
     )

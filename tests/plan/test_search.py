@@ -7,7 +7,6 @@ import random
 import jax
 import pytest
 
-from loraplus_jax.cli import main
 from loraplus_jax.plan import search as module
 from loraplus_jax.plan.plan import Plan, Work, plan_for
 from loraplus_jax.plan.search import MARGIN, SETTINGS, TOO_LARGE, Layout, Search
@@ -125,40 +124,60 @@ def layout_of(settings):
     )
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_no_layout_is_faster_than_the_one_that_is_found(monkeypatch, tmp_path, all_layouts, seed):
+@pytest.fixture
+def fake_search(monkeypatch, all_layouts):
+    """A function that makes a search over made-up costs, and the plan of a layout by them."""
     settings, search = all_layouts
-    cost, compiled = costs(random.Random(seed)), []
 
-    def make_fake_plan(settings, chip, devices, counted):
-        layout = layout_of(settings)
-        work, received, needed = cost(layout)
-        compiled.append(layout)
-        roofline = {"compute": work.flops / chip.flops, "memory": work.bytes / chip.hbm_rate}
-        empty = dict.fromkeys(Plan.__dataclass_fields__)
-        fields = {"needed": needed, "room": chip.hbm_bytes, "work": work}
-        return Plan(**empty | fields | {"roofline": roofline | {"network": received / chip.ici_rate}})
+    def make(seed):
+        cost, compiled = costs(random.Random(seed)), []
 
-    monkeypatch.setattr(module, "plan_for", make_fake_plan)
-    monkeypatch.setattr(module, "count_work", lambda settings, *_: cost(layout_of(settings))[0])
-    fresh = Search.__new__(Search)
-    fresh.__dict__ |= vars(search) | {"trials": [dataclasses.replace(trial) for trial in search.trials]}
-    fresh.run()
-    assert fresh.complete
-    assert compiled[0] == fresh.current
-    seconds = {}
-    for layout in layouts_of(search):
-        plan = make_fake_plan(layout.apply(settings), CHIP, None, None)
-        if plan.fits:
-            seconds[layout] = max(plan.roofline.values())
-    assert min(seconds.values()) >= (1 - MARGIN) * seconds[fresh.best.layout]
-    done = len(compiled) - len(search.trials)
-    assert done < len(search.trials) / 4
-    table = format_search(fresh, settings, ["loraplus", "train", "a b.yaml"])
-    assert_mentions(
-        table, f"{fresh.best.seconds:.3f}", search_command(fresh, settings, ["loraplus", "train", "a b.yaml"])
-    )
-    assert "'a b.yaml'" in table
+        def make_plan(settings, chip, devices, counted):
+            layout = layout_of(settings)
+            work, received, needed = cost(layout)
+            compiled.append(layout)
+            roofline = {"compute": work.flops / chip.flops, "memory": work.bytes / chip.hbm_rate}
+            fields = dict.fromkeys(Plan.__dataclass_fields__)
+            fields |= {"needed": needed, "room": chip.hbm_bytes, "work": work}
+            return Plan(**fields | {"roofline": roofline | {"network": received / chip.ici_rate}})
+
+        monkeypatch.setattr(module, "plan_for", make_plan)
+        monkeypatch.setattr(module, "count_work", lambda settings, *_: cost(layout_of(settings))[0])
+        fresh = Search.__new__(Search)
+        fresh.__dict__ |= vars(search) | {"trials": [dataclasses.replace(trial) for trial in search.trials]}
+        return fresh, compiled, lambda layout: make_plan(layout.apply(settings), CHIP, None, None)
+
+    return make
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_layout_is_faster_than_the_one_that_is_found(fake_search, all_layouts, seed):
+    search, compiled, plan_of = fake_search(seed)
+    search.run()
+    number = len(compiled)
+    assert search.complete
+    assert compiled[0] == search.current
+    plans = [plan_of(layout) for layout in layouts_of(search)]
+    fastest = min(max(plan.roofline.values()) for plan in plans if plan.fits)
+    assert search.best.seconds <= fastest / (1 - MARGIN)
+    assert number < len(plans) / 4
+    command = ["loraplus", "train", "a b.yaml"]
+    text = search_command(search, all_layouts[0], command)
+    assert text.startswith("loraplus train 'a b.yaml'")
+    assert_mentions(format_search(search, all_layouts[0], command), f"{search.best.seconds:.3f}", text)
+
+
+def test_an_interrupt_keeps_the_best_so_far(fake_search, all_layouts, monkeypatch):
+    search, compiled, _ = fake_search(0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "count_work", interrupt)
+    search.run()
+    assert not search.complete
+    assert [trial.layout for trial in search.trials if trial.plan] == compiled == [search.current]
+    assert_mentions(format_search(search, all_layouts[0], []), "interrupted")
 
 
 @pytest.mark.slow
@@ -175,8 +194,3 @@ def test_bounds_hold_and_the_best_of_all_is_found(tmp_path):
     fastest = min(max(plan.roofline.values()) for plan in plans.values())
     assert search.best.seconds <= fastest / (1 - MARGIN)
     assert sum(trial.plan is not None for trial in search.trials) < len(plans)
-
-
-def test_a_search_needs_a_topology(tmp_path, capsys):
-    assert main(["plan", config(tmp_path), "--search"]) == 2
-    assert_mentions(capsys.readouterr().err, "--search", "--topology")
