@@ -7,13 +7,16 @@ and communication. The search ends when no layout can be faster than the fastest
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from ..models.attention import Attention
@@ -68,8 +71,11 @@ class Layout(NamedTuple):
 
     @property
     def kind(self) -> "Layout":
-        """A key for layouts that differ only in how far they split the weights over `fsdp`."""
-        return self._replace(data=self.data * self.fsdp, fsdp=min(self.fsdp, 2))
+        """A key for layouts that need the same FLOPs and bytes, but for chunks of the loss.
+
+        How many parts `fsdp` splits the weights into makes no difference, as long as it splits them.
+        """
+        return self._replace(data=self.data * self.fsdp, fsdp=min(self.fsdp, 2), loss_chunk=0)
 
     def apply(self, settings: Settings) -> Settings:
         """The settings with this layout; raises ValueError if they contradict it."""
@@ -111,20 +117,6 @@ class Layout(NamedTuple):
             self.size == other.size
             and (self.remat, self.attention) == (other.remat, other.attention)
             and self.tensor % other.tensor == 0
-        )
-
-    def needs_bytes_of(self, other: "Layout") -> bool:
-        """Whether a device reads and writes at least as many bytes as in another layout.
-
-        Half the rows at a time read the weights twice as often. A tensor axis twice as large halves the weights and
-        at most halves the activations, so it can at best make up for that. A smaller fsdp axis gathers the same
-        weights from larger parts; without one, nothing is gathered.
-        """
-        return (
-            self.needs_flops_of(other)
-            and self.accumulate * other.tensor >= other.accumulate * self.tensor
-            and (self.fsdp == other.fsdp or 1 < self.fsdp <= other.fsdp)
-            and self.loss_chunk <= other.loss_chunk
         )
 
 
@@ -204,6 +196,7 @@ class Search:
         self.rejected: str | None = None
         self.complete = False
         self._counted: dict[str, Work | None] = {}
+        self._bytes: dict[Remat, dict[Layout, float]] = {}
         layouts = list(self._layouts({field for field, name in SETTINGS.items() if name in fixed}))
         if not layouts:
             raise ValueError(self.rejected or f"no mesh of {len(devices)} devices splits the batch")
@@ -226,30 +219,34 @@ class Search:
         Args:
           report: called with a line on each program that was compiled.
         """
-        trial = self.start or self._next()
         try:
-            while trial is not None:
-                if trial.work is None and trial is not self.start:
-                    self._count(trial)
-                    report(f"counted {describe(trial)}")
-                else:
-                    self._compile(trial)
-                    report(f"compiled {describe(trial)}")
-                trial = self._next()
+            while (trial := self._next()) is not None:
+                self._advance(trial, report)
             self.complete = True
         except KeyboardInterrupt:
             report("interrupted")
 
+    def _advance(self, trial: Trial, report: Callable[[str], None]) -> None:
+        """Counts a trial, or compiles one that is counted."""
+        is_counted = trial.work is not None
+        if is_counted:
+            self._compile(trial)
+        else:
+            self._count(trial)
+        report(f"{'compiled' if is_counted else 'counted'} {describe(trial)}")
+
     def _next(self) -> Trial | None:
-        """The trial with the smallest bound that may be faster than the best; the first of equal ones."""
+        """First that of the settings' own layout, then the one with the smallest bound that may beat the best."""
         limit = math.inf if self.best is None else (1 - MARGIN) * self.best.seconds
-        open_trials = (t for t in self.trials if t.plan is None and t.problem is None and t.seconds < limit)
-        return min(open_trials, key=lambda trial: trial.seconds, default=None)
+        left = [trial for trial in self.trials if trial.plan is None and trial.problem is None]
+        if self.start in left:
+            return self.start
+        return min((t for t in left if t.seconds < limit), key=lambda trial: trial.seconds, default=None)
 
     def _count(self, trial: Trial) -> None:
-        """Counts the work of a trial, for the layout of its kind that splits the weights most."""
+        """Counts the work of a trial and of those of its kind, for the one that needs least of them."""
         alike = [other for other in self.trials if other.layout.kind == trial.layout.kind]
-        layout = max((other.layout for other in alike), key=lambda layout: layout.fsdp)
+        layout = max((t.layout for t in alike), key=lambda layout: (layout.loss_chunk, layout.fsdp))
         mesh = make_mesh(*layout.mesh, devices=self._devices)
         settings = layout.apply(self._settings)
         work = count_work(settings, make_model(settings)[0], self._data, mesh, self._counted)
@@ -265,7 +262,6 @@ class Search:
             trial.layout.apply(self._settings), self._chip, self._devices, self._counted
         )
         trial.work, trial.needed = plan.work, plan.needed
-        self._raise_times(trial.layout, plan.work)
         # The count is too low where loops remain, and may be below the bound by matmuls that only it can share.
         is_complete = plan.work is not None and not plan.work.loops
         trial.times = plan.roofline if is_complete else _larger(trial.times, plan.roofline)
@@ -280,15 +276,19 @@ class Search:
         self._drop_large()
 
     def _raise_times(self, layout: Layout, work: Work | None) -> None:
-        """Raises the bounds of all layouts that need at least the counted work of one."""
-        if work is None:
+        """Raises the bounds of all layouts by the counted work of one."""
+        if work is None or layout.size != len(self._devices):
             return
-        compute, memory = work.flops / self._chip.flops, work.bytes / self._chip.hbm_rate
+        counts = self._bytes.setdefault(layout.remat, {})
+        counts[layout.kind] = work.bytes
+        least = functools.cache(functools.partial(least_bytes, counts))
         for trial in self.trials:
             if trial.layout.needs_flops_of(layout):
-                trial.times = _larger(trial.times, {"compute": compute})
-            if trial.layout.needs_bytes_of(layout):
-                trial.times = _larger(trial.times, {"memory": memory})
+                trial.times = _larger(trial.times, {"compute": work.flops / self._chip.flops})
+            if trial.layout.remat == layout.remat and trial.layout.size == layout.size:
+                kind = trial.layout.kind
+                seconds = (counts[kind] if kind in counts else least(kind)) / self._chip.hbm_rate
+                trial.times = _larger(trial.times, {"memory": seconds})
 
     def _drop_large(self) -> None:
         for trial in self.trials:
@@ -351,8 +351,9 @@ class Search:
         for attention, remat in itertools.product(attentions, remats):
             applied = first._replace(remat=remat, attention=attention).apply(self._settings)
             try:
+                check_layout(applied, self._base, mesh)
                 step = plan_step(applied, make_model(applied)[0], self._data, mesh)
-            except ValueError:  # an implementation that does not support the model
+            except ValueError:  # an implementation that does not support the model or the devices
                 if attention == self.current.attention:
                     raise
                 continue
@@ -424,6 +425,28 @@ def describe(trial: Trial) -> str:
     values = zip(SETTINGS.values(), trial.layout, strict=True)
     words = ", ".join(f"{name.partition('.')[2]} {value}" for name, value in values)
     return f"{words}: {trial.problem or f'{trial.seconds:.3f} s'}"
+
+
+def least_bytes(counts: Mapping[Layout, float], layout: Layout) -> float:
+    """A lower bound on the bytes that a device reads and writes, from the counts of layouts with the same remat.
+
+    With t the size of the tensor axis and m the micro-batches, the bytes are s + r t + w m / t + g m / t, all
+    unknown and not negative: activations that t splits, s, for each implementation of attention; those that every
+    device repeats, r, for its t times as many rows; weights, w; and gathering them, g, if `fsdp` splits them. The
+    bound is the smallest value that agrees with the counts within `MARGIN`, by linear programming.
+    """
+    attentions = list(dict.fromkeys([layout.attention, *(counted.attention for counted in counts)]))
+
+    def terms(layout: Layout) -> np.ndarray:
+        weights = layout.accumulate / layout.tensor
+        shared = [layout.tensor, weights, weights * (layout.fsdp > 1)]
+        return np.array([*(float(layout.attention == name) for name in attentions), *shared])
+
+    rows = np.array([terms(counted) for counted in counts])
+    values = np.array(list(counts.values())) / max(counts.values())
+    limits = np.concatenate([(1 + MARGIN) * values, -(1 - MARGIN) * values])
+    found = scipy.optimize.linprog(terms(layout), np.concatenate([rows, -rows]), limits)
+    return found.fun * max(counts.values()) if found.success else 0.0
 
 
 def shape_of(program: Any, layers: int) -> Shape:
