@@ -106,6 +106,8 @@ def _trial_row(search: Search, trial: Trial) -> tuple[str, ...]:
         result += ", fastest"
     elif layout == search.current:
         result += ", the settings as they are"
+    if trial.work is not None and trial.work.loops:
+        result += ", bytes too low"
     at_least = "" if trial.plan is not None else "> "
     return (
         " x ".join(map(str, layout.mesh)),

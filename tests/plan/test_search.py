@@ -9,7 +9,7 @@ import pytest
 
 from loraplus_jax.plan import search as module
 from loraplus_jax.plan.plan import Plan, Work, plan_for
-from loraplus_jax.plan.search import MARGIN, SETTINGS, TOO_LARGE, Layout, Search
+from loraplus_jax.plan.search import MARGIN, SETTINGS, TOO_LARGE, Layout, Search, least_bytes
 from loraplus_jax.plan.text import format_search, search_command
 from loraplus_jax.plan.tpu import Chip
 from loraplus_jax.settings.parsing import parse_settings
@@ -192,6 +192,26 @@ def test_an_interrupt_keeps_the_best_so_far(fake_search, all_layouts, monkeypatc
     assert not search.complete
     assert [trial.layout for trial in search.trials if trial.plan] == compiled == [search.current]
     assert_mentions(format_search(search, all_layouts[0], []), "interrupted")
+
+
+def test_bytes_follow_from_counts_of_other_layouts():
+    def layout(tensor, accumulate, fsdp=4, attention="xla"):
+        return Layout(1, fsdp, tensor, accumulate, "none", attention, 0)
+
+    def count(tensor, accumulate, fsdp=4, attention="xla"):
+        weights = (20 + 10 * (fsdp > 1)) * accumulate / tensor
+        return {"xla": 60, "blocked": 50}[attention] + 5 * tensor + weights
+
+    first = {layout(1, 1): count(1, 1)}  # 95, of which all may be weights
+    assert least_bytes(first, layout(2, 2)) == pytest.approx(95, rel=MARGIN)
+    assert least_bytes(first, layout(2, 1)) == pytest.approx(95 / 2, rel=MARGIN)
+    assert least_bytes(first, layout(1, 1, attention="blocked")) == pytest.approx(0)
+    cases = [(1, 1), (2, 1), (4, 1), (1, 1, 1), (1, 1, 4, "blocked")]
+    counts = {layout(*case): count(*case) for case in cases}
+    for case in [(8, 1), (4, 2), (2, 1, 1), (4, 1, 4, "blocked"), (8, 2, 1, "blocked")]:
+        assert least_bytes(counts, layout(*case)) == pytest.approx(count(*case), rel=0.1)
+        assert least_bytes(counts, layout(*case)) <= count(*case)
+    assert least_bytes({layout(1, 1): 1.0, layout(2, 2): 0.5}, layout(4, 4)) == 0  # no such bytes
 
 
 @pytest.mark.slow
