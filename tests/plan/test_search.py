@@ -203,8 +203,8 @@ def test_bytes_follow_from_counts_of_other_layouts():
         return {"xla": 60, "blocked": 50}[attention] + 5 * tensor + weights
 
     first = {layout(1, 1): count(1, 1)}  # 95, of which all may be weights
-    assert least_bytes(first, layout(2, 2)) == pytest.approx(95, rel=MARGIN)
-    assert least_bytes(first, layout(2, 1)) == pytest.approx(95 / 2, rel=MARGIN)
+    assert least_bytes(first, layout(2, 2)) == pytest.approx(95, rel=2 * MARGIN)
+    assert least_bytes(first, layout(2, 1)) == pytest.approx(95 / 2, rel=2 * MARGIN)
     assert least_bytes(first, layout(1, 1, attention="blocked")) == pytest.approx(0)
     cases = [(1, 1), (2, 1), (4, 1), (1, 1, 1), (1, 1, 4, "blocked")]
     counts = {layout(*case): count(*case) for case in cases}
