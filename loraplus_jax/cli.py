@@ -384,7 +384,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
 def _search(options: argparse.Namespace, overrides: list[str], settings: Any) -> None:
     """Searches for the fastest layout; settings on the command line stay as they are."""
     from .plan.search import Search
-    from .plan.text import format_plan, format_search, write_search
+    from .plan.text import explain_no_fit, format_plan, format_search, write_search
     from .plan.tpu import tpu_devices
 
     if options.topology is None:
@@ -397,7 +397,7 @@ def _search(options: argparse.Namespace, overrides: list[str], settings: Any) ->
     if search.best is not None and search.best.plan is not None:
         _print(format_plan(search.best.plan, search.best.layout.apply(settings)))
     else:
-        options.code = _report("error: no layout that was compiled fits", 2)
+        options.code = _report(f"error: {explain_no_fit(search)}", 2)
     if options.json is not None:
         write_search(options.json, search, settings, command)
 

@@ -66,6 +66,17 @@ def search_command(search: Search, settings: Settings, command: Sequence[str]) -
     return shlex.join([*command, *search.best.layout.options(settings, search.current)])
 
 
+def explain_no_fit(search: Search) -> str:
+    """Why a search found no layout that fits."""
+    if not search.complete:
+        return "the search was interrupted before a layout was known to fit"
+    least = min(trial.needed for trial in search.trials)
+    return (
+        f"no layout fits: every one needs at least {_size(least)} per device; use a larger topology, a smaller "
+        "data.max_length, or for the weights model.param_dtype bfloat16 or model.quantize"
+    )
+
+
 def write_search(path: Path, search: Search, settings: Settings, command: Sequence[str]) -> None:
     """Writes a search's command, plan and layouts as a JSON object; raises ValueError if the file exists."""
     best = search.best
@@ -92,7 +103,11 @@ def _tried(search: Search) -> list[Trial]:
     """Compiled trials, then one of each kind that was only counted; the fastest first."""
     compiled = [trial for trial in search.trials if trial.plan is not None]
     kinds = {trial.layout.kind for trial in compiled}
-    counted = {t.layout.kind: t for t in search.trials if t.work is not None and t.layout.kind not in kinds}
+    counted = {
+        trial.layout.kind: trial
+        for trial in reversed(search.trials)  # the first of each kind stays
+        if trial.work is not None and trial.layout.kind not in kinds
+    }
     return [
         *sorted(compiled, key=lambda trial: (trial.problem is not None, trial.seconds)),
         *sorted(counted.values(), key=lambda trial: trial.seconds),

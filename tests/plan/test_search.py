@@ -10,7 +10,7 @@ import pytest
 from loraplus_jax.plan import search as module
 from loraplus_jax.plan.plan import Plan, Work, plan_for
 from loraplus_jax.plan.search import MARGIN, SETTINGS, TOO_LARGE, Layout, Search, least_bytes
-from loraplus_jax.plan.text import format_search, search_command
+from loraplus_jax.plan.text import explain_no_fit, format_search, search_command
 from loraplus_jax.plan.tpu import Chip
 from loraplus_jax.settings.parsing import parse_settings
 
@@ -84,6 +84,10 @@ def test_fixed_settings_stay_and_what_cannot_fit_is_out(tmp_path):
     assert {layout[2:3] + layout[4:] for layout in layouts_of(search)} == {(1, "full", "auto", 512)}
     assert {layout.mesh for layout in layouts_of(search)} == {(8, 1, 1), (4, 2, 1), (2, 4, 1), (1, 8, 1)}
     assert {trial.problem for trial in search.trials} == {TOO_LARGE}
+    search.run()
+    assert (search.complete, search.best) == (True, None)
+    least = min(trial.needed for trial in search.trials)
+    assert_mentions(explain_no_fit(search), f"{least / 1e3:.2f} kB")
 
 
 def test_an_encoder_has_no_layouts_of_language_models(tmp_path):
