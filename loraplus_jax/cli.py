@@ -16,7 +16,8 @@ from .atomic import to_json
 
 DTYPES = ("float32", "bfloat16", "float16", "q8_0")
 TRACEBACK = "LORAPLUS_TRACEBACK"
-WITH_SETTINGS, FLAGS = ("train", "sweep", "inspect", "plan"), ("--fresh", "--help", "-h")
+WITH_SETTINGS = ("train", "sweep", "inspect", "plan")
+FLAGS = ("--fresh", "--search", "--help", "-h")
 RUN_HELP = "finished run, adapter directory or merged model"
 PEFT_CONFIG_HELP = "for a PEFT adapter: a training config with the same data and task"
 ALLOW = "--allow_different"
@@ -178,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--fresh", action="store_true")
         command.add_argument(ALLOW, action="append", default=[])
     plan.add_argument("--topology", metavar="NAME", help="TPU topology to compile for, such as v5e:16x16")
+    plan.add_argument("--search", action="store_true", help="search for the fastest layout that fits")
     plan.add_argument("--json", metavar="FILE", type=Path, help="also write the plan to FILE as JSON")
     evaluate = add("eval", _eval, "evaluate a finished run or adapter")
     evaluate.add_argument(
@@ -370,10 +372,34 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.json is not None:
         check_new_file("--json", options.json)
     settings = parse_settings(options.config, overrides)
+    if options.search:
+        _search(options, overrides, settings)
+        return
     plan = make_plan(settings, options.topology)
     _print(format_plan(plan, settings))
     if options.json is not None:
         write_json(options.json, plan, settings)
+
+
+def _search(options: argparse.Namespace, overrides: list[str], settings: Any) -> None:
+    """Searches for the fastest layout; settings on the command line stay as they are."""
+    from .plan.search import Search
+    from .plan.text import explain_no_fit, format_plan, format_search, write_search
+    from .plan.tpu import tpu_devices
+
+    if options.topology is None:
+        raise ValueError("plan --search compares times at a chip's rates; pass --topology, such as v5e:16x16")
+    fixed = {word.partition("=")[0].removeprefix("--") for word in overrides if word.startswith("--")}
+    search = Search(settings, *tpu_devices(options.topology), fixed)
+    search.run(lambda line: print(escape_controls(line), file=sys.stderr, flush=True))
+    command = ["loraplus", "train", str(options.config), *overrides]
+    _print(format_search(search, settings, command))
+    if search.best is not None and search.best.plan is not None:
+        _print(format_plan(search.best.plan, search.best.layout.apply(settings)))
+    else:
+        options.code = _report(f"error: {explain_no_fit(search)}", 2)
+    if options.json is not None:
+        write_search(options.json, search, settings, command)
 
 
 def _show_help(options: argparse.Namespace, kind: type | None = None) -> bool:

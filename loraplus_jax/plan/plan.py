@@ -157,15 +157,25 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
             "--distributed.coordinator null to plan for local devices"
         )
     chip, devices = (None, jax.devices()) if topology is None else tpu_devices(topology)
+    return plan_for(settings, chip, devices)
+
+
+def plan_for(
+    settings: Settings,
+    chip: Chip | None,
+    devices: Sequence[Any],
+    counted: dict[str, Work | None] | None = None,
+) -> Plan:
+    """`make_plan` for given devices, and for the chip that they are if its figures are known.
+
+    `counted` as in `count_work`.
+
+    Raises:
+      ValueError, OSError: settings that training would reject too.
+    """
     mesh = make_mesh(**dataclasses.asdict(settings.mesh), devices=devices)
-    directory = resolve(settings.model.path, "model", files=("config.json",))
-    data = task_module(settings).placeholder_data(settings)
-    base: BaseModel = task_module(settings).make_base(settings, directory, data.task)
-    check_all(
-        lambda: check_mesh(settings, mesh),
-        lambda: check_tensor(mesh, base.tensor_sizes),
-        lambda: check_length(settings, base),
-    )
+    base, data = make_model(settings)
+    check_layout(settings, base, mesh)
     step = plan_step(settings, base, data, mesh)
     start = time.perf_counter()
     program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
@@ -174,7 +184,7 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
     evaluation, evaluation_problem = evaluation_bytes(settings, data, step, mesh)
     theory, theory_problem = theory_bytes(settings, data, step, mesh)
-    work = count_work(settings, base, data, mesh)
+    work = count_work(settings, base, data, mesh, counted)
     communication = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
         model=settings.model.path,
@@ -202,6 +212,26 @@ def make_plan(settings: Settings, topology: str | None = None) -> Plan:
     )
 
 
+def make_model(settings: Settings) -> tuple[BaseModel, TaskData]:
+    """The model without weights, and data of the shapes that it trains on.
+
+    Raises:
+      ValueError, OSError: the model cannot be found or made.
+    """
+    directory = resolve(settings.model.path, "model", files=("config.json",))
+    data = task_module(settings).placeholder_data(settings)
+    return task_module(settings).make_base(settings, directory, data.task), data
+
+
+def check_layout(settings: Settings, base: BaseModel, mesh: Mesh) -> None:
+    """Raises ValueError if the mesh cannot split batch or model, or rows are longer than the model takes."""
+    check_all(
+        lambda: check_mesh(settings, mesh),
+        lambda: check_tensor(mesh, base.tensor_sizes),
+        lambda: check_length(settings, base),
+    )
+
+
 def check_length(settings: Settings, base: BaseModel) -> None:
     """Raises ValueError if data.max_length exceeds the model's limit, as training does when it reads the data."""
     model: Any = base.model
@@ -216,8 +246,16 @@ def layers_of(base: BaseModel) -> int:
     return model.config.num_hidden_layers
 
 
-def count_work(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> Work | None:
+def count_work(
+    settings: Settings,
+    base: BaseModel,
+    data: TaskData,
+    mesh: Mesh,
+    counted: dict[str, Work | None] | None = None,
+) -> Work | None:
     """FLOPs and bytes of a step, from programs with one and with two unrolled layers.
+
+    `counted`, where given, keeps the counts by the text of the program, so that equal programs compile once.
 
     Micro-batches and chunks of the loss are loops too. So one micro-batch is compiled with the loss in one chunk,
     and multiplied; each further chunk of the loss reads the head twice more.
@@ -233,12 +271,19 @@ def count_work(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) 
         tokens = train.batch_size * settings.data.max_length
         small = dataclasses.replace(small, model=dataclasses.replace(settings.model, loss_chunk=tokens))
     steps = [plan_step(small, replace_depth(base, min(n, layers)), data, mesh) for n in (1, 2)]
-    first, second = (_compile_and_count(step, mesh) for step in steps)
+    first, second = (_count_once(step, mesh, {} if counted is None else counted) for step in steps)
     if first is None or second is None:
         return None
     flops = extrapolate_layers(first.flops, second.flops, layers)
     size = extrapolate_layers(first.bytes, second.bytes, layers) + head_bytes(settings, steps[0].parts, mesh)
     return Work(parts * flops, parts * size, second.loops, second.kernels)
+
+
+def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) -> Work | None:
+    text = step.lowered.as_text()
+    if text not in counted:
+        counted[text] = _compile_and_count(step, mesh)
+    return counted[text]
 
 
 def _compile_and_count(step: LoweredStep, mesh: Mesh) -> Work | None:

@@ -19,10 +19,10 @@ from ..training.setup import (
     add_adapters,
     batch_shapes,
     count_steps,
-    lower_step,
     state_shapes,
     state_shardings,
     task_module,
+    trace_step,
 )
 from ..training.theory_metrics import count_rows, lower_theory
 
@@ -36,6 +36,7 @@ class LoweredStep(NamedTuple):
     Attributes:
       parts: the model, with shapes for all values.
       state: shapes of the training state.
+      jaxpr: the traced step.
       lowered: the lowered step.
       held: the step's inputs by purpose: trees of shapes and of shardings.
       places: shardings of the state and the frozen variables.
@@ -43,6 +44,7 @@ class LoweredStep(NamedTuple):
 
     parts: AdaptedModel
     state: TrainState
+    jaxpr: Any
     lowered: jax.stages.Lowered
     held: dict[str, tuple[Any, Any]]
     places: Shardings
@@ -64,8 +66,8 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
         "optimizer": (state.opt_state, shardings.state.opt_state),
         "batch": (batch, jax.tree.map(lambda _: batch_sharding(mesh), batch)),
     }
-    lowered = lower_step(settings, data, parts, tx, mesh, shardings)
-    return LoweredStep(parts, state, lowered, held, shardings)
+    traced = trace_step(settings, data, parts, tx, mesh, shardings)
+    return LoweredStep(parts, state, traced.jaxpr, traced.lower(), held, shardings)
 
 
 def evaluation_bytes(

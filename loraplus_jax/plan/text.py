@@ -1,6 +1,7 @@
 """Renders a plan as text: tables, whether it fits, and what to change."""
 
 import math
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..atomic import to_json, write_text
 from ..settings.schema import Settings
 from .hlo import Collective
 from .plan import Plan
+from .search import MARGIN, Search, Trial
 
 LARGEST_SHOWN, REDUCTIONS = 5, 3
 """Number of collectives listed separately: the largest of all, and further reductions."""
@@ -35,6 +37,121 @@ def write_json(path: Path, plan: Plan, settings: Settings) -> None:
     """Writes the plan and its advice as a JSON object; raises ValueError if the file exists."""
     content = plan.to_json() | {"advice": [] if plan.fits else advice(plan, settings)}
     write_text(path, to_json(content, indent=1) + "\n", new=True)
+
+
+def format_search(search: Search, settings: Settings, command: Sequence[str]) -> str:
+    """The layouts that a search counted or compiled, those it skipped, and the command of the fastest that fits."""
+    times = tuple(f"{name}, ms" for name in BOUND_NAMES.values())
+    rows = [("data x fsdp x tensor", *_LAYOUT, "memory", *times, "roofline, s", "")]
+    rows += [_trial_row(search, trial) for trial in _tried(search)]
+    lines = [_table(rows), "", *_skipped(search)]
+    start, best = search.start, search.best
+    if search.rejected is not None:
+        lines.append(f"training rejects the settings as they are: {search.rejected}")
+    if best is not None:
+        lines.append(f"fastest layout that fits: {best.seconds:.3f} s per step")
+        if start is not None and start.plan is not None:
+            lines[-1] += f", {best.seconds / start.seconds:.2f} x that of the settings as they are"
+        lines += ["", search_command(search, settings, command), ""]
+    return "\n".join(lines)
+
+
+_LAYOUT = ("micro-batches", "remat", "attention", "loss chunk")
+
+
+def search_command(search: Search, settings: Settings, command: Sequence[str]) -> str | None:
+    """The command line that trains with the fastest layout; None if none fits."""
+    if search.best is None:
+        return None
+    return shlex.join([*command, *search.best.layout.options(settings, search.current)])
+
+
+def explain_no_fit(search: Search) -> str:
+    """Why a search found no layout that fits."""
+    if not search.complete:
+        return "the search was interrupted before a layout was known to fit"
+    least = min(trial.needed for trial in search.trials)
+    return (
+        f"no layout fits: every one needs at least {_size(least)} per device; use a larger topology, a smaller "
+        "data.max_length, or for the weights model.param_dtype bfloat16 or model.quantize"
+    )
+
+
+def write_search(path: Path, search: Search, settings: Settings, command: Sequence[str]) -> None:
+    """Writes a search's command, plan and layouts as a JSON object; raises ValueError if the file exists."""
+    best = search.best
+    plan = None if best is None or best.plan is None else best.plan.to_json()
+    layouts = [
+        trial.layout._asdict()
+        | {"needed": trial.needed, "times": trial.times, "seconds": trial.seconds, "problem": trial.problem}
+        | {"counted": trial.work is not None, "compiled": trial.plan is not None}
+        for trial in search.trials
+    ]
+    content = {
+        "command": search_command(search, settings, command),
+        "complete": search.complete,
+        "rejected": search.rejected,
+        "current": search.current._asdict(),
+        "best": None if best is None else best.layout._asdict(),
+        "plan": plan,
+        "layouts": layouts,
+    }
+    write_text(path, to_json(content, indent=1) + "\n", new=True)
+
+
+def _tried(search: Search) -> list[Trial]:
+    """Compiled trials, then one of each kind that was only counted; the fastest first."""
+    compiled = [trial for trial in search.trials if trial.plan is not None]
+    kinds = {trial.layout.kind for trial in compiled}
+    counted = {
+        trial.layout.kind: trial
+        for trial in reversed(search.trials)  # the first of each kind stays
+        if trial.work is not None and trial.layout.kind not in kinds
+    }
+    return [
+        *sorted(compiled, key=lambda trial: (trial.problem is not None, trial.seconds)),
+        *sorted(counted.values(), key=lambda trial: trial.seconds),
+    ]
+
+
+def _trial_row(search: Search, trial: Trial) -> tuple[str, ...]:
+    layout = trial.layout
+    result = "counted" if trial.plan is None else trial.problem or "fits"
+    if trial is search.best:
+        result += ", fastest"
+    elif layout == search.current:
+        result += ", the settings as they are"
+    if trial.work is not None and trial.work.loops:
+        result += ", bytes too low"
+    at_least = "" if trial.plan is not None else "> "
+    return (
+        " x ".join(map(str, layout.mesh)),
+        *map(str, (layout.accumulate, layout.remat, layout.attention, layout.loss_chunk)),
+        at_least + _size(trial.needed),
+        *(f"{1e3 * seconds:.1f}" for seconds in trial.times.values()),
+        f"{trial.seconds:.3f}",
+        result,
+    )
+
+
+def _skipped(search: Search) -> list[str]:
+    """How many layouts were not compiled, and why."""
+    left = [trial for trial in search.trials if trial.plan is None]
+    problems = Counter(trial.problem for trial in left if trial.problem is not None)
+    lines = [f"{number:,} of {len(search.trials):,} layouts: {name}" for name, number in problems.items()]
+    slower = [trial for trial in left if trial.problem is None]
+    if not slower:
+        return lines
+    bound = min(trial.seconds for trial in slower)
+    reason = (
+        f"cannot be faster by more than {100 * MARGIN:.0f} %"
+        if search.complete
+        else "not compiled, as the search was interrupted"
+    )
+    return [
+        *lines,
+        f"{len(slower):,} of {len(search.trials):,} layouts: {reason} (at least {bound:.3f} s)",
+    ]
 
 
 def _heading(plan: Plan) -> str:

@@ -28,6 +28,8 @@ _COMMAND_OPTIONS: Mapping[str, Mapping[str, str]] = {
     "sweep": _RUN_OPTIONS,
     "plan": {
         "--topology NAME": "TPU topology to compile for, such as v5e:16x16",
+        "--search": "search for mesh, micro-batches, remat, attention and loss chunk of the fastest step that "
+        "fits, and print the command; settings on the command line stay fixed; requires --topology",
         "--json FILE": "also write the plan to FILE as JSON; FILE must not exist",
     },
 }

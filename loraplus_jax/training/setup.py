@@ -357,21 +357,21 @@ def compile_programs(
         theory = lower_theory(losses.train, parts.specs, state, parts.frozen, rows, **layout).compile()
     options = compiler_options(mesh, unrolled=settings.model.unroll)
     return Programs(
-        lower_step(settings, data, parts, tx, mesh, shardings).compile(options),
+        trace_step(settings, data, parts, tx, mesh, shardings).lower().compile(options),
         evaluate.lower(state.trainable, parts.frozen, batch).compile(),
         theory,
     )
 
 
-def lower_step(
+def trace_step(
     settings: Settings,
     data: TaskData,
     parts: AdaptedModel,
     tx: LoRAPlusTransform,
     mesh: Mesh,
     shardings: Shardings,
-) -> jax.stages.Lowered:
-    """Lowers the training step; only the shapes of the data's columns matter."""
+) -> jax.stages.Traced:
+    """Traces the training step; only the shapes of the data's columns matter."""
     losses: Losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
     step = jit_step(
         losses.train,
@@ -382,7 +382,7 @@ def lower_step(
         skip_nonfinite=True,
     )
     batch = batch_shapes(data.splits["train"], settings.train.batch_size)
-    return step.lower(state_shapes(parts, tx), parts.frozen, batch)
+    return step.trace(state_shapes(parts, tx), parts.frozen, batch)
 
 
 def batch_shapes(columns: Batch, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -57,6 +57,8 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
         ),
         (["--model.path", "nowhere"], ["model", "'nowhere'"]),
         (["--topologie", "v5e:4x4"], ["--topologie"]),
+        (["--search"], ["--search", "--topology"]),
+        (["--search", "3", "--topology=v5e:2x2"], ["'3'"]),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
@@ -72,14 +74,14 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
         ("train", ["--fresh"]),
         ("sweep", ["--fresh"]),
         ("inspect", []),
-        ("plan", ["--topology NAME", "--json FILE"]),
+        ("plan", ["--topology NAME", "--search", "--json FILE"]),
     ],
 )
 def test_help_shows_the_options_of_its_command(capsys, command, options):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
     usage = " ".join(text.partition("\n\n")[0].split())
-    ours = ["--fresh", "--topology NAME", "--json FILE"]
+    ours = ["--fresh", "--topology NAME", "--search", "--json FILE"]
     assert usage.startswith(f"usage: loraplus {command} CONFIG [--section.field VALUE ...]")
     assert [option for option in ours if f"[{option}]" in usage] == options
     assert all(f"  {option}\n" in text for option in options)
