@@ -97,10 +97,10 @@ def program(settings):
     """The training step that is given to the compiler."""
 
     def ending(*args, **options):
-        def lower(*shapes):
+        def trace(*shapes):
             raise Found(jit_step(*args, **options).lower(*shapes).as_text())
 
-        return SimpleNamespace(lower=lower)
+        return SimpleNamespace(trace=trace)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "jit_step", ending)
