@@ -238,7 +238,8 @@ class Search:
     def _next(self) -> Trial | None:
         """First that of the settings' own layout, then the one with the smallest bound that may beat the best.
 
-        A counted layout that is about as fast comes before it: if it fits, it ends the search.
+        A counted layout that is about as fast comes before it, that of the smallest memory first: if it fits and
+        its communication takes no longer, it ends the search.
         """
         limit = math.inf if self.best is None else (1 - MARGIN) * self.best.seconds
         left = [trial for trial in self.trials if trial.plan is None and trial.problem is None]
@@ -248,7 +249,7 @@ class Search:
         least = min((trial.seconds for trial in left), default=0.0)
         near = [t for t in left if t.work is not None and (1 - MARGIN) * t.seconds <= least]
         if near:
-            return min(near, key=lambda trial: sum(trial.times.values()))
+            return min(near, key=lambda trial: trial.needed)
         return min(left, key=lambda trial: trial.seconds, default=None)
 
     def _count(self, trial: Trial) -> None:
