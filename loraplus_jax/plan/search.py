@@ -236,12 +236,21 @@ class Search:
         report(f"{'compiled' if is_counted else 'counted'} {describe(trial)}")
 
     def _next(self) -> Trial | None:
-        """First that of the settings' own layout, then the one with the smallest bound that may beat the best."""
+        """First that of the settings' own layout, then the one with the smallest bound that may beat the best.
+
+        A counted layout that is about as fast comes before it, that of the smallest memory first: if it fits and
+        its communication takes no longer, it ends the search.
+        """
         limit = math.inf if self.best is None else (1 - MARGIN) * self.best.seconds
         left = [trial for trial in self.trials if trial.plan is None and trial.problem is None]
         if self.start in left:
             return self.start
-        return min((t for t in left if t.seconds < limit), key=lambda trial: trial.seconds, default=None)
+        left = [trial for trial in left if trial.seconds < limit]
+        least = min((trial.seconds for trial in left), default=0.0)
+        near = [t for t in left if t.work is not None and (1 - MARGIN) * t.seconds <= least]
+        if near:
+            return min(near, key=lambda trial: trial.needed)
+        return min(left, key=lambda trial: trial.seconds, default=None)
 
     def _count(self, trial: Trial) -> None:
         """Counts the work of a trial and of those of its kind, for the one that needs least of them."""
@@ -298,6 +307,8 @@ class Search:
     def _layouts(self, fixed: Collection[str]) -> Iterator[Layout]:
         """The settings' own layout, and all others of the devices that keep the fixed fields."""
         settings, current, count = self._settings, self.current, len(self._devices)
+        # "auto" is one of the others.
+        attentions = dict.fromkeys([current.attention, *(n for n in get_args(Attention) if n != "auto")])
         choices = {
             field: [getattr(current, field)] if field in fixed else values
             for field, values in {
@@ -306,7 +317,7 @@ class Search:
                 "tensor": _divisors(count),
                 "accumulate": _divisors(settings.train.batch_size),
                 "remat": get_args(Remat) if settings.is_language else [current.remat],
-                "attention": get_args(Attention) if settings.is_language else [current.attention],
+                "attention": attentions if settings.is_language else [current.attention],
             }.items()
         }
         meshes = [current.mesh]

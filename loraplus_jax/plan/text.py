@@ -41,8 +41,8 @@ def write_json(path: Path, plan: Plan, settings: Settings) -> None:
 
 def format_search(search: Search, settings: Settings, command: Sequence[str]) -> str:
     """The layouts that a search counted or compiled, those it skipped, and the command of the fastest that fits."""
-    times = tuple(f"{name}, ms" for name in BOUND_NAMES.values())
-    rows = [("data x fsdp x tensor", *_LAYOUT, "memory", *times, "roofline, s", "")]
+    times = tuple(f"{name}, ms" for name in BOUND_NAMES)
+    rows = [("data x fsdp x tensor", *_LAYOUT, "needed", *times, "s", "")]
     rows += [_trial_row(search, trial) for trial in _tried(search)]
     lines = [_table(rows), "", *_skipped(search)]
     start, best = search.start, search.best

@@ -163,12 +163,6 @@ def test_no_layout_is_faster_than_the_one_that_is_found(fake_search, all_layouts
     search, compiled, plan_of = fake_search(seed)
     search.run()
     number = len(compiled)
-    print(
-        "COMPILED",
-        number,
-        [t.problem for t in search.trials if t.plan].count(None),
-        sum(t.work is not None for t in search.trials),
-    )
     assert search.complete
     assert compiled[0] == search.current
     plans = [plan_of(layout) for layout in layouts_of(search)]
