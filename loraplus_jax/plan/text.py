@@ -27,7 +27,7 @@ _BOUNDS = {"compute": "compute-bound", "memory": "HBM-bound", "network": "networ
 def format_plan(plan: Plan, settings: Settings) -> str:
     """The full text of a plan, for the console."""
     tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
-    parts = [_heading(plan), _memory(plan), _verdict(plan), *tips, "", _work(plan)]
+    parts = [_heading(plan), _memory(plan), _verdict(plan, settings), *tips, "", _work(plan)]
     return "\n".join(
         [*parts, *_communication(plan), *_weight_traffic(plan, settings), *_weight_reductions(plan)]
     )
@@ -179,11 +179,17 @@ def _memory(plan: Plan) -> str:
     return _table(rows)
 
 
-def _verdict(plan: Plan) -> str:
-    missing = "; evaluation is not counted, as the number of choices per question depends on the data"
+_UNCOUNTED = {
+    "multiple_choice": "; evaluation is not counted, as the number of choices per question depends on the data",
+    "generation": "; the beam search of an evaluation is not counted",
+}
+"""What a plan leaves out, by task."""
+
+
+def _verdict(plan: Plan, settings: Settings) -> str:
     if plan.fits:
-        rest = missing if plan.evaluation is None else ""
-        return f"fits: {100 * plan.most / plan.room:.0f} % of the available memory{rest}"
+        left_out = _UNCOUNTED.get(settings.task, "")
+        return f"fits: {100 * plan.most / plan.room:.0f} % of the available memory{left_out}"
     if plan.problem is None:
         return f"does not fit: {_size(plan.most - plan.room)} more than available"
     return f"does not fit; compiler message: {plan.problem:.300}"

@@ -73,4 +73,10 @@ def test_evaluation_of_choices_is_reported_as_not_counted(planned):
     base, data = parts_of(choices, Path(settings.model.path))
     mesh = make_mesh()
     assert evaluation_bytes(choices, data, plan_step(choices, base, data, mesh), mesh) == (None, None)
-    assert "evaluation is not counted" in format_plan(fake(plan, evaluation=None), settings)
+    assert "evaluation is not counted" in format_plan(fake(plan, evaluation=None), choices)
+
+
+def test_the_beam_search_is_reported_as_not_counted(planned):
+    plan, settings = planned
+    assert "not counted" not in format_plan(plan, settings)
+    assert "beam search" in format_plan(plan, dataclasses.replace(settings, task="generation"))
