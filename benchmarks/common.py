@@ -37,13 +37,25 @@ def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Device and versions."""
+    """Device, processor and versions."""
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
+
+
+def processor() -> str:
+    """Its name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def version(name: str) -> str:
