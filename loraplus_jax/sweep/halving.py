@@ -67,6 +67,16 @@ def curve_every(eval_every: int, steps: int, points: int) -> int:
     return min(eval_every, math.ceil(steps / points))
 
 
+def curve_steps(eval_every: int, steps: int, points: int) -> list[int]:
+    """Steps at which a report run is evaluated on the test split; the last evaluation is also its result.
+
+    >>> curve_steps(50, 300, 5)
+    [0, 50, 100, 150, 200, 250, 300]
+    """
+    every = curve_every(eval_every, steps, points)
+    return [*range(0, steps, every), steps]
+
+
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
     """The best `keep` share of each arm's settings, at least one, in input order.
 
@@ -125,21 +135,18 @@ def member_steps(counts: Sequence[int], stops: Sequence[int]) -> int:
     return sum(count * length for count, length in zip(counts, lengths, strict=True))
 
 
-def planned_member_steps(
-    trials: Sequence[Trial], seeds: int, stops: Sequence[int], keep: float, report_steps: int
-) -> int:
-    """Training steps of a whole sweep if nothing diverges.
+def planned_members(trials: Sequence[Trial], seeds: int, stops: Sequence[int], keep: float) -> list[int]:
+    """Members that train up to each stop, and are evaluated there, if nothing diverges.
 
     Args:
       trials: settings of the search.
       seeds: seeds of the search.
       stops: steps after which settings are compared.
       keep: share of each method's settings that is kept.
-      report_steps: steps of all members of the report.
     """
     remaining, counts = list(trials), []
     for _ in stops:
         counts.append(len(remaining) * seeds)
         # Which of them go on does not matter here, only how many.
         _, remaining = split_at_rung({trial: float(n) for n, trial in enumerate(remaining)}, keep)
-    return member_steps(counts, stops) + report_steps
+    return counts

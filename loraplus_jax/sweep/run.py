@@ -46,8 +46,10 @@ from .halving import (
     best_trial,
     comparison_steps,
     curve_every,
+    curve_steps,
     mean_losses,
-    planned_member_steps,
+    member_steps,
+    planned_members,
     split_at_rung,
 )
 from .population import Members, Population, prepare_population
@@ -138,7 +140,7 @@ def _sweep(
     capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
     population = prepare_population(run, capacity, at_once)
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
-        write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
+        write_text(directory / MEMBERS_FILE, f"{population.programs.at_once}\n")
         with open_manager(directory / CHECKPOINTS, keep=run.train.keep) as manager:
             sweep = kind(population, capacity, directory, manager, console, started, check, allow_different)
             return sweep.run_to_end()
@@ -212,13 +214,9 @@ class Sweep:
     def print_estimate(self, seconds: float) -> None:
         """Prints how long training will take, from the seconds of one step of all members of the search."""
         run, steps = self.run, self.population.steps
-        total = planned_member_steps(
-            run.trials,
-            len(run.seeds),
-            comparison_steps(run.sweep, steps),
-            run.sweep.keep,
-            len(run.arms) * len(run.report_seeds) * steps,
-        )
+        stops = comparison_steps(run.sweep, steps)
+        total = member_steps(planned_members(run.trials, len(run.seeds), stops, run.sweep.keep), stops)
+        total += len(run.arms) * len(run.report_seeds) * steps
         minutes = total * seconds / len(self.entries) / 60
         bound = "at most" if run.sweep.interim_seeds else "about"
         self.console.print(f"{bound} {minutes:.0f} minutes for {total:,} training steps, plus evaluations")
@@ -301,12 +299,11 @@ class Sweep:
         """Remaining steps of the stage at which its members are evaluated."""
         if self.stage == "search" and len(self.chosen) == len(self.run.searched):
             return []
-        steps = self.population.steps
-        every = curve_every(self.run.train.eval_every, steps, self.run.sweep.curve_points)
+        sweep, steps = self.run.sweep, self.population.steps
         stops = (
-            comparison_steps(self.run.sweep, steps)
+            comparison_steps(sweep, steps)
             if self.stage == "search"
-            else [*range(every, steps, every), steps]
+            else curve_steps(self.run.train.eval_every, steps, sweep.curve_points)
         )
         return [stop for stop in stops if stop > self.step]
 
@@ -323,7 +320,7 @@ class Sweep:
     def record(self, split: str) -> None:
         """Evaluates on a split and records the rows; stops members with a non-finite loss."""
         rows = self.population.data.splits[split]
-        results = self.slots.evaluate(rows, self.run.train.eval_batch_size)
+        results = self.slots.evaluate(rows)
         for number, values in results.items():
             arm, trial, seed = self.entries[number]
             finite = math.isfinite(values["loss"])

@@ -10,11 +10,8 @@ Each interval is Student's, exact if the differences are normal. Light tails mak
 uniform differences and analyses after 3, 5 and 8 seeds, 6.6 % of simulated reports find a difference.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from .settings import SweepRun
-from .statistics import CONFIDENCE, lower_loss_arm
+from .statistics import CONFIDENCE, RunRow, lower_loss_arm
 
 
 def interval_confidence(analyses: int) -> float:
@@ -32,7 +29,7 @@ def seed_groups(run: SweepRun) -> list[tuple[int, ...]]:
     return [run.report_seeds[start:end] for start, end in zip((0, *ends), ends, strict=False)]
 
 
-def reason_to_end(run: SweepRun, comparison: Mapping[str, Any]) -> str | None:
+def reason_to_end(run: SweepRun, comparison: RunRow) -> str | None:
     """`"decided"` or `"all_seeds"`; None if the report continues with the next group of seeds.
 
     Args:

@@ -109,7 +109,7 @@ class SweepSettings:
     seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
     report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
     interim_seeds: Annotated[tuple[Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)], ...], Distinct] = ()
-    curve_points: Count = 10
+    curve_points: Count = 5
     control: Switch = True
     rungs: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] = (0.125,)
     keep: Fraction = 0.125

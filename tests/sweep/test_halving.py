@@ -10,7 +10,7 @@ from loraplus_jax.sweep.halving import (
     comparison_steps,
     mean_losses,
     member_steps,
-    planned_member_steps,
+    planned_members,
     split_at_rung,
     survivors,
 )
@@ -136,7 +136,8 @@ def test_more_members_at_once_only_while_it_pays():
 
 
 def test_the_plan_of_a_sweep_counts_as_it_trains():
-    # 8 settings of two methods to step 4, 2 of each to 16, and 6 members of the report for 16 steps.
+    # 8 settings of two methods to step 4, 2 of each to 16.
     trials = [Trial(10.0**-n, ratio, 16.0, 8) for ratio in (1.0, 4.0) for n in range(4)]
-    assert planned_member_steps(trials, 1, [4, 16], 0.5, 6 * 16) == 8 * 4 + 4 * 12 + 96
-    assert planned_member_steps(trials, 2, [16], 0.5, 0) == 2 * 8 * 16
+    assert planned_members(trials, 1, [4, 16], 0.5) == [8, 4]
+    assert member_steps([8, 4], [4, 16]) == 8 * 4 + 4 * 12
+    assert planned_members(trials, 2, [16], 0.5) == [16]

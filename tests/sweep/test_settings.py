@@ -69,7 +69,7 @@ EFFECTS = [
     ("seeds", "[3,4]", lambda run: run.seeds, ()),
     ("report_seeds", "4", lambda run: run.report_seeds, ()),
     ("interim_seeds", "[2]", seed_groups, ()),
-    ("curve_points", "5", lambda run: curve_every(100, 300, run.sweep.curve_points), ()),
+    ("curve_points", "10", lambda run: curve_every(100, 300, run.sweep.curve_points), ()),
     ("control", "false", lambda run: run.arms, ()),
     ("rungs", "[0.5]", stops, ()),
     ("keep", "0.5", kept, ()),
