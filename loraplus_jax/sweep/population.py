@@ -401,10 +401,9 @@ def largest_eval_batch(size: int, rows: Sequence[int], room: int, temporary: Cal
     def computed(examples: int) -> int:
         return sum(-(-count // examples) * examples for count in rows)
 
-    fits = [
-        size << n for n in range(max(room // temporary(size), 1).bit_length()) if size << n < 2 * max(rows)
-    ]
-    best = min(fits or [size], key=lambda examples: (computed(examples), -examples))
+    doublings = max(room // max(temporary(size), 1), 1).bit_length()
+    fits = [size, *(size << n for n in range(1, doublings) if size << n < 2 * max(rows))]
+    best = min(fits, key=lambda examples: (computed(examples), -examples))
     return best if best == size or temporary(best) <= room else size
 
 

@@ -232,7 +232,8 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
     assert temporary[0] <= temporary[1]
     assert programs.eval_batch_size > 4
     # Few members have a program of few slots, the one that was measured.
-    assert [population.programs_for(count).chunk for count in (8, 5, 4, 3, 2, 1)] == [4, 4, 4, 4, 2, 1]
+    assert [population.programs_for(count).at_once for count in (8, 5, 4, 3, 2, 1)] == [4, 4, 4, 4, 2, 1]
+    assert asked == [1, 2, 4, 8]
     assert population.programs_for(2) is population.programs_for(2)
     # Members on zeros have no finite loss; they would stop, and cost nothing, before the last timed call.
     recorded = Recorded(population.programs_for(2).step)
@@ -250,6 +251,6 @@ def test_neither_the_evaluation_batch_nor_the_slots_change_a_loss(home, members,
     before = other.evaluate(split)
     assert all(abs(before[n]["loss"] - expected[n]["loss"]) <= 1e-5 for n in some)
     other.compact([1])
-    assert (other.chunk, other.slots) == (1, [1])
+    assert (other.programs.at_once, other.member_ids) == (1, [1])
     after = other.evaluate(split)
     assert abs(after[1]["loss"] - before[1]["loss"]) <= 1e-6
