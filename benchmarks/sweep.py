@@ -58,7 +58,7 @@ SMALL = (
 )
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},
-    "ten points on the curves": {"curve_points": 10},
+    "eleven evaluations on each curve": {"curve_points": 10},
     "the last choice at a quarter of the steps": {"rungs": (0.125, 0.25), "keep": 0.25},
     "the choice at an eighth of the steps": {"keep": 0.0625},
 }
@@ -214,7 +214,7 @@ def sweep_count(
     validation, test = (-(-examples[name] // run.train.eval_batch_size) for name in ("validation", "test"))
     stops = comparison_steps(sweep, steps)
     searched = planned_members(run.trials, len(run.seeds), stops, sweep.keep)
-    points = len(curve_steps(run.train.eval_every, steps, sweep.curve_points))
+    points = len(curve_steps(steps, sweep.curve_points))
     return Count(
         member_steps(searched, stops) + members * steps,
         sum(searched) * validation + members * points * test,

@@ -9,6 +9,8 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from .settings import SweepSettings, Trial
 
 
@@ -58,23 +60,18 @@ def rung_step(share: float, steps: int) -> int:
     return max(1, math.ceil(share * steps))
 
 
-def curve_every(eval_every: int, steps: int, points: int) -> int:
-    """Steps between evaluations on the test split in the report stage; there are at least `points`.
-
-    >>> curve_every(50, 300, 10), curve_every(20, 300, 10)
-    (30, 20)
-    """
-    return min(eval_every, math.ceil(steps / points))
-
-
-def curve_steps(eval_every: int, steps: int, points: int) -> list[int]:
+def curve_steps(steps: int, points: int) -> list[int]:
     """Steps at which a report run is evaluated on the test split; the last evaluation is also its result.
 
-    >>> curve_steps(50, 300, 5)
-    [0, 50, 100, 150, 200, 250, 300]
+    Beside step 0, one of `points` is at a quarter of the steps and the others are spread over the second half: a
+    method needs more than half of the steps to the other's final loss unless it is twice as fast.
+
+    >>> curve_steps(300, 7), curve_steps(300, 2), curve_steps(300, 1)
+    ([0, 75, 150, 180, 210, 240, 270, 300], [0, 150, 300], [0, 300])
     """
-    every = curve_every(eval_every, steps, points)
-    return [*range(0, steps, every), steps]
+    early = [0.25] if points > 2 else []
+    late = np.linspace(0.5, 1, points - len(early)) if points > 1 else [1.0]
+    return sorted({0, *(round(share * steps) for share in (*early, *late))})
 
 
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:

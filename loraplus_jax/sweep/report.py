@@ -36,7 +36,7 @@ def make_report(
     chosen: Mapping[str, Trial],
     steps: int,
     metric: str,
-    curve: Mapping[str, int],
+    curve: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All numbers of a sweep as plain JSON values; a non-finite loss is null.
 
@@ -46,7 +46,7 @@ def make_report(
       chosen: maps an arm to its selected setting, once there is one.
       steps: optimizer steps of a full run.
       metric: name of the task's metric.
-      curve: `curve_every` and `test_rows`: steps between test evaluations in the report stage, and their rows.
+      curve: `curve_steps` and `test_rows`: steps of the test evaluations in the report stage, and their rows.
     """
     runs = report_runs(rows, steps, run.sweep.target)
     report: dict[str, Any] = {

@@ -45,7 +45,6 @@ from .figures import draw_figures
 from .halving import (
     best_trial,
     comparison_steps,
-    curve_every,
     curve_steps,
     mean_losses,
     member_steps,
@@ -303,7 +302,7 @@ class Sweep:
         stops = (
             comparison_steps(sweep, steps)
             if self.stage == "search"
-            else curve_steps(self.run.train.eval_every, steps, sweep.curve_points)
+            else curve_steps(steps, sweep.curve_points)
         )
         return [stop for stop in stops if stop > self.step]
 
@@ -395,9 +394,7 @@ class Sweep:
         """The report of all results so far."""
         metric = self.population.data.task.metric
         curve = {
-            "curve_every": curve_every(
-                self.run.train.eval_every, self.population.steps, self.run.sweep.curve_points
-            ),
+            "curve_steps": curve_steps(self.population.steps, self.run.sweep.curve_points),
             "test_rows": len(next(iter(self.population.data.splits["test"].values()))),
         }
         return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)

@@ -83,8 +83,8 @@ class SweepSettings:
       interim_seeds: numbers of report seeds, in increasing order, after which the report may end early: if the
         interval of the difference in test loss excludes zero; with K analyses, the last one included, all intervals
         have confidence 1 - 0.05 / K instead of 95 %.
-      curve_points: minimum number of test evaluations of each report run after the one before its first step; steps
-        to the target are interpolated linearly between them.
+      curve_points: test evaluations of each report run after the one before its first step: one at a quarter of the
+        steps, the others spread over the second half; steps to the target are interpolated linearly between them.
       control: also compare a control: plain LoRA with alpha x lambda at the selected LoRA+ learning rate.
       rungs: fractions of the training steps after which halving drops settings, in increasing order.
       keep: fraction of each method's settings that halving keeps at a rung, at least one; if only one remains, it
@@ -109,7 +109,7 @@ class SweepSettings:
     seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
     report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
     interim_seeds: Annotated[tuple[Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)], ...], Distinct] = ()
-    curve_points: Count = 5
+    curve_points: Count = 7
     control: Switch = True
     rungs: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] = (0.125,)
     keep: Fraction = 0.125

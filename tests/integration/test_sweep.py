@@ -81,11 +81,11 @@ def test_output_files_of_a_sweep(swept):
     assert [(run["arm"], run["seed"]) for run in report["runs"]] == [
         (arm, seed) for arm in ("lora", "lora_plus", "control") for seed in (1, 2)
     ]
-    assert all([step for step, _ in run["curve"]] == [*range(0, 17, 4)] for run in report["runs"])
-    # Each member is evaluated once at a step: 8 and 4 in the search, 6 at five steps of the report.
+    assert all([step for step, _ in run["curve"]] == [0, 4, 8, 10, 11, 13, 14, 16] for run in report["runs"])
+    # Each member is evaluated once at a step: 8 and 4 in the search, 6 at eight steps of the report.
     rows = [json.loads(line) for line in (swept / "metrics.jsonl").read_text().splitlines()]
     keys = {(row["stage"], row["arm"], *row["trial"], row["seed"], row["step"]) for row in rows}
-    assert len(rows) == len(keys) == 8 + 4 + 6 * 5
+    assert len(rows) == len(keys) == 8 + 4 + 6 * 8
     assert all(run["test"]["loss"] == run["curve"][-1][1] for run in report["runs"])
     for arm in ("lora", "lora_plus"):
         last = [row for row in report["search"] if row["step"] == 16 and row["arm"] == arm]

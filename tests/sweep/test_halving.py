@@ -8,6 +8,7 @@ from loraplus_jax.sweep.halving import (
     best_trial,
     check_rungs,
     comparison_steps,
+    curve_steps,
     mean_losses,
     member_steps,
     planned_members,
@@ -72,6 +73,13 @@ def test_stops():
     assert comparison_steps(SweepSettings(), 300) == [38, 300]
     assert comparison_steps(SweepSettings(method="grid"), 300) == [300]
     assert comparison_steps(SweepSettings(rungs=(0.001, 0.002)), 10) == [1, 10]
+
+
+def test_a_curve_is_dense_where_the_target_is_reached():
+    assert curve_steps(120, 7) == [0, 30, 60, 72, 84, 96, 108, 120]
+    assert curve_steps(16, 7) == [0, 4, 8, 10, 11, 13, 14, 16]
+    assert curve_steps(12, 3) == [0, 3, 6, 12]
+    assert curve_steps(1, 7) == [0, 1]
 
 
 def test_rungs_within_the_warm_up_are_rejected():

@@ -7,7 +7,7 @@ import yaml
 
 from loraplus_jax.cli import main
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sweep.halving import comparison_steps, curve_every, survivors
+from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
 from loraplus_jax.sweep.methods import method_run
 from loraplus_jax.sweep.run import ignored_fields
 from loraplus_jax.sweep.sequential import seed_groups
@@ -69,7 +69,7 @@ EFFECTS = [
     ("seeds", "[3,4]", lambda run: run.seeds, ()),
     ("report_seeds", "4", lambda run: run.report_seeds, ()),
     ("interim_seeds", "[2]", seed_groups, ()),
-    ("curve_points", "10", lambda run: curve_every(100, 300, run.sweep.curve_points), ()),
+    ("curve_points", "10", lambda run: curve_steps(300, run.sweep.curve_points), ()),
     ("control", "false", lambda run: run.arms, ()),
     ("rungs", "[0.5]", stops, ()),
     ("keep", "0.5", kept, ()),
