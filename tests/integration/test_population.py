@@ -246,8 +246,8 @@ def test_neither_the_evaluation_batch_nor_the_slots_change_a_loss(home, members,
     expected = members.evaluate(split)
     monkeypatch.setattr(populations, "skips_measurement", lambda device: False)
     some = {n: entry for n, entry in ENTRIES.items() if n != DIVERGES}
-    other = taken(swept(home), some, 100, at_once=4)
-    assert other.programs.eval_batch_size != members.programs.eval_batch_size
+    other = taken(swept(home, "--train.eval_batch_size", "5"), some, 100, at_once=4)
+    assert other.programs.eval_batch_size != members.programs.eval_batch_size == 16
     before = other.evaluate(split)
     assert all(abs(before[n]["loss"] - expected[n]["loss"]) <= 1e-5 for n in some)
     other.compact([1])
