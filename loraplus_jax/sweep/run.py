@@ -196,10 +196,14 @@ class Sweep:
         while stops := self.stops():
             stop = stops[0]
             while self.step < stop:
+                batches = self.next_batches()
+                # Dispatch runs ahead of the devices; a signal would wait for all steps up to the stop.
+                jax.block_until_ready(self.slots.chunks)
                 began = time.perf_counter()
-                self.slots.step(self.next_batches())
+                self.slots.step(batches)
                 self.step, self.clock = self.step + 1, self.clock + 1
                 if self.stage == "search" and self.step == TIMED_STEP:
+                    jax.block_until_ready(self.slots.chunks)
                     self.print_estimate(time.perf_counter() - began)
                 should_save = self.step % self.run.train.eval_every == 0 or signal.received is not None
                 if should_save and self.step < stop:

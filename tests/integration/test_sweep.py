@@ -222,7 +222,14 @@ def test_a_report_in_groups_trains_the_same_runs_and_resumes_in_each(world, swep
     assert_mentions(capsys.readouterr().out, "no significant difference", "2 report seeds", "3 of 3")
 
 
-def test_a_decided_report_ends_early(world, capsys, undrawn):
+def test_a_decided_report_ends_early(world, capsys, undrawn, monkeypatch):
+    step, ready = DeviceSlots.step, []
+
+    def recorded(self, batches):
+        ready.append(all(leaf.is_ready() for leaf in jax.tree.leaves(self.chunks)))
+        step(self, batches)
+
+    monkeypatch.setattr(DeviceSlots, "step", recorded)
     rates = ("--sweep.lora_learning_rates", "[1e-9,2e-9]", "--sweep.control", "false")
     assert run_sweep(world, *rates, "--sweep.report_seeds", "8", "--sweep.interim_seeds", "[4]") == 0
     report = report_of(world.out)
@@ -232,6 +239,7 @@ def test_a_decided_report_ends_early(world, capsys, undrawn):
     assert json.loads((world.out / "summary.json").read_text())["ended"] == report["ended"]
     assert_mentions((world.out / "report.html").read_text(), "end early", "decided", "97.5 %")
     assert_mentions(capsys.readouterr().out, "4 of 8 report seeds", "decided")
+    assert all(ready)  # a signal waits for one step, not for all that were dispatched
 
 
 @pytest.mark.long
