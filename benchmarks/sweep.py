@@ -1,11 +1,16 @@
 """What does a sweep cost, and does successive halving find what the full grid finds?
 
     python benchmarks/sweep.py time       # a member's step against a single run's, interleaved
+    python benchmarks/sweep.py size       # a member's step and memory against the number of members
     python benchmarks/sweep.py halving    # halving against the grid on two small tasks
     python benchmarks/sweep.py halving --recount    # the same table from the losses kept, nothing is trained
 
 `time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program beside
-one single run, and works out from the measured times what sixteen single runs and a whole sweep take.
+one single run. It counts the steps and evaluation batches of sixteen single runs and of whole sweeps, and works out
+from the measured times what these take.
+
+`size` trains 1 to 16 members of a shorter quickstart: one after another, all in parallel, and on two virtual CPU
+devices with one thread each.
 
 `halving` trains the same 16 settings of a shorter quickstart to the end and looks at them at the rungs too. Members
 do not depend on each other, so that these runs are those of the halving as well. A loss is noisy by the standard
@@ -19,8 +24,9 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -34,8 +40,9 @@ from loraplus_jax.sweep import population as populations
 from loraplus_jax.sweep.halving import (
     best_trial,
     comparison_steps,
-    curve_every,
+    curve_steps,
     member_steps,
+    planned_members,
     split_at_rung,
 )
 from loraplus_jax.sweep.population import prepare_population
@@ -49,11 +56,21 @@ SMALL = (
     *("--train.steps", "120", "--train.batch_size", "16", "--data.max_length", "24"),
     *("--data.validation_fraction", "0.05", "--optimizer.warmup_steps", "8"),
 )
-WAYS = {
-    "halving as it is by default": (SweepSettings.rungs, SweepSettings.keep),
-    "the last choice at a quarter of the steps": ((0.125, 0.25), 0.25),
+WAYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "eleven evaluations on each curve": {"curve_points": 10},
+    "the last choice at a quarter of the steps": {"rungs": (0.125, 0.25), "keep": 0.25},
+    "the choice at an eighth of the steps": {"keep": 0.0625},
 }
-"""Rungs and share kept."""
+"""Settings of the sweep that differ from the defaults."""
+OUTPUTS = {
+    "the choice alone": 0,
+    "with LoRA and LoRA+ on 2 other seeds": 4,
+    "on 3": 6,
+    "on 3, and the control": 9,
+}
+"""Members of the report."""
+SIZES = (1, 2, 4, 8, 16)
 LOOKS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1)
 TASKS = {
     "movie reviews, classes": (),
@@ -104,7 +121,7 @@ def timing(rounds: int) -> None:
         {
             "population": population_step,
             "single": single_steps,
-            "population evaluates": lambda: members.evaluate(held, run.train.eval_batch_size),
+            "population evaluates": lambda: members.evaluate(held),
             "single evaluates": single_evaluation,
         },
         rounds,
@@ -125,11 +142,19 @@ def timing(rounds: int) -> None:
         }
         for name, ours, theirs in (("step", member, alone), ("evaluation batch", look, look_alone))
     ]
-    costs = {
-        "step": (float(np.median(alone)), median_ratio(member, alone)),
-        "look": (float(np.median(look_alone)), median_ratio(look, look_alone)),
-        "start": (single_prepared, prepared),
+    data, steps = population.data, population.steps
+    sixteen = single_count(run, steps, data.examples) * 16
+    ways = {
+        way: {name: sweep_count(run, changes, steps, data.examples, n) for name, n in OUTPUTS.items()}
+        for way, changes in WAYS.items()
     }
+    step, batch_time = float(np.median(alone)), float(np.median(look_alone))
+    total = sixteen.seconds(step, batch_time) + 16 * single_prepared
+    ratios = median_ratio(member, alone), median_ratio(look, look_alone)
+
+    def share(count: Count) -> float:
+        return (count.seconds(step * ratios[0], batch_time * ratios[1]) + prepared) / total
+
     report(
         "sweep_time",
         rows,
@@ -140,7 +165,10 @@ def timing(rounds: int) -> None:
         arguments_mb=round(memory.argument_size_in_bytes / 1e6, 1),
         temporaries_mb=round(memory.temp_size_in_bytes / 1e6, 1),
         single_temporaries_mb=round(single.programs.step.memory_analysis().temp_size_in_bytes / 1e6, 1),
-        answer=answers(run, population, costs),
+        single_start=round(single_prepared, 1),
+        start=round(prepared, 1),
+        counts={"sixteen single runs": sixteen} | ways,
+        answer={way: {name: round(share(c), 3) for name, c in row.items()} for way, row in ways.items()},
         unprinted={"seconds": seconds},
     )
 
@@ -158,46 +186,89 @@ def count_compilations() -> dict[str, int]:
     return counts
 
 
-def answers(
-    run: SweepRun, population: Any, costs: dict[str, tuple[float, float]]
-) -> dict[str, dict[str, float]]:
-    """Wall time of sweeps over that of sixteen single runs of the same recipe, which evaluate as it says.
+class Count(NamedTuple):
+    """What runs take, however fast the machine."""
 
-    Worked out from the measured times: steps, evaluations, and one start of a process, its compilations included.
-    """
-    size, steps = run.train.eval_batch_size, population.steps
-    looks = {name: -(-population.data.examples[name] // size) for name in ("validation", "test")}
-    (step, step_ratio), (look, look_ratio), (start, sweep_start) = costs.values()
-    often = steps // run.train.eval_every
-    single = start + steps * step + (often * looks["validation"] + 2 * looks["test"]) * look
+    steps: int
+    evaluation_batches: int
 
-    def searched(rungs: tuple[float, ...], keep: float) -> float:
-        sweep = dataclasses.replace(run.sweep, rungs=rungs, keep=keep)
-        left, counts = list(run.trials), []
-        for _ in comparison_steps(sweep, steps):
-            counts.append(len(left))
-            # Which survive does not matter here, but how many do.
-            _, left = split_at_rung({trial: float(n) for n, trial in enumerate(left)}, keep)
-        taken = member_steps(counts, comparison_steps(sweep, steps)) * step * step_ratio
-        return taken + sum(counts) * looks["validation"] * look * look_ratio + sweep_start
+    def __mul__(self, runs: int) -> "Count":
+        return Count(self.steps * runs, self.evaluation_batches * runs)
 
-    def reported(members: int) -> float:
-        # A curve begins before the first step, and its last point is the result.
-        evaluations = (
-            1 + math.ceil(steps / curve_every(run.train.eval_every, steps, run.sweep.curve_points))
-        ) * looks["test"]
-        return members * (steps * step * step_ratio + evaluations * look * look_ratio)
+    def seconds(self, step: float, batch: float) -> float:
+        """Seconds, from those of a step and of an evaluation batch."""
+        return self.steps * step + self.evaluation_batches * batch
 
-    whole = {
-        "the choice alone": 0,
-        "with LoRA and LoRA+ on 2 other seeds": 4,
-        "on 3": 6,
-        "on 3, and the control": 9,
-    }
-    return {
-        how: {name: round((searched(*way) + reported(n)) / (16 * single), 3) for name, n in whole.items()}
-        for how, way in WAYS.items()
-    }
+
+def single_count(run: SweepRun, steps: int, examples: Mapping[str, int]) -> Count:
+    """A single run of the recipe, which evaluates as it says: the test split before and after training."""
+    validation, test = (-(-examples[name] // run.train.eval_batch_size) for name in ("validation", "test"))
+    return Count(steps, steps // run.train.eval_every * validation + 2 * test)
+
+
+def sweep_count(
+    run: SweepRun, changes: Mapping[str, Any], steps: int, examples: Mapping[str, int], members: int
+) -> Count:
+    """A whole sweep, with settings that differ from the run's and this many members in the report."""
+    sweep = dataclasses.replace(run.sweep, **changes)
+    validation, test = (-(-examples[name] // run.train.eval_batch_size) for name in ("validation", "test"))
+    stops = comparison_steps(sweep, steps)
+    searched = planned_members(run.trials, len(run.seeds), stops, sweep.keep)
+    points = len(curve_steps(steps, sweep.curve_points))
+    return Count(
+        member_steps(searched, stops) + members * steps,
+        sum(searched) * validation + members * points * test,
+    )
+
+
+def sizes(rounds: int) -> None:
+    """Writes results/sweep_size.json."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    options = [*SIXTEEN, *SMALL, "--train.compilation_cache", "false"]
+    most = max(SIZES)
+    ways: dict[str, Any] = {}
+    one_thread = {"xla_cpu_multi_thread_eigen": False}
+    for name, devices, at_once, compiler in (
+        ("one after another", "1", 1, None),
+        ("in parallel", "1", most, None),
+        ("two devices of one thread", "2", 1, one_thread),
+    ):
+        run = parse_settings(CONFIG, [*options, "--mesh.data", devices], SweepRun)
+        compiled = jax.stages.Lowered.compile
+        jax.stages.Lowered.compile = functools.partialmethod(compiled, compiler)
+        population = prepare_population(run, most, at_once)
+        for size in SIZES:
+            members = DeviceSlots(population, most)
+            members.fill({n: population.first(run.trials[n], 0) for n in range(size)})
+            ways[name, size] = members
+        jax.stages.Lowered.compile = compiled
+    split = parse_settings(CONFIG, options, SweepRun)
+    data = next(iter(ways.values())).population.data.splits["train"]
+    batch = next(train_batches(data, batch_size=split.train.batch_size, seed=0))
+
+    def step(members: DeviceSlots) -> Callable[[], Any]:
+        def call() -> Any:
+            members.step(dict.fromkeys(members.member_ids, batch))
+            return members.chunks
+
+        return call
+
+    seconds = interleaved({way: step(members) for way, members in ways.items()}, rounds)
+    rows = [
+        {
+            "way": name,
+            "members": size,
+            "step_seconds_per_member": round(float(np.median(seconds[name, size])) / size, 4),
+            "temporaries_mb": round(
+                members.programs.step.memory_analysis().temp_size_in_bytes
+                * members.population.mesh.size
+                / 1e6,
+                1,
+            ),
+        }
+        for (name, size), members in ways.items()
+    ]
+    report("sweep_size", rows, rounds=rounds, batch=[split.train.batch_size, split.data.max_length])
 
 
 def halving(seeds: int, tasks: list[str], recount: bool, rungs: tuple[float, ...], keep: float) -> None:
@@ -242,7 +313,7 @@ def trained(run: SweepRun) -> dict[int, dict[str, float]]:
         by_seed = {seed: next(stream) for seed, stream in batches.items()}
         members.step({n: by_seed[seed] for n, (_, seed) in enumerate(entries)})
         if step in stops:
-            found = members.evaluate(population.data.splits["validation"], run.train.eval_batch_size)
+            found = members.evaluate(population.data.splits["validation"])
             losses[step] = {key(*entries[n]): values["loss"] for n, values in found.items()}
             print(f"step {step}", flush=True)
     return losses
@@ -295,7 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("time", "halving"))
+    parser.add_argument("what", choices=("time", "size", "halving"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", choices=TASKS, help="of halving; all if not given")
@@ -306,6 +377,7 @@ def main() -> None:
     tasks = [options.task] if options.task else list(TASKS)
     run = {
         "time": functools.partial(timing, options.rounds),
+        "size": functools.partial(sizes, options.rounds),
         "halving": functools.partial(
             halving, options.seeds, tasks, options.recount, tuple(options.rungs), options.keep
         ),

@@ -319,7 +319,8 @@ class TrainSettings:
       epochs: passes over the training data; 3 if steps is not set either.
       batch_size: examples per optimizer step, over all devices and micro-batches.
       accumulate: gradient accumulation, micro-batches per step; must divide batch_size.
-      eval_batch_size: examples per evaluation batch.
+      eval_batch_size: examples per evaluation batch; a sweep on a GPU or TPU takes more where they fit into the
+        memory of its training step.
       eval_every: steps between evaluations on the validation split; each evaluation saves a checkpoint.
       log_every: steps between rows of metrics.jsonl.
       early_stopping: stop after this many consecutive evaluations worse than the best; null never stops early.

@@ -152,7 +152,7 @@ def draw_curves(axes: Any, report: Report) -> None:
 
 def steps(axes: Any, report: Report) -> None:
     """One row per seed, one mark per arm."""
-    seeds = list(report["protocol"]["report_seeds"])
+    seeds = list(dict.fromkeys(run["seed"] for run in report["runs"]))
     for arm in report_arms(report):
         runs = [run for run in report["runs"] if run["arm"] == arm and run["steps_to_target"] is not None]
         points = [run["steps_to_target"] for run in runs], [seeds.index(run["seed"]) for run in runs]

@@ -9,6 +9,8 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from .settings import SweepSettings, Trial
 
 
@@ -58,13 +60,18 @@ def rung_step(share: float, steps: int) -> int:
     return max(1, math.ceil(share * steps))
 
 
-def curve_every(eval_every: int, steps: int, points: int) -> int:
-    """Steps between evaluations on the test split in the report stage; there are at least `points`.
+def curve_steps(steps: int, points: int) -> list[int]:
+    """Steps at which a report run is evaluated on the test split; the last evaluation is also its result.
 
-    >>> curve_every(50, 300, 10), curve_every(20, 300, 10)
-    (30, 20)
+    Beside step 0, one of `points` is at a quarter of the steps and the others are spread over the second half: a
+    method needs more than half of the steps to the other's final loss unless it is twice as fast.
+
+    >>> curve_steps(300, 7), curve_steps(300, 2), curve_steps(300, 1)
+    ([0, 75, 150, 180, 210, 240, 270, 300], [0, 150, 300], [0, 300])
     """
-    return min(eval_every, math.ceil(steps / points))
+    early = [0.25] if points > 2 else []
+    late = np.linspace(0.5, 1, points - len(early)) if points > 1 else [1.0]
+    return sorted({0, *(round(share * steps) for share in (*early, *late))})
 
 
 def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
@@ -125,21 +132,18 @@ def member_steps(counts: Sequence[int], stops: Sequence[int]) -> int:
     return sum(count * length for count, length in zip(counts, lengths, strict=True))
 
 
-def planned_member_steps(
-    trials: Sequence[Trial], seeds: int, stops: Sequence[int], keep: float, report_steps: int
-) -> int:
-    """Training steps of a whole sweep if nothing diverges.
+def planned_members(trials: Sequence[Trial], seeds: int, stops: Sequence[int], keep: float) -> list[int]:
+    """Members that train up to each stop, and are evaluated there, if nothing diverges.
 
     Args:
       trials: settings of the search.
       seeds: seeds of the search.
       stops: steps after which settings are compared.
       keep: share of each method's settings that is kept.
-      report_steps: steps of all members of the report.
     """
     remaining, counts = list(trials), []
     for _ in stops:
         counts.append(len(remaining) * seeds)
         # Which of them go on does not matter here, only how many.
         _, remaining = split_at_rung({trial: float(n) for n, trial in enumerate(remaining)}, keep)
-    return member_steps(counts, stops) + report_steps
+    return counts

@@ -330,10 +330,10 @@ def cost(population: Population, slots: Any, batches: Mapping[int, Any]) -> dict
         slots.step(batches)
         jax.block_until_ready(slots.chunks)
         seconds.append((time.perf_counter() - began) / members)
-    memory = population.programs.step.memory_analysis()
+    memory = slots.programs.step.memory_analysis()
     per_member = memory and (
-        memory.temp_size_in_bytes / max(1, population.at_once)
-        + sum(x.nbytes for x in jax.tree.leaves(slots.chunks[0])) / population.chunk
+        memory.temp_size_in_bytes / slots.programs.at_once
+        + sum(x.nbytes for x in jax.tree.leaves(slots.chunks[0])) / slots.chunk
     )
     return {
         "trainable": count(population.parts.trainable),

@@ -7,7 +7,7 @@ would: same step function, initial values, batches and dropout keys.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,10 +73,16 @@ class Programs(NamedTuple):
     """Compiled programs for one chunk of members.
 
     Attributes:
+      at_once: members that a device computes in parallel.
+      chunk: members per program call.
+      eval_batch_size: examples per evaluation batch.
       step: `(members, frozen, batches) -> members`, one batch per member.
       evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, one batch for all members.
     """
 
+    at_once: int
+    chunk: int
+    eval_batch_size: int
     step: Any
     evaluate: Any
 
@@ -90,9 +96,8 @@ class Population(NamedTuple):
       parts: the model with adapters of the largest rank.
       steps: optimizer steps of a full run.
       mesh: the devices, along the axis `"members"`.
-      at_once: members that a device computes in parallel.
-      chunk: members per program call.
-      programs: the compiled step and evaluation.
+      programs: the compiled step and evaluation for all members.
+      programs_for: maps a number of members to the programs that compute them with the fewest empty slots.
       first: maps `(trial, seed)` to the initial member.
       metadata: metadata of the checkpoints.
     """
@@ -102,9 +107,8 @@ class Population(NamedTuple):
     parts: AdaptedModel
     steps: int
     mesh: Mesh
-    at_once: int
-    chunk: int
     programs: Programs
+    programs_for: Callable[[int], Programs]
     first: Callable[[Trial, int], Members]
     metadata: dict[str, Any]
 
@@ -158,7 +162,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     mesh = Mesh(devices, (MEMBER_AXIS,))
     directory, data, steps, widest, shapes = abstract_population(run)
     config = widest.applied
-    at_once, chunk, programs = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
+    programs, programs_for = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     parts = set_weights(widest, shapes, weights, config)
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
@@ -178,7 +182,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         identity=model_identity(run, directory, data.task) | {"data": data.digests},
         **({} if start is None else {"start": fingerprint(start)}),
     )
-    return Population(run, data, parts, steps, mesh, at_once, chunk, programs, first, metadata)
+    return Population(run, data, parts, steps, mesh, programs, programs_for, first, metadata)
 
 
 def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) -> Callable[..., Members]:
@@ -338,41 +342,115 @@ def _compile_programs(
     mesh: Mesh,
     capacity: int,
     at_once: int | None,
-) -> tuple[int, int, Programs]:
-    """Returns parallel members per device, members per call and the programs; checks that they fit in memory."""
-    compile_for = functools.cache(functools.partial(_compile_for, run, data, shapes, steps, mesh, capacity))
+) -> tuple[Programs, Callable[[int], Programs]]:
+    """Returns the programs for all members and those for a number of members; checks that they fit in memory."""
+    compile_step = functools.cache(functools.partial(_compile_step, run, data, shapes, steps, mesh, capacity))
+    compile_evaluation = functools.partial(_compile_evaluation, run, data, shapes, steps, mesh)
     device, per_device = mesh.devices.flat[0], -(-capacity // mesh.size)
     if at_once is None and skips_measurement(device):
         at_once = 1
     if at_once is None:
-        at_once = fastest_batch_size(lambda size: _measured(*compile_for(size), mesh, size), per_device)
-    chunk, programs = compile_for(at_once)
-    check_memory(programs, device, len(mesh.local_devices))
-    return at_once, chunk, programs
+        at_once = fastest_batch_size(lambda size: _measured(compile_step(size), mesh, size), per_device)
+    rows = [row_count(data.splits[name]) for name in ("validation", "test")]
+
+    @functools.cache
+    def compile_for(size: int) -> Programs:
+        step, chunk = compile_step(size), _chunk_of(size, capacity, mesh)
+        compile_eval = functools.cache(functools.partial(compile_evaluation, chunk, size))
+        examples = run.train.eval_batch_size
+        if not skips_measurement(device):
+            room = step.memory_analysis().temp_size_in_bytes
+            examples = largest_eval_batch(
+                examples, rows, room, lambda n: compile_eval(n).memory_analysis().temp_size_in_bytes
+            )
+        programs = Programs(size, chunk, examples, step, compile_eval(examples))
+        check_memory((programs.step, programs.evaluate), device, len(mesh.local_devices))
+        return programs
+
+    return compile_for(at_once), lambda count: compile_for(parallel_members(count, at_once, mesh.size))
 
 
-def _compile_for(
+def parallel_members(count: int, most: int, devices: int) -> int:
+    """Members that a device computes in parallel if `count` remain: no more than it takes, in powers of two.
+
+    A call computes all its slots, so a program for many members would compute mostly empty ones after a rung.
+
+    >>> [parallel_members(count, 8, 1) for count in (32, 8, 3, 1)], parallel_members(4, 8, 2)
+    ([8, 8, 4, 1], 2)
+    """
+    each = -(-count // devices)
+    return min(most, 1 << (each - 1).bit_length())
+
+
+def largest_eval_batch(size: int, rows: Sequence[int], room: int, temporary: Callable[[int], int]) -> int:
+    """The largest evaluation batch that needs no more temporary memory than the step, which does not run with it.
+
+    Only powers of two times `size` that pad the splits the least are considered. The size for the room is estimated
+    as proportional to the memory of `size`, then checked.
+
+    Args:
+      size: the configured examples per evaluation batch.
+      rows: rows of each split.
+      room: bytes of temporary memory of the step.
+      temporary: maps a batch size to the bytes of temporary memory of its evaluation.
+
+    >>> largest_eval_batch(64, [1004, 2008], 1000, lambda size: 2 * size)
+    256
+    """
+
+    def computed(examples: int) -> int:
+        return sum(-(-count // examples) * examples for count in rows)
+
+    doublings = max(room // max(temporary(size), 1), 1).bit_length()
+    fits = [size, *(size << n for n in range(1, doublings) if size << n < 2 * max(rows))]
+    best = min(fits, key=lambda examples: (computed(examples), -examples))
+    return best if best == size or temporary(best) <= room else size
+
+
+def _chunk_of(at_once: int, capacity: int, mesh: Mesh) -> int:
+    """Members per program call."""
+    return mesh.size * (at_once if at_once > 1 else -(-capacity // mesh.size))
+
+
+def _compile_step(
     run: SweepRun, data: TaskData, shapes: AdaptedModel, steps: int, mesh: Mesh, capacity: int, at_once: int
-) -> tuple[int, Programs]:
-    """Compiles step and evaluation from shapes; nothing else is compiled later."""
+) -> Any:
+    """Compiles the step of one call from shapes."""
     losses = task_module(run).make_losses(run, data.task, shapes)
     step = make_member_step(run, losses, shapes.specs, steps)
-    evaluate = make_member_eval(losses.evaluate, shapes.specs)
-    chunk = mesh.size * (at_once if at_once > 1 else -(-capacity // mesh.size))
-    members = jax.eval_shape(functools.partial(_zero_member, run, shapes, steps))
-    members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk, *x.shape), x.dtype), members)
-
-    def batch(size: tuple[int, ...], split: str) -> dict[str, jax.ShapeDtypeStruct]:
-        columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
-        return {name: jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
-
+    chunk = _chunk_of(at_once, capacity, mesh)
     train = map_members(step, mesh, at_once, own_batch=True, donate=True)
-    test = map_members(evaluate, mesh, at_once, own_batch=False, donate=False)
-    batches = batch((chunk, run.train.batch_size), "train")
-    return chunk, Programs(
-        train.lower(members, shapes.frozen, batches).compile(),
-        test.lower(members, shapes.frozen, batch((run.train.eval_batch_size,), "validation")).compile(),
+    batches = _batch_shapes(data, (chunk, run.train.batch_size), "train")
+    return train.lower(_member_shapes(run, shapes, steps, chunk), shapes.frozen, batches).compile()
+
+
+def _compile_evaluation(
+    run: SweepRun,
+    data: TaskData,
+    shapes: AdaptedModel,
+    steps: int,
+    mesh: Mesh,
+    chunk: int,
+    at_once: int,
+    examples: int,
+) -> Any:
+    """Compiles the evaluation of one call on a batch of `examples` from shapes."""
+    losses = task_module(run).make_losses(run, data.task, shapes)
+    test = map_members(
+        make_member_eval(losses.evaluate, shapes.specs), mesh, at_once, own_batch=False, donate=False
     )
+    batch = _batch_shapes(data, (examples,), "validation")
+    return test.lower(_member_shapes(run, shapes, steps, chunk), shapes.frozen, batch).compile()
+
+
+def _member_shapes(run: SweepRun, shapes: AdaptedModel, steps: int, chunk: int) -> Members:
+    members = jax.eval_shape(functools.partial(_zero_member, run, shapes, steps))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk, *x.shape), x.dtype), members)
+
+
+def _batch_shapes(data: TaskData, size: tuple[int, ...], split: str) -> dict[str, jax.ShapeDtypeStruct]:
+    columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
+    return {name: jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
 
 
 def _zero_member(run: SweepRun, shapes: AdaptedModel, steps: int) -> Members:
@@ -388,22 +466,27 @@ def skips_measurement(device: Any) -> bool:
     return device.platform == "cpu"
 
 
-def _measured(chunk: int, programs: Programs, mesh: Mesh, at_once: int) -> float:
+def _measured(step: Any, mesh: Mesh, at_once: int) -> float:
     """Seconds per member step, best of three calls on zeros; infinite if it does not fit in memory."""
     try:
-        check_memory(programs, mesh.devices.flat[0], len(mesh.local_devices))
+        check_memory((step,), mesh.devices.flat[0], len(mesh.local_devices))
     except ValueError:
         if at_once == 1:
             raise
         return float("inf")
-    shapes, _ = programs.step.args_info
+    shapes, _ = step.args_info
     members, frozen, batches = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    members = members.replace(alive=np.ones(chunk, bool))
-    shardings, _ = programs.step.input_shardings
+    chunk = len(members.alive)
+    shardings, _ = step.input_shardings
     members, frozen, batches = jax.device_put((members, frozen, batches), shardings)
     seconds = []
     for _ in range(4):  # the first call is slower and is dropped
+        # Zeros have no finite loss, so a member would stop after train.max_skipped steps and take no time.
+        fresh = {"alive": np.ones(chunk, bool), "skipped": np.zeros(chunk, np.int32)}
+        members = members.replace(
+            **{name: jax.device_put(value, getattr(shardings[0], name)) for name, value in fresh.items()}
+        )
         start = time.perf_counter()
-        members = jax.block_until_ready(programs.step(members, frozen, batches))
+        members = jax.block_until_ready(step(members, frozen, batches))
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:]) / (chunk // mesh.size)

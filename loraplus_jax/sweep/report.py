@@ -14,6 +14,7 @@ from .._validation import expand_path
 from ..atomic import to_json, write_text
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
+from .sequential import interval_confidence, reason_to_end, seed_groups
 from .settings import ARM_LABELS, METHODS, SweepRun, Trial
 from .statistics import compare_arms, lora_label, recommended_arm, report_runs, verdict
 
@@ -35,7 +36,7 @@ def make_report(
     chosen: Mapping[str, Trial],
     steps: int,
     metric: str,
-    curve: Mapping[str, int],
+    curve: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All numbers of a sweep as plain JSON values; a non-finite loss is null.
 
@@ -45,7 +46,7 @@ def make_report(
       chosen: maps an arm to its selected setting, once there is one.
       steps: optimizer steps of a full run.
       metric: name of the task's metric.
-      curve: `curve_every` and `test_rows`: steps between test evaluations in the report stage, and their rows.
+      curve: `curve_steps` and `test_rows`: steps of the test evaluations in the report stage, and their rows.
     """
     runs = report_runs(rows, steps, run.sweep.target)
     report: dict[str, Any] = {
@@ -57,18 +58,23 @@ def make_report(
         "at_the_edge": values_at_edge(run.trials, chosen, run.rate_lists),
         "runs": runs,
         "comparisons": [],
+        "ended": None,
     }
     if not runs or any(run["test"] is None for run in runs):
         return report
     others = [arm for arm in run.arms if arm != "lora_plus"]
-    comparisons = [compare_arms(runs, "lora_plus", other, metric) for other in others]
+    confidence = report["protocol"]["confidence"]
+    comparisons = [compare_arms(runs, "lora_plus", other, metric, confidence) for other in others]
+    report["comparisons"] = comparisons
+    if (reason := reason_to_end(run, comparisons[0])) is None:
+        return report
     best, why = recommended_arm(comparisons[0])
     lora = lora_label(report["protocol"]["settings"], report["at_the_edge"])
     path = expand_path("output_dir", run.output_dir) / WINNER
     return {
         **report,
         "complete": True,
-        "comparisons": comparisons,
+        "ended": {"seeds": comparisons[0]["pairs"], "reason": reason},
         "verdict": verdict(comparisons[0], chosen, run.sweep.target, lora),
         "winner": None if best is None else {"arm": best, **chosen[best]._asdict()},
         "why": why,
@@ -212,6 +218,8 @@ def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
         "equal_budgets": settings["lora"] == settings["lora_plus"],
         "seeds": list(run.seeds),
         "report_seeds": list(run.report_seeds),
+        "interim_seeds": list(run.sweep.interim_seeds),
+        "confidence": interval_confidence(len(seed_groups(run))),
         "target": run.sweep.target,
         "metric": metric,
     }

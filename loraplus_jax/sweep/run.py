@@ -1,7 +1,8 @@
 """Runs a sweep: search, then report, as one population that trains step by step and can be interrupted.
 
 The search trains all settings in parallel on the search seeds and drops or keeps them by validation loss. The
-report trains the best setting of LoRA, the best of LoRA+ and a control to the end on new seeds.
+report trains the best setting of LoRA, the best of LoRA+ and a control to the end on new seeds, all at once or in
+groups of seeds.
 """
 
 import contextlib
@@ -44,13 +45,15 @@ from .figures import draw_figures
 from .halving import (
     best_trial,
     comparison_steps,
-    curve_every,
+    curve_steps,
     mean_losses,
-    planned_member_steps,
+    member_steps,
+    planned_members,
     split_at_rung,
 )
 from .population import Members, Population, prepare_population
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
+from .sequential import seed_groups
 from .settings import ARM_LABELS, MAY_CHANGE, SweepRun, Trial
 from .slots import DeviceSlots
 
@@ -132,10 +135,11 @@ def _sweep(
     at_once = run.sweep.members_at_once
     if at_once is None and not fresh and (directory / MEMBERS_FILE).exists():
         at_once = json.loads((directory / MEMBERS_FILE).read_text(encoding="utf-8"))
-    capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * run.sweep.report_seeds)
+    largest_group = max(map(len, seed_groups(run)))
+    capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
     population = prepare_population(run, capacity, at_once)
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
-        write_text(directory / MEMBERS_FILE, f"{population.at_once}\n")
+        write_text(directory / MEMBERS_FILE, f"{population.programs.at_once}\n")
         with open_manager(directory / CHECKPOINTS, keep=run.train.keep) as manager:
             sweep = kind(population, capacity, directory, manager, console, started, check, allow_different)
             return sweep.run_to_end()
@@ -164,6 +168,8 @@ class Sweep:
         self.allow_different = allow_different
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
+        self.group = -1
+        """Index of the group of report seeds in training; -1 in the search."""
         self.clock, self.seconds, self.started = 0, 0.0, started
         self.check = check
         self.labels = ARM_LABELS
@@ -173,22 +179,31 @@ class Sweep:
         self.start()
         self.print_head()
         with StopSignal() as stop:
-            if self.stage == "search":
-                self.run_stage(stop)
-                self.begin_report()
-            self.end_if(stop)
             self.run_stage(stop)
+            while self.report_continues():
+                self.begin_report()
+                self.end_if(stop)
+                self.run_stage(stop)
         return self.finish()
+
+    def report_continues(self) -> bool:
+        """Whether another group of report seeds follows; the analysis so far is in the report."""
+        remaining = len(seed_groups(self.run)) - (self.group + 1)
+        return remaining > 0 and (self.stage == "search" or not self.report()["complete"])
 
     def run_stage(self, signal: StopSignal) -> None:
         """Trains and evaluates to the end of the stage; a signal ends it after the current step or evaluation."""
         while stops := self.stops():
             stop = stops[0]
             while self.step < stop:
+                batches = self.next_batches()
+                # Dispatch runs ahead of the devices; a signal would wait for all steps up to the stop.
+                jax.block_until_ready(self.slots.chunks)
                 began = time.perf_counter()
-                self.slots.step(self.next_batches())
+                self.slots.step(batches)
                 self.step, self.clock = self.step + 1, self.clock + 1
                 if self.stage == "search" and self.step == TIMED_STEP:
+                    jax.block_until_ready(self.slots.chunks)
                     self.print_estimate(time.perf_counter() - began)
                 should_save = self.step % self.run.train.eval_every == 0 or signal.received is not None
                 if should_save and self.step < stop:
@@ -202,15 +217,12 @@ class Sweep:
     def print_estimate(self, seconds: float) -> None:
         """Prints how long training will take, from the seconds of one step of all members of the search."""
         run, steps = self.run, self.population.steps
-        total = planned_member_steps(
-            run.trials,
-            len(run.seeds),
-            comparison_steps(run.sweep, steps),
-            run.sweep.keep,
-            len(run.arms) * len(run.report_seeds) * steps,
-        )
+        stops = comparison_steps(run.sweep, steps)
+        total = member_steps(planned_members(run.trials, len(run.seeds), stops, run.sweep.keep), stops)
+        total += len(run.arms) * len(run.report_seeds) * steps
         minutes = total * seconds / len(self.entries) / 60
-        self.console.print(f"about {minutes:.0f} minutes for {total:,} training steps, plus evaluations")
+        bound = "at most" if run.sweep.interim_seeds else "about"
+        self.console.print(f"{bound} {minutes:.0f} minutes for {total:,} training steps, plus evaluations")
 
     # Stages.
 
@@ -239,7 +251,13 @@ class Sweep:
         self.batches = self.fresh_batches()
 
     def begin_report(self) -> None:
-        """Starts the report stage and evaluates its members before their first step."""
+        """Starts the next group of report seeds and evaluates its members before their first step."""
+        self.group += 1
+        if self.group:
+            count = self.run.sweep.interim_seeds[self.group - 1]
+            self.console.print(
+                f"no significant difference in test loss on {count} report seeds; training more"
+            )
         self.begin("report", self.report_entries())
         self.clock += 1
         self.record("test")
@@ -248,7 +266,7 @@ class Sweep:
     def resume(self, state: TrainState, position: dict[str, Any]) -> None:
         """Restores the content of a checkpoint."""
         self.stage, self.step, self.clock = position["stage"], position["step"], int(state.step)
-        self.rows, self.seconds = position["rows"], position["seconds"]
+        self.rows, self.seconds, self.group = position["rows"], position["seconds"], position["group"]
         self.chosen = {arm: Trial(*values) for arm, values in position["chosen"].items()}
         if self.stage == "report":
             self.entries = self.report_entries()
@@ -273,22 +291,22 @@ class Sweep:
         return {number: by_seed[self.entries[number].seed] for number in self.slots.member_ids}
 
     def report_entries(self) -> list[MemberSpec]:
-        """The selected settings and the control, each on every report seed."""
+        """The selected settings and the control, each on every report seed of the group."""
         trials = dict(self.chosen)
         if "control" in self.run.arms:
             trials["control"] = self.chosen["lora_plus"].control
-        return [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in self.run.report_seeds]
+        seeds = seed_groups(self.run)[self.group]
+        return [MemberSpec(arm, trials[arm], seed) for arm in self.run.arms for seed in seeds]
 
     def stops(self) -> list[int]:
         """Remaining steps of the stage at which its members are evaluated."""
         if self.stage == "search" and len(self.chosen) == len(self.run.searched):
             return []
-        steps = self.population.steps
-        every = curve_every(self.run.train.eval_every, steps, self.run.sweep.curve_points)
+        sweep, steps = self.run.sweep, self.population.steps
         stops = (
-            comparison_steps(self.run.sweep, steps)
+            comparison_steps(sweep, steps)
             if self.stage == "search"
-            else [*range(every, steps, every), steps]
+            else curve_steps(steps, sweep.curve_points)
         )
         return [stop for stop in stops if stop > self.step]
 
@@ -305,7 +323,7 @@ class Sweep:
     def record(self, split: str) -> None:
         """Evaluates on a split and records the rows; stops members with a non-finite loss."""
         rows = self.population.data.splits[split]
-        results = self.slots.evaluate(rows, self.run.train.eval_batch_size)
+        results = self.slots.evaluate(rows)
         for number, values in results.items():
             arm, trial, seed = self.entries[number]
             finite = math.isfinite(values["loss"])
@@ -354,6 +372,7 @@ class Sweep:
         """Saves a checkpoint with all results so far."""
         position = {
             "stage": self.stage,
+            "group": self.group,
             "step": self.step,
             "places": self.slots.slots,
             "chosen": {arm: list(trial) for arm, trial in self.chosen.items()},
@@ -379,9 +398,7 @@ class Sweep:
         """The report of all results so far."""
         metric = self.population.data.task.metric
         curve = {
-            "curve_every": curve_every(
-                self.run.train.eval_every, self.population.steps, self.run.sweep.curve_points
-            ),
+            "curve_steps": curve_steps(self.population.steps, self.run.sweep.curve_points),
             "test_rows": len(next(iter(self.population.data.splits["test"].values()))),
         }
         return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
@@ -400,11 +417,18 @@ class Sweep:
         winner = self.run.settings_of(best, self.run.seed, str(self.directory / "winner"))
         text = yaml.safe_dump(winner.to_json(), sort_keys=False)
         write_text(self.directory / WINNER, text)
-        summary = {name: report[name] for name in ("verdict", "winner", "why", "command", "member_steps")}
+        summary = {
+            name: report[name] for name in ("verdict", "winner", "why", "command", "member_steps", "ended")
+        }
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
         write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
+        if self.run.sweep.interim_seeds:
+            ended = "decided" if report["ended"]["reason"] == "decided" else "not decided earlier"
+            self.console.print(
+                f"used {report['ended']['seeds']} of {len(self.run.report_seeds)} report seeds: {ended}"
+            )
         for edge in report["at_the_edge"]:
             self.console.print(f"best value at the edge of the search range: {edge}")
         settings = report["protocol"]["settings"]
@@ -452,7 +476,12 @@ class Sweep:
 
     def print_means(self) -> None:
         """Prints each arm's mean test loss over the report seeds on which it did not diverge."""
-        rows = [row for row in self.rows if (row["stage"], row["step"]) == ("report", self.step)]
+        seeds = {entry.seed for entry in self.entries}
+        rows = [
+            row
+            for row in self.rows
+            if (row["stage"], row["step"]) == ("report", self.step) and row["seed"] in seeds
+        ]
         losses = {
             arm: [r["loss"] for r in rows if r["arm"] == arm and r["loss"] is not None]
             for arm in self.run.arms
@@ -461,6 +490,5 @@ class Sweep:
             f"{self.labels[arm]} {sum(v) / len(v):.4f}" if v else f"{self.labels[arm]} diverged"
             for arm, v in losses.items()
         )
-        self.console.print(
-            f"step {self.step}: mean test loss over {self.run.sweep.report_seeds} report seeds: {means}"
-        )
+        numbers = ", ".join(map(str, sorted(seeds)))
+        self.console.print(f"step {self.step}: mean test loss on seeds {numbers}: {means}")

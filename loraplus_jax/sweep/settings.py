@@ -80,8 +80,11 @@ class SweepSettings:
       seeds: random seeds of the search; null uses the run's seed.
       report_seeds: number of new seeds for the final comparison, counting up from the largest search seed + 1; use
         8 for a publishable result.
-      curve_points: minimum number of test evaluations of each report run after the one before its first step; steps
-        to the target are interpolated linearly between them.
+      interim_seeds: numbers of report seeds, in increasing order, after which the report may end early: if the
+        interval of the difference in test loss excludes zero; with K analyses, the last one included, all intervals
+        have confidence 1 - 0.05 / K instead of 95 %.
+      curve_points: test evaluations of each report run after the one before its first step: one at a quarter of the
+        steps, the others spread over the second half; steps to the target are interpolated linearly between them.
       control: also compare a control: plain LoRA with alpha x lambda at the selected LoRA+ learning rate.
       rungs: fractions of the training steps after which halving drops settings, in increasing order.
       keep: fraction of each method's settings that halving keeps at a rung, at least one; if only one remains, it
@@ -105,7 +108,8 @@ class SweepSettings:
     samples: Annotated[Count, Field(le=MAX_SAMPLES)] | None = None
     seeds: Annotated[tuple[Index, ...], Field(min_length=1), Distinct] | None = None
     report_seeds: Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)] = 3
-    curve_points: Count = 10
+    interim_seeds: Annotated[tuple[Annotated[Int, Field(ge=2, le=MOST_REPORT_SEEDS)], ...], Distinct] = ()
+    curve_points: Count = 7
     control: Switch = True
     rungs: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] = (0.125,)
     keep: Fraction = 0.125
@@ -132,8 +136,18 @@ class SweepSettings:
             if getattr(self, name) is not None:
                 where = "; use method_learning_rates" if name == "lora_learning_rates" else ""
                 raise ValueError(f"{name} must be null with methods, got {getattr(self, name)}{where}")
-        if list(self.rungs) != sorted(self.rungs):
-            raise ValueError(f"rungs must be in increasing order, got {list(self.rungs)}")
+        for name in ("rungs", "interim_seeds"):
+            if list(values := getattr(self, name)) != sorted(values):
+                raise ValueError(f"{name} must be in increasing order, got {list(values)}")
+        if self.interim_seeds and self.interim_seeds[-1] >= self.report_seeds:
+            raise ValueError(
+                f"interim_seeds must be below report_seeds {self.report_seeds}, got {self.interim_seeds[-1]}"
+            )
+        if self.interim_seeds and self.methods:
+            raise ValueError(
+                f"interim_seeds must be empty with methods, got {list(self.interim_seeds)}; all methods share "
+                "the report seeds"
+            )
 
 
 class Trial(NamedTuple):

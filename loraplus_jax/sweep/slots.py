@@ -16,8 +16,9 @@ from .population import Members, Population
 class DeviceSlots:
     """Numbered members in a fixed number of slots; a slot holds one member or is empty.
 
-    The slots fill complete program calls, so nothing recompiles as members are pruned. The number of slots depends
-    on the devices, so checkpoints store members by number, not by slot.
+    The slots fill complete program calls. A device that computes one member at a time skips empty slots; one that
+    computes several in parallel does not, so fewer members get a program of fewer slots. The number of slots
+    depends on the devices, so checkpoints store members by number, not by slot.
 
     Attributes:
       size: maximum number of members.
@@ -26,10 +27,14 @@ class DeviceSlots:
     """
 
     def __init__(self, population: Population, size: int) -> None:
-        self.population, self.chunk = population, population.chunk
-        self.size, self.total = size, -(-size // self.chunk) * self.chunk
+        self.population, self.programs, self.size = population, population.programs, size
         self.slots: list[int] = []
         self.chunks: list[Members] = []
+
+    @property
+    def chunk(self) -> int:
+        """Slots per program call."""
+        return self.programs.chunk
 
     @property
     def member_ids(self) -> list[int]:
@@ -37,10 +42,11 @@ class DeviceSlots:
         return sorted(n for n in self.slots if n >= 0)
 
     def fill(self, members: Mapping[int, Members]) -> None:
-        """Puts the members into slots and empties all other slots."""
+        """Puts the members into the slots of as many calls as they need, of programs for their number."""
         population = self.population
-        assigned = assign_slots(len(members), self.chunk, population.mesh.size, population.at_once)
-        self.slots = [-1] * self.total
+        self.programs = population.programs_for(len(members))
+        assigned = assign_slots(len(members), self.chunk, population.mesh.size, self.programs.at_once)
+        self.slots = [-1] * (-(-len(members) // self.chunk) * self.chunk)
         for slot, number in zip(assigned, members, strict=True):
             self.slots[slot] = number
         empty = jax.tree.map(np.zeros_like, next(iter(members.values())))
@@ -52,11 +58,11 @@ class DeviceSlots:
         self.fill({n: jax.tree.map(lambda leaf, n=n: leaf[slot_of[n]], host) for n in sorted(kept)})
 
     def load(self, members: Members) -> None:
-        """Puts arrays of all slots, shaped `(total, ...)`, on the devices, one chunk per program call."""
-        shardings = self.population.programs.step.input_shardings[0][0]
+        """Puts arrays of all slots, shaped `(slots, ...)`, on the devices, one chunk per program call."""
+        shardings = self.programs.step.input_shardings[0][0]
         chunks = (
             jax.tree.map(lambda leaf, start=start: np.asarray(leaf)[start : start + self.chunk], members)
-            for start in range(0, self.total, self.chunk)
+            for start in range(0, len(self.slots), self.chunk)
         )
         self.chunks = [jax.device_put(chunk, shardings) for chunk in chunks]
 
@@ -66,24 +72,24 @@ class DeviceSlots:
 
     def step(self, batches: Mapping[int, Batch]) -> None:
         """Runs one training step of every member, each on its own batch."""
-        programs, frozen = self.population.programs, self.population.parts.frozen
+        programs, frozen = self.programs, self.population.parts.frozen
         shardings = programs.step.input_shardings[0][2]
         filler = next(iter(batches.values()))  # any batch will do for an empty slot
-        for chunk in self._active_chunks():
+        for chunk in range(len(self.chunks)):
             parts = [batches.get(number, filler) for number in self.slots_in(chunk)]
             batch = jax.tree.map(lambda *columns: np.stack(columns), *parts)
             batch = jax.device_put(batch, shardings)
             self.chunks[chunk] = programs.step(self.chunks[chunk], frozen, batch)
 
-    def evaluate(self, split: Batch, batch_size: int) -> dict[int, dict[str, Any]]:
+    def evaluate(self, split: Batch) -> dict[int, dict[str, Any]]:
         """Mean loss and metrics of each member over all rows of a split, NaN if it is not alive, and its `Rows`."""
-        programs, frozen = self.population.programs, self.population.parts.frozen
+        programs, frozen = self.programs, self.population.parts.frozen
         shardings = programs.evaluate.input_shardings[0][2]
         totals: dict[int, Any] = {}
         kept: dict[int, list[dict[str, Rows]]] = {}
-        for batch in eval_batches(split, batch_size):
+        for batch in eval_batches(split, programs.eval_batch_size):
             batch = jax.device_put(batch, shardings)
-            for chunk in self._active_chunks():
+            for chunk in range(len(self.chunks)):
                 pairs, rows = separate_rows(programs.evaluate(self.chunks[chunk], frozen, batch))
                 kept.setdefault(chunk, []).append(rows)
                 totals[chunk] = (
@@ -149,10 +155,6 @@ class DeviceSlots:
             return first[number].replace(state=member_state, skipped=skipped, alive=alive)
 
         self.fill({number: member(number) for number in sorted(places) if number >= 0})
-
-    def _active_chunks(self) -> list[int]:
-        """Indices of the program calls that have a member."""
-        return [chunk for chunk in range(len(self.chunks)) if max(self.slots_in(chunk)) >= 0]
 
 
 def assign_slots(count: int, chunk: int, devices: int, at_once: int) -> list[int]:

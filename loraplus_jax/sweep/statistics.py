@@ -136,6 +136,7 @@ def compare_arms(
     return {
         "first": first,
         "second": second,
+        "confidence": confidence,
         "pairs": len(pairs),
         "diverged": {arm: sum(run["diverged"] for run in by_seed[arm].values()) for arm in (first, second)},
         "at_start": sum(a["at_start"] or b["at_start"] for a, b in pairs),
@@ -173,7 +174,7 @@ def _steps_clause(comparison: RunRow, chosen: Mapping[str, Trial], target: float
     names = {"lora_plus": ours, "lora": lora}
     goal = "the same test loss" if target is None else f"a test loss of {target:g}"
     ratio, pairs, faster = comparison["steps_ratio"], comparison["pairs"], faster_arm(comparison)
-    evidence = f"95 % interval, {ratio['pairs']} paired seeds"
+    evidence = f"{100 * comparison['confidence']:.4g} % interval, {ratio['pairs']} paired seeds"
     if any(comparison["diverged"].values()):
         return f"no verdict on steps: {_counts_clause(comparison['diverged'], names, pairs, 'diverged on')}"
     if comparison["at_start"]:
@@ -184,7 +185,11 @@ def _steps_clause(comparison: RunRow, chosen: Mapping[str, Trial], target: float
         )
         return f"no verdict on steps: on {comparison['at_start']} of {pairs} seeds {reason}"
     if any(comparison["alone"].values()):
-        prefix, test = ("", " (sign test, p < 0.05)") if faster else ("no verdict on steps: ", "")
+        prefix, test = (
+            ("", f" (sign test, p < {1 - comparison['confidence']:.3g})")
+            if faster
+            else ("no verdict on steps: ", "")
+        )
         reached = {arm: count + ratio["pairs"] for arm, count in comparison["alone"].items()}
         return f"{prefix}{_counts_clause(reached, names, pairs, f'reached {goal} on')}{test}"
     if not ratio["pairs"]:
@@ -217,7 +222,8 @@ def faster_arm(comparison: RunRow) -> str | None:
     if any(comparison["diverged"].values()) or comparison["at_start"]:
         return None
     if any(alone.values()):
-        significant = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue < 1 - CONFIDENCE
+        p = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue
+        significant = p < 1 - comparison["confidence"]
         return max(alone, key=alone.__getitem__) if significant else None
     if ratio["low"] is None or ratio["pairs"] < comparison["pairs"]:
         return None

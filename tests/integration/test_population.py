@@ -1,7 +1,5 @@
 """Members of a population equal their single runs, whatever else is in the program with them."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -114,7 +112,7 @@ def test_a_member_that_diverges_is_stopped_where_it_was_and_harms_nobody(members
     assert steps.tolist()[:3] == [100, 100, 100]
     assert 5 <= steps[DIVERGES] <= 10  # train.max_skipped is 5, and a step or two are taken before
     assert all(np.isfinite(leaf).all() for leaf in member(members, DIVERGES).values())
-    found = members.evaluate(members.population.data.splits["validation"], 16)
+    found = members.evaluate(members.population.data.splits["validation"])
     assert np.isnan(found[DIVERGES]["loss"])
     assert np.isfinite(found[0]["loss"])
 
@@ -126,7 +124,7 @@ def test_several_devices_are_the_same(home, members):
     other = taken(swept(home, "--mesh.data", "4"), ENTRIES, 100)
     assert (other.chunk, other.population.mesh.size) == (4, 4)
     split = members.population.data.splits["validation"]
-    ours, theirs = members.evaluate(split, 16), other.evaluate(split, 16)
+    ours, theirs = members.evaluate(split), other.evaluate(split)
     for number in (0, 1, 2):
         assert abs(ours[number]["loss"] - theirs[number]["loss"]) <= 1e-5
         # A program for several devices is compiled otherwise, and rounds so: 1.4e-5 was seen after 100 steps.
@@ -140,7 +138,7 @@ def test_several_at_once_have_the_same_losses(home, members):
     other = taken(swept(home), some, 100, at_once=2)
     assert (other.chunk, len(other.chunks)) == (2, 2)
     split = members.population.data.splits["validation"]
-    ours, theirs = members.evaluate(split, 16), other.evaluate(split, 16)
+    ours, theirs = members.evaluate(split), other.evaluate(split)
     assert all(abs(ours[n]["loss"] - theirs[n]["loss"]) <= 1e-5 for n in some)
 
 
@@ -164,7 +162,7 @@ def test_members_continue_on_any_number_of_devices(home, members):
     first = {n: members.population.first(*entry) for n, entry in ENTRIES.items()}
     other = DeviceSlots(prepare_population(swept(home, "--mesh.data", "8"), len(ENTRIES)), len(ENTRIES))
     other.resume(saved, first, [-1, 3, 0, 2])
-    assert (other.total, other.member_ids) == (8, [0, 2, 3])
+    assert (len(other.slots), other.member_ids) == (8, [0, 2, 3])
     for number in other.member_ids:
         assert all(
             (member(other, number)[path] == leaf).all() for path, leaf in member(members, number).items()
@@ -200,20 +198,59 @@ def test_the_base_is_held_once_and_each_program_compiled_once(home, monkeypatch)
     )
 
 
-@pytest.mark.long
-def test_members_at_once_is_measured_where_there_is_no_cpu(home, monkeypatch):
+class Recorded:
+    """A compiled step that records which members are alive when it is called."""
+
+    def __init__(self, step):
+        self.step, self.alive = step, []
+
+    def __getattr__(self, name):
+        return getattr(self.step, name)
+
+    def __call__(self, members, *rest):
+        self.alive.append(np.asarray(members.alive).tolist())
+        return self.step(members, *rest)
+
+
+def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(home, monkeypatch):
+    """The device's kind and the times are stand-ins; the programs are real."""
     monkeypatch.setattr(populations, "skips_measurement", lambda device: False)
-    asked = []
+    asked, measured = [], populations._measured
 
-    def measured(chunk, programs, mesh, at_once):
-        asked.append((at_once, chunk))
-        return {1: 1.0, 2: 0.5, 4: 0.49}[at_once]
+    def stand_in(step, mesh, at_once):
+        asked.append(at_once)
+        return {1: 1.0, 2: 0.5, 4: 0.25, 8: 0.24}[at_once]
 
-    monkeypatch.setattr(populations, "_measured", measured)
-    population = prepare_population(swept(home), 4)
-    assert asked == [(1, 4), (2, 2), (4, 4)]
-    assert (population.at_once, population.chunk) == (2, 2)
-    monkeypatch.undo()
-    assert populations._measured(population.chunk, population.programs, population.mesh, 2) > 0
-    chosen = dataclasses.replace(swept(home), sweep=dataclasses.replace(swept(home).sweep, members_at_once=4))
-    assert prepare_population(chosen, 4, chosen.sweep.members_at_once).chunk == 4
+    monkeypatch.setattr(populations, "_measured", stand_in)
+    run = swept(home, "--train.max_skipped", "1", "--train.eval_batch_size", "4")
+    population = prepare_population(run, 8)
+    assert asked == [1, 2, 4, 8]
+    programs = population.programs
+    assert (programs.at_once, programs.chunk) == (4, 4)
+    # The evaluation is as large as the step's memory allows, and the rows of the splits.
+    temporary = [p.memory_analysis().temp_size_in_bytes for p in (programs.evaluate, programs.step)]
+    assert temporary[0] <= temporary[1]
+    assert programs.eval_batch_size > 4
+    # Few members have a program of few slots, the one that was measured.
+    assert [population.programs_for(count).at_once for count in (8, 5, 4, 3, 2, 1)] == [4, 4, 4, 4, 2, 1]
+    assert asked == [1, 2, 4, 8]
+    assert population.programs_for(2) is population.programs_for(2)
+    # Members on zeros have no finite loss; they would stop, and cost nothing, before the last timed call.
+    recorded = Recorded(population.programs_for(2).step)
+    assert measured(recorded, population.mesh, 2) > 0
+    assert recorded.alive == [[True, True]] * 4
+
+
+def test_neither_the_evaluation_batch_nor_the_slots_change_a_loss(home, members, monkeypatch):
+    split = members.population.data.splits["test"]
+    expected = members.evaluate(split)
+    monkeypatch.setattr(populations, "skips_measurement", lambda device: False)
+    some = {n: entry for n, entry in ENTRIES.items() if n != DIVERGES}
+    other = taken(swept(home, "--train.eval_batch_size", "5"), some, 100, at_once=4)
+    assert other.programs.eval_batch_size != members.programs.eval_batch_size == 16
+    before = other.evaluate(split)
+    assert all(abs(before[n]["loss"] - expected[n]["loss"]) <= 1e-5 for n in some)
+    other.compact([1])
+    assert (other.programs.at_once, other.member_ids) == (1, [1])
+    after = other.evaluate(split)
+    assert abs(after[1]["loss"] - before[1]["loss"]) <= 1e-6

@@ -81,7 +81,12 @@ def test_output_files_of_a_sweep(swept):
     assert [(run["arm"], run["seed"]) for run in report["runs"]] == [
         (arm, seed) for arm in ("lora", "lora_plus", "control") for seed in (1, 2)
     ]
-    assert all([step for step, _ in run["curve"]] == [*range(0, 17, 2)] for run in report["runs"])
+    assert all([step for step, _ in run["curve"]] == [0, 4, 8, 10, 11, 13, 14, 16] for run in report["runs"])
+    # Each member is evaluated once at a step: 8 and 4 in the search, 6 at eight steps of the report.
+    rows = [json.loads(line) for line in (swept / "metrics.jsonl").read_text().splitlines()]
+    keys = {(row["stage"], row["arm"], *row["trial"], row["seed"], row["step"]) for row in rows}
+    assert len(rows) == len(keys) == 8 + 4 + 6 * 8
+    assert all(run["test"]["loss"] == run["curve"][-1][1] for run in report["runs"])
     for arm in ("lora", "lora_plus"):
         last = [row for row in report["search"] if row["step"] == 16 and row["arm"] == arm]
         best = min(last, key=lambda row: row["loss"])
@@ -197,6 +202,44 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
         "protocol": 0,
         "command": 0,
     }
+
+
+def test_a_report_in_groups_trains_the_same_runs_and_resumes_in_each(world, swept, capsys, undrawn):
+    options = ("--sweep.report_seeds", "3", "--sweep.interim_seeds", "[2]")
+    for count in (16 + 3, 13 + 1):  # in the first group, and in the second after the rest of the first
+        with pytest.MonkeyPatch.context() as patch:
+            stopping(patch, count, lambda: signal.raise_signal(signal.SIGTERM))
+            assert run_sweep(world, *options) == 143
+    assert not report_of(world.out)["complete"]
+    assert run_sweep(world, *options) == 0
+    report, whole = report_of(world.out), report_of(swept)
+    assert report["ended"] == {"seeds": 3, "reason": "all_seeds"}
+    assert [(run["arm"], run["seed"]) for run in report["runs"] if run["seed"] < 3] == [
+        (run["arm"], run["seed"]) for run in whole["runs"]
+    ]
+    assert [run for run in report["runs"] if run["seed"] < 3] == whole["runs"]
+    assert {row["confidence"] for row in report["comparisons"]} == {0.975}
+    assert_mentions(capsys.readouterr().out, "no significant difference", "2 report seeds", "3 of 3")
+
+
+def test_a_decided_report_ends_early(world, capsys, undrawn, monkeypatch):
+    step, ready = DeviceSlots.step, []
+
+    def recorded(self, batches):
+        ready.append(all(leaf.is_ready() for leaf in jax.tree.leaves(self.chunks)))
+        step(self, batches)
+
+    monkeypatch.setattr(DeviceSlots, "step", recorded)
+    rates = ("--sweep.lora_learning_rates", "[1e-9,2e-9]", "--sweep.control", "false")
+    assert run_sweep(world, *rates, "--sweep.report_seeds", "8", "--sweep.interim_seeds", "[4]") == 0
+    report = report_of(world.out)
+    assert report["ended"] == {"seeds": 4, "reason": "decided"}
+    assert [run["seed"] for run in report["runs"]] == [1, 2, 3, 4] * 2
+    assert report["member_steps"]["report"] == 8 * 16
+    assert json.loads((world.out / "summary.json").read_text())["ended"] == report["ended"]
+    assert_mentions((world.out / "report.html").read_text(), "end early", "decided", "97.5 %")
+    assert_mentions(capsys.readouterr().out, "4 of 8 report seeds", "decided")
+    assert all(ready)  # a signal waits for one step, not for all that were dispatched
 
 
 @pytest.mark.long

@@ -8,13 +8,14 @@ from loraplus_jax.sweep.halving import (
     best_trial,
     check_rungs,
     comparison_steps,
+    curve_steps,
     mean_losses,
     member_steps,
-    planned_member_steps,
+    planned_members,
     split_at_rung,
     survivors,
 )
-from loraplus_jax.sweep.population import fastest_batch_size
+from loraplus_jax.sweep.population import fastest_batch_size, largest_eval_batch, parallel_members
 from loraplus_jax.sweep.settings import SweepSettings, Trial
 from loraplus_jax.sweep.slots import assign_slots
 
@@ -72,6 +73,13 @@ def test_stops():
     assert comparison_steps(SweepSettings(), 300) == [38, 300]
     assert comparison_steps(SweepSettings(method="grid"), 300) == [300]
     assert comparison_steps(SweepSettings(rungs=(0.001, 0.002)), 10) == [1, 10]
+
+
+def test_a_curve_is_dense_where_the_target_is_reached():
+    assert curve_steps(120, 7) == [0, 30, 60, 72, 84, 96, 108, 120]
+    assert curve_steps(16, 7) == [0, 4, 8, 10, 11, 13, 14, 16]
+    assert curve_steps(12, 3) == [0, 3, 6, 12]
+    assert curve_steps(1, 7) == [0, 1]
 
 
 def test_rungs_within_the_warm_up_are_rejected():
@@ -135,8 +143,29 @@ def test_more_members_at_once_only_while_it_pays():
     assert fastest_batch_size(lambda size: math.inf if size > 1 else 1.0, 6) == 1
 
 
+def test_few_members_are_computed_in_the_least_power_of_two_that_holds_them():
+    assert [parallel_members(count, 16, 1) for count in (32, 9, 8, 5, 2, 1)] == [16, 16, 8, 8, 2, 1]
+    assert [parallel_members(count, 16, 4) for count in (33, 32, 4, 3)] == [16, 8, 1, 1]
+    assert parallel_members(7, 6, 1) == 6  # a number of the user's own
+    assert parallel_members(7, 1, 1) == 1
+
+
+def test_an_evaluation_batch_takes_the_steps_memory_and_pads_the_splits_least():
+    def batch(rows, room, needs=lambda size: 10 * size):
+        return largest_eval_batch(64, rows, room, needs)
+
+    assert batch([1004, 2008], 10 * 64) == batch([1004, 2008], 0) == 64
+    assert batch([1004, 2008], 10 * 255) == 128
+    assert batch([1004, 2008], 10**9) == 1024  # 1,024 + 2,048 rows, as with 64; 2,048 would be 4,096
+    assert batch([1100, 1100], 10**9) == 128  # 1,152 rows, as with 64; 256 would be 1,280
+    assert batch([20, 20], 10**9) == 64
+    # Twice as many examples need more than twice the memory.
+    assert batch([1004, 2008], 10 * 1024, lambda size: 10 * size + (size > 64) * 10**6) == 64
+
+
 def test_the_plan_of_a_sweep_counts_as_it_trains():
-    # 8 settings of two methods to step 4, 2 of each to 16, and 6 members of the report for 16 steps.
+    # 8 settings of two methods to step 4, 2 of each to 16.
     trials = [Trial(10.0**-n, ratio, 16.0, 8) for ratio in (1.0, 4.0) for n in range(4)]
-    assert planned_member_steps(trials, 1, [4, 16], 0.5, 6 * 16) == 8 * 4 + 4 * 12 + 96
-    assert planned_member_steps(trials, 2, [16], 0.5, 0) == 2 * 8 * 16
+    assert planned_members(trials, 1, [4, 16], 0.5) == [8, 4]
+    assert member_steps([8, 4], [4, 16]) == 8 * 4 + 4 * 12
+    assert planned_members(trials, 2, [16], 0.5) == [16]

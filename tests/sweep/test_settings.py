@@ -7,9 +7,10 @@ import yaml
 
 from loraplus_jax.cli import main
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sweep.halving import comparison_steps, curve_every, survivors
+from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
 from loraplus_jax.sweep.methods import method_run
 from loraplus_jax.sweep.run import ignored_fields
+from loraplus_jax.sweep.sequential import seed_groups
 from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
 
@@ -67,7 +68,8 @@ EFFECTS = [
     ("samples", "3", trials, ()),
     ("seeds", "[3,4]", lambda run: run.seeds, ()),
     ("report_seeds", "4", lambda run: run.report_seeds, ()),
-    ("curve_points", "5", lambda run: curve_every(100, 300, run.sweep.curve_points), ()),
+    ("interim_seeds", "[2]", seed_groups, ()),
+    ("curve_points", "10", lambda run: curve_steps(300, run.sweep.curve_points), ()),
     ("control", "false", lambda run: run.arms, ()),
     ("rungs", "[0.5]", stops, ()),
     ("keep", "0.5", kept, ()),
@@ -231,6 +233,13 @@ BAD = [
         ("--sweep.report_seeds", "1000000000"),
         ["sweep.report_seeds", 2, 1000, 1000000000],
     ),
+    (("--sweep.interim_seeds", "[1]"), ["sweep.interim_seeds[0]", 2, 1]),
+    (("--sweep.interim_seeds", "[3]"), ["interim_seeds", "below", "report_seeds 3", 3]),
+    (
+        ("--sweep.interim_seeds", "[4,2]", "--sweep.report_seeds", "8"),
+        ["interim_seeds", "increasing", "[4, 2]"],
+    ),
+    (("--sweep.interim_seeds", "[2]", "--sweep.methods", "[pissa]"), ["interim_seeds", "empty", "[2]"]),
     (("--sweep.samples", "1001"), ["sweep.samples", 1, 1000, 1001]),
     (("--sweep.members_at_once", "10001"), ["sweep.members_at_once", 1, 10000, 10001]),
     (

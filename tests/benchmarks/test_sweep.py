@@ -1,0 +1,38 @@
+"""What a whole sweep takes, counted: training steps and evaluation batches, against sixteen single runs."""
+
+from pathlib import Path
+
+import pytest
+
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sweep.settings import SweepRun
+
+EXAMPLES = {"train": 7031, "validation": 1004, "test": 2008}
+"""Of the quickstart."""
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+
+
+def test_the_whole_answer_takes_less_than_half_of_sixteen_single_runs():
+    from sweep import CONFIG, SIXTEEN, single_count, sweep_count
+
+    run = parse_settings(CONFIG, SIXTEEN, SweepRun)
+    single = single_count(run, 300, EXAMPLES)
+    # 1,004 rows are 16 batches, 2,008 are 32: six evaluations while training, the test split twice.
+    assert single == (300, 6 * 16 + 2 * 32)
+    # 16 settings to step 38, two of LoRA+ to the end; LoRA and LoRA+ on two seeds, at eight steps.
+    found = sweep_count(run, {}, 300, EXAMPLES, 4)
+    assert found == (16 * 38 + 2 * 262 + 4 * 300, (16 + 2) * 16 + 4 * 8 * 32)
+    assert found.steps < 0.49 * 16 * single.steps
+    assert found.evaluation_batches < 0.52 * 16 * single.evaluation_batches
+
+
+def test_what_is_counted_follows_the_settings():
+    from sweep import CONFIG, SIXTEEN, sweep_count
+
+    run = parse_settings(CONFIG, SIXTEEN, SweepRun)
+    assert sweep_count(run, {"curve_points": 10}, 300, EXAMPLES, 4) == (2332, 18 * 16 + 4 * 11 * 32)
+    assert sweep_count(run, {"keep": 0.0625}, 300, EXAMPLES, 0) == (16 * 38, 16 * 16)
