@@ -23,6 +23,7 @@ weights' products alone. On a CPU the first two reuse freed memory, as the `lora
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ from step_time_processes import Process, take_turns
 from step_time_report import DEPTH_GOAL, FLOPS_GOAL, goal, goals_of, losses_differ, rows_of
 
 RANK, ALPHA, LR_RATIO, LEARNING_RATE, PEAK_SIZE = 8, 16, 4.0, 5e-4, 2048
+PEERS = ("peft", "no adapters", "qwix", "qwix reusing memory", "tunix", "matmul")
 OURS = {
     "remat": str,
     "unroll": lambda word: word == "true",
@@ -365,11 +367,7 @@ def parse() -> argparse.Namespace:
     add("--peft-python", default=sys.executable)
     add("--qwix-python", default=sys.executable)
     add("--tunix-python", default=sys.executable)
-    add(
-        "--peers",
-        default="peft,no adapters,qwix,qwix reusing memory,tunix,matmul",
-        help="what to run beside this package",
-    )
+    add("--peers", default=",".join(PEERS), help="what to run beside this package")
     add("--compile", help="torch.compile's mode for PEFT, or none: default on gpu, none on cpu")
     add("--remat", choices=("none", "dots", "full"), default="dots")
     add("--unroll", action="store_true")
@@ -397,6 +395,12 @@ def parse() -> argparse.Namespace:
     add("--profile", action="store_true", help="seconds by component instead")
     add("--cost", action="store_true", help="time and memory by depth, length and rank instead")
     options = parser.parse_args()
+    if wrong := [
+        shape for shape in options.shapes.split(",") if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)
+    ]:
+        parser.error(f"--shapes: {wrong[0]!r} is not batch x tokens, such as 8x64")
+    if wrong := [name for name in options.peers.split(",") if name and name not in PEERS]:
+        parser.error(f"--peers: there is no {wrong[0]!r}; there are {', '.join(PEERS)}")
     on_gpu = options.backend == "gpu"
     options.shapes, options.peers = options.shapes.split(","), options.peers.split(",")
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")

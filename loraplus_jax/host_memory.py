@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
     """Makes the process reuse large blocks of memory that it has freed, and returns whether it does.
 
     XLA on a CPU allocates and frees the temporaries of a program in every call. glibc maps blocks above 32 MB anew
-    each time, so each step page-faults all its activations, on one thread. Peak memory stays the same, but the
-    process gives no memory back before it ends.
+    each time, so each step page-faults all its activations, on one thread. The peak hardly changes, but the process
+    gives no memory back before it ends.
 
     Call it before the first JAX computation: a thread stays with the arena it started with. Returns False where the
     C library is not glibc.
