@@ -129,6 +129,7 @@ def goal(what: str, measured: float, bound: float, *, at_least: bool = False) ->
     return {
         "what": what,
         "measured": round(measured, 4),
-        "goal": f"{'>=' if at_least else '<='} {bound}",
+        "bound": "at least" if at_least else "at most",
+        "goal": bound,
         "met": "met" if met else "missed",
     }
