@@ -33,10 +33,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import median_ratio, report, table
+from common import interleaved, median_ratio, report, table
 from step_time_model import SMOLLM2, ideal_flops, products, write_model
 from step_time_processes import Process, take_turns
 from step_time_report import DEPTH_GOAL, FLOPS_GOAL, goal, goals_of, losses_differ, rows_of
+from step_time_workers import here
+
+from loraplus_jax.host_memory import keep_freed_memory
 
 RANK, ALPHA, LR_RATIO, LEARNING_RATE, PEAK_SIZE = 8, 16, 4.0, 5e-4, 2048
 PEERS = ("peft", "no adapters", "qwix", "qwix reusing memory", "tunix", "matmul")
@@ -308,40 +311,31 @@ def profile(options: argparse.Namespace) -> bool:
 def cost(options: argparse.Namespace) -> bool:
     """Step time and the compiler's memory by depth, sequence length and rank, each against one middle case.
 
-    The cases of one sweep take turns. A smaller vocabulary than SmolLM2's, so that the layers are what is measured.
+    The cases of one sweep take turns, in this process. A smaller vocabulary than SmolLM2's, so that the layers are
+    what is measured.
     """
     middle = {"layers": 6, "tokens": 128, "rank": 8}
     sweeps = {"layers": (2, 4, 6, 8, 12), "tokens": (32, 64, 128, 256, 512), "rank": (1, 4, 8, 16, 32, 64)}
     rows, ours = [], next(iter(options.ours.values()))
+    if options.allocator == "keep":
+        keep_freed_memory()
     for varied, values in sweeps.items():
-        processes: dict[str, Process] = {}
-        with tempfile.TemporaryDirectory() as root:
-            try:
-                for value in values:
-                    case = middle | {varied: value}
-                    directory = Path(root) / str(value)
-                    directory.mkdir()
-                    config = SMOLLM2 | {"num_hidden_layers": case["layers"], "vocab_size": 4096}
-                    write_model(directory, config, case["rank"])
-                    job = job_of(options, config, str(directory), f"4x{case['tokens']}", case["rank"]) | ours
-                    processes[str(value)] = start(
-                        options.python, job | {"implementation": "here"}, environment(options, str(directory))
-                    )
-                take_turns(processes, options.warmup, float("inf"))
-                for process in processes.values():
-                    process.start_again()
-                take_turns(processes, options.rounds, float("inf"))
-            finally:
-                for process in processes.values():
-                    process.close()
-        for value, process in processes.items():
-            about = process.ready["about"]
+        workers = {}
+        for case in (middle | {varied: value} for value in values):
+            config = SMOLLM2 | {"num_hidden_layers": case["layers"], "vocab_size": 4096}
+            with tempfile.TemporaryDirectory() as directory:
+                write_model(Path(directory), config, case["rank"])
+                job = job_of(options, config, directory, f"4x{case['tokens']}", case["rank"])
+                workers[case[varied]] = here(job | ours)
+        seconds = interleaved({value: worker.step for value, worker in workers.items()}, options.rounds)
+        for value, worker in workers.items():
+            about = worker.about
             rows.append(
-                middle
+                {"varied": varied}
+                | middle
                 | {
-                    "varied": varied,
-                    varied: int(value),
-                    "step, s": round(float(np.median(process.seconds)), 4),
+                    varied: value,
+                    "step, s": round(float(np.median(seconds[value])), 4),
                     "temporaries, MB": round(about["temp_bytes"] / 1e6, 1),
                     "trace and compile, s": round(about["trace_s"] + about["compile_s"], 2),
                 }
