@@ -246,8 +246,8 @@ def write(options: argparse.Namespace, rows: list, kept: Mapping[str, Any], goal
             "compile": options.compile,
             "ours": options.ours,
             "rounds": options.rounds,
-            "share of peak": "weights, attention as if every pair of tokens were looked at, and adapters, over the "
-            "rate of the weights' products alone",
+            "share of peak": "FLOPs of weights, attention (every pair of tokens counts) and adapters per second, over "
+            f"those of a product of matrices of {PEAK_SIZE} x {PEAK_SIZE}",
         },
         **notes,
         goals=goals,
