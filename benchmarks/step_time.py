@@ -246,7 +246,7 @@ def write(options: argparse.Namespace, rows: list, kept: Mapping[str, Any], goal
             "compile": options.compile,
             "ours": options.ours,
             "rounds": options.rounds,
-            "share of peak": "FLOPs of weights, attention (every pair of tokens counts) and adapters per second, over "
+            "share of peak": "FLOPs of weights, attention (all pairs of tokens) and adapters per second, over "
             f"those of a product of matrices of {PEAK_SIZE} x {PEAK_SIZE}",
         },
         **notes,
