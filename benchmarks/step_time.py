@@ -1,8 +1,10 @@
-"""One training step of the same adapters on the same Llama: here, in PEFT on torch, and in qwix.
+"""One training step of the same adapters on the same Llama: here, in PEFT on torch, in qwix, and in tunix.
 
     python benchmarks/step_time.py                                   # 2 CPU cores, float32
     python benchmarks/step_time.py --backend gpu                     # bfloat16, torch.compile for PEFT
     python benchmarks/step_time.py --depth                           # compile time at depth 4 against 32
+    python benchmarks/step_time.py --profile                         # where a step's time goes
+    python benchmarks/step_time.py --cost                            # time and memory by depth, length and rank
     python benchmarks/step_time.py --variants "none:;dots:remat=dots;plain:loss=plain"
 
 SmolLM2-135M's shape with random weights, which all load from one file in Hugging Face's names, as they load the
@@ -11,11 +13,17 @@ followed by a step of the next, in turning order, and ratios are medians over th
 the first and the last step are compared: they are equal only if all did the same work.
 
 Peak memory is the process's highest resident set (VmHWM) from its start on a CPU, and what the framework's
-allocator reached on a GPU. No network is used. qwix is left out where it is not installed.
+allocator reached on a GPU. No network is used. qwix and tunix are left out where they are not installed.
+
+The runs: `here`; `no adapters`, the same model's loss and its gradient at the embedding's output; `qwix`, its
+adapters on our model; `tunix`, its own Llama, loss and trainer with qwix's adapters; `peft`; and `matmul`, the
+weights' products alone. On a CPU the first two reuse freed memory, as the `loraplus` command does
+(`loraplus_jax.host_memory`), and `qwix reusing memory` does too; the others' allocators are as they come.
 """
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -25,13 +33,24 @@ from typing import Any
 
 import jax
 import numpy as np
-from common import median_ratio, report, table
+from common import interleaved, median_ratio, report, table
 from step_time_model import SMOLLM2, ideal_flops, products, write_model
 from step_time_processes import Process, take_turns
 from step_time_report import DEPTH_GOAL, FLOPS_GOAL, goal, goals_of, losses_differ, rows_of
+from step_time_workers import here
+
+from loraplus_jax.host_memory import keep_freed_memory
 
 RANK, ALPHA, LR_RATIO, LEARNING_RATE, PEAK_SIZE = 8, 16, 4.0, 5e-4, 2048
-OURS = {"remat": str, "unroll": lambda word: word == "true", "attention": str, "loss": str, "chunk": int}
+PEERS = ("peft", "no adapters", "qwix", "qwix reusing memory", "tunix", "matmul")
+OURS = {
+    "remat": str,
+    "unroll": lambda word: word == "true",
+    "attention": str,
+    "loss": str,
+    "chunk": int,
+    "allocator": str,
+}
 
 
 def variants_of(text: str, defaults: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -53,7 +72,7 @@ def variants_of(text: str, defaults: Mapping[str, Any]) -> dict[str, dict[str, A
 
 
 def job_of(
-    options: argparse.Namespace, config: Mapping[str, Any], directory: str, shape: str
+    options: argparse.Namespace, config: Mapping[str, Any], directory: str, shape: str, rank: int = RANK
 ) -> dict[str, Any]:
     """What every worker is told; settings of this package come on top."""
     batch, tokens = map(int, shape.split("x"))
@@ -69,7 +88,7 @@ def job_of(
         "tokens": tokens,
         "ids": ids,
         "layers": config["num_hidden_layers"],
-        "rank": RANK,
+        "rank": rank,
         "alpha": ALPHA,
         "lr": LEARNING_RATE,
         "lr_ratio": LR_RATIO,
@@ -87,7 +106,10 @@ def measure(
     wanted = {
         "peft": (options.peft_python, {"implementation": "peft"}),
         **{name: (options.python, {"implementation": "here", **more}) for name, more in ours.items()},
-        "qwix": (options.qwix_python, {"implementation": "qwix", **first}),
+        "no adapters": (options.python, {"implementation": "base", **first}),
+        "qwix": (options.qwix_python, {"implementation": "qwix", **first, "allocator": "default"}),
+        "qwix reusing memory": (options.qwix_python, {"implementation": "qwix", **first}),
+        "tunix": (options.tunix_python, {"implementation": "tunix"}),
         "matmul": (options.python, {"implementation": "matmul"}),
     }
     processes: dict[str, Process] = {}
@@ -199,9 +221,9 @@ def compare(options: argparse.Namespace) -> bool:
             left = (end - time.perf_counter()) / (len(options.shapes) - number)
             kept[shape] = measure(options, config, directory, shape, time.perf_counter() + left)
             runs = kept[shape]["runs"]
-            batch, tokens = map(int, shape.split("x"))
-            rows += rows_of(shape, runs, ideal_flops(config, batch, tokens, RANK))
-            goals += goals_of(shape, options.backend, next(iter(options.ours)), runs)
+            ideal = ideal_flops(config, *map(int, shape.split("x")), RANK)
+            rows += rows_of(shape, runs, ideal)
+            goals += goals_of(shape, options.backend, next(iter(options.ours)), runs, ideal)
             kept[shape]["losses_differ"] = losses_differ(runs)
             agree &= kept[shape]["losses_differ"] <= options.tolerance
             if flops:
@@ -224,8 +246,8 @@ def write(options: argparse.Namespace, rows: list, kept: Mapping[str, Any], goal
             "compile": options.compile,
             "ours": options.ours,
             "rounds": options.rounds,
-            "share of peak": "weights, attention as if every pair of tokens were looked at, and adapters, over the "
-            "rate of the weights' products alone",
+            "share of peak": "FLOPs of weights, attention (all pairs of tokens) and adapters per second, over "
+            f"those of a product of matrices of {PEAK_SIZE} x {PEAK_SIZE}",
         },
         **notes,
         goals=goals,
@@ -255,6 +277,73 @@ def depth(options: argparse.Namespace) -> bool:
     return True
 
 
+def profile(options: argparse.Namespace) -> bool:
+    """Seconds of a step by component, here and without adapters: the medians over rounds of traced steps."""
+    ours, profiles, rows = next(iter(options.ours.values())), {}, []
+    with tempfile.TemporaryDirectory() as directory:
+        config = SMOLLM2 | {"num_hidden_layers": options.layers}
+        write_model(Path(directory), config, RANK)
+        for shape in options.shapes:
+            job, profiles[shape] = job_of(options, config, directory, shape) | ours, {}
+            for name, implementation in (("here", "here"), ("no adapters", "base")):
+                process = start(
+                    options.python, job | {"implementation": implementation}, environment(options, directory)
+                )
+                try:
+                    for _ in range(options.warmup):
+                        process.ask("step")
+                    found = [process.ask("profile")["components"] for _ in range(options.rounds)]
+                finally:
+                    process.close()
+                names = sorted(set().union(*found))
+                profiles[shape][name] = {
+                    n: float(np.median([each.get(n, 0.0) for each in found])) for n in names
+                }
+    for name in sorted({n for runs in profiles.values() for found in runs.values() for n in found}):
+        columns = {f"{shape} {run}": runs[run] for shape, runs in profiles.items() for run in runs}
+        rows.append(
+            {"component": name} | {key: f"{found.get(name, 0):.4f}" for key, found in columns.items()}
+        )
+    report(options.name or f"step_time_profile_{options.backend}", rows, unprinted={"seconds": profiles})
+    return True
+
+
+def cost(options: argparse.Namespace) -> bool:
+    """Step time and the compiler's memory by depth, sequence length and rank, each against one middle case.
+
+    The cases of one sweep take turns, in this process. A smaller vocabulary than SmolLM2's, so that the layers are
+    what is measured.
+    """
+    middle = {"layers": 6, "tokens": 128, "rank": 8}
+    sweeps = {"layers": (2, 4, 6, 8, 12), "tokens": (32, 64, 128, 256, 512), "rank": (1, 4, 8, 16, 32, 64)}
+    rows, ours = [], next(iter(options.ours.values()))
+    if options.allocator == "keep":
+        keep_freed_memory()
+    for varied, values in sweeps.items():
+        workers = {}
+        for case in (middle | {varied: value} for value in values):
+            config = SMOLLM2 | {"num_hidden_layers": case["layers"], "vocab_size": 4096}
+            with tempfile.TemporaryDirectory() as directory:
+                write_model(Path(directory), config, case["rank"])
+                job = job_of(options, config, directory, f"4x{case['tokens']}", case["rank"])
+                workers[case[varied]] = here(job | ours)
+        seconds = interleaved({value: worker.step for value, worker in workers.items()}, options.rounds)
+        for value, worker in workers.items():
+            about = worker.about
+            rows.append(
+                {"varied": varied}
+                | middle
+                | {
+                    varied: value,
+                    "step, s": round(float(np.median(seconds[value])), 4),
+                    "temporaries, MB": round(about["temp_bytes"] / 1e6, 1),
+                    "trace and compile, s": round(about["trace_s"] + about["compile_s"], 2),
+                }
+            )
+    report(options.name or f"step_time_cost_{options.backend}", rows, batch=4, vocabulary=4096)
+    return True
+
+
 def parse() -> argparse.Namespace:
     """The command line; `ours` are the settings of this package by name, the first of which the goals are for."""
     parser = argparse.ArgumentParser(
@@ -265,18 +354,20 @@ def parse() -> argparse.Namespace:
     add("--shapes", default="8x64,2x512", help="batch x tokens")
     add("--dtype", choices=("float32", "bfloat16"), help="float32 on cpu, bfloat16 on gpu")
     add("--threads", type=int, default=2, help="of each process, on cpu")
-    add("--rounds", type=int, help="21 on cpu, 60 on gpu; with --depth 3")
+    add("--rounds", type=int, help="21 on cpu, 60 on gpu; with --depth 3, with --profile and --cost 5")
     add("--warmup", type=int, default=2, help="rounds that do not count, after the first step")
     add("--seconds", type=float, help="no further rounds past so many; 500 on gpu, else no limit")
     add("--python", default=sys.executable, help="interpreter for this package")
     add("--peft-python", default=sys.executable)
     add("--qwix-python", default=sys.executable)
-    add("--peers", default="peft,qwix,matmul", help="what to run beside this package")
+    add("--tunix-python", default=sys.executable)
+    add("--peers", default=",".join(PEERS), help="what to run beside this package")
     add("--compile", help="torch.compile's mode for PEFT, or none: default on gpu, none on cpu")
     add("--remat", choices=("none", "dots", "full"), default="dots")
     add("--unroll", action="store_true")
     add("--attention", choices=("auto", "xla", "blocked"), default="auto")
     add("--loss", choices=("chunked", "plain"), default="chunked")
+    add("--allocator", choices=("keep", "default"), default="keep", help="of the host; see the runs above")
     add(
         "--chunk",
         type=int,
@@ -295,14 +386,23 @@ def parse() -> argparse.Namespace:
     )
     add("--name", help="of the file in results/, for a quick look that should not replace the full one")
     add("--depth", action="store_true", help="compile time at depth 4 and 32 instead")
+    add("--profile", action="store_true", help="seconds by component instead")
+    add("--cost", action="store_true", help="time and memory by depth, length and rank instead")
     options = parser.parse_args()
+    if wrong := [
+        shape for shape in options.shapes.split(",") if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape)
+    ]:
+        parser.error(f"--shapes: {wrong[0]!r} is not batch x tokens, such as 8x64")
+    if wrong := [name for name in options.peers.split(",") if name and name not in PEERS]:
+        parser.error(f"--peers: there is no {wrong[0]!r}; there are {', '.join(PEERS)}")
     on_gpu = options.backend == "gpu"
     options.shapes, options.peers = options.shapes.split(","), options.peers.split(",")
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.compile = options.compile or ("default" if on_gpu else "none")
     options.chunk = options.chunk or (512 if on_gpu else 128)
     options.seconds = options.seconds or (500.0 if on_gpu else float("inf"))
-    options.rounds = options.rounds or (3 if options.depth else 60 if on_gpu else 21)
+    short = 3 if options.depth else 5 if options.profile or options.cost else None
+    options.rounds = options.rounds or short or (60 if on_gpu else 21)
     options.flops = not on_gpu if options.flops is None else options.flops
     options.tolerance = 1e-4 if options.dtype == "float32" else 1e-2
     defaults = {name: getattr(options, name) for name in OURS}
@@ -317,7 +417,8 @@ def main() -> None:
     if options.backend == "cpu":
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     jax.config.update("jax_platforms", "cuda" if options.backend == "gpu" else "cpu")
-    if not (depth if options.depth else compare)(options):
+    measures = {depth: options.depth, profile: options.profile, cost: options.cost}
+    if not next((measure for measure, wanted in measures.items() if wanted), compare)(options):
         raise SystemExit("the losses differ: these runs did not do the same work")
 
 

@@ -6,11 +6,13 @@ others run in environments of their own.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "torch", "transformers", "peft")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "qwix", "google-tunix", "torch", "transformers", "peft")
 
 
 class Worker(NamedTuple):
@@ -28,11 +30,13 @@ class Worker(NamedTuple):
       step: does one step to its end and returns the loss before it.
       device_memory: the peak in bytes on the accelerator, None on a CPU.
       about: what else to report.
+      hlo: the compiled program's text, for a profile; empty without one.
     """
 
     step: Callable[[], dict[str, float]]
     device_memory: Callable[[], int | None]
     about: dict[str, Any]
+    hlo: str = ""
 
 
 def here(job: dict[str, Any]) -> Worker:
@@ -60,6 +64,38 @@ def here(job: dict[str, Any]) -> Worker:
     tx = lora_plus_adamw(job["lr"], **rates, specs=specs)
     state, frozen = init_state({"lora": lora}, tx, jax.random.key(0)), {"params": params}
     return _jax_worker(jit_step(loss_fn, tx), state, frozen, batch)
+
+
+def base(job: dict[str, Any]) -> Worker:
+    """No adapters: the same model, loss and remat, and the loss's gradient at the embedding's output.
+
+    That is the least that any training of adapters on the first layer does. Nothing is updated.
+    """
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    model, params, batch = _llama(job)
+
+    def loss_fn(offset: jax.Array, params: dict, ids: jax.Array) -> jax.Array:
+        def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            y = call(*args, **kwargs)
+            is_lookup = isinstance(context.module, nn.Embed) and context.method_name == "__call__"
+            return y + offset if is_lookup else y
+
+        with nn.intercept_methods(add):
+            hidden = model.apply({"params": params}, ids, method="hidden")
+        total, count = _loss_sum(job, hidden, params, ids)
+        return total / count
+
+    def step(state: tuple, params: dict, ids: jax.Array) -> tuple:
+        offset, _ = state
+        loss, gradient = jax.value_and_grad(loss_fn)(offset, params, ids)
+        return (offset, gradient), {"loss": loss}
+
+    embedding = params["embed_tokens"]["embedding"]
+    offset, gradient = (jnp.zeros((*batch.shape, embedding.shape[1]), embedding.dtype) for _ in range(2))
+    return _jax_worker(jax.jit(step, donate_argnums=0, keep_unused=True), (offset, gradient), params, batch)
 
 
 def qwix(job: dict[str, Any]) -> Worker:
@@ -103,11 +139,8 @@ def qwix(job: dict[str, Any]) -> Worker:
         raise ValueError("qwix found no layer to adapt")
     lora = {path: _factor(job, path).astype(params["norm"]["scale"].dtype) for path in paths}
     frozen = traverse_util.flatten_dict(params, sep="/")
-    rates = {"a": job["lr"], "b": job["lr"] * job["lr_ratio"]}
-    tx = optax.multi_transform(
-        {side: optax.adamw(rate, weight_decay=0.0) for side, rate in rates.items()},
-        {path: path[-1] for path in paths},
-    )
+    sides = {side: optax.adamw(rate, weight_decay=0.0) for side, rate in _rates(job).items()}
+    tx = optax.multi_transform(sides, {path: path[-1] for path in paths})
 
     def loss_fn(lora: dict, frozen: dict, ids: jax.Array) -> jax.Array:
         variables = {"params": traverse_util.unflatten_dict({**frozen, **lora}, sep="/")}
@@ -122,6 +155,91 @@ def qwix(job: dict[str, Any]) -> Worker:
         return (optax.apply_updates(lora, updates), opt_state), {"loss": loss}
 
     return _jax_worker(jax.jit(step, donate_argnums=0), (lora, tx.init(lora)), frozen, batch)
+
+
+def tunix(job: dict[str, Any]) -> Worker:
+    """google/tunix: its own Llama, loss and trainer step, with adapters from qwix as its CLI adds them.
+
+    The optimizer is optax.adamw for A and for B, as for qwix. Remat is off, tunix's default.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import nnx
+    from qwix import LoraProvider, apply_lora_to_model  # pyright: ignore[reportMissingImports]
+    from tunix.models.llama3 import model as llama3  # pyright: ignore[reportMissingImports]
+    from tunix.models.llama3.params import (  # pyright: ignore[reportMissingImports]
+        create_model_from_safe_tensors,
+    )
+    from tunix.sft import utils  # pyright: ignore[reportMissingImports]
+    from tunix.sft.peft_trainer import (  # pyright: ignore[reportMissingImports]
+        PeftTrainer,
+        TrainingConfig,
+        TrainingInput,
+    )
+
+    c, ids = (
+        json.loads((Path(job["directory"]) / "config.json").read_text()),
+        jnp.asarray(job["ids"], jnp.int32),
+    )
+    config = llama3.ModelConfig(
+        num_layers=c["num_hidden_layers"],
+        vocab_size=c["vocab_size"],
+        embed_dim=c["hidden_size"],
+        hidden_dim=c["intermediate_size"],
+        num_heads=c["num_attention_heads"],
+        head_dim=c["head_dim"],
+        num_kv_heads=c["num_key_value_heads"],
+        rope_theta=int(c["rope_theta"]),
+        norm_eps=c["rms_norm_eps"],
+        weight_tying=c["tie_word_embeddings"],
+    )
+    # Its attention leaves out the config's theta (0.1.7), so that losses would differ.
+    llama3.apply_rope = functools.partial(llama3.apply_rope, rope_theta=config.rope_theta)
+    # The directory holds the adapter's file too, which its loader would take for the model's.
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "model.safetensors").symlink_to(Path(job["directory"]) / "model.safetensors")
+        model = create_model_from_safe_tensors(directory, config, dtype=jnp.dtype(job["dtype"]))
+    provider = LoraProvider(
+        module_path=f".*({'|'.join(TARGETS)})", rank=job["rank"], alpha=float(job["alpha"])
+    )
+    model = apply_lora_to_model(model, provider, **model.get_model_input())
+    state = nnx.state(model, nnx.LoRAParam)
+    flat = [(path, variable) for path, variable in nnx.to_flat_state(state)]
+    if not flat:
+        raise ValueError("qwix found no layer to adapt")
+    for path, variable in flat:
+        _, layer, _, module, leaf = path
+        factor = _factor_of_layer(job, int(layer), module, leaf[-1])
+        variable.set_value(factor.reshape(variable.get_value().shape))
+    nnx.update(model, state)
+
+    sides = {side: optax.adamw(rate, weight_decay=0.0) for side, rate in _rates(job).items()}
+    label = lambda tree: jax.tree_util.tree_map_with_path(  # noqa: E731
+        lambda path, _: "a" if "lora_a" in jax.tree_util.keystr(path) else "b", tree
+    )
+    trainer = PeftTrainer(
+        model, optax.multi_transform(sides, label), TrainingConfig(eval_every_n_steps=10**9)
+    )
+
+    def inputs(batch: Any) -> dict[str, jax.Array]:
+        return {
+            "input_tokens": batch.input_tokens,
+            "input_mask": batch.input_mask,
+            "positions": utils.build_positions_from_mask(batch.input_mask),
+            "attention_mask": utils.make_causal_attn_mask(batch.input_mask),
+        }
+
+    trainer.with_gen_model_input_fn(inputs)
+    train_step, _ = trainer.jit_train_and_eval_step(cache_nnx_graph=True)
+    batch = TrainingInput(input_tokens=ids, input_mask=jnp.ones(ids.shape, bool))
+
+    def step() -> dict[str, float]:
+        loss, _, norm = train_step(batch)
+        jax.block_until_ready((norm, nnx.state(model, nnx.LoRAParam)))
+        return {"loss": float(loss)}
+
+    return Worker(step, _jax_peak, {"device": jax.devices()[0].device_kind})
 
 
 def peft(job: dict[str, Any]) -> Worker:
@@ -262,16 +380,26 @@ def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple
 
 
 def _factor(job: dict[str, Any], path: str) -> Any:
-    """One stacked factor from the file in PEFT's names, by a path such as `layers/self_attn/q_proj/lora_a`."""
+    """One stacked factor from the file, by a path such as `layers/self_attn/q_proj/lora_a`."""
     import jax.numpy as jnp
-    import numpy as np
-    from safetensors import safe_open
 
     *_, module, leaf = path.removeprefix("lora/").split("/")
-    name = f"base_model.model.model.layers.{{}}.self_attn.{module}.lora_{leaf[-1].upper()}.weight"
+    return jnp.stack([_factor_of_layer(job, layer, module, leaf[-1]) for layer in range(job["layers"])])
+
+
+def _factor_of_layer(job: dict[str, Any], layer: int, module: str, side: str) -> Any:
+    """A (in, rank) or B (rank, out) of one layer from the file in PEFT's names."""
+    import jax.numpy as jnp
+    from safetensors import safe_open
+
+    name = f"base_model.model.model.layers.{layer}.self_attn.{module}.lora_{side.upper()}.weight"
     with safe_open(Path(job["directory"]) / "adapter.safetensors", "numpy") as file:
-        layers = [file.get_tensor(name.format(layer)).T for layer in range(job["layers"])]
-    return jnp.asarray(np.stack(layers))
+        return jnp.asarray(file.get_tensor(name).T)
+
+
+def _rates(job: dict[str, Any]) -> dict[str, float]:
+    """LoRA+'s learning rates by side."""
+    return {"a": job["lr"], "b": job["lr"] * job["lr_ratio"]}
 
 
 def _jax_worker(step: Any, state: Any, frozen: Any, batch: Any) -> Worker:
@@ -298,7 +426,18 @@ def _jax_worker(step: Any, state: Any, frozen: Any, batch: Any) -> Worker:
         jax.block_until_ready(held["state"])
         return {"loss": float(metrics["loss"])}
 
-    return Worker(one, _jax_peak, about)
+    return Worker(one, _jax_peak, about, compiled.as_text())
+
+
+def _profile(worker: Worker, job: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step by component."""
+    import jax
+    from step_time_profile import components
+
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            worker.step()
+        return components(Path(directory), worker.hlo, (job["batch"], job["tokens"]))
 
 
 def _jax_peak() -> int | None:
@@ -309,8 +448,10 @@ def _jax_peak() -> int | None:
 
 WORKERS: dict[str, Callable[[dict[str, Any]], Worker]] = {
     "here": here,
+    "base": base,
     "peft": peft,
     "qwix": qwix,
+    "tunix": tunix,
     "matmul": matmul,
 }
 
@@ -350,6 +491,10 @@ def main() -> None:
 
     start = time.perf_counter()
     try:
+        if job.get("allocator") == "keep":
+            from loraplus_jax.host_memory import keep_freed_memory
+
+            keep_freed_memory()
         worker = WORKERS[job["implementation"]](job)
         built = time.perf_counter()
         if job["compile_only"]:
@@ -375,6 +520,8 @@ def main() -> None:
         if line.strip() == "forget":
             forget_peak()
             reply()
+        elif line.strip() == "profile":
+            reply(components=_profile(worker, job))
         elif line.strip() == "memory":
             reply(device=worker.device_memory(), **host_memory())
         else:

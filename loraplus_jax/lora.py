@@ -23,6 +23,7 @@ TERMS = ("delta1", "delta2", "delta3", "z_a", "z_b")
 """The quantities that `update_squares` measures, in order."""
 
 
+@jax.named_scope("lora")
 def low_rank_output(
     x: jax.Array,
     a: jax.Array,
@@ -46,10 +47,18 @@ def low_rank_output(
     """
     first, second = ({"precision": precision, "out_sharding": sharding} for sharding in out_shardings)
     if equations is None:  # an einsum would give the same, but takes ten times as long to trace
-        h = jnp.matmul(x, a, **first)
-        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, **second)
+        # One axis of rows: with more, XLA on CPU copies y's gradient, transposed, for the gradient of B. A reshape
+        # of axes that are sharded explicitly would have to tell its sharding.
+        rows = x if any(out_shardings) or is_explicit(x) else x.reshape(-1, x.shape[-1])
+        h = jnp.matmul(rows, a, **first)
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, **second).reshape(*x.shape[:-1], b.shape[-1])
     h = jnp.einsum(equations[0], x, a, **first)
     return jnp.einsum(equations[1], h * jnp.asarray(scale, h.dtype), b, **second)
+
+
+def is_explicit(*arrays: Any) -> bool:
+    """Whether arrays are sharded over a mesh with explicit axis types, where a product must tell its sharding."""
+    return any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
 
 
 def weight_delta(

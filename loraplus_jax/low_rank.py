@@ -20,7 +20,7 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 from .dataflow import mark_weight, scan_counts
 from .dora import output_scale
-from .lora import low_rank_output, measured_term
+from .lora import is_explicit, low_rank_output, measured_term
 from .quantization import PackedArray
 
 _TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimization_barrier")
@@ -88,7 +88,7 @@ class LowRankWeight:
             f"{left},{right}->{self.letters}",
             *(a, b),
             precision=jax.lax.Precision.HIGHEST,
-            out_sharding=jax.typeof(base).sharding if _explicit(base, a, b) else None,
+            out_sharding=jax.typeof(base).sharding if is_explicit(base, a, b) else None,
         ) * jnp.asarray(self.scale, a.dtype)
         total = base + delta
         if self.c is not None:
@@ -190,7 +190,7 @@ def _use(use: _Use, eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: A
 
 def _times(c: jax.Array, x: jax.Array) -> jax.Array:
     """c x in x's dtype; on a mesh with explicit axis types laid out as x is."""
-    if _explicit(c, x):
+    if is_explicit(c, x):
         axes = zip(c.shape, (*jax.typeof(x).sharding.spec, *(None,) * x.ndim), strict=False)
         c = jax.sharding.reshard(c, jax.P(*(axis if size > 1 else None for size, axis in axes)))
     return (c * x).astype(x.dtype)
@@ -299,7 +299,7 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | N
     ):
         equations = None  # a plain product, which is quicker to trace
     precision, shardings = eqn.params["precision"], (None, None)
-    if _explicit(x, weight.w, weight.a, weight.b):
+    if is_explicit(x, weight.w, weight.a, weight.b):
         of_x = jax.typeof(x).sharding
         axes = dict(zip(letters, of_x.spec, strict=True))
         shardings = of_x.update(spec=jax.P(*(axes.get(c) for c in middle))), eqn.outvars[0].aval.sharding
@@ -323,17 +323,12 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | N
     )
 
 
-def _explicit(*arrays: Any) -> bool:
-    """Whether arrays are sharded over a mesh with explicit axis types, where a product must tell its sharding."""
-    return any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
-
-
 def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:
     """The use by a `gather` of whole rows of a matrix whose rows are its input axis."""
     numbers, rank = eqn.params["dimension_numbers"], weight.a.shape[-1]
     if (
         inputs[0] is not weight
-        or _explicit(weight.w, weight.a, weight.b)
+        or is_explicit(weight.w, weight.a, weight.b)
         or weight.factor_letters != (f"{weight.letters[0]}r", f"r{weight.letters[1:]}")
         or len(weight.letters) != 2
         or (numbers.collapsed_slice_dims, numbers.start_index_map) != ((0,), (0,))
@@ -359,7 +354,7 @@ def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | N
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     if (
         inputs[1] is not weight
-        or _explicit(inputs[0], weight.a, weight.b)
+        or is_explicit(inputs[0], weight.a, weight.b)
         or weight.letters != "".join(sorted(weight.letters))
         or weight.factor_letters[1] != f"r{weight.letters[-1]}"
         or (numbers.rhs_spec[0], numbers.out_spec[1]) != (last, last)

@@ -26,6 +26,19 @@ def test_delta_by_hand():
     assert y.tolist() == [[35.0, 70.0]]
 
 
+def test_the_gradient_of_b_copies_no_rows():
+    """Such a copy has the transposed shape of the layer's output gradient; the first factor's has the rank's."""
+    w, a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((48, 80), (48, 3), (3, 80)))
+
+    def loss(a, b, w, x):
+        return jnp.sum(jnp.sin(x @ w + low_rank_output(x, a, b, 2.0)))
+
+    for rows in ((128,), (4, 32), (2, 2, 32)):
+        x = jax.ShapeDtypeStruct((*rows, 48), jnp.float32)
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(a, b, w, x).compile().as_text()
+        assert "[128,80]" in compiled and "[80,128]" not in compiled
+
+
 def test_merge_by_hand_and_the_base_stays():
     before = jax.tree.map(np.array, BASE)
     merged = merge(BASE, LORA, {"q": spec()})

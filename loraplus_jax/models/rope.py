@@ -40,6 +40,7 @@ class Rope(NamedTuple):
     sin: jax.Array
 
 
+@jax.named_scope("rope")
 def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
     """Rotates queries or keys (B, T, N, H) by position, first half against second (arXiv 2104.09864).
 

@@ -53,19 +53,26 @@ def run(seconds, first, last, memory=100, device=None):
     }
 
 
+FLOPS = {"weights": 90e9, "attention": 8e9, "adapters": 2e9}
+
+
 def test_goals_are_medians_of_the_rounds_own_ratios():
     from step_time_report import goals_of
 
-    runs = {"here": run([1.0, 8.0, 9.0], 2.0, 1.0, 90), "peft": run([2.0, 10.0, 9.0], 2.0, 1.0)}
-    found = {line["what"]: line for line in goals_of("8x64", "cpu", "here", runs)}
-    assert found["8x64 time / PEFT"] == {
-        "what": "8x64 time / PEFT",
-        "measured": 0.8,
-        "goal": 0.9,
-        "met": "met",
+    runs = {
+        "here": run([1.0, 8.0, 9.0], 2.0, 1.0, 60),
+        "peft": run([2.0, 10.0, 9.0], 2.0, 1.0),
+        "no adapters": run([1.0, 7.0, 7.0], 2.0, 2.0),
+        "tunix": {"no run": "tunix is not installed"},
+        "matmul": {"seconds": [1.0], "gflop_per_s": [15.0]},
     }
-    assert (found["8x64 memory / PEFT"]["measured"], found["8x64 memory / PEFT"]["met"]) == (0.9, "missed")
-    assert len(found) == 2
+    found = {line.pop("what"): line for line in goals_of("8x64", "cpu", "here", runs, FLOPS)}
+    assert found == {
+        "8x64 time / no adapters": {"measured": 1.1429, "bound": "at most", "goal": 1.05, "met": "missed"},
+        "8x64 time / peft": {"measured": 0.8, "bound": "at most", "goal": 0.9, "met": "met"},
+        "8x64 memory / peft": {"measured": 0.6, "bound": "at most", "goal": 0.7, "met": "met"},
+        "8x64 share of peak": {"measured": 0.8333, "bound": "at least", "goal": 0.78, "met": "met"},
+    }
 
 
 def test_shares_of_the_peak_count_what_each_run_does():
@@ -76,8 +83,9 @@ def test_shares_of_the_peak_count_what_each_run_does():
         "matmul": {"seconds": [1.0], "gflop_per_s": [100.0]},
         "peft": {"no run": "peft is not installed"},
     }
-    found = rows_of("8x64", runs, {"weights": 90e9, "attention": 8e9, "adapters": 2e9})
-    assert [row["share of peak"] for row in found] == ["0.500", "0.900", "-"]
+    runs["no adapters"] = runs["here"]
+    found = rows_of("8x64", runs, FLOPS)
+    assert [row["share of peak"] for row in found] == ["0.500", "0.900", "-", "0.490"]
     assert found[2]["step, s"] == "peft is not installed"
 
 
@@ -89,5 +97,6 @@ def test_losses_that_differ_are_seen_and_nan_is_no_agreement(last, expected):
         "here": run([1.0], 2.0, 1.0),
         "peft": run([1.0], 2.0, last),
         "qwix": {"no run": "qwix is not installed"},
+        "no adapters": run([1.0], 2.0, 2.0),
     }
     assert losses_differ(runs) == expected
