@@ -1,13 +1,14 @@
 """Greedy generation: tokens per second here and in transformers, with the same weights on the same cores.
 
-    python benchmarks/generate.py                     # 2 CPU cores, float32, batch 1 and 8, with and without adapters
+    python benchmarks/generate.py                     # 2 CPU cores, float32, batch 1 and 8
     python benchmarks/generate.py --cases 1 --rounds 3 --layers 4 --name generate_quick
 
 SmolLM2-135M's shape with random weights, which all load from one file; adapters (q, k, v, o; rank 8) are not
 merged, and beside transformers' weights are PEFT's. Each implementation is a process of its own. A step generates
 one token for each prompt, which is the prefill, and then all tokens anew; the decode rate is the tokens after the
 first over the time after the prefill. A step of one implementation is followed by a step of the next, in turning
-order, and ratios are medians over the rounds' own ratios. The texts are compared token for token.
+order, and ratios are medians over the rounds' own ratios. The texts are compared token for token. "compiled" is
+transformers with a static cache and torch.compile, which needs a C compiler.
 
 Peak memory is the process's highest resident set (VmHWM), compilation included. "First step" includes imports,
 loading and compilation. No network is used.
@@ -32,7 +33,7 @@ RANK, ALPHA, GOAL = 8, 16, round(1 / 1.5, 3)
 WORKERS = Path(__file__).with_name("generate_workers.py")
 PEERS = {
     "transformers": {"implementation": "transformers", "compile": False},
-    "transformers, static cache, compiled": {"implementation": "transformers", "compile": True},
+    "compiled": {"implementation": "transformers", "compile": True},
 }
 
 
@@ -60,7 +61,7 @@ def job_of(options: argparse.Namespace, directory: str, case: str) -> dict[str, 
 def measure(options: argparse.Namespace, directory: str, case: str) -> dict[str, Any]:
     """All runs of one case by name, and what else the machine did."""
     job, processes = job_of(options, directory, case), {}
-    wanted = {"here": {"implementation": "here"}, **PEERS}
+    wanted = {"here": {"implementation": "here"}, **{name: PEERS[name] for name in options.peers.split(",")}}
     runs: dict[str, dict[str, Any]] = {}
     variables = {
         "JAX_PLATFORMS": "cpu",
@@ -74,6 +75,8 @@ def measure(options: argparse.Namespace, directory: str, case: str) -> dict[str,
             process = Process(sys.executable, job | more, variables, WORKERS)
             if why := process.failed or process.missing:
                 process.close()
+                if name == "here":
+                    raise SystemExit(why)
                 runs[name] = {"no run": why}
                 print(f"{case} {name}: {why}", flush=True)
             else:
@@ -147,6 +150,7 @@ def main() -> None:
     add("--rounds", type=int, default=7)
     add("--seconds", type=float, default=float("inf"), help="no further rounds of a case past so many")
     add("--layers", type=int, default=SMOLLM2["num_hidden_layers"], help="fewer for a quick look")
+    add("--peers", default="transformers,compiled", help="what to run beside this package")
     add("--name", default="generate_cpu", help="of the file in results/")
     options = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])

