@@ -215,7 +215,7 @@ def _reorder(cache: Cache, parents: jax.Array, start: int) -> Cache:
     """Moves the cache from slot `start` on to the sequences that continue `parents` (B, K)."""
     rows, beams = parents.shape
     index = (parents + beams * jnp.arange(rows)[:, None]).reshape(-1)
-    key, value = (x.at[:, :, start:].set(x[:, index, start:]) for x in (cache.key, cache.value))
+    key, value = (x.at[:, :, :, start:].set(x[:, index, :, start:]) for x in (cache.key, cache.value))
     return cache._replace(key=key, value=value)
 
 

@@ -125,8 +125,8 @@ def test_a_model_in_bf16_has_its_cache_in_bf16(variables, generate):
     assert ((found >= 0) & (found < WORDS)).all()
     assert np.mean(found[:, 0] == whole[:, 0]) > 0.5
     text = jax.jit(small).lower(variables, *padded(PROMPTS), Sampling(), KEYS).as_text()
-    assert "2x3x14x1x4xbf16" in text
-    assert "2x3x14x1x4xf32" not in text
+    assert "2x3x1x14x4xbf16" in text
+    assert "2x3x1x14x4xf32" not in text
 
 
 def nucleus_by_hand(logits, temperature, top_p):
