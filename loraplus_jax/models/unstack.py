@@ -52,7 +52,7 @@ def _views(leaf: Any, layers: int) -> Layers:
 
 
 def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layers], *args: Any) -> Any:
-    """`fn(variables, *args)`, whose loops over slices of `variables` become straight code on `layers` of `unstack`."""
+    """`fn(variables, *args)`; loops over slices of `variables` are straight code on `layers`, made by `unstack`."""
     if not any(layers):
         return fn(variables, *args)
     program, outputs = jax.make_jaxpr(fn, return_shape=True)(variables, *args)
