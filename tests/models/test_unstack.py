@@ -16,6 +16,7 @@ from loraplus_jax.models.llama import Llama
 from loraplus_jax.models.llama_config import LlamaConfig
 from loraplus_jax.models.unstack import run_unstacked, unstack
 from loraplus_jax.plan.hlo import parse_hlo, shape_bytes
+from loraplus_jax.quantize_base import quantize_base
 
 from ..marks import slow
 
@@ -54,13 +55,13 @@ def llama():
     return make_variables(LLAMA)
 
 
-def adapted(variables):
-    """The Llama with adapters, all of them random."""
+def adapted(variables, *, packed=False):
+    """The Llama with adapters, all of them random; and packed weights below them."""
     config = LoRAPlusConfig(target_modules=["q_proj", "down_proj"], rank=2)
     model = apply_lora_plus(LLAMA, config)
-    lora, _ = init_lora(model, jax.random.key(2), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    lora, specs = init_lora(model, jax.random.key(2), jax.ShapeDtypeStruct((1, 2), jnp.int32))
     lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), lora)
-    return model, {**variables, "lora": lora}
+    return model, {**(quantize_base(variables, "int8", specs) if packed else variables), "lora": lora}
 
 
 def looped(program, variables, *inputs):
@@ -71,12 +72,13 @@ def looped(program, variables, *inputs):
     return jax.tree.map(np.asarray, program(copies, *inputs))
 
 
-@pytest.mark.parametrize("kind", ["llama", *map(slow, ("adapted", "gpt2"))])
+@pytest.mark.parametrize("kind", ["llama", *map(slow, ("adapted", "packed", "gpt2"))])
 def test_the_tokens_are_those_of_the_loop(llama, kind):
-    model, variables = adapted(llama) if kind == "adapted" else (LLAMA, llama)
-    config = CONFIG
+    config, model, variables = CONFIG, LLAMA, llama
+    if kind in ("adapted", "packed"):
+        model, variables = adapted(llama, packed=kind == "packed")
     if kind == "gpt2":
-        model, config = GPT2(GPT2_CONFIG), GPT2_CONFIG
+        config, model = GPT2_CONFIG, GPT2(GPT2_CONFIG)
         variables = make_variables(model)
     assert any(unstack(variables, LAYERS))
     generate, inputs = (
