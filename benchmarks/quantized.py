@@ -25,7 +25,7 @@ from step_time import environment, job_of
 from step_time_model import SMOLLM2, write_model
 from step_time_processes import Process, take_turns
 from step_time_report import goal
-from step_time_workers import _llama, _loss_sum
+from step_time_workers import _loss_sum, load_llama
 
 RUNS = {
     "float32": {"implementation": "here"},
@@ -73,7 +73,7 @@ def bits_and_gradients(job: Mapping[str, Any], kind: str) -> tuple[float, float]
     from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
     from loraplus_jax.quantization import is_packed
 
-    base, params, batch = _llama({**job, "quantize": kind})
+    base, params, batch = load_llama({**job, "quantize": kind})
     packed = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_packed) if is_packed(leaf)]
     live = sum(part.addressable_data(0).nbytes for leaf in packed for part in leaf.parts.values())
     model = apply_lora_plus(

@@ -69,8 +69,13 @@ def ideal_flops(config: Mapping[str, Any], batch: int, tokens: int, rank: int) -
     }
 
 
-def write_model(directory: Path, config: Mapping[str, Any], rank: int, seed: int = 0) -> None:
-    """`config.json`, `model.safetensors`, and `adapter.safetensors` in PEFT's names; random, float32, B zero."""
+def write_model(
+    directory: Path, config: Mapping[str, Any], rank: int, seed: int = 0, *, trained: bool = False
+) -> None:
+    """`config.json`, `model.safetensors`, and `adapter.safetensors` in PEFT's names; random, float32.
+
+    B is zero, or random as well if `trained`.
+    """
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(seed)
@@ -91,8 +96,9 @@ def write_model(directory: Path, config: Mapping[str, Any], rank: int, seed: int
         if kind in ADAPTED:
             bound = 1.0 / np.sqrt(rows)  # as PEFT draws it
             a = rng.uniform(-bound, bound, (rank, rows)).astype(np.float32)
+            b = normal(columns, rank) if trained else np.zeros((columns, rank), np.float32)
             adapter[f"base_model.model.{path}.lora_A.weight"] = a
-            adapter[f"base_model.model.{path}.lora_B.weight"] = np.zeros((columns, rank), np.float32)
+            adapter[f"base_model.model.{path}.lora_B.weight"] = b
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights[f"model.layers.{layer}.{norm}.weight"] = np.ones(width, np.float32)
     (directory / "config.json").write_text(json.dumps(config))

@@ -27,13 +27,15 @@ class Process:
       idle_s, waited_s: CPU seconds it used while others had their turns, and how long those took.
     """
 
-    def __init__(self, python: str, job: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, python: str, job: Mapping[str, Any], environment: Mapping[str, str], workers: Path = WORKERS
+    ) -> None:
         self.seconds: list[float] = []
         self.replies: list[dict[str, Any]] = []
         self.anonymous, self.idle_s, self.waited_s = 0, 0.0, 0.0
         start = time.perf_counter()
         self._process = subprocess.Popen(
-            [python, str(WORKERS)],
+            [python, str(workers)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +27,13 @@ class Worker(NamedTuple):
     """What a worker is made of.
 
     Attributes:
-      step: does one step to its end and returns the loss before it.
+      step: does one step to its end and returns the loss before it, or whatever the parent compares.
       device_memory: the peak in bytes on the accelerator, None on a CPU.
       about: what else to report.
       hlo: the compiled program's text, for a profile; empty without one.
     """
 
-    step: Callable[[], dict[str, float]]
+    step: Callable[[], dict[str, Any]]
     device_memory: Callable[[], int | None]
     about: dict[str, Any]
     hlo: str = ""
@@ -46,14 +46,14 @@ def here(job: dict[str, Any]) -> Worker:
     from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
     from loraplus_jax.tree import flatten, replace_leaves
 
-    base, params, batch = _llama(job)
+    base, params, batch = load_llama(job)
     variant = job.get("variant", "lora")
     config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"], variant=variant)
     model = apply_lora_plus(base, config)
     shape = jax.ShapeDtypeStruct(batch.shape, batch.dtype)
     lora, specs = init_lora(model, jax.random.key(0), shape, base={"params": params})
     paths = [path for path in flatten(lora) if not path.endswith("magnitude")]
-    lora = replace_leaves(lora, {path: _factor(job, path) for path in paths})
+    lora = replace_leaves(lora, {path: load_factor(job, path) for path in paths})
 
     def loss_fn(variables: Any, ids: jax.Array, rng: jax.Array) -> tuple:
         hidden = model.apply(variables, ids, method="hidden")
@@ -112,7 +112,7 @@ def qwix(job: dict[str, Any]) -> Worker:
     from qwix._src.core.qarray import quantize  # pyright: ignore[reportMissingImports]
 
     kind = job.get("quantize", "none")
-    base, params, batch = _llama(job | {"quantize": "none"})
+    base, params, batch = load_llama(job | {"quantize": "none"})
     packed: dict[str, Any] = {} if kind == "none" else {"weight_qtype": kind}
     packed |= {"tile_size": 64} if kind == "nf4" else {}
     adapted = {"module_path": f".*({'|'.join(TARGETS)})", "rank": job["rank"], "alpha": float(job["alpha"])}
@@ -137,7 +137,7 @@ def qwix(job: dict[str, Any]) -> Worker:
     paths = [p for p in traverse_util.flatten_dict(shapes, sep="/") if re.search("_lora_[ab]$", p)]
     if not paths:
         raise ValueError("qwix found no layer to adapt")
-    lora = {path: _factor(job, path).astype(params["norm"]["scale"].dtype) for path in paths}
+    lora = {path: load_factor(job, path).astype(params["norm"]["scale"].dtype) for path in paths}
     frozen = traverse_util.flatten_dict(params, sep="/")
     sides = {side: optax.adamw(rate, weight_decay=0.0) for side, rate in _rates(job).items()}
     tx = optax.multi_transform(sides, {path: path[-1] for path in paths})
@@ -239,7 +239,7 @@ def tunix(job: dict[str, Any]) -> Worker:
         jax.block_until_ready((norm, nnx.state(model, nnx.LoRAParam)))
         return {"loss": float(loss)}
 
-    return Worker(step, _jax_peak, {"device": jax.devices()[0].device_kind})
+    return Worker(step, jax_peak, {"device": jax.devices()[0].device_kind})
 
 
 def peft(job: dict[str, Any]) -> Worker:
@@ -329,10 +329,10 @@ def matmul(job: dict[str, Any]) -> Worker:
         seconds = (time.perf_counter() - between) / 4
         return {"seconds": between - start, "gflop_per_s": 2e-9 * size**3 / seconds}
 
-    return Worker(step, _jax_peak, {"device": jax.devices()[0].device_kind})
+    return Worker(step, jax_peak, {"device": jax.devices()[0].device_kind})
 
 
-def _llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
+def load_llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
     """Our Linen model, its parameters from the file, and the batch."""
     import jax
     import jax.numpy as jnp
@@ -379,7 +379,7 @@ def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple
     return jnp.sum(losses[:, :-1]), losses[:, :-1].size
 
 
-def _factor(job: dict[str, Any], path: str) -> Any:
+def load_factor(job: dict[str, Any], path: str) -> Any:
     """One stacked factor from the file, by a path such as `layers/self_attn/q_proj/lora_a`."""
     import jax.numpy as jnp
 
@@ -426,7 +426,7 @@ def _jax_worker(step: Any, state: Any, frozen: Any, batch: Any) -> Worker:
         jax.block_until_ready(held["state"])
         return {"loss": float(metrics["loss"])}
 
-    return Worker(one, _jax_peak, about, compiled.as_text())
+    return Worker(one, jax_peak, about, compiled.as_text())
 
 
 def _profile(worker: Worker, job: dict[str, Any]) -> dict[str, float]:
@@ -440,7 +440,7 @@ def _profile(worker: Worker, job: dict[str, Any]) -> dict[str, float]:
         return components(Path(directory), worker.hlo, (job["batch"], job["tokens"]))
 
 
-def _jax_peak() -> int | None:
+def jax_peak() -> int | None:
     import jax
 
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -479,7 +479,8 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def main() -> None:
+def main(workers: Mapping[str, Callable[[dict[str, Any]], Worker]] = WORKERS) -> None:
+    """Serves the steps of the implementation that the job names, one of `workers`."""
     job = json.loads(sys.stdin.readline())
     # In front: an environment may hold another copy of this package.
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -495,7 +496,7 @@ def main() -> None:
             from loraplus_jax.host_memory import keep_freed_memory
 
             keep_freed_memory()
-        worker = WORKERS[job["implementation"]](job)
+        worker = workers[job["implementation"]](job)
         built = time.perf_counter()
         if job["compile_only"]:
             reply(about=worker.about, versions=versions())

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from .jaxprs import scan_counts
+
 Tags = frozenset[tuple[int, bool]]
 """The inputs that a value depends on, by number, each with whether the value is an unchanged part of it."""
 
@@ -124,21 +126,6 @@ def _scan(eqn: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
         if (new_carry := _union(carry, outputs)) == carry:
             return carry + outputs[carried:]
         carry = new_carry
-
-
-def scan_counts(eqn: Any) -> tuple[int, int]:
-    """The numbers of a `scan`'s constants and of its carried values, its first inputs; the others are sliced."""
-    body: Any = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
-    # Count by shapes, since jax versions name the counts differently: sliced inputs and stacked outputs have one
-    # more axis outside than inside.
-    sliced = _count_longer(eqn.invars, body.invars)
-    carried = len(body.outvars) - _count_longer(eqn.outvars, body.outvars)
-    return len(body.invars) - sliced - carried, carried
-
-
-def _count_longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """Counts the variables that have more axes outside than inside."""
-    return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outside, inside, strict=True))
 
 
 def _while(params: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Literal
 
-from .dataflow import mark_weight, scan_counts
+from .dataflow import mark_weight
 from .dora import output_scale
+from .jaxprs import run_equation, scan_counts
 from .lora import is_explicit, low_rank_output, measured_term
 from .quantization import PackedArray
 
@@ -133,7 +134,7 @@ def _evaluate(program: Any, inputs: Sequence[Any]) -> list[Any]:
 def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
     name, weights = eqn.primitive.name, [x for x in inputs if isinstance(x, LowRankWeight)]
     if not weights:
-        return _bind(eqn, inputs, jaxpr)
+        return run_equation(eqn, inputs, jaxpr)
     if name in ("jit", "pjit", "closed_call", "core_call"):
         return _evaluate(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr")), inputs)
     if name == "scan":
@@ -144,7 +145,7 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
         return jax.checkpoint(lambda *values: inner(values), **options)(*inputs)
     if len(weights) == 1:
         (weight,) = weights
-        of = lambda w: _bind(eqn, [w if x is weight else x for x in inputs], jaxpr)[0]  # noqa: E731
+        of = lambda w: run_equation(eqn, [w if x is weight else x for x in inputs], jaxpr)[0]  # noqa: E731
         if _is_passed(eqn, weight):
             return [dataclasses.replace(weight, w=_passed(eqn, weight.w, of))]
         if name == "transpose":
@@ -156,7 +157,7 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
         use = _RULES[name](eqn, inputs, weight) if name in _RULES else None
         if use is not None:
             return [_use(use, eqn, inputs, weight, jaxpr)]
-    return _bind(eqn, [_array(value) for value in inputs], jaxpr)
+    return run_equation(eqn, [_array(value) for value in inputs], jaxpr)
 
 
 class _Use(NamedTuple):
@@ -216,7 +217,7 @@ def _base_product(eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any
 
     def run(w: Any, others: list[Any]) -> Sequence[Any]:
         values = dataclasses.replace(weight, w=w).base()
-        return _bind(eqn, [values if x is None else x for x in others], jaxpr)
+        return run_equation(eqn, [values if x is None else x for x in others], jaxpr)
 
     return (jax.checkpoint(run) if isinstance(weight.w, PackedArray) else run)(weight.w, others)
 
@@ -256,16 +257,6 @@ def _slices(value: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     left, right = (side.replace(axis, "") for side in sides)
     rest = dataclasses.replace(value, letters=value.letters[1:], factor_letters=(left, right))
     return lambda w, a, b, c=None: dataclasses.replace(rest, w=w, a=a, b=b, c=c), (value.w, *parts)
-
-
-def _bind(eqn: Any, inputs: Sequence[Any], jaxpr: Any) -> Sequence[Any]:
-    """Runs one operation of a program on arrays.
-
-    As a program of its own: only jax's interpreter knows the context and nested functions of any operation.
-    """
-    values = {a: x for a, x in zip(eqn.invars, inputs, strict=True) if not isinstance(a, Literal)}
-    one = jaxpr.replace(constvars=[], invars=list(values), outvars=eqn.outvars, eqns=[eqn])
-    return jaxpr_as_fun(ClosedJaxpr(one, ()))(*values.values())
 
 
 def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:

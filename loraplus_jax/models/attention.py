@@ -131,15 +131,31 @@ def masked_attention(
 
     `scale` and `softcap` as for `causal_attention`.
     """
+    if softcap is not None:
+        return head_major_attention(query, _rows(key, 1), _rows(value, 1), mask, scale=scale, softcap=softcap)
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    if softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
-    groups = query.shape[2] // key.shape[2]
-    q, k, v = _rows(query, groups), _rows(key, 1), _rows(value, 1)
-    scores = _dot("bkrh,bksh->bkrs", q, k) * (_default_scale(query) if scale is None else scale)
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=scale)
+
+
+def head_major_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`masked_attention` for keys and values (B, K, S, H), which products read without a transposed copy."""
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    groups = query.shape[2] // key.shape[1]
+    scores = _dot("bkrh,bksh->bkrs", _rows(query, groups), key)
+    scores = scores * (_default_scale(query) if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     rows = jnp.repeat(mask, groups, axis=1)[:, None]
-    weights = jax.nn.softmax(jnp.where(rows, softcap * jnp.tanh(scores / softcap), _MASKED), axis=-1)
-    return _heads(_dot("bkrs,bksh->bkrh", weights.astype(v.dtype), v).astype(query.dtype), groups)
+    weights = jax.nn.softmax(jnp.where(rows, scores, _MASKED), axis=-1)
+    return _heads(_dot("bkrs,bksh->bkrh", weights.astype(value.dtype), value).astype(query.dtype), groups)
 
 
 class _Blocks(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 from .._validation import check_choice, check_int, check_number
 from .decoder import Cache, Config, init_cache
 from .generate import NONFINITE_LOGITS, PAD_AFTER_END
+from .unstack import Layers, jit_unstacked, run_unstacked
 
 EarlyStopping = Literal["heuristic", "complete", "never"]
 NoRepeatIn = Literal["all", "new"]
@@ -151,13 +152,17 @@ def make_beam_search(
             finite=state.finite & jnp.all(jnp.isfinite(logits).reshape(rows, -1), axis=1),
         )
 
-    @jax.jit
-    def search(variables: Any, input_ids: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def search(
+        variables: Any, layers: list[Layers], input_ids: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         rows, length = input_ids.shape
-        extend: Any = functools.partial(model.apply, variables, method="extend")
+        extend: Any = functools.partial(model.apply, method="extend")
         empty = init_cache(config, rows, length + new_tokens, dtype)
         # Beams share their prompt: it is read once, and its part of the cache is never reordered.
-        logits, cache = extend(input_ids, segment_ids, empty, first=True)
+        logits, cache = extend(variables, input_ids, segment_ids, empty, first=True)
+        extend_by_one = functools.partial(
+            run_unstacked, functools.partial(extend, first=False), variables, layers
+        )
         logits, cache = jnp.repeat(logits, beams, axis=0), _repeat(cache, beams)
         step = functools.partial(choose, input_ids, segment_ids)
 
@@ -171,7 +176,7 @@ def make_beam_search(
             if beams > 1:
                 cache = _reorder(cache, state.parents, length)
             last = jax.lax.dynamic_slice_in_dim(state.tokens, state.length - 1, 1, axis=2).reshape(-1, 1)
-            logits, cache = extend(last, jnp.ones_like(last), cache, first=False)
+            logits, cache = extend_by_one(last, jnp.ones_like(last), cache)
             return step(state, logits), cache
 
         sequences = jnp.full((rows, beams, new_tokens), PAD_AFTER_END, jnp.int32)
@@ -192,7 +197,7 @@ def make_beam_search(
         tokens = jnp.where(state.finite[:, None], state.finished[:, 0], nonfinite)
         return tokens, state.finished_scores[:, 0]
 
-    return search
+    return jit_unstacked(search, config.num_hidden_layers)
 
 
 def _take(values: jax.Array, index: jax.Array) -> jax.Array:
@@ -210,7 +215,7 @@ def _reorder(cache: Cache, parents: jax.Array, start: int) -> Cache:
     """Moves the cache from slot `start` on to the sequences that continue `parents` (B, K)."""
     rows, beams = parents.shape
     index = (parents + beams * jnp.arange(rows)[:, None]).reshape(-1)
-    key, value = (x.at[:, :, start:].set(x[:, index, start:]) for x in (cache.key, cache.value))
+    key, value = (x.at[:, :, :, start:].set(x[:, index, :, start:]) for x in (cache.key, cache.value))
     return cache._replace(key=key, value=value)
 
 

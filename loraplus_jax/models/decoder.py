@@ -13,7 +13,7 @@ import numpy as np
 
 from .._validation import check_choice
 from ..quantization import is_packed
-from .attention import Attention, causal_attention, masked_attention
+from .attention import Attention, causal_attention, head_major_attention
 from .attention_common import ATTENTION_NAMES, window_mask
 from .gpt2_config import GPT2Config
 from .llama_config import LlamaConfig
@@ -34,7 +34,7 @@ class Cache(NamedTuple):
     """The KV cache for generation; see `init_cache`.
 
     Attributes:
-      key, value: (L, B, S, K, H).
+      key, value: (L, B, K, S, H).
       segment_ids: int32 (B, S), 0 for padding and empty slots.
       length: int32 scalar, number of used slots.
     """
@@ -61,7 +61,7 @@ def project(
 
 def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `batch` sequences of `slots` tokens each, including padding."""
-    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
 
@@ -111,16 +111,16 @@ def attend(
     if cache is not None and shared.mask is not None:
         slots = shared.start + jnp.arange(query.shape[1])
         mask = shared.mask[:, None] & window_mask(slots, shared.mask.shape[1], window)[None]
-        return masked_attention(query, cache.key[layer], cache.value[layer], mask, **scores), cache
+        return head_major_attention(query, cache.key[layer], cache.value[layer], mask, **scores), cache
     options: Any = {"window": window, "implementation": implementation} | scores
     return causal_attention(query, key, value, shared.segment_ids, **options), cache
 
 
 def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
     """Writes new tokens' keys and values (B, T, K, H) to one layer's slots from `start`."""
-    at = (layer, 0, start, 0, 0)
+    at = (layer, 0, 0, start, 0)
     key, value = (
-        jax.lax.dynamic_update_slice(old, x[None].astype(old.dtype), at)
+        jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2)[None].astype(old.dtype), at)
         for old, x in ((cache.key, key), (cache.value, value))
     )
     return cache._replace(key=key, value=value)

@@ -11,6 +11,7 @@ import numpy as np
 
 from .._validation import check_int, check_number
 from .decoder import Config, init_cache
+from .unstack import Layers, jit_unstacked, run_unstacked
 
 Generate = Callable[..., jax.Array]
 """`generate(variables, input_ids, segment_ids, sampling, keys) -> tokens`, see `make_generate`."""
@@ -64,14 +65,21 @@ def make_generate(
     check_int("new_tokens", new_tokens, at_least=1)
     stops = jnp.array(list(stop), jnp.int32)
 
-    @jax.jit
     def generate(
-        variables: Any, input_ids: jax.Array, segment_ids: jax.Array, sampling: Sampling, keys: jax.Array
+        variables: Any,
+        layers: list[Layers],
+        input_ids: jax.Array,
+        segment_ids: jax.Array,
+        sampling: Sampling,
+        keys: jax.Array,
     ) -> jax.Array:
         rows, length = input_ids.shape
-        extend = functools.partial(model.apply, variables, method="extend")
+        extend: Any = functools.partial(model.apply, method="extend")
         cache = init_cache(config, rows, length + new_tokens, dtype)
-        logits, cache = extend(input_ids, segment_ids, cache, first=True)
+        logits, cache = extend(variables, input_ids, segment_ids, cache, first=True)
+        extend_by_one = functools.partial(
+            run_unstacked, functools.partial(extend, first=False), variables, layers
+        )
         ones = jnp.ones((rows, 1), jnp.int32)
 
         def choose(logits: jax.Array, done: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
@@ -87,7 +95,7 @@ def make_generate(
         def step(carry: tuple) -> tuple:
             i, done, tokens, cache = carry
             last = jnp.maximum(jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1), 0)
-            logits, cache = extend(last, ones, cache, first=False)
+            logits, cache = extend_by_one(last, ones, cache)
             token, done = choose(logits, done, i)
             tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
             return i + 1, done, tokens, cache
@@ -97,7 +105,7 @@ def make_generate(
         carry = (jnp.int32(1), done, tokens.at[:, 0].set(token), cache)
         return jax.lax.while_loop(has_next, step, carry)[2]
 
-    return generate
+    return jit_unstacked(generate, config.num_hidden_layers)
 
 
 def pad_left(prompts: Sequence[Sequence[int]], *, multiple: int = 64) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -111,13 +112,13 @@ def _events_writer(directory: Path, step: int) -> Any:
 
     A run that resumes from a step tells TensorBoard to drop all later events.
     """
-    from tensorboardX.event_file_writer import EventsWriter
-
     directory.mkdir(exist_ok=True)
-    writer = EventsWriter(str(directory / "events"))
+    writer = _tensorboard("event_file_writer").EventsWriter(str(directory / "events"))
     if step:
-        start = {"status": _proto("event").SessionLog.SessionStatus.START}
-        writer.write_event(_proto("event").Event(wall_time=time.time(), step=step + 1, session_log=start))
+        start = {"status": _tensorboard("proto.event_pb2").SessionLog.SessionStatus.START}
+        writer.write_event(
+            _tensorboard("proto.event_pb2").Event(wall_time=time.time(), step=step + 1, session_log=start)
+        )
     return writer
 
 
@@ -125,12 +126,19 @@ def _scalars(step: int, values: Mapping[str, float]) -> Any:
     """Makes a TensorBoard event; names with a slash are grouped by their first part, others under `train`."""
     named = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
     summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in named.items()]}
-    return _proto("event").Event(wall_time=time.time(), step=step, summary=summary)
+    return _tensorboard("proto.event_pb2").Event(wall_time=time.time(), step=step, summary=summary)
 
 
-def _proto(name: str) -> Any:
-    """Imports a module of generated protobuf classes, which type checkers cannot analyze."""
-    return importlib.import_module(f"tensorboardX.proto.{name}_pb2")
+def _tensorboard(name: str) -> Any:
+    """Imports a module of tensorboardX, without torch: that takes seconds, and only torch's tensors need it."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        return importlib.import_module(f"tensorboardX.{name}")
+    finally:
+        if hidden:
+            del sys.modules["torch"]
 
 
 def _parse_row(line: str | bytes) -> LogRow:

@@ -31,6 +31,8 @@ def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
     Removes entries that a full disk truncated: JAX warns about them at every start and never replaces them.
     """
     jax.config.update("jax_compilation_cache_dir", str(directory))
+    # By default only programs that take a second; a start compiles dozens of small ones, together as slow.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:

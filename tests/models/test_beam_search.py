@@ -42,7 +42,7 @@ def test_sequences_and_scores_equal_transformers(models, n):  # noqa: F811
         assert row.tolist() == wanted + [PAD_AFTER_END] * (len(row) - len(wanted))
         assert wanted_score is None or float(score) == pytest.approx(wanted_score, rel=2e-5)
     search({"params": params}, ids[::-1].copy(), segments[::-1].copy())
-    assert search._cache_size() == 1
+    assert search.__wrapped__._cache_size() == 1
 
 
 def log_probs_of_all(model, variables, prompt, count):  # noqa: F811

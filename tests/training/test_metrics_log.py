@@ -1,5 +1,7 @@
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -31,6 +33,20 @@ def test_rows_are_on_disk_as_soon_as_they_are_written(tmp_path):
     assert log.values("rate/a") == [(2, 1.0)]
     assert log.values("other") == []
     log.close()
+
+
+def test_tensorboard_does_not_load_torch(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from loraplus_jax.training.metrics_log import RunLog
+log = RunLog(Path({str(tmp_path)!r}))
+log.write(1, {{"loss": 0.5}})
+log.close()
+assert not any(name.split(".")[0] == "torch" for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_rows_after_the_step_that_a_run_resumes_from_are_dropped(tmp_path):

@@ -17,17 +17,20 @@ from ..messages import assert_mentions
 @pytest.fixture
 def cache(tmp_path):
     """A cache directory with two entries; JAX's own setting is restored."""
-    before = jax.config.values["jax_compilation_cache_dir"]
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: jax.config.values[name] for name in names}
     for name in ("jit_step-0a-cache", "jit_evaluate-0b-cache"):
         (tmp_path / name).write_text("program")
     yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def test_a_damaged_entry_is_reported_and_removed(cache):
     text = io.StringIO()
     with use_compilation_cache(cache, Console(file=text, width=300)):
         assert jax.config.values["jax_compilation_cache_dir"] == str(cache)
+        assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0  # small programs too
         warnings.warn(
             "Error reading persistent compilation cache entry for 'jit_step': cut short", stacklevel=1
         )
