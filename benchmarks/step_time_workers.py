@@ -75,7 +75,7 @@ def base(job: dict[str, Any]) -> Worker:
     import jax
     import jax.numpy as jnp
 
-    model, params, batch = _llama(job)
+    model, params, batch = load_llama(job)
 
     def loss_fn(offset: jax.Array, params: dict, ids: jax.Array) -> jax.Array:
         def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
