@@ -491,10 +491,6 @@ def main() -> None:
 
     start = time.perf_counter()
     try:
-        if job.get("allocator") == "keep":
-            from loraplus_jax.host_memory import keep_freed_memory
-
-            keep_freed_memory()
         worker = WORKERS[job["implementation"]](job)
         built = time.perf_counter()
         if job["compile_only"]:
