@@ -309,8 +309,8 @@ def cost(options: argparse.Namespace) -> bool:
     The cases of one sweep take turns, in this process. A smaller vocabulary than SmolLM2's, so that the layers are
     what is measured.
     """
-    middle = {"layers": 6, "tokens": 128, "rank": 8}
-    sweeps = {"layers": (2, 4, 6, 8, 12), "tokens": (32, 64, 128, 256, 512), "rank": (1, 4, 8, 16, 32, 64)}
+    middle = {"layers": 4, "tokens": 128, "rank": 8}
+    sweeps = {"layers": (2, 4, 8), "tokens": (64, 128, 256, 512), "rank": (1, 8, 32, 128)}
     rows, ours = [], next(iter(options.ours.values()))
     for varied, values in sweeps.items():
         workers = {}
