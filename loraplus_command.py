@@ -19,10 +19,7 @@ def run() -> None:
     os.close(descriptor)
     listen()
     from loraplus_jax.cli import TRACEBACK, main
-    from loraplus_jax.host_memory import keep_freed_memory, only_cpu
 
-    if only_cpu():
-        keep_freed_memory()
     show = bool(os.environ.get(TRACEBACK))
     if not show:
         # What fails in a thread or a destructor of a library, the library raises again where it matters.

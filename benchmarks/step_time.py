@@ -17,8 +17,7 @@ allocator reached on a GPU. No network is used. qwix and tunix are left out wher
 
 The runs: `here`; `no adapters`, the same model's loss and its gradient at the embedding's output; `qwix`, its
 adapters on our model; `tunix`, its own Llama, loss and trainer with qwix's adapters; `peft`; and `matmul`, the
-weights' products alone. On a CPU the first two reuse freed memory, as the `loraplus` command does
-(`loraplus_jax.host_memory`), and `qwix reusing memory` does too; the others' allocators are as they come.
+weights' products alone.
 """
 
 import argparse
@@ -39,17 +38,14 @@ from step_time_processes import Process, take_turns
 from step_time_report import DEPTH_GOAL, FLOPS_GOAL, goal, goals_of, losses_differ, rows_of
 from step_time_workers import here
 
-from loraplus_jax.host_memory import keep_freed_memory
-
 RANK, ALPHA, LR_RATIO, LEARNING_RATE, PEAK_SIZE = 8, 16, 4.0, 5e-4, 2048
-PEERS = ("peft", "no adapters", "qwix", "qwix reusing memory", "tunix", "matmul")
+PEERS = ("peft", "no adapters", "qwix", "tunix", "matmul")
 OURS = {
     "remat": str,
     "unroll": lambda word: word == "true",
     "attention": str,
     "loss": str,
     "chunk": int,
-    "allocator": str,
 }
 
 
@@ -107,8 +103,7 @@ def measure(
         "peft": (options.peft_python, {"implementation": "peft"}),
         **{name: (options.python, {"implementation": "here", **more}) for name, more in ours.items()},
         "no adapters": (options.python, {"implementation": "base", **first}),
-        "qwix": (options.qwix_python, {"implementation": "qwix", **first, "allocator": "default"}),
-        "qwix reusing memory": (options.qwix_python, {"implementation": "qwix", **first}),
+        "qwix": (options.qwix_python, {"implementation": "qwix", **first}),
         "tunix": (options.tunix_python, {"implementation": "tunix"}),
         "matmul": (options.python, {"implementation": "matmul"}),
     }
@@ -314,11 +309,9 @@ def cost(options: argparse.Namespace) -> bool:
     The cases of one sweep take turns, in this process. A smaller vocabulary than SmolLM2's, so that the layers are
     what is measured.
     """
-    middle = {"layers": 6, "tokens": 128, "rank": 8}
-    sweeps = {"layers": (2, 4, 6, 8, 12), "tokens": (32, 64, 128, 256, 512), "rank": (1, 4, 8, 16, 32, 64)}
+    middle = {"layers": 4, "tokens": 128, "rank": 8}
+    sweeps = {"layers": (2, 4, 8), "tokens": (64, 128, 256, 512), "rank": (1, 8, 32, 128)}
     rows, ours = [], next(iter(options.ours.values()))
-    if options.allocator == "keep":
-        keep_freed_memory()
     for varied, values in sweeps.items():
         workers = {}
         for case in (middle | {varied: value} for value in values):
@@ -367,7 +360,6 @@ def parse() -> argparse.Namespace:
     add("--unroll", action="store_true")
     add("--attention", choices=("auto", "xla", "blocked"), default="auto")
     add("--loss", choices=("chunked", "plain"), default="chunked")
-    add("--allocator", choices=("keep", "default"), default="keep", help="of the host; see the runs above")
     add(
         "--chunk",
         type=int,

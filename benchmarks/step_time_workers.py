@@ -492,10 +492,6 @@ def main(workers: Mapping[str, Callable[[dict[str, Any]], Worker]] = WORKERS) ->
 
     start = time.perf_counter()
     try:
-        if job.get("allocator") == "keep":
-            from loraplus_jax.host_memory import keep_freed_memory
-
-            keep_freed_memory()
         worker = workers[job["implementation"]](job)
         built = time.perf_counter()
         if job["compile_only"]:

@@ -17,7 +17,7 @@ from .attention_common import ATTENTION_NAMES, token_mask
 Attention = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 
 # From here on blocked is faster on CPU (benchmarks/step_time.py); it needs less memory on every device.
-MIN_BLOCKED_LENGTH = 256
+MIN_BLOCKED_LENGTH = 64
 # From here on splash accesses fewer bytes than either (benchmarks/plan_attention.py); not measured for cuDNN.
 MIN_KERNEL_LENGTH = 128
 # Minimum queries per block, and maximum number of blocks: each block is compiled separately.
@@ -54,7 +54,7 @@ def causal_attention(
         attend to and saves no probabilities for the backward pass (arXiv 2205.14135), so memory grows with T, not
         T²; keys outside a window that is an array are masked, not skipped. `"splash"` is JAX's Pallas kernel for
         TPUs and `"cudnn"` the kernel for NVIDIA GPUs; neither takes a window that is an array. `"auto"` uses the
-        platform's kernel from 128 tokens on if it supports the inputs; otherwise blocked from 256 tokens on, and
+        platform's kernel from 128 tokens on if it supports the inputs; otherwise blocked from 64 tokens on, and
         xla below. Kernels run on each device's rows and heads, so with several devices auto uses them only on an
         ambient mesh, as `jit_step` sets it, under `pmap` and in `shard_map`.
 

@@ -131,8 +131,8 @@ class ModelSettings:
       remat: activation checkpointing (language models): none; dots keeps only large matmul outputs; full keeps only
         layer inputs. Both save memory; full costs more time.
       attention: attention implementation (language models): xla; blocked, which uses less memory and is faster on a
-        CPU from 256 tokens; splash, a kernel for TPUs; cudnn, a kernel for NVIDIA GPUs; auto, which uses the
-        device's kernel from 128 tokens if it supports the model, otherwise blocked from 256 tokens.
+        CPU from 64 tokens; splash, a kernel for TPUs; cudnn, a kernel for NVIDIA GPUs; auto, which uses the
+        device's kernel from 128 tokens if it supports the model, otherwise blocked from 64 tokens.
       loss_chunk: compute the loss this many tokens at a time, so that full logits are never stored (language models
         with a frozen head).
     """
