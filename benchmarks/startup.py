@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from common import median_ratio, report
 from step_time_report import goal
@@ -146,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", default="import,load,step")
     parser.add_argument("--name", default="startup_cpu", help="of the file in results/")
     options = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
     parts, measured, beside, goals = options.parts.split(","), Measured(), {}, []
 
     def compare(name: str, other: str, at_most: float) -> None:
