@@ -1,10 +1,10 @@
 """A report that may end before its last seed, at numbers of seeds fixed in advance (`sweep.interim_seeds`).
 
-The report trains its seeds in groups. After each group it compares the arms on all seeds so far, and ends if
-the interval of the paired difference in test loss excludes zero. Testing repeatedly at 95 % would find a difference
-that does not exist in more than 5 % of reports (Armitage, McPherson and Rowe, JRSS A 132, 1969). So with K analyses,
-the last one included, every interval of the report has confidence 1 - 0.05 / K. By Bonferroni's inequality the chance that one
-of the K intervals misses the true difference is at most 5 %, however the analyses depend on each other.
+The report trains its seeds in groups. After each group it compares the arms on all seeds so far, and ends if the
+interval of the paired difference in test loss excludes zero. Testing repeatedly at 95 % would find differences that
+do not exist in more than 5 % of reports (Armitage, McPherson and Rowe, JRSS A 132, 1969). So with K analyses, the
+last one included, every interval of the report has confidence 1 - 0.05 / K. By Bonferroni's inequality the chance
+that one of the K intervals misses the true difference is at most 5 %, however the analyses depend on each other.
 
 Each interval is Student's, exact if the differences are normal. Light tails make it too narrow for few seeds: with
 uniform differences and analyses after 3, 5 and 8 seeds, 6.6 % of simulated reports find a difference.
