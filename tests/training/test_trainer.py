@@ -109,17 +109,14 @@ def test_rows_of_the_members_of_a_sweep():
             lambda *x: jnp.stack(x), *(numbered(scale, frozen, batch) for scale in (1.0, 3.0))
         )
 
-    population = types.SimpleNamespace(
-        programs=types.SimpleNamespace(evaluate=Program(both)), parts=types.SimpleNamespace(frozen=None)
-    )
     slots = types.SimpleNamespace(
-        population=population,
+        population=types.SimpleNamespace(parts=types.SimpleNamespace(frozen=None)),
+        programs=types.SimpleNamespace(evaluate=Program(both), eval_batch_size=4),
         chunks=[types.SimpleNamespace(alive=np.array([True, True]))],
-        _active_chunks=lambda: [0],
         slots_in=lambda chunk: [5, 2],
     )
     arrays = {"x": np.arange(7, dtype=np.float32)}
-    found = DeviceSlots.evaluate(slots, arrays, 4)  # pyright: ignore
+    found = DeviceSlots.evaluate(slots, arrays)  # pyright: ignore
     assert list(found) == [2, 5]
     for number, scale in {5: 1.0, 2: 3.0}.items():
         assert found[number]["x"] == 3 * scale
