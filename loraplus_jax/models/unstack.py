@@ -81,10 +81,8 @@ def _unroll(eqn: Any, inputs: list[Any], slices: list[Layers]) -> list[jax.Array
     """Runs a scan's steps one after the other, on `slices` where there are any."""
     consts, carried = scan_counts(eqn)
     before, carry, sliced = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
-    body, stacks = (
-        jax.jit(jaxpr_as_fun(eqn.params["jaxpr"])),
-        [],
-    )  # jit: traced and lowered once for all layers
+    body = jax.jit(jaxpr_as_fun(eqn.params["jaxpr"]))  # jit: traced and lowered once for all layers
+    stacks = []
     for n in range(eqn.params["length"]):
         own = (
             views[n] if views else x[n] for views, x in zip(slices[consts + carried :], sliced, strict=True)
