@@ -9,8 +9,8 @@ First step: `loraplus train configs/quickstart.yaml`, from the start of the proc
 step are in `metrics.jsonl`. The evaluation of 2,008 sentences before training is part of it, and shown by itself.
 Cold: without compiled programs of an earlier run; cached: with those of the cold run.
 
-Loading: SmolLM2-135M as float32, from GGUF (Q4_1) and from safetensors, in seconds after all imports; every page of
-every weight is read once. No network is used.
+Loading: SmolLM2-135M as float32 from GGUF (Q4_1), and random weights of its shape from safetensors, in seconds after
+all imports; every page of every weight is read once. No network is used.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 from common import median_ratio, report
+from step_time_model import SMOLLM2, write_model
 from step_time_report import goal
 
 from loraplus_jax.data.fetch import cache_dir, fetch
@@ -115,16 +116,6 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def write_safetensors(file: Path, directory: Path) -> None:
-    """A GGUF file's model as transformers writes it."""
-    code = (
-        "import sys, torch; from transformers import LlamaForCausalLM as M; "
-        "M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2], dtype=torch.float32).save_pretrained(sys.argv[3])"
-    )
-    arguments = [str(file.parent), file.name, str(directory)]
-    subprocess.run([sys.executable, "-c", code, *arguments], env=ENVIRONMENT, check=True)
-
-
 def rows_of(measured: Measured, beside: Mapping[str, str]) -> list[dict[str, str]]:
     """A line for each run, with its ratio to the run that it is compared with."""
     rows = []
@@ -165,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "load" in parts:
             file = fetch("smollm2-135m")
             paths = {"GGUF": file, "safetensors": Path(directory) / "model"}
-            write_safetensors(file, paths["safetensors"])
+            paths["safetensors"].mkdir()
+            write_model(paths["safetensors"], SMOLLM2, rank=8)
             loaders: dict[str, Any] = {
                 f"load {kind}, {who}": loader(who, path)
                 for kind, path in paths.items()
