@@ -234,9 +234,9 @@ over that of sixteen single runs, by what its report compares."""
 SIZE = "A member's step, and the memory of the population's step, against the number of members."
 
 GENERATION = """Greedy decoding beside transformers, with the same weights, prompts and cores; the texts are
-compared token for token. The limit is to read all weights once a token: 538 MB, so at 34 tokens/s for one
-prompt the cores read 18 GB/s. Each layer's weights are read in place; a loop over layers copies them first, which moves
-three times the bytes."""
+compared token for token. The limit is to read all weights once a token: 538 MB, so at 34 tokens/s for a prompt the
+cores read 18 GB/s. Each layer's weights are read in place; a loop over layers copies them first, which moves three
+times the bytes."""
 
 START = "New processes, in turn; data and weights are there already."
 
