@@ -9,13 +9,8 @@ First step: `loraplus train configs/quickstart.yaml`, from the start of the proc
 step are in `metrics.jsonl`. The evaluation of 2,008 sentences before training is part of it, and shown by itself.
 Cold: without compiled programs of an earlier run; cached: with those of the cold run.
 
-<<<<<<< HEAD
 Loading: SmolLM2-135M as float32 from GGUF (Q4_1), and random weights of its shape from safetensors, in seconds
 after all imports; every page of every weight is read once. No network is used.
-=======
-Loading: SmolLM2-135M as float32 from GGUF (Q4_1), and random weights of its shape from safetensors; seconds
-after all imports, with every page of every weight read once. No network is used.
->>>>>>> d6735bddd8b51b0b78416373cf77c74cdf15ee8c
 """
 
 import argparse
