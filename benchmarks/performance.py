@@ -247,9 +247,9 @@ compared token for token. The limit is to read all weights once a token: 538 MB,
 cores read 18 GB/s, and a plain sum reads 25 GB/s there. Each layer's weights are read in place; a loop over layers
 copies them first, which moves three times the bytes. The first step includes imports and compilation."""
 
-START = """New processes, in turn; data and weights are there already. The quickstart evaluates 2,008 sentences before
-its first step, which is most of the time to it. Loading safetensors transposes and stacks the weights for Flax,
-where transformers maps the file into memory."""
+START = """New processes, in turn; data and weights are there already. The quickstart evaluates 2,008 sentences
+before its first step, which is most of the time to it. Loading safetensors transposes and stacks the weights for
+Flax, where transformers maps the file into memory."""
 
 SECTIONS = (
     Section("A training step", STEP, "step_time.py", "step_time_cpu", step_lines),
