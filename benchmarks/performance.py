@@ -244,8 +244,8 @@ SIZE = "A member's step, and the memory of the population's step, against the nu
 
 GENERATION = """Greedy decoding beside transformers, with the same weights, prompts and cores; the texts are
 compared token for token. The limit is to read all weights once a token: 538 MB, so at 34 tokens/s for a prompt the
-cores read 18 GB/s, and a plain sum reads 25 GB/s there. Each layer's weights are read in place; a loop over layers
-copies them first, which moves three times the bytes. The first step includes imports and compilation."""
+cores read 18 GB/s. Each layer's weights are read in place; a loop over layers copies them first, which moves three
+times the bytes. The first step includes imports and compilation."""
 
 START = """New processes, in turn; data and weights are there already. The quickstart evaluates 2,008 sentences
 before its first step, which is most of the time to it. Loading safetensors transposes and stacks the weights for
