@@ -316,7 +316,7 @@ CHANGES = [
     Change("model.unroll", "true", program),
     Change("model.split_fused", "true", variables, PHI),
     Change("model.remat", "full", program, TALK),
-    Change("model.attention", "blocked", program, TALK),
+    Change("model.attention", "xla", program, TALK),
     Change("model.loss_chunk", "64", program, TALK),
     Change("data.path", "{dir}/first.csv", arrays),
     Change("data.train", "{dir}/more.csv", arrays, FILES),
