@@ -179,7 +179,11 @@ def pod_lines(found: Found) -> list[str]:
 
 def sweep_lines(found: Found) -> list[str]:
     """The times of a step, and the shares."""
-    ways = [{"sweep": way, **shares} for way, shares in found["answer"].items()]
+    ways = [
+        {"members on": where, "sweep": way, **shares}
+        for where, answers in found["answer"].items()
+        for way, shares in answers.items()
+    ]
     return [
         table(found["rows"]),
         "A whole sweep's time over that of sixteen single runs, by its report:",

@@ -5,9 +5,9 @@
     python benchmarks/sweep.py halving    # halving against the grid on two small tasks
     python benchmarks/sweep.py halving --recount    # the same table from the losses kept, nothing is trained
 
-`time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program beside
-one single run. It counts the steps and evaluation batches of sixteen single runs and of whole sweeps, and works out
-from the measured times what these take.
+`time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program, on one
+CPU device and on two virtual ones with one thread each, beside one single run. It counts the steps and evaluation
+batches of sixteen single runs and of whole sweeps, and works out from the measured times what these take.
 
 `size` trains 1 to 16 members of a shorter quickstart: one after another, all in parallel, and on two virtual CPU
 devices with one thread each.
@@ -71,6 +71,8 @@ OUTPUTS = {
 }
 """Members of the report."""
 SIZES = (1, 2, 4, 8, 16)
+DEVICES = {"one device": 1, "two devices of one thread": 2}
+"""Virtual CPU devices that the members are split over."""
 LOOKS = (1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 1)
 TASKS = {
     "movie reviews, classes": (),
@@ -81,29 +83,34 @@ TASKS = {
 
 def timing(rounds: int) -> None:
     """Writes results/sweep_time.json."""
-    run = parse_settings(
-        CONFIG, [*SIXTEEN, "--mesh.data", "1", "--train.compilation_cache", "false"], SweepRun
-    )
+    jax.config.update("jax_num_cpu_devices", max(DEVICES.values()))
+    options = [*SIXTEEN, "--train.compilation_cache", "false", "--mesh.data"]
+    run = parse_settings(CONFIG, [*options, "1"], SweepRun)
+    count = len(run.trials)
     compiled = count_compilations()
-    start = time.perf_counter()
-    population = prepare_population(run, len(run.trials))
-    members = DeviceSlots(population, len(run.trials))
-    members.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
-    prepared = time.perf_counter() - start
-    assert compiled == {"step": 1, "evaluate": 1}, compiled
+    members, prepared = {}, {}
+    for name, devices in DEVICES.items():
+        start = time.perf_counter()
+        population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
+        members[name] = DeviceSlots(population, count)
+        members[name].fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
+        prepared[name] = time.perf_counter() - start
+    assert compiled == dict.fromkeys(("step", "evaluate"), len(DEVICES)), compiled
     start = time.perf_counter()
     single = prepare(run.settings_of(run.trials[-1], 0))
     single_prepared = time.perf_counter() - start
     key = jax.random.fold_in(jax.random.key(0), 1)
     states = [replicate(single.mesh, init_state(single.parts.trainable, single.tx, key))]
-    batch = next(train_batches(population.data.splits["train"], batch_size=run.train.batch_size, seed=0))
-    split = population.data.splits["validation"]
-    held = {name: column[: 2 * run.train.eval_batch_size] for name, column in split.items()}
+    data, steps = single.data, next(iter(members.values())).population.steps
+    batch = next(train_batches(data.splits["train"], batch_size=run.train.batch_size, seed=0))
+    held = {
+        name: column[: 2 * run.train.eval_batch_size] for name, column in data.splits["validation"].items()
+    }
     frozen = replicate(single.mesh, single.parts.frozen)
 
-    def population_step() -> Any:
-        members.step(dict.fromkeys(range(len(run.trials)), batch))
-        return members.chunks
+    def population_step(slots: DeviceSlots) -> Any:
+        slots.step(dict.fromkeys(range(count), batch))
+        return slots.chunks
 
     def single_steps() -> Any:
         for _ in range(4):
@@ -117,59 +124,63 @@ def timing(rounds: int) -> None:
             for b in batches
         ]
 
-    seconds = interleaved(
-        {
-            "population": population_step,
-            "single": single_steps,
-            "population evaluates": lambda: members.evaluate(held),
-            "single evaluates": single_evaluation,
-        },
-        rounds,
-    )
-    count = len(run.trials)
-    member = [value / count for value in seconds["population"]]
-    alone = [value / 4 for value in seconds["single"]]
-    look = [value / count / 2 for value in seconds["population evaluates"]]
-    look_alone = [value / 2 for value in seconds["single evaluates"]]
-    memory = population.programs.step.memory_analysis()
-    base = sum(leaf.nbytes for leaf in jax.tree.leaves(population.parts.frozen))
+    calls: dict[Any, Callable[[], Any]] = {("step", "single"): single_steps}
+    calls |= {("step", name): functools.partial(population_step, slots) for name, slots in members.items()}
+    calls |= {("evaluation batch", "single"): single_evaluation}
+    calls |= {
+        ("evaluation batch", name): functools.partial(slots.evaluate, held) for name, slots in members.items()
+    }
+    in_one_call = {("step", "single"): 4, ("evaluation batch", "single"): 2}
+    in_one_call |= {("step", name): count for name in members}
+    in_one_call |= {("evaluation batch", name): 2 * count for name in members}
+    seconds = {
+        what: [value / in_one_call[what] for value in values]
+        for what, values in interleaved(calls, rounds).items()
+    }
+    ratios = {what: median_ratio(values, seconds[what[0], "single"]) for what, values in seconds.items()}
     rows = [
         {
-            "": name,
-            "population, s a member": f"{np.median(ours):.3f}",
-            "single, s": f"{np.median(theirs):.3f}",
-            "ratio (median of rounds)": f"{median_ratio(ours, theirs):.3f}",
+            "": what,
+            "members on": name,
+            "population, s a member": f"{np.median(seconds[what, name]):.3f}",
+            "single, s": f"{np.median(seconds[what, 'single']):.3f}",
+            "ratio (median of rounds)": f"{ratios[what, name]:.3f}",
         }
-        for name, ours, theirs in (("step", member, alone), ("evaluation batch", look, look_alone))
+        for what in ("step", "evaluation batch")
+        for name in members
     ]
-    data, steps = population.data, population.steps
     sixteen = single_count(run, steps, data.examples) * 16
     ways = {
         way: {name: sweep_count(run, changes, steps, data.examples, n) for name, n in OUTPUTS.items()}
         for way, changes in WAYS.items()
     }
-    step, batch_time = float(np.median(alone)), float(np.median(look_alone))
+    step, batch_time = (float(np.median(seconds[what, "single"])) for what in ("step", "evaluation batch"))
     total = sixteen.seconds(step, batch_time) + 16 * single_prepared
-    ratios = median_ratio(member, alone), median_ratio(look, look_alone)
 
-    def share(count: Count) -> float:
-        return (count.seconds(step * ratios[0], batch_time * ratios[1]) + prepared) / total
+    def share(count: Count, name: str) -> float:
+        found = count.seconds(step * ratios["step", name], batch_time * ratios["evaluation batch", name])
+        return round((found + prepared[name]) / total, 3)
 
+    memory = {name: slots.programs.step.memory_analysis() for name, slots in members.items()}
     report(
         "sweep_time",
         rows,
         members=count,
         rounds=rounds,
         compilations=compiled,
-        base_mb=round(base / 1e6, 1),
-        arguments_mb=round(memory.argument_size_in_bytes / 1e6, 1),
-        temporaries_mb=round(memory.temp_size_in_bytes / 1e6, 1),
+        base_mb=round(sum(leaf.nbytes for leaf in jax.tree.leaves(single.parts.frozen)) / 1e6, 1),
+        temporaries_mb={
+            name: round(found.temp_size_in_bytes * DEVICES[name] / 1e6, 1) for name, found in memory.items()
+        },
         single_temporaries_mb=round(single.programs.step.memory_analysis().temp_size_in_bytes / 1e6, 1),
         single_start=round(single_prepared, 1),
-        start=round(prepared, 1),
+        start={name: round(value, 1) for name, value in prepared.items()},
         counts={"sixteen single runs": sixteen} | ways,
-        answer={way: {name: round(share(c), 3) for name, c in row.items()} for way, row in ways.items()},
-        unprinted={"seconds": seconds},
+        answer={
+            name: {way: {out: share(c, name) for out, c in row.items()} for way, row in ways.items()}
+            for name in members
+        },
+        unprinted={"seconds": {f"{what}, {name}": values for (what, name), values in seconds.items()}},
     )
 
 
@@ -227,21 +238,17 @@ def sizes(rounds: int) -> None:
     options = [*SIXTEEN, *SMALL, "--train.compilation_cache", "false"]
     most = max(SIZES)
     ways: dict[str, Any] = {}
-    one_thread = {"xla_cpu_multi_thread_eigen": False}
-    for name, devices, at_once, compiler in (
-        ("one after another", "1", 1, None),
-        ("in parallel", "1", most, None),
-        ("two devices of one thread", "2", 1, one_thread),
+    for name, devices, at_once in (
+        ("one after another", "1", 1),
+        ("in parallel", "1", most),
+        ("two devices of one thread", "2", 1),
     ):
         run = parse_settings(CONFIG, [*options, "--mesh.data", devices], SweepRun)
-        compiled = jax.stages.Lowered.compile
-        jax.stages.Lowered.compile = functools.partialmethod(compiled, compiler)
         population = prepare_population(run, most, at_once)
         for size in SIZES:
             members = DeviceSlots(population, most)
             members.fill({n: population.first(run.trials[n], 0) for n in range(size)})
             ways[name, size] = members
-        jax.stages.Lowered.compile = compiled
     split = parse_settings(CONFIG, options, SweepRun)
     data = next(iter(ways.values())).population.data.splits["train"]
     batch = next(train_batches(data, batch_size=split.train.batch_size, seed=0))

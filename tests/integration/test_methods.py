@@ -19,6 +19,7 @@ FLAGS = [
     *("--train.steps", "8", "--train.eval_every", "4", "--sweep.rungs", "[0.5]", "--sweep.keep", "0.5"),
 ]
 SOME = "[lora_plus,pissa,adalora,lora_rite,full]"
+FEW = "[pissa,lora_rite,full]"
 
 
 def compare(world, *flags, methods=SOME):
@@ -69,25 +70,25 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
     finished, stop = [], comparing._result
 
     def interrupted(run, *rest):
-        if run.name == "lora_rite" and len(finished) == 4:
+        if run.name == "lora_rite" and len(finished) == 2:
             raise KeyboardInterrupt
         finished.append(run.name)
         return stop(run, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(comparing, "_result", interrupted)
-        assert compare(world) == 130
+        assert compare(world, methods=FEW) == 130
     before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
-    assert compare(world) == 0
+    assert compare(world, methods=FEW) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert len(before) == 4
+    assert len(before) == 2
     report = json.loads((world.out / "report.json").read_text())
-    assert list(report["methods"]) == ["lora", "lora_plus", "pissa", "adalora", "lora_rite", "full"]
+    assert list(report["methods"]) == ["lora", "pissa", "lora_rite", "full"]
     assert {m["settings"] for m in report["methods"].values()} == {2}
     full, lora = (report["methods"][name] for name in ("full", "lora"))
     assert full["cost"]["trainable"] > 5 * lora["cost"]["trainable"] > 0
     assert lora["cost"]["step_seconds"] > 0
-    assert report["protocol"]["confidence"] == pytest.approx(1 - 0.05 / 5)
+    assert report["protocol"]["confidence"] == pytest.approx(1 - 0.05 / 3)
     for name, method in report["methods"].items():
         losses = {run["seed"]: run["test"]["loss"] for run in method["runs"]}
         assert method["loss"] == pytest.approx(sum(losses.values()) / 2)
