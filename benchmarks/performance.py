@@ -242,7 +242,8 @@ at the chip's rates. *blocked* is attention without a kernel, as before; the row
 PACKED = "The same step on packed weights: [training on a quantized base](quantized_base.md)."
 
 SWEEP = """Sixteen settings of the quickstart as one population, beside single runs; then the time of a whole sweep
-over that of sixteen single runs, by what its report compares."""
+over that of sixteen single runs, by what its report compares. Two devices are `JAX_NUM_CPU_DEVICES=2` on two cores:
+each trains its own members with one thread, so that the cores do not wait for each other."""
 
 SIZE = "A member's step, and the memory of the population's step, against the number of members."
 
