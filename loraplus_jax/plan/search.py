@@ -197,6 +197,7 @@ class Search:
         self.complete = False
         self._counted: dict[str, Work | None] = {}
         self._bytes: dict[Remat, dict[Layout, float]] = {}
+        self._vocabulary: int | None = None
         layouts = list(self._layouts({field for field, name in SETTINGS.items() if name in fixed}))
         if not layouts:
             raise ValueError(self.rejected or f"no mesh of {len(devices)} devices splits the batch")
@@ -278,10 +279,10 @@ class Search:
             trial.problem = "does not fit"
         elif plan.work is None:
             trial.problem = UNCOUNTED
-        spare = plan.needed - self._logit_bytes(trial.layout)
         for other in self.trials:
             if other.plan is None and other.layout.needs_memory_of(trial.layout):
-                other.needed = max(other.needed, spare + self._logit_bytes(other.layout))
+                saved = max(0, self._most_logit_bytes(trial.layout) - self._most_logit_bytes(other.layout))
+                other.needed = max(other.needed, plan.needed - saved)
         self._drop_large()
 
     def _raise_times(self, layout: Layout, work: Work | None) -> None:
@@ -426,8 +427,8 @@ class Search:
                 gathered += local * mesh.shape["fsdp"]
         return held, gathered
 
-    def _logit_bytes(self, layout: Layout) -> float:
-        """At most the bytes of logits that the loss has in memory at a time, which depend on `loss_chunk`."""
+    def _most_logit_bytes(self, layout: Layout) -> float:
+        """Upper bound on the bytes of logits that the loss has in memory at a time, by `loss_chunk`."""
         return 4 * LOGIT_ARRAYS * (self._vocabulary or 0) * layout.loss_chunk
 
 

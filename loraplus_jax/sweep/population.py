@@ -6,7 +6,6 @@ would: same step function, initial values, batches and dropout keys.
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from ..training.setup import (
     task_module,
 )
 from ..training.start import begin_from, make_start
+from ..training.xla import one_thread_per_device
 from .halving import check_rungs
 from .settings import MAY_CHANGE, SweepRun, Trial
 
@@ -413,16 +413,6 @@ def _chunk_of(at_once: int, capacity: int, mesh: Mesh) -> int:
     return mesh.size * (at_once if at_once > 1 else -(-capacity // mesh.size))
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """Options for programs of members: on as many CPU devices as there are cores, each computes with one thread.
-
-    Otherwise the devices' threads wait for each other, as a CPU's devices share one pool of threads.
-    """
-    devices = mesh.local_devices
-    one_each = devices[0].platform == "cpu" and 1 < (os.cpu_count() or 1) <= len(devices)
-    return {"xla_cpu_multi_thread_eigen": False} if one_each else {}
-
-
 def _compile_step(
     run: SweepRun, data: TaskData, shapes: AdaptedModel, steps: int, mesh: Mesh, capacity: int, at_once: int
 ) -> Any:
@@ -433,7 +423,7 @@ def _compile_step(
     train = map_members(step, mesh, at_once, own_batch=True, donate=True)
     batches = _batch_shapes(data, (chunk, run.train.batch_size), "train")
     lowered = train.lower(_member_shapes(run, shapes, steps, chunk), shapes.frozen, batches)
-    return lowered.compile(compiler_options(mesh))
+    return lowered.compile(one_thread_per_device(mesh))
 
 
 def _compile_evaluation(
@@ -453,7 +443,7 @@ def _compile_evaluation(
     )
     batch = _batch_shapes(data, (examples,), "validation")
     lowered = test.lower(_member_shapes(run, shapes, steps, chunk), shapes.frozen, batch)
-    return lowered.compile(compiler_options(mesh))
+    return lowered.compile(one_thread_per_device(mesh))
 
 
 def _member_shapes(run: SweepRun, shapes: AdaptedModel, steps: int, chunk: int) -> Members:

@@ -1,6 +1,7 @@
 """XLA: compiler options, and the persistent cache of compiled programs."""
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,17 @@ def compiler_options(mesh: Mesh, *, unrolled: bool) -> dict[str, Any] | None:
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     return {"xla_tpu_spmd_threshold_for_allgather_cse": 10**6} if on_tpu and not unrolled else None
+
+
+def one_thread_per_device(mesh: Mesh) -> dict[str, Any] | None:
+    """Options for programs without communication where every core is a CPU device of its own; None otherwise.
+
+    They compute on the device's own thread. By default all CPU devices share one pool of threads and wait for it.
+    """
+    devices = mesh.local_devices
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_one_each = devices[0].platform == "cpu" and 1 < cores <= len(devices)
+    return {"xla_cpu_multi_thread_eigen": False} if is_one_each else None
 
 
 @contextmanager

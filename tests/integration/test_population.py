@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from loraplus_jax import init_state
 from loraplus_jax.data.batches import train_batches
@@ -152,19 +151,6 @@ def test_survivors_are_compacted_and_continue_as_they_were(home, members):
     assert sorted(other.slots) == [-1, -1, 0, 2]
     for number, leaves in before.items():
         assert all((member(other, number)[path] == leaf).all() for path, leaf in leaves.items())
-
-
-def test_only_as_many_cpu_devices_as_cores_compute_with_one_thread_each(monkeypatch):
-    if jax.device_count() < 4:
-        pytest.skip("needs four devices")
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    found = {
-        count: populations.compiler_options(Mesh(np.array(jax.devices()[:count]), ("members",)))
-        for count in (1, 2, 4)
-    }
-    assert found == {1: {}, 2: {}, 4: {"xla_cpu_multi_thread_eigen": False}}
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert populations.compiler_options(Mesh(np.array(jax.devices()[:1]), ("members",))) == {}
 
 
 @pytest.mark.long

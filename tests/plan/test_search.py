@@ -113,7 +113,7 @@ def costs(generator):
         return (
             Work(2e9 * work * slow[layout.attention], 1e9 * data * work),
             1e9 * network[layout.mesh],
-            4e6 * memory + 4 * 4 * 256 * layout.loss_chunk,
+            4e6 * memory + 4 * part["logits"] * 256 * layout.loss_chunk,
         )
 
     return cost
@@ -173,6 +173,15 @@ def test_no_layout_is_faster_than_the_one_that_is_found(fake_search, all_layouts
     text = search_command(search, all_layouts[0], command)
     assert text.startswith("loraplus train 'a b.yaml'")
     assert_mentions(format_search(search, all_layouts[0], command), f"{search.best.seconds:.3f}", text)
+
+
+def test_a_compiled_small_chunk_bounds_the_memory_of_large_ones(fake_search):
+    search, _, plan_of = fake_search(0)
+    before = [trial.needed for trial in search.trials]
+    search._compile(min(search.trials, key=lambda trial: trial.layout.loss_chunk))
+    assert [trial.needed for trial in search.trials] != before
+    for trial, first in zip(search.trials, before, strict=True):
+        assert trial.needed <= max(first, plan_of(trial.layout).needed)
 
 
 def test_an_interrupt_keeps_the_best_so_far(fake_search, all_layouts, monkeypatch):

@@ -1,6 +1,7 @@
 """Compiler options by platform, and the persistent cache of compiled programs."""
 
 import io
+import os
 import types
 import warnings
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loraplus_jax.training.xla import compiler_options, use_compilation_cache
+from loraplus_jax.training.xla import compiler_options, one_thread_per_device, use_compilation_cache
 
 from ..messages import assert_mentions
 
@@ -52,3 +53,15 @@ def test_other_warnings_are_printed_and_nothing_is_removed(cache):
 def test_options_are_only_for_loops_on_tpus(platform, unrolled, some):
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
     assert (compiler_options(mesh, unrolled=unrolled) is not None) == some  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "cores", "some"),
+    [("cpu", 4, 4, True), ("cpu", 2, 4, False), ("cpu", 1, 1, False), ("gpu", 4, 4, False)],
+)
+def test_only_as_many_cpu_devices_as_cores_compute_with_one_thread(
+    monkeypatch, platform, devices, cores, some
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    mesh = types.SimpleNamespace(local_devices=[types.SimpleNamespace(platform=platform)] * devices)
+    assert (one_thread_per_device(mesh) is not None) == some  # pyright: ignore
