@@ -252,7 +252,9 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         else:
             report = compare_lambdas(run) if name == "lambda" else compare_methods(run)
             ran_on = machine()
-        batch = {"batch": [run.train.batch_size, run.data.max_length]}
+        batch: dict[str, Any] = {"batch": [run.train.batch_size, run.data.max_length]}
+        if run.task == "generation":
+            batch["texts"] = run.generation.inputs
         kept[title] = report | {
             "protocol": report["protocol"] | batch | {"data": title},
             "machine": ran_on,

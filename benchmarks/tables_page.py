@@ -15,6 +15,8 @@ from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval
 from loraplus_jax.training.metrics_log import pyplot, save_figure
 
 LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae")
+MIN_POINTS = 4
+"""Evaluations after the first step that a curve needs for its steps to be counted: it is straight between them."""
 Found = Mapping[str, Any]
 """The content of a table's JSON file, or a part of it."""
 
@@ -84,8 +86,10 @@ SmolLM2-135M, on real data, for few steps. So compare the differences between me
 
 In all tables every method is tuned on as many settings, by validation loss, and compared with LoRA tuned alike, on
 other seeds and the test split. Differences are paired by seed. η_A is A's learning rate, λ is B's over A's. "LoRA's
-steps / its own" counts the steps to the worse of the two final losses; above 1 the method is faster. A star marks a
-best value at an end of those tried. [How a sweep compares methods](comparing_methods.md) has the rules."""
+steps / its own" counts the steps to the worse of the two final losses; above 1 the method is faster. A dash means
+that the curves have fewer than four evaluations after the first step, too few to count steps on. A star marks a
+best value at the edge of the search range. In a verdict, a positive gain means that LoRA+ is better, also where
+lower values are. [How a sweep compares methods](comparing_methods.md) has the rules."""
 
 
 # Numbers as text.
@@ -116,7 +120,7 @@ def judge(what: str, estimate: Found, form: str, claimed: float | None, even: fl
     """
     if estimate["low"] is None:
         return f"{what}: no result."
-    if estimate["low"] == estimate["high"] == even:  # as where all runs predict the majority
+    if estimate["low"] == estimate["high"] == even:
         return f"{what}: {format(even, form)}, the same on every seed."
     side = better * ((estimate["low"] > even) - (estimate["high"] < even))
     verdict = {
@@ -153,14 +157,24 @@ def pairs_of(report: Found, name: str) -> dict[int, tuple[float, float | None]]:
     return found
 
 
+def counts_steps(report: Found) -> bool:
+    """Whether a study's curves have enough points to count steps on them."""
+    runs = [run for method in report["methods"].values() for run in method["runs"] if not run["diverged"]]
+    return all(len(run["curve"]) > MIN_POINTS for run in runs)
+
+
 def overall(studies: Sequence[Found], name: str) -> tuple[Found, Found]:
-    """Gain in the metric and ratio of steps, each the mean over the studies, with an interval over the seeds."""
+    """Gain in the metric and ratio of steps, each the mean over the studies, with an interval over the seeds.
+
+    The intervals have the confidence of those in the tables.
+    """
+    confidence = max(report["protocol"]["confidence"] for report in studies)
     by_study = [pairs_of(report, name) for report in studies]
     seeds = sorted(set.intersection(*(set(pairs) for pairs in by_study)))
     gains = [float(np.mean([pairs[seed][0] for pairs in by_study])) for seed in seeds]
     rows = [[pairs[seed][1] for pairs in by_study] for seed in seeds]
     ratios = [statistics.geometric_mean(row) for row in rows if None not in row]
-    return t_interval(gains), ratio_interval(ratios, [1.0] * len(ratios))
+    return t_interval(gains, confidence), ratio_interval(ratios, [1.0] * len(ratios), confidence)
 
 
 def budget(report: Found) -> str:
@@ -187,7 +201,9 @@ def method_row(report: Found, method: Found) -> dict[str, str]:
         f"{metric} − LoRA's": interval(against and against["test_metric"], "+.4f"),
         "test loss": number(method["loss"]),
         "loss − LoRA's": interval(against and against["test_loss"], "+.4f"),
-        "LoRA's steps / its own": interval(against and against["steps_ratio"], ".2f"),
+        "LoRA's steps / its own": interval(against and against["steps_ratio"], ".2f")
+        if counts_steps(report)
+        else "–",
         "diverged": str(method["diverged"]),
     }
     return row if metric != "loss" else {k: v for k, v in row.items() if not k.startswith("loss −")}
@@ -217,8 +233,11 @@ def verdicts(reports: Mapping[str, Found], section: Section) -> list[str]:
         text.append(
             judge(f"Gain of LoRA+ over LoRA in {metrics} ({_over(titles)})", gain, "+.4f", claimed, 0.0)
         )
-    _, ratio = overall(list(reports.values()), "lora_plus")
-    what = f"LoRA's steps over those of LoRA+ ({_over(list(reports))})"
+    counted = [title for title, report in reports.items() if counts_steps(report)]
+    if not counted:
+        return [*text, "Steps are not counted, as the curves have too few points."]
+    _, ratio = overall([reports[title] for title in counted], "lora_plus")
+    what = f"LoRA's steps over those of LoRA+ ({_over(counted)})"
     return [*text, judge(what, ratio, ".2f", section.steps, 1.0)]
 
 
@@ -257,42 +276,28 @@ def text_lines(found: Found, section: Section) -> list[str]:
         for name, claimed in CLAIMED_SCORES.items():
             gain = scores[name]["gain"]
             verdict += " " + judge(f"LoRA+ − LoRA in {name}", gain, "+.2f", claimed, 0.0)
+        if texts := report["protocol"].get("texts"):
+            text += [f"Scores of the texts for {texts} test inputs."]
     return [verdict, *text, NO_FULL, *rest]
 
 
 CLAIMED_SCORES = {"bleu": 0.5, "rouge_l": 0.4}
 """The claimed gain of LoRA+ over LoRA, of 100."""
 NO_FULL = (
-    "Full fine-tuning is not among the methods here: eight members of it, each with all weights and Adam's "
-    "moments, do not fit in 23 GB, and four leave little for anything else."
+    "Full fine-tuning is not among the methods here: each of its runs holds all weights and Adam's moments, three "
+    "times the size of the model, in memory."
+)
+
+
+MAJORITY = (
+    "An accuracy that two methods share on every seed does not compare them: few steps teach the form of the "
+    "answer and the most frequent one."
 )
 
 
 def commonsense_lines(found: Found, section: Section) -> list[str]:
     """The studies, and what is left out."""
-    return [*studies(found, section), NO_FULL]
-
-
-def cost_lines(found: Found, section: Section) -> list[str]:
-    """The studies, with what a step of each method costs."""
-    text = studies(found, section)
-    rows = [
-        {
-            "data": title,
-            "method": method["label"],
-            "trained": f"{cost['trainable']:,}",
-            "step, s": f"{cost['step_seconds']:.3f}",
-            "MB a run": number(cost["bytes"] and cost["bytes"] / 1e6, ".0f"),
-        }
-        for title, report in found["studies"].items()
-        for method in report["methods"].values()
-        if (cost := method["cost"])
-    ]
-    note = (
-        "Seconds are the median of five steps at the end of a method, on a machine that did other work too; the "
-        "overhead table compares them interleaved."
-    )
-    return [*text, "### Cost of a step", table(rows), note]
+    return [*studies(found, section), NO_FULL, MAJORITY]
 
 
 def lambda_lines(found: Found, _: Section) -> list[str]:
@@ -333,10 +338,17 @@ def lambda_verdict(report: Found) -> str:
     better = [label for label, loss in known.items() if loss["high"] < 0]
     worse = [label for label, loss in known.items() if loss["low"] > 0]
     best = min(methods.values(), key=lambda m: math.inf if m["loss"] is None else m["loss"])["label"]
+    claimed = methods["lambda_16"]
+    counts = {m["label"]: unstable_runs(report, m) for m in methods.values()}
+    unstable = [f"{label} ({some} of {of} runs)" for label, (some, of) in counts.items() if some]
+    at_edge = [m["label"] for m in methods.values() if "learning_rate" in m["at_the_edge"]]
     return (
         f"**Verdict.** Lowest mean test loss: {best}. Significantly lower than at λ = 1: "
         f"{', '.join(better) or 'none'}; significantly higher: {', '.join(worse) or 'none'}. The claimed optimum, "
-        f"λ = 16, is {'among' if 'λ = 16' in better else 'not among'} the significantly better."
+        f"λ = 16, is {'among' if 'λ = 16' in better else 'not among'} the significantly better. "
+        f"{judge('Steps of λ = 1 over those of λ = 16', claimed['against_lora']['steps_ratio'], '.2f', 2.0, 1.0)} "
+        f"Unstable: {', '.join(unstable) or 'no run'}. Best rate at the edge of the search range: "
+        f"{', '.join(at_edge) or 'none'}."
     )
 
 
@@ -371,15 +383,15 @@ def convergence_lines(found: Found, section: Section) -> list[str]:
             + judge("LoRA+ − LoRA in test loss", plus["loss difference"], "+.4f", None, 0.0, -1)
             + " "
             + judge("LoRA's steps over those of LoRA+", plus["steps saved"], ".2f", section.steps, 1.0)
-            + f" LoRA+ comes to LoRA's own final training loss in {share_text(plus['share'])}; claimed: 60 %.",
+            + f" LoRA+ reaches LoRA's final training loss after {share_text(plus['share'])}; claimed: 60 %.",
             f"{task['steps']} steps of {size} × {length} tokens. Each method: {task['points']} settings × "
             f"{task['tuning_seeds']} seeds, reported on {task['report_seeds']} other seeds; 95 % intervals.",
             table(rows),
         ]
     text += [
         "Steps are counted on the training loss, averaged over ten steps. The last but one column has the share of "
-        "LoRA's steps after which a method is at LoRA's own final loss, where it gets there at all. That measure "
-        "favors the method that may stop where it is lucky: the column before it is symmetric."
+        "LoRA's steps after which a method reaches LoRA's final loss, if it does. That measure "
+        "favors whichever method may stop at a lucky step; the column before it is symmetric."
     ]
     return text
 
@@ -420,10 +432,10 @@ def overhead_lines(found: Found, _: Section) -> list[str]:
     size, length = found["batch"]
     more = {name: plus[name] / lora[name] for name in ("flops", "peak_bytes", "optimizer_bytes")}
     return [
-        f"**Verdict.** Of LoRA's, LoRA+ needs {more['flops']:.4f} times the FLOPs, {more['peak_bytes']:.4f} times "
-        f"the memory and {more['optimizer_bytes']:.4f} times the optimizer state. A step takes "
-        f"{plus['step_over_lora']:.3f} times the time, the optimizer's part {plus['optimizer_over_lora']:.3f} "
-        f"times (medians of {found['rounds']} rounds; claimed: 1.125).",
+        f"**Verdict.** LoRA+ needs {more['flops']:.4f} × LoRA's FLOPs, {more['peak_bytes']:.4f} × its memory and "
+        f"{more['optimizer_bytes']:.4f} × its optimizer state. A step takes {plus['step_over_lora']:.3f} × the "
+        f"time, the optimizer's part {plus['optimizer_over_lora']:.3f} × (medians of {found['rounds']} rounds; "
+        "claimed: 1.125).",
         f"MiniLM's shape, {size} × {length} tokens, rank {found['rank']} on query and value, "
         f"{found['machine']['cores']} cores ({found['machine']['device']}). Memory is the compiler's: arguments "
         "and temporaries. Backward is the gradient's time less the forward pass.",
@@ -562,7 +574,7 @@ SECTIONS = {
         "LLaMA-7B, ten benchmarks: full 67.8 %, LoRA 66.2 %, LoRA+ 67.0 %, DoRA 67.2 %, AdaLoRA 66.8 %; LoRA+ "
         "takes 5,000 steps, LoRA 8,000, DoRA 8,500, AdaLoRA 9,000.",
         "Compares LoRA+ with LoRA alone.",
-        cost_lines,
+        studies,
         draw_differences,
         gain=0.008,
         steps=1.6,

@@ -322,7 +322,7 @@ class MethodSweep(Sweep):
 
 
 def cost(population: Population, slots: Any, batches: Mapping[int, Any]) -> dict[str, Any]:
-    """Trainable parameters, seconds of a member's step (median), and bytes that a member takes beside the base."""
+    """Trainable parameters, and seconds of a member's step (median)."""
     members = len(slots.member_ids)
     seconds = []
     for _ in range(TIMED_STEPS):
@@ -330,13 +330,4 @@ def cost(population: Population, slots: Any, batches: Mapping[int, Any]) -> dict
         slots.step(batches)
         jax.block_until_ready(slots.chunks)
         seconds.append((time.perf_counter() - began) / members)
-    memory = slots.programs.step.memory_analysis()
-    per_member = memory and (
-        memory.temp_size_in_bytes / slots.programs.at_once
-        + sum(x.nbytes for x in jax.tree.leaves(slots.chunks[0])) / slots.chunk
-    )
-    return {
-        "trainable": count(population.parts.trainable),
-        "step_seconds": float(np.median(seconds)),
-        "bytes": None if not per_member or not math.isfinite(per_member) else int(per_member),
-    }
+    return {"trainable": count(population.parts.trainable), "step_seconds": float(np.median(seconds))}

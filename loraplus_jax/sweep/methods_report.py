@@ -140,7 +140,9 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
     text += f"; no result: {', '.join(failed)}" if failed else ""
     edges = [f"{m['label']} ({', '.join(m['at_the_edge'])})" for m in methods.values() if m["at_the_edge"]]
     text += (
-        f"; not tuned to the end, best value at an end of those tried: {', '.join(edges)}" if edges else ""
+        f"; not tuned to the end, best value at the edge of the search range: {', '.join(edges)}"
+        if edges
+        else ""
     )
     return f"{text}."
 

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def report(gains, speeds):
     ]
     lora = [run(s, 0.5, [[0, 1.0], [100, 0.0]]) for s in range(len(gains))]
     return {
-        "protocol": {"metric": "accuracy"},
+        "protocol": {"metric": "accuracy", "confidence": 0.95},
         "methods": {"lora": {"runs": lora}, "lora_plus": {"runs": own}},
     }
 
@@ -91,6 +92,29 @@ def test_the_mean_over_data_sets_is_paired_by_seed():
     assert ratio["mean"] == pytest.approx(2 ** (5 / 3))
     second["methods"]["lora_plus"]["runs"][0] = run(0, None, [[0, None]], diverged=True)
     assert overall([first, second], "lora_plus")[0]["pairs"] == 2
+
+
+def test_intervals_over_data_sets_have_the_confidence_of_their_tables():
+    from tables_page import overall
+
+    study = report([0.01, 0.03, 0.02], [2.0, 2.0, 8.0])
+    study["protocol"]["confidence"] = 0.99
+    gain, _ = overall([study], "lora_plus")
+    # t of 0.995 with two degrees of freedom.
+    assert gain["high"] - gain["mean"] == pytest.approx(9.92484 * 0.01 / math.sqrt(3), abs=1e-6)
+
+
+def test_steps_are_only_counted_on_curves_with_enough_points():
+    from tables_page import SECTIONS, verdicts
+
+    study = report([0.01, 0.03, 0.02], [2.0, 2.0, 4.0])
+    assert verdicts({"one": study}, SECTIONS["glue"])[-1].startswith("Steps are not counted")
+    for method in study["methods"].values():
+        for one in method["runs"]:
+            (start, high), (end, low) = one["curve"]
+            one["curve"] = np.stack([np.linspace(start, end, 5), np.linspace(high, low, 5)], 1).tolist()
+    # Geometric mean of 2, 2 and 4: their logarithms' mean is 4/3 of log 2.
+    assert f"{2 ** (4 / 3):.2f} [" in verdicts({"one": study}, SECTIONS["glue"])[-1]
 
 
 def test_a_run_is_unstable_if_it_diverged_or_ended_where_training_began():

@@ -50,7 +50,7 @@ def test_intervals_edges_and_the_first_line(run):
     assert_mentions(
         report["verdict"], "Lower test loss than tuned LoRA: DoRA -0.1000", "3 paired seeds", "97.5 %"
     )
-    assert_mentions(report["verdict"], "an end of those tried", "PiSSA (learning_rate)")
+    assert_mentions(report["verdict"], "the edge of the search range", "PiSSA (learning_rate)")
     assert [m["at_the_edge"] for m in report["methods"].values()] == [[], [], ["learning_rate"]]
     search = report["methods"]["dora"]["search"]
     assert [(row["learning_rate"], row["seed"], row["step"], row["loss"]) for row in search] == [
