@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import plan_scaling
 from common import RESULTS, table
+from step_time_report import goal
 
 from loraplus_jax.atomic import write_text
 from loraplus_jax.training.metrics_log import pyplot, save_figure
@@ -174,11 +175,27 @@ def draw_size(figure: Any, found: Found) -> None:
 
 
 def pod_lines(found: Found) -> list[str]:
-    return [table([plan_scaling.row(case, plan) for case, plan in found.items()])]
+    """The plans, and what kernels and the search bring on the largest pod."""
+    pod = "llama2_7b@v5e:16x16"
+    before, kernel, best = (found[f"{pod}{changed}"]["roofline"] for changed in POD_LAYOUTS)
+    goals = [
+        goal(f"{pod}, bytes' time / FLOPs' time with a kernel", kernel["memory"] / kernel["compute"], 1.0),
+        goal(f"{pod}, searched / before", max(best.values()) / max(before.values()), 0.75),
+    ]
+    rows = [plan_scaling.row(case, plan) for case, plan in found.items()]
+    return [table(rows), goals_of({"goals": goals})]
+
+
+POD_LAYOUTS = (
+    " --model.attention=blocked",
+    "",
+    " --model.remat=dots --model.attention=splash --model.loss_chunk=2048",
+)
+"""Without a kernel, with the one that `auto` takes, and as the search finds."""
 
 
 def sweep_lines(found: Found) -> list[str]:
-    """The times of a step, and the shares."""
+    """The times of a step, the shares, and the goal for a whole answer."""
     ways = [
         {"members on": where, "sweep": way, **shares}
         for where, answers in found["answer"].items()
@@ -188,7 +205,18 @@ def sweep_lines(found: Found) -> list[str]:
         table(found["rows"]),
         "A whole sweep's time over that of sixteen single runs, by its report:",
         table(ways),
+        goals_of(
+            {
+                "goals": [
+                    goal(f"the answer with 2 report seeds on {where}", answers["default"][TWO_SEEDS], 0.3333)
+                    for where, answers in found["answer"].items()
+                ]
+            }
+        ),
     ]
+
+
+TWO_SEEDS = "with LoRA and LoRA+ on 2 other seeds"
 
 
 def generation_lines(found: Found) -> list[str]:
@@ -216,7 +244,7 @@ machines are noisy. Nothing here was timed on a GPU or TPU."""
 STEP = """SmolLM2-135M's shape, adapters of rank 8 on q, k, v and o, float32; the same weights, batch and rates in
 every run, so that all losses agree to 3e-6, the first and the last.
 
-- *no adapters* is our model's loss and the gradient of its input: what no adapter can save.
+- *no adapters* is our model's loss and the gradient of its input: the cost that every adapter adds to.
 - *qwix* has its adapters on our model. *tunix* has its own Llama, loss and trainer, with qwix's adapters; version
   0.1.7 leaves the config's `rope_theta` out of its attention, so the benchmark passes it.
 - *matmul* is the weights' products alone. The share of peak is the FLOPs that a step needs over its time and over
@@ -231,11 +259,12 @@ product: these are the slices of stacked weights."""
 COST = """Depth, length and rank, one varied at a time, relative to the smallest. Compare step times only within a
 panel: the three were not measured in turns. The loop over layers keeps compilation from growing with depth."""
 
-GPU = """The same comparison in bfloat16, with PEFT compiled by torch. No GPU was to be had, and without one the
-compiled program cannot be inspected either."""
+GPU = """The same comparison in bfloat16, with PEFT compiled by torch. No GPU was available, and without one the
+compiled program cannot be inspected either. `quantized.py --backend gpu` and `sweep.py time --backend gpu` measure
+the packed base and a population there."""
 
-POD = """Llama-2-7B and Llama-3-70B, one row of 2,048 tokens a chip, compiled for chips that are not there
-([how far to trust it](plan_accuracy.md)). The limit is the largest of the times that FLOPs, bytes and network take
+POD = """Llama-2-7B and Llama-3-70B, one row of 2,048 tokens a chip, compiled without the chips ([how far to
+trust it](plan_accuracy.md)). The limit is the largest of the times that FLOPs, bytes and network take
 at the chip's rates. *blocked* is attention without a kernel, as before; the row with `remat=dots` is what
 [the search](plan.md#search-for-the-fastest-layout) finds."""
 
@@ -252,12 +281,12 @@ compared token for token. The limit is to read all weights once a token: 538 MB,
 cores read 18 GB/s. Each layer's weights are read in place; a loop over layers copies them first, which moves three
 times the bytes. The first step includes imports and compilation."""
 
-START = """New processes, in turn; data and weights are there already. The quickstart evaluates 2,008 sentences
+START = """New processes, in turn; data and weights are already downloaded. The quickstart evaluates 2,008 sentences
 before its first step, which is most of the time to it. Loading safetensors transposes and stacks the weights for
 Flax, where transformers maps the file into memory."""
 
 SECTIONS = (
-    Section("A training step", STEP, "step_time.py", "step_time_cpu", step_lines),
+    Section("A training step", STEP, "step_time.py --rounds 7", "step_time_cpu", step_lines),
     Section(
         "Where a step's time goes",
         PROFILE,
@@ -270,9 +299,15 @@ SECTIONS = (
     Section("A step on a GPU", GPU, "step_time.py --backend gpu", "step_time_gpu", step_lines),
     Section("A step on a TPU pod", POD, "plan_scaling.py", "plan_scaling", pod_lines),
     Section("A 4-bit base", PACKED, "quantized.py", "quantized_cpu", rows_lines),
-    Section("A sweep", SWEEP, "sweep.py time", "sweep_time", sweep_lines),
-    Section("Members of a population", SIZE, "sweep.py size", "sweep_size", rows_lines, draw_size),
-    Section("Generation", GENERATION, "generate.py", "generate_cpu", generation_lines),
+    Section("A sweep", SWEEP, "sweep.py time --rounds 5", "sweep_time", sweep_lines),
+    Section("Members of a population", SIZE, "sweep.py size --rounds 5", "sweep_size", rows_lines, draw_size),
+    Section(
+        "Generation",
+        GENERATION,
+        "generate.py --peers transformers --rounds 5",
+        "generate_cpu",
+        generation_lines,
+    ),
     Section("Start-up", START, "startup.py", "startup_cpu", start_lines),
 )
 

@@ -4,6 +4,7 @@
     python benchmarks/sweep.py size       # a member's step and memory against the number of members
     python benchmarks/sweep.py halving    # halving against the grid on two small tasks
     python benchmarks/sweep.py halving --recount    # the same table from the losses kept, nothing is trained
+    python benchmarks/sweep.py time --backend gpu   # also size; without the virtual devices
 
 `time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program, on one
 CPU device and on two virtual ones with one thread each, beside one single run. It counts the steps and evaluation
@@ -81,21 +82,36 @@ TASKS = {
 """Name to what is changed of the recipe."""
 
 
-def timing(rounds: int) -> None:
-    """Writes results/sweep_time.json."""
+def use_backend(backend: str) -> dict[str, int]:
+    """Makes JAX use it; returns the devices that the members are split over."""
+    jax.config.update("jax_platforms", "cuda" if backend == "gpu" else "cpu")
+    if backend == "gpu":
+        return {"one device": 1}
     jax.config.update("jax_num_cpu_devices", max(DEVICES.values()))
+    return DEVICES
+
+
+def named(file: str, backend: str) -> str:
+    """Name of a results file."""
+    return file if backend == "cpu" else f"{file}_{backend}"
+
+
+def timing(rounds: int, backend: str) -> None:
+    """Writes results/sweep_time.json."""
+    used = use_backend(backend)
     options = [*SIXTEEN, "--train.compilation_cache", "false", "--mesh.data"]
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     count = len(run.trials)
     compiled = count_compilations()
     members, prepared = {}, {}
-    for name, devices in DEVICES.items():
+    for name, devices in used.items():
         start = time.perf_counter()
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
         members[name] = DeviceSlots(population, count)
         members[name].fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
         prepared[name] = time.perf_counter() - start
-    assert compiled == dict.fromkeys(("step", "evaluate"), len(DEVICES)), compiled
+    if backend == "cpu":  # a GPU compiles several to measure the members at once
+        assert compiled == dict.fromkeys(("step", "evaluate"), len(used)), compiled
     start = time.perf_counter()
     single = prepare(run.settings_of(run.trials[-1], 0))
     single_prepared = time.perf_counter() - start
@@ -163,14 +179,14 @@ def timing(rounds: int) -> None:
 
     memory = {name: slots.programs.step.memory_analysis() for name, slots in members.items()}
     report(
-        "sweep_time",
+        named("sweep_time", backend),
         rows,
         members=count,
         rounds=rounds,
         compilations=compiled,
         base_mb=round(sum(leaf.nbytes for leaf in jax.tree.leaves(single.parts.frozen)) / 1e6, 1),
         temporaries_mb={
-            name: round(found.temp_size_in_bytes * DEVICES[name] / 1e6, 1) for name, found in memory.items()
+            name: round(found.temp_size_in_bytes * used[name] / 1e6, 1) for name, found in memory.items()
         },
         single_temporaries_mb=round(single.programs.step.memory_analysis().temp_size_in_bytes / 1e6, 1),
         single_start=round(single_prepared, 1),
@@ -232,18 +248,15 @@ def sweep_count(
     )
 
 
-def sizes(rounds: int) -> None:
+def sizes(rounds: int, backend: str) -> None:
     """Writes results/sweep_size.json."""
-    jax.config.update("jax_num_cpu_devices", 2)
+    used = use_backend(backend)
     options = [*SIXTEEN, *SMALL, "--train.compilation_cache", "false"]
     most = max(SIZES)
     ways: dict[str, Any] = {}
-    for name, devices, at_once in (
-        ("one after another", "1", 1),
-        ("in parallel", "1", most),
-        ("two devices of one thread", "2", 1),
-    ):
-        run = parse_settings(CONFIG, [*options, "--mesh.data", devices], SweepRun)
+    several = [(name, devices, 1) for name, devices in used.items() if devices > 1]
+    for name, devices, at_once in (("one after another", 1, 1), ("in parallel", 1, most), *several):
+        run = parse_settings(CONFIG, [*options, "--mesh.data", str(devices)], SweepRun)
         population = prepare_population(run, most, at_once)
         for size in SIZES:
             members = DeviceSlots(population, most)
@@ -275,7 +288,12 @@ def sizes(rounds: int) -> None:
         }
         for (name, size), members in ways.items()
     ]
-    report("sweep_size", rows, rounds=rounds, batch=[split.train.batch_size, split.data.max_length])
+    report(
+        named("sweep_size", backend),
+        rows,
+        rounds=rounds,
+        batch=[split.train.batch_size, split.data.max_length],
+    )
 
 
 def halving(seeds: int, tasks: list[str], recount: bool, rungs: tuple[float, ...], keep: float) -> None:
@@ -375,6 +393,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("time", "size", "halving"))
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--backend", choices=("cpu", "gpu"), default="cpu", help="of time and size")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", choices=TASKS, help="of halving; all if not given")
     parser.add_argument("--rungs", type=float, nargs="+", default=SweepSettings.rungs, help="of halving")
@@ -383,8 +402,8 @@ def main() -> None:
     options = parser.parse_args()
     tasks = [options.task] if options.task else list(TASKS)
     run = {
-        "time": functools.partial(timing, options.rounds),
-        "size": functools.partial(sizes, options.rounds),
+        "time": functools.partial(timing, options.rounds, options.backend),
+        "size": functools.partial(sizes, options.rounds, options.backend),
         "halving": functools.partial(
             halving, options.seeds, tasks, options.recount, tuple(options.rungs), options.keep
         ),

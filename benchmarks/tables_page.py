@@ -60,12 +60,16 @@ def read(results: Path) -> dict[str, Found]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
+WITH_DATA = ("glue", "e2e", "commonsense", "methods")
+"""The tables that need `--data`."""
+
+
 def page(tables: Mapping[str, Found]) -> str:
     """The whole page, in Markdown."""
     text = [HEAD]
     for name, section in SECTIONS.items():
         text += [f"## {section.title}", f"**Claimed.** {section.claim}", f"**The paper.** {section.paper}"]
-        command = f"`python benchmarks/tables.py {name}`"
+        command = f"`python benchmarks/tables.py {name}{' --data DATA' if name in WITH_DATA else ''}`"
         if name not in tables:
             text += [f"**Measured.** Not yet: {command}"]
             continue
