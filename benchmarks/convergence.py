@@ -131,7 +131,7 @@ class Programs:
         return [float(loss) for loss in curve], state, frozen
 
     def evaluate(self, state: TrainState, frozen: dict[str, Any], split: str) -> dict[str, float]:
-        """The means over a split; of the validation split over the rows that tuning looks at."""
+        """The means over a split; of the validation split over the rows that tuning uses."""
         rows = self.bench.data.splits[split]
         if split == "validation":
             rows = {name: column[:: self.plan.stride] for name, column in rows.items()}

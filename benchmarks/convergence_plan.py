@@ -50,7 +50,7 @@ class Experiment:
     Attributes:
       settings: of every run, but for method, init, rates, alpha and seed.
       head_rate: of the new head under the adapter methods, the same for all; None where there is no head.
-      stride: every how many-th row of the validation split the tuning looks at. Not the first rows: they come in
+      stride: every how many-th row of the validation split the tuning uses. Not the first rows: they come in
         the file's order, which may be by label.
       metrics: of the test split, those that the table shows.
     """

@@ -13,10 +13,10 @@ batches of sixteen single runs and of whole sweeps, and works out from the measu
 `size` trains 1 to 16 members of a shorter quickstart: one after another, all in parallel, and on two virtual CPU
 devices with one thread each.
 
-`halving` trains the same 16 settings of a shorter quickstart to the end and looks at them at the rungs too. Members
-do not depend on each other, so that these runs are those of the halving as well. A loss is noisy by the standard
-deviation that the best setting has over the seeds. The grid's best loss on a seed is the luckiest of all, so that
-what halving and grid choose on one seed is also compared on the others.
+`halving` trains the same 16 settings of a shorter quickstart to the end and evaluates them at the rungs too.
+Members do not depend on each other, so that these runs are those of the halving as well. A loss is noisy by the
+standard deviation that the best setting has over the seeds. The grid's best loss on a seed is the luckiest of all,
+so that what halving and grid choose on one seed is also compared on the others.
 """
 
 import argparse

@@ -41,6 +41,7 @@ FILES = [
     *(ROOT / "docs").glob("*.md"),
     *(ROOT / "configs").glob("*.yaml"),
     *(ROOT / "examples").glob("*.py"),
+    *(ROOT / "benchmarks").rglob("*.py"),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "loraplus_command.py")),
 ]
 
