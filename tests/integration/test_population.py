@@ -219,21 +219,21 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
 
     def stand_in(step, mesh, at_once):
         asked.append(at_once)
-        return {1: 1.0, 2: 0.5, 4: 0.25, 8: 0.24}[at_once]
+        return {1: 1.0, 2: 0.5, 4: 0.49}[at_once]
 
     monkeypatch.setattr(populations, "_measured", stand_in)
     run = swept(home, "--train.max_skipped", "1", "--train.eval_batch_size", "4")
-    population = prepare_population(run, 8)
-    assert asked == [1, 2, 4, 8]
+    population = prepare_population(run, 4)
+    assert asked == [1, 2, 4]
     programs = population.programs
-    assert (programs.at_once, programs.chunk) == (4, 4)
+    assert (programs.at_once, programs.chunk) == (2, 2)
     # The evaluation is as large as the step's memory allows, and the rows of the splits.
     temporary = [p.memory_analysis().temp_size_in_bytes for p in (programs.evaluate, programs.step)]
     assert temporary[0] <= temporary[1]
     assert programs.eval_batch_size > 4
     # Few members have a program of few slots, the one that was measured.
-    assert [population.programs_for(count).at_once for count in (8, 5, 4, 3, 2, 1)] == [4, 4, 4, 4, 2, 1]
-    assert asked == [1, 2, 4, 8]
+    assert [population.programs_for(count).at_once for count in (4, 3, 2, 1)] == [2, 2, 2, 1]
+    assert asked == [1, 2, 4]
     assert population.programs_for(2) is population.programs_for(2)
     # Members on zeros have no finite loss; they would stop, and cost nothing, before the last timed call.
     recorded = Recorded(population.programs_for(2).step)
