@@ -255,12 +255,18 @@ def glue_lines(found: Found, section: Section) -> list[str]:
     names = next(iter(reports.values()))["methods"]
     rows = []
     for name, method in names.items():
-        values = [report["methods"][name]["metric"] for report in reports.values()]
+        # A study may be without `full`.
+        values = [report["methods"].get(name, {"metric": None})["metric"] for report in reports.values()]
         row = {"method": method["label"], **dict(zip(reports, map(number, values), strict=True))}
         row["mean"] = number(None if None in values else float(np.mean(values)))
         rows.append(row)
     verdict, *rest = studies(found, section)
-    return [table(rows), verdict, *rest]
+    left_out = [
+        f"{title} was run without all weights: `--only {title} --sweep.methods [lora_plus]`."
+        for title, report in reports.items()
+        if "full" not in report["methods"]
+    ]
+    return [table(rows), *left_out, verdict, *rest]
 
 
 def text_lines(found: Found, section: Section) -> list[str]:
@@ -459,7 +465,7 @@ def draw_differences(figure: Any, found: Found) -> None:
     panels = figure.subplots(1, len(reports), squeeze=False, sharey=True)[0]
     for axes, (title, report) in zip(panels, reports.items(), strict=True):
         for row, name in enumerate(names):
-            method = report["methods"].get(name)  # a study may be without `full`
+            method = report["methods"].get(name)
             loss = method and method["against_lora"]["test_loss"]
             if loss and loss["low"] is not None:
                 axes.hlines(row, loss["low"], loss["high"], color="#0b5fa5", linewidth=2)
