@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import plan_scaling
 from common import RESULTS, table
 from step_time_report import goal
+from sweep import TWO_SEEDS
 
 from loraplus_jax.atomic import write_text
 from loraplus_jax.training.metrics_log import pyplot, save_figure
@@ -214,9 +215,6 @@ def sweep_lines(found: Found) -> list[str]:
             }
         ),
     ]
-
-
-TWO_SEEDS = "with LoRA and LoRA+ on 2 other seeds"
 
 
 def generation_lines(found: Found) -> list[str]:

@@ -64,9 +64,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "the choice at an eighth of the steps": {"keep": 0.0625},
 }
 """Settings of the sweep that differ from the defaults."""
+TWO_SEEDS = "with LoRA and LoRA+ on 2 other seeds"
 OUTPUTS = {
     "the choice alone": 0,
-    "with LoRA and LoRA+ on 2 other seeds": 4,
+    TWO_SEEDS: 4,
     "on 3": 6,
     "on 3, and the control": 9,
 }

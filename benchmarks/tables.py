@@ -252,13 +252,10 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         else:
             report = compare_lambdas(run) if name == "lambda" else compare_methods(run)
             ran_on = machine()
-        batch: dict[str, Any] = {"batch": [run.train.batch_size, run.data.max_length]}
+        protocol = report["protocol"] | {"batch": [run.train.batch_size, run.data.max_length], "data": title}
         if run.task == "generation":
-            batch["texts"] = run.generation.inputs
-        kept[title] = report | {
-            "protocol": report["protocol"] | batch | {"data": title},
-            "machine": ran_on,
-        }
+            protocol["texts"] = run.generation.inputs
+        kept[title] = report | {"protocol": protocol, "machine": ran_on}
         yield {"studies": {title: kept[title] for title in STUDIES[name] if title in kept}}
 
 

@@ -262,7 +262,7 @@ def glue_lines(found: Found, section: Section) -> list[str]:
         rows.append(row)
     verdict, *rest = studies(found, section)
     left_out = [
-        f"{title} was run without all weights: `--only {title} --sweep.methods [lora_plus]`."
+        f'{title} was run without all weights: `--only {title} --sweep.methods "[lora_plus]"`.'
         for title, report in reports.items()
         if "full" not in report["methods"]
     ]
@@ -348,16 +348,18 @@ def lambda_verdict(report: Found) -> str:
     better = [label for label, loss in known.items() if loss["high"] < 0]
     worse = [label for label, loss in known.items() if loss["low"] > 0]
     best = min(methods.values(), key=lambda m: math.inf if m["loss"] is None else m["loss"])["label"]
-    claimed = methods["lambda_16"]
     counts = {m["label"]: unstable_runs(report, m) for m in methods.values()}
     unstable = [f"{label} ({some} of {of} runs)" for label, (some, of) in counts.items() if some]
     at_edge = [m["label"] for m in methods.values() if "learning_rate" in m["at_the_edge"]]
+    speed = ""
+    if counts_steps(report) and (claimed := methods.get("lambda_16")):
+        ratio = claimed["against_lora"]["steps_ratio"]
+        speed = judge("Steps of λ = 1 over those of λ = 16", ratio, ".2f", 2.0, 1.0) + " "
     return (
         f"**Verdict.** Lowest mean test loss: {best}. Significantly lower than at λ = 1: "
         f"{', '.join(better) or 'none'}; significantly higher: {', '.join(worse) or 'none'}. The claimed optimum, "
         f"λ = 16, is {'among' if 'λ = 16' in better else 'not among'} the significantly better. "
-        f"{judge('Steps of λ = 1 over those of λ = 16', claimed['against_lora']['steps_ratio'], '.2f', 2.0, 1.0)} "
-        f"Unstable: {', '.join(unstable) or 'no run'}. Best rate at the edge of the search range: "
+        f"{speed}Unstable: {', '.join(unstable) or 'no run'}. Best rate at the edge of the search range: "
         f"{', '.join(at_edge) or 'none'}."
     )
 
@@ -472,6 +474,7 @@ def draw_differences(figure: Any, found: Found) -> None:
                 axes.plot(loss["mean"], row, "o", color="#0b5fa5")
         axes.axvline(0, color="black", linewidth=1, linestyle="--")
         axes.set(title=title, xlabel="test loss − LoRA's")
+        axes.locator_params(axis="x", nbins=4)
         axes.set_yticks(range(len(names)), labels)
         axes.grid(axis="x", alpha=0.3)
 

@@ -154,3 +154,14 @@ def test_any_loop_over_the_first_axis_is_run_step_by_step():
     found = run_unstacked(fn, variables, unstack(variables, 4), jnp.ones(2))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+def test_a_loop_that_slices_no_stack_stays_a_loop():
+    def fn(variables):
+        return jax.lax.scan(
+            lambda carry, n: (carry + n * variables["a"], None), variables["a"], jnp.arange(4.0)
+        )
+
+    variables = {"a": jnp.ones((4, 2))}
+    views = unstack(variables, 4)
+    assert "scan" in str(jax.make_jaxpr(lambda: run_unstacked(fn, variables, views))())
