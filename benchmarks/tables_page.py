@@ -395,7 +395,7 @@ def convergence_lines(found: Found, section: Section) -> list[str]:
             + judge("LoRA+ − LoRA in test loss", plus["loss difference"], "+.4f", None, 0.0, -1)
             + " "
             + judge("LoRA's steps over those of LoRA+", plus["steps saved"], ".2f", section.steps, 1.0)
-            + f" LoRA+ reaches LoRA's final training loss after {share_text(plus['share'])}; claimed: 60 %.",
+            + f" LoRA+ reaches LoRA's final training loss {share_text(plus['share'])}; claimed: 60 %.",
             f"{task['steps']} steps of {size} × {length} tokens. Each method: {task['points']} settings × "
             f"{task['tuning_seeds']} seeds, reported on {task['report_seeds']} other seeds; 95 % intervals.",
             table(rows),
@@ -420,7 +420,7 @@ NAMES: dict[str | None, str] = {
 
 def share_text(share: Found) -> str:
     reached = f"on {share['reached']} of {share['pairs']} seeds"
-    return reached if share["median"] is None else f"{100 * share['median']:.0f} % of the steps {reached}"
+    return reached if share["median"] is None else f"after {100 * share['median']:.0f} % of the steps {reached}"
 
 
 def overhead_lines(found: Found, _: Section) -> list[str]:
