@@ -40,6 +40,11 @@ ITEM_HANDLERS = {
 }
 """The items of a checkpoint, one directory each, and their orbax handlers."""
 PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
+NUMERICS = (
+    *("jax_enable_x64", "jax_default_matmul_precision"),
+    *("jax_default_prng_impl", "jax_threefry_partitionable"),
+)
+"""The options of JAX that change the bits of a step; a resumed run needs the same."""
 
 
 class DamagedCheckpoint(Exception):
@@ -72,11 +77,13 @@ def describe_run(
       **more: your own JSON-serializable fields; restoring a checkpoint compares them like the others.
     """
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    numerics = {name: getattr(jax.config, name) for name in NUMERICS}
     return {
         "format": FORMAT,
         "config": None if config is None else config.to_json(),
         "specs": specs_to_json(specs),
         "base": base,
+        "jax_config": numerics,
         "versions": versions,
         **more,
     }

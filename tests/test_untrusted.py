@@ -233,6 +233,7 @@ def adapter(tmp_path):
     def change(section, **values):
         path = tmp_path / "a/adapter.json"
         notes = json.loads(path.read_text())
+        del notes["digest"]
         where = notes["settings"]["lora"] if section == "settings" else notes[section]
         where.update(values)
         path.write_text(json.dumps(notes))

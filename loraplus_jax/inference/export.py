@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._validation import check_choice, check_new_path, expand_path
-from ..atomic import atomic_write, to_json
+from ..atomic import atomic_write
 from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
 from ..data.fetch import ASSETS, resolve
 from ..interop.adapter_files import Adapter, tensor_bytes
@@ -17,8 +17,9 @@ from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
 from ..models import export
 from ..models.gguf import export as gguf_export
 from ..models.gguf import load as gguf
-from ..models.hf import check_params, load_params
+from ..models.hf import check_params, load_params, values_digest
 from ..models.merged import CheckpointMerge
+from ..records import record_text
 from ..settings.schema import Settings
 from ..starts import as_difference
 from ..tasks.interface import AdaptedModel
@@ -168,8 +169,11 @@ def _write_peft(source: _Source, to: Path, base_model: str | None) -> str:
 
 def _write_merged(source: _Source, to: Path, format: str, dtype: str | None, dequantized: bool) -> str:
     parts, adapter = source.parts, source.adapter
-    leaves, _ = check_params(source.base, parts.base.table, params_of(parts), new=parts.base.new)
+    leaves, tensors = check_params(source.base, parts.base.table, params_of(parts), new=parts.base.new)
     _base_leaves(source, [])
+    if source.settings.model.quantize in ("nf4", "int8") and not dequantized:
+        unquantized = {"base": {"unquantized": values_digest(tensors)}}
+        check_identity(source.base, source.notes, unquantized, allow=source.allow)
     form = transformers_class_of(parts)
     extras, own = _split_extras(source, form)
     merge = CheckpointMerge(
@@ -202,7 +206,9 @@ def _write_merged(source: _Source, to: Path, format: str, dtype: str | None, deq
             task=source.notes["task"],
             identity=identity,
         )
-        (partial / NOTES_FILE).write_text(to_json(notes, indent=1) + "\n", encoding="utf-8")
+        # The identity has the other files' content.
+        tensors = sorted(path.name for path in partial.iterdir() if path.suffix in (".safetensors", ".gguf"))
+        (partial / NOTES_FILE).write_text(record_text(notes, partial, tensors), encoding="utf-8")
         size = sum(path.stat().st_size for path in partial.iterdir())
     into = ""
     if dequantized:

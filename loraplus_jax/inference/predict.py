@@ -19,6 +19,7 @@ from ..data.tokenize import encode_texts
 from ..interop.adapter_files import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
 from ..models.hf import load_params
+from ..records import check_files
 from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..sharding import make_mesh, replicate, shard_batch
@@ -149,6 +150,7 @@ def _load_merged(directory: Path, config: str | None, allow_different: Sequence[
     settings = dataclasses.replace(settings, model=model, lora=DEFAULT_LORA)
     check_identity(directory, notes, model_identity(settings, directory, task), allow=allow_different)
     parts = base_parts(settings, directory, task)
+    check_files(directory / NOTES_FILE, notes)
     own_file = directory / OWN_TENSORS_FILE
     own_tensors = flatten(read_tensors(own_file)) if own_file.is_file() else {}
     table = parts.base.table if own_tensors else merged_table(parts)

@@ -6,7 +6,6 @@ and with init loftq the factors before the first step under `start`. `adapter.js
 """
 
 import dataclasses
-import hashlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,18 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..atomic import atomic_write, to_json
+from ..atomic import atomic_write
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig
-from ..json_files import check_file, read_json
+from ..json_files import check_file
+from ..records import check_files, read_record, record_text
 from ..roles import lr_ratio_of
 from ..rules import try_rules
 from ..spec import AdapterSpec, Specs, specs_from_json
 from ..tree import flatten, unflatten, with_collection
 
 TENSORS_FILE, DESCRIPTION_FILE = "adapter.safetensors", "adapter.json"
-DIGEST = "digest"
-"""The entry of `adapter.json` that tells whether the files are as they were saved."""
 
 
 class Adapter(NamedTuple):
@@ -97,11 +95,9 @@ def save_adapter(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(directory) as partial:
         partial.mkdir()
-        tensors = tensor_bytes(flatten(trainable))
-        (partial / TENSORS_FILE).write_bytes(tensors)
-        notes = describe_run(specs, config, base=base, **more)
-        notes = {**notes, DIGEST: _digest(tensors, notes)}
-        (partial / DESCRIPTION_FILE).write_text(to_json(notes, indent=1) + "\n", encoding="utf-8")
+        (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
+        notes = record_text(describe_run(specs, config, base=base, **more), partial, [TENSORS_FILE])
+        (partial / DESCRIPTION_FILE).write_text(notes, encoding="utf-8")
 
 
 def load_adapter(directory: str | Path) -> Adapter:
@@ -126,12 +122,7 @@ def load_adapter(directory: str | Path) -> Adapter:
     lora, start = variables.pop("lora", {}), variables.pop("start", {})
     for factors in (lora, start) if start else (lora,):
         check_factors(f"{directory}: {TENSORS_FILE} does not match {DESCRIPTION_FILE}", factors, specs)
-    # Last, since the other messages say more.
-    if notes.get(DIGEST, found := _digest((directory / TENSORS_FILE).read_bytes(), notes)) != found:
-        raise ValueError(
-            f"{directory}: {TENSORS_FILE} or {DESCRIPTION_FILE} has changed since it was saved; restore it, or "
-            f"remove {DIGEST} from {DESCRIPTION_FILE} to accept the change"
-        )
+    check_files(directory / DESCRIPTION_FILE, notes)  # last, since the other messages say more
     return Adapter(lora, specs, config, variables, start)
 
 
@@ -145,24 +136,19 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
         if not (Path(directory) / name).is_file():
             raise FileNotFoundError(f"{directory} is not an adapter directory: {name} is missing")
     path = Path(directory) / DESCRIPTION_FILE
-    notes = read_json(path)
-    if not {"format", "config", "specs"} <= notes.keys():
-        raise ValueError(f"{path} is not an adapter description: it must contain format, config and specs")
-    if notes["format"] != FORMAT:
-        raise ValueError(
-            f"{path}: format must be {FORMAT}, got {notes['format']!r}; use the version that wrote it"
-        )
-    try_saved_rules(path, notes)
-    return notes
 
+    def check(notes: dict[str, Any]) -> None:
+        if not {"format", "config", "specs"} <= notes.keys():
+            raise ValueError(
+                f"{path} is not an adapter description: it must contain format, config and specs"
+            )
+        if notes["format"] != FORMAT:
+            raise ValueError(
+                f"{path}: format must be {FORMAT}, got {notes['format']!r}; use the version that wrote it"
+            )
+        try_saved_rules(path, notes)
 
-def _digest(tensors: bytes, notes: Mapping[str, Any]) -> str:
-    """A digest of both files of an adapter, whatever the order of keys.
-
-    Without `settings`: a base model may move, and its identity is compared.
-    """
-    text = to_json({n: value for n, value in notes.items() if n not in (DIGEST, "settings")}, sort_keys=True)
-    return hashlib.sha256(tensors + text.encode()).hexdigest()
+    return read_record(path, check)
 
 
 def try_saved_rules(path: Path, notes: Mapping[str, Any]) -> None:

@@ -18,8 +18,8 @@ from .._validation import check_choice
 from ..atomic import atomic_write, to_json
 from ..checkpoint import FORMAT, describe_run
 from ..config import LoRAPlusConfig, pattern_of
-from ..json_files import read_json
 from ..optim.ranks import alpha_for
+from ..records import check_files, read_record, record_text
 from ..spec import Specs
 from ..tree import flat_factors, flatten, unflatten
 from .adapter_files import (
@@ -132,7 +132,6 @@ def save_peft(
     files = {
         WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
         OPTIONS: _to_json(options),
-        NOTES_FILE: _to_json(describe_run(specs, config, base=base, **more)),
     }
     files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
@@ -142,6 +141,10 @@ def save_peft(
         partial.mkdir()
         for name, content in files.items():
             (partial / name).write_bytes(content)
+        # Not of the options: whoever publishes an adapter edits its base model's name there.
+        tensor_files = [name for name in (WEIGHTS, OWN_TENSORS_FILE) if name in files]
+        notes = record_text(describe_run(specs, config, base=base, **more), partial, tensor_files)
+        (partial / NOTES_FILE).write_text(notes, encoding="utf-8")
 
 
 def load_peft(
@@ -187,6 +190,9 @@ def load_peft(
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
     config = saved_config or _config(directory, options, [*tensors], path_map, layers)
     check_config_matches_specs(specs, config)
+    check_files(
+        directory / NOTES_FILE, peft_notes(directory) or {}
+    )  # last, since the other messages say more
     return Adapter(unflatten(lora), dict(specs), config, unflatten(extras))
 
 
@@ -244,13 +250,15 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
     path = Path(directory) / NOTES_FILE
     if not path.is_file():
         return None
-    notes = read_json(path)
-    if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
-        raise ValueError(
-            f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}"
-        )
-    try_saved_rules(path, notes)
-    return notes
+
+    def check(notes: dict[str, Any]) -> None:
+        if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
+            raise ValueError(
+                f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}"
+            )
+        try_saved_rules(path, notes)
+
+    return read_record(path, check)
 
 
 def _saved_config(directory: Path) -> LoRAPlusConfig | None:

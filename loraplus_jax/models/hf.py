@@ -209,6 +209,16 @@ def rows_digest(tensors: Mapping[str, "_Tensor"]) -> str:
     return total.hexdigest()[:16]
 
 
+def values_digest(tensors: Mapping[str, "_Tensor"]) -> str:
+    """A hex digest of every value of the tensors, as `check_params` returns them; reads all of them."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
+        for part in _pieces(tensor.shape):
+            total.update(np.ascontiguousarray(tensor.view[part]).tobytes())
+    return total.hexdigest()
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor in a file: its name there, a lazy view, and the types supported in such a file."""

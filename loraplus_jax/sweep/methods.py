@@ -20,16 +20,18 @@ from pydantic.dataclasses import dataclass
 
 from .._validation import expand_path
 from ..atomic import to_json, write_text
-from ..checkpoint import PACKAGES
+from ..checkpoint import PACKAGES, fingerprint
 from ..data.fetch import resolve
-from ..json_files import read_json
+from ..models.hf import load_params
 from ..optim.ranks import alpha_for
+from ..records import read_record
 from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.language_losses import LanguageTask
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, lines_only
+from ..training.identity import check_identity, model_identity
 from ..training.metrics_log import SUMMARY
 from ..training.run_directory import (
     add_path_to_errors,
@@ -38,6 +40,7 @@ from ..training.run_directory import (
     claim_directory,
     read_summary,
 )
+from ..training.setup import params_of
 from ..tree import combine, count
 from .methods_report import PICTURES, compare, draw
 from .population import Population, abstract_population, add_scales
@@ -140,13 +143,20 @@ def compare_runs(
     """
     console, directory = lines_only(console), expand_path("output_dir", run.output_dir)
     check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
-    unfinished = next((one for one in runs.values() if read_summary(_place(one)) is None), None)
-    if unfinished is not None:
+    finished = {} if fresh else {name: one for name, one in runs.items() if read_summary(_place(one))}
+    unfinished = next((one for name, one in runs.items() if name not in finished), None)
+    if unfinished is not None and not finished:
         check_compared(allow_different, _place(unfinished), unfinished, fresh)
-    data = abstract_population(runs["lora"]).data
+    base, data, _, _, shapes = abstract_population(runs["lora"])
     for name, one in runs.items():
         with _named(name):
             abstract_population(one, data)
+    if finished:  # what is not trained again must come from the base and the data that are there
+        identity = model_identity(run, base, data.task) | {"data": data.digests}
+        params = load_params(base, shapes.base.table, params_of(shapes), new=shapes.base.new)
+        weights = fingerprint(params)
+        for one in finished.values():
+            _check_source(one, read_record(_place(one) / REPORT), identity, weights, allow_different)
     began = time.perf_counter()
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
         results = {}
@@ -154,6 +164,8 @@ def compare_runs(
             console.print(f"{labels[name]}: {len(one.trials)} settings")
             with _named(name):
                 results[name] = _result(one, allow_different if one is unfinished else (), console)
+            first = results["lora"]  # files may change under a comparison of hours
+            _check_source(one, results[name], first["identity"], first["base"], allow_different)
         check()
         report = compare(run, labels, results)
         report["protocol"]["test_rows"] = data.examples["test"]
@@ -173,7 +185,18 @@ def _result(run: "MethodRun", allow_different: Sequence[str], console: LineConso
     if read_summary(_place(run)) is None:
         with contextlib.suppress(TrainingFailed):  # which the report says
             return sweep(run, allow_different=allow_different, console=console, kind=MethodSweep)
-    return read_json(_place(run) / REPORT)
+    return read_record(_place(run) / REPORT)
+
+
+def _check_source(
+    run: "MethodRun",
+    result: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    weights: str,
+    allow: Sequence[str],
+) -> None:
+    """Raises ValueError if a method's results come from another base or other data."""
+    check_identity(_place(run) / REPORT, result, dict(identity), weights=weights, allow=allow)
 
 
 def _place(run: "MethodRun") -> Path:
@@ -278,6 +301,7 @@ class MethodSweep(Sweep):
             "chosen": {arm: trial._asdict() for arm, trial in self.chosen.items()},
             "steps": self.population.steps,
             "metric": self.population.data.task.metric,
+            **self.source(),
         }
 
     def fail(self, diverged: Sequence[str]) -> None:

@@ -165,9 +165,10 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     config = widest.applied
     programs, programs_for = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+    # Of all weights: members begin with them in both stages, with what is trained in full too.
+    base = fingerprint(weights)
     parts = set_weights(widest, shapes, weights, config)
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
-    base = fingerprint(parts.frozen) if parts.frozen else None
     start = None
     if config is not None and config.init in BASE_INITS:
         start = make_start(widest, parts, directory, {})

@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 
 from .._validation import expand_path
-from ..atomic import to_json, write_text
+from ..atomic import write_text
+from ..records import write_record
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
 from .sequential import interval_confidence, reason_to_end, seed_groups
@@ -84,7 +85,7 @@ def make_report(
 
 def write_report(directory: Path, report: Mapping[str, Any], *, page: bool = False) -> None:
     """Writes `report.json`, and with `page` also `report.html` with the figures in the directory."""
-    write_text(directory / REPORT, to_json(report, indent=1) + "\n")
+    write_record(directory / REPORT, report)
     if page:
         write_text(directory / PAGE, render_page(directory, report))
 

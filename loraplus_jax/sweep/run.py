@@ -7,7 +7,6 @@ groups of seeds.
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from ..atomic import to_json, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
+from ..records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
@@ -134,12 +134,12 @@ def _sweep(
     started = time.perf_counter()
     at_once = run.sweep.members_at_once
     if at_once is None and not fresh and (directory / MEMBERS_FILE).exists():
-        at_once = json.loads((directory / MEMBERS_FILE).read_text(encoding="utf-8"))
+        at_once = read_record(directory / MEMBERS_FILE)["members_at_once"]
     largest_group = max(map(len, seed_groups(run)))
     capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
     population = prepare_population(run, capacity, at_once)
     with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
-        write_text(directory / MEMBERS_FILE, f"{population.programs.at_once}\n")
+        write_record(directory / MEMBERS_FILE, {"members_at_once": population.programs.at_once})
         with open_manager(directory / CHECKPOINTS, keep=run.train.keep) as manager:
             sweep = kind(population, capacity, directory, manager, console, started, check, allow_different)
             return sweep.run_to_end()
@@ -401,7 +401,12 @@ class Sweep:
             "curve_steps": curve_steps(self.population.steps, self.run.sweep.curve_points),
             "test_rows": len(next(iter(self.population.data.splits["test"].values()))),
         }
-        return make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
+        report = make_report(self.run, self.rows, self.chosen, self.population.steps, metric, curve)
+        return report | self.source()
+
+    def source(self) -> dict[str, Any]:
+        """The base and the data of the results, for a comparison that reads them back."""
+        return {name: self.population.metadata[name] for name in ("base", "identity")}
 
     def finish(self) -> dict[str, Any]:
         """Writes the report with its figures, the winner's recipe and, last, the summary."""

@@ -26,7 +26,15 @@ Identity = dict[str, Any]
 """JSON values by part, without the weights: their fingerprint is the metadata's `base`."""
 
 SPLITS = ("train", "validation", "test")
-PARTS = ("base.weights", "base.config", "tokenizer", "special_tokens", "chat_template", "data")
+PARTS = (
+    "base.weights",
+    "base.unquantized",
+    "base.config",
+    "tokenizer",
+    "special_tokens",
+    "chat_template",
+    "data",
+)
 """The parts that `--allow_different` accepts, as well as their fields, such as base.config.rope_theta."""
 
 

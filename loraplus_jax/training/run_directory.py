@@ -25,6 +25,8 @@ from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, RANKS, SUMMARY, TEXTS
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
+START = "start"
+"""The directory of the adapter before the first step, with an init that takes it from the base."""
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged_checkpoints"
 PER_PROCESS_PREFIXES = ("output_dir ", "distributed.")
 """Settings that depend on where a run is started; changes to them are not reported."""
@@ -179,7 +181,8 @@ def saved_steps(directory: Path) -> list[int]:
 
 def check_compared(allow_different: Sequence[str], directory: Path, settings: Settings, fresh: bool) -> None:
     """Raises ValueError if parts may differ, but there is nothing that they are compared with."""
-    if allow_different and settings.init_adapter is None and (fresh or not saved_steps(directory)):
+    compared = not fresh and (saved_steps(directory) or (directory / START).exists())
+    if allow_different and settings.init_adapter is None and not compared:
         raise ValueError(
             f"--allow_different {allow_different[0]} has no effect: {directory} has no checkpoint to resume from, "
             "and init_adapter is not set; leave it out"

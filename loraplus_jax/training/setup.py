@@ -20,7 +20,7 @@ from ..data.fetch import resolve
 from ..dora import set_magnitudes
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.attention import KERNEL_PLATFORMS
-from ..models.hf import check_params, load_params, rows_digest
+from ..models.hf import check_params, load_params, rows_digest, values_digest
 from ..models.packing import pack_shapes
 from ..optim.lora_plus import LoRAPlusTransform
 from ..rules import try_rules
@@ -115,6 +115,9 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         if settings.init_adapter is not None:
             check_init_identity(settings, identity, None, allow_different)
         _, tensors = check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
+        if settings.model.quantize in ("nf4", "int8"):
+            # What an exported model is merged into. The quantized weights do not show a small change of these.
+            identity["base"]["unquantized"] = values_digest(tensors)
         if settings.init_adapter is not None:
             check_init_adapter(settings, shapes, params_of(shapes), data.task)
         sample_prompt = held_out_texts = None
@@ -156,7 +159,8 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
         metadata["init_adapter"] = fingerprint(parts.trainable)
     elif settings.applied is not None and settings.applied.init in BASE_INITS:
         if not fresh:
-            start = read_start(expand_path("output_dir", settings.output_dir), parts.specs)
+            output = expand_path("output_dir", settings.output_dir)
+            start = read_start(output, parts.specs, metadata, allow_different)
         if start is None:
             losses = task_module(settings).make_losses(settings, data.task, parts, mesh)
             gradients = first_gradients(settings, data, parts, losses.train, mesh, shardings)

@@ -1,6 +1,6 @@
 """Adapters that start from the base: made once, kept in the run, and taken off the base where the init says so."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,9 @@ import numpy as np
 from flax.core import meta
 from jax.sharding import Mesh
 
-from ..atomic import atomic_write
 from ..config import LoRAPlusConfig
 from ..data.batches import train_batches
-from ..interop.adapter_files import check_factors, read_tensors, tensor_bytes
+from ..interop.adapter_files import check_factors, load_adapter, read_adapter_json, save_adapter
 from ..loftq import loftq_pair
 from ..lora import weight_delta
 from ..models.hf import check_params, read_leaf
@@ -25,36 +24,48 @@ from ..spec import AdapterSpec, Specs
 from ..starts import MatrixPair, gradient_pair, olora_pair, pissa_pair, to_factors, to_matrix
 from ..tasks.interface import AdaptedModel, LossFn, TaskData
 from ..tree import combine, flatten, rebox, replace_leaves, unflatten
+from .identity import check_identity
+from .run_directory import START
 
-FILE = "start.safetensors"
-"""The factors before the first step, in a run's directory."""
 TAKEN_OFF = ("pissa", "olora", "lora_ga")
 """The inits whose s A B is taken off the base, so that the model starts as the base."""
 GRADIENT_INITS = ("lora_ga", "lora_one")
 
 
-def read_start(directory: Path, specs: Specs) -> dict[str, Any] | None:
+def read_start(
+    directory: Path, specs: Specs, metadata: Mapping[str, Any], allow: Sequence[str]
+) -> dict[str, Any] | None:
     """The tree of factors that a run in this directory started from, if any.
 
+    Args:
+      directory: the run's directory.
+      specs: the table of adapted weights.
+      metadata: that of the current run; its base and data must be those that the start was made with.
+      allow: parts of the identity that may differ, as in `--allow_different`.
+
     Raises:
-      ValueError: the file is damaged or of other adapters.
+      ValueError: the start is damaged, of other adapters, or was made with another base or other data.
     """
-    path = directory / FILE
-    if not path.is_file():
+    path = directory / START
+    if not path.exists():
         return None
-    try:
-        start = unflatten(read_tensors(path))
-        check_factors(str(path), start, specs)
-    except ValueError as error:
-        raise ValueError(f"{error}; remove it to make it again") from None
+    start = load_adapter(path).lora
+    check_identity(path, read_adapter_json(path), metadata["identity"], weights=metadata["base"], allow=allow)
+    check_factors(str(path), start, specs)
     return start
 
 
-def write_start(directory: Path, start: Mapping[str, Any]) -> None:
+def write_start(
+    directory: Path,
+    start: Mapping[str, Any],
+    specs: Specs,
+    config: LoRAPlusConfig,
+    metadata: Mapping[str, Any],
+) -> None:
     """Writes the factors before the first step, for the run to resume with, unless they are there."""
-    if not (directory / FILE).exists():
-        with atomic_write(directory / FILE) as partial:
-            partial.write_bytes(tensor_bytes(flatten(start)))
+    if not (directory / START).exists():
+        notes = {name: metadata[name] for name in ("base", "identity")}
+        save_adapter(directory / START, {"lora": start}, specs, config, **notes)
 
 
 def make_start(

@@ -29,6 +29,7 @@ from ..data.fetch import cache_dir
 from ..interop.adapter_files import save_adapter
 from ..multihost import allgather, gather_to_host, is_lead
 from ..optim.ranks import final_ranks
+from ..records import check_digests, file_digests
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows, shard_batch
 from ..starts import as_difference
@@ -113,8 +114,9 @@ def train(
         with raise_together():
             if is_lead():
                 check = stack.enter_context(claim_directory(directory, settings, fresh, console))
-                if run.start is not None:
-                    write_start(directory, run.start)
+                if run.start is not None and run.settings.init_adapter is None:
+                    assert run.config is not None
+                    write_start(directory, run.start, run.parts.specs, run.config, run.metadata)
         check_shared_disk(directory)
         manager = stack.enter_context(
             open_manager(
@@ -216,6 +218,7 @@ class Trainer:
             self.pending = position["pending"]
             self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
             self.evaluation_pending = position["due"]
+            check_digests(self.directory, position["files"], "start over with --fresh")
             return position["rows"], position["digest"]
         return 0, None
 
@@ -402,6 +405,8 @@ class Trainer:
         position = {"batches": self.batches.get_state(), "pending": metrics_to_host(self.pending)}
         position |= {"rows": len(self.log.rows), "digest": self.log.digest()}
         position |= {**self.history._asdict(), "due": evaluation_pending}
+        texts = [TEXTS["before"]] if self.run.held_out_texts is not None else []
+        position["files"] = file_digests(self.directory, texts)
         save_checkpoint(
             self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics
         )

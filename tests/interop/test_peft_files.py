@@ -396,12 +396,35 @@ def test_patterns_that_would_match_another_module_are_made_exact(tmp_path):
     assert options.ranks_and_alphas(["fc", "block.fc"]) == {"fc": (1, 2), "block.fc": (2, 2)}
 
 
+def accept_changes(directory):
+    """Removes the digest, as the message about a changed file says."""
+    path = directory / "loraplus.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}))
+    return directory
+
+
+def test_changed_tensors_of_an_export_are_rejected(tmp_path):
+    config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
+    own = {"params": {"head": {"bias": jnp.ones(2)}}}
+    save_peft(tmp_path / "a", lora, specs, config, PATHS, own=own)
+    for name in ("adapter_model.safetensors", "loraplus.safetensors"):
+        path = tmp_path / "a" / name
+        saved = path.read_bytes()
+        path.write_bytes(saved[:-1] + bytes([saved[-1] ^ 1]))
+        with pytest.raises(ValueError, match=mentions(name, "changed", "digest", "loraplus.json")):
+            load_peft(tmp_path / "a", specs, PATHS, params=params)
+        path.write_bytes(saved)
+    path.unlink()
+    with pytest.raises(ValueError, match=mentions("loraplus.safetensors", "missing")):
+        load_peft(tmp_path / "a", specs, PATHS, params=params)
+
+
 def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):
     config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
     bias = jnp.arange(24.0).reshape(3, 8)
     extras = {"params": {"blocks": {"fc": {"bias": bias}}}}
     save_peft(tmp_path / "a", lora, specs, config, PATHS, extras=extras)
-    path = tmp_path / "a/adapter_model.safetensors"
+    path = accept_changes(tmp_path / "a") / "adapter_model.safetensors"
     found = load_file(path)
     del found["base_model.model.layers.1.fc.base_layer.bias"]
     save_file(found, path)
@@ -415,7 +438,7 @@ def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):
 def test_a_copy_of_the_base_must_be_one(tmp_path):
     config, lora, specs, params = net(target_modules=["embed"])
     save_peft(tmp_path / "a", lora, specs, config, PATHS)
-    path = tmp_path / "a/adapter_model.safetensors"
+    path = accept_changes(tmp_path / "a") / "adapter_model.safetensors"
     copy = np.asarray(params["embed"]["embedding"])
     for value in (copy, copy + 1):
         save_file(load_file(path) | {"base_model.model.emb.base_layer.weight": value}, path)

@@ -1,0 +1,95 @@
+"""Records: JSON files that a command reads back, with a digest of themselves and of the files next to them.
+
+Whoever writes one adds what it depends on, as the field `identity`; whoever reads it compares that with today's.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .atomic import to_json, write_text
+from .json_files import check_file, read_json
+
+DIGEST, FILES = "digest", "files"
+PATHS = {"model": ("path",), "data": ("path", "train", "validation", "test")}
+"""The settings that a digest leaves out: a base model or data may move, and their identity is compared."""
+
+
+def record_text(content: Mapping[str, Any], directory: Path, files: Iterable[str] = ()) -> str:
+    """The text of a record.
+
+    Args:
+      content: its JSON values; a number that is not finite becomes null.
+      directory: where `files` are, complete.
+      files: names of the files that belong to the record.
+    """
+    content = {**content, **({FILES: names} if (names := file_digests(directory, files)) else {})}
+    content = json.loads(to_json(content))  # the digest is of what a reader gets
+    return to_json({**content, DIGEST: _digest(content)}, indent=1) + "\n"
+
+
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a record of `content` atomically."""
+    write_text(path, record_text(content, path.parent))
+
+
+def read_record(path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Reads a record; `check_files` compares the files that belong to it.
+
+    Args:
+      path: the file.
+      check: called first with the content; may raise an error that says more than that something changed.
+
+    Raises:
+      ValueError: it cannot be read, or has changed since it was saved. Without a digest it is taken as it is.
+    """
+    content = read_json(path)
+    if check is not None:
+        check(content)
+    if content.get(DIGEST, expected := _digest(content)) != expected:
+        raise ValueError(f"{path} has changed since it was saved; restore it, or {_accept(path)}")
+    return content
+
+
+def check_files(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises ValueError if a file that belongs to the record in `path` is missing or has changed."""
+    if DIGEST in record:
+        check_digests(path.parent, record.get(FILES, {}), _accept(path))
+
+
+def file_digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digest of each file, by name."""
+    return {name: _file_digest(directory / name) for name in names}
+
+
+def check_digests(directory: Path, digests: Mapping[str, str], remedy: str) -> None:
+    """Raises ValueError, which ends in the remedy, if a file is missing or does not have its digest."""
+    for name, digest in digests.items():
+        check_file(directory / name)
+        if _file_digest(directory / name) != digest:
+            raise ValueError(f"{directory / name} has changed since it was saved; restore it, or {remedy}")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _accept(record: Path) -> str:
+    return f"remove {DIGEST} from {record} to accept the change"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """A digest of a record without its own, whatever the order of keys."""
+    content = {name: value for name, value in content.items() if name != DIGEST}
+    if isinstance(settings := content.get("settings"), Mapping):
+        content["settings"] = {
+            section: {n: v for n, v in value.items() if n not in PATHS.get(section, ())}
+            if isinstance(value, Mapping)
+            else value
+            for section, value in settings.items()
+            if section != "init_adapter"
+        }
+    return hashlib.sha256(to_json(content, sort_keys=True).encode()).hexdigest()
