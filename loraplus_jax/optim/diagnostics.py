@@ -11,10 +11,10 @@ import optax
 
 from .._validation import check_choice
 from ..factor_pairs import spec_path
-from ..roles import Role, find_states, labels_of, leaves_by_role
+from ..roles import LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
 from ..spec import Specs
 from ..tree import count, leaves_by_path
-from .lora_plus import LoRAPlusTransform, check_floating
+from .lora_plus import check_floating
 
 _PRODUCTS = {None: "-", False: "by rank", True: "merged"}
 
@@ -145,7 +145,8 @@ def probe(
 
     For a new adapter with `init="lora"` and its real gradients the ratio is infinite, since A's gradient is zero
     while B is zero. Without `grads` all gradients are one, so that an Adam-type optimizer shows the ratio of its
-    learning rates. Roles are those that the optimizer uses; see `labels_of`.
+    learning rates. Roles are those that the optimizer uses; see `labels_of`. After a few steps, a ratio other than
+    lambda shows that `lora_plus` wraps a transform which belongs outside; see there.
 
     Args:
       tx, opt_state: optimizer and its state.

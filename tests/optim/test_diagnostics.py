@@ -184,6 +184,20 @@ def test_probe_of_a_fresh_adapter_is_infinite_as_documented():
     assert jnp.isinf(probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)["b/a"])
 
 
+def test_probe_shows_a_ratio_outside_a_transform_that_keeps_parameters():
+    def update(updates, state, params):
+        state = jax.tree.map(lambda x, g: x - 1e-3 * g, state, updates)
+        return jax.tree.map(jnp.subtract, state, params), state
+
+    tx = lora_plus(optax.GradientTransformation(lambda params: params, update), lr_ratio=8.0)
+    params, state, ratios = TRAINABLE, tx.init(TRAINABLE), []
+    for _ in range(2):
+        ratios.append(float(probe(tx, state, params)["b/a"]))
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert ratios == pytest.approx([8, 48], rel=1e-3)
+
+
 def test_role_norms_are_global_over_a_role():
     tree = {
         "x": {"lora_a": jnp.array([[3.0]]), "lora_b": jnp.array([[5.0]])},
