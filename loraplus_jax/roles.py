@@ -1,6 +1,6 @@
 """Labels trainable leaves by role (A, B, embedding factor, ...), and reads the roles from optimizer states."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -72,6 +72,9 @@ class LoRAPlusState(struct.PyTreeNode):
       decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
       roles: `(path, role)` of every leaf.
       relative: whether rates are multiples of a wrapped optimizer's.
+
+    Iterates over the parts of the optimizer's own state, as a chain's state does: tunix looks there for an injected
+    learning rate, to log it.
     """
 
     inner_state: Any
@@ -80,6 +83,9 @@ class LoRAPlusState(struct.PyTreeNode):
     decays: dict[str, jax.Array]
     roles: tuple[tuple[str, Role], ...] = struct.field(pytree_node=False)
     relative: bool = struct.field(pytree_node=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.inner_state)
 
 
 class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
@@ -114,11 +120,11 @@ def find_states(opt_state: Any) -> list[LoRAPlusState]:
 
 
 def lr_ratio_of(opt_state: Any) -> float | None:
-    """Lambda of the last update; None if no LoRA+ transform updates both factors."""
+    """Lambda of the last update; None if no LoRA+ transform updates both factors, or if both rates are 0."""
     ratios = {
         float(state.rates["b"] / state.rates["a"])
         for state in find_states(opt_state)
-        if {"a", "b"} <= state.rates.keys()
+        if {"a", "b"} <= state.rates.keys() and state.rates["a"] != 0
     }
     if len(ratios) > 1:
         raise ValueError(

@@ -188,7 +188,9 @@ def lora_plus_adamw(
     }
     for name, rate in rates.items():
         if not callable(rate) and (rate is not None or name == "learning_rate"):
-            check_number(name, rate, above=0.0, allow_arrays=True)
+            # `optax.inject_hyperparams` passes a schedule's value, which may be 0 before a warmup or after a decay.
+            bound = {"at_least" if isinstance(rate, jax.Array) else "above": 0.0}
+            check_number(name, rate, **bound, allow_arrays=True)
     if policy == "peft" and magnitude_learning_rate is not None:
         raise ValueError(
             "magnitude_learning_rate requires policy lora_plus: with policy peft magnitudes have B's learning rate"

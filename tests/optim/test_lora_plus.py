@@ -13,6 +13,7 @@ from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw
 from loraplus_jax.optim.adalora import adalora
 from loraplus_jax.optim.diagnostics import describe
 from loraplus_jax.optim.pairs import keep_float32
+from loraplus_jax.roles import lr_ratio_of
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tree import leaves_by_path
 
@@ -504,6 +505,20 @@ def test_injected_steps_are_those_of_the_plain_optimizer():
             other.update(grads, states[1], PAIR),
         )
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
+
+
+def test_an_injected_schedule_may_start_and_end_at_zero():
+    schedule = optax.join_schedules([optax.linear_schedule(0, 0.1, 2), optax.linear_schedule(0.1, 0, 2)], [2])
+    tx = inject(lora_plus_adamw)(schedule, lr_ratio=4.0, eps=1e-30, head_learning_rate=schedule)
+    state, steps = tx.init(PAIR), []
+    for _ in range(5):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, PAIR), state, PAIR)
+        steps.append([-float(x[0, 0]) for x in jax.tree.leaves(updates)])
+        ratio = lr_ratio_of(state)
+        assert ratio == (pytest.approx(4.0) if steps[-1][0] else None)
+    np.testing.assert_allclose(steps, [[n, 4 * n] for n in (0, 0.05, 0.1, 0.05, 0)], rtol=1e-5)
+    with pytest.raises(ValueError, match=mentions("learning_rate", -0.5)):
+        lora_plus_adamw(jnp.float32(-0.5), 4.0)
 
 
 @pytest.mark.parametrize("tx", [lora_plus_adamw(0.1, 4.0), lora_plus(optax.sgd(0.1), 4.0)])
