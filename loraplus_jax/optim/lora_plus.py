@@ -32,7 +32,7 @@ MIN_EPS = 1e-30
 0 / epsilon.
 """
 _OWN_OPTIMIZERS = "optax.multi_transform with label_params and an optimizer for each role"
-_INSIDE: Mapping[type, str] = {
+_RIGHT_ORDERS: Mapping[type, str] = {
     KeepFloat32State: "keep_float32(lora_plus(tx, lr_ratio))",
     AdaLoRAState: "adalora(lora_plus(tx, lr_ratio), singular_tx, ...)",
     optax.contrib.ScheduleFreeState: "optax.contrib.schedule_free(lora_plus(tx, lr_ratio), ...)",
@@ -288,7 +288,7 @@ def lora_plus(
 
 def _check_wrapped(state: Any, ratio: Any) -> None:
     """Raises ValueError if a ratio does not belong around an optimizer, by the optimizer's state."""
-    is_known = lambda x: isinstance(x, (PairState, LoRAPlusState, *_INSIDE))  # noqa: E731
+    is_known = lambda x: isinstance(x, (PairState, LoRAPlusState, *_RIGHT_ORDERS))  # noqa: E731
     for inner in filter(is_known, jax.tree.leaves(state, is_leaf=is_known)):
         if isinstance(inner, LoRAPlusState):
             raise ValueError(
@@ -296,7 +296,7 @@ def _check_wrapped(state: Any, ratio: Any) -> None:
                 "alone, or wrap an optimizer without LoRA+"
             )
         if not isinstance(inner, PairState):
-            name, right_order = type(inner).__name__.removesuffix("State"), _INSIDE[type(inner)]
+            name, right_order = type(inner).__name__.removesuffix("State"), _RIGHT_ORDERS[type(inner)]
             raise ValueError(
                 f"lora_plus must not wrap {name}, which keeps parameters in its state: B, moved lr_ratio times as "
                 f"far, would no longer match them; instead use {right_order}"
