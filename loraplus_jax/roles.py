@@ -1,6 +1,6 @@
 """Labels trainable leaves by role (A, B, embedding factor, ...), and reads the roles from optimizer states."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -33,7 +33,8 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
       tree: trainable variables, `{"lora": ..., "params": ...}`, or only the tree of adapters.
       specs: the table from `init_lora`, to check shapes; optional.
       policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, other leaves with one axis and
-        magnitudes, which have one axis there, are `"b"`.
+        magnitudes, which have one axis there, are `"b"`. Leaves named `bias` or `scale` count as having one axis,
+        however many layers are stacked in them; stacked vectors of other names do not.
 
     Raises:
       ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous (a
@@ -71,6 +72,9 @@ class LoRAPlusState(struct.PyTreeNode):
       decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
       roles: `(path, role)` of every leaf.
       relative: whether rates are multiples of a wrapped optimizer's.
+
+    Iterates over the parts of the optimizer's own state, as a chain's state does: tunix looks there for an injected
+    learning rate, to log it.
     """
 
     inner_state: Any
@@ -79,6 +83,31 @@ class LoRAPlusState(struct.PyTreeNode):
     decays: dict[str, jax.Array]
     roles: tuple[tuple[str, Role], ...] = struct.field(pytree_node=False)
     relative: bool = struct.field(pytree_node=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.inner_state)
+
+
+class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
+    """An optax transform that exposes its roles and rates; inside a chain, its `LoRAPlusState` does.
+
+    Attributes:
+      labels: function from a tree to a tree of roles.
+      rates: function from a step to `(learning rate, weight decay)` by role; the decay is None with `lora_plus`.
+      relative: whether the rates are multiples of a wrapped optimizer's.
+    """
+
+    labels: Callable[[Any], Any]
+    rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
+    relative: bool
+
+    def __new__(
+        cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
+    ) -> "LoRAPlusTransform":
+        """Makes a transform from its functions."""
+        self = super().__new__(cls, init, update)
+        self.labels, self.rates, self.relative = labels, rates, relative
+        return self
 
 
 def find_states(opt_state: Any) -> list[LoRAPlusState]:
@@ -91,11 +120,11 @@ def find_states(opt_state: Any) -> list[LoRAPlusState]:
 
 
 def lr_ratio_of(opt_state: Any) -> float | None:
-    """Lambda of the last update; None if no LoRA+ transform updates both factors."""
+    """Lambda of the last update; None if no LoRA+ transform updates both factors, or if both rates are 0."""
     ratios = {
         float(state.rates["b"] / state.rates["a"])
         for state in find_states(opt_state)
-        if {"a", "b"} <= state.rates.keys()
+        if {"a", "b"} <= state.rates.keys() and state.rates["a"] != 0
     }
     if len(ratios) > 1:
         raise ValueError(
@@ -119,13 +148,14 @@ def labels_of(opt_state: Any, tree: Any) -> Any:
 def _peft_role(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Role:
     """PEFT's groups: all leaves with one axis use B's learning rate; biases and LayerNorms have no weight decay.
 
-    A norm with a bias is a LayerNorm; without one it is an RMSNorm, which PEFT decays.
+    Biases and scales of norms are known by name, also stacked. A norm with a bias is a LayerNorm; without one it is
+    an RMSNorm, which PEFT decays.
     """
     value = "/value" if path.endswith("/value") else ""
     module, _, name = path.removesuffix(value).rpartition("/")
     if name == "bias" or (name == "scale" and f"{module}/bias{value}".lstrip("/") in leaves):
         return "vector"
-    return "b" if len(leaf.shape) == 1 else "extra"
+    return "b" if name == "scale" or len(leaf.shape) == 1 else "extra"
 
 
 def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from .._validation import check_int, check_number
+from ..roles import LoRAPlusTransform
 from ..spec import Specs
 from ..tree import leaves_by_path, replace_paths
-from .lora_plus import LoRAPlusTransform
 from .pairs import Layout, pair_layouts, widen
 
 _Q_STD = 0.02

@@ -11,10 +11,10 @@ import optax
 
 from .._validation import check_choice
 from ..factor_pairs import spec_path
-from ..roles import Role, find_states, labels_of, leaves_by_role
+from ..roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
 from ..spec import Specs
-from ..tree import count, leaves_by_path
-from .lora_plus import LoRAPlusTransform, check_floating
+from ..tree import count, leaf_path, leaves_by_path
+from .lora_plus import check_floating
 
 _PRODUCTS = {None: "-", False: "by rank", True: "merged"}
 
@@ -93,9 +93,9 @@ def describe(
 
     Args:
       trainable: trainable variables, arrays or shapes.
-      optimizer: a transform from `lora_plus_adamw` or `lora_plus`, for the rates at `step`; or the state of any
-        optimizer that contains one (`optax.chain`, `optax.inject_hyperparams`, `nnx.Optimizer.opt_state`), for the
-        rates of its last update.
+      optimizer: a transform from `lora_plus_adamw` or `lora_plus`, or one that contains it (`optax.chain`,
+        `optax.inject_hyperparams`), for the rates at `step`; or the state of such an optimizer
+        (`nnx.Optimizer.opt_state`), for the rates of its last update.
       specs: the table from `init_lora`, for ranks.
       frozen: frozen variables, to count the total.
       step: step at which to evaluate a transform's schedules.
@@ -103,7 +103,8 @@ def describe(
         then says how each layer's product is computed.
 
     Raises:
-      ValueError: `merged` names a path that the specs lack.
+      ValueError: `merged` names a path that the specs lack, or `step` is not 0 with a state, or with a
+        transform such as `optax.MultiSteps` that does not pass on every update.
       TypeError: the optimizer contains no LoRA+ transform, or a leaf is not trainable (packed integers).
     """
     check_floating(trainable)
@@ -114,15 +115,23 @@ def describe(
             for path, role in leaves_by_path(optimizer.labels(trainable)).items()
         }
     else:
+        if isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
+            states = _states_at(optimizer, trainable, step)
+        elif step:
+            raise ValueError(
+                f"step must be 0 with a state, which has the rates of its last update, got {step}"
+            )
+        else:
+            states = find_states(optimizer)
         groups = {
             path: (role, state.rates[role], state.decays.get(role), state.relative)
-            for state in find_states(optimizer)
+            for state in states
             for path, role in state.roles
         }
     if not groups.keys() & leaves_by_path(trainable).keys():
         raise TypeError(
-            "optimizer must be a transform from lora_plus_adamw or lora_plus, or an optimizer state with "
-            f"one for these trainable variables, got {type(optimizer).__name__}; pass the state of an optax.chain"
+            "optimizer must be a transform from lora_plus_adamw or lora_plus, or an optimizer or a state with one "
+            f"for these trainable variables, got {type(optimizer).__name__}"
         )
     for name in merged or ():
         check_choice("merged", name, sorted(specs or {}))
@@ -138,6 +147,28 @@ def describe(
     return Description(tuple(rows), trained, None if frozen is None else trained + count(frozen))
 
 
+def _states_at(tx: Any, params: Any, step: int) -> list[LoRAPlusState]:
+    """The LoRA+ states of an optimizer in its update at a step."""
+
+    def set_count(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return jnp.full_like(x, step) if leaf_path(path).rpartition("/")[2] == "count" else x
+
+    def run() -> list[LoRAPlusState]:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+        state = tx.init(zeros)
+        if step:
+            _, state = tx.update(zeros, jax.tree_util.tree_map_with_path(set_count, state), zeros)
+        return [found.replace(inner_state=None) for found in find_states(state)]
+
+    states = jax.jit(run)()  # The compiler drops the moments.
+    if step and any(state.count != step + 1 for state in states):
+        raise ValueError(
+            f"step must be 0 with an optimizer that does not update at every step, got {step}; pass the optimizer "
+            "inside it"
+        )
+    return states
+
+
 def probe(
     tx: optax.GradientTransformation, opt_state: Any, params: Any, grads: Any = None
 ) -> dict[str, jax.Array]:
@@ -145,7 +176,8 @@ def probe(
 
     For a new adapter with `init="lora"` and its real gradients the ratio is infinite, since A's gradient is zero
     while B is zero. Without `grads` all gradients are one, so that an Adam-type optimizer shows the ratio of its
-    learning rates. Roles are those that the optimizer uses; see `labels_of`.
+    learning rates. Roles are those that the optimizer uses; see `labels_of`. After a few steps, a ratio other than
+    lambda shows that `lora_plus` wraps a transform which belongs outside; see there.
 
     Args:
       tx, opt_state: optimizer and its state.

@@ -16,10 +16,12 @@ from jax.core import Tracer
 
 from .._validation import check_choice, check_number, suggest
 from ..config import LoRAPlusConfig
-from ..roles import ROLES, LoRAPlusState, Policy, Role, label_params
+from ..roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, label_params
 from ..spec import Specs
 from ..tree import leaves_by_path
+from .adalora import AdaLoRAState
 from .invariant import PairState
+from .pairs import KeepFloat32State
 from .schedules import Rate, rate_at, scale_rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
@@ -28,6 +30,21 @@ PEFT_EMBEDDING_RATE = 1e-6
 MIN_EPS = 1e-30
 """Adam's epsilon times 1 - b1 must not underflow to 0 in float32: while B is 0, A's gradients are 0 and A's step is
 0 / epsilon.
+"""
+_OWN_OPTIMIZERS = "optax.multi_transform with label_params and an optimizer for each role"
+_RIGHT_ORDERS: Mapping[type, str] = {
+    KeepFloat32State: "keep_float32(lora_plus(tx, lr_ratio))",
+    AdaLoRAState: "adalora(lora_plus(tx, lr_ratio), singular_tx, ...)",
+    optax.contrib.ScheduleFreeState: "optax.contrib.schedule_free(lora_plus(tx, lr_ratio), ...)",
+    optax.contrib.SAMState: "optax.contrib.sam(lora_plus(tx, lr_ratio), adv_optimizer)",
+    optax.contrib.MechanicState: "optax.contrib.mechanize(lora_plus(tx, lr_ratio))",
+    optax.LookaheadState: "optax.lookahead(lora_plus(tx, lr_ratio), ...)",
+    optax.contrib.MadgradState: _OWN_OPTIMIZERS,
+    optax.contrib.COCOBState: _OWN_OPTIMIZERS,
+}
+"""Transforms, by state, whose updates are differences to parameters in the state, and the order to use instead.
+
+There is no check for others: it would take two updates and a second set of parameters, and `probe` shows them.
 """
 
 
@@ -60,28 +77,6 @@ class AdamW(NamedTuple):
         )
 
 
-class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
-    """An optax transform that exposes its roles and rates; inside a chain, its `LoRAPlusState` does.
-
-    Attributes:
-      labels: function from a tree to a tree of roles.
-      rates: function from a step to `(learning rate, weight decay)` by role; the decay is None with `lora_plus`.
-      relative: whether the rates are multiples of a wrapped optimizer's.
-    """
-
-    labels: Callable[[Any], Any]
-    rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
-    relative: bool
-
-    def __new__(
-        cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
-    ) -> "LoRAPlusTransform":
-        """Makes a transform from its functions."""
-        self = super().__new__(cls, init, update)
-        self.labels, self.rates, self.relative = labels, rates, relative
-        return self
-
-
 def _with_record(
     tx: optax.GradientTransformation,
     labels: Callable[[Any], Any],
@@ -110,7 +105,7 @@ def _with_record(
     def init(params: Any) -> Any:
         check_floating(params)
         zero, state = jnp.zeros((), jnp.int32), inner.init(params)
-        _check_invariant(state, ratio)
+        _check_wrapped(state, ratio)
         return record(state, zero, zero, tuple(leaves_by_path(labels(params)).items()))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -167,8 +162,9 @@ def lora_plus_adamw(
       direction: computes the steps of all roles together in Adam's place, such as `scale_by_lora_rite()`; `b1`,
         `b2` and `eps` then have no effect. Rates, decay and clipping stay as they are.
       specs: the table from `init_lora`, to check shapes.
-      policy: `"peft"` groups like `create_loraplus_optimizer` of PEFT: fully trained parameters with one axis use
-        B's learning rate; biases and the scales of LayerNorms (a `scale` next to a `bias`) have no weight decay.
+      policy: `"peft"` groups like `create_loraplus_optimizer` of PEFT: fully trained parameters with one axis, and
+        stacked ones named `bias` or `scale`, use B's learning rate; biases and the scales of LayerNorms (a `scale`
+        next to a `bias`) have no weight decay.
 
     Raises:
       TypeError: a value is not a number; on `init`, a leaf is not floating point.
@@ -192,7 +188,9 @@ def lora_plus_adamw(
     }
     for name, rate in rates.items():
         if not callable(rate) and (rate is not None or name == "learning_rate"):
-            check_number(name, rate, above=0.0, allow_arrays=True)
+            # `optax.inject_hyperparams` passes a schedule's value, which may be 0 before a warmup or after a decay.
+            bound = {"at_least" if isinstance(rate, jax.Array) else "above": 0.0}
+            check_number(name, rate, **bound, allow_arrays=True)
     if policy == "peft" and magnitude_learning_rate is not None:
         raise ValueError(
             "magnitude_learning_rate requires policy lora_plus: with policy peft magnitudes have B's learning rate"
@@ -257,12 +255,22 @@ def lora_plus(
     instead would have no effect with Adam. `optax.inject_hyperparams(lora_plus)(tx, lr_ratio=...)` stores the ratio
     in the state.
 
+    Some transforms keep parameters in their state and return the difference to them: `keep_float32`, `adalora`,
+    `optax.lookahead`, and `schedule_free`, `sam` and `mechanize` of `optax.contrib`. They belong outside, as in
+    `keep_float32(lora_plus(tx, 4.0))`, since each of their steps would correct the multiplied one before it. So do
+    constraints such as `optax.keep_params_nonnegative`. With another transform of this kind, `probe` shows another
+    ratio than lambda after a few steps, but not before the first.
+
     Args:
       tx: the complete optimizer, including its learning rate (AdamW, Lion, SGD with momentum, Adafactor, ...).
       lr_ratio: lambda, above 0; a number, or a config with this field.
       specs: the table from `init_lora`.
       policy: as in `lora_plus_adamw`, but only for learning rates: the wrapped optimizer sets decay and the rate of
         embeddings.
+
+    Raises:
+      ValueError, TypeError: lambda is not a number above 0; on `init`, the wrapped optimizer is a LoRA+ one, or one
+        of those that belong outside, or lambda is not 1 with one for which it has no meaning.
 
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
@@ -278,15 +286,26 @@ def lora_plus(
     return _with_record(scaled, labels, lambda _: rates, ratio=ratio, relative=True)
 
 
-def _check_invariant(state: Any, ratio: Any) -> None:
-    """Raises ValueError if A and B have different rates with an optimizer that does not see how A B is split."""
-    is_ours = lambda x: isinstance(x, PairState)  # noqa: E731
-    found = any(is_ours(x) for x in jax.tree.leaves(state, is_leaf=is_ours))
-    if found and not isinstance(ratio, Tracer) and not np.isclose(ratio, 1, rtol=1e-5):
-        raise ValueError(
-            f"lr_ratio must be 1 with LoRA-RITE and LoRA-Muon, got {float(ratio):g}: their steps of A B do not "
-            "depend on how it is split into A and B, so a faster B has no meaning"
-        )
+def _check_wrapped(state: Any, ratio: Any) -> None:
+    """Raises ValueError if a ratio does not belong around an optimizer, by the optimizer's state."""
+    is_known = lambda x: isinstance(x, (PairState, LoRAPlusState, *_RIGHT_ORDERS))  # noqa: E731
+    for inner in filter(is_known, jax.tree.leaves(state, is_leaf=is_known)):
+        if isinstance(inner, LoRAPlusState):
+            raise ValueError(
+                "lr_ratio would multiply B's rate twice: the wrapped optimizer is a LoRA+ one already; use it "
+                "alone, or wrap an optimizer without LoRA+"
+            )
+        if not isinstance(inner, PairState):
+            name, right_order = type(inner).__name__.removesuffix("State"), _RIGHT_ORDERS[type(inner)]
+            raise ValueError(
+                f"lora_plus must not wrap {name}, which keeps parameters in its state: B, moved lr_ratio times as "
+                f"far, would no longer match them; instead use {right_order}"
+            )
+        if not isinstance(ratio, Tracer) and not np.isclose(ratio, 1, rtol=1e-5):
+            raise ValueError(
+                f"lr_ratio must be 1 with LoRA-RITE and LoRA-Muon, got {float(ratio):g}: their steps of A B do not "
+                "depend on how it is split into A and B, so a faster B has no meaning"
+            )
 
 
 def check_floating(trainable: Any) -> None:

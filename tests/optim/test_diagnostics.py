@@ -13,9 +13,12 @@ from loraplus_jax import (
     lora_plus_adamw,
     probe,
 )
+from loraplus_jax.optim.pairs import keep_float32
 from loraplus_jax.roles import role_norms
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tree import leaves_by_path, unflatten
+
+from ..messages import mentions
 
 TRAINABLE = {
     "lora": {"enc": {"q": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 5))}}},
@@ -62,9 +65,27 @@ def test_a_wrapped_optimizer_shows_multiples():
     assert "4 x base" in str(describe(TRAINABLE, lora_plus(optax.sgd(0.1), lr_ratio=4.0)))
 
 
+@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: jax.eval_shape(lambda: tree)])
+def test_describe_before_training(wrap, step):
+    settings = {"learning_rate": optax.linear_schedule(0, 1.0, 10), "lr_ratio": 4.0, "weight_decay": 0.5}
+    injected = optax.inject_hyperparams(lora_plus_adamw)(**settings)
+    for tx in (injected, keep_float32(optax.chain(optax.identity(), lora_plus_adamw(**settings)))):
+        rows = describe(wrap(TRAINABLE), tx, step=step).rows
+        assert [(row.rate, row.decay) for row in rows] == [
+            (pytest.approx(step / 10 * n), 0.5) for n in (1, 4, 1)
+        ]
+    many = optax.MultiSteps(injected, 2)
+    assert len(describe(TRAINABLE, many).rows) == 3
+    for optimizer in (many, injected.init(TRAINABLE)):
+        with pytest.raises(ValueError, match=mentions("step", 0, 7)):
+            describe(TRAINABLE, optimizer, step=7)
+
+
 def test_describe_of_what_it_does_not_know():
-    with pytest.raises(TypeError, match=r"optax.chain"):
-        describe(TRAINABLE, optax.chain(lora_plus_adamw(1e-3, 4.0)))
+    for optimizer in (optax.adam(1e-3), optax.chain(optax.adam(1e-3))):
+        with pytest.raises(TypeError, match="lora_plus_adamw"):
+            describe(TRAINABLE, optimizer)
     with pytest.raises(TypeError, match="lora_plus_adamw"):
         describe(TRAINABLE, optax.adam(1e-3).init(TRAINABLE))
     state = lora_plus_adamw(1e-3, 4.0).init(TRAINABLE["lora"])
@@ -182,6 +203,20 @@ def test_probe_of_a_fresh_adapter_is_infinite_as_documented():
     grads["lora"]["enc"]["q"]["lora_a"] *= 0
     tx = lora_plus_adamw(1e-3, 4.0)
     assert jnp.isinf(probe(tx, tx.init(TRAINABLE), TRAINABLE, grads)["b/a"])
+
+
+def test_probe_shows_a_ratio_outside_a_transform_that_keeps_parameters():
+    def update(updates, state, params):
+        state = jax.tree.map(lambda x, g: x - 1e-3 * g, state, updates)
+        return jax.tree.map(jnp.subtract, state, params), state
+
+    tx = lora_plus(optax.GradientTransformation(lambda params: params, update), lr_ratio=8.0)
+    params, state, ratios = TRAINABLE, tx.init(TRAINABLE), []
+    for _ in range(2):
+        ratios.append(float(probe(tx, state, params)["b/a"]))
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert ratios == pytest.approx([8, 48], rel=1e-3)
 
 
 def test_role_norms_are_global_over_a_role():

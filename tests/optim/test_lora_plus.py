@@ -10,7 +10,10 @@ import optax
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw
+from loraplus_jax.optim.adalora import adalora
 from loraplus_jax.optim.diagnostics import describe
+from loraplus_jax.optim.pairs import keep_float32
+from loraplus_jax.roles import lr_ratio_of
 from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tree import leaves_by_path
 
@@ -362,6 +365,32 @@ def test_the_policy_of_peft_by_hand():
     assert first_updates(wrapped, params) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("make", [
+    lambda: lora_plus_adamw(0.01, lr_ratio=8.0, weight_decay=0.5, policy="peft"),
+    lambda: lora_plus(optax.adam(0.01), lr_ratio=8.0, policy="peft"),
+])  # fmt: skip
+def test_the_policy_of_peft_in_stacked_layers(make):
+    """Stacked layers move as the same layers apart: their vectors at B's rate, with PEFT's decay."""
+    layer = {
+        "norm": {"scale": (3,), "bias": (3,)},
+        "rms": {"scale": (4,)},
+        "fc": {"kernel": (3, 4), "bias": (4,)},
+    }
+    random = np.random.default_rng(0)
+
+    def draw():
+        return jax.tree.map(lambda shape: jnp.asarray(random.normal(size=(2, *shape)), jnp.float32), layer,
+                            is_leaf=lambda x: isinstance(x, tuple))  # fmt: skip
+
+    def apart(tree):
+        return [jax.tree.map(lambda x, n=n: x[n], tree) for n in range(2)]
+
+    start, grads = draw(), [draw() for _ in range(10)]
+    stacked = run(make(), 10, start, grads.__getitem__)[-1][0]
+    single = run(make(), 10, apart(start), lambda step: apart(grads[step]))[-1][0]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), apart(stacked), single)
+
+
 EMBEDDED = {"lora": {"e": {"lora_embedding_a": jnp.ones((3, 2)), "lora_embedding_b": jnp.ones((2, 3))}}}
 EMBEDDING = AdapterSpec(leaf="params/e/embedding", kind="embed", axes="io", shape=(3, 3), rank=2, scale=1.0)
 
@@ -478,6 +507,20 @@ def test_injected_steps_are_those_of_the_plain_optimizer():
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), a, b)
 
 
+def test_an_injected_schedule_may_start_and_end_at_zero():
+    schedule = optax.join_schedules([optax.linear_schedule(0, 0.1, 2), optax.linear_schedule(0.1, 0, 2)], [2])
+    tx = inject(lora_plus_adamw)(schedule, lr_ratio=4.0, eps=1e-30, head_learning_rate=schedule)
+    state, steps = tx.init(PAIR), []
+    for _ in range(5):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, PAIR), state, PAIR)
+        steps.append([-float(x[0, 0]) for x in jax.tree.leaves(updates)])
+        ratio = lr_ratio_of(state)
+        assert ratio == (pytest.approx(4.0) if steps[-1][0] else None)
+    np.testing.assert_allclose(steps, [[n, 4 * n] for n in (0, 0.05, 0.1, 0.05, 0)], rtol=1e-5)
+    with pytest.raises(ValueError, match=mentions("learning_rate", -0.5)):
+        lora_plus_adamw(jnp.float32(-0.5), 4.0)
+
+
 @pytest.mark.parametrize("tx", [lora_plus_adamw(0.1, 4.0), lora_plus(optax.sgd(0.1), 4.0)])
 def test_packed_integers_are_rejected(tx):
     packed = {**PAIR, "base": {"qvalue": jnp.zeros((4, 2), jnp.uint8)}}
@@ -513,3 +556,46 @@ def test_a_transform_may_be_copied():
     for other in (copy.copy(tx), copy.deepcopy(tx)):
         assert other.rates(0) == tx.rates(0)
         assert isinstance(other, optax.GradientTransformation)
+
+
+WRAPPERS = {
+    "keep_float32": keep_float32,
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.1),
+    "sam": lambda tx: optax.contrib.sam(tx, optax.sgd(0.0)),
+    "mechanize": optax.contrib.mechanize,
+    "lookahead": lambda tx: optax.lookahead(tx, 2, 0.5),
+    "adalora": lambda tx: adalora(
+        tx, optax.sgd(0.0), steps=9, target_rank=1, initial_steps=8, final_steps=0, orthogonality=0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_ratio_belongs_inside_a_transform_that_keeps_parameters(name):
+    """Constant gradients, so that B moves lambda times as far as by the plain optimizer, after every step."""
+    wrap, ends = WRAPPERS[name], []
+    start = optax.LookaheadParams.init_synced(PARAMS) if name == "lookahead" else PARAMS
+    for tx in (wrap(optax.sgd(0.01)), wrap(lora_plus(optax.sgd(0.01), 8.0))):
+        params, state = start, tx.init(start)
+        for _ in range(6):
+            updates, state = tx.update(ONES, state, params)
+            params = optax.apply_updates(params, updates)
+        ends.append(leaves(params.fast if name == "lookahead" else params))
+    if name not in ("mechanize", "adalora"):  # which adapt: one their rate, one Λ
+        for plain, plus, first, ratio in zip(*ends, leaves(PARAMS), (1, 8, 1), strict=True):
+            np.testing.assert_allclose(plus - first, ratio * (plain - first), rtol=1e-4)
+    with pytest.raises(ValueError, match=mentions(name, "lora_plus")):
+        lora_plus(optax.chain(wrap(optax.sgd(0.01))), 8.0).init(start)
+
+
+@pytest.mark.parametrize("name", ["madgrad", "cocob"])
+def test_optimizers_that_keep_parameters_are_rejected(name):
+    with pytest.raises(ValueError, match=mentions("lora_plus", "label_params")):
+        lora_plus(getattr(optax.contrib, name)(0.1), 8.0).init(PARAMS)
+
+
+@pytest.mark.parametrize("tx", [lora_plus_adamw(0.1, 8.0), optax.chain(lora_plus(optax.sgd(0.1), 8.0))])
+def test_the_ratio_applies_once(tx):
+    for ratio in (8.0, 1.0):
+        with pytest.raises(ValueError, match=mentions("lr_ratio", "twice")):
+            lora_plus(tx, ratio).init(PARAMS)

@@ -14,7 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
-from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, save_peft
+from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw, save_peft
 from loraplus_jax.interop.name_maps import TUNIX_LLAMA
 from loraplus_jax.interop.peft_files import load_peft
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, set_lora, specs_of
@@ -123,6 +123,28 @@ def test_tunix_accumulates_and_resumes(tmp_path):
             _trainer, _ = train(model, adamw(), steps, root, gradient_accumulation_steps=2)
         ends.append(lora_tree(model))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), *ends)
+
+
+@pytest.mark.parametrize(
+    ("tx", "logged"),
+    [
+        (lora_plus_adamw(RATE, RATIO), False),
+        (lora_plus(optax.adam(RATE), RATIO), False),
+        (lora_plus(optax.inject_hyperparams(optax.adam)(RATE), RATIO), True),
+        (optax.inject_hyperparams(lora_plus_adamw)(optax.linear_schedule(0, RATE, 1), RATIO), True),
+    ],
+)
+def test_tunix_logs_injected_rates(tx, logged):
+    model = tunix_model("qwen3")
+    specs = apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
+    set_lora(model, drawn(lora_tree(model)))
+    before = lora_tree(model)
+    trainer, _ = train(model, tx, 2)
+    assert ratios(before, lora_tree(model)) == pytest.approx([RATIO] * len(specs), rel=0.2)
+    log = trainer.metrics_logger
+    assert log.metric_exists("", "learning_rate", "train") == logged
+    if logged:
+        assert log.get_metric_history("", "learning_rate", "train")[-1] == pytest.approx(RATE)
 
 
 def dequantized(model):
