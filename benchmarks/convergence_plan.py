@@ -76,9 +76,9 @@ def methods(slowest: float, full: float) -> dict[str, Method]:
     alone = tuple(Point(slowest * 2.0**n) for n in range(6))
     pairs = tuple(Point(slowest * 4.0**n, ratio) for n in range(3) for ratio in (4.0, 16.0))
     return {
-        "lora": Method(init="lora", points=alone, rival=None),
-        "lora+": Method(init="lora", points=pairs, rival="lora"),
-        CONTROL: Method(init="lora", points=(), rival="lora"),
+        "lora": Method(init="he_uniform", points=alone, rival=None),
+        "lora+": Method(init="he_uniform", points=pairs, rival="lora"),
+        CONTROL: Method(init="he_uniform", points=(), rival="lora"),
         "lora, init lora_b": Method(init="lora_b", points=alone, rival="lora"),
         "lora+, init lora_b": Method(init="lora_b", points=pairs, rival="lora, init lora_b"),
         "full": Method(init=None, points=tuple(Point(full * 2.0**n) for n in range(6)), rival="lora"),

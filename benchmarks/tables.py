@@ -207,7 +207,7 @@ STUDY_OPTIONS = ("data", "recipe", "only")
 
 def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> SweepRun:
     """The settings of a study; what it samples of a file lies in the directory."""
-    values = dict(study.settings)
+    values = {"lora.init": "he_uniform", **study.settings}  # as in the published tables
     for name, file in study.files.items():
         source = (options.data or Path("data")) / (file.path if isinstance(file, Sample) else file)
         values[name] = source if isinstance(file, str) else sample(source, file, directory / "data")

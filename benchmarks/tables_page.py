@@ -88,6 +88,9 @@ The description's numbers are of models of up to 7 billion weights and come with
 maps and no such tables. Here the models are those that two CPU cores can train: MiniLM (22.7 M weights) and
 SmolLM2-135M, on real data, for few steps. So compare the differences between methods, not the levels.
 
+All tables were measured with `lora.init: he_uniform`, whose A is √6 times as large at the start as that of the
+default, `lora`. [Choosing λ](choosing_lambda.md#from-one-start-to-the-other) says how rates carry over.
+
 In all tables every method is tuned on as many settings, by validation loss, and compared with LoRA tuned alike, on
 other seeds and the test split. Differences are paired by seed. η_A is A's learning rate, λ is B's over A's. "LoRA's
 steps / its own" counts the steps to the worse of the two final losses; above 1 the method is faster. A dash means
@@ -420,7 +423,9 @@ NAMES: dict[str | None, str] = {
 
 def share_text(share: Found) -> str:
     reached = f"on {share['reached']} of {share['pairs']} seeds"
-    return reached if share["median"] is None else f"after {100 * share['median']:.0f} % of the steps {reached}"
+    return (
+        reached if share["median"] is None else f"after {100 * share['median']:.0f} % of the steps {reached}"
+    )
 
 
 def overhead_lines(found: Found, _: Section) -> list[str]:

@@ -8,7 +8,9 @@ from typing import Any, Literal, Self, get_args
 
 from ._validation import check_choice, check_int, check_number, suggest
 
-Init = Literal["lora", "lora_b", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "lora_one", "loftq"]
+Init = Literal[
+    "lora", "he_uniform", "lora_b", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "lora_one", "loftq"
+]
 BASE_INITS: tuple[Init, ...] = ("pissa", "olora", "lora_ga", "lora_one", "loftq")
 """The inits that start from the base's weights or gradients, by the functions of `starts` and `loftq`."""
 Bias = Literal["none", "all", "lora_only"]
@@ -69,10 +71,11 @@ class LoRAPlusConfig:
         rng, as in training.
       lr_ratio: lambda, the ratio of B's learning rate to A's (arXiv 2402.12354, section 4); defaults to 4, or to 16
         with init lora_b.
-      init: initialization of the factors: lora has He-uniform A and zero B (Init[1] of the paper); lora_b has
-        zero A and He-uniform B (Init[2], used in the paper's experiments); gaussian has A from N(0, 1/r^2) and
-        zero B; orthogonal has random A and B with A B = 0; pissa and olora start from the weight, lora_ga and
-        lora_one from a gradient, loftq from what packing the weight lost.
+      init: initialization of the factors: lora has uniform A within ±sqrt(1/in) and zero B, as PEFT (Init[1] of
+        the paper); he_uniform has uniform A within ±sqrt(6/in) and zero B; lora_b has zero A and uniform B within
+        ±sqrt(6/r) (Init[2], used in the paper's experiments); gaussian has A from N(0, 1/r^2) and zero B;
+        orthogonal has random A and B with A B = 0; pissa and olora start from the weight, lora_ga and lora_one
+        from a gradient, loftq from what packing the weight lost.
       init_iterations: power iterations of a randomized SVD for inits that need one; null computes it exactly, which
         takes minutes for each weight of a large model.
       variant: lora, or dora (arXiv 2402.09353), which also trains the norm of each output's weights and makes A and

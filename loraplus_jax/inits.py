@@ -15,7 +15,8 @@ Axes = list[int] | range
 def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, Initializer]:
     """Returns the initializers of A `(in, r)` and B `(r, out)`, or of factors with more axes.
 
-    `"lora"`: A ~ U(-sqrt(6/in), sqrt(6/in)), B = 0; Init[1] of arXiv 2402.12354, section 3.
+    `"lora"`: A ~ U(-sqrt(1/in), sqrt(1/in)), B = 0; PEFT's default, and Init[1] of arXiv 2402.12354, section 3.
+    `"he_uniform"`: A ~ U(-sqrt(6/in), sqrt(6/in)), B = 0.
     `"lora_b"`: A = 0, B ~ U(-sqrt(6/r), sqrt(6/r)); Init[2], with which the paper found lambda near 16.
     `"gaussian"`: A ~ N(0, 1/r^2), B = 0.
     `"orthogonal"`: A = N₁ Q₁ / 10 and B = Q₂ᵀ N₂ / 10, where Q₁ and Q₂ are the halves of an orthogonal matrix
@@ -24,7 +25,9 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
     Args:
       init: name of the initialization.
       rank: r.
-      axes: the weight's axes, as in `AdapterSpec`; `in` is the product of its input axes.
+      axes: the weight's axes, as in `AdapterSpec`; `in` is the product of its input axes: for a convolution, the
+        window times the inputs of a group; for an embedding, the number of rows. (PEFT inits embeddings otherwise,
+        with A = 0 and B ~ N(0, 1).)
 
     Raises:
       ValueError: `init` needs the base's weights, or an odd rank cannot be halved.
@@ -50,14 +53,18 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
     if init == "lora_b":
         size = len(batch)
         outputs = range(size + 1, size + 1 + axes.count("o"))
-        return zeros, _he([size], outputs, range(size))
+        return zeros, _uniform(6.0, [size], outputs, range(size))
     roles = [role for role in axes if role != "o"]
     inputs = [n for n, role in enumerate(roles) if role == "i"]
-    return _he(inputs, [len(roles)], [n for n, role in enumerate(roles) if role != "i"]), zeros
+    batch_axes = [n for n, role in enumerate(roles) if role != "i"]
+    return _uniform(6.0 if init == "he_uniform" else 1.0, inputs, [len(roles)], batch_axes), zeros
 
 
-def _he(inputs: Axes, outputs: Axes, batch: Axes) -> Initializer:
-    return jax.nn.initializers.he_uniform(list(inputs), list(outputs), batch_axis=list(batch))
+def _uniform(squared_bound: float, inputs: Axes, outputs: Axes, batch: Axes) -> Initializer:
+    """Uniform within ±sqrt(squared_bound / fan-in)."""
+    return jax.nn.initializers.variance_scaling(
+        squared_bound / 3, "fan_in", "uniform", list(inputs), list(outputs), batch_axis=list(batch)
+    )
 
 
 def _orthogonal(axis: int, first: bool, key: Any, shape: Any, dtype: Any = jnp.float32) -> jax.Array:

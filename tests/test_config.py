@@ -105,7 +105,9 @@ def test_json_round_trip(target):
     assert LoRAPlusConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-@pytest.mark.parametrize(("init", "ratio"), [("lora", 4.0), ("gaussian", 4.0), ("lora_b", 16.0)])
+@pytest.mark.parametrize(
+    ("init", "ratio"), [("lora", 4.0), ("he_uniform", 4.0), ("gaussian", 4.0), ("lora_b", 16.0)]
+)
 def test_the_default_ratio_follows_the_init(init, ratio):
     config = LoRAPlusConfig(target_modules=["q"], init=init)
     assert config.lr_ratio == ratio

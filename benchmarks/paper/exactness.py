@@ -32,7 +32,14 @@ class Chain(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for n in range(self.depth):
-            layer = LoRAPlusDense(WIDTH, rank=RANK, alpha=self.alpha, param_dtype=x.dtype, name=f"layer_{n}")
+            layer = LoRAPlusDense(
+                WIDTH,
+                rank=RANK,
+                alpha=self.alpha,
+                init_factors="he_uniform",
+                param_dtype=x.dtype,
+                name=f"layer_{n}",
+            )
             x = jnp.tanh(layer(x))
         return x
 

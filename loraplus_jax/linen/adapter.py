@@ -196,7 +196,8 @@ def new_factors(
       rng: key of the scope; `names` is the path within it. Each factor's key is derived from its name. `make_rng`
         would advance the counter for the layer's own parameters, and under `nn.scan`, which traces twice, the base
         would be initialized differently than without adapters.
-      weight: the weight, whose dtype the factors get, and whose norms the magnitudes.
+      weight: the weight, whose dtype the factors get (float32 if it holds integers), and whose norms the
+        magnitudes.
       where: description of the layer, for messages.
 
     Raises:
@@ -204,8 +205,9 @@ def new_factors(
     """
     check_rank(spec, where)
     inits: Any = factor_inits(init, spec.rank, spec.axes)
+    dtype = weight.dtype if jnp.issubdtype(weight.dtype, jnp.floating) else jnp.float32
     factors = {
-        name: make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, weight.dtype)
+        name: make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, dtype)
         for name, make, shape in zip(spec.factors, inits, spec.factor_shapes, strict=False)
     }
     if spec.magnitude:
@@ -235,7 +237,7 @@ def read_factors(spec: AdapterSpec, get: Callable[[str], Any], where: str) -> li
 
 
 def make_factors(module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, where: str) -> None:
-    """Adds a layer's initial factors to its scope, in the weight's dtype, unless they exist."""
+    """Adds a layer's initial factors to its scope unless they exist."""
     scope: Any = module.scope
     spec = call.spec(adapter.rank, adapter.scale, magnitude=adapter.magnitude)
     # The factors exist if an Embed's lookup and attend share them, or if the layer is called again.

@@ -15,15 +15,18 @@ def suggest_learning_rate(init: str, alpha: float, rank: int, width: int) -> flo
     - init lora: B's steps change the output by the order of alpha·η, A's, through B, by alpha·η²·width. So η is
       of order (alpha·width)^(-1/2), and 1 / alpha where alpha is near the width. With alpha fixed it does not
       depend on the rank.
+    - init he_uniform: A is √6 times as large, so B's steps change the output √6 times as much. A's, through B,
+      change it by as much as with init lora.
     - init lora_b: A's steps change the output by (alpha / rank)·η·width, B's, through A, by alpha·η²·width. So η
       is of order rank / (alpha·width), as for all weights if alpha / rank is fixed, and (alpha·width)^(-1/2) at
       high ranks.
 
     The factors are such that MiniLM and SmolLM2-135M get the rates that were best in the table "Convergence speed"
-    of docs/results.md.
+    of docs/results.md, which compares he_uniform and lora_b. Those of init lora follow: a run at alpha and η is one
+    of he_uniform at alpha / 6 and √6·η (docs/choosing_lambda.md).
 
     Args:
-      init: `"lora"` or `"lora_b"`, as in `LoRAPlusConfig`.
+      init: `"lora"`, `"he_uniform"` or `"lora_b"`, as in `LoRAPlusConfig`.
       alpha: scaling numerator; with rsLoRA, pass alpha · rank^(1/2).
       rank: rank of the adapters.
       width: inputs of the adapted layers, such as the model's hidden size.
@@ -37,11 +40,11 @@ def suggest_learning_rate(init: str, alpha: float, rank: int, width: int) -> flo
     >>> round(suggest_learning_rate("lora", alpha=16, rank=8, width=576), 5)
     0.00156
     """
-    check_choice("init", init, ("lora", "lora_b"))
+    check_choice("init", init, ("lora", "he_uniform", "lora_b"))
     check_number("alpha", alpha, above=0.0)
     check_int("rank", rank, at_least=1)
     check_int("width", width, at_least=1)
     root = math.sqrt(alpha * width)
-    if init == "lora":
-        return min(0.06 / alpha, 0.15 / root)
-    return min(0.75 * rank / (alpha * width), 0.5 / root)
+    if init == "lora_b":
+        return min(0.75 * rank / (alpha * width), 0.5 / root)
+    return min(0.06 * (1 if init == "he_uniform" else math.sqrt(6)) / alpha, 0.15 / root)

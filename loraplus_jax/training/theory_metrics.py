@@ -100,7 +100,6 @@ def read_metrics(rows: Iterable[LogRow], config: LoRAPlusConfig | None, from_ada
             if name.startswith(f"{METRIC_PREFIX}/") and path != "mean":
                 layer = sums.setdefault(path, dict.fromkeys(TERMS, 0.0))
                 layer[term] += value
-    known = (
-        config.init in ("lora", "lora_b", "gaussian") and not from_adapter
-    )  # which factor is zero at first
+    # Which factor is zero at first.
+    known = config.init in ("lora", "he_uniform", "lora_b", "gaussian") and not from_adapter
     return str(balance(sums, config.lr_ratio, config.init if known else None))

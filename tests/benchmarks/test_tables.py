@@ -141,6 +141,17 @@ def test_a_sample_is_the_same_each_time_and_keeps_to_its_limits(tmp_path):
     assert json.loads(row) == {"mr": "name[A]", "ref": 'Two\nlines, "A".'}
 
 
+def test_tables_start_as_those_that_are_published(tmp_path):
+    from argparse import Namespace
+
+    from convergence_plan import experiment
+    from tables import STUDIES, settings_of
+
+    run = settings_of(STUDIES["lambda"]["reviews"], Namespace(data=None, recipe=None, settings=[]), tmp_path)
+    assert run.lora.init == "he_uniform"
+    assert experiment("sentences").methods["lora+"].init == "he_uniform"
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -96,9 +96,13 @@ def test_bfloat16_compute_really_is_bfloat16():
 
 @pytest.mark.parametrize(
     ("init", "zero", "drawn", "bound"),
-    [("lora", "lora_b", "lora_a", (6 / 600) ** 0.5), ("lora_b", "lora_a", "lora_b", (6 / 4) ** 0.5)],
+    [
+        ("lora", "lora_b", "lora_a", (1 / 600) ** 0.5),
+        ("he_uniform", "lora_b", "lora_a", (6 / 600) ** 0.5),
+        ("lora_b", "lora_a", "lora_b", (6 / 4) ** 0.5),
+    ],
 )
-def test_he_uniform_by_fan_in(init, zero, drawn, bound):
+def test_uniform_by_fan_in(init, zero, drawn, bound):
     lora = layer(features=500, rank=4, init_factors=init).init(KEY, jnp.ones((1, 600)))["lora"]
     assert not lora[zero].any()
     size = abs(lora[drawn])

@@ -1,6 +1,7 @@
 """B learns lambda times faster than A, exactly: at every step, under any optimizer, however many adapters."""
 
 import copy
+import functools
 import math
 
 import jax
@@ -599,3 +600,50 @@ def test_the_ratio_applies_once(tx):
     for ratio in (8.0, 1.0):
         with pytest.raises(ValueError, match=mentions("lr_ratio", "twice")):
             lora_plus(tx, ratio).init(PARAMS)
+
+
+def test_rates_carry_over_between_starts_as_the_guide_says():
+    # docs/choosing_lambda.md, "From one start to the other": c is the new A over the old.
+    random, c, ratio = np.random.default_rng(1), 6**-0.5, 4.0
+    draw = {"w": (6, 5), "a": (6, 2), "x": (32, 6), "y": (32, 5)}
+    with jax.enable_x64(True):
+        data = {name: jnp.asarray(random.normal(size=shape)) for name, shape in draw.items()}
+
+        @functools.partial(jax.jit, static_argnames="decay")
+        def train(size, rate, ratio, scale, decay="coupled", eps=1e-30, weight_decay=0.0, max_grad_norm=1e9):
+            tx = lora_plus_adamw(
+                rate, ratio, eps=eps, decay=decay, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+            )
+
+            def loss(p):
+                weight = data["w"] + scale * p["lora_a"] @ p["lora_b"]
+                return jnp.mean((data["x"] @ weight - data["y"]) ** 2)
+
+            def step(carry, _):
+                params, state = carry
+                updates, state = tx.update(jax.grad(loss)(params), state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            params = {"lora_a": size * data["a"], "lora_b": jnp.zeros((2, 5))}
+            (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=100)
+            return scale * params["lora_a"] @ params["lora_b"]
+
+        def difference(new, old, **fields):
+            start = train(1.0, 1e-3, ratio, 1.0, **old, **fields)
+            return float(
+                abs(train(c, c * 1e-3, *new[0], **new[1], **fields) - start).max() / abs(start).max()
+            )
+
+        same_ratio, same_alpha, same_b_rate = (ratio, c**-2), (ratio * c**-2, 1.0), (ratio / c, 1 / c)
+        decay, clip = {"weight_decay": 1.0}, {"max_grad_norm": 0.1}
+        decayed, clipped = {"weight_decay": 1 / c}, {"max_grad_norm": 0.1 / c}
+        for row in (same_ratio, same_alpha, same_b_rate):
+            assert difference((row, {}), {}) < 1e-9
+            assert difference((row, decayed), decay, decay="equal") < 1e-9
+        old, new = decay | clip | {"eps": 1e-3}, decayed | clipped | {"eps": 1e-3 / c}
+        assert difference((same_ratio, new), old) < 1e-9
+        for name in old:
+            assert difference((same_ratio, new | {name: old[name]}), old) > 1e-4, name
+        for old, new in ((decay, decayed), (clip, clipped)):
+            assert difference((same_alpha, new), old) > 1e-3
+        assert difference(((ratio, 1.0), {}), {}) > 0.1

@@ -17,10 +17,10 @@ def output_change(init, alpha, rank, width, rate, steps=4):
     rng = np.random.default_rng(0)
     x, slope = rng.standard_normal(width), rng.standard_normal(width)
     a, b = np.zeros((width, rank)), np.zeros((rank, width))
-    if init == "lora":
-        a = rng.uniform(-1, 1, a.shape) * np.sqrt(6 / width)
-    else:
+    if init == "lora_b":
         b = rng.uniform(-1, 1, b.shape) * np.sqrt(6 / rank)
+    else:
+        a = rng.uniform(-1, 1, a.shape) * np.sqrt({"lora": 1, "he_uniform": 6}[init] / width)
     scale = alpha / rank
     start = scale * x @ a @ b
     for _ in range(steps):
@@ -30,7 +30,7 @@ def output_change(init, alpha, rank, width, rate, steps=4):
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["alpha / rank fixed", "alpha fixed"])
-@pytest.mark.parametrize("init", ["lora", "lora_b"])
+@pytest.mark.parametrize("init", ["lora", "he_uniform", "lora_b"])
 def test_the_output_changes_alike_at_all_widths_and_ranks(init, scaled):
     changes = {}
     for width, rank in itertools.product(WIDTHS, RANKS):
@@ -48,15 +48,30 @@ def test_a_rate_that_ignores_the_width_does_not():
 def test_by_hand():
     assert suggest_learning_rate("lora", 16, 8, 1024) == pytest.approx(0.15 / 128)
     assert suggest_learning_rate("lora", 16, 64, 1024) == pytest.approx(0.15 / 128)
-    assert suggest_learning_rate("lora", 256, 64, 256) == pytest.approx(0.06 / 256)
+    assert suggest_learning_rate("lora", 1024, 64, 256) == pytest.approx(0.06 * 6**0.5 / 1024)
+    assert suggest_learning_rate("he_uniform", 256, 64, 256) == pytest.approx(0.06 / 256)
     assert suggest_learning_rate("lora_b", 16, 8, 1024) == pytest.approx(0.75 * 8 / 16384)
     assert suggest_learning_rate("lora_b", 16, 512, 1024) == pytest.approx(0.5 / 128)
+
+
+@pytest.mark.parametrize("alpha", [16, 4096])
+def test_rates_of_the_two_starts_follow_from_each_other(alpha):
+    # A run from A with alpha and η is one from √6 A with alpha / 6 and √6 η: the same outputs at every step.
+    rate, other = (
+        suggest_learning_rate(*case, 8, 256) for case in (("lora", alpha), ("he_uniform", alpha / 6))
+    )
+    assert other == pytest.approx(6**0.5 * rate)
+    changes = (
+        output_change("lora", alpha, 8, 256, rate),
+        output_change("he_uniform", alpha / 6, 8, 256, other),
+    )
+    assert changes[0] == pytest.approx(changes[1], rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("pissa", 16, 8, 64), ("init", "lora, lora_b", "pissa")),
+        (("pissa", 16, 8, 64), ("init", "lora, he_uniform, lora_b", "pissa")),
         (("lora", 0, 8, 64), ("alpha", "above 0", "0")),
         (("lora", 16, 0, 64), ("rank", "at least 1", "0")),
         (("lora", 16, 8, 0), ("width", "at least 1", "0")),

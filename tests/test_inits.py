@@ -1,0 +1,103 @@
+"""The distribution of the initial factors: uniform within PEFT's bound, whatever the layer; float factors."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import loraplus_jax.nnx as adapted_nnx
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+
+KEY = jax.random.key(0)
+ROW = jnp.ones((1, 400))
+
+
+class Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        block = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return block(name="blocks")(x, None)[0]
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(400, name="layer")(x), None
+
+
+class Bare(nn.Module):
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        return jnp.sum(x) + self.param("layer", nn.initializers.zeros, self.shape)
+
+
+class One(nnx.Module):
+    def __init__(self, layer):
+        self.layer = layer
+
+
+def linen(model, x, **fields):
+    config = LoRAPlusConfig(**({"target_modules": ".*"} | fields), rank=8)
+    return init_lora(apply_lora_plus(model, config), KEY, x)[0]
+
+
+def of_nnx(layer, **fields):
+    model = One(layer)
+    config = LoRAPlusConfig(**({"target_modules": ["layer"]} | fields), rank=8)
+    adapted_nnx.apply_lora_plus(model, config, rngs=nnx.Rngs(0))
+    return adapted_nnx.lora_tree(model)
+
+
+def stacked():
+    make = lambda rngs: nnx.Linear(400, 16, rngs=rngs)  # noqa: E731
+    return nnx.split_rngs(splits=3)(nnx.vmap(make, in_axes=(0,), out_axes=0))(nnx.Rngs(0))
+
+
+# Adapters of weights with 400 inputs each.
+LAYERS = {
+    "Linen Dense": lambda f: linen(nn.Dense(16), ROW, **f),
+    "Linen stacked": lambda f: linen(Scanned(), ROW, **f),
+    "Linen two input axes": lambda f: linen(nn.DenseGeneral(16, axis=(-2, -1)), jnp.ones((1, 20, 20)), **f),
+    "Linen convolution": lambda f: linen(nn.Conv(16, (2, 2)), jnp.ones((1, 4, 4, 100)), **f),
+    "Linen convolution in groups": lambda f: linen(
+        nn.Conv(16, (2, 2), feature_group_count=2), jnp.ones((1, 4, 4, 200)), **f
+    ),
+    "Linen Embed": lambda f: linen(nn.Embed(400, 16), jnp.ones((1, 1), int), **f),
+    "Linen parameter with a batch axis": lambda f: linen(
+        Bare((3, 400, 16)), ROW, **f | {"target_modules": (), "target_parameters": {"layer": "bio"}}
+    ),
+    "NNX Linear": lambda f: of_nnx(nnx.Linear(400, 16, rngs=nnx.Rngs(0)), **f),
+    "NNX stacked": lambda f: of_nnx(stacked(), **f),
+    "NNX convolution": lambda f: of_nnx(nnx.Conv(100, 16, (2, 2), rngs=nnx.Rngs(0)), **f),
+}
+
+
+@pytest.mark.parametrize(
+    # PEFT: `kaiming_uniform_` with a = √5, whose bound is √(6 / ((1 + 5) · in)) = 1/20 for 400 inputs.
+    ("init", "bound", "layers"),
+    [("lora", 0.05, LAYERS), ("he_uniform", 0.122474487, ("Linen Dense", "NNX stacked"))],
+)
+def test_a_is_uniform_by_fan_in_and_b_zero(init, bound, layers):
+    for name in layers:
+        b, a = sorted(jax.tree.leaves(LAYERS[name]({"init": init})), key=lambda leaf: bool(leaf.any()))
+        assert not b.any(), name
+        layers_of_a = a.reshape(-1, 400 * 8)
+        assert len(np.unique(layers_of_a[:, 0])) == (3 if "stacked" in name or "batch" in name else 1), name
+        for values in layers_of_a:
+            assert 0.99 * bound < abs(values).max() <= bound, name
+            np.testing.assert_allclose(values.std(), bound / math.sqrt(3), rtol=0.04, err_msg=name)  # uniform
+            np.testing.assert_allclose(abs(values).mean(), bound / 2, rtol=0.04, err_msg=name)
+
+
+@pytest.mark.parametrize(("init", "changes_a"), [("lora", True), ("lora_b", False), ("orthogonal", True)])
+def test_integer_weights_get_float32_factors(init, changes_a):
+    layer = nn.Dense(16, param_dtype=jnp.int8, kernel_init=nn.initializers.ones, use_bias=False)
+    lora = linen(layer, ROW, init=init)
+    assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
+    assert bool(lora["lora_a"].any()) == changes_a
