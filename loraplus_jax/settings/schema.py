@@ -88,6 +88,11 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
 )
 """Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
 value but null and 0."""
+IGNORED: Mapping[Method, tuple[str, ...]] = {
+    "lora": ("lora.lr_ratio", "optimizer.decay"),
+    "full": ("lora.*", "optimizer.decay"),
+}
+"""Settings that a method ignores and names at the start of a run: rejecting them would need a file per method."""
 
 
 def check_requirements(values: Any, section: str = "") -> None:
@@ -481,7 +486,8 @@ class Settings:
       task: classification; regression (one number per text); instruction (trains on the assistant's answers);
         multiple_choice (scored by the most likely choice); generation (texts for structured inputs, scored against
         references).
-      method: lora_plus; lora (the same with lr_ratio 1); full (trains every weight, without adapters).
+      method: lora_plus; lora (the same with lr_ratio 1; ignores lora.lr_ratio and optimizer.decay); full (trains every
+        weight, without adapters; ignores lora.* and optimizer.decay).
       init_adapter: start from this run, or adapter saved by loraplus or PEFT; its rank, alpha and layers must match
         lora.*.
       init_adapter_rates: same requires the lr_ratio, policy and weight decay that init_adapter was trained with, if

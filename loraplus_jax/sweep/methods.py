@@ -29,7 +29,7 @@ from ..settings.types import SECTION
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.language_losses import LanguageTask
 from ..training.anomalies import TrainingFailed
-from ..training.console import LineConsole, lines_only
+from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
 from ..training.run_directory import (
     add_path_to_errors,
@@ -316,7 +316,9 @@ class MethodSweep(Sweep):
         write_text(self.directory / SUMMARY, to_json({"method": self.run.name}, indent=1) + "\n")
 
     def print_head(self) -> None:
-        """Prints where it resumes."""
+        """Prints which settings the method ignores, and where it resumes."""
+        for line in ignored_lines(self.run, self.population.parts):
+            self.console.print(line)
         if self.clock:
             self.console.print(f"resuming from step {self.step} of the {self.stage}")
 
