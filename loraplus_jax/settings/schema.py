@@ -486,8 +486,8 @@ class Settings:
       task: classification; regression (one number per text); instruction (trains on the assistant's answers);
         multiple_choice (scored by the most likely choice); generation (texts for structured inputs, scored against
         references).
-      method: lora_plus; lora (the same with lr_ratio 1; ignores lora.lr_ratio and optimizer.decay); full (trains every
-        weight, without adapters; ignores lora.* and optimizer.decay).
+      method: lora_plus; lora (the same with lr_ratio 1; ignores lora.lr_ratio and optimizer.decay); full (trains
+        every weight, without adapters; ignores lora.* and optimizer.decay).
       init_adapter: start from this run, or adapter saved by loraplus or PEFT; its rank, alpha and layers must match
         lora.*.
       init_adapter_rates: same requires the lr_ratio, policy and weight decay that init_adapter was trained with, if
