@@ -361,7 +361,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"set train.steps or train.epochs, not both; got {self.steps} and {self.epochs}")
+            raise ValueError(
+                f"set only one of train.steps and train.epochs, got {self.steps} and {self.epochs}; add "
+                "--train.epochs null to train by steps, or --train.steps null to train by epochs"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
