@@ -1,13 +1,14 @@
 """The report of a sweep, from rows by hand."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sweep.report import make_report
+from loraplus_jax.sweep import report
 from loraplus_jax.sweep.settings import SweepRun
 
 LEAST = "model: {path: m}\ndata: {path: d}\noutput_dir: o\n"
@@ -32,9 +33,17 @@ def test_every_best_value_at_an_edge_has_an_option_that_widens_the_range(parsed,
     options = {"sweep.learning_rates": rates, "sweep.lr_ratios": ratios}
     run = parsed(*(f"--{name}={value}" for name, value in options.items()))
     for best in run.trials:
-        report = make_report(run, [], {best.arm: best}, 8, "accuracy", {})
-        for line in report["at_the_edge"]:
+        found = report.make_report(run, [], {best.arm: best}, 8, "accuracy", {})
+        for line in found["at_the_edge"]:
             ((name, option, wider),) = re.findall(r": (\w+) .* --([\w.]+) (\[.*\])", line)
             widened = parsed(*(f"--{n}={v}" for n, v in {**options, option: wider}.items()))
             tried = [getattr(trial, name) for trial in widened.trials if trial.arm == best.arm]
             assert min(tried) < getattr(best, name) < max(tried)
+
+
+@pytest.mark.parametrize("name", ["report.html", "methods.html"])
+def test_pages_fit_a_phone(name):
+    page, style = ((Path(report.__file__).parent / file).read_text() for file in (name, "page.css"))
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in page
+    assert page.count("<table>") == page.count('<div class="wide"><table>') > 0
+    assert ".wide { overflow-x: auto; }" in style
