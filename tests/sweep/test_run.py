@@ -43,10 +43,10 @@ class Slots:
         return {n: {"loss": 9.0 + slope * t.learning_rate * t.lr_ratio} for n, t in self.trials.items()}
 
 
-@pytest.mark.parametrize("method", ["halving", "grid"])
-def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeypatch, method):
+@pytest.mark.parametrize("option", ["method=halving", "method=grid", "learning_rates=[1e-3]"])
+def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeypatch, option):
     (tmp_path / "c.yaml").write_text(LEAST)
-    run = parse_settings(tmp_path / "c.yaml", ["--sweep.method", method], SweepRun)
+    run = parse_settings(tmp_path / "c.yaml", [f"--sweep.{option}"], SweepRun)
     splits = {name: {"slope": np.full(2, slope)} for name, slope in SLOPES.items()}
     task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
     data = types.SimpleNamespace(task=task, splits={**splits, "train": {"x": np.zeros(4)}})
