@@ -1,6 +1,7 @@
 """What does a sweep cost, and does successive halving find what the full grid finds?
 
     python benchmarks/sweep.py time       # a member's step against a single run's, interleaved
+    python benchmarks/sweep.py cost       # the sweep of the quickstart: steps, and minutes by those times
     python benchmarks/sweep.py size       # a member's step and memory against the number of members
     python benchmarks/sweep.py halving    # halving against the grid on two small tasks
     python benchmarks/sweep.py halving --recount    # the same table from the losses kept, nothing is trained
@@ -9,6 +10,9 @@
 `time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program, on one
 CPU device and on two virtual ones with one thread each, beside one single run. It counts the steps and evaluation
 batches of sixteen single runs and of whole sweeps, and works out from the measured times what these take.
+
+`cost` counts the same for `configs/quickstart_sweep.yaml` itself, and works out its minutes from the times that
+`time` measured last; it trains nothing.
 
 `size` trains 1 to 16 members of a shorter quickstart: one after another, all in parallel, and on two virtual CPU
 devices with one thread each.
@@ -31,7 +35,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from common import RESULTS, interleaved, median_ratio, report
+from common import RESULTS, interleaved, median_ratio, report, table
 
 from loraplus_jax import init_state
 from loraplus_jax.data.batches import eval_batches, train_batches
@@ -52,6 +56,8 @@ from loraplus_jax.sweep.slots import DeviceSlots
 from loraplus_jax.training.setup import prepare
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"
+EXAMPLES = {"train": 7031, "validation": 1004, "test": 2008}
+"""Of the quickstart."""
 SIXTEEN = ("--sweep.lr_ratios", "[2,4,8]", "--sweep.lora_learning_rates", "[1.25e-4,2.5e-4,5e-4,1e-3]")
 SMALL = (
     *("--train.steps", "120", "--train.batch_size", "16", "--data.max_length", "24"),
@@ -249,6 +255,32 @@ def sweep_count(
     )
 
 
+def costs() -> None:
+    """Prints steps, evaluation batches and minutes of the quickstart's sweep, by what its report compares."""
+    run = parse_settings(CONFIG, [], SweepRun)
+    steps = run.train.steps or 0
+    found = json.loads((RESULTS / "sweep_time.json").read_text())
+    seconds = {name: float(np.median(values)) for name, values in found["seconds"].items()}
+    members = len(run.arms) * len(run.report_seeds)
+    outputs = {**OUTPUTS, f"on {len(run.report_seeds)}, and the control": members}
+    counts = {output: sweep_count(run, {}, steps, EXAMPLES, count) for output, count in outputs.items()}
+    singles = f"{len(run.trials)} single runs"
+    counts = {singles: single_count(run, steps, EXAMPLES) * len(run.trials)} | counts
+    rows = []
+    for output, count in counts.items():
+        row = {"output": output, "training steps": f"{count.steps:,}"}
+        row["evaluation batches"] = f"{count.evaluation_batches:,}"
+        for name in DEVICES:
+            way = "single" if output == singles else name
+            total = count.seconds(seconds[f"step, {way}"], seconds[f"evaluation batch, {way}"])
+            row[f"minutes on {name}"] = f"{total / 60:.0f}"
+        rows.append(row)
+    print(table(rows))
+    print(
+        f"{found['machine']['cores']} cores of {found['machine']['processor']}; a single run is on one device"
+    )
+
+
 def sizes(rounds: int, backend: str) -> None:
     """Writes results/sweep_size.json."""
     used = use_backend(backend)
@@ -392,7 +424,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("time", "size", "halving"))
+    parser.add_argument("what", choices=("time", "cost", "size", "halving"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--backend", choices=("cpu", "gpu"), default="cpu", help="of time and size")
     parser.add_argument("--seeds", type=int, default=3)
@@ -404,6 +436,7 @@ def main() -> None:
     tasks = [options.task] if options.task else list(TASKS)
     run = {
         "time": functools.partial(timing, options.rounds, options.backend),
+        "cost": costs,
         "size": functools.partial(sizes, options.rounds, options.backend),
         "halving": functools.partial(
             halving, options.seeds, tasks, options.recount, tuple(options.rungs), options.keep

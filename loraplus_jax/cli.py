@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from ._validation import check_new_file, escape_controls, expand_path
 from .atomic import to_json
@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             if stdout.error is None:
                 code = _run_command(arguments)
-        except SystemExit as end:  # argparse has printed help or an error
-            if end.code:
-                raise
+        except SystemExit:  # argparse has printed help
+            pass
         finally:
             stdout.flush()
         if stdout.error is not None and not code:
@@ -94,8 +93,8 @@ class Output:
 
 def _run_command(arguments: list[str]) -> int:
     # The commands import optional packages, so that --help is fast and a missing package is named.
-    options, overrides = _parse(arguments)
     try:
+        options, overrides = _parse(arguments)
         if overrides and options.command not in WITH_SETTINGS:
             raise ValueError(f"{options.command} does not accept {' '.join(overrides)}")
         for name, value in vars(options).items():
@@ -149,8 +148,16 @@ def _print(text: str) -> None:
     print("\n".join(map(escape_controls, text.split("\n"))))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others; argparse would print every option before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError with the message of argparse, and where the options are listed."""
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="loraplus",
         description="Fine-tune pretrained models with LoRA+.",
         epilog=f"Set {TRACEBACK}=1 to show tracebacks.",

@@ -84,9 +84,9 @@ def parse_settings(
     return _validate(kind, values)
 
 
-def settings_from_json(values: Mapping[str, Any]) -> Settings:
-    """The inverse of `Settings.to_json`."""
-    return _validate(Settings, values)
+def settings_from_json(values: Mapping[str, Any], kind: type[AnySettings] = Settings) -> AnySettings:
+    """The inverse of `Settings.to_json`; errors are those of `parse_settings`."""
+    return _validate(kind, values)
 
 
 def setting_fields(kind: type[Settings] = Settings) -> Iterator[SettingField]:

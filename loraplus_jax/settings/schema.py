@@ -88,6 +88,11 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
 )
 """Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
 value but null and 0."""
+IGNORED: Mapping[Method, tuple[str, ...]] = {
+    "lora": ("lora.lr_ratio", "optimizer.decay"),
+    "full": ("lora.*", "optimizer.decay"),
+}
+"""Settings that a method ignores and names at the start of a run: rejecting them would need a file per method."""
 
 
 def check_requirements(values: Any, section: str = "") -> None:
@@ -356,7 +361,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"set train.steps or train.epochs, not both; got {self.steps} and {self.epochs}")
+            raise ValueError(
+                f"set only one of train.steps and train.epochs, got {self.steps} and {self.epochs}; add "
+                "--train.epochs null to train by steps, or --train.steps null to train by epochs"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"train.accumulate must divide train.batch_size, got {self.accumulate} and {self.batch_size}"
@@ -481,7 +489,8 @@ class Settings:
       task: classification; regression (one number per text); instruction (trains on the assistant's answers);
         multiple_choice (scored by the most likely choice); generation (texts for structured inputs, scored against
         references).
-      method: lora_plus; lora (the same with lr_ratio 1); full (trains every weight, without adapters).
+      method: lora_plus; lora (the same with lr_ratio 1; ignores lora.lr_ratio and optimizer.decay); full (trains
+        every weight, without adapters; ignores lora.* and optimizer.decay).
       init_adapter: start from this run, or adapter saved by loraplus or PEFT; its rank, alpha and layers must match
         lora.*.
       init_adapter_rates: same requires the lr_ratio, policy and weight decay that init_adapter was trained with, if

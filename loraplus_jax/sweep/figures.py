@@ -11,7 +11,7 @@ from .settings import ARM_LABELS
 
 PICTURES = {
     "heat_map": "Validation loss over the learning rates of A and B at the last comparison. Dashed line: plain "
-    "LoRA (equal rates). Frame: selected setting. Cross: diverged. Grey: dropped at the step shown.",
+    "LoRA (equal rates). Frame: selected setting. Cross: diverged. Grey: dropped after the number of steps shown.",
     "curves": "Test loss of the selected settings: mean over the report seeds; the band spans minimum to maximum.",
     "steps": "Steps to the target loss, by report seed. A run that never reached the target has no mark.",
     "control": "Test loss by seed; lines connect runs with the same seed.",
@@ -71,18 +71,20 @@ def heat_map(axes: Any, report: Report) -> None:
             color=colour,
             zorder=3,
         )
-    for (x, y), step in dropped.items():
-        axes.scatter(x, y, s=size, marker="s", color="0.85", edgecolors="white", zorder=2)
-        axes.annotate(f"{step}", (x, y), ha="center", va="center", fontsize=7, color="0.4", zorder=3)
+    if dropped:
+        grey = {"marker": "s", "color": "0.85", "edgecolors": "white", "zorder": 2}
+        axes.scatter(*np.array(list(dropped)).T, s=size, label="dropped after this many steps", **grey)
+    for point, step in dropped.items():
+        axes.annotate(f"{step}", point, ha="center", va="center", fontsize=7, color="0.4", zorder=3)
     if diverged:
-        axes.scatter(*np.array(diverged).T, s=90, marker="x", color="black", zorder=3)
+        axes.scatter(*np.array(diverged).T, s=90, marker="x", color="black", zorder=3, label="diverged")
     for arm, best in report["chosen"].items():
         point = best["learning_rate"], best["learning_rate"] * best["lr_ratio"]
         style = {"facecolors": "none", "edgecolors": COLOURS[arm], "linewidths": 3, "linestyle": LINES[arm]}
         axes.scatter(
             *point, s=1.3 * size, marker="s", zorder=4, label=f"{ARM_LABELS[arm]}, selected", **style
         )
-    if report["chosen"]:
+    if axes.get_legend_handles_labels()[0]:
         # Outside the axes, where it covers no cell.
         axes.figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9, markerscale=0.5)
     axes.annotate(

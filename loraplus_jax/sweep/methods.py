@@ -5,7 +5,6 @@ read back when the comparison resumes.
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import math
 import time
@@ -25,12 +24,13 @@ from ..data.fetch import resolve
 from ..models.hf import load_params
 from ..optim.ranks import alpha_for
 from ..records import read_record
+from ..settings.parsing import settings_from_json
 from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.language_losses import LanguageTask
 from ..training.anomalies import TrainingFailed
-from ..training.console import LineConsole, lines_only
+from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.identity import check_identity, model_identity
 from ..training.metrics_log import SUMMARY
 from ..training.run_directory import (
@@ -266,22 +266,21 @@ def method_run(run: SweepRun, name: str) -> MethodRun:
     Raises:
       ValueError: the method and the settings contradict each other; the message names the method.
     """
-    values = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
+    values = run.to_json()
     values["output_dir"] = str(Path(run.output_dir) / name)
-    values["sweep"] = dataclasses.replace(run.sweep, control=False)
+    values["sweep"]["control"] = False
     changes = TABLE[name].changes
     with _named(name):
         for dotted, value in (changes(run) if callable(changes) else changes).items():
             section, _, field = dotted.rpartition(".")
-            if not section:
-                values[field] = value
-                continue
+            owner = values[section] if section else values
             if value is None:  # back to the default: it has no effect with this method
-                value = type(values[section]).__dataclass_fields__[field].default
-            values[section] = dataclasses.replace(values[section], **{field: value})
+                del owner[field]
+            else:
+                owner[field] = value
         if name != "lora_plus":
-            values["lora"] = dataclasses.replace(values["lora"], lr_ratio=1.0)
-        return MethodRun(**values, name=name)
+            values["lora"]["lr_ratio"] = 1.0
+        return settings_from_json({**values, "name": name}, MethodRun)
 
 
 class MethodSweep(Sweep):
@@ -340,7 +339,9 @@ class MethodSweep(Sweep):
         write_text(self.directory / SUMMARY, to_json({"method": self.run.name}, indent=1) + "\n")
 
     def print_head(self) -> None:
-        """Prints where it resumes."""
+        """Prints which settings the method ignores, and where it resumes."""
+        for line in ignored_lines(self.run, self.population.parts):
+            self.console.print(line)
         if self.clock:
             self.console.print(f"resuming from step {self.step} of the {self.stage}")
 

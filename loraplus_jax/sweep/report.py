@@ -189,10 +189,13 @@ def _advise_tuning(arm: str, value: float, lists: Mapping[str, Sequence[float]] 
 def _widen(option: str, values: Sequence[float], end: str) -> list[float]:
     """The values and one beyond the end, spaced like the two values there; empty if three digits cannot tell it.
 
+    A single value (one rate of LoRA+ gives plain LoRA several, by the lambdas) gets another at twice or half of it.
+
     >>> _widen("lr_ratios", (2.0, 4.0, 8.0), "largest"), _widen("lr_ratios", (2.0, 4.0), "smallest")
     ([2.0, 4.0, 8.0, 16.0], [1.41, 2.0, 4.0])
     """
-    edge, neighbour = sorted(values, reverse=end == "largest")[:2]
+    ordered = sorted(values, reverse=end == "largest")
+    edge, neighbour = ordered[0], ordered[:2][-1]
     factor = min(max(edge / neighbour, neighbour / edge, MIN_WIDENING), MAX_WIDENING)
     beyond = edge * factor if end == "largest" else edge / factor
     if option == "lr_ratios" and (edge - 1) * (beyond - 1) <= 0:

@@ -27,7 +27,7 @@ from ..records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
-from ..training.console import LineConsole, data_lines, lines_only
+from ..training.console import LineConsole, data_lines, ignored_lines, lines_only
 from ..training.evaluation import finish_metrics
 from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY
@@ -461,7 +461,7 @@ class Sweep:
             f"sweep: {settings} on seed {', '.join(map(str, self.run.seeds))}, compared after {stops} of "
             f"{steps} steps; then the best of each on seeds {', '.join(map(str, seeds))}"
         )
-        for line in data_lines(self.population.data):
+        for line in (*data_lines(self.population.data), *ignored_lines(self.run, self.population.parts)):
             self.console.print(line)
         if names := ignored_fields(self.run):
             self.console.print(f"ignored by the sweep, used when training the winner: {', '.join(names)}")

@@ -6,7 +6,7 @@ seeds. Runs with the same seed share initial values and batches, so paired diffe
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -157,7 +157,7 @@ def _has_result(run: RunRow) -> bool:
 def verdict(
     comparison: RunRow, chosen: Mapping[str, Trial], target: float | None, lora: str = "tuned LoRA"
 ) -> str:
-    """One sentence: which of LoRA+ and LoRA needs significantly fewer steps, if either; and their test losses.
+    """One sentence: what decides between LoRA+ and LoRA comes first, then the other of steps and test loss.
 
     Args:
       comparison: LoRA+ compared with LoRA.
@@ -165,18 +165,24 @@ def verdict(
       target: the configured target loss, or None.
       lora: how to refer to LoRA, from `lora_label`.
     """
-    text = f"{_steps_clause(comparison, chosen, target, lora)}; {_loss_clause(comparison)}."
+    names = {"lora_plus": f"LoRA+ with lambda={chosen['lora_plus'].lr_ratio:g}", "lora": lora}
+    clauses = [_steps_clause(comparison, names, target), _loss_clause(comparison, names)]
+    if decisive(comparison) == "test_loss":
+        clauses.reverse()
+    pairs = comparison["test_loss"]["pairs"]
+    evidence = (
+        f" ({100 * comparison['confidence']:.4g} % intervals, {pairs} paired seeds)" if pairs > 1 else ""
+    )
+    text = f"{'; '.join(clauses)}{evidence}."
     return text[0].upper() + text[1:]
 
 
-def _steps_clause(comparison: RunRow, chosen: Mapping[str, Trial], target: float | None, lora: str) -> str:
-    ours = f"LoRA+ with lambda={chosen['lora_plus'].lr_ratio:g}"
-    names = {"lora_plus": ours, "lora": lora}
+def _steps_clause(comparison: RunRow, names: Mapping[str, str], target: float | None) -> str:
     goal = "the same test loss" if target is None else f"a test loss of {target:g}"
     ratio, pairs, faster = comparison["steps_ratio"], comparison["pairs"], faster_arm(comparison)
-    evidence = f"{100 * comparison['confidence']:.4g} % interval, {ratio['pairs']} paired seeds"
     if any(comparison["diverged"].values()):
-        return f"no verdict on steps: {_counts_clause(comparison['diverged'], names, pairs, 'diverged on')}"
+        counts = _counts_clause(comparison["diverged"], names, pairs, "diverged on")
+        return f"{counts}, so there is no verdict on steps"
     if comparison["at_start"]:
         reason = (
             "LoRA or LoRA+ ended no lower than it started"
@@ -197,15 +203,15 @@ def _steps_clause(comparison: RunRow, chosen: Mapping[str, Trial], target: float
     if ratio["low"] is None or ratio["pairs"] < pairs:
         return f"no verdict on steps: {goal} was reached on {ratio['pairs']} of {pairs} seeds"
     if faster is None:
-        subject = "difference" if lower_loss_arm(comparison) is None else "difference in steps"
+        subject = "difference" if decisive(comparison) is None else "difference in steps"
         return (
-            f"no significant {subject}: {lora} takes {_range_text(ratio)} the steps of {ours} to reach "
-            f"{goal} ({evidence})"
+            f"no significant {subject}: {names['lora']} takes {_range_text(ratio)} the steps of "
+            f"{names['lora_plus']} to reach {goal}"
         )
     if faster == "lora":
         ratio = {k: 1 / ratio[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
     other = names["lora" if faster == "lora_plus" else "lora_plus"]
-    return f"{names[faster]} needs {_range_text(ratio)} fewer steps than {other} to reach {goal} ({evidence})"
+    return f"{names[faster]} needs {_range_text(ratio)} fewer steps than {other} to reach {goal}"
 
 
 def _counts_clause(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, event: str) -> str:
@@ -244,24 +250,36 @@ def _favoured_side(even: float, estimate: Mapping[str, Any], above: str, below: 
     return above if estimate["low"] > even else below if estimate["high"] < even else None
 
 
-def recommended_arm(comparison: RunRow) -> tuple[str | None, str]:
-    """Which of LoRA+ and LoRA to train with, and why; None if both diverged on every seed.
+def decisive(comparison: RunRow) -> Literal["diverged", "test_loss", "steps"] | None:
+    """What decides between two arms, in this order; None if nothing is significant.
 
-    In order: fewer diverged runs; a significantly lower test loss; significantly fewer steps to the target; else
-    plain LoRA, which has one fewer hyperparameter.
+    Fewer diverged runs; a significantly lower test loss; significantly fewer steps to the target.
     """
-    diverged, pairs = comparison["diverged"], comparison["pairs"]
+    if len(set(comparison["diverged"].values())) > 1:
+        return "diverged"
+    if lower_loss_arm(comparison) is not None:
+        return "test_loss"
+    return None if faster_arm(comparison) is None else "steps"
+
+
+def recommended_arm(comparison: RunRow) -> tuple[str | None, str]:
+    """Which of LoRA+ and LoRA to train with by `decisive`, and why; None if both diverged on every seed.
+
+    If nothing decides, it is plain LoRA, which has one fewer hyperparameter.
+    """
+    diverged, pairs, reason = comparison["diverged"], comparison["pairs"], decisive(comparison)
+    lower, faster = lower_loss_arm(comparison), faster_arm(comparison)
     if all(count == pairs for count in diverged.values()):
         return None, "both diverged on every seed"
-    if len(set(diverged.values())) > 1:
+    if reason == "diverged":
         worse = max(diverged, key=diverged.__getitem__)
         best = min(diverged, key=diverged.__getitem__)
         return best, f"{ARM_LABELS[worse]} diverged on {diverged[worse]} of {pairs} seeds"
-    if (arm := lower_loss_arm(comparison)) is not None:
-        is_slower = faster_arm(comparison) not in (None, arm)
-        return arm, f"significantly lower test loss{', but more steps to the target' if is_slower else ''}"
-    if (arm := faster_arm(comparison)) is not None:
-        return arm, "significantly fewer steps to the target"
+    if reason == "test_loss":
+        is_slower = faster not in (None, lower)
+        return lower, f"significantly lower test loss{', but more steps to the target' if is_slower else ''}"
+    if reason == "steps":
+        return faster, "significantly fewer steps to the target"
     return "lora", "no significant difference, and plain LoRA has one fewer hyperparameter"
 
 
@@ -288,11 +306,14 @@ def _range_text(ratio: Mapping[str, Any]) -> str:
     return f"{ratio['mean']:.2f} x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
-def _loss_clause(comparison: RunRow) -> str:
-    difference = comparison["test_loss"]
+def _loss_clause(comparison: RunRow, names: Mapping[str, str]) -> str:
+    difference, lower = comparison["test_loss"], lower_loss_arm(comparison)
     if difference["mean"] is None:
         return "no seed has a test loss for both methods"
     text = f"difference in test loss (LoRA+ - LoRA) {difference['mean']:+.4f}"
-    return (
-        text if difference["low"] is None else f"{text} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
-    )
+    if difference["low"] is not None:
+        text += f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    if lower is None:
+        return text
+    other = names["lora" if lower == "lora_plus" else "lora_plus"]
+    return f"{names[lower]} ends with a significantly lower test loss than {other}: {text}"

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .._validation import escape_controls
+from ..settings.schema import IGNORED, Settings
 from ..tasks.causal_lm import head_is_frozen
-from ..tasks.interface import TaskData, row_count
+from ..tasks.interface import AdaptedModel, TaskData, row_count
 from ..tree import count
 from .setup import Run
 
@@ -41,11 +42,7 @@ def header(run: Run, step: int) -> Iterator[str]:
         method += f" (rank {run.config.rank}, lr_ratio {run.config.lr_ratio:g})"
     share = f"{100 * trained / total:.2f} %"
     yield f"{method}: training {trained:,} of {total:,} parameters ({share}) for {run.steps} steps"
-    if settings.is_language and not head_is_frozen(run.parts):
-        yield "the LM head is trained, so the loss needs the full logits: model.loss_chunk is ignored"
-    ignored = {"lora": "lora.lr_ratio (it uses 1)", "full": "the lora section"}.get(settings.method)
-    if ignored:
-        yield f"method {settings.method} ignores {ignored}"
+    yield from ignored_lines(settings, run.parts)
     yield from data_lines(run.data)
     length = settings.data.max_length
     if (rows := row_count(run.data.splits["train"])) != sizes["train"]:
@@ -54,6 +51,14 @@ def header(run: Run, step: int) -> Iterator[str]:
         yield f"truncated {truncated:,} of {sum(sizes.values()):,} examples to data.max_length {length}"
     if step:
         yield f"resuming from step {step} of {run.steps}"
+
+
+def ignored_lines(settings: Settings, parts: AdaptedModel) -> Iterator[str]:
+    """Yields which settings have no effect with the method, or because the LM head is trained."""
+    if settings.is_language and not head_is_frozen(parts):
+        yield "the LM head is trained, so the loss needs the full logits: model.loss_chunk is ignored"
+    if settings.method in IGNORED:
+        yield f"method {settings.method} ignores {' and '.join(IGNORED[settings.method])}"
 
 
 def data_lines(data: TaskData) -> Iterator[str]:

@@ -7,9 +7,6 @@ import pytest
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.settings import SweepRun
 
-EXAMPLES = {"train": 7031, "validation": 1004, "test": 2008}
-"""Of the quickstart."""
-
 
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
@@ -17,7 +14,7 @@ def _importable(monkeypatch):
 
 
 def test_the_whole_answer_takes_less_than_half_of_sixteen_single_runs():
-    from sweep import CONFIG, SIXTEEN, single_count, sweep_count
+    from sweep import CONFIG, EXAMPLES, SIXTEEN, single_count, sweep_count
 
     run = parse_settings(CONFIG, SIXTEEN, SweepRun)
     single = single_count(run, 300, EXAMPLES)
@@ -31,8 +28,18 @@ def test_the_whole_answer_takes_less_than_half_of_sixteen_single_runs():
 
 
 def test_what_is_counted_follows_the_settings():
-    from sweep import CONFIG, SIXTEEN, sweep_count
+    from sweep import CONFIG, EXAMPLES, SIXTEEN, sweep_count
 
     run = parse_settings(CONFIG, SIXTEEN, SweepRun)
     assert sweep_count(run, {"curve_points": 10}, 300, EXAMPLES, 4) == (2332, 18 * 16 + 4 * 11 * 32)
     assert sweep_count(run, {"keep": 0.0625}, 300, EXAMPLES, 0) == (16 * 38, 16 * 16)
+
+
+def test_the_page_has_what_the_quickstarts_sweep_costs(capsys):
+    from sweep import costs
+
+    costs()
+    page = (Path(__file__).parents[2] / "docs/comparing_methods.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 6
+    assert all(row.partition(" | ")[2] in page for row in rows)

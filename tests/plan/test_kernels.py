@@ -38,6 +38,36 @@ def test_work_by_hand():
     assert work.unknown == 2
 
 
+GRADIENT = """\
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (q: bf16[2,4,1024,64]) -> bf16[2,4,1024,64] {{
+  %{name}.1 = ({outputs}) custom-call(%a, %b, %q, %k, %k, /*index=5*/%l, %g, %d, %i), custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,2,2]{{2,1,0}}, s8[1,2,2]{{2,1,0}}, bf16[2,4,1024,64]{{3,2,1,0}}, bf16[2,2,1024,64]{{3,2,1,0}}, bf16[2,2,1024,64]{{3,2,1,0}}, f32[2,4,1,1024]{{3,2,1,0}}, bf16[2,4,1024,64]{{3,2,1,0}}, f32[2,4,1,1024]{{3,2,1,0}}, s32[1024,128]{{1,0}}}}, frontend_attributes={{kernel_metadata={{
+"xprof_metadata":"{{}}"
+}}}}, metadata={{op_name="pallas_call"}}
+}}
+"""
+BLOCK, KEYS = "f32[2,512,64]{2,1,0:T(8,128)}", "bf16[2,2,1024,64]{3,2,1,0}"
+
+
+@pytest.mark.parametrize(
+    ("name", "outputs", "matmuls", "operand"),
+    [
+        # Gradients of the queries alone; of keys and values; of all three in one kernel.
+        ("splash_mha_dq_no_residuals", (BLOCK, "bf16[2,4,1024,64]{3,2,1,0}"), 3, 2),
+        ("splash_mha_dkv_no_residuals", (BLOCK, BLOCK, KEYS, KEYS), 4, 4),
+        ("splash_mha_dkv_no_residuals", (BLOCK, BLOCK, "bf16[2,2,4,1024,64]{4,3,2,1,0}", KEYS, KEYS), 5, 4),
+    ],
+)
+def test_work_of_gradients_by_hand(name, outputs, matmuls, operand):
+    work = kernel_work(GRADIENT.format(name=name, outputs=", ".join(outputs)))
+    # Two rows of four heads visit three of the four blocks.
+    assert work.flops == 2 * matmuls * 512 * 512 * 64 * 3 * 2 * 4
+    # Each visit reads two blocks; XLA counts two operands of two rows and as many heads as they have once.
+    assert work.bytes == 2 * 2 * (3 * 2 * 4 * 512 * 64 - 2 * operand * 1024 * 64)
+    assert work.unknown == 0
+
+
 def blocks_left(length, block, window):
     """Blocks of the matrix of scores in which any pair of tokens is left."""
     index = np.arange(length)

@@ -186,7 +186,7 @@ def test_ranges(section, field, bad):
 
 
 def test_fields_that_do_not_go_together():
-    with pytest.raises(ValueError, match=mentions("train.steps", "train.epochs", 3, 2)):
+    with pytest.raises(ValueError, match=mentions("--train.steps null", "--train.epochs null", 3, 2)):
         TrainSettings(steps=3, epochs=2)
     with pytest.raises(ValueError, match=mentions("train.accumulate", "train.batch_size", 3, 8)):
         TrainSettings(batch_size=8, accumulate=3)

@@ -1,18 +1,25 @@
-"""Evaluation over all rows once, batches over a mesh, early stopping."""
+"""Evaluation over all rows once, batches over a mesh, early stopping, and which split is evaluated when."""
 
+import json
 import math
 import types
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from loraplus_jax.settings.schema import TrainSettings
+from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.sharding import make_mesh, shard_batch
 from loraplus_jax.sweep.slots import DeviceSlots
-from loraplus_jax.train_step import Rows
+from loraplus_jax.tasks.interface import AdaptedModel, TaskData
+from loraplus_jax.train_step import Rows, jit_step, make_eval
+from loraplus_jax.training import trainer as training
+from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.evaluation import evaluate, finish_metrics
+from loraplus_jax.training.setup import Programs, Run, state_shardings
 from loraplus_jax.training.trainer import Trainer
 
 
@@ -130,3 +137,49 @@ def test_sums_and_not_means_of_batches_are_averaged():
         return {"x": (jnp.sum(batch["x"] * batch["weight"]), jnp.sum(batch["weight"]))}
 
     assert evaluate(eval_fn, None, None, arrays, 3, make_mesh(1)) == {"x": pytest.approx(13 / 5)}
+
+
+TARGETS = {"train": 9.0, "validation": 2.0, "test": 4.0}
+
+
+@pytest.mark.parametrize(("select", "selected"), [("best", 2), ("last", 5)])
+def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(
+    tmp_path, monkeypatch, select, selected
+):
+    """The one weight is the number of steps, and a split's loss its squared distance to the split's target."""
+
+    def descend(variables, batch, rng):
+        return (-jnp.sum(variables["params"]["w"] * batch["weight"]), jnp.sum(batch["weight"])), {}
+
+    def distance(variables, batch, rng):
+        losses = jnp.square(variables["params"]["w"] - batch["target"]) * batch["weight"]
+        return (jnp.sum(losses), jnp.sum(batch["weight"])), {}
+
+    settings = Settings(
+        model=ModelSettings(path="m"),
+        data=DataSettings(path="d"),
+        train=TrainSettings(steps=5, batch_size=2, eval_every=1, select=select, compilation_cache=False),
+        method="full",
+        output_dir=str(tmp_path / "out"),
+    )
+    mesh, tx = make_mesh(1), cast(Any, optax.sgd(1.0))
+    task: Any = types.SimpleNamespace(metric="loss", mode="min", derived=lambda values: {})
+    splits = {name: {"target": np.full(4, target, np.float32)} for name, target in TARGETS.items()}
+    data = TaskData(task, splits, dict.fromkeys(splits, 4), {}, {})
+    base: Any = types.SimpleNamespace(rules=((".*", ()),))
+    parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
+    programs = Programs(jit_step(descend, tx, mesh=mesh, skip_nonfinite=True), make_eval(distance, mesh=mesh))
+    shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "identity": {}, "task": {}}
+    run = Run(settings, None, data, parts, 5, tx, mesh, shardings, programs, None, None, notes, None)
+    monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
+    monkeypatch.setattr(training, "draw_loss", lambda *_: None)
+    summary = training.train(settings, console=LineConsole(quiet=True))
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    evaluated = [(row["step"], name, row[name]) for row in rows for name in row if name.endswith("/loss")]
+    assert evaluated == [
+        (0, "test/loss", 16.0),
+        *((n, "validation/loss", (n - 2.0) ** 2) for n in range(1, 6)),
+    ]
+    assert summary["held_out"]["split"] == "test"
+    assert (summary["before"]["loss"], summary["selected_step"]) == (16.0, selected)
+    assert summary["after"]["loss"] == (selected - 4.0) ** 2

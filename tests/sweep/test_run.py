@@ -1,0 +1,73 @@
+"""Which split decides at each stage of a sweep, on members whose losses are given."""
+
+import time
+import types
+
+import numpy as np
+import pytest
+
+from loraplus_jax.settings.parsing import parse_settings
+from loraplus_jax.sweep import run as sweeping
+from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.training.console import LineConsole
+from loraplus_jax.training.signals import StopSignal
+
+LEAST = "model: {path: m}\ndata: {path: d}\noutput_dir: o\ntrain: {steps: 8, batch_size: 2}\n"
+# Loss is this times the rate of B: validation favors the smallest rate, test the largest.
+SLOPES = {"validation": 1.0, "test": -1.0}
+
+
+class Slots:
+    """Members that do not change; each is its trial."""
+
+    chunks = ()
+
+    def __init__(self, population, size):
+        pass
+
+    def fill(self, members):
+        self.trials = members
+        self.member_ids = list(members)
+
+    def compact(self, kept):
+        self.fill({number: self.trials[number] for number in kept})
+
+    def step(self, batches):
+        pass
+
+    def retire(self, numbers):
+        assert not list(numbers)
+
+    def evaluate(self, rows):
+        slope = float(rows["slope"][0])
+        return {n: {"loss": 9.0 + slope * t.learning_rate * t.lr_ratio} for n, t in self.trials.items()}
+
+
+@pytest.mark.parametrize("option", ["method=halving", "method=grid", "learning_rates=[1e-3]"])
+def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeypatch, option):
+    (tmp_path / "c.yaml").write_text(LEAST)
+    run = parse_settings(tmp_path / "c.yaml", [f"--sweep.{option}"], SweepRun)
+    splits = {name: {"slope": np.full(2, slope)} for name, slope in SLOPES.items()}
+    task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
+    data = types.SimpleNamespace(task=task, splits={**splits, "train": {"x": np.zeros(4)}})
+    population = types.SimpleNamespace(run=run, data=data, steps=8, first=lambda trial, seed: trial)
+    monkeypatch.setattr(sweeping, "DeviceSlots", Slots)
+    monkeypatch.setattr(sweeping.Sweep, "save", lambda self: None)
+    manager = types.SimpleNamespace(latest_step=lambda: None)
+    quiet = LineConsole(quiet=True)
+    sweep = sweeping.Sweep(population, 32, tmp_path, manager, quiet, time.perf_counter(), lambda: None)  # pyright: ignore
+    sweep.start()
+    sweep.run_stage(StopSignal())
+    sweep.begin_report()
+    sweep.run_stage(StopSignal())
+    assert {(row["stage"], row["split"]) for row in sweep.rows} == {
+        ("search", "validation"),
+        ("report", "test"),
+    }
+    for row in sweep.rows:
+        rate, ratio, *_ = row["trial"]
+        assert row["loss"] == 9.0 + SLOPES[row["split"]] * rate * ratio
+    lowest = {
+        arm: min(t.learning_rate * t.lr_ratio for t in run.trials if t.arm == arm) for arm in sweep.chosen
+    }
+    assert {arm: t.learning_rate * t.lr_ratio for arm, t in sweep.chosen.items()} == lowest
