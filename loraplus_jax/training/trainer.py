@@ -45,7 +45,7 @@ from .anomalies import (
     metrics_to_host,
 )
 from .console import LineConsole, format_metrics, header, lines_only, progress
-from .distributed import join_processes, raise_together
+from .distributed import idle_gpus, join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
 from .identity import check_allowed, checked_metadata
 from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw_ranks
@@ -175,7 +175,7 @@ class Trainer:
         try:
             self.restore_metrics()
             with self.stop:
-                for line in header(self.run, step):
+                for line in (*header(self.run, step), *idle_gpus()):
                     self.console.print(line)
                 before = self.evaluate_before()
                 self.loop(step)
