@@ -1,6 +1,5 @@
 """The site: the pages of this folder, and a reference that is generated from the package itself."""
 
-import ast
 import importlib
 import inspect
 import json
@@ -10,7 +9,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from error_index import Index  # noqa: E402, needs the path
 
 project = "loraplus_jax"
 author = "the loraplus_jax authors"
@@ -121,34 +122,24 @@ def write_settings(directory: Path) -> None:
 def write_errors(directory: Path) -> None:
     """The messages of all errors, by module, from the source."""
     package = HERE.parent / "loraplus_jax"
-    lines = ["# Error index", "", "Every message that the package raises; `{...}` stands for a value.", ""]
-    for path in sorted(package.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found = [(node.lineno, *_message(node.exc)) for node in ast.walk(tree) if isinstance(node, ast.Raise)]
-        rows = [(kind, text) for _, kind, text in sorted(found) if text]
-        if rows:
-            name = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
-            lines += [f"## {name}", "", "| error | message |", "| --- | --- |"]
-            lines += [f"| {kind} | {text} |" for kind, text in rows] + [""]
+    lines = [
+        "# Error index",
+        "",
+        "Every message that the package raises, and the parts of those it joins; `{...}` stands for a value.",
+        "[Runs](../runs.md) says what to do about damaged checkpoints and runs that stop early.",
+        "",
+    ]
+    for path, messages in Index(package).messages.items():
+        name = path.relative_to(package.parent).with_suffix("").as_posix().replace("/", ".")
+        lines += [f"## {name}", "", "| error | message |", "| --- | --- |"]
+        lines += [f"| {errors} | {_escape(text)} |" for errors, text in messages] + [""]
     (directory / "errors.md").write_text("\n".join(lines) + "\n")
 
 
-def _message(raised: ast.expr | None) -> tuple[str, str]:
-    """The class and the text of what is raised."""
-    if not isinstance(raised, ast.Call) or not isinstance(raised.func, ast.Name) or not raised.args:
-        return "", ""
-    parts = (
-        ast.walk(raised.args[0]) if not isinstance(raised.args[0], ast.JoinedStr) else raised.args[0].values
-    )
-    text = ""
-    for part in parts:
-        if isinstance(part, ast.Constant) and isinstance(part.value, str):
-            text += part.value
-        elif isinstance(part, ast.FormattedValue):
-            text += "{...}"
-    for sign in "\\`*_|<>[]{}$":
+def _escape(text: str) -> str:
+    for sign in "\\`*_|<>[]{}$~":
         text = text.replace(sign, f"\\{sign}")
-    return raised.func.id, " ".join(text.split())
+    return " ".join(text.split())
 
 
 def generate(directory: Path = HERE / "reference") -> None:

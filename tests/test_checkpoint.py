@@ -325,6 +325,23 @@ def test_a_changed_note_is_damage(tmp_path, item):
         restore_checkpoint(manager, fresh(), metadata=metadata())
 
 
+def test_a_loop_of_ones_own_resumes_from_an_older_checkpoint_as_the_docs_say(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save_two(directory)
+    flip(directory / "2/metadata/metadata")
+    with open_manager(directory, keep=2, best="loss") as manager:
+        with pytest.raises(DamagedCheckpoint):
+            restore_checkpoint(manager, fresh(), metadata=metadata())
+        restored = restore_checkpoint(manager, fresh(), metadata=metadata(), step=1)
+        assert restored.input_position == [1]
+        (directory / "2").rename(tmp_path / "2")
+        manager.reload()
+        state = trained(restored.state, 1)
+        save_checkpoint(manager, state, metadata=metadata(), input_position=[2], metrics={"loss": 2})
+        manager.wait_until_finished()
+        assert restore_checkpoint(manager, fresh(), metadata=metadata()).input_position == [2]
+
+
 def test_one_changed_bit_of_an_array_is_damage(tmp_path):
     """In the largest file of the arrays, where no checksum of tensorstore's own covers it."""
     state = fresh().replace(trainable={"w": jax.random.normal(jax.random.key(0), (100, 100))})

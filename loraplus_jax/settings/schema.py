@@ -421,8 +421,8 @@ class DistributedSettings:
     """Multi-process training; start every process with the same command except for process_id.
 
     Attributes:
-      coordinator: HOST:PORT of process 0; auto detects it, processes and process_id from the environment (TPU pods,
-        SLURM, MPI, Kubernetes); null runs a single process.
+      coordinator: HOST:PORT of process 0, where it listens; auto detects it, processes and process_id from the
+        environment (TPU pods, SLURM, MPI, Kubernetes); null runs a single process.
       processes: number of processes.
       process_id: index of this process, from 0.
       start_timeout: seconds to wait for the other processes at startup.

@@ -27,7 +27,7 @@ from ..records import read_record, write_record
 from ..settings.schema import GENERATION
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
-from ..training.console import LineConsole, data_lines, ignored_lines, lines_only
+from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.evaluation import finish_metrics
 from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY
@@ -195,6 +195,7 @@ class Sweep:
         """Trains and evaluates to the end of the stage; a signal ends it after the current step or evaluation."""
         while stops := self.stops():
             stop = stops[0]
+            lines = ProgressLines(self.console, f"{self.stage} step", stop, self.step)
             while self.step < stop:
                 batches = self.next_batches()
                 # Dispatch runs ahead of the devices; a signal would wait for all steps up to the stop.
@@ -202,6 +203,7 @@ class Sweep:
                 began = time.perf_counter()
                 self.slots.step(batches)
                 self.step, self.clock = self.step + 1, self.clock + 1
+                lines.update(self.step)
                 if self.stage == "search" and self.step == TIMED_STEP:
                     jax.block_until_ready(self.slots.chunks)
                     self.print_estimate(time.perf_counter() - began)

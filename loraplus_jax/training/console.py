@@ -1,5 +1,7 @@
-"""Console output of a run: the header, metrics and the progress bar."""
+"""Console output of a run: the header, metrics, the progress bar and, without one, lines of progress."""
 
+import datetime
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +14,9 @@ from ..tasks.causal_lm import head_is_frozen
 from ..tasks.interface import AdaptedModel, TaskData, row_count
 from ..tree import count
 from .setup import Run
+
+SECONDS_PER_LINE = 30.0
+"""`ProgressLines` prints after the first unit that ends later than this after the line before."""
 
 
 class LineConsole(Console):
@@ -89,3 +94,28 @@ def progress(console: Console) -> Progress:
         console=console,
         disable=not console.is_terminal,
     )
+
+
+class ProgressLines:
+    """Prints a line with speed and remaining time about every half minute, where no progress bar is shown."""
+
+    def __init__(self, console: Console, unit: str, total: int, done: int = 0) -> None:
+        self.console, self.unit, self.total = console, unit, total
+        self.restart(done)
+
+    def restart(self, done: int) -> None:
+        """Measures speed and time from now, after work that is not counted in units."""
+        self.done, self.clock = done, time.perf_counter()
+
+    def update(self, done: int, *, loss: Any = None) -> None:
+        """Prints a line if it is time; only then waits for the loss, a scalar array."""
+        seconds = time.perf_counter() - self.clock
+        if done == self.done or seconds < SECONDS_PER_LINE:
+            return
+        detail = "" if loss is None else f"loss {float(loss):.4f}, "
+        rate = (done - self.done) / seconds
+        left = datetime.timedelta(seconds=round((self.total - done) / rate))
+        self.console.print(
+            f"{self.unit} {done} of {self.total}: {detail}{rate:.3g} {self.unit.split()[-1]}/s, {left} left"
+        )
+        self.restart(done)

@@ -4,6 +4,9 @@
 """
 
 import contextlib
+import errno
+import glob
+import ipaddress
 import os
 import socket
 import sys
@@ -22,6 +25,9 @@ from .signals import Stopped
 ENVIRONMENT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, OSError)
 """What JAX raises if the environment describes the processes wrongly or incompletely."""
 
+GPU_FILES = "/dev/nvidia[0-9]*"
+"""The device files of a host's NVIDIA GPUs, also of those that CUDA_VISIBLE_DEVICES hides."""
+
 
 class LostProcess(Exception):
     """Another process of the run has exited or is unreachable."""
@@ -38,8 +44,7 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
     if settings.coordinator is None:
         yield
         return
-    if settings.process_id == 0:
-        _check_port(settings)
+    bind_address = _bind_address(settings) if settings.process_id == 0 else None
     # On its own timeout, JAX aborts the process with a native stack trace.
     timer = threading.Timer(settings.start_timeout, _abort, [_timeout_message(settings)])
     timer.daemon = True
@@ -54,6 +59,7 @@ def join_processes(settings: DistributedSettings) -> Iterator[None]:
             **({} if settings.coordinator == AUTO else address),
             initialization_timeout=settings.start_timeout + 60,
             heartbeat_timeout_seconds=settings.lost_timeout,
+            coordinator_bind_address=bind_address,
         )
     except ENVIRONMENT_ERRORS as error:
         raise ValueError(_join_error(settings, error)) from error
@@ -84,6 +90,27 @@ def _check_devices() -> None:
         raise ValueError(f"all processes must have the same number of devices, but {listed}")
 
 
+def idle_gpus() -> list[str]:
+    """A line for the header if the processes see fewer GPUs than their hosts have; every process must call it.
+
+    Under SLURM and Open MPI, JAX gives each process one GPU, so with one process per host the others stay idle.
+    """
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    available = int(allocated) if allocated.isdigit() else len(glob.glob(GPU_FILES))
+    visible = sum(device.platform == "gpu" for device in jax.local_devices())
+    used, total = Counter(), Counter()
+    for host, process_visible, host_available in allgather([socket.gethostname(), visible, available]):
+        used[host] += process_visible
+        total[host] = max(total[host], host_available)
+    idle = [f"{host} {used[host]} of {total[host]}" for host in total if used[host] < total[host]]
+    if not idle:
+        return []
+    return [
+        f"using {used.total()} of {total.total()} GPUs ({join_first(idle)}); to use all, start one process per GPU "
+        "or set JAX_LOCAL_DEVICE_IDS (docs/pods.md)"
+    ]
+
+
 def _abort(message: str) -> None:
     """Exits the process, even while a native call blocks it."""
     sys.stdout.flush()
@@ -91,16 +118,43 @@ def _abort(message: str) -> None:
     os._exit(2)
 
 
-def _check_port(settings: DistributedSettings) -> None:
-    """Raises ValueError if process 0 cannot listen on the coordinator's port; JAX itself would crash."""
-    port = int(str(settings.coordinator).rpartition(":")[2])
+def _bind_address(settings: DistributedSettings) -> str | None:
+    """Where the coordinator listens: at the address of `distributed.coordinator`; None for all interfaces.
+
+    All interfaces if that is no address of this host, which then is translated on the way (NAT), or if a hosts file
+    maps the host's own name to loopback, where no other host could connect. JAX_COORDINATOR_BIND_ADDRESS overrides.
+
+    Raises:
+      ValueError: process 0 cannot listen there; JAX itself would crash.
+    """
+    if override := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        return override
+    host, _, port = str(settings.coordinator).rpartition(":")
+    host = host.strip("[]")
     try:
-        socket.create_server(("", port)).close()
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        own = [target[0] for family, _, _, _, target in found if _can_listen(family, target)]
+        if any(host in ("localhost", ip) or not ipaddress.ip_address(ip).is_loopback for ip in own):
+            return settings.coordinator
+        socket.create_server(("", int(port))).close()
     except OSError as error:
         raise ValueError(
             f"process 0 of {settings.processes} cannot listen on distributed.coordinator {settings.coordinator} "
-            f"({os.strerror(error.errno or 0)}); choose a free port, the same for all processes"
+            f"({str(error.strerror).partition(' (')[0]}); choose a host name or address of process 0 and a free "
+            "port, the same for all processes"
         ) from None
+    return None
+
+
+def _can_listen(family: int, target: Any) -> bool:
+    """Whether an address is one of this host's; raises OSError if its port is taken."""
+    try:
+        socket.create_server(target, family=family).close()
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            raise
+        return False
+    return True
 
 
 def _timeout_message(settings: DistributedSettings) -> str:

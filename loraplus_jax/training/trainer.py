@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from ..records import check_digests, file_digests
 from ..settings.schema import Settings
 from ..sharding import distribute, local_rows, shard_batch
 from ..starts import as_difference
-from ..tasks.interface import held_out_split
+from ..tasks.interface import held_out_split, row_count
 from ..train_step import TrainState, init_state
 from ..tree import combine, count
 from .anomalies import (
@@ -45,8 +46,8 @@ from .anomalies import (
     index_of_skip_limit,
     metrics_to_host,
 )
-from .console import LineConsole, format_metrics, header, lines_only, progress
-from .distributed import join_processes, raise_together
+from .console import LineConsole, ProgressLines, format_metrics, header, lines_only, progress
+from .distributed import idle_gpus, join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
 from .identity import check_allowed, checked_metadata
 from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw_ranks
@@ -177,7 +178,7 @@ class Trainer:
         try:
             self.restore_metrics()
             with self.stop:
-                for line in header(self.run, step):
+                for line in (*header(self.run, step), *idle_gpus()):
                     self.console.print(line)
                 before = self.evaluate_before()
                 self.loop(step)
@@ -273,7 +274,9 @@ class Trainer:
         """Generates texts for held-out inputs, writes them to a file and prints a few; returns their scores."""
         if self.run.held_out_texts is None:
             return {}
-        rows, scores = self.run.held_out_texts.generate(combine(trainable, self.frozen), self.between)
+        texts = self.run.held_out_texts
+        between = self.between_batches("text batch", len(texts.inputs), texts.batch_size)
+        rows, scores = texts.generate(combine(trainable, self.frozen), between)
         if is_lead():
             lines = (to_json(row, ensure_ascii=False) + "\n" for row in rows)
             write_text(self.directory / TEXTS[when], "".join(lines))
@@ -283,10 +286,20 @@ class Trainer:
             self.console.print(*lines, sep="\n")
         return scores
 
-    def between(self) -> None:
-        """Raises Stopped between two batches; with several processes none may leave the others alone there."""
-        if jax.process_count() == 1:
-            self.check_stop()
+    def between_batches(self, unit: str, rows: int, batch_size: int) -> Callable[[], None]:
+        """Returns what to call before each batch: it prints progress, and raises Stopped after a signal.
+
+        With several processes none may leave the others alone there, so it does not raise.
+        """
+        lines = ProgressLines(self.console, unit, -(-rows // batch_size))
+        batches = itertools.count()
+
+        def between() -> None:
+            lines.update(next(batches))
+            if jax.process_count() == 1:
+                self.check_stop()
+
+        return between
 
     def answer(self, trainable: Any) -> str:
         """Returns the model's answer to `train.prompt`."""
@@ -299,7 +312,7 @@ class Trainer:
             task = bar.add_task("training", total=self.run.steps, completed=step, loss="", rate="")
             if self.evaluation_pending:
                 self.evaluate_and_save(step)
-            self.clock = time.perf_counter()
+            self.clock, lines = time.perf_counter(), ProgressLines(self.console, "step", self.run.steps, step)
             while step < self.run.steps and not self.should_stop():
                 batch = next(self.batches)
                 before = (
@@ -317,8 +330,11 @@ class Trainer:
                 if step % self.settings.log_every == 0 or step == self.run.steps or self.has_too_many_skips():
                     loss, rate = self.log_row(step)
                     bar.update(task, completed=step, loss=loss, rate=rate)
+                if bar.disable:
+                    lines.update(step, loss=metrics["loss"])
                 if step % self.settings.eval_every == 0 or step == self.run.steps:
                     self.evaluate_and_save(step)
+                    lines.restart(step)
                 elif stopping:
                     self.save(None)
                 if stopping:
@@ -516,5 +532,6 @@ class Trainer:
         """Returns the metrics on a split: means, and the task's metrics derived from them."""
         arrays, size = self.run.data.splits[split], self.settings.eval_batch_size
         program = self.run.programs.evaluate
-        values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=self.between)
+        between = self.between_batches(f"{split} batch", row_count(arrays), size)
+        values = evaluate(program, trainable, self.frozen, arrays, size, self.run.mesh, between=between)
         return finish_metrics(self.task, values)

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from ..marks import long
@@ -197,26 +199,41 @@ def test_a_port_that_is_taken_is_named_with_one_line(first_world, tmp_path):
     assert_mentions(stderr, "distributed.coordinator", address, "Address already in use")
 
 
-SLURM = {
-    "SLURM_STEP_NODELIST": "localhost",
-    "SLURM_JOB_NUM_NODES": "1",
-    "SLURM_STEP_NUM_NODES": "1",
-    "SLURM_NTASKS": "2",
-    "SLURM_LOCALID": "0",
-}
 AUTO = ("--distributed.coordinator", "auto", "--distributed.lost_timeout", "10")
+SRUN = """#!/bin/sh
+export SLURM_STEP_NODELIST=localhost SLURM_STEP_NUM_NODES=1 SLURM_NTASKS=2 SLURM_GPUS_ON_NODE=8
+for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & done
+wait
+"""
 
 
 @pytest.mark.long
-def test_slurm_tells_the_processes_who_they_are(home, tmp_path):
+def test_the_pages_slurm_file_trains_what_two_named_processes_do(home, tmp_path):
+    """With an `srun` that starts two tasks here, and the virtual devices of `start`."""
+    page = Path(__file__).parents[2].joinpath("docs/pods.md").read_text()
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH .*?)```", page, flags=re.S)[1]
+    assert re.search(r"ntasks-per-node=(\d+)", script)[1] == re.search(r"gpus-per-node=(\d+)", script)[1]
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "loraplus").write_text(f'#!/bin/sh\nexec {sys.executable} -m loraplus_command "$@"\n')
+    for name in ("srun", "loraplus"):
+        (tmp_path / name).chmod(0o755)
+    settings = yaml.safe_load((home.out / "config.yaml").read_text())
+    settings |= {"output_dir": str(tmp_path / "slurm"), "distributed": {"lost_timeout": 10}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     # JAX takes the coordinator's port from the job's number.
-    slurm = SLURM | {"SLURM_JOB_ID": free_address().rpartition(":")[2]}
-    out = tmp_path / "out"
-    pair = [start(home, out, 4, *AUTO, **slurm, SLURM_PROCID=str(n)) for n in range(2)]
-    with ending(pair):
-        ends = [ended(process) for process in pair]
-    assert [end[0] for end in ends] == [0, 0], ends
-    (adapter, rows), (expected, expected_rows) = result(out), result(home.out)
+    environment = os.environ | QUICK | {"SLURM_JOB_ID": free_address().rpartition(":")[2]}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    run = subprocess.run(
+        ["bash", "-c", script],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert_mentions(run.stdout, "using 0 of 8 GPUs", f"{socket.gethostname()} 0 of 8")
+    (adapter, rows), (expected, expected_rows) = result(tmp_path / "slurm"), result(home.out)
     assert rows == expected_rows
     assert all(np.array_equal(adapter[name], expected[name]) for name in expected)
 

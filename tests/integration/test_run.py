@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from loraplus_jax import jit_step, load_adapter
 from loraplus_jax.cli import main
+from loraplus_jax.training import console
 from loraplus_jax.training import setup as prepare
 from loraplus_jax.training.metrics_log import RunLog
 from loraplus_jax.training.trainer import Trainer
@@ -164,6 +165,22 @@ def test_what_is_printed(finished):
     assert sum(line.startswith("before: accuracy 0.") and line.endswith("(test)") for line in lines) == 1
     assert [line.split(":")[0] for line in lines if "(validation)" in line] == ["step 20", "step 40"]
     assert sum(line.startswith("after:  accuracy ") for line in lines) == 1
+
+
+def test_a_log_file_gets_lines_between_and_during_evaluations(world, short, capsys, monkeypatch):
+    monkeypatch.setattr(console, "SECONDS_PER_LINE", 0.0)
+    out = world.trained(*SHORT)
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if re.search(r"/s, \d+:\d\d:\d\d left$", line)
+    ]
+    assert [line.split(": ")[0] for line in lines] == [
+        "test batch 1 of 2",
+        *(f"step {step} of 8" for step in range(1, 9)),
+        "test batch 1 of 2",
+    ]
+    assert timeless(rows_of(out)) == timeless(rows_of(short))
+    first, second = (float(re.search(r"loss (\d\.\d{4}), ", line)[1]) for line in lines[1:3])
+    assert (first + second) / 2 == pytest.approx(column(out, "loss")[2], abs=1e-4)
 
 
 # using it

@@ -3,6 +3,7 @@
 import base64
 import html.parser
 import json
+import re
 import signal
 import struct
 import zlib
@@ -16,6 +17,7 @@ from loraplus_jax.sweep import run as sweeping
 from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.sweep.report import format_number, format_steps
 from loraplus_jax.sweep.slots import DeviceSlots
+from loraplus_jax.training import console
 
 from ..messages import assert_mentions
 
@@ -123,6 +125,15 @@ def value_at(report, path):
     for part in path.split("."):
         report = report[int(part) if isinstance(report, list) else part]
     return report
+
+
+def test_a_sweep_prints_lines_between_its_comparisons(world, undrawn, capsys, monkeypatch):
+    monkeypatch.setattr(console, "SECONDS_PER_LINE", 0.0)
+    assert run_sweep(world) == 0
+    names = re.findall(r"^((?:search|report) step \d+ of \d+): .* left$", capsys.readouterr().out, flags=re.M)
+    search = [f"search step {step} of {4 if step <= 4 else 16}" for step in range(1, 17)]
+    assert names[:16] == search
+    assert {name.split()[0] for name in names[16:]} == {"report"}
 
 
 def test_the_pages_numbers_are_the_reports_and_it_needs_no_network(swept):
