@@ -50,7 +50,10 @@ def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeyp
     splits = {name: {"slope": np.full(2, slope)} for name, slope in SLOPES.items()}
     task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
     data = types.SimpleNamespace(task=task, splits={**splits, "train": {"x": np.zeros(4)}})
-    population = types.SimpleNamespace(run=run, data=data, steps=8, first=lambda trial, seed: trial)
+    metadata = {"base": None, "identity": {}}
+    population = types.SimpleNamespace(
+        run=run, data=data, steps=8, first=lambda trial, seed: trial, metadata=metadata
+    )
     monkeypatch.setattr(sweeping, "DeviceSlots", Slots)
     monkeypatch.setattr(sweeping.Sweep, "save", lambda self: None)
     manager = types.SimpleNamespace(latest_step=lambda: None)
