@@ -23,6 +23,7 @@ from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
 from ..models.bert_config import BertConfig
 from ..models.hf import load_config
 from ..models.packing import choose_formats
+from ..models.tokenizer import check_ids
 from ..settings.schema import DataSettings, ModelSettings, Settings
 from .classification import EncoderTask
 from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData
@@ -113,12 +114,13 @@ def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
             f"got {settings.data.max_length}"
         )
     tokenizer = load_tokenizer(directory, settings.data.max_length)
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer does not fit the model: token {token!r} has id {largest}, but vocab_size "
-            f"is {config.vocab_size}"
-        )
+    check_ids(
+        tokenizer,
+        directory,
+        config.vocab_size,
+        types=config.type_vocab_size,
+        pairs=has_pairs(settings.data),
+    )
     return tokenizer
 
 

@@ -74,6 +74,12 @@ def question(number=7, **fields):
     return spoil
 
 
+PREPENDS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [9999], "tokens": ["<s>"]}},
+}
 Q5_0 = {"blk.0.ffn_up.weight": ("Q5_0", np.zeros((tiny.INNER, 22), np.uint8))}
 CASES = [
     # GGUF files
@@ -133,6 +139,11 @@ CASES = [
         "tokenizer larger than the embedding",
         ("model", "embedding", "300 rows"),
         spoil=json_fields("model/config.json", vocab_size=300),
+    ),
+    Case(
+        "special token beyond the embedding",
+        ("model", "'<s>'", 9999, "embedding"),
+        spoil=json_fields("model/tokenizer.json", post_processor=PREPENDS),
     ),
     Case("tokenizer.json missing", ("model", "tokenizer.json"), spoil=remove("model/tokenizer.json")),
     Case(
