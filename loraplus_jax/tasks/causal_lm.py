@@ -21,7 +21,7 @@ from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packing import pack, pad
-from ..data.splits import split_files, split_texts
+from ..data.splits import limit_splits, split_files, split_texts
 from ..models.decoder import Config
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
 from ..models.hf import load_config
@@ -185,10 +185,11 @@ def head_is_frozen(parts: AdaptedModel) -> bool:
 def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
     splits = split_files(settings.data, functools.partial(_read, settings), _split_by_question)
     splits, lines = handle_duplicates(splits, settings.data)
+    splits, limited = limit_splits(splits, settings.data, _questions)
     if settings.generation.inputs is not None:
         name = held_out_split(splits)
         splits[name] = select_inputs(splits[name], settings.generation.inputs)
-    return splits, lines
+    return splits, [*limited, *lines]
 
 
 def _read(settings: Settings, value: str) -> list[Any]:
@@ -199,9 +200,12 @@ def _split_by_question(
     examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int
 ) -> dict[str, list]:
     """Splits by the first user message, so that a question is never in two splits."""
-    texts = [e.prompt if isinstance(e, Question) else e.question for e in examples]
-    splits = split_texts(texts, shares, seed, where=examples[0].place.rpartition(":")[0])
+    splits = split_texts(_questions(examples), shares, seed, where=examples[0].place.rpartition(":")[0])
     return {name: [examples[i] for i in indices] for name, indices in splits.items()}
+
+
+def _questions(examples: Sequence[Chat | Question]) -> list[str]:
+    return [e.prompt if isinstance(e, Question) else e.question for e in examples]
 
 
 def _encode(
