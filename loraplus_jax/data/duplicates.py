@@ -124,7 +124,7 @@ def _entries(rows: LabelledTexts | Sequence[Chat | Question]) -> list[_Entry]:
         if isinstance(row, Question):
             texts, label = (row.prompt, *sorted(row.choices)), comparable(row.choices[row.answer])
         else:
-            answers = (turn.text for turn in row.turns if turn.role == "assistant")
+            answers = (turn.text + turn.extra for turn in row.turns if turn.role == "assistant")
             texts, label = (row.question, *answers), None
         entries.append(_Entry(tuple(map(comparable, texts)), label, row.place))
     return entries

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from ..data.batches import Batch, digest
 from ..data.chat import tokenize_chats
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
-from ..data.conversations import Chat, Turn, read_chats
+from ..data.conversations import Chat, Turn, describe_dropped, read_chats
 from ..data.data_to_text import group_references, read_descriptions, select_inputs
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
@@ -55,8 +55,9 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     _pad_choices(splits)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}
+    dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
     inputs = group_references(rows[held_out_split(rows)]) if task.kind == "generation" else ()
-    return TaskData(task, splits, sizes, truncated, digests, tuple(duplicates), tuple(inputs))
+    return TaskData(task, splits, sizes, truncated, digests, (*dropped, *duplicates), tuple(inputs))
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -68,7 +69,22 @@ def placeholder_data(settings: Settings) -> TaskData:
 
 
 def _digest(examples: Sequence[Chat | Question]) -> str:
-    return digest(dataclasses.astuple(dataclasses.replace(example, place="")) for example in examples)
+    return digest(map(_plain, examples))
+
+
+def _plain(value: Any) -> Any:
+    """Returns an example as JSON values; fields at their default are left out, so a new one changes no digest."""
+    if dataclasses.is_dataclass(value):
+        values = {
+            field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)
+        }
+        values |= {"place": ("", None)} if "place" in values else {}
+        return [
+            _plain(given)
+            for name, (given, default) in values.items()
+            if name != "dropped" and given != default
+        ]
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def load_split(
