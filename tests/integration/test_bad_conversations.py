@@ -48,6 +48,11 @@ def ghost_shard(world):
     (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+HALF = (
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "it", "weight": 0.5}]}'
+)
+
+
 def template(text):
     return write("own.jinja", text)
 
@@ -238,9 +243,16 @@ CASES = [
         spoil=all_said(("assistant", "it"), ("user", "what"), ("assistant", "it")),
     ),
     Case(
-        "user last",
-        ("chats.jsonl:3", "last", "user"),
-        spoil=all_said(("user", "what"), ("assistant", "it"), ("user", "what")),
+        "half a weight",
+        ("chats.jsonl:3", "turn 2", "weight", 0.5),
+        spoil=line(3, HALF, "chats.jsonl"),
+    ),
+    Case(
+        "a template without tools",
+        ("chats.jsonl:3", "tools", "data.template"),
+        spoil=line(
+            3, HALF.replace(', "weight": 0.5', "")[:-1] + ', "tools": [{"name": "x"}]}', "chats.jsonl"
+        ),
     ),
     Case("no assistant", ("chats.jsonl:3", "assistant"), spoil=all_said(("user", "what"))),
     Case(
