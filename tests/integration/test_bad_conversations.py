@@ -48,9 +48,18 @@ def ghost_shard(world):
     (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-HALF = (
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "it", "weight": 0.5}]}'
-)
+def third_answer(tools=None, **fields):
+    """Every row a conversation, with tools in the third and more fields in its answer."""
+
+    def spoil(world):
+        content = []
+        for n in range(60):
+            answer = {"role": "assistant", "content": "it"} | (fields if n == 2 else {})
+            messages = [{"role": "user", "content": f"what {n}"}, answer]
+            content.append({"messages": messages, "tools": tools if n == 2 else None})
+        world.write_rows("chats.jsonl", content)
+
+    return spoil
 
 
 def template(text):
@@ -245,14 +254,12 @@ CASES = [
     Case(
         "half a weight",
         ("chats.jsonl:3", "turn 2", "weight", 0.5),
-        spoil=line(3, HALF, "chats.jsonl"),
+        spoil=third_answer(weight=0.5),
     ),
     Case(
         "a template without tools",
         ("chats.jsonl:3", "tools", "data.template"),
-        spoil=line(
-            3, HALF.replace(', "weight": 0.5', "")[:-1] + ', "tools": [{"name": "x"}]}', "chats.jsonl"
-        ),
+        spoil=third_answer(tools=[{"name": "x"}]),
     ),
     Case("no assistant", ("chats.jsonl:3", "assistant"), spoil=all_said(("user", "what"))),
     Case(
