@@ -215,6 +215,21 @@ def test_the_loss_is_on_tool_calls_and_not_on_results(tokenizer, tool_talk, sour
     assert "<|start|>tool\n3<|end|>" in rendered
 
 
+def test_the_header_of_a_turn_that_only_calls_is_no_answer(tokenizer, tool_talk):
+    one = dataclasses.replace(tool_talk, turns=tool_talk.turns[:2])
+    assert learnt(one, tokenizer, template(TOOLS)) == SAID[0]
+    without = template(TOOLS.replace("{{ '<|start|>assistant\\n' }}", ""))
+    with pytest.raises(ValueError, match=mentions("special tokens", "add_generation_prompt")):
+        tokenize_chats([one], tokenizer, without, 999)
+
+
+def test_long_tools_and_calls_may_be_rendered(tool_talk):
+    long = "x" * 100_000
+    call = tool_talk.turns[1]
+    turns = (tool_talk.turns[0], dataclasses.replace(call, extra=call.extra.replace("two", long)))
+    assert template(TOOLS).render(turns, tools=f'["{long}"]').count(long) == 2
+
+
 CALLS = TOOLS[TOOLS.index("    {%- for call") : TOOLS.index("    {{- '<|end|>")]
 ONLY_USER = TOOLS.replace("m.role +", "('user' if m.role == 'user' else 'assistant') +")
 
