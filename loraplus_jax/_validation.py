@@ -95,12 +95,20 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 
 def suggest(name: str, known: Iterable[str], *, fallback: bool = True) -> str:
-    """Returns `"; did you mean 'x'?"` with the closest known names, or a list of all if none is close."""
+    """Returns `"; did you mean 'x'?"` with the closest known names, or a list of all if none is close.
+
+    Of very many names, which may come from a data file, it lists only the first.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    few = len(known) <= MAX_COMPARED  # a comparison takes up to a millisecond
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) if few else []
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
-    return f"; known: {', '.join(known)}" if known and fallback else ""
+    more = f" and {len(known) - MAX_LISTED:,} more" if len(known) > MAX_LISTED else ""
+    return f"; known: {', '.join(known[:MAX_LISTED])}{more}" if known and fallback else ""
+
+
+MAX_COMPARED, MAX_LISTED = 1_000, 50
 
 
 def expand_path(name: str, path: str | Path) -> Path:

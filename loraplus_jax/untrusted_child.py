@@ -48,6 +48,8 @@ def _render(template: Any, source: str, variables: dict[str, Any]) -> str:
     text.encode()  # raises ValueError for half a surrogate pair
     messages = variables.get("messages", ())
     given = sum(len(message["content"]) for message in messages)
+    extra = [variables.get("tools"), *(message.get("tool_calls") for message in messages)]
+    given += sum(len(json.dumps(value, ensure_ascii=False)) for value in extra if value)
     if len(text) > (limit := 4_096 + 4 * given + (len(messages) + 2) * len(source)):
         raise ValueError(
             f"it makes {len(text):,} characters of a conversation of {given:,}; the limit is {limit:,}"

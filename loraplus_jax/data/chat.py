@@ -1,7 +1,9 @@
 """Tokenizes conversations with a loss mask that covers only the assistant's answers."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,11 +11,13 @@ from tokenizers import Encoding, Tokenizer
 
 from .._validation import check_int
 from .chat_template import ChatTemplate
-from .conversations import Chat
+from .conversations import Chat, Turn
 from .packing import Sequences
 
 AnswerChoice = Literal["all", "last"]
 MAX_PROBLEMS_SHOWN = 20
+MARK = "\ue000"
+"""A private-use character that stands for a text whose place in a rendering is searched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +26,8 @@ class AnswerSpan:
 
     Attributes:
       start: first character after the generation prompt, or start of a `{% generation %}` block.
-      text: first character of the assistant's text.
-      text_end: end of that text.
+      text: first character of the assistant's text, or of its tool calls if there is none.
+      text_end: end of that text, or of the last tool call.
       end: start of the next turn, or end of a `{% generation %}` block.
       marked: whether `start` and `end` are exact: a `{% generation %}` block or a plain text.
     """
@@ -46,8 +50,9 @@ def tokenize_chats(
     """Tokenizes conversations and marks the answer tokens, on which the loss is computed.
 
     An answer is everything after the generation prompt, up to and including the first special token after the
-    assistant's text (the end of the turn). If the template has `{% generation %}` blocks, the answers are the
-    contents of the blocks. A token that spans the end of a prompt and the start of an answer belongs to the answer.
+    assistant's text and tool calls (the end of the turn). If the template has `{% generation %}` blocks, the
+    answers are the contents of the blocks. A token that spans the end of a prompt and the start of an answer
+    belongs to the answer. Turns that are not `trained` are no answers.
 
     Each conversation is tokenized as one string, without the special tokens that the tokenizer adds to plain text:
     a template writes its own. Text that looks like a special token becomes one.
@@ -60,8 +65,8 @@ def tokenize_chats(
       answers: whether all turns of the assistant count as answers, or only the last.
 
     Raises:
-      ValueError: the template fails, does not write the answers verbatim, or does not show where they start and
-        end; or a conversation has no answer token within `max_length`.
+      ValueError: the template fails, does not write the answers verbatim, ignores tools, or does not show where
+        answers start and end; or a conversation has no answer token within `max_length`.
     """
     check_int("max_length", max_length, at_least=2)
     if answers not in ("all", "last"):
@@ -96,14 +101,26 @@ def find_answers(
     An answer starts where the rendering of the turns before it, with the generation prompt, ends.
 
     Raises:
-      ValueError: that rendering is not a prefix of the full one, or is not followed by the answer's text.
+      ValueError: that rendering is not a prefix of the full one, or is not followed by the answer's text; or the
+        template ignores tools, or calls or results of tools.
     """
     if chat.turns[0].role == "text":
         text = chat.turns[0].text
         return text, [AnswerSpan(0, 0, len(text), len(text), marked=True)]
-    turns = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
+    answered = [i for i, turn in enumerate(chat.turns) if turn.role == "assistant"]
+    turns = [i for i in answered if chat.turns[i].trained]
     if template.marks_answers:
-        ((rendered, blocks),) = template.render_marked([(chat.turns, False)], place=chat.place)
+        ((rendered, blocks),) = template.render_marked(
+            [(chat.turns, False)], tools=chat.tools, place=chat.place
+        )
+        _find_calls(template, chat, rendered)
+        if len(turns) < len(answered):
+            if len(blocks) != len(answered):
+                raise ValueError(
+                    f"{chat.place}: weights require one {{% generation %}} block for each assistant turn, but the "
+                    f"chat template of {template.origin} has {len(blocks)} for {len(answered)}"
+                )
+            blocks = [block for i, block in zip(answered, blocks, strict=True) if i in turns]
         spans = []
         for start, end in blocks:
             if end > start:
@@ -127,15 +144,70 @@ def find_answers(
         *prompts,
         *((chat.turns[: turn + 1], False) for turn in turns if turn < last),
     ]
-    rendered, *parts = (text for text, _ in template.render_marked(calls, place=chat.place))
+    rendered, *parts = (text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place))
+    call_ends = _find_calls(template, chat, rendered)
     starts = [_answer_start(template, chat, *pair, rendered) for pair in zip(turns, parts, strict=False)]
     ends, spans = [*parts[len(turns) :], rendered], []
     for turn, start, end, with_turn in zip(turns, starts, [*starts[1:], len(rendered)], ends, strict=False):
         # The next turn is usually the user's and starts before the next answer.
         if end < len(rendered) and rendered.startswith(with_turn):
             end = len(with_turn)
-        spans.append(_find_text(template, chat, turn, rendered, start, end))
+        if turn in call_ends and not chat.turns[turn].text.strip():
+            # What an answer in text would start with as well is its header.
+            plain = (*chat.turns[:turn], Turn("assistant", MARK))
+            plain = template.render(plain, tools=chat.tools, place=chat.place)
+            text = max(start, _count_equal(rendered, plain))
+            spans.append(AnswerSpan(start, text, call_ends[turn], end))
+        else:
+            span = _find_text(template, chat, turn, rendered, start, end)
+            spans.append(dataclasses.replace(span, text_end=call_ends.get(turn, span.text_end)))
     return rendered, spans
+
+
+def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, int]:
+    """Returns where the tool calls of each turn end in a rendering.
+
+    Raises:
+      ValueError: the template ignores the tools, or calls or results of tools.
+    """
+    message = (
+        f"{chat.place}: the chat template of {template.origin} does not write {{}}; remove them, or set "
+        + ("data.template to a template for tools")
+    )
+    if chat.tools and template.render(chat.turns, place=chat.place) == rendered:
+        raise ValueError(message.format("the tools of the column tools"))
+    changed: dict[int, Turn] = {}
+    for i, turn in enumerate(chat.turns):
+        if turn.role == "tool":
+            changed[i] = dataclasses.replace(turn, text=MARK)
+        elif turn.extra:
+            extra = json.loads(turn.extra)
+            extra["tool_calls"][-1]["function"]["arguments"] = {MARK: MARK}
+            changed[i] = dataclasses.replace(turn, extra=json.dumps(extra, ensure_ascii=False))
+    if not changed:
+        return {}
+    calls = [((*chat.turns[:i], turn, *chat.turns[i + 1 :]), False) for i, turn in changed.items()]
+    variants = [text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place)]
+    results = {i: Turn("assistant", turn.text) for i, turn in enumerate(chat.turns) if turn.role == "tool"}
+    try:  # a template may know only the user, and take all others for the assistant
+        said = [results.get(i, turn) for i, turn in enumerate(chat.turns)]
+        confused = bool(results) and template.render(said, tools=chat.tools, place=chat.place) == rendered
+    except ValueError:
+        confused = False
+    ends = {}
+    for (i, turn), variant in zip(changed.items(), variants, strict=True):
+        if variant == rendered or (confused and turn.role == "tool"):
+            kind = "messages of the role tool" if turn.role == "tool" else "tool calls"
+            raise ValueError(message.format(f"{kind} (turn {i + 1})"))
+        if turn.role == "assistant":
+            ends[i] = len(rendered) - _count_equal(reversed(rendered), reversed(variant))
+    return ends
+
+
+def _count_equal(first: Iterable[str], second: Iterable[str]) -> int:
+    """Returns how many characters two texts have in common at their start."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _answer_start(template: ChatTemplate, chat: Chat, turn: int, prompt: str, rendered: str) -> int:
@@ -155,12 +227,12 @@ def _find_text(
     for text in (chat.turns[turn].text, chat.turns[turn].text.strip()):
         offset = rendered.find(text, start, end)
         if rendered.count(text, start, end) > 1:
-            # The template may repeat the text or contain it elsewhere, such as in a header. Render a private-use
-            # character instead of the text, and take the position of that character.
-            mark = "\ue000"
+            # The template may repeat the text or contain it elsewhere, such as in a header. Render a mark instead
+            # of the text, and take its position.
             turns = list(chat.turns)
-            turns[turn] = dataclasses.replace(turns[turn], text=mark)
-            offset = max(offset, template.render(turns, place=chat.place).find(mark, start))
+            turns[turn] = dataclasses.replace(turns[turn], text=MARK)
+            marked = template.render(turns, tools=chat.tools, place=chat.place)
+            offset = max(offset, marked.find(MARK, start))
         if offset >= 0 and rendered.startswith(text, offset):
             return AnswerSpan(start, offset, offset + len(text), end)
     raise ValueError(

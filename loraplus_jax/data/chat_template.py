@@ -1,6 +1,7 @@
 """Chat templates: render conversations to text with the Jinja template of a model or of the user."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,9 +51,9 @@ BUILT_IN = {"plain": PLAIN, "completion": COMPLETION}
 class ChatTemplate:
     """A chat template, rendered in a sandbox in a child process of bounded time and memory; see `untrusted`.
 
-    As in transformers, the template sees `messages` (each with `role` and `content`), `add_generation_prompt`,
-    `bos_token`, `eos_token`, `tools` and `documents` (both None), `raise_exception` and `strftime_now` (always of
-    26 July 2024).
+    As in transformers, the template sees `messages` (each with `role` and `content`, and `tool_calls` if any),
+    `add_generation_prompt`, `bos_token`, `eos_token`, `tools` (None if there are none), `documents` (None),
+    `raise_exception` and `strftime_now` (always of 26 July 2024).
 
     Attributes:
       source: text of the template.
@@ -81,34 +82,42 @@ class ChatTemplate:
         return re.search(r"\{%[-+]?\s*generation\b", self.source) is not None
 
     def render(
-        self, turns: Sequence[Turn], *, add_generation_prompt: bool = False, place: str = "a conversation"
+        self,
+        turns: Sequence[Turn],
+        *,
+        add_generation_prompt: bool = False,
+        tools: str = "",
+        place: str = "a conversation",
     ) -> str:
         """Renders a conversation to text.
 
         Args:
           turns: the messages.
           add_generation_prompt: append the header that precedes an answer of the assistant.
+          tools: JSON list of tools, or empty.
           place: location of the conversation, for error messages.
 
         Raises:
           ValueError: the template fails; the message names its origin and `place`.
         """
-        return self.render_marked([(turns, add_generation_prompt)], place=place)[0][0]
+        return self.render_marked([(turns, add_generation_prompt)], tools=tools, place=place)[0][0]
 
     def render_marked(
-        self, calls: Sequence[tuple[Sequence[Turn], bool]], *, place: str = "a conversation"
+        self, calls: Sequence[tuple[Sequence[Turn], bool]], *, tools: str = "", place: str = "a conversation"
     ) -> list[tuple[str, list[tuple[int, int]]]]:
         """Like `render`, for several pairs of its first two arguments in one request to the child process.
 
         Also returns the character range (start, end) of each `{% generation %}` block.
         """
         what = f"{place}: the chat template of {self.origin} fails"
-        if any(mark in turn.text for turns, _ in calls for turn in turns for mark in MARKS):
+        texts = [tools, *(text for turns, _ in calls for turn in turns for text in (turn.text, turn.extra))]
+        if any(mark in text for text in texts for mark in MARKS):
             raise ValueError(f"{what}: the text has U+FDD0 or U+FDD1, which are not characters: remove them")
-        shared = {"bos_token": self.bos_token, "eos_token": self.eos_token, "tools": None, "documents": None}
+        shared = {"bos_token": self.bos_token, "eos_token": self.eos_token, "documents": None}
+        shared |= {"tools": json.loads(tools) if tools else None}
         variables = [
             {
-                "messages": [{"role": turn.role, "content": turn.text} for turn in turns],
+                "messages": [turn.message for turn in turns],
                 "add_generation_prompt": add_generation_prompt,
                 **shared,
             }

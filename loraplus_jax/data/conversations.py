@@ -3,22 +3,27 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._validation import suggest
 from .readers import Problems, Record, has_lone_surrogate, location_of, read_records
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
+    "human": "user",
+    "gpt": "assistant",
+}
 """Maps roles in files to ours; the last two are ShareGPT's."""
+WEIGHTS = {"weight": "0 or 1", "train": "false or true", "training": "false or true"}
+"""Fields that say whether a message is trained on, with the allowed values: OpenAI's, and axolotl's."""
 
 COLUMN_SETS = (("messages",), ("instruction", "output"), ("prompt", "completion"), ("text",))
 """Required columns of each layout."""
 OPTIONAL_COLUMNS = {
-    "messages": ("system",),
+    "messages": ("system", "tools"),
     "instruction": ("input", "system"),
-    "prompt": ("system",),
+    "prompt": ("system", "tools"),
     "text": (),
 }
 """Optional columns of a layout, by its first column."""
@@ -27,21 +32,42 @@ _ALLOWED = "messages (or conversations), or instruction and output, or prompt an
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One message: `role` is `"system"`, `"user"` or `"assistant"`, or `"text"` for plain text."""
+    """One message.
+
+    Attributes:
+      role: `"system"`, `"user"`, `"assistant"` or `"tool"`, or `"text"` for plain text.
+      text: its content; empty in a message that only calls tools.
+      trained: whether an answer of the assistant is trained on.
+      extra: JSON object of the other fields that a chat template sees (`tool_calls` of the assistant;
+        `tool_call_id` and `name` of a tool), or empty.
+    """
 
     role: str
     text: str
+    trained: bool = True
+    extra: str = ""
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The message as a chat template sees it."""
+        return {"role": self.role, "content": self.text, **json.loads(self.extra or "{}")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation and its location in the file, for error messages.
+    """A conversation.
 
-    Turns: an optional system turn, then a user turn first and an assistant turn last. Or a single plain text.
+    Attributes:
+      turns: an optional system turn, then a user turn first and an assistant turn last; or a single plain text.
+      place: its location in the file, for error messages.
+      tools: JSON list of the tools that a chat template describes, or empty.
+      dropped: turns of the file that are left out: an empty system turn, and those after the last answer.
     """
 
     turns: tuple[Turn, ...]
     place: str = "a conversation"
+    tools: str = ""
+    dropped: tuple[Turn, ...] = ()
 
     @property
     def question(self) -> str:
@@ -57,10 +83,16 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     - `messages` (or, without `columns`, `conversations`): a list of `{"role": ..., "content": ...}` or, as in
       ShareGPT, of `{"from": ..., "value": ...}`; in CSV and TSV, the list is JSON;
     - `instruction` and `output`, and optionally `input`, which follows the instruction after a blank line;
-    - `prompt` and `completion`;
+    - `prompt` and `completion`: texts, or lists of messages, of which only those in `completion` are trained on;
     - `text`: plain text to train on, without a chat template.
 
-    All but `text` may have `system`, the system prompt. Other columns are ignored.
+    All but `text` may have `system`, the system prompt. `messages` and `prompt` may have `tools`, a list of JSON
+    objects (or that list as JSON), for the chat template. Other columns are ignored.
+
+    A message's content is a string or a list of `{"type": "text", "text": ...}`. A message of the assistant may
+    call tools (`tool_calls`, as OpenAI has them; their arguments may be JSON), which messages of the role `tool`
+    answer. `weight` 0 or 1, or `train` (or `training`) true or false, says whether one is trained on. An empty
+    system message, and messages after the last answer, are left out (see `Chat.dropped`).
 
     Args:
       path: the file.
@@ -69,8 +101,9 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
 
     Raises:
       ValueError: the file cannot be read, no layout fits, or rows are invalid: columns missing or of the wrong
-        type, unknown roles, empty content, no assistant turn, or turns out of order (see `Chat`). One message shows
-        the first 20 problems with `file:line`, or `file: item n` in a .json file, both counted from 1.
+        type, unknown roles, empty content, images, no assistant turn to train on, or turns out of order (see
+        `Chat`). One message shows the first 20 problems with `file:line`, or `file: item n` in a .json file, both
+        counted from 1.
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
@@ -85,13 +118,24 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     for number, values in records:
         faults: list[str] = []
         turns = _parse_turns(values, columns, faults)
+        tools = _parse_tools(values, columns, faults)
         faults = faults or list(_order_faults(turns))
         for fault in faults:
             problems.add(number, fault)
         if not faults:
-            chats.append(Chat(tuple(turns), location_of(path, number)))
+            stop = 1 + max(n for n, turn in enumerate(turns) if turn.role in ("assistant", "text"))
+            kept = tuple(turn for turn in turns[:stop] if turn.role != "system" or turn.text.strip())
+            dropped = tuple(turn for turn in turns[:stop] if turn not in kept) + tuple(turns[stop:])
+            chats.append(Chat(kept, location_of(path, number), tools, dropped))
     problems.report(path)
     return chats
+
+
+def describe_dropped(chats: Iterable[Chat]) -> list[str]:
+    """Returns lines that count the conversations with dropped turns."""
+    counts = Counter(kind for chat in chats for kind in {turn.role == "system" for turn in chat.dropped})
+    texts = {True: "an empty system message", False: "the messages after the last answer"}
+    return [f"left out {texts[kind]} in {counts[kind]:,} conversations" for kind in texts if counts[kind]]
 
 
 def take_text(values: Mapping[str, Any], column: str, faults: list[str], *, optional: bool = False) -> str:
@@ -158,6 +202,12 @@ def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: 
     if "messages" in columns:
         messages = take_list(values, columns["messages"], faults)
         return first + [_parse_message(number, message, faults) for number, message in enumerate(messages, 1)]
+    prompt, answer = (values.get(columns.get(name, "")) for name in ("prompt", "completion"))
+    if isinstance(prompt, list) and isinstance(answer, list) and prompt and answer:
+        return first + [
+            _parse_message(number, message, faults, trained=number > len(prompt))
+            for number, message in enumerate([*prompt, *answer], 1)
+        ]
     if "instruction" in columns:
         prompt, answer = text("instruction"), text("output")
         if context := text("input", optional=True):
@@ -167,26 +217,111 @@ def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: 
     return [*first, Turn("user", prompt), Turn("assistant", answer)]
 
 
-def _parse_message(number: int, message: Any, faults: list[str]) -> Turn:
+def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> str:
+    """Returns the tools of a row as JSON, or "" if it has none."""
+    if "tools" not in columns or values.get(columns["tools"]) in (None, "", "[]", []):
+        return ""
+    tools = take_list(values, columns["tools"], faults)
+    text = json.dumps(tools, ensure_ascii=False)
+    if not all(isinstance(tool, dict) for tool in tools):
+        faults.append(f"column {columns['tools']!r} must be a list of JSON objects, got {text[:60]}")
+    elif has_lone_surrogate(text):
+        faults.append(f"column {columns['tools']!r} contains a lone surrogate, which UTF-8 cannot encode")
+    return text
+
+
+def _parse_message(number: int, message: Any, faults: list[str], *, trained: bool = True) -> Turn:
+    """Parses a message; `trained` is for messages that do not say whether they are trained on."""
     names = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
-    if not isinstance(message, dict) or not set(names) <= set(message):
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    if not isinstance(message, dict) or not {names[0], *(() if calls else names)} <= set(message):
         allowed = '{"role": ..., "content": ...} or {"from": ..., "value": ...}'
         faults.append(f"turn {number} must be {allowed}, got {json.dumps(message)[:60]}")
         return Turn("", "")
-    role, text = (message[name] for name in names)
+    problems: list[str] = []
+    role, content = message[names[0]], message.get(names[1])
     if not isinstance(role, str) or role not in ROLES:
         hint = suggest(role, ROLES) if isinstance(role, str) else f"; known: {', '.join(sorted(ROLES))}"
-        faults.append(f"turn {number}: unknown role {json.dumps(role)[:40]}{hint}")
+        problems.append(f"unknown role {json.dumps(role)[:40]}{hint}")
         role = ""
-    if not isinstance(text, str):
-        faults.append(f"turn {number}: {names[1]} must be a string, got {json.dumps(text)[:40]}")
-    else:
-        faults.extend(_text_faults(f"turn {number}: {names[1]}", text))
-    return Turn(ROLES.get(role, ""), text if isinstance(text, str) else "")
+    role = ROLES.get(role, "")
+    text = "" if content is None and calls else _parse_content(names[1], content, problems)
+    # A tool may return nothing, and an empty system message is left out.
+    problems += _text_faults(
+        names[1], text, may_be_empty=bool(problems or calls) or role in ("tool", "system")
+    )
+    extra: dict[str, Any] = {}
+    if role == "tool":
+        extra = {name: message[name] for name in ("tool_call_id", "name") if message.get(name) is not None}
+    elif calls and role == "assistant":
+        extra = {"tool_calls": _parse_calls(calls, problems)}
+    elif calls:
+        problems.append(f"only the assistant may have tool_calls, got {json.dumps(calls)[:40]}")
+    encoded = json.dumps(extra, ensure_ascii=False) if extra else ""
+    if has_lone_surrogate(encoded):
+        problems.append("a tool call contains a lone surrogate, which UTF-8 cannot encode")
+    trained = _parse_weight(role, message, trained, problems)
+    faults.extend(f"turn {number}: {problem}" for problem in problems)
+    return Turn(role, text, trained or role != "assistant", encoded)
 
 
-def _text_faults(what: str, text: str) -> Iterator[str]:
-    if not text.strip():
+def _parse_content(name: str, content: Any, problems: list[str]) -> str:
+    """Returns a message's text, which may be in parts."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        problems.append(f"{name} must be a string or a list of text parts, got {json.dumps(content)[:40]}")
+        return ""
+    texts = []
+    for number, part in enumerate(content, 1):
+        is_text = isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        if not is_text:
+            allowed = '{"type": "text", "text": ...}; images and other media are not supported'
+            problems.append(f"part {number} of {name} must be {allowed}, got {json.dumps(part)[:60]}")
+        texts.append(part["text"] if is_text else "")
+    return "".join(texts)
+
+
+def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
+    """Returns tool calls with their arguments as JSON objects, which chat templates expect."""
+    parsed = []
+    for number, call in enumerate(calls if isinstance(calls, list) else [calls], 1):
+        call = call if isinstance(call, dict) else {"": call}
+        function = call.get("function")
+        function = function if isinstance(function, dict) else {}
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                arguments = None
+        if isinstance(arguments, dict) and isinstance(function.get("name"), str):
+            parsed.append({**call, "function": {**function, "arguments": arguments}})
+        else:
+            allowed = '{"type": "function", "function": {"name": ..., "arguments": {...}}}'
+            problems.append(f"tool call {number} must be {allowed}, got {json.dumps(call)[:60]}")
+    return parsed
+
+
+def _parse_weight(role: str, message: Mapping[str, Any], default: bool, problems: list[str]) -> bool:
+    """Returns whether a message is trained on."""
+    values = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
+    for name, value in values.items():
+        if value not in (0, 1):
+            problems.append(f"{name} must be {WEIGHTS[name]}, got {json.dumps(value)[:40]}")
+        elif value and role != "assistant":
+            problems.append(
+                f"{name} {json.dumps(value)} is for the assistant; only its messages are trained on"
+            )
+    if len({*map(str, map(bool, values.values()))}) > 1:
+        problems.append(f"{' and '.join(values)} contradict each other")
+    if message.get("train_detail"):
+        problems.append("train_detail is not supported: use train, for the whole message")
+    return all(values.values()) if values else default
+
+
+def _text_faults(what: str, text: str, *, may_be_empty: bool = False) -> Iterator[str]:
+    if not text.strip() and not may_be_empty:
         yield f"{what} is empty"
     elif has_lone_surrogate(text):
         yield f"{what} contains a lone surrogate, which UTF-8 cannot encode"
@@ -204,6 +339,6 @@ def _order_faults(turns: Sequence[Turn]) -> Iterator[str]:
         yield "no assistant turn, so there is nothing to train on"
         return
     if dialogue[0] != "user":
-        yield "the assistant has the first turn, which must be the user's"
-    if dialogue[-1] != "assistant":
-        yield "the user has the last turn, which must be the assistant's"
+        yield f"the {dialogue[0]} has the first turn, which must be the user's"
+    if not any(turn.trained for turn in turns if turn.role == "assistant"):
+        yield "no assistant turn to train on: each has weight 0 or train false"

@@ -76,7 +76,7 @@ def read_descriptions(path: str | Path, columns: Mapping[str, str] | None = None
     places = [location_of(path, row.line) for row in rows]
     turns = _user_turns([mr for mr, _ in texts], places, names[0])
     return [
-        Description((turn, Turn("assistant", ref)), place, mr)
+        Description((turn, Turn("assistant", ref)), place, mr=mr)
         for turn, (mr, ref), place in zip(turns, texts, places, strict=True)
     ]
 

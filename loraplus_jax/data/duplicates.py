@@ -10,7 +10,7 @@ from .conversations import Chat
 from .labels import class_key
 from .multiple_choice import Question
 from .readers import SHOWN_PROBLEMS
-from .splits import LabelledTexts, comparable
+from .splits import LabelledTexts, comparable, take
 
 
 class _Entry(NamedTuple):
@@ -92,10 +92,7 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
             line += f" and {len(rows) - len(indices) - shared:,} with different labels"
         if not indices:
             raise ValueError(f"{line}: none is left in {name}")
-        values = splits[name]
-        kept[name] = (
-            values.take(indices) if isinstance(values, LabelledTexts) else [values[i] for i in indices]
-        )
+        kept[name] = take(splits[name], indices)
         lines.append(line)
     return kept, lines
 
@@ -127,7 +124,7 @@ def _entries(rows: LabelledTexts | Sequence[Chat | Question]) -> list[_Entry]:
         if isinstance(row, Question):
             texts, label = (row.prompt, *sorted(row.choices)), comparable(row.choices[row.answer])
         else:
-            answers = (turn.text for turn in row.turns if turn.role == "assistant")
+            answers = (turn.text + turn.extra for turn in row.turns if turn.role == "assistant")
             texts, label = (row.question, *answers), None
         entries.append(_Entry(tuple(map(comparable, texts)), label, row.place))
     return entries

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from .._validation import expand_path, suggest
 from ..atomic import atomic_write
-from ..json_files import check_file
 from ..settings.schema import DataSettings
 from .fetch import cache_dir
 from .readers import Problems, StringRow, location_of, raise_problems, read_rows
@@ -252,14 +251,8 @@ def read_glue_texts(path: Path, task: GlueTask) -> list[tuple[str, ...]]:
 def _read(
     path: Path, task: GlueTask, columns: Sequence[str], short_rows: Problems | None = None
 ) -> list[StringRow]:
-    header = task.header if path.suffix.lower() == ".tsv" else ()
-    if header:  # which CoLA's test split does have
-        check_file(path)
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            first = file.readline().rstrip("\n").split("\t")
-        header = () if {*columns} <= {*first} else header
     texts = {*task.texts, *task.hub_texts}
-    options: Any = {"header": header, "may_be_empty": texts, "short_rows": short_rows}
+    options: Any = {"header": task.header, "may_be_empty": texts, "short_rows": short_rows}
     return read_rows(path, columns, quoting="none", **options)
 
 

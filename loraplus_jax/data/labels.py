@@ -3,14 +3,14 @@
 import collections
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
 from .._validation import suggest
-from .readers import NUMBER, raise_problems
+from .readers import NUMBER, SHOWN_PROBLEMS, raise_problems
 from .splits import LabelledTexts, comparable
 
 
@@ -18,13 +18,20 @@ def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
     """Returns the classes: the distinct labels of the train split, sorted (by value if all are integers).
 
     Raises:
-      ValueError: there is only one class, two are the same number (1 and 01), or another split has labels that
-        are not in train (with `file:line`).
+      ValueError: there is only one class, two are the same number (1 and 01), or all are numbers and one is no
+        integer; or another split has labels that are not in train (with `file:line`).
     """
     known = set(splits["train"].labels)
     integers = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in known)
     names = sorted(known, key=lambda label: (int(label) if integers else 0, label))
-    raise_problems([problem for rows in splits.values() for problem in _unknown_labels(rows, names)])
+    if all(NUMBER.fullmatch(name) for name in names):
+        decimal = next((name for name in names if Decimal(name) != Decimal(name).to_integral_value()), None)
+        if decimal is not None:
+            raise ValueError(
+                f"classes must be words or integers, but the labels are numbers such as {decimal}: set task "
+                "regression, or data.label to another column"
+            )
+    _check_known(splits.values(), names)
     spellings: dict[Any, str] = {}
     for name in names:
         if (earlier := spellings.setdefault(class_key(name), name)) != name:
@@ -43,7 +50,7 @@ def class_key(label: str) -> Any:
 
 def class_labels(rows: LabelledTexts, names: Sequence[str]) -> np.ndarray:
     """Returns each row's index in `names`, int32 `(N,)`; raises a ValueError with `file:line` for other labels."""
-    raise_problems(_unknown_labels(rows, names))
+    _check_known([rows], names)
     index = {name: i for i, name in enumerate(names)}
     return np.array([index[label] for label in rows.labels], np.int32)
 
@@ -77,14 +84,21 @@ def label_summary(splits: Mapping[str, LabelledTexts], names: Sequence[str]) -> 
 MAX_CLASSES_SHOWN = 20
 
 
-def _unknown_labels(rows: LabelledTexts, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns (location, problem) for each label that is not in the train split."""
+def _check_known(splits: Iterable[LabelledTexts], names: Sequence[str]) -> None:
+    """Raises a ValueError with `file:line` if labels are not in the train split."""
     known = set(names)
-    return [
-        (location, f"label {label!r} is not in the train split{suggest(label, names)}")
+    unknown = [
+        (location, label)
+        for rows in splits
         for label, location in zip(rows.labels, rows.places, strict=True)
         if label not in known
     ]
+    # A suggestion compares a label with every name, so only the problems shown get one.
+    problems = [
+        (location, f"label {label!r:.80} is not in the train split{suggest(label, names)}")
+        for location, label in unknown[:SHOWN_PROBLEMS]
+    ]
+    raise_problems(problems, len(unknown))
 
 
 def regression_labels(rows: LabelledTexts) -> np.ndarray:

@@ -4,6 +4,7 @@ import bisect
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import re
@@ -89,7 +90,8 @@ def read_rows(
       columns: the columns to return.
       delimiter: of a .csv or .tsv file; by default a comma or a tab.
       quoting: of a .csv or .tsv file: minimal, or none, where `"` is a character like any other.
-      header: names of the columns of a .csv or .tsv file that has no header line.
+      header: names of the columns of a .csv or .tsv file that has no header line; a first line that has all
+        `columns` is one.
       may_be_empty: the columns whose values may be empty.
       short_rows: collects the rows of a .csv or .tsv file with too few fields, which are left out; by default they
         are problems.
@@ -210,9 +212,13 @@ def _table_records(
     style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
     lines = io.StringIO(text, newline="")
     rows = _table_rows(csv.reader(lines, delimiter=delimiter, strict=True, quoting=style), problems)
-    top, header = (1, header) if header else next(rows, (1, ()))
-    if not header:
+    first = next(rows, None)
+    if first is None:
         return
+    if header and not {*columns} <= {*first[1]}:
+        top, rows = 1, itertools.chain([first], rows)
+    else:
+        top, header = first
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
     other = next((d for d in _DELIMITERS if d != delimiter and len(header) == 1 and d in header[0]), None)
     hint = (
@@ -220,7 +226,8 @@ def _table_records(
         if other
         else None
     )
-    faults += [f"no column {c!r}{hint or suggest(c, header)}" for c in columns if c not in header]
+    bare = "" if {*columns} & {*header} else "; if the file has no header line, set data.header"
+    faults += [f"no column {c!r}{hint or suggest(c, header) + bare}" for c in columns if c not in header]
     for fault in faults:
         problems.add(top, fault)
     for line, fields in rows if not faults else ():

@@ -1,7 +1,9 @@
 """Labelled texts: reads rows from files and splits them into train, validation and test."""
 
 import dataclasses
+import functools
 import hashlib
+import operator
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +32,12 @@ class LabelledTexts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def __add__(self, other: "LabelledTexts") -> "LabelledTexts":
+        pairs = None if self.pairs is None or other.pairs is None else self.pairs + other.pairs
+        return LabelledTexts(
+            self.texts + other.texts, pairs, self.labels + other.labels, self.places + other.places
+        )
+
     def take(self, indices: Iterable[int]) -> "LabelledTexts":
         """Returns the rows at `indices`, in that order."""
         indices = list(indices)
@@ -53,11 +61,15 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
       resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
-      ValueError: a file is invalid (see `read_rows`) or has too few distinct texts to split, or `delimiter` or
-        `quoting` is set but no file is a table.
+      ValueError: a file is invalid (see `read_rows`) or has too few distinct texts to split, or `delimiter`,
+        `quoting` or `header` is set but no file is a table.
     """
-    files = [f for f in (settings.path, settings.train, settings.validation, settings.test) if f is not None]
-    written = {"delimiter": settings.delimiter, "quoting": settings.quoting != "minimal"}
+    files = [file for files in settings.files.values() for file in files]
+    written = {
+        "delimiter": settings.delimiter,
+        "quoting": settings.quoting != "minimal",
+        "header": settings.header,
+    }
     for name in [name for name, value in written.items() if value]:
         if not any(resolve(file).suffix.lower() in TABLE_SUFFIXES for file in files):
             raise ValueError(f"data.{name} requires a .csv or .tsv file, got {', '.join(files)}")
@@ -67,21 +79,27 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
 def split_files(
     settings: DataSettings, load: Callable[[str], Any], split: Callable[[Any, Mapping[str, float], int], dict]
 ) -> dict[str, Any]:
-    """Loads each file in the settings with `load`, by split; `split` divides one file by fractions and seed."""
+    """Loads the files in the settings with `load`, by split; `split` divides examples by fractions and seed."""
+    loaded = {
+        name: functools.reduce(operator.add, map(load, files)) for name, files in settings.files.items()
+    }
     if settings.path is not None:
         shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
-        return split(load(settings.path), shares, settings.split_seed)
-    files = {"train": settings.train, "validation": settings.validation, "test": settings.test}
-    splits = {key: load(value) for key, value in files.items() if value is not None}
-    if "validation" not in splits:
-        splits |= split(splits["train"], {"validation": settings.validation_fraction}, settings.split_seed)
-    return {key: splits[key] for key in files if key in splits}
+        return split(loaded["path"], shares, settings.split_seed)
+    if "validation" not in loaded:
+        loaded |= split(loaded["train"], {"validation": settings.validation_fraction}, settings.split_seed)
+    return {name: loaded[name] for name in ("train", "validation", "test") if name in loaded}
 
 
 def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
     """Reads the rows of one file, with the columns in the settings; raises as `read_rows` does."""
-    rows = read_rows(path, settings.columns, settings.delimiter, quoting=settings.quoting)
-    return labelled_texts(path, rows)
+    return labelled_texts(path, read_columns(path, settings.columns, settings))
+
+
+def read_columns(path: Path, columns: Sequence[str], settings: DataSettings) -> list[StringRow]:
+    """Reads columns of one file, written as the settings say; raises as `read_rows` does."""
+    options: Any = {"quoting": settings.quoting, "header": settings.header or ()}
+    return read_rows(path, columns, settings.delimiter, **options)
 
 
 def labelled_texts(path: Path, rows: Sequence[StringRow]) -> LabelledTexts:
@@ -98,6 +116,29 @@ def split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> d
     return {name: rows.take(indices) for name, indices in indices_by_split.items()}
 
 
+def limit_splits(
+    splits: dict[str, Any], settings: DataSettings, texts_of: Callable[[Any], Sequence[str]]
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns at most `data.limit` examples of each split, in order, and lines to print about it.
+
+    As in `split_texts`, a hash of `split_seed` and the text decides, not the order of the rows.
+    """
+    if settings.limit is None:
+        return splits, []
+    limited, kept = {}, []
+    for name, rows in splits.items():
+        keys = [_hash(settings.split_seed, normalize(text)) for text in texts_of(rows)]
+        indices = sorted(sorted(range(len(keys)), key=keys.__getitem__)[: settings.limit])
+        limited[name] = take(rows, indices)
+        kept.append(f"{len(indices):,} of {len(rows):,} {name}")
+    return limited, [f"data.limit {settings.limit} keeps {', '.join(kept)}"]
+
+
+def take(rows: Any, indices: Iterable[int]) -> Any:
+    """Returns the rows at `indices` of labelled texts, or of a list of conversations or questions."""
+    return rows.take(indices) if isinstance(rows, LabelledTexts) else [rows[i] for i in indices]
+
+
 def normalize(text: str) -> str:
     """Returns what texts have in common that land in one split: case and spacing are ignored.
 
@@ -111,6 +152,10 @@ def comparable(text: str) -> str:
     return normalize(unicodedata.normalize("NFKC", text))
 
 
+def _hash(seed: int, key: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {key}".encode()).digest()
+
+
 def split_texts(
     texts: Sequence[str], shares: Mapping[str, float], seed: int, *, where: str
 ) -> dict[str, list[int]]:
@@ -119,7 +164,7 @@ def split_texts(
     A share is a fraction of the distinct texts. A split has at least one text, but is left out if its share is 0.
     """
     keys = [normalize(text) for text in texts]
-    order = sorted(set(keys), key=lambda key: hashlib.blake2b(f"{seed} {key}".encode()).digest())
+    order = sorted(set(keys), key=lambda key: _hash(seed, key))
     sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
     if sum(sizes.values()) >= len(order):
         raise ValueError(

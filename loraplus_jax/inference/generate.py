@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .._validation import check_int, check_number, expand_path
-from ..data.conversations import Turn, read_chats
+from ..data.conversations import Chat, Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_options
@@ -115,15 +115,15 @@ def generate_answers(
     chat_model = ChatModel.from_settings(settings, directory, task, model, max_tokens or default, search)
     variables = replicate(make_mesh(1), variables)
     answers = chat_model.answer(variables, chats, sampling=sampling, seed=seed, batch_size=batch_size)
-    return [{"prompt": turns[-1].text, "answer": text} for turns, text in zip(chats, answers, strict=True)]
+    return [
+        {"prompt": chat.turns[-1].text, "answer": text} for chat, text in zip(chats, answers, strict=True)
+    ]
 
 
-def _chats(
-    prompts: Sequence[str], data: str | None, system: str | None, settings: Settings
-) -> list[tuple[Turn, ...]]:
+def _chats(prompts: Sequence[str], data: str | None, system: str | None, settings: Settings) -> list[Chat]:
     if settings.task == "generation":
         if data is not None:
-            return [(x.turn,) for x in read_inputs(resolve(data, "data"), settings.data.column_names)]
+            return [Chat((x.turn,)) for x in read_inputs(resolve(data, "data"), settings.data.column_names)]
         prompts = [linearize(text) for text in prompts]
     if data is not None:
         chats = read_chats(resolve(data, "data"), settings.data.column_names)
@@ -131,9 +131,14 @@ def _chats(
             raise ValueError(
                 f"{plain_texts[0]}: plain text has no prompt to answer; pass --data with conversations"
             )
-        return [chat.turns[:-1] for chat in chats]
+        # A conversation that does not end with an answer is answered where it ends.
+        ends = [tuple(turn for turn in chat.dropped if turn.role != "system") for chat in chats]
+        return [
+            dataclasses.replace(chat, turns=(*chat.turns, *end) if end else chat.turns[:-1])
+            for chat, end in zip(chats, ends, strict=True)
+        ]
     system_turns = () if system is None else (Turn("system", system),)
-    return [(*system_turns, Turn("user", text)) for text in prompts]
+    return [Chat((*system_turns, Turn("user", text))) for text in prompts]
 
 
 def open_model(

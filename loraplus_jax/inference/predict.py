@@ -271,7 +271,7 @@ def write_submissions(
     if (task := find_task(data)) is None:
         raise ValueError(
             f"--glue requires a run with data.path glue/TASK, such as glue/sst2; {directory} has "
-            f"{data.path or data.train}"
+            f"{', '.join(data.sources)}"
         )
     sources = {to / name: find_file(data, split) for name, split in task.submissions.items()}
     to.mkdir(parents=True, exist_ok=True)

@@ -65,12 +65,38 @@ def tokenizer(path: str | Path) -> "Tokenizer":
         result.no_truncation()
         config = path / "config.json"
         rows = read_json(config).get("vocab_size") if config.exists() else None
-    last = max(result.get_vocab(with_added_tokens=True).values(), default=-1)
-    if type(rows) is int and last >= rows:
-        raise ValueError(
-            f"the tokenizer in {path} has token ids up to {last}, but the model's embedding has {rows} rows"
-        )
+    if type(rows) is int:
+        check_ids(result, path, rows)
     return result
+
+
+def check_ids(
+    tokenizer: "Tokenizer", path: Path, rows: int, *, types: int | None = None, pairs: bool = False
+) -> None:
+    """Raises ValueError if a tokenizer makes ids that the model's tables lack; JAX would read NaN there.
+
+    The ids of special tokens and the types are its post-processor's, which may contradict the vocabulary.
+
+    Args:
+      tokenizer: the tokenizer.
+      path: its directory or file, for the message.
+      rows: rows of the model's token embedding.
+      types: rows of its token type embedding; None if it has none.
+      pairs: whether the model reads pairs of texts.
+    """
+    sample = tokenizer.encode("a", "a") if pairs else tokenizer.encode("a")
+    ids = tokenizer.get_vocab() | dict(zip(sample.tokens, sample.ids, strict=True))
+    token, last = max(ids.items(), key=lambda item: item[1], default=("", -1))
+    if last >= rows:
+        raise ValueError(
+            f"the tokenizer in {path} does not fit the model: token {token!r} has id {last}, but the embedding has "
+            f"{rows} rows (vocab_size)"
+        )
+    if types is not None and (last := max(sample.type_ids, default=0)) >= types:
+        raise ValueError(
+            f"the tokenizer in {path} does not fit the model: it gives {'pairs of texts' if pairs else 'texts'} "
+            f"token type {last}, but the token type embedding has {types} rows (type_vocab_size)"
+        )
 
 
 def read_chat_template(path: str | Path) -> str | None:

@@ -305,9 +305,14 @@ def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
         fields = {field.name: field for field in setting_fields(kind)}
         problems: dict[str, str] = {}  # one per field; pydantic may report several
         for problem in error.errors(include_url=False):
-            parts = [part for part in problem["loc"] if part != KEY]
-            name = ".".join(part for part in parts if isinstance(part, str))
-            problems.setdefault(name, _format_problem(fields, name, problem))
+            name = ""
+            for part in problem["loc"]:
+                if name in fields and len(_union_members(fields[name].type)) > 1:
+                    break  # pydantic names the type that does not fit; the first speaks for all
+                if isinstance(part, str) and part != KEY:
+                    name += f".{part}" if name else part
+            if name not in problems:
+                problems[name] = _format_problem(fields, name, problem)
         raise ValueError("; ".join(problems.values())[:1000]) from None
 
 

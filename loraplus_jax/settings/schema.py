@@ -19,7 +19,7 @@ from ..models.packing import Quantize
 from ..optim.lora_plus import MIN_EPS
 from ..optim.schedules import Schedule
 from ..roles import Policy
-from .types import SECTION, Count, Decay, Fraction, Index, Int, Number, Rate, Share, Switch, Text
+from .types import SECTION, Count, Decay, Distinct, Fraction, Index, Int, Number, Rate, Share, Switch, Text
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice", "generation"]
 Method = Literal["lora", "lora_plus", "full"]
@@ -56,7 +56,7 @@ GENERATION = (
 REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
     (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
-    (("data.delimiter", "data.quoting", "data.root"), "task", ENCODER_TASKS),
+    (("data.delimiter", "data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
     (("model.quantize",), "method", ("lora_plus", "lora")),
     (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
     (("model.split_fused", "model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
@@ -157,7 +157,9 @@ class ModelSettings:
     loss_chunk: Count = 512
 
 
-GLUE_SETS = ("text", "text_pair", "label", "delimiter", "quoting", "test_fraction")
+Files = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+"""A data file, or several."""
+GLUE_SETS = ("text", "text_pair", "label", "delimiter", "quoting", "header", "test_fraction")
 """Fields of `DataSettings` that a GLUE task brings itself."""
 
 
@@ -173,14 +175,16 @@ class DataSettings:
         split_seed; or a GLUE task such as glue/sst2, with its own splits and columns; set this or train.
       root: directory with the files of GLUE, for a path such as glue/sst2; null downloads the task from the Hugging
         Face Hub (requires the package datasets).
-      train: training file, if each split has its own file.
-      validation: validation file; null splits off validation_fraction of the training file.
-      test: test file (optional); only with train.
+      train: training file, or a list of files, if each split has its own files.
+      validation: validation file, or a list; null splits off validation_fraction of train.
+      test: test file, or a list (optional); only with train.
       text: column with the text (encoders).
       text_pair: column with the second text, for tasks on text pairs (encoders).
       delimiter: field delimiter of .csv and .tsv files (encoders); comma or tab if not set.
       quoting: quoting of .csv and .tsv files (encoders): minimal ("..." where a field needs it) or none (a quote is
         part of the text).
+      header: names of the columns of .csv and .tsv files without a header line (encoders), such as [label, text]; a
+        file whose first line has the names of text and label has one.
       label: column with the label (encoders): a class name or integer, or a number for regression.
       max_length: sequence length in tokens, special tokens included; longer texts are truncated, longer
         multiple-choice questions are rejected.
@@ -189,6 +193,8 @@ class DataSettings:
       validation_fraction: fraction of the distinct texts held out for validation, if there is no validation file.
       test_fraction: fraction of the distinct texts in path held out for testing; 0 makes no test split.
       split_seed: random seed for the split.
+      limit: for a quick trial, maximum examples of each split, drawn after splitting; classes and the scale of
+        regression labels are still those of all data.
       template: chat template (language models): model (the model's own), plain (simple headings), completion (input
         and answer, each ended by the end token; for base models) or a file.
       answers: assistant turns to train on (task instruction): all or only the last.
@@ -203,18 +209,20 @@ class DataSettings:
 
     path: Text | None = None
     root: Text | None = None
-    train: Text | None = None
-    validation: Text | None = None
-    test: Text | None = None
+    train: Files | None = None
+    validation: Files | None = None
+    test: Files | None = None
     text: Text = "text"
     text_pair: Text | None = None
     label: Text = "label"
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     quoting: Literal["minimal", "none"] = "minimal"
+    header: Annotated[tuple[Text, ...], Distinct] | None = None
     max_length: Annotated[Int, Field(ge=2)] = 128
     validation_fraction: Fraction = 0.1
     test_fraction: Share = 0.2
     split_seed: Index = 0
+    limit: Count | None = None
     duplicates: Literal["error", "warn", "drop"] = "warn"
     template: Text = "model"
     answers: Literal["all", "last"] = "all"
@@ -235,6 +243,10 @@ class DataSettings:
                 raise ValueError(f"data.{name} has no effect with data.path {self.path}: remove it")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"text, text_pair and label must be different columns, got {self.columns}")
+        if self.header is not None and not {*self.columns} <= {*self.header}:
+            raise ValueError(
+                f"data.header must have the columns {', '.join(self.columns)}, got {', '.join(self.header)}"
+            )
         if self.path is not None and self.validation_fraction + self.test_fraction >= 1:
             raise ValueError(
                 "validation_fraction + test_fraction must be below 1, to leave texts for training; "
@@ -246,6 +258,21 @@ class DataSettings:
         """The task that `path` names, as in glue/sst2, if any; the name is not checked."""
         match = re.fullmatch(r"glue/([^/.]*)", self.path or "")
         return match[1] if match else None
+
+    @property
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """The data files by field: path, or train and, if set, validation and test."""
+        fields = {name: getattr(self, name) for name in ("path", "train", "validation", "test")}
+        return {
+            name: (value,) if isinstance(value, str) else value
+            for name, value in fields.items()
+            if value is not None
+        }
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The file, or files, with the training examples."""
+        return next(iter(self.files.values()))
 
     @property
     def columns(self) -> tuple[str, ...]:

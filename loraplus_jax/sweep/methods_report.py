@@ -61,7 +61,7 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
         "verdict": verdict(methods, confidence),
         "protocol": {
             "model": run.model.path,
-            "data": run.data.path or run.data.train,
+            "data": ", ".join(run.data.sources),
             "steps": steps,
             "settings": methods["lora"]["settings"],
             "seeds": list(run.seeds),

@@ -213,7 +213,7 @@ def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
     settings = {arm: sum(trial.arm == arm for trial in run.trials) for arm in METHODS}
     return {
         "model": run.model.path,
-        "data": run.data.path or run.data.train,
+        "data": ", ".join(run.data.sources),
         "init": run.lora.init,
         "steps": steps,
         "method": run.sweep.method,

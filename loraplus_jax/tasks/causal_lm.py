@@ -15,13 +15,13 @@ from tokenizers import Tokenizer
 from ..data.batches import Batch, digest
 from ..data.chat import tokenize_chats
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
-from ..data.conversations import Chat, Turn, read_chats
+from ..data.conversations import Chat, Turn, describe_dropped, read_chats
 from ..data.data_to_text import group_references, read_descriptions, select_inputs
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packing import pack, pad
-from ..data.splits import split_files, split_texts
+from ..data.splits import limit_splits, split_files, split_texts
 from ..models.decoder import Config
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
 from ..models.hf import load_config
@@ -55,8 +55,9 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     _pad_choices(splits)
     sizes = {name: len(examples) for name, examples in rows.items()}
     digests = {name: _digest(examples) for name, examples in rows.items()}
+    dropped = describe_dropped(x for examples in rows.values() for x in examples if isinstance(x, Chat))
     inputs = group_references(rows[held_out_split(rows)]) if task.kind == "generation" else ()
-    return TaskData(task, splits, sizes, truncated, digests, tuple(duplicates), tuple(inputs))
+    return TaskData(task, splits, sizes, truncated, digests, (*dropped, *duplicates), tuple(inputs))
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -68,7 +69,22 @@ def placeholder_data(settings: Settings) -> TaskData:
 
 
 def _digest(examples: Sequence[Chat | Question]) -> str:
-    return digest(dataclasses.astuple(dataclasses.replace(example, place="")) for example in examples)
+    return digest(map(_plain, examples))
+
+
+def _plain(value: Any) -> Any:
+    """Returns an example as JSON values; fields at their default are left out, so a new one changes no digest."""
+    if dataclasses.is_dataclass(value):
+        values = {
+            field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)
+        }
+        values |= {"place": ("", None)} if "place" in values else {}
+        return [
+            _plain(given)
+            for name, (given, default) in values.items()
+            if name != "dropped" and given != default
+        ]
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def load_split(
@@ -185,10 +201,11 @@ def head_is_frozen(parts: AdaptedModel) -> bool:
 def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
     splits = split_files(settings.data, functools.partial(_read, settings), _split_by_question)
     splits, lines = handle_duplicates(splits, settings.data)
+    splits, limited = limit_splits(splits, settings.data, _questions)
     if settings.generation.inputs is not None:
         name = held_out_split(splits)
         splits[name] = select_inputs(splits[name], settings.generation.inputs)
-    return splits, lines
+    return splits, [*limited, *lines]
 
 
 def _read(settings: Settings, value: str) -> list[Any]:
@@ -199,9 +216,12 @@ def _split_by_question(
     examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int
 ) -> dict[str, list]:
     """Splits by the first user message, so that a question is never in two splits."""
-    texts = [e.prompt if isinstance(e, Question) else e.question for e in examples]
-    splits = split_texts(texts, shares, seed, where=examples[0].place.rpartition(":")[0])
+    splits = split_texts(_questions(examples), shares, seed, where=examples[0].place.rpartition(":")[0])
     return {name: [examples[i] for i in indices] for name, indices in splits.items()}
+
+
+def _questions(examples: Sequence[Chat | Question]) -> list[str]:
+    return [e.prompt if isinstance(e, Question) else e.question for e in examples]
 
 
 def _encode(

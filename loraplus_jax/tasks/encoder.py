@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
 from ..data.labels import label_summary
-from ..data.readers import read_rows
-from ..data.splits import LabelledTexts, load_rows, load_splits
+from ..data.splits import LabelledTexts, limit_splits, load_rows, load_splits, read_columns
 from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
 from ..models.bert_config import BertConfig
 from ..models.hf import load_config
 from ..models.packing import choose_formats
+from ..models.tokenizer import check_ids
 from ..settings.schema import DataSettings, ModelSettings, Settings
 from .classification import EncoderTask
 from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData
@@ -34,13 +35,14 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     glue = find_task(settings.data, settings.task)
     rows, duplicates = _load_splits(settings.data)
     task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
+    rows, limited = _limit(rows, settings.data)
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
     truncated = {name: count for name, (_, count) in encoded.items()}
     digests = {name: _digest(split) for name, split in rows.items()}
     classes = label_summary(rows, task.names) if task.names else ()
-    return TaskData(task, splits, sizes, truncated, digests, (*classes, *duplicates))
+    return TaskData(task, splits, sizes, truncated, digests, (*limited, *classes, *duplicates))
 
 
 def placeholder_data(settings: Settings) -> TaskData:
@@ -70,7 +72,7 @@ def load_split(
       KeyError: there is no such split.
     """
     if data is None:
-        rows = _load_splits(settings.data)[0][split or "test"]
+        rows = _limit(_load_splits(settings.data)[0], settings.data)[0][split or "test"]
     else:
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
@@ -86,6 +88,9 @@ def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list
     return splits, [*left_out, *duplicates]
 
 
+_limit = functools.partial(limit_splits, texts_of=operator.attrgetter("texts"))
+
+
 def has_pairs(settings: DataSettings) -> bool:
     """Whether the texts are pairs."""
     glue = find_task(settings)
@@ -98,8 +103,7 @@ def read_texts(path: Path, settings: DataSettings) -> tuple[tuple[str, ...], tup
         texts = read_glue_texts(path, glue)
     else:
         names = [name for name in (settings.text, settings.text_pair) if name is not None]
-        rows = read_rows(path, names, settings.delimiter, quoting=settings.quoting)
-        texts = [tuple(row.values.values()) for row in rows]
+        texts = [tuple(row.values.values()) for row in read_columns(path, names, settings)]
     first, *second = zip(*texts, strict=True)
     return first, second[0] if second else None
 
@@ -113,12 +117,13 @@ def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
             f"got {settings.data.max_length}"
         )
     tokenizer = load_tokenizer(directory, settings.data.max_length)
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer does not fit the model: token {token!r} has id {largest}, but vocab_size "
-            f"is {config.vocab_size}"
-        )
+    check_ids(
+        tokenizer,
+        directory,
+        config.vocab_size,
+        types=config.type_vocab_size,
+        pairs=has_pairs(settings.data),
+    )
     return tokenizer
 
 

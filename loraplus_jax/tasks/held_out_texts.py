@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from ..data.conversations import Chat
 from ..data.data_to_text import Input
 from ..settings.schema import Settings
 from .language_losses import LanguageTask
@@ -46,7 +47,7 @@ class HeldOutTexts:
         search = settings.generation
         load_scorers()
         chat_model = ChatModel.from_settings(settings, directory, task, model, search.max_new_tokens, search)
-        chat_model.encode([(x.turn,) for x in inputs])
+        chat_model.encode([Chat((x.turn,)) for x in inputs])
         return cls(tuple(inputs), chat_model, search.batch_size)
 
     def generate(
@@ -56,7 +57,7 @@ class HeldOutTexts:
 
         `between` is called before each batch and may raise.
         """
-        chats = [(x.turn,) for x in self.inputs]
+        chats = [Chat((x.turn,)) for x in self.inputs]
         texts = self.model.answer(variables, chats, batch_size=self.batch_size, between=between)
         rows = [
             {"mr": x.mr, "text": text, "references": list(x.references)}

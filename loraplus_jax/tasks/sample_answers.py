@@ -95,13 +95,16 @@ class ChatModel:
             raise ValueError(f"{prefix}{error}") from None
         return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
 
-    def encode(self, chats: Sequence[Sequence[Turn]]) -> list[list[int]]:
+    def encode(self, chats: Sequence[Chat]) -> list[list[int]]:
         """Tokenizes conversations up to the start of the answer.
 
         Raises:
           ValueError: a prompt is too long, or the template fails or renders it to no tokens.
         """
-        texts = [self.template.render(turns, add_generation_prompt=True) for turns in chats]
+        texts = [
+            self.template.render(chat.turns, add_generation_prompt=True, tools=chat.tools, place=chat.place)
+            for chat in chats
+        ]
         prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
         if empty := [n for n, ids in enumerate(prompts, 1) if not ids]:
             raise ValueError(
@@ -119,7 +122,7 @@ class ChatModel:
     def answer(
         self,
         variables: Any,
-        chats: Sequence[Sequence[Turn]],
+        chats: Sequence[Chat],
         *,
         sampling: Sampling = GREEDY,
         seed: int = 0,
@@ -163,12 +166,12 @@ class SamplePrompt:
         """Creates the prompt of `train.prompt`; raises a ValueError if it is too long."""
         prompt, train = settings.train.prompt or "", settings.train
         chat_model = ChatModel.from_settings(settings, directory, task, model, train.prompt_tokens)
-        chat_model.encode([(Turn("user", prompt),)])
+        chat_model.encode([Chat((Turn("user", prompt),))])
         return cls(prompt, chat_model)
 
     def ask(self, variables: Any) -> str:
         """Returns the model's answer, decoded greedily."""
-        return self.speaker.answer(variables, [(Turn("user", self.prompt),)])[0]
+        return self.speaker.answer(variables, [Chat((Turn("user", self.prompt),))])[0]
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:

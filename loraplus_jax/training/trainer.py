@@ -473,7 +473,7 @@ class Trainer:
         if self.ranks:
             draw_ranks(self.directory / RANKS, self.ranks)
         data = self.run.settings.data
-        source = Path(data.path or data.train or "").name
+        source = ", ".join(Path(file).name for file in data.sources)
         title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
         draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
 

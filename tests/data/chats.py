@@ -34,6 +34,17 @@ MARKED = """\
 {{ '<|start|>' + m.role + '\\n' + m.content + '<|end|>' }}
 {% endif %}
 {% endfor %}"""
+# Tools, calls, and results, as a template of Qwen's kind has them.
+TOOLS = """\
+{%- if tools %}{{ '<|start|>tools\\n' + (tools | tojson) + '<|end|>\\n' }}{% endif %}
+{%- for m in messages %}
+    {{- '<|start|>' + m.role + '\\n' + m.content }}
+    {%- for call in m.tool_calls or [] %}
+        {{- '\\n' + call.function.name + ' ' + (call.function.arguments | tojson) }}
+    {%- endfor %}
+    {{- '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant\\n' }}{% endif %}"""
 # Only the last answer is preceded by thoughts, as in Qwen3's.
 THINKS = CHATML.replace(
     "m['content']", "('<t></t>' if loop.last and m.role == 'assistant' else '') + m.content"
@@ -47,6 +58,24 @@ def template(source=CHATML, **fields):
 def chat(*texts, system=None, place="f.jsonl:1"):
     turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)]
     return Chat(((Turn("system", system),) if system else ()) + tuple(turns), place)
+
+
+def call(name, arguments, **fields):
+    return fields | {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+TOOL_TALK = {
+    "messages": [
+        {"role": "user", "content": "Add 1 and 2."},
+        {"role": "assistant", "content": None, "tool_calls": [call("add", '{"a": 1, "b": "two"}', id="x")]},
+        {"role": "tool", "tool_call_id": "x", "name": "add", "content": [{"type": "text", "text": "3"}]},
+        {"role": "assistant", "content": "See.", "tool_calls": [call("add", {}), call("sub", {"c": [4]})]},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "It is 3."},
+    ],
+    "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+}
+"""A conversation with tools as OpenAI, TRL and axolotl have it, as a row of a file."""
 
 
 def specials():

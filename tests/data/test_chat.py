@@ -1,5 +1,6 @@
 """Which tokens of a conversation the loss is on."""
 
+import dataclasses
 import re
 
 import pytest
@@ -18,7 +19,20 @@ from loraplus_jax.data.conversations import Chat, Turn, read_chats
 from loraplus_jax.data.packing import pad
 
 from ..messages import assert_mentions, mentions
-from .chats import CHATML, EOS, INST, MARKED, THINKS, chat, learnt, specials, template
+from .chats import (
+    CHATML,
+    EOS,
+    INST,
+    MARKED,
+    THINKS,
+    TOOL_TALK,
+    TOOLS,
+    chat,
+    learnt,
+    specials,
+    template,
+    write_json,
+)
 
 ANSWERS = [
     "yes",
@@ -151,6 +165,90 @@ def test_a_conversation_without_an_answer_token_is_rejected(tokenizer):
     assert_mentions(str(caught.value).splitlines()[1], "f:9", f"{length} tokens")
     with pytest.raises(ValueError, match=mentions("max_length", 2, 1)):
         tokenize_chats(chats, tokenizer, template(), 1)
+
+
+@pytest.mark.parametrize("source", [CHATML, PLAIN, MARKED], ids=["chatml", "plain", "marked"])
+def test_turns_with_weight_0_are_not_trained_on(tokenizer, source):
+    many = chat("a", "no", "b", "yes", "c", "the")
+    turns = [dataclasses.replace(turn, trained=turn.text == "yes") for turn in many.turns]
+    weighted = dataclasses.replace(many, turns=tuple(turns))
+    assert learnt(weighted, tokenizer, template(source)) == f"yes{EOS}"
+    assert learnt(weighted, tokenizer, template(source), answers="last") == f"yes{EOS}"
+
+
+def test_weights_require_a_block_for_each_answer(tokenizer):
+    one = Chat((*chat("a", "b", "c").turns, Turn("assistant", "d", trained=False)), "f.jsonl:1")
+    which = template(MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last"))
+    with pytest.raises(ValueError, match=mentions("f.jsonl:1", "weights", "toy.json", 1, 2)):
+        tokenize_chats([one], tokenizer, which, 99)
+
+
+SAID = [
+    '\nadd {"a": 1, "b": "two"}<|end|>',
+    'See.\nadd {}\nsub {"c": [4]}<|end|>',
+    "It is 3.<|end|>",
+]
+
+
+@pytest.fixture
+def tool_talk(tmp_path):
+    return read_chats(write_json(tmp_path / "f.jsonl", [TOOL_TALK]))[0]
+
+
+# The second writes a special token before a call; the third other text after one, which ends in another token.
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        (TOOLS, SAID),
+        (TOOLS.replace("'\\n' + call", "'<|start|>' + call"), [s.replace("\n", "<|start|>") for s in SAID]),
+        (
+            TOOLS.replace("(call.function.arguments | tojson)", "(call.function.arguments | tojson) + ' 3'"),
+            [s.replace("}<|", "} 3<|").replace("}\n", "} 3\n") for s in SAID],
+        ),
+    ],
+)
+def test_the_loss_is_on_tool_calls_and_not_on_results(tokenizer, tool_talk, source, said):
+    assert learnt(tool_talk, tokenizer, template(source)) == "".join(said)
+    assert learnt(tool_talk, tokenizer, template(source), answers="last") == said[-1]
+    rendered = template(source).render(tool_talk.turns, tools=tool_talk.tools)
+    assert rendered.startswith('<|start|>tools\n[{"type": "function"')
+    assert "<|start|>tool\n3<|end|>" in rendered
+
+
+def test_the_header_of_a_turn_that_only_calls_is_no_answer(tokenizer, tool_talk):
+    one = dataclasses.replace(tool_talk, turns=tool_talk.turns[:2])
+    assert learnt(one, tokenizer, template(TOOLS)) == SAID[0]
+    without = template(TOOLS.replace("{{ '<|start|>assistant\\n' }}", ""))
+    with pytest.raises(ValueError, match=mentions("special tokens", "add_generation_prompt")):
+        tokenize_chats([one], tokenizer, without, 999)
+
+
+def test_long_tools_and_calls_may_be_rendered(tool_talk):
+    long = "x" * 100_000
+    call = tool_talk.turns[1]
+    turns = (tool_talk.turns[0], dataclasses.replace(call, extra=call.extra.replace("two", long)))
+    assert template(TOOLS).render(turns, tools=f'["{long}"]').count(long) == 2
+
+
+CALLS = TOOLS[TOOLS.index("    {%- for call") : TOOLS.index("    {{- '<|end|>")]
+ONLY_USER = TOOLS.replace("m.role +", "('user' if m.role == 'user' else 'assistant') +")
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        (TOOLS.replace("if tools", "if false"), ["tools", "data.template"]),
+        (TOOLS.replace(CALLS, ""), ["tool calls", "turn 2"]),
+        (TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), ["tool calls", "turn 4"]),
+        (TOOLS.replace("in messages", "in messages if m.role != 'tool'"), ["role tool", "turn 3"]),
+        (ONLY_USER, ["role tool", "turn 3"]),
+        (TOOLS.replace("{{ '<|start|>assistant\\n' }}", ""), ["special tokens", "add_generation_prompt"]),
+        (PLAIN, ["tools"]),
+    ],
+)
+def test_templates_that_ignore_tools_are_rejected(tokenizer, tool_talk, source, named):
+    with pytest.raises(ValueError, match=mentions("f.jsonl:1", "toy.json", *named)):
+        tokenize_chats([tool_talk], tokenizer, template(source), 999)
 
 
 CONTENT = "m['content']"

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from loraplus_jax.data.conversations import Turn, read_chats
+from loraplus_jax.data.conversations import Turn, describe_dropped, read_chats
 
 from ..messages import assert_mentions, mentions
-from .chats import write_json
+from .chats import TOOL_TALK, call, write_json
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
 
@@ -66,8 +66,70 @@ def test_what_may_be_missing_and_what_goes_first(tmp_path):
     assert read_chats(write_json(tmp_path / "a.jsonl", [both]))[0].turns[0].text == "x"
 
 
+def _read(tmp_path, *rows):
+    return read_chats(write_json(tmp_path / "a.jsonl", rows))
+
+
+@pytest.mark.parametrize("fields", [{"weight": 0}, {"train": False}, {"training": False, "weight": None}])
+def test_a_weight_says_whether_an_answer_is_trained_on(tmp_path, fields):
+    row = _said(("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    for message in row["messages"]:
+        message |= fields if message["content"] != "d" else dict.fromkeys(fields, 1)
+    assert [turn.trained for turn in _read(tmp_path, row)[0].turns] == [True, True, False, True, True]
+
+
+def test_of_a_prompt_in_messages_only_the_completion_is_trained_on(tmp_path):
+    prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    prompt += [{"role": "user", "content": "c"}]
+    (chat,) = _read(tmp_path, {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]})
+    assert [(turn.text, turn.trained) for turn in chat.turns] == [(x, x != "b") for x in "abcd"]
+    with pytest.raises(ValueError, match=mentions("'prompt'", "[{")):
+        _read(tmp_path, {"prompt": prompt, "completion": "d"})
+
+
+def test_tool_calls_and_their_results(tmp_path):
+    for tools in (TOOL_TALK["tools"], json.dumps(TOOL_TALK["tools"])):
+        (chat,) = _read(tmp_path, TOOL_TALK | {"tools": tools})
+        messages = [turn.message for turn in chat.turns]
+        assert [message["content"] for message in messages] == [
+            "Add 1 and 2.",
+            "",
+            "3",
+            "See.",
+            "",
+            "It is 3.",
+        ]
+        assert messages[1]["tool_calls"] == [call("add", {"a": 1, "b": "two"}, id="x")]
+        assert messages[2] == {"role": "tool", "content": "3", "tool_call_id": "x", "name": "add"}
+        assert messages[3]["tool_calls"] == TOOL_TALK["messages"][3]["tool_calls"]
+        assert json.loads(chat.tools) == TOOL_TALK["tools"]
+    assert _read(tmp_path, _said(U, A) | {"tools": None})[0].tools == ""
+
+
+def test_text_in_parts_is_joined(tmp_path):
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image": None}]
+    assert _read(tmp_path, _said(("user", parts), A))[0].question == "a b"
+
+
+def test_messages_without_effect_are_left_out_and_counted(tmp_path):
+    empty, late = ("system", " "), ("user", "c")
+    chats = _read(tmp_path, _said(empty, U, A), _said(U, A, late, ("tool", "d")), _said(empty, U, A, late))
+    assert [chat.turns for chat in chats] == [(Turn(*U), Turn(*A))] * 3
+    assert [turn.text for turn in chats[1].dropped] == ["c", "d"]
+    for line, words in zip(describe_dropped(chats), (("system", 2), ("last answer", 2)), strict=True):
+        assert_mentions(line, *words)
+    assert describe_dropped(_read(tmp_path, _said(S, U, A))) == []
+
+
 def _said(*pairs):
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+def _weighted(role="assistant", **fields):
+    """A conversation of two turns with more fields in one of them."""
+    row = _said(U, A)
+    next(message for message in row["messages"] if message["role"] == role).update(fields)
+    return row
 
 
 U, A, S = ("user", "a"), ("assistant", "b"), ("system", "c")
@@ -77,14 +139,28 @@ U, A, S = ("user", "a"), ("assistant", "b"), ("system", "c")
     ("row", "named"),
     [
         (_said(("usr", "a"), A), ["turn 1", '"usr"', "'user'"]),
-        (_said((3, "a"), A), ["turn 1", 3, "assistant, gpt, human, system, user"]),
+        (_said((3, "a"), A), ["turn 1", 3, "assistant, gpt, human, system, tool, user"]),
         (_said(U, ("assistant", " \n")), ["turn 2", "content", "empty"]),
         (_said(U, ("assistant", None)), ["turn 2", "content", "null"]),
         (_said(U, ("assistant", "\ud800")), ["turn 2", "content", "surrogate"]),
         (_said(U), ["assistant"]),
         (_said(A, U, A), ["assistant", "first"]),
-        (_said(U, A, U), ["last", "user"]),
         (_said(U, S, A), ["turn 2", "system", "first"]),
+        (_said(("tool", "a"), A), ["tool", "first"]),
+        (_said(("user", [{"type": "image", "image": "a.png"}]), A), ["turn 1", "part 1", '"image"', "text"]),
+        (_said(("user", []), A), ["turn 1", "content", "empty"]),
+        (_weighted(weight=0.5), ["turn 2", "weight", 0, 1, 0.5]),
+        (_weighted(train="false"), ["turn 2", "train", "false", "true", '"false"']),
+        (_weighted(weight=1, training=False), ["turn 2", "weight", "training"]),
+        (_weighted(weight=0), ["assistant", "weight 0", "train false"]),
+        (_weighted(train_detail=[{"begin_offset": 0}]), ["turn 2", "train_detail"]),
+        (_weighted("user", train=True), ["turn 1", "train", "true", "assistant"]),
+        (_weighted("user", tool_calls=[call("add", {})]), ["turn 1", "tool_calls", "assistant"]),
+        (_weighted(tool_calls=[call("add", "{")]), ["turn 2", "tool call 1", '"arguments"']),
+        (_weighted(tool_calls=[call("add", {}), "x"]), ["turn 2", "tool call 2", '"x"']),
+        (_weighted(tool_calls=[call("\ud800", {})]), ["turn 2", "tool call", "surrogate"]),
+        (_said(U, A) | {"tools": "add"}, ["'tools'", "list", '"add"']),
+        (_said(U, A) | {"tools": [3]}, ["'tools'", "objects", "[3]"]),
         ({"messages": []}, ["'messages'", "list", "[]"]),
         ({"messages": "hi"}, ["'messages'", "list", '"hi"']),
         ({"messages": ["hi"]}, ["turn 1", '{"role": ..., "content": ...}', '{"from"']),

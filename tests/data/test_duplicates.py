@@ -15,6 +15,7 @@ from loraplus_jax.data.splits import LabelledTexts, comparable, load_splits
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
+from .chats import call
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -105,6 +106,11 @@ def text(text, label, **more):
     return {"text": text, "label": label, **more}
 
 
+def tool_chat(text, **arguments):
+    answer = {"role": "assistant", "tool_calls": [call("add", arguments)]}
+    return {"messages": [{"role": "user", "content": text}, answer]}
+
+
 CASES = {
     # Reader, rows of train, rows of test; test rows that are in train, conflicts, train rows that drop keeps.
     "texts": (
@@ -126,6 +132,10 @@ CASES = {
     "conversations": (
         *(read_chats, [chat("hi", "yes"), chat("hi", "no"), chat("ho", "yes")]),
         *([chat("Hi", " yes"), chat("ho", "no")], 1, 0, [1, 2]),
+    ),
+    "tool calls": (
+        *(read_chats, [tool_chat("hi", n=1), tool_chat("hi", n=2)]),
+        *([tool_chat("hi", n=2), tool_chat("hi", n=3)], 1, 0, [0]),
     ),
     "plain texts": (read_chats, [{"text": "a"}, {"text": "b"}], [{"text": "A"}], 1, 0, [1]),
     "questions": (

@@ -1,10 +1,13 @@
 """Class names and regression labels, from texts."""
 
+import difflib
 import json
 
 import numpy as np
 import pytest
 
+from loraplus_jax._validation import suggest
+from loraplus_jax.data import labels
 from loraplus_jax.data.labels import class_labels, label_names, regression_labels
 from loraplus_jax.data.splits import LabelledTexts, load_rows
 from loraplus_jax.settings.schema import DataSettings
@@ -55,6 +58,29 @@ def test_a_label_that_training_lacks_is_an_error_with_its_line():
     assert_mentions(str(caught.value), "f.csv:4", "'maybe'")
     with pytest.raises(ValueError, match="'a'"):
         label_names({"train": _rows("ab")})
+
+
+def test_only_the_problems_shown_get_a_suggestion(monkeypatch):
+    calls = []
+    monkeypatch.setattr(labels, "suggest", lambda label, names: calls.append(label) or "")
+    rows = [_rows("a" * 1000, [f"{kind}{i}" for i in range(1000)]) for kind in "xy"]
+    with pytest.raises(ValueError, match=mentions("f.csv:2", "'y0'", 1000)):
+        label_names({"train": rows[0], "test": rows[1]})
+    assert calls == [f"y{i}" for i in range(20)]
+
+
+def test_many_names_are_neither_compared_nor_all_listed(monkeypatch):
+    monkeypatch.setattr(difflib, "get_close_matches", None)
+    message = suggest("y", [f"x{i:05}" for i in range(100_000)])
+    assert_mentions(message, "x00000", "x00049", "99,950")
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize("decimal", ["3.27", "-0.5", "1e-999999"])
+def test_decimal_numbers_are_no_classes(decimal):
+    with pytest.raises(ValueError, match=mentions(decimal, "task", "regression")):
+        label_names({"train": _rows("abc", ["1", decimal, "1e999999"])})
+    assert label_names({"train": _rows("ab", [decimal, "yes"])}) == [decimal, "yes"]
 
 
 def test_regression_labels_are_finite_numbers():

@@ -199,3 +199,21 @@ def test_another_delimiter(tmp_path):
     }
     with pytest.raises(ValueError, match=mentions("'message'", "semicolon", "data.delimiter", "';'")):
         read_rows(path, ["message"])
+
+
+@pytest.mark.parametrize(("suffix", "gap"), [("csv", ","), ("tsv", "\t")])
+def test_a_file_without_a_header_line(tmp_path, suffix, gap):
+    path = _write(tmp_path / f"a.{suffix}", f"\n1{gap}a{gap}good\n0{gap}{gap}bad\n")
+    settings = DataSettings(path=str(path), text="review", header=("label", "mark", "review"))
+    rows = load_rows(path, settings)
+    assert (rows.texts, rows.labels, rows.places) == (("good", "bad"), ("1", "0"), (f"{path}:2", f"{path}:3"))
+    _write(path, f"review{gap}label\nfair{gap}1\n")  # it has one
+    assert load_rows(path, settings).texts == ("fair",)
+    _write(path, f"1{gap}good\n")
+    with pytest.raises(ValueError, match=mentions(f"a.{suffix}:1", "2 fields", 3)):
+        load_rows(path, settings)
+    with pytest.raises(ValueError, match=mentions("'text'", "data.header")):
+        load_rows(path, DataSettings(path=str(path)))
+    _write(path, "")
+    with pytest.raises(ValueError, match=mentions("empty")):
+        load_rows(path, settings)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.data.splits import LabelledTexts, load_splits
+from loraplus_jax.data.splits import LabelledTexts, limit_splits, load_splits
 from loraplus_jax.settings.schema import DataSettings
 
-from ..messages import mentions
+from ..messages import assert_mentions, mentions
 from .tables import write_table
 
 
@@ -55,6 +55,42 @@ def test_a_share_of_nothing_makes_no_split_and_too_few_texts_are_rejected(tmp_pa
     assert [len(r) for r in _one_file(tmp_path, TEXTS[:3]).values()] == [1, 1, 1]
     with pytest.raises(ValueError, match=mentions("a.csv", 2)):
         _one_file(tmp_path, [*TEXTS[:2], TEXTS[0]])
+
+
+def _texts(splits):
+    return {name: set(rows.texts) for name, rows in splits.items()}
+
+
+def test_a_limit_keeps_a_part_of_each_split_whatever_the_order_of_the_rows(tmp_path):
+    whole, settings = _one_file(tmp_path, TEXTS), DataSettings(path="a.csv", limit=15)
+    limited, (line,) = limit_splits(whole, settings, lambda rows: rows.texts)
+    assert {name: len(rows) for name, rows in limited.items()} == {"train": 15, "validation": 10, "test": 15}
+    assert all(_texts(limited)[name] <= texts for name, texts in _texts(whole).items())
+    assert limited["train"].places == tuple(p for p in whole["train"].places if p in limited["train"].places)
+    assert limited["train"].texts != whole["train"].texts[:15]
+    backwards, _ = limit_splits(_one_file(tmp_path, TEXTS[::-1]), settings, lambda rows: rows.texts)
+    assert _texts(backwards) == _texts(limited)
+    assert_mentions(line, "data.limit 15", "15 of 70 train", "10 of 10 validation", "15 of 20 test")
+
+
+def test_a_split_may_have_several_files(tmp_path):
+    for name, part in {"a": TEXTS[:10], "b": TEXTS[10:20], "c": TEXTS[20:]}.items():
+        write_table(
+            tmp_path / f"{name}.csv", [(t, f"{t}?", "x") for t in part], header=("text", "q", "label")
+        )
+    fields = {"train": ("a.csv", "b.csv"), "text_pair": "q"}
+    splits = load_splits(DataSettings(**fields, validation="c.csv"), lambda value: tmp_path / value)
+    assert splits["train"].texts == tuple(TEXTS[:20])
+    assert splits["train"].pairs == tuple(f"{t}?" for t in TEXTS[:20])
+    assert splits["train"].places[9:11] == (f"{tmp_path / 'a.csv'}:11", f"{tmp_path / 'b.csv'}:2")
+    splits = load_splits(DataSettings(**fields), lambda value: tmp_path / value)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 18, "validation": 2}
+
+
+def test_a_header_requires_a_table(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}')
+    with pytest.raises(ValueError, match=mentions("data.header", ".csv", ".tsv", "a.jsonl")):
+        load_splits(DataSettings(path="a.jsonl", header=("text", "label")), lambda value: tmp_path / value)
 
 
 def _paired(tmp_path) -> Path:

@@ -48,6 +48,20 @@ def ghost_shard(world):
     (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def third_answer(tools=None, **fields):
+    """Every row a conversation, with tools in the third and more fields in its answer."""
+
+    def spoil(world):
+        content = []
+        for n in range(60):
+            answer = {"role": "assistant", "content": "it"} | (fields if n == 2 else {})
+            messages = [{"role": "user", "content": f"what {n}"}, answer]
+            content.append({"messages": messages, "tools": tools if n == 2 else None})
+        world.write_rows("chats.jsonl", content)
+
+    return spoil
+
+
 def template(text):
     return write("own.jinja", text)
 
@@ -74,6 +88,12 @@ def question(number=7, **fields):
     return spoil
 
 
+PREPENDS = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [9999], "tokens": ["<s>"]}},
+}
 Q5_0 = {"blk.0.ffn_up.weight": ("Q5_0", np.zeros((tiny.INNER, 22), np.uint8))}
 CASES = [
     # GGUF files
@@ -133,6 +153,11 @@ CASES = [
         "tokenizer larger than the embedding",
         ("model", "embedding", "300 rows"),
         spoil=json_fields("model/config.json", vocab_size=300),
+    ),
+    Case(
+        "special token beyond the embedding",
+        ("model", "'<s>'", 9999, "embedding"),
+        spoil=json_fields("model/tokenizer.json", post_processor=PREPENDS),
     ),
     Case("tokenizer.json missing", ("model", "tokenizer.json"), spoil=remove("model/tokenizer.json")),
     Case(
@@ -227,9 +252,14 @@ CASES = [
         spoil=all_said(("assistant", "it"), ("user", "what"), ("assistant", "it")),
     ),
     Case(
-        "user last",
-        ("chats.jsonl:3", "last", "user"),
-        spoil=all_said(("user", "what"), ("assistant", "it"), ("user", "what")),
+        "half a weight",
+        ("chats.jsonl:3", "turn 2", "weight", 0.5),
+        spoil=third_answer(weight=0.5),
+    ),
+    Case(
+        "a template without tools",
+        ("chats.jsonl:3", "tools", "data.template"),
+        spoil=third_answer(tools=[{"name": "x"}]),
     ),
     Case("no assistant", ("chats.jsonl:3", "assistant"), spoil=all_said(("user", "what"))),
     Case(

@@ -134,6 +134,10 @@ def ghost_shard(world):
     (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _bert_processing(end):
+    return {"type": "BertProcessing", "sep": ["[SEP]", end], "cls": ["[CLS]", 2]}
+
+
 EVAL, PREDICT = ("eval", "{out}"), ("predict", "{out}")
 GLUE = ("--data.root", "{dir}", "--data.path")
 SEPARATE = ("--data.path", "null", "--data.train", "{dir}/first.csv", "--data.validation", "{dir}/second.csv")
@@ -242,6 +246,17 @@ CASES = [
         "model path unknown",
         ("model", "'minilmm'", "'minilm'"),
         ("--model.path", "minilmm"),
+    ),
+    Case(
+        "special token beyond the embedding",
+        ("model", "'[SEP]'", 9999, "embedding", "vocab_size"),
+        spoil=json_fields("model/tokenizer.json", post_processor=_bert_processing(9999)),
+    ),
+    Case(
+        "token type of a pair beyond its embedding",
+        ("model", "pairs", 1, "type_vocab_size"),
+        ("--data.text_pair", "rating"),
+        spoil=json_fields("model/config.json", type_vocab_size=1),
     ),
     Case("model path is a file", ("texts.csv",), ("--model.path", "{dir}/texts.csv")),
     Case(

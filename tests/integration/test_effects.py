@@ -287,6 +287,7 @@ PROCESSES = (
     *("--distributed.process_id", "1"),
 )
 WIDE = ("--data.path", "{dir}/wide.csv")
+BARE = ("--data.path", "{dir}/bare.csv", "--data.header", "[text, second, label]")
 BOTH = ("--data.path", "{dir}/both.csv")
 LAST = ("--train.select", "last")
 RANKED = (*LAST, "--optimizer.target_rank", "1")
@@ -320,6 +321,7 @@ CHANGES = [
     Change("model.loss_chunk", "64", program, TALK),
     Change("data.path", "{dir}/first.csv", arrays),
     Change("data.train", "{dir}/more.csv", arrays, FILES),
+    Change("data.train", "[{dir}/first.csv, {dir}/last.csv]", arrays, FILES),
     Change("data.validation", "{dir}/last.csv", arrays, FILES),
     Change("data.test", "{dir}/last.csv", arrays, FILES),
     Change("data.text", "text2", arrays, WIDE),
@@ -327,6 +329,9 @@ CHANGES = [
     Change("data.label", "label2", arrays, WIDE),
     Change("data.delimiter", ";", arrays, BOTH),
     Change("data.quoting", "none", arrays, ("--data.path", "{dir}/quoted.csv")),
+    Change("data.header", "[second, text, label]", arrays, BARE),
+    Change("data.limit", "20", arrays),
+    Change("data.limit", "20", arrays, TALK),
     Change("data.root", "{dir}", arrays, ("--data.path", "glue/sst2", "--data.root", "{dir}/glue")),
     Change("data.max_length", "8", arrays),
     Change("data.validation_fraction", "0.2", arrays),
@@ -441,6 +446,8 @@ def home(first_world, tmp_path_factory, cache):
     rows = world.rows()
     more = [{"second": "a film", "text2": f"so {row['text']}", "label2": row["label"][::-1]} for row in rows]
     world.write_rows("wide.csv", [row | extra for row, extra in zip(rows, more, strict=True)])
+    lines = [f"a {row['text']},so {row['text']},{row['label']}" for row in rows]
+    (world.directory / "bare.csv").write_text("\n".join(lines) + "\n")
     # A table with commas and, of other values, with semicolons.
     texts = [row["text"].replace(",", "").replace(";", "") for row in rows]
     lines = [f"{t},{row['label']},so;{t} so;{row['label']}" for t, row in zip(texts, rows, strict=True)]

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from loraplus_jax.cli import main
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.tasks.encoder import load_data, model_config
+from loraplus_jax.tasks.encoder import load_data, load_split, model_config
 from loraplus_jax.training import setup as module
 from loraplus_jax.training.inspect import inspect
 from loraplus_jax.training.setup import prepare
@@ -98,6 +98,16 @@ def test_long_texts_are_counted(world):
         "validation": (16, 5),
         "test": (32, 5),
     }
+
+
+def test_a_trial_on_few_texts_has_all_classes(world):
+    settings = parse_settings(world.config, ["--data.limit", "1"])
+    data = load_data(settings, world.model)
+    assert data.task.names == ("no", "yes")
+    assert data.examples == {"train": 1, "validation": 1, "test": 1}
+    split = load_split(settings, world.model, data.task, "test", None)
+    assert (split.examples, split.digest) == (1, data.digests["test"])
+    assert load_split(settings, world.model, data.task, None, str(world.data)).examples == 160
 
 
 @pytest.mark.slow

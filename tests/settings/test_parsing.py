@@ -67,6 +67,14 @@ def test_every_field_of_language_models_is_read_and_rejected_for_encoders(tmp_pa
 def test_separate_files(tmp_path):
     settings = parsed(tmp_path, "--data.path", "null", *(w for n, v in FILES.items() for w in (f"--{n}", v)))
     assert (settings.data.path, settings.data.train, settings.data.test) == (None, "a.csv", "c.csv")
+    settings = parsed(
+        tmp_path, "--data.path", "null", "--data.train", "[a.csv, b.csv]", "--data.test", "c.csv"
+    )
+    assert settings.data.files == {"train": ("a.csv", "b.csv"), "test": ("c.csv",)}
+    assert settings_from_json(settings.to_json()) == settings
+    for bad in ("[]", "[3]", " "):
+        with pytest.raises(ValueError, match=mentions("data.train", "list")):
+            parsed(tmp_path, "--data.path", "null", "--data.train", bad)
 
 
 def test_the_command_line_wins_and_the_last_word_on_it(tmp_path):

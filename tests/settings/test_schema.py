@@ -52,6 +52,7 @@ GLUE_FIELDS = {
     "label": "class",
     "delimiter": ";",
     "quoting": "none",
+    "header": "[text, label]",
     "test_fraction": "0.3",
 }
 
@@ -63,6 +64,7 @@ GLUE_FIELDS = {
         ("model.dropout", "0.3", TALK, (), ("task", "classification", "regression", "instruction")),
         ("data.delimiter", ";", TALK, (), ("task", "classification", "regression", "instruction")),
         ("data.quoting", "none", TALK, (), ("task", "classification", "regression", "instruction")),
+        ("data.header", "[text, label]", TALK, (), ("task", "classification", "regression", "instruction")),
         ("data.root", "glue", (), ("--data.path", "glue/rte"), ("data.path", "glue/sst2", "d")),
         *(
             (f"data.{name}", given, ("--data.path", "glue/rte"), (), ("data.path glue/rte",))
@@ -267,3 +269,5 @@ def test_data_settings_that_are_rejected(fields, named):
 
 def test_data_settings_with_separate_files_may_leave_out_validation_and_test():
     assert DataSettings(train="a", text_pair="b").columns == ("text", "b", "label")
+    with pytest.raises(ValueError, match=mentions("data.header", "text, label", "stars, text")):
+        DataSettings(path="a.csv", header=("stars", "text"))
