@@ -19,7 +19,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from .._validation import expand_path
-from ..atomic import to_json, write_text
+from ..atomic import add_path_to_errors, to_json, write_text
 from ..checkpoint import PACKAGES
 from ..data.fetch import resolve
 from ..json_files import read_json
@@ -32,7 +32,6 @@ from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, lines_only
 from ..training.metrics_log import SUMMARY
 from ..training.run_directory import (
-    add_path_to_errors,
     check_compared,
     check_directory,
     claim_directory,

@@ -76,17 +76,6 @@ def _check_writable(directory: Path) -> None:
         raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
 
 
-@contextmanager
-def add_path_to_errors(directory: Path) -> Iterator[None]:
-    """Adds the directory to system errors without a file name, such as a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(directory)) from None
-
-
 def check_directory(
     directory: Path,
     settings: Settings,
