@@ -24,6 +24,7 @@ from ..atomic import add_path_to_errors, to_json, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
+from ..json_files import read_text
 from ..settings.schema import GENERATION
 from ..train_step import TrainState
 from ..training.anomalies import TrainingFailed
@@ -133,7 +134,7 @@ def _sweep(
     started = time.perf_counter()
     at_once = run.sweep.members_at_once
     if at_once is None and not fresh and (directory / MEMBERS_FILE).exists():
-        at_once = json.loads((directory / MEMBERS_FILE).read_text(encoding="utf-8"))
+        at_once = json.loads(read_text(directory / MEMBERS_FILE))
     largest_group = max(map(len, seed_groups(run)))
     capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
     population = prepare_population(run, capacity, at_once)
