@@ -62,7 +62,11 @@ def _exit_on_signal(number: int, frame: object) -> None:
         return
     with contextlib.suppress(OSError):  # a closed stderr
         os.write(2, b"loraplus: %s\n" % WORDS[signal.Signals(number)])
-    os._exit(128 + number)
+    try:
+        atomic = sys.modules.get("loraplus_jax.atomic")  # without it, nothing is half written
+        getattr(atomic, "remove_unfinished", lambda: None)()
+    finally:
+        os._exit(128 + number)
 
 
 if __name__ == "__main__":

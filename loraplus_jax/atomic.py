@@ -6,12 +6,21 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-STAGING = ".partial"
-"""End of the name of a hidden directory that a killed process may leave behind."""
+try:
+    import fcntl
+except ImportError:  # Windows: without a lock, what a killed process leaves behind stays
+    fcntl = None
+
+PREFIX, STAGING = ".loraplus-", ".partial"
+"""How the name of a hidden directory begins and ends that a killed process may leave behind."""
+_unfinished: set[Path] = set()
+_ending = threading.RLock()
+"""Held while files are renamed or removed, and from `remove_unfinished` to the end of the process."""
 
 
 @contextlib.contextmanager
@@ -27,27 +36,103 @@ def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
 
     Raises:
       ValueError: `new`, and something is there.
+      OSError: it cannot be written; the error names `path`.
     """
     _check_new(path, new)
-    # In a directory of its own: another process that writes to the same path cannot interfere.
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=".", suffix=STAGING, dir=path.parent))
-    except OSError as error:  # with the name that the caller knows
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    written, old = staging / "new", staging / "old"
-    try:
+    with add_path_to_errors(path), temporary_directory(path.parent) as staging:
+        written, old = staging / "new", staging / "replaced" / path.name
         yield written
         for part in (written, *written.rglob("*")):
             sync(part)
-        _check_new(path, new)
-        if path.is_dir():
-            os.rename(path, old)  # a directory cannot be renamed onto another
-        os.replace(written, path)
-        sync(path.parent)
+        with _ending:
+            _check_new(path, new)
+            if path.is_dir():  # a directory cannot be renamed onto another
+                old.parent.mkdir()
+                os.rename(path, old)
+            os.replace(written, path)
+            sync(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_directory(parent: Path) -> Iterator[Path]:
+    """Yields a new hidden directory in `parent`, which no other process uses, and removes it at the end.
+
+    If a signal ends the process, `remove_unfinished` removes it, and after a SIGKILL the next call for `parent`.
+    """
+    for leftover in parent.glob(f"{PREFIX}*{STAGING}"):
+        with contextlib.suppress(OSError):
+            lock, is_ours = _open_lock(leftover)
+            if is_ours:
+                _remove(leftover)
+            os.close(lock)
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=STAGING, dir=parent))
+        try:
+            lock, is_ours = _open_lock(staging)
+        except FileNotFoundError:
+            continue  # another process has taken it for a leftover
+        except OSError:
+            staging.rmdir()
+            raise
+        if is_ours is not False and staging.exists():
+            break
+        os.close(lock)
+    _unfinished.add(staging)
+    try:
+        yield staging
     finally:
-        if old.exists() and not path.exists():
+        with _ending:
+            _unfinished.discard(staging)
+            _remove(staging)
+        os.close(lock)
+
+
+def remove_unfinished() -> None:
+    """Removes the hidden directories of this process; call it only right before the process ends.
+
+    Threads that are writing to one stop at its end: what they write by then fails or is removed.
+    """
+    _ending.acquire()
+    for staging in list(_unfinished):
+        with contextlib.suppress(OSError):  # a new name first, under which no thread writes
+            _remove(staging.rename(staging.with_name(f"{PREFIX}ended-{staging.name.removeprefix(PREFIX)}")))
+
+
+def _open_lock(staging: Path) -> tuple[int, bool | None]:
+    """Opens the lock of a hidden directory; its descriptor, and whether it is ours (None: locks are unsupported).
+
+    The operating system releases the lock when the process exits.
+    """
+    lock = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    if fcntl is None:
+        return lock, None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return lock, False
+    except OSError:  # a file system without locks
+        return lock, None
+    return lock, True
+
+
+def _remove(staging: Path) -> None:
+    """Removes a hidden directory, after moving back what it was about to replace."""
+    for old in (staging / "replaced").glob("*"):
+        if not os.path.lexists(path := staging.parent / old.name):
             os.rename(old, path)
-        shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def add_path_to_errors(path: Path) -> Iterator[None]:
+    """Adds the path to system errors without a file name, such as a full disk, or with a hidden directory's."""
+    try:
+        yield
+    except OSError as error:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if error.errno is None or (names and not any(PREFIX in name and STAGING in name for name in names)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _check_new(path: Path, new: bool) -> None:

@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers
 from ._validation import check_int, suggest
 from .atomic import to_json, write_text
 from .config import LoRAPlusConfig
+from .json_files import check_files
 from .multihost import allgather, is_lost_process
 from .spec import Specs, specs_to_json
 from .train_step import TrainState
@@ -163,6 +164,7 @@ class _Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> Any:
         """The metrics as saved; None if they are missing or damaged."""
         try:
+            check_files(Path(self.directory, str(step), "metrics"))
             metrics = dict(super().metrics(step) or {})
             return metrics if metrics.pop("digest") == _digest([step, metrics]) else None
         except Exception:  # damaged bytes can raise anything: invalid JSON, invalid UTF-8, a wrong type
@@ -388,6 +390,8 @@ def _read(
     values, reason = {}, None
     try:
         directory = Path(manager.directory, str(step))
+        for name in items:
+            check_files(directory / name)
         values = {
             name: ITEM_HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()
         }

@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import Any
 
 
-def check_file(path: Path) -> None:
-    """Raises ValueError unless a path is a regular file: opening a FIFO can block forever, a device may not end."""
+def check_file(path: Path, *, follow_links: bool = True) -> None:
+    """Raises ValueError unless a path is a regular file: opening a FIFO can block forever, a device may not end.
+
+    Without `follow_links` a symbolic link is none either, as for a file to write.
+    """
     try:
-        kind = stat.S_IFMT(path.stat().st_mode)
+        kind = stat.S_IFMT(path.stat(follow_symlinks=follow_links).st_mode)
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         raise ValueError(f"{path} {reason}") from None
     if kind != stat.S_IFREG:
         kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
+        kinds |= {stat.S_IFLNK: "symbolic link"}
         raise ValueError(f"{path} is a {kinds.get(kind, 'device')}: use a regular file")
+
+
+def check_files(directory: Path) -> None:
+    """Raises ValueError unless all files in a directory are regular, for a library that opens them itself."""
+    for path in directory.rglob("*"):
+        if not path.is_dir():
+            check_file(path)
 
 
 def read_text(path: Path, encoding: str = "utf-8") -> str:

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices in every test run, rank promotion is an error, and compiled programs are kept."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -10,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -23,3 +25,17 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The file that takes longest comes first: a file stays on one worker, and the others go on meanwhile."""
     items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
+@pytest.fixture
+def ten_seconds():
+    """Fails the test after ten seconds, for what would otherwise wait forever."""
+
+    def stop(*_):
+        pytest.fail("it takes more than ten seconds")  # no Exception, which code under test may catch
+
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, old)

@@ -1,8 +1,12 @@
 """Files and directories are replaced as a whole, after they are on disk; JSON holds no NaN."""
 
+import errno
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -83,6 +87,58 @@ def test_what_must_be_new_replaces_nothing(tmp_path, existing):
         written.write_text("x")
     assert os.path.lexists(path)
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+WRITE = """
+import pathlib, sys, loraplus_command
+loraplus_command.listen()
+from loraplus_jax.atomic import atomic_write
+with atomic_write(pathlib.Path(sys.argv[1])) as written:
+    written.mkdir()
+    print("writes", flush=True)
+    while True:
+        (written / str(len(list(written.iterdir())))).write_bytes(bytes(9999))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_a_process_that_is_ended_leaves_nothing_or_the_next_removes_it(tmp_path, number, code):
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "target")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == "writes\n"
+        write_text(tmp_path / "other", "x")  # while the first is at work
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert errors.count("\n") == (number != signal.SIGKILL), errors
+    assert [p.name for p in tmp_path.iterdir() if p.name != "other"] == [] or number == signal.SIGKILL
+    write_text(tmp_path / "other", "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+def test_what_a_killed_process_was_about_to_replace_comes_back(tmp_path):
+    for name in ("moved", "written_again"):
+        replaced = tmp_path / f".loraplus-{name}.partial/replaced"
+        replaced.mkdir(parents=True)
+        write_directory(replaced / name, "old")
+    write_directory(tmp_path / "written_again", "new")
+    (tmp_path / ".other.partial").mkdir()
+    write_text(tmp_path / "a", "x")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "moved", "written_again", ".other.partial"}
+    assert [content_of(tmp_path / name) for name in ("moved", "written_again")] == ["old", "new"]
+
+
+def test_a_full_disk_names_the_path_that_the_caller_knows(tmp_path):
+    path = tmp_path / "target"
+    for names in ((), (str(tmp_path / ".loraplus-x.partial/new/a"),)):
+        with pytest.raises(OSError, match=mentions("No space", path)) as raised, atomic_write(path):
+            raise OSError(errno.ENOSPC, "No space left on device", *names)
+        assert raised.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_is_gone_is_not_made_again(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -362,6 +363,21 @@ def test_a_checkpoint_with_damaged_metrics_is_not_the_best_and_no_more(tmp_path,
     with open_manager(tmp_path, best="loss") as manager:
         assert (manager.best_step(), list(manager.all_steps())) == (2, [1, 2])
         assert restore_checkpoint(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
+
+
+@pytest.mark.usefixtures("ten_seconds")
+@pytest.mark.parametrize("name", ["metrics/metrics", "metadata/metadata", "state/manifest.ocdbt"])
+def test_a_fifo_in_a_checkpoint_is_damage_and_not_waited_for(tmp_path, name):
+    save_two(tmp_path)
+    path = tmp_path / "2" / name
+    path.unlink()
+    os.mkfifo(path)
+    with open_manager(tmp_path, best="loss") as manager:
+        if name == "metrics/metrics":
+            assert manager.metrics(2) is None
+        else:
+            with pytest.raises(DamagedCheckpoint, match=mentions("step 2", path, "FIFO")):
+                restore_checkpoint(manager, fresh(), metadata=metadata())
 
 
 CHANGES = {

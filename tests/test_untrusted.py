@@ -37,6 +37,7 @@ from loraplus_jax.tasks.causal_lm import tokenizer_and_template
 from loraplus_jax.tasks.interface import BaseModel
 from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.training.init_adapter import saved_config
+from loraplus_jax.training.metrics_log import RunLog
 from loraplus_jax.training.setup import add_adapters
 
 from .fuzz.damage import MIB, peak_limit
@@ -409,6 +410,7 @@ READERS = {
     "generation_config.json": lambda p: tokenizers.stop_ids(p.parent),
     "model.safetensors": lambda p: load_params(p.parent, NameTable(rules=()), {}),
     "m.gguf": lambda p: load_config(p),
+    "metrics.jsonl": lambda p: RunLog(p.parent, keep=1, writes=False),
 }
 
 

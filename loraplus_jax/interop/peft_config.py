@@ -50,7 +50,7 @@ class PeftOptions:
       dropout, bias: as in PEFT.
       target_modules, exclude_modules: names, one regular expression, or None.
       modules_to_save: names of fully trained modules.
-      ties_weights: whether an embedding's adapter also applies to the tied head.
+      ties_weights: whether training an embedding, by an adapter or in full, also trains the tied head.
       base_model: name or path of the base model, or None.
       task_type: task, such as `"CAUSAL_LM"`, or None.
     """
@@ -196,7 +196,7 @@ def make_options(
       saved: fully trained modules.
       parameters: names in `ranks` that are parameters instead of modules.
       transposed: whether weights are stored as (in, out).
-      tied: whether an embedding's adapter also applies to the head.
+      tied: whether an adapted or fully trained embedding is also the head.
       base_model, task_type: the base model and the task, if known.
     """
     if task_type == "SEQ_CLS":

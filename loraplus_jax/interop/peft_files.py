@@ -7,7 +7,7 @@ converts names and layouts, see `path_map`.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def save_peft(
         saved=saved,
         parameters=[n for t in targets.values() if t.kind == "Parameter" for n in t.names.values()],
         transposed=any(t.kind == "Conv1D" for t in targets.values()),
-        tied=any(t.kind == "TiedEmbedding" for t in targets.values()),
+        tied=_has_tied(targets, slots, path_map),
         base_model=base_model,
         task_type=task_type,
     )
@@ -180,7 +180,13 @@ def load_peft(
     problems += more_problems
     others = {name: tensor for name, tensor in tensors.items() if name not in factors}
     slots, more_problems = assign_tensors(others, path_map, flatten({"params": params or {}}))
-    raise_problems(f"{directory} does not match the model", problems + more_problems)
+    problems += more_problems
+    if not problems and not options.ties_weights and _has_tied(targets, slots, path_map):
+        problems.append(
+            "ensure_weight_tying must be true, since the model's embedding is also its head; the adapter is "
+            "for the embedding only"
+        )
+    raise_problems(f"{directory} does not match the model", problems)
     lora = {}
     for key, target in targets.items():
         paths = target.spec.factor_paths(key)
@@ -407,13 +413,13 @@ def _slice_factors(
             slices[key][index] = pair
     problems += [f"+ {name} has no adapter in the model" for name in sorted(factors.keys() - expected)]
     problems += [f"target_modules: {rule!r:.80} has no factors" for rule in options.missing_targets(names)]
-    tied = any(t.kind == "TiedEmbedding" for t in targets.values())
-    if not problems and tied and not options.ties_weights:
-        problems.append(
-            "ensure_weight_tying must be true, since the model's embedding is also its head; the adapter is "
-            "for the embedding only"
-        )
     return slices, problems
+
+
+def _has_tied(targets: Mapping[str, Target], leaves: Iterable[str], path_map: PathMap) -> bool:
+    """Whether an embedding that is also the head is adapted or fully trained."""
+    modules = (torch_module_of(path_map, path.removeprefix("params/").rpartition("/")[0]) for path in leaves)
+    return any(m is not None and m.kind == "TiedEmbedding" for m in (*targets.values(), *modules))
 
 
 def _check_pair(

@@ -32,26 +32,39 @@ def drop_copies(tensors: Mapping[str, Any], path_map: PathMap) -> tuple[dict[str
     before training, and repeats the factors of a tied embedding as the head's.
     """
     kept, problems = {}, []
-    heads = {rule[1]: rule[0] for rule in path_map if rule[2:] == ("TiedHead",)}
+    heads = _tied_heads(path_map)
     for name, tensor in tensors.items():
         if re.fullmatch(r".+\.original_module\..+", name):
             continue
         wrapped = re.fullmatch(r"(.+)\.modules_to_save\.(?:default\.)?(.+)", name)
-        original, transposed = (f"{wrapped[1]}.{wrapped[2]}", False) if wrapped else (None, False)
+        original, transposed, why = f"{wrapped[1]}.{wrapped[2]}" if wrapped else None, False, ""
         head = next((head for head in heads if name.startswith(f"{head}.")), None)
-        if head is not None and (module := torch_module_of(path_map, heads[head])) is not None:
+        if head is not None:
             end = name.removeprefix(f"{head}.")
-            original = f"{module.name}.{_OF_HEAD.get(end, end)}"
-            transposed = end in _OF_HEAD
+            original = f"{heads[head]}.{_OF_HEAD.get(end, end)}"
+            transposed, why = end in _OF_HEAD, f", since the model's head is tied to {heads[head]}"
         if original is None:
             kept[name] = tensor
         elif original not in tensors:
-            problems.append(f"{name} is a copy of {original}, which is missing")
+            problems.append(f"{name} must be a copy of {original}, which is missing{why}")
         elif not np.array_equal(
             host_array(tensor), host_array(tensors[original]).T if transposed else tensors[original]
         ):
-            problems.append(f"{name} must be a copy of {original}, but differs")
+            problems.append(f"{name} must be a copy of {original}, but differs{why}")
+    # PEFT applies a fully trained embedding to its head only if the head is in the file.
+    problems += [
+        f"{head}.weight is missing, but the model's head is tied to {embedding}, which is fully trained: train in "
+        f"PEFT with ensure_weight_tying=True and {head} in modules_to_save, or export the run again"
+        for head, embedding in heads.items()
+        if f"{embedding}.weight" in tensors and f"{head}.weight" not in tensors
+    ]
     return kept, problems
+
+
+def _tied_heads(path_map: PathMap) -> dict[str, str]:
+    """Maps the name of each tied head to that of its embedding, in PyTorch."""
+    heads = {rule[1]: torch_module_of(path_map, rule[0]) for rule in path_map if rule[2:] == ("TiedHead",)}
+    return {head: module.name for head, module in heads.items() if module is not None}
 
 
 _OF_HEAD = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
@@ -85,8 +98,12 @@ def slice_leaves(leaves: Mapping[str, Any], path_map: PathMap) -> tuple[LeafSlic
 def name_leaves(
     slots: LeafSlices, adapted: set[str], path_map: PathMap
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Converts leaves to tensors with PyTorch's names; also returns the names of the fully trained modules."""
+    """Converts leaves to tensors with PyTorch's names; also returns the names of the fully trained modules.
+
+    An embedding that is also the head gives two tensors and two modules: PEFT loads neither from the other.
+    """
     tensors, modules, problems = {}, {}, []
+    heads = _tied_heads(path_map)
     split: dict[str, list[tuple[Outputs, int, np.ndarray]]] = {}
     for path, parts in slots.items():
         module, _, leaf = path.removeprefix("params/").rpartition("/")
@@ -107,6 +124,15 @@ def name_leaves(
                 split.setdefault(full_name, []).append((torch_module.outputs, axis, array))
             if suffix == "weight":  # a bias without a weight belongs to `bias=`, not to a saved module
                 modules[name] = None
+            if torch_module.kind == "TiedEmbedding":
+                head = next((head for head, embedding in heads.items() if embedding == name), None)
+                if head is None:
+                    problems.append(
+                        f"{path}: {name} is also the head, whose name is missing: add a rule of kind TiedHead to "
+                        "the path map"
+                    )
+                    break
+                tensors[f"{head}.{suffix}"], modules[head] = array, None
     for name, parts in split.items():
         parts.sort(key=lambda part: part[0])
         size, axis = parts[0][0].size, parts[0][1]

@@ -184,7 +184,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copyfile(source / name, target / name)
         return
     converted = tokenizer.tokenizer(file)
-    converted.save(str(target / "tokenizer.json"))
+    (target / "tokenizer.json").write_text(converted.to_str(pretty=True), encoding="utf-8")
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= tokenizer.special_tokens(file)
     if (template := tokenizer.read_chat_template(file)) is not None:

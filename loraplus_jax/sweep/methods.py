@@ -18,7 +18,7 @@ import numpy as np
 from pydantic.dataclasses import dataclass
 
 from .._validation import expand_path
-from ..atomic import to_json, write_text
+from ..atomic import add_path_to_errors, to_json, write_text
 from ..checkpoint import PACKAGES, fingerprint
 from ..data.fetch import resolve
 from ..models.hf import load_params
@@ -34,7 +34,6 @@ from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.identity import check_identity, model_identity
 from ..training.metrics_log import SUMMARY
 from ..training.run_directory import (
-    add_path_to_errors,
     check_compared,
     check_directory,
     claim_directory,

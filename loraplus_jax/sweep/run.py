@@ -19,7 +19,7 @@ import yaml
 from rich.console import Console
 
 from .._validation import expand_path
-from ..atomic import to_json, write_text
+from ..atomic import add_path_to_errors, to_json, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
@@ -33,7 +33,6 @@ from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY
 from ..training.run_directory import (
     CHECKPOINTS,
-    add_path_to_errors,
     check_compared,
     check_directory,
     claim_directory,

@@ -149,12 +149,15 @@ def model_config(directory: Path, *, split_fused: bool = False) -> Config:
     return dataclasses.replace(config, split_fused=True) if split_fused else config
 
 
-def _layout_hint(config: Config) -> str:
-    """What `model.split_fused` does to the names of layers; empty for a model without fused projections."""
-    if not config.fused and not config.split_fused:
-        return ""
-    names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
-    return f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}"
+def _names_hint(config: Config) -> str:
+    """What decides the names of layers: `model.split_fused` for fused projections, and a tied head."""
+    hints = []
+    if config.fused or config.split_fused:
+        names = " and ".join(f"{fused} as {', '.join(parts)}" for fused, parts in config.projections.items())
+        hints.append(f"model.split_fused loads {names}; it is {str(config.split_fused).lower()}")
+    if config.tie_word_embeddings:
+        hints.append(f"the model's head is tied to {HEADS[True]}, there is no {HEADS[False]}")
+    return "; ".join(hints)
 
 
 def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
@@ -173,7 +176,7 @@ def make_base(settings: Settings, directory: Path, task: Any) -> BaseModel:
     inputs = 2 * (jax.ShapeDtypeStruct((1, settings.data.max_length), jnp.int32),)
     table = family.name_table(config)
     formats = choose_formats(table, model_settings.quantize, model_settings.quantize_exclude, directory)
-    sizes, hint = family.tensor_sizes(config), _layout_hint(config)
+    sizes, hint = family.tensor_sizes(config), _names_hint(config)
     return BaseModel(model, table, (), inputs, family.sharding, sizes, formats, hint)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..atomic import atomic_write, sync, to_json, write_text
 from ..data.fetch import cache_dir
+from ..json_files import check_file
 
 LogRow = dict[str, Any]
 
@@ -54,7 +55,10 @@ class RunLog:
         check: Callable[[], None] | None = None,
     ) -> None:
         self.path, self._writes, self._check = directory / METRICS, writes, check or (lambda: None)
-        lines = self.path.read_bytes().split(b"\n")[:-1][:keep] if keep and self.path.exists() else []
+        lines = []
+        if keep and self.path.exists():
+            check_file(self.path)
+            lines = self.path.read_bytes().split(b"\n")[:-1][:keep]
         kept = b"".join(line + b"\n" for line in lines)
         self._digest = hashlib.sha256(kept)
         if digest not in (None, self.digest()):

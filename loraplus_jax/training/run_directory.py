@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..atomic import STAGING, write_text
 from ..checkpoint import PACKAGES, DamagedCheckpoint, check_directory_name, field_differences
-from ..json_files import read_json
+from ..json_files import check_file, read_json, read_text
 from ..multihost import allgather, is_lead
 from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
@@ -41,32 +41,50 @@ def lock_directory(directory: Path) -> Iterator[Callable[[], None]]:
     Yields a check to call before writing: it raises ValueError if the directory is no longer at its path.
 
     Raises:
-      ValueError: another process has locked it; the message gives its pid.
+      ValueError: another process has locked it, and the message gives its pid; or `.lock` or `.pid` is no regular
+        file.
     """
+    with _lock(directory):
+        locked, owner = directory.stat(), directory / OWNER
+
+        def check() -> None:
+            if not directory.exists() or not os.path.samestat(locked, directory.stat()):
+                raise ValueError(
+                    f"output_dir {directory} was renamed, deleted or replaced during the run; move it back, and "
+                    "rerun the same command to resume"
+                )
+
+        try:
+            write_text(owner, f"{os.getpid()}\n")
+            yield check
+        finally:
+            with contextlib.suppress(OSError):
+                owner.unlink()
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    """Holds the lock of a directory, without writing the pid."""
+    _check_lock_files(directory)
     lock, owner = filelock.FileLock(directory / LOCK), directory / OWNER
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        pid = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+        pid = read_text(owner).strip() if owner.exists() else "unknown"
         raise ValueError(
             f"{directory} is in use by another run (pid {pid}); wait for it or choose another output_dir"
         ) from None
-    locked = directory.stat()
-
-    def check() -> None:
-        if not directory.exists() or not os.path.samestat(locked, directory.stat()):
-            raise ValueError(
-                f"output_dir {directory} was renamed, deleted or replaced during the run; move it back, and rerun "
-                "the same command to resume"
-            )
-
     try:
-        owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
-        yield check
+        yield
     finally:
-        with contextlib.suppress(OSError):
-            owner.unlink()
         lock.release()
+
+
+def _check_lock_files(directory: Path) -> None:
+    """Raises ValueError if a file of the lock is no regular file: through a link, another file would be written."""
+    for path in (directory / LOCK, directory / OWNER):
+        if os.path.lexists(path):
+            check_file(path, follow_links=False)
 
 
 def _check_writable(directory: Path) -> None:
@@ -76,17 +94,6 @@ def _check_writable(directory: Path) -> None:
         tempfile.TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
         raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
-
-
-@contextmanager
-def add_path_to_errors(directory: Path) -> Iterator[None]:
-    """Adds the directory to system errors without a file name, such as a full disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
 def check_directory(
@@ -117,8 +124,9 @@ def check_directory(
     check_directory_name("output_dir", directory)
     _check_writable(directory)
     names = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    _check_lock_files(directory)
     if LOCK in names:
-        with lock_directory(directory):  # in use? Known before the weights are loaded
+        with _lock(directory):  # in use? Known before the weights are loaded
             pass
     if all(name in (LOCK, OWNER) or name.endswith(STAGING) for name in names):
         return []
@@ -274,7 +282,7 @@ def rename_run(directory: Path, console: Console) -> None:
     """Renames an existing run to the first free `DIRECTORY.N`, unless it is in use."""
     if (directory / CONFIG).exists():
         number = next(n for n in range(1, 10**6) if not directory.with_name(f"{directory.name}.{n}").exists())
-        with lock_directory(directory):
+        with _lock(directory):
             old = directory.rename(directory.with_name(f"{directory.name}.{number}"))
         console.print(f"renamed the old run to {old}")
 

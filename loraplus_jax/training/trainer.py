@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 
 from .._validation import expand_path
-from ..atomic import to_json, write_text
+from ..atomic import add_path_to_errors, to_json, write_text
 from ..checkpoint import (
     PACKAGES,
     DamagedCheckpoint,
@@ -54,7 +54,6 @@ from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
-    add_path_to_errors,
     archive_results,
     changed_settings,
     check_compared,

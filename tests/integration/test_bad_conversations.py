@@ -350,7 +350,7 @@ CASES = [
     Case("target matches nothing", ("'query'", "q_proj"), ("--lora.target_modules", "[query]")),
     Case(
         "a head of its own that a tied model lacks",
-        ("'lm_head'",),
+        ("lora.modules_to_save", "'lm_head'", "tied", "embed_tokens"),
         ("--lora.modules_to_save", "[lm_head]"),
         lambda world: tiny.write_model(world.model, tie_word_embeddings=True),
     ),

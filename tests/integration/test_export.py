@@ -235,6 +235,7 @@ def test_bad_exports_are_one_line_and_leave_nothing(finished, tmp_path, capsys, 
     to.rmdir()
     for flags, words in (
         (("--format", "gguf"), ["--format", "--merged"]),
+        (("--base_model", ""), ["--base_model", "''"]),
         (("--dequantized",), ["--dequantized", "--merged"]),
         (("--merged", "--dequantized"), ["--dequantized", "model.quantize", "nf4"]),
         (("--dtype", "float16"), ["--dtype", "--merged"]),

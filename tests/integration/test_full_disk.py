@@ -222,6 +222,23 @@ def test_a_disk_that_is_full_at_the_very_end(home, disk):
     assert result(out) == result(home.out)
 
 
+@pytest.mark.slow
+def test_an_export_to_a_full_disk_names_it_and_leaves_nothing(home, disk):
+    export = [sys.executable, "-m", "loraplus_command", "export", str(home.out)]
+    for kilobytes in (4, 16):
+        disk.resize(kilobytes)
+        done = subprocess.run(
+            disk.inside(*export, "--merged", "--to", str(disk.place / "to")),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert_ended_with_one_clear_line(done, "No space left on device", disk.place / "to")
+        assert list(disk.seen.iterdir()) == []
+
+
 # the directory cannot be written
 
 

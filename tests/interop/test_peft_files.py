@@ -463,6 +463,35 @@ def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
         save_peft(tmp_path / "c", lora, specs, config, renamed)
 
 
+def test_a_fully_trained_embedding_that_is_the_head_too_is_written_as_both(tmp_path):
+    config, lora, specs, params = net(target_modules=["fc"], modules_to_save=["embed"])
+    tied = (("embed", "m.wte", "TiedEmbedding"), *PATHS[1:], ("embed", "lm_head", "TiedHead"))
+    extras = {"params": {"embed": params["embed"]}}
+    weights, options = (
+        tmp_path / "a" / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    save_peft(tmp_path / "a", lora, specs, config, tied, extras=extras)
+    content, written = json.loads(options.read_text()), load_file(weights)
+    assert (content["modules_to_save"], content["ensure_weight_tying"]) == (["m.wte", "lm_head"], True)
+    embedding, head = (f"base_model.model.{name}.weight" for name in ("m.wte", "lm_head"))
+    np.testing.assert_array_equal(written[embedding], params["embed"]["embedding"])
+    np.testing.assert_array_equal(written[head], params["embed"]["embedding"])
+    jax.tree.map(
+        np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, tied, params=params).extras, extras
+    )
+    options.write_text(json.dumps(content | {"ensure_weight_tying": False}))
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        load_peft(tmp_path / "a", specs, tied, params=params)
+    options.write_text(json.dumps(content))
+    for changed in ({head: None}, {embedding: None}, {head: written[embedding] + 1}):
+        kept = {name: x for name, x in (written | changed).items() if x is not None}
+        save_file(kept, weights)
+        with pytest.raises(ValueError, match=mentions("tied", "m.wte", "lm_head.weight")):
+            load_peft(tmp_path / "a", specs, tied, params=params)
+    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "TiedHead")):
+        save_peft(tmp_path / "b", lora, specs, config, tied[:-1], extras=extras)
+
+
 def test_everything_without_a_rule_is_listed_and_nothing_written(tmp_path):
     config, lora, specs, params = net()
     with pytest.raises(ValueError, match=mentions("'embed'", "'head'", "params/other_head/bias")):

@@ -138,8 +138,8 @@ THEIRS = {
 
 
 def made_by_peft(pair, option, folder):
-    """An adapter that PEFT saved, and its model."""
-    given = dict(THEIRS[option])
+    """An adapter that PEFT saved, and its model; `option` is a name in `THEIRS`, or the options."""
+    given = dict(THEIRS[option] if isinstance(option, str) else option)
     names = [*pair.theirs[: 4 if given.pop("embedding", False) else 3]]
     given = {"target_modules": names, "r": 4, "lora_alpha": 16, "task_type": pair.form.task_type} | given
     model = peft.get_peft_model(pair.reference(), peft.LoraConfig(**given)).eval()
@@ -204,6 +204,28 @@ def test_an_embedding_that_peft_adapts_without_the_tied_head_is_rejected(pairs, 
     _, specs = init_lora(apply_lora_plus(pair.model, ours), jax.random.key(0), *pair.inputs)
     with pytest.raises(ValueError, match="ensure_weight_tying"):
         load_peft(tmp_path / "a", specs, pair.path_map, params=pair.params)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gpt2"])
+def test_a_fully_trained_embedding_is_the_tied_head_on_both_sides(name, pairs, tmp_path):
+    pair = pairs(name)
+    saved = {"modules_to_save": [pair.theirs[3], "lm_head"], "ensure_weight_tying": True}
+    theirs = made_by_peft(pair, saved, tmp_path / "theirs")
+    wanted = pair.torch_logits(theirs)
+    config = peft_config(tmp_path / "theirs", pair.path_map, layers=pair.model.config.num_hidden_layers)
+    model = apply_lora_plus(pair.model, config)
+    _, specs = init_lora(model, jax.random.key(0), *pair.inputs, base={"params": pair.params})
+    adapter = load_peft(tmp_path / "theirs", specs, pair.path_map, params=pair.params)
+    variables = replace_leaves({"params": pair.params, "lora": adapter.lora}, flatten(adapter.extras))
+    assert off(pair.logits(model, variables), wanted) <= 1e-5
+    save_peft(tmp_path / "ours", adapter.lora, specs, config, pair.path_map, extras=adapter.extras)
+    loaded = peft.PeftModel.from_pretrained(pair.reference(), tmp_path / "ours").eval()
+    assert off(pair.torch_logits(loaded), wanted) <= 1e-5
+    with loaded.disable_adapter():  # the base's own head is untouched
+        assert off(pair.torch_logits(loaded), pair.base_logits) <= 1e-5
+    made_by_peft(pair, {"modules_to_save": [pair.theirs[3]]}, tmp_path / "untied")
+    with pytest.raises(ValueError, match=r"ensure_weight_tying"):
+        peft_config(tmp_path / "untied", pair.path_map)
 
 
 def test_an_embedding_whose_tied_head_peft_does_not_find_is_rejected(pairs, tmp_path):

@@ -56,6 +56,31 @@ def test_a_second_process_is_rejected_with_the_pid_of_the_first(tmp_path):
     assert not (tmp_path / ".pid").exists()
 
 
+@pytest.mark.usefixtures("ten_seconds")
+@pytest.mark.parametrize("name", [".lock", ".pid"])
+@pytest.mark.parametrize("kind", ["FIFO", "symbolic link", "directory"])
+def test_a_lock_that_is_no_regular_file_is_rejected_and_no_link_followed(tmp_path, name, kind):
+    directory, mine = run_of(tmp_path / "out", PLAIN), tmp_path / "mine"
+    mine.write_text("mine")
+    path = directory / name
+    {"FIFO": lambda: os.mkfifo(path), "directory": path.mkdir}.get(kind, lambda: path.symlink_to(mine))()
+    before = sorted(directory.iterdir())
+    with pytest.raises(ValueError, match=mentions(path, kind)):
+        check_directory(directory, settings_from_json(PLAIN), fresh=False)
+    with pytest.raises(ValueError, match=mentions(path, kind)), lock_directory(directory):
+        pass
+    assert mine.read_text() == "mine"
+    assert sorted(directory.iterdir()) == before
+
+
+def test_a_check_writes_no_pid(tmp_path):
+    directory = run_of(tmp_path / "out", PLAIN)
+    (directory / ".lock").touch()
+    (directory / ".pid").write_text("mine")
+    check_directory(directory, settings_from_json(PLAIN), fresh=False)
+    assert (directory / ".pid").read_text() == "mine"
+
+
 @pytest.mark.parametrize("fresh", [False, slow(True)])
 def test_a_directory_in_use_is_seen_before_any_preparation(tmp_path, fresh):
     directory = run_of(tmp_path / "out", PLAIN)
