@@ -57,7 +57,10 @@ def listen() -> None:
 
 
 def _exit_on_signal(number: int, frame: object) -> None:
-    """Exits immediately; an exception could get lost in a callback. Only the first of two threads prints."""
+    """Removes what is half written and exits; an exception could get lost in a callback.
+
+    Only the first of two threads prints.
+    """
     if not ENDING.acquire(blocking=False):
         return
     with contextlib.suppress(OSError):  # a closed stderr
