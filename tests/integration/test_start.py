@@ -88,14 +88,15 @@ def test_a_run_resumes_from_its_saved_start(talk, tmp_path, flags, capsys):
         interrupt_at(patch, 6)
         assert talk.train(*flags) == 130
     # Another start than this machine would make again, as another machine might.
-    saved = (talk.out / "start.safetensors").read_bytes()
+    start = talk.out / "start/adapter.safetensors"
+    saved = start.read_bytes()
     assert talk.train(*flags) == 0
-    assert (talk.out / "start.safetensors").read_bytes() == saved
+    assert start.read_bytes() == saved
     assert tensor_bytes(talk.out) == tensor_bytes(straight)
-    (talk.out / "start.safetensors").write_bytes(saved[:-8])
+    start.write_bytes(saved[:-8])
     capsys.readouterr()
     assert talk.train(*flags, "--train.select", "last") == 2
-    assert_mentions(capsys.readouterr().err, "start.safetensors", "damaged", "remove it")
+    assert_mentions(capsys.readouterr().err, start, "damaged")
 
 
 @pytest.mark.slow
