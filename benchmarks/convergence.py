@@ -36,21 +36,14 @@ from convergence_plan import (
 )
 from convergence_table import summarize
 
-from loraplus_jax import (
-    TrainState,
-    init_state,
-    lora_plus_adamw,
-    make_eval,
-    make_schedule,
-)
+from loraplus_jax import TrainState, init_state, lora_plus_adamw, make_eval, make_schedule
+from loraplus_jax.adapter import combine, scale_variables
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.data.fetch import resolve
-from loraplus_jax.lora import scale_variables
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
+from loraplus_jax.step.train_step import make_step, weighted_means
 from loraplus_jax.tasks.interface import AdaptedModel
-from loraplus_jax.train_step import make_step, weighted_means
 from loraplus_jax.training.setup import build_model, load_model, task_module
-from loraplus_jax.tree import combine
 
 ROWS = RESULTS / "convergence.jsonl"
 METHODS = {"sentences": tuple(experiment("sentences").methods), "language": ("lora", "lora+", CONTROL)}

@@ -20,7 +20,7 @@ from step_time import compile_only, environment, job_of, run_of, start
 from step_time_model import SMOLLM2, write_model
 from step_time_processes import take_turns
 
-from loraplus_jax.config import Variant
+from loraplus_jax.adapter.config import Variant
 
 GOAL = 1.10
 """A step of dora costs at most so much of one of lora."""

@@ -28,8 +28,8 @@ def here(job: dict[str, Any]) -> Worker:
     import numpy as np
 
     from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
-    from loraplus_jax.models.generate import Sampling, make_generate
-    from loraplus_jax.tree import flatten, replace_leaves
+    from loraplus_jax.adapter.tree import flatten, replace_leaves
+    from loraplus_jax.models.decoding.generate import Sampling, make_generate
 
     model, params, ids = load_llama(job)
     config, variables = model.config, {"params": params}

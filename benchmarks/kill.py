@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 TRAPPED = """
 import os, signal, sys, threading
 target, when, nth = sys.argv[1], sys.argv[2], int(sys.argv[3])
-from loraplus_jax import cli
+from loraplus_jax.cli import commands as cli
 from loraplus_jax.training import metrics_log, run_directory
 from loraplus_jax.training import setup, trainer
 owner, name = target.rsplit(".", 1)
@@ -166,7 +166,7 @@ def main() -> None:
     rng = random.Random(options.seed)
     directory = Path(tempfile.mkdtemp(prefix="kill-"))
     config = make_world(directory)
-    plain = [sys.executable, "-m", "loraplus_command"]
+    plain = [sys.executable, "-m", "loraplus_jax.cli"]
 
     def arguments(name: str) -> list[str]:
         return ["train", str(config), "--output_dir", str(directory / name)]

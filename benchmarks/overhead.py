@@ -27,13 +27,11 @@ from loraplus_jax import (
     lora_plus_adamw,
     split_trainable,
 )
-from loraplus_jax.models.bert import BertForSequence
-from loraplus_jax.models.bert_config import BertConfig
-from loraplus_jax.optim.adalora import adalora
-from loraplus_jax.optim.invariant import scale_by_lora_muon, scale_by_lora_rite
-from loraplus_jax.optim.pairs import scale_by_riemannian
+from loraplus_jax.adapter.tree import combine, count, leaves_by_path
+from loraplus_jax.models.bert.config import BertConfig
+from loraplus_jax.models.bert.model import BertForSequence
+from loraplus_jax.optim import adalora, scale_by_lora_muon, scale_by_lora_rite, scale_by_riemannian
 from loraplus_jax.tasks.classification import EncoderTask
-from loraplus_jax.tree import combine, count, leaves_by_path
 
 MINILM = BertConfig(
     vocab_size=30522,

@@ -14,7 +14,7 @@ from common import RESULTS, table
 from step_time_report import goal
 from sweep import TWO_SEEDS
 
-from loraplus_jax.atomic import write_text
+from loraplus_jax._utils.atomic import write_text
 from loraplus_jax.training.metrics_log import pyplot, save_figure
 
 DOCS = Path(__file__).parents[1] / "docs"

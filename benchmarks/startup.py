@@ -34,7 +34,7 @@ from step_time_report import goal
 from loraplus_jax.data.fetch import cache_dir, fetch
 
 ROOT = Path(__file__).parents[1]
-COMMAND, LOADERS = ROOT / "loraplus_command.py", Path(__file__).with_name("startup_loaders.py")
+COMMAND, LOADERS = ROOT / "loraplus_jax/cli/__main__.py", Path(__file__).with_name("startup_loaders.py")
 QUICKSTART = ROOT / "configs/quickstart.yaml"
 STACK = "import jax, flax.linen, optax"
 ENVIRONMENT = {

@@ -19,9 +19,9 @@ def here(path: Path) -> Callable[[], list[Any]]:
     import numpy as np
     import safetensors  # noqa: F401
 
-    from loraplus_jax.models.hf import load_config, load_params
-    from loraplus_jax.models.llama import Llama, name_table
-    from loraplus_jax.models.llama_config import LlamaConfig
+    from loraplus_jax.models.checkpoints.hf import load_config, load_params
+    from loraplus_jax.models.llama.config import LlamaConfig
+    from loraplus_jax.models.llama.model import Llama, name_table
 
     jax.devices()
 

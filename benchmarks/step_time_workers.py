@@ -44,7 +44,7 @@ def here(job: dict[str, Any]) -> Worker:
     import jax
 
     from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
-    from loraplus_jax.tree import flatten, replace_leaves
+    from loraplus_jax.adapter.tree import flatten, replace_leaves
 
     base, params, batch = load_llama(job)
     variant = job.get("variant", "lora")
@@ -337,11 +337,11 @@ def load_llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
     import jax
     import jax.numpy as jnp
 
-    from loraplus_jax.models.hf import load_config, load_params
-    from loraplus_jax.models.llama import Llama, name_table
-    from loraplus_jax.models.llama_config import LlamaConfig
-    from loraplus_jax.models.packing import choose_formats, pack_shapes
-    from loraplus_jax.tree import flatten, unflatten
+    from loraplus_jax.adapter import flatten, unflatten
+    from loraplus_jax.models.checkpoints.hf import load_config, load_params
+    from loraplus_jax.models.checkpoints.quantized import choose_formats, pack_shapes
+    from loraplus_jax.models.llama.config import LlamaConfig
+    from loraplus_jax.models.llama.model import Llama, name_table
 
     config = LlamaConfig.from_hf(load_config(job["directory"]))
     dtype = jnp.dtype(job["dtype"])
@@ -366,8 +366,8 @@ def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple
     import jax.numpy as jnp
     import optax
 
-    from loraplus_jax.losses import chunked_cross_entropy
     from loraplus_jax.models.decoder import head_kernel
+    from loraplus_jax.step import chunked_cross_entropy
 
     (kernel, transposed), labels = head_kernel(params), jnp.roll(ids, -1, axis=1)
     if job["loss"] == "chunked":

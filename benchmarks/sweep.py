@@ -40,8 +40,9 @@ from common import RESULTS, interleaved, median_ratio, report, table
 from loraplus_jax import init_state
 from loraplus_jax.data.batches import eval_batches, train_batches
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sharding import replicate, shard_batch
+from loraplus_jax.step import replicate, shard_batch
 from loraplus_jax.sweep import population as populations
+from loraplus_jax.sweep.device_slots import DeviceSlots
 from loraplus_jax.sweep.halving import (
     best_trial,
     comparison_steps,
@@ -52,7 +53,6 @@ from loraplus_jax.sweep.halving import (
 )
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import ARM_LABELS, METHODS, SweepRun, SweepSettings, Trial
-from loraplus_jax.sweep.slots import DeviceSlots
 from loraplus_jax.training.setup import prepare
 
 CONFIG = Path(__file__).parents[1] / "configs/quickstart_sweep.yaml"

@@ -32,8 +32,8 @@ import overhead
 from common import RESULTS, machine
 from tables_page import write_page
 
-from loraplus_jax.atomic import to_json, write_text
-from loraplus_jax.json_files import read_json
+from loraplus_jax._utils.atomic import to_json, write_text
+from loraplus_jax._utils.json_files import read_json
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.sweep.methods import compare_methods, compare_runs, method_run

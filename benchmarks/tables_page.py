@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from common import table
 
-from loraplus_jax.atomic import write_text
+from loraplus_jax._utils.atomic import write_text
 from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval
 from loraplus_jax.training.metrics_log import pyplot, save_figure
 

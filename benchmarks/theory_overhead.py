@@ -25,8 +25,8 @@ from loraplus_jax import (
     make_mesh,
     split_trainable,
 )
-from loraplus_jax.models.bert import BertForSequence
-from loraplus_jax.theory import make_theory
+from loraplus_jax.models.bert.model import BertForSequence
+from loraplus_jax.step import make_theory
 from loraplus_jax.training.theory_metrics import copy_adapters, first_rows, to_metrics
 
 EVERY = 10

@@ -28,7 +28,7 @@ from loraplus_jax import (
     lora_plus_adamw,
     split_trainable,
 )
-from loraplus_jax.models.bert import BertForSequence
+from loraplus_jax.models.bert.model import BertForSequence
 
 
 def make(target: object, unroll: bool, batch: dict) -> Callable[[], float]:

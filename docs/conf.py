@@ -42,21 +42,21 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 
-PUBLIC = ("", "optim", "linen", "nnx", "interop")
+PUBLIC = ("quantization", "adapter", "optim", "inits", "linen", "nnx", "step", "interop")
 """The folders whose modules are the public API; the rest is the application."""
 
 
 def public_modules() -> list[str]:
-    """Dotted names of the public modules, those of the core first."""
+    """Dotted names of the public modules."""
     package = importlib.import_module("loraplus_jax")
     names = []
     for folder in PUBLIC:
         path = Path(package.__file__).parent / folder
-        prefix = f"loraplus_jax.{folder}." if folder else "loraplus_jax."
+        prefix = f"loraplus_jax.{folder}."
         modules = [
             m.name for m in pkgutil.iter_modules([str(path)]) if not m.ispkg and not m.name.startswith("_")
         ]
-        names += [prefix + name for name in modules if prefix + name != "loraplus_jax.cli"]
+        names += [prefix + name for name in modules]
     return names
 
 

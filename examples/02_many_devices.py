@@ -24,7 +24,7 @@ from loraplus_jax import (
     make_mesh,
     pmap_step,
 )
-from loraplus_jax.sharding import replicate
+from loraplus_jax.step import replicate
 
 
 def main():

@@ -39,7 +39,7 @@ def train(directory):
         open_manager,
         save_checkpoint,
     )
-    from loraplus_jax.checkpoint import describe_run
+    from loraplus_jax.step import describe_run
 
     net, key = Net(), jax.random.key(1)
     frozen = net.init(key, X)

@@ -10,7 +10,7 @@ from tunix.models.qwen3.model import ModelConfig, Qwen3
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
 from loraplus_jax import LoRAPlusConfig, describe, lora_plus_adamw, save_peft
-from loraplus_jax.interop.name_maps import TUNIX_LLAMA
+from loraplus_jax.interop import TUNIX_LLAMA
 from loraplus_jax.nnx import apply_lora_plus, lora_tree
 
 SIZES = {"num_layers": 2, "vocab_size": 64, "embed_dim": 16, "hidden_dim": 32, "num_heads": 2, "head_dim": 8}

@@ -7,7 +7,7 @@ from gemma import gm
 from kauldron import kd
 
 from loraplus_jax import lora_plus_adamw, save_peft
-from loraplus_jax.interop.name_maps import GEMMA
+from loraplus_jax.interop import GEMMA
 from loraplus_jax.nnx import specs_of
 
 SIZES = {"num_embed": 16, "embed_dim": 256, "hidden_dim": 64, "num_heads": 4, "head_dim": 8}

@@ -56,10 +56,8 @@ def test_the_reference_has_every_public_symbol_setting_and_error(conf, tmp_path)
         assert re.search(rf"\.{name}`", api), name
     modules = conf.public_modules()
     package = Path(loraplus_jax.__file__).parent
-    folders = [package, *(package / folder for folder in ("optim", "linen", "nnx", "interop"))]
-    files = [
-        f for folder in folders for f in folder.glob("*.py") if not f.name.startswith("_") and f.stem != "cli"
-    ]
+    folders = [package / folder for folder in conf.PUBLIC]
+    files = [f for folder in folders for f in folder.glob("*.py") if not f.name.startswith("_")]
     assert len(modules) == len(files)
     for module in modules:
         for name in conf.public_names(module):

@@ -42,7 +42,7 @@ FILES = [
     *(ROOT / "configs").glob("*.yaml"),
     *(ROOT / "examples").glob("*.py"),
     *(ROOT / "benchmarks").rglob("*.py"),
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "loraplus_command.py")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
 ]
 
 

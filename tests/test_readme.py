@@ -47,7 +47,7 @@ def test_files_that_are_named_exist():
 
 def test_commands_parse(capsys):
     """Each `loraplus` line of the README gets as far as its work."""
-    from loraplus_jax.cli import _parser
+    from loraplus_jax.cli.commands import _parser
 
     lines = re.findall(r"^\.venv/bin/loraplus (.+?)(?:\s+#.*)?$", README, flags=re.M)
     assert len(lines) >= 5

@@ -18,7 +18,7 @@ import optax
 from shared import Check, figure, finish, numbers, save, slope
 
 from loraplus_jax import lora_plus_adamw
-from loraplus_jax.lora import low_rank_output
+from loraplus_jax.adapter.lora import low_rank_output
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
 POWERS = {"1/n": (1.0, -0.5), "1/sqrt(n)": (0.5, -0.75)}

@@ -19,7 +19,8 @@ import optax
 from shared import Check, figure, finish, save, slope
 
 from loraplus_jax import lora_plus_adamw
-from loraplus_jax.lora import TERMS, low_rank_output, update_squares
+from loraplus_jax.adapter.lora import low_rank_output
+from loraplus_jax.adapter.taps import TERMS, update_squares
 
 WIDTHS = (256, 512, 1024, 2048, 4096)
 DIMENSIONS, POINTS, RANK, STEP = 5, 16, 4, 3

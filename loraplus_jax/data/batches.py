@@ -8,7 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from .._validation import check_int
+from .._utils.validation import check_int
 
 Batch = dict[str, np.ndarray]
 

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from .._validation import check_int
+from .._utils.validation import check_int
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
-from .packing import Sequences
+from .packed_rows import Sequences
 
 AnswerChoice = Literal["all", "last"]
 MAX_PROBLEMS_SHOWN = 20

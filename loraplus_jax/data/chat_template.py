@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._validation import expand_path
-from ..json_files import read_text
+from .._utils.json_files import read_text
+from .._utils.untrusted import run_job
+from .._utils.untrusted_child import MARKS
+from .._utils.validation import expand_path
 from ..models.tokenizer import read_chat_template, special_tokens
-from ..untrusted import run_job
-from ..untrusted_child import MARKS
 from .conversations import Turn
 
 PLAIN = """\

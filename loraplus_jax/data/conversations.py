@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._validation import suggest
+from .._utils.validation import suggest
 from .readers import Problems, Record, has_lone_surrogate, location_of, read_records
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from .._validation import expand_path, suggest
-from ..atomic import temporary_directory
-from ..json_files import check_file
+from .._utils.atomic import temporary_directory
+from .._utils.json_files import check_file
+from .._utils.validation import expand_path, suggest
 from .archives import extract
 
 Kind = Literal["model", "data"]

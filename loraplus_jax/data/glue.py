@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .._validation import expand_path, suggest
-from ..atomic import atomic_write
+from .._utils.atomic import atomic_write
+from .._utils.validation import expand_path, suggest
 from ..settings.schema import DataSettings
 from .fetch import cache_dir
 from .readers import Problems, StringRow, location_of, raise_problems, read_rows

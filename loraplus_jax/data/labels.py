@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._validation import suggest
+from .._utils.validation import suggest
 from .readers import NUMBER, SHOWN_PROBLEMS, raise_problems
 from .splits import LabelledTexts, comparable
 

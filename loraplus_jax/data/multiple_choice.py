@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .._validation import check_int
+from .._utils.validation import check_int
 from .batches import Batch
 from .chat import Tokens, find_answers, tokenize
 from .chat_template import ChatTemplate

@@ -12,8 +12,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .._validation import suggest
-from ..json_files import check_file
+from .._utils.json_files import check_file
+from .._utils.validation import suggest
 
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,6})?")
 """A number as programs write it: float() would also accept 1_0, the digits of other scripts, nan and inf."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..json_files import read_json
+from .._utils.json_files import read_json
 from ..models.tokenizer import read_tokenizer_json
 from .batches import Batch
 

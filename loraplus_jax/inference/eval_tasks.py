@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from .._validation import check_int, check_new_file, expand_path, suggest
-from ..atomic import to_json, write_text
+from .._utils.atomic import to_json, write_text
+from .._utils.validation import check_int, check_new_file, expand_path, suggest
 from ..data.chat import Tokens, tokenize
 from ..data.chat_template import ChatTemplate
 from ..data.commonsense import COMMONSENSE, read_commonsense
@@ -21,10 +21,10 @@ from ..data.readers import raise_problems
 from ..interop.peft_files import NOTES_FILE
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Dtype
-from ..sharding import make_mesh, replicate
+from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import model_config, tokenizer_and_template
-from ..training.init_adapter import find_adapter
 from ..training.run_directory import describe_unfinished, first_free, read_summary
+from ..training.saved_adapter import find_adapter
 from .generate import open_model
 from .scoring import Continuation, Score, Scorer
 

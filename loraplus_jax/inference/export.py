@@ -8,23 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import check_choice, check_new_path, expand_path
-from ..atomic import atomic_write
-from ..checkpoint import describe_run, digest_of_lines, fingerprint_line
+from .._utils.atomic import atomic_write
+from .._utils.records import record_text
+from .._utils.validation import check_choice, check_new_path, expand_path
+from ..adapter.tree import flatten, leaves_by_path, unflatten
 from ..data.fetch import ASSETS, resolve
+from ..inits.from_weights import as_difference
 from ..interop.adapter_files import Adapter, tensor_bytes
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, save_peft
-from ..models import export
-from ..models.gguf import export as gguf_export
-from ..models.gguf import load as gguf
-from ..models.hf import check_params, load_params, values_digest
-from ..models.merged import CheckpointMerge
-from ..records import record_text
+from ..models.checkpoints import export
+from ..models.checkpoints.gguf import export as gguf_export
+from ..models.checkpoints.gguf import load as gguf
+from ..models.checkpoints.hf import check_params, load_params, values_digest
+from ..models.checkpoints.merge import CheckpointMerge
 from ..settings.schema import Settings
-from ..starts import as_difference
+from ..step.checkpoint import describe_run
+from ..step.fingerprints import digest_of_lines, fingerprint_line
 from ..tasks.interface import AdaptedModel
-from ..training.identity import Identity, check_allowed, check_identity, model_identity
-from ..training.init_adapter import (
+from ..training.provenance import Identity, check_allowed, check_identity, model_identity
+from ..training.saved_adapter import (
     read_adapter,
     read_notes,
     require_adapter,
@@ -32,7 +34,6 @@ from ..training.init_adapter import (
     transformers_class_of,
 )
 from ..training.setup import build_model, params_of
-from ..tree import flatten, leaves_by_path, unflatten
 from .predict import settings_and_task
 
 DTYPES = {"hf": ("float32", "bfloat16", "float16"), "gguf": tuple(gguf_export.DTYPES)}

@@ -7,22 +7,22 @@ from typing import Any
 
 import jax
 
-from .._validation import check_int, check_number, expand_path
+from .._utils.validation import check_int, check_number, expand_path
+from ..adapter.tree import combine
 from ..data.conversations import Chat, Turn, read_chats
 from ..data.data_to_text import linearize, read_inputs
 from ..data.fetch import resolve
 from ..interop.peft_files import NOTES_FILE, peft_options
-from ..models.generate import Sampling, check_sampling
-from ..models.hf import load_params
+from ..models.checkpoints.hf import load_params
+from ..models.decoding.generate import Sampling, check_sampling
 from ..settings.schema import DataSettings, Dtype, GenerationSettings, ModelSettings, Settings
-from ..sharding import make_mesh, replicate
+from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import make_base
+from ..tasks.chat_model import ChatModel
 from ..tasks.language_losses import LanguageTask
-from ..tasks.sample_answers import ChatModel
-from ..training.init_adapter import find_adapter, is_peft, read_adapter, read_notes
 from ..training.run_directory import describe_unfinished
+from ..training.saved_adapter import find_adapter, is_peft, read_adapter, read_notes
 from ..training.setup import build_model, load_model, params_of
-from ..tree import combine
 from .predict import load_tuned, settings_with_adapter
 
 MAX_TOKENS = 128

@@ -23,14 +23,21 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     make_disjoint_window,
 )
 
-from .._validation import check_int
+from .._utils.validation import check_int
 from ..data.chat_template import ChatTemplate
 from ..data.conversations import Turn
-from ..models.generate import NONFINITE_LOGITS, Generate, Sampling, check_sampling, make_generate, pad_left
+from ..models.decoding.generate import (
+    NONFINITE_LOGITS,
+    Generate,
+    Sampling,
+    check_sampling,
+    make_generate,
+    pad_left,
+)
 from ..models.tokenizer import special_tokens, stop_ids
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Dtype
-from ..sharding import make_mesh, replicate
+from ..step.sharding import make_mesh, replicate
 from ..tasks.causal_lm import model_config, tokenizer_and_template
 from .generate import open_model
 from .scoring import Continuation, Scorer

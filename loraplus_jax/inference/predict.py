@@ -9,29 +9,30 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._validation import check_new_file, suggest
-from ..atomic import to_json, write_text
-from ..checkpoint import fingerprint
+from .._utils.atomic import to_json, write_text
+from .._utils.records import check_files
+from .._utils.validation import check_new_file, suggest
+from ..adapter.tree import combine, flatten, unflatten
 from ..data.batches import eval_batches
 from ..data.fetch import resolve
 from ..data.glue import find_file, find_task, submission
 from ..data.tokenize import encode_texts
 from ..interop.adapter_files import read_tensors
 from ..interop.peft_files import NOTES_FILE, OWN_TENSORS_FILE, peft_notes
-from ..models.hf import load_params
-from ..records import check_files
+from ..models.checkpoints.hf import load_params
 from ..settings.parsing import parse_settings, settings_from_json
 from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
-from ..sharding import make_mesh, replicate, shard_batch
+from ..step.fingerprints import fingerprint
+from ..step.sharding import make_mesh, replicate, shard_batch
+from ..step.train_step import make_eval
 from ..tasks.classification import EncoderTask, apply_model
 from ..tasks.encoder import has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, Split
 from ..tasks.language_losses import LanguageTask
-from ..train_step import make_eval
 from ..training.evaluation import evaluate, finish_metrics
-from ..training.identity import check_allowed, check_identity, model_identity
-from ..training.init_adapter import (
+from ..training.provenance import check_allowed, check_identity, model_identity
+from ..training.saved_adapter import (
     adapter_config,
     find_adapter,
     is_peft,
@@ -43,7 +44,6 @@ from ..training.init_adapter import (
     saved_config,
 )
 from ..training.setup import base_parts, build_model, load_model, params_of, task_module
-from ..tree import combine, flatten, unflatten
 
 OUTPUT_SUFFIX = ".jsonl"
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..data.batches import Batch, eval_batches
-from ..sharding import batch_parts, local_rows, shard_batch, with_mesh
+from ..step.sharding import batch_parts, local_rows, shard_batch, with_mesh
 
 MIN_TOKENS, MIN_SCORED = 64, 8
 """The smallest shape of a program, in tokens of a row and in scored tokens of it."""

@@ -1,1 +1,5 @@
-"""Adapter files, in our format and PEFT's, and adapters of other JAX libraries."""
+"""Adapter files, PEFT's files, path maps, and adapters of other libraries."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,7 +2,7 @@
 
 `adapter.safetensors` contains the factors as `lora/PATH/lora_a`, fully trained parameters under their own paths,
 and with init loftq the factors before the first step under `start`. `adapter.json` contains the metadata of
-`checkpoint.describe_run`: format, config, specs, base fingerprint, versions.
+`step.describe_run`: format, config, specs, base fingerprint, versions.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..atomic import atomic_write
-from ..checkpoint import FORMAT, describe_run
-from ..config import LoRAPlusConfig
-from ..json_files import check_file
-from ..records import check_files, read_record, record_text
-from ..roles import lr_ratio_of
-from ..rules import try_rules
-from ..spec import AdapterSpec, Specs, specs_from_json
-from ..tree import flatten, unflatten, with_collection
+from .._utils.atomic import atomic_write
+from .._utils.json_files import check_file
+from .._utils.records import check_files, read_record, record_text
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.rules import try_rules
+from ..adapter.spec import AdapterSpec, Specs, specs_from_json
+from ..adapter.tree import flatten, unflatten, with_collection
+from ..optim.roles import lr_ratio_of
+from ..step.checkpoint import FORMAT, describe_run
 
 TENSORS_FILE, DESCRIPTION_FILE = "adapter.safetensors", "adapter.json"
 
@@ -37,7 +37,7 @@ class Adapter(NamedTuple):
       config: config of the adapter; None for a fully trained model, whose weights are all extras.
       extras: fully trained variables, `{"params": ...}`, empty if there are none.
       start: the tree of factors whose s A B made a packed base resemble the original, empty if there are none. On
-        the original, the adapter is the difference to it: `starts.as_difference`.
+        the original, the adapter is the difference to it: `inits.as_difference`.
     """
 
     lora: dict[str, Any]
@@ -66,7 +66,7 @@ def save_adapter(
       specs: the table from `init_lora`.
       config: config of the adapter.
       opt_state: optimizer state; its lambda is saved instead of the config's.
-      base: `checkpoint.fingerprint` of the frozen variables.
+      base: `step.fingerprint` of the frozen variables.
       start: the factors from `loftq`, see `Adapter`.
       **more: your own JSON-serializable fields.
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .._validation import check_number
-from ..factor_pairs import factor_pairs
-from ..spec import Specs, reject_magnitude
-from ..tree import leaves_by_path, unflatten
+from .._utils.validation import check_number
+from ..adapter.spec import Specs, reject_magnitude
+from ..adapter.tree import leaves_by_path, unflatten
+from ..optim.factor_pairs import factor_pairs
 
 _SUFFIXES = ("/lora", "/kernel", "/embedding", "/w")
 """What may follow a module's path before its factors' names: gemma's own module, or the weight for qwix."""
@@ -36,7 +36,7 @@ def import_adapters(tree: Mapping[str, Any], specs: Specs, *, scale: float) -> d
       ValueError: a factor has no spec, a spec has no factors, or shapes or scale differ; the message lists all.
 
     Example:
-      >>> from loraplus_jax.spec import AdapterSpec
+      >>> from loraplus_jax.adapter.spec import AdapterSpec
       >>> spec = AdapterSpec(leaf="params/fc/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=1.0)
       >>> theirs = {"fc": {"kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.zeros((2, 3))}}
       >>> sorted(import_adapters(theirs, {"fc": spec}, scale=1.0)["fc"])

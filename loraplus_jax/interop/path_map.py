@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._validation import suggest
-from ..spec import AdapterSpec, Specs
+from .._utils.validation import suggest
+from ..adapter.spec import AdapterSpec, Specs
 
 KINDS = ("Linear", "Conv1D", "Conv", "Embedding", "TiedEmbedding", "TiedHead", "Parameter")
 """Layouts: `Linear` is (out, in), transformers' `Conv1D` (in, out), `Conv` (out, in, window...), `Embedding` like

@@ -1,6 +1,6 @@
 """Reads and writes adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Two more files hold what PEFT cannot store: `loraplus.json` the metadata of `checkpoint.describe_run`, including
+Two more files hold what PEFT cannot store: `loraplus.json` the metadata of `step.describe_run`, including
 lambda and your own fields, and `loraplus.safetensors` variables without a name in the PyTorch model. A path map
 converts names and layouts, see `path_map`.
 """
@@ -14,14 +14,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import check_choice
-from ..atomic import atomic_write, to_json
-from ..checkpoint import FORMAT, describe_run
-from ..config import LoRAPlusConfig, pattern_of
+from .._utils.atomic import atomic_write, to_json
+from .._utils.records import check_files, read_record, record_text
+from .._utils.validation import check_choice
+from ..adapter.config import LoRAPlusConfig, pattern_of
+from ..adapter.spec import Specs
+from ..adapter.tree import flat_factors, flatten, unflatten
 from ..optim.ranks import alpha_for
-from ..records import check_files, read_record, record_text
-from ..spec import Specs
-from ..tree import flat_factors, flatten, unflatten
+from ..step.checkpoint import FORMAT, describe_run
 from .adapter_files import (
     Adapter,
     check_config_matches_specs,
@@ -46,7 +46,7 @@ from .path_map import (
     rank_of_slice,
     torch_module_of,
 )
-from .peft_config import PeftOptions, make_options, raise_problems, read_options
+from .peft_adapter_config import PeftOptions, make_options, raise_problems, read_options
 from .peft_modules_to_save import assign_tensors, drop_copies, name_leaves, slice_leaves, stack_slices
 from .servers import SERVERS, Server, find_problems
 
@@ -86,7 +86,7 @@ def save_peft(
       extras: fully trained variables that the PyTorch model also has, `{"params": ...}`. A leaf whose rule has an
         index is stacked on its first axis.
       own: fully trained variables that the PyTorch model lacks; stored for loraplus_jax only.
-      base: `checkpoint.fingerprint` of the frozen variables.
+      base: `step.fingerprint` of the frozen variables.
       base_model: name or path under which PEFT finds the base model.
       task_type: task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
       readme: text of a `README.md`.

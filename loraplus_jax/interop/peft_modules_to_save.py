@@ -19,7 +19,7 @@ from .path_map import (
     output_axis,
     torch_module_of,
 )
-from .peft_config import raise_problems
+from .peft_adapter_config import raise_problems
 
 LeafSlices = dict[str, dict[Index, Any]]
 """Slices of our leaves, by path (`"params/..."`) and index; the index `()` is a whole leaf."""

@@ -13,13 +13,14 @@ from flax import struct
 from flax.core import meta
 from flax.core.scope import LazyRng
 
-from ..config import ALL_LINEAR, Init, LoRAPlusConfig, Variant
-from ..dataflow import mark_weight
-from ..dora import output_norms, output_scale
-from ..inits import factor_inits
-from ..lora import PREVIOUS_FACTORS, SCALE, TAP, measured_term
-from ..rules import is_adapted, is_target, matching_rule
-from ..spec import MAGNITUDE, AdapterSpec, check_rank
+from ..adapter.config import ALL_LINEAR, Init, LoRAPlusConfig, Variant
+from ..adapter.dora import output_norms, output_scale
+from ..adapter.lora import SCALE
+from ..adapter.rules import is_adapted, is_target, matching_rule
+from ..adapter.spec import MAGNITUDE, AdapterSpec, check_rank
+from ..adapter.taps import PREVIOUS_FACTORS, TAP, measured_term
+from ..inits.random import factor_inits
+from ..interpreter.dataflow import mark_weight
 from .layer_table import LayerCall, layer_call
 
 OURS = "lora_plus"

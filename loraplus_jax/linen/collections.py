@@ -9,13 +9,14 @@ import jax
 from flax import traverse_util
 from flax.core import lift, meta
 
-from ..config import LoRAPlusConfig, matches
-from ..lora import PREVIOUS_FACTORS, SCALE, TAP
-from ..low_rank import LowRankWeight, evaluate
-from ..quantization import dense_shapes, is_packed
-from ..rules import is_target, parameter_rule, parameter_spec
-from ..spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE, AdapterSpec
-from ..tree import rebox
+from ..adapter.config import LoRAPlusConfig, matches
+from ..adapter.lora import SCALE
+from ..adapter.rules import is_target, parameter_rule, parameter_spec
+from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE, AdapterSpec
+from ..adapter.taps import PREVIOUS_FACTORS, TAP
+from ..adapter.tree import rebox
+from ..interpreter.low_rank import LowRankWeight, evaluate
+from ..quantization.packed_array import dense_shapes, is_packed
 from .adapter import FactorBox, Mode, is_box, mode, new_factors, read_factors
 from .discovery import Discovery
 

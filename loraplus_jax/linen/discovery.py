@@ -7,9 +7,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import meta
 
-from ..config import LoRAPlusConfig
-from ..rules import TracedModule, check_coverage, is_adapted, is_target, layer_index, matching_rule
-from ..spec import check_layers_of, factor_letters, layer_axis
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.letters import factor_letters, layer_axis
+from ..adapter.rules import TracedModule, check_coverage, is_adapted, is_target, layer_index, matching_rule
+from ..adapter.spec import check_layers_of
 from .adapter import OURS, FactorBox, adapter_at, has_own_adapter, make_factors, place, targeted_call
 from .layer_table import can_adapt
 

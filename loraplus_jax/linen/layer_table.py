@@ -22,8 +22,9 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from opt_einsum.parser import parse_einsum_input
 
-from ..lora import low_rank_output
-from ..spec import EMBEDDING_FACTORS, FACTORS, AdapterSpec, factor_letters, split_equation
+from ..adapter.letters import factor_letters, split_equation
+from ..adapter.lora import low_rank_output
+from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, AdapterSpec
 
 Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 """`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from ..config import LoRAPlusConfig
+from ..adapter.config import LoRAPlusConfig
 from .adapter import Adapter, LoRAPlusLayer, adapter_at, add_low_rank_term, make_factors
 from .layer_table import layer_call
 

@@ -24,14 +24,13 @@ from flax.linen.transforms import decorator_lift_transform, get_module_scopes
 from jax.extend.core import jaxpr_as_fun
 from jax.tree_util import tree_leaves_with_path
 
-from .._validation import suggest
-from ..config import LoRAPlusConfig
-from ..dataflow import trace_dataflow
-from ..dora import set_magnitudes
-from ..from_qwix import is_from_qwix
-from ..quantization import is_packed
-from ..spec import MAGNITUDE, AdapterSpec
-from ..tree import flatten, leaves_by_path
+from .._utils.validation import suggest
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.dora import set_magnitudes
+from ..adapter.spec import MAGNITUDE, AdapterSpec
+from ..adapter.tree import flatten, leaves_by_path
+from ..interpreter.dataflow import trace_dataflow
+from ..quantization.packed_array import is_packed
 from .adapter import (
     OURS,
     Adapter,
@@ -49,6 +48,7 @@ from .adapter import (
 )
 from .collections import COLLECTIONS, CollectionMap, keep_low_rank
 from .discovery import Discovery
+from .from_qwix import is_from_qwix
 from .layer_table import LayerCall, can_adapt
 
 

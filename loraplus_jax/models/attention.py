@@ -5,16 +5,15 @@ Axes in the comments: B sequences, T tokens, N query heads, K key heads, G = N /
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from .._validation import check_choice
+from .._utils.validation import check_choice
+from ..settings.choices import Attention
 from .attention_common import ATTENTION_NAMES, token_mask
-
-Attention = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 
 # From here on blocked is faster on CPU (benchmarks/step_time.py); it needs less memory on every device.
 MIN_BLOCKED_LENGTH = 64

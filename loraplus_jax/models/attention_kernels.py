@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AxisType, PartitionSpec
 
-from ..sharding import BATCH_AXES
+from ..step.sharding import BATCH_AXES
 from .attention_common import ATTENTION_NAMES, token_mask
 
 BLOCKS = (512, 384, 256, 128)

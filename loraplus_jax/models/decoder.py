@@ -4,22 +4,22 @@ Axes in the comments: B sequences, T tokens, D hidden, N heads, K key heads, H h
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import check_choice
-from ..quantization import is_packed
-from .attention import Attention, causal_attention, head_major_attention
+from .._utils.validation import check_choice
+from ..quantization.packed_array import is_packed
+from ..settings.choices import Attention, Remat
+from .attention import causal_attention, head_major_attention
 from .attention_common import ATTENTION_NAMES, window_mask
-from .gpt2_config import GPT2Config
-from .llama_config import LlamaConfig
+from .gpt2.config import GPT2Config
+from .llama.config import LlamaConfig
 
 Config = LlamaConfig | GPT2Config
-Remat = Literal["none", "dots", "full"]
 
 # What a layer saves for the backward pass besides its input; "none" means no remat. Saved by name, because
 # `dots_saveable` would save an adapted layer's sum and both of its terms.

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from ..sharding import Rules
-from . import gpt2, llama
+from ..step.sharding import Rules
+from .checkpoints.name_table import NameTable
 from .decoder import CausalLM, Config
-from .gpt2_config import GPT2Config
-from .llama_config import KINDS, LlamaConfig
-from .name_table import NameTable
+from .gpt2 import model as gpt2
+from .gpt2.config import GPT2Config
+from .llama import model as llama
+from .llama.config import KINDS, LlamaConfig
 
 
 class Family(NamedTuple):

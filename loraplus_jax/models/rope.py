@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._validation import suggest
+from .._utils.validation import suggest
 
 Scaling = tuple[tuple[str, Any], ...]
 """A `rope_scaling` mapping as sorted pairs, so that a config can be hashed."""

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._validation import suggest
-from ..json_files import read_json, read_text
-from ..untrusted import run_job
-from .gguf import load as gguf
+from .._utils.json_files import read_json, read_text
+from .._utils.untrusted import run_job
+from .._utils.validation import suggest
+from .checkpoints.gguf import load as gguf
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -1,11 +1,11 @@
 """LoRA+ for existing Flax NNX models, imported by name: `from loraplus_jax.nnx import apply_lora_plus`."""
 
 from .adapt import apply_lora_plus
-from .adapted import remove_adapters
+from .adapted_module import remove_adapters
+from .check_reads import check_reads
 from .other_adapters import specs_of
 from .quantize import from_qwix, quantize_base
-from .reads import check_reads
-from .views import base_variables, disabled, functional, lora_tree, merge, set_lora, unmerge
+from .variables import base_variables, disabled, functional, lora_tree, merge, set_lora, unmerge
 
 __all__ = [
     "apply_lora_plus",

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ..config import ALL_LINEAR, LoRAPlusConfig, matches
-from ..dora import output_norms
-from ..inits import factor_inits
-from ..rules import (
+from ..adapter.config import ALL_LINEAR, LoRAPlusConfig, matches
+from ..adapter.dora import output_norms
+from ..adapter.letters import layer_axis
+from ..adapter.rules import (
     TracedModule,
     check_coverage,
     is_adapted,
@@ -22,8 +22,9 @@ from ..rules import (
     parameter_rule,
     parameter_spec,
 )
-from ..spec import AdapterSpec, check_rank, layer_axis
-from .adapted import (
+from ..adapter.spec import AdapterSpec, check_rank
+from ..inits.random import factor_inits
+from .adapted_module import (
     ADAPTERS,
     DROPOUT,
     LayerAdapter,
@@ -33,8 +34,8 @@ from .adapted import (
     remove_adapters,
     set_adapters,
 )
+from .check_reads import check_reads
 from .layers import LayerWeight, layer_weight, matrices
-from .reads import check_reads
 
 _SHARDING = ("out_sharding", "sharding", "sharding_names", "shd")
 """Names under which Flax versions and libraries keep the mesh axes of a weight."""

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from .._validation import check_number, suggest
-from ..config import LoRAPlusConfig
-from ..factor_pairs import factor_pairs
-from ..spec import LEAVES, AdapterSpec
-from ..tree import leaves_by_path, unflatten
-from .adapted import join
+from .._utils.validation import check_number, suggest
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.spec import LEAVES, AdapterSpec
+from ..adapter.tree import leaves_by_path, unflatten
+from ..optim.factor_pairs import factor_pairs
+from .adapted_module import join
 from .layers import layer_weight
 
 

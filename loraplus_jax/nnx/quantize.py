@@ -6,13 +6,13 @@ from typing import Any
 
 from flax import nnx
 
-from ..from_qwix import is_from_qwix, packed, stack_counts
-from ..quantization import QuantizeTo
-from ..quantize_base import quantize_base as quantize_tree
-from ..spec import Specs
-from ..tree import flatten
-from .adapted import ADAPTERS, join, set_adapters, set_class
-from .views import base_variables
+from ..adapter.spec import Specs
+from ..adapter.tree import flatten
+from ..linen.from_qwix import is_from_qwix, packed, stack_counts
+from ..linen.quantize import quantize_base as quantize_tree
+from ..quantization.formats import QuantizeTo
+from .adapted_module import ADAPTERS, join, set_adapters, set_class
+from .variables import base_variables
 
 
 def quantize_base(
@@ -22,13 +22,13 @@ def quantize_base(
 
     Args:
       model: the model.
-      kind: the format, as in `loraplus_jax.quantization.quantize`.
+      kind: the format, as in `loraplus_jax.quantization.packed_array.quantize`.
       targets: the specs from `apply_lora_plus`, for all adapted weights; or a mapping from a regular expression for
         a weight's path, such as `".*/kernel"`, to one letter per axis.
       dtype: dtype in which the layers see the weights; by default their own.
 
     Raises:
-      ValueError: as `loraplus_jax.quantize_base`. The model is unchanged then.
+      ValueError: as `loraplus_jax.linen.quantize`. The model is unchanged then.
     """
     old = flatten(base_variables(model))
     new = flatten(quantize_tree(base_variables(model), kind, targets, dtype=dtype))
@@ -51,10 +51,10 @@ def from_qwix(model: nnx.Module, *, stacked: Mapping[str, int] | None = None) ->
 
     Args:
       model: the model from `qwix.quantize_model` with a `PtqProvider`.
-      stacked: as in `loraplus_jax.from_qwix`.
+      stacked: as in `loraplus_jax.linen.from_qwix`.
 
     Raises:
-      ValueError: as `loraplus_jax.from_qwix`, or qwix quantizes activations too. The model is unchanged then.
+      ValueError: as `loraplus_jax.linen.from_qwix`, or qwix quantizes activations too. The model is unchanged then.
     """
     modules = list(nnx.iter_modules(model))
     for _, module in modules:

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._validation import check_int, check_number
-from ..roles import LoRAPlusTransform
-from ..spec import Specs
-from ..tree import leaves_by_path, replace_paths
-from .pairs import Layout, pair_layouts, widen
+from .._utils.validation import check_int, check_number
+from ..adapter.spec import Specs
+from ..adapter.tree import leaves_by_path, replace_paths
+from .keep_float32 import widen
+from .pairs import Layout, pair_layouts
+from .roles import LoRAPlusTransform
 
 _Q_STD = 0.02
 """PEFT's standard deviation of new rows of Q."""

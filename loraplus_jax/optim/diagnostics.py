@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._validation import check_choice
-from ..factor_pairs import spec_path
-from ..roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
-from ..spec import Specs
-from ..tree import count, leaf_path, leaves_by_path
+from .._utils.validation import check_choice
+from ..adapter.spec import Specs
+from ..adapter.tree import count, leaf_path, leaves_by_path
+from .factor_pairs import spec_path
 from .lora_plus import check_floating
+from .roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
 
 _PRODUCTS = {None: "-", False: "by rank", True: "merged"}
 

@@ -14,14 +14,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from .._validation import check_choice, check_number, suggest
-from ..config import LoRAPlusConfig
-from ..roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, label_params
-from ..spec import Specs
-from ..tree import leaves_by_path
+from .._utils.validation import check_choice, check_number, suggest
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.spec import Specs
+from ..adapter.tree import leaves_by_path
 from .adalora import AdaLoRAState
-from .invariant import PairState
-from .pairs import KeepFloat32State
+from .keep_float32 import KeepFloat32State
+from .pairs import PairState
+from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, label_params
 from .schedules import Rate, rate_at, scale_rate
 
 FAST: tuple[Role, ...] = ("b", "vector")

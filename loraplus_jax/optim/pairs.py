@@ -1,7 +1,7 @@
-"""Transforms that see the factors A and B of a pair together, and float32 copies of factors in bfloat16."""
+"""What optimizers of pairs share: the layout of A and B as matrices, and states by pair."""
 
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,50 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._validation import check_number
-from ..factor_pairs import Pair, factor_pairs, spec_path
-from ..spec import Specs
-from ..tree import leaves_by_path, replace_paths
-
-
-def scale_by_riemannian(reg: float = 1e-2, *, specs: Specs | None = None) -> optax.GradientTransformation:
-    """Preconditions the gradients of a pair by its other factor (arXiv 2402.02347, section 4).
-
-    g_A becomes g_A (B·Bᵀ + reg I)⁻¹, and g_B becomes (Aᵀ·A + reg I)⁻¹ g_B, in our layout, A (in, r) and B (r, out);
-    the paper writes the transpose. Other leaves pass unchanged. Put it before an optimizer, which keeps its rates:
-    `optax.chain(scale_by_riemannian(), lora_plus_adamw(1e-4, 4.0))`. It has no state, and costs two products and a
-    solution of r equations a pair, in float32 or wider.
-
-    Args:
-      reg: added to the diagonal of both; PEFT's default.
-      specs: the table from `init_lora`; needed where shapes do not tell which axes of a factor are a batch.
-
-    Raises:
-      ValueError: `reg` is not above 0, the tree has no pair, or a pair's axes are ambiguous.
-    """
-    check_number("reg", reg, above=0)
-
-    def init(params: Any) -> optax.EmptyState:
-        pair_layouts(leaves_by_path(params), specs)  # for its errors
-        return optax.EmptyState()
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ValueError("scale_by_riemannian needs the factors: pass params to update")
-        leaves, grads = leaves_by_path(params), leaves_by_path(updates)
-        new = {}
-        for pair, layouts in pair_layouts(leaves, specs).items():
-            rows = [layout.wide_rows(leaves[path]) for layout, path in zip(layouts, pair, strict=True)]
-            for layout, path, other in zip(layouts, pair, rows[::-1], strict=True):
-                gram = other @ other.mT
-                gram += jnp.broadcast_to(reg * jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)
-                grad = layout.rows(grads[path].astype(gram.dtype))
-                # Solved for the identity: a solve with all columns of the gradient is one thread of LAPACK.
-                solved = jnp.linalg.inv(gram) @ grad
-                new[path] = layout.restore(solved, grads[path].shape).astype(grads[path].dtype)
-        return replace_paths(updates, new), state
-
-    return optax.GradientTransformation(init, update)
+from .._utils.validation import check_number
+from ..adapter.spec import Specs
+from ..adapter.tree import leaves_by_path, replace_paths
+from .factor_pairs import Pair, factor_pairs, spec_path
+from .keep_float32 import widen
 
 
 class Layout(NamedTuple):
@@ -138,44 +99,88 @@ def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, 
     return found[0]
 
 
-class KeepFloat32State(NamedTuple):
-    """The state of `keep_float32`: float32 copies of the parameters, and the state of the wrapped optimizer."""
-
-    masters: Any
-    inner_state: Any
+_TINY = 1e-10
+"""Eigenvalues of a Gram matrix below this share of the largest count as zero: those of a B that is still zero."""
 
 
-def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimizer keep parameters and moments in float32 while the model holds them in bfloat16.
+class PairState(NamedTuple):
+    """The state of an optimizer of pairs: number of updates, a state by factor's path, and that of other leaves."""
 
-    bfloat16 has 8 bits of precision, so an update below 1/512 of a parameter is lost when it is added. Here it is
-    added to a float32 copy, and the parameters are that copy rounded. Libraries that make factors in the base's
-    dtype, such as qwix and tunix, train so. Costs 4 bytes a parameter, and as many more for each moment in float32.
+    step: jax.Array
+    factors: dict[str, Any]
+    others: Any
 
-    Args:
-      tx: any optimizer; it sees float32 parameters and gradients.
-    """
-    inner = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> KeepFloat32State:
-        # Copies, since a step that donates parameters and state must not donate a buffer twice.
-        masters = jax.tree.map(lambda p: jnp.array(widen(p)), params)
-        return KeepFloat32State(masters, inner.init(masters))
+def inverse_root(matrix: jax.Array) -> jax.Array:
+    """S^(-1/2) of symmetric matrices (..., r, r), zero in the directions in which S is zero."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    floor = jnp.maximum(_TINY * values[..., -1:], jnp.finfo(values.dtype).tiny)
+    # The inner `where` keeps the unused branch finite.
+    root = jnp.where(values > floor, 1 / jnp.sqrt(jnp.where(values > floor, values, 1)), 0)
+    return (vectors * root[..., None, :]) @ vectors.mT
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+
+def transform_pairs(
+    init_factor: Callable[..., Any],
+    update_factor: Callable[..., Any],
+    others: optax.GradientTransformation,
+    specs: Specs | None,
+) -> optax.GradientTransformation:
+    """A transform from one of a factor's gradient and the other factor, and one for leaves in no pair."""
+
+    def rows_of(leaves: Any, layouts: Any) -> dict[str, jax.Array]:
+        return {
+            path: layout.wide_rows(leaves[path])
+            for pair, both in layouts.items()
+            for layout, path in zip(both, pair, strict=True)
+        }
+
+    def rest(leaves: Any, layouts: Any) -> dict[str, Any]:
+        factors = {path for pair in layouts for path in pair}
+        return {path: leaf for path, leaf in leaves.items() if path not in factors}
+
+    def init(params: Any) -> PairState:
+        leaves = leaves_by_path(params)
+        layouts = pair_layouts(leaves, specs)
+        rows = rows_of(leaves, layouts)
+        states = {
+            path: init_factor(rows[path], rows[other])
+            for pair in layouts
+            for path, other in zip(pair, pair[::-1], strict=True)
+        }
+        return PairState(jnp.zeros((), jnp.int32), states, others.init(rest(leaves, layouts)))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise ValueError("keep_float32 needs the parameters: pass params to update")
-        updates, inner_state = inner.update(
-            jax.tree.map(widen, updates), state.inner_state, state.masters, **extra
-        )
-        masters = optax.apply_updates(state.masters, updates)
-        # In float32: optax adds them in that dtype before it rounds.
-        moved = jax.tree.map(lambda new, p: new - widen(p), masters, params)
-        return moved, KeepFloat32State(masters, inner_state)
+            raise ValueError("an optimizer of pairs needs the factors: pass params to update")
+        leaves, grads = leaves_by_path(params), leaves_by_path(updates)
+        layouts = pair_layouts(leaves, specs)
+        rows, slopes = rows_of(leaves, layouts), rows_of(grads, layouts)
+        count: Any = optax.safe_increment(state.step)
+        new, states = {}, {}
+        for pair, both in layouts.items():
+            for layout, path, other in zip(both, pair, pair[::-1], strict=True):
+                step, states[path] = update_factor(slopes[path], rows[other], state.factors[path], count)
+                new[path] = layout.restore(step, grads[path].shape).astype(grads[path].dtype)
+        moved: Any
+        moved, kept = others.update(rest(grads, layouts), state.others, rest(leaves, layouts))
+        return replace_paths(updates, new | moved), PairState(count, states, kept)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
-def widen(x: Any) -> Any:
-    """An array in float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def corrected_average(old: jax.Array, new: jax.Array, decay: float, count: jax.Array) -> jax.Array:
+    """A moving average with Adam's correction for its start at zero: over the first `count` values alone."""
+    corrected = decay * (1 - decay ** (count - 1.0)) / (1 - decay**count)
+    return (corrected * old + (1 - corrected) * new).astype(old.dtype)
+
+
+def symmetric(matrix: jax.Array) -> jax.Array:
+    """The symmetric part of matrices (..., r, r)."""
+    return (matrix + matrix.mT) / 2
+
+
+def check_decays(**decays: float) -> None:
+    """Raises ValueError unless each decay, given by its name, is in [0, 1)."""
+    for name, value in decays.items():
+        check_number(name, value, at_least=0, below=1)

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..config import LoRAPlusConfig
-from ..spec import AdapterSpec, Specs
-from ..tree import flat_factors, unflatten
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.spec import AdapterSpec, Specs
+from ..adapter.tree import flat_factors, unflatten
 from .pairs import layouts_of
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 import jax
 import optax
 
-from .._validation import check_choice, check_int, check_number
+from .._utils.validation import check_choice, check_int, check_number
 
 Rate = float | jax.Array | optax.Schedule
 """A learning rate: a number, a traced scalar, or a schedule from step to rate."""

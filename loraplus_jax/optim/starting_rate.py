@@ -2,7 +2,7 @@
 
 import math
 
-from .._validation import check_choice, check_int, check_number
+from .._utils.validation import check_choice, check_int, check_number
 
 
 def suggest_learning_rate(init: str, alpha: float, rank: int, width: int) -> float:

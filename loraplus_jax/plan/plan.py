@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .._validation import check_all
+from .._utils.validation import check_all
+from ..adapter.tree import count
 from ..data.fetch import resolve
 from ..models.decoder import head_kernel
 from ..settings.schema import Settings
-from ..sharding import batch_parts, check_tensor, make_mesh
+from ..step.sharding import batch_parts, check_tensor, make_mesh
 from ..tasks.causal_lm import head_is_frozen
 from ..tasks.interface import AdaptedModel, BaseModel, TaskData
 from ..training.memory import free_bytes
 from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
-from ..tree import count
 from .hlo import Collective, collectives, count_looped_matmuls
 from .kernels import kernel_work
 from .programs import (

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from ..adapter.spec import Specs
 from ..linen.wrap import init_lora
 from ..settings.schema import Settings
-from ..sharding import Shardings, batch_sharding
-from ..spec import Specs
+from ..step.sharding import Shardings, batch_sharding
+from ..step.train_step import TrainState, make_eval
 from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData
-from ..train_step import TrainState, make_eval
 from ..training.optimizer import check_rates, make_optimizer
 from ..training.setup import (
     add_adapters,

@@ -19,10 +19,10 @@ import numpy as np
 import scipy.optimize
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from ..models.attention import Attention
-from ..models.decoder import Remat, head_kernel
+from ..models.decoder import head_kernel
+from ..settings.choices import Attention, Remat
 from ..settings.schema import Settings
-from ..sharding import AXES, make_mesh, make_shardings
+from ..step.sharding import AXES, make_mesh, make_shardings
 from ..tasks.causal_lm import head_is_frozen
 from ..training.setup import params_of
 from .plan import Plan, Work, check_layout, check_length, count_work, layers_of, make_model, plan_for

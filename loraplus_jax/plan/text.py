@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from ..atomic import to_json, write_text
+from .._utils.atomic import to_json, write_text
 from ..settings.schema import Settings
 from .hlo import Collective
 from .plan import Plan

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from .._validation import suggest
+from .._utils.validation import suggest
 
 PIP = "pip install 'loraplus_jax[tpu-plan]'"
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_o
 
 from pydantic import TypeAdapter, ValidationError
 
-from .._validation import expand_path, suggest
-from ..config import LoRAPlusConfig
+from .._utils.validation import expand_path, suggest
+from ..adapter.config import LoRAPlusConfig
 from .schema import DEFAULT_LORA, Settings
 from .yaml_files import read_word, read_yaml
 

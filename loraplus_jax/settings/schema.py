@@ -10,15 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
-from .._validation import check_number
-from ..config import BASE_INITS, LoRAPlusConfig
-from ..models.attention import Attention
-from ..models.beam_search import EarlyStopping, NoRepeatIn
-from ..models.decoder import Remat
-from ..models.packing import Quantize
+from .._utils.validation import check_number
+from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..optim.lora_plus import MIN_EPS
+from ..optim.roles import Policy
 from ..optim.schedules import Schedule
-from ..roles import Policy
+from .choices import Attention, EarlyStopping, NoRepeatIn, Quantize, Remat
 from .types import SECTION, Count, Decay, Distinct, Fraction, Index, Int, Number, Rate, Share, Switch, Text
 
 TaskName = Literal["classification", "regression", "instruction", "multiple_choice", "generation"]

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import AfterValidator, ConfigDict, Field, Strict, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from .._validation import in_float32
+from .._utils.validation import in_float32
 
 SECTION = ConfigDict(extra="forbid")
 """The pydantic configuration of every section."""

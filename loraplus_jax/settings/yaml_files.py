@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ..json_files import check_file, find_problem
+from .._utils.json_files import check_file, find_problem
 
 
 def read_yaml(path: Path) -> Any:

@@ -17,30 +17,26 @@ import jax
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from .._validation import expand_path
-from ..atomic import add_path_to_errors, to_json, write_text
-from ..checkpoint import PACKAGES, fingerprint
+from .._utils.atomic import add_path_to_errors, to_json, write_text
+from .._utils.records import read_record
+from .._utils.validation import expand_path
+from ..adapter.tree import combine, count
 from ..data.fetch import resolve
-from ..models.hf import load_params
+from ..models.checkpoints.hf import load_params
 from ..optim.ranks import alpha_for
-from ..records import read_record
 from ..settings.parsing import settings_from_json
 from ..settings.schema import OptimizerSettings, Settings
 from ..settings.types import SECTION
+from ..step.checkpoint import PACKAGES
+from ..step.fingerprints import fingerprint
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.language_losses import LanguageTask
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
-from ..training.identity import check_identity, model_identity
 from ..training.metrics_log import SUMMARY
-from ..training.run_directory import (
-    check_compared,
-    check_directory,
-    claim_directory,
-    read_summary,
-)
+from ..training.provenance import check_identity, model_identity
+from ..training.run_directory import check_compared, check_directory, claim_directory, read_summary
 from ..training.setup import params_of
-from ..tree import combine, count
 from .methods_report import PICTURES, compare, draw
 from .population import Population, abstract_population, add_scales
 from .report import PAGE, REPORT, render_page, write_report

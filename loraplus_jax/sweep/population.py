@@ -17,29 +17,23 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..checkpoint import describe_run, fingerprint
-from ..config import BASE_INITS
+from ..adapter.config import BASE_INITS
+from ..adapter.lora import SCALE, scale_variables
+from ..adapter.spec import Specs
 from ..data.fetch import resolve
-from ..lora import SCALE, scale_variables
-from ..models.hf import check_params, load_params
+from ..models.checkpoints.hf import check_params, load_params
 from ..optim.lora_plus import LoRAPlusTransform
 from ..settings.schema import split_settings
-from ..sharding import make_mesh, replicate
-from ..spec import Specs
+from ..step.checkpoint import describe_run
+from ..step.fingerprints import fingerprint
+from ..step.sharding import make_mesh, replicate
+from ..step.train_step import LossFn, TrainState, init_state, make_eval, make_step
 from ..tasks.interface import AdaptedModel, Losses, TaskData, row_count
-from ..train_step import LossFn, TrainState, init_state, make_eval, make_step
-from ..training.identity import model_identity
+from ..training.adapter_start import begin_from, make_start
 from ..training.memory import check_memory
 from ..training.optimizer import check_rates, make_optimizer
-from ..training.setup import (
-    build_model,
-    count_steps,
-    params_of,
-    set_weights,
-    start_magnitudes,
-    task_module,
-)
-from ..training.start import begin_from, make_start
+from ..training.provenance import model_identity
+from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_module
 from ..training.xla import one_thread_per_device
 from .halving import check_rungs
 from .settings import MAY_CHANGE, SweepRun, Trial

@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
-from .._validation import expand_path
-from ..atomic import write_text
-from ..records import write_record
+from .._utils.atomic import write_text
+from .._utils.records import write_record
+from .._utils.validation import expand_path
 from .figures import PICTURES
 from .halving import comparison_steps, mean_losses, member_steps
 from .sequential import interval_confidence, reason_to_end, seed_groups

@@ -18,19 +18,19 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
-from .._validation import expand_path
-from ..atomic import add_path_to_errors, to_json, write_text
-from ..checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
+from .._utils.atomic import add_path_to_errors, to_json, write_text
+from .._utils.records import read_record, write_record
+from .._utils.validation import expand_path
 from ..data.batches import train_batches
 from ..data.fetch import cache_dir
-from ..records import read_record, write_record
 from ..settings.schema import GENERATION
-from ..train_step import TrainState
+from ..step.checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
+from ..step.train_step import TrainState
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.evaluation import finish_metrics
-from ..training.identity import check_allowed, checked_metadata
 from ..training.metrics_log import METRICS, SUMMARY
+from ..training.provenance import check_allowed, checked_metadata
 from ..training.run_directory import (
     CHECKPOINTS,
     check_compared,
@@ -40,6 +40,7 @@ from ..training.run_directory import (
 )
 from ..training.signals import Stopped, StopSignal
 from ..training.xla import use_compilation_cache
+from .device_slots import DeviceSlots
 from .figures import draw_figures
 from .halving import (
     best_trial,
@@ -54,7 +55,6 @@ from .population import Members, Population, prepare_population
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
 from .sequential import seed_groups
 from .settings import ARM_LABELS, MAY_CHANGE, SweepRun, Trial
-from .slots import DeviceSlots
 
 MEMBERS_FILE = "members_at_once.json"
 """File with the number of members that a device computes in parallel, so that a resumed sweep uses it too."""

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from ..config import BASE_INITS
+from ..adapter.config import BASE_INITS
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
 from ..settings.types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from ..adapter.tree import leaves_by_path
 from ..data.batches import Batch, digest
 from ..data.chat import tokenize_chats
 from ..data.chat_template import BUILT_IN, ChatTemplate, load_template
@@ -20,16 +21,15 @@ from ..data.data_to_text import group_references, read_descriptions, select_inpu
 from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
-from ..data.packing import pack, pad
+from ..data.packed_rows import pack, pad
 from ..data.splits import limit_splits, split_files, split_texts
+from ..models.checkpoints.hf import load_config
+from ..models.checkpoints.quantized import choose_formats
 from ..models.decoder import Config
 from ..models.families import FUSED_TYPES, MODEL_TYPES, family_of
-from ..models.hf import load_config
-from ..models.packing import choose_formats
 from ..models.tokenizer import tokenizer as load_tokenizer
 from ..settings.schema import Settings
-from ..sharding import batch_parts
-from ..tree import leaves_by_path
+from ..step.sharding import batch_parts
 from .interface import AdaptedModel, BaseModel, Losses, Split, TaskData, held_out_split
 from .language_losses import LanguageTask
 

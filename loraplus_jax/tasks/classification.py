@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._validation import check_choice
+from .._utils.validation import check_choice
 from ..data.labels import class_labels, label_names, regression_labels
 from ..data.splits import LabelledTexts
-from ..train_step import LossFn, Rows
+from ..step.train_step import LossFn, Rows
 from .metrics import SPLIT_METRICS
 
 Kind = Literal["classification", "regression"]

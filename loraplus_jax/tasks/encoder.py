@@ -19,10 +19,10 @@ from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
 from ..data.labels import label_summary
 from ..data.splits import LabelledTexts, limit_splits, load_rows, load_splits, read_columns
 from ..data.tokenize import encode_texts, load_tokenizer
-from ..models.bert import SHARDING, BertForSequence, name_table, tensor_sizes
-from ..models.bert_config import BertConfig
-from ..models.hf import load_config
-from ..models.packing import choose_formats
+from ..models.bert.config import BertConfig
+from ..models.bert.model import SHARDING, BertForSequence, name_table, tensor_sizes
+from ..models.checkpoints.hf import load_config
+from ..models.checkpoints.quantized import choose_formats
 from ..models.tokenizer import check_ids
 from ..settings.schema import DataSettings, ModelSettings, Settings
 from .classification import EncoderTask

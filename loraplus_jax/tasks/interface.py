@@ -6,13 +6,13 @@ from typing import Any, NamedTuple, Protocol
 import flax.linen as nn
 import jax
 
+from ..adapter.spec import Specs
 from ..data.batches import Batch
 from ..data.data_to_text import Input
-from ..models.name_table import NameTable
-from ..quantization import Kind
-from ..sharding import Rules
-from ..spec import Specs
-from ..train_step import LossFn
+from ..models.checkpoints.name_table import NameTable
+from ..quantization.formats import Kind
+from ..step.sharding import Rules
+from ..step.train_step import LossFn
 
 
 class TaskProtocol(Protocol):

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..losses import chunked_cross_entropy
 from ..models.decoder import head_kernel
-from ..sharding import gather_over_fsdp
-from ..train_step import LossFn
+from ..step.losses import chunked_cross_entropy
+from ..step.sharding import gather_over_fsdp
+from ..step.train_step import LossFn
 
 Kind = Literal["instruction", "multiple_choice", "generation"]
 

@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .._validation import escape_controls
+from .._utils.validation import escape_controls
+from ..adapter.tree import count
 from ..settings.schema import IGNORED, Settings
 from ..tasks.causal_lm import head_is_frozen
 from ..tasks.interface import AdaptedModel, TaskData, row_count
-from ..tree import count
 from .setup import Run
 
 SECONDS_PER_LINE = 30.0

@@ -17,9 +17,9 @@ from typing import Any
 
 import jax
 
-from ..checkpoint import field_differences, join_first
-from ..multihost import allgather, is_lost_process
+from .._utils.multihost import allgather, is_lost_process
 from ..settings.schema import AUTO, DistributedSettings
+from ..step.checkpoint import field_differences, join_first
 from .signals import Stopped
 
 ENVIRONMENT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ImportError, OSError)

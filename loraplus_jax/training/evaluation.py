@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..data.batches import Batch, eval_batches
-from ..sharding import local_rows, shard_batch
+from ..step.sharding import local_rows, shard_batch
+from ..step.train_step import Rows, weighted_means
 from ..tasks.interface import TaskProtocol
-from ..train_step import Rows, weighted_means
 
 
 def evaluate(

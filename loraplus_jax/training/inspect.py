@@ -2,7 +2,7 @@
 
 from ..optim.diagnostics import describe
 from ..settings.schema import Settings
-from .init_adapter import check_init_adapter
+from .saved_adapter import check_init_adapter
 from .setup import abstract_run, params_of
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import atomic_write, sync, to_json, write_text
+from .._utils.atomic import atomic_write, sync, to_json, write_text
+from .._utils.json_files import check_file
 from ..data.fetch import cache_dir
-from ..json_files import check_file
 
 LogRow = dict[str, Any]
 

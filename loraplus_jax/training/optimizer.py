@@ -6,14 +6,15 @@ from typing import Any
 import jax
 import optax
 
-from ..config import LoRAPlusConfig
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.spec import Specs
 from ..optim.adalora import adalora
-from ..optim.invariant import scale_by_lora_muon, scale_by_lora_rite
+from ..optim.lora_muon import scale_by_lora_muon
 from ..optim.lora_plus import LoRAPlusTransform, lora_plus_adamw
-from ..optim.pairs import scale_by_riemannian
+from ..optim.lora_rite import scale_by_lora_rite
+from ..optim.riemannian import scale_by_riemannian
 from ..optim.schedules import make_schedule
 from ..settings.schema import OptimizerSettings
-from ..spec import Specs
 
 
 def make_optimizer(

@@ -15,12 +15,12 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
-from ..atomic import STAGING, write_text
-from ..checkpoint import PACKAGES, DamagedCheckpoint, check_directory_name, field_differences
-from ..json_files import check_file, read_json, read_text
-from ..multihost import allgather, is_lead
+from .._utils.atomic import STAGING, write_text
+from .._utils.json_files import check_file, read_json, read_text
+from .._utils.multihost import allgather, is_lead
 from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
+from ..step.checkpoint import PACKAGES, DamagedCheckpoint, check_directory_name, field_differences
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, RANKS, SUMMARY, TEXTS
 

@@ -12,20 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .._validation import expand_path
-from ..checkpoint import describe_run, fingerprint, leaf_dtypes_and_shapes
-from ..config import BASE_INITS, LoRAPlusConfig
+from .._utils.validation import expand_path
+from ..adapter.config import BASE_INITS, LoRAPlusConfig
+from ..adapter.dora import set_magnitudes
+from ..adapter.rules import try_rules
+from ..adapter.spec import Specs
+from ..adapter.tree import combine, flatten, split_trainable, unflatten
 from ..data.batches import Batch
 from ..data.fetch import resolve
-from ..dora import set_magnitudes
 from ..linen.wrap import apply_lora_plus, init_lora
 from ..models.attention import KERNEL_PLATFORMS
-from ..models.hf import check_params, load_params, rows_digest, values_digest
-from ..models.packing import pack_shapes
+from ..models.checkpoints.hf import check_params, load_params, rows_digest, values_digest
+from ..models.checkpoints.quantized import pack_shapes
 from ..optim.lora_plus import LoRAPlusTransform
-from ..rules import try_rules
 from ..settings.schema import MAX_STEPS, Settings, split_settings
-from ..sharding import (
+from ..step.checkpoint import describe_run, leaf_dtypes_and_shapes
+from ..step.fingerprints import fingerprint
+from ..step.sharding import (
     BATCH_AXES,
     Shardings,
     base_shardings,
@@ -34,20 +37,18 @@ from ..sharding import (
     make_mesh,
     make_shardings,
 )
-from ..spec import Specs
+from ..step.train_step import TrainState, init_state, jit_step, make_eval
 from ..tasks import causal_lm, encoder
+from ..tasks.chat_model import SamplePrompt
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_count
 from ..tasks.language_losses import LanguageTask
-from ..tasks.sample_answers import SamplePrompt
-from ..train_step import TrainState, init_state, jit_step, make_eval
-from ..tree import combine, flatten, split_trainable, unflatten
+from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together
-from .identity import model_identity
-from .init_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
 from .memory import check_memory
 from .optimizer import check_rates, make_optimizer, schedule_for
-from .start import begin_from, first_gradients, make_start, read_start
+from .provenance import model_identity
+from .saved_adapter import adapter_digest, check_init_adapter, check_init_identity, load_init_adapter
 from .theory_metrics import count_rows, lower_theory
 from .xla import compiler_options
 
@@ -89,9 +90,9 @@ class Programs(NamedTuple):
     """The compiled programs of a run.
 
     Attributes:
-      step: `(state, frozen, batch) -> (state, metrics)`, see `train_step.make_step`.
-      evaluate: `(trainable, frozen, batch) -> pairs`, see `train_step.make_eval`.
-      theory: `(trainable, before, frozen, batch) -> terms`, see `theory.make_theory`; None if disabled.
+      step: `(state, frozen, batch) -> (state, metrics)`, see `step.make_step`.
+      evaluate: `(trainable, frozen, batch) -> pairs`, see `step.make_eval`.
+      theory: `(trainable, before, frozen, batch) -> terms`, see `step.make_theory`; None if disabled.
     """
 
     step: Any

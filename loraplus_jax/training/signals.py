@@ -41,7 +41,7 @@ class StopSignal:
         self._received: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        # Stop waking the listener thread of `loraplus_command`, which could end the process on a recorded signal.
+        # Stop waking the listener thread of `cli.__main__`, which could end the process on a recorded signal.
         self._wakeup_fd = signal.set_wakeup_fd(-1)
         handled = self.SIGNALS if jax.process_count() == 1 else (signal.SIGINT,)
         self._previous_handlers = {number: signal.getsignal(number) for number in handled}

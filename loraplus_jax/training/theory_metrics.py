@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..config import LoRAPlusConfig
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.spec import Specs
+from ..adapter.taps import TERMS
 from ..data.batches import Batch
-from ..lora import TERMS
-from ..sharding import Shardings, batch_parts, batch_sharding, local_rows, with_mesh
-from ..spec import Specs
-from ..theory import balance, make_theory, terms_by_layer
-from ..train_step import LossFn
+from ..step.sharding import Shardings, batch_parts, batch_sharding, local_rows, with_mesh
+from ..step.theory import balance, make_theory, terms_by_layer
+from ..step.train_step import LossFn
 from .metrics_log import LogRow
 
 BATCH_FRACTION = 4
@@ -32,7 +32,7 @@ def count_rows(batch_size: int, mesh: Mesh) -> int:
 def lower_theory(
     loss_fn: LossFn, specs: Specs, state: Any, frozen: Any, rows: Any, *, mesh: Mesh, shardings: Shardings
 ) -> jax.stages.Lowered:
-    """Lowers the measurement `(trainable, before, frozen, batch) -> terms` of `theory.make_theory`.
+    """Lowers the measurement `(trainable, before, frozen, batch) -> terms` of `step.make_theory`.
 
     Args:
       loss_fn, specs: as for `make_theory`.

@@ -14,9 +14,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from .._validation import expand_path
-from ..atomic import add_path_to_errors, to_json, write_text
-from ..checkpoint import (
+from .._utils.atomic import add_path_to_errors, to_json, write_text
+from .._utils.multihost import allgather, gather_to_host, is_lead
+from .._utils.records import check_digests, file_digests
+from .._utils.validation import expand_path
+from ..adapter.tree import combine, count
+from ..data.batches import Batch, train_batches
+from ..data.fetch import cache_dir
+from ..inits.from_weights import as_difference
+from ..interop.adapter_files import save_adapter
+from ..optim.ranks import final_ranks
+from ..settings.schema import Settings
+from ..step.checkpoint import (
     PACKAGES,
     DamagedCheckpoint,
     Restored,
@@ -25,18 +34,10 @@ from ..checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
-from ..data.batches import Batch, train_batches
-from ..data.fetch import cache_dir
-from ..interop.adapter_files import save_adapter
-from ..multihost import allgather, gather_to_host, is_lead
-from ..optim.ranks import final_ranks
-from ..records import check_digests, file_digests
-from ..settings.schema import Settings
-from ..sharding import distribute, local_rows, shard_batch
-from ..starts import as_difference
+from ..step.sharding import distribute, local_rows, shard_batch
+from ..step.train_step import TrainState, init_state
 from ..tasks.interface import held_out_split, row_count
-from ..train_step import TrainState, init_state
-from ..tree import combine, count
+from .adapter_start import TAKEN_OFF, write_start
 from .anomalies import (
     SpikeHistory,
     TrainingFailed,
@@ -49,8 +50,8 @@ from .anomalies import (
 from .console import LineConsole, ProgressLines, format_metrics, header, lines_only, progress
 from .distributed import idle_gpus, join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
-from .identity import check_allowed, checked_metadata
 from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw_ranks
+from .provenance import check_allowed, checked_metadata
 from .run_directory import (
     ADAPTER,
     CHECKPOINTS,
@@ -64,7 +65,6 @@ from .run_directory import (
 )
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
-from .start import TAKEN_OFF, write_start
 from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_metrics
 from .xla import use_compilation_cache
 

@@ -16,7 +16,7 @@ from tokenizers import (
 from loraplus_jax.data.chat import find_answers, tokenize_chats
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.conversations import Chat, Turn, read_chats
-from loraplus_jax.data.packing import pad
+from loraplus_jax.data.packed_rows import pad
 
 from ..messages import assert_mentions, mentions
 from .chats import (

@@ -8,10 +8,10 @@ from tokenizers import (
     models,
 )
 
+from loraplus_jax._utils.untrusted_child import DATE
 from loraplus_jax.data.chat import tokenize_chats
 from loraplus_jax.data.chat_template import load_template
 from loraplus_jax.data.conversations import Turn
-from loraplus_jax.untrusted_child import DATE
 
 from ..messages import mentions
 from .chats import BOS, EOS, chat, template

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from loraplus_jax._validation import suggest
+from loraplus_jax._utils.validation import suggest
 from loraplus_jax.data import labels
 from loraplus_jax.data.labels import class_labels, label_names, regression_labels
 from loraplus_jax.data.splits import LabelledTexts, load_rows

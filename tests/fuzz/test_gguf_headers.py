@@ -5,9 +5,9 @@ import struct
 import numpy as np
 import pytest
 
-from loraplus_jax.models.gguf import load as gguf
-from loraplus_jax.models.hf import load_config, load_params
-from loraplus_jax.models.name_table import NameTable, Rule
+from loraplus_jax.models.checkpoints.gguf import load as gguf
+from loraplus_jax.models.checkpoints.hf import load_config, load_params
+from loraplus_jax.models.checkpoints.name_table import NameTable, Rule
 from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, tokenizer
 
 from ..models.gguf.files import metadata, write

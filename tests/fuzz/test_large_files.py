@@ -2,10 +2,10 @@
 
 import pytest
 
+from loraplus_jax._utils.json_files import MAX_JSON_BYTES, read_json
 from loraplus_jax.data.readers import read_rows
-from loraplus_jax.json_files import MAX_JSON_BYTES, read_json
-from loraplus_jax.models.hf import SINGLE_FILE, load_params
-from loraplus_jax.models.name_table import NameTable
+from loraplus_jax.models.checkpoints.hf import SINGLE_FILE, load_params
+from loraplus_jax.models.checkpoints.name_table import NameTable
 from loraplus_jax.settings.yaml_files import LARGEST_YAML, read_yaml
 
 from ..messages import assert_mentions

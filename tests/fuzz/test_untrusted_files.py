@@ -8,20 +8,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from loraplus_jax import LoRAPlusConfig, save_adapter, untrusted
+from loraplus_jax import LoRAPlusConfig, save_adapter
+from loraplus_jax._utils import untrusted
+from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.data.chat import find_answers
 from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.inference.predict import settings_and_task
 from loraplus_jax.interop.peft_files import peft_config
-from loraplus_jax.models.bert_config import BertConfig
-from loraplus_jax.models.gpt2_config import GPT2Config
-from loraplus_jax.models.hf import load_config
-from loraplus_jax.models.llama_config import LlamaConfig
+from loraplus_jax.models.bert.config import BertConfig
+from loraplus_jax.models.checkpoints.hf import load_config
+from loraplus_jax.models.gpt2.config import GPT2Config
+from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, stop_ids, tokenizer
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
-from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.tasks.language_losses import LanguageTask
-from loraplus_jax.training.init_adapter import read_notes, saved_config
+from loraplus_jax.training.saved_adapter import read_notes, saved_config
 
 from ..data.chats import CHATML, INST, MARKED, chat
 from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, peak_limit

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from loraplus_jax.adapter.tree import flatten, unflatten
 from loraplus_jax.inference.scoring import Continuation, Scorer
 from loraplus_jax.models.families import family_of
-from loraplus_jax.models.llama import Llama
-from loraplus_jax.models.llama_config import LlamaConfig
-from loraplus_jax.sharding import base_shardings, distribute, make_mesh
-from loraplus_jax.tree import flatten, unflatten
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama
+from loraplus_jax.step.sharding import base_shardings, distribute, make_mesh
 
 from ..messages import mentions
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.interop.adapter_files import load_adapter
 
 from ..messages import assert_mentions

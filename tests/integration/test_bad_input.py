@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 
 from ..messages import assert_mentions
 
@@ -787,7 +787,7 @@ def test_a_process_ends_with_code_2_and_one_line(first_world, tmp_path):
     world = first_world.copy(tmp_path)
     cut("model/model.safetensors", 900)(world)
     before = contents(tmp_path)
-    command = [sys.executable, "-m", "loraplus_command", "train", str(world.config)]
+    command = [sys.executable, "-m", "loraplus_jax.cli", "train", str(world.config)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     lines = done.stderr.splitlines()

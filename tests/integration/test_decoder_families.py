@@ -8,8 +8,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from loraplus_jax.models.checkpoints.name_table import expand, shape_in_file
 from loraplus_jax.models.families import family_of
-from loraplus_jax.models.name_table import expand, shape_in_file
 
 from ..marks import long
 from .test_export import evaluated, near, printed

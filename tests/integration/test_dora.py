@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.adapter.tree import leaves_by_path
+from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.training.setup import prepare
-from loraplus_jax.tree import leaves_by_path
 
 from ..messages import assert_mentions
 from .test_population import alone, member, swept, taken

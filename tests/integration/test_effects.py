@@ -23,17 +23,17 @@ import optax
 import pytest
 
 from loraplus_jax import jit_step, load_adapter, save_adapter
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.data.fetch import resolve
 from loraplus_jax.settings.parsing import parse_settings, setting_fields
 from loraplus_jax.settings.schema import Settings
-from loraplus_jax.spec import AdapterSpec
-from loraplus_jax.tasks import sample_answers
+from loraplus_jax.tasks import chat_model as sample_answers
 from loraplus_jax.training import distributed, setup
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.anomalies import TrainingFailed, check_skipped
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import Trainer, train
-from loraplus_jax.tree import leaves_by_path
 
 from . import language_world as language
 from .test_decoder_families import write_family

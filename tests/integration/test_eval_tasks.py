@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.training import trainer
 
 from ..data.test_mmlu import write_mmlu

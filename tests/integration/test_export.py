@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.interop.adapter_files import load_adapter
 from loraplus_jax.interop.peft_files import load_peft
 
@@ -139,7 +139,7 @@ def test_a_model_from_gguf_goes_out_as_both_formats(talk, tmp_path, capsys):
 
 
 def test_shards_have_an_index(finished_talk, tmp_path, capsys, cache, monkeypatch):
-    from loraplus_jax.models import export
+    from loraplus_jax.models.checkpoints import export
 
     monkeypatch.setattr(export.write_hf, "__kwdefaults__", {"dtype": None, "shard_bytes": 5000})
     to = tmp_path / "merged"
@@ -321,8 +321,9 @@ def test_bad_adapters_of_peft_are_rejected(what, words, finished, tmp_path, caps
 
 
 def test_round_trip_of_a_run_is_bitwise(finished, tmp_path, capsys, cache):
-    from loraplus_jax.models import bert, export
-    from loraplus_jax.models.hf import load_config
+    from loraplus_jax.models.bert import model as bert
+    from loraplus_jax.models.checkpoints import export
+    from loraplus_jax.models.checkpoints.hf import load_config
 
     printed(capsys, "export", finished.out, "--to", tmp_path / "peft")
     ours = load_adapter(finished.out / "adapter")

@@ -105,7 +105,7 @@ def environment(**changes):
 
 
 def command(world, out, *more):
-    start = [sys.executable, "-m", "loraplus_command", "train", str(world.config)]
+    start = [sys.executable, "-m", "loraplus_jax.cli", "train", str(world.config)]
     return [*start, "--output_dir", str(out), *SETTINGS, *more]
 
 
@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_at_the_very_end(home, disk):
 
 @pytest.mark.slow
 def test_an_export_to_a_full_disk_names_it_and_leaves_nothing(home, disk):
-    export = [sys.executable, "-m", "loraplus_command", "export", str(home.out)]
+    export = [sys.executable, "-m", "loraplus_jax.cli", "export", str(home.out)]
     for kilobytes in (4, 16):
         disk.resize(kilobytes)
         done = subprocess.run(
@@ -334,8 +334,9 @@ def test_nothing_is_written_outside_the_output_directory_and_the_cache(home, tmp
 def test_writes_that_outlive_a_failed_save_print_nothing():
     """A write of tensorstore's that ends after its event loop raises where nobody can catch it."""
     script = """
-import asyncio, sys, time, loraplus_command, tensorstore
-import loraplus_jax.cli as cli
+import asyncio, sys, time, tensorstore
+from loraplus_jax.cli import __main__ as loraplus_command
+import loraplus_jax.cli.commands as cli
 
 def main():
     loop, (promise, future) = asyncio.new_event_loop(), tensorstore.Promise.new()

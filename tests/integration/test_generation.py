@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from loraplus_jax.cli import main
-from loraplus_jax.tasks import sample_answers
+from loraplus_jax.cli.commands import main
+from loraplus_jax.tasks import chat_model as sample_answers
 
 from ..messages import assert_mentions
 from . import language_world as tiny

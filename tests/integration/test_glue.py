@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.inference import predict
 from loraplus_jax.sweep import run as sweeping
 

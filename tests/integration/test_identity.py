@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from loraplus_jax.cli import main
-from loraplus_jax.models.bert_config import BertConfig
-from loraplus_jax.models.gpt2_config import GPT2Config
-from loraplus_jax.models.llama_config import LlamaConfig
+from loraplus_jax.cli.commands import main
+from loraplus_jax.models.bert.config import BertConfig
+from loraplus_jax.models.gpt2.config import GPT2Config
+from loraplus_jax.models.llama.config import LlamaConfig
 
 from ..marks import every, long
 from ..messages import assert_mentions

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep import methods as comparing
 from loraplus_jax.sweep.methods import TABLE
 from loraplus_jax.sweep.settings import MethodName

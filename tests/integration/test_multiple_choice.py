@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from loraplus_jax.adapter.tree import combine
 from loraplus_jax.inference.predict import load_tuned
 from loraplus_jax.training import trainer
-from loraplus_jax.tree import combine
 
 from . import language_world as tiny
 from .test_run import printed_json, summary_of

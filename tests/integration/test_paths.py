@@ -9,7 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.trainer import train
@@ -152,7 +152,7 @@ def test_a_console_that_would_interpret_strings_is_rejected(first_world):
 
 
 def test_characters_that_stdout_lacks_are_escaped(first_world):
-    command = [sys.executable, "-m", "loraplus_command", "eval", "pfad-jä"]
+    command = [sys.executable, "-m", "loraplus_jax.cli", "eval", "pfad-jä"]
     run = subprocess.run(
         command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False
     )

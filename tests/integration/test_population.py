@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 
 from loraplus_jax import init_state
+from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.data.batches import train_batches
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sharding import shard_batch
+from loraplus_jax.step.sharding import shard_batch
 from loraplus_jax.sweep import population as populations
+from loraplus_jax.sweep.device_slots import DeviceSlots
 from loraplus_jax.sweep.population import prepare_population
 from loraplus_jax.sweep.settings import SweepRun, Trial
-from loraplus_jax.sweep.slots import DeviceSlots
 from loraplus_jax.training.setup import prepare
-from loraplus_jax.tree import leaves_by_path
 
 from ..marks import long
 

@@ -33,7 +33,7 @@ QUICK = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 def start(world, out, devices, *more, cwd=None, **environment):
     """`loraplus train` in a process of its own, with so many devices."""
-    command = [sys.executable, "-m", "loraplus_command", "train", str(world.config)]
+    command = [sys.executable, "-m", "loraplus_jax.cli", "train", str(world.config)]
     environment |= {**QUICK, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
@@ -214,7 +214,7 @@ def test_the_pages_slurm_file_trains_what_two_named_processes_do(home, tmp_path)
     script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH .*?)```", page, flags=re.S)[1]
     assert re.search(r"ntasks-per-node=(\d+)", script)[1] == re.search(r"gpus-per-node=(\d+)", script)[1]
     (tmp_path / "srun").write_text(SRUN)
-    (tmp_path / "loraplus").write_text(f'#!/bin/sh\nexec {sys.executable} -m loraplus_command "$@"\n')
+    (tmp_path / "loraplus").write_text(f'#!/bin/sh\nexec {sys.executable} -m loraplus_jax.cli "$@"\n')
     for name in ("srun", "loraplus"):
         (tmp_path / name).chmod(0o755)
     settings = yaml.safe_load((home.out / "config.yaml").read_text())
@@ -444,7 +444,8 @@ def test_a_fault_of_one_process_ends_both_at_once(first_talk, tmp_path):
     out = tmp_path / "out"
     broken = tmp_path / "broken.py"
     broken.write_text(
-        "import sys\nfrom loraplus_jax.training import trainer\nimport loraplus_command\n"
+        "import sys\nfrom loraplus_jax.training import trainer\n"
+        "from loraplus_jax.cli import __main__ as loraplus_command\n"
         "def look(self, step):\n    raise KeyError('a fault')\n"
         "trainer.Trainer.log_row = look\nsys.argv[0] = 'loraplus'\nloraplus_command.run()\n"
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from loraplus_jax.cli import main
-from loraplus_jax.quantization import is_packed
+from loraplus_jax.cli.commands import main
+from loraplus_jax.quantization.packed_array import is_packed
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.training.setup import abstract_run, load_model
 
@@ -181,7 +181,7 @@ def test_the_blocks_of_a_gguf_file_are_trained_on_as_they_are(talk, tmp_path):
 
 def test_loading_holds_one_layer_s_values(talk, monkeypatch):
     """Every read is of one layer, and what stays is packed."""
-    from loraplus_jax.models import packing
+    from loraplus_jax.models.checkpoints import quantized as packing
 
     sizes, original = [], packing.pack_matrix
     monkeypatch.setattr(

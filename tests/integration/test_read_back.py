@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep import methods
 from loraplus_jax.sweep.run import Sweep
 

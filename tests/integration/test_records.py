@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.training import trainer
 
@@ -276,8 +276,8 @@ def test_results_that_are_not_finite_are_null(world, capsys, monkeypatch):
 
 NOISE = """
 import asyncio, logging, sys, threading
-import loraplus_command
-import loraplus_jax.cli as cli
+from loraplus_jax.cli import __main__ as loraplus_command
+import loraplus_jax.cli.commands as cli
 
 class Late:
     def __del__(self):

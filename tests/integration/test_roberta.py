@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.adapter.tree import combine
+from loraplus_jax.cli.commands import main
 from loraplus_jax.inference.predict import load_tuned, predict_run
-from loraplus_jax.tree import combine
 
 from .test_glue import write_lines
 

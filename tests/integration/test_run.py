@@ -11,7 +11,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from loraplus_jax import jit_step, load_adapter
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.training import console
 from loraplus_jax.training import setup as prepare
 from loraplus_jax.training.metrics_log import RunLog

@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import AbstractMesh
 from safetensors.numpy import load_file
 
-from loraplus_jax.cli import main
+from loraplus_jax.adapter.tree import leaves_by_path
+from loraplus_jax.cli.commands import main
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.tasks.encoder import load_data, load_split, model_config
 from loraplus_jax.training import setup as module
 from loraplus_jax.training.inspect import inspect
 from loraplus_jax.training.setup import prepare
-from loraplus_jax.tree import leaves_by_path
 
 from ..messages import assert_mentions, mentions
 

@@ -46,7 +46,7 @@ def home(first_world, tmp_path_factory, cache):
 @contextlib.contextmanager
 def started(world, out, *more):
     """The command line at work; whatever happens, its process ends with the test."""
-    command = [sys.executable, "-m", "loraplus_command", "train", str(world.config)]
+    command = [sys.executable, "-m", "loraplus_jax.cli", "train", str(world.config)]
     command += ["--output_dir", str(out), *SETTINGS, *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env={**os.environ, **QUICK}, **pipes) as process:
@@ -146,7 +146,8 @@ def test_a_signal_before_the_first_step_leaves_no_traceback_and_nothing_in_the_w
 
 
 BUSY = """
-import hashlib, loraplus_command
+import hashlib
+from loraplus_jax.cli import __main__ as loraplus_command
 loraplus_command.listen()
 print("busy", flush=True)
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)

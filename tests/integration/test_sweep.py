@@ -12,11 +12,11 @@ import jax
 import pytest
 import yaml
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep import run as sweeping
+from loraplus_jax.sweep.device_slots import DeviceSlots
 from loraplus_jax.sweep.figures import PICTURES
 from loraplus_jax.sweep.report import format_number, format_steps
-from loraplus_jax.sweep.slots import DeviceSlots
 from loraplus_jax.training import console
 
 from ..messages import assert_mentions

@@ -8,7 +8,7 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.sharding import make_mesh
+from loraplus_jax.step.sharding import make_mesh
 from loraplus_jax.training.theory_metrics import count_rows, read_metrics, to_metrics
 
 from ..messages import assert_mentions

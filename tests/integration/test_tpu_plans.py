@@ -17,7 +17,7 @@ from loraplus_jax.plan.programs import plan_step, try_compile
 from loraplus_jax.plan.text import advice, format_plan
 from loraplus_jax.plan.tpu import CHIPS, tpu_devices
 from loraplus_jax.settings.schema import MeshSettings
-from loraplus_jax.sharding import with_mesh
+from loraplus_jax.step.sharding import with_mesh
 from loraplus_jax.training.xla import compiler_options
 
 from ..messages import assert_mentions

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.interop.fused_modules import Part, fuse, split
 from loraplus_jax.interop.path_map import Outputs, check_path_map
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
-from loraplus_jax.spec import AdapterSpec
 
 from ..messages import mentions
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.interop.other_libraries import import_adapters
-from loraplus_jax.spec import AdapterSpec
 
 from ..messages import mentions
 

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
-from loraplus_jax.interop.peft_config import read_options
+from loraplus_jax.adapter.lora import weight_delta
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.interop.peft_adapter_config import read_options
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
-from loraplus_jax.lora import weight_delta
-from loraplus_jax.spec import AdapterSpec
 
 from ..messages import mentions
 

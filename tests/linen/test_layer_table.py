@@ -28,8 +28,8 @@ from loraplus_jax import (
     unmerge,
 )
 from loraplus_jax import nnx as loraplus_nnx
-from loraplus_jax.quantization import is_packed
-from loraplus_jax.quantize_base import quantize_base
+from loraplus_jax.linen.quantize import quantize_base
+from loraplus_jax.quantization.packed_array import is_packed
 
 RANK, ALPHA, DEPTH = 2, 3.0, 3
 

@@ -8,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 
 from loraplus_jax import LoRAPlusDense, init_lora
-from loraplus_jax.lora import scale_variables
+from loraplus_jax.adapter.lora import scale_variables
 
 KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
 X = jax.random.normal(jax.random.key(1), (4, 6))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
-from loraplus_jax.low_rank import LowRankWeight
-from loraplus_jax.theory import make_theory
+from loraplus_jax.interpreter.low_rank import LowRankWeight
+from loraplus_jax.step.theory import make_theory
 
 KEY = jax.random.key(0, impl="rbg")
 NORMAL = nn.initializers.normal()

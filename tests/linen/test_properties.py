@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
-from loraplus_jax.spec import AdapterSpec, split_equation
+from loraplus_jax.adapter.letters import split_equation
+from loraplus_jax.adapter.spec import AdapterSpec
 
 KEY = jax.random.key(0, impl="rbg")
 FEW = settings(max_examples=12, deadline=None)

@@ -16,7 +16,7 @@ from loraplus_jax import (
     merge,
     split_trainable,
 )
-from loraplus_jax.lora import scale_variables
+from loraplus_jax.adapter.lora import scale_variables
 
 from ..messages import mentions
 

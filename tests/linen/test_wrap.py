@@ -10,15 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax import (
-    LoRAPlusConfig,
-    LoRAPlusDense,
-    apply_lora_plus,
-    init_lora,
-    merge,
-)
-from loraplus_jax.lora import scale_variables
-from loraplus_jax.spec import specs_from_json, specs_to_json
+from loraplus_jax import LoRAPlusConfig, LoRAPlusDense, apply_lora_plus, init_lora, merge
+from loraplus_jax.adapter.lora import scale_variables
+from loraplus_jax.adapter.spec import specs_from_json, specs_to_json
 
 from ..messages import mentions
 

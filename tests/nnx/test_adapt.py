@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.low_rank import LowRankWeight
+from loraplus_jax.interpreter.low_rank import LowRankWeight
 from loraplus_jax.nnx import apply_lora_plus, base_variables, disabled, lora_tree, merge, set_lora, unmerge
 
 from ..marks import every

@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from loraplus_jax import describe, lora_plus_adamw
-from loraplus_jax.checkpoint import describe_run, open_manager, restore_checkpoint, save_checkpoint
+from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.optim.adalora import adalora, budget_at, most_important
-from loraplus_jax.roles import find_states
-from loraplus_jax.spec import AdapterSpec
-from loraplus_jax.train_step import init_state, make_step
+from loraplus_jax.optim.roles import find_states
+from loraplus_jax.step.checkpoint import describe_run, open_manager, restore_checkpoint, save_checkpoint
+from loraplus_jax.step.train_step import init_state, make_step
 
 from ..messages import mentions
 

@@ -6,17 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import (
-    describe,
-    label_params,
-    lora_plus,
-    lora_plus_adamw,
-    probe,
-)
-from loraplus_jax.optim.pairs import keep_float32
-from loraplus_jax.roles import role_norms
-from loraplus_jax.spec import AdapterSpec
-from loraplus_jax.tree import leaves_by_path, unflatten
+from loraplus_jax import describe, label_params, lora_plus, lora_plus_adamw, probe
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.adapter.tree import leaves_by_path, unflatten
+from loraplus_jax.optim.keep_float32 import keep_float32
+from loraplus_jax.optim.roles import role_norms
 
 from ..messages import mentions
 

@@ -11,12 +11,12 @@ import optax
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.adapter.tree import leaves_by_path
 from loraplus_jax.optim.adalora import adalora
 from loraplus_jax.optim.diagnostics import describe
-from loraplus_jax.optim.pairs import keep_float32
-from loraplus_jax.roles import lr_ratio_of
-from loraplus_jax.spec import AdapterSpec
-from loraplus_jax.tree import leaves_by_path
+from loraplus_jax.optim.keep_float32 import keep_float32
+from loraplus_jax.optim.roles import lr_ratio_of
 
 from ..messages import mentions
 from .toy import ONES, PARAMS, gradients, leaves, run

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_adapter, save_adapter
-from loraplus_jax.lora import weight_delta
+from loraplus_jax.adapter.lora import weight_delta
 from loraplus_jax.optim.ranks import final_ranks, prune
 
 

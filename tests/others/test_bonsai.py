@@ -19,8 +19,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from loraplus_jax import LoRAPlusConfig, lora_plus_adamw, save_peft
-from loraplus_jax.interop import name_maps
-from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.interop import load_peft, name_maps
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, merge, set_lora
 
 from ..messages import mentions

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from loraplus_jax import apply_lora_plus, init_lora, lora_plus_adamw, save_peft
-from loraplus_jax.interop.name_maps import GEMMA
-from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.adapter import flatten
+from loraplus_jax.interop import GEMMA, load_peft
 from loraplus_jax.nnx import specs_of
-from loraplus_jax.tree import flatten
 
 from .tiny_gemma import config_of
 

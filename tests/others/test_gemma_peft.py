@@ -12,10 +12,9 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig, save_peft
-from loraplus_jax.interop.name_maps import GEMMA, TUNIX_GEMMA
-from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.adapter import flatten, unflatten
+from loraplus_jax.interop import GEMMA, TUNIX_GEMMA, load_peft
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, set_lora, specs_of
-from loraplus_jax.tree import flatten, unflatten
 
 from .tiny_gemma import config_of
 

@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from loraplus_jax import lora_plus_adamw, merge, save_peft
-from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.adapter import unflatten
+from loraplus_jax.interop import load_peft
 from loraplus_jax.nnx import specs_of
-from loraplus_jax.tree import unflatten
 
 from .test_nnx_packages import drawn, ratios
 

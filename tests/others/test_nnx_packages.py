@@ -15,8 +15,7 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig, lora_plus, lora_plus_adamw, save_peft
-from loraplus_jax.interop.name_maps import TUNIX_LLAMA
-from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.interop import TUNIX_LLAMA, load_peft
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, set_lora, specs_of
 from loraplus_jax.nnx import merge as merge_model
 

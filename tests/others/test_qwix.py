@@ -11,11 +11,11 @@ from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig, init_lora, lora_plus_adamw, merge, save_peft
 from loraplus_jax import apply_lora_plus as adapt_linen
-from loraplus_jax.from_qwix import from_qwix
-from loraplus_jax.interop.peft_files import load_peft
+from loraplus_jax.adapter.tree import leaf_path, leaves_by_path
+from loraplus_jax.interop import load_peft
+from loraplus_jax.linen import from_qwix
 from loraplus_jax.nnx import apply_lora_plus, base_variables, functional, lora_tree, specs_of
 from loraplus_jax.nnx import from_qwix as nnx_from_qwix
-from loraplus_jax.tree import leaf_path, leaves_by_path
 
 from ..messages import mentions
 

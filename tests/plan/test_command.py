@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.plan.plan import Plan
 
 from ..messages import assert_mentions

@@ -15,7 +15,7 @@ from loraplus_jax.plan.hlo import (
     parse_hlo,
     shape_bytes,
 )
-from loraplus_jax.sharding import batch_sharding
+from loraplus_jax.step.sharding import batch_sharding
 
 CPU = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8

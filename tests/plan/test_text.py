@@ -12,7 +12,7 @@ from loraplus_jax.plan.plan import Work, roofline
 from loraplus_jax.plan.text import advice, format_plan
 from loraplus_jax.plan.tpu import CHIPS
 from loraplus_jax.settings.schema import MeshSettings
-from loraplus_jax.sharding import check_tensor
+from loraplus_jax.step.sharding import check_tensor
 from loraplus_jax.training.setup import check_mesh
 
 from ..messages import assert_mentions, mentions

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import transformers as tf
 
-from loraplus_jax.models import bert, export
+from loraplus_jax.models.bert import model as bert
+from loraplus_jax.models.checkpoints import export
+from loraplus_jax.models.checkpoints.hf import load_config, load_params
 from loraplus_jax.models.families import family_of
-from loraplus_jax.models.hf import load_config, load_params
 
 
 def golden_maker(name):

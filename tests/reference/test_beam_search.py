@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from loraplus_jax.models.beam_search import make_beam_search
-from loraplus_jax.models.generate import PAD_AFTER_END, pad_left
+from loraplus_jax.models.decoding.beam_search import make_beam_search
+from loraplus_jax.models.decoding.generate import PAD_AFTER_END, pad_left
 
 from ..marks import diagonal, long
 from . import families

@@ -7,9 +7,9 @@ import torch
 import transformers as tf
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, merge
-from loraplus_jax.models import export
-from loraplus_jax.models.hf import check_params
-from loraplus_jax.models.merged import CheckpointMerge
+from loraplus_jax.models.checkpoints import export
+from loraplus_jax.models.checkpoints.hf import check_params
+from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 
 from ..marks import diagonal
 from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, split_trainable
+from loraplus_jax.adapter.tree import flatten, replace_leaves
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
-from loraplus_jax.tree import flatten, replace_leaves
 
 from ..marks import diagonal
 from .families import CAUSAL, ENCODERS, Pair, off, random

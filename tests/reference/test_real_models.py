@@ -12,10 +12,10 @@ import torch
 import transformers as tf
 
 from loraplus_jax import LoRAPlusConfig, combine, save_adapter
-from loraplus_jax.checkpoint import fingerprint
 from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
+from loraplus_jax.step.fingerprints import fingerprint
 from loraplus_jax.tasks.classification import EncoderTask
 from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.training.setup import build_model, load_model

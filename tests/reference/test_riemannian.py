@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft.optimizers import create_riemannian_optimizer
 
-from loraplus_jax.optim.pairs import scale_by_riemannian
+from loraplus_jax.optim.riemannian import scale_by_riemannian
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import torch
 from flax import linen as nn
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
-from loraplus_jax.starts import olora, pissa
+from loraplus_jax.inits.from_weights import olora, pissa
 
 pytestmark = pytest.mark.slow
 

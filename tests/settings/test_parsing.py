@@ -6,11 +6,7 @@ import json
 import pytest
 
 from loraplus_jax.settings.parsing import format_help, setting_fields, settings_from_json
-from loraplus_jax.settings.schema import (
-    ADALORA,
-    QUERIES_AND_VALUES,
-    Settings,
-)
+from loraplus_jax.settings.schema import ADALORA, QUERIES_AND_VALUES, Settings
 
 from ..messages import mentions
 from .values import FILES, GENERATION, LANGUAGE, LEAST, OTHER, PROCESSES, nested, parsed, value

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from loraplus_jax.sweep.device_slots import assign_slots
 from loraplus_jax.sweep.halving import (
     best_trial,
     check_rungs,
@@ -17,7 +18,6 @@ from loraplus_jax.sweep.halving import (
 )
 from loraplus_jax.sweep.population import fastest_batch_size, largest_eval_batch, parallel_members
 from loraplus_jax.sweep.settings import SweepSettings, Trial
-from loraplus_jax.sweep.slots import assign_slots
 
 from ..messages import mentions
 

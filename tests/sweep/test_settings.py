@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import OptimizerSettings
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax.models.llama import Llama
-from loraplus_jax.models.llama_config import LlamaConfig
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama
 from loraplus_jax.tasks.language_losses import LanguageTask
 
 TALK, CHOICE = LanguageTask(kind="instruction"), LanguageTask(kind="multiple_choice")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from loraplus_jax.cli import main
+from loraplus_jax.cli.commands import main
 from loraplus_jax.training import memory
 from loraplus_jax.training.memory import check_memory, free_bytes
 

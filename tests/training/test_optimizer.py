@@ -10,11 +10,12 @@ import optax
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax.optim.invariant import lora_muon, lora_rite
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.optim.lora_muon import lora_muon
 from loraplus_jax.optim.lora_plus import lora_plus_adamw
-from loraplus_jax.optim.pairs import scale_by_riemannian
+from loraplus_jax.optim.lora_rite import lora_rite
+from loraplus_jax.optim.riemannian import scale_by_riemannian
 from loraplus_jax.settings.schema import OptimizerSettings
-from loraplus_jax.spec import AdapterSpec
 from loraplus_jax.training.optimizer import make_optimizer, schedule_for
 
 CONFIG = LoRAPlusConfig(target_modules=("query",), lr_ratio=4.0)

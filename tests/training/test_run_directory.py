@@ -22,7 +22,6 @@ from loraplus_jax.settings.schema import (
     ModelSettings,
     Settings,
 )
-from loraplus_jax.training.init_adapter import require_adapter
 from loraplus_jax.training.run_directory import (
     archive_results,
     check_directory,
@@ -31,6 +30,7 @@ from loraplus_jax.training.run_directory import (
     lock_directory,
     rename_run,
 )
+from loraplus_jax.training.saved_adapter import require_adapter
 
 from ..marks import slow
 from ..messages import assert_mentions, mentions

@@ -56,7 +56,8 @@ def test_a_stdout_that_cannot_be_written_counts_as_a_broken_pipe(monkeypatch):
 
 
 NOTED = """
-import signal, time, loraplus_command
+import signal, time
+from loraplus_jax.cli import __main__ as loraplus_command
 from loraplus_jax.training.signals import StopSignal
 loraplus_command.listen()
 with StopSignal() as stop:

@@ -12,10 +12,10 @@ import optax
 import pytest
 
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
-from loraplus_jax.sharding import make_mesh, shard_batch
-from loraplus_jax.sweep.slots import DeviceSlots
+from loraplus_jax.step.sharding import make_mesh, shard_batch
+from loraplus_jax.step.train_step import Rows, jit_step, make_eval
+from loraplus_jax.sweep.device_slots import DeviceSlots
 from loraplus_jax.tasks.interface import AdaptedModel, TaskData
-from loraplus_jax.train_step import Rows, jit_step, make_eval
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.evaluation import evaluate, finish_metrics

@@ -1,0 +1,121 @@
+"""The maths of an adapter as pure functions: its low-rank term, and merging it into the base weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .dora import output_scale
+from .spec import AdapterSpec, Specs
+from .taps import _tapped_backward, _tapped_forward, inject_gradient
+from .tree import unflatten
+
+SCALE = "lora_scale"
+"""Name of the optional collection, and of its leaves, that overrides scales."""
+
+
+@jax.named_scope("lora")
+def low_rank_output(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    scale: jax.Array | float,
+    equations: tuple[str, str] | None = None,
+    precision: Any = None,
+    out_shardings: tuple[Any, Any] = (None, None),
+) -> jax.Array:
+    """The low-rank term s (x A) B of a dense layer, for x `(..., in)`, a `(in, r)`, b `(r, out)` of one dtype.
+
+    The scale multiplies the r-wide product, where it is cheapest; it may be a traced array.
+
+    Args:
+      x, a, b: input and factors.
+      scale: s.
+      equations: for other layers, the two einsums of the term: the first of x and A, the second of its result and
+        B.
+      precision: as in `jnp.einsum`.
+      out_shardings: those of the two products, for a mesh with explicit axis types.
+    """
+    first, second = ({"precision": precision, "out_sharding": sharding} for sharding in out_shardings)
+    if equations is None:  # an einsum would give the same, but takes ten times as long to trace
+        # One axis of rows: with more, XLA on CPU copies y's gradient, transposed, for the gradient of B. A reshape
+        # of axes that are sharded explicitly would have to tell its sharding.
+        rows = x if any(out_shardings) or is_explicit(x) else x.reshape(-1, x.shape[-1])
+        h = jnp.matmul(rows, a, **first)
+        return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, **second).reshape(*x.shape[:-1], b.shape[-1])
+    h = jnp.einsum(equations[0], x, a, **first)
+    return jnp.einsum(equations[1], h * jnp.asarray(scale, h.dtype), b, **second)
+
+
+def is_explicit(*arrays: Any) -> bool:
+    """Whether arrays are sharded over a mesh with explicit axis types, where a product must tell its sharding."""
+    return any(any(jax.typeof(x).sharding.spec) for x in jax.tree.leaves(arrays))
+
+
+def weight_delta(
+    a: jax.Array, b: jax.Array, spec: AdapterSpec, scale: jax.Array | float | None = None
+) -> jax.Array:
+    """s A B in the shape of the base leaf, with stacked and batch axes, in float32 or wider.
+
+    With magnitudes this is not all that the adapter changes; see `adapted_weight`.
+    `scale` overrides the spec's scale.
+    """
+    left, right = spec.factor_letters
+    highest = jax.lax.Precision.HIGHEST
+    product = jnp.einsum(
+        f"{left},{right}->{spec.base_letters}",
+        a.astype(jnp.promote_types(a.dtype, jnp.float32)),
+        b.astype(jnp.promote_types(b.dtype, jnp.float32)),
+        precision=highest,
+    )
+    return product * (spec.scale if scale is None else scale)
+
+
+def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec) -> jax.Array:
+    """W + s A B, or with magnitudes c (W + s A B), in the shape of the base leaf, in float32 or wider.
+
+    Args:
+      weight: W, with stacked and batch axes.
+      factors: A, B and with `spec.magnitude` m.
+      spec: the spec.
+    """
+    a, b, *magnitude = factors
+    total = weight + weight_delta(a, b, spec)
+    if not magnitude:
+        return total
+    letters, outputs = spec.base_letters, spec.factor_letters[1].replace("r", "")
+    c = output_scale(weight, a, b, magnitude[0], spec.scale, letters, spec.factor_letters)
+    return jnp.einsum(f"{letters},{outputs}->{letters}", total, c)
+
+
+inject_gradient.defvjp(_tapped_forward, _tapped_backward)
+
+
+def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:
+    """The optional read-only collection `"lora_scale"`, which overrides the scale s of every adapter at apply time.
+
+    With a traced `s`, `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)`
+    runs many scales in one compiled program.
+
+    Args:
+      specs: the table from `init_lora`.
+      scale: s (alpha / rank, not alpha), a scalar or broadcastable to the stacked layers; or a mapping from module
+        path to s.
+    """
+    flat = {}
+    for module, spec in specs.items():
+        size = dict(zip(spec.base_letters, spec.shape, strict=True))
+        shape = tuple(size[c] if c.isupper() else 1 for c in spec.factor_letters[0])
+        value = scale[module] if isinstance(scale, Mapping) else scale
+        flat[f"{module}/{SCALE}".removeprefix("/")] = jnp.broadcast_to(jnp.asarray(value), shape)
+    return unflatten(flat)
+
+
+def disabled(lora: Any) -> Any:
+    """Returns adapters without effect: zeros of the same shapes, so a compiled model does not recompile.
+
+    >>> disabled({"fc": {"lora_a": jnp.ones(2)}})["fc"]["lora_a"].tolist()
+    [0.0, 0.0]
+    """
+    return jax.tree.map(jnp.zeros_like, lora)

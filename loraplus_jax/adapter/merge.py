@@ -1,0 +1,96 @@
+"""Merges adapters into the weights of a base, and restores the base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.core import meta
+
+from ..quantization.packed_array import is_packed
+from .lora import adapted_weight
+from .spec import Specs
+from .tree import flat_factors, flatten, rebox, replace_leaves
+
+
+def merge(
+    base: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    specs: Specs,
+    *,
+    dtype: Any = None,
+    dequantize: bool = False,
+) -> dict[str, Any]:
+    """Puts every adapter into its base weight; returns base variables that need no adapter.
+
+    Sums in float32. `base` stays unchanged; `unmerge` restores its weights bitwise.
+
+    Args:
+      base: variables without adapters, `{"params": ...}`.
+      lora: the tree of adapters, or `{"lora": tree}`; pass fully trained parameters in `base`.
+      specs: the table from `init_lora` or `load_adapter`.
+      dtype: dtype of the merged leaves; by default each keeps its dtype.
+      dequantize: whether to merge into the values that a packed weight stands for, which differ from the original
+        ones by the rounding. By default pass the original weights.
+
+    Raises:
+      ValueError: `base`, `lora` and `specs` do not match, or a weight is packed; the message names the path.
+    """
+    if "params" not in base:
+        raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
+    flat = flatten(base)
+    factors = flat_factors(lora, specs)
+    _check_fit(flat, factors, specs)
+    for module, spec in specs.items():
+        leaf = meta.unbox(flat[spec.leaf])
+        if is_packed(leaf):
+            leaf = check_dequantize(leaf, spec.leaf, allowed=dequantize)
+        merged = adapted_weight(leaf, [factors[path] for path in spec.factor_paths(module)], spec)
+        flat[spec.leaf] = rebox(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
+    return replace_leaves(base, flat)
+
+
+def check_dequantize(weight: Any, path: str, *, allowed: bool) -> jax.Array:
+    """The values of a packed weight for a merge; raises ValueError unless they were asked for."""
+    if not allowed:
+        raise ValueError(
+            f"{path} is packed in {weight.kind}: merge into the original weights, which differ from it by the "
+            "rounding, or pass dequantize=True to merge into the packed ones"
+        )
+    return weight.dequantize()
+
+
+def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
+    """Replaces the adapted weights in merged variables with those of `base`, so they are bit-identical.
+
+    Subtracting s A B would leave rounding errors. All other leaves come from `merged`, even if they have changed.
+
+    Args:
+      merged: from `merge`.
+      base: the base variables that were merged, or any part of them with the adapted leaves.
+      specs: the specs that were merged.
+
+    Raises:
+      ValueError: an adapted leaf is missing in `merged` or `base`, or has another shape.
+    """
+    flat, kept = flatten(merged), flatten(base)
+    for spec in specs.values():
+        for name, tree in (("merged", flat), ("base", kept)):
+            shape = tuple(meta.unbox(tree[spec.leaf]).shape) if spec.leaf in tree else None
+            if shape != spec.shape:
+                raise ValueError(f"{spec.leaf} in {name} must have shape {spec.shape}, got {shape}")
+    return replace_leaves(merged, {spec.leaf: kept[spec.leaf] for spec in specs.values()})
+
+
+def _check_fit(flat: Mapping[str, Any], factors: Mapping[str, Any], specs: Specs) -> None:
+    known = {path for module, spec in specs.items() for path in spec.factor_paths(module)}
+    if differing := sorted(known ^ factors.keys()):
+        raise ValueError(f"the adapters and the specs differ at {', '.join(differing)}")
+    for module, spec in specs.items():
+        shape = tuple(meta.unbox(flat[spec.leaf]).shape) if spec.leaf in flat else None
+        if shape != spec.shape:
+            raise ValueError(f"{spec.leaf} in the base must have shape {spec.shape}, got {shape}")
+        shapes = tuple(tuple(factors[path].shape) for path in spec.factor_paths(module))
+        if shapes != spec.factor_shapes:
+            raise ValueError(
+                f"{module}: factors must have the specs' shapes {spec.factor_shapes}, got {shapes}"
+            )

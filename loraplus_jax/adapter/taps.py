@@ -1,0 +1,103 @@
+"""What a layer measures of its own update: the terms of LoRA+'s theory, as the gradient of a tap."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from .spec import FACTORS
+
+TAP = "lora_tap"
+"""Name of an optional leaf next to two factors; its gradient is the result of `update_squares`."""
+
+
+PREVIOUS_FACTORS = tuple(f"{name}_before" for name in FACTORS)
+"""Names of the leaves next to a tap that hold the factors of the previous step."""
+
+
+TERMS = ("delta1", "delta2", "delta3", "z_a", "z_b")
+"""The quantities that `update_squares` measures, in order."""
+
+
+def update_squares(
+    term: Callable[..., jax.Array],
+    x: jax.Array,
+    before: tuple[jax.Array, jax.Array],
+    after: tuple[jax.Array, jax.Array],
+    scale: jax.Array | float,
+    batch_axes: int = 0,
+) -> jax.Array:
+    """Measures how an adapter's last step changed its layer's output for inputs x, and the size of its features.
+
+    With A and B after the step, and the step dA and dB: delta1 = s (x dA) (B - dB), delta2 = s (x (A - dA)) dB,
+    delta3 = s (x dA) dB. Their sum is the change of Z_B = s (x A) B; Z_A = x A (arXiv 2402.12354, section 4,
+    without s there). x is held fixed: changes made by earlier layers are not counted.
+
+    Args:
+      term: `term(x, a, b, scale)`, the layer's low-rank term.
+      x: the layer's inputs.
+      before, after: A and B before and after the step.
+      scale: s.
+      batch_axes: number of leading batch axes of B.
+
+    Returns:
+      float32 `(6,)`: the mean squares over all elements in the order of `TERMS`, followed by 1, to average sums
+      over several calls of a layer.
+    """
+    (a0, b0), (a, b) = before, after
+    da, db = a - a0, b - b0
+    rank, *outputs = b.shape[batch_axes:]
+    width = math.prod(outputs)
+    # With B an identity, padded with zeros to the output width, the term equals Z_A.
+    identity = jnp.broadcast_to(jnp.eye(rank, width, dtype=b.dtype).reshape(rank, *outputs), b.shape)
+
+    def mean_square(a: jax.Array, b: jax.Array, scale: jax.Array | float = scale) -> jax.Array:
+        return jnp.mean(jnp.square(term(x, a, b, scale).astype(jnp.float32)))
+
+    z_a = mean_square(a, identity, 1.0) * width / rank
+    deltas = [mean_square(da, b0), mean_square(a0, db), mean_square(da, db)]
+    return jnp.stack([*deltas, z_a, mean_square(a, b), jnp.ones(())])
+
+
+def measured_term(
+    term: Callable[..., jax.Array],
+    x: jax.Array,
+    factors: tuple[jax.Array, jax.Array],
+    scale: jax.Array | float,
+    tap: jax.Array | None,
+    before: tuple[jax.Array, jax.Array] | None,
+    batch_axes: int = 0,
+) -> jax.Array:
+    """The low-rank term for a layer's input x; with a tap, the tap's gradient becomes `update_squares`.
+
+    Args:
+      term, x, scale, batch_axes: as in `update_squares`.
+      factors: A and B.
+      tap: the leaf `TAP`, or None.
+      before: A and B before the step; only used with a tap.
+    """
+    y = term(x, *factors, scale)
+    if tap is None or before is None:
+        return y
+    inputs = jax.lax.stop_gradient(x)
+    squares = update_squares(term, inputs, before, factors, scale, batch_axes)
+    return inject_gradient(y, tap, squares.reshape(tap.shape))
+
+
+@jax.custom_vjp
+def inject_gradient(y: jax.Array, tap: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns `y`; in the backward pass the gradient of `tap` is `value`, which has the shape of `tap`.
+
+    This passes numbers out of a model through the one channel that every transform preserves, including loops over
+    layers, shared weights and rematerialization: the gradient of a parameter, summed over its uses.
+    """
+    return y
+
+
+def _tapped_forward(y: jax.Array, tap: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return y, value
+
+
+def _tapped_backward(value: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return gradient, value, jnp.zeros_like(value)

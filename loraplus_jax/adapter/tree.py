@@ -1,0 +1,179 @@
+"""Trees of variables: paths, flattening, and splitting trainable from frozen variables."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_args
+
+import jax
+from flax import traverse_util
+from flax.core import meta
+
+from .._utils.validation import check_choice, suggest
+from ..quantization.packed_array import is_packed
+from .config import Bias, LoRAPlusConfig, matches
+from .spec import Specs
+
+
+def leaf_path(path: tuple[Any, ...]) -> str:
+    """Formats a key path of `jax.tree_util` as segments joined by "/"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Maps each path to its leaf, in the tree's order; `is_leaf` as in `jax.tree.leaves`.
+
+    >>> leaves_by_path({"params": {"head": {"bias": 1.0}}})
+    {'params/head/bias': 1.0}
+    """
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Flattens nested dicts to "/"-joined paths; `unflatten` is the inverse if no key contains "/".
+
+    >>> flatten({"layers": {0: {"kernel": 1.0}}})
+    {'layers/0/kernel': 1.0}
+    """
+    return {join_path(path): leaf for path, leaf in traverse_util.flatten_dict(dict(tree)).items()}
+
+
+def join_path(path: tuple[Any, ...]) -> str:
+    """Joins the keys of nested dicts, which may be integers, with "/"."""
+    return "/".join(map(str, path))
+
+
+def replace_leaves(tree: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies nested dicts, replacing the leaves at some "/"-joined paths; keys may contain "/".
+
+    >>> replace_leaves({"a": {"b": 1, "c/d": 2}}, {"a/c/d": 3})
+    {'a': {'b': 1, 'c/d': 3}}
+    """
+    flat = traverse_util.flatten_dict(dict(tree))
+    return traverse_util.unflatten_dict(
+        {path: leaves.get(join_path(path), leaf) for path, leaf in flat.items()}
+    )
+
+
+def replace_paths(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """Replaces the leaves at some paths of any tree, such as a module's state.
+
+    >>> replace_paths({"a": (1, 2)}, {"a/1": 3})
+    {'a': (1, 3)}
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(leaf_path(path), leaf), tree)
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def split_trainable(
+    variables: Mapping[str, Any], trained: LoRAPlusConfig | tuple[str, ...] = (), *, bias: Bias | None = None
+) -> tuple[dict, dict]:
+    """Splits variables into `(trainable, frozen)`; trainable are adapters and fully trained parameters.
+
+    Args:
+      variables: `{"params": ..., "lora": ..., ...}`.
+      trained: the config, whose `modules_to_save` and `bias` select the fully trained parameters; or module names
+        like those in `modules_to_save`.
+      bias: without a config, which biases to train: `"none"` (the default), `"all"`, or `"lora_only"` (those of
+        modules with an adapter).
+
+    Raises:
+      ValueError: a name matches no module, `bias` matches no bias, or both `bias` and a config are passed.
+    """
+    if isinstance(trained, LoRAPlusConfig):
+        if bias is not None:
+            raise ValueError(
+                f"pass bias or a config, not both; the config has bias={trained.bias!r}, got {bias!r}"
+            )
+        trained, bias = trained.modules_to_save, trained.bias
+    flat = flatten(variables)
+    modules = {m: None for path in flat for m in _parents(path, "params")}
+    for name in trained:
+        if not any(matches((name,), module) for module in modules):
+            raise ValueError(f"modules_to_save: {name!r} matches no module{suggest(name, modules)}")
+
+    biases = _biases(flat, "none" if bias is None else bias)
+
+    def is_trained(path: str) -> bool:
+        saved = any(matches(trained, m) for m in _parents(path, "params"))
+        return path.startswith("lora/") or path in biases or saved
+
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
+        parts[not is_trained(join_path(path))][path] = leaf
+    return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])
+
+
+def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
+    """Returns variables `{"lora": factors, ...}`, from such variables or from the bare tree of factors."""
+    flat = flatten(lora)
+    is_bare = any(path in flat for module, spec in specs.items() for path in spec.factor_paths(module))
+    return {"lora": lora} if is_bare or (specs and "lora" not in lora) else lora
+
+
+def flat_factors(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
+    """Maps each path to its factor, from the tree of factors or `{"lora": factors}`.
+
+    Raises:
+      ValueError: the tree also contains fully trained parameters, which the caller would lose.
+    """
+    variables = with_collection(lora, specs)
+    if others := variables.keys() - {"lora"}:
+        if not specs:
+            return flatten(lora)
+        raise ValueError(
+            f"pass only the adapters, got also fully trained parameters in the collections {sorted(others)}"
+        )
+    return flatten(variables["lora"])
+
+
+def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Combines disjoint trees, the inverse of `split_trainable`; raises ValueError if two share a leaf.
+
+    >>> combine({"lora": {"q": 1}}, {"params": {"q": 2}})
+    {'lora': {'q': 1}, 'params': {'q': 2}}
+    """
+    flat = [traverse_util.flatten_dict(dict(tree)) for tree in trees]
+    for first, second in itertools.combinations(flat, 2):
+        if shared := first.keys() & second.keys():
+            raise ValueError(
+                f"trees to combine must be disjoint, but share {', '.join(sorted(map(join_path, shared)))}"
+            )
+    return traverse_util.unflatten_dict(dict(itertools.chain.from_iterable(f.items() for f in flat)))
+
+
+def count(tree: Any) -> int:
+    """Counts the values in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_packed))
+
+
+def _biases(flat: Mapping[str, Any], bias: Bias) -> set[str]:
+    """The paths of the biases to train; raises ValueError if there are none."""
+    check_choice("bias", bias, get_args(Bias))
+    modules = {path.removeprefix("lora/").rpartition("/")[0] for path in flat if path.startswith("lora/")}
+    biases = {
+        path
+        for path in flat
+        if path.startswith("params/") and path.rpartition("/")[2] == "bias"
+        if bias == "all"
+        or (bias == "lora_only" and path.removeprefix("params/").rpartition("/")[0] in modules)
+    }
+    if bias != "none" and not biases:
+        reason = "the model has no biases" if bias == "all" else "no adapted layer has a bias"
+        raise ValueError(f"bias={bias!r} matches nothing: {reason}")
+    return biases
+
+
+def _parents(path: str, collection: str) -> Iterator[str]:
+    """Yields the module paths above a leaf of `collection`, without the collection's segment."""
+    first, *segments = path.split("/")
+    if first == collection:
+        yield from ("/".join(segments[:n]) for n in range(1, len(segments)))
+
+
+def rebox(box: Any, value: Any) -> Any:
+    """Puts a value into the metadata box of the old value, if it has one."""
+    return box.replace_boxed(value) if isinstance(box, meta.AxisMetadata) else value

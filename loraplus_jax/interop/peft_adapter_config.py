@@ -1,0 +1,284 @@
+"""Reads and writes PEFT's `adapter_config.json`: ranks and scales by module; unsupported options raise an error.
+
+The rules are those of PEFT 0.21: a pattern is a regular expression for the end of a module's name, whole segments
+only, and the first match applies.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from .._utils.json_files import read_json
+from .._utils.untrusted import run_job
+from .._utils.validation import check_choice, check_int, check_number
+from ..adapter.config import Bias, LoRAPlusConfig
+
+# Options that change the model beyond W + s A B; null, false and empty turn them off.
+_UNSUPPORTED = (
+    *("lora_bias", "use_qalora", "use_bdlora", "megatron_config", "layer_replication"),
+    *("trainable_token_indices", "alora_invocation_tokens", "loftq_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "kasa_config", "monteclora_config", "arrow_config"),
+)
+# Options without effect on a trained adapter, or whose effect shows in its tensors.
+_IGNORED = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_version"),
+    *("peft_type", "layers_pattern", "layers_to_transform", "megatron_core", "eva_config"),
+    *("qalora_group_size", "runtime_config", "ephemeral_gpu_offload", "fan_in_fan_out", "target_parameters"),
+    *("modules_to_tie", "target_modules_to_tie"),
+)
+_READ = (
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "bias"),
+    *("target_modules", "exclude_modules", "modules_to_save", "ensure_weight_tying", "init_lora_weights"),
+)
+# Initializations that leave the base unchanged; others subtract from it.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_SHOWN = 20
+_CLASSIFIERS = ("classifier", "score")
+"""The modules that PEFT always trains fully for the task SEQ_CLS."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftOptions:
+    """The validated options of a PEFT adapter.
+
+    Attributes:
+      file: their file, for error messages.
+      rank, alpha, rank_pattern, alpha_pattern, use_rslora, use_dora: as in PEFT, with patterns for PyTorch's names.
+      dropout, bias: as in PEFT.
+      target_modules, exclude_modules: names, one regular expression, or None.
+      modules_to_save: names of fully trained modules.
+      ties_weights: whether training an embedding, by an adapter or in full, also trains the tied head.
+      base_model: name or path of the base model, or None.
+      task_type: task, such as `"CAUSAL_LM"`, or None.
+    """
+
+    file: Path
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    dropout: float
+    bias: Bias
+    target_modules: str | Sequence[str] | None
+    exclude_modules: str | Sequence[str] | None
+    modules_to_save: Sequence[str]
+    ties_weights: bool
+    base_model: str | None
+    task_type: str | None
+
+    def ranks_and_alphas(self, names: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """The rank and alpha of each module's adapter."""
+        ranks = _first_matches(f"{self.file}: rank_pattern", self.rank_pattern, names)
+        alphas = _first_matches(f"{self.file}: alpha_pattern", self.alpha_pattern, names)
+        return {name: (ranks.get(name, self.rank), alphas.get(name, self.alpha)) for name in names}
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The scale s of A B for a rank and alpha."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def missing_targets(self, names: Collection[str]) -> list[str]:
+        """Entries of `target_modules` that match none of the adapted modules' names: the adapter is incomplete."""
+        if isinstance(self.target_modules, str):
+            matches_all = self.target_modules == "all-linear"
+            matches = matches_all or any(_match(f"{self.file}: target_modules", [self.target_modules], names))
+            return [] if matches else [self.target_modules]
+        idle = [t for t in self.target_modules or () if not any(_ends_in(name, t) for name in names)]
+        excluded = self._excluded(idle, names)
+        return [target for target in idle if target not in excluded]
+
+    def _excluded(self, targets: Sequence[str], names: Collection[str]) -> set[str]:
+        """The targets that `exclude_modules` excludes, by name or as siblings of an adapted module."""
+        if isinstance(self.exclude_modules, str):
+            parents = {name.rpartition(".")[0] for name in names}
+            pairs = [(t, path) for t in targets for path in (t, *(f"{parent}.{t}" for parent in parents))]
+            matched = _match(
+                f"{self.file}: exclude_modules", [self.exclude_modules], [path for _, path in pairs]
+            )
+            return {t for (t, _), indices in zip(pairs, matched, strict=True) if indices}
+        return {t for t in targets if any(_ends_in(t, name) for name in self.exclude_modules or ())}
+
+
+def read_options(path: Path) -> PeftOptions:
+    """Reads an `adapter_config.json`.
+
+    Raises:
+      ValueError: the file is not the config of a LoRA adapter, a value is invalid, or options are unsupported; the
+        message names them all.
+    """
+    values = {name: value for name, value in read_json(path).items() if value is not None}
+    if values.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, got {values.get('peft_type')!r:.80}")
+    problems = [f"{name}={values[name]!r:.80}" for name in _UNSUPPORTED if values.get(name)]
+    if (init := values.get("init_lora_weights")) not in _PLAIN_INITS:
+        problems.append(f"init_lora_weights={init!r:.80} (changes the base)")
+    unknown = sorted(
+        name for name in values if name not in (*_UNSUPPORTED, *_IGNORED, *_READ) and values[name]
+    )
+    problems += [f"{name:.80}={values[name]!r:.80} (unknown key)" for name in unknown]
+    if problems:
+        raise ValueError(
+            f"{path} has unsupported options: {', '.join(problems)}; merge the adapter in PEFT "
+            "(merge_and_unload), or convert it there if possible"
+        )
+    try:
+        return _parse_options(path, values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _parse_options(path: Path, values: Mapping[str, Any]) -> PeftOptions:
+    check_int("r", values.get("r"), at_least=1)
+    check_number("lora_alpha", values.get("lora_alpha"), above=0.0)
+    check_number("lora_dropout", values.get("lora_dropout", 0.0), at_least=0.0, below=1.0)
+    patterns = {name: values.get(name, {}) for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, Mapping):
+            raise TypeError(f"{name} must be a mapping, got {pattern!r:.80}")
+        _match(name, [*pattern], [])
+        for key, value in pattern.items():
+            if name == "rank_pattern":
+                check_int(f"{name}[{key!r:.80}]", value, at_least=1)
+            else:
+                check_number(f"{name}[{key!r:.80}]", value, above=0.0)
+    for name in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        if not isinstance(values.get(name, False), bool):
+            raise TypeError(f"{name} must be true or false, got {values[name]!r:.80}")
+    check_choice("bias", values.get("bias", "none"), get_args(Bias))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), str):
+            _match(name, [values[name]], [])
+        else:
+            _check_names(name, values.get(name, []))
+    _check_names("modules_to_save", values.get("modules_to_save", []))
+    for name in ("base_model_name_or_path", "task_type"):
+        if not isinstance(values.get(name, ""), str):
+            raise TypeError(f"{name} must be text, got {values[name]!r:.80}")
+    return PeftOptions(
+        file=path,
+        rank=values["r"],
+        alpha=values["lora_alpha"],
+        **patterns,
+        use_rslora=values.get("use_rslora", False),
+        use_dora=values.get("use_dora", False),
+        dropout=values.get("lora_dropout", 0.0),
+        bias=values.get("bias", "none"),
+        target_modules=values.get("target_modules"),
+        exclude_modules=values.get("exclude_modules"),
+        modules_to_save=values.get("modules_to_save", []),
+        ties_weights=values.get("ensure_weight_tying", False),
+        base_model=values.get("base_model_name_or_path"),
+        task_type=values.get("task_type"),
+    )
+
+
+def make_options(
+    config: LoRAPlusConfig,
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    *,
+    saved: Sequence[str],
+    parameters: Sequence[str],
+    transposed: bool,
+    tied: bool,
+    base_model: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    """Makes the contents of an `adapter_config.json`, with options that old versions of PEFT know.
+
+    Args:
+      config: default rank, alpha and other options.
+      ranks, alphas: ranks and alphas of the adapted modules, by name in PyTorch.
+      saved: fully trained modules.
+      parameters: names in `ranks` that are parameters instead of modules.
+      transposed: whether weights are stored as (in, out).
+      tied: whether an adapted or fully trained embedding is also the head.
+      base_model, task_type: the base model and the task, if known.
+    """
+    if task_type == "SEQ_CLS":
+        saved = list(dict.fromkeys(first if (first := n.split(".")[0]) in _CLASSIFIERS else n for n in saved))
+    options = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": config.rank,
+        "lora_alpha": _int_if_integral(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": [name for name in ranks if name not in parameters],
+        "rank_pattern": _patterns(ranks, config.rank),
+        "alpha_pattern": {key: _int_if_integral(v) for key, v in _patterns(alphas, config.alpha).items()},
+        "use_rslora": config.use_rslora,
+        "fan_in_fan_out": transposed,
+        "bias": config.bias,
+        "modules_to_save": list(saved) or None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    # Newer options only if needed, since older versions of PEFT do not know them.
+    return (
+        options
+        | ({"target_parameters": list(parameters)} if parameters else {})
+        | ({"ensure_weight_tying": True} if tied else {})
+        | ({"use_dora": True} if config.variant == "dora" else {})
+    )
+
+
+def raise_problems(what: str, problems: Sequence[str]) -> None:
+    """Raises one ValueError with all problems, if there are any; its first line is a complete message."""
+    if problems:
+        rest = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        raise ValueError("\n  ".join([f"{what}: {problems[0]}", *problems[1:_SHOWN], *rest]))
+
+
+def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Makes few patterns that give every module its value: the last segment alone if all its modules agree."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        groups.setdefault(name.rpartition(".")[2], {})[name] = value
+    patterns = {}
+    for segment, group in groups.items():
+        if set(group.values()) == {default}:
+            continue
+        if len(set(group.values())) == 1:
+            patterns[re.escape(segment)] = group.popitem()[1]
+            continue
+        # A name also matches the end of a longer name, so longer names come first.
+        for name in sorted(group, key=len, reverse=True):
+            ends = any(other.endswith(f".{name}") for other in group)
+            if group[name] != default or ends or any(name.endswith(f".{other}") for other in group):
+                patterns[re.escape(name)] = group[name]
+    return patterns
+
+
+def _ends_in(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _first_matches(where: str, patterns: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The value of the first pattern that matches the end of each name, whole segments."""
+    matched = _match(where, [rf"(.*\.)?({key})" for key in patterns], names)
+    values = list(patterns.values())
+    return {name: values[indices[0]] for name, indices in zip(names, matched, strict=True) if indices}
+
+
+def _match(where: str, patterns: Sequence[str], names: Collection[str]) -> list[list[int]]:
+    """For each name the indices of the patterns that match it, found in a child process, where they cannot hang."""
+    if not patterns:
+        return [[] for _ in names]
+    later = " or a later one" if len(patterns) > 1 else ""
+    what = f"{where}: the regular expression {patterns[0]!r:.80}{later}"
+    return run_job(what, "match", patterns=patterns, names=list(names))
+
+
+def _check_names(field: str, names: Any) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"{field} must be a list of names, got {names!r:.80}")
+
+
+def _int_if_integral(value: float) -> float:
+    """Converts an integral float to an int, since PEFT writes alphas as ints."""
+    return int(value) if value == int(value) else value

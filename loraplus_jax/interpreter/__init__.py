@@ -1,0 +1,1 @@
+"""Evaluates a traced program in which some weights are kept in another form."""

@@ -1,0 +1,94 @@
+"""Runs a model whose layers have stacked weights as straight code that reads each layer's weights in place.
+
+XLA's CPU backend has no product that reads a slice: in a loop over layers it first copies each layer's weights out
+of the stack, so that every generated token moves them three times. Arrays on a CPU can share memory, so here each
+layer gets arrays of its own that are views of the stack. On other devices, and for sharded variables, the loop
+stays: it compiles sooner.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import Literal, jaxpr_as_fun
+
+from .equations import run_equation, scan_counts
+
+Layers = tuple[jax.Array, ...]
+"""The slices of a stacked array along its first axis; empty for an array that is not unstacked."""
+
+
+def jit_unstacked(program: Callable[..., Any], layers: int) -> Callable[..., Any]:
+    """The jitted `program(variables, layers, *args)` as a function of `variables` and `args`; see `unstack`."""
+    jitted = jax.jit(program)
+
+    @functools.wraps(jitted)
+    def call(variables: Any, *args: Any) -> Any:
+        return jitted(variables, unstack(variables, layers), *args)
+
+    return call
+
+
+def unstack(variables: Any, layers: int) -> list[Layers]:
+    """Views of the leaves of `variables`, in order, along their first axis of size `layers`.
+
+    A leaf that is not stacked, that is traced, or that is not on one CPU device has no views.
+    """
+    return [_views(leaf, layers) for leaf in jax.tree.leaves(variables)]
+
+
+def _views(leaf: Any, layers: int) -> Layers:
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or leaf.shape[:1] != (layers,):
+        return ()
+    device, *others = leaf.devices()
+    if others or device.platform != "cpu":
+        return ()
+    # Both steps share memory on a CPU where a slice is aligned to 64 bytes; elsewhere each call copies it.
+    return tuple(jax.device_put(view, device) for view in np.asarray(leaf))
+
+
+def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layers], *args: Any) -> Any:
+    """`fn(variables, *args)`; loops over slices of `variables` are straight code on `layers`, made by `unstack`."""
+    if not any(layers):
+        return fn(variables, *args)
+    program, outputs = jax.make_jaxpr(fn, return_shape=True)(variables, *args)
+    leaves, rest = jax.tree.leaves(variables), jax.tree.leaves(args)
+    values = _evaluate(program, [*leaves, *rest], [*layers, *[()] * len(rest)])
+    return jax.tree.unflatten(jax.tree.structure(outputs), values)
+
+
+def _evaluate(program: Any, inputs: Sequence[Any], layers: Sequence[Layers]) -> list[Any]:
+    jaxpr = program.jaxpr
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *inputs), strict=True))
+    views = {var: slices for var, slices in zip(jaxpr.invars, layers, strict=True) if slices}
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
+    for eqn in jaxpr.eqns:
+        slices = [() if isinstance(atom, Literal) else views.get(atom, ()) for atom in eqn.invars]
+        arrays = [read(atom) for atom in eqn.invars]
+        is_forward_loop = eqn.primitive.name == "scan" and not eqn.params["reverse"]
+        if is_forward_loop and any(slices[sum(scan_counts(eqn)) :]):
+            outputs = _unroll(eqn, arrays, slices)
+        else:
+            outputs = run_equation(eqn, arrays, jaxpr)
+        values |= zip(eqn.outvars, outputs, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _unroll(eqn: Any, inputs: list[Any], slices: list[Layers]) -> list[jax.Array]:
+    """Runs a scan's steps one after the other, on `slices` where there are any."""
+    consts, carried = scan_counts(eqn)
+    before, carry, sliced = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
+    body = jax.jit(jaxpr_as_fun(eqn.params["jaxpr"]))  # jit: traced and lowered once for all layers
+    stacks = []
+    for n in range(eqn.params["length"]):
+        own = (
+            views[n] if views else x[n] for views, x in zip(slices[consts + carried :], sliced, strict=True)
+        )
+        results = body(*before, *carry, *own)
+        carry = results[:carried]
+        stacks.append(results[carried:])
+    return [*carry, *map(jnp.stack, zip(*stacks, strict=True))]

@@ -1,0 +1,304 @@
+"""BERT, MiniLM (a BERT) and RoBERTa encoders, with a sequence classification or regression head.
+
+Axes in the comments: B sequences, T tokens, D hidden, N heads, H = D / N.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..._utils.validation import check_choice
+from ...step.sharding import Rules, constrain_rows
+from ..activations import ACTIVATIONS
+from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
+from .config import BertConfig
+
+Pooling = Literal["mean", "cls", "pooler"]
+_Map = Callable[[jax.Array], jax.Array]
+
+
+class BertPart(nn.Module):
+    """Base class of the modules below: config, compute dtype and parameter dtype."""
+
+    config: BertConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.nowrap
+    def dense(self, features: int, name: str) -> nn.Dense:
+        """A Dense layer with BERT's initialization."""
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
+
+    @nn.nowrap
+    def embed(self, rows: int, name: str) -> nn.Embed:
+        """An embedding table with BERT's initialization."""
+        init, width = nn.initializers.normal(self.config.initializer_range), self.config.hidden_size
+        return nn.Embed(rows, width, self.dtype, self.param_dtype, embedding_init=init, name=name)
+
+    @nn.nowrap
+    def norm(self, name: str) -> nn.LayerNorm:
+        """A LayerNorm that computes in float32, without the fast variance: E[x²] - E[x]² loses precision."""
+        eps = self.config.layer_norm_eps
+        return nn.LayerNorm(eps, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+
+    @nn.nowrap
+    def drop(self, x: jax.Array) -> jax.Array:
+        """Applies hidden dropout if a `dropout` rng is given."""
+        return _dropout(self, x, self.config.hidden_dropout_prob)
+
+
+def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    return nn.Dropout(rate, deterministic=not module.has_rng("dropout"))(x)
+
+
+class BertEmbeddings(BertPart):
+    """The normalized sum of word, position and token type embeddings."""
+
+    @nn.compact
+    def __call__(self, input_ids: jax.Array, token_type_ids: jax.Array | None) -> jax.Array:
+        """The first hidden states (B, T, D) for ids (B, T)."""
+        c = self.config
+        types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        x = self.embed(c.vocab_size, "word")(input_ids) + self.embed(c.type_vocab_size, "token_type")(types)
+        x = x + self.embed(c.max_position_embeddings, "position")(_positions(c, input_ids))
+        return self.drop(self.norm("norm")(x))
+
+
+def _positions(config: BertConfig, input_ids: jax.Array) -> jax.Array:
+    """Position ids: (1, T) for BERT; (B, T) for RoBERTa, where all padding has the position `pad_token_id`.
+
+    RoBERTa's follow from the ids, not from the attention mask, as in transformers and fairseq's `make_positions`.
+    """
+    if config.model_type == "bert":
+        return jnp.arange(input_ids.shape[1], dtype=jnp.int32)[None]
+    is_token = (input_ids != config.pad_token_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + config.pad_token_id
+
+
+class BertAttention(BertPart):
+    """Multi-head attention from every token to all unmasked tokens."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """(B, T, D) from hidden states (B, T, D) and a boolean mask (B, 1, 1, T)."""
+        c = self.config
+        heads = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        query, key, value = (
+            self.dense(c.hidden_size, n)(x).reshape(heads) for n in ("query", "key", "value")
+        )
+        rate = c.attention_probs_dropout_prob
+        if rate > 0.0 and self.has_rng("dropout"):
+            y = _attend(query, key, value, mask, partial(_dropout, self, rate=rate))
+        else:
+            y = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return self.dense(c.hidden_size, "out")(y.reshape(x.shape))
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
+    """`jax.nn.dot_product_attention` on (B, T, N, H), with `drop` applied to the probabilities (B, N, T, T)."""
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(query.shape[-1])
+    # A finite minimum: a row of only padding gets a mean instead of NaN.
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(value.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+
+
+class BertMLP(BertPart):
+    """Two Dense layers with an activation between them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(B, T, D) from (B, T, D)."""
+        x = ACTIVATIONS[self.config.hidden_act](self.dense(self.config.intermediate_size, "up")(x))
+        return self.dense(self.config.hidden_size, "down")(x)
+
+
+class BertLayer(BertPart):
+    """Attention and MLP, each with a residual connection and post-norm; the body of an `nn.scan`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+        """Hidden states (B, T, D) to hidden states; None is the scan's empty output."""
+        x = constrain_rows(x)
+        args = (self.config, self.dtype, self.param_dtype)
+        y = self.drop(BertAttention(*args, name="attention")(x, mask))
+        x = self.norm("attention_norm")(x + y)
+        y = self.drop(BertMLP(*args, name="mlp")(x))
+        return self.norm("mlp_norm")(x + y), None
+
+
+class BertEncoder(BertPart):
+    """A BERT or RoBERTa encoder (arXiv 1810.04805, 1907.11692). Dropout is on when a `dropout` rng is given.
+
+    Attributes:
+      config: sizes and options.
+      dtype: compute dtype; normalization, softmax and attention scores use at least float32.
+      param_dtype: dtype of the parameters.
+      unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
+        layer, not just one.
+    """
+
+    unroll: bool = False
+
+    @nn.compact
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Last hidden states.
+
+        Args:
+          input_ids: int32 (B, T). An id outside the vocabulary gives NaN.
+          attention_mask: bool or int (B, T), nonzero on tokens, zero on padding.
+          token_type_ids: int32 (B, T), zeros by default.
+
+        Returns:
+          (B, T, D) in `dtype`; values at padding are finite but meaningless.
+
+        Raises:
+          ValueError: T exceeds the model's maximum length, or shapes differ.
+        """
+        _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
+        args = (self.config, self.dtype, self.param_dtype)
+        x = BertEmbeddings(*args, name="embeddings")(input_ids, token_type_ids)
+        layers = nn.scan(
+            BertLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
+            length=self.config.num_hidden_layers,
+            unroll=self.config.num_hidden_layers if self.unroll else 1,
+        )
+        mask = attention_mask.astype(bool)[:, None, None, :]
+        return constrain_rows(layers(*args, name="layers")(x, mask)[0])
+
+
+def _check_inputs(
+    config: BertConfig, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None
+) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
+    for name, array in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")
+    if input_ids.shape[1] > config.max_length:
+        length, limit = input_ids.shape[1], config.max_length
+        raise ValueError(
+            f"input_ids has {length} tokens, the model takes at most {limit}; truncate the input"
+        )
+
+
+class BertForSequence(nn.Module):
+    """An encoder with pooling and a linear head, for classification or regression.
+
+    Attributes:
+      config, dtype, param_dtype, unroll: as in `BertEncoder`.
+      num_outputs: number of outputs of the head.
+      pooling: `"mean"` over unmasked tokens, `"cls"` for the first token, `"pooler"` for BERT's own tanh layer
+        on the first token.
+      head_dropout: dropout rate before the head, active if a `dropout` rng is given.
+    """
+
+    config: BertConfig
+    num_outputs: int
+    pooling: Pooling = "mean"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    unroll: bool = False
+    head_dropout: float = 0.1
+
+    def setup(self) -> None:
+        """Encoder, optional pooler, and head. The head is float32: bf16 would lose small updates of a new layer."""
+        check_choice("pooling", self.pooling, get_args(Pooling))
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.encoder = BertEncoder(self.config, self.dtype, self.param_dtype, self.unroll)
+        if self.pooling == "pooler":
+            self.pooler = nn.Dense(
+                self.config.hidden_size, True, self.dtype, self.param_dtype, kernel_init=init
+            )
+        self.dropout = nn.Dropout(self.head_dropout)
+        self.head = nn.Dense(self.num_outputs, dtype=jnp.float32, kernel_init=init)
+
+    def __call__(
+        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """The head's outputs, float32 (B, num_outputs); arguments as for `BertEncoder`."""
+        pooled = self._pool(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)
+        return self.head(self.dropout(pooled, deterministic=not self.has_rng("dropout")))
+
+    def encode(
+        self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """The encoder's last hidden states, (B, T, D) in `dtype`."""
+        return self.encoder(input_ids, attention_mask, token_type_ids)
+
+    def _pool(self, hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
+        if self.pooling == "mean":
+            return masked_mean(hidden, attention_mask)
+        first = hidden[:, 0]
+        return jnp.tanh(self.pooler(first)) if self.pooling == "pooler" else first
+
+
+def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """Mean over unmasked tokens, float32 (B, D); zeros for a row without any.
+
+    >>> masked_mean(jnp.array([[[1.0], [3.0], [9.0]]]), jnp.array([[1, 1, 0]]))
+    Array([[2.]], dtype=float32)
+    """
+    keep = attention_mask.astype(bool)[:, :, None]
+    total = jnp.sum(jnp.where(keep, hidden.astype(jnp.float32), 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(keep, axis=1), 1)
+
+
+_LAYER, _LAYERS = "encoder.layer.{layer}", "encoder/layers"
+_RULES = (
+    *embedding_rules("embeddings.word_embeddings", "encoder/embeddings/word"),
+    *embedding_rules("embeddings.position_embeddings", "encoder/embeddings/position"),
+    *embedding_rules("embeddings.token_type_embeddings", "encoder/embeddings/token_type"),
+    *norm_rules("embeddings.LayerNorm", "encoder/embeddings/norm"),
+    *linear_rules(f"{_LAYER}.attention.self.query", f"{_LAYERS}/attention/query"),
+    *linear_rules(f"{_LAYER}.attention.self.key", f"{_LAYERS}/attention/key"),
+    *linear_rules(f"{_LAYER}.attention.self.value", f"{_LAYERS}/attention/value"),
+    *linear_rules(f"{_LAYER}.attention.output.dense", f"{_LAYERS}/attention/out"),
+    *norm_rules(f"{_LAYER}.attention.output.LayerNorm", f"{_LAYERS}/attention_norm"),
+    *linear_rules(f"{_LAYER}.intermediate.dense", f"{_LAYERS}/mlp/up"),
+    *linear_rules(f"{_LAYER}.output.dense", f"{_LAYERS}/mlp/down"),
+    *norm_rules(f"{_LAYER}.output.LayerNorm", f"{_LAYERS}/mlp_norm"),
+)
+# The base model has no prefix; the oldest BERT files call the norms' weight and bias gamma and beta.
+_RENAMES = ((r"^(bert|roberta)\.", ""), (r"Norm\.gamma$", "Norm.weight"), (r"Norm\.beta$", "Norm.bias"))
+# A buffer of older files, and the heads of pretraining and of other tasks.
+_IGNORE = (r"embeddings\.position_ids", r"(pooler|cls|lm_head|classifier|qa_outputs)\..*")
+
+
+def name_table(pooling: Pooling = "mean") -> NameTable:
+    """Maps the tensors of a BERT or RoBERTa checkpoint to a `BertForSequence`, except its `head`.
+
+    The checkpoint's pooler is loaded with `pooling="pooler"` and ignored otherwise.
+    """
+    check_choice("pooling", pooling, get_args(Pooling))
+    rules = (*_RULES, *linear_rules("pooler.dense", "pooler")) if pooling == "pooler" else _RULES
+    return NameTable(rules=rules, renames=_RENAMES, ignore=_IGNORE)
+
+
+SHARDING: Rules = (
+    (r"encoder/embeddings/word/embedding", ("tensor", "fsdp")),
+    (r"encoder/embeddings/position/embedding", (None, "fsdp")),
+    (r"encoder/layers/(attention/(query|key|value)|mlp/up)/kernel", (None, "fsdp", "tensor")),
+    (r"encoder/layers/(attention/(query|key|value)|mlp/up)/bias", (None, "tensor")),
+    (r"encoder/layers/(attention/out|mlp/down)/kernel", (None, "tensor", "fsdp")),
+    # Replicated: norms, token types, pooler, head, and biases added to unsharded features.
+    (r".*", ()),
+)
+"""Shards heads, MLP width and vocabulary over `"tensor"`, and hidden size over `"fsdp"`."""
+
+
+def tensor_sizes(config: BertConfig) -> dict[str, int]:
+    """Sizes that the mesh's tensor axis must divide. The vocabulary is not one: it may stay replicated."""
+    return {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size")}

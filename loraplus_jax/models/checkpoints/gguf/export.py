@@ -1,0 +1,91 @@
+"""Exports a tuned model to GGUF: copies the base file's metadata and tokenizer and merges the weights."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..merge import CheckpointMerge
+from . import load as gguf
+
+DTYPES = {"float32": "F32", "float16": "F16", "q8_0": "Q8_0"}
+"""Storage types of matrices; tensors with one axis are always float32, as llama.cpp requires."""
+
+
+def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -> None:
+    """Writes a merged model, one tensor at a time.
+
+    Args:
+      target: the new file.
+      source: the base's GGUF file.
+      merge: merged values of its tensors.
+      dtype: storage type of matrices, one of `DTYPES`; where rows do not divide into blocks, Q8_0 becomes F16.
+    """
+    import gguf as package
+
+    file = gguf.read(source)
+    weights, kinds = (
+        gguf.GgufWeights(file),
+        {n: _storage_type(t.shape, dtype) for n, t in file.tensors.items()},
+    )
+    writer = package.GGUFWriter(target, file.architecture)
+    _copy_metadata(package.GGUFReader(source), writer, DTYPES[dtype])
+    for name, tensor in file.tensors.items():
+        # One row of zeros shows the stored shape and size of a row.
+        sample = _quantize(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
+        shape = (*tensor.shape[:-1], sample.shape[-1])
+        size = int(np.prod(shape)) * sample.itemsize
+        writer.add_tensor_info(name, shape, sample.dtype, size, kinds[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for name in file.tensors:
+            # Not bound to a name, so that only one tensor is in memory.
+            writer.write_tensor_data(_quantize(_read_merged(file, weights, merge, name), kinds[name]))
+    finally:
+        writer.close()
+
+
+def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
+    """Copies all metadata, and sets the file type of the new weights."""
+    import gguf as package
+
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        is_list = field.types[0] == package.GGUFValueType.ARRAY
+        writer.add_key_value(
+            field.name, field.contents(), field.types[0], field.types[-1] if is_list else None
+        )
+    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(package.LlamaFileType[file_types[kind]])
+    writer.data_alignment = reader.alignment
+
+
+def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMerge, name: str) -> np.ndarray:
+    """A tensor, merged if adapted, in the file's order of rows, float32."""
+    if name == gguf.ROPE:  # rotary factors, which are part of our config
+        return gguf.View(file, file.tensors[name])[:]
+    ours = gguf.to_hf_name(name, file.architecture)
+    view, canonical = weights.get_slice(ours), merge.table.canonical(ours)
+    if not merge.changes(canonical):
+        return view.restored(view[:])
+    return view.restored(merge.value(canonical, lambda: view[:]))
+
+
+def _storage_type(shape: tuple[int, ...], dtype: str) -> Any:
+    import gguf as package
+
+    types = package.GGMLQuantizationType
+    if len(shape) == 1:
+        return types.F32
+    kind = types[DTYPES[dtype]]
+    block, _ = package.GGML_QUANT_SIZES[kind]
+    return kind if shape[-1] % block == 0 else types.F16
+
+
+def _quantize(values: np.ndarray, kind: Any) -> np.ndarray:
+    import gguf as package
+
+    return package.quants.quantize(values, kind)

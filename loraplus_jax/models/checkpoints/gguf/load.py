@@ -1,0 +1,392 @@
+"""Reads GGUF files as Hugging Face checkpoints: metadata as `config.json`, tensors dequantized and renamed."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ...gpt2.config import NAMES as GPT2_NAMES
+from .header import Gguf, TensorInfo, find, read
+
+__all__ = [
+    "DTYPES",
+    "Gguf",
+    "View",
+    "GgufWeights",
+    "config",
+    "embedding_rows",
+    "find",
+    "read",
+    "to_hf_name",
+    "ROPE",
+]
+
+DTYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K")
+"""Supported tensor types."""
+
+# Hugging Face's names, of tensors in a layer without its prefix.
+_LLAMA_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    **{f"attn_{ours}": f"self_attn.{ours}_proj" for ours in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    **{f"ffn_{ours}": f"mlp.{ours}_proj" for ours in ("gate", "up", "down")},
+}
+_GEMMA_NAMES = {
+    **_LLAMA_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GPT2_NAMES = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_NAMES = {"gpt2": _GPT2_NAMES, "gemma2": _GEMMA_NAMES, "gemma3": _GEMMA_NAMES}
+# Layers of the 27B models, the only ones whose scores llama.cpp does not divide by the root of a head's size.
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+# Weights that llama.cpp's converter transposes, because Hugging Face has them as (in, out).
+_CONV1D = re.compile(r"blk\.\d+\.(attn_qkv|attn_output|ffn_up|ffn_down)\.weight")
+_EMBEDDING, _HEAD, ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
+# Hugging Face's name of each size, and its GGUF key without the architecture's prefix.
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "intermediate_size": "feed_forward_length",
+    "max_position_embeddings": "context_length",
+}
+_EPSILON, _LAYER_EPSILON = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
+
+
+def config(file: Gguf) -> dict[str, Any]:
+    """The metadata in the form of Hugging Face's `config.json`.
+
+    `rope_scaling` may have the type `"factors"`, which exists only here: divisors of the frequencies, which Llama 3
+    files store instead of the four numbers that define them.
+
+    Raises:
+      ValueError: the architecture is unsupported, or sizes are missing or invalid; lists all problems.
+    """
+    make = {"gpt2": _gpt2_config, "gemma2": _gemma_config, "gemma3": _gemma_config}
+    values = make.get(file.architecture, _llama_config)(file)
+    values |= {f"{end}_token_id": file.one(f"tokenizer.ggml.{end}_token_id") for end in ("bos", "eos")}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _sizes(file: Gguf) -> dict[str, Any]:
+    sizes = {ours: file.get(key) for ours, key in _SIZES.items()}
+    sizes["num_key_value_heads"] = file.get("attention.head_count_kv", sizes["num_attention_heads"])
+    _raise_if_any(
+        file,
+        [
+            f"{ours} must be an int of at least 1, got {n!r:.80}"
+            for ours, n in sizes.items()
+            if type(n) is not int or n < 1
+        ],
+    )
+    return sizes
+
+
+def _gpt2_config(file: Gguf) -> dict[str, Any]:
+    sizes, epsilon = _sizes(file), file.get(_LAYER_EPSILON)
+    only = {"attention.head_count_kv": sizes["num_attention_heads"], "attention.causal": True}
+    problems = _epsilon_problems(file, _LAYER_EPSILON) + _only_problems(file, only)
+    _raise_if_any(file, problems)
+    return {
+        "model_type": "gpt2",
+        "vocab_size": embedding_rows(file),
+        **{theirs: sizes[ours] for ours, theirs in GPT2_NAMES.items()},
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": epsilon,
+        "tie_word_embeddings": _HEAD not in file.tensors,
+    }
+
+
+def _llama_config(file: Gguf) -> dict[str, Any]:
+    arch, sizes = file.architecture, _sizes(file)
+    head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
+    scaling, problems = _rope_scaling(file)
+    _raise_if_any(file, [*_option_problems(file, head), *problems])
+    window = file.get("attention.sliding_window")
+    return {
+        # A Mistral is a Llama with a sliding window; its files use the llama architecture.
+        "model_type": "mistral" if arch == "llama" and window else arch,
+        "vocab_size": embedding_rows(file),
+        **sizes,
+        "head_dim": head,
+        "hidden_act": "silu",
+        "rms_norm_eps": file.get(_EPSILON),
+        "rope_theta": file.get("rope.freq_base", 10_000.0),
+        "rope_scaling": scaling,
+        "tie_word_embeddings": _HEAD not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+        "sliding_window": window,
+    }
+
+
+def _gemma_config(file: Gguf) -> dict[str, Any]:
+    values, layers = _llama_config(file), file.get("block_count")
+    heads, head = values["num_attention_heads"], values["head_dim"]
+    is_27b = layers == _GEMMA_27B[file.architecture]
+    return values | {
+        "model_type": {"gemma3": "gemma3_text"}.get(file.architecture, file.architecture),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": values["hidden_size"] // heads if is_27b else head,
+        "sliding_window_pattern": file.get("attention.sliding_window_pattern"),
+        "rope_theta": file.get("rope.freq_base"),
+        "rope_local_base_freq": file.get("rope.freq_base_swa"),
+        "attn_logit_softcapping": file.get("attn_logit_softcapping"),
+        "final_logit_softcapping": file.get("final_logit_softcapping"),
+    }
+
+
+def _raise_if_any(file: Gguf, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"{file.path}: " + "; ".join(problems))
+
+
+def embedding_rows(file: Gguf) -> int | None:
+    """Rows of the embedding, or None if the file does not say."""
+    if _EMBEDDING in file.tensors:
+        return file.tensors[_EMBEDDING].shape[0]
+    return file.get("vocab_size")
+
+
+def _option_problems(file: Gguf, head: Any) -> list[str]:
+    """One line per option that changes the computation and is invalid or unsupported."""
+    only = {
+        "attention.value_length": head,
+        "rope.dimension_count": head,
+        "expert_count": 0,
+        "attention.causal": True,
+    }
+    if file.architecture in ("qwen2", "qwen3"):
+        only["attention.sliding_window"] = 0
+    return _epsilon_problems(file, _EPSILON) + _only_problems(file, only)
+
+
+def _epsilon_problems(file: Gguf, key: str) -> list[str]:
+    return [] if _positive(file.get(key)) else [f"{file.architecture}.{key} must be a positive number"]
+
+
+def _only_problems(file: Gguf, only: Mapping[str, Any]) -> list[str]:
+    """One line per option with another than its only supported value."""
+    return [
+        f"{file.architecture}.{key} is {file.get(key)!r:.80}, only {value!r:.80} is supported"
+        for key, value in only.items()
+        if file.get(key, value) != value
+    ]
+
+
+def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
+    """`rope_scaling`, and one line per problem in it."""
+    prefix = f"{file.architecture}.rope.scaling."
+    options = {key.removeprefix(prefix): file.one(key) for key in file.metadata if key.startswith(prefix)}
+    if (linear := file.get("rope.scale_linear", 1)) != 1:
+        options = {"type": "linear", "factor": linear} | options
+    kind = options.pop("type", "none")
+    options.pop("finetuned", None)
+    factors = _rope_factors(file)
+    if kind == "none" and factors is None:
+        return None, []
+    if kind == "none":
+        return {"rope_type": "factors", "factors": factors}, []
+    allowed = {"linear": ("factor",), "yarn": ("factor", "original_context_length", "attn_factor", *_YARN)}
+    if kind not in allowed or factors is not None:
+        also = "" if factors is None else f" beside the tensor {ROPE}"
+        return None, [
+            f"{prefix}type is {kind!r:.80}{also}; supported: none, linear, yarn, or only the tensor {ROPE}"
+        ]
+    unknown = sorted(
+        set(options) - set(allowed[kind]) - ({"original_context_length"} if kind == "linear" else set())
+    )
+    problems = [f"{prefix}{key:.80} is not supported with type {kind}" for key in unknown]
+    problems += [
+        f"{prefix}{key} must be a positive number, got {v!r:.80}"
+        for key, v in options.items()
+        if not _positive(v)
+    ]
+    if not _positive(options.get("factor")):
+        return None, [
+            *problems,
+            f"{prefix}factor must be a positive number, got {options.get('factor')!r:.80}",
+        ]
+    scaling = {"rope_type": kind, "factor": options["factor"]}
+    if kind == "yarn":
+        scaling |= {ours: options[key] for key, ours in _YARN.items() if key in options}
+        if "original_context_length" in options:
+            scaling["original_max_position_embeddings"] = options["original_context_length"]
+        if options.get("attn_factor", 1) != 1:  # on top of YaRN's own temperature
+            scaling["attention_factor"] = options["attn_factor"] * (
+                0.1 * math.log(max(options["factor"], 1)) + 1
+            )
+    return scaling, problems
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _rope_factors(file: Gguf) -> list[float] | None:
+    """Divisor of each rotary frequency; None if the file has none or all are 1."""
+    if ROPE not in file.tensors:
+        return None
+    tensor = file.tensors[ROPE]
+    if tensor.dtype != "F32" or len(tensor.shape) != 1:
+        raise ValueError(
+            f"{file.path}: {ROPE} must be 1-D and F32, got shape {list(tensor.shape)} of {tensor.dtype}"
+        )
+    factors = View(file, tensor)[:]
+    if not np.all(np.isfinite(factors) & (factors > 0)):
+        raise ValueError(f"{file.path}: {ROPE} must hold positive numbers, got {factors.tolist()!r:.80}")
+    return None if np.all(factors == 1) else [float(str(f)) for f in factors]
+
+
+@dataclass(frozen=True)
+class View:
+    """A lazy tensor with safetensors' slice interface: `view[start:stop]` dequantizes only those rows.
+
+    For a matrix, `view[start:stop, first:last]` reads only the blocks that contain these columns.
+
+    Attributes:
+      heads: number of heads in the rows, if the file interleaves the two halves of each; else 0.
+      transposed: whether Hugging Face has the matrix transposed; rows are then its own, the file's columns.
+      offset: what the file's values have more than Hugging Face's: 1 in the norms of Gemma.
+    """
+
+    file: Gguf
+    tensor: TensorInfo
+    heads: int = 0
+    transposed: bool = False
+    offset: float = 0.0
+
+    def get_shape(self) -> list[int]:
+        """The shape, rows first."""
+        return list(reversed(self.tensor.shape) if self.transposed else self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        """GGUF's name of the type: `"F16"`, `"Q4_K"`."""
+        return self.tensor.dtype
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        """Float32 values, with the rows of each head in Hugging Face's order."""
+        import gguf
+
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        if self.transposed:
+            turned = dataclasses.replace(self, transposed=False)
+            return turned[(*(columns or [slice(None)]), rows)].T
+        raw, kind = self._raw, gguf.GGMLQuantizationType[self.tensor.dtype]
+        if len(self.tensor.shape) == 1:
+            values = gguf.quants.dequantize(raw, kind) - np.float32(self.offset)
+            return values[self._order[rows]] if self.heads else values[rows]
+        raw_rows = raw[self._order[rows]] if self.heads else raw[rows]
+        if len(columns) != 1 or len(self.tensor.shape) != 2:
+            values = gguf.quants.dequantize(raw_rows, kind).reshape(-1, *self.tensor.shape[1:])
+            return values[(slice(None), *columns)]
+        start, stop, _ = columns[0].indices(self.tensor.shape[1])
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        first = start // block
+        values = gguf.quants.dequantize(raw_rows[:, first * size : -(-stop // block) * size], kind)
+        return values[:, start - first * block : stop - first * block]
+
+    def packed_rows(self) -> np.ndarray:
+        """The bytes of the whole matrix, uint8 (rows, bytes of a row), with the rows in Hugging Face's order.
+
+        Rows are those of the file, also of a `transposed` matrix.
+        """
+        return self._raw[self._order] if self.heads else self._raw
+
+    def restored(self, values: np.ndarray) -> np.ndarray:
+        """Turns a tensor from Hugging Face's layout to the file's."""
+        if self.transposed:
+            return values.T
+        if not self.heads:
+            return values + np.float32(self.offset)
+        rows = np.empty_like(values)
+        rows[self._order] = values
+        return rows
+
+    @cached_property
+    def _raw(self) -> np.ndarray:
+        """The tensor's bytes, one row of bytes per row; reads nothing yet."""
+        t = self.tensor
+        raw = np.frombuffer(self.file.data, np.uint8, t.size, t.start)
+        return raw if len(t.shape) == 1 else raw.reshape(t.shape[0], -1)
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """Index of each row in the file, which keeps rotary pairs adjacent; ours are half a head apart."""
+        rows = self.tensor.shape[0]
+        if rows % (2 * self.heads):
+            raise ValueError(
+                f"{self.file.path}: {rows} rows of queries or keys do not divide into {self.heads} heads "
+                "of even size"
+            )
+        return np.arange(rows).reshape(self.heads, rows // self.heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+class GgufWeights:
+    """Tensors of a file with the interface of an open safetensors file, under Hugging Face's names."""
+
+    def __init__(self, file: Gguf) -> None:
+        """Includes all tensors except the rotary factors, which are part of the config."""
+        sizes, is_gpt2 = config(file), file.architecture == "gpt2"
+        is_gemma = file.architecture in ("gemma2", "gemma3")
+        self._views: dict[str, View] = {}
+        for name, tensor in file.tensors.items():
+            if (ours := to_hf_name(name, file.architecture)) in self._views:
+                raise ValueError(f"{file.path} has two tensors for {ours:.80}")
+            if name != ROPE:
+                attention = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
+                heads = 0
+                # llama.cpp interleaves the halves only for its llama architecture, which Mistral shares.
+                if attention and file.architecture == "llama":
+                    heads = sizes["num_attention_heads" if attention[1] == "q" else "num_key_value_heads"]
+                transposed = is_gpt2 and _CONV1D.fullmatch(name) is not None
+                offset = float(is_gemma and len(tensor.shape) == 1)
+                self._views[ours] = View(file, tensor, heads, transposed, offset)
+
+    def keys(self) -> list[str]:
+        """Tensor names; an unknown tensor keeps its name."""
+        return list(self._views)
+
+    def get_slice(self, name: str) -> View:
+        """The tensor as a lazy view."""
+        return self._views[name]
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        """The whole tensor as float32."""
+        return self._views[name][:]
+
+
+def to_hf_name(name: str, architecture: str) -> str:
+    """Hugging Face's name for a tensor of a GGUF file; an unknown tensor keeps its name."""
+    names = _NAMES.get(architecture, _LLAMA_NAMES)
+    layers = "transformer.h" if architecture == "gpt2" else "model.layers"
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in names:
+        return name
+    layer = "" if match[1] is None else f"{layers}.{match[1]}."
+    return f"{layer}{names[match[2]]}.{match[3]}"

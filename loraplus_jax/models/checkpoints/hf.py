@@ -1,0 +1,465 @@
+"""Strict loading of weights from a Hugging Face directory or a GGUF file, by a model's `NameTable`.
+
+Nothing is guessed: before reading any weight, one error lists every missing, extra or misshapen tensor.
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ..._utils.json_files import check_file, read_json
+from ...quantization.packed_array import PackedArray, is_packed
+from ..gpt2.config import NAMES as GPT2_NAMES
+from ..llama.config import KINDS
+from .gguf import load as gguf
+from .name_table import NameTable, Rule, expand, is_stacked, shape_in_file
+from .quantized import read_packed
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SHOWN = 20
+_THREADS = 4
+_PIECE = 2**22  # bytes per read, counted as float32
+
+
+MAX_LAYERS, MAX_SIZE = 1_000, 2**24
+"""Limits of a config's sizes where there are no weights to compare them with, as for `plan`."""
+MAX_POSITIONS = 2**27
+"""Limit of `max_position_embeddings` where positions are rotary and have no table."""
+
+
+def load_config(directory: str | Path) -> dict[str, Any]:
+    """Reads `config.json` of a Hugging Face directory, or converts a GGUF file's metadata with `gguf.load.config`.
+
+    Checks the sizes, so that nothing is built that the weights cannot fill.
+
+    Raises:
+      ValueError: the directory or file is missing, is not a JSON object, or is a GGUF file that cannot be read; or
+        a size is above what the weights hold, or above `MAX_LAYERS` or `MAX_SIZE`.
+    """
+    if (path := gguf.find(Path(directory))) is not None:
+        file = gguf.read(path)
+        config, where = gguf.config(file), path
+        shapes = {name: info.shape for name, info in file.tensors.items()}
+    else:
+        where = _check_directory(Path(directory)) / "config.json"
+        config, shapes = read_json(where), {}
+        with contextlib.suppress(ValueError):  # loading the weights will say what is wrong with them
+            files = [file for _, file, _, _ in weight_files(where.parent)]
+            shapes = {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}  # noqa: SIM118
+    _check_sizes(where, config, shapes)
+    return config
+
+
+def _check_sizes(where: Path, config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError for a size above the largest axis in the files, or for more layers than they number."""
+    numbers = {found[1] for name in shapes if (found := re.search(r"\.([0-9]+)\.", name))}
+    widest = max((axis for shape in shapes.values() if all(shape) for axis in shape), default=MAX_SIZE)
+    in_files = f"the widest tensor in the files has {widest}" if shapes else f"at most {widest} is supported"
+    layers = len(numbers) or MAX_LAYERS
+    layers_in_files = f"the files hold {layers}" if numbers else f"at most {layers} are supported"
+    limits = dict.fromkeys(_SIZES, (widest, in_files))
+    limits |= dict.fromkeys(("num_hidden_layers", GPT2_NAMES["num_hidden_layers"]), (layers, layers_in_files))
+    if not any(
+        re.search(r"position_embeddings|\bwpe\b", name) for name in shapes
+    ):  # rotary positions have no table
+        limits["max_position_embeddings"] = (MAX_POSITIONS, f"at most {MAX_POSITIONS} is supported")
+    values = {name: config.get(name) for name in limits}
+    kind = KINDS.get(str(config.get("model_type")))
+    size = config.get("head_dim", kind and kind.defaults.get("head_dim"))
+    if isinstance(heads := values["num_attention_heads"], int) and isinstance(size, int):
+        values[product := "num_attention_heads x head_dim"] = heads * size
+        limits[product] = widest, in_files
+    for name, (limit, reason) in limits.items():
+        if isinstance(value := values[name], int) and value > limit:
+            raise ValueError(f"{where}: {name} is {value!r:.80}, but {reason}: use the model's own config")
+
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "max_position_embeddings", "type_vocab_size", "pad_token_id"),
+    *(name for name in GPT2_NAMES.values() if name != GPT2_NAMES["num_hidden_layers"]),
+)
+
+
+def load_params(
+    directory: str | Path,
+    table: NameTable,
+    expected: Mapping[str, Any],
+    *,
+    new: tuple[str, ...] = (),
+    param_dtype: Any = None,
+    place: Callable[[str, Any], Any] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, Any]:
+    """Loads a model's parameters from `model.safetensors`, the shards that its index names, or a GGUF file.
+
+    Checks all names and shapes first. Host memory holds one leaf at a time and a few MiB, besides the memory-mapped
+    file. Dequantizes quantized tensors, unless `expected` has a `PackedArray` in their place; packs the values of
+    other tensors for one.
+
+    Args:
+      directory: a Hugging Face directory, a GGUF file, or a directory with one GGUF file and no safetensors.
+      table: the model's name table.
+      expected: shapes of the model's parameters, `jax.eval_shape(model.init, ...)["params"]`; with a `PackedArray`
+        of shapes for each weight to load packed.
+      new: path prefixes of leaves that are not in the file, such as a new `"head"`.
+      param_dtype: dtype of all leaves; by default each leaf's dtype in `expected`.
+      place: called with each leaf's path and host array, or `PackedArray`; returns what to store. By default an
+        array on the default device.
+      shardings: path to sharding, for leaves to load directly onto their devices: each process reads only the parts
+        that its own devices hold, and does not call `place`.
+
+    Returns:
+      Nested dicts like `expected`, without the `new` leaves.
+
+    Raises:
+      ValueError: a tensor is missing, extra or misshapen (lists all: `-` missing, `+` extra, `~` different); the
+        table does not cover the model; a file is missing, damaged or a pickle; the index names a file outside the
+        directory; the directory contains several GGUF files.
+      ImportError: safetensors, or for a GGUF file gguf, is not installed.
+
+    Example:
+      >>> import tempfile
+      >>> from safetensors.numpy import save_file
+      >>> from loraplus_jax.models.checkpoints.name_table import linear_rules
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_file({"fc.weight": np.ones((2, 3), np.float32)}, f"{folder}/model.safetensors")
+      ...     params = load_params(folder, NameTable(rules=linear_rules("fc", "up", bias=False)),
+      ...                          {"up": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)}})
+      >>> params["up"]["kernel"].shape, params["up"]["kernel"].dtype.name
+      ((3, 2), 'bfloat16')
+    """
+    leaves, tensors = check_params(directory, table, expected, new=new)
+    store = place or (lambda path, array: jax.device_put(array))
+
+    def load(rule: Rule) -> Any:
+        leaf, sharding = leaves[rule.path], (shardings or {}).get(rule.path)
+        if is_packed(leaf):
+            packed = _load_packed(rule, leaf, tensors, shardings)
+            return packed if place is None else place(rule.path, packed)
+        read = functools.partial(_read, rule, leaf, tensors, param_dtype)
+        if sharding is None:
+            return store(rule.path, read([slice(0, size) for size in leaf.shape]))
+        return jax.make_array_from_callback(leaf.shape, sharding, _read_parts_once(read, leaf.shape))
+
+    flat = {rule.path: load(rule) for rule in table.rules}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def read_leaf(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, "_Tensor"]) -> np.ndarray:
+    """Reads a leaf, dequantized, as a host array of a shape and dtype; `tensors` are those of `check_params`."""
+    return _read(rule, leaf, tensors, None, [slice(0, size) for size in leaf.shape])
+
+
+def _load_packed(
+    rule: Rule, leaf: Any, tensors: Mapping[str, "_Tensor"], shardings: Mapping[str, Any] | None
+) -> PackedArray:
+    def place(name: str, part: np.ndarray) -> jax.Array:
+        sharding = (shardings or {}).get(f"{rule.path}/parts/{name}")
+        if sharding is None:
+            return jax.device_put(part)
+        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+
+    return read_packed(rule, leaf, [tensors[name].view for name in expand(rule, leaf)], place)
+
+
+def check_params(
+    directory: str | Path, table: NameTable, expected: Mapping[str, Any], *, new: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, "_Tensor"]]:
+    """Runs the checks of `load_params`, reading only tied weights; returns leaves by path, tensors by name."""
+    directory = Path(directory)
+    leaves = _leaves_from_file(table, expected, new)
+    names = {name for rule in table.rules for name in expand(rule, leaves[rule.path])}
+    tensors, problems = _find_tensors(directory, table, names | {name for name, _ in table.copies})
+    problems += _compare_shapes(table, leaves, tensors) or _compare_copies(table, tensors)
+    if problems:
+        raise ValueError(_error_message(directory, problems))
+    return leaves, tensors
+
+
+def rows_digest(tensors: Mapping[str, "_Tensor"]) -> str:
+    """A short hex digest of the first, the middle and the last row of every tensor, as `check_params` returns them.
+
+    Distinguishes differently trained weights, and reads almost nothing of them.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
+        size = tensor.shape[0] if tensor.shape else 0
+        for row in sorted({0, size // 2, size - 1} & set(range(size))):
+            total.update(np.ascontiguousarray(tensor.view[row : row + 1]).tobytes())
+        if not tensor.shape:
+            total.update(tensor.file.get_tensor(tensor.name).tobytes())
+    return total.hexdigest()[:16]
+
+
+def values_digest(tensors: Mapping[str, "_Tensor"]) -> str:
+    """A hex digest of every value of the tensors, as `check_params` returns them; reads all of them."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
+        for part in _pieces(tensor.shape):
+            total.update(np.ascontiguousarray(tensor.view[part]).tobytes())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a file: its name there, a lazy view, and the types supported in such a file."""
+
+    file: Any
+    name: str
+    view: Any
+    dtypes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.view.get_shape())
+
+
+def _leaves_from_file(
+    table: NameTable, expected: Mapping[str, Any], new: tuple[str, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The leaves to load, by path; raises unless they are exactly those that the table has rules for."""
+    flat: dict[str, Any] = traverse_util.flatten_dict(dict(expected), sep="/")
+    paths_under = {prefix: {p for p in flat if f"{p}/".startswith(f"{prefix}/")} for prefix in new}
+    if unused := [prefix for prefix, paths in paths_under.items() if not paths]:
+        raise ValueError(
+            f"new: the model has no parameters under {unused}; "
+            f"it has {sorted({p.split('/')[0] for p in flat})}"
+        )
+    leaves = {
+        path: leaf for path, leaf in flat.items() if not any(path in paths for paths in paths_under.values())
+    }
+    rule_paths = {rule.path for rule in table.rules}
+    if rule_paths != set(leaves):
+        raise ValueError(
+            "the name table does not cover the model: "
+            f"leaves without a rule {sorted(set(leaves) - rule_paths)}, "
+            f"rules without a leaf {sorted(rule_paths - set(leaves))}"
+        )
+    return leaves
+
+
+def _find_tensors(directory: Path, table: NameTable, names: set[str]) -> tuple[dict[str, _Tensor], list[str]]:
+    """The tensors with these canonical names, by name, and one line per missing or unexpected tensor."""
+    tensors: dict[str, _Tensor] = {}
+    problems = []
+    for file_name, file, dtypes, index_names in weight_files(directory):
+        file_names = set(file.keys())
+        missing = sorted(index_names - file_names)
+        problems += [f"- {name} (the index lists it in {file_name}, which lacks it)" for name in missing]
+        for name in sorted(file_names):
+            key, tensor = table.canonical(name), _Tensor(file, name, file.get_slice(name), dtypes)
+            if key in tensors:
+                problems.append(f"+ {name} (a second tensor for {tensors[key].name}, in {file_name})")
+            elif key in names:
+                tensors[key] = tensor
+            elif not table.ignores(key):
+                problems.append(f"+ {name} {list(tensor.shape)} (not in the model)")
+    return tensors, problems
+
+
+def weight_files(path: Path) -> Iterator[tuple[str, Any, tuple[str, ...], set[str]]]:
+    """Yields each weight file: its name, the open file, the supported types, the tensors that an index lists."""
+    if (file := gguf.find(path)) is not None:
+        yield file.name, gguf.GgufWeights(gguf.read(file)), gguf.DTYPES, set()
+        return
+    weight_map = _weight_map(_check_directory(path))
+    missing = sorted({name for name in weight_map.values() if not os.path.isfile(path / name)})
+    if len(missing) > 1:
+        raise ValueError(f"{path}: files in the index are missing: {', '.join(missing)}")
+    for name in sorted(set(weight_map.values())) or [SINGLE_FILE]:
+        index_names = {tensor for tensor, owner in weight_map.items() if owner == name}
+        yield name, _open(path / name), _FLOATS, index_names
+
+
+def _compare_shapes(
+    table: NameTable, leaves: Mapping[str, jax.ShapeDtypeStruct], tensors: Mapping[str, _Tensor]
+) -> list[str]:
+    """One line per required tensor that is missing, misshapen or of an unsupported type."""
+    problems = []
+    for rule in table.rules:
+        shape = shape_in_file(rule, leaves[rule.path])
+        for name in expand(rule, leaves[rule.path]):
+            tensor = tensors.get(name)
+            if tensor is None:
+                problems.append(f"- {name} {list(shape)} (required by the model)")
+            elif tensor.shape != shape:
+                problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
+            elif (dtype := tensor.view.get_dtype()) not in tensor.dtypes:
+                problems.append(f"~ {tensor.name} is {dtype}, must be one of {', '.join(tensor.dtypes)}")
+    return list(dict.fromkeys(problems))  # parts of one tensor have the same
+
+
+def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[str]:
+    """One line per tied tensor that differs from its original: the checkpoint belongs to another model."""
+    problems = []
+    for name, original_name in table.copies:
+        if name not in tensors:
+            continue
+        copy, original = tensors[name], tensors[original_name]
+        equal = (
+            copy.shape == original.shape
+            and copy.view.get_dtype() in copy.dtypes
+            and all(np.array_equal(copy.view[part], original.view[part]) for part in _pieces(copy.shape))
+        )
+        if not equal:
+            problems.append(
+                f"~ {copy.name} differs from {original.name}, but the config ties them; "
+                "check tie_word_embeddings"
+            )
+    return problems
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first axis, each small enough for one read."""
+    rows = _PIECE // max(1, 4 * math.prod(shape[1:])) or 1
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+def _error_message(directory: Path, problems: list[str]) -> str:
+    """The error message; its first line can stand alone."""
+    counts = Counter(line[0] for line in problems)
+    words = {"-": "missing", "+": "extra", "~": "misshapen or of the wrong type"}
+    summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
+    first = f"the weights in {directory} do not match the model: {summary}; first: {problems[0]}"
+    shown = [f"  {line}" for line in problems[:_SHOWN]]
+    rest = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "\n".join([first, *shown, *rest])
+
+
+def _read_parts_once(
+    read: Callable[[list[slice]], np.ndarray], shape: tuple[int, ...]
+) -> Callable[[Any], np.ndarray]:
+    """A callback for `make_array_from_callback` that reads a part only once for several devices."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        window = [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]
+        key = tuple((s.start, s.stop) for s in window)
+        if key not in parts:
+            parts[key] = read(window)
+        return parts[key]
+
+    return part
+
+
+def _read(
+    rule: Rule,
+    leaf: jax.ShapeDtypeStruct,
+    tensors: Mapping[str, _Tensor],
+    param_dtype: Any,
+    window: list[slice],
+) -> np.ndarray:
+    """Reads a window of one leaf in pieces into the final array, without a second copy."""
+    shape = tuple(s.stop - s.start for s in window)
+    out = _empty_aligned(shape, leaf.dtype if param_dtype is None else jnp.dtype(param_dtype))
+    names = expand(rule, leaf)
+    slots, names, window = (
+        (out, names[window[0]], window[1:]) if is_stacked(rule) else (out[None], names, window)
+    )
+    if rule.part is not None:
+        *inputs, outputs = window
+        window = [*inputs, slice(rule.part.start + outputs.start, rule.part.start + outputs.stop)]
+
+    def fill(index: int) -> None:
+        _fill(slots[index : index + 1], tensors[names[index]], window, transposed=rule.transposed)
+
+    # Most of the time is spent in copies by NumPy, which other threads need not wait for.
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(fill, range(len(names))))
+    return out
+
+
+def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array aligned to 64 bytes, which `jax.device_put` uses on CPU without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    spare = np.empty(size + 63, np.uint8)
+    start = -spare.ctypes.data % 64
+    return spare[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed: bool) -> None:
+    """Writes a window of a leaf, or of one layer of it, to `slot[0]`."""
+    if not tensor.shape:
+        slot[0] = tensor.file.get_tensor(tensor.name)
+        return
+    target = slot[0].T if transposed else slot[0]
+    first, *columns = reversed(window) if transposed else window
+    for part in _pieces(target.shape):
+        rows = slice(first.start + part.start, first.start + part.stop)
+        target[part] = tensor.view[(rows, *columns)]
+
+
+def _check_directory(directory: Path) -> Path:
+    if not os.path.isdir(directory):
+        raise ValueError(
+            f"{directory} is not a directory or GGUF file; pass a GGUF file, or a directory with "
+            f"config.json and {SINGLE_FILE}"
+        )
+    return directory
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor name to shard, from the index; empty for a single file."""
+    if (directory / SINGLE_FILE).exists():
+        return {}
+    if not (directory / INDEX_FILE).exists():
+        pickles = sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            raise ValueError(
+                f"{directory} has its weights only in {pickles[0]}, a pickle, which can run arbitrary code; "
+                "convert it in a sandbox: "
+                "transformers.AutoModel.from_pretrained(d).save_pretrained(d, safe_serialization=True)"
+            )
+        raise ValueError(f"{directory} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    weight_map = read_json(directory / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{directory / INDEX_FILE} must have a weight_map from tensor names to files, "
+            f"got {weight_map!r:.80}"
+        )
+    for file_name in weight_map.values():
+        # Checks only the name: the hub's cache consists of links that point out of the directory.
+        plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
+        if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
+            raise ValueError(
+                f"{directory / INDEX_FILE}: files must be plain .safetensors names in the same directory, "
+                f"got {file_name!r}"
+            )
+    return weight_map
+
+
+def _open(path: Path) -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
+    if not os.path.exists(path):  # unlike Path.exists, False for a name too long for the file system
+        raise ValueError(f"{path} is missing, but the index lists it")
+    check_file(path)
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}; "
+            "download it again (truncated, or a Git LFS pointer?)"
+        ) from error

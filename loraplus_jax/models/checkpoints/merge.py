@@ -1,0 +1,174 @@
+"""Merges adapters into a checkpoint's weights, one tensor of the file at a time.
+
+Only the current tensor is in memory: the base stays on disk, memory-mapped.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ...adapter.lora import adapted_weight
+from ...adapter.spec import Specs
+from ...adapter.tree import flatten
+from ...quantization.formats import packed_values
+from ...quantization.packed_array import PackedArray, is_packed
+from .hf import weight_files
+from .name_table import NameTable, Rule, expand
+from .quantized import in_rows
+
+_PIECE = 2**22  # bytes per read when a tensor is only copied
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to write.
+
+    Attributes:
+      name: its name.
+      shape: its shape in the output.
+      dtype: its current dtype; the writer may use another.
+      rows: yields its values in pieces along the first axis; a scalar in one piece.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: Callable[[], Iterator[np.ndarray]]
+
+
+class CheckpointMerge:
+    """Computes the merged value of each tensor of a checkpoint.
+
+    Args:
+      table: the model's name table.
+      leaves: the model's leaves in the checkpoint, as `check_params` returns them.
+      specs: the adapted parameters; layers are stacked on axis 0, as in all models here.
+      lora: the tree of factors.
+      extras: fully trained variables, `{"params": ...}`; they replace the base's.
+      dequantize: whether to merge into the values of the base as packed, where `leaves` has a `PackedArray`.
+        `rounding` then tells how far they are from the checkpoint's, once the tensors are written.
+    """
+
+    def __init__(
+        self,
+        table: NameTable,
+        leaves: Mapping[str, Any],
+        specs: Specs,
+        lora: Mapping[str, Any],
+        extras: Mapping[str, Any],
+        *,
+        dequantize: bool = False,
+    ) -> None:
+        self.packed = {path: leaf for path, leaf in leaves.items() if dequantize and is_packed(leaf)}
+        self._squares = np.zeros(2)  # of the rounding, and of the checkpoint's values
+        self.table, self.factors, self.extras = table, flatten(lora), flatten(extras)
+        self.specs = {spec.leaf: (key, spec) for key, spec in specs.items()}
+        if unsupported := [spec for spec in specs.values() if spec.stacked not in ((), (0,))]:
+            leaf, axes = unsupported[0].leaf, unsupported[0].stacked
+            raise ValueError(f"{leaf} must be stacked on axis 0 or not at all, got axes {axes}")
+        self.locations: dict[str, list[tuple[Rule, int | None]]] = {}
+        for rule in table.rules:
+            for i, name in enumerate(expand(rule, leaves[rule.path])):
+                self.locations.setdefault(name, []).append((rule, None if name == rule.name else i))
+        self.locations |= {name: self.locations[original] for name, original in table.copies}
+
+    @property
+    def rounding(self) -> float:
+        """The norm of the difference between packed values and the checkpoint's, relative to theirs."""
+        return float(np.sqrt(self._squares[0] / max(self._squares[1], np.finfo(float).tiny)))
+
+    def changes(self, name: str) -> bool:
+        """Whether merging changes the tensor with this canonical name."""
+        paths = [rule.path for rule, _ in self.locations.get(name, ())]
+        leaves = (*self.specs, *self.extras)
+        return any(path in self.packed or f"params/{path}" in leaves for path in paths)
+
+    def value(self, name: str, base: Callable[[], np.ndarray]) -> np.ndarray:
+        """The merged tensor in the file's layout, float32; calls `base` to read the base's only if needed."""
+        first, *others = self.locations[name]
+        if first[0].part is None:
+            return self._value(*first, base)
+        result = base().astype(np.float32)  # a copy of the base, which may be a view of the file
+        for rule, layer in (first, *others):
+            result[rule.index] = self._value(rule, layer, lambda index=rule.index: result[index])
+        return result
+
+    def _value(self, rule: Rule, layer: int | None, base: Callable[[], np.ndarray]) -> np.ndarray:
+        leaf = f"params/{rule.path}"
+        if leaf in self.extras:
+            value = np.asarray(self.extras[leaf] if layer is None else self.extras[leaf][layer], np.float32)
+            return value.T if rule.transposed else value
+        result = base().astype(np.float32)
+        if rule.path in self.packed:
+            result = in_rows(rule, self._packed(in_rows(rule, result), self.packed[rule.path]))
+        if leaf in self.specs:
+            key, spec = self.specs[leaf]
+            factors = [self.factors[path] for path in spec.factor_paths(key)]
+            if layer is not None:
+                factors = [factor[layer] for factor in factors]
+                spec = dataclasses.replace(spec, shape=spec.shape[1:], stacked=(), layers=None)
+            merged = np.asarray(adapted_weight(result.T if rule.transposed else result, factors, spec))
+            result = merged.T if rule.transposed else merged
+        return result
+
+    def _packed(self, values: np.ndarray, leaf: PackedArray) -> np.ndarray:
+        rounded = packed_values(leaf.kind, values).astype(leaf.dtype).astype(np.float32)
+        self._squares += np.square(rounded - values).sum(), np.square(values).sum()
+        return rounded
+
+
+def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[OutputTensor, str]]:
+    """Yields every tensor of a checkpoint, merged if adapted, and its canonical name.
+
+    Tensors keep the file's names; those of a GGUF file get Hugging Face's.
+    """
+    for _, file, _, _ in weight_files(source):
+        for name in sorted(file.keys()):
+            canonical, view = merge.table.canonical(name), file.get_slice(name)
+            shape = tuple(view.get_shape())
+            if merge.changes(canonical):
+                rows = _merged_rows(merge, canonical, file, name)
+            else:
+                rows = _copied_rows(file, name, shape)
+            yield OutputTensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
+
+
+def _merged_rows(
+    merge: CheckpointMerge, canonical: str, file: Any, name: str
+) -> Callable[[], Iterator[np.ndarray]]:
+    return lambda: iter([merge.value(canonical, lambda: file.get_slice(name)[:])])
+
+
+def _copied_rows(file: Any, name: str, shape: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]]:
+    def rows() -> Iterator[np.ndarray]:
+        if not shape:
+            yield file.get_tensor(name)
+            return
+        step = max(1, _PIECE // max(1, 4 * int(np.prod(shape[1:]))))
+        view = file.get_slice(name)
+        for start in range(0, shape[0], step):
+            yield view[start : min(start + step, shape[0])]
+
+    return rows
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The dtype of a safetensors or GGUF type; float32 for quantized types, which are read as float32."""
+    return np.dtype(TYPES.get(name, np.float32))
+
+
+TYPES: Mapping[str, Any] = {
+    "BF16": ml_dtypes.bfloat16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "BOOL": np.bool_,
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+}
+"""Safetensors' names of dtypes."""

@@ -1,0 +1,1 @@
+"""Llama and models of its kind: Mistral, Qwen, Gemma, Phi-3."""

@@ -1,0 +1,208 @@
+"""Finds pairs of LoRA factors in the parameter tree of any library, and which factor is A and which is B."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from .._utils.validation import suggest
+from ..adapter.spec import Specs
+
+Side = Literal["a", "b"]
+
+_SUFFIX = r"(?:/(?:kernel|weight|w))?(?:/value)?"
+_FORMS = (
+    r"(?:(?P<module>.*)/)?lora_(?P<side>[ab])",  # ours, nnx.LoRA, torchtune
+    r"(?P<module>(?:.*/)?[^/]+)_lora_(?P<side>[ab])",  # qwix
+    r"(?:(?P<module>.*)/)?lora_[a-z]+_(?P<side>[ab])",  # our embeddings, keras
+    r"(?P<module>(?:.*/)?lora)/(?P<side>[ab])",  # gemma
+    # PEFT, optionally followed by the adapter's name; kohya and diffusers.
+    r"(?:(?P<module>.*)/)?lora_(?:embedding_)?(?P<side>[AB])(?:/(?!bias$|weight|kernel|value)(?P<adapter>[^/]+))?",
+    r"(?:(?P<module>.*)/)?lora_(?P<side>down|up)",
+)
+"""Names of factors that determine the side. Dots count as slashes; `_SUFFIX`, a layer or container that holds the
+factor, may follow."""
+
+_SIDES: Mapping[str, Side] = {"a": "a", "A": "a", "down": "a", "b": "b", "B": "b", "up": "b"}
+_KNOWN_NAMES = (
+    "lora_a and lora_b, kernel_lora_a, lora_kernel_a, lora/a, lora_A and lora_B (PEFT), lora_down and "
+    "lora_up, or a and b next to their weight w"
+)
+_LOOKS_LIKE_LORA = re.compile(r"(?<![A-Za-z])(?i:lora)(?![a-z])|(?<=[a-z])Lo[rR][aA](?![a-z])")
+_NOT_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
+
+
+class Pair(NamedTuple):
+    """The two factors of one adapter.
+
+    Attributes:
+      a, b: paths of the factors on the input side and on the output side.
+    """
+
+    a: str
+    b: str
+
+
+def is_embedding_factor(path: str) -> bool:
+    """Whether a factor's name marks its weight as an embedding, as our names and those of PEFT and keras do."""
+    return re.search(r"(?:^|[./])lora_embeddings?_[abAB]\b", path) is not None
+
+
+def is_magnitude(path: str) -> bool:
+    """Whether a name is that of DoRA's magnitudes, ours or PEFT's."""
+    return re.search(r"(?:^|[/._])lora_magnitude(?:_vector)?(?:[/.]|$)", path) is not None
+
+
+def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
+    """Maps each module to the paths of its factors, in a tree given as path to leaf.
+
+    An unambiguous name determines the side, in any layout of PEFT's and kohya's factors. Otherwise the weight `w`
+    next to the factors determines it.
+
+    Raises:
+      ValueError: a factor has no partner; factors do not match each other, the specs or a kernel next to them; or
+        names and shapes do not determine a side, or whether a leaf is a factor.
+    """
+    by_name = _pairs_by_name(leaves)
+    pairs = {}
+    for module, sides in by_name.items():
+        # PyTorch's names; its Linear is (out, in).
+        torch = any(re.search(r"lora_(embedding_)?([AB]|down|up)\b|[./]weight$", p) for p in sides.values())
+        _check_pair(module, {side: leaves[path] for side, path in sides.items()}, specs, may_be_torch=torch)
+        pairs[module] = Pair(sides["a"], sides["b"])
+        if specs is None:
+            _check_kernel(module, leaves, pairs[module])
+    ours = any(pair.a.startswith("lora/") for pair in pairs.values())
+    # Outside our own collection there are fully trained weights, which may have any name.
+    leaves = {path: leaf for path, leaf in leaves.items() if not ours or path.startswith("lora/")}
+    for module, paths in _pairs_named_ab(leaves).items():
+        if module in pairs:
+            continue
+        shapes = {name: tuple(leaves[path].shape) for name, path in paths.items()}
+        if "w" in paths:
+            a, b = _sides_by_weight(module, shapes)
+            pairs[module] = Pair(paths[a], paths[b])
+        else:
+            _check_not_factors(module, shapes)
+    _check_names(leaves, pairs, ours)
+    return pairs
+
+
+def _pairs_by_name(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
+    """Maps each module to the paths of its factors by side, for names that determine the side."""
+    pairs: dict[str, dict[Side, str]] = {}
+    for path in leaves:
+        name = path.replace(".", "/")
+        match = next((m for form in _FORMS if (m := re.fullmatch(form + _SUFFIX, name))), None)
+        if match is None:
+            continue
+        parts = match.groupdict()
+        module = "/".join(filter(None, (parts["module"], parts.get("adapter"))))
+        sides, side = pairs.setdefault(module, {}), _SIDES[parts["side"]]
+        if side in sides:
+            raise ValueError(
+                f"{sides[side]} and {path} are both factor {side} of {module or 'the tree'}; rename one"
+            )
+        sides[side] = path
+    return pairs
+
+
+def _pairs_named_ab(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Maps each module with leaves `a` and `b` (or `A` and `B`) to their paths, and to that of `w` if it exists."""
+    pairs: dict[str, dict[str, str]] = {}
+    for path in leaves:
+        module, _, name = path.rpartition("/")
+        if name in ("a", "A"):
+            b, w = (f"{module}/{leaf}".removeprefix("/") for leaf in ("b" if name == "a" else "B", "w"))
+            if b in leaves:
+                pairs[module] = {"a": path, "b": b} | ({"w": w} if w in leaves else {})
+    return pairs
+
+
+def _check_not_factors(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Rejects a pair that may be an adapter: they share a rank below both sizes, but the sides are unknown."""
+    for left, right in ((shapes["a"], shapes["b"]), (shapes["b"], shapes["a"])):
+        if len(left) >= 2 and len(right) >= 2 and left[-1] == right[-2] < min(left[-2], right[-1]):
+            raise ValueError(
+                f"{module or 'the tree'}: a {shapes['a']} and b {shapes['b']} may be LoRA factors, but "
+                f"without their weight w the input side is ambiguous; supported names: {_KNOWN_NAMES}"
+            )
+
+
+def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
+    """Rejects factors whose names contradict the kernel next to them about the sides."""
+    above = module.removesuffix("lora").rstrip("/") if module.rpartition("/")[2] == "lora" else module
+    names = (above, *(f"{above}/{leaf}".removeprefix("/") for leaf in ("kernel", "embedding")))
+    a, b = (tuple(leaves[path].shape) for path in pair)
+    for name in (*names, *(f"{name}/value" for name in names)):
+        kernel = tuple(getattr(leaves.get(name), "shape", ()))
+        if len(kernel) != len(a) or len(a) != len(b) or len(a) < 2:
+            continue
+        swapped = (b[-1], a[-2]) == kernel[-2:] and a[-2] != b[-1]
+        if swapped and a[:-2] == b[:-2] == kernel[:-2]:
+            raise ValueError(
+                f"{module or 'the tree'}: {pair.a} {a} is the input side by its name, but the kernel "
+                f"{kernel} needs {pair.b} {b} there; rename the factors by side"
+            )
+
+
+def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: bool) -> None:
+    """Rejects a leaf that looks like a LoRA factor but would be trained like any other weight."""
+    factors = [path for pair in pairs.values() for path in pair]
+    for path, leaf in leaves.items():
+        if path in factors or len(getattr(leaf, "shape", ())) < 2 or _NOT_FACTOR.search(path):
+            continue
+        segments = path.split("/")
+        above = ["/".join(segments[: n + 1]) for n in range(len(segments))]
+        lora_like = [
+            p for p, segment in zip(above, segments, strict=True) if _LOOKS_LIKE_LORA.search(segment)
+        ]
+        unpaired = any(not any(f"{factor}/".startswith(f"{p}/") for factor in factors) for p in lora_like)
+        if unpaired or (ours and not set(above) & pairs.keys()):
+            raise ValueError(
+                f"{path} {tuple(leaf.shape)} looks like a LoRA factor, but its name does not say whether it "
+                f"is A or B; supported names: {_KNOWN_NAMES}; if it is not a factor, rename it"
+            )
+
+
+def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Side, Side]:
+    """Returns which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`, then which the output."""
+    size_in, size_out = shapes["w"][-2:] if len(shapes["w"]) >= 2 else (0, 0)
+    orders_that_fit: list[tuple[Side, Side]] = []
+    orders: tuple[tuple[Side, Side], ...] = (("a", "b"), ("b", "a"))
+    for first, second in orders:
+        a, b = shapes[first], shapes[second]
+        if len(a) >= 2 and len(b) >= 2 and a[-1] == b[-2] and (a[-2], b[-1]) == (size_in, size_out):
+            orders_that_fit.append((first, second))
+    if len(orders_that_fit) != 1:
+        reason = "both orders fit" if orders_that_fit else "neither order fits"
+        raise ValueError(
+            f"{module}: the input side of a {shapes['a']} and b {shapes['b']} with w {shapes['w']} is "
+            f"ambiguous, {reason}; use names such as lora_a (input side) and lora_b"
+        )
+    return orders_that_fit[0]
+
+
+def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, may_be_torch: bool) -> None:
+    where = module or "the tree"
+    sides: tuple[Side, Side] = ("a", "b")
+    if missing := [side for side in sides if side not in pair]:
+        raise ValueError(f"{where} has only one factor: lora_{missing[0]} is missing")
+    a, b = (tuple(pair[side].shape) for side in sides)
+    spec = (specs or {}).get(spec_path(module))
+    if specs is not None and spec is None:
+        raise ValueError(f"{where} is not in the specs{suggest(module, specs)}")
+    if spec is not None and (a, b) != spec.factor_shapes[:2]:
+        raise ValueError(
+            f"{where}: factors must have the specs' shapes {spec.factor_shapes[:2]}, got {a} and {b}"
+        )
+    if min(len(a), len(b)) < 2 or not (a[-1] in b[:-1] or (may_be_torch and a[0] == b[1])):
+        raise ValueError(
+            f"{where}: lora_a and lora_b must be (in, r) and (r, out)"
+            + (", or (r, in) and (out, r)" if may_be_torch else "")
+            + f", got {a} and {b}"
+        )
+
+
+def spec_path(module: str) -> str:
+    """A module's path in the specs, from its path in a tree that may start with the collection's name."""
+    return "" if module == "lora" else module.removeprefix("lora/")

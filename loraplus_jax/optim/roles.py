@@ -1,0 +1,189 @@
+"""Labels trainable leaves by role (A, B, embedding factor, ...), and reads the roles from optimizer states."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import optax
+from flax import struct
+
+from .._utils.validation import check_choice
+from ..adapter.spec import Specs
+from ..adapter.tree import leaf_path, leaves_by_path
+from .factor_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_path
+
+Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]
+ROLES: tuple[Role, ...] = ("a", "b", "embedding", "magnitude", "extra", "vector")
+Policy = Literal["lora_plus", "peft"]
+
+
+def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lora_plus") -> Any:
+    """Labels every leaf with its role; returns a tree of the same structure.
+
+    `"a"` is the factor on the input side, `"b"` the factor on the output side, whichever is initialized to zero.
+    Factors of embeddings, `lora_embedding_a` and `lora_embedding_b`, are `"embedding"`; DoRA's `lora_magnitude` is
+    `"magnitude"`. All other leaves are `"extra"`. Roles depend on paths and shapes, never on values, so it also
+    labels trees of updates.
+
+    It also labels adapter trees of other libraries by side: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
+    gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, in any layout), kohya (`lora_down`), and lorax, where
+    `b` is the factor on the input side.
+
+    Args:
+      tree: trainable variables, `{"lora": ..., "params": ...}`, or only the tree of adapters.
+      specs: the table from `init_lora`, to check shapes; optional.
+      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, other leaves with one axis and
+        magnitudes, which have one axis there, are `"b"`. Leaves named `bias` or `scale` count as having one axis,
+        however many layers are stacked in them; stacked vectors of other names do not.
+
+    Raises:
+      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous (a
+        pair `a`, `b` without its weight or with a square one, or a kernel that contradicts the names), or another
+        leaf with two or more axes looks like a LoRA factor.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> label_params({"lora": {"q": {"lora_a": jnp.zeros((4, 2)), "lora_b": jnp.zeros((2, 3))}},
+      ...               "params": {"head": {"bias": jnp.zeros(3)}}})
+      {'lora': {'q': {'lora_a': 'a', 'lora_b': 'b'}}, 'params': {'head': {'bias': 'extra'}}}
+    """
+    check_choice("policy", policy, get_args(Policy))
+    leaves = leaves_by_path(tree)
+    roles = _factor_roles(leaves, specs)
+
+    def label(path: tuple[Any, ...], leaf: Any) -> Role:
+        name = leaf_path(path)
+        role = roles.get(name, "extra")
+        if policy == "peft" and role == "magnitude":
+            return "b"
+        return _peft_role(name, leaf, leaves) if policy == "peft" and role == "extra" else role
+
+    return jax.tree_util.tree_map_with_path(label, tree)
+
+
+class LoRAPlusState(struct.PyTreeNode):
+    """An optimizer state with the roles and rates of its last update; `find_states` finds it in any chain.
+
+    Attributes:
+      inner_state: state of the optimizer itself.
+      count: number of updates, int32.
+      rates: learning rate of the last update by role, float32 (initially that of the first update); with
+        `lora_plus`, the multiple of the wrapped optimizer's rate.
+      decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
+      roles: `(path, role)` of every leaf.
+      relative: whether rates are multiples of a wrapped optimizer's.
+
+    Iterates over the parts of the optimizer's own state, as a chain's state does: tunix looks there for an injected
+    learning rate, to log it.
+    """
+
+    inner_state: Any
+    count: jax.Array
+    rates: dict[str, jax.Array]
+    decays: dict[str, jax.Array]
+    roles: tuple[tuple[str, Role], ...] = struct.field(pytree_node=False)
+    relative: bool = struct.field(pytree_node=False)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.inner_state)
+
+
+class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
+    """An optax transform that exposes its roles and rates; inside a chain, its `LoRAPlusState` does.
+
+    Attributes:
+      labels: function from a tree to a tree of roles.
+      rates: function from a step to `(learning rate, weight decay)` by role; the decay is None with `lora_plus`.
+      relative: whether the rates are multiples of a wrapped optimizer's.
+    """
+
+    labels: Callable[[Any], Any]
+    rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
+    relative: bool
+
+    def __new__(
+        cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
+    ) -> "LoRAPlusTransform":
+        """Makes a transform from its functions."""
+        self = super().__new__(cls, init, update)
+        self.labels, self.rates, self.relative = labels, rates, relative
+        return self
+
+
+def find_states(opt_state: Any) -> list[LoRAPlusState]:
+    """Finds the states of LoRA+ transforms in an optimizer state, inside `optax.chain` and other wrappers.
+
+    There are several if `optax.multi_transform` or `optax.masked` gives each transform a part of the tree.
+    """
+    is_ours = lambda x: isinstance(x, LoRAPlusState)  # noqa: E731
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+
+
+def lr_ratio_of(opt_state: Any) -> float | None:
+    """Lambda of the last update; None if no LoRA+ transform updates both factors, or if both rates are 0."""
+    ratios = {
+        float(state.rates["b"] / state.rates["a"])
+        for state in find_states(opt_state)
+        if {"a", "b"} <= state.rates.keys() and state.rates["a"] != 0
+    }
+    if len(ratios) > 1:
+        raise ValueError(
+            f"all LoRA+ transforms in an optimizer must have the same ratio, got {sorted(ratios)}"
+        )
+    return float(f"{ratios.pop():.6g}") if ratios else None
+
+
+def labels_of(opt_state: Any, tree: Any) -> Any:
+    """The role that an optimizer gives to every leaf; for an optimizer without LoRA+, as by `label_params`.
+
+    Leaves hidden from the LoRA+ transform, as by `optax.masked`, are `"extra"`.
+    """
+    states = find_states(opt_state)
+    if not states:
+        return label_params(tree)
+    roles = {path: role for state in states for path, role in state.roles}
+    return jax.tree_util.tree_map_with_path(lambda path, _: roles.get(leaf_path(path), "extra"), tree)
+
+
+def _peft_role(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Role:
+    """PEFT's groups: all leaves with one axis use B's learning rate; biases and LayerNorms have no weight decay.
+
+    Biases and scales of norms are known by name, also stacked. A norm with a bias is a LayerNorm; without one it is
+    an RMSNorm, which PEFT decays.
+    """
+    value = "/value" if path.endswith("/value") else ""
+    module, _, name = path.removesuffix(value).rpartition("/")
+    if name == "bias" or (name == "scale" and f"{module}/bias{value}".lstrip("/") in leaves):
+        return "vector"
+    return "b" if name == "scale" or len(leaf.shape) == 1 else "extra"
+
+
+def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:
+    """The roles of all factors, by path."""
+    roles: dict[str, Role] = {path: "magnitude" for path in leaves if is_magnitude(path)}
+    for module, pair in factor_pairs(leaves, specs).items():
+        spec = (specs or {}).get(spec_path(module))
+        embedded = is_embedding_factor(pair.a) if spec is None else spec.kind == "embed"
+        roles |= dict.fromkeys(pair, "embedding") if embedded else {pair.a: "a", pair.b: "b"}
+    return roles
+
+
+def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
+    """The global norm of the leaves of each role that occurs.
+
+    Args:
+      tree: gradients, updates or parameters.
+      labels: a tree of roles of the same structure, from `label_params`.
+
+    >>> import jax.numpy as jnp
+    >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
+    5.0
+    """
+    return {role: optax.tree.norm(leaves) for role, leaves in leaves_by_role(tree, labels).items()}
+
+
+def leaves_by_role(tree: Any, labels: Any) -> dict[str, list[Any]]:
+    """Groups leaves by role, in the order of `ROLES`, without roles that do not occur."""
+    roles, leaves = jax.tree.leaves(labels), jax.tree.leaves(tree)
+    groups = {role: [leaf for leaf, r in zip(leaves, roles, strict=True) if r == role] for role in ROLES}
+    return {role: group for role, group in groups.items() if group}

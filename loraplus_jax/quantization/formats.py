@@ -1,0 +1,314 @@
+"""Weights packed in 4 to 8 bits that stay packed on the device: nf4, int8, and the block formats of GGUF files.
+
+A packed weight is a pytree, so it is sharded, saved, sliced by `nn.scan` and passed to a jitted step like an array.
+Its values exist only while a layer uses them; see `low_rank` and `linen.adapter`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Kind = Literal["nf4", "int8", "q4_0", "q4_1", "q8_0", "q4_k", "q6_k"]
+QuantizeTo = Literal["nf4", "int8"]
+
+# arXiv 2305.14314, appendix E: quantiles of a normal distribution with an exact zero, scaled to [-1, 1].
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_NF4_BLOCK, _GROUP = 64, 256
+_BYTES, _TINY = np.arange(256), np.finfo(np.float32).tiny
+
+
+class Format(NamedTuple):
+    """A packed format.
+
+    Attributes:
+      block: number of values that a row's length must divide into.
+      pack: the parts of a matrix (rows, columns) of values; for a format of GGUF, of uint8 (rows, blocks, bytes).
+      values: the values (..., rows, columns), float32, of parts and the number of columns.
+      shapes: shape and dtype of the parts, for rows and columns.
+    """
+
+    block: int
+    pack: Callable[[np.ndarray], dict[str, np.ndarray]]
+    values: Callable[[Mapping[str, Any], int], jax.Array]
+    shapes: Callable[[int, int], dict[str, tuple[tuple[int, ...], str]]]
+
+
+def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """The parts of one matrix: from floating values (rows, columns), or for a format of GGUF from its bytes.
+
+    Args:
+      kind: the format.
+      matrix: the values, or uint8 (rows, bytes of a row); those are only sorted into parts, and keep their bits.
+    """
+    if kind in get_args(QuantizeTo):
+        return FORMATS[kind].pack(matrix)
+    return FORMATS[kind].pack(matrix.reshape(len(matrix), -1, BLOCK_BYTES[kind]))
+
+
+def packed_values(kind: Kind, matrix: np.ndarray) -> np.ndarray:
+    """The values (rows, columns) that a matrix of them has once it is packed, float32.
+
+    Those of a GGUF file are as packed already.
+    """
+    if kind in BLOCK_BYTES:
+        return matrix
+    return np.array(FORMATS[kind].values(pack_matrix(kind, matrix), matrix.shape[1]))
+
+
+def pack_codes(kind: Kind, codes: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
+    """The parts of a weight in the codes and float scales of another library, every value the same.
+
+    Args:
+      kind: `nf4`, or `q4_0` and `int8` for integers.
+      codes: (..., rows, columns), integers.
+      scales: (..., rows, blocks), floating.
+    """
+    if kind == "int8":
+        return {"codes": codes.astype(np.int8), "scales": scales}
+    bytes_ = (codes + 8 if kind == "q4_0" else codes).astype(np.uint8)
+    return {"codes": _in_bytes(bytes_), "d" if kind == "q4_0" else "scales": scales}
+
+
+def _in_bytes(codes: np.ndarray) -> np.ndarray:
+    """Two codes of 4 bits a byte, of the two halves of each row; an odd row gets one more code."""
+    codes = np.pad(codes, (*((0, 0),) * (codes.ndim - 1), (0, codes.shape[-1] % 2)))
+    low, high = np.split(codes, 2, axis=-1)
+    return low | high << 4
+
+
+def _of_bytes(codes: Any, levels: Sequence[float], columns: int) -> jax.Array:
+    """The levels of the codes in bytes (..., rows, columns / 2)."""
+
+    def by_table(codes: Any) -> jax.Array:  # one lookup a byte and half is the quickest on CPU
+        index = codes.astype(jnp.int32)
+        tables = (jnp.asarray(np.array(levels, np.float32)[half]) for half in (_BYTES & 15, _BYTES >> 4))
+        return jnp.concatenate([table.at[index].get(mode="promise_in_bounds") for table in tables], -1)
+
+    def by_bits(codes: Any) -> jax.Array:  # accelerators look nothing up without memory traffic
+        codes = codes.astype(jnp.int32)
+        return jnp.concatenate([_select(half, levels) for half in (codes & 15, codes >> 4)], -1)
+
+    return jax.lax.platform_dependent(codes, cpu=by_table, default=by_bits)[..., :columns]
+
+
+def _select(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
+    """The levels of integer codes below 16, by four selections of half of what is left."""
+    if isinstance(levels, range):
+        return codes.astype(jnp.float32) + levels.start
+    values: list[Any] = [jnp.float32(level) for level in levels]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _spread(scales: Any, columns: int, block: int | None = None) -> jax.Array:
+    """Scales (..., rows, blocks) for every column, float32; `block` where the last one may be shorter."""
+    each = columns // scales.shape[-1] if block is None else block
+    return jnp.repeat(scales.astype(jnp.float32), each, axis=-1)[..., :columns]
+
+
+def _nf4_block(columns: int) -> int:
+    return min(_NF4_BLOCK, columns)
+
+
+def _pack_nf4(rows: np.ndarray) -> dict[str, np.ndarray]:
+    columns = rows.shape[1]
+    block = _nf4_block(columns)
+    starts = np.arange(0, columns, block)
+    absmax = np.concatenate([np.maximum.reduceat(np.abs(part), starts, axis=1) for part in _pieces(rows)])
+    if not np.isfinite(absmax).all():
+        raise ValueError("the weight has values that are not finite")
+    mean = absmax.mean(dtype=np.float64).astype(np.float32)
+    offset = absmax.reshape(-1) - mean
+    groups = np.pad(offset, (0, -offset.size % _GROUP)).reshape(-1, _GROUP)
+    steps = np.maximum(np.abs(groups).max(-1) / 127, _TINY).astype(np.float32)
+    scales = np.rint(groups / steps[:, None]).astype(np.int8).reshape(-1)[: offset.size].reshape(absmax.shape)
+    parts = {"scales": scales, "steps": steps, "mean": mean}
+    stored = np.maximum(np.asarray(_nf4_scales(parts, np)), _TINY)
+    edges = np.convolve(np.array(NF4, np.float32), [0.5, 0.5], "valid").astype(np.float32)
+    codes, start = [], 0
+    for part in _pieces(rows):
+        scale = np.repeat(stored[start : start + len(part)], block, axis=1)[:, :columns]
+        codes.append(_in_bytes(np.searchsorted(edges, part / scale).astype(np.uint8)))
+        start += len(part)
+    return {"codes": np.concatenate(codes), **parts}
+
+
+def _pieces(rows: np.ndarray) -> Any:
+    """Yields some rows at a time in float32, a few MiB."""
+    step = max(1, (1 << 20) // rows.shape[1])
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step].astype(np.float32)
+
+
+def _nf4_scales(parts: Mapping[str, Any], xp: Any) -> Any:
+    """The largest magnitude of every block, (..., rows, blocks), from its 8 bits; at least 0."""
+    scales, mean = parts["scales"], parts["mean"][..., None, None]
+    steps = xp.repeat(parts["steps"], _GROUP, axis=-1)[..., : math.prod(scales.shape[-2:])]
+    return xp.maximum(scales.astype(np.float32) * steps.reshape(scales.shape) + mean, 0)
+
+
+def _nf4_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    # Another library's scales are not quantized once more.
+    scales = (
+        _spread(_nf4_scales(p, jnp), columns, _nf4_block(columns))
+        if "steps" in p
+        else _spread(p["scales"], columns)
+    )
+    return _of_bytes(p["codes"], NF4, columns) * scales
+
+
+def _nf4_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    blocks = (rows, -(-columns // _nf4_block(columns)))
+    return {
+        "codes": ((rows, -(-columns // 2)), "u1"),
+        "scales": (blocks, "i1"),
+        "steps": ((-(-math.prod(blocks) // _GROUP),), "f4"),
+        "mean": ((), "f4"),
+    }
+
+
+def _pack_int8(rows: np.ndarray) -> dict[str, np.ndarray]:
+    absmax = np.concatenate([np.abs(part).max(1, keepdims=True) for part in _pieces(rows)])
+    if not np.isfinite(absmax).all():
+        raise ValueError("the weight has values that are not finite")
+    scales, start, codes = np.maximum(absmax / 127, _TINY).astype(np.float32), 0, []
+    for part in _pieces(rows):
+        codes.append(np.rint(part / scales[start : start + len(part)]).astype(np.int8))
+        start += len(part)
+    return {"codes": np.concatenate(codes), "scales": scales}
+
+
+def _int8_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return p["codes"].astype(jnp.float32) * _spread(p["scales"], columns)
+
+
+def _int8_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {"codes": ((rows, columns), "i1"), "scales": ((rows, 1), "f4")}
+
+
+# GGUF's blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
+
+
+def _halves(data: np.ndarray, count: int) -> np.ndarray:
+    """Codes (rows, columns) of blocks in which a byte holds values `count` apart: first the low 4 bits."""
+    data = data.reshape(*data.shape[:-1], -1, 1, count)
+    return np.concatenate([data & 15, data >> 4], -2).reshape(len(data), -1)
+
+
+def _half_floats(data: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(data).view("<f2")[..., 0]
+
+
+def _pack_q4_0(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    return {"codes": _in_bytes(_halves(blocks[..., 2:], 16)), "d": _half_floats(blocks[..., :2])}
+
+
+def _pack_q4_1(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    codes = _in_bytes(_halves(blocks[..., 4:], 16))
+    return {"codes": codes, "d": _half_floats(blocks[..., :2]), "m": _half_floats(blocks[..., 2:4])}
+
+
+def _pack_q8_0(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    codes = np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(len(blocks), -1)
+    return {"codes": codes, "d": _half_floats(blocks[..., :2])}
+
+
+def _pack_q4_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    # Twelve bytes hold the 6 bits of eight scales and eight minima.
+    first, second, rest = np.split(blocks[..., 4:16], 3, axis=-1)
+    scales = np.concatenate([first & 63, (rest & 15) | (first >> 6 << 4)], -1)
+    mins = np.concatenate([second & 63, (rest >> 4) | (second >> 6 << 4)], -1)
+    return {
+        "codes": _in_bytes(_halves(blocks[..., 16:], 32)),
+        "d": _half_floats(blocks[..., :2]),
+        "dmin": _half_floats(blocks[..., 2:4]),
+        "scales": scales.reshape(len(blocks), -1),
+        "mins": mins.reshape(len(blocks), -1),
+    }
+
+
+def _pack_q6_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
+    low, high = blocks[..., :128], blocks[..., 128:192].reshape(*blocks.shape[:-1], 2, 1, 32)
+    pairs = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], -2).reshape(len(blocks), -1)
+    quarter = pairs.shape[1] // 4
+    parts = [pairs[:, n * quarter : (n + 1) * quarter] << 2 * n for n in range(4)]
+    return {
+        "codes": _in_bytes(_halves(low, 64)),
+        "high": parts[0] | parts[1] | parts[2] | parts[3],
+        "scales": np.ascontiguousarray(blocks[..., 192:208]).view(np.int8).reshape(len(blocks), -1),
+        "d": _half_floats(blocks[..., 208:]),
+    }
+
+
+def _q4_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return _of_bytes(p["codes"], range(-8, 8), columns) * _spread(p["d"], columns)
+
+
+def _q4_1_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    d, m = (_spread(p[name], columns) for name in "dm")
+    return _of_bytes(p["codes"], range(16), columns) * d + m
+
+
+def _q8_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    return p["codes"].astype(jnp.float32) * _spread(p["d"], columns)
+
+
+def _q4_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    scale, low = (
+        _spread(p[d], columns // 32) * p[sixes].astype(jnp.float32)
+        for d, sixes in (("d", "scales"), ("dmin", "mins"))
+    )
+    return _of_bytes(p["codes"], range(16), columns) * _spread(scale, columns) - _spread(low, columns)
+
+
+def _q6_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
+    high = jnp.concatenate([p["high"] >> shift & 3 for shift in (0, 2, 4, 6)], -1).astype(jnp.float32)
+    codes = _of_bytes(p["codes"], range(16), columns) + (16 * high - 32)
+    scale = _spread(p["d"], columns // 16) * p["scales"].astype(jnp.float32)
+    return codes * _spread(scale, columns)
+
+
+def _gguf_shapes(codes: str, bits: int, **parts: tuple[int, str]) -> Any:
+    """The shapes of a format with `bits` a code and, by name, parts with one value for so many columns."""
+
+    def shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {"codes": ((rows, columns * bits // 8), codes)} | {
+            name: ((rows, columns // each), dtype) for name, (each, dtype) in parts.items()
+        }
+
+    return shapes
+
+
+BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34, "q4_k": 144, "q6_k": 210}
+"""Bytes of a block in a GGUF file."""
+FORMATS: Mapping[str, Format] = {
+    "nf4": Format(1, _pack_nf4, _nf4_values, _nf4_shapes),
+    "int8": Format(1, _pack_int8, _int8_values, _int8_shapes),
+    "q4_0": Format(32, _pack_q4_0, _q4_0_values, _gguf_shapes("u1", 4, d=(32, "f2"))),
+    "q4_1": Format(32, _pack_q4_1, _q4_1_values, _gguf_shapes("u1", 4, d=(32, "f2"), m=(32, "f2"))),
+    "q8_0": Format(32, _pack_q8_0, _q8_0_values, _gguf_shapes("i1", 8, d=(32, "f2"))),
+    "q4_k": Format(
+        256,
+        _pack_q4_k,
+        _q4_k_values,
+        _gguf_shapes("u1", 4, d=(256, "f2"), dmin=(256, "f2"), scales=(32, "u1"), mins=(32, "u1")),
+    ),
+    "q6_k": Format(
+        256,
+        _pack_q6_k,
+        _q6_k_values,
+        _gguf_shapes("u1", 4, high=(4, "u1"), scales=(16, "i1"), d=(256, "f2")),
+    ),
+}
+"""The formats by name."""

@@ -1,0 +1,9 @@
+"""The choices of settings that models check too; without pydantic, which models do not need."""
+
+from typing import Literal
+
+Attention = Literal["auto", "xla", "blocked", "splash", "cudnn"]
+Quantize = Literal["none", "int8", "nf4", "file"]
+Remat = Literal["none", "dots", "full"]
+EarlyStopping = Literal["heuristic", "complete", "never"]
+NoRepeatIn = Literal["all", "new"]

@@ -1,0 +1,377 @@
+"""Orbax checkpoints of a training run: everything that training changes, without the frozen base.
+
+A checkpoint contains the trainable variables, the optimizer state, step and rng, the input position, and metadata
+that identifies the run: format version, config, specs, package versions and a fingerprint of the base. Restoring
+rejects a checkpoint of another run. Checksums cover all of it, the metrics included, since neither orbax nor
+tensorstore detects a changed byte in an array.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from .._utils.atomic import to_json, write_text
+from .._utils.json_files import check_files
+from .._utils.multihost import allgather, is_lost_process
+from .._utils.validation import check_int, suggest
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.spec import Specs, specs_to_json
+from ..adapter.tree import leaves_by_path
+from .fingerprints import fingerprint
+from .train_step import TrainState
+
+FORMAT = 1
+ITEM_HANDLERS = {
+    "state": ocp.StandardCheckpointHandler,
+    **dict.fromkeys(("input_position", "metadata", "contents"), ocp.JsonCheckpointHandler),
+}
+"""The items of a checkpoint, one directory each, and their orbax handlers."""
+PACKAGES = ("loraplus_jax", "jax", "flax", "optax", "orbax-checkpoint")
+NUMERICS = (
+    *("jax_enable_x64", "jax_default_matmul_precision"),
+    *("jax_default_prng_impl", "jax_threefry_partitionable"),
+)
+"""The options of JAX that change the bits of a step; a resumed run needs the same."""
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint is damaged and cannot be read; an older one may be intact."""
+
+
+class Restored(NamedTuple):
+    """Result of `restore_checkpoint`.
+
+    Attributes:
+      state: the `TrainState`, with the shardings of the state passed as `like`.
+      input_position: the input position as saved.
+      metadata: the metadata as saved.
+    """
+
+    state: TrainState
+    input_position: Any
+    metadata: dict[str, Any]
+
+
+def describe_run(
+    specs: Specs, config: LoRAPlusConfig | None, *, base: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """Makes the metadata of a checkpoint or adapter, as plain JSON values.
+
+    Args:
+      specs: the table from `init_lora`.
+      config: the config of the adapters; None if the whole model is trained.
+      base: `fingerprint` of the frozen variables.
+      **more: your own JSON-serializable fields; restoring a checkpoint compares them like the others.
+    """
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    numerics = {name: getattr(jax.config, name) for name in NUMERICS}
+    return {
+        "format": FORMAT,
+        "config": None if config is None else config.to_json(),
+        "specs": specs_to_json(specs),
+        "base": base,
+        "jax_config": numerics,
+        "versions": versions,
+        **more,
+    }
+
+
+def open_manager(
+    directory: str | Path,
+    *,
+    keep: int = 2,
+    best: str | None = None,
+    mode: Literal["min", "max"] = "min",
+) -> ocp.CheckpointManager:
+    """Opens an orbax manager that saves atomically in the background and keeps the newest and the best checkpoints.
+
+    Args:
+      directory: directory of the checkpoints; created if missing.
+      keep: number of newest checkpoints to keep.
+      best: name of a metric passed to `save_checkpoint`; the checkpoint with the best value is kept as well. None
+        keeps only the newest. A checkpoint with damaged metrics is never the best.
+      mode: `"min"` if the smallest value is the best, `"max"` if the largest is.
+
+    Raises:
+      ValueError: `keep` is below 1, or checkpoints cannot be written to a directory of this name.
+    """
+    check_int("keep", keep, at_least=1)
+    check_directory_name("directory", Path(directory))
+    policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+    metric = functools.partial(_metric, best, mode) if best else None
+    if metric is not None:
+        policies.append(
+            checkpoint_managers.BestN(
+                get_metric_fn=metric, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False
+            )
+        )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        best_fn=metric,
+        best_mode=mode,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+    handlers: dict[str, Any] = {name: make() for name, make in ITEM_HANDLERS.items()}
+    # Orbax globs in `finalize`. Its own path type would read [ * ? in the directory's name as part of the pattern.
+    finalize = handlers["state"].finalize
+    handlers["state"].finalize = lambda path: finalize(Path(path))
+    return _Manager(Path(directory).absolute(), options=options, item_handlers=handlers)
+
+
+def check_directory_name(name: str, directory: Path) -> None:
+    """Raises ValueError for a path that tensorstore cannot write to: not UTF-8, or with a backslash, its slash."""
+    if wrong := re.search(r"[\\\ud800-\udfff]", directory.absolute().as_posix()):
+        raise ValueError(
+            f"{name} {str(directory.absolute())!r} contains {wrong[0]!r}, which checkpoints do not support; "
+            "choose another directory"
+        )
+
+
+class _Manager(ocp.CheckpointManager):
+    """An orbax manager that opens even if the timestamp or the metrics of a checkpoint are damaged."""
+
+    def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
+        infos = super()._load_checkpoint_infos(skip_metadata_read=True)
+        date = datetime.datetime.now(datetime.UTC)  # for orbax's statistics; no policy here needs it
+        return [dataclasses.replace(info, time=date, metrics=self.metrics(info.step)) for info in infos]
+
+    def __contextmanager__(self) -> Iterator["_Manager"]:
+        # Closing would wait for a lost process, and its errors would hide the first one.
+        try:
+            yield self
+        except BaseException as error:
+            if not is_lost_process(error):
+                with contextlib.suppress(Exception):
+                    self.close()
+            raise
+        self.close()
+
+    def metrics(self, step: int) -> Any:
+        """The metrics as saved; None if they are missing or damaged."""
+        try:
+            check_files(Path(self.directory, str(step), "metrics"))
+            metrics = dict(super().metrics(step) or {})
+            return metrics if metrics.pop("digest") == _digest([step, metrics]) else None
+        except Exception:  # damaged bytes can raise anything: invalid JSON, invalid UTF-8, a wrong type
+            return None
+
+
+def _add_digest(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Metrics as orbax stores them; a value that is not finite is null."""
+    values = json.loads(to_json(metrics))
+    return {**values, "digest": _digest([step, values])}
+
+
+def save_checkpoint(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    *,
+    metadata: Mapping[str, Any],
+    input_position: Any = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Starts saving a state under its step. Copies the arrays before it returns, so training can continue.
+
+    Args:
+      manager: manager from `open_manager`; its `wait_until_finished()` and `close()` wait for the writing.
+      state: state to save.
+      metadata: metadata from `describe_run`.
+      input_position: JSON-serializable state of the input iterator at the last consumed batch.
+      metrics: numbers by which the manager may select the best checkpoint.
+
+    Raises:
+      ValueError: the step already has a checkpoint, or the metric that selects the best one is missing.
+    """
+    step, fields = int(state.step), _to_fields(state)
+    json_items = {"input_position": {"position": input_position}, "metadata": dict(metadata)}
+    json_items["contents"] = {"leaves": leaf_dtypes_and_shapes(fields), "state": fingerprint(fields)}
+    json_items["contents"]["notes"] = _digest(json_items)
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(fields),
+        **{name: ocp.args.JsonSave(values) for name, values in json_items.items()},
+    )
+    manager.save(step, args=items, metrics=_add_digest(step, metrics) if metrics else None, force=True)
+
+
+def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint; raises DamagedCheckpoint if it cannot be read."""
+    return _read_json_items(manager, step)["metadata"]
+
+
+def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds the metrics of a pending evaluation to a checkpoint that was saved without metrics, atomically."""
+    path = Path(manager.directory) / str(step) / "metrics" / "metrics"  # the file that orbax writes
+    if jax.process_index() == 0:
+        path.parent.mkdir(exist_ok=True)
+        write_text(path, json.dumps(_add_digest(step, metrics)))
+    allgather(None)  # a barrier: no process reads before the file exists
+    manager.reload()
+
+
+def restore_checkpoint(
+    manager: ocp.CheckpointManager,
+    like: TrainState,
+    *,
+    metadata: Mapping[str, Any],
+    step: int | None = None,
+) -> Restored:
+    """Restores a checkpoint of the same run.
+
+    Args:
+      manager: manager from `open_manager`.
+      like: a state with the structure, shapes and shardings of the result.
+      metadata: metadata from `describe_run`; every field except `versions` must equal the checkpoint's.
+      step: step of the checkpoint; by default the newest.
+
+    Raises:
+      FileNotFoundError: the checkpoint does not exist.
+      DamagedCheckpoint: the checkpoint cannot be read or has changed since it was saved.
+      ValueError: the checkpoint belongs to another run; the message names the differing fields with both values.
+    """
+    step = manager.latest_step() if step is None else step
+    if step is None or step not in manager.all_steps():
+        raise FileNotFoundError(
+            f"no checkpoint{'' if step is None else f' of step {step}'} in {manager.directory}"
+        )
+    json_items = _read_json_items(manager, step)
+    leaves = json_items["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like))
+    if differences := field_differences(json_items["metadata"], metadata) or field_differences(*leaves):
+        raise ValueError(f"the checkpoint of step {step} does not match this run: {join_first(differences)}")
+    target = jax.tree.map(_shape_and_sharding, _to_fields(like))
+    read = _read(
+        manager,
+        step,
+        lambda read: fingerprint(read["state"]) == json_items["contents"]["state"],
+        state=ocp.args.StandardRestore(target),
+    )
+    return Restored(
+        _from_fields(read["state"], like), json_items["input_position"]["position"], json_items["metadata"]
+    )
+
+
+def field_differences(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    labels: tuple[str, str] = ("in the checkpoint", "here"),
+    prefix: str = "",
+) -> list[str]:
+    """Lists the fields that differ, by their innermost names and with both values; ignores package versions.
+
+    >>> field_differences({"config": {"rank": 8}}, {"config": {"rank": 4}})
+    ['config.rank is 8 in the checkpoint and 4 here']
+    """
+    lines = []
+    for name in dict.fromkeys((*saved, *current)):
+        if not prefix and name == "versions":
+            continue
+        old, new = saved.get(name, "absent"), current.get(name, "absent")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += field_differences(old, new, labels, f"{prefix}{name}.")
+        elif json.dumps(old) != json.dumps(new):
+            values = (f"{json.dumps(value)} {label}" for value, label in zip((old, new), labels, strict=True))
+            lines.append(f"{prefix}{name} is {' and '.join(values)}")
+    return lines
+
+
+def join_first(problems: Sequence[str]) -> str:
+    """The first five problems and how many more there are."""
+    rest = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
+    return "; ".join([*problems[:5], *rest])
+
+
+def _metric(name: str, mode: str, metrics: Mapping[str, float | None]) -> float:
+    """The metric to keep the best by; one that was not finite is the worst."""
+    if name not in metrics:
+        raise ValueError(
+            f"metrics must contain {name!r}, which selects the best checkpoint{suggest(name, metrics)}"
+        )
+    value = metrics[name]
+    return (math.inf if mode == "min" else -math.inf) if value is None else value
+
+
+def _to_fields(state: TrainState) -> dict[str, Any]:
+    """The state as orbax stores it: named fields, with the rng key as its data."""
+    fields = {name: getattr(state, name) for name in ("trainable", "opt_state", "step", "rng")}
+    if jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
+        fields["rng"] = jax.random.key_data(state.rng)
+    return fields
+
+
+def _from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
+    state = TrainState(**fields)
+    if jnp.issubdtype(like.rng.dtype, jax.dtypes.prng_key):
+        return state.replace(rng=jax.random.wrap_key_data(state.rng, impl=jax.random.key_impl(like.rng)))
+    return state
+
+
+def _read_json_items(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    names = ("input_position", "metadata", "contents")
+    return _read(
+        manager,
+        step,
+        lambda items: items["contents"].pop("notes") == _digest({name: items[name] for name in names}),
+        **{name: ocp.args.JsonRestore() for name in names},
+    )
+
+
+def _read(
+    manager: ocp.CheckpointManager, step: int, is_saved: Callable[[Any], bool], **items: Any
+) -> dict[str, Any]:
+    """Reads items of a checkpoint; raises DamagedCheckpoint on every process if one of them fails.
+
+    Each process reads its own parts, so a single one may fail. The manager would leave the others waiting at its
+    barrier; this calls its handlers, which have no barrier. Orbax and tensorstore raise many types of errors.
+    """
+    values, reason = {}, None
+    try:
+        directory = Path(manager.directory, str(step))
+        for name in items:
+            check_files(directory / name)
+        values = {
+            name: ITEM_HANDLERS[name]().restore(directory / name, args=args) for name, args in items.items()
+        }
+        if not is_saved(values):
+            reason = "the arrays or the metadata have changed since they were saved"
+    except Exception as error:
+        # Out of memory, or a lost process: the checkpoint is not to blame.
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or is_lost_process(error):
+            raise
+        reason = str(error).strip() or type(error).__name__
+    for text in allgather(reason):
+        if text is not None:
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {step} in {manager.directory} cannot be read: "
+                f"{text.splitlines()[0]:.200}"
+            )
+    return values
+
+
+def _digest(items: Any) -> str:
+    """A short hex digest of JSON values, the same before writing and after reading."""
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
+
+
+def _shape_and_sharding(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+
+def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:
+    """Maps each path to the leaf's dtype and shape as text, such as `"float32 (2, 3)"`."""
+    leaves = leaves_by_path(tree)
+    return {path: f"{jnp.dtype(leaf.dtype).name} {tuple(leaf.shape)}" for path, leaf in leaves.items()}

@@ -1,0 +1,356 @@
+"""Device meshes, and the shardings of all arrays of a run.
+
+A mesh has three axes. `"data"` splits only the batch. `"fsdp"` splits the batch and the weights, which are
+all-gathered layer by layer when they are used. `"tensor"` splits the weights, and each device computes with its own
+part, as in Megatron-LM (arXiv 1909.08053). GSPMD (arXiv 2105.04663) inserts the communication.
+
+Rules, defined with each model, shard the base. Adapters and optimizer state are sharded like the parameters that
+they belong to.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..adapter.spec import AdapterSpec, Specs
+from ..adapter.tree import leaves_by_path
+from ..quantization.packed_array import is_packed
+
+DATA_AXIS = "data"
+AXES = (DATA_AXIS, "fsdp", "tensor")
+BATCH_AXES = AXES[:2]
+"""The axes that split the rows of a batch."""
+
+Axes: TypeAlias = tuple[str | None, ...]
+Rules: TypeAlias = Sequence[tuple[str, Axes]]
+"""Pairs (regular expression, axes). The first expression that matches a leaf's whole path, without its collection,
+sets the mesh axis that splits each dimension. Dimensions without an axis are not split."""
+
+MIN_SHARDED_SIZE = 2**16
+"""Without rules, leaves with fewer values are replicated: they are not worth an all-gather."""
+
+
+class Shardings(NamedTuple):
+    """The shardings of a step's inputs, as trees of `NamedSharding`.
+
+    Attributes:
+      state: shardings of the `TrainState`.
+      frozen: shardings of the frozen variables.
+    """
+
+    state: Any
+    frozen: Any
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Makes a mesh with the axes `"data"`, `"fsdp"` and `"tensor"`, following the hardware topology if it is known.
+
+    Args:
+      data, fsdp, tensor: sizes of the axes; one of them may be -1, for the remaining devices.
+      devices: by default all devices of all processes. A single process may use only a fraction 1/n of them;
+        several processes must use all.
+
+    Raises:
+      ValueError: the sizes do not match the devices; the message says which size to change.
+
+    >>> dict(make_mesh(1).shape)
+    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = _sizes(dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices))
+    used = math.prod(sizes)
+    if used < len(devices) and len({device.process_index for device in devices}) > 1:
+        fixed: dict[str, int] = dict(zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh {_product(fixed)} uses {used} devices, but several processes must use all {len(devices)}; "
+            f"set one of the three sizes to -1{_suggest_sizes(fixed, len(devices), use_all=True)}"
+        )
+    grid = mesh_utils.create_device_mesh(sizes, devices[:used], allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
+
+
+def _sizes(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Checks the sizes of a mesh and replaces -1."""
+    for name, size in sizes.items():
+        if size != -1 and not 1 <= size <= count:
+            raise ValueError(
+                f"mesh.{name} is {size}, but {count} device{'s are' if count > 1 else ' is'} available; "
+                f"allowed: 1 to {count}, or -1 for all"
+            )
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"only one of mesh.data, mesh.fsdp and mesh.tensor may be -1, got {_product(sizes)}")
+    fixed = {name: size for name, size in sizes.items() if size != -1}
+    used = math.prod(fixed.values())
+    if free and count % used:
+        raise ValueError(
+            f"mesh {_product(fixed)} must divide the {count} devices to leave a size for mesh.{free[0]}"
+            f"{_suggest_sizes(fixed, count)}"
+        )
+    if used > count or count % used:
+        problem = (
+            f"but {count} are available" if used > count else f"which does not divide the {count} available"
+        )
+        raise ValueError(
+            f"mesh {_product(sizes)} uses {used} devices, {problem}{_suggest_sizes(fixed, count)}"
+        )
+    return tuple(count // used if name in free else size for name, size in sizes.items())
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{name} {size}" for name, size in sizes.items())
+
+
+def _suggest_sizes(fixed: Mapping[str, int], count: int, *, use_all: bool = False) -> str:
+    """Suggests sizes of the largest axis that divide the devices, or with `use_all` that use all of them."""
+    name = max(fixed, key=lambda axis: fixed[axis])
+    others = math.prod(fixed.values()) // fixed[name]
+    sizes = [
+        n for n in range(1, count + 1) if count % (n * others) == 0 and (not use_all or n * others == count)
+    ]
+    one_of = "one of " if len(sizes) > 1 else ""
+    return (
+        f"{' or' if use_all else ';'} change mesh.{name} to {one_of}{', '.join(map(str, sizes))}"
+        if sizes
+        else ""
+    )
+
+
+def check_tensor(mesh: Mesh, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless the mesh's tensor axis divides all of a model's named sizes.
+
+    >>> check_tensor(make_mesh(1), {"num_attention_heads": 3})
+    """
+    tensor = mesh.shape.get("tensor", 1)
+    for name, size in sizes.items():
+        if size % tensor:
+            divisor = math.gcd(*sizes.values())
+            allowed = ", ".join(str(n) for n in range(1, divisor + 1) if divisor % n == 0)
+            raise ValueError(
+                f"mesh.tensor must divide the model's {name} {size}, got {tensor}; use one of {allowed}"
+            )
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Replicates a tree on every device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def distribute(tree: Any, shardings: Any) -> Any:
+    """Moves each array of a tree to its sharding in `shardings`, a tree of the same structure.
+
+    All processes must pass the same values. Each process copies only the parts that its own devices hold.
+    """
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(array: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+        return array
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: splits its rows over the axes `"data"` and `"fsdp"` that the mesh has."""
+    return NamedSharding(mesh, PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Moves a process's rows of a batch (see `local_rows`) to its devices, as arrays over the whole mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """The indices of the rows that this process's devices hold, in order, for a batch of `size` rows.
+
+    >>> local_rows(make_mesh(1), 3).tolist()
+    [0, 1, 2]
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in indices.values()]))
+
+
+def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Wraps a function so that `constrain_rows` and `gather_over_fsdp` see the mesh while it is traced."""
+
+    @functools.wraps(function)
+    def inside(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return inside
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """Shards the leading axis like a batch and no other axis; has no effect without a mesh.
+
+    Models call this where rows meet weights that are split over the same axis. GSPMD may all-gather either of them,
+    and without this constraint it often gathers the rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # Under pmap and inside shard_map, axes are Manual: rows are split already.
+    axes = tuple(axis for axis in BATCH_AXES if kinds.get(axis) == jax.sharding.AxisType.Auto)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
+    """All-gathers over `"fsdp"` an array that a rule splits over it; has no effect without a mesh.
+
+    Use it for weights that a loop uses in every iteration; otherwise GSPMD gathers them in every iteration.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if kinds.get("fsdp") != jax.sharding.AxisType.Auto or mesh.shape["fsdp"] == 1:
+        return x
+    # A dimension that tensor does not divide is not split anyway.
+    kept = (
+        a if a == "tensor" and n % mesh.shape[a] == 0 else None for a, n in zip(axes, x.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """The number of parts that a batch is split into.
+
+    >>> batch_parts(make_mesh(1))
+    1
+    """
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
+
+
+def make_shardings(
+    mesh: Mesh, state: Any, frozen: Any, *, specs: Specs | None = None, rules: Rules | None = None
+) -> Shardings:
+    """Makes the shardings of everything that a step takes.
+
+    Args:
+      mesh: device mesh.
+      state: a `TrainState` of arrays or shapes.
+      frozen: frozen variables, arrays or shapes.
+      specs: the table from `init_lora`; None without adapters.
+      rules: the model's rules; without rules, see `base_shardings`.
+
+    Returns:
+      Shardings by `base_shardings` for the base and fully trained parameters, by `adapter_shardings` for
+      adapters. A leaf of the optimizer state with the path and shape of a trainable leaf, such as a moment, has
+      its sharding; all other leaves are replicated.
+    """
+    factors = (spec.factor_paths(module) for module, spec in (specs or {}).items())
+    names = {f"lora/{path}" for pair in factors for path in pair}
+    extras = {path: x for path, x in leaves_by_path(state.trainable).items() if path not in names}
+    base = base_shardings(mesh, extras, rules, specs=specs)
+    base |= base_shardings(mesh, frozen, rules, specs=specs)
+    factors = adapter_shardings(specs or {}, base)
+    trainable = {path: factors.get(path) or base[path] for path in leaves_by_path(state.trainable)}
+    return Shardings(_state_shardings(mesh, state, trainable), _tree(frozen, base))
+
+
+def base_shardings(
+    mesh: Mesh, variables: Any, rules: Rules | None = None, *, specs: Specs | None = None
+) -> dict[str, NamedSharding]:
+    """Shardings by path for a base `{"params": ...}` of arrays or shapes.
+
+    A dimension that its mesh axis does not divide is not split. Without rules, every leaf of at least
+    `MIN_SHARDED_SIZE` values is split over `"fsdp"` along its longest dimension that the axis divides, the last one
+    if several are equal, but never along a dimension that `nn.scan` stacked according to `specs`.
+
+    Raises:
+      ValueError: no rule matches a leaf, or a rule has more axes than its leaf.
+    """
+    stacked = {spec.leaf: _stacked_axes(spec) for spec in (specs or {}).values()}
+    shardings = {}
+    for path, leaf in leaves_by_path(variables, is_leaf=is_packed).items():
+        if rules is None:
+            axes = _split_longest(mesh, leaf.shape, stacked.get(path, ()))
+        else:
+            axes = _apply_rule(path, leaf.shape, rules)
+        shardings[path] = _sharding(mesh, leaf.shape, axes)
+        for name, part_axes in leaf.part_axes(axes).items() if is_packed(leaf) else ():
+            shardings[f"{path}/parts/{name}"] = _sharding(mesh, leaf.parts[name].shape, part_axes)
+    return shardings
+
+
+def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
+    """Shardings by path for the factors of every adapter.
+
+    A is split like the input side of its base weight, B and magnitudes like the output side. Batch and stacked
+    dimensions are split as in the base; the rank is not split. So the product A B has the base's sharding, and no
+    factor has to move.
+    """
+    shardings = {}
+    for module, spec in specs.items():
+        sharding = base[spec.leaf]
+        axes = dict(zip(spec.base_letters, _pad(sharding.spec, len(spec.shape)), strict=True)) | {"r": None}
+        a, b = spec.factor_letters
+        for path, letters in zip(spec.factor_paths(module), (a, b, b), strict=False):
+            shardings[f"lora/{path}"] = NamedSharding(
+                sharding.mesh, PartitionSpec(*(axes[letter] for letter in letters))
+            )
+    return shardings
+
+
+def _apply_rule(path: str, shape: tuple[int, ...], rules: Rules) -> Axes:
+    name = path.partition("/")[2]
+    axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, name)), None)
+    if axes is None:
+        raise ValueError(
+            f"no sharding rule matches {name}; add a rule, such as (r'.*', ()) to replicate all other leaves"
+        )
+    if len(axes) > len(shape):
+        raise ValueError(f"the sharding rule for {name} has {len(axes)} axes, but its shape is {shape}")
+    return axes
+
+
+def _split_longest(mesh: Mesh, shape: tuple[int, ...], stacked: Sequence[int]) -> Axes:
+    parts = mesh.shape.get("fsdp", 1)
+    candidates = [axis for axis, size in enumerate(shape) if size % parts == 0 and axis not in stacked]
+    if math.prod(shape) < MIN_SHARDED_SIZE or not candidates:
+        return ()
+    longest = max(candidates, key=lambda axis: (shape[axis], axis))
+    return tuple("fsdp" if axis == longest else None for axis in range(len(shape)))
+
+
+def _stacked_axes(spec: AdapterSpec) -> tuple[int, ...]:
+    return tuple(axis for axis, letter in enumerate(spec.base_letters) if letter.isupper())
+
+
+def _sharding(mesh: Mesh, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
+    kept = [
+        axis if axis in mesh.axis_names and size % mesh.shape[str(axis)] == 0 else None
+        for axis, size in zip(axes, shape, strict=False)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*kept))
+
+
+def _pad(spec: PartitionSpec, ndim: int) -> Axes:
+    return (*spec, *(None,) * (ndim - len(spec)))
+
+
+def _tree(like: Any, by_path: Mapping[str, Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(like), [by_path[path] for path in leaves_by_path(like)])
+
+
+def _state_shardings(mesh: Mesh, state: Any, trainable: Mapping[str, NamedSharding]) -> Any:
+    """Shardings of a state: a leaf belongs to the trainable leaf whose path is the longest suffix of its own."""
+    shapes = {path: leaf.shape for path, leaf in leaves_by_path(state.trainable).items()}
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = {}
+    for path, leaf in leaves_by_path(state).items():
+        segments = path.split("/")
+        ends = ("/".join(segments[n:]) for n in range(len(segments)))
+        owner = next((end for end in ends if end in trainable), "")
+        shardings[path] = trainable[owner] if shapes.get(owner) == leaf.shape else replicated
+    return _tree(state, shardings)

@@ -1,0 +1,186 @@
+"""Which factor moves the features: the terms of a step's change, layer by layer, from real batches.
+
+LoRA+ rests on one condition (arXiv 2402.12354, section 4): what A's step and what B's step change in a layer's
+output, delta1 and delta2, should be of the same order, and neither should vanish or explode.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..adapter.spec import AdapterSpec, Specs, reject_magnitude
+from ..adapter.taps import PREVIOUS_FACTORS, TAP, TERMS
+from ..adapter.tree import combine, flatten, unflatten
+from .train_step import LossFn
+
+MeasureFn = Callable[[Any, Any, Any, Any], dict[str, dict[str, jax.Array]]]
+"""`measure(trainable, before, frozen, batch) -> {module path: {term: value}}`."""
+BALANCED_RATIO = 3.0
+"""Within this factor of each other delta1 and delta2 count as of the same order."""
+MIN_LR_RATIO = 1.0
+"""No lr_ratio below it is suggested: that is LoRA itself."""
+
+
+def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
+    """What a step did to every adapted layer's output, as a pure function to be compiled.
+
+    Args:
+      loss_fn: as for `make_step`; called with `rng=None`, and only for the inputs that reach the layers. Nothing of
+        its value or gradient is used.
+      specs: the table from `init_lora`. Embeddings, whose factors share one rate, and weights adapted by
+        `target_parameters`, which have no inputs of their own, are left out.
+
+    Returns:
+      `measure(trainable, before, frozen, batch)` takes the trainable variables after a step, the tree of adapters
+      (the collection `"lora"`) before it, the frozen variables, and a batch: a few of its rows will do. It gives
+      for every layer the root mean squares, over all elements and positions, padding included, of `delta1` (from
+      A's step), `delta2` (from B's), `delta3` (from both), `z_a` and `z_b` (see `lora.update_squares`): float32
+      scalars, or `(layers,)` where layers are stacked. NaN where a layer was not run.
+
+    Raises:
+      ValueError: nothing that is adapted can be measured, or an adapter is of variant dora, whose magnitudes change
+        the outputs too.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+      >>> model = apply_lora_plus(nn.Dense(1), LoRAPlusConfig(target_modules=".*", rank=1, alpha=1.0))
+      >>> x, one = jnp.array([[2.0]]), jnp.ones((1, 1))
+      >>> _, specs = init_lora(model, jax.random.key(0), x)
+      >>> measure = make_theory(lambda v, x, rng: ((jnp.sum(model.apply(v, x)), 1.0), {}), specs)
+      >>> base = {"params": {"kernel": one, "bias": jnp.zeros(1)}}
+      >>> found = measure({"lora": {"lora_a": 3 * one, "lora_b": 4 * one}}, {"lora_a": one, "lora_b": one}, base, x)
+      >>> {name: float(value) for name, value in found[""].items()}
+      {'delta1': 4.0, 'delta2': 6.0, 'delta3': 12.0, 'z_a': 6.0, 'z_b': 24.0}
+    """
+    reject_magnitude("the theory measurement", specs)
+    measured = {path: s for path, s in specs.items() if s.kind not in ("embed", "parameter")}
+    if not measured:
+        raise ValueError(
+            "no layer that is adapted can be measured: embeddings and target_parameters are left out, and the "
+            f"specs hold {', '.join(specs) or 'nothing'}"
+        )
+    taps = {path: f"{path}/{TAP}".removeprefix("/") for path in measured}
+
+    def measure(trainable: Any, before: Any, frozen: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
+        variables, old = combine(trainable, frozen), flatten(before)
+        previous = {
+            f"{path}/{name}".removeprefix("/"): old[factor]
+            for path, spec in measured.items()
+            for name, factor in zip(PREVIOUS_FACTORS, spec.factor_paths(path), strict=True)
+        }
+
+        def total(zeros: dict[str, jax.Array]) -> jax.Array:
+            lora = combine(variables["lora"], unflatten(previous | zeros))
+            return loss_fn({**variables, "lora": lora}, batch, None)[0][0]  # pyright: ignore[reportArgumentType]
+
+        gradients = jax.grad(total)({taps[path]: _zero_tap(spec) for path, spec in measured.items()})
+        return {path: _rms_by_term(gradients[taps[path]], spec) for path, spec in measured.items()}
+
+    return measure
+
+
+def terms_by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, dict[str, float]]:
+    """What `measure` found as plain numbers, one entry a layer: stacked layers apart, their index last in the path.
+
+    Left out is what has no features: layers of a stack without an adapter of their own, and what was not run.
+    """
+    result: dict[str, dict[str, float]] = {}
+    for path, terms in found.items():
+        values = {name: np.asarray(value, np.float64).reshape(-1) for name, value in terms.items()}
+        for n, z_a in enumerate(values["z_a"]):
+            if z_a > 0:
+                layer = f"{path}/{n}" if specs[path].stacked else path
+                result[layer] = {name: float(value[n]) for name, value in values.items()}
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """Which factor's steps move the layers' outputs less, and the rates that would even them out; `str()` says it.
+
+    arXiv 2402.12354 asks for delta1 and delta2 of the same order; whether the loss gains, only a run can tell.
+
+    Attributes:
+      ratio: the geometric mean of delta1 / delta2 over layers; None where a factor has not moved any output yet.
+      learning_rate_factor: what to multiply `learning_rate` by.
+      lr_ratio: the suggested ratio. Both are None where no change is suggested.
+    """
+
+    ratio: float | None
+    learning_rate_factor: float | None = None
+    lr_ratio: float | None = None
+
+    def __str__(self) -> str:
+        if self.ratio is None:
+            return "δ1/δ2 unknown: one factor has not moved any output yet"
+        share = f"δ1/δ2 = {self.ratio:.2g}"
+        if 1 / BALANCED_RATIO <= self.ratio <= BALANCED_RATIO:
+            return f"{share}: A and B are balanced"
+        finding = f"{share}: {'A' if self.ratio < 1 else 'B'} is under-updated"
+        if self.lr_ratio is None:
+            return f"{finding}; no lr_ratio below {MIN_LR_RATIO:g} is suggested"
+        factor = self.learning_rate_factor
+        rate = "" if factor is None else f"learning_rate x {_short(factor)} and "
+        return f"{finding}. To balance, use {rate}lr_ratio {_short(self.lr_ratio)}"
+
+
+def balance(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: str | None) -> Balance:
+    """The balance of A's and B's steps, and which rate to change.
+
+    With Adam delta1 is proportional to eta_A and B's size, delta2 to eta_B and A's. A factor that starts at zero
+    grows with its own rate and the number of steps, so its rate is in both terms: delta1 / delta2 follows
+    eta_A * steps where B was zero, 1 / (eta_B * steps) where A was. The rate to change is that of the other factor.
+    This holds to first order, and the ratio of a short run is an early one.
+
+    Args:
+      layers: from `terms_by_layer`.
+      lr_ratio: lambda of the run.
+      init: of the run's factors (`LoRAPlusConfig.init`); None if it started from an adapter, neither factor zero.
+
+    >>> print(balance({"q": {"delta1": 0.9, "delta2": 0.1}}, 4.0, "lora_b"))
+    δ1/δ2 = 9: B is under-updated. To balance, use lr_ratio 36
+    >>> print(balance({"q": {"delta1": 0.25, "delta2": 1.0}}, 4.0, "lora"))
+    δ1/δ2 = 0.25: A is under-updated. To balance, use learning_rate x 4 and lr_ratio 1
+    """
+    ratios = [v["delta1"] / v["delta2"] for v in layers.values() if v["delta1"] > 0 and v["delta2"] > 0]
+    if not ratios:
+        return Balance(None)
+    ratio = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    is_balanced = 1 / BALANCED_RATIO <= ratio <= BALANCED_RATIO
+    if is_balanced or (ratio < 1 and lr_ratio <= MIN_LR_RATIO):
+        return Balance(ratio)
+    suggested = max(MIN_LR_RATIO, lr_ratio * ratio)
+    # B's rate stays; with A zero at the start A's does.
+    return Balance(ratio, None if init == "lora_b" else lr_ratio / suggested, suggested)
+
+
+def _short(value: float) -> str:
+    """Two digits, without an exponent where there are few.
+
+    >>> _short(144.4), _short(0.126), _short(1.0)
+    ('140', '0.13', '1')
+    """
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def _zero_tap(spec: AdapterSpec) -> jax.Array:
+    """A tap: as many axes as A, so that stacked axes find their places; the terms stand along the rank's."""
+    size = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": len(TERMS) + 1}
+    return jnp.zeros([size[c] if c.isupper() or c == "r" else 1 for c in spec.factor_letters[0]], jnp.float32)
+
+
+def _rms_by_term(gradient: jax.Array, spec: AdapterSpec) -> dict[str, jax.Array]:
+    """Root mean squares by term, from the sums over the calls of a layer."""
+    letters = spec.factor_letters[0]
+    stacked = [n for n, c in enumerate(letters) if c.isupper()]
+    sums = jnp.moveaxis(gradient, letters.index("r"), 0).reshape(
+        len(TERMS) + 1, *(gradient.shape[n] for n in stacked)
+    )
+    roots = jnp.sqrt(sums[:-1] / sums[-1:])
+    return {name: root.reshape(-1) if stacked else root for name, root in zip(TERMS, roots, strict=True)}

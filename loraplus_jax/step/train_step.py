@@ -1,0 +1,262 @@
+"""A pure training step, and two ways to run it: `jit_step` over a mesh, `pmap_step` over local devices.
+
+Losses and metrics are pairs (sum, weight). Means are taken once, over all devices and micro-batches, so the result
+does not depend on how a batch is split.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .._utils.validation import check_int
+from ..adapter.tree import combine
+from ..optim.roles import find_states, labels_of, role_norms
+from .sharding import DATA_AXIS, Shardings, batch_sharding, with_mesh
+
+SumAndWeight = tuple[jax.Array, jax.Array]
+
+
+class Rows(NamedTuple):
+    """Values of each row of a batch, `(B,)`, and the rows' weights: an evaluation keeps them, without a sum."""
+
+    values: jax.Array
+    weights: jax.Array
+
+
+LossFn = Callable[[dict[str, Any], Any, jax.Array], tuple[SumAndWeight, Mapping[str, SumAndWeight]]]
+"""`loss_fn(variables, batch, rng) -> (sum, weight), {name: (sum, weight)}`."""
+StepFn = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, jax.Array]]]
+"""`step(state, frozen, batch) -> state, metrics`."""
+
+
+class TrainState(struct.PyTreeNode):
+    """Everything that training changes, as arrays.
+
+    Attributes:
+      trainable: trainable variables: adapters, and fully trained parameters under their own paths.
+      opt_state: optimizer state.
+      step: number of completed steps, int32.
+      rng: base key; each step folds its number into it.
+    """
+
+    trainable: Any
+    opt_state: Any
+    step: jax.Array
+    rng: jax.Array
+
+
+def init_state(trainable: Any, tx: optax.GradientTransformation, rng: jax.Array) -> TrainState:
+    """The state before the first step. Copies the arrays, since a step donates the memory of its state."""
+    trainable = jax.tree.map(jnp.array, trainable)
+    return TrainState(
+        trainable=trainable, opt_state=tx.init(trainable), step=jnp.zeros((), jnp.int32), rng=jnp.array(rng)
+    )
+
+
+def make_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    skip_nonfinite: bool = False,
+    axis_name: str | None = None,
+) -> StepFn:
+    """Makes the pure step `(state, frozen, batch) -> (state, metrics)`, to compile with `jit_step` or `pmap_step`.
+
+    Differentiates only `state.trainable`: there is no gradient, moment or copy of `frozen`.
+
+    Args:
+      loss_fn: function of the combined variables, a batch and a key, see `LossFn`; returns sums, not means.
+      tx: any optax transform; it gets the mean gradient.
+      accumulate: number of micro-batches per batch, split along the leading axis of every leaf.
+      skip_nonfinite: whether to keep variables and optimizer state unchanged if the loss, or the norm of a gradient
+        or update, is not finite.
+      axis_name: pmap axis to sum over, if any.
+
+    Returns:
+      A step with float32 scalars as metrics: `loss`, the means of the loss function's metrics, and for each role
+      that occurs `grad_norm/ROLE`, `update_norm/ROLE` and, with an optimizer from `lora_plus_adamw`, the learning
+      rate `rate/ROLE`. With `skip_nonfinite` also `skipped`, 1 or 0.
+
+    Raises:
+      ValueError: `accumulate` is below 1 or, when traced, does not divide the batch size.
+    """
+    check_int("accumulate", accumulate, at_least=1)
+
+    def sums(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        (total, weight), metrics = loss_fn(combine(trainable, frozen), batch, rng)
+        return total, _with_loss((total, weight), metrics)
+
+    gradients = jax.grad(sums, has_aux=True)
+
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(state.rng, state.step)
+        if axis_name is not None:
+            rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+        compute = functools.partial(gradients, state.trainable, frozen)
+        grads, totals = _accumulate_gradients(compute, batch, rng, accumulate)
+        if axis_name is not None:
+            grads, totals = jax.lax.psum((grads, totals), axis_name)
+        weight = totals["loss"][1]
+        grads = jax.tree.map(lambda g: (g / _nonzero(weight)).astype(g.dtype), grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics = weighted_means(totals) | _optimizer_metrics(opt_state, grads, updates)
+        if skip_nonfinite:
+            finite = _all_finite(metrics)
+            metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
+            old, new = (state.trainable, state.opt_state), (trainable, opt_state)
+            trainable, opt_state = jax.tree.map(lambda o, n: jnp.where(finite, n, o), old, new)
+        return TrainState(trainable, opt_state, state.step + 1, state.rng), metrics
+
+    return step
+
+
+def jit_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    shardings: Shardings | None = None,
+    accumulate: int = 1,
+    skip_nonfinite: bool = False,
+) -> jax.stages.Wrapped:
+    """Compiles the `StepFn`, which donates its state. With a mesh, the batch is split over `"data"` and `"fsdp"`.
+
+    State and frozen variables are sharded by `shardings`, or replicated over the mesh. Move them there before the
+    first step, with `distribute(tree, shardings)` or `replicate(mesh, tree)`; otherwise that step compiles a second
+    program for their current placement.
+
+    Args:
+      loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.
+      mesh: device mesh; by default a single device.
+      shardings: shardings from `make_shardings` for the same mesh.
+
+    Raises:
+      ValueError: the mesh has no `"data"` axis, or shardings are passed without a mesh.
+    """
+    step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite)
+    all_shardings = _all_shardings(mesh, shardings)
+    if mesh is None or all_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    (state, frozen), rows, replicated = all_shardings
+    return jax.jit(
+        with_mesh(step, mesh),
+        donate_argnums=0,
+        in_shardings=(state, frozen, rows),
+        out_shardings=(state, replicated),
+    )
+
+
+def _all_shardings(
+    mesh: Mesh | None, shardings: Shardings | None
+) -> tuple[Shardings, NamedSharding, NamedSharding] | None:
+    """The shardings of state and frozen variables, of a batch, and of replicated values; None without a mesh."""
+    if mesh is None:
+        if shardings is not None:
+            raise ValueError("shardings require mesh=, the mesh that they were made for")
+        return None
+    if DATA_AXIS not in mesh.axis_names:
+        raise ValueError(f"mesh must have an axis {DATA_AXIS!r}, got {mesh.axis_names}")
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return shardings or Shardings(replicated, replicated), batch_sharding(mesh), replicated
+
+
+def pmap_step(
+    loss_fn: LossFn, tx: optax.GradientTransformation, *, accumulate: int = 1, skip_nonfinite: bool = False
+) -> StepFn:
+    """Compiles a data-parallel step over the local devices with `jax.pmap`; it donates its state.
+
+    State and frozen variables need a leading device axis (`flax.jax_utils.replicate`); a batch has the shape
+    `(devices, batch / devices, ...)`. Without dropout, whose masks differ, each step equals that of `jit_step`.
+    """
+    step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite, axis_name=DATA_AXIS)
+    return jax.pmap(step, axis_name=DATA_AXIS, donate_argnums=0)
+
+
+def make_eval(
+    loss_fn: LossFn, *, mesh: Mesh | None = None, shardings: Shardings | None = None
+) -> jax.stages.Wrapped:
+    """Compiles an evaluation `(trainable, frozen, batch) -> {name: (sum, weight)}`.
+
+    It calls the loss function with `rng=None`, which must turn off dropout. Add the pairs of all batches, then call
+    `weighted_means`; `Rows` among them are concatenated instead. `mesh` and `shardings` are as for `jit_step`.
+    """
+
+    def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, SumAndWeight]:
+        loss, metrics = loss_fn(combine(trainable, frozen), batch, None)  # pyright: ignore[reportArgumentType]
+        return _with_loss(loss, metrics)
+
+    all_shardings = _all_shardings(mesh, shardings)
+    if mesh is None or all_shardings is None:
+        return jax.jit(evaluate)
+    (state, frozen), rows, replicated = all_shardings
+    trainable = state if shardings is None else state.trainable
+    return jax.jit(
+        with_mesh(evaluate, mesh), in_shardings=(trainable, frozen, rows), out_shardings=replicated
+    )
+
+
+def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
+    """Divides every sum by its weight; 0 where the weight is 0.
+
+    >>> weighted_means({"loss": (jnp.array(6.0), jnp.array(4.0))})["loss"].item()
+    1.5
+    """
+    return {name: jnp.asarray(total, jnp.float32) / _nonzero(w) for name, (total, w) in totals.items()}
+
+
+def _with_loss(loss: SumAndWeight, metrics: Mapping[str, SumAndWeight]) -> dict[str, SumAndWeight]:
+    if "loss" in metrics:
+        raise ValueError(
+            "the loss function must not return a metric 'loss', the name of the loss itself; rename it"
+        )
+    return {"loss": loss, **metrics}
+
+
+def _nonzero(weight: jax.Array) -> jax.Array:
+    return jnp.where(weight == 0, 1, weight).astype(jnp.float32)
+
+
+def _accumulate_gradients(
+    compute: Callable[[Any, jax.Array], tuple[Any, Any]], batch: Any, rng: jax.Array, parts: int
+) -> tuple[Any, Any]:
+    """Sums gradients and totals over micro-batches.
+
+    Example i goes to micro-batch i mod parts, so the examples of a sharded batch stay on their devices.
+    """
+    if parts == 1:
+        return compute(batch, rng)
+    sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
+    if any(size % parts for size in sizes):
+        raise ValueError(f"accumulate must divide the batch size {sorted(sizes)}, got {parts}")
+    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+    def add(carry: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, carry, compute(*part)), None
+
+    keys = jax.random.split(rng, parts)
+    first = jax.tree.map(lambda x: x[0], (micro, keys))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(compute, *first))
+    return jax.lax.scan(add, zeros, (micro, keys))[0]
+
+
+def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
+    """Whether the loss and all gradients and updates are finite: a norm is finite only if all its terms are."""
+    norms = ("grad_norm/", "update_norm/")
+    checked = [value for name, value in metrics.items() if name == "loss" or name.startswith(norms)]
+    return jnp.all(jnp.isfinite(jnp.stack(checked)))
+
+
+def _optimizer_metrics(opt_state: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:
+    labels, states = labels_of(opt_state, grads), find_states(opt_state)
+    named = {"grad_norm": role_norms(grads, labels), "update_norm": role_norms(updates, labels)}
+    if len(states) == 1 and not states[0].relative:
+        named["rate"] = dict(states[0].rates)
+    return {f"{name}/{role}": value for name, values in named.items() for role, value in values.items()}

@@ -1,0 +1,194 @@
+"""Generates answers to prompts with a language model and its chat template."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from .._utils.multihost import gather_to_host
+from ..data.chat import tokenize, tokenize_chats
+from ..data.chat_template import ChatTemplate
+from ..data.conversations import Chat, Turn
+from ..models.decoding.beam_search import make_beam_search
+from ..models.decoding.generate import (
+    NONFINITE_LOGITS,
+    PAD_AFTER_END,
+    Generate,
+    Sampling,
+    make_generate,
+    pad_left,
+)
+from ..models.tokenizer import stop_ids
+from ..settings.schema import GenerationSettings, Settings
+from .causal_lm import model_config, tokenizer_and_template
+from .language_losses import LanguageTask
+
+GREEDY = Sampling()
+LIMITS = "generation.max_new_tokens, train.prompt_tokens or --max_tokens"
+"""What sets the maximum tokens of an answer: for held-out texts, for the sample prompt, and in `generate`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatModel:
+    """A model that answers conversations.
+
+    Attributes:
+      tokenizer, template: the model's tokenizer and chat template.
+      generate: the generation function, see `make_generate`; a beam search ignores sampling and keys.
+      longest: maximum prompt tokens, so that prompt and answer fit the model's context.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    generate: Generate
+    longest: int
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Settings,
+        directory: Path,
+        task: LanguageTask | None,
+        model: nn.Module,
+        new_tokens: int,
+        search: GenerationSettings | None = None,
+    ) -> "ChatModel":
+        """Creates a chat model from `model` and the files of its directory or GGUF file, with or without adapters.
+
+        With `search` it answers by beam search.
+
+        Raises:
+          ValueError: `new_tokens` leaves no room for a prompt, no end-of-turn token is known, or there are more
+            beams than tokens in the vocabulary.
+        """
+        config, (tokenizer, template) = (
+            model_config(directory),
+            tokenizer_and_template(settings, directory, task),
+        )
+        if new_tokens >= config.max_length:
+            raise ValueError(
+                f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
+                f"{config.max_length}; lower {LIMITS}"
+            )
+        stop = sorted({*stop_ids(directory), *end_of_turn_ids(tokenizer, template)})
+        if not stop:
+            raise ValueError(
+                f"{directory} has no eos_token_id, and the chat template does not show how answers end: "
+                "set eos_token_id or use another template"
+            )
+        options: Any = {"new_tokens": new_tokens, "stop": stop, "dtype": jnp.dtype(settings.model.dtype)}
+        longest = config.max_length - new_tokens
+        if search is None:
+            return cls(tokenizer, template, make_generate(model, config, **options), longest)
+        try:
+            beam_search = make_beam_search(
+                model,
+                config,
+                beams=search.beams,
+                length_penalty=search.length_penalty,
+                no_repeat_ngram=search.no_repeat_ngram,
+                no_repeat_in=search.no_repeat_in,
+                early_stopping=search.early_stopping,
+                **options,
+            )
+        except ValueError as error:
+            prefix = "generation." if search is settings.generation else "--"
+            raise ValueError(f"{prefix}{error}") from None
+        return cls(tokenizer, template, lambda *inputs: beam_search(*inputs[:3])[0], longest)
+
+    def encode(self, chats: Sequence[Chat]) -> list[list[int]]:
+        """Tokenizes conversations up to the start of the answer.
+
+        Raises:
+          ValueError: a prompt is too long, or the template fails or renders it to no tokens.
+        """
+        texts = [
+            self.template.render(chat.turns, add_generation_prompt=True, tools=chat.tools, place=chat.place)
+            for chat in chats
+        ]
+        prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
+        if empty := [n for n, ids in enumerate(prompts, 1) if not ids]:
+            raise ValueError(
+                f"prompt {empty[0]} of {len(prompts)} has no tokens after the chat template of "
+                f"{self.template.origin}"
+            )
+        if too_long := [len(ids) for ids in prompts if len(ids) > self.longest]:
+            number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
+            raise ValueError(
+                f"prompt {number} of {len(prompts)} has {too_long[0]} tokens, but the answer leaves room for "
+                f"{self.longest}: shorten the prompt, or lower {LIMITS}"
+            )
+        return prompts
+
+    def answer(
+        self,
+        variables: Any,
+        chats: Sequence[Chat],
+        *,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        batch_size: int = 8,
+        between: Callable[[], None] = lambda: None,
+    ) -> list[str]:
+        """Generates the answers, without special tokens; all batches have one shape and share a compiled program.
+
+        Sampling depends on the seed and the index of the conversation, not on the batches. `between` is called
+        before each batch and may raise.
+        """
+        prompts = self.encode(chats)
+        rows = min(batch_size, len(prompts))
+        ids, segments = pad_left([*prompts, *([prompts[-1]] * (-len(prompts) % rows))])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(ids)))
+        batch_tokens = []
+        for start in range(0, len(ids), rows):
+            between()
+            batch = slice(start, start + rows)
+            tokens = self.generate(variables, ids[batch], segments[batch], sampling, keys[batch])
+            batch_tokens.append(gather_to_host(tokens))
+        tokens = np.concatenate(batch_tokens)[: len(prompts)]
+        if np.any(tokens == NONFINITE_LOGITS):
+            raise ValueError(
+                "the model's logits are not finite: check the weights, the dtype and the training loss"
+            )
+        return [self.tokenizer.decode(row[row != PAD_AFTER_END].tolist()).strip() for row in tokens]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplePrompt:
+    """A prompt to answer before and after training."""
+
+    prompt: str
+    speaker: ChatModel
+
+    @classmethod
+    def from_settings(
+        cls, settings: Settings, directory: Path, task: LanguageTask, model: nn.Module
+    ) -> "SamplePrompt":
+        """Creates the prompt of `train.prompt`; raises a ValueError if it is too long."""
+        prompt, train = settings.train.prompt or "", settings.train
+        chat_model = ChatModel.from_settings(settings, directory, task, model, train.prompt_tokens)
+        chat_model.encode([Chat((Turn("user", prompt),))])
+        return cls(prompt, chat_model)
+
+    def ask(self, variables: Any) -> str:
+        """Returns the model's answer, decoded greedily."""
+        return self.speaker.answer(variables, [Chat((Turn("user", self.prompt),))])[0]
+
+
+def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:
+    """Returns the id of the token that ends an answer in the template, which training teaches the model to emit.
+
+    Empty if the template does not show where answers are: such a template can generate, but not train.
+    """
+    chat = Chat((Turn("user", "a"), Turn("assistant", "b")))
+    try:
+        sequences = tokenize_chats([chat], tokenizer, template, 1 << 20)
+    except ValueError:
+        return ()
+    return (int(sequences.ids[0][sequences.masks[0] > 0][-1]),)

@@ -1,0 +1,150 @@
+"""What the result of a run depends on beside its settings: the base model's files and the data.
+
+The identity is saved with checkpoints and adapters. It is compared when a run resumes, by eval, predict, generate,
+export and `init_adapter`, and between processes.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from .._utils.validation import check_choice
+from ..models.bert.config import BertConfig
+from ..models.checkpoints.hf import load_config
+from ..models.families import FAMILIES
+from ..models.tokenizer import stop_ids
+from ..settings.schema import Settings
+from ..step.checkpoint import field_differences, join_first, read_metadata
+from ..tasks import causal_lm, encoder
+
+Identity = dict[str, Any]
+"""JSON values by part, without the weights: their fingerprint is the metadata's `base`."""
+
+SPLITS = ("train", "validation", "test")
+PARTS = (
+    "base.weights",
+    "base.unquantized",
+    "base.config",
+    "tokenizer",
+    "special_tokens",
+    "chat_template",
+    "data",
+)
+"""The parts that `--allow_different` accepts, as well as their fields, such as base.config.rope_theta."""
+
+
+def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
+    """The identity of a base model's files.
+
+    Args:
+      settings: the settings of the run.
+      directory: the base model's directory or GGUF file.
+      task: the task of the run; it holds a chat template of the user's own.
+    """
+    config = (
+        causal_lm.model_config(directory, split_fused=settings.model.split_fused)
+        if settings.is_language
+        else BertConfig.from_hf(load_config(directory))
+    )
+    config = json.loads(json.dumps(dataclasses.asdict(config)))
+    identity: Identity = {"base": {"config": config}}
+    if not settings.is_language:
+        return identity | {"tokenizer": _digest(encoder.tokenizer_for(settings, directory).to_str())}
+    tokenizer, template = causal_lm.tokenizer_and_template(settings, directory, task)
+    return identity | {
+        "tokenizer": _digest(tokenizer.to_str()),
+        "special_tokens": {
+            "bos": template.bos_token,
+            "eos": template.eos_token,
+            "stop": list(stop_ids(directory)),
+        },
+        "chat_template": _digest(template.source),
+    }
+
+
+def check_allowed(allow: Sequence[str]) -> None:
+    """Raises ValueError if a name is not a part of an identity, or a field of one."""
+    kinds = (BertConfig, *(family.config for family in FAMILIES))
+    configs = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    fields = {"base.config": configs, "special_tokens": {"bos", "eos", "stop"}, "data": set(SPLITS)}
+    for name in allow:
+        part, _, field = name.rpartition(".")
+        if field not in fields.get(part, ()):
+            check_choice("--allow_different", name, PARTS)
+
+
+def check_identity(
+    source: Path,
+    metadata: Mapping[str, Any],
+    identity: Identity,
+    *,
+    weights: str | None = None,
+    allow: Sequence[str] = (),
+) -> None:
+    """Raises ValueError if a base model or data differs from what a run, adapter or checkpoint was made with.
+
+    Args:
+      source: the run, adapter or checkpoint, for the message.
+      metadata: its metadata; what it does not record is not compared, as in an adapter that PEFT wrote.
+      identity: the current identity; parts that it lacks are not compared.
+      weights: `fingerprint` of the current frozen variables, if they are loaded.
+      allow: parts that may differ, as in `--allow_different`.
+    """
+    saved = metadata.get("identity", {})
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("base", {}), Mapping):
+        raise ValueError(f"{source}: identity must be a mapping from parts to values, got {saved!r:.80}")
+    saved, current = _with_weights(saved, metadata.get("base")), _with_weights(identity, weights)
+    saved, current = _restrict(saved, current), _restrict(current, saved)
+    differences = [
+        line
+        for line in field_differences(saved, current, ("there", "here"))
+        if not _is_allowed(line.partition(" ")[0], allow)
+    ]
+    if differences:
+        parts = [
+            part for part in PARTS if any(line.startswith((f"{part} ", f"{part}.")) for line in differences)
+        ]
+        flags = " ".join(f"--allow_different {part}" for part in parts)
+        raise ValueError(
+            f"{source} was made with another {join_first(parts)}: {join_first(differences)}; restore it, or accept "
+            f"the difference with {flags}"
+        )
+
+
+def checked_metadata(
+    manager: ocp.CheckpointManager, step: int, metadata: Mapping[str, Any], allow: Sequence[str]
+) -> dict[str, Any]:
+    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it.
+
+    Raises:
+      DamagedCheckpoint, ValueError: the checkpoint cannot be read, or its identity differs.
+    """
+    saved = read_metadata(manager, step)
+    source, weights = Path(manager.directory) / str(step), metadata["base"]
+    check_identity(source, saved, metadata["identity"], weights=weights, allow=allow)
+    return {**metadata, **{name: saved[name] for name in ("base", "identity") if name in saved}}
+
+
+def _with_weights(identity: Mapping[str, Any], weights: str | None) -> dict[str, Any]:
+    base = {**identity.get("base", {}), **({} if weights is None else {"weights": weights})}
+    return {**identity, "base": base}
+
+
+def _restrict(values: Any, others: Any) -> Any:
+    """The values whose names the others have, too."""
+    if not isinstance(values, Mapping) or not isinstance(others, Mapping):
+        return values
+    return {name: _restrict(value, others[name]) for name, value in values.items() if name in others}
+
+
+def _is_allowed(field: str, allow: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(f"{name}.") for name in allow)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

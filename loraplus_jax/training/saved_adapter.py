@@ -1,0 +1,299 @@
+"""Loads adapters in our format or PEFT's, to use them or to start training from them (`init_adapter`)."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._utils.multihost import gather_to_host
+from .._utils.validation import expand_path
+from ..adapter.config import LoRAPlusConfig
+from ..adapter.spec import specs_from_json
+from ..adapter.tree import combine, flatten, unflatten
+from ..interop import adapter_files, peft_files
+from ..interop.adapter_files import Adapter, load_adapter, read_adapter_json
+from ..interop.path_map import PathMap
+from ..interop.peft_files import load_peft, peft_config, peft_names, peft_notes
+from ..models.checkpoints import export
+from ..models.checkpoints.name_table import NameTable, linear_rules
+from ..settings.schema import Settings
+from ..tasks.interface import AdaptedModel
+from .provenance import Identity, check_identity
+from .run_directory import ADAPTER, describe_unfinished
+
+PREFIXES = ("model.", "transformer.", "bert.", "roberta.")
+"""The prefixes that transformers puts before module names in models with a head, by model family."""
+_RATES = ("policy", "decay", "weight_decay")
+
+
+def find_adapter(path: Path) -> Path | None:
+    """Finds the adapter directory in a run's directory, or the path itself if it is one; None if there is none."""
+    names = (adapter_files.DESCRIPTION_FILE, peft_files.OPTIONS)
+    candidates = (path / ADAPTER, path)
+    return next(
+        (directory for directory in candidates for name in names if (directory / name).is_file()), None
+    )
+
+
+def require_adapter(path: Path, also: str = "") -> Path:
+    """Like `find_adapter`, but raises FileNotFoundError if there is none; `also` names other accepted contents."""
+    if (directory := find_adapter(path)) is not None:
+        return directory
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    raise FileNotFoundError(
+        describe_unfinished(path)
+        or f"{path} contains no finished run, no adapter ({adapter_files.DESCRIPTION_FILE}) and no PEFT adapter "
+        f"({peft_files.OPTIONS}){also}"
+    )
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether an adapter directory is in PEFT's format."""
+    return not (directory / adapter_files.DESCRIPTION_FILE).is_file()
+
+
+def read_notes(directory: Path) -> dict[str, Any]:
+    """The metadata saved with an adapter; empty for an adapter saved by PEFT itself."""
+    return peft_notes(directory) or {} if is_peft(directory) else read_adapter_json(directory)
+
+
+def notes_path(directory: Path) -> Path:
+    """The file that holds the metadata."""
+    return directory / (peft_files.NOTES_FILE if is_peft(directory) else adapter_files.DESCRIPTION_FILE)
+
+
+def saved_config(directory: Path) -> LoRAPlusConfig | None:
+    """The config in an adapter's metadata; None for a fully trained model.
+
+    Raises:
+      ValueError: the config is damaged, or does not fit the adapter's tensors.
+    """
+    if (values := read_notes(directory)["config"]) is None:
+        return None
+    try:
+        config = LoRAPlusConfig.from_json(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{notes_path(directory)}: {error}") from None
+    file = peft_files.WEIGHTS if is_peft(directory) else adapter_files.TENSORS_FILE
+    adapter_files.check_ranks(
+        f"{notes_path(directory)}", config, adapter_files.read_tensors(directory / file)
+    )
+    return config
+
+
+def transformers_class_of(parts: AdaptedModel) -> export.TransformersClass:
+    """The transformers class that corresponds to a model."""
+    model: Any = parts.base.model
+    return (
+        export.encoder_class(model.config, model.pooling)
+        if parts.base.new
+        else export.causal_lm_class(model.config)
+    )
+
+
+def path_map_of(directory: Path, parts: AdaptedModel) -> PathMap:
+    """The path map for a PEFT adapter, which may be for the model with or without a head."""
+    names = peft_names(directory)
+    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in names)), "")
+    return export.path_map(parts.base.table, transformers_class_of(parts), prefix=prefix)
+
+
+def adapter_config(directory: Path, parts: AdaptedModel) -> LoRAPlusConfig:
+    """The config of a PEFT adapter as a `LoRAPlusConfig`."""
+    model: Any = parts.base.model
+    return peft_config(directory, path_map_of(directory, parts), layers=model.config.num_hidden_layers)
+
+
+def merged_table(parts: AdaptedModel) -> NameTable:
+    """The table of tensor names of a merged model, including its head."""
+    form = transformers_class_of(parts)
+    rules = [r for r in parts.base.table.rules if r.path.rpartition("/")[0] not in dict(form.heads)]
+    rules += [rule for ours, theirs in form.heads for rule in linear_rules(theirs, ours)]
+    return dataclasses.replace(parts.base.table, rules=tuple(rules))
+
+
+def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]) -> Adapter:
+    """Reads an adapter in our format or PEFT's and checks it against a model.
+
+    Args:
+      directory: the adapter directory.
+      parts: the model; its variables may be shapes.
+      params: all parameters of the model without adapters, or their shapes.
+
+    Raises:
+      ValueError, OSError: the adapter does not fit the model (the message names the differences) or cannot be read.
+    """
+    if is_peft(directory):
+        adapter = load_peft(directory, parts.specs, path_map_of(directory, parts), params=params)
+    else:
+        adapter = load_adapter(directory)
+        if adapter.specs != dict(parts.specs):
+            paths = {**adapter.specs, **parts.specs}
+            differing = sorted(path for path in paths if adapter.specs.get(path) != parts.specs.get(path))
+            raise ValueError(f"{directory}: adapter and model differ at {', '.join(differing[:5])}")
+    return adapter._replace(extras=_trainable_extras(directory, adapter.extras, parts, {"params": params}))
+
+
+def _trainable_extras(
+    directory: Path, extras: dict[str, Any], parts: AdaptedModel, base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The extras that the model trains; all others must equal the base's values."""
+    trainable, frozen, kept = flatten(parts.trainable), flatten(base), {}
+    for path, leaf in flatten(extras).items():
+        expected = trainable.get(path, frozen.get(path))
+        if expected is None or np.shape(expected) != np.shape(leaf):
+            shape = "no such parameter" if expected is None else np.shape(expected)
+            raise ValueError(
+                f"{directory}: {path} has shape {np.shape(leaf)} in the adapter, but the model has {shape}"
+            )
+        if path in trainable:
+            kept[path] = leaf
+        elif not isinstance(expected, jax.ShapeDtypeStruct) and not np.array_equal(
+            gather_to_host(expected).astype(leaf.dtype), leaf
+        ):
+            raise ValueError(
+                f"{directory}: {path} differs from the frozen base: it was fully trained, or the base is another "
+                "model; to train it, add its module to lora.modules_to_save"
+            )
+    return unflatten(kept)
+
+
+def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], task: Any) -> None:
+    """Raises ValueError if `init_adapter` does not match the settings; the message names all differences.
+
+    Args:
+      settings: the settings, with `init_adapter` set.
+      parts: the model, with shapes as variables.
+      params: the shapes of all parameters of the model.
+      task: the task of the run.
+    """
+    directory = _init_adapter_directory(settings)
+    notes = read_notes(directory)
+    differences = _lora_differences(settings, directory, parts)
+    saved = notes.get("task")
+    if isinstance(saved, Mapping):
+        for name in ("kind", "names"):
+            ours, theirs = (_to_plain(x.get(name)) for x in (task.notes(), saved))
+            if ours != theirs:
+                differences.append(f"task {name} is {theirs} in the adapter and {ours} here")
+    if settings.init_adapter_rates == "same":
+        differences += _rate_differences(settings, notes)
+    if differences:
+        raise ValueError(f"init_adapter {directory} does not match the settings: {'; '.join(differences)}")
+    read_adapter(directory, parts, params)
+
+
+def adapter_digest(settings: Settings) -> str | None:
+    """A short hex digest of the files of `init_adapter`, to check that all processes read the same adapter."""
+    if settings.init_adapter is None:
+        return None
+    files = sorted(path for path in _init_adapter_directory(settings).iterdir() if path.is_file())
+    total = hashlib.sha256()
+    for path in files:
+        total.update(f"{path.name} {path.stat().st_size}".encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def check_init_identity(
+    settings: Settings, identity: Identity, weights: str | None, allow: Sequence[str]
+) -> None:
+    """Raises ValueError if `init_adapter` was trained on another base model; its data may differ."""
+    directory = _init_adapter_directory(settings)
+    model = {name: value for name, value in identity.items() if name != "data"}
+    check_identity(directory, read_notes(directory), model, weights=weights, allow=allow)
+
+
+def load_init_adapter(
+    settings: Settings, parts: AdaptedModel, params: Mapping[str, Any]
+) -> tuple[AdaptedModel, dict[str, Any] | None]:
+    """Returns the model with the values of `init_adapter`, and the start that the adapter itself had, if saved.
+
+    Trainable values that it lacks stay unchanged.
+
+    Args:
+      settings: the settings, with `init_adapter` set.
+      parts: the model.
+      params: all parameters of the model.
+    """
+    adapter = read_adapter(_init_adapter_directory(settings), parts, params)
+    values = flatten(combine({"lora": adapter.lora} if adapter.lora else {}, adapter.extras))
+    trainable = {path: values.get(path, leaf) for path, leaf in flatten(parts.trainable).items()}
+    float32 = {path: jax.numpy.asarray(leaf, np.float32) for path, leaf in trainable.items()}
+    return parts._replace(trainable=unflatten(float32)), dict(adapter.start) or None
+
+
+def _init_adapter_directory(settings: Settings) -> Path:
+    try:
+        return require_adapter(expand_path("init_adapter", settings.init_adapter or ""))
+    except FileNotFoundError as error:
+        raise ValueError(f"init_adapter: {error}") from None
+
+
+def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) -> list[str]:
+    """Lists the differences between the adapter and the section lora, with the flags that resolve them."""
+    if settings.applied is None:
+        return ["method full has no adapters; use method lora_plus or lora"]
+    if read_notes(directory):
+        adapted = specs_from_json(read_notes(directory)["specs"])
+        config = saved_config(directory)
+        theirs = {path: (s.rank, s.scale, s.magnitude) for path, s in adapted.items()}
+        their_layers = next((s.layers for s in adapted.values() if s.layers is not None), None)
+    else:
+        config = adapter_config(directory, parts)
+        is_dora = config.variant == "dora"
+        theirs = {p: (config.rank_of(p), config.scale_of(p), is_dora) for p in config.target_modules}
+        their_layers = config.layers_to_transform
+    if config is None:
+        return ["it is a fully trained model without adapters"]
+    ours = {path: (spec.rank, spec.scale, spec.magnitude) for path, spec in parts.specs.items()}
+    our_layers = next((s.layers for s in parts.specs.values() if s.layers is not None), None)
+    if their_layers == our_layers and _without_kernel(theirs) == _without_kernel(ours):
+        return []
+    applied, differences = settings.applied, []
+    if theirs.keys() != ours.keys():
+        flag = f"--lora.target_modules '[{', '.join(sorted(theirs))}]'"
+        differences.append(
+            f"it adapts {', '.join(sorted(theirs))}, the settings adapt {', '.join(sorted(ours))}: set {flag}"
+        )
+    names = ("rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "variant", "layers_to_transform")
+    for name in names:
+        value, saved = _to_plain(getattr(applied, name)), _to_plain(getattr(config, name))
+        if value != saved:
+            differences.append(
+                f"lora.{name} is {saved} in the adapter and {value} here: set --lora.{name} {saved}"
+            )
+    return differences
+
+
+def _without_kernel(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops the suffix /kernel from paths, so that a module and its kernel compare equal."""
+    return {path.removesuffix("/kernel"): value for path, value in values.items()}
+
+
+def _rate_differences(settings: Settings, notes: Mapping[str, Any]) -> list[str]:
+    """Lists the differences in lambda, parameter groups and weight decay that the adapter's metadata records."""
+    config, saved = notes.get("config") or {}, notes.get("settings") or {}
+    optimizer = saved.get("optimizer") or {}
+    theirs = {f"optimizer.{name}": optimizer[name] for name in _RATES if name in optimizer}
+    ours: dict[str, Any] = {f"optimizer.{name}": getattr(settings.optimizer, name) for name in _RATES}
+    if settings.applied is not None and "lr_ratio" in config:
+        theirs["lora.lr_ratio"], ours["lora.lr_ratio"] = config["lr_ratio"], settings.applied.lr_ratio
+    differences = [
+        f"{name} is {value} in the adapter and {ours[name]} here"
+        for name, value in theirs.items()
+        if value != ours[name]
+    ]
+    hint = "set the same values, or --init_adapter_rates new to use different ones"
+    return [*differences, hint] if differences else []
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,88 @@
+"""LoftQ: the packed weights and their first adapters are nearer to the weights than the packed ones alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
+from loraplus_jax.adapter.tree import flatten
+from loraplus_jax.inits.loftq import loftq
+from loraplus_jax.linen.quantize import quantize_base
+
+from ..messages import mentions
+
+
+class Net(nn.Module):
+    """A layer with two output axes, a table, and three layers in a loop."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.DenseGeneral((4, 16), name="heads")(nn.Embed(70, 64, name="table")(ids)).reshape(
+            *ids.shape, 64
+        )
+        layer = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layer(name="layers")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + jnp.tanh(nn.Dense(64, name="fc")(x)), None
+
+
+IDS = jnp.arange(20).reshape(2, 10)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    base = {"params": Net().init(jax.random.key(0), IDS)["params"]}
+    config = LoRAPlusConfig(target_modules=["heads", "table", "fc"], rank=8, alpha=16)
+    model = apply_lora_plus(Net(), config)
+    _, specs = init_lora(model, jax.random.key(1), IDS, base=base)
+    return base, model, specs
+
+
+def errors(base, packed, lora, specs):
+    """Root mean squares of W - (Q + s A B), by path."""
+    merged = merge(packed, lora, specs, dequantize=True)["params"]
+    rms = lambda a, b: float(jnp.sqrt(jnp.mean((a - b) ** 2)))  # noqa: E731
+    flat = [flatten({"params": tree}) for tree in (base["params"], merged)]
+    return {module: rms(*(tree[spec.leaf] for tree in flat)) for module, spec in specs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.long)])
+def test_the_start_is_nearer_to_the_weights(parts, kind):
+    base, model, specs = parts
+    plain = quantize_base(base, kind, specs)
+    zero = init_lora(model, jax.random.key(1), IDS)[0]
+    before = errors(base, plain, zero, specs)
+    packed, lora = loftq(base, kind, specs)
+    one, five = (errors(base, *found, specs) for found in (loftq(base, kind, specs, steps=1), (packed, lora)))
+    for module in specs:
+        assert five[module] <= one[module] < 0.95 * before[module]
+    run = lambda variables: model.apply(variables, IDS)  # noqa: E731
+    wide = run(base | {"lora": zero})
+    off = [float(jnp.abs(run(v) - wide).mean()) for v in (packed | {"lora": lora}, plain | {"lora": zero})]
+    assert 0 < off[0] < 0.9 * off[1]
+
+
+def test_one_alternation_is_the_best_approximation_of_the_rest(parts):
+    """By a float64 singular value decomposition of W - Q: the error is that of the dropped values."""
+    base, _, specs = parts
+    packed, lora = loftq(base, "nf4", specs, steps=1)
+    weight = np.asarray(base["params"]["table"]["embedding"], np.float64)
+    rest = weight - np.asarray(packed["params"]["table"]["embedding"].dequantize(), np.float64)
+    values = np.linalg.svd(rest, compute_uv=False)
+    spec = specs["table"]
+    a, b = (np.asarray(lora["table"][name], np.float64) for name in spec.factors)
+    error = np.linalg.norm(rest - spec.scale * a @ b)
+    assert error == pytest.approx(np.linalg.norm(values[spec.rank :]), rel=1e-5)
+
+
+def test_bad_steps(parts):
+    base, _, specs = parts
+    with pytest.raises(ValueError, match=mentions("steps", 0)):
+        loftq(base, "nf4", specs, steps=0)

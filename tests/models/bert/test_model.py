@@ -1,0 +1,273 @@
+import dataclasses
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from loraplus_jax.data.fetch import ASSETS, cache_dir
+from loraplus_jax.models.bert import model as bert
+from loraplus_jax.models.bert.config import BertConfig
+from loraplus_jax.models.bert.model import BertEncoder, BertForSequence, name_table
+from loraplus_jax.models.checkpoints.hf import load_config, load_params
+
+from ...messages import mentions
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+FETCHED = cache_dir() / ASSETS["minilm"].directory / ASSETS["minilm"].path
+MINILM = Path(os.environ.get("LORAPLUS_MINILM", FETCHED))
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+TINY = BertConfig(
+    vocab_size=50,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=24,
+    max_position_embeddings=12,
+    type_vocab_size=2,
+    pad_token_id=0,
+)
+IDS = jnp.array([[5, 6, 7, 8, 9], [10, 11, 0, 0, 0]], jnp.int32)
+MASK = (IDS != 0).astype(jnp.int32)
+
+
+def load_model(directory, pooling="pooler"):
+    config = BertConfig.from_hf(load_config(directory))
+    model = BertForSequence(config, 2, pooling)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)["params"]
+    return model, load_params(directory, name_table(pooling), shapes, new=("head",))
+
+
+def golden_model(name, folder, pooling):
+    """The golden file, and the model loaded from a directory that holds its weights."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    weights = {key.removeprefix("weights/"): golden[key] for key in golden if key.startswith("weights/")}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(str(golden["config"]))
+    return golden, *load_model(folder, pooling)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="method")
+def run(model, params, *inputs, rngs=None, method=None):
+    """Compiled once for each model and shape, over all tests."""
+    return model.apply({"params": params}, *inputs, rngs=rngs, method=method)
+
+
+def encoded(model, params, golden):
+    return run(model, params, *(golden[key] for key in INPUTS if key in golden), method="encode")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """Parameters far from the initial ones, so that no term hides behind a zero bias."""
+    shapes = jax.eval_shape(BertForSequence(TINY, 3).init, jax.random.key(0), IDS, MASK)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def outputs(params, ids=IDS, mask=MASK, config=TINY, rngs=None, **fields):
+    return run(BertForSequence(config, 3, **fields), params, ids, mask, rngs=rngs)
+
+
+@pytest.mark.parametrize(("name", "pooling"), [("bert", "pooler"), ("roberta", "mean")])
+def test_tiny_models_equal_transformers(name, pooling, tmp_path):
+    golden, model, params = golden_model(name, tmp_path, pooling)
+    np.testing.assert_allclose(encoded(model, params, golden), golden["hidden"], atol=1e-4, rtol=0)
+
+
+def test_pooler_equals_transformers(tmp_path):
+    golden, model, params = golden_model("bert", tmp_path, "pooler")
+    head = {"kernel": jnp.eye(TINY.hidden_size * 2), "bias": jnp.zeros(TINY.hidden_size * 2)}
+    model = model.clone(num_outputs=TINY.hidden_size * 2)
+    pooled = run(model, params | {"head": head}, *(golden[key] for key in INPUTS))
+    np.testing.assert_allclose(pooled, golden["pooled"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MINILM.is_dir(), reason="no MiniLM: loraplus fetch minilm")
+def test_minilm_equals_transformers():
+    golden = np.load(GOLDEN / "minilm.npz")
+    model, params = load_model(MINILM, "mean")
+    np.testing.assert_allclose(encoded(model, params, golden), golden["hidden"], atol=1e-4, rtol=0)
+
+
+def test_param_tree_is_nested_dicts_with_stacked_layers(tiny):
+    kernels = {
+        "/".join(k.key for k in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tiny)[0]
+        if path[-1].key == "kernel"
+    }
+    assert kernels == {
+        "encoder/layers/attention/query/kernel": (3, 16, 16),
+        "encoder/layers/attention/key/kernel": (3, 16, 16),
+        "encoder/layers/attention/value/kernel": (3, 16, 16),
+        "encoder/layers/attention/out/kernel": (3, 16, 16),
+        "encoder/layers/mlp/up/kernel": (3, 16, 24),
+        "encoder/layers/mlp/down/kernel": (3, 24, 16),
+        "head/kernel": (16, 3),
+    }
+
+
+def test_unrolled_equals_scanned_on_the_same_tree(tiny):
+    def shapes(unroll):
+        return jax.eval_shape(BertForSequence(TINY, 3, unroll=unroll).init, jax.random.key(0), IDS, MASK)
+
+    assert shapes(True) == shapes(False)
+    np.testing.assert_allclose(outputs(tiny, unroll=True), outputs(tiny), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_cost_analysis_counts_every_layer_when_unrolled(tiny):
+    def flops(layers, unroll):
+        model = BertEncoder(dataclasses.replace(TINY, num_hidden_layers=layers), unroll=unroll)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)
+        return jax.jit(model.apply).lower(shapes, IDS, MASK).compile().cost_analysis()["flops"]
+
+    one, three = flops(1, True), flops(3, True)
+    products = 2 * IDS.size * (4 * 16 * 16 + 2 * 16 * 24)  # one layer's Dense products alone
+    assert three - one >= 2 * products
+    assert flops(3, False) < three
+
+
+def test_padding_does_not_change_the_tokens(tiny):
+    alone = outputs(tiny, IDS[1:, :2], MASK[1:, :2])
+    np.testing.assert_allclose(outputs(tiny)[1:], alone, atol=1e-5)
+    other_padding = outputs(tiny, jnp.where(MASK == 0, 33, IDS))
+    np.testing.assert_allclose(other_padding, outputs(tiny), atol=1e-5)
+
+
+def test_roberta_counts_positions_from_the_padding_id():
+    roberta = dataclasses.replace(TINY, model_type="roberta", pad_token_id=1)
+    positions = bert._positions(roberta, jnp.array([[1, 7, 8, 1, 9, 1]]))
+    np.testing.assert_array_equal(positions, [[1, 2, 3, 1, 4, 1]])
+    assert roberta.max_length == 10
+
+
+@pytest.mark.slow
+def test_a_row_of_padding_alone_is_finite_and_so_is_its_gradient(tiny):
+    mask = MASK.at[1].set(0)
+    value, grads = jax.value_and_grad(lambda p: outputs(p, mask=mask, pooling="cls").sum())(tiny)
+    assert np.isfinite(value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    assert np.isfinite(outputs(tiny, mask=mask)).all()
+    assert np.isfinite(outputs(tiny, mask=mask, pooling="cls", rngs={"dropout": jax.random.key(0)})).all()
+
+
+def test_mask_may_be_bool(tiny):
+    np.testing.assert_array_equal(outputs(tiny, mask=MASK.astype(bool)), outputs(tiny))
+
+
+@pytest.mark.slow
+def test_bf16_runs_near_float32_with_a_float32_head(tiny):
+    model = BertForSequence(TINY, 3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)["params"]
+    low = jax.tree.map(lambda shape, leaf: leaf.astype(shape.dtype), shapes, tiny)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes["encoder"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes["head"])} == {"float32"}
+    assert run(model, low, IDS, MASK, method="encode").dtype == jnp.bfloat16
+    result = run(model, low, IDS, MASK)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, outputs(tiny), atol=0.1)
+
+
+@pytest.mark.slow
+def test_dropout_is_on_only_with_an_rng(tiny):
+    first, second = ({"dropout": jax.random.key(seed)} for seed in (0, 1))
+    np.testing.assert_array_equal(outputs(tiny), outputs(tiny))
+    np.testing.assert_array_equal(outputs(tiny, rngs=first), outputs(tiny, rngs=first))
+    assert np.abs(outputs(tiny, rngs=first) - outputs(tiny, rngs=second)).max() > 1e-3
+    off = dataclasses.replace(TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plain = outputs(tiny, config=off, rngs=first, head_dropout=0.0)
+    np.testing.assert_array_equal(plain, outputs(tiny))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_dropout_acts_everywhere_that_bert_has_it(tiny, given):
+    seen = set()
+
+    def record(call, args, kwargs, context):
+        if isinstance(drop := context.module, nn.Dropout):
+            off = kwargs.get("deterministic", drop.deterministic)
+            seen.add(("/".join(drop.path), drop.rate, not off))
+        return call(*args, **kwargs)
+
+    config = dataclasses.replace(TINY, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
+    rngs = {"dropout": jax.random.key(0)} if given else {}
+    model = BertForSequence(config, 3, head_dropout=0.4)
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda p: model.apply({"params": p}, IDS, MASK, rngs=rngs), tiny)
+    places = {
+        ("encoder/embeddings/Dropout_0", 0.2, given),
+        ("encoder/layers/Dropout_0", 0.2, given),
+        ("encoder/layers/Dropout_1", 0.2, given),
+        ("dropout", 0.4, given),
+    }
+    assert seen == places | ({("encoder/layers/attention/Dropout_0", 0.3, True)} if given else set())
+
+
+def test_explicit_attention_equals_jax():
+    q, k, v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 5, 2, 8)), jnp.float32)
+    mask = MASK.astype(bool)[:, None, None, :]
+    explicit = bert._attend(q, k, v, mask, lambda x: x)
+    np.testing.assert_allclose(explicit, jax.nn.dot_product_attention(q, k, v, mask=mask), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "types", "message"),
+    [
+        (jnp.zeros((1, 13), int), jnp.ones((1, 13)), None, mentions("13 tokens", 12)),
+        (jnp.zeros(4, int), jnp.ones(4), None, mentions("(batch, tokens)", "(4,)")),
+        (IDS, MASK[:, :3], None, mentions("attention_mask", "(2, 3)", "input_ids", "(2, 5)")),
+        (IDS, MASK, IDS[:1], mentions("token_type_ids", "(1, 5)", "(2, 5)")),
+    ],
+)
+def test_wrong_inputs_are_rejected(ids, mask, types, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(BertEncoder(TINY).init, jax.random.key(0), ids, mask, types)
+
+
+def hf_config(**changes):
+    config = json.loads(str(np.load(GOLDEN / "bert.npz")["config"]))
+    return {key: value for key, value in (config | changes).items() if value != "absent"}
+
+
+def test_config_reads_what_transformers_writes():
+    config = BertConfig.from_hf(hf_config(position_embedding_type="absolute", layer_norm_eps=1e-5))
+    assert (config.hidden_size, config.num_hidden_layers, config.layer_norm_eps) == (32, 3, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, mentions("model_type", "'gpt2'", "bert", "roberta", "xlm-roberta")),
+        ({"model_type": "absent"}, mentions("model_type", None)),
+        (
+            {"position_embedding_type": "relative_key"},
+            mentions("position_embedding_type", "'relative_key'", "'absolute'"),
+        ),
+        ({"is_decoder": True}, mentions("is_decoder", True)),
+        ({"quantization_config": {"bits": 4}}, mentions("quantization_config", "bits")),
+        ({"hidden_act": "mish"}, mentions("hidden_act", "gelu", "gelu_new", "'mish'")),
+        ({"hidden_size": "absent", "vocab_size": None}, mentions("vocab_size", "hidden_size", "missing")),
+        ({"num_attention_heads": 5}, mentions("num_attention_heads", "hidden_size", 5, 32)),
+        ({"num_hidden_layers": 0}, mentions("num_hidden_layers", 1, 0)),
+        ({"hidden_size": "32"}, mentions("hidden_size", 1, "'32'")),
+        ({"hidden_dropout_prob": 1.0}, mentions("hidden_dropout_prob", 0, 1, 1.0)),
+    ],
+)
+def test_unsupported_configs_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=message):
+        BertConfig.from_hf(hf_config(**changes))
+
+
+def test_unknown_pooling_is_rejected():
+    with pytest.raises(ValueError, match=mentions("pooling", "mean", "cls", "pooler", "'max'")):
+        jax.eval_shape(BertForSequence(TINY, 2, "max").init, jax.random.key(0), IDS, MASK)
+    with pytest.raises(ValueError, match=mentions("pooling", "'max'")):
+        name_table("max")

@@ -1,0 +1,104 @@
+"""The header of a GGUF file: nothing in it is believed before it is checked."""
+
+import re
+import struct
+
+import gguf as package
+import numpy as np
+import pytest
+
+from loraplus_jax.models.checkpoints.gguf import load as gguf
+from loraplus_jax.models.checkpoints.hf import load_config
+
+from ....messages import mentions
+from ...gguf.files import metadata, tensors, write
+
+
+def u64(*numbers):
+    return struct.pack(f"<{len(numbers)}Q", *numbers)
+
+
+START = b"GGUF" + struct.pack("<I", 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "is empty"),
+        (b"GG", "begins with b'GG'"),
+        (b"version https://git-lfs", "Git LFS pointer"),
+        (b"GGUF", "4 bytes"),
+        (b"GGUF" + struct.pack(">I", 3) + u64(0, 0), "little-endian"),
+        (START + u64(2**40, 0), f"{2**40} tensors"),
+        (START + u64(0, 2**64 - 1), f"{2**64 - 1} metadata entries"),
+        (START + u64(0, 1, 2**63) + bytes(20), f"{2**63} bytes"),
+        (START + u64(0, 1, 1) + b"k" + struct.pack("<II", 9, 8) + u64(2**61), f"{2**61} strings"),
+        (
+            START + u64(0, 1, 1) + b"k" + struct.pack("<II", 9, 6) + u64(2**62),
+            f"{2**62} numbers",
+        ),
+        (START + u64(0, 1, 1) + b"k" + struct.pack("<II", 9, 9) + u64(1), "type 9"),
+        (START + u64(0, 1, 1) + b"\xff" + bytes(13), "UTF-8"),
+        (START + u64(0, 2) + 2 * (u64(1) + b"k" + struct.pack("<IB", 0, 1)), "'k'"),
+        (START + u64(1, 0, 1) + b"t" + struct.pack("<I", 5) + bytes(60), "5 dimensions"),
+        (START + u64(1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 0, 0, 0), "[0]"),
+        (START + u64(1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 2**63, 0, 0), f"{2**65 + 64}"),
+        (START + u64(1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 8, 2, 0), "blocks of 32"),
+        (START + u64(1, 0, 1) + b"t" + struct.pack("<IQIQ", 1, 1, 0, 2**64 - 32), "byte"),
+    ],
+)
+def test_a_header_is_checked_before_it_is_used(tmp_path, content, fault):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(fault)) as caught:
+        load_config(tmp_path / "m.gguf")
+    assert str(tmp_path / "m.gguf") in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [-1, -4000, 600, 30])
+def test_truncated_files_are_named(tmp_path, cut):
+    whole = write(tmp_path / "m.gguf", tensors()).read_bytes()
+    (tmp_path / "m.gguf").write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=mentions(tmp_path / "m.gguf", "GGUF")):
+        gguf.read(tmp_path / "m.gguf")
+
+
+def test_a_list_of_parts_is_no_number_of_parts(tmp_path):
+    file = write(tmp_path / "m.gguf", tensors(), metadata() | {"split.counx": [1, 2]})
+    file.write_bytes(file.read_bytes().replace(b"split.counx", b"split.count"))
+    with pytest.raises(ValueError, match=mentions(file, "split.count", 2)):
+        gguf.read(file)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"general.alignment": 24}, mentions("alignment", 24)),
+        ({"split.count": 3}, mentions("3 parts")),
+    ],
+)
+def test_unsupported_metadata_of_the_file_itself(tmp_path, values, fault):
+    content = write(
+        tmp_path / "m.gguf", tensors(), metadata() | {"general.alignmenx": 24, "split.counx": 3}
+    ).read_bytes()
+    for key in values:
+        content = content.replace(f"{key[:-1]}x".encode(), key.encode())
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=fault):
+        gguf.read(tmp_path / "m.gguf")
+
+
+def test_the_header_is_what_the_packages_own_reader_reads(tmp_path):
+    values = metadata() | {"a.list": ["x", "é"], "a.numbers": [1, 2], "a.flag": True, "a.text": "ü"}
+    ours, theirs = (
+        gguf.read(write(tmp_path / "m.gguf", tensors(), values)),
+        package.GGUFReader(tmp_path / "m.gguf"),
+    )
+    for key, field in theirs.fields.items():
+        if not key.startswith("GGUF."):
+            found = ours.metadata[key]
+            assert (found.tolist() if isinstance(found, np.ndarray) else found) == pytest.approx(
+                field.contents()
+            )
+    assert {t.name: (tuple(reversed(t.shape)), t.data_offset, t.n_bytes) for t in theirs.tensors} == {
+        name: (t.shape, t.start, t.size) for name, t in ours.tensors.items()
+    }

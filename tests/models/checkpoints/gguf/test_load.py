@@ -1,0 +1,335 @@
+"""GGUF files: every quantisation, names and order of the rows, config, and what is wrong with a file."""
+
+import json
+import re
+import struct
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from loraplus_jax.models.checkpoints.gguf import load as gguf
+from loraplus_jax.models.checkpoints.hf import check_params, load_config, load_params
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama, name_table
+
+from ....messages import assert_mentions, mentions
+from ...gguf.files import HEADS, KEY_HEADS, metadata, tensors, write
+
+
+def model(path, **changes):
+    config = LlamaConfig.from_hf(load_config(path) | changes)
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return name_table(config), shapes
+
+
+def error(path):
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        check_params(path, *model(path))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def half(data, at):
+    return struct.unpack_from("<e", data, at)[0]
+
+
+def q4_0(b):
+    q = b[2:]
+    return [half(b, 0) * ((q[j % 16] >> 4 * (j // 16) & 15) - 8) for j in range(32)]
+
+
+def q4_1(b):
+    q = b[4:]
+    return [half(b, 0) * (q[j % 16] >> 4 * (j // 16) & 15) + half(b, 2) for j in range(32)]
+
+
+def q8_0(b):
+    return [half(b, 0) * q for q in struct.unpack_from("<32b", b, 2)]
+
+
+def q4_k(b):
+    """Eight runs of 32, whose scales and minima of 6 bits share 12 bytes."""
+    s, q = b[4:16], b[16:]
+    low = [(s[j] & 63, s[j + 4] & 63) for j in range(4)]
+    high = [(s[j + 8] & 15 | s[j] >> 6 << 4, s[j + 8] >> 4 | s[j + 4] >> 6 << 4) for j in range(4)]
+    runs = [(32 * (run // 2), 4 * (run % 2), *(low + high)[run]) for run in range(8)]
+    return [
+        half(b, 0) * d * (q[at + j] >> shift & 15) - half(b, 2) * m
+        for at, shift, d, m in runs
+        for j in range(32)
+    ]
+
+
+def q6_k(b):
+    """Four bits in the first 128 bytes, two in the next 64, then 16 scales."""
+    found = []
+    for n in range(256):
+        half_, quarter, j = n // 128, n % 128 // 32, n % 32
+        low = b[64 * half_ + 32 * (quarter % 2) + j] >> 4 * (quarter // 2) & 15
+        high = b[128 + 32 * half_ + j] >> 2 * quarter & 3
+        scale = struct.unpack_from("<b", b, 192 + n // 16)[0]
+        found.append(half(b, 208) * scale * ((low | high << 4) - 32))
+    return found
+
+
+# A block's bytes, where its halves stand, and what it means.
+BLOCKS = {
+    "F32": (4, (), lambda b: struct.unpack("<f", b)),
+    "F16": (2, (0,), lambda b: [half(b, 0)]),
+    "BF16": (2, (), lambda b: struct.unpack("<f", b"\0\0" + b)),
+    "Q4_0": (18, (0,), q4_0),
+    "Q4_1": (20, (0, 2), q4_1),
+    "Q8_0": (34, (0,), q8_0),
+    "Q4_K": (144, (0, 2), q4_k),
+    "Q6_K": (210, (208,), q6_k),
+}
+
+
+@pytest.mark.parametrize("dtype", gguf.DTYPES)
+def test_every_type_means_what_its_format_says(tmp_path, dtype):
+    size, halves, meaning = BLOCKS[dtype]
+    blocks = np.random.default_rng(1).integers(0, 256, (3, 512 // len(meaning(bytes(size))), size), np.uint8)
+    for at in halves:
+        blocks[..., at : at + 2] = (
+            np.random.default_rng(2).normal(size=(*blocks.shape[:2], 1)).astype("<f2").view("u1")
+        )
+    if dtype in ("F32", "BF16"):  # no infinities
+        blocks[..., -1] &= 0xBF
+    path = write(tmp_path / "m.gguf", {"x": blocks.reshape(3, -1)}, dtypes={"x": dtype})
+    view = gguf.GgufWeights(gguf.read(path)).get_slice("x")
+    expected = np.array(
+        [[x for block in row for x in meaning(block.tobytes())] for row in blocks], np.float64
+    )
+    assert (view.get_shape(), view.get_dtype()) == ([3, 512], dtype)
+    assert view[:].dtype == np.float32
+    np.testing.assert_allclose(view[:], expected, rtol=3e-7, atol=1e-6)
+    np.testing.assert_array_equal(view[1:2], view[:][1:2])
+    for columns in (slice(3, 9), slice(31, 300), slice(256, 512)):
+        np.testing.assert_array_equal(view[1:3, columns], view[:][1:3, columns])
+
+
+def interleaved(rows, heads):
+    """The order of llama.cpp's converter, by its definition: the pair (j, j + half) of a head stands together."""
+    size = len(rows) // heads
+    return np.stack(
+        [rows[h * size + i % 2 * (size // 2) + i // 2] for h in range(heads) for i in range(size)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("llama", {}), ("llama", {"attention__sliding_window": 32}), ("qwen2", {}), ("qwen3", {})],
+    ids=["llama", "mistral", "qwen2", "qwen3"],
+)
+def test_tensors_arrive_under_hugging_faces_names_and_in_its_order(tmp_path, arch, options):
+    content = tensors(head=True, bias=arch == "qwen2", qk_norm=arch == "qwen3")
+    stored = dict(content)
+    for name in content:
+        if arch == "llama" and re.search(r"attn_[qk]\.", name):
+            stored[name] = interleaved(content[name], HEADS if "attn_q" in name else KEY_HEADS)
+    path = write(tmp_path / "m.gguf", stored, metadata(arch, **options), arch)
+    params = load_params(tmp_path, *model(path))
+    layers = params["layers"]
+    for layer in range(2):
+        for name, part in (
+            ("attn_q", "q_proj"),
+            ("attn_k", "k_proj"),
+            ("attn_v", "v_proj"),
+            ("attn_output", "o_proj"),
+        ):
+            expected = content[f"blk.{layer}.{name}.weight"].T
+            np.testing.assert_array_equal(layers["self_attn"][part]["kernel"][layer], expected)
+        for name in ("gate", "up", "down"):
+            expected = content[f"blk.{layer}.ffn_{name}.weight"].T
+            np.testing.assert_array_equal(layers["mlp"][f"{name}_proj"]["kernel"][layer], expected)
+        expected = content[f"blk.{layer}.ffn_norm.weight"]
+        np.testing.assert_array_equal(layers["post_attention_layernorm"]["scale"][layer], expected)
+        if arch == "qwen2":
+            expected = content[f"blk.{layer}.attn_k.bias"]
+            np.testing.assert_array_equal(layers["self_attn"]["k_proj"]["bias"][layer], expected)
+        if arch == "qwen3":
+            expected = content[f"blk.{layer}.attn_q_norm.weight"]
+            np.testing.assert_array_equal(layers["self_attn"]["q_norm"]["scale"][layer], expected)
+    np.testing.assert_array_equal(params["lm_head"]["kernel"], content["output.weight"].T)
+    np.testing.assert_array_equal(params["embed_tokens"]["embedding"], content["token_embd.weight"])
+
+
+def test_biases_of_llamas_queries_and_keys_are_put_in_order_too(tmp_path):
+    content = tensors(bias=True)
+    stored = content | {"blk.1.attn_q.bias": interleaved(content["blk.1.attn_q.bias"], HEADS)}
+    file = gguf.read(write(tmp_path / "m.gguf", stored))
+    assert gguf.config(file)["attention_bias"] is True
+    found = gguf.GgufWeights(file).get_tensor("model.layers.1.self_attn.q_proj.bias")
+    np.testing.assert_array_equal(found, content["blk.1.attn_q.bias"])
+
+
+def test_pieces_make_the_same_leaves(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.gguf", tensors(head=True))
+    whole = load_params(path, *model(path), param_dtype=jnp.bfloat16)
+    monkeypatch.setattr("loraplus_jax.models.checkpoints.hf._PIECE", 4 * 64 * 7)
+    jax.tree.map(
+        np.testing.assert_array_equal, whole, load_params(path, *model(path), param_dtype=jnp.bfloat16)
+    )
+
+
+def test_config_is_hugging_faces(tmp_path):
+    config = load_config(
+        write(tmp_path / "m.gguf", tensors(), metadata() | {"tokenizer.ggml.eos_token_id": 7})
+    )
+    assert config == {
+        "model_type": "llama",
+        "vocab_size": 40,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": 7,
+    }
+
+
+def test_options_that_some_files_have(tmp_path):
+    values = metadata("qwen3", attention__key_length=32, attention__value_length=32, rope__freq_base=None)
+    values |= {"qwen3.attention.head_count_kv": 4, "tokenizer.ggml.bos_token_id": 3}
+    wider = tensors(head=True) | {"blk.0.attn_q.weight": np.ones((128, 64), np.float32)}
+    config = load_config(write(tmp_path / "m.gguf", wider, values, "qwen3"))
+    assert (config["model_type"], config["head_dim"], config["num_key_value_heads"]) == ("qwen3", 32, 4)
+    assert (config["rope_theta"], config["bos_token_id"], config["tie_word_embeddings"]) == (
+        10_000.0,
+        3,
+        False,
+    )
+    window = metadata(attention__sliding_window=32, attention__head_count_kv=None)
+    config = load_config(write(tmp_path / "m.gguf", tensors(), window))
+    assert (config["sliding_window"], config["num_key_value_heads"]) == (32, 4)
+    assert config["model_type"] == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("changes", "scaling"),
+    [
+        ({}, None),
+        ({"type": "none", "factor": 4.0}, None),
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0},
+        ),
+        (
+            {"type": "yarn", "factor": 1.0, "attn_factor": 0.5, "finetuned": True},
+            {"rope_type": "yarn", "factor": 1.0, "attention_factor": 0.5},
+        ),
+    ],
+)
+def test_rope_scaling(tmp_path, changes, scaling):
+    values = metadata(**{f"rope__scaling__{key}": value for key, value in changes.items()})
+    assert load_config(write(tmp_path / "m.gguf", tensors(), values)).get("rope_scaling") == scaling
+
+
+def test_rope_factors_are_in_the_config_and_no_weight(tmp_path):
+    factors = np.array([1, 1, 1, 1, 2, 4.5, 8, 8], np.float32)
+    path = write(tmp_path / "m.gguf", tensors() | {"rope_freqs.weight": factors})
+    assert load_config(path)["rope_scaling"] == {"rope_type": "factors", "factors": factors.tolist()}
+    check_params(path, *model(path))
+    path = write(tmp_path / "ones.gguf", tensors() | {"rope_freqs.weight": np.ones(8, np.float32)})
+    assert "rope_scaling" not in load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            metadata(block_count=None, context_length=None),
+            ["num_hidden_layers", None, "max_position_embeddings"],
+        ),
+        (
+            metadata(attention__head_count=[4, 4]),
+            ["llama.attention.head_count", 2],
+        ),
+        (metadata(expert_count=8), ["llama.expert_count", 8, 0]),
+        (metadata(rope__dimension_count=8), ["llama.rope.dimension_count", 8, 16]),
+        (
+            metadata(attention__layer_norm_rms_epsilon=None),
+            ["llama.attention.layer_norm_rms_epsilon"],
+        ),
+        (metadata(rope__scaling__type="longrope"), ["type", "'longrope'", "none", "linear", "yarn"]),
+        (metadata(rope__scaling__type="linear"), ["llama.rope.scaling.factor"]),
+        (
+            metadata(
+                rope__scaling__type="yarn", rope__scaling__factor=2.0, rope__scaling__yarn_ext_factor=1.0
+            ),
+            ["llama.rope.scaling.yarn_ext_factor", "yarn"],
+        ),
+    ],
+)
+def test_unsupported_options_are_rejected(tmp_path, values, words):
+    assert_mentions(error(write(tmp_path / "m.gguf", tensors(), values)), *words)
+
+
+def test_other_architectures_are_rejected_by_name(tmp_path):
+    message = error(write(tmp_path / "m.gguf", tensors(), metadata("phi3"), "phi3"))
+    assert_mentions(message, "'phi3'", "llama", "qwen2", "qwen3", "gemma2")
+
+
+def test_every_problem_of_the_tensors_is_listed_at_once(tmp_path):
+    content = tensors()
+    del content["blk.0.attn_v.weight"]
+    content["blk.1.ffn_up.weight"] = np.zeros((95, 64), np.float32)
+    content["blk.1.attn_k.weight"] = np.zeros((33, 64), np.float32)
+    content["blk.2.ffn_norm.weight"] = np.zeros(64, np.float32)
+    content["blk.0.ffn_gate.weight"] = np.zeros((96, 2 * 24), np.uint8)
+    lines = error(write(tmp_path / "m.gguf", content, dtypes={"blk.0.ffn_gate.weight": "Q5_1"})).splitlines()
+    assert_mentions(lines[0], "1 missing", "1 extra", "3 misshapen")
+    listed = sorted(line.strip() for line in lines[1:])
+    expected = [
+        ("+ model.layers.2.post_attention_layernorm.weight", "[64]"),
+        ("- layers.0.self_attn.v_proj.weight", "[32, 64]"),
+        ("~ model.layers.0.mlp.gate_proj.weight", "Q5_1", *gguf.DTYPES),
+        ("~ model.layers.1.mlp.up_proj.weight", "[95, 64]", "[96, 64]"),
+        ("~ model.layers.1.self_attn.k_proj.weight", "[33, 64]", "[32, 64]"),
+    ]
+    for line, words in zip(listed, expected, strict=True):
+        assert_mentions(line, *words)
+
+
+def test_several_files_are_named_and_one_is_asked_for(tmp_path):
+    for name in ("b.gguf", "a.GGUF"):
+        write(tmp_path / name, tensors())
+    with pytest.raises(ValueError, match=mentions(2, "a.GGUF", "b.gguf")):
+        load_config(tmp_path)
+    assert load_config(tmp_path / "a.GGUF")["hidden_size"] == 64
+
+
+def test_safetensors_come_before_gguf(tmp_path):
+    write(tmp_path / "m.gguf", tensors())
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    assert load_config(tmp_path) == {"model_type": "bert"}
+
+
+def test_a_file_of_another_name_goes_by_its_first_bytes(tmp_path):
+    (tmp_path / "sha256-0").write_bytes(write(tmp_path / "m.gguf", tensors()).read_bytes())
+    assert load_config(tmp_path / "sha256-0")["hidden_size"] == 64
+    (tmp_path / "text").write_text("hello")
+    for path in (tmp_path / "text", tmp_path / "nowhere", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match=mentions(path, "directory", "GGUF")):
+            load_config(path)
+
+
+def test_a_missing_package_is_asked_for(tmp_path, monkeypatch):
+    path = write(tmp_path / "m.gguf", tensors())
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'loraplus_jax\[train\]'"):
+        load_config(path)

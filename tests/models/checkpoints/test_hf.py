@@ -1,0 +1,360 @@
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import save_file
+
+from loraplus_jax import make_mesh
+from loraplus_jax.adapter.tree import flatten
+from loraplus_jax.models.checkpoints import hf
+from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
+from loraplus_jax.models.checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
+
+from ...messages import assert_mentions, mentions
+
+TABLE = NameTable(
+    rules=(
+        *embedding_rules("tok", "embed"),
+        *linear_rules("h.{layer}.fc", "layers/up"),
+        *norm_rules("h.{layer}.ln", "layers/norm", bias=False),
+    ),
+    renames=((r"^model\.", ""),),
+    ignore=(r"h\.\d+\.position_ids", r"lm_head\..*"),
+)
+EXPECTED = jax.tree.map(
+    lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+    {
+        "embed": {"embedding": (7, 3)},
+        "layers": {"up": {"kernel": (2, 3, 4), "bias": (2, 4)}, "norm": {"scale": (2, 3)}},
+        "head": {"kernel": (3, 5)},
+    },
+    is_leaf=lambda x: isinstance(x, tuple),
+)
+
+
+def tensors(prefix=""):
+    """A complete checkpoint, with what the table ignores."""
+    shapes = {"tok.weight": (7, 3)}
+    for layer in range(2):
+        shapes |= {f"h.{layer}.fc.weight": (4, 3), f"h.{layer}.fc.bias": (4,), f"h.{layer}.ln.weight": (3,)}
+    rng = np.random.default_rng(0)
+    result = {prefix + name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return result | {f"{prefix}h.0.position_ids": np.arange(4), "lm_head.bias": np.zeros((), np.float32)}
+
+
+def write(folder, content):
+    save_file(content, folder / SINGLE_FILE)
+    return folder
+
+
+def write_shards(folder, shards, weight_map=None):
+    listed = {name: file for file, content in shards.items() for name in content}
+    for file, content in shards.items():
+        save_file(content, folder / file)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": listed | (weight_map or {})}))
+    return folder
+
+
+def load(folder, table=TABLE, **kwargs):
+    return load_params(folder, table, EXPECTED, **({"new": ("head",)} | kwargs))
+
+
+def counted(monkeypatch):
+    """The numbers of values read of each tensor, as they are asked for."""
+    read, get = [], hf._fill
+
+    def fill(slot, tensor, window, **how):
+        read.append(int(np.prod([s.stop - s.start for s in window])))
+        get(slot, tensor, window, **how)
+
+    monkeypatch.setattr(hf, "_fill", fill)
+    return read
+
+
+PLACES = {
+    "embed/embedding": P(None, None),
+    "layers/up/kernel": P(None, None, "fsdp"),
+    "layers/up/bias": P(None, "fsdp"),
+    "layers/norm/scale": P(None, None),
+}
+
+
+def test_every_part_is_read_once_and_sharded_as_asked(tmp_path, monkeypatch):
+    whole = load(write(tmp_path, tensors()))
+    shardings = {path: NamedSharding(make_mesh(2, 4, 1), spec) for path, spec in PLACES.items()}
+    read = counted(monkeypatch)
+    params = load(tmp_path, shardings=shardings)
+    assert sum(read) == 7 * 3 + 2 * (3 * 4 + 4 + 3)
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+    assert {path: leaf.sharding for path, leaf in flatten(params).items()} == shardings
+
+
+def test_a_process_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
+    """Of eight devices the first two are this process's: a half of what fsdp splits in four."""
+    shardings = {path: NamedSharding(make_mesh(2, 4, 1), spec) for path, spec in PLACES.items()}
+    write(tmp_path, tensors())
+
+    def on_two_devices(shape, sharding, callback):
+        mine = list(sharding.devices_indices_map(shape).items())[:2]
+        return [np.array(callback(index)) for _, index in mine]
+
+    whole = load(tmp_path)
+    monkeypatch.setattr(jax, "make_array_from_callback", on_two_devices)
+    read = counted(monkeypatch)
+    parts = load(tmp_path, shardings=shardings)
+    assert sum(read) == 7 * 3 + 2 * ((3 * 4 + 4) // 2 + 3)
+    kernel = np.concatenate(parts["layers"]["up"]["kernel"], axis=-1)
+    np.testing.assert_array_equal(kernel, whole["layers"]["up"]["kernel"][..., :2])
+
+
+def halves():
+    items = sorted(tensors().items())
+    return {"model-1-of-2.safetensors": dict(items[:4]), "model-2-of-2.safetensors": dict(items[4:])}
+
+
+def error(folder, **kwargs):
+    """The whole message with which the directory is rejected."""
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        load(folder, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_layers_are_stacked_and_kernels_transposed(tmp_path, prefix):
+    content = tensors(prefix)
+    params = load(write(tmp_path, content))
+    assert type(params) is dict
+    assert set(params) == {"embed", "layers"}
+    np.testing.assert_array_equal(params["embed"]["embedding"], content[f"{prefix}tok.weight"])
+    for layer in range(2):
+        name = f"{prefix}h.{layer}"
+        np.testing.assert_array_equal(params["layers"]["up"]["kernel"][layer], content[f"{name}.fc.weight"].T)
+        np.testing.assert_array_equal(params["layers"]["up"]["bias"][layer], content[f"{name}.fc.bias"])
+        np.testing.assert_array_equal(params["layers"]["norm"]["scale"][layer], content[f"{name}.ln.weight"])
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(params))
+
+
+def test_sharded_equals_single(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    single = load(write(tmp_path / "one", tensors()))
+    sharded = load(write_shards(tmp_path / "two", halves()))
+    jax.tree.map(np.testing.assert_array_equal, sharded, single)
+
+
+def test_shards_may_be_links_out_of_the_directory_as_in_the_hub_cache(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    write(tmp_path / "blobs", tensors())
+    (tmp_path / "snapshot" / SINGLE_FILE).symlink_to(tmp_path / "blobs" / SINGLE_FILE)
+    assert set(load(tmp_path / "snapshot")) == {"embed", "layers"}
+
+
+@pytest.mark.parametrize("given", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_dtypes_come_from_expected_or_param_dtype(tmp_path, given):
+    content = {k: v.astype(given) if v.dtype == np.float32 else v for k, v in tensors().items()}
+    write(tmp_path, content)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path))} == {"float32"}
+    low = load(tmp_path, param_dtype=jnp.bfloat16)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(low)} == {"bfloat16"}
+    expected = content["h.1.fc.weight"].T.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(low["layers"]["up"]["kernel"][1], expected)
+
+
+def test_place_gets_each_leaf_on_the_host(tmp_path):
+    seen = {}
+    result = load(write(tmp_path, tensors()), place=lambda path, array: seen.setdefault(path, array).shape)
+    assert result["layers"]["up"]["kernel"] == (2, 3, 4)
+    assert set(seen) == {"embed/embedding", "layers/up/kernel", "layers/up/bias", "layers/norm/scale"}
+    assert all(type(array) is np.ndarray for array in seen.values())
+
+
+def test_every_problem_is_listed_at_once(tmp_path):
+    content = tensors()
+    del content["h.1.fc.bias"]
+    content["h.2.fc.bias"] = np.zeros(4, np.float32)
+    content["tok.weight"] = np.zeros((8, 3), np.float32)
+    content["h.0.ln.weight"] = np.zeros(3, np.int8)
+    lines = error(write(tmp_path, content)).splitlines()
+    assert_mentions(lines[0], tmp_path, "1 missing", "1 extra", "2 misshapen")
+    listed = sorted(line.strip() for line in lines[1:])
+    assert [line.split()[:2] for line in listed] == [
+        ["+", "h.2.fc.bias"],
+        ["-", "h.1.fc.bias"],
+        ["~", "h.0.ln.weight"],
+        ["~", "tok.weight"],
+    ]
+    for line, words in zip(
+        listed, (["[4]"], ["[4]"], ["I8", "F64", "F32", "F16", "BF16"], ["[8, 3]", "[7, 3]"]), strict=True
+    ):
+        assert_mentions(line, *words)
+
+
+def test_an_untransposed_kernel_is_misshapen(tmp_path):
+    content = tensors()
+    content["h.0.fc.weight"] = np.zeros((3, 4), np.float32)
+    assert_mentions(error(write(tmp_path, content)), "h.0.fc.weight", "[3, 4]", "[4, 3]")
+
+
+def test_long_lists_end_in_a_count(tmp_path):
+    content = tensors() | {f"more.{i}": np.zeros(1, np.float32) for i in range(33)}
+    lines = error(write(tmp_path, content)).splitlines()
+    assert len(lines) == 22
+    assert_mentions(lines[-1], 13)
+
+
+def test_two_spellings_of_one_tensor_are_extra(tmp_path):
+    content = tensors() | {"model.tok.weight": np.zeros((7, 3), np.float32)}
+    assert_mentions(error(write(tmp_path, content)), "second", "model.tok.weight")
+
+
+@pytest.mark.parametrize("cut", [-5, 40, 3, 0])
+def test_truncated_files_are_named(tmp_path, cut):
+    write(tmp_path, tensors())
+    whole = (tmp_path / SINGLE_FILE).read_bytes()
+    (tmp_path / SINGLE_FILE).write_bytes(whole[:cut])
+    message = error(tmp_path)
+    assert str(tmp_path / SINGLE_FILE) in message
+    assert "safetensors" in message
+
+
+def test_garbled_files_are_named(tmp_path):
+    (tmp_path / SINGLE_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "Git LFS pointer" in error(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "../model.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        r"..\x.safetensors",
+        "C:x.safetensors",
+        "..",
+        3,
+    ],
+)
+def test_index_entries_may_not_leave_the_directory(tmp_path, entry):
+    write(tmp_path, tensors())
+    (tmp_path / "inner").mkdir()
+    write_shards(tmp_path / "inner", halves(), {"tok.weight": entry})
+    assert_mentions(error(tmp_path / "inner"), repr(entry), "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("x" * 300 + ".safetensors", "xxx.safetensors is missing"),
+        ("a\n.safetensors", r"'a\n.safetensors'"),
+    ],
+)
+def test_an_index_entry_that_is_no_file_name_is_rejected(tmp_path, entry, message):
+    write_shards(tmp_path, halves(), {"tok.weight": entry})
+    assert message in error(tmp_path)
+
+
+def test_index_must_tell_the_truth(tmp_path):
+    first, second = halves()
+    write_shards(tmp_path, halves(), {"ghost": first})
+    assert_mentions(error(tmp_path), "- ghost", first)
+    write_shards(tmp_path, halves())
+    (tmp_path / second).unlink()
+    assert_mentions(error(tmp_path), second, "missing", "index")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / INDEX_FILE).write_text(content)
+    assert str(tmp_path / INDEX_FILE) in error(tmp_path)
+
+
+def test_pickles_are_rejected_unopened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"tok.weight": 0}))
+    message = error(tmp_path)
+    assert_mentions(message, "pytorch_model.bin", "pickle", "safe_serialization=True")
+
+
+def test_absent_weights_and_directories_are_named(tmp_path):
+    assert_mentions(error(tmp_path), SINGLE_FILE, INDEX_FILE)
+    assert_mentions(error(tmp_path / "nowhere"), tmp_path / "nowhere", "directory")
+
+
+def test_table_must_cover_the_model(tmp_path):
+    write(tmp_path, tensors())
+    assert "['head/kernel']" in error(tmp_path, new=())
+    assert "['embed/embedding']" in error(tmp_path, new=("head", "embed"))
+    assert "['hea']" in error(tmp_path, new=("hea",))
+
+
+def test_config_is_read_and_its_faults_named(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=mentions("config.json", "missing")):
+        load_config(tmp_path)
+    for text, words in (("{,", ["JSON"]), ("[1]", ["JSON object", "list"])):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=mentions("config.json", *words)):
+            load_config(tmp_path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match=mentions("config.json", "JSON")):
+        load_config(tmp_path)
+    path.write_text('{"model_type": "bert"}')
+    assert load_config(str(tmp_path)) == {"model_type": "bert"}
+
+
+def test_a_tensor_that_repeats_another_must_have_its_values(tmp_path):
+    table = NameTable(rules=TABLE.rules, ignore=TABLE.ignore[:1], copies=(("lm_head.weight", "tok.weight"),))
+    content = {name: value for name, value in tensors().items() if name != "lm_head.bias"}
+    alone = load(write(tmp_path, content), table)
+    both = load(write(tmp_path, content | {"lm_head.weight": content["tok.weight"]}), table)
+    jax.tree.map(np.testing.assert_array_equal, alone, both)
+    for other in (content["tok.weight"] + np.eye(7, 3, dtype=np.float32), content["tok.weight"][:6]):
+        write(tmp_path, content | {"lm_head.weight": other})
+        with pytest.raises(ValueError, match=mentions("lm_head.weight", "tok.weight")):
+            load(tmp_path, table)
+
+
+def test_three_rows_of_every_tensor_distinguish_files(tmp_path):
+    def digest(name, change=lambda content: None):
+        content, folder = tensors(), tmp_path / name
+        change(content)
+        folder.mkdir()
+        return hf.rows_digest(hf.check_params(write(folder, content), TABLE, EXPECTED, new=("head",))[1])
+
+    def row(number):
+        return lambda content: content["tok.weight"].__setitem__((number, 0), 9.0)
+
+    def narrower(content):
+        content["tok.weight"] = content["tok.weight"].astype(np.float16)
+
+    plain = digest("plain")
+    assert digest("same") == plain
+    (tmp_path / "shards").mkdir()
+    halves = sorted(tensors().items())
+    shards = {f"part-{n}.safetensors": dict(halves[n::2]) for n in range(2)}
+    found = hf.check_params(write_shards(tmp_path / "shards", shards), TABLE, EXPECTED, new=("head",))[1]
+    assert hf.rows_digest(found) == plain
+    changed = [digest(f"row {n}", row(n)) for n in (0, 3, 6)]
+    assert len({plain, *changed, digest("narrower", narrower)}) == 5
+    assert digest("row 1", row(1)) == plain  # not read
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_short_tensors_are_read_whole(tmp_path, rows):
+    table = NameTable(rules=embedding_rules("tok", "embed"))
+    expected = {"embed": {"embedding": jax.ShapeDtypeStruct((rows, 2), jnp.float32)}}
+    found = set()
+    for change in range(-1, rows):
+        values = np.zeros((rows, 2), np.float32)
+        if change >= 0:
+            values[change] = 1
+        found.add(
+            hf.rows_digest(hf.check_params(write(tmp_path, {"tok.weight": values}), table, expected)[1])
+        )
+    assert len(found) == rows + 1

@@ -1,0 +1,96 @@
+"""Beam search: golden sequences of transformers, a search of all sequences, batches, ends and non-finite logits."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax.models.decoding.beam_search import make_beam_search
+from loraplus_jax.models.decoding.generate import NONFINITE_LOGITS, PAD_AFTER_END, pad_left
+
+from ...marks import slow
+from ...messages import mentions
+from ..test_generate import CONFIG, PROMPTS, WORDS, model, variables  # noqa: F401
+from ..test_gpt2 import models  # noqa: F401
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden/beams.json").read_text())
+
+
+@pytest.mark.parametrize("n", [0, *map(slow, (1, 2, 3))])
+def test_sequences_and_scores_equal_transformers(models, n):  # noqa: F811
+    _, gpt2, params = models("tied")
+    beams, penalty, ngram, early = GOLDEN["cases"][n]
+    search = make_beam_search(
+        gpt2,
+        gpt2.config,
+        new_tokens=GOLDEN["new_tokens"],
+        stop=GOLDEN["stop"],
+        beams=beams,
+        length_penalty=penalty,
+        no_repeat_ngram=ngram,
+        early_stopping=early,
+    )
+    ids, segments = pad_left(GOLDEN["prompts"], multiple=4)
+    tokens, scores = search({"params": params}, ids, segments)
+    for row, score, (wanted, wanted_score) in zip(
+        np.asarray(tokens), scores, GOLDEN["results"][n], strict=True
+    ):
+        assert row.tolist() == wanted + [PAD_AFTER_END] * (len(row) - len(wanted))
+        assert wanted_score is None or float(score) == pytest.approx(wanted_score, rel=2e-5)
+    search({"params": params}, ids[::-1].copy(), segments[::-1].copy())
+    assert search.__wrapped__._cache_size() == 1
+
+
+def log_probs_of_all(model, variables, prompt, count):  # noqa: F811
+    """Every sequence of new tokens and its log-probability."""
+    sequences = np.array(list(itertools.product(range(WORDS), repeat=count)), np.int32)
+    rows = np.concatenate([np.tile(np.array([prompt], np.int32), (len(sequences), 1)), sequences], axis=1)
+    logits = jax.nn.log_softmax(jax.jit(model.apply)(variables, rows))
+    at = [logits[np.arange(len(rows)), len(prompt) - 1 + i, sequences[:, i]] for i in range(count)]
+    return sequences, np.asarray(sum(at))
+
+
+@pytest.mark.parametrize("no_repeat_in", ["new", slow("all")])
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_pairs(model, variables, no_repeat_in):  # noqa: F811
+    search = make_beam_search(
+        model, CONFIG, new_tokens=2, stop=(), beams=WORDS, no_repeat_ngram=1, no_repeat_in=no_repeat_in
+    )
+    tokens, scores = search(variables, *pad_left(PROMPTS, multiple=8))
+    for row, score, prompt in zip(np.asarray(tokens), scores, PROMPTS, strict=True):
+        pairs, sums = log_probs_of_all(model, variables, prompt, 2)
+        banned = pairs[:, 0] == pairs[:, 1]
+        if no_repeat_in == "all":
+            banned |= np.isin(pairs, prompt).any(axis=1)
+        best = np.argmax(np.where(banned, -np.inf, sums))
+        assert row.tolist() == pairs[best].tolist()
+        assert float(score) == pytest.approx(sums[best] / 2, rel=1e-5)
+
+
+def test_logits_that_are_not_finite_are_marked(model, variables):  # noqa: F811
+    embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
+    broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}
+    search = make_beam_search(model, CONFIG, new_tokens=2, stop=(), beams=2)
+    tokens, _ = search(broken, *pad_left([[9]], multiple=8))
+    assert np.asarray(tokens).tolist() == [[NONFINITE_LOGITS, PAD_AFTER_END]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"beams": 0}, ("beams", 0)),
+        ({"beams": WORDS + 1}, ("beams", WORDS, WORDS + 1)),
+        ({"new_tokens": 0}, ("new_tokens", 0)),
+        ({"no_repeat_ngram": -1}, ("no_repeat_ngram", "-1")),
+        ({"length_penalty": float("nan")}, ("length_penalty", "nan")),
+        ({"length_penalty": -6.0}, ("length_penalty", "-5", 5, "-6")),
+        ({"early_stopping": "soon"}, ("early_stopping", "soon", "never")),
+        ({"no_repeat_in": "old"}, ("no_repeat_in", "old", "new")),
+    ],
+)
+def test_invalid_arguments(model, changes, words):  # noqa: F811
+    with pytest.raises(ValueError, match=mentions(*words)):
+        make_beam_search(model, CONFIG, **{"new_tokens": 2, "stop": (), "beams": 2} | changes)

@@ -1,0 +1,202 @@
+"""Generation: greedy against whole sequences, sampling against written-out distributions, ends, rows and dtypes."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax.models.decoding import generate as generation
+from loraplus_jax.models.decoding.generate import (
+    NONFINITE_LOGITS,
+    PAD_AFTER_END,
+    Sampling,
+    check_sampling,
+    make_generate,
+    pad_left,
+)
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama
+
+from ...messages import mentions
+
+WORDS, NEW = 13, 6
+CONFIG = LlamaConfig(
+    vocab_size=WORDS,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    intermediate_size=12,
+    max_position_embeddings=64,
+    initializer_range=1.0,
+)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+KEYS = jax.random.split(jax.random.key(0), len(PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Llama(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
+
+
+@pytest.fixture(scope="module")
+def generate(model):
+    return make_generate(model, CONFIG, new_tokens=NEW, stop=())
+
+
+def padded(prompts, multiple=8):
+    return pad_left(prompts, multiple=multiple)
+
+
+def greedy_by_hand(model, variables, prompts, count):
+    """Each prompt by itself, the whole sequence anew for every token, padded on the right to one shape."""
+    apply, found = jax.jit(model.apply), []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(count):
+            row = np.zeros((1, 16), np.int32)
+            row[0, : len(ids)] = ids
+            logits = apply(variables, row, (np.arange(16) < len(ids))[None].astype(np.int32))
+            ids.append(int(np.argmax(logits[0, len(ids) - 1])))
+        found.append(ids[len(prompt) :])
+    return found
+
+
+def test_greedy_is_the_argmax_over_growing_sequences(model, variables, generate):
+    found = generate(variables, *padded(PROMPTS), Sampling(), KEYS)
+    expected = greedy_by_hand(model, variables, PROMPTS, NEW)
+    assert found.dtype == jnp.int32
+    assert np.asarray(found).tolist() == expected
+    assert len({tuple(row) for row in expected}) == len(PROMPTS)
+
+
+@pytest.mark.slow
+def test_a_row_does_not_depend_on_the_others_and_other_values_compile_nothing(variables, generate):
+    hot = Sampling(1.3, 0.9)
+    together = np.asarray(generate(variables, *padded(PROMPTS), hot, KEYS))
+    others = [PROMPTS[0], [11, 12], [10]]
+    changed = np.asarray(generate(variables, *padded(others), hot, KEYS))
+    np.testing.assert_array_equal(changed[0], together[0])
+    assert not np.array_equal(changed[1], together[1])
+    again = generate(variables, *padded(PROMPTS), hot, jax.random.split(jax.random.key(2), 3))
+    assert not np.array_equal(again, together)
+    moved = generate(variables, *padded(PROMPTS[::-1]), hot, KEYS[::-1])  # a row is its prompt and its key
+    np.testing.assert_array_equal(moved, together[::-1])
+    generate(variables, *padded(PROMPTS), Sampling(0.5, 0.1), KEYS)
+    generate(variables, *padded(PROMPTS), Sampling(0.0, 1.0), KEYS)
+    assert generate.__wrapped__._cache_size() == 1
+    generate(variables, *padded(PROMPTS[:2]), Sampling(), KEYS[:2])
+    assert generate.__wrapped__._cache_size() == 2  # another shape
+
+
+@pytest.mark.slow
+def test_a_stop_token_ends_a_row(model, variables):
+    rows = greedy_by_hand(model, variables, PROMPTS, NEW)
+    stop = rows[0][2]
+    found = make_generate(model, CONFIG, new_tokens=NEW, stop=[stop])(
+        variables, *padded(PROMPTS), Sampling(), KEYS
+    )
+    for ours, whole in zip(np.asarray(found).tolist(), rows, strict=True):
+        end = whole.index(stop) + 1 if stop in whole else NEW
+        assert ours == whole[:end] + [PAD_AFTER_END] * (NEW - end)
+    assert PAD_AFTER_END in np.asarray(found)[0]
+
+
+def test_scores_that_are_not_finite_are_marked_and_end_the_row(variables, generate):
+    embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
+    broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}
+    found = np.asarray(generate(broken, *padded([[9], [9], [9]]), Sampling(), KEYS))
+    assert found.tolist() == [[NONFINITE_LOGITS] + [PAD_AFTER_END] * (NEW - 1)] * 3
+
+
+@pytest.mark.slow
+def test_a_model_in_bf16_has_its_cache_in_bf16(variables, generate):
+    small = make_generate(Llama(CONFIG, jnp.bfloat16), CONFIG, new_tokens=NEW, stop=(), dtype=jnp.bfloat16)
+    found = np.asarray(small(variables, *padded(PROMPTS), Sampling(), KEYS))
+    whole = np.asarray(generate(variables, *padded(PROMPTS), Sampling(), KEYS))
+    assert ((found >= 0) & (found < WORDS)).all()
+    assert np.mean(found[:, 0] == whole[:, 0]) > 0.5
+    text = jax.jit(small).lower(variables, *padded(PROMPTS), Sampling(), KEYS).as_text()
+    assert "2x3x1x14x4xbf16" in text
+    assert "2x3x1x14x4xf32" not in text
+
+
+def nucleus_by_hand(logits, temperature, top_p):
+    logits = np.asarray(logits, np.float64) / temperature
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    order = np.argsort(-shares)
+    count = int(np.searchsorted(np.cumsum(shares[order]), top_p - 1e-9)) + 1
+    kept = np.zeros_like(shares)
+    kept[order[:count]] = shares[order[:count]]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7), (1.0, 0.3), (1.0, 0.9)]
+)
+def test_draws_have_the_distribution_of_the_nucleus(temperature, top_p):
+    logits, draws = np.array([2.0, 0.5, 1.0, -1.0, 0.0]), 20_000
+    expected = nucleus_by_hand(logits, temperature, top_p)
+    rows = jnp.asarray(np.broadcast_to(logits, (draws, 5)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), draws)
+    tokens = jax.jit(generation._next)(rows, Sampling(temperature, top_p), keys)
+    counts = collections.Counter(np.asarray(tokens).tolist())
+    found = np.array([counts[i] / draws for i in range(5)])
+    np.testing.assert_allclose(found, expected, atol=4 * 0.5 / np.sqrt(draws))
+    assert (found[expected == 0] == 0).all()
+
+
+def test_the_nucleus_is_the_fewest_likeliest_and_never_empty():
+    shares = np.array([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]])
+    logits = jnp.log(jnp.asarray(shares, jnp.float32))
+    for top_p, kept in [
+        (1e-9, [[1, 0, 0, 0], [0, 0, 0, 1]]),
+        (0.49, [[1, 0, 0, 0], [0, 0, 1, 1]]),
+        (0.6, [[1, 1, 0, 0], [0, 0, 1, 1]]),
+        (0.8, [[1, 1, 1, 1], [0, 1, 1, 1]]),  # of equals all
+        (1.0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    ]:
+        found = np.isfinite(generation._nucleus(logits, top_p))
+        np.testing.assert_array_equal(found, np.array(kept, bool), err_msg=str(top_p))
+
+
+def test_prompts_are_padded_on_the_left_to_a_multiple():
+    ids, segments = pad_left([[1, 2, 3], [4]])
+    assert ids.shape == segments.shape == (2, 64)
+    assert ids[0, -3:].tolist() == [1, 2, 3]
+    assert segments.sum(1).tolist() == [3, 1]
+    assert pad_left([[1] * 65])[0].shape == (1, 128)
+
+
+@pytest.mark.parametrize("prompts", [[], [[1], []]])
+def test_there_must_be_a_prompt(prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        pad_left(prompts)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (Sampling(-1.0), mentions("temperature", -1.0)),
+        (Sampling(float("nan")), mentions("temperature", "nan")),
+        (Sampling(1.0, 0.0), mentions("top_p", 0.0)),
+        (Sampling(1.0, 1.5), mentions("top_p", 1, 1.5)),
+    ],
+)
+def test_sampling_out_of_range(sampling, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(sampling)
+
+
+def test_new_tokens_must_be_some(model):
+    with pytest.raises(ValueError, match=mentions("new_tokens", 1, 0)):
+        make_generate(model, CONFIG, new_tokens=0, stop=())

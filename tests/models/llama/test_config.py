@@ -1,0 +1,153 @@
+"""Configs of published models, and what is rejected."""
+
+import pytest
+
+from loraplus_jax.models.llama.config import LlamaConfig
+
+from ...messages import mentions
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+LOCAL = {"full_attention": {}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+SU = {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+SU_PAIRS = (
+    ("rope_type", "longrope"),
+    ("long_factor", (2.0,) * 4),
+    ("original_max_position_embeddings", 4096),
+    ("short_factor", (1.0,) * 4),
+)
+
+
+def config(kind="llama", **more):
+    return LlamaConfig.from_hf({"model_type": kind, **SIZES, **more})
+
+
+def test_old_and_new_ways_to_say_the_same():
+    old = config(rope_theta=5e5, rope_scaling=LLAMA3)
+    assert old == config(rope_parameters={"rope_theta": 5e5, **LLAMA3})
+    assert old.rope_theta == 5e5
+    assert hash(old) == hash(config(rope_theta=5e5, rope_scaling=LLAMA3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "name", "expected"),
+    [
+        ("llama", {}, "head_dim", 8),
+        ("qwen3", {}, "head_dim", 128),
+        ("llama", {"num_key_value_heads": 2}, "num_key_value_heads", 2),
+        ("llama", {}, "sliding_window", None),
+        ("llama", {"sliding_window": 16}, "sliding_window", None),
+        ("mistral", {}, "sliding_window", 4096),
+        ("mistral", {"sliding_window": None}, "sliding_window", None),
+        ("qwen2", {"sliding_window": 16, "use_sliding_window": False}, "sliding_window", None),
+        (
+            "qwen2",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0},
+            "sliding_window",
+            16,
+        ),
+        (
+            "qwen2",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2},
+            "sliding_window",
+            None,
+        ),
+        (
+            "qwen2",
+            {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
+            "full_layers",
+            (0,),
+        ),
+        ("qwen2", {}, "qkv_bias", True),
+        ("mistral", {"attention_bias": True}, "qkv_bias", False),
+        ("llama", {"attention_bias": True}, "qkv_bias", True),
+        ("gemma2", {"num_hidden_layers": 5}, "full_layers", (1, 3)),
+        ("gemma2", {}, "attn_logit_softcapping", 50.0),
+        ("gemma2", {"attn_logit_softcapping": None}, "attn_logit_softcapping", None),
+        ("gemma2", {}, "tie_word_embeddings", True),
+        ("gemma2", {"query_pre_attn_scalar": 144}, "attention_scale", 1 / 12),
+        ("gemma3_text", {"num_hidden_layers": 13}, "full_layers", (5, 11)),
+        ("gemma3_text", {}, "full_layers", ()),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping", None),
+        ("gemma3_text", {"rope_local_base_freq": None, "head_dim": None}, "rope_local_theta", 1e4),
+        ("gemma3_text", {"rope_local_base_freq": 500.0}, "rope_local_theta", 500.0),
+        ("gemma3_text", {}, "rope_theta", 1e6),
+        ("phi3", {"partial_rotary_factor": 0.5}, "rotary_size", 4),
+        ("phi3", {"rope_scaling": SU}, "max_length", 128),
+        ("phi3", {"rope_scaling": SU}, "rope_scaling", SU_PAIRS),
+        ("llama", {}, "max_length", 128),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "max_length", 512),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": 2.0}}, "max_length", 128),
+        ("llama", {"rope_scaling": LLAMA3 | {"factor": 32.0}}, "max_length", 128),
+        (
+            "qwen2",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+            "max_length",
+            512,
+        ),
+    ],
+)
+def test_what_files_leave_out_is_as_transformers_has_it(kind, more, name, expected):
+    assert getattr(config(kind, **more), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("gpt2", {}, mentions("model_type", "'gpt2'", "llama", "mistral", "qwen2", "qwen3")),
+        ("llama", {"num_attention_heads": 0}, mentions("num_attention_heads", 1, 0)),
+        ("llama", {"hidden_size": "32"}, mentions("hidden_size", 1, "'32'")),
+        ("llama", {"vocab_size": None}, mentions("vocab_size", "missing")),
+        ("llama", {"num_key_value_heads": 3}, mentions("num_key_value_heads", "num_attention_heads", 3, 4)),
+        ("llama", {"head_dim": 7}, mentions("head_dim", "even", 7)),
+        ("llama", {"hidden_act": "mish"}, mentions("hidden_act", "'mish'", "silu", "gelu_pytorch_tanh")),
+        ("llama", {"partial_rotary_factor": 0.5}, mentions("partial_rotary_factor", 0.5)),
+        ("phi3", {"partial_rotary_factor": 0.4}, mentions("partial_rotary_factor", 0.4, "even")),
+        ("phi3", {"partial_rotary_factor": "half"}, mentions("partial_rotary_factor", "'half'")),
+        ("phi3", {"rope_scaling": SU | {"short_factor": [1.0]}}, mentions("short_factor", 4, 1)),
+        ("phi3", {"rope_scaling": SU | {"long_factor": 2}}, mentions("long_factor", "list", 2)),
+        ("gemma3_text", {"sliding_window": None}, mentions("sliding_window", "sliding_attention")),
+        ("gemma3_text", {"sliding_window_pattern": 0}, mentions("sliding_window_pattern", 0)),
+        ("gemma3_text", {"use_bidirectional_attention": True}, mentions("use_bidirectional_attention")),
+        ("gemma3_text", {"rope_parameters": LOCAL}, mentions("sliding_attention", "linear")),
+        ("gemma2", {"final_logit_softcapping": -1}, mentions("final_logit_softcapping", -1)),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, mentions("layer_types", "full_attention")),
+        ("llama", {"quantization_config": {"bits": 4}}, mentions("quantization_config", "bits")),
+        ("llama", {"rope_scaling": {"type": "linaer", "factor": 2.0}}, mentions("'linaer'", "linear")),
+        ("llama", {"rope_scaling": {"type": ["linear"]}}, mentions("['linear']", "linear", "llama3", "yarn")),
+        ("llama", {"rope_scaling": {"type": "linear"}}, mentions("linear", "factor")),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": -1}}, mentions("factor", -1)),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            mentions("high_freq_factor", "low_freq_factor"),
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "betta": 1}},
+            mentions("linear", "betta"),
+        ),
+        ("qwen2", {"max_window_layers": "x"}, mentions("max_window_layers", "'x'")),
+        ("qwen2", {"layer_types": 5}, mentions("layer_types", 5)),
+    ],
+)
+def test_unsupported_configs_are_rejected(kind, more, message):
+    with pytest.raises(ValueError, match=message):
+        config(kind, **more)

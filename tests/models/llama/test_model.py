@@ -1,0 +1,80 @@
+"""What the compiled step of a Llama costs, and that its size does not grow with the depth."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.models.llama.model import Llama
+from loraplus_jax.tasks.language_losses import LanguageTask
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from step_time_model import ideal_flops
+
+from ...marks import long
+
+pytestmark = pytest.mark.slow
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 96,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 256,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+RANK, BATCH, TOKENS = 4, 4, 32
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def lowered(layers, *, chunk=10**9, vocab_size=512, **options):
+    """A LoRA+ step on a batch of random tokens."""
+    net = Llama(LlamaConfig(num_hidden_layers=layers, **(SIZES | {"vocab_size": vocab_size})), **options)
+    model = apply_lora_plus(net, LoRAPlusConfig(target_modules=ADAPTED, rank=RANK))
+    ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+    params = jax.eval_shape(net.init, jax.random.key(0), ids)["params"]
+    lora, specs = init_lora(model, jax.random.key(1), ids)
+    tx = lora_plus_adamw(1e-3, lr_ratio=4.0, specs=specs)
+    shape = (BATCH, TOKENS)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("input_ids", "segment_ids")}
+    batch |= {"loss_mask": jax.ShapeDtypeStruct(shape, jnp.float32), "weight": jnp.ones(BATCH)}
+    step = jit_step(LanguageTask(kind="instruction").loss_fn(model, chunk=chunk), tx)
+    return step.lower(init_state({"lora": lora}, tx, jax.random.key(0)), {"params": params}, batch)
+
+
+def test_a_step_does_hardly_more_than_its_products():
+    compiled = lowered(3, unroll=True).compile()
+    ideal = ideal_flops({**SIZES, "num_hidden_layers": 3}, BATCH, TOKENS, RANK)
+    analysis = compiled.cost_analysis()
+    # Softmax, norms and rotations weigh more here than in a real model: benchmarks/step_time.py has its figure.
+    assert 0.97 < analysis["flops"] / sum(ideal.values()) < 1.15
+
+
+def test_the_program_does_not_grow_with_the_depth():
+    small, large, straight = (
+        len(lowered(layers, remat="dots", unroll=unroll).as_text().splitlines())
+        for layers, unroll in ((2, False), (12, False), (12, True))
+    )
+    assert large == small
+    assert straight > 1.5 * large
+
+
+@pytest.mark.parametrize(("less", "more"), [long("dots", "none"), ("full", "dots")])
+def test_remat_takes_less_memory(less, more):
+    small, large = (lowered(6, remat=name).compile().memory_analysis() for name in (less, more))
+    assert small.temp_size_in_bytes < 0.8 * large.temp_size_in_bytes
+
+
+def test_no_chunk_holds_the_logits():
+    whole, chunked = (
+        lowered(1, chunk=chunk, remat="full", vocab_size=8192).compile().memory_analysis()
+        for chunk in (10**9, 8)
+    )
+    logits = BATCH * TOKENS * 8192 * 4
+    assert whole.temp_size_in_bytes > logits > chunked.temp_size_in_bytes

@@ -1,0 +1,160 @@
+"""Transforms that see A with B, against their equations in float64, and optimizers that keep float32 copies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from loraplus_jax import lora_plus_adamw
+from loraplus_jax.adapter.config import LoRAPlusConfig
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.nnx import apply_lora_plus
+from loraplus_jax.optim.keep_float32 import keep_float32
+from loraplus_jax.optim.riemannian import scale_by_riemannian
+
+from ..messages import mentions
+
+
+def draw(shapes, seed=0):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(random.normal(size=shape), jnp.float32), shapes, is_leaf=is_shape
+    )
+
+
+def is_shape(value):
+    return isinstance(value, tuple)
+
+
+def test_a_pair_by_hand():
+    """B Bᵀ is 4 and 1 on the diagonal, Aᵀ A is 1 and 9; with reg 1 the gradients shrink by 5, 2 and by 2, 10."""
+    params = {
+        "lora": {"q": {"lora_a": jnp.diag(jnp.array([1.0, 3.0])), "lora_b": jnp.diag(jnp.array([2.0, 1.0]))}}
+    }
+    grads = jax.tree.map(jnp.ones_like, params)
+    found, _ = scale_by_riemannian(1.0).update(grads, optax.EmptyState(), params)
+    np.testing.assert_allclose(found["lora"]["q"]["lora_a"], [[0.2, 0.5], [0.2, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(found["lora"]["q"]["lora_b"], [[0.5, 0.5], [0.1, 0.1]], rtol=1e-6)
+
+
+SPECS = {
+    "q": AdapterSpec(
+        leaf="params/q/kernel",
+        kind="dense_general",
+        axes="iio",
+        shape=(3, 2, 3, 5),
+        rank=3,
+        scale=1.0,
+        stacked=(0,),
+    )
+}
+LAYOUTS = {
+    "ours": ({"q": {"lora_a": (6, 3), "lora_b": (3, 5)}}, None, "ir,ro"),
+    "stacked": ({"q": {"lora_a": (4, 6, 3), "lora_b": (4, 3, 5)}}, None, "lir,lro"),
+    "several axes": ({"q": {"lora_a": (6, 2, 3), "lora_b": (3, 5, 4)}}, None, "ijr,rop"),
+    "several axes, stacked": (
+        {"lora": {"q": {"lora_a": (3, 2, 3, 3), "lora_b": (3, 3, 5)}}},
+        SPECS,
+        "lijr,lro",
+    ),
+    "qwix": ({"q": {"kernel_lora_a": (6, 3), "kernel_lora_b": (3, 2, 5)}}, None, "ir,rop"),
+    "gemma": ({"q": {"lora": {"a": (6, 3), "b": (3, 5)}}}, None, "ir,ro"),
+    "keras": ({"q": {"lora_kernel_a": (6, 3), "lora_kernel_b": (3, 5)}}, None, "ir,ro"),
+    "PEFT": ({"q": {"lora_A": {"weight": (3, 6)}, "lora_B": {"weight": (5, 3)}}}, None, "ri,or"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_is_the_equation_in_float64(name):
+    shapes, specs, letters = LAYOUTS[name]
+    params, grads = draw(shapes), draw(shapes, 1)
+    tx = optax.chain(scale_by_riemannian(0.1, specs=specs), optax.scale(1.0))
+    found, _ = tx.update(grads, tx.init(params), params)
+    (a, b), (ga, gb), new = (
+        [np.asarray(x, np.float64) for x in jax.tree.leaves(tree)] for tree in (params, grads, found)
+    )
+    la, lb = letters.split(",")
+    batch = "".join(c for c in la if c in lb and c != "r")
+
+    def gram(x, side):
+        return np.einsum(f"{side},{side.replace('r', 'R')}->{batch}rR", x, x) + 0.1 * np.eye(3)
+
+    for grad, side, other, other_side, result in ((ga, la, b, lb, new[0]), (gb, lb, a, la, new[1])):
+        inverse = np.linalg.inv(gram(other, other_side))
+        expected = np.einsum(f"{side},{batch}rR->{side.replace('r', 'R')}", grad, inverse)
+        np.testing.assert_allclose(result, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_a_step_in_nnx_and_other_leaves_pass():
+    model = nnx.Linear(4, 5, rngs=nnx.Rngs(0))
+    apply_lora_plus(model, LoRAPlusConfig(target_modules=".*", rank=2), rngs=nnx.Rngs(1))
+    optimizer = nnx.Optimizer(model, optax.chain(scale_by_riemannian(), optax.sgd(0.1)), wrt=nnx.LoRAParam)
+    before = jnp.array(model.lora_b[...])
+    grads = nnx.grad(lambda m: m(jnp.ones((2, 4))).sum(), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    optimizer.update(model, grads)
+    assert float(jnp.abs(model.lora_b[...] - before).max()) > 0
+    params = {
+        "lora": {"q": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 5))}},
+        "params": {"head": jnp.ones(3)},
+    }
+    found, _ = scale_by_riemannian().update(params, optax.EmptyState(), params)
+    np.testing.assert_array_equal(found["params"]["head"], params["params"]["head"])
+
+
+def test_bad_input_of_riemannian():
+    params = {"lora": {"q": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 5))}}}
+    ambiguous = {"q": {"lora_a": jnp.ones((3, 4, 3)), "lora_b": jnp.ones((3, 3, 5))}}
+    split = optax.multi_transform(
+        {"x": scale_by_riemannian(), "y": optax.sgd(1.0)}, {"lora": {"q": {"lora_a": "y", "lora_b": "y"}}}
+    )
+    for call, words in (
+        (lambda: scale_by_riemannian(0.0), ["reg", "0.0"]),
+        (lambda: scale_by_riemannian().init({"head": jnp.ones((3, 4))}), ["pair", "head", "multi_transform"]),
+        (lambda: split.init(params), ["pair", "no leaves"]),
+        (lambda: scale_by_riemannian().init(ambiguous), ["batch", "specs"]),
+        (lambda: scale_by_riemannian().update(params, optax.EmptyState()), ["params"]),
+    ):
+        with pytest.raises(ValueError, match=mentions(*words)):
+            call()
+
+
+def train(tx, params, steps=200):
+    """Moves one parameter from 1 towards 1.02, which is less than three steps of bfloat16 away."""
+    state = tx.init(params)
+    for _ in range(steps):
+        grads = jax.tree.map(lambda p: (p.astype(jnp.float32) - 1.02).astype(p.dtype), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def test_a_bfloat16_run_that_stalls_goes_on_with_float32_copies():
+    start = {"w": jnp.ones((), jnp.bfloat16)}
+    stalled, _ = train(optax.sgd(0.05), start)
+    assert float(stalled["w"]) == 1.0  # 0.05 x 0.02 is below half of 1/128
+    found, state = train(keep_float32(optax.sgd(0.05)), start)
+    assert found["w"].dtype == jnp.bfloat16
+    assert float(state.masters["w"]) == pytest.approx(1.02, abs=4e-3)
+    np.testing.assert_array_equal(found["w"], state.masters["w"].astype(jnp.bfloat16))
+
+
+def test_float32_copies_change_nothing_in_float32_and_moments_are_float32():
+    params = draw({"lora": {"q": {"lora_a": (4, 2), "lora_b": (2, 5)}}})
+    results = []
+    for tx in (lora_plus_adamw(1e-2, 4.0), keep_float32(lora_plus_adamw(1e-2, 4.0))):
+        p, state = params, tx.init(params)
+        for _ in range(3):
+            updates, state = tx.update(jax.tree.map(jnp.sin, p), state, p)
+            p = optax.apply_updates(p, updates)
+        results.append(p)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *results)
+    masters = keep_float32(optax.sgd(1.0)).init(params).masters
+    pairs = zip(jax.tree.leaves(masters), jax.tree.leaves(params), strict=True)
+    assert not any(a.unsafe_buffer_pointer() == b.unsafe_buffer_pointer() for a, b in pairs)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    moments = [x for x in jax.tree.leaves(keep_float32(lora_plus_adamw(1e-2, 4.0)).init(half)) if x.ndim]
+    assert {x.dtype for x in moments} == {jnp.dtype("float32")}
+    with pytest.raises(ValueError, match=mentions("params")):
+        keep_float32(optax.sgd(1.0)).update(half, keep_float32(optax.sgd(1.0)).init(half))

@@ -1,0 +1,482 @@
+"""Checkpoints: what was saved comes back though training continued, and what does not fit is rejected by name."""
+
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import jax_utils
+
+from loraplus_jax import (
+    LoRAPlusConfig,
+    init_state,
+    jit_step,
+    lora_plus_adamw,
+    make_mesh,
+    open_manager,
+    pmap_step,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.step.checkpoint import DamagedCheckpoint, add_metrics, describe_run, field_differences
+from loraplus_jax.step.fingerprints import fingerprint
+from loraplus_jax.step.sharding import distribute, make_shardings, replicate
+
+from ..marks import slow
+from ..messages import mentions
+
+CONFIG = LoRAPlusConfig(target_modules=["q"], rank=2)
+SPEC = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(4, 3), rank=2, scale=8.0)
+TX = lora_plus_adamw(optax.linear_schedule(0.1, 0.0, 10), 16.0, weight_decay=0.1)
+FROZEN = {"params": {"q": {"kernel": jnp.arange(12.0).reshape(4, 3)}}}
+BATCH = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)
+
+
+def loss_fn(variables, batch, rng):
+    q = variables["lora"]["q"]
+    noise = jax.random.normal(rng, (2, 3))
+    y = batch @ (variables["params"]["q"]["kernel"] + q["lora_a"] @ q["lora_b"]) + noise
+    return (jnp.sum(y**2), 2), {}
+
+
+def squares(variables, batch, rng):
+    q = variables["lora"]["q"]
+    y = batch @ (variables["params"]["q"]["kernel"] + q["lora_a"] @ q["lora_b"])
+    return (jnp.sum(y**2), y.size), {}
+
+
+step = jit_step(loss_fn, TX)
+
+
+def trainable():
+    return {"lora": {"q": {"lora_a": jnp.linspace(0.0, 1.0, 8).reshape(4, 2), "lora_b": jnp.ones((2, 3))}}}
+
+
+def fresh(seed=0):
+    return init_state(trainable(), TX, jax.random.key(seed))
+
+
+def trained(state, steps):
+    for _ in range(steps):
+        state, _ = step(state, FROZEN, BATCH)
+    return state
+
+
+def values(state):
+    return jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+
+
+def assert_same(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, values(got), values(expected))
+
+
+def metadata(config=CONFIG, specs=SPEC, base="0123", **more):
+    return describe_run({"q": specs}, config, base=base, **more)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of three steps, saved at the third, trained on by donation before the writing ended."""
+    directory = tmp_path_factory.mktemp("run")
+    state = trained(fresh(), 3)
+    expected = values(state)
+    with open_manager(directory) as manager:
+        save_checkpoint(
+            manager, state, metadata=metadata(seed=5), input_position={"epoch": 1, "next": [7, 8]}
+        )
+        trained(state, 2)
+    return directory, expected
+
+
+def test_a_saved_state_is_restored_though_training_continued(saved):
+    directory, expected = saved
+    with open_manager(directory) as manager:
+        restored = restore_checkpoint(manager, fresh(seed=1), metadata=metadata(seed=5))
+    jax.tree.map(np.testing.assert_array_equal, values(restored.state), expected)
+    assert restored.input_position == {"epoch": 1, "next": [7, 8]}
+    assert restored.metadata["config"] == CONFIG.to_json()
+    assert restored.metadata["versions"]["jax"] == jax.__version__
+    assert restored.metadata["format"] == 1
+
+
+def test_a_resumed_run_is_bitwise_the_same(saved):
+    with open_manager(saved[0]) as manager:
+        state = restore_checkpoint(manager, fresh(seed=1), metadata=metadata(seed=5)).state
+    assert_same(trained(state, 4), trained(fresh(), 7))
+
+
+def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
+    mesh = make_mesh()
+    with open_manager(saved[0]) as manager:
+        state = restore_checkpoint(manager, replicate(mesh, fresh()), metadata=metadata(seed=5)).state
+    assert all(
+        leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state.trainable)
+    )
+    jax.tree.map(np.testing.assert_array_equal, values(state), saved[1])
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), slow((2, 1, 1)), (1, 2, 2), slow((1, 8, 1)), slow((2, 1, 4)), "pmap"], ids=str
+)
+def test_a_checkpoint_of_a_mesh_of_eight_restores_elsewhere_bitwise(tmp_path, sizes):
+    # Eight devices add a gradient up in another order than one, and Adam's step carries that noise times the rate:
+    # at 1e-3 it stays far below 1e-6, which at TX's 0.1 it does not on every processor.
+    tx = lora_plus_adamw(optax.linear_schedule(1e-3, 0.0, 10), 16.0, weight_decay=0.1)
+    draw = functools.partial(jax.random.normal, jax.random.key(1))
+    lora = {"q": {"lora_a": draw((8, 4)), "lora_b": draw((4, 16))}}
+    spec = AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=(8, 16), rank=4, scale=1.0)
+    frozen = {"params": {"q": {"kernel": jnp.ones((8, 16))}}}
+    state = init_state({"lora": lora}, tx, jax.random.key(3))
+    grads = jax.tree.map(jnp.sin, state.trainable)
+    state = state.replace(opt_state=tx.update(grads, state.opt_state, state.trainable)[1], step=jnp.int32(7))
+    rules = (("q/kernel", ("fsdp", "tensor")),)
+
+    def on(*sizes):
+        return make_shardings(make_mesh(*sizes), state, frozen, specs={"q": spec}, rules=rules).state
+
+    with open_manager(tmp_path) as manager:
+        save_checkpoint(manager, distribute(state, on(2, 2, 2)), metadata={})
+        manager.wait_until_finished()
+        like = (
+            state
+            if sizes == "pmap"
+            else distribute(init_state({"lora": lora}, tx, jax.random.key(0)), on(*sizes))
+        )
+        found = restore_checkpoint(manager, like, metadata={}).state
+    if sizes == "pmap":
+        # It trains on there as on one device; the values are looked at before, as a step takes its state.
+        copies, alone = jax_utils.replicate(found), jax.tree.map(jnp.array, found)
+        x = jax.random.normal(jax.random.key(2), (16, 8))
+        after, _ = pmap_step(squares, tx)(copies, jax_utils.replicate(frozen), x.reshape(8, 2, 8))
+        expected, _ = jit_step(squares, tx)(alone, frozen, x)
+        pairs = zip(
+            *(jax.tree.leaves(values(s)) for s in (jax_utils.unreplicate(after), expected)), strict=True
+        )
+        for ours, theirs in pairs:
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert int(expected.step) == 8
+    else:
+        pairs = zip(*map(jax.tree.leaves, (found.trainable, on(*sizes).trainable)), strict=True)
+        assert all(x.sharding.is_equivalent_to(place, x.ndim) for x, place in pairs)
+    jax.tree.map(np.testing.assert_array_equal, values(found), values(state))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"config": LoRAPlusConfig(target_modules=["q"], rank=4)},
+            mentions("config.rank", 2, 4),
+        ),
+        (
+            {"config": LoRAPlusConfig(target_modules=["q", "v"], rank=2)},
+            mentions("config.target_modules", '["q"]', '["q", "v"]'),
+        ),
+        ({"config": None}, mentions("config", "rank", "null")),
+        (
+            {"specs": AdapterSpec(**(SPEC.to_json() | {"scale": 4.0}))},
+            mentions("specs.q.scale", 8.0, 4.0),
+        ),
+        ({"base": "4567"}, mentions("base", '"0123"', '"4567"')),
+        ({"seed": 6}, mentions("seed", 5, 6)),
+        ({"extra": 1}, mentions("extra", "absent", 1)),
+    ],
+)
+def test_another_run_is_rejected_with_field_and_values(saved, change, message):
+    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=message) as caught:
+        restore_checkpoint(manager, fresh(), metadata=metadata(**({"seed": 5} | change)))
+    assert "step 3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lora_a", (5, 2), mentions("lora/q/lora_a", "float32 (4, 2)", "float32 (5, 2)")),
+        ("more", (3,), mentions("trainable/lora/q/more", "absent", "float32 (3,)")),
+    ],
+)
+def test_other_shapes_are_rejected_with_path_and_shapes(saved, name, shape, message):
+    state = fresh()
+    state.trainable["lora"]["q"][name] = jnp.zeros(shape)
+    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match=message):
+        restore_checkpoint(manager, state, metadata=metadata(seed=5))
+
+
+def test_another_optimizer_is_rejected(saved):
+    tx = optax.sgd(0.1)
+    with open_manager(saved[0]) as manager, pytest.raises(ValueError, match="opt_state"):
+        restore_checkpoint(manager, init_state(trainable(), tx, jax.random.key(0)), metadata=metadata(seed=5))
+
+
+def test_a_missing_checkpoint_is_named(saved, tmp_path):
+    with (
+        open_manager(saved[0]) as manager,
+        pytest.raises(FileNotFoundError, match=mentions("step 2", saved[0])),
+    ):
+        restore_checkpoint(manager, fresh(), metadata=metadata(), step=2)
+    with (
+        open_manager(tmp_path) as manager,
+        pytest.raises(FileNotFoundError, match=mentions("checkpoint", tmp_path)),
+    ):
+        restore_checkpoint(manager, fresh(), metadata=metadata())
+
+
+def test_the_base_is_not_in_the_files(saved):
+    """As many bytes as the state has, and metadata: a base of 4 MB would show."""
+    size = sum(path.stat().st_size for path in saved[0].rglob("*") if path.is_file())
+    assert 0 < size < 100_000
+    names = " ".join(str(path) for path in saved[0].rglob("*"))
+    assert "kernel" not in names
+
+
+@pytest.mark.parametrize(
+    ("mode", "losses", "kept"),
+    [
+        (None, (3.0, 1.0, 2.0, 4.0, 5.0), [4, 5]),
+        ("min", (3.0, 1.0, 2.0, 4.0, 5.0), [2, 4, 5]),
+        ("max", (3.0, 9.0, 2.0, 4.0, 5.0), [2, 4, 5]),
+        ("min", (3.0, 2.0, 2.0, 4.0, 1.0), [4, 5]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, mode, losses, kept):
+    how = {} if mode is None else {"best": "loss", "mode": mode}
+    state = init_state({"w": jnp.ones(2)}, optax.identity(), jax.random.key(0))
+    with open_manager(tmp_path, keep=2, **how) as manager:
+        for n, loss in enumerate(losses, 1):
+            save_checkpoint(manager, state.replace(step=jnp.array(n)), metadata={}, metrics={"loss": loss})
+        manager.wait_until_finished()
+        assert sorted(manager.all_steps()) == kept
+        assert mode is None or manager.best_step() == (2 if len(kept) == 3 else 5)
+
+
+@pytest.mark.parametrize("name", ["a[b]", "a*", "a?", "**", "[!a]", "~a", "a\nb", "[/red]", "a%20{b}'\"$"])
+def test_any_name_of_a_directory_that_is_legal_works(tmp_path, name):
+    state = fresh()
+    # Their siblings would match these names as patterns.
+    for directory, offset in ((tmp_path / "ab", 1.0), (tmp_path / name, 0.0)):
+        with open_manager(directory / "checkpoints") as manager:
+            leaves = jax.tree.map(lambda x, offset=offset: x + offset, state.trainable)
+            save_checkpoint(manager, state.replace(trainable=leaves), metadata=metadata())
+    with open_manager(tmp_path / name / "checkpoints") as manager:
+        assert_same(restore_checkpoint(manager, fresh(seed=1), metadata=metadata()).state, state)
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\udcffb"])
+def test_a_name_that_orbax_cannot_write_to_is_rejected_before_it_does(tmp_path, name):
+    with pytest.raises(ValueError, match=mentions("directory")) as caught:
+        open_manager(tmp_path / name / "checkpoints")
+    assert repr(name)[1:-1] in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keep_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match=mentions("keep", 1, 0)):
+        open_manager(tmp_path, keep=0)
+
+
+def test_differences_leave_versions_aside_and_reach_the_innermost_field():
+    old = {"versions": {"jax": "1"}, "config": {"a": {"b": [1, 2], "c": 1}}, "gone": None}
+    new = {"versions": {"jax": "2"}, "config": {"a": {"b": [1, 3], "c": 1}}, "new": 1.5}
+    assert field_differences(old, new) == [
+        "config.a.b is [1, 2] in the checkpoint and [1, 3] here",
+        'gone is null in the checkpoint and "absent" here',
+        'new is "absent" in the checkpoint and 1.5 here',
+    ]
+    assert field_differences(old, old | {"versions": {}}) == []
+
+
+# Damage
+
+
+def save_two(directory):
+    """Steps 1 and 2, of which the first is the best."""
+    with open_manager(directory, best="loss") as manager:
+        for n in (1, 2):
+            save_checkpoint(
+                manager, trained(fresh(), n), metadata=metadata(), input_position=[n], metrics={"loss": n}
+            )
+
+
+def flip(path):
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("item", ["input_position", "metadata", "contents"])
+def test_a_changed_note_is_damage(tmp_path, item):
+    save_two(tmp_path)
+    path = tmp_path / "2" / item / "metadata"
+    path.write_text(path.read_text().replace("1", "3").replace("2", "3"))
+    with (
+        open_manager(tmp_path, best="loss") as manager,
+        pytest.raises(DamagedCheckpoint, match="step 2"),
+    ):
+        restore_checkpoint(manager, fresh(), metadata=metadata())
+
+
+def test_a_loop_of_ones_own_resumes_from_an_older_checkpoint_as_the_docs_say(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save_two(directory)
+    flip(directory / "2/metadata/metadata")
+    with open_manager(directory, keep=2, best="loss") as manager:
+        with pytest.raises(DamagedCheckpoint):
+            restore_checkpoint(manager, fresh(), metadata=metadata())
+        restored = restore_checkpoint(manager, fresh(), metadata=metadata(), step=1)
+        assert restored.input_position == [1]
+        (directory / "2").rename(tmp_path / "2")
+        manager.reload()
+        state = trained(restored.state, 1)
+        save_checkpoint(manager, state, metadata=metadata(), input_position=[2], metrics={"loss": 2})
+        manager.wait_until_finished()
+        assert restore_checkpoint(manager, fresh(), metadata=metadata()).input_position == [2]
+
+
+def test_one_changed_bit_of_an_array_is_damage(tmp_path):
+    """In the largest file of the arrays, where no checksum of tensorstore's own covers it."""
+    state = fresh().replace(trainable={"w": jax.random.normal(jax.random.key(0), (100, 100))})
+    with open_manager(tmp_path) as manager:
+        save_checkpoint(manager, state, metadata=metadata())
+    flip(max((tmp_path / "0/state").rglob("*"), key=lambda path: path.stat().st_size))
+    with (
+        open_manager(tmp_path) as manager,
+        pytest.raises(DamagedCheckpoint, match=r"step 0.*arrays"),
+    ):
+        restore_checkpoint(manager, state, metadata=metadata())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"loss": "x"}', '{"other": 1}', '{"loss": NaN}'])
+def test_a_checkpoint_with_damaged_metrics_is_not_the_best_and_no_more(tmp_path, content):
+    save_two(tmp_path)
+    (tmp_path / "1/metrics/metrics").write_text(content)
+    with open_manager(tmp_path, best="loss") as manager:
+        assert (manager.best_step(), list(manager.all_steps())) == (2, [1, 2])
+        assert restore_checkpoint(manager, fresh(), metadata=metadata(), step=1).input_position == [1]
+
+
+@pytest.mark.usefixtures("ten_seconds")
+@pytest.mark.parametrize("name", ["metrics/metrics", "metadata/metadata", "state/manifest.ocdbt"])
+def test_a_fifo_in_a_checkpoint_is_damage_and_not_waited_for(tmp_path, name):
+    save_two(tmp_path)
+    path = tmp_path / "2" / name
+    path.unlink()
+    os.mkfifo(path)
+    with open_manager(tmp_path, best="loss") as manager:
+        if name == "metrics/metrics":
+            assert manager.metrics(2) is None
+        else:
+            with pytest.raises(DamagedCheckpoint, match=mentions("step 2", path, "FIFO")):
+                restore_checkpoint(manager, fresh(), metadata=metadata())
+
+
+CHANGES = {
+    "value": lambda text: text.replace("1", "0", 1),
+    "value made worse": lambda text: text.replace('"loss": 1', '"loss": 9'),
+    "digest": lambda text: text.replace('"digest": "', '"digest": "0'),
+    "without digest": lambda text: '{"loss": 1}',
+    "of another checkpoint": None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_metrics_do_not_decide_the_best(tmp_path, change):
+    save_two(tmp_path)
+    path, other = (tmp_path / f"{n}/metrics/metrics" for n in (1, 2))
+    if change == "of another checkpoint":
+        other.write_bytes(path.read_bytes())
+        path.unlink()
+    else:
+        path.write_text(CHANGES[change](path.read_text()))
+    damaged = {1, 2} if change == "of another checkpoint" else {1}
+    with open_manager(tmp_path, best="loss") as manager:
+        assert {step for step in manager.all_steps() if manager.metrics(step) is None} == damaged
+        assert manager.best_step() == (None if len(damaged) == 2 else 2)
+        add_metrics(manager, 1, {"loss": 1})
+        assert manager.best_step() == 1
+        assert manager.metrics(1) == {"loss": 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_metric_that_is_not_finite_is_never_the_best_and_null_in_the_file(tmp_path, mode, value):
+    how = {"best": "m", "mode": mode, "keep": 3}
+    with open_manager(tmp_path, **how) as manager:
+        for n, metric in enumerate((value, 0.5, value), 1):
+            save_checkpoint(
+                manager, fresh().replace(step=jnp.array(n)), metadata=metadata(), metrics={"m": metric}
+            )
+        manager.wait_until_finished()
+        assert manager.best_step() == 2
+    assert json.loads((tmp_path / "1/metrics/metrics").read_text())["m"] is None
+    with open_manager(tmp_path, **how) as manager:
+        assert manager.best_step() == 2
+
+
+@pytest.mark.parametrize("content", ['{"metrics": 5}', '{"commit_timestamp_nsecs": 1' + "0" * 30 + "}"])
+def test_a_damaged_date_does_not_keep_checkpoints_from_being_opened(tmp_path, content):
+    save_two(tmp_path)
+    (tmp_path / "2/_CHECKPOINT_METADATA").write_text(content)
+    with open_manager(tmp_path, best="loss") as manager:
+        assert restore_checkpoint(manager, fresh(), metadata=metadata()).input_position == [2]
+
+
+# Fingerprints
+
+
+@functools.cache
+def tree(dtype="float32"):
+    return {"params": {"w": jnp.arange(64).reshape(8, 8).astype(dtype), "b": jnp.ones(8, dtype)}}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32", "uint8"])
+@pytest.mark.parametrize("bit", [0, 7])
+@pytest.mark.parametrize("place", [(0, 0), (3, 5), (7, 7)])
+def test_one_bit_changes_the_fingerprint(dtype, bit, place):
+    w = np.array(tree(dtype)["params"]["w"])
+    w.view(f"uint{8 * w.itemsize}")[place] ^= 1 << bit
+    other = {"params": {"w": jnp.asarray(w), "b": tree(dtype)["params"]["b"]}}
+    assert fingerprint(other) != fingerprint(tree(dtype))
+
+
+def test_order_path_shape_and_dtype_change_the_fingerprint():
+    w, b = tree()["params"]["w"], tree()["params"]["b"]
+    others = [
+        {"w": w[::-1], "b": b},
+        {"w": w.T, "b": b},
+        {"w": w.reshape(4, 16), "b": b},
+        {"v": w, "b": b},
+        {"w": w.view(jnp.int32), "b": b},
+        {"w": w},
+    ]
+    assert len({fingerprint(tree()), *(fingerprint({"params": other}) for other in others)}) == 7
+
+
+def test_the_fingerprint_is_the_same_on_any_layout():
+    mesh = make_mesh()
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    one = fingerprint(tree())
+    assert fingerprint(replicate(mesh, tree())) == one
+    assert fingerprint(jax.device_put(tree(), split)) == one
+    assert fingerprint(jax.tree.map(np.asarray, tree())) == one
+    assert fingerprint({"params": dict(reversed(tree()["params"].items()))}) == one
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "int8", "uint8", "bool"])
+def test_the_fingerprint_sees_signs_and_places(dtype):
+    w = 3 * jax.random.normal(jax.random.key(0), (8, 8))
+    w = w > 0 if dtype == "bool" else w.astype(dtype)
+    other_sign = ~w if dtype in ("bool", "uint8") else -w
+    found = [fingerprint({"w": x}) for x in (w, other_sign, w[::-1], w.T, w[:, ::-1], w.reshape(4, 16))]
+    assert len({*found, fingerprint({"v": w})}) == 7
+
+
+def test_the_fingerprint_takes_keys_and_complex_numbers():
+    tree = {"key": jax.random.key(1), "z": jnp.array([1 + 2j, 3])}
+    assert fingerprint(tree) != fingerprint({**tree, "z": jnp.array([1 - 2j, 3])})
+    assert fingerprint(tree) != fingerprint({**tree, "key": jax.random.key(2)})

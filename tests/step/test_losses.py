@@ -1,0 +1,200 @@
+"""Cross-entropy in chunks: values and gradients against optax and float64, and what is never made."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from loraplus_jax.step.losses import chunked_cross_entropy
+
+from ..messages import mentions
+
+ROWS, LENGTH, HIDDEN, WORDS = 3, 10, 8, 23
+
+
+def inputs(dtype=jnp.float32, scale=1.0):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = (scale * jax.random.normal(keys[0], (ROWS, LENGTH, HIDDEN))).astype(dtype)
+    kernel = jax.random.normal(keys[1], (HIDDEN, WORDS)).astype(dtype)
+    labels = jax.random.randint(keys[2], (ROWS, LENGTH), 0, WORDS)
+    weights = jax.random.uniform(keys[3], (ROWS, LENGTH))
+    return hidden, kernel, labels, weights
+
+
+def reference(hidden, kernel, labels, weights, cap=None, z_loss=0.0, smoothing=0.0):
+    """Losses, and the gradient of their weighted sum by the hidden states, written out in float64."""
+    hidden, kernel, weights = (np.asarray(x, np.float64) for x in (hidden, kernel, weights))
+    raw = hidden @ kernel
+    logits = raw if cap is None else cap * np.tanh(raw / cap)
+    slope = 1.0 if cap is None else 1 - np.tanh(raw / cap) ** 2
+    log_z = np.log(np.exp(logits).sum(-1))
+    right = (1 - smoothing) * np.eye(WORDS)[labels] + smoothing / WORDS
+    losses = log_z - (logits * right).sum(-1) + z_loss * log_z**2
+    shares = np.exp(logits - log_z[..., None])
+    d_logits = shares * (1 + 2 * z_loss * log_z)[..., None] - right
+    return losses, (weights[..., None] * d_logits * slope) @ kernel.T
+
+
+def value_and_gradient(hidden, kernel, labels, weights, **options):
+    def total(hidden):
+        losses = chunked_cross_entropy(hidden, kernel, labels, **options)
+        return jnp.sum(losses * weights), losses
+
+    (_, losses), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(hidden)
+    return losses, gradient
+
+
+@pytest.mark.parametrize("chunk", [7, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4, 9, 30, 512))])
+def test_every_chunk_size_gives_the_float64_values_and_gradients(chunk):
+    data = inputs()
+    found = value_and_gradient(*data, chunk=chunk)
+    for ours, wanted in zip(found, reference(*data), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+@pytest.mark.parametrize(("cap", "z_loss", "smoothing"), [(2.0, 0.0, 0.0), (None, 0.1, 0.1), (5.0, 0.3, 0.2)])
+def test_every_option_gives_the_float64_values_and_gradients(chunk, cap, z_loss, smoothing):
+    data = inputs(scale=3.0)
+    options = {"soft_cap": cap, "z_loss": z_loss, "label_smoothing": smoothing}
+    found = value_and_gradient(*data, chunk=chunk, **options)
+    for ours, wanted in zip(found, reference(*data, cap, z_loss, smoothing), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_it_equals_optax():
+    hidden, kernel, labels, weights = inputs()
+
+    def total(hidden):
+        losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
+        return jnp.sum(losses * weights), losses
+
+    (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(hidden)
+    found = value_and_gradient(hidden, kernel, labels, weights, chunk=5)
+    np.testing.assert_allclose(found[0], losses, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[1], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tied_embedding_is_taken_as_it_is():
+    hidden, kernel, labels, weights = inputs()
+    expected = value_and_gradient(hidden, kernel, labels, weights, chunk=4)
+    found = value_and_gradient(hidden, kernel.T, labels, weights, chunk=4, transposed=True)
+    for ours, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 7), *(pytest.param(s, marks=pytest.mark.slow) for s in ((7,), (1, 1), (0, 4)))]
+)
+def test_any_leading_axes(shape):
+    hidden = jax.random.normal(jax.random.key(0), (*shape, HIDDEN))
+    kernel, labels = inputs()[1], jnp.ones(shape, jnp.int32)
+    expected = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
+    found = jax.jit(functools.partial(chunked_cross_entropy, chunk=4))(hidden, kernel, labels)
+    assert found.shape == shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, kernel, labels, weights = inputs(scale=300.0)
+    losses, gradient = value_and_gradient(hidden, kernel, labels, weights, chunk=4)
+    raw = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64)
+    top = raw.max(-1)
+    expected = top + np.log(np.exp(raw - top[..., None]).sum(-1)) - (np.eye(WORDS)[labels] * raw).sum(-1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-3)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_the_kernel_gets_no_gradient():
+    hidden, kernel, labels, _ = inputs()
+    gradient = jax.grad(lambda kernel: chunked_cross_entropy(hidden, kernel, labels, chunk=4).sum())(kernel)
+    np.testing.assert_array_equal(gradient, np.zeros_like(kernel))
+
+
+@pytest.mark.parametrize("kernel_dtype", [jnp.bfloat16, jnp.float32])
+def test_bf16_states_give_float32_losses_and_bf16_gradients(kernel_dtype):
+    hidden, kernel, labels, weights = inputs(jnp.bfloat16)
+    losses, gradient = value_and_gradient(hidden, kernel.astype(kernel_dtype), labels, weights, chunk=4)
+    assert (losses.dtype, gradient.dtype) == (jnp.float32, jnp.bfloat16)
+    expected, d_hidden = reference(*inputs())
+    np.testing.assert_allclose(losses, expected, atol=0.1)
+    np.testing.assert_allclose(np.asarray(gradient, np.float32), d_hidden, atol=0.1)
+
+
+def largest(jaxpr, seen=None):
+    """Every shape that is made anywhere in a program, its inner ones included."""
+    seen = set() if seen is None else seen
+    for equation in jaxpr.eqns:
+        seen |= {v.aval.shape for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape")}
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                largest(inner, seen)
+    return seen
+
+
+def sized(shapes, tokens):
+    """Whether there is an array with a logit for so many tokens or more."""
+    logits = [shape for shape in shapes if WORDS in shape and shape != (HIDDEN, WORDS)]
+    return any(int(np.prod(shape)) >= tokens * WORDS for shape in logits)
+
+
+def test_no_logits_of_more_tokens_than_a_chunk_are_made():
+    def shapes(chunk):
+        return largest(jax.make_jaxpr(lambda *a: value_and_gradient(*a, chunk=chunk))(*inputs()).jaxpr)
+
+    for chunk in (3, 6, 12):
+        assert sized(shapes(chunk), chunk)
+        assert not sized(shapes(chunk), chunk + 1)
+    assert sized(shapes(512), ROWS * LENGTH)  # the test would see them
+
+
+def test_the_memory_of_the_compiled_gradient_does_not_grow_with_the_vocabulary_times_the_tokens():
+    tokens, words = 512, 4096
+    hidden = jax.ShapeDtypeStruct((4, tokens // 4, 16), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((16, words), jnp.float32)
+    labels = jax.ShapeDtypeStruct((4, tokens // 4), jnp.int32)
+
+    def temporaries(chunk):
+        def total(hidden, kernel, labels):
+            return chunked_cross_entropy(hidden, kernel, labels, chunk=chunk).sum()
+
+        compiled = jax.jit(jax.value_and_grad(total)).lower(hidden, kernel, labels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * tokens * words
+    assert temporaries(32) < logits / 3
+    assert temporaries(tokens) > logits / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk": 0}, "chunk .* 0"),
+        ({"chunk": 1.5}, "chunk .* 1.5"),
+        ({"soft_cap": 0.0}, "soft_cap .* 0"),
+        ({"soft_cap": -1.0}, "soft_cap .* -1"),
+        ({"z_loss": -0.1}, "z_loss .* -0.1"),
+        ({"z_loss": float("nan")}, "z_loss .* nan"),
+        ({"label_smoothing": 1.0}, "label_smoothing .* 1"),
+        ({"transposed": True}, mentions("(V, D)", "(3, 10, 8)", "(8, 23)", "(3, 10)")),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    hidden, kernel, labels, _ = inputs()
+    with pytest.raises((ValueError, TypeError), match=message):
+        chunked_cross_entropy(hidden, kernel, labels, **options)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kernel", "labels"),
+    [((2, 5, 8), (8, 9), (2, 4)), ((2, 5, 8), (7, 9), (2, 5)), ((8,), (8, 9), ()), ((2, 5, 8), (8,), (2, 5))],
+)
+def test_shapes_that_do_not_fit_are_named(hidden, kernel, labels):
+    with pytest.raises(ValueError, match=mentions(hidden, kernel, labels)):
+        chunked_cross_entropy(jnp.ones(hidden), jnp.ones(kernel), jnp.ones(labels, jnp.int32))

@@ -1,0 +1,400 @@
+"""Meshes that are refused, where rules put arrays, and the same steps on every mesh of eight devices as on one."""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from loraplus_jax import (
+    LoRAPlusConfig,
+    apply_lora_plus,
+    init_lora,
+    init_state,
+    jit_step,
+    lora_plus_adamw,
+    make_mesh,
+    pmap_step,
+)
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.adapter.tree import leaves_by_path
+from loraplus_jax.models.bert import model as bert
+from loraplus_jax.models.llama import model as llama
+from loraplus_jax.models.llama.config import LlamaConfig
+from loraplus_jax.step.sharding import (
+    adapter_shardings,
+    base_shardings,
+    batch_sharding,
+    check_tensor,
+    constrain_rows,
+    distribute,
+    local_rows,
+    make_shardings,
+)
+from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.language_losses import LanguageTask
+
+from ..marks import every
+from ..messages import mentions
+
+MESHES = [(d, f, 8 // d // f) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if 8 % (d * f) == 0]
+KEY = jax.random.key(0)
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def test_there_are_ten_meshes_of_eight():
+    assert len(MESHES) == 10
+
+
+# Meshes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ((-1, 2, 2), (2, 2, 2)),
+        ((2, -1, 1), (2, 4, 1)),
+        ((1, 1, -1), (1, 1, 8)),
+        ((4, 1, 1), (4, 1, 1)),
+        ((-1, 8, 1), (1, 8, 1)),
+    ],
+)
+def test_a_free_size_takes_the_rest(sizes, found):
+    assert tuple(make_mesh(*sizes).shape.values()) == found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (-1, 3, 1),
+            mentions("mesh", "fsdp 3", "tensor 1", "8 devices", "mesh.fsdp", "1, 2, 4, 8"),
+        ),
+        ((-1, 2, 3), mentions("8 devices", "mesh.tensor", "1, 2, 4")),
+        (
+            (2, 8, 1),
+            mentions("data 2", "fsdp 8", "tensor 1", "16 devices", 8, "mesh.fsdp", "1, 2, 4"),
+        ),
+        ((3, 1, 1), mentions("3 devices", 8, "mesh.data", "1, 2, 4, 8")),
+        ((-1, -1, 1), mentions("mesh.data", "mesh.fsdp", "mesh.tensor", -1)),
+        ((1, 0, 1), mentions("mesh.fsdp", -1, 8, 0)),
+        ((1, 1, 9), mentions("mesh.tensor", -1, 8, 9)),
+    ],
+)
+def test_sizes_that_do_not_fit_are_rejected_with_the_number_to_change(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(*sizes)
+
+
+class Far(NamedTuple):
+    """A device of another host."""
+
+    process_index: int
+
+
+def test_devices_of_several_hosts_must_all_be_used():
+    devices = [Far(n // 4) for n in range(16)]
+    with pytest.raises(ValueError, match=mentions("4 devices", 16, -1, "mesh.data")):
+        make_mesh(4, 1, 1, devices=devices)
+
+
+def test_heads_that_tensor_does_not_divide_are_rejected():
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 48}
+    check_tensor(make_mesh(1, 1, 4), sizes)
+    with pytest.raises(ValueError, match=mentions("mesh.tensor", 8, "num_attention_heads", 12, "1, 2, 4")):
+        check_tensor(make_mesh(1, 1, 8), sizes)
+
+
+def test_rows_are_sharded_over_data_and_fsdp():
+    assert local_rows(make_mesh(2, 2, 2), 8).tolist() == list(range(8))
+    devices = np.array(jax.devices()).reshape(2, 4)
+    by_tensor_first = Mesh(devices.T, ("fsdp", "data"))
+    assert batch_sharding(by_tensor_first).spec == P(("data", "fsdp"))
+    assert batch_sharding(Mesh(devices, ("model", "data"))).spec == P(("data",))
+
+
+def test_rows_are_only_kept_split_where_a_mesh_is_in_use():
+    x = jnp.ones((4, 2))
+    assert constrain_rows(x) is x
+
+
+# Rules
+
+
+def test_rules_are_the_first_that_fit_and_leave_whole_what_does_not_divide():
+    tree = {
+        "params": {"q": {"kernel": shape(6, 8)}, "odd": {"kernel": shape(7, 8)}, "norm": {"scale": shape(8)}}
+    }
+    rules = ((r".*/kernel", ("fsdp", "tensor")), (r"q/kernel", ("tensor",)), (r".*", ()))
+    found = {p: s.spec for p, s in base_shardings(make_mesh(2, 2, 2), tree, rules).items()}
+    assert found == {
+        "params/q/kernel": P("fsdp", "tensor"),
+        "params/odd/kernel": P(None, "tensor"),
+        "params/norm/scale": P(),
+    }
+
+
+def test_a_leaf_without_a_rule_or_with_too_long_a_one_is_rejected():
+    tree = {"params": {"q": {"bias": shape(8)}}}
+    with pytest.raises(ValueError, match="q/bias"):
+        base_shardings(make_mesh(), tree, ((r"q/kernel", ("fsdp",)),))
+    with pytest.raises(ValueError, match=mentions("q/bias", 2, "(8,)")):
+        base_shardings(make_mesh(), tree, ((r".*", ("fsdp", None)),))
+
+
+def test_without_rules_the_longest_axis_is_split_and_never_the_layers():
+    spec = AdapterSpec(
+        leaf="params/layers/kernel",
+        kind="dense",
+        axes="io",
+        shape=(4096, 16, 8),
+        rank=2,
+        scale=1.0,
+        stacked=(0,),
+    )
+    tree = {
+        "wide": shape(256, 512),
+        "equal": shape(512, 512),
+        "small": shape(8, 8),
+        "odd": shape(3, 65537),
+        "layers": {"kernel": shape(4096, 16, 8)},
+    }
+    found = base_shardings(make_mesh(1, 8, 1), {"params": tree}, specs={"layers": spec})
+    assert {path.removeprefix("params/"): s.spec for path, s in found.items()} == {
+        "wide": P(None, "fsdp"),
+        "equal": P(None, "fsdp"),
+        "small": P(),
+        "odd": P(),
+        "layers/kernel": P(None, "fsdp", None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("axes", "sizes", "stacked", "base", "a", "b"),
+    [
+        ("io", (8, 8), (), P("fsdp", "tensor"), P("fsdp", None), P(None, "tensor")),
+        ("io", (2, 8, 8), (0,), P(None, "fsdp", "tensor"), P(None, "fsdp", None), P(None, None, "tensor")),
+        ("io", (8, 2, 8), (1,), P("fsdp", None, "tensor"), P("fsdp", None, None), P(None, None, "tensor")),
+        ("ooi", (8, 2, 8), (), P("tensor", None, "fsdp"), P("fsdp", None), P(None, "tensor", None)),
+        ("eio", (4, 8, 8), (), P("fsdp", None, "tensor"), P("fsdp", None, None), P("fsdp", None, "tensor")),
+    ],
+)
+def test_a_factor_is_sharded_as_its_side_of_the_base(axes, sizes, stacked, base, a, b):
+    spec = AdapterSpec(
+        leaf="params/m/w", kind="einsum", axes=axes, shape=sizes, rank=2, scale=1.0, stacked=stacked
+    )
+    place = jax.sharding.NamedSharding(make_mesh(2, 2, 2), base)
+    found = adapter_shardings({"m": spec}, {"params/m/w": place})
+    assert {path: s.spec for path, s in found.items()} == {"lora/m/lora_a": a, "lora/m/lora_b": b}
+
+
+# Two models
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
+SIZES |= {"intermediate_size": 48, "max_position_embeddings": 16}
+
+
+class Subject:
+    """A tiny model with adapters, its loss, and a batch of 16 rows."""
+
+    def __init__(self, family):
+        ids = jax.random.randint(jax.random.key(1), (16, 12), 3, 64)
+        ones = jnp.ones_like(ids)
+        weight = 1.0 + jnp.arange(16.0) % 3
+        if family == "llama":
+            net = llama.Llama(LlamaConfig(num_key_value_heads=8, head_dim=4, **SIZES))
+            inputs, self.rules = (ids, ones), llama.SHARDING
+            self.batch = {"input_ids": ids, "segment_ids": ones, "loss_mask": ones.astype(jnp.float32)}
+            targets = r".*_proj|embed_tokens"
+        else:
+            # Without dropout, whose masks are others under pmap.
+            off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            config = bert.BertConfig(type_vocab_size=2, pad_token_id=0, **SIZES, **off)
+            net = bert.BertForSequence(config, num_outputs=3, head_dropout=0.0)
+            inputs, self.rules = (ids, ones, jnp.zeros_like(ids)), bert.SHARDING
+            self.batch = dict(zip(("input_ids", "attention_mask", "token_type_ids"), inputs, strict=True))
+            self.batch["label"] = jnp.arange(16) % 3
+            targets = r".*/(query|key|value|out|up|down|word)"
+        self.batch["weight"] = weight
+        model = apply_lora_plus(net, LoRAPlusConfig(target_modules=targets, rank=2, init="gaussian"))
+        self.frozen = {"params": net.init(KEY, *inputs)["params"]}
+        lora, self.specs = init_lora(model, KEY, *inputs)
+        draw = functools.partial(jax.random.normal, jax.random.key(2))
+        # As large as the base's own weights: where adapters outweigh them, curves part for rounding's sake alone.
+        self.trainable = {"lora": jax.tree.map(lambda x: 0.02 * draw(x.shape), lora)}
+        self.loss = (
+            LanguageTask(kind="instruction").loss_fn(model, chunk=64)
+            if family == "llama"
+            else EncoderTask(kind="classification", names=("a", "b", "c")).loss_fn(model)
+        )
+        self.tx = lora_plus_adamw(
+            2.5e-4, lr_ratio=4.0, weight_decay=0.01, max_grad_norm=1.0, eps=1e-6, specs=self.specs
+        )
+        self.one = jit_step(self.loss, self.tx)
+
+    def start(self):
+        return init_state(self.trainable, self.tx, KEY)
+
+    @functools.cache  # noqa: B019
+    def on(self, sizes):
+        """The compiled step on a mesh, shardings, and frozen variables and batch placed there."""
+        mesh = make_mesh(*sizes)
+        shardings = make_shardings(mesh, self.start(), self.frozen, specs=self.specs, rules=self.rules)
+        step = jit_step(self.loss, self.tx, mesh=mesh, shardings=shardings)
+        placed = distribute(self.frozen, shardings.frozen), jax.device_put(self.batch, batch_sharding(mesh))
+        state = jax.eval_shape(lambda: self.start())
+        return step.lower(state, *placed).compile(), shardings, placed
+
+
+@functools.cache
+def subject(family):
+    return Subject(family)
+
+
+@functools.cache
+def curve(family, steps):
+    """On one device: the states before some steps, copied, and the losses."""
+    s = subject(family)
+    state, states, losses = s.start(), {}, []
+    for step in range(steps):
+        if step in (0, 5, 20):
+            states[step] = jax.device_get(state.replace(rng=jax.random.key_data(state.rng)))
+        state, metrics = s.one(state, s.frozen, s.batch)
+        losses.append(metrics["loss"])
+    return states, np.array(losses)
+
+
+def kept(state):
+    return state.replace(rng=jax.random.wrap_key_data(jnp.asarray(state.rng)))
+
+
+def off(got, expected):
+    """The largest difference of trained values."""
+    pairs = jax.tree.map(lambda x, y: float(np.max(np.abs(np.asarray(x) - np.asarray(y)))), got, expected)
+    return max(jax.tree.leaves(pairs))
+
+
+def check_steps(family, sizes):
+    s, (states, _) = subject(family), curve(family, 21)
+    step, shardings, placed = s.on(sizes)
+    for before in states.values():
+        expected, metrics = s.one(jax.tree.map(jnp.array, kept(before)), s.frozen, s.batch)
+        got, found = step(distribute(kept(before), shardings.state), *placed)
+        assert off(got.trainable, expected.trainable) < 1e-6
+        assert {path: leaf.sharding.spec for path, leaf in leaves_by_path(got.trainable).items()} == {
+            path: place.spec for path, place in leaves_by_path(shardings.state.trainable).items()
+        }
+        for name, value in metrics.items():
+            # Of sums that cancel, as gradients do, float32 keeps fewer digits: on a data mesh too.
+            rtol = 5e-5 if name.startswith("grad_norm") else 2e-6
+            np.testing.assert_allclose(found[name], value, rtol=rtol)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.long)])
+def test_a_step_is_the_same_on_a_mesh_of_all_three_axes(family, sizes):
+    check_steps(family, sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", every(3, [m for m in MESHES if m != (2, 2, 2)]), ids=str)
+@pytest.mark.parametrize("family", ["bert", pytest.param("llama", marks=pytest.mark.long)])
+def test_a_step_is_the_same_on_every_mesh(sizes, family):
+    check_steps(family, sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", every(4, MESHES), ids=str)
+@pytest.mark.parametrize("family", ["llama", pytest.param("bert", marks=pytest.mark.long)])
+def test_curves_are_the_same_on_every_mesh(family, sizes):
+    s, (_, losses) = subject(family), curve(family, 100)
+    step, shardings, placed = s.on(sizes)
+    state, found = distribute(s.start(), shardings.state), []
+    for _ in range(100):
+        state, metrics = step(state, *placed)
+        found.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.02
+    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", every(2, ["bert", "llama"]))
+def test_pmap_is_the_same_step_and_curve(family):
+    from flax.jax_utils import replicate, unreplicate
+
+    s, (states, losses) = subject(family), curve(family, 100)
+    step = pmap_step(s.loss, s.tx)
+    frozen, batch = replicate(s.frozen), jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), s.batch)
+    for before in states.values():
+        expected, _ = s.one(jax.tree.map(jnp.array, kept(before)), s.frozen, s.batch)
+        got, _ = step(replicate(kept(before)), frozen, batch)
+        assert off(unreplicate(got).trainable, expected.trainable) < 1e-6
+    state, found = replicate(s.start()), []
+    for _ in range(100):
+        state, metrics = step(state, frozen, batch)
+        found.append(float(metrics["loss"][0]))
+    np.testing.assert_allclose(found, losses, rtol=0, atol=1e-5)
+
+
+# What travels
+
+
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+
+
+def collectives(compiled):
+    """(kind, bytes of the result) of every collective in a program's text."""
+    pattern = r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    for line in compiled.as_text().splitlines():
+        if found := re.search(pattern, line):
+            shapes = re.findall(r"(f32|s32|u32|pred)\[([\d,]*)\]", found[1])
+            yield found[2], sum(BYTES[t] * math.prod(int(n) for n in s.split(",") if n) for t, s in shapes)
+
+
+@pytest.mark.slow
+def test_on_a_data_mesh_only_gradients_of_adapters_and_scalars_are_communicated():
+    """The layers stand in a scan, so what is summed inside it is of one layer; written out, all are seen."""
+    s = subject("llama")
+    step, _, _ = s.on((8, 1, 1))
+    found = list(collectives(step))
+    assert {kind for kind, _ in found} == {"all-reduce"}
+    adapters = 4 * sum(x.size for x in jax.tree.leaves(s.trainable))
+    base = 4 * sum(x.size for x in jax.tree.leaves(s.frozen))
+    total = sum(size for _, size in found)
+    layers = SIZES["num_hidden_layers"]
+    embedding = 4 * 2 * (SIZES["vocab_size"] + SIZES["hidden_size"])
+    assert total in range(embedding + (adapters - embedding) // layers, adapters + 64)
+    assert total < base / 4
+
+
+@pytest.mark.slow
+def test_fsdp_all_gathers_weights_and_no_rows():
+    """What is gathered over fsdp has no batch axis, but for the ids of tokens."""
+    s = subject("bert")
+    step, _, _ = s.on((1, 8, 1))
+    rows, tokens = s.batch["input_ids"].shape
+    gathered = [size for kind, size in collectives(step) if kind == "all-gather"]
+    assert gathered
+    assert max(gathered) <= 4 * max(64 * 32, 32 * 48)
+    assert 4 * rows * tokens * SIZES["hidden_size"] not in gathered
+
+
+@pytest.mark.slow
+def test_memory_of_a_device_falls_with_fsdp():
+    s = subject("bert")
+    whole, _, _ = s.on((8, 1, 1))
+    split, _, _ = s.on((1, 8, 1))
+    sizes = [step.memory_analysis().argument_size_in_bytes for step in (whole, split)]
+    base = 4 * sum(x.size for x in jax.tree.leaves(s.frozen))
+    assert sizes[0] - sizes[1] > 0.7 * base
