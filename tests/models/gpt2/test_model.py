@@ -25,7 +25,7 @@ from loraplus_jax.models.tokenizer import special_tokens
 
 from ...messages import mentions
 from ..checkpoints.gguf.files import write
-from ..test_llama_parity import IDS, error, greedy, logits, run
+from ..llama.test_parity import IDS, error, greedy, logits, run
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = ("tied", "scaled", "untied")
