@@ -12,7 +12,7 @@ import pytest
 from loraplus_jax.models.decoding.generate import Sampling, make_generate
 
 from ...marks import every
-from ..test_llama_live import maker
+from ..llama.test_live import maker
 from .test_model import load
 
 torch = pytest.importorskip("torch")
