@@ -55,8 +55,8 @@ sys.exit(cli.main(sys.argv[4:]))
 WALKS = [
     [
         ("setup.load_params", "before", 1),
-        ("trainer.open_manager", "before", 1),
-        ("trainer.open_manager", "after", 1),
+        ("run_directory.open_manager", "before", 1),
+        ("run_directory.open_manager", "after", 1),
         ("trainer.evaluate", "before", 1),
         ("trainer.evaluate", "after", 1),
         ("trainer.RunLog.write", "before", 1),
@@ -65,7 +65,7 @@ WALKS = [
     [
         ("trainer.save_checkpoint", "after", 1),
         ("trainer.save_checkpoint", "after", 2),
-        ("trainer.restore_checkpoint", "after", 1),
+        ("run_directory.restore_checkpoint", "after", 1),
         ("trainer.shard_batch", "after", 1),
         ("trainer.RunLog.write", "before", 2),
         ("trainer.RunLog.write", "after", 2),

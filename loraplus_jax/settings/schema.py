@@ -5,7 +5,7 @@ import functools
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
@@ -497,6 +497,18 @@ def _lora_config(value: Any) -> LoRAPlusConfig:
         raise ValueError(str(error)) from None
 
 
+RESUMABLE_FIELDS = (
+    *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
+    *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
+    *("train.compilation_cache", "train.theory_every", "generation.batch_size"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
+    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
+)
+"""Settings that may change when a run resumes."""
+STOP_FIELDS = RESUMABLE_FIELDS[:4]
+"""Settings that decide when a run ends; changing one also resumes a finished run."""
+
+
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class Settings:
     """The settings of a run.
@@ -537,6 +549,8 @@ class Settings:
     init_adapter_rates: Literal["same", "new"] = "same"
     seed: Annotated[Index, Field(lt=2**32)] = 0
     output_dir: Text
+    resumable_fields: ClassVar[tuple[str, ...]] = RESUMABLE_FIELDS
+    stop_fields: ClassVar[tuple[str, ...]] = STOP_FIELDS
 
     def __post_init__(self) -> None:
         check_requirements(self)
@@ -599,18 +613,6 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """Returns all fields as plain values, as written to `config.yaml`."""
         return _to_plain(dataclasses.asdict(self))
-
-
-RESUMABLE_FIELDS = (
-    *("train.steps", "train.epochs", "train.early_stopping", "train.select"),
-    *("train.eval_every", "train.eval_batch_size", "train.log_every", "train.keep", "train.max_skipped"),
-    *("train.compilation_cache", "train.theory_every", "generation.batch_size"),
-    *("mesh.data", "mesh.fsdp", "mesh.tensor", "output_dir"),
-    *(f"distributed.{field.name}" for field in dataclasses.fields(DistributedSettings)),
-)
-"""Settings that may change when a run resumes."""
-STOP_FIELDS = RESUMABLE_FIELDS[:4]
-"""Settings that decide when a run ends; changing one also resumes a finished run."""
 
 
 def split_settings(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from .._utils.atomic import add_path_to_errors, to_json, write_text
+from .._utils.atomic import to_json, write_text
 from .._utils.records import read_record
 from .._utils.validation import expand_path
 from ..adapter.tree import combine, count
@@ -35,13 +35,13 @@ from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ignored_lines, lines_only
 from ..training.metrics_log import SUMMARY
 from ..training.provenance import check_identity, model_identity
-from ..training.run_directory import check_compared, check_directory, claim_directory, read_summary
+from ..training.run_directory import open_output_directory, read_summary, saved_steps
 from ..training.setup import params_of
 from .methods_report import PICTURES, compare, draw
 from .population import Population, abstract_population, add_scales
 from .report import PAGE, REPORT, render_page, write_report
 from .run import Sweep, sweep
-from .settings import MAY_CHANGE, Arm, SweepRun, Trial, grid_rates
+from .settings import Arm, SweepRun, Trial, grid_rates
 
 TIMED_STEPS = 5
 """Steps that are timed once a method has finished; the median counts."""
@@ -136,32 +136,33 @@ def compare_runs(
       runs: the search and report of each name, in a directory of its own.
       labels: display name of each.
     """
-    console, directory = lines_only(console), expand_path("output_dir", run.output_dir)
-    check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
-    finished = {} if fresh else {name: one for name, one in runs.items() if read_summary(_place(one))}
-    unfinished = next((one for name, one in runs.items() if name not in finished), None)
-    if unfinished is not None and not finished:
-        check_compared(allow_different, _place(unfinished), unfinished, fresh)
-    base, data, _, _, shapes = abstract_population(runs["lora"])
-    for name, one in runs.items():
-        with _named(name):
-            abstract_population(one, data)
-    if finished:  # what is not trained again must come from the base and the data that are there
-        identity = model_identity(run, base, data.task) | {"data": data.digests}
-        params = load_params(base, shapes.base.table, params_of(shapes), new=shapes.base.new)
-        weights = fingerprint(params)
-        for one in finished.values():
-            _check_source(one, read_record(_place(one) / REPORT), identity, weights, allow_different)
-    began = time.perf_counter()
-    with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
+    console, parts = lines_only(console), [_place(one) for one in runs.values()]
+    with open_output_directory(
+        run, console, fresh=fresh, allow_different=allow_different, parts=parts
+    ) as output:
+        directory = output.path
+        finished = [] if fresh else [one for one in runs.values() if read_summary(_place(one))]
+        base, data, _, _, shapes = abstract_population(runs["lora"])
+        for name, one in runs.items():
+            with _named(name):
+                abstract_population(one, data)
+        if finished:  # what is not trained again must come from the base and the data that are there
+            identity = model_identity(run, base, data.task) | {"data": data.digests}
+            params = load_params(base, shapes.base.table, params_of(shapes), new=shapes.base.new)
+            weights = fingerprint(params)
+            for one in finished:
+                _check_source(one, read_record(_place(one) / REPORT), identity, weights, allow_different)
+        began = time.perf_counter()
+        output.claim()
         results = {}
         for name, one in runs.items():
             console.print(f"{labels[name]}: {len(one.trials)} settings")
+            allow = allow_different if saved_steps(_place(one)) else ()
             with _named(name):
-                results[name] = _result(one, allow_different if one is unfinished else (), console)
+                results[name] = _result(one, allow, console)
             first = results["lora"]  # files may change under a comparison of hours
             _check_source(one, results[name], first["identity"], first["base"], allow_different)
-        check()
+        output.check()
         report = compare(run, labels, results)
         report["protocol"]["test_rows"] = data.examples["test"]
         draw(directory, report)
@@ -308,7 +309,7 @@ class MethodSweep(Sweep):
         """Writes the rows, the costs and, last, the summary."""
         report = self.report() | {"text_scores": self.score_texts()}
         report |= {"cost": cost(self.population, self.slots, self.next_batches())}
-        self.check()
+        self.output.check()
         write_report(self.directory, report)
         self.write_end()
         return report

@@ -36,7 +36,7 @@ from ..training.provenance import model_identity
 from ..training.setup import build_model, count_steps, params_of, set_weights, start_magnitudes, task_module
 from ..training.xla import one_thread_per_device
 from .halving import check_rungs
-from .settings import MAY_CHANGE, SweepRun, Trial
+from .settings import SweepRun, Trial
 
 MEMBER_AXIS = "members"
 """Mesh axis that splits the members."""
@@ -173,7 +173,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         parts.specs,
         config,
         base=base,
-        settings=split_settings(run.to_json(), "", MAY_CHANGE)[0],
+        settings=split_settings(run.to_json(), "", run.resumable_fields)[0],
         task=data.task.notes(),
         identity=model_identity(run, directory, data.task) | {"data": data.digests},
         **({} if start is None else {"start": fingerprint(start)}),

@@ -5,41 +5,27 @@ report trains the best setting of LoRA, the best of LoRA+ and a control to the e
 groups of seeds.
 """
 
-import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 import yaml
-from rich.console import Console
 
-from .._utils.atomic import add_path_to_errors, to_json, write_text
+from .._utils.atomic import to_json, write_text
 from .._utils.records import read_record, write_record
-from .._utils.validation import expand_path
 from ..data.batches import train_batches
-from ..data.fetch import cache_dir
 from ..settings.schema import GENERATION
-from ..step.checkpoint import PACKAGES, DamagedCheckpoint, open_manager, restore_checkpoint, save_checkpoint
+from ..step.checkpoint import PACKAGES, save_checkpoint
 from ..step.train_step import TrainState
 from ..training.anomalies import TrainingFailed
 from ..training.console import LineConsole, ProgressLines, data_lines, ignored_lines, lines_only
 from ..training.evaluation import finish_metrics
 from ..training.metrics_log import METRICS, SUMMARY
-from ..training.provenance import check_allowed, checked_metadata
-from ..training.run_directory import (
-    CHECKPOINTS,
-    check_compared,
-    check_directory,
-    claim_directory,
-    quarantine_checkpoint,
-)
+from ..training.run_directory import OutputDirectory, open_output_directory
 from ..training.signals import Stopped, StopSignal
-from ..training.xla import use_compilation_cache
 from .device_slots import DeviceSlots
 from .figures import draw_figures
 from .halving import (
@@ -54,7 +40,7 @@ from .halving import (
 from .population import Members, Population, prepare_population
 from .report import PAGE, RATE_OPTIONS, REPORT, WINNER, make_report, write_report
 from .sequential import seed_groups
-from .settings import ARM_LABELS, MAY_CHANGE, SweepRun, Trial
+from .settings import ARM_LABELS, SweepRun, Trial
 
 MEMBERS_FILE = "members_at_once.json"
 """File with the number of members that a device computes in parallel, so that a resumed sweep uses it too."""
@@ -109,39 +95,21 @@ def sweep(
       Stopped: SIGTERM or Ctrl-C, after saving the progress.
       TrainingFailed: every setting of LoRA, or of LoRA+, diverged; `report.json` has the results so far.
     """
-    check_allowed(allow_different)
     console = lines_only(console)
-    directory = expand_path("output_dir", run.output_dir)
     if jax.process_count() > 1:
         raise ValueError(f"a sweep runs in one process, got {jax.process_count()} processes; start only one")
-    check_directory(directory, run, fresh=fresh, may_change=MAY_CHANGE, ends=())
-    check_compared(allow_different, directory, run, fresh)
-    with contextlib.ExitStack() as stack:
-        if run.train.compilation_cache:
-            stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
-        return _sweep(run, directory, fresh, allow_different, console, kind or Sweep)
-
-
-def _sweep(
-    run: SweepRun,
-    directory: Path,
-    fresh: bool,
-    allow_different: Sequence[str],
-    console: Console,
-    kind: "type[Sweep]",
-) -> dict[str, Any]:
-    started = time.perf_counter()
-    at_once = run.sweep.members_at_once
-    if at_once is None and not fresh and (directory / MEMBERS_FILE).exists():
-        at_once = read_record(directory / MEMBERS_FILE)["members_at_once"]
-    largest_group = max(map(len, seed_groups(run)))
-    capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
-    population = prepare_population(run, capacity, at_once)
-    with add_path_to_errors(directory), claim_directory(directory, run, fresh, console) as check:
-        write_record(directory / MEMBERS_FILE, {"members_at_once": population.programs.at_once})
-        with open_manager(directory / CHECKPOINTS, keep=run.train.keep) as manager:
-            sweep = kind(population, capacity, directory, manager, console, started, check, allow_different)
-            return sweep.run_to_end()
+    with open_output_directory(run, console, fresh=fresh, allow_different=allow_different) as output:
+        started, members_file = time.perf_counter(), output.path / MEMBERS_FILE
+        at_once = run.sweep.members_at_once
+        if at_once is None and not fresh and members_file.exists():
+            at_once = read_record(members_file)["members_at_once"]
+        largest_group = max(map(len, seed_groups(run)))
+        capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
+        population = prepare_population(run, capacity, at_once)
+        output.claim()
+        write_record(members_file, {"members_at_once": population.programs.at_once})
+        output.open_manager()
+        return (kind or Sweep)(population, capacity, output, started).run_to_end()
 
 
 TIMED_STEP = 3
@@ -152,25 +120,16 @@ class Sweep:
     """One sweep, from its start or newest checkpoint to its report."""
 
     def __init__(
-        self,
-        population: Population,
-        capacity: int,
-        directory: Path,
-        manager: ocp.CheckpointManager,
-        console: Console,
-        started: float,
-        check: Callable[[], None],
-        allow_different: Sequence[str] = (),
+        self, population: Population, capacity: int, output: OutputDirectory, started: float
     ) -> None:
         self.population, self.run, self.slots = population, population.run, DeviceSlots(population, capacity)
-        self.directory, self.manager, self.console = directory, manager, console
-        self.allow_different = allow_different
+        self.output, self.directory = output, output.path
+        self.manager, self.console = output.manager, output.console
         self.chosen: dict[str, Trial] = {}
         self.rows: list[dict[str, Any]] = []
         self.group = -1
         """Index of the group of report seeds in training; -1 in the search."""
         self.clock, self.seconds, self.started = 0, 0.0, started
-        self.check = check
         self.labels = ARM_LABELS
 
     def run_to_end(self) -> dict[str, Any]:
@@ -231,19 +190,9 @@ class Sweep:
         """Begins the search, or resumes from the newest readable checkpoint."""
         trials, seeds = self.run.trials, self.run.seeds
         self.begin("search", [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds])
-        while (clock := self.manager.latest_step()) is not None:
-            like = self.slots.as_state(self.clock)
-            try:
-                metadata = checked_metadata(
-                    self.manager, clock, self.population.metadata, self.allow_different
-                )
-                restored = restore_checkpoint(self.manager, like, metadata=metadata, step=clock)
-            except DamagedCheckpoint as error:
-                renamed = quarantine_checkpoint(self.directory, self.manager, clock, error)
-                self.console.print(f"{error}; renamed it to {renamed}, trying the previous checkpoint")
-                continue
+        restored = self.output.restore(self.slots.as_state(self.clock), self.population.metadata)
+        if restored is not None:
             self.resume(restored.state, restored.input_position)
-            return
 
     def begin(self, stage: str, entries: Sequence[MemberSpec]) -> None:
         """Starts a stage: fills the slots with its entries, before their first step."""
@@ -382,7 +331,7 @@ class Sweep:
             "seconds": self.seconds + time.perf_counter() - self.started,
         }
         state = self.slots.as_state(self.clock)
-        self.check()
+        self.output.check()
         save_checkpoint(self.manager, state, metadata=self.population.metadata, input_position=position)
         write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows))
 
@@ -412,7 +361,7 @@ class Sweep:
     def finish(self) -> dict[str, Any]:
         """Writes the report with its figures, the winner's recipe and, last, the summary."""
         report = self.report()
-        self.check()
+        self.output.check()
         draw_figures(self.directory, report)
         write_report(self.directory, report, page=True)
         if report["winner"] is None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import AfterValidator, Field
@@ -12,8 +12,6 @@ from ..adapter.config import BASE_INITS
 from ..settings.schema import INVARIANT, OptimizerSettings, Settings
 from ..settings.types import SECTION, Count, Distinct, Fraction, Index, Int, Number, Rate, Switch
 
-MAY_CHANGE = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
-"""Settings that may change when a sweep resumes."""
 Arm = Literal["lora", "lora_plus", "control"]
 METHODS = ("lora", "lora_plus")
 ARM_LABELS: dict[str, str] = {"lora": "LoRA", "lora_plus": "LoRA+", "control": "LoRA(alpha x lambda)"}
@@ -189,6 +187,8 @@ class SweepRun(Settings):
     """
 
     sweep: SweepSettings = SweepSettings()
+    resumable_fields: ClassVar = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
+    stop_fields: ClassVar = ()
 
     def __post_init__(self) -> None:
         if self.optimizer.name in INVARIANT:

@@ -1,10 +1,11 @@
 """The output directory of a run: its lock, its files, and whether a run may start or resume there."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,27 @@ import orbax.checkpoint as ocp
 import yaml
 from rich.console import Console
 
-from .._utils.atomic import STAGING, write_text
+from .._utils.atomic import STAGING, add_path_to_errors, write_text
 from .._utils.json_files import check_file, read_json, read_text
 from .._utils.multihost import allgather, is_lead
-from ..settings.schema import RESUMABLE_FIELDS, STOP_FIELDS, Settings, split_settings
+from .._utils.validation import expand_path
+from ..data.fetch import cache_dir
+from ..settings.schema import Settings, split_settings
 from ..settings.yaml_files import read_yaml
-from ..step.checkpoint import PACKAGES, DamagedCheckpoint, check_directory_name, field_differences
+from ..step.checkpoint import (
+    PACKAGES,
+    DamagedCheckpoint,
+    Restored,
+    check_directory_name,
+    field_differences,
+    open_manager,
+    restore_checkpoint,
+)
+from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
 from .metrics_log import METRICS, PICTURE, RANKS, SUMMARY, TEXTS
+from .provenance import check_allowed, checked_metadata
+from .xla import use_compilation_cache
 
 CONFIG, ADAPTER, LOCK, OWNER = "config.yaml", "adapter", ".lock", ".pid"
 START = "start"
@@ -96,24 +110,15 @@ def _check_writable(directory: Path) -> None:
         raise ValueError(f"cannot write to output_dir {directory}: {error.strerror}") from None
 
 
-def check_directory(
-    directory: Path,
-    settings: Settings,
-    *,
-    fresh: bool,
-    may_change: Sequence[str] = RESUMABLE_FIELDS,
-    ends: tuple[str, ...] = STOP_FIELDS,
-) -> list[str]:
+def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list[str]:
     """Checks that a run may start or resume in a directory; returns the changed settings as text.
 
     Call it on one process only: it creates and removes test files.
 
     Args:
       directory: `output_dir`.
-      settings: the settings of the run.
+      settings: the settings of the run; its class names those that may differ from the existing run.
       fresh: whether to start over instead of resuming.
-      may_change: the settings that may differ from the existing run.
-      ends: the settings that, if changed, resume a finished run.
 
     Raises:
       ValueError: the run may not start or resume there.
@@ -140,7 +145,7 @@ def check_directory(
         kind = "sweep" if "sweep" in old else "single run"
         raise ValueError(f"output_dir {directory} contains a {kind}; {remedy}")
     (old_fixed, old_free), (fixed, free) = (
-        split_settings(v, "", may_change) for v in (old, settings.to_json())
+        split_settings(v, "", settings.resumable_fields) for v in (old, settings.to_json())
     )
     if differences := field_differences(old_fixed, fixed, DIFFERENCE_LABELS):
         raise ValueError(
@@ -151,8 +156,10 @@ def check_directory(
         for text in field_differences(old_free, free, DIFFERENCE_LABELS)
         if not text.startswith(PER_PROCESS_PREFIXES)
     ]
-    if read_summary(directory) is not None and not any(text.startswith(ends) for text in changed):
-        extend = "raise train.steps to continue it, " if ends else ""
+    if read_summary(directory) is not None and not any(
+        text.startswith(settings.stop_fields) for text in changed
+    ):
+        extend = "raise train.steps to continue it, " if settings.stop_fields else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
     if METRICS in names and CHECKPOINTS not in names:
         raise ValueError(
@@ -187,49 +194,12 @@ def saved_steps(directory: Path) -> list[int]:
     return [int(path.name) for path in (directory / CHECKPOINTS).glob("*") if path.name.isdigit()]
 
 
-def check_compared(allow_different: Sequence[str], directory: Path, settings: Settings, fresh: bool) -> None:
-    """Raises ValueError if parts may differ, but there is nothing that they are compared with."""
-    compared = not fresh and (saved_steps(directory) or (directory / START).exists())
-    if allow_different and settings.init_adapter is None and not compared:
-        raise ValueError(
-            f"--allow_different {allow_different[0]} has no effect: {directory} has no checkpoint to resume from, "
-            "and init_adapter is not set; leave it out"
-        )
-
-
 def _saved_settings(directory: Path, remedy: str) -> dict[str, Any]:
     """The settings in a run's `config.yaml`; raises ValueError with a remedy if there are none."""
     values = read_yaml(directory / CONFIG)
     if not isinstance(values, dict) or not isinstance(values.get("train", {}), dict):
         raise ValueError(f"{directory / CONFIG} contains no settings of a run; {remedy}")
     return values
-
-
-def check_shared_disk(directory: Path) -> None:
-    """Raises ValueError on every process unless all see what the lead process writes to the directory."""
-    if jax.process_count() == 1:
-        return
-    (lead, *_) = allgather(os.getpid())
-    with raise_together():
-        if not (directory / OWNER).is_file() or (directory / OWNER).read_text() != f"{lead}\n":
-            raise ValueError(
-                f"output_dir {directory} must be on a file system shared by all processes, but process "
-                f"{jax.process_index()} cannot see the files of process 0 there"
-            )
-
-
-def changed_settings(directory: Path, settings: Settings, fresh: bool) -> list[str]:
-    """Runs `check_directory` on the lead process, after checking that all processes have the same settings."""
-    values = settings.to_json()
-    for name in ("coordinator", "process_id"):  # each process has its own
-        del values["distributed"][name]
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    check_same_everywhere({**values, "--fresh": fresh, "packages": versions})
-    changed: list[str] = []
-    with raise_together():
-        if is_lead():
-            changed = check_directory(directory, settings, fresh=fresh)
-    return allgather(changed)[0]
 
 
 def write_config(directory: Path, settings: Settings) -> None:
@@ -256,28 +226,6 @@ def first_free(path: Path) -> Path:
     return path if not path.exists() else next(p for p in numbered if not p.exists())
 
 
-def quarantine_checkpoint(
-    directory: Path, manager: ocp.CheckpointManager, step: int, error: DamagedCheckpoint
-) -> Path:
-    """Moves an unreadable checkpoint of a run out of the way; returns its new path.
-
-    Raises:
-      ValueError: it is the last one; it stays where it is, so that the run never starts over unasked.
-    """
-    if list(manager.all_steps()) == [step]:
-        raise ValueError(
-            f"{error}; the run has no other checkpoint: restore the original files (those of other checkpoints "
-            f"are in {DAMAGED}/), or start over with --fresh"
-        )
-    destination = first_free(directory / DAMAGED / str(step))
-    if is_lead():
-        destination.parent.mkdir(exist_ok=True)
-        (directory / CHECKPOINTS / str(step)).rename(destination)
-    allgather(None)  # a barrier: no process reloads before the move
-    manager.reload()
-    return destination
-
-
 def rename_run(directory: Path, console: Console) -> None:
     """Renames an existing run to the first free `DIRECTORY.N`, unless it is in use."""
     if (directory / CONFIG).exists():
@@ -287,18 +235,149 @@ def rename_run(directory: Path, console: Console) -> None:
         console.print(f"renamed the old run to {old}")
 
 
+@dataclasses.dataclass
+class OutputDirectory:
+    """The output directory of a run from `open_output_directory`: nothing is written before `claim`.
+
+    Attributes:
+      path: the directory.
+      settings: the settings of the run.
+      console: where to print.
+      fresh: whether to start over instead of resuming.
+      allow_different: parts of the base model or data that may differ from those of a checkpoint.
+      changed: the settings that changed since the run started, as text.
+      check: raises ValueError if the claimed directory is no longer at its path; call it before writing. It does
+        nothing on other processes than the lead.
+      manager: the checkpoints, after `open_manager`.
+    """
+
+    path: Path
+    settings: Settings
+    console: Console
+    fresh: bool
+    allow_different: Sequence[str]
+    changed: Sequence[str]
+    _stack: contextlib.ExitStack
+    check: Callable[[], None] = lambda: None
+    manager: ocp.CheckpointManager = dataclasses.field(init=False)
+
+    def claim(self) -> None:
+        """Creates the directory, or takes over an existing run's, and locks it until the context ends.
+
+        Raises:
+          ValueError: it is in use, or not on a file system shared by all processes.
+          OSError: it cannot be written; as every later OSError of the context, it names a path.
+        """
+        self._stack.enter_context(add_path_to_errors(self.path))
+        with raise_together():
+            if is_lead():
+                if self.fresh:
+                    rename_run(self.path, self.console)
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.check = self._stack.enter_context(lock_directory(self.path))
+                if not (self.path / CONFIG).exists():
+                    # Written first: it marks the directory as a run, however early the run is killed.
+                    write_config(self.path, self.settings)
+                if (self.path / SUMMARY).exists() and read_summary(self.path) is None:
+                    self.console.print(
+                        f"{self.path / SUMMARY} is empty or damaged: the run resumes and writes it again"
+                    )
+        lead = allgather(os.getpid())[0]
+        with raise_together():  # on a shared disk every process sees the pid that the lead process wrote
+            if not (self.path / OWNER).is_file() or (self.path / OWNER).read_text() != f"{lead}\n":
+                raise ValueError(
+                    f"output_dir {self.path} must be on a file system shared by all processes, but process "
+                    f"{jax.process_index()} cannot see the files of process 0 there"
+                )
+
+    def open_manager(self, **how: Any) -> None:
+        """Opens the checkpoints with `train.keep` until the context ends; `how` as for `step.open_manager`."""
+        manager = open_manager(self.path / CHECKPOINTS, keep=self.settings.train.keep, **how)
+        self.manager = self._stack.enter_context(manager)
+
+    def restore(
+        self, like: TrainState, metadata: Mapping[str, Any], *, best: bool = False
+    ) -> Restored | None:
+        """Restores the newest readable checkpoint, or the best; None if there is none.
+
+        Moves a damaged checkpoint to `damaged_checkpoints/` and tries the next.
+
+        Args:
+          like: a state with the structure, shapes and shardings of the result.
+          metadata: the metadata of the run.
+          best: whether to restore the checkpoint with the best metric instead of the newest.
+
+        Raises:
+          ValueError: the checkpoint is of another run, base model or data; or the last one is damaged. It stays
+            where it is, so that the run never starts over unasked.
+        """
+        manager = self.manager
+        while (step := allgather(manager.best_step() if best else manager.latest_step())[0]) is not None:
+            try:
+                checked = checked_metadata(manager, step, metadata, self.allow_different)
+                return restore_checkpoint(manager, like, metadata=checked, step=step)
+            except DamagedCheckpoint as error:
+                if list(manager.all_steps()) == [step]:
+                    raise ValueError(
+                        f"{error}; the run has no other checkpoint: restore the original files (those of other "
+                        f"checkpoints are in {DAMAGED}/), or start over with --fresh"
+                    ) from None
+                destination = first_free(self.path / DAMAGED / str(step))
+                if is_lead():
+                    destination.parent.mkdir(exist_ok=True)
+                    (self.path / CHECKPOINTS / str(step)).rename(destination)
+                allgather(None)  # a barrier: no process reloads before the move
+                manager.reload()
+                self.console.print(f"{error}; moved it to {destination}, using another checkpoint")
+        return None
+
+
 @contextmanager
-def claim_directory(
-    directory: Path, settings: Settings, fresh: bool, console: Console
-) -> Iterator[Callable[[], None]]:
-    """Creates the output directory, or takes over an existing run's, and locks it; yields as `lock_directory`."""
-    if fresh:
-        rename_run(directory, console)
-    directory.mkdir(parents=True, exist_ok=True)
-    with lock_directory(directory) as check:
-        if not (directory / CONFIG).exists():
-            # Written first: it marks the directory as a run, however early the run is killed.
-            write_config(directory, settings)
-        if (directory / SUMMARY).exists() and read_summary(directory) is None:
-            console.print(f"{directory / SUMMARY} is empty or damaged: the run resumes and writes it again")
-        yield check
+def open_output_directory(
+    settings: Settings,
+    console: Console,
+    *,
+    fresh: bool = False,
+    allow_different: Sequence[str] = (),
+    parts: Sequence[Path] = (),
+) -> Iterator[OutputDirectory]:
+    """Checks that a run may start or resume in its output directory, and uses the compilation cache.
+
+    Call it on every process. It writes nothing, so prepare the run before you call `claim`.
+
+    Args:
+      settings: the settings of the run, the same on all processes.
+      console: where to print.
+      fresh: whether to start over instead of resuming.
+      allow_different: parts of the base model or data that may differ from those of what is there.
+      parts: directories of other runs, whose results are used too if they have finished.
+
+    Raises:
+      ValueError: the run may not start or resume there, or `allow_different` has nothing to compare with.
+    """
+    with raise_together():
+        check_allowed(allow_different)
+        path = expand_path("output_dir", settings.output_dir)
+    values = settings.to_json()
+    for name in ("coordinator", "process_id"):  # each process has its own
+        del values["distributed"][name]
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    check_same_everywhere({**values, "--fresh": fresh, "packages": versions})
+    changed: list[str] = []
+    with raise_together():
+        if is_lead():
+            changed = check_directory(path, settings, fresh=fresh)
+            is_compared = not fresh and (
+                any(saved_steps(p) or (p / START).exists() for p in (path, *parts))
+                or any(read_summary(p) is not None for p in parts)
+            )
+            if allow_different and settings.init_adapter is None and not is_compared:
+                raise ValueError(
+                    f"--allow_different {allow_different[0]} has no effect: {path} has no checkpoint to resume "
+                    "from, and init_adapter is not set; leave it out"
+                )
+    changed = allgather(changed)[0]
+    with contextlib.ExitStack() as stack:
+        if settings.train.compilation_cache:
+            stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
+        yield OutputDirectory(path, settings, console, fresh, allow_different, changed, stack)

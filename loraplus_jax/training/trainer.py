@@ -1,6 +1,5 @@
 """The training loop: steps, evaluations, checkpoints, resuming, and the files in the output directory."""
 
-import contextlib
 import importlib.metadata
 import itertools
 import math
@@ -11,29 +10,17 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from rich.console import Console
 
-from .._utils.atomic import add_path_to_errors, to_json, write_text
+from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests
-from .._utils.validation import expand_path
 from ..adapter.tree import combine, count
 from ..data.batches import Batch, train_batches
-from ..data.fetch import cache_dir
 from ..inits.from_weights import as_difference
 from ..interop.adapter_files import save_adapter
 from ..optim.ranks import final_ranks
 from ..settings.schema import Settings
-from ..step.checkpoint import (
-    PACKAGES,
-    DamagedCheckpoint,
-    Restored,
-    add_metrics,
-    open_manager,
-    restore_checkpoint,
-    save_checkpoint,
-)
+from ..step.checkpoint import PACKAGES, add_metrics, save_checkpoint
 from ..step.sharding import distribute, local_rows, shard_batch
 from ..step.train_step import TrainState, init_state
 from ..tasks.interface import held_out_split, row_count
@@ -51,22 +38,10 @@ from .console import LineConsole, ProgressLines, format_metrics, header, lines_o
 from .distributed import idle_gpus, join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
 from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw_ranks
-from .provenance import check_allowed, checked_metadata
-from .run_directory import (
-    ADAPTER,
-    CHECKPOINTS,
-    archive_results,
-    changed_settings,
-    check_compared,
-    check_shared_disk,
-    claim_directory,
-    quarantine_checkpoint,
-    write_config,
-)
+from .run_directory import ADAPTER, OutputDirectory, archive_results, open_output_directory, write_config
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
 from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_metrics
-from .xla import use_compilation_cache
 
 SHOWN_TEXTS = 5
 
@@ -99,50 +74,25 @@ def train(
       TrainingFailed: training produced non-finite values.
       LostProcess: another process of the run is gone.
     """
-    check_allowed(allow_different)
-    directory = expand_path("output_dir", settings.output_dir)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(join_processes(settings.distributed))
+    with join_processes(settings.distributed):
         console = lines_only(console) if is_lead() else LineConsole(quiet=True)
-        changed = changed_settings(directory, settings, fresh)
-        check_compared(allow_different, directory, settings, fresh)
-        if settings.train.compilation_cache:
-            stack.enter_context(use_compilation_cache(cache_dir() / "xla", console))
-        run = prepare(settings, allow_different, fresh=fresh)
-        stack.enter_context(add_path_to_errors(directory))
-        check = None
-        with raise_together():
-            if is_lead():
-                check = stack.enter_context(claim_directory(directory, settings, fresh, console))
-                if run.start is not None and run.settings.init_adapter is None:
+        with open_output_directory(settings, console, fresh=fresh, allow_different=allow_different) as output:
+            run = prepare(settings, allow_different, fresh=fresh)
+            output.claim()
+            with raise_together():
+                if is_lead() and run.start is not None and settings.init_adapter is None:
                     assert run.config is not None
-                    write_start(directory, run.start, run.parts.specs, run.config, run.metadata)
-        check_shared_disk(directory)
-        manager = stack.enter_context(
-            open_manager(
-                directory / CHECKPOINTS,
-                keep=settings.train.keep,
-                best=f"validation/{run.data.task.metric}",
-                mode=run.data.task.mode,
-            )
-        )
-        return Trainer(run, directory, manager, console, check, allow_different).run_to_end(changed)
+                    write_start(output.path, run.start, run.parts.specs, run.config, run.metadata)
+            output.open_manager(best=f"validation/{run.data.task.metric}", mode=run.data.task.mode)
+            return Trainer(run, output).run_to_end()
 
 
 class Trainer:
     """Runs training from the start, or from the newest checkpoint, to the summary."""
 
-    def __init__(
-        self,
-        run: Run,
-        directory: Path,
-        manager: ocp.CheckpointManager,
-        console: Console,
-        check: Callable[[], None] | None = None,
-        allow_different: Sequence[str] = (),
-    ) -> None:
-        self.run, self.directory, self.manager, self.console = run, directory, manager, console
-        self.check, self.allow_different = check, allow_different
+    def __init__(self, run: Run, output: OutputDirectory) -> None:
+        self.run, self.output = run, output
+        self.directory, self.manager, self.console = output.path, output.manager, output.console
         self.task, self.settings = run.data.task, run.settings.train
         self.stop = StopSignal()
         self.history = SpikeHistory()
@@ -162,18 +112,14 @@ class Trainer:
         self.ranks: dict[str, Any] = {}
         self.pending: list[Any] = []  # metrics of steps that are not logged yet
 
-    def run_to_end(self, changed: Sequence[str] = ()) -> dict[str, Any]:
-        """Resumes if possible, trains, evaluates and writes the results; returns the summary.
-
-        Args:
-          changed: the settings that changed since the run started, as text.
-        """
+    def run_to_end(self) -> dict[str, Any]:
+        """Resumes if possible, trains, evaluates and writes the results; returns the summary."""
         started = time.perf_counter()
         rows, digest = self.resume()
         self.step = step = int(self.state.step)
-        if changed:  # only now is it known that the run can resume
-            self.accept(changed)
-        self.log = RunLog(self.directory, keep=rows, digest=digest, writes=is_lead(), check=self.check)
+        if self.output.changed:  # only now is it known that the run can resume
+            self.accept(self.output.changed)
+        self.log = RunLog(self.directory, keep=rows, digest=digest, writes=is_lead(), check=self.output.check)
         try:
             self.restore_metrics()
             with self.stop:
@@ -207,20 +153,16 @@ class Trainer:
 
     def resume(self) -> tuple[int, str | None]:
         """Restores the newest readable checkpoint, if any; returns the number and digest of the rows before it."""
-        while (step := allgather(self.manager.latest_step())[0]) is not None:
-            try:
-                restored = self.restore(step)
-            except DamagedCheckpoint as error:
-                self.quarantine(step, error)
-                continue
-            self.state, position = restored.state, restored.input_position
-            self.batches.set_state(position["batches"])
-            self.pending = position["pending"]
-            self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
-            self.evaluation_pending = position["due"]
-            check_digests(self.directory, position["files"], "start over with --fresh")
-            return position["rows"], position["digest"]
-        return 0, None
+        restored = self.output.restore(self.state, self.run.metadata)
+        if restored is None:
+            return 0, None
+        self.state, position = restored.state, restored.input_position
+        self.batches.set_state(position["batches"])
+        self.pending = position["pending"]
+        self.history = SpikeHistory(tuple(position["losses"]), position["skipped"])
+        self.evaluation_pending = position["due"]
+        check_digests(self.directory, position["files"], "start over with --fresh")
+        return position["rows"], position["digest"]
 
     def restore_metrics(self) -> None:
         """Writes metrics of checkpoints that are missing or damaged again, from the log: they decide the best."""
@@ -233,16 +175,6 @@ class Trainer:
             )
             metrics = {name: value for name, value in rows[step].items() if name != "step"}
             add_metrics(self.manager, step, metrics)
-
-    def restore(self, step: int) -> Restored:
-        """Restores a checkpoint after checking that it is of the same run, base model and data."""
-        metadata = checked_metadata(self.manager, step, self.run.metadata, self.allow_different)
-        return restore_checkpoint(self.manager, self.state, metadata=metadata, step=step)
-
-    def quarantine(self, step: int, error: DamagedCheckpoint) -> None:
-        """Moves an unreadable checkpoint out of the way and prints its new path."""
-        destination = quarantine_checkpoint(self.directory, self.manager, step, error)
-        self.console.print(f"{error}; moved it to {destination}, using another checkpoint")
 
     def evaluate_before(self) -> dict[str, float]:
         """Evaluates on held-out data before the first step; a resumed run reads the result from the log."""
@@ -478,12 +410,8 @@ class Trainer:
 
     def choose_best(self) -> None:
         """Restores the best readable checkpoint; keeps the current state if there is none."""
-        while (best := allgather(self.manager.best_step())[0]) is not None:
-            try:
-                self.state = self.restore(best).state
-                return
-            except DamagedCheckpoint as error:
-                self.quarantine(best, error)
+        if (restored := self.output.restore(self.state, self.run.metadata, best=True)) is not None:
+            self.state = restored.state
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""

@@ -144,7 +144,9 @@ def ranks_over_time(settings):
 
 def trainer(settings):
     with without_compiling():
-        return Trainer(setup.prepare(settings), Path("unused"), None, QUIET)
+        return Trainer(
+            setup.prepare(settings), SimpleNamespace(path=Path("unused"), manager=None, console=QUIET)
+        )
 
 
 def first_batch(settings):

@@ -38,6 +38,9 @@ class Slots:
     def retire(self, numbers):
         assert not list(numbers)
 
+    def as_state(self, clock):
+        pass
+
     def evaluate(self, rows):
         slope = float(rows["slope"][0])
         return {n: {"loss": 9.0 + slope * t.learning_rate * t.lr_ratio} for n, t in self.trials.items()}
@@ -56,9 +59,10 @@ def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeyp
     )
     monkeypatch.setattr(sweeping, "DeviceSlots", Slots)
     monkeypatch.setattr(sweeping.Sweep, "save", lambda self: None)
-    manager = types.SimpleNamespace(latest_step=lambda: None)
-    quiet = LineConsole(quiet=True)
-    sweep = sweeping.Sweep(population, 32, tmp_path, manager, quiet, time.perf_counter(), lambda: None)  # pyright: ignore
+    output = types.SimpleNamespace(
+        path=tmp_path, manager=None, console=LineConsole(quiet=True), restore=lambda *_: None
+    )
+    sweep = sweeping.Sweep(population, 32, output, time.perf_counter())  # pyright: ignore
     sweep.start()
     sweep.run_stage(StopSignal())
     sweep.begin_report()

@@ -1,5 +1,6 @@
 """Whose a run directory is, which settings may change when a run resumes, and what is kept of a finished run."""
 
+import dataclasses
 import io
 import json
 import os
@@ -25,9 +26,9 @@ from loraplus_jax.settings.schema import (
 from loraplus_jax.training.run_directory import (
     archive_results,
     check_directory,
-    claim_directory,
     describe_unfinished,
     lock_directory,
+    open_output_directory,
     rename_run,
 )
 from loraplus_jax.training.saved_adapter import require_adapter
@@ -368,7 +369,9 @@ def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_
     assert_mentions(describe_unfinished(directory), directory, "resume")
     archive_results(directory)
     text = io.StringIO()
-    with claim_directory(directory, SETTINGS, False, Console(file=text, width=300)):
+    settings = dataclasses.replace(SETTINGS, output_dir=str(directory))
+    with open_output_directory(settings, Console(file=text, width=300)) as output:
+        output.claim()
         assert_mentions(text.getvalue(), directory / "summary.json", "resumes")
     assert (directory / "summary.json").read_bytes() == content
 
