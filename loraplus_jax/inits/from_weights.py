@@ -112,7 +112,7 @@ def make_factors(
     Args:
       init: one of `BASE_INITS`.
       specs: the table from `init_lora`.
-      read: returns by the path of a weight what the init makes its factors of, `BASE_INITS[init].source`: an array of
+      read: returns by a weight's path what the init makes its factors of, `BASE_INITS[init].source`: an array of
         the weight's shape, which may be sharded over processes, or None if it is missing.
       iterations, gamma, seed: as for `pissa` and `lora_ga`.
 

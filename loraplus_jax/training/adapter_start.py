@@ -94,12 +94,11 @@ def make_start(
                 f"lora.rank must be at most {min(spec.sides) // 2} for lora.init {config.init}, half the smaller "
                 f"side of {spec.leaf}, since the saved adapter has twice the rank; got {spec.rank}"
             )
-    readers = {
-        "weights": lambda leaf: meta.unbox(flat[leaf]),
-        "gradients": gradients.get,
-        "quantization errors": _read_errors(parts, directory) if config.init == "loftq" else None,
-    }
-    return make_factors(config.init, parts.specs, readers[init.source], iterations=config.init_iterations)
+    arrays = gradients if init.source == "gradients" else flat
+    read = lambda leaf: meta.unbox(arrays[leaf])  # noqa: E731
+    if init.source == "quantization errors":
+        read = _read_errors(parts, directory)
+    return make_factors(config.init, parts.specs, read, iterations=config.init_iterations)
 
 
 def _read_errors(parts: AdaptedModel, directory: Path) -> Callable[[str], np.ndarray]:
