@@ -4,15 +4,31 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from .._utils.validation import check_choice, check_int, check_number, suggest
 
 Init = Literal[
     "lora", "he_uniform", "lora_b", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "lora_one", "loftq"
 ]
-BASE_INITS: tuple[Init, ...] = ("pissa", "olora", "lora_ga", "lora_one", "loftq")
-"""The inits that start from the base's weights or gradients, by the functions of `starts` and `loftq`."""
+
+
+class BaseInit(NamedTuple):
+    """What an init makes A and B of, whether their s A B is subtracted from the base, and whether by an SVD."""
+
+    source: Literal["weights", "gradients", "quantization errors"]
+    subtracted: bool = False
+    has_svd: bool = True
+
+
+BASE_INITS: Mapping[str, BaseInit] = {
+    "pissa": BaseInit("weights", subtracted=True),
+    "olora": BaseInit("weights", subtracted=True, has_svd=False),
+    "lora_ga": BaseInit("gradients", subtracted=True),
+    "lora_one": BaseInit("gradients"),
+    "loftq": BaseInit("quantization errors"),
+}
+"""The inits that start from the base, by the functions of `inits.from_weights` and `inits.loftq`."""
 Bias = Literal["none", "all", "lora_only"]
 Variant = Literal["lora", "dora"]
 
@@ -131,7 +147,7 @@ class LoRAPlusConfig:
             raise TypeError(f"use_rslora must be true or false, got {self.use_rslora!r}")
         check_choice("init", self.init, get_args(Init))
         if self.init_iterations is not None:
-            if self.init not in BASE_INITS or self.init == "olora":
+            if self.init not in BASE_INITS or not BASE_INITS[self.init].has_svd:
                 raise ValueError(
                     f"init_iterations applies to an init with an SVD, got init {self.init}; remove it"
                 )

@@ -1,8 +1,8 @@
 """Adapters that start from the base's weights or gradients: PiSSA, OLoRA, LoRA-GA and LoRA-One.
 
-Where the first s A B is not zero, it is taken off the base, so that the model starts as the base. Only the adapted
-leaves are new; with the old ones dropped, there is no second copy. `as_difference` makes of what is trained an
-adapter for the untouched base.
+`make_factors` makes A and B; `subtract_start` subtracts their s A B from the base, so that the model starts as the
+base. Only the adapted leaves are new; with the old ones dropped, there is no second copy. `as_difference` makes of
+what is trained an adapter for the untouched base.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 
+from .._utils.multihost import gather_to_host
 from .._utils.validation import check_choice, check_int, check_number
-from ..adapter.config import LoRAPlusConfig
+from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.lora import weight_delta
 from ..adapter.spec import AdapterSpec, Specs, reject_magnitude
 from ..adapter.tree import flat_factors, flatten, rebox, replace_leaves, unflatten
@@ -48,15 +49,7 @@ def pissa(base: Mapping[str, Any], specs: Specs, *, iterations: int | None = Non
     """
     if iterations is not None:
         check_int("iterations", iterations, at_least=0)
-
-    return _start(base, specs, lambda weight, spec: pissa_pair(weight, spec, iterations, seed))
-
-
-def pissa_pair(weight: np.ndarray, spec: AdapterSpec, iterations: int | None, seed: int = 0) -> MatrixPair:
-    """A and B of `pissa` for a weight as from `to_matrix`."""
-    u, s, v = largest(weight, spec.rank, iterations, seed)
-    root = np.sqrt(s / spec.scale)
-    return u * root[..., None, :], root[..., None] * v
+    return _start("pissa", base, specs, base, iterations=iterations, seed=seed)
 
 
 def olora(base: Mapping[str, Any], specs: Specs) -> Start:
@@ -70,14 +63,7 @@ def olora(base: Mapping[str, Any], specs: Specs) -> Start:
     Raises:
       ValueError: as `pissa`.
     """
-
-    return _start(base, specs, olora_pair)
-
-
-def olora_pair(weight: np.ndarray, spec: AdapterSpec) -> MatrixPair:
-    """A and B of `olora` for a weight as from `to_matrix`."""
-    q, r = np.linalg.qr(weight.swapaxes(-1, -2))
-    return r[..., : spec.rank, :].swapaxes(-1, -2), q[..., : spec.rank].swapaxes(-1, -2)
+    return _start("olora", base, specs, base)
 
 
 def lora_ga(
@@ -109,38 +95,93 @@ def lora_ga(
     """
     check_choice("variant", variant, ("lora_ga", "lora_one"))
     check_number("gamma", gamma, above=0)
-    slopes = flatten(gradients)
-
-    def start(_: np.ndarray, spec: AdapterSpec) -> MatrixPair:
-        return gradient_pair(slopes.get(spec.leaf), spec, variant, iterations, gamma)
-
-    return _start(base, specs, start, keep=variant == "lora_one")
+    return _start(variant, base, specs, gradients, iterations=iterations, gamma=gamma)
 
 
-def gradient_pair(
-    slope: Any, spec: AdapterSpec, variant: str, iterations: int | None, gamma: float = GAMMA
+def make_factors(
+    init: str,
+    specs: Specs,
+    read: Callable[[str], Any],
+    *,
+    iterations: int | None = None,
+    gamma: float = GAMMA,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The tree of factors for `"lora"`, float32 NumPy arrays, made one weight after the other.
+
+    Args:
+      init: one of `BASE_INITS`.
+      specs: the table from `init_lora`.
+      read: returns by a weight's path what the init makes its factors of, `BASE_INITS[init].source`: an array of
+        the weight's shape, which may be sharded over processes, or None if it is missing.
+      iterations, gamma, seed: as for `pissa` and `lora_ga`.
+
+    Raises:
+      ValueError: as `lora_ga`, for whatever `read` returns.
+    """
+    reject_magnitude(f"init {init}", specs)
+    lora = {}
+    for module, spec in specs.items():
+        if spec.layers is not None:
+            raise ValueError(f"{spec.leaf}: init {init} needs adapters on all layers of the stack")
+        array = gather_to_host(read(spec.leaf))
+        shape = getattr(array, "shape", None)
+        if shape != spec.shape or not np.isfinite(array).all():
+            what = "none" if shape is None else shape if shape != spec.shape else "values that are not finite"
+            raise ValueError(
+                f"{BASE_INITS[init].source}: {spec.leaf} must be finite and have shape {spec.shape}, got {what}"
+            )
+        pair = to_factors(*_pair(init, to_matrix(array, spec), spec, iterations, gamma, seed), spec)
+        lora |= dict(zip(spec.factor_paths(module), map(np.asarray, pair), strict=True))
+    return unflatten(lora)
+
+
+def _pair(
+    init: str, matrix: np.ndarray, spec: AdapterSpec, iterations: int | None, gamma: float, seed: int
 ) -> MatrixPair:
-    """A and B of `lora_ga` for a weight's gradient, an array of the weight's shape."""
-    if getattr(slope, "shape", None) != spec.shape or not np.isfinite(np.asarray(slope)).all():
-        shape = getattr(slope, "shape", None)
-        what = (
-            "none" if shape is None else f"{shape}" if shape != spec.shape else "values that are not finite"
+    rank, least = spec.rank, min(matrix.shape[-2:])
+    if init == "olora":
+        q, r = np.linalg.qr(matrix.swapaxes(-1, -2))
+        return r[..., :rank, :].swapaxes(-1, -2), q[..., :rank].swapaxes(-1, -2)
+    if init == "lora_ga" and least < 2 * rank:
+        raise ValueError(
+            f"{spec.leaf}: lora_ga needs {2 * rank} singular values, got {least}; lower the rank"
         )
-        raise ValueError(f"gradients: {spec.leaf} must be finite and have shape {spec.shape}, got {what}")
-    matrix, rank = to_matrix(slope, spec), spec.rank
-    if variant == "lora_one":
-        u, s, v = largest(matrix, rank, iterations)
+    u, s, v = _largest(matrix, 2 * rank if init == "lora_ga" else rank, iterations, seed)
+    if init == "lora_ga":
+        size = matrix.shape[-1] ** 0.25 / math.sqrt(gamma)
+        return size * u[..., :rank], size * v[..., rank:, :]
+    if init == "lora_one":
         if not s[..., 0].all():
             raise ValueError(f"gradients: {spec.leaf} must not be zero, from which lora_one has no start")
-        root = np.sqrt(s / s[..., :1] / gamma)
-        return -u * root[..., None, :], root[..., None] * v
-    if min(matrix.shape[-2:]) < 2 * rank:
-        raise ValueError(
-            f"{spec.leaf}: lora_ga needs {2 * rank} singular values, got {min(matrix.shape[-2:])}; lower the rank"
-        )
-    u, _, v = largest(matrix, 2 * rank, iterations)
-    size = matrix.shape[-1] ** 0.25 / math.sqrt(gamma)
-    return size * u[..., :rank], size * v[..., rank:, :]
+        u, root = -u, np.sqrt(s / s[..., :1] / gamma)
+    else:  # s A B is nearest to the matrix: for pissa to the weight, for loftq to what quantization lost
+        root = np.sqrt(s / spec.scale)
+    return u * root[..., None, :], root[..., None] * v
+
+
+def subtract_start(
+    init: str, base: Mapping[str, Any], start: Mapping[str, Any], specs: Specs
+) -> dict[str, Any]:
+    """The base with W - s A B for its adapted weights, in their dtype and sharding, if the init subtracts s A B.
+
+    Args:
+      init: one of `BASE_INITS`.
+      base: variables with the adapted weights, `{"params": ...}`; they stay as they are.
+      start, specs: the tree of factors, and their table.
+    """
+    flat, factors, rest = flatten(base), flatten(start), {}
+    for module, spec in specs.items() if BASE_INITS[init].subtracted else ():
+        weight = jnp.asarray(meta.unbox(flat[spec.leaf]))
+        # XLA might choose another sharding, since A and B have none.
+        subtract = jax.jit(_subtract, static_argnames="spec", out_shardings=weight.sharding)
+        left = subtract(weight, *(factors[path] for path in spec.factor_paths(module)), spec=spec)
+        rest[spec.leaf] = rebox(flat[spec.leaf], left)
+    return replace_leaves(base, rest)
+
+
+def _subtract(weight: jax.Array, a: jax.Array, b: jax.Array, spec: AdapterSpec) -> jax.Array:
+    return (weight.astype(jnp.float32) - weight_delta(a, b, spec)).astype(weight.dtype)
 
 
 def as_difference(
@@ -185,18 +226,16 @@ def as_difference(
 
 
 def to_matrix(weight: Any, spec: AdapterSpec) -> np.ndarray:
-    """A weight as matrices (batch..., inputs, outputs); float32 if it is floating."""
-    array = np.asarray(weight)
-    array = array if array.dtype.kind in "iu" else array.astype(np.float32)
+    """A weight as float32 matrices (batch..., inputs, outputs)."""
     batch, inputs, outputs = _sides(spec)
     sizes = dict(zip(spec.base_letters, spec.shape, strict=True))
     count = lambda side: math.prod(sizes[c] for c in side)  # noqa: E731
-    array = np.einsum(f"{spec.base_letters}->{batch}{inputs}{outputs}", array)
+    array = np.einsum(f"{spec.base_letters}->{batch}{inputs}{outputs}", np.asarray(weight, np.float32))
     return array.reshape(*(sizes[c] for c in batch), count(inputs), count(outputs))
 
 
 def to_factors(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
-    """Factors of matrices, (batch..., inputs, r) and (batch..., r, outputs), in the shapes of a spec."""
+    """Float32 factors of matrices, (batch..., inputs, r) and (batch..., r, outputs), in the shapes of a spec."""
     batch, inputs, outputs = _sides(spec)
     sizes = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": spec.rank}
     made = []
@@ -214,33 +253,21 @@ def _sides(spec: AdapterSpec) -> tuple[str, str, str]:
 
 
 def _start(
-    base: Mapping[str, Any],
-    specs: Specs,
-    start: Callable[[np.ndarray, AdapterSpec], MatrixPair],
-    *,
-    keep: bool = False,
+    init: str, base: Mapping[str, Any], specs: Specs, arrays: Mapping[str, Any], **options: Any
 ) -> Start:
-    """Makes the factors of each weight, one after the other, and the rest of the weight unless it is kept."""
-    reject_magnitude("a start from weights", specs)
-    flat, rest, lora = flatten(base), {}, {}
-    for module, spec in specs.items():
+    """Starts from the leaves of a tree like `base`."""
+    flat, sources = flatten(base), flatten(arrays)
+    for spec in specs.values():
         weight = meta.unbox(flat.get(spec.leaf))
         if weight is None or is_packed(weight):
-            what = (
-                "is missing" if weight is None else f"is packed in {weight.kind}; pass the original weights"
-            )
-            raise ValueError(f"base: {spec.leaf} {what}")
-        if spec.layers is not None:
-            raise ValueError(f"{spec.leaf}: a start from weights needs adapters on all layers of the stack")
-        pair = to_factors(*start(to_matrix(weight, spec), spec), spec)
-        lora |= dict(zip(spec.factor_paths(module), pair, strict=True))
-        if not keep:
-            left = (jnp.asarray(weight, jnp.float32) - weight_delta(*pair, spec)).astype(weight.dtype)
-            rest[spec.leaf] = rebox(flat[spec.leaf], left)
-    return replace_leaves(base, rest), unflatten(lora)
+            what = "missing" if weight is None else f"packed in {weight.kind}; pass the original weights"
+            raise ValueError(f"base: {spec.leaf} is {what}")
+    lora = make_factors(init, specs, lambda leaf: meta.unbox(sources.get(leaf)), **options)
+    lora = jax.tree.map(jnp.asarray, lora)
+    return subtract_start(init, base, lora, specs), lora
 
 
-def largest(
+def _largest(
     matrix: np.ndarray, rank: int, iterations: int | None, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first singular vectors and values of matrices, exact or from a random range (arXiv 0909.4061)."""

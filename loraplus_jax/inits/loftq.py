@@ -15,7 +15,7 @@ from ..adapter.spec import AdapterSpec, Specs, reject_magnitude
 from ..adapter.tree import flatten, rebox, replace_leaves, unflatten
 from ..quantization.formats import QuantizeTo
 from ..quantization.packed_array import PackedArray, quantize
-from .from_weights import MatrixPair, largest, to_factors, to_matrix
+from .from_weights import make_factors
 
 
 def loftq(
@@ -76,12 +76,5 @@ def _alternate(
     for _ in range(steps):
         residual = weight - np.asarray(weight_delta(a, b, spec))
         values = np.asarray(_packed(residual, kind, spec, np.float32).dequantize())
-        a, b = to_factors(*loftq_pair(to_matrix(weight - values, spec), spec), spec)
+        a, b = make_factors("loftq", {"": spec}, lambda _, lost=weight - values: lost).values()
     return residual, a, b
-
-
-def loftq_pair(lost: np.ndarray, spec: AdapterSpec, iterations: int | None = None) -> MatrixPair:
-    """The factors for which s A B is nearest, in the sense of squares, to W - Q, given as from `to_matrix`."""
-    u, s, v = largest(lost / spec.scale, spec.rank, iterations)
-    root = np.sqrt(s)
-    return u * root[..., None, :], root[..., None] * v

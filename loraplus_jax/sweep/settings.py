@@ -239,7 +239,7 @@ class SweepRun(Settings):
         """Rejects what would give members different bases, when the start is taken from the base."""
         if (init := self.lora.init) not in BASE_INITS:
             return
-        if init in ("lora_ga", "lora_one"):
+        if BASE_INITS[init].source == "gradients":
             raise ValueError(
                 f"lora.init {init} is unsupported in a sweep, since its start depends on the seed; got {init}"
             )

@@ -1,6 +1,6 @@
-"""Adapters that start from the base: made once, kept in the run, and taken off the base where the init says so."""
+"""Adapters that start from the base: made once, kept in the run, and subtracted from it if the init says so."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,19 @@ from flax.core import meta
 from jax.sharding import Mesh
 
 from .._utils.multihost import gather_to_host
-from ..adapter.config import LoRAPlusConfig
-from ..adapter.lora import weight_delta
-from ..adapter.spec import AdapterSpec, Specs
-from ..adapter.tree import combine, flatten, rebox, replace_leaves, unflatten
+from ..adapter.config import BASE_INITS, LoRAPlusConfig
+from ..adapter.spec import Specs
+from ..adapter.tree import combine, flatten, replace_leaves
 from ..data.batches import train_batches
-from ..inits.from_weights import MatrixPair, gradient_pair, olora_pair, pissa_pair, to_factors, to_matrix
-from ..inits.loftq import loftq_pair
+from ..inits.from_weights import make_factors, subtract_start
 from ..interop.adapter_files import check_factors, load_adapter, read_adapter_json, save_adapter
 from ..models.checkpoints.hf import check_params, read_leaf
-from ..quantization.packed_array import is_packed
+from ..quantization.packed_array import PackedArray, is_packed
 from ..settings.schema import Settings
 from ..step.sharding import Shardings, local_rows, shard_batch
 from ..tasks.interface import AdaptedModel, LossFn, TaskData
 from .provenance import check_identity
 from .run_directory import START
-
-TAKEN_OFF = ("pissa", "olora", "lora_ga")
-"""The inits whose s A B is taken off the base, so that the model starts as the base."""
-GRADIENT_INITS = ("lora_ga", "lora_one")
 
 
 def read_start(
@@ -71,7 +65,7 @@ def write_start(
 def make_start(
     settings: Settings, parts: AdaptedModel, directory: Path, gradients: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Makes the tree of factors, float32, that `lora.init` starts from, one weight after the other.
+    """Makes the tree of factors, float32, that `lora.init` starts from; see `make_factors`.
 
     Args:
       settings: the settings, with an init of `BASE_INITS`.
@@ -84,56 +78,42 @@ def make_start(
     """
     config = settings.applied
     assert config is not None
-    flat, lora = flatten(parts.frozen), {}
-    by_leaf = {spec.leaf: (module, spec) for module, spec in parts.specs.items()}
-    for leaf, weight in _weights(parts, directory, config, flat, by_leaf):
-        module, spec = by_leaf[leaf]
-        if config.init == "loftq" and not is_packed(meta.unbox(flat[leaf])):
+    flat, init = flatten(parts.frozen), BASE_INITS[config.init]
+    for spec in parts.specs.values():
+        if config.init == "loftq" and not is_packed(meta.unbox(flat[spec.leaf])):
             raise ValueError(
-                f"lora.init loftq requires packed weights, but {leaf} is not: take it out of "
+                f"lora.init loftq requires packed weights, but {spec.leaf} is not: take it out of "
                 "model.quantize_exclude, or set lora.init lora"
             )
         if spec.layers is not None:
             raise ValueError(
                 f"lora.init {config.init} requires lora.layers_to_transform null, got {spec.layers}"
             )
-        if config.init in TAKEN_OFF and 2 * spec.rank > min(spec.sides):
+        if init.subtracted and 2 * spec.rank > min(spec.sides):
             raise ValueError(
                 f"lora.rank must be at most {min(spec.sides) // 2} for lora.init {config.init}, half the smaller "
-                f"side of {leaf}, since the saved adapter has twice the rank; got {spec.rank}"
+                f"side of {spec.leaf}, since the saved adapter has twice the rank; got {spec.rank}"
             )
-        pair = to_factors(*_pair(config, spec, weight, flat[leaf], gradients.get(leaf)), spec)
-        lora |= dict(zip(spec.factor_paths(module), map(np.asarray, pair), strict=True))
-    return unflatten(lora)
+    arrays = gradients if init.source == "gradients" else flat
+    read = lambda leaf: meta.unbox(arrays[leaf])  # noqa: E731
+    if init.source == "quantization errors":
+        read = _read_errors(parts, directory)
+    return make_factors(config.init, parts.specs, read, iterations=config.init_iterations)
 
 
-def _weights(
-    parts: AdaptedModel, directory: Path, config: LoRAPlusConfig, flat: Mapping[str, Any], leaves: Mapping
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The adapted weights on the host, one at a time; those of the files for loftq."""
-    if config.init != "loftq":
-        yield from ((leaf, gather_to_host(meta.unbox(flat[leaf]))) for leaf in leaves)
-        return
+def _read_errors(parts: AdaptedModel, directory: Path) -> Callable[[str], np.ndarray]:
+    """A function that reads a weight of the files, less the packed values, by its path."""
     base, params = parts.base, combine(parts.trainable, parts.frozen)["params"]
-    shapes, tensors = check_params(directory, base.table, params, new=base.new)
-    for rule in base.table.rules:
-        if (leaf := f"params/{rule.path}") in leaves:
-            wide = jax.ShapeDtypeStruct(shapes[rule.path].shape, np.float32)
-            yield leaf, read_leaf(rule, wide, tensors)
+    _, tensors = check_params(directory, base.table, params, new=base.new)
+    rules = {f"params/{rule.path}": rule for rule in base.table.rules}
+    flat, dequantize = flatten(parts.frozen), jax.jit(PackedArray.dequantize)
 
+    def read(leaf: str) -> np.ndarray:
+        packed = gather_to_host(dequantize(meta.unbox(flat[leaf])))
+        wide = jax.ShapeDtypeStruct(packed.shape, np.float32)
+        return read_leaf(rules[leaf], wide, tensors) - np.asarray(packed, np.float32)
 
-def _pair(
-    config: LoRAPlusConfig, spec: AdapterSpec, weight: np.ndarray, leaf: Any, gradient: Any
-) -> MatrixPair:
-    if config.init == "pissa":
-        return pissa_pair(to_matrix(weight, spec), spec, config.init_iterations)
-    if config.init == "olora":
-        return olora_pair(to_matrix(weight, spec), spec)
-    if config.init == "loftq":
-        packed = gather_to_host(jax.jit(lambda w: w.dequantize())(meta.unbox(leaf)))
-        lost = weight - np.asarray(packed, np.float32)
-        return loftq_pair(to_matrix(lost, spec), spec, config.init_iterations)
-    return gradient_pair(gather_to_host(gradient), spec, config.init, config.init_iterations)
+    return read
 
 
 def first_gradients(
@@ -148,7 +128,8 @@ def first_gradients(
 
     Takes the memory of these weights once more.
     """
-    if settings.lora.init not in GRADIENT_INITS:
+    init = BASE_INITS.get(settings.lora.init)
+    if init is None or init.source != "gradients":
         return {}
     columns, size = data.splits["train"], settings.train.batch_size
     rows = local_rows(mesh, size)
@@ -168,23 +149,7 @@ def first_gradients(
 
 
 def begin_from(parts: AdaptedModel, start: Mapping[str, Any], config: LoRAPlusConfig) -> AdaptedModel:
-    """The model with its adapters at the start, which is taken off the base if the init says so."""
-    parts = parts._replace(trainable=parts.trainable | {"lora": jax.tree.map(jnp.asarray, dict(start))})
-    if config.init not in TAKEN_OFF:
-        return parts
-    flat, factors, rest = flatten(parts.frozen), flatten(start), {}
-    for module, spec in parts.specs.items():
-        weight = meta.unbox(flat[spec.leaf])
-        assert not is_packed(weight)
-        a, b = (factors[path] for path in spec.factor_paths(module))
-        rest[spec.leaf] = rebox(flat[spec.leaf], _take_off(weight, a, b, spec))
-    return parts._replace(frozen=replace_leaves(parts.frozen, rest))
-
-
-def _take_off(weight: jax.Array, a: Any, b: Any, spec: AdapterSpec) -> jax.Array:
-    """W - s A B in W's dtype and sharding."""
-
-    def rest(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        return (weight.astype(jnp.float32) - weight_delta(a, b, spec)).astype(weight.dtype)
-
-    return jax.jit(rest, out_shardings=weight.sharding)(weight, a, b)
+    """The model with its adapters at the start, which is subtracted from the base if the init says so."""
+    trainable = parts.trainable | {"lora": jax.tree.map(jnp.asarray, dict(start))}
+    frozen = subtract_start(config.init, parts.frozen, start, parts.specs)
+    return parts._replace(trainable=trainable, frozen=frozen)

@@ -14,6 +14,7 @@ import numpy as np
 from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests
+from ..adapter.config import BASE_INITS
 from ..adapter.tree import combine, count
 from ..data.batches import Batch, train_batches
 from ..inits.from_weights import as_difference
@@ -24,7 +25,7 @@ from ..step.checkpoint import PACKAGES, add_metrics, save_checkpoint
 from ..step.sharding import distribute, local_rows, shard_batch
 from ..step.train_step import TrainState, init_state
 from ..tasks.interface import held_out_split, row_count
-from .adapter_start import TAKEN_OFF, write_start
+from .adapter_start import write_start
 from .anomalies import (
     SpikeHistory,
     TrainingFailed,
@@ -393,7 +394,8 @@ class Trainer:
         notes = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
         settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
         specs, config, start = self.run.parts.specs, self.run.config, self.run.start
-        if config is not None and start is not None and config.init in TAKEN_OFF:
+        init = None if config is None else BASE_INITS.get(config.init)
+        if config is not None and start is not None and init is not None and init.subtracted:
             lora, specs, config = as_difference(trained["lora"], start, specs, config)
             trained, start = trained | {"lora": lora}, None
         elif config is not None and config.init == "lora_one":  # is a step of training; the base stays whole

@@ -10,7 +10,16 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, load_peft, merge, save_peft
 from loraplus_jax.adapter.tree import flatten
-from loraplus_jax.inits.from_weights import as_difference, lora_ga, olora, pissa, to_factors, to_matrix
+from loraplus_jax.inits.from_weights import (
+    as_difference,
+    lora_ga,
+    make_factors,
+    olora,
+    pissa,
+    subtract_start,
+    to_factors,
+    to_matrix,
+)
 from loraplus_jax.linen.quantize import quantize_base
 
 from ..messages import mentions
@@ -133,6 +142,19 @@ def test_the_equations_in_float64(parts):
     jax.tree.map(np.testing.assert_array_equal, rest, base)
 
 
+def test_the_rest_of_the_base_keeps_its_dtype_and_sharding(parts):
+    base, _, specs, _ = parts
+    sharding = jax.NamedSharding(jax.make_mesh((4,), ("x",)), jax.P(None, "x"))
+    kernel = jax.device_put(base["params"]["heads"]["kernel"].astype(jnp.bfloat16), sharding)
+    one = {"heads": specs["heads"]}
+    lora = make_factors("pissa", one, lambda _: kernel)
+    left = subtract_start("pissa", {"params": {"heads": {"kernel": kernel}}}, lora, one)
+    rest = left["params"]["heads"]["kernel"]
+    assert (rest.dtype, rest.sharding) == (kernel.dtype, sharding)
+    norms = [float(jnp.linalg.norm(x.astype(jnp.float32))) for x in (rest, kernel)]
+    assert norms[0] < 0.9 * norms[1]
+
+
 def test_matrices_and_factors(parts):
     _, _, specs, _ = parts
     conv, fc = specs["conv"], specs["layers/fc"]
@@ -157,6 +179,8 @@ def test_bad_input(parts):
     for call, words in (
         (lambda: pissa(quantize_base(base, "nf4", one), one), ["heads", "nf4", "original"]),
         (lambda: olora({"params": {}}, one), ["heads", "missing"]),
+        (lambda: pissa(nan, one), ["weights", "heads", "finite"]),
+        (lambda: lora_ga({"params": {}}, grads, one), ["base", "heads", "missing"]),
         (lambda: pissa(base, one, iterations=-1), ["iterations", "-1"]),
         (lambda: pissa(base, partial), ["fc", "layers"]),
         (lambda: lora_ga(base, {"params": {}}, one), ["gradients", "heads", "none"]),

@@ -8,6 +8,7 @@ import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
 from loraplus_jax.adapter.tree import flatten
+from loraplus_jax.inits.from_weights import make_factors
 from loraplus_jax.inits.loftq import loftq
 from loraplus_jax.linen.quantize import quantize_base
 
@@ -80,6 +81,14 @@ def test_one_alternation_is_the_best_approximation_of_the_rest(parts):
     a, b = (np.asarray(lora["table"][name], np.float64) for name in spec.factors)
     error = np.linalg.norm(rest - spec.scale * a @ b)
     assert error == pytest.approx(np.linalg.norm(values[spec.rank :]), rel=1e-5)
+
+
+def test_one_alternation_is_the_start_of_a_base_that_is_packed_already(parts):
+    base, _, specs = parts
+    packed, lora = loftq(base, "nf4", specs, steps=1)
+    weights, values = flatten(base), flatten(packed)
+    made = make_factors("loftq", specs, lambda leaf: weights[leaf] - values[leaf].dequantize())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), made, lora)
 
 
 def test_bad_steps(parts):
