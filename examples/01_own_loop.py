@@ -53,7 +53,7 @@ def main():
     config = LoRAPlusConfig(target_modules=["hidden", "middle"], rank=4, lr_ratio=4.0)
     model = apply_lora_plus(net, config)
     lora, specs = init_lora(model, key, x)
-    tx = lora_plus_adamw(3e-3, lr_ratio=config)
+    tx = lora_plus_adamw(3e-3, lr_ratio=config.lr_ratio)
     before = float(mse(net, {"params": params}, x, new))
     lora, after = fit(tx, lambda lora: mse(model, {"params": params, "lora": lora}, x, new), lora, 500)
 

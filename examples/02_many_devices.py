@@ -36,7 +36,7 @@ def main():
     batch = {"x": x, "y": jnp.tanh(x[:, :4])}
     frozen = net.init(key, x)
     lora, specs = init_lora(model, key, x)
-    tx = lora_plus_adamw(3e-3, lr_ratio=config, max_grad_norm=1.0, specs=specs)
+    tx = lora_plus_adamw(3e-3, lr_ratio=config.lr_ratio, max_grad_norm=1.0, specs=specs)
 
     def loss_fn(variables, batch, rng):
         """Returns a sum and its weight, so that the mean is over all devices."""

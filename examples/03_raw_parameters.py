@@ -44,7 +44,7 @@ def main():
     base = net.init(jax.random.key(2), x)
     model = apply_lora_plus(net, CONFIG)
     lora, specs = init_lora(model, jax.random.key(3), x)
-    tx = lora_plus_adamw(5e-3, lr_ratio=CONFIG, specs=specs)
+    tx = lora_plus_adamw(5e-3, lr_ratio=CONFIG.lr_ratio, specs=specs)
     print(describe({"lora": lora}, tx, specs, frozen=base))
 
     def loss(lora):

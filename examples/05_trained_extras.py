@@ -47,7 +47,9 @@ def main():
     variables = {**net.init(jax.random.key(2), x), "lora": lora}
     trainable, frozen = split_trainable(variables, CONFIG)
     schedule = make_schedule("wsd", 5e-3, STEPS, warmup_steps=20, final_fraction=0.1)
-    tx = lora_plus_adamw(schedule, lr_ratio=CONFIG, head_learning_rate=2e-2, weight_decay=0.01, specs=specs)
+    tx = lora_plus_adamw(
+        schedule, lr_ratio=CONFIG.lr_ratio, head_learning_rate=2e-2, weight_decay=0.01, specs=specs
+    )
     print(describe(trainable, tx, specs, frozen=frozen, step=100))
 
     def loss_fn(variables, batch, rng):

@@ -46,7 +46,7 @@ def train(directory):
     config = LoRAPlusConfig(target_modules=["hidden", "out"], rank=4, lr_ratio=4.0)
     model = apply_lora_plus(net, config)
     lora, specs = init_lora(model, key, X)
-    tx = lora_plus_adamw(1e-2, lr_ratio=config, specs=specs)
+    tx = lora_plus_adamw(1e-2, lr_ratio=config.lr_ratio, specs=specs)
 
     def loss_fn(variables, batch, rng):
         error = (model.apply(variables, batch) - jnp.sin(3 * batch[:, :4])) ** 2

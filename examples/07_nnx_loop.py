@@ -26,7 +26,8 @@ def main():
     model = nnx.Sequential(nnx.Linear(8, 64, rngs=nnx.Rngs(0)), nnx.gelu, nnx.Linear(64, 1, rngs=nnx.Rngs(1)))
     config = LoRAPlusConfig(target_modules=["layers/0", "layers/2"], rank=1, lr_ratio=8.0)
     specs = apply_lora_plus(model, config, rngs=nnx.Rngs(2))
-    optimizer = nnx.Optimizer(model, lora_plus_adamw(3e-3, lr_ratio=config, specs=specs), wrt=nnx.LoRAParam)
+    tx = lora_plus_adamw(3e-3, lr_ratio=config.lr_ratio, specs=specs)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     print(describe(lora_tree(model), optimizer.tx, specs))
     losses = [float(step(model, optimizer, x, y)) for _ in range(200)]
     with tempfile.TemporaryDirectory() as directory:

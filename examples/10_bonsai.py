@@ -30,7 +30,8 @@ def main():
     model = Qwen3(CONFIG, rngs=nnx.Rngs(0))
     config = LoRAPlusConfig(target_modules=["q_proj", "v_proj", "o_proj"], rank=4, lr_ratio=8.0)
     specs = apply_lora_plus(model, config, rngs=nnx.Rngs(1))
-    optimizer = nnx.Optimizer(model, lora_plus_adamw(3e-3, lr_ratio=config, specs=specs), wrt=nnx.LoRAParam)
+    tx = lora_plus_adamw(3e-3, lr_ratio=config.lr_ratio, specs=specs)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     before, *_, after = (float(step(model, optimizer)) for _ in range(50))
     print(f"loss {before:.3f} -> {after:.3f}")
     return before, after

@@ -6,7 +6,7 @@ arXiv 2402.12354. Five lines adapt any Flax Linen model with LoRA+:
     config = LoRAPlusConfig(target_modules=["query", "value"], lr_ratio=4.0)
     model = apply_lora_plus(model, config)
     lora, specs = init_lora(model, key, inputs)
-    tx = lora_plus_adamw(1e-4, lr_ratio=config)
+    tx = lora_plus_adamw(1e-4, lr_ratio=config.lr_ratio)
     outputs = model.apply({"params": params, "lora": lora}, inputs)
 """
 

@@ -63,7 +63,7 @@ class LoRAPlusConfig:
     Set `target_modules`, `target_parameters` or both. Every rule must match something, and no weight may be covered
     twice.
 
-    `lora_plus_adamw(..., lr_ratio=config)` reads `lr_ratio`; `split_trainable(variables, config)` applies
+    Pass `lr_ratio=config.lr_ratio` to `lora_plus_adamw`; `split_trainable(variables, config)` applies
     `modules_to_save` and `bias`. `dataclasses.replace` keeps the current `lr_ratio`, even with another `init`.
 
     Attributes:

@@ -117,7 +117,7 @@ def _with_record(
 
 def lora_plus_adamw(
     learning_rate: Rate,
-    lr_ratio: float | jax.Array | LoRAPlusConfig,
+    lr_ratio: float | jax.Array,
     *,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -141,12 +141,11 @@ def lora_plus_adamw(
 
     Numbers may be traced. `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=4.0)` stores them
     in the state: `optax.tree.get(state, "lr_ratio")` reads a value, and
-    `optax.tree.set(state, lr_ratio=jnp.float32(2.0))` changes it without recompiling. A ratio passed as a config is
-    not a number and stays fixed.
+    `optax.tree.set(state, lr_ratio=jnp.float32(2.0))` changes it without recompiling.
 
     Args:
       learning_rate: eta_A, for A and every role except B; a number, a traced scalar or an optax schedule.
-      lr_ratio: lambda = eta_B / eta_A, above 0; a number, or a config with this field.
+      lr_ratio: lambda = eta_B / eta_A, above 0; a number or a traced scalar.
       b1, b2, eps: Adam's parameters; eps is at least `MIN_EPS`.
       weight_decay: w; a step shrinks a parameter by rate * w.
       decay: `"coupled"` shrinks B lambda times faster than A, as AdamW in PyTorch and optax does with such groups;
@@ -176,7 +175,7 @@ def lora_plus_adamw(
       >>> tx.rates(0)["b"]
       (0.004, 0.0)
     """
-    ratio = ratio_of(lr_ratio)
+    _check_ratio(lr_ratio)
     check_choice("decay", decay, ("coupled", "equal"))
     if policy == "peft" and embedding_learning_rate is None:
         embedding_learning_rate = PEFT_EMBEDDING_RATE
@@ -199,7 +198,7 @@ def lora_plus_adamw(
     if policy == "peft":
         overrides["vector"] = {"weight_decay": 0.0, **overrides.get("vector", {})}
 
-    fast_rate = scale_rate(learning_rate, ratio)
+    fast_rate = scale_rate(learning_rate, lr_ratio)
 
     def group(role: Role) -> AdamW:
         own = {
@@ -211,7 +210,7 @@ def lora_plus_adamw(
         rate = learning_rate if rate is None else rate
         settings = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
         if role == "b" and decay == "equal":
-            settings["weight_decay"] = overrides.get("a", {}).get("weight_decay", weight_decay) / ratio
+            settings["weight_decay"] = overrides.get("a", {}).get("weight_decay", weight_decay) / lr_ratio
         return AdamW(fast_rate if role in FAST else rate, **settings | dict(overrides.get(role, {})))
 
     groups: dict[Role, AdamW] = {role: group(role) for role in ROLES}
@@ -236,14 +235,14 @@ def lora_plus_adamw(
         tx,
         labels,
         lambda step: {r: (rate_at(g.learning_rate, step), g.weight_decay) for r, g in groups.items()},
-        ratio=ratio,
+        ratio=lr_ratio,
         relative=False,
     )
 
 
 def lora_plus(
     tx: optax.GradientTransformation,
-    lr_ratio: float | jax.Array | LoRAPlusConfig,
+    lr_ratio: float | jax.Array,
     *,
     specs: Specs | None = None,
     policy: Policy = "lora_plus",
@@ -263,7 +262,7 @@ def lora_plus(
 
     Args:
       tx: the complete optimizer, including its learning rate (AdamW, Lion, SGD with momentum, Adafactor, ...).
-      lr_ratio: lambda, above 0; a number, or a config with this field.
+      lr_ratio: lambda, above 0; a number or a traced scalar.
       specs: the table from `init_lora`.
       policy: as in `lora_plus_adamw`, but only for learning rates: the wrapped optimizer sets decay and the rate of
         embeddings.
@@ -275,15 +274,15 @@ def lora_plus(
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
     """
-    ratio = ratio_of(lr_ratio)
+    _check_ratio(lr_ratio)
     labels = _labels(specs, policy)
 
     def is_fast(tree: Any) -> Any:
         return jax.tree.map(lambda role: role in FAST, labels(tree))
 
-    scaled = optax.chain(tx, optax.masked(optax.scale(ratio), is_fast))  # pyright: ignore[reportArgumentType]
-    rates: dict[Role, tuple[Any, Any]] = {role: (ratio if role in FAST else 1.0, None) for role in ROLES}
-    return _with_record(scaled, labels, lambda _: rates, ratio=ratio, relative=True)
+    scaled = optax.chain(tx, optax.masked(optax.scale(lr_ratio), is_fast))  # pyright: ignore[reportArgumentType]
+    rates: dict[Role, tuple[Any, Any]] = {role: (lr_ratio if role in FAST else 1.0, None) for role in ROLES}
+    return _with_record(scaled, labels, lambda _: rates, ratio=lr_ratio, relative=True)
 
 
 def _check_wrapped(state: Any, ratio: Any) -> None:
@@ -318,18 +317,10 @@ def check_floating(trainable: Any) -> None:
             )
 
 
-def ratio_of(lr_ratio: float | jax.Array | LoRAPlusConfig) -> Any:
-    """Returns lambda as a number, which may be traced.
-
-    Raises:
-      TypeError, ValueError: lambda is not a finite number above 0.
-
-    >>> ratio_of(LoRAPlusConfig(target_modules=["query"], lr_ratio=2.0))
-    2.0
-    """
-    ratio = lr_ratio.lr_ratio if isinstance(lr_ratio, LoRAPlusConfig) else lr_ratio
-    check_number("lr_ratio", ratio, above=0.0, allow_arrays=True)
-    return ratio
+def _check_ratio(lr_ratio: Any) -> None:
+    if isinstance(lr_ratio, LoRAPlusConfig):
+        raise TypeError("lr_ratio must be a number, got a LoRAPlusConfig; pass config.lr_ratio")
+    check_number("lr_ratio", lr_ratio, above=0.0, allow_arrays=True)
 
 
 def _check_by_role(by_role: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Mapping[str, Any]]:

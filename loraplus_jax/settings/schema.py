@@ -601,14 +601,18 @@ class Settings:
         return self.task in LANGUAGE_TASKS
 
     @property
+    def lr_ratio(self) -> float:
+        """The effective lambda: 1 except for method lora_plus."""
+        return self.lora.lr_ratio if self.method == "lora_plus" else 1.0
+
+    @property
     def applied(self) -> LoRAPlusConfig | None:
-        """The effective config: None for full, lr_ratio 1 for lora; an encoder's head is in `modules_to_save`."""
+        """The effective config: None for full; an encoder's head is in `modules_to_save`."""
         if self.method == "full":
             return None
-        ratio = 1.0 if self.method == "lora" else self.lora.lr_ratio
         head = () if self.is_language else ("head",)
         saved = tuple(dict.fromkeys((*self.lora.modules_to_save, *head)))
-        return dataclasses.replace(self.lora, lr_ratio=ratio, modules_to_save=saved)
+        return dataclasses.replace(self.lora, lr_ratio=self.lr_ratio, modules_to_save=saved)
 
     def to_json(self) -> dict[str, Any]:
         """Returns all fields as plain values, as written to `config.yaml`."""

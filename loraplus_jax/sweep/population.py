@@ -136,7 +136,7 @@ def abstract_population(run: SweepRun, loaded: TaskData | None = None) -> Abstra
     check_rungs(run.sweep, steps, run.optimizer.warmup_steps)
     widest = dataclasses.replace(run, lora=dataclasses.replace(run.lora, rank=max(run.ranks)))
     shapes = build_model(widest, directory, data.task, widest.applied)
-    tx = make_optimizer(run.shared_optimizer, widest.applied, steps, shapes.specs)
+    tx = make_optimizer(run.shared_optimizer, widest.lr_ratio, steps, shapes.specs)
     check_rates(run.optimizer, tx, shapes.trainable)
     check_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     return AbstractPopulation(directory, data, steps, widest, shapes)
@@ -271,9 +271,7 @@ def _optimizer(
 
     Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
     """
-    return make_optimizer(
-        run.shared_optimizer, None, steps, specs, learning_rate=learning_rate, lr_ratio=lr_ratio
-    )
+    return make_optimizer(run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate)
 
 
 def add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict[str, Any]:

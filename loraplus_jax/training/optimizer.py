@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import optax
 
-from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import Specs
 from ..optim.adalora import adalora
 from ..optim.lora_muon import scale_by_lora_muon
@@ -19,20 +18,17 @@ from ..settings.schema import OptimizerSettings
 
 def make_optimizer(
     settings: OptimizerSettings,
-    config: LoRAPlusConfig | None,
+    lr_ratio: float | jax.Array,
     steps: int,
     specs: Specs,
     *,
     learning_rate: jax.Array | None = None,
-    lr_ratio: float | jax.Array | LoRAPlusConfig | None = None,
 ) -> LoRAPlusTransform:
-    """Makes the optimizer with a rate schedule per parameter group; without adapters all share the base rate.
+    """Makes the optimizer with a rate schedule per parameter group.
 
-    `learning_rate` and `lr_ratio` replace the values of the settings; they may be traced arrays.
+    `learning_rate` replaces that of the settings; it and `lr_ratio` may be traced arrays.
     """
     schedule = functools.partial(schedule_for, settings, steps)
-    if lr_ratio is None:
-        lr_ratio = 1.0 if config is None else config
     embedding, head = settings.embedding_learning_rate, settings.head_learning_rate
     magnitude = settings.magnitude_learning_rate
     rate = schedule(settings.learning_rate if learning_rate is None else learning_rate)

@@ -194,10 +194,10 @@ def test_roles_and_rates():
     config, _, _, lora, specs = net()
     trainable = {"lora": lora}
     rates = {
-        "default": lora_plus_adamw(1e-3, config, specs=specs),
-        "own": lora_plus_adamw(1e-3, config, specs=specs, magnitude_learning_rate=5e-3),
-        "peft": lora_plus_adamw(1e-3, config, specs=specs, policy="peft"),
-        "wrapped": lora_plus(optax.sgd(1e-3), config, specs=specs),
+        "default": lora_plus_adamw(1e-3, config.lr_ratio, specs=specs),
+        "own": lora_plus_adamw(1e-3, config.lr_ratio, specs=specs, magnitude_learning_rate=5e-3),
+        "peft": lora_plus_adamw(1e-3, config.lr_ratio, specs=specs, policy="peft"),
+        "wrapped": lora_plus(optax.sgd(1e-3), config.lr_ratio, specs=specs),
     }
     found = {
         name: {r.path: r.rate for r in describe(trainable, tx, specs).rows} for name, tx in rates.items()
@@ -207,7 +207,7 @@ def test_roles_and_rates():
     assert {name: rows[path] for name, rows in found.items()} == pytest.approx(expected)
     assert found["own"]["lora/up/lora_a"] == pytest.approx(1e-3)
     with pytest.raises(ValueError, match=mentions("magnitude_learning_rate", "lora_plus", "peft")):
-        lora_plus_adamw(1e-3, config, policy="peft", magnitude_learning_rate=1e-3)
+        lora_plus_adamw(1e-3, config.lr_ratio, policy="peft", magnitude_learning_rate=1e-3)
 
 
 def test_magnitudes_are_sharded_as_the_outputs_are():

@@ -116,7 +116,7 @@ def length(settings):
 
 def updates(settings):
     """What the optimizer makes of given gradients at the first steps, and its rates at the last."""
-    tx = setup.make_optimizer(settings.optimizer, settings.applied, length(settings), {"query": SPEC})
+    tx = setup.make_optimizer(settings.optimizer, settings.lr_ratio, length(settings), {"query": SPEC})
     params = {
         "lora": {"query": {"lora_a": jnp.ones((3, 2)), "lora_b": jnp.ones((2, 3)), "lora_magnitude": ONES}},
         "params": {"head": {"bias": jnp.ones(2)}},
@@ -130,7 +130,7 @@ def updates(settings):
 
 def ranks_over_time(settings):
     """How many components train after each step."""
-    tx = setup.make_optimizer(settings.optimizer, settings.applied, length(settings), {"query": SPEC})
+    tx = setup.make_optimizer(settings.optimizer, settings.lr_ratio, length(settings), {"query": SPEC})
     wave = lambda shape, turn: 0.1 * jnp.sin(turn + jnp.arange(math.prod(shape)).reshape(shape) ** 2)  # noqa: E731
     params = {"lora": {"query": {"lora_a": wave((3, 2), 0.3), "lora_b": jnp.zeros((2, 3))}}}
     state, update, found = tx.init(params), jax.jit(tx.update), []

@@ -91,7 +91,7 @@ def loss_of(apply):
 
 def trained(apply, variables, specs, devices):
     """The factors after three steps, and the losses."""
-    tx = lora_plus_adamw(1e-2, lr_ratio=CONFIG, specs=specs, max_grad_norm=1.0)
+    tx = lora_plus_adamw(1e-2, lr_ratio=CONFIG.lr_ratio, specs=specs, max_grad_norm=1.0)
     step = jit_step(loss_of(apply), tx, mesh=make_mesh(devices, devices=jax.devices()[:devices]))
     state = init_state({"lora": variables["lora"]}, tx, jax.random.key(0))
     losses = []
@@ -147,7 +147,7 @@ def test_a_step_of_nnx_optimizer_has_the_described_rates(wraps):
     specs = loraplus_nnx.apply_lora_plus(model, config, rngs=nnx.Rngs(1))
     loraplus_nnx.set_lora(model, randomised(loraplus_nnx.lora_tree(model)))
     optimizer = nnx.Optimizer(
-        model, wraps(lora_plus_adamw(1e-3, lr_ratio=config, specs=specs)), wrt=nnx.LoRAParam
+        model, wraps(lora_plus_adamw(1e-3, lr_ratio=config.lr_ratio, specs=specs)), wrt=nnx.LoRAParam
     )
     before = loraplus_nnx.lora_tree(model)
     loss = lambda m: jnp.mean(m(IDS) ** 2)  # noqa: E731

@@ -111,12 +111,9 @@ def test_betas_by_role_are_those_of_an_adamw_of_ones_own():
 @pytest.mark.parametrize(
     "make", [lambda r: lora_plus_adamw(0.1, lr_ratio=r), lambda r: lora_plus(optax.sgd(0.1), lr_ratio=r)]
 )
-def test_the_config_brings_its_ratio(make):
-    config = LoRAPlusConfig(target_modules=["q"], lr_ratio=2.0)
-    state = make(config).init(PARAMS)
-    assert float(state.rates["b"] / state.rates["a"]) == pytest.approx(2.0)
-    with pytest.raises(TypeError, match="lr_ratio"):
-        lora_plus_adamw(0.1)
+def test_a_config_is_no_ratio(make):
+    with pytest.raises(TypeError, match=r"pass config\.lr_ratio"):
+        make(LoRAPlusConfig(target_modules=["q"]))
 
 
 def test_the_wrapper_equals_the_builder_with_decay_and_clipping():

@@ -388,7 +388,7 @@ def test_groups_are_those_of_peft(saved, bias):
     ids, net = jnp.array([[1, 2]]), FlaxKinds()
     lora, specs = init_lora(apply_lora_plus(net, config), jax.random.key(0), ids)
     trainable, _ = split_trainable({**net.init(jax.random.key(1), ids), "lora": lora}, config)
-    tx = lora_plus_adamw(1e-3, config, weight_decay=0.1, policy="peft", specs=specs)
+    tx = lora_plus_adamw(1e-3, config.lr_ratio, weight_decay=0.1, policy="peft", specs=specs)
     ours = {row.path: (row.rate, row.decay) for row in describe(trainable, tx, specs).rows}
     assert ours.keys() == theirs.keys()
     for path, group in theirs.items():

@@ -213,7 +213,8 @@ def test_the_method_decides_what_is_applied(tmp_path):
     assert lora is not None
     assert (lora.lr_ratio, lora.modules_to_save) == (1.0, ("head",))
     assert dataclasses.replace(lora, lr_ratio=4.0, modules_to_save=plus.modules_to_save) == plus
-    assert parsed(tmp_path, "--method", "full").applied is None
+    full = parsed(tmp_path, "--method", "full")
+    assert (full.applied, full.lr_ratio) == (None, 1.0)
     again = parsed(tmp_path, "--lora.modules_to_save", "[head]").applied
     assert again is not None
     assert again.modules_to_save == ("head",)

@@ -1,6 +1,5 @@
 """Every optimizer setting's effect, and the schedules, by hand."""
 
-import dataclasses
 import math
 
 import jax
@@ -9,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.optim.lora_muon import lora_muon
 from loraplus_jax.optim.lora_plus import lora_plus_adamw
@@ -17,9 +15,6 @@ from loraplus_jax.optim.lora_rite import lora_rite
 from loraplus_jax.optim.riemannian import scale_by_riemannian
 from loraplus_jax.settings.schema import OptimizerSettings
 from loraplus_jax.training.optimizer import make_optimizer, schedule_for
-
-CONFIG = LoRAPlusConfig(target_modules=("query",), lr_ratio=4.0)
-
 
 SPECS = {
     "query": AdapterSpec(leaf="params/query/kernel", kind="dense", axes="io", shape=(3, 3), rank=2, scale=8.0)
@@ -60,9 +55,9 @@ def test_schedules_by_hand(fields, expected):
     assert float(schedule(11)) == pytest.approx(expected[-1], abs=1e-6)
 
 
-def updates(config, **fields):
+def updates(lr_ratio, **fields):
     """The first update of every group where all gradients are one."""
-    tx = make_optimizer(OptimizerSettings(**fields), config, 10, SPECS)
+    tx = make_optimizer(OptimizerSettings(**fields), lr_ratio, 10, SPECS)
     ones = jax.tree.map(jnp.ones_like, PARAMS)
     found, _ = tx.update(ones, tx.init(PARAMS), PARAMS)
     factors = found["lora"]["query"]
@@ -73,18 +68,18 @@ def updates(config, **fields):
 def test_every_setting_of_the_optimizer_has_its_effect():
     rate = {"schedule": "constant", "learning_rate": 0.1}
     # Adam's first step is the rate, whatever the gradient's size.
-    assert updates(CONFIG, **rate) == pytest.approx({"a": -0.1, "b": -0.4, "head": -0.1}, rel=1e-5)
-    assert updates(None, **rate) == pytest.approx({"a": -0.1, "b": -0.1, "head": -0.1}, rel=1e-5)
-    head = updates(CONFIG, **rate, head_learning_rate=0.3)
+    assert updates(4.0, **rate) == pytest.approx({"a": -0.1, "b": -0.4, "head": -0.1}, rel=1e-5)
+    assert updates(1.0, **rate) == pytest.approx({"a": -0.1, "b": -0.1, "head": -0.1}, rel=1e-5)
+    head = updates(4.0, **rate, head_learning_rate=0.3)
     assert head == pytest.approx({"a": -0.1, "b": -0.4, "head": -0.3}, rel=1e-5)
-    coupled = updates(CONFIG, **rate, weight_decay=0.5)
+    coupled = updates(4.0, **rate, weight_decay=0.5)
     assert coupled == pytest.approx({"a": -0.15, "b": -0.6, "head": -0.15}, rel=1e-5)
-    equal = updates(CONFIG, **rate, weight_decay=0.5, decay="equal")
+    equal = updates(4.0, **rate, weight_decay=0.5, decay="equal")
     assert equal == pytest.approx({"a": -0.15, "b": -0.45, "head": -0.15}, rel=1e-5)
     # g / (g + eps): one half at eps = 1, and with clipping to norm 1 of 14 ones g is 1 / sqrt(14).
-    assert updates(CONFIG, **rate, eps=1.0)["a"] == pytest.approx(-0.05, rel=1e-5)
+    assert updates(4.0, **rate, eps=1.0)["a"] == pytest.approx(-0.05, rel=1e-5)
     clipped = 1 / math.sqrt(14)
-    assert updates(CONFIG, **rate, eps=1.0, max_grad_norm=1.0) == pytest.approx(
+    assert updates(4.0, **rate, eps=1.0, max_grad_norm=1.0) == pytest.approx(
         {
             "a": -0.1 * clipped / (clipped + 1),
             "b": -0.4 * clipped / (clipped + 1),
@@ -92,12 +87,12 @@ def test_every_setting_of_the_optimizer_has_its_effect():
         },
         rel=1e-5,
     )
-    assert updates(CONFIG, learning_rate=0.1, warmup_steps=2)["a"] == 0
+    assert updates(4.0, learning_rate=0.1, warmup_steps=2)["a"] == 0
 
 
 @pytest.mark.parametrize(("b1", "b2"), [(0.9, 0.999), (0.5, 0.9)])
 def test_the_moments_decay_as_set(b1, b2):
-    tx = make_optimizer(OptimizerSettings(schedule="constant", learning_rate=1.0, b1=b1, b2=b2), None, 10, {})
+    tx = make_optimizer(OptimizerSettings(schedule="constant", learning_rate=1.0, b1=b1, b2=b2), 1.0, 10, {})
     params = {"params": {"w": jnp.zeros(1)}}
     state = tx.init(params)
     for g in (1.0, 3.0):
@@ -109,7 +104,7 @@ def test_the_moments_decay_as_set(b1, b2):
 
 def test_every_group_follows_the_schedule():
     fields = OptimizerSettings(warmup_steps=2, final_fraction=0.5, learning_rate=0.1, head_learning_rate=0.2)
-    tx = make_optimizer(fields, dataclasses.replace(CONFIG, lr_ratio=3.0), 12, {})
+    tx = make_optimizer(fields, 3.0, 12, {})
     for step, share in ((0, 0.0), (1, 0.5), (2, 1.0), (7, 0.75), (12, 0.5)):
         rates = {role: float(tx.rates(step)[role][0]) for role in ("a", "b", "extra")}
         assert rates == pytest.approx({"a": 0.1 * share, "b": 0.3 * share, "extra": 0.2 * share}, abs=1e-7)
@@ -125,9 +120,11 @@ def test_named_optimizers(name):
         "weight_decay": 0.1,
         "schedule": "constant",
     }
-    config = dataclasses.replace(CONFIG, lr_ratio=4.0 if name == "riemannian" else 1.0)
-    make_optimizer(OptimizerSettings(**fields, warmup_steps=2), config, 10, SPECS).init(PARAMS)  # from rate 0
-    tx = make_optimizer(OptimizerSettings(**fields), config, 10, SPECS)
+    lr_ratio = 4.0 if name == "riemannian" else 1.0
+    make_optimizer(OptimizerSettings(**fields, warmup_steps=2), lr_ratio, 10, SPECS).init(
+        PARAMS
+    )  # from rate 0
+    tx = make_optimizer(OptimizerSettings(**fields), lr_ratio, 10, SPECS)
     clip = optax.clip_by_global_norm(0.5)
     by_hand = {
         "riemannian": [scale_by_riemannian(specs=SPECS), lora_plus_adamw(1e-2, 4.0, weight_decay=0.1)],
