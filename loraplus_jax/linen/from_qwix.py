@@ -1,6 +1,6 @@
 """Takes over the weights of a Linen model that qwix quantized, code by code."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,15 +13,17 @@ from ..quantization.formats import Kind, pack_codes
 from ..quantization.packed_array import PackedArray
 
 
-def from_qwix(variables: Mapping[str, Any], *, stacked: Mapping[str, int] | None = None) -> dict[str, Any]:
+def from_qwix(
+    variables: Mapping[str, Any], rules: Sequence[Any], *, stacked: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """Packs what qwix quantized, one weight after the other; every value stays the same.
 
-    The result belongs to the model before `qwix.quantize_model`: pass that to `apply_lora_plus`. Activations are
-    not quantized there; only where qwix keeps scales for them do the variables tell that it quantized them.
+    The result belongs to the model before `qwix.quantize_model`: pass that to `apply_lora_plus`.
 
     Args:
       variables: variables with the parameters from `qwix.quantize_params`, or from the `init` of a quantized model;
         they stay as they are.
+      rules: the `qwix.QuantizationRule`s of the provider that quantized the model.
       stacked: number of leading axes of weights that `nn.scan` or `nn.vmap` stacks, by the end of the
         weight's path, such as `"up/kernel"`.
 
@@ -30,20 +32,31 @@ def from_qwix(variables: Mapping[str, Any], *, stacked: Mapping[str, int] | None
 
     Raises:
       ValueError: a weight is of a type other than nf4 and symmetric integers of up to 8 bits, or has scales along
-        two input axes, or `stacked` matches no quantized weight, or qwix kept scales of activations.
+        two input axes, or `stacked` matches no quantized weight, or a rule quantizes activations.
+      TypeError: `rules` are not qwix's rules.
     """
+    check_rules(rules)
     flat = flatten(variables)
     found = {path: leaf for path, leaf in flat.items() if is_from_qwix(leaf)}
-    if scales := [path for path, leaf in flat.items() if hasattr(leaf, "how") and path not in found]:
-        raise ValueError(
-            f"{scales[0]}: qwix quantizes activations of the model, which adapters do not; quantize it with "
-            "weight_qtype alone"
-        )
     counts = stack_counts(stacked, found)
     new = {
         path: rebox(weight.array.qvalue, packed(weight, path, counts[path])) for path, weight in found.items()
     }
     return replace_leaves(variables, new)
+
+
+def check_rules(rules: Sequence[Any]) -> None:
+    """Raises ValueError if a rule of qwix quantizes activations, which the adapted model would not do."""
+    # An argument: qwix quantizes activations as it runs, by rules in a closure, and the weights do not show it.
+    if not isinstance(rules, Sequence) or not rules or not all(hasattr(r, "act_qtype") for r in rules):
+        raise TypeError(
+            f"rules must be the rules of qwix's provider, [QuantizationRule(...)], got {rules!r:.80}"
+        )
+    if types := [rule.act_qtype for rule in rules if rule.act_qtype is not None]:
+        raise ValueError(
+            f"rules: qwix quantizes activations of the model to {types[0]}, which adapters do not; quantize "
+            "it with weight_qtype alone"
+        )
 
 
 def stack_counts(stacked: Mapping[str, int] | None, paths: Collection[str]) -> dict[str, int]:

@@ -274,7 +274,7 @@ def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:
     if not isinstance(variable, nnx.Variable):
         raise ValueError(
             f"the {leaf} of a {type(module).__name__} is a {type(variable).__name__}, as of a model that qwix "
-            "quantized; call from_qwix(model) first, which keeps every value"
+            "quantized; call from_qwix(model, rules) first, which keeps every value"
         )
     return tuple(variable.get_value().shape)
 

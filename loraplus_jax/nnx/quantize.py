@@ -1,14 +1,13 @@
 """Packs the weights of an NNX model in place, or takes over what qwix packed."""
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
 from ..adapter.spec import Specs
 from ..adapter.tree import flatten
-from ..linen.from_qwix import is_from_qwix, packed, stack_counts
+from ..linen.from_qwix import check_rules, is_from_qwix, packed, stack_counts
 from ..linen.quantize import quantize_base as quantize_tree
 from ..quantization.formats import QuantizeTo
 from .adapted_module import ADAPTERS, join, set_adapters, set_class
@@ -44,25 +43,20 @@ def quantize_base(
             set_adapters(module, vars(module).get(ADAPTERS, ()))
 
 
-def from_qwix(model: nnx.Module, *, stacked: Mapping[str, int] | None = None) -> None:
+def from_qwix(model: nnx.Module, rules: Sequence[Any], *, stacked: Mapping[str, int] | None = None) -> None:
     """Packs what `qwix.quantize_model` quantized in place, one weight after the other; every value stays the same.
 
     The model then runs without qwix, and `apply_lora_plus` takes it like any other.
 
     Args:
       model: the model from `qwix.quantize_model` with a `PtqProvider`.
-      stacked: as in `loraplus_jax.linen.from_qwix`.
+      rules, stacked: as in `loraplus_jax.linen.from_qwix`.
 
     Raises:
-      ValueError: as `loraplus_jax.linen.from_qwix`, or qwix quantizes activations too. The model is unchanged then.
+      ValueError, TypeError: as `loraplus_jax.linen.from_qwix`. The model is unchanged then.
     """
+    check_rules(rules)
     modules = list(nnx.iter_modules(model))
-    for _, module in modules:
-        if rules := [rule for rule in _qwix_rules(type(module)) if rule.act_qtype is not None]:
-            raise ValueError(
-                f"qwix quantizes the activations of the model to {rules[0].act_qtype}, which adapters do not; "
-                "quantize it with weight_qtype alone"
-            )
     found = {
         (n, name): (join("/".join(map(str, parts)), name), value)
         for n, (parts, module) in enumerate(modules)
@@ -83,21 +77,3 @@ def from_qwix(model: nnx.Module, *, stacked: Mapping[str, int] | None = None) ->
 
 
 _QWIX_ATTRIBUTES = {"qwix_path", "qwix_rngs", "disable_quant_stats_update"}
-
-
-def _qwix_rules(cls: type[nnx.Module]) -> list[Any]:
-    """The rules of the provider that intercepts a class's calls; qwix keeps it only in their closures."""
-    if "_unquantized_type" not in vars(cls):
-        return []
-    cells = [
-        cell.cell_contents
-        for method in vars(cls).values()
-        for cell in getattr(method, "__closure__", None) or ()
-    ]
-    bound = [arg for value in cells if isinstance(value, functools.partial) for arg in value.args]
-    providers = [arg for arg in bound if hasattr(arg, "_rules")]
-    if not providers:
-        raise ValueError(
-            "cannot tell whether qwix quantizes activations: this version keeps its rules elsewhere"
-        )
-    return [rule for provider in providers for rule in provider._rules]

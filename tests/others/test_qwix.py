@@ -135,8 +135,12 @@ QUANTIZED = TYPES | {"int4": {"weight_qtype": jnp.int4, "tile_size": 4}, "int3":
 CONFIG = LoRAPlusConfig(target_modules=["up", "down"], rank=2)
 
 
+def rules_of(**rule):
+    return [qwix.QuantizationRule(module_path=".*", **rule)]
+
+
 def provider_of(**rule):
-    return qwix.PtqProvider([qwix.QuantizationRule(module_path=".*", **rule)])
+    return qwix.PtqProvider(rules_of(**rule))
 
 
 def step_and_merge(run, lora, specs, base):
@@ -156,7 +160,7 @@ def step_and_merge(run, lora, specs, base):
 def test_a_quantized_linen_model_is_adapted_with_the_same_weights(kind):
     model = qwix.quantize_model(LinenModel(), provider_of(**QUANTIZED[kind]))
     variables = model.init(jax.random.key(0), X)
-    base = from_qwix(variables)
+    base = from_qwix(variables, rules_of(**QUANTIZED[kind]))
     for name in ("up", "down"):
         theirs = qarray.dequantize(variables["params"][name]["kernel"].array)
         np.testing.assert_array_equal(base["params"][name]["kernel"].dequantize(), theirs)
@@ -171,7 +175,7 @@ def test_a_quantized_linen_model_is_adapted_with_the_same_weights(kind):
 def test_a_quantized_nnx_model_is_adapted_with_the_same_weights(kind):
     model = qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider_of(**QUANTIZED[kind]), X)
     before = model(X)
-    nnx_from_qwix(model)
+    nnx_from_qwix(model, rules_of(**QUANTIZED[kind]))
     assert not [name for _, module in nnx.iter_modules(model) for name in vars(module) if "qwix" in name]
     np.testing.assert_allclose(model(X), before, rtol=0, atol=2e-6)
     specs = apply_lora_plus(model, CONFIG, rngs=nnx.Rngs(1))
@@ -197,7 +201,7 @@ def test_layers_that_a_scan_stacks():
 
     quantized = qwix.quantize_model(Scanned(), provider_of(**TYPES["int8"]))
     variables = quantized.init(jax.random.key(0), X)
-    base = from_qwix(variables, stacked={"up/kernel": 1})
+    base = from_qwix(variables, rules_of(**TYPES["int8"]), stacked={"up/kernel": 1})
     assert base["params"]["layers"]["up"]["kernel"].stack == (3,)
     model = adapt_linen(Scanned(), LoRAPlusConfig(target_modules=["up"], rank=2))
     lora, _ = init_lora(model, jax.random.key(1), X, base=base)
@@ -215,11 +219,11 @@ def test_layers_that_a_scan_stacks():
 def test_types_without_a_packed_form_are_errors(rule, words):
     variables = qwix.quantize_model(LinenModel(), provider_of(**rule)).init(jax.random.key(0), X)
     with pytest.raises(ValueError, match=mentions(*words)):
-        from_qwix(variables)
+        from_qwix(variables, rules_of(**rule))
     model = qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider_of(**rule), X)
     before = nnx.graphdef(model)
     with pytest.raises(ValueError, match=mentions(*words)):
-        nnx_from_qwix(model)
+        nnx_from_qwix(model, rules_of(**rule))
     assert nnx.graphdef(model) == before
 
 
@@ -230,10 +234,8 @@ def test_what_is_not_ready_for_adapters_is_named():
         qwix.quantize_model(NnxModel(nnx.Rngs(0)), provider, X),
     )
     variables = linen_model.init(jax.random.key(0), X)
-    both = provider_of(**TYPES["int8"], act_qtype="int8")
-    with_activations = qwix.quantize_model(NnxModel(nnx.Rngs(0)), both, X)
-    static = provider_of(**TYPES["int8"], act_qtype="int8", act_static_scale=True)
-    static = qwix.quantize_model(LinenModel(), static).init(jax.random.key(0), X)
+    rules = rules_of(**TYPES["int8"])
+    both = rules_of(**TYPES["int8"], act_qtype="int8")
     plain = LinenModel().init(jax.random.key(0), X)
     cases = [
         (
@@ -245,11 +247,13 @@ def test_what_is_not_ready_for_adapters_is_named():
             lambda: init_lora(adapt_linen(LinenModel(), CONFIG), jax.random.key(1), X, base=variables),
             ["kernel", "from_qwix"],
         ),
-        (lambda: nnx_from_qwix(with_activations), ["activations", "int8", "weight_qtype"]),
-        (lambda: from_qwix(static), ["activations", "dot_general0_lhs_scale", "weight_qtype"]),
-        (lambda: from_qwix(plain), ["no weight", "qwix"]),
-        (lambda: from_qwix(variables, stacked={"layers": 1}), ["stacked", "layers"]),
+        (lambda: nnx_from_qwix(nnx_model, both), ["rules", "activations", "int8", "weight_qtype"]),
+        (lambda: from_qwix(variables, both), ["rules", "activations", "int8", "weight_qtype"]),
+        (lambda: from_qwix(variables, provider), ["rules", "QuantizationRule", "PtqProvider"]),
+        (lambda: from_qwix(variables, []), ["rules", "QuantizationRule"]),
+        (lambda: from_qwix(plain, rules), ["no weight", "qwix"]),
+        (lambda: from_qwix(variables, rules, stacked={"layers": 1}), ["stacked", "layers"]),
     ]
     for call, words in cases:
-        with pytest.raises(ValueError, match=mentions(*words)):
+        with pytest.raises((ValueError, TypeError), match=mentions(*words)):
             call()
