@@ -62,6 +62,9 @@ def test_the_reference_has_every_public_symbol_setting_and_error(conf, tmp_path)
     for module in modules:
         for name in conf.public_names(module):
             assert f"   {name}\n" in api, f"{module}.{name}"
+    commands = (tmp_path / "commands.md").read_text()
+    assert "## loraplus sweep" in commands
+    assert "| `--dtype float32\\|bfloat16` |" in commands
     settings = (tmp_path / "settings.md").read_text()
     assert "| `lora.lr_ratio` |" in settings
     assert "| `sweep.lr_ratios` |" in settings

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from loraplus_jax.settings.parsing import format_help, setting_fields, settings_from_json
+from loraplus_jax.settings.parsing import format_settings, setting_fields, settings_from_json
 from loraplus_jax.settings.schema import ADALORA, QUERIES_AND_VALUES, Settings
 
 from ..messages import mentions
@@ -171,7 +171,7 @@ def test_json_with_an_unknown_key_names_the_nearest(tmp_path):
 
 
 def test_help_says_what_every_field_means():
-    text = " ".join(format_help().split())
+    text = " ".join(format_settings().split())
     for name in dotted():
         assert f"--{name}" in text
     assert "eta_A" in text
