@@ -45,8 +45,8 @@ from ..fuzz.damage import MIB, peak_limit
 from ..integration.language_world import write_model
 from ..marks import long, slow
 from ..messages import assert_mentions
-from ..models.gguf.files import metadata
-from ..models.gguf.files import write as write_gguf
+from ..models.checkpoints.gguf.files import metadata
+from ..models.checkpoints.gguf.files import write as write_gguf
 
 ROOT = Path(__file__).parents[2]
 TURNS = [Turn("user", "hi"), Turn("assistant", "yes")]

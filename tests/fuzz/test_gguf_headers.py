@@ -10,7 +10,7 @@ from loraplus_jax.models.checkpoints.hf import load_config, load_params
 from loraplus_jax.models.checkpoints.name_table import NameTable, Rule
 from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, tokenizer
 
-from ..models.gguf.files import metadata, write
+from ..models.checkpoints.gguf.files import metadata, write
 from .damage import check, damaged, data_limit
 
 pytestmark = pytest.mark.slow

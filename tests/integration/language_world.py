@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ..models.gguf.files import write as write_gguf
+from ..models.checkpoints.gguf.files import write as write_gguf
 
 END, TURN, STOP = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red"}

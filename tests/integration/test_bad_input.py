@@ -673,7 +673,7 @@ CASES = [
         "adapter without settings",
         ("adapter", "loraplus train"),
         EVAL,
-        json_fields("out/adapter/adapter.json", settings=None),
+        json_fields("out/adapter/adapter.json", settings=None, digest=None),
         True,
     ),
     Case(
