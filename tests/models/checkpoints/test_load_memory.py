@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE
 
 from ...marks import long
-from ..gguf.files import metadata, write
+from .gguf.files import metadata, write
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ from loraplus_jax.models.decoding.generate import NONFINITE_LOGITS, PAD_AFTER_EN
 
 from ...marks import slow
 from ...messages import mentions
-from ..test_generate import CONFIG, PROMPTS, WORDS, model, variables  # noqa: F401
-from ..test_gpt2 import models  # noqa: F401
+from ..gpt2.test_model import models  # noqa: F401
+from .test_generate import CONFIG, PROMPTS, WORDS, model, variables  # noqa: F401
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden/beams.json").read_text())
 

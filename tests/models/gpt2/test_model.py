@@ -24,8 +24,8 @@ from loraplus_jax.models.gpt2.model import GPT2, name_table
 from loraplus_jax.models.tokenizer import special_tokens
 
 from ...messages import mentions
-from ..gguf.files import write
-from ..test_llama_parity import IDS, error, greedy, logits, run
+from ..checkpoints.gguf.files import write
+from ..llama.test_parity import IDS, error, greedy, logits, run
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = ("tied", "scaled", "untied")

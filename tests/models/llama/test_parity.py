@@ -22,7 +22,7 @@ from loraplus_jax.models.decoding.generate import Sampling, make_generate
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
 
-from ..gguf.files import write
+from ..checkpoints.gguf.files import write
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CASES = (

@@ -11,7 +11,7 @@ from loraplus_jax.models.checkpoints.gguf import load as gguf
 from loraplus_jax.models.checkpoints.hf import load_config
 
 from ....messages import mentions
-from ...gguf.files import metadata, tensors, write
+from .files import metadata, tensors, write
 
 
 def u64(*numbers):

@@ -17,7 +17,7 @@ from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
 
 from ....messages import assert_mentions, mentions
-from ...gguf.files import HEADS, KEY_HEADS, metadata, tensors, write
+from .files import HEADS, KEY_HEADS, metadata, tensors, write
 
 
 def model(path, **changes):

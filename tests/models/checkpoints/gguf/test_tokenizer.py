@@ -13,7 +13,7 @@ from loraplus_jax.models.checkpoints.gguf import load as gguf
 from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, tokenizer
 
 from ....messages import assert_mentions, mentions
-from ...gguf import files as gguf_files
+from . import files as gguf_files
 
 GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "gguf.json").read_text())
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
