@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,17 @@ def escape_controls(text: str) -> str:
 
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def to_plain(value: Any) -> Any:
+    """Returns a setting with nested mappings as dicts and sequences as lists, as JSON and YAML have them.
+
+    >>> to_plain({"files": ("a", "b")})
+    {'files': ['a', 'b']}
+    """
+    if isinstance(value, Mapping):
+        return {name: to_plain(part) for name, part in value.items()}
+    return [to_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def check_all(*checks: Callable[[], Any]) -> None:

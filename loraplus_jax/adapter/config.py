@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
-from .._utils.validation import check_choice, check_int, check_number, suggest
+from .._utils.validation import check_choice, check_int, check_number, suggest, to_plain
 
 Init = Literal[
     "lora", "he_uniform", "lora_b", "gaussian", "orthogonal", "pissa", "olora", "lora_ga", "lora_one", "loftq"
@@ -179,7 +179,7 @@ class LoRAPlusConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return to_plain(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -277,9 +277,3 @@ def _check_regex(field: str, pattern: Any) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{field}: invalid regular expression {pattern!r}: {error}") from None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value

@@ -11,7 +11,7 @@ import string
 from collections.abc import Mapping
 from typing import Any, Self
 
-from .._utils.validation import check_choice, check_int, check_number, suggest
+from .._utils.validation import check_choice, check_int, check_number, suggest, to_plain
 from .letters import LETTERS, factor_letters, layer_axis, with_stacked
 
 LAYER_KINDS = ("dense", "dense_general", "einsum", "conv", "conv_transpose", "embed", "parameter")
@@ -139,7 +139,7 @@ class AdapterSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return to_plain(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

@@ -70,7 +70,7 @@ class Chat:
     dropped: tuple[Turn, ...] = ()
 
     @property
-    def question(self) -> str:
+    def prompt(self) -> str:
         """The first user message, or the plain text."""
         return next(turn.text for turn in self.turns if turn.role in ("user", "text"))
 

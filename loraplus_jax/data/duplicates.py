@@ -125,6 +125,6 @@ def _entries(rows: LabelledTexts | Sequence[Chat | Question]) -> list[_Entry]:
             texts, label = (row.prompt, *sorted(row.choices)), comparable(row.choices[row.answer])
         else:
             answers = (turn.text + turn.extra for turn in row.turns if turn.role == "assistant")
-            texts, label = (row.question, *answers), None
+            texts, label = (row.prompt, *answers), None
         entries.append(_Entry(tuple(map(comparable, texts)), label, row.place))
     return entries

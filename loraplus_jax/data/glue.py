@@ -14,7 +14,7 @@ from .._utils.validation import expand_path, suggest
 from ..settings.schema import DataSettings
 from .fetch import cache_dir
 from .readers import Problems, StringRow, location_of, raise_problems, read_rows
-from .splits import LabelledTexts, labelled_texts, split_files, split_rows
+from .splits import LabelledTexts, labelled_texts, split_files
 
 HUB_ID = "nyu-mll/glue"
 
@@ -151,7 +151,7 @@ def load_glue(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[st
         return rows
 
     files = dataclasses.replace(settings, path=None, root=None, train="train", test=task.dev)
-    return split_files(files, load, split_rows), lines
+    return split_files(files, load), lines
 
 
 def find_file(settings: DataSettings, split: str) -> Path:

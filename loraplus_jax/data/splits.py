@@ -5,7 +5,7 @@ import functools
 import hashlib
 import operator
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,14 @@ class LabelledTexts:
 
 
 def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[str, LabelledTexts]:
-    """Loads the rows of `train`, `validation` and, if there is one, `test`.
-
-    A single file is split by a hash of `split_seed` and the text. The split depends neither on the order of the
-    rows nor on the labels, and adding rows moves only texts near a split boundary. Texts that differ only in case
-    or spacing count as one text and go to the same split.
+    """Loads labelled texts as `split_files` does.
 
     Args:
       settings: files, columns and split fractions.
       resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
-      ValueError: a file is invalid (see `read_rows`) or has too few distinct texts to split, or `delimiter`,
+      ValueError: a file is invalid (see `read_rows`) or cannot be split (see `split_files`), or `delimiter`,
         `quoting` or `header` is set but no file is a table.
     """
     files = [file for files in settings.files.values() for file in files]
@@ -73,22 +69,54 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
     for name in [name for name, value in written.items() if value]:
         if not any(resolve(file).suffix.lower() in TABLE_SUFFIXES for file in files):
             raise ValueError(f"data.{name} requires a .csv or .tsv file, got {', '.join(files)}")
-    return split_files(settings, lambda value: load_rows(resolve(value), settings), split_rows)
+    return split_files(settings, lambda value: load_rows(resolve(value), settings))
 
 
-def split_files(
-    settings: DataSettings, load: Callable[[str], Any], split: Callable[[Any, Mapping[str, float], int], dict]
-) -> dict[str, Any]:
-    """Loads the files in the settings with `load`, by split; `split` divides examples by fractions and seed."""
-    loaded = {
+def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str, Any]:
+    """Loads the rows of `train`, `validation` and, if there is one, `test`.
+
+    A single file is split by a hash of `split_seed` and the text. The split depends neither on the order of the
+    rows nor on the labels, and adding rows moves only texts near a split boundary. Texts that differ only in case
+    or spacing count as one text and go to the same split. A split has at least one text, but is left out if its
+    fraction is 0.
+
+    Args:
+      settings: the files, and the fractions of the distinct texts to split off.
+      load: reads a file: labelled texts, or a list of conversations or questions, which are split by the first
+        user message.
+
+    Raises:
+      ValueError: a file has too few distinct texts to split.
+    """
+    splits = {
         name: functools.reduce(operator.add, map(load, files)) for name, files in settings.files.items()
     }
+    shares = {} if "validation" in splits else {"validation": settings.validation_fraction}
     if settings.path is not None:
-        shares = {"validation": settings.validation_fraction, "test": settings.test_fraction}
-        return split(loaded["path"], shares, settings.split_seed)
-    if "validation" not in loaded:
-        loaded |= split(loaded["train"], {"validation": settings.validation_fraction}, settings.split_seed)
-    return {name: loaded[name] for name in ("train", "validation", "test") if name in loaded}
+        splits["train"], shares = splits["path"], shares | {"test": settings.test_fraction}
+    if shares:
+        rows = splits["train"]
+        keys = [normalize(text) for text, _ in _texts(rows)]
+        order = sorted(set(keys), key=lambda key: _hash(settings.split_seed, key))
+        sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
+        if sum(sizes.values()) >= len(order):
+            _, place = _texts(rows)[0]
+            raise ValueError(
+                f"{place.rpartition(':')[0]}: {len(order)} distinct texts are too few to split into "
+                f"{', '.join(('train', *sizes))}: add rows"
+            )
+        names = [name for name, size in sizes.items() for _ in range(size)]
+        split_of = dict.fromkeys(order, "train") | dict(zip(order, names, strict=False))
+        for name in ("train", *sizes):
+            splits[name] = take(rows, [i for i, key in enumerate(keys) if split_of[key] == name])
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def _texts(rows: Any) -> list[tuple[str, str]]:
+    """Returns the text by which each row is split, and its location."""
+    if isinstance(rows, LabelledTexts):
+        return list(zip(rows.texts, rows.places, strict=True))
+    return [(row.prompt, row.place) for row in rows]
 
 
 def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
@@ -110,24 +138,16 @@ def labelled_texts(path: Path, rows: Sequence[StringRow]) -> LabelledTexts:
     return LabelledTexts(columns[0], columns[1] if len(columns) == 3 else None, labels, places)
 
 
-def split_rows(rows: LabelledTexts, shares: Mapping[str, float], seed: int) -> dict[str, LabelledTexts]:
-    """Splits rows as `split_texts` does."""
-    indices_by_split = split_texts(rows.texts, shares, seed, where=rows.places[0].rpartition(":")[0])
-    return {name: rows.take(indices) for name, indices in indices_by_split.items()}
-
-
-def limit_splits(
-    splits: dict[str, Any], settings: DataSettings, texts_of: Callable[[Any], Sequence[str]]
-) -> tuple[dict[str, Any], list[str]]:
+def limit_splits(splits: dict[str, Any], settings: DataSettings) -> tuple[dict[str, Any], list[str]]:
     """Returns at most `data.limit` examples of each split, in order, and lines to print about it.
 
-    As in `split_texts`, a hash of `split_seed` and the text decides, not the order of the rows.
+    As in `split_files`, a hash of `split_seed` and the text decides, not the order of the rows.
     """
     if settings.limit is None:
         return splits, []
     limited, kept = {}, []
     for name, rows in splits.items():
-        keys = [_hash(settings.split_seed, normalize(text)) for text in texts_of(rows)]
+        keys = [_hash(settings.split_seed, normalize(text)) for text, _ in _texts(rows)]
         indices = sorted(sorted(range(len(keys)), key=keys.__getitem__)[: settings.limit])
         limited[name] = take(rows, indices)
         kept.append(f"{len(indices):,} of {len(rows):,} {name}")
@@ -154,23 +174,3 @@ def comparable(text: str) -> str:
 
 def _hash(seed: int, key: str) -> bytes:
     return hashlib.blake2b(f"{seed} {key}".encode()).digest()
-
-
-def split_texts(
-    texts: Sequence[str], shares: Mapping[str, float], seed: int, *, where: str
-) -> dict[str, list[int]]:
-    """Splits texts into `train` and the splits in `shares`; returns the indices of each.
-
-    A share is a fraction of the distinct texts. A split has at least one text, but is left out if its share is 0.
-    """
-    keys = [normalize(text) for text in texts]
-    order = sorted(set(keys), key=lambda key: _hash(seed, key))
-    sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
-    if sum(sizes.values()) >= len(order):
-        raise ValueError(
-            f"{where}: {len(order)} distinct texts are too few to split into "
-            f"{', '.join(('train', *sizes))}: add rows"
-        )
-    names = [name for name, size in sizes.items() for _ in range(size)]
-    split_of = dict.fromkeys(order, "train") | dict(zip(order, names, strict=False))
-    return {name: [i for i, key in enumerate(keys) if split_of[key] == name] for name in ("train", *sizes)}

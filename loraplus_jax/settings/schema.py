@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator
 from pydantic.dataclasses import dataclass
 
-from .._utils.validation import check_number
+from .._utils.validation import check_number, to_plain
 from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..optim.lora_plus import MIN_EPS
 from ..optim.roles import Policy
@@ -581,7 +581,7 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """Returns all fields as plain values, as written to `config.yaml`."""
-        return _to_plain(dataclasses.asdict(self))
+        return to_plain(dataclasses.asdict(self))
 
 
 RESUMABLE_FIELDS = (
@@ -615,9 +615,3 @@ def split_settings(
         else:
             (free if f"{prefix}{name}" in may_change else fixed)[name] = value
     return fixed, free
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _to_plain(v) for k, v in value.items()}
-    return [_to_plain(v) for v in value] if isinstance(value, list | tuple) else value

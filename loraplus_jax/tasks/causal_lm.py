@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.multiple_choice import Question, encode_choices, read_questions
 from ..data.packed_rows import pack, pad
-from ..data.splits import limit_splits, split_files, split_texts
+from ..data.splits import limit_splits, split_files
 from ..models.checkpoints.hf import load_config
 from ..models.checkpoints.quantized import choose_formats
 from ..models.decoder import Config
@@ -202,9 +202,9 @@ def head_is_frozen(parts: AdaptedModel) -> bool:
 
 
 def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
-    splits = split_files(settings.data, functools.partial(_read, settings), _split_by_question)
+    splits = split_files(settings.data, functools.partial(_read, settings))
     splits, lines = handle_duplicates(splits, settings.data)
-    splits, limited = limit_splits(splits, settings.data, _questions)
+    splits, limited = limit_splits(splits, settings.data)
     if settings.generation.inputs is not None:
         name = held_out_split(splits)
         splits[name] = select_inputs(splits[name], settings.generation.inputs)
@@ -213,18 +213,6 @@ def _load_splits(settings: Settings) -> tuple[dict[str, list[Any]], list[str]]:
 
 def _read(settings: Settings, value: str) -> list[Any]:
     return READERS[settings.task](resolve(value, "data"), settings.data.column_names)
-
-
-def _split_by_question(
-    examples: Sequence[Chat | Question], shares: Mapping[str, float], seed: int
-) -> dict[str, list]:
-    """Splits by the first user message, so that a question is never in two splits."""
-    splits = split_texts(_questions(examples), shares, seed, where=examples[0].place.rpartition(":")[0])
-    return {name: [examples[i] for i in indices] for name, indices in splits.items()}
-
-
-def _questions(examples: Sequence[Chat | Question]) -> list[str]:
-    return [e.prompt if isinstance(e, Question) else e.question for e in examples]
 
 
 def _encode(

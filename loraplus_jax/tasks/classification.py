@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._utils.validation import check_choice
+from .._utils.validation import check_choice, to_plain
 from ..data.labels import class_labels, label_names, regression_labels
 from ..data.splits import LabelledTexts
 from ..step.train_step import LossFn, Rows
@@ -91,7 +91,7 @@ class EncoderTask:
 
     def notes(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
-        return {**dataclasses.asdict(self), "names": list(self.names), "metrics": list(self.metrics)}
+        return to_plain(dataclasses.asdict(self))
 
     def labels(self, rows: LabelledTexts) -> np.ndarray:
         """Returns the labels for the loss function: int32 class indices or standardized float32, `(N,)`."""

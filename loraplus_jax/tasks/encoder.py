@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import operator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def load_data(settings: Settings, directory: Path) -> TaskData:
     glue = find_task(settings.data, settings.task)
     rows, duplicates = _load_splits(settings.data)
     task = EncoderTask.from_splits(settings.task, rows, glue.metrics if glue else ())  # pyright: ignore[reportArgumentType]
-    rows, limited = _limit(rows, settings.data)
+    rows, limited = limit_splits(rows, settings.data)
     encoded = {name: encode_texts(split.texts, split.pairs, tokenizer) for name, split in rows.items()}
     splits = {name: arrays | {"label": task.labels(rows[name])} for name, (arrays, _) in encoded.items()}
     sizes = {name: len(split) for name, split in rows.items()}
@@ -72,7 +71,7 @@ def load_split(
       KeyError: there is no such split.
     """
     if data is None:
-        rows = _limit(_load_splits(settings.data)[0], settings.data)[0][split or "test"]
+        rows = limit_splits(_load_splits(settings.data)[0], settings.data)[0][split or "test"]
     else:
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
@@ -86,9 +85,6 @@ def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list
         splits, left_out = load_splits(settings, functools.partial(resolve, kind="data")), []
     splits, duplicates = handle_duplicates(splits, settings)
     return splits, [*left_out, *duplicates]
-
-
-_limit = functools.partial(limit_splits, texts_of=operator.attrgetter("texts"))
 
 
 def has_pairs(settings: DataSettings) -> bool:

@@ -6,14 +6,13 @@ export and `init_adapter`, and between processes.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 
-from .._utils.validation import check_choice
+from .._utils.validation import check_choice, to_plain
 from ..models.bert.config import BertConfig
 from ..models.checkpoints.hf import load_config
 from ..models.families import FAMILIES
@@ -51,7 +50,7 @@ def model_identity(settings: Settings, directory: Path, task: Any) -> Identity:
         if settings.is_language
         else BertConfig.from_hf(load_config(directory))
     )
-    config = json.loads(json.dumps(dataclasses.asdict(config)))
+    config = to_plain(dataclasses.asdict(config))
     identity: Identity = {"base": {"config": config}}
     if not settings.is_language:
         return identity | {"tokenizer": _digest(encoder.tokenizer_for(settings, directory).to_str())}

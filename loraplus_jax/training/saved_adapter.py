@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .._utils.multihost import gather_to_host
-from .._utils.validation import expand_path
+from .._utils.validation import expand_path, to_plain
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import specs_from_json
 from ..adapter.tree import combine, flatten, unflatten
@@ -178,7 +178,7 @@ def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[
     saved = notes.get("task")
     if isinstance(saved, Mapping):
         for name in ("kind", "names"):
-            ours, theirs = (_to_plain(x.get(name)) for x in (task.notes(), saved))
+            ours, theirs = (to_plain(x.get(name)) for x in (task.notes(), saved))
             if ours != theirs:
                 differences.append(f"task {name} is {theirs} in the adapter and {ours} here")
     if settings.init_adapter_rates == "same":
@@ -263,7 +263,7 @@ def _lora_differences(settings: Settings, directory: Path, parts: AdaptedModel) 
         )
     names = ("rank", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "variant", "layers_to_transform")
     for name in names:
-        value, saved = _to_plain(getattr(applied, name)), _to_plain(getattr(config, name))
+        value, saved = to_plain(getattr(applied, name)), to_plain(getattr(config, name))
         if value != saved:
             differences.append(
                 f"lora.{name} is {saved} in the adapter and {value} here: set --lora.{name} {saved}"
@@ -291,9 +291,3 @@ def _rate_differences(settings: Settings, notes: Mapping[str, Any]) -> list[str]
     ]
     hint = "set the same values, or --init_adapter_rates new to use different ones"
     return [*differences, hint] if differences else []
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, list | tuple) else value

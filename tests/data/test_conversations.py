@@ -108,7 +108,7 @@ def test_tool_calls_and_their_results(tmp_path):
 
 def test_text_in_parts_is_joined(tmp_path):
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image": None}]
-    assert _read(tmp_path, _said(("user", parts), A))[0].question == "a b"
+    assert _read(tmp_path, _said(("user", parts), A))[0].prompt == "a b"
 
 
 def test_messages_without_effect_are_left_out_and_counted(tmp_path):

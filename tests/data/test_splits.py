@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.data.splits import LabelledTexts, limit_splits, load_splits
+from loraplus_jax.data.conversations import Chat, Turn
+from loraplus_jax.data.multiple_choice import Question
+from loraplus_jax.data.splits import LabelledTexts, limit_splits, load_splits, split_files
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
@@ -63,12 +65,12 @@ def _texts(splits):
 
 def test_a_limit_keeps_a_part_of_each_split_whatever_the_order_of_the_rows(tmp_path):
     whole, settings = _one_file(tmp_path, TEXTS), DataSettings(path="a.csv", limit=15)
-    limited, (line,) = limit_splits(whole, settings, lambda rows: rows.texts)
+    limited, (line,) = limit_splits(whole, settings)
     assert {name: len(rows) for name, rows in limited.items()} == {"train": 15, "validation": 10, "test": 15}
     assert all(_texts(limited)[name] <= texts for name, texts in _texts(whole).items())
     assert limited["train"].places == tuple(p for p in whole["train"].places if p in limited["train"].places)
     assert limited["train"].texts != whole["train"].texts[:15]
-    backwards, _ = limit_splits(_one_file(tmp_path, TEXTS[::-1]), settings, lambda rows: rows.texts)
+    backwards, _ = limit_splits(_one_file(tmp_path, TEXTS[::-1]), settings)
     assert _texts(backwards) == _texts(limited)
     assert_mentions(line, "data.limit 15", "15 of 70 train", "10 of 10 validation", "15 of 20 test")
 
@@ -85,6 +87,25 @@ def test_a_split_may_have_several_files(tmp_path):
     assert splits["train"].places[9:11] == (f"{tmp_path / 'a.csv'}:11", f"{tmp_path / 'b.csv'}:2")
     splits = load_splits(DataSettings(**fields), lambda value: tmp_path / value)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 18, "validation": 2}
+
+
+def test_conversations_and_questions_are_split_by_the_first_user_message():
+    turns = [(Turn("user", t), Turn("assistant", a)) for t in TEXTS for a in "xy"]
+    chats = [Chat(t, f"a.jsonl:{i}") for i, t in enumerate(turns)]
+    questions = [Question(t, ("x", "y"), n, "a.jsonl:1") for t in TEXTS for n in (0, 1)]
+    for rows in (chats, questions):
+        splits = split_files(DataSettings(path="a.jsonl"), lambda _, rows=rows: rows)
+        assert {name: len(part) for name, part in splits.items()} == {
+            "train": 140,
+            "validation": 20,
+            "test": 40,
+        }
+        prompts = [{row.prompt for row in part} for part in splits.values()]
+        assert sum(map(len, prompts)) == len(set.union(*prompts)) == 100
+        limited, _ = limit_splits(splits, DataSettings(path="a.jsonl", limit=4))
+        assert {name: len(part) for name, part in limited.items()} == dict.fromkeys(splits, 4)
+    with pytest.raises(ValueError, match=mentions("a.jsonl", 1, "train, validation, test")):
+        split_files(DataSettings(path="a.jsonl"), lambda _: chats[:2])
 
 
 def test_a_header_requires_a_table(tmp_path):

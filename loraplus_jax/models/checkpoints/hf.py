@@ -202,10 +202,9 @@ def rows_digest(tensors: Mapping[str, "_Tensor"]) -> str:
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
         size = tensor.shape[0] if tensor.shape else 0
-        for row in sorted({0, size // 2, size - 1} & set(range(size))):
-            total.update(np.ascontiguousarray(tensor.view[row : row + 1]).tobytes())
-        if not tensor.shape:
-            total.update(tensor.file.get_tensor(tensor.name).tobytes())
+        rows = [slice(row, row + 1) for row in sorted({0, size // 2, size - 1} & set(range(size)))]
+        for part in rows if tensor.shape else [()]:
+            total.update(np.ascontiguousarray(tensor.view[part]).tobytes())
     return total.hexdigest()[:16]
 
 
@@ -214,8 +213,8 @@ def values_digest(tensors: Mapping[str, "_Tensor"]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
-        for part in _pieces(tensor.shape):
-            total.update(np.ascontiguousarray(tensor.view[part]).tobytes())
+        for values in read_pieces(tensor.view):
+            total.update(np.ascontiguousarray(values).tobytes())
     return total.hexdigest()
 
 
@@ -223,7 +222,6 @@ def values_digest(tensors: Mapping[str, "_Tensor"]) -> str:
 class _Tensor:
     """A tensor in a file: its name there, a lazy view, and the types supported in such a file."""
 
-    file: Any
     name: str
     view: Any
     dtypes: tuple[str, ...]
@@ -266,7 +264,7 @@ def _find_tensors(directory: Path, table: NameTable, names: set[str]) -> tuple[d
         missing = sorted(index_names - file_names)
         problems += [f"- {name} (the index lists it in {file_name}, which lacks it)" for name in missing]
         for name in sorted(file_names):
-            key, tensor = table.canonical(name), _Tensor(file, name, file.get_slice(name), dtypes)
+            key, tensor = table.canonical(name), _Tensor(name, file.get_slice(name), dtypes)
             if key in tensors:
                 problems.append(f"+ {name} (a second tensor for {tensors[key].name}, in {file_name})")
             elif key in names:
@@ -318,7 +316,7 @@ def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[st
         equal = (
             copy.shape == original.shape
             and copy.view.get_dtype() in copy.dtypes
-            and all(np.array_equal(copy.view[part], original.view[part]) for part in _pieces(copy.shape))
+            and all(map(np.array_equal, read_pieces(copy.view), read_pieces(original.view)))
         )
         if not equal:
             problems.append(
@@ -328,8 +326,16 @@ def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[st
     return problems
 
 
-def _pieces(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of the first axis, each small enough for one read."""
+def read_pieces(view: Any) -> Iterator[np.ndarray]:
+    """Yields a tensor's values in pieces along the first axis, each small enough for one read."""
+    return (view[part] for part in _pieces(tuple(view.get_shape())))
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[Any]:
+    """Indices of the pieces; `()` for a scalar, which has no axis to slice."""
+    if not shape:
+        yield ()
+        return
     rows = _PIECE // max(1, 4 * math.prod(shape[1:])) or 1
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
@@ -400,7 +406,7 @@ def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed: bool) -> None:
     """Writes a window of a leaf, or of one layer of it, to `slot[0]`."""
     if not tensor.shape:
-        slot[0] = tensor.file.get_tensor(tensor.name)
+        slot[0] = tensor.view[()]
         return
     target = slot[0].T if transposed else slot[0]
     first, *columns = reversed(window) if transposed else window

@@ -4,6 +4,7 @@ Only the current tensor is in memory: the base stays on disk, memory-mapped.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,9 @@ from ...adapter.spec import Specs
 from ...adapter.tree import flatten
 from ...quantization.formats import packed_values
 from ...quantization.packed_array import PackedArray, is_packed
-from .hf import weight_files
+from .hf import read_pieces, weight_files
 from .name_table import NameTable, Rule, expand
 from .quantized import in_rows
-
-_PIECE = 2**22  # bytes per read when a tensor is only copied
 
 
 @dataclass(frozen=True)
@@ -131,30 +130,16 @@ def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[Outpu
         for name in sorted(file.keys()):
             canonical, view = merge.table.canonical(name), file.get_slice(name)
             shape = tuple(view.get_shape())
+            # Called later: bound to this tensor by arguments, since the loop's variables change.
             if merge.changes(canonical):
-                rows = _merged_rows(merge, canonical, file, name)
+                rows = functools.partial(_merged_rows, merge, canonical, view)
             else:
-                rows = _copied_rows(file, name, shape)
+                rows = functools.partial(read_pieces, view)
             yield OutputTensor(name, shape, dtype_of(view.get_dtype()), rows), canonical
 
 
-def _merged_rows(
-    merge: CheckpointMerge, canonical: str, file: Any, name: str
-) -> Callable[[], Iterator[np.ndarray]]:
-    return lambda: iter([merge.value(canonical, lambda: file.get_slice(name)[:])])
-
-
-def _copied_rows(file: Any, name: str, shape: tuple[int, ...]) -> Callable[[], Iterator[np.ndarray]]:
-    def rows() -> Iterator[np.ndarray]:
-        if not shape:
-            yield file.get_tensor(name)
-            return
-        step = max(1, _PIECE // max(1, 4 * int(np.prod(shape[1:]))))
-        view = file.get_slice(name)
-        for start in range(0, shape[0], step):
-            yield view[start : min(start + step, shape[0])]
-
-    return rows
+def _merged_rows(merge: CheckpointMerge, canonical: str, view: Any) -> Iterator[np.ndarray]:
+    yield merge.value(canonical, lambda: view[:])
 
 
 def dtype_of(name: str) -> np.dtype:

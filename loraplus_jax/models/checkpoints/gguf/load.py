@@ -376,10 +376,6 @@ class GgufWeights:
         """The tensor as a lazy view."""
         return self._views[name]
 
-    def get_tensor(self, name: str) -> np.ndarray:
-        """The whole tensor as float32."""
-        return self._views[name][:]
-
 
 def to_hf_name(name: str, architecture: str) -> str:
     """Hugging Face's name for a tensor of a GGUF file; an unknown tensor keeps its name."""
