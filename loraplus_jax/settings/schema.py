@@ -264,6 +264,14 @@ class DataSettings:
         return next(iter(self.files.values()))
 
     @property
+    def table_options(self) -> dict[str, Any]:
+        """How .csv and .tsv files are written, as far as it is set: arguments of `readers.read_rows`."""
+        names = ("delimiter", "quoting", "header")
+        return {
+            x: getattr(self, x) for x in names if getattr(self, x) != self.__dataclass_fields__[x].default
+        }
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns to read."""
         return tuple(c for c in (self.text, self.text_pair, self.label) if c is not None)
