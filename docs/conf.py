@@ -115,8 +115,29 @@ def write_settings(directory: Path) -> None:
             "required" if field.required else f"`{json.dumps(field.default)}`",
             field.text,
         )
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(_format_row(*cells))
     (directory / "settings.md").write_text("\n".join(lines) + "\n")
+
+
+def _format_row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def write_commands(directory: Path) -> None:
+    """Every command with its arguments, from the table of the command line."""
+    from loraplus_jax.cli.commands import COMMANDS
+
+    lines = ["# Commands", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"## loraplus {name}", "", f"{command.text[0].upper()}{command.text[1:]}.", ""]
+        lines += ["| argument | meaning |", "| --- | --- |"]
+        for argument, more in command.arguments.items():
+            words = [argument] if argument.startswith("-") else []
+            words += [more["metavar"]] if "metavar" in more else []
+            text = more["help"] + (" (required)" if more.get("required") else "")
+            lines.append(_format_row(f"`{' '.join(words)}`", text))
+        lines += ["", "[Settings](settings.md) lists its settings.", ""] if command.settings else [""]
+    (directory / "commands.md").write_text("\n".join(lines) + "\n")
 
 
 def write_errors(directory: Path) -> None:
@@ -146,7 +167,7 @@ def generate(directory: Path = HERE / "reference") -> None:
     """Writes the generated pages anew: a page of a name that is gone would stay."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
-    for write in (write_api, write_settings, write_errors):
+    for write in (write_api, write_commands, write_settings, write_errors):
         write(directory)
     (directory / "changelog.md").write_text("```{include} ../../CHANGELOG.md\n```\n")
 

@@ -62,6 +62,9 @@ def test_the_reference_has_every_public_symbol_setting_and_error(conf, tmp_path)
     for module in modules:
         for name in conf.public_names(module):
             assert f"   {name}\n" in api, f"{module}.{name}"
+    commands = (tmp_path / "commands.md").read_text()
+    assert "## loraplus sweep" in commands
+    assert "| `--dtype float32\\|bfloat16` |" in commands
     settings = (tmp_path / "settings.md").read_text()
     assert "| `lora.lr_ratio` |" in settings
     assert "| `sweep.lr_ratios` |" in settings
@@ -76,3 +79,15 @@ def test_the_reference_has_every_public_symbol_setting_and_error(conf, tmp_path)
         "| ValueError | column \\{...\\} appears twice |",
     ):
         assert any(line.startswith(row) for line in errors), row
+
+
+def test_files_and_calls_that_contributing_names_exist():
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`([a-z0-9_/]+\.py)`", text):
+        assert (root / "loraplus_jax" / name).exists() or (root / name).exists(), name
+    steps = re.findall(r"^\| \d+ \| `([^`]+)` \| `(\w+)` ", text, flags=re.M)
+    assert len(steps) > 10
+    for name, call in steps:
+        source = (root / "loraplus_jax" / name).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(def|class) {call}\b", source, flags=re.M), (name, call)

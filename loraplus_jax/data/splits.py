@@ -61,12 +61,7 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
         `quoting` or `header` is set but no file is a table.
     """
     files = [file for files in settings.files.values() for file in files]
-    written = {
-        "delimiter": settings.delimiter,
-        "quoting": settings.quoting != "minimal",
-        "header": settings.header,
-    }
-    for name in [name for name, value in written.items() if value]:
+    for name in settings.table_options:
         if not any(resolve(file).suffix.lower() in TABLE_SUFFIXES for file in files):
             raise ValueError(f"data.{name} requires a .csv or .tsv file, got {', '.join(files)}")
     return split_files(settings, lambda value: load_rows(resolve(value), settings))
@@ -121,13 +116,7 @@ def _texts(rows: Any) -> list[tuple[str, str]]:
 
 def load_rows(path: Path, settings: DataSettings) -> LabelledTexts:
     """Reads the rows of one file, with the columns in the settings; raises as `read_rows` does."""
-    return labelled_texts(path, read_columns(path, settings.columns, settings))
-
-
-def read_columns(path: Path, columns: Sequence[str], settings: DataSettings) -> list[StringRow]:
-    """Reads columns of one file, written as the settings say; raises as `read_rows` does."""
-    options: Any = {"quoting": settings.quoting, "header": settings.header or ()}
-    return read_rows(path, columns, settings.delimiter, **options)
+    return labelled_texts(path, read_rows(path, settings.columns, **settings.table_options))
 
 
 def labelled_texts(path: Path, rows: Sequence[StringRow]) -> LabelledTexts:

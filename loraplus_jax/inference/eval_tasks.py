@@ -126,7 +126,7 @@ class TaskResults:
 def evaluate_tasks(
     place: str,
     tasks: Sequence[str],
-    root: Path,
+    data_root: Path,
     *,
     shots: int | None = None,
     limit: int | None = None,
@@ -146,7 +146,7 @@ def evaluate_tasks(
     Args:
       place: a run, an adapter directory of either format, an exported merged model, or a value of `model.path`.
       tasks: names of `TASKS`.
-      root: directory with the files, see `read_commonsense` and `read_mmlu`.
+      data_root: directory with the files, see `read_commonsense` and `read_mmlu`.
       shots: solved examples before each question of MMLU; 5 by default. A question gets fewer if it does not fit
         the model's context otherwise.
       limit: score only so many questions of each task and subject, the first ones.
@@ -180,8 +180,8 @@ def evaluate_tasks(
         raise ValueError(f"--template {template} has no effect: {MMLU} has a format of its own; remove it")
     path = expand_path("model", place)
     output = _output_file(path, output)
-    root = expand_path("--data_root", root)
-    parts = list(_read_parts(tasks, root, shots or 0, limit))
+    data_root = expand_path("--data_root", data_root)
+    parts = list(_read_parts(tasks, data_root, shots or 0, limit))
     settings, base, task, model, variables = open_model(place, template, dtype, config, allow_different)
     longest, mesh = model_config(base).max_length, make_mesh(1)
     tokenizer, chat_template = load_tokenizer(base), None
@@ -201,7 +201,7 @@ def evaluate_tasks(
     ]
     summary = read_summary(path) or {}
     accuracies = _accuracies(parts, items, correct)
-    results = TaskResults(place, str(root), summary.get("steps"), shots, limit, accuracies)
+    results = TaskResults(place, str(data_root), summary.get("steps"), shots, limit, accuracies)
     write_text(output, to_json(results.to_json(), indent=1) + "\n", new=True)
     return results, output
 

@@ -18,23 +18,6 @@ from .yaml_files import read_word, read_yaml
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
-_RUN_OPTIONS = {
-    "--fresh": "start over; an existing run in output_dir is renamed, not deleted",
-    "--allow_different PART": "part of the base model or data that may differ from the run to resume, or from "
-    "init_adapter; repeatable",
-}
-_COMMAND_OPTIONS: Mapping[str, Mapping[str, str]] = {
-    "train": _RUN_OPTIONS,
-    "sweep": _RUN_OPTIONS,
-    "plan": {
-        "--topology NAME": "TPU topology to compile for, such as v5e:16x16",
-        "--search": "search for mesh, micro-batches, remat, attention and loss chunk of the fastest step that "
-        "fits, and print the command; settings on the command line stay fixed; requires --topology",
-        "--json FILE": "also write the plan to FILE as JSON; FILE must not exist",
-    },
-}
-"""Help texts of the options that are not settings, by command; `cli.py` parses these options."""
-
 
 class SettingField(NamedTuple):
     """One setting.
@@ -94,19 +77,9 @@ def setting_fields(kind: type[Settings] = Settings) -> Iterator[SettingField]:
     yield from _section_fields(kind, "")
 
 
-def format_help(kind: type[Settings] = Settings, command: str = "train") -> str:
-    """Returns the `--help` text: every setting as `--section.field`, with type, meaning and default.
-
-    Args:
-      kind: `Settings` or a subclass with more sections.
-      command: the command whose usage and extra options to show.
-    """
-    options = _COMMAND_OPTIONS.get(command, {})
-    usage = " ".join(
-        [f"loraplus {command} CONFIG [--section.field VALUE ...]", *(f"[{option}]" for option in options)]
-    )
-    lines = [f"usage: {usage}", "", "CONFIG is a YAML file; command-line settings override it.", ""]
-    lines += [f"  {option}\n      {text}" for option, text in options.items()]
+def format_settings(kind: type[Settings] = Settings) -> str:
+    """Returns the part of `--help` on settings: each as `--section.field`, with type, meaning and default."""
+    lines = []
     section = None
     for field in setting_fields(kind):
         if (prefix := field.name.partition(".")[0] if "." in field.name else "") != section:

@@ -34,13 +34,6 @@ MAX_STEPS = 2**31 - 1
 """The step counter is int32."""
 AUTO = "auto"
 MOST_PORT = 65535
-ADALORA = (
-    "optimizer.initial_rank_steps",
-    "optimizer.final_rank_steps",
-    "optimizer.rank_every",
-    "optimizer.orthogonality",
-    "optimizer.singular_learning_rate",
-)
 GENERATION = (
     *(
         "generation.beams",
@@ -74,7 +67,6 @@ REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
     (("optimizer.target_rank",), "train.select", ("last",)),
     (("optimizer.target_rank",), "train.early_stopping", (None,)),
-    (ADALORA, "optimizer.target_rank", ()),
     (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
     (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
     (("train.prompt_tokens",), "train.prompt", ()),
@@ -272,6 +264,14 @@ class DataSettings:
         return next(iter(self.files.values()))
 
     @property
+    def table_options(self) -> dict[str, Any]:
+        """How .csv and .tsv files are written, as far as it is set: arguments of `readers.read_rows`."""
+        names = ("delimiter", "quoting", "header")
+        return {
+            x: getattr(self, x) for x in names if getattr(self, x) != self.__dataclass_fields__[x].default
+        }
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns to read."""
         return tuple(c for c in (self.text, self.text_pair, self.label) if c is not None)
@@ -303,12 +303,8 @@ class OptimizerSettings:
       decay: weight decay of B: coupled is lora.lr_ratio times A's; equal is the same as A's.
       max_grad_norm: maximum global gradient norm; null disables clipping.
       target_rank: mean rank to which AdaLoRA (arXiv 2303.10512) lowers lora.rank, giving the rank to the modules
-        that need it; null keeps all ranks.
-      initial_rank_steps: steps before the ranks fall; null uses a tenth of all steps.
-      final_rank_steps: steps at the end with fixed ranks; null uses three tenths.
-      rank_every: steps between two choices of ranks.
-      orthogonality: weight of AdaLoRA's regularizer.
-      singular_learning_rate: peak learning rate of AdaLoRA's singular values; null uses eta_A.
+        that need it; ranks fall from the first tenth of the steps on and are fixed in the last three; null keeps
+        all ranks.
     """
 
     name: OptimizerName = "adamw"
@@ -329,11 +325,6 @@ class OptimizerSettings:
     decay: Literal["coupled", "equal"] = "coupled"
     max_grad_norm: Rate | None = None
     target_rank: Rate | None = None
-    initial_rank_steps: Index | None = None
-    final_rank_steps: Index | None = None
-    rank_every: Count = 10
-    orthogonality: Decay = 1e-3
-    singular_learning_rate: Rate | None = None
 
     def __post_init__(self) -> None:
         check_requirements(self, "optimizer.")

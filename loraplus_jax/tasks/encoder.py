@@ -16,7 +16,8 @@ from ..data.duplicates import handle_duplicates
 from ..data.fetch import resolve
 from ..data.glue import find_task, load_glue, read_glue, read_glue_texts
 from ..data.labels import label_summary
-from ..data.splits import LabelledTexts, limit_splits, load_rows, load_splits, read_columns
+from ..data.readers import read_rows
+from ..data.splits import LabelledTexts, limit_splits, load_rows, load_splits
 from ..data.tokenize import encode_texts, load_tokenizer
 from ..models.bert.config import BertConfig
 from ..models.bert.model import SHARDING, BertForSequence, name_table, tensor_sizes
@@ -75,7 +76,8 @@ def load_split(
     else:
         glue, path = find_task(settings.data), resolve(data, "data")
         rows = read_glue(path, glue)[0] if glue else load_rows(path, settings.data)
-    return Split(encode_rows(rows, task, tokenizer_for(settings, directory)), len(rows), _digest(rows))
+    arrays, _ = encode_texts(rows.texts, rows.pairs, tokenizer_for(settings, directory))
+    return Split(arrays | {"label": task.labels(rows)}, len(rows), _digest(rows))
 
 
 def _load_splits(settings: DataSettings) -> tuple[dict[str, LabelledTexts], list[str]]:
@@ -99,7 +101,7 @@ def read_texts(path: Path, settings: DataSettings) -> tuple[tuple[str, ...], tup
         texts = read_glue_texts(path, glue)
     else:
         names = [name for name in (settings.text, settings.text_pair) if name is not None]
-        texts = [tuple(row.values.values()) for row in read_columns(path, names, settings)]
+        texts = [tuple(row.values.values()) for row in read_rows(path, names, **settings.table_options)]
     first, *second = zip(*texts, strict=True)
     return first, second[0] if second else None
 
@@ -121,11 +123,6 @@ def tokenizer_for(settings: Settings, directory: Path) -> Tokenizer:
         pairs=has_pairs(settings.data),
     )
     return tokenizer
-
-
-def encode_rows(rows: LabelledTexts, task: EncoderTask, tokenizer: Tokenizer) -> Batch:
-    """Tokenizes rows and adds their labels."""
-    return encode_texts(rows.texts, rows.pairs, tokenizer)[0] | {"label": task.labels(rows)}
 
 
 def model_config(settings: ModelSettings, directory: Path) -> BertConfig:

@@ -57,36 +57,15 @@ def make_optimizer(
 def _adalora(
     settings: OptimizerSettings, tx: LoRAPlusTransform, rate: Any, steps: int, specs: Specs
 ) -> LoRAPlusTransform:
-    """AdaLoRA around an optimizer.
-
-    Raises:
-      ValueError: the steps before and after the ranks fall leave none between them; the message names the fields.
-    """
-    initial, final = settings.initial_rank_steps, settings.final_rank_steps
-    initial, final = (
-        steps // 10 if initial is None else initial,
-        3 * steps // 10 if final is None else final,
-    )
-    if initial + final >= steps:
-        raise ValueError(
-            f"optimizer.initial_rank_steps {initial} and optimizer.final_rank_steps {final} must add up to less "
-            f"than the {steps} steps in total, since the ranks fall between them; lower one"
-        )
-    singular = settings.singular_learning_rate
+    """AdaLoRA around an optimizer; its schedule follows from the number of steps."""
     transform = adalora(
         tx,
-        optax.adam(
-            rate if singular is None else schedule_for(settings, steps, singular),
-            settings.b1,
-            settings.b2,
-            settings.eps,
-        ),
+        optax.adam(rate, settings.b1, settings.b2, settings.eps),
         steps=steps,
         target_rank=settings.target_rank or 0,
-        initial_steps=initial,
-        final_steps=final,
-        every=settings.rank_every,
-        orthogonality=settings.orthogonality,
+        initial_steps=steps // 10,
+        final_steps=3 * steps // 10,
+        every=10,
         specs=specs,
     )
     assert isinstance(transform, LoRAPlusTransform)

@@ -31,8 +31,6 @@ ADALORA = (
         "6",
         "--optimizer.target_rank",
         "2",
-        "--optimizer.rank_every",
-        "1",
     ),
     *("--optimizer.learning_rate", "1e-2"),
 )
@@ -75,8 +73,6 @@ def test_a_run_lowers_its_ranks_resumes_and_exports(talk, tmp_path, capsys):
     ("flags", "words"),
     [
         (("--optimizer.target_rank", "2"), ("optimizer.target_rank", "train.select", "last")),
-        (("--optimizer.rank_every", "2"), ("optimizer.rank_every", "optimizer.target_rank")),
-        ((*ADALORA[:-2], "--optimizer.final_rank_steps", "11"), ("final_rank_steps", "11", "12 steps")),
         (
             (*ADALORA[:-2], "--optimizer.name", "riemannian"),
             ("optimizer.target_rank", "optimizer.name", "adamw"),

@@ -346,7 +346,7 @@ CASES = [
     Case("init unknown", ("lora.init", "loraa", "lora_b"), ("--lora.init", "loraa")),
     # the config file
     Case("config file absent", ("nowhere.yaml",), ("inspect", "nowhere.yaml")),
-    Case("config file missing from the command", ("train", "config"), ("train",)),
+    Case("config file missing from the command", ("train", "CONFIG"), ("train",)),
     Case("config file garbled", ("config.yaml", "YAML"), spoil=write("config.yaml", "model: [\n")),
     Case("config file empty", ("config.yaml", "mapping"), spoil=write("config.yaml", "")),
     Case(

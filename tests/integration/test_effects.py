@@ -292,7 +292,6 @@ WIDE = ("--data.path", "{dir}/wide.csv")
 BARE = ("--data.path", "{dir}/bare.csv", "--data.header", "[text, second, label]")
 BOTH = ("--data.path", "{dir}/both.csv")
 LAST = ("--train.select", "last")
-RANKED = (*LAST, "--optimizer.target_rank", "1")
 FILES = ("--data.path", "null", "--data.train", "{dir}/first.csv")
 TALK = (
     *("--task", "instruction", "--model.path", "{dir}/talk", "--data.path", "{dir}/chats.jsonl"),
@@ -368,12 +367,7 @@ CHANGES = [
     Change("optimizer.name", "riemannian", updates),
     Change("optimizer.name", "lora_rite", updates, ("--method", "lora")),
     Change("optimizer.name", "lora_muon", updates, ("--method", "lora")),
-    Change("optimizer.target_rank", "1", updates, LAST),
-    Change("optimizer.initial_rank_steps", "25", ranks_over_time, RANKED),
-    Change("optimizer.final_rank_steps", "1", ranks_over_time, RANKED),
-    Change("optimizer.rank_every", "1", ranks_over_time, RANKED),
-    Change("optimizer.orthogonality", "0.5", updates, RANKED),
-    Change("optimizer.singular_learning_rate", "0.1", updates, RANKED),
+    Change("optimizer.target_rank", "1", ranks_over_time, LAST),
     Change("optimizer.reg", "0.5", updates, ("--optimizer.name", "riemannian")),
     Change("optimizer.decay_steps", "3", updates, ("--optimizer.schedule", "wsd")),
     Change("optimizer.learning_rate", "2e-3", updates),

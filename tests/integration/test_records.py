@@ -290,7 +290,7 @@ async def abandon():
     asyncio.ensure_future(fail())
     await asyncio.sleep(0.01)
 
-def noise(options, overrides):
+def noise():
     thread = threading.Thread(target=lambda: {}["thread"])
     thread.start()
     thread.join()
@@ -301,7 +301,7 @@ def noise(options, overrides):
     except KeyError:
         logging.getLogger("absl").exception("saving failed")
 
-cli._fetch = noise
+cli.COMMANDS["fetch"] = cli.COMMANDS["fetch"]._replace(run=noise)
 sys.argv = ["loraplus", "fetch"]
 loraplus_command.run()
 """

@@ -79,12 +79,11 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, arguments, words):
 )
 def test_help_shows_the_options_of_its_command(capsys, command, options):
     assert main([command, "--help"]) == 0
-    text = capsys.readouterr().out
-    usage = " ".join(text.partition("\n\n")[0].split())
+    usage = " ".join(capsys.readouterr().out.partition("\n\n")[0].split())
     ours = ["--fresh", "--topology NAME", "--search", "--json FILE"]
-    assert usage.startswith(f"usage: loraplus {command} CONFIG [--section.field VALUE ...]")
+    assert usage.startswith(f"usage: loraplus {command} [-h]")
+    assert usage.endswith("CONFIG [--section.field VALUE ...]")
     assert [option for option in ours if f"[{option}]" in usage] == options
-    assert all(f"  {option}\n" in text for option in options)
 
 
 def test_without_libtpu_the_command_that_installs_it_is_named(tmp_path, capsys, monkeypatch):

@@ -310,7 +310,6 @@ def test_train_does_not_take_a_sweep(tmp_path, capsys):
 def test_help_names_every_field(capsys):
     assert main(["sweep", "--help"]) == 0
     printed = capsys.readouterr().out
-    assert "loraplus sweep CONFIG" in printed
     assert all(f"--sweep.{field.name}" in printed for field in dataclasses.fields(SweepSettings))
 
 

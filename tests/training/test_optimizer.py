@@ -140,3 +140,16 @@ def test_named_optimizers(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9), update, expected)
         params = optax.apply_updates(params, update)
     assert tx.rates(0)["a"] == (pytest.approx(1e-2), 0.1)
+
+
+def test_adalora_lowers_the_ranks_between_a_tenth_and_seven_tenths_of_the_steps():
+    tx = make_optimizer(OptimizerSettings(target_rank=1), CONFIG, 100, SPECS)
+    params = {"lora": PARAMS["lora"]}
+    state, update, low = tx.init(params), jax.jit(tx.update), []
+    for step in range(1, 101):
+        grads = jax.tree.map(lambda x: jnp.sin(step + jnp.arange(x.size).reshape(x.shape) ** 2.0), params)  # noqa: B023
+        moved, state = update(grads, state, params)
+        params = optax.apply_updates(params, moved)
+        if not (params["lora"]["query"]["lora_b"] != 0).any(-1).all():
+            low.append(step)
+    assert low == [20, 30, 40, 50, 60, *range(70, 101)]

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from loraplus_jax.settings.parsing import settings_from_json
 from loraplus_jax.settings.schema import (
-    ADALORA,
     GENERATION,
     RESUMABLE_FIELDS,
     STOP_FIELDS,
@@ -227,7 +226,7 @@ INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
 
 
 INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates", "model.quantize_exclude"}
-INSTEAD |= {"optimizer.target_rank", *ADALORA}
+INSTEAD |= {"optimizer.target_rank"}
 INSTEAD |= {"lora.init_iterations", "optimizer.reg"}
 
 

@@ -1,0 +1,134 @@
+"""Makes the parser and the help of the command line from one record a command."""
+
+import argparse
+import itertools
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from .._utils.validation import expand_path
+
+TRACEBACK = "LORAPLUS_TRACEBACK"
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      text: help text.
+      run: runs the command with the arguments that were passed, as keywords; returns an exit code, or None for 0.
+      arguments: what argparse's `add_argument` takes, by option or by name of a positional argument.
+      settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`, and
+        `words`, what they were read from: the config file and the settings on the command line.
+    """
+
+    text: str
+    run: Callable[..., int | None]
+    arguments: Mapping[str, Mapping[str, Any]]
+    settings: str = ""
+
+
+def path(text: str) -> Path:
+    """The type of a path; expands `~`."""
+    try:
+        return expand_path("path", text)
+    except ValueError as error:  # argparse shows only the message of its own error
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+METAVARS = {str: "TEXT", int: "INT", float: "FLOAT", path: "PATH"}
+
+
+def value(
+    text: str, type: Callable[[str], Any] = str, choices: Sequence[str] | None = None, **more: Any
+) -> dict[str, Any]:
+    """An argument with a value; `more` is passed to `add_argument`."""
+    metavar = METAVARS[type] if choices is None else "|".join(choices)
+    return {"help": text, "type": type, "choices": choices, "metavar": metavar, **more}
+
+
+def flag(text: str) -> dict[str, Any]:
+    """An option without a value."""
+    return {"help": text, "action": "store_true"}
+
+
+def load(name: str) -> Any:
+    """Imports `module:name` of the package."""
+    return pkgutil.resolve_name(f"loraplus_jax.{name}")
+
+
+def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Command, dict[str, Any]]:
+    """Returns the command of a command line, and the arguments that were passed.
+
+    Raises:
+      ValueError: the words are not those of a command, or settings are invalid.
+      SystemExit: help was printed.
+    """
+    words, overrides = _split(commands, words)
+    options, unknown = make_parser(commands).parse_known_args(words)
+    keywords = vars(options)
+    command = commands[name := keywords.pop("command")]
+    if unknown:
+        raise ValueError(f"{name} does not accept {' '.join(unknown)}")
+    if command.settings:
+        from ..settings.parsing import parse_settings
+
+        config, _ = keywords.pop("config"), keywords.pop("overrides")
+        keywords["settings"] = parse_settings(config, overrides, load(command.settings))
+        keywords["words"] = [config, *overrides]
+    return command, keywords
+
+
+def _split(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Splits the words of a command that accepts settings into those for argparse and the settings.
+
+    Argparse would take a setting's value such as -1 for an option.
+    """
+    if not words or words[0] not in commands or not commands[words[0]].settings:
+        return [*words], []
+    takes_value = {
+        name: "type" in more for name, more in commands[words[0]].arguments.items() if name[0] == "-"
+    }
+    takes_value |= {"-h": False, "--help": False}
+    own, settings, rest = [words[0]], [], iter(words[1:])
+    for index, word in enumerate(rest):
+        name, equals, _ = word.partition("=")
+        is_config = index == 0 and word[:1] != "-"
+        (own if is_config or name in takes_value else settings).append(word)
+        own += itertools.islice(rest, takes_value.get(name, False) and not equals)
+    return own, settings
+
+
+def make_parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """Returns the parser of all commands; it leaves out what was not passed, so that `run` has the defaults."""
+    parser = _Parser(
+        prog="loraplus",
+        description="Fine-tune pretrained models with LoRA+.",
+        epilog=f"Set {TRACEBACK}=1 to show tracebacks.",
+    )
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, _, arguments, settings) in commands.items():
+        command = subparsers.add_parser(name, help=text, description=text, argument_default=argparse.SUPPRESS)
+        command.settings = settings
+        for argument, more in arguments.items():
+            command.add_argument(argument, **more)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help lists the settings that a command accepts."""
+
+    settings = ""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError with the message of argparse, and where the options are listed."""
+        raise ValueError(f"{message}; see {self.prog} --help")
+
+    def format_help(self) -> str:
+        """Returns the help on the arguments, and on every setting."""
+        if not self.settings:
+            return super().format_help()
+        from ..settings.parsing import format_settings
+
+        return f"{super().format_help()}{format_settings(load(self.settings))}\n"

@@ -1,0 +1,51 @@
+"""The table of commands fits the functions that they run."""
+
+import inspect
+
+import pytest
+
+from loraplus_jax.cli.commands import COMMANDS, main
+from loraplus_jax.inference.eval_tasks import evaluate_tasks
+from loraplus_jax.inference.export import export_run
+from loraplus_jax.inference.generate import generate_answers
+from loraplus_jax.inference.predict import evaluate_run, predict_run, write_submissions
+from loraplus_jax.sweep.methods import sweep_or_compare
+from loraplus_jax.training.trainer import train
+
+TARGETS = {
+    "train": [train],
+    "inspect": [],
+    "sweep": [sweep_or_compare],
+    "plan": [],
+    "eval": [evaluate_run, evaluate_tasks],
+    "predict": [predict_run, write_submissions],
+    "generate": [generate_answers],
+    "export": [export_run],
+    "fetch": [],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_is_a_parameter(name):
+    parameters = set()
+    for function in (COMMANDS[name].run, *TARGETS[name]):
+        parameters |= inspect.signature(function).parameters.keys()
+    parameters |= {"config", "overrides"} if COMMANDS[name].settings else set()
+    arguments = COMMANDS[name].arguments
+    assert {
+        more.get("dest", argument.removeprefix("--")) for argument, more in arguments.items()
+    } <= parameters
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--shots", "3"), ("--shots", "requires --tasks")),
+        (("--tasks", "mmlu"), ("--data_root",)),
+        (("--tasks", "mmlu", "--data_root", "d", "--split", "test"), ("--split", "combined", "--tasks")),
+    ],
+)
+def test_options_of_eval_that_exclude_each_other(capsys, options, words):
+    assert main(["eval", "run", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words)

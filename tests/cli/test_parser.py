@@ -1,0 +1,76 @@
+"""Command lines become keywords; words of settings never reach argparse."""
+
+from pathlib import Path
+
+import pytest
+
+from loraplus_jax.cli.parser import Command, flag, parse, path, value
+
+from ..messages import mentions
+from ..settings.values import LEAST, write
+
+OPTIONS = {"--fresh": flag("start over"), "--part": value("a part", action="append")}
+SETTINGS = {
+    "config": value("a file", metavar="CONFIG"),
+    "overrides": value("settings", nargs="*", default=()),
+}
+COMMANDS = {
+    "show": Command(
+        "show a run",
+        print,
+        {"run": value("a run", path, metavar="RUN"), "--size": value("its size", int), **OPTIONS},
+    ),
+    "make": Command("make a run", print, SETTINGS | OPTIONS, "settings.schema:Settings"),
+}
+
+
+def keywords(*words):
+    return parse(COMMANDS, words)[1]
+
+
+def test_only_what_was_passed_is_passed_on():
+    assert keywords("show", "r") == {"run": Path("r")}
+    words = ("show", "--part", "a", "~/r", "--size=3", "--part", "b", "--fresh")
+    assert keywords(*words) == {"run": Path.home() / "r", "size": 3, "part": ["a", "b"], "fresh": True}
+
+
+def test_words_of_settings_are_told_from_options(tmp_path):
+    config = str(write(tmp_path, LEAST | {"task": "instruction"}))
+    settings = ("--train.prompt", "-hot", "--mesh.data", "-1", "--seed=7")
+    given = keywords("make", config, *settings[:3], "--part", "b", *settings[3:], "--fresh", "--part=c")
+    assert (given["settings"].train.prompt, given["settings"].mesh.data, given["settings"].seed) == (
+        "-hot",
+        -1,
+        7,
+    )
+    assert given["words"] == [config, *settings]
+    assert {name: given[name] for name in given.keys() - {"settings", "words"}} == {
+        "fresh": True,
+        "part": ["b", "c"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "mentioned"),
+    [
+        (("show", "r", "--sise", "3"), ("show", "--sise 3")),
+        (("show", "r", "--size", "x"), ("--size", "'x'", "loraplus show --help")),
+        (("show", "~nosuchuser/r"), ("RUN", "~nosuchuser", "no home directory")),
+        (("make", "--seed", "3"), ("CONFIG", "loraplus make --help")),
+        (("make", "c.yaml", "--part"), ("--part", "loraplus make --help")),
+        (("make", "c.yaml", "--fresh=1"), ("--fresh", "'1'")),
+    ],
+)
+def test_what_is_rejected(words, mentioned):
+    with pytest.raises(ValueError, match=mentions(*mentioned)):
+        keywords(*words)
+
+
+@pytest.mark.parametrize(("command", "has_settings"), [("show", False), ("make", True)])
+def test_help_shows_arguments_with_their_values_and_settings(capsys, command, has_settings):
+    with pytest.raises(SystemExit):
+        keywords(command, "c.yaml", "--help")
+    printed = capsys.readouterr().out
+    assert "--part TEXT" in printed
+    assert ("--size INT" in printed) != has_settings
+    assert ("--optimizer.learning_rate FLOAT" in printed) == has_settings
