@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._utils.validation import check_int, check_number
@@ -190,13 +191,19 @@ def adalora(
         shifts, singular_state = singular_tx.update(grads.values, state.singular_state, old.values)
         flat: Any = leaves_by_path(moved)
         new = jax.tree.map(
-            lambda w, shift: w + shift,
+            jnp.add,
             old,
             Triplets(
                 {path: flat[path] for path in old.p}, dict(shifts), {path: flat[path] for path in old.q}
             ),
         )
-        importance = _importance(jax.tree.map(jnp.multiply, sensitivity, uncertainty), layouts)
+        scores = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
+        importance = {
+            pair.b: scores.values[pair.b]
+            + layout_a.rows(scores.p[pair.a]).mean(-1)
+            + layout_b.rows(scores.q[pair.b]).mean(-1)
+            for pair, (layout_a, layout_b) in layouts.items()
+        }
         left = jnp.clip((last - step) / (last - initial_steps), 0, 1)
         budget = budget_at(left, state.initial_budget, state.target_budget)
         chooses = ~learns | ((step > initial_steps) & (step % every == 0))
@@ -240,13 +247,8 @@ def most_important(importance: Mapping[str, jax.Array], budget: Any) -> dict[str
     flat = jnp.concatenate([x.reshape(-1) for x in importance.values()])
     order = jnp.argsort(flat, descending=True)
     kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < budget)
-    ends = [0]
-    for x in importance.values():
-        ends.append(ends[-1] + x.size)
-    return {
-        path: kept[start:end].reshape(x.shape)
-        for (path, x), start, end in zip(importance.items(), ends[:-1], ends[1:], strict=True)
-    }
+    parts = jnp.split(kept, np.cumsum([x.size for x in importance.values()])[:-1])
+    return {path: part.reshape(x.shape) for (path, x), part in zip(importance.items(), parts, strict=True)}
 
 
 Layouts = Mapping[Any, tuple[Layout, Layout]]
@@ -283,6 +285,7 @@ def _gradients(
     triplets: Triplets, grads: Mapping[str, Any], layouts: Layouts, orthogonality: float
 ) -> Triplets:
     """The gradients of P, Λ and Q from those of A and B, with the regularizer's."""
+    # By hand: autodiff does not know that the Gram matrix is symmetric, and would compute its product twice.
     result = Triplets({}, {}, {})
     for pair, (layout_a, layout_b) in layouts.items():
         p, q = layout_a.rows(triplets.p[pair.a]), layout_b.rows(triplets.q[pair.b])
@@ -298,14 +301,5 @@ def _gradients(
 def _orthogonality_gradient(rows: jax.Array) -> jax.Array:
     """The gradient of ‖X Xᵀ - I‖² by the rows X, (batch..., r, n)."""
     gram = rows @ rows.mT
+    # Broadcast explicitly, since jax_numpy_rank_promotion may be set to raise.
     return 4 * ((gram - jnp.broadcast_to(jnp.eye(gram.shape[-1], dtype=gram.dtype), gram.shape)) @ rows)
-
-
-def _importance(scores: Triplets, layouts: Layouts) -> dict[str, jax.Array]:
-    """The importance of every triplet by B's path, (batch..., r), from that of every weight."""
-    return {
-        pair.b: scores.values[pair.b]
-        + layout_a.rows(scores.p[pair.a]).mean(-1)
-        + layout_b.rows(scores.q[pair.b]).mean(-1)
-        for pair, (layout_a, layout_b) in layouts.items()
-    }

@@ -1,6 +1,7 @@
 """Inspects learning rates per parameter (`describe`), and the updates that a step makes (`probe`)."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -150,6 +151,7 @@ def describe(
 def _states_at(tx: Any, params: Any, step: int) -> list[LoRAPlusState]:
     """The LoRA+ states of an optimizer in its update at a step."""
 
+    # A schedule reads its step from an optax state's leaf `count`.
     def set_count(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
         return jnp.full_like(x, step) if leaf_path(path).rpartition("/")[2] == "count" else x
 
@@ -186,10 +188,8 @@ def probe(
     """
     grads = jax.tree.map(jnp.ones_like, params) if grads is None else grads
     updates, _ = tx.update(grads, opt_state, params)
-    result = {}
-    for role, leaves in leaves_by_role(updates, labels_of(opt_state, params)).items():
-        squares = sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)
-        result[role] = jnp.sqrt(squares / sum(leaf.size for leaf in leaves))
+    groups = leaves_by_role(updates, labels_of(opt_state, params))
+    result = {role: optax.tree.norm(leaves) / math.sqrt(count(leaves)) for role, leaves in groups.items()}
     if "a" in result and "b" in result:
         result["b/a"] = result["b"] / result["a"]
     return result

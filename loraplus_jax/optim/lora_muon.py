@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from .._utils.validation import check_number
 from ..adapter.spec import Specs
-from .pairs import check_decays, corrected_average, inverse_root, transform_pairs
+from .pairs import corrected_average, inverse_root, transform_pairs
 
 
 def scale_by_lora_muon(b1: float = 0.95, *, specs: Specs | None = None) -> optax.GradientTransformation:
@@ -21,7 +22,7 @@ def scale_by_lora_muon(b1: float = 0.95, *, specs: Specs | None = None) -> optax
     Raises:
       ValueError: as `scale_by_lora_rite`.
     """
-    check_decays(b1=b1)
+    check_number("b1", b1, at_least=0, below=1)
 
     def update(
         grad: jax.Array, other: jax.Array, old: jax.Array, count: jax.Array

@@ -21,7 +21,7 @@ from ..adapter.tree import leaves_by_path
 from .adalora import AdaLoRAState
 from .keep_float32 import KeepFloat32State
 from .pairs import PairState
-from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, label_params
+from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, find_states, label_params
 from .schedules import Rate, rate_at, scale_rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
@@ -66,12 +66,10 @@ class AdamW(NamedTuple):
         """
         return tuple(value if isinstance(value, int | float) else id(value) for value in self)
 
-    def make(self) -> optax.GradientTransformation:
-        """The optimizer."""
-        return optax.adamw(**self._asdict())
-
-    def make_rate_and_decay(self) -> optax.GradientTransformation:
-        """What follows Adam's direction: the weight decay and the rate."""
+    def make(self, direction: optax.GradientTransformation | None) -> optax.GradientTransformation:
+        """The optimizer; after a direction other than Adam's only the weight decay and the rate."""
+        if direction is None:
+            return optax.adamw(**self._asdict())
         return optax.chain(
             optax.add_decayed_weights(self.weight_decay), optax.scale_by_learning_rate(self.learning_rate)
         )
@@ -194,35 +192,37 @@ def lora_plus_adamw(
         raise ValueError(
             "magnitude_learning_rate requires policy lora_plus: with policy peft magnitudes have B's learning rate"
         )
-    overrides = _check_by_role(by_role or {})
+    overrides: dict[Role, Mapping[str, Any]] = dict(by_role or {})
+    known = AdamW._fields[1:]  # a rate is set by an argument, above
+    for role, settings in overrides.items():
+        if role not in ROLES:
+            raise ValueError(f"by_role: unknown role {role!r}{suggest(role, ROLES)}")
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"by_role[{role!r}]: unknown key {name!r}{suggest(name, known)}")
     if policy == "peft":
         overrides["vector"] = {"weight_decay": 0.0, **overrides.get("vector", {})}
 
-    fast_rate = scale_rate(learning_rate, lr_ratio)
-
-    def group(role: Role) -> AdamW:
-        own = {
-            "embedding": embedding_learning_rate,
-            "extra": head_learning_rate,
-            "magnitude": magnitude_learning_rate,
-        }
-        rate = own.get(role)
-        rate = learning_rate if rate is None else rate
-        settings = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
-        if role == "b" and decay == "equal":
-            settings["weight_decay"] = overrides.get("a", {}).get("weight_decay", weight_decay) / lr_ratio
-        return AdamW(fast_rate if role in FAST else rate, **settings | dict(overrides.get(role, {})))
-
-    groups: dict[Role, AdamW] = {role: group(role) for role in ROLES}
-    for adamw in groups.values():
+    own_rates: dict[Role, Any] = {
+        **dict.fromkeys(FAST, scale_rate(learning_rate, lr_ratio)),
+        "embedding": embedding_learning_rate,
+        "extra": head_learning_rate,
+        "magnitude": magnitude_learning_rate,
+    }
+    groups: dict[Role, AdamW] = {}
+    for role in ROLES:  # "a" first: equal decay divides its weight decay
+        rate = own_rates.get(role)
+        w = groups["a"].weight_decay / lr_ratio if role == "b" and decay == "equal" else weight_decay
+        adamw = AdamW(learning_rate if rate is None else rate, b1, b2, eps, w)
+        adamw = groups[role] = adamw._replace(**overrides.get(role, {}))
         check_number("b1", adamw.b1, at_least=0.0, below=1.0, allow_arrays=True)
         check_number("b2", adamw.b2, at_least=0.0, below=1.0, allow_arrays=True)
         check_number("eps", adamw.eps, at_least=MIN_EPS, allow_arrays=True)
         check_number("weight_decay", adamw.weight_decay, at_least=0.0, allow_arrays=True)
+    # Roles with equal settings share one AdamW, so that with lr_ratio 1 there is one, as in plain LoRA.
     first: dict[Any, Role] = {}
     chain_of = {role: first.setdefault(adamw.key, role) for role, adamw in groups.items()}
-    last = AdamW.make if direction is None else AdamW.make_rate_and_decay
-    chains: dict[Any, Any] = {role: last(groups[role]) for role in first.values()}
+    chains: dict[Any, Any] = {role: groups[role].make(direction) for role in first.values()}
     labels = _labels(specs, policy)
     tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.__getitem__, labels(tree)))
     before = [transform for transform in (precondition, direction) if transform is not None]
@@ -287,8 +287,7 @@ def lora_plus(
 
 def _check_wrapped(state: Any, ratio: Any) -> None:
     """Raises ValueError if a ratio does not belong around an optimizer, by the optimizer's state."""
-    is_known = lambda x: isinstance(x, (PairState, LoRAPlusState, *_RIGHT_ORDERS))  # noqa: E731
-    for inner in filter(is_known, jax.tree.leaves(state, is_leaf=is_known)):
+    for inner in find_states(state, PairState, LoRAPlusState, *_RIGHT_ORDERS):
         if isinstance(inner, LoRAPlusState):
             raise ValueError(
                 "lr_ratio would multiply B's rate twice: the wrapped optimizer is a LoRA+ one already; use it "
@@ -321,17 +320,6 @@ def _check_ratio(lr_ratio: Any) -> None:
     if isinstance(lr_ratio, LoRAPlusConfig):
         raise TypeError("lr_ratio must be a number, got a LoRAPlusConfig; pass config.lr_ratio")
     check_number("lr_ratio", lr_ratio, above=0.0, allow_arrays=True)
-
-
-def _check_by_role(by_role: Mapping[Role, Mapping[str, Any]]) -> dict[Role, Mapping[str, Any]]:
-    known = [name for name in AdamW._fields if name != "learning_rate"]
-    for role, settings in by_role.items():
-        if role not in ROLES:
-            raise ValueError(f"by_role: unknown role {role!r}{suggest(role, ROLES)}")
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"by_role[{role!r}]: unknown key {name!r}{suggest(name, known)}")
-    return dict(by_role)
 
 
 def _labels(specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:

@@ -15,7 +15,7 @@ import optax
 
 from .._utils.validation import check_number
 from ..adapter.spec import Specs
-from .pairs import check_decays, corrected_average, inverse_root, symmetric, transform_pairs
+from .pairs import corrected_average, inverse_root, transform_pairs
 
 
 class RiteFactor(NamedTuple):
@@ -51,7 +51,8 @@ def scale_by_lora_rite(
     Raises:
       ValueError: a number is out of range, the tree has no pair, or a pair's axes are ambiguous.
     """
-    check_decays(b1=b1, b2=b2)
+    check_number("b1", b1, at_least=0, below=1)
+    check_number("b2", b2, at_least=0, below=1)
     check_number("eps", eps, above=0)
 
     def init(own: jax.Array, other: jax.Array) -> RiteFactor:
@@ -65,7 +66,8 @@ def scale_by_lora_rite(
         root = inverse_root(other @ other.mT)
         grad, basis = root @ grad, root @ other
         turn = basis @ old.basis.mT
-        second = symmetric(turn @ old.second @ turn.mT)
+        second = turn @ old.second @ turn.mT
+        second = (second + second.mT) / 2  # rounding leaves it unsymmetric
         lost = jnp.linalg.eigvalsh(old.second) - jnp.linalg.eigvalsh(second)
         escaped = old.escaped + jnp.maximum(lost.max(-1), 0)
         second = corrected_average(second, grad @ grad.mT / grad.shape[-1], b2, count)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .._utils.validation import check_number
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path, replace_paths
 from .factor_pairs import Pair, factor_pairs, spec_path
@@ -78,20 +77,16 @@ def layouts_of(letters: tuple[str, str]) -> tuple[Layout, Layout]:
 
 def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, str]:
     """One letter per axis of A and B, `r` for the rank, the same letter for a batch axis of both."""
-    names = [c for c in string.ascii_letters if c != "r"]
+    names = string.ascii_letters.replace("r", "")
     found = []
     for batch in range(min(len(a), len(b)) - 1):
         if a[:batch] != b[:batch]:
             break
-        shared, rest_a, rest_b = (
-            "".join(names[:batch]),
-            names[batch : len(a) - 1],
-            names[len(a) : len(a) + len(b) - batch - 1],
-        )
+        shared, ins, outs = names[:batch], names[batch : len(a) - 1], names[len(a) :][: len(b) - batch - 1]
         if a[-1] == b[batch]:  # A (batch..., in..., r), B (batch..., r, out...)
-            found.append((f"{shared}{''.join(rest_a)}r", f"{shared}r{''.join(rest_b)}"))
+            found.append((f"{shared}{ins}r", f"{shared}r{outs}"))
         elif a[batch] == b[batch + 1]:  # PyTorch's: A (r, in...), B (out, r, ...)
-            found.append((f"{shared}r{''.join(rest_a)}", f"{shared}{rest_b[0]}r{''.join(rest_b[1:])}"))
+            found.append((f"{shared}r{ins}", f"{shared}{outs[0]}r{outs[1:]}"))
     if len(found) != 1:
         raise ValueError(
             f"{module or 'the tree'}: factors {a} and {b} may have several batch axes; pass specs from init_lora"
@@ -173,14 +168,3 @@ def corrected_average(old: jax.Array, new: jax.Array, decay: float, count: jax.A
     """A moving average with Adam's correction for its start at zero: over the first `count` values alone."""
     corrected = decay * (1 - decay ** (count - 1.0)) / (1 - decay**count)
     return (corrected * old + (1 - corrected) * new).astype(old.dtype)
-
-
-def symmetric(matrix: jax.Array) -> jax.Array:
-    """The symmetric part of matrices (..., r, r)."""
-    return (matrix + matrix.mT) / 2
-
-
-def check_decays(**decays: float) -> None:
-    """Raises ValueError unless each decay, given by its name, is in [0, 1)."""
-    for name, value in decays.items():
-        check_number(name, value, at_least=0, below=1)

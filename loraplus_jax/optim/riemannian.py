@@ -1,4 +1,4 @@
-"""Transforms that see the factors A and B of a pair together, and float32 copies of factors in bfloat16."""
+"""Riemannian preconditioning: the gradient of each factor is scaled by the other factor."""
 
 from typing import Any
 

@@ -9,7 +9,7 @@ from flax import struct
 
 from .._utils.validation import check_choice
 from ..adapter.spec import Specs
-from ..adapter.tree import leaf_path, leaves_by_path
+from ..adapter.tree import leaves_by_path, replace_paths
 from .factor_pairs import factor_pairs, is_embedding_factor, is_magnitude, spec_path
 
 Role = Literal["a", "b", "embedding", "magnitude", "extra", "vector"]
@@ -49,16 +49,18 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     """
     check_choice("policy", policy, get_args(Policy))
     leaves = leaves_by_path(tree)
-    roles = _factor_roles(leaves, specs)
-
-    def label(path: tuple[Any, ...], leaf: Any) -> Role:
-        name = leaf_path(path)
-        role = roles.get(name, "extra")
-        if policy == "peft" and role == "magnitude":
-            return "b"
-        return _peft_role(name, leaf, leaves) if policy == "peft" and role == "extra" else role
-
-    return jax.tree_util.tree_map_with_path(label, tree)
+    is_peft = policy == "peft"
+    roles: dict[str, Role] = {}
+    for module, pair in factor_pairs(leaves, specs).items():
+        spec = (specs or {}).get(spec_path(module))
+        embedded = is_embedding_factor(pair.a) if spec is None else spec.kind == "embed"
+        roles |= dict.fromkeys(pair, "embedding") if embedded else {pair.a: "a", pair.b: "b"}
+    for path in leaves.keys() - roles.keys():
+        if is_magnitude(path):
+            roles[path] = "b" if is_peft else "magnitude"
+        else:
+            roles[path] = _peft_role(path, leaves) if is_peft else "extra"
+    return replace_paths(tree, roles)
 
 
 class LoRAPlusState(struct.PyTreeNode):
@@ -105,18 +107,19 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
         cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
     ) -> "LoRAPlusTransform":
         """Makes a transform from its functions."""
+        # optax's transforms are NamedTuples, which take only their own fields.
         self = super().__new__(cls, init, update)
         self.labels, self.rates, self.relative = labels, rates, relative
         return self
 
 
-def find_states(opt_state: Any) -> list[LoRAPlusState]:
-    """Finds the states of LoRA+ transforms in an optimizer state, inside `optax.chain` and other wrappers.
+def find_states(opt_state: Any, *kinds: type) -> list[Any]:
+    """Finds states by type, by default those of LoRA+ transforms, inside `optax.chain` and other wrappers.
 
     There are several if `optax.multi_transform` or `optax.masked` gives each transform a part of the tree.
     """
-    is_ours = lambda x: isinstance(x, LoRAPlusState)  # noqa: E731
-    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(x)]
+    is_kind = lambda x: isinstance(x, kinds or LoRAPlusState)  # noqa: E731
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
 
 
 def lr_ratio_of(opt_state: Any) -> float | None:
@@ -142,10 +145,10 @@ def labels_of(opt_state: Any, tree: Any) -> Any:
     if not states:
         return label_params(tree)
     roles = {path: role for state in states for path, role in state.roles}
-    return jax.tree_util.tree_map_with_path(lambda path, _: roles.get(leaf_path(path), "extra"), tree)
+    return replace_paths(jax.tree.map(lambda _: "extra", tree), roles)
 
 
-def _peft_role(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Role:
+def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
     """PEFT's groups: all leaves with one axis use B's learning rate; biases and LayerNorms have no weight decay.
 
     Biases and scales of norms are known by name, also stacked. A norm with a bias is a LayerNorm; without one it is
@@ -155,17 +158,7 @@ def _peft_role(path: str, leaf: Any, leaves: Mapping[str, Any]) -> Role:
     module, _, name = path.removesuffix(value).rpartition("/")
     if name == "bias" or (name == "scale" and f"{module}/bias{value}".lstrip("/") in leaves):
         return "vector"
-    return "b" if name == "scale" or len(leaf.shape) == 1 else "extra"
-
-
-def _factor_roles(leaves: Mapping[str, Any], specs: Specs | None) -> dict[str, Role]:
-    """The roles of all factors, by path."""
-    roles: dict[str, Role] = {path: "magnitude" for path in leaves if is_magnitude(path)}
-    for module, pair in factor_pairs(leaves, specs).items():
-        spec = (specs or {}).get(spec_path(module))
-        embedded = is_embedding_factor(pair.a) if spec is None else spec.kind == "embed"
-        roles |= dict.fromkeys(pair, "embedding") if embedded else {pair.a: "a", pair.b: "b"}
-    return roles
+    return "b" if name == "scale" or len(leaves[path].shape) == 1 else "extra"
 
 
 def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
