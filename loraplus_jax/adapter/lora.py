@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from .dora import output_scale
 from .spec import AdapterSpec, Specs
-from .taps import _tapped_backward, _tapped_forward, inject_gradient
 from .tree import unflatten
 
 SCALE = "lora_scale"
@@ -87,9 +86,6 @@ def adapted_weight(weight: Any, factors: Sequence[jax.Array], spec: AdapterSpec)
     letters, outputs = spec.base_letters, spec.factor_letters[1].replace("r", "")
     c = output_scale(weight, a, b, magnitude[0], spec.scale, letters, spec.factor_letters)
     return jnp.einsum(f"{letters},{outputs}->{letters}", total, c)
-
-
-inject_gradient.defvjp(_tapped_forward, _tapped_backward)
 
 
 def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) -> dict[str, Any]:

@@ -60,31 +60,6 @@ def update_squares(
     return jnp.stack([*deltas, z_a, mean_square(a, b), jnp.ones(())])
 
 
-def measured_term(
-    term: Callable[..., jax.Array],
-    x: jax.Array,
-    factors: tuple[jax.Array, jax.Array],
-    scale: jax.Array | float,
-    tap: jax.Array | None,
-    before: tuple[jax.Array, jax.Array] | None,
-    batch_axes: int = 0,
-) -> jax.Array:
-    """The low-rank term for a layer's input x; with a tap, the tap's gradient becomes `update_squares`.
-
-    Args:
-      term, x, scale, batch_axes: as in `update_squares`.
-      factors: A and B.
-      tap: the leaf `TAP`, or None.
-      before: A and B before the step; only used with a tap.
-    """
-    y = term(x, *factors, scale)
-    if tap is None or before is None:
-        return y
-    inputs = jax.lax.stop_gradient(x)
-    squares = update_squares(term, inputs, before, factors, scale, batch_axes)
-    return inject_gradient(y, tap, squares.reshape(tap.shape))
-
-
 @jax.custom_vjp
 def inject_gradient(y: jax.Array, tap: jax.Array, value: jax.Array) -> jax.Array:
     """Returns `y`; in the backward pass the gradient of `tap` is `value`, which has the shape of `tap`.
@@ -101,3 +76,6 @@ def _tapped_forward(y: jax.Array, tap: jax.Array, value: jax.Array) -> tuple[jax
 
 def _tapped_backward(value: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return gradient, value, jnp.zeros_like(value)
+
+
+inject_gradient.defvjp(_tapped_forward, _tapped_backward)

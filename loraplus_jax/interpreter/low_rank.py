@@ -20,11 +20,13 @@ from jax.extend.core import ClosedJaxpr, Literal
 
 from ..adapter.dora import output_scale
 from ..adapter.lora import is_explicit, low_rank_output
-from ..adapter.taps import measured_term
+from ..adapter.taps import inject_gradient, update_squares
 from ..quantization.packed_array import PackedArray
 from .dataflow import mark_weight
 from .equations import run_equation, scan_counts
 
+Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
+"""`term(x, a, b, scale)`: s (x A) B for the input of an operation or a layer, and factors without stacked axes."""
 _TRANSPARENT = ("copy", "copy_p", "sharding_constraint", "reshard", "optimization_barrier")
 """Operations that the factors pass unchanged."""
 
@@ -93,9 +95,7 @@ class LowRankWeight:
             out_sharding=jax.typeof(base).sharding if is_explicit(base, a, b) else None,
         ) * jnp.asarray(self.scale, a.dtype)
         total = base + delta
-        if self.c is not None:
-            total *= _spread(self.c, self.outputs, self.letters)
-        return total.astype(base.dtype)
+        return self.scale_outputs(total, self.letters).astype(base.dtype)
 
     def base(self, *, whole: bool = False) -> jax.Array:
         """W, or with `omit` zeros in its place; `whole` tells `trace_dataflow` that the sum is needed."""
@@ -104,12 +104,41 @@ class LowRankWeight:
             return w
         return jnp.zeros_like(w) + mark_weight(w, whole=whole).astype(w.dtype)
 
+    def scale_outputs(
+        self, y: jax.Array, letters: str | None = None, bias: jax.Array | None = None
+    ) -> jax.Array:
+        """c y + (1 - c) bias in y's dtype, or y if there is no c: scales all of y but the bias in it.
 
-def _spread(c: jax.Array, own: str, letters: str) -> jax.Array:
-    """An array with axes `own`, in the order of `letters`, with 1 for those that it lacks."""
-    sizes = dict(zip(own, c.shape, strict=True))
-    ordered = c.transpose([own.index(letter) for letter in letters if letter in own])
-    return ordered.reshape([sizes.get(letter, 1) for letter in letters])
+        Args:
+          y: an array.
+          letters: those of its axes, any others for axes that c lacks; None if c's are the last ones.
+          bias: as many values as c has, in the order of `letters`.
+        """
+        if self.c is None:
+            return y
+        names: str = letters or "-" * (y.ndim - self.c.ndim) + self.outputs
+        sizes = dict(zip(self.outputs, self.c.shape, strict=True))
+        c = self.c.transpose([self.outputs.index(letter) for letter in names if letter in sizes])
+        c = c.reshape([sizes.get(letter, 1) for letter in names])
+        if is_explicit(c, y):  # a product takes arrays of one sharding only
+            axes = zip(c.shape, (*jax.typeof(y).sharding.spec, *(None,) * y.ndim), strict=False)
+            c = jax.sharding.reshard(c, jax.P(*(axis if size > 1 else None for size, axis in axes)))
+        fixed = 0 if bias is None else (1 - c) * bias.reshape(c.shape)
+        return (c * y + fixed).astype(y.dtype)
+
+    def low_rank_term(self, term: Term, x: jax.Array) -> jax.Array:
+        """The term with dropout, unless x are indices; with a tap, the tap's gradient becomes `update_squares`."""
+        if self.key is not None and jnp.issubdtype(x.dtype, jnp.floating):
+            keep = 1.0 - self.dropout
+            x = jnp.where(jax.random.bernoulli(self.key, keep, x.shape), x / keep, jnp.zeros_like(x))
+        y = term(x, self.a, self.b, self.scale)
+        if self.tap is None or self.before is None:
+            return y
+        left, right = self.factor_letters
+        batch_axes = len(set(left) & set(right)) - 1
+        inputs = jax.lax.stop_gradient(x)
+        squares = update_squares(term, inputs, self.before, (self.a, self.b), self.scale, batch_axes)
+        return inject_gradient(y, self.tap, squares.reshape(self.tap.shape))
 
 
 def evaluate(program: ClosedJaxpr, inputs: Sequence[Any]) -> list[jax.Array]:
@@ -165,14 +194,14 @@ class _Use(NamedTuple):
     """How an operation uses a weight.
 
     Attributes:
-      term: `term(x)`, the low-rank term for the other input.
+      term: the low-rank term for the other input.
       position: the other input's.
       letters: the letters of the axes of the other input if the operation contracts the weight's outputs, and of
         the result otherwise.
       contracts_outputs: whether it does.
     """
 
-    term: Callable[[jax.Array], jax.Array]
+    term: Term
     position: int
     letters: str
     contracts_outputs: bool = False
@@ -181,21 +210,12 @@ class _Use(NamedTuple):
 def _use(use: _Use, eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any) -> jax.Array:
     """The operation with W plus its low-rank term, times c, or of c x where it contracts the weight's outputs."""
     x = inputs[use.position]
-    c = None if weight.c is None else _spread(weight.c, weight.outputs, use.letters)
-    if c is not None and use.contracts_outputs:
-        x = _times(c, x)
+    if use.contracts_outputs:
+        x = weight.scale_outputs(x, use.letters)
         inputs = [x if n == use.position else value for n, value in enumerate(inputs)]
     (y,) = _base_product(eqn, inputs, weight, jaxpr)
-    y += use.term(x).astype(y.dtype)
-    return y if c is None or use.contracts_outputs else _times(c, y)
-
-
-def _times(c: jax.Array, x: jax.Array) -> jax.Array:
-    """c x in x's dtype; on a mesh with explicit axis types laid out as x is."""
-    if is_explicit(c, x):
-        axes = zip(c.shape, (*jax.typeof(x).sharding.spec, *(None,) * x.ndim), strict=False)
-        c = jax.sharding.reshard(c, jax.P(*(axis if size > 1 else None for size, axis in axes)))
-    return (c * x).astype(x.dtype)
+    y += weight.low_rank_term(use.term, x).astype(y.dtype)
+    return y if use.contracts_outputs else weight.scale_outputs(y, use.letters)
 
 
 def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
@@ -310,9 +330,7 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | N
     if weight.c is not None and contracts_outputs and not common <= set(shared):
         return None  # c has an axis that x lacks
     axes_scaled = "".join(letters) if contracts_outputs else result
-    return _Use(
-        lambda x: _measured(term, _dropped(x, weight), weight), 1 - position, axes_scaled, contracts_outputs
-    )
+    return _Use(term, 1 - position, axes_scaled, contracts_outputs)
 
 
 def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:
@@ -337,7 +355,7 @@ def _lookup(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
 
     free = string.ascii_uppercase[: eqn.outvars[0].aval.ndim - 1]
-    return _Use(lambda rows: _measured(term, rows, weight), 1, free + weight.letters[1])
+    return _Use(term, 1, free + weight.letters[1])
 
 
 def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | None:
@@ -366,22 +384,7 @@ def _convolution(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | N
         return y.reshape(*y.shape[:-2], -1)
 
     free = string.ascii_uppercase[:last]
-    return _Use(lambda x: _measured(term, _dropped(x, weight), weight), 0, free + weight.letters[-1])
+    return _Use(term, 0, free + weight.letters[-1])
 
 
 _RULES = {"dot_general": _contraction, "gather": _lookup, "conv_general_dilated": _convolution}
-
-
-def _dropped(x: jax.Array, weight: LowRankWeight) -> jax.Array:
-    """Applies the adapter's dropout to its input."""
-    if weight.key is None or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    keep = 1.0 - weight.dropout
-    kept = jax.random.bernoulli(weight.key, keep, x.shape)
-    return jnp.where(kept, x / keep, jnp.zeros_like(x))
-
-
-def _measured(term: Callable[..., jax.Array], x: jax.Array, weight: LowRankWeight) -> jax.Array:
-    batch_axes = len(set(weight.factor_letters[0]) & set(weight.factor_letters[1])) - 1
-    factors = weight.a, weight.b
-    return measured_term(term, x, factors, weight.scale, weight.tap, weight.before, batch_axes)

@@ -14,13 +14,14 @@ from flax.core import meta
 from flax.core.scope import LazyRng
 
 from ..adapter.config import ALL_LINEAR, Init, LoRAPlusConfig, Variant
-from ..adapter.dora import output_norms, output_scale
+from ..adapter.dora import output_norms
 from ..adapter.lora import SCALE
 from ..adapter.rules import is_adapted, is_target, matching_rule
 from ..adapter.spec import MAGNITUDE, AdapterSpec, check_rank
-from ..adapter.taps import PREVIOUS_FACTORS, TAP, measured_term
+from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..inits.random import factor_inits
 from ..interpreter.dataflow import mark_weight
+from ..interpreter.low_rank import LowRankWeight
 from .layer_table import LayerCall, layer_call
 
 OURS = "lora_plus"
@@ -255,7 +256,7 @@ def add_low_rank_term(
 ) -> jax.Array:
     """Adds s (dropout(x) A) B, computed in the layer's `dtype`, to a layer's output `y` and keeps its dtype.
 
-    With magnitudes, multiplies all but the bias by `output_scale`.
+    With magnitudes, multiplies all but the bias by DoRA's factor.
 
     Args:
       y: output of the layer.
@@ -268,28 +269,30 @@ def add_low_rank_term(
     get = lambda name: scope.get_variable(collection, name)  # noqa: E731
     spec = call.spec(adapter.rank, adapter.scale, magnitude=adapter.magnitude)
     a, b, *magnitude = read_factors(spec, get, where)
-    x, c = call.inputs, None
     scale = scope.get_variable("params" if collection == "params" else SCALE, SCALE, adapter.scale)
-    scale = jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale
-    if magnitude and mode() is not Mode.LOW_RANK_ONLY:
-        weight = meta.unbox(scope.get_variable("params", call.leaf))
-        c = output_scale(weight, a, b, magnitude[0], scale, spec.base_letters, spec.factor_letters)
-        if call.product is not None:  # its outputs are the inputs of the weight
-            x = call.scale_outputs(x, c, None)
-            y, c = call.product(x), None
-    if adapter.dropout and jnp.issubdtype(x.dtype, jnp.floating) and module.has_rng("dropout"):
-        dropout: Any = nn.Dropout(adapter.dropout, deterministic=False, parent=None)
-        x = dropout.apply({}, x, rngs={"dropout": module.make_rng("dropout")})
-    tap, *before = (
-        get(name) if scope.has_variable(collection, TAP) else None for name in (TAP, *PREVIOUS_FACTORS)
-    )
-    batch_axes = sum(role not in "io" for role in call.axes)
-    term = measured_term(call.term, x, (a, b), scale, tap, tuple(before), batch_axes)  # pyright: ignore
-    term = term.astype(y.dtype)
-    if mode() is Mode.LOW_RANK_ONLY:
-        return term + mark_weight(meta.unbox(scope.get_variable("params", call.leaf))).astype(y.dtype)
-    if c is None:
+    tap, *before = map(get, (TAP, *PREVIOUS_FACTORS))
+    weight = LowRankWeight(
+        w=meta.unbox(scope.get_variable("params", call.leaf)),
+        a=a,
+        b=b,
+        letters=spec.base_letters,
+        factor_letters=spec.factor_letters,
+        scale=jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale,
+        dropout=adapter.dropout,
+        key=module.make_rng("dropout") if adapter.dropout and module.has_rng("dropout") else None,
+        tap=tap,
+        before=before,
+        omit=mode() is Mode.LOW_RANK_ONLY,
+    ).with_magnitude(*magnitude)
+    x = call.inputs
+    if weight.c is not None and call.product is not None:  # its outputs are the inputs of the weight
+        x = weight.scale_outputs(x)
+        y = call.product(x)
+    term = weight.low_rank_term(call.term, x).astype(y.dtype)
+    if weight.omit:
+        return term + mark_weight(weight.w).astype(y.dtype)
+    if call.product is not None:
         return y + term
     has_bias = getattr(module, "use_bias", False)
     bias = meta.unbox(scope.get_variable("params", "bias")) if has_bias else None
-    return call.scale_outputs(y + term, c, bias)
+    return weight.scale_outputs(y + term, call.result, bias)

@@ -22,12 +22,10 @@ from flax.core import meta
 from flax.linen.dtypes import promote_dtype
 from opt_einsum.parser import parse_einsum_input
 
-from ..adapter.letters import factor_letters, split_equation
+from ..adapter.letters import LETTERS, factor_letters, split_equation
 from ..adapter.lora import low_rank_output
 from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, AdapterSpec
-
-Term = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
-"""`term(x, a, b, scale)`: s (x A) B for a layer's input and its factors without stacked axes."""
+from ..interpreter.low_rank import Term
 
 
 class LayerCall(NamedTuple):
@@ -40,8 +38,8 @@ class LayerCall(NamedTuple):
       shape: shape of the weight in this call, without stacked axes.
       inputs: inputs of the call.
       term: function that computes the low-rank term from inputs and factors.
-      layout: the letters of the weight's batch and output axes, in B's order, and those of the result's axes; None
-        if the former are the last axes of the result.
+      result: the letters of the result's axes, "-" for those that the weight lacks; None if B's without the rank's
+        are the last ones.
       product: for a call that contracts the outputs instead (`Embed.attend`), the layer's result for other inputs.
     """
 
@@ -51,7 +49,7 @@ class LayerCall(NamedTuple):
     shape: tuple[int, ...]
     inputs: jax.Array
     term: Term
-    layout: tuple[str, str] | None = None
+    result: str | None = None
     product: Callable[[jax.Array], jax.Array] | None = None
 
     @property
@@ -70,19 +68,6 @@ class LayerCall(NamedTuple):
             scale=scale,
             magnitude=magnitude,
         )
-
-    def scale_outputs(self, y: jax.Array, c: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """Multiplies a result by c, which has the weight's batch and output axes; the bias stays as it is."""
-        shape = [1] * (y.ndim - c.ndim) + [*c.shape]
-        if self.layout is not None:
-            outputs, result = self.layout
-            sizes = dict(zip(outputs, c.shape, strict=True))
-            shape = [sizes.get(letter, 1) for letter in result]
-            c = c.transpose([outputs.index(letter) for letter in result if letter in outputs])
-        c = c.reshape(shape)
-        wide = y.astype(jnp.promote_types(y.dtype, c.dtype))
-        fixed = 0 if bias is None else (1 - c) * bias.reshape(shape)
-        return (c * wide + fixed).astype(y.dtype)
 
 
 def layer_call(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
@@ -107,15 +92,14 @@ def can_adapt(method: Any) -> bool:
 def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> LayerCall:
     axes, equations = split_equation(equation)
     _, weight, result = re.split(",|->", equation)
-    outputs = "".join(c for c, role in zip(weight, axes, strict=True) if role != "i")
-    # DoRA's factor has the batch axes first, as B has.
-    outputs = "".join(sorted(outputs, key=lambda c: axes[weight.index(c)] == "o"))
+    letters = dict(zip(weight, LETTERS, strict=False))
+    result = "".join(letters.get(c, "-") for c in result)
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, a, b, scale, equations, module.precision)
 
-    return LayerCall(kind, "kernel", axes, _shape(module, "kernel"), inputs, term, (outputs, result))
+    return LayerCall(kind, "kernel", axes, _shape(module, "kernel"), inputs, term, result)
 
 
 def _dense(module: nn.Dense, inputs: jax.Array) -> LayerCall:
