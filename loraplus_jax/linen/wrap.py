@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -129,7 +128,11 @@ class LoRAPlusModel(nn.Module):
 
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
-        """The inner model's methods and submodules, which run with the adapters, and its fields."""
+        """The inner model's methods, which run with the adapters, and its fields.
+
+        Raises:
+          AttributeError: no such name, or it holds submodules, which would run without their adapters.
+        """
         inner = self.__dict__.get("wrapped")
         if inner is None or name.startswith("_"):
             return super().__getattr__(name)
@@ -140,7 +143,15 @@ class LoRAPlusModel(nn.Module):
         if self.scope is not None and name not in inner.__dict__:  # the inner model's setup may create it
             self._try_setup()
             inner = self.__dict__["wrapped"]
-        return _part(self, operator.attrgetter(name), getattr(inner, name))
+        value = getattr(inner, name)
+        leaves = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module))
+        if any(isinstance(leaf, nn.Module) for leaf in leaves):
+            raise AttributeError(
+                f"{type(inner).__name__}.{name} holds modules, which would run without their adapters; call them "
+                f"in a function of the model, `lambda inner, x: ... inner.{name} ...`, passed to apply as `method` "
+                "or, inside another module, to `run`"
+            )
+        return value
 
     @nn.nowrap
     def init_with_output(self, rngs: Any, *args: Any, method: Any = None, **kwargs: Any) -> Any:
@@ -169,44 +180,6 @@ class LoRAPlusModel(nn.Module):
 
 class _Method(functools.partial):
     """A method of a wrapped model that runs with the adapters; `apply(..., method=model.encode)` reads its name."""
-
-
-class _Part:
-    """A submodule of a wrapped model, or a container of submodules; its calls run with the adapters."""
-
-    def __init__(self, model: LoRAPlusModel, get: Callable[[nn.Module], Any]) -> None:
-        self._model, self._get = model, get
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model.run(
-            lambda inner, *args, **kwargs: self._get(inner)(*args, **kwargs), *args, **kwargs
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        part = self._inner(operator.attrgetter(name))
-        # Methods need a wrapper as well; _part only wraps modules.
-        return (
-            _Part(self._model, lambda inner: getattr(self._get(inner), name))
-            if inspect.ismethod(part)
-            else part
-        )
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._inner(lambda part: part[key])
-
-    def __len__(self) -> int:
-        return len(self._get(self._model.wrapped))
-
-    def _inner(self, get: Callable[[Any], Any]) -> Any:
-        return _part(self._model, lambda inner: get(self._get(inner)), get(self._get(self._model.wrapped)))
-
-
-def _part(model: LoRAPlusModel, get: Callable[[nn.Module], Any], value: Any) -> Any:
-    """Wraps an attribute of a wrapped model if it contains modules, so that their calls run with the adapters."""
-    parts = jax.tree.leaves(value, is_leaf=lambda x: isinstance(x, nn.Module))
-    return _Part(model, get) if any(isinstance(part, nn.Module) for part in parts) else value
 
 
 class _Call:

@@ -125,7 +125,7 @@ def _bind_address(settings: DistributedSettings) -> str | None:
     maps the host's own name to loopback, where no other host could connect. JAX_COORDINATOR_BIND_ADDRESS overrides.
 
     Raises:
-      ValueError: process 0 cannot listen there; JAX itself would crash.
+      ValueError: process 0 cannot listen there.
     """
     if override := os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         return override
@@ -148,6 +148,7 @@ def _bind_address(settings: DistributedSettings) -> str | None:
 
 def _can_listen(family: int, target: Any) -> bool:
     """Whether an address is one of this host's; raises OSError if its port is taken."""
+    # JAX would share the port with another run's coordinator (SO_REUSEPORT), join that run and end it.
     try:
         socket.create_server(target, family=family).close()
     except OSError as error:

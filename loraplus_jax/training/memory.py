@@ -7,10 +7,6 @@ from typing import Any
 import psutil
 
 CGROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_FILES = {
-    "v2": ("memory.max", "memory.current", "inactive_file"),
-    "v1": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
 
 
 def check_memory(programs: Sequence[Any], device: Any, local_devices: int) -> None:
@@ -55,30 +51,25 @@ def _program_bytes(program: Any) -> tuple[int, int]:
 
 
 def _cgroup_free_bytes() -> Iterator[int]:
-    """Yields the free bytes of every cgroup of this process; containers and job schedulers set their limits."""
+    """Yields the free bytes of this process's cgroups (v2); containers and job schedulers set their limits."""
     for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            root, names = CGROUPS / "memory", _FILES["v1"]
-        elif not controllers:
-            root, names = CGROUPS, _FILES["v2"]
-        else:
-            continue
-        group = root / path.removeprefix("/")
+        if not line.startswith("0::"):
+            continue  # a hierarchy of v1
+        group = CGROUPS / line.removeprefix("0::").removeprefix("/")
         for directory in (group, *group.parents):
-            if directory.is_relative_to(root):
-                yield from _free_bytes_of_cgroup(directory, *names)
+            if directory.is_relative_to(CGROUPS):
+                yield from _free_bytes_of_cgroup(directory)
 
 
-def _free_bytes_of_cgroup(directory: Path, limit: str, used: str, cached: str) -> Iterator[int]:
+def _free_bytes_of_cgroup(directory: Path) -> Iterator[int]:
     """Yields limit minus usage, if there is a limit; reclaimable file pages do not count as used."""
     try:
-        limit_text, used_text = ((directory / name).read_text().strip() for name in (limit, used))
+        limit, used = ((directory / name).read_text().strip() for name in ("memory.max", "memory.current"))
         stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
     except OSError:
         return  # some cgroups lack these files, and the path may belong to another container
-    if limit_text != "max":
-        yield int(limit_text) - int(used_text) + int(stat.get(cached, 0))
+    if limit != "max":
+        yield int(limit) - int(used) + int(stat.get("inactive_file", 0))
 
 
 def _format_gb(size: int) -> str:

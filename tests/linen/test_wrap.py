@@ -669,11 +669,13 @@ def test_fields_and_methods_of_the_model_are_those_of_the_wrapper():
     encoded = model.apply(variables, X, method="encode")
     np.testing.assert_array_equal(bound.encode(X), encoded)
     np.testing.assert_array_equal(model.apply(variables, X, method=model.encode), encoded)
-    # A submodule runs with its adapter too.
-    np.testing.assert_array_equal(jax.nn.relu(bound.up(X)), encoded)
+    # A submodule runs with its adapter inside the model, and not at all from outside.
+    up = model.apply(variables, X, method=lambda inner, x: inner.up(x))
+    np.testing.assert_array_equal(jax.nn.relu(up), encoded)
+    with pytest.raises(AttributeError, match=mentions("up", "Described", "method")):
+        _ = bound.up
     plain = Described().apply({"params": variables["params"]}, X, method="encode")
     assert abs(encoded - plain).max() > 0.1
-    assert bound.up.features == 6
     assert bound.width() == 6
 
 
@@ -734,7 +736,7 @@ def test_trees_without_their_collection_are_named():
 
 
 class Many(nn.Module):
-    """Layers in a list, and names that are no methods: a function as a field, a static method."""
+    """Layers in containers, and names that are no methods: a function as a field, a static method."""
 
     act: object = nn.relu
     dtype: object = jnp.float32
@@ -754,17 +756,16 @@ class Many(nn.Module):
         return jnp.zeros(n)
 
 
-def test_layers_in_containers_run_with_their_adapters_and_all_else_is_as_it_is():
+def test_layers_in_containers_run_inside_the_model_only_and_all_else_is_as_it_is():
     inner = Many(act=nn.gelu, dtype=jnp.bfloat16)
     model = apply_lora_plus(
         inner, LoRAPlusConfig(target_modules=["layers_0", "layers_1", "named_up"], rank=2)
     )
     assert (model.act, model.dtype, model.size(3), model.carry(2).shape) == (nn.gelu, jnp.bfloat16, 6, (2,))
     variables = randomised(jax.eval_shape(model.init, KEY, X))
-    bound = model.bind(variables)
-    assert len(bound.layers) == 2
-    y = bound.named["up"](bound.layers[1](bound.layers[0](X)))
-    np.testing.assert_allclose(y, model.apply(variables, X), rtol=1e-6)
+    for name in ("layers", "named"):
+        with pytest.raises(AttributeError, match=mentions(name, "Many", "method")):
+            getattr(model.bind(variables), name)
 
 
 class OnlyEncodes(nn.Module):

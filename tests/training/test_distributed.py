@@ -64,6 +64,16 @@ def test_a_host_that_has_no_address_is_named(monkeypatch, port):
     assert_mentions(message, "distributed.coordinator", f"nosuch.invalid:{port}", "process 0 of 2")
 
 
+def test_the_port_of_another_run_is_not_shared(monkeypatch):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as JAX's coordinator does
+        other.bind(("localhost", 0))
+        other.listen()
+        given, message = join(monkeypatch, "localhost", other.getsockname()[1])
+    assert not given
+    assert_mentions(message, "distributed.coordinator", "free port")
+
+
 @pytest.mark.parametrize(
     ("slurm", "visible", "line"),
     [

@@ -64,26 +64,18 @@ def test_free_memory_of_an_accelerator_comes_from_its_own_statistics():
     assert free_bytes(types.SimpleNamespace(memory_stats=lambda: stats)) == 70
 
 
-FILES = {
-    "v1": ("memory/job", "5:memory:/job\n", ["memory.limit_in_bytes", "memory.usage_in_bytes"]),
-    "v2": ("job", "0::/job\n", ["memory.max", "memory.current"]),
-}
-
-
-@pytest.mark.parametrize("version", FILES)
-def test_a_control_group_limits_what_is_free(tmp_path, monkeypatch, version):
-    directory, membership, names = FILES[version]
-    group = tmp_path / directory
-    group.mkdir(parents=True)
-    for name, text in zip(names, ("1000\n", "600\n"), strict=True):
+def test_a_control_group_limits_what_is_free(tmp_path, monkeypatch):
+    group = tmp_path / "job"
+    group.mkdir()
+    files = {"memory.max": "1000\n", "memory.current": "600\n", "memory.stat": "anon 1\ninactive_file 50\n"}
+    for name, text in files.items():
         (group / name).write_text(text)
-    (group / "memory.stat").write_text("anon 1\ninactive_file 50\ntotal_inactive_file 50\n")
-    (tmp_path / "membership").write_text("3:cpu:/\n" + membership)
+    (tmp_path / "membership").write_text("3:cpu:/\n0::/job\n")
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
     monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
     cpu = jax.devices()[0]
     assert free_bytes(cpu) == 450
-    (group / names[0]).write_text("max\n" if version == "v2" else str(2**63 - 4096))
+    (group / "memory.max").write_text("max\n")
     assert free_bytes(cpu) > 10**6
 
 
