@@ -1,5 +1,6 @@
-"""What benchmarks share: interleaved timing, a table on the screen, and a JSON file that says where it ran."""
+"""What benchmarks share: the command line, interleaved timing, tables, and JSON files."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -17,18 +18,66 @@ PACKAGES = ("loraplus_jax", "jax", "jaxlib", "flax", "optax")
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each run in each round, in a random order: what ran before a run changes its time."""
+def parse_options(
+    doc: str | None, arguments: Sequence[str] | None = None, **options: Any
+) -> argparse.Namespace:
+    """The command line: `--NAME VALUE` for each default, of its type.
+
+    A tuple holds the choices, the default first; a list those of an argument without dashes.
+
+    >>> parse_options(None, ["size", "--rounds", "3"], what=["time", "size"], rounds=7, backend=("cpu", "gpu"))
+    Namespace(what='size', rounds=3, backend='cpu')
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    for name, value in options.items():
+        if isinstance(value, list):
+            parser.add_argument(name, choices=value)
+        elif isinstance(value, tuple):
+            parser.add_argument(f"--{name}", choices=value, default=value[0])
+        elif value is False:
+            parser.add_argument(f"--{name}", action="store_true")
+        else:
+            parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
+    return parser.parse_args(arguments)
+
+
+def use_backend(backend: str, threads: int = 2) -> None:
+    """Runs JAX on CPU cores, of this process and those that it starts `threads`, or on a GPU."""
+    if backend == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    jax.config.update("jax_platforms", "cuda" if backend == "gpu" else "cpu")
+
+
+def take_turns(runs: Mapping[Any, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[Any, list[Any]]:
+    """What each run returns in each round after the warm-up, in a random order.
+
+    What ran before a run changes its time, and a machine's speed drifts: so neighbors are compared, in any order.
+    """
     names, order = list(runs), random.Random(0)
-    seconds: dict[Any, list[float]] = {name: [] for name in names}
-    for name in names:
-        jax.block_until_ready(runs[name]())
-    for _ in range(rounds):
+    results: dict[Any, list[Any]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
         for name in order.sample(names, len(names)):
-            start = time.perf_counter()
-            jax.block_until_ready(runs[name]())
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            result = runs[name]()
+            if number >= 0:
+                results[name].append(result)
+    return results
+
+
+def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Callable[[], float]:
+    """A run that returns the seconds until all of the call's arrays are there."""
+
+    def run() -> float:
+        start = clock()
+        jax.block_until_ready(call())
+        return clock() - start
+
+    return run
+
+
+def interleaved(calls: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each call in each round."""
+    return take_turns({name: timed(call) for name, call in calls.items()}, rounds)
 
 
 def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
@@ -43,45 +92,44 @@ def machine() -> dict[str, Any]:
         "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
 def processor() -> str:
-    """Its name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
-def version(name: str) -> str:
-    """Of an installed package."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    """Its name; Python's own `platform.processor` is empty on Linux."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.machine())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same columns as a Markdown table."""
-    columns = list(rows[0])
-    cells = [columns, ["---"] * len(columns), *([str(row[c]) for c in columns] for row in rows)]
+    """Rows as a Markdown table; a dash where a row lacks a column."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, ["---"] * len(columns), *([str(row.get(c, "-")) for c in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def report(
     name: str, rows: Sequence[Mapping[str, Any]], *, unprinted: Mapping[str, Any] | None = None, **more: Any
 ) -> None:
-    """Prints the table and writes `results/NAME.json`; `unprinted` goes into the file alone."""
+    """Prints the table and writes `results/NAME.json`; `unprinted` goes into the file only."""
     print(table(rows))
     for key, value in more.items():
         print(f"{key}: {value}")
-    path = RESULTS / f"{name}.json"
+    write_json(f"{name}.json", {"machine": machine(), "rows": list(rows), **more, **(unprinted or {})})
+
+
+def write_json(name: str, content: Mapping[str, Any]) -> None:
+    """Writes a file of `results/`."""
+    path = RESULTS / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"machine": machine(), "rows": list(rows), **more, **(unprinted or {})}
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(path)
+
+
+def read_json(name: str) -> dict[str, Any]:
+    """A file of `results/`; empty if it is not there."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else {}

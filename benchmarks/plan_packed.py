@@ -7,77 +7,49 @@ A case is MODEL/CHIP/WEIGHTS: its topologies are compiled in growing order, a ro
 weights split over all chips, until one fits. Results go to results/plan_packed.json as they are found.
 """
 
-import argparse
-import json
-import math
+import itertools
+import sys
 from typing import Any
 
-from common import RESULTS, machine, table
-from plan_scaling import HERE
+from common import machine, read_json, table, write_json
+from plan_scaling import plan_of
 
-from loraplus_jax.plan.plan import make_plan
-from loraplus_jax.settings.parsing import parse_settings
-
-FILE = RESULTS / "plan_packed.json"
 TOPOLOGIES = {
     "v5e": ("v5e:1x1", "v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8"),
     "v5p": ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4"),
 }
 KEPT = ("device", "mesh", "rows", "tokens", "memory", "needed", "fits", "work", "roofline", "compile_seconds")
-CASES = [
-    f"{model}/{chip}/{weights}"
-    for model in ("llama2_7b", "llama3_70b")
-    for chip in TOPOLOGIES
-    for weights in ("bfloat16", "nf4")
-]
-
-
-def plan_of(model: str, topology: str, weights: str) -> dict[str, Any]:
-    chips = math.prod(int(n) for n in topology.partition(":")[2].split("x"))
-    overrides = [
-        f"--model.path={HERE / 'plan' / model}",
-        f"--model.quantize={'none' if weights == 'bfloat16' else weights}",
-        f"--train.batch_size={chips}",
-        f"--train.eval_batch_size={chips}",
-        "--mesh.data=1",
-    ]
-    found = make_plan(parse_settings(HERE / "plan" / f"{model}.yaml", overrides), topology).to_json()
-    plan = {name: found[name] for name in KEPT} | {"topology": topology, "machine": machine()}
-    print(
-        f"{model} {weights} {topology}: needs {plan['needed'] / 1e9:.1f} GB, fits: {plan['fits']}", flush=True
-    )
-    return plan
+CASES = map("/".join, itertools.product(("llama2_7b", "llama3_70b"), TOPOLOGIES, ("bfloat16", "nf4")))
 
 
 def row(case: str, plans: list[dict[str, Any]]) -> dict[str, str]:
     """A line of the table: the smallest slice that fits, and what the largest one that does not would need."""
     (model, _, weights), last = case.split("/"), plans[-1]
-    small = ", ".join(f"{p['topology']} needs {p['needed'] / 1e9:.1f}" for p in plans[:-1][-1:])
     return {
         "model": model,
         "weights": weights,
         "smallest slice": last["topology"] if last["fits"] else "none",
         "weights, GB a chip": f"{last['memory']['frozen weights'] / 1e9:.2f}",
         "needed, GB a chip": f"{last['needed'] / 1e9:.1f}",
-        "next smaller, GB a chip": small,
+        "next smaller, GB a chip": ", ".join(
+            f"{p['topology']} {p['needed'] / 1e9:.1f}" for p in plans[-2:-1]
+        ),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("cases", nargs="*", default=CASES, metavar="MODEL/CHIP/WEIGHTS")
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for case in parser.parse_args().cases:
+    plans = read_json("plan_packed.json")
+    for case in sys.argv[1:] or CASES:
         model, chip, weights = case.split("/")
-        found[case] = []
+        quantize, plans[case] = "none" if weights == "bfloat16" else weights, []
         for topology in TOPOLOGIES[chip]:
-            found[case].append(plan_of(model, topology, weights))
-            if found[case][-1]["fits"]:
+            plan = plan_of(model, topology, [f"--model.quantize={quantize}", "--mesh.data=1"]).to_json()
+            kept = {name: plan[name] for name in KEPT}
+            plans[case].append(kept | {"topology": topology, "machine": machine()})
+            if plan["fits"]:
                 break
-        FILE.write_text(json.dumps(found, indent=1) + "\n")
-    print(table([row(case, plans) for case, plans in found.items()]))
+        write_json("plan_packed.json", plans)
+    print(table([row(case, found) for case, found in plans.items()]))
 
 
 if __name__ == "__main__":

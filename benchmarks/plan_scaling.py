@@ -3,49 +3,44 @@
     python benchmarks/plan_scaling.py                     # Llama-2-7B on 8, 64 and 256 chips v5e, a row a chip
     python benchmarks/plan_scaling.py llama3_70b@v5p:8x8x8
     python benchmarks/plan_scaling.py llama2_7b@v5e:2x4 --model.attention=xla
-    python benchmarks/plan_scaling.py --draw              # table and picture from the results that there are
 
 Cases are MODEL@TOPOLOGY. Each is compiled three times, which takes minutes; its result goes to
 results/plan_scaling.json at once, beside those of other cases.
 """
 
 import argparse
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine, table
+from common import machine, read_json, table, write_json
 
 from loraplus_jax.plan.hlo import Collective
-from loraplus_jax.plan.plan import make_plan
+from loraplus_jax.plan.plan import Plan, make_plan
 from loraplus_jax.plan.text import format_plan
 from loraplus_jax.settings.parsing import parse_settings
 
-HERE = Path(__file__).parent
-FILE = RESULTS / "plan_scaling.json"
-PICTURE = HERE.parent / "docs" / "plan_scaling.png"
+CONFIGS = Path(__file__).parent / "plan"
 SCALING = ("llama2_7b@v5e:2x4", "llama2_7b@v5e:8x8", "llama2_7b@v5e:16x16")
 
 
-def run(case: str, overrides: list[str]) -> dict[str, Any]:
-    """The plan of a case, with as many rows as there are chips."""
-    model, _, topology = case.partition("@")
+def plan_of(model: str, topology: str, overrides: Sequence[str] = ()) -> Plan:
+    """A plan with a row of 2,048 tokens a chip."""
     chips = math.prod(int(n) for n in topology.partition(":")[2].split("x"))
     rows = [f"--train.batch_size={chips}", f"--train.eval_batch_size={chips}"]
-    path = [f"--model.path={HERE / 'plan' / model}"]
-    settings = parse_settings(HERE / "plan" / f"{model}.yaml", [*path, *rows, *overrides])
+    options = [f"--model.path={CONFIGS / model}", *rows, *overrides]
+    settings = parse_settings(CONFIGS / f"{model}.yaml", options)
     plan = make_plan(settings, topology)
-    print(f"{format_plan(plan, settings)}\n")
-    return plan.to_json() | {"model": model, "collectives": merged(plan.collectives), "machine": machine()}
+    print(f"{format_plan(plan, settings)}\n", flush=True)
+    return plan
 
 
-def merged(found: Sequence[Collective]) -> list[dict[str, Any]]:
+def merge(collectives: Sequence[Collective]) -> list[dict[str, Any]]:
     """Equal collectives of different places in the model as one."""
     times: Counter[Collective] = Counter()
-    for one in found:
+    for one in collectives:
         times[one._replace(where="", times=0)] += one.times
     return [one._asdict() | {"times": number} for one, number in times.items()]
 
@@ -66,41 +61,9 @@ def row(case: str, plan: dict[str, Any]) -> dict[str, str]:
         "bytes, GB": f"{plan['work']['bytes'] / 1e9:.1f}",
         "received, GB": f"{plan['received'] / 1e9:.2f}",
         "all-reduced, GB": f"{reduced / 1e9:.3f}",
-        "s, compute": f"{roof['compute']:.3f}",
-        "s, memory": f"{roof['memory']:.3f}",
-        "s, network": f"{roof['network']:.3f}",
+        **{f"s, {name}": f"{roof[name]:.3f}" for name in ("compute", "memory", "network")},
         "compiled in, s": f"{plan['compile_seconds']:.0f}",
     }
-
-
-def draw(plans: list[dict[str, Any]]) -> None:
-    """Memory by what it is for, and work and exchange relative to the largest pod, against the number of chips."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    chips = [str(plan["devices"]) for plan in plans]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    bottom = [0.0] * len(plans)
-    for name in ("frozen weights", "trained", "optimizer", "temporaries"):
-        sizes = [plan["memory"][name] / 1e9 for plan in plans]
-        left.bar(chips, sizes, bottom=bottom, label=name)
-        bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
-    left.set(xlabel="chips v5e", ylabel="GB of a chip (16 there)", title="Llama-2-7B, 1 x 2048 tokens a chip")
-    left.legend()
-    last = plans[-1]
-    for name, value in (
-        ("FLOPs", lambda plan: plan["work"]["flops"]),
-        ("bytes accessed", lambda plan: plan["work"]["bytes"]),
-        ("bytes received", lambda plan: plan["received"]),
-        ("memory needed", lambda plan: plan["needed"]),
-    ):
-        right.plot(chips, [value(plan) / value(last) for plan in plans], marker="o", label=name)
-    right.set(xlabel="chips v5e", ylabel=f"a chip's share, relative to {chips[-1]} chips", ylim=(0, None))
-    right.legend()
-    figure.savefig(PICTURE, dpi=110)
-    print(PICTURE.name)
 
 
 def main() -> None:
@@ -108,16 +71,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cases", nargs="*", metavar="MODEL@TOPOLOGY")
-    parser.add_argument("--draw", action="store_true", help="run nothing")
     options, overrides = parser.parse_known_args()
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for case in () if options.draw else options.cases or SCALING:
-        found[" ".join([case, *overrides])] = run(case, overrides)
-        FILE.write_text(json.dumps(found, indent=1) + "\n")
-    print(table([row(case, plan) for case, plan in found.items()]))
-    scaling = [found[case] for case in SCALING if case in found]
-    if len(scaling) > 1:
-        draw(scaling)
+    plans = read_json("plan_scaling.json")
+    for case in options.cases or SCALING:
+        model, _, topology = case.partition("@")
+        plan = plan_of(model, topology, overrides)
+        kept = {"model": model, "collectives": merge(plan.collectives), "machine": machine()}
+        plans[" ".join([case, *overrides])] = plan.to_json() | kept
+        write_json("plan_scaling.json", plans)
+    print(table([row(case, plan) for case, plan in plans.items()]))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""The seven tables of docs/results.md, one command a table.
+"""How do tuned methods compare with tuned LoRA? The tables of docs/results.md, one command a table.
 
-    python benchmarks/tables.py overhead
     python benchmarks/tables.py convergence
     python benchmarks/tables.py lambda
     python benchmarks/tables.py methods --data DATA
     python benchmarks/tables.py glue --data DATA
     python benchmarks/tables.py commonsense --data DATA
     python benchmarks/tables.py e2e --data DATA
-    python benchmarks/tables.py page
 
 DATA holds `glue` (GLUE's own folders), `commonsense` (LLM-Adapters' folders) and `e2e` (E2E NLG's CSV files). A
 table tunes its methods on equal budgets and compares them with tuned LoRA on other seeds. The same command resumes,
-in --output_dir. It writes results/tables/NAME.json, and docs/results.md from all tables; `page` does only that.
+in --output_dir, where each study has a page with its tables. It writes results/tables/NAME.json.
 
 --recipe takes another training config than the table's, and --only some of its studies. Any setting of
 `loraplus sweep` is an option too, such as --train.steps 1000.
@@ -21,16 +19,14 @@ import argparse
 import csv
 import dataclasses
 import json
-import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import convergence
-import overhead
+import numpy as np
 from common import RESULTS, machine
-from tables_page import write_page
 
 from loraplus_jax._utils.atomic import to_json, write_text
 from loraplus_jax._utils.json_files import read_json
@@ -39,6 +35,7 @@ from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.sweep.methods import compare_methods, compare_runs, method_run
 from loraplus_jax.sweep.report import REPORT
 from loraplus_jax.sweep.settings import SweepRun
+from loraplus_jax.sweep.statistics import ratio_interval, steps_to, t_interval
 from loraplus_jax.training.run_directory import CONFIG, read_summary
 from loraplus_jax.training.signals import Stopped
 
@@ -103,6 +100,21 @@ METHODS = GLUE | {
     # LoRA-Muon's rate is the norm of a step of A B, on another scale than the rates of entries.
     "sweep.method_learning_rates": {"lora_muon": [0.01, 0.03, 0.1, 0.3]},
 }
+CONVERGENCE = {
+    "optimizer.schedule": "linear",
+    "optimizer.warmup_steps": 6,
+    "optimizer.max_grad_norm": None,
+    "train.epochs": None,
+    "train.prompt": None,
+    "train.steps": 60,
+    "sweep.method": "grid",
+    "sweep.seeds": [100, 101],
+    "sweep.learning_rates": [2.5e-4, 1e-3, 4e-3],
+    "sweep.lr_ratios": [4, 16],
+    "sweep.methods": ["lora_plus"],
+    "sweep.report_seeds": 8,
+    "sweep.curve_points": 12,
+}
 LAMBDA_RATES = [2.5e-5, 1e-4, 4e-4, 1.6e-3, 6.4e-3]
 
 
@@ -153,6 +165,19 @@ STUDIES: dict[str, dict[str, Study]] = {
             {"data.train": "e2e/devset.csv", "data.test": "e2e/testset_w_refs.csv"},
         )
     },
+    "convergence": {
+        "reviews": Study(
+            "quickstart_sweep.yaml",
+            CONVERGENCE
+            | {
+                "data.max_length": 32,
+                "train.batch_size": 16,
+                "train.eval_batch_size": 128,
+                "sweep.methods": ["lora_plus", "lora_b", "full"],
+            },
+        ),
+        "instructions": Study("smollm2_chat.yaml", CONVERGENCE | {"train.batch_size": 1}),
+    },
     "lambda": {
         "reviews": Study(
             "quickstart_sweep.yaml",
@@ -200,9 +225,10 @@ STUDIES: dict[str, dict[str, Study]] = {
         ),
     },
 }
-"""The studies of the tables that compare tuned methods, cheapest first."""
-STUDY_OPTIONS = ("data", "recipe", "only")
-"""Options of the tables with studies."""
+"""By table, cheapest first."""
+LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae")
+MIN_POINTS = 4
+"""Evaluations after the first step that a curve needs for its steps to be counted: it is straight between them."""
 
 
 def settings_of(study: Study, options: argparse.Namespace, directory: Path) -> SweepRun:
@@ -241,9 +267,11 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Runs or resumes the studies of a table; yields all that have finished, after each."""
     path = options.results / f"{name}.json"
     kept = json.loads(path.read_text())["studies"] if path.exists() else {}
-    for title in only(options, STUDIES[name]):
-        directory = options.output_dir / name / title
-        run = settings_of(STUDIES[name][title], options, directory)
+    studies = STUDIES[name]
+    if unknown := [title for title in options.only or () if title not in studies]:
+        raise ValueError(f"--only must be of {', '.join(studies)}, got {', '.join(unknown)}")
+    for title in options.only or studies:
+        run = settings_of(studies[title], options, options.output_dir / name / title)
         done = Path(run.output_dir)
         if read_summary(done) is not None and read_yaml(done / CONFIG) == run.to_json():
             report = read_json(done / REPORT)
@@ -256,15 +284,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if run.task == "generation":
             protocol["texts"] = run.generation.inputs
         kept[title] = report | {"protocol": protocol, "machine": ran_on}
-        yield {"studies": {title: kept[title] for title in STUDIES[name] if title in kept}}
-
-
-def only(options: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """The studies to run: all, or those of --only."""
-    names = list(names)
-    if unknown := [name for name in options.only or () if name not in names]:
-        raise ValueError(f"--only must be of {', '.join(names)}, got {', '.join(unknown)}")
-    return options.only or names
+        yield {title: kept[title] for title in studies if title in kept}
 
 
 def compare_lambdas(run: SweepRun) -> dict[str, Any]:
@@ -273,60 +293,87 @@ def compare_lambdas(run: SweepRun) -> dict[str, Any]:
     for ratio in LAMBDAS:
         name = f"lambda_{ratio:g}"
         one = dataclasses.replace(run, sweep=dataclasses.replace(run.sweep, lr_ratios=(ratio,)))
-        place = str(Path(run.output_dir) / name)
-        runs[name] = dataclasses.replace(method_run(one, "lora_plus"), output_dir=place)
+        directory = str(Path(run.output_dir) / name)
+        runs[name] = dataclasses.replace(method_run(one, "lora_plus"), output_dir=directory)
         labels[name] = f"λ = {ratio:g}"
     return compare_runs(run, runs, labels)
 
 
-def converge(_: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Runs what is missing of `convergence.py`."""
-    minutes = math.inf if options.minutes is None else options.minutes
-    for task in only(options, convergence.METHODS):
-        convergence.run_missing(task, minutes, convergence.METHODS[task])
-    yield {"machine": machine(), "studies": convergence.summary()}
+def interval(estimate: Mapping[str, Any] | None, form: str) -> str:
+    """A mean and its interval, or a dash."""
+    if estimate is None or estimate["low"] is None:
+        return "–"
+    mean, low, high = (format(estimate[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]".replace("-", "−")
 
 
-def measure_overhead(*_: Any) -> Iterator[dict[str, Any]]:
-    """Runs `overhead.py`."""
-    yield {"machine": machine(), **overhead.measure()}
+def counts_steps(report: Mapping[str, Any]) -> bool:
+    """Whether a study's curves have enough points to count steps on them."""
+    runs = [run for method in report["methods"].values() for run in method["runs"] if not run["diverged"]]
+    return all(len(run["curve"]) > MIN_POINTS for run in runs)
 
 
-MAKE: dict[str, Callable[[str, argparse.Namespace], Iterator[dict[str, Any]]]] = {
-    **dict.fromkeys(STUDIES, compare),
-    "convergence": converge,
-    "overhead": measure_overhead,
-}
+def overall(studies: Sequence[Mapping[str, Any]], name: str = "lora_plus") -> tuple[dict, dict]:
+    """Gain of a method over LoRA in the metric, and LoRA's steps over its own.
+
+    Each is the mean over the studies, with an interval over the seeds of the studies' own confidence.
+    """
+    confidence = max(report["protocol"]["confidence"] for report in studies)
+    by_study = [pairs_of(report, name) for report in studies]
+    seeds = sorted(set.intersection(*(set(pairs) for pairs in by_study)))
+    gains = [float(np.mean([pairs[seed][0] for pairs in by_study])) for seed in seeds]
+    rows = [[pairs[seed][1] for pairs in by_study] for seed in seeds]
+    ratios = [statistics.geometric_mean(row) for row in rows if None not in row]
+    return t_interval(gains, confidence), ratio_interval(ratios, [1.0] * len(ratios), confidence)
+
+
+def pairs_of(report: Mapping[str, Any], name: str) -> dict[int, tuple[float, float | None]]:
+    """By seed: a method's gain in the metric over LoRA, and the ratio of LoRA's steps over its own.
+
+    Steps are those to the worse of the two final losses; the ratio is None if that is where training began.
+    """
+    lora = {run["seed"]: run for run in report["methods"]["lora"]["runs"]}
+    metric, pairs = report["protocol"]["metric"], {}
+    for run in report["methods"][name]["runs"]:
+        other = lora[run["seed"]]
+        if run["diverged"] or other["diverged"]:
+            continue
+        gain = run["test"][metric] - other["test"][metric]
+        own, its = run["steps_to_target"], steps_to(other["curve"], run["target"])
+        at_start = other["curve"][0][1] <= run["target"]
+        ratio = None if own is None or its is None or at_start else its / own
+        pairs[run["seed"]] = -gain if metric in LOWER_IS_BETTER else gain, ratio
+    return pairs
+
+
+def print_verdict(studies: Mapping[str, Mapping[str, Any]]) -> None:
+    """LoRA+ against LoRA over all studies; only metrics that are shares of 1 can be averaged."""
+    shares = [report for report in studies.values() if report["protocol"]["metric"] not in LOWER_IS_BETTER]
+    counted = [report for report in studies.values() if counts_steps(report)]
+    if shares:
+        print("gain of LoRA+ over LoRA, mean over the data sets:", interval(overall(shares)[0], "+.4f"))
+    if counted:
+        print("LoRA's steps over those of LoRA+, mean:", interval(overall(counted)[1], ".2f"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("name", choices=[*MAKE, "page"])
+    parser.add_argument("name", choices=STUDIES)
     parser.add_argument("--data", type=Path, metavar="DATA", help="default: data")
     parser.add_argument("--recipe", type=Path, metavar="CONFIG")
     parser.add_argument("--only", nargs="+", metavar="STUDY")
-    parser.add_argument("--minutes", type=float, help="convergence: start no run after these")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/tables"))
     parser.add_argument("--results", type=Path, default=RESULTS / "tables", metavar="DIR")
-    parser.add_argument("--docs", type=Path, default=REPOSITORY / "docs", metavar="DIR")
     options, options.settings = parser.parse_known_args(arguments)
-    takes = {"convergence": ("only", "minutes"), "overhead": (), "page": ()}.get(options.name, STUDY_OPTIONS)
-    unused = [
-        f"--{name}"
-        for name in (*STUDY_OPTIONS, "minutes")
-        if name not in takes and getattr(options, name) is not None
-    ]
-    unused += options.settings if options.name not in STUDIES else []
-    if unused:
-        parser.error(f"{options.name} does not take {' '.join(unused)}")
     try:
-        for found in MAKE[options.name](options.name, options) if options.name != "page" else ():
+        for studies in compare(options.name, options):
             options.results.mkdir(parents=True, exist_ok=True)
-            write_text(options.results / f"{options.name}.json", to_json(found, indent=1) + "\n")
-            write_page(options.results, options.docs)
-        write_page(options.results, options.docs)
+            content = to_json({"studies": studies}, indent=1) + "\n"
+            write_text(options.results / f"{options.name}.json", content)
+            if options.name != "lambda":
+                print_verdict(studies)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except Stopped as stop:

@@ -8,14 +8,13 @@ The readout n^-1 or n^-1/2 sets how large a change of the features is needed. Wi
 best one fall as n^-1/2 for p = 1 and n^-3/4 for p = 1/2, since A asks for 1/n and B for a constant.
 """
 
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from shared import Check, figure, finish, numbers, save, slope
+from shared import parse_options, plain, report, slope
 
 from loraplus_jax import lora_plus_adamw
 from loraplus_jax.adapter.lora import low_rank_output
@@ -80,28 +79,16 @@ def best_rates(
     return [best_rate(values, RATES) for values in losses], losses
 
 
-def main() -> int:
-    rows, checks, kept = [], {}, {}
-    drawn, axes = figure(len(POWERS))
-    for place, (name, (power, expected)) in zip(axes, POWERS.items(), strict=True):
+def main() -> None:
+    parse_options(__doc__)
+    rows, kept = [], {}
+    for name, (power, theory) in POWERS.items():
         rates, losses = best_rates(power, WIDTHS)
-        found = slope(WIDTHS, rates)
-        rows += [
-            {"readout": name, "width": n, "best rate": f"{rate:.3g}"}
-            for n, rate in zip(WIDTHS, rates, strict=True)
-        ]
-        checks[f"slope of the best rate, readout {name}"] = Check(found, expected - 0.15, expected + 0.15)
-        kept[name] = {str(n): numbers(values) for n, values in zip(WIDTHS, losses, strict=True)}
-        for n, values in zip(WIDTHS, losses, strict=True):
-            place.loglog(RATES, values, label=f"n = {n}")
-        place.set(
-            xlabel="rate of A and B", ylabel="training loss", title=f"readout {name}: slope {found:.2f}"
-        )
-        place.set_ylim(min(v.min() for v in losses) * 0.7, 3 * losses[0][0])
-    axes[0].legend(fontsize=8)
-    save(drawn, "best_rate")
-    return finish("best_rate", rows, checks, rates=RATES, losses=kept)
+        row = {"readout": name, **{f"n = {n}": f"{r:.3g}" for n, r in zip(WIDTHS, rates, strict=True)}}
+        rows.append({**row, "slope": f"{slope(WIDTHS, rates):.2f}", "theory": theory})
+        kept[name] = {str(n): plain(values) for n, values in zip(WIDTHS, losses, strict=True)}
+    report("paper/best_rate", rows, unprinted={"rates": RATES, "losses": kept})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,15 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.settings import SweepRun
-
-
-@pytest.fixture(autouse=True)
-def _importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def test_the_whole_answer_takes_less_than_half_of_sixteen_single_runs():

@@ -1,11 +1,10 @@
-"""The processes that `step_time.py` starts: one implementation each, a step whenever a line asks for it.
+"""The processes that benchmarks start: one implementation each, a step whenever a line asks for it.
 
 The first line on stdin is the job, as JSON; it and each further line are answered by a line of JSON on stdout, and
-all that libraries print goes to stderr. Nothing of this repository is imported but by the workers that need it: the
-others run in environments of their own.
+all that libraries print goes to stderr. Every worker imports what it needs and no more: imports count to the memory
+of its process and to the time to its first step.
 """
 
-import contextlib
 import functools
 import importlib.metadata
 import json
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,33 +26,26 @@ class Worker(NamedTuple):
     """What a worker is made of.
 
     Attributes:
-      step: does one step to its end and returns the loss before it, or whatever the parent compares.
+      step: does one step to its end and returns what to report of it, such as the loss before it.
+      about: what else to report, once.
       device_memory: the peak in bytes on the accelerator, None on a CPU.
-      about: what else to report.
-      hlo: the compiled program's text, for a profile; empty without one.
     """
 
     step: Callable[[], dict[str, Any]]
-    device_memory: Callable[[], int | None]
     about: dict[str, Any]
-    hlo: str = ""
+    device_memory: Callable[[], int | None] = lambda: None
+
+
+# Training steps.
 
 
 def here(job: dict[str, Any]) -> Worker:
     """This package: `apply_lora_plus`, `lora_plus_adamw`, `jit_step`."""
     import jax
 
-    from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
-    from loraplus_jax.adapter.tree import flatten, replace_leaves
+    from loraplus_jax import init_state, jit_step, lora_plus_adamw
 
-    base, params, batch = load_llama(job)
-    variant = job.get("variant", "lora")
-    config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"], variant=variant)
-    model = apply_lora_plus(base, config)
-    shape = jax.ShapeDtypeStruct(batch.shape, batch.dtype)
-    lora, specs = init_lora(model, jax.random.key(0), shape, base={"params": params})
-    paths = [path for path in flatten(lora) if not path.endswith("magnitude")]
-    lora = replace_leaves(lora, {path: load_factor(job, path) for path in paths})
+    model, variables, specs, batch = adapted(job)
 
     def loss_fn(variables: Any, ids: jax.Array, rng: jax.Array) -> tuple:
         hidden = model.apply(variables, ids, method="hidden")
@@ -62,40 +54,8 @@ def here(job: dict[str, Any]) -> Worker:
     # PEFT's optimizer gives magnitudes B's rate.
     rates = {"lr_ratio": job["lr_ratio"], "magnitude_learning_rate": job["lr"] * job["lr_ratio"]}
     tx = lora_plus_adamw(job["lr"], **rates, specs=specs)
-    state, frozen = init_state({"lora": lora}, tx, jax.random.key(0)), {"params": params}
-    return _jax_worker(jit_step(loss_fn, tx), state, frozen, batch)
-
-
-def base(job: dict[str, Any]) -> Worker:
-    """No adapters: the same model, loss and remat, and the loss's gradient at the embedding's output.
-
-    That is the least that any training of adapters on the first layer does. Nothing is updated.
-    """
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
-    model, params, batch = load_llama(job)
-
-    def loss_fn(offset: jax.Array, params: dict, ids: jax.Array) -> jax.Array:
-        def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            y = call(*args, **kwargs)
-            is_lookup = isinstance(context.module, nn.Embed) and context.method_name == "__call__"
-            return y + offset if is_lookup else y
-
-        with nn.intercept_methods(add):
-            hidden = model.apply({"params": params}, ids, method="hidden")
-        total, count = _loss_sum(job, hidden, params, ids)
-        return total / count
-
-    def step(state: tuple, params: dict, ids: jax.Array) -> tuple:
-        offset, _ = state
-        loss, gradient = jax.value_and_grad(loss_fn)(offset, params, ids)
-        return (offset, gradient), {"loss": loss}
-
-    embedding = params["embed_tokens"]["embedding"]
-    offset, gradient = (jnp.zeros((*batch.shape, embedding.shape[1]), embedding.dtype) for _ in range(2))
-    return _jax_worker(jax.jit(step, donate_argnums=0, keep_unused=True), (offset, gradient), params, batch)
+    lora, frozen = {"lora": variables["lora"]}, {"params": variables["params"]}
+    return _jax_worker(jit_step(loss_fn, tx), init_state(lora, tx, jax.random.key(0)), frozen, batch)
 
 
 def qwix(job: dict[str, Any]) -> Worker:
@@ -239,40 +199,22 @@ def tunix(job: dict[str, Any]) -> Worker:
         jax.block_until_ready((norm, nnx.state(model, nnx.LoRAParam)))
         return {"loss": float(loss)}
 
-    return Worker(step, jax_peak, {"device": jax.devices()[0].device_kind})
+    return Worker(step, {"device": jax.devices()[0].device_kind}, jax_peak)
 
 
 def peft(job: dict[str, Any]) -> Worker:
     """PEFT on transformers' model, with its own LoRA+ optimizer; compiled where `compile` says how."""
     import torch  # pyright: ignore[reportMissingImports]
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # pyright: ignore[reportMissingImports]
     from peft.optimizers import create_loraplus_optimizer  # pyright: ignore[reportMissingImports]
-    from safetensors.torch import load_file
-    from transformers import LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
-    on_gpu = job["backend"] == "gpu"
-    if not on_gpu:
-        torch.set_num_threads(job["threads"])
-    device, dtype = "cuda" if on_gpu else "cpu", getattr(torch, job["dtype"])
-    base = LlamaForCausalLM.from_pretrained(job["directory"], dtype=dtype).to(device)
-    base.config.use_cache = False
-    config = LoraConfig(
-        r=job["rank"],
-        lora_alpha=job["alpha"],
-        target_modules=list(TARGETS),
-        lora_dropout=0.0,
-        use_dora=job.get("variant") == "dora",
-    )
-    model = get_peft_model(base, config)
-    set_peft_model_state_dict(model, load_file(Path(job["directory"]) / "adapter.safetensors"))
+    model, ids = torch_model(job, adapters=True)
     model.train()
     # Fused, which transformers' Trainer takes by default.
     tx = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=job["lr"], loraplus_lr_ratio=job["lr_ratio"], fused=True
     )
-    ids = torch.tensor(job["ids"], device=device)
     forward = model if job["compile"] == "none" else torch.compile(model, mode=job["compile"])
-    autocast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    autocast = torch.autocast(ids.device.type, model.dtype, enabled=model.dtype != torch.float32)
 
     def step() -> dict[str, float]:
         with autocast:
@@ -281,55 +223,134 @@ def peft(job: dict[str, Any]) -> Worker:
         tx.step()
         tx.zero_grad(set_to_none=True)
         value = loss.item()
-        if on_gpu:
+        if ids.is_cuda:
             torch.cuda.synchronize()
         return {"loss": value}
 
-    about = {
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "attention": base.config._attn_implementation,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-    }
-    return Worker(step, lambda: torch.cuda.max_memory_allocated() if on_gpu else None, about)
+    about = {"attention": model.config._attn_implementation, "threads": torch.get_num_threads()}
+    return Worker(step, about, lambda: torch.cuda.max_memory_allocated() if ids.is_cuda else None)
 
 
-def matmul(job: dict[str, Any]) -> Worker:
-    """No model: the step's own matrix products, forward and to the input, as one program that does nothing else.
+# Generation: a step generates one token for each prompt, which is the prefill, and then all tokens anew.
 
-    Beside them the rate of one large product, which is what "peak" means here.
-    """
+
+def generate_here(job: dict[str, Any]) -> Worker:
+    """This package: `make_generate`."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
-    dtype, tokens, size = jnp.dtype(job["dtype"]), job["batch"] * job["tokens"], job["peak_size"]
-    keys = jax.random.split(jax.random.key(0), len(job["products"]))
-    weights = [jax.random.normal(k, shape, dtype) for k, shape in zip(keys, job["products"], strict=True)]
-    inputs = {
-        n: jax.random.normal(keys[0], (tokens, n), dtype)
-        for n in sorted({*sum(map(tuple, job["products"]), ())})
+    from loraplus_jax.models.decoding.generate import Sampling, make_generate
+
+    model, params, ids = load_llama(job)
+    config, variables = model.config, {"params": params}
+    if job["adapters"]:
+        model, variables, _, _ = adapted(job)
+    keys = jax.random.split(jax.random.key(0), len(ids))
+    programs = {
+        n: make_generate(model, config, new_tokens=n, stop=(), dtype=jnp.dtype(job["dtype"]))
+        for n in (1, job["new_tokens"])
     }
 
-    def products(old: Any, weights: list, inputs: dict) -> list:
-        del old  # its memory is used for the results
-        return [(inputs[w.shape[0]] @ w, inputs[w.shape[1]] @ w.T) for w in weights]
+    def generate(new_tokens: int) -> list[list[int]]:
+        tokens = programs[new_tokens](variables, ids, jnp.ones_like(ids), Sampling(), keys)
+        return np.asarray(tokens).tolist()
 
-    blank = [
-        (jnp.zeros((tokens, w.shape[1]), dtype), jnp.zeros((tokens, w.shape[0]), dtype)) for w in weights
-    ]
-    compiled = jax.jit(products, donate_argnums=0, keep_unused=True)
-    square, multiply = jax.random.normal(keys[0], (size, size), dtype), jax.jit(jnp.matmul)
-    held = {"outs": blank}
+    return _generator(generate, job)
+
+
+def generate_transformers(job: dict[str, Any]) -> Worker:
+    """transformers' `generate`, with PEFT's adapters; compiled, with a static cache, if `compile` says how."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import CompileConfig  # pyright: ignore[reportMissingImports]
+
+    model, ids = torch_model(job, adapters=job["adapters"])
+    model.eval()
+    # No token ends a text.
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    if job["compile"] != "none":
+        compiler = CompileConfig(mode=job["compile"])
+        compiler._compile_all_devices = True  # it compiles on accelerators only
+        options |= {"cache_implementation": "static", "compile_config": compiler}
+
+    def generate(new_tokens: int) -> list[list[int]]:
+        mask = torch.ones_like(ids)
+        tokens = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, **options)
+        return tokens[:, ids.shape[1] :].tolist()
+
+    return _generator(generate, job)
+
+
+def _generator(generate: Callable[[int], list[list[int]]], job: dict[str, Any]) -> Worker:
+    """A step: seconds until the first token of each text, seconds of all others, and the texts."""
+
+    def step() -> dict[str, Any]:
+        start = time.perf_counter()
+        generate(1)
+        prefill = time.perf_counter() - start
+        start = time.perf_counter()
+        texts = generate(job["new_tokens"])
+        return {"prefill_s": prefill, "decode_s": time.perf_counter() - start - prefill, "texts": texts}
+
+    return Worker(step, {})
+
+
+# Loading: a step loads the model of a GGUF file or a Hugging Face directory as float32.
+
+
+def load_here(job: dict[str, Any]) -> Worker:
+    """This package's `load_params`."""
+    import gguf  # noqa: F401  # as the others below: what loads is imported before the step
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import safetensors  # noqa: F401
+
+    from loraplus_jax.models.checkpoints.hf import load_config, load_params
+    from loraplus_jax.models.llama.config import LlamaConfig
+    from loraplus_jax.models.llama.model import Llama, name_table
+
+    jax.devices()
+
+    def load() -> list[Any]:
+        path = Path(job["directory"])
+        config = LlamaConfig.from_hf(load_config(path))
+        ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+        expected = jax.eval_shape(Llama(config).init, jax.random.key(0), ids)["params"]
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(load_params(path, name_table(config), expected))]
+
+    return _loader(load)
+
+
+def load_transformers(job: dict[str, Any]) -> Worker:
+    """transformers' `from_pretrained`."""
+    import gguf  # noqa: F401
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(job["threads"])
+
+    def load() -> list[Any]:
+        path = Path(job["directory"])
+        directory, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+        model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+        return [x.detach().numpy() for x in model.parameters()]
+
+    return _loader(load)
+
+
+def _loader(load: Callable[[], list[Any]]) -> Worker:
+    """A step loads, and reads a value of every page: a file that is only mapped into memory is not loaded yet."""
 
     def step() -> dict[str, float]:
-        start = time.perf_counter()
-        held["outs"] = jax.block_until_ready(compiled(held["outs"], weights, inputs))
-        between = time.perf_counter()
-        jax.block_until_ready([multiply(square, square) for _ in range(4)])
-        seconds = (time.perf_counter() - between) / 4
-        return {"seconds": between - start, "gflop_per_s": 2e-9 * size**3 / seconds}
+        return {
+            "sum": sum(float(x.reshape(-1)[:: 4096 // x.itemsize].astype("float64").sum()) for x in load())
+        }
 
-    return Worker(step, jax_peak, {"device": jax.devices()[0].device_kind})
+    return Worker(step, {})
+
+
+# Models, factors and losses from the files that `step_time_model.py` writes.
 
 
 def load_llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
@@ -361,21 +382,53 @@ def load_llama(job: dict[str, Any]) -> tuple[Any, dict, Any]:
     return model, load_params(job["directory"], table, expected), batch
 
 
+def adapted(job: dict[str, Any]) -> tuple[Any, dict, dict, Any]:
+    """Our model with adapters, its variables from the files, the factors' specs, and the batch."""
+    import jax
+
+    from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+    from loraplus_jax.adapter.tree import flatten, replace_leaves
+
+    base, params, batch = load_llama(job)
+    variant = job.get("variant", "lora")
+    config = LoRAPlusConfig(target_modules=TARGETS, rank=job["rank"], alpha=job["alpha"], variant=variant)
+    model = apply_lora_plus(base, config)
+    shape = jax.ShapeDtypeStruct(batch.shape, batch.dtype)
+    lora, specs = init_lora(model, jax.random.key(0), shape, base={"params": params})
+    paths = [path for path in flatten(lora) if not path.endswith("magnitude")]
+    lora = replace_leaves(lora, {path: load_factor(job, path) for path in paths})
+    return model, {"params": params, "lora": lora}, specs, batch
+
+
+def torch_model(job: dict[str, Any], *, adapters: bool) -> tuple[Any, Any]:
+    """transformers' model, with PEFT's adapters from the file if wanted, and the batch."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaForCausalLM  # pyright: ignore[reportMissingImports]
+
+    device, dtype = "cuda" if job["backend"] == "gpu" else "cpu", getattr(torch, job["dtype"])
+    if device == "cpu":
+        torch.set_num_threads(job["threads"])
+    model: Any = LlamaForCausalLM.from_pretrained(job["directory"], dtype=dtype).to(device)
+    if adapters:
+        from peft import LoraConfig, get_peft_model, set_peft_model_state_dict  # pyright: ignore[reportMissingImports]
+        from safetensors.torch import load_file
+
+        sizes = {"r": job["rank"], "lora_alpha": job["alpha"], "lora_dropout": 0.0}
+        config = LoraConfig(**sizes, target_modules=list(TARGETS), use_dora=job.get("variant") == "dora")
+        model = get_peft_model(model, config)
+        set_peft_model_state_dict(model, load_file(Path(job["directory"]) / "adapter.safetensors"))
+    return model, torch.tensor(job["ids"], device=device)
+
+
 def _loss_sum(job: dict[str, Any], hidden: Any, params: dict, ids: Any) -> tuple[Any, int]:
     """The next tokens' cross-entropy summed, and their number. The last position has none and counts nothing."""
     import jax.numpy as jnp
-    import optax
 
     from loraplus_jax.models.decoder import head_kernel
     from loraplus_jax.step import chunked_cross_entropy
 
     (kernel, transposed), labels = head_kernel(params), jnp.roll(ids, -1, axis=1)
-    if job["loss"] == "chunked":
-        losses = chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=job["chunk"])
-    else:
-        axes = "vd" if transposed else "dv"
-        logits = jnp.einsum(f"btd,{axes}->btv", hidden, kernel, preferred_element_type=jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    losses = chunked_cross_entropy(hidden, kernel, labels, transposed=transposed, chunk=job["chunk"])
     return jnp.sum(losses[:, :-1]), losses[:, :-1].size
 
 
@@ -426,18 +479,7 @@ def _jax_worker(step: Any, state: Any, frozen: Any, batch: Any) -> Worker:
         jax.block_until_ready(held["state"])
         return {"loss": float(metrics["loss"])}
 
-    return Worker(one, jax_peak, about, compiled.as_text())
-
-
-def _profile(worker: Worker, job: dict[str, Any]) -> dict[str, float]:
-    """Seconds of a step by component."""
-    import jax
-    from step_time_profile import components
-
-    with tempfile.TemporaryDirectory() as directory:
-        with jax.profiler.trace(directory):
-            worker.step()
-        return components(Path(directory), worker.hlo, (job["batch"], job["tokens"]))
+    return Worker(one, about, jax_peak)
 
 
 def jax_peak() -> int | None:
@@ -448,41 +490,30 @@ def jax_peak() -> int | None:
 
 WORKERS: dict[str, Callable[[dict[str, Any]], Worker]] = {
     "here": here,
-    "base": base,
     "peft": peft,
     "qwix": qwix,
     "tunix": tunix,
-    "matmul": matmul,
+    "generate_here": generate_here,
+    "generate_transformers": generate_transformers,
+    "load_here": load_here,
+    "load_transformers": load_transformers,
 }
 
 
 def versions() -> dict[str, str]:
-    """What of PACKAGES this environment has."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    """What of PACKAGES is installed."""
+    return {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES}
 
 
-def host_memory() -> dict[str, int]:
-    """Bytes: the peak of resident memory since `forget_peak`, or since the start."""
+def peak_bytes() -> int:
+    """The highest resident memory of this process."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"VmHWM": 1024 * int(lines["VmHWM"].split()[0])}
+    return 1024 * int(lines["VmHWM"].split()[0])
 
 
-def forget_peak() -> None:
-    """Lets VmHWM start again from what is resident now, where the system lets us."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def main(workers: Mapping[str, Callable[[dict[str, Any]], Worker]] = WORKERS) -> None:
-    """Serves the steps of the implementation that the job names, one of `workers`."""
-    job = json.loads(sys.stdin.readline())
-    # In front: an environment may hold another copy of this package.
+def main() -> None:
+    """Serves the steps of the implementation that the job names."""
+    # The checkout, before another copy of this package that may be installed.
     sys.path.insert(0, str(Path(__file__).parents[1]))
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -490,41 +521,26 @@ def main(workers: Mapping[str, Callable[[dict[str, Any]], Worker]] = WORKERS) ->
     def reply(**values: Any) -> None:
         replies.write(json.dumps(values) + "\n")
 
-    start = time.perf_counter()
+    def timed_step() -> dict[str, Any]:
+        start = time.perf_counter()
+        values = worker.step()
+        return {"seconds": time.perf_counter() - start, **values}
+
+    job = json.loads(sys.stdin.readline())
     try:
-        worker = workers[job["implementation"]](job)
-        built = time.perf_counter()
-        if job["compile_only"]:
-            reply(about=worker.about, versions=versions())
-            return
-        first = worker.step()
+        worker = WORKERS[job["implementation"]](job)
+        reply(first=timed_step(), about=worker.about, versions=versions())
     except ModuleNotFoundError as error:
-        reply(missing=error.name)
-        return
+        return reply(failed=f"{error.name} is not installed")
     except Exception as error:  # whatever it is, the others' runs are worth having
         traceback.print_exc()
-        reply(failed=f"{type(error).__name__}: {str(error).strip():.300}")
-        return
-    reply(
-        first=first,
-        build_s=built - start,
-        first_s=time.perf_counter() - built,
-        about=worker.about,
-        versions=versions(),
-        **host_memory(),
-    )
+        return reply(failed=f"{type(error).__name__}: {str(error).strip():.300}")
     for line in sys.stdin:
-        if line.strip() == "forget":
-            forget_peak()
-            reply()
-        elif line.strip() == "profile":
-            reply(components=_profile(worker, job))
-        elif line.strip() == "memory":
-            reply(device=worker.device_memory(), **host_memory())
+        if line.strip() == "memory":
+            reply(device_peak_bytes=worker.device_memory(), peak_bytes=peak_bytes())
         else:
-            start = time.perf_counter()
-            values = worker.step()
-            reply(**{"seconds": time.perf_counter() - start, **values})
+            reply(**timed_step())
+    return None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""The figures of the pages are those of the JSON files that the benchmarks wrote."""
+
+import json
+from pathlib import Path
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def tables(page):
+    """The tables of a page, each as a list of dicts."""
+    for block in (DOCS / page).read_text(encoding="utf-8").split("\n\n"):
+        if block.startswith("| "):
+            head, _, *rows = map(cells, block.splitlines())
+            yield [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def figures(row, columns):
+    """The values of some columns but for names, which the page spells out."""
+    return [str(row[name]) for name in columns if name not in ("run", "what", "over")]
+
+
+def test_the_rows_of_the_performance_page_are_those_of_the_files(benchmarks):
+    kept = [json.loads(path.read_text()).get("rows", []) for path in (benchmarks / "results").glob("*.json")]
+    compared = 0
+    for table in tables("performance.md"):
+        table = [{name.replace("loraplus_jax", "here"): cell for name, cell in row.items()} for row in table]
+        files = [rows for rows in kept if rows and table[0].keys() <= rows[0].keys()]
+        known = [figures(row, table[0]) for rows in files for row in rows]
+        compared += bool(known)
+        assert not known or all(figures(row, table[0]) in known for row in table)
+    assert compared == 8
+
+
+def test_the_results_page_has_every_method_of_every_table(benchmarks):
+    lines = [list(row.values()) for table in tables("results.md") for row in table]
+    for path in (benchmarks / "results/tables").glob("*.json"):
+        for study in json.loads(path.read_text()).get("studies", {}).values():
+            for method in study["methods"].values() if "protocol" in study else ():
+                expected = {method["label"], f"{method['metric']:.4f}", f"{method['loss']:.4f}"}
+                assert any(expected <= set(line) for line in lines), (path.name, method["label"])
