@@ -541,7 +541,6 @@ class Settings:
     seed: Annotated[Index, Field(lt=2**32)] = 0
     output_dir: Text
     resumable_fields: ClassVar[tuple[str, ...]] = RESUMABLE_FIELDS
-    stop_fields: ClassVar[tuple[str, ...]] = STOP_FIELDS
 
     def __post_init__(self) -> None:
         check_requirements(self)

@@ -188,7 +188,6 @@ class SweepRun(Settings):
 
     sweep: SweepSettings = SweepSettings()
     resumable_fields: ClassVar = ("train.keep", "train.compilation_cache", "mesh.data", "output_dir")
-    stop_fields: ClassVar = ()
 
     def __post_init__(self) -> None:
         if self.optimizer.name in INVARIANT:

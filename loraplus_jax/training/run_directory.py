@@ -21,7 +21,7 @@ from .._utils.json_files import check_file, read_json, read_text
 from .._utils.multihost import allgather, is_lead
 from .._utils.validation import expand_path
 from ..data.fetch import cache_dir
-from ..settings.schema import Settings, split_settings
+from ..settings.schema import STOP_FIELDS, Settings, split_settings
 from ..settings.yaml_files import read_yaml
 from ..step.checkpoint import (
     PACKAGES,
@@ -156,10 +156,9 @@ def check_directory(directory: Path, settings: Settings, *, fresh: bool) -> list
         for text in field_differences(old_free, free, DIFFERENCE_LABELS)
         if not text.startswith(PER_PROCESS_PREFIXES)
     ]
-    if read_summary(directory) is not None and not any(
-        text.startswith(settings.stop_fields) for text in changed
-    ):
-        extend = "raise train.steps to continue it, " if settings.stop_fields else ""
+    stops = tuple(name for name in STOP_FIELDS if name in settings.resumable_fields)
+    if read_summary(directory) is not None and not any(text.startswith(stops) for text in changed):
+        extend = "raise train.steps to continue it, " if stops else ""
         raise ValueError(f"the run in {directory} has finished (results in {SUMMARY}); {extend}{remedy}")
     if METRICS in names and CHECKPOINTS not in names:
         raise ValueError(

@@ -7,8 +7,6 @@ import yaml
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.sweep import methods as comparing
-from loraplus_jax.sweep.methods import TABLE
-from loraplus_jax.sweep.settings import MethodName
 
 from ..messages import assert_mentions
 from . import language_world as tiny
@@ -25,10 +23,6 @@ FEW = "[pissa,lora_rite,full]"
 def compare(world, *flags, methods=SOME):
     command = ["sweep", str(world.config), "--output_dir", str(world.out), "--sweep.methods", methods]
     return main([*command, *FLAGS, *flags])
-
-
-def test_every_method_of_the_settings_is_in_the_table():
-    assert set(MethodName.__args__) == set(TABLE)
 
 
 @pytest.mark.slow
@@ -79,7 +73,8 @@ def test_methods_are_tuned_alike_and_resumed(world, capsys, monkeypatch):
         patch.setattr(comparing, "_result", interrupted)
         assert compare(world, methods=FEW) == 130
     before = {p: p.stat().st_mtime_ns for p in world.out.glob("*/report.json")}
-    assert compare(world, methods=FEW) == 0
+    # The methods left have no checkpoint; the finished ones are compared.
+    assert compare(world, "--allow_different", "data", methods=FEW) == 0
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert len(before) == 2
     report = json.loads((world.out / "report.json").read_text())

@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from loraplus_jax.sweep.device_slots import assign_slots
 from loraplus_jax.sweep.halving import (
     best_trial,
     check_rungs,
@@ -16,7 +15,6 @@ from loraplus_jax.sweep.halving import (
     split_at_rung,
     survivors,
 )
-from loraplus_jax.sweep.population import fastest_batch_size, largest_eval_batch, parallel_members
 from loraplus_jax.sweep.settings import SweepSettings, Trial
 
 from ..messages import mentions
@@ -120,47 +118,6 @@ def test_the_defaults_take_less_than_a_quarter_of_the_grid():
     left = survivors({trial: float(n) for n, trial in enumerate(settings)}, SweepSettings().keep)
     taken = member_steps([len(settings), len(left)], comparison_steps(SweepSettings(), 300))
     assert taken == 32 * 38 + 4 * 262 == 2264 <= 32 * 300 / 4
-
-
-def test_members_are_spread_over_the_devices():
-    assert assign_slots(5, chunk=8, devices=4, at_once=1) == [0, 2, 4, 6, 1]
-    assert assign_slots(9, chunk=8, devices=4, at_once=1)[8] == 8
-    assert assign_slots(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
-    for count in range(1, 17):
-        assert len(set(assign_slots(count, chunk=8, devices=4, at_once=1))) == count
-
-
-def test_more_members_at_once_only_while_it_pays():
-    asked = []
-
-    def seconds(size):
-        asked.append(size)
-        return {1: 1.0, 2: 0.5, 4: 0.49, 8: 0.1}[size]
-
-    assert fastest_batch_size(seconds, 16) == 2
-    assert asked == [1, 2, 4]
-    assert fastest_batch_size(lambda size: 1 / size, 6) == 4
-    assert fastest_batch_size(lambda size: math.inf if size > 1 else 1.0, 6) == 1
-
-
-def test_few_members_are_computed_in_the_least_power_of_two_that_holds_them():
-    assert [parallel_members(count, 16, 1) for count in (32, 9, 8, 5, 2, 1)] == [16, 16, 8, 8, 2, 1]
-    assert [parallel_members(count, 16, 4) for count in (33, 32, 4, 3)] == [16, 8, 1, 1]
-    assert parallel_members(7, 6, 1) == 6  # a number of the user's own
-    assert parallel_members(7, 1, 1) == 1
-
-
-def test_an_evaluation_batch_takes_the_steps_memory_and_pads_the_splits_least():
-    def batch(rows, room, needs=lambda size: 10 * size):
-        return largest_eval_batch(64, rows, room, needs)
-
-    assert batch([1004, 2008], 10 * 64) == batch([1004, 2008], 0) == 64
-    assert batch([1004, 2008], 10 * 255) == 128
-    assert batch([1004, 2008], 10**9) == 1024  # 1,024 + 2,048 rows, as with 64; 2,048 would be 4,096
-    assert batch([1100, 1100], 10**9) == 128  # 1,152 rows, as with 64; 256 would be 1,280
-    assert batch([20, 20], 10**9) == 64
-    # Twice as many examples need more than twice the memory.
-    assert batch([1004, 2008], 10 * 1024, lambda size: 10 * size + (size > 64) * 10**6) == 64
 
 
 def test_the_plan_of_a_sweep_counts_as_it_trains():

@@ -7,7 +7,6 @@ import yaml
 
 from loraplus_jax.cli.commands import main
 from loraplus_jax.settings.parsing import parse_settings
-from loraplus_jax.settings.schema import OptimizerSettings
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
 from loraplus_jax.sweep.methods import method_run
 from loraplus_jax.sweep.run import ignored_fields
@@ -93,14 +92,6 @@ def test_every_field_has_its_effect():
 @pytest.mark.parametrize(("name", "value", "proof", "base"), EFFECTS, ids=[row[0] for row in EFFECTS])
 def test_changing_a_field_changes_something(parsed, name, value, proof, base):
     assert proof(parsed(*base, f"--sweep.{name}", value)) != proof(parsed(*base))
-
-
-def test_a_method_takes_back_what_has_no_effect_with_it(parsed):
-    run = parsed("--optimizer.eps", "1e-6", "--sweep.methods", "[lora_muon]")
-    assert method_run(run, "lora_muon").optimizer == dataclasses.replace(
-        OptimizerSettings(), name="lora_muon"
-    )
-    assert method_run(run, "lora").optimizer == run.optimizer
 
 
 def test_lora_is_tried_as_often_as_lora_plus_over_the_rates_of_both_factors(parsed):

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import yaml
 from rich.console import Console
@@ -21,7 +23,11 @@ from loraplus_jax.settings.schema import (
     DataSettings,
     ModelSettings,
     Settings,
+    TrainSettings,
 )
+from loraplus_jax.step.checkpoint import describe_run, save_checkpoint
+from loraplus_jax.step.train_step import TrainState
+from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.training.run_directory import (
     archive_results,
     check_directory,
@@ -318,7 +324,13 @@ def test_results_of_a_finished_run_are_kept_under_names_of_their_own(tmp_path):
     }
 
 
-SETTINGS = Settings(model=ModelSettings(path="m"), data=DataSettings(path="d"), output_dir="o", seed=3)
+SETTINGS = Settings(
+    model=ModelSettings(path="m"),
+    data=DataSettings(path="d"),
+    train=TrainSettings(keep=3, compilation_cache=False),
+    output_dir="o",
+    seed=3,
+)
 
 
 def run_in(directory, settings=SETTINGS, *, finished=False):
@@ -360,6 +372,11 @@ def test_runs_that_are_rejected_and_pass_with_fresh(tmp_path):
         check_directory(directory, SETTINGS, fresh=True)
 
 
+def opened(directory, **how):
+    settings = dataclasses.replace(SETTINGS, output_dir=str(directory))
+    return open_output_directory(settings, Console(file=io.StringIO(), width=300), **how)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"\0" * 4096])
 def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_path, content):
     directory = run_in(tmp_path / "run")
@@ -367,11 +384,9 @@ def test_a_summary_that_is_empty_or_damaged_does_not_mark_a_run_as_finished(tmp_
     assert check_directory(directory, SETTINGS, fresh=False) == []
     assert_mentions(describe_unfinished(directory), directory, "resume")
     archive_results(directory)
-    text = io.StringIO()
-    settings = dataclasses.replace(SETTINGS, output_dir=str(directory))
-    with open_output_directory(settings, Console(file=text, width=300)) as output:
+    with opened(directory) as output:
         output.claim()
-        assert_mentions(text.getvalue(), directory / "summary.json", "resumes")
+        assert_mentions(output.console.file.getvalue(), directory / "summary.json", "resumes")
     assert (directory / "summary.json").read_bytes() == content
 
 
@@ -438,16 +453,101 @@ def test_settings_of_a_run_that_are_none_are_named(tmp_path, content):
             act()
 
 
-def test_an_unfinished_run_says_how_far_it_got(tmp_path):
-    run = tmp_path / "run"
-    (run / "checkpoints/110").mkdir(parents=True)
-    (run / "checkpoints/50").mkdir()
-    (run / "config.yaml").write_text("train: {steps: 400}\n")
-    with pytest.raises(FileNotFoundError, match=mentions("run", 110, 400, "train")):
-        require_adapter(run)
-    (run / "config.yaml").write_text("train: {epochs: 2.0}\n")
-    with pytest.raises(FileNotFoundError, match=mentions("step", 110)):
-        require_adapter(run)
-    (run / "summary.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=mentions("adapter.json", "adapter_config.json")):
-        require_adapter(run)
+def test_a_sweep_may_change_less_and_a_finished_one_stays_finished(tmp_path):
+    (tmp_path / "run").mkdir()
+    old = {**PLAIN, "sweep": {}}
+    path = tmp_path / "run/config.yaml"
+    path.write_text(yaml.safe_dump(settings_from_json(old, SweepRun).to_json()))
+
+    def changes(**train):
+        settings = settings_from_json({**old, "train": {**PLAIN["train"], **train}}, SweepRun)
+        return check_directory(tmp_path / "run", settings, fresh=False)
+
+    assert len(changes(keep=5)) == 1
+    with pytest.raises(ValueError, match=mentions("train.steps", 9, 10)):
+        changes(steps=10)
+    (tmp_path / "run/summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=mentions("finished")) as caught:
+        changes(keep=5)
+    assert "train.steps" not in str(caught.value)
+
+
+def test_nothing_is_written_before_the_claim_and_the_lock_ends_with_the_context(tmp_path):
+    directory = tmp_path / "out"
+    with pytest.raises(OSError, match=mentions(directory)), opened(directory) as output:
+        assert not directory.exists()
+        output.claim()
+        output.check()
+        assert (directory / "config.yaml").exists()
+        with pytest.raises(ValueError, match=mentions(directory, os.getpid())), lock_directory(directory):
+            pass
+        raise OSError(28, "No space left on device")
+    with lock_directory(directory):
+        pass
+
+
+METADATA = describe_run({}, None, identity={"data": {"train": "x"}})
+
+
+def state(step):
+    return TrainState({"w": np.full(3, step, np.float32)}, (), np.int32(step), jax.random.key(0))
+
+
+@pytest.mark.parametrize(("best", "steps"), [(False, (3, 2, 1)), (True, (2, 3, 1))])
+def test_damaged_checkpoints_are_moved_and_the_next_restored_but_the_last_stays(tmp_path, best, steps):
+    with opened(tmp_path) as output:
+        output.claim()
+        output.open_manager(best="loss")
+        assert output.restore(state(0), METADATA, best=best) is None
+        for step, loss in ((1, 0.3), (2, 0.1), (3, 0.2)):
+            save_checkpoint(output.manager, state(step), metadata=METADATA, metrics={"loss": loss})
+        output.manager.wait_until_finished()
+        for step in steps:
+            restored = output.restore(state(0), METADATA, best=best)
+            assert restored.state.trainable["w"].tolist() == [step] * 3
+            for path in (tmp_path / f"checkpoints/{step}/state").rglob("*"):
+                if path.is_file():
+                    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(ValueError, match=mentions("step 1", "no other checkpoint", "--fresh")):
+            output.restore(state(0), METADATA, best=best)
+    moved = {tmp_path / f"damaged_checkpoints/{step}" for step in steps[:-1]}
+    assert set((tmp_path / "damaged_checkpoints").iterdir()) == moved
+    assert_mentions(output.console.file.getvalue(), *moved)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_difference_is_allowed_where_there_is_something_to_compare_with(tmp_path):
+    new, out, part = (tmp_path / name for name in ("new", "out", "part"))
+    changed = METADATA | {"identity": {"data": {"train": "y"}}}
+    with opened(out) as output:
+        output.claim()
+        output.open_manager()
+        save_checkpoint(output.manager, state(1), metadata=METADATA)
+    with opened(out) as output:
+        output.open_manager()
+        with pytest.raises(ValueError, match=mentions("data", "--allow_different")):
+            output.restore(state(0), changed)
+    with opened(out, allow_different=("data",)) as output:
+        output.open_manager()
+        assert output.restore(state(0), changed)
+    run_in(part, finished=True)
+    for parts in ([part], [out]):
+        with opened(new, allow_different=("data",), parts=parts):
+            pass
+    for directory, how in (
+        (new, {}),
+        (part, {}),
+        (out, {"fresh": True}),
+        (new, {"fresh": True, "parts": [part]}),
+    ):
+        (directory / "summary.json").unlink(missing_ok=True)
+        with (
+            pytest.raises(ValueError, match=mentions("--allow_different", "data", "no effect")),
+            opened(directory, allow_different=("data",), **how),
+        ):
+            pass
+    with (
+        pytest.raises(ValueError, match=mentions("--allow_different", "dat")),
+        opened(new, allow_different=("dat",)),
+    ):
+        pass

@@ -14,7 +14,6 @@ import pytest
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings, TrainSettings
 from loraplus_jax.step.sharding import make_mesh, shard_batch
 from loraplus_jax.step.train_step import Rows, jit_step, make_eval
-from loraplus_jax.sweep.device_slots import DeviceSlots
 from loraplus_jax.tasks.interface import AdaptedModel, TaskData
 from loraplus_jax.training import trainer as training
 from loraplus_jax.training.console import LineConsole
@@ -82,18 +81,6 @@ def numbered(trainable, frozen, batch):
     return {"x": (jnp.sum(values * weight), jnp.sum(weight)), "rows": Rows(values, weight)}
 
 
-class Program:
-    """A function with shardings, as a compiled program has."""
-
-    input_shardings = ((None, None, None),)
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, *args):
-        return self.function(*args)
-
-
 class Summed:
     """A task with a metric from a mean and rows."""
 
@@ -108,26 +95,6 @@ def test_rows_are_kept_in_order_without_padding(size):
     np.testing.assert_array_equal(found["rows"], 2 * arrays["x"])
     mean = size + 1  # of 2, 4, ... 2 size
     assert finish_metrics(Summed(), found) == {"x": mean, "both": mean + mean * size}  # pyright: ignore
-
-
-def test_rows_of_the_members_of_a_sweep():
-    def both(members, frozen, batch):
-        return jax.tree.map(
-            lambda *x: jnp.stack(x), *(numbered(scale, frozen, batch) for scale in (1.0, 3.0))
-        )
-
-    slots = types.SimpleNamespace(
-        population=types.SimpleNamespace(parts=types.SimpleNamespace(frozen=None)),
-        programs=types.SimpleNamespace(evaluate=Program(both), eval_batch_size=4),
-        chunks=[types.SimpleNamespace(alive=np.array([True, True]))],
-        slots_in=lambda chunk: [5, 2],
-    )
-    arrays = {"x": np.arange(7, dtype=np.float32)}
-    found = DeviceSlots.evaluate(slots, arrays)  # pyright: ignore
-    assert list(found) == [2, 5]
-    for number, scale in {5: 1.0, 2: 3.0}.items():
-        assert found[number]["x"] == 3 * scale
-        np.testing.assert_array_equal(found[number]["rows"], scale * arrays["x"])
 
 
 def test_sums_and_not_means_of_batches_are_averaged():

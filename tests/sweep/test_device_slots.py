@@ -1,0 +1,80 @@
+"""Members in slots: their places, what a checkpoint holds of them, and what is evaluated."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loraplus_jax.step.train_step import TrainState
+from loraplus_jax.sweep.device_slots import DeviceSlots, assign_slots
+from loraplus_jax.sweep.population import Members
+
+from ..training.test_trainer import numbered
+
+
+class Program:
+    """A function with shardings, as a compiled program has."""
+
+    input_shardings = ((None, None, None),)
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+def test_members_are_spread_over_the_devices():
+    assert assign_slots(5, chunk=8, devices=4, at_once=1) == [0, 2, 4, 6, 1]
+    assert assign_slots(9, chunk=8, devices=4, at_once=1)[8] == 8
+    assert assign_slots(5, chunk=4, devices=2, at_once=2) == [0, 1, 2, 3, 4]
+    for count in range(1, 17):
+        assert len(set(assign_slots(count, chunk=8, devices=4, at_once=1))) == count
+
+
+def test_rows_of_the_members_of_a_sweep():
+    def both(members, frozen, batch):
+        return jax.tree.map(
+            lambda *x: jnp.stack(x), *(numbered(scale, frozen, batch) for scale in (1.0, 3.0))
+        )
+
+    slots = types.SimpleNamespace(
+        population=types.SimpleNamespace(parts=types.SimpleNamespace(frozen=None)),
+        programs=types.SimpleNamespace(evaluate=Program(both), eval_batch_size=4),
+        chunks=[types.SimpleNamespace(alive=np.array([True, True]))],
+        slots_in=lambda chunk: [5, 2],
+    )
+    arrays = {"x": np.arange(7, dtype=np.float32)}
+    found = DeviceSlots.evaluate(slots, arrays)  # pyright: ignore
+    assert list(found) == [2, 5]
+    for number, scale in {5: 1.0, 2: 3.0}.items():
+        assert found[number]["x"] == 3 * scale
+        np.testing.assert_array_equal(found[number]["rows"], scale * arrays["x"])
+
+
+def member(number):
+    """A member of which every array is its number."""
+    state = TrainState({"w": np.full(2, number)}, (), np.int32(number), np.full(2, number, np.uint32))
+    return Members(state, number, number, {}, np.int32(number), np.bool_(True))  # pyright: ignore
+
+
+def test_members_keep_their_numbers_in_a_checkpoint_and_on_another_number_of_slots():
+    def slots(chunk):
+        programs = types.SimpleNamespace(chunk=chunk, at_once=1, step=Program(None))
+        mesh = types.SimpleNamespace(size=1)
+        return DeviceSlots(
+            types.SimpleNamespace(programs_for=lambda _: programs, mesh=mesh, programs=programs), 5
+        )  # pyright: ignore
+
+    first = {number: member(number) for number in (1, 3, 4)}
+    two, three = slots(2), slots(3)
+    two.fill(first)
+    assert (two.slots, two.member_ids, len(two.chunks)) == ([1, 3, 4, -1], [1, 3, 4], 2)
+    two.compact([4, 3])
+    saved = two.as_state(7)
+    assert int(saved.step) == 7
+    np.testing.assert_array_equal(saved.trainable["step"], [0, 0, 0, 3, 4])  # pruned members are zero
+    three.resume(saved, first, two.slots)
+    assert three.slots == [3, 4, -1]
+    jax.tree.map(np.testing.assert_array_equal, three.as_state(7), saved)
