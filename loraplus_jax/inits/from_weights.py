@@ -173,7 +173,7 @@ def subtract_start(
     flat, factors, rest = flatten(base), flatten(start), {}
     for module, spec in specs.items() if BASE_INITS[init].subtracted else ():
         weight = jnp.asarray(meta.unbox(flat[spec.leaf]))
-        # The step is compiled for exactly this sharding; JAX would infer another, or an equal one that differs.
+        # The training step is compiled for exactly this sharding; JAX could infer another.
         subtract = jax.jit(_subtract, static_argnames="spec", out_shardings=weight.sharding)
         left = subtract(weight, *(factors[path] for path in spec.factor_paths(module)), spec=spec)
         rest[spec.leaf] = rebox(flat[spec.leaf], left)
