@@ -173,7 +173,7 @@ def subtract_start(
     flat, factors, rest = flatten(base), flatten(start), {}
     for module, spec in specs.items() if BASE_INITS[init].subtracted else ():
         weight = jnp.asarray(meta.unbox(flat[spec.leaf]))
-        # XLA might choose another sharding, since A and B have none.
+        # The training step is compiled for exactly this sharding; JAX could infer another.
         subtract = jax.jit(_subtract, static_argnames="spec", out_shardings=weight.sharding)
         left = subtract(weight, *(factors[path] for path in spec.factor_paths(module)), spec=spec)
         rest[spec.leaf] = rebox(flat[spec.leaf], left)

@@ -39,7 +39,7 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
       `measure(trainable, before, frozen, batch)` takes the trainable variables after a step, the tree of adapters
       (the collection `"lora"`) before it, the frozen variables, and a batch: a few of its rows will do. It gives
       for every layer the root mean squares, over all elements and positions, padding included, of `delta1` (from
-      A's step), `delta2` (from B's), `delta3` (from both), `z_a` and `z_b` (see `lora.update_squares`): float32
+      A's step), `delta2` (from B's), `delta3` (from both), `z_a` and `z_b` (see `taps.update_squares`): float32
       scalars, or `(layers,)` where layers are stacked. NaN where a layer was not run.
 
     Raises:
