@@ -74,8 +74,6 @@ def main() -> None:
             job = make_job(directory, config, f"{batch}x{options.prompt}", **settings, remat="none")
             jobs = {name: {**job, **RUNS[name]} for name in ["here", *options.peers.split(",")]}
             runs = run_processes(jobs, options.rounds, warmup=1)
-            if "failed" in runs["here"]:
-                raise SystemExit(runs["here"]["failed"])
             rows += rows_of(case, runs)
             cases[case] = {
                 name: {key: value for key, value in run.items() if key not in ("texts", "first")}

@@ -87,7 +87,7 @@ class Process:
 def run_processes(
     jobs: Mapping[str, Mapping[str, Any]], rounds: int, warmup: int = 2
 ) -> dict[str, dict[str, Any]]:
-    """Lets the jobs take turns.
+    """Lets the jobs take turns. The first must run; what others lack is not installed everywhere.
 
     Returns:
       By name, a worker's first reply, the lists of what its steps replied (`seconds` for all), and its peak memory;
@@ -99,6 +99,8 @@ def run_processes(
             processes[name] = Process(job)
             ready = processes[name].ready
             print(f"{name}: {ready.get('failed') or ready['to_first_step_s']}", flush=True)
+            if "failed" in ready and len(processes) == 1:
+                raise SystemExit(f"{name}: {ready['failed']}")
         live = {name: process for name, process in processes.items() if "failed" not in process.ready}
         steps = {name: lambda p=process: p.ask("step") for name, process in live.items()}
         replies = take_turns(steps, rounds, warmup)

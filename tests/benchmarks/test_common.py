@@ -37,6 +37,15 @@ def test_options_have_the_type_of_their_default(capsys):
     assert "tpu" in capsys.readouterr().err
 
 
+def test_a_first_job_that_cannot_run_ends_the_benchmark(tmp_path):
+    from processes import make_job, run_processes
+    from step_time_model import SMOLLM2
+
+    job = make_job(tmp_path, SMOLLM2, "1x2", implementation="none")
+    with pytest.raises(SystemExit, match="here: KeyError: 'none'"):
+        run_processes({"here": job}, rounds=1)
+
+
 def test_rates_ratios_and_equal_tokens_by_hand():
     from generate import rows_of
 
