@@ -267,6 +267,7 @@ MODEL = {
     "--dtype": value("weight dtype of a model; a run uses its own", choices=("float32", "bfloat16")),
 }
 OUTPUT = {"--output": value("new .jsonl file to write, instead of stdout", path)}
+# Settings are no arguments of argparse: their row is only for the usage and the help.
 SETTINGS = {
     "config": value("YAML file of settings", metavar="CONFIG"),
     "overrides": value(
