@@ -143,7 +143,7 @@ def test_named_optimizers(name):
 
 
 def test_adalora_lowers_the_ranks_between_a_tenth_and_seven_tenths_of_the_steps():
-    tx = make_optimizer(OptimizerSettings(target_rank=1), CONFIG, 100, SPECS)
+    tx = make_optimizer(OptimizerSettings(target_rank=1), 4.0, 100, SPECS)
     params = {"lora": PARAMS["lora"]}
     state, update, low = tx.init(params), jax.jit(tx.update), []
     for step in range(1, 101):

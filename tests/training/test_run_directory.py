@@ -474,7 +474,7 @@ def test_a_sweep_may_change_less_and_a_finished_one_stays_finished(tmp_path):
 
 def test_nothing_is_written_before_the_claim_and_the_lock_ends_with_the_context(tmp_path):
     directory = tmp_path / "out"
-    with pytest.raises(OSError, match=mentions(directory)), opened(directory) as output:
+    with pytest.raises(OSError, match=mentions(directory)), opened(directory) as output:  # noqa: PT012
         assert not directory.exists()
         output.claim()
         output.check()
