@@ -474,16 +474,25 @@ def test_a_sweep_may_change_less_and_a_finished_one_stays_finished(tmp_path):
 
 def test_nothing_is_written_before_the_claim_and_the_lock_ends_with_the_context(tmp_path):
     directory = tmp_path / "out"
-    with pytest.raises(OSError, match=mentions(directory)), opened(directory) as output:  # noqa: PT012
+    with opened(directory) as output:
         assert not directory.exists()
         output.claim()
         output.check()
         assert (directory / "config.yaml").exists()
         with pytest.raises(ValueError, match=mentions(directory, os.getpid())), lock_directory(directory):
             pass
-        raise OSError(28, "No space left on device")
     with lock_directory(directory):
         pass
+
+
+def test_an_error_of_the_disk_names_the_claimed_directory(tmp_path):
+    def fill():
+        with opened(tmp_path) as output:
+            output.claim()
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=mentions(tmp_path)):
+        fill()
 
 
 METADATA = describe_run({}, None, identity={"data": {"train": "x"}})
