@@ -23,7 +23,7 @@ def from_qwix(
     Args:
       variables: variables with the parameters from `qwix.quantize_params`, or from the `init` of a quantized model;
         they stay as they are.
-      rules: the `qwix.QuantizationRule`s of the provider that quantized the model.
+      rules: those (`qwix.QuantizationRule`) of the provider that quantized the model.
       stacked: number of leading axes of weights that `nn.scan` or `nn.vmap` stacks, by the end of the
         weight's path, such as `"up/kernel"`.
 
