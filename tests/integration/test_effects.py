@@ -285,7 +285,7 @@ class Change(NamedTuple):
 
 
 PROCESSES = (
-    *("--distributed.coordinator", "host:1", "--distributed.processes", "2"),
+    *("--distributed.coordinator", "localhost:47521", "--distributed.processes", "2"),
     *("--distributed.process_id", "1"),
 )
 WIDE = ("--data.path", "{dir}/wide.csv")
@@ -305,6 +305,7 @@ RENAMED = '{{"instruction": "asked", "output": "said"}}'
 RESTLESS = (
     *("--train.steps", "6", "--train.eval_every", "2", "--train.log_every", "2"),
     *("--task", "regression", "--data.label", "rating", "--optimizer.learning_rate", "0.2"),
+    *("--lora.init", "he_uniform"),
 )
 CHANGES = [
     Change("model.path", "{dir}/other", variables),
