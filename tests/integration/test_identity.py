@@ -283,17 +283,25 @@ def edit_label_names(notes):
     notes["task"]["names"].reverse()
 
 
-def edit_identity(value):
-    return lambda notes: notes.update(identity=value)
+def without_digest(**values):
+    """As another version may have written it."""
+
+    def edit(notes):
+        del notes["digest"]
+        notes |= values
+
+    return edit
 
 
 @pytest.mark.parametrize(
     ("edit", "word"),
     [
         (edit_label_names, "digest"),
-        *((edit_identity(value), "identity") for value in ([], 5, "abc", {"base": None})),
-        (lambda notes: notes["task"].update(names=[1, 2]), "task.names"),
-        (lambda notes: notes["task"].update(names=[["a"], "b"]), "task.names"),
+        *((without_digest(identity=value), "identity") for value in ([], 5, "abc", {"base": None})),
+        *(
+            (without_digest(task={"kind": "classification", "names": names}), "task.names")
+            for names in ([1, 2], [["a"], "b"])
+        ),
     ],
 )
 def test_an_adapter_whose_description_was_changed_is_rejected(encoder, capsys, edit, word):
