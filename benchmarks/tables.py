@@ -29,7 +29,7 @@ import numpy as np
 from common import RESULTS, machine
 
 from loraplus_jax._utils.atomic import to_json, write_text
-from loraplus_jax._utils.json_files import read_json
+from loraplus_jax._utils.records import DIGEST, read_record
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.yaml_files import read_yaml
 from loraplus_jax.sweep.methods import compare_methods, compare_runs, method_run
@@ -274,7 +274,7 @@ def compare(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         run = settings_of(studies[title], options, options.output_dir / name / title)
         done = Path(run.output_dir)
         if read_summary(done) is not None and read_yaml(done / CONFIG) == run.to_json():
-            report = read_json(done / REPORT)
+            report = {n: value for n, value in read_record(done / REPORT).items() if n != DIGEST}
             # Where it ran, which need not be where its table is written.
             ran_on = kept.get(title, {}).get("machine") or machine()
         else:
