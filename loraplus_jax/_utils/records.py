@@ -1,6 +1,7 @@
 """Records: JSON files that a command reads back, with a digest of themselves and of the files next to them.
 
-Whoever writes one adds what it depends on, as the field `identity`; whoever reads it compares that with today's.
+A writer adds what the result depends on as the field `identity`; a reader compares it with the current base and
+data.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from .atomic import to_json, write_text
 from .json_files import check_file, read_json
 
 DIGEST, FILES = "digest", "files"
-PATHS = {"model": ("path",), "data": ("path", "train", "validation", "test")}
+PATHS = {"model": ("path",), "data": ("path", "root", "train", "validation", "test")}
 """The settings that a digest leaves out: a base model or data may move, and their identity is compared."""
 
 
@@ -26,7 +27,7 @@ def record_text(content: Mapping[str, Any], directory: Path, files: Iterable[str
       files: names of the files that belong to the record.
     """
     content = {**content, **({FILES: names} if (names := file_digests(directory, files)) else {})}
-    content = json.loads(to_json(content))  # the digest is of what a reader gets
+    content = json.loads(to_json(content))  # digest what a reader gets: lists for tuples, null for NaN
     return to_json({**content, DIGEST: _digest(content)}, indent=1) + "\n"
 
 

@@ -141,7 +141,7 @@ def save_peft(
         partial.mkdir()
         for name, content in files.items():
             (partial / name).write_bytes(content)
-        # Not of the options: whoever publishes an adapter edits its base model's name there.
+        # Not the options: publishing an adapter means editing its base model's name there.
         tensor_files = [name for name in (WEIGHTS, OWN_TENSORS_FILE) if name in files]
         notes = record_text(describe_run(specs, config, base=base, **more), partial, tensor_files)
         (partial / NOTES_FILE).write_text(notes, encoding="utf-8")

@@ -221,7 +221,7 @@ class Trainer:
     def between_batches(self, unit: str, rows: int, batch_size: int) -> Callable[[], None]:
         """Returns what to call before each batch: it prints progress, and raises Stopped after a signal.
 
-        With several processes none may leave the others alone there, so it does not raise.
+        With several processes it does not raise: one that left would keep the others waiting in a collective.
         """
         lines = ProgressLines(self.console, unit, -(-rows // batch_size))
         batches = itertools.count()

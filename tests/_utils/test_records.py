@@ -1,0 +1,72 @@
+"""Records: what was written is read, and what changed since is an error."""
+
+import json
+import math
+
+import pytest
+
+from loraplus_jax._utils.records import check_files, read_record, record_text, write_record
+
+from ..messages import mentions
+
+CONTENT = {
+    "loss": math.nan,
+    "steps": (1, 2),
+    "settings": {"model": {"path": "a", "pooling": "mean"}, "data": {"path": "b", "root": "c"}, "seed": 0},
+}
+
+
+def change(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def record(tmp_path):
+    write_record(tmp_path / "r.json", CONTENT)
+    return tmp_path / "r.json"
+
+
+def test_a_record_is_read_as_json_has_it(record):
+    read = read_record(record)
+    del read["digest"]
+    assert read == {**CONTENT, "loss": None, "steps": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c.update(loss=0.5),
+        lambda c: c["settings"]["model"].update(pooling="cls"),
+        lambda c: c["settings"].update(seed=1),
+        lambda c: c.update(files={"x": "0"}),
+    ],
+)
+def test_a_change_is_an_error_unless_the_digest_is_removed(record, edit):
+    change(record, edit)
+    with pytest.raises(ValueError, match=mentions("r.json", "changed", "digest")):
+        read_record(record)
+    read_record(change(record, lambda c: c.pop("digest")))
+
+
+def test_base_and_data_may_move(record):
+    def move(content):
+        content["settings"]["model"]["path"] = "/elsewhere"
+        content["settings"]["data"].update(path="/there", root="/root")
+
+    assert read_record(change(record, move))["settings"]["data"]["root"] == "/root"
+
+
+def test_files_of_a_record_are_compared(tmp_path):
+    (tmp_path / "x.bin").write_bytes(b"abc")
+    path = tmp_path / "r.json"
+    path.write_text(record_text({"a": 1}, tmp_path, ["x.bin"]))
+    check_files(path, read_record(path))
+    (tmp_path / "x.bin").write_bytes(b"abd")
+    with pytest.raises(ValueError, match=mentions("x.bin", "changed", "r.json")):
+        check_files(path, read_record(path))
+    (tmp_path / "x.bin").unlink()
+    with pytest.raises(ValueError, match=mentions("x.bin", "missing")):
+        check_files(path, read_record(path))
