@@ -19,13 +19,7 @@ PATHS = {"model": ("path",), "data": ("path", "root", "train", "validation", "te
 
 
 def record_text(content: Mapping[str, Any], directory: Path, files: Iterable[str] = ()) -> str:
-    """The text of a record.
-
-    Args:
-      content: its JSON values; a number that is not finite becomes null.
-      directory: where `files` are, complete.
-      files: names of the files that belong to the record.
-    """
+    """The text of a record of JSON values, and of the files in `directory` that belong to it."""
     content = {**content, **({FILES: names} if (names := file_digests(directory, files)) else {})}
     content = json.loads(to_json(content))  # digest what a reader gets: lists for tuples, null for NaN
     return to_json({**content, DIGEST: _digest(content)}, indent=1) + "\n"
@@ -39,15 +33,11 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 def read_record(path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Reads a record; `check_files` compares the files that belong to it.
 
-    Args:
-      path: the file.
-      check: called first with the content; may raise an error that says more than that something changed.
-
     Raises:
       ValueError: it cannot be read, or has changed since it was saved. Without a digest it is taken as it is.
     """
     content = read_json(path)
-    if check is not None:
+    if check is not None:  # may raise an error that says more than that something changed
         check(content)
     if content.get(DIGEST, expected := _digest(content)) != expected:
         raise ValueError(f"{path} has changed since it was saved; restore it, or {_accept(path)}")

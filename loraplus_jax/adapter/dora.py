@@ -19,11 +19,9 @@ from .tree import flatten, replace_leaves
 
 
 def output_norms(weight: Any, letters: str, factor_letters: tuple[str, str]) -> jax.Array:
-    """The norm of the weights of each output, over the input axes, in B's axes with 1 for the rank.
+    """The norms of the weights of the outputs, over the input axes, in B's axes with 1 for the rank.
 
-    Args:
-      weight: W, array or `PackedArray`; the norm is float32 or wider.
-      letters, factor_letters: as in `AdapterSpec`.
+    Float32 or wider; `weight` is an array or `PackedArray`, the letters are those of its `AdapterSpec`.
     """
     return jnp.sqrt(_output_squares(_wide(weight), letters, factor_letters[1]))
 

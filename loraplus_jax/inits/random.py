@@ -37,10 +37,7 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
     0.0
     """
     if init in BASE_INITS:
-        raise ValueError(
-            f"init {init} starts from the base: make adapters with init lora, then call one of "
-            "loraplus_jax.inits (pissa, olora, lora_ga, loftq) with their specs"
-        )
+        raise ValueError(f"init {init} starts from the base: use init lora, then loraplus_jax.inits")
     if init == "orthogonal":
         if rank % 2:
             raise ValueError(f"rank must be even for init orthogonal, got {rank}")
@@ -62,6 +59,7 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
 
 def _uniform(squared_bound: float, inputs: Axes, outputs: Axes, batch: Axes) -> Initializer:
     """Uniform within ±sqrt(squared_bound / fan-in)."""
+    # JAX scales the variance, which is a third of the squared bound.
     return jax.nn.initializers.variance_scaling(
         squared_bound / 3, "fan_in", "uniform", list(inputs), list(outputs), batch_axis=list(batch)
     )

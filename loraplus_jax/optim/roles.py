@@ -21,9 +21,8 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     """Labels every leaf with its role; returns a tree of the same structure.
 
     `"a"` is the factor on the input side, `"b"` the factor on the output side, whichever is initialized to zero.
-    Factors of embeddings, `lora_embedding_a` and `lora_embedding_b`, are `"embedding"`; DoRA's `lora_magnitude` is
-    `"magnitude"`. All other leaves are `"extra"`. Roles depend on paths and shapes, never on values, so it also
-    labels trees of updates.
+    Factors of embeddings are `"embedding"`, DoRA's magnitudes `"magnitude"`, all other leaves `"extra"`. Roles
+    depend on paths and shapes, never on values, so it also labels trees of updates.
 
     It also labels adapter trees of other libraries by side: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
     gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, in any layout), kohya (`lora_down`), and lorax, where
@@ -75,8 +74,6 @@ class LoRAPlusState(struct.PyTreeNode):
       roles: `(path, role)` of every leaf.
       relative: whether rates are multiples of a wrapped optimizer's.
 
-    Iterates over the parts of the optimizer's own state, as a chain's state does: tunix looks there for an injected
-    learning rate, to log it.
     """
 
     inner_state: Any
@@ -86,6 +83,7 @@ class LoRAPlusState(struct.PyTreeNode):
     roles: tuple[tuple[str, Role], ...] = struct.field(pytree_node=False)
     relative: bool = struct.field(pytree_node=False)
 
+    # As a chain's state does: tunix looks among these parts for an injected learning rate, to log it.
     def __iter__(self) -> Iterator[Any]:
         return iter(self.inner_state)
 
@@ -103,11 +101,12 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
     rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
     relative: bool
 
+    # Defaults, since copy.copy of a NamedTuple, as optax's transforms are, passes only the fields `init` and
+    # `update` here and sets the attributes afterwards.
     def __new__(
         cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
     ) -> "LoRAPlusTransform":
         """Makes a transform from its functions."""
-        # optax's transforms are NamedTuples, which take only their own fields.
         self = super().__new__(cls, init, update)
         self.labels, self.rates, self.relative = labels, rates, relative
         return self
@@ -130,9 +129,7 @@ def lr_ratio_of(opt_state: Any) -> float | None:
         if {"a", "b"} <= state.rates.keys() and state.rates["a"] != 0
     }
     if len(ratios) > 1:
-        raise ValueError(
-            f"all LoRA+ transforms in an optimizer must have the same ratio, got {sorted(ratios)}"
-        )
+        raise ValueError(f"all LoRA+ transforms of an optimizer must have one ratio, got {sorted(ratios)}")
     return float(f"{ratios.pop():.6g}") if ratios else None
 
 
@@ -149,11 +146,8 @@ def labels_of(opt_state: Any, tree: Any) -> Any:
 
 
 def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
-    """PEFT's groups: all leaves with one axis use B's learning rate; biases and LayerNorms have no weight decay.
-
-    Biases and scales of norms are known by name, also stacked. A norm with a bias is a LayerNorm; without one it is
-    an RMSNorm, which PEFT decays.
-    """
+    # PEFT gives B's rate to all leaves with one axis, and no decay to biases and LayerNorms. Only names show which
+    # leaves of stacked layers have one axis. A norm without a bias is an RMSNorm, which PEFT decays.
     value = "/value" if path.endswith("/value") else ""
     module, _, name = path.removesuffix(value).rpartition("/")
     if name == "bias" or (name == "scale" and f"{module}/bias{value}".lstrip("/") in leaves):
@@ -162,11 +156,7 @@ def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
 
 
 def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
-    """The global norm of the leaves of each role that occurs.
-
-    Args:
-      tree: gradients, updates or parameters.
-      labels: a tree of roles of the same structure, from `label_params`.
+    """The global norm of the leaves of each role that occurs; `labels` is a tree of roles from `label_params`.
 
     >>> import jax.numpy as jnp
     >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()
