@@ -110,16 +110,6 @@ def test_a_resumed_run_is_bitwise_the_same(saved):
     assert_same(trained(state, 4), trained(fresh(), 7))
 
 
-def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
-    mesh = make_mesh()
-    with open_manager(saved[0]) as manager:
-        state = restore_checkpoint(manager, replicate(mesh, fresh()), metadata=metadata(seed=5)).state
-    assert all(
-        leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state.trainable)
-    )
-    jax.tree.map(np.testing.assert_array_equal, values(state), saved[1])
-
-
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), slow((2, 1, 1)), (1, 2, 2), slow((1, 8, 1)), slow((2, 1, 4)), "pmap"], ids=str
 )
