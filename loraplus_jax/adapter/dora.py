@@ -88,9 +88,8 @@ def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Spec
     """Sets the magnitudes of adapters of variant dora to the norms of their weights, so that A B = 0 has no effect.
 
     Args:
-      lora: the tree of adapters.
+      lora, specs: the tree of adapters and their table.
       base: variables without adapters, `{"params": ...}`; weights may be packed or sharded.
-      specs: the table from `init_lora`.
 
     Raises:
       ValueError: a weight is missing or has another shape.

@@ -90,12 +90,8 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
     """The optional read-only collection `"lora_scale"`, which overrides the scale s of every adapter at apply time.
 
     With a traced `s`, `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)`
-    runs many scales in one compiled program.
-
-    Args:
-      specs: the table from `init_lora`.
-      scale: s (alpha / rank, not alpha), a scalar or broadcastable to the stacked layers; or a mapping from module
-        path to s.
+    runs many scales in one compiled program. `scale` is s (alpha / rank, not alpha), a scalar or broadcastable to
+    the stacked layers, or a mapping from module path to s.
     """
     flat = {}
     for module, spec in specs.items():

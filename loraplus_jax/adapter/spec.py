@@ -1,8 +1,7 @@
 """`AdapterSpec`: which weight is adapted, the roles of its axes, and the adapter's rank and scale.
 
 Merging, describing, saving and sharding all read the table of specs, because paths and shapes alone do not
-distinguish a stacked layer from a wide one, or an input axis from an output axis. Specs are static,
-JSON-serializable and saved with every adapter.
+distinguish a stacked layer from a wide one, or an input axis from an output axis.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ class AdapterSpec:
 
     Attributes:
       leaf: path of the base leaf in the variables, such as `"params/layers/query/kernel"`.
-      kind: layer kind, one of `LAYER_KINDS`.
+      kind: one of `LAYER_KINDS`.
       axes: one letter per axis of the unstacked leaf: `i` input (contracted with A), `o` output (from B), any other
         letter a batch axis kept in both factors. `"io"` for a Dense kernel, `"iiio"` for a two-dimensional Conv.
       shape: full shape of the leaf, including stacked axes.

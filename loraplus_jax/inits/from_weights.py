@@ -36,8 +36,7 @@ def pissa(base: Mapping[str, Any], specs: Specs, *, iterations: int | None = Non
     Args:
       base: variables without adapters, `{"params": ...}`; they stay as they are.
       specs: the table from `init_lora`.
-      iterations: power iterations of a randomized decomposition (arXiv 0909.4061, algorithm 4.4), which costs
-        products with 2 r columns; None for an exact one.
+      iterations: power iterations of a randomized decomposition (arXiv 0909.4061, algorithm 4.4); None: exact.
       seed: of its random start.
 
     Raises:
@@ -74,10 +73,9 @@ def lora_ga(
 ) -> Start:
     """Starts from the singular vectors of one batch's gradient (LoRA-GA, arXiv 2407.05000, section 3).
 
-    With G = U S Vᵀ and c = out^(1/4) / √gamma: A = c U[:, :r] and B = c Vᵀ[r:2r]; the first steps of A and B then
-    go in the directions of G's first 2 r singular values. `lora_one` (after arXiv 2502.01235) starts with a
-    step against the gradient: A = -U √(S / gamma) and B = √(S / gamma) Vᵀ, of the first r values, S divided by its
-    largest; the base stays whole.
+    With G = U S Vᵀ and c = out^(1/4) / √gamma: A = c U[:, :r] and B = c Vᵀ[r:2r]. `lora_one` (after arXiv
+    2502.01235) starts with a step against the gradient: A = -U √(S / gamma) and B = √(S / gamma) Vᵀ, of the first r
+    values, S divided by its largest; the base stays whole.
 
     Args:
       base, specs: as for `pissa`.

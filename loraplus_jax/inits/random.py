@@ -26,8 +26,7 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
       init: name of the initialization.
       rank: r.
       axes: the weight's axes, as in `AdapterSpec`; `in` is the product of its input axes: for a convolution, the
-        window times the inputs of a group; for an embedding, the number of rows. (PEFT inits embeddings otherwise,
-        with A = 0 and B ~ N(0, 1).)
+        window times the inputs of a group; for an embedding, the number of rows.
 
     Raises:
       ValueError: `init` needs the base's weights, or an odd rank cannot be halved.

@@ -51,12 +51,7 @@ def is_magnitude(path: str) -> bool:
 def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
     """Maps each module to the paths of its factors, in a tree given as path to leaf.
 
-    An unambiguous name determines the side, in any layout of PEFT's and kohya's factors. Otherwise the weight `w`
-    next to the factors determines it.
-
-    Raises:
-      ValueError: a factor has no partner; factors do not match each other, the specs or a kernel next to them; or
-        names and shapes do not determine a side, or whether a leaf is a factor.
+    A name or else the weight `w` next to the factors determines the side. Raises ValueError as `label_params`.
     """
     pairs = {}
     for module, sides in _pairs_by_name(leaves).items():
@@ -104,7 +99,8 @@ def _pairs_by_weight(leaves: Mapping[str, Any]) -> dict[str, Pair]:
         other, weight = (f"{module}/{leaf}".removeprefix("/") for leaf in ("b" if name == "a" else "B", "w"))
         if name not in ("a", "A") or other not in leaves:
             continue
-        a, b, w = (tuple(leaves[p].shape) if p in leaves else () for p in (path, other, weight))
+        shapes: list[tuple[int, ...]] = [getattr(leaves.get(p), "shape", ()) for p in (path, other, weight)]
+        a, b, w = map(tuple, shapes)
         fitting = [
             pair
             for first, second, pair in ((a, b, Pair(path, other)), (b, a, Pair(other, path)))

@@ -22,7 +22,7 @@ from .adalora import AdaLoRAState
 from .keep_float32 import KeepFloat32State
 from .pairs import PairState
 from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, find_states, label_params
-from .schedules import Rate, scale_rate
+from .schedules import Rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
 """The roles that learn lr_ratio times faster; `"vector"` occurs only with policy `"peft"`."""
@@ -163,17 +163,20 @@ def lora_plus_adamw(
             # `optax.inject_hyperparams` passes a schedule's value, which may be 0 before a warmup or after a decay.
             bound = {"at_least" if isinstance(rate, jax.Array) else "above": 0.0}
             check_number(name, rate, **bound, allow_arrays=True)
-    own_rates |= dict.fromkeys(FAST, scale_rate(learning_rate, lr_ratio))
+    if isinstance(lr_ratio, int | float) and lr_ratio == 1:
+        fast = learning_rate  # the same object, so that the groups below are equal
+    elif callable(learning_rate):
+        fast = lambda step: lr_ratio * learning_rate(step)  # noqa: E731
+    else:
+        fast = lr_ratio * learning_rate
+    own_rates |= dict.fromkeys(FAST, fast)
     own_decays: dict[Role, Any] = {"b": weight_decay / lr_ratio} if decay == "equal" else {}
     if policy == "peft":
         own_decays["vector"] = 0.0
-    groups = {
-        role: (
-            learning_rate if own_rates[role] is None else own_rates[role],
-            own_decays.get(role, weight_decay),
-        )
-        for role in ROLES
-    }
+    groups: dict[Role, tuple[Any, Any]] = {}
+    for role in ROLES:
+        rate = learning_rate if own_rates[role] is None else own_rates[role]
+        groups[role] = rate, own_decays.get(role, weight_decay)
     # Roles with equal settings share one AdamW, so that with lr_ratio 1 there is one, as in plain LoRA. A traced
     # number or a schedule equals only itself: the state's structure must not depend on values that jit hides.
     first: dict[Any, Role] = {}

@@ -31,14 +31,12 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     Args:
       tree: trainable variables, `{"lora": ..., "params": ...}`, or only the tree of adapters.
       specs: the table from `init_lora`, to check shapes; optional.
-      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, other leaves with one axis and
-        magnitudes, which have one axis there, are `"b"`. Leaves named `bias` or `scale` count as having one axis,
-        however many layers are stacked in them; stacked vectors of other names do not.
+      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, magnitudes and other leaves with
+        one axis are `"b"`. Leaves named `bias` or `scale` count as having one axis, also in stacked layers.
 
     Raises:
-      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous (a
-        pair `a`, `b` without its weight or with a square one, or a kernel that contradicts the names), or another
-        leaf with two or more axes looks like a LoRA factor.
+      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous, or
+        another leaf with two or more axes looks like a LoRA factor.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,11 +66,10 @@ class LoRAPlusState(struct.PyTreeNode):
     Attributes:
       inner_state: state of the optimizer itself.
       count: number of updates, int32.
-      rates: learning rate of the last update by role, float32 (initially that of the first update); with
-        `lora_plus`, the multiple of the wrapped optimizer's rate.
+      rates: learning rate of the last update by role, float32 (initially that of the first update).
       decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
       roles: `(path, role)` of every leaf.
-      relative: whether rates are multiples of a wrapped optimizer's.
+      relative: whether rates are multiples of a wrapped optimizer's, as with `lora_plus`.
 
     """
 
@@ -113,10 +110,8 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
 
 
 def find_states(opt_state: Any, *kinds: type) -> list[Any]:
-    """Finds states by type, by default those of LoRA+ transforms, inside `optax.chain` and other wrappers.
-
-    There are several if `optax.multi_transform` or `optax.masked` gives each transform a part of the tree.
-    """
+    """Finds states by type, by default those of LoRA+ transforms, inside `optax.chain` and other wrappers."""
+    # Several, if optax.multi_transform or optax.masked gives each transform a part of the tree.
     is_kind = lambda x: isinstance(x, kinds or LoRAPlusState)  # noqa: E731
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
 
@@ -134,13 +129,11 @@ def lr_ratio_of(opt_state: Any) -> float | None:
 
 
 def labels_of(opt_state: Any, tree: Any) -> Any:
-    """The role that an optimizer gives to every leaf; for an optimizer without LoRA+, as by `label_params`.
-
-    Leaves hidden from the LoRA+ transform, as by `optax.masked`, are `"extra"`.
-    """
+    """The role that an optimizer gives to every leaf; for an optimizer without LoRA+, as by `label_params`."""
     states = find_states(opt_state)
     if not states:
         return label_params(tree)
+    # Leaves hidden from the LoRA+ transform, as by optax.masked, are "extra".
     roles = {path: role for state in states for path, role in state.roles}
     return replace_paths(jax.tree.map(lambda _: "extra", tree), roles)
 

@@ -64,18 +64,3 @@ def make_schedule(
     if not warmup_steps:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), main], [warmup_steps])
-
-
-def scale_rate(rate: Rate, factor: float | jax.Array) -> Rate:
-    """Multiplies a rate by `factor` at every step, including a schedule's warmup and final rate.
-
-    With a factor of 1 it returns the same object, so that equal groups share an optimizer.
-
-    >>> scale_rate(optax.linear_schedule(1.0, 0.5, 10), 4.0)(10).item()
-    2.0
-    """
-    if isinstance(factor, int | float) and factor == 1:
-        return rate
-    if callable(rate):
-        return lambda step: factor * rate(step)
-    return factor * rate

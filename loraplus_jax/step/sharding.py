@@ -200,7 +200,7 @@ def make_shardings(
       state: a `TrainState` of arrays or shapes.
       frozen: frozen variables, arrays or shapes.
       specs: the table from `init_lora`; None without adapters.
-      rules: the model's rules; without rules, see `base_shardings`.
+      rules: the model's rules, as for `base_shardings`.
 
     Returns:
       Shardings by `base_shardings` for the base and fully trained parameters, by `adapter_shardings` for
