@@ -170,57 +170,47 @@ BERT = {
 }
 
 
-def write_bert(directory, **changes):
-    tensors = {
+TENSORS = {
+    "bert": {
         "embeddings.word_embeddings.weight": (30, 4),
         "embeddings.position_embeddings.weight": (8, 4),
         **{f"encoder.layer.{n}.output.dense.weight": (4, 4) for n in range(2)},
-    }
-    save_file({n: np.ones(s, np.float32) for n, s in tensors.items()}, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(BERT | changes))
+    },
+    "a billion layers": {"encoder.layer.999999999.output.dense.weight": (4, 4)},
+    "a width without values": {"a.0.weight": (4, 4), "b.1.weight": (10**12, 0)},
+    "none": {},
+}
 
 
-def write_far_layer(directory, **changes):
-    """One tensor whose name claims a billion layers."""
-    name = "encoder.layer.999999999.output.dense.weight"
-    save_file({name: np.ones((4, 4), np.float32)}, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(BERT | {"num_hidden_layers": 1} | changes))
-
-
-def write_empty_tensor(directory, **changes):
-    """A tensor that claims a width and has no values."""
-    tensors = {"a.0.weight": np.ones((4, 4), np.float32), "b.1.weight": np.ones((10**12, 0), np.float32)}
-    save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(BERT | changes))
-
-
-def write_alone(directory, **changes):
+def write_base(directory, name, **changes):
+    if tensors := {n: np.ones(shape, np.float32) for n, shape in TENSORS[name].items()}:
+        save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(BERT | changes))
 
 
 @pytest.mark.parametrize(
-    ("write", "field", "value", "held"),
+    ("name", "field", "value", "held"),
     [
-        (write_bert, "num_hidden_layers", 10**9, 2),
-        (write_bert, "num_hidden_layers", 3, 2),
-        (write_far_layer, "num_hidden_layers", 10**9, 1),
-        (write_empty_tensor, "vocab_size", 10**12, 4),
-        *[
-            (write_bert, field, 31, 30)
-            for field in ("hidden_size", "intermediate_size", "num_attention_heads")
-        ],
-        *[(write_bert, f, 10**12, 30) for f in ("vocab_size", "type_vocab_size", "pad_token_id")],
-        (write_bert, "max_position_embeddings", 10**9, 30),
-        (write_model, "num_hidden_layers", 10**9, 2),
-        (write_model, "hidden_size", 10**30, None),
-        (write_model, "head_dim", 10**9, None),
-        (write_model, "max_position_embeddings", 10**9, 2**27),
-        (write_alone, "num_hidden_layers", 10**9, 1000),
-        *[(write_alone, field, 10**12, 2**24) for field in ("vocab_size", "hidden_size")],
+        ("bert", "num_hidden_layers", 10**9, 2),
+        ("bert", "num_hidden_layers", 3, 2),
+        ("a billion layers", "num_hidden_layers", 10**9, 1),
+        ("a width without values", "vocab_size", 10**12, 4),
+        *[("bert", field, 31, 30) for field in ("hidden_size", "intermediate_size", "num_attention_heads")],
+        *[("bert", f, 10**12, 30) for f in ("vocab_size", "type_vocab_size", "pad_token_id")],
+        ("bert", "max_position_embeddings", 10**9, 30),
+        ("llama", "num_hidden_layers", 10**9, 2),
+        ("llama", "hidden_size", 10**30, None),
+        ("llama", "head_dim", 10**9, None),
+        ("llama", "max_position_embeddings", 10**9, 2**27),
+        ("none", "num_hidden_layers", 10**9, 1000),
+        *[("none", field, 10**12, 2**24) for field in ("vocab_size", "hidden_size")],
     ],
 )
-def test_sizes_are_checked_against_the_files(reject, tmp_path, write, field, value, held):
-    write(tmp_path)
+def test_sizes_are_checked_against_the_files(reject, tmp_path, name, field, value, held):
+    if name == "llama":
+        write_model(tmp_path)
+    else:
+        write_base(tmp_path, name, **({"num_hidden_layers": 1} if name == "a billion layers" else {}))
     load_config(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -249,7 +239,7 @@ def test_rotary_numbers_that_cannot_be_computed_with_are_rejected(reject, change
 
 
 def test_heads_times_their_size_are_checked_too(reject, tmp_path):
-    write_alone(tmp_path, num_attention_heads=2**13, head_dim=2**13)
+    write_base(tmp_path, "none", num_attention_heads=2**13, head_dim=2**13)
     reject(lambda: load_config(tmp_path), "config.json", "num_attention_heads x head_dim", 2**26, 2**24)
 
 
