@@ -52,20 +52,19 @@ def check_files(path: Path, record: Mapping[str, Any]) -> None:
 
 def file_digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """The digest of each file, by name."""
-    return {name: _file_digest(directory / name) for name in names}
+    digests = {}
+    for name in names:
+        with (directory / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def check_digests(directory: Path, digests: Mapping[str, str], remedy: str) -> None:
     """Raises ValueError, which ends in the remedy, if a file is missing or does not have its digest."""
     for name, digest in digests.items():
         check_file(directory / name)
-        if _file_digest(directory / name) != digest:
+        if file_digests(directory, [name])[name] != digest:
             raise ValueError(f"{directory / name} has changed since it was saved; restore it, or {remedy}")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _accept(record: Path) -> str:

@@ -92,10 +92,9 @@ def split_trainable(
         trained, bias = trained.modules_to_save, trained.bias
     bias = "none" if bias is None else bias
     check_choice("bias", bias, get_args(Bias))
-    # The keys themselves are kept, since they may be integers.
-    flat = {
-        join_path(keys): (keys, leaf) for keys, leaf in traverse_util.flatten_dict(dict(variables)).items()
-    }
+    # By tuples of keys, since keys may be integers or contain "/".
+    leaves = traverse_util.flatten_dict(dict(variables))
+    flat = list(map(join_path, leaves))
     modules = {module: None for path in flat for module in _modules_above(path)}
     for name in trained:
         if not any(matches((name,), module) for module in modules):
@@ -111,7 +110,7 @@ def split_trainable(
         reason = "the model has no biases" if bias == "all" else "no adapted layer has a bias"
         raise ValueError(f"bias={bias!r} matches nothing: {reason}")
     parts: tuple[dict, dict] = ({}, {})
-    for path, (keys, leaf) in flat.items():
+    for path, (keys, leaf) in zip(flat, leaves.items(), strict=True):
         is_saved = any(matches(trained, module) for module in _modules_above(path))
         parts[not (is_saved or path in biases or path.startswith("lora/"))][keys] = leaf
     return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])

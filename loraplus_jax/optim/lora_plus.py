@@ -141,7 +141,7 @@ def lora_plus_adamw(
       >>> tx.rates(0)["b"]
       (0.004, 0.0)
     """
-    _check_ratio(lr_ratio)
+    labels = _checked_labels(lr_ratio, specs, policy)
     check_choice("decay", decay, ("coupled", "equal"))
     check_number("b1", b1, at_least=0.0, below=1.0, allow_arrays=True)
     check_number("b2", b2, at_least=0.0, below=1.0, allow_arrays=True)
@@ -192,7 +192,6 @@ def lora_plus_adamw(
             if direction is None
             else optax.chain(optax.add_decayed_weights(w), optax.scale_by_learning_rate(rate))
         )
-    labels = _labels(specs, policy)
     tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.__getitem__, labels(tree)))
     before = [transform for transform in (precondition, direction) if transform is not None]
     if max_grad_norm is not None:
@@ -242,8 +241,7 @@ def lora_plus(
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
     """
-    _check_ratio(lr_ratio)
-    labels = _labels(specs, policy)
+    labels = _checked_labels(lr_ratio, specs, policy)
 
     def is_fast(tree: Any) -> Any:
         return jax.tree.map(lambda role: role in FAST, labels(tree))
@@ -279,12 +277,9 @@ def check_floating(trainable: Any) -> None:
             raise TypeError(f"{path} must be floating point, got {leaf.dtype}; pass trainable variables only")
 
 
-def _check_ratio(lr_ratio: Any) -> None:
+def _checked_labels(lr_ratio: Any, specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:
     if isinstance(lr_ratio, LoRAPlusConfig):
         raise TypeError("lr_ratio must be a number, got a LoRAPlusConfig; pass config.lr_ratio")
     check_number("lr_ratio", lr_ratio, above=0.0, allow_arrays=True)
-
-
-def _labels(specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:
     check_choice("policy", policy, get_args(Policy))
     return functools.partial(label_params, specs=specs, policy=policy)

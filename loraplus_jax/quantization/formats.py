@@ -189,10 +189,6 @@ def _pack_int8(rows: np.ndarray) -> dict[str, np.ndarray]:
     return {"codes": np.concatenate(codes), "scales": scales}
 
 
-def _int8_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * _spread(p["scales"], columns)
-
-
 # GGUF's blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 
 
@@ -247,19 +243,6 @@ def _pack_q6_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _q4_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return _of_bytes(p["codes"], range(-8, 8), columns) * _spread(p["d"], columns)
-
-
-def _q4_1_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    d, m = (_spread(p[name], columns) for name in "dm")
-    return _of_bytes(p["codes"], range(16), columns) * d + m
-
-
-def _q8_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * _spread(p["d"], columns)
-
-
 def _q4_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
     scale, low = (
         _spread(p[d], columns // 32) * p[sixes].astype(jnp.float32)
@@ -279,10 +262,14 @@ BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34, "q4_k": 144, "q6_k": 210}
 """Bytes of a block in a GGUF file."""
 FORMATS: Mapping[str, Format] = {
     "nf4": Format(1, _pack_nf4, _nf4_values),
-    "int8": Format(1, _pack_int8, _int8_values),
-    "q4_0": Format(32, _pack_q4_0, _q4_0_values),
-    "q4_1": Format(32, _pack_q4_1, _q4_1_values),
-    "q8_0": Format(32, _pack_q8_0, _q8_0_values),
+    "int8": Format(1, _pack_int8, lambda p, n: p["codes"].astype(jnp.float32) * _spread(p["scales"], n)),
+    "q4_0": Format(32, _pack_q4_0, lambda p, n: _of_bytes(p["codes"], range(-8, 8), n) * _spread(p["d"], n)),
+    "q4_1": Format(
+        32,
+        _pack_q4_1,
+        lambda p, n: _of_bytes(p["codes"], range(16), n) * _spread(p["d"], n) + _spread(p["m"], n),
+    ),
+    "q8_0": Format(32, _pack_q8_0, lambda p, n: p["codes"].astype(jnp.float32) * _spread(p["d"], n)),
     "q4_k": Format(256, _pack_q4_k, _q4_k_values),
     "q6_k": Format(256, _pack_q6_k, _q6_k_values),
 }
