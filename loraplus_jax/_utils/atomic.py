@@ -19,33 +19,33 @@ except ImportError:  # Windows: without a lock, what a killed process leaves beh
 PREFIX, STAGING = ".loraplus-", ".partial"
 """How the name of a hidden directory begins and ends that a killed process may leave behind."""
 _unfinished: set[Path] = set()
+# Held while files are renamed or removed, and from `remove_unfinished` to the end of the process.
 _ending = threading.RLock()
-"""Held while files are renamed or removed, and from `remove_unfinished` to the end of the process."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, new: bool = False) -> Iterator[Path]:
     """Yields a path to write a file or directory to, which replaces `path` if the block succeeds.
 
-    All of it is flushed to disk before it is renamed, and the directory that holds it afterwards: a power loss
-    leaves the old content or the new, never an empty file.
-
-    Args:
-      path: a file or directory, in a directory that exists.
-      new: whether to raise instead of replacing.
-
     Raises:
       ValueError: `new`, and something is there.
       OSError: it cannot be written; the error names `path`.
     """
-    _check_new(path, new)
+
+    def check_new() -> None:
+        if new and os.path.lexists(path):
+            raise ValueError(f"{path} already exists; nothing is overwritten: choose another path")
+
+    check_new()
     with add_path_to_errors(path), temporary_directory(path.parent) as staging:
         written, old = staging / "new", staging / "replaced" / path.name
         yield written
+        # All of it is flushed before it is renamed, and its directory afterwards: without that, a power loss may
+        # leave the new name with no content.
         for part in (written, *written.rglob("*")):
             sync(part)
         with _ending:
-            _check_new(path, new)
+            check_new()
             if path.is_dir():  # a directory cannot be renamed onto another
                 old.parent.mkdir()
                 os.rename(path, old)
@@ -99,10 +99,8 @@ def remove_unfinished() -> None:
 
 
 def _open_lock(staging: Path) -> tuple[int, bool | None]:
-    """Opens the lock of a hidden directory; its descriptor, and whether it is ours (None: locks are unsupported).
-
-    The operating system releases the lock when the process exits.
-    """
+    # The lock's descriptor, and whether it is ours (None: locks are unsupported). The operating system releases a
+    # flock even if the process is killed.
     lock = os.open(staging / "lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     if fcntl is None:
         return lock, None
@@ -133,11 +131,6 @@ def add_path_to_errors(path: Path) -> Iterator[None]:
         if error.errno is None or (names and not any(PREFIX in name and STAGING in name for name in names)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
-
-
-def _check_new(path: Path, new: bool) -> None:
-    if new and os.path.lexists(path):
-        raise ValueError(f"{path} already exists; nothing is overwritten: choose another path")
 
 
 def sync(path: Path) -> None:

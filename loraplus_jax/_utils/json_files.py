@@ -8,19 +8,16 @@ from typing import Any
 
 
 def check_file(path: Path, *, follow_links: bool = True) -> None:
-    """Raises ValueError unless a path is a regular file: opening a FIFO can block forever, a device may not end.
-
-    Without `follow_links` a symbolic link is none either, as for a file to write.
-    """
+    """Raises ValueError unless a path is a regular file; without `follow_links` a symbolic link is none either."""
+    # Opening a FIFO can block forever, a device may not end, and writing to a link changes its target.
     try:
         kind = stat.S_IFMT(path.stat(follow_symlinks=follow_links).st_mode)
     except OSError as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         raise ValueError(f"{path} {reason}") from None
     if kind != stat.S_IFREG:
-        kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
-        kinds |= {stat.S_IFLNK: "symbolic link"}
-        raise ValueError(f"{path} is a {kinds.get(kind, 'device')}: use a regular file")
+        kinds = {stat.S_IFDIR: "directory", stat.S_IFIFO: "FIFO", stat.S_IFLNK: "symbolic link"}
+        raise ValueError(f"{path} is a {kinds.get(kind, 'device or socket')}: use a regular file")
 
 
 def check_files(directory: Path) -> None:
@@ -61,8 +58,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+# Python needs up to 40 times a JSON file's size in memory, and recursion over it fails at about 1,000 levels.
 MAX_JSON_BYTES, MAX_DEPTH = 2**20, 100
-"""The limits in bytes and in levels. Python needs up to 40 times a JSON file's size in memory."""
 
 
 def find_problem(tree: Any) -> str | None:
@@ -71,13 +68,8 @@ def find_problem(tree: Any) -> str | None:
     for _ in range(MAX_DEPTH):
         if any(isinstance(node, str) and re.search("[\ud800-\udfff]", node) for node in level):
             return "contains half a surrogate pair, which is not a character"
-        level = [part for node in level for part in _parts(node)]
+        dicts = (part for node in level if isinstance(node, dict) for part in (*node.keys(), *node.values()))
+        level = [*dicts, *(part for node in level if isinstance(node, list) for part in node)]
         if not level:
             return None
     return f"is nested more than {MAX_DEPTH} levels deep"
-
-
-def _parts(node: Any) -> list[Any]:
-    if isinstance(node, dict):
-        return [*node.keys(), *node.values()]
-    return node if isinstance(node, list) else []

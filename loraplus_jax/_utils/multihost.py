@@ -23,6 +23,7 @@ def allgather(value: Any) -> list[Any]:
     """Gathers a JSON value from every process, in process order; waits until all processes call it."""
     if jax.process_count() == 1:
         return [value]
+    # JAX gathers only arrays, of one shape on all processes: texts are padded to the longest.
     mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.int32(mine.size))
     rows = multihost_utils.process_allgather(np.pad(mine, (0, int(sizes.max()) - mine.size)))
@@ -54,6 +55,7 @@ def gather_to_host(tree: Any) -> Any:
     """All-gathers arrays into the host memory of every process."""
 
     def gather(leaf: Any) -> Any:
+        # np.asarray raises for an array with parts on other processes' devices.
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
             return multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)

@@ -19,13 +19,7 @@ PATHS = {"model": ("path",), "data": ("path", "root", "train", "validation", "te
 
 
 def record_text(content: Mapping[str, Any], directory: Path, files: Iterable[str] = ()) -> str:
-    """The text of a record.
-
-    Args:
-      content: its JSON values; a number that is not finite becomes null.
-      directory: where `files` are, complete.
-      files: names of the files that belong to the record.
-    """
+    """The text of a record of JSON values, and of the files in `directory` that belong to it."""
     content = {**content, **({FILES: names} if (names := file_digests(directory, files)) else {})}
     content = json.loads(to_json(content))  # digest what a reader gets: lists for tuples, null for NaN
     return to_json({**content, DIGEST: _digest(content)}, indent=1) + "\n"
@@ -39,15 +33,11 @@ def write_record(path: Path, content: Mapping[str, Any]) -> None:
 def read_record(path: Path, check: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Reads a record; `check_files` compares the files that belong to it.
 
-    Args:
-      path: the file.
-      check: called first with the content; may raise an error that says more than that something changed.
-
     Raises:
       ValueError: it cannot be read, or has changed since it was saved. Without a digest it is taken as it is.
     """
     content = read_json(path)
-    if check is not None:
+    if check is not None:  # may raise an error that says more than that something changed
         check(content)
     if content.get(DIGEST, expected := _digest(content)) != expected:
         raise ValueError(f"{path} has changed since it was saved; restore it, or {_accept(path)}")
@@ -62,20 +52,19 @@ def check_files(path: Path, record: Mapping[str, Any]) -> None:
 
 def file_digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
     """The digest of each file, by name."""
-    return {name: _file_digest(directory / name) for name in names}
+    digests = {}
+    for name in names:
+        with (directory / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def check_digests(directory: Path, digests: Mapping[str, str], remedy: str) -> None:
     """Raises ValueError, which ends in the remedy, if a file is missing or does not have its digest."""
     for name, digest in digests.items():
         check_file(directory / name)
-        if _file_digest(directory / name) != digest:
+        if file_digests(directory, [name])[name] != digest:
             raise ValueError(f"{directory / name} has changed since it was saved; restore it, or {remedy}")
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _accept(record: Path) -> str:

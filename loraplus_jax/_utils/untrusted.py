@@ -21,27 +21,27 @@ _child: subprocess.Popen[bytes] | None = None
 
 
 def run_job(what: str, job: str, **arguments: Any) -> Any:
-    """Runs a function of `untrusted_child` in the child process, which starts at the first call and serves all.
-
-    Args:
-      what: names the file, for error messages.
-      job: the function's name.
-      **arguments: its arguments, JSON values.
+    """Runs a function of `untrusted_child`, by its name and JSON arguments, in the child process.
 
     Raises:
-      ValueError: the job fails, exceeds a limit or crashes; one line that begins with `what`.
+      ValueError: the job fails, exceeds a limit or crashes; one line that begins with `what`, the file's name.
     """
     content = json.dumps(arguments)
     memory = MEMORY + MEMORY_PER_BYTE * len(content)
-    request = f'{{"job": "{job}", "seconds": {SECONDS}, "memory": {memory}, "arguments": {content}}}\n'
+    request = (
+        f'{{"job": "{job}", "seconds": {SECONDS}, "memory": {memory}, "arguments": {content}}}\n'.encode()
+    )
     with _lock:
         child = _running_child()
         try:
             try:
-                _send(child, request)
+                child.stdin.write(request)
+                child.stdin.flush()
             except BrokenPipeError:  # something else has killed it since its last job
-                _send(child := _running_child(), request)
-            assert child.stdout is not None
+                child.wait()
+                child = _running_child()
+                child.stdin.write(request)
+                child.stdin.flush()
             answer = child.stdout.readline()
         except BaseException:  # an answer that nobody reads would be taken for that of the next job
             child.kill()
@@ -56,17 +56,8 @@ def run_job(what: str, job: str, **arguments: Any) -> Any:
     return values["result"]
 
 
-def _send(child: subprocess.Popen[bytes], request: str) -> None:
-    assert child.stdin is not None
-    try:
-        child.stdin.write(request.encode())
-        child.stdin.flush()
-    except BrokenPipeError:
-        child.wait()
-        raise
-
-
-def _running_child() -> subprocess.Popen[bytes]:
+def _running_child() -> Any:
+    # One process for all jobs, since Python and its imports take longer to start than a job.
     global _child
     if _child is not None and _child.poll() is None:
         return _child

@@ -43,17 +43,15 @@ def render(source: str, calls: Sequence[dict[str, Any]] = ()) -> list[str]:
 
 
 def _render(template: Any, source: str, variables: dict[str, Any]) -> str:
-    """A rendering; a conversation's may repeat its text and the template's own, but not without end."""
     text = template.render(variables)
     text.encode()  # raises ValueError for half a surrogate pair
     messages = variables.get("messages", ())
     given = sum(len(message["content"]) for message in messages)
     extra = [variables.get("tools"), *(message.get("tool_calls") for message in messages)]
     given += sum(len(json.dumps(value, ensure_ascii=False)) for value in extra if value)
+    # A rendering may repeat the conversation's text and the template's own, but not without end.
     if len(text) > (limit := 4_096 + 4 * given + (len(messages) + 2) * len(source)):
-        raise ValueError(
-            f"it makes {len(text):,} characters of a conversation of {given:,}; the limit is {limit:,}"
-        )
+        raise ValueError(f"it makes {len(text):,} characters of {given:,}; the limit is {limit:,}")
     return text
 
 

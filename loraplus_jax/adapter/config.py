@@ -14,10 +14,10 @@ Init = Literal[
 
 
 class BaseInit(NamedTuple):
-    """What an init makes A and B of, whether their s A B is subtracted from the base, and whether by an SVD."""
+    """How an init starts from the base."""
 
-    source: Literal["weights", "gradients", "quantization errors"]
-    subtracted: bool = False
+    source: Literal["weights", "gradients", "quantization errors"]  # what it makes A and B of
+    subtracted: bool = False  # whether s A B is subtracted from the base
     has_svd: bool = True
 
 
@@ -131,26 +131,19 @@ class LoRAPlusConfig:
         object.__setattr__(self, "target_parameters", _parameters(self.target_parameters))
         object.__setattr__(self, "layers_to_transform", _layers(self.layers_to_transform))
         if not self.target_modules and not self.target_parameters:
-            raise ValueError(
-                "target_modules must not be empty; name the layers to adapt, such as ['query', 'value'], "
-                "or set target_parameters"
-            )
+            raise ValueError("target_modules must name layers, such as ['query'], or set target_parameters")
         check_int("rank", self.rank, at_least=1)
         check_number("alpha", self.alpha, above=0.0)
         self._check_patterns()
         check_number("dropout", self.dropout, at_least=0.0, below=1.0)
         if self.dropout and not self.target_modules:
-            raise ValueError(
-                f"dropout requires target_modules, since target_parameters have no input; got {self.dropout}"
-            )
+            raise ValueError(f"dropout requires target_modules: parameters have no input; got {self.dropout}")
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora must be true or false, got {self.use_rslora!r}")
         check_choice("init", self.init, get_args(Init))
         if self.init_iterations is not None:
             if self.init not in BASE_INITS or not BASE_INITS[self.init].has_svd:
-                raise ValueError(
-                    f"init_iterations applies to an init with an SVD, got init {self.init}; remove it"
-                )
+                raise ValueError(f"init_iterations requires an init with an SVD, got {self.init}; remove it")
             check_int("init_iterations", self.init_iterations, at_least=0)
         check_choice("variant", self.variant, get_args(Variant))
         check_choice("bias", self.bias, get_args(Bias))
@@ -161,24 +154,23 @@ class LoRAPlusConfig:
             object.__setattr__(self, name, float(getattr(self, name)))
 
     def _check_patterns(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name, kind in (("rank_pattern", int), ("alpha_pattern", float)):
             patterns = getattr(self, name)
             if not isinstance(patterns, Mapping):
                 raise TypeError(f"{name} must be a mapping from patterns to values, got {patterns!r}")
             for pattern, value in patterns.items():
                 _check_regex(name, pattern)
                 where = f"{name}[{pattern!r}]"
-                if name == "rank_pattern":
+                if kind is int:
                     check_int(where, value, at_least=1)
                 else:
                     check_number(where, value, above=0.0)
-            kind = int if name == "rank_pattern" else float
             object.__setattr__(self, name, Rules((key, kind(value)) for key, value in patterns.items()))
 
     @property
     def scale(self) -> float:
         """The scale s of A B where no pattern applies."""
-        return self._scale(self.rank, self.alpha)
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def rank_of(self, path: str) -> int:
         """The rank of the adapter at a path, according to `rank_pattern`."""
@@ -188,9 +180,7 @@ class LoRAPlusConfig:
     def scale_of(self, path: str) -> float:
         """The scale s of A B at a path, according to `rank_pattern` and `alpha_pattern`."""
         key = pattern_of(self.alpha_pattern, path)
-        return self._scale(self.rank_of(path), self.alpha if key is None else self.alpha_pattern[key])
-
-    def _scale(self, rank: int, alpha: float) -> float:
+        alpha, rank = self.alpha if key is None else self.alpha_pattern[key], self.rank_of(path)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_json(self) -> dict[str, Any]:
@@ -205,8 +195,6 @@ class LoRAPlusConfig:
           ValueError, TypeError: a key is unknown (the message suggests the closest one) or a value is invalid.
         """
         fields = [f.name for f in dataclasses.fields(cls)]
-        if not isinstance(values, Mapping) or not values.keys() & {"target_modules", "target_parameters"}:
-            raise ValueError(f"LoRAPlusConfig must be a mapping with target_modules, got {values!r:.40}")
         for name in values:
             if name not in fields:
                 raise ValueError(f"LoRAPlusConfig: unknown key {name!r}{suggest(name, fields)}")
@@ -235,32 +223,30 @@ def matches(rule: str | tuple[str, ...], path: str) -> bool:
     return any(path == name or path.endswith("/" + name) for name in rule)
 
 
+def _distinct(field: str, value: Any, what: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{field} must be a sequence of {what}, got {value!r}")
+    items = tuple(value)
+    if len(set(map(str, items))) < len(items):
+        raise ValueError(f"{field} must contain distinct {what}, got {list(items)}")
+    return items
+
+
 def _names(field: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str) and field != "modules_to_save":
         if value not in ("", ALL_LINEAR):
             _check_regex(field, value)
         return value
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"{field} must be a sequence of module names, got {value!r}")
-    names = tuple(value)
+    names = _distinct(field, value, "module names")
     for name in names:
         if not isinstance(name, str) or not name.strip("/"):
             raise TypeError(f"{field} must contain non-empty module names, got {name!r}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{field} must contain distinct module names, got {list(names)}")
     return names
 
 
 def _parameters(value: Any) -> Mapping[str, str]:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(
-            "target_parameters must be a sequence of regular expressions, or a mapping from them to axes, "
-            f"got {value!r}"
-        )
-    patterns = list(value)
+    patterns = _distinct("target_parameters", value, "regular expressions, or a mapping from them to axes")
     rules = Rules(value if isinstance(value, Mapping) else dict.fromkeys(patterns, "io"))
-    if len(rules) < len(patterns):
-        raise ValueError(f"target_parameters must contain distinct regular expressions, got {patterns}")
     for pattern, axes in rules.items():
         _check_regex("target_parameters", pattern)
         if not isinstance(axes, str) or not re.fullmatch("[a-z]+", axes) or not {"i", "o"} <= set(axes):
@@ -274,15 +260,11 @@ def _parameters(value: Any) -> Mapping[str, str]:
 def _layers(value: Any) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = (value,)
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"layers_to_transform must be a sequence of integers, got {value!r}")
-    layers = tuple(value)
+    layers = _distinct("layers_to_transform", [value] if type(value) is int else value, "integers")
     for number in layers:
         check_int("layers_to_transform", number, at_least=0)
-    if not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"layers_to_transform must be one or more distinct layers, got {list(layers)}")
+    if not layers:
+        raise ValueError("layers_to_transform must name layers, or be null for all, got none")
     return layers
 
 

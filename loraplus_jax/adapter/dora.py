@@ -19,11 +19,9 @@ from .tree import flatten, replace_leaves
 
 
 def output_norms(weight: Any, letters: str, factor_letters: tuple[str, str]) -> jax.Array:
-    """The norm of the weights of each output, over the input axes, in B's axes with 1 for the rank.
+    """The norms of the weights of the outputs, over the input axes, in B's axes with 1 for the rank.
 
-    Args:
-      weight: W, array or `PackedArray`; the norm is float32 or wider.
-      letters, factor_letters: as in `AdapterSpec`.
+    Float32 or wider; `weight` is an array or `PackedArray`, the letters are those of its `AdapterSpec`.
     """
     return jnp.sqrt(_output_squares(_wide(weight), letters, factor_letters[1]))
 
@@ -90,9 +88,8 @@ def set_magnitudes(lora: Mapping[str, Any], base: Mapping[str, Any], specs: Spec
     """Sets the magnitudes of adapters of variant dora to the norms of their weights, so that A B = 0 has no effect.
 
     Args:
-      lora: the tree of adapters.
+      lora, specs: the tree of adapters and their table.
       base: variables without adapters, `{"params": ...}`; weights may be packed or sharded.
-      specs: the table from `init_lora`.
 
     Raises:
       ValueError: a weight is missing or has another shape.

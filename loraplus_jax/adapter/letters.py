@@ -35,28 +35,22 @@ def split_equation(equation: str) -> tuple[str, tuple[str, str]]:
     operands, result = equation.split("->")
     x, w = operands.split(",")
     if any(len(set(part)) < len(part) for part in (x, w, result)):
-        raise ValueError(
-            f"einsum {equation!r} cannot be adapted: a letter must not occur twice in one operand"
-        )
+        raise ValueError(f"einsum {equation!r} cannot be adapted: an operand has a letter twice")
     outputs = "".join(c for c in w if c in result and c not in x)
     batch = "".join(c for c in w if c in result and c in x)
     if not any(c in x and c not in result for c in w):
         raise ValueError(f"einsum {equation!r} cannot be adapted: A needs a contracted axis")
     if not outputs:
-        raise ValueError(
-            f"einsum {equation!r} cannot be adapted: B needs an output axis that only the weight has"
-        )
+        raise ValueError(f"einsum {equation!r} cannot be adapted: B needs an output axis of its own")
     rank = next(c for c in "r" + string.ascii_letters if c not in equation)
     middle = "".join(c for c in result if c not in outputs) + rank
     a = "".join(c for c in w if c not in outputs) + rank
     first, second = f"{x},{a}->{middle}", f"{middle},{batch}{rank}{outputs}->{result}"
-    return sort_letters(w, outputs, batch), (first, second)
-
-
-def sort_letters(w: str, outputs: str, batch: str) -> str:
-    """The role of each axis: `i`, `o`, or a separate letter for each batch axis."""
-    spare = iter(c for c in string.ascii_lowercase[4:] + "abcd" if c not in "io")
-    return "".join("o" if c in outputs else next(spare) if c in batch else "i" for c in w)
+    spare = iter(
+        c for c in string.ascii_lowercase[4:] + "abcd" if c not in "io"
+    )  # a letter for each batch axis
+    roles = "".join("o" if c in outputs else next(spare) if c in batch else "i" for c in w)
+    return roles, (first, second)
 
 
 def layer_axis(letters: str, stacked: tuple[int, ...]) -> int:

@@ -26,16 +26,14 @@ def low_rank_output(
 ) -> jax.Array:
     """The low-rank term s (x A) B of a dense layer, for x `(..., in)`, a `(in, r)`, b `(r, out)` of one dtype.
 
-    The scale multiplies the r-wide product, where it is cheapest; it may be a traced array.
-
     Args:
       x, a, b: input and factors.
-      scale: s.
-      equations: for other layers, the two einsums of the term: the first of x and A, the second of its result and
-        B.
+      scale: s, which may be traced.
+      equations: for other layers, the two einsums of the term: of x and A, and of the result and B.
       precision: as in `jnp.einsum`.
       out_shardings: those of the two products, for a mesh with explicit axis types.
     """
+    # The scale multiplies the r-wide product, where it is cheapest.
     first, second = ({"precision": precision, "out_sharding": sharding} for sharding in out_shardings)
     if equations is None:  # an einsum would give the same, but takes ten times as long to trace
         # One axis of rows: with more, XLA on CPU copies y's gradient, transposed, for the gradient of B. A reshape
@@ -92,12 +90,8 @@ def scale_variables(specs: Specs, scale: jax.Array | float | Mapping[str, Any]) 
     """The optional read-only collection `"lora_scale"`, which overrides the scale s of every adapter at apply time.
 
     With a traced `s`, `model.apply({"params": base, "lora": lora, "lora_scale": scale_variables(specs, s)}, x)`
-    runs many scales in one compiled program.
-
-    Args:
-      specs: the table from `init_lora`.
-      scale: s (alpha / rank, not alpha), a scalar or broadcastable to the stacked layers; or a mapping from module
-        path to s.
+    runs many scales in one compiled program. `scale` is s (alpha / rank, not alpha), a scalar or broadcastable to
+    the stacked layers, or a mapping from module path to s.
     """
     flat = {}
     for module, spec in specs.items():

@@ -20,9 +20,7 @@ def merge(
     dtype: Any = None,
     dequantize: bool = False,
 ) -> dict[str, Any]:
-    """Puts every adapter into its base weight; returns base variables that need no adapter.
-
-    Sums in float32. `base` stays unchanged; `unmerge` restores its weights bitwise.
+    """Adds every adapter to its base weight, in float32; returns base variables that need no adapter.
 
     Args:
       base: variables without adapters, `{"params": ...}`.
@@ -37,14 +35,19 @@ def merge(
     """
     if "params" not in base:
         raise ValueError(f'base must be variables {{"params": ...}}, got the keys {list(base)[:5]}')
-    flat = flatten(base)
-    factors = flat_factors(lora, specs)
-    _check_fit(flat, factors, specs)
+    flat, factors = flatten(base), flat_factors(lora, specs)
+    known = {path for module, spec in specs.items() for path in spec.factor_paths(module)}
+    if differing := sorted(known ^ factors.keys()):
+        raise ValueError(f"the adapters and the specs differ at {', '.join(differing)}")
     for module, spec in specs.items():
-        leaf = meta.unbox(flat[spec.leaf])
+        leaf, own = meta.unbox(flat.get(spec.leaf)), [factors[path] for path in spec.factor_paths(module)]
+        if (shape := getattr(leaf, "shape", None)) != spec.shape:
+            raise ValueError(f"{spec.leaf} in the base must have shape {spec.shape}, got {shape}")
+        if (shapes := tuple(tuple(x.shape) for x in own)) != spec.factor_shapes:
+            raise ValueError(f"{module}: factors must have shapes {spec.factor_shapes}, got {shapes}")
         if is_packed(leaf):
             leaf = check_dequantize(leaf, spec.leaf, allowed=dequantize)
-        merged = adapted_weight(leaf, [factors[path] for path in spec.factor_paths(module)], spec)
+        merged = adapted_weight(leaf, own, spec)
         flat[spec.leaf] = rebox(flat[spec.leaf], merged.astype(leaf.dtype if dtype is None else dtype))
     return replace_leaves(base, flat)
 
@@ -52,17 +55,14 @@ def merge(
 def check_dequantize(weight: Any, path: str, *, allowed: bool) -> jax.Array:
     """The values of a packed weight for a merge; raises ValueError unless they were asked for."""
     if not allowed:
-        raise ValueError(
-            f"{path} is packed in {weight.kind}: merge into the original weights, which differ from it by the "
-            "rounding, or pass dequantize=True to merge into the packed ones"
-        )
+        raise ValueError(f"{path} is packed in {weight.kind}: pass the original weights, or dequantize=True")
     return weight.dequantize()
 
 
 def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
     """Replaces the adapted weights in merged variables with those of `base`, so they are bit-identical.
 
-    Subtracting s A B would leave rounding errors. All other leaves come from `merged`, even if they have changed.
+    All other leaves come from `merged`, even if they have changed.
 
     Args:
       merged: from `merge`.
@@ -72,6 +72,7 @@ def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) ->
     Raises:
       ValueError: an adapted leaf is missing in `merged` or `base`, or has another shape.
     """
+    # Not by subtracting s A B, which would leave rounding errors.
     flat, kept = flatten(merged), flatten(base)
     for spec in specs.values():
         for name, tree in (("merged", flat), ("base", kept)):
@@ -79,18 +80,3 @@ def unmerge(merged: Mapping[str, Any], base: Mapping[str, Any], specs: Specs) ->
             if shape != spec.shape:
                 raise ValueError(f"{spec.leaf} in {name} must have shape {spec.shape}, got {shape}")
     return replace_leaves(merged, {spec.leaf: kept[spec.leaf] for spec in specs.values()})
-
-
-def _check_fit(flat: Mapping[str, Any], factors: Mapping[str, Any], specs: Specs) -> None:
-    known = {path for module, spec in specs.items() for path in spec.factor_paths(module)}
-    if differing := sorted(known ^ factors.keys()):
-        raise ValueError(f"the adapters and the specs differ at {', '.join(differing)}")
-    for module, spec in specs.items():
-        shape = tuple(meta.unbox(flat[spec.leaf]).shape) if spec.leaf in flat else None
-        if shape != spec.shape:
-            raise ValueError(f"{spec.leaf} in the base must have shape {spec.shape}, got {shape}")
-        shapes = tuple(tuple(factors[path].shape) for path in spec.factor_paths(module))
-        if shapes != spec.factor_shapes:
-            raise ValueError(
-                f"{module}: factors must have the specs' shapes {spec.factor_shapes}, got {shapes}"
-            )

@@ -1,8 +1,9 @@
 """Matches a config's rules with a model's layers, and reports rules that match nothing."""
 
+import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .._utils.untrusted import run_job
@@ -11,24 +12,18 @@ from .config import ALL_LINEAR, LoRAPlusConfig, matches, pattern_of
 from .spec import LAYER_KINDS, LEAVES, LINEAR_KINDS, AdapterSpec
 
 
+@dataclasses.dataclass
 class TracedModule:
-    """What tracing a model found at a module's path.
+    """What tracing a model found at a module's path."""
 
-    Attributes:
-      type: the module's class name.
-      weights: names of the module's parameters with two or more axes, if its type is unsupported.
-      kind, axes: the layer's kind and axes, as in `AdapterSpec`; None until a rule matches the layer.
-      adaptable: whether the module's type is supported.
-      adapted: whether the module has an adapter.
-    """
-
-    def __init__(self, type_name: str) -> None:
-        self.type = type_name
-        self.weights: list[str] = []
-        self.kind: str | None = None
-        self.axes: str | None = None
-        self.adaptable = False
-        self.adapted = False
+    type: str  # the module's class name
+    weights: list[str] = dataclasses.field(
+        default_factory=list
+    )  # with two or more axes, of an unsupported type
+    kind: str | None = None  # as in `AdapterSpec`; None until a rule matches the layer
+    axes: str | None = None
+    adaptable: bool = False  # whether the type is supported
+    adapted: bool = False
 
     def record(self, kind: str, axes: str, path: str) -> None:
         """Records a layer's kind and axes; raises ValueError if an earlier call used other axes."""
@@ -66,10 +61,7 @@ def layer_index(path: str) -> int | None:
     *above, last = path.split("/")
     numbers = [int(match[0]) for segment in above if (match := re.search(r"\d+$", segment))]
     if len(numbers) > 1:
-        raise ValueError(
-            f"layers_to_transform: the layer of {path!r} is ambiguous, its numbers are {numbers}; "
-            "select layers by a regular expression in target_modules instead"
-        )
+        raise ValueError(f"layers_to_transform: the layer of {path!r} is ambiguous: {numbers}; use a regex")
     own = re.search(r"\d+$", last)
     return numbers[0] if numbers else int(own[0]) if own else None
 
@@ -82,11 +74,7 @@ def matching_rule(config: LoRAPlusConfig, path: str) -> str:
 
 
 def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
-    """The rule of `target_parameters` that matches a parameter's path, or None.
-
-    Raises:
-      ValueError: two rules match.
-    """
+    """The rule of `target_parameters` that matches a parameter's path, or None; raises ValueError if two match."""
     rules: Any = config.target_parameters
     matching = [rule for rule in rules if re.fullmatch(rule, path)]
     if len(matching) > 1:
@@ -97,14 +85,7 @@ def parameter_rule(config: LoRAPlusConfig, path: str) -> str | None:
 def parameter_spec(
     config: LoRAPlusConfig, path: str, rule: str, shape: tuple[int, ...], leaf: str
 ) -> AdapterSpec:
-    """The spec of a parameter that a rule of `target_parameters` matches.
-
-    Args:
-      config: the rules, rank and scale.
-      path: path of the parameter.
-      rule: the rule.
-      shape: shape of the parameter.
-      leaf: `leaf` of the spec.
+    """The spec of a parameter at `path` that a rule of `target_parameters` matches; `leaf` is that of the spec.
 
     Raises:
       ValueError: the rule has another number of letters than the parameter has axes.
@@ -113,19 +94,11 @@ def parameter_spec(
     axes = rules[rule]
     if len(axes) != len(shape):
         raise ValueError(
-            f"target_parameters: {rule!r} matches {path!r} with shape {shape}, so it must have "
-            f"{len(shape)} axis letters, got {axes!r}"
+            f"target_parameters: {rule!r} needs {len(shape)} letters for {path!r} {shape}, got {axes!r}"
         )
-    rank, scale = config.rank_of(path), config.scale_of(path)
-    return AdapterSpec(
-        leaf=leaf,
-        kind="parameter",
-        axes=axes,
-        shape=shape,
-        rank=rank,
-        scale=scale,
-        magnitude=config.variant == "dora",
-    )
+    sizes: Any = {"rank": config.rank_of(path), "scale": config.scale_of(path)}
+    magnitude = config.variant == "dora"
+    return AdapterSpec(leaf=leaf, kind="parameter", axes=axes, shape=shape, magnitude=magnitude, **sizes)
 
 
 def saved_module_of(config: LoRAPlusConfig, path: str) -> str | None:
@@ -146,30 +119,22 @@ def try_rules(where: str, config: Any, paths: Iterable[str]) -> None:
     Raises:
       ValueError: one is invalid or takes too long.
     """
-    patterns = tuple(_regular_expressions(config)) if isinstance(config, Mapping) else ()
+    patterns, config = [], config if isinstance(config, Mapping) else {}
+    for field in ("target_modules", "exclude_modules", "target_parameters", "rank_pattern", "alpha_pattern"):
+        rules = config.get(field)
+        if field.endswith("_modules"):  # a sequence there holds names
+            rules = [rules] if rules != ALL_LINEAR else []
+        form = "(.*/)?(%s)" if field.endswith("_pattern") else "%s"
+        rules = rules if isinstance(rules, Iterable) else ()
+        patterns += [form % rule for rule in rules if isinstance(rule, str)]
     if patterns:
-        _try_match(f"{where}: the rule {patterns[0]!r:.80} or a later one", patterns, tuple(paths))
+        _try_match(f"{where}: the rule {patterns[0]!r:.80} or a later one", tuple(patterns), tuple(paths))
 
 
+# Cached, since one command may read the same config several times, and the child answers in milliseconds at best.
 @functools.lru_cache(maxsize=16)
 def _try_match(what: str, patterns: tuple[str, ...], paths: tuple[str, ...]) -> None:
     run_job(what, "match", patterns=patterns, names=paths)
-
-
-def _regular_expressions(config: Mapping[str, Any]) -> Iterator[str]:
-    """Every regular expression of a config, as it is matched with whole paths."""
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(rule := config.get(field), str) and rule != ALL_LINEAR:
-            yield rule
-    for field, form in (
-        ("target_parameters", "%s"),
-        ("rank_pattern", "(.*/)?(%s)"),
-        ("alpha_pattern", "(.*/)?(%s)"),
-    ):
-        rules = config.get(field)
-        yield from (
-            (form % rule for rule in rules if isinstance(rule, str)) if isinstance(rules, Iterable) else ()
-        )
 
 
 def check_coverage(
@@ -177,11 +142,8 @@ def check_coverage(
 ) -> None:
     """Raises ValueError if a rule matches nothing, or two rules cover one weight.
 
-    Args:
-      config: the rules.
-      seen: the traced modules by path.
-      leaves: paths of the parameters.
-      stacks: number of layers in a stack, by the path of the adapted module.
+    `seen` are the traced modules by path, `leaves` paths of parameters; `stacks` gives the number of layers in a
+    stack by the path of the adapted module.
     """
     leaves, is_all = list(leaves), config.target_modules == ALL_LINEAR
     adaptable = {path: entry for path, entry in seen.items() if entry.adaptable}
@@ -227,9 +189,7 @@ def check_coverage(
     )
     for path in (*adapted, *parameters):
         if (name := saved_module_of(config, path)) is not None:
-            raise ValueError(
-                f"{path!r} has an adapter, but modules_to_save {name!r} trains it fully; choose one"
-            )
+            raise ValueError(f"{path!r} has an adapter, and modules_to_save {name!r} trains it; choose one")
     for path, rule in parameters.items():
         if (module := path.rpartition("/")[0]) in adapted and path.rpartition("/")[2] in LEAVES:
             raise ValueError(
@@ -255,12 +215,12 @@ def _check_adaptable(rule: str, hits: Mapping[str, TracedModule], targeted: Sequ
 
 
 def _split_rules(field: str | tuple[str, ...]) -> dict[str, str | tuple[str, ...]]:
-    """Maps each rule of a field to a field with only that rule."""
+    # Each rule of a field, and a field with only that rule, for `matches`.
     return {field: field} if isinstance(field, str) else {rule: (rule,) for rule in field}
 
 
 def _name_hint(field: str | tuple[str, ...], paths: Iterable[str]) -> str:
-    """A hint for a regular expression that looks like a name; empty otherwise."""
+    # For a regular expression that looks like a name.
     if not isinstance(field, str) or not any(matches((field,), path) for path in paths):
         return ""
     return f"; a string is a regular expression over the whole path, for a name write [{field}]"

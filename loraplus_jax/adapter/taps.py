@@ -11,10 +11,8 @@ from .spec import FACTORS
 TAP = "lora_tap"
 """Name of an optional leaf next to two factors; its gradient is the result of `update_squares`."""
 
-
 PREVIOUS_FACTORS = tuple(f"{name}_before" for name in FACTORS)
 """Names of the leaves next to a tap that hold the factors of the previous step."""
-
 
 TERMS = ("delta1", "delta2", "delta3", "z_a", "z_b")
 """The quantities that `update_squares` measures, in order."""
@@ -42,8 +40,7 @@ def update_squares(
       batch_axes: number of leading batch axes of B.
 
     Returns:
-      float32 `(6,)`: the mean squares over all elements in the order of `TERMS`, followed by 1, to average sums
-      over several calls of a layer.
+      float32 `(6,)`: the mean squares over all elements in the order of `TERMS`, then 1, to count a layer's calls.
     """
     (a0, b0), (a, b) = before, after
     da, db = a - a0, b - b0
@@ -60,22 +57,14 @@ def update_squares(
     return jnp.stack([*deltas, z_a, mean_square(a, b), jnp.ones(())])
 
 
+# A parameter's gradient is the one way out of a model that every transform preserves, and sums over its uses: loops
+# over layers, shared weights, rematerialization. Flax's sow needs a mutable collection in all of them.
 @jax.custom_vjp
 def inject_gradient(y: jax.Array, tap: jax.Array, value: jax.Array) -> jax.Array:
-    """Returns `y`; in the backward pass the gradient of `tap` is `value`, which has the shape of `tap`.
-
-    This passes numbers out of a model through the one channel that every transform preserves, including loops over
-    layers, shared weights and rematerialization: the gradient of a parameter, summed over its uses.
-    """
+    """Returns `y`; in the backward pass the gradient of `tap` is `value`, which has the shape of `tap`."""
     return y
 
 
-def _tapped_forward(y: jax.Array, tap: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return y, value
-
-
-def _tapped_backward(value: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return gradient, value, jnp.zeros_like(value)
-
-
-inject_gradient.defvjp(_tapped_forward, _tapped_backward)
+inject_gradient.defvjp(
+    lambda y, tap, value: (y, value), lambda value, gradient: (gradient, value, jnp.zeros_like(value))
+)

@@ -1,7 +1,7 @@
 """Trees of variables: paths, flattening, and splitting trainable from frozen variables."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
@@ -15,7 +15,7 @@ from .spec import Specs
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
-    """Formats a key path of `jax.tree_util` as segments joined by "/"."""
+    """Formats a key path of `jax.tree_util`, its segments joined by "/"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -34,6 +34,7 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     >>> flatten({"layers": {0: {"kernel": 1.0}}})
     {'layers/0/kernel': 1.0}
     """
+    # Not by jax.tree, which would take boxes of metadata and packed weights apart.
     return {join_path(path): leaf for path, leaf in traverse_util.flatten_dict(dict(tree)).items()}
 
 
@@ -86,29 +87,38 @@ def split_trainable(
     if isinstance(trained, LoRAPlusConfig):
         if bias is not None:
             raise ValueError(
-                f"pass bias or a config, not both; the config has bias={trained.bias!r}, got {bias!r}"
+                f"pass bias or a config, not both; the config has {trained.bias!r}, not {bias!r}"
             )
         trained, bias = trained.modules_to_save, trained.bias
-    flat = flatten(variables)
-    modules = {m: None for path in flat for m in _parents(path, "params")}
+    bias = "none" if bias is None else bias
+    check_choice("bias", bias, get_args(Bias))
+    # By tuples of keys, since keys may be integers or contain "/".
+    leaves = traverse_util.flatten_dict(dict(variables))
+    flat = list(map(join_path, leaves))
+    modules = {module: None for path in flat for module in _modules_above(path)}
     for name in trained:
         if not any(matches((name,), module) for module in modules):
             raise ValueError(f"modules_to_save: {name!r} matches no module{suggest(name, modules)}")
-
-    biases = _biases(flat, "none" if bias is None else bias)
-
-    def is_trained(path: str) -> bool:
-        saved = any(matches(trained, m) for m in _parents(path, "params"))
-        return path.startswith("lora/") or path in biases or saved
-
+    adapted = {path.removeprefix("lora/").rpartition("/")[0] for path in flat if path.startswith("lora/")}
+    biases = {
+        path
+        for path in flat
+        if path.startswith("params/") and path.rpartition("/")[2] == "bias"
+        if bias == "all" or (bias == "lora_only" and path[len("params/") :].rpartition("/")[0] in adapted)
+    }
+    if bias != "none" and not biases:
+        reason = "the model has no biases" if bias == "all" else "no adapted layer has a bias"
+        raise ValueError(f"bias={bias!r} matches nothing: {reason}")
     parts: tuple[dict, dict] = ({}, {})
-    for path, leaf in traverse_util.flatten_dict(dict(variables)).items():
-        parts[not is_trained(join_path(path))][path] = leaf
+    for path, (keys, leaf) in zip(flat, leaves.items(), strict=True):
+        is_saved = any(matches(trained, module) for module in _modules_above(path))
+        parts[not (is_saved or path in biases or path.startswith("lora/"))][keys] = leaf
     return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])
 
 
 def with_collection(lora: Mapping[str, Any], specs: Specs) -> Mapping[str, Any]:
     """Returns variables `{"lora": factors, ...}`, from such variables or from the bare tree of factors."""
+    # A module may be called "lora", so the key alone does not tell.
     flat = flatten(lora)
     is_bare = any(path in flat for module, spec in specs.items() for path in spec.factor_paths(module))
     return {"lora": lora} if is_bare or (specs and "lora" not in lora) else lora
@@ -139,9 +149,7 @@ def combine(*trees: Mapping[str, Any]) -> dict[str, Any]:
     flat = [traverse_util.flatten_dict(dict(tree)) for tree in trees]
     for first, second in itertools.combinations(flat, 2):
         if shared := first.keys() & second.keys():
-            raise ValueError(
-                f"trees to combine must be disjoint, but share {', '.join(sorted(map(join_path, shared)))}"
-            )
+            raise ValueError(f"trees to combine share {', '.join(sorted(map(join_path, shared)))}")
     return traverse_util.unflatten_dict(dict(itertools.chain.from_iterable(f.items() for f in flat)))
 
 
@@ -150,28 +158,10 @@ def count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_packed))
 
 
-def _biases(flat: Mapping[str, Any], bias: Bias) -> set[str]:
-    """The paths of the biases to train; raises ValueError if there are none."""
-    check_choice("bias", bias, get_args(Bias))
-    modules = {path.removeprefix("lora/").rpartition("/")[0] for path in flat if path.startswith("lora/")}
-    biases = {
-        path
-        for path in flat
-        if path.startswith("params/") and path.rpartition("/")[2] == "bias"
-        if bias == "all"
-        or (bias == "lora_only" and path.removeprefix("params/").rpartition("/")[0] in modules)
-    }
-    if bias != "none" and not biases:
-        reason = "the model has no biases" if bias == "all" else "no adapted layer has a bias"
-        raise ValueError(f"bias={bias!r} matches nothing: {reason}")
-    return biases
-
-
-def _parents(path: str, collection: str) -> Iterator[str]:
-    """Yields the module paths above a leaf of `collection`, without the collection's segment."""
+def _modules_above(path: str) -> list[str]:
+    """The paths of the modules that hold a parameter, from its path in the variables."""
     first, *segments = path.split("/")
-    if first == collection:
-        yield from ("/".join(segments[:n]) for n in range(1, len(segments)))
+    return ["/".join(segments[:n]) for n in range(1, len(segments))] if first == "params" else []
 
 
 def rebox(box: Any, value: Any) -> Any:

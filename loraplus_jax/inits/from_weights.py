@@ -1,8 +1,7 @@
 """Adapters that start from the base's weights or gradients: PiSSA, OLoRA, LoRA-GA and LoRA-One.
 
 `make_factors` makes A and B; `subtract_start` subtracts their s A B from the base, so that the model starts as the
-base. Only the adapted leaves are new; with the old ones dropped, there is no second copy. `as_difference` makes of
-what is trained an adapter for the untouched base.
+base; `as_difference` makes of what is trained an adapter for the untouched base.
 """
 
 import dataclasses
@@ -25,8 +24,6 @@ from ..quantization.packed_array import is_packed
 
 GAMMA = 16.0
 """The default of LoRA-GA's gamma."""
-MatrixPair = tuple[np.ndarray, np.ndarray]
-"""A and B as matrices, (batch..., inputs, r) and (batch..., r, outputs)."""
 Start = tuple[dict[str, Any], dict[str, Any]]
 """The variables with the rest of the adapted weights, and the tree of factors, float32, for `"lora"`."""
 
@@ -39,8 +36,7 @@ def pissa(base: Mapping[str, Any], specs: Specs, *, iterations: int | None = Non
     Args:
       base: variables without adapters, `{"params": ...}`; they stay as they are.
       specs: the table from `init_lora`.
-      iterations: power iterations of a randomized decomposition (arXiv 0909.4061, algorithm 4.4), which costs
-        products with 2 r columns; None for an exact one.
+      iterations: power iterations of a randomized decomposition (arXiv 0909.4061, algorithm 4.4); None: exact.
       seed: of its random start.
 
     Raises:
@@ -77,10 +73,9 @@ def lora_ga(
 ) -> Start:
     """Starts from the singular vectors of one batch's gradient (LoRA-GA, arXiv 2407.05000, section 3).
 
-    With G = U S Vᵀ and c = out^(1/4) / √gamma: A = c U[:, :r] and B = c Vᵀ[r:2r]; the first steps of A and B then
-    go in the directions of G's first 2 r singular values. `lora_one` (after arXiv 2502.01235) starts with a
-    step against the gradient: A = -U √(S / gamma) and B = √(S / gamma) Vᵀ, of the first r values, S divided by its
-    largest; the base stays whole.
+    With G = U S Vᵀ and c = out^(1/4) / √gamma: A = c U[:, :r] and B = c Vᵀ[r:2r]. `lora_one` (after arXiv
+    2502.01235) starts with a step against the gradient: A = -U √(S / gamma) and B = √(S / gamma) Vᵀ, of the first r
+    values, S divided by its largest; the base stays whole.
 
     Args:
       base, specs: as for `pissa`.
@@ -107,17 +102,10 @@ def make_factors(
     gamma: float = GAMMA,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The tree of factors for `"lora"`, float32 NumPy arrays, made one weight after the other.
+    """The tree of factors for `"lora"`, float32 NumPy arrays, by one of `BASE_INITS`.
 
-    Args:
-      init: one of `BASE_INITS`.
-      specs: the table from `init_lora`.
-      read: returns by a weight's path what the init makes its factors of, `BASE_INITS[init].source`: an array of
-        the weight's shape, which may be sharded over processes, or None if it is missing.
-      iterations, gamma, seed: as for `pissa` and `lora_ga`.
-
-    Raises:
-      ValueError: as `lora_ga`, for whatever `read` returns.
+    `read` returns by a weight's path what the init makes its factors of, `BASE_INITS[init].source`: an array of the
+    weight's shape, which may be sharded over processes, or None if it is missing. Raises ValueError as `lora_ga`.
     """
     reject_magnitude(f"init {init}", specs)
     lora = {}
@@ -138,15 +126,14 @@ def make_factors(
 
 def _pair(
     init: str, matrix: np.ndarray, spec: AdapterSpec, iterations: int | None, gamma: float, seed: int
-) -> MatrixPair:
+) -> tuple[np.ndarray, np.ndarray]:
+    """A and B as matrices, (batch..., inputs, r) and (batch..., r, outputs)."""
     rank, least = spec.rank, min(matrix.shape[-2:])
     if init == "olora":
         q, r = np.linalg.qr(matrix.swapaxes(-1, -2))
         return r[..., :rank, :].swapaxes(-1, -2), q[..., :rank].swapaxes(-1, -2)
     if init == "lora_ga" and least < 2 * rank:
-        raise ValueError(
-            f"{spec.leaf}: lora_ga needs {2 * rank} singular values, got {least}; lower the rank"
-        )
+        raise ValueError(f"{spec.leaf}: lora_ga needs {2 * rank} singular values, got {least}; lower rank")
     u, s, v = _largest(matrix, 2 * rank if init == "lora_ga" else rank, iterations, seed)
     if init == "lora_ga":
         size = matrix.shape[-1] ** 0.25 / math.sqrt(gamma)
@@ -165,23 +152,20 @@ def subtract_start(
 ) -> dict[str, Any]:
     """The base with W - s A B for its adapted weights, in their dtype and sharding, if the init subtracts s A B.
 
-    Args:
-      init: one of `BASE_INITS`.
-      base: variables with the adapted weights, `{"params": ...}`; they stay as they are.
-      start, specs: the tree of factors, and their table.
+    Only the adapted leaves are new. `start` and `specs` are the tree of factors and their table.
     """
     flat, factors, rest = flatten(base), flatten(start), {}
+
+    def subtract(weight: jax.Array, a: jax.Array, b: jax.Array, spec: AdapterSpec) -> jax.Array:
+        return (weight.astype(jnp.float32) - weight_delta(a, b, spec)).astype(weight.dtype)
+
     for module, spec in specs.items() if BASE_INITS[init].subtracted else ():
         weight = jnp.asarray(meta.unbox(flat[spec.leaf]))
         # The training step is compiled for exactly this sharding; JAX could infer another.
-        subtract = jax.jit(_subtract, static_argnames="spec", out_shardings=weight.sharding)
-        left = subtract(weight, *(factors[path] for path in spec.factor_paths(module)), spec=spec)
+        compiled = jax.jit(subtract, static_argnames="spec", out_shardings=weight.sharding)
+        left = compiled(weight, *(factors[path] for path in spec.factor_paths(module)), spec=spec)
         rest[spec.leaf] = rebox(flat[spec.leaf], left)
     return replace_leaves(base, rest)
-
-
-def _subtract(weight: jax.Array, a: jax.Array, b: jax.Array, spec: AdapterSpec) -> jax.Array:
-    return (weight.astype(jnp.float32) - weight_delta(a, b, spec)).astype(weight.dtype)
 
 
 def as_difference(
@@ -194,44 +178,35 @@ def as_difference(
     Args:
       lora: the trained factors.
       start: the factors that `pissa`, `olora` or `lora_ga` returned.
-      specs, config: theirs.
-
-    Returns:
-      Factors, specs and config of the difference.
+      specs, config: theirs; the result has its own.
     """
-    now, then = flat_factors(lora, specs), flat_factors(start, specs)
-    new, doubled = {}, {}
+    now, then, new = flat_factors(lora, specs), flat_factors(start, specs), {}
     for module, spec in specs.items():
         for path, letters, sign in zip(spec.factor_paths(module), spec.factor_letters, (1, -1), strict=True):
             axis = letters.index("r")
             new[path] = jnp.concatenate([now[path], sign * jnp.asarray(then[path], now[path].dtype)], axis)
-    grown = math.sqrt(2) if config.use_rslora else 2
-    patterns = {
-        "rank_pattern": {name: 2 * rank for name, rank in config.rank_pattern.items()},
-        "alpha_pattern": {name: grown * alpha for name, alpha in config.alpha_pattern.items()},
-    }
-    # init lora, since the start of what is saved no longer depends on the base.
+    grown = math.sqrt(2) if config.use_rslora else 2  # of alpha, so that the scale s stays
     config = dataclasses.replace(
         config,
         rank=2 * config.rank,
         alpha=grown * config.alpha,
-        init="lora",
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: grown * alpha for name, alpha in config.alpha_pattern.items()},
+        init="lora",  # the start of what is saved no longer depends on the base
         init_iterations=None,
-        **patterns,
     )
-    for module, spec in specs.items():
-        scale = config.scale_of(module)
-        doubled[module] = dataclasses.replace(spec, rank=2 * spec.rank, scale=scale)
+    doubled = {
+        module: dataclasses.replace(spec, rank=2 * spec.rank, scale=config.scale_of(module))
+        for module, spec in specs.items()
+    }
     return unflatten(new), doubled, config
 
 
 def to_matrix(weight: Any, spec: AdapterSpec) -> np.ndarray:
     """A weight as float32 matrices (batch..., inputs, outputs)."""
     batch, inputs, outputs = _sides(spec)
-    sizes = dict(zip(spec.base_letters, spec.shape, strict=True))
-    count = lambda side: math.prod(sizes[c] for c in side)  # noqa: E731
     array = np.einsum(f"{spec.base_letters}->{batch}{inputs}{outputs}", np.asarray(weight, np.float32))
-    return array.reshape(*(sizes[c] for c in batch), count(inputs), count(outputs))
+    return array.reshape(*array.shape[: len(batch)], *spec.sides)
 
 
 def to_factors(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> tuple[jax.Array, jax.Array]:
@@ -246,7 +221,7 @@ def to_factors(a: np.ndarray, b: np.ndarray, spec: AdapterSpec) -> tuple[jax.Arr
 
 
 def _sides(spec: AdapterSpec) -> tuple[str, str, str]:
-    """The letters of a weight's batch axes, inputs and outputs."""
+    # The letters of a weight's batch axes, inputs and outputs.
     batch = "".join(c for c in spec.base_letters if all(c in side for side in spec.factor_letters))
     inputs, outputs = ("".join(c for c in side if c not in (*batch, "r")) for side in spec.factor_letters)
     return batch, inputs, outputs
@@ -255,7 +230,6 @@ def _sides(spec: AdapterSpec) -> tuple[str, str, str]:
 def _start(
     init: str, base: Mapping[str, Any], specs: Specs, arrays: Mapping[str, Any], **options: Any
 ) -> Start:
-    """Starts from the leaves of a tree like `base`."""
     flat, sources = flatten(base), flatten(arrays)
     for spec in specs.values():
         weight = meta.unbox(flat.get(spec.leaf))
@@ -271,15 +245,16 @@ def _largest(
     matrix: np.ndarray, rank: int, iterations: int | None, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first singular vectors and values of matrices, exact or from a random range (arXiv 0909.4061)."""
+    span = None
     if iterations is not None:
         columns = min(2 * rank, *matrix.shape[-2:])
         probe = np.random.default_rng(seed).normal(size=(*matrix.shape[:-2], matrix.shape[-1], columns))
         span, _ = np.linalg.qr(matrix @ probe.astype(matrix.dtype))
+        # Without the decomposition in between, rounding would leave only the largest singular value's direction.
         for _ in range(iterations):
             back, _ = np.linalg.qr(matrix.swapaxes(-1, -2) @ span)
             span, _ = np.linalg.qr(matrix @ back)
-        u, s, v = np.linalg.svd(span.swapaxes(-1, -2) @ matrix, full_matrices=False)
-        u = span @ u
-    else:
-        u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    projected = matrix if span is None else span.swapaxes(-1, -2) @ matrix
+    u, s, v = np.linalg.svd(projected, full_matrices=False)
+    u = u if span is None else span @ u
     return u[..., :rank], s[..., :rank], v[..., :rank, :]

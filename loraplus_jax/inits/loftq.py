@@ -24,8 +24,7 @@ def loftq(
     """Packs the adapted weights so that Q + s A B is near W, instead of Q alone.
 
     Alternates `steps` times between Q, the packed W - s A B, and s A B, the best approximation of W - Q of the
-    adapter's rank. At the start of training the model is then nearer to the one with W than a packed one is, but
-    not equal to it; the adapter belongs to the packed base.
+    adapter's rank. The adapter belongs to the packed base.
 
     Args:
       base: variables without adapters, `{"params": ...}`.
@@ -45,12 +44,10 @@ def loftq(
     flat, packed, lora = flatten(base), {}, {}
     for module, spec in specs.items():
         if spec.stacked != (0,) * len(spec.stacked):
-            raise ValueError(
-                f"{spec.leaf}: its layers are stacked along axes {spec.stacked}; packed ones must lead"
-            )
+            raise ValueError(f"{spec.leaf}: stacked axes of a packed weight must lead, got {spec.stacked}")
         weight = meta.unbox(flat[spec.leaf])
-        lead = len(spec.stacked)
-        one = dataclasses.replace(spec, shape=spec.shape[lead:], stacked=(), layers=None)
+        # Layer by layer: the decomposition of a stack would take the memory of all its layers at once.
+        one = dataclasses.replace(spec, shape=spec.shape[len(spec.stacked) :], stacked=(), layers=None)
         layers = np.asarray(weight, np.float32).reshape(-1, *one.shape)
         residuals, *factors = zip(*(_alternate(layer, kind, one, steps) for layer in layers), strict=True)
         residual = np.stack(residuals).reshape(spec.shape)
@@ -61,10 +58,8 @@ def loftq(
 
 
 def _packed(weight: np.ndarray, kind: QuantizeTo, spec: AdapterSpec, dtype: Any) -> PackedArray:
-    stacked = len(spec.stacked)
-    return quantize(
-        weight, kind, axes=spec.axes, embedding=spec.kind == "embed", stacked=stacked, dtype=dtype
-    )
+    options: Any = {"embedding": spec.kind == "embed", "stacked": len(spec.stacked), "dtype": dtype}
+    return quantize(weight, kind, axes=spec.axes, **options)
 
 
 def _alternate(

@@ -26,8 +26,7 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
       init: name of the initialization.
       rank: r.
       axes: the weight's axes, as in `AdapterSpec`; `in` is the product of its input axes: for a convolution, the
-        window times the inputs of a group; for an embedding, the number of rows. (PEFT inits embeddings otherwise,
-        with A = 0 and B ~ N(0, 1).)
+        window times the inputs of a group; for an embedding, the number of rows.
 
     Raises:
       ValueError: `init` needs the base's weights, or an odd rank cannot be halved.
@@ -37,10 +36,7 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
     0.0
     """
     if init in BASE_INITS:
-        raise ValueError(
-            f"init {init} starts from the base: make adapters with init lora, then call one of "
-            "loraplus_jax.inits (pissa, olora, lora_ga, loftq) with their specs"
-        )
+        raise ValueError(f"init {init} starts from the base: use init lora, then loraplus_jax.inits")
     if init == "orthogonal":
         if rank % 2:
             raise ValueError(f"rank must be even for init orthogonal, got {rank}")
@@ -62,6 +58,7 @@ def factor_inits(init: Init, rank: int, axes: str = "io") -> tuple[Initializer, 
 
 def _uniform(squared_bound: float, inputs: Axes, outputs: Axes, batch: Axes) -> Initializer:
     """Uniform within ±sqrt(squared_bound / fan-in)."""
+    # JAX scales the variance, which is a third of the squared bound.
     return jax.nn.initializers.variance_scaling(
         squared_bound / 3, "fan_in", "uniform", list(inputs), list(outputs), batch_axis=list(batch)
     )

@@ -1,8 +1,8 @@
 """AdaLoRA: trains A B as P Λ Q and gives the rank to the modules that need it (arXiv 2303.10512).
 
 The model stays plain LoRA, with A = P and B = Λ Q. P, the singular values Λ and Q are in the optimizer's state, and
-the chain rule gives their gradients: those of P are A's, those of Q are Λ times B's, and those of Λ the sums over
-outputs of B's times Q. One column of P, its value in Λ and the row of Q are a triplet, a component of the rank.
+the chain rule gives their gradients. One column of P, its value in Λ and the row of Q are a triplet, a component of
+the rank.
 """
 
 import math
@@ -26,13 +26,7 @@ _Q_STD = 0.02
 
 
 class Triplets(NamedTuple):
-    """Numbers of all triplets by factor's path, float32 or wider: the weights, their gradients or an average.
-
-    Attributes:
-      p: by A's path, in A's shape.
-      values: Λ by B's path, (batch..., r).
-      q: by B's path, in B's shape.
-    """
+    """Numbers of all triplets, float32 or wider: P by A's path, Λ (batch..., r) and Q by B's path."""
 
     p: dict[str, jax.Array]
     values: dict[str, jax.Array]
@@ -77,25 +71,19 @@ def adalora(
 ) -> optax.GradientTransformationExtraArgs:
     """Trains P, Λ and Q of all pairs, and keeps only the most important triplets (arXiv 2303.10512, algorithm 1).
 
-    A weight's importance is the product of two moving averages: of its sensitivity, the absolute value of w g,
-    and of how far that is from its average. A triplet's is that of its value in Λ plus the means over its
-    column of P and its row of Q (section 3.2). For `initial_steps` all triplets train. Then the budget falls,
-    at first quickly and later slowly (a cubic), to `target_rank` a module. Every `every` steps Λ becomes 0 in
-    all triplets except the most important ones of all modules, layers and batch indices. Until the next such
-    step they all train, so that a triplet can return. In the last `final_steps` the choice is fixed (section
-    3.3). The budget is PEFT's; the paper's formula subtracts `final_steps` in one place more, and so does not
-    start at the full rank.
+    A weight's importance is the product of two moving averages: of its sensitivity |w g|, and of how far that is
+    from its average. A triplet's is that of its value in Λ plus the means over its column of P and its row of Q
+    (section 3.2). For `initial_steps` all triplets train. Then the budget falls by a cubic to `target_rank` a
+    module: every `every` steps Λ becomes 0 in all triplets except the most important ones of all modules, layers
+    and batch indices. Until the next such step they all train, so that a triplet can return. In the last
+    `final_steps` the choice is fixed (section 3.3).
 
     PEFT's names are in parentheses; its `init_r` is the rank of the factors. Its regularizer is the mean over
     factors of norms that are not squared, so its default 0.5 pulls about as strongly, with 144 factors, as 1e-3
-    here. A much larger weight decides on the importance in place of the loss.
+    here.
 
-    A component whose row of B is 0 starts with 0 in Λ and a random row of Q; another with its norm, so the start
-    need not be 0. A component that is 0 in A and B, as in layers without adapter, does not count and stays 0.
-
-    The updates are in float32, since optax adds them in that dtype before it rounds: A becomes P and B becomes Λ Q,
-    in the factors' dtype. Besides the moments the state holds three float32 numbers for each number in a factor:
-    that of P or Q, and two averages.
+    A component that is 0 in A and B, as in layers without adapter, does not count and stays 0. Besides the moments
+    the state holds three float32 numbers for each number in a factor: that of P or Q, and two averages.
 
     Args:
       tx: optimizer of P (with A's role), of Q (with B's) and of all other leaves, such as
@@ -134,8 +122,7 @@ def adalora(
     check_int("seed", seed, at_least=0)
     if initial_steps + final_steps >= steps:
         raise ValueError(
-            f"initial_steps {initial_steps} and final_steps {final_steps} must add up to less than the {steps} "
-            "steps of the training, so that the budget can fall between them; lower one"
+            f"initial_steps {initial_steps} + final_steps {final_steps} must be below {steps} steps"
         )
     inner = optax.with_extra_args_support(tx)
     last = steps - final_steps
@@ -146,10 +133,7 @@ def adalora(
         triplets = _split(leaves, layouts, jax.random.key(seed))
         modules = sum(math.prod(x.shape[:-1]) for x in triplets.values.values())
         if target_rank > (mean := sum(x.size for x in triplets.values.values()) / modules):
-            raise ValueError(
-                f"target_rank must be at most {mean:g}, the mean rank of the adapters, got {target_rank:g}; the "
-                "usual rank is 1.5 times target_rank"
-            )
+            raise ValueError(f"target_rank must be at most {mean:g}, the mean rank, got {target_rank:g}")
         can_learn = [jnp.any(layout.rows(triplets.q[pair.b]), -1) for pair, (_, layout) in layouts.items()]
         total = sum(jnp.sum(x) for x in can_learn)
         target = jnp.round(target_rank * sum(jnp.sum(jnp.any(x, -1)) for x in can_learn))
@@ -175,11 +159,13 @@ def adalora(
         # Importances are final when the choice is: then it is the same at every step.
         learns = step < last
         now = jax.tree.map(lambda w, g: jnp.abs(w * g), old, grads)
-        average = lambda decay, x, new: jnp.where(learns, decay * x + (1 - decay) * new, x)  # noqa: E731
-        sensitivity = jax.tree.map(lambda x, new: average(beta1, x, new), state.sensitivity, now)
-        uncertainty = jax.tree.map(
-            lambda x, new, mean: average(beta2, x, jnp.abs(new - mean)), state.uncertainty, now, sensitivity
-        )
+
+        def average(decay: float, old: Triplets, new: Triplets) -> Triplets:
+            return jax.tree.map(lambda x, y: jnp.where(learns, decay * x + (1 - decay) * y, x), old, new)
+
+        sensitivity = average(beta1, state.sensitivity, now)
+        distance = jax.tree.map(lambda x, mean: jnp.abs(x - mean), now, sensitivity)
+        uncertainty = average(beta2, state.uncertainty, distance)
 
         moved, inner_state = inner.update(
             replace_paths(updates, grads.p | grads.q),
@@ -190,13 +176,8 @@ def adalora(
         shifts: Any
         shifts, singular_state = singular_tx.update(grads.values, state.singular_state, old.values)
         flat: Any = leaves_by_path(moved)
-        new = jax.tree.map(
-            jnp.add,
-            old,
-            Triplets(
-                {path: flat[path] for path in old.p}, dict(shifts), {path: flat[path] for path in old.q}
-            ),
-        )
+        steps_p, steps_q = ({path: flat[path] for path in part} for part in (old.p, old.q))
+        new = jax.tree.map(jnp.add, old, Triplets(steps_p, dict(shifts), steps_q))
         scores = jax.tree.map(jnp.multiply, sensitivity, uncertainty)
         importance = {
             pair.b: scores.values[pair.b]
@@ -211,7 +192,11 @@ def adalora(
         new = new._replace(
             values={path: jnp.where(kept[path] | ~chooses, x, 0) for path, x in new.values.items()}
         )
-        factors = new.p | _b_of(new, layouts)
+        factors = new.p | {
+            b: layout.restore(new.values[b][..., None] * layout.rows(new.q[b]), new.q[b].shape)
+            for (_, b), (_, layout) in layouts.items()
+        }
+        # In float32, since optax adds an update in its dtype before it rounds the sum to the factor's.
         moved = replace_paths(moved, {path: x - widen(leaves[path]) for path, x in factors.items()})
         return moved, state._replace(
             step=step,
@@ -233,7 +218,8 @@ def budget_at(left: Any, initial: Any, target: Any) -> jax.Array:
     >>> [int(budget_at(left, 16, 8)) for left in (1.0, 0.5, 0.0)]
     [16, 9, 8]
     """
-    # The addend keeps float32 from rounding a whole number down.
+    # As in PEFT; the paper's formula subtracts `final_steps` once more, and so does not start at the full rank. The
+    # addend keeps float32 from rounding a whole number down.
     return target + jnp.floor((initial - target) * left**3 + 1e-4).astype(jnp.int32)
 
 
@@ -245,6 +231,7 @@ def most_important(importance: Mapping[str, jax.Array], budget: Any) -> dict[str
     ([True, False], [True, False])
     """
     flat = jnp.concatenate([x.reshape(-1) for x in importance.values()])
+    # By rank in the sort, since a threshold would keep too many of equal values; the budget is traced.
     order = jnp.argsort(flat, descending=True)
     kept = jnp.zeros(flat.shape, bool).at[order].set(jnp.arange(flat.size) < budget)
     parts = jnp.split(kept, np.cumsum([x.size for x in importance.values()])[:-1])
@@ -255,7 +242,7 @@ Layouts = Mapping[Any, tuple[Layout, Layout]]
 
 
 def _split(leaves: Mapping[str, Any], layouts: Layouts, key: jax.Array) -> Triplets:
-    """P, Λ and Q with P = A and Λ Q = B."""
+    """P, Λ and Q with P = A and Λ Q = B; where a row of B is 0, Λ is 0 and the row of Q random."""
     triplets = Triplets({}, {}, {})
     for number, (pair, (layout_a, layout_b)) in enumerate(layouts.items()):
         a, b = layout_a.wide_rows(leaves[pair.a]), layout_b.wide_rows(leaves[pair.b])
@@ -269,16 +256,6 @@ def _split(leaves: Mapping[str, Any], layouts: Layouts, key: jax.Array) -> Tripl
         triplets.values[pair.b] = values
         triplets.q[pair.b] = layout_b.restore(q, leaves[pair.b].shape)
     return triplets
-
-
-def _b_of(triplets: Triplets, layouts: Layouts) -> dict[str, jax.Array]:
-    """Λ Q by B's path."""
-    return {
-        pair.b: layout.restore(
-            triplets.values[pair.b][..., None] * layout.rows(triplets.q[pair.b]), triplets.q[pair.b].shape
-        )
-        for pair, (_, layout) in layouts.items()
-    }
 
 
 def _gradients(

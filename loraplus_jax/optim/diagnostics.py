@@ -12,7 +12,7 @@ import optax
 
 from .._utils.validation import check_choice
 from ..adapter.spec import Specs
-from ..adapter.tree import count, leaf_path, leaves_by_path
+from ..adapter.tree import count, leaves_by_path, replace_paths
 from .factor_pairs import spec_path
 from .lora_plus import check_floating
 from .roles import LoRAPlusState, LoRAPlusTransform, Role, find_states, labels_of, leaves_by_role
@@ -22,14 +22,14 @@ _PRODUCTS = {None: "-", False: "by rank", True: "merged"}
 
 @dataclasses.dataclass(frozen=True)
 class LeafRow:
-    """One trainable leaf: its path, role, size and learning rate.
+    """One trainable leaf.
 
     Attributes:
+      path, shape, role, rank, count: what it is, and its number of values.
       rate: learning rate, or the multiple of a wrapped optimizer's; None if another optimizer trains the leaf.
       decay: weight decay; None if a wrapped optimizer sets it.
       relative: whether `rate` is a multiple.
-      merged: whether each call adds up W + s A B for the leaf's layer, instead of a product by rank; None if
-        `describe` was not told.
+      merged: whether each call adds up W + s A B for the leaf's layer; None if `describe` was not told.
     """
 
     path: str
@@ -95,8 +95,7 @@ def describe(
     Args:
       trainable: trainable variables, arrays or shapes.
       optimizer: a transform from `lora_plus_adamw` or `lora_plus`, or one that contains it (`optax.chain`,
-        `optax.inject_hyperparams`), for the rates at `step`; or the state of such an optimizer
-        (`nnx.Optimizer.opt_state`), for the rates of its last update.
+        `optax.inject_hyperparams`), for the rates at `step`; or its state, for the rates of its last update.
       specs: the table from `init_lora`, for ranks.
       frozen: frozen variables, to count the total.
       step: step at which to evaluate a transform's schedules.
@@ -119,9 +118,7 @@ def describe(
         if isinstance(optimizer, optax.GradientTransformation | optax.MultiSteps):
             states = _states_at(optimizer, trainable, step)
         elif step:
-            raise ValueError(
-                f"step must be 0 with a state, which has the rates of its last update, got {step}"
-            )
+            raise ValueError(f"step must be 0 with a state, which has its last rates, got {step}")
         else:
             states = find_states(optimizer)
         groups = {
@@ -130,10 +127,7 @@ def describe(
             for path, role in state.roles
         }
     if not groups.keys() & leaves_by_path(trainable).keys():
-        raise TypeError(
-            "optimizer must be a transform from lora_plus_adamw or lora_plus, or an optimizer or a state with one "
-            f"for these trainable variables, got {type(optimizer).__name__}"
-        )
+        raise TypeError(f"{type(optimizer).__name__} has no lora_plus_adamw of these trainable variables")
     for name in merged or ():
         check_choice("merged", name, sorted(specs or {}))
     rows = []
@@ -151,23 +145,22 @@ def describe(
 def _states_at(tx: Any, params: Any, step: int) -> list[LoRAPlusState]:
     """The LoRA+ states of an optimizer in its update at a step."""
 
-    # A schedule reads its step from an optax state's leaf `count`.
-    def set_count(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
-        return jnp.full_like(x, step) if leaf_path(path).rpartition("/")[2] == "count" else x
-
     def run() -> list[LoRAPlusState]:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
         state = tx.init(zeros)
         if step:
-            _, state = tx.update(zeros, jax.tree_util.tree_map_with_path(set_count, state), zeros)
+            # A schedule reads its step from an optax state's leaf `count`; no public call sets all of them.
+            counts = {
+                p: jnp.full_like(x, step)
+                for p, x in leaves_by_path(state).items()
+                if f"/{p}".endswith("/count")
+            }
+            _, state = tx.update(zeros, replace_paths(state, counts), zeros)
         return [found.replace(inner_state=None) for found in find_states(state)]
 
-    states = jax.jit(run)()  # The compiler drops the moments.
+    states = jax.jit(run)()  # under jit, where the compiler drops the moments
     if step and any(state.count != step + 1 for state in states):
-        raise ValueError(
-            f"step must be 0 with an optimizer that does not update at every step, got {step}; pass the optimizer "
-            "inside it"
-        )
+        raise ValueError(f"step must be 0 with an optimizer that skips updates, got {step}; pass the inner")
     return states
 
 
@@ -176,10 +169,9 @@ def probe(
 ) -> dict[str, jax.Array]:
     """Computes the root mean square of each role's next update, and the ratio `"b/a"`, without changing anything.
 
-    For a new adapter with `init="lora"` and its real gradients the ratio is infinite, since A's gradient is zero
-    while B is zero. Without `grads` all gradients are one, so that an Adam-type optimizer shows the ratio of its
-    learning rates. Roles are those that the optimizer uses; see `labels_of`. After a few steps, a ratio other than
-    lambda shows that `lora_plus` wraps a transform which belongs outside; see there.
+    With all gradients one, an Adam-type optimizer shows the ratio of its learning rates. With the real gradients of
+    a new adapter with `init="lora"` the ratio is infinite, since A's are zero while B is. After a few steps, a
+    ratio other than lambda shows that `lora_plus` wraps a transform which belongs outside; see there.
 
     Args:
       tx, opt_state: optimizer and its state.

@@ -32,11 +32,7 @@ _NOT_FACTOR = re.compile(r"(?:^|/)lora_scale(?:/|$)|magnitude")
 
 
 class Pair(NamedTuple):
-    """The two factors of one adapter.
-
-    Attributes:
-      a, b: paths of the factors on the input side and on the output side.
-    """
+    """The paths of an adapter's factors on the input side, A, and on the output side, B."""
 
     a: str
     b: str
@@ -55,16 +51,10 @@ def is_magnitude(path: str) -> bool:
 def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[str, Pair]:
     """Maps each module to the paths of its factors, in a tree given as path to leaf.
 
-    An unambiguous name determines the side, in any layout of PEFT's and kohya's factors. Otherwise the weight `w`
-    next to the factors determines it.
-
-    Raises:
-      ValueError: a factor has no partner; factors do not match each other, the specs or a kernel next to them; or
-        names and shapes do not determine a side, or whether a leaf is a factor.
+    A name or else the weight `w` next to the factors determines the side. Raises ValueError as `label_params`.
     """
-    by_name = _pairs_by_name(leaves)
     pairs = {}
-    for module, sides in by_name.items():
+    for module, sides in _pairs_by_name(leaves).items():
         # PyTorch's names; its Linear is (out, in).
         torch = any(re.search(r"lora_(embedding_)?([AB]|down|up)\b|[./]weight$", p) for p in sides.values())
         _check_pair(module, {side: leaves[path] for side, path in sides.items()}, specs, may_be_torch=torch)
@@ -74,15 +64,9 @@ def factor_pairs(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
     ours = any(pair.a.startswith("lora/") for pair in pairs.values())
     # Outside our own collection there are fully trained weights, which may have any name.
     leaves = {path: leaf for path, leaf in leaves.items() if not ours or path.startswith("lora/")}
-    for module, paths in _pairs_named_ab(leaves).items():
-        if module in pairs:
-            continue
-        shapes = {name: tuple(leaves[path].shape) for name, path in paths.items()}
-        if "w" in paths:
-            a, b = _sides_by_weight(module, shapes)
-            pairs[module] = Pair(paths[a], paths[b])
-        else:
-            _check_not_factors(module, shapes)
+    pairs |= _pairs_by_weight(
+        {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] not in pairs}
+    )
     _check_names(leaves, pairs, ours)
     return pairs
 
@@ -99,33 +83,45 @@ def _pairs_by_name(leaves: Iterable[str]) -> dict[str, dict[Side, str]]:
         module = "/".join(filter(None, (parts["module"], parts.get("adapter"))))
         sides, side = pairs.setdefault(module, {}), _SIDES[parts["side"]]
         if side in sides:
-            raise ValueError(
-                f"{sides[side]} and {path} are both factor {side} of {module or 'the tree'}; rename one"
-            )
+            raise ValueError(f"{sides[side]} and {path} are both factor {side} of {module or 'the tree'}")
         sides[side] = path
     return pairs
 
 
-def _pairs_named_ab(leaves: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Maps each module with leaves `a` and `b` (or `A` and `B`) to their paths, and to that of `w` if it exists."""
-    pairs: dict[str, dict[str, str]] = {}
+def _pairs_by_weight(leaves: Mapping[str, Any]) -> dict[str, Pair]:
+    """Pairs of leaves `a` and `b` (or `A` and `B`), for which the weight `w` next to them determines the sides.
+
+    Without it they may be any two arrays; an error only if they share a rank below both sizes.
+    """
+    pairs = {}
     for path in leaves:
         module, _, name = path.rpartition("/")
-        if name in ("a", "A"):
-            b, w = (f"{module}/{leaf}".removeprefix("/") for leaf in ("b" if name == "a" else "B", "w"))
-            if b in leaves:
-                pairs[module] = {"a": path, "b": b} | ({"w": w} if w in leaves else {})
-    return pairs
-
-
-def _check_not_factors(module: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Rejects a pair that may be an adapter: they share a rank below both sizes, but the sides are unknown."""
-    for left, right in ((shapes["a"], shapes["b"]), (shapes["b"], shapes["a"])):
-        if len(left) >= 2 and len(right) >= 2 and left[-1] == right[-2] < min(left[-2], right[-1]):
+        other, weight = (f"{module}/{leaf}".removeprefix("/") for leaf in ("b" if name == "a" else "B", "w"))
+        if name not in ("a", "A") or other not in leaves:
+            continue
+        shapes: list[tuple[int, ...]] = [getattr(leaves.get(p), "shape", ()) for p in (path, other, weight)]
+        a, b, w = map(tuple, shapes)
+        fitting = [
+            pair
+            for first, second, pair in ((a, b, Pair(path, other)), (b, a, Pair(other, path)))
+            if min(len(first), len(second)) >= 2 and first[-1] == second[-2]
+            if (first[-2], second[-1]) == w[-2:]
+            or (weight not in leaves and first[-1] < min(first[-2], second[-1]))
+        ]
+        if weight not in leaves and fitting:
             raise ValueError(
-                f"{module or 'the tree'}: a {shapes['a']} and b {shapes['b']} may be LoRA factors, but "
-                f"without their weight w the input side is ambiguous; supported names: {_KNOWN_NAMES}"
+                f"{module or 'the tree'}: a {a} and b {b} may be LoRA factors, but without their weight w the "
+                f"input side is ambiguous; supported names: {_KNOWN_NAMES}"
             )
+        if weight in leaves and len(fitting) != 1:
+            raise ValueError(
+                f"{module}: the input side of a {a} and b {b} with w {w} is ambiguous, "
+                f"{'both orders fit' if fitting else 'neither order fits'}; use names such as lora_a (input side) "
+                "and lora_b"
+            )
+        if fitting:
+            pairs[module] = fitting[0]
+    return pairs
 
 
 def _check_kernel(module: str, leaves: Mapping[str, Any], pair: Pair) -> None:
@@ -164,24 +160,6 @@ def _check_names(leaves: Mapping[str, Any], pairs: Mapping[str, Pair], ours: boo
             )
 
 
-def _sides_by_weight(module: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Side, Side]:
-    """Returns which of `a` and `b` has the input axis of the weight `w` `(..., in, out)`, then which the output."""
-    size_in, size_out = shapes["w"][-2:] if len(shapes["w"]) >= 2 else (0, 0)
-    orders_that_fit: list[tuple[Side, Side]] = []
-    orders: tuple[tuple[Side, Side], ...] = (("a", "b"), ("b", "a"))
-    for first, second in orders:
-        a, b = shapes[first], shapes[second]
-        if len(a) >= 2 and len(b) >= 2 and a[-1] == b[-2] and (a[-2], b[-1]) == (size_in, size_out):
-            orders_that_fit.append((first, second))
-    if len(orders_that_fit) != 1:
-        reason = "both orders fit" if orders_that_fit else "neither order fits"
-        raise ValueError(
-            f"{module}: the input side of a {shapes['a']} and b {shapes['b']} with w {shapes['w']} is "
-            f"ambiguous, {reason}; use names such as lora_a (input side) and lora_b"
-        )
-    return orders_that_fit[0]
-
-
 def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, may_be_torch: bool) -> None:
     where = module or "the tree"
     sides: tuple[Side, Side] = ("a", "b")
@@ -192,9 +170,7 @@ def _check_pair(module: str, pair: Mapping[Side, Any], specs: Specs | None, *, m
     if specs is not None and spec is None:
         raise ValueError(f"{where} is not in the specs{suggest(module, specs)}")
     if spec is not None and (a, b) != spec.factor_shapes[:2]:
-        raise ValueError(
-            f"{where}: factors must have the specs' shapes {spec.factor_shapes[:2]}, got {a} and {b}"
-        )
+        raise ValueError(f"{where}: factors must have shapes {spec.factor_shapes[:2]}, got {a} and {b}")
     if min(len(a), len(b)) < 2 or not (a[-1] in b[:-1] or (may_be_torch and a[0] == b[1])):
         raise ValueError(
             f"{where}: lora_a and lora_b must be (in, r) and (r, out)"

@@ -15,14 +15,11 @@ class KeepFloat32State(NamedTuple):
 
 
 def keep_float32(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimizer keep parameters and moments in float32 while the model holds them in bfloat16.
+    """Lets an optimizer `tx` keep parameters and moments in float32 while the model holds them in bfloat16.
 
     bfloat16 has 8 bits of precision, so an update below 1/512 of a parameter is lost when it is added. Here it is
     added to a float32 copy, and the parameters are that copy rounded. Libraries that make factors in the base's
-    dtype, such as qwix and tunix, train so. Costs 4 bytes a parameter, and as many more for each moment in float32.
-
-    Args:
-      tx: any optimizer; it sees float32 parameters and gradients.
+    dtype, such as qwix and tunix, train so. Costs 4 bytes a parameter, and as many more for each moment.
     """
     inner = optax.with_extra_args_support(tx)
 

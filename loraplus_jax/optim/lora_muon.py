@@ -41,13 +41,10 @@ def lora_muon(
     *,
     specs: Specs | None = None,
 ) -> optax.GradientTransformation:
-    """The optimizer LoRA-Muon: `scale_by_lora_muon` with a rate, that of A and of B alike, and decay.
+    """The optimizer LoRA-Muon: `scale_by_lora_muon` with one rate of A and B, and decay.
 
-    Args:
-      learning_rate: rate or schedule; the spectral norm of a step of A B, to first order.
-      b1: decay of the momentum.
-      weight_decay: of A B, to first order: each factor decays by half of it.
-      specs: the table from `init_lora`, as for `scale_by_riemannian`.
+    To first order the rate is the spectral norm of a step of A B, and `weight_decay` is that of A B: each factor
+    decays by half of it.
     """
     return optax.chain(
         scale_by_lora_muon(b1, specs=specs),

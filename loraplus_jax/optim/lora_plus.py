@@ -6,7 +6,7 @@ Clipping is applied before the groups; within a group it would see only that gro
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from .._utils.validation import check_choice, check_number, suggest
+from .._utils.validation import check_choice, check_number
 from ..adapter.config import LoRAPlusConfig
 from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path
@@ -22,7 +22,7 @@ from .adalora import AdaLoRAState
 from .keep_float32 import KeepFloat32State
 from .pairs import PairState
 from .roles import ROLES, LoRAPlusState, LoRAPlusTransform, Policy, Role, find_states, label_params
-from .schedules import Rate, rate_at, scale_rate
+from .schedules import Rate
 
 FAST: tuple[Role, ...] = ("b", "vector")
 """The roles that learn lr_ratio times faster; `"vector"` occurs only with policy `"peft"`."""
@@ -48,33 +48,6 @@ There is no check for others: it would take two updates and a second set of para
 """
 
 
-class AdamW(NamedTuple):
-    """The arguments of one role's `optax.adamw`."""
-
-    learning_rate: Rate
-    b1: Any
-    b2: Any
-    eps: Any
-    weight_decay: Any
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """A key that is equal for equal settings.
-
-        A traced number or a schedule equals only itself, so that the groups, and with them the structure of the
-        state, never depend on unknown values.
-        """
-        return tuple(value if isinstance(value, int | float) else id(value) for value in self)
-
-    def make(self, direction: optax.GradientTransformation | None) -> optax.GradientTransformation:
-        """The optimizer; after a direction other than Adam's only the weight decay and the rate."""
-        if direction is None:
-            return optax.adamw(**self._asdict())
-        return optax.chain(
-            optax.add_decayed_weights(self.weight_decay), optax.scale_by_learning_rate(self.learning_rate)
-        )
-
-
 def _with_record(
     tx: optax.GradientTransformation,
     labels: Callable[[Any], Any],
@@ -84,6 +57,7 @@ def _with_record(
     relative: bool,
 ) -> LoRAPlusTransform:
     """Wraps `tx` to store its roles and rates in its state."""
+    # So that `update` may always pass them on, such as the loss that optax's reduce_on_plateau needs.
     inner = optax.with_extra_args_support(tx)
 
     def record(state: Any, count: Any, step: Any, roles: tuple) -> Any:
@@ -125,7 +99,6 @@ def lora_plus_adamw(
     embedding_learning_rate: Rate | None = None,
     head_learning_rate: Rate | None = None,
     magnitude_learning_rate: Rate | None = None,
-    by_role: Mapping[Role, Mapping[str, float]] | None = None,
     max_grad_norm: float | None = None,
     precondition: optax.GradientTransformation | None = None,
     direction: optax.GradientTransformation | None = None,
@@ -134,12 +107,10 @@ def lora_plus_adamw(
 ) -> LoRAPlusTransform:
     """AdamW with a learning rate for B that is `lr_ratio` times A's at every step of the schedule.
 
-    `optax.multi_transform` gives every role of `label_params` a separate `optax.adamw`. Roles with equal settings
-    share one, so with `lr_ratio=1` the steps are bit-identical to those of `optax.adamw` over all parameters.
-
-    Numbers may be traced. `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=4.0)` stores them
-    in the state: `optax.tree.get(state, "lr_ratio")` reads a value, and
-    `optax.tree.set(state, lr_ratio=jnp.float32(2.0))` changes it without recompiling.
+    `optax.multi_transform` gives every role of `label_params` a separate `optax.adamw`; with `lr_ratio=1` the steps
+    are bit-identical to those of `optax.adamw` over all parameters. Numbers may be traced:
+    `optax.inject_hyperparams(lora_plus_adamw)(learning_rate=..., lr_ratio=4.0)` stores them in the state, where
+    `optax.tree.set(state, lr_ratio=jnp.float32(2.0))` changes one without recompiling.
 
     Args:
       learning_rate: eta_A, for A and every role except B; a number, a traced scalar or an optax schedule.
@@ -148,16 +119,13 @@ def lora_plus_adamw(
       weight_decay: w; a step shrinks a parameter by rate * w.
       decay: `"coupled"` shrinks B lambda times faster than A, as AdamW in PyTorch and optax does with such groups;
         `"equal"` shrinks both as fast as A.
-      embedding_learning_rate: learning rate of embedding adapters; defaults to eta_A, or to 1e-6 with policy
-        `"peft"`.
-      head_learning_rate: learning rate of fully trained parameters (role `"extra"`); defaults to eta_A.
-      magnitude_learning_rate: learning rate of DoRA's magnitudes; defaults to eta_A. With policy `"peft"` they
-        always have B's.
-      by_role: maps a role to its own `b1`, `b2`, `eps` or `weight_decay`.
+      embedding_learning_rate: of embedding adapters; defaults to eta_A, or to 1e-6 with policy `"peft"`.
+      head_learning_rate: of fully trained parameters (role `"extra"`); defaults to eta_A.
+      magnitude_learning_rate: of DoRA's magnitudes; defaults to eta_A, and is B's with policy `"peft"`.
       max_grad_norm: maximum global gradient norm, over all groups; None disables clipping.
       precondition: a transform of the clipped gradients of all roles together, such as `scale_by_riemannian()`.
       direction: computes the steps of all roles together in Adam's place, such as `scale_by_lora_rite()`; `b1`,
-        `b2` and `eps` then have no effect. Rates, decay and clipping stay as they are.
+        `b2` and `eps` then have no effect.
       specs: the table from `init_lora`, to check shapes.
       policy: `"peft"` groups like `create_loraplus_optimizer` of PEFT: fully trained parameters with one axis, and
         stacked ones named `bias` or `scale`, use B's learning rate; biases and the scales of LayerNorms (a `scale`
@@ -165,65 +133,65 @@ def lora_plus_adamw(
 
     Raises:
       TypeError: a value is not a number; on `init`, a leaf is not floating point.
-      ValueError: a number is out of range, eps is below `MIN_EPS`, or a role, setting or policy is unknown; on
-        `init`, lambda is not 1 with a direction for which it has no meaning.
+      ValueError: a number is out of range, eps is below `MIN_EPS`, or the policy is unknown; on `init`, lambda is
+        not 1 with a direction for which it has no meaning.
 
     Example:
       >>> tx = lora_plus_adamw(1e-3, lr_ratio=4.0)
       >>> tx.rates(0)["b"]
       (0.004, 0.0)
     """
-    _check_ratio(lr_ratio)
+    labels = _checked_labels(lr_ratio, specs, policy)
     check_choice("decay", decay, ("coupled", "equal"))
+    check_number("b1", b1, at_least=0.0, below=1.0, allow_arrays=True)
+    check_number("b2", b2, at_least=0.0, below=1.0, allow_arrays=True)
+    check_number("eps", eps, at_least=MIN_EPS, allow_arrays=True)
+    check_number("weight_decay", weight_decay, at_least=0.0, allow_arrays=True)
+    if policy == "peft" and magnitude_learning_rate is not None:
+        raise ValueError("magnitude_learning_rate requires policy lora_plus; with peft it is B's rate")
     if policy == "peft" and embedding_learning_rate is None:
         embedding_learning_rate = PEFT_EMBEDDING_RATE
-    rates = {
-        "learning_rate": learning_rate,
-        "embedding_learning_rate": embedding_learning_rate,
-        "head_learning_rate": head_learning_rate,
-        "magnitude_learning_rate": magnitude_learning_rate,
+    own_rates: dict[Role, Any] = {
+        "a": learning_rate,
+        "embedding": embedding_learning_rate,
+        "magnitude": magnitude_learning_rate,
+        "extra": head_learning_rate,
     }
-    for name, rate in rates.items():
+    arguments = ("learning_rate", "embedding_learning_rate", "magnitude_learning_rate", "head_learning_rate")
+    for name, rate in zip(arguments, own_rates.values(), strict=True):
         if not callable(rate) and (rate is not None or name == "learning_rate"):
             # `optax.inject_hyperparams` passes a schedule's value, which may be 0 before a warmup or after a decay.
             bound = {"at_least" if isinstance(rate, jax.Array) else "above": 0.0}
             check_number(name, rate, **bound, allow_arrays=True)
-    if policy == "peft" and magnitude_learning_rate is not None:
-        raise ValueError(
-            "magnitude_learning_rate requires policy lora_plus: with policy peft magnitudes have B's learning rate"
-        )
-    overrides: dict[Role, Mapping[str, Any]] = dict(by_role or {})
-    known = AdamW._fields[1:]  # a rate is set by an argument, above
-    for role, settings in overrides.items():
-        if role not in ROLES:
-            raise ValueError(f"by_role: unknown role {role!r}{suggest(role, ROLES)}")
-        for name in settings:
-            if name not in known:
-                raise ValueError(f"by_role[{role!r}]: unknown key {name!r}{suggest(name, known)}")
+    if isinstance(lr_ratio, int | float) and lr_ratio == 1:
+        fast = learning_rate  # the same object, so that the groups below are equal
+    elif callable(learning_rate):
+        fast = lambda step: lr_ratio * learning_rate(step)  # noqa: E731
+    else:
+        fast = lr_ratio * learning_rate
+    own_rates |= dict.fromkeys(FAST, fast)
+    own_decays: dict[Role, Any] = {"b": weight_decay / lr_ratio} if decay == "equal" else {}
     if policy == "peft":
-        overrides["vector"] = {"weight_decay": 0.0, **overrides.get("vector", {})}
-
-    own_rates: dict[Role, Any] = {
-        **dict.fromkeys(FAST, scale_rate(learning_rate, lr_ratio)),
-        "embedding": embedding_learning_rate,
-        "extra": head_learning_rate,
-        "magnitude": magnitude_learning_rate,
-    }
-    groups: dict[Role, AdamW] = {}
-    for role in ROLES:  # "a" first: equal decay divides its weight decay
-        rate = own_rates.get(role)
-        w = groups["a"].weight_decay / lr_ratio if role == "b" and decay == "equal" else weight_decay
-        adamw = AdamW(learning_rate if rate is None else rate, b1, b2, eps, w)
-        adamw = groups[role] = adamw._replace(**overrides.get(role, {}))
-        check_number("b1", adamw.b1, at_least=0.0, below=1.0, allow_arrays=True)
-        check_number("b2", adamw.b2, at_least=0.0, below=1.0, allow_arrays=True)
-        check_number("eps", adamw.eps, at_least=MIN_EPS, allow_arrays=True)
-        check_number("weight_decay", adamw.weight_decay, at_least=0.0, allow_arrays=True)
-    # Roles with equal settings share one AdamW, so that with lr_ratio 1 there is one, as in plain LoRA.
+        own_decays["vector"] = 0.0
+    groups: dict[Role, tuple[Any, Any]] = {}
+    for role in ROLES:
+        rate = learning_rate if own_rates[role] is None else own_rates[role]
+        groups[role] = rate, own_decays.get(role, weight_decay)
+    # Roles with equal settings share one AdamW, so that with lr_ratio 1 there is one, as in plain LoRA. A traced
+    # number or a schedule equals only itself: the state's structure must not depend on values that jit hides.
     first: dict[Any, Role] = {}
-    chain_of = {role: first.setdefault(adamw.key, role) for role, adamw in groups.items()}
-    chains: dict[Any, Any] = {role: groups[role].make(direction) for role in first.values()}
-    labels = _labels(specs, policy)
+    chain_of: dict[Role, Role] = {
+        role: first.setdefault(tuple(x if isinstance(x, int | float) else id(x) for x in group), role)
+        for role, group in groups.items()
+    }
+    chains: dict[Any, Any] = {}
+    for role in first.values():
+        rate, w = groups[role]
+        chains[role] = (
+            optax.adamw(rate, b1, b2, eps, weight_decay=w)
+            if direction is None
+            else optax.chain(optax.add_decayed_weights(w), optax.scale_by_learning_rate(rate))
+        )
     tx = optax.multi_transform(chains, lambda tree: jax.tree.map(chain_of.__getitem__, labels(tree)))
     before = [transform for transform in (precondition, direction) if transform is not None]
     if max_grad_norm is not None:
@@ -234,7 +202,7 @@ def lora_plus_adamw(
     return _with_record(
         tx,
         labels,
-        lambda step: {r: (rate_at(g.learning_rate, step), g.weight_decay) for r, g in groups.items()},
+        lambda step: {r: (rate(step) if callable(rate) else rate, w) for r, (rate, w) in groups.items()},
         ratio=lr_ratio,
         relative=False,
     )
@@ -249,16 +217,15 @@ def lora_plus(
 ) -> LoRAPlusTransform:
     """Turns any optax optimizer into a LoRA+ one, by multiplying its final updates of B by `lr_ratio`.
 
-    For AdamW the steps equal those of `lora_plus_adamw` with coupled decay. The wrapped optimizer keeps its
-    schedule, decay and clipping. B is scaled once, whatever the number of adapters. Multiplying B's *gradient*
-    instead would have no effect with Adam. `optax.inject_hyperparams(lora_plus)(tx, lr_ratio=...)` stores the ratio
+    The wrapped optimizer keeps its schedule, decay and clipping; for AdamW the steps equal those of
+    `lora_plus_adamw` with coupled decay. `optax.inject_hyperparams(lora_plus)(tx, lr_ratio=...)` stores the ratio
     in the state.
 
     Some transforms keep parameters in their state and return the difference to them: `keep_float32`, `adalora`,
     `optax.lookahead`, and `schedule_free`, `sam` and `mechanize` of `optax.contrib`. They belong outside, as in
     `keep_float32(lora_plus(tx, 4.0))`, since each of their steps would correct the multiplied one before it. So do
-    constraints such as `optax.keep_params_nonnegative`. With another transform of this kind, `probe` shows another
-    ratio than lambda after a few steps, but not before the first.
+    constraints such as `optax.keep_params_nonnegative`. With another such transform, `probe` shows another ratio
+    than lambda after a few steps.
 
     Args:
       tx: the complete optimizer, including its learning rate (AdamW, Lion, SGD with momentum, Adafactor, ...).
@@ -274,12 +241,12 @@ def lora_plus(
     Example:
       >>> tx = lora_plus(optax.sgd(0.1), lr_ratio=4.0)
     """
-    _check_ratio(lr_ratio)
-    labels = _labels(specs, policy)
+    labels = _checked_labels(lr_ratio, specs, policy)
 
     def is_fast(tree: Any) -> Any:
         return jax.tree.map(lambda role: role in FAST, labels(tree))
 
+    # The updates and not the gradients, whose size Adam ignores.
     scaled = optax.chain(tx, optax.masked(optax.scale(lr_ratio), is_fast))  # pyright: ignore[reportArgumentType]
     rates: dict[Role, tuple[Any, Any]] = {role: (lr_ratio if role in FAST else 1.0, None) for role in ROLES}
     return _with_record(scaled, labels, lambda _: rates, ratio=lr_ratio, relative=True)
@@ -289,10 +256,7 @@ def _check_wrapped(state: Any, ratio: Any) -> None:
     """Raises ValueError if a ratio does not belong around an optimizer, by the optimizer's state."""
     for inner in find_states(state, PairState, LoRAPlusState, *_RIGHT_ORDERS):
         if isinstance(inner, LoRAPlusState):
-            raise ValueError(
-                "lr_ratio would multiply B's rate twice: the wrapped optimizer is a LoRA+ one already; use it "
-                "alone, or wrap an optimizer without LoRA+"
-            )
+            raise ValueError("lr_ratio applies twice: lora_plus must not wrap a LoRA+ optimizer")
         if not isinstance(inner, PairState):
             name, right_order = type(inner).__name__.removesuffix("State"), _RIGHT_ORDERS[type(inner)]
             raise ValueError(
@@ -310,18 +274,12 @@ def check_floating(trainable: Any) -> None:
     """Raises TypeError for a leaf that has no gradient, such as the packed integers of a quantized base."""
     for path, leaf in leaves_by_path(trainable).items():
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise TypeError(
-                f"{path} must be floating point to be trained, got {leaf.dtype}; pass only the trainable "
-                "variables, such as the adapters"
-            )
+            raise TypeError(f"{path} must be floating point, got {leaf.dtype}; pass trainable variables only")
 
 
-def _check_ratio(lr_ratio: Any) -> None:
+def _checked_labels(lr_ratio: Any, specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:
     if isinstance(lr_ratio, LoRAPlusConfig):
         raise TypeError("lr_ratio must be a number, got a LoRAPlusConfig; pass config.lr_ratio")
     check_number("lr_ratio", lr_ratio, above=0.0, allow_arrays=True)
-
-
-def _labels(specs: Specs | None, policy: Policy) -> Callable[[Any], Any]:
     check_choice("policy", policy, get_args(Policy))
     return functools.partial(label_params, specs=specs, policy=policy)

@@ -19,19 +19,12 @@ from .pairs import corrected_average, inverse_root, transform_pairs
 
 
 class RiteFactor(NamedTuple):
-    """What LoRA-RITE keeps of one factor, float32 or wider.
+    """What LoRA-RITE keeps of one factor, float32 or wider."""
 
-    Attributes:
-      moment: of the preconditioned gradients, (batch..., r, n).
-      second: second moment, (batch..., r, r).
-      escaped: second moment that left the other factor's subspace, (batch...,).
-      basis: of the other factor, (batch..., r, n of the other).
-    """
-
-    moment: jax.Array
-    second: jax.Array
-    escaped: jax.Array
-    basis: jax.Array
+    moment: jax.Array  # of the preconditioned gradients, (batch..., r, n)
+    second: jax.Array  # second moment, (batch..., r, r)
+    escaped: jax.Array  # second moment that left the other factor's subspace, (batch...,)
+    basis: jax.Array  # of the other factor, (batch..., r, n of the other)
 
 
 def scale_by_lora_rite(
@@ -40,8 +33,7 @@ def scale_by_lora_rite(
     """LoRA-RITE's direction for pairs (arXiv 2410.20625, algorithm 1), and Adam's for other leaves.
 
     Both moments are kept in a basis of the other factor's rows and follow it as it turns; what the second moment
-    loses by the turn is added to all directions. Keeps two factors' size and an (r, r) matrix for each factor, and
-    costs products with r rows and eight eigendecompositions of (r, r) a pair.
+    loses by the turn is added to all directions. Costs eight eigendecompositions of (r, r) a pair.
 
     Args:
       b1, b2: decay of the first and second moment.
@@ -67,7 +59,8 @@ def scale_by_lora_rite(
         grad, basis = root @ grad, root @ other
         turn = basis @ old.basis.mT
         second = turn @ old.second @ turn.mT
-        second = (second + second.mT) / 2  # rounding leaves it unsymmetric
+        # Rounding leaves it unsymmetric, and eigvalsh reads only one triangle.
+        second = (second + second.mT) / 2
         lost = jnp.linalg.eigvalsh(old.second) - jnp.linalg.eigvalsh(second)
         escaped = old.escaped + jnp.maximum(lost.max(-1), 0)
         second = corrected_average(second, grad @ grad.mT / grad.shape[-1], b2, count)

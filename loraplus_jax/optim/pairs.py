@@ -16,12 +16,7 @@ from .keep_float32 import widen
 
 
 class Layout(NamedTuple):
-    """How a factor becomes rows: (batch..., r, all other axes as one).
-
-    Attributes:
-      order: its axes in that order.
-      batch: how many of them are batch axes, such as those of stacked layers.
-    """
+    """How a factor becomes rows, (batch..., r, all other axes as one): its axes in that order, first a batch."""
 
     order: tuple[int, ...]
     batch: int
@@ -46,18 +41,16 @@ def pair_layouts(leaves: Mapping[str, Any], specs: Specs | None = None) -> dict[
     Raises:
       ValueError: there is no pair, or shapes leave open which axes are a batch.
     """
-    found = factor_pairs(leaves, specs)
-    if not found:
+    layouts = {}
+    for module, pair in factor_pairs(leaves, specs).items():
+        spec = (specs or {}).get(spec_path(module))
+        a, b = (tuple(leaves[path].shape) for path in pair)
+        layouts[pair] = layouts_of(_letters(module, a, b) if spec is None else spec.factor_letters)
+    if not layouts:
         raise ValueError(
             f"found no pair of factors among {', '.join(list(leaves)[:3]) or 'no leaves'}; this transform needs A "
             "and B in one tree: put it outside optax.multi_transform and optax.masked"
         )
-    layouts = {}
-    for module, pair in found.items():
-        spec = (specs or {}).get(spec_path(module))
-        a, b = (tuple(leaves[path].shape) for path in pair)
-        letters = spec.factor_letters if spec is not None else _letters(module, a, b)
-        layouts[pair] = layouts_of(letters)
     return layouts
 
 
@@ -88,9 +81,7 @@ def _letters(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[str, 
         elif a[batch] == b[batch + 1]:  # PyTorch's: A (r, in...), B (out, r, ...)
             found.append((f"{shared}r{ins}", f"{shared}{outs[0]}r{outs[1:]}"))
     if len(found) != 1:
-        raise ValueError(
-            f"{module or 'the tree'}: factors {a} and {b} may have several batch axes; pass specs from init_lora"
-        )
+        raise ValueError(f"{module or 'the tree'}: factors {a} and {b} may have batch axes; pass specs")
     return found[0]
 
 
@@ -123,42 +114,37 @@ def transform_pairs(
 ) -> optax.GradientTransformation:
     """A transform from one of a factor's gradient and the other factor, and one for leaves in no pair."""
 
-    def rows_of(leaves: Any, layouts: Any) -> dict[str, jax.Array]:
-        return {
-            path: layout.wide_rows(leaves[path])
-            for pair, both in layouts.items()
-            for layout, path in zip(both, pair, strict=True)
+    def factors_of(leaves: Any) -> tuple[dict[str, tuple[str, Layout]], dict[str, jax.Array]]:
+        """By a factor's path: the other factor's path and its own layout; and its rows."""
+        factors = {
+            path: (other, layout)
+            for pair, layouts in pair_layouts(leaves, specs).items()
+            for path, other, layout in zip(pair, pair[::-1], layouts, strict=True)
         }
+        return factors, {path: layout.wide_rows(leaves[path]) for path, (_, layout) in factors.items()}
 
-    def rest(leaves: Any, layouts: Any) -> dict[str, Any]:
-        factors = {path for pair in layouts for path in pair}
+    def rest(leaves: Any, factors: Any) -> dict[str, Any]:
         return {path: leaf for path, leaf in leaves.items() if path not in factors}
 
     def init(params: Any) -> PairState:
         leaves = leaves_by_path(params)
-        layouts = pair_layouts(leaves, specs)
-        rows = rows_of(leaves, layouts)
-        states = {
-            path: init_factor(rows[path], rows[other])
-            for pair in layouts
-            for path, other in zip(pair, pair[::-1], strict=True)
-        }
-        return PairState(jnp.zeros((), jnp.int32), states, others.init(rest(leaves, layouts)))
+        factors, rows = factors_of(leaves)
+        states = {path: init_factor(rows[path], rows[other]) for path, (other, _) in factors.items()}
+        return PairState(jnp.zeros((), jnp.int32), states, others.init(rest(leaves, factors)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("an optimizer of pairs needs the factors: pass params to update")
         leaves, grads = leaves_by_path(params), leaves_by_path(updates)
-        layouts = pair_layouts(leaves, specs)
-        rows, slopes = rows_of(leaves, layouts), rows_of(grads, layouts)
+        factors, rows = factors_of(leaves)
         count: Any = optax.safe_increment(state.step)
         new, states = {}, {}
-        for pair, both in layouts.items():
-            for layout, path, other in zip(both, pair, pair[::-1], strict=True):
-                step, states[path] = update_factor(slopes[path], rows[other], state.factors[path], count)
-                new[path] = layout.restore(step, grads[path].shape).astype(grads[path].dtype)
+        for path, (other, layout) in factors.items():
+            grad = layout.wide_rows(grads[path])
+            step, states[path] = update_factor(grad, rows[other], state.factors[path], count)
+            new[path] = layout.restore(step, grads[path].shape).astype(grads[path].dtype)
         moved: Any
-        moved, kept = others.update(rest(grads, layouts), state.others, rest(leaves, layouts))
+        moved, kept = others.update(rest(grads, factors), state.others, rest(leaves, factors))
         return replace_paths(updates, new | moved), PairState(count, states, kept)
 
     return optax.GradientTransformation(init, update)

@@ -18,12 +18,8 @@ from .pairs import layouts_of
 def final_ranks(lora: Mapping[str, Any], specs: Specs) -> dict[str, Any]:
     """The number of components of every module whose row of B is not 0.
 
-    Args:
-      lora: the tree of factors.
-      specs: the table from `init_lora`.
-
-    Returns:
-      A number for each module; a list, nested by axis, for stacked layers and batch axes.
+    For stacked layers and batch axes a list, nested by axis. `lora` is the tree of factors, `specs` the table from
+    `init_lora`.
     """
     flat = flat_factors(lora, specs)
     return {module: _in_use(flat, module, spec).sum(-1).tolist() for module, spec in specs.items()}
@@ -38,31 +34,31 @@ def prune(
     without other components keeps one.
 
     Args:
-      lora: the tree of factors.
-      specs: the table from `init_lora`.
-      config: config of the adapter.
+      lora, specs, config: the tree of factors, their table and config.
 
     Returns:
       Factors, table and config. The config's `rank_pattern` and `alpha_pattern` name every module.
     """
-    flat, factors, ranks = flat_factors(lora, specs), {}, {}
+    factors, ranks = dict(flat_factors(lora, specs)), {}
     for module, spec in specs.items():
-        in_use = _in_use(flat, module, spec)
+        in_use = _in_use(factors, module, spec)
         rank = ranks[module] = max(1, int(in_use.sum(-1).max()))
+        # Stable, so that the components that are left keep their order.
         kept = np.argsort(~in_use, axis=-1, kind="stable")[..., :rank, None]
-        pair, rest = spec.factor_paths(module)[:2], spec.factor_paths(module)[2:]
-        factors |= {path: flat[path] for path in rest}
-        shapes = dataclasses.replace(spec, rank=rank).factor_shapes[:2]
-        for path, layout, shape in zip(pair, layouts_of(spec.factor_letters), shapes, strict=True):
-            rows = np.take_along_axis(layout.rows(jax.device_get(flat[path])), kept, axis=-2)
+        shapes = dataclasses.replace(spec, rank=rank).factor_shapes
+        # Without the magnitudes, which have no rank axis to drop from.
+        for path, layout, shape in zip(
+            spec.factor_paths(module), layouts_of(spec.factor_letters), shapes, strict=False
+        ):
+            rows = np.take_along_axis(layout.rows(jax.device_get(factors[path])), kept, axis=-2)
             factors[path] = jax.numpy.asarray(layout.restore(rows, shape))
-    alphas = {module: alpha_for(specs[module].scale, rank, config) for module, rank in ranks.items()}
     # A pattern also matches the end of a longer path, so longer paths come first.
     patterns = {module: re.escape(module) or ".*" for module in sorted(specs, key=len, reverse=True)}
+    alphas = {p: alpha_for(specs[module].scale, ranks[module], config) for module, p in patterns.items()}
     config = dataclasses.replace(
         config,
         rank_pattern={pattern: ranks[module] for module, pattern in patterns.items()},
-        alpha_pattern={pattern: alphas[module] for module, pattern in patterns.items()},
+        alpha_pattern=alphas,
     )
     table = {
         module: dataclasses.replace(spec, rank=ranks[module], scale=config.scale_of(module))

@@ -21,9 +21,8 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     """Labels every leaf with its role; returns a tree of the same structure.
 
     `"a"` is the factor on the input side, `"b"` the factor on the output side, whichever is initialized to zero.
-    Factors of embeddings, `lora_embedding_a` and `lora_embedding_b`, are `"embedding"`; DoRA's `lora_magnitude` is
-    `"magnitude"`. All other leaves are `"extra"`. Roles depend on paths and shapes, never on values, so it also
-    labels trees of updates.
+    Factors of embeddings are `"embedding"`, DoRA's magnitudes `"magnitude"`, all other leaves `"extra"`. Roles
+    depend on paths and shapes, never on values, so it also labels trees of updates.
 
     It also labels adapter trees of other libraries by side: `flax.nnx.LoRA` (`lora_a`), qwix (`kernel_lora_a`),
     gemma (`lora/a`), keras (`lora_kernel_a`), PEFT (`lora_A`, in any layout), kohya (`lora_down`), and lorax, where
@@ -32,14 +31,12 @@ def label_params(tree: Any, specs: Specs | None = None, *, policy: Policy = "lor
     Args:
       tree: trainable variables, `{"lora": ..., "params": ...}`, or only the tree of adapters.
       specs: the table from `init_lora`, to check shapes; optional.
-      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, other leaves with one axis and
-        magnitudes, which have one axis there, are `"b"`. Leaves named `bias` or `scale` count as having one axis,
-        however many layers are stacked in them; stacked vectors of other names do not.
+      policy: `"peft"` groups as PEFT does: biases and LayerNorms are `"vector"`, magnitudes and other leaves with
+        one axis are `"b"`. Leaves named `bias` or `scale` count as having one axis, also in stacked layers.
 
     Raises:
-      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous (a
-        pair `a`, `b` without its weight or with a square one, or a kernel that contradicts the names), or another
-        leaf with two or more axes looks like a LoRA factor.
+      ValueError: a factor has no partner, factors do not match each other or the specs, the sides are ambiguous, or
+        another leaf with two or more axes looks like a LoRA factor.
 
     Example:
       >>> import jax.numpy as jnp
@@ -69,14 +66,11 @@ class LoRAPlusState(struct.PyTreeNode):
     Attributes:
       inner_state: state of the optimizer itself.
       count: number of updates, int32.
-      rates: learning rate of the last update by role, float32 (initially that of the first update); with
-        `lora_plus`, the multiple of the wrapped optimizer's rate.
+      rates: learning rate of the last update by role, float32 (initially that of the first update).
       decays: weight decay by role, likewise; empty with `lora_plus`, where the wrapped optimizer sets it.
       roles: `(path, role)` of every leaf.
-      relative: whether rates are multiples of a wrapped optimizer's.
+      relative: whether rates are multiples of a wrapped optimizer's, as with `lora_plus`.
 
-    Iterates over the parts of the optimizer's own state, as a chain's state does: tunix looks there for an injected
-    learning rate, to log it.
     """
 
     inner_state: Any
@@ -86,6 +80,7 @@ class LoRAPlusState(struct.PyTreeNode):
     roles: tuple[tuple[str, Role], ...] = struct.field(pytree_node=False)
     relative: bool = struct.field(pytree_node=False)
 
+    # As a chain's state does: tunix looks among these parts for an injected learning rate, to log it.
     def __iter__(self) -> Iterator[Any]:
         return iter(self.inner_state)
 
@@ -103,21 +98,20 @@ class LoRAPlusTransform(optax.GradientTransformationExtraArgs):
     rates: Callable[[Any], dict[Role, tuple[Any, Any]]]
     relative: bool
 
+    # Defaults, since copy.copy of a NamedTuple, as optax's transforms are, passes only the fields `init` and
+    # `update` here and sets the attributes afterwards.
     def __new__(
         cls, init: Any, update: Any, labels: Any = None, rates: Any = None, relative: bool = False
     ) -> "LoRAPlusTransform":
         """Makes a transform from its functions."""
-        # optax's transforms are NamedTuples, which take only their own fields.
         self = super().__new__(cls, init, update)
         self.labels, self.rates, self.relative = labels, rates, relative
         return self
 
 
 def find_states(opt_state: Any, *kinds: type) -> list[Any]:
-    """Finds states by type, by default those of LoRA+ transforms, inside `optax.chain` and other wrappers.
-
-    There are several if `optax.multi_transform` or `optax.masked` gives each transform a part of the tree.
-    """
+    """Finds states by type, by default those of LoRA+ transforms, inside `optax.chain` and other wrappers."""
+    # Several, if optax.multi_transform or optax.masked gives each transform a part of the tree.
     is_kind = lambda x: isinstance(x, kinds or LoRAPlusState)  # noqa: E731
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
 
@@ -130,30 +124,23 @@ def lr_ratio_of(opt_state: Any) -> float | None:
         if {"a", "b"} <= state.rates.keys() and state.rates["a"] != 0
     }
     if len(ratios) > 1:
-        raise ValueError(
-            f"all LoRA+ transforms in an optimizer must have the same ratio, got {sorted(ratios)}"
-        )
+        raise ValueError(f"all LoRA+ transforms of an optimizer must have one ratio, got {sorted(ratios)}")
     return float(f"{ratios.pop():.6g}") if ratios else None
 
 
 def labels_of(opt_state: Any, tree: Any) -> Any:
-    """The role that an optimizer gives to every leaf; for an optimizer without LoRA+, as by `label_params`.
-
-    Leaves hidden from the LoRA+ transform, as by `optax.masked`, are `"extra"`.
-    """
+    """The role that an optimizer gives to every leaf; for an optimizer without LoRA+, as by `label_params`."""
     states = find_states(opt_state)
     if not states:
         return label_params(tree)
+    # Leaves hidden from the LoRA+ transform, as by optax.masked, are "extra".
     roles = {path: role for state in states for path, role in state.roles}
     return replace_paths(jax.tree.map(lambda _: "extra", tree), roles)
 
 
 def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
-    """PEFT's groups: all leaves with one axis use B's learning rate; biases and LayerNorms have no weight decay.
-
-    Biases and scales of norms are known by name, also stacked. A norm with a bias is a LayerNorm; without one it is
-    an RMSNorm, which PEFT decays.
-    """
+    # PEFT gives B's rate to all leaves with one axis, and no decay to biases and LayerNorms. Only names show which
+    # leaves of stacked layers have one axis. A norm without a bias is an RMSNorm, which PEFT decays.
     value = "/value" if path.endswith("/value") else ""
     module, _, name = path.removesuffix(value).rpartition("/")
     if name == "bias" or (name == "scale" and f"{module}/bias{value}".lstrip("/") in leaves):
@@ -162,11 +149,7 @@ def _peft_role(path: str, leaves: Mapping[str, Any]) -> Role:
 
 
 def role_norms(tree: Any, labels: Any) -> dict[str, jax.Array]:
-    """The global norm of the leaves of each role that occurs.
-
-    Args:
-      tree: gradients, updates or parameters.
-      labels: a tree of roles of the same structure, from `label_params`.
+    """The global norm of the leaves of each role that occurs; `labels` is a tree of roles from `label_params`.
 
     >>> import jax.numpy as jnp
     >>> role_norms({"x": jnp.array([3.0, 4.0])}, {"x": "extra"})["extra"].item()

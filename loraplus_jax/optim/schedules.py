@@ -1,6 +1,6 @@
 """Learning rate schedules, and their values at a step."""
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import optax
@@ -42,50 +42,25 @@ def make_schedule(
     """
     check_choice("schedule", name, get_args(Schedule))
     if name != "wsd" and decay_steps is not None:
-        raise ValueError(
-            f"decay_steps requires schedule wsd, got schedule {name} and decay_steps {decay_steps}"
-        )
+        raise ValueError(f"decay_steps requires schedule wsd, got {name} and decay_steps {decay_steps}")
     if name == "constant" and final_fraction:
-        raise ValueError(
-            f"final_fraction requires schedule linear, cosine or wsd, got constant and {final_fraction}"
-        )
+        raise ValueError(f"final_fraction requires another schedule than constant, got {final_fraction}")
     check_int("steps", steps, at_least=1)
     check_int("warmup_steps", warmup_steps, at_least=0)
     check_number("final_fraction", final_fraction, at_least=0.0, below=1.0)
     decay = max(1, steps // 5) if decay_steps is None else decay_steps
     check_int("decay_steps", decay, at_least=1)
     rest = steps - warmup_steps
-    if rest < 1 or (name == "wsd" and rest < decay):
-        minimum = f"above warmup_steps {warmup_steps}"
-        if name == "wsd":
-            minimum = f"at least warmup_steps {warmup_steps} + decay_steps {decay}"
-        raise ValueError(f"steps must be {minimum}, got {steps}")
-    main = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, peak * final_fraction, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, final_fraction),
-        "wsd": lambda: optax.linear_schedule(peak, peak * final_fraction, decay, rest - decay),
-    }[name]()
+    if rest < (decay if name == "wsd" else 1):
+        end = f" + decay_steps {decay}" if name == "wsd" else " + 1"
+        raise ValueError(f"steps must be at least warmup_steps {warmup_steps}{end}, got {steps}")
+    if name == "constant":
+        main = optax.constant_schedule(peak)
+    elif name == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest, final_fraction)
+    else:
+        length = decay if name == "wsd" else rest
+        main = optax.linear_schedule(peak, peak * final_fraction, length, rest - length)
     if not warmup_steps:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), main], [warmup_steps])
-
-
-def scale_rate(rate: Rate, factor: float | jax.Array) -> Rate:
-    """Multiplies a rate by `factor` at every step, including a schedule's warmup and final rate.
-
-    With a factor of 1 it returns the same object, so that equal groups share an optimizer.
-
-    >>> scale_rate(optax.linear_schedule(1.0, 0.5, 10), 4.0)(10).item()
-    2.0
-    """
-    if isinstance(factor, int | float) and factor == 1:
-        return rate
-    if callable(rate):
-        return lambda step: factor * rate(step)
-    return factor * rate
-
-
-def rate_at(rate: Rate, step: int | jax.Array) -> Any:
-    """The value of a number or schedule at a step."""
-    return rate(step) if callable(rate) else rate

@@ -13,17 +13,10 @@ def suggest_learning_rate(init: str, alpha: float, rank: int, width: int) -> flo
     which each entry of a factor moves by about the rate η with the sign of its gradient. With inputs of order 1:
 
     - init lora: B's steps change the output by the order of alpha·η, A's, through B, by alpha·η²·width. So η is
-      of order (alpha·width)^(-1/2), and 1 / alpha where alpha is near the width. With alpha fixed it does not
-      depend on the rank.
-    - init he_uniform: A is √6 times as large, so B's steps change the output √6 times as much. A's, through B,
-      change it by as much as with init lora.
+      of order (alpha·width)^(-1/2), and 1 / alpha where alpha is near the width.
+    - init he_uniform: A is √6 times as large, and so is the change by B's steps; that by A's is the same.
     - init lora_b: A's steps change the output by (alpha / rank)·η·width, B's, through A, by alpha·η²·width. So η
-      is of order rank / (alpha·width), as for all weights if alpha / rank is fixed, and (alpha·width)^(-1/2) at
-      high ranks.
-
-    The factors are such that MiniLM and SmolLM2-135M get the rates that were best in the table "Convergence speed"
-    of docs/results.md, which compares he_uniform and lora_b. Those of init lora follow: a run at alpha and η is one
-    of he_uniform at alpha / 6 and √6·η (docs/choosing_lambda.md).
+      is of order rank / (alpha·width), and (alpha·width)^(-1/2) at high ranks.
 
     Args:
       init: `"lora"`, `"he_uniform"` or `"lora_b"`, as in `LoRAPlusConfig`.
@@ -44,6 +37,9 @@ def suggest_learning_rate(init: str, alpha: float, rank: int, width: int) -> flo
     check_number("alpha", alpha, above=0.0)
     check_int("rank", rank, at_least=1)
     check_int("width", width, at_least=1)
+    # The numbers give MiniLM and SmolLM2-135M the rates that were best in the table "Convergence speed" of
+    # docs/results.md, which compares he_uniform and lora_b. Those of init lora follow: a run at alpha and η is one
+    # of he_uniform at alpha / 6 and √6·η (docs/choosing_lambda.md).
     root = math.sqrt(alpha * width)
     if init == "lora_b":
         return min(0.75 * rank / (alpha * width), 0.5 / root)

@@ -1,12 +1,11 @@
 """Weights packed in 4 to 8 bits that stay packed on the device: nf4, int8, and the block formats of GGUF files.
 
-A packed weight is a pytree, so it is sharded, saved, sliced by `nn.scan` and passed to a jitted step like an array.
-Its values exist only while a layer uses them; see `low_rank` and `linen.adapter`.
+Packing runs in NumPy on the host, unpacking in JAX where a layer uses the values.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,33 +32,40 @@ class Format(NamedTuple):
       block: number of values that a row's length must divide into.
       pack: the parts of a matrix (rows, columns) of values; for a format of GGUF, of uint8 (rows, blocks, bytes).
       values: the values (..., rows, columns), float32, of parts and the number of columns.
-      shapes: shape and dtype of the parts, for rows and columns.
     """
 
     block: int
     pack: Callable[[np.ndarray], dict[str, np.ndarray]]
     values: Callable[[Mapping[str, Any], int], jax.Array]
-    shapes: Callable[[int, int], dict[str, tuple[tuple[int, ...], str]]]
 
 
 def pack_matrix(kind: Kind, matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """The parts of one matrix: from floating values (rows, columns), or for a format of GGUF from its bytes.
+    """The parts of one matrix: of floating values (rows, columns), or for a format of GGUF uint8 (rows, bytes).
 
-    Args:
-      kind: the format.
-      matrix: the values, or uint8 (rows, bytes of a row); those are only sorted into parts, and keep their bits.
+    Bytes are only sorted into parts, and keep their bits.
     """
-    if kind in get_args(QuantizeTo):
-        return FORMATS[kind].pack(matrix)
-    return FORMATS[kind].pack(matrix.reshape(len(matrix), -1, BLOCK_BYTES[kind]))
+    if size := BLOCK_BYTES.get(kind):
+        matrix = matrix.reshape(len(matrix), -1, size)
+    return FORMATS[kind].pack(matrix)
+
+
+def part_shapes(kind: Kind, rows: int, columns: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of the parts of a matrix."""
+    size = columns // FORMATS[kind].block * BLOCK_BYTES.get(kind, 1)
+    one = np.zeros((1, size), np.uint8 if kind in BLOCK_BYTES else np.float32)
+    shapes = {
+        name: jax.ShapeDtypeStruct((rows, *part.shape[1:]) if part.ndim == 2 else part.shape, part.dtype)
+        for name, part in pack_matrix(kind, one).items()
+    }
+    if "steps" in shapes:
+        groups = -(-math.prod(shapes["scales"].shape) // _GROUP)
+        shapes["steps"] = jax.ShapeDtypeStruct((groups,), np.float32)
+    return shapes
 
 
 def packed_values(kind: Kind, matrix: np.ndarray) -> np.ndarray:
-    """The values (rows, columns) that a matrix of them has once it is packed, float32.
-
-    Those of a GGUF file are as packed already.
-    """
-    if kind in BLOCK_BYTES:
+    """The values (rows, columns) that a matrix of them has once it is packed, float32."""
+    if kind in BLOCK_BYTES:  # values from a GGUF file, where they were packed
         return matrix
     return np.array(FORMATS[kind].values(pack_matrix(kind, matrix), matrix.shape[1]))
 
@@ -79,7 +85,8 @@ def pack_codes(kind: Kind, codes: np.ndarray, scales: np.ndarray) -> dict[str, n
 
 
 def _in_bytes(codes: np.ndarray) -> np.ndarray:
-    """Two codes of 4 bits a byte, of the two halves of each row; an odd row gets one more code."""
+    # Two codes a byte, of the two halves of each row: unpacking then concatenates instead of interleaving. An odd
+    # row gets one more code.
     codes = np.pad(codes, (*((0, 0),) * (codes.ndim - 1), (0, codes.shape[-1] % 2)))
     low, high = np.split(codes, 2, axis=-1)
     return low | high << 4
@@ -88,12 +95,13 @@ def _in_bytes(codes: np.ndarray) -> np.ndarray:
 def _of_bytes(codes: Any, levels: Sequence[float], columns: int) -> jax.Array:
     """The levels of the codes in bytes (..., rows, columns / 2)."""
 
-    def by_table(codes: Any) -> jax.Array:  # one lookup a byte and half is the quickest on CPU
+    # On CPU one lookup for a byte and half is quickest; accelerators look nothing up without memory traffic.
+    def by_table(codes: Any) -> jax.Array:
         index = codes.astype(jnp.int32)
         tables = (jnp.asarray(np.array(levels, np.float32)[half]) for half in (_BYTES & 15, _BYTES >> 4))
         return jnp.concatenate([table.at[index].get(mode="promise_in_bounds") for table in tables], -1)
 
-    def by_bits(codes: Any) -> jax.Array:  # accelerators look nothing up without memory traffic
+    def by_bits(codes: Any) -> jax.Array:
         codes = codes.astype(jnp.int32)
         return jnp.concatenate([_select(half, levels) for half in (codes & 15, codes >> 4)], -1)
 
@@ -101,7 +109,7 @@ def _of_bytes(codes: Any, levels: Sequence[float], columns: int) -> jax.Array:
 
 
 def _select(codes: jax.Array, levels: Sequence[float]) -> jax.Array:
-    """The levels of integer codes below 16, by four selections of half of what is left."""
+    # By four selections of half of what is left.
     if isinstance(levels, range):
         return codes.astype(jnp.float32) + levels.start
     values: list[Any] = [jnp.float32(level) for level in levels]
@@ -121,13 +129,26 @@ def _nf4_block(columns: int) -> int:
     return min(_NF4_BLOCK, columns)
 
 
+def _absmax(rows: np.ndarray, block: int) -> np.ndarray:
+    """The largest magnitude of every block, (rows, blocks)."""
+    starts = np.arange(0, rows.shape[1], block)
+    absmax = [np.maximum.reduceat(np.abs(part), starts, axis=1) for part, _ in _pieces(rows, rows)]
+    if not np.isfinite(found := np.concatenate(absmax)).all():
+        raise ValueError("the weight has values that are not finite")
+    return found
+
+
+def _pieces(rows: np.ndarray, scales: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    # A few MiB at a time, since a float32 copy of all rows could take more memory than the weight itself.
+    step = max(1, (1 << 20) // rows.shape[1])
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step].astype(np.float32), scales[start : start + step]
+
+
 def _pack_nf4(rows: np.ndarray) -> dict[str, np.ndarray]:
     columns = rows.shape[1]
     block = _nf4_block(columns)
-    starts = np.arange(0, columns, block)
-    absmax = np.concatenate([np.maximum.reduceat(np.abs(part), starts, axis=1) for part in _pieces(rows)])
-    if not np.isfinite(absmax).all():
-        raise ValueError("the weight has values that are not finite")
+    absmax = _absmax(rows, block)
     mean = absmax.mean(dtype=np.float64).astype(np.float32)
     offset = absmax.reshape(-1) - mean
     groups = np.pad(offset, (0, -offset.size % _GROUP)).reshape(-1, _GROUP)
@@ -136,23 +157,17 @@ def _pack_nf4(rows: np.ndarray) -> dict[str, np.ndarray]:
     parts = {"scales": scales, "steps": steps, "mean": mean}
     stored = np.maximum(np.asarray(_nf4_scales(parts, np)), _TINY)
     edges = np.convolve(np.array(NF4, np.float32), [0.5, 0.5], "valid").astype(np.float32)
-    codes, start = [], 0
-    for part in _pieces(rows):
-        scale = np.repeat(stored[start : start + len(part)], block, axis=1)[:, :columns]
-        codes.append(_in_bytes(np.searchsorted(edges, part / scale).astype(np.uint8)))
-        start += len(part)
+    codes = [
+        _in_bytes(
+            np.searchsorted(edges, part / np.repeat(scale, block, axis=1)[:, :columns]).astype(np.uint8)
+        )
+        for part, scale in _pieces(rows, stored)
+    ]
     return {"codes": np.concatenate(codes), **parts}
 
 
-def _pieces(rows: np.ndarray) -> Any:
-    """Yields some rows at a time in float32, a few MiB."""
-    step = max(1, (1 << 20) // rows.shape[1])
-    for start in range(0, len(rows), step):
-        yield rows[start : start + step].astype(np.float32)
-
-
 def _nf4_scales(parts: Mapping[str, Any], xp: Any) -> Any:
-    """The largest magnitude of every block, (..., rows, blocks), from its 8 bits; at least 0."""
+    # The largest magnitudes of blocks, (..., rows, blocks), from their 8 bits.
     scales, mean = parts["scales"], parts["mean"][..., None, None]
     steps = xp.repeat(parts["steps"], _GROUP, axis=-1)[..., : math.prod(scales.shape[-2:])]
     return xp.maximum(scales.astype(np.float32) * steps.reshape(scales.shape) + mean, 0)
@@ -168,40 +183,17 @@ def _nf4_values(p: Mapping[str, Any], columns: int) -> jax.Array:
     return _of_bytes(p["codes"], NF4, columns) * scales
 
 
-def _nf4_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    blocks = (rows, -(-columns // _nf4_block(columns)))
-    return {
-        "codes": ((rows, -(-columns // 2)), "u1"),
-        "scales": (blocks, "i1"),
-        "steps": ((-(-math.prod(blocks) // _GROUP),), "f4"),
-        "mean": ((), "f4"),
-    }
-
-
 def _pack_int8(rows: np.ndarray) -> dict[str, np.ndarray]:
-    absmax = np.concatenate([np.abs(part).max(1, keepdims=True) for part in _pieces(rows)])
-    if not np.isfinite(absmax).all():
-        raise ValueError("the weight has values that are not finite")
-    scales, start, codes = np.maximum(absmax / 127, _TINY).astype(np.float32), 0, []
-    for part in _pieces(rows):
-        codes.append(np.rint(part / scales[start : start + len(part)]).astype(np.int8))
-        start += len(part)
+    scales = np.maximum(_absmax(rows, rows.shape[1]) / 127, _TINY).astype(np.float32)
+    codes = [np.rint(part / scale).astype(np.int8) for part, scale in _pieces(rows, scales)]
     return {"codes": np.concatenate(codes), "scales": scales}
-
-
-def _int8_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * _spread(p["scales"], columns)
-
-
-def _int8_shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {"codes": ((rows, columns), "i1"), "scales": ((rows, 1), "f4")}
 
 
 # GGUF's blocks: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 
 
 def _halves(data: np.ndarray, count: int) -> np.ndarray:
-    """Codes (rows, columns) of blocks in which a byte holds values `count` apart: first the low 4 bits."""
+    # A byte of a block holds values `count` apart; the low 4 bits come first.
     data = data.reshape(*data.shape[:-1], -1, 1, count)
     return np.concatenate([data & 15, data >> 4], -2).reshape(len(data), -1)
 
@@ -251,19 +243,6 @@ def _pack_q6_k(blocks: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _q4_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return _of_bytes(p["codes"], range(-8, 8), columns) * _spread(p["d"], columns)
-
-
-def _q4_1_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    d, m = (_spread(p[name], columns) for name in "dm")
-    return _of_bytes(p["codes"], range(16), columns) * d + m
-
-
-def _q8_0_values(p: Mapping[str, Any], columns: int) -> jax.Array:
-    return p["codes"].astype(jnp.float32) * _spread(p["d"], columns)
-
-
 def _q4_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
     scale, low = (
         _spread(p[d], columns // 32) * p[sixes].astype(jnp.float32)
@@ -279,36 +258,19 @@ def _q6_k_values(p: Mapping[str, Any], columns: int) -> jax.Array:
     return codes * _spread(scale, columns)
 
 
-def _gguf_shapes(codes: str, bits: int, **parts: tuple[int, str]) -> Any:
-    """The shapes of a format with `bits` a code and, by name, parts with one value for so many columns."""
-
-    def shapes(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], str]]:
-        return {"codes": ((rows, columns * bits // 8), codes)} | {
-            name: ((rows, columns // each), dtype) for name, (each, dtype) in parts.items()
-        }
-
-    return shapes
-
-
 BLOCK_BYTES = {"q4_0": 18, "q4_1": 20, "q8_0": 34, "q4_k": 144, "q6_k": 210}
 """Bytes of a block in a GGUF file."""
 FORMATS: Mapping[str, Format] = {
-    "nf4": Format(1, _pack_nf4, _nf4_values, _nf4_shapes),
-    "int8": Format(1, _pack_int8, _int8_values, _int8_shapes),
-    "q4_0": Format(32, _pack_q4_0, _q4_0_values, _gguf_shapes("u1", 4, d=(32, "f2"))),
-    "q4_1": Format(32, _pack_q4_1, _q4_1_values, _gguf_shapes("u1", 4, d=(32, "f2"), m=(32, "f2"))),
-    "q8_0": Format(32, _pack_q8_0, _q8_0_values, _gguf_shapes("i1", 8, d=(32, "f2"))),
-    "q4_k": Format(
-        256,
-        _pack_q4_k,
-        _q4_k_values,
-        _gguf_shapes("u1", 4, d=(256, "f2"), dmin=(256, "f2"), scales=(32, "u1"), mins=(32, "u1")),
+    "nf4": Format(1, _pack_nf4, _nf4_values),
+    "int8": Format(1, _pack_int8, lambda p, n: p["codes"].astype(jnp.float32) * _spread(p["scales"], n)),
+    "q4_0": Format(32, _pack_q4_0, lambda p, n: _of_bytes(p["codes"], range(-8, 8), n) * _spread(p["d"], n)),
+    "q4_1": Format(
+        32,
+        _pack_q4_1,
+        lambda p, n: _of_bytes(p["codes"], range(16), n) * _spread(p["d"], n) + _spread(p["m"], n),
     ),
-    "q6_k": Format(
-        256,
-        _pack_q6_k,
-        _q6_k_values,
-        _gguf_shapes("u1", 4, high=(4, "u1"), scales=(16, "i1"), d=(256, "f2")),
-    ),
+    "q8_0": Format(32, _pack_q8_0, lambda p, n: p["codes"].astype(jnp.float32) * _spread(p["d"], n)),
+    "q4_k": Format(256, _pack_q4_k, _q4_k_values),
+    "q6_k": Format(256, _pack_q6_k, _q6_k_values),
 }
 """The formats by name."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._utils.validation import check_choice
-from .formats import FORMATS, Kind, QuantizeTo, pack_matrix
+from .formats import FORMATS, Kind, QuantizeTo, pack_matrix, part_shapes
 
 
 @jax.tree_util.register_dataclass
@@ -18,20 +18,20 @@ from .formats import FORMATS, Kind, QuantizeTo, pack_matrix
 class PackedArray:
     """A weight in a packed format; `dequantize` gives the array that it stands for.
 
-    The values lie in rows, one for each output, and blocks that share a scale lie along the inputs, as in the
-    `(out, in)` matrices of checkpoints. Two values of 4 bits share a byte: those at the same place in the two
-    halves of a row, so that a half is unpacked as it lies. Axes that `nn.scan` or `vmap` stack come first in every
-    part, and are not in `sizes`.
+    A pytree, so it is sharded, saved, sliced by `nn.scan` and passed to a jitted step like an array. The values are
+    stored in rows, one for each output, as in the `(out, in)` matrices of checkpoints; blocks that share a scale
+    run along the inputs. Axes that `nn.scan` or `vmap` stack come first in every part, and are not in `sizes`.
 
     Attributes:
       parts: arrays by name; `codes` is (..., rows, columns or bytes), the scales depend on the format.
       kind: the format.
       sizes: shape of one layer's weight.
-      order: the axes of one layer's weight in the order in which the values lie.
+      order: the axes of one layer's weight in the order in which the values are stored.
       inner: how many of them, from the last, make up a row.
       dtype: dtype of `dequantize`, and what `x.dtype` says.
     """
 
+    # All but the parts is static: `nn.scan` and `vmap` may slice only arrays, and jit compiles once a format.
     parts: dict[str, Any]
     kind: Kind = dataclasses.field(metadata={"static": True})
     sizes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -67,8 +67,7 @@ class PackedArray:
     def part_axes(self, axes: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
         """How the parts are split over a mesh if the weight is: rows and columns as the first axis of each.
 
-        Args:
-          axes: mesh axis or None for each axis of `shape`; the last ones may be left out.
+        `axes` are a mesh axis or None for each axis of `shape`; the last ones may be left out.
         """
         lead, own = len(self.stack), [*axes, *(None,) * self.ndim]
         stored = [own[lead + axis] for axis in self.order]
@@ -82,16 +81,11 @@ class PackedArray:
 
     def transpose(self, axes: Sequence[int]) -> "PackedArray":
         """The weight of one layer with its axes in another order; no value moves."""
-        place = {axis: n for n, axis in enumerate(axes)}
-        sizes, order = tuple(self.sizes[axis] for axis in axes), tuple(place[axis] for axis in self.order)
-        return dataclasses.replace(self, sizes=sizes, order=order)
+        sizes = tuple(self.sizes[axis] for axis in axes)
+        return dataclasses.replace(self, sizes=sizes, order=tuple(map(list(axes).index, self.order)))
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The array, with stacked axes first; computed in float32.
-
-        Args:
-          dtype: of the result; by default `self.dtype`.
-        """
+        """The array, with stacked axes first, in a dtype (by default `self.dtype`); computed in float32."""
         stored, lead = [self.sizes[axis] for axis in self.order], len(self.stack)
         rows = FORMATS[self.kind].values(self.parts, math.prod(stored[len(stored) - self.inner :]))
         back = (*range(lead), *(lead + int(axis) for axis in np.argsort(self.order)))
@@ -122,9 +116,8 @@ def quantize(
 ) -> PackedArray:
     """Packs a weight.
 
-    `nf4` (arXiv 2305.14314, section 3): blocks of 64 inputs with 16 levels, and the blocks' largest magnitudes
-    quantized once more, to 8 bits in groups of 256: 4.127 bits a value. The second step is linear around the mean,
-    and the levels are those nearest under the scales as stored. `int8`: one scale for each output.
+    `nf4` (arXiv 2305.14314, section 3): blocks of 64 inputs with 16 levels, and the blocks' largest magnitudes in 8
+    bits around their mean, with a step for each group of 256: 4.127 bits a value. `int8`: one scale an output.
 
     Args:
       weight: array or numpy array (stacked..., axes of the weight...), floating.
@@ -158,21 +151,17 @@ def packed_shape(
     """A `PackedArray` of shapes instead of arrays.
 
     Args:
-      kind: the format.
+      kind, stacked, dtype: as for `quantize`.
       shape: of the weight, with stacked axes first and then two.
       transposed: whether it is a kernel (columns, rows), or an embedding (rows, columns).
-      stacked: number of stacked axes.
-      dtype: of `dequantize`.
     """
     lead, sizes = tuple(shape[:stacked]), tuple(shape[stacked:])
     rows, columns = sizes[::-1] if transposed else sizes
     if columns % FORMATS[kind].block:
-        raise ValueError(
-            f"{kind} has blocks of {FORMATS[kind].block} values, which do not divide rows of {columns}"
-        )
+        raise ValueError(f"{kind} packs {FORMATS[kind].block} values, which do not divide rows of {columns}")
     parts = {
-        name: jax.ShapeDtypeStruct((*lead, *part), jnp.dtype(kind_of))
-        for name, (part, kind_of) in FORMATS[kind].shapes(rows, columns).items()
+        name: jax.ShapeDtypeStruct((*lead, *part.shape), part.dtype)
+        for name, part in part_shapes(kind, rows, columns).items()
     }
     return PackedArray(parts, kind, sizes, (1, 0) if transposed else (0, 1), 1, jnp.dtype(dtype))
 

@@ -1,9 +1,8 @@
 """Orbax checkpoints of a training run: everything that training changes, without the frozen base.
 
-A checkpoint contains the trainable variables, the optimizer state, step and rng, the input position, and metadata
-that identifies the run: format version, config, specs, package versions and a fingerprint of the base. Restoring
-rejects a checkpoint of another run. Checksums cover all of it, the metrics included, since neither orbax nor
-tensorstore detects a changed byte in an array.
+A checkpoint contains the `TrainState`, the input position, and metadata that identifies the run; restoring rejects
+a checkpoint of another run. Checksums cover all of it, since neither orbax nor tensorstore detects a changed byte
+in an array.
 """
 
 import contextlib
@@ -54,13 +53,7 @@ class DamagedCheckpoint(Exception):
 
 
 class Restored(NamedTuple):
-    """Result of `restore_checkpoint`.
-
-    Attributes:
-      state: the `TrainState`, with the shardings of the state passed as `like`.
-      input_position: the input position as saved.
-      metadata: the metadata as saved.
-    """
+    """Result of `restore_checkpoint`: the state, sharded as `like`, and position and metadata as saved."""
 
     state: TrainState
     input_position: Any
@@ -73,20 +66,17 @@ def describe_run(
     """Makes the metadata of a checkpoint or adapter, as plain JSON values.
 
     Args:
-      specs: the table from `init_lora`.
-      config: the config of the adapters; None if the whole model is trained.
+      specs, config: those of the adapters; the config is None if the whole model is trained.
       base: `fingerprint` of the frozen variables.
       **more: your own JSON-serializable fields; restoring a checkpoint compares them like the others.
     """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    numerics = {name: getattr(jax.config, name) for name in NUMERICS}
     return {
         "format": FORMAT,
         "config": None if config is None else config.to_json(),
         "specs": specs_to_json(specs),
         "base": base,
-        "jax_config": numerics,
-        "versions": versions,
+        "jax_config": {name: getattr(jax.config, name) for name in NUMERICS},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         **more,
     }
 
@@ -115,11 +105,8 @@ def open_manager(
     policies: list[Any] = [checkpoint_managers.LatestN(keep)]
     metric = functools.partial(_metric, best, mode) if best else None
     if metric is not None:
-        policies.append(
-            checkpoint_managers.BestN(
-                get_metric_fn=metric, reverse=mode == "min", n=1, keep_checkpoints_without_metrics=False
-            )
-        )
+        best_one = {"get_metric_fn": metric, "reverse": mode == "min", "n": 1}
+        policies.append(checkpoint_managers.BestN(**best_one, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         best_fn=metric,
@@ -129,6 +116,7 @@ def open_manager(
     )
     handlers: dict[str, Any] = {name: make() for name, make in ITEM_HANDLERS.items()}
     # Orbax globs in `finalize`. Its own path type would read [ * ? in the directory's name as part of the pattern.
+    # Not by a subclass: orbax finds a handler's arguments by its exact class.
     finalize = handlers["state"].finalize
     handlers["state"].finalize = lambda path: finalize(Path(path))
     return _Manager(Path(directory).absolute(), options=options, item_handlers=handlers)
@@ -137,18 +125,17 @@ def open_manager(
 def check_directory_name(name: str, directory: Path) -> None:
     """Raises ValueError for a path that tensorstore cannot write to: not UTF-8, or with a backslash, its slash."""
     if wrong := re.search(r"[\\\ud800-\udfff]", directory.absolute().as_posix()):
-        raise ValueError(
-            f"{name} {str(directory.absolute())!r} contains {wrong[0]!r}, which checkpoints do not support; "
-            "choose another directory"
-        )
+        raise ValueError(f"{name} {str(directory.absolute())!r}: checkpoints do not support {wrong[0]!r}")
 
 
 class _Manager(ocp.CheckpointManager):
     """An orbax manager that opens even if the timestamp or the metrics of a checkpoint are damaged."""
 
+    # Orbax's public switch against reading damaged timestamps, `lightweight_initialize`, also leaves out the
+    # metrics by which the best is kept, and `reload` ignores it. The date is for orbax's statistics only.
     def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
         infos = super()._load_checkpoint_infos(skip_metadata_read=True)
-        date = datetime.datetime.now(datetime.UTC)  # for orbax's statistics; no policy here needs it
+        date = datetime.datetime.now(datetime.UTC)
         return [dataclasses.replace(info, time=date, metrics=self.metrics(info.step)) for info in infos]
 
     def __contextmanager__(self) -> Iterator["_Manager"]:
@@ -173,7 +160,6 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _add_digest(step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
-    """Metrics as orbax stores them; a value that is not finite is null."""
     values = json.loads(to_json(metrics))
     return {**values, "digest": _digest([step, values])}
 
@@ -189,9 +175,9 @@ def save_checkpoint(
     """Starts saving a state under its step. Copies the arrays before it returns, so training can continue.
 
     Args:
-      manager: manager from `open_manager`; its `wait_until_finished()` and `close()` wait for the writing.
-      state: state to save.
-      metadata: metadata from `describe_run`.
+      manager: from `open_manager`; its `wait_until_finished()` and `close()` wait for the writing.
+      state: what to save.
+      metadata: from `describe_run`.
       input_position: JSON-serializable state of the input iterator at the last consumed batch.
       metrics: numbers by which the manager may select the best checkpoint.
 
@@ -206,6 +192,7 @@ def save_checkpoint(
         state=ocp.args.StandardSave(fields),
         **{name: ocp.args.JsonSave(values) for name, values in json_items.items()},
     )
+    # Forced: orbax skips without a word a step that is not newer than its latest.
     manager.save(step, args=items, metrics=_add_digest(step, metrics) if metrics else None, force=True)
 
 
@@ -220,7 +207,8 @@ def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str,
     if jax.process_index() == 0:
         path.parent.mkdir(exist_ok=True)
         write_text(path, json.dumps(_add_digest(step, metrics)))
-    allgather(None)  # a barrier: no process reads before the file exists
+    # A barrier: no process reads before the file exists.
+    allgather(None)
     manager.reload()
 
 
@@ -234,10 +222,10 @@ def restore_checkpoint(
     """Restores a checkpoint of the same run.
 
     Args:
-      manager: manager from `open_manager`.
+      manager: from `open_manager`.
       like: a state with the structure, shapes and shardings of the result.
-      metadata: metadata from `describe_run`; every field except `versions` must equal the checkpoint's.
-      step: step of the checkpoint; by default the newest.
+      metadata: from `describe_run`; every field except `versions` must equal the checkpoint's.
+      step: by default the newest.
 
     Raises:
       FileNotFoundError: the checkpoint does not exist.
@@ -253,16 +241,20 @@ def restore_checkpoint(
     leaves = json_items["contents"]["leaves"], leaf_dtypes_and_shapes(_to_fields(like))
     if differences := field_differences(json_items["metadata"], metadata) or field_differences(*leaves):
         raise ValueError(f"the checkpoint of step {step} does not match this run: {join_first(differences)}")
-    target = jax.tree.map(_shape_and_sharding, _to_fields(like))
-    read = _read(
+
+    def shape_and_sharding(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
+
+    fields = _read(
         manager,
         step,
         lambda read: fingerprint(read["state"]) == json_items["contents"]["state"],
-        state=ocp.args.StandardRestore(target),
-    )
-    return Restored(
-        _from_fields(read["state"], like), json_items["input_position"]["position"], json_items["metadata"]
-    )
+        state=ocp.args.StandardRestore(jax.tree.map(shape_and_sharding, _to_fields(like))),
+    )["state"]
+    state = TrainState(**fields)
+    if jnp.issubdtype(like.rng.dtype, jax.dtypes.prng_key):
+        state = state.replace(rng=jax.random.wrap_key_data(state.rng, impl=jax.random.key_impl(like.rng)))
+    return Restored(state, json_items["input_position"]["position"], json_items["metadata"])
 
 
 def field_differences(
@@ -296,28 +288,19 @@ def join_first(problems: Sequence[str]) -> str:
 
 
 def _metric(name: str, mode: str, metrics: Mapping[str, float | None]) -> float:
-    """The metric to keep the best by; one that was not finite is the worst."""
+    """The metric to keep the best by; one that was not finite, which the file has as null, is the worst."""
     if name not in metrics:
-        raise ValueError(
-            f"metrics must contain {name!r}, which selects the best checkpoint{suggest(name, metrics)}"
-        )
+        raise ValueError(f"metrics must contain {name!r}, which selects the best{suggest(name, metrics)}")
     value = metrics[name]
     return (math.inf if mode == "min" else -math.inf) if value is None else value
 
 
 def _to_fields(state: TrainState) -> dict[str, Any]:
-    """The state as orbax stores it: named fields, with the rng key as its data."""
+    """The state as orbax stores it: named fields, with the rng key as its data, since files have no key type."""
     fields = {name: getattr(state, name) for name in ("trainable", "opt_state", "step", "rng")}
     if jnp.issubdtype(state.rng.dtype, jax.dtypes.prng_key):
         fields["rng"] = jax.random.key_data(state.rng)
     return fields
-
-
-def _from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
-    state = TrainState(**fields)
-    if jnp.issubdtype(like.rng.dtype, jax.dtypes.prng_key):
-        return state.replace(rng=jax.random.wrap_key_data(state.rng, impl=jax.random.key_impl(like.rng)))
-    return state
 
 
 def _read_json_items(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -333,11 +316,9 @@ def _read_json_items(manager: ocp.CheckpointManager, step: int) -> dict[str, Any
 def _read(
     manager: ocp.CheckpointManager, step: int, is_saved: Callable[[Any], bool], **items: Any
 ) -> dict[str, Any]:
-    """Reads items of a checkpoint; raises DamagedCheckpoint on every process if one of them fails.
-
-    Each process reads its own parts, so a single one may fail. The manager would leave the others waiting at its
-    barrier; this calls its handlers, which have no barrier. Orbax and tensorstore raise many types of errors.
-    """
+    """Reads items of a checkpoint; raises DamagedCheckpoint on every process if one of them fails."""
+    # Each process reads its own parts, so a single one may fail. The manager would leave the others waiting at its
+    # barrier; its handlers have none. Orbax and tensorstore raise many types of errors.
     values, reason = {}, None
     try:
         directory = Path(manager.directory, str(step))
@@ -363,12 +344,7 @@ def _read(
 
 
 def _digest(items: Any) -> str:
-    """A short hex digest of JSON values, the same before writing and after reading."""
     return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
-
-
-def _shape_and_sharding(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def leaf_dtypes_and_shapes(tree: Any) -> dict[str, str]:

@@ -13,8 +13,7 @@ from ..adapter.tree import leaves_by_path
 def fingerprint(tree: Any) -> str:
     """A short hex digest of a tree's paths, shapes, dtypes and bits, independent of the sharding.
 
-    Hashes every 32-bit word together with its index, and sums the hashes on the device as integers. No weight is
-    copied to the host, and the order of summation does not matter.
+    Computed on the device: no weight is copied to the host.
     """
     # One leaf at a time: processes may start concurrent programs in different orders, and deadlock.
     return digest_of_lines(
@@ -36,24 +35,26 @@ def digest_of_lines(lines: Mapping[str, str]) -> str:
 def _checksum(leaf: jax.Array) -> jax.Array:
     """Two sums of hashes of the leaf's 32-bit words, uint32 `(2,)`."""
     words = _to_uint32(leaf)
+    # Each word is hashed with its index, and integers are summed: XLA may add up the shards in any order.
     index = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
     return jnp.stack([jnp.sum(_hash_words(words, index, seed), dtype=jnp.uint32) for seed in (1, 2)])
 
 
 def _to_uint32(leaf: jax.Array) -> jax.Array:
-    """The bits of a leaf as uint32: one word per narrower value, several per wider value."""
+    # One word per narrower value, several per wider value.
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if jnp.iscomplexobj(leaf):
         leaf = jnp.stack([leaf.real, leaf.imag])
-    if leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer):
-        leaf = leaf.astype(jnp.int8) if leaf.dtype.itemsize == 1 else leaf
+    # bitcast_convert_type takes neither bool nor int4.
+    if leaf.dtype.itemsize == 1 and (leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.integer)):
+        leaf = leaf.astype(jnp.int8)
     width = min(32, 8 * leaf.dtype.itemsize)
     return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
 
 
 def _hash_words(words: jax.Array, index: jax.Array, seed: int) -> jax.Array:
-    """Hashes each word with its index, by two rounds of multiply and shift as in murmur3's finalizer."""
+    # Two rounds of multiply and shift, as in murmur3's finalizer.
     h = words ^ (index * jnp.uint32(0x9E3779B9) + jnp.uint32(seed))
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         h = (h ^ (h >> 16)) * jnp.uint32(factor)

@@ -18,29 +18,24 @@ def chunked_cross_entropy(
     transposed: bool = False,
     chunk: int = 512,
     soft_cap: float | None = None,
-    z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
     """Computes every token's cross-entropy for a frozen LM head, without the full `(tokens, vocabulary)` logits.
 
-    Computes the logits for one chunk of tokens at a time, and with them the gradient of `hidden`. This is the same
-    work as a plain loss, with less memory: nothing is computed twice.
+    Makes the logits of one chunk of tokens at a time, and with them the gradient of `hidden`: the work of a plain
+    loss with less memory.
 
     Args:
       hidden: (..., T, D), inputs of the head.
-      kernel: (D, V), weight of the head. It gets no gradient; to train the head, use a loss of `optax` on the
-        logits.
+      kernel: (D, V), weight of the head, which gets no gradient.
       labels: int (..., T), in [0, V).
       transposed: whether the kernel is (V, D), like a tied embedding; this avoids a copy.
-      chunk: number of tokens per chunk, over all leading axes together, but at least one per row. Only T is split
-        into chunks, so that leading axes that are sharded over devices stay sharded.
+      chunk: number of tokens per chunk, over all leading axes together, but at least one per row.
       soft_cap: c, for logits `c * tanh(x / c)` (arXiv 2408.00118, section 2).
-      z_loss: weight of `log(Z)^2`, which keeps logits from drifting (arXiv 2204.02311, section 5).
       label_smoothing: e, for targets of 1 - e at the label plus e / V everywhere (arXiv 1512.00567, section 7).
 
     Returns:
-      float32 (..., T): `logsumexp(logits) - logits[label]`, with smoothing less the logits' mean over the targets,
-      plus the z-loss.
+      float32 (..., T): `logsumexp(logits) - logits[label]`, with smoothing less the logits' mean over the targets.
 
     Raises:
       ValueError: shapes do not match, or an option is out of range.
@@ -51,7 +46,6 @@ def chunked_cross_entropy(
       [[0.12690000236034393, 0.12690000236034393, 2.1268999576568604]]
     """
     check_int("chunk", chunk, at_least=1)
-    check_number("z_loss", z_loss, at_least=0.0)
     check_number("label_smoothing", label_smoothing, at_least=0.0, below=1.0)
     if soft_cap is not None:
         check_number("soft_cap", soft_cap, above=0.0)
@@ -61,25 +55,26 @@ def chunked_cross_entropy(
             f"hidden, kernel and labels must be (..., T, D), {'(V, D)' if transposed else '(D, V)'} and "
             f"(..., T), got {hidden.shape}, {kernel.shape} and {labels.shape}"
         )
+    # Only T is split into chunks, so that leading axes that are sharded over devices stay sharded.
     rows = labels.reshape(-1, labels.shape[-1])
     states = hidden.reshape(*rows.shape, hidden.shape[-1])
-    options = _Options(
-        max(1, chunk // max(1, len(rows))), "vd" if transposed else "dv", soft_cap, z_loss, label_smoothing
-    )
+    width = max(1, chunk // max(1, len(rows)))
+    options = _Options(width, "vd" if transposed else "dv", soft_cap, label_smoothing)
     losses: Any = _token_losses(states, jax.lax.stop_gradient(kernel), rows, options)
     return losses.reshape(labels.shape)
 
 
 class _Options(NamedTuple):
-    """Positions per chunk, the kernel's axes, and the options of logits, loss and targets."""
+    """Positions per chunk, the kernel's axes, and the options of logits and targets."""
 
     width: int
     axes: str
     soft_cap: float | None
-    z_loss: float
     smoothing: float
 
 
+# Autodiff would keep every chunk's logits for the backward pass, or with jax.checkpoint compute them twice. The
+# kernel is frozen, so the forward pass can already multiply by it and keep only the hidden states' gradient.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _token_losses(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options) -> jax.Array:
     return _in_chunks(lambda h, y: _losses(h, kernel, y, options)[0], hidden, labels, options.width)
@@ -105,8 +100,7 @@ def _forward(
 
 
 def _backward(options: _Options, saved: tuple, gradient: jax.Array) -> tuple:
-    """Multiplies each token's saved gradient by the incoming gradient of its loss; tokens are independent."""
-    d_hidden, kernel = saved
+    d_hidden, kernel = saved  # tokens are independent: each has the gradient of its own loss
     return (gradient[..., None] * d_hidden).astype(d_hidden.dtype), jnp.zeros_like(kernel), None
 
 
@@ -116,9 +110,9 @@ _token_losses.defvjp(_forward, _backward)
 def _losses(
     hidden: jax.Array, kernel: jax.Array, labels: jax.Array, options: _Options
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes the losses (B, t) of a chunk and their gradient with respect to the logits in two parts, in float32.
+    """The losses (B, t) of a chunk, and their gradient by the logits: (B, t, V), minus (B, t, 1) at the label.
 
-    The gradient is the first part (B, t, V), minus the second (B, t, 1) at the label. This avoids a one-hot array.
+    Two parts, since a one-hot array of the labels would be as large as the logits.
     """
     weights = kernel.astype(hidden.dtype)
     logits = jnp.einsum(f"btd,{options.axes}->btv", hidden, weights, preferred_element_type=jnp.float32)
@@ -132,8 +126,8 @@ def _losses(
     mean = at_label * label_logits
     if elsewhere:
         mean += elsewhere * jnp.sum(logits, axis=-1, keepdims=True)
-    losses = (log_z - mean + options.z_loss * log_z**2)[..., 0]
-    d_logits = jnp.exp(logits - log_z) * (1.0 + 2.0 * options.z_loss * log_z) - elsewhere
+    losses = (log_z - mean)[..., 0]
+    d_logits = jnp.exp(logits - log_z) - elsewhere
     if slope is None:
         return losses, d_logits, jnp.full_like(label_logits, at_label)
     return losses, d_logits * slope, at_label * jnp.take_along_axis(slope, labels[..., None], axis=-1)
@@ -145,7 +139,8 @@ def _in_chunks(
     """Applies a function of (B, t, D) and (B, t) to chunks of t = `width` positions and joins the results."""
     rows, length = labels.shape
     chunks = max(1, -(-length // width))
-    width = max(1, -(-length // chunks))  # the same number of chunks, with the least padding
+    # lax.map needs chunks of one width: the same number of chunks, with the least padding.
+    width = max(1, -(-length // chunks))
     padding = -length % width
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, padding)))

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..adapter.spec import AdapterSpec, Specs
+from ..adapter.spec import Specs
 from ..adapter.tree import leaves_by_path
 from ..quantization.packed_array import is_packed
 
@@ -41,8 +41,7 @@ class Shardings(NamedTuple):
     """The shardings of a step's inputs, as trees of `NamedSharding`.
 
     Attributes:
-      state: shardings of the `TrainState`.
-      frozen: shardings of the frozen variables.
+      state, frozen: those of the `TrainState` and of the frozen variables.
     """
 
     state: Any
@@ -56,8 +55,7 @@ def make_mesh(
 
     Args:
       data, fsdp, tensor: sizes of the axes; one of them may be -1, for the remaining devices.
-      devices: by default all devices of all processes. A single process may use only a fraction 1/n of them;
-        several processes must use all.
+      devices: by default those of all processes, which must all be used; a single process may use 1/n of them.
 
     Raises:
       ValueError: the sizes do not match the devices; the message says which size to change.
@@ -66,63 +64,31 @@ def make_mesh(
     {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices))
-    used = math.prod(sizes)
-    if used < len(devices) and len({device.process_index for device in devices}) > 1:
-        fixed: dict[str, int] = dict(zip(AXES, sizes, strict=True))
-        raise ValueError(
-            f"mesh {_product(fixed)} uses {used} devices, but several processes must use all {len(devices)}; "
-            f"set one of the three sizes to -1{_suggest_sizes(fixed, len(devices), use_all=True)}"
-        )
-    grid = mesh_utils.create_device_mesh(sizes, devices[:used], allow_split_physical_axes=True)
-    return Mesh(grid, AXES)
-
-
-def _sizes(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
-    """Checks the sizes of a mesh and replaces -1."""
+    sizes, count = dict(zip(AXES, (data, fsdp, tensor), strict=True)), len(devices)
     for name, size in sizes.items():
         if size != -1 and not 1 <= size <= count:
-            raise ValueError(
-                f"mesh.{name} is {size}, but {count} device{'s are' if count > 1 else ' is'} available; "
-                f"allowed: 1 to {count}, or -1 for all"
-            )
+            raise ValueError(f"mesh.{name} must be 1 to {count} devices, or -1 for all, got {size}")
+    product = " x ".join(f"{name} {size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise ValueError(f"only one of mesh.data, mesh.fsdp and mesh.tensor may be -1, got {_product(sizes)}")
+        raise ValueError(f"only one of mesh.data, mesh.fsdp and mesh.tensor may be -1, got {product}")
     fixed = {name: size for name, size in sizes.items() if size != -1}
     used = math.prod(fixed.values())
-    if free and count % used:
+    # All processes run the same program, so each needs its devices in the mesh.
+    needs_all = not free and len({device.process_index for device in devices}) > 1
+    if count % used or (needs_all and used < count):
+        largest = max(fixed, key=lambda axis: fixed[axis])
+        others = used // fixed[largest]
+        allowed = [n for n in range(1, count + 1) if count % (n * others) == 0]
+        allowed = [n for n in allowed if not needs_all or n * others == count]
         raise ValueError(
-            f"mesh {_product(fixed)} must divide the {count} devices to leave a size for mesh.{free[0]}"
-            f"{_suggest_sizes(fixed, count)}"
+            f"mesh {product} uses {used} devices, which must {'be all' if needs_all else 'divide the'} {count} "
+            f"devices; change mesh.{largest} to {', '.join(map(str, allowed)) or 'another size'}"
+            + ("" if free else ", or to -1")
         )
-    if used > count or count % used:
-        problem = (
-            f"but {count} are available" if used > count else f"which does not divide the {count} available"
-        )
-        raise ValueError(
-            f"mesh {_product(sizes)} uses {used} devices, {problem}{_suggest_sizes(fixed, count)}"
-        )
-    return tuple(count // used if name in free else size for name, size in sizes.items())
-
-
-def _product(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{name} {size}" for name, size in sizes.items())
-
-
-def _suggest_sizes(fixed: Mapping[str, int], count: int, *, use_all: bool = False) -> str:
-    """Suggests sizes of the largest axis that divide the devices, or with `use_all` that use all of them."""
-    name = max(fixed, key=lambda axis: fixed[axis])
-    others = math.prod(fixed.values()) // fixed[name]
-    sizes = [
-        n for n in range(1, count + 1) if count % (n * others) == 0 and (not use_all or n * others == count)
-    ]
-    one_of = "one of " if len(sizes) > 1 else ""
-    return (
-        f"{' or' if use_all else ';'} change mesh.{name} to {one_of}{', '.join(map(str, sizes))}"
-        if sizes
-        else ""
-    )
+    shape = [count // used if size == -1 else size for size in sizes.values()]
+    grid = mesh_utils.create_device_mesh(shape, devices[: math.prod(shape)], allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
 
 
 def check_tensor(mesh: Mesh, sizes: Mapping[str, int]) -> None:
@@ -150,15 +116,16 @@ def distribute(tree: Any, shardings: Any) -> Any:
 
     All processes must pass the same values. Each process copies only the parts that its own devices hold.
     """
-    return jax.tree.map(_put, tree, shardings)
 
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
+            return array
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        # device_put to devices of other processes would first compare the whole array between all processes.
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-def _put(array: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(array, jax.Array) and array.sharding.is_equivalent_to(sharding, array.ndim):
-        return array
-    if jax.process_count() == 1:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.tree.map(put, tree, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -194,11 +161,9 @@ def with_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """Shards the leading axis like a batch and no other axis; has no effect without a mesh.
-
-    Models call this where rows meet weights that are split over the same axis. GSPMD may all-gather either of them,
-    and without this constraint it often gathers the rows.
-    """
+    """Shards the leading axis like a batch and no other axis; has no effect without a mesh."""
+    # For models, where rows meet weights that are split over the same axis: GSPMD may all-gather either of them,
+    # and without this constraint it often gathers the rows.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     # Under pmap and inside shard_map, axes are Manual: rows are split already.
@@ -207,10 +172,8 @@ def constrain_rows(x: jax.Array) -> jax.Array:
 
 
 def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
-    """All-gathers over `"fsdp"` an array that a rule splits over it; has no effect without a mesh.
-
-    Use it for weights that a loop uses in every iteration; otherwise GSPMD gathers them in every iteration.
-    """
+    """All-gathers over `"fsdp"` an array that a rule splits over it; has no effect without a mesh."""
+    # For weights that a loop uses: otherwise GSPMD gathers them in every iteration.
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if kinds.get("fsdp") != jax.sharding.AxisType.Auto or mesh.shape["fsdp"] == 1:
@@ -223,11 +186,7 @@ def gather_over_fsdp(x: jax.Array, axes: Axes) -> jax.Array:
 
 
 def batch_parts(mesh: Mesh) -> int:
-    """The number of parts that a batch is split into.
-
-    >>> batch_parts(make_mesh(1))
-    1
-    """
+    """The number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
 
 
@@ -241,12 +200,11 @@ def make_shardings(
       state: a `TrainState` of arrays or shapes.
       frozen: frozen variables, arrays or shapes.
       specs: the table from `init_lora`; None without adapters.
-      rules: the model's rules; without rules, see `base_shardings`.
+      rules: the model's rules, as for `base_shardings`.
 
     Returns:
       Shardings by `base_shardings` for the base and fully trained parameters, by `adapter_shardings` for
-      adapters. A leaf of the optimizer state with the path and shape of a trainable leaf, such as a moment, has
-      its sharding; all other leaves are replicated.
+      adapters, and for moments those of the leaves that they belong to; the rest of the state is replicated.
     """
     factors = (spec.factor_paths(module) for module, spec in (specs or {}).items())
     names = {f"lora/{path}" for pair in factors for path in pair}
@@ -264,17 +222,17 @@ def base_shardings(
     """Shardings by path for a base `{"params": ...}` of arrays or shapes.
 
     A dimension that its mesh axis does not divide is not split. Without rules, every leaf of at least
-    `MIN_SHARDED_SIZE` values is split over `"fsdp"` along its longest dimension that the axis divides, the last one
-    if several are equal, but never along a dimension that `nn.scan` stacked according to `specs`.
+    `MIN_SHARDED_SIZE` values is split over `"fsdp"` along its longest, last such dimension, but never along one
+    that `nn.scan` stacked according to `specs`.
 
     Raises:
       ValueError: no rule matches a leaf, or a rule has more axes than its leaf.
     """
-    stacked = {spec.leaf: _stacked_axes(spec) for spec in (specs or {}).values()}
+    letters = {spec.leaf: spec.base_letters for spec in (specs or {}).values()}
     shardings = {}
     for path, leaf in leaves_by_path(variables, is_leaf=is_packed).items():
         if rules is None:
-            axes = _split_longest(mesh, leaf.shape, stacked.get(path, ()))
+            axes = _split_longest(mesh, leaf.shape, letters.get(path, ""))
         else:
             axes = _apply_rule(path, leaf.shape, rules)
         shardings[path] = _sharding(mesh, leaf.shape, axes)
@@ -286,19 +244,17 @@ def base_shardings(
 def adapter_shardings(specs: Specs, base: Mapping[str, NamedSharding]) -> dict[str, NamedSharding]:
     """Shardings by path for the factors of every adapter.
 
-    A is split like the input side of its base weight, B and magnitudes like the output side. Batch and stacked
-    dimensions are split as in the base; the rank is not split. So the product A B has the base's sharding, and no
-    factor has to move.
+    A is split like the input side of its base weight, B and magnitudes like the output side, the rank not at all:
+    the product A B has the base's sharding, and no factor has to move.
     """
     shardings = {}
     for module, spec in specs.items():
         sharding = base[spec.leaf]
-        axes = dict(zip(spec.base_letters, _pad(sharding.spec, len(spec.shape)), strict=True)) | {"r": None}
+        axes = dict(zip(spec.base_letters, sharding.spec, strict=False))  # a spec may leave out the last axes
         a, b = spec.factor_letters
         for path, letters in zip(spec.factor_paths(module), (a, b, b), strict=False):
-            shardings[f"lora/{path}"] = NamedSharding(
-                sharding.mesh, PartitionSpec(*(axes[letter] for letter in letters))
-            )
+            factor = PartitionSpec(*(axes.get(letter) for letter in letters))
+            shardings[f"lora/{path}"] = NamedSharding(sharding.mesh, factor)
     return shardings
 
 
@@ -306,25 +262,24 @@ def _apply_rule(path: str, shape: tuple[int, ...], rules: Rules) -> Axes:
     name = path.partition("/")[2]
     axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, name)), None)
     if axes is None:
-        raise ValueError(
-            f"no sharding rule matches {name}; add a rule, such as (r'.*', ()) to replicate all other leaves"
-        )
+        raise ValueError(f"no sharding rule matches {name}; to replicate all others, add (r'.*', ())")
     if len(axes) > len(shape):
         raise ValueError(f"the sharding rule for {name} has {len(axes)} axes, but its shape is {shape}")
     return axes
 
 
-def _split_longest(mesh: Mesh, shape: tuple[int, ...], stacked: Sequence[int]) -> Axes:
+def _split_longest(mesh: Mesh, shape: tuple[int, ...], letters: str) -> Axes:
     parts = mesh.shape.get("fsdp", 1)
-    candidates = [axis for axis, size in enumerate(shape) if size % parts == 0 and axis not in stacked]
+    # Not a stacked axis, whose letter is a capital: a scan over a split axis would gather it in every iteration.
+    candidates = [
+        axis
+        for axis, size in enumerate(shape)
+        if size % parts == 0 and not letters[axis : axis + 1].isupper()
+    ]
     if math.prod(shape) < MIN_SHARDED_SIZE or not candidates:
         return ()
     longest = max(candidates, key=lambda axis: (shape[axis], axis))
     return tuple("fsdp" if axis == longest else None for axis in range(len(shape)))
-
-
-def _stacked_axes(spec: AdapterSpec) -> tuple[int, ...]:
-    return tuple(axis for axis, letter in enumerate(spec.base_letters) if letter.isupper())
 
 
 def _sharding(mesh: Mesh, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
@@ -335,16 +290,13 @@ def _sharding(mesh: Mesh, shape: tuple[int, ...], axes: Axes) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*kept))
 
 
-def _pad(spec: PartitionSpec, ndim: int) -> Axes:
-    return (*spec, *(None,) * (ndim - len(spec)))
-
-
 def _tree(like: Any, by_path: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [by_path[path] for path in leaves_by_path(like)])
 
 
 def _state_shardings(mesh: Mesh, state: Any, trainable: Mapping[str, NamedSharding]) -> Any:
-    """Shardings of a state: a leaf belongs to the trainable leaf whose path is the longest suffix of its own."""
+    # An optax state has no link to the parameters: a moment's path ends in that of the leaf that it belongs to. The
+    # longest such end counts, since one trainable path may end another.
     shapes = {path: leaf.shape for path, leaf in leaves_by_path(state.trainable).items()}
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = {}

@@ -27,20 +27,19 @@ MIN_LR_RATIO = 1.0
 
 
 def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
-    """What a step did to every adapted layer's output, as a pure function to be compiled.
+    """What a step did to every adapted layer's output, as a pure function to compile.
 
     Args:
-      loss_fn: as for `make_step`; called with `rng=None`, and only for the inputs that reach the layers. Nothing of
-        its value or gradient is used.
+      loss_fn: as for `make_step`; called with `rng=None`, only for the inputs that reach the layers.
       specs: the table from `init_lora`. Embeddings, whose factors share one rate, and weights adapted by
         `target_parameters`, which have no inputs of their own, are left out.
 
     Returns:
-      `measure(trainable, before, frozen, batch)` takes the trainable variables after a step, the tree of adapters
-      (the collection `"lora"`) before it, the frozen variables, and a batch: a few of its rows will do. It gives
-      for every layer the root mean squares, over all elements and positions, padding included, of `delta1` (from
-      A's step), `delta2` (from B's), `delta3` (from both), `z_a` and `z_b` (see `taps.update_squares`): float32
-      scalars, or `(layers,)` where layers are stacked. NaN where a layer was not run.
+      `measure(trainable, before, frozen, batch)`, of the trainable variables after a step, the tree of adapters
+      before it, the frozen variables, and a batch of a few rows. It gives for every layer the root mean squares,
+      over all elements and positions, padding included, of `delta1` (from A's step), `delta2` (from B's), `delta3`
+      (from both), `z_a` and `z_b` (see `taps.update_squares`): float32 scalars, or `(layers,)` where layers are
+      stacked. NaN where a layer was not run.
 
     Raises:
       ValueError: nothing that is adapted can be measured, or an adapter is of variant dora, whose magnitudes change
@@ -61,10 +60,7 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
     reject_magnitude("the theory measurement", specs)
     measured = {path: s for path, s in specs.items() if s.kind not in ("embed", "parameter")}
     if not measured:
-        raise ValueError(
-            "no layer that is adapted can be measured: embeddings and target_parameters are left out, and the "
-            f"specs hold {', '.join(specs) or 'nothing'}"
-        )
+        raise ValueError("nothing to measure: embeddings and target_parameters are left out")
     taps = {path: f"{path}/{TAP}".removeprefix("/") for path in measured}
 
     def measure(trainable: Any, before: Any, frozen: Any, batch: Any) -> dict[str, dict[str, jax.Array]]:
@@ -76,6 +72,7 @@ def make_theory(loss_fn: LossFn, specs: Specs) -> MeasureFn:
         }
 
         def total(zeros: dict[str, jax.Array]) -> jax.Array:
+            # The old factors are leaves next to the tap, so that loops over layers slice them like the new ones.
             lora = combine(variables["lora"], unflatten(previous | zeros))
             return loss_fn({**variables, "lora": lora}, batch, None)[0][0]  # pyright: ignore[reportArgumentType]
 
@@ -104,8 +101,6 @@ def terms_by_layer(found: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict
 class Balance:
     """Which factor's steps move the layers' outputs less, and the rates that would even them out; `str()` says it.
 
-    arXiv 2402.12354 asks for delta1 and delta2 of the same order; whether the loss gains, only a run can tell.
-
     Attributes:
       ratio: the geometric mean of delta1 / delta2 over layers; None where a factor has not moved any output yet.
       learning_rate_factor: what to multiply `learning_rate` by.
@@ -125,9 +120,13 @@ class Balance:
         finding = f"{share}: {'A' if self.ratio < 1 else 'B'} is under-updated"
         if self.lr_ratio is None:
             return f"{finding}; no lr_ratio below {MIN_LR_RATIO:g} is suggested"
+
+        def short(value: float) -> str:  # two digits, without an exponent where there are few
+            return f"{float(f'{value:.2g}'):g}"
+
         factor = self.learning_rate_factor
-        rate = "" if factor is None else f"learning_rate x {_short(factor)} and "
-        return f"{finding}. To balance, use {rate}lr_ratio {_short(self.lr_ratio)}"
+        rate = "" if factor is None else f"learning_rate x {short(factor)} and "
+        return f"{finding}. To balance, use {rate}lr_ratio {short(self.lr_ratio)}"
 
 
 def balance(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: str | None) -> Balance:
@@ -160,27 +159,15 @@ def balance(layers: Mapping[str, Mapping[str, float]], lr_ratio: float, init: st
     return Balance(ratio, None if init == "lora_b" else lr_ratio / suggested, suggested)
 
 
-def _short(value: float) -> str:
-    """Two digits, without an exponent where there are few.
-
-    >>> _short(144.4), _short(0.126), _short(1.0)
-    ('140', '0.13', '1')
-    """
-    return f"{float(f'{value:.2g}'):g}"
-
-
 def _zero_tap(spec: AdapterSpec) -> jax.Array:
-    """A tap: as many axes as A, so that stacked axes find their places; the terms stand along the rank's."""
+    # As many axes as A, since nn.scan and nn.vmap split a tap along the axes on which they stack A; the terms stand
+    # along the rank's axis.
     size = dict(zip(spec.base_letters, spec.shape, strict=True)) | {"r": len(TERMS) + 1}
     return jnp.zeros([size[c] if c.isupper() or c == "r" else 1 for c in spec.factor_letters[0]], jnp.float32)
 
 
 def _rms_by_term(gradient: jax.Array, spec: AdapterSpec) -> dict[str, jax.Array]:
-    """Root mean squares by term, from the sums over the calls of a layer."""
-    letters = spec.factor_letters[0]
-    stacked = [n for n, c in enumerate(letters) if c.isupper()]
-    sums = jnp.moveaxis(gradient, letters.index("r"), 0).reshape(
-        len(TERMS) + 1, *(gradient.shape[n] for n in stacked)
-    )
+    # The last number is how often the layer was called: JAX sums a tap's gradient over the calls.
+    sums = jnp.moveaxis(gradient, spec.factor_letters[0].index("r"), 0).reshape(len(TERMS) + 1, -1)
     roots = jnp.sqrt(sums[:-1] / sums[-1:])
-    return {name: root.reshape(-1) if stacked else root for name, root in zip(TERMS, roots, strict=True)}
+    return dict(zip(TERMS, roots if spec.stacked else roots[:, 0], strict=True))

@@ -39,7 +39,7 @@ class TrainState(struct.PyTreeNode):
     """Everything that training changes, as arrays.
 
     Attributes:
-      trainable: trainable variables: adapters, and fully trained parameters under their own paths.
+      trainable: adapters, and fully trained parameters under their own paths.
       opt_state: optimizer state.
       step: number of completed steps, int32.
       rng: base key; each step folds its number into it.
@@ -90,8 +90,8 @@ def make_step(
     check_int("accumulate", accumulate, at_least=1)
 
     def sums(trainable: Any, frozen: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
-        (total, weight), metrics = loss_fn(combine(trainable, frozen), batch, rng)
-        return total, _with_loss((total, weight), metrics)
+        loss, metrics = loss_fn(combine(trainable, frozen), batch, rng)
+        return loss[0], _with_loss(loss, metrics)
 
     gradients = jax.grad(sums, has_aux=True)
 
@@ -102,6 +102,7 @@ def make_step(
         compute = functools.partial(gradients, state.trainable, frozen)
         grads, totals = _accumulate_gradients(compute, batch, rng, accumulate)
         if axis_name is not None:
+            # After the micro-batches, so that a step communicates once.
             grads, totals = jax.lax.psum((grads, totals), axis_name)
         weight = totals["loss"][1]
         grads = jax.tree.map(lambda g: (g / _nonzero(weight)).astype(g.dtype), grads)
@@ -109,7 +110,10 @@ def make_step(
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = weighted_means(totals) | _optimizer_metrics(opt_state, grads, updates)
         if skip_nonfinite:
-            finite = _all_finite(metrics)
+            # A norm is finite only if all its terms are: no leaf has to be read again.
+            names = ("grad_norm/", "update_norm/")
+            checked = [x for name, x in metrics.items() if name == "loss" or name.startswith(names)]
+            finite = jnp.all(jnp.isfinite(jnp.stack(checked)))
             metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
             old, new = (state.trainable, state.opt_state), (trainable, opt_state)
             trainable, opt_state = jax.tree.map(lambda o, n: jnp.where(finite, n, o), old, new)
@@ -130,8 +134,7 @@ def jit_step(
     """Compiles the `StepFn`, which donates its state. With a mesh, the batch is split over `"data"` and `"fsdp"`.
 
     State and frozen variables are sharded by `shardings`, or replicated over the mesh. Move them there before the
-    first step, with `distribute(tree, shardings)` or `replicate(mesh, tree)`; otherwise that step compiles a second
-    program for their current placement.
+    first step (`distribute`, `replicate`); otherwise that step compiles a second program for their placement.
 
     Args:
       loss_fn, tx, accumulate, skip_nonfinite: as for `make_step`.
@@ -142,30 +145,24 @@ def jit_step(
       ValueError: the mesh has no `"data"` axis, or shardings are passed without a mesh.
     """
     step = make_step(loss_fn, tx, accumulate=accumulate, skip_nonfinite=skip_nonfinite)
-    all_shardings = _all_shardings(mesh, shardings)
-    if mesh is None or all_shardings is None:
+    _check_mesh(mesh, shardings)
+    if mesh is None:
         return jax.jit(step, donate_argnums=0)
-    (state, frozen), rows, replicated = all_shardings
+    replicated = NamedSharding(mesh, PartitionSpec())
+    state, frozen = shardings or Shardings(replicated, replicated)
     return jax.jit(
         with_mesh(step, mesh),
         donate_argnums=0,
-        in_shardings=(state, frozen, rows),
+        in_shardings=(state, frozen, batch_sharding(mesh)),
         out_shardings=(state, replicated),
     )
 
 
-def _all_shardings(
-    mesh: Mesh | None, shardings: Shardings | None
-) -> tuple[Shardings, NamedSharding, NamedSharding] | None:
-    """The shardings of state and frozen variables, of a batch, and of replicated values; None without a mesh."""
-    if mesh is None:
-        if shardings is not None:
-            raise ValueError("shardings require mesh=, the mesh that they were made for")
-        return None
-    if DATA_AXIS not in mesh.axis_names:
+def _check_mesh(mesh: Mesh | None, shardings: Shardings | None) -> None:
+    if mesh is None and shardings is not None:
+        raise ValueError("shardings require mesh=, the mesh that they were made for")
+    if mesh is not None and DATA_AXIS not in mesh.axis_names:
         raise ValueError(f"mesh must have an axis {DATA_AXIS!r}, got {mesh.axis_names}")
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return shardings or Shardings(replicated, replicated), batch_sharding(mesh), replicated
 
 
 def pmap_step(
@@ -185,22 +182,23 @@ def make_eval(
 ) -> jax.stages.Wrapped:
     """Compiles an evaluation `(trainable, frozen, batch) -> {name: (sum, weight)}`.
 
-    It calls the loss function with `rng=None`, which must turn off dropout. Add the pairs of all batches, then call
-    `weighted_means`; `Rows` among them are concatenated instead. `mesh` and `shardings` are as for `jit_step`.
+    It calls the loss function with `rng=None`, which must turn off dropout. Add the pairs of all batches and
+    concatenate `Rows`, then call `weighted_means`. `mesh` and `shardings` are as for `jit_step`.
     """
 
     def evaluate(trainable: Any, frozen: Any, batch: Any) -> dict[str, SumAndWeight]:
         loss, metrics = loss_fn(combine(trainable, frozen), batch, None)  # pyright: ignore[reportArgumentType]
         return _with_loss(loss, metrics)
 
-    all_shardings = _all_shardings(mesh, shardings)
-    if mesh is None or all_shardings is None:
+    _check_mesh(mesh, shardings)
+    if mesh is None:
         return jax.jit(evaluate)
-    (state, frozen), rows, replicated = all_shardings
-    trainable = state if shardings is None else state.trainable
-    return jax.jit(
-        with_mesh(evaluate, mesh), in_shardings=(trainable, frozen, rows), out_shardings=replicated
+    replicated = NamedSharding(mesh, PartitionSpec())
+    trainable, frozen = (
+        (shardings.state.trainable, shardings.frozen) if shardings else (replicated, replicated)
     )
+    inputs = (trainable, frozen, batch_sharding(mesh))
+    return jax.jit(with_mesh(evaluate, mesh), in_shardings=inputs, out_shardings=replicated)
 
 
 def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
@@ -214,9 +212,7 @@ def weighted_means(totals: Mapping[str, SumAndWeight]) -> dict[str, jax.Array]:
 
 def _with_loss(loss: SumAndWeight, metrics: Mapping[str, SumAndWeight]) -> dict[str, SumAndWeight]:
     if "loss" in metrics:
-        raise ValueError(
-            "the loss function must not return a metric 'loss', the name of the loss itself; rename it"
-        )
+        raise ValueError("the loss function must not return a metric 'loss', the name of the loss itself")
     return {"loss": loss, **metrics}
 
 
@@ -227,15 +223,14 @@ def _nonzero(weight: jax.Array) -> jax.Array:
 def _accumulate_gradients(
     compute: Callable[[Any, jax.Array], tuple[Any, Any]], batch: Any, rng: jax.Array, parts: int
 ) -> tuple[Any, Any]:
-    """Sums gradients and totals over micro-batches.
-
-    Example i goes to micro-batch i mod parts, so the examples of a sharded batch stay on their devices.
-    """
+    """Sums gradients and totals over micro-batches."""
     if parts == 1:
         return compute(batch, rng)
     sizes = {x.shape[0] for x in jax.tree.leaves(batch)}
     if any(size % parts for size in sizes):
         raise ValueError(f"accumulate must divide the batch size {sorted(sizes)}, got {parts}")
+    # Example i goes to micro-batch i mod parts. A micro-batch of consecutive examples would be on few devices, and
+    # GSPMD would move examples between them.
     micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def add(carry: Any, part: Any) -> tuple[Any, None]:
@@ -245,13 +240,6 @@ def _accumulate_gradients(
     first = jax.tree.map(lambda x: x[0], (micro, keys))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(compute, *first))
     return jax.lax.scan(add, zeros, (micro, keys))[0]
-
-
-def _all_finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether the loss and all gradients and updates are finite: a norm is finite only if all its terms are."""
-    norms = ("grad_norm/", "update_norm/")
-    checked = [value for name, value in metrics.items() if name == "loss" or name.startswith(norms)]
-    return jnp.all(jnp.isfinite(jnp.stack(checked)))
 
 
 def _optimizer_metrics(opt_state: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:

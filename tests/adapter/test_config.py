@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig
-from loraplus_jax._utils.json_files import MAX_DEPTH, MAX_JSON_BYTES, read_json
-from loraplus_jax._utils.validation import check_int, check_number, suggest
 from loraplus_jax.adapter.config import matches
 
 from ..messages import mentions
@@ -45,16 +43,9 @@ def test_target_modules_is_required_and_fields_are_keywords():
         LoRAPlusConfig(["query"])
 
 
-def test_it_is_frozen_and_hashable():
-    config = LoRAPlusConfig(target_modules=["query"])
+def test_it_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.rank = 4
-    assert hash(config) == hash(LoRAPlusConfig(target_modules=("query",)))
-
-
-@pytest.mark.parametrize(("rank", "alpha", "scale"), [(8, 16.0, 2.0), (4, 1.0, 0.25), (2, 3, 1.5)])
-def test_scale_is_alpha_over_rank(rank, alpha, scale):
-    assert LoRAPlusConfig(target_modules=["q"], rank=rank, alpha=alpha).scale == scale
+        LoRAPlusConfig(target_modules=["query"]).rank = 4
 
 
 @pytest.mark.parametrize(
@@ -97,14 +88,6 @@ def test_a_bad_value_is_rejected_by_name(field, value, error):
         LoRAPlusConfig(**{"target_modules": ["query"], field: value})
 
 
-@pytest.mark.parametrize("target", [["query", "value"], "layers/.*/(query|value)"])
-def test_json_round_trip(target):
-    config = LoRAPlusConfig(
-        target_modules=target, rank=3, dropout=0.5, init="lora_b", modules_to_save=["head"]
-    )
-    assert LoRAPlusConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-
-
 @pytest.mark.parametrize(
     ("init", "ratio"), [("lora", 4.0), ("he_uniform", 4.0), ("gaussian", 4.0), ("lora_b", 16.0)]
 )
@@ -121,11 +104,6 @@ def test_arrays_are_no_settings():
     for value in (jnp.float32(4.0), np.ones(())):
         with pytest.raises(TypeError, match="lr_ratio"):
             LoRAPlusConfig(target_modules=["q"], lr_ratio=value)
-
-
-def test_numbers_of_numpy_are_saved_as_json():
-    config = LoRAPlusConfig(target_modules=["q"], alpha=np.float32(2.0), alpha_pattern={"q": np.float32(3.0)})
-    assert LoRAPlusConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_an_unknown_field_names_the_nearest():
@@ -156,50 +134,6 @@ def test_matches(rule, path, expected):
     assert matches(rule, path) is expected
 
 
-def test_nearest_falls_back_to_the_whole_list():
-    assert suggest("qurey", ["value", "query"]) == "; did you mean 'query'?"
-    assert suggest("zzz", ["value", "query"]) == "; known: query, value"
-    assert suggest("zzz", ["value"], fallback=False) == ""
-
-
-def test_an_int_that_no_float_or_no_64_bits_can_hold_is_rejected():
-    check_number("alpha", 10**38)
-    with pytest.raises(ValueError, match=r"alpha.*1000"):
-        check_number("alpha", 10**400)
-    for value in (10**39, 1e300, -1e-60):
-        with pytest.raises(ValueError, match=mentions("alpha", repr(value), "float32")):
-            check_number("alpha", value)
-    check_int("rank", 2**63 - 1, at_least=1)
-    with pytest.raises(ValueError, match=mentions("rank", "2**63", 2**63)):
-        check_int("rank", 2**63, at_least=1)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            '{"a": ' + "[" * 3000 + "]" * 3000 + "}",
-            "recursion|100|JSON object",
-        ),
-        ('{"a": ' + "[" * MAX_DEPTH + "]" * MAX_DEPTH + "}", f"nested.* {MAX_DEPTH}"),
-        (r'{"a": ["\ud800"]}', "surrogate"),
-        (r'{"\udc00": 1}', "surrogate"),
-        (f'{{"a": "{"x" * MAX_JSON_BYTES}"}}', "1048585.*1048576"),
-    ],
-)
-def test_json_that_is_too_large_or_invalid_is_rejected_by_name(tmp_path, content, message):
-    path = tmp_path / "some.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=f"some.json.*({message})"):
-        read_json(path)
-
-
-def test_json_just_within_the_limits_is_read(tmp_path):
-    path = tmp_path / "some.json"
-    path.write_text(r'{"\ud83d\ude00": ' + "[" * (MAX_DEPTH - 2) + "]" * (MAX_DEPTH - 2) + "}")
-    assert list(read_json(path)) == ["😀"]
-
-
 def test_patterns_are_those_of_peft():
     config = LoRAPlusConfig(
         target_modules=["q"],
@@ -222,9 +156,11 @@ def test_patterns_are_those_of_peft():
     assert {path: config.scale_of(path) for path in scales} == scales
 
 
-def test_rslora_divides_by_the_root_of_the_rank():
-    config = LoRAPlusConfig(target_modules=["q"], rank=4, alpha=6.0, use_rslora=True, rank_pattern={"k": 9})
-    assert (config.scale, config.scale_of("k")) == (3.0, 2.0)
+@pytest.mark.parametrize(("use_rslora", "scales"), [(False, (1.5, 6 / 9)), (True, (3.0, 2.0))])
+def test_scale_is_alpha_over_the_rank_or_its_root(use_rslora, scales):
+    fields = {"rank": 4, "alpha": 6, "rank_pattern": {"k": 9}}
+    config = LoRAPlusConfig(target_modules=["q"], use_rslora=use_rslora, **fields)
+    assert (config.scale, config.scale_of("k")) == scales
 
 
 def test_json_round_trip_with_every_field_and_hash():
@@ -233,8 +169,13 @@ def test_json_round_trip_with_every_field_and_hash():
         exclude_modules=["head"],
         target_parameters={".*/w": "eio"},
         layers_to_transform=[1, 2],
+        rank=3,
+        alpha=np.float32(2.0),  # numbers of NumPy are saved as JSON's
         rank_pattern={"q": 2},
-        alpha_pattern={"q": 3.0},
+        alpha_pattern={"q": np.float32(3.0)},
+        dropout=0.5,
+        init="lora_b",
+        modules_to_save=["norm"],
         bias="lora_only",
     )
     values = json.loads(json.dumps(config.to_json()))

@@ -5,18 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax import merge
 from loraplus_jax.adapter.lora import low_rank_output, scale_variables, weight_delta
 from loraplus_jax.adapter.spec import AdapterSpec
-
-from ..messages import mentions
 
 
 def spec(shape=(2, 2), scale=0.5, rank=1, leaf="params/q/kernel", **fields):
     return AdapterSpec(leaf=leaf, kind="dense", axes="io", shape=shape, rank=rank, scale=scale, **fields)
 
 
-BASE = {"params": {"q": {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.array([7.0, 8.0])}}}
 LORA = {"q": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[10.0, 20.0]])}}
 
 
@@ -40,30 +36,6 @@ def test_the_gradient_of_b_copies_no_rows():
         assert "[80,128]" not in str(compiled)
 
 
-def test_merge_by_hand_and_the_base_stays():
-    before = jax.tree.map(np.array, BASE)
-    merged = merge(BASE, LORA, {"q": spec()})
-    assert merged["params"]["q"]["kernel"].tolist() == [[6.0, 12.0], [13.0, 24.0]]
-    assert merged["params"]["q"]["bias"] is BASE["params"]["q"]["bias"]
-    jax.tree.map(np.testing.assert_array_equal, BASE, before)
-
-
-def test_merge_of_a_model_that_is_one_layer():
-    table = {"": spec(leaf="params/kernel")}
-    merged = merge({"params": BASE["params"]["q"]}, LORA["q"], table)
-    assert merged["params"]["kernel"].tolist() == [[6.0, 12.0], [13.0, 24.0]]
-
-
-def test_merge_sums_in_float32_and_stores_the_base_dtype():
-    # A B = 1 + 2^-8, which bfloat16 cannot hold: -1 plus it is 0 in bfloat16 and 2^-8 in float32.
-    factors = {"lora_a": jnp.array([[1.0, 2.0**-8]]), "lora_b": jnp.ones((2, 1))}
-    lora = {"q": jax.tree.map(lambda x: x.astype(jnp.bfloat16), factors)}
-    base = {"params": {"q": {"kernel": jnp.full((1, 1), -1.0, jnp.bfloat16)}}}
-    kernel = merge(base, lora, {"q": spec((1, 1), 1.0, rank=2)})["params"]["q"]["kernel"]
-    assert kernel.dtype == jnp.bfloat16
-    assert kernel.item() == 2.0**-8
-
-
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_weight_delta_of_stacked_layers_is_each_layers_own(axis):
     random = np.random.default_rng(0)
@@ -81,22 +53,6 @@ def test_weight_delta_keeps_a_batch_axis():
     expected = np.stack([(a[n] @ b[n]).T for n in range(4)])
     got = weight_delta(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), batched)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("base", "lora", "specs", "message"),
-    [
-        (BASE, LORA, {"k": spec()}, mentions("k/lora_a", "k/lora_b", "q/lora_a", "q/lora_b")),
-        (BASE, {}, {"q": spec()}, "q/lora_a"),
-        (BASE, LORA, {}, "q/lora_a"),
-        ({"params": {}}, LORA, {"q": spec()}, r"params/q/kernel.*\(2, 2\).*None"),
-        (BASE, LORA, {"q": spec((2, 3))}, r"params/q/kernel.*\(2, 3\).*\(2, 2\)"),
-        (BASE, LORA, {"q": spec(rank=2)}, mentions("q", "(2, 1)", "(2, 2)")),
-    ],
-)
-def test_merge_rejects_factors_that_do_not_fit(base, lora, specs, message):
-    with pytest.raises(ValueError, match=message):
-        merge(base, lora, specs)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,25 +22,10 @@ from loraplus_jax.inits.from_weights import (
 from loraplus_jax.linen.quantize import quantize_base
 
 from ..messages import mentions
+from .nets import Net
 
+NET = Net(40, 12, 16, convolution=True)
 IDS = jnp.arange(6).reshape(2, 3)
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return x + jnp.tanh(nn.Dense(16, name="fc")(x)), None
-
-
-class Net(nn.Module):
-    """A table, a layer with two output axes, a convolution and three layers in a loop."""
-
-    @nn.compact
-    def __call__(self, ids):
-        x = nn.DenseGeneral((4, 4), name="heads")(nn.Embed(40, 12, name="table")(ids))
-        x = nn.Conv(16, (3,), name="conv")(x.reshape(*ids.shape, 16))
-        layer = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return layer(name="layers")(x, None)[0]
 
 
 CONFIG = LoRAPlusConfig(
@@ -55,15 +39,15 @@ CONFIG = LoRAPlusConfig(
 
 @pytest.fixture(scope="module")
 def parts():
-    base = {"params": Net().init(jax.random.key(0), IDS)["params"]}
-    model = apply_lora_plus(Net(), CONFIG)
+    base = {"params": NET.init(jax.random.key(0), IDS)["params"]}
+    model = apply_lora_plus(NET, CONFIG)
     _, specs = init_lora(model, jax.random.key(1), IDS, base=base)
-    grads = jax.grad(lambda p: jnp.mean((Net().apply({"params": p}, IDS) - 1) ** 2))(base["params"])
+    grads = jax.grad(lambda p: jnp.mean((NET.apply({"params": p}, IDS) - 1) ** 2))(base["params"])
     return base, model, specs, {"params": grads}
 
 
 def drawn(init):
-    model = apply_lora_plus(Net(), dataclasses.replace(CONFIG, init=init))
+    model = apply_lora_plus(NET, dataclasses.replace(CONFIG, init=init))
     return init_lora(model, jax.random.key(2), IDS)[0]
 
 
@@ -87,7 +71,7 @@ def test_the_model_starts_as_the_base(parts, name):
         for path, shape in zip(spec.factor_paths(module), spec.factor_shapes, strict=True)
     }
     assert min(float(jnp.abs(x).max()) for x in jax.tree.leaves(lora)) > 1e-3
-    np.testing.assert_allclose(model.apply(rest | {"lora": lora}, IDS), Net().apply(base, IDS), atol=1e-5)
+    np.testing.assert_allclose(model.apply(rest | {"lora": lora}, IDS), NET.apply(base, IDS), atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, base, before)
 
 
@@ -103,7 +87,7 @@ def test_the_difference_is_an_adapter_for_the_untouched_base(parts, name, tmp_pa
     assert all(config.rank_of(path) == spec.rank for path, spec in doubled.items())
     assert all(config.scale_of(path) == spec.scale for path, spec in doubled.items())
     expected = model.apply(rest | {"lora": trained}, IDS)
-    np.testing.assert_allclose(Net().apply(merge(base, lora, doubled), IDS), expected, atol=2e-5)
+    np.testing.assert_allclose(NET.apply(merge(base, lora, doubled), IDS), expected, atol=2e-5)
     # As PEFT's files, read back.
     names = [("{layer}", "model.{layer}"), ("layers/fc", "model.layers.{n}.fc")]
     save_peft(tmp_path / "peft", lora, doubled, config, names)
@@ -171,9 +155,9 @@ def test_bad_input(parts):
     nan = {"params": grads["params"] | {"heads": {"kernel": jnp.full((12, 4, 4), jnp.nan)}}}
     zero = jax.tree.map(jnp.zeros_like, grads)
     some = LoRAPlusConfig(target_modules=["fc"], rank=2, layers_to_transform=[1])
-    _, partial = init_lora(apply_lora_plus(Net(), some), jax.random.key(1), IDS)
+    _, partial = init_lora(apply_lora_plus(NET, some), jax.random.key(1), IDS)
     wide = LoRAPlusConfig(target_modules=["heads"], rank=8)
-    _, large = init_lora(apply_lora_plus(Net(), wide), jax.random.key(1), IDS)
+    _, large = init_lora(apply_lora_plus(NET, wide), jax.random.key(1), IDS)
     odd = LoRAPlusConfig(target_modules=["heads"], rank=3, init="orthogonal")
     late = LoRAPlusConfig(target_modules=["heads"], init="pissa")
     for call, words in (
@@ -189,8 +173,8 @@ def test_bad_input(parts):
         (lambda: lora_ga(base, zero, one, variant="lora_one"), ["gradients", "heads", "zero"]),
         (lambda: lora_ga(base, grads, one, gamma=0), ["gamma"]),
         (lambda: lora_ga(base, grads, one, variant="ga"), ["variant", "lora_one"]),
-        (lambda: init_lora(apply_lora_plus(Net(), odd), jax.random.key(1), IDS), ["rank", "even", "3"]),
-        (lambda: init_lora(apply_lora_plus(Net(), late), jax.random.key(1), IDS), ["pissa", "starts"]),
+        (lambda: init_lora(apply_lora_plus(NET, odd), jax.random.key(1), IDS), ["rank", "even", "3"]),
+        (lambda: init_lora(apply_lora_plus(NET, late), jax.random.key(1), IDS), ["pissa", "starts"]),
         (lambda: dataclasses.replace(odd, init_iterations=2), ["init_iterations", "orthogonal"]),
         (lambda: dataclasses.replace(late, init_iterations=-1), ["init_iterations", "-1"]),
     ):

@@ -1,6 +1,5 @@
 """LoftQ: the packed weights and their first adapters are nearer to the weights than the packed ones alone."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,34 +12,17 @@ from loraplus_jax.inits.loftq import loftq
 from loraplus_jax.linen.quantize import quantize_base
 
 from ..messages import mentions
+from .nets import Net
 
-
-class Net(nn.Module):
-    """A layer with two output axes, a table, and three layers in a loop."""
-
-    @nn.compact
-    def __call__(self, ids):
-        x = nn.DenseGeneral((4, 16), name="heads")(nn.Embed(70, 64, name="table")(ids)).reshape(
-            *ids.shape, 64
-        )
-        layer = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
-        return layer(name="layers")(x, None)[0]
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return x + jnp.tanh(nn.Dense(64, name="fc")(x)), None
-
-
+NET = Net(70, 64, 64)
 IDS = jnp.arange(20).reshape(2, 10)
 
 
 @pytest.fixture(scope="module")
 def parts():
-    base = {"params": Net().init(jax.random.key(0), IDS)["params"]}
+    base = {"params": NET.init(jax.random.key(0), IDS)["params"]}
     config = LoRAPlusConfig(target_modules=["heads", "table", "fc"], rank=8, alpha=16)
-    model = apply_lora_plus(Net(), config)
+    model = apply_lora_plus(NET, config)
     _, specs = init_lora(model, jax.random.key(1), IDS, base=base)
     return base, model, specs
 

@@ -6,11 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from loraplus_jax import describe, label_params, lora_plus, lora_plus_adamw, probe
+from loraplus_jax import describe, lora_plus, lora_plus_adamw, probe
 from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.adapter.tree import leaves_by_path, unflatten
 from loraplus_jax.optim.keep_float32 import keep_float32
-from loraplus_jax.optim.roles import role_norms
 
 from ..messages import mentions
 
@@ -24,13 +23,13 @@ SPECS = {
 
 
 def test_describe_in_full():
-    tx = lora_plus_adamw(1e-3, lr_ratio=4.0, weight_decay=0.01, by_role={"extra": {"weight_decay": 0.0}})
+    tx = lora_plus_adamw(1e-3, lr_ratio=4.0, weight_decay=0.01, decay="equal")
     frozen = {"params": {"enc": {"q": {"kernel": jnp.ones((300, 5))}}}}
     assert str(describe(TRAINABLE, tx, SPECS, frozen=frozen)).splitlines() == [
-        "path               shape  role   rank  rate   decay  count",
-        "lora/enc/q/lora_a  3x2    a      2     0.001  0.01   6",
-        "lora/enc/q/lora_b  2x5    b      2     0.004  0.01   10",
-        "params/head/bias   4      extra  -     0.001  0      4",
+        "path               shape  role   rank  rate   decay   count",
+        "lora/enc/q/lora_a  3x2    a      2     0.001  0.01    6",
+        "lora/enc/q/lora_b  2x5    b      2     0.004  0.0025  10",
+        "params/head/bias   4      extra  -     0.001  0.01    4",
         "trainable 20 of 1,520 (1.32 %)",
     ]
 
@@ -123,7 +122,6 @@ RATES = {
     "head": {"head_learning_rate": 0.02},
     "embedding": {"embedding_learning_rate": 0.003},
     "schedule": {"learning_rate": optax.linear_schedule(0.1, 0.0, 10), "head_learning_rate": 0.02},
-    "by role": {"by_role": {"b": {"weight_decay": 0.3}, "extra": {"weight_decay": 0.0}}},
     "equal decay": {"decay": "equal"},
     "clipped": {"max_grad_norm": 1e9},
 }
@@ -211,12 +209,3 @@ def test_probe_shows_a_ratio_outside_a_transform_that_keeps_parameters():
         updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
         params = optax.apply_updates(params, updates)
     assert ratios == pytest.approx([8, 48], rel=1e-3)
-
-
-def test_role_norms_are_global_over_a_role():
-    tree = {
-        "x": {"lora_a": jnp.array([[3.0]]), "lora_b": jnp.array([[5.0]])},
-        "y": {"lora_a": jnp.array([[4.0]]), "lora_b": jnp.array([[12.0]])},
-    }
-    norms = role_norms(tree, label_params(tree))
-    assert {role: float(norm) for role, norm in norms.items()} == {"a": 5.0, "b": 13.0}

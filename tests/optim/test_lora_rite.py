@@ -9,7 +9,6 @@ import pytest
 from loraplus_jax.optim.lora_muon import lora_muon, scale_by_lora_muon
 from loraplus_jax.optim.lora_plus import lora_plus, lora_plus_adamw
 from loraplus_jax.optim.lora_rite import lora_rite, scale_by_lora_rite
-from loraplus_jax.optim.pairs import inverse_root
 
 from ..messages import mentions
 
@@ -140,19 +139,11 @@ def test_a_zero_b_and_stacked_layers_and_a_head(name):
     np.testing.assert_allclose(updates["head"], -0.1 * jnp.sign(grads["head"]), rtol=1e-4)
 
 
-def test_roots_and_bad_input():
-    matrix = draw(4, 4, seed=5)
-    matrix = jnp.asarray(matrix @ matrix.T, jnp.float32)
-    root = inverse_root(matrix)
-    np.testing.assert_allclose(root @ matrix @ root, np.eye(4), atol=1e-3)
-    np.testing.assert_array_equal(inverse_root(jnp.zeros((2, 3, 3))), 0)
-    factors = {"q": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 5))}}
+def test_bad_input():
     for call, words in (
         (lambda: lora_rite(0.1, b1=1.0), ["b1", "1.0"]),
         (lambda: lora_rite(0.1, eps=0.0), ["eps"]),
         (lambda: lora_muon(0.1, b1=-1.0), ["b1", "-1.0"]),
-        (lambda: lora_muon(0.1).init({"head": jnp.ones((3, 4))}), ["pair", "head"]),
-        (lambda: lora_rite(0.1).update(factors, lora_rite(0.1).init(factors)), ["params"]),
     ):
         with pytest.raises(ValueError, match=mentions(*words)):
             call()

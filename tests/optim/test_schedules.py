@@ -9,14 +9,7 @@ import pytest
 from loraplus_jax import lora_plus, lora_plus_adamw, make_schedule
 
 from ..messages import mentions
-from .toy import ONES, leaves, run
-
-SCHEDULES = {
-    "constant": 0.1,
-    "linear": optax.linear_schedule(0.1, 0.01, 6),
-    "cosine with a floor": optax.cosine_decay_schedule(0.1, 6, alpha=0.1),
-    "warm-up and cosine": optax.warmup_cosine_decay_schedule(0.02, 0.1, 3, 8, end_value=0.01),
-}
+from .toy import ONES, SCHEDULES, leaves, run
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -46,17 +39,10 @@ STEPS = (0, 1, 3, 13, 18, 21, 23, 24)
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_both_factors_follow_every_schedule(name):
-    # Adam's step for a gradient that is always one is the rate itself.
+def test_rates_by_hand(name):
     floor = {} if name == "constant" else {"final_fraction": 0.25}
     schedule = make_schedule(name, 0.1, 23, warmup_steps=3, **floor)
     np.testing.assert_allclose([schedule(n) for n in STEPS], RATES[name], rtol=1e-5, atol=1e-9)
-    history = run(lora_plus_adamw(schedule, lr_ratio=4.0, eps=1e-30), 25, grads=lambda _: ONES)
-    steps = [leaves(history[n][1]) for n in STEPS]
-    np.testing.assert_allclose([a[0, 0] for a, _, _ in steps], -np.array(RATES[name]), rtol=1e-4, atol=1e-9)
-    np.testing.assert_allclose(
-        [b[0, 0] for _, b, _ in steps], -4 * np.array(RATES[name]), rtol=1e-4, atol=1e-9
-    )
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,6 @@ def test_rates_of_the_two_starts_follow_from_each_other(alpha):
         suggest_learning_rate(*case, 8, 256) for case in (("lora", alpha), ("he_uniform", alpha / 6))
     )
     assert other == pytest.approx(6**0.5 * rate)
-    changes = (
-        output_change("lora", alpha, 8, 256, rate),
-        output_change("he_uniform", alpha / 6, 8, 256, other),
-    )
-    assert changes[0] == pytest.approx(changes[1], rel=1e-9)
 
 
 @pytest.mark.parametrize(

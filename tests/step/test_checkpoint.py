@@ -110,16 +110,6 @@ def test_a_resumed_run_is_bitwise_the_same(saved):
     assert_same(trained(state, 4), trained(fresh(), 7))
 
 
-def test_a_checkpoint_is_placed_as_the_state_it_is_restored_like(saved):
-    mesh = make_mesh()
-    with open_manager(saved[0]) as manager:
-        state = restore_checkpoint(manager, replicate(mesh, fresh()), metadata=metadata(seed=5)).state
-    assert all(
-        leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(state.trainable)
-    )
-    jax.tree.map(np.testing.assert_array_equal, values(state), saved[1])
-
-
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), slow((2, 1, 1)), (1, 2, 2), slow((1, 8, 1)), slow((2, 1, 4)), "pmap"], ids=str
 )
@@ -444,19 +434,6 @@ def test_one_bit_changes_the_fingerprint(dtype, bit, place):
     assert fingerprint(other) != fingerprint(tree(dtype))
 
 
-def test_order_path_shape_and_dtype_change_the_fingerprint():
-    w, b = tree()["params"]["w"], tree()["params"]["b"]
-    others = [
-        {"w": w[::-1], "b": b},
-        {"w": w.T, "b": b},
-        {"w": w.reshape(4, 16), "b": b},
-        {"v": w, "b": b},
-        {"w": w.view(jnp.int32), "b": b},
-        {"w": w},
-    ]
-    assert len({fingerprint(tree()), *(fingerprint({"params": other}) for other in others)}) == 7
-
-
 def test_the_fingerprint_is_the_same_on_any_layout():
     mesh = make_mesh()
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -472,8 +449,11 @@ def test_the_fingerprint_sees_signs_and_places(dtype):
     w = 3 * jax.random.normal(jax.random.key(0), (8, 8))
     w = w > 0 if dtype == "bool" else w.astype(dtype)
     other_sign = ~w if dtype in ("bool", "uint8") else -w
-    found = [fingerprint({"w": x}) for x in (w, other_sign, w[::-1], w.T, w[:, ::-1], w.reshape(4, 16))]
-    assert len({*found, fingerprint({"v": w})}) == 7
+    changed = [other_sign, w[::-1], w.T, w[:, ::-1], w.reshape(4, 16)]
+    changed += [w.view(jnp.int32)] if dtype == "float32" else []
+    found = [fingerprint({"w": x}) for x in (w, *changed)]
+    others = [{"v": w}, {"w": w, "b": w}, {"w": {"w": w}}]
+    assert len({*found, *map(fingerprint, others)}) == len(found) + 3
 
 
 def test_the_fingerprint_takes_keys_and_complex_numbers():

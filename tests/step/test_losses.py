@@ -24,7 +24,7 @@ def inputs(dtype=jnp.float32, scale=1.0):
     return hidden, kernel, labels, weights
 
 
-def reference(hidden, kernel, labels, weights, cap=None, z_loss=0.0, smoothing=0.0):
+def reference(hidden, kernel, labels, weights, cap=None, smoothing=0.0):
     """Losses, and the gradient of their weighted sum by the hidden states, written out in float64."""
     hidden, kernel, weights = (np.asarray(x, np.float64) for x in (hidden, kernel, weights))
     raw = hidden @ kernel
@@ -32,9 +32,9 @@ def reference(hidden, kernel, labels, weights, cap=None, z_loss=0.0, smoothing=0
     slope = 1.0 if cap is None else 1 - np.tanh(raw / cap) ** 2
     log_z = np.log(np.exp(logits).sum(-1))
     right = (1 - smoothing) * np.eye(WORDS)[labels] + smoothing / WORDS
-    losses = log_z - (logits * right).sum(-1) + z_loss * log_z**2
+    losses = log_z - (logits * right).sum(-1)
     shares = np.exp(logits - log_z[..., None])
-    d_logits = shares * (1 + 2 * z_loss * log_z)[..., None] - right
+    d_logits = shares - right
     return losses, (weights[..., None] * d_logits * slope) @ kernel.T
 
 
@@ -57,26 +57,13 @@ def test_every_chunk_size_gives_the_float64_values_and_gradients(chunk):
 
 
 @pytest.mark.parametrize("chunk", [3, 512])
-@pytest.mark.parametrize(("cap", "z_loss", "smoothing"), [(2.0, 0.0, 0.0), (None, 0.1, 0.1), (5.0, 0.3, 0.2)])
-def test_every_option_gives_the_float64_values_and_gradients(chunk, cap, z_loss, smoothing):
+@pytest.mark.parametrize(("cap", "smoothing"), [(2.0, 0.0), (None, 0.1), (5.0, 0.2)])
+def test_every_option_gives_the_float64_values_and_gradients(chunk, cap, smoothing):
     data = inputs(scale=3.0)
-    options = {"soft_cap": cap, "z_loss": z_loss, "label_smoothing": smoothing}
+    options = {"soft_cap": cap, "label_smoothing": smoothing}
     found = value_and_gradient(*data, chunk=chunk, **options)
-    for ours, wanted in zip(found, reference(*data, cap, z_loss, smoothing), strict=True):
+    for ours, wanted in zip(found, reference(*data, cap, smoothing), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=2e-5, atol=2e-5)
-
-
-def test_it_equals_optax():
-    hidden, kernel, labels, weights = inputs()
-
-    def total(hidden):
-        losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel, labels)
-        return jnp.sum(losses * weights), losses
-
-    (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(hidden)
-    found = value_and_gradient(hidden, kernel, labels, weights, chunk=5)
-    np.testing.assert_allclose(found[0], losses, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found[1], gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tied_embedding_is_taken_as_it_is():
@@ -126,34 +113,6 @@ def test_bf16_states_give_float32_losses_and_bf16_gradients(kernel_dtype):
     np.testing.assert_allclose(np.asarray(gradient, np.float32), d_hidden, atol=0.1)
 
 
-def largest(jaxpr, seen=None):
-    """Every shape that is made anywhere in a program, its inner ones included."""
-    seen = set() if seen is None else seen
-    for equation in jaxpr.eqns:
-        seen |= {v.aval.shape for v in (*equation.invars, *equation.outvars) if hasattr(v.aval, "shape")}
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                largest(inner, seen)
-    return seen
-
-
-def sized(shapes, tokens):
-    """Whether there is an array with a logit for so many tokens or more."""
-    logits = [shape for shape in shapes if WORDS in shape and shape != (HIDDEN, WORDS)]
-    return any(int(np.prod(shape)) >= tokens * WORDS for shape in logits)
-
-
-def test_no_logits_of_more_tokens_than_a_chunk_are_made():
-    def shapes(chunk):
-        return largest(jax.make_jaxpr(lambda *a: value_and_gradient(*a, chunk=chunk))(*inputs()).jaxpr)
-
-    for chunk in (3, 6, 12):
-        assert sized(shapes(chunk), chunk)
-        assert not sized(shapes(chunk), chunk + 1)
-    assert sized(shapes(512), ROWS * LENGTH)  # the test would see them
-
-
 def test_the_memory_of_the_compiled_gradient_does_not_grow_with_the_vocabulary_times_the_tokens():
     tokens, words = 512, 4096
     hidden = jax.ShapeDtypeStruct((4, tokens // 4, 16), jnp.float32)
@@ -168,7 +127,8 @@ def test_the_memory_of_the_compiled_gradient_does_not_grow_with_the_vocabulary_t
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 4 * tokens * words
-    assert temporaries(32) < logits / 3
+    for chunk in (16, 32, 128):  # a chunk's logits and their gradient
+        assert temporaries(chunk) < 2.5 * logits * chunk / tokens
     assert temporaries(tokens) > logits / 2
 
 
@@ -179,8 +139,6 @@ def test_the_memory_of_the_compiled_gradient_does_not_grow_with_the_vocabulary_t
         ({"chunk": 1.5}, "chunk .* 1.5"),
         ({"soft_cap": 0.0}, "soft_cap .* 0"),
         ({"soft_cap": -1.0}, "soft_cap .* -1"),
-        ({"z_loss": -0.1}, "z_loss .* -0.1"),
-        ({"z_loss": float("nan")}, "z_loss .* nan"),
         ({"label_smoothing": 1.0}, "label_smoothing .* 1"),
         ({"transposed": True}, mentions("(V, D)", "(3, 10, 8)", "(8, 23)", "(3, 10)")),
     ],

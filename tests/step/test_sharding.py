@@ -51,10 +51,6 @@ def shape(*sizes):
     return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
-def test_there_are_ten_meshes_of_eight():
-    assert len(MESHES) == 10
-
-
 # Meshes
 
 
@@ -87,6 +83,7 @@ def test_a_free_size_takes_the_rest(sizes, found):
         ((3, 1, 1), mentions("3 devices", 8, "mesh.data", "1, 2, 4, 8")),
         ((-1, -1, 1), mentions("mesh.data", "mesh.fsdp", "mesh.tensor", -1)),
         ((1, 0, 1), mentions("mesh.fsdp", -1, 8, 0)),
+        ((-2, 1, 1), mentions("mesh.data", -1, 8, -2)),
         ((1, 1, 9), mentions("mesh.tensor", -1, 8, 9)),
     ],
 )

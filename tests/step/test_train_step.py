@@ -161,12 +161,6 @@ def test_bad_arguments_are_rejected():
         jit_step(squares, TX, mesh=mesh)
 
 
-@pytest.mark.parametrize("data", [0, -2, 9])
-def test_a_mesh_of_devices_that_do_not_exist_is_rejected(data):
-    with pytest.raises(ValueError, match=mentions("mesh.data", 8, data)):
-        make_mesh(data)
-
-
 def test_a_batch_of_no_weight_changes_nothing():
     trainable, frozen, batch = scalars(b=1.0)
     batch["weight"] = jnp.zeros(2)
@@ -364,29 +358,20 @@ def test_lambda_costs_nothing():
 
     That of lambda 1, where A and B share an AdamW, has one bias correction and one counter less.
     """
-    import flax.linen as nn
-
-    from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, lora_plus_adamw
-
     net = nn.Sequential([nn.Dense(64), nn.relu, nn.Dense(8)])
     model = apply_lora_plus(net, LoRAPlusConfig(target_modules=["layers_0", "layers_2"], rank=4))
     x = jnp.ones((16, 32))
-    frozen, (lora, specs) = net.init(jax.random.key(0), x), init_lora(model, jax.random.key(1), x)
+    frozen, (lora, specs) = net.init(KEY, x), init_lora(model, KEY, x)
 
     def loss_fn(variables, batch, rng):
         return (jnp.sum(model.apply(variables, batch) ** 2), jnp.float32(batch.shape[0])), {}
 
     def cost(ratio):
         tx = lora_plus_adamw(1e-3, lr_ratio=ratio, specs=specs)
-        state = init_state({"lora": lora}, tx, jax.random.key(2))
-        compiled = jit_step(loss_fn, tx).lower(state, frozen, x).compile()
-        memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-        return (
-            costs["flops"],
-            costs["bytes accessed"],
-            memory.temp_size_in_bytes,
-            memory.argument_size_in_bytes,
-        )
+        step = jit_step(loss_fn, tx).lower(init_state({"lora": lora}, tx, KEY), frozen, x).compile()
+        memory, costs = step.memory_analysis(), step.cost_analysis()
+        sizes = memory.temp_size_in_bytes, memory.argument_size_in_bytes
+        return costs["flops"], costs["bytes accessed"], *sizes
 
     assert cost(16.0) == cost(4.0)
     flops, *_, arguments = cost(16.0)

@@ -1,0 +1,76 @@
+"""Merging by hand: the sum is float32, the base stays, and what does not fit is rejected by name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax import merge, unmerge
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.quantization import quantize
+
+from ..messages import mentions
+
+
+def spec(shape=(2, 2), scale=0.5, rank=1, leaf="params/q/kernel"):
+    return AdapterSpec(leaf=leaf, kind="dense", axes="io", shape=shape, rank=rank, scale=scale)
+
+
+KERNEL = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+BASE = {"params": {"q": {"kernel": KERNEL, "bias": jnp.array([7.0, 8.0])}}}
+LORA = {"q": {"lora_a": jnp.array([[1.0], [2.0]]), "lora_b": jnp.array([[10.0, 20.0]])}}
+
+
+def test_merge_by_hand_and_the_base_stays():
+    before = jax.tree.map(np.array, BASE)
+    merged = merge(BASE, LORA, {"q": spec()})
+    assert merged["params"]["q"]["kernel"].tolist() == [[6.0, 12.0], [13.0, 24.0]]
+    assert merged["params"]["q"]["bias"] is BASE["params"]["q"]["bias"]
+    jax.tree.map(np.testing.assert_array_equal, BASE, before)
+    assert unmerge(merged, BASE, {"q": spec()})["params"]["q"]["kernel"] is KERNEL
+    with pytest.raises(ValueError, match=mentions("params/q/kernel", "base", "(2, 2)", "None")):
+        unmerge(merged, {}, {"q": spec()})
+
+
+@pytest.mark.parametrize("path", ["", "layers/0"])
+def test_merge_of_a_model_that_is_one_layer_or_has_a_list_of_them(path):
+    nest = lambda leaves: {"layers": {0: leaves}} if path else leaves  # noqa: E731
+    table = {path: spec(leaf=f"params/{path}/kernel".replace("//", "/"))}
+    merged = merge({"params": nest(BASE["params"]["q"])}, nest(LORA["q"]), table)["params"]
+    kernel = merged["layers"][0]["kernel"] if path else merged["kernel"]
+    assert kernel.tolist() == [[6.0, 12.0], [13.0, 24.0]]
+
+
+def test_merge_sums_in_float32_and_stores_the_base_dtype():
+    # A B = 1 + 2^-8, which bfloat16 cannot hold: -1 plus it is 0 in bfloat16 and 2^-8 in float32.
+    factors = {"lora_a": jnp.array([[1.0, 2.0**-8]]), "lora_b": jnp.ones((2, 1))}
+    lora = {"q": jax.tree.map(lambda x: x.astype(jnp.bfloat16), factors)}
+    base = {"params": {"q": {"kernel": jnp.full((1, 1), -1.0, jnp.bfloat16)}}}
+    kernel = merge(base, lora, {"q": spec((1, 1), 1.0, rank=2)})["params"]["q"]["kernel"]
+    assert kernel.dtype == jnp.bfloat16
+    assert kernel.item() == 2.0**-8
+
+
+def test_a_packed_weight_is_only_merged_on_request():
+    base = {"params": {"q": {"kernel": quantize(KERNEL, "int8")}}}
+    with pytest.raises(ValueError, match=mentions("params/q/kernel", "int8", "dequantize=True")):
+        merge(base, LORA, {"q": spec()})
+    kernel = merge(base, LORA, {"q": spec()}, dequantize=True)["params"]["q"]["kernel"]
+    np.testing.assert_allclose(kernel, [[6.0, 12.0], [13.0, 24.0]], atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("base", "lora", "specs", "message"),
+    [
+        (BASE, LORA, {"k": spec()}, mentions("k/lora_a", "k/lora_b", "q/lora_a", "q/lora_b")),
+        (BASE, {}, {"q": spec()}, "q/lora_a"),
+        (BASE, LORA, {}, "q/lora_a"),
+        ({"params": {}}, LORA, {"q": spec()}, r"params/q/kernel.*\(2, 2\).*None"),
+        (BASE, LORA, {"q": spec((2, 3))}, r"params/q/kernel.*\(2, 3\).*\(2, 2\)"),
+        (BASE, LORA, {"q": spec(rank=2)}, mentions("q", "(2, 1)", "(2, 2)")),
+        ({"q": KERNEL}, LORA, {"q": spec()}, mentions("params", "q")),
+    ],
+)
+def test_merge_rejects_factors_that_do_not_fit(base, lora, specs, message):
+    with pytest.raises(ValueError, match=message):
+        merge(base, lora, specs)

@@ -1,0 +1,129 @@
+"""Which factor is A and which is B, in our trees and in those of other libraries, and trees that leave it open."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from loraplus_jax import label_params
+from loraplus_jax.adapter.spec import AdapterSpec
+from loraplus_jax.adapter.tree import leaves_by_path
+
+from ..messages import mentions
+
+
+def spec(*shape):
+    return AdapterSpec(leaf="params/q/kernel", kind="dense", axes="io", shape=shape, rank=2, scale=1.0)
+
+
+def zeros(*shape):
+    return jnp.zeros(shape)
+
+
+A, B = zeros(4, 2), zeros(2, 6)
+T_A, T_B = A.T, B.T  # as torch keeps them
+PAIR = {"lora_a": A, "lora_b": B}
+OTHERS = {  # by name: a tree, and the path of A
+    "nnx": ({"fc": {"lora": PAIR}}, "fc/lora/lora_a"),
+    "qwix": ({"fc": {"kernel": zeros(4, 6), "kernel_lora_a": A, "kernel_lora_b": B}}, "fc/kernel_lora_a"),
+    "gemma": ({"attn": {"q": {"lora": {"a": A, "b": B}, "w": zeros(4, 6)}}}, "attn/q/lora/a"),
+    "keras": ({"dense": {"lora_kernel_a": A, "lora_kernel_b": B}}, "dense/lora_kernel_a"),
+    "peft": ({"q": {"lora_A": {"weight": T_A}, "lora_B": {"weight": T_B}}}, "q/lora_A/weight"),
+    "peft, bare": ({"q": {"lora_A": T_A, "lora_B": T_B}}, "q/lora_A"),
+    "peft, in Flax's layout": ({"q": {"lora_A": A, "lora_B": B}}, "q/lora_A"),
+    "peft, dotted": (
+        {"q.lora_A.weight": T_A, "q.lora_B.weight": T_B, "q.base_layer.weight": zeros(6, 4)},
+        "q.lora_A.weight",
+    ),
+    "peft, an adapter's name": (
+        {"q.lora_A.one.weight": T_A, "q.lora_B.one.weight": T_B, "q.lora_B.one.bias": zeros(6)},
+        "q.lora_A.one.weight",
+    ),
+    "peft, magnitude": (
+        {"q": {"lora_A": T_A, "lora_B": T_B, "lora_magnitude_vector": {"weight": zeros(6, 1)}}},
+        "q/lora_A",
+    ),
+    "layers": ({"q": {"lora_a": {"kernel": A}, "lora_b": {"kernel": B}}}, "q/lora_a/kernel"),
+    "torchtune": ({"q": {"lora_a": {"weight": T_A}, "lora_b": {"weight": T_B}}}, "q/lora_a/weight"),
+    "kohya": ({"q.lora_down.weight": T_A, "q.lora_up.weight": T_B}, "q.lora_down.weight"),
+    "down and up": ({"q": {"lora_down": {"kernel": A}, "lora_up": {"kernel": B}}}, "q/lora_down/kernel"),
+    "a user's own layer": (
+        {"LoRADense_0": {"kernel": zeros(4, 6), **PAIR}, "exploration": {"kernel": A}},
+        "LoRADense_0/lora_a",
+    ),
+    "beside a kernel of other axes": (
+        {"q": {"kernel": zeros(4, 2, 3), "lora_a": A, "lora_b": zeros(2, 2, 3)}},
+        "q/lora_a",
+    ),
+    "lorax": ({"fc": {"w": zeros(4, 6), "b": A, "a": B}}, "fc/b"),
+    "named by side beside a weight": ({"fc": {"w": zeros(4, 6), "a": A, "b": B}}, "fc/a"),
+    "square": ({"fc": {"kernel_lora_a": zeros(4, 4), "kernel_lora_b": zeros(4, 4)}}, "fc/kernel_lora_a"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_adapters_of_others_are_labelled_by_side(name):
+    tree, path = OTHERS[name]
+    labels = leaves_by_path(label_params(tree))
+    assert [p for p, role in labels.items() if role == "a"] == [path]
+    assert list(labels.values()).count("b") == 1
+    assert set(labels.values()) - {"magnitude"} <= {"a", "b", "extra"}
+    assert ("magnitude" in labels.values()) == (name == "peft, magnitude")
+
+
+def test_factors_of_embeddings_are_known_by_name():
+    tree = {"e": {"lora_embedding_A": T_A, "lora_embedding_B": T_B}}
+    assert set(jax.tree.leaves(label_params(tree))) == {"embedding"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"fc": {"w": zeros(4, 4), "a": zeros(4, 4), "b": zeros(4, 4)}}, "fc: .*both"),
+        ({"fc": {"w": zeros(4, 6), "a": zeros(3, 2), "b": zeros(2, 6)}}, "fc: .*neither"),
+        ({"q": {"a": A, "b": B}}, mentions("q", "a (4, 2)", "b (2, 6)")),
+        ({"q": {"A": B, "B": A}}, mentions("q", "a (2, 6)", "b (4, 2)")),
+        ({"q": {"kernel": zeros(6, 4), **PAIR}}, mentions("q", "kernel (6, 4)")),
+        (
+            {"q": {"lora_left": A, "lora_right": B}},
+            mentions("q/lora_left", "(4, 2)", "LoRA", "lora_A", "lora_B"),
+        ),
+        ({"q": {"loraA": T_A, "loraB": T_B}}, mentions("q/loraA", "LoRA")),
+        ({"q": {"lora": {"left": A, "right": B}}}, mentions("q/lora/left", "LoRA")),
+        ({"lora": {"q": PAIR, "k": {"left": A}}}, mentions("lora/k/left", "LoRA")),
+        ({"q": {**PAIR, "lora_c": A}}, mentions("q/lora_c", "LoRA")),
+        ({"q": {"lora_a": T_A, "lora_b": T_B}}, mentions("q", "(2, 4)", "(6, 2)")),
+        ({"q": {"lora_a": zeros(4), "lora_b": B}}, mentions("q", "(4,)", "(2, 6)")),
+        (
+            {"q": {"lora_A": T_A, "lora_B": zeros(5, 3)}},
+            mentions("q", "(2, 4)", "(5, 3)", "(r, in)", "(out, r)"),
+        ),
+        ({"q": {"lora_A": T_A, **PAIR}}, mentions("lora_A", "lora_a", "q")),
+        ({"q.lora_A.weight": T_A}, mentions("q", "lora_b")),
+        ({"lora": {"q": {"lora_b": B}}}, mentions("lora/q", "lora_a")),
+        ({"fc": {"kernel_lora_a": A}}, mentions("fc/kernel", "lora_b")),
+        ({"fc": {"kernel_lora_a": B, "kernel_lora_b": zeros(4, 3)}}, mentions("fc", "(2, 6)", "(4, 3)")),
+    ],
+)
+def test_ambiguous_trees_are_rejected(tree, message):
+    with pytest.raises(ValueError, match=message):
+        label_params(tree)
+
+
+def test_factors_are_compared_with_the_specs():
+    tree = {"lora": {"q": PAIR}}
+    label_params(tree, {"q": spec(4, 6)})
+    for specs, words in (({"q": spec(5, 6)}, ["(4, 2)", "(5, 2)"]), ({"qq": spec(4, 6)}, ["qq"])):
+        with pytest.raises(ValueError, match=mentions("lora/q", *words)):
+            label_params(tree, specs)
+    swapped = {"lora": {"q": {"lora_a": zeros(2, 4), "lora_b": zeros(4, 2)}}}
+    assert label_params(swapped)  # a legal pair of rank 4 as far as shapes go
+    with pytest.raises(ValueError, match=mentions("lora/q", "(2, 4)", "(4, 2)")):
+        label_params(swapped, {"q": spec(4, 4)})
+
+
+def test_what_is_trained_in_full_beside_our_adapters_may_have_any_name():
+    extra = {"lora_head": {"kernel": A}, "ssm": {"a": A, "b": B}}
+    labels = label_params({"lora": {"q": PAIR}, "params": extra})
+    assert set(jax.tree.leaves(labels["params"])) == {"extra"}
+    square = {"ssm": {"A": zeros(4, 4), "B": A}}
+    assert set(jax.tree.leaves(label_params(square))) == {"extra"}
