@@ -18,6 +18,7 @@ from .attention import causal_attention, head_major_attention
 from .attention_common import ATTENTION_NAMES, window_mask
 from .gpt2.config import GPT2Config
 from .llama.config import LlamaConfig
+from .part import Part
 
 Config = LlamaConfig | GPT2Config
 
@@ -126,13 +127,11 @@ def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Arr
     return cache._replace(key=key, value=value)
 
 
-class CausalLM(nn.Module):
+class CausalLM(Part):
     """Base class of the causal language models. A family makes its modules in `setup` and implements `run`.
 
     Attributes:
-      config: sizes and options.
-      dtype: compute dtype; normalization, softmax, attention scores and rotations use at least float32.
-      param_dtype: dtype of the parameters.
+      config, dtype, param_dtype: see `Part`.
       unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
         layer; slower to compile.
       remat: what the backward pass recomputes: `"none"`; `"dots"`, all but the outputs of large matmuls; `"full"`,
@@ -140,18 +139,9 @@ class CausalLM(nn.Module):
       attention: see `causal_attention`.
     """
 
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     unroll: bool = False
     remat: Remat = "none"
     attention: Attention = "auto"
-
-    @nn.nowrap
-    def make_embedding(self, rows: int) -> nn.Embed:
-        """An embedding table with the family's initialization."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Embed(rows, self.config.hidden_size, self.dtype, self.param_dtype, embedding_init=init)
 
     @nn.nowrap
     def make_layers(self, layer: type[nn.Module]) -> nn.Module:
@@ -170,12 +160,6 @@ class CausalLM(nn.Module):
             unroll=c.num_hidden_layers if self.unroll else 1,
         )
         return stack(c, self.dtype, self.param_dtype, attention=self.attention)
-
-    @nn.nowrap
-    def make_head(self) -> nn.Dense:
-        """A head that is not tied to the embedding."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(self.config.vocab_size, False, self.dtype, self.param_dtype, kernel_init=init)
 
     def __call__(
         self,

@@ -16,36 +16,20 @@ from ..._utils.validation import check_choice
 from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
+from ..part import Part
 from .config import BertConfig
 
 Pooling = Literal["mean", "cls", "pooler"]
 _Map = Callable[[jax.Array], jax.Array]
 
 
-class BertPart(nn.Module):
-    """Base class of the modules below: config, compute dtype and parameter dtype."""
-
-    config: BertConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.nowrap
-    def dense(self, features: int, name: str) -> nn.Dense:
-        """A Dense layer with BERT's initialization."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
-
-    @nn.nowrap
-    def embed(self, rows: int, name: str) -> nn.Embed:
-        """An embedding table with BERT's initialization."""
-        init, width = nn.initializers.normal(self.config.initializer_range), self.config.hidden_size
-        return nn.Embed(rows, width, self.dtype, self.param_dtype, embedding_init=init, name=name)
+class BertPart(Part):
+    """A module with BERT's norms and dropout."""
 
     @nn.nowrap
     def norm(self, name: str) -> nn.LayerNorm:
-        """A LayerNorm that computes in float32, without the fast variance: E[x²] - E[x]² loses precision."""
-        eps = self.config.layer_norm_eps
-        return nn.LayerNorm(eps, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+        """A LayerNorm."""
+        return self.layer_norm(self.config.layer_norm_eps, name)
 
     @nn.nowrap
     def drop(self, x: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules, split_rules
 from ..decoder import Cache, CausalLM, Shared, attend, project
+from ..part import Part
 from ..rope import apply_rope
 from .config import LlamaConfig
 
@@ -51,18 +52,8 @@ class RMSNorm(nn.Module):
         return (x * (inverse * scale)).astype(self.dtype)
 
 
-class LlamaPart(nn.Module):
-    """Base class of the modules below: config, compute dtype and parameter dtype."""
-
-    config: LlamaConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.nowrap
-    def dense(self, features: int, name: str, *, bias: bool = False) -> nn.Dense:
-        """A Dense layer with the family's initialization."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
+class LlamaPart(Part):
+    """A module with the family's norms."""
 
     @nn.nowrap
     def norm(self, name: str | None) -> Callable[[jax.Array], jax.Array]:
@@ -154,11 +145,11 @@ class Llama(CausalLM):
     def setup(self) -> None:
         """Embedding, layers, final norm, and a head unless it is tied to the embedding."""
         c = self.config
-        self.embed_tokens = self.make_embedding(c.vocab_size)
+        self.embed_tokens = self.embed(c.vocab_size)
         self.layers: Any = self.make_layers(LlamaLayer)
         self.norm = RMSNorm(c.rms_norm_eps, c.kind.norm_offset, self.dtype, self.param_dtype)
         if not c.tie_word_embeddings:
-            self.lm_head = self.make_head()
+            self.lm_head = self.dense(c.vocab_size, bias=False)
 
     def run(
         self, input_ids: jax.Array, positions: jax.Array, shared: Shared, cache: Cache | None
