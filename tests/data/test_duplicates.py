@@ -257,7 +257,7 @@ def test_a_split_file_has_no_duplicates_and_its_result_does_not_depend_on_the_se
     assert found[0] == found[1] == found[2]
 
 
-def test_a_delimiter_needs_a_file_with_delimiters(tmp_path):
+def test_quoting_needs_a_file_with_quotes(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(text(str(i), "x")) + "\n" for i in range(20)))
-    with pytest.raises(ValueError, match=mentions("data.delimiter", ".csv", ".tsv", "a.jsonl")):
-        load_splits(DataSettings(path="a.jsonl", delimiter=";"), lambda value: tmp_path / value)
+    with pytest.raises(ValueError, match=mentions("data.quoting", ".csv", ".tsv", "a.jsonl")):
+        load_splits(DataSettings(path="a.jsonl", quoting="none"), lambda value: tmp_path / value)

@@ -50,7 +50,6 @@ GLUE_FIELDS = {
     "text": "sentence",
     "text_pair": "second",
     "label": "class",
-    "delimiter": ";",
     "quoting": "none",
     "header": "[text, label]",
     "test_fraction": "0.3",
@@ -62,7 +61,6 @@ GLUE_FIELDS = {
     ("name", "given", "without", "needed", "words"),
     [
         ("model.dropout", "0.3", TALK, (), ("task", "classification", "regression", "instruction")),
-        ("data.delimiter", ";", TALK, (), ("task", "classification", "regression", "instruction")),
         ("data.quoting", "none", TALK, (), ("task", "classification", "regression", "instruction")),
         ("data.header", "[text, label]", TALK, (), ("task", "classification", "regression", "instruction")),
         ("data.root", "glue", (), ("--data.path", "glue/rte"), ("data.path", "glue/sst2", "d")),
