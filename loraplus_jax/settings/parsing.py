@@ -102,16 +102,12 @@ def _section_fields(section: Any, prefix: str) -> Iterator[SettingField]:
         if dataclasses.is_dataclass(inner):
             yield from _section_fields(inner, f"{field.name}.")
             continue
-        default = _default(section, field)
+        default = field.default
+        if section is LoRAPlusConfig and default is not None:
+            default = getattr(DEFAULT_LORA, field.name)
         required = default is dataclasses.MISSING
         name = prefix + field.name
         yield SettingField(name, annotation, None if required else default, required, texts[field.name])
-
-
-def _default(section: Any, field: Any) -> Any:
-    if section is LoRAPlusConfig and field.default is not None:
-        return getattr(DEFAULT_LORA, field.name)
-    return field.default
 
 
 def _attribute_texts(section: Any) -> dict[str, str]:
@@ -163,8 +159,8 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 _NOUNS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text"}
-_ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
 _METAVARS: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
+_ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
 
 
 def describe_type(annotation: Any) -> str:
@@ -263,8 +259,7 @@ def _format_value(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-KEY = "[key]"
-"""What pydantic adds to the path of a mapping's key that is not allowed."""
+_KEY = "[key]"  # what pydantic adds to the path of a mapping's key that is not allowed
 
 
 def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
@@ -282,7 +277,7 @@ def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
             for part in problem["loc"]:
                 if name in fields and len(_union_members(fields[name].type)) > 1:
                     break  # pydantic names the type that does not fit; the first speaks for all
-                if isinstance(part, str) and part != KEY:
+                if isinstance(part, str) and part != _KEY:
                     name += f".{part}" if name else part
             if name not in problems:
                 problems[name] = _format_problem(fields, name, problem)
@@ -320,13 +315,13 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         return f"{name} {problem['ctx']['error']}"
     if index:
         container = _bare_types(annotation)[0]
-        of_value = get_origin(container) is dict and problem["loc"][-1] != KEY
+        of_value = get_origin(container) is dict and problem["loc"][-1] != _KEY
         annotation = get_args(container)[-1 if of_value else 0]
-    hint = (
-        suggest(str(value), get_args(_bare_types(annotation)[0]), fallback=False)
-        if cause == "literal_error"
-        else ""
-    )
-    hint = ", which float32 cannot represent" if cause == "float32" else hint
-    hint = f"; write [{_format_value(value)}]" if cause == "tuple_type" and value is not None else hint
+    hint = ""
+    if cause == "literal_error":
+        hint = suggest(str(value), get_args(_bare_types(annotation)[0]), fallback=False)
+    elif cause == "float32":
+        hint = ", which float32 cannot represent"
+    elif cause == "tuple_type" and value is not None:
+        hint = f"; write [{_format_value(value)}]"
     return f"{name}{index} must be {describe_type(annotation)}, got {value!r:.80}{hint}"
