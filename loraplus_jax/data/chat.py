@@ -13,9 +13,9 @@ from .._utils.validation import check_int
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
 from .packed_rows import Sequences
+from .readers import raise_problems
 
 AnswerChoice = Literal["all", "last"]
-MAX_PROBLEMS_SHOWN = 20
 MARK = "\ue000"
 """A private-use character that stands for a text whose place in a rendering is searched."""
 
@@ -88,7 +88,11 @@ def tokenize_chats(
         prompts.append(int(mask.argmax()) if mask.any() else len(mask))
         ids.append(tokens.ids)
         masks.append(mask)
-    _check_answers(chats, prompts, max_length)
+    too_long = [(chat.place, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
+    if too_long:
+        longest = max(n for _, n in too_long)
+        advice = f"max_length {max_length} leaves no answer token: set more than {longest}, or remove the row"
+        raise_problems([(place, f"{n} tokens before the answer; {advice}") for place, n in too_long])
     truncated = sum(len(x) > max_length for x in ids)
     return Sequences(tuple(x[:max_length] for x in ids), tuple(x[:max_length] for x in masks), truncated)
 
@@ -146,7 +150,14 @@ def find_answers(
     ]
     rendered, *parts = (text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place))
     call_ends = _find_calls(template, chat, rendered)
-    starts = [_answer_start(template, chat, *pair, rendered) for pair in zip(turns, parts, strict=False)]
+    for turn, prompt in zip(turns, parts, strict=False):
+        if not rendered.startswith(prompt):
+            raise ValueError(
+                f"{chat.place}: cannot locate the answer in turn {turn + 1}: without it, the chat template of "
+                f"{template.origin} renders the earlier turns differently; put {{% generation %}} and "
+                "{% endgeneration %} around the assistant's text in a copy and set data.template to that copy"
+            )
+    starts = [len(prompt) for prompt in parts[: len(turns)]]
     ends, spans = [*parts[len(turns) :], rendered], []
     for turn, start, end, with_turn in zip(turns, starts, [*starts[1:], len(rendered)], ends, strict=False):
         # The next turn is usually the user's and starts before the next answer.
@@ -208,16 +219,6 @@ def _count_equal(first: Iterable[str], second: Iterable[str]) -> int:
     """Returns how many characters two texts have in common at their start."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _answer_start(template: ChatTemplate, chat: Chat, turn: int, prompt: str, rendered: str) -> int:
-    if rendered.startswith(prompt):
-        return len(prompt)
-    raise ValueError(
-        f"{chat.place}: cannot locate the answer in turn {turn + 1}: without it, the chat template of "
-        f"{template.origin} renders the earlier turns differently; put {{% generation %}} and "
-        "{% endgeneration %} around the assistant's text in a copy and set data.template to that copy"
-    )
 
 
 def _find_text(
@@ -301,18 +302,3 @@ def _answer_stop(
             "model would not learn to stop: end answers with a special token of the tokenizer"
         )
     return first + int(ends[0]) + 1
-
-
-def _check_answers(chats: Sequence[Chat], prompts: Sequence[int], max_length: int) -> None:
-    """Raises if a conversation has no answer token left; `prompts` counts the tokens before the first one."""
-    too_long = [(chat, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
-    if too_long:
-        longest = max(n for _, n in too_long)
-        lines = [
-            f"max_length {max_length} leaves no answer token in {len(too_long)} of {len(chats)} conversations, "
-            f"with prompts of up to {longest} tokens: increase it or remove them"
-        ]
-        lines += [f"{chat.place}: {n} tokens before the answer" for chat, n in too_long[:MAX_PROBLEMS_SHOWN]]
-        if len(too_long) > MAX_PROBLEMS_SHOWN:
-            lines.append(f"... and {len(too_long) - MAX_PROBLEMS_SHOWN} more")
-        raise ValueError("\n  ".join(lines))
