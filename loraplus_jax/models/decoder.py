@@ -18,7 +18,7 @@ from .attention import causal_attention, head_major_attention
 from .attention_common import ATTENTION_NAMES, window_mask
 from .gpt2.config import GPT2Config
 from .llama.config import LlamaConfig
-from .part import Part
+from .part import Part, check_inputs
 
 Config = LlamaConfig | GPT2Config
 
@@ -191,7 +191,7 @@ class CausalLM(Part):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """Input of the head, (B, T, D) in `dtype`; arguments as for `__call__`."""
-        _check_inputs(input_ids, segment_ids, positions)
+        check_inputs(input_ids, segment_ids=segment_ids, positions=positions)
         if positions is None:
             positions = segment_positions(segment_ids, input_ids.shape[1])
         return self.run(input_ids, positions, Shared(segment_ids), None)[0]
@@ -261,16 +261,6 @@ def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:
 
     The `lm_head` kernel (D, V), or the tied embedding (V, D).
     """
-    name, leaf, transposed = (
-        ("lm_head", "kernel", False) if "lm_head" in params else ("embed_tokens", "embedding", True)
-    )
-    head = params[name][leaf]
-    return head.dequantize() if is_packed(head) else head, transposed
-
-
-def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
-    for name, array in (("segment_ids", segment_ids), ("positions", positions)):
-        if array is not None and array.shape != input_ids.shape:
-            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")
+    is_tied = "lm_head" not in params
+    head = params["embed_tokens"]["embedding"] if is_tied else params["lm_head"]["kernel"]
+    return head.dequantize() if is_packed(head) else head, is_tied

@@ -1,8 +1,9 @@
-"""The base class of the models' modules."""
+"""The base class of the models' modules, and the check of their inputs."""
 
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 
@@ -36,3 +37,12 @@ class Part(nn.Module):
         """A LayerNorm that computes in float32."""
         # Not with Flax's fast variance, E[x²] - E[x]², which loses precision.
         return nn.LayerNorm(epsilon, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+
+
+def check_inputs(input_ids: jax.Array, **others: jax.Array | None) -> None:
+    """Raises ValueError unless ids are (batch, tokens), and other arrays, if given, have their shape."""
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
+    for name, array in others.items():
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")

@@ -16,7 +16,7 @@ from ..._utils.validation import check_choice
 from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
-from ..part import Part
+from ..part import Part, check_inputs
 from .config import BertConfig
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -122,9 +122,7 @@ class BertEncoder(BertPart):
     """A BERT or RoBERTa encoder (arXiv 1810.04805, 1907.11692). Dropout is on when a `dropout` rng is given.
 
     Attributes:
-      config: sizes and options.
-      dtype: compute dtype; normalization, softmax and attention scores use at least float32.
-      param_dtype: dtype of the parameters.
+      config, dtype, param_dtype: see `Part`.
       unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
         layer, not just one.
     """
@@ -148,7 +146,11 @@ class BertEncoder(BertPart):
         Raises:
           ValueError: T exceeds the model's maximum length, or shapes differ.
         """
-        _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
+        check_inputs(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        if (length := input_ids.shape[1]) > (limit := self.config.max_length):
+            raise ValueError(
+                f"input_ids has {length} tokens, the model takes at most {limit}; truncate the input"
+            )
         args = (self.config, self.dtype, self.param_dtype)
         x = BertEmbeddings(*args, name="embeddings")(input_ids, token_type_ids)
         layers = nn.scan(
@@ -161,21 +163,6 @@ class BertEncoder(BertPart):
         )
         mask = attention_mask.astype(bool)[:, None, None, :]
         return constrain_rows(layers(*args, name="layers")(x, mask)[0])
-
-
-def _check_inputs(
-    config: BertConfig, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None
-) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
-    for name, array in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-        if array is not None and array.shape != input_ids.shape:
-            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")
-    if input_ids.shape[1] > config.max_length:
-        length, limit = input_ids.shape[1], config.max_length
-        raise ValueError(
-            f"input_ids has {length} tokens, the model takes at most {limit}; truncate the input"
-        )
 
 
 class BertForSequence(nn.Module):
@@ -213,7 +200,10 @@ class BertForSequence(nn.Module):
         self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
     ) -> jax.Array:
         """The head's outputs, float32 (B, num_outputs); arguments as for `BertEncoder`."""
-        pooled = self._pool(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)
+        hidden = self.encode(input_ids, attention_mask, token_type_ids)
+        pooled = masked_mean(hidden, attention_mask) if self.pooling == "mean" else hidden[:, 0]
+        if self.pooling == "pooler":
+            pooled = jnp.tanh(self.pooler(pooled))
         return self.head(self.dropout(pooled, deterministic=not self.has_rng("dropout")))
 
     def encode(
@@ -221,12 +211,6 @@ class BertForSequence(nn.Module):
     ) -> jax.Array:
         """The encoder's last hidden states, (B, T, D) in `dtype`."""
         return self.encoder(input_ids, attention_mask, token_type_ids)
-
-    def _pool(self, hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        if self.pooling == "mean":
-            return masked_mean(hidden, attention_mask)
-        first = hidden[:, 0]
-        return jnp.tanh(self.pooler(first)) if self.pooling == "pooler" else first
 
 
 def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
