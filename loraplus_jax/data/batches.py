@@ -48,6 +48,7 @@ def train_batches(
         local = indices if rows is None else indices[rows]
         return _take(arrays, local, np.ones(len(local), np.float32))
 
+    # A prefetching iterator's state would be ahead of the batch that it returned last.
     indices = grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True)
     return iter(
         indices.map(take).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

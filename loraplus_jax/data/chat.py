@@ -216,7 +216,6 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
 
 
 def _count_equal(first: Iterable[str], second: Iterable[str]) -> int:
-    """Returns how many characters two texts have in common at their start."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -224,7 +223,6 @@ def _count_equal(first: Iterable[str], second: Iterable[str]) -> int:
 def _find_text(
     template: ChatTemplate, chat: Chat, turn: int, rendered: str, start: int, end: int
 ) -> AnswerSpan:
-    """Locates the text of an answer between the characters `start` and `end`."""
     for text in (chat.turns[turn].text, chat.turns[turn].text.strip()):
         offset = rendered.find(text, start, end)
         if rendered.count(text, start, end) > 1:
@@ -266,6 +264,8 @@ class Tokens:
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
     """Yields each text's encoding with exact offsets: no padding, truncation, added tokens or trimmed spaces."""
+    # A copy, as padding and truncation are the tokenizer's own state. Byte-level post-processors trim spaces from
+    # offsets.
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()

@@ -127,7 +127,6 @@ class ChatTemplate:
 
 
 def _split_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the text without marks, and the character range between each pair of marks."""
     pieces, size, spans, start = [], 0, [], 0
     for piece in re.split(f"([{''.join(MARKS)}])", text):
         if piece == MARKS[0]:

@@ -223,7 +223,6 @@ def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: 
 
 
 def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> str:
-    """Returns the tools of a row as JSON, or "" if it has none."""
     if "tools" not in columns or values.get(columns["tools"]) in (None, "", "[]", []):
         return ""
     tools = take_list(values, columns["tools"], faults)
@@ -271,7 +270,6 @@ def _parse_message(number: int, message: Any, faults: list[str], *, trained: boo
 
 
 def _parse_content(name: str, content: Any, problems: list[str]) -> str:
-    """Returns a message's text, which may be in parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -288,7 +286,7 @@ def _parse_content(name: str, content: Any, problems: list[str]) -> str:
 
 
 def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
-    """Returns tool calls with their arguments as JSON objects, which chat templates expect."""
+    # OpenAI's files hold arguments as JSON text, but chat templates expect an object.
     parsed = []
     for number, call in enumerate(calls if isinstance(calls, list) else [calls], 1):
         call = call if isinstance(call, dict) else {"": call}
@@ -309,7 +307,6 @@ def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
 
 
 def _parse_weight(role: str, message: Mapping[str, Any], default: bool, problems: list[str]) -> bool:
-    """Returns whether a message is trained on."""
     values = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
     for name, value in values.items():
         if value not in (0, 1):

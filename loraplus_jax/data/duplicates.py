@@ -41,6 +41,7 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
     entries = {name: _entries(splits[name]) for name in ("train", "validation", "test") if name in splits}
     problems: dict[str, list[tuple[_Entry, _Entry]]] = {}
     for first, second in itertools.combinations(entries, 2):
+        # Reversed, so that the first of equal texts is kept.
         in_first, rows = {entry.texts: entry for entry in reversed(entries[first])}, entries[second]
         if pairs := [(entry, in_first[entry.texts]) for entry in rows if entry.texts in in_first]:
             problems[f"{len(pairs):,} of {len(rows):,} {second} examples are also in {first}"] = pairs

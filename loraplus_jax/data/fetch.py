@@ -281,8 +281,8 @@ def _pip_download(
 
 
 def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Returns pip's exit code and output. Runs in `directory`: `python -m` imports from the working directory."""
     command = [sys.executable, "-m", "pip", *arguments]
+    # Not in the working directory, from which `python -m` would import a file named pip.py.
     result = subprocess.run(
         command,
         cwd=directory,

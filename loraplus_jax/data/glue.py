@@ -184,7 +184,6 @@ def find_file(settings: DataSettings, split: str) -> Path:
 
 
 def _download(name: str, split: str) -> Path:
-    """Downloads a split from the Hub into the cache, unless it is there."""
     path = cache_dir() / "glue" / name / f"{split}.jsonl"
     if path.is_file():
         return path

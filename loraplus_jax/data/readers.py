@@ -183,12 +183,12 @@ def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None
 
 
 def _decode(path: Path, problems: Problems) -> str:
-    """Decodes the file; reports lines that are not UTF-8 and replaces their invalid bytes."""
     check_file(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot read the file: {error.strerror}") from None
+    # Line by line, as an error of the whole would name a byte and only the first.
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
             line.decode("utf-8")
@@ -210,6 +210,7 @@ def _table_records(
     separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t|"
     delimiter = next((x for x in separators if x in first_line), separators[0])
     style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+    # Line ends as they are: a quoted field may hold some.
     lines = io.StringIO(text, newline="")
     rows = _table_rows(csv.reader(lines, delimiter=delimiter, strict=True, quoting=style), problems)
     first = next(rows, None)
@@ -237,7 +238,6 @@ QUOTING_HINT = "if quotes are part of the text, set data.quoting none"
 
 
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """Yields the non-blank rows of a `csv.reader` with the first line of each."""
     while True:
         line, limit = reader.line_num + 1, csv.field_size_limit(MAX_FIELD_CHARACTERS)
         try:
@@ -256,6 +256,7 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
 
 
 def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
+    # Not splitlines, which also splits at characters that strings of JSON may hold, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
         try:
             record = _parse_json(line) if line.strip() else None
@@ -340,7 +341,6 @@ def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> 
 def _string_records(
     records: Iterable[Record], columns: Sequence[str], problems: Problems
 ) -> Iterator[Record]:
-    """Yields the records that have all `columns`, with their values as strings."""
     for number, record in records:
         faults = [f"no column {c!r}{suggest(c, record)}" for c in columns if c not in record]
         selected = {c: record[c] for c in (*columns, "id") if c in record}

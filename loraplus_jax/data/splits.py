@@ -108,7 +108,7 @@ def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str,
 
 
 def _texts(rows: Any) -> list[tuple[str, str]]:
-    """Returns the text by which each row is split, and its location."""
+    # By this text rows are split; the location is for messages.
     if isinstance(rows, LabelledTexts):
         return list(zip(rows.texts, rows.places, strict=True))
     return [(row.prompt, row.place) for row in rows]
@@ -162,4 +162,5 @@ def comparable(text: str) -> str:
 
 
 def _hash(seed: int, key: str) -> bytes:
+    # Not `hash`, which Python salts in every process.
     return hashlib.blake2b(f"{seed} {key}".encode()).digest()

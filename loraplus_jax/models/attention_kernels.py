@@ -70,11 +70,13 @@ def splash_attention(
             use_fused_bwd_kernel=fused,
         ),
         attn_logits_soft_cap=softcap,
+        # `map_over_mesh` has split the heads already.
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION_NAMES[0],
         interpret=interpret,
     )
+    # The kernel takes the scale with its queries, and heads before tokens.
     q, k, v = (
         jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, 0)))
         for x in (query * jnp.asarray(scale, query.dtype), key, value)

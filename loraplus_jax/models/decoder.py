@@ -62,6 +62,7 @@ def project(
 
 def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `batch` sequences of `slots` tokens each, including padding."""
+    # Heads before slots, so that products read the slots of a head without a transposed copy.
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
@@ -109,6 +110,7 @@ def attend(
     scores: Any = {"scale": scale, "softcap": softcap}
     if cache is not None:
         cache = _update_cache(cache, key, value, layer, shared.start)
+    # On an empty cache the keys are the tokens' own, so the kernels and the blocked form can be used.
     if cache is not None and shared.mask is not None:
         slots = shared.start + jnp.arange(query.shape[1])
         mask = shared.mask[:, None] & window_mask(slots, shared.mask.shape[1], window)[None]
@@ -118,7 +120,7 @@ def attend(
 
 
 def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
-    """Writes new tokens' keys and values (B, T, K, H) to one layer's slots from `start`."""
+    # XLA clamps the start of an update: beyond the last slot it would overwrite earlier ones, so callers make room.
     at = (layer, 0, 0, start, 0)
     key, value = (
         jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2)[None].astype(old.dtype), at)
@@ -151,6 +153,7 @@ class CausalLM(Part):
         if self.remat != "none":
             # Inside a loop CSE cannot merge forward and backward computations anyway.
             layer = nn.remat(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll)
+        # One compiled layer, whatever the depth; `shared` is the same for all, and the index of each is its own.
         stack: Any = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -237,6 +240,7 @@ class CausalLM(Part):
     def _logits(self, x: jax.Array) -> jax.Array:
         me: Any = self  # its modules are made by the family's `setup`
         logits = me.embed_tokens.attend(x) if self.config.tie_word_embeddings else me.lm_head(x)
+        # bfloat16's 8 bits would make the softmax over a vocabulary useless.
         logits, cap = logits.astype(jnp.float32), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -250,6 +254,7 @@ def segment_positions(segment_ids: jax.Array | None, length: int) -> jax.Array:
     index = jnp.arange(length, dtype=jnp.int32)[None]
     if segment_ids is None:
         return index
+    # The running maximum carries the index at which a segment starts to all its tokens.
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     starts = jnp.where(segment_ids != before, index, 0)
     offset = index - jax.lax.cummax(starts, axis=1)

@@ -20,6 +20,7 @@ class Part(nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
+    # Not wrapped: Flax would give each call of a helper a scope of its own in the names of the program.
     @nn.nowrap
     def dense(self, features: int, name: str | None = None, *, bias: bool = True) -> nn.Dense:
         """A Dense layer."""

@@ -46,6 +46,7 @@ def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
 
     Of the H entries of a head it rotates the first R, as many as `rope` has angles for, and keeps the others.
     """
+    # In float32: bfloat16's 8 bits would blur the angles of distant positions.
     half = rope.cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
@@ -117,6 +118,7 @@ def make_rope(
     """
     options = dict(scaling)
     kind = options.get("rope_type", "default")
+    # In float64 on the host, and rounded once: an error of a frequency grows with the position.
     plain = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
     attention = 1.0
     if kind == "dynamic":

@@ -25,18 +25,18 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_DIGITS = "digits"  # splits digits, then as GPT-2
-# Supported values of `tokenizer.ggml.pre`: a regular expression, digits, or None for GPT-2's own.
+_DIGITS = "digits"
+# Supported values of `tokenizer.ggml.pre`: a regular expression, digits (split, then as GPT-2) or None, GPT-2's own.
 _PRE_TOKENIZERS: Mapping[str, str | None] = {
     **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), None),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
 }
-_TRIED: set[bytes] = (
-    set()
-)  # digests of the files that this process has tried: a run loads its tokenizer several times
-_MAX_PIECE = 2**12  # characters of a token in a GGUF file, whose every split is tried
+# Digests of the files that this process has tried: a run loads its tokenizer several times.
+_TRIED: set[bytes] = set()
+# Characters of a token in a GGUF file, whose every split is tried.
+_MAX_PIECE = 2**12
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
@@ -246,7 +246,6 @@ def _tokens(file: gguf.Gguf) -> list[str]:
 
 
 def _numbers(file: gguf.Gguf, key: str, count: int) -> list[Any]:
-    """A metadata array with one number per token."""
     values = file.metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(values, np.ndarray) or len(values) != count or not np.all(np.isfinite(values)):
         raise ValueError(f"{file.path}: tokenizer.ggml.{key} must be {count} numbers, one per token")
@@ -279,7 +278,8 @@ def _byte_level(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -
             f"got {name!r:.80}{suggest(str(name), _PRE_TOKENIZERS, fallback=False)}"
         )
     pattern, space = _PRE_TOKENIZERS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
-    ignore_merges = pattern == _LLAMA3  # a word that is a token is not split further
+    # As in Llama 3's tokenizer.json: a word that is a token is not split further, whatever the merges.
+    ignore_merges = pattern == _LLAMA3
     result = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))  # pyright: ignore[reportArgumentType]
     steps: list[Any] = [pre_tokenizers.ByteLevel(space, use_regex=pattern in (None, _DIGITS))]
     if pattern == _DIGITS:

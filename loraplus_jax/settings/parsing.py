@@ -152,7 +152,6 @@ def _parse_value(annotation: Any, text: str) -> Any:
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union with their bounds, without None."""
     is_union = get_origin(annotation) in (typing.Union, type(int | None))
     members = get_args(annotation) if is_union else (annotation,)
     return tuple(member for member in members if member is not type(None))
@@ -200,7 +199,6 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def _split_annotated(annotation: Any) -> tuple[Any, dict[str, Any]]:
-    """Splits an annotation into its bare type and its limits."""
     if get_origin(annotation) is not Annotated:
         return annotation, {}
     type_, *notes = get_args(annotation)
@@ -253,7 +251,6 @@ def _suggest_option(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def _format_value(value: Any) -> str:
-    """Formats a value as YAML writes it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else str(value)
@@ -271,7 +268,8 @@ def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         fields = {field.name: field for field in setting_fields(kind)}
-        problems: dict[str, str] = {}  # one per field; pydantic may report several
+        # One per field: of a union pydantic reports a problem with every member.
+        problems: dict[str, str] = {}
         for problem in error.errors(include_url=False):
             name = ""
             for part in problem["loc"]:

@@ -551,7 +551,6 @@ class Settings:
             check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
 
     def _check_search(self) -> None:
-        """Rejects options that compare beams if there is only one."""
         search, default = self.generation, GenerationSettings()
         for name in ("length_penalty", "early_stopping"):
             if search.beams == 1 and getattr(search, name) != getattr(default, name):
@@ -560,7 +559,6 @@ class Settings:
                 )
 
     def _check_init(self, config: LoRAPlusConfig) -> None:
-        """Rejects a start from the base that the packing of the base or another start contradicts."""
         if config.init not in BASE_INITS:
             return
         if config.variant != "lora":

@@ -85,7 +85,7 @@ class BertAttention(BertPart):
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
-    """`jax.nn.dot_product_attention` on (B, T, N, H), with `drop` applied to the probabilities (B, N, T, T)."""
+    # Written out, as `jax.nn.dot_product_attention` has no dropout of the probabilities (B, N, T, T).
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
     # A finite minimum: a row of only padding gets a mean instead of NaN.

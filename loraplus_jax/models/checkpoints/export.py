@@ -210,6 +210,7 @@ def write_safetensors(path: Path, tensors: Iterable[OutputTensor]) -> None:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Readers map the data, which the format wants aligned to 8 bytes; JSON may end in spaces.
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

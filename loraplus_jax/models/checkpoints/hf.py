@@ -338,7 +338,7 @@ def read_pieces(view: Any) -> Iterator[np.ndarray]:
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[Any]:
-    """Indices of the pieces; `()` for a scalar, which has no axis to slice."""
+    # A scalar has no axis to slice.
     if not shape:
         yield ()
         return
@@ -348,7 +348,6 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[Any]:
 
 
 def _error_message(directory: Path, problems: list[str]) -> str:
-    """The error message; its first line can stand alone."""
     counts = Counter(line[0] for line in problems)
     words = {"-": "missing", "+": "extra", "~": "misshapen or of the wrong type"}
     summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
@@ -386,7 +385,7 @@ def _read(
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array aligned to 64 bytes, which `jax.device_put` uses on CPU without a copy."""
+    # XLA's CPU client takes a host array over without a copy only if it is aligned to 64 bytes.
     size = math.prod(shape) * np.dtype(dtype).itemsize
     spare = np.empty(size + 63, np.uint8)
     start = -spare.ctypes.data % 64
@@ -394,7 +393,6 @@ def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed: bool) -> None:
-    """Writes a window of a leaf, or of one layer of it, to `slot[0]`."""
     if not tensor.shape:
         slot[0] = tensor.view[()]
         return
@@ -435,6 +433,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         )
     for file_name in weight_map.values():
         # Checks only the name: the hub's cache consists of links that point out of the directory.
+        # By Windows' rules, which also split at a backslash and after a drive.
         plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
         if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
             raise ValueError(

@@ -56,7 +56,8 @@ def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -
 
 def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMerge, name: str) -> np.ndarray:
     """A tensor, merged if adapted, in the file's order of rows, float32."""
-    if name == gguf.ROPE:  # rotary factors, which are part of our config
+    # Rotary factors are part of our config, so no weight of the model.
+    if name == gguf.ROPE:
         return gguf.View(file, file.tensors[name])[:]
     ours = gguf.to_hf_name(name, file.architecture)
     view, canonical = weights.get_slice(ours), merge.table.canonical(ours)

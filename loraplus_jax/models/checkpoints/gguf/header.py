@@ -178,7 +178,6 @@ class _Cursor:
 
 
 def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
-    """Reads the metadata, and how many tensors follow."""
     if cursor.data[:4] != _MAGIC:
         cursor.fail(f"it begins with {cursor.data[:4]!r}, not {_MAGIC!r}")
     cursor.at = 4
@@ -195,7 +194,6 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
 
 
 def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, TensorInfo]:
-    """Reads the table of tensors at the end of the header, with each tensor's position in the file."""
     try:
         import gguf
     except ImportError as error:

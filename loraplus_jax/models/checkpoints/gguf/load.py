@@ -309,14 +309,14 @@ class View:
 
     @cached_property
     def _raw(self) -> np.ndarray:
-        """The tensor's bytes, one row of bytes per row; reads nothing yet."""
+        # A view of the mapped file: nothing is read before rows are.
         t = self.tensor
         raw = np.frombuffer(self.file.data, np.uint8, t.size, t.start)
         return raw if len(t.shape) == 1 else raw.reshape(t.shape[0], -1)
 
     @cached_property
     def _order(self) -> np.ndarray:
-        """Index of each row in the file, which keeps rotary pairs adjacent; ours are half a head apart."""
+        # llama.cpp keeps rotary pairs in adjacent rows; Hugging Face has them half a head apart.
         rows = self.tensor.shape[0]
         if rows % (2 * self.heads):
             raise ValueError(
