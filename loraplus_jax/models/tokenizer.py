@@ -26,7 +26,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 _DIGITS = "digits"
-# Supported values of `tokenizer.ggml.pre`: a regular expression, digits (split, then as GPT-2) or None, GPT-2's own.
+# Supported values of `tokenizer.ggml.pre`: a regular expression, digits (split, then as GPT-2), or None for GPT-2.
 _PRE_TOKENIZERS: Mapping[str, str | None] = {
     **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), None),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
