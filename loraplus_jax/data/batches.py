@@ -68,6 +68,7 @@ def eval_batches(
     size = _row_count(arrays, batch_size)
     for start in range(0, size, batch_size):
         indices = start + (np.arange(batch_size) if rows is None else np.asarray(rows))
+        # The last row again and again: XLA compiles a program for each shape of a batch.
         yield _take(arrays, np.minimum(indices, size - 1), (indices < size).astype(np.float32))
 
 

@@ -16,8 +16,8 @@ from .packed_rows import Sequences
 from .readers import raise_problems
 
 AnswerChoice = Literal["all", "last"]
+# Stands for a text whose place in a rendering is searched: a private-use character, which no template writes.
 MARK = "\ue000"
-"""A private-use character that stands for a text whose place in a rendering is searched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ def tokenize_chats(
         for span in spans:
             first = tokens.first_after(span.start)
             mask[first : _answer_stop(tokens, span, special, bos, chat, template)] = 1
+        # Nothing precedes the first token, of which it could be predicted.
         mask[:1] = 0
         prompts.append(int(mask.argmax()) if mask.any() else len(mask))
         ids.append(tokens.ids)
@@ -200,7 +201,8 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
     calls = [((*chat.turns[:i], turn, *chat.turns[i + 1 :]), False) for i, turn in changed.items()]
     variants = [text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place)]
     results = {i: Turn("assistant", turn.text) for i, turn in enumerate(chat.turns) if turn.role == "tool"}
-    try:  # a template may know only the user, and take all others for the assistant
+    # A template may know only the user, and take all others for the assistant.
+    try:
         said = [results.get(i, turn) for i, turn in enumerate(chat.turns)]
         confused = bool(results) and template.render(said, tools=chat.tools, place=chat.place) == rendered
     except ValueError:
@@ -251,6 +253,7 @@ class Tokens:
     def __init__(self, encoding: Encoding) -> None:
         self.ids = np.array(encoding.ids, np.int32)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        # Tokens of one multi-byte character all have its range; a binary search needs ends that never fall.
         self.starts, self.ends = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
 
     def first_after(self, character: int) -> int:
@@ -270,7 +273,8 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
     plain.no_padding()
     plain.no_truncation()
     plain.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
-    for start in range(0, len(texts), 1024):  # an Encoding takes far more memory than its tokens
+    # In pieces: an Encoding takes far more memory than its tokens.
+    for start in range(0, len(texts), 1024):
         yield from plain.encode_batch(list(texts[start : start + 1024]), add_special_tokens=False)
 
 

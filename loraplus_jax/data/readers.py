@@ -15,8 +15,8 @@ from typing import Any, Literal
 from .._utils.json_files import check_file
 from .._utils.validation import suggest
 
+# As programs write numbers: float() would also accept 1_0, the digits of other scripts, nan and inf.
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,6})?")
-"""A number as programs write it: float() would also accept 1_0, the digits of other scripts, nan and inf."""
 
 Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]
@@ -26,8 +26,8 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".parquet")
 RECORD_SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".json")
 SHOWN_PROBLEMS = 20
+# In a CSV or TSV field: a stray quote swallows what follows, at up to 8 bytes a character.
 MAX_FIELD_CHARACTERS = 2**22
-"""Maximum characters in a CSV or TSV field: a stray quote swallows what follows, at up to 8 bytes a character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +250,8 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
             problems.add(line, f"malformed row, perhaps a stray quote: {reason}; {QUOTING_HINT}")
             continue
         finally:
-            csv.field_size_limit(limit)  # the limit is global to the process
+            # The limit is global to the process.
+            csv.field_size_limit(limit)
         if len(fields) > 1 or "".join(fields).strip():
             yield line, fields
 

@@ -92,6 +92,7 @@ def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str,
     if shares:
         rows = splits["train"]
         keys = [normalize(text) for text, _ in _texts(rows)]
+        # By hashes alone, so that neither the order of the rows nor their labels matter.
         order = sorted(set(keys), key=lambda key: _hash(settings.split_seed, key))
         sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
         if sum(sizes.values()) >= len(order):

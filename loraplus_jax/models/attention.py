@@ -25,7 +25,8 @@ MIN_BLOCK, MAX_BLOCKS = 64, 8
 MAX_WHOLE_KEYS, KEY_CHUNK = 2048, 512
 KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 """Maps each kernel to the platform that runs it."""
-_MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
+# Finite, so that exp(x - max) is 0 and never NaN.
+_MASKED = -1e30
 
 
 def causal_attention(
@@ -88,7 +89,8 @@ def causal_attention(
         # A program of a machine with accelerators may be for its CPU.
         return jax.lax.platform_dependent(query, key, value, segment_ids, default=default, **kernels)
     if implementation in KERNEL_PLATFORMS:
-        from .attention_kernels import KERNELS, map_over_mesh  # imports Pallas, which takes a while
+        # Here, as importing Pallas takes a while.
+        from .attention_kernels import KERNELS, map_over_mesh
 
         kernel = functools.partial(KERNELS[implementation], **options)
         return map_over_mesh(kernel, query, key, value, segment_ids)
@@ -288,7 +290,8 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
             probs = jnp.exp(scores - norm[:, :, rows])
             d_probs = _dot("bkrh,bksh->bkrs", d_out[:, :, rows], _slice(long_v, at, size))
             d_scores = probs * (d_probs - inner[:, :, rows])
-            if blocks.softcap is not None:  # the slope of c tanh(x / c); masked scores are below -c
+            # The slope of c tanh(x / c); masked scores are below -c.
+            if blocks.softcap is not None:
                 d_scores *= 1 - jnp.square(jnp.maximum(scores / blocks.softcap, -1))
             d_scores = (d_scores * blocks.scale).astype(q.dtype)
             of_q, of_k, of_v = sums

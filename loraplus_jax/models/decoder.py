@@ -238,7 +238,8 @@ class CausalLM(Part):
         raise NotImplementedError
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        me: Any = self  # its modules are made by the family's `setup`
+        # Its modules are made by the family's `setup`.
+        me: Any = self
         logits = me.embed_tokens.attend(x) if self.config.tie_word_embeddings else me.lm_head(x)
         # bfloat16's 8 bits would make the softmax over a vocabulary useless.
         logits, cap = logits.astype(jnp.float32), self.config.final_logit_softcapping

@@ -62,8 +62,10 @@ def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
     """
     options = {key: value for key, value in (options or {}).items() if value is not None}
     kind = options.pop("rope_type", options.pop("type", "default"))
-    kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
-    for name in ("type", "rope_theta", "partial_rotary_factor"):  # older files have the type twice
+    # Its name in the first files of Phi-3.
+    kind = "longrope" if kind == "su" else kind
+    # Older files have the type twice, and newer ones what is no option of the scaling.
+    for name in ("type", "rope_theta", "partial_rotary_factor"):
         options.pop(name, None)
     if not isinstance(kind, str) or kind not in _REQUIRED:
         raise ValueError(
@@ -150,6 +152,7 @@ def _llama3(plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
 def _dynamic(
     positions: jax.Array, size: int, theta: float, options: Mapping[str, Any], max_positions: int
 ) -> jax.Array:
+    # Part of the program, since the longest position is known only when it runs.
     longest = jnp.maximum(jnp.max(positions) + 1, max_positions).astype(jnp.float32)
     stretch = options["factor"] * longest / max_positions - (options["factor"] - 1)
     base = theta * stretch ** (size / (size - 2))
@@ -169,6 +172,7 @@ def _longrope(
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     longest = jnp.max(positions) + 1 if slots is None else slots
     short, long = (plain / np.array(options[name]) for name in ("short_factor", "long_factor"))
+    # Both lists, of which the program takes one when it knows the length.
     return jnp.where(longest > original, long, short), options.get("attention_factor", default)
 
 

@@ -103,6 +103,7 @@ def _section_fields(section: Any, prefix: str) -> Iterator[SettingField]:
             yield from _section_fields(inner, f"{field.name}.")
             continue
         default = field.default
+        # That of a run, but for None, which stands for what follows from other fields.
         if section is LoRAPlusConfig and default is not None:
             default = getattr(DEFAULT_LORA, field.name)
         required = default is dataclasses.MISSING
@@ -274,7 +275,8 @@ def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
             name = ""
             for part in problem["loc"]:
                 if name in fields and len(_union_members(fields[name].type)) > 1:
-                    break  # pydantic names the type that does not fit; the first speaks for all
+                    # The path goes on with the type of a union's member; the first one speaks for all.
+                    break
                 if isinstance(part, str) and part != _KEY:
                     name += f".{part}" if name else part
             if name not in problems:
@@ -294,7 +296,8 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         return f"{next(n for n in fields if n == name or n.startswith(f'{name}.'))} is required"
     if cause == "dataclass_type":
         return f"{name or 'config'} must be a mapping of settings, got {value!r:.80}"
-    if cause == "value_error" and name not in fields:  # conflicting fields of a section
+    # Raised by `__post_init__`: fields of a section that conflict.
+    if cause == "value_error" and name not in fields:
         message = str(problem["ctx"]["error"]).removeprefix(f"{LoRAPlusConfig.__name__}: ")
         first_word = re.split(r"\W", message)[0]
         if f"{name}.{first_word}" in fields:

@@ -30,8 +30,8 @@ DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
 LANGUAGE_TASKS = ("instruction", "multiple_choice", "generation")
 """The tasks for causal language models; the other tasks are for encoders."""
 ENCODER_TASKS = ("classification", "regression")
+# optax counts steps in int32.
 MAX_STEPS = 2**31 - 1
-"""The step counter is int32."""
 AUTO = "auto"
 MOST_PORT = 65535
 GENERATION = (
@@ -535,6 +535,7 @@ class Settings:
     init_adapter_rates: Literal["same", "new"] = "same"
     seed: Annotated[Index, Field(lt=2**32)] = 0
     output_dir: Text
+    # A class variable, since a sweep, whose settings extend these, may change fewer.
     resumable_fields: ClassVar[tuple[str, ...]] = RESUMABLE_FIELDS
 
     def __post_init__(self) -> None:

@@ -154,6 +154,7 @@ def write_hf(
         else [SINGLE_FILE]
     )
     for name, shard in zip(names, shards, strict=True):
+        # Reads and merges its tensors only now, one at a time.
         write_safetensors(target / name, shard)
     if len(shards) > 1:
         weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}

@@ -59,7 +59,8 @@ def load_config(directory: str | Path) -> dict[str, Any]:
     else:
         where = _check_directory(Path(directory)) / "config.json"
         config, shapes = read_json(where), {}
-        with contextlib.suppress(ValueError):  # loading the weights will say what is wrong with them
+        # Loading the weights will say what is wrong with them.
+        with contextlib.suppress(ValueError):
             files = [file for _, file, _, _ in weight_files(where.parent)]
             shapes = {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}  # noqa: SIM118
     _check_sizes(where, config, shapes)
@@ -309,7 +310,8 @@ def _compare_shapes(
                 problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
             elif (dtype := tensor.view.get_dtype()) not in tensor.dtypes:
                 problems.append(f"~ {tensor.name} is {dtype}, must be one of {', '.join(tensor.dtypes)}")
-    return list(dict.fromkeys(problems))  # parts of one tensor have the same
+    # Parts of one tensor have the same problem.
+    return list(dict.fromkeys(problems))
 
 
 def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[str]:
@@ -448,7 +450,8 @@ def _open(path: Path) -> Any:
         import safetensors
     except ImportError as error:
         raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
-    if not os.path.exists(path):  # unlike Path.exists, False for a name too long for the file system
+    # Path.exists raises for a name that is too long for the file system.
+    if not os.path.exists(path):
         raise ValueError(f"{path} is missing, but the index lists it")
     check_file(path)
     try:

@@ -27,6 +27,7 @@ LOWEST = -1e9
 MOST_PENALTY = 5
 
 
+# The carry of a while loop: a tree of arrays whose shapes and dtypes stay the same.
 class _State(NamedTuple):
     """The beams of every prompt after `length` new tokens.
 
@@ -238,4 +239,5 @@ def _ban_repeats(
         last = jax.lax.dynamic_slice_in_dim(history, end - size + 1 + j, 1, axis=1)
         repeats &= history[:, j : j + windows] == last
     token = jnp.where(repeats, history[:, size - 1 :], log_probs.shape[1])
+    # A static shape: what repeats nothing is sent to an id beyond the vocabulary, where the update is dropped.
     return log_probs.at[jnp.arange(len(token))[:, None], token].set(-jnp.inf, mode="drop")

@@ -136,10 +136,12 @@ def name_table(config: GPT2Config) -> NameTable:
         rules += split_rules(made, config.projections[name]) if is_split else made
     copies = ()
     if config.tie_word_embeddings:
-        copies = (("lm_head.weight", "wte.weight"),)  # some files hold the embedding twice
+        # Some files hold the embedding twice.
+        copies = (("lm_head.weight", "wte.weight"),)
     else:
         rules += linear_rules("lm_head", "lm_head", bias=False)
-    ignore = (r"h\.\d+\.attn\.(bias|masked_bias)",)  # causal masks in older files
+    # Buffers of older files: causal masks.
+    ignore = (r"h\.\d+\.attn\.(bias|masked_bias)",)
     return NameTable(rules=tuple(rules), renames=((r"^transformer\.", ""),), ignore=ignore, copies=copies)
 
 

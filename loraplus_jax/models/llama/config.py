@@ -121,7 +121,8 @@ MODEL_TYPES = tuple(KINDS)
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, 0),
     "partial_rotary_factor": (1.0, 1),
-    "pretraining_tp": (1, 2, 4, 8),  # splits matmuls without changing the result
+    # Splits matmuls without changing the result.
+    "pretraining_tp": (1, 2, 4, 8),
     "quantization_config": (None,),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
@@ -310,6 +311,7 @@ class LlamaConfig(ModelConfig):
         return jnp.where(self._is_local(layer), self.sliding_window, np.iinfo(np.int32).max)
 
     def _is_local(self, layer: jax.Array) -> jax.Array:
+        # By a table: within the loop over layers, `layer` is traced.
         is_local = [n not in self.full_layers for n in range(self.num_hidden_layers)]
         return jnp.array(is_local)[layer] & (self.sliding_window is not None)
 

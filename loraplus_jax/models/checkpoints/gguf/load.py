@@ -286,6 +286,7 @@ class View:
             return values[(slice(None), *columns)]
         start, stop, _ = columns[0].indices(self.tensor.shape[1])
         block, size = gguf.GGML_QUANT_SIZES[kind]
+        # Whole blocks: the values of one share a scale.
         first = start // block
         values = gguf.quants.dequantize(raw_rows[:, first * size : -(-stop // block) * size], kind)
         return values[:, start - first * block : stop - first * block]
