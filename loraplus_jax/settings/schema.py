@@ -34,48 +34,6 @@ ENCODER_TASKS = ("classification", "regression")
 MAX_STEPS = 2**31 - 1
 AUTO = "auto"
 MOST_PORT = 65535
-GENERATION = (
-    *(
-        "generation.beams",
-        "generation.length_penalty",
-        "generation.no_repeat_ngram",
-        "generation.no_repeat_in",
-    ),
-    *("generation.early_stopping", "generation.max_new_tokens", "generation.inputs", "generation.batch_size"),
-)
-REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
-    (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
-    (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
-    (("data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
-    (("model.quantize",), "method", ("lora_plus", "lora")),
-    (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
-    (("model.split_fused", "model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
-    (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
-    (("train.prompt", "train.prompt_tokens", "train.label_smoothing"), "task", LANGUAGE_TASKS),
-    (("data.answers",), "task", ("instruction",)),
-    (GENERATION, "task", ("generation",)),
-    (("generation.no_repeat_in",), "generation.no_repeat_ngram", ()),
-    (("data.validation", "data.test"), "data.train", ()),
-    (("data.test_fraction",), "data.path", ()),
-    (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
-    (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
-    (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
-    (("optimizer.decay",), "optimizer.weight_decay", ()),
-    (("optimizer.name",), "method", ("lora_plus", "lora")),
-    (("optimizer.target_rank",), "method", ("lora_plus", "lora")),
-    (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
-    (("optimizer.target_rank",), "train.select", ("last",)),
-    (("optimizer.target_rank",), "train.early_stopping", (None,)),
-    (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
-    (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
-    (("train.prompt_tokens",), "train.prompt", ()),
-    (("train.theory_every",), "method", ("lora_plus", "lora")),
-    (("train.theory_every",), "lora.variant", ("lora",)),
-    (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
-    (("init_adapter_rates",), "init_adapter", ()),
-)
-"""Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
-value but null and 0."""
 IGNORED: Mapping[Method, tuple[str, ...]] = {
     "lora": ("lora.lr_ratio", "optimizer.decay"),
     "full": ("lora.*", "optimizer.decay"),
@@ -410,6 +368,42 @@ class GenerationSettings:
     batch_size: Count = 8
 
 
+GENERATION = tuple(f"generation.{field.name}" for field in dataclasses.fields(GenerationSettings))
+REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
+    (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
+    (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
+    (("data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
+    (("model.quantize",), "method", ("lora_plus", "lora")),
+    (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
+    (("model.split_fused", "model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
+    (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
+    (("train.prompt", "train.prompt_tokens", "train.label_smoothing"), "task", LANGUAGE_TASKS),
+    (("data.answers",), "task", ("instruction",)),
+    (GENERATION, "task", ("generation",)),
+    (("generation.no_repeat_in",), "generation.no_repeat_ngram", ()),
+    (("data.validation", "data.test"), "data.train", ()),
+    (("data.test_fraction",), "data.path", ()),
+    (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
+    (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
+    (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
+    (("optimizer.decay",), "optimizer.weight_decay", ()),
+    (("optimizer.name",), "method", ("lora_plus", "lora")),
+    (("optimizer.target_rank",), "method", ("lora_plus", "lora")),
+    (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
+    (("optimizer.target_rank",), "train.select", ("last",)),
+    (("optimizer.target_rank",), "train.early_stopping", (None,)),
+    (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
+    (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
+    (("train.prompt_tokens",), "train.prompt", ()),
+    (("train.theory_every",), "method", ("lora_plus", "lora")),
+    (("train.theory_every",), "lora.variant", ("lora",)),
+    (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
+    (("init_adapter_rates",), "init_adapter", ()),
+)
+"""Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
+value but null and 0."""
+
+
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class MeshSettings:
     """The device mesh, data x fsdp x tensor; one of the three sizes may be -1, for the remaining devices.
@@ -446,14 +440,15 @@ class DistributedSettings:
     lost_timeout: Count = 30
 
     def __post_init__(self) -> None:
-        numbers = {"processes": self.processes, "process_id": self.process_id}
-        if self.coordinator in (None, AUTO):
-            for name, value in numbers.items():
-                if value is not None:
-                    coordinator = self.coordinator or "null"
-                    raise ValueError(
-                        f"distributed.{name} requires distributed.coordinator HOST:PORT, got {coordinator}"
-                    )
+        has_address = self.coordinator not in (None, AUTO)
+        for name in ("processes", "process_id"):
+            if (getattr(self, name) is not None) != has_address:
+                given = ("null" if x is None else x for x in (self.coordinator, getattr(self, name)))
+                raise ValueError(
+                    f"distributed.coordinator HOST:PORT and distributed.{name} require each other, got "
+                    f"{' and '.join(map(str, given))}"
+                )
+        if not has_address:
             return
         host, _, port = str(self.coordinator).rpartition(":")
         if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
@@ -461,9 +456,6 @@ class DistributedSettings:
                 f"distributed.coordinator must be HOST:PORT (port 1 to {MOST_PORT}) or {AUTO}, "
                 f"got {self.coordinator!r}"
             )
-        for name, value in numbers.items():
-            if value is None:
-                raise ValueError(f"distributed.coordinator HOST:PORT requires distributed.{name}, got null")
         if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
