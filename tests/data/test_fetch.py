@@ -5,8 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -322,9 +320,3 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
     assert cache_dir() == Path("/home/someone/there")
     monkeypatch.setenv("LORAPLUS_CACHE", "")
     assert cache_dir() == Path("/home/someone/.cache/loraplus_jax")
-
-
-def test_the_hubs_client_is_loaded_only_when_asked():
-    code = "import sys, json, loraplus_jax.data.fetch; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert "huggingface_hub" not in json.loads(done.stdout)

@@ -22,9 +22,7 @@ def test_products_are_packed_unless_they_are_excluded(models, tmp_path):
     some = choose_formats(table, "int8", ["attn/c_proj", "embed_positions"], tmp_path)
     embedding = {"embed_tokens/embedding"}
     assert some == dict.fromkeys(PRODUCTS - {"layers/attn/c_proj/kernel"} | embedding, "int8")
-    with pytest.raises(
-        ValueError, match=mentions("model.quantize_exclude", "'c_prj'", "layers/mlp/c_proj")
-    ):
+    with pytest.raises(ValueError, match=mentions("model.quantize_exclude", "'c_prj'", "layers/mlp/c_proj")):
         choose_formats(table, "nf4", ["c_prj"], tmp_path)
 
 
