@@ -19,7 +19,7 @@ class ModelConfig:
       NAMES: the file's names of fields, where they differ.
     """
 
-    MODEL_TYPES: ClassVar[Collection[str]]
+    MODEL_TYPES: ClassVar[tuple[str, ...]]
     ACTIVATION: ClassVar[str] = "hidden_act"
     BOUNDS: ClassVar[Mapping[str, tuple[float, float]]] = {}
     RATES: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +101,7 @@ class ModelConfig:
         problems = []
         for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             name, value = field.name, getattr(self, field.name)
+            number: Any = value
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             low, high = self.BOUNDS.get(name, (0.0, 1.0))
             allowed = None
@@ -108,9 +109,9 @@ class ModelConfig:
                 continue
             if name in choices and value not in choices[name]:
                 allowed = f"one of {', '.join(choices[name])}"
-            elif name in self.BOUNDS and not (is_number and low < value < high):
+            elif name in self.BOUNDS and not (is_number and low < number < high):
                 allowed = f"a number above {low:g} and below {high:g}"
-            elif name in self.RATES and not (is_number and 0 <= value < 1):
+            elif name in self.RATES and not (is_number and 0 <= number < 1):
                 allowed = "a number in [0, 1)"
             elif field.type in (int, int | None):
                 least = int(name != "pad_token_id")

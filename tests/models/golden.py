@@ -3,13 +3,16 @@
 import functools
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
+from loraplus_jax.data.fetch import cache_dir
 from loraplus_jax.models.checkpoints.hf import load_config, load_params
 from loraplus_jax.models.decoding.generate import Sampling, make_generate
 from loraplus_jax.models.families import family_of
@@ -84,11 +87,19 @@ def greedy(model, params, prompts, new_tokens):
     return ids[:, prompts.shape[1] :]
 
 
-def generated(model, params, prompts, new_tokens):
+def real_smollm2():
+    """What `loraplus fetch smollm2-135m` put into the cache, or the file that the environment names."""
+    found = sorted(cache_dir().rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
+    file = Path(os.environ.get("LORAPLUS_SMOLLM2") or (found[0] if found else "absent"))
+    return file if file.exists() else pytest.skip("no SmolLM2: loraplus fetch smollm2-135m")
+
+
+def generated(model, params, prompts, new_tokens, segments=None):
     """The same, with a cache."""
+    segments = (prompts != 0).astype(np.int32) if segments is None else segments
     generate = make_generate(model, model.config, new_tokens=new_tokens, stop=())
     keys = jax.random.split(jax.random.key(0), len(prompts))
-    return generate({"params": params}, prompts, (prompts != 0).astype(np.int32), Sampling(), keys)
+    return generate({"params": params}, prompts, segments, Sampling(), keys)
 
 
 def edit_config(folder, **changes):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from loraplus_jax.data.fetch import cache_dir
 from loraplus_jax.models.checkpoints.gguf import load as gguf
 from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, stop_ids, tokenizer
 
 from ..messages import assert_mentions, mentions
 from .checkpoints.gguf import files as gguf_files
 from .golden import GOLDEN as FILES
+from .golden import real_smollm2
 
 GOLDEN = json.loads((FILES / "gguf.json").read_text())
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -50,27 +50,21 @@ def error(path, metadata, read=tokenizer, **kwargs):
     return str(caught.value)
 
 
-def real_file():
-    """What `loraplus fetch smollm2-135m` put into the cache."""
-    found = sorted(cache_dir().rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    return found[0] if found else pytest.skip("no SmolLM2: loraplus fetch smollm2-135m")
-
-
 @pytest.mark.slow
 def test_the_real_file_gives_the_ids_of_transformers():
-    ours = tokenizer(real_file())
+    ours = tokenizer(real_smollm2())
     assert [ours.encode(text).ids for text in GOLDEN["texts"]] == GOLDEN["smollm2"]
     assert all(
         ours.decode(ids, skip_special_tokens=False) == text
         for text, ids in zip(GOLDEN["texts"], GOLDEN["smollm2"], strict=True)
     )
-    assert special_tokens(real_file())["eos_token"] == "<|im_end|>"
-    assert "<|im_start|>system\n" in read_chat_template(real_file())
+    assert special_tokens(real_smollm2())["eos_token"] == "<|im_end|>"
+    assert "<|im_start|>system\n" in read_chat_template(real_smollm2())
 
 
 @pytest.mark.slow
 def test_the_real_file_gives_the_weights_of_transformers():
-    weights, digest = gguf.GgufWeights(gguf.read(real_file())), hashlib.sha256()
+    weights, digest = gguf.GgufWeights(gguf.read(real_smollm2())), hashlib.sha256()
     for name in sorted(weights.keys()):
         digest.update(name.encode() + weights.get_slice(name)[:].tobytes())
     assert digest.hexdigest() == GOLDEN["smollm2_weights"]

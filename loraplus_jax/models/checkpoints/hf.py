@@ -165,7 +165,7 @@ def load_params(
             return store(rule.path, read([slice(0, size) for size in leaf.shape]))
         parts: dict[Any, np.ndarray] = {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             window = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True))
             # JAX asks once for each device, and several may hold one part. Slices have no hash before Python 3.12.
             if (key := str(window)) not in parts:

@@ -1,6 +1,5 @@
 """What the compiled step of a Llama costs, and a real model; for the other values see `test_decoder.py`."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
-from loraplus_jax.data.fetch import cache_dir
-from loraplus_jax.models.decoding.generate import Sampling, make_generate
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
 from loraplus_jax.tasks.language_losses import LanguageTask
@@ -20,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from step_time_model import ideal_flops
 
 from ...marks import long
-from ..golden import GOLDEN, error, load
+from ..golden import GOLDEN, error, generated, load, real_smollm2
 
 pytestmark = pytest.mark.slow
 
@@ -86,17 +83,10 @@ def test_no_chunk_holds_the_logits():
 
 
 def test_smollm2_equals_transformers():
-    found = sorted(cache_dir().rglob("SmolLM2-135M-Instruct.Q4_1.gguf"))
-    file = Path(os.environ.get("LORAPLUS_SMOLLM2") or (found[0] if found else "absent"))
-    if not file.exists():
-        pytest.skip("no SmolLM2: loraplus fetch smollm2-135m")
     golden = np.load(GOLDEN / "smollm2.npz")
-    model, params = load(file)
-    variables = {"params": params}
-    apply = jax.jit(lambda variables, *given: model.apply(variables, *given)[:, ::4, golden["entries"]])
-    logits = np.where(golden["mask"][:, ::4, None], apply(variables, golden["ids"], golden["mask"]), 0)
+    model, params = load(real_smollm2())
+    apply = jax.jit(lambda params, *given: model.apply({"params": params}, *given)[:, ::4, golden["entries"]])
+    logits = np.where(golden["mask"][:, ::4, None], apply(params, golden["ids"], golden["mask"]), 0)
     assert error(logits, golden["logits"]) <= 1e-4
-    generate = make_generate(model, model.config, new_tokens=golden["greedy"].shape[1], stop=())
-    keys = jax.random.split(jax.random.key(0), len(golden["ids"]))
-    given = generate(variables, golden["ids"], golden["mask"], Sampling(), keys)
+    given = generated(model, params, golden["ids"], golden["greedy"].shape[1], golden["mask"])
     np.testing.assert_array_equal(given, golden["greedy"])
