@@ -101,16 +101,8 @@ def read_rows(
         `SHOWN_PROBLEMS` with `file:line`.
     """
     path, problems = Path(path), Problems()
-    _check_suffix(path, SUFFIXES)
-    suffix, text = path.suffix.lower(), ""
-    if suffix == ".parquet":
-        records = list(_string_records(_parquet_records(path, columns, problems), columns, problems))
-    elif suffix == ".jsonl":
-        text = _decode(path, problems)
-        records = list(_string_records(_json_lines(text, problems), columns, problems))
-    else:
-        text = _decode(path, problems)
-        records = list(_table_records(path, text, columns, problems, quoting, header, short_rows))
+    found, text = _read(path, SUFFIXES, columns, problems, quoting, header, short_rows)
+    records = list(_string_records(found, columns, problems))
     for line, what in _value_problems(records, columns, may_be_empty):
         problems.add(line, what)
     if not records and not problems.count:
@@ -135,15 +127,8 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
     Raises:
       ValueError: the file cannot be read, is a .json file that is not a UTF-8 JSON list, or has no rows.
     """
-    _check_suffix(path, RECORD_SUFFIXES)
-    text = _decode(path, problems)
-    if path.suffix.lower() == ".json":
-        raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
-        records = list(_json_items(path, text, problems))
-    elif path.suffix.lower() == ".jsonl":
-        records = list(_json_lines(text, problems))
-    else:
-        records = list(_table_records(path, text, (), problems))
+    found, text = _read(path, RECORD_SUFFIXES, (), problems)
+    records = list(found)
     if not records and not problems.count:
         raise ValueError(f"{path}: {_no_rows(text)}")
     return records
@@ -154,11 +139,25 @@ def has_lone_surrogate(text: str) -> bool:
     return re.search(r"[\ud800-\udfff]", text) is not None
 
 
-def _check_suffix(path: Path, allowed: Sequence[str]) -> None:
-    if path.suffix.lower() not in allowed:
+def _read(
+    path: Path, suffixes: Sequence[str], columns: Sequence[str], problems: Problems, *table: Any
+) -> tuple[Iterator[Record], str]:
+    """The records of a file, and its text; `table` are the last arguments of `_table_records`."""
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
         raise ValueError(
-            f"{path}: unsupported file type {path.suffix or '(no suffix)'}: use {', '.join(allowed)}"
+            f"{path}: unsupported file type {path.suffix or '(no suffix)'}: use {', '.join(suffixes)}"
         )
+    if suffix == ".parquet":
+        return _parquet_records(path, columns, problems), ""
+    text = _decode(path, problems)
+    if suffix == ".json":
+        # A list of JSON has items, not lines, so what is wrong with its lines cannot be listed with them.
+        raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
+        return _json_items(path, text, problems), text
+    if suffix == ".jsonl":
+        return _json_lines(text, problems), text
+    return _table_records(path, text, columns, problems, *table), text
 
 
 def _no_rows(text: str) -> str:
