@@ -13,22 +13,19 @@ from .._utils.validation import suggest
 Scaling = tuple[tuple[str, Any], ...]
 """A `rope_scaling` mapping as sorted pairs, so that a config can be hashed."""
 
-_REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
-    "factors": ("factors",),
-}
-_OPTIONAL: Mapping[str, tuple[str, ...]] = {
-    "dynamic": ("original_max_position_embeddings",),
+_ORIGINAL = "original_max_position_embeddings"
+# Required and optional options of each type.
+_TYPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), (_ORIGINAL,)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
     "yarn": (
-        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate"),
+        ("factor",),
+        (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
-    "longrope": ("factor", "attention_factor"),
+    "longrope": (("short_factor", "long_factor", _ORIGINAL), ("factor", "attention_factor")),
+    "factors": (("factors",), ()),
 }
 _LISTS = ("factors", "short_factor", "long_factor")
 
@@ -67,20 +64,21 @@ def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
     # Older files have the type twice, and newer ones what is no option of the scaling.
     for name in ("type", "rope_theta", "partial_rotary_factor"):
         options.pop(name, None)
-    if not isinstance(kind, str) or kind not in _REQUIRED:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(
-            f"rope_scaling: the type must be one of {', '.join(_REQUIRED)}, got {kind!r}"
-            f"{suggest(str(kind), _REQUIRED, fallback=False)}"
-        )
-    allowed = (*_REQUIRED[kind], *_OPTIONAL.get(kind, ()))
-    if missing := [name for name in _REQUIRED[kind] if name not in options]:
-        raise ValueError(f"rope_scaling: type {kind} requires {', '.join(missing)}")
-    if unknown := [name for name in options if name not in allowed and kind != "default"]:
-        raise ValueError(
-            f"rope_scaling: type {kind} does not support {', '.join(unknown)}; allowed: {', '.join(allowed)}"
+            f"rope_scaling: the type must be one of {', '.join(_TYPES)}, got {kind!r}"
+            f"{suggest(str(kind), _TYPES, fallback=False)}"
         )
     if kind == "default":
         return ()
+    required, optional = _TYPES[kind]
+    if missing := [name for name in required if name not in options]:
+        raise ValueError(f"rope_scaling: type {kind} requires {', '.join(missing)}")
+    if unknown := [name for name in options if name not in (*required, *optional)]:
+        allowed = ", ".join((*required, *optional))
+        raise ValueError(
+            f"rope_scaling: type {kind} does not support {', '.join(unknown)}; allowed: {allowed}"
+        )
     values = {name: _check_value(name, value) for name, value in options.items()}
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise ValueError(

@@ -16,14 +16,6 @@ from ..config import ModelConfig
 from ..rope import Rope, Scaling, make_rope, parse_rope_scaling
 
 
-def _no_layer(entries: Mapping[str, Any]) -> range:
-    return range(0)
-
-
-def _every_layer(entries: Mapping[str, Any]) -> range:
-    return range(entries["num_hidden_layers"])
-
-
 def _lower_layers(entries: Mapping[str, Any]) -> range:
     """Qwen's: those below `max_window_layers`, and all unless the window is switched on."""
     layers = entries["num_hidden_layers"]
@@ -61,7 +53,7 @@ class Kind(NamedTuple):
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     reads: tuple[str, ...] = ()
-    full: Callable[[Mapping[str, Any]], Sequence[int]] = _no_layer
+    full: Callable[[Mapping[str, Any]], Sequence[int]] = lambda entries: ()
     activation: str = "hidden_act"
     defaults: Mapping[str, Any] = {}
 
@@ -83,7 +75,9 @@ _GEMMA = Kind(
     },
 )
 KINDS: Mapping[str, Kind] = {
-    "llama": Kind(reads=("attention_bias", "mlp_bias"), full=_every_layer),
+    "llama": Kind(
+        reads=("attention_bias", "mlp_bias"), full=lambda entries: range(entries["num_hidden_layers"])
+    ),
     "mistral": Kind(qkv_bias=False, defaults={"sliding_window": 4096}),
     "qwen2": Kind(qkv_bias=True, reads=("layer_types",), full=_lower_layers),
     "qwen3": Kind(
@@ -221,7 +215,16 @@ class LlamaConfig(ModelConfig):
         ignored |= {"rope_theta", "rope_scaling", "rope_local_theta"}
         ignored |= {"sliding_window", "full_layers", "hidden_act", "split_fused"}
         values = {name: value for name, value in values.items() if name not in ignored}
-        return values | _default_fields(entries) | _rope_fields(entries) | _window_fields(entries)
+        heads = entries["num_attention_heads"]
+        defaults = {
+            "num_key_value_heads": entries.get("num_key_value_heads", heads),
+            "head_dim": entries.get("head_dim", entries["hidden_size"] // heads),
+            "hidden_act": entries.get(kind.activation, "silu"),
+            **{
+                name: bool(entries.get(name)) for name in ("attention_bias", "mlp_bias") if name in kind.reads
+            },
+        }
+        return values | defaults | _rope_fields(entries) | _window_fields(entries)
 
     @property
     def kind(self) -> Kind:
@@ -334,18 +337,6 @@ class LlamaConfig(ModelConfig):
             if isinstance(value, tuple) and len(value) != size // 2:
                 problems.append(f"rope_scaling: {name} must be {size // 2} numbers, got {len(value)}")
         return problems
-
-
-def _default_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of fields that some files omit."""
-    heads, kind = entries["num_attention_heads"], KINDS[entries["model_type"]]
-    biases = ("attention_bias", "mlp_bias")
-    return {
-        "num_key_value_heads": entries.get("num_key_value_heads", heads),
-        "head_dim": entries.get("head_dim", entries["hidden_size"] // heads),
-        "hidden_act": entries.get(kind.activation, "silu"),
-        **{name: bool(entries.get(name)) for name in biases if name in kind.reads},
-    }
 
 
 def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
