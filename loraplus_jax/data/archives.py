@@ -29,8 +29,8 @@ def extract(archive: Path, members: Mapping[str, str], directory: Path) -> None:
         raise ValueError(f"{archive.name} has no regular file at {', '.join(map(repr, missing))}")
 
 
+# Links and devices are skipped: one could lead what follows it out of the directory.
 def _files(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Yields the name and contents of each regular file in an archive, in order; skips links and devices."""
     if archive.suffix in (".whl", ".zip"):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():

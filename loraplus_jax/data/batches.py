@@ -48,6 +48,7 @@ def train_batches(
         local = indices if rows is None else indices[rows]
         return _take(arrays, local, np.ones(len(local), np.float32))
 
+    # A prefetching iterator's state would be ahead of the batch that it returned last.
     indices = grain.MapDataset.range(size).seed(seed).shuffle().batch(batch_size, drop_remainder=True)
     return iter(
         indices.map(take).repeat().to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -67,6 +68,7 @@ def eval_batches(
     size = _row_count(arrays, batch_size)
     for start in range(0, size, batch_size):
         indices = start + (np.arange(batch_size) if rows is None else np.asarray(rows))
+        # The last row again and again: XLA compiles a program for each shape of a batch.
         yield _take(arrays, np.minimum(indices, size - 1), (indices < size).astype(np.float32))
 
 

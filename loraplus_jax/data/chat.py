@@ -13,11 +13,11 @@ from .._utils.validation import check_int
 from .chat_template import ChatTemplate
 from .conversations import Chat, Turn
 from .packed_rows import Sequences
+from .readers import raise_problems
 
 AnswerChoice = Literal["all", "last"]
-MAX_PROBLEMS_SHOWN = 20
+# Stands for a text whose place in a rendering is searched: a private-use character, which no template writes.
 MARK = "\ue000"
-"""A private-use character that stands for a text whose place in a rendering is searched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +84,16 @@ def tokenize_chats(
         for span in spans:
             first = tokens.first_after(span.start)
             mask[first : _answer_stop(tokens, span, special, bos, chat, template)] = 1
+        # Nothing precedes the first token, of which it could be predicted.
         mask[:1] = 0
         prompts.append(int(mask.argmax()) if mask.any() else len(mask))
         ids.append(tokens.ids)
         masks.append(mask)
-    _check_answers(chats, prompts, max_length)
+    too_long = [(chat.place, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
+    if too_long:
+        longest = max(n for _, n in too_long)
+        advice = f"max_length {max_length} leaves no answer token: set more than {longest}, or remove the row"
+        raise_problems([(place, f"{n} tokens before the answer; {advice}") for place, n in too_long])
     truncated = sum(len(x) > max_length for x in ids)
     return Sequences(tuple(x[:max_length] for x in ids), tuple(x[:max_length] for x in masks), truncated)
 
@@ -146,7 +151,14 @@ def find_answers(
     ]
     rendered, *parts = (text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place))
     call_ends = _find_calls(template, chat, rendered)
-    starts = [_answer_start(template, chat, *pair, rendered) for pair in zip(turns, parts, strict=False)]
+    for turn, prompt in zip(turns, parts, strict=False):
+        if not rendered.startswith(prompt):
+            raise ValueError(
+                f"{chat.place}: cannot locate the answer in turn {turn + 1}: without it, the chat template of "
+                f"{template.origin} renders the earlier turns differently; put {{% generation %}} and "
+                "{% endgeneration %} around the assistant's text in a copy and set data.template to that copy"
+            )
+    starts = [len(prompt) for prompt in parts[: len(turns)]]
     ends, spans = [*parts[len(turns) :], rendered], []
     for turn, start, end, with_turn in zip(turns, starts, [*starts[1:], len(rendered)], ends, strict=False):
         # The next turn is usually the user's and starts before the next answer.
@@ -189,7 +201,8 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
     calls = [((*chat.turns[:i], turn, *chat.turns[i + 1 :]), False) for i, turn in changed.items()]
     variants = [text for text, _ in template.render_marked(calls, tools=chat.tools, place=chat.place)]
     results = {i: Turn("assistant", turn.text) for i, turn in enumerate(chat.turns) if turn.role == "tool"}
-    try:  # a template may know only the user, and take all others for the assistant
+    # A template may know only the user, and take all others for the assistant.
+    try:
         said = [results.get(i, turn) for i, turn in enumerate(chat.turns)]
         confused = bool(results) and template.render(said, tools=chat.tools, place=chat.place) == rendered
     except ValueError:
@@ -205,25 +218,13 @@ def _find_calls(template: ChatTemplate, chat: Chat, rendered: str) -> dict[int, 
 
 
 def _count_equal(first: Iterable[str], second: Iterable[str]) -> int:
-    """Returns how many characters two texts have in common at their start."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _answer_start(template: ChatTemplate, chat: Chat, turn: int, prompt: str, rendered: str) -> int:
-    if rendered.startswith(prompt):
-        return len(prompt)
-    raise ValueError(
-        f"{chat.place}: cannot locate the answer in turn {turn + 1}: without it, the chat template of "
-        f"{template.origin} renders the earlier turns differently; put {{% generation %}} and "
-        "{% endgeneration %} around the assistant's text in a copy and set data.template to that copy"
-    )
 
 
 def _find_text(
     template: ChatTemplate, chat: Chat, turn: int, rendered: str, start: int, end: int
 ) -> AnswerSpan:
-    """Locates the text of an answer between the characters `start` and `end`."""
     for text in (chat.turns[turn].text, chat.turns[turn].text.strip()):
         offset = rendered.find(text, start, end)
         if rendered.count(text, start, end) > 1:
@@ -252,6 +253,7 @@ class Tokens:
     def __init__(self, encoding: Encoding) -> None:
         self.ids = np.array(encoding.ids, np.int32)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        # Tokens of one multi-byte character all have its range; a binary search needs ends that never fall.
         self.starts, self.ends = offsets[:, 0], np.maximum.accumulate(offsets[:, 1])
 
     def first_after(self, character: int) -> int:
@@ -265,11 +267,14 @@ class Tokens:
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
     """Yields each text's encoding with exact offsets: no padding, truncation, added tokens or trimmed spaces."""
+    # A copy, as padding and truncation are the tokenizer's own state. Byte-level post-processors trim spaces from
+    # offsets.
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.no_padding()
     plain.no_truncation()
     plain.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
-    for start in range(0, len(texts), 1024):  # an Encoding takes far more memory than its tokens
+    # In pieces: an Encoding takes far more memory than its tokens.
+    for start in range(0, len(texts), 1024):
         yield from plain.encode_batch(list(texts[start : start + 1024]), add_special_tokens=False)
 
 
@@ -301,18 +306,3 @@ def _answer_stop(
             "model would not learn to stop: end answers with a special token of the tokenizer"
         )
     return first + int(ends[0]) + 1
-
-
-def _check_answers(chats: Sequence[Chat], prompts: Sequence[int], max_length: int) -> None:
-    """Raises if a conversation has no answer token left; `prompts` counts the tokens before the first one."""
-    too_long = [(chat, n) for chat, n in zip(chats, prompts, strict=True) if n >= max_length]
-    if too_long:
-        longest = max(n for _, n in too_long)
-        lines = [
-            f"max_length {max_length} leaves no answer token in {len(too_long)} of {len(chats)} conversations, "
-            f"with prompts of up to {longest} tokens: increase it or remove them"
-        ]
-        lines += [f"{chat.place}: {n} tokens before the answer" for chat, n in too_long[:MAX_PROBLEMS_SHOWN]]
-        if len(too_long) > MAX_PROBLEMS_SHOWN:
-            lines.append(f"... and {len(too_long) - MAX_PROBLEMS_SHOWN} more")
-        raise ValueError("\n  ".join(lines))

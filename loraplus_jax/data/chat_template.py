@@ -109,6 +109,7 @@ class ChatTemplate:
 
         Also returns the character range (start, end) of each `{% generation %}` block.
         """
+        # All in one request, as each takes a round trip to the child process.
         what = f"{place}: the chat template of {self.origin} fails"
         texts = [tools, *(text for turns, _ in calls for turn in turns for text in (turn.text, turn.extra))]
         if any(mark in text for text in texts for mark in MARKS):
@@ -127,7 +128,6 @@ class ChatTemplate:
 
 
 def _split_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Returns the text without marks, and the character range between each pair of marks."""
     pieces, size, spans, start = [], 0, [], 0
     for piece in re.split(f"([{''.join(MARKS)}])", text):
         if piece == MARKS[0]:

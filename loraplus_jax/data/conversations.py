@@ -18,15 +18,14 @@ ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {
 WEIGHTS = {"weight": "0 or 1", "train": "false or true", "training": "false or true"}
 """Fields that say whether a message is trained on, with the allowed values: OpenAI's, and axolotl's."""
 
-COLUMN_SETS = (("messages",), ("instruction", "output"), ("prompt", "completion"), ("text",))
-"""Required columns of each layout."""
-OPTIONAL_COLUMNS = {
-    "messages": ("system", "tools"),
-    "instruction": ("input", "system"),
-    "prompt": ("system", "tools"),
-    "text": (),
-}
-"""Optional columns of a layout, by its first column."""
+LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
+    ({"messages": "messages"}, ("system", "tools")),
+    ({"messages": "conversations"}, ("system", "tools")),
+    ({"instruction": "instruction", "output": "output"}, ("input", "system")),
+    ({"prompt": "prompt", "completion": "completion"}, ("system", "tools")),
+    ({"text": "text"}, ()),
+)
+"""The file's required columns in each layout, by our names, and the optional ones."""
 _ALLOWED = "messages (or conversations), or instruction and output, or prompt and completion, or text"
 
 
@@ -107,13 +106,7 @@ def read_chats(path: str | Path, columns: Mapping[str, str] | None = None) -> li
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
-    if columns is None:
-        columns = _infer_columns(path, records) if records else {}
-    elif not any(
-        set(layout) <= set(columns) <= {*layout, *OPTIONAL_COLUMNS[layout[0]]} for layout in COLUMN_SETS
-    ):
-        names = ", ".join(columns) or "none"
-        raise ValueError(f"columns must name {_ALLOWED} (optionally input or system); got {names}")
+    columns = choose_columns(path, records, columns, LAYOUTS, _ALLOWED)
     chats = []
     for number, values in records:
         faults: list[str] = []
@@ -176,19 +169,31 @@ def take_list(values: Mapping[str, Any], column: str, faults: list[str]) -> list
     return []
 
 
-def _infer_columns(path: Path, records: Sequence[Record]) -> dict[str, str]:
-    """Picks the layout that most rows have; the first of equals."""
+def choose_columns(
+    path: Path,
+    records: Sequence[Record],
+    columns: Mapping[str, str] | None,
+    layouts: Sequence[tuple[Mapping[str, str], Sequence[str]]],
+    allowed: str,
+) -> dict[str, str]:
+    """Returns the file's columns by our names: `columns` if given, else those of the layout that most rows have.
+
+    Raises:
+      ValueError: `columns` are those of no layout, or no row has one; the message lists what is `allowed`.
+    """
+    if columns is not None:
+        if any(set(required) <= set(columns) <= {*required, *optional} for required, optional in layouts):
+            return dict(columns)
+        raise ValueError(f"columns must name {allowed}; got {', '.join(columns) or 'none'}")
     counts = Counter(name for _, values in records for name in values)
-    layouts = [{name: name for name in layout} for layout in COLUMN_SETS]
-    layouts.insert(1, {"messages": "conversations"})
-    matches = [sum(all(c in values for c in layout.values()) for _, values in records) for layout in layouts]
-    if not max(matches):
+    matches = [sum(set(required.values()) <= row.keys() for _, row in records) for required, _ in layouts]
+    if records and not max(matches):
         names = ", ".join(name for name, _ in counts.most_common(10)) or "none"
         raise ValueError(
-            f"{path}: expected columns {_ALLOWED}; got {names}: rename them or set data.column_names"
+            f"{path}: expected columns {allowed}; got {names}: rename them or set data.column_names"
         )
-    layout = layouts[matches.index(max(matches))]
-    return layout | {name: name for name in OPTIONAL_COLUMNS[next(iter(layout))] if name in counts}
+    required, optional = layouts[matches.index(max(matches))]  # the first of equals
+    return {**required, **{name: name for name in optional if name in counts}}
 
 
 def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> list[Turn]:
@@ -218,7 +223,6 @@ def _parse_turns(values: Mapping[str, Any], columns: Mapping[str, str], faults: 
 
 
 def _parse_tools(values: Mapping[str, Any], columns: Mapping[str, str], faults: list[str]) -> str:
-    """Returns the tools of a row as JSON, or "" if it has none."""
     if "tools" not in columns or values.get(columns["tools"]) in (None, "", "[]", []):
         return ""
     tools = take_list(values, columns["tools"], faults)
@@ -266,7 +270,6 @@ def _parse_message(number: int, message: Any, faults: list[str], *, trained: boo
 
 
 def _parse_content(name: str, content: Any, problems: list[str]) -> str:
-    """Returns a message's text, which may be in parts."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -283,7 +286,7 @@ def _parse_content(name: str, content: Any, problems: list[str]) -> str:
 
 
 def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
-    """Returns tool calls with their arguments as JSON objects, which chat templates expect."""
+    # OpenAI's files hold arguments as JSON text, but chat templates expect an object.
     parsed = []
     for number, call in enumerate(calls if isinstance(calls, list) else [calls], 1):
         call = call if isinstance(call, dict) else {"": call}
@@ -304,7 +307,6 @@ def _parse_calls(calls: Any, problems: list[str]) -> list[Any]:
 
 
 def _parse_weight(role: str, message: Mapping[str, Any], default: bool, problems: list[str]) -> bool:
-    """Returns whether a message is trained on."""
     values = {name: message[name] for name in WEIGHTS if message.get(name) is not None}
     for name, value in values.items():
         if value not in (0, 1):

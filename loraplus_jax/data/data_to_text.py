@@ -87,6 +87,7 @@ def read_inputs(path: str | Path, columns: Mapping[str, str] | None = None) -> l
     rows = read_rows(path, (name,))
     mrs = [row.values[name] for row in rows]
     turns = _user_turns(mrs, [location_of(path, row.line) for row in rows], name)
+    # Reversed, so that of equal inputs the first spelling is kept.
     first = dict(zip(reversed(turns), reversed(mrs), strict=True))
     return [Input(first[turn], turn, ()) for turn in dict.fromkeys(turns)]
 

@@ -1,7 +1,6 @@
 """Finds examples that are in two splits, and equal texts with different labels."""
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,43 +39,28 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
       ValueError: there are duplicates and `data.duplicates` is error, or drop leaves a split empty.
     """
     entries = {name: _entries(splits[name]) for name in ("train", "validation", "test") if name in splits}
-    train = entries["train"]
-    whole_file = train if settings.validation else [*train, *entries["validation"]]
     problems: dict[str, list[tuple[_Entry, _Entry]]] = {}
-    given_twice: set[str] = set()
     for first, second in itertools.combinations(entries, 2):
-        if second in given_twice and not settings.validation:
-            continue  # validation is a part of that file
+        # Reversed, so that the first of equal texts is kept.
         in_first, rows = {entry.texts: entry for entry in reversed(entries[first])}, entries[second]
-        if not (pairs := [(entry, in_first[entry.texts]) for entry in rows if entry.texts in in_first]):
-            continue
-        if _contents(rows) == _contents(whole_file if first == "train" else entries[first]):
-            problems[f"data.{second} has the same {len(rows):,} examples as data.{first}"] = pairs
-            given_twice.add(second)
-        else:
+        if pairs := [(entry, in_first[entry.texts]) for entry in rows if entry.texts in in_first]:
             problems[f"{len(pairs):,} of {len(rows):,} {second} examples are also in {first}"] = pairs
     if conflicts := _conflicts(entry for rows in entries.values() for entry in rows):
         count = f"{len(conflicts):,} text{'s' * (len(conflicts) > 1)}"
         problems[f"{count} with different labels"] = conflicts
+    shown = {
+        text: [f"{first.place} and {second.place}" for first, second in pairs[:SHOWN_PROBLEMS]]
+        for text, pairs in problems.items()
+    }
     if settings.duplicates == "warn":
-        return splits, [
-            f"warning: {text}, such as {first.place} and {second.place}"
-            for text, ((first, second), *_) in problems.items()
-        ]
-    if settings.duplicates == "error" and problems:
-        pairs = [pair for pairs in problems.values() for pair in pairs[:SHOWN_PROBLEMS]]
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"{'; '.join(problems)}: remove them, or set data.duplicates to drop or warn",
-                    *(f"{first.place} and {second.place}" for first, second in pairs),
-                ]
-            )
-        )
-    if settings.duplicates == "error" or not problems:
+        return splits, [f"warning: {text}, such as {first}" for text, (first, *_) in shown.items()]
+    if not problems:
         return splits, []
+    if settings.duplicates == "error":
+        advice = f"{'; '.join(problems)}: remove them, or set data.duplicates to drop or warn"
+        raise ValueError("\n  ".join([advice, *(line for lines in shown.values() for line in lines)]))
     kept, lines = dict(splits), []
-    unclear = {first.texts for first, _ in _conflicts(train)}
+    unclear = {first.texts for first, _ in _conflicts(entries["train"])}
     for number, (name, rows) in enumerate(entries.items()):
         later = {entry.texts for others in list(entries.values())[number + 1 :] for entry in others}
         dropped = later | (unclear if name == "train" else set())
@@ -95,10 +79,6 @@ def handle_duplicates(splits: dict[str, Any], settings: DataSettings) -> tuple[d
         kept[name] = take(splits[name], indices)
         lines.append(line)
     return kept, lines
-
-
-def _contents(entries: Sequence[_Entry]) -> Counter:
-    return Counter((entry.texts, entry.label) for entry in entries)
 
 
 def _conflicts(entries: Iterable[_Entry]) -> list[tuple[_Entry, _Entry]]:

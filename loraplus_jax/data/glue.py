@@ -5,7 +5,7 @@ test split, and a part of train as the validation split.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,32 +19,37 @@ from .splits import LabelledTexts, labelled_texts, split_files
 HUB_ID = "nyu-mll/glue"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+PAIR = ("sentence1", "sentence2")
+ENTAILMENT = ("entailment", "not_entailment")
+
+
+@dataclasses.dataclass(frozen=True)
 class GlueTask:
     """A task of GLUE.
 
     Attributes:
       folder: directory of the task in GLUE's download; the Hub's name is its name in `GLUE`.
       texts: columns of the texts in GLUE's .tsv files.
+      hub_texts: columns of the texts on the Hub, where the label is `label`.
       label: column of the label in GLUE's .tsv files.
       names: classes as GLUE writes them, in the order of the Hub's integers; empty for regression.
       metrics: GLUE's metrics; the first selects the best evaluation.
-      hub_texts: columns of the texts on the Hub, where the label is `label`.
       header: columns of files without a header line.
       dev: name of the file that serves as the test split.
-      submissions: file to submit, to the test split that it has predictions for.
+      unmatched: whether there are two test splits, `test_matched` and `test_mismatched`.
       span: lowest and highest prediction of regression.
     """
 
     folder: str
-    texts: tuple[str, ...]
+    texts: tuple[str, ...] = PAIR
+    hub_texts: tuple[str, ...] = PAIR
+    _: dataclasses.KW_ONLY
     label: str = "label"
     names: tuple[str, ...] = ("0", "1")
     metrics: tuple[str, ...] = ("accuracy",)
-    hub_texts: tuple[str, ...] = ("sentence1", "sentence2")
     header: tuple[str, ...] = ()
     dev: str = "dev"
-    submissions: Mapping[str, str]
+    unmatched: bool = False
     span: tuple[float, float] = (0.0, 5.0)
 
     @property
@@ -52,64 +57,35 @@ class GlueTask:
         """The task's name in the settings."""
         return "classification" if self.names else "regression"
 
+    @property
+    def submissions(self) -> dict[str, str]:
+        """The files to submit, with the test split that each has predictions for."""
+        if self.unmatched:
+            return {f"{self.folder}-m.tsv": "test_matched", f"{self.folder}-mm.tsv": "test_mismatched"}
+        return {f"{self.folder}.tsv": "test"}
 
-PAIR = ("sentence1", "sentence2")
-ENTAILMENT = ("entailment", "not_entailment")
+
+ONE, QUESTIONS, QUESTION = ("sentence",), ("question1", "question2"), ("question", "sentence")
 MNLI = GlueTask(
-    folder="MNLI",
-    texts=PAIR,
+    "MNLI",
+    hub_texts=("premise", "hypothesis"),
     label="gold_label",
     names=("entailment", "neutral", "contradiction"),
-    hub_texts=("premise", "hypothesis"),
     dev="dev_matched",
-    submissions={"MNLI-m.tsv": "test_matched", "MNLI-mm.tsv": "test_mismatched"},
+    unmatched=True,
 )
+COLA_HEADER = ("source", "label", "mark", "sentence")
 GLUE: dict[str, GlueTask] = {
-    "cola": GlueTask(
-        folder="CoLA",
-        texts=("sentence",),
-        metrics=("matthews", "accuracy"),
-        hub_texts=("sentence",),
-        header=("source", "label", "mark", "sentence"),
-        submissions={"CoLA.tsv": "test"},
-    ),
-    "sst2": GlueTask(
-        folder="SST-2", texts=("sentence",), hub_texts=("sentence",), submissions={"SST-2.tsv": "test"}
-    ),
-    "mrpc": GlueTask(
-        folder="MRPC",
-        texts=("#1 String", "#2 String"),
-        label="Quality",
-        metrics=("f1", "accuracy"),
-        submissions={"MRPC.tsv": "test"},
-    ),
-    "qqp": GlueTask(
-        folder="QQP",
-        texts=("question1", "question2"),
-        label="is_duplicate",
-        metrics=("f1", "accuracy"),
-        hub_texts=("question1", "question2"),
-        submissions={"QQP.tsv": "test"},
-    ),
-    "stsb": GlueTask(
-        folder="STS-B",
-        texts=PAIR,
-        label="score",
-        names=(),
-        metrics=("pearson", "spearman"),
-        submissions={"STS-B.tsv": "test"},
-    ),
+    "cola": GlueTask("CoLA", ONE, ONE, metrics=("matthews", "accuracy"), header=COLA_HEADER),
+    "sst2": GlueTask("SST-2", ONE, ONE),
+    "mrpc": GlueTask("MRPC", ("#1 String", "#2 String"), label="Quality", metrics=("f1", "accuracy")),
+    "qqp": GlueTask("QQP", QUESTIONS, QUESTIONS, label="is_duplicate", metrics=("f1", "accuracy")),
+    "stsb": GlueTask("STS-B", label="score", names=(), metrics=("pearson", "spearman")),
     "mnli": MNLI,
     "mnli_mismatched": dataclasses.replace(MNLI, dev="dev_mismatched"),
-    "qnli": GlueTask(
-        folder="QNLI",
-        texts=("question", "sentence"),
-        names=ENTAILMENT,
-        hub_texts=("question", "sentence"),
-        submissions={"QNLI.tsv": "test"},
-    ),
-    "rte": GlueTask(folder="RTE", texts=PAIR, names=ENTAILMENT, submissions={"RTE.tsv": "test"}),
-    "wnli": GlueTask(folder="WNLI", texts=PAIR, submissions={"WNLI.tsv": "test"}),
+    "qnli": GlueTask("QNLI", QUESTION, QUESTION, names=ENTAILMENT),
+    "rte": GlueTask("RTE", names=ENTAILMENT),
+    "wnli": GlueTask("WNLI"),
 }
 UNLABELLED = ("-", "-1")
 """Labels of examples whose annotators did not agree, and of the Hub's test splits; these examples are left out."""
@@ -184,7 +160,6 @@ def find_file(settings: DataSettings, split: str) -> Path:
 
 
 def _download(name: str, split: str) -> Path:
-    """Downloads a split from the Hub into the cache, unless it is there."""
     path = cache_dir() / "glue" / name / f"{split}.jsonl"
     if path.is_file():
         return path
@@ -197,13 +172,15 @@ def _download(name: str, split: str) -> Path:
         ) from None
     try:
         loaded: Any = datasets.load_dataset(HUB_ID, name, split=split)
-    except Exception as error:  # those of the HTTP library, which share no base class
+    # Those of the HTTP library share no base class.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"data.path glue/{name}: the download of {HUB_ID} failed ({reason}); set data.root to a directory with "
             "GLUE's files"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not in place: after an interruption a part of the file would pass for all of it.
     with atomic_write(path) as partial:
         loaded.to_json(str(partial))
     return path

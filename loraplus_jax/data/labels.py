@@ -45,6 +45,7 @@ def label_names(splits: Mapping[str, LabelledTexts]) -> list[str]:
 
 def class_key(label: str) -> Any:
     """Returns what equal labels have in common: the exact number, or else the text."""
+    # Floats of 17 digits may be equal though the labels are not.
     return Decimal(label) if NUMBER.fullmatch(label) else label
 
 
@@ -85,7 +86,6 @@ MAX_CLASSES_SHOWN = 20
 
 
 def _check_known(splits: Iterable[LabelledTexts], names: Sequence[str]) -> None:
-    """Raises a ValueError with `file:line` if labels are not in the train split."""
     known = set(names)
     unknown = [
         (location, label)

@@ -14,10 +14,17 @@ from .._utils.validation import check_int
 from .batches import Batch
 from .chat import Tokens, find_answers, tokenize
 from .chat_template import ChatTemplate
-from .conversations import Chat, Turn, take_list, take_text
+from .conversations import Chat, Turn, choose_columns, take_list, take_text
 from .readers import Problems, has_lone_surrogate, location_of, raise_problems, read_records
 
-PROMPT_COLUMNS = ("prompt", "question", "instruction")
+LAYOUTS: Sequence[tuple[Mapping[str, str], Sequence[str]]] = (
+    *(
+        ({"prompt": name, "choices": "choices", "answer": "answer"}, ())
+        for name in ("prompt", "question", "instruction")
+    ),
+    ({"instruction": "instruction", "output": "output"}, ("input",)),
+)
+_ALLOWED = "prompt (or question, instruction), choices and answer, or instruction and output"
 ANSWER_PREFIX = "the correct answer is "
 
 
@@ -60,7 +67,7 @@ def read_questions(path: str | Path, columns: Mapping[str, str] | None = None) -
     """
     path, problems = Path(path), Problems()
     records = read_records(path, problems)
-    columns = _check_or_infer_columns(path, records, columns) if records else {}
+    columns = choose_columns(path, records, columns, LAYOUTS, _ALLOWED)
     parse = _parse_choices if "choices" in columns else _parse_commonsense
     questions = []
     for number, values in records:
@@ -154,30 +161,6 @@ def tokenize_choices(
         rows.append((tokens.ids[:stop], first))
     remaining = iter(rows)
     return [list(itertools.islice(remaining, len(question.choices))) for question in questions]
-
-
-def _check_or_infer_columns(
-    path: Path, records: Sequence[Any], columns: Mapping[str, str] | None
-) -> dict[str, str]:
-    allowed = "prompt (or question, instruction), choices and answer, or instruction and output"
-    if columns is not None:
-        if set(columns) == {"prompt", "choices", "answer"} or {"instruction", "output"} <= set(columns) <= {
-            "instruction",
-            "output",
-            "input",
-        }:
-            return dict(columns)
-        raise ValueError(f"columns must name {allowed}; got {', '.join(columns) or 'none'}")
-    names = {name: None for _, values in records for name in values}
-    prompt = next((name for name in PROMPT_COLUMNS if name in names), None)
-    if prompt and {"choices", "answer"} <= set(names):
-        return {"prompt": prompt, "choices": "choices", "answer": "answer"}
-    if {"instruction", "output"} <= set(names):
-        return {name: name for name in ("instruction", "input", "output") if name in names}
-    raise ValueError(
-        f"{path}: expected columns {allowed}; got {', '.join(names) or 'none'}: "
-        "rename them or set data.column_names"
-    )
 
 
 def _parse_choices(

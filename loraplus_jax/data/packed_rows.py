@@ -67,7 +67,9 @@ def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
     check_lengths(lengths, length)
     rows: list[list[int]] = []
     rooms: list[list[int]] = [[] for _ in range(length + 1)]  # rows by number of free tokens
-    open_rooms = 0  # bit r is set if a row has r free tokens
+    # Bit r is set if a row has r free tokens: the best fit is the lowest set bit, found without a search.
+    open_rooms = 0
+    # The longest first, so that short ones are left to fill what remains.
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = open_rooms >> lengths[i]
         if fitting:

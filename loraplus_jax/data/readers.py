@@ -15,8 +15,8 @@ from typing import Any, Literal
 from .._utils.json_files import check_file
 from .._utils.validation import suggest
 
+# As programs write numbers: float() would also accept 1_0, the digits of other scripts, nan and inf.
 NUMBER = re.compile(r"[+-]?(?:[0-9]{1,400}(?:\.[0-9]{0,400})?|\.[0-9]{1,400})(?:[eE][+-]?[0-9]{1,6})?")
-"""A number as programs write it: float() would also accept 1_0, the digits of other scripts, nan and inf."""
 
 Record = tuple[int, dict[str, Any]]
 Problem = tuple[int, str]
@@ -26,8 +26,8 @@ TABLE_SUFFIXES = (".csv", ".tsv")
 SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".parquet")
 RECORD_SUFFIXES = (*TABLE_SUFFIXES, ".jsonl", ".json")
 SHOWN_PROBLEMS = 20
+# In a CSV or TSV field: a stray quote swallows what follows, at up to 8 bytes a character.
 MAX_FIELD_CHARACTERS = 2**22
-"""Maximum characters in a CSV or TSV field: a stray quote swallows what follows, at up to 8 bytes a character."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,6 @@ def location_of(path: Path, number: int) -> str:
 def read_rows(
     path: str | Path,
     columns: Sequence[str],
-    delimiter: str | None = None,
     *,
     quoting: Quoting = "minimal",
     header: Sequence[str] = (),
@@ -81,14 +80,14 @@ def read_rows(
     """Reads the rows of a .csv, .tsv, .jsonl or .parquet file.
 
     Text files are UTF-8, with or without a byte order mark, LF or CRLF. CSV and TSV have a header and may quote
-    fields with `"`, doubled inside. JSON lines hold one object each. Strings, numbers and booleans in JSON and
+    fields with `"`, doubled inside. The fields of CSV are separated by the first of `,`, `;`, tab and `|` that the
+    header has. JSON lines hold one object each. Strings, numbers and booleans in JSON and
     Parquet become strings. Blank lines are skipped. Only `columns` are returned, but the values of an `id` column,
     if there is one, must be unique.
 
     Args:
       path: the file.
       columns: the columns to return.
-      delimiter: of a .csv or .tsv file; by default a comma or a tab.
       quoting: of a .csv or .tsv file: minimal, or none, where `"` is a character like any other.
       header: names of the columns of a .csv or .tsv file that has no header line; a first line that has all
         `columns` is one.
@@ -102,16 +101,8 @@ def read_rows(
         `SHOWN_PROBLEMS` with `file:line`.
     """
     path, problems = Path(path), Problems()
-    _check_suffix(path, SUFFIXES)
-    suffix, text = path.suffix.lower(), ""
-    if suffix == ".parquet":
-        records = list(_string_records(_parquet_records(path, columns, problems), columns, problems))
-    elif suffix == ".jsonl":
-        text = _decode(path, problems)
-        records = list(_string_records(_json_lines(text, problems), columns, problems))
-    else:
-        text = _decode(path, problems)
-        records = list(_table_records(path, text, columns, problems, delimiter, quoting, header, short_rows))
+    found, text = _read(path, SUFFIXES, columns, problems, quoting, header, short_rows)
+    records = list(_string_records(found, columns, problems))
     for line, what in _value_problems(records, columns, may_be_empty):
         problems.add(line, what)
     if not records and not problems.count:
@@ -136,15 +127,8 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
     Raises:
       ValueError: the file cannot be read, is a .json file that is not a UTF-8 JSON list, or has no rows.
     """
-    _check_suffix(path, RECORD_SUFFIXES)
-    text = _decode(path, problems)
-    if path.suffix.lower() == ".json":
-        raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
-        records = list(_json_items(path, text, problems))
-    elif path.suffix.lower() == ".jsonl":
-        records = list(_json_lines(text, problems))
-    else:
-        records = list(_table_records(path, text, (), problems))
+    found, text = _read(path, RECORD_SUFFIXES, (), problems)
+    records = list(found)
     if not records and not problems.count:
         raise ValueError(f"{path}: {_no_rows(text)}")
     return records
@@ -155,11 +139,25 @@ def has_lone_surrogate(text: str) -> bool:
     return re.search(r"[\ud800-\udfff]", text) is not None
 
 
-def _check_suffix(path: Path, allowed: Sequence[str]) -> None:
-    if path.suffix.lower() not in allowed:
+def _read(
+    path: Path, suffixes: Sequence[str], columns: Sequence[str], problems: Problems, *table: Any
+) -> tuple[Iterator[Record], str]:
+    """The records of a file, and its text; `table` are the last arguments of `_table_records`."""
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
         raise ValueError(
-            f"{path}: unsupported file type {path.suffix or '(no suffix)'}: use {', '.join(allowed)}"
+            f"{path}: unsupported file type {path.suffix or '(no suffix)'}: use {', '.join(suffixes)}"
         )
+    if suffix == ".parquet":
+        return _parquet_records(path, columns, problems), ""
+    text = _decode(path, problems)
+    if suffix == ".json":
+        # A list of JSON has items, not lines, so what is wrong with its lines cannot be listed with them.
+        raise_problems([(f"{path}:{line}", what) for line, what in problems.first], problems.count)
+        return _json_items(path, text, problems), text
+    if suffix == ".jsonl":
+        return _json_lines(text, problems), text
+    return _table_records(path, text, columns, problems, *table), text
 
 
 def _no_rows(text: str) -> str:
@@ -184,12 +182,12 @@ def raise_problems(problems: Sequence[tuple[str, str]], count: int | None = None
 
 
 def _decode(path: Path, problems: Problems) -> str:
-    """Decodes the file; reports lines that are not UTF-8 and replaces their invalid bytes."""
     check_file(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot read the file: {error.strerror}") from None
+    # Line by line, as an error of the whole would name a byte and only the first.
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
             line.decode("utf-8")
@@ -203,13 +201,15 @@ def _table_records(
     text: str,
     columns: Sequence[str],
     problems: Problems,
-    delimiter: str | None = None,
     quoting: Quoting = "minimal",
     header: Sequence[str] = (),
     short_rows: Problems | None = None,
 ) -> Iterator[Record]:
-    delimiter = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
+    first_line = text.lstrip().partition("\n")[0]
+    separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t|"
+    delimiter = next((x for x in separators if x in first_line), separators[0])
     style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
+    # Line ends as they are: a quoted field may hold some.
     lines = io.StringIO(text, newline="")
     rows = _table_rows(csv.reader(lines, delimiter=delimiter, strict=True, quoting=style), problems)
     first = next(rows, None)
@@ -220,14 +220,8 @@ def _table_records(
     else:
         top, header = first
     faults = [f"column {c!r} appears twice" for c in dict.fromkeys(header) if header.count(c) > 1]
-    other = next((d for d in _DELIMITERS if d != delimiter and len(header) == 1 and d in header[0]), None)
-    hint = (
-        f"; {header[0]!r:.60} looks {_DELIMITERS[other]}-separated: set data.delimiter {other!r}"
-        if other
-        else None
-    )
     bare = "" if {*columns} & {*header} else "; if the file has no header line, set data.header"
-    faults += [f"no column {c!r}{hint or suggest(c, header) + bare}" for c in columns if c not in header]
+    faults += [f"no column {c!r}{suggest(c, header)}{bare}" for c in columns if c not in header]
     for fault in faults:
         problems.add(top, fault)
     for line, fields in rows if not faults else ():
@@ -240,11 +234,9 @@ def _table_records(
 
 
 QUOTING_HINT = "if quotes are part of the text, set data.quoting none"
-_DELIMITERS = {";": "semicolon", "\t": "tab", "|": "pipe", ",": "comma"}
 
 
 def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str]]]:
-    """Yields the non-blank rows of a `csv.reader` with the first line of each."""
     while True:
         line, limit = reader.line_num + 1, csv.field_size_limit(MAX_FIELD_CHARACTERS)
         try:
@@ -257,12 +249,14 @@ def _table_rows(reader: Any, problems: Problems) -> Iterator[tuple[int, list[str
             problems.add(line, f"malformed row, perhaps a stray quote: {reason}; {QUOTING_HINT}")
             continue
         finally:
-            csv.field_size_limit(limit)  # the limit is global to the process
+            # The limit is global to the process.
+            csv.field_size_limit(limit)
         if len(fields) > 1 or "".join(fields).strip():
             yield line, fields
 
 
 def _json_lines(text: str, problems: Problems) -> Iterator[Record]:
+    # Not splitlines, which also splits at characters that strings of JSON may hold, such as U+2028.
     for number, line in enumerate(text.split("\n"), 1):
         try:
             record = _parse_json(line) if line.strip() else None
@@ -347,7 +341,6 @@ def _parquet_records(path: Path, columns: Sequence[str], problems: Problems) -> 
 def _string_records(
     records: Iterable[Record], columns: Sequence[str], problems: Problems
 ) -> Iterator[Record]:
-    """Yields the records that have all `columns`, with their values as strings."""
     for number, record in records:
         faults = [f"no column {c!r}{suggest(c, record)}" for c in columns if c not in record]
         selected = {c: record[c] for c in (*columns, "id") if c in record}

@@ -57,8 +57,8 @@ def load_splits(settings: DataSettings, resolve: Callable[[str], Path]) -> dict[
       resolve: turns a setting's value into a path, as `fetch.resolve` does.
 
     Raises:
-      ValueError: a file is invalid (see `read_rows`) or cannot be split (see `split_files`), or `delimiter`,
-        `quoting` or `header` is set but no file is a table.
+      ValueError: a file is invalid (see `read_rows`) or cannot be split (see `split_files`), or `quoting` or
+        `header` is set but no file is a table.
     """
     files = [file for files in settings.files.values() for file in files]
     for name in settings.table_options:
@@ -92,6 +92,7 @@ def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str,
     if shares:
         rows = splits["train"]
         keys = [normalize(text) for text, _ in _texts(rows)]
+        # By hashes alone, so that neither the order of the rows nor their labels matter.
         order = sorted(set(keys), key=lambda key: _hash(settings.split_seed, key))
         sizes = {name: max(1, round(share * len(order))) for name, share in shares.items() if share > 0}
         if sum(sizes.values()) >= len(order):
@@ -108,7 +109,7 @@ def split_files(settings: DataSettings, load: Callable[[str], Any]) -> dict[str,
 
 
 def _texts(rows: Any) -> list[tuple[str, str]]:
-    """Returns the text by which each row is split, and its location."""
+    # By this text rows are split; the location is for messages.
     if isinstance(rows, LabelledTexts):
         return list(zip(rows.texts, rows.places, strict=True))
     return [(row.prompt, row.place) for row in rows]
@@ -162,4 +163,5 @@ def comparable(text: str) -> str:
 
 
 def _hash(seed: int, key: str) -> bytes:
+    # Not `hash`, which Python salts in every process.
     return hashlib.blake2b(f"{seed} {key}".encode()).digest()

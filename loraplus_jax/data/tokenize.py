@@ -59,7 +59,8 @@ def encode_texts(
     columns = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     arrays = {name: np.zeros((len(inputs), length), np.int32) for name in columns}
     truncated = 0
-    for start in range(0, len(inputs), 1024):  # an Encoding takes far more memory than its row
+    # In pieces: an Encoding takes far more memory than its row.
+    for start in range(0, len(inputs), 1024):
         encodings = tokenizer.encode_batch_fast(inputs[start : start + 1024])
         truncated += sum(bool(e.overflowing) for e in encodings)
         for name, attribute in columns.items():

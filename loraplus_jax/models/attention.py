@@ -25,7 +25,8 @@ MIN_BLOCK, MAX_BLOCKS = 64, 8
 MAX_WHOLE_KEYS, KEY_CHUNK = 2048, 512
 KERNEL_PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}
 """Maps each kernel to the platform that runs it."""
-_MASKED = -1e30  # finite, so that exp(x - max) is 0 and never NaN
+# Finite, so that exp(x - max) is 0 and never NaN.
+_MASKED = -1e30
 
 
 def causal_attention(
@@ -88,7 +89,8 @@ def causal_attention(
         # A program of a machine with accelerators may be for its CPU.
         return jax.lax.platform_dependent(query, key, value, segment_ids, default=default, **kernels)
     if implementation in KERNEL_PLATFORMS:
-        from .attention_kernels import KERNELS, map_over_mesh  # imports Pallas, which takes a while
+        # Here, as importing Pallas takes a while.
+        from .attention_kernels import KERNELS, map_over_mesh
 
         kernel = functools.partial(KERNELS[implementation], **options)
         return map_over_mesh(kernel, query, key, value, segment_ids)
@@ -146,6 +148,7 @@ def head_major_attention(
     softcap: float | None = None,
 ) -> jax.Array:
     """`masked_attention` for keys and values (B, K, S, H), which products read without a transposed copy."""
+    # A cache may have another dtype than the queries.
     key, value = key.astype(query.dtype), value.astype(query.dtype)
     groups = query.shape[2] // key.shape[1]
     scores = _dot("bkrh,bksh->bkrs", _rows(query, groups), key)
@@ -210,6 +213,7 @@ class _Blocks(NamedTuple):
         return mask & (query_segments[:, None, :, None] == key_segments[:, None, None, :])
 
 
+# JAX's own gradient would save every block's probabilities, so of the square of the length.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _blocked(
     query: jax.Array,
@@ -244,12 +248,14 @@ def _forward(
             total = jnp.sum(weights, axis=-1, keepdims=True)
             return top, total, _dot("bkrs,bksh->bkrh", weights.astype(v.dtype), _slice(long_v, at, size))
 
+        # The first chunk makes the loop's first state, so that no row begins with a maximum of -inf.
         state = part(starts[0])
         if len(starts) > 1:
             rest = jnp.array(starts[1:])
             state = jax.lax.scan(lambda s, at, part=part: (_merge_chunks(s, part(at)), None), state, rest)[0]
         top, total, out = state
         outs.append((out / total).astype(query.dtype))
+        # One number a row, of which the backward pass makes probabilities without a second maximum.
         norms.append(top + jnp.log(total))
     out = checkpoint_name(jnp.concatenate(outs, axis=2), ATTENTION_NAMES[0])
     norm = checkpoint_name(jnp.concatenate(norms, axis=2), ATTENTION_NAMES[1])
@@ -271,6 +277,7 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
     q, k, v, segment_ids, window, out, norm = saved
     groups, length = q.shape[2] // k.shape[2], k.shape[2]
     d_out = _rows(gradient, groups)
+    # The sum of P dP over the keys, without the keys (arXiv 2205.14135, appendix B.2).
     inner = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     long_k, long_v = blocks.pad_keys(k), blocks.pad_keys(v)
     d_q, d_k, d_v = [], jnp.zeros(long_k.shape, jnp.float32), jnp.zeros(long_v.shape, jnp.float32)
@@ -283,7 +290,8 @@ def _backward(blocks: _Blocks, saved: tuple, gradient: jax.Array) -> tuple:
             probs = jnp.exp(scores - norm[:, :, rows])
             d_probs = _dot("bkrh,bksh->bkrs", d_out[:, :, rows], _slice(long_v, at, size))
             d_scores = probs * (d_probs - inner[:, :, rows])
-            if blocks.softcap is not None:  # the slope of c tanh(x / c); masked scores are below -c
+            # The slope of c tanh(x / c); masked scores are below -c.
+            if blocks.softcap is not None:
                 d_scores *= 1 - jnp.square(jnp.maximum(scores / blocks.softcap, -1))
             d_scores = (d_scores * blocks.scale).astype(q.dtype)
             of_q, of_k, of_v = sums
@@ -329,11 +337,11 @@ def _slice(x: jax.Array, at: Any, size: int) -> jax.Array:
 
 
 def _add_at(x: jax.Array, at: Any, part: jax.Array) -> jax.Array:
-    """Adds `part` to the slice of `x` that starts at `at`."""
     return jax.lax.dynamic_update_slice_in_dim(x, _slice(x, at, part.shape[2]) + part, at, axis=2)
 
 
 def _dot(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    # XLA would otherwise round sums of bfloat16 products to bfloat16.
     return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
 
 
@@ -348,8 +356,8 @@ def _rows(x: jax.Array, groups: int) -> jax.Array:
     return x.transpose(0, 2, 1, 3, 4).reshape(batch, heads // groups, length * groups, size)
 
 
+# The inverse of `_rows`.
 def _heads(x: jax.Array, groups: int) -> jax.Array:
-    """The inverse of `_rows`."""
     batch, heads, rows, size = x.shape
     x = x.reshape(batch, heads, rows // groups, groups, size).transpose(0, 2, 1, 3, 4)
     return x.reshape(batch, rows // groups, heads * groups, size)

@@ -17,13 +17,13 @@ from jax.sharding import AxisType, PartitionSpec
 from ..step.sharding import BATCH_AXES
 from .attention_common import ATTENTION_NAMES, token_mask
 
+# Tokens per block of splash attention, multiples of a TPU's 128 lanes: the largest that divides the length.
+# Smaller blocks skip more of what causality masks, but read keys and values more often: blocks of 512 take 512
+# FLOPs per byte that they read, and a v5e can do 240 in the same time.
 BLOCKS = (512, 384, 256, 128)
-"""Tokens per block of splash attention, multiples of a TPU's 128 lanes: the largest that divides the length.
-Smaller blocks skip more of what causality masks, but read keys and values more often: blocks of 512 take 512 FLOPs
-per byte that they read, and a v5e can do 240 in the same time."""
+# Up to this many blocks, one kernel computes all gradients. It scores each block once, not twice, but keeps one
+# partial gradient of the queries per block of keys, so its memory grows with the square of the length.
 MAX_FUSED_BLOCKS = 4
-"""Up to this many blocks, one kernel computes all gradients. It scores each block once, not twice, but keeps one
-partial gradient of the queries per block of keys, so its memory grows with the square of the length."""
 
 _ONE_WINDOW = "the same window in every layer, but this model's differ between layers"
 
@@ -57,7 +57,8 @@ def splash_attention(
     mask = splash_mask.CausalMask(shape)
     if window is not None and window < length:
         mask = splash_mask.LocalMask(shape, (window - 1, 0), 0)
-        fused = False  # the fused kernel does not skip what is outside a window
+        # The fused kernel would compute what is outside a window, too.
+        fused = False
     attend: Any = splash.make_splash_mha(
         splash_mask.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
@@ -70,11 +71,13 @@ def splash_attention(
             use_fused_bwd_kernel=fused,
         ),
         attn_logits_soft_cap=softcap,
+        # `map_over_mesh` has split the heads already.
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=ATTENTION_NAMES[0],
         interpret=interpret,
     )
+    # The kernel takes the scale with its queries, and heads before tokens.
     q, k, v = (
         jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, extra), (0, 0)))
         for x in (query * jnp.asarray(scale, query.dtype), key, value)
@@ -83,6 +86,7 @@ def splash_attention(
     if segment_ids is not None:
         ids = jnp.pad(segment_ids, ((0, 0), (0, extra)))
         segments = splash.SegmentIds(ids, ids)
+    # The kernel knows no batch: it takes one sequence.
     return jax.vmap(attend)(q, k, v, segments)[:, :, :length].transpose(0, 2, 1, 3)
 
 
@@ -174,6 +178,7 @@ def map_over_mesh(
         in_specs=(states, states, states, segments),
         out_specs=states,
         axis_names=axes,
-        check_vma=False,  # Pallas does not say over which axes its outputs vary
+        # Pallas does not say over which axes its outputs vary.
+        check_vma=False,
     )
     return mapped(query, key, value, segment_ids)

@@ -18,6 +18,7 @@ from .attention import causal_attention, head_major_attention
 from .attention_common import ATTENTION_NAMES, window_mask
 from .gpt2.config import GPT2Config
 from .llama.config import LlamaConfig
+from .part import Part, check_inputs
 
 Config = LlamaConfig | GPT2Config
 
@@ -61,6 +62,7 @@ def project(
 
 def init_cache(config: Config, batch: int, slots: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache for `batch` sequences of `slots` tokens each, including padding."""
+    # Heads before slots, so that products read the slots of a head without a transposed copy.
     shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
     empty = jnp.zeros((batch, slots), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), empty, jnp.zeros((), jnp.int32))
@@ -108,6 +110,7 @@ def attend(
     scores: Any = {"scale": scale, "softcap": softcap}
     if cache is not None:
         cache = _update_cache(cache, key, value, layer, shared.start)
+    # On an empty cache the keys are the tokens' own, so the kernels and the blocked form can be used.
     if cache is not None and shared.mask is not None:
         slots = shared.start + jnp.arange(query.shape[1])
         mask = shared.mask[:, None] & window_mask(slots, shared.mask.shape[1], window)[None]
@@ -117,7 +120,7 @@ def attend(
 
 
 def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Array, start: Any) -> Cache:
-    """Writes new tokens' keys and values (B, T, K, H) to one layer's slots from `start`."""
+    # XLA clamps the start of an update: beyond the last slot it would overwrite earlier ones, so callers make room.
     at = (layer, 0, 0, start, 0)
     key, value = (
         jax.lax.dynamic_update_slice(old, x.swapaxes(1, 2)[None].astype(old.dtype), at)
@@ -126,13 +129,11 @@ def _update_cache(cache: Cache, key: jax.Array, value: jax.Array, layer: jax.Arr
     return cache._replace(key=key, value=value)
 
 
-class CausalLM(nn.Module):
+class CausalLM(Part):
     """Base class of the causal language models. A family makes its modules in `setup` and implements `run`.
 
     Attributes:
-      config: sizes and options.
-      dtype: compute dtype; normalization, softmax, attention scores and rotations use at least float32.
-      param_dtype: dtype of the parameters.
+      config, dtype, param_dtype: see `Part`.
       unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
         layer; slower to compile.
       remat: what the backward pass recomputes: `"none"`; `"dots"`, all but the outputs of large matmuls; `"full"`,
@@ -140,18 +141,9 @@ class CausalLM(nn.Module):
       attention: see `causal_attention`.
     """
 
-    config: Any
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     unroll: bool = False
     remat: Remat = "none"
     attention: Attention = "auto"
-
-    @nn.nowrap
-    def make_embedding(self, rows: int) -> nn.Embed:
-        """An embedding table with the family's initialization."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Embed(rows, self.config.hidden_size, self.dtype, self.param_dtype, embedding_init=init)
 
     @nn.nowrap
     def make_layers(self, layer: type[nn.Module]) -> nn.Module:
@@ -161,6 +153,7 @@ class CausalLM(nn.Module):
         if self.remat != "none":
             # Inside a loop CSE cannot merge forward and backward computations anyway.
             layer = nn.remat(layer, policy=_POLICIES[self.remat], prevent_cse=self.unroll)
+        # One compiled layer, whatever the depth; `shared` is the same for all, and the index of each is its own.
         stack: Any = nn.scan(
             layer,
             variable_axes={"params": 0},
@@ -170,12 +163,6 @@ class CausalLM(nn.Module):
             unroll=c.num_hidden_layers if self.unroll else 1,
         )
         return stack(c, self.dtype, self.param_dtype, attention=self.attention)
-
-    @nn.nowrap
-    def make_head(self) -> nn.Dense:
-        """A head that is not tied to the embedding."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(self.config.vocab_size, False, self.dtype, self.param_dtype, kernel_init=init)
 
     def __call__(
         self,
@@ -207,7 +194,7 @@ class CausalLM(nn.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """Input of the head, (B, T, D) in `dtype`; arguments as for `__call__`."""
-        _check_inputs(input_ids, segment_ids, positions)
+        check_inputs(input_ids, segment_ids=segment_ids, positions=positions)
         if positions is None:
             positions = segment_positions(segment_ids, input_ids.shape[1])
         return self.run(input_ids, positions, Shared(segment_ids), None)[0]
@@ -251,8 +238,10 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        me: Any = self  # its modules are made by the family's `setup`
+        # Its modules are made by the family's `setup`.
+        me: Any = self
         logits = me.embed_tokens.attend(x) if self.config.tie_word_embeddings else me.lm_head(x)
+        # bfloat16's 8 bits would make the softmax over a vocabulary useless.
         logits, cap = logits.astype(jnp.float32), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -266,6 +255,7 @@ def segment_positions(segment_ids: jax.Array | None, length: int) -> jax.Array:
     index = jnp.arange(length, dtype=jnp.int32)[None]
     if segment_ids is None:
         return index
+    # The running maximum carries the index at which a segment starts to all its tokens.
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
     starts = jnp.where(segment_ids != before, index, 0)
     offset = index - jax.lax.cummax(starts, axis=1)
@@ -277,16 +267,6 @@ def head_kernel(params: Mapping[str, Any]) -> tuple[jax.Array, bool]:
 
     The `lm_head` kernel (D, V), or the tied embedding (V, D).
     """
-    name, leaf, transposed = (
-        ("lm_head", "kernel", False) if "lm_head" in params else ("embed_tokens", "embedding", True)
-    )
-    head = params[name][leaf]
-    return head.dequantize() if is_packed(head) else head, transposed
-
-
-def _check_inputs(input_ids: jax.Array, segment_ids: jax.Array | None, positions: jax.Array | None) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
-    for name, array in (("segment_ids", segment_ids), ("positions", positions)):
-        if array is not None and array.shape != input_ids.shape:
-            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")
+    is_tied = "lm_head" not in params
+    head = params["embed_tokens"]["embedding"] if is_tied else params["lm_head"]["kernel"]
+    return head.dequantize() if is_packed(head) else head, is_tied

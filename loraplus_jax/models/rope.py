@@ -13,22 +13,19 @@ from .._utils.validation import suggest
 Scaling = tuple[tuple[str, Any], ...]
 """A `rope_scaling` mapping as sorted pairs, so that a config can be hashed."""
 
-_REQUIRED: Mapping[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
-    "factors": ("factors",),
-}
-_OPTIONAL: Mapping[str, tuple[str, ...]] = {
-    "dynamic": ("original_max_position_embeddings",),
+_ORIGINAL = "original_max_position_embeddings"
+# Required and optional options of each type.
+_TYPES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), (_ORIGINAL,)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL), ()),
     "yarn": (
-        *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate"),
+        ("factor",),
+        (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     ),
-    "longrope": ("factor", "attention_factor"),
+    "longrope": (("short_factor", "long_factor", _ORIGINAL), ("factor", "attention_factor")),
+    "factors": (("factors",), ()),
 }
 _LISTS = ("factors", "short_factor", "long_factor")
 
@@ -46,6 +43,7 @@ def apply_rope(x: jax.Array, rope: Rope) -> jax.Array:
 
     Of the H entries of a head it rotates the first R, as many as `rope` has angles for, and keeps the others.
     """
+    # In float32: bfloat16's 8 bits would blur the angles of distant positions.
     half = rope.cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     cos, sin = rope.cos[:, :, None], rope.sin[:, :, None]
@@ -61,23 +59,26 @@ def parse_rope_scaling(options: Mapping[str, Any] | None) -> Scaling:
     """
     options = {key: value for key, value in (options or {}).items() if value is not None}
     kind = options.pop("rope_type", options.pop("type", "default"))
-    kind = "longrope" if kind == "su" else kind  # its name in the first files of Phi-3
-    for name in ("type", "rope_theta", "partial_rotary_factor"):  # older files have the type twice
+    # Its name in the first files of Phi-3.
+    kind = "longrope" if kind == "su" else kind
+    # Older files have the type twice, and newer ones what is no option of the scaling.
+    for name in ("type", "rope_theta", "partial_rotary_factor"):
         options.pop(name, None)
-    if not isinstance(kind, str) or kind not in _REQUIRED:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(
-            f"rope_scaling: the type must be one of {', '.join(_REQUIRED)}, got {kind!r}"
-            f"{suggest(str(kind), _REQUIRED, fallback=False)}"
-        )
-    allowed = (*_REQUIRED[kind], *_OPTIONAL.get(kind, ()))
-    if missing := [name for name in _REQUIRED[kind] if name not in options]:
-        raise ValueError(f"rope_scaling: type {kind} requires {', '.join(missing)}")
-    if unknown := [name for name in options if name not in allowed and kind != "default"]:
-        raise ValueError(
-            f"rope_scaling: type {kind} does not support {', '.join(unknown)}; allowed: {', '.join(allowed)}"
+            f"rope_scaling: the type must be one of {', '.join(_TYPES)}, got {kind!r}"
+            f"{suggest(str(kind), _TYPES, fallback=False)}"
         )
     if kind == "default":
         return ()
+    required, optional = _TYPES[kind]
+    if missing := [name for name in required if name not in options]:
+        raise ValueError(f"rope_scaling: type {kind} requires {', '.join(missing)}")
+    if unknown := [name for name in options if name not in (*required, *optional)]:
+        allowed = ", ".join((*required, *optional))
+        raise ValueError(
+            f"rope_scaling: type {kind} does not support {', '.join(unknown)}; allowed: {allowed}"
+        )
     values = {name: _check_value(name, value) for name, value in options.items()}
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise ValueError(
@@ -117,6 +118,7 @@ def make_rope(
     """
     options = dict(scaling)
     kind = options.get("rope_type", "default")
+    # In float64 on the host, and rounded once: an error of a frequency grows with the position.
     plain = theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
     attention = 1.0
     if kind == "dynamic":
@@ -148,6 +150,7 @@ def _llama3(plain: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
 def _dynamic(
     positions: jax.Array, size: int, theta: float, options: Mapping[str, Any], max_positions: int
 ) -> jax.Array:
+    # Part of the program, since the longest position is known only when it runs.
     longest = jnp.maximum(jnp.max(positions) + 1, max_positions).astype(jnp.float32)
     stretch = options["factor"] * longest / max_positions - (options["factor"] - 1)
     base = theta * stretch ** (size / (size - 2))
@@ -167,6 +170,7 @@ def _longrope(
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     longest = jnp.max(positions) + 1 if slots is None else slots
     short, long = (plain / np.array(options[name]) for name in ("short_factor", "long_factor"))
+    # Both lists, of which the program takes one when it knows the length.
     return jnp.where(longest > original, long, short), options.get("attention_factor", default)
 
 

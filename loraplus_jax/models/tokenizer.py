@@ -25,18 +25,18 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
-_DIGITS = "digits"  # splits digits, then as GPT-2
-# Supported values of `tokenizer.ggml.pre`: a regular expression, digits, or None for GPT-2's own.
+_DIGITS = "digits"
+# Supported values of `tokenizer.ggml.pre`: a regular expression, digits (split, then as GPT-2), or None for GPT-2.
 _PRE_TOKENIZERS: Mapping[str, str | None] = {
     **dict.fromkeys(("default", "gpt-2", "phi-2", "olmo", "mpt"), None),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), _DIGITS),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
 }
-_TRIED: set[bytes] = (
-    set()
-)  # digests of the files that this process has tried: a run loads its tokenizer several times
-_MAX_PIECE = 2**12  # characters of a token in a GGUF file, whose every split is tried
+# Digests of the files that this process has tried: a run loads its tokenizer several times.
+_TRIED: set[bytes] = set()
+# Characters of a token in a GGUF file, whose every split is tried.
+_MAX_PIECE = 2**12
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
@@ -59,7 +59,7 @@ def tokenizer(path: str | Path) -> "Tokenizer":
         file = gguf.read(gguf_path)
         result, rows = _from_gguf(file), gguf.embedding_rows(file)
     else:
-        _check_directory(path)
+        _tokenizer_config(path)
         result = read_tokenizer_json(path)
         result.no_padding()
         result.no_truncation()
@@ -107,15 +107,18 @@ def read_chat_template(path: str | Path) -> str | None:
     """
     path = Path(path)
     if (gguf_path := gguf.find(path)) is not None:
-        return _text(gguf_path, gguf.read(gguf_path).one("tokenizer.chat_template"))
-    _check_directory(path)
-    if (jinja := path / "chat_template.jinja").exists():
-        return read_text(jinja)
-    template = _settings(path).get("chat_template")
-    if isinstance(template, list):
-        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    return _text(path / "tokenizer_config.json", template)
+        source, template = gguf_path, gguf.read(gguf_path).one("tokenizer.chat_template")
+    else:
+        settings, source = _tokenizer_config(path), path / "tokenizer_config.json"
+        if (jinja := path / "chat_template.jinja").exists():
+            return read_text(jinja)
+        template = settings.get("chat_template")
+        if isinstance(template, list):
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{source}: the chat template must be a string, got {template!r:.80}")
+    return template
 
 
 def special_tokens(path: str | Path) -> dict[str, str]:
@@ -133,24 +136,16 @@ def special_tokens(path: str | Path) -> dict[str, str]:
         tokens = _tokens(file)
         numbers = {role: file.one(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
         return {role: _token(file, tokens, n) for role, n in numbers.items() if n is not None}
-    _check_directory(path)
-    settings = _settings(path)
+    settings = _tokenizer_config(path)
     values = {role: settings.get(role) for role in _ROLES}
-    values |= _tokens_of_config(path, [role for role in ("bos_token", "eos_token") if role not in settings])
     texts = {role: t.get("content") if isinstance(t, dict) else t for role, t in values.items()}
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    unnamed = {role: config.get(f"{role}_id") for role in ("bos_token", "eos_token") if role not in settings}
+    numbers = {role: n for role, n in unnamed.items() if type(n) is int and 0 <= n < 2**31}
+    if numbers and (path / "tokenizer.json").exists():
+        tokenizer = read_tokenizer_json(path)
+        texts |= {role: tokenizer.id_to_token(n) for role, n in numbers.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str)}
-
-
-def _tokens_of_config(directory: Path, roles: Sequence[str]) -> dict[str, str | None]:
-    """The texts of special tokens by their ids in `config.json`."""
-    path = directory / "config.json"
-    config = read_json(path) if roles and path.exists() else {}
-    numbers = {role: config.get(f"{role}_id") for role in roles}
-    known = {role: n for role, n in numbers.items() if type(n) is int and 0 <= n < 2**31}
-    if not known or not (directory / "tokenizer.json").exists():
-        return {}
-    tokenizer = read_tokenizer_json(directory)
-    return {role: tokenizer.id_to_token(n) for role, n in known.items()}
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
@@ -176,20 +171,11 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _check_directory(path: Path) -> None:
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a directory or GGUF file")
-
-
-def _settings(directory: Path) -> dict[str, Any]:
+def _tokenizer_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory or GGUF file")
     path = directory / "tokenizer_config.json"
     return read_json(path) if path.exists() else {}
-
-
-def _text(path: Path, template: Any) -> str | None:
-    if template is not None and not isinstance(template, str):
-        raise ValueError(f"{path}: the chat template must be a string, got {template!r:.80}")
-    return template
 
 
 def read_tokenizer_json(directory: Path) -> "Tokenizer":
@@ -215,6 +201,8 @@ def read_tokenizer_json(directory: Path) -> "Tokenizer":
 
 
 def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
+    from tokenizers import AddedToken
+
     kind = file.one("tokenizer.ggml.model")
     makers = {"gpt2": _byte_level, "llama": _sentencepiece}
     if kind not in makers:
@@ -230,7 +218,11 @@ def _from_gguf(file: gguf.Gguf) -> "Tokenizer":
         raise ValueError(f"{file.path}: tokenizer.ggml.tokens contains {duplicate!r:.80} twice")
     try:
         result = makers[kind](file, vocabulary, kinds)
-        _add_tokens(result, tokens, kinds)
+        # Control and user-defined tokens are never split.
+        control = [t for t, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _UNKNOWN) and t]
+        user = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER and t]
+        result.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+        result.add_tokens([AddedToken(t, special=False, normalized=False) for t in user])
         _add_bos_eos(result, file, tokens)
     except ValueError:
         raise
@@ -254,7 +246,6 @@ def _tokens(file: gguf.Gguf) -> list[str]:
 
 
 def _numbers(file: gguf.Gguf, key: str, count: int) -> list[Any]:
-    """A metadata array with one number per token."""
     values = file.metadata.get(f"tokenizer.ggml.{key}")
     if not isinstance(values, np.ndarray) or len(values) != count or not np.all(np.isfinite(values)):
         raise ValueError(f"{file.path}: tokenizer.ggml.{key} must be {count} numbers, one per token")
@@ -287,7 +278,8 @@ def _byte_level(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]) -
             f"got {name!r:.80}{suggest(str(name), _PRE_TOKENIZERS, fallback=False)}"
         )
     pattern, space = _PRE_TOKENIZERS[name], bool(file.one("tokenizer.ggml.add_space_prefix", False))
-    ignore_merges = pattern == _LLAMA3  # a word that is a token is not split further
+    # As in Llama 3's tokenizer.json: a word that is a token is not split further, whatever the merges.
+    ignore_merges = pattern == _LLAMA3
     result = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=ignore_merges))  # pyright: ignore[reportArgumentType]
     steps: list[Any] = [pre_tokenizers.ByteLevel(space, use_regex=pattern in (None, _DIGITS))]
     if pattern == _DIGITS:
@@ -306,48 +298,23 @@ def _sentencepiece(file: gguf.Gguf, vocabulary: dict[str, int], kinds: list[int]
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     scores = _numbers(file, "scores", len(vocabulary))
+    pieces = {t: n for t, n in vocabulary.items() if kinds[n] not in (_UNKNOWN, _CONTROL, _USER, _BYTE)}
+    splits = [
+        (-scores[number], number, pieces[token[:i]], pieces[token[i:]], i, token)
+        for token, number in pieces.items()
+        for i in range(1, len(token))
+        if token[:i] in pieces and token[i:] in pieces
+    ]
+    merges = [(token[:i], token[i:]) for *_, i, token in sorted(splits)]
     space = bool(file.one("tokenizer.ggml.add_space_prefix", True))
     unknown = next((token for token, n in vocabulary.items() if kinds[n] == _UNKNOWN), None)
-    model = models.BPE(
-        vocabulary, _merges(vocabulary, kinds, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
+    model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     result = Tokenizer(model)
     first = [normalizers.Prepend("▁")] if space else []
     result.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])  # pyright: ignore
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     result.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if space else [])])  # pyright: ignore
     return result
-
-
-def _merges(
-    vocabulary: Mapping[str, int], kinds: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
-    """All pairs of pieces that form a piece, the best-scored piece first."""
-    pieces = {token for token, n in vocabulary.items() if kinds[n] not in (_UNKNOWN, _CONTROL, _USER, _BYTE)}
-    candidates = [
-        (
-            -scores[vocabulary[token]],
-            vocabulary[token],
-            vocabulary[token[:i]],
-            vocabulary[token[i:]],
-            i,
-            token,
-        )
-        for token in pieces
-        for i in range(1, len(token))
-        if token[:i] in pieces and token[i:] in pieces
-    ]
-    return [(token[:i], token[i:]) for *_, i, token in sorted(candidates)]
-
-
-def _add_tokens(result: "Tokenizer", tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    """Registers control and user-defined tokens, which are never split."""
-    from tokenizers import AddedToken
-
-    control = [t for t, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _UNKNOWN) and t]
-    user = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER and t]
-    result.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    result.add_tokens([AddedToken(t, special=False, normalized=False) for t in user])
 
 
 def _add_bos_eos(result: "Tokenizer", file: gguf.Gguf, tokens: Sequence[str]) -> None:

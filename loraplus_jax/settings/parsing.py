@@ -102,16 +102,13 @@ def _section_fields(section: Any, prefix: str) -> Iterator[SettingField]:
         if dataclasses.is_dataclass(inner):
             yield from _section_fields(inner, f"{field.name}.")
             continue
-        default = _default(section, field)
+        default = field.default
+        # That of a run, but for None, which stands for what follows from other fields.
+        if section is LoRAPlusConfig and default is not None:
+            default = getattr(DEFAULT_LORA, field.name)
         required = default is dataclasses.MISSING
         name = prefix + field.name
         yield SettingField(name, annotation, None if required else default, required, texts[field.name])
-
-
-def _default(section: Any, field: Any) -> Any:
-    if section is LoRAPlusConfig and field.default is not None:
-        return getattr(DEFAULT_LORA, field.name)
-    return field.default
 
 
 def _attribute_texts(section: Any) -> dict[str, str]:
@@ -156,15 +153,14 @@ def _parse_value(annotation: Any, text: str) -> Any:
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union with their bounds, without None."""
     is_union = get_origin(annotation) in (typing.Union, type(int | None))
     members = get_args(annotation) if is_union else (annotation,)
     return tuple(member for member in members if member is not type(None))
 
 
 _NOUNS: dict[Any, str] = {bool: "true or false", int: "integer", float: "number", str: "text"}
-_ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
 _METAVARS: dict[Any, str] = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT"}
+_ARTICLES: dict[Any, str] = {int: "an ", float: "a "}
 
 
 def describe_type(annotation: Any) -> str:
@@ -204,7 +200,6 @@ _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
 
 
 def _split_annotated(annotation: Any) -> tuple[Any, dict[str, Any]]:
-    """Splits an annotation into its bare type and its limits."""
     if get_origin(annotation) is not Annotated:
         return annotation, {}
     type_, *notes = get_args(annotation)
@@ -257,14 +252,12 @@ def _suggest_option(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def _format_value(value: Any) -> str:
-    """Formats a value as YAML writes it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
-KEY = "[key]"
-"""What pydantic adds to the path of a mapping's key that is not allowed."""
+_KEY = "[key]"  # what pydantic adds to the path of a mapping's key that is not allowed
 
 
 def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
@@ -276,13 +269,15 @@ def _validate(kind: type[AnySettings], values: Any) -> AnySettings:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         fields = {field.name: field for field in setting_fields(kind)}
-        problems: dict[str, str] = {}  # one per field; pydantic may report several
+        # One per field: of a union pydantic reports a problem with every member.
+        problems: dict[str, str] = {}
         for problem in error.errors(include_url=False):
             name = ""
             for part in problem["loc"]:
                 if name in fields and len(_union_members(fields[name].type)) > 1:
-                    break  # pydantic names the type that does not fit; the first speaks for all
-                if isinstance(part, str) and part != KEY:
+                    # The path goes on with the type of a union's member; the first one speaks for all.
+                    break
+                if isinstance(part, str) and part != _KEY:
                     name += f".{part}" if name else part
             if name not in problems:
                 problems[name] = _format_problem(fields, name, problem)
@@ -301,7 +296,8 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         return f"{next(n for n in fields if n == name or n.startswith(f'{name}.'))} is required"
     if cause == "dataclass_type":
         return f"{name or 'config'} must be a mapping of settings, got {value!r:.80}"
-    if cause == "value_error" and name not in fields:  # conflicting fields of a section
+    # Raised by `__post_init__`: fields of a section that conflict.
+    if cause == "value_error" and name not in fields:
         message = str(problem["ctx"]["error"]).removeprefix(f"{LoRAPlusConfig.__name__}: ")
         first_word = re.split(r"\W", message)[0]
         if f"{name}.{first_word}" in fields:
@@ -320,13 +316,13 @@ def _format_problem(fields: Mapping[str, SettingField], name: str, problem: Any)
         return f"{name} {problem['ctx']['error']}"
     if index:
         container = _bare_types(annotation)[0]
-        of_value = get_origin(container) is dict and problem["loc"][-1] != KEY
+        of_value = get_origin(container) is dict and problem["loc"][-1] != _KEY
         annotation = get_args(container)[-1 if of_value else 0]
-    hint = (
-        suggest(str(value), get_args(_bare_types(annotation)[0]), fallback=False)
-        if cause == "literal_error"
-        else ""
-    )
-    hint = ", which float32 cannot represent" if cause == "float32" else hint
-    hint = f"; write [{_format_value(value)}]" if cause == "tuple_type" and value is not None else hint
+    hint = ""
+    if cause == "literal_error":
+        hint = suggest(str(value), get_args(_bare_types(annotation)[0]), fallback=False)
+    elif cause == "float32":
+        hint = ", which float32 cannot represent"
+    elif cause == "tuple_type" and value is not None:
+        hint = f"; write [{_format_value(value)}]"
     return f"{name}{index} must be {describe_type(annotation)}, got {value!r:.80}{hint}"

@@ -30,53 +30,10 @@ DEFAULT_LORA = LoRAPlusConfig(target_modules=QUERIES_AND_VALUES)
 LANGUAGE_TASKS = ("instruction", "multiple_choice", "generation")
 """The tasks for causal language models; the other tasks are for encoders."""
 ENCODER_TASKS = ("classification", "regression")
+# optax counts steps in int32.
 MAX_STEPS = 2**31 - 1
-"""The step counter is int32."""
 AUTO = "auto"
 MOST_PORT = 65535
-GENERATION = (
-    *(
-        "generation.beams",
-        "generation.length_penalty",
-        "generation.no_repeat_ngram",
-        "generation.no_repeat_in",
-    ),
-    *("generation.early_stopping", "generation.max_new_tokens", "generation.inputs", "generation.batch_size"),
-)
-REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
-    (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
-    (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
-    (("data.delimiter", "data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
-    (("model.quantize",), "method", ("lora_plus", "lora")),
-    (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
-    (("model.split_fused", "model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
-    (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
-    (("train.prompt", "train.prompt_tokens", "train.label_smoothing"), "task", LANGUAGE_TASKS),
-    (("data.answers",), "task", ("instruction",)),
-    (GENERATION, "task", ("generation",)),
-    (("generation.no_repeat_in",), "generation.no_repeat_ngram", ()),
-    (("data.validation", "data.test"), "data.train", ()),
-    (("data.test_fraction",), "data.path", ()),
-    (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
-    (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
-    (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
-    (("optimizer.decay",), "optimizer.weight_decay", ()),
-    (("optimizer.name",), "method", ("lora_plus", "lora")),
-    (("optimizer.reg",), "optimizer.name", ("riemannian",)),
-    (("optimizer.target_rank",), "method", ("lora_plus", "lora")),
-    (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
-    (("optimizer.target_rank",), "train.select", ("last",)),
-    (("optimizer.target_rank",), "train.early_stopping", (None,)),
-    (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
-    (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
-    (("train.prompt_tokens",), "train.prompt", ()),
-    (("train.theory_every",), "method", ("lora_plus", "lora")),
-    (("train.theory_every",), "lora.variant", ("lora",)),
-    (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
-    (("init_adapter_rates",), "init_adapter", ()),
-)
-"""Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
-value but null and 0."""
 IGNORED: Mapping[Method, tuple[str, ...]] = {
     "lora": ("lora.lr_ratio", "optimizer.decay"),
     "full": ("lora.*", "optimizer.decay"),
@@ -148,7 +105,7 @@ class ModelSettings:
 
 Files = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 """A data file, or several."""
-GLUE_SETS = ("text", "text_pair", "label", "delimiter", "quoting", "header", "test_fraction")
+GLUE_SETS = ("text", "text_pair", "label", "quoting", "header", "test_fraction")
 """Fields of `DataSettings` that a GLUE task brings itself."""
 
 
@@ -169,7 +126,6 @@ class DataSettings:
       test: test file, or a list (optional); only with train.
       text: column with the text (encoders).
       text_pair: column with the second text, for tasks on text pairs (encoders).
-      delimiter: field delimiter of .csv and .tsv files (encoders); comma or tab if not set.
       quoting: quoting of .csv and .tsv files (encoders): minimal ("..." where a field needs it) or none (a quote is
         part of the text).
       header: names of the columns of .csv and .tsv files without a header line (encoders), such as [label, text]; a
@@ -204,7 +160,6 @@ class DataSettings:
     text: Text = "text"
     text_pair: Text | None = None
     label: Text = "label"
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     quoting: Literal["minimal", "none"] = "minimal"
     header: Annotated[tuple[Text, ...], Distinct] | None = None
     max_length: Annotated[Int, Field(ge=2)] = 128
@@ -266,7 +221,7 @@ class DataSettings:
     @property
     def table_options(self) -> dict[str, Any]:
         """How .csv and .tsv files are written, as far as it is set: arguments of `readers.read_rows`."""
-        names = ("delimiter", "quoting", "header")
+        names = ("quoting", "header")
         return {
             x: getattr(self, x) for x in names if getattr(self, x) != self.__dataclass_fields__[x].default
         }
@@ -285,7 +240,6 @@ class OptimizerSettings:
       name: adamw; riemannian, AdamW on gradients that each factor preconditions for the other (arXiv 2402.02347);
         lora_rite (arXiv 2410.20625) and lora_muon (arXiv 2606.12921), whose steps do not depend on how A B is split
         and which need lora.lr_ratio 1, as method lora has.
-      reg: what riemannian adds to the diagonal of A'A and BB'.
       learning_rate: eta_A, peak learning rate of A and all else except B; B's is lora.lr_ratio times it.
       head_learning_rate: peak learning rate of the head and other fully trained parameters; null uses eta_A.
       embedding_learning_rate: peak learning rate of embedding adapters; null uses eta_A, or 1e-6 with policy peft.
@@ -308,7 +262,6 @@ class OptimizerSettings:
     """
 
     name: OptimizerName = "adamw"
-    reg: Rate = 1e-2
     learning_rate: Rate = 1e-4
     head_learning_rate: Rate | None = None
     embedding_learning_rate: Rate | None = None
@@ -415,6 +368,42 @@ class GenerationSettings:
     batch_size: Count = 8
 
 
+GENERATION = tuple(f"generation.{field.name}" for field in dataclasses.fields(GenerationSettings))
+REQUIREMENTS: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
+    (("model.pooling", "model.dropout", "model.head_dropout"), "task", ENCODER_TASKS),
+    (("data.text", "data.text_pair", "data.label"), "task", ENCODER_TASKS),
+    (("data.quoting", "data.header", "data.root"), "task", ENCODER_TASKS),
+    (("model.quantize",), "method", ("lora_plus", "lora")),
+    (("model.quantize_exclude",), "model.quantize", ("int8", "nf4", "file")),
+    (("model.split_fused", "model.remat", "model.attention", "model.loss_chunk"), "task", LANGUAGE_TASKS),
+    (("data.template", "data.packing", "data.column_names"), "task", LANGUAGE_TASKS),
+    (("train.prompt", "train.prompt_tokens", "train.label_smoothing"), "task", LANGUAGE_TASKS),
+    (("data.answers",), "task", ("instruction",)),
+    (GENERATION, "task", ("generation",)),
+    (("generation.no_repeat_in",), "generation.no_repeat_ngram", ()),
+    (("data.validation", "data.test"), "data.train", ()),
+    (("data.test_fraction",), "data.path", ()),
+    (("data.validation_fraction", "data.split_seed"), "data.validation", (None,)),
+    (("optimizer.decay_steps",), "optimizer.schedule", ("wsd",)),
+    (("optimizer.final_fraction",), "optimizer.schedule", ("linear", "cosine", "wsd")),
+    (("optimizer.decay",), "optimizer.weight_decay", ()),
+    (("optimizer.name",), "method", ("lora_plus", "lora")),
+    (("optimizer.target_rank",), "method", ("lora_plus", "lora")),
+    (("optimizer.target_rank",), "optimizer.name", ("adamw",)),
+    (("optimizer.target_rank",), "train.select", ("last",)),
+    (("optimizer.target_rank",), "train.early_stopping", (None,)),
+    (("optimizer.b2", "optimizer.eps"), "optimizer.name", ("adamw", "riemannian", "lora_rite")),
+    (("optimizer.magnitude_learning_rate",), "lora.variant", ("dora",)),
+    (("train.prompt_tokens",), "train.prompt", ()),
+    (("train.theory_every",), "method", ("lora_plus", "lora")),
+    (("train.theory_every",), "lora.variant", ("lora",)),
+    (("distributed.start_timeout", "distributed.lost_timeout"), "distributed.coordinator", ()),
+    (("init_adapter_rates",), "init_adapter", ()),
+)
+"""Fields that have no effect, and so are rejected, unless another field has one of these values; () stands for any
+value but null and 0."""
+
+
 @dataclass(frozen=True, kw_only=True, config=SECTION)
 class MeshSettings:
     """The device mesh, data x fsdp x tensor; one of the three sizes may be -1, for the remaining devices.
@@ -451,14 +440,15 @@ class DistributedSettings:
     lost_timeout: Count = 30
 
     def __post_init__(self) -> None:
-        numbers = {"processes": self.processes, "process_id": self.process_id}
-        if self.coordinator in (None, AUTO):
-            for name, value in numbers.items():
-                if value is not None:
-                    coordinator = self.coordinator or "null"
-                    raise ValueError(
-                        f"distributed.{name} requires distributed.coordinator HOST:PORT, got {coordinator}"
-                    )
+        has_address = self.coordinator not in (None, AUTO)
+        for name in ("processes", "process_id"):
+            if (getattr(self, name) is not None) != has_address:
+                given = ("null" if x is None else x for x in (self.coordinator, getattr(self, name)))
+                raise ValueError(
+                    f"distributed.coordinator HOST:PORT and distributed.{name} require each other, got "
+                    f"{' and '.join(map(str, given))}"
+                )
+        if not has_address:
             return
         host, _, port = str(self.coordinator).rpartition(":")
         if not host or not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= MOST_PORT:
@@ -466,9 +456,6 @@ class DistributedSettings:
                 f"distributed.coordinator must be HOST:PORT (port 1 to {MOST_PORT}) or {AUTO}, "
                 f"got {self.coordinator!r}"
             )
-        for name, value in numbers.items():
-            if value is None:
-                raise ValueError(f"distributed.coordinator HOST:PORT requires distributed.{name}, got null")
         if self.process_id >= self.processes:  # pyright: ignore[reportOperatorIssue]
             raise ValueError(
                 f"distributed.process_id must be from 0 to {self.processes - 1}, got {self.process_id}"  # pyright: ignore
@@ -540,6 +527,7 @@ class Settings:
     init_adapter_rates: Literal["same", "new"] = "same"
     seed: Annotated[Index, Field(lt=2**32)] = 0
     output_dir: Text
+    # A class variable, since a sweep, whose settings extend these, may change fewer.
     resumable_fields: ClassVar[tuple[str, ...]] = RESUMABLE_FIELDS
 
     def __post_init__(self) -> None:
@@ -556,7 +544,6 @@ class Settings:
             check_number("B's learning rate, lora.lr_ratio x optimizer.learning_rate,", rate, above=0.0)
 
     def _check_search(self) -> None:
-        """Rejects options that compare beams if there is only one."""
         search, default = self.generation, GenerationSettings()
         for name in ("length_penalty", "early_stopping"):
             if search.beams == 1 and getattr(search, name) != getattr(default, name):
@@ -565,7 +552,6 @@ class Settings:
                 )
 
     def _check_init(self, config: LoRAPlusConfig) -> None:
-        """Rejects a start from the base that the packing of the base or another start contradicts."""
         if config.init not in BASE_INITS:
             return
         if config.variant != "lora":

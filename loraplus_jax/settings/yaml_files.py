@@ -27,15 +27,16 @@ def read_yaml(path: Path) -> Any:
         advice = "" if isinstance(error, yaml.constructor.ConstructorError) else "; check the indentation"
         position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ValueError(f"{path}{position}: invalid YAML: {error.problem}{advice}") from None
-    except Exception as error:  # PyYAML raises many types, for example on an invalid tag or date
+    # PyYAML raises many types, for example on an invalid tag or date.
+    except Exception as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if problem := find_problem(values):
         raise ValueError(f"{path} {problem}")
     return values
 
 
+# Bytes: PyYAML can need a thousand times the size of the file in memory.
 LARGEST_YAML = 2**16
-"""Bytes. PyYAML can need a thousand times the size of the file in memory."""
 
 
 class _StrictLoader(yaml.SafeLoader):

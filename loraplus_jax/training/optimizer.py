@@ -44,9 +44,7 @@ def make_optimizer(
         weight_decay=settings.weight_decay,
         decay=settings.decay,
         max_grad_norm=settings.max_grad_norm,
-        precondition=scale_by_riemannian(settings.reg, specs=specs)
-        if settings.name == "riemannian"
-        else None,
+        precondition=scale_by_riemannian(specs=specs) if settings.name == "riemannian" else None,
         direction=_direction(settings, specs),
         policy=settings.policy,
         specs=specs,

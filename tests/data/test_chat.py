@@ -18,7 +18,7 @@ from loraplus_jax.data.chat_template import PLAIN, ChatTemplate
 from loraplus_jax.data.conversations import Chat, Turn, read_chats
 from loraplus_jax.data.packed_rows import pad
 
-from ..messages import assert_mentions, mentions
+from ..messages import mentions
 from .chats import (
     CHATML,
     EOS,
@@ -160,9 +160,8 @@ def test_a_conversation_without_an_answer_token_is_rejected(tokenizer):
     chats = [chat("a", "b", place=f"f:{i}") for i in range(3)] + [chat("a" * 50, "b", place="f:9")]
     length = int(tokenize_chats(chats[3:], tokenizer, template(), 999).masks[0].argmax())
     assert tokenize_chats(chats, tokenizer, template(), length + 1).truncated == 1
-    with pytest.raises(ValueError, match=mentions(f"max_length {length}", "1 of 4", length)) as caught:
+    with pytest.raises(ValueError, match=mentions("f:9", f"{length} tokens", f"max_length {length}")):
         tokenize_chats(chats, tokenizer, template(), length)
-    assert_mentions(str(caught.value).splitlines()[1], "f:9", f"{length} tokens")
     with pytest.raises(ValueError, match=mentions("max_length", 2, 1)):
         tokenize_chats(chats, tokenizer, template(), 1)
 

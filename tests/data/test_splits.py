@@ -6,7 +6,7 @@ import pytest
 
 from loraplus_jax.data.conversations import Chat, Turn
 from loraplus_jax.data.multiple_choice import Question
-from loraplus_jax.data.splits import LabelledTexts, limit_splits, load_splits, split_files
+from loraplus_jax.data.splits import LabelledTexts, comparable, limit_splits, load_splits, split_files
 from loraplus_jax.settings.schema import DataSettings
 
 from ..messages import assert_mentions, mentions
@@ -108,10 +108,11 @@ def test_conversations_and_questions_are_split_by_the_first_user_message():
         split_files(DataSettings(path="a.jsonl"), lambda _: chats[:2])
 
 
-def test_a_header_requires_a_table(tmp_path):
+@pytest.mark.parametrize("option", [{"header": ("text", "label")}, {"quoting": "none"}])
+def test_options_of_tables_require_one(tmp_path, option):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "label": "x"}')
-    with pytest.raises(ValueError, match=mentions("data.header", ".csv", ".tsv", "a.jsonl")):
-        load_splits(DataSettings(path="a.jsonl", header=("text", "label")), lambda value: tmp_path / value)
+    with pytest.raises(ValueError, match=mentions(f"data.{next(iter(option))}", ".csv", ".tsv", "a.jsonl")):
+        load_splits(DataSettings(path="a.jsonl", **option), lambda value: tmp_path / value)
 
 
 def _paired(tmp_path) -> Path:
@@ -135,3 +136,9 @@ def test_separate_files_stay_as_they_are(tmp_path):
     assert all(
         pair == f"{text}!" for r in splits.values() for text, pair in zip(r.texts, r.pairs, strict=True)
     )
+
+
+@pytest.mark.parametrize(("text", "other"), [("caf\u00e9", "cafe\u0301"), ("\uff11 A", "1  a")])
+def test_spellings_of_unicode_are_one_text(text, other):
+    assert text != other
+    assert comparable(text) == comparable(other)

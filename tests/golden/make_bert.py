@@ -10,10 +10,13 @@ holds no weights. The reference computes in float64. Made with torch 2.13.0 and 
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from make_llama import saved
 
 HERE = Path(__file__).parent
 SENTENCES = (
@@ -37,13 +40,8 @@ def main(minilm: str) -> None:
 
     torch.manual_seed(0)
     bert = tf.BertConfig(**TINY, type_vocab_size=2, attn_implementation="eager")
-    roberta = tf.RobertaConfig(
-        **TINY,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        hidden_act="gelu_new",
-        attn_implementation="eager",
-    )
+    options = {"layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "attn_implementation": "eager"}
+    roberta = tf.RobertaConfig(**TINY, type_vocab_size=1, **options)
     write_tiny("bert", tf.BertForPreTraining(bert), types=True)
     write_tiny("roberta", tf.RobertaForMaskedLM(roberta), types=False)
     write_minilm(minilm)
@@ -52,9 +50,8 @@ def main(minilm: str) -> None:
 def write_tiny(name, model, *, types):
     import torch
 
-    with (
-        torch.no_grad()
-    ):  # far from the initial values, so that biases, norms and masks all show in the outputs
+    # Far from the initial values, so that biases, norms and masks all show in the outputs.
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
     rng = np.random.default_rng(0)
@@ -77,16 +74,6 @@ def write_minilm(directory):
     inputs = {key: batch[key].astype(np.int32) for key in ("input_ids", "attention_mask")}
     model = tf.AutoModel.from_pretrained(directory, attn_implementation="eager")
     np.savez_compressed(HERE / "minilm.npz", **inputs, **reference(model, inputs))
-
-
-def saved(model):
-    """Config and weights as they stand in a saved directory."""
-    from safetensors.numpy import load_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        config = json.loads((Path(folder) / "config.json").read_text())
-        return config, load_file(Path(folder) / "model.safetensors")
 
 
 def reference(model, inputs):

@@ -15,60 +15,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TEXTS = (
-    *("", " ", "  ", "\n", "\t", "\r\n", " \n \n", "a", " a", "a ", "   three spaces   before and after   "),
-    *("Hello, world!", "hello  world", "don't can't I'LL we've they're", "'s", "O'Neill's", "DON'T"),
-    *("0", "7", "2024", "3.14159", "1,000,000", "x1y22z333", "١٢٣ ½ Ⅷ ²", "1st 2nd", "0x1F", "-5 + 12 = 7"),
-    *(
-        "naïve café",
-        "cafe\u0301",
-        "Straße",
-        "日本語のテキスト",
-        "Привет, мир",
-        "שלום",
-        "مرحبا",
-        "한국어",
-        "नमस्ते",
-    ),
-    *(
-        "🙂",
-        "👩‍👩‍👧‍👦 family",
-        "🇩🇪",
-        "\u200b zero width",
-        "\u00a0nbsp",
-        "\ufeffbom",
-        "\u3000wide",
-        "e\u0301\u0323",
-    ),
-    *("def f(x):\n    return x ** 2  # square\n", "if (a<=b && c!=d) { x++; }", "<html><b>bold</b></html>"),
-    *(
-        "http://example.org/a?b=c&d=%20e#f",
-        "user@example.org",
-        "C:\\path\\to",
-        "SELECT * FROM t;",
-        "\\frac{a}{b}",
-    ),
-    *(
-        "<|im_start|>user\nHi<|im_end|>\n",
-        "<|im_start|>",
-        "a<|im_end|>b",
-        "<|endoftext|>",
-        "<|im_start",
-        "< |im_end|>",
-    ),
-    *(
-        "<s>",
-        "</s>[INST] x [/INST]",
-        "<unk>",
-        "▁",
-        "Ġ",
-        "A" * 40,
-        "a b c " * 10,
-        "\x00\x01",
-        "…—“”",
-        "¿Qué?",
-    ),
-)
+# The file keeps the texts that it was made of.
+TEXTS = json.loads((HERE / "gguf.json").read_text(encoding="utf-8"))["texts"]
 CORPUS = (
     "The quick brown fox jumps over the lazy dog while the other dogs sleep near the warm fire of the old house.",
     "Low rank adapters learn faster when the output factor outruns the input factor, and so they are trained.",

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from ..marks import long
 from ..messages import assert_mentions
-from ..models.gpt2.test_model import gguf_of
+from ..models.checkpoints.gguf.files import gguf_of
 from .gpt2_world import PRODUCTS, write_gpt2
 from .language_world import vocabulary
 from .test_export import evaluated, near, printed

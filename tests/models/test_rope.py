@@ -1,6 +1,5 @@
 """Rotary positions, by hand."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,23 +22,6 @@ def test_rotations_turn_pairs_by_hand():
         4 * np.cos(b) + 2 * np.sin(b),
     ]
     np.testing.assert_allclose(found, [x, turned], rtol=1e-6)
-
-
-def test_inner_products_depend_only_on_distances():
-    rng = np.random.default_rng(0)
-    query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-
-    @jax.jit
-    def product(at, other):
-        turned = (
-            apply_rope(x, make_rope(n[None, None], size=8, theta=1e4, scaling=(), max_positions=64))
-            for x, n in ((query, at), (key, other))
-        )
-        return jnp.sum(jnp.multiply(*turned))
-
-    one = float(product(jnp.array(7), jnp.array(3)))
-    assert one == pytest.approx(float(product(jnp.array(50), jnp.array(46))), abs=1e-5)
-    assert one != pytest.approx(float(product(jnp.array(7), jnp.array(4))), abs=1e-3)
 
 
 def test_linear_scaling_and_factors_divide_the_angles():

@@ -1,12 +1,274 @@
-"""The tokens that end a text."""
+"""Tokenizer, chat template and special tokens, of GGUF files and of directories; and the whole of a real file."""
 
+import hashlib
 import json
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from loraplus_jax.models.tokenizer import stop_ids
+from loraplus_jax.models.checkpoints.gguf import load as gguf
+from loraplus_jax.models.tokenizer import read_chat_template, special_tokens, stop_ids, tokenizer
 
-from ..messages import mentions
+from ..messages import assert_mentions, mentions
+from .checkpoints.gguf import files as gguf_files
+from .golden import GOLDEN as FILES
+from .golden import real_smollm2
+
+GOLDEN = json.loads((FILES / "gguf.json").read_text())
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ hello", "1 2", "12 3", "123 4"]
+TOKENS = ["<s>", "</s>", "<user>", *ALPHABET, *(m.replace(" ", "") for m in MERGES)]
+
+
+def write(path, metadata, rows=400):
+    """A GGUF file with nothing but a tokenizer and an embedding."""
+    return gguf_files.write(path, {"token_embd.weight": np.zeros((rows, 4), np.float32)}, metadata)
+
+
+def byte_level(pre="gpt-2", **changes):
+    kinds = [3, 3, 4] + [1] * (len(TOKENS) - 3)
+    values = {"model": "gpt2", "pre": pre, "tokens": TOKENS, "token_type": kinds, "merges": MERGES}
+    values |= {"bos_token_id": 0, "eos_token_id": 1} | changes
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+
+
+def pieces(**changes):
+    values = {key: GOLDEN["sentencepiece"][key] for key in ("tokens", "scores", "token_type")}
+    values |= {"model": "llama", "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | changes
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None}
+
+
+def words(path, text):
+    return tokenizer(path).encode(text).tokens
+
+
+def error(path, metadata, read=tokenizer, **kwargs):
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        read(write(path / "m.gguf", metadata, **kwargs))
+    assert str(path / "m.gguf") in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_real_file_gives_the_ids_of_transformers():
+    ours = tokenizer(real_smollm2())
+    assert [ours.encode(text).ids for text in GOLDEN["texts"]] == GOLDEN["smollm2"]
+    assert all(
+        ours.decode(ids, skip_special_tokens=False) == text
+        for text, ids in zip(GOLDEN["texts"], GOLDEN["smollm2"], strict=True)
+    )
+    assert special_tokens(real_smollm2())["eos_token"] == "<|im_end|>"
+    assert "<|im_start|>system\n" in read_chat_template(real_smollm2())
+
+
+@pytest.mark.slow
+def test_the_real_file_gives_the_weights_of_transformers():
+    weights, digest = gguf.GgufWeights(gguf.read(real_smollm2())), hashlib.sha256()
+    for name in sorted(weights.keys()):
+        digest.update(name.encode() + weights.get_slice(name)[:].tobytes())
+    assert digest.hexdigest() == GOLDEN["smollm2_weights"]
+
+
+def test_sentencepiece_vocabularies_give_the_ids_of_sentencepiece(tmp_path):
+    ours = tokenizer(write(tmp_path / "m.gguf", pieces(add_bos_token=False), rows=420))
+    differs = []
+    for text, ids in zip(GOLDEN["texts"], GOLDEN["sentencepiece"]["ids"], strict=True):
+        if not any(special in text for special in ("<s>", "</s>", "<unk>")):  # text to SentencePiece
+            differs += [] if ours.encode(text).ids == ids else [text]
+            assert ours.decode(ids) == text.replace("▁", " ")
+    assert differs == []
+    assert ours.encode("<s>").ids == [1]
+
+
+def test_text_that_spells_a_byte_is_no_byte(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", "<0x0A>", "<", "0", "x", "A", ">", "<0", "<0x", "0A", "0A>"]
+    changes = {
+        "tokens": tokens,
+        "scores": [-float(n) for n in range(13)],
+        "token_type": [2, 3, 3, 6] + [1] * 9,
+    }
+    path = write(tmp_path / "m.gguf", pieces(add_bos_token=False, add_space_prefix=False, **changes))
+    assert words(path, "<0x0A>\n") == ["<0x", "0A>", "<0x0A>"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("gpt-2", ["hello", "Ġhello", "1234", "Ġ", "Ċ"]),
+        ("smollm", ["hello", "Ġhello", "1", "2", "3", "4", "Ġ", "Ċ"]),
+        ("llama-bpe", ["hello", "Ġhello", "123", "4", "Ġ", "Ċ"]),
+        ("qwen2", ["hello", "Ġhello", "1", "2", "3", "4", "Ġ", "Ċ"]),
+    ],
+)
+def test_each_family_cuts_digits_in_its_way(tmp_path, pre, expected):
+    path = write(tmp_path / "m.gguf", byte_level(pre, add_bos_token=False))
+    assert words(path, "hello hello1234 \n") == expected
+    assert tokenizer(path).decode(tokenizer(path).encode("hé llo\t1").ids) == "hé llo\t1"
+
+
+def test_without_a_name_text_is_cut_as_gpt2_does(tmp_path):
+    assert words(write(tmp_path / "m.gguf", byte_level(None)), "1234") == ["1234"]
+
+
+def test_words_are_cut_where_the_models_own_expressions_cut(tmp_path):
+    def cuts(pre, text):
+        metadata = byte_level(pre, add_bos_token=False)
+        found = tokenizer(write(tmp_path / f"{pre}.gguf", metadata)).pre_tokenizer.pre_tokenize_str(text)
+        return [text[a:b] for _, (a, b) in found]
+
+    assert cuts("gpt-2", "I'LL (x)\n\ny") == ["I", "'", "LL", " (", "x", ")", "\n", "\n", "y"]
+    assert cuts("llama3", "I'LL (x)\n\ny") == ["I", "'LL", " (", "x", ")\n\n", "y"]
+    assert cuts("qwen2", "I'LL (x)\n\ny") == ["I", "'LL", " (", "x", ")\n\n", "y"]
+
+
+def test_a_llama3_word_that_is_a_token_is_taken_whole(tmp_path):
+    tokens = [*TOKENS, "zzz"]
+    changes = {"tokens": tokens, "token_type": [1] * len(tokens), "add_bos_token": False}
+    assert words(write(tmp_path / "a.gguf", byte_level("llama3", **changes)), "zzz") == ["zzz"]
+    assert words(write(tmp_path / "b.gguf", byte_level("qwen2", **changes)), "zzz") == ["z", "z", "z"]
+
+
+def test_qwen2_composes_characters(tmp_path):
+    path = write(tmp_path / "m.gguf", byte_level("qwen2"))
+    assert tokenizer(path).encode("e\u0301").ids == tokenizer(path).encode("\u00e9").ids
+
+
+def test_control_and_user_tokens_are_never_split(tmp_path):
+    ours = tokenizer(write(tmp_path / "m.gguf", byte_level()))
+    assert ours.encode("hello</s>hello<user>").tokens == ["hello", "</s>", "hello", "<user>"]
+    assert ours.decode([1, 2]) == "<user>"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (byte_level(add_bos_token=True), ["<s>", "hello"]),
+        (byte_level(add_bos_token=True, add_eos_token=True), ["<s>", "hello", "</s>"]),
+        (byte_level(add_bos_token=False), ["hello"]),
+        (byte_level(), ["hello"]),
+        (byte_level("llama-bpe"), ["<s>", "hello"]),
+        (byte_level("llama-bpe", add_bos_token=False), ["hello"]),
+        (byte_level("llama-bpe", bos_token_id=None), ["hello"]),
+        (pieces(), ["<s>", "▁", "h", "e", "l", "l", "o"]),
+        (pieces(add_space_prefix=False), ["<s>", "h", "e", "l", "l", "o"]),
+    ],
+)
+def test_bos_is_added_where_the_file_says_or_llama_cpp_would(tmp_path, metadata, expected):
+    path = write(tmp_path / "m.gguf", metadata, rows=420)
+    found = words(path, "hello")
+    assert found[0] == expected[0]
+    assert "".join(found) == "".join(expected)
+    assert (found[-1] == "</s>") == (expected[-1] == "</s>")
+    assert tokenizer(path).encode("hello", add_special_tokens=False).tokens[-1] == found[-1].replace(
+        "</s>", "hello"
+    )
+
+
+def test_template_and_special_tokens_of_a_file(tmp_path):
+    path = write(tmp_path / "m.gguf", byte_level(padding_token_id=2) | {"tokenizer.chat_template": "{{ x }}"})
+    assert read_chat_template(tmp_path) == read_chat_template(path) == "{{ x }}"
+    assert special_tokens(path) == {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<user>"}
+    bare = write(tmp_path / "bare.gguf", pieces(bos_token_id=None))
+    assert read_chat_template(bare) is None
+    assert special_tokens(bare) == {"eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "bert"}, ["tokenizer.ggml.model", "'bert'", "gpt2", "llama"]),
+        ({"model": None}, ["tokenizer.ggml.model", None]),
+        ({"pre": "qwen3"}, ["tokenizer.ggml.pre", "'qwen3'", "qwen2", "smollm"]),
+        ({"tokens": None}, ["tokenizer"]),
+        ({"tokens": ["a", "a"], "token_type": None}, ["'a'"]),
+        ({"token_type": [1]}, ["token_type", len(TOKENS)]),
+        ({"merges": None}, ["merges"]),
+        ({"merges": ["abc"]}, ["merge", "'abc'"]),
+        ({"merges": ["z z"]}, ["tokenizer", "zz"]),
+        ({"model": "llama"}, ["scores", len(TOKENS)]),
+        ({"add_bos_token": True, "bos_token_id": 4000}, [4000, "special"]),
+    ],
+)
+def test_what_is_wrong_with_a_files_tokenizer_is_named(tmp_path, changes, words):
+    assert_mentions(error(tmp_path, byte_level(**changes)), *words)
+
+
+def test_special_tokens_and_templates_must_make_sense(tmp_path):
+    assert_mentions(error(tmp_path, byte_level(eos_token_id=999), special_tokens), 999, "special")
+    metadata = byte_level() | {"tokenizer.chat_template": 3}
+    assert_mentions(error(tmp_path, metadata, read_chat_template), "template", 3)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_rejected(tmp_path):
+    size = len(TOKENS)
+    assert_mentions(error(tmp_path, byte_level(), rows=size - 1), "embedding", f"{size - 1} rows")
+    tokenizer(write(tmp_path / "m.gguf", byte_level(), rows=size))
+
+
+@pytest.fixture
+def directory(tmp_path):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    own = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[PAD]": 2}, unk_token="[PAD]"))
+    own.enable_padding(pad_id=2, pad_token="[PAD]", length=9)
+    own.enable_truncation(1)
+    own.pre_tokenizer = pre_tokenizers.Whitespace()
+    own.save(str(folder / "tokenizer.json"))
+    config = {
+        "bos_token": {"content": "a"},
+        "eos_token": "b",
+        "pad_token": None,
+        "chat_template": "{{ one }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_directory_gives_the_same_three_things(directory):
+    assert tokenizer(directory).encode("a b a b").tokens == ["a", "b", "a", "b"]
+    assert special_tokens(directory) == {"bos_token": "a", "eos_token": "b"}
+    assert read_chat_template(directory) == "{{ one }}"
+    (directory / "chat_template.jinja").write_text("{{ two }}")
+    assert read_chat_template(directory) == "{{ two }}"
+
+
+def test_of_several_templates_the_default_one_is_taken(directory):
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert read_chat_template(directory) == "d"
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[:1]}))
+    assert read_chat_template(directory) is None
+    (directory / "tokenizer_config.json").unlink()
+    assert read_chat_template(directory) is None
+    assert special_tokens(directory) == {}
+
+
+def test_what_is_wrong_with_a_directory_is_named(directory, tmp_path):
+    (directory / "config.json").write_text('{"vocab_size": 2}')
+    with pytest.raises(ValueError, match=mentions("embedding", "2 rows")):
+        tokenizer(directory)
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=mentions("chat_template.jinja", "UTF-8")):
+        read_chat_template(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer.json"):
+        tokenizer(directory)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=mentions(directory, "tokenizer.json")):
+        tokenizer(directory)
+    for read in (tokenizer, read_chat_template, special_tokens):
+        with pytest.raises(ValueError, match=mentions("nowhere", "directory", "GGUF")):
+            read(tmp_path / "nowhere")
+
+
+def test_special_tokens_that_only_the_config_names(tmp_path):
+    Tokenizer(models.BPE({"a": 0, "<end>": 1}, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 1}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 64}))
+    assert special_tokens(tmp_path) == {"bos_token": "<end>", "eos_token": "<end>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": "a"}))
+    assert special_tokens(tmp_path) == {"eos_token": "a"}
 
 
 def test_the_tokens_that_end_a_text_come_from_both_files(tmp_path):

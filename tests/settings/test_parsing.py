@@ -26,7 +26,7 @@ def test_the_tables_here_name_every_field():
     alone = {"optimizer.decay_steps", "optimizer.decay", "train.prompt_tokens", "init_adapter_rates"}
     alone |= {"generation.no_repeat_in"}
     alone |= {"model.quantize_exclude", "lora.init_iterations", "data.root"}
-    alone |= {"optimizer.reg", "optimizer.magnitude_learning_rate", "optimizer.target_rank"}
+    alone |= {"optimizer.magnitude_learning_rate", "optimizer.target_rank"}
     alone |= {"distributed.start_timeout", "distributed.lost_timeout", *PROCESSES}
     assert OTHER.keys() | LANGUAGE.keys() | GENERATION.keys() | FILES.keys() | alone == set(dotted())
 
@@ -73,27 +73,20 @@ def test_separate_files(tmp_path):
             parsed(tmp_path, "--data.path", "null", "--data.train", bad)
 
 
-def test_the_command_line_wins_and_the_last_word_on_it(tmp_path):
-    content = nested("lora.rank", 2)
-    settings = parsed(tmp_path, "--lora.rank", "3", "--lora.rank=4", content=content)
-    assert settings.lora.rank == 4
-    assert settings.lora.target_modules == QUERIES_AND_VALUES
-
-
-def test_a_regular_expression_and_a_list_are_distinguished(tmp_path):
-    assert parsed(tmp_path, "--lora.target_modules", ".*/query").lora.target_modules == ".*/query"
-    assert parsed(tmp_path, "--lora.target_modules", "[query, up]").lora.target_modules == ("query", "up")
-
-
-def test_null_takes_an_optional_value_away(tmp_path):
-    content = nested("optimizer.max_grad_norm", 1.0)
-    assert (
-        parsed(tmp_path, "--optimizer.max_grad_norm", "null", content=content).optimizer.max_grad_norm is None
-    )
-
-
-def test_negative_numbers_are_values(tmp_path):
-    assert parsed(tmp_path, "--mesh.data", "-1").mesh.data == -1
+@pytest.mark.parametrize(
+    ("name", "words", "found"),
+    [
+        ("lora.rank", ("--lora.rank", "3", "--lora.rank=4"), 4),  # the last one, and both before the file
+        ("lora.target_modules", (), QUERIES_AND_VALUES),
+        ("lora.target_modules", ("--lora.target_modules", ".*/query"), ".*/query"),
+        ("lora.target_modules", ("--lora.target_modules", "[query, up]"), ["query", "up"]),
+        ("optimizer.max_grad_norm", ("--optimizer.max_grad_norm", "null"), None),
+        ("mesh.data", ("--mesh.data", "-1"), -1),
+    ],
+)
+def test_what_words_of_the_command_line_mean(tmp_path, name, words, found):
+    content = LEAST | {"lora": {"rank": 2}, "optimizer": {"max_grad_norm": 1.0}, "mesh": {"data": 1}}
+    assert value(parsed(tmp_path, *words, content=content), name) == found
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,6 @@ CHANGES = {
     "data.text": "t",
     "data.text_pair": "u",
     "data.label": "l",
-    "data.delimiter": ";",
     "data.quoting": "none",
     "data.header": ["text", "label", "t", "l"],
     "data.root": "r",
@@ -233,7 +232,7 @@ INSTEAD = {"data.train", "data.validation", "data.test", "train.epochs"}
 
 INSTEAD |= {"optimizer.decay_steps", "train.prompt_tokens", "init_adapter_rates", "model.quantize_exclude"}
 INSTEAD |= {"optimizer.target_rank"}
-INSTEAD |= {"lora.init_iterations", "optimizer.reg"}
+INSTEAD |= {"lora.init_iterations"}
 
 
 INSTEAD |= {"distributed.coordinator", "distributed.processes", "distributed.process_id"}

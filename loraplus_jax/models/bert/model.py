@@ -16,36 +16,20 @@ from ..._utils.validation import check_choice
 from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
+from ..part import Part, check_inputs
 from .config import BertConfig
 
 Pooling = Literal["mean", "cls", "pooler"]
 _Map = Callable[[jax.Array], jax.Array]
 
 
-class BertPart(nn.Module):
-    """Base class of the modules below: config, compute dtype and parameter dtype."""
-
-    config: BertConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.nowrap
-    def dense(self, features: int, name: str) -> nn.Dense:
-        """A Dense layer with BERT's initialization."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, name=name)
-
-    @nn.nowrap
-    def embed(self, rows: int, name: str) -> nn.Embed:
-        """An embedding table with BERT's initialization."""
-        init, width = nn.initializers.normal(self.config.initializer_range), self.config.hidden_size
-        return nn.Embed(rows, width, self.dtype, self.param_dtype, embedding_init=init, name=name)
+class BertPart(Part):
+    """A module with BERT's norms and dropout."""
 
     @nn.nowrap
     def norm(self, name: str) -> nn.LayerNorm:
-        """A LayerNorm that computes in float32, without the fast variance: E[x²] - E[x]² loses precision."""
-        eps = self.config.layer_norm_eps
-        return nn.LayerNorm(eps, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
+        """A LayerNorm."""
+        return self.layer_norm(self.config.layer_norm_eps, name)
 
     @nn.nowrap
     def drop(self, x: jax.Array) -> jax.Array:
@@ -101,7 +85,7 @@ class BertAttention(BertPart):
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, drop: _Map) -> jax.Array:
-    """`jax.nn.dot_product_attention` on (B, T, N, H), with `drop` applied to the probabilities (B, N, T, T)."""
+    # Written out, as `jax.nn.dot_product_attention` has no dropout of the probabilities (B, N, T, T).
     scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(query.shape[-1])
     # A finite minimum: a row of only padding gets a mean instead of NaN.
@@ -138,9 +122,7 @@ class BertEncoder(BertPart):
     """A BERT or RoBERTa encoder (arXiv 1810.04805, 1907.11692). Dropout is on when a `dropout` rng is given.
 
     Attributes:
-      config: sizes and options.
-      dtype: compute dtype; normalization, softmax and attention scores use at least float32.
-      param_dtype: dtype of the parameters.
+      config, dtype, param_dtype: see `Part`.
       unroll: unroll the loop over layers (same stacked parameters), so that XLA's cost analysis counts every
         layer, not just one.
     """
@@ -164,7 +146,11 @@ class BertEncoder(BertPart):
         Raises:
           ValueError: T exceeds the model's maximum length, or shapes differ.
         """
-        _check_inputs(self.config, input_ids, attention_mask, token_type_ids)
+        check_inputs(input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        if (length := input_ids.shape[1]) > (limit := self.config.max_length):
+            raise ValueError(
+                f"input_ids has {length} tokens, the model takes at most {limit}; truncate the input"
+            )
         args = (self.config, self.dtype, self.param_dtype)
         x = BertEmbeddings(*args, name="embeddings")(input_ids, token_type_ids)
         layers = nn.scan(
@@ -177,21 +163,6 @@ class BertEncoder(BertPart):
         )
         mask = attention_mask.astype(bool)[:, None, None, :]
         return constrain_rows(layers(*args, name="layers")(x, mask)[0])
-
-
-def _check_inputs(
-    config: BertConfig, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None
-) -> None:
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must have shape (batch, tokens), got {input_ids.shape}")
-    for name, array in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-        if array is not None and array.shape != input_ids.shape:
-            raise ValueError(f"{name} must have the shape of input_ids, {input_ids.shape}, got {array.shape}")
-    if input_ids.shape[1] > config.max_length:
-        length, limit = input_ids.shape[1], config.max_length
-        raise ValueError(
-            f"input_ids has {length} tokens, the model takes at most {limit}; truncate the input"
-        )
 
 
 class BertForSequence(nn.Module):
@@ -229,7 +200,10 @@ class BertForSequence(nn.Module):
         self, input_ids: jax.Array, attention_mask: jax.Array, token_type_ids: jax.Array | None = None
     ) -> jax.Array:
         """The head's outputs, float32 (B, num_outputs); arguments as for `BertEncoder`."""
-        pooled = self._pool(self.encode(input_ids, attention_mask, token_type_ids), attention_mask)
+        hidden = self.encode(input_ids, attention_mask, token_type_ids)
+        pooled = masked_mean(hidden, attention_mask) if self.pooling == "mean" else hidden[:, 0]
+        if self.pooling == "pooler":
+            pooled = jnp.tanh(self.pooler(pooled))
         return self.head(self.dropout(pooled, deterministic=not self.has_rng("dropout")))
 
     def encode(
@@ -237,12 +211,6 @@ class BertForSequence(nn.Module):
     ) -> jax.Array:
         """The encoder's last hidden states, (B, T, D) in `dtype`."""
         return self.encoder(input_ids, attention_mask, token_type_ids)
-
-    def _pool(self, hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:
-        if self.pooling == "mean":
-            return masked_mean(hidden, attention_mask)
-        first = hidden[:, 0]
-        return jnp.tanh(self.pooler(first)) if self.pooling == "pooler" else first
 
 
 def masked_mean(hidden: jax.Array, attention_mask: jax.Array) -> jax.Array:

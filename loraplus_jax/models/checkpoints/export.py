@@ -154,6 +154,7 @@ def write_hf(
         else [SINGLE_FILE]
     )
     for name, shard in zip(names, shards, strict=True):
+        # Reads and merges its tensors only now, one at a time.
         write_safetensors(target / name, shard)
     if len(shards) > 1:
         weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
@@ -210,6 +211,7 @@ def write_safetensors(path: Path, tensors: Iterable[OutputTensor]) -> None:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
+    # Readers map the data, which the format wants aligned to 8 bytes; JSON may end in spaces.
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

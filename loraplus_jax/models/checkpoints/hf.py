@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from ..._utils.json_files import check_file, read_json
-from ...quantization.packed_array import PackedArray, is_packed
+from ...quantization.packed_array import is_packed
 from ..gpt2.config import NAMES as GPT2_NAMES
 from ..llama.config import KINDS
 from .gguf import load as gguf
@@ -59,7 +59,8 @@ def load_config(directory: str | Path) -> dict[str, Any]:
     else:
         where = _check_directory(Path(directory)) / "config.json"
         config, shapes = read_json(where), {}
-        with contextlib.suppress(ValueError):  # loading the weights will say what is wrong with them
+        # Loading the weights will say what is wrong with them.
+        with contextlib.suppress(ValueError):
             files = [file for _, file, _, _ in weight_files(where.parent)]
             shapes = {name: file.get_slice(name).get_shape() for file in files for name in file.keys()}  # noqa: SIM118
     _check_sizes(where, config, shapes)
@@ -148,15 +149,30 @@ def load_params(
     leaves, tensors = check_params(directory, table, expected, new=new)
     store = place or (lambda path, array: jax.device_put(array))
 
+    def to_device(path: str, name: str, part: np.ndarray) -> jax.Array:
+        if (sharding := (shardings or {}).get(f"{path}/parts/{name}")) is None:
+            return jax.device_put(part)
+        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
+
     def load(rule: Rule) -> Any:
         leaf, sharding = leaves[rule.path], (shardings or {}).get(rule.path)
         if is_packed(leaf):
-            packed = _load_packed(rule, leaf, tensors, shardings)
+            views = [tensors[name].view for name in expand(rule, leaf)]
+            packed = read_packed(rule, leaf, views, functools.partial(to_device, rule.path))
             return packed if place is None else place(rule.path, packed)
         read = functools.partial(_read, rule, leaf, tensors, param_dtype)
         if sharding is None:
             return store(rule.path, read([slice(0, size) for size in leaf.shape]))
-        return jax.make_array_from_callback(leaf.shape, sharding, _read_parts_once(read, leaf.shape))
+        parts: dict[Any, np.ndarray] = {}
+
+        def part(index: Any) -> np.ndarray:
+            window = tuple(slice(*s.indices(size)[:2]) for s, size in zip(index, leaf.shape, strict=True))
+            # JAX asks once for each device, and several may hold one part. Slices have no hash before Python 3.12.
+            if (key := str(window)) not in parts:
+                parts[key] = read(list(window))
+            return parts[key]
+
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
 
     flat = {rule.path: load(rule) for rule in table.rules}
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -165,18 +181,6 @@ def load_params(
 def read_leaf(rule: Rule, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, "_Tensor"]) -> np.ndarray:
     """Reads a leaf, dequantized, as a host array of a shape and dtype; `tensors` are those of `check_params`."""
     return _read(rule, leaf, tensors, None, [slice(0, size) for size in leaf.shape])
-
-
-def _load_packed(
-    rule: Rule, leaf: Any, tensors: Mapping[str, "_Tensor"], shardings: Mapping[str, Any] | None
-) -> PackedArray:
-    def place(name: str, part: np.ndarray) -> jax.Array:
-        sharding = (shardings or {}).get(f"{rule.path}/parts/{name}")
-        if sharding is None:
-            return jax.device_put(part)
-        return jax.make_array_from_callback(part.shape, sharding, lambda index: part[index])
-
-    return read_packed(rule, leaf, [tensors[name].view for name in expand(rule, leaf)], place)
 
 
 def check_params(
@@ -198,22 +202,25 @@ def rows_digest(tensors: Mapping[str, "_Tensor"]) -> str:
 
     Distinguishes differently trained weights, and reads almost nothing of them.
     """
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
-        size = tensor.shape[0] if tensor.shape else 0
-        rows = [slice(row, row + 1) for row in sorted({0, size // 2, size - 1} & set(range(size)))]
-        for part in rows if tensor.shape else [()]:
-            total.update(np.ascontiguousarray(tensor.view[part]).tobytes())
-    return total.hexdigest()[:16]
+
+    def rows(view: Any) -> Iterator[np.ndarray]:
+        size = (*view.get_shape(), 0)[0]
+        picked = sorted({0, size // 2, size - 1} & set(range(size)))
+        return (view[row : row + 1] for row in picked) if view.get_shape() else iter([view[()]])
+
+    return _digest(tensors, rows)[:16]
 
 
 def values_digest(tensors: Mapping[str, "_Tensor"]) -> str:
     """A hex digest of every value of the tensors, as `check_params` returns them; reads all of them."""
+    return _digest(tensors, read_pieces)
+
+
+def _digest(tensors: Mapping[str, "_Tensor"], read: Callable[[Any], Iterator[np.ndarray]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name} {tensor.shape} {tensor.view.get_dtype()}".encode())
-        for values in read_pieces(tensor.view):
+        for values in read(tensor.view):
             total.update(np.ascontiguousarray(values).tobytes())
     return total.hexdigest()
 
@@ -303,7 +310,8 @@ def _compare_shapes(
                 problems.append(f"~ {tensor.name} is {list(tensor.shape)}, the model needs {list(shape)}")
             elif (dtype := tensor.view.get_dtype()) not in tensor.dtypes:
                 problems.append(f"~ {tensor.name} is {dtype}, must be one of {', '.join(tensor.dtypes)}")
-    return list(dict.fromkeys(problems))  # parts of one tensor have the same
+    # Parts of one tensor have the same problem.
+    return list(dict.fromkeys(problems))
 
 
 def _compare_copies(table: NameTable, tensors: Mapping[str, _Tensor]) -> list[str]:
@@ -332,7 +340,7 @@ def read_pieces(view: Any) -> Iterator[np.ndarray]:
 
 
 def _pieces(shape: tuple[int, ...]) -> Iterator[Any]:
-    """Indices of the pieces; `()` for a scalar, which has no axis to slice."""
+    # A scalar has no axis to slice.
     if not shape:
         yield ()
         return
@@ -342,7 +350,6 @@ def _pieces(shape: tuple[int, ...]) -> Iterator[Any]:
 
 
 def _error_message(directory: Path, problems: list[str]) -> str:
-    """The error message; its first line can stand alone."""
     counts = Counter(line[0] for line in problems)
     words = {"-": "missing", "+": "extra", "~": "misshapen or of the wrong type"}
     summary = ", ".join(f"{counts[sign]} {word}" for sign, word in words.items() if counts[sign])
@@ -350,22 +357,6 @@ def _error_message(directory: Path, problems: list[str]) -> str:
     shown = [f"  {line}" for line in problems[:_SHOWN]]
     rest = [f"  and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
     return "\n".join([first, *shown, *rest])
-
-
-def _read_parts_once(
-    read: Callable[[list[slice]], np.ndarray], shape: tuple[int, ...]
-) -> Callable[[Any], np.ndarray]:
-    """A callback for `make_array_from_callback` that reads a part only once for several devices."""
-    parts: dict[tuple, np.ndarray] = {}
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        window = [slice(*s.indices(size)[:2]) for s, size in zip(index, shape, strict=True)]
-        key = tuple((s.start, s.stop) for s in window)
-        if key not in parts:
-            parts[key] = read(window)
-        return parts[key]
-
-    return part
 
 
 def _read(
@@ -396,7 +387,7 @@ def _read(
 
 
 def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An empty array aligned to 64 bytes, which `jax.device_put` uses on CPU without a copy."""
+    # XLA's CPU client takes a host array over without a copy only if it is aligned to 64 bytes.
     size = math.prod(shape) * np.dtype(dtype).itemsize
     spare = np.empty(size + 63, np.uint8)
     start = -spare.ctypes.data % 64
@@ -404,7 +395,6 @@ def _empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def _fill(slot: np.ndarray, tensor: _Tensor, window: list[slice], *, transposed: bool) -> None:
-    """Writes a window of a leaf, or of one layer of it, to `slot[0]`."""
     if not tensor.shape:
         slot[0] = tensor.view[()]
         return
@@ -445,6 +435,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         )
     for file_name in weight_map.values():
         # Checks only the name: the hub's cache consists of links that point out of the directory.
+        # By Windows' rules, which also split at a backslash and after a drive.
         plain = isinstance(file_name, str) and PureWindowsPath(file_name).name == file_name
         if not plain or not file_name.isprintable() or not file_name.endswith(".safetensors"):
             raise ValueError(
@@ -459,7 +450,8 @@ def _open(path: Path) -> Any:
         import safetensors
     except ImportError as error:
         raise ImportError("reading weights needs safetensors: pip install 'loraplus_jax[train]'") from error
-    if not os.path.exists(path):  # unlike Path.exists, False for a name too long for the file system
+    # Path.exists raises for a name that is too long for the file system.
+    if not os.path.exists(path):
         raise ValueError(f"{path} is missing, but the index lists it")
     check_file(path)
     try:

@@ -92,7 +92,8 @@ class CheckpointMerge:
         first, *others = self.locations[name]
         if first[0].part is None:
             return self._value(*first, base)
-        result = base().astype(np.float32)  # a copy of the base, which may be a view of the file
+        # A copy: the base may be a view of the mapped file.
+        result = base().astype(np.float32)
         for rule, layer in (first, *others):
             result[rule.index] = self._value(rule, layer, lambda index=rule.index: result[index])
         return result
@@ -127,6 +128,7 @@ def merged_tensors(source: Path, merge: CheckpointMerge) -> Iterator[tuple[Outpu
     Tensors keep the file's names; those of a GGUF file get Hugging Face's.
     """
     for _, file, _, _ in weight_files(source):
+        # In the order of names, as the order of a file's keys is the library's.
         for name in sorted(file.keys()):
             canonical, view = merge.table.canonical(name), file.get_slice(name)
             shape = tuple(view.get_shape())

@@ -120,6 +120,7 @@ def read_packed(
             values = in_rows(rule, tensor[rule.index])
         for name, part in pack_matrix(leaf.kind, values).items():
             slots[name][n] = part
+    # Popped one by one, so that the host frees a part once it is on the devices.
     return dataclasses.replace(leaf, parts={name: place(name, parts.pop(name)) for name in list(parts)})
 
 

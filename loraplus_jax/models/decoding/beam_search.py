@@ -27,6 +27,7 @@ LOWEST = -1e9
 MOST_PENALTY = 5
 
 
+# The carry of a while loop: a tree of arrays whose shapes and dtypes stay the same.
 class _State(NamedTuple):
     """The beams of every prompt after `length` new tokens.
 
@@ -200,18 +201,17 @@ def make_beam_search(
 
 
 def _take(values: jax.Array, index: jax.Array) -> jax.Array:
-    """Picks from axis 1 of (B, K, ...) by an index (B, C): (B, C, ...)."""
+    # From axis 1 of (B, K, ...) by an index (B, C): (B, C, ...).
     return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), axis=1)
 
 
 def _repeat(cache: Cache, beams: int) -> Cache:
-    """The cache of B prompts for B K sequences."""
     key, value = (jnp.repeat(x, beams, axis=1) for x in (cache.key, cache.value))
     return cache._replace(key=key, value=value, segment_ids=jnp.repeat(cache.segment_ids, beams, axis=0))
 
 
 def _reorder(cache: Cache, parents: jax.Array, start: int) -> Cache:
-    """Moves the cache from slot `start` on to the sequences that continue `parents` (B, K)."""
+    # Only from slot `start` on: before it all beams of a prompt hold the same.
     rows, beams = parents.shape
     index = (parents + beams * jnp.arange(rows)[:, None]).reshape(-1)
     key, value = (x.at[:, :, :, start:].set(x[:, index, :, start:]) for x in (cache.key, cache.value))
@@ -239,4 +239,5 @@ def _ban_repeats(
         last = jax.lax.dynamic_slice_in_dim(history, end - size + 1 + j, 1, axis=1)
         repeats &= history[:, j : j + windows] == last
     token = jnp.where(repeats, history[:, size - 1 :], log_probs.shape[1])
+    # A static shape: what repeats nothing is sent to an id beyond the vocabulary, where the update is dropped.
     return log_probs.at[jnp.arange(len(token))[:, None], token].set(-jnp.inf, mode="drop")

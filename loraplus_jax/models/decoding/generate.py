@@ -83,6 +83,7 @@ def make_generate(
         ones = jnp.ones((rows, 1), jnp.int32)
 
         def choose(logits: jax.Array, done: jax.Array, i: Any) -> tuple[jax.Array, jax.Array]:
+            # By row and step, so that a row's draws do not depend on the other rows.
             token = _next(logits, sampling, jax.vmap(jax.random.fold_in, (0, None))(keys, i))
             nonfinite = ~jnp.all(jnp.isfinite(logits), axis=-1)
             token = jnp.where(nonfinite, NONFINITE_LOGITS, token)
@@ -94,12 +95,14 @@ def make_generate(
 
         def step(carry: tuple) -> tuple:
             i, done, tokens, cache = carry
+            # A row that has ended holds no id there.
             last = jnp.maximum(jax.lax.dynamic_slice_in_dim(tokens, i - 1, 1, axis=1), 0)
             logits, cache = extend_by_one(last, ones, cache)
             token, done = choose(logits, done, i)
             tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], i, axis=1)
             return i + 1, done, tokens, cache
 
+        # Not a scan, which would go on after all rows have ended.
         tokens = jnp.full((rows, new_tokens), PAD_AFTER_END, jnp.int32)
         token, done = choose(logits, jnp.zeros(rows, bool), 0)
         carry = (jnp.int32(1), done, tokens.at[:, 0].set(token), cache)
@@ -128,8 +131,7 @@ def pad_left(prompts: Sequence[Sequence[int]], *, multiple: int = 64) -> tuple[n
 
 
 def _next(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
-    """Each row's next token, int32 (B,), from logits (B, V) and the rows' keys."""
-
+    # A condition, as sampling sorts the vocabulary, which greedy decoding need not.
     def sample() -> jax.Array:
         scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
         return jax.vmap(jax.random.categorical)(keys, _nucleus(scaled, sampling.top_p))

@@ -26,30 +26,11 @@ from ..checkpoints.name_table import (
     split_rules,
 )
 from ..decoder import Cache, CausalLM, Shared, attend, project
+from ..part import Part
 from .config import GPT2Config
 
 
-class GPT2Part(nn.Module):
-    """Base class of the modules below: config, compute dtype and parameter dtype."""
-
-    config: GPT2Config
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.nowrap
-    def dense(self, features: int, name: str) -> nn.Dense:
-        """A Dense layer with the family's initialization."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, True, self.dtype, self.param_dtype, kernel_init=init, name=name)
-
-    @nn.nowrap
-    def norm(self, name: str) -> nn.LayerNorm:
-        """A LayerNorm that computes in float32, without the fast variance: E[x²] - E[x]² loses precision."""
-        eps = self.config.layer_norm_epsilon
-        return nn.LayerNorm(eps, self.dtype, self.param_dtype, use_fast_variance=False, name=name)
-
-
-class GPT2Attention(GPT2Part):
+class GPT2Attention(Part):
     """Multi-head attention; one matrix, `c_attn`, computes queries, keys and values, unless it is split."""
 
     attention: Attention = "auto"
@@ -77,7 +58,7 @@ class GPT2Attention(GPT2Part):
         return query
 
 
-class GPT2MLP(GPT2Part):
+class GPT2MLP(Part):
     """Two Dense layers with an activation between them."""
 
     @nn.compact
@@ -88,7 +69,7 @@ class GPT2MLP(GPT2Part):
         return self.dense(c.hidden_size, "c_proj")(ACTIVATIONS[c.activation_function](up))
 
 
-class GPT2Layer(GPT2Part):
+class GPT2Layer(Part):
     """Attention and MLP, each with pre-norm and a residual connection; the body of an `nn.scan`."""
 
     attention: Attention = "auto"
@@ -101,10 +82,10 @@ class GPT2Layer(GPT2Part):
         x, cache = constrain_rows(carry[0]), carry[1]
         args = (self.config, self.dtype, self.param_dtype)
         y, cache = GPT2Attention(*args, attention=self.attention, name="attn")(
-            self.norm("ln_1")(x), shared, cache, layer
+            self.layer_norm(self.config.layer_norm_epsilon, "ln_1")(x), shared, cache, layer
         )
         x = checkpoint_name(x + y, "attended")
-        x = x + GPT2MLP(*args, name="mlp")(self.norm("ln_2")(x))
+        x = x + GPT2MLP(*args, name="mlp")(self.layer_norm(self.config.layer_norm_epsilon, "ln_2")(x))
         return (x, cache), None
 
 
@@ -122,12 +103,12 @@ class GPT2(CausalLM):
     def setup(self) -> None:
         """Embeddings, layers, final norm, and a head unless it is tied to the embedding."""
         c = self.config
-        self.embed_tokens = self.make_embedding(c.vocab_size)
-        self.embed_positions = self.make_embedding(c.max_position_embeddings)
+        self.embed_tokens = self.embed(c.vocab_size)
+        self.embed_positions = self.embed(c.max_position_embeddings)
         self.layers: Any = self.make_layers(GPT2Layer)
-        self.ln_f = nn.LayerNorm(c.layer_norm_epsilon, self.dtype, self.param_dtype, use_fast_variance=False)
+        self.ln_f = self.layer_norm(c.layer_norm_epsilon)
         if not c.tie_word_embeddings:
-            self.lm_head = self.make_head()
+            self.lm_head = self.dense(c.vocab_size, bias=False)
 
     def run(
         self, input_ids: jax.Array, positions: jax.Array, shared: Shared, cache: Cache | None
@@ -155,10 +136,12 @@ def name_table(config: GPT2Config) -> NameTable:
         rules += split_rules(made, config.projections[name]) if is_split else made
     copies = ()
     if config.tie_word_embeddings:
-        copies = (("lm_head.weight", "wte.weight"),)  # some files hold the embedding twice
+        # Some files hold the embedding twice.
+        copies = (("lm_head.weight", "wte.weight"),)
     else:
         rules += linear_rules("lm_head", "lm_head", bias=False)
-    ignore = (r"h\.\d+\.attn\.(bias|masked_bias)",)  # causal masks in older files
+    # Buffers of older files: causal masks.
+    ignore = (r"h\.\d+\.attn\.(bias|masked_bias)",)
     return NameTable(rules=tuple(rules), renames=((r"^transformer\.", ""),), ignore=ignore, copies=copies)
 
 

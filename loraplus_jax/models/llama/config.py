@@ -3,26 +3,17 @@
 A table, `KINDS`, holds what the model types differ in; the model reads values and asks for no type.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..activations import ACTIVATIONS
+from ..config import ModelConfig
 from ..rope import Rope, Scaling, make_rope, parse_rope_scaling
-
-
-def _no_layer(entries: Mapping[str, Any]) -> range:
-    return range(0)
-
-
-def _every_layer(entries: Mapping[str, Any]) -> range:
-    return range(entries["num_hidden_layers"])
 
 
 def _lower_layers(entries: Mapping[str, Any]) -> range:
@@ -62,7 +53,7 @@ class Kind(NamedTuple):
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     reads: tuple[str, ...] = ()
-    full: Callable[[Mapping[str, Any]], Sequence[int]] = _no_layer
+    full: Callable[[Mapping[str, Any]], Sequence[int]] = lambda entries: ()
     activation: str = "hidden_act"
     defaults: Mapping[str, Any] = {}
 
@@ -84,7 +75,9 @@ _GEMMA = Kind(
     },
 )
 KINDS: Mapping[str, Kind] = {
-    "llama": Kind(reads=("attention_bias", "mlp_bias"), full=_every_layer),
+    "llama": Kind(
+        reads=("attention_bias", "mlp_bias"), full=lambda entries: range(entries["num_hidden_layers"])
+    ),
     "mistral": Kind(qkv_bias=False, defaults={"sliding_window": 4096}),
     "qwen2": Kind(qkv_bias=True, reads=("layer_types",), full=_lower_layers),
     "qwen3": Kind(
@@ -122,19 +115,18 @@ MODEL_TYPES = tuple(KINDS)
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, 0),
     "partial_rotary_factor": (1.0, 1),
-    "pretraining_tp": (1, 2, 4, 8),  # splits matmuls without changing the result
+    # Splits matmuls without changing the result.
+    "pretraining_tp": (1, 2, 4, 8),
     "quantization_config": (None,),
     "is_decoder": (True, False),
     "add_cross_attention": (False,),
     "use_bidirectional_attention": (False,),
 }
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # Fields that only some types read, see `Kind.reads`.
-_OPTIONAL = (
-    *("attention_bias", "mlp_bias", "query_pre_attn_scalar", "attn_logit_softcapping"),
-    *("final_logit_softcapping", "partial_rotary_factor"),
-)
+_OPTIONAL = ("attention_bias", "mlp_bias", "query_pre_attn_scalar", *_SOFTCAPS, "partial_rotary_factor")
 # Options that a null switches off; elsewhere it stands for the default.
-_NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+_NULLABLE = ("sliding_window", *_SOFTCAPS)
 _INT_FIELDS = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "max_position_embeddings"),
@@ -142,7 +134,7 @@ _INT_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
     """A model's sizes and options, named as in Hugging Face's `config.json`.
 
     Attributes:
@@ -196,61 +188,43 @@ class LlamaConfig:
     initializer_range: float = 0.02
     split_fused: bool = False
 
-    def __post_init__(self) -> None:
-        if problems := [*_size_problems(self), *_option_problems(self)]:
-            raise ValueError("LlamaConfig: " + "; ".join(problems))
+    MODEL_TYPES = MODEL_TYPES
+    BOUNDS = {  # noqa: RUF012
+        **dict.fromkeys(("rope_theta", "rope_local_theta"), (1.0, 1e15)),
+        **dict.fromkeys(("query_pre_attn_scalar", *_SOFTCAPS), (0.0, 1e9)),
+        "rms_norm_eps": (0.0, 1.0),
+        "initializer_range": (0.0, 1e3),
+    }
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Reads the fields that it needs from a `config.json` of transformers 5 or older.
-
-        Raises:
-          ValueError: the model type or an option is unsupported, or a size is missing or invalid.
-
-        Example:
-          >>> sizes = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-          ...              intermediate_size=16, max_position_embeddings=64)
-          >>> config = LlamaConfig.from_hf({"model_type": "mistral", "sliding_window": 4, **sizes})
-          >>> config.head_dim, config.num_key_value_heads, config.sliding_window
-          (4, 2, 4)
-        """
-        kind = config.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise ValueError(f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}")
+    def read(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """See `ModelConfig.read`; of transformers 5 or older."""
+        kind = KINDS[config["model_type"]]
         given = {key: value for key, value in config.items() if value is not None or key in _NULLABLE}
-        entries = {key: v for key, v in {**KINDS[kind].defaults, **given}.items() if v is not None}
+        entries = {key: value for key, value in {**kind.defaults, **given}.items() if value is not None}
+        least = dict.fromkeys((*_INT_FIELDS, "sliding_window_pattern"), 1) | {"max_window_layers": 0}
         problems = [
-            f"{key} is {entries[key]!r}, only {known[0]!r} is supported"
-            for key, known in _ONLY.items()
-            if key not in KINDS[kind].reads and entries.get(key, known[0]) not in known
+            f"{name} must be an int of at least {low}, got {entries[name]!r:.80}"
+            for name, low in least.items()
+            if name in entries and (type(entries[name]) is not int or entries[name] < low)
         ]
-        ignored = {name for name in _OPTIONAL if name not in KINDS[kind].reads}
-        ignored |= {"rope_theta", "rope_scaling", "rope_local_theta"}  # see `_rope_fields`
+        only = {key: known for key, known in _ONLY.items() if key not in kind.reads}
+        values = cls.select(entries, only, optional=("num_key_value_heads", "head_dim"), problems=problems)
+        # What other types ignore, and what follows from several options.
+        ignored = {name for name in _OPTIONAL if name not in kind.reads}
+        ignored |= {"rope_theta", "rope_scaling", "rope_local_theta"}
         ignored |= {"sliding_window", "full_layers", "hidden_act", "split_fused"}
-        fields = [f for f in dataclasses.fields(cls) if f.name not in ignored]
-        derived = ("num_key_value_heads", "head_dim")
-        required = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in derived]
-        problems += [f"{name} is missing" for name in required if name not in entries]
-        problems += [
-            f"{name} must be an int of at least {int(name != 'max_window_layers')}, got {entries[name]!r:.80}"
-            for name in (*_INT_FIELDS, "sliding_window_pattern", "max_window_layers")
-            if name in entries
-            and (type(entries[name]) is not int or entries[name] < (name != "max_window_layers"))
-        ]
-        if problems:
-            raise ValueError("config.json: " + "; ".join(problems))
-        try:
-            values = {f.name: entries[f.name] for f in fields if f.name in entries}
-            return cls(
-                **{
-                    **values,
-                    **_default_fields(entries),
-                    **_rope_fields(entries),
-                    **_window_fields(entries),
-                }
-            )
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"config.json: {error}") from None
+        values = {name: value for name, value in values.items() if name not in ignored}
+        heads = entries["num_attention_heads"]
+        defaults = {
+            "num_key_value_heads": entries.get("num_key_value_heads", heads),
+            "head_dim": entries.get("head_dim", entries["hidden_size"] // heads),
+            "hidden_act": entries.get(kind.activation, "silu"),
+            **{
+                name: bool(entries.get(name)) for name in ("attention_bias", "mlp_bias") if name in kind.reads
+            },
+        }
+        return values | defaults | _rope_fields(entries) | _window_fields(entries)
 
     @property
     def kind(self) -> Kind:
@@ -340,20 +314,29 @@ class LlamaConfig:
         return jnp.where(self._is_local(layer), self.sliding_window, np.iinfo(np.int32).max)
 
     def _is_local(self, layer: jax.Array) -> jax.Array:
+        # By a table: within the loop over layers, `layer` is traced.
         is_local = [n not in self.full_layers for n in range(self.num_hidden_layers)]
         return jnp.array(is_local)[layer] & (self.sliding_window is not None)
 
-
-def _default_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of fields that some files omit."""
-    heads, kind = entries["num_attention_heads"], KINDS[entries["model_type"]]
-    biases = ("attention_bias", "mlp_bias")
-    return {
-        "num_key_value_heads": entries.get("num_key_value_heads", heads),
-        "head_dim": entries.get("head_dim", entries["hidden_size"] // heads),
-        "hidden_act": entries.get(kind.activation, "silu"),
-        **{name: bool(entries.get(name)) for name in biases if name in kind.reads},
-    }
+    def size_problems(self) -> list[str]:
+        """See `ModelConfig.size_problems`."""
+        problems = []
+        heads, keys = self.num_attention_heads, self.num_key_value_heads
+        if heads % keys:
+            problems.append(f"num_key_value_heads must divide num_attention_heads, got {keys} and {heads}")
+        factor = self.partial_rotary_factor
+        size = self.rotary_size if isinstance(factor, int | float) and 0 < factor <= 1 else 0
+        if not size or size % 2:
+            problems.append(
+                "head_dim and partial_rotary_factor, above 0 and at most 1, must give an even size, "
+                f"got {self.head_dim} and {factor!r:.80}"
+            )
+        if size == 2 and dict(self.rope_scaling).get("rope_type") == "dynamic":
+            problems.append("head_dim must be above 2 with dynamic rope_scaling, got 2")
+        for name, value in self.rope_scaling:
+            if isinstance(value, tuple) and len(value) != size // 2:
+                problems.append(f"rope_scaling: {name} must be {size // 2} numbers, got {len(value)}")
+        return problems
 
 
 def _rope_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -401,56 +384,3 @@ def _window_fields(entries: Mapping[str, Any]) -> dict[str, Any]:
             "sliding_window must be an int of at least 1 with layers of type sliding_attention, got None"
         )
     return {} if window is None else {"sliding_window": window, "full_layers": tuple(full)}
-
-
-def _size_problems(config: LlamaConfig) -> list[str]:
-    problems = [
-        f"{name} must be an int of at least 1, got {getattr(config, name)!r}"
-        for name in (*_INT_FIELDS, *(["sliding_window"] if config.sliding_window is not None else []))
-        if not isinstance(getattr(config, name), int) or getattr(config, name) < 1
-    ]
-    if problems:
-        return problems
-    heads, keys = config.num_attention_heads, config.num_key_value_heads
-    if heads % keys:
-        problems.append(f"num_key_value_heads must divide num_attention_heads, got {keys} and {heads}")
-    factor = config.partial_rotary_factor
-    size = config.rotary_size if isinstance(factor, int | float) and 0 < factor <= 1 else 0
-    if not size or size % 2:
-        problems.append(
-            "head_dim and partial_rotary_factor, above 0 and at most 1, must give an even size, "
-            f"got {config.head_dim} and {factor!r:.80}"
-        )
-    if size == 2 and dict(config.rope_scaling).get("rope_type") == "dynamic":
-        problems.append("head_dim must be above 2 with dynamic rope_scaling, got 2")
-    for name, value in config.rope_scaling:
-        if isinstance(value, tuple) and len(value) != size // 2:
-            problems.append(f"rope_scaling: {name} must be {size // 2} numbers, got {len(value)}")
-    return problems
-
-
-def _option_problems(config: LlamaConfig) -> list[str]:
-    problems = []
-    if config.model_type not in MODEL_TYPES:
-        problems.append(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {config.model_type!r}")
-    if config.hidden_act not in ACTIVATIONS:
-        problems.append(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {config.hidden_act!r:.80}")
-    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if not isinstance(getattr(config, name), bool):
-            problems.append(f"{name} must be true or false, got {getattr(config, name)!r}")
-    bounds = {
-        "rms_norm_eps": (0.0, 1.0),
-        "initializer_range": (0.0, 1e3),
-        "rope_theta": (1.0, 1e15),
-        "rope_local_theta": (1.0, 1e15),
-        "query_pre_attn_scalar": (0.0, 1e9),
-        "attn_logit_softcapping": (0.0, 1e9),
-        "final_logit_softcapping": (0.0, 1e9),
-    }
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name)
-        if value is None and name not in ("rms_norm_eps", "initializer_range", "rope_theta"):
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-            problems.append(f"{name} must be a number above {low:g} and below {high:g}, got {value!r:.80}")
-    return problems

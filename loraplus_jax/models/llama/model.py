@@ -22,6 +22,7 @@ from ...step.sharding import Rules, constrain_rows
 from ..activations import ACTIVATIONS
 from ..checkpoints.name_table import NameTable, Rule, embedding_rules, linear_rules, norm_rules, split_rules
 from ..decoder import Cache, CausalLM, Shared, attend, project
+from ..part import Part
 from ..rope import apply_rope
 from .config import LlamaConfig
 
@@ -45,24 +46,15 @@ class RMSNorm(nn.Module):
         """(..., D) from (..., D)."""
         init = nn.initializers.constant(1 - self.offset)
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        # The offset is added in float32: beside a 1, bfloat16 would drop what a small scale has learned.
         scale = jnp.expand_dims(self.offset + scale.astype(jnp.float32), range(x.ndim - 1))
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
         return (x * (inverse * scale)).astype(self.dtype)
 
 
-class LlamaPart(nn.Module):
-    """Base class of the modules below: config, compute dtype and parameter dtype."""
-
-    config: LlamaConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.nowrap
-    def dense(self, features: int, name: str, *, bias: bool = False) -> nn.Dense:
-        """A Dense layer with the family's initialization."""
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Dense(features, bias, self.dtype, self.param_dtype, kernel_init=init, name=name)
+class LlamaPart(Part):
+    """A module with the family's norms."""
 
     @nn.nowrap
     def norm(self, name: str | None) -> Callable[[jax.Array], jax.Array]:
@@ -91,6 +83,7 @@ class LlamaAttention(LlamaPart):
         if c.kind.qk_norm:
             query, key = self.norm("q_norm")(query), self.norm("k_norm")(key)
         rope = c.layer_rope(shared.rope, layer)
+        # The policy `dots` of `CausalLM` saves what has a name.
         query = checkpoint_name(apply_rope(query, rope), "query")
         key, value = checkpoint_name(apply_rope(key, rope), "key"), checkpoint_name(value, "value")
         y, cache = attend(
@@ -154,11 +147,11 @@ class Llama(CausalLM):
     def setup(self) -> None:
         """Embedding, layers, final norm, and a head unless it is tied to the embedding."""
         c = self.config
-        self.embed_tokens = self.make_embedding(c.vocab_size)
+        self.embed_tokens = self.embed(c.vocab_size)
         self.layers: Any = self.make_layers(LlamaLayer)
         self.norm = RMSNorm(c.rms_norm_eps, c.kind.norm_offset, self.dtype, self.param_dtype)
         if not c.tie_word_embeddings:
-            self.lm_head = self.make_head()
+            self.lm_head = self.dense(c.vocab_size, bias=False)
 
     def run(
         self, input_ids: jax.Array, positions: jax.Array, shared: Shared, cache: Cache | None
@@ -166,6 +159,7 @@ class Llama(CausalLM):
         """The input of the head (B, T, D), and the updated cache; see `CausalLM.run`."""
         c, slots = self.config, None if cache is None else cache.key.shape[3]
         shared = shared._replace(rope=c.rope(positions, slots))
+        # The factor in the compute dtype, as in transformers: bfloat16 rounds it.
         x = self.embed_tokens(input_ids) * jnp.asarray(c.embedding_scale, self.dtype)
         (x, cache), _ = self.layers((x, cache), shared, jnp.arange(c.num_hidden_layers))
         return self.norm(constrain_rows(x)), cache
@@ -198,7 +192,8 @@ def name_table(config: LlamaConfig) -> NameTable:
             rules += made if config.fused or each in parts else split_rules(made, parts)
     copies = ()
     if config.tie_word_embeddings:
-        copies = (("lm_head.weight", "embed_tokens.weight"),)  # some files hold the embedding twice
+        # Some files hold the embedding twice.
+        copies = (("lm_head.weight", "embed_tokens.weight"),)
     else:
         rules += linear_rules("lm_head", "lm_head", bias=False)
     ignore = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq")

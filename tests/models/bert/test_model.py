@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.models.bert import model as bert
@@ -18,8 +16,8 @@ from loraplus_jax.models.bert.model import BertEncoder, BertForSequence, name_ta
 from loraplus_jax.models.checkpoints.hf import load_config, load_params
 
 from ...messages import mentions
+from ..golden import GOLDEN, write_golden
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 FETCHED = cache_dir() / ASSETS["minilm"].directory / ASSETS["minilm"].path
 MINILM = Path(os.environ.get("LORAPLUS_MINILM", FETCHED))
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -42,15 +40,6 @@ def load_model(directory, pooling="pooler"):
     model = BertForSequence(config, 2, pooling)
     shapes = jax.eval_shape(model.init, jax.random.key(0), IDS, MASK)["params"]
     return model, load_params(directory, name_table(pooling), shapes, new=("head",))
-
-
-def golden_model(name, folder, pooling):
-    """The golden file, and the model loaded from a directory that holds its weights."""
-    golden = np.load(GOLDEN / f"{name}.npz")
-    weights = {key.removeprefix("weights/"): golden[key] for key in golden if key.startswith("weights/")}
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(str(golden["config"]))
-    return golden, *load_model(folder, pooling)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="method")
@@ -77,12 +66,12 @@ def outputs(params, ids=IDS, mask=MASK, config=TINY, rngs=None, **fields):
 
 @pytest.mark.parametrize(("name", "pooling"), [("bert", "pooler"), ("roberta", "mean")])
 def test_tiny_models_equal_transformers(name, pooling, tmp_path):
-    golden, model, params = golden_model(name, tmp_path, pooling)
+    golden, (model, params) = write_golden(name, tmp_path), load_model(tmp_path, pooling)
     np.testing.assert_allclose(encoded(model, params, golden), golden["hidden"], atol=1e-4, rtol=0)
 
 
 def test_pooler_equals_transformers(tmp_path):
-    golden, model, params = golden_model("bert", tmp_path, "pooler")
+    golden, (model, params) = write_golden("bert", tmp_path), load_model(tmp_path)
     head = {"kernel": jnp.eye(TINY.hidden_size * 2), "bias": jnp.zeros(TINY.hidden_size * 2)}
     model = model.clone(num_outputs=TINY.hidden_size * 2)
     pooled = run(model, params | {"head": head}, *(golden[key] for key in INPUTS))
@@ -230,40 +219,6 @@ def test_explicit_attention_equals_jax():
 def test_wrong_inputs_are_rejected(ids, mask, types, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(BertEncoder(TINY).init, jax.random.key(0), ids, mask, types)
-
-
-def hf_config(**changes):
-    config = json.loads(str(np.load(GOLDEN / "bert.npz")["config"]))
-    return {key: value for key, value in (config | changes).items() if value != "absent"}
-
-
-def test_config_reads_what_transformers_writes():
-    config = BertConfig.from_hf(hf_config(position_embedding_type="absolute", layer_norm_eps=1e-5))
-    assert (config.hidden_size, config.num_hidden_layers, config.layer_norm_eps) == (32, 3, 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "gpt2"}, mentions("model_type", "'gpt2'", "bert", "roberta", "xlm-roberta")),
-        ({"model_type": "absent"}, mentions("model_type", None)),
-        (
-            {"position_embedding_type": "relative_key"},
-            mentions("position_embedding_type", "'relative_key'", "'absolute'"),
-        ),
-        ({"is_decoder": True}, mentions("is_decoder", True)),
-        ({"quantization_config": {"bits": 4}}, mentions("quantization_config", "bits")),
-        ({"hidden_act": "mish"}, mentions("hidden_act", "gelu", "gelu_new", "'mish'")),
-        ({"hidden_size": "absent", "vocab_size": None}, mentions("vocab_size", "hidden_size", "missing")),
-        ({"num_attention_heads": 5}, mentions("num_attention_heads", "hidden_size", 5, 32)),
-        ({"num_hidden_layers": 0}, mentions("num_hidden_layers", 1, 0)),
-        ({"hidden_size": "32"}, mentions("hidden_size", 1, "'32'")),
-        ({"hidden_dropout_prob": 1.0}, mentions("hidden_dropout_prob", 0, 1, 1.0)),
-    ],
-)
-def test_unsupported_configs_are_rejected(changes, message):
-    with pytest.raises(ValueError, match=message):
-        BertConfig.from_hf(hf_config(**changes))
 
 
 def test_unknown_pooling_is_rejected():

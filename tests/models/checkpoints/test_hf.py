@@ -17,6 +17,7 @@ from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_con
 from loraplus_jax.models.checkpoints.name_table import NameTable, embedding_rules, linear_rules, norm_rules
 
 from ...messages import assert_mentions, mentions
+from ..golden import edit_config, write_golden
 
 TABLE = NameTable(
     rules=(
@@ -196,10 +197,16 @@ def test_every_problem_is_listed_at_once(tmp_path):
         assert_mentions(line, *words)
 
 
-def test_an_untransposed_kernel_is_misshapen(tmp_path):
-    content = tensors()
-    content["h.0.fc.weight"] = np.zeros((3, 4), np.float32)
-    assert_mentions(error(write(tmp_path, content)), "h.0.fc.weight", "[3, 4]", "[4, 3]")
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("h.0.fc.weight", (3, 4), ["misshapen", "[3, 4]", "[4, 3]"]),  # not transposed
+        ("model.tok.weight", (7, 3), ["extra", "second"]),  # another spelling of tok.weight
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(tmp_path, name, shape, words):
+    content = tensors() | {name: np.zeros(shape, np.float32)}
+    assert_mentions(error(write(tmp_path, content)), name, *words)
 
 
 def test_long_lists_end_in_a_count(tmp_path):
@@ -207,11 +214,6 @@ def test_long_lists_end_in_a_count(tmp_path):
     lines = error(write(tmp_path, content)).splitlines()
     assert len(lines) == 22
     assert_mentions(lines[-1], 13)
-
-
-def test_two_spellings_of_one_tensor_are_extra(tmp_path):
-    content = tensors() | {"model.tok.weight": np.zeros((7, 3), np.float32)}
-    assert_mentions(error(write(tmp_path, content)), "second", "model.tok.weight")
 
 
 @pytest.mark.parametrize("cut", [-5, 40, 3, 0])
@@ -229,35 +231,27 @@ def test_garbled_files_are_named(tmp_path):
     assert "Git LFS pointer" in error(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        "../model.safetensors",
-        "/etc/x.safetensors",
-        "a/b.safetensors",
-        r"..\x.safetensors",
-        "C:x.safetensors",
-        "..",
-        3,
-    ],
+OUTSIDE = (
+    "../x.safetensors",
+    "/etc/x.safetensors",
+    "a/x.safetensors",
+    r"..\x.safetensors",
+    "C:x.safetensors",
 )
-def test_index_entries_may_not_leave_the_directory(tmp_path, entry):
-    write(tmp_path, tensors())
-    (tmp_path / "inner").mkdir()
-    write_shards(tmp_path / "inner", halves(), {"tok.weight": entry})
-    assert_mentions(error(tmp_path / "inner"), repr(entry), "safetensors")
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
+        *((entry, repr(entry)) for entry in (*OUTSIDE, "..", 3, "a\n.safetensors")),
         ("x" * 300 + ".safetensors", "xxx.safetensors is missing"),
-        ("a\n.safetensors", r"'a\n.safetensors'"),
     ],
 )
-def test_an_index_entry_that_is_no_file_name_is_rejected(tmp_path, entry, message):
-    write_shards(tmp_path, halves(), {"tok.weight": entry})
-    assert message in error(tmp_path)
+def test_index_entries_are_names_of_files_in_the_directory(tmp_path, entry, message):
+    write(tmp_path, tensors()).joinpath(SINGLE_FILE).rename(tmp_path / "x.safetensors")
+    (tmp_path / "inner").mkdir()
+    write_shards(tmp_path / "inner", halves(), {"tok.weight": entry})
+    assert message in error(tmp_path / "inner")
 
 
 def test_index_must_tell_the_truth(tmp_path):
@@ -358,3 +352,13 @@ def test_short_tensors_are_read_whole(tmp_path, rows):
             hf.rows_digest(hf.check_params(write(tmp_path, {"tok.weight": values}), table, expected)[1])
         )
     assert len(found) == rows + 1
+
+
+def test_sizes_above_the_files_are_rejected(tmp_path):
+    write_golden("gpt2_tied", tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    for name, value in (("n_embd", 2**20), ("n_inner", 2**20), ("n_positions", 2**20), ("n_layer", 3)):
+        (tmp_path / "config.json").write_text(config)
+        edit_config(tmp_path, **{name: value})
+        with pytest.raises(ValueError, match=mentions(name, value)):
+            load_config(tmp_path)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +13,15 @@ from loraplus_jax.models.decoding.generate import NONFINITE_LOGITS, PAD_AFTER_EN
 
 from ...marks import slow
 from ...messages import mentions
-from ..gpt2.test_model import models  # noqa: F401
-from .test_generate import CONFIG, PROMPTS, WORDS, model, variables  # noqa: F401
+from ..golden import GOLDEN as FILES
+from .tiny import CONFIG, PROMPTS, WORDS
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden/beams.json").read_text())
+GOLDEN = json.loads((FILES / "beams.json").read_text())
 
 
 @pytest.mark.parametrize("n", [0, *map(slow, (1, 2, 3))])
-def test_sequences_and_scores_equal_transformers(models, n):  # noqa: F811
-    _, gpt2, params = models("tied")
+def test_sequences_and_scores_equal_transformers(models, n):
+    _, gpt2, params = models("gpt2_tied")
     beams, penalty, ngram, early = GOLDEN["cases"][n]
     search = make_beam_search(
         gpt2,
@@ -45,7 +44,7 @@ def test_sequences_and_scores_equal_transformers(models, n):  # noqa: F811
     assert search.__wrapped__._cache_size() == 1
 
 
-def log_probs_of_all(model, variables, prompt, count):  # noqa: F811
+def log_probs_of_all(model, variables, prompt, count):
     """Every sequence of new tokens and its log-probability."""
     sequences = np.array(list(itertools.product(range(WORDS), repeat=count)), np.int32)
     rows = np.concatenate([np.tile(np.array([prompt], np.int32), (len(sequences), 1)), sequences], axis=1)
@@ -55,7 +54,7 @@ def log_probs_of_all(model, variables, prompt, count):  # noqa: F811
 
 
 @pytest.mark.parametrize("no_repeat_in", ["new", slow("all")])
-def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_pairs(model, variables, no_repeat_in):  # noqa: F811
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_pairs(model, variables, no_repeat_in):
     search = make_beam_search(
         model, CONFIG, new_tokens=2, stop=(), beams=WORDS, no_repeat_ngram=1, no_repeat_in=no_repeat_in
     )
@@ -70,7 +69,7 @@ def test_a_beam_as_wide_as_the_vocabulary_finds_the_best_of_all_pairs(model, var
         assert float(score) == pytest.approx(sums[best] / 2, rel=1e-5)
 
 
-def test_logits_that_are_not_finite_are_marked(model, variables):  # noqa: F811
+def test_logits_that_are_not_finite_are_marked(model, variables):
     embedding = variables["params"]["embed_tokens"]["embedding"].at[9].set(jnp.nan)
     broken = {"params": {**variables["params"], "embed_tokens": {"embedding": embedding}}}
     search = make_beam_search(model, CONFIG, new_tokens=2, stop=(), beams=2)
@@ -91,6 +90,6 @@ def test_logits_that_are_not_finite_are_marked(model, variables):  # noqa: F811
         ({"no_repeat_in": "old"}, ("no_repeat_in", "old", "new")),
     ],
 )
-def test_invalid_arguments(model, changes, words):  # noqa: F811
+def test_invalid_arguments(model, changes, words):
     with pytest.raises(ValueError, match=mentions(*words)):
         make_beam_search(model, CONFIG, **{"new_tokens": 2, "stop": (), "beams": 2} | changes)

@@ -16,35 +16,13 @@ from loraplus_jax.models.decoding.generate import (
     make_generate,
     pad_left,
 )
-from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama
 
 from ...messages import mentions
+from .tiny import CONFIG, PROMPTS, WORDS
 
-WORDS, NEW = 13, 6
-CONFIG = LlamaConfig(
-    vocab_size=WORDS,
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=4,
-    intermediate_size=12,
-    max_position_embeddings=64,
-    initializer_range=1.0,
-)
-PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7]]
+NEW = 6
 KEYS = jax.random.split(jax.random.key(0), len(PROMPTS))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return Llama(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def variables(model):
-    return jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32))
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,11 @@
-"""What the compiled step of a Llama costs, and that its size does not grow with the depth."""
+"""What the compiled step of a Llama costs, and a real model; for the other values see `test_decoder.py`."""
 
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, init_state, jit_step, lora_plus_adamw
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from step_time_model import ideal_flops
 
 from ...marks import long
+from ..golden import GOLDEN, error, generated, load, real_smollm2
 
 pytestmark = pytest.mark.slow
 
@@ -78,3 +80,13 @@ def test_no_chunk_holds_the_logits():
     )
     logits = BATCH * TOKENS * 8192 * 4
     assert whole.temp_size_in_bytes > logits > chunked.temp_size_in_bytes
+
+
+def test_smollm2_equals_transformers():
+    golden = np.load(GOLDEN / "smollm2.npz")
+    model, params = load(real_smollm2())
+    apply = jax.jit(lambda params, *given: model.apply({"params": params}, *given)[:, ::4, golden["entries"]])
+    logits = np.where(golden["mask"][:, ::4, None], apply(params, golden["ids"], golden["mask"]), 0)
+    assert error(logits, golden["logits"]) <= 1e-4
+    given = generated(model, params, golden["ids"], golden["greedy"].shape[1], golden["mask"])
+    np.testing.assert_array_equal(given, golden["greedy"])

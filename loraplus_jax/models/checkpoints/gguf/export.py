@@ -24,15 +24,22 @@ def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -
     import gguf as package
 
     file = gguf.read(source)
-    weights, kinds = (
-        gguf.GgufWeights(file),
-        {n: _storage_type(t.shape, dtype) for n, t in file.tensors.items()},
-    )
-    writer = package.GGUFWriter(target, file.architecture)
-    _copy_metadata(package.GGUFReader(source), writer, DTYPES[dtype])
+    weights = gguf.GgufWeights(file)
+    kinds = {name: _storage_type(tensor.shape, dtype) for name, tensor in file.tensors.items()}
+    reader, writer = package.GGUFReader(source), package.GGUFWriter(target, file.architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+            continue
+        is_list = field.types[0] == package.GGUFValueType.ARRAY
+        inner = field.types[-1] if is_list else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
+    writer.add_file_type(package.LlamaFileType[file_types[DTYPES[dtype]]])
+    writer.data_alignment = reader.alignment
+    quantize = package.quants.quantize
     for name, tensor in file.tensors.items():
         # One row of zeros shows the stored shape and size of a row.
-        sample = _quantize(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
+        sample = quantize(np.zeros((1, tensor.shape[-1]), np.float32), kinds[name])
         shape = (*tensor.shape[:-1], sample.shape[-1])
         size = int(np.prod(shape)) * sample.itemsize
         writer.add_tensor_info(name, shape, sample.dtype, size, kinds[name])
@@ -42,30 +49,15 @@ def write_gguf(target: Path, source: Path, merge: CheckpointMerge, dtype: str) -
     try:
         for name in file.tensors:
             # Not bound to a name, so that only one tensor is in memory.
-            writer.write_tensor_data(_quantize(_read_merged(file, weights, merge, name), kinds[name]))
+            writer.write_tensor_data(quantize(_read_merged(file, weights, merge, name), kinds[name]))
     finally:
         writer.close()
 
 
-def _copy_metadata(reader: Any, writer: Any, kind: str) -> None:
-    """Copies all metadata, and sets the file type of the new weights."""
-    import gguf as package
-
-    for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
-            continue
-        is_list = field.types[0] == package.GGUFValueType.ARRAY
-        writer.add_key_value(
-            field.name, field.contents(), field.types[0], field.types[-1] if is_list else None
-        )
-    file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "Q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(package.LlamaFileType[file_types[kind]])
-    writer.data_alignment = reader.alignment
-
-
 def _read_merged(file: gguf.Gguf, weights: gguf.GgufWeights, merge: CheckpointMerge, name: str) -> np.ndarray:
     """A tensor, merged if adapted, in the file's order of rows, float32."""
-    if name == gguf.ROPE:  # rotary factors, which are part of our config
+    # Rotary factors are part of our config, so no weight of the model.
+    if name == gguf.ROPE:
         return gguf.View(file, file.tensors[name])[:]
     ours = gguf.to_hf_name(name, file.architecture)
     view, canonical = weights.get_slice(ours), merge.table.canonical(ours)
@@ -83,9 +75,3 @@ def _storage_type(shape: tuple[int, ...], dtype: str) -> Any:
     kind = types[DTYPES[dtype]]
     block, _ = package.GGML_QUANT_SIZES[kind]
     return kind if shape[-1] % block == 0 else types.F16
-
-
-def _quantize(values: np.ndarray, kind: Any) -> np.ndarray:
-    import gguf as package
-
-    return package.quants.quantize(values, kind)

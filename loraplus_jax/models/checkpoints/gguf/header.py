@@ -84,7 +84,8 @@ def find(path: Path) -> Path | None:
     Raises:
       ValueError: the directory contains several; lists all.
     """
-    if os.path.isfile(path):  # unlike Path.is_file, False for a name too long for the file system
+    # Path.is_file raises for a name that is too long for the file system.
+    if os.path.isfile(path):
         with path.open("rb") as file:
             return path if path.suffix.lower() == ".gguf" or file.read(4) == _MAGIC else None
     if not os.path.isdir(path) or any(".safetensors" in p.suffixes for p in path.iterdir()):
@@ -106,6 +107,7 @@ def read(path: Path) -> Gguf:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     with path.open("rb") as file:
+        # Mapped, so that of the tensors nothing is read yet.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     cursor = _Cursor(path, data)
     metadata, count = _read_metadata(cursor)
@@ -142,7 +144,8 @@ class _Cursor:
     def number(self, dtype: str) -> Any:
         values = self.numbers("u1" if dtype == "?" else dtype, 1)
         if dtype == "<f4":
-            return float(str(values[0]))  # the shortest equal number: 1e-05, not 9.99999974e-06
+            # The shortest equal number: 1e-05, not 9.99999974e-06, so that configs equal those of directories.
+            return float(str(values[0]))
         return bool(values[0]) if dtype == "?" else values[0].item()
 
     def count(self, what: str, min_size: int) -> int:
@@ -178,7 +181,6 @@ class _Cursor:
 
 
 def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
-    """Reads the metadata, and how many tensors follow."""
     if cursor.data[:4] != _MAGIC:
         cursor.fail(f"it begins with {cursor.data[:4]!r}, not {_MAGIC!r}")
     cursor.at = 4
@@ -195,7 +197,6 @@ def _read_metadata(cursor: _Cursor) -> tuple[dict[str, Any], int]:
 
 
 def _read_tensors(cursor: _Cursor, count: int, alignment: Any) -> dict[str, TensorInfo]:
-    """Reads the table of tensors at the end of the header, with each tensor's position in the file."""
     try:
         import gguf
     except ImportError as error:

@@ -75,6 +75,7 @@ _SIZES = {
     "max_position_embeddings": "context_length",
 }
 _EPSILON, _LAYER_EPSILON = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+_ORIGINAL = "original_context_length"
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
 
 
@@ -96,28 +97,23 @@ def config(file: Gguf) -> dict[str, Any]:
 def _sizes(file: Gguf) -> dict[str, Any]:
     sizes = {ours: file.get(key) for ours, key in _SIZES.items()}
     sizes["num_key_value_heads"] = file.get("attention.head_count_kv", sizes["num_attention_heads"])
+    invalid = {ours: n for ours, n in sizes.items() if type(n) is not int or n < 1}
     _raise_if_any(
-        file,
-        [
-            f"{ours} must be an int of at least 1, got {n!r:.80}"
-            for ours, n in sizes.items()
-            if type(n) is not int or n < 1
-        ],
+        file, [f"{ours} must be an int of at least 1, got {n!r:.80}" for ours, n in invalid.items()]
     )
     return sizes
 
 
 def _gpt2_config(file: Gguf) -> dict[str, Any]:
-    sizes, epsilon = _sizes(file), file.get(_LAYER_EPSILON)
+    sizes = _sizes(file)
     only = {"attention.head_count_kv": sizes["num_attention_heads"], "attention.causal": True}
-    problems = _epsilon_problems(file, _LAYER_EPSILON) + _only_problems(file, only)
-    _raise_if_any(file, problems)
+    _raise_if_any(file, _option_problems(file, _LAYER_EPSILON, only))
     return {
         "model_type": "gpt2",
         "vocab_size": embedding_rows(file),
         **{theirs: sizes[ours] for ours, theirs in GPT2_NAMES.items()},
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": epsilon,
+        "layer_norm_epsilon": file.get(_LAYER_EPSILON),
         "tie_word_embeddings": _HEAD not in file.tensors,
     }
 
@@ -126,8 +122,12 @@ def _llama_config(file: Gguf) -> dict[str, Any]:
     arch, sizes = file.architecture, _sizes(file)
     head = file.get("attention.key_length", sizes["hidden_size"] // sizes["num_attention_heads"])
     scaling, problems = _rope_scaling(file)
-    _raise_if_any(file, [*_option_problems(file, head), *problems])
     window = file.get("attention.sliding_window")
+    only = {"attention.value_length": head, "rope.dimension_count": head, "expert_count": 0}
+    only |= {"attention.causal": True} | (
+        {"attention.sliding_window": 0} if arch in ("qwen2", "qwen3") else {}
+    )
+    _raise_if_any(file, [*_option_problems(file, _EPSILON, only), *problems])
     return {
         # A Mistral is a Llama with a sliding window; its files use the llama architecture.
         "model_type": "mistral" if arch == "llama" and window else arch,
@@ -173,26 +173,12 @@ def embedding_rows(file: Gguf) -> int | None:
     return file.get("vocab_size")
 
 
-def _option_problems(file: Gguf, head: Any) -> list[str]:
-    """One line per option that changes the computation and is invalid or unsupported."""
-    only = {
-        "attention.value_length": head,
-        "rope.dimension_count": head,
-        "expert_count": 0,
-        "attention.causal": True,
-    }
-    if file.architecture in ("qwen2", "qwen3"):
-        only["attention.sliding_window"] = 0
-    return _epsilon_problems(file, _EPSILON) + _only_problems(file, only)
-
-
-def _epsilon_problems(file: Gguf, key: str) -> list[str]:
-    return [] if _positive(file.get(key)) else [f"{file.architecture}.{key} must be a positive number"]
-
-
-def _only_problems(file: Gguf, only: Mapping[str, Any]) -> list[str]:
-    """One line per option with another than its only supported value."""
-    return [
+def _option_problems(file: Gguf, epsilon: str, only: Mapping[str, Any]) -> list[str]:
+    """One line for an invalid epsilon, and per option with another than its only supported value."""
+    invalid = (
+        [] if _positive(file.get(epsilon)) else [f"{file.architecture}.{epsilon} must be a positive number"]
+    )
+    return invalid + [
         f"{file.architecture}.{key} is {file.get(key)!r:.80}, only {value!r:.80} is supported"
         for key, value in only.items()
         if file.get(key, value) != value
@@ -208,40 +194,33 @@ def _rope_scaling(file: Gguf) -> tuple[dict[str, Any] | None, list[str]]:
     kind = options.pop("type", "none")
     options.pop("finetuned", None)
     factors = _rope_factors(file)
-    if kind == "none" and factors is None:
-        return None, []
     if kind == "none":
-        return {"rope_type": "factors", "factors": factors}, []
-    allowed = {"linear": ("factor",), "yarn": ("factor", "original_context_length", "attn_factor", *_YARN)}
+        return None if factors is None else {"rope_type": "factors", "factors": factors}, []
+    # Some files state the original length although linear scaling ignores it.
+    allowed = {"linear": ("factor", _ORIGINAL), "yarn": ("factor", _ORIGINAL, "attn_factor", *_YARN)}
     if kind not in allowed or factors is not None:
         also = "" if factors is None else f" beside the tensor {ROPE}"
         return None, [
             f"{prefix}type is {kind!r:.80}{also}; supported: none, linear, yarn, or only the tensor {ROPE}"
         ]
-    unknown = sorted(
-        set(options) - set(allowed[kind]) - ({"original_context_length"} if kind == "linear" else set())
-    )
+    unknown = sorted(set(options) - set(allowed[kind]))
     problems = [f"{prefix}{key:.80} is not supported with type {kind}" for key in unknown]
     problems += [
-        f"{prefix}{key} must be a positive number, got {v!r:.80}"
-        for key, v in options.items()
-        if not _positive(v)
+        f"{prefix}{key} must be a positive number, got {value!r:.80}"
+        for key, value in ({"factor": None} | options).items()
+        if not _positive(value)
     ]
-    if not _positive(options.get("factor")):
-        return None, [
-            *problems,
-            f"{prefix}factor must be a positive number, got {options.get('factor')!r:.80}",
-        ]
-    scaling = {"rope_type": kind, "factor": options["factor"]}
+    if problems:
+        return None, problems
+    factor = options["factor"]
+    scaling = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         scaling |= {ours: options[key] for key, ours in _YARN.items() if key in options}
-        if "original_context_length" in options:
-            scaling["original_max_position_embeddings"] = options["original_context_length"]
-        if options.get("attn_factor", 1) != 1:  # on top of YaRN's own temperature
-            scaling["attention_factor"] = options["attn_factor"] * (
-                0.1 * math.log(max(options["factor"], 1)) + 1
-            )
-    return scaling, problems
+        if _ORIGINAL in options:
+            scaling["original_max_position_embeddings"] = options[_ORIGINAL]
+        if (temperature := options.get("attn_factor", 1)) != 1:  # on top of YaRN's own
+            scaling["attention_factor"] = temperature * (0.1 * math.log(max(factor, 1)) + 1)
+    return scaling, []
 
 
 def _positive(value: Any) -> bool:
@@ -307,6 +286,7 @@ class View:
             return values[(slice(None), *columns)]
         start, stop, _ = columns[0].indices(self.tensor.shape[1])
         block, size = gguf.GGML_QUANT_SIZES[kind]
+        # Whole blocks: the values of one share a scale.
         first = start // block
         values = gguf.quants.dequantize(raw_rows[:, first * size : -(-stop // block) * size], kind)
         return values[:, start - first * block : stop - first * block]
@@ -330,14 +310,14 @@ class View:
 
     @cached_property
     def _raw(self) -> np.ndarray:
-        """The tensor's bytes, one row of bytes per row; reads nothing yet."""
+        # A view of the mapped file: nothing is read before rows are.
         t = self.tensor
         raw = np.frombuffer(self.file.data, np.uint8, t.size, t.start)
         return raw if len(t.shape) == 1 else raw.reshape(t.shape[0], -1)
 
     @cached_property
     def _order(self) -> np.ndarray:
-        """Index of each row in the file, which keeps rotary pairs adjacent; ours are half a head apart."""
+        # llama.cpp keeps rotary pairs in adjacent rows; Hugging Face has them half a head apart.
         rows = self.tensor.shape[0]
         if rows % (2 * self.heads):
             raise ValueError(

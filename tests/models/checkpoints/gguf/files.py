@@ -1,7 +1,10 @@
 """Small GGUF files for tests."""
 
+import json
+
 import gguf
 import numpy as np
+from safetensors.numpy import load_file
 
 KINDS = {kind.name: kind for kind in gguf.GGMLQuantizationType}
 SIZES = {"embedding_length": 64, "block_count": 2, "feed_forward_length": 96, "context_length": 128}
@@ -50,3 +53,30 @@ def write(path, content, values=None, arch="llama", dtypes=None):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def gguf_of(folder, path, **changes):
+    """The GPT-2 of a directory as llama.cpp's converter writes it: it transposes the weights of Conv1D."""
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
+    names |= {"ln_1": "attn_norm", "ln_2": "ffn_norm", "attn.c_attn": "attn_qkv"}
+    names |= {"attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    content = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        name = name.removeprefix("transformer.")
+        is_conv1d = name.startswith("h.") and value.ndim == 2
+        for old, new in names.items():
+            name = name.replace(f"{old}.", f"{new}.")
+        name = f"blk.{name.removeprefix('h.')}" if name.startswith("h.") else name
+        content[name] = np.ascontiguousarray(value.T if is_conv1d else value)
+    config = json.loads((folder / "config.json").read_text())
+    values = {
+        "gpt2.embedding_length": config["n_embd"],
+        "gpt2.block_count": config["n_layer"],
+        "gpt2.context_length": config["n_positions"],
+        "gpt2.feed_forward_length": config["n_inner"] or 4 * config["n_embd"],
+        "gpt2.attention.head_count": config["n_head"],
+        "gpt2.attention.layer_norm_epsilon": config["layer_norm_epsilon"],
+        "tokenizer.ggml.eos_token_id": 7,
+    }
+    values = {key: value for key, value in (values | changes).items() if value is not None}
+    return write(path, content, values, "gpt2")

@@ -1,5 +1,6 @@
 """GGUF files: every quantisation, names and order of the rows, config, and what is wrong with a file."""
 
+import dataclasses
 import json
 import re
 import struct
@@ -13,11 +14,14 @@ from safetensors.numpy import save_file
 
 from loraplus_jax.models.checkpoints.gguf import load as gguf
 from loraplus_jax.models.checkpoints.hf import check_params, load_config, load_params
+from loraplus_jax.models.gpt2.config import GPT2Config
 from loraplus_jax.models.llama.config import LlamaConfig
 from loraplus_jax.models.llama.model import Llama, name_table
 
 from ....messages import assert_mentions, mentions
-from .files import HEADS, KEY_HEADS, metadata, tensors, write
+from ...golden import IDS, write_golden
+from ...golden import load as load_golden
+from .files import HEADS, KEY_HEADS, gguf_of, metadata, tensors, write
 
 
 def model(path, **changes):
@@ -333,3 +337,96 @@ def test_a_missing_package_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'loraplus_jax\[train\]'"):
         load_config(path)
+
+
+def test_a_gpt2_in_gguf_gives_the_weights_of_its_directory(models, tmp_path, monkeypatch):
+    write_golden("gpt2_tied", tmp_path)
+    path = gguf_of(tmp_path, tmp_path / "m.gguf")
+    monkeypatch.setattr("loraplus_jax.models.checkpoints.hf._PIECE", 4 * 32 * 7)
+    model, params = load_golden(path)
+    _, wanted, tensors = models("gpt2_tied")
+    assert model.config == GPT2Config(**{**vars(wanted.config), "initializer_range": 0.02})
+    assert load_config(path)["eos_token_id"] == 7
+    jax.tree.map(np.testing.assert_array_equal, params, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gpt2.attention.layer_norm_epsilon": None}, ["gpt2.attention.layer_norm_epsilon", "positive"]),
+        ({"gpt2.attention.head_count_kv": 2}, ["gpt2.attention.head_count_kv", 2, 4]),
+        ({"gpt2.context_length": None}, ["max_position_embeddings"]),
+    ],
+)
+def test_unsupported_options_of_gpt2_are_rejected(changes, words, tmp_path):
+    write_golden("gpt2_tied", tmp_path)
+    path = gguf_of(tmp_path, tmp_path / "m.gguf", **changes)
+    with pytest.raises(ValueError, match=mentions(*words)):
+        load_config(path)
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.o_proj": "attn_output",
+    **{f"self_attn.{n}_proj": f"attn_{n}" for n in "qkv"},
+    **{f"self_attn.{n}_norm": f"attn_{n}_norm" for n in "qk"},
+    **{f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "gemma3"])
+def test_a_gemma_in_gguf_equals_its_directory(arch, models, tmp_path):
+    """As llama.cpp's converter writes it: 1 is added to the norms' scales, and the rotary halves are not mixed."""
+    golden, model, params = models(f"llama_{arch}")
+    content = {}
+    for key in golden:
+        if key.startswith("weights/"):
+            name, value = key.removeprefix("weights/"), golden[key]
+            for theirs, short in GGUF_NAMES.items():
+                name = name.replace(f"{theirs}.", f"{short}.")
+            content[name] = value + 1 if value.ndim == 1 else value
+    c = model.config
+    values = {
+        "embedding_length": c.hidden_size,
+        "block_count": c.num_hidden_layers,
+        "context_length": c.max_position_embeddings,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_attention_heads,
+        "attention.head_count_kv": c.num_key_value_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": c.rms_norm_eps,
+        "attention.sliding_window": c.sliding_window,
+        "rope.freq_base": c.rope_theta,
+    }
+    if arch == "gemma2":
+        values |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    else:
+        values |= {"attention.sliding_window_pattern": 3, "rope.freq_base_swa": c.rope_local_theta}
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    file = write(
+        tmp_path / "m.gguf", content, {f"{arch}.{key}": value for key, value in values.items()}, arch
+    )
+    config = LlamaConfig.from_hf(load_config(file))
+    # The file does not say what divides the scores: llama.cpp knows that it is the size of a head, but in 27B.
+    assert config.query_pre_attn_scalar == c.head_dim
+    read = {"rms_norm_eps": c.rms_norm_eps, "initializer_range": 0.3, "query_pre_attn_scalar": 9}
+    assert config.rms_norm_eps == pytest.approx(c.rms_norm_eps)
+    assert dataclasses.replace(config, **read) == c
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), IDS)["params"]
+    found = load_params(file, name_table(config), shapes)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-7), found, params)
+    weights = gguf.GgufWeights(gguf.read(file))
+    for name in weights.keys():  # noqa: SIM118
+        view = weights.get_slice(name)
+        np.testing.assert_allclose(
+            view.restored(view[:]),
+            content[next(k for k in content if gguf.to_hf_name(k, arch) == name)],
+            atol=2e-7,
+        )

@@ -1,19 +1,17 @@
-"""The Llama family against transformers, where it and torch are installed: more cases than the golden files."""
+"""The families against transformers, where it and torch are installed: more cases than the golden files."""
 
-import importlib.util
-from pathlib import Path
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loraplus_jax.models.checkpoints.hf import load_config, load_params
-from loraplus_jax.models.decoding.generate import Sampling, make_generate
-from loraplus_jax.models.llama.config import LlamaConfig
-from loraplus_jax.models.llama.model import Llama, name_table
+from loraplus_jax.models.families import family_of
 
-from ...marks import every
+from ..marks import every
+from .golden import generated, load, maker
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -35,7 +33,7 @@ GEMMA = {
     "tie_word_embeddings": True,
     "query_pre_attn_scalar": 16,
 }
-CASES = {
+LLAMAS = {
     "as_llama_3.1": ("llama", {"head_dim": 64, "rope": LLAMA31, "max_position_embeddings": 131072}),
     "one_key_head": ("llama", {"num_key_value_heads": 1, "num_hidden_layers": 5}),
     "wide_heads": ("llama", {"head_dim": 24}),
@@ -108,101 +106,99 @@ CASES = {
     ),
     "qwen3_biases": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
 }
+GPT2S = {
+    "deep": {"n_layer": 6, "n_embd": 48, "n_head": 12, "scale_attn_by_inverse_layer_idx": True},
+    "one_head_tanh": {"n_head": 1, "activation_function": "tanh", "n_inner": 72},
+    "silu_unscaled": {"activation_function": "silu", "scale_attn_weights": False},
+    "quick_gelu": {"activation_function": "quick_gelu", "tie_word_embeddings": False},
+    "gelu_fast": {"activation_function": "gelu_fast", "reorder_and_upcast_attn": True},
+    "swish": {"activation_function": "swish", "layer_norm_epsilon": 1e-2},
+}
 
 
-def golden_maker():
-    path = Path(__file__).parents[2] / "golden" / "make_llama.py"
-    spec = importlib.util.spec_from_file_location("make_llama", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+llama, gpt2 = maker("llama"), maker("gpt2")
+CASES = {
+    **{name: lambda seed, case=case: llama.make(*case, seed=seed) for name, case in LLAMAS.items()},
+    **{
+        f"gpt2_{name}": lambda seed, case=case: gpt2.make({"n_positions": 160} | case, seed=seed)
+        for name, case in GPT2S.items()
+    },
+}
+# The cases of the golden files have every option of Llama's.
+FOR_GRADIENTS = {name: make for name, make in CASES.items() if name.startswith("gpt2_")} | {
+    name: lambda seed, case=case: llama.make(*case, seed=seed) for name, case in llama.CASES.items()
+}
 
 
-maker = golden_maker()
-
-
-def both(case, folder, seed=1, **fields):
+def both(make, folder, seed=1, **fields):
     """The reference model, and ours and its parameters as loaded from the several shards that it saved."""
-    reference = maker.make(*case, seed=seed)
+    reference = make(seed)
     reference.save_pretrained(folder, max_shard_size="20KB")
-    model = Llama(LlamaConfig.from_hf(load_config(folder)), **fields)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))["params"]
-    return reference, model, load_params(folder, name_table(model.config), shapes)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return reference, *load(folder, **fields)
 
 
 def batch():
     """Rows (8, 150) of four lengths, padded on the right and then on the left."""
     rng = np.random.default_rng(1)
-    rows = [rng.integers(1, maker.TINY["vocab_size"], n).astype(np.int32) for n in (33, 150, 1, 17)]
-    return np.concatenate([maker.padded(rows), maker.padded(rows, left=True)])
+    rows = [rng.integers(1, llama.TINY["vocab_size"], n).astype(np.int32) for n in (33, 150, 1, 17)]
+    return np.concatenate([llama.padded(rows), llama.padded(rows, left=True)])
 
 
 # Of each kind of check a third of the models in turn.
 @pytest.mark.parametrize("name", every(3, CASES))
 def test_logits_equal_transformers(name, tmp_path):
     reference, model, params = both(CASES[name], tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
     ids = batch()
     mask = (ids != 0).astype(np.int32)
-    wanted = maker.logits64(reference, ids)
-    print(f"{name}: transformers' float32 is off by {maker.error(maker.logits(reference, ids), wanted):.1e}")
+    wanted = llama.logits64(reference, ids)
     for attention in ("xla", "blocked"):
         given = jax.jit(model.clone(attention=attention).apply)({"params": params}, ids, mask)
-        off = maker.error(np.where(mask[:, :, None], given, 0), wanted)
-        print(f"{name}: {attention} is off by {off:.1e}")
-        assert off <= 1e-4
+        assert llama.error(np.where(mask[:, :, None], given, 0), wanted) <= 1e-4, attention
 
 
-@pytest.mark.parametrize("name", every(3, maker.CASES, 1))
+@pytest.mark.parametrize("name", every(3, FOR_GRADIENTS, 1))
 def test_gradients_equal_torch(name, tmp_path):
-    reference, model, params = both(maker.CASES[name], tmp_path)
-    ids = maker.inputs()["long"]
+    reference, model, params = both(FOR_GRADIENTS[name], tmp_path)
+    ids = llama.inputs()["long"]
     given = torch.from_numpy(ids).long()
     reference(given, labels=given, use_cache=False).loss.backward()
-    wanted = {key: parameter.grad.numpy() for key, parameter in reference.named_parameters()}
 
     def loss(params):
         scores = jax.nn.log_softmax(model.apply({"params": params}, ids)[:, :-1])
         return -jnp.mean(jnp.take_along_axis(scores, ids[:, 1:, None], axis=-1))
 
     gradient = jax.jit(jax.grad(loss))(params)
-    table = name_table(model.config)
+    table = family_of(model.config.model_type).name_table(model.config)
     rules = {rule.name: rule for rule in table.rules}
-    for key, expected in wanted.items():
-        name, layer = table.canonical(key), None
-        if name not in rules:
-            _, layer, rest = name.split(".", 2)
-            name = f"layers.{{layer}}.{rest}"
-        leaf = gradient
-        for part in rules[name].path.split("/"):
-            leaf = leaf[part]
-        leaf = leaf if layer is None else leaf[int(layer)]
-        assert maker.error(leaf.T if rules[name].transposed else leaf, expected) <= 1e-4, key
+    for key, parameter in reference.named_parameters():
+        name = table.canonical(key)
+        stacked = re.sub(r"\.(\d+)\.", ".{layer}.", name, count=1)
+        rule = rules.get(name) or rules[stacked]
+        leaf = functools.reduce(lambda tree, part: tree[part], rule.path.split("/"), gradient)
+        leaf = leaf[int(re.search(r"\d+", name)[0])] if rule.name == stacked != name else leaf
+        expected = parameter.grad.numpy()
+        assert llama.error(leaf.T if rule.transposed else leaf, expected) <= 1e-4, key
 
 
-@pytest.mark.parametrize("name", every(len(CASES), CASES, 2))
+@pytest.mark.parametrize("name", [*every(len(LLAMAS), LLAMAS, 2), *every(3, list(CASES)[len(LLAMAS) :], 2)])
 def test_generated_continuations_equal_transformers(name, tmp_path):
     reference, model, params = both(CASES[name], tmp_path, seed=2)
-    prompts, new_tokens = maker.inputs()["prompts"], 24
-    generate = make_generate(model, model.config, new_tokens=new_tokens, stop=())
-    segments = (prompts != 0).astype(np.int32)
-    keys = jax.random.split(jax.random.key(0), len(prompts))
-    given = generate({"params": params}, prompts, segments, Sampling(), keys)
+    prompts, new_tokens = llama.inputs()["prompts"], 24
+    given = generated(model, params, prompts, new_tokens)
     # transformers' cache keeps all tokens for a window of one (it slices from -0), and because it reads
     # config.sliding_window it drops tokens of a Llama, whose attention has no window: compare without a cache.
     uncached = name in ("window_of_one", "window_that_llama_does_not_know")
     options = {"use_cache": False} if uncached else {}
-    np.testing.assert_array_equal(given, maker.greedy(reference, prompts, new_tokens, **options))
+    np.testing.assert_array_equal(given, llama.greedy(reference, prompts, new_tokens, **options))
 
 
 def test_bf16_is_as_near_as_transformers_bf16(tmp_path):
-    reference, model, params = both(maker.CASES["llama3"], tmp_path, dtype=jnp.bfloat16)
-    ids = maker.inputs()["long"]
-    wanted = maker.logits64(reference, ids)
-    given = maker.error(np.asarray(jax.jit(model.apply)({"params": params}, ids)), wanted)
+    make = FOR_GRADIENTS["llama3"]
+    reference, model, params = both(make, tmp_path, dtype=jnp.bfloat16)
+    ids = llama.inputs()["long"]
+    wanted = llama.logits64(reference, ids)
+    given = llama.error(np.asarray(jax.jit(model.apply)({"params": params}, ids)), wanted)
     with torch.no_grad():
         low = reference.bfloat16()(torch.from_numpy(ids).long(), use_cache=False).logits.float().numpy()
-    print(f"bfloat16: {given:.1e}, transformers {maker.error(low, wanted):.1e}")
-    assert given <= 2 * maker.error(low, wanted)
+    assert given <= 2 * llama.error(low, wanted)
