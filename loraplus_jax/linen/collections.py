@@ -12,12 +12,12 @@ from flax.core import lift, meta
 from ..adapter.config import LoRAPlusConfig, matches
 from ..adapter.lora import SCALE
 from ..adapter.rules import is_target, parameter_rule, parameter_spec
-from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE, AdapterSpec
+from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..adapter.tree import rebox
 from ..interpreter.low_rank import LowRankWeight, evaluate
 from ..quantization.packed_array import dense_shapes, is_packed
-from .adapter import FactorBox, Mode, is_box, mode, new_factors, read_factors
+from .adapter import TRACING, Adapter, FactorBox, is_box, new_factors, read_factors
 from .discovery import Discovery
 
 COLLECTIONS = ["params", "lora", SCALE]
@@ -39,7 +39,7 @@ class CollectionMap:
         assert wrapper.scope is not None
         self.config, self.discovery = config, discovery
         self.rng: Any = wrapper.scope.rngs.get("params")
-        self.unboxes = mode() is Mode.PLAIN
+        self.unboxes = not TRACING.value.boxed
         self.is_bare = True
         self._adapter_paths: set[Path] = set()  # factors and scales passed to the call
         self._param_paths: set[Path] = set()  # parameters passed to the call
@@ -52,18 +52,18 @@ class CollectionMap:
         self._adapter_paths, self.is_bare = {*lora, *scales}, not lora
         self._param_paths = set(params)
         for path in [p for p in params if self._rule(p) is not None]:
-            spec, where = self._spec(path, params[path])
-            a, b, *magnitude = read_factors(spec, lambda name, path=path: lora.get((*path, name)), where)
-            self._factors |= {(*path, name): lora.pop((*path, name)) for name in spec.factors}
             self._targets[path] = leaf = params[path]
+            adapter = self._adapter(path, leaf)
+            a, b, *magnitude = read_factors(adapter, lambda name, path=path: lora.get((*path, name)))
+            self._factors |= {(*path, name): lora.pop((*path, name)) for name in adapter.shapes}
             scale = scales.pop((*path, SCALE), None)
             weight = LowRankWeight(
                 w=meta.unbox(leaf),
                 a=a,
                 b=b,
-                letters=spec.base_letters,
-                factor_letters=spec.factor_letters,
-                scale=spec.scale if scale is None else scale.reshape(()),
+                letters=adapter.letters,
+                factor_letters=adapter.factor_letters,
+                scale=adapter.spec.scale if scale is None else scale.reshape(()),
                 stops=True,
             ).with_magnitude(*magnitude)
             params[path] = rebox(leaf, weight)
@@ -145,8 +145,8 @@ class CollectionMap:
         """The rule of `target_parameters` that matches a parameter, or None."""
         return parameter_rule(self.config, "/".join(path)) if self.config.target_parameters else None
 
-    def _spec(self, path: Path, leaf: Any) -> tuple[AdapterSpec, str]:
-        """The spec of a parameter in `target_parameters`, and its description for messages."""
+    def _adapter(self, path: Path, leaf: Any) -> Adapter:
+        """The adapter of a parameter in `target_parameters`."""
         name, rule, value = "/".join(path), self._rule(path), meta.unbox(leaf)
         if not hasattr(value, "shape"):
             raise ValueError(
@@ -154,15 +154,15 @@ class CollectionMap:
                 f"{type(value).__name__} of arrays; let the model store each under its own name"
             )
         spec = parameter_spec(self.config, name, str(rule), tuple(value.shape), "")
-        return spec, f"{name!r} (target_parameters: {rule!r})"
+        return Adapter.of(spec, self.config, f"{name!r} (target_parameters: {rule!r})")
 
     def _factors_of(self, path: Path, leaf: Any) -> dict[Path, Any]:
         """A parameter's factors as passed to the call, or new ones."""
-        spec, where = self._spec(path, leaf)
-        factors = {(*path, name): self._factors.get((*path, name)) for name in spec.factors}
+        adapter = self._adapter(path, leaf)
+        factors = {(*path, name): self._factors.get((*path, name)) for name in adapter.shapes}
         if all(factor is not None for factor in factors.values()):
             return factors
-        boxes = new_factors(spec, self.config.init, self.rng, path, meta.unbox(leaf), where)
+        boxes = new_factors(adapter, self.rng, path, meta.unbox(leaf))
         return {(*path, name): box for name, box in boxes.items()}
 
 

@@ -208,7 +208,9 @@ def test_stopped_and_killed_at_any_moment_it_ends_bitwise_the_same(world, swept,
     assert run_sweep(world) == 0
     assert "report" in capsys.readouterr().out
     assert result_of(world.out)[1] == result_of(swept)[1]
-    paths = dict.fromkeys(("protocol", "command", "digest"), 0)  # hold the paths of a run, or follow from them
+    paths = dict.fromkeys(
+        ("protocol", "command", "digest"), 0
+    )  # hold the paths of a run, or follow from them
     assert report_of(world.out) | paths == report_of(swept) | paths
 
 
