@@ -55,16 +55,10 @@ def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layer
     """`fn(variables, *args)`; loops over slices of `variables` are straight code on `layers`, made by `unstack`."""
     if not any(layers):
         return fn(variables, *args)
-    program, outputs = jax.make_jaxpr(fn, return_shape=True)(variables, *args)
-    leaves, rest = jax.tree.leaves(variables), jax.tree.leaves(args)
-    values = _evaluate(program, [*leaves, *rest], [*layers, *[()] * len(rest)])
-    return jax.tree.unflatten(jax.tree.structure(outputs), values)
-
-
-def _evaluate(program: Any, inputs: Sequence[Any], layers: Sequence[Layers]) -> list[Any]:
-    jaxpr = program.jaxpr
+    program, results = jax.make_jaxpr(fn, return_shape=True)(variables, *args)
+    jaxpr, inputs = program.jaxpr, jax.tree.leaves((variables, args))
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *inputs), strict=True))
-    views = {var: slices for var, slices in zip(jaxpr.invars, layers, strict=True) if slices}
+    views = dict(zip(jaxpr.invars, layers, strict=False))  # the variables are the first inputs
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
     for eqn in jaxpr.eqns:
         slices = [() if isinstance(atom, Literal) else views.get(atom, ()) for atom in eqn.invars]
@@ -75,7 +69,7 @@ def _evaluate(program: Any, inputs: Sequence[Any], layers: Sequence[Layers]) -> 
         else:
             outputs = run_equation(eqn, arrays, jaxpr)
         values |= zip(eqn.outvars, outputs, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(results), [read(atom) for atom in jaxpr.outvars])
 
 
 def _unroll(eqn: Any, inputs: list[Any], slices: list[Layers]) -> list[jax.Array]:
