@@ -137,11 +137,7 @@ A = "lora/layers/q/lora_a"
             ValueError,
             mentions("adapter.json", "format", "config", "specs"),
         ),
-        (
-            lambda d: edit_notes(d, lambda n: n.update(format=2)),
-            ValueError,
-            mentions("format", 2, 1),
-        ),
+        (lambda d: edit_notes(d, lambda n: n.update(format=2)), ValueError, mentions("format", 2, 1)),
         (
             lambda d: edit_notes(d, lambda n: n["config"].update(rnk=2)),
             ValueError,
@@ -192,11 +188,7 @@ A = "lora/layers/q/lora_a"
             ValueError,
             mentions("adapter.safetensors", "adapter.json", "changed", "digest"),
         ),
-        (
-            lambda d: edit_json(d, task="another"),
-            ValueError,
-            mentions("adapter.json", "changed", "digest"),
-        ),
+        (lambda d: edit_json(d, task="another"), ValueError, mentions("adapter.json", "changed", "digest")),
         (
             lambda d: edit_json(d, settings={"model": {"pooling": "cls"}}),
             ValueError,

@@ -119,10 +119,7 @@ CASES = {
         *(TorchConv, FlaxConv, IMAGES, IMAGES.transpose(0, 3, 1, 2), ["conv", "fc"]),
         (("conv", "conv", "Conv"), ("fc", "fc")),
     ),
-    "heads": (
-        *(TorchHeads, FlaxHeads, IDS, IDS, ["emb", "q", "o"]),
-        (("{name}", "{name}"),),
-    ),
+    "heads": (*(TorchHeads, FlaxHeads, IDS, IDS, ["emb", "q", "o"]), (("{name}", "{name}"),)),
     "experts": (
         *(TorchExperts, FlaxExperts, SETS, SETS, ["experts"]),
         (("experts", "experts.w", "Parameter"),),
