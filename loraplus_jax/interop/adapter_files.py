@@ -213,7 +213,8 @@ def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
-    """The bytes of a safetensors file. `save_file` would write files that only their owner can read."""
+    """The bytes of a safetensors file."""
+    # Not save_file, which writes files that only their owner can read.
     return _safetensors("numpy").save({name: host_array(leaf) for name, leaf in tensors.items()})
 
 

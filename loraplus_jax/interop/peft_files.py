@@ -7,6 +7,7 @@ converts names and layouts, see `path_map`.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ def save_peft(
         raise_problems(what, find_problems(check_for, options))
     files = {
         WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
-        OPTIONS: _to_json(options),
+        OPTIONS: (to_json(options, indent=1) + "\n").encode(),
     }
     files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
@@ -196,9 +197,8 @@ def load_peft(
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
     config = saved_config or _config(directory, options, [*tensors], path_map, layers)
     check_config_matches_specs(specs, config)
-    check_files(
-        directory / NOTES_FILE, peft_notes(directory) or {}
-    )  # last, since the other messages say more
+    # Last, since the other messages say more.
+    check_files(directory / NOTES_FILE, peft_notes(directory) or {})
     return Adapter(unflatten(lora), dict(specs), config, unflatten(extras))
 
 
@@ -314,8 +314,8 @@ def _config(
         layers_to_transform=layers,
         rank=options.rank,
         alpha=float(options.alpha),
-        rank_pattern={_escape(m): rank for m, rank in ranks.items() if rank != options.rank},
-        alpha_pattern={_escape(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
+        rank_pattern={re.escape(m): rank for m, rank in ranks.items() if rank != options.rank},
+        alpha_pattern={re.escape(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
         use_rslora=options.use_rslora,
         dropout=options.dropout,
         variant="dora" if options.use_dora else "lora",
@@ -329,15 +329,6 @@ def _find_modules(name: str, path_map: PathMap) -> list[tuple[str, Index]]:
     end = next((end for end in _ENDS if name.endswith(end)), None)
     module = name.removesuffix(end) if end else name.rpartition(".")[0].removesuffix(".base_layer")
     return modules_of(path_map, module)
-
-
-def _escape(module: str) -> str:
-    return "".join(f"[{c}]" if c in ".^$*+?{}|()" else c for c in module)
-
-
-def _alpha_of(config: LoRAPlusConfig, key: str) -> float:
-    pattern = pattern_of(config.alpha_pattern, key)
-    return config.alpha if pattern is None else config.alpha_pattern[pattern]
 
 
 def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[str, Any]]:
@@ -481,9 +472,8 @@ def _factor_tensors(
                 raise ValueError(f"{name}: {error}") from None
         tensors |= dict(zip(target.keys(index), map(np.ascontiguousarray, factors), strict=True))
         rank = ranks[name] = rank_of_slice(factors[0], target)
-        alphas[name] = _alpha_of(config, key) if rank == spec.rank else alpha_for(spec.scale, rank, config)
+        pattern = pattern_of(config.alpha_pattern, key)
+        alphas[name] = config.alpha if pattern is None else config.alpha_pattern[pattern]
+        if rank != spec.rank:  # with the same scale
+            alphas[name] = alpha_for(spec.scale, rank, config)
     return tensors, ranks, alphas
-
-
-def _to_json(content: Mapping[str, Any]) -> bytes:
-    return (to_json(content, indent=1) + "\n").encode()

@@ -21,7 +21,6 @@ from flax import traverse_util
 from flax.core import DenyList, freeze, meta
 from flax.linen.transforms import decorator_lift_transform, get_module_scopes
 from jax.extend.core import jaxpr_as_fun
-from jax.tree_util import tree_leaves_with_path
 
 from .._utils.validation import suggest
 from ..adapter.config import LoRAPlusConfig
@@ -106,8 +105,11 @@ class LoRAPlusModel(nn.Module):
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
-        if not TRACING.value.low_rank_only:  # otherwise the model was initialized and checked before
-            call.check(complete=method is None)
+        # With low_rank_only, the model was initialized and checked before.
+        if not call.is_new and not TRACING.value.low_rank_only:
+            call.variables.check_used(call.own, call.called, complete=method is None)
+        elif method is None and not TRACING.value.low_rank_only:
+            call.discovery.check()
         return result
 
     @nn.nowrap
@@ -233,13 +235,6 @@ class _Call:
             )
         return add_low_rank_term(y, module, call, adapter, "params", weight)
 
-    def check(self, *, complete: bool) -> None:
-        """Checks that all rules match after an initialization, or else that the adapters belong to the model."""
-        if not self.is_new:
-            self.variables.check_used(self.own, self.called, complete=complete)
-        elif complete:
-            self.discovery.check()
-
 
 def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
     """Adds adapters to the layers of an existing Linen model that the config selects.
@@ -330,24 +325,17 @@ def init_lora(
             "variables of the model without adapters"
         )
     _check_reads(model, specs, shapes, rngs, args, kwargs)
-    # The magnitudes would be those of random weights, which nothing else computes here.
-    names = [[getattr(key, "key", "") for key in path] for path, _ in tree_leaves_with_path(dict(shapes))]
-    is_factor = [name[0] == "lora" and MAGNITUDE not in name for name in names]
+    is_magnitude = lambda path: any(getattr(key, "key", "") == MAGNITUDE for key in path)  # noqa: E731
 
     @jax.jit
-    def factors(*rngs: jax.Array) -> list[jax.Array]:
-        return list(itertools.compress(jaxpr_as_fun(program)(*rngs), is_factor))
+    def factors(*rngs: jax.Array) -> Any:
+        variables = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(program)(*rngs))
+        # The magnitudes would be those of random weights, which XLA removes if nothing else needs them.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.zeros_like(x) if is_magnitude(path) else x, variables["lora"]
+        )
 
-    values = iter(factors(*jax.tree.leaves(rngs)))
-    boxed = jax.tree_util.tree_map_with_path(
-        lambda path, x: (
-            jnp.zeros(x.shape, x.dtype)
-            if any(getattr(key, "key", "") == MAGNITUDE for key in path)
-            else next(values)
-        ),
-        shapes["lora"],
-    )
-    lora = meta.unbox(boxed)
+    lora = meta.unbox(factors(*jax.tree.leaves(rngs)))
     is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
     return lora if is_abstract else set_magnitudes(lora, base or {}, specs), specs
 

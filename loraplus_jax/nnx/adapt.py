@@ -150,10 +150,13 @@ def _find(
                 entry.adapted = True
                 specs.append(spec)
         for leaf in matrices(module):
-            if config.target_parameters and (rule := parameter_rule(config, join(path, leaf))) is not None:
-                specs.append(
-                    _parameter_spec(config, join(path, leaf), rule, _shape(module, leaf), leaf, stacked)
-                )
+            name = join(path, leaf)
+            if config.target_parameters and (rule := parameter_rule(config, name)) is not None:
+                # The rule has no letters for the axes that `stacked` names.
+                shape, axes = _shape(module, leaf), _given_axes(stacked, name) or ()
+                spec = parameter_spec(config, name, rule, _without(shape, axes), leaf)
+                specs.append(dataclasses.replace(spec, shape=shape, stacked=axes))
+                check_rank(specs[-1], repr(name))
         if specs:
             found.append((path, module, tuple(map(LayerAdapter, specs))))
     check_coverage(config, seen, leaves, stacks)
@@ -216,22 +219,6 @@ def _layer_spec(
         return spec if layer_index(path) in layers else None
     stacks[path] = size = shape[layer_axis(spec.base_letters, spec.stacked)]
     return dataclasses.replace(spec, layers=tuple(n for n in layers if n < size))
-
-
-def _parameter_spec(
-    config: LoRAPlusConfig,
-    path: str,
-    rule: str,
-    shape: tuple[int, ...],
-    leaf: str,
-    stacked: Mapping[str, tuple[int, ...]],
-) -> AdapterSpec:
-    """The spec of a raw parameter; the rule has no letters for the axes that `stacked` names."""
-    axes = _given_axes(stacked, path) or ()
-    spec = parameter_spec(config, path, rule, _without(shape, axes), leaf)
-    spec = dataclasses.replace(spec, shape=shape, stacked=axes)
-    check_rank(spec, repr(path))
-    return spec
 
 
 def _without(shape: tuple[int, ...], stacked: tuple[int, ...]) -> tuple[int, ...]:
@@ -327,8 +314,12 @@ def _make_factors(
     for side, (name, value) in enumerate(zip(adapter.factors, values, strict=True)):
         side = min(side, 1)  # the magnitudes lie as B does
         metadata = _sharding_of_factor(weight, spec, side)
-        value = _beside(weight.get_value(), value, spec, side)
-        if jax.sharding.get_abstract_mesh().empty:  # with metadata, the constructor would ask for a mesh
+        # On a mesh, as the weight is; of a tracer's sharding the mesh is abstract, and device_put rejects it.
+        on = getattr(weight.get_value(), "sharding", None)
+        if isinstance(on, jax.sharding.NamedSharding) and isinstance(on.mesh, jax.sharding.Mesh):
+            value = jax.device_put(value, on.update(spec=jax.P(*_names_of_factor(on.spec, spec, side))))
+        # Without a mesh the constructor raises an error for metadata that names mesh axes.
+        if jax.sharding.get_abstract_mesh().empty:
             factor = nnx.LoRAParam(value)
             for key, names in metadata.items():
                 factor.set_metadata(key, names)
@@ -343,29 +334,19 @@ def _sharding_of_factor(weight: nnx.Variable, spec: AdapterSpec, side: int) -> d
     metadata = weight.get_metadata()
     found = {key: metadata[key] for key in ("mesh", "sharding_rules") if metadata.get(key) is not None}
     for key in _SHARDING:
-        names = metadata.get(key)
-        if isinstance(names, tuple | list):
+        names, spec_type = metadata.get(key), jax.sharding.PartitionSpec
+        if isinstance(names, jax.sharding.NamedSharding):
+            found[key] = names.update(spec=spec_type(*_names_of_factor(names.spec, spec, side)))
+        elif isinstance(names, spec_type):
+            found[key] = spec_type(*_names_of_factor(names, spec, side))
+        elif isinstance(names, tuple | list):
             found[key] = type(names)(_names_of_factor(names, spec, side))
-        elif isinstance(names, jax.sharding.PartitionSpec):
-            found[key] = jax.sharding.PartitionSpec(*_names_of_factor(names, spec, side))
-        elif isinstance(names, jax.sharding.NamedSharding):
-            found[key] = names.update(
-                spec=jax.sharding.PartitionSpec(*_names_of_factor(names.spec, spec, side))
-            )
     return found
 
 
 def _names_of_factor(names: Iterable[Any], spec: AdapterSpec, side: int) -> list[Any]:
-    by_letter = dict(zip(spec.base_letters, names, strict=False))  # the last axes may be left out
+    by_letter = dict(zip(spec.base_letters, names, strict=False))  # JAX lets a spec leave out its last axes
     return [by_letter.get(letter) for letter in spec.factor_letters[side]]
-
-
-def _beside(weight: Any, factor: jax.Array, spec: AdapterSpec, side: int) -> jax.Array:
-    """Lays a factor out as its weight is, where that lies on the devices of a mesh."""
-    on = getattr(weight, "sharding", None)
-    if not isinstance(on, jax.sharding.NamedSharding) or not isinstance(on.mesh, jax.sharding.Mesh):
-        return factor  # of a tracer, the mesh is abstract
-    return jax.device_put(factor, on.update(spec=jax.P(*_names_of_factor(on.spec, spec, side))))
 
 
 def _make_dropout(rate: float, rngs: nnx.Rngs, spec: AdapterSpec) -> nnx.Dropout:

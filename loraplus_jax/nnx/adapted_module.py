@@ -42,11 +42,6 @@ class LayerAdapter:
         """The weight's attribute."""
         return self.spec.leaf
 
-    @property
-    def prefix(self) -> str:
-        """What precedes `lora_a` and `lora_b` in the factors' attributes: a module may have several parameters."""
-        return f"{self.leaf}_" if self.spec.kind == "parameter" else ""
-
     def path(self, module: str) -> str:
         """The path in the table of specs, for a module at the path `module`."""
         return join(module, self.leaf) if self.spec.kind == "parameter" else module
@@ -56,8 +51,8 @@ class LayerAdapter:
         return dataclasses.replace(self.spec, leaf=f"params/{join(module, self.leaf)}")
 
     def attribute(self, name: str) -> str:
-        """The attribute of a factor, scale or tap on the module."""
-        return f"{self.prefix}{name}"
+        """The attribute of a factor, scale or tap on the module, which may have several adapted parameters."""
+        return f"{self.leaf}_{name}" if self.spec.kind == "parameter" else name
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -186,9 +181,9 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     results = evaluate(program, [*values, *jax.tree.leaves(rest)])
     y, state = jax.tree.unflatten(structure, results)
     _, new = jax.tree.unflatten(structure, program.jaxpr.outvars)
-    old = dict(
-        nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(rest), program.jaxpr.invars[len(values) :]))
-    )
+    # A variable that the program returns as it came in is not written: writing would fail under an outer trace.
+    before = jax.tree.unflatten(jax.tree.structure(rest), program.jaxpr.invars[len(values) :])
+    old = dict(nnx.to_flat_state(before))
     for (path, variable), (_, atoms) in zip(nnx.to_flat_state(state), nnx.to_flat_state(new), strict=True):
         if isinstance(variable, nnx.Variable) and jax.tree.leaves(old.get(path)) != jax.tree.leaves(atoms):
             _write_back(inputs, path, variable)
@@ -211,7 +206,7 @@ def _trace(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tupl
         traced = _program.trace(static, weights, rest)
     if traced is not None and len(traced.jaxpr.jaxpr.invars) == len(jax.tree.leaves((weights, rest))):
         return traced.jaxpr, jax.tree.structure(traced.out_info)
-    # An argument also closes over values of an outer trace, which differ from call to call.
+    # Also where jit added inputs: an argument closes over values of an outer trace, which differ from call to call.
     run = functools.partial(_run, static)
     program, shapes = jax.make_jaxpr(run, return_shape=True)(weights, rest)
     return program, jax.tree.structure(shapes)

@@ -51,7 +51,7 @@ def set_lora(model: nnx.Module, lora: Mapping[str, Any]) -> None:
 def base_variables(model: nnx.Module) -> dict[str, Any]:
     """The parameters without adapters as `{"params": tree}` with string keys."""
     params = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
-    return {"params": unflatten({join_path(path): _value(variable) for path, variable in params})}
+    return {"params": unflatten({join_path(path): variable.get_value() for path, variable in params})}
 
 
 def functional(model: nnx.Module) -> Callable[..., Any]:
@@ -181,7 +181,3 @@ def _reseed(model: nnx.Module, rngs: Any) -> None:
     for name in rngs:
         check_choice("rngs", name, sorted(names))
     nnx.reseed(model, policy="match_shape", **rngs)
-
-
-def _value(variable: Any) -> Any:
-    return variable.get_value() if isinstance(variable, nnx.Variable) else variable
