@@ -110,6 +110,7 @@ def read_options(path: Path) -> PeftOptions:
       ValueError: the file is not the config of a LoRA adapter, a value is invalid, or options are unsupported; the
         message names them all.
     """
+    # PEFT writes every field of its config, most of them null.
     values = {name: value for name, value in read_json(path).items() if value is not None}
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {values.get('peft_type')!r:.80}")

@@ -91,8 +91,10 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     if name == "while":
         return _while(params, inputs, flow)
     if name == "cond":
+        # The index decides which values come out, so it counts as read.
         branches = [_propagate(branch, inputs[1:], flow) for branch in params["branches"]]
         return [_as_changed(inputs[0]).union(*tags) for tags in zip(*branches, strict=True)]
+    # Each output is the input of the same number; as an operation on all, it would mix the weights.
     if name == "optimization_barrier":
         return inputs
     if _MARK in (called := str(params.get("name"))):

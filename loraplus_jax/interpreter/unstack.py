@@ -73,7 +73,6 @@ def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layer
 
 
 def _unroll(eqn: Any, inputs: list[Any], slices: list[Layers]) -> list[jax.Array]:
-    """Runs a scan's steps one after the other, on `slices` where there are any."""
     consts, carried = scan_counts(eqn)
     before, carry, sliced = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
     body = jax.jit(jaxpr_as_fun(eqn.params["jaxpr"]))  # jit: traced and lowered once for all layers

@@ -125,6 +125,7 @@ class Adapter(NamedTuple):
         return cls(spec, shapes, spec.base_letters, spec.factor_letters, config, where)
 
 
+# A model is traced many times, and a config and its regular expressions are the same each time.
 @functools.lru_cache(maxsize=4096)
 def adapter_of(
     config: LoRAPlusConfig, path: str | None, kind: str, leaf: str, axes: str, shape: tuple[int, ...]
@@ -235,6 +236,7 @@ def add_low_rank_term(
         b=b,
         letters=adapter.letters,
         factor_letters=adapter.factor_letters,
+        # Stacked like the layers: in a call the axes that nn.scan or nn.vmap left have size 1.
         scale=jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale,
         dropout=dropout,
         key=module.make_rng("dropout") if dropout and module.has_rng("dropout") else None,

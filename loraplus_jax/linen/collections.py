@@ -177,6 +177,7 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(scope_fn: Any, repack: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        # Other leaves stay outside the program: closed over, they keep whatever trace they belong to.
         leaves, structure = jax.tree.flatten(variables, is_leaf=_is_low_rank)
         weights = [leaf for leaf in leaves if _is_low_rank(leaf)]
         results: list[Any] = []
@@ -187,6 +188,7 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
             scope = scope_fn(structure.unflatten(filled), rngs)
             y = fn(scope, *args, **kwargs)
             results.extend(jax.tree.flatten((y, repack(scope))))
+            # make_jaxpr takes arrays only; a model may also return text, None or numbers.
             return [leaf for leaf in results[0] if isinstance(leaf, jax.Array)]
 
         if not weights:  # as in an initialization
@@ -198,6 +200,7 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
             next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in results[0]
         )
 
+    # The layer below nn.jit and nn.remat: it hands over the variables as a tree, before they are a scope.
     return lift.pack(run, (True,), (True,), (True,), name="low_rank", enable_kwargs=True)
 
 

@@ -188,6 +188,7 @@ class _Call:
         self.is_new = wrapper.is_initializing()
         # Shared by all calls of an initialization, since a call of one method may skip layers.
         self.discovery: Discovery = wrapper.__dict__.get("_discovery") or Discovery(self.config, self.prefix)
+        # Flax forbids to set attributes of a module outside setup.
         object.__setattr__(wrapper, "_discovery", self.discovery)
         discoveries = TRACING.value.discoveries
         if self.is_new and discoveries is not None and self.discovery not in discoveries:
@@ -439,6 +440,7 @@ def _low_rank_outputs(
         variables, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
     )
     assert bound.scope is not None
+    # Only `init` sets this flag, and it would also make the parameters anew.
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
     forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method
     with TRACING(Tracing(low_rank_only=True)):

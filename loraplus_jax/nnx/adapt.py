@@ -296,6 +296,7 @@ def _make_factors(
         sizes = [shape[n] for n in stack]
         one = tuple(size for n, size in enumerate(shape) if n not in stack)
         keys = jax.random.split(rngs.params(), math.prod(sizes))
+        # One draw for each layer: an init takes the shape of one, and an orthogonal A must be so in each.
         drawn = jax.vmap(lambda key, make=inits[side], one=one: make(key, one, dtype))(keys)
         value = jnp.moveaxis(drawn.reshape(*sizes, *one), range(len(stack)), stack)
         if spec.layers is not None:
@@ -352,6 +353,7 @@ def _names_of_factor(names: Iterable[Any], spec: AdapterSpec, side: int) -> list
 def _make_dropout(rate: float, rngs: nnx.Rngs, spec: AdapterSpec) -> nnx.Dropout:
     """A dropout whose key has the weight's stacked axes, as `nnx.vmap` makes it."""
     make: Callable[[nnx.Rngs], nnx.Dropout] = lambda rngs: nnx.Dropout(rate, rngs=rngs)  # noqa: E731
+    # nnx.scan slices the state of every module, so the key of a stack must be one for each layer.
     for axis in spec.stacked:
         size = spec.shape[axis]
         make = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=(0,), out_axes=0))

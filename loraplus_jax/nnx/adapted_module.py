@@ -131,6 +131,7 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
         _, _, *rest = nnx.Module.__reduce_ex__(self, protocol)
         return (_new, (base,), *rest)
 
+    # The name by which users know the class, and by which pickle looks it up.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), names | methods | {"__reduce_ex__": reduce})
 
@@ -199,6 +200,7 @@ def _is_weight(leaves: tuple[str, ...]) -> Callable[[Any, Any], bool]:
 def _trace(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, Any]:
     """The program of a call, one for all calls that are alike, and the structure of its results."""
     try:
+        # The graph definition holds the fields of all modules, and a user's field may be a list or a dataclass.
         hash(static)
     except TypeError:  # a field or an argument that nothing can be looked up by
         traced = None
@@ -220,6 +222,7 @@ def _run(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[
     set_class(module, base)
     y = method(module, *args, **kwargs)
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)  # noqa: E731
+    # A jitted function returns arrays only; what is static rides along in the structure of its results.
     y = jax.tree.map(lambda x: x if is_array(x) else _Static(x), y)
     return y, nnx.state(merged, nnx.Not(_is_weight(leaves)))
 
@@ -276,7 +279,7 @@ def _axes_in_call(module: nnx.Module, spec: AdapterSpec, value: Any) -> str:
 
 
 def _dropout_key(module: nnx.Module) -> jax.Array | None:
-    """A new key if the module's adapter has dropout that is active."""
+    # Drawn before the call's program is traced: inside it, the stream's new count would be lost.
     dropout = vars(module).get(DROPOUT)
     if dropout is None or dropout.deterministic or dropout.rngs is None:
         return None

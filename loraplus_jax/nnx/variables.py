@@ -84,6 +84,7 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
     def apply(
         variables: Mapping[str, Any], *args: Any, method: str | None = None, rngs: Any = None, **kwargs: Any
     ) -> Any:
+        # A copy: a call may change variables, and those of another trace must not leak into the model.
         module = nnx.merge(graph, state, copy=True)
         _set_variables(module, variables)
         if rngs is None:
