@@ -135,27 +135,28 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
     for name in (TENSORS_FILE, DESCRIPTION_FILE):
         if not (Path(directory) / name).is_file():
             raise FileNotFoundError(f"{directory} is not an adapter directory: {name} is missing")
-    path = Path(directory) / DESCRIPTION_FILE
+    return read_description(Path(directory) / DESCRIPTION_FILE)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Reads a description that `step.describe_run` made, `adapter.json` or `loraplus.json`.
+
+    Raises:
+      ValueError: the file is damaged, has another format version, or a regular expression that is invalid or takes
+        too long.
+    """
 
     def check(notes: dict[str, Any]) -> None:
-        if not {"format", "config", "specs"} <= notes.keys():
+        if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
             raise ValueError(
-                f"{path} is not an adapter description: it must contain format, config and specs"
+                f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}; use the "
+                "version that wrote it"
             )
-        if notes["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: format must be {FORMAT}, got {notes['format']!r}; use the version that wrote it"
-            )
-        try_saved_rules(path, notes)
+        specs, settings = notes["specs"], notes.get("settings")
+        for config in (notes["config"], settings.get("lora") if isinstance(settings, Mapping) else None):
+            try_rules(str(path), config, specs if isinstance(specs, Mapping) else ())
 
     return read_record(path, check)
-
-
-def try_saved_rules(path: Path, notes: Mapping[str, Any]) -> None:
-    """Raises ValueError if a regular expression in an adapter's description is invalid or takes too long."""
-    specs, settings = notes["specs"], notes.get("settings")
-    for config in (notes["config"], settings.get("lora") if isinstance(settings, Mapping) else None):
-        try_rules(str(path), config, specs if isinstance(specs, Mapping) else ())
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

@@ -16,21 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._utils.atomic import atomic_write, to_json
-from .._utils.records import check_files, read_record, record_text
+from .._utils.records import check_files, record_text
 from .._utils.validation import check_choice
 from ..adapter.config import LoRAPlusConfig, pattern_of
 from ..adapter.spec import Specs
 from ..adapter.tree import flat_factors, flatten, unflatten
 from ..optim.ranks import alpha_for
-from ..step.checkpoint import FORMAT, describe_run
+from ..step.checkpoint import describe_run
 from .adapter_files import (
     Adapter,
     check_config_matches_specs,
     check_ranks,
     host_array,
+    read_description,
     read_tensors,
     tensor_bytes,
-    try_saved_rules,
 )
 from .fused_modules import Factors, Part, fuse, split
 from .path_map import (
@@ -254,17 +254,7 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
       ValueError: the file is damaged or has another format version.
     """
     path = Path(directory) / NOTES_FILE
-    if not path.is_file():
-        return None
-
-    def check(notes: dict[str, Any]) -> None:
-        if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}"
-            )
-        try_saved_rules(path, notes)
-
-    return read_record(path, check)
+    return read_description(path) if path.is_file() else None
 
 
 def _saved_config(directory: Path) -> LoRAPlusConfig | None:

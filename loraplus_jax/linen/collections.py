@@ -127,18 +127,17 @@ class CollectionMap:
                     f"the variables contain {name!r} among the adapters; names must be one of "
                     f"{', '.join(_NAMES)}"
                 )
-            if not self._param_paths.intersection({path[:-1], *((*path[:-1], leaf) for leaf in LEAVES)}):
-                raise ValueError(
-                    f"the variables contain an adapter for {module!r}, where the model has no weight; "
-                    "pass adapters of the same model and config"
-                )
+            has_weight = self._param_paths & {path[:-1], *((*path[:-1], leaf) for leaf in LEAVES)}
             expected = path in self._factors or path[-1] == SCALE
             expected = expected or (self.config.target_modules and is_target(self.config, module))
             expected = expected or any(f"{module}/".startswith(f"{layer}/") or not layer for layer in own)
-            if not expected and (complete or module in called):
+            if not has_weight or (not expected and (complete or module in called)):
+                problem = (
+                    "which no rule of the config matches" if has_weight else "where the model has no weight"
+                )
                 raise ValueError(
-                    f"the variables contain an adapter for {module!r}, which no rule of the config matches; "
-                    "pass adapters of the same model and config"
+                    f"the variables contain an adapter for {module!r}, {problem}; pass adapters of the same model "
+                    "and config"
                 )
 
     def _rule(self, path: Path) -> str | None:

@@ -27,10 +27,11 @@ from ..inits.random import factor_inits
 from .adapted_module import (
     ADAPTERS,
     DROPOUT,
-    LayerAdapter,
     adapted_class,
     adapters_by_path,
+    factor_attributes,
     join,
+    path_of,
     remove_adapters,
     set_adapters,
 )
@@ -96,11 +97,11 @@ def apply_lora_plus(
             )
     # All that may fail comes before the first change.
     made = []
-    for module, adapters in _find(model, config, stacked or {}):
+    for module, specs in _find(model, config, stacked or {}):
         new = {}
-        for adapter in adapters:
-            new |= _make_factors(module, adapter, config, rngs, dtype)
-        layers = [adapter.spec for adapter in adapters if adapter.spec.kind != "parameter"]
+        for spec in specs:
+            new |= _make_factors(module, spec, config, rngs, dtype)
+        layers = [spec for spec in specs if spec.kind != "parameter"]
         if config.dropout and layers:  # a parameter has no input of its own
             new[DROPOUT] = _make_dropout(config.dropout, rngs, layers[0])
         if taken := sorted(new.keys() & vars(module).keys()):
@@ -109,11 +110,11 @@ def apply_lora_plus(
                 "needs; rename it, or leave the module out by exclude_modules"
             )
         adapted_class(type(module))
-        made.append((module, adapters, new))
-    for module, adapters, new in made:
+        made.append((module, specs, new))
+    for module, specs, new in made:
         for name, value in new.items():
             setattr(module, name, value)
-        set_adapters(module, adapters)
+        set_adapters(module, specs)
     if check is not None:
         try:
             check_reads(model, *check)
@@ -125,8 +126,8 @@ def apply_lora_plus(
 
 def _find(
     model: nnx.Module, config: LoRAPlusConfig, stacked: Mapping[str, tuple[int, ...]]
-) -> list[tuple[nnx.Module, tuple[LayerAdapter, ...]]]:
-    """The modules to adapt, with their adapters; checks all rules."""
+) -> list[tuple[nnx.Module, tuple[AdapterSpec, ...]]]:
+    """The modules to adapt, with the specs that they will hold; checks all rules."""
     seen: dict[str, TracedModule] = {}
     leaves: set[str] = set()
     stacks: dict[str, int] = {}
@@ -158,13 +159,13 @@ def _find(
                 specs.append(dataclasses.replace(spec, shape=shape, stacked=axes))
                 check_rank(specs[-1], repr(name))
         if specs:
-            found.append((path, module, tuple(map(LayerAdapter, specs))))
+            found.append((path, module, tuple(specs)))
     check_coverage(config, seen, leaves, stacks)
-    names = [adapter.path(path) for path, _, adapters in found for adapter in adapters]
+    names = [path_of(own, path) for path, _, specs in found for own in specs]
     if unused := [name for name in stacked if not any(matches((name,), path) for path in names)]:
         raise ValueError(f"stacked: {unused[0]!r} matches no adapted module")
     _check_not_shared(model, found)
-    return [(module, adapters) for _, module, adapters in found]
+    return [(module, specs) for _, module, specs in found]
 
 
 def _target(module: nnx.Module, path: str, config: LoRAPlusConfig, entry: TracedModule) -> LayerWeight | None:
@@ -273,21 +274,21 @@ def _check_not_shared(model: nnx.Module, found: list[Any]) -> None:
         for name, value in vars(module).items():
             if isinstance(value, nnx.Variable):
                 owners.setdefault(id(value), []).append("/".join((*map(str, parts), name)))
-    for path, module, adapters in found:
-        for adapter in adapters:
-            if len(places := owners[id(vars(module)[adapter.leaf])]) > 1:
+    for path, module, specs in found:
+        for own in specs:
+            if len(places := owners[id(vars(module)[own.leaf])]) > 1:
                 raise ValueError(
-                    f"{adapter.path(path)!r} has an adapter, but its weight is one variable in "
+                    f"{path_of(own, path)!r} has an adapter, but its weight is one variable in "
                     f"{' and '.join(places)}, and only one of them would use the adapter; share the module "
                     "instead of the variable"
                 )
 
 
 def _make_factors(
-    module: nnx.Module, adapter: LayerAdapter, config: LoRAPlusConfig, rngs: nnx.Rngs, dtype: Any
+    module: nnx.Module, spec: AdapterSpec, config: LoRAPlusConfig, rngs: nnx.Rngs, dtype: Any
 ) -> dict[str, nnx.LoRAParam]:
     """The initial factors of one weight by attribute, an independent draw for every stacked layer."""
-    spec, weight = adapter.spec, getattr(module, adapter.leaf)
+    weight = getattr(module, spec.leaf)
     inits: Any = factor_inits(config.init, spec.rank, spec.axes)
     values = []
     for side in range(2):
@@ -312,7 +313,7 @@ def _make_factors(
             )
         values.append(output_norms(weight.get_value(), spec.base_letters, spec.factor_letters))
     factors = {}
-    for side, (name, value) in enumerate(zip(adapter.factors, values, strict=True)):
+    for side, (name, value) in enumerate(zip(factor_attributes(spec), values, strict=True)):
         side = min(side, 1)  # the magnitudes lie as B does
         metadata = _sharding_of_factor(weight, spec, side)
         # On a mesh, as the weight is; of a tracer's sharding the mesh is abstract, and device_put rejects it.

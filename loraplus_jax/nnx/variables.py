@@ -14,7 +14,14 @@ from ..adapter.lora import disabled as disabled_tree
 from ..adapter.merge import check_dequantize
 from ..adapter.tree import flatten, join_path, unflatten
 from ..quantization.packed_array import is_packed
-from .adapted_module import OPTIONAL, adapters_by_path, part_of, remove_adapters
+from .adapted_module import (
+    OPTIONAL,
+    adapters_by_path,
+    attribute_of,
+    factor_attributes,
+    part_of,
+    remove_adapters,
+)
 
 
 def lora_tree(model: nnx.Module) -> dict[str, Any]:
@@ -111,9 +118,9 @@ def merge(model: nnx.Module, *, dequantize: bool = False) -> nnx.Module:
       ValueError: the model has no adapters, or a weight is packed.
     """
     merged = nnx.clone(model)
-    for module, _, adapter, spec in adapters_by_path(merged).values():
-        weight = getattr(module, adapter.leaf)
-        factors = [getattr(module, name)[...] for name in adapter.factors]
+    for module, _, own, spec in adapters_by_path(merged).values():
+        weight = getattr(module, own.leaf)
+        factors = [getattr(module, name)[...] for name in factor_attributes(own)]
         value = weight.get_value()
         if is_packed(value):
             value = check_dequantize(value, spec.leaf, allowed=dequantize)
@@ -129,10 +136,10 @@ def unmerge(merged: nnx.Module, model: nnx.Module) -> None:
       ValueError: `merged` lacks one of the weights.
     """
     modules = {join_path(path): module for path, module in nnx.iter_modules(merged)}
-    for module, path, adapter, spec in adapters_by_path(model).values():
-        if path not in modules or adapter.leaf not in vars(modules[path]):
+    for module, path, own, spec in adapters_by_path(model).values():
+        if path not in modules or own.leaf not in vars(modules[path]):
             raise ValueError(f"{spec.leaf} is missing in the merged model")
-        getattr(modules[path], adapter.leaf).set_value(getattr(module, adapter.leaf).get_value())
+        getattr(modules[path], own.leaf).set_value(getattr(module, own.leaf).get_value())
 
 
 def disabled(model: nnx.Module) -> nnx.Module:
@@ -149,8 +156,8 @@ def _factors(model: nnx.Module) -> dict[str, nnx.Variable]:
     """The variables of the factors by their path in the tree of adapters."""
     return {
         name: getattr(module, attribute)
-        for path, (module, _, adapter, spec) in adapters_by_path(model).items()
-        for name, attribute in zip(spec.factor_paths(path), adapter.factors, strict=True)
+        for path, (module, _, own, spec) in adapters_by_path(model).items()
+        for name, attribute in zip(spec.factor_paths(path), factor_attributes(own), strict=True)
     }
 
 
@@ -158,10 +165,10 @@ def _set_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     """Sets the variables of a model within one call of `functional`, with scales and taps beside the factors."""
     lora = flatten(variables.get("lora", {})) | flatten(variables.get(SCALE, {}))
     factors = _factors(model)
-    for path, (module, _, adapter, _) in adapters_by_path(model).items():
+    for path, (module, _, own, _) in adapters_by_path(model).items():
         for name in OPTIONAL:
             if (value := lora.pop(f"{path}/{name}".removeprefix("/"), None)) is not None:
-                setattr(module, adapter.attribute(name), nnx.LoRAParam(value))
+                setattr(module, attribute_of(own, name), nnx.LoRAParam(value))
     for name, value in lora.items():
         if name not in factors:
             raise ValueError(f"the variables contain {name!r}, which is not a factor of the model")
