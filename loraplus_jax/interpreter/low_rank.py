@@ -181,7 +181,12 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
         (weight,) = weights
         of = lambda w: run_equation(eqn, [w if x is weight else x for x in inputs], jaxpr)[0]  # noqa: E731
         if _is_passed(eqn, weight):
-            return [dataclasses.replace(weight, w=_passed(eqn, weight.w, of))]
+            w = weight.w
+            if not isinstance(w, PackedArray):
+                w = of(w)
+            elif name == "convert_element_type":
+                w = w.astype(eqn.params["new_dtype"])
+            return [dataclasses.replace(weight, w=w)]
         if name == "transpose":
             order = eqn.params["permutation"]
             w = weight.w.transpose(order) if isinstance(weight.w, PackedArray) else of(weight.w)
@@ -227,12 +232,6 @@ def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
     if name == "convert_element_type":
         return jnp.issubdtype(output.dtype, jnp.inexact)  # an integer is not a sum of its parts
     return not rest and (name in _TRANSPARENT or (name == "stop_gradient" and not weight.stops))
-
-
-def _passed(eqn: Any, w: Any, of: Callable[[Any], Any]) -> Any:
-    if not isinstance(w, PackedArray):
-        return of(w)
-    return w.astype(eqn.params["new_dtype"]) if eqn.primitive.name == "convert_element_type" else w
 
 
 def _base_product(eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any) -> Sequence[Any]:

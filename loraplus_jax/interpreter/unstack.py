@@ -38,17 +38,15 @@ def unstack(variables: Any, layers: int) -> list[Layers]:
 
     A leaf that is not stacked, that is traced, or that is not on one CPU device has no views.
     """
-    return [_views(leaf, layers) for leaf in jax.tree.leaves(variables)]
-
-
-def _views(leaf: Any, layers: int) -> Layers:
-    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or leaf.shape[:1] != (layers,):
-        return ()
-    device, *others = leaf.devices()
-    if others or device.platform != "cpu":
-        return ()
-    # Both steps share memory on a CPU where a slice is aligned to 64 bytes; elsewhere each call copies it.
-    return tuple(jax.device_put(view, device) for view in np.asarray(leaf))
+    views: list[Layers] = []
+    for leaf in jax.tree.leaves(variables):
+        views.append(())
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.shape[:1] == (layers,):
+            device, *others = leaf.devices()
+            if device.platform == "cpu" and not others:
+                # Both steps share memory on a CPU where a slice is aligned to 64 bytes; elsewhere each call copies.
+                views[-1] = tuple(jax.device_put(view, device) for view in np.asarray(leaf))
+    return views
 
 
 def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layers], *args: Any) -> Any:

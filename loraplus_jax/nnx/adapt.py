@@ -164,7 +164,20 @@ def _find(
     names = [path_of(own, path) for path, _, specs in found for own in specs]
     if unused := [name for name in stacked if not any(matches((name,), path) for path in names)]:
         raise ValueError(f"stacked: {unused[0]!r} matches no adapted module")
-    _check_not_shared(model, found)
+    owners: dict[int, list[str]] = {}
+    for parts, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                owners.setdefault(id(value), []).append("/".join((*map(str, parts), name)))
+    for path, module, specs in found:
+        for own in specs:
+            # Another module that holds the variable would not see the adapter.
+            if len(places := owners[id(vars(module)[own.leaf])]) > 1:
+                raise ValueError(
+                    f"{path_of(own, path)!r} has an adapter, but its weight is one variable in "
+                    f"{' and '.join(places)}, and only one of them would use the adapter; share the module "
+                    "instead of the variable"
+                )
     return [(module, specs) for _, module, specs in found]
 
 
@@ -265,23 +278,6 @@ def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:
             "quantized; call from_qwix(model, rules) first, which keeps every value"
         )
     return tuple(variable.get_value().shape)
-
-
-def _check_not_shared(model: nnx.Module, found: list[Any]) -> None:
-    """Raises ValueError if another module holds the variable of an adapted weight: it would not see the adapter."""
-    owners: dict[int, list[str]] = {}
-    for parts, module in nnx.iter_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Variable):
-                owners.setdefault(id(value), []).append("/".join((*map(str, parts), name)))
-    for path, module, specs in found:
-        for own in specs:
-            if len(places := owners[id(vars(module)[own.leaf])]) > 1:
-                raise ValueError(
-                    f"{path_of(own, path)!r} has an adapter, but its weight is one variable in "
-                    f"{' and '.join(places)}, and only one of them would use the adapter; share the module "
-                    "instead of the variable"
-                )
 
 
 def _make_factors(

@@ -124,6 +124,22 @@ class Reversed(nn.Module):
         return kernel(x, "bi,io->bo") + kernel(x, "bi,oi->bo")
 
 
+class Halved(nn.Module):
+    """Stores half of the weight that its layer has."""
+
+    @nn.compact
+    def __call__(self, x):
+        mapped = nn.map_variables(
+            nn.Dense,
+            "params",
+            lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree),
+            lambda tree: jax.tree.map(lambda leaf: leaf / 2, tree),
+            init=self.is_initializing(),
+            mutable=True,
+        )
+        return nn.Dense(3, name="last")(mapped(5, name="first")(x))
+
+
 def assert_merged(net, rules, *, close=1e-5):
     """With random factors, a model's outputs are those of the merged weights, and not the base's."""
     model, base, lora, specs = prepared(net, rules)

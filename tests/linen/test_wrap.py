@@ -18,6 +18,7 @@ from .models import (
     CONFIG,
     KEY,
     Block,
+    Halved,
     Raw,
     Reversed,
     Scanned,
@@ -535,22 +536,6 @@ class Normed(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.Dense(3, name="down")(nn.WeightNorm(nn.Dense(4, name="up"))(x))
-
-
-class Halved(nn.Module):
-    """Stores half of the weight that its layer has."""
-
-    @nn.compact
-    def __call__(self, x):
-        mapped = nn.map_variables(
-            nn.Dense,
-            "params",
-            lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree),
-            lambda tree: jax.tree.map(lambda leaf: leaf / 2, tree),
-            init=self.is_initializing(),
-            mutable=True,
-        )
-        return nn.Dense(3, name="last")(mapped(5, name="first")(x))
 
 
 class Keyword(nn.Module):
