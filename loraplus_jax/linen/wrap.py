@@ -194,8 +194,8 @@ class _Call:
         if self.is_new and discoveries is not None and self.discovery not in discoveries:
             discoveries.append(self.discovery)
         self.variables = CollectionMap(self.config, wrapper, self.discovery)
-        self.own: set[str] = set()
-        self.called: set[str] = set()
+        self.own: set[Any] = set()
+        self.called: set[Any] = set()
 
     def adapt(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Runs a layer and adds the low-rank term of its adapter, if it has one."""
