@@ -221,6 +221,7 @@ def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
 
 def host_array(leaf: Any) -> Any:
     """A leaf as a contiguous numpy array."""
+    # safetensors writes the buffer as it lies, so a transposed array would come back with its values mixed up.
     return np.ascontiguousarray(jax.device_get(leaf))
 
 

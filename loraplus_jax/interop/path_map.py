@@ -391,7 +391,6 @@ def leaf_from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], kind: 
 
 
 def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
-    """The order of a kernel's axes in PyTorch."""
     if kind == "Conv":
         return (ndim - 1, ndim - 2, *range(ndim - 2))
     if kind in (None, "Linear") and ndim == 2:
@@ -408,7 +407,6 @@ def output_axis(suffix: str, kind: str | None) -> int:
 
 
 def _split_name(theirs: str) -> tuple[str, Outputs | None]:
-    """The name in PyTorch, and the outputs that follow it."""
     match = _OUTPUTS.fullmatch(theirs)
     return (match[1], Outputs(*map(int, match.groups()[1:]))) if match else (theirs, None)
 

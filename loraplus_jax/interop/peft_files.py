@@ -315,14 +315,12 @@ def _config(
 
 
 def _find_modules(name: str, path_map: PathMap) -> list[tuple[str, Index]]:
-    """Returns our modules for a tensor in PEFT's file, and their indices, as `modules_of`."""
     end = next((end for end in _ENDS if name.endswith(end)), None)
     module = name.removesuffix(end) if end else name.rpartition(".")[0].removesuffix(".base_layer")
     return modules_of(path_map, module)
 
 
 def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[str, Any]]:
-    """Reads the options, and the tensors by their names in the base model, without duplicates."""
     if not (directory / OPTIONS).is_file():
         raise FileNotFoundError(f"{directory} is not a PEFT adapter: {OPTIONS} is missing")
     if not (directory / WEIGHTS).is_file():
@@ -342,6 +340,7 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[st
     ]
     raise_problems(f"{directory / WEIGHTS} is unsupported", problems)
     check_ranks(f"{directory / OPTIONS}", options, tensors)
+    # PEFT names modules as seen from its wrapper around the model.
     unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     kept, problems = drop_copies(unprefixed, path_map)
     raise_problems(f"{directory / WEIGHTS} is inconsistent", problems)
@@ -398,7 +397,7 @@ def _slice_factors(
 
 
 def _has_tied(targets: Mapping[str, Target], leaves: Iterable[str], path_map: PathMap) -> bool:
-    """Whether an embedding that is also the head is adapted or fully trained."""
+    # Of an embedding that is also the head, PEFT must be told that both change.
     modules = (torch_module_of(path_map, path.removeprefix("params/").rpartition("/")[0]) for path in leaves)
     return any(m is not None and m.kind == "TiedEmbedding" for m in (*targets.values(), *modules))
 

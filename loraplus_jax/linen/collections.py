@@ -156,7 +156,6 @@ class CollectionMap:
         return Adapter.of(spec, self.config, f"{name!r} (target_parameters: {rule!r})")
 
     def _factors_of(self, path: Path, leaf: Any) -> dict[Path, Any]:
-        """A parameter's factors as passed to the call, or new ones."""
         adapter = self._adapter(path, leaf)
         factors = {(*path, name): self._factors.get((*path, name)) for name in adapter.shapes}
         if all(factor is not None for factor in factors.values()):

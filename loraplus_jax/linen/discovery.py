@@ -41,6 +41,7 @@ class Discovery:
         try:
             y = next_fun(*args, **kwargs)
         finally:
+            # The layer runs inside the norm's call, so a norm is running while its layer is inspected.
             if isinstance(module, _NORMS):
                 self._norms.pop()
         is_own = isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer)

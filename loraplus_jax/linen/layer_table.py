@@ -126,6 +126,7 @@ def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> LayerCall:
 
 
 def _embed(module: nn.Embed, inputs: jax.Array) -> LayerCall:
+    # As in Flax's Embed, whose table may hold integers.
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         a, b = promote_dtype(a, b, dtype=module.dtype, inexact=False)
         is_single = module.num_embeddings == 1  # then Embed ignores the indices

@@ -71,6 +71,7 @@ class LoRAPlusModel(nn.Module):
 
     def setup(self) -> None:
         """Keeps the paths of the inner model's parameters."""
+        # Otherwise Flax would put all parameters below a module of their own, "wrapped".
         nn.share_scope(self, self.wrapped)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,12 +115,8 @@ class LoRAPlusModel(nn.Module):
 
     @nn.nowrap
     def _trace_key(self) -> Any:
-        """What the trace of a submodule depends on besides its variables.
-
-        `nn.jit` inside the model reuses a trace if a module's fields, flags and variables are the same, even if
-        its name is not. New factors and `alpha_pattern` depend on names; all other settings show in the factors'
-        shapes.
-        """
+        # nn.jit inside the model reuses a trace if a module's fields, flags and variables are the same, even if its
+        # name is not. New factors and alpha_pattern depend on names; all other settings are in the config.
         by_name = self.is_mutable_collection("params") or self.lora_config.alpha_pattern
         return _UniqueHash() if by_name else self.lora_config
 

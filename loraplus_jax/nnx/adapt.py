@@ -348,7 +348,6 @@ def _names_of_factor(names: Iterable[Any], spec: AdapterSpec, side: int) -> list
 
 
 def _make_dropout(rate: float, rngs: nnx.Rngs, spec: AdapterSpec) -> nnx.Dropout:
-    """A dropout whose key has the weight's stacked axes, as `nnx.vmap` makes it."""
     make: Callable[[nnx.Rngs], nnx.Dropout] = lambda rngs: nnx.Dropout(rate, rngs=rngs)  # noqa: E731
     # nnx.scan slices the state of every module, so the key of a stack must be one for each layer.
     for axis in spec.stacked:

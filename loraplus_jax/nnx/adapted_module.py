@@ -188,7 +188,7 @@ def _is_weight(leaves: tuple[str, ...]) -> Callable[[Any, Any], bool]:
 
 
 def _trace(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, Any]:
-    """The program of a call, one for all calls that are alike, and the structure of its results."""
+    # Tracing takes most of an eager call's time, so calls that are alike share a program.
     try:
         # The graph definition holds the fields of all modules, and a user's field may be a list or a dataclass.
         hash(static)
@@ -255,7 +255,7 @@ def _low_rank(module: nnx.Module, spec: AdapterSpec | None, value: Any, key: Any
 
 
 def _axes_in_call(module: nnx.Module, spec: AdapterSpec, value: Any) -> str:
-    """The letters of a weight in a call: a loop over stacked modules has taken a parameter's batch axes."""
+    # nnx.scan and nnx.vmap slice what they are given: in their body a parameter lacks the batch axes of the stack.
     axes = spec.axes
     while len(axes) > value.ndim and (batch := [c for c in axes if c not in "io"]):
         axes = axes.replace(batch[0], "", 1)
@@ -281,7 +281,6 @@ def _dropout_key(module: nnx.Module) -> jax.Array | None:
 
 
 def _write_back(inputs: Any, path: tuple[Any, ...], variable: nnx.Variable) -> None:
-    """Writes a variable that a call changed or made into the module and its arguments."""
     owner = inputs
     for part in path[:-1]:
         if (owner := part_of(owner, part)) is None:
