@@ -96,7 +96,6 @@ def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     # Each output is the input of the same number; as an operation on all, it would mix the weights.
     if name == "optimization_barrier":
         return inputs
-    # A transformed call has another name around the first, such as that of its vmap.
     if _MARK in (called := str(params.get("name"))):
         flow.changed.update(n for tags in inputs for n, unchanged in tags if not unchanged)
         if _MARK_WHOLE in called:
