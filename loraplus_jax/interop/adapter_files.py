@@ -93,6 +93,7 @@ def save_adapter(
     elif directory.exists():
         raise ValueError(f"{directory} must be a directory, got a file")
     directory.parent.mkdir(parents=True, exist_ok=True)
+    # The reader needs both files to fit together, so the directory is replaced whole.
     with atomic_write(directory) as partial:
         partial.mkdir()
         (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))

@@ -418,7 +418,7 @@ def _match(side: str, segment: str, name: str) -> dict[str, str] | None:
         re.escape(part) if n % 2 == 0 else f"({part})" if "|" in part else f"({segment})"
         for n, part in enumerate(literals_and_holes)
     )
-    match = re.fullmatch(pattern, name, re.DOTALL)
+    match = re.fullmatch(pattern, name)
     return None if match is None else dict(zip(literals_and_holes[1::2], match.groups(), strict=True))
 
 

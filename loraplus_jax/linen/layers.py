@@ -26,6 +26,7 @@ def _add_term(y: jax.Array, layer: LoRAPlusLayer, method: Any, *args: Any, modul
         variant=layer.variant,
     )
     scope: Any = module.scope
+    # Flax wraps every method of a module; the table has the functions inside.
     call = METHODS[inspect.unwrap(method)](module, *args)
     weight = meta.unbox(scope.get_variable("params", call.leaf))
     path = "/".join(module.path) or type(module).__name__

@@ -349,6 +349,7 @@ def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
             methods = [n for n in dir(type(model)) if not n.startswith("_")]
             raise AttributeError(f"{type(model).__name__} has no method {method!r}{suggest(method, methods)}")
         return getattr(type(model), method)
+    # A bound method would run on its own module, which has no scope here.
     return getattr(method, "__func__", method)
 
 

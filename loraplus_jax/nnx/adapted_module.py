@@ -209,6 +209,7 @@ def _run(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[
     base, method, leaves, graph = static
     merged = nnx.merge(graph, weights, rest)
     module, args, kwargs = merged
+    # Of the plain class, since other methods that this one calls would otherwise be traced and evaluated apart.
     set_class(module, base)
     y = method(module, *args, **kwargs)
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)  # noqa: E731
