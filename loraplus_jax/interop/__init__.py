@@ -1,4 +1,4 @@
-"""Adapter files, PEFT's files, path maps, and adapters of other libraries."""
+"""Adapter files, PEFT's files and path maps."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Adapter files, PEFT's files, path maps, and adapters of other libraries."""
+"""Adapter files, PEFT's files and path maps."""
 
 from .adapter_files import Adapter as Adapter
 from .adapter_files import load_adapter as load_adapter
@@ -9,7 +9,6 @@ from .name_maps import BONSAI_VIT as BONSAI_VIT
 from .name_maps import GEMMA as GEMMA
 from .name_maps import TUNIX_GEMMA as TUNIX_GEMMA
 from .name_maps import TUNIX_LLAMA as TUNIX_LLAMA
-from .other_libraries import import_adapters as import_adapters
 from .peft_files import load_peft as load_peft
 from .peft_files import peft_config as peft_config
 from .peft_files import peft_options as peft_options

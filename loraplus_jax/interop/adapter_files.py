@@ -93,6 +93,7 @@ def save_adapter(
     elif directory.exists():
         raise ValueError(f"{directory} must be a directory, got a file")
     directory.parent.mkdir(parents=True, exist_ok=True)
+    # The reader needs both files to fit together, so the directory is replaced whole.
     with atomic_write(directory) as partial:
         partial.mkdir()
         (partial / TENSORS_FILE).write_bytes(tensor_bytes(flatten(trainable)))
@@ -135,27 +136,28 @@ def read_adapter_json(directory: str | Path) -> dict[str, Any]:
     for name in (TENSORS_FILE, DESCRIPTION_FILE):
         if not (Path(directory) / name).is_file():
             raise FileNotFoundError(f"{directory} is not an adapter directory: {name} is missing")
-    path = Path(directory) / DESCRIPTION_FILE
+    return read_description(Path(directory) / DESCRIPTION_FILE)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Reads a description that `step.describe_run` made, `adapter.json` or `loraplus.json`.
+
+    Raises:
+      ValueError: the file is damaged, has another format version, or a regular expression that is invalid or takes
+        too long.
+    """
 
     def check(notes: dict[str, Any]) -> None:
-        if not {"format", "config", "specs"} <= notes.keys():
+        if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
             raise ValueError(
-                f"{path} is not an adapter description: it must contain format, config and specs"
+                f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}; use the "
+                "version that wrote it"
             )
-        if notes["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: format must be {FORMAT}, got {notes['format']!r}; use the version that wrote it"
-            )
-        try_saved_rules(path, notes)
+        specs, settings = notes["specs"], notes.get("settings")
+        for config in (notes["config"], settings.get("lora") if isinstance(settings, Mapping) else None):
+            try_rules(str(path), config, specs if isinstance(specs, Mapping) else ())
 
     return read_record(path, check)
-
-
-def try_saved_rules(path: Path, notes: Mapping[str, Any]) -> None:
-    """Raises ValueError if a regular expression in an adapter's description is invalid or takes too long."""
-    specs, settings = notes["specs"], notes.get("settings")
-    for config in (notes["config"], settings.get("lora") if isinstance(settings, Mapping) else None):
-        try_rules(str(path), config, specs if isinstance(specs, Mapping) else ())
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
@@ -213,12 +215,14 @@ def check_factors(where: str, lora: Mapping[str, Any], specs: Specs) -> None:
 
 
 def tensor_bytes(tensors: Mapping[str, Any]) -> bytes:
-    """The bytes of a safetensors file. `save_file` would write files that only their owner can read."""
+    """The bytes of a safetensors file."""
+    # Not save_file, which writes files that only their owner can read.
     return _safetensors("numpy").save({name: host_array(leaf) for name, leaf in tensors.items()})
 
 
 def host_array(leaf: Any) -> Any:
     """A leaf as a contiguous numpy array."""
+    # safetensors writes the buffer as it lies, so a transposed array would come back with its values mixed up.
     return np.ascontiguousarray(jax.device_get(leaf))
 
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -69,13 +69,13 @@ class TorchModule(NamedTuple):
     @property
     def parts(self) -> tuple[str, ...]:
         """The names of the parts of a weight that holds several modules; empty if it holds one."""
-        return next((_parts(hole) for hole in self.holes if "|" in hole), ())
+        return next((tuple(hole.split("|")) for hole in self.holes if "|" in hole), ())
 
     def at(self, index: Index) -> str:
         """The name with the indices filled in."""
         name = self.name
         for hole, number in zip(self.holes, index, strict=True):
-            name = name.replace(f"{{{hole}}}", _parts(hole)[number] if "|" in hole else str(number))
+            name = name.replace(f"{{{hole}}}", hole.split("|")[number] if "|" in hole else str(number))
         return name
 
 
@@ -87,7 +87,8 @@ def check_path_map(path_map: PathMap) -> None:
         ours, theirs = (_HOLE.findall(side) for side in rule[:2])
         if missing := [name for name in ours if name not in theirs]:
             raise ValueError(f"path map: {{{missing[0]}}} in {rule[0]!r} must also be in {rule[1]!r}")
-        if any(len(set(names)) < len(names) for names in (ours, theirs, *map(_parts, ours + theirs))):
+        parts = [name.split("|") for name in ours + theirs]
+        if any(len(set(names)) < len(names) for names in (ours, theirs, *parts)):
             raise ValueError(f"path map: placeholders must be distinct on each side, got {rule!r}")
         if any("|" in name for name in ours) or sum("|" in name for name in theirs) > 1:
             raise ValueError(
@@ -136,13 +137,16 @@ def modules_of(path_map: PathMap, name: str) -> list[tuple[str, Index]]:
         shared, values = _HOLE.findall(rule[0]), _match(theirs, "[^.]+", name)
         if values is None or (modules and outputs is None):
             continue
-        index = [_number(hole, value) for hole, value in values.items() if hole not in shared]
-        if None in index:
-            continue
         module = rule[0]
         for key in shared:
-            module = module.replace(f"{{{key}}}", values[key])
-        modules.append((module, tuple(n for n in index if n is not None)))
+            module = module.replace(f"{{{key}}}", values.pop(key))
+        # One spelling of each number, or two names would be one module.
+        if not all("|" in hole or re.fullmatch("0|[1-9][0-9]{0,8}", value) for hole, value in values.items()):
+            continue
+        index = [
+            hole.split("|").index(value) if "|" in hole else int(value) for hole, value in values.items()
+        ]
+        modules.append((module, tuple(index)))
         if outputs is None:
             break
     return modules
@@ -200,7 +204,13 @@ def adapted_leaves(specs: Specs, path_map: PathMap) -> tuple[dict[str, Target], 
         try:
             kind = _kind_of(spec, torch_module)
             letters = _index_letters(spec, torch_module, kind)
-            names = {index: torch_module.at(index) for index in _indices(spec, letters)}
+            size = dict(zip(spec.base_letters, spec.shape, strict=True))
+            names = {
+                index: torch_module.at(index)
+                for index in itertools.product(*(range(size[c]) for c in letters))
+                # `layers` selects indices of the outermost stacked axis, which comes first.
+                if spec.layers is None or index[0] in spec.layers
+            }
             target = Target(spec, kind, names, letters, torch_module.outputs)
         except ValueError as error:
             problems.append(str(error))
@@ -258,7 +268,16 @@ def _index_letters(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> s
     batch = "".join(c for c, axis in zip(unstacked, spec.axes, strict=True) if axis not in "io")
     letters = stacked if kind == "Parameter" else stacked + batch
     if torch_module.parts:
-        _check_parts(spec, torch_module, kind)
+        size = next(n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower())
+        # Of a single output axis each part would have one feature, and the parts of an input axis are added.
+        selects = spec.axes[0] not in "io" or (spec.axes[0] == "o" and spec.axes.count("o") > 1)
+        is_first = ["|" in hole for hole in torch_module.holes].index(True) == len(spec.stacked)
+        if kind == "Parameter" or not selects or size != len(torch_module.parts) or not is_first:
+            raise ValueError(
+                f"{spec.leaf} with axes {spec.axes!r} and shape {spec.shape} has no parts for {torch_module.name}: "
+                f"its first unstacked axis must be a batch axis, or one of several output axes, of size "
+                f"{len(torch_module.parts)}; other indices than those of stacked axes must follow the parts"
+            )
         letters = stacked + unstacked[0] + batch.removeprefix(unstacked[0])
     if len(letters) != len(torch_module.holes):
         raise ValueError(
@@ -266,28 +285,6 @@ def _index_letters(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> s
             f"{len(torch_module.holes)} indices"
         )
     return letters
-
-
-def _check_parts(spec: AdapterSpec, torch_module: TorchModule, kind: str) -> None:
-    """Raises ValueError unless the first unstacked axis of the weight can select the part."""
-    size = next(n for c, n in zip(spec.base_letters, spec.shape, strict=True) if c.islower())
-    # Of a single output axis each part would have one feature, and the parts of an input axis are added.
-    selects = spec.axes[0] not in "io" or (spec.axes[0] == "o" and spec.axes.count("o") > 1)
-    position = ["|" in hole for hole in torch_module.holes].index(True)
-    if kind == "Parameter" or not selects or size != len(torch_module.parts) or position != len(spec.stacked):
-        raise ValueError(
-            f"{spec.leaf} with axes {spec.axes!r} and shape {spec.shape} has no parts for {torch_module.name}: "
-            f"its first unstacked axis must be a batch axis, or one of several output axes, of size "
-            f"{len(torch_module.parts)}; other indices than those of stacked axes must follow the parts"
-        )
-
-
-def _indices(spec: AdapterSpec, letters: str) -> list[Index]:
-    """The indices of the slices of the factors; each slice is a separate PyTorch module."""
-    size = dict(zip(spec.base_letters, spec.shape, strict=True))
-    indices = list(itertools.product(*(range(size[c]) for c in letters)))
-    # `layers` selects indices of the outermost stacked axis, which comes first.
-    return indices if spec.layers is None else [index for index in indices if index[0] in spec.layers]
 
 
 def factors_to_peft(
@@ -298,14 +295,9 @@ def factors_to_peft(
     `factors` are A, B and, if the spec has them, the magnitudes. With `prune`, without the components that are 0 in
     B, unless all are: then one is kept. Slices with one A keep the same components.
     """
-    _, _, *magnitude_shape = factor_shapes(target)
     for index in target.names:
         kept = _components_in_use(factors[1], index, target) if prune else np.arange(target.spec.rank)
-        a, b, *magnitude = _slices(factors, index, target)
-        a, b = _select(a, b, kept, target)
-        shape = factor_shapes(target, len(kept))[1]
-        rest = (m.reshape(shape) for m, shape in zip(magnitude, magnitude_shape, strict=True))
-        yield index, (_a_to_peft(a, target.kind), _b_to_peft(b, shape, target.kind), *rest)
+        yield index, _slice_to_peft(factors, index, target, kept)
 
 
 def rank_of_slice(a: np.ndarray, target: Target) -> int:
@@ -319,15 +311,40 @@ def factors_from_peft(
     """The inverse of `factors_to_peft`; what is missing becomes zeros. Copies of a shared A must be equal."""
     dtype = next(iter(slices.values()))[0].dtype
     factors = tuple(np.zeros(shape, dtype) for shape in target.spec.factor_shapes)
-    for index, (array_a, array_b, *magnitude) in slices.items():
-        kept = slice(rank_of_slice(array_a, target))
-        part_a, part_b, *rest = _slices(factors, index, target)
-        part_a, part_b = _select(part_a, part_b, kept, target)
-        part_a[...] = _a_from_peft(array_a, part_a.shape, target.kind)
-        part_b[...] = _b_from_peft(array_b, part_b.shape, target.kind)
-        for part, array in zip(rest, magnitude, strict=True):
-            part[...] = array.reshape(part.shape)
+    # The entries' numbers, in PEFT's layout, say where each of its entries belongs: no second set of layouts.
+    numbers = [np.arange(factor.size).reshape(factor.shape) for factor in factors]
+    for index, arrays in slices.items():
+        kept = np.arange(rank_of_slice(arrays[0], target))
+        for factor, at, array in zip(
+            factors, _slice_to_peft(numbers, index, target, kept), arrays, strict=True
+        ):
+            factor.reshape(-1)[at] = array
     return factors
+
+
+def _slice_to_peft(
+    factors: Sequence[np.ndarray], index: Index, target: Target, components: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """Some components of one slice of the factors, in PEFT's layout."""
+    kind, letters = target.kind, target.spec.factor_letters
+    views = []  # A (batch, in..., r), B (batch, r, out...) and magnitudes (batch, 1, out...)
+    for array, own in zip(factors, (*letters, letters[1]), strict=False):
+        order = [c for c in target.letters if c in own] + [c for c in own if c not in target.letters]
+        view = np.transpose(array, [own.index(c) for c in order])
+        views.append(view[(*_own_index(target, index, own), ...)])
+    a, b, *magnitude = views
+    a = a[..., components]
+    b = np.take(b, components, [c for c in letters[1] if c not in target.letters].index("r"))
+    if kind == "Conv":
+        a = np.moveaxis(a, (-1, -2), (0, 1))
+    elif kind == "Parameter":
+        a = a.swapaxes(-1, -2).reshape(-1, a.shape[-2])
+    else:
+        a = a.reshape(-1, a.shape[-1]).T
+    _, b_shape, *magnitude_shape = factor_shapes(target, len(components))
+    b = b.T if kind == "Parameter" else b.reshape(b.shape[0], -1).T
+    rest = (m.reshape(shape) for m, shape in zip(magnitude, magnitude_shape, strict=True))
+    return a, b.reshape(b_shape), *rest
 
 
 def factor_shapes(target: Target, rank: int | None = None) -> tuple[tuple[int, ...], ...]:
@@ -374,7 +391,6 @@ def leaf_from_torch(name: str, array: np.ndarray, shape: tuple[int, ...], kind: 
 
 
 def _kernel_axes(ndim: int, kind: str | None) -> tuple[int, ...]:
-    """The order of a kernel's axes in PyTorch."""
     if kind == "Conv":
         return (ndim - 1, ndim - 2, *range(ndim - 2))
     if kind in (None, "Linear") and ndim == 2:
@@ -391,7 +407,6 @@ def output_axis(suffix: str, kind: str | None) -> int:
 
 
 def _split_name(theirs: str) -> tuple[str, Outputs | None]:
-    """The name in PyTorch, and the outputs that follow it."""
     match = _OUTPUTS.fullmatch(theirs)
     return (match[1], Outputs(*map(int, match.groups()[1:]))) if match else (theirs, None)
 
@@ -403,47 +418,17 @@ def _match(side: str, segment: str, name: str) -> dict[str, str] | None:
         re.escape(part) if n % 2 == 0 else f"({part})" if "|" in part else f"({segment})"
         for n, part in enumerate(literals_and_holes)
     )
-    match = re.fullmatch(pattern, name, re.DOTALL)
+    match = re.fullmatch(pattern, name)
     return None if match is None else dict(zip(literals_and_holes[1::2], match.groups(), strict=True))
 
 
-def _parts(hole: str) -> tuple[str, ...]:
-    return tuple(hole.split("|"))
-
-
-def _number(hole: str, value: str) -> int | None:
-    """The index that a placeholder's value stands for; None if it is not one."""
-    if "|" in hole:
-        return _parts(hole).index(value)
-    return int(value) if re.fullmatch("0|[1-9][0-9]{0,8}", value) else None
-
-
-def _kind(rule: Any) -> str | None:
+def _kind(rule: Sequence[str]) -> str | None:
     return rule[2] if len(rule) == 3 else None
 
 
 def _own_index(target: Target, index: Index, letters: str) -> Index:
     """The index of a slice, of the axes that a factor with these letters has."""
     return tuple(n for c, n in zip(target.letters, index, strict=True) if c in letters)
-
-
-def _slices(factors: Sequence[np.ndarray], index: Index, target: Target) -> list[np.ndarray]:
-    """Views of one slice of the factors: A (batch, in..., r), B and magnitudes (batch, r or 1, out...)."""
-    a, b = target.spec.factor_letters
-    views = []
-    for array, letters in zip(factors, (a, b, b), strict=False):
-        order = [c for c in target.letters if c in letters] + [c for c in letters if c not in target.letters]
-        view = np.transpose(array, [letters.index(c) for c in order])
-        views.append(view[(*_own_index(target, index, letters), ...)])
-    return views
-
-
-def _select(
-    a: np.ndarray, b: np.ndarray, components: np.ndarray | slice, target: Target
-) -> tuple[np.ndarray, np.ndarray]:
-    """Some components of a slice's A (batch, in..., r) and B (batch, r, out...); views for a `slice`."""
-    axis = [c for c in target.spec.factor_letters[1] if c not in target.letters].index("r")
-    return a[..., components], b[(slice(None),) * axis + (components,)]
 
 
 def _components_in_use(b: np.ndarray, index: Index, target: Target) -> np.ndarray:
@@ -454,33 +439,3 @@ def _components_in_use(b: np.ndarray, index: Index, target: Target) -> np.ndarra
     axis = [c for c in letters_b if c not in fixed].index("r")
     in_use = (np.moveaxis(rows, axis, 0).reshape(target.spec.rank, -1) != 0).any(1)
     return np.flatnonzero(in_use) if in_use.any() else np.arange(1)
-
-
-def _a_to_peft(a: np.ndarray, kind: str) -> np.ndarray:
-    """A `(in..., r)` in PEFT's layout."""
-    if kind == "Conv":
-        return np.moveaxis(a, (-1, -2), (0, 1))
-    if kind == "Parameter":  # (batch, in, r)
-        return a.swapaxes(-1, -2).reshape(-1, a.shape[-2])
-    return a.reshape(-1, a.shape[-1]).T
-
-
-def _a_from_peft(array: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    if kind == "Conv":
-        return np.moveaxis(array, (0, 1), (-1, -2))
-    if kind == "Parameter":
-        return array.reshape(*shape[:-2], shape[-1], shape[-2]).swapaxes(-1, -2)
-    return array.T.reshape(shape)
-
-
-def _b_to_peft(b: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    """B `(r, out...)` in PEFT's layout."""
-    if kind == "Parameter":  # (batch, r, out)
-        return b.T.reshape(shape)
-    return b.reshape(b.shape[0], -1).T.reshape(shape)
-
-
-def _b_from_peft(array: np.ndarray, shape: tuple[int, ...], kind: str) -> np.ndarray:
-    if kind == "Parameter":
-        return array.reshape(shape[::-1]).T
-    return array.reshape(array.shape[0], array.shape[1]).T.reshape(shape)

@@ -110,6 +110,7 @@ def read_options(path: Path) -> PeftOptions:
       ValueError: the file is not the config of a LoRA adapter, a value is invalid, or options are unsupported; the
         message names them all.
     """
+    # PEFT writes every field of its config, most of them null.
     values = {name: value for name, value in read_json(path).items() if value is not None}
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {values.get('peft_type')!r:.80}")
@@ -235,7 +236,7 @@ def raise_problems(what: str, problems: Sequence[str]) -> None:
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Makes few patterns that give every module its value: the last segment alone if all its modules agree."""
+    # Few patterns, since PEFT tries all of them for every module: the last segment alone if all its modules agree.
     groups: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         groups.setdefault(name.rpartition(".")[2], {})[name] = value
@@ -266,7 +267,8 @@ def _first_matches(where: str, patterns: Mapping[str, Any], names: Sequence[str]
 
 
 def _match(where: str, patterns: Sequence[str], names: Collection[str]) -> list[list[int]]:
-    """For each name the indices of the patterns that match it, found in a child process, where they cannot hang."""
+    # For each name the indices of the patterns that match it. In a child process: a pattern from a file may run for
+    # ever, and Python's re has no timeout.
     if not patterns:
         return [[] for _ in names]
     later = " or a later one" if len(patterns) > 1 else ""
@@ -280,5 +282,5 @@ def _check_names(field: str, names: Any) -> None:
 
 
 def _int_if_integral(value: float) -> float:
-    """Converts an integral float to an int, since PEFT writes alphas as ints."""
+    # As PEFT writes it: lora_alpha is an int there.
     return int(value) if value == int(value) else value

@@ -7,6 +7,7 @@ converts names and layouts, see `path_map`.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._utils.atomic import atomic_write, to_json
-from .._utils.records import check_files, read_record, record_text
+from .._utils.records import check_files, record_text
 from .._utils.validation import check_choice
 from ..adapter.config import LoRAPlusConfig, pattern_of
 from ..adapter.spec import Specs
 from ..adapter.tree import flat_factors, flatten, unflatten
 from ..optim.ranks import alpha_for
-from ..step.checkpoint import FORMAT, describe_run
+from ..step.checkpoint import describe_run
 from .adapter_files import (
     Adapter,
     check_config_matches_specs,
     check_ranks,
     host_array,
+    read_description,
     read_tensors,
     tensor_bytes,
-    try_saved_rules,
 )
 from .fused_modules import Factors, Part, fuse, split
 from .path_map import (
@@ -131,7 +132,7 @@ def save_peft(
         raise_problems(what, find_problems(check_for, options))
     files = {
         WEIGHTS: tensor_bytes({_PREFIX + name: tensor for name, tensor in (tensors | leaves).items()}),
-        OPTIONS: _to_json(options),
+        OPTIONS: (to_json(options, indent=1) + "\n").encode(),
     }
     files |= {OWN_TENSORS_FILE: tensor_bytes(flatten(own))} if own else {}
     files |= {"README.md": readme.encode()} if readme is not None else {}
@@ -196,9 +197,8 @@ def load_peft(
     layers = next((spec.layers for spec in specs.values() if spec.layers is not None), None)
     config = saved_config or _config(directory, options, [*tensors], path_map, layers)
     check_config_matches_specs(specs, config)
-    check_files(
-        directory / NOTES_FILE, peft_notes(directory) or {}
-    )  # last, since the other messages say more
+    # Last, since the other messages say more.
+    check_files(directory / NOTES_FILE, peft_notes(directory) or {})
     return Adapter(unflatten(lora), dict(specs), config, unflatten(extras))
 
 
@@ -254,17 +254,7 @@ def peft_notes(directory: str | Path) -> dict[str, Any] | None:
       ValueError: the file is damaged or has another format version.
     """
     path = Path(directory) / NOTES_FILE
-    if not path.is_file():
-        return None
-
-    def check(notes: dict[str, Any]) -> None:
-        if not {"format", "config", "specs"} <= notes.keys() or notes["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: format must be {FORMAT}, with config and specs, got {notes.get('format')!r:.80}"
-            )
-        try_saved_rules(path, notes)
-
-    return read_record(path, check)
+    return read_description(path) if path.is_file() else None
 
 
 def _saved_config(directory: Path) -> LoRAPlusConfig | None:
@@ -314,8 +304,8 @@ def _config(
         layers_to_transform=layers,
         rank=options.rank,
         alpha=float(options.alpha),
-        rank_pattern={_escape(m): rank for m, rank in ranks.items() if rank != options.rank},
-        alpha_pattern={_escape(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
+        rank_pattern={re.escape(m): rank for m, rank in ranks.items() if rank != options.rank},
+        alpha_pattern={re.escape(m): float(alpha) for m, alpha in alphas.items() if alpha != options.alpha},
         use_rslora=options.use_rslora,
         dropout=options.dropout,
         variant="dora" if options.use_dora else "lora",
@@ -325,23 +315,12 @@ def _config(
 
 
 def _find_modules(name: str, path_map: PathMap) -> list[tuple[str, Index]]:
-    """Returns our modules for a tensor in PEFT's file, and their indices, as `modules_of`."""
     end = next((end for end in _ENDS if name.endswith(end)), None)
     module = name.removesuffix(end) if end else name.rpartition(".")[0].removesuffix(".base_layer")
     return modules_of(path_map, module)
 
 
-def _escape(module: str) -> str:
-    return "".join(f"[{c}]" if c in ".^$*+?{}|()" else c for c in module)
-
-
-def _alpha_of(config: LoRAPlusConfig, key: str) -> float:
-    pattern = pattern_of(config.alpha_pattern, key)
-    return config.alpha if pattern is None else config.alpha_pattern[pattern]
-
-
 def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[str, Any]]:
-    """Reads the options, and the tensors by their names in the base model, without duplicates."""
     if not (directory / OPTIONS).is_file():
         raise FileNotFoundError(f"{directory} is not a PEFT adapter: {OPTIONS} is missing")
     if not (directory / WEIGHTS).is_file():
@@ -361,6 +340,7 @@ def _read(directory: Path, path_map: PathMap = ()) -> tuple[PeftOptions, dict[st
     ]
     raise_problems(f"{directory / WEIGHTS} is unsupported", problems)
     check_ranks(f"{directory / OPTIONS}", options, tensors)
+    # PEFT names modules as seen from its wrapper around the model.
     unprefixed = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     kept, problems = drop_copies(unprefixed, path_map)
     raise_problems(f"{directory / WEIGHTS} is inconsistent", problems)
@@ -417,7 +397,7 @@ def _slice_factors(
 
 
 def _has_tied(targets: Mapping[str, Target], leaves: Iterable[str], path_map: PathMap) -> bool:
-    """Whether an embedding that is also the head is adapted or fully trained."""
+    # Of an embedding that is also the head, PEFT must be told that both change.
     modules = (torch_module_of(path_map, path.removeprefix("params/").rpartition("/")[0]) for path in leaves)
     return any(m is not None and m.kind == "TiedEmbedding" for m in (*targets.values(), *modules))
 
@@ -481,9 +461,8 @@ def _factor_tensors(
                 raise ValueError(f"{name}: {error}") from None
         tensors |= dict(zip(target.keys(index), map(np.ascontiguousarray, factors), strict=True))
         rank = ranks[name] = rank_of_slice(factors[0], target)
-        alphas[name] = _alpha_of(config, key) if rank == spec.rank else alpha_for(spec.scale, rank, config)
+        pattern = pattern_of(config.alpha_pattern, key)
+        alphas[name] = config.alpha if pattern is None else config.alpha_pattern[pattern]
+        if rank != spec.rank:  # with the same scale
+            alphas[name] = alpha_for(spec.scale, rank, config)
     return tensors, ranks, alphas
-
-
-def _to_json(content: Mapping[str, Any]) -> bytes:
-    return (to_json(content, indent=1) + "\n").encode()

@@ -12,10 +12,6 @@ Rule = tuple[Callable[[Mapping[str, Any]], Any], str]
 """Returns the value of an option that the server does not support, or nothing; and what the server does with it."""
 
 
-def _largest_rank(options: Mapping[str, Any]) -> int:
-    return max(options["r"], *options["rank_pattern"].values(), 0)
-
-
 _SAME_SCALE = "{} is ignored: every layer gets the scale of r and lora_alpha"
 _COMMON: tuple[Rule, ...] = (
     (lambda options: options["rank_pattern"], f"rank_pattern {_SAME_SCALE}"),
@@ -29,7 +25,7 @@ SERVERS: Mapping[Server, Sequence[Rule]] = {
         *_COMMON,
         (lambda options: options["modules_to_save"], "modules_to_save {} is rejected"),
         (
-            lambda o: rank if (rank := _largest_rank(o)) > 512 else None,
+            lambda o: rank if (rank := max(o["r"], 0, *o["rank_pattern"].values())) > 512 else None,
             "rank {} is above 512, the largest allowed",
         ),
     ),

@@ -4,7 +4,7 @@ A model whose adapted layers return only their low-rank terms (`Mode.LOW_RANK_ON
 weights. If one still reaches an output, the model reads it outside its layer, where no adapter acts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +35,9 @@ class Dataflow(NamedTuple):
       whole: inputs that reach `mark_weight` where a layer needs W + s A B as one array.
     """
 
-    read: frozenset[int]
-    changed: frozenset[int]
-    whole: frozenset[int]
+    read: set[int]
+    changed: set[int]
+    whole: set[int]
 
 
 def mark_weight(weight: jax.Array, *, whole: bool = False) -> jax.Array:
@@ -49,6 +49,7 @@ def _marker(name: str) -> Any:
     def zero(weight: jax.Array) -> jax.Array:
         return jnp.zeros(())
 
+    # Under jit, since a call keeps its name in the jaxpr, through transformations too.
     zero.__name__ = name
     return jax.jit(zero)
 
@@ -62,22 +63,14 @@ def trace_dataflow(program: ClosedJaxpr) -> Dataflow:
     Assumes that every input of an operation reaches all its outputs, so an input counts as unread only if no output
     uses it. Effects such as printing do not count as outputs.
     """
-    marks = _Marks(set(), set())
-    inputs = [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))]
-    outputs = _propagate(program, inputs, marks)
-    read = frozenset(n for tags in outputs for n, _ in tags)
-    return Dataflow(read, frozenset(marks.changed), frozenset(marks.whole))
+    flow = Dataflow(set(), set(), set())
+    outputs = _propagate(program, [frozenset({(n, True)}) for n in range(len(program.jaxpr.invars))], flow)
+    flow.read.update(n for tags in outputs for n, _ in tags)
+    return flow
 
 
-class _Marks(NamedTuple):
-    """The inputs that reach a mark, changed or where a whole weight is needed."""
-
-    changed: set[int]
-    whole: set[int]
-
-
-def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], marks: _Marks) -> list[Tags]:
-    """Computes the tags of a program's outputs from those of its inputs; adds to `marks`."""
+def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], flow: Dataflow) -> list[Tags]:
+    """Computes the tags of a program's outputs from those of its inputs; adds to `changed` and `whole`."""
     jaxpr: Any = getattr(program, "jaxpr", program)
     tags = dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -86,62 +79,63 @@ def _propagate(program: ClosedJaxpr | Jaxpr, inputs: Sequence[Tags], marks: _Mar
 
     for eqn in jaxpr.eqns:
         if any(eqn_inputs := tags_of(eqn.invars)):
-            tags |= zip(eqn.outvars, _propagate_eqn(eqn, eqn_inputs, marks), strict=True)
+            tags |= zip(eqn.outvars, _propagate_eqn(eqn, eqn_inputs, flow), strict=True)
     return tags_of(jaxpr.outvars)
 
 
-def _propagate_eqn(eqn: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
-    """Computes the tags of one operation's outputs."""
+def _propagate_eqn(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _scan(eqn, inputs, marks)
+        return _scan(eqn, inputs, flow)
     if name == "while":
-        return _while(params, inputs, marks)
+        return _while(params, inputs, flow)
     if name == "cond":
-        branches = [_propagate(branch, inputs[1:], marks) for branch in params["branches"]]
+        # The index decides which values come out, so it counts as read.
+        branches = [_propagate(branch, inputs[1:], flow) for branch in params["branches"]]
         return [_as_changed(inputs[0]).union(*tags) for tags in zip(*branches, strict=True)]
+    # Each output is the input of the same number; as an operation on all, it would mix the weights.
     if name == "optimization_barrier":
         return inputs
     if _MARK in (called := str(params.get("name"))):
-        marks.changed.update(n for tags in inputs for n, unchanged in tags if not unchanged)
+        flow.changed.update(n for tags in inputs for n, unchanged in tags if not unchanged)
         if _MARK_WHOLE in called:
-            marks.whole.update(n for tags in inputs for n, _ in tags)
-    inner = [value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)]
-    if len(inner) == 1 and _fits(inner[0], eqn):  # a call, whatever its name
-        return _propagate(inner[0], inputs, marks)
+            flow.whole.update(n for tags in inputs for n, _ in tags)
+    for inner in (value for value in params.values() if isinstance(value, ClosedJaxpr | Jaxpr)):
+        jaxpr: Any = getattr(inner, "jaxpr", inner)
+        # A call, whatever its name: jax has many, and users may add their own.
+        if (len(jaxpr.invars), len(jaxpr.outvars)) == (len(eqn.invars), len(eqn.outvars)):
+            return _propagate(inner, inputs, flow)
     tags = NOTHING.union(*inputs)
     return [tags if name in _MOVES else _as_changed(tags)] * len(eqn.outvars)
 
 
-def _fits(program: ClosedJaxpr | Jaxpr, eqn: Any) -> bool:
-    jaxpr: Any = getattr(program, "jaxpr", program)
-    return len(jaxpr.invars) == len(eqn.invars) and len(jaxpr.outvars) == len(eqn.outvars)
+def _scan(eqn: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
+    consts, carried = scan_counts(eqn)
+
+    def step(carry: list[Tags]) -> list[Tags]:
+        return _propagate(eqn.params["jaxpr"], inputs[:consts] + carry + inputs[consts + carried :], flow)
+
+    carry = _repeat(step, inputs[consts : consts + carried])
+    return carry + step(carry)[carried:]
 
 
-def _scan(eqn: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
-    body, (consts, carried) = eqn.params["jaxpr"], scan_counts(eqn)
-    carry = inputs[consts : consts + carried]
-    while True:
-        outputs = _propagate(body, inputs[:consts] + carry + inputs[consts + carried :], marks)
-        if (new_carry := _union(carry, outputs)) == carry:
-            return carry + outputs[carried:]
-        carry = new_carry
-
-
-def _while(params: Any, inputs: list[Tags], marks: _Marks) -> list[Tags]:
+def _while(params: Any, inputs: list[Tags], flow: Dataflow) -> list[Tags]:
     cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
-    carry = inputs[cond_consts + body_consts :]
-    while True:
-        (condition,) = _propagate(params["cond_jaxpr"], inputs[:cond_consts] + carry, marks)
+
+    def step(carry: list[Tags]) -> list[Tags]:
+        (condition,) = _propagate(params["cond_jaxpr"], inputs[:cond_consts] + carry, flow)
         body_inputs = inputs[cond_consts : cond_consts + body_consts] + carry
-        outputs = _propagate(params["body_jaxpr"], body_inputs, marks)
-        if (new_carry := _union(carry, [tags | _as_changed(condition) for tags in outputs])) == carry:
-            return carry
-        carry = new_carry
+        outputs = _propagate(params["body_jaxpr"], body_inputs, flow)
+        return [tags | _as_changed(condition) for tags in outputs]
+
+    return _repeat(step, inputs[cond_consts + body_consts :])
 
 
-def _union(first: list[Tags], second: list[Tags]) -> list[Tags]:
-    return [a | b for a, b in zip(first, second, strict=False)]
+def _repeat(step: Callable[[list[Tags]], list[Tags]], carry: list[Tags]) -> list[Tags]:
+    """The tags of a loop's carried values after any number of steps."""
+    while (new := [a | b for a, b in zip(carry, step(carry), strict=False)]) != carry:
+        carry = new
+    return carry
 
 
 def _as_changed(tags: Tags) -> Tags:

@@ -28,5 +28,4 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 
 
 def _count_longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
-    """Counts the variables that have more axes outside than inside."""
     return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outside, inside, strict=True))

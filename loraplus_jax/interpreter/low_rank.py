@@ -86,6 +86,8 @@ class LowRankWeight:
         base = self.base(whole=True)
         if self.a is None:
             return base
+        # On TPU a product of float32 arrays rounds them to bfloat16 unless the precision is HIGHEST, and a sum in
+        # bfloat16 would lose a small s A B beside W.
         a, b = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (self.a, self.b))
         left, right = self.factor_letters
         delta = jnp.einsum(
@@ -136,6 +138,7 @@ class LowRankWeight:
             return y
         left, right = self.factor_letters
         batch_axes = len(set(left) & set(right)) - 1
+        # The measurement is no part of the loss: no gradient may reach x through it.
         inputs = jax.lax.stop_gradient(x)
         squares = update_squares(term, inputs, self.before, (self.a, self.b), self.scale, batch_axes)
         return inject_gradient(y, self.tap, squares.reshape(self.tap.shape))
@@ -170,6 +173,7 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
     if name == "scan":
         return _scan(eqn, inputs)
     if name in ("checkpoint", "remat", "remat2"):
+        # Evaluated equation by equation the body is no checkpoint any more, so it gets another.
         inner = functools.partial(_evaluate, eqn.params["jaxpr"])
         options = {name: eqn.params[name] for name in ("policy", "prevent_cse")}
         return jax.checkpoint(lambda *values: inner(values), **options)(*inputs)
@@ -177,7 +181,12 @@ def _evaluate_eqn(eqn: Any, inputs: list[Any], jaxpr: Any) -> Sequence[Any]:
         (weight,) = weights
         of = lambda w: run_equation(eqn, [w if x is weight else x for x in inputs], jaxpr)[0]  # noqa: E731
         if _is_passed(eqn, weight):
-            return [dataclasses.replace(weight, w=_passed(eqn, weight.w, of))]
+            w = weight.w
+            if not isinstance(w, PackedArray):
+                w = of(w)
+            elif name == "convert_element_type":
+                w = w.astype(eqn.params["new_dtype"])
+            return [dataclasses.replace(weight, w=w)]
         if name == "transpose":
             order = eqn.params["permutation"]
             w = weight.w.transpose(order) if isinstance(weight.w, PackedArray) else of(weight.w)
@@ -219,21 +228,14 @@ def _use(use: _Use, eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: A
 
 
 def _is_passed(eqn: Any, weight: LowRankWeight) -> bool:
-    """Whether the factors pass an operation unchanged."""
     name, (output, *rest) = eqn.primitive.name, (x.aval for x in eqn.outvars)
     if name == "convert_element_type":
         return jnp.issubdtype(output.dtype, jnp.inexact)  # an integer is not a sum of its parts
     return not rest and (name in _TRANSPARENT or (name == "stop_gradient" and not weight.stops))
 
 
-def _passed(eqn: Any, w: Any, of: Callable[[Any], Any]) -> Any:
-    if not isinstance(w, PackedArray):
-        return of(w)
-    return w.astype(eqn.params["new_dtype"]) if eqn.primitive.name == "convert_element_type" else w
-
-
 def _base_product(eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any) -> Sequence[Any]:
-    """The operation with W. The backward pass unpacks a packed W again, instead of keeping its values till then."""
+    # Under jax.checkpoint the backward pass unpacks a packed W again, instead of keeping its values till then.
     others = [None if x is weight else x for x in inputs]
 
     def run(w: Any, others: list[Any]) -> Sequence[Any]:
@@ -244,7 +246,7 @@ def _base_product(eqn: Any, inputs: list[Any], weight: LowRankWeight, jaxpr: Any
 
 
 def _scan(eqn: Any, inputs: list[Any]) -> Sequence[Any]:
-    """Runs a loop. The weights that it reads stay as they are, whole or one index of a batch axis per step."""
+    # Weights that every step reads stay whole; of those that it slices, a step gets one index of a batch axis.
     consts, carried = scan_counts(eqn)
     before, carry, after = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
     slices = [_slices(value) for value in after]
@@ -311,6 +313,7 @@ def _contraction(eqn: Any, inputs: list[Any], weight: LowRankWeight) -> _Use | N
     ):
         equations = None  # a plain product, which is quicker to trace
     precision, shardings = eqn.params["precision"], (None, None)
+    # A product over an explicitly sharded axis must say how its result is sharded; JAX does not choose.
     if is_explicit(x, weight.w, weight.a, weight.b):
         of_x = jax.typeof(x).sharding
         axes = dict(zip(letters, of_x.spec, strict=True))

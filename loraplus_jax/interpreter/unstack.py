@@ -38,33 +38,25 @@ def unstack(variables: Any, layers: int) -> list[Layers]:
 
     A leaf that is not stacked, that is traced, or that is not on one CPU device has no views.
     """
-    return [_views(leaf, layers) for leaf in jax.tree.leaves(variables)]
-
-
-def _views(leaf: Any, layers: int) -> Layers:
-    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or leaf.shape[:1] != (layers,):
-        return ()
-    device, *others = leaf.devices()
-    if others or device.platform != "cpu":
-        return ()
-    # Both steps share memory on a CPU where a slice is aligned to 64 bytes; elsewhere each call copies it.
-    return tuple(jax.device_put(view, device) for view in np.asarray(leaf))
+    views: list[Layers] = []
+    for leaf in jax.tree.leaves(variables):
+        views.append(())
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.shape[:1] == (layers,):
+            device, *others = leaf.devices()
+            if device.platform == "cpu" and not others:
+                # Both steps share memory on a CPU where a slice is aligned to 64 bytes; elsewhere each call copies.
+                views[-1] = tuple(jax.device_put(view, device) for view in np.asarray(leaf))
+    return views
 
 
 def run_unstacked(fn: Callable[..., Any], variables: Any, layers: Sequence[Layers], *args: Any) -> Any:
     """`fn(variables, *args)`; loops over slices of `variables` are straight code on `layers`, made by `unstack`."""
     if not any(layers):
         return fn(variables, *args)
-    program, outputs = jax.make_jaxpr(fn, return_shape=True)(variables, *args)
-    leaves, rest = jax.tree.leaves(variables), jax.tree.leaves(args)
-    values = _evaluate(program, [*leaves, *rest], [*layers, *[()] * len(rest)])
-    return jax.tree.unflatten(jax.tree.structure(outputs), values)
-
-
-def _evaluate(program: Any, inputs: Sequence[Any], layers: Sequence[Layers]) -> list[Any]:
-    jaxpr = program.jaxpr
+    program, results = jax.make_jaxpr(fn, return_shape=True)(variables, *args)
+    jaxpr, inputs = program.jaxpr, jax.tree.leaves((variables, args))
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*program.consts, *inputs), strict=True))
-    views = {var: slices for var, slices in zip(jaxpr.invars, layers, strict=True) if slices}
+    views = dict(zip(jaxpr.invars, layers, strict=False))  # the variables are the first inputs
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]  # noqa: E731
     for eqn in jaxpr.eqns:
         slices = [() if isinstance(atom, Literal) else views.get(atom, ()) for atom in eqn.invars]
@@ -75,11 +67,10 @@ def _evaluate(program: Any, inputs: Sequence[Any], layers: Sequence[Layers]) -> 
         else:
             outputs = run_equation(eqn, arrays, jaxpr)
         values |= zip(eqn.outvars, outputs, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
+    return jax.tree.unflatten(jax.tree.structure(results), [read(atom) for atom in jaxpr.outvars])
 
 
 def _unroll(eqn: Any, inputs: list[Any], slices: list[Layers]) -> list[jax.Array]:
-    """Runs a scan's steps one after the other, on `slices` where there are any."""
     consts, carried = scan_counts(eqn)
     before, carry, sliced = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
     body = jax.jit(jaxpr_as_fun(eqn.params["jaxpr"]))  # jit: traced and lowered once for all layers

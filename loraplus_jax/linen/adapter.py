@@ -1,9 +1,8 @@
 """The adapter of one Linen layer: makes and reads its factors, and adds its low-rank term to a call."""
 
-import contextlib
 import dataclasses
-import enum
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +12,7 @@ from flax import struct
 from flax.core import meta
 from flax.core.scope import LazyRng
 
-from ..adapter.config import ALL_LINEAR, Init, LoRAPlusConfig, Variant
+from ..adapter.config import Init, LoRAPlusConfig, Variant
 from ..adapter.dora import output_norms
 from ..adapter.lora import SCALE
 from ..adapter.rules import is_adapted, is_target, matching_rule
@@ -22,56 +21,29 @@ from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..inits.random import factor_inits
 from ..interpreter.dataflow import mark_weight
 from ..interpreter.low_rank import LowRankWeight
-from .layer_table import LayerCall, layer_call
+from .layer_table import LayerCall
 
 OURS = "lora_plus"
 """A flag on a wrapped model's scopes; modules that the model runs with their own `.apply` or `.init` lack it."""
 
 
-class Mode(enum.Enum):
+@dataclasses.dataclass(frozen=True)
+class Tracing:
     """How a model runs.
 
     Attributes:
-      PLAIN: normally; new factors are bare arrays.
-      BOXED: normally, but new factors are `FactorBox` objects, from which `init_lora` reads the specs.
-      LOW_RANK_ONLY: adapted layers return only their low-rank term, and `mark_weight` of the omitted weight.
+      boxed: whether new factors are `FactorBox` objects, from which `init_lora` reads the specs, or bare arrays.
+      low_rank_only: whether adapted layers return only their low-rank term, and `mark_weight` of their weight.
+      discoveries: collects the `Discovery` of each wrapped model that is initialized; None for no collection.
     """
 
-    PLAIN = enum.auto()
-    BOXED = enum.auto()
-    LOW_RANK_ONLY = enum.auto()
+    boxed: bool = False
+    low_rank_only: bool = False
+    discoveries: list[Any] | None = dataclasses.field(default=None, compare=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Tracing:
-    """A mode, and the discoveries of the initializations in it."""
-
-    mode: Mode
-    discoveries: list[Any] = dataclasses.field(default_factory=list, compare=False)
-
-
-# A context that nn.jit and jax.jit respect: they do not reuse a trace from another context.
-_TRACING: Any = jax.make_user_context(Tracing(Mode.PLAIN))
-
-
-def mode() -> Mode:
-    """The current mode."""
-    return _TRACING.value.mode
-
-
-@contextlib.contextmanager
-def run_in(new: Mode) -> Iterator[list[Any]]:
-    """Runs the block in a mode; yields a list that collects the `Discovery` of each wrapped model."""
-    outer = _TRACING.value
-    discoveries = [] if outer.mode is Mode.PLAIN else outer.discoveries
-    with _TRACING(Tracing(new, discoveries)):
-        yield discoveries
-
-
-def record_discovery(discovery: Any) -> None:
-    """Adds a discovery to the list of the outermost `run_in`."""
-    if discovery not in _TRACING.value.discoveries and mode() is not Mode.PLAIN:
-        _TRACING.value.discoveries.append(discovery)
+# Not a global variable or a ContextVar: nn.jit and jax.jit would reuse a trace of another value.
+TRACING: Any = jax.make_user_context(Tracing())
 
 
 class FactorBox(struct.PyTreeNode, meta.AxisMetadata):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -112,16 +84,6 @@ def is_box(_: Any, value: Any) -> bool:
     return isinstance(value, FactorBox)
 
 
-class Adapter(NamedTuple):
-    """The settings of one adapter: rank, scale, initialization, dropout rate, and whether it is of variant dora."""
-
-    rank: int
-    scale: float
-    init: Init = "lora"
-    dropout: float = 0.0
-    magnitude: bool = False
-
-
 class LoRAPlusLayer(nn.Module):
     """Base class of the layers with built-in adapters in `layers.py`.
 
@@ -138,121 +100,119 @@ class LoRAPlusLayer(nn.Module):
     variant: Variant = "lora"
 
 
-def has_own_adapter(module: nn.Module) -> bool:
-    """Whether a module has a built-in adapter, or is a submodule of one that does."""
-    return isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer)
+class Adapter(NamedTuple):
+    """The adapter of a layer or parameter: what every call reads of it, computed once.
+
+    Attributes:
+      spec: its spec without stacked axes, with the leaf's path relative to the module.
+      shapes: the shapes of A, B and, if there are any, magnitudes, by name.
+      letters, factor_letters: `base_letters` and `factor_letters` of the spec.
+      config: the config that it is from.
+      where: description of the layer, for messages.
+    """
+
+    spec: AdapterSpec
+    shapes: Mapping[str, tuple[int, ...]]
+    letters: str
+    factor_letters: tuple[str, str]
+    config: LoRAPlusConfig
+    where: str
+
+    @classmethod
+    def of(cls, spec: AdapterSpec, config: LoRAPlusConfig, where: str) -> "Adapter":
+        """The adapter with this spec."""
+        shapes = dict(zip(spec.factors, spec.factor_shapes, strict=True))
+        return cls(spec, shapes, spec.base_letters, spec.factor_letters, config, where)
 
 
-def adapter_at(config: LoRAPlusConfig, path: str) -> Adapter:
-    """The adapter settings of a config for a layer."""
-    rank, scale = config.rank_of(path), config.scale_of(path)
-    return Adapter(rank, scale, config.init, config.dropout, config.variant == "dora")
-
-
-def place(config: LoRAPlusConfig, path: str) -> str:
-    """Formats a layer and the rule that matches it, for messages."""
-    return f"{path or 'the model'!r} (target_modules: {matching_rule(config, path)!r})"
-
-
-def targeted_call(
-    config: LoRAPlusConfig,
-    module: nn.Module,
-    method: Any,
-    path: str | None,
-    args: Any,
-    kwargs: Any,
-    *,
-    excluded: bool = False,
-) -> LayerCall | None:
-    """Describes a call of a layer if the config adapts the layer; otherwise returns None.
+# A model is traced many times, and a config and its regular expressions are the same each time.
+@functools.lru_cache(maxsize=4096)
+def adapter_of(
+    config: LoRAPlusConfig, path: str | None, kind: str, leaf: str, axes: str, shape: tuple[int, ...]
+) -> Adapter | None:
+    """The adapter of a layer, or None if the config does not adapt it.
 
     Args:
       config: the rules.
-      module, method, args, kwargs: the call of a supported layer.
-      path: path of the module; None matches every rule.
-      excluded: whether to include layers in `exclude_modules`.
-
-    Raises:
-      ValueError: a rule other than `"all-linear"` matches an Einsum that cannot be adapted.
+      path: path of the layer; None matches every rule.
+      kind, leaf, axes: as in `LayerCall`.
+      shape: shape of the weight in the call, without stacked axes.
     """
-    if path is not None and not is_target(config, path):
-        return None
-    try:
-        call = layer_call(method, module, args, kwargs)
-    except ValueError as error:
-        if path is None or config.target_modules == ALL_LINEAR:
+    where = "a layer that the model runs with its own apply"
+    if path is not None:
+        if not is_target(config, path) or not is_adapted(config, path, kind):
             return None
-        rule = matching_rule(config, path)
-        raise ValueError(f"target_modules: {rule!r} matches {path!r}: {error}") from None
-    return call if path is None or excluded or is_adapted(config, path, call.kind) else None
+        where = f"{path or 'the model'!r} (target_modules: {matching_rule(config, path)!r})"
+    spec = AdapterSpec(
+        leaf=leaf,
+        kind=kind,
+        axes=axes,
+        shape=shape,
+        rank=config.rank_of(path or ""),
+        scale=config.scale_of(path or ""),
+        magnitude=config.variant == "dora",
+    )
+    return Adapter.of(spec, config, where)
 
 
 def new_factors(
-    spec: AdapterSpec, init: Init, rng: LazyRng, names: tuple[str, ...], weight: jax.Array, where: str
+    adapter: Adapter, rng: LazyRng, names: tuple[str, ...], weight: jax.Array
 ) -> dict[str, FactorBox]:
-    """Makes initial factors, by name.
+    """Makes initial factors, by name; raises ValueError if the rank is above the input size or the output size.
 
     Args:
-      spec: spec of a layer without stacked axes, or of a parameter.
-      init: as in `LoRAPlusConfig`.
-      rng: key of the scope; `names` is the path within it. Each factor's key is derived from its name. `make_rng`
-        would advance the counter for the layer's own parameters, and under `nn.scan`, which traces twice, the base
-        would be initialized differently than without adapters.
+      adapter: the adapter.
+      rng: key of the scope; `names` is the path within it.
       weight: the weight, whose dtype the factors get (float32 if it holds integers), and whose norms the
         magnitudes.
-      where: description of the layer, for messages.
-
-    Raises:
-      ValueError: the rank is above the input size or the output size.
     """
-    check_rank(spec, where)
-    inits: Any = factor_inits(init, spec.rank, spec.axes)
+    spec = adapter.spec
+    check_rank(spec, adapter.where)
+    inits: Any = factor_inits(adapter.config.init, spec.rank, spec.axes)
     dtype = weight.dtype if jnp.issubdtype(weight.dtype, jnp.floating) else jnp.float32
+    # Keys by name. make_rng would advance the counter for the layer's own parameters: under nn.scan, which traces
+    # twice, the base would be initialized differently than without adapters.
     factors = {
         name: make(LazyRng.create(rng, *names, name).as_jax_rng(), shape, dtype)
-        for name, make, shape in zip(spec.factors, inits, spec.factor_shapes, strict=False)
+        for (name, shape), make in zip(adapter.shapes.items(), inits, strict=False)
     }
     if spec.magnitude:
-        factors[MAGNITUDE] = output_norms(weight, spec.base_letters, spec.factor_letters)
+        factors[MAGNITUDE] = output_norms(weight, adapter.letters, adapter.factor_letters)
     return {name: FactorBox(value, spec) for name, value in factors.items()}
 
 
-def read_factors(spec: AdapterSpec, get: Callable[[str], Any], where: str) -> list[jax.Array]:
-    """Reads A, B and, if the spec has them, magnitudes, and checks their shapes.
-
-    `get` returns a factor by name, or None.
+def read_factors(adapter: Adapter, get: Callable[[str], Any]) -> list[jax.Array]:
+    """Reads A, B and, if the adapter has them, magnitudes; `get` returns a factor by name, or None.
 
     Raises:
       ValueError: a factor is missing or has another shape.
     """
     factors = []
-    for name, shape in zip(spec.factors, spec.factor_shapes, strict=True):
+    for name, shape in adapter.shapes.items():
         value = meta.unbox(get(name))
         if value is None:
             raise ValueError(
-                f"the variables contain no adapter for {where}; pass 'lora' from init_lora with 'params'"
+                f"the variables contain no adapter for {adapter.where}; pass 'lora' from init_lora with 'params'"
             )
         if value.shape != shape:
-            raise ValueError(f"{name} of {where} must have shape {shape} for this config, got {value.shape}")
+            raise ValueError(
+                f"{name} of {adapter.where} must have shape {shape} for this config, got {value.shape}"
+            )
         factors.append(value)
     return factors
 
 
-def make_factors(module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, where: str) -> None:
+def make_factors(scope: Any, adapter: Adapter, collection: str, weight: jax.Array) -> None:
     """Adds a layer's initial factors to its scope unless they exist."""
-    scope: Any = module.scope
-    spec = call.spec(adapter.rank, adapter.scale, magnitude=adapter.magnitude)
-    # The factors exist if an Embed's lookup and attend share them, or if the layer is called again.
-    if scope.has_variable(collection, spec.factors[0]):
-        return
-    weight = meta.unbox(scope.get_variable("params", call.leaf))
-    for name, box in new_factors(spec, adapter.init, scope.rngs["params"], (), weight, where).items():
-        # Not scope.variable, which reserves the name.
-        scope.put_variable(collection, name, box if mode() is not Mode.PLAIN else box.value)
+    # They do if an Embed's lookup and attend share them, or if the layer is called again.
+    if not any(scope.has_variable(collection, name) for name in adapter.shapes):
+        for name, box in new_factors(adapter, scope.rngs["params"], (), weight).items():
+            # Not scope.variable, which reserves the name.
+            scope.put_variable(collection, name, box if TRACING.value.boxed else box.value)
 
 
 def add_low_rank_term(
-    y: jax.Array, module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, where: str
+    y: jax.Array, module: nn.Module, call: LayerCall, adapter: Adapter, collection: str, w: jax.Array
 ) -> jax.Array:
     """Adds s (dropout(x) A) B, computed in the layer's `dtype`, to a layer's output `y` and keeps its dtype.
 
@@ -261,37 +221,39 @@ def add_low_rank_term(
     Args:
       y: output of the layer.
       module, call: the layer and the description of this call.
-      adapter: settings of its adapter.
+      adapter: its adapter.
       collection: collection of its factors.
-      where: description of the layer, for messages.
+      w: its weight.
     """
     scope: Any = module.scope
-    get = lambda name: scope.get_variable(collection, name)  # noqa: E731
-    spec = call.spec(adapter.rank, adapter.scale, magnitude=adapter.magnitude)
-    a, b, *magnitude = read_factors(spec, get, where)
-    scale = scope.get_variable("params" if collection == "params" else SCALE, SCALE, adapter.scale)
-    tap, *before = map(get, (TAP, *PREVIOUS_FACTORS))
+    get = functools.partial(scope.get_variable, collection)
+    a, b, *magnitude = read_factors(adapter, get)
+    scale = scope.get_variable("params" if collection == "params" else SCALE, SCALE, adapter.spec.scale)
+    dropout = adapter.config.dropout
     weight = LowRankWeight(
-        w=meta.unbox(scope.get_variable("params", call.leaf)),
+        w=w,
         a=a,
         b=b,
-        letters=spec.base_letters,
-        factor_letters=spec.factor_letters,
+        letters=adapter.letters,
+        factor_letters=adapter.factor_letters,
+        # Stacked like the layers: in a call the axes that nn.scan or nn.vmap left have size 1.
         scale=jnp.reshape(scale, ()) if isinstance(scale, jax.Array) else scale,
-        dropout=adapter.dropout,
-        key=module.make_rng("dropout") if adapter.dropout and module.has_rng("dropout") else None,
-        tap=tap,
-        before=before,
-        omit=mode() is Mode.LOW_RANK_ONLY,
-    ).with_magnitude(*magnitude)
+        dropout=dropout,
+        key=module.make_rng("dropout") if dropout and module.has_rng("dropout") else None,
+        tap=get(TAP),
+        before=[get(name) for name in PREVIOUS_FACTORS],
+        omit=TRACING.value.low_rank_only,
+    )
     x = call.inputs
-    if weight.c is not None and call.product is not None:  # its outputs are the inputs of the weight
-        x = weight.scale_outputs(x)
-        y = call.product(x)
+    if magnitude:
+        weight = weight.with_magnitude(*magnitude)
+        if call.product is not None and weight.c is not None:  # c scales the inputs of this product
+            x = weight.scale_outputs(x)
+            y = call.product(x)
     term = weight.low_rank_term(call.term, x).astype(y.dtype)
     if weight.omit:
-        return term + mark_weight(weight.w).astype(y.dtype)
-    if call.product is not None:
+        return term + mark_weight(w).astype(y.dtype)
+    if weight.c is None or call.product is not None:
         return y + term
     has_bias = getattr(module, "use_bias", False)
     bias = meta.unbox(scope.get_variable("params", "bias")) if has_bias else None

@@ -12,12 +12,12 @@ from flax.core import lift, meta
 from ..adapter.config import LoRAPlusConfig, matches
 from ..adapter.lora import SCALE
 from ..adapter.rules import is_target, parameter_rule, parameter_spec
-from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE, AdapterSpec
+from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, LEAVES, MAGNITUDE
 from ..adapter.taps import PREVIOUS_FACTORS, TAP
 from ..adapter.tree import rebox
 from ..interpreter.low_rank import LowRankWeight, evaluate
 from ..quantization.packed_array import dense_shapes, is_packed
-from .adapter import FactorBox, Mode, is_box, mode, new_factors, read_factors
+from .adapter import TRACING, Adapter, FactorBox, is_box, new_factors, read_factors
 from .discovery import Discovery
 
 COLLECTIONS = ["params", "lora", SCALE]
@@ -39,7 +39,7 @@ class CollectionMap:
         assert wrapper.scope is not None
         self.config, self.discovery = config, discovery
         self.rng: Any = wrapper.scope.rngs.get("params")
-        self.unboxes = mode() is Mode.PLAIN
+        self.unboxes = not TRACING.value.boxed
         self.is_bare = True
         self._adapter_paths: set[Path] = set()  # factors and scales passed to the call
         self._param_paths: set[Path] = set()  # parameters passed to the call
@@ -52,18 +52,18 @@ class CollectionMap:
         self._adapter_paths, self.is_bare = {*lora, *scales}, not lora
         self._param_paths = set(params)
         for path in [p for p in params if self._rule(p) is not None]:
-            spec, where = self._spec(path, params[path])
-            a, b, *magnitude = read_factors(spec, lambda name, path=path: lora.get((*path, name)), where)
-            self._factors |= {(*path, name): lora.pop((*path, name)) for name in spec.factors}
             self._targets[path] = leaf = params[path]
+            adapter = self._adapter(path, leaf)
+            a, b, *magnitude = read_factors(adapter, lambda name, path=path: lora.get((*path, name)))
+            self._factors |= {(*path, name): lora.pop((*path, name)) for name in adapter.shapes}
             scale = scales.pop((*path, SCALE), None)
             weight = LowRankWeight(
                 w=meta.unbox(leaf),
                 a=a,
                 b=b,
-                letters=spec.base_letters,
-                factor_letters=spec.factor_letters,
-                scale=spec.scale if scale is None else scale.reshape(()),
+                letters=adapter.letters,
+                factor_letters=adapter.factor_letters,
+                scale=adapter.spec.scale if scale is None else scale.reshape(()),
                 stops=True,
             ).with_magnitude(*magnitude)
             params[path] = rebox(leaf, weight)
@@ -127,26 +127,25 @@ class CollectionMap:
                     f"the variables contain {name!r} among the adapters; names must be one of "
                     f"{', '.join(_NAMES)}"
                 )
-            if not self._param_paths.intersection({path[:-1], *((*path[:-1], leaf) for leaf in LEAVES)}):
-                raise ValueError(
-                    f"the variables contain an adapter for {module!r}, where the model has no weight; "
-                    "pass adapters of the same model and config"
-                )
+            has_weight = self._param_paths & {path[:-1], *((*path[:-1], leaf) for leaf in LEAVES)}
             expected = path in self._factors or path[-1] == SCALE
             expected = expected or (self.config.target_modules and is_target(self.config, module))
             expected = expected or any(f"{module}/".startswith(f"{layer}/") or not layer for layer in own)
-            if not expected and (complete or module in called):
+            if not has_weight or (not expected and (complete or module in called)):
+                problem = (
+                    "which no rule of the config matches" if has_weight else "where the model has no weight"
+                )
                 raise ValueError(
-                    f"the variables contain an adapter for {module!r}, which no rule of the config matches; "
-                    "pass adapters of the same model and config"
+                    f"the variables contain an adapter for {module!r}, {problem}; pass adapters of the same model "
+                    "and config"
                 )
 
     def _rule(self, path: Path) -> str | None:
         """The rule of `target_parameters` that matches a parameter, or None."""
         return parameter_rule(self.config, "/".join(path)) if self.config.target_parameters else None
 
-    def _spec(self, path: Path, leaf: Any) -> tuple[AdapterSpec, str]:
-        """The spec of a parameter in `target_parameters`, and its description for messages."""
+    def _adapter(self, path: Path, leaf: Any) -> Adapter:
+        """The adapter of a parameter in `target_parameters`."""
         name, rule, value = "/".join(path), self._rule(path), meta.unbox(leaf)
         if not hasattr(value, "shape"):
             raise ValueError(
@@ -154,15 +153,14 @@ class CollectionMap:
                 f"{type(value).__name__} of arrays; let the model store each under its own name"
             )
         spec = parameter_spec(self.config, name, str(rule), tuple(value.shape), "")
-        return spec, f"{name!r} (target_parameters: {rule!r})"
+        return Adapter.of(spec, self.config, f"{name!r} (target_parameters: {rule!r})")
 
     def _factors_of(self, path: Path, leaf: Any) -> dict[Path, Any]:
-        """A parameter's factors as passed to the call, or new ones."""
-        spec, where = self._spec(path, leaf)
-        factors = {(*path, name): self._factors.get((*path, name)) for name in spec.factors}
+        adapter = self._adapter(path, leaf)
+        factors = {(*path, name): self._factors.get((*path, name)) for name in adapter.shapes}
         if all(factor is not None for factor in factors.values()):
             return factors
-        boxes = new_factors(spec, self.config.init, self.rng, path, meta.unbox(leaf), where)
+        boxes = new_factors(adapter, self.rng, path, meta.unbox(leaf))
         return {(*path, name): box for name, box in boxes.items()}
 
 
@@ -177,6 +175,7 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def run(scope_fn: Any, repack: Any, variables: Any, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        # Other leaves stay outside the program: closed over, they keep whatever trace they belong to.
         leaves, structure = jax.tree.flatten(variables, is_leaf=_is_low_rank)
         weights = [leaf for leaf in leaves if _is_low_rank(leaf)]
         results: list[Any] = []
@@ -187,6 +186,7 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
             scope = scope_fn(structure.unflatten(filled), rngs)
             y = fn(scope, *args, **kwargs)
             results.extend(jax.tree.flatten((y, repack(scope))))
+            # make_jaxpr takes arrays only; a model may also return text, None or numbers.
             return [leaf for leaf in results[0] if isinstance(leaf, jax.Array)]
 
         if not weights:  # as in an initialization
@@ -198,6 +198,7 @@ def keep_low_rank(fn: Callable[..., Any]) -> Callable[..., Any]:
             next(arrays) if isinstance(leaf, jax.Array) else leaf for leaf in results[0]
         )
 
+    # The layer below nn.jit and nn.remat: it hands over the variables as a tree, before they are a scope.
     return lift.pack(run, (True,), (True,), (True,), name="low_rank", enable_kwargs=True)
 
 

@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.core import meta
 
-from ..adapter.config import LoRAPlusConfig
+from ..adapter.config import ALL_LINEAR, LoRAPlusConfig
 from ..adapter.letters import factor_letters, layer_axis
-from ..adapter.rules import TracedModule, check_coverage, is_adapted, is_target, layer_index, matching_rule
+from ..adapter.rules import TracedModule, check_coverage, is_target, layer_index, matching_rule
 from ..adapter.spec import check_layers_of
-from .adapter import OURS, FactorBox, adapter_at, has_own_adapter, make_factors, place, targeted_call
-from .layer_table import can_adapt
+from .adapter import OURS, FactorBox, LoRAPlusLayer, adapter_of, make_factors
+from .layer_table import METHODS
 
 _NORMS = (nn.WeightNorm, nn.SpectralNorm)
 
@@ -41,38 +41,46 @@ class Discovery:
         try:
             y = next_fun(*args, **kwargs)
         finally:
+            # The layer runs inside the norm's call, so a norm is running while its layer is inspected.
             if isinstance(module, _NORMS):
                 self._norms.pop()
-        if module.scope is not None and module.scope.has_flag(OURS) and not has_own_adapter(module):
+        is_own = isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer)
+        if module.scope is not None and module.scope.has_flag(OURS) and not is_own:
             self._inspect(module, context.orig_method.func, args, kwargs)
         return y
 
     def _inspect(self, module: nn.Module, method: Any, args: Any, kwargs: Any) -> None:
+        scope: Any = module.scope
         path = "/".join(module.path[len(self.prefix) :])
         entry = self.seen.setdefault(path, TracedModule(type(module).__name__))
-        if not can_adapt(method):
-            params: Mapping[str, Any] = module.scope.variables().get("params", {})  # pyright: ignore
+        if method not in METHODS:
+            params: Mapping[str, Any] = scope.variables().get("params", {})
             matrices = [name for name, leaf in params.items() if getattr(meta.unbox(leaf), "ndim", 0) >= 2]
             entry.weights = entry.weights or matrices
             return
         entry.adaptable = True
         if not is_target(self.config, path):
             return
-        call = targeted_call(self.config, module, method, path, args, kwargs, excluded=True)
-        if call is None:
-            return
+        rule = matching_rule(self.config, path)
+        try:
+            call = METHODS[method](module, *args, **kwargs)
+        except ValueError as error:
+            if rule == ALL_LINEAR:
+                return
+            raise ValueError(f"target_modules: {rule!r} matches {path!r}: {error}") from None
         entry.record(call.kind, call.axes, path)
-        if not is_adapted(self.config, path, call.kind):
+        weight = meta.unbox(scope.get_variable("params", call.leaf))
+        adapter = adapter_of(self.config, path, call.kind, call.leaf, call.axes, weight.shape)
+        if adapter is None:  # by exclude_modules
             return
         if self._norms:
-            rule = matching_rule(self.config, path)
             raise ValueError(
                 f"target_modules: {rule!r} matches {path!r} inside nn.{self._norms[-1]}, which would also "
                 "change the adapter; name the original weight in target_parameters, or the layer in "
                 "exclude_modules"
             )
         entry.adapted = True
-        make_factors(module, call, adapter_at(self.config, path), "params", place(self.config, path))
+        make_factors(scope, adapter, "params", weight)
 
     def choose_layers(self, lora: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
         """Drops new factors of layers outside `layers_to_transform`.

@@ -1,9 +1,5 @@
 """The supported Flax layers: which leaf is the weight, the roles of its axes, and the low-rank term.
 
-A table maps each layer's method, as Flax defines it, to a function that describes one call. It compares functions
-instead of classes: `nn.vmap(nn.Dense)` is a subclass that calls a plain Dense inside, and a user's subclass may
-call `super()`.
-
 The terms are written out and not left to `low_rank.evaluate`, which sees only the layer's program: it would
 compute W + s A B for a layer's own `dot_general`, which may round, and for a transposed kernel of `ConvTranspose`.
 """
@@ -24,7 +20,6 @@ from opt_einsum.parser import parse_einsum_input
 
 from ..adapter.letters import LETTERS, factor_letters, split_equation
 from ..adapter.lora import low_rank_output
-from ..adapter.spec import EMBEDDING_FACTORS, FACTORS, AdapterSpec
 from ..interpreter.low_rank import Term
 
 
@@ -35,7 +30,6 @@ class LayerCall(NamedTuple):
       kind: layer kind, as in `AdapterSpec`.
       leaf: name of the weight in `"params"`.
       axes: one letter per axis of the weight, as in `AdapterSpec`.
-      shape: shape of the weight in this call, without stacked axes.
       inputs: inputs of the call.
       term: function that computes the low-rank term from inputs and factors.
       result: the letters of the result's axes, "-" for those that the weight lacks; None if B's without the rank's
@@ -46,47 +40,10 @@ class LayerCall(NamedTuple):
     kind: str
     leaf: str
     axes: str
-    shape: tuple[int, ...]
     inputs: jax.Array
     term: Term
     result: str | None = None
     product: Callable[[jax.Array], jax.Array] | None = None
-
-    @property
-    def factors(self) -> tuple[str, str]:
-        """The names of A and B."""
-        return EMBEDDING_FACTORS if self.kind == "embed" else FACTORS
-
-    def spec(self, rank: int, scale: float, *, magnitude: bool = False) -> AdapterSpec:
-        """The layer's spec, before a stack adds its axes and the model completes the leaf's path."""
-        return AdapterSpec(
-            leaf=self.leaf,
-            kind=self.kind,
-            axes=self.axes,
-            shape=self.shape,
-            rank=rank,
-            scale=scale,
-            magnitude=magnitude,
-        )
-
-
-def layer_call(method: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerCall:
-    """Describes a call of a supported layer.
-
-    Args:
-      method: the bare function, as returned by `inspect.unwrap`.
-      module: the layer; its parameters must exist.
-      args, kwargs: arguments of the call.
-
-    Raises:
-      ValueError: an Einsum's equation cannot be adapted, see `split_equation`.
-    """
-    return _METHODS[method](module, *args, **kwargs)
-
-
-def can_adapt(method: Any) -> bool:
-    """Whether a bare method belongs to a supported layer."""
-    return method in _METHODS
 
 
 def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> LayerCall:
@@ -99,7 +56,7 @@ def _contraction(kind: str, module: Any, inputs: jax.Array, equation: str) -> La
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, a, b, scale, equations, module.precision)
 
-    return LayerCall(kind, "kernel", axes, _shape(module, "kernel"), inputs, term, result)
+    return LayerCall(kind, "kernel", axes, inputs, term, result)
 
 
 def _dense(module: nn.Dense, inputs: jax.Array) -> LayerCall:
@@ -107,7 +64,7 @@ def _dense(module: nn.Dense, inputs: jax.Array) -> LayerCall:
         x, a, b = promote_dtype(x, a, b, dtype=module.dtype)
         return low_rank_output(x, a, b, scale, precision=module.precision)
 
-    return LayerCall("dense", "kernel", "io", _shape(module, "kernel"), inputs, term)
+    return LayerCall("dense", "kernel", "io", inputs, term)
 
 
 def _dense_general(module: nn.DenseGeneral, inputs: jax.Array) -> LayerCall:
@@ -133,13 +90,13 @@ def _einsum(module: nn.Einsum, inputs: jax.Array, einsum_str: str | None = None)
 
 def _conv(module: Any, inputs: jax.Array) -> LayerCall:
     kind = nn.Conv if module.shared_weights else nn.ConvLocal
-    shape = _shape(module, "kernel")
-    if not module.shared_weights:
-        axes = "".join(c for c in string.ascii_lowercase if c not in "io")[: len(shape) - 2] + "io"
-        return LayerCall("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
-    axes = "i" * (len(shape) - 1) + "o"
+    window = len(_sequence(module.kernel_size))
+    if not module.shared_weights:  # a kernel for each position
+        axes = "abcdefgh"[:window] + "io"
+        return LayerCall("conv", "kernel", axes, inputs, _by_weight(kind, module, axes))
+    axes = "i" * (window + 1) + "o"
     if module.mask is not None:
-        return LayerCall("conv", "kernel", axes, shape, inputs, _by_weight(kind, module, axes))
+        return LayerCall("conv", "kernel", axes, inputs, _by_weight(kind, module, axes))
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         groups, rank = module.feature_group_count, a.shape[-1]
@@ -150,16 +107,13 @@ def _conv(module: Any, inputs: jax.Array) -> LayerCall:
         y = jnp.einsum("...gr,rgo->...go", h * jnp.asarray(scale, h.dtype), b, precision=module.precision)
         return y.reshape(*y.shape[:-2], -1)
 
-    return LayerCall("conv", "kernel", axes, shape, inputs, term)
+    return LayerCall("conv", "kernel", axes, inputs, term)
 
 
 def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> LayerCall:
-    shape = _shape(module, "kernel")
-    axes = "i" * (len(shape) - 2) + ("oi" if module.transpose_kernel else "io")
+    axes = "i" * len(_sequence(module.kernel_size)) + ("oi" if module.transpose_kernel else "io")
     if module.mask is not None:
-        return LayerCall(
-            "conv_transpose", "kernel", axes, shape, inputs, _by_weight(nn.ConvTranspose, module, axes)
-        )
+        return LayerCall("conv_transpose", "kernel", axes, inputs, _by_weight(nn.ConvTranspose, module, axes))
 
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         kernel = jnp.swapaxes(a, -1, -2) if module.transpose_kernel else a
@@ -168,17 +122,18 @@ def _conv_transpose(module: nn.ConvTranspose, inputs: jax.Array) -> LayerCall:
         )
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b, precision=module.precision)
 
-    return LayerCall("conv_transpose", "kernel", axes, shape, inputs, term)
+    return LayerCall("conv_transpose", "kernel", axes, inputs, term)
 
 
 def _embed(module: nn.Embed, inputs: jax.Array) -> LayerCall:
+    # As in Flax's Embed, whose table may hold integers.
     def term(x: Any, a: jax.Array, b: jax.Array, scale: Any) -> jax.Array:
         a, b = promote_dtype(a, b, dtype=module.dtype, inexact=False)
         is_single = module.num_embeddings == 1  # then Embed ignores the indices
         h = jnp.broadcast_to(a, (*x.shape, a.shape[-1])) if is_single else jnp.take(a, x, axis=0)
         return jnp.matmul(h * jnp.asarray(scale, h.dtype), b)
 
-    return LayerCall("embed", "embedding", "io", _shape(module, "embedding"), inputs, term)
+    return LayerCall("embed", "embedding", "io", inputs, term)
 
 
 def _attend(module: nn.Embed, query: jax.Array) -> LayerCall:
@@ -190,8 +145,7 @@ def _attend(module: nn.Embed, query: jax.Array) -> LayerCall:
         embedding = meta.unbox(module.scope.get_variable("params", "embedding"))  # pyright: ignore
         return _bare(nn.Embed, module, embedding, x, leaf="embedding", method="attend")
 
-    shape = _shape(module, "embedding")
-    return LayerCall("embed", "embedding", "io", shape, query, term, product=product)
+    return LayerCall("embed", "embedding", "io", query, term, product=product)
 
 
 def _by_weight(kind: type[nn.Module], module: nn.Module, axes: str) -> Term:
@@ -228,16 +182,13 @@ def _bare(
     return result
 
 
-def _shape(module: nn.Module, leaf: str) -> tuple[int, ...]:
-    assert module.scope is not None
-    return tuple(meta.unbox(module.scope.get_variable("params", leaf)).shape)
-
-
 def _sequence(value: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, Iterable) else (value,)  # an int may be a NumPy integer
 
 
-_METHODS: dict[Any, Callable[..., LayerCall]] = {
+# By method and not by class: nn.vmap(nn.Dense) is a subclass that calls a plain Dense inside, and a user's subclass
+# may call super().
+METHODS: dict[Any, Callable[..., LayerCall]] = {
     inspect.unwrap(method): make
     for method, make in (
         (nn.Dense.__call__, _dense),
@@ -249,3 +200,8 @@ _METHODS: dict[Any, Callable[..., LayerCall]] = {
         (nn.Embed.attend, _attend),
     )
 }
+"""For each supported layer's method, as `inspect.unwrap` returns it, a function that describes a call of it.
+
+It takes the layer, whose parameters must exist, and the arguments of the call, and raises ValueError for an Einsum
+that cannot be adapted, see `split_equation`.
+"""

@@ -5,34 +5,35 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.core import meta
 
 from ..adapter.config import LoRAPlusConfig
-from .adapter import Adapter, LoRAPlusLayer, adapter_at, add_low_rank_term, make_factors
-from .layer_table import layer_call
+from .adapter import LoRAPlusLayer, adapter_of, add_low_rank_term, make_factors
+from .layer_table import METHODS
 
 
-def _adapter_of(module: LoRAPlusLayer) -> Adapter:
-    """The settings of a module's adapter, validated like those of a config."""
+def _add_term(y: jax.Array, layer: LoRAPlusLayer, method: Any, *args: Any, module: Any = None) -> jax.Array:
+    """Adds a layer's low-rank term to `y`, what a method of Flax's returned, or to that of its submodule."""
+    module = layer if module is None else module
+    # A config validates the fields.
     config = LoRAPlusConfig(
         target_modules=".*",
-        rank=module.rank,
-        alpha=module.alpha,
-        use_rslora=module.use_rslora,
-        dropout=module.dropout,
-        init=module.init_factors,
-        variant=module.variant,
+        rank=layer.rank,
+        alpha=layer.alpha,
+        use_rslora=layer.use_rslora,
+        dropout=layer.dropout,
+        init=layer.init_factors,
+        variant=layer.variant,
     )
-    return adapter_at(config, "")
-
-
-def _add_term(adapter: Adapter, module: nn.Module, method: Any, y: jax.Array, *args: Any) -> jax.Array:
-    """Adds the adapter's term to `y`, the output of a Flax layer's method."""
     scope: Any = module.scope
-    call = layer_call(inspect.unwrap(method), module, args, {})
-    where = "/".join(module.path) or type(module).__name__
+    # Flax wraps every method of a module; the table has the functions inside.
+    call = METHODS[inspect.unwrap(method)](module, *args)
+    weight = meta.unbox(scope.get_variable("params", call.leaf))
+    path = "/".join(module.path) or type(module).__name__
+    adapter: Any = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
     if scope.is_mutable_collection("lora"):
-        make_factors(module, call, adapter, "lora", where)
-    return add_low_rank_term(y, module, call, adapter, "lora", where)
+        make_factors(scope, adapter, "lora", weight)
+    return add_low_rank_term(y, module, call, adapter, "lora", weight)
 
 
 class LoRAPlusDense(LoRAPlusLayer, nn.Dense):
@@ -54,7 +55,7 @@ class LoRAPlusDense(LoRAPlusLayer, nn.Dense):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Returns the output `(..., features)` for inputs `(..., in)`."""
-        return _add_term(_adapter_of(self), self, nn.Dense.__call__, super().__call__(inputs), inputs)
+        return _add_term(super().__call__(inputs), self, nn.Dense.__call__, inputs)
 
 
 class LoRAPlusDenseGeneral(LoRAPlusLayer, nn.DenseGeneral):
@@ -73,7 +74,7 @@ class LoRAPlusDenseGeneral(LoRAPlusLayer, nn.DenseGeneral):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Like `nn.DenseGeneral`."""
-        return _add_term(_adapter_of(self), self, nn.DenseGeneral.__call__, super().__call__(inputs), inputs)
+        return _add_term(super().__call__(inputs), self, nn.DenseGeneral.__call__, inputs)
 
 
 class LoRAPlusEinsum(LoRAPlusLayer, nn.Einsum):
@@ -96,7 +97,7 @@ class LoRAPlusEinsum(LoRAPlusLayer, nn.Einsum):
     def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
         """Like `nn.Einsum`."""
         y = super().__call__(inputs, einsum_str)
-        return _add_term(_adapter_of(self), self, nn.Einsum.__call__, y, inputs, einsum_str)
+        return _add_term(y, self, nn.Einsum.__call__, inputs, einsum_str)
 
 
 class LoRAPlusConv(LoRAPlusLayer, nn.Conv):
@@ -116,7 +117,7 @@ class LoRAPlusConv(LoRAPlusLayer, nn.Conv):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Like `nn.Conv`."""
-        return _add_term(_adapter_of(self), self, nn.Conv.__call__, super().__call__(inputs), inputs)
+        return _add_term(super().__call__(inputs), self, nn.Conv.__call__, inputs)
 
 
 class LoRAPlusEmbed(LoRAPlusLayer, nn.Embed):
@@ -134,11 +135,11 @@ class LoRAPlusEmbed(LoRAPlusLayer, nn.Embed):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Like `nn.Embed`."""
-        return _add_term(_adapter_of(self), self, nn.Embed.__call__, super().__call__(inputs), inputs)
+        return _add_term(super().__call__(inputs), self, nn.Embed.__call__, inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """Like `nn.Embed.attend`."""
-        return _add_term(_adapter_of(self), self, nn.Embed.attend, super().attend(query), query)
+        return _add_term(super().attend(query), self, nn.Embed.attend, query)
 
 
 class LoRAPlusMultiHeadDotProductAttention(LoRAPlusLayer, nn.MultiHeadDotProductAttention):
@@ -163,13 +164,12 @@ class LoRAPlusMultiHeadDotProductAttention(LoRAPlusLayer, nn.MultiHeadDotProduct
         known = ("query", "key", "value", "out")
         if unknown := [name for name in self.projections if name not in known]:
             raise ValueError(f"projections must be among {', '.join(known)}, got {unknown[0]!r}")
-        adapter = _adapter_of(self)
 
         def project(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module, y = context.module, next_fun(*args, **kwargs)
             if module.parent is not self or module.name not in self.projections:
                 return y
-            return _add_term(adapter, module, nn.DenseGeneral.__call__, y, *args)
+            return _add_term(y, self, nn.DenseGeneral.__call__, *args, module=module)
 
         with nn.intercept_methods(project):
             return super().__call__(*args, **kwargs)

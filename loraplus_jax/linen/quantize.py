@@ -57,7 +57,7 @@ def quantize_base(
 
 
 def _targets(flat: Mapping[str, Any], targets: Any) -> dict[str, tuple[str, bool, int | None]]:
-    """The axes of each weight to pack, whether it is a table of rows, and the number of stacked axes if known."""
+    # By path: the axes of a weight, whether it is a table of rows, and the number of stacked axes if known.
     found = {}
     for key, target in targets.items():
         if isinstance(target, AdapterSpec):

@@ -21,7 +21,6 @@ from flax import traverse_util
 from flax.core import DenyList, freeze, meta
 from flax.linen.transforms import decorator_lift_transform, get_module_scopes
 from jax.extend.core import jaxpr_as_fun
-from jax.tree_util import tree_leaves_with_path
 
 from .._utils.validation import suggest
 from ..adapter.config import LoRAPlusConfig
@@ -32,23 +31,18 @@ from ..interpreter.dataflow import trace_dataflow
 from ..quantization.packed_array import is_packed
 from .adapter import (
     OURS,
-    Adapter,
+    TRACING,
     FactorBox,
-    Mode,
-    adapter_at,
+    LoRAPlusLayer,
+    Tracing,
+    adapter_of,
     add_low_rank_term,
-    has_own_adapter,
     is_box,
-    mode,
-    place,
-    record_discovery,
-    run_in,
-    targeted_call,
 )
 from .collections import COLLECTIONS, CollectionMap, keep_low_rank
 from .discovery import Discovery
 from .from_qwix import is_from_qwix
-from .layer_table import LayerCall, can_adapt
+from .layer_table import METHODS
 
 
 class _UniqueHash:
@@ -77,6 +71,7 @@ class LoRAPlusModel(nn.Module):
 
     def setup(self) -> None:
         """Keeps the paths of the inner model's parameters."""
+        # Otherwise Flax would put all parameters below a module of their own, "wrapped".
         nn.share_scope(self, self.wrapped)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +89,7 @@ class LoRAPlusModel(nn.Module):
                 # The inner interceptor: a layer makes its kernel, gets factors, then uses them.
                 if call.is_new:
                     context.enter_context(nn.intercept_methods(call.discovery.intercept))
-                context.enter_context(run_in(Mode.BOXED if mode() is Mode.PLAIN else mode()))
+                context.enter_context(TRACING(dataclasses.replace(TRACING.value, boxed=True)))
                 return inner_method(outer.wrapped, *args, **kwargs)
 
         # Inner scopes inherit these flags, including those of modules passed in from outside.
@@ -111,18 +106,17 @@ class LoRAPlusModel(nn.Module):
             mutable=self.is_mutable_collection("params"),
         )
         result = mapped(self, *args, **kwargs)
-        if mode() is not Mode.LOW_RANK_ONLY:  # in that mode, the model was initialized and checked before
-            call.check(complete=method is None)
+        # With low_rank_only, the model was initialized and checked before.
+        if not call.is_new and not TRACING.value.low_rank_only:
+            call.variables.check_used(call.own, call.called, complete=method is None)
+        elif method is None and not TRACING.value.low_rank_only:
+            call.discovery.check()
         return result
 
     @nn.nowrap
     def _trace_key(self) -> Any:
-        """What the trace of a submodule depends on besides its variables.
-
-        `nn.jit` inside the model reuses a trace if a module's fields, flags and variables are the same, even if
-        its name is not. New factors and `alpha_pattern` depend on names; all other settings show in the factors'
-        shapes.
-        """
+        # nn.jit inside the model reuses a trace if a module's fields, flags and variables are the same, even if its
+        # name is not. New factors and alpha_pattern depend on names; all other settings are in the config.
         by_name = self.is_mutable_collection("params") or self.lora_config.alpha_pattern
         return _UniqueHash() if by_name else self.lora_config
 
@@ -171,7 +165,7 @@ class LoRAPlusModel(nn.Module):
 
         def run_only(outer: "LoRAPlusModel", *args: Any, **kwargs: Any) -> Any:
             result = outer.run(method, *args, **kwargs)
-            if outer.is_initializing() and mode() is not Mode.LOW_RANK_ONLY:
+            if outer.is_initializing() and not TRACING.value.low_rank_only:
                 outer.__dict__["_discovery"].check()  # no other method will be called
             return result
 
@@ -190,63 +184,54 @@ class _Call:
         self.has_dropout = wrapper.has_rng("dropout") and self.config.dropout > 0.0
         self.is_new = wrapper.is_initializing()
         # Shared by all calls of an initialization, since a call of one method may skip layers.
-        discovery: Any = wrapper.__dict__.get("_discovery")
-        self.discovery = discovery or Discovery(self.config, self.prefix)
+        self.discovery: Discovery = wrapper.__dict__.get("_discovery") or Discovery(self.config, self.prefix)
+        # Flax forbids to set attributes of a module outside setup.
         object.__setattr__(wrapper, "_discovery", self.discovery)
-        if self.is_new:
-            record_discovery(self.discovery)
+        discoveries = TRACING.value.discoveries
+        if self.is_new and discoveries is not None and self.discovery not in discoveries:
+            discoveries.append(self.discovery)
         self.variables = CollectionMap(self.config, wrapper, self.discovery)
-        self.own: set[str] = set()
-        self.called: set[str] = set()
+        self.own: set[Any] = set()
+        self.called: set[Any] = set()
 
     def adapt(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         """Runs a layer and adds the low-rank term of its adapter, if it has one."""
-        module, method, config = context.module, context.orig_method.func, self.config
+        module, scope, config = context.module, context.module.scope, self.config
         y = next_fun(*args, **kwargs)
-        if module.scope is None:
+        if scope is None:
             return y
-        path = "/".join(module.path[len(self.prefix) :]) if module.scope.has_flag(OURS) else None
-        if has_own_adapter(module):  # the rules do not apply to built-in adapters
-            self.own |= {path} if path is not None else set()
+        path = "/".join(module.path[len(self.prefix) :]) if scope.has_flag(OURS) else None
+        if isinstance(module, LoRAPlusLayer) or isinstance(module.parent, LoRAPlusLayer):
+            self.own |= {path} - {None}  # the rules do not apply to built-in adapters
             return y
-        if not can_adapt(method):
+        describe = METHODS.get(context.orig_method.func)
+        if describe is None:
             return y
-        self.called |= {path} if path is not None else set()
-        call = targeted_call(config, module, method, path, args, kwargs)
-        if call is None:
+        self.called |= {path} - {None}
+        try:
+            call = describe(module, *args, **kwargs)
+        except ValueError:  # which `Discovery` raised for all rules but all-linear
             return y
-        has_factors = module.scope.has_variable("params", call.factors[0])
-        if path is None:
-            return self.adapt_elsewhere(y, module, call) if has_factors else y
-        if not has_factors and (self.is_new or (config.layers_to_transform and not self.variables.is_bare)):
+        weight = meta.unbox(scope.get_variable("params", call.leaf))
+        adapter = adapter_of(config, path, call.kind, call.leaf, call.axes, weight.shape)
+        if adapter is None:
             return y
-        if self.has_dropout and not module.has_rng("dropout"):
+        has_factors = scope.has_variable("params", next(iter(adapter.shapes)))
+        # Without a path a layer has an adapter if the model took its variables from an adapted layer.
+        may_lack = self.is_new or path is None or (config.layers_to_transform and not self.variables.is_bare)
+        if not has_factors and may_lack:
+            return y
+        if path is None and (config.rank_pattern or config.alpha_pattern):
+            raise ValueError(
+                f"rank_pattern and alpha_pattern do not support a {type(module).__name__} that the model runs with "
+                "its own apply, since its path is unknown"
+            )
+        if path is not None and self.has_dropout and not module.has_rng("dropout"):
             raise ValueError(
                 f"the dropout rng does not reach {path!r}; add 'dropout' to split_rngs of the nn.scan or "
                 "nn.vmap around it, or set dropout=0"
             )
-        return add_low_rank_term(y, module, call, adapter_at(config, path), "params", place(config, path))
-
-    def adapt_elsewhere(self, y: jax.Array, module: nn.Module, call: LayerCall) -> jax.Array:
-        """Adds the low-rank term to a module that the model runs with its own `.apply`, so its path is unknown.
-
-        It has an adapter if its variables contain factors, which the model took from an adapted layer.
-        """
-        config, where = self.config, f"a {type(module).__name__} that the model runs with its own apply"
-        if config.rank_pattern or config.alpha_pattern:
-            raise ValueError(
-                f"rank_pattern and alpha_pattern do not support {where}, since its path is unknown"
-            )
-        magnitude = config.variant == "dora"
-        adapter = Adapter(config.rank, config.scale, config.init, config.dropout, magnitude)
-        return add_low_rank_term(y, module, call, adapter, "params", where)
-
-    def check(self, *, complete: bool) -> None:
-        """Checks that all rules match after an initialization, or else that the adapters belong to the model."""
-        if not self.is_new:
-            self.variables.check_used(self.own, self.called, complete=complete)
-        elif complete:
-            self.discovery.check()
+        return add_low_rank_term(y, module, call, adapter, "params", weight)
 
 
 def apply_lora_plus(model: nn.Module, config: LoRAPlusConfig) -> LoRAPlusModel:
@@ -315,16 +300,15 @@ def init_lora(
         lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x, (args, kwargs), is_leaf=is_shape
     )
 
-    discoveries: list[list[Discovery]] = []
+    discoveries: list[Discovery] = []
 
     def init(rngs: Any) -> Any:
-        with run_in(Mode.BOXED) as new_discoveries:
-            discoveries.append(new_discoveries)
+        with TRACING(Tracing(boxed=True, discoveries=discoveries)):
             return model.init(rngs, *args, **kwargs)
 
     # A single trace of `init` gives shapes, specs and values; only the factors are computed.
     program, shapes = jax.make_jaxpr(init, return_shape=True)(rngs)
-    for discovery in itertools.chain(*discoveries):
+    for discovery in discoveries:
         discovery.check()  # also if only some methods of a model were called
     if not shapes.get("lora"):
         raise ValueError(
@@ -339,24 +323,17 @@ def init_lora(
             "variables of the model without adapters"
         )
     _check_reads(model, specs, shapes, rngs, args, kwargs)
-    # The magnitudes would be those of random weights, which nothing else computes here.
-    names = [[getattr(key, "key", "") for key in path] for path, _ in tree_leaves_with_path(dict(shapes))]
-    is_factor = [name[0] == "lora" and MAGNITUDE not in name for name in names]
+    is_magnitude = lambda path: any(getattr(key, "key", "") == MAGNITUDE for key in path)  # noqa: E731
 
     @jax.jit
-    def factors(*rngs: jax.Array) -> list[jax.Array]:
-        return list(itertools.compress(jaxpr_as_fun(program)(*rngs), is_factor))
+    def factors(*rngs: jax.Array) -> Any:
+        variables = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(program)(*rngs))
+        # The magnitudes would be those of random weights, which XLA removes if nothing else needs them.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jnp.zeros_like(x) if is_magnitude(path) else x, variables["lora"]
+        )
 
-    values = iter(factors(*jax.tree.leaves(rngs)))
-    boxed = jax.tree_util.tree_map_with_path(
-        lambda path, x: (
-            jnp.zeros(x.shape, x.dtype)
-            if any(getattr(key, "key", "") == MAGNITUDE for key in path)
-            else next(values)
-        ),
-        shapes["lora"],
-    )
-    lora = meta.unbox(boxed)
+    lora = meta.unbox(factors(*jax.tree.leaves(rngs)))
     is_abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(base))
     return lora if is_abstract else set_magnitudes(lora, base or {}, specs), specs
 
@@ -372,6 +349,7 @@ def _resolve(model: nn.Module, method: Any) -> Callable[..., Any]:
             methods = [n for n in dir(type(model)) if not n.startswith("_")]
             raise AttributeError(f"{type(model).__name__} has no method {method!r}{suggest(method, methods)}")
         return getattr(type(model), method)
+    # A bound method would run on its own module, which has no scope here.
     return getattr(method, "__func__", method)
 
 
@@ -460,9 +438,10 @@ def _low_rank_outputs(
         variables, rngs=dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs}, mutable=mutable
     )
     assert bound.scope is not None
+    # Only `init` sets this flag, and it would also make the parameters anew.
     bound.scope.flags = freeze({**bound.scope.flags, "initializing": True})
     forward = model._forward(method) if isinstance(model, LoRAPlusModel) else method
-    with run_in(Mode.LOW_RANK_ONLY):
+    with TRACING(Tracing(low_rank_only=True)):
         y = _resolve(model, forward)(bound, *args, **kwargs)
     kept = {name: value for name, value in bound.variables.items() if name not in COLLECTIONS}
     return [leaf for leaf in jax.tree.leaves((y, kept)) if isinstance(leaf, jax.Array)]

@@ -27,10 +27,11 @@ from ..inits.random import factor_inits
 from .adapted_module import (
     ADAPTERS,
     DROPOUT,
-    LayerAdapter,
     adapted_class,
     adapters_by_path,
+    factor_attributes,
     join,
+    path_of,
     remove_adapters,
     set_adapters,
 )
@@ -96,11 +97,11 @@ def apply_lora_plus(
             )
     # All that may fail comes before the first change.
     made = []
-    for module, adapters in _find(model, config, stacked or {}):
+    for module, specs in _find(model, config, stacked or {}):
         new = {}
-        for adapter in adapters:
-            new |= _make_factors(module, adapter, config, rngs, dtype)
-        layers = [adapter.spec for adapter in adapters if adapter.spec.kind != "parameter"]
+        for spec in specs:
+            new |= _make_factors(module, spec, config, rngs, dtype)
+        layers = [spec for spec in specs if spec.kind != "parameter"]
         if config.dropout and layers:  # a parameter has no input of its own
             new[DROPOUT] = _make_dropout(config.dropout, rngs, layers[0])
         if taken := sorted(new.keys() & vars(module).keys()):
@@ -109,11 +110,11 @@ def apply_lora_plus(
                 "needs; rename it, or leave the module out by exclude_modules"
             )
         adapted_class(type(module))
-        made.append((module, adapters, new))
-    for module, adapters, new in made:
+        made.append((module, specs, new))
+    for module, specs, new in made:
         for name, value in new.items():
             setattr(module, name, value)
-        set_adapters(module, adapters)
+        set_adapters(module, specs)
     if check is not None:
         try:
             check_reads(model, *check)
@@ -125,8 +126,8 @@ def apply_lora_plus(
 
 def _find(
     model: nnx.Module, config: LoRAPlusConfig, stacked: Mapping[str, tuple[int, ...]]
-) -> list[tuple[nnx.Module, tuple[LayerAdapter, ...]]]:
-    """The modules to adapt, with their adapters; checks all rules."""
+) -> list[tuple[nnx.Module, tuple[AdapterSpec, ...]]]:
+    """The modules to adapt, with the specs that they will hold; checks all rules."""
     seen: dict[str, TracedModule] = {}
     leaves: set[str] = set()
     stacks: dict[str, int] = {}
@@ -150,18 +151,34 @@ def _find(
                 entry.adapted = True
                 specs.append(spec)
         for leaf in matrices(module):
-            if config.target_parameters and (rule := parameter_rule(config, join(path, leaf))) is not None:
-                specs.append(
-                    _parameter_spec(config, join(path, leaf), rule, _shape(module, leaf), leaf, stacked)
-                )
+            name = join(path, leaf)
+            if config.target_parameters and (rule := parameter_rule(config, name)) is not None:
+                # The rule has no letters for the axes that `stacked` names.
+                shape, axes = _shape(module, leaf), _given_axes(stacked, name) or ()
+                spec = parameter_spec(config, name, rule, _without(shape, axes), leaf)
+                specs.append(dataclasses.replace(spec, shape=shape, stacked=axes))
+                check_rank(specs[-1], repr(name))
         if specs:
-            found.append((path, module, tuple(map(LayerAdapter, specs))))
+            found.append((path, module, tuple(specs)))
     check_coverage(config, seen, leaves, stacks)
-    names = [adapter.path(path) for path, _, adapters in found for adapter in adapters]
+    names = [path_of(own, path) for path, _, specs in found for own in specs]
     if unused := [name for name in stacked if not any(matches((name,), path) for path in names)]:
         raise ValueError(f"stacked: {unused[0]!r} matches no adapted module")
-    _check_not_shared(model, found)
-    return [(module, adapters) for _, module, adapters in found]
+    owners: dict[int, list[str]] = {}
+    for parts, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Variable):
+                owners.setdefault(id(value), []).append("/".join((*map(str, parts), name)))
+    for path, module, specs in found:
+        for own in specs:
+            # Another module that holds the variable would not see the adapter.
+            if len(places := owners[id(vars(module)[own.leaf])]) > 1:
+                raise ValueError(
+                    f"{path_of(own, path)!r} has an adapter, but its weight is one variable in "
+                    f"{' and '.join(places)}, and only one of them would use the adapter; share the module "
+                    "instead of the variable"
+                )
+    return [(module, specs) for _, module, specs in found]
 
 
 def _target(module: nnx.Module, path: str, config: LoRAPlusConfig, entry: TracedModule) -> LayerWeight | None:
@@ -218,22 +235,6 @@ def _layer_spec(
     return dataclasses.replace(spec, layers=tuple(n for n in layers if n < size))
 
 
-def _parameter_spec(
-    config: LoRAPlusConfig,
-    path: str,
-    rule: str,
-    shape: tuple[int, ...],
-    leaf: str,
-    stacked: Mapping[str, tuple[int, ...]],
-) -> AdapterSpec:
-    """The spec of a raw parameter; the rule has no letters for the axes that `stacked` names."""
-    axes = _given_axes(stacked, path) or ()
-    spec = parameter_spec(config, path, rule, _without(shape, axes), leaf)
-    spec = dataclasses.replace(spec, shape=shape, stacked=axes)
-    check_rank(spec, repr(path))
-    return spec
-
-
 def _without(shape: tuple[int, ...], stacked: tuple[int, ...]) -> tuple[int, ...]:
     one = list(shape)
     for axis in reversed(stacked):
@@ -279,28 +280,11 @@ def _shape(module: nnx.Module, leaf: str) -> tuple[int, ...]:
     return tuple(variable.get_value().shape)
 
 
-def _check_not_shared(model: nnx.Module, found: list[Any]) -> None:
-    """Raises ValueError if another module holds the variable of an adapted weight: it would not see the adapter."""
-    owners: dict[int, list[str]] = {}
-    for parts, module in nnx.iter_modules(model):
-        for name, value in vars(module).items():
-            if isinstance(value, nnx.Variable):
-                owners.setdefault(id(value), []).append("/".join((*map(str, parts), name)))
-    for path, module, adapters in found:
-        for adapter in adapters:
-            if len(places := owners[id(vars(module)[adapter.leaf])]) > 1:
-                raise ValueError(
-                    f"{adapter.path(path)!r} has an adapter, but its weight is one variable in "
-                    f"{' and '.join(places)}, and only one of them would use the adapter; share the module "
-                    "instead of the variable"
-                )
-
-
 def _make_factors(
-    module: nnx.Module, adapter: LayerAdapter, config: LoRAPlusConfig, rngs: nnx.Rngs, dtype: Any
+    module: nnx.Module, spec: AdapterSpec, config: LoRAPlusConfig, rngs: nnx.Rngs, dtype: Any
 ) -> dict[str, nnx.LoRAParam]:
     """The initial factors of one weight by attribute, an independent draw for every stacked layer."""
-    spec, weight = adapter.spec, getattr(module, adapter.leaf)
+    weight = getattr(module, spec.leaf)
     inits: Any = factor_inits(config.init, spec.rank, spec.axes)
     values = []
     for side in range(2):
@@ -309,6 +293,7 @@ def _make_factors(
         sizes = [shape[n] for n in stack]
         one = tuple(size for n, size in enumerate(shape) if n not in stack)
         keys = jax.random.split(rngs.params(), math.prod(sizes))
+        # One draw for each layer: an init takes the shape of one, and an orthogonal A must be so in each.
         drawn = jax.vmap(lambda key, make=inits[side], one=one: make(key, one, dtype))(keys)
         value = jnp.moveaxis(drawn.reshape(*sizes, *one), range(len(stack)), stack)
         if spec.layers is not None:
@@ -324,11 +309,15 @@ def _make_factors(
             )
         values.append(output_norms(weight.get_value(), spec.base_letters, spec.factor_letters))
     factors = {}
-    for side, (name, value) in enumerate(zip(adapter.factors, values, strict=True)):
+    for side, (name, value) in enumerate(zip(factor_attributes(spec), values, strict=True)):
         side = min(side, 1)  # the magnitudes lie as B does
         metadata = _sharding_of_factor(weight, spec, side)
-        value = _beside(weight.get_value(), value, spec, side)
-        if jax.sharding.get_abstract_mesh().empty:  # with metadata, the constructor would ask for a mesh
+        # On a mesh, as the weight is; of a tracer's sharding the mesh is abstract, and device_put rejects it.
+        on = getattr(weight.get_value(), "sharding", None)
+        if isinstance(on, jax.sharding.NamedSharding) and isinstance(on.mesh, jax.sharding.Mesh):
+            value = jax.device_put(value, on.update(spec=jax.P(*_names_of_factor(on.spec, spec, side))))
+        # Without a mesh the constructor raises an error for metadata that names mesh axes.
+        if jax.sharding.get_abstract_mesh().empty:
             factor = nnx.LoRAParam(value)
             for key, names in metadata.items():
                 factor.set_metadata(key, names)
@@ -343,34 +332,24 @@ def _sharding_of_factor(weight: nnx.Variable, spec: AdapterSpec, side: int) -> d
     metadata = weight.get_metadata()
     found = {key: metadata[key] for key in ("mesh", "sharding_rules") if metadata.get(key) is not None}
     for key in _SHARDING:
-        names = metadata.get(key)
-        if isinstance(names, tuple | list):
+        names, spec_type = metadata.get(key), jax.sharding.PartitionSpec
+        if isinstance(names, jax.sharding.NamedSharding):
+            found[key] = names.update(spec=spec_type(*_names_of_factor(names.spec, spec, side)))
+        elif isinstance(names, spec_type):
+            found[key] = spec_type(*_names_of_factor(names, spec, side))
+        elif isinstance(names, tuple | list):
             found[key] = type(names)(_names_of_factor(names, spec, side))
-        elif isinstance(names, jax.sharding.PartitionSpec):
-            found[key] = jax.sharding.PartitionSpec(*_names_of_factor(names, spec, side))
-        elif isinstance(names, jax.sharding.NamedSharding):
-            found[key] = names.update(
-                spec=jax.sharding.PartitionSpec(*_names_of_factor(names.spec, spec, side))
-            )
     return found
 
 
 def _names_of_factor(names: Iterable[Any], spec: AdapterSpec, side: int) -> list[Any]:
-    by_letter = dict(zip(spec.base_letters, names, strict=False))  # the last axes may be left out
+    by_letter = dict(zip(spec.base_letters, names, strict=False))  # JAX lets a spec leave out its last axes
     return [by_letter.get(letter) for letter in spec.factor_letters[side]]
 
 
-def _beside(weight: Any, factor: jax.Array, spec: AdapterSpec, side: int) -> jax.Array:
-    """Lays a factor out as its weight is, where that lies on the devices of a mesh."""
-    on = getattr(weight, "sharding", None)
-    if not isinstance(on, jax.sharding.NamedSharding) or not isinstance(on.mesh, jax.sharding.Mesh):
-        return factor  # of a tracer, the mesh is abstract
-    return jax.device_put(factor, on.update(spec=jax.P(*_names_of_factor(on.spec, spec, side))))
-
-
 def _make_dropout(rate: float, rngs: nnx.Rngs, spec: AdapterSpec) -> nnx.Dropout:
-    """A dropout whose key has the weight's stacked axes, as `nnx.vmap` makes it."""
     make: Callable[[nnx.Rngs], nnx.Dropout] = lambda rngs: nnx.Dropout(rate, rngs=rngs)  # noqa: E731
+    # nnx.scan slices the state of every module, so the key of a stack must be one for each layer.
     for axis in spec.stacked:
         size = spec.shape[axis]
         make = nnx.split_rngs(splits=size)(nnx.vmap(make, in_axes=(0,), out_axes=0))

@@ -19,78 +19,48 @@ from ..interpreter.low_rank import LowRankWeight, evaluate
 from ..quantization.packed_array import dense_shapes, is_packed
 
 ADAPTERS, DROPOUT = "lora_plus_adapters", "lora_plus_dropout"
-"""Attributes of an adapted module: its `LayerAdapter` objects, and an `nnx.Dropout` if the config has dropout."""
+"""Attributes of an adapted module: its specs, and an `nnx.Dropout` if the config has dropout. The specs are part of
+the graph definition; each has the weight's attribute as `leaf`, so that like layers share compiled programs."""
 OMIT_WEIGHTS: Any = jax.make_user_context(False)
 """Whether calls leave out the adapted weights and mark them, for `check_reads`; nnx.jit respects it."""
 OPTIONAL = (SCALE, TAP, *PREVIOUS_FACTORS)
 """What may stand beside a module's factors while `functional` runs the model."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerAdapter:
-    """One adapted weight of a module; static, so it is part of the module's graph definition.
+class Adapted(NamedTuple):
+    """An adapted weight.
 
     Attributes:
-      spec: the spec in the model's table, but with the weight's attribute as `leaf`: like layers have equal
-        adapters, and share compiled programs.
+      module, path: its module, and the module's path.
+      own: the spec that the module holds, with the weight's attribute as `leaf`.
+      spec: the spec in the model's table.
     """
-
-    spec: AdapterSpec
-
-    @property
-    def leaf(self) -> str:
-        """The weight's attribute."""
-        return self.spec.leaf
-
-    @property
-    def prefix(self) -> str:
-        """What precedes `lora_a` and `lora_b` in the factors' attributes: a module may have several parameters."""
-        return f"{self.leaf}_" if self.spec.kind == "parameter" else ""
-
-    def path(self, module: str) -> str:
-        """The path in the table of specs, for a module at the path `module`."""
-        return join(module, self.leaf) if self.spec.kind == "parameter" else module
-
-    def spec_at(self, module: str) -> AdapterSpec:
-        """The spec in the model's table."""
-        return dataclasses.replace(self.spec, leaf=f"params/{join(module, self.leaf)}")
-
-    def attribute(self, name: str) -> str:
-        """The attribute of a factor, scale or tap on the module."""
-        return f"{self.prefix}{name}"
-
-    @property
-    def factors(self) -> tuple[str, ...]:
-        """The attributes of A and B, and of the magnitudes if there are any."""
-        return tuple(self.attribute(name) for name in self.spec.factors)
-
-
-class Adapted(NamedTuple):
-    """An adapted weight: its module, the module's path, the adapter and its spec in the model's table."""
 
     module: nnx.Module
     path: str
-    adapter: LayerAdapter
+    own: AdapterSpec
     spec: AdapterSpec
 
 
 def adapters_by_path(model: nnx.Module) -> dict[str, Adapted]:
     """The adapted weights by their path in the specs; raises ValueError if there are none."""
     found = {
-        adapter.path(path): Adapted(module, path, adapter, adapter.spec_at(path))
-        for path, module, adapters in adapted_modules(model)
-        for adapter in adapters
+        path_of(own, path): Adapted(
+            module, path, own, dataclasses.replace(own, leaf=f"params/{join(path, own.leaf)}")
+        )
+        for path, module, specs in adapted_modules(model)
+        for own in specs
     }
     if not found:
         raise ValueError("the model has no adapters; call apply_lora_plus first")
     return found
 
 
-def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, tuple[LayerAdapter, ...]]]:
-    """The modules of a model with adapters, and their paths."""
+def adapted_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module, tuple[AdapterSpec, ...]]]:
+    """The modules of a model with adapters, with their paths and specs."""
     for parts, module in nnx.iter_modules(model):
-        if (adapters := vars(module).get(ADAPTERS)) is not None:
-            yield "/".join(map(str, parts)), module, adapters
+        if (specs := vars(module).get(ADAPTERS)) is not None:
+            yield "/".join(map(str, parts)), module, specs
 
 
 def join(module: str, name: str) -> str:
@@ -98,11 +68,26 @@ def join(module: str, name: str) -> str:
     return f"{module}/{name}" if module else name
 
 
+def path_of(own: AdapterSpec, module: str) -> str:
+    """The path of an adapter in the table of specs, for a module at the path `module`."""
+    return join(module, own.leaf) if own.kind == "parameter" else module
+
+
+def attribute_of(own: AdapterSpec, name: str) -> str:
+    """The attribute of a factor, scale or tap on the module, which may have several adapted parameters."""
+    return f"{own.leaf}_{name}" if own.kind == "parameter" else name
+
+
+def factor_attributes(own: AdapterSpec) -> tuple[str, ...]:
+    """The attributes of A and B, and of the magnitudes if there are any."""
+    return tuple(attribute_of(own, name) for name in own.factors)
+
+
 def remove_adapters(model: nnx.Module) -> None:
     """Removes all adapters in place; the model is then as before `apply_lora_plus`."""
-    for _, module, adapters in list(adapted_modules(model)):
-        for adapter in adapters:
-            for name in adapter.factors:
+    for _, module, specs in list(adapted_modules(model)):
+        for own in specs:
+            for name in factor_attributes(own):
                 delattr(module, name)
         if DROPOUT in vars(module):
             delattr(module, DROPOUT)
@@ -113,11 +98,11 @@ def remove_adapters(model: nnx.Module) -> None:
             set_class(module, type(module).__bases__[0])
 
 
-def set_adapters(module: nnx.Module, adapters: tuple[LayerAdapter, ...]) -> None:
+def set_adapters(module: nnx.Module, specs: tuple[AdapterSpec, ...]) -> None:
     """Gives a module its adapters, none if its weights are only packed, and the subclass whose calls use them."""
     if ADAPTERS not in vars(module):
         set_class(module, adapted_class(type(module)))
-    setattr(module, ADAPTERS, adapters)
+    setattr(module, ADAPTERS, specs)
 
 
 def packed_leaves(module: nnx.Module) -> list[str]:
@@ -136,6 +121,7 @@ def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
         _, _, *rest = nnx.Module.__reduce_ex__(self, protocol)
         return (_new, (base,), *rest)
 
+    # The name by which users know the class, and by which pickle looks it up.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), names | methods | {"__reduce_ex__": reduce})
 
@@ -173,22 +159,22 @@ def _call(base: type[nnx.Module], method: Callable[..., Any], self: Any, args: A
     The call becomes a function of the module's and the arguments' arrays, and its program is evaluated. What the
     call changes in their variables is written back.
     """
-    adapters: dict[str, LayerAdapter] = {adapter.leaf: adapter for adapter in vars(self)[ADAPTERS]}
+    specs: dict[str, AdapterSpec] = {own.leaf: own for own in vars(self)[ADAPTERS]}
     key = _dropout_key(self)
     inputs = self, args, kwargs
-    leaves = (*adapters, *(name for name in packed_leaves(self) if name not in adapters))
+    leaves = (*specs, *(name for name in packed_leaves(self) if name not in specs))
     graph, weights, rest = nnx.split(inputs, _is_weight(leaves), ...)
     program, structure = _trace((base, method, leaves, graph), dense_shapes(weights), rest)
     values = [
-        _low_rank(self, adapters.get(str(path[1])), variable.get_value(), key)
+        _low_rank(self, specs.get(str(path[1])), variable.get_value(), key)
         for path, variable in nnx.to_flat_state(weights)
     ]
     results = evaluate(program, [*values, *jax.tree.leaves(rest)])
     y, state = jax.tree.unflatten(structure, results)
     _, new = jax.tree.unflatten(structure, program.jaxpr.outvars)
-    old = dict(
-        nnx.to_flat_state(jax.tree.unflatten(jax.tree.structure(rest), program.jaxpr.invars[len(values) :]))
-    )
+    # A variable that the program returns as it came in is not written: writing would fail under an outer trace.
+    before = jax.tree.unflatten(jax.tree.structure(rest), program.jaxpr.invars[len(values) :])
+    old = dict(nnx.to_flat_state(before))
     for (path, variable), (_, atoms) in zip(nnx.to_flat_state(state), nnx.to_flat_state(new), strict=True):
         if isinstance(variable, nnx.Variable) and jax.tree.leaves(old.get(path)) != jax.tree.leaves(atoms):
             _write_back(inputs, path, variable)
@@ -202,8 +188,9 @@ def _is_weight(leaves: tuple[str, ...]) -> Callable[[Any, Any], bool]:
 
 
 def _trace(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[Any, Any]:
-    """The program of a call, one for all calls that are alike, and the structure of its results."""
+    # Tracing takes most of an eager call's time, so calls that are alike share a program.
     try:
+        # The graph definition holds the fields of all modules, and a user's field may be a list or a dataclass.
         hash(static)
     except TypeError:  # a field or an argument that nothing can be looked up by
         traced = None
@@ -211,7 +198,7 @@ def _trace(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tupl
         traced = _program.trace(static, weights, rest)
     if traced is not None and len(traced.jaxpr.jaxpr.invars) == len(jax.tree.leaves((weights, rest))):
         return traced.jaxpr, jax.tree.structure(traced.out_info)
-    # An argument also closes over values of an outer trace, which differ from call to call.
+    # Also where jit added inputs: an argument closes over values of an outer trace, which differ from call to call.
     run = functools.partial(_run, static)
     program, shapes = jax.make_jaxpr(run, return_shape=True)(weights, rest)
     return program, jax.tree.structure(shapes)
@@ -222,9 +209,11 @@ def _run(static: tuple[Any, ...], weights: nnx.State, rest: nnx.State) -> tuple[
     base, method, leaves, graph = static
     merged = nnx.merge(graph, weights, rest)
     module, args, kwargs = merged
+    # Of the plain class, since other methods that this one calls would otherwise be traced and evaluated apart.
     set_class(module, base)
     y = method(module, *args, **kwargs)
     is_array = lambda x: isinstance(x, jax.Array | np.ndarray | np.generic)  # noqa: E731
+    # A jitted function returns arrays only; what is static rides along in the structure of its results.
     y = jax.tree.map(lambda x: x if is_array(x) else _Static(x), y)
     return y, nnx.state(merged, nnx.Not(_is_weight(leaves)))
 
@@ -240,17 +229,16 @@ class _Static:
     value: Any
 
 
-def _low_rank(module: nnx.Module, adapter: LayerAdapter | None, value: Any, key: Any) -> LowRankWeight:
+def _low_rank(module: nnx.Module, spec: AdapterSpec | None, value: Any, key: Any) -> LowRankWeight:
     """A weight of a module with its factors, if any, and what `functional` may have added to them."""
-    if adapter is None:
+    if spec is None:
         return LowRankWeight(value, letters=string.ascii_lowercase[: value.ndim], omit=OMIT_WEIGHTS.value)
-    spec = adapter.spec
-    a, b, *magnitude = (getattr(module, name)[...] for name in adapter.factors)
+    a, b, *magnitude = (getattr(module, name)[...] for name in factor_attributes(spec))
     if spec.kind == "parameter":  # has no input of its own
         key = None
     axes = _axes_in_call(module, spec, value)
     letters = dataclasses.replace(spec, axes=axes, stacked=(), shape=value.shape, layers=None).base_letters
-    beside: Any = [vars(module).get(adapter.attribute(name)) for name in OPTIONAL]
+    beside: Any = [vars(module).get(attribute_of(spec, name)) for name in OPTIONAL]
     scale, tap, *before = beside
     return LowRankWeight(
         w=value,
@@ -268,7 +256,7 @@ def _low_rank(module: nnx.Module, adapter: LayerAdapter | None, value: Any, key:
 
 
 def _axes_in_call(module: nnx.Module, spec: AdapterSpec, value: Any) -> str:
-    """The letters of a weight in a call: a loop over stacked modules has taken a parameter's batch axes."""
+    # nnx.scan and nnx.vmap slice what they are given: in their body a parameter lacks the batch axes of the stack.
     axes = spec.axes
     while len(axes) > value.ndim and (batch := [c for c in axes if c not in "io"]):
         axes = axes.replace(batch[0], "", 1)
@@ -281,7 +269,7 @@ def _axes_in_call(module: nnx.Module, spec: AdapterSpec, value: Any) -> str:
 
 
 def _dropout_key(module: nnx.Module) -> jax.Array | None:
-    """A new key if the module's adapter has dropout that is active."""
+    # Drawn before the call's program is traced: inside it, the stream's new count would be lost.
     dropout = vars(module).get(DROPOUT)
     if dropout is None or dropout.deterministic or dropout.rngs is None:
         return None
@@ -294,7 +282,6 @@ def _dropout_key(module: nnx.Module) -> jax.Array | None:
 
 
 def _write_back(inputs: Any, path: tuple[Any, ...], variable: nnx.Variable) -> None:
-    """Writes a variable that a call changed or made into the module and its arguments."""
     owner = inputs
     for part in path[:-1]:
         if (owner := part_of(owner, part)) is None:

@@ -35,6 +35,7 @@ def check_reads(model: nnx.Module, *args: Any, method: str = "__call__", **kwarg
 
     def run(weights: nnx.State, args: Any, kwargs: Any) -> list[jax.Array]:
         module = nnx.merge(graph, weights, rest, copy=True)
+        # A zero in place of each weight: one that still reaches an output is read outside its module.
         with OMIT_WEIGHTS(True):
             y = getattr(module, method)(*args, **kwargs)
         state = nnx.state(module, nnx.Not(nnx.Param))

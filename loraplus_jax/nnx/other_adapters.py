@@ -51,15 +51,32 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
         `axes` matches no adapted weight, or factors do not fit their weight.
     """
     check_number("scale", scale, above=0.0)
-    leaves, letters = _leaves(source), _letters(source)
+    is_model = isinstance(source, nnx.Module)
+    # Without the levels that variables and qwix add: a weight that qwix quantized counts with its codes.
+    leaves = {
+        re.sub(r"^params/|(/array/qvalue)?(/value)?$", "", path): leaf
+        for path, leaf in leaves_by_path(nnx.state(source, nnx.Param) if is_model else source).items()
+    }
+    letters = {
+        join("/".join(map(str, parts)), weight.leaf): weight.axes
+        for parts, module in (nnx.iter_modules(source) if is_model else ())
+        if (weight := layer_weight(module)) is not None
+    }
     lora, specs = {}, {}
     for key, pair in factor_pairs(leaves).items():
         leaf, path = _weight(key, leaves)
         weight, (a, b) = leaves[leaf], (leaves[path] for path in pair)
         found = _axes(leaf, weight, (a, b), axes or {}, letters)
+        is_table = leaf.endswith(("embedding", "embeddings"))
         spec = AdapterSpec(
             leaf=f"params/{leaf}",
-            kind=_kind(leaf, path, found),
+            kind="parameter"
+            if leaf == path
+            else "embed"
+            if is_table
+            else "dense"
+            if found == "io"
+            else "einsum",
             axes=found,
             shape=tuple(weight.shape),
             rank=a.shape[-1],
@@ -68,7 +85,10 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
         )
         lead = len(spec.stacked) + sum(role not in "io" for role in found)
         for factor, value, shape in zip(spec.factor_paths(path), (a, b), spec.factor_shapes, strict=True):
-            if tuple(value.shape) not in (shape, _flat(shape, lead, factor.endswith("a"))):
+            # qwix makes one axis of all input axes, and one of all output axes.
+            head, rest = shape[:lead], shape[lead:]
+            flat = (math.prod(rest[:-1]), rest[-1]) if value is a else (rest[0], math.prod(rest[1:]))
+            if tuple(value.shape) not in (shape, (*head, *flat)):
                 raise ValueError(
                     f"{factor}: {tuple(value.shape)} does not fit {shape}, the shape for axes {found!r}"
                 )
@@ -80,12 +100,6 @@ def specs_of(source: Any, *, scale: float, axes: Mapping[str, str] | None = None
     if unused := [rule for rule in axes or {} if not any(re.fullmatch(rule, path) for path in weights)]:
         raise ValueError(f"axes: {unused[0]!r} matches no adapted weight{suggest(unused[0], weights)}")
     return OtherAdapters(unflatten(lora), specs, _config(specs, scale))
-
-
-def _flat(shape: tuple[int, ...], lead: int, is_a: bool) -> tuple[int, ...]:
-    """A factor's shape if all input axes, or all output axes, are one; the stacked and batch axes lead."""
-    head, rest = shape[:lead], shape[lead:]
-    return (*head, math.prod(rest[:-1]), rest[-1]) if is_a else (*head, rest[0], math.prod(rest[1:]))
 
 
 def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
@@ -105,27 +119,6 @@ def _config(specs: Mapping[str, AdapterSpec], scale: float) -> LoRAPlusConfig:
     )
 
 
-def _leaves(source: Any) -> dict[str, Any]:
-    """The arrays of a model or tree by path, without the levels that variables and qwix add.
-
-    A weight that qwix quantized counts with its `qvalue`, which has the weight's axes.
-    """
-    tree = nnx.state(source, nnx.Param) if isinstance(source, nnx.Module) else source
-    return {
-        re.sub(r"^params/|(/array/qvalue)?(/value)?$", "", path): leaf
-        for path, leaf in leaves_by_path(tree).items()
-    }
-
-
-def _letters(source: Any) -> dict[str, str]:
-    """The axes of the weights of an NNX model's layers, by the weight's path."""
-    found = {}
-    for parts, module in nnx.iter_modules(source) if isinstance(source, nnx.Module) else ():
-        if (weight := layer_weight(module)) is not None:
-            found[join("/".join(map(str, parts)), weight.leaf)] = weight.axes
-    return found
-
-
 def _weight(key: str, leaves: Mapping[str, Any]) -> tuple[str, str]:
     """The path of the weight that a pair of factors adapts, and its path in the specs.
 
@@ -143,12 +136,6 @@ def _weight(key: str, leaves: Mapping[str, Any]) -> tuple[str, str]:
     raise ValueError(f"{key}: there are factors, but the weight that they adapt is not in the model")
 
 
-def _kind(leaf: str, path: str, axes: str) -> str:
-    if leaf == path:
-        return "parameter"
-    return "embed" if leaf.endswith(("embedding", "embeddings")) else "dense" if axes == "io" else "einsum"
-
-
 def _axes(
     path: str, weight: Any, factors: tuple[Any, Any], rules: Mapping[str, str], letters: Mapping[str, str]
 ) -> str:
@@ -160,8 +147,11 @@ def _axes(
     a, b = factors
     if len(weight.shape) == 2 and a.shape[0] == weight.shape[0]:
         return "io"
-    every = map("".join, itertools.product("io", repeat=len(weight.shape)))
-    sides = {axes: _sides(weight.shape, axes) for axes in every if len(set(axes)) == 2}
+    sides = {}
+    for axes in map("".join, itertools.product("io", repeat=len(weight.shape))):
+        if len(set(axes)) == 2:
+            sizes = list(zip(weight.shape, axes, strict=True))
+            sides[axes] = tuple(tuple(n for n, role in sizes if role == side) for side in "io")
     exact = [axes for axes, shapes in sides.items() if shapes == (tuple(a.shape[:-1]), tuple(b.shape[1:]))]
     if len(exact) == 1:
         return exact[0]
@@ -171,9 +161,3 @@ def _axes(
         f"{path}: the axes of its weight {tuple(weight.shape)} are unknown; pass axes={{{path!r}: LETTERS}} with i "
         f"for input and o for output axes, such as {' or '.join(map(repr, proposals)) or 'io'}"
     )
-
-
-def _sides(shape: tuple[int, ...], axes: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The sizes of the input axes and of the output axes."""
-    inner, outer = (tuple(n for n, role in zip(shape, axes, strict=True) if role == side) for side in "io")
-    return inner, outer

@@ -72,6 +72,7 @@ def from_qwix(model: nnx.Module, rules: Sequence[Any], *, stacked: Mapping[str, 
             delattr(module, name)
     for (n, name), value in new.items():
         module = modules[n][1]
+        # The codes' variable has the weight's type and metadata.
         setattr(module, name, vars(module)[name].array.qvalue.replace(value))
         set_adapters(module, vars(module).get(ADAPTERS, ()))
 

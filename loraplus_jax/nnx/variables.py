@@ -14,7 +14,14 @@ from ..adapter.lora import disabled as disabled_tree
 from ..adapter.merge import check_dequantize
 from ..adapter.tree import flatten, join_path, unflatten
 from ..quantization.packed_array import is_packed
-from .adapted_module import OPTIONAL, adapters_by_path, part_of, remove_adapters
+from .adapted_module import (
+    OPTIONAL,
+    adapters_by_path,
+    attribute_of,
+    factor_attributes,
+    part_of,
+    remove_adapters,
+)
 
 
 def lora_tree(model: nnx.Module) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def set_lora(model: nnx.Module, lora: Mapping[str, Any]) -> None:
 def base_variables(model: nnx.Module) -> dict[str, Any]:
     """The parameters without adapters as `{"params": tree}` with string keys."""
     params = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
-    return {"params": unflatten({join_path(path): _value(variable) for path, variable in params})}
+    return {"params": unflatten({join_path(path): variable.get_value() for path, variable in params})}
 
 
 def functional(model: nnx.Module) -> Callable[..., Any]:
@@ -84,6 +91,7 @@ def functional(model: nnx.Module) -> Callable[..., Any]:
     def apply(
         variables: Mapping[str, Any], *args: Any, method: str | None = None, rngs: Any = None, **kwargs: Any
     ) -> Any:
+        # A copy: a call may change variables, and those of another trace must not leak into the model.
         module = nnx.merge(graph, state, copy=True)
         _set_variables(module, variables)
         if rngs is None:
@@ -110,9 +118,9 @@ def merge(model: nnx.Module, *, dequantize: bool = False) -> nnx.Module:
       ValueError: the model has no adapters, or a weight is packed.
     """
     merged = nnx.clone(model)
-    for module, _, adapter, spec in adapters_by_path(merged).values():
-        weight = getattr(module, adapter.leaf)
-        factors = [getattr(module, name)[...] for name in adapter.factors]
+    for module, _, own, spec in adapters_by_path(merged).values():
+        weight = getattr(module, own.leaf)
+        factors = [getattr(module, name)[...] for name in factor_attributes(own)]
         value = weight.get_value()
         if is_packed(value):
             value = check_dequantize(value, spec.leaf, allowed=dequantize)
@@ -128,10 +136,10 @@ def unmerge(merged: nnx.Module, model: nnx.Module) -> None:
       ValueError: `merged` lacks one of the weights.
     """
     modules = {join_path(path): module for path, module in nnx.iter_modules(merged)}
-    for module, path, adapter, spec in adapters_by_path(model).values():
-        if path not in modules or adapter.leaf not in vars(modules[path]):
+    for module, path, own, spec in adapters_by_path(model).values():
+        if path not in modules or own.leaf not in vars(modules[path]):
             raise ValueError(f"{spec.leaf} is missing in the merged model")
-        getattr(modules[path], adapter.leaf).set_value(getattr(module, adapter.leaf).get_value())
+        getattr(modules[path], own.leaf).set_value(getattr(module, own.leaf).get_value())
 
 
 def disabled(model: nnx.Module) -> nnx.Module:
@@ -148,8 +156,8 @@ def _factors(model: nnx.Module) -> dict[str, nnx.Variable]:
     """The variables of the factors by their path in the tree of adapters."""
     return {
         name: getattr(module, attribute)
-        for path, (module, _, adapter, spec) in adapters_by_path(model).items()
-        for name, attribute in zip(spec.factor_paths(path), adapter.factors, strict=True)
+        for path, (module, _, own, spec) in adapters_by_path(model).items()
+        for name, attribute in zip(spec.factor_paths(path), factor_attributes(own), strict=True)
     }
 
 
@@ -157,10 +165,10 @@ def _set_variables(model: nnx.Module, variables: Mapping[str, Any]) -> None:
     """Sets the variables of a model within one call of `functional`, with scales and taps beside the factors."""
     lora = flatten(variables.get("lora", {})) | flatten(variables.get(SCALE, {}))
     factors = _factors(model)
-    for path, (module, _, adapter, _) in adapters_by_path(model).items():
+    for path, (module, _, own, _) in adapters_by_path(model).items():
         for name in OPTIONAL:
             if (value := lora.pop(f"{path}/{name}".removeprefix("/"), None)) is not None:
-                setattr(module, adapter.attribute(name), nnx.LoRAParam(value))
+                setattr(module, attribute_of(own, name), nnx.LoRAParam(value))
     for name, value in lora.items():
         if name not in factors:
             raise ValueError(f"the variables contain {name!r}, which is not a factor of the model")
@@ -181,7 +189,3 @@ def _reseed(model: nnx.Module, rngs: Any) -> None:
     for name in rngs:
         check_choice("rngs", name, sorted(names))
     nnx.reseed(model, policy="match_shape", **rngs)
-
-
-def _value(variable: Any) -> Any:
-    return variable.get_value() if isinstance(variable, nnx.Variable) else variable

@@ -4,30 +4,19 @@ import dataclasses
 import json
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora
+from loraplus_jax import LoRAPlusConfig
 from loraplus_jax.adapter.lora import weight_delta
-from loraplus_jax.adapter.spec import AdapterSpec
 from loraplus_jax.interop.peft_adapter_config import read_options
 from loraplus_jax.interop.peft_files import load_peft, peft_config, save_peft
 
 from ..messages import mentions
-
-
-def spec_of(kind, axes, shape, rank=2, leaf="params/m/kernel", scale=1.5, **more):
-    return AdapterSpec(leaf=leaf, kind=kind, axes=axes, shape=shape, rank=rank, scale=scale, **more)
-
-
-def factors(spec, seed=0):
-    rng = np.random.default_rng(seed)
-    a, b = (rng.normal(size=shape).astype(np.float32) for shape in spec.factor_shapes)
-    return {"m": {"lora_a": jnp.asarray(a), "lora_b": jnp.asarray(b)}}
+from .models import PATHS, factors, net, spec_of
 
 
 def saved(tmp_path, spec, rule, lora=None, config=None, key="m"):
@@ -163,49 +152,6 @@ def test_experts_in_one_parameter(tmp_path):
     assert options["target_parameters"] == ["experts.down_proj"]
     again = load_peft(tmp_path / "a", {"m": spec}, [("m", "experts.down_proj", "Parameter")])
     jax.tree.map(np.testing.assert_array_equal, again.lora, factors(spec))
-
-
-class Block(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        x = x + nn.Dense(8, name="fc")(nn.LayerNorm(name="norm")(x))
-        return x, None
-
-
-class Net(nn.Module):
-    """A user's own model: stacked blocks between an embedding and two heads."""
-
-    @nn.compact
-    def __call__(self, ids):
-        x = nn.Embed(10, 8, name="embed")(ids)
-        layers = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=3
-        )
-        x, _ = layers(name="blocks")(x, None)
-        return nn.Dense(4, name="head")(x), nn.Dense(2, name="other_head")(x)
-
-
-PATHS = (
-    ("embed", "emb"),
-    ("blocks/{part}", "layers.{layer}.{part}"),
-    ("head", "out.0"),
-    ("other_head", "out.1"),
-)
-
-
-IDS = jnp.zeros((1, 3), jnp.int32)
-
-
-def net(**fields):
-    fields = {"target_modules": ["embed", "fc", "head"], "rank": 2} | fields
-    config = LoRAPlusConfig(**fields)
-    model = apply_lora_plus(Net(), config)
-    lora, specs = init_lora(model, jax.random.key(0), IDS)
-    shapes = jax.eval_shape(Net().init, jax.random.key(1), IDS)["params"]
-    params = jax.tree.map(
-        lambda x: jnp.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype), shapes
-    )
-    return config, jax.tree.map(lambda x: x + 1, lora), specs, params
 
 
 def test_the_tensors_of_a_users_own_model(tmp_path):
@@ -396,13 +342,6 @@ def test_patterns_that_would_match_another_module_are_made_exact(tmp_path):
     assert options.ranks_and_alphas(["fc", "block.fc"]) == {"fc": (1, 2), "block.fc": (2, 2)}
 
 
-def accept_changes(directory):
-    """Removes the digest, as the message about a changed file says."""
-    path = directory / "loraplus.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}))
-    return directory
-
-
 def test_changed_tensors_of_an_export_are_rejected(tmp_path):
     config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
     own = {"params": {"head": {"bias": jnp.ones(2)}}}
@@ -419,79 +358,6 @@ def test_changed_tensors_of_an_export_are_rejected(tmp_path):
         load_peft(tmp_path / "a", specs, PATHS, params=params)
 
 
-def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):
-    config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
-    bias = jnp.arange(24.0).reshape(3, 8)
-    extras = {"params": {"blocks": {"fc": {"bias": bias}}}}
-    save_peft(tmp_path / "a", lora, specs, config, PATHS, extras=extras)
-    path = accept_changes(tmp_path / "a") / "adapter_model.safetensors"
-    found = load_file(path)
-    del found["base_model.model.layers.1.fc.base_layer.bias"]
-    save_file(found, path)
-    again = load_peft(tmp_path / "a", specs, PATHS, params=params).extras["params"]["blocks"]["fc"]["bias"]
-    np.testing.assert_array_equal(again, bias.at[1].set(params["blocks"]["fc"]["bias"][1]))
-    shapes = jax.eval_shape(lambda: params)
-    unknown = load_peft(tmp_path / "a", specs, PATHS, params=shapes).extras
-    assert isinstance(unknown["params"]["blocks"]["fc"]["bias"], jax.ShapeDtypeStruct)
-
-
-def test_a_copy_of_the_base_must_be_one(tmp_path):
-    config, lora, specs, params = net(target_modules=["embed"])
-    save_peft(tmp_path / "a", lora, specs, config, PATHS)
-    path = accept_changes(tmp_path / "a") / "adapter_model.safetensors"
-    copy = np.asarray(params["embed"]["embedding"])
-    for value in (copy, copy + 1):
-        save_file(load_file(path) | {"base_model.model.emb.base_layer.weight": value}, path)
-        if value is copy:
-            assert not load_peft(tmp_path / "a", specs, PATHS, params=params).extras
-    with pytest.raises(ValueError, match=mentions("emb.base_layer.weight", "base")):
-        load_peft(tmp_path / "a", specs, PATHS, params=params)
-
-
-def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
-    config, lora, specs, _ = net(target_modules=["embed"])
-    tied, plain = (("embed", "m.embed_tokens", "TiedEmbedding"),), (("embed", "m.embed_tokens"),)
-    save_peft(tmp_path / "a", lora, specs, config, tied)
-    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
-    load_peft(tmp_path / "a", specs, tied)
-    save_peft(tmp_path / "b", lora, specs, config, plain)
-    with pytest.raises(ValueError, match="ensure_weight_tying"):
-        load_peft(tmp_path / "b", specs, tied)
-    # PEFT finds a tied embedding by its name.
-    renamed = (("embed", "m.wte", "TiedEmbedding"),)
-    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "head", "embed_tokens", "m.wte")):
-        save_peft(tmp_path / "c", lora, specs, config, renamed)
-
-
-def test_a_fully_trained_embedding_that_is_the_head_too_is_written_as_both(tmp_path):
-    config, lora, specs, params = net(target_modules=["fc"], modules_to_save=["embed"])
-    tied = (("embed", "m.wte", "TiedEmbedding"), *PATHS[1:], ("embed", "lm_head", "TiedHead"))
-    extras = {"params": {"embed": params["embed"]}}
-    weights, options = (
-        tmp_path / "a" / name for name in ("adapter_model.safetensors", "adapter_config.json")
-    )
-    save_peft(tmp_path / "a", lora, specs, config, tied, extras=extras)
-    content, written = json.loads(options.read_text()), load_file(weights)
-    assert (content["modules_to_save"], content["ensure_weight_tying"]) == (["m.wte", "lm_head"], True)
-    embedding, head = (f"base_model.model.{name}.weight" for name in ("m.wte", "lm_head"))
-    np.testing.assert_array_equal(written[embedding], params["embed"]["embedding"])
-    np.testing.assert_array_equal(written[head], params["embed"]["embedding"])
-    jax.tree.map(
-        np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, tied, params=params).extras, extras
-    )
-    options.write_text(json.dumps(content | {"ensure_weight_tying": False}))
-    with pytest.raises(ValueError, match="ensure_weight_tying"):
-        load_peft(tmp_path / "a", specs, tied, params=params)
-    options.write_text(json.dumps(content))
-    for changed in ({head: None}, {embedding: None}, {head: written[embedding] + 1}):
-        kept = {name: x for name, x in (written | changed).items() if x is not None}
-        save_file(kept, weights)
-        with pytest.raises(ValueError, match=mentions("tied", "m.wte", "lm_head.weight")):
-            load_peft(tmp_path / "a", specs, tied, params=params)
-    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "TiedHead")):
-        save_peft(tmp_path / "b", lora, specs, config, tied[:-1], extras=extras)
-
-
 def test_everything_without_a_rule_is_listed_and_nothing_written(tmp_path):
     config, lora, specs, params = net()
     with pytest.raises(ValueError, match=mentions("'embed'", "'head'", "params/other_head/bias")):
@@ -506,53 +372,30 @@ def test_everything_without_a_rule_is_listed_and_nothing_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+STACKED = spec_of("dense", "io", (4, 3, 5), stacked=(0,))
+EINSUMS = {
+    axes: spec_of("einsum", axes, (2, 3, 4, 5)[: len(axes)]) for axes in ("eiio", "ooi", "oii", "iio", "bio")
+}
+
+
 @pytest.mark.parametrize(
-    ("spec", "rule", "text"),
+    ("spec", "rule", "words"),
     [
-        (
-            spec_of("conv_transpose", "iio", (3, 2, 4)),
-            ("m", "t"),
-            mentions("params/m/kernel", "transposed", "PEFT"),
-        ),
-        (
-            spec_of("dense", "io", (4, 3, 5), stacked=(0,)),
-            ("m", "t"),
-            mentions("params/m/kernel", "1 stacked", "t", 0),
-        ),
-        (
-            spec_of("dense", "io", (3, 5)),
-            ("m", "h.{n}.t"),
-            mentions("params/m/kernel", "0 stacked", "h.{n}.t", 1),
-        ),
-        (
-            spec_of("dense", "io", (3, 5)),
-            ("m", "t", "Embedding"),
-            mentions("params/m/kernel", "dense", "Embedding", "t", "Linear"),
-        ),
-        (
-            spec_of("einsum", "eiio", (2, 3, 4, 5)),
-            ("m", "t", "Parameter"),
-            mentions("params/m/kernel", "'eiio'"),
-        ),
-        *(
-            (spec_of("einsum", axes, (2, 3, 4)), ("m", *rule), mentions("params/m/kernel", repr(axes), size))
-            for axes, size, *rule in (
-                ("ooi", 3, "{a|b|c}"),
-                ("oii", 2, "{a|b}"),
-                ("iio", 2, "{a|b}"),
-                ("bio", 2, "{a|b}.t", "Parameter"),
-            )
-        ),
-        (
-            spec_of("einsum", "beio", (2, 2, 3, 4)),
-            ("m", "{e}.{a|b}"),
-            mentions("params/m/kernel", "'beio'", "follow"),
-        ),
+        (spec_of("conv_transpose", "iio", (3, 2, 4)), ("t",), ("transposed", "PEFT")),
+        (STACKED, ("t",), ("1 stacked", "t", 0)),
+        (spec_of("dense", "io", (3, 5)), ("h.{n}.t",), ("0 stacked", "h.{n}.t", 1)),
+        (spec_of("dense", "io", (3, 5)), ("t", "Embedding"), ("dense", "Embedding", "t", "Linear")),
+        (EINSUMS["eiio"], ("t", "Parameter"), ("'eiio'",)),
+        (EINSUMS["ooi"], ("{a|b|c}",), ("'ooi'", 3)),
+        (EINSUMS["oii"], ("{a|b}",), ("'oii'", 2)),
+        (EINSUMS["iio"], ("{a|b}",), ("'iio'", 2)),
+        (EINSUMS["bio"], ("{a|b}.t", "Parameter"), ("'bio'", 2)),
+        (spec_of("einsum", "beio", (2, 2, 3, 4)), ("{e}.{a|b}",), ("'beio'", "follow")),
     ],
 )
-def test_what_peft_cannot_hold_is_rejected(spec, rule, text, tmp_path):
-    with pytest.raises(ValueError, match=text):
-        saved(tmp_path, spec, rule)
+def test_what_peft_cannot_hold_is_rejected(spec, rule, words, tmp_path):
+    with pytest.raises(ValueError, match=mentions("params/m/kernel", *words)):
+        saved(tmp_path, spec, ("m", *rule))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -573,45 +416,10 @@ def test_parts_with_one_a_need_equal_copies_of_it(tmp_path):
     assert (lora["m"]["lora_a"][1] == lora["m"]["lora_a"][0] + 1).all()
 
 
-def test_a_fully_trained_leaf_of_parts_is_split_too(tmp_path):
-    spec, rules = spec_of("dense", "io", (3, 5)), [("m", "t"), ("norms", "{q|k}_norm")]
-    config = LoRAPlusConfig(target_modules=["m"], rank=2, alpha=3.0)
-    extras = {"params": {"norms": {"scale": jnp.arange(6.0).reshape(2, 3)}}}
-    save_peft(tmp_path / "a", factors(spec), {"m": spec}, config, rules, extras=extras)
-    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
-    assert tensors["base_model.model.k_norm.weight"].tolist() == [3.0, 4.0, 5.0]
-    again = load_peft(tmp_path / "a", {"m": spec}, rules, params=extras["params"]).extras
-    np.testing.assert_array_equal(again["params"]["norms"]["scale"], extras["params"]["norms"]["scale"])
-    rules = [("m", "t"), ("norms", "{q|k|v}_norm")]
-    with pytest.raises(ValueError, match=mentions("params/norms/scale", 3, "(2, 3)")):
-        save_peft(tmp_path / "b", factors(spec), {"m": spec}, config, rules, extras=extras)
-
-
 def test_two_modules_with_one_peft_name_are_rejected(tmp_path):
     config, lora, specs, _ = net(target_modules=["head", "other_head"])
     with pytest.raises(ValueError, match=mentions("'head'", "'other_head'", "out")):
-        save_peft(
-            tmp_path / "a",
-            lora,
-            specs,
-            config,
-            (("head", "out"), ("other_head", "out")),
-        )
-
-
-def test_kernels_of_unknown_axes_are_never_transposed_by_guess(tmp_path):
-    config, lora, specs, _ = net(target_modules=["head"])
-    extras = {"params": {"conv": {"kernel": jnp.ones((3, 2, 4))}}}
-    rules = (*PATHS, ("conv", "conv"))
-    with pytest.raises(ValueError, match=mentions(3, "Linear", "Conv1D", "Conv")):
-        save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
-    rules = (*PATHS, ("conv", "conv", "Conv"))
-    save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
-    assert load_file(tmp_path / "a/adapter_model.safetensors")["base_model.model.conv.weight"].shape == (
-        4,
-        2,
-        3,
-    )
+        save_peft(tmp_path / "a", lora, specs, config, (("head", "out"), ("other_head", "out")))
 
 
 def test_a_target_that_exclude_modules_names_needs_no_factors(tmp_path):

@@ -1,6 +1,7 @@
 """One behavioural suite over every layer that can be adapted, met in a model and as a layer of our own."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,20 @@ class Subject:
     attend: bool = False
 
 
+OURS = {
+    nn.Dense: LoRAPlusDense,
+    nn.DenseGeneral: LoRAPlusDenseGeneral,
+    nn.Einsum: LoRAPlusEinsum,
+    nn.Conv: LoRAPlusConv,
+    nn.Embed: LoRAPlusEmbed,
+    nn.MultiHeadDotProductAttention: LoRAPlusMultiHeadDotProductAttention,
+}
+
+
 def layer(cls, *args, **fields):
-    return lambda **more: cls(*args, **fields, **more)
+    """The plain layer and, if there is one, ours."""
+    ours = functools.partial(OURS[cls], *args, **fields) if cls in OURS else None
+    return functools.partial(cls, *args, **fields), ours
 
 
 def twin(cls, *args, **fields):
@@ -71,128 +84,104 @@ def kernel(kind, axes, *shape):
 
 HEADS = dict.fromkeys(("query", "key", "value"), ("kernel", "dense_general", "ioo", (6, 2, 3)))
 SUBJECTS = {
-    "dense": Subject(
-        layer(nn.Dense, 5),
-        layer(LoRAPlusDense, 5),
-        (2, 3, 5),
-        kernel("dense", "io", 5, 5),
-        twin(nnx.Linear, 5, 5),
-    ),
+    "dense": Subject(*layer(nn.Dense, 5), (2, 3, 5), kernel("dense", "io", 5, 5), twin(nnx.Linear, 5, 5)),
     "dense of a vector": Subject(
-        layer(nn.Dense, 5), layer(LoRAPlusDense, 5), (5,), kernel("dense", "io", 5, 5), twin(nnx.Linear, 5, 5)
+        *layer(nn.Dense, 5), (5,), kernel("dense", "io", 5, 5), twin(nnx.Linear, 5, 5)
     ),
     "general": Subject(
-        layer(nn.DenseGeneral, (4, 5), axis=(-2, -1)),
-        layer(LoRAPlusDenseGeneral, (4, 5), axis=(-2, -1)),
+        *layer(nn.DenseGeneral, (4, 5), axis=(-2, -1)),
         (2, 4, 5),
         kernel("dense_general", "iioo", 4, 5, 4, 5),
         twin(nnx.LinearGeneral, (4, 5), (4, 5), axis=(-2, -1)),
     ),
     "general, outer axis": Subject(
-        layer(nn.DenseGeneral, 4, axis=1),
-        layer(LoRAPlusDenseGeneral, 4, axis=1),
+        *layer(nn.DenseGeneral, 4, axis=1),
         (2, 4, 4),
         kernel("dense_general", "io", 4, 4),
         twin(nnx.LinearGeneral, 4, 4, axis=1),
     ),
     "general, batch": Subject(
-        layer(nn.DenseGeneral, 5, batch_dims=(0,)),
-        layer(LoRAPlusDenseGeneral, 5, batch_dims=(0,)),
+        *layer(nn.DenseGeneral, 5, batch_dims=(0,)),
         (3, 2, 5),
         kernel("dense_general", "eio", 3, 5, 5),
         twin(nnx.LinearGeneral, 5, 5, batch_axis={0: 3}),
     ),
     "einsum": Subject(
-        layer(nn.Einsum, (6, 2, 3), "btd,dnh->btnh"),
-        layer(LoRAPlusEinsum, (6, 2, 3), "btd,dnh->btnh"),
+        *layer(nn.Einsum, (6, 2, 3), "btd,dnh->btnh"),
         (2, 4, 6),
         kernel("einsum", "ioo", 6, 2, 3),
         twin(nnx.Einsum, "btd,dnh->btnh", (6, 2, 3), (2, 3)),
     ),
     "einsum, outputs first": Subject(
-        layer(nn.Einsum, (5, 4), "...d,kd->...k", use_bias=False),
-        layer(LoRAPlusEinsum, (5, 4), "...d,kd->...k", use_bias=False),
+        *layer(nn.Einsum, (5, 4), "...d,kd->...k", use_bias=False),
         (2, 3, 4),
         kernel("einsum", "oi", 5, 4),
         twin(nnx.Einsum, "...d,kd->...k", (5, 4)),
     ),
     "einsum, batch": Subject(
-        layer(nn.Einsum, (3, 5, 5), "ebi,eio->ebo", use_bias=False),
-        layer(LoRAPlusEinsum, (3, 5, 5), "ebi,eio->ebo", use_bias=False),
+        *layer(nn.Einsum, (3, 5, 5), "ebi,eio->ebo", use_bias=False),
         (3, 2, 5),
         kernel("einsum", "eio", 3, 5, 5),
         twin(nnx.Einsum, "ebi,eio->ebo", (3, 5, 5)),
     ),
     "einsum, batch last": Subject(
-        layer(nn.Einsum, (5, 5, 3), "bie,ioe->boe", use_bias=False),
-        layer(LoRAPlusEinsum, (5, 5, 3), "bie,ioe->boe", use_bias=False),
+        *layer(nn.Einsum, (5, 5, 3), "bie,ioe->boe", use_bias=False),
         (2, 5, 3),
         kernel("einsum", "ioe", 5, 5, 3),
         twin(nnx.Einsum, "bie,ioe->boe", (5, 5, 3)),
     ),
     "conv": Subject(
-        layer(nn.Conv, 4, (3, 3)),
-        layer(LoRAPlusConv, 4, (3, 3)),
+        *layer(nn.Conv, 4, (3, 3)),
         (2, 5, 5, 4),
         kernel("conv", "iiio", 3, 3, 4, 4),
         twin(nnx.Conv, 4, 4, (3, 3)),
     ),
     "conv, one dimension": Subject(
-        layer(nn.Conv, 4, (3,), padding="CAUSAL", kernel_dilation=2),
-        layer(LoRAPlusConv, 4, (3,), padding="CAUSAL", kernel_dilation=2),
+        *layer(nn.Conv, 4, (3,), padding="CAUSAL", kernel_dilation=2),
         (2, 7, 4),
         kernel("conv", "iio", 3, 4, 4),
         twin(nnx.Conv, 4, 4, (3,), padding="CAUSAL", kernel_dilation=2),
     ),
     "conv, strides and groups": Subject(
-        layer(nn.Conv, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
-        layer(LoRAPlusConv, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
+        *layer(nn.Conv, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
         (2, 7, 6, 4),
         kernel("conv", "iiio", 3, 2, 2, 6),
         twin(nnx.Conv, 4, 6, (3, 2), strides=2, padding="VALID", feature_group_count=2),
     ),
     "conv, masked": Subject(
-        layer(nn.Conv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
-        layer(LoRAPlusConv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
+        *layer(nn.Conv, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
         (2, 5, 4),
         kernel("conv", "iio", 3, 4, 4),
         twin(nnx.Conv, 4, 4, (3,), mask=np.tril(np.ones((3, 4, 4)))),
     ),
     "conv, circular": Subject(
-        layer(nn.Conv, 4, (3,), padding="CIRCULAR"),
-        None,
+        *layer(nn.Conv, 4, (3,), padding="CIRCULAR"),
         (5, 4),
         kernel("conv", "iio", 3, 4, 4),
         twin(nnx.Conv, 4, 4, (3,), padding="CIRCULAR"),
     ),
-    "conv, local": Subject(
-        layer(nn.ConvLocal, 4, (3,)), None, (2, 5, 4), kernel("conv", "aio", 5, 12, 4), None
-    ),
+    "conv, local": Subject(*layer(nn.ConvLocal, 4, (3,)), (2, 5, 4), kernel("conv", "aio", 5, 12, 4), None),
     "conv, transposed": Subject(
-        layer(nn.ConvTranspose, 4, (3, 3), strides=(2, 2)),
-        None,
+        *layer(nn.ConvTranspose, 4, (3, 3), strides=(2, 2)),
         (2, 3, 3, 4),
         kernel("conv_transpose", "iiio", 3, 3, 4, 4),
         twin(nnx.ConvTranspose, 4, 4, (3, 3), strides=(2, 2)),
     ),
     "conv, transposed kernel": Subject(
-        layer(nn.ConvTranspose, 5, (3,), transpose_kernel=True),
-        None,
+        *layer(nn.ConvTranspose, 5, (3,), transpose_kernel=True),
         (2, 4, 3),
         kernel("conv_transpose", "ioi", 3, 5, 3),
         twin(nnx.ConvTranspose, 3, 5, (3,), transpose_kernel=True),
     ),
     "embed": Subject(
-        layer(nn.Embed, 7, 5),
-        layer(LoRAPlusEmbed, 7, 5),
+        *layer(nn.Embed, 7, 5),
         (2, 3),
         {"": ("embedding", "embed", "io", (7, 5))},
         twin(nnx.Embed, 7, 5),
         ids=True,
     ),
     "embed and attend": Subject(
-        layer(nn.Embed, 7, 5),
-        layer(LoRAPlusEmbed, 7, 5),
+        *layer(nn.Embed, 7, 5),
         (2, 3),
         {"": ("embedding", "embed", "io", (7, 5))},
         twin(nnx.Embed, 7, 5),
@@ -200,8 +189,7 @@ SUBJECTS = {
         attend=True,
     ),
     "attention": Subject(
-        layer(nn.MultiHeadDotProductAttention, 2),
-        layer(LoRAPlusMultiHeadDotProductAttention, 2),
+        *layer(nn.MultiHeadDotProductAttention, 2),
         (2, 4, 6),
         HEADS | {"out": ("kernel", "dense_general", "iio", (2, 3, 6))},
         twin(nnx.MultiHeadAttention, 2, 6, decode=False),

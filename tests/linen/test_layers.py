@@ -10,7 +10,8 @@ from jax.test_util import check_grads
 from loraplus_jax import LoRAPlusDense, init_lora
 from loraplus_jax.adapter.lora import scale_variables
 
-KEY = jax.random.key(0, impl="rbg")  # compiles faster than the default
+from .models import KEY, assert_equal, drawn
+
 X = jax.random.normal(jax.random.key(1), (4, 6))
 
 
@@ -18,23 +19,13 @@ def layer(**fields):
     return LoRAPlusDense(**({"features": 5, "rank": 2, "alpha": 3.0} | fields))
 
 
-def randomised(shapes, seed=7):
-    """Normal draws of these shapes, so that no factor is zero; by numpy, which compiles nothing."""
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), shapes)
-
-
 def variables_of(model, *args):
     """Random variables of a model, made without compiling its `init`."""
-    return randomised(jax.eval_shape(model.init, KEY, *args))
+    return drawn(jax.eval_shape(model.init, KEY, *args), 7)
 
 
 def dtypes(tree):
     return jax.tree.map(lambda leaf: leaf.dtype, tree)
-
-
-def assert_equal(got, expected):
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 @pytest.mark.parametrize(
@@ -77,14 +68,6 @@ def test_forward_against_float64_numpy():
     )
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 3, 6)])
-def test_any_number_of_leading_axes(shape):
-    x = jax.random.normal(KEY, shape)
-    variables = variables_of(layer(), x)
-    flat = layer().apply(variables, x.reshape(-1, 6)).reshape(*shape[:-1], 5)
-    np.testing.assert_allclose(layer().apply(variables, x), flat, rtol=1e-5, atol=1e-6)
-
-
 def test_bfloat16_compute_really_is_bfloat16():
     half = layer(dtype=jnp.bfloat16)
     variables = variables_of(half, X)
@@ -94,27 +77,17 @@ def test_bfloat16_compute_really_is_bfloat16():
     np.testing.assert_allclose(y.astype(jnp.float32), layer().apply(variables, X), rtol=0.05, atol=0.2)
 
 
-@pytest.mark.parametrize(
-    ("init", "zero", "drawn", "bound"),
-    [
-        ("lora", "lora_b", "lora_a", (1 / 600) ** 0.5),
-        ("he_uniform", "lora_b", "lora_a", (6 / 600) ** 0.5),
-        ("lora_b", "lora_a", "lora_b", (6 / 4) ** 0.5),
-    ],
-)
-def test_uniform_by_fan_in(init, zero, drawn, bound):
-    lora = layer(features=500, rank=4, init_factors=init).init(KEY, jnp.ones((1, 600)))["lora"]
-    assert not lora[zero].any()
-    size = abs(lora[drawn])
+def test_lora_b_is_uniform_by_rank_and_gaussian_normal_by_rank():
+    """tests/inits has the other inits."""
+    inits = {init: layer(features=500, rank=4, init_factors=init) for init in ("lora_b", "gaussian")}
+    lora = {init: model.init(KEY, jnp.ones((1, 600)))["lora"] for init, model in inits.items()}
+    assert not lora["lora_b"]["lora_a"].any()
+    size, bound = abs(lora["lora_b"]["lora_b"]), (6 / 4) ** 0.5
     assert 0.99 * bound < size.max() <= bound
     np.testing.assert_allclose(size.mean(), bound / 2, rtol=0.05)  # uniform
-
-
-def test_gaussian_init():
-    lora = layer(features=500, rank=4, init_factors="gaussian").init(KEY, jnp.ones((1, 600)))["lora"]
-    assert not lora["lora_b"].any()
-    np.testing.assert_allclose(lora["lora_a"].std(), 1 / 4, rtol=0.05)
-    assert abs(lora["lora_a"]).max() > 3 / 4
+    assert not lora["gaussian"]["lora_b"].any()
+    np.testing.assert_allclose(lora["gaussian"]["lora_a"].std(), 1 / 4, rtol=0.05)
+    assert abs(lora["gaussian"]["lora_a"]).max() > 3 / 4
 
 
 @pytest.mark.parametrize(

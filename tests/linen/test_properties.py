@@ -12,13 +12,9 @@ from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
 from loraplus_jax.adapter.letters import split_equation
 from loraplus_jax.adapter.spec import AdapterSpec
 
-KEY = jax.random.key(0, impl="rbg")
+from .models import KEY, drawn
+
 FEW = settings(max_examples=12, deadline=None)
-
-
-def drawn(shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
 
 
 def assert_merged_is_unmerged(layer, x, rank):

@@ -107,6 +107,27 @@ def test_a_tree_needs_letters_where_shapes_do_not_tell():
     assert specs_of(state, scale=2.0, axes=axes).specs == specs_of(Model(nnx.Rngs(0)), scale=2.0).specs
 
 
+W, A, B = drawn(4, 3), drawn(4, 2), drawn(2, 3)
+FORMS = {
+    "ours": {"kernel": W, "lora_a": A, "lora_b": B},
+    "nnx": {"kernel": {"value": W}, "lora_a": {"value": A}, "lora_b": {"value": B}},
+    "qwix": {"kernel": W, "kernel_lora_a": A, "kernel_lora_b": B},
+    "gemma": {"kernel": W, "lora": {"a": A, "b": B}},
+    "keras": {"kernel": W, "lora_kernel_a": A, "lora_kernel_b": B},
+    "lorax": {"w": W, "b": A, "a": B},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_roles_go_by_side(form):
+    lora, specs, _ = specs_of({"net": {"fc": FORMS[form]}}, scale=1.0)
+    (path,) = specs
+    assert path == ("net/fc/w" if form == "lorax" else "net/fc")
+    leaves = jax.tree.leaves(lora)
+    np.testing.assert_array_equal(leaves[0], A)
+    np.testing.assert_array_equal(leaves[1], B)
+
+
 def gemma_layer():
     """The raw weights of gemma's Linen modules with its adapters; keys and values share A."""
     return {

@@ -22,7 +22,6 @@ from loraplus_jax import (
     make_mesh,
     save_adapter,
 )
-from loraplus_jax import merge as merge_linen
 from loraplus_jax import nnx as loraplus_nnx
 from loraplus_jax.adapter.lora import scale_variables
 from loraplus_jax.step.theory import make_theory
@@ -75,16 +74,6 @@ def pair():
     return (linen.apply, variables, linen_specs), (loraplus_nnx.functional(model), variables, specs)
 
 
-def test_linen_and_nnx_agree(pair):
-    (linen, variables, linen_specs), (functional, _, specs) = pair
-    assert specs == linen_specs
-    expected = linen(variables, IDS)
-    np.testing.assert_allclose(functional(variables, IDS), expected, rtol=0, atol=2e-6)
-    merged = merge_linen({"params": variables["params"]}, variables["lora"], specs)
-    off = jax.tree.map(jnp.zeros_like, variables["lora"])
-    np.testing.assert_allclose(functional(merged | {"lora": off}, IDS), expected, rtol=0, atol=1e-5)
-
-
 def loss_of(apply):
     return lambda v, batch, rng: ((jnp.sum(apply(v, batch) ** 2), jnp.float32(batch.size)), {})
 
@@ -110,13 +99,10 @@ def test_steps_are_those_of_linen_on_one_device_and_on_two(pair):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=5e-5), found, expected)
 
 
-def test_files_and_theory_are_those_of_linen(pair, tmp_path):
+def test_specs_theory_and_scales_are_those_of_linen(pair):
     (linen, variables, linen_specs), (functional, _, specs) = pair
+    assert specs == linen_specs
     lora, before = variables["lora"], randomised(variables["lora"], 9)
-    for name, table in (("linen", linen_specs), ("nnx", specs)):
-        save_adapter(tmp_path / name, lora, table, CONFIG)
-    files = [sorted((p.name, p.read_bytes()) for p in (tmp_path / n).iterdir()) for n in ("linen", "nnx")]
-    assert files[0] == files[1]
     frozen = {"params": variables["params"]}
     found = [
         make_theory(loss_of(apply), specs)({"lora": lora}, before, frozen, IDS)

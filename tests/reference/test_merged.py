@@ -6,20 +6,20 @@ import pytest
 import torch
 import transformers as tf
 
-from loraplus_jax import LoRAPlusConfig, apply_lora_plus, combine, init_lora, merge
+from loraplus_jax import LoRAPlusConfig, apply_lora_plus, init_lora, merge
 from loraplus_jax.models.checkpoints import export
 from loraplus_jax.models.checkpoints.hf import check_params
 from loraplus_jax.models.checkpoints.merge import CheckpointMerge
 
 from ..marks import diagonal
-from .families import CAUSAL, ENCODERS, LINEAR, Pair, off, random
+from .families import CAUSAL, ENCODERS, Pair, off, random
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 LIMIT = 1e-4
 
 
-def exported(pair, folder, *, embedding=False, **how):
-    """The pair's model with random adapters, merged into a directory; its variables here."""
+def exported(pair, folder, *, embedding=False, headless=False, **how):
+    """The pair's model with random adapters, merged into a directory, if so without head; its variables here."""
     names = pair.linear
     names += (("embed_tokens" if pair.is_causal else "embeddings/word"),) * embedding
     config = LoRAPlusConfig(target_modules=names, rank=3)
@@ -28,10 +28,11 @@ def exported(pair, folder, *, embedding=False, **how):
     lora = random(lora, 9)
     new = () if pair.is_causal else ("head",)
     leaves, _ = check_params(pair.folder, pair.table, pair.params, new=new)
-    head = {} if pair.is_causal else {"params": {"head": pair.params["head"]}}
+    headless |= pair.is_causal
+    head = {} if headless else {"params": {"head": pair.params["head"]}}
     folder.mkdir()
     made = CheckpointMerge(pair.table, leaves, specs, lora, {})
-    labels = {} if pair.is_causal else {"num_labels": 3}
+    labels = {} if headless else {"num_labels": 3}
     export.write_hf(folder, pair.folder, made, pair.form, new=head, config=labels, **how)
     return model, {"params": pair.params, "lora": lora}, specs
 
@@ -56,7 +57,7 @@ def test_a_merged_directory_in_transformers(name, embedding, tmp_path):
 
 def test_a_bare_encoder_in_transformers(tmp_path):
     pair = Pair("bert", tmp_path / "base", pooling="mean")
-    model, variables, _ = exported_bare(pair, tmp_path / "merged")
+    model, variables, _ = exported(pair, tmp_path / "merged", headless=True)
     theirs = tf.AutoModel.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
     given = {
         n: torch.from_numpy(x).long()
@@ -69,24 +70,6 @@ def test_a_bare_encoder_in_transformers(tmp_path):
     head = pair.params["head"]
     wanted = mean @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     assert off(pair.logits(model, variables), wanted) <= LIMIT
-
-
-def exported_bare(pair, folder):
-    config = LoRAPlusConfig(target_modules=LINEAR["encoder"], rank=3)
-    model = apply_lora_plus(pair.model, config)
-    lora, specs = init_lora(model, jax.random.key(0), *pair.inputs)
-    lora = random(lora, 9)
-    leaves, _ = check_params(pair.folder, pair.table, pair.params, new=("head",))
-    folder.mkdir()
-    export.write_hf(
-        folder,
-        pair.folder,
-        CheckpointMerge(pair.table, leaves, specs, lora, {}),
-        pair.form,
-        new={},
-        config={},
-    )
-    return model, combine({"params": pair.params}, {"lora": lora}), specs
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -178,24 +178,6 @@ def test_layers_of_a_stack_with_ranks_of_their_own_are_rejected(pairs, tmp_path)
         peft_config(tmp_path / "a", pair.path_map, layers=2)
 
 
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights.*'pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights.*'olora'"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"layer_replication": [(0, 1), (0, 2)]}, "layer_replication"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-    ],
-)
-def test_options_of_peft_that_we_lack_are_named(given, text, pairs, tmp_path):
-    pair = pairs("biases")
-    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **given)
-    peft.get_peft_model(pair.reference(), config).save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match=text):
-        peft_config(tmp_path / "a", pair.path_map, layers=2)
-
-
 def test_an_embedding_that_peft_adapts_without_the_tied_head_is_rejected(pairs, tmp_path):
     pair = pairs("smollm2")
     config = peft.LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM")

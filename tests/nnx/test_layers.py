@@ -1,4 +1,4 @@
-"""Models in the forms of other libraries, in our own few lines; tests/others has the libraries themselves."""
+"""Every layer that can be adapted: of Flax, and of others in our own few lines (tests/others has the libraries)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,77 +7,97 @@ import pytest
 from flax import nnx
 
 from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.interpreter.low_rank import LowRankWeight
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, merge
 
 from ..messages import mentions
-from .test_adapt import X, assert_close, randomise
-
-IDS = jnp.arange(10).reshape(2, 5)
+from .models import ATTENTION, IDS, LINEAR, PARAMETERS, One, Row, X, assert_close, build, linear, randomise
 
 
-class Attention(nnx.Module):
+class Attends(One):
+    def __call__(self, x):
+        return self.layer.attend(self.layer(x))
+
+
+class Letters(nnx.Module):
+    """A layer of someone else's, whose equation stands in a field."""
+
     def __init__(self, rngs):
-        self.q_proj, self.v_proj = (nnx.Einsum("btd,dnh->btnh", (8, 2, 3), rngs=rngs) for _ in range(2))
-        self.o_proj = nnx.Einsum("btnh,nhd->btd", (2, 3, 8), rngs=rngs)
+        self.einsum_str = "BTD,DNH->BTNH"
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 2, 3)))
+
+    @property
+    def shape(self):
+        return self.w.shape
 
     def __call__(self, x):
-        q, v = self.q_proj(x), self.v_proj(x)
-        return self.o_proj(jax.nn.dot_product_attention(q, v, v, is_causal=True))
+        return jnp.einsum(self.einsum_str, x, self.w[...])
 
 
-class Layer(nnx.Module):
+class Sides(nnx.Module):
+    """A layer of someone else's, whose two shapes stand in fields."""
+
     def __init__(self, rngs):
-        self.attn, self.up = Attention(rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.in_features_shape, self.out_features_shape = (8,), (2, 3)
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (8, 2, 3)))
 
     def __call__(self, x):
-        x = x + self.attn(x)
-        return x + nnx.silu(self.up(x))
+        return jax.lax.dot_general(x, self.kernel[...], (((2,), (0,)), ((), ())))
 
 
-class Bonsai(nnx.Module):
-    """Einsums and Linears in a list of layers, and an embedding that is also the head, as bonsai writes a model."""
-
-    def __init__(self, rngs):
-        self.embedder = nnx.Embed(11, 8, rngs=rngs)
-        self.layers = nnx.List([Layer(rngs) for _ in range(2)])
-
-    def __call__(self, ids):
-        x = self.embedder(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.embedder.attend(x)
+class Super(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
 
 
-def bonsai(seed):
-    model = Bonsai(nnx.Rngs(seed))
-    config = LoRAPlusConfig(target_modules=["q_proj", "o_proj", "up", "embedder"], rank=2)
-    specs = apply_lora_plus(model, config, rngs=nnx.Rngs(1))
-    assert specs["layers/1/attn/o_proj"].axes == "iio"
-    return randomise(model, seed)
+ROWS = {
+    "linear": LINEAR,
+    "linear, bfloat16 weights": Row(linear(param_dtype=jnp.bfloat16)),
+    "linear, bfloat16 products": Row(linear(dtype=jnp.bfloat16)),
+    "linear, no bias": Row(linear(use_bias=False, precision="highest")),
+    "linear general": Row(lambda r: nnx.LinearGeneral((5, 8), (2, 3), axis=(1, 2), rngs=r)),
+    "linear general, batch": Row(lambda r: nnx.LinearGeneral(8, (3,), batch_axis={0: 2}, rngs=r)),
+    "einsum": Row(lambda r: nnx.Einsum("btd,dnh->btnh", (8, 2, 3), rngs=r)),
+    "einsum, batch": Row(lambda r: nnx.Einsum("btd,bdo->bto", (2, 8, 3), rngs=r)),
+    "einsum, ellipsis": Row(lambda r: nnx.Einsum("...d,df->...f", (8, 3), rngs=r)),
+    "conv": Row(lambda r: nnx.Conv(8, 6, (3,), strides=2, rngs=r)),
+    "conv, groups": Row(lambda r: nnx.Conv(8, 6, (3,), feature_group_count=2, rngs=r)),
+    "conv, mask": Row(
+        lambda r: nnx.Conv(8, 6, (3,), mask=jnp.ones((3, 8, 6)).at[0].set(0), rngs=r), by_rank=False
+    ),
+    "conv transpose": Row(lambda r: nnx.ConvTranspose(8, 6, (3,), strides=2, rngs=r)),
+    "embed": Row(lambda r: nnx.Embed(11, 8, rngs=r), IDS),
+    "embed and attend": Row(lambda r: nnx.Embed(11, 8, rngs=r), IDS, wrap=Attends),
+    "attention": ATTENTION,
+    "einsum_str of its own": Row(Letters),
+    "in_features_shape of its own": Row(Sides),
+    "subclass": Row(lambda r: Super(8, 6, rngs=r)),
+    "parameters": PARAMETERS,
+}
 
 
-def test_jax_jit_takes_an_adapted_model_and_traces_once_for_two():
-    traces = []
-
-    @jax.jit
-    def forward(model, ids):
-        traces.append(1)
-        return model(ids), model
-
-    @jax.jit
-    def forward_of_split(graph, state, ids):
-        traces.append(1)
-        return nnx.merge(graph, state)(ids)
-
-    models = [bonsai(0), bonsai(3)]
-    for model in models:
-        y, returned = forward(model, IDS)
-        assert_close(y, forward_of_split(*nnx.split(model), IDS))
-        jax.tree.map(np.testing.assert_array_equal, lora_tree(returned), lora_tree(model))
-        np.testing.assert_array_equal(forward(returned, IDS)[0], y)
-    assert len(traces) == 2
-    for model in models:
-        assert_close(forward(model, IDS)[0], forward(merge(model), IDS)[0])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_layer_starts_as_the_plain_one_and_then_equals_the_merged_one(name, variant, monkeypatch):
+    row, sums = ROWS[name], []
+    plain = row.wrap(row.make(nnx.Rngs(0)))
+    model, specs = build(row, {"variant": variant})
+    before = plain(row.x)
+    half = any("bfloat16" in str(v.dtype) for v in jax.tree.leaves((before, nnx.state(plain))))
+    assert_close(model(row.x), before, 0 if variant == "lora" else 2e-2 if half else 1e-6)
+    assert isinstance(model.layer, type(plain.layer))
+    np.testing.assert_array_equal(model(row.x), before)
+    assert {v.shape for v in jax.tree.leaves(lora_tree(model))} == {
+        shape for spec in specs.values() for shape in spec.factor_shapes
+    }
+    randomise(model)
+    original = LowRankWeight.sum
+    monkeypatch.setattr(LowRankWeight, "sum", lambda self: (sums.append(1), original(self))[1])
+    y = model(row.x)
+    assert not sums if row.by_rank else sums
+    assert y.dtype == before.dtype
+    assert_close(y, merge(model)(row.x), 2e-2 if half else 1e-5)
+    assert float(jnp.abs(y - before).max()) > 0.1
 
 
 class DenseGeneral(nnx.Module):

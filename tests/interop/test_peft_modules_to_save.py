@@ -1,0 +1,117 @@
+"""Weights that are trained fully in PEFT's files: stacks, parts, tied embeddings, and copies of the base."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.interop.peft_files import load_peft, save_peft
+
+from ..messages import mentions
+from .models import PATHS, accept_changes, factors, net, spec_of
+
+
+def test_biases_of_some_layers_are_filled_up_with_the_bases(tmp_path):
+    config, lora, specs, params = net(target_modules=["fc"], bias="lora_only")
+    bias = jnp.arange(24.0).reshape(3, 8)
+    extras = {"params": {"blocks": {"fc": {"bias": bias}}}}
+    save_peft(tmp_path / "a", lora, specs, config, PATHS, extras=extras)
+    path = accept_changes(tmp_path / "a") / "adapter_model.safetensors"
+    found = load_file(path)
+    del found["base_model.model.layers.1.fc.base_layer.bias"]
+    save_file(found, path)
+    again = load_peft(tmp_path / "a", specs, PATHS, params=params).extras["params"]["blocks"]["fc"]["bias"]
+    np.testing.assert_array_equal(again, bias.at[1].set(params["blocks"]["fc"]["bias"][1]))
+    shapes = jax.eval_shape(lambda: params)
+    unknown = load_peft(tmp_path / "a", specs, PATHS, params=shapes).extras
+    assert isinstance(unknown["params"]["blocks"]["fc"]["bias"], jax.ShapeDtypeStruct)
+
+
+def test_a_copy_of_the_base_must_be_one(tmp_path):
+    config, lora, specs, params = net(target_modules=["embed"])
+    save_peft(tmp_path / "a", lora, specs, config, PATHS)
+    path = accept_changes(tmp_path / "a") / "adapter_model.safetensors"
+    copy = np.asarray(params["embed"]["embedding"])
+    for value in (copy, copy + 1):
+        save_file(load_file(path) | {"base_model.model.emb.base_layer.weight": value}, path)
+        if value is copy:
+            assert not load_peft(tmp_path / "a", specs, PATHS, params=params).extras
+    with pytest.raises(ValueError, match=mentions("emb.base_layer.weight", "base")):
+        load_peft(tmp_path / "a", specs, PATHS, params=params)
+
+
+def test_an_embedding_that_is_the_head_too_must_say_so(tmp_path):
+    config, lora, specs, _ = net(target_modules=["embed"])
+    tied, plain = (("embed", "m.embed_tokens", "TiedEmbedding"),), (("embed", "m.embed_tokens"),)
+    save_peft(tmp_path / "a", lora, specs, config, tied)
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
+    load_peft(tmp_path / "a", specs, tied)
+    save_peft(tmp_path / "b", lora, specs, config, plain)
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        load_peft(tmp_path / "b", specs, tied)
+    # PEFT finds a tied embedding by its name.
+    renamed = (("embed", "m.wte", "TiedEmbedding"),)
+    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "head", "embed_tokens", "m.wte")):
+        save_peft(tmp_path / "c", lora, specs, config, renamed)
+
+
+def test_a_fully_trained_embedding_that_is_the_head_too_is_written_as_both(tmp_path):
+    config, lora, specs, params = net(target_modules=["fc"], modules_to_save=["embed"])
+    tied = (("embed", "m.wte", "TiedEmbedding"), *PATHS[1:], ("embed", "lm_head", "TiedHead"))
+    extras = {"params": {"embed": params["embed"]}}
+    weights, options = (
+        tmp_path / "a" / name for name in ("adapter_model.safetensors", "adapter_config.json")
+    )
+    save_peft(tmp_path / "a", lora, specs, config, tied, extras=extras)
+    content, written = json.loads(options.read_text()), load_file(weights)
+    assert (content["modules_to_save"], content["ensure_weight_tying"]) == (["m.wte", "lm_head"], True)
+    embedding, head = (f"base_model.model.{name}.weight" for name in ("m.wte", "lm_head"))
+    np.testing.assert_array_equal(written[embedding], params["embed"]["embedding"])
+    np.testing.assert_array_equal(written[head], params["embed"]["embedding"])
+    jax.tree.map(
+        np.testing.assert_array_equal, load_peft(tmp_path / "a", specs, tied, params=params).extras, extras
+    )
+    options.write_text(json.dumps(content | {"ensure_weight_tying": False}))
+    with pytest.raises(ValueError, match="ensure_weight_tying"):
+        load_peft(tmp_path / "a", specs, tied, params=params)
+    options.write_text(json.dumps(content))
+    for changed in ({head: None}, {embedding: None}, {head: written[embedding] + 1}):
+        kept = {name: x for name, x in (written | changed).items() if x is not None}
+        save_file(kept, weights)
+        with pytest.raises(ValueError, match=mentions("tied", "m.wte", "lm_head.weight")):
+            load_peft(tmp_path / "a", specs, tied, params=params)
+    with pytest.raises(ValueError, match=mentions("params/embed/embedding", "TiedHead")):
+        save_peft(tmp_path / "b", lora, specs, config, tied[:-1], extras=extras)
+
+
+def test_a_fully_trained_leaf_of_parts_is_split_too(tmp_path):
+    spec, rules = spec_of("dense", "io", (3, 5)), [("m", "t"), ("norms", "{q|k}_norm")]
+    config = LoRAPlusConfig(target_modules=["m"], rank=2, alpha=3.0)
+    extras = {"params": {"norms": {"scale": jnp.arange(6.0).reshape(2, 3)}}}
+    save_peft(tmp_path / "a", factors(spec), {"m": spec}, config, rules, extras=extras)
+    tensors = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert tensors["base_model.model.k_norm.weight"].tolist() == [3.0, 4.0, 5.0]
+    again = load_peft(tmp_path / "a", {"m": spec}, rules, params=extras["params"]).extras
+    np.testing.assert_array_equal(again["params"]["norms"]["scale"], extras["params"]["norms"]["scale"])
+    rules = [("m", "t"), ("norms", "{q|k|v}_norm")]
+    with pytest.raises(ValueError, match=mentions("params/norms/scale", 3, "(2, 3)")):
+        save_peft(tmp_path / "b", factors(spec), {"m": spec}, config, rules, extras=extras)
+
+
+def test_kernels_of_unknown_axes_are_never_transposed_by_guess(tmp_path):
+    config, lora, specs, _ = net(target_modules=["head"])
+    extras = {"params": {"conv": {"kernel": jnp.ones((3, 2, 4))}}}
+    rules = (*PATHS, ("conv", "conv"))
+    with pytest.raises(ValueError, match=mentions(3, "Linear", "Conv1D", "Conv")):
+        save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
+    rules = (*PATHS, ("conv", "conv", "Conv"))
+    save_peft(tmp_path / "a", lora, specs, config, rules, extras=extras)
+    assert load_file(tmp_path / "a/adapter_model.safetensors")["base_model.model.conv.weight"].shape == (
+        4,
+        2,
+        3,
+    )

@@ -1,0 +1,332 @@
+"""Which layers a config's rules match in a model, and every way in which rules can be at odds with it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loraplus_jax import (
+    LoRAPlusConfig,
+    apply_lora_plus,
+    combine,
+    init_lora,
+    lora_plus_adamw,
+    merge,
+    split_trainable,
+)
+
+from ..messages import mentions
+from .models import KEY, Listed, Raw, Reversed, Setup, Stack, X, config, drawn, prepared
+
+
+class Tied(nn.Module):
+    """Head and embedding share a matrix."""
+
+    def setup(self):
+        self.words, self.up = nn.Embed(7, 4), nn.Dense(4)
+
+    def __call__(self, ids):
+        return self.words.attend(self.up(self.words(ids)))
+
+
+@pytest.mark.parametrize(
+    ("net", "rules", "paths"),
+    [
+        (Stack(), config("up", "head"), ["head", "layers/up"]),
+        (Stack(), config("layers/up", "down"), ["layers/down", "layers/up"]),
+        (Stack(), config(target_modules="layers/(up|down)"), ["layers/down", "layers/up"]),
+        (Stack(), config(target_modules=".*p"), ["layers/up"]),
+        (Stack(), config(target_modules=".*"), ["first", "head", "layers/down", "layers/up"]),
+        (Stack(), config(target_modules="all-linear"), ["first", "head", "layers/down", "layers/up"]),
+        (
+            Stack(),
+            config(target_modules="all-linear", modules_to_save=["head"], exclude_modules=["first"]),
+            ["layers/down", "layers/up"],
+        ),
+        (Listed(), config("up", layers_to_transform=[0, 2]), ["layers_0/up", "layers_2/up"]),
+        (Listed(), config("up", exclude_modules="layers_[01]/.*"), ["layers_2/up"]),
+        (
+            Listed(),
+            config(target_modules="all-linear", layers_to_transform=1),
+            ["layers_1/down", "layers_1/up"],
+        ),
+        (Stack(), config(target_modules="all-linear", layers_to_transform=[1]), ["layers/down", "layers/up"]),
+    ],
+)
+def test_the_layers_that_rules_match(net, rules, paths):
+    _, _, lora, specs = prepared(net, rules)
+    assert sorted(specs) == paths
+    trained, frozen = split_trainable({**net.init(KEY, X), "lora": lora}, rules.modules_to_save)
+    assert combine(trained, frozen)["lora"] == lora
+
+
+@pytest.mark.slow
+def test_only_the_chosen_layers_of_a_stack_are_ever_moved():
+    rules = config("up", layers_to_transform=[2, 0])
+    model, base, lora, specs = prepared(Stack(), rules)
+    assert specs["layers/up"].layers == (2, 0)
+    factors = lora["layers"]["up"]
+    assert factors["lora_a"].shape == (3, 4, 2)
+    np.testing.assert_array_equal(jnp.abs(factors["lora_a"]).sum((1, 2)) > 0, [True, False, True])
+    jax.tree.map(np.testing.assert_array_equal, apply_lora_plus(Stack(), rules).init(KEY, X)["lora"], lora)
+    tx = lora_plus_adamw(0.1, lr_ratio=4.0, weight_decay=0.1)
+    state = tx.init(lora)
+    gradients = jax.jit(jax.grad(lambda lora: jnp.mean(model.apply({**base, "lora": lora}, X) ** 2)))
+    for _ in range(3):
+        grads = gradients(lora)
+        updates, state = tx.update(grads, state, lora)
+        lora = jax.tree.map(jnp.add, lora, updates)
+    moved = lora["layers"]["up"]["lora_b"]
+    np.testing.assert_array_equal(jnp.abs(moved).sum((1, 2)) > 0, [True, False, True])
+    merged = merge(base, lora, specs)["params"]["layers"]["up"]["kernel"]
+    np.testing.assert_array_equal(merged[1], base["params"]["layers"]["up"]["kernel"][1])
+
+
+def test_patterns_give_ranks_and_scales_by_path():
+    rules = config(
+        target_modules="all-linear",
+        target_parameters=(),
+        rank_pattern={"layers_0/up": 1, "up": 3},
+        alpha_pattern={"layers_1/.*": 8.0},
+        use_rslora=True,
+    )
+    _, _, lora, specs = prepared(Listed(), rules)
+    root = np.sqrt
+    assert {path: (spec.rank, spec.scale) for path, spec in specs.items()} == {
+        "layers_0/up": (1, 3.0),
+        "layers_0/down": (2, 3 / root(2)),
+        "layers_1/up": (3, 8 / root(3)),
+        "layers_1/down": (2, 8 / root(2)),
+        "layers_2/up": (3, 3 / root(3)),
+        "layers_2/down": (2, 3 / root(2)),
+        "head": (2, 3 / root(2)),
+    }
+    assert lora["layers_0"]["up"]["lora_a"].shape == (4, 1)
+
+
+class Deep(nn.Module):
+    """Numbers at two levels."""
+
+    @nn.compact
+    def __call__(self, x):
+        for n in range(2):
+            x = Listed(name=f"tower_{n}")(x) @ jnp.ones((2, 4))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("net", "rules", "message"),
+    [
+        (Stack(), config("up", exclude_modules=["downn"]), mentions("exclude_modules", "'downn'", "'down'")),
+        (Stack(), config("up", exclude_modules=["down"]), mentions("exclude_modules", "'down'")),
+        (Stack(), config(target_modules="up"), mentions("target_modules", "'up'", "[up]", "regular")),
+        (Stack(), config("up", exclude_modules="up"), mentions("exclude_modules", "'up'", "[up]", "regular")),
+        (Stack(), config("up", exclude_modules=["up"]), mentions("'up'", "exclude_modules", "layers/up")),
+        (Stack(), config("up", layers_to_transform=[3]), mentions("layers_to_transform", 3, "[0, 1, 2]")),
+        (Listed(), config("up", layers_to_transform=[0, 7]), mentions("layers_to_transform", 7)),
+        (Listed(), config("head", layers_to_transform=[0]), mentions("'head'", "layers_to_transform")),
+        (Stack(), config("up", rank_pattern={"down": 1}), mentions("rank_pattern", "'down'")),
+        (Stack(), config("up", alpha_pattern={"upp": 1.0}), mentions("alpha_pattern", "'upp'", "layers/up")),
+        (Stack(), config("head", modules_to_save=["head"]), mentions("'head'", "modules_to_save")),
+        (
+            Stack(),
+            config("up", modules_to_save=["layers"]),
+            mentions("'layers/up'", "modules_to_save", "'layers'"),
+        ),
+        (Raw(), config(target_parameters=["v"]), mentions("target_parameters", "'v'", "w")),
+        (Raw(), config(target_parameters={"w": "oi", ".": "oi"}), mentions("'w'", "'.'")),
+        (Raw(), config(target_parameters={"w": "eio"}), mentions("'w'", "(6, 4)", "'eio'")),
+        (Raw(), config(target_parameters={"plain/bias": "io"}), mentions("'plain/bias'", "(4,)", "'io'")),
+        (Raw(), config(target_parameters=["w"], rank=5), mentions("rank", 5, 4, "'w'")),
+        (
+            Raw(),
+            config("plain", target_parameters=["plain/kernel"]),
+            mentions("'plain/kernel'", "target_modules", "'plain'"),
+        ),
+        (Deep(), config("up", layers_to_transform=[0]), mentions("'tower_0/layers_0/up'", "[0, 0]")),
+        (Stack(), config("up", modules_to_save=["haed"]), mentions("modules_to_save", "'haed'", "'head'")),
+        (
+            Tied(),
+            config(target_modules="all-linear", exclude_modules=["words"]),
+            mentions("exclude_modules", "'words'"),
+        ),
+    ],
+)
+def test_rules_that_conflict_or_match_nothing_are_rejected(net, rules, message):
+    with pytest.raises(ValueError, match=message):
+        init_lora(apply_lora_plus(net, rules), KEY, jnp.array([[1, 2]]) if isinstance(net, Tied) else X)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.DenseGeneral(np.int64(3)), nn.DenseGeneral(3, axis=np.int64(-1)), nn.Dense(np.int32(3))]
+)
+def test_sizes_and_axes_may_be_whole_numbers_of_numpy(layer):
+    lora, _ = init_lora(apply_lora_plus(layer, config(target_modules=".*")), KEY, X)
+    assert jax.tree.map(jnp.shape, lora) == {"lora_a": (4, 2), "lora_b": (2, 3)}
+
+
+def test_a_kernel_used_from_both_sides_is_rejected():
+    with pytest.raises(ValueError, match=mentions("'both'", "'io'", "'oi'")):
+        init_lora(apply_lora_plus(Reversed(), config("both")), KEY, X)
+
+
+class Whitened(nn.Module):
+    """A layer in a norm of its weights, and a module that scales what it stores."""
+
+    norm: type[nn.Module]
+    arguments: dict
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.norm(nn.Dense(4, name="up"), name="norm")(x, **self.arguments)
+        return nn.Dense(3, name="down")(x)
+
+
+class Inside(nn.Module):
+    """The normed layer's parameters stand below the norm."""
+
+    norm: type[nn.Module]
+    arguments: dict
+
+    def setup(self):
+        self.normed = self.norm(nn.Dense(4))
+
+    def __call__(self, x):
+        return self.normed(x, **self.arguments)
+
+
+NORMS = [(nn.WeightNorm, {}), (nn.SpectralNorm, {"update_stats": False})]
+
+
+@pytest.mark.parametrize("net", [Whitened, Inside])
+@pytest.mark.parametrize(("norm", "arguments"), NORMS)
+def test_a_layer_in_a_norm_of_weights_is_rejected(net, norm, arguments):
+    model = apply_lora_plus(net(norm, arguments), config(target_modules="all-linear"))
+    message = mentions(f"nn.{norm.__name__}", "'all-linear'", "target_parameters", "exclude_modules")
+    for call in (model.init, lambda *args: init_lora(model, *args)):
+        with pytest.raises(ValueError, match=message):
+            call(KEY, X)
+
+
+@pytest.mark.parametrize("net", [Whitened, Inside])
+@pytest.mark.parametrize(("norm", "arguments"), NORMS)
+def test_a_weight_below_a_norm_is_adapted_by_parameter(net, norm, arguments):
+    plain = net(norm, arguments)
+    model = apply_lora_plus(plain, config(target_parameters=[".*(up|layer_instance)/kernel"]))
+    variables = plain.init(KEY, X)
+    found = dict(model.init(KEY, X))
+    lora, specs = init_lora(model, KEY, X)
+    jax.tree.map(np.testing.assert_array_equal, found.pop("lora"), lora)
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    lora = drawn(lora)
+    adapted, kept = model.apply({**variables, "lora": lora}, X, mutable=True)
+    np.testing.assert_allclose(adapted, plain.apply(merge(variables, lora, specs), X), rtol=1e-4, atol=1e-4)
+    assert jax.tree.structure(kept) == jax.tree.structure({**variables, "lora": lora})
+    assert float(jnp.abs(adapted - plain.apply(variables, X)).max()) > 0.01
+
+
+def test_a_layer_beside_a_norm_is_adapted_as_any_other():
+    for norm, arguments in NORMS:
+        rules = config(target_modules="all-linear", exclude_modules=["up"])
+        assert list(init_lora(apply_lora_plus(Whitened(norm, arguments), rules), KEY, X)[1]) == ["down"]
+
+
+class Numbered(nn.Module):
+    """A layer as Flax names it, `Dense_0`; in a stack this is no layer's number."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        return nn.Dense(4)(x), None
+
+
+class NumberedStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(Numbered, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return stack(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,), (0, 2)])
+def test_a_number_from_flax_is_no_layer_of_a_stack(layers):
+    model = apply_lora_plus(NumberedStack(), config("Dense_0", layers_to_transform=layers))
+    lora, specs = init_lora(model, KEY, X)
+    assert specs["layers/Dense_0"].layers == layers
+    a = np.asarray(lora["layers"]["Dense_0"]["lora_a"])
+    assert [n for n in range(3) if a[n].any()] == list(layers)
+
+
+class Part(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Numbered(name="body_0")(x)[0]
+
+
+class Whole(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Part(name="part_1")(x)
+
+
+def test_numbers_of_many_segments_matter_only_where_layers_are_chosen():
+    _, specs = init_lora(apply_lora_plus(Whole(), config("Dense_0")), KEY, X)
+    assert list(specs) == ["part_1/body_0/Dense_0"]
+
+
+class OneWeight(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("w", nn.initializers.ones, (4, 4))
+
+
+class Mixed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = OneWeight(name="raw")(nn.Dense(4, name="query")(x))
+        x = nn.Einsum((4,), "ab,b->ab", use_bias=False, kernel_init=nn.initializers.ones, name="mean")(x)
+        return nn.LayerNorm(name="norm")(x)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (["qurey"], mentions("'qurey'", "'query'")),
+        (["query", "nothing"], mentions("'nothing'", "query")),
+        ("query/.*", mentions("'query/.*'", "'query'")),
+        (["norm"], mentions("'norm'", "query")),
+        (["raw"], mentions("'raw'", "OneWeight", "'w'", "target_parameters")),
+        ("(query|raw)", mentions("'(query|raw)'", "'raw'", "OneWeight")),
+        (["mean"], mentions("'mean'", "'ab,b->ab'")),
+    ],
+)
+@pytest.mark.parametrize("start", ["init", "init_lora"])
+def test_a_target_that_cannot_be_adapted_is_rejected(target, message, start):
+    model = apply_lora_plus(Mixed(), LoRAPlusConfig(target_modules=target, rank=2))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.init, KEY, X) if start == "init" else init_lora(model, KEY, X)
+
+
+def test_a_rank_above_the_layer_is_rejected():
+    with pytest.raises(ValueError, match=mentions("rank", 5, "'up'", "(4, 6)", 4)):
+        init_lora(apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=["up"], rank=5)), KEY, X)
+
+
+@pytest.mark.parametrize("method", [None, "encode"])
+def test_a_rule_that_no_method_meets_is_rejected(method):
+    model = apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=["up", "middle"], rank=2))
+    with pytest.raises(ValueError, match=mentions("target_modules", "'middle'")):
+        init_lora(model, KEY, X, method=method)
+
+
+class OnlyEncodes(nn.Module):
+    backbone: nn.Module
+
+    def __call__(self, x):
+        return self.backbone.encode(x)
+
+
+@pytest.mark.parametrize("targets", [["up", "typo"], ["typo"]])
+def test_rules_are_checked_where_an_outer_model_calls_one_method_only(targets):
+    model = OnlyEncodes(apply_lora_plus(Setup(), LoRAPlusConfig(target_modules=targets, rank=2)))
+    with pytest.raises(ValueError, match=mentions("target_modules", "'typo'")):
+        init_lora(model, KEY, X)

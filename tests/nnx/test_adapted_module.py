@@ -1,0 +1,322 @@
+"""Calls of an adapted module: state, caches, gradients, jit and copies, as in the plain module."""
+
+import copy
+import dataclasses
+import functools
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from loraplus_jax import LoRAPlusConfig
+from loraplus_jax.nnx import apply_lora_plus, disabled, lora_tree, merge, remove_adapters, unmerge
+
+from ..messages import mentions
+from .models import ATTENTION, LINEAR, PARAMETERS, Block, Row, X, assert_close, build, randomise
+
+
+def test_copies_and_instances_share_a_trace():
+    traces = []
+
+    @nnx.jit
+    def run(model, x):
+        traces.append(1)
+        return model(x)
+
+    model, _ = build(ATTENTION)
+    other, _ = build(ATTENTION)
+    randomise(model)
+    copies = (
+        nnx.clone(model),
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        nnx.merge(*nnx.split(model)),
+    )
+    y = run(model, X)
+    run(other, X)
+    for twin in copies:
+        np.testing.assert_array_equal(run(twin, X), y)
+    np.testing.assert_array_equal(run(disabled(model), X), run(other, X))
+    assert len(traces) == 1
+
+
+def test_unmerge_restores_bit_by_bit_and_remove_leaves_nothing():
+    model, _ = build(PARAMETERS)
+    plain = PARAMETERS.wrap(PARAMETERS.make(nnx.Rngs(0)))
+    randomise(model)
+    merged = merge(model)
+    assert nnx.graphdef(merged) == nnx.graphdef(plain)
+    unmerge(merged, model)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(merged), nnx.state(plain))
+    remove_adapters(model)
+    assert nnx.graphdef(model) == nnx.graphdef(plain)
+    with pytest.raises(ValueError, match="apply_lora_plus"):
+        lora_tree(model)
+
+
+class Counts(nnx.Module):
+    """State that a call changes, makes and takes as an argument, beside adapted parameters and an adapted layer."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+        self.inner = nnx.Linear(8, 8, rngs=rngs)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Variable(jnp.zeros_like(X))
+
+    def __call__(self, x, cache, label="none", scale=1.0):
+        self.calls[...] += 1
+        self.sow(nnx.Intermediate, "hidden", x)
+        cache[...] = jnp.sum(cache[...]) + 1.0
+        self.last[...] = x  # the very array of another input
+        return {"y": self.drop(self.inner(x @ self.w[...])) * scale, "label": label, "none": None}
+
+
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+def test_what_a_call_changes_is_written_back_and_static_arguments_stay_static():
+    model = Counts(nnx.Rngs(0))
+    config = LoRAPlusConfig(target_modules=["inner"], target_parameters={"w": "io"}, rank=2)
+    apply_lora_plus(model, config, rngs=nnx.Rngs(1))
+    cache = nnx.Variable(jnp.zeros(()))
+    found = [model(X, cache, "abc", scale=2.0) for _ in range(2)]
+    assert found[0]["label"] == "abc"
+    assert (int(model.calls[...]), float(cache[...]), int(model.drop.rngs.count[...])) == (2, 2.0, 2)
+    assert not np.array_equal(found[0]["y"], found[1]["y"])
+    np.testing.assert_array_equal(model.last[...], X)
+    assert len(nnx.pop(model, nnx.Intermediate)["hidden"].get_value()) == 2
+
+
+def test_attention_decodes_with_its_cache():
+    make = lambda: nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0))  # noqa: E731
+    model = make()
+    apply_lora_plus(model, LoRAPlusConfig(target_modules=["query", "value", "out"], rank=2), rngs=nnx.Rngs(1))
+    randomise(model)
+    results = []
+    for net in (model, merge(model)):
+        net.init_cache(X.shape)
+        results.append([net(X[:, n : n + 1]) for n in range(5)])
+        assert int(net.cache_index[...]) == 5
+    assert_close(jnp.stack(results[0]), jnp.stack(results[1]))
+    assert_close(model.cached_value[...], merge(model).cached_value[...])
+    whole = make()
+    whole.decode = False
+    nnx.update(whole, nnx.state(merge(model), nnx.Param))
+    causal = nnx.make_causal_mask(jnp.ones(X.shape[:2]))
+    assert_close(jnp.concatenate(results[0], axis=1), whole(X, mask=causal, decode=False))
+
+
+class Norms(nnx.Module):
+    """An adapted parameter beside batch statistics, in one module."""
+
+    def __init__(self, rngs):
+        self.w, self.norm = nnx.Param(jnp.eye(8)), nnx.BatchNorm(8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x @ self.w[...])
+
+
+def test_batch_statistics_move_as_in_the_plain_model():
+    model, plain = Norms(nnx.Rngs(0)), Norms(nnx.Rngs(0))
+    apply_lora_plus(model, LoRAPlusConfig(target_parameters={"w": "io"}, rank=2), rngs=nnx.Rngs(1))
+    start = plain.norm.mean[...]
+    for net in (model, plain):
+        nnx.jit(lambda net, x: net(x))(net, X)
+    np.testing.assert_array_equal(model.norm.mean[...], plain.norm.mean[...])
+    assert np.any(plain.norm.mean[...] != start)
+
+
+@jax.custom_vjp
+def no_gradient(x, w):
+    return x @ w
+
+
+no_gradient.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: jax.tree.map(jnp.zeros_like, kept))
+
+
+class Rule(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    def __call__(self, x):
+        return no_gradient(x, self.w[...])
+
+
+def test_a_custom_gradient_is_kept():
+    model, _ = build(Row(Rule, rule=(), parameters={"layer/w": "io"}))
+    randomise(model)
+    assert_close(model(X), merge(model)(X))
+    grads = nnx.grad(lambda m: jnp.sum(m(X)), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    assert not any(np.any(g) for g in jax.tree.leaves(grads))
+
+
+class Inside(nnx.Module):
+    """A weight used in a checkpoint, a loop and a branch of its module's method."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)) / 3)
+
+    def __call__(self, x):
+        w = self.w[...]
+        x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w))(x, w)
+        x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, 2)[0]
+        return jax.lax.cond(jnp.sum(x) > 0, lambda x, w: x @ w, lambda x, w: x @ w + 1, x, w)
+
+
+def test_checkpoints_loops_and_branches_inside_a_method():
+    model, _ = build(Row(Inside, rule=(), parameters={"layer/w": "io"}))
+    randomise(model)
+    assert_close(model(X), merge(model)(X))
+    program = jax.make_jaxpr(lambda x: model(x))(X)
+    assert any(eqn.primitive.name in ("checkpoint", "remat2") for eqn in program.jaxpr.eqns)
+
+
+def test_dropout_follows_the_mode_and_its_own_stream():
+    model, _ = build(LINEAR, {"dropout": 0.5})
+    randomise(model)
+    assert not np.array_equal(model(X), model(X))
+    model.eval()
+    np.testing.assert_array_equal(model(X), model(X))
+    assert_close(model(X), merge(model)(X))
+
+
+class Jitted(nnx.Linear):
+    @nnx.jit
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class JaxJitted(nnx.Linear):
+    @jax.jit
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class PartlyJitted(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    @functools.partial(nnx.jit, static_argnums=2)
+    def __call__(self, x, twice=True):
+        return x @ self.w[...] * (2 if twice else 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "parameters"),
+    [
+        (lambda r: Jitted(8, 6, rngs=r), {}),
+        (lambda r: JaxJitted(8, 6, rngs=r), {}),
+        (PartlyJitted, {"layer/w": "io"}),
+    ],
+)
+def test_methods_under_jit_use_their_adapters(make, parameters):
+    model, _ = build(Row(make, rule=() if parameters else ("layer",), parameters=parameters))
+    randomise(model)
+    assert_close(model(X), merge(model)(X))
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    grads = nnx.grad(lambda m: jnp.sum(jnp.square(m(X))), argnums=wrt)(model)
+    assert all(np.any(g) for g in jax.tree.leaves(grads))
+
+
+class Applies(nnx.Linear):
+    def __call__(self, x, act):
+        return act(super().__call__(x))
+
+
+def test_an_argument_may_close_over_a_traced_value():
+    model, _ = build(Row(lambda r: Applies(8, 6, rngs=r)))
+    randomise(model)
+    run = nnx.jit(lambda net, t: net(X, lambda y: y * t))
+    for t in (2.0, 3.0):
+        assert_close(run(model, t), merge(model)(X, lambda y, t=t: y * t))
+
+
+@dataclasses.dataclass
+class Settings:
+    """Not hashable."""
+
+    factor: float = 2.0
+
+
+class Configured(nnx.Module):
+    def __init__(self, rngs):
+        self.settings = Settings()
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+    def __call__(self, x, options):
+        return x @ self.w[...] * self.settings.factor * options["scale"]
+
+
+def test_fields_and_arguments_need_not_be_hashable():
+    model, _ = build(Row(Configured, rule=(), parameters={"layer/w": "io"}))
+    randomise(model)
+    assert_close(model(X, {"scale": 0.5}), merge(model)(X, {"scale": 0.5}))
+    assert_close(nnx.jit(lambda m: m(X, {"scale": 0.5}))(model), merge(model)(X, {"scale": 0.5}))
+
+
+def test_integer_inputs_do_not_round_the_factors():
+    class Counts(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 8)))
+
+        def __call__(self, x):
+            numbers = (((2,), (0,)), ((), ()))
+            return jax.lax.dot_general(x, self.w[...], numbers, preferred_element_type=jnp.float32)
+
+    model, _ = build(Row(Counts, rule=(), parameters={"layer/w": "io"}))
+    randomise(model)
+    x = jnp.arange(80, dtype=jnp.int8).reshape(2, 5, 8)
+    assert_close(model(x), merge(model)(x))
+
+
+class Lazy(nnx.Linear):
+    def __call__(self, x):
+        self.made = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+        return self.made(super().__call__(x))
+
+
+def test_a_module_that_a_call_makes_is_named():
+    model, _ = build(Row(lambda r: Lazy(8, 6, rngs=r)))
+    with pytest.raises(ValueError, match=mentions("Lazy", "__init__")):
+        model(X)
+
+
+class Blocks(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([Block(rngs) for _ in range(2)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_jax_jit_takes_an_adapted_model_and_traces_once_for_two():
+    traces, models = [], []
+    for seed in (0, 3):
+        models.append(Blocks(nnx.Rngs(seed)))
+        config = LoRAPlusConfig(target_modules=["up", "down"], rank=2)
+        specs = apply_lora_plus(models[-1], config, rngs=nnx.Rngs(1))
+        assert specs["layers/1/up"].leaf == "params/layers/1/up/kernel"
+        randomise(models[-1], seed)
+
+    @jax.jit
+    def forward(model, x):
+        traces.append(1)
+        return model(x), model
+
+    @jax.jit
+    def forward_of_split(graph, state, x):
+        traces.append(1)
+        return nnx.merge(graph, state)(x)
+
+    for model in models:
+        y, returned = forward(model, X)
+        assert_close(y, forward_of_split(*nnx.split(model), X))
+        jax.tree.map(np.testing.assert_array_equal, lora_tree(returned), lora_tree(model))
+        np.testing.assert_array_equal(forward(returned, X)[0], y)
+    assert len(traces) == 2
+    for model in models:
+        assert_close(forward(model, X)[0], forward(merge(model), X)[0])
