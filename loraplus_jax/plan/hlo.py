@@ -101,8 +101,9 @@ def parse_hlo(text: str) -> Program:
         if (head := _COMPUTATION.match(line)) is not None:
             current = program[head[1]] = []
         elif (match := _INSTRUCTION.match(line)) is not None:
-            shape, _, rest = _split_shape(match[2])
-            opcode, _, rest = rest.partition("(")
+            text = match[2]
+            shape = _take_parentheses(text) if text.startswith("(") else text.partition(" ")[0]
+            opcode, _, rest = text.removeprefix(shape).lstrip().partition("(")
             current.append(Instruction(match[1], shape, opcode, "(" + rest))
     return program
 
@@ -181,14 +182,15 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
 
 
 def _parse_collective(kind: str, instruction: Instruction, count: int, devices: int) -> Collective:
-    shape = instruction.shape
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        shape = _elements(shape)[1]  # its result is (input, output, ...)
-    group = _group(instruction.rest, devices)
+    arrays = [match[0] for match in _ARRAY.finditer(instruction.shape)]
+    if instruction.opcode in ("all-gather-start", "collective-permute-start") and len(arrays) > 1:
+        # The result of a start is (inputs, outputs, contexts): the contexts are scalars of type u32.
+        arrays = [array for array in arrays if array != "u32[]"]
+        arrays = arrays[len(arrays) // 2 :]
+    group, shape = _group(instruction.rest, devices), ", ".join(arrays)
     size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
     where = re.search(r'op_name="([^"]*)"', instruction.rest)
-    arrays = ", ".join(match[0] for match in _ARRAY.finditer(shape))
-    return Collective(kind, size, group, count, arrays, where[1] if where else "")
+    return Collective(kind, size, group, count, shape, where[1] if where else "")
 
 
 def shape_bytes(shape: str) -> int:
@@ -290,24 +292,3 @@ def _take_parentheses(text: str) -> str:
         if not depth:
             return text[: index + 1]
     return text
-
-
-def _split_shape(text: str) -> tuple[str, str, str]:
-    """Splits a definition into its type, a separator and the rest."""
-    if not text.startswith("("):
-        return text.partition(" ")
-    shape = _take_parentheses(text)
-    return shape, " ", text[len(shape) :].lstrip()
-
-
-def _elements(shape: str) -> list[str]:
-    """Elements of a tuple type; an array counts as both input and output."""
-    if not shape.startswith("("):
-        return [shape, shape]
-    elements, depth, start = [], 0, 1
-    for index, letter in enumerate(shape):
-        depth += (letter in "([{") - (letter in ")]}")
-        if (letter == "," and depth == 1) or not depth:
-            elements.append(shape[start:index].strip())
-            start = index + 1
-    return elements

@@ -77,7 +77,6 @@ class Plan:
       tokens: tokens per row.
       accumulate: micro-batches per batch.
       layers: layers of the model.
-      tensor_sizes: named sizes that the mesh's tensor axis must divide.
       trained: number of trained parameters.
       total: number of parameters.
       memory: bytes by purpose; if compilation failed, temporaries are what the compiler's message implies.
@@ -102,7 +101,6 @@ class Plan:
     tokens: int
     accumulate: int
     layers: int
-    tensor_sizes: dict[str, int]
     trained: int
     total: int
     memory: dict[str, int]
@@ -195,7 +193,6 @@ def plan_for(
         tokens=settings.data.max_length,
         accumulate=settings.train.accumulate,
         layers=layers_of(base),
-        tensor_sizes=dict(base.tensor_sizes),
         trained=count(step.parts.trainable),
         total=count(step.parts.trainable) + count(step.parts.frozen),
         memory=memory,
@@ -280,25 +277,17 @@ def count_work(
 
 
 def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) -> Work | None:
-    text = step.lowered.as_text()
-    if text not in counted:
-        counted[text] = _compile_and_count(step, mesh)
-    return counted[text]
-
-
-def _compile_and_count(step: LoweredStep, mesh: Mesh) -> Work | None:
+    if (lowered := step.lowered.as_text()) in counted:
+        return counted[lowered]
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
-    if problem is not None:
-        return None
-    cost, text = program.cost_analysis(), program.as_text()
-    kernels = kernel_work(text)
-    return Work(
-        cost["flops"] + kernels.flops,
-        cost["bytes accessed"] + kernels.bytes,
-        count_looped_matmuls(text),
-        kernels.unknown,
-    )
+    counted[lowered] = None
+    if problem is None:
+        cost, text = program.cost_analysis(), program.as_text()
+        kernels = kernel_work(text)
+        flops, size = cost["flops"] + kernels.flops, cost["bytes accessed"] + kernels.bytes
+        counted[lowered] = Work(flops, size, count_looped_matmuls(text), kernels.unknown)
+    return counted[lowered]
 
 
 def extrapolate_layers(first: float, second: float, layers: int) -> float:

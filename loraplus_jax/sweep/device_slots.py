@@ -87,7 +87,7 @@ class DeviceSlots:
         shardings = programs.evaluate.input_shardings[0][2]
         totals: dict[int, Any] = {}
         kept: dict[int, list[dict[str, Rows]]] = {}
-        for batch in eval_batches(split, programs.eval_batch_size):
+        for batch in eval_batches(split, self.population.run.train.eval_batch_size):
             batch = jax.device_put(batch, shardings)
             for chunk in range(len(self.chunks)):
                 pairs, rows = separate_rows(programs.evaluate(self.chunks[chunk], frozen, batch))

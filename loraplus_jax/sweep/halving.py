@@ -7,7 +7,8 @@ favours rates that learn fast but noisily; so the final selection among survivor
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -109,16 +110,16 @@ def best_trial(scores: Mapping[Trial, float], arm: str) -> Trial | None:
     return min(finite, key=scores.__getitem__, default=None)
 
 
-def mean_losses(losses: Mapping[tuple[Trial, int], float]) -> dict[Trial, float]:
-    """Mean loss of each setting over its seeds; non-finite if any seed's loss is.
+def mean_losses(rows: Iterable[Mapping[str, Any]]) -> dict[Trial, float]:
+    """Mean loss of each setting over the rows of its seeds at one step; NaN if any is None, not finite.
 
     >>> trial = Trial(1e-3, 1.0, 16.0, 8)
-    >>> mean_losses({(trial, 0): 1.0, (trial, 1): 2.0})[trial]
+    >>> mean_losses([{"trial": list(trial), "loss": 1.0}, {"trial": list(trial), "loss": 2.0}])[trial]
     1.5
     """
     by_trial: dict[Trial, list[float]] = {}
-    for (trial, _), loss in losses.items():
-        by_trial.setdefault(trial, []).append(loss)
+    for row in rows:
+        by_trial.setdefault(Trial(*row["trial"]), []).append(math.nan if row["loss"] is None else row["loss"])
     return {trial: sum(values) / len(values) for trial, values in by_trial.items()}
 
 

@@ -151,7 +151,8 @@ def compare_runs(
             params = load_params(base, shapes.base.table, params_of(shapes), new=shapes.base.new)
             weights = fingerprint(params)
             for one in finished:
-                _check_source(one, read_record(_place(one) / REPORT), identity, weights, allow_different)
+                path = _place(one) / REPORT
+                check_identity(path, read_record(path), identity, weights=weights, allow=allow_different)
         began = time.perf_counter()
         output.claim()
         results = {}
@@ -160,8 +161,10 @@ def compare_runs(
             allow = allow_different if saved_steps(_place(one)) else ()
             with _named(name):
                 results[name] = _result(one, allow, console)
-            first = results["lora"]  # files may change under a comparison of hours
-            _check_source(one, results[name], first["identity"], first["base"], allow_different)
+            # Files may change under a comparison of hours.
+            path, first = _place(one) / REPORT, results["lora"]
+            identity, weights = dict(first["identity"]), first["base"]
+            check_identity(path, results[name], identity, weights=weights, allow=allow_different)
         output.check()
         report = compare(run, labels, results)
         report["protocol"]["test_rows"] = data.examples["test"]
@@ -182,17 +185,6 @@ def _result(run: "MethodRun", allow_different: Sequence[str], console: LineConso
         with contextlib.suppress(TrainingFailed):  # which the report says
             return sweep(run, allow_different=allow_different, console=console, kind=MethodSweep)
     return read_record(_place(run) / REPORT)
-
-
-def _check_source(
-    run: "MethodRun",
-    result: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    weights: str,
-    allow: Sequence[str],
-) -> None:
-    """Raises ValueError if a method's results come from another base or other data."""
-    check_identity(_place(run) / REPORT, result, dict(identity), weights=weights, allow=allow)
 
 
 def _place(run: "MethodRun") -> Path:

@@ -285,12 +285,7 @@ class Sweep:
 
     def choose(self) -> None:
         """Drops settings at a rung; selects an arm's best at the end, or earlier if only one is left."""
-        losses = {
-            (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
-            for row in self.rows
-            if row["step"] == self.step
-        }
-        scores = mean_losses(losses)
+        scores = mean_losses(row for row in self.rows if row["step"] == self.step)
         best = {arm: best_trial(scores, arm) for arm in self.run.searched if arm not in self.chosen}
         self.print_scores(scores, best)
         if diverged := [arm for arm, trial in best.items() if trial is None]:

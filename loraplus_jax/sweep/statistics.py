@@ -84,6 +84,7 @@ def report_runs(
     the initial values already meet says nothing about training, so it has no steps to target.
     """
     runs: dict[tuple[str, int], RunRow] = {}
+    keys = ("stage", "arm", "trial", "seed", "step", "split")
     for row in rows:
         if row["stage"] != "report":
             continue
@@ -92,30 +93,19 @@ def report_runs(
         )
         run["curve"].append([row["step"], row["loss"]])
         if row["step"] == steps:
-            run["test"] = {name: row[name] for name in row if name not in _KEYS}
+            run["test"] = {name: row[name] for name in row if name not in keys}
     for run in runs.values():
-        curve, goal = (
-            run["curve"],
-            _shared_target(runs, pair, run["seed"], steps) if target is None else target,
-        )
+        curve, goal = run["curve"], target
+        if goal is None:
+            curves = [runs[arm, run["seed"]]["curve"] for arm in pair if (arm, run["seed"]) in runs]
+            finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
+            goal = max(finals) if len(finals) == 2 else None
         start = curve[0][1] if curve else None
         run["target"], run["diverged"] = goal, any(loss is None for _, loss in curve)
         run["at_start"] = goal is not None and start is not None and start <= goal
         comparable = not run["diverged"] and not run["at_start"]
         run["steps_to_target"] = steps_to(curve, goal) if comparable and goal is not None else None
     return list(runs.values())
-
-
-_KEYS = ("stage", "arm", "trial", "seed", "step", "split")
-
-
-def _shared_target(
-    runs: Mapping[tuple[str, int], RunRow], pair: tuple[str, str], seed: int, steps: int
-) -> float | None:
-    """The worse of the final losses of a pair of arms; None if either is missing."""
-    curves = [runs[arm, seed]["curve"] for arm in pair if (arm, seed) in runs]
-    finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
-    return max(finals) if len(finals) == 2 else None
 
 
 def compare_arms(
@@ -130,7 +120,8 @@ def compare_arms(
     by_seed = {arm: {run["seed"]: run for run in runs if run["arm"] == arm} for arm in (first, second)}
     seeds = [seed for seed in by_seed[first] if seed in by_seed[second]]
     pairs = [(by_seed[first][seed], by_seed[second][seed]) for seed in seeds]
-    tests = [(a["test"], b["test"]) for a, b in pairs if _has_result(a) and _has_result(b)]
+    ended = [pair for pair in pairs if all(run["test"] and not run["diverged"] for run in pair)]
+    tests = [(a["test"], b["test"]) for a, b in ended]
     steps = [(a["steps_to_target"], b["steps_to_target"]) for a, b in pairs]
     reached = [(a, b) for a, b in steps if a is not None and b is not None]
     return {
@@ -148,10 +139,6 @@ def compare_arms(
         "test_loss": t_interval([a["loss"] - b["loss"] for a, b in tests], confidence),
         "test_metric": t_interval([a[metric] - b[metric] for a, b in tests], confidence),
     }
-
-
-def _has_result(run: RunRow) -> bool:
-    return run["test"] is not None and not run["diverged"]
 
 
 def verdict(
