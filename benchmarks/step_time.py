@@ -100,23 +100,17 @@ def main() -> None:
         for shape in options.shapes.split(","):
             job = make_job(shape, **settings)
             jobs = {run: job | own for run, own in COMPARED[options.compare].items()}
-            if (
-                on_gpu and options.compare == "peers"
-            ):  # whether blocked attention, best on a CPU, is best there
-                jobs["here, xla attention"] = jobs["here"] | {"attention": "xla"}
             runs = run_processes(jobs, options.rounds)
             rows += rows_of(options.compare, shape, runs)
             notes = {"runs": runs}
             if options.compare != "quantized":
-                same = (
-                    "lora" if options.compare == "dora" else ""
-                )  # DoRA's losses are compared among themselves
+                # DoRA's losses are compared among themselves.
+                same = "lora" if options.compare == "dora" else ""
                 parts = [{n: r for n, r in runs.items() if (same in n) is equal} for equal in (True, False)]
                 notes["losses_differ"] = max(losses_differ(part) for part in parts if part)
+            if options.compare != "quantized" and not on_gpu:  # the count is the same there
                 ideal = sum(ideal_flops(config, *map(int, shape.split("x")), rank=8).values())
-                ours = {
-                    run: own for run, own in jobs.items() if own["implementation"] == "here" and not on_gpu
-                }
+                ours = {run: own for run, own in jobs.items() if own["implementation"] == "here"}
                 flops = {run: here(own | STRAIGHT).about["flops"] / ideal for run, own in ours.items()}
                 notes["flops_over_ideal"] = flops
             kept |= {f"{shape}, {key}": value for key, value in notes.items()}

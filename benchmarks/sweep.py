@@ -16,7 +16,6 @@ devices with one thread each.
 """
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,11 +66,10 @@ def use_devices(backend: str) -> dict[str, int]:
 
 def timing(rounds: int, backend: str) -> None:
     """Writes results/sweep_time.json."""
-    used, start, prepared = use_devices(backend), time.perf_counter(), {}
+    used = use_devices(backend)
     options = [*SIXTEEN, *UNCACHED, "--mesh.data"]
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     single = prepare(run.settings_of(run.trials[-1], 0))
-    prepared["single"] = time.perf_counter() - start
     data, frozen, count = single.data, replicate(single.mesh, single.parts.frozen), len(run.trials)
     batch = next(train_batches(data.splits["train"], batch_size=run.train.batch_size, seed=0))
     two_batches = {
@@ -99,11 +97,9 @@ def timing(rounds: int, backend: str) -> None:
     }
     members = {}
     for name, devices in used.items():
-        start = time.perf_counter()
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
         slots = members[name] = DeviceSlots(population, count)
         slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
-        prepared[name] = time.perf_counter() - start
         calls["step", name] = functools.partial(population_step, slots), count
         calls["evaluation batch", name] = functools.partial(slots.evaluate, two_batches), 2 * count
     measured = interleaved({what: call for what, (call, _) in calls.items()}, rounds)
@@ -125,7 +121,6 @@ def timing(rounds: int, backend: str) -> None:
         rows,
         members=count,
         rounds=rounds,
-        start={name: round(value, 1) for name, value in prepared.items()},
         unprinted={"seconds": {f"{what}, {name}": values for (what, name), values in seconds.items()}},
     )
 
