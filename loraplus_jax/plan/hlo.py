@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
+# XLA prints a % before names or not, by version and by how the program was made.
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
@@ -86,6 +87,7 @@ def collectives(text: str) -> list[Collective]:
             if kind not in KINDS or not counts[computation]:
                 continue
             channel = _number(r"channel_id=(\d+)", instruction.rest)
+            # The TPU compiler spreads a collective over several fusions; its pieces share the channel.
             key = instruction.name if channel is None else f"channel {channel}"
             collective = _parse_collective(kind, instruction, counts[computation], devices)
             if key not in by_key or collective.times < by_key[key].times:
@@ -163,6 +165,7 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     known = _number(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
     if known is not None:
         return known
+    # TPU programs come without the annotation; after unrolling, their counters rise by more than one.
     body, condition = (_attribute(loop.rest, name) for name in ("body", "condition"))
     test = program[condition][-1]
     inside = {i.name: i for i in program[condition]}
@@ -253,7 +256,7 @@ def _attribute(rest: str, attribute: str) -> str:
 
 
 def _constant_value(known: Mapping[str, Instruction], name: str) -> int:
-    """The value of a constant, followed through copies."""
+    # XLA inserts copies of constants, for their place in memory.
     instruction = known[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = known[instruction.operands[0]]

@@ -27,15 +27,7 @@ from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
 from .hlo import Collective, collectives, count_looped_matmuls
 from .kernels import kernel_work
-from .programs import (
-    LoweredStep,
-    evaluation_bytes,
-    local_bytes,
-    memory_sizes,
-    plan_step,
-    theory_bytes,
-    try_compile,
-)
+from .programs import LoweredStep, bytes_between_steps, local_bytes, memory_sizes, plan_step, try_compile
 from .tpu import Chip, tpu_devices
 
 COUNTING_OPTIONS = {
@@ -180,8 +172,8 @@ def plan_for(
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
-    evaluation, evaluation_problem = evaluation_bytes(settings, data, step, mesh)
-    theory, theory_problem = theory_bytes(settings, data, step, mesh)
+    between_steps = bytes_between_steps(settings, data, step, mesh)
+    problems = [problem, *(message for _, message in between_steps.values())]
     work = count_work(settings, base, data, mesh, counted)
     communication = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
@@ -198,10 +190,10 @@ def plan_for(
         memory=memory,
         needed=needed,
         peak=peak,
-        evaluation=evaluation,
-        theory=theory,
+        evaluation=between_steps["evaluation"][0],
+        theory=between_steps["theory"][0],
         room=_available_bytes(chip, mesh),
-        problem=problem or evaluation_problem or theory_problem,
+        problem=next(filter(None, problems), None),
         work=work,
         collectives=communication,
         roofline={} if chip is None or work is None else roofline(chip, work, communication),
@@ -301,6 +293,7 @@ def extrapolate_layers(first: float, second: float, layers: int) -> float:
 
 def replace_depth(base: BaseModel, layers: int) -> BaseModel:
     """The same model with another number of layers, unrolled."""
+    # Unrolled, since XLA's cost analysis counts the body of a loop once.
     model: Any = base.model
     config = dataclasses.replace(model.config, num_hidden_layers=layers)
     return base._replace(model=model.clone(config=config, unroll=True))

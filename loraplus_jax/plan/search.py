@@ -258,7 +258,8 @@ class Search:
             trials.append(
                 Trial(layout, needed, times, problem=TOO_LARGE if needed > chip.hbm_bytes else None)
             )
-        return sorted(trials, key=lambda trial: (trial.seconds, sum(trial.times.values()), trial.needed))
+        # Of equal ones, few devices on the tensor axis: each of them repeats what the axis does not split.
+        return sorted(trials, key=lambda t: (t.seconds, t.layout.tensor, sum(t.times.values()), t.needed))
 
     def _weights(self, sizes: tuple[int, int, int], step: LoweredStep) -> tuple[int, int]:
         """Bytes that a device holds between steps, and those of the layers that it gathers over `fsdp`."""
@@ -325,6 +326,7 @@ def _loops(program: Any, layers: int) -> Iterator[tuple[int, int]]:
     """Bytes that each loop of so many iterations stacks, and the largest array that an iteration passes on."""
     for equation in program.eqns:
         if equation.primitive.name == "scan" and equation.params["length"] == layers:
+            # A scan returns what it carries, then what it stacks: here what the backward pass reads.
             carried = equation.params["num_carry"]
             sizes = [x.aval.size * x.aval.dtype.itemsize for x in equation.outvars]
             if sum(sizes[carried:]):

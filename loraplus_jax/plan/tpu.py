@@ -75,9 +75,11 @@ def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
     chip, shape = _parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(f"topology {topology} needs libtpu, the TPU compiler; install it with {PIP}")
+    # With libtpu installed, JAX would look for a TPU and wait for it.
     jax.config.update("jax_platforms", "cpu")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Loads libtpu, which reads the environment once.
     from jax.experimental import topologies
 
     # A host has four chips, or all chips of a smaller topology. A v4 chip's two cores act as one (megacore).

@@ -59,6 +59,7 @@ class DeviceSlots:
 
     def load(self, members: Members) -> None:
         """Puts arrays of all slots, shaped `(slots, ...)`, on the devices, one chunk per program call."""
+        # Of a compiled program: (args, kwargs), and of these arguments the members are the first.
         shardings = self.programs.step.input_shardings[0][0]
         chunks = (
             jax.tree.map(lambda leaf, start=start: np.asarray(leaf)[start : start + self.chunk], members)
@@ -68,6 +69,7 @@ class DeviceSlots:
 
     def to_host(self) -> Members:
         """All slots as one tree of host arrays."""
+        # One device_get for all chunks starts all copies before it waits for the first.
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(self.chunks))
 
     def step(self, batches: Mapping[int, Batch]) -> None:
@@ -79,6 +81,7 @@ class DeviceSlots:
             parts = [batches.get(number, filler) for number in self.slots_in(chunk)]
             batch = jax.tree.map(lambda *columns: np.stack(columns), *parts)
             batch = jax.device_put(batch, shardings)
+            # The step donates its members: the old arrays are gone once it is called.
             self.chunks[chunk] = programs.step(self.chunks[chunk], frozen, batch)
 
     def evaluate(self, split: Batch) -> dict[int, dict[str, Any]]:
@@ -92,6 +95,7 @@ class DeviceSlots:
             for chunk in range(len(self.chunks)):
                 pairs, rows = separate_rows(programs.evaluate(self.chunks[chunk], frozen, batch))
                 kept.setdefault(chunk, []).append(rows)
+                # Sums stay on the devices; reading them here would wait for every call.
                 totals[chunk] = (
                     jax.tree.map(lambda a, b: a + b, totals[chunk], pairs) if chunk in totals else pairs
                 )
@@ -133,6 +137,7 @@ class DeviceSlots:
             return rows
 
         host = jax.tree.map(by_number, self.to_host())
+        # A checkpoint has one step for all, so the members' own counters are stored with what they train.
         values = {"trainable": host.state.trainable, "step": host.state.step}
         values |= {"skipped": host.skipped, "alive": host.alive}
         step: Any = np.int32(clock)

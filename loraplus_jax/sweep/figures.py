@@ -35,7 +35,7 @@ def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(P
 
 def heat_map(axes: Any, report: Report) -> None:
     """Loss over (eta_A, eta_B) at the last comparison; settings dropped earlier show the step of their last one."""
-    from matplotlib import ticker
+    from matplotlib import ticker  # slow to import, and only pictures need it
 
     last = last_step(report["search"])
     cells, dropped = heat_map_cells(report["search"])

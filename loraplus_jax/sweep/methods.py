@@ -62,7 +62,7 @@ class Method(NamedTuple):
 
 
 def _adalora(run: SweepRun) -> dict[str, Any]:
-    """AdaLoRA that ends with the rank of the others, on average, from 1.5 times as much and at the same scale."""
+    # Ends with the rank of the others, on average, from 1.5 times as much and at the same scale.
     rank = math.ceil(1.5 * run.lora.rank)
     alpha = alpha_for(run.lora.scale, rank, run.lora)
     last = {"train.select": "last", "train.early_stopping": None}
@@ -254,6 +254,7 @@ def method_run(run: SweepRun, name: str) -> MethodRun:
     Raises:
       ValueError: the method and the settings contradict each other; the message names the method.
     """
+    # Through JSON, so that the changed settings are checked as those of a file are.
     values = run.to_json()
     values["output_dir"] = str(Path(run.output_dir) / name)
     values["sweep"]["control"] = False

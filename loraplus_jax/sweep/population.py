@@ -163,6 +163,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     abstract = abstract_population(run)
     directory, data, steps, widest, shapes = abstract
     config = widest.applied
+    # From shapes, before weights are read: what is too large is known in seconds.
     programs, programs_for = _compile_programs(abstract, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
@@ -177,6 +178,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     @functools.cache
     def trainable(rank: int, seed: int) -> Any:
         """Initial values of a single run of this rank, zero-padded to the largest."""
+        # Of rate, lambda and alpha the initial values do not depend.
         settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
         own = build_model(settings, directory, data.task, settings.applied)
         values = start_magnitudes(set_weights(settings, own, weights, settings.applied)).trainable
@@ -207,12 +209,15 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
     def step(member: Members, frozen: Any, batch: Any) -> Members:
         tx = _optimizer(run, specs, steps, member.learning_rate, member.lr_ratio)
         single_step = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
+        # NumPy can neither stack nor pad typed keys, so members hold a key's data.
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
         state, metrics = single_step(state, add_scales(frozen, specs, member), batch)
         skipped = jnp.where(metrics["skipped"] > 0, member.skipped + 1, 0)
         alive = skipped < run.train.max_skipped
         return member.replace(state=state.replace(rng=member.state.rng), skipped=skipped, alive=alive)
 
+    # One member after another, a member that is not alive costs nothing; under the vmap of several, JAX turns cond
+    # into a select, which computes both branches.
     def step_if_alive(member: Members, frozen: Any, batch: Any) -> Members:
         return jax.lax.cond(member.alive, step, lambda member, *_: member, member, frozen, batch)
 
@@ -243,6 +248,7 @@ def map_members(one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch:
       at_once: members that a device computes in parallel.
       own_batch: whether this is training: each member has its own batch, and the members' buffers are donated.
     """
+    # Without a batch size lax.map is a loop, with one a loop over vmaps.
     size = None if at_once == 1 else at_once
 
     def local(members: Members, frozen: Any, batch: Any) -> Any:
@@ -280,10 +286,7 @@ def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
 def _optimizer(
     run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array
 ) -> LoRAPlusTransform:
-    """A member's optimizer.
-
-    Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
-    """
+    # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
     return make_optimizer(run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate)
 
 
@@ -321,6 +324,7 @@ def _compile_programs(
     run, (_, data, steps, _, shapes) = abstract.widest, abstract
     losses = task_module(run).make_losses(run, data.task, shapes)
     zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
+    # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.
     member = jax.eval_shape(
         lambda: jax.tree.map(jnp.asarray, _first_member(abstract, run.trials[0], 0, zeros()))
     )
@@ -330,6 +334,7 @@ def _compile_programs(
         return mesh.size * (size if size > 1 else per_device)
 
     def compiled(one: Callable[..., Any], size: int, rows: tuple[int, ...], split: str) -> Any:
+        # Batches have a column more than the split: rows that only fill up a batch weigh nothing.
         columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
         batch = {name: jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype) for name, x in columns.items()}
         members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype), member)

@@ -104,6 +104,7 @@ def render_page(
     """
     files = {name: directory / f"{name}.png" for name in pictures}
     images = {name: base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()}
+    # Strict: a name that the report lacks raises, where jinja would leave a gap in the page.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -289,6 +289,7 @@ class SweepRun(Settings):
 
         lora.alpha_pattern scales with the trial's alpha, so a control has lambda times the scale in every module.
         """
+        # Not dataclasses.replace or asdict: the class changes from SweepRun to Settings, and sections stay objects.
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
         growth = trial.alpha / self.lora.alpha
         values["lora"] = dataclasses.replace(

@@ -167,43 +167,36 @@ def verdict(
 def _steps_clause(comparison: RunRow, names: Mapping[str, str], target: float | None) -> str:
     goal = "the same test loss" if target is None else f"a test loss of {target:g}"
     ratio, pairs, faster = comparison["steps_ratio"], comparison["pairs"], faster_arm(comparison)
+
+    def count(counts: Mapping[str, int], event: str) -> str:
+        (first, first_count), (second, second_count) = counts.items()
+        return f"{names[first]} {event} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
+
     if any(comparison["diverged"].values()):
-        counts = _counts_clause(comparison["diverged"], names, pairs, "diverged on")
-        return f"{counts}, so there is no verdict on steps"
+        return f"{count(comparison['diverged'], 'diverged on')}, so there is no verdict on steps"
     if comparison["at_start"]:
-        reason = (
-            "LoRA or LoRA+ ended no lower than it started"
-            if target is None
-            else f"the initial values already reach {goal}"
-        )
+        reason = f"the initial values already reach {goal}"
+        reason = "LoRA or LoRA+ ended no lower than it started" if target is None else reason
         return f"no verdict on steps: on {comparison['at_start']} of {pairs} seeds {reason}"
     if any(comparison["alone"].values()):
-        prefix, test = (
-            ("", f" (sign test, p < {1 - comparison['confidence']:.3g})")
-            if faster
-            else ("no verdict on steps: ", "")
-        )
-        reached = {arm: count + ratio["pairs"] for arm, count in comparison["alone"].items()}
-        return f"{prefix}{_counts_clause(reached, names, pairs, f'reached {goal} on')}{test}"
-    if not ratio["pairs"]:
-        return f"no verdict on steps: {goal} was reached on none of {pairs} seeds"
+        reached = {arm: number + ratio["pairs"] for arm, number in comparison["alone"].items()}
+        counts = count(reached, f"reached {goal} on")
+        level = 1 - comparison["confidence"]
+        return f"{counts} (sign test, p < {level:.3g})" if faster else f"no verdict on steps: {counts}"
     if ratio["low"] is None or ratio["pairs"] < pairs:
-        return f"no verdict on steps: {goal} was reached on {ratio['pairs']} of {pairs} seeds"
+        return f"no verdict on steps: {goal} was reached on {ratio['pairs'] or 'none'} of {pairs} seeds"
+    mean, low, high = (ratio[name] for name in ("mean", "low", "high"))
+    if faster == "lora":
+        mean, low, high = 1 / mean, 1 / high, 1 / low
+    interval = f"{mean:.2f} x [{low:.2f}, {high:.2f}]"
     if faster is None:
         subject = "difference" if decisive(comparison) is None else "difference in steps"
         return (
-            f"no significant {subject}: {names['lora']} takes {_range_text(ratio)} the steps of "
+            f"no significant {subject}: {names['lora']} takes {interval} the steps of "
             f"{names['lora_plus']} to reach {goal}"
         )
-    if faster == "lora":
-        ratio = {k: 1 / ratio[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
     other = names["lora" if faster == "lora_plus" else "lora_plus"]
-    return f"{names[faster]} needs {_range_text(ratio)} fewer steps than {other} to reach {goal}"
-
-
-def _counts_clause(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, event: str) -> str:
-    (first, first_count), (second, second_count) = counts.items()
-    return f"{names[first]} {event} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
+    return f"{names[faster]} needs {interval} fewer steps than {other} to reach {goal}"
 
 
 def faster_arm(comparison: RunRow) -> str | None:
@@ -220,21 +213,15 @@ def faster_arm(comparison: RunRow) -> str | None:
         return max(alone, key=alone.__getitem__) if significant else None
     if ratio["low"] is None or ratio["pairs"] < comparison["pairs"]:
         return None
-    return _favoured_side(1.0, ratio, above=comparison["first"], below=comparison["second"])
+    return comparison["first"] if ratio["low"] > 1 else comparison["second"] if ratio["high"] < 1 else None
 
 
 def lower_loss_arm(comparison: RunRow) -> str | None:
     """The arm with the significantly lower test loss; None if neither has."""
-    difference = comparison["test_loss"]
-    return (
-        None
-        if difference["low"] is None
-        else _favoured_side(0.0, difference, comparison["second"], comparison["first"])
-    )
-
-
-def _favoured_side(even: float, estimate: Mapping[str, Any], above: str, below: str) -> str | None:
-    return above if estimate["low"] > even else below if estimate["high"] < even else None
+    low, high = comparison["test_loss"]["low"], comparison["test_loss"]["high"]
+    if low is None:
+        return None
+    return comparison["second"] if low > 0 else comparison["first"] if high < 0 else None
 
 
 def decisive(comparison: RunRow) -> Literal["diverged", "test_loss", "steps"] | None:
@@ -287,10 +274,6 @@ def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:
         return f"LoRA (best of {counts['lora']} {settings}, LoRA+ of {counts['lora_plus']})"
     edge = next((e for e in edges if e.startswith(f"{ARM_LABELS['lora']}: learning_rate")), None)
     return "tuned LoRA" if edge is None else "LoRA (best learning rate at the edge of the search range)"
-
-
-def _range_text(ratio: Mapping[str, Any]) -> str:
-    return f"{ratio['mean']:.2f} x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def _loss_clause(comparison: RunRow, names: Mapping[str, str]) -> str:
