@@ -5,18 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep import report
-from loraplus_jax.sweep.settings import SweepRun
-
-LEAST = "model: {path: m}\ndata: {path: d}\noutput_dir: o\n"
-
-
-@pytest.fixture(scope="module")
-def parsed(tmp_path_factory):
-    config = tmp_path_factory.mktemp("report") / "config.yaml"
-    config.write_text(LEAST)
-    return lambda *overrides: parse_settings(config, overrides, SweepRun)
 
 
 def test_every_best_value_at_an_edge_names_the_option_that_widens_the_range(parsed):
