@@ -152,8 +152,7 @@ def sweep_count(run: SweepRun, steps: int, examples: Mapping[str, int], members:
     searched = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
     points = len(curve_steps(steps, run.sweep.curve_points))
     return Count(
-        member_steps(searched, stops) + members * steps,
-        sum(searched) * validation + members * points * test,
+        member_steps(searched, stops) + members * steps, sum(searched) * validation + members * points * test
     )
 
 

@@ -15,11 +15,7 @@ from .search import Search, Trial
 
 LARGEST_SHOWN, REDUCTIONS = 5, 3
 """Number of collectives listed separately: the largest of all, and further reductions."""
-BOUND_NAMES = {
-    "compute": "FLOPs",
-    "memory": "bytes accessed",
-    "network": "bytes received",
-}
+BOUND_NAMES = {"compute": "FLOPs", "memory": "bytes accessed", "network": "bytes received"}
 _BOUNDS = {"compute": "compute-bound", "memory": "HBM-bound", "network": "network-bound"}
 
 

@@ -72,10 +72,7 @@ def steps_to(curve: Curve, target: float) -> float | None:
 
 
 def report_runs(
-    rows: Sequence[RunRow],
-    steps: int,
-    target: float | None,
-    pair: tuple[str, str] = ("lora", "lora_plus"),
+    rows: Sequence[RunRow], steps: int, target: float | None, pair: tuple[str, str] = ("lora", "lora_plus")
 ) -> list[RunRow]:
     """Groups the report's rows into runs, one per arm and seed: curve, test result and steps to the target.
 

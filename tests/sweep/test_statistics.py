@@ -175,10 +175,7 @@ def test_a_target_that_neither_reaches_is_reported():
 
 @pytest.mark.parametrize(
     ("target", "losses", "what"),
-    [
-        (None, [0.69, 0.71, 0.72], ["LoRA or LoRA+"]),
-        (0.9, [0.69, 0.6, 0.5], [0.9]),
-    ],
+    [(None, [0.69, 0.71, 0.72], ["LoRA or LoRA+"]), (0.9, [0.69, 0.6, 0.5], [0.9])],
 )
 def test_a_target_met_at_the_start_gives_no_verdict(target, losses, what):
     runs = [(arm, seed, losses) for arm in ("lora", "lora_plus") for seed in (1, 2)]
