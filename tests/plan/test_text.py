@@ -42,25 +42,41 @@ def test_what_does_not_fit_comes_with_what_to_change(planned):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "times", "said"), [((2, 8, 1), 10, True), ((2, 8, 1), 9, False), ((2, 4, 2), 10, False)], ids=str
+    ("mesh", "times", "said"),
+    [
+        ((2, 8, 1), 10, "mesh.data 4 and mesh.fsdp 4"),
+        ((1, 9, 1), 10, "mesh.data 3 and mesh.fsdp 3"),  # fewer parts that divide the devices
+        ((2, 8, 1), 9, None),
+        ((2, 4, 2), 10, None),
+    ],
+    ids=str,
 )
 def test_weights_in_all_reduces_are_reported(planned, mesh, times, said):
     plan, settings = planned
-    gradients = 4 * plan.trained
-    reduces = (Collective("all-reduce", gradients, 8, times, "f32[1]", ""),)
+    reduces = (Collective("all-reduce", 4 * plan.trained, 8, times, "f32[1]", ""),)
     mesh = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
     text = format_plan(fake(plan, mesh=mesh, collectives=reduces), settings)
-    assert ("mesh.data 4 and mesh.fsdp 4" in text) == said
+    assert said in text if said else "fewer shards" not in text
 
 
-def test_how_often_split_weights_come_in_by_hand(planned):
+@pytest.mark.parametrize(
+    ("kinds", "accumulate", "said"),
+    [
+        ({"all-gather": 6}, 1, "4.50 x"),  # three quarters of it, six times
+        ({"all-gather": 6}, 2, "2.25 x"),
+        ({"all-gather": 2, "collective-permute": 1, "all-to-all": 9}, 1, "2.50 x"),
+        ({"all-gather": 2, "collective-permute": 1, "all-reduce": 20}, 1, "32.50 x"),  # slivers of weights
+    ],
+)
+def test_how_often_split_weights_come_in_by_hand(planned, kinds, accumulate, said):
     plan, settings = planned
     weights = 4 * (plan.total - plan.trained)
-    gathers = (Collective("all-gather", weights, 4, 6, "f32[1]", ""),)  # three quarters of it, six times
+    found = [Collective(kind, weights, 4, times, "f32[1]", "") for kind, times in kinds.items()]
+    if "all-reduce" not in kinds:  # the gradients are no weights
+        found.append(Collective("all-reduce", 4 * plan.trained, 4, 9, "f32[1]", ""))
     mesh = {"data": 2, "fsdp": 4, "tensor": 1}
-    split = fake(plan, mesh=mesh, collectives=gathers)
-    assert "4.50 x the frozen weights" in format_plan(split, settings)
-    assert "2.25 x the frozen weights" in format_plan(fake(split, accumulate=2), settings)
+    split = fake(plan, mesh=mesh, collectives=found, accumulate=accumulate)
+    assert f"{said} the frozen weights" in format_plan(split, settings)
     assert "x the frozen weights" not in format_plan(plan, settings)
 
 
@@ -117,28 +133,6 @@ def test_advice_where_most_is_trained(planned):
     small = fake(large, memory={**held, "frozen weights": 10_000})
     lines = advice(small, dataclasses.replace(settings, model=stored))
     assert_mentions(lines[0], "more devices", "mesh.fsdp", 1)
-
-
-def test_reductions_do_not_count_as_weights_that_come_in(planned):
-    plan, settings = planned
-    weights = 4 * (plan.total - plan.trained)
-    found = (
-        Collective("all-gather", weights, 4, 2, "f32[1]", ""),
-        Collective("collective-permute", weights, 4, 1, "f32[1]", ""),
-        Collective("all-to-all", weights, 4, 9, "f32[1]", ""),
-        Collective("all-reduce", 4 * plan.trained, 4, 9, "f32[1]", ""),
-    )
-    split = fake(plan, mesh={"data": 2, "fsdp": 4, "tensor": 1}, collectives=found)
-    assert "2.50 x the frozen weights" in format_plan(split, settings)
-    slivers = (*found[:2], Collective("all-reduce", 20 * weights, 4, 1, "f32[1]", ""))
-    assert "32.50 x the frozen weights" in format_plan(fake(split, collectives=slivers), settings)
-
-
-def test_fewer_parts_are_advised_that_divide_the_devices(planned):
-    plan, settings = planned
-    reduces = (Collective("all-reduce", 40 * plan.trained, 9, 1, "f32[1]", ""),)
-    text = format_plan(fake(plan, mesh={"data": 1, "fsdp": 9, "tensor": 1}, collectives=reduces), settings)
-    assert "mesh.data 3 and mesh.fsdp 3" in text
 
 
 def test_the_largest_collectives_and_reductions_are_shown(planned):
