@@ -124,6 +124,7 @@ def execution_counts(program: Program) -> dict[str, int]:
                 trips = trip_count(program, computation, instruction)
             for callee in _called_computations(instruction):
                 callers[callee].append((computation, trips))
+    # XLA prints a computation after those that it calls, so the entry comes last.
     counts: dict[str, int] = {list(program)[-1]: 1}
 
     def count(name: str) -> int:

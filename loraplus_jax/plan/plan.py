@@ -269,6 +269,7 @@ def count_work(
 
 
 def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) -> Work | None:
+    # A search counts a layout before it plans it: equal programs compile once.
     if (lowered := step.lowered.as_text()) in counted:
         return counted[lowered]
     on_tpu = mesh.devices.flat[0].platform == "tpu"

@@ -286,33 +286,27 @@ def _arrays(shape: str) -> str:
 def _weight_traffic(plan: Plan, settings: Settings) -> list[str]:
     """How often a step receives the weights sharded over `fsdp`, and a line if all-reduces carry them."""
     frozen = (plan.total - plan.trained) * jnp.dtype(settings.model.param_dtype).itemsize
-    data, fsdp, kinds = plan.mesh["data"], plan.mesh["fsdp"], ["all-gathers", "permutes"]
+    data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
     # A tensor axis also communicates activations, so there the bytes say nothing about weights.
     if not frozen or fsdp == 1 or plan.mesh["tensor"] > 1:
         return []
-    received = dict.fromkeys(("all-gather", "collective-permute", "all-reduce"), 0.0)
-    for one in plan.collectives:
-        if one.kind in received:
-            received[one.kind] += one.times * one.wire_bytes
+    names, warnings = {"all-gather": "all-gathers", "collective-permute": "permutes"}, []
     reduced = sum(one.times * one.bytes for one in plan.collectives if one.kind == "all-reduce")
     gradients = 4 * plan.trained * plan.accumulate  # float32, at most once per micro-batch
-    warnings = []
-    # XLA gathers by all-reduce what is sharded into many parts.
-    if reduced >= 10 * gradients:
+    if reduced >= 10 * gradients:  # XLA gathers by all-reduce what is sharded into many parts
         factor = next(n for n in range(2, fsdp + 1) if fsdp % n == 0)
-        kinds.append("all-reduces")
+        names["all-reduce"] = "all-reduces"
         warnings.append(
             f"all-reduces carry {_size(reduced)}, but the gradients at most {_size(gradients)}: XLA gathers "
             "weights by all-reduce, which receives twice as much as all-gather; fewer shards may help: "
             f"mesh.data {factor * data} and mesh.fsdp {fsdp // factor} (not compiled)"
         )
-    else:
-        del received["all-reduce"]
-    times = sum(received.values()) / plan.accumulate / frozen
+    received = sum(one.times * one.wire_bytes for one in plan.collectives if one.kind in names)
+    *first, last = names.values()
     micro = " per micro-batch" if plan.accumulate > 1 else ""
     return [
-        f"received by {', '.join(kinds[:-1])} and {kinds[-1]}: {times:.2f} x the frozen weights{micro}; 2 means "
-        "once each in the forward and backward pass",
+        f"received by {', '.join(first)} and {last}: {received / plan.accumulate / frozen:.2f} x the frozen "
+        f"weights{micro}; 2 means once each in the forward and backward pass",
         *warnings,
     ]
 

@@ -49,6 +49,7 @@ class DeviceSlots:
         self.slots = [-1] * (-(-len(members) // self.chunk) * self.chunk)
         for slot, number in zip(assigned, members, strict=True):
             self.slots[slot] = number
+        # Of zeros, `alive` too: what fills up a call trains nothing.
         empty = jax.tree.map(np.zeros_like, next(iter(members.values())))
         self.load(stack_members([members.get(number, empty) for number in self.slots]))
 
@@ -59,7 +60,8 @@ class DeviceSlots:
 
     def load(self, members: Members) -> None:
         """Puts arrays of all slots, shaped `(slots, ...)`, on the devices, one chunk per program call."""
-        # Of a compiled program: (args, kwargs), and of these arguments the members are the first.
+        # A compiled program moves no arguments, as jit would. It names their places as (args, kwargs); members are
+        # the first of args.
         shardings = self.programs.step.input_shardings[0][0]
         chunks = (
             jax.tree.map(lambda leaf, start=start: np.asarray(leaf)[start : start + self.chunk], members)

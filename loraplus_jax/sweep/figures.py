@@ -45,6 +45,7 @@ def heat_map(axes: Any, report: Report) -> None:
     rates = np.array(list(cells))
     limits = np.array([rates.min() / 1.6, rates.max() * 1.6])
     axes.plot(limits, limits, "--", color="black", linewidth=1, zorder=1)
+    # Markers have a size in points, not in data units, so it follows the number of cells.
     size = 1400 / max(1.0, len(cells) / 8)
     color_max = min(losses.max(), 2 * np.median(losses))  # one outlier must not wash out all other colours
     squares = axes.scatter(

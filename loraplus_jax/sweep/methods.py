@@ -143,6 +143,7 @@ def compare_runs(
         directory = output.path
         finished = [] if fresh else [one for one in runs.values() if read_summary(_place(one))]
         base, data, _, _, shapes = abstract_population(runs["lora"])
+        # Every method is checked before the first is trained, on data that is loaded once.
         for name, one in runs.items():
             with _named(name):
                 abstract_population(one, data)
@@ -158,6 +159,7 @@ def compare_runs(
         results = {}
         for name, one in runs.items():
             console.print(f"{labels[name]}: {len(one.trials)} settings")
+            # An accepted difference without effect is an error, and only a checkpoint can differ.
             allow = allow_different if saved_steps(_place(one)) else ()
             with _named(name):
                 results[name] = _result(one, allow, console)
@@ -219,11 +221,6 @@ class MethodRun(SweepRun):
     def arms(self) -> tuple[Arm, ...]:
         """The one arm."""
         return ("lora_plus",) if self.name == "lora_plus" else ("lora",)
-
-    @property
-    def searched(self) -> tuple[str, ...]:
-        """The one arm."""
-        return self.arms
 
     @property
     def shared_optimizer(self) -> OptimizerSettings:
@@ -301,6 +298,7 @@ class MethodSweep(Sweep):
     def finish(self) -> dict[str, Any]:
         """Writes the rows, the costs and, last, the summary."""
         report = self.report() | {"text_scores": self.score_texts()}
+        # Last, as the timed steps train the members on.
         report |= {"cost": cost(self.population, self.slots, self.next_batches())}
         self.output.check()
         write_report(self.directory, report)

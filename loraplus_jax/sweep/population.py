@@ -258,6 +258,7 @@ def map_members(one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch:
 
     split, same = PartitionSpec(MEMBER_AXIS), PartitionSpec()
     specs = (split, same, split if own_batch else same)
+    # Unchecked: zeros for a member that is not alive vary over no mesh axis and losses do, which cond would reject.
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
     return jax.jit(
         mapped,

@@ -278,6 +278,7 @@ class Sweep:
             arm, trial, seed = self.entries[number]
             finite = math.isfinite(values["loss"])
             values = finish_metrics(self.population.data.task, values)
+            # JSON has no NaN, and the metrics of a diverged member say nothing.
             values = values if finite else dict.fromkeys(values)
             key = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
             self.rows.append({**key, "split": split, **values})
@@ -375,6 +376,7 @@ class Sweep:
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+        # The last file, as it marks the sweep as finished.
         write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         if self.run.sweep.interim_seeds:
             ended = "decided" if report["ended"]["reason"] == "decided" else "not decided earlier"

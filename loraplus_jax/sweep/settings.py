@@ -259,9 +259,9 @@ class SweepRun(Settings):
         return ("lora", "lora_plus", "control") if self.sweep.control else METHODS
 
     @property
-    def searched(self) -> tuple[str, ...]:
+    def searched(self) -> tuple[Arm, ...]:
         """Arms that the search tunes."""
-        return METHODS
+        return tuple(arm for arm in self.arms if arm != "control")
 
     @property
     def ranks(self) -> tuple[int, ...]:

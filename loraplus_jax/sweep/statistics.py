@@ -46,6 +46,7 @@ def ratio_interval(
     >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
     2.0
     """
+    # In logarithms a ratio and its inverse have the same interval, turned round.
     logs = t_interval([math.log(a / b) for a, b in zip(over, under, strict=True)], confidence)
     return {k: v if k == "pairs" or v is None else math.exp(v) for k, v in logs.items()}
 
