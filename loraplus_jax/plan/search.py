@@ -258,8 +258,12 @@ class Search:
             trials.append(
                 Trial(layout, needed, times, problem=TOO_LARGE if needed > chip.hbm_bytes else None)
             )
-        # Of equal ones, few devices on the tensor axis: each of them repeats what the axis does not split.
-        return sorted(trials, key=lambda t: (t.seconds, t.layout.tensor, sum(t.times.values()), t.needed))
+        # Of those that are equal to two digits, few devices on the tensor axis: each of them repeats what the axis
+        # does not split, which the estimate leaves out.
+        return sorted(
+            trials,
+            key=lambda t: (float(f"{t.seconds:.2g}"), t.layout.tensor, sum(t.times.values()), t.needed),
+        )
 
     def _weights(self, sizes: tuple[int, int, int], step: LoweredStep) -> tuple[int, int]:
         """Bytes that a device holds between steps, and those of the layers that it gathers over `fsdp`."""

@@ -75,7 +75,7 @@ def test_train_resume_and_export(make, kind, tmp_path):
     provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=2 * SCALE, **TYPES[kind])
     params, run = make(provider)
     factors, join = split(params)
-    first = drawn(factors)
+    first = drawn(factors, scale=0.25)
     tx = lora_plus_adamw(1e-3, lr_ratio=RATIO)
 
     @jax.jit
@@ -146,7 +146,7 @@ def provider_of(**rule):
 def step_and_merge(run, lora, specs, base):
     """A step moves B by RATIO times as much as A, and the merged plain model is the adapted one."""
     tx = lora_plus_adamw(1e-3, lr_ratio=RATIO)
-    lora = drawn(lora)
+    lora = drawn(lora, scale=0.25)
     grads = jax.grad(lambda lora: jnp.mean((run(lora) - 1) ** 2))(lora)
     updates, _ = tx.update(grads, tx.init(lora), lora)
     assert size(updates["up"]["lora_b"]) / size(updates["up"]["lora_a"]) == pytest.approx(RATIO, rel=0.01)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def drawn(tree, seed=0):
+def drawn(tree, seed=0, scale=0.3):
     """Values that are not zero."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), tree)
+    return jax.tree.map(lambda x: jnp.asarray(scale * rng.normal(size=x.shape), x.dtype), tree)
 
 
 def assert_equal(found, expected):
