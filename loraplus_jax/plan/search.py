@@ -219,10 +219,12 @@ class Search:
         parts = [current.accumulate] if "accumulate" in fixed else _divisors(settings.train.batch_size)
         is_free = settings.is_language and "remat" not in fixed
         remats = get_args(Remat) if is_free else [current.remat]
-        for mesh, accumulate in itertools.product(dict.fromkeys([current.mesh, *sizes]), parts):
-            layout = Layout(*mesh, accumulate, current.remat)
+        meshes = dict.fromkeys([current.mesh, *sizes])
+        for (data, fsdp, tensor), accumulate in itertools.product(meshes, parts):
+            layout = Layout(data, fsdp, tensor, accumulate, current.remat)
+            mesh = make_mesh(*layout.mesh, devices=self._devices)
             try:
-                check_layout(layout.apply(settings), self._base, make_mesh(*mesh, devices=self._devices))
+                check_layout(layout.apply(settings), self._base, mesh)
             except ValueError as error:
                 if layout == current:
                     self.rejected = str(error)
