@@ -164,6 +164,7 @@ class Search:
                 self._compile(self.start)
                 report(f"compiled {describe(self.start)}")
             while batch := [trial for trial in self.trials if self._may_win(trial)][:COUNTED]:
+                before = self.best
                 for trial in batch:
                     self._count(trial)
                     report(f"counted {describe(trial)}")
@@ -171,7 +172,7 @@ class Search:
                     if self._may_win(trial):
                         self._compile(trial)
                         report(f"compiled {describe(trial)}")
-                if any(trial.fits for trial in batch):
+                if self.best is not before:
                     break
             self.complete = True
         except KeyboardInterrupt:
