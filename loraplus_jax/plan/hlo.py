@@ -90,6 +90,7 @@ def collectives(text: str) -> list[Collective]:
             # The TPU compiler spreads a collective over several fusions; its pieces share the channel.
             key = instruction.name if channel is None else f"channel {channel}"
             collective = _parse_collective(kind, instruction, counts[computation], devices)
+            # A piece in a loop runs more often than the collective that it is a part of.
             if key not in by_key or collective.times < by_key[key].times:
                 by_key[key] = collective
     return list(by_key.values())

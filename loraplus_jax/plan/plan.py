@@ -168,6 +168,7 @@ def plan_for(
     check_layout(settings, base, mesh)
     step = plan_step(settings, base, data, mesh)
     start = time.perf_counter()
+    # With the options of `train`: they change memory and collectives.
     program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}

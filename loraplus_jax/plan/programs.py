@@ -53,6 +53,7 @@ class LoweredStep(NamedTuple):
 def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> LoweredStep:
     """Lowers the step that `train` would compile, for a base without weights."""
     parts = add_adapters(settings, base, settings.applied, _adapter_shapes)
+    # The steps are only numbers in the schedule, so any will do.
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ASSUMED_STEPS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, parts.specs)

@@ -241,6 +241,7 @@ class Search:
         """
         chip, layers, shapes = self._chip, layers_of(self._base), {}
         step: Any = None
+        # One mesh serves all layouts: the arrays of a jaxpr have their sizes over all devices.
         for remat in dict.fromkeys(layout.remat for layout in layouts):
             applied = layouts[0]._replace(accumulate=1, remat=remat).apply(self._settings)
             mesh = make_mesh(*layouts[0].mesh, devices=self._devices)

@@ -119,6 +119,7 @@ class DeviceSlots:
         for chunk, members in enumerate(self.chunks):
             continues = np.array([number not in stopped for number in self.slots_in(chunk)])
             alive = np.asarray(members.alive) & continues
+            # A compiled program takes arrays of its own shardings only.
             self.chunks[chunk] = members.replace(alive=jax.device_put(alive, members.alive.sharding))
 
     def slots_in(self, chunk: int) -> list[int]:

@@ -175,6 +175,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
         start = make_start(widest, parts, directory, {})
         parts = begin_from(parts, start, config)
 
+    # Members of one rank and seed begin alike, and there are as many of them as settings.
     @functools.cache
     def trainable(rank: int, seed: int) -> Any:
         """Initial values of a single run of this rank, zero-padded to the largest."""

@@ -206,6 +206,7 @@ def faster_arm(comparison: RunRow) -> str | None:
     if any(comparison["diverged"].values()) or comparison["at_start"]:
         return None
     if any(alone.values()):
+        # No ratio of steps exists where one arm never arrives, so only who arrives counts.
         p = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue
         significant = p < 1 - comparison["confidence"]
         return max(alone, key=alone.__getitem__) if significant else None
