@@ -6,25 +6,15 @@
 SmolLM2-135M's shape with random weights, measured as in `step_time.py`; adapters (q, k, v, o; rank 8) are not
 merged, and beside transformers' weights are PEFT's. A case is a batch size, with `+lora` for adapters. A step
 generates one token for each prompt, which is the prefill, and then all tokens anew; the decode rate is the tokens
-after the first over the time after the prefill. The texts are compared token for token. `compiled` is transformers
-with a static cache and torch.compile, which needs a C compiler.
+after the first over the time after the prefill. The texts are compared token for token.
 """
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import median_ratio, parse_options, report, use_backend
-from processes import make_job, run_processes
-from step_time_model import SMOLLM2, write_model
-
-RUNS = {
-    "here": {"implementation": "generate_here"},
-    "transformers": {"implementation": "generate_transformers"},
-    "compiled": {"implementation": "generate_transformers", "compile": "default"},
-}
+from processes import run_processes, smollm2
 
 
 def rows_of(case: str, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -54,25 +44,16 @@ def rows_of(case: str, runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
 
 def main() -> None:
     options = parse_options(
-        __doc__,
-        cases="1,8,1+lora,8+lora",
-        peers="transformers,compiled",
-        prompt=64,
-        new=64,
-        rounds=7,
-        layers=SMOLLM2["num_hidden_layers"],
-        name="generate_cpu",
+        __doc__, cases="1,8,1+lora,8+lora", prompt=64, new=64, rounds=7, layers=30, name="generate_cpu"
     )
     use_backend("cpu")
     rows, cases = [], {}
-    with tempfile.TemporaryDirectory() as directory:
-        config = SMOLLM2 | {"num_hidden_layers": options.layers}
-        write_model(Path(directory), config, rank=8, trained=True)
+    with smollm2(options.layers, trained=True) as make_job:
         for case in options.cases.split(","):
             batch, _, adapters = case.partition("+")
-            settings = {"new_tokens": options.new, "adapters": bool(adapters)}
-            job = make_job(directory, config, f"{batch}x{options.prompt}", **settings, remat="none")
-            jobs = {name: {**job, **RUNS[name]} for name in ["here", *options.peers.split(",")]}
+            settings = {"new_tokens": options.new, "adapters": bool(adapters), "remat": "none"}
+            job = make_job(f"{batch}x{options.prompt}", **settings)
+            jobs = {name: job | {"implementation": f"generate_{name}"} for name in ("here", "transformers")}
             runs = run_processes(jobs, options.rounds, warmup=1)
             rows += rows_of(case, runs)
             cases[case] = {

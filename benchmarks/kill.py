@@ -7,7 +7,6 @@ fall on different steps. First come all the chosen points of `WALKS`, each of wh
 After each kill (kill -9) the same command is given again, and after a few the run is left to finish.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from common import report
+from common import parse_options, report
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -157,12 +156,7 @@ def run(command: list[str], seconds: float | None = None) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--kills", type=int, default=45)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parse_options(__doc__, kills=45, seed=0)
     rng = random.Random(options.seed)
     directory = Path(tempfile.mkdtemp(prefix="kill-"))
     config = make_world(directory)

@@ -6,6 +6,9 @@ The step of a MiniLM-sized BERT (random weights: values do not matter here), com
 XLA counts them all, save solutions and eigendecompositions, which are calls of LAPACK. One process, steps
 interleaved; the ratio is the median over rounds of a method's time over LoRA's in the same round. Forward pass,
 gradient and optimizer step are also compiled apart; backward is the gradient less the forward pass.
+
+`theory` is what `train.theory_every: 10` adds to LoRA+: the measurement of a quarter of the batch with all that the
+run does for it (the copy of the adapters, the program, and the numbers on the host), over ten steps.
 """
 
 import functools
@@ -26,13 +29,16 @@ from loraplus_jax import (
     init_state,
     jit_step,
     lora_plus_adamw,
+    make_mesh,
     split_trainable,
 )
 from loraplus_jax.adapter.tree import combine, count
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertForSequence
 from loraplus_jax.optim import adalora, scale_by_lora_muon, scale_by_lora_rite, scale_by_riemannian
+from loraplus_jax.step import make_theory
 from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.training.theory_metrics import copy_adapters, first_rows, to_metrics
 
 MINILM = BertConfig(
     vocab_size=30522,
@@ -127,6 +133,20 @@ def parts_of(made: Made, batch: dict) -> dict[str, Callable[[], Any]]:
     }
 
 
+def make_measurement(made: Made, batch: dict, states: dict[str, TrainState]) -> tuple[Any, Callable[[], Any]]:
+    """The compiled program of the theory's terms, and a measurement of LoRA+'s current state."""
+    rows = first_rows(batch, make_mesh(1), BATCH)
+    adapters = copy_adapters(made.state.trainable)
+    theory = jax.jit(make_theory(made.loss_fn, made.specs))
+    program = theory.lower(made.state.trainable, adapters, made.frozen, rows).compile()
+
+    def measure() -> dict[str, float]:
+        trainable = states["lora_plus"].trainable
+        return to_metrics(program(trainable, copy_adapters(trainable), made.frozen, rows), made.specs)
+
+    return program, measure
+
+
 def main() -> None:
     options, batch = parse_options(__doc__, rounds=31), random_batch()
     made = {name: make(name, batch, RANK) for name in ("lora", "lora_plus", *SEEING_PAIRS, "adalora", "full")}
@@ -138,6 +158,7 @@ def main() -> None:
         return states[method]
 
     calls |= {(name, "step"): functools.partial(one_step, name) for name in made}
+    theory, calls["lora_plus", "theory"] = make_measurement(made["lora_plus"], batch, states)
     seconds, rows = interleaved(calls, options.rounds), []
     for name, one in made.items():
         memory = one.step.memory_analysis()
@@ -158,7 +179,12 @@ def main() -> None:
                 "optimizer_over_lora": median_ratio(seconds[name, "optimizer"], seconds["lora", "optimizer"]),
             }
         )
-    report("tables/overhead", rows, batch=[BATCH, TOKENS], rank=RANK, rounds=options.rounds)
+    plus = made["lora_plus"].step.cost_analysis()["flops"]
+    added = {
+        "flops": theory.cost_analysis()["flops"] / plus / 10,
+        "time": median_ratio(seconds["lora_plus", "theory"], seconds["lora_plus", "step"]) / 10,
+    }
+    report("tables/overhead", rows, theory=added, batch=[BATCH, TOKENS], rank=RANK, rounds=options.rounds)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/plan_scaling.py                     # Llama-2-7B on 8, 64 and 256 chips v5e, a row a chip
     python benchmarks/plan_scaling.py llama3_70b@v5p:8x8x8
     python benchmarks/plan_scaling.py llama2_7b@v5e:2x4 --model.attention=xla
+    python benchmarks/plan_scaling.py llama2_7b@v5e:1x1 --model.quantize=nf4 --mesh.data=1
 
 Cases are MODEL@TOPOLOGY. Each is compiled three times, which takes minutes; its result goes to
 results/plan_scaling.json at once, beside those of other cases.
@@ -48,6 +49,7 @@ def merge(collectives: Sequence[Collective]) -> list[dict[str, Any]]:
 def row(case: str, plan: dict[str, Any]) -> dict[str, str]:
     """A line of the table."""
     memory, roof = plan["memory"], plan["roofline"]
+    work = plan["work"] or {"flops": math.nan, "bytes": math.nan}  # the programs that count it may not fit
     reduced = sum(c["times"] * c["bytes"] for c in plan["collectives"] if c["kind"] == "all-reduce")
     return {
         "case": case,
@@ -57,11 +59,11 @@ def row(case: str, plan: dict[str, Any]) -> dict[str, str]:
         "temporaries, GB": f"{memory['temporaries'] / 1e9:.3f}",
         "needed, GB": f"{plan['needed'] / 1e9:.3f}",
         "peak, GB": f"{plan['peak'] / 1e9:.3f}",
-        "TFLOP": f"{plan['work']['flops'] / 1e12:.2f}",
-        "bytes, GB": f"{plan['work']['bytes'] / 1e9:.1f}",
+        "TFLOP": f"{work['flops'] / 1e12:.2f}",
+        "bytes, GB": f"{work['bytes'] / 1e9:.1f}",
         "received, GB": f"{plan['received'] / 1e9:.2f}",
         "all-reduced, GB": f"{reduced / 1e9:.3f}",
-        **{f"s, {name}": f"{roof[name]:.3f}" for name in ("compute", "memory", "network")},
+        **{f"s, {name}": f"{roof.get(name, math.nan):.3f}" for name in ("compute", "memory", "network")},
         "compiled in, s": f"{plan['compile_seconds']:.0f}",
     }
 

@@ -1,16 +1,20 @@
 """Implementations side by side, each in a process of its own that does a step whenever it is asked."""
 
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import median_ratio, take_turns
+from step_time_model import SMOLLM2, write_model
 
 ENVIRONMENT = {
     # A program compiled by an earlier run would make the first step look fast.
@@ -20,6 +24,17 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
+
+
+@contextlib.contextmanager
+def smollm2(
+    layers: int, rank: int = 8, *, trained: bool = False, **config: Any
+) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Writes SmolLM2's shape with random weights; yields `make_job` for it, without directory and config."""
+    config = SMOLLM2 | {"num_hidden_layers": layers} | config
+    with tempfile.TemporaryDirectory() as directory:
+        write_model(Path(directory), config, rank, trained=trained)
+        yield functools.partial(make_job, directory, config, rank=rank)
 
 
 def make_job(

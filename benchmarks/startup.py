@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 from common import median_ratio, parse_options, report, take_turns, timed, use_backend
-from processes import Process, make_job
-from step_time_model import SMOLLM2, write_model
+from processes import Process, make_job, smollm2
+from step_time_model import SMOLLM2
 
 from loraplus_jax.data.fetch import cache_dir, fetch
 
@@ -100,29 +100,22 @@ def rows_of(measured: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    options = parse_options(__doc__, rounds=7, step_rounds=3, parts="import,load,step", name="startup_cpu")
+    options = parse_options(__doc__, rounds=7, step_rounds=3, name="startup_cpu")
     use_backend("cpu")
-    parts, measured = options.parts.split(","), {}
+    imports: dict[str, Any] = {code: python("-c", code) for code in (STACK, "import loraplus_jax", NAMES)}
+    imports["loraplus --help"] = python("-m", "loraplus_jax.cli", "--help")
+    measured = take_turns(imports, options.rounds)
+    with smollm2(layers=30) as make_job:
+        paths = {"GGUF": fetch("smollm2-135m"), "safetensors": Path(make_job()["directory"])}
+        runs = {
+            f"load {kind}, {who}": lambda who=who, path=path: load(who, path)
+            for kind, path in paths.items()
+            for who in ("here", "transformers")
+        }
+        measured |= take_turns(runs, options.rounds)
     with tempfile.TemporaryDirectory() as directory:
-        if "import" in parts:
-            imports: dict[str, Any] = {
-                code: python("-c", code) for code in (STACK, "import loraplus_jax", NAMES)
-            }
-            imports["loraplus --help"] = python("-m", "loraplus_jax.cli", "--help")
-            measured |= take_turns(imports, options.rounds)
-        if "load" in parts:
-            paths = {"GGUF": fetch("smollm2-135m"), "safetensors": Path(directory) / "model"}
-            paths["safetensors"].mkdir()
-            write_model(paths["safetensors"], SMOLLM2, rank=8)
-            runs = {
-                f"load {kind}, {who}": lambda who=who, path=path: load(who, path)
-                for kind, path in paths.items()
-                for who in ("here", "transformers")
-            }
-            measured |= take_turns(runs, options.rounds)
-        if "step" in parts:
-            steps = take_turns({"": lambda: first_step(Path(directory))}, options.step_rounds)[""]
-            measured |= {name: [step[name] for step in steps] for name in steps[0]}
+        steps = take_turns({"": lambda: first_step(Path(directory))}, options.step_rounds)[""]
+    measured |= {name: [step[name] for step in steps] for name in steps[0]}
     report(options.name, rows_of(measured), unprinted={"seconds": measured})
 
 

@@ -6,13 +6,9 @@ One of the three is varied at a time, and the cases of one sweep are interleaved
 smaller than SmolLM2's, so that the layers are what is measured.
 """
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 from common import interleaved, parse_options, report, use_backend
-from processes import make_job
-from step_time_model import SMOLLM2, write_model
+from processes import smollm2
 from workers import here
 
 MIDDLE = {"layers": 4, "tokens": 128, "rank": 8}
@@ -20,17 +16,14 @@ VARIED = {"layers": (2, 4, 8), "tokens": (64, 128, 256, 512), "rank": (1, 8, 32,
 
 
 def main() -> None:
-    options = parse_options(__doc__, backend=("cpu", "gpu"), rounds=5, name="")
-    use_backend(options.backend)
+    options = parse_options(__doc__, rounds=5, name="step_time_cost_cpu")
+    use_backend("cpu")
     rows = []
     for varied, values in VARIED.items():
         cases, workers = [MIDDLE | {varied: value} for value in values], []
         for case in cases:
-            config = SMOLLM2 | {"num_hidden_layers": case["layers"], "vocab_size": 4096}
-            with tempfile.TemporaryDirectory() as directory:
-                write_model(Path(directory), config, case["rank"])
-                sizes = {"rank": case["rank"], "backend": options.backend}
-                workers.append(here(make_job(directory, config, f"4x{case['tokens']}", **sizes)))
+            with smollm2(case["layers"], case["rank"], vocab_size=4096) as make_job:
+                workers.append(here(make_job(f"4x{case['tokens']}")))
         seconds = interleaved({n: worker.step for n, worker in enumerate(workers)}, options.rounds)
         for number, (case, worker) in enumerate(zip(cases, workers, strict=True)):
             about = worker.about
@@ -40,7 +33,7 @@ def main() -> None:
                 "trace and compile, s": round(about["trace_s"] + about["compile_s"], 2),
             }
             rows.append({"varied": varied, **case, **found})
-    report(options.name or f"step_time_cost_{options.backend}", rows, batch=4, vocabulary=4096)
+    report(options.name, rows, batch=4, vocabulary=4096)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,16 @@
     python benchmarks/sweep.py time --backend gpu   # also size; without the virtual devices
 
 `time` trains 16 settings of the quickstart (4 rates x 4 lambdas, of which one is plain LoRA) as one program, on one
-CPU device and on two virtual ones with one thread each, beside one single run. It counts the steps and evaluation
-batches of sixteen single runs and of whole sweeps, and works out from the measured times what these take.
+CPU device and on two virtual ones with one thread each, beside one single run.
 
-`cost` counts the same for `configs/quickstart_sweep.yaml` itself, and works out its minutes from the times that
-`time` measured last; it trains nothing.
+`cost` counts the steps and evaluation batches of `configs/quickstart_sweep.yaml` and of as many single runs, and
+works out their minutes from the times that `time` measured last; it trains nothing.
 
 `size` trains 1 to 16 members of a shorter quickstart: one after another, all in parallel, and on two virtual CPU
 devices with one thread each.
 """
 
-import dataclasses
 import functools
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,13 +43,6 @@ SMALL = (
     *("--data.validation_fraction", "0.05", "--optimizer.warmup_steps", "8"),
 )
 UNCACHED = ("--train.compilation_cache", "false")
-WAYS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "eleven evaluations on each curve": {"curve_points": 10},
-    "the last choice at a quarter of the steps": {"rungs": (0.125, 0.25), "keep": 0.25},
-    "the choice at an eighth of the steps": {"keep": 0.0625},
-}
-"""Settings of the sweep that differ from the defaults."""
 OUTPUTS = {
     "the choice alone": 0,
     "with LoRA and LoRA+ on 2 other seeds": 4,
@@ -76,11 +66,10 @@ def use_devices(backend: str) -> dict[str, int]:
 
 def timing(rounds: int, backend: str) -> None:
     """Writes results/sweep_time.json."""
-    used, start, prepared = use_devices(backend), time.perf_counter(), {}
+    used = use_devices(backend)
     options = [*SIXTEEN, *UNCACHED, "--mesh.data"]
     run = parse_settings(CONFIG, [*options, "1"], SweepRun)
     single = prepare(run.settings_of(run.trials[-1], 0))
-    prepared["single"] = time.perf_counter() - start
     data, frozen, count = single.data, replicate(single.mesh, single.parts.frozen), len(run.trials)
     batch = next(train_batches(data.splits["train"], batch_size=run.train.batch_size, seed=0))
     two_batches = {
@@ -108,11 +97,9 @@ def timing(rounds: int, backend: str) -> None:
     }
     members = {}
     for name, devices in used.items():
-        start = time.perf_counter()
         population = prepare_population(parse_settings(CONFIG, [*options, str(devices)], SweepRun), count)
         slots = members[name] = DeviceSlots(population, count)
         slots.fill({n: population.first(trial, 0) for n, trial in enumerate(run.trials)})
-        prepared[name] = time.perf_counter() - start
         calls["step", name] = functools.partial(population_step, slots), count
         calls["evaluation batch", name] = functools.partial(slots.evaluate, two_batches), 2 * count
     measured = interleaved({what: call for what, (call, _) in calls.items()}, rounds)
@@ -129,24 +116,11 @@ def timing(rounds: int, backend: str) -> None:
         for what in ("step", "evaluation batch")
         for name in members
     ]
-    steps = next(iter(members.values())).population.steps
-    step, one_batch = (float(np.median(seconds[what, "single"])) for what in ("step", "evaluation batch"))
-    sixteen = single_count(run, steps, data.examples) * 16
-    total = sixteen.seconds(step, one_batch) + 16 * prepared["single"]
-    answer = {}
-    for name, way in ((name, way) for name in members for way in WAYS):
-        shares = answer.setdefault(name, {}).setdefault(way, {})
-        for output, report_members in OUTPUTS.items():
-            counted = sweep_count(run, WAYS[way], steps, data.examples, report_members)
-            found = counted.seconds(step * ratios["step", name], one_batch * ratios["evaluation batch", name])
-            shares[output] = round((found + prepared[name]) / total, 3)
     report(
         "sweep_time" if backend == "cpu" else f"sweep_time_{backend}",
         rows,
         members=count,
         rounds=rounds,
-        start={name: round(value, 1) for name, value in prepared.items()},
-        answer=answer,
         unprinted={"seconds": {f"{what}, {name}": values for (what, name), values in seconds.items()}},
     )
 
@@ -171,18 +145,14 @@ def single_count(run: SweepRun, steps: int, examples: Mapping[str, int]) -> Coun
     return Count(steps, steps // run.train.eval_every * validation + 2 * test)
 
 
-def sweep_count(
-    run: SweepRun, changes: Mapping[str, Any], steps: int, examples: Mapping[str, int], members: int
-) -> Count:
-    """A whole sweep, with settings that differ from the run's and this many members in the report."""
-    sweep = dataclasses.replace(run.sweep, **changes)
+def sweep_count(run: SweepRun, steps: int, examples: Mapping[str, int], members: int) -> Count:
+    """A whole sweep with this many members in the report."""
     validation, test = (-(-examples[name] // run.train.eval_batch_size) for name in ("validation", "test"))
-    stops = comparison_steps(sweep, steps)
-    searched = planned_members(run.trials, len(run.seeds), stops, sweep.keep)
-    points = len(curve_steps(steps, sweep.curve_points))
+    stops = comparison_steps(run.sweep, steps)
+    searched = planned_members(run.trials, len(run.seeds), stops, run.sweep.keep)
+    points = len(curve_steps(steps, run.sweep.curve_points))
     return Count(
-        member_steps(searched, stops) + members * steps,
-        sum(searched) * validation + members * points * test,
+        member_steps(searched, stops) + members * steps, sum(searched) * validation + members * points * test
     )
 
 
@@ -194,7 +164,7 @@ def costs() -> None:
     seconds = {name: float(np.median(values)) for name, values in found["seconds"].items()}
     members = len(run.arms) * len(run.report_seeds)
     outputs = {**OUTPUTS, f"on {len(run.report_seeds)}, and the control": members}
-    counts = {output: sweep_count(run, {}, steps, EXAMPLES, count) for output, count in outputs.items()}
+    counts = {output: sweep_count(run, steps, EXAMPLES, count) for output, count in outputs.items()}
     singles = f"{len(run.trials)} single runs"
     counts = {singles: single_count(run, steps, EXAMPLES) * len(run.trials)} | counts
     rows = []

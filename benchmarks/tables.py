@@ -95,7 +95,7 @@ METHODS = GLUE | {
     "train.steps": 40,
     "sweep.curve_points": 2,
     "sweep.methods": [
-        *("lora_plus", "dora", "adalora", "pissa", "riemannian", "lora_rite", "lora_muon", "full"),
+        *("lora_plus", "dora", "adalora", "pissa", "riemannian", "lora_rite", "lora_muon", "full")
     ],
     # LoRA-Muon's rate is the norm of a step of A B, on another scale than the rates of entries.
     "sweep.method_learning_rates": {"lora_muon": [0.01, 0.03, 0.1, 0.3]},

@@ -260,18 +260,13 @@ def generate_here(job: dict[str, Any]) -> Worker:
 
 
 def generate_transformers(job: dict[str, Any]) -> Worker:
-    """transformers' `generate`, with PEFT's adapters; compiled, with a static cache, if `compile` says how."""
+    """transformers' `generate`, with PEFT's adapters."""
     import torch  # pyright: ignore[reportMissingImports]
-    from transformers import CompileConfig  # pyright: ignore[reportMissingImports]
 
     model, ids = torch_model(job, adapters=job["adapters"])
     model.eval()
     # No token ends a text.
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    if job["compile"] != "none":
-        compiler = CompileConfig(mode=job["compile"])
-        compiler._compile_all_devices = True  # it compiles on accelerators only
-        options |= {"cache_implementation": "static", "compile_config": compiler}
 
     def generate(new_tokens: int) -> list[list[int]]:
         mask = torch.ones_like(ids)

@@ -33,10 +33,7 @@ def draw(world: jax.Array, seed: jax.Array, points: int) -> tuple[dict[str, Any]
     """Factors by seed; by world fixed weights, and data `(x, y)`: a tenth more points, which are for the test."""
     key, normal = jax.random.key(world), jax.random.normal
     keys = (*jax.random.split(jax.random.fold_in(key, seed + 1)), *jax.random.split(key, 3))
-    lora = {
-        "lora_a": normal(keys[0], (WIDTH, RANK)) / WIDTH**0.5,
-        "lora_b": normal(keys[1], (RANK, WIDTH)),
-    }
+    lora = {"lora_a": normal(keys[0], (WIDTH, RANK)) / WIDTH**0.5, "lora_b": normal(keys[1], (RANK, WIDTH))}
     fixed = normal(keys[2], (DIMENSIONS, WIDTH)), normal(keys[3], (WIDTH, 1)) / WIDTH**0.5
     x = normal(keys[4], (points + points // 10, DIMENSIONS))
     return lora, fixed, (x, jnp.sin(x.mean(axis=1, keepdims=True)))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
+# XLA prints a % before names or not, by version and by how the program was made.
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
@@ -86,8 +87,10 @@ def collectives(text: str) -> list[Collective]:
             if kind not in KINDS or not counts[computation]:
                 continue
             channel = _number(r"channel_id=(\d+)", instruction.rest)
+            # The TPU compiler spreads a collective over several fusions; its pieces share the channel.
             key = instruction.name if channel is None else f"channel {channel}"
             collective = _parse_collective(kind, instruction, counts[computation], devices)
+            # A piece in a loop runs more often than the collective that it is a part of.
             if key not in by_key or collective.times < by_key[key].times:
                 by_key[key] = collective
     return list(by_key.values())
@@ -101,8 +104,9 @@ def parse_hlo(text: str) -> Program:
         if (head := _COMPUTATION.match(line)) is not None:
             current = program[head[1]] = []
         elif (match := _INSTRUCTION.match(line)) is not None:
-            shape, _, rest = _split_shape(match[2])
-            opcode, _, rest = rest.partition("(")
+            text = match[2]
+            shape = _take_parentheses(text) if text.startswith("(") else text.partition(" ")[0]
+            opcode, _, rest = text.removeprefix(shape).lstrip().partition("(")
             current.append(Instruction(match[1], shape, opcode, "(" + rest))
     return program
 
@@ -121,6 +125,7 @@ def execution_counts(program: Program) -> dict[str, int]:
                 trips = trip_count(program, computation, instruction)
             for callee in _called_computations(instruction):
                 callers[callee].append((computation, trips))
+    # XLA prints a computation after those that it calls, so the entry comes last.
     counts: dict[str, int] = {list(program)[-1]: 1}
 
     def count(name: str) -> int:
@@ -162,6 +167,7 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
     known = _number(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
     if known is not None:
         return known
+    # TPU programs come without the annotation; after unrolling, their counters rise by more than one.
     body, condition = (_attribute(loop.rest, name) for name in ("body", "condition"))
     test = program[condition][-1]
     inside = {i.name: i for i in program[condition]}
@@ -181,14 +187,15 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int:
 
 
 def _parse_collective(kind: str, instruction: Instruction, count: int, devices: int) -> Collective:
-    shape = instruction.shape
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        shape = _elements(shape)[1]  # its result is (input, output, ...)
-    group = _group(instruction.rest, devices)
+    arrays = [match[0] for match in _ARRAY.finditer(instruction.shape)]
+    if instruction.opcode in ("all-gather-start", "collective-permute-start") and len(arrays) > 1:
+        # The result of a start is (inputs, outputs, contexts): the contexts are scalars of type u32.
+        arrays = [array for array in arrays if array != "u32[]"]
+        arrays = arrays[len(arrays) // 2 :]
+    group, shape = _group(instruction.rest, devices), ", ".join(arrays)
     size = shape_bytes(shape) * (group if kind == "reduce-scatter" else 1)
     where = re.search(r'op_name="([^"]*)"', instruction.rest)
-    arrays = ", ".join(match[0] for match in _ARRAY.finditer(shape))
-    return Collective(kind, size, group, count, arrays, where[1] if where else "")
+    return Collective(kind, size, group, count, shape, where[1] if where else "")
 
 
 def shape_bytes(shape: str) -> int:
@@ -251,7 +258,7 @@ def _attribute(rest: str, attribute: str) -> str:
 
 
 def _constant_value(known: Mapping[str, Instruction], name: str) -> int:
-    """The value of a constant, followed through copies."""
+    # XLA inserts copies of constants, for their place in memory.
     instruction = known[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = known[instruction.operands[0]]
@@ -290,24 +297,3 @@ def _take_parentheses(text: str) -> str:
         if not depth:
             return text[: index + 1]
     return text
-
-
-def _split_shape(text: str) -> tuple[str, str, str]:
-    """Splits a definition into its type, a separator and the rest."""
-    if not text.startswith("("):
-        return text.partition(" ")
-    shape = _take_parentheses(text)
-    return shape, " ", text[len(shape) :].lstrip()
-
-
-def _elements(shape: str) -> list[str]:
-    """Elements of a tuple type; an array counts as both input and output."""
-    if not shape.startswith("("):
-        return [shape, shape]
-    elements, depth, start = [], 0, 1
-    for index, letter in enumerate(shape):
-        depth += (letter in "([{") - (letter in ")]}")
-        if (letter == "," and depth == 1) or not depth:
-            elements.append(shape[start:index].strip())
-            start = index + 1
-    return elements

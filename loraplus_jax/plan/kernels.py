@@ -44,6 +44,7 @@ def kernel_work(text: str) -> KernelWork:
 
 def _splash_work(call: Instruction) -> tuple[float, float]:
     """FLOPs, and bytes read beyond once per operand, of one call."""
+    # A kernel's metadata, which follow the layouts, hold braces of their own.
     layouts = call.rest.partition("operand_layout_constraints={")[2].partition("}, frontend_attributes")[0]
     operands, outputs = array_shapes(layouts), array_shapes(call.shape)
     states = [(dtype, dims) for dtype, dims in operands if dtype[0] != "s"]

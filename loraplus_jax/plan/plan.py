@@ -27,15 +27,7 @@ from ..training.setup import check_mesh, params_of, task_module
 from ..training.xla import compiler_options
 from .hlo import Collective, collectives, count_looped_matmuls
 from .kernels import kernel_work
-from .programs import (
-    LoweredStep,
-    evaluation_bytes,
-    local_bytes,
-    memory_sizes,
-    plan_step,
-    theory_bytes,
-    try_compile,
-)
+from .programs import LoweredStep, bytes_between_steps, local_bytes, memory_sizes, plan_step, try_compile
 from .tpu import Chip, tpu_devices
 
 COUNTING_OPTIONS = {
@@ -77,7 +69,6 @@ class Plan:
       tokens: tokens per row.
       accumulate: micro-batches per batch.
       layers: layers of the model.
-      tensor_sizes: named sizes that the mesh's tensor axis must divide.
       trained: number of trained parameters.
       total: number of parameters.
       memory: bytes by purpose; if compilation failed, temporaries are what the compiler's message implies.
@@ -102,7 +93,6 @@ class Plan:
     tokens: int
     accumulate: int
     layers: int
-    tensor_sizes: dict[str, int]
     trained: int
     total: int
     memory: dict[str, int]
@@ -178,12 +168,13 @@ def plan_for(
     check_layout(settings, base, mesh)
     step = plan_step(settings, base, data, mesh)
     start = time.perf_counter()
+    # With the options of `train`: they change memory and collectives.
     program, problem = try_compile(step.lowered, compiler_options(mesh, unrolled=settings.model.unroll))
     seconds = time.perf_counter() - start
     memory = {name: local_bytes(*trees) for name, trees in step.held.items()}
     memory["temporaries"], needed, peak = memory_sizes(program, problem, sum(memory.values()))
-    evaluation, evaluation_problem = evaluation_bytes(settings, data, step, mesh)
-    theory, theory_problem = theory_bytes(settings, data, step, mesh)
+    between_steps = bytes_between_steps(settings, data, step, mesh)
+    problems = [problem, *(message for _, message in between_steps.values())]
     work = count_work(settings, base, data, mesh, counted)
     communication = () if program is None else tuple(collectives(program.as_text()))
     return Plan(
@@ -195,16 +186,15 @@ def plan_for(
         tokens=settings.data.max_length,
         accumulate=settings.train.accumulate,
         layers=layers_of(base),
-        tensor_sizes=dict(base.tensor_sizes),
         trained=count(step.parts.trainable),
         total=count(step.parts.trainable) + count(step.parts.frozen),
         memory=memory,
         needed=needed,
         peak=peak,
-        evaluation=evaluation,
-        theory=theory,
+        evaluation=between_steps["evaluation"][0],
+        theory=between_steps["theory"][0],
         room=_available_bytes(chip, mesh),
-        problem=problem or evaluation_problem or theory_problem,
+        problem=next(filter(None, problems), None),
         work=work,
         collectives=communication,
         roofline={} if chip is None or work is None else roofline(chip, work, communication),
@@ -280,25 +270,18 @@ def count_work(
 
 
 def _count_once(step: LoweredStep, mesh: Mesh, counted: dict[str, Work | None]) -> Work | None:
-    text = step.lowered.as_text()
-    if text not in counted:
-        counted[text] = _compile_and_count(step, mesh)
-    return counted[text]
-
-
-def _compile_and_count(step: LoweredStep, mesh: Mesh) -> Work | None:
+    # A search counts a layout before it plans it: equal programs compile once.
+    if (lowered := step.lowered.as_text()) in counted:
+        return counted[lowered]
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     program, problem = try_compile(step.lowered, COUNTING_OPTIONS if on_tpu else None)
-    if problem is not None:
-        return None
-    cost, text = program.cost_analysis(), program.as_text()
-    kernels = kernel_work(text)
-    return Work(
-        cost["flops"] + kernels.flops,
-        cost["bytes accessed"] + kernels.bytes,
-        count_looped_matmuls(text),
-        kernels.unknown,
-    )
+    counted[lowered] = None
+    if problem is None:
+        cost, text = program.cost_analysis(), program.as_text()
+        kernels = kernel_work(text)
+        flops, size = cost["flops"] + kernels.flops, cost["bytes accessed"] + kernels.bytes
+        counted[lowered] = Work(flops, size, count_looped_matmuls(text), kernels.unknown)
+    return counted[lowered]
 
 
 def extrapolate_layers(first: float, second: float, layers: int) -> float:
@@ -312,6 +295,7 @@ def extrapolate_layers(first: float, second: float, layers: int) -> float:
 
 def replace_depth(base: BaseModel, layers: int) -> BaseModel:
     """The same model with another number of layers, unrolled."""
+    # Unrolled, since XLA's cost analysis counts the body of a loop once.
     model: Any = base.model
     config = dataclasses.replace(model.config, num_hidden_layers=layers)
     return base._replace(model=model.clone(config=config, unroll=True))

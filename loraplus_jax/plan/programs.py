@@ -53,6 +53,7 @@ class LoweredStep(NamedTuple):
 def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -> LoweredStep:
     """Lowers the step that `train` would compile, for a base without weights."""
     parts = add_adapters(settings, base, settings.applied, _adapter_shapes)
+    # The steps are only numbers in the schedule, so any will do.
     train = dataclasses.replace(settings.train, steps=settings.train.steps or ASSUMED_STEPS, epochs=None)
     steps = count_steps(dataclasses.replace(settings, train=train), train.batch_size)
     tx = make_optimizer(settings.optimizer, settings.lr_ratio, steps, parts.specs)
@@ -70,48 +71,40 @@ def plan_step(settings: Settings, base: BaseModel, data: TaskData, mesh: Mesh) -
     return LoweredStep(parts, state, traced.jaxpr, traced.lower(), held, shardings)
 
 
-def evaluation_bytes(
+def bytes_between_steps(
     settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh
-) -> tuple[int | None, str | None]:
-    """Total bytes of an evaluation, optimizer state included, and the compiler's message if it ran out of memory.
+) -> dict[str, tuple[int | None, str | None]]:
+    """What the programs need that run between steps: `"evaluation"`, `"theory"` (`train.theory_every`).
 
-    None for multiple choice: the number of choices per question, each a row, depends on the data.
+    Each is the total bytes, optimizer state included, and the compiler's message if it ran out of memory. The bytes
+    are None if theory is not set, and for the evaluation of multiple choice: the number of choices per question,
+    each a row, depends on the data.
     """
-    if settings.task == "multiple_choice":
-        return None, None
     losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
-    evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
-    batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
-    return _bytes_between_steps(
-        "evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch), step
-    )
-
-
-def theory_bytes(
-    settings: Settings, data: TaskData, step: LoweredStep, mesh: Mesh
-) -> tuple[int | None, str | None]:
-    """The same for the theory metrics (`train.theory_every`); None if not set."""
-    if settings.train.theory_every is None:
-        return None, None
-    losses: Losses = task_module(settings).make_losses(settings, data.task, step.parts, mesh)
-    rows = batch_shapes(data.splits["train"], count_rows(settings.train.batch_size, mesh))
-    lowered = lower_theory(
-        losses.train, step.parts.specs, step.state, step.parts.frozen, rows, mesh=mesh, shardings=step.places
-    )
-    return _bytes_between_steps("theory", lowered, step)
-
-
-def _bytes_between_steps(name: str, lowered: jax.stages.Lowered, step: LoweredStep) -> tuple[int, str | None]:
-    """Total bytes while a program runs between steps, optimizer state included, and the compiler's message."""
-    program, problem = try_compile(lowered)
     weights, trained, optimizer = (
         local_bytes(*step.held[name]) for name in ("frozen weights", "trained", "optimizer")
     )
-    return memory_sizes(program, problem, weights + trained)[1] + optimizer, problem and f"{name}: {problem}"
+    needed: dict[str, tuple[int | None, str | None]] = {"evaluation": (None, None), "theory": (None, None)}
+
+    def add(name: str, lowered: jax.stages.Lowered) -> None:
+        program, problem = try_compile(lowered)
+        size = memory_sizes(program, problem, weights + trained)[1] + optimizer
+        needed[name] = size, problem and f"{name}: {problem}"
+
+    if settings.task != "multiple_choice":
+        evaluate = make_eval(losses.evaluate, mesh=mesh, shardings=step.places)
+        batch = batch_shapes(data.splits["train"], settings.train.eval_batch_size)
+        add("evaluation", evaluate.lower(step.held["trained"][0], step.parts.frozen, batch))
+    if settings.train.theory_every is not None:
+        rows = batch_shapes(data.splits["train"], count_rows(settings.train.batch_size, mesh))
+        arguments = losses.train, step.parts.specs, step.state, step.parts.frozen, rows
+        add("theory", lower_theory(*arguments, mesh=mesh, shardings=step.places))
+    return needed
 
 
 def _adapter_shapes(model: Any, key: Any, *inputs: Any, base: Any) -> tuple[Any, Specs]:
-    """Like `init_lora`, with shapes instead of factors."""
+    # Like `init_lora`, with shapes instead of factors. eval_shape returns arrays' shapes only, so the specs, which
+    # are no arrays, leave the trace by the side.
     specs: Specs = {}
 
     def make_factors(key: Any) -> Any:
@@ -135,6 +128,7 @@ def try_compile(lowered: jax.stages.Lowered, options: dict[str, Any] | None = No
     try:
         return lowered.compile(compiler_options=options), None
     except jax.errors.JaxRuntimeError as error:
+        # XLA has no class for it, only a status at the start of the message.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None, " ".join(str(error).split())
@@ -150,6 +144,7 @@ def memory_sizes(program: Any, problem: str | None, held: int) -> tuple[int, int
             number, unit = used.group(1, 2) if used[1] else used.group(3, 4)
             needed = int(float(number) * 2 ** (10 * " KMGT".index(unit))) + (0 if used[1] else held)
         return max(0, needed - held), needed, 0
+    # Outputs that alias donated inputs need no memory of their own.
     stats = program.memory_analysis()
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     temporaries = stats.temp_size_in_bytes + fresh

@@ -1,9 +1,8 @@
 """Renders a plan as text: tables, whether it fits, and what to change."""
 
-import math
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,15 +11,11 @@ from .._utils.atomic import to_json, write_text
 from ..settings.schema import Settings
 from .hlo import Collective
 from .plan import Plan
-from .search import MARGIN, Search, Trial
+from .search import Search, Trial
 
 LARGEST_SHOWN, REDUCTIONS = 5, 3
 """Number of collectives listed separately: the largest of all, and further reductions."""
-BOUND_NAMES = {
-    "compute": "FLOPs",
-    "memory": "bytes accessed",
-    "network": "bytes received",
-}
+BOUND_NAMES = {"compute": "FLOPs", "memory": "bytes accessed", "network": "bytes received"}
 _BOUNDS = {"compute": "compute-bound", "memory": "HBM-bound", "network": "network-bound"}
 
 
@@ -28,9 +23,7 @@ def format_plan(plan: Plan, settings: Settings) -> str:
     """The full text of a plan, for the console."""
     tips = [] if plan.fits else [f"- {line}" for line in advice(plan, settings)]
     parts = [_heading(plan), _memory(plan), _verdict(plan, settings), *tips, "", _work(plan)]
-    return "\n".join(
-        [*parts, *_communication(plan), *_weight_traffic(plan, settings), *_weight_reductions(plan)]
-    )
+    return "\n".join([*parts, *_communication(plan), *_weight_traffic(plan, settings)])
 
 
 def write_json(path: Path, plan: Plan, settings: Settings) -> None:
@@ -42,21 +35,22 @@ def write_json(path: Path, plan: Plan, settings: Settings) -> None:
 def format_search(search: Search, settings: Settings, command: Sequence[str]) -> str:
     """The layouts that a search counted or compiled, those it skipped, and the command of the fastest that fits."""
     times = tuple(f"{name}, ms" for name in BOUND_NAMES)
-    rows = [("data x fsdp x tensor", *_LAYOUT, "needed", *times, "s", "")]
-    rows += [_trial_row(search, trial) for trial in _tried(search)]
-    lines = [_table(rows), "", *_skipped(search)]
-    start, best = search.start, search.best
+    rows = [("data x fsdp x tensor", "micro-batches", "remat", "needed", *times, "s", "")]
+    tried = [trial for trial in search.trials if trial.work is not None or trial.plan is not None]
+    tried.sort(key=lambda trial: (trial.plan is None, not trial.fits, trial.seconds))
+    lines = [_table([*rows, *(_trial_row(search, trial) for trial in tried)]), ""]
+    left = [trial for trial in search.trials if trial.plan is None]
+    counts = Counter(trial.problem or "not compiled" for trial in left)
+    lines += [f"{number:,} of {len(search.trials):,} layouts: {name}" for name, number in counts.items()]
     if search.rejected is not None:
         lines.append(f"training rejects the settings as they are: {search.rejected}")
+    start, best = search.start, search.best
     if best is not None:
-        lines.append(f"fastest layout that fits: {best.seconds:.3f} s per step")
+        lines.append(f"fastest layout that compiled and fits: {best.seconds:.3f} s per step")
         if start is not None and start.plan is not None:
             lines[-1] += f", {best.seconds / start.seconds:.2f} x that of the settings as they are"
-        lines += ["", search_command(search, settings, command), ""]
+        lines += ["", search_command(search, settings, command) or "", ""]
     return "\n".join(lines)
-
-
-_LAYOUT = ("micro-batches", "remat", "attention", "loss chunk")
 
 
 def search_command(search: Search, settings: Settings, command: Sequence[str]) -> str | None:
@@ -80,7 +74,6 @@ def explain_no_fit(search: Search) -> str:
 def write_search(path: Path, search: Search, settings: Settings, command: Sequence[str]) -> None:
     """Writes a search's command, plan and layouts as a JSON object; raises ValueError if the file exists."""
     best = search.best
-    plan = None if best is None or best.plan is None else best.plan.to_json()
     layouts = [
         trial.layout._asdict()
         | {"needed": trial.needed, "times": trial.times, "seconds": trial.seconds, "problem": trial.problem}
@@ -93,25 +86,10 @@ def write_search(path: Path, search: Search, settings: Settings, command: Sequen
         "rejected": search.rejected,
         "current": search.current._asdict(),
         "best": None if best is None else best.layout._asdict(),
-        "plan": plan,
+        "plan": None if best is None or best.plan is None else best.plan.to_json(),
         "layouts": layouts,
     }
     write_text(path, to_json(content, indent=1) + "\n", new=True)
-
-
-def _tried(search: Search) -> list[Trial]:
-    """Compiled trials, then one of each kind that was only counted; the fastest first."""
-    compiled = [trial for trial in search.trials if trial.plan is not None]
-    kinds = {trial.layout.kind for trial in compiled}
-    counted = {
-        trial.layout.kind: trial
-        for trial in reversed(search.trials)  # the first of each kind stays
-        if trial.work is not None and trial.layout.kind not in kinds
-    }
-    return [
-        *sorted(compiled, key=lambda trial: (trial.problem is not None, trial.seconds)),
-        *sorted(counted.values(), key=lambda trial: trial.seconds),
-    ]
 
 
 def _trial_row(search: Search, trial: Trial) -> tuple[str, ...]:
@@ -123,35 +101,15 @@ def _trial_row(search: Search, trial: Trial) -> tuple[str, ...]:
         result += ", the settings as they are"
     if trial.work is not None and trial.work.loops:
         result += ", bytes too low"
-    at_least = "" if trial.plan is not None else "> "
     return (
         " x ".join(map(str, layout.mesh)),
-        *map(str, (layout.accumulate, layout.remat, layout.attention, layout.loss_chunk)),
-        at_least + _size(trial.needed),
+        str(layout.accumulate),
+        layout.remat,
+        ("> " if trial.plan is None else "") + _size(trial.needed),
         *(f"{1e3 * seconds:.1f}" for seconds in trial.times.values()),
         f"{trial.seconds:.3f}",
         result,
     )
-
-
-def _skipped(search: Search) -> list[str]:
-    """How many layouts were not compiled, and why."""
-    left = [trial for trial in search.trials if trial.plan is None]
-    problems = Counter(trial.problem for trial in left if trial.problem is not None)
-    lines = [f"{number:,} of {len(search.trials):,} layouts: {name}" for name, number in problems.items()]
-    slower = [trial for trial in left if trial.problem is None]
-    if not slower:
-        return lines
-    bound = min(trial.seconds for trial in slower)
-    reason = (
-        f"cannot be faster by more than {100 * MARGIN:.0f} %"
-        if search.complete
-        else "not compiled, as the search was interrupted"
-    )
-    return [
-        *lines,
-        f"{len(slower):,} of {len(search.trials):,} layouts: {reason} (at least {bound:.3f} s)",
-    ]
 
 
 def _heading(plan: Plan) -> str:
@@ -200,34 +158,23 @@ def advice(plan: Plan, settings: Settings) -> list[str]:
 
     Numbers follow from shapes and shardings; effects that only a compilation can confirm are marked "not compiled".
     """
-    between_steps = [*_advise_evaluation(plan, settings), *_advise_theory(plan, settings)]
+    shards, rows = plan.mesh["data"] * plan.mesh["fsdp"], settings.train.eval_batch_size
+    between_steps = []
+    if plan.evaluation is not None and plan.evaluation > plan.room and rows > shards:
+        between_steps.append(
+            f"train.eval_batch_size below {rows:,}, a multiple of {shards}: evaluation needs "
+            f"{_size(plan.evaluation)}, the step {_size(plan.needed)}"
+        )
+    if plan.theory is not None and plan.theory > plan.room:
+        between_steps.append(
+            f"train.theory_every null: theory metrics need {_size(plan.theory)}, the step {_size(plan.needed)}"
+        )
     if between_steps and plan.needed <= plan.room:
         return between_steps
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     weights, activations = _advise_weights(plan, settings), _advise_activations(plan, settings)
-    return [
-        *between_steps,
-        *([*weights, *activations] if held > plan.memory["temporaries"] else [*activations, *weights]),
-    ]
-
-
-def _advise_evaluation(plan: Plan, settings: Settings) -> list[str]:
-    size, rows = plan.evaluation, settings.train.eval_batch_size
-    parts = plan.mesh["data"] * plan.mesh["fsdp"]
-    if size is None or size <= plan.room or rows == parts:
-        return []
-    return [
-        f"train.eval_batch_size below {rows:,}, a multiple of {parts}: evaluation needs {_size(size)}, the "
-        f"step {_size(plan.needed)}"
-    ]
-
-
-def _advise_theory(plan: Plan, settings: Settings) -> list[str]:
-    if plan.theory is None or plan.theory <= plan.room:
-        return []
-    return [
-        f"train.theory_every null: theory metrics need {_size(plan.theory)}, the step {_size(plan.needed)}"
-    ]
+    step = weights + activations if held > plan.memory["temporaries"] else activations + weights
+    return between_steps + step
 
 
 def _advise_weights(plan: Plan, settings: Settings) -> list[str]:
@@ -237,7 +184,13 @@ def _advise_weights(plan: Plan, settings: Settings) -> list[str]:
     name, split = ("weights and optimizer", frozen + trained) if is_full else ("frozen weights", frozen)
     tips = []
     if trained > frozen:
-        tips += _advise_trained(plan, settings, trained)
+        takes = f"weights that train and the optimizer's moments take {_size(trained)}"
+        if is_full:
+            tips.append(f"method lora_plus: {takes}, those of adapters less (not compiled)")
+        elif settings.lora.modules_to_save:
+            tips.append(f"fewer lora.modules_to_save, which train all their weights: {takes}")
+        elif settings.lora.rank > 1:
+            tips.append(f"lora.rank below {settings.lora.rank}: {takes}, in proportion to the rank")
     if data > 1 and split:
         tips.append(
             f"mesh.data 1 and mesh.fsdp {data * fsdp}: a device holds about {_size(split / data)} of {name} "
@@ -251,27 +204,6 @@ def _advise_weights(plan: Plan, settings: Settings) -> list[str]:
     return tips or [f"more devices for mesh.fsdp, which shards the weights (devices now: {plan.devices:,})"]
 
 
-def _advise_trained(plan: Plan, settings: Settings, size: int) -> list[str]:
-    """Advice if trained parameters and optimizer state take most of the memory."""
-    if settings.method == "full":
-        return [
-            f"method lora_plus: the optimizer state, {_size(plan.memory['optimizer'])} now, shrinks to the "
-            "moments of the adapters (not compiled)"
-        ]
-    tips = []
-    if settings.lora.modules_to_save:
-        tips.append(
-            "fewer lora.modules_to_save: these modules train all their weights (trained weights and "
-            f"optimizer state take {_size(size)} now)"
-        )
-    if settings.lora.rank > 1:
-        tips.append(
-            f"lora.rank below {settings.lora.rank}: adapters and optimizer state, {_size(size)} now, shrink "
-            "in proportion"
-        )
-    return tips
-
-
 def _advise_activations(plan: Plan, settings: Settings) -> list[str]:
     rows = plan.rows // plan.accumulate // (plan.mesh["data"] * plan.mesh["fsdp"])
     tips = []
@@ -283,31 +215,8 @@ def _advise_activations(plan: Plan, settings: Settings) -> list[str]:
         )
     if settings.is_language and settings.model.remat != "full":
         tips.append("model.remat full: keeps only each layer's input for the backward pass (not compiled)")
-    if (mesh := more_tensor(plan.mesh, plan.tensor_sizes)) is not None:
-        sizes = ", ".join(f"mesh.{name} {size}" for name, size in mesh.items())
-        tips.append(
-            f"{sizes} and train.accumulate {plan.rows // (mesh['data'] * mesh['fsdp'])}: a device computes "
-            "fewer heads and a smaller part of the MLP, 1 row at a time (not compiled)"
-        )
     fewer = ", or a smaller train.batch_size" if rows > 1 else ""
     return [*tips, f"data.max_length below {plan.tokens:,}{fewer}"]
-
-
-def more_tensor(mesh: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """The next mesh of as many devices with a larger tensor axis that divides the model's sizes, or None.
-
-    >>> more_tensor({"data": 2, "fsdp": 3, "tensor": 1}, {"num_attention_heads": 12})
-    {'data': 1, 'fsdp': 3, 'tensor': 2}
-    >>> more_tensor({"data": 8, "fsdp": 1, "tensor": 1}, {"num_attention_heads": 3})
-    """
-    data, fsdp, tensor = mesh["data"], mesh["fsdp"], mesh["tensor"]
-    largest = math.gcd(*sizes.values())
-    for size in range(2 * tensor, largest + 1, tensor):
-        data_factor = math.gcd(data, size // tensor)
-        fsdp_factor = size // tensor // data_factor
-        if largest % size == 0 and fsdp % fsdp_factor == 0:
-            return {"data": data // data_factor, "fsdp": fsdp // fsdp_factor, "tensor": size}
-    return None
 
 
 def _work(plan: Plan) -> str:
@@ -342,38 +251,24 @@ def _communication(plan: Plan) -> list[str]:
     """Collectives by kind and group size, and the largest of them."""
     if not plan.collectives:
         return []
-    counts: dict[tuple[str, int], int] = defaultdict(int)
-    sizes: dict[tuple[str, int], float] = defaultdict(float)
-    received: dict[tuple[str, int], float] = defaultdict(float)
-    for collective in plan.collectives:
-        key = (collective.kind, collective.group)
-        counts[key] += collective.times
-        sizes[key] += collective.times * collective.bytes
-        received[key] += collective.times * collective.wire_bytes
-    rows = [("collectives per step", "devices", "count", "full size", "received")]
-    for kind, group in sorted(counts, key=lambda key: -received[key]):
-        key = (kind, group)
-        rows.append((kind, f"{group:,}", f"{counts[key]:,}", _size(sizes[key]), _size(received[key])))
-    return ["", _table(rows), "", _table(_largest_rows(plan.collectives))]
-
-
-def _largest_rows(all_collectives: Sequence[Collective]) -> list[tuple[str, ...]]:
-    """The equal collectives that receive most, and the largest further reductions."""
+    sums: dict[tuple[str, int], list[float]] = defaultdict(lambda: [0, 0, 0])
     times: Counter[Collective] = Counter()
-    for collective in all_collectives:
-        times[collective._replace(where="", times=1)] += collective.times
-    groups = sorted(times, key=lambda collective: -times[collective] * collective.wire_bytes)
-    reductions = [
-        collective
-        for collective in groups[LARGEST_SHOWN:]
-        if collective.kind in ("all-reduce", "reduce-scatter")
-    ]
-    rows = [("largest collectives", "arrays", "devices", "count", "full size, each", "received")]
-    for collective in [*groups[:LARGEST_SHOWN], *reductions[:REDUCTIONS]]:
-        received = times[collective] * collective.wire_bytes
-        cells = (f"{collective.group:,}", f"{times[collective]:,}", _size(collective.bytes), _size(received))
-        rows.append((collective.kind, _arrays(collective.shape), *cells))
-    return rows
+    for one in plan.collectives:
+        amounts = (one.times, one.times * one.bytes, one.times * one.wire_bytes)
+        sums[one.kind, one.group] = [a + b for a, b in zip(sums[one.kind, one.group], amounts, strict=True)]
+        times[one._replace(where="", times=1)] += one.times
+    rows = [("collectives per step", "devices", "count", "full size", "received")]
+    for (kind, group), (count, size, received) in sorted(sums.items(), key=lambda item: -item[1][2]):
+        rows.append((kind, f"{group:,}", f"{count:,}", _size(size), _size(received)))
+    groups = sorted(times, key=lambda one: -times[one] * one.wire_bytes)
+    # When only adapters train, what is reduced should have the rank as a side: any other is a surprise to see.
+    reductions = [one for one in groups[LARGEST_SHOWN:] if one.kind in ("all-reduce", "reduce-scatter")]
+    largest = [("largest collectives", "arrays", "devices", "count", "full size, each", "received")]
+    for one in [*groups[:LARGEST_SHOWN], *reductions[:REDUCTIONS]]:
+        received = _size(times[one] * one.wire_bytes)
+        cells = (f"{one.group:,}", f"{times[one]:,}", _size(one.bytes), received)
+        largest.append((one.kind, _arrays(one.shape), *cells))
+    return ["", _table(rows), "", _table(largest)]
 
 
 def _arrays(shape: str) -> str:
@@ -389,35 +284,30 @@ def _arrays(shape: str) -> str:
 
 
 def _weight_traffic(plan: Plan, settings: Settings) -> list[str]:
-    """How often a step receives the weights sharded over `fsdp`; forward and backward need them once each."""
+    """How often a step receives the weights sharded over `fsdp`, and a line if all-reduces carry them."""
     frozen = (plan.total - plan.trained) * jnp.dtype(settings.model.param_dtype).itemsize
-    if not frozen or plan.mesh["fsdp"] == 1 or plan.mesh["tensor"] > 1:
-        return []
-    by_reduction = bool(_weight_reductions(plan))
-    kinds = ("all-gather", "collective-permute", *(["all-reduce"] if by_reduction else []))
-    received = sum(c.times * c.wire_bytes for c in plan.collectives if c.kind in kinds)
-    times = received / plan.accumulate / frozen
-    micro = " per micro-batch" if plan.accumulate > 1 else ""
-    names = "all-gathers, permutes and all-reduces" if by_reduction else "all-gathers and permutes"
-    return [
-        f"received by {names}: {times:.2f} x the frozen weights{micro}; 2 means once each in the forward and "
-        "backward pass"
-    ]
-
-
-def _weight_reductions(plan: Plan) -> list[str]:
-    """A line if all-reduces carry weights: XLA gathers by all-reduce what is sharded into many parts."""
     data, fsdp = plan.mesh["data"], plan.mesh["fsdp"]
-    reduced = sum(c.times * c.bytes for c in plan.collectives if c.kind == "all-reduce")
-    gradients = 4 * plan.trained * plan.accumulate  # float32, at most once per micro-batch
-    # A tensor axis also all-reduces activations, so there the bytes say nothing about weights.
-    if plan.mesh["tensor"] > 1 or fsdp == 1 or reduced < 10 * gradients:
+    # A tensor axis also communicates activations, so there the bytes say nothing about weights.
+    if not frozen or fsdp == 1 or plan.mesh["tensor"] > 1:
         return []
-    factor = next(n for n in range(2, fsdp + 1) if fsdp % n == 0)
+    names, warnings = {"all-gather": "all-gathers", "collective-permute": "permutes"}, []
+    reduced = sum(one.times * one.bytes for one in plan.collectives if one.kind == "all-reduce")
+    gradients = 4 * plan.trained * plan.accumulate  # float32, at most once per micro-batch
+    if reduced >= 10 * gradients:  # XLA gathers by all-reduce what is sharded into many parts
+        factor = next(n for n in range(2, fsdp + 1) if fsdp % n == 0)
+        names["all-reduce"] = "all-reduces"
+        warnings.append(
+            f"all-reduces carry {_size(reduced)}, but the gradients at most {_size(gradients)}: XLA gathers "
+            "weights by all-reduce, which receives twice as much as all-gather; fewer shards may help: "
+            f"mesh.data {factor * data} and mesh.fsdp {fsdp // factor} (not compiled)"
+        )
+    received = sum(one.times * one.wire_bytes for one in plan.collectives if one.kind in names)
+    *first, last = names.values()
+    micro = " per micro-batch" if plan.accumulate > 1 else ""
     return [
-        f"all-reduces carry {_size(reduced)}, but the gradients at most {_size(gradients)}: XLA gathers "
-        "weights by all-reduce, which receives twice as much as all-gather; fewer shards may help: "
-        f"mesh.data {factor * data} and mesh.fsdp {fsdp // factor} (not compiled)"
+        f"received by {', '.join(first)} and {last}: {received / plan.accumulate / frozen:.2f} x the frozen "
+        f"weights{micro}; 2 means once each in the forward and backward pass",
+        *warnings,
     ]
 
 

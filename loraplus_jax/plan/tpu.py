@@ -75,9 +75,11 @@ def tpu_devices(topology: str) -> tuple[Chip, list[Any]]:
     chip, shape = _parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(f"topology {topology} needs libtpu, the TPU compiler; install it with {PIP}")
+    # With libtpu installed, JAX would look for a TPU and wait for it.
     jax.config.update("jax_platforms", "cpu")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # Loads libtpu, which reads the environment once.
     from jax.experimental import topologies
 
     # A host has four chips, or all chips of a smaller topology. A v4 chip's two cores act as one (megacore).
@@ -113,7 +115,7 @@ def _parse_topology(topology: str) -> tuple[Chip, tuple[int, ...]]:
         )
     known = topology_shapes(chip)
     if shape not in known:
-        near = sorted(known, key=lambda candidate: _distance(candidate, shape))[:3]
+        near = sorted(known, key=lambda other: abs(math.log(math.prod(other) / math.prod(shape))))[:3]
         names = ", ".join(f"{chip.name}:{'x'.join(map(str, candidate))}" for candidate in near)
         raise ValueError(f"unknown topology {topology}; the nearest available are {names}")
     return chip, shape
@@ -137,9 +139,3 @@ def topology_shapes(chip: Chip) -> list[tuple[int, ...]]:
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _BELOW_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 """Shapes of 3D tori below 4x4x4; from there on sides are multiples of four, in increasing order."""
-
-
-def _distance(left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """Distance of two shapes: the log factors between their sides and between their sizes, summed."""
-    pairs = [*zip(sorted(left), sorted(right), strict=True), (math.prod(left), math.prod(right))]
-    return sum(abs(math.log2(a / b)) for a, b in pairs)

@@ -49,6 +49,7 @@ class DeviceSlots:
         self.slots = [-1] * (-(-len(members) // self.chunk) * self.chunk)
         for slot, number in zip(assigned, members, strict=True):
             self.slots[slot] = number
+        # Of zeros, `alive` too: what fills up a call trains nothing.
         empty = jax.tree.map(np.zeros_like, next(iter(members.values())))
         self.load(stack_members([members.get(number, empty) for number in self.slots]))
 
@@ -59,6 +60,8 @@ class DeviceSlots:
 
     def load(self, members: Members) -> None:
         """Puts arrays of all slots, shaped `(slots, ...)`, on the devices, one chunk per program call."""
+        # A compiled program moves no arguments, as jit would. It names their places as (args, kwargs); members are
+        # the first of args.
         shardings = self.programs.step.input_shardings[0][0]
         chunks = (
             jax.tree.map(lambda leaf, start=start: np.asarray(leaf)[start : start + self.chunk], members)
@@ -68,6 +71,7 @@ class DeviceSlots:
 
     def to_host(self) -> Members:
         """All slots as one tree of host arrays."""
+        # One device_get for all chunks starts all copies before it waits for the first.
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(self.chunks))
 
     def step(self, batches: Mapping[int, Batch]) -> None:
@@ -79,6 +83,7 @@ class DeviceSlots:
             parts = [batches.get(number, filler) for number in self.slots_in(chunk)]
             batch = jax.tree.map(lambda *columns: np.stack(columns), *parts)
             batch = jax.device_put(batch, shardings)
+            # The step donates its members: the old arrays are gone once it is called.
             self.chunks[chunk] = programs.step(self.chunks[chunk], frozen, batch)
 
     def evaluate(self, split: Batch) -> dict[int, dict[str, Any]]:
@@ -87,11 +92,12 @@ class DeviceSlots:
         shardings = programs.evaluate.input_shardings[0][2]
         totals: dict[int, Any] = {}
         kept: dict[int, list[dict[str, Rows]]] = {}
-        for batch in eval_batches(split, programs.eval_batch_size):
+        for batch in eval_batches(split, self.population.run.train.eval_batch_size):
             batch = jax.device_put(batch, shardings)
             for chunk in range(len(self.chunks)):
                 pairs, rows = separate_rows(programs.evaluate(self.chunks[chunk], frozen, batch))
                 kept.setdefault(chunk, []).append(rows)
+                # Sums stay on the devices; reading them here would wait for every call.
                 totals[chunk] = (
                     jax.tree.map(lambda a, b: a + b, totals[chunk], pairs) if chunk in totals else pairs
                 )
@@ -113,6 +119,7 @@ class DeviceSlots:
         for chunk, members in enumerate(self.chunks):
             continues = np.array([number not in stopped for number in self.slots_in(chunk)])
             alive = np.asarray(members.alive) & continues
+            # A compiled program takes arrays of its own shardings only.
             self.chunks[chunk] = members.replace(alive=jax.device_put(alive, members.alive.sharding))
 
     def slots_in(self, chunk: int) -> list[int]:
@@ -133,6 +140,7 @@ class DeviceSlots:
             return rows
 
         host = jax.tree.map(by_number, self.to_host())
+        # A checkpoint has one step for all, so the members' own counters are stored with what they train.
         values = {"trainable": host.state.trainable, "step": host.state.step}
         values |= {"skipped": host.skipped, "alive": host.alive}
         step: Any = np.int32(clock)

@@ -13,8 +13,6 @@ PICTURES = {
     "heat_map": "Validation loss over the learning rates of A and B at the last comparison. Dashed line: plain "
     "LoRA (equal rates). Frame: selected setting. Cross: diverged. Grey: dropped after the number of steps shown.",
     "curves": "Test loss of the selected settings: mean over the report seeds; the band spans minimum to maximum.",
-    "steps": "Steps to the target loss, by report seed. A run that never reached the target has no mark.",
-    "control": "Test loss by seed; lines connect runs with the same seed.",
 }
 """Name and caption of each figure."""
 COLOURS = {"lora": "#b04a00", "lora_plus": "#0b5fa5", "control": "#3f3f3f"}
@@ -26,7 +24,7 @@ Report = Mapping[str, Any]
 def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(PICTURES)) -> None:
     """Draws figures of a report as PNG files in `directory`; an incomplete report has only `"heat_map"`."""
     plt = pyplot()
-    drawings = {"heat_map": heat_map, "curves": draw_curves, "steps": steps, "control": control}
+    drawings = {"heat_map": heat_map, "curves": draw_curves}
     for name in names:
         drawing = drawings[name]
         figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
@@ -37,7 +35,7 @@ def draw_figures(directory: Path, report: Report, names: Iterable[str] = tuple(P
 
 def heat_map(axes: Any, report: Report) -> None:
     """Loss over (eta_A, eta_B) at the last comparison; settings dropped earlier show the step of their last one."""
-    from matplotlib import ticker
+    from matplotlib import ticker  # slow to import, and only pictures need it
 
     last = last_step(report["search"])
     cells, dropped = heat_map_cells(report["search"])
@@ -47,6 +45,7 @@ def heat_map(axes: Any, report: Report) -> None:
     rates = np.array(list(cells))
     limits = np.array([rates.min() / 1.6, rates.max() * 1.6])
     axes.plot(limits, limits, "--", color="black", linewidth=1, zorder=1)
+    # Markers have a size in points, not in data units, so it follows the number of cells.
     size = 1400 / max(1.0, len(cells) / 8)
     color_max = min(losses.max(), 2 * np.median(losses))  # one outlier must not wash out all other colours
     squares = axes.scatter(
@@ -150,43 +149,6 @@ def draw_curves(axes: Any, report: Report) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(frameon=False)
-
-
-def steps(axes: Any, report: Report) -> None:
-    """One row per seed, one mark per arm."""
-    seeds = list(dict.fromkeys(run["seed"] for run in report["runs"]))
-    for arm in report_arms(report):
-        runs = [run for run in report["runs"] if run["arm"] == arm and run["steps_to_target"] is not None]
-        points = [run["steps_to_target"] for run in runs], [seeds.index(run["seed"]) for run in runs]
-        axes.plot(*points, MARKERS[arm], color=COLOURS[arm], markersize=9, label=arm_label(arm, report))
-    for row, seed in enumerate(seeds):
-        reached = [r["steps_to_target"] for r in report["runs"] if r["seed"] == seed and r["steps_to_target"]]
-        if reached:
-            axes.hlines(row, min(reached), max(reached), color="grey", linewidth=1, zorder=0)
-    axes.set(xlabel="steps", xlim=(0, report["protocol"]["steps"] * 1.05), title="Steps to the target loss")
-    axes.set_yticks(range(len(seeds)), [f"seed {seed}" for seed in seeds])
-    axes.set_ylim(-0.6, len(seeds) - 0.4)
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, loc="best")
-
-
-def control(axes: Any, report: Report) -> None:
-    """One column per arm, one mark per seed."""
-    arms = report_arms(report)
-    by_seed: dict[int, list[tuple[int, float]]] = {}
-    for run in report["runs"]:
-        if run["test"] is not None and run["test"]["loss"] is not None:
-            by_seed.setdefault(run["seed"], []).append((arms.index(run["arm"]), run["test"]["loss"]))
-    for points in by_seed.values():
-        axes.plot(*zip(*sorted(points), strict=True), color="grey", linewidth=1, zorder=0)
-    for column, arm in enumerate(arms):
-        losses = [loss for points in by_seed.values() for index, loss in points if index == column]
-        axes.plot([column] * len(losses), losses, MARKERS[arm], color=COLOURS[arm], markersize=8)
-        if losses:
-            axes.hlines(np.mean(losses), column - 0.18, column + 0.18, color=COLOURS[arm], linewidth=2)
-    axes.set_xticks(range(len(arms)), [arm_label(arm, report).replace(", ", "\n", 1) for arm in arms])
-    axes.set(ylabel="test loss", title="Test loss by seed; bars are means", xlim=(-0.5, len(arms) - 0.5))
-    axes.grid(axis="y", alpha=0.3)
 
 
 def report_arms(report: Report) -> list[str]:

@@ -7,7 +7,8 @@ favours rates that learn fast but noisily; so the final selection among survivor
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -87,6 +88,7 @@ def survivors(scores: Mapping[Trial, float], keep: float) -> list[Trial]:
     for arm in dict.fromkeys(trial.arm for trial in scores):
         trials = [trial for trial in scores if trial.arm == arm]
         finite = [trial for trial in trials if math.isfinite(scores[trial])]
+        # Less an epsilon: 0.07 x 100 settings are 7.000000000000001 in floating point.
         best += sorted(finite, key=scores.__getitem__)[: max(1, math.ceil(keep * len(trials) - 1e-9))]
     return [trial for trial in scores if trial in best]
 
@@ -109,16 +111,16 @@ def best_trial(scores: Mapping[Trial, float], arm: str) -> Trial | None:
     return min(finite, key=scores.__getitem__, default=None)
 
 
-def mean_losses(losses: Mapping[tuple[Trial, int], float]) -> dict[Trial, float]:
-    """Mean loss of each setting over its seeds; non-finite if any seed's loss is.
+def mean_losses(rows: Iterable[Mapping[str, Any]]) -> dict[Trial, float]:
+    """Mean loss of each setting over the rows of its seeds at one step; NaN if any is None, not finite.
 
     >>> trial = Trial(1e-3, 1.0, 16.0, 8)
-    >>> mean_losses({(trial, 0): 1.0, (trial, 1): 2.0})[trial]
+    >>> mean_losses([{"trial": list(trial), "loss": 1.0}, {"trial": list(trial), "loss": 2.0}])[trial]
     1.5
     """
     by_trial: dict[Trial, list[float]] = {}
-    for (trial, _), loss in losses.items():
-        by_trial.setdefault(trial, []).append(loss)
+    for row in rows:
+        by_trial.setdefault(Trial(*row["trial"]), []).append(math.nan if row["loss"] is None else row["loss"])
     return {trial: sum(values) / len(values) for trial, values in by_trial.items()}
 
 

@@ -62,7 +62,7 @@ class Method(NamedTuple):
 
 
 def _adalora(run: SweepRun) -> dict[str, Any]:
-    """AdaLoRA that ends with the rank of the others, on average, from 1.5 times as much and at the same scale."""
+    # Ends with the rank of the others, on average, from 1.5 times as much and at the same scale.
     rank = math.ceil(1.5 * run.lora.rank)
     alpha = alpha_for(run.lora.scale, rank, run.lora)
     last = {"train.select": "last", "train.early_stopping": None}
@@ -143,6 +143,7 @@ def compare_runs(
         directory = output.path
         finished = [] if fresh else [one for one in runs.values() if read_summary(_place(one))]
         base, data, _, _, shapes = abstract_population(runs["lora"])
+        # Every method is checked before the first is trained, on data that is loaded once.
         for name, one in runs.items():
             with _named(name):
                 abstract_population(one, data)
@@ -151,17 +152,21 @@ def compare_runs(
             params = load_params(base, shapes.base.table, params_of(shapes), new=shapes.base.new)
             weights = fingerprint(params)
             for one in finished:
-                _check_source(one, read_record(_place(one) / REPORT), identity, weights, allow_different)
+                path = _place(one) / REPORT
+                check_identity(path, read_record(path), identity, weights=weights, allow=allow_different)
         began = time.perf_counter()
         output.claim()
         results = {}
         for name, one in runs.items():
             console.print(f"{labels[name]}: {len(one.trials)} settings")
+            # An accepted difference without effect is an error, and only a checkpoint can differ.
             allow = allow_different if saved_steps(_place(one)) else ()
             with _named(name):
                 results[name] = _result(one, allow, console)
-            first = results["lora"]  # files may change under a comparison of hours
-            _check_source(one, results[name], first["identity"], first["base"], allow_different)
+            # Files may change under a comparison of hours.
+            path, first = _place(one) / REPORT, results["lora"]
+            identity, weights = dict(first["identity"]), first["base"]
+            check_identity(path, results[name], identity, weights=weights, allow=allow_different)
         output.check()
         report = compare(run, labels, results)
         report["protocol"]["test_rows"] = data.examples["test"]
@@ -182,17 +187,6 @@ def _result(run: "MethodRun", allow_different: Sequence[str], console: LineConso
         with contextlib.suppress(TrainingFailed):  # which the report says
             return sweep(run, allow_different=allow_different, console=console, kind=MethodSweep)
     return read_record(_place(run) / REPORT)
-
-
-def _check_source(
-    run: "MethodRun",
-    result: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    weights: str,
-    allow: Sequence[str],
-) -> None:
-    """Raises ValueError if a method's results come from another base or other data."""
-    check_identity(_place(run) / REPORT, result, dict(identity), weights=weights, allow=allow)
 
 
 def _place(run: "MethodRun") -> Path:
@@ -229,11 +223,6 @@ class MethodRun(SweepRun):
         return ("lora_plus",) if self.name == "lora_plus" else ("lora",)
 
     @property
-    def searched(self) -> tuple[str, ...]:
-        """The one arm."""
-        return self.arms
-
-    @property
     def shared_optimizer(self) -> OptimizerSettings:
         """As for a sweep; full fine-tuning has one rate for all weights, the head too."""
         return self.optimizer if self.name == "full" else super().shared_optimizer
@@ -262,6 +251,7 @@ def method_run(run: SweepRun, name: str) -> MethodRun:
     Raises:
       ValueError: the method and the settings contradict each other; the message names the method.
     """
+    # Through JSON, so that the changed settings are checked as those of a file are.
     values = run.to_json()
     values["output_dir"] = str(Path(run.output_dir) / name)
     values["sweep"]["control"] = False
@@ -308,6 +298,7 @@ class MethodSweep(Sweep):
     def finish(self) -> dict[str, Any]:
         """Writes the rows, the costs and, last, the summary."""
         report = self.report() | {"text_scores": self.score_texts()}
+        # Last, as the timed steps train the members on.
         report |= {"cost": cost(self.population, self.slots, self.next_batches())}
         self.output.check()
         write_report(self.directory, report)

@@ -1,12 +1,13 @@
 """The comparison of methods: paired differences to plain LoRA, a first line that answers, a page and a picture."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..training.metrics_log import pyplot, save_figure
+from .report import edges
 from .settings import SweepRun, Trial
 from .statistics import CONFIDENCE, compare_arms, report_runs, t_interval
 
@@ -32,7 +33,10 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
     others = [name for name in labels if name != "lora"]
     confidence = 1 - (1 - CONFIDENCE) / max(1, len(others))
     metric, steps = results["lora"]["metric"], results["lora"]["steps"]
-    rows = {name: _report_rows(result["rows"], name) for name, result in results.items()}
+    rows = {
+        name: [row | {"arm": name} for row in result["rows"] if row["stage"] == "report"]
+        for name, result in results.items()
+    }
     methods = {}
     for name, label in labels.items():
         result, pair = results[name], ("lora", name)
@@ -40,15 +44,21 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
             rows["lora"] + (rows[name] if name != "lora" else []), steps, run.sweep.target, pair
         )
         own = [one for one in runs if one["arm"] == name]
+        search = [row for row in result["rows"] if row["stage"] == "search"]
+        last = {(*row["trial"], row["seed"]): row for row in search}
         ends = [one["test"] for one in own if one["test"] is not None and not one["diverged"]]
-        trials = {Trial(*row["trial"]) for row in result["rows"] if row["stage"] == "search"}
+        trials = list(dict.fromkeys(Trial(*row["trial"]) for row in search))
         chosen = next(iter(result["chosen"].values()), None)
         methods[name] = {
             "label": label,
             "chosen": chosen,
             "settings": len(trials),
-            "search": _search_rows(result["rows"]),
-            "at_the_edge": [] if chosen is None else _at_edge(trials, chosen),
+            # Each setting and seed at its last comparison; the loss is null if it diverged.
+            "search": [
+                Trial(*row["trial"])._asdict() | {key: row[key] for key in ("seed", "step", "loss")}
+                for row in last.values()
+            ],
+            "at_the_edge": [] if chosen is None else list(edges(trials, Trial(**chosen))),
             "runs": own,
             "loss": float(np.mean([end["loss"] for end in ends])) if ends else None,
             "metric": float(np.mean([end[metric] for end in ends])) if ends else None,
@@ -73,16 +83,6 @@ def compare(run: SweepRun, labels: Mapping[str, str], results: Results) -> dict[
     }
 
 
-def _at_edge(trials: Iterable[Trial], chosen: Mapping[str, Any]) -> list[str]:
-    """The names of chosen values at an end of what was tried: a better one may lie beyond."""
-    found = []
-    for name in ("learning_rate", "lr_ratio"):
-        tried = {getattr(trial, name) for trial in trials}
-        if len(tried) > 1 and chosen[name] in (min(tried), max(tried)):
-            found.append(name)
-    return found
-
-
 def _text_scores(
     own: Mapping[str, Any], lora: Mapping[str, Any], confidence: float
 ) -> dict[str, dict[str, Any]]:
@@ -98,19 +98,6 @@ def _text_scores(
     }
 
 
-def _search_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The validation loss of each setting and seed of the search at its last comparison; null if it diverged."""
-    last = {(*row["trial"], row["seed"]): row for row in rows if row["stage"] == "search"}
-    return [
-        Trial(*row["trial"])._asdict() | {name: row[name] for name in ("seed", "step", "loss")}
-        for row in last.values()
-    ]
-
-
-def _report_rows(rows: Any, name: str) -> list[dict[str, Any]]:
-    return [row | {"arm": name} for row in rows if row["stage"] == "report"]
-
-
 def verdict(methods: Mapping[str, Any], confidence: float) -> str:
     """Which methods have a significantly lower, or higher, test loss than tuned LoRA, and what limits the answer.
 
@@ -120,35 +107,27 @@ def verdict(methods: Mapping[str, Any], confidence: float) -> str:
     known = {n: m["against_lora"]["test_loss"] for n, m in others.items()}
     seeds = max(m["against_lora"]["pairs"] for m in others.values()) if others else 0
     known = {n: i for n, i in known.items() if i["low"] is not None and i["pairs"] == seeds}
-    better = {name: interval for name, interval in known.items() if interval["high"] < 0}
+    better = {name for name, interval in known.items() if interval["high"] < 0}
     worse = [others[name]["label"] for name, interval in known.items() if interval["low"] > 0]
     evidence = f"{seeds} paired seeds, {len(others)} comparisons, intervals of {100 * confidence:.1f} % each"
+    ranges = {
+        n: f"{others[n]['label']} {i['mean']:+.4f} [{i['low']:+.4f}, {i['high']:+.4f}]"
+        for n, i in sorted(known.items(), key=lambda item: item[1]["mean"])
+    }
     if better:
-        found = ", ".join(
-            f"{others[n]['label']} {_range(i)}"
-            for n, i in sorted(better.items(), key=lambda item: item[1]["mean"])
-        )
+        found = ", ".join(ranges[n] for n in ranges if n in better)
         text = f"Lower test loss than tuned LoRA: {found} ({evidence})"
     else:
-        best = min(known, key=lambda name: known[name]["mean"], default=None)
-        nearest = ""
-        if best is not None:
-            nearest = f"; the best is {others[best]['label']}, {_range(known[best])}"
+        nearest = f"; the best is {next(iter(ranges.values()))}" if ranges else ""
         text = f"No method has a significantly lower test loss than tuned LoRA{nearest} ({evidence})"
-    failed = [method["label"] for name, method in others.items() if name not in known]
-    text += f"; significantly higher: {', '.join(worse)}" if worse else ""
-    text += f"; no result: {', '.join(failed)}" if failed else ""
-    edges = [f"{m['label']} ({', '.join(m['at_the_edge'])})" for m in methods.values() if m["at_the_edge"]]
-    text += (
-        f"; not tuned to the end, best value at the edge of the search range: {', '.join(edges)}"
-        if edges
-        else ""
-    )
-    return f"{text}."
-
-
-def _range(interval: Mapping[str, float]) -> str:
-    return f"{interval['mean']:+.4f} [{interval['low']:+.4f}, {interval['high']:+.4f}]"
+    notes = {
+        "significantly higher": worse,
+        "no result": [method["label"] for name, method in others.items() if name not in known],
+        "not tuned to the end, best value at the edge of the search range": [
+            f"{m['label']} ({', '.join(m['at_the_edge'])})" for m in methods.values() if m["at_the_edge"]
+        ],
+    }
+    return "; ".join([text, *(f"{note}: {', '.join(names)}" for note, names in notes.items() if names)]) + "."
 
 
 def draw(directory: Path, report: Mapping[str, Any]) -> None:

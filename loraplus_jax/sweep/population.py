@@ -7,7 +7,7 @@ would: same step function, initial values, batches and dropout keys.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,14 +70,12 @@ class Programs(NamedTuple):
     Attributes:
       at_once: members that a device computes in parallel.
       chunk: members per program call.
-      eval_batch_size: examples per evaluation batch.
       step: `(members, frozen, batches) -> members`, one batch per member.
       evaluate: `(members, frozen, batch) -> {name: (sums, weights)}`, one batch for all members.
     """
 
     at_once: int
     chunk: int
-    eval_batch_size: int
     step: Any
     evaluate: Any
 
@@ -109,7 +107,15 @@ class Population(NamedTuple):
 
 
 class AbstractPopulation(NamedTuple):
-    """A population before weights are read; `shapes` is the model of the largest rank with shapes as variables."""
+    """A population before weights are read.
+
+    Attributes:
+      directory: where the model is.
+      data: data of the sweep.
+      steps: optimizer steps of a full run.
+      widest: settings of the sweep with the largest rank.
+      shapes: the model of that rank, with shapes as variables.
+    """
 
     directory: Path
     data: TaskData
@@ -153,11 +159,12 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     Raises:
       ValueError, OSError: settings, model and data do not match, memory is too small, or a file cannot be read.
     """
-    devices = make_mesh(run.mesh.data).devices.reshape(-1)
-    mesh = Mesh(devices, (MEMBER_AXIS,))
-    directory, data, steps, widest, shapes = abstract_population(run)
+    mesh = Mesh(make_mesh(run.mesh.data).devices.reshape(-1), (MEMBER_AXIS,))
+    abstract = abstract_population(run)
+    directory, data, steps, widest, shapes = abstract
     config = widest.applied
-    programs, programs_for = _compile_programs(run, data, shapes, steps, mesh, places, at_once)
+    # From shapes, before weights are read: what is too large is known in seconds.
+    programs, programs_for = _compile_programs(abstract, mesh, places, at_once)
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
     base = fingerprint(weights)
@@ -167,8 +174,21 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     if config is not None and config.init in BASE_INITS:
         start = make_start(widest, parts, directory, {})
         parts = begin_from(parts, start, config)
-    values = functools.cache(functools.partial(_initial_values, run, directory, data, parts, weights, start))
-    first = functools.partial(_initial_member, values, run, parts.specs, steps)
+
+    # Members of one rank and seed begin alike, and there are as many of them as settings.
+    @functools.cache
+    def trainable(rank: int, seed: int) -> Any:
+        """Initial values of a single run of this rank, zero-padded to the largest."""
+        # Of rate, lambda and alpha the initial values do not depend.
+        settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
+        own = build_model(settings, directory, data.task, settings.applied)
+        values = start_magnitudes(set_weights(settings, own, weights, settings.applied)).trainable
+        # The padding stays bitwise zero: the gradient of either factor is a product with the other factor.
+        return jax.tree.map(_pad_to, values if start is None else values | {"lora": start}, parts.trainable)
+
+    def first(trial: Trial, seed: int) -> Members:
+        return _first_member(abstract, trial, seed, trainable(trial.rank, seed))
+
     metadata = describe_run(
         parts.specs,
         config,
@@ -190,12 +210,15 @@ def make_member_step(run: SweepRun, losses: Losses, specs: Specs, steps: int) ->
     def step(member: Members, frozen: Any, batch: Any) -> Members:
         tx = _optimizer(run, specs, steps, member.learning_rate, member.lr_ratio)
         single_step = make_step(losses.train, tx, accumulate=run.train.accumulate, skip_nonfinite=True)
+        # NumPy can neither stack nor pad typed keys, so members hold a key's data.
         state = member.state.replace(rng=jax.random.wrap_key_data(member.state.rng))
         state, metrics = single_step(state, add_scales(frozen, specs, member), batch)
         skipped = jnp.where(metrics["skipped"] > 0, member.skipped + 1, 0)
         alive = skipped < run.train.max_skipped
         return member.replace(state=state.replace(rng=member.state.rng), skipped=skipped, alive=alive)
 
+    # One member after another, a member that is not alive costs nothing; under the vmap of several, JAX turns cond
+    # into a select, which computes both branches.
     def step_if_alive(member: Members, frozen: Any, batch: Any) -> Members:
         return jax.lax.cond(member.alive, step, lambda member, *_: member, member, frozen, batch)
 
@@ -217,18 +240,16 @@ def make_member_eval(evaluate: LossFn, specs: Specs) -> Callable[..., Any]:
     return pairs_if_alive
 
 
-def map_members(
-    one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch: bool, donate: bool
-) -> jax.stages.Wrapped:
+def map_members(one: Callable[..., Any], mesh: Mesh, at_once: int, *, own_batch: bool) -> jax.stages.Wrapped:
     """Jits `(members, frozen, batch) -> results`: each device maps over its members, sharing one copy of the base.
 
     Args:
       one: the function of one member, `(member, frozen, batch) -> result`.
       mesh: devices; the axis `"members"` splits the members.
       at_once: members that a device computes in parallel.
-      own_batch: whether each member has its own batch, or all share one.
-      donate: whether to donate the members' buffers.
+      own_batch: whether this is training: each member has its own batch, and the members' buffers are donated.
     """
+    # Without a batch size lax.map is a loop, with one a loop over vmaps.
     size = None if at_once == 1 else at_once
 
     def local(members: Members, frozen: Any, batch: Any) -> Any:
@@ -238,12 +259,12 @@ def map_members(
 
     split, same = PartitionSpec(MEMBER_AXIS), PartitionSpec()
     specs = (split, same, split if own_batch else same)
+    # Unchecked: zeros for a member that is not alive vary over no mesh axis and losses do, which cond would reject.
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    shardings = tuple(NamedSharding(mesh, spec) for spec in specs)
     return jax.jit(
         mapped,
-        donate_argnums=0 if donate else (),
-        in_shardings=shardings,
+        donate_argnums=0 if own_batch else (),
+        in_shardings=tuple(NamedSharding(mesh, spec) for spec in specs),
         out_shardings=NamedSharding(mesh, split),
     )
 
@@ -267,10 +288,7 @@ def fastest_batch_size(seconds: Callable[[int], float], most: int) -> int:
 def _optimizer(
     run: SweepRun, specs: Specs, steps: int, learning_rate: jax.Array, lr_ratio: jax.Array
 ) -> LoRAPlusTransform:
-    """A member's optimizer.
-
-    Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
-    """
+    # Rates are arrays, so parameter groups whose rates differ in any member stay separate in every member.
     return make_optimizer(run.shared_optimizer, lr_ratio, steps, specs, learning_rate=learning_rate)
 
 
@@ -279,45 +297,18 @@ def add_scales(frozen: Mapping[str, Any], specs: Specs, member: Members) -> dict
     return {**frozen, SCALE: scale_variables(specs, member.scales)}
 
 
-def _initial_member(
-    values: Callable[[int, int], Any], run: SweepRun, specs: Specs, steps: int, trial: Trial, seed: int
-) -> Members:
+def _first_member(abstract: AbstractPopulation, trial: Trial, seed: int, trainable: Any) -> Members:
     """A member before its first step, in the initial state of its single run."""
+    run, specs = abstract.widest, abstract.shapes.specs
     config = run.settings_of(trial, seed).lora
-    tx = _optimizer(run, specs, steps, jnp.float32(trial.learning_rate), jnp.float32(trial.lr_ratio))
+    rates = np.float32(trial.learning_rate), np.float32(trial.lr_ratio)
+    tx = _optimizer(run, specs, abstract.steps, *map(jnp.asarray, rates))
     key = jax.random.fold_in(jax.random.key(seed), 1)
-    state = init_state(values(trial.rank, seed), tx, jax.random.key_data(key))
-    return _member(state, trial, {module: config.scale_of(module) for module in specs})
-
-
-def _initial_values(
-    run: SweepRun,
-    directory: Path,
-    data: TaskData,
-    widest: AdaptedModel,
-    weights: Mapping[str, Any],
-    start: Mapping[str, Any] | None,
-    rank: int,
-    seed: int,
-) -> Any:
-    """Initial trainable values of a single run of this rank, zero-padded to the largest rank.
-
-    The padding stays bitwise zero: the gradient of either factor is a product with the other factor.
-    """
-    settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
-    shapes = build_model(settings, directory, data.task, settings.applied)
-    trainable = start_magnitudes(set_weights(settings, shapes, weights, settings.applied)).trainable
-    if start is not None:
-        trainable = trainable | {"lora": start}
-    return jax.tree.map(_pad_to, trainable, widest.trainable)
-
-
-def _member(state: TrainState, trial: Trial, scales: Mapping[str, float]) -> Members:
     return Members(
-        state=state,
-        learning_rate=np.float32(trial.learning_rate),
-        lr_ratio=np.float32(trial.lr_ratio),
-        scales={module: np.float32(scale) for module, scale in scales.items()},
+        state=init_state(trainable, tx, jax.random.key_data(key)),
+        learning_rate=rates[0],
+        lr_ratio=rates[1],
+        scales={module: np.float32(config.scale_of(module)) for module in specs},
         skipped=np.int32(0),
         alive=np.bool_(True),
     )
@@ -329,39 +320,48 @@ def _pad_to(leaf: Any, like: Any) -> np.ndarray:
 
 
 def _compile_programs(
-    run: SweepRun,
-    data: TaskData,
-    shapes: AdaptedModel,
-    steps: int,
-    mesh: Mesh,
-    capacity: int,
-    at_once: int | None,
+    abstract: AbstractPopulation, mesh: Mesh, capacity: int, at_once: int | None
 ) -> tuple[Programs, Callable[[int], Programs]]:
-    """Returns the programs for all members and those for a number of members; checks that they fit in memory."""
-    compile_step = functools.cache(functools.partial(_compile_step, run, data, shapes, steps, mesh, capacity))
-    compile_evaluation = functools.partial(_compile_evaluation, run, data, shapes, steps, mesh)
+    """Compiles, from shapes, the programs for all members; also returns a function that does for fewer."""
+    run, (_, data, steps, _, shapes) = abstract.widest, abstract
+    losses = task_module(run).make_losses(run, data.task, shapes)
+    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)  # noqa: E731
+    # eval_shape traces without computing; asarray, as NumPy's scalars have no place in a trace's outputs.
+    member = jax.eval_shape(
+        lambda: jax.tree.map(jnp.asarray, _first_member(abstract, run.trials[0], 0, zeros()))
+    )
     device, per_device = mesh.devices.flat[0], -(-capacity // mesh.size)
+
+    def chunk_of(size: int) -> int:
+        return mesh.size * (size if size > 1 else per_device)
+
+    def compiled(one: Callable[..., Any], size: int, rows: tuple[int, ...], split: str) -> Any:
+        # Batches have a column more than the split: rows that only fill up a batch weigh nothing.
+        columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
+        batch = {name: jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype) for name, x in columns.items()}
+        members = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk_of(size), *x.shape), x.dtype), member)
+        mapped = map_members(one, mesh, size, own_batch=len(rows) == 2)
+        return mapped.lower(members, shapes.frozen, batch).compile(one_thread_per_device(mesh))
+
+    @functools.cache
+    def compile_step(size: int) -> Any:
+        one = make_member_step(run, losses, shapes.specs, steps)
+        return compiled(one, size, (chunk_of(size), run.train.batch_size), "train")
+
+    @functools.cache
+    def compile_for(size: int) -> Programs:
+        one = make_member_eval(losses.evaluate, shapes.specs)
+        evaluate = compiled(one, size, (run.train.eval_batch_size,), "validation")
+        programs = Programs(size, chunk_of(size), compile_step(size), evaluate)
+        check_memory((programs.step, programs.evaluate), device, len(mesh.local_devices))
+        return programs
+
     if at_once is None and skips_measurement(device):
         at_once = 1
     if at_once is None:
         at_once = fastest_batch_size(lambda size: _measured(compile_step(size), mesh, size), per_device)
-    rows = [row_count(data.splits[name]) for name in ("validation", "test")]
-
-    @functools.cache
-    def compile_for(size: int) -> Programs:
-        step, chunk = compile_step(size), _chunk_of(size, capacity, mesh)
-        compile_eval = functools.cache(functools.partial(compile_evaluation, chunk, size))
-        examples = run.train.eval_batch_size
-        if not skips_measurement(device):
-            room = step.memory_analysis().temp_size_in_bytes
-            examples = largest_eval_batch(
-                examples, rows, room, lambda n: compile_eval(n).memory_analysis().temp_size_in_bytes
-            )
-        programs = Programs(size, chunk, examples, step, compile_eval(examples))
-        check_memory((programs.step, programs.evaluate), device, len(mesh.local_devices))
-        return programs
-
-    return compile_for(at_once), lambda count: compile_for(parallel_members(count, at_once, mesh.size))
+    most = at_once
+    return compile_for(most), lambda count: compile_for(parallel_members(count, most, mesh.size))
 
 
 def parallel_members(count: int, most: int, devices: int) -> int:
@@ -374,87 +374,6 @@ def parallel_members(count: int, most: int, devices: int) -> int:
     """
     each = -(-count // devices)
     return min(most, 1 << (each - 1).bit_length())
-
-
-def largest_eval_batch(size: int, rows: Sequence[int], room: int, temporary: Callable[[int], int]) -> int:
-    """The largest evaluation batch that needs no more temporary memory than the step, which does not run with it.
-
-    Only powers of two times `size` that pad the splits the least are considered. The size for the room is estimated
-    as proportional to the memory of `size`, then checked.
-
-    Args:
-      size: the configured examples per evaluation batch.
-      rows: rows of each split.
-      room: bytes of temporary memory of the step.
-      temporary: maps a batch size to the bytes of temporary memory of its evaluation.
-
-    >>> largest_eval_batch(64, [1004, 2008], 1000, lambda size: 2 * size)
-    256
-    """
-
-    def computed(examples: int) -> int:
-        return sum(-(-count // examples) * examples for count in rows)
-
-    doublings = max(room // max(temporary(size), 1), 1).bit_length()
-    fits = [size, *(size << n for n in range(1, doublings) if size << n < 2 * max(rows))]
-    best = min(fits, key=lambda examples: (computed(examples), -examples))
-    return best if best == size or temporary(best) <= room else size
-
-
-def _chunk_of(at_once: int, capacity: int, mesh: Mesh) -> int:
-    """Members per program call."""
-    return mesh.size * (at_once if at_once > 1 else -(-capacity // mesh.size))
-
-
-def _compile_step(
-    run: SweepRun, data: TaskData, shapes: AdaptedModel, steps: int, mesh: Mesh, capacity: int, at_once: int
-) -> Any:
-    """Compiles the step of one call from shapes."""
-    losses = task_module(run).make_losses(run, data.task, shapes)
-    step = make_member_step(run, losses, shapes.specs, steps)
-    chunk = _chunk_of(at_once, capacity, mesh)
-    train = map_members(step, mesh, at_once, own_batch=True, donate=True)
-    batches = _batch_shapes(data, (chunk, run.train.batch_size), "train")
-    lowered = train.lower(_member_shapes(run, shapes, steps, chunk), shapes.frozen, batches)
-    return lowered.compile(one_thread_per_device(mesh))
-
-
-def _compile_evaluation(
-    run: SweepRun,
-    data: TaskData,
-    shapes: AdaptedModel,
-    steps: int,
-    mesh: Mesh,
-    chunk: int,
-    at_once: int,
-    examples: int,
-) -> Any:
-    """Compiles the evaluation of one call on a batch of `examples` from shapes."""
-    losses = task_module(run).make_losses(run, data.task, shapes)
-    test = map_members(
-        make_member_eval(losses.evaluate, shapes.specs), mesh, at_once, own_batch=False, donate=False
-    )
-    batch = _batch_shapes(data, (examples,), "validation")
-    lowered = test.lower(_member_shapes(run, shapes, steps, chunk), shapes.frozen, batch)
-    return lowered.compile(one_thread_per_device(mesh))
-
-
-def _member_shapes(run: SweepRun, shapes: AdaptedModel, steps: int, chunk: int) -> Members:
-    members = jax.eval_shape(functools.partial(_zero_member, run, shapes, steps))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunk, *x.shape), x.dtype), members)
-
-
-def _batch_shapes(data: TaskData, size: tuple[int, ...], split: str) -> dict[str, jax.ShapeDtypeStruct]:
-    columns = data.splits[split] | {"weight": np.ones(1, np.float32)}
-    return {name: jax.ShapeDtypeStruct((*size, *x.shape[1:]), x.dtype) for name, x in columns.items()}
-
-
-def _zero_member(run: SweepRun, shapes: AdaptedModel, steps: int) -> Members:
-    """A member of zeros; only its shapes matter."""
-    trainable = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes.trainable)
-    tx = _optimizer(run, shapes.specs, steps, jnp.float32(1.0), jnp.float32(1.0))
-    state = init_state(trainable, tx, jax.random.key_data(jax.random.key(0)))
-    return jax.tree.map(jnp.asarray, _member(state, run.trials[0], dict.fromkeys(shapes.specs, 1.0)))
 
 
 def skips_measurement(device: Any) -> bool:

@@ -26,8 +26,6 @@ RATE_OPTIONS = {
     ("lora_plus", "lr_ratio"): "lr_ratios",
 }
 """Field of the section sweep that lists the values of an arm's rate or ratio."""
-MIN_WIDENING, MAX_WIDENING = 2.0, 10.0
-"""Limits of the factor between the best value and the one suggested beyond it."""
 ReportRow = dict[str, Any]
 
 
@@ -56,7 +54,7 @@ def make_report(
         "member_steps": _member_steps(run, rows, steps),
         "search": _search(rows),
         "chosen": {arm: trial._asdict() for arm, trial in chosen.items()},
-        "at_the_edge": values_at_edge(run.trials, chosen, run.rate_lists),
+        "at_the_edge": values_at_edge(run.trials, chosen),
         "runs": runs,
         "comparisons": [],
         "ended": None,
@@ -106,6 +104,7 @@ def render_page(
     """
     files = {name: directory / f"{name}.png" for name in pictures}
     images = {name: base64.b64encode(file.read_bytes()).decode("ascii") for name, file in files.items()}
+    # Strict: a name that the report lacks raises, where jinja would leave a gap in the page.
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -135,78 +134,38 @@ def format_steps(value: float | None) -> str:
     return "never" if value is None else f"{value:.0f}"
 
 
-def values_at_edge(
-    trials: Sequence[Trial], chosen: Mapping[str, Trial], lists: Mapping[str, Sequence[float]] | None = None
-) -> list[str]:
-    """Best values at the edge of the search range, each with the option that widens it.
+def edges(tried: Sequence[Trial], best: Trial) -> dict[str, str]:
+    """Which of the best rate and ratio are at an end of what was tried, where a better one may lie beyond.
 
-    A single learning rate counts as an edge, since it was not tuned; a single lambda is the user's choice.
+    A single learning rate counts, since it was not tuned; a single lambda is the user's choice.
 
-    Args:
-      trials: every setting of the search.
-      chosen: maps an arm to its selected setting.
-      lists: `SweepRun.rate_lists`, the values to extend; None extends those of the trials.
+    >>> trials = [Trial(rate, 4.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
+    >>> edges(trials, trials[2]), edges(trials, trials[1]), edges(trials[:1], trials[0])
+    ({'learning_rate': 'largest'}, {}, {'learning_rate': 'only one'})
+    """
+    found = {}
+    for name in ("learning_rate", "lr_ratio"):
+        values, value = {getattr(trial, name) for trial in tried}, getattr(best, name)
+        if len(values) == 1 and name == "learning_rate":
+            found[name] = "only one"
+        elif len(values) > 1 and value in (min(values), max(values)):
+            found[name] = "largest" if value == max(values) else "smallest"
+    return found
+
+
+def values_at_edge(trials: Sequence[Trial], chosen: Mapping[str, Trial]) -> list[str]:
+    """The `edges` of each arm as lines, each with the option that widens the range.
 
     >>> tried = [Trial(rate, 1.0, 16.0, 8) for rate in (1e-4, 1e-3, 1e-2)]
     >>> values_at_edge(tried, {"lora": tried[2]})
-    ['LoRA: learning_rate 0.01 is the largest tried; widen: --sweep.lora_learning_rates [0.0001,0.001,0.01,0.1]']
+    ['LoRA: learning_rate 0.01 is the largest tried; widen: --sweep.lora_learning_rates']
     """
-    lines = []
-    for arm, best in chosen.items():
-        for name in ("learning_rate", "lr_ratio"):
-            tried = {getattr(trial, name) for trial in trials if trial.arm == arm}
-            value = getattr(best, name)
-            line = f"{ARM_LABELS[arm]}: {name} {value:g} is the"
-            if len(tried) == 1 and name == "learning_rate":
-                lines.append(f"{line} only one tried; {_advise_tuning(arm, value, lists)}")
-            elif len(tried) > 1 and value in (min(tried), max(tried)):
-                end = "largest" if value == max(tried) else "smallest"
-                option, values = _option_of(arm, name, tuple(tried), lists)
-                wider = _widen(option, values, end)
-                hint = f"; widen: {_format_option(option, wider)}" if wider else ""
-                lines.append(f"{line} {end} tried{hint}")
-    return lines
-
-
-def _option_of(
-    arm: str, name: str, tried: Sequence[float], lists: Mapping[str, Sequence[float]] | None
-) -> tuple[str, Sequence[float]]:
-    """The option that lists an arm's values, and its values."""
-    option = RATE_OPTIONS[arm, name]
-    if lists is not None and option not in lists:
-        option = "learning_rates"  # the default rates of plain LoRA follow from those of LoRA+
-    return option, tried if lists is None else lists[option]
-
-
-def _advise_tuning(arm: str, value: float, lists: Mapping[str, Sequence[float]] | None) -> str:
-    """How to try more than one learning rate."""
-    option, values = _option_of(arm, "learning_rate", (value,), lists)
-    if len(values) > 1:
-        return "tune: a larger --sweep.samples"
-    return f"tune: {_format_option(option, (values[0] / 2, values[0], 2 * values[0]))}"
-
-
-def _widen(option: str, values: Sequence[float], end: str) -> list[float]:
-    """The values and one beyond the end, spaced like the two values there; empty if three digits cannot tell it.
-
-    A single value (one rate of LoRA+ gives plain LoRA several, by the lambdas) gets another at twice or half of it.
-
-    >>> _widen("lr_ratios", (2.0, 4.0, 8.0), "largest"), _widen("lr_ratios", (2.0, 4.0), "smallest")
-    ([2.0, 4.0, 8.0, 16.0], [1.41, 2.0, 4.0])
-    """
-    ordered = sorted(values, reverse=end == "largest")
-    edge, neighbour = ordered[0], ordered[:2][-1]
-    factor = min(max(edge / neighbour, neighbour / edge, MIN_WIDENING), MAX_WIDENING)
-    beyond = edge * factor if end == "largest" else edge / factor
-    if option == "lr_ratios" and (edge - 1) * (beyond - 1) <= 0:
-        beyond = math.sqrt(edge)  # lambda 1 is plain LoRA, so stop half way to it
-    beyond = float(f"{beyond:.3g}")
-    is_new = beyond != float(f"{edge:.3g}") and (option, beyond) != ("lr_ratios", 1.0)
-    return sorted((*values, beyond)) if is_new else []
-
-
-def _format_option(option: str, values: Sequence[float]) -> str:
-    return f"--sweep.{option} [{','.join(f'{value:g}' for value in values)}]"
+    return [
+        f"{ARM_LABELS[arm]}: {name} {getattr(best, name):g} is the {end} tried; widen: "
+        f"--sweep.{RATE_OPTIONS[arm, name]}"
+        for arm, best in chosen.items()
+        for name, end in edges([trial for trial in trials if trial.arm == arm], best).items()
+    ]
 
 
 def _protocol(run: SweepRun, steps: int, metric: str) -> ReportRow:
@@ -251,11 +210,7 @@ def _search(rows: Sequence[ReportRow]) -> list[ReportRow]:
     search = [row for row in rows if row["stage"] == "search"]
     for stop in sorted({row["step"] for row in search}):
         at_stop = [row for row in search if row["step"] == stop]
-        losses = {
-            (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
-            for row in at_stop
-        }
-        for trial, loss in mean_losses(losses).items():
+        for trial, loss in mean_losses(at_stop).items():
             value = loss if math.isfinite(loss) else None
             results.append({"step": stop, "arm": trial.arm, **trial._asdict(), "loss": value})
     return results

@@ -101,11 +101,13 @@ def sweep(
     with open_output_directory(run, console, fresh=fresh, allow_different=allow_different) as output:
         started, members_file = time.perf_counter(), output.path / MEMBERS_FILE
         at_once = run.sweep.members_at_once
+        # A measurement may choose another program on resuming, which rounds otherwise.
         if at_once is None and not fresh and members_file.exists():
             at_once = read_record(members_file)["members_at_once"]
         largest_group = max(map(len, seed_groups(run)))
         capacity = max(len(run.trials) * len(run.seeds), len(run.arms) * largest_group)
         population = prepare_population(run, capacity, at_once)
+        # Nothing is written before everything has been checked, compiled and loaded.
         output.claim()
         write_record(members_file, {"members_at_once": population.programs.at_once})
         output.open_manager()
@@ -129,6 +131,7 @@ class Sweep:
         self.rows: list[dict[str, Any]] = []
         self.group = -1
         """Index of the group of report seeds in training; -1 in the search."""
+        # Orbax names checkpoints by their step and keeps the newest, so stages and evaluations count on one clock.
         self.clock, self.seconds, self.started = 0, 0.0, started
         self.labels = ARM_LABELS
 
@@ -190,15 +193,27 @@ class Sweep:
         """Begins the search, or resumes from the newest readable checkpoint."""
         trials, seeds = self.run.trials, self.run.seeds
         self.begin("search", [MemberSpec(trial.arm, trial, seed) for trial in trials for seed in seeds])
+        # Orbax restores into arrays of the saved shapes, which do not depend on the stage.
         restored = self.output.restore(self.slots.as_state(self.clock), self.population.metadata)
         if restored is not None:
             self.resume(restored.state, restored.input_position)
 
     def begin(self, stage: str, entries: Sequence[MemberSpec]) -> None:
         """Starts a stage: fills the slots with its entries, before their first step."""
-        self.stage, self.step, self.entries = stage, 0, list(entries)
-        self.slots.fill(dict(enumerate(self.first())))
-        self.batches = self.fresh_batches()
+        self.stage, self.step = stage, 0
+        self.slots.fill(self.enter(entries))
+
+    def enter(self, entries: Sequence[MemberSpec]) -> dict[int, Members]:
+        """Takes over the entries of a stage, with the batches of a single run with each seed, from the start.
+
+        Returns:
+          Their initial members, by number.
+        """
+        self.entries = list(entries)
+        split, size = self.population.data.splits["train"], self.run.train.batch_size
+        seeds = dict.fromkeys(entry.seed for entry in entries)
+        self.batches = {seed: train_batches(split, batch_size=size, seed=seed) for seed in seeds}
+        return {n: self.population.first(entry.trial, entry.seed) for n, entry in enumerate(entries)}
 
     def begin_report(self) -> None:
         """Starts the next group of report seeds and evaluates its members before their first step."""
@@ -214,26 +229,14 @@ class Sweep:
         self.save()
 
     def resume(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Restores the content of a checkpoint."""
+        """Restores the content of a checkpoint; `start` has begun the search."""
         self.stage, self.step, self.clock = position["stage"], position["step"], int(state.step)
         self.rows, self.seconds, self.group = position["rows"], position["seconds"], position["group"]
         self.chosen = {arm: Trial(*values) for arm, values in position["chosen"].items()}
-        if self.stage == "report":
-            self.entries = self.report_entries()
-        self.slots.resume(state, dict(enumerate(self.first())), position["places"])
-        self.batches = self.fresh_batches()
+        entries = self.report_entries() if self.stage == "report" else self.entries
+        self.slots.resume(state, self.enter(entries), position["places"])
         for seed, batches in self.batches.items():
             batches.set_state(position["batches"][str(seed)])
-
-    def first(self) -> list[Members]:
-        """Initial members of the current entries."""
-        return [self.population.first(entry.trial, entry.seed) for entry in self.entries]
-
-    def fresh_batches(self) -> dict[int, Any]:
-        """Batches by seed, from the start; those of a single run with that seed."""
-        split, size = self.population.data.splits["train"], self.run.train.batch_size
-        seeds = dict.fromkeys(entry.seed for entry in self.entries)
-        return {seed: train_batches(split, batch_size=size, seed=seed) for seed in seeds}
 
     def next_batches(self) -> dict[int, Any]:
         """The next batch of every member."""
@@ -253,11 +256,8 @@ class Sweep:
         if self.stage == "search" and len(self.chosen) == len(self.run.searched):
             return []
         sweep, steps = self.run.sweep, self.population.steps
-        stops = (
-            comparison_steps(sweep, steps)
-            if self.stage == "search"
-            else curve_steps(steps, sweep.curve_points)
-        )
+        curve = curve_steps(steps, sweep.curve_points)
+        stops = comparison_steps(sweep, steps) if self.stage == "search" else curve
         return [stop for stop in stops if stop > self.step]
 
     def at_stop(self) -> None:
@@ -278,6 +278,7 @@ class Sweep:
             arm, trial, seed = self.entries[number]
             finite = math.isfinite(values["loss"])
             values = finish_metrics(self.population.data.task, values)
+            # JSON has no NaN, and the metrics of a diverged member say nothing.
             values = values if finite else dict.fromkeys(values)
             key = {"stage": self.stage, "arm": arm, "trial": list(trial), "seed": seed, "step": self.step}
             self.rows.append({**key, "split": split, **values})
@@ -285,12 +286,7 @@ class Sweep:
 
     def choose(self) -> None:
         """Drops settings at a rung; selects an arm's best at the end, or earlier if only one is left."""
-        losses = {
-            (Trial(*row["trial"]), row["seed"]): math.nan if row["loss"] is None else row["loss"]
-            for row in self.rows
-            if row["step"] == self.step
-        }
-        scores = mean_losses(losses)
+        scores = mean_losses(row for row in self.rows if row["step"] == self.step)
         best = {arm: best_trial(scores, arm) for arm in self.run.searched if arm not in self.chosen}
         self.print_scores(scores, best)
         if diverged := [arm for arm, trial in best.items() if trial is None]:
@@ -333,11 +329,13 @@ class Sweep:
         state = self.slots.as_state(self.clock)
         self.output.check()
         save_checkpoint(self.manager, state, metadata=self.population.metadata, input_position=position)
+        # Only a copy: a kill before this line loses nothing, as the checkpoint holds the rows.
         write_text(self.directory / METRICS, "".join(to_json(row) + "\n" for row in self.rows))
 
     def end_if(self, signal: StopSignal) -> None:
         """Raises Stopped if a signal was received; the caller has just saved."""
         if signal.received is not None:
+            # Orbax writes in the background; a process that ended now would lose the checkpoint.
             self.manager.wait_until_finished()
             raise Stopped(
                 signal.received,
@@ -378,6 +376,7 @@ class Sweep:
         summary["seconds"] = round(self.seconds + time.perf_counter() - self.started, 1)
         summary["devices"] = f"{self.population.mesh.size} x {jax.devices()[0].device_kind}"
         summary["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
+        # The last file, as it marks the sweep as finished.
         write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         if self.run.sweep.interim_seeds:
             ended = "decided" if report["ended"]["reason"] == "decided" else "not decided earlier"

@@ -5,7 +5,7 @@ import itertools
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ..adapter.config import BASE_INITS
@@ -44,18 +44,7 @@ def _round_digits(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _check_digits(values: tuple[float, ...]) -> tuple[float, ...]:
-    """Rejects values that agree in three significant digits: they would be the same setting, tried twice."""
-    first: dict[float, float] = {}
-    for value in values:
-        if (earlier := first.setdefault(_round_digits(value), value)) != value:
-            raise ValueError(
-                f"must differ in the first three digits, got {earlier!r} and {value!r}; remove one of them"
-            )
-    return values
-
-
-Rates = Annotated[tuple[Rate, ...], Field(min_length=1), Distinct, AfterValidator(_check_digits)]
+Rates = Annotated[tuple[Rate, ...], Field(min_length=1), Distinct]
 
 
 @dataclass(frozen=True, kw_only=True, config=SECTION)
@@ -117,11 +106,10 @@ class SweepSettings:
     method_learning_rates: dict[MethodName, Rates] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if ones := [ratio for ratio in self.lr_ratios if _round_digits(ratio) == 1.0]:
-            digits = "" if ones[0] == 1.0 else " (1 to three digits)"
+        if 1.0 in self.lr_ratios:
             raise ValueError(
-                f"lr_ratios must not contain 1, got {ones[0]:.9g}{digits}; that is plain LoRA, set its rates "
-                "with sweep.lora_learning_rates"
+                f"lr_ratios must not contain 1, got {list(self.lr_ratios)}; that is plain LoRA, set its rates with "
+                "sweep.lora_learning_rates"
             )
         if self.method == "grid":
             for name in ("rungs", "keep"):
@@ -209,10 +197,22 @@ class SweepRun(Settings):
                 f"sweep.report_seeds {self.sweep.report_seeds}: report seeds continue from search seed "
                 f"{max(self.seeds)} and must be below 2**32; use a smaller seed"
             )
-        self._check_patterns()
-        self._check_start()
-        _check_size(self)
-        for trial in self.trials:
+        # A pattern would fix for some modules what the list varies.
+        for name, pattern in (("alphas", "alpha_pattern"), ("ranks", "rank_pattern")):
+            if getattr(self.sweep, name) is not None and (fixed := getattr(self.lora, pattern)):
+                raise ValueError(
+                    f"sweep.{name} cannot vary modules that lora.{pattern} fixes, got {dict(fixed)}; remove "
+                    "one of the two settings"
+                )
+        if self.lora.init in BASE_INITS:
+            self._check_start()
+        count, seeds = len(trials := self.trials), len(self.seeds)
+        if (members := count * seeds) > MOST_MEMBERS:
+            raise ValueError(
+                f"a sweep trains at most {MOST_MEMBERS:,} runs, got {members:,} ({count:,} settings x {seeds:,} of "
+                "sweep.seeds); shorten the lists or set a smaller sweep.samples"
+            )
+        for trial in trials:
             self.settings_of(trial, self.seed)
             if self.sweep.control:
                 self.settings_of(trial.control, self.seed)
@@ -225,20 +225,9 @@ class SweepRun(Settings):
                 f"{self.distributed.coordinator or 'null'}"
             )
 
-    def _check_patterns(self) -> None:
-        """Rejects a pattern that fixes for some modules what a list varies."""
-        for name, pattern in (("alphas", "alpha_pattern"), ("ranks", "rank_pattern")):
-            if getattr(self.sweep, name) is not None and (fixed := getattr(self.lora, pattern)):
-                raise ValueError(
-                    f"sweep.{name} cannot vary modules that lora.{pattern} fixes, got {dict(fixed)}; remove "
-                    "one of the two settings"
-                )
-
     def _check_start(self) -> None:
-        """Rejects what would give members different bases, when the start is taken from the base."""
-        if (init := self.lora.init) not in BASE_INITS:
-            return
-        if BASE_INITS[init].source == "gradients":
+        """Rejects what would give members different bases: the start is taken from the base."""
+        if BASE_INITS[init := self.lora.init].source == "gradients":
             raise ValueError(
                 f"lora.init {init} is unsupported in a sweep, since its start depends on the seed; got {init}"
             )
@@ -270,9 +259,9 @@ class SweepRun(Settings):
         return ("lora", "lora_plus", "control") if self.sweep.control else METHODS
 
     @property
-    def searched(self) -> tuple[str, ...]:
+    def searched(self) -> tuple[Arm, ...]:
         """Arms that the search tunes."""
-        return METHODS
+        return tuple(arm for arm in self.arms if arm != "control")
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -283,13 +272,6 @@ class SweepRun(Settings):
     def trials(self) -> tuple[Trial, ...]:
         """Every setting of the search, plain LoRA first."""
         return _sample_trials(self) if self.sweep.samples is not None else _grid_trials(self)
-
-    @property
-    def rate_lists(self) -> dict[str, tuple[float, ...]]:
-        """Values of the options that list rates and ratios; lora_learning_rates is absent if it is the default."""
-        lists = {"learning_rates": _rates(self), "lr_ratios": self.sweep.lr_ratios}
-        lora_rates = self.sweep.lora_learning_rates
-        return lists if lora_rates is None else lists | {"lora_learning_rates": lora_rates}
 
     @property
     def shared_optimizer(self) -> OptimizerSettings:
@@ -307,6 +289,7 @@ class SweepRun(Settings):
 
         lora.alpha_pattern scales with the trial's alpha, so a control has lambda times the scale in every module.
         """
+        # Not dataclasses.replace or asdict: the class changes from SweepRun to Settings, and sections stay objects.
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)}
         growth = trial.alpha / self.lora.alpha
         values["lora"] = dataclasses.replace(
@@ -320,22 +303,6 @@ class SweepRun(Settings):
         return Settings(**{**values, "seed": seed, "output_dir": output_dir or self.output_dir})
 
 
-def _check_size(run: SweepRun) -> None:
-    """Rejects a sweep with too many members, before expanding lists whose product may be of any size."""
-    sweep = run.sweep
-    if sweep.samples is not None:
-        count = 2 * sweep.samples
-    else:
-        pairs = len(sweep.learning_rates or RATE_MULTIPLES) * len(sweep.lr_ratios)
-        lora = len(sweep.lora_learning_rates or ()) or pairs
-        count = (pairs + lora) * len(sweep.alphas or (run.lora.alpha,)) * len(run.ranks)
-    if (members := count * len(run.seeds)) > MOST_MEMBERS:
-        raise ValueError(
-            f"a sweep trains at most {MOST_MEMBERS:,} runs, got {members:,} ({count:,} settings x "
-            f"{len(run.seeds):,} of sweep.seeds); shorten the lists or set a smaller sweep.samples"
-        )
-
-
 def _rates(run: SweepRun) -> tuple[float, ...]:
     """eta_A values of LoRA+; default ones are rounded, except optimizer.learning_rate itself."""
     base_rate = run.optimizer.learning_rate
@@ -345,34 +312,23 @@ def _rates(run: SweepRun) -> tuple[float, ...]:
 
 
 def _lora_rates(run: SweepRun) -> tuple[float, ...]:
-    """Learning rates of plain LoRA; default ones may coincide in three digits."""
+    """Learning rates of plain LoRA: by default as many as LoRA+ has pairs, if so many differ in three digits."""
     if run.sweep.lora_learning_rates:
         return run.sweep.lora_learning_rates
     rates, ratios = _rates(run), run.sweep.lr_ratios
     low, high = min(rates) * min(1.0, *ratios), max(rates) * max(1.0, *ratios)
-    return tuple(map(_round_digits, np.geomspace(low, high, len(rates) * len(ratios))))
+    return tuple(dict.fromkeys(map(_round_digits, np.geomspace(low, high, len(rates) * len(ratios)))))
 
 
 def grid_rates(run: SweepRun) -> tuple[list[tuple[float, float]], tuple[float, ...]]:
     """The pairs of rate and ratio that LoRA+ tries, and as many log-spaced rates for a method without a ratio."""
-    pairs = list(itertools.product(_rates(run), run.sweep.lr_ratios))
-    return pairs, _lora_rates(run)
+    return list(itertools.product(_rates(run), run.sweep.lr_ratios)), _lora_rates(run)
 
 
 def _grid_trials(run: SweepRun) -> tuple[Trial, ...]:
-    lora_rates = _lora_rates(run)
-    if (distinct := len(set(lora_rates))) < len(lora_rates):
-        raise ValueError(
-            f"sweep.lora_learning_rates null: only {distinct} of {len(lora_rates)} rates from "
-            f"{lora_rates[0]:g} to {lora_rates[-1]:g} differ in three digits; set it, or space "
-            "sweep.learning_rates and sweep.lr_ratios further apart"
-        )
+    pairs, lora_rates = grid_rates(run)
     shared = list(itertools.product(run.sweep.alphas or (run.lora.alpha,), run.ranks))
-    pairs = [
-        *((rate, 1.0) for rate in lora_rates),
-        *itertools.product(_rates(run), run.sweep.lr_ratios),
-    ]
-    return tuple(Trial(*pair, *rest) for pair in pairs for rest in shared)
+    return tuple(Trial(*pair, *rest) for pair in [*((r, 1.0) for r in lora_rates), *pairs] for rest in shared)
 
 
 def _sample_trials(run: SweepRun) -> tuple[Trial, ...]:

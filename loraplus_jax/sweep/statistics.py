@@ -46,6 +46,7 @@ def ratio_interval(
     >>> ratio_interval([4.0, 4.0], [2.0, 2.0])["mean"]
     2.0
     """
+    # In logarithms a ratio and its inverse have the same interval, turned round.
     logs = t_interval([math.log(a / b) for a, b in zip(over, under, strict=True)], confidence)
     return {k: v if k == "pairs" or v is None else math.exp(v) for k, v in logs.items()}
 
@@ -72,10 +73,7 @@ def steps_to(curve: Curve, target: float) -> float | None:
 
 
 def report_runs(
-    rows: Sequence[RunRow],
-    steps: int,
-    target: float | None,
-    pair: tuple[str, str] = ("lora", "lora_plus"),
+    rows: Sequence[RunRow], steps: int, target: float | None, pair: tuple[str, str] = ("lora", "lora_plus")
 ) -> list[RunRow]:
     """Groups the report's rows into runs, one per arm and seed: curve, test result and steps to the target.
 
@@ -84,6 +82,7 @@ def report_runs(
     the initial values already meet says nothing about training, so it has no steps to target.
     """
     runs: dict[tuple[str, int], RunRow] = {}
+    keys = ("stage", "arm", "trial", "seed", "step", "split")
     for row in rows:
         if row["stage"] != "report":
             continue
@@ -92,30 +91,19 @@ def report_runs(
         )
         run["curve"].append([row["step"], row["loss"]])
         if row["step"] == steps:
-            run["test"] = {name: row[name] for name in row if name not in _KEYS}
+            run["test"] = {name: row[name] for name in row if name not in keys}
     for run in runs.values():
-        curve, goal = (
-            run["curve"],
-            _shared_target(runs, pair, run["seed"], steps) if target is None else target,
-        )
+        curve, goal = run["curve"], target
+        if goal is None:
+            curves = [runs[arm, run["seed"]]["curve"] for arm in pair if (arm, run["seed"]) in runs]
+            finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
+            goal = max(finals) if len(finals) == 2 else None
         start = curve[0][1] if curve else None
         run["target"], run["diverged"] = goal, any(loss is None for _, loss in curve)
         run["at_start"] = goal is not None and start is not None and start <= goal
         comparable = not run["diverged"] and not run["at_start"]
         run["steps_to_target"] = steps_to(curve, goal) if comparable and goal is not None else None
     return list(runs.values())
-
-
-_KEYS = ("stage", "arm", "trial", "seed", "step", "split")
-
-
-def _shared_target(
-    runs: Mapping[tuple[str, int], RunRow], pair: tuple[str, str], seed: int, steps: int
-) -> float | None:
-    """The worse of the final losses of a pair of arms; None if either is missing."""
-    curves = [runs[arm, seed]["curve"] for arm in pair if (arm, seed) in runs]
-    finals = [loss for curve in curves for step, loss in curve if step == steps and loss is not None]
-    return max(finals) if len(finals) == 2 else None
 
 
 def compare_arms(
@@ -130,7 +118,8 @@ def compare_arms(
     by_seed = {arm: {run["seed"]: run for run in runs if run["arm"] == arm} for arm in (first, second)}
     seeds = [seed for seed in by_seed[first] if seed in by_seed[second]]
     pairs = [(by_seed[first][seed], by_seed[second][seed]) for seed in seeds]
-    tests = [(a["test"], b["test"]) for a, b in pairs if _has_result(a) and _has_result(b)]
+    ended = [pair for pair in pairs if all(run["test"] and not run["diverged"] for run in pair)]
+    tests = [(a["test"], b["test"]) for a, b in ended]
     steps = [(a["steps_to_target"], b["steps_to_target"]) for a, b in pairs]
     reached = [(a, b) for a, b in steps if a is not None and b is not None]
     return {
@@ -148,10 +137,6 @@ def compare_arms(
         "test_loss": t_interval([a["loss"] - b["loss"] for a, b in tests], confidence),
         "test_metric": t_interval([a[metric] - b[metric] for a, b in tests], confidence),
     }
-
-
-def _has_result(run: RunRow) -> bool:
-    return run["test"] is not None and not run["diverged"]
 
 
 def verdict(
@@ -180,43 +165,36 @@ def verdict(
 def _steps_clause(comparison: RunRow, names: Mapping[str, str], target: float | None) -> str:
     goal = "the same test loss" if target is None else f"a test loss of {target:g}"
     ratio, pairs, faster = comparison["steps_ratio"], comparison["pairs"], faster_arm(comparison)
+
+    def count(counts: Mapping[str, int], event: str) -> str:
+        (first, first_count), (second, second_count) = counts.items()
+        return f"{names[first]} {event} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
+
     if any(comparison["diverged"].values()):
-        counts = _counts_clause(comparison["diverged"], names, pairs, "diverged on")
-        return f"{counts}, so there is no verdict on steps"
+        return f"{count(comparison['diverged'], 'diverged on')}, so there is no verdict on steps"
     if comparison["at_start"]:
-        reason = (
-            "LoRA or LoRA+ ended no lower than it started"
-            if target is None
-            else f"the initial values already reach {goal}"
-        )
+        reason = f"the initial values already reach {goal}"
+        reason = "LoRA or LoRA+ ended no lower than it started" if target is None else reason
         return f"no verdict on steps: on {comparison['at_start']} of {pairs} seeds {reason}"
     if any(comparison["alone"].values()):
-        prefix, test = (
-            ("", f" (sign test, p < {1 - comparison['confidence']:.3g})")
-            if faster
-            else ("no verdict on steps: ", "")
-        )
-        reached = {arm: count + ratio["pairs"] for arm, count in comparison["alone"].items()}
-        return f"{prefix}{_counts_clause(reached, names, pairs, f'reached {goal} on')}{test}"
-    if not ratio["pairs"]:
-        return f"no verdict on steps: {goal} was reached on none of {pairs} seeds"
+        reached = {arm: number + ratio["pairs"] for arm, number in comparison["alone"].items()}
+        counts = count(reached, f"reached {goal} on")
+        level = 1 - comparison["confidence"]
+        return f"{counts} (sign test, p < {level:.3g})" if faster else f"no verdict on steps: {counts}"
     if ratio["low"] is None or ratio["pairs"] < pairs:
-        return f"no verdict on steps: {goal} was reached on {ratio['pairs']} of {pairs} seeds"
+        return f"no verdict on steps: {goal} was reached on {ratio['pairs'] or 'none'} of {pairs} seeds"
+    mean, low, high = (ratio[name] for name in ("mean", "low", "high"))
+    if faster == "lora":
+        mean, low, high = 1 / mean, 1 / high, 1 / low
+    interval = f"{mean:.2f} x [{low:.2f}, {high:.2f}]"
     if faster is None:
         subject = "difference" if decisive(comparison) is None else "difference in steps"
         return (
-            f"no significant {subject}: {names['lora']} takes {_range_text(ratio)} the steps of "
+            f"no significant {subject}: {names['lora']} takes {interval} the steps of "
             f"{names['lora_plus']} to reach {goal}"
         )
-    if faster == "lora":
-        ratio = {k: 1 / ratio[j] for k, j in (("mean", "mean"), ("low", "high"), ("high", "low"))}
     other = names["lora" if faster == "lora_plus" else "lora_plus"]
-    return f"{names[faster]} needs {_range_text(ratio)} fewer steps than {other} to reach {goal}"
-
-
-def _counts_clause(counts: Mapping[str, int], names: Mapping[str, str], pairs: int, event: str) -> str:
-    (first, first_count), (second, second_count) = counts.items()
-    return f"{names[first]} {event} {first_count}, {names[second]} on {second_count} of {pairs} seeds"
+    return f"{names[faster]} needs {interval} fewer steps than {other} to reach {goal}"
 
 
 def faster_arm(comparison: RunRow) -> str | None:
@@ -228,26 +206,21 @@ def faster_arm(comparison: RunRow) -> str | None:
     if any(comparison["diverged"].values()) or comparison["at_start"]:
         return None
     if any(alone.values()):
+        # No ratio of steps exists where one arm never arrives, so only who arrives counts.
         p = stats.binomtest(max(alone.values()), sum(alone.values())).pvalue
         significant = p < 1 - comparison["confidence"]
         return max(alone, key=alone.__getitem__) if significant else None
     if ratio["low"] is None or ratio["pairs"] < comparison["pairs"]:
         return None
-    return _favoured_side(1.0, ratio, above=comparison["first"], below=comparison["second"])
+    return comparison["first"] if ratio["low"] > 1 else comparison["second"] if ratio["high"] < 1 else None
 
 
 def lower_loss_arm(comparison: RunRow) -> str | None:
     """The arm with the significantly lower test loss; None if neither has."""
-    difference = comparison["test_loss"]
-    return (
-        None
-        if difference["low"] is None
-        else _favoured_side(0.0, difference, comparison["second"], comparison["first"])
-    )
-
-
-def _favoured_side(even: float, estimate: Mapping[str, Any], above: str, below: str) -> str | None:
-    return above if estimate["low"] > even else below if estimate["high"] < even else None
+    low, high = comparison["test_loss"]["low"], comparison["test_loss"]["high"]
+    if low is None:
+        return None
+    return comparison["second"] if low > 0 else comparison["first"] if high < 0 else None
 
 
 def decisive(comparison: RunRow) -> Literal["diverged", "test_loss", "steps"] | None:
@@ -300,10 +273,6 @@ def lora_label(counts: Mapping[str, int], edges: Sequence[str]) -> str:
         return f"LoRA (best of {counts['lora']} {settings}, LoRA+ of {counts['lora_plus']})"
     edge = next((e for e in edges if e.startswith(f"{ARM_LABELS['lora']}: learning_rate")), None)
     return "tuned LoRA" if edge is None else "LoRA (best learning rate at the edge of the search range)"
-
-
-def _range_text(ratio: Mapping[str, Any]) -> str:
-    return f"{ratio['mean']:.2f} x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def _loss_clause(comparison: RunRow, names: Mapping[str, str]) -> str:

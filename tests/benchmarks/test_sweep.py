@@ -14,7 +14,7 @@ def test_the_whole_answer_takes_less_than_half_of_sixteen_single_runs():
     # 1,004 rows are 16 batches, 2,008 are 32: six evaluations while training, the test split twice.
     assert single == (300, 6 * 16 + 2 * 32)
     # 16 settings to step 38, two of LoRA+ to the end; LoRA and LoRA+ on two seeds, at eight steps.
-    found = sweep_count(run, {}, 300, EXAMPLES, 4)
+    found = sweep_count(run, 300, EXAMPLES, 4)
     assert found == (16 * 38 + 2 * 262 + 4 * 300, (16 + 2) * 16 + 4 * 8 * 32)
     assert found.steps < 0.49 * 16 * single.steps
     assert found.evaluation_batches < 0.52 * 16 * single.evaluation_batches
@@ -23,9 +23,11 @@ def test_the_whole_answer_takes_less_than_half_of_sixteen_single_runs():
 def test_what_is_counted_follows_the_settings():
     from sweep import CONFIG, EXAMPLES, SIXTEEN, sweep_count
 
-    run = parse_settings(CONFIG, SIXTEEN, SweepRun)
-    assert sweep_count(run, {"curve_points": 10}, 300, EXAMPLES, 4) == (2332, 18 * 16 + 4 * 11 * 32)
-    assert sweep_count(run, {"keep": 0.0625}, 300, EXAMPLES, 0) == (16 * 38, 16 * 16)
+    def count(option, members):
+        return sweep_count(parse_settings(CONFIG, [*SIXTEEN, option], SweepRun), 300, EXAMPLES, members)
+
+    assert count("--sweep.curve_points=10", 4) == (2332, 18 * 16 + 4 * 11 * 32)
+    assert count("--sweep.keep=0.0625", 0) == (16 * 38, 16 * 16)
 
 
 def test_the_page_has_what_the_quickstarts_sweep_costs(capsys):

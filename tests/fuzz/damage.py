@@ -16,66 +16,20 @@ from pathlib import Path
 
 MIB = 2**20
 TOKEN = "@@odd@@"
-BYTES = (
-    b"\x00",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"\xed\xa0\x80",
-    b"\r",
-    b"\n",
-    b'"',
-    b"{",
-    b"}",
-    b"[",
-    b"]",
-    b":",
-    b",",
-)
-NUMBERS = (
-    "NaN",
-    "-Infinity",
-    "1e999",
-    "-0",
-    "-1",
-    "0",
-    "2.5",
-    "4294967296",
-    "9" * 30,
-    "-" + "9" * 400,
-    "9" * 5000,
-)
-WORDS = (
-    "null",
-    "true",
-    '""',
-    '"x"',
-    '"/"',
-    '"a/b"',
-    '".."',
-    r'"\u0000"',
-    r'"\ud800"',
-    '"é😀"',
-    '"' + "x" * 300 + '"',
-)
+
+
+def words(text, by=None):
+    """The parts of a text, by spaces or by what else is between them."""
+    return tuple(text.split(by))
+
+
+BYTES = (b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", *(bytes([n]) for n in b'\r\n"{}[]:,'))
+NUMBERS = (*words("NaN -Infinity 1e999 -0 -1 0 2.5 4294967296"), "9" * 30, "-" + "9" * 400, "9" * 5000)
+WORDS = (*words(r'null true "" "x" "/" "a/b" ".." "\u0000" "\ud800" "é😀"'), '"' + "x" * 300 + '"')
 TREES = ("[]", "{}", "[[]]", '{"a": {"b": 1}}', '["x", 1]', "[-1, 3]", "[4294967296, 4294967296, 4294967296]")
 DEEP = tuple(left * n + right * n for left, right in ("[]", ('{"a":', "1}")) for n in (200, 950, 980, 3000))
 JSON_VALUES = (*NUMBERS, *WORDS, *TREES, *DEEP)
-JSON_KEYS = (
-    "",
-    "/",
-    "..",
-    "../x",
-    "a/b",
-    "/a",
-    "a/",
-    "\x00",
-    "\n",
-    "é",
-    "\ud800",
-    "id",
-    "__metadata__",
-    "x" * 300,
-)
+JSON_KEYS = ("", *words("/ .. ../x a/b /a a/ \x00", " "), "\n", *words("é \ud800 id __metadata__"), "x" * 300)
 
 
 def damaged(rng, data, end=None):

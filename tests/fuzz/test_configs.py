@@ -8,7 +8,7 @@ import yaml
 from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 
-from .damage import check, damaged, data_limit
+from .damage import check, damaged, data_limit, words
 
 pytestmark = pytest.mark.slow
 
@@ -18,98 +18,32 @@ LAUGHS = "[&a [x, x, x, x, x, x, x, x, x], " + ", ".join(
     f"&{chr(n + 1)} [{', '.join(['*' + chr(n)] * 9)}]" for n in range(ord("a"), ord("a") + 9)
 )
 ODD = (
-    *(
-        "",
-        "~",
-        "true",
-        "on",
-        "''",
-        "x",
-        "..",
-        "é😀",
-        '"\\ud800"',
-        '"\\0"',
-        "-1",
-        "0",
-        "3",
-        "2.5",
-        "1e3",
-        ".inf",
-        ".nan",
+    "",
+    *words("~ true on '' x .. é😀 -1 0 3 2.5 1e3 .inf .nan 1e400 -1e-400 0x 0b_ 0o9 1:2:3 1_0 5e-4"),
+    *('"\\ud800"', '"\\0"'),
+    *("9" * 30, "9" * 400, "9" * 5000, "2001-01-01", "2001-99-99", "2001-01-01 25:00:00"),
+    *("0001-01-01 00:00:00 +23:59", "=", "<<: x", "|\n   x", "null\nmore: 1", "1\n---\nmodel: 2", "\tx"),
+    *words(
+        "[] | {} | [x, 1] | {a: b} | {[a]: b} | {{a: b}: c} | [null] | [[x]] | {1: 2, 1: 3} | {<<: {a: 1}}",
+        " | ",
     ),
-    *("1e400", "-1e-400", "9" * 30, "9" * 400, "9" * 5000, "0x", "0b_", "0o9", "1:2:3", "1_0", "5e-4"),
-    *(
-        "2001-01-01",
-        "2001-99-99",
-        "2001-01-01 25:00:00",
-        "0001-01-01 00:00:00 +23:59",
-        "=",
-        "<<: x",
-        "|\n   x",
+    *words(
+        "!!int '' | !!int x | !!float x | !!bool x | !!null x | !!timestamp x | !!binary é | !!set [a]", " | "
     ),
-    *(
-        "[]",
-        "{}",
-        "[x, 1]",
-        "{a: b}",
-        "{[a]: b}",
-        "{{a: b}: c}",
-        "[null]",
-        "[[x]]",
-        "{1: 2, 1: 3}",
-        "{<<: {a: 1}}",
+    *words(
+        "!!omap x | !!pairs [a] | !!str [a] | !!python/name:os.system | !!python/object/apply:os.mkdir [made]",
+        " | ",
     ),
-    *("!!int ''", "!!int x", "!!float x", "!!bool x", "!!null x", "!!timestamp x", "!!binary é", "!!set [a]"),
-    *(
-        "!!omap x",
-        "!!pairs [a]",
-        "!!str [a]",
-        "!!python/name:os.system",
-        "!!python/object/apply:os.mkdir [made]",
+    *words(
+        "!<tag:yaml.org,2002:python/module:os> x | !x y | *gone | &a [*a] | &a {x: *a} | %x | @ | `", " | "
     ),
-    *(
-        "!<tag:yaml.org,2002:python/module:os> x",
-        "!x y",
-        "*gone",
-        "&a [*a]",
-        "&a {x: *a}",
-        LAUGHS + "]",
-        "%x",
-        "@",
-        "`",
-    ),
+    *(LAUGHS + "]", "# x", "x # y", "'x", '"x', "x: y: z", "- x\n" * 500, "x" * 20_000),
     *("[" * n + "]" * n for n in (50, 90, 150, 300, 3000)),
     *("{a: " * n + "1" + "}" * n for n in (50, 90, 150, 300)),
-    *(
-        "- x\n" * 500,
-        "x" * 20_000,
-        "null\nmore: 1",
-        "1\n---\nmodel: 2",
-        "\tx",
-        "# x",
-        "x # y",
-        "'x",
-        '"x',
-        "x: y: z",
-    ),
 )
-KEYS = (
-    "1",
-    "true",
-    "null",
-    "2001-01-01",
-    "1.5",
-    "~",
-    "''",
-    "[a]",
-    "{a: b}",
-    "<<",
-    "model",
-    "lora",
-    "*a",
-    "&a b",
-    "? x",
-    "é",
+KEYS = words(
+    "1 | true | null | 2001-01-01 | 1.5 | ~ | '' | [a] | {a: b} | << | model | lora | *a | &a b | ? x | é",
+    " | ",
 )
 
 

@@ -16,7 +16,7 @@ from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.checkpoints.hf import INDEX_FILE, SINGLE_FILE, load_config, load_params
 from loraplus_jax.models.checkpoints.name_table import NameTable, embedding_rules, linear_rules
 
-from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, odd_json
+from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, odd_json, words
 
 pytestmark = pytest.mark.slow
 
@@ -40,33 +40,11 @@ CONFIG = {
     "hidden_dropout_prob": 0.1,
     **dict.fromkeys((*SIZES, "max_position_embeddings", "type_vocab_size"), 4),
 }
-DTYPES = tuple(
-    f'"{name}"' for name in ("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "f32")
-)
-OFFSETS = (
-    "[0, 0]",
-    "[0, 4]",
-    "[8, 4]",
-    "[-4, 0]",
-    "[0, 18446744073709551615]",
-    "[1e3, 2e3]",
-    "[0]",
-    "[4, 1e999]",
-)
-SHAPES = (
-    "[0]",
-    "[]",
-    "[1]",
-    "[-1, 3]",
-    "[9223372036854775807, 4]",
-    "[4294967296, 4294967296]",
-    "[1, 1, 1, 1, 3]",
-)
+DTYPES = tuple(f'"{name}"' for name in words("F64 F16 BF16 I64 U8 BOOL F8_E4M3 F4 C64 f32"))
+OFFSETS = words("[0,0] [0,4] [8,4] [-4,0] [0,18446744073709551615] [1e3,2e3] [0] [4,1e999]")
+SHAPES = words("[0] [] [1] [-1,3] [9223372036854775807,4] [4294967296,4294967296] [1,1,1,1,3]")
 OUTSIDE = (
-    '"../outside.safetensors"',
-    '"/etc/passwd"',
-    r'"C:\\x.safetensors"',
-    '".safetensors"',
+    *words(r'"../outside.safetensors" "/etc/passwd" "C:\\x.safetensors" ".safetensors"'),
     f'"{SINGLE_FILE}"',
 )
 

@@ -25,7 +25,7 @@ from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.training.saved_adapter import read_notes, saved_config
 
 from ..data.chats import CHATML, INST, MARKED, chat
-from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, peak_limit
+from .damage import JSON_KEYS, JSON_VALUES, check, damaged, data_limit, peak_limit, words
 from .test_headers import CONFIG, json_writer
 
 pytestmark = pytest.mark.slow
@@ -82,29 +82,13 @@ GPT2 = {
     "hidden_size": None,
     "eos_token_id": 2,
 }
-KINDS = (
-    '"linear"',
-    '"dynamic"',
-    '"yarn"',
-    '"llama3"',
-    '"mistral"',
-    '"qwen2"',
-    '"qwen3"',
-    '"bert"',
-    '"roberta"',
-)
+KINDS = words('"linear" "dynamic" "yarn" "llama3" "mistral" "qwen2" "qwen3" "bert" "roberta"')
 
 
-@pytest.mark.parametrize(
-    ("family", "content"),
-    [
-        (BertConfig, CONFIG),
-        (LlamaConfig, LLAMA),
-        (LlamaConfig, GEMMA3),
-        (LlamaConfig, PHI3),
-        (GPT2Config, GPT2),
-    ],
-)
+FAMILIES = [(BertConfig, CONFIG), *((LlamaConfig, c) for c in (LLAMA, GEMMA3, PHI3)), (GPT2Config, GPT2)]
+
+
+@pytest.mark.parametrize(("family", "content"), FAMILIES)
 def test_model_configs(tmp_path, family, content):
     """Beside weights of four layers, none of which is wider than 16."""
     save_file(
@@ -193,17 +177,10 @@ TOKENIZER = {
     ),
 }
 PARTS = (
-    *(
-        '"WordPiece"',
-        '"Unigram"',
-        '"WordLevel"',
-        '"BPE"',
-        '"CTC"',
-        '"Precompiled"',
-        '"BertNormalizer"',
-        '"##"',
+    *words(
+        '"WordPiece" "Unigram" "WordLevel" "BPE" "CTC" "Precompiled" "BertNormalizer" "##" "ByteFallback"'
     ),
-    *('"ByteFallback"', '"Whitespace"', '"MergedWithPrevious"', '"/////w=="', '"(a+)+$"', '"(("', '""'),
+    *words('"Whitespace" "MergedWithPrevious" "/////w==" "(a+)+$" "((" ""'),
     *(json.dumps("a" * 5000), json.dumps([part("Replace", pattern={"String": "a"}, content="a" * 100)] * 5)),
 )
 
@@ -236,39 +213,32 @@ def test_tokenizer_configs(tmp_path):
 
 
 SCRAPS = (
-    *("{%", "%}", "{{", "}}", "{#", "{% raw %}", "{% generation %}", "{% endgeneration %}", "{% endfor %}"),
-    *(
-        "{% for x in range(99999) %}",
-        "{% for x in messages recursive %}",
-        "{% set messages = 3 %}",
-        "{% endif %}",
+    *words(
+        "{% | %} | {{ | }} | {# | {% raw %} | {% generation %} | {% endgeneration %} | {% endfor %}", " | "
     ),
+    *words("{% for x in range(99999) %} | {% for x in messages recursive %} | {% set messages = 3 %}", " | "),
+    *words(
+        "{{ 'x'|center(10**9) }} | {{ 'x' * 10**8 }} | {{ 9**9**9 }} | {{ '%999999999d'|format(1) }}", " | "
+    ),
+    *words(
+        "{{ messages.__class__ }} | {{ cycler.__init__.__globals__ }} | {{ self }} | {{ lipsum(n=9) }}", " | "
+    ),
+    *words("{{ loop(1) }} | {{ m.content|list }} | {{ messages|tojson(indent=9) }} | ((", " | "),
+    *words("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }} | {% set m = namespace() %}", " | "),
+    *words("{% include 'x' %} | {% import 'os' as os %} | {% extends 'x' %}", " | "),
     *(
-        "{{ messages|tojson(indent=9) }}",
-        "{{ 'x'|center(10**9) }}",
-        "{{ 'x' * 10**8 }}",
-        "{{ 9**9**9 }}",
+        "|",
         "**",
-    ),
-    *("{{ '%999999999d'|format(1) }}", "{{ messages.__class__ }}", "{{ cycler.__init__.__globals__ }}", "~"),
-    *(
-        "{{ self }}",
-        "{{ lipsum(n=9) }}",
+        "~",
+        "{% endif %}",
         "{{ raise_exception('\\n') }}",
-        "{{ loop(1) }}",
-        "{{ m.content|list }}",
-    ),
-    *(
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "\ufdd0",
         "\ufdd1",
         "\ud800",
         "\0",
         "é😀",
-        "((",
         "[[" * 500,
     ),
-    *("{% set m = namespace() %}", "{% include 'x' %}", "{% import 'os' as os %}", "{% extends 'x' %}", "|"),
 )
 
 
@@ -295,15 +265,7 @@ def test_templates(monkeypatch):
     check(20_000, make, read, limit=peak_limit, names="toy.json")
 
 
-EVIL = (
-    '"(([a-z]+)*)*!"',
-    '"("',
-    '".*"',
-    '"(?i)[a-z]+"',
-    '"a{99999999999}"',
-    '"(?P<a>.)(?P=a)"',
-    '"all-linear"',
-)
+EVIL = words(r'"(([a-z]+)*)*!" "(" ".*" "(?i)[a-z]+" "a{99999999999}" "(?P<a>.)(?P=a)" "all-linear"')
 
 
 def test_the_options_of_a_peft_adapter(tmp_path):

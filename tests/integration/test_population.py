@@ -222,15 +222,11 @@ def test_where_there_is_no_cpu_a_short_measurement_chooses_the_members_at_once(h
         return {1: 1.0, 2: 0.5, 4: 0.49}[at_once]
 
     monkeypatch.setattr(populations, "_measured", stand_in)
-    run = swept(home, "--train.max_skipped", "1", "--train.eval_batch_size", "4")
+    run = swept(home, "--train.max_skipped", "1")
     population = prepare_population(run, 4)
     assert asked == [1, 2, 4]
     programs = population.programs
     assert (programs.at_once, programs.chunk) == (2, 2)
-    # The evaluation is as large as the step's memory allows, and the rows of the splits.
-    temporary = [p.memory_analysis().temp_size_in_bytes for p in (programs.evaluate, programs.step)]
-    assert temporary[0] <= temporary[1]
-    assert programs.eval_batch_size > 4
     # Few members have a program of few slots, the one that was measured.
     assert [population.programs_for(count).at_once for count in (4, 3, 2, 1)] == [2, 2, 2, 1]
     assert asked == [1, 2, 4]
@@ -247,7 +243,6 @@ def test_neither_the_evaluation_batch_nor_the_slots_change_a_loss(home, members,
     monkeypatch.setattr(populations, "skips_measurement", lambda device: False)
     some = {n: entry for n, entry in ENTRIES.items() if n != DIVERGES}
     other = taken(swept(home, "--train.eval_batch_size", "5"), some, 100, at_once=4)
-    assert other.programs.eval_batch_size != members.programs.eval_batch_size == 16
     before = other.evaluate(split)
     assert all(abs(before[n]["loss"] - expected[n]["loss"]) <= 1e-5 for n in some)
     other.compact([1])

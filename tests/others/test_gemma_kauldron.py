@@ -16,6 +16,7 @@ from loraplus_jax.interop import GEMMA, load_peft
 from loraplus_jax.nnx import specs_of
 
 from .tiny_gemma import config_of
+from .trees import assert_equal, drawn, size
 
 gm = pytest.importorskip("gemma.gm")
 kd = pytest.importorskip("kauldron.kd")
@@ -33,11 +34,6 @@ def transformer(kv_heads=2, transposed=True, layers=1):
     kinds = ("LOCAL_SLIDING",) * layers
     config = config_of(gm, kinds, **sizes, transpose_gating_einsum=transposed)
     return gm.nn.Transformer(config=config, dtype=jnp.float32, tokens="batch.tokens")
-
-
-def drawn(tree):
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype), tree)
 
 
 def trainer(directory, steps, rate=RATE, seed=0):
@@ -59,10 +55,6 @@ def trainer(directory, steps, rate=RATE, seed=0):
         log_metrics_every=1,
         num_train_steps=steps,
     )
-
-
-def size(x):
-    return float(jnp.sqrt(jnp.mean(jnp.square(x))))
 
 
 def test_kauldron_moves_b_faster_and_nothing_but_factors(tmp_path):
@@ -90,11 +82,7 @@ def test_kauldron_learns_and_resumes_from_its_checkpoint(tmp_path):
     # With another seed only what comes from the checkpoint can be equal.
     resumed, _ = trainer(tmp_path / "resumed", 12, 0.02, seed=1).train()
     assert int(resumed.step) == int(straight.step) == 13
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        (straight.params, straight.opt_state),
-        (resumed.params, resumed.opt_state),
-    )
+    assert_equal((resumed.params, resumed.opt_state), (straight.params, straight.opt_state))
     # The base is random, so the first loss is about log(16).
     assert last.compute().loss_values["losses/total"] < 0.9 * math.log(16)
 
@@ -149,7 +137,7 @@ def test_peft_gets_the_updates_of_gemma_s_factors(kv_heads, transposed, tmp_path
         a, b = (tensors[f"{name}.lora_{side}.weight"].astype(np.float64) for side in "AB")
         np.testing.assert_allclose(b @ a, delta, rtol=0, atol=1e-12)
     loaded = load_peft(tmp_path / "peft", specs, GEMMA)
-    jax.tree.map(np.testing.assert_array_equal, loaded.lora, lora)
+    assert_equal(loaded.lora, lora)
     assert loaded.config == config
 
 

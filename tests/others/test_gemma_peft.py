@@ -17,6 +17,7 @@ from loraplus_jax.interop import GEMMA, TUNIX_GEMMA, load_peft
 from loraplus_jax.nnx import apply_lora_plus, lora_tree, set_lora, specs_of
 
 from .tiny_gemma import config_of
+from .trees import assert_equal, drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -24,11 +25,6 @@ IDS = np.array([[2, 5, 7, 11, 9, 4], [2, 8, 3, 3, 6, 1]])
 LAYERS, WINDOW, HEADS, SIZE = 2, 4, 4, 8
 TUNIX = {"num_layers": LAYERS, "num_embed": 64, "embed_dim": 16, "hidden_dim": 24, "num_heads": HEADS}
 TUNIX |= {"head_dim": SIZE, "sliding_window_size": WINDOW}
-
-
-def drawn(tree, seed=0):
-    random = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * random.normal(size=x.shape), x.dtype), tree)
 
 
 @functools.cache
@@ -126,7 +122,7 @@ def test_tunix_with_our_adapters(version, kv_heads, tmp_path):
     save_peft(tmp_path / "peft", lora_tree(model), specs, config, TUNIX_GEMMA)
     check_peft(theirs, plain, model(*tunix_inputs())[0], tmp_path / "peft")
     loaded = load_peft(tmp_path / "peft", specs, TUNIX_GEMMA).lora
-    jax.tree.map(np.testing.assert_array_equal, loaded, lora_tree(model))
+    assert_equal(loaded, lora_tree(model))
 
 
 def test_tunix_with_qwix(tmp_path):
@@ -206,4 +202,4 @@ def test_gemma_with_its_own_adapters(kv_heads, transposed, tmp_path):
     save_peft(tmp_path / "peft", lora, specs, config, GEMMA)
     check_peft(theirs, plain, adapted, tmp_path / "peft")
     loaded = load_peft(tmp_path / "peft", specs, GEMMA).lora
-    jax.tree.map(np.testing.assert_array_equal, loaded, lora)
+    assert_equal(loaded, lora)

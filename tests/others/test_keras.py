@@ -16,7 +16,7 @@ from loraplus_jax.adapter import unflatten
 from loraplus_jax.interop import load_peft
 from loraplus_jax.nnx import specs_of
 
-from .test_nnx_packages import drawn, ratios
+from .trees import assert_equal, drawn, ratios
 
 keras = pytest.importorskip("keras")  # conftest.py chose its backend
 
@@ -77,7 +77,7 @@ def test_the_recipe_trains_with_the_ratio_and_resumes(recipe, tmp_path):
         restored = checkpointer.restore(tmp_path / "state", middle)
     resumed, again = run(recipe, restored, 80)
     assert again == more
-    jax.tree.map(np.testing.assert_array_equal, resumed, end)
+    assert_equal(resumed, end)
 
 
 def nested(lora):
@@ -96,7 +96,7 @@ def test_a_peft_directory_comes_out_and_equals_the_merged_model(recipe, tmp_path
         "net/out": ("dense", (7, 6), 2.0),
     }
     loaded = load_peft("adapter", specs, [("net/{name}", "{name}")]).lora
-    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+    assert_equal(loaded, tree)
     params = unflatten({v.path: v.value for v in model.variables if v.path.startswith("net/")})
     ours = merge({"params": params}, tree, specs)["params"]["net"]
     plain, tensors = net(), load_file("adapter/adapter_model.safetensors")

@@ -19,6 +19,8 @@ from loraplus_jax.interop import TUNIX_LLAMA, load_peft
 from loraplus_jax.nnx import apply_lora_plus, check_reads, lora_tree, set_lora, specs_of
 from loraplus_jax.nnx import merge as merge_model
 
+from .trees import assert_close, assert_equal, drawn, ratios
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 IDS = jnp.arange(16).reshape(2, 8)
@@ -56,14 +58,10 @@ def train(model, tx, steps, directory=None, **options):
         return {"input_tokens": batch.input_tokens, "positions": POSITIONS, "attention_mask": MASK}
 
     config = peft_trainer.TrainingConfig(
-        eval_every_n_steps=100,
-        max_steps=steps,
-        checkpoint_root_directory=directory,
-        **options,
+        eval_every_n_steps=100, max_steps=steps, checkpoint_root_directory=directory, **options
     )
-    trainer = (
-        peft_trainer.PeftTrainer(model, tx, config).with_loss_fn(loss_fn).with_gen_model_input_fn(inputs)
-    )
+    trainer = peft_trainer.PeftTrainer(model, tx, config)
+    trainer = trainer.with_loss_fn(loss_fn).with_gen_model_input_fn(inputs)
     batch = peft_trainer.TrainingInput(input_tokens=IDS, input_mask=jnp.ones_like(IDS, bool))
     trainer.train([batch] * steps * options.get("gradient_accumulation_steps", 1), None)
     trainer.close()
@@ -73,21 +71,6 @@ def train(model, tx, steps, directory=None, **options):
 def adamw(**options):
     """Injected, as tunix reads the rate for its log from `hyperparams`."""
     return optax.inject_hyperparams(lora_plus_adamw)(learning_rate=RATE, lr_ratio=RATIO, **options)
-
-
-def ratios(before, after):
-    """How far B moved over how far A moved, by module."""
-    moved = jax.tree.map(lambda a, b: float(jnp.sqrt(jnp.mean((a - b) ** 2))), before, after)
-    flat = {
-        jax.tree_util.keystr(k, simple=True, separator="/"): v
-        for k, v in jax.tree_util.tree_leaves_with_path(moved)
-    }
-    return [flat[path.replace("lora_a", "lora_b")] / a for path, a in flat.items() if path.endswith("lora_a")]
-
-
-def drawn(tree):
-    random = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) / 3, x.dtype), tree)
 
 
 CONFIG = LoRAPlusConfig(target_modules=["q_proj", "v_proj", "o_proj", "gate_proj"], rank=2, lr_ratio=RATIO)
@@ -104,12 +87,10 @@ def test_tunix_trains_our_adapters_and_a_peft_directory_comes_out(family, tmp_pa
     before = lora_tree(model)
     train(model, adamw(), 1)
     assert ratios(before, lora_tree(model)) == pytest.approx([RATIO] * len(specs), rel=0.01)
-    np.testing.assert_allclose(
-        logits(model), logits(merge_model(model)), rtol=0, atol=2e-5 * np.abs(plain).max()
-    )
+    assert_close(logits(model), logits(merge_model(model)), 2e-5)
     save_peft(tmp_path / "peft", lora_tree(model), specs, CONFIG, TUNIX_LLAMA)
     loaded = load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora
-    jax.tree.map(np.testing.assert_array_equal, loaded, lora_tree(model))
+    assert_equal(loaded, lora_tree(model))
 
 
 def test_tunix_accumulates_and_resumes(tmp_path):
@@ -181,7 +162,7 @@ def test_the_adapters_of_qwix_in_tunix(family, options, tmp_path):
     lora, specs, config = specs_of(model, scale=2.0)
     assert ratios(before.lora, lora) == pytest.approx([RATIO] * len(specs), rel=0.01)
     save_peft(tmp_path / "peft", lora, specs, config, TUNIX_LLAMA)
-    jax.tree.map(np.testing.assert_array_equal, load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora, lora)
+    assert_equal(load_peft(tmp_path / "peft", specs, TUNIX_LLAMA).lora, lora)
     # Our adapters with the same factors and weights give the same logits.
     ours = tunix_model(family)
     for path, value in dequantized(model).items():
@@ -191,9 +172,7 @@ def test_the_adapters_of_qwix_in_tunix(family, options, tmp_path):
         weight[...] = value
     apply_lora_plus(ours, config, rngs=nnx.Rngs(2))
     set_lora(ours, lora)
-    np.testing.assert_allclose(
-        logits(ours), logits(model), rtol=0, atol=1e-4 * float(jnp.abs(logits(model)).max())
-    )
+    assert_close(logits(ours), logits(model), 1e-4)
 
 
 def test_the_example_of_tunix_learns():

@@ -18,6 +18,7 @@ from loraplus_jax.nnx import apply_lora_plus, base_variables, functional, lora_t
 from loraplus_jax.nnx import from_qwix as nnx_from_qwix
 
 from ..messages import mentions
+from .trees import assert_equal, drawn, size
 
 qwix = pytest.importorskip("qwix")
 qarray = pytest.importorskip("qwix._src.core.qarray")
@@ -74,8 +75,7 @@ def test_train_resume_and_export(make, kind, tmp_path):
     provider = qwix.LoraProvider(module_path=".*", rank=2, alpha=2 * SCALE, **TYPES[kind])
     params, run = make(provider)
     factors, join = split(params)
-    random = np.random.default_rng(0)
-    first = {name: jnp.asarray(random.normal(size=x.shape) / 4, x.dtype) for name, x in factors.items()}
+    first = drawn(factors, scale=0.25)
     tx = lora_plus_adamw(1e-3, lr_ratio=RATIO)
 
     @jax.jit
@@ -89,7 +89,7 @@ def test_train_resume_and_export(make, kind, tmp_path):
         *state, loss = step(*state)
         losses.append(float(loss))
         if n == 0:
-            moved = {name: float(jnp.sqrt(jnp.mean((x - first[name]) ** 2))) for name, x in state[0].items()}
+            moved = {name: size(x - first[name]) for name, x in state[0].items()}
         if n == 2:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(tmp_path / "state", tuple(state))
@@ -102,7 +102,7 @@ def test_train_resume_and_export(make, kind, tmp_path):
         kept = checkpointer.restore(tmp_path / "state", tuple(state))
     for _ in range(3):
         *kept, _ = step(*kept)
-    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    assert_equal(kept, state)
 
     trained = join(state[0])
     lora, specs, config = specs_of(trained, scale=SCALE, axes=AXES)
@@ -146,12 +146,10 @@ def provider_of(**rule):
 def step_and_merge(run, lora, specs, base):
     """A step moves B by RATIO times as much as A, and the merged plain model is the adapted one."""
     tx = lora_plus_adamw(1e-3, lr_ratio=RATIO)
-    random = np.random.default_rng(0)
-    lora = jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) / 4, x.dtype), lora)
+    lora = drawn(lora, scale=0.25)
     grads = jax.grad(lambda lora: jnp.mean((run(lora) - 1) ** 2))(lora)
     updates, _ = tx.update(grads, tx.init(lora), lora)
-    size = {side: float(jnp.abs(updates["up"][f"lora_{side}"]).mean()) for side in "ab"}
-    assert size["b"] / size["a"] == pytest.approx(RATIO, rel=0.01)
+    assert size(updates["up"]["lora_b"]) / size(updates["up"]["lora_a"]) == pytest.approx(RATIO, rel=0.01)
     merged = merge(base, lora, specs, dequantize=True)
     np.testing.assert_allclose(LinenModel().apply(merged, X), run(lora), rtol=0, atol=2e-6)
 

@@ -135,10 +135,13 @@ def test_a_tpu_program_whose_gather_comes_in_pieces_some_of_them_in_a_loop():
         ("mesh['axis_0'=4,'axis_1'=4] {'axis_1'}", 4),
         ("mesh['axis_0'=4,'axis_1'=4], device_ids=([4,4]T(1,0)) {'axis_0'}", 4),
         ("mesh['axis_0'=8,'axis_1'=2], device_ids=([2,8]T(1,0)) {'axis_0':(1)2}", 2),
+        ("mesh['a'=8] {'a':(2)4}", 4),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2),
+        ("[2,4]<=[4,2]T(1,0)", 4),
         ("{}", 16),
     ],
 )
-def test_groups_in_the_ways_that_a_tpu_program_has_them(groups, size):
+def test_groups_of_devices(groups, size):
     text = TPU.replace("mesh['axis_0'=4,'axis_1'=4] {'axis_0','axis_1'}", groups)
     assert next(c.group for c in collectives(text) if c.kind == "all-gather") == size
 
@@ -154,21 +157,6 @@ def test_a_group_that_cannot_be_read_is_an_error():
 )
 def test_what_a_device_receives_by_hand(kind, received):
     assert Collective(kind, 100, 4, 1, "", "").wire_bytes == received
-
-
-@pytest.mark.parametrize(
-    ("groups", "size"),
-    [
-        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
-        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", 2),
-        ("replica_groups=mesh['a'=8] {'a':(2)4}", 4),
-        ("replica_groups={}", 8),
-    ],
-)
-def test_groups_of_devices(groups, size):
-    text = CPU.replace("replica_groups=[2,4]<=[8]", groups)
-    assert next(c.group for c in collectives(text) if c.kind == "all-reduce") == size
 
 
 def test_bytes_of_types():

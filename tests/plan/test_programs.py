@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from loraplus_jax import make_mesh
-from loraplus_jax.plan.programs import evaluation_bytes, memory_sizes, plan_step, theory_bytes
+from loraplus_jax.plan.programs import bytes_between_steps, memory_sizes, plan_step
 from loraplus_jax.plan.text import advice, format_plan
 
 from ..messages import assert_mentions
@@ -20,7 +20,9 @@ def test_evaluation_is_compiled_and_has_to_fit(planned):
     mesh = make_mesh()
     step = plan_step(settings, base, data, mesh)
     many = dataclasses.replace(settings.train, eval_batch_size=8 * 4096)
-    large, problem = evaluation_bytes(dataclasses.replace(settings, train=many), data, step, mesh)
+    needed = bytes_between_steps(dataclasses.replace(settings, train=many), data, step, mesh)
+    assert needed["theory"] == (None, None)
+    large, problem = needed["evaluation"]
     assert problem is None
     held = sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     assert held < plan.evaluation < 1e7
@@ -41,9 +43,8 @@ def test_measuring_the_theory_has_to_fit(planned):
     mesh = make_mesh()
     step = plan_step(settings, base, data, mesh)
     assert plan.theory is None
-    assert theory_bytes(settings, data, step, mesh) == (None, None)
     often = dataclasses.replace(settings, train=dataclasses.replace(settings.train, theory_every=10))
-    needed, problem = theory_bytes(often, data, step, mesh)
+    needed, problem = bytes_between_steps(often, data, step, mesh)["theory"]
     assert problem is None
     assert needed > sum(plan.memory[name] for name in ("frozen weights", "trained", "optimizer"))
     tight = fake(plan, theory=10 * plan.needed, room=2 * plan.needed)
@@ -72,7 +73,8 @@ def test_evaluation_of_choices_is_reported_as_not_counted(planned):
     choices = dataclasses.replace(settings, task="multiple_choice")
     base, data = parts_of(choices, Path(settings.model.path))
     mesh = make_mesh()
-    assert evaluation_bytes(choices, data, plan_step(choices, base, data, mesh), mesh) == (None, None)
+    found = bytes_between_steps(choices, data, plan_step(choices, base, data, mesh), mesh)
+    assert found["evaluation"] == (None, None)
     assert "evaluation is not counted" in format_plan(fake(plan, evaluation=None), choices)
 
 

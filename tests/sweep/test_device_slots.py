@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loraplus_jax.settings.schema import TrainSettings
 from loraplus_jax.step.train_step import TrainState
 from loraplus_jax.sweep.device_slots import DeviceSlots, assign_slots
 from loraplus_jax.sweep.population import Members
@@ -40,8 +41,11 @@ def test_rows_of_the_members_of_a_sweep():
         )
 
     slots = types.SimpleNamespace(
-        population=types.SimpleNamespace(parts=types.SimpleNamespace(frozen=None)),
-        programs=types.SimpleNamespace(evaluate=Program(both), eval_batch_size=4),
+        population=types.SimpleNamespace(
+            parts=types.SimpleNamespace(frozen=None),
+            run=types.SimpleNamespace(train=TrainSettings(eval_batch_size=4)),
+        ),
+        programs=types.SimpleNamespace(evaluate=Program(both)),
         chunks=[types.SimpleNamespace(alive=np.array([True, True]))],
         slots_in=lambda chunk: [5, 2],
     )

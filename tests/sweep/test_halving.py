@@ -60,9 +60,8 @@ def test_the_best_of_an_arm():
 
 
 def test_a_setting_is_judged_by_all_its_seeds():
-    means = mean_losses(
-        {(lora(1.0), 0): 1.0, (lora(1.0), 1): 0.0, (lora(2.0), 0): 0.2, (lora(2.0), 1): math.nan}
-    )
+    rows = [(lora(1.0), 1.0), (lora(1.0), 0.0), (lora(2.0), 0.2), (lora(2.0), None)]
+    means = mean_losses({"trial": list(trial), "loss": loss} for trial, loss in rows)
     assert means[lora(1.0)] == 0.5
     assert math.isnan(means[lora(2.0)])
 

@@ -2,9 +2,7 @@
 
 import pytest
 
-from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.methods_report import compare
-from loraplus_jax.sweep.settings import SweepRun
 
 from ..messages import assert_mentions
 
@@ -26,9 +24,8 @@ def result(losses, chosen=2e-3, rates=(1e-3, 2e-3, 4e-3)):
 
 
 @pytest.fixture
-def run(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {path: d.csv}\noutput_dir: o\n")
-    return parse_settings(tmp_path / "c.yaml", ["--sweep.methods", "[dora,pissa]"], SweepRun)
+def run(parsed):
+    return parsed("--sweep.methods", "[dora,pissa]")
 
 
 def test_intervals_edges_and_the_first_line(run):

@@ -1,8 +1,8 @@
-"""How many members run at once, and how many examples an evaluation batch has."""
+"""How many members run at once."""
 
 import math
 
-from loraplus_jax.sweep.population import fastest_batch_size, largest_eval_batch, parallel_members
+from loraplus_jax.sweep.population import fastest_batch_size, parallel_members
 
 
 def test_more_members_at_once_only_while_it_pays():
@@ -23,16 +23,3 @@ def test_few_members_are_computed_in_the_least_power_of_two_that_holds_them():
     assert [parallel_members(count, 16, 4) for count in (33, 32, 4, 3)] == [16, 8, 1, 1]
     assert parallel_members(7, 6, 1) == 6  # a number of the user's own
     assert parallel_members(7, 1, 1) == 1
-
-
-def test_an_evaluation_batch_takes_the_steps_memory_and_pads_the_splits_least():
-    def batch(rows, room, needs=lambda size: 10 * size):
-        return largest_eval_batch(64, rows, room, needs)
-
-    assert batch([1004, 2008], 10 * 64) == batch([1004, 2008], 0) == 64
-    assert batch([1004, 2008], 10 * 255) == 128
-    assert batch([1004, 2008], 10**9) == 1024  # 1,024 + 2,048 rows, as with 64; 2,048 would be 4,096
-    assert batch([1100, 1100], 10**9) == 128  # 1,152 rows, as with 64; 256 would be 1,280
-    assert batch([20, 20], 10**9) == 64
-    # Twice as many examples need more than twice the memory.
-    assert batch([1004, 2008], 10 * 1024, lambda size: 10 * size + (size > 64) * 10**6) == 64

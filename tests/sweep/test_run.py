@@ -6,13 +6,10 @@ import types
 import numpy as np
 import pytest
 
-from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep import run as sweeping
-from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.training.console import LineConsole
 from loraplus_jax.training.signals import StopSignal
 
-LEAST = "model: {path: m}\ndata: {path: d}\noutput_dir: o\ntrain: {steps: 8, batch_size: 2}\n"
 # Loss is this times the rate of B: validation favors the smallest rate, test the largest.
 SLOPES = {"validation": 1.0, "test": -1.0}
 
@@ -47,9 +44,8 @@ class Slots:
 
 
 @pytest.mark.parametrize("option", ["method=halving", "method=grid", "learning_rates=[1e-3]"])
-def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeypatch, option):
-    (tmp_path / "c.yaml").write_text(LEAST)
-    run = parse_settings(tmp_path / "c.yaml", [f"--sweep.{option}"], SweepRun)
+def test_the_search_selects_on_validation_and_the_report_tests(tmp_path, monkeypatch, parsed, option):
+    run = parsed(f"--sweep.{option}", "--train.steps=8", "--train.batch_size=2")
     splits = {name: {"slope": np.full(2, slope)} for name, slope in SLOPES.items()}
     task = types.SimpleNamespace(metric="loss", derived=lambda values: {})
     data = types.SimpleNamespace(task=task, splits={**splits, "train": {"x": np.zeros(4)}})

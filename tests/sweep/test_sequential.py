@@ -7,19 +7,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.sequential import interval_confidence, reason_to_end, seed_groups
-from loraplus_jax.sweep.settings import SweepRun
 from loraplus_jax.sweep.statistics import compare_arms
 
 ENDS = (3, 5, 8)
 
 
-@pytest.fixture(scope="module")
-def run():
-    config = "configs/quickstart_sweep.yaml"
-    options = ["--sweep.report_seeds", "8", "--sweep.interim_seeds", "[3,5]"]
-    return parse_settings(config, options, SweepRun)
+@pytest.fixture
+def run(parsed):
+    return parsed("--seed", "0", "--sweep.report_seeds", "8", "--sweep.interim_seeds", "[3,5]")
 
 
 def comparison(differences, diverged=0):

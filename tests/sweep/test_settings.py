@@ -3,32 +3,16 @@
 import dataclasses
 
 import pytest
-import yaml
 
 from loraplus_jax.cli.commands import main
-from loraplus_jax.settings.parsing import parse_settings
 from loraplus_jax.sweep.halving import comparison_steps, curve_steps, survivors
 from loraplus_jax.sweep.methods import method_run
 from loraplus_jax.sweep.run import ignored_fields
 from loraplus_jax.sweep.sequential import seed_groups
-from loraplus_jax.sweep.settings import SweepRun, SweepSettings, Trial
+from loraplus_jax.sweep.settings import SweepSettings, Trial
 from loraplus_jax.sweep.statistics import report_runs
 
 from ..messages import assert_mentions
-
-LEAST = {"model": {"path": "m"}, "data": {"path": "d"}, "output_dir": "o", "seed": 7}
-
-
-@pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(LEAST))
-    return path
-
-
-@pytest.fixture
-def parsed(config):
-    return lambda *overrides: parse_settings(config, overrides, SweepRun)
 
 
 def trials(run):
@@ -75,12 +59,7 @@ EFFECTS = [
     ("keep", "0.5", kept, ()),
     ("target", "0.4", target, ()),
     ("methods", "[pissa]", lambda run: run.sweep.methods, ()),
-    (
-        "method_learning_rates",
-        f"{{pissa: {[1e-5 * n for n in range(1, 17)]}}}",
-        pissa,
-        ("--sweep.methods", "[pissa]"),
-    ),
+    ("method_learning_rates", f"{{pissa: {RATES}}}", pissa, ("--sweep.methods", "[pissa]")),
 ]
 
 
@@ -147,18 +126,12 @@ def test_the_report_has_other_seeds_than_the_search(parsed):
 
 
 def test_the_single_run_of_a_trial(parsed):
-    settings = parsed("--train.steps", "9").settings_of(Trial(1e-3, 2.0, 4.0, 2), 5, "there")
-    found = settings.optimizer.learning_rate, settings.lora.lr_ratio, settings.lora.alpha, settings.lora.rank
-    assert (*found, settings.seed, settings.output_dir, settings.train.steps) == (
-        1e-3,
-        2.0,
-        4.0,
-        2,
-        5,
-        "there",
-        9,
-    )
-    assert Trial(1e-3, 2.0, 4.0, 2).control == Trial(1e-3, 1.0, 8.0, 2)
+    trial = Trial(1e-3, 2.0, 4.0, 2)
+    single = parsed("--train.steps", "9").settings_of(trial, 5, "there")
+    lora = single.lora
+    assert Trial(single.optimizer.learning_rate, lora.lr_ratio, lora.alpha, lora.rank) == trial
+    assert (single.seed, single.output_dir, single.train.steps) == (5, "there", 9)
+    assert trial.control == Trial(1e-3, 1.0, 8.0, 2)
 
 
 def test_the_control_has_lambda_times_the_scale_of_every_module(parsed):
@@ -184,118 +157,62 @@ def test_every_member_trains_a_new_head_at_the_recipes_own_rate(parsed):
     assert heads(parsed(*rate, "--task", "instruction")) == {None}
 
 
-BAD = [
-    (
-        ("--sweep.alphas", "[2,4]", "--lora.alpha_pattern", '{"query": 2}'),
-        ["sweep.alphas", "lora.alpha_pattern", "{'query': 2.0}"],
-    ),
-    (
-        ("--sweep.ranks", "[2]", "--lora.rank_pattern", '{"query": 2}'),
-        ["sweep.ranks", "lora.rank_pattern", "{'query': 2}"],
-    ),
-    (
-        ("--lora.alpha", "3e38", "--optimizer.learning_rate", "1e-5"),
-        ["alpha", "6e+38", "float32"],
-    ),
-    (("--sweep.learning_rates", "[]"), ["sweep.learning_rates", "empty"]),
-    (("--sweep.lr_ratios", "[]"), ["sweep.lr_ratios", "empty"]),
-    (("--sweep.seeds", "[]"), ["sweep.seeds", "empty"]),
-    (("--sweep.rungs", "[]"), ["sweep.rungs", "empty"]),
-    (
-        ("--sweep.learning_rates", "[1e-3,0]"),
-        ["sweep.learning_rates[1]", 0],
-    ),
-    (("--sweep.lora_learning_rates", "[-1]"), ["sweep.lora_learning_rates[0]", 0, -1]),
-    (("--sweep.learning_rates", "[.inf]"), ["sweep.learning_rates[0]", "inf"]),
-    (("--sweep.lr_ratios", "[1,2]"), ["sweep.lr_ratios", 1, "LoRA"]),
-    (("--sweep.lr_ratios", "[1.001,2]"), ["sweep.lr_ratios", 1.001, "LoRA"]),
-    (("--sweep.lr_ratios", "[2,2]"), ["sweep.lr_ratios", "distinct", "[2, 2]"]),
-    (
-        ("--sweep.lr_ratios", "[2.001,2.002]"),
-        ["sweep.lr_ratios", 2.001, 2.002],
-    ),
-    (
-        ("--sweep.alphas", "[16,16.01]"),
-        ["sweep.alphas", "16.0", 16.01],
-    ),
-    (
-        ("--sweep.learning_rates", "[1e-3,1.01e-3]", "--sweep.lr_ratios", "[1.01,1.02,1.03]"),
-        [6, 0.001, 0.00104, 5],
-    ),
-    (
-        ("--sweep.lora_learning_rates", "[1e-3,1.02e-3]", "--sweep.samples", "9"),
-        ["sweep.samples", 9, 900, 3],
-    ),
-    (("--sweep.ranks", "[0]"), ["sweep.ranks[0]", 1, 0]),
-    (("--sweep.samples", "0"), ["sweep.samples", 1, 0]),
-    (("--sweep.report_seeds", "1"), ["sweep.report_seeds", 2, 1]),
-    (
-        ("--sweep.report_seeds", "1000000000"),
-        ["sweep.report_seeds", 2, 1000, 1000000000],
-    ),
-    (("--sweep.interim_seeds", "[1]"), ["sweep.interim_seeds[0]", 2, 1]),
-    (("--sweep.interim_seeds", "[3]"), ["interim_seeds", "below", "report_seeds 3", 3]),
-    (
-        ("--sweep.interim_seeds", "[4,2]", "--sweep.report_seeds", "8"),
-        ["interim_seeds", "increasing", "[4, 2]"],
-    ),
-    (("--sweep.interim_seeds", "[2]", "--sweep.methods", "[pissa]"), ["interim_seeds", "empty", "[2]"]),
-    (("--sweep.samples", "1001"), ["sweep.samples", 1, 1000, 1001]),
-    (("--sweep.members_at_once", "10001"), ["sweep.members_at_once", 1, 10000, 10001]),
-    (
-        ("--sweep.seeds", "[1,2,3,4,5,6]", "--sweep.samples", "1000"),
-        ["10,000", "2,000", 6, "sweep.seeds", "12,000"],
-    ),
-    (
-        (
-            *("--sweep.learning_rates", str([n / 1e5 for n in range(1, 102)])),
-            *("--sweep.lora_learning_rates", "[1e-3]", "--sweep.ranks", str(list(range(1, 26)))),
-        ),
-        ["10,000", "10,125", 1, "sweep.seeds"],
-    ),
-    (("--sweep.rungs", "[0.5,0.25]"), ["sweep.rungs", "increasing", "[0.5, 0.25]"]),
-    (("--sweep.rungs", "[1.0]"), ["sweep.rungs[0]", 0, 1, 1.0]),
-    (("--sweep.keep", "1"), ["sweep.keep", 0, 1]),
-    (("--sweep.method", "grid", "--sweep.keep", "0.5"), ["sweep.keep", "halving"]),
-    (("--sweep.method", "halfing"), ["sweep.method", "'halving'", "halfing"]),
-    (("--sweep.learnin_rates", "[1]"), ["--sweep.learnin_rates", "'sweep.learning_rates'"]),
-    (
-        ("--sweep.learning_rates", "fast"),
-        ["sweep.learning_rates", "numbers", "null", "'fast'"],
-    ),
-    (
-        ("--sweep.learning_rates", "1e-3"),
-        ["sweep.learning_rates", "numbers", "null", 0.001],
-    ),
-    (("--sweep.ranks", "[4,x]"), ["sweep.ranks[1]", "integer", "'x'"]),
-    (("--sweep.rungs", "0.5"), ["sweep.rungs", "numbers", 0.5]),
-    (("--sweep.target", "low"), ["sweep.target", "number", "null", "low"]),
-    (("--method", "lora"), ["method", "lora_plus", "lora"]),
-    (("--init_adapter", "there"), ["init_adapter"]),
-    (("--seed", str(2**32 - 2)), ["2**32"]),
-]
+MANY = [n / 1e5 for n in range(1, 102)]
+BAD = {
+    '--sweep.alphas=[2,4] --lora.alpha_pattern={"query":2}': ["sweep.alphas", "lora.alpha_pattern", "query"],
+    '--sweep.ranks=[2] --lora.rank_pattern={"query":2}': ["sweep.ranks", "lora.rank_pattern", "query"],
+    "--lora.alpha=3e38 --optimizer.learning_rate=1e-5": ["alpha", "6e+38", "float32"],
+    "--sweep.learning_rates=[]": ["sweep.learning_rates", "empty"],
+    "--sweep.learning_rates=[1e-3,0]": ["sweep.learning_rates[1]", 0],
+    "--sweep.learning_rates=[.inf]": ["sweep.learning_rates[0]", "inf"],
+    "--sweep.lora_learning_rates=[-1]": ["sweep.lora_learning_rates[0]", 0, -1],
+    "--sweep.lr_ratios=[1,2]": ["sweep.lr_ratios", 1, "LoRA"],
+    "--sweep.lr_ratios=[2,2]": ["sweep.lr_ratios", "distinct", "[2, 2]"],
+    "--sweep.lora_learning_rates=[1e-3,1.02e-3] --sweep.samples=9": ["sweep.samples", 9, 900, 3],
+    "--sweep.ranks=[0]": ["sweep.ranks[0]", 1, 0],
+    "--sweep.samples=0": ["sweep.samples", 1, 0],
+    "--sweep.samples=1001": ["sweep.samples", 1, 1000, 1001],
+    "--sweep.report_seeds=1": ["sweep.report_seeds", 2, 1],
+    "--sweep.report_seeds=1000000000": ["sweep.report_seeds", 2, 1000, 1000000000],
+    "--sweep.interim_seeds=[1]": ["sweep.interim_seeds[0]", 2, 1],
+    "--sweep.interim_seeds=[3]": ["interim_seeds", "below", "report_seeds 3", 3],
+    "--sweep.interim_seeds=[4,2] --sweep.report_seeds=8": ["interim_seeds", "increasing", "[4, 2]"],
+    "--sweep.interim_seeds=[2] --sweep.methods=[pissa]": ["interim_seeds", "empty", "[2]"],
+    "--sweep.members_at_once=10001": ["sweep.members_at_once", 1, 10000, 10001],
+    "--sweep.seeds=[1,2,3,4,5,6] --sweep.samples=1000": ["10,000", "2,000", 6, "sweep.seeds", "12,000"],
+    f"--sweep.learning_rates={MANY} --sweep.lora_learning_rates=[1e-3] --sweep.ranks={list(range(1, 26))}".replace(
+        ", ", ","
+    ): ["10,000", "10,125", 1, "sweep.seeds"],
+    "--sweep.rungs=[0.5,0.25]": ["sweep.rungs", "increasing", "[0.5, 0.25]"],
+    "--sweep.rungs=[1.0]": ["sweep.rungs[0]", 0, 1, 1.0],
+    "--sweep.keep=1": ["sweep.keep", 0, 1],
+    "--sweep.method=grid --sweep.keep=0.5": ["sweep.keep", "halving"],
+    "--sweep.method=halfing": ["sweep.method", "'halving'", "halfing"],
+    "--sweep.learnin_rates=[1]": ["--sweep.learnin_rates", "'sweep.learning_rates'"],
+    "--sweep.learning_rates=1e-3": ["sweep.learning_rates", "numbers", "null", 0.001],
+    "--method=lora": ["method", "lora_plus", "lora"],
+    "--init_adapter=there": ["init_adapter"],
+    f"--seed={2**32 - 2}": ["2**32"],
+}
 
 
-@pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(row[0])[:60] for row in BAD])
+@pytest.mark.parametrize(("overrides", "words"), BAD.items(), ids=[row[:60] for row in BAD])
 def test_bad_settings_are_one_line_and_exit_code_2(config, capsys, overrides, words):
-    assert main(["sweep", str(config), *overrides]) == 2
+    assert main(["sweep", str(config), *overrides.split()]) == 2
     printed = capsys.readouterr().err
     assert_mentions(printed, *words)
     assert printed.count("\n") == 1
 
 
-def test_an_unknown_key_of_the_file_is_named_with_the_nearest_one(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "lines", "words"),
+    [("sweep", "sweep: {lr_ratio: [2]}", ["'lr_ratio'", "'lr_ratios'"]), ("train", "sweep: {}", ["'sweep'"])],
+)
+def test_a_key_that_a_command_does_not_take_is_named(config, tmp_path, capsys, command, lines, words):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**LEAST, "sweep": {"lr_ratio": [2]}}))
-    assert main(["sweep", str(path)]) == 2
-    assert_mentions(capsys.readouterr().err, "sweep", "'lr_ratio'", "'lr_ratios'")
-
-
-def test_train_does_not_take_a_sweep(tmp_path, capsys):
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({**LEAST, "sweep": {"lr_ratios": [2]}}))
-    assert main(["train", str(path)]) == 2
-    assert "'sweep'" in capsys.readouterr().err
+    path.write_text(config.read_text() + lines)
+    assert main([command, str(path)]) == 2
+    assert_mentions(capsys.readouterr().err, "sweep", *words)
 
 
 def test_help_names_every_field(capsys):
@@ -306,14 +223,5 @@ def test_help_names_every_field(capsys):
 
 def test_fields_of_the_winner_alone_are_named(parsed):
     assert ignored_fields(parsed()) == []
-    words = (
-        "--generation.beams",
-        "2",
-        "--generation.inputs",
-        "3",
-        "--train.prompt",
-        "Why?",
-        "--train.steps",
-        "5",
-    )
+    words = ["--generation.beams=2", "--generation.inputs=3", "--train.prompt=Why?", "--train.steps=5"]
     assert ignored_fields(parsed("--task", "generation", *words)) == ["train.prompt", "generation.beams"]

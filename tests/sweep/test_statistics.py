@@ -1,7 +1,6 @@
 """Intervals, steps to a target and the sentence, worked by hand."""
 
 import math
-import re
 
 import pytest
 
@@ -18,7 +17,7 @@ from loraplus_jax.sweep.statistics import (
     verdict,
 )
 
-from ..messages import assert_mentions, mentions
+from ..messages import assert_mentions
 
 CHOSEN = {"lora": Trial(1e-3, 1.0, 16.0, 8), "lora_plus": Trial(5e-4, 4.0, 16.0, 8)}
 # Two-sided 95 % quantiles of Student's t, as tables print them.
@@ -83,9 +82,8 @@ def test_the_target_of_a_seed_is_the_worse_final_loss_of_the_two():
     assert comparison["steps_ratio"]["mean"] == pytest.approx(math.sqrt(2.0 * 0.75))
     assert comparison["test_loss"]["mean"] == pytest.approx((-0.20 + 0.10) / 2)
     assert faster_arm(comparison) is None
-    assert re.search(
-        mentions("No significant difference", "tuned LoRA", 1.22), verdict(comparison, CHOSEN, None)
-    )
+    assert recommended_arm(comparison)[0] == "lora"  # which has one hyperparameter less
+    assert_mentions(verdict(comparison, CHOSEN, None), "No significant difference", "tuned LoRA", 1.22)
 
 
 def test_no_difference_in_steps_is_reported_apart_from_a_significant_one_in_loss():
@@ -140,16 +138,6 @@ def test_the_winner_ends_lower_or_else_is_faster(tests, winner, why, first):
     assert verdict(comparison, CHOSEN, None).startswith(first)
 
 
-def test_without_a_significant_difference_plain_lora_is_favoured():
-    _, comparison = found(
-        ("lora", 1, [1.0, 0.8, 0.6]),
-        ("lora_plus", 1, [1.0, 0.6, 0.4]),
-        ("lora", 2, [1.0, 0.5, 0.3]),
-        ("lora_plus", 2, [1.0, 0.6, 0.4]),
-    )
-    assert recommended_arm(comparison)[0] == "lora"
-
-
 @pytest.mark.parametrize(("seeds", "sure"), [(5, False), (6, True)])
 def test_a_target_that_one_alone_reaches_counts_by_a_sign_test(seeds, sure):
     # Two-sided, five of five by chance: 2 / 2^5 = 0.06; six of six: 2 / 2^6 = 0.03.
@@ -175,10 +163,7 @@ def test_a_target_that_neither_reaches_is_reported():
 
 @pytest.mark.parametrize(
     ("target", "losses", "what"),
-    [
-        (None, [0.69, 0.71, 0.72], ["LoRA or LoRA+"]),
-        (0.9, [0.69, 0.6, 0.5], [0.9]),
-    ],
+    [(None, [0.69, 0.71, 0.72], ["LoRA or LoRA+"]), (0.9, [0.69, 0.6, 0.5], [0.9])],
 )
 def test_a_target_met_at_the_start_gives_no_verdict(target, losses, what):
     runs = [(arm, seed, losses) for arm in ("lora", "lora_plus") for seed in (1, 2)]
