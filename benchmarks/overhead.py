@@ -32,7 +32,7 @@ from loraplus_jax.adapter.tree import combine, count
 from loraplus_jax.models.bert.config import BertConfig
 from loraplus_jax.models.bert.model import BertForSequence
 from loraplus_jax.optim import adalora, scale_by_lora_muon, scale_by_lora_rite, scale_by_riemannian
-from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.encoder import EncoderTask
 
 MINILM = BertConfig(
     vocab_size=30522,

@@ -196,7 +196,7 @@ def _open_peft_adapter(
         )
     base = resolve(base_name, "model")
     settings = settings_with_adapter(directory, _plain_settings(base_name, template, dtype), base, None)
-    parts = load_model(settings, base, build_model(settings, base, None, settings.applied), settings.applied)
+    parts = load_model(settings, base, build_model(settings, base, None, settings.applied))
     adapter = read_adapter(directory, parts, params_of(parts))
     variables = combine({"lora": adapter.lora}, adapter.extras, parts.frozen)
     return settings, base, None, parts.model, variables

@@ -25,8 +25,7 @@ from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..step.fingerprints import fingerprint
 from ..step.sharding import make_mesh, replicate, shard_batch
 from ..step.train_step import make_eval
-from ..tasks.classification import EncoderTask, apply_model
-from ..tasks.encoder import has_pairs, read_texts, tokenizer_for
+from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, Split
 from ..tasks.language_losses import LanguageTask
@@ -101,7 +100,7 @@ def load_tuned(place: Path, config: str | None = None, allow_different: Sequence
         )
         raise ValueError(f"{directory} has no training settings; {advice}")
     check_identity(directory, notes, model_identity(settings, base, task), allow=allow_different)
-    parts = load_model(settings, base, build_model(settings, base, task, lora_config), lora_config)
+    parts = load_model(settings, base, build_model(settings, base, task, lora_config))
     weights = fingerprint(parts.frozen) if parts.frozen else None
     check_identity(directory, notes, {}, weights=weights, allow=allow_different)
     adapter = read_adapter(directory, parts, params_of(parts))

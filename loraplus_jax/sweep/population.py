@@ -161,7 +161,7 @@ def prepare_population(run: SweepRun, places: int, at_once: int | None = None) -
     weights = load_params(directory, shapes.base.table, params_of(shapes), new=shapes.base.new)
     # Of all weights: members begin with them in both stages, with what is trained in full too.
     base = fingerprint(weights)
-    parts = set_weights(widest, shapes, weights, config)
+    parts = set_weights(widest, shapes, weights)
     parts = parts._replace(frozen=replicate(mesh, parts.frozen))
     start = None
     if config is not None and config.init in BASE_INITS:
@@ -306,7 +306,7 @@ def _initial_values(
     """
     settings = run.settings_of(run.trials[0]._replace(rank=rank), seed)
     shapes = build_model(settings, directory, data.task, settings.applied)
-    trainable = start_magnitudes(set_weights(settings, shapes, weights, settings.applied)).trainable
+    trainable = start_magnitudes(set_weights(settings, shapes, weights)).trainable
     if start is not None:
         trainable = trainable | {"lora": start}
     return jax.tree.map(_pad_to, trainable, widest.trainable)

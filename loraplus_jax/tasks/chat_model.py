@@ -31,7 +31,7 @@ from .language_losses import LanguageTask
 
 GREEDY = Sampling()
 LIMITS = "generation.max_new_tokens, train.prompt_tokens or --max_tokens"
-"""What sets the maximum tokens of an answer: for held-out texts, for the sample prompt, and in `generate`."""
+"""What sets the maximum tokens of an answer: for held-out texts, for `train.prompt`, and in `generate`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +67,8 @@ class ChatModel:
           ValueError: `new_tokens` leaves no room for a prompt, no end-of-turn token is known, or there are more
             beams than tokens in the vocabulary.
         """
-        config, (tokenizer, template) = (
-            model_config(directory),
-            tokenizer_and_template(settings, directory, task),
-        )
+        config = model_config(directory)
+        tokenizer, template = tokenizer_and_template(settings, directory, task)
         if new_tokens >= config.max_length:
             raise ValueError(
                 f"answers of {new_tokens} tokens leave no room for a prompt: the model's limit for both is "
@@ -113,17 +111,15 @@ class ChatModel:
             for chat in chats
         ]
         prompts = [encoding.ids for encoding in tokenize(texts, self.tokenizer)]
-        if empty := [n for n, ids in enumerate(prompts, 1) if not ids]:
-            raise ValueError(
-                f"prompt {empty[0]} of {len(prompts)} has no tokens after the chat template of "
-                f"{self.template.origin}"
-            )
-        if too_long := [len(ids) for ids in prompts if len(ids) > self.longest]:
-            number = next(i for i, ids in enumerate(prompts, 1) if len(ids) > self.longest)
-            raise ValueError(
-                f"prompt {number} of {len(prompts)} has {too_long[0]} tokens, but the answer leaves room for "
-                f"{self.longest}: shorten the prompt, or lower {LIMITS}"
-            )
+        for number, ids in enumerate(prompts, 1):
+            prompt = f"prompt {number} of {len(prompts)}"
+            if not ids:
+                raise ValueError(f"{prompt} has no tokens after the chat template of {self.template.origin}")
+            if len(ids) > self.longest:
+                raise ValueError(
+                    f"{prompt} has {len(ids)} tokens, but the answer leaves room for {self.longest}: shorten "
+                    f"the prompt, or lower {LIMITS}"
+                )
         return prompts
 
     def answer(
@@ -159,26 +155,9 @@ class ChatModel:
         return [self.tokenizer.decode(row[row != PAD_AFTER_END].tolist()).strip() for row in tokens]
 
 
-@dataclasses.dataclass(frozen=True)
-class SamplePrompt:
-    """A prompt to answer before and after training."""
-
-    prompt: str
-    speaker: ChatModel
-
-    @classmethod
-    def from_settings(
-        cls, settings: Settings, directory: Path, task: LanguageTask, model: nn.Module
-    ) -> "SamplePrompt":
-        """Creates the prompt of `train.prompt`; raises a ValueError if it is too long."""
-        prompt, train = settings.train.prompt or "", settings.train
-        chat_model = ChatModel.from_settings(settings, directory, task, model, train.prompt_tokens)
-        chat_model.encode([Chat((Turn("user", prompt),))])
-        return cls(prompt, chat_model)
-
-    def ask(self, variables: Any) -> str:
-        """Returns the model's answer, decoded greedily."""
-        return self.speaker.answer(variables, [Chat((Turn("user", self.prompt),))])[0]
+def prompt_chat(prompt: str) -> Chat:
+    """Returns the conversation of a single prompt."""
+    return Chat((Turn("user", prompt),))
 
 
 def end_of_turn_ids(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """What training needs to know about a kind of model: an encoder with a head, or a language model."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -21,25 +21,20 @@ class TaskProtocol(Protocol):
     @property
     def kind(self) -> str:
         """The task's name in the settings."""
-        ...
 
     @property
     def metric(self) -> str:
         """The metric that selects the best evaluation."""
-        ...
 
     @property
-    def mode(self) -> Any:
+    def mode(self) -> Literal["min", "max"]:
         """`"min"` if a lower metric is better, `"max"` if a higher one is."""
-        ...
 
     def derived(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Computes the metrics that are not means over the data, from the means and rows of an evaluation."""
-        ...
 
     def notes(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
-        ...
 
 
 class TaskData(NamedTuple):

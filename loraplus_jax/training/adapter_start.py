@@ -15,7 +15,7 @@ from ..adapter.config import BASE_INITS, LoRAPlusConfig
 from ..adapter.spec import Specs
 from ..adapter.tree import combine, flatten, replace_leaves
 from ..data.batches import train_batches
-from ..inits.from_weights import make_factors, subtract_start
+from ..inits.from_weights import as_difference, make_factors, subtract_start
 from ..interop.adapter_files import check_factors, load_adapter, read_adapter_json, save_adapter
 from ..models.checkpoints.hf import check_params, read_leaf
 from ..quantization.packed_array import PackedArray, is_packed
@@ -53,13 +53,27 @@ def write_start(
     directory: Path,
     start: Mapping[str, Any],
     specs: Specs,
-    config: LoRAPlusConfig,
+    config: LoRAPlusConfig | None,
     metadata: Mapping[str, Any],
 ) -> None:
     """Writes the factors before the first step, for the run to resume with, unless they are there."""
     if not (directory / START).exists():
         notes = {name: metadata[name] for name in ("base", "identity")}
         save_adapter(directory / START, {"lora": start}, specs, config, **notes)
+
+
+def saved_form(
+    trained: dict[str, Any], specs: Specs, config: LoRAPlusConfig | None, start: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], Specs, LoRAPlusConfig | None, Mapping[str, Any] | None]:
+    """Trained values, specs, config and start to save an adapter with, so that it fits the original base."""
+    init = None if config is None else BASE_INITS.get(config.init)
+    if config is None or init is None or start is None:
+        return trained, specs, config, start
+    if init.subtracted:
+        lora, specs, config = as_difference(trained["lora"], start, specs, config)
+        return trained | {"lora": lora}, specs, config, None
+    # The start of lora_one is a step of training: nothing is subtracted from the base.
+    return trained, specs, config, None if config.init == "lora_one" else start
 
 
 def make_start(

@@ -142,7 +142,7 @@ def nonfinite_names(row: Mapping[str, float]) -> list[str]:
 
 def advice(run: Run, nonfinite: Sequence[str]) -> str:
     """Suggests settings to change, given the names of the non-finite metrics."""
-    optimizer, config = run.settings.optimizer, run.config
+    optimizer, config = run.settings.optimizer, run.settings.applied
     only_updates = all(name.startswith("update_norm/") for name in nonfinite)
     tips = []
     if config is not None and config.lr_ratio > 1:

@@ -43,8 +43,8 @@ def header(run: Run, step: int) -> Iterator[str]:
     trained = count(run.parts.trainable)
     total = trained + count(run.parts.frozen)
     method = settings.method
-    if run.config is not None:
-        method += f" (rank {run.config.rank}, lr_ratio {run.config.lr_ratio:g})"
+    if (config := settings.applied) is not None:
+        method += f" (rank {config.rank}, lr_ratio {config.lr_ratio:g})"
     share = f"{100 * trained / total:.2f} %"
     yield f"{method}: training {trained:,} of {total:,} parameters ({share}) for {run.steps} steps"
     yield from ignored_lines(settings, run.parts)

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .._utils.atomic import atomic_write, sync, to_json, write_text
 from .._utils.json_files import check_file
 from ..data.fetch import cache_dir
@@ -20,7 +18,6 @@ from ..data.fetch import cache_dir
 LogRow = dict[str, Any]
 
 METRICS, SUMMARY, PICTURE, EVENTS = "metrics.jsonl", "summary.json", "loss.png", "tensorboard"
-RANKS = "ranks.png"
 TEXTS = {"before": "generated_before.jsonl", "after": "generated.jsonl"}
 
 
@@ -183,28 +180,6 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, parse_math=False)
-    save_figure(figure, path)
-
-
-def draw_ranks(path: Path, ranks: Mapping[str, Any]) -> None:
-    """Draws the ranks that AdaLoRA left: a row for each module, a column for each layer of a stack."""
-    plt = pyplot()
-    rows = [np.ravel(value) for value in ranks.values()]
-    table = np.full((len(rows), max(map(len, rows))), np.nan)
-    for row, values in zip(table, rows, strict=True):
-        row[: len(values)] = values
-    size = (min(16.0, 3 + 0.5 * table.shape[1]), min(16.0, 1.5 + 0.35 * table.shape[0]))
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    axes.imshow(table, cmap="Blues", aspect="auto", vmin=0)
-    for (row, column), rank in np.ndenumerate(table):
-        if np.isfinite(rank):
-            dark = rank > 0.6 * np.nanmax(table)
-            axes.text(
-                column, row, f"{rank:.0f}", ha="center", va="center", color="white" if dark else "black"
-            )
-    axes.set_yticks(range(len(rows)), list(ranks))
-    axes.set_xticks(range(table.shape[1]))
-    axes.set(xlabel="layer", title="Ranks after training")
     save_figure(figure, path)
 
 

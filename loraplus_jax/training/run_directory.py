@@ -34,7 +34,7 @@ from ..step.checkpoint import (
 )
 from ..step.train_step import TrainState
 from .distributed import check_same_everywhere, raise_together
-from .metrics_log import METRICS, PICTURE, RANKS, SUMMARY, TEXTS
+from .metrics_log import METRICS, PICTURE, SUMMARY, TEXTS
 from .provenance import check_allowed, checked_metadata
 from .xla import use_compilation_cache
 
@@ -214,7 +214,7 @@ def archive_results(directory: Path) -> None:
     if (summary := read_summary(directory)) is None:
         return
     step = summary.get("steps")
-    for path in (directory / name for name in (ADAPTER, PICTURE, RANKS, TEXTS["after"], SUMMARY)):
+    for path in (directory / name for name in (ADAPTER, PICTURE, TEXTS["after"], SUMMARY)):
         if path.exists():
             path.rename(first_free(path.with_stem(f"{path.stem}_step_{step}")))
 

@@ -14,18 +14,17 @@ import numpy as np
 from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests
-from ..adapter.config import BASE_INITS
 from ..adapter.tree import combine, count
 from ..data.batches import Batch, train_batches
-from ..inits.from_weights import as_difference
 from ..interop.adapter_files import save_adapter
 from ..optim.ranks import final_ranks
 from ..settings.schema import Settings
 from ..step.checkpoint import PACKAGES, add_metrics, save_checkpoint
 from ..step.sharding import distribute, local_rows, shard_batch
 from ..step.train_step import TrainState, init_state
+from ..tasks.chat_model import prompt_chat
 from ..tasks.interface import held_out_split, row_count
-from .adapter_start import write_start
+from .adapter_start import saved_form, write_start
 from .anomalies import (
     SpikeHistory,
     TrainingFailed,
@@ -38,7 +37,7 @@ from .anomalies import (
 from .console import LineConsole, ProgressLines, format_metrics, header, lines_only, progress
 from .distributed import idle_gpus, join_processes, raise_together
 from .evaluation import evaluate, finish_metrics
-from .metrics_log import PICTURE, RANKS, SUMMARY, TEXTS, RunLog, draw_loss, draw_ranks
+from .metrics_log import PICTURE, SUMMARY, TEXTS, RunLog, draw_loss
 from .run_directory import ADAPTER, OutputDirectory, archive_results, open_output_directory, write_config
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
@@ -82,8 +81,8 @@ def train(
             output.claim()
             with raise_together():
                 if is_lead() and run.start is not None and settings.init_adapter is None:
-                    assert run.config is not None
-                    write_start(output.path, run.start, run.parts.specs, run.config, run.metadata)
+                    specs, config = run.parts.specs, settings.applied
+                    write_start(output.path, run.start, specs, config, run.metadata)
             output.open_manager(best=f"validation/{run.data.task.metric}", mode=run.data.task.mode)
             return Trainer(run, output).run_to_end()
 
@@ -118,8 +117,16 @@ class Trainer:
         started = time.perf_counter()
         rows, digest = self.resume()
         self.step = step = int(self.state.step)
-        if self.output.changed:  # only now is it known that the run can resume
-            self.accept(self.output.changed)
+        if changed := self.output.changed:  # only now is it known that the run can resume
+            if self.run.steps < step:
+                raise ValueError(
+                    f"train.steps or train.epochs ends the run at step {self.run.steps}, but it has already done "
+                    f"{step} steps; raise it"
+                )
+            if is_lead():
+                archive_results(self.directory)
+                write_config(self.directory, self.run.settings)
+            self.console.print(f"settings changed since the run started: {'; '.join(changed)}")
         self.log = RunLog(self.directory, keep=rows, digest=digest, writes=is_lead(), check=self.output.check)
         try:
             self.restore_metrics()
@@ -132,18 +139,6 @@ class Trainer:
                 return self.write_summary(before, after, time.perf_counter() - started)
         finally:
             self.log.close()
-
-    def accept(self, changed: Sequence[str]) -> None:
-        """Writes changed settings; renames the results of a finished run that continues."""
-        if self.run.steps < self.step:
-            raise ValueError(
-                f"train.steps or train.epochs ends the run at step {self.run.steps}, but it has already done "
-                f"{self.step} steps; raise it"
-            )
-        if is_lead():
-            archive_results(self.directory)
-            write_config(self.directory, self.run.settings)
-        self.console.print(f"settings changed since the run started: {'; '.join(changed)}")
 
     def check_stop(self) -> None:
         """Raises Stopped if a signal was received, once running saves are done."""
@@ -192,15 +187,22 @@ class Trainer:
             row = self.log.rows[-1]
         before = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
         self.console.print(f"before: {format_metrics(before)} ({self.held_out})")
-        if self.run.sample_prompt is not None:
-            self.answers = {"prompt": self.run.sample_prompt.prompt, "before": self.answer(self.initial)}
-            self.print_answer("before")
+        self.ask_prompt("before", self.initial)
+        self.print_answer("before")
         return before
+
+    def ask_prompt(self, when: str, trainable: Any) -> None:
+        """Stores the model's answer to `train.prompt`, if there is one."""
+        if self.run.chat_model is not None and (prompt := self.settings.prompt) is not None:
+            variables = combine(trainable, self.frozen)
+            (answer,) = self.run.chat_model.answer(variables, [prompt_chat(prompt)])
+            self.answers |= {"prompt": prompt, when: answer}
 
     def print_answer(self, when: str) -> None:
         """Prints `train.prompt` and the model's answer, which may have several lines."""
-        text = f"> {self.answers['prompt']}\n{when + ':':7} {self.answers[when]}"
-        self.console.print(*text.split("\n"), sep="\n")
+        if self.answers:
+            text = f"> {self.answers['prompt']}\n{when + ':':7} {self.answers[when]}"
+            self.console.print(*text.split("\n"), sep="\n")
 
     def score_texts(self, trainable: Any, when: str) -> dict[str, float]:
         """Generates texts for held-out inputs, writes them to a file and prints a few; returns their scores."""
@@ -232,11 +234,6 @@ class Trainer:
                 self.check_stop()
 
         return between
-
-    def answer(self, trainable: Any) -> str:
-        """Returns the model's answer to `train.prompt`."""
-        assert self.run.sample_prompt is not None
-        return self.run.sample_prompt.ask(combine(trainable, self.frozen))
 
     def loop(self, step: int) -> None:
         """Runs the remaining steps, with evaluations, checkpoints and early stopping."""
@@ -375,50 +372,30 @@ class Trainer:
         """Selects the final state, evaluates it on held-out data, and writes the adapter and the loss plot."""
         if self.settings.select == "best":
             self.manager.wait_until_finished()
-            self.choose_best()
-        after = self.evaluate(self.state.trainable, self.held_out)
-        after |= self.score_texts(self.state.trainable, "after")
-        if self.run.sample_prompt is not None:
-            self.answers["after"] = self.answer(self.state.trainable)
-        if self.run.settings.optimizer.target_rank is not None:
-            self.ranks = final_ranks(gather_to_host(self.state.trainable["lora"]), self.run.parts.specs)
-        self.write_results()
+            if (best := self.output.restore(self.state, self.run.metadata, best=True)) is not None:
+                self.state = best.state
+        trainable, settings, specs = self.state.trainable, self.run.settings, self.run.parts.specs
+        after = self.evaluate(trainable, self.held_out) | self.score_texts(trainable, "after")
+        self.ask_prompt("after", trainable)
+        trained = gather_to_host(trainable)
+        if settings.optimizer.target_rank is not None:
+            self.ranks = final_ranks(trained["lora"], specs)
+        self.log.sync()  # what the results follow from is on disk before them
+        if is_lead():
+            notes = {"settings": {k: v for k, v in settings.to_json().items() if k != "output_dir"}}
+            notes |= {name: self.run.metadata[name] for name in ("base", "task", "identity")}
+            trained, specs, config, start = saved_form(trained, specs, settings.applied, self.run.start)
+            save_adapter(self.directory / ADAPTER, trained, specs, config, start=start, **notes)
+            source = ", ".join(Path(file).name for file in settings.data.sources)
+            title = f"{settings.method}, {settings.model.path} on {source}"
+            draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
         return after
-
-    def write_results(self) -> None:
-        """Writes the adapter and the loss plot, after all rows are on disk."""
-        trained = gather_to_host(self.state.trainable)
-        self.log.sync()
-        if not is_lead():
-            return
-        notes = {name: self.run.metadata[name] for name in ("base", "task", "identity")}
-        settings = {name: v for name, v in self.run.settings.to_json().items() if name != "output_dir"}
-        specs, config, start = self.run.parts.specs, self.run.config, self.run.start
-        init = None if config is None else BASE_INITS.get(config.init)
-        if config is not None and start is not None and init is not None and init.subtracted:
-            lora, specs, config = as_difference(trained["lora"], start, specs, config)
-            trained, start = trained | {"lora": lora}, None
-        elif config is not None and config.init == "lora_one":  # is a step of training; the base stays whole
-            start = None
-        save_adapter(
-            self.directory / ADAPTER, trained, specs, config, start=start, settings=settings, **notes
-        )
-        if self.ranks:
-            draw_ranks(self.directory / RANKS, self.ranks)
-        data = self.run.settings.data
-        source = ", ".join(Path(file).name for file in data.sources)
-        title = f"{self.run.settings.method}, {self.run.settings.model.path} on {source}"
-        draw_loss(self.directory / PICTURE, self.log, self.task.metric, title)
-
-    def choose_best(self) -> None:
-        """Restores the best readable checkpoint; keeps the current state if there is none."""
-        if (restored := self.output.restore(self.state, self.run.metadata, best=True)) is not None:
-            self.state = restored.state
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
         trained, texts = count(self.run.parts.trainable), self.run.held_out_texts
-        theory = read_metrics(self.log.rows, self.run.config, self.run.settings.init_adapter is not None)
+        settings = self.run.settings
+        theory = read_metrics(self.log.rows, settings.applied, settings.init_adapter is not None)
         summary = {
             "before": dict(before),
             "after": dict(after),
@@ -430,7 +407,7 @@ class Trainer:
             **({"answers": self.answers} if self.answers else {}),
             **({"theory": theory} if theory else {}),
             **({"ranks": self.ranks} if self.ranks else {}),
-            "method": self.run.settings.method,
+            "method": settings.method,
             "steps": self.log.rows[-1]["step"],
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
             "selected_step": int(self.state.step),
@@ -449,8 +426,7 @@ class Trainer:
         )
         if theory:
             self.console.print(f"theory: {theory}")
-        if self.answers:
-            self.print_answer("after")
+        self.print_answer("after")
         self.console.print(
             f"results in {self.directory}: {ADAPTER}/, {SUMMARY}, {PICTURE}, metrics.jsonl, tensorboard/"
             + (f", {TEXTS['after']}" if texts else "")

@@ -211,8 +211,8 @@ def asked(settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_answers, "make_generate", lambda *_, **options: options["new_tokens"])
         with without_compiling():
-            answer = setup.prepare(settings).sample_prompt
-    return answer and (answer.prompt, answer.speaker.generate)
+            chat_model = setup.prepare(settings).chat_model
+    return chat_model and (settings.train.prompt, chat_model.generate)
 
 
 def searched(settings):
@@ -468,7 +468,9 @@ def home(first_world, tmp_path_factory, cache):
     with without_compiling():
         run = setup.prepare(parse_settings(world.config, ("--seed", "5")))
     notes = {name: run.metadata[name] for name in ("base", "task", "settings")}
-    save_adapter(world.directory / "adapter", run.parts.trainable, run.parts.specs, run.config, **notes)
+    save_adapter(
+        world.directory / "adapter", run.parts.trainable, run.parts.specs, run.settings.applied, **notes
+    )
     template = language.TEMPLATE.replace("<|im_end|>\n", "<|im_end|>")
     (world.directory / "template.jinja").write_text(template)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))

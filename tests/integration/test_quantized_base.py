@@ -36,7 +36,7 @@ def parts_of(world, *overrides):
     """The loaded model of the world's settings."""
     settings = parse_settings(world.config, [*overrides])
     _, directory, _, _, shapes, _ = abstract_run(settings)
-    return load_model(settings, directory, shapes, settings.applied)
+    return load_model(settings, directory, shapes)
 
 
 def packed_paths(parts):

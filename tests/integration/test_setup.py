@@ -67,7 +67,7 @@ def test_the_head_is_the_only_extra_and_is_new(world):
 @pytest.mark.slow
 def test_full_trains_all_and_freezes_nothing(world):
     run = prepared(world, "--method", "full")
-    assert run.config is None
+    assert run.settings.applied is None
     assert run.parts.frozen == {}
     assert run.parts.specs == {}
     assert set(run.parts.trainable) == {"params"}

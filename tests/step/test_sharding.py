@@ -37,7 +37,7 @@ from loraplus_jax.step.sharding import (
     local_rows,
     make_shardings,
 )
-from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.tasks.language_losses import LanguageTask
 
 from ..marks import every

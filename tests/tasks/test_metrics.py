@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from loraplus_jax.tasks.classification import EncoderTask
+from loraplus_jax.tasks.encoder import EncoderTask
 from loraplus_jax.tasks.metrics import SPLIT_METRICS
 
 from ..messages import mentions

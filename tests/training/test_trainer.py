@@ -137,7 +137,7 @@ def test_validation_selects_the_best_and_test_is_evaluated_before_and_after(
     parts = AdaptedModel(base, base, {}, {"params": {"w": jnp.zeros(())}}, {})
     programs = Programs(jit_step(descend, tx, mesh=mesh, skip_nonfinite=True), make_eval(distance, mesh=mesh))
     shardings, notes = state_shardings(parts, tx, mesh), {"base": None, "identity": {}, "task": {}}
-    run = Run(settings, None, data, parts, 5, tx, mesh, shardings, programs, None, None, notes, None)
+    run = Run(settings, data, parts, 5, tx, mesh, shardings, programs, None, None, notes, None)
     monkeypatch.setattr(training, "prepare", lambda *_, **__: run)
     monkeypatch.setattr(training, "draw_loss", lambda *_: None)
     summary = training.train(settings, console=LineConsole(quiet=True))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from loraplus_jax.data.splits import LabelledTexts
-from loraplus_jax.tasks.classification import EncoderTask, apply_model
+from loraplus_jax.tasks.encoder import EncoderTask, apply_model
 
 from ..messages import mentions
 
