@@ -17,14 +17,15 @@ class Command(NamedTuple):
 
     Attributes:
       text: help text.
-      run: runs the command with the arguments that were passed, as keywords; returns an exit code, or None for 0.
+      run: runs the command with the arguments that were passed, as keywords; returns a text to print, an exit code,
+        or None for 0.
       arguments: what argparse's `add_argument` takes, by option or by name of a positional argument.
       settings: class of the settings that the command accepts, as `module:class`; `run` gets `settings`, and
         `words`, what they were read from: the config file and the settings on the command line.
     """
 
     text: str
-    run: Callable[..., int | None]
+    run: Callable[..., str | int | None]
     arguments: Mapping[str, Mapping[str, Any]]
     settings: str = ""
 

@@ -182,26 +182,24 @@ def evaluate_tasks(
     output = _output_file(path, output)
     data_root = expand_path("--data_root", data_root)
     parts = list(_read_parts(tasks, data_root, shots or 0, limit))
-    settings, base, task, model, variables = open_model(place, template, dtype, config, allow_different)
-    longest, mesh = model_config(base).max_length, make_mesh(1)
-    tokenizer, chat_template = load_tokenizer(base), None
+    tuned = open_model(place, template, dtype, config, allow_different)
+    longest, mesh = model_config(tuned.base).max_length, make_mesh(1)
+    tokenizer, chat_template = load_tokenizer(tuned.base), None
     if set(tasks) != {MMLU}:  # which needs no chat template, and not every model has one
-        _, chat_template = tokenizer_and_template(settings, base, task)
+        _, chat_template = tokenizer_and_template(tuned.settings, tuned.base, tuned.task)
     items = [_encode(part, shots or 0, tokenizer, chat_template, longest) for part in parts]
-    _check_lengths(parts, items, longest)
-    variables = replicate(mesh, variables)
-    scorer = Scorer(model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
-    scores = iter(scorer([choice for part_items in items for item in part_items for choice in item.choices]))
-    correct = [
-        [
-            _is_correct(question, item, scores)
-            for question, item in zip(part.questions, part_items, strict=True)
-        ]
+    problems = [
+        (question.place, f"{length} tokens with a choice, above the model's context of {longest}: remove it")
         for part, part_items in zip(parts, items, strict=True)
+        for question, item in zip(part.questions, part_items, strict=True)
+        if (length := max(len(choice.ids) for choice in item.choices)) > longest
     ]
-    summary = read_summary(path) or {}
-    accuracies = _accuracies(parts, items, correct)
-    results = TaskResults(place, str(data_root), summary.get("steps"), shots, limit, accuracies)
+    raise_problems(problems)
+    variables = replicate(mesh, tuned.variables)
+    scorer = Scorer(tuned.parts.model, variables, mesh=mesh, batch_size=batch_size, max_length=longest)
+    scores = scorer([choice for part_items in items for item in part_items for choice in item.choices])
+    steps, accuracies = (read_summary(path) or {}).get("steps"), _accuracies(parts, items, iter(scores))
+    results = TaskResults(place, str(data_root), steps, shots, limit, accuracies)
     write_text(output, to_json(results.to_json(), indent=1) + "\n", new=True)
     return results, output
 
@@ -253,31 +251,21 @@ def _read_parts(tasks: Sequence[str], root: Path, shots: int, limit: int | None)
 def _encode(
     part: _Part, shots: int, tokenizer: Tokenizer, template: ChatTemplate | None, longest: int
 ) -> list[_Item]:
-    if part.subject is not None:
-        return _encode_mmlu(part.subject, part.questions, shots, tokenizer, longest)
-    assert template is not None
-    rows = tokenize_choices(part.questions, tokenizer, template)
-    return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
-
-
-def _encode_mmlu(
-    subject: Subject, questions: Sequence[Question], shots: int, tokenizer: Tokenizer, longest: int
-) -> list[_Item]:
-    """Encodes a subject's questions, each with as many solved examples as fit the model's context."""
+    """Encodes questions; those of MMLU each with as many solved examples as fit the model's context."""
+    subject, questions = part.subject, part.questions
+    if subject is None:
+        assert template is not None
+        rows = tokenize_choices(questions, tokenizer, template)
+        return [_Item([Continuation(*choice) for choice in choices]) for choices in rows]
     # The tokens that the tokenizer puts before a text, such as BOS.
     special = tokenizer.encode("a")
     start = np.array(special.ids[: special.special_tokens_mask.index(0)], np.int32)
     items: dict[int, _Item] = {}
     for k in range(shots, -1, -1):
-        missing = [n for n in range(len(questions)) if n not in items]
-        prompts = [subject.prompt(questions[n], k) for n in missing]
-        texts = [
-            prompt + choice
-            for n, prompt in zip(missing, prompts, strict=True)
-            for choice in questions[n].choices
-        ]
+        prompts = {n: subject.prompt(x, k) for n, x in enumerate(questions) if n not in items}
+        texts = [prompt + choice for n, prompt in prompts.items() for choice in questions[n].choices]
         encodings = tokenize(texts, tokenizer)
-        for n, prompt in zip(missing, prompts, strict=True):
+        for n, prompt in prompts.items():
             tokens = [Tokens(x) for x in itertools.islice(encodings, len(questions[n].choices))]
             choices = [
                 Continuation(np.concatenate([start, x.ids]), len(start) + x.first_after(len(prompt)))
@@ -288,40 +276,27 @@ def _encode_mmlu(
     return [items[n] for n in range(len(questions))]
 
 
-def _check_lengths(parts: Sequence[_Part], items: Sequence[Sequence[_Item]], longest: int) -> None:
-    """Raises ValueError with the questions that do not fit the model's context."""
-    problems = []
-    for part, part_items in zip(parts, items, strict=True):
-        for question, item in zip(part.questions, part_items, strict=True):
-            if (length := max(len(choice.ids) for choice in item.choices)) > longest:
-                problem = f"{length} tokens with a choice, above the model's context of {longest}: remove it"
-                problems.append((question.place, problem))
-    raise_problems(problems)
-
-
-def _is_correct(question: Question, item: _Item, scores: Iterator[Score]) -> bool:
-    """Whether the correct choice is the first of the most likely ones; takes the item's scores."""
-    likelihoods = [score.log_likelihood for score in itertools.islice(scores, len(item.choices))]
-    return likelihoods.index(max(likelihoods)) == question.answer
-
-
 def _accuracies(
-    parts: Sequence[_Part], items: Sequence[Sequence[_Item]], correct: Sequence[Sequence[bool]]
+    parts: Sequence[_Part], items: Sequence[Sequence[_Item]], scores: Iterator[Score]
 ) -> dict[str, Accuracy]:
     """Accuracy by task; that of MMLU is over all questions, as its own script computes it."""
     results: dict[str, Accuracy] = {}
-    for name in dict.fromkeys(part.task for part in parts):
-        mine = [n for n, part in enumerate(parts) if part.task == name]
-        single = {
-            n: Accuracy.of(correct[n], parts[n].available, sum(item.fewer_shots for item in items[n]))
-            for n in mine
-        }
-        subjects = {subject.name: single[n] for n in mine if (subject := parts[n].subject)}
+    for name, pairs in itertools.groupby(zip(parts, items, strict=True), lambda pair: pair[0].task):
+        correct, subjects = [], {}
+        for part, part_items in pairs:
+            answers = []
+            for question, item in zip(part.questions, part_items, strict=True):
+                likelihoods = [x.log_likelihood for x in itertools.islice(scores, len(item.choices))]
+                answers.append(likelihoods.index(max(likelihoods)) == question.answer)
+            fewer_shots = sum(item.fewer_shots for item in part_items)
+            subject = "" if part.subject is None else part.subject.name
+            subjects[subject] = Accuracy.of(answers, part.available, fewer_shots)
+            correct += answers
         results[name] = Accuracy.of(
-            [answer for n in mine for answer in correct[n]],
-            sum(result.available for result in single.values()),
-            sum(result.fewer_shots for result in single.values()),
-            subjects,
+            correct,
+            sum(x.available for x in subjects.values()),
+            sum(x.fewer_shots for x in subjects.values()),
+            {subject: x for subject, x in subjects.items() if subject},
         )
     return results
 

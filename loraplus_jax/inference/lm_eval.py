@@ -76,16 +76,12 @@ class LoRAPlusLM(TemplateLM):
         super().__init__()
         check_int("batch_size", batch_size, at_least=1)
         check_int("max_gen_toks", max_gen_toks, at_least=1)
-        opened = open_model(str(place), template, dtype, config, allow_different)
-        self._settings, self._base, self._task, self._model, variables = opened
-        mesh = make_mesh(1)
-        self._variables = replicate(mesh, variables)
+        self._tuned = open_model(str(place), template, dtype, config, allow_different)
+        self._base, self._model, mesh = self._tuned.base, self._tuned.parts.model, make_mesh(1)
+        self._variables = replicate(mesh, self._tuned.variables)
         self._config = model_config(self._base)
-        self.max_length, self.batch_size, self.max_gen_toks = (
-            self._config.max_length,
-            batch_size,
-            max_gen_toks,
-        )
+        self.max_length, self.batch_size = self._config.max_length, batch_size
+        self.max_gen_toks = max_gen_toks
         self._tokenizer, self._place = load_tokenizer(self._base), str(place)
         self._special = special_tokens(self._base)
         self._program = functools.cache(self._make_program)
@@ -126,7 +122,7 @@ class LoRAPlusLM(TemplateLM):
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:
-        return tokenizer_and_template(self._settings, self._base, self._task)[1]
+        return tokenizer_and_template(self._tuned.settings, self._base, self._tuned.task)[1]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokenizes a text; by default with special tokens, unless it starts with BOS."""
@@ -227,7 +223,7 @@ class LoRAPlusLM(TemplateLM):
         return [answers[n] for n in range(len(prompts))]
 
     def _make_program(self, new_tokens: int, stop: tuple[int, ...]) -> Generate:
-        dtype = jnp.dtype(self._settings.model.dtype)
+        dtype = jnp.dtype(self._tuned.settings.model.dtype)
         return make_generate(self._model, self._config, new_tokens=new_tokens, stop=stop, dtype=dtype)
 
 

@@ -48,21 +48,28 @@ OUTPUT_SUFFIX = ".jsonl"
 
 
 class TunedModel(NamedTuple):
-    """A loaded run, adapter or merged model.
+    """A run, adapter or merged model, or a model without any.
 
     Attributes:
       settings: settings of the run.
-      task: task that it was trained for.
+      task: task that it was trained for; None if that is unknown.
       parts: model and variables.
       base: directory or file of the base model.
       notes: metadata of the adapter or the merged model.
+      identity: identity of the base model.
     """
 
     settings: Settings
     task: Any
     parts: AdaptedModel
     base: Path
-    notes: Mapping[str, Any]
+    notes: Mapping[str, Any] = {}
+    identity: Mapping[str, Any] = {}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """All variables of the model."""
+        return combine(self.parts.trainable, self.parts.frozen)
 
 
 def load_tuned(place: Path, config: str | None = None, allow_different: Sequence[str] = ()) -> TunedModel:
@@ -81,6 +88,11 @@ def load_tuned(place: Path, config: str | None = None, allow_different: Sequence
     if directory is None and (place / NOTES_FILE).is_file():
         return _load_merged(place, config, allow_different)
     directory = require_adapter(place, f", nor a merged model ({NOTES_FILE})")
+    return load_weights(directory, describe_adapter(directory, config, allow_different), allow_different)
+
+
+def describe_adapter(directory: Path, config: str | None, allow: Sequence[str]) -> TunedModel:
+    """The model of an adapter, with shapes as variables, after a check of the base's identity; see `load_tuned`."""
     notes = read_notes(directory)
     if {"settings", "task", "base"} <= notes.keys():
         settings, task = settings_and_task(directory, notes, config)
@@ -99,15 +111,21 @@ def load_tuned(place: Path, config: str | None = None, allow_different: Sequence
             else "use a run or adapter from loraplus train"
         )
         raise ValueError(f"{directory} has no training settings; {advice}")
-    check_identity(directory, notes, model_identity(settings, base, task), allow=allow_different)
-    parts = load_model(settings, base, build_model(settings, base, task, lora_config))
-    weights = fingerprint(parts.frozen) if parts.frozen else None
-    check_identity(directory, notes, {}, weights=weights, allow=allow_different)
+    identity = model_identity(settings, base, task)
+    check_identity(directory, notes, identity, allow=allow)
+    return TunedModel(settings, task, build_model(settings, base, task, lora_config), base, notes, identity)
+
+
+def load_weights(directory: Path, tuned: TunedModel, allow: Sequence[str] = ()) -> TunedModel:
+    """Loads the weights of an adapter and of its base, whose shapes `tuned` has."""
+    parts = load_model(tuned.settings, tuned.base, tuned.parts)
+    if parts.frozen and "base" in tuned.notes:
+        check_identity(directory, tuned.notes, {}, weights=fingerprint(parts.frozen), allow=allow)
     adapter = read_adapter(directory, parts, params_of(parts))
     trainable = ({"lora": adapter.lora} if adapter.lora else {}) | adapter.extras
     if jax.tree.map(np.shape, trainable) != jax.tree.map(np.shape, parts.trainable):
         raise ValueError(f"{directory}: tensor shapes do not match the model that its settings describe")
-    return TunedModel(settings, task, parts._replace(trainable=trainable), base, notes)
+    return tuned._replace(parts=parts._replace(trainable=trainable))
 
 
 def settings_and_task(
@@ -181,6 +199,8 @@ def evaluate_run(
     """
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
+    if output is not None:
+        check_output(output)
     tuned = load_tuned(directory, config, allow_different)
     settings, module = tuned.settings, task_module(tuned.settings)
     splits = ("train", "validation", "test")
@@ -297,11 +317,8 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
 
 def _compute_outputs(tuned: TunedModel, texts: Sequence[str], pairs: Sequence[str] | None) -> np.ndarray:
     arrays, _ = encode_texts(texts, pairs, tokenizer_for(tuned.settings, tuned.base))
-    mesh = make_mesh(1)
-    variables = combine(tuned.parts.trainable, tuned.parts.frozen)
+    mesh, variables = make_mesh(1), tuned.variables
     apply = jax.jit(functools.partial(apply_model, tuned.parts.model))
-    batch_size = min(tuned.settings.train.eval_batch_size, len(texts))
-    batch_outputs = [
-        np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in eval_batches(arrays, batch_size)
-    ]
-    return np.concatenate(batch_outputs)[: len(texts)]
+    batches = eval_batches(arrays, min(tuned.settings.train.eval_batch_size, len(texts)))
+    outputs = [np.asarray(apply(variables, shard_batch(batch, mesh))) for batch in batches]
+    return np.concatenate(outputs)[: len(texts)]

@@ -1,7 +1,6 @@
 """The log of a run: rows in `metrics.jsonl`, TensorBoard events, and a plot of the loss."""
 
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -66,10 +65,15 @@ class RunLog:
         self.rows = [_parse_row(line) for line in lines]
         if not writes:
             return
-        step = self.rows[-1]["step"] if self.rows else 0
         write_text(self.path, kept.decode())
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = _events_writer(directory / EVENTS, step)
+        writer, self._types = _load_tensorboard()
+        (directory / EVENTS).mkdir(exist_ok=True)
+        # Writes synchronously. On a full disk, the thread of SummaryWriter blocks forever.
+        self._events = writer.EventsWriter(str(directory / EVENTS / "events"))
+        if self.rows:  # tell TensorBoard to drop the events after the step that the run resumes from
+            start = {"status": self._types.SessionLog.SessionStatus.START}
+            self._write_event(self.rows[-1]["step"] + 1, session_log=start)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row."""
@@ -81,8 +85,15 @@ class RunLog:
         self._check()
         self._file.write(line)
         self._file.flush()
-        self._events.write_event(_scalars(step, values))
+        # TensorBoard groups names by what is before their first slash.
+        tags = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
+        self._write_event(
+            step, summary={"value": [{"tag": tag, "simple_value": value} for tag, value in tags.items()]}
+        )
         self._events.flush()
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(self._types.Event(wall_time=time.time(), step=step, **content))
 
     def digest(self) -> str:
         """A short hex digest of the bytes of all rows."""
@@ -108,38 +119,18 @@ class RunLog:
         self._events.close()
 
 
-def _events_writer(directory: Path, step: int) -> Any:
-    """Opens a TensorBoard event file with synchronous writes; on a full disk, SummaryWriter blocks forever.
-
-    A run that resumes from a step tells TensorBoard to drop all later events.
-    """
-    directory.mkdir(exist_ok=True)
-    writer = _tensorboard("event_file_writer").EventsWriter(str(directory / "events"))
-    if step:
-        start = {"status": _tensorboard("proto.event_pb2").SessionLog.SessionStatus.START}
-        writer.write_event(
-            _tensorboard("proto.event_pb2").Event(wall_time=time.time(), step=step + 1, session_log=start)
-        )
-    return writer
-
-
-def _scalars(step: int, values: Mapping[str, float]) -> Any:
-    """Makes a TensorBoard event; names with a slash are grouped by their first part, others under `train`."""
-    named = {name if "/" in name else f"train/{name}": float(value) for name, value in values.items()}
-    summary = {"value": [{"tag": tag, "simple_value": value} for tag, value in named.items()]}
-    return _tensorboard("proto.event_pb2").Event(wall_time=time.time(), step=step, summary=summary)
-
-
-def _tensorboard(name: str) -> Any:
-    """Imports a module of tensorboardX, without torch: that takes seconds, and only torch's tensors need it."""
+def _load_tensorboard() -> tuple[Any, Any]:
+    # tensorboardX imports torch if it is installed, only to accept its tensors, and that takes seconds.
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
-        return importlib.import_module(f"tensorboardX.{name}")
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2
     finally:
         if hidden:
             del sys.modules["torch"]
+    return event_file_writer, event_pb2
 
 
 def _parse_row(line: str | bytes) -> LogRow:
@@ -168,12 +159,15 @@ def draw_loss(path: Path, log: RunLog, metric: str, title: str) -> None:
     """Plots the training loss (raw and smoothed), the validation loss and the validation metric."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    steps, loss = _split_pairs(log.values("loss"))
+    curves = [log.values(name) for name in ("loss", "validation/loss", f"validation/{metric}")]
+    (steps, loss), validation_loss, validation_metric = (
+        [*zip(*curve, strict=True)] or ((), ()) for curve in curves
+    )
     left.plot(steps, loss, color="tab:blue", alpha=0.25, linewidth=1)
     left.plot(steps, smooth(loss), color="tab:blue", linewidth=2, label="training (smoothed)")
-    left.plot(*_split_pairs(log.values("validation/loss")), "o-", color="tab:orange", label="validation")
+    left.plot(*validation_loss, "o-", color="tab:orange", label="validation")
     left.set(xlabel="step", ylabel="loss", title="Loss", ylim=(0, None))
-    right.plot(*_split_pairs(log.values(f"validation/{metric}")), "o-", color="tab:orange")
+    right.plot(*validation_metric, "o-", color="tab:orange")
     right.set(xlabel="step", ylabel=metric, title=f"Validation {metric}")
     left.legend(frameon=False)
     for axes in (left, right):
@@ -195,7 +189,3 @@ def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
         total, norm = weight * total + value, weight * norm + 1.0
         result.append(total / norm)
     return result
-
-
-def _split_pairs(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in pairs], [value for _, value in pairs]

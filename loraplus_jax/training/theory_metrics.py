@@ -47,19 +47,10 @@ def lower_theory(
     return measure.lower(state.trainable, state.trainable["lora"], frozen, rows)
 
 
-def is_due(every: int | None, step: int) -> bool:
-    """Whether to measure this step, counted from 1."""
-    return every is not None and step % every == 0
-
-
 @jax.jit
-def _copy_tree(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
-
-
 def copy_adapters(trainable: Mapping[str, Any]) -> Any:
     """Copies the adapters, since a step donates its state."""
-    return _copy_tree(trainable["lora"])
+    return jax.tree.map(jnp.copy, trainable["lora"])
 
 
 def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
@@ -71,15 +62,14 @@ def first_rows(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:
 def to_metrics(terms: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str, float]:
     """Returns the metrics `theory/LAYER/TERM` of every layer and their means `theory/mean/TERM`."""
     layers = terms_by_layer(jax.device_get(terms), specs)
-    values = {
-        f"{METRIC_PREFIX}/{path}/{name}": layer[name] for path, layer in layers.items() for name in TERMS
-    }
-    means = {
-        f"{METRIC_PREFIX}/mean/{name}": float(np.mean([layer[name] for layer in layers.values()]))
-        for name in TERMS
-        if layers
-    }
-    return means | values
+    metrics = {}
+    if layers:
+        for name in TERMS:
+            mean = np.mean([layer[name] for layer in layers.values()])
+            metrics[f"{METRIC_PREFIX}/mean/{name}"] = float(mean)
+    for path, layer in layers.items():
+        metrics |= {f"{METRIC_PREFIX}/{path}/{name}": layer[name] for name in TERMS}
+    return metrics
 
 
 def read_metrics(rows: Iterable[LogRow], config: LoRAPlusConfig | None, from_adapter: bool) -> str | None:

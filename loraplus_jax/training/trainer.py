@@ -15,7 +15,7 @@ from .._utils.atomic import to_json, write_text
 from .._utils.multihost import allgather, gather_to_host, is_lead
 from .._utils.records import check_digests, file_digests
 from ..adapter.tree import combine, count
-from ..data.batches import Batch, train_batches
+from ..data.batches import train_batches
 from ..interop.adapter_files import save_adapter
 from ..optim.ranks import final_ranks
 from ..settings.schema import Settings
@@ -41,7 +41,7 @@ from .metrics_log import PICTURE, SUMMARY, TEXTS, RunLog, draw_loss
 from .run_directory import ADAPTER, OutputDirectory, archive_results, open_output_directory, write_config
 from .setup import Run, prepare
 from .signals import Stopped, StopSignal
-from .theory_metrics import copy_adapters, first_rows, is_due, read_metrics, to_metrics
+from .theory_metrics import copy_adapters, first_rows, read_metrics, to_metrics
 
 SHOWN_TEXTS = 5
 
@@ -169,8 +169,7 @@ class Trainer:
             self.console.print(
                 f"the metrics of checkpoint {step} are damaged or missing; restored from the log"
             )
-            metrics = {name: value for name, value in rows[step].items() if name != "step"}
-            add_metrics(self.manager, step, metrics)
+            add_metrics(self.manager, step, {k: v for k, v in rows[step].items() if k != "step"})
 
     def evaluate_before(self) -> dict[str, float]:
         """Evaluates on held-out data before the first step; a resumed run reads the result from the log."""
@@ -243,19 +242,19 @@ class Trainer:
                 self.evaluate_and_save(step)
             self.clock, lines = time.perf_counter(), ProgressLines(self.console, "step", self.run.steps, step)
             while step < self.run.steps and not self.should_stop():
-                batch = next(self.batches)
-                before = (
-                    copy_adapters(self.state.trainable)
-                    if is_due(self.settings.theory_every, step + 1)
-                    else None
-                )
+                batch, every = next(self.batches), self.settings.theory_every
+                is_measured = every is not None and (step + 1) % every == 0
+                before = copy_adapters(self.state.trainable) if is_measured else None
                 rows = shard_batch(batch, self.run.mesh)
                 self.state, metrics = self.run.programs.step(self.state, self.frozen, rows)
                 self.pending.append(metrics)
                 self.step = step = step + 1
                 stopping = self.stop.is_due(step)
-                if before is not None:
-                    self.log.write(step, self.measure_theory(before, batch))
+                if is_measured:
+                    part = first_rows(batch, self.run.mesh, self.settings.batch_size)
+                    rows = shard_batch(part, self.run.mesh)
+                    terms = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
+                    self.log.write(step, to_metrics(terms, self.run.parts.specs))
                 if step % self.settings.log_every == 0 or step == self.run.steps or self.has_too_many_skips():
                     loss, rate = self.log_row(step)
                     bar.update(task, completed=step, loss=loss, rate=rate)
@@ -270,12 +269,6 @@ class Trainer:
                     self.check_stop()
         if self.pending:
             self.log_row(step)
-
-    def measure_theory(self, before: Any, batch: Batch) -> dict[str, float]:
-        """Measures how the last step changed the layers' outputs, given the adapters before it."""
-        rows = shard_batch(first_rows(batch, self.run.mesh, self.settings.batch_size), self.run.mesh)
-        terms = self.run.programs.theory(self.state.trainable, before, self.frozen, rows)
-        return to_metrics(terms, self.run.parts.specs)
 
     def log_row(self, step: int) -> tuple[str, str]:
         """Logs the pending metrics as one row; returns loss and speed for the progress bar."""
@@ -296,16 +289,13 @@ class Trainer:
         return f"{values.get('loss', math.nan):.4f}", f"{speed:.2f}"
 
     def has_too_many_skips(self) -> bool:
-        """Whether too many consecutive steps were skipped, not counting the step in flight.
-
-        Waits only for the `skipped` flag of the step before it, so at most two steps are in flight.
-        """
+        """Whether too many consecutive steps were skipped, not counting the step in flight."""
         before = self.pending[:-1]
+        # Waits only for this flag, so that at most two steps are in flight.
         if not before or not before[-1]["skipped"]:
             return False
-        return (
-            index_of_skip_limit(self.history, metrics_to_host(before), self.settings.max_skipped) is not None
-        )
+        limit = self.settings.max_skipped
+        return index_of_skip_limit(self.history, metrics_to_host(before), limit) is not None
 
     def evaluate_and_save(self, step: int) -> None:
         """Evaluates on the validation split, logs and prints the result, and saves a checkpoint.

@@ -51,12 +51,8 @@ def use_compilation_cache(directory: Path, console: Console) -> Iterator[None]:
             yield
         finally:
             for text in (str(warning.message) for warning in caught):
-                _report_warning(text, directory, console)
-
-
-def _report_warning(text: str, directory: Path, console: Console) -> None:
-    entry = re.search(r"persistent compilation cache entry for '(.*?)'", text)
-    console.print(f"{directory}: {text}" if entry else text)
-    for path in directory.glob(f"{entry[1]}-*-cache") if entry else ():
-        with contextlib.suppress(OSError):
-            path.unlink()
+                entry = re.search(r"persistent compilation cache entry for '(.*?)'", text)
+                console.print(f"{directory}: {text}" if entry else text)
+                for path in directory.glob(f"{entry[1]}-*-cache") if entry else ():
+                    with contextlib.suppress(OSError):
+                        path.unlink()
