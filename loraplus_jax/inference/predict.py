@@ -25,10 +25,10 @@ from ..settings.schema import DEFAULT_LORA, LANGUAGE_TASKS, Settings
 from ..step.fingerprints import fingerprint
 from ..step.sharding import make_mesh, replicate, shard_batch
 from ..step.train_step import make_eval
+from ..tasks.causal_lm import LanguageTask
 from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tokenizer_for
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, Split
-from ..tasks.language_losses import LanguageTask
 from ..training.evaluation import evaluate, finish_metrics
 from ..training.provenance import check_allowed, check_identity, model_identity
 from ..training.saved_adapter import (

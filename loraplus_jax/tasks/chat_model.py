@@ -26,8 +26,7 @@ from ..models.decoding.generate import (
 )
 from ..models.tokenizer import stop_ids
 from ..settings.schema import GenerationSettings, Settings
-from .causal_lm import model_config, tokenizer_and_template
-from .language_losses import LanguageTask
+from .causal_lm import LanguageTask, model_config, tokenizer_and_template
 
 GREEDY = Sampling()
 LIMITS = "generation.max_new_tokens, train.prompt_tokens or --max_tokens"

@@ -10,8 +10,8 @@ import flax.linen as nn
 from ..data.conversations import Chat
 from ..data.data_to_text import Input
 from ..settings.schema import Settings
+from .causal_lm import LanguageTask
 from .chat_model import ChatModel
-from .language_losses import LanguageTask
 from .text_scores import load_scorers, score_texts
 
 

@@ -38,10 +38,10 @@ from ..step.sharding import (
 )
 from ..step.train_step import TrainState, init_state, jit_step, make_eval
 from ..tasks import causal_lm, encoder
+from ..tasks.causal_lm import LanguageTask
 from ..tasks.chat_model import ChatModel, prompt_chat
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, BaseModel, Losses, TaskData, row_count
-from ..tasks.language_losses import LanguageTask
 from .adapter_start import begin_from, first_gradients, make_start, read_start
 from .distributed import check_same_everywhere, raise_together
 from .memory import check_memory

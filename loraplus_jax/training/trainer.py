@@ -220,15 +220,13 @@ class Trainer:
         return scores
 
     def between_batches(self, unit: str, rows: int, batch_size: int) -> Callable[[], None]:
-        """Returns what to call before each batch: it prints progress, and raises Stopped after a signal.
-
-        With several processes it does not raise: one that left would keep the others waiting in a collective.
-        """
+        """Returns what to call before each batch: it prints progress, and raises Stopped after a signal."""
         lines = ProgressLines(self.console, unit, -(-rows // batch_size))
         batches = itertools.count()
 
         def between() -> None:
             lines.update(next(batches))
+            # Of several processes, one that left would keep the others waiting in a collective.
             if jax.process_count() == 1:
                 self.check_stop()
 
@@ -298,11 +296,7 @@ class Trainer:
         return index_of_skip_limit(self.history, metrics_to_host(before), limit) is not None
 
     def evaluate_and_save(self, step: int) -> None:
-        """Evaluates on the validation split, logs and prints the result, and saves a checkpoint.
-
-        If a signal interrupts the evaluation, the checkpoint is saved with a pending evaluation, which the resumed
-        run catches up on: evaluating a large split may take longer than the grace period before a kill.
-        """
+        """Evaluates on the validation split, logs and prints the result, and saves a checkpoint."""
         if jax.process_count() > 1 and not self.evaluation_pending:
             # No process may leave an evaluation that the others are in, so save the state first.
             self.save(None, evaluation_pending=True)
@@ -310,6 +304,7 @@ class Trainer:
         try:
             values = self.evaluate(self.state.trainable, "validation")
         except Stopped:
+            # The resumed run evaluates: a large split may take longer than the grace period before a kill.
             if not self.evaluation_pending:
                 self.save(None, evaluation_pending=True)
                 self.manager.wait_until_finished()
@@ -332,16 +327,18 @@ class Trainer:
         self.console.print(f"step {step}: {format_metrics(values)} (validation)")
 
     def save(self, metrics: Mapping[str, float] | None, *, evaluation_pending: bool = False) -> None:
-        """Saves a checkpoint with the input position and the metrics that are not logged yet.
-
-        Logged rows are flushed to disk first, since resuming needs them.
-        """
-        self.log.sync()
-        position = {"batches": self.batches.get_state(), "pending": metrics_to_host(self.pending)}
-        position |= {"rows": len(self.log.rows), "digest": self.log.digest()}
-        position |= {**self.history._asdict(), "due": evaluation_pending}
+        """Saves a checkpoint with the input position and the metrics that are not logged yet."""
+        self.log.sync()  # resuming needs the rows, so they are on disk before the checkpoint
         texts = [TEXTS["before"]] if self.run.held_out_texts is not None else []
-        position["files"] = file_digests(self.directory, texts)
+        position = {
+            "batches": self.batches.get_state(),
+            "pending": metrics_to_host(self.pending),
+            "rows": len(self.log.rows),
+            "digest": self.log.digest(),
+            **self.history._asdict(),
+            "due": evaluation_pending,
+            "files": file_digests(self.directory, texts),
+        }
         save_checkpoint(
             self.manager, self.state, metadata=self.run.metadata, input_position=position, metrics=metrics
         )
@@ -354,9 +351,8 @@ class Trainer:
         if patience is None or len(values) <= patience:
             return False
         values = [-math.inf if math.isnan(value) else value for value in values]
-        best = max(values)
         # Among ties the latest counts, as in the checkpoint manager that keeps the best.
-        return values[::-1].index(best) >= patience
+        return values[::-1].index(max(values)) >= patience
 
     def finish(self) -> dict[str, float]:
         """Selects the final state, evaluates it on held-out data, and writes the adapter and the loss plot."""
@@ -383,20 +379,15 @@ class Trainer:
 
     def write_summary(self, before: Mapping, after: Mapping, seconds: float) -> dict[str, Any]:
         """Writes `summary.json`, which marks the run as finished, and prints the results."""
-        trained, texts = count(self.run.parts.trainable), self.run.held_out_texts
-        settings = self.run.settings
+        trained, texts, settings = count(self.run.parts.trainable), self.run.held_out_texts, self.run.settings
         theory = read_metrics(self.log.rows, settings.applied, settings.init_adapter is not None)
+        optional = {"answers": self.answers, "theory": theory, "ranks": self.ranks}
+        held_out = {"split": self.held_out, "examples": self.run.data.examples[self.held_out]}
         summary = {
             "before": dict(before),
             "after": dict(after),
-            "held_out": {
-                "split": self.held_out,
-                "examples": self.run.data.examples[self.held_out],
-                **({} if texts is None else {"inputs": len(texts.inputs)}),
-            },
-            **({"answers": self.answers} if self.answers else {}),
-            **({"theory": theory} if theory else {}),
-            **({"ranks": self.ranks} if self.ranks else {}),
+            "held_out": held_out | ({} if texts is None else {"inputs": len(texts.inputs)}),
+            **{name: value for name, value in optional.items() if value},
             "method": settings.method,
             "steps": self.log.rows[-1]["step"],
             "skipped_steps": int(sum(value for _, value in self.log.values("skipped"))),
@@ -411,8 +402,7 @@ class Trainer:
             write_text(self.directory / SUMMARY, to_json(summary, indent=1) + "\n")
         chosen = "" if summary["selected_step"] == summary["steps"] else f", step {summary['selected_step']}"
         self.console.print(
-            f"after:  {format_metrics(after)} "
-            f"({summary['held_out']['examples']:,} {self.held_out} examples{chosen})"
+            f"after:  {format_metrics(after)} ({held_out['examples']:,} {self.held_out} examples{chosen})"
         )
         if theory:
             self.console.print(f"theory: {theory}")

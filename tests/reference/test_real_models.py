@@ -16,8 +16,8 @@ from loraplus_jax.data.fetch import ASSETS, cache_dir
 from loraplus_jax.inference.export import export_run
 from loraplus_jax.settings.schema import DataSettings, ModelSettings, Settings
 from loraplus_jax.step.fingerprints import fingerprint
+from loraplus_jax.tasks.causal_lm import LanguageTask
 from loraplus_jax.tasks.encoder import EncoderTask
-from loraplus_jax.tasks.language_losses import LanguageTask
 from loraplus_jax.training.setup import build_model, load_model
 
 from .families import off, random
