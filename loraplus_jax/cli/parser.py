@@ -82,10 +82,7 @@ def parse(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[Comman
 
 
 def _split(commands: Mapping[str, Command], words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits the words of a command that accepts settings into those for argparse and the settings.
-
-    Argparse would take a setting's value such as -1 for an option.
-    """
+    # Argparse would take a setting's value such as -1 for an option, so it never sees settings.
     if not words or words[0] not in commands or not commands[words[0]].settings:
         return [*words], []
     takes_value = {

@@ -54,34 +54,21 @@ class Accuracy:
     subjects: "dict[str, Accuracy]" = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls,
-        correct: Sequence[bool],
-        available: int,
-        fewer_shots: int = 0,
-        subjects: "dict[str, Accuracy] | None" = None,
-    ) -> "Accuracy":
-        """Computes the accuracy and its error from single answers.
+    def of(cls, correct: Sequence[bool], *more: Any) -> "Accuracy":
+        """Computes the accuracy and its error from single answers; `more` are the fields after `examples`.
 
         >>> Accuracy.of([True, True, False, False], 9)
         Accuracy(accuracy=0.5, stderr=0.28867513459481287, examples=4, available=9, fewer_shots=0, subjects={})
         """
         n, p = len(correct), sum(correct) / len(correct)
-        error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
-        return cls(p, error, n, available, fewer_shots, subjects or {})
+        return cls(p, math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan, n, *more)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskResults:
-    """The accuracies of a model on tasks.
+    """The accuracies of a model on tasks, by task, and how they were measured; see `evaluate_tasks`.
 
-    Attributes:
-      model: the run or model.
-      data_root: directory of the tasks' files.
-      steps: training steps of a run; None for a model.
-      shots: solved examples before each question of MMLU; None without it.
-      limit: the number of questions of each task and subject that were scored, at most; None for all.
-      tasks: accuracy by task.
+    `steps` are the training steps of a run, None for a model.
     """
 
     model: str
@@ -157,10 +144,6 @@ def evaluate_tasks(
 
     Returns:
       The results, and the file that they were written to.
-
-    Raises:
-      ValueError, OSError: an argument is out of range, a file is missing or invalid, a question does not fit the
-        model's context, or it is not a language model.
     """
     for name in tasks:
         if name not in TASKS:

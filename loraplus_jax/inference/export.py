@@ -53,9 +53,6 @@ def export_run(
       dtype: dtype of a merged model's weights, see `DTYPES`; by default the base's for hf, float16 for gguf.
       base_model: the name or path by which PEFT finds the base; by default the run's hub id or local path.
       allow_different: parts of the base model that may differ from what the run was trained on, see `PARTS`.
-
-    Raises:
-      ValueError, OSError: options or files do not match, a file cannot be read, or `to` exists.
     """
     if not merged and (format is not None or dtype is not None):
         raise ValueError("--format and --dtype require --merged; a PEFT adapter is always float32")

@@ -62,9 +62,6 @@ def generate_answers(
       template, dtype: chat template and dtype of the weights, for a model or a PEFT adapter; a run has its own.
       config: a training config, for a PEFT adapter whose base model is not where the adapter says.
       allow_different: parts of the base model that may differ from what a run was trained on, see `PARTS`.
-
-    Raises:
-      ValueError, OSError: an argument is missing, out of range or without effect, or a file cannot be read.
     """
     if bool(prompts) == (data is not None):
         raise ValueError("generate requires --prompt TEXT or --data FILE, not both")
@@ -135,11 +132,7 @@ def _chats(prompts: Sequence[str], data: str | None, system: str | None, setting
 def open_model(
     source: str, template: str | None, dtype: Dtype | None, config: str | None, allow_different: Sequence[str]
 ) -> TunedModel:
-    """Opens a language model: a run, an adapter, an exported merged model, or a model without adapters.
-
-    Raises:
-      ValueError, OSError: it is none of these, or not a language model, or `template` or `dtype` is set for a run.
-    """
+    """Opens a language model: a run, an adapter, an exported merged model, or a model without adapters."""
     path = expand_path("model", source)
     directory = find_adapter(path)
     is_theirs = directory is not None and config is None and not read_notes(directory).get("settings")

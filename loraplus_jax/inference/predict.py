@@ -30,7 +30,7 @@ from ..tasks.encoder import EncoderTask, apply_model, has_pairs, read_texts, tok
 from ..tasks.held_out_texts import HeldOutTexts
 from ..tasks.interface import AdaptedModel, Split
 from ..training.evaluation import evaluate, finish_metrics
-from ..training.provenance import check_allowed, check_identity, model_identity
+from ..training.provenance import SPLITS, check_allowed, check_identity, model_identity
 from ..training.saved_adapter import (
     adapter_config,
     find_adapter,
@@ -193,27 +193,20 @@ def evaluate_run(
       split, data: what to evaluate, the test split by default.
       config, allow_different: as for `load_tuned`.
       output: new .jsonl file for the texts that a run of task generation generates.
-
-    Raises:
-      ValueError, OSError: the split or file does not exist, or a label is unknown to the run.
     """
     if split is not None and data is not None:
         raise ValueError(f"eval takes --split or --data, not both, got --split {split} and --data {data}")
     if output is not None:
         check_output(output)
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"--split: unknown split {split!r}{suggest(split, SPLITS)}")
     tuned = load_tuned(directory, config, allow_different)
     settings, module = tuned.settings, task_module(tuned.settings)
-    splits = ("train", "validation", "test")
-    if split is not None and split not in splits:
-        raise ValueError(
-            f"--split must be one of {', '.join(splits)}, got {split!r}"
-            f"{suggest(split, splits, fallback=False)}"
-        )
     try:
         evaluated: Split = module.load_split(settings, tuned.base, tuned.task, split, data)
     except KeyError as error:
         raise ValueError(
-            f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], splits[:2])}"
+            f"the run's data has no split {error.args[0]!r}{suggest(error.args[0], SPLITS[:2])}"
         ) from None
     if data is None:
         check_identity(
@@ -248,11 +241,7 @@ def predict_run(
     config: str | None = None,
     allow_different: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Predictions for `texts`, or for a file with the run's text columns (labels not needed).
-
-    Raises:
-      ValueError, OSError: there is no text, the file cannot be read, or the run is a language model.
-    """
+    """Predictions for `texts`, or for a file with the run's text columns (labels not needed)."""
     tuned = load_tuned(directory, config, allow_different)
     if tuned.settings.is_language:
         raise ValueError(f"{directory} is a language model; use loraplus generate or loraplus eval")
@@ -281,9 +270,6 @@ def write_submissions(
 
     Returns:
       The files.
-
-    Raises:
-      ValueError, OSError: the run is not of a GLUE task, the test split is missing, or a file exists.
     """
     tuned = load_tuned(directory, config, allow_different)
     data = tuned.settings.data

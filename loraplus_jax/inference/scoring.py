@@ -17,24 +17,14 @@ MIN_TOKENS, MIN_SCORED = 64, 8
 
 
 class Continuation(NamedTuple):
-    """A sequence whose last tokens are scored.
-
-    Attributes:
-      ids: all tokens, `(t,)`, with 2 <= t.
-      first: index of the first token to score, at least 1.
-    """
+    """A sequence of tokens `(t,)`, 2 <= t, and the index of the first token to score, at least 1."""
 
     ids: Sequence[int] | np.ndarray
     first: int
 
 
 class Score(NamedTuple):
-    """The score of a continuation.
-
-    Attributes:
-      log_likelihood: sum of its tokens' log-probabilities, in nats.
-      is_greedy: whether each of them is the model's most likely token.
-    """
+    """The sum of a continuation's log-probabilities, in nats, and whether each token is the most likely one."""
 
     log_likelihood: float
     is_greedy: bool

@@ -17,13 +17,7 @@ from .text_scores import load_scorers, score_texts
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutTexts:
-    """Inputs with references, and how to generate texts for them.
-
-    Attributes:
-      inputs: the inputs.
-      model: generates by beam search.
-      batch_size: inputs per batch.
-    """
+    """Inputs with references, and a model that generates texts for them by beam search."""
 
     inputs: tuple[Input, ...]
     model: ChatModel

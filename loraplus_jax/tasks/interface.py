@@ -65,14 +65,7 @@ def held_out_split(splits: Mapping[str, Any]) -> str:
 
 
 class Split(NamedTuple):
-    """A split to evaluate.
-
-    Attributes:
-      columns: the columns for evaluation, of equal length.
-      examples: number of texts, conversations or questions.
-      digest: digest of the texts and labels.
-      inputs: the distinct inputs with their references (task generation).
-    """
+    """A split to evaluate; its fields are those of `TaskData` for it."""
 
     columns: Batch
     examples: int

@@ -31,14 +31,8 @@ def read_start(
 ) -> dict[str, Any] | None:
     """The tree of factors that a run in this directory started from, if any.
 
-    Args:
-      directory: the run's directory.
-      specs: the table of adapted weights.
-      metadata: that of the current run; its base and data must be those that the start was made with.
-      allow: parts of the identity that may differ, as in `--allow_different`.
-
     Raises:
-      ValueError: the start is damaged, of other adapters, or was made with another base or other data.
+      ValueError: it is damaged, of other adapters, or was made with another base or data than `metadata` describes.
     """
     path = directory / START
     if not path.exists():
@@ -79,16 +73,12 @@ def saved_form(
 def make_start(
     settings: Settings, parts: AdaptedModel, directory: Path, gradients: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Makes the tree of factors, float32, that `lora.init` starts from; see `make_factors`.
+    """Makes the tree of factors, float32, that `lora.init` of `BASE_INITS` starts from; see `make_factors`.
 
     Args:
-      settings: the settings, with an init of `BASE_INITS`.
-      parts: the model, with its weights.
+      settings, parts: the settings and the model, with its weights.
       directory: the base's files, which have the values before packing.
       gradients: the loss's gradient by each adapted weight, by the weight's path; for lora_ga and lora_one.
-
-    Raises:
-      ValueError: a rank is too large for the init, or only some layers of a stack are adapted.
     """
     config = settings.applied
     assert config is not None
@@ -116,7 +106,7 @@ def make_start(
 
 
 def _read_errors(parts: AdaptedModel, directory: Path) -> Callable[[str], np.ndarray]:
-    """A function that reads a weight of the files, less the packed values, by its path."""
+    """Returns a function that reads a weight of the files, less the packed values, by its path."""
     base, params = parts.base, combine(parts.trainable, parts.frozen)["params"]
     _, tensors = check_params(directory, base.table, params, new=base.new)
     rules = {f"params/{rule.path}": rule for rule in base.table.rules}
@@ -138,10 +128,7 @@ def first_gradients(
     mesh: Mesh,
     shardings: Shardings,
 ) -> dict[str, Any]:
-    """The gradient by every adapted weight, by path, for the first micro-batch, before adapters have an effect.
-
-    Takes the memory of these weights once more.
-    """
+    """The gradient by every adapted weight, by path, for the first micro-batch, before adapters have an effect."""
     init = BASE_INITS.get(settings.lora.init)
     if init is None or init.source != "gradients":
         return {}

@@ -20,11 +20,9 @@ class TrainingFailed(Exception):
 
 
 class SpikeHistory(NamedTuple):
-    """Losses and skips of the previous steps; saved in checkpoints, so that a resumed run finds the same spikes.
+    """The losses of the last `HISTORY_STEPS` steps that were not skipped, and the number of skipped ones since.
 
-    Attributes:
-      losses: losses of the last `HISTORY_STEPS` steps that were not skipped.
-      skipped: the number of consecutive skipped steps so far.
+    Saved in checkpoints, so that a resumed run finds the same spikes.
     """
 
     losses: tuple[float, ...] = ()
@@ -32,14 +30,7 @@ class SpikeHistory(NamedTuple):
 
 
 class LossSpike(NamedTuple):
-    """A loss spike.
-
-    Attributes:
-      step: the step of the spike.
-      loss: the loss at that step.
-      median: the median of the previous losses.
-      norms: gradient and update norms at that step, by role.
-    """
+    """A step with its loss, the median of the previous losses, and its gradient and update norms by role."""
 
     step: int
     loss: float
@@ -111,16 +102,10 @@ def check_skipped(
 ) -> None:
     """Raises TrainingFailed after `train.max_skipped` consecutive skipped steps; names the non-finite values.
 
-    Args:
-      run: the run, whose settings hold the limit.
-      history: the history before the first row.
-      first: the step of the first row.
-      rows: the metrics of the steps.
-      kept: the step of the newest checkpoint.
+    `history` is that before the rows, the metrics of the steps from `first` on; `kept` is the newest checkpoint.
     """
     most = run.settings.train.max_skipped
-    index = index_of_skip_limit(history, rows, most)
-    if index is not None:
+    if (index := index_of_skip_limit(history, rows, most)) is not None:
         names = nonfinite_names(rows[index])
         raise TrainingFailed(
             f"skipped {most} steps in a row up to step {first + index} (train.max_skipped): non-finite "
@@ -142,16 +127,13 @@ def nonfinite_names(row: Mapping[str, float]) -> list[str]:
 
 def advice(run: Run, nonfinite: Sequence[str]) -> str:
     """Suggests settings to change, given the names of the non-finite metrics."""
-    optimizer, config = run.settings.optimizer, run.settings.applied
+    optimizer, ratio = run.settings.optimizer, run.settings.lr_ratio
     only_updates = all(name.startswith("update_norm/") for name in nonfinite)
     tips = []
-    if config is not None and config.lr_ratio > 1:
-        if "grad_norm/a" in nonfinite:
-            tips.append(f"lora.lr_ratio below {config.lr_ratio:g} (A's gradient grows with B)")
-        elif "update_norm/b" in nonfinite:
-            tips.append(
-                f"lora.lr_ratio below {config.lr_ratio:g} (B's rate is its product with learning_rate)"
-            )
+    if ratio > 1 and "grad_norm/a" in nonfinite:
+        tips.append(f"lora.lr_ratio below {ratio:g} (A's gradient grows with B)")
+    elif ratio > 1 and "update_norm/b" in nonfinite:
+        tips.append(f"lora.lr_ratio below {ratio:g} (B's rate is its product with learning_rate)")
     tips.append(f"optimizer.learning_rate below {optimizer.learning_rate:g}")
     if optimizer.max_grad_norm is None and not only_updates:  # clipping does not help if gradients are finite
         tips.append("optimizer.max_grad_norm 1.0")

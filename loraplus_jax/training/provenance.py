@@ -73,10 +73,12 @@ def check_identity(
 ) -> None:
     """Raises ValueError if a base model or data differs from what a run, adapter or checkpoint was made with.
 
+    Parts that only one of them has are not compared, such as those of an adapter that PEFT wrote.
+
     Args:
       source: the run, adapter or checkpoint, for the message.
-      metadata: its metadata; what it does not record is not compared, as in an adapter that PEFT wrote.
-      identity: the current identity; parts that it lacks are not compared.
+      metadata: its metadata.
+      identity: the current identity.
       weights: `fingerprint` of the current frozen variables, if they are loaded.
       allow: parts that may differ, as in `--allow_different`.
     """
@@ -106,11 +108,7 @@ def check_identity(
 def checked_metadata(
     manager: ocp.CheckpointManager, step: int, metadata: Mapping[str, Any], allow: Sequence[str]
 ) -> dict[str, Any]:
-    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it.
-
-    Raises:
-      DamagedCheckpoint, ValueError: the checkpoint cannot be read, or its identity differs.
-    """
+    """The metadata to restore a checkpoint with: the current one, with the saved identity after checking it."""
     saved = read_metadata(manager, step)
     source, weights = Path(manager.directory) / str(step), metadata["base"]
     check_identity(source, saved, metadata["identity"], weights=weights, allow=allow)

@@ -69,11 +69,7 @@ def notes_path(directory: Path) -> Path:
 
 
 def saved_config(directory: Path) -> LoRAPlusConfig | None:
-    """The config in an adapter's metadata; None for a fully trained model.
-
-    Raises:
-      ValueError: the config is damaged, or does not fit the adapter's tensors.
-    """
+    """The config in an adapter's metadata, which must fit its tensors; None for a fully trained model."""
     if (values := read_notes(directory)["config"]) is None:
         return None
     try:
@@ -117,15 +113,9 @@ def merged_table(parts: AdaptedModel) -> NameTable:
 
 
 def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]) -> Adapter:
-    """Reads an adapter in our format or PEFT's and checks it against a model.
+    """Reads an adapter in our format or PEFT's and checks it against a model, whose variables may be shapes.
 
-    Args:
-      directory: the adapter directory.
-      parts: the model; its variables may be shapes.
-      params: all parameters of the model without adapters, or their shapes.
-
-    Raises:
-      ValueError, OSError: the adapter does not fit the model (the message names the differences) or cannot be read.
+    `params` are all parameters of the model without adapters, or their shapes.
     """
     if is_peft(directory):
         adapter = load_peft(directory, parts.specs, path_map_of(directory, parts), params=params)
@@ -157,14 +147,7 @@ def read_adapter(directory: Path, parts: AdaptedModel, params: Mapping[str, Any]
 
 
 def check_init_adapter(settings: Settings, parts: AdaptedModel, params: Mapping[str, Any], task: Any) -> None:
-    """Raises ValueError if `init_adapter` does not match the settings; the message names all differences.
-
-    Args:
-      settings: the settings, with `init_adapter` set.
-      parts: the model, with shapes as variables.
-      params: the shapes of all parameters of the model.
-      task: the task of the run.
-    """
+    """Raises ValueError if `init_adapter` does not match settings, model and task; names all differences."""
     directory = _init_adapter_directory(settings)
     notes = read_notes(directory)
     differences = _lora_differences(settings, directory, parts)

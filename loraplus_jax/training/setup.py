@@ -102,9 +102,6 @@ def prepare(settings: Settings, allow_different: Sequence[str] = (), *, fresh: b
 
     With several processes each does all of it, then they compare what they read. `allow_different` names the parts
     of the identity in which `init_adapter` may differ; `fresh` disregards the start of an older run.
-
-    Raises:
-      ValueError, OSError: settings, data, weights or memory do not fit, or a file cannot be read.
     """
     is_distributed = jax.process_count() > 1
     with raise_together():
@@ -278,9 +275,6 @@ def load_model(
     """Loads the weights from a directory and initializes parameters that it lacks.
 
     With a mesh, weights are loaded directly into their shardings, and each process reads only its own shards.
-
-    Raises:
-      ValueError: the weights do not fit; the message lists all missing, extra and misshapen tensors.
     """
     base, params = parts.base, params_of(parts)
     by_path = {} if mesh is None else base_shardings(mesh, {"params": params}, base.rules)

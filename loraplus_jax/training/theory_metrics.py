@@ -32,13 +32,7 @@ def count_rows(batch_size: int, mesh: Mesh) -> int:
 def lower_theory(
     loss_fn: LossFn, specs: Specs, state: Any, frozen: Any, rows: Any, *, mesh: Mesh, shardings: Shardings
 ) -> jax.stages.Lowered:
-    """Lowers the measurement `(trainable, before, frozen, batch) -> terms` of `step.make_theory`.
-
-    Args:
-      loss_fn, specs: as for `make_theory`.
-      state, frozen, rows: shapes of the state, the frozen variables and the rows to measure.
-      mesh, shardings: as for `jit_step`.
-    """
+    """Lowers the measurement `(trainable, before, frozen, batch) -> terms` of `step.make_theory`, from shapes."""
     trainable, replicated = shardings.state.trainable, NamedSharding(mesh, PartitionSpec())
     inputs = (trainable, trainable["lora"], shardings.frozen, batch_sharding(mesh))
     measure = jax.jit(
@@ -75,10 +69,7 @@ def to_metrics(terms: Mapping[str, Mapping[str, Any]], specs: Specs) -> dict[str
 def read_metrics(rows: Iterable[LogRow], config: LoRAPlusConfig | None, from_adapter: bool) -> str | None:
     """Returns `theory.balance` of the second half of a run's measurements, or None without measurements.
 
-    Args:
-      rows: the rows of the run's metrics.
-      config: the config of the adapters; None for full fine-tuning.
-      from_adapter: whether the run started from an adapter's factors instead of the config's `init`.
+    `from_adapter` says whether the run started from an adapter's factors instead of the config's `init`.
     """
     measured = [row for row in rows if any(name.startswith(f"{METRIC_PREFIX}/") for name in row)]
     if config is None or not measured:

@@ -27,5 +27,3 @@ def test_a_quarter_of_the_rows_on_all_devices():
     sizes = ((32, 1), (30, 1), (32, 8), (4, 4), (1, 1))
     assert [count_rows(size, make_mesh(devices)) for size, devices in sizes] == [8, 8, 8, 4, 1]
     assert to_metrics({}, {}) == {}
-
-
